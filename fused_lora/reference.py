@@ -1,0 +1,175 @@
+"""The specification: every operation of fused_lora in plain torch, one line of maths per line of code.
+
+Symbols, with all leading dimensions of x flattened to M rows:
+
+    x [M, K]   weight W [N, K]   bias b [N]   lora_A A_i [r_i, K]   lora_B B_i [N, r_i]   scaling s_i (float)
+    D_i(x) = x * mask_i / (1 - p_i)                        dropout on the input of A_i only, one mask per adapter
+
+    S_i = D_i(x) A_i^T                                     [M, r_i]
+    y   = x W^T + b + sum_i s_i S_i B_i^T                  [M, N]
+    dS_i = s_i g B_i                                       [M, r_i]      g = dL/dy
+    dx  = g W + sum_i mask_i / (1 - p_i) * (dS_i A_i)      [M, K]
+    dA_i = dS_i^T D_i(x)    dB_i = s_i g^T S_i    dW = g^T x    db = sum_m g
+
+Everything is computed in ``dtype`` (float64 by default in the tests) and returned in it, so these functions say what
+the right answer is; the fast paths say how to get there. LoRA: Hu et al. 2021, arXiv:2106.09685.
+
+The dropout mask is part of the specification. Element (row, k) of a mask reads one 16-bit lane of the counter-based
+generator Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), which numpy runs at C
+speed and a GPU kernel can evaluate at any element:
+
+    block = row * ceil(K / 16) + k // 16        lane = k % 16
+    four 64-bit words = Philox4x64-10(counter=(block + 1, 0, 0, 0), key=(seed, 0))
+    value = lane-th 16-bit piece of those words, lowest bits first, read as a signed integer in [-32768, 32767]
+    kept  = value >= threshold - 32768          threshold = p in units of 2^-16
+
+so a mask depends on (seed, row, k, p) alone: not on tiles, grids, devices or the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+LANES = 16  # 16-bit lanes in one Philox4x64 block
+
+
+def dropout_threshold(p: float) -> int:
+    """p in units of 2^-16: how many of the 65536 lane values drop an element. 0 only for p = 0, 65536 only for p = 1."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout p must be in [0, 1], got {p}")
+    if p in (0.0, 1.0):
+        return int(p * 65536)
+    return min(max(round(p * 65536), 1), 65535)
+
+
+def keep_scale(p: float) -> float:
+    """1 / (1 - p) with the p that the 16-bit threshold really applies, so that E[D(x)] = x; 0 for p = 1."""
+    threshold = dropout_threshold(p)
+    return 0.0 if threshold == 65536 else 65536.0 / (65536 - threshold)
+
+
+def dropout_lanes(seed: int, row: int, rows: int, K: int) -> np.ndarray:
+    """The signed 16-bit lanes of rows [row, row + rows): int16 [rows, ceil(K / 16) * 16]; columns from K on are unused."""
+    blocks_per_row = -(-K // LANES)
+    if rows == 0 or K == 0:
+        return np.empty((rows, blocks_per_row * LANES), np.int16)
+    # numpy increments the counter before it generates: start at `first` to get block `first` at counter first + 1
+    first = row * blocks_per_row
+    philox = np.random.Philox(key=np.array([seed & (2**64 - 1), 0], np.uint64), counter=first)
+    words = philox.random_raw(rows * blocks_per_row * (LANES // 4))
+    return words.astype("<u8", copy=False).view("<i2").reshape(rows, blocks_per_row * LANES)
+
+
+def dropout_mask(seed: int | torch.Tensor, shape: Sequence[int], p: float, device=None) -> torch.Tensor:
+    """The keep mask that a call with this seed used: bool, True = kept.
+
+    Args:
+        seed: the call's 64-bit seed (an int, or an int64 tensor of one element).
+        shape: (..., K) of the call's input; leading dimensions are flattened to rows.
+        p: dropout probability in [0, 1]; it acts as ``round(p * 65536) / 65536``.
+        device: device of the result (default: CPU).
+
+    Returns:
+        bool tensor of ``shape``.
+    """
+    *leading, K = tuple(shape)
+    M = int(np.prod(leading, dtype=np.int64))
+    lanes = dropout_lanes(int(seed), 0, M, K)[:, :K]
+    mask = torch.from_numpy(np.greater_equal(lanes, dropout_threshold(p) - 32768))
+    return mask.reshape(tuple(shape)).to(device)
+
+
+def _dropped(x: torch.Tensor, p: float, seed) -> torch.Tensor:
+    if p == 0.0:
+        return x
+    return x * dropout_mask(seed, x.shape, p, x.device) * keep_scale(p)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = x W^T + b + sum_i s_i D_i(x) A_i^T B_i^T.
+
+    Args:
+        x: [..., K]; weight: [N, K]; bias: [N] or None; lora_A[i]: [r_i, K]; lora_B[i]: [N, r_i].
+        scaling, dropout: one float per adapter. dropout[i] = 0 draws nothing.
+        seeds: int64 [len(lora_A)], needed where a dropout is not 0.
+        dtype: dtype of the arithmetic and of the results.
+
+    Returns:
+        y [..., N] and S [M, sum(r_i)], the concatenated S_i.
+    """
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    y = rows @ weight.to(dtype).T
+    if bias is not None:
+        y = y + bias.to(dtype)
+    S = [rows.new_empty(rows.shape[0], 0)]
+    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        S.append(_dropped(rows, dropout[i], seeds[i] if dropout[i] else None) @ A.to(dtype).T)
+        y = y + scaling[i] * (S[-1] @ B.to(dtype).T)
+    return y.reshape(*x.shape[:-1], weight.shape[0]), torch.cat(S, dim=1)
+
+
+def lora_linear_backward(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Gradients of :func:`lora_linear`: dx [..., K], dA list, dB list, dW [N, K], db [N], all in ``dtype``."""
+    rows, g_rows = x.reshape(-1, x.shape[-1]).to(dtype), g.reshape(-1, g.shape[-1]).to(dtype)
+    dx, dA, dB = g_rows @ weight.to(dtype), [], []
+    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        seed = seeds[i] if dropout[i] else None
+        dropped = _dropped(rows, dropout[i], seed)
+        dS = scaling[i] * (g_rows @ B.to(dtype))
+        dx = dx + _dropped(dS @ A.to(dtype), dropout[i], seed)
+        dA.append(dS.T @ dropped)
+        dB.append(scaling[i] * (g_rows.T @ (dropped @ A.to(dtype).T)))
+    return dx.reshape(x.shape), dA, dB, g_rows.T @ rows, g_rows.sum(0)
+
+
+def delta_weight(
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    *,
+    fan_in_fan_out: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """sum_i s_i B_i A_i: [N, K], or [K, N] for a base weight that is stored transposed (fan_in_fan_out)."""
+    delta = sum(s * (B.to(dtype) @ A.to(dtype)) for A, B, s in zip(lora_A, lora_B, scaling, strict=True))
+    return delta.T if fan_in_fan_out else delta
+
+
+def merge(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """round(W + delta): the sum in delta's dtype, one rounding to W's dtype."""
+    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+
+def unmerge_correction(weight: torch.Tensor, merged: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """bool: where round(merged - delta) is not W to the bit, i.e. what an exact unmerge has to remember."""
+    return bits((merged.to(delta.dtype) - delta).to(weight.dtype)) != bits(weight)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as signed integers of the same size: bits compare where values cannot (-0, NaN, subnormals)."""
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
