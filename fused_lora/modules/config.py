@@ -1,0 +1,269 @@
+"""LoraConfig: PEFT's names and defaults for what this package computes; everything else is refused, never ignored.
+
+    y = x W^T + b + scaling * D(x) A^T B^T        scaling = lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA)
+
+Source: field names, order, defaults and the pattern rule follow PEFT 0.21 (peft/tuners/lora/config.py); LoRA is
+arXiv:2106.09685, rsLoRA arXiv:2312.03732.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+MAX_RANK = 65536
+MAX_ALPHA = 2.0**20  # far above any use; larger values only overflow 16-bit weights
+BIAS_MODES = ("none", "all", "lora_only")
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# keys of adapter_config.json that never change the maths of what is supported: kept for rewriting, with these types
+_INERT: dict[str, tuple[type, ...]] = {
+    "auto_mapping": (dict,),
+    "peft_version": (str,),
+    "megatron_core": (str,),  # read by PEFT only beside a megatron_config
+    "qalora_group_size": (int,),  # read by PEFT only with use_qalora
+    "runtime_config": (dict,),
+}
+
+
+@dataclass
+class LayerTensors:
+    """What one layer's adapter is made of.
+
+    Args:
+        lora_A: [r, K].
+        lora_B: [N, r].
+        lora_bias: [N], the bias of lora_B (``lora_bias=True``), or None.
+        base_bias: [N], the trained bias of the base layer (``bias="lora_only"`` or ``"all"``), or None.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    lora_bias: torch.Tensor | None = None
+    base_bias: torch.Tensor | None = None
+
+
+def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
+    """lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``, as PEFT computes it in Python floats."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def is_neutral(value: Any) -> bool:
+    """Whether a config value means "not used": None, False or an empty container or string."""
+    return value is None or value is False or (isinstance(value, (str, list, dict, tuple, set)) and len(value) == 0)
+
+
+@dataclass
+class LoraConfig:
+    """How LoRA adapters are laid over a model.
+
+    Args:
+        r: default rank, 1 to 65536.
+        target_modules: names of the modules to adapt (equal to the path or a suffix of it after a dot), one regular
+            expression for the whole path (str), or ``"all-linear"``.
+        exclude_modules: names or one regular expression; a module that matches is left alone.
+        lora_alpha: default numerator of the scaling.
+        lora_dropout: probability in [0, 1] on the input of A.
+        fan_in_fan_out: recorded for PEFT; the layout of a weight follows from its module's type.
+        bias: "none", "all" or "lora_only": which biases of the model train and are saved with the adapter.
+        use_rslora: scaling is lora_alpha / sqrt(r).
+        modules_to_save: not supported, must be empty.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero) or False (both
+            as nn.Linear draws them).
+        layers_to_transform, layers_pattern: restrict a list of names to these layer numbers.
+        rank_pattern, alpha_pattern: regular expression for the end of a path -> its own rank / alpha; the first that
+            matches wins.
+        lora_bias: give lora_B a bias.
+        base_model_name_or_path, revision, task_type, inference_mode: recorded for PEFT.
+        extra: other keys of an adapter_config.json, kept for rewriting. Only neutral values (None, False, empty) and
+            a few keys without influence on the result are accepted.
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: a value out of range, or ``extra`` / ``modules_to_save`` asking for something not supported.
+    """
+
+    r: int = 8
+    target_modules: set[str] | str | None = None
+    exclude_modules: set[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    lora_bias: bool = False
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set, frozenset)):
+                _check_items(name, value, str)
+                setattr(self, name, set(value))
+        for name in ("rank_pattern", "alpha_pattern", "extra"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field; called at construction, call it again after changing a field by hand."""
+        for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("base_model_name_or_path", "revision", "task_type"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise TypeError(f"{name} must be a str or None, got {getattr(self, name)!r}")
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise ValueError(f"task_type must be one of {', '.join(TASK_TYPES)} or None, got {self.task_type!r}")
+        _check_rank("r", self.r)
+        _check_alpha("lora_alpha", self.lora_alpha)
+        _check_number("lora_dropout", self.lora_dropout)
+        if not 0.0 <= self.lora_dropout <= 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1], got {self.lora_dropout!r}")
+        if self.bias not in BIAS_MODES:
+            raise ValueError(f"bias must be one of {', '.join(BIAS_MODES)}, got {self.bias!r}")
+        self._validate_init()
+        self._validate_targets()
+        self._validate_patterns()
+        self._validate_extra()
+
+    def _validate_init(self) -> None:
+        init = self.init_lora_weights
+        if not (isinstance(init, bool) or init == "gaussian"):
+            raise ValueError(
+                f"init_lora_weights must be True, False or 'gaussian', got {init!r}; other initialisations of PEFT "
+                "are not supported (some of them rewrite the base weights)"
+            )
+        if self.lora_bias and not isinstance(init, bool):
+            raise ValueError(f"lora_bias=True needs init_lora_weights=True or False, got {init!r}")
+        if self.modules_to_save:
+            raise ValueError(f"modules_to_save is not supported, got {self.modules_to_save!r}")
+
+    def _validate_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set, frozenset)):
+                _check_items(name, value, str)
+            elif not isinstance(value, (str, type(None))):
+                raise TypeError(f"{name} must be a list of names, one regular expression or None, got {value!r}")
+        layers, pattern = self.layers_to_transform, self.layers_pattern
+        if isinstance(layers, (list, tuple)):
+            _check_items("layers_to_transform", layers, int)
+        elif layers is not None:
+            _check_items("layers_to_transform", [layers], int)
+        if isinstance(pattern, (list, tuple)):
+            _check_items("layers_pattern", pattern, str)
+        elif pattern is not None:
+            _check_items("layers_pattern", [pattern], str)
+        if isinstance(self.target_modules, str) and layers is not None:
+            raise ValueError("layers_to_transform cannot be used when target_modules is a str")
+        if isinstance(self.target_modules, str) and pattern is not None:
+            raise ValueError("layers_pattern cannot be used when target_modules is a str")
+        if pattern and layers is None:
+            raise ValueError("layers_pattern needs layers_to_transform")
+
+    def _validate_patterns(self) -> None:
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, dict):
+                raise TypeError(f"{name} must be a dict, got {pattern!r}")
+            for key, value in pattern.items():
+                if not isinstance(key, str):
+                    raise TypeError(f"{name} must have str keys, got {key!r}")
+                check(f"{name}[{key!r}]", value)
+
+    def _validate_extra(self) -> None:
+        if not isinstance(self.extra, dict):
+            raise TypeError(f"extra must be a dict, got {self.extra!r}")
+        for key, value in self.extra.items():
+            if key in _FIELDS or key in ("peft_type", "extra"):
+                raise ValueError(f"extra must not hold {key!r}: it is a field of LoraConfig")
+            if key in _INERT and isinstance(value, _INERT[key]) and not isinstance(value, bool):
+                continue
+            if not is_neutral(value):
+                raise ValueError(f"config entry {key!r} is not supported by fused_lora, got {value!r}")
+
+    def layer_rank_alpha(self, name: str) -> tuple[int, float]:
+        """(r, lora_alpha) of the module at path ``name``: the first key k of rank_pattern / alpha_pattern with
+        ``re.match(rf"(.*\\.)?({k})$", name)``, else the defaults (PEFT's rule)."""
+        return (
+            self.rank_pattern.get(_first_match(self.rank_pattern, name), self.r),
+            self.alpha_pattern.get(_first_match(self.alpha_pattern, name), self.lora_alpha),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries of PEFT's adapter_config.json: fields, ``extra`` and peft_type; sets become sorted lists."""
+        entries = {name: copy.deepcopy(getattr(self, name)) for name in _FIELDS}
+        entries = {key: sorted(value) if isinstance(value, set) else value for key, value in entries.items()}
+        return {**copy.deepcopy(self.extra), "peft_type": "LORA", **entries}
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> LoraConfig:
+        """The config of an adapter_config.json as PEFT writes it.
+
+        Raises:
+            TypeError: ``entries`` is not a mapping, or an entry has the wrong type.
+            ValueError: peft_type is not LORA, r or lora_alpha is missing, a value is out of range, or an entry asks for
+                something that is not supported (use_dora, ...): an unknown entry is accepted only with a neutral value.
+        """
+        if not isinstance(entries, Mapping):
+            raise TypeError(f"expected the entries of an adapter_config.json as a dict, got {type(entries).__name__}")
+        if entries.get("peft_type") != "LORA":
+            raise ValueError(f"peft_type must be 'LORA', got {entries.get('peft_type')!r}")
+        for key in ("r", "lora_alpha"):
+            if key not in entries:
+                raise ValueError(f"config entry {key!r} is missing")
+        known = {key: copy.deepcopy(value) for key, value in entries.items() if key in _FIELDS}
+        other = {key: copy.deepcopy(value) for key, value in entries.items() if key not in {*_FIELDS, "peft_type"}}
+        return cls(**known, extra=other)
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra")
+
+
+def _first_match(keys: Mapping[str, Any], name: str) -> str | None:
+    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def _check_items(name: str, values: Any, kind: type) -> None:
+    for value in values:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} must hold {kind.__name__} values only, got {value!r}")
+        if kind is int and value < 0:
+            raise ValueError(f"{name} must not be negative, got {value!r}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a positive integer, got {value!r}")
+    if not 1 <= value <= MAX_RANK:
+        raise ValueError(f"{name} must be a positive integer, at most {MAX_RANK}, got {value!r}")
+
+
+def _check_alpha(name: str, value: Any) -> None:
+    _check_number(name, value)
+    # comparison first: an int of any size compares exactly, NaN compares false
+    if not -MAX_ALPHA <= value <= MAX_ALPHA:
+        raise ValueError(f"{name} must be finite and at most {MAX_ALPHA:.0f} in size, got {value!r}")

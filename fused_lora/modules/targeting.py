@@ -1,0 +1,180 @@
+"""Which modules of a model a LoraConfig adapts: PEFT's matching rules over the names of ``model.named_modules()``.
+
+Source: PEFT 0.21 ``check_target_module_exists`` and ``_maybe_include_all_linear_layers`` (peft/tuners/tuners_utils.py).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from fused_lora.modules.config import LoraConfig
+
+SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
+ALL_LINEAR = "all-linear"
+BASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CLASSIFIER_HEADS = ("score", "classifier")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' Conv1D (weight [K, N]), without importing transformers."""
+    # no module can be a Conv1D before something imported the file that defines it
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def is_lora_linear(module: nn.Module) -> bool:
+    """Whether ``module`` already is a LoRA layer of this package (recognised by name, PEFT's convention)."""
+    return type(module).__name__ == "LoraLinear" and hasattr(module, "base_layer")
+
+
+def base_layer_of(module: nn.Module) -> nn.Module:
+    """The layer that carries W: ``module.base_layer`` of a LoRA layer, else the module itself."""
+    return module.base_layer if is_lora_linear(module) else module
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether LoRA can be laid over ``module``: a linear layer with a plain 2-D floating-point weight."""
+    base = base_layer_of(module)
+    weight = getattr(base, "weight", None)
+    # quantised layers subclass nn.Linear but hold packed integers
+    return (
+        (isinstance(base, nn.Linear) or is_conv1d(base))
+        and isinstance(weight, torch.Tensor)
+        and weight.dim() == 2
+        and weight.dtype in BASE_DTYPES
+    )
+
+
+def in_out_features(module: nn.Module) -> tuple[int, int]:
+    """(K, N) of a supported module."""
+    base = base_layer_of(module)
+    shape = tuple(base.weight.shape)
+    return shape if is_conv1d(base) else (shape[1], shape[0])
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without the root and without the inside of LoRA layers."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside):
+            continue
+        if is_lora_linear(module):
+            inside += (f"{name}.",)
+        yield name, module
+
+
+def match_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Paths of the modules that ``config`` adapts, in ``named_modules()`` order, chosen as PEFT chooses them.
+
+    A str ``target_modules`` must match the whole path; a list holds whole paths or their last parts;
+    ``"all-linear"`` means every linear layer but the output layer of a transformers model. ``exclude_modules`` goes
+    first, ``layers_to_transform`` last. Shared modules appear once, under their first name.
+
+    Raises:
+        ValueError: target_modules is None or not a regular expression, nothing matches, or a matched module is not
+            supported.
+    """
+    if config.target_modules is None:
+        raise ValueError("target_modules is None: name the modules to adapt, or pass target_modules='all-linear'")
+    _check_expressions(config)
+    modules = dict(candidates(model))
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        targets = all_linear(model, config)
+    matched = [name for name in modules if not _excluded(config, name) and _targeted(config, targets, name)]
+    if not matched:
+        raise ValueError(_no_match(config, modules))
+    for name in matched:
+        if not is_supported(modules[name]):
+            kind = type(base_layer_of(modules[name]))
+            raise ValueError(
+                f"target_modules matches {name!r}, a {kind.__module__}.{kind.__qualname__}, which is not supported; "
+                f"supported are {SUPPORTED} with a floating-point weight"
+            )
+    return matched
+
+
+def all_linear(model: nn.Module, config: LoraConfig) -> set[str]:
+    """What "all-linear" stands for: every linear layer except the output embedding of a transformers model, or its
+    classification head when task_type is SEQ_CLS."""
+    linear = {n for n, m in candidates(model) if is_lora_linear(m) or isinstance(m, nn.Linear) or is_conv1d(m)}
+    head = _output_layer(model, config)
+    return linear - {name for name, module in model.named_modules() if module is head and head is not None}
+
+
+def _output_layer(model: nn.Module, config: LoraConfig) -> nn.Module | None:
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not isinstance(model, modeling.PreTrainedModel):
+        return None
+    output = model.get_output_embeddings()
+    if output is not None or config.task_type != "SEQ_CLS":
+        return output
+    return next((head for n in _CLASSIFIER_HEADS if (head := getattr(model, n, None)) is not None), None)
+
+
+def ends_with(name: str, key: str) -> bool:
+    """Whether ``key`` is the path ``name`` or its last parts."""
+    return name == key or name.endswith(f".{key}")
+
+
+def _check_expressions(config: LoraConfig) -> None:
+    names = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+    for name in names:
+        value = getattr(config, name)
+        # lists of names are compared, not matched; the keys of the patterns and layers_pattern are expressions
+        if isinstance(value, str) or name not in names[:2]:
+            for expression in [value] if isinstance(value, str) else value or ():
+                try:
+                    re.compile(expression)
+                except re.error as error:
+                    raise ValueError(f"{name}: {expression!r} is not a regular expression ({error})") from None
+
+
+def _excluded(config: LoraConfig, name: str) -> bool:
+    exclude = config.exclude_modules
+    if not exclude:
+        return False
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, name) is not None
+    return any(ends_with(name, key) for key in exclude)
+
+
+def _targeted(config: LoraConfig, targets: set[str] | str, name: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True  # a whole path is not subject to layers_to_transform
+    return any(ends_with(name, key) for key in targets) and _in_layers(config, name)
+
+
+def _in_layers(config: LoraConfig, name: str) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == []:
+        return True
+    patterns = config.layers_pattern or []
+    if patterns:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        found = next((m for p in patterns if (m := re.match(rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.", name))), None)
+    else:
+        # the first number is the layer; a later one may be an expert
+        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+    return found is not None and int(found["idx"]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _no_match(config: LoraConfig, modules: dict[str, nn.Module]) -> str:
+    linear = [name for name, module in modules.items() if is_supported(module)]
+    asked = {
+        key: value
+        for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        if (value := getattr(config, key)) is not None
+    }
+    wanted = ", ".join(f"{k}={sorted(v) if isinstance(v, set) else v!r}" for k, v in asked.items())
+    ends = sorted({name.rpartition(".")[2] for name in linear})
+    return f"no module matches {wanted}. The model has {len(linear)} linear layers" + (
+        f", with last names {', '.join(ends[:40])}; the first is {linear[0]!r}" if linear else ""
+    )
