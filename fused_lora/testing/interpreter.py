@@ -1,0 +1,235 @@
+"""Triton's interpreter made right in bf16, and its memory accesses checked, so that a CPU can prove a kernel.
+
+    install_shim()            bf16 dots, casts and arithmetic as the hardware rounds them; one launch at a time
+    fixed_order_dot()         tl.dot as a plain loop over k: a row's bits cannot depend on its neighbours
+    checked()                 every active lane of every access inside its own argument, no two programs in conflict
+
+Why. The interpreter keeps bf16 as bare uint16: it multiplies bit patterns in tl.dot and in arithmetic, and truncates in
+casts; it reads and writes out of bounds in silence; and it keeps its grid position in globals, so threads disturb each
+other. All of it is found in triton 3.4 to 3.9; where the internals that are replaced here are missing, ``install_shim``
+and ``checked`` raise RuntimeError rather than check nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from .bounds import AccessChecker, AccessReport
+
+_LAUNCH_LOCK = threading.RLock()
+_REPLACED = {
+    "InterpreterBuilder": (
+        "cast_impl create_fp_to_fp binary_op unary_op create_dot create_fma create_clampf create_select "
+        "create_masked_load create_masked_store create_atomic_rmw create_atomic_cas set_grid_idx"
+    ),
+    "GridExecutor": "__call__ _init_args_hst",
+}
+
+
+class _State:
+    installed = False
+    fixed_order = False
+
+
+def interpreting() -> bool:
+    """Whether kernels run in the interpreter: TRITON_INTERPRET as triton reads it."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _require_internals() -> None:
+    for owner, names in _REPLACED.items():
+        cls = getattr(interpreter, owner, None)
+        missing = [n for n in names.split() if not hasattr(cls, n)]
+        if missing:
+            raise RuntimeError(
+                f"triton {_triton_version()} has no triton.runtime.interpreter.{owner}.{missing[0]}: "
+                "fused_lora.testing.interpreter knows triton 3.4 to 3.9 and has to be adapted"
+            )
+    if not hasattr(interpreter, "_implicit_cvt") or not hasattr(interpreter, "TensorHandle"):
+        raise RuntimeError(f"triton {_triton_version()} has no interpreter._implicit_cvt or TensorHandle")
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def bf16_to_float32(bits: np.ndarray) -> np.ndarray:
+    """bf16 bit patterns (uint16) as float32 values, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to nearest-even bf16 bit patterns (uint16); NaN becomes 0x7FFF, PTX's canonical NaN."""
+    bits = values.astype(np.float32, order="C", copy=False).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
+    return np.where((bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000), 0x7FFF, rounded).astype(np.uint16)
+
+
+def _is_bf16(dtype) -> bool:
+    return dtype.scalar == tl.bfloat16
+
+
+def _as_float(handle) -> np.ndarray:
+    return bf16_to_float32(handle.data) if _is_bf16(handle.dtype) else handle.data
+
+
+def _cast_impl(builder, src, dst_type):
+    if _is_bf16(src.dtype) and _is_bf16(dst_type):
+        return interpreter.TensorHandle(src.data, tl.bfloat16)
+    if _is_bf16(dst_type):
+        return interpreter.TensorHandle(float32_to_bf16(_as_float(src)), tl.bfloat16)
+    if _is_bf16(src.dtype):
+        src = interpreter.TensorHandle(bf16_to_float32(src.data), tl.float32)
+        if dst_type.scalar == tl.float32:
+            return src
+    return _ORIGINAL["cast_impl"](builder, src, dst_type)
+
+
+def _create_fp_to_fp(builder, src, dst_type, rounding_mode):
+    to_nearest = rounding_mode is None or rounding_mode == interpreter._ir.ROUNDING_MODE.RTNE
+    if to_nearest and src.dtype.primitive_bitwidth >= 16 and dst_type.scalar.primitive_bitwidth >= 16:
+        return builder.cast_impl(src, dst_type)
+    return _ORIGINAL["create_fp_to_fp"](builder, src, dst_type, rounding_mode)
+
+
+def _binary_op(builder, lhs, rhs, op):
+    if not _is_bf16(lhs.dtype):
+        return _ORIGINAL["binary_op"](builder, lhs, rhs, op)
+    out = op(_as_float(lhs), _as_float(rhs))
+    return interpreter.TensorHandle(out if out.dtype == np.bool_ else float32_to_bf16(out), tl.bfloat16)
+
+
+def _unary_op(builder, arg, op):
+    if not _is_bf16(arg.dtype):
+        return _ORIGINAL["unary_op"](builder, arg, op)
+    return interpreter.TensorHandle(float32_to_bf16(op(bf16_to_float32(arg.data))), tl.bfloat16)
+
+
+def _refuse_bf16(name):
+    def method(builder, *handles):
+        if any(_is_bf16(h.dtype) for h in handles if isinstance(h, interpreter.TensorHandle)):
+            raise NotImplementedError(f"{name} on bf16 in the interpreter: cast to float32 first")
+        return _ORIGINAL[name](builder, *handles)
+
+    return method
+
+
+def _create_dot(builder, a, b, d, input_precision, max_num_imprecise_acc):
+    if a.dtype.primitive_bitwidth == 8 or b.dtype.primitive_bitwidth == 8 or a.dtype.scalar.is_int():
+        return _ORIGINAL["create_dot"](builder, a, b, d, input_precision, max_num_imprecise_acc)
+    wide = np.promote_types(d.data.dtype, np.float32)
+    left, right = _as_float(a).astype(wide, copy=False), _as_float(b).astype(wide, copy=False)
+    if _State.fixed_order:
+        acc = d.data.astype(wide)
+        for k in range(left.shape[-1]):
+            acc += left[..., :, k : k + 1] * right[..., k : k + 1, :]
+    else:
+        acc = np.matmul(left, right) + d.data
+    return interpreter.TensorHandle(acc.astype(d.data.dtype, copy=False), d.dtype.scalar)
+
+
+def _locked_call(executor, *args, **kwargs):
+    with _LAUNCH_LOCK:
+        return _ORIGINAL["__call__"](executor, *args, **kwargs)
+
+
+_SHIM = {
+    "cast_impl": _cast_impl,
+    "create_fp_to_fp": _create_fp_to_fp,
+    "binary_op": _binary_op,
+    "unary_op": _unary_op,
+    "create_fma": _refuse_bf16("create_fma"),
+    "create_clampf": _refuse_bf16("create_clampf"),
+    "create_dot": _create_dot,
+}
+_ORIGINAL: dict = {}
+
+
+def install_shim() -> None:
+    """Make bf16 right in the interpreter for the rest of the process, and launches one at a time.
+
+    Rounding is to nearest even, as the hardware's. A dot multiplies in fp32 and accumulates in fp32: by numpy's matmul,
+    or in a fixed order within ``fixed_order_dot``. Arithmetic on bf16 blocks rounds after each operation; fma and clamp
+    on bf16 blocks raise NotImplementedError. Calling it again changes nothing.
+
+    Raises:
+        RuntimeError: this triton's interpreter has not the internals that have to be replaced.
+    """
+    if _State.installed:
+        return
+    _require_internals()
+    builder = interpreter.InterpreterBuilder
+    _ORIGINAL.update({name: getattr(builder, name) for name in _SHIM})
+    _ORIGINAL["__call__"] = interpreter.GridExecutor.__call__
+    for name, method in _SHIM.items():
+        setattr(builder, name, method)
+    interpreter.GridExecutor.__call__ = _locked_call
+    _State.installed = True
+
+
+def uninstall_shim() -> None:
+    """Give the interpreter its own methods back (for the shim's self-test)."""
+    if not _State.installed:
+        return
+    for name in _SHIM:
+        setattr(interpreter.InterpreterBuilder, name, _ORIGINAL[name])
+    interpreter.GridExecutor.__call__ = _ORIGINAL["__call__"]
+    _State.installed = False
+
+
+@contextlib.contextmanager
+def fixed_order_dot() -> Iterator[None]:
+    """Within it every tl.dot adds its products one k after the other, so that equal inputs give equal bits per row.
+
+    About ten times slower than the default: for tests of batch invariance and of bit-equal tiles alone.
+    """
+    install_shim()
+    before, _State.fixed_order = _State.fixed_order, True
+    try:
+        yield
+    finally:
+        _State.fixed_order = before
+
+
+@contextlib.contextmanager
+def checked(
+    *, races: bool = True, cross_program_reads: bool = False, extra: Sequence[torch.Tensor] = ()
+) -> Iterator[AccessReport]:
+    """Check every active lane of every load, store and atomic of the kernels launched within, descriptors included.
+
+    A lane must lie on an element of the tensor argument that its pointer came from: not in another argument, not in the
+    gaps of a strided view. A pointer that lost its origin (read from memory, or chosen between two arguments) must lie
+    in some argument, or in ``extra``. With ``races``, no two programs of a launch store the same element, no store
+    has two lanes on one element, and no program loads what another one stores in the same launch.
+
+    Args:
+        races: check for conflicts between programs and between the lanes of a store.
+        cross_program_reads: allow a load of what another program stored, for kernels that synchronise by atomics.
+        extra: tensors that kernels reach by addresses read from memory.
+
+    Yields:
+        the counts so far: launches, programs, and lanes loaded, stored and updated. On a GPU without the interpreter
+        nothing is checked and ``active`` is False, so that the same test can run natively.
+
+    Raises:
+        AccessError: from the launch, naming the kernel's argument, the program and the first bad lane.
+        RuntimeError: this triton's interpreter has not the internals that have to be replaced.
+    """
+    if not interpreting():
+        yield AccessReport(active=False)
+        return
+    install_shim()
+    checker = AccessChecker(races, cross_program_reads, extra)
+    with checker.installed():
+        yield checker.report

@@ -1,0 +1,88 @@
+"""Where kernels run, how tests are seeded, and which are skipped for want of a GPU or of Triton."""
+
+import importlib.util
+import os
+import random
+import re
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if not HAS_CUDA:
+    # read when a kernel is decorated, so it is set before any test module imports one
+    os.environ["TRITON_INTERPRET"] = "1"
+
+_NEEDS_TRITON = re.compile(
+    r"^(?:import|from) +(?:triton|fused_lora\.kernels|fused_lora\.testing\.(?:interpreter|bounds))\b", re.MULTILINE
+)
+
+
+class _WithoutTriton(pytest.Module):
+    def collect(self):
+        pytest.skip("Triton is not installed: kernels cannot run", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    if not HAS_TRITON and _NEEDS_TRITON.search(module_path.read_text(encoding="utf-8")):
+        return _WithoutTriton.from_parent(parent, path=module_path)
+
+
+def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not HAS_CUDA:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_shim():
+    """bf16 right in Triton's interpreter, wherever a test reaches a kernel."""
+    if HAS_TRITON and not HAS_CUDA:
+        from fused_lora.testing.interpreter import install_shim
+
+        install_shim()
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """The same random numbers for a test whatever ran before it."""
+    number = zlib.crc32(request.node.nodeid.encode())
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+    return number
+
+
+@pytest.fixture
+def device():
+    """Where kernels run: the GPU, or the CPU through the interpreter."""
+    return torch.device("cuda" if HAS_CUDA else "cpu")
+
+
+@pytest.fixture
+def guards():
+    """Guarded, NaN-filled buffers; the bands are checked when the test ends."""
+    from fused_lora.testing.guards import GuardedBuffers
+
+    buffers = GuardedBuffers()
+    yield buffers
+    buffers.assert_intact()
+
+
+@pytest.fixture
+def kernel_memory():
+    """Checks every access of the kernels a test launches, and what their launchers allocate uninitialised."""
+    from fused_lora.testing.guards import guarded_allocations
+    from fused_lora.testing.interpreter import checked
+
+    with checked() as report, guarded_allocations():
+        yield report
