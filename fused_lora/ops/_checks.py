@@ -1,0 +1,64 @@
+"""Argument checks shared by the operators: what came, what was expected, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None,
+) -> None:
+    """Raise ValueError (shapes, values) or TypeError (dtypes) when the arguments of a LoRA linear do not fit."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x: expected [..., {K}] to fit weight {tuple(weight.shape)}, got shape {tuple(x.shape)}")
+    if x.dtype not in FLOAT_DTYPES or weight.dtype != x.dtype:
+        raise TypeError(f"x, weight: expected one floating dtype for both, got {x.dtype} and {weight.dtype}")
+    if bias is not None and (tuple(bias.shape) != (N,) or bias.dtype not in FLOAT_DTYPES):
+        raise ValueError(f"bias: expected a floating tensor [{N}], got {bias.dtype} {tuple(bias.shape)}")
+    counts = {len(lora_A), len(lora_B), len(scaling), len(dropout)}
+    if len(counts) != 1:
+        raise ValueError(
+            "lora_A, lora_B, scaling, dropout: expected one entry per adapter in each, got "
+            f"{len(lora_A)}, {len(lora_B)}, {len(scaling)} and {len(dropout)}"
+        )
+    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        if A.dim() != 2 or A.shape[1] != K or B.dim() != 2 or B.shape[0] != N or A.shape[0] != B.shape[1]:
+            raise ValueError(
+                f"adapter {i}: expected lora_A [r, {K}] and lora_B [{N}, r], got {tuple(A.shape)} and {tuple(B.shape)}"
+            )
+        if A.dtype not in FLOAT_DTYPES or B.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"adapter {i}: expected floating lora_A and lora_B, got {A.dtype} and {B.dtype}")
+    for p in dropout:
+        if not (0.0 <= p <= 1.0):
+            raise ValueError(f"dropout: expected values in [0, 1], got {p}")
+    for s in scaling:
+        if math.isnan(s):
+            raise ValueError("scaling: expected numbers, got NaN")
+    if any(dropout):
+        if seeds is None or seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(dropout),):
+            got = None if seeds is None else (seeds.dtype, tuple(seeds.shape))
+            raise ValueError(f"seeds: expected int64 [{len(dropout)}] because dropout is not 0, got {got}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("seeds", seeds), *_named(lora_A, lora_B)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}")
+
+
+def _named(lora_A: Sequence[torch.Tensor], lora_B: Sequence[torch.Tensor]):
+    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        yield f"lora_A[{i}]", A
+        yield f"lora_B[{i}]", B

@@ -1,0 +1,200 @@
+"""The eager path of the LoRA linear: plain torch, fast on CPUs, correct on any device.
+
+One rule shapes it: nothing of size [M, K] is stored, neither the mask nor the dropped input. The mask is drawn again
+where it is needed, for a block of rows that fits the cache, by numpy's Philox (5 times faster than F.dropout).
+
+16-bit tensors on a CPU are computed in fp32 and rounded once: a bf16 or fp16 GEMM without hardware support is
+hundreds of times slower than the same GEMM in fp32. The weight is converted in blocks of rows, so that the copy stays
+small and no fp32 weight is ever kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from fused_lora.reference import dropout_lanes, dropout_mask, dropout_threshold, keep_scale
+
+_MASK_ELEMENTS = 1 << 18  # row block of the mask and of the dropped input: 1 MiB of fp32
+_WEIGHT_ELEMENTS = 1 << 22  # row block of a 16-bit weight in fp32: 16 MiB
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """fp32 for 16-bit tensors on a CPU, else the dtype itself."""
+    return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [M, N] in x's dtype, S [M, sum r] in the accumulation dtype. Arguments as ``reference.lora_linear``, x 2-D."""
+    acc = accumulate_dtype(x, lora_A)
+    rows = x.to(compute_dtype(x.dtype, x.device))
+    S = _shrink(rows, lora_A, dropout, seeds, acc)
+    y = _matmul_weight_t(rows, weight, None if acc != rows.dtype else bias)
+    term = y if y.dtype == acc else y.to(acc)
+    if bias is not None and acc != rows.dtype:
+        term += bias
+    column = 0
+    for B, s in zip(lora_B, scaling, strict=True):
+        term.addmm_(S[:, column : column + B.shape[1]], B.to(acc).t(), alpha=s)
+        column += B.shape[1]
+    return term.to(x.dtype), S
+
+
+def lora_linear_backward(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    S: torch.Tensor,
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None,
+    need_x: bool,
+    need_A: Sequence[bool],
+    need_B: Sequence[bool],
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor | None, list, list, torch.Tensor | None, torch.Tensor | None]:
+    """dx [M, K], dA and dB lists, dW [N, K], db [N]; None where the matching ``need`` is False. g, x are 2-D."""
+    acc = accumulate_dtype(x, lora_A)
+    work = compute_dtype(x.dtype, x.device)
+    g_rows, x_rows = g.to(work), x.to(work)
+    g_acc = g_rows.to(acc)
+    dx = _matmul_weight(g_rows, weight).to(acc) if need_x else None
+    dA, dB, column = [], [], 0
+    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        r, s = A.shape[0], scaling[i]
+        dB.append((g_acc.t() @ S[:, column : column + r]).mul_(s).to(B.dtype) if need_B[i] else None)
+        column += r
+        if not (need_x or need_A[i]):
+            dA.append(None)
+            continue
+        dS = (g_acc @ B.to(acc)).mul_(s)
+        seed = seeds[i] if dropout[i] else None
+        dA.append(_input_side(dS, x_rows, A, dropout[i], seed, dx, need_A[i]))
+    dW = (g_rows.t() @ x_rows).to(weight.dtype) if need_weight else None
+    db = g_acc.sum(0) if need_bias else None
+    return (dx.to(x.dtype) if need_x else None), dA, dB, dW, db
+
+
+def accumulate_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
+    """The widest dtype involved: fp32 adapters over a 16-bit base are used in fp32, as PEFT does."""
+    acc = compute_dtype(x.dtype, x.device)
+    for A in lora_A:
+        acc = torch.promote_types(acc, A.dtype)
+    return acc
+
+
+def _row_blocks(M: int, K: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _MASK_ELEMENTS // max(K, 1))
+    for start in range(0, M, step):
+        yield start, min(start + step, M)
+
+
+def _buffer(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Room for one row block, reused for all of them."""
+    first = next(_row_blocks(*rows.shape), (0, 0))
+    return torch.empty((first[1], rows.shape[1]), dtype=dtype, device=rows.device)
+
+
+class _Mask:
+    """Row blocks of one call's keep mask, and products with it, without holding the whole on a CPU."""
+
+    def __init__(self, seed: torch.Tensor, p: float, M: int, K: int, device: torch.device):
+        self._cut = dropout_threshold(p) - 32768
+        self.scale, self._p, self._K = keep_scale(p), p, K
+        # off the CPU the mask comes from the host too: the fused kernels draw it on the device, this path is the fallback
+        self._seed = int(seed)
+        self._device = device
+        self._whole = None if device.type == "cpu" else dropout_mask(self._seed, (M, K), p, device)
+
+    def times(self, tensor: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
+        """out = tensor * mask for rows [start, stop); ``out`` may be ``tensor``."""
+        if self._whole is not None:
+            return torch.mul(tensor, self._whole[start:stop], out=out)
+        keep = np.greater_equal(dropout_lanes(self._seed, start, stop - start, self._K)[:, : self._K], self._cut)
+        np.multiply(tensor.numpy(), keep, out=out.numpy())  # twice as fast as torch's product with a bool
+        return out
+
+
+def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
+    """S = concatenation of D_i(x) A_i^T, [M, sum r] in ``acc``."""
+    M, K = rows.shape
+    S = rows.new_empty((M, sum(A.shape[0] for A in lora_A)), dtype=acc)
+    column = 0
+    for i, A in enumerate(lora_A):
+        out, A_t = S[:, column : column + A.shape[0]], A.to(acc).t()
+        column += A.shape[0]
+        if dropout[i] == 0.0:
+            out.copy_(rows.to(acc) @ A_t)
+        elif dropout[i] == 1.0:
+            out.zero_()
+        else:
+            mask, buffer = _Mask(seeds[i], dropout[i], M, K, rows.device), _buffer(rows, rows.dtype)
+            for start, stop in _row_blocks(M, K):
+                block = mask.times(rows[start:stop], start, stop, buffer[: stop - start])
+                out[start:stop] = (block.to(acc) @ A_t).mul_(mask.scale)
+    return S
+
+
+def _input_side(dS, rows, A, p, seed, dx, need_A: bool) -> torch.Tensor | None:
+    """dx += mask / (1 - p) * (dS A) in place where dx is given; returns dA = dS^T D(x) where needed. One mask pass."""
+    acc, A_acc = dS.dtype, A.to(dS.dtype)
+    if p == 0.0:
+        if dx is not None:
+            dx.addmm_(dS, A_acc)
+        return (dS.t() @ rows.to(acc)).to(A.dtype) if need_A else None
+    dA = torch.zeros_like(A_acc) if need_A else None
+    if p < 1.0:
+        M, K = rows.shape
+        mask, buffer = _Mask(seed, p, M, K, rows.device), _buffer(rows, acc)
+        dS = dS * mask.scale
+        for start, stop in _row_blocks(M, K):
+            block = buffer[: stop - start]
+            if need_A:
+                mask.times(rows[start:stop].to(acc), start, stop, block)
+                dA.addmm_(dS[start:stop].t(), block)
+            if dx is not None:
+                torch.mm(dS[start:stop], A_acc, out=block)
+                dx[start:stop] += mask.times(block, start, stop, block)
+    return dA.to(A.dtype) if need_A else None
+
+
+def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
+    N, K = weight.shape
+    step = N if weight.dtype == dtype else max(1, _WEIGHT_ELEMENTS // max(K, 1))
+    for start in range(0, N, max(step, 1)):
+        stop = min(start + step, N)
+        yield start, stop, weight[start:stop].to(dtype)
+
+
+def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """rows W^T (+ bias) in the dtype of rows."""
+    if weight.dtype == rows.dtype:
+        return torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+    y = rows.new_empty((rows.shape[0], weight.shape[0]))
+    for start, stop, block in _weight_blocks(weight, rows.dtype):
+        y[:, start:stop] = rows @ block.t()
+    return y if bias is None else y.add_(bias.to(rows.dtype))
+
+
+def _matmul_weight(g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """g W in the dtype of g."""
+    if weight.dtype == g.dtype:
+        return g @ weight
+    dx = g.new_zeros((g.shape[0], weight.shape[1]))
+    for start, stop, block in _weight_blocks(weight, g.dtype):
+        dx.addmm_(g[:, start:stop], block)
+    return dx

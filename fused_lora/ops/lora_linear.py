@@ -1,0 +1,184 @@
+"""The LoRA linear as torch operators: y = x W^T + b + sum_i s_i D_i(x) A_i^T B_i^T, its gradients, and autocast.
+
+    fused_lora::lora_linear            -> (y [..., N], S [M, sum r_i])
+    fused_lora::lora_linear_backward   -> the gradients that are needed, in the order x, lora_A, lora_B, weight, bias
+
+Saved for the backward: x itself (shared with whoever else holds it), S and the seeds. No mask, no dropped copy of x.
+The maths and the mask are those of ``fused_lora.reference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_lora.ops import plan
+from fused_lora.ops._checks import check_linear
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float] | None = None,
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + b + sum_i scaling_i * D_i(x) lora_A_i^T lora_B_i^T, differentiable, with one mask per adapter.
+
+    Args:
+        x: [..., K], fp64, fp32, bf16 or fp16.
+        weight: [N, K], dtype of x. bias: [N], any floating dtype, or None; it is added before the one rounding.
+        lora_A: [r_i, K] each; lora_B: [N, r_i] each; any floating dtype (fp32 adapters over a 16-bit base are used
+            in fp32, without an fp32 copy of x on the kernel path).
+        scaling: one float per adapter.
+        dropout: one probability per adapter (default: 0 everywhere). It acts in units of 2^-16.
+        seeds: int64 [adapters] on x's device; drawn from torch's default generator when a dropout is not 0 and none
+            are given. ``fused_lora.dropout_mask(seed, x.shape, p)`` is the mask that a seed stands for.
+
+    Returns:
+        y [..., N] in x's dtype (under autocast: in the autocast dtype).
+
+    Raises:
+        ValueError: shapes, devices, dropout or scaling do not fit. TypeError: dtypes do not fit.
+    """
+    if not lora_A:
+        return torch.nn.functional.linear(x, weight, bias)
+    dropout = [0.0] * len(lora_A) if dropout is None else list(dropout)
+    if seeds is None and any(dropout):
+        seeds = draw_seeds(len(dropout), x.device)
+    autocast = _autocast_dtype(x)
+    if autocast is None:
+        check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    else:
+        check_linear(x.to(autocast), weight.to(autocast), bias, lora_A, lora_B, scaling, dropout, seeds)
+    return _lora_linear(x, weight, bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)[0]
+
+
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """int64 [count] from torch's default generator of the device: what makes a run and a recomputation reproducible."""
+    return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
+
+
+@torch.library.custom_op("fused_lora::lora_linear", mutates_args=())
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    run = plan.forward(rows, weight, lora_A, dropout)
+    y, S = run(rows, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    return y.reshape(*x.shape[:-1], weight.shape[0]), S
+
+
+@_lora_linear.register_fake
+def _(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
+    M = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, x.new_empty((M, sum(A.shape[0] for A in lora_A)), dtype=plan.shrink_dtype(x, lora_A))
+
+
+@torch.library.custom_op("fused_lora::lora_linear_backward", mutates_args=())
+def _lora_linear_backward(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    S: Tensor,
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    n, (need_x, *rest) = len(lora_A), needs
+    need_A, need_B, need_weight, need_bias = rest[:n], rest[n : 2 * n], rest[2 * n], rest[2 * n + 1]
+    K = weight.shape[1]
+    g_rows = g.reshape(-1, weight.shape[0])
+    rows = g_rows.new_empty((g_rows.shape[0], K)) if x is None else x.reshape(-1, K)
+    run = plan.backward(g_rows, weight, lora_A, dropout)
+    dx, dA, dB, dW, db = run(
+        g_rows, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, need_weight, need_bias
+    )
+    dx = None if dx is None else dx.reshape(*g.shape[:-1], K)
+    db = None if db is None else db.to(bias_dtype)
+    return [t for t in (dx, *dA, *dB, dW, db) if t is not None]
+
+
+@_lora_linear_backward.register_fake
+def _(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
+    bias = None if bias_dtype is None else weight.new_empty((weight.shape[0],), dtype=bias_dtype)
+    shapes = [g.new_empty((*g.shape[:-1], weight.shape[1])), *lora_A, *lora_B, weight, bias]
+    return [t.new_empty(t.shape) for t, need in zip(shapes, needs, strict=True) if need]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, lora_A, lora_B, scaling, dropout, seeds = inputs
+    n = len(lora_A)
+    # lists count one flag per tensor here: x, weight, bias, n times lora_A, n times lora_B
+    need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
+    need_A, need_B = rest[:n], rest[n : 2 * n]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.needs = [need_x, *need_A, *need_B, need_weight, need_bias]
+    ctx.adapters, ctx.scaling, ctx.dropout = n, scaling, dropout
+    ctx.bias_dtype = bias.dtype if need_bias else None
+    keep_x = x if need_weight or any(need_A) else None  # only dA and dW read it
+    ctx.save_for_backward(keep_x, weight, output[1], seeds, *lora_A, *lora_B)
+
+
+def _backward(ctx, g, _):
+    n = ctx.adapters
+    if g is None:
+        return (None, None, None, [None] * n, [None] * n, None, None, None)
+    x, weight, S, seeds, *adapters = ctx.saved_tensors
+    found = iter(
+        _lora_linear_backward(
+            g, x, weight, adapters[:n], adapters[n:], S, ctx.scaling, ctx.dropout, seeds, ctx.bias_dtype, ctx.needs
+        )
+    )
+    dx, *rest = (next(found) if need else None for need in ctx.needs)
+    return dx, rest[2 * n], rest[2 * n + 1], rest[:n], rest[n : 2 * n], None, None, None
+
+
+_lora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    """Under autocast x and W take the autocast dtype, as in F.linear; the adapters keep theirs, and so do their gradients."""
+
+    def forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
+        dtype = _autocast_dtype(x)
+        with torch.autocast(device_type, enabled=False):
+            if dtype is not None:
+                x, weight = x.to(dtype), weight.to(dtype)
+            return _lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+
+    def backward(*args):
+        with torch.autocast(device_type, enabled=False):
+            return _lora_linear_backward(*args)
+
+    _library.impl("lora_linear", forward, key)
+    _library.impl("lora_linear_backward", backward, key)
+
+
+_library = torch.library.Library("fused_lora", "FRAGMENT")
+_register_autocast("cuda", "AutocastCUDA")
+_register_autocast("cpu", "AutocastCPU")

@@ -1,0 +1,392 @@
+"""Merge and exact unmerge: W <- round(W + D) in place and back to the same bits, D = sum_i s_i B_i A_i in fp32.
+
+Subtracting D again gives W back for 88 to 99.6 % of the elements only, because the merge rounds. So the merge keeps,
+for every element where round(Wm - D) is not W to the bit, its position and its value: 6 bytes (fp32) or 4 bytes
+(16-bit) for 0.2 to 10 % of the elements, and never more than a plain copy of W.
+
+That is right only if D has the same bits at merge and at unmerge. Both walk the same row blocks with the same
+single-threaded fp32 GEMM on frozen copies of A, B and s, so neither the thread count nor a later edit of the adapter
+matters, and a fingerprint of W (integer sums of its bit patterns, which see every change of a single element) is
+compared for each block before a block is written back.
+
+A block is written last, in one copy, after everything that can fail. A failure in block k takes blocks 0..k-1 back, so
+a weight is either merged whole or not touched.
+
+Traffic per weight element: one read and one write of W; D, Wm and the candidate stay in a block that fits the cache.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fused_lora.reference import bits
+
+_CHUNK = 1 << 16  # corrections are addressed by 16 bits inside chunks of this many elements
+_FINGERPRINT_LANES = 251  # prime, so that rows and columns of usual sizes do not fold onto themselves
+_BLOCK_ELEMENTS = 1 << 18  # CPU block: 1 MiB of fp32, small enough for the cache, large enough to hide the call overhead
+_DEVICE_BLOCK_ELEMENTS = 1 << 24
+_WORKSPACE_SHARE = 0.045  # of the weight's own bytes, for all CPU blocks in flight
+_MIN_BLOCK_ELEMENTS = 1 << 14
+_THREADED_ELEMENTS = 1 << 19  # below this one thread is faster than starting several
+
+
+@dataclass
+class _Block:
+    """What one row block needs to come back: corrections (or a copy) and the fingerprint of its original bits."""
+
+    start: int
+    stop: int
+    fingerprint: bytes
+    counts: torch.Tensor | None = None  # int32 [chunks]: corrections in each chunk of 65536 elements
+    offsets: torch.Tensor | None = None  # uint16 [n]: position inside the chunk
+    values: torch.Tensor | None = None  # integers [n]: original bits; or [rows, columns] when it is a whole copy
+
+
+@dataclass
+class MergeRecord:
+    """What was added to one weight, frozen, and what it takes to get the old bits back.
+
+    ``left`` [rows, R] and ``right`` [R, columns] are fp32 copies with the scaling inside; ``left @ right`` is the
+    delta as the weight is stored. ``nbytes`` counts everything that the record holds.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    transposed: bool
+    block_rows: int
+    blocks: list[_Block] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.left, self.right]
+        for block in self.blocks:
+            tensors += [t for t in (block.counts, block.offsets, block.values) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def corrections(self) -> int:
+        """How many elements need their value kept."""
+        return sum(b.values.numel() for b in self.blocks if b.values is not None)
+
+
+def merge_(
+    weight: torch.Tensor,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    *,
+    fan_in_fan_out: bool = False,
+) -> MergeRecord:
+    """In place: weight <- round(weight + sum_i scaling_i * lora_B_i @ lora_A_i), one rounding for any number of adapters.
+
+    Args:
+        weight: [N, K], or [K, N] with ``fan_in_fan_out``; fp32, bf16 or fp16, any strides, any device.
+        lora_A: [r_i, K] each; lora_B: [N, r_i] each; any floating dtype. scaling: one float each.
+
+    Returns:
+        The record that :func:`unmerge_` needs. Later changes of lora_A, lora_B or scaling do not affect it.
+
+    Raises:
+        ValueError: shapes do not fit, or a finite weight would become infinite or NaN. The weight is unchanged.
+        TypeError: weight is not fp32, bf16 or fp16.
+    """
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
+    left, right = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out)
+    W = weight.detach()
+    transposed = W.stride(0) < W.stride(1) and W.t().is_contiguous()
+    if transposed:  # rows of the storage are what a block should hold
+        W, left, right = W.t(), right.t().contiguous(), left.t().contiguous()
+    record = MergeRecord(left, right, transposed, _block_rows(W))
+    check_finite = not _cannot_overflow(left, right, W.dtype)
+    done = _for_blocks(W, record, lambda ws, start, stop: _merge_block(W, record, ws, start, stop, check_finite))
+    if isinstance(done, BaseException):
+        _for_blocks(W, record, lambda ws, block: _unmerge_block(W, record, ws, block), record.blocks)
+        raise done
+    record.blocks.sort(key=lambda b: b.start)
+    return record
+
+
+def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
+    """In place: the bits that ``weight`` had before the :func:`merge_` that returned ``record``.
+
+    Raises:
+        RuntimeError: the weight is not what the merge left (changed, cast or moved since). Nothing is changed.
+    """
+    W = weight.detach()
+    W = W.t() if record.transposed else W
+    expected = (record.left.shape[0], record.right.shape[1])
+    if tuple(W.shape) != expected or W.device != record.left.device:
+        raise RuntimeError(
+            f"weight: expected shape {expected} on {record.left.device} as at merge, got {tuple(W.shape)} on {W.device}"
+        )
+    restored: list[_Block] = []
+
+    def restore(ws: _Workspace, block: _Block) -> None:
+        _unmerge_block(W, record, ws, block)
+        restored.append(block)
+
+    failure = _for_blocks(W, record, restore, record.blocks)
+    if isinstance(failure, BaseException):
+        # the merge of a block is deterministic, so merging again undoes the part that was already restored
+        _for_blocks(W, record, lambda ws, b: _add_delta(W, record, ws, b.start, b.stop), restored)
+        raise failure
+
+
+def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, float]:
+    """How much of the delta a merged ``weight`` really holds: (||Wm - W||, ||(Wm - W) - D|| / ||D||), Frobenius norms.
+
+    The second number is the share of the delta that rounding lost: 0 is perfect, 0.8 means that the weights' precision
+    is too coarse for this adapter. Reads the merged weight and the record, changes nothing.
+    """
+    W = weight.detach()
+    W = W.t() if record.transposed else W
+    moved = lost = wanted = 0.0
+    ws = _Workspace(W, record)
+    for block in record.blocks:
+        merged = W[block.start : block.stop].float()
+        original, delta = _original_block(W, record, ws, block)
+        change = merged - original.float()
+        moved += change.double().square().sum().item()
+        lost += (change - delta).double().square().sum().item()
+        wanted += delta.double().square().sum().item()
+    return math.sqrt(moved), math.sqrt(lost / wanted) if wanted else 0.0
+
+
+def _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = (weight.shape[1], weight.shape[0]) if fan_in_fan_out else weight.shape
+    if not (len(lora_A) == len(lora_B) == len(scaling)) or not lora_A:
+        raise ValueError(
+            f"lora_A, lora_B, scaling: expected as many of each and at least one, "
+            f"got {len(lora_A)}, {len(lora_B)} and {len(scaling)}"
+        )
+    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        if A.dim() != 2 or A.shape[1] != columns or B.dim() != 2 or tuple(B.shape) != (rows, A.shape[0]):
+            raise ValueError(
+                f"adapter {i}: expected lora_A [r, {columns}] and lora_B [{rows}, r], "
+                f"got {tuple(A.shape)} and {tuple(B.shape)}"
+            )
+    # fp32 copies: whatever happens to the adapter while merged, the same delta is taken away again
+    A = torch.cat([a.detach().to(weight.device, torch.float32) for a in lora_A])
+    B = torch.cat([b.detach().to(weight.device, torch.float32) * s for b, s in zip(lora_B, scaling, strict=True)], 1)
+    return (A.t().contiguous(), B.t().contiguous()) if fan_in_fan_out else (B.contiguous(), A.contiguous())
+
+
+def _cannot_overflow(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
+    """True when |D| stays below half the spacing of the largest finite numbers, so that no finite W can overflow."""
+    if not left.numel() or not right.numel():
+        return True
+    bound = left.shape[1] * left.abs().max().item() * right.abs().max().item()
+    info = torch.finfo(dtype)
+    return bound < info.max * info.eps / 8  # False for NaN and infinity
+
+
+def _block_rows(W: torch.Tensor) -> int:
+    rows, columns = W.shape
+    if W.device.type != "cpu":
+        return max(1, _DEVICE_BLOCK_ELEMENTS // max(columns, 1))
+    share = int(_WORKSPACE_SHARE * W.numel() * W.element_size() / (9 * torch.get_num_threads()))
+    return max(1, min(_BLOCK_ELEMENTS, max(share, _MIN_BLOCK_ELEMENTS)) // max(columns, 1))
+
+
+class _Workspace:
+    """The buffers of one worker; a block's temporaries are views of them, so nothing grows with the weight."""
+
+    def __init__(self, W: torch.Tensor, record: MergeRecord):
+        shape = (min(record.block_rows, W.shape[0]), W.shape[1])
+        self._delta = torch.empty(shape, dtype=torch.float32, device=W.device)
+        self._sum = torch.empty(shape, dtype=torch.float32, device=W.device)
+        self._merged = self._sum if W.dtype == torch.float32 else torch.empty(shape, dtype=W.dtype, device=W.device)
+        self._differs = torch.empty(shape, dtype=torch.bool, device=W.device)
+
+    def views(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._delta[:rows], self._sum[:rows], self._merged[:rows], self._differs[:rows]
+
+
+def _for_blocks(W: torch.Tensor, record: MergeRecord, work: Callable, blocks: list[_Block] | None = None):
+    """Run ``work(workspace, block)``, or ``work(workspace, start, stop)``, over all blocks; returns the first exception.
+
+    CPU blocks are spread over Python threads with single-threaded torch operations inside: one parallel region per
+    weight instead of one per operation, and a GEMM whose bits do not depend on the number of threads.
+    """
+    if blocks is None:
+        tasks = [(i, min(i + record.block_rows, W.shape[0])) for i in range(0, W.shape[0], record.block_rows)]
+    else:
+        tasks = [(block,) for block in blocks]
+    threads = torch.get_num_threads()
+    workers = min(threads, len(tasks)) if W.device.type == "cpu" and W.numel() >= _THREADED_ELEMENTS else 1
+    failures: list[BaseException] = []
+
+    def run(first: int) -> None:
+        try:
+            torch.set_num_threads(1)
+            ws = _Workspace(W, record)
+            for task in tasks[first * len(tasks) // workers : (first + 1) * len(tasks) // workers]:
+                if failures:
+                    return
+                work(ws, *task)
+        except BaseException as e:  # noqa: B036 - handed to the caller, which rolls back and raises it
+            failures.append(e)
+        finally:
+            torch.set_num_threads(threads)
+
+    with torch.no_grad(), _ieee_matmul(W.device):
+        if W.device.type != "cpu" or workers == 1:
+            run(0)
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                try:
+                    list(pool.map(run, range(workers)))
+                except BaseException as e:  # noqa: B036 - an interrupt of the waiting thread stops the workers too
+                    failures.append(e)
+    return failures[0] if failures else None
+
+
+class _ieee_matmul:
+    """fp32 products stay fp32 on GPUs whatever the process-wide TF32 switch says."""
+
+    _lock = threading.Lock()
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            self._lock.acquire()
+            self._old = torch.backends.cuda.matmul.allow_tf32
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    def __exit__(self, *_) -> None:
+        if self._cuda:
+            torch.backends.cuda.matmul.allow_tf32 = self._old
+            self._lock.release()
+
+
+def _add_delta(W: torch.Tensor, record: MergeRecord, ws: _Workspace, start: int, stop: int, sign: int = 1):
+    """Block of round(W + D) written to W: what a merge does, without the bookkeeping."""
+    delta, total, merged, _ = ws.views(stop - start)
+    torch.mm(record.left[start:stop], record.right, out=delta)
+    torch.add(W[start:stop].float(), delta, out=total)
+    W[start:stop] = total.to(W.dtype)
+
+
+def _merge_block(W: torch.Tensor, record: MergeRecord, ws: _Workspace, start: int, stop: int, check_finite: bool):
+    delta, total, merged, differs = ws.views(stop - start)
+    w = W[start:stop]
+    original = w if w.is_contiguous() else w.contiguous()
+    torch.mm(record.left[start:stop], record.right, out=delta)
+    _add(original, delta, total, merged)
+    if check_finite and not bool((torch.isfinite(merged) | ~torch.isfinite(original)).all()):
+        raise ValueError("NaNs or infinities detected in the merged weights: the adapter seems to be broken")
+    candidate = _subtract(merged, delta, out=delta)
+    _differ(bits(candidate), bits(original), differs)
+    block = _Block(start, stop, _fingerprint(original))
+    _encode(block, original, differs)
+    w.copy_(merged)
+    record.blocks.append(block)
+
+
+def _add(w: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, merged: torch.Tensor) -> None:
+    if w.dtype == torch.float32:
+        torch.add(w, delta, out=merged)
+    else:
+        total.copy_(w).add_(delta)
+        merged.copy_(total)
+
+
+def _subtract(merged: torch.Tensor, delta: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """round(merged - delta); overwrites ``out``, which may be delta."""
+    if merged.dtype == torch.float32:
+        return torch.sub(merged, delta, out=out)
+    return torch.sub(merged.float(), delta, out=out).to(merged.dtype)
+
+
+def _original_block(W, record, ws, block) -> tuple[torch.Tensor, torch.Tensor]:
+    """The block's bits from before the merge, and its delta (a view of the workspace)."""
+    delta, total, _, _ = ws.views(block.stop - block.start)
+    torch.mm(record.left[block.start : block.stop], record.right, out=delta)
+    merged = W[block.start : block.stop]
+    candidate = _subtract(merged, delta, out=total)
+    candidate = candidate if candidate.is_contiguous() else candidate.contiguous()
+    _decode(block, bits(candidate))
+    return candidate, delta
+
+
+def _unmerge_block(W: torch.Tensor, record: MergeRecord, ws: _Workspace, block: _Block) -> None:
+    original, _ = _original_block(W, record, ws, block)
+    if _fingerprint(original) != block.fingerprint:
+        raise RuntimeError(
+            f"weight: rows {block.start} to {block.stop} are not what the merge left (changed, cast or loaded since), "
+            "so the original bits cannot be restored; nothing was changed"
+        )
+    W[block.start : block.stop] = original
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    if a.device.type == "cpu":  # numpy's integer comparison is vectorised, torch's single-threaded one is not
+        np.not_equal(a.numpy(), b.numpy(), out=out.numpy())
+    else:
+        torch.ne(a, b, out=out)
+
+
+def _encode(block: _Block, original: torch.Tensor, differs: torch.Tensor) -> None:
+    """Keep the original bits where ``differs``: chunk counts + 16-bit offsets + values, or a whole copy if smaller."""
+    flat = bits(original).reshape(-1)
+    edges = range(0, flat.numel() + _CHUNK, _CHUNK)
+    if flat.device.type == "cpu":  # numpy's flatnonzero, take and searchsorted are several times faster than torch's
+        index = np.flatnonzero(differs.numpy())
+        counts = torch.from_numpy(np.diff(np.searchsorted(index, edges)).astype(np.int32))
+        offsets, values = torch.from_numpy(index.astype(np.uint16)), torch.from_numpy(flat.numpy().take(index))
+    else:
+        index = differs.reshape(-1).nonzero().reshape(-1)
+        counts = torch.searchsorted(index, torch.tensor(edges, device=index.device)).diff().to(torch.int32)
+        offsets, values = (index & (_CHUNK - 1)).to(torch.uint16), flat[index]
+    if values.numel() * (flat.element_size() + 2) < flat.numel() * flat.element_size():
+        block.counts, block.offsets, block.values = counts, offsets, values
+    else:
+        block.values = flat.clone().reshape(original.shape)
+
+
+def _decode(block: _Block, candidate_bits: torch.Tensor) -> None:
+    if block.offsets is None:
+        candidate_bits.copy_(block.values)
+        return
+    chunk = torch.repeat_interleave(
+        torch.arange(block.counts.numel(), device=block.counts.device) * _CHUNK, block.counts.long()
+    )
+    candidate_bits.reshape(-1)[chunk + block.offsets.to(torch.int64)] = block.values
+
+
+def _fingerprint(block: torch.Tensor) -> bytes:
+    """Integer sums over the bit patterns, taken modulo 2^64 in 251 interleaved lanes.
+
+    Sums of integers are exact in any order, and a changed element changes its lane for certain.
+    """
+    words = _words(block)
+    rows = words.numel() // _FINGERPRINT_LANES
+    head = words[: rows * _FINGERPRINT_LANES].reshape(rows, _FINGERPRINT_LANES)
+    tail = words[rows * _FINGERPRINT_LANES :]
+    if block.device.type == "cpu":
+        lanes = np.add.reduce(head.numpy(), 0)
+        lanes[: tail.numel()] += tail.numpy()
+        return lanes.tobytes()
+    lanes = head.sum(0)
+    lanes[: tail.numel()] += tail
+    return lanes.cpu().numpy().tobytes()
+
+
+def _words(block: torch.Tensor) -> torch.Tensor:
+    """The block's bits as int64 words, or as widened integers where its size is no multiple of 8 bytes."""
+    flat = bits(block).reshape(-1)
+    if flat.numel() * flat.element_size() % 8 or flat.data_ptr() % 8:
+        return flat.to(torch.int64)
+    return flat.view(torch.int64)
