@@ -3,7 +3,7 @@ from setuptools import find_packages, setup
 setup(
     name="fused_lora",
     version="0.1.0",
-    description="LoRA layers in one pass: fused training, in-place merge with a bit-exact unmerge, many adapters at once",
+    description="LoRA in one pass: fused training, in-place merge with a bit-exact unmerge, many adapters at once",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,3 +1,49 @@
-"""fused_lora: LoRA layers in one pass. Train, merge exactly, serve many adapters at once."""
+"""fused_lora: LoRA layers in one pass. Train, merge exactly, serve many adapters at once.
+
+    inject / LoraConfig / LoraLinear          LoRA on a model or a layer, PEFT's names and rules
+    save_adapter / load_adapter               PEFT checkpoints, both ways
+    set_adapter / delete_adapter / disable_adapters / adapter_batch
+    merge / unmerge / delta_fidelity / unload
+    dropout_mask                              the mask that a call used
+"""
+
+from fused_lora.adapters import AdapterError, load_adapter, save_adapter
+from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.inject import (
+    AdapterNotFound,
+    active_adapters,
+    adapter_batch,
+    adapter_configs,
+    delete_adapter,
+    disable_adapters,
+    inject,
+    lora_layers,
+    set_adapter,
+)
+from fused_lora.modules.linear import LoraLinear
+from fused_lora.modules.merging import delta_fidelity, merge, unload, unmerge
+from fused_lora.reference import dropout_mask
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "AdapterNotFound",
+    "LoraConfig",
+    "LoraLinear",
+    "active_adapters",
+    "adapter_batch",
+    "adapter_configs",
+    "delete_adapter",
+    "delta_fidelity",
+    "disable_adapters",
+    "dropout_mask",
+    "inject",
+    "load_adapter",
+    "lora_layers",
+    "merge",
+    "save_adapter",
+    "set_adapter",
+    "unload",
+    "unmerge",
+]

@@ -37,7 +37,7 @@ LANES = 16  # 16-bit lanes in one Philox4x64 block
 
 
 def dropout_threshold(p: float) -> int:
-    """p in units of 2^-16: how many of the 65536 lane values drop an element. 0 only for p = 0, 65536 only for p = 1."""
+    """p in units of 2^-16: how many of the 65536 lane values drop. 0 only for p = 0, 65536 only for p = 1."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout p must be in [0, 1], got {p}")
     if p in (0.0, 1.0):
@@ -52,7 +52,7 @@ def keep_scale(p: float) -> float:
 
 
 def dropout_lanes(seed: int, row: int, rows: int, K: int) -> np.ndarray:
-    """The signed 16-bit lanes of rows [row, row + rows): int16 [rows, ceil(K / 16) * 16]; columns from K on are unused."""
+    """The signed 16-bit lanes of rows [row, row + rows): int16 [rows, ceil(K / 16) * 16], unused from column K on."""
     blocks_per_row = -(-K // LANES)
     if rows == 0 or K == 0:
         return np.empty((rows, blocks_per_row * LANES), np.int16)

@@ -198,7 +198,7 @@ class LoraConfig:
             if key in _INERT and isinstance(value, _INERT[key]) and not isinstance(value, bool):
                 continue
             if not is_neutral(value):
-                raise ValueError(f"config entry {key!r} is not supported by fused_lora, got {value!r}")
+                raise ValueError(f"{key!r} is not supported by fused_lora, got {value!r}")
 
     def layer_rank_alpha(self, name: str) -> tuple[int, float]:
         """(r, lora_alpha) of the module at path ``name``: the first key k of rank_pattern / alpha_pattern with
@@ -229,7 +229,7 @@ class LoraConfig:
             raise ValueError(f"peft_type must be 'LORA', got {entries.get('peft_type')!r}")
         for key in ("r", "lora_alpha"):
             if key not in entries:
-                raise ValueError(f"config entry {key!r} is missing")
+                raise ValueError(f"{key!r} is missing")
         known = {key: copy.deepcopy(value) for key, value in entries.items() if key in _FIELDS}
         other = {key: copy.deepcopy(value) for key, value in entries.items() if key not in {*_FIELDS, "peft_type"}}
         return cls(**known, extra=other)

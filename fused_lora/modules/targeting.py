@@ -117,9 +117,20 @@ def _output_layer(model: nn.Module, config: LoraConfig) -> nn.Module | None:
     return next((head for n in _CLASSIFIER_HEADS if (head := getattr(model, n, None)) is not None), None)
 
 
-def ends_with(name: str, key: str) -> bool:
-    """Whether ``key`` is the path ``name`` or its last parts."""
-    return name == key or name.endswith(f".{key}")
+def literal_targets(model: nn.Module, config: LoraConfig) -> list[str] | None:
+    """The paths ``config`` names in lists alone, supported or not; None where a regular expression would have to run.
+
+    For configs from files: an expression in them can take exponential time.
+    """
+    targets = config.target_modules
+    if targets is None or isinstance(targets, str) or isinstance(config.exclude_modules, str) or config.layers_pattern:
+        return None
+    return [name for name, _ in candidates(model) if not _excluded(config, name) and _targeted(config, targets, name)]
+
+
+def _listed(name: str, keys: set[str]) -> bool:
+    """Whether one of ``keys`` is the path ``name`` or its last parts."""
+    return name in keys or any(name[i + 1 :] in keys for i, c in enumerate(name) if c == ".")
 
 
 def _check_expressions(config: LoraConfig) -> None:
@@ -141,7 +152,7 @@ def _excluded(config: LoraConfig, name: str) -> bool:
         return False
     if isinstance(exclude, str):
         return re.fullmatch(exclude, name) is not None
-    return any(ends_with(name, key) for key in exclude)
+    return _listed(name, exclude)
 
 
 def _targeted(config: LoraConfig, targets: set[str] | str, name: str) -> bool:
@@ -149,7 +160,7 @@ def _targeted(config: LoraConfig, targets: set[str] | str, name: str) -> bool:
         return re.fullmatch(targets, name) is not None
     if name in targets:
         return True  # a whole path is not subject to layers_to_transform
-    return any(ends_with(name, key) for key in targets) and _in_layers(config, name)
+    return _listed(name, targets) and _in_layers(config, name)
 
 
 def _in_layers(config: LoraConfig, name: str) -> bool:

@@ -115,7 +115,7 @@ class _Mask:
     def __init__(self, seed: torch.Tensor, p: float, M: int, K: int, device: torch.device):
         self._cut = dropout_threshold(p) - 32768
         self.scale, self._p, self._K = keep_scale(p), p, K
-        # off the CPU the mask comes from the host too: the fused kernels draw it on the device, this path is the fallback
+        # off the CPU this path is the fallback: the mask then comes from the host, whole
         self._seed = int(seed)
         self._device = device
         self._whole = None if device.type == "cpu" else dropout_mask(self._seed, (M, K), p, device)

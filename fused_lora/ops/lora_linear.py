@@ -162,7 +162,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _register_autocast(device_type: str, key: str) -> None:
-    """Under autocast x and W take the autocast dtype, as in F.linear; the adapters keep theirs, and so do their gradients."""
+    """Under autocast x and W take its dtype, as in F.linear; the adapters and their gradients keep theirs."""
 
     def forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
         dtype = _autocast_dtype(x)

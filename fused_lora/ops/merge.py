@@ -26,11 +26,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from fused_lora.ops._checks import FLOAT_DTYPES
 from fused_lora.reference import bits
 
 _CHUNK = 1 << 16  # corrections are addressed by 16 bits inside chunks of this many elements
 _FINGERPRINT_LANES = 251  # prime, so that rows and columns of usual sizes do not fold onto themselves
-_BLOCK_ELEMENTS = 1 << 18  # CPU block: 1 MiB of fp32, small enough for the cache, large enough to hide the call overhead
+_BLOCK_ELEMENTS = 1 << 18  # CPU block: 1 MiB of fp32 fits the cache and hides the call overhead
 _DEVICE_BLOCK_ELEMENTS = 1 << 24
 _WORKSPACE_SHARE = 0.045  # of the weight's own bytes, for all CPU blocks in flight
 _MIN_BLOCK_ELEMENTS = 1 << 14
@@ -84,10 +85,10 @@ def merge_(
     *,
     fan_in_fan_out: bool = False,
 ) -> MergeRecord:
-    """In place: weight <- round(weight + sum_i scaling_i * lora_B_i @ lora_A_i), one rounding for any number of adapters.
+    """In place: weight <- round(weight + sum_i scaling_i * lora_B_i @ lora_A_i), one rounding for all adapters.
 
     Args:
-        weight: [N, K], or [K, N] with ``fan_in_fan_out``; fp32, bf16 or fp16, any strides, any device.
+        weight: [N, K], or [K, N] with ``fan_in_fan_out``; fp64, fp32, bf16 or fp16, any strides, any device.
         lora_A: [r_i, K] each; lora_B: [N, r_i] each; any floating dtype. scaling: one float each.
 
     Returns:
@@ -95,10 +96,10 @@ def merge_(
 
     Raises:
         ValueError: shapes do not fit, or a finite weight would become infinite or NaN. The weight is unchanged.
-        TypeError: weight is not fp32, bf16 or fp16.
+        TypeError: weight is not fp64, fp32, bf16 or fp16.
     """
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"weight: expected float64, float32, bfloat16 or float16, got {weight.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
     left, right = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out)
@@ -153,13 +154,20 @@ def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, fl
     moved = lost = wanted = 0.0
     ws = _Workspace(W, record)
     for block in record.blocks:
-        merged = W[block.start : block.stop].float()
         original, delta = _original_block(W, record, ws, block)
-        change = merged - original.float()
-        moved += change.double().square().sum().item()
-        lost += (change - delta).double().square().sum().item()
+        change = W[block.start : block.stop].double() - original.double()
+        moved += change.square().sum().item()
+        lost += (change - delta).square().sum().item()
         wanted += delta.double().square().sum().item()
     return math.sqrt(moved), math.sqrt(lost / wanted) if wanted else 0.0
+
+
+def factors(record: MergeRecord, fan_in_fan_out: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+    """The record's frozen adapters as one (lora_A [R, K], lora_B [N, R], scaling 1), to merge them again."""
+    left, right = record.left, record.right
+    if record.transposed != fan_in_fan_out:
+        left, right = right.t(), left.t()
+    return [right], [left], [1.0]
 
 
 def _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,10 +183,15 @@ def _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> tuple[torch.Ten
                 f"adapter {i}: expected lora_A [r, {columns}] and lora_B [{rows}, r], "
                 f"got {tuple(A.shape)} and {tuple(B.shape)}"
             )
-    # fp32 copies: whatever happens to the adapter while merged, the same delta is taken away again
-    A = torch.cat([a.detach().to(weight.device, torch.float32) for a in lora_A])
-    B = torch.cat([b.detach().to(weight.device, torch.float32) * s for b, s in zip(lora_B, scaling, strict=True)], 1)
+    # copies: whatever happens to the adapter while merged, the same delta is taken away again
+    dtype = _delta_dtype(weight)
+    A = torch.cat([a.detach().to(weight.device, dtype) for a in lora_A])
+    B = torch.cat([b.detach().to(weight.device, dtype) * s for b, s in zip(lora_B, scaling, strict=True)], 1)
     return (A.t().contiguous(), B.t().contiguous()) if fan_in_fan_out else (B.contiguous(), A.contiguous())
+
+
+def _delta_dtype(weight: torch.Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _cannot_overflow(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -203,9 +216,10 @@ class _Workspace:
 
     def __init__(self, W: torch.Tensor, record: MergeRecord):
         shape = (min(record.block_rows, W.shape[0]), W.shape[1])
-        self._delta = torch.empty(shape, dtype=torch.float32, device=W.device)
-        self._sum = torch.empty(shape, dtype=torch.float32, device=W.device)
-        self._merged = self._sum if W.dtype == torch.float32 else torch.empty(shape, dtype=W.dtype, device=W.device)
+        dtype = _delta_dtype(W)
+        self._delta = torch.empty(shape, dtype=dtype, device=W.device)
+        self._sum = torch.empty(shape, dtype=dtype, device=W.device)
+        self._merged = self._sum if W.dtype == dtype else torch.empty(shape, dtype=W.dtype, device=W.device)
         self._differs = torch.empty(shape, dtype=torch.bool, device=W.device)
 
     def views(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -213,7 +227,7 @@ class _Workspace:
 
 
 def _for_blocks(W: torch.Tensor, record: MergeRecord, work: Callable, blocks: list[_Block] | None = None):
-    """Run ``work(workspace, block)``, or ``work(workspace, start, stop)``, over all blocks; returns the first exception.
+    """Run ``work(workspace, block)``, or ``work(workspace, start, stop)``, over all blocks; returns a first exception.
 
     CPU blocks are spread over Python threads with single-threaded torch operations inside: one parallel region per
     weight instead of one per operation, and a GEMM whose bits do not depend on the number of threads.
@@ -275,8 +289,7 @@ def _add_delta(W: torch.Tensor, record: MergeRecord, ws: _Workspace, start: int,
     """Block of round(W + D) written to W: what a merge does, without the bookkeeping."""
     delta, total, merged, _ = ws.views(stop - start)
     torch.mm(record.left[start:stop], record.right, out=delta)
-    torch.add(W[start:stop].float(), delta, out=total)
-    W[start:stop] = total.to(W.dtype)
+    W[start:stop] = _add(W[start:stop], delta, total, merged)
 
 
 def _merge_block(W: torch.Tensor, record: MergeRecord, ws: _Workspace, start: int, stop: int, check_finite: bool):
@@ -295,19 +308,19 @@ def _merge_block(W: torch.Tensor, record: MergeRecord, ws: _Workspace, start: in
     record.blocks.append(block)
 
 
-def _add(w: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, merged: torch.Tensor) -> None:
-    if w.dtype == torch.float32:
-        torch.add(w, delta, out=merged)
-    else:
-        total.copy_(w).add_(delta)
-        merged.copy_(total)
+def _add(w: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+    """merged = round(w + delta)."""
+    if w.dtype == delta.dtype:
+        return torch.add(w, delta, out=merged)
+    total.copy_(w).add_(delta)
+    return merged.copy_(total)
 
 
 def _subtract(merged: torch.Tensor, delta: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """round(merged - delta); overwrites ``out``, which may be delta."""
-    if merged.dtype == torch.float32:
+    if merged.dtype == delta.dtype:
         return torch.sub(merged, delta, out=out)
-    return torch.sub(merged.float(), delta, out=out).to(merged.dtype)
+    return torch.sub(merged.to(delta.dtype), delta, out=out).to(merged.dtype)
 
 
 def _original_block(W, record, ws, block) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,254 @@
+"""What a LoRA linear does, for any class with PEFT's attributes: fused forward, mixed batches, exact merge and unmerge.
+
+The class that mixes this in brings ``base_layer``, ``lora_A``, ``lora_B``, ``lora_dropout`` (ModuleDicts by adapter
+name), ``scaling`` (dict), ``active_adapters``, ``merged_adapters`` (lists), ``merged``, ``disable_adapters`` and
+``fan_in_fan_out``. Rules and names follow PEFT's ``tuners/lora/layer.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.ops import merge as merging
+from fused_lora.ops.lora_linear import lora_linear
+
+BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+
+
+@dataclass
+class _Merge:
+    """A merge in force: the weight's record, and the bias before and after where a lora_bias went into it."""
+
+    record: merging.MergeRecord
+    bias_before: Tensor | None = None
+    bias_after: Tensor | None = None
+
+
+class FusedLoraBehaviour:
+    """Forward, merge and unmerge of a LoRA layer over one linear base layer."""
+
+    merge_state: _Merge | None = None
+
+    def _present(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.lora_A]
+
+    def _active_forward(self, x: Tensor) -> Tensor:
+        """Base and all active adapters in one operator, or layer by layer where a hook or a subclass has a say."""
+        names = self._present(self.active_adapters)
+        if not names:
+            return self.base_layer(x)
+        if not all(map(_is_plain, self._parts(names))):
+            return self._composed_forward(x, names)
+        dropouts = [self.lora_dropout[name] for name in names]
+        return lora_linear(
+            x,
+            self._weight(),
+            self._bias(names),
+            [self.lora_A[name].weight for name in names],
+            [self.lora_B[name].weight for name in names],
+            [float(self.scaling[name]) for name in names],
+            [d.p if isinstance(d, nn.Dropout) and d.training else 0.0 for d in dropouts],
+        )
+
+    def _composed_forward(self, x: Tensor, names: list[str]) -> Tensor:
+        """PEFT's own sequence of module calls."""
+        result = self.base_layer(x)
+        dtype = result.dtype
+        for name in names:
+            A, B = self.lora_A[name], self.lora_B[name]
+            result = result + B(A(self.lora_dropout[name](x.to(A.weight.dtype)))) * self.scaling[name]
+        return result.to(dtype)
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """Rows of one batch under different adapters: base once for all, each adapter's term for its rows only."""
+        if len(x) % len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
+                f"got {len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        beams = len(x) // len(adapter_names)
+        names = [name for name in adapter_names for _ in range(beams)]
+        result = self.base_layer(x)
+        for name in self._present(list(dict.fromkeys(names))):
+            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+            A, B = self.lora_A[name], self.lora_B[name]
+            term = B(A(self.lora_dropout[name](x[rows].to(A.weight.dtype)))) * self.scaling[name]
+            result[rows] = (result[rows] + term).to(result.dtype)  # summed in the wider dtype, rounded once
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight in place: W <- round(W + sum_i s_i B_i A_i), with one rounding.
+
+        Every merge is a safe one: non-finite results are refused before the weight is touched. Merging further
+        adapters restores W first and adds all of them at once, so the order of merges does not matter.
+
+        Args:
+            safe_merge: accepted for PEFT's sake.
+            adapter_names: names to merge; None means the active ones. Names that the layer lacks are skipped, names
+                already merged are dropped with a warning.
+
+        Raises:
+            TypeError: adapter_names is a str. ValueError: a weight would become NaN or infinite.
+            RuntimeError: an adapter has a lora_bias and the base layer no bias.
+        """
+        names = self._present(self._names_to_merge(adapter_names))
+        if not names:
+            return
+        bias = self._check_bias_merge(names)
+        old = self.merge_state
+        if old is None:
+            record = self._merge_factors(_factors_of(self, names), names)
+        else:
+            frozen = merging.factors(old.record, self.fan_in_fan_out)
+            both = tuple(a + b for a, b in zip(frozen, _factors_of(self, names), strict=True))
+            merging.unmerge_(self.base_layer.weight, old.record)
+            try:
+                record = self._merge_factors(both, names)
+            except BaseException:
+                self._merge_factors(frozen, names)  # the same factors give the same bits again
+                raise
+        self.merge_state = _Merge(record)
+        if old is not None:
+            self.merge_state.bias_before, self.merge_state.bias_after = old.bias_before, old.bias_after
+        if bias is not None:
+            base_bias = self.base_layer.bias.data
+            if self.merge_state.bias_before is None:
+                self.merge_state.bias_before = base_bias.clone()
+            base_bias.copy_(bias)
+            self.merge_state.bias_after = bias
+        self.merged_adapters.extend(names)
+
+    def _merge_factors(self, factors, names: list[str]) -> merging.MergeRecord:
+        try:
+            return merging.merge_(self.base_layer.weight, *factors, fan_in_fan_out=self.fan_in_fan_out)
+        except ValueError as error:
+            raise ValueError(f"{error} (adapters {names}); nothing was merged") from None
+
+    def restore_merge(self, state: _Merge, names: list[str]) -> None:
+        """Go back to a merge that :meth:`unmerge` just ended: the same bits, names and record."""
+        factors = merging.factors(state.record, self.fan_in_fan_out)
+        self._merge_factors(factors, names)
+        if state.bias_after is not None:
+            self.base_layer.bias.data.copy_(state.bias_after)
+        self.merge_state = state
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Take every merged adapter away again: the base weight (and bias) gets back the bits it had before.
+
+        Raises:
+            RuntimeError: the weight or bias was changed while merged. Nothing is changed.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        state, bias = self.merge_state, self.base_layer.bias
+        if state is None:
+            raise RuntimeError("merged_adapters names adapters that this layer has not merged itself")
+        if state.bias_after is not None and not torch.equal(bias.data, state.bias_after.to(bias.device)):
+            raise RuntimeError("base_layer.bias was changed while merged; nothing was unmerged")
+        merging.unmerge_(self.base_layer.weight, state.record)
+        if state.bias_before is not None:
+            bias.data.copy_(state.bias_before)
+        self.merge_state = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s B A of one adapter in the adapter's dtype, laid out as the base weight ([N, K], or [K, N] transposed)."""
+        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        dtype = B.dtype
+        if B.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+            A, B = A.float(), B.float()  # a 16-bit product without hardware support takes forever
+        delta = (B @ A) * self.scaling[adapter]
+        return (delta.T if self.fan_in_fan_out else delta).to(dtype)
+
+    def delta_fidelity(self) -> float:
+        """Share of the merged delta that rounding lost, ||(Wm - W) - D|| / ||D||. RuntimeError when not merged."""
+        if self.merge_state is None:
+            raise RuntimeError("delta_fidelity needs a merged layer")
+        return merging.delta_fidelity(self.base_layer.weight, self.merge_state.record)[1]
+
+    def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if isinstance(names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
+        names = list(dict.fromkeys(names))
+        if self.merged:
+            names = [name for name in names if name not in self.merged_adapters]
+            if names:
+                warnings.warn(
+                    f"Already following adapters were merged {','.join(self.merged_adapters)}. "
+                    f"You are now additionally merging {','.join(names)}.",
+                    stacklevel=3,
+                )
+            else:
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+        return names
+
+    def _check_bias_merge(self, names: list[str]) -> Tensor | None:
+        """The bias after the merge, or None where no lora_bias is involved."""
+        with_bias = [name for name in names if self.lora_B[name].bias is not None]
+        if not with_bias:
+            return None
+        bias = self.base_layer.bias
+        if bias is None:
+            raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+        total = bias.data.float()
+        for name in with_bias:
+            total = total + self.lora_B[name].bias.data.float() * float(self.scaling[name])
+        merged = total.to(bias.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs or infinities detected in the merged bias; the adapters {names} seem to be broken")
+        return merged
+
+    def _parts(self, names: list[str]):
+        yield self.base_layer
+        for name in names:
+            yield self.lora_A[name]
+            yield self.lora_B[name]
+            yield self.lora_dropout[name]
+
+    def _weight(self) -> Tensor:
+        weight = self.base_layer.weight
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def _bias(self, names: list[str]) -> Tensor | None:
+        """Base bias plus s_i times each lora_bias, [N], in fp32 as soon as there is something to add."""
+        bias = self.base_layer.bias
+        for name in names:
+            lora_bias = self.lora_B[name].bias
+            if lora_bias is not None:
+                term = lora_bias.float() * float(self.scaling[name])
+                bias = term if bias is None else bias.float() + term
+        return bias
+
+
+def _factors_of(layer: FusedLoraBehaviour, names: list[str]) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    return (
+        [layer.lora_A[name].weight for name in names],
+        [layer.lora_B[name].weight for name in names],
+        [float(layer.scaling[name]) for name in names],
+    )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """True when calling ``module`` does nothing but its class's own arithmetic, so that a kernel may do it instead."""
+    if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
+        return False
+    if isinstance(module, (nn.Dropout, nn.Identity)):
+        return True
+    weight = getattr(module, "weight", None)
+    plain = isinstance(weight, Tensor) and type(weight) in (nn.Parameter, Tensor) and weight.dim() == 2
+    kind = type(module)
+    return plain and (kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers")))

@@ -1,0 +1,255 @@
+"""LoRA over a whole model: inject, choose, disable and remove adapters, and the batch that mixes them.
+
+The names and the rules are PEFT's: adapters of one model share names across layers, the first one is active, later ones
+wait for :func:`set_adapter`. Everything is checked before the model is touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from fused_lora.modules.behaviour import BASE
+from fused_lora.modules.config import LayerTensors, LoraConfig
+from fused_lora.modules.linear import LoraLinear
+from fused_lora.modules.targeting import is_supported, match_targets
+
+_CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
+
+
+class AdapterNotFound(KeyError):
+    """No adapter of that name in the model; the message lists those there are."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass
+class LayerSpec:
+    """What one layer's new adapter is: rank, alpha, and its tensors (drawn when None)."""
+
+    r: int
+    lora_alpha: float
+    tensors: LayerTensors | None = None
+
+
+def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
+    """Put a LoRA adapter on every layer that ``config`` targets, in place; all other parameters are frozen.
+
+    The first adapter of a model becomes active and trainable. A further one is added beside it, inactive, as PEFT's
+    ``add_adapter`` does; :func:`set_adapter` chooses.
+
+    Args:
+        model: any nn.Module; its target layers are replaced by :class:`LoraLinear` around the same weights.
+        config: r, lora_alpha, target_modules and so on, with PEFT's names and meaning.
+        adapter_name: 1 to 64 letters, digits, "_" or "-".
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the name is taken or malformed, nothing matches, or a match is not a linear layer.
+        TypeError: config is not a LoraConfig.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config: expected fused_lora.LoraConfig, got {type(config).__name__}")
+    layers = {path: LayerSpec(*config.layer_rank_alpha(path)) for path in match_targets(model, config)}
+    attach(model, adapter_name, config, layers)
+    return model
+
+
+def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> None:
+    """Add one adapter to the layers at these paths; the model is unchanged when anything raises.
+
+    ``config`` is kept as the adapter's config. Its dropout, bias mode and init apply; ranks, alphas and tensors come
+    from ``layers``. Raises ValueError when the name is malformed or taken, a path is no linear layer, or the tensors do
+    not fit.
+    """
+    configs = adapter_configs(model)
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", adapter_name):
+        raise ValueError(f"adapter_name: expected 1 to 64 letters, digits, '_' or '-', got {adapter_name!r}")
+    if adapter_name in configs:
+        raise ValueError(f"adapter_name: {adapter_name!r} is taken; adapters of the model: {sorted(configs)}")
+    biased = [name for name, c in configs.items() if c.bias != "none"]
+    if biased and config.bias != "none":
+        raise ValueError(f"bias: only one adapter may train biases, and {biased[0]!r} does, got bias={config.bias!r}")
+    modules = dict(model.named_modules())
+    for path in layers:
+        if path not in modules or not is_supported(modules[path]):
+            raise ValueError(f"layers: {path!r} is not a linear layer of the model")
+    if config.bias != "none":
+        _check_not_merged([modules[path] for path in layers if isinstance(modules[path], LoraLinear)])
+    built = _build(modules, adapter_name, config, layers)
+    first, active = not configs, active_adapters(model)
+    for path, layer in built.items():
+        parent, _, name = path.rpartition(".")
+        setattr(modules[parent], name, layer)
+    _load_base_biases(model, layers)
+    setattr(model, _CONFIGS, {**configs, adapter_name: config})
+    _freeze(model, adapter_name, config, list(layers))
+    if first:
+        set_adapter(model, adapter_name, inference_mode=config.inference_mode)
+    else:
+        for layer in built.values():
+            layer.set_adapter(active)
+        if not config.inference_mode and any(spec.tensors for spec in layers.values()):
+            _trainable(model, adapter_name)
+
+
+def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
+    """The adapters of a model: name -> config."""
+    return dict(getattr(model, _CONFIGS, {}))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """The LoRA layers of a model: path -> layer, in ``named_modules()`` order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that the model applies now."""
+    return next((list(layer.active_adapters) for layer in lora_layers(model).values()), [])
+
+
+def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Make one adapter, or several at once, the active ones: the others are ignored and frozen.
+
+    A merged model is unmerged first. Raises AdapterNotFound for a name that the model does not have.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    check_names(model, names)
+    for layer in lora_layers(model).values():
+        if layer.merged:
+            layer.unmerge()
+    for layer in lora_layers(model).values():
+        layer.set_adapter(names, inference_mode)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter from all layers. Raises AdapterNotFound, or ValueError while it is merged."""
+    check_names(model, [adapter_name])
+    layers = lora_layers(model).values()
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.")
+    configs = {name: config for name, config in adapter_configs(model).items() if name != adapter_name}
+    rest = [name for name in active_adapters(model) if name != adapter_name] or sorted(configs)[:1]
+    for layer in layers:
+        layer.set_adapter([name for name in layer.active_adapters if name != adapter_name])
+        layer.delete_adapter(adapter_name)
+    setattr(model, _CONFIGS, configs)
+    set_adapter(model, rest)
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is its base model: adapters are ignored, and unmerged if they were merged."""
+    layers = list(lora_layers(model).values())
+    before = [layer.disable_adapters for layer in layers]
+    for layer in layers:
+        if layer.merged:
+            layer.unmerge()
+        layer.disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.disable_adapters = value
+
+
+@contextmanager
+def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
+    """Inside, row i of every batch runs under ``adapter_names[i]``; None (or "__base__") is the plain base model.
+
+    Works around any forward and around ``model.generate``; a batch of k times as many rows (beams) repeats each name
+    k times. Base rows get the base model's own output.
+
+    Raises:
+        AdapterNotFound: a name that the model does not have.
+        RuntimeError: the model is in training mode, or an adapter is merged.
+    """
+    names = [BASE if name is None else name for name in adapter_names]
+    if not names:
+        raise ValueError("adapter_names: expected one entry per row, got none")
+    check_names(model, [name for name in names if name != BASE])
+    if model.training:
+        raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
+    layers = list(lora_layers(model).values())
+    _check_not_merged(layers)
+    before = [layer.batch_adapter_names for layer in layers]
+    for layer in layers:
+        layer.batch_adapter_names = names
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.batch_adapter_names = value
+
+
+def check_names(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise AdapterNotFound, listing what there is, unless the model has all these adapters."""
+    known = adapter_configs(model)
+    for name in names:
+        if name not in known:
+            raise AdapterNotFound(f"adapter {name!r} not found; adapters of the model: {sorted(known)}")
+
+
+def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> dict[str, LoraLinear]:
+    """New LoraLinear per plain layer; existing ones get the adapter here, and lose it again if a later layer fails."""
+    built, extended = {}, []
+    frozen = [(p, p.requires_grad) for path in layers for p in modules[path].parameters()]
+    try:
+        for path, spec in layers.items():
+            module = modules[path]
+            arguments = (spec.r, spec.lora_alpha)
+            options = (config.lora_dropout, config.use_rslora, config.init_lora_weights, config.lora_bias)
+            if isinstance(module, LoraLinear):
+                module.add_adapter(adapter_name, *arguments, *options, tensors=spec.tensors)
+                extended.append(module)
+            else:
+                built[path] = LoraLinear(module, *arguments, adapter_name, *options, tensors=spec.tensors)
+    except BaseException:
+        for module in extended:
+            module.delete_adapter(adapter_name)
+        for parameter, requires_grad in frozen:
+            parameter.requires_grad_(requires_grad)
+        raise
+    return built
+
+
+def _load_base_biases(model: nn.Module, layers: dict[str, LayerSpec]) -> None:
+    for path, spec in layers.items():
+        if spec.tensors is not None and spec.tensors.base_bias is not None:
+            model.get_submodule(path).base_layer.bias.data.copy_(spec.tensors.base_bias)
+
+
+def _freeze(model: nn.Module, adapter_name: str, config: LoraConfig, paths: list[str]) -> None:
+    """Everything but adapters is frozen, except the biases that this adapter trains."""
+    parts = [part for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B)]
+    ours = {id(parameter) for part in parts for parameter in part.parameters()}
+    keep = {id(p) for p in model.parameters() if p.requires_grad} if len(adapter_configs(model)) > 1 else set()
+    for parameter in model.parameters():
+        if id(parameter) not in ours and id(parameter) not in keep:
+            parameter.requires_grad_(False)
+    if config.bias == "none" or config.inference_mode:
+        return
+    for name, parameter in model.named_parameters():
+        lora_only = any(name == f"{path}.base_layer.bias" for path in paths)
+        if name.endswith("bias") and id(parameter) not in ours and (config.bias == "all" or lora_only):
+            parameter.requires_grad_(True)
+
+
+def _trainable(model: nn.Module, adapter_name: str) -> None:
+    for layer in lora_layers(model).values():
+        for part in (layer.lora_A, layer.lora_B):
+            if adapter_name in part:
+                part[adapter_name].requires_grad_(True)
+
+
+def _check_not_merged(layers: Sequence[LoraLinear]) -> None:
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
+        raise RuntimeError(f"adapters {merged} are merged: call fused_lora.unmerge(model) first")

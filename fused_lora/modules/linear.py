@@ -1,0 +1,224 @@
+"""LoraLinear: a drop-in for nn.Linear that adds LoRA adapters, with PEFT's attributes, keys, draws and rules."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.modules.behaviour import FusedLoraBehaviour
+from fused_lora.modules.config import LayerTensors, scaling
+from fused_lora.modules.targeting import SUPPORTED, in_out_features, is_conv1d, is_supported
+
+
+class LoraLinear(FusedLoraBehaviour, nn.Module):
+    """y = x W^T + b + sum over active adapters of scaling * D(x) lora_A^T lora_B^T.
+
+    In ``train()`` mode the input of A goes through dropout (mask drawn anew per adapter and call, regenerated in the
+    backward, never stored); in ``eval()`` it does not. Neither mode merges or unmerges anything. A merged layer
+    computes the base layer alone; a disabled one unmerges first.
+
+    State-dict keys are PEFT's: ``base_layer.weight``, ``lora_A.<name>.weight``, ``lora_B.<name>.weight``.
+
+    Args:
+        base_layer: nn.Linear, or transformers' Conv1D (weight stored [in, out]); it is frozen and kept, not copied.
+        r: rank. lora_alpha: numerator of the scaling, lora_alpha / r.
+        adapter_name: the first adapter's name. lora_dropout: probability in [0, 1].
+        use_rslora: scaling is lora_alpha / sqrt(r). lora_bias: lora_B has a bias.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), or False (both
+            as nn.Linear draws them). Same seed, same draws as PEFT.
+        autocast_adapter_dtype: hold adapters in fp32 over a 16-bit base (PEFT's default), else in the base's dtype.
+        tensors: A, B and the bias of B instead of drawn ones.
+
+    Raises:
+        TypeError: base_layer is not a supported linear layer, or an argument has the wrong type.
+        ValueError: r, lora_dropout or the adapter's name is out of range.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 8,
+        adapter_name: str = "default",
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        lora_bias: bool = False,
+        autocast_adapter_dtype: bool = True,
+        tensors: LayerTensors | None = None,
+    ):
+        super().__init__()
+        if not is_supported(base_layer) or isinstance(base_layer, LoraLinear):
+            raise TypeError(f"base_layer: expected one of {SUPPORTED}, got {type(base_layer).__name__}")
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_out_features(base_layer)
+        self.fan_in_fan_out = is_conv1d(base_layer)
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.lora_dropout = nn.ModuleDict()
+        self.r, self.lora_alpha, self.scaling, self.use_rslora = {}, {}, {}, {}
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.disable_adapters = False
+        self.batch_adapter_names: list[str] | None = None  # set for the duration of fused_lora.adapter_batch
+        options = (lora_dropout, use_rslora, init_lora_weights, lora_bias, autocast_adapter_dtype)
+        self.add_adapter(adapter_name, r, lora_alpha, *options, tensors=tensors)
+        base_layer.requires_grad_(False)
+        self.train(base_layer.training)
+        self.set_adapter(adapter_name)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        lora_bias: bool = False,
+        autocast_adapter_dtype: bool = True,
+        tensors: LayerTensors | None = None,
+    ) -> None:
+        """Add an adapter, inactive and frozen until :meth:`set_adapter`. Arguments as for the class.
+
+        ``tensors`` gives A [r, in], B [out, r] and the bias of B [out] instead of drawing them; their dtype stays.
+        """
+        _check_adapter_arguments(adapter_name, r, lora_alpha, lora_dropout, init_lora_weights)
+        if adapter_name in self.lora_A:
+            raise ValueError(f"adapter_name: {adapter_name!r} already exists in this layer")
+        weight = self.base_layer.weight
+        A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors)
+        if tensors is None:
+            # PEFT draws in fp32 and casts to the base's dtype before it goes back to fp32: the same bits here
+            A, B = A.to(weight.device, weight.dtype), B.to(weight.device, weight.dtype)
+            if autocast_adapter_dtype and weight.dtype in (torch.bfloat16, torch.float16):
+                A, B = A.float(), B.float()
+        else:
+            A, B = A.to(weight.device), B.to(weight.device)
+        self.lora_A[adapter_name] = A.requires_grad_(False)
+        self.lora_B[adapter_name] = B.requires_grad_(False)
+        self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout > 0.0 else nn.Identity()
+        self.lora_dropout[adapter_name].train(self.training)
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.use_rslora[adapter_name] = use_rslora
+        self.scaling[adapter_name] = scaling(r, lora_alpha, use_rslora)
+
+    def forward(self, x: Tensor, *, adapter_names: Sequence[str | None] | None = None) -> Tensor:
+        """x [..., in_features] -> [..., out_features]. ``adapter_names`` names one adapter per row (None: base)."""
+        names = self.batch_adapter_names if adapter_names is None else [n or "__base__" for n in adapter_names]
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x)
+        if names is not None:
+            return self._mixed_forward(x, names)
+        return self.base_layer(x) if self.merged else self._active_forward(x)
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter is merged into the base weight."""
+        return bool(self.merged_adapters)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters active and trainable (unless ``inference_mode``), freeze all others."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in self.lora_A:
+            for part in (self.lora_A[name], self.lora_B[name]):
+                part.requires_grad_(name in names and not inference_mode)
+        self.active_adapters = names
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. Of an active one's place the other active adapters, or the first by name, take over.
+
+        Raises:
+            ValueError: the adapter is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
+        numbers = (self.r, self.lora_alpha, self.scaling, self.use_rslora)
+        for part in (self.lora_A, self.lora_B, self.lora_dropout, *numbers):
+            if adapter_name in part:
+                del part[adapter_name]
+        if adapter_name in self.active_adapters:
+            rest = [name for name in self.active_adapters if name != adapter_name]
+            if not rest and len(self.lora_A):
+                rest = [min(self.lora_A)]
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {rest[0]}.",
+                    stacklevel=2,
+                )
+            self.set_adapter(rest)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """scaling[adapter] = ``scale`` times its initial value; ignored when the layer lacks the adapter."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of all active adapters."""
+        for name in self._present(self.active_adapters):
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of all active adapters by ``scale``; None resets it to its initial value."""
+        for name in self._present(self.active_adapters):
+            self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+
+    def _initial_scaling(self, name: str) -> float:
+        return scaling(self.r[name], self.lora_alpha[name], self.use_rslora[name])
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, active={self.active_adapters}"
+
+
+def _draw(K: int, N: int, r: int, init: bool | str, lora_bias: bool, tensors: LayerTensors | None):
+    """lora_A and lora_B as modules, drawn in PEFT's order (both default draws come before A's own)."""
+    if tensors is not None:
+        A, B = (nn.Linear(*shape, bias=b, device="meta") for shape, b in (((K, r), False), ((r, N), lora_bias)))
+        wanted = ((r, K), (N, r), (N,) if lora_bias else None)
+        got = tuple(None if t is None else tuple(t.shape) for t in (tensors.lora_A, tensors.lora_B, tensors.lora_bias))
+        if got != wanted:
+            raise ValueError(f"tensors: expected shapes of lora_A, lora_B, lora_bias {wanted}, got {got}")
+        A.weight, B.weight = nn.Parameter(tensors.lora_A), nn.Parameter(tensors.lora_B)
+        if lora_bias:
+            B.bias = nn.Parameter(tensors.lora_bias)
+        return A, B
+    A, B = nn.Linear(K, r, bias=False), nn.Linear(r, N, bias=lora_bias)
+    if init is False:
+        return A, B
+    if init == "gaussian":
+        nn.init.normal_(A.weight, std=1 / r)
+    else:
+        nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+    nn.init.zeros_(B.weight)
+    if lora_bias:
+        nn.init.zeros_(B.bias)
+    return A, B
+
+
+def _check_adapter_arguments(name: str, r: int, lora_alpha: float, lora_dropout: float, init: bool | str) -> None:
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"adapter_name: expected a non-empty str without a dot, got {name!r}")
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r: expected a positive integer, got {r!r}")
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
+    if isinstance(lora_dropout, bool) or not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout <= 1:
+        raise ValueError(f"lora_dropout: expected a number in [0, 1], got {lora_dropout!r}")
+    if not (isinstance(init, bool) or init == "gaussian"):
+        raise ValueError(f"init_lora_weights: expected True, False or 'gaussian', got {init!r}")
