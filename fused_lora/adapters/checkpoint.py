@@ -1,0 +1,219 @@
+"""Read PEFT adapter checkpoints: adapter_config.json + adapter_model.safetensors, with nothing taken on trust.
+
+Everything is checked against the config and the model before the model is touched; nothing of a file is run: no
+pickle, no import, no regular expression (the layers are those that have tensors, the rank of each is its tensors').
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.patterns import PatternTable
+from fused_lora.adapters.tensorfile import (
+    TensorEntry,
+    open_regular,
+    parse_json,
+    read_exactly,
+    read_header,
+    read_tensors,
+)
+from fused_lora.modules.config import MAX_RANK, LayerTensors, LoraConfig
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+MAX_CONFIG_BYTES = 1 << 20
+MAX_WEIGHT_BYTES = 16 << 30
+SLOTS = {  # end of a key -> field of LayerTensors
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_B.bias": "lora_bias",
+    ".base_layer.bias": "base_bias",
+}
+_MAX_PATTERN_CHECKS = 2_000_000
+
+
+class Adapter(NamedTuple):
+    """A checkpoint: its config, the tensors of each module path, and with ``bias="all"`` the biases of other modules
+    by parameter path."""
+
+    config: LoraConfig
+    layers: dict[str, LayerTensors]
+    biases: dict[str, torch.Tensor]
+
+
+class Plan(NamedTuple):
+    """What the headers promise, before any tensor is read: keys of each path by field, rank and alpha of each path."""
+
+    config: LoraConfig
+    weights: str
+    entries: dict[str, TensorEntry]
+    slots: dict[str, dict[str, str]]
+    biases: dict[str, str]
+    ranks: dict[str, tuple[int, float]]
+
+
+def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BYTES) -> Adapter:
+    """The checkpoint in ``directory``, on the CPU, in the dtypes of the file.
+
+    Args:
+        directory: local folder with adapter_config.json and adapter_model.safetensors as PEFT (0.10 or later) or
+            ``save_adapter`` writes them.
+        max_bytes: largest weights file that is read.
+
+    Raises:
+        AdapterError: anything in the files that is not as it must be, with file, key, expected and found.
+    """
+    return read_checked(directory, max_bytes, lambda plan: None)[0]
+
+
+def read_checked(
+    directory: str | os.PathLike, max_bytes: int, check: Callable[[Plan], None], tries: int = 5
+) -> tuple[Adapter, Plan]:
+    """``read_adapter`` with a check of the headers before any tensor is read."""
+    folder = os.fsdecode(directory)
+    with _folder(folder) as dir_fd:
+        try:
+            return _read_once(folder, dir_fd, max_bytes, check)
+        except AdapterError:
+            # a save that replaced the folder meanwhile has deleted the one that is being read
+            if tries == 1 or not _replaced(folder, dir_fd):
+                raise
+    return read_checked(directory, max_bytes, check, tries - 1)
+
+
+def _read_once(folder: str, dir_fd: int | None, max_bytes: int, check: Callable[[Plan], None]) -> tuple[Adapter, Plan]:
+    config = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd)
+    path = os.path.join(folder, WEIGHTS_NAME)
+    if not _exists(path, dir_fd):
+        pickled = _exists(os.path.join(folder, "adapter_model.bin"), dir_fd)
+        found = (
+            "only adapter_model.bin, a pickle, which is not read; convert it with PEFT" if pickled else "no such file"
+        )
+        raise AdapterError(path, None, "a safetensors file", found)
+    with open_regular(path, max_bytes, dir_fd) as (file, size):
+        header = read_header(path, file, size)
+        slots, biases = _sort_keys(path, header.entries, config)
+        ranks = _ranks(folder, path, header.entries, slots, config)
+        plan = Plan(config, path, header.entries, slots, biases, ranks)
+        check(plan)
+        tensors = read_tensors(path, file, header)
+    layers = {name: LayerTensors(**{field: tensors[k] for field, k in keys.items()}) for name, keys in slots.items()}
+    return Adapter(config, layers, {name: tensors[key] for name, key in biases.items()}), plan
+
+
+def _read_config(path: str, dir_fd: int | None) -> LoraConfig:
+    with open_regular(path, MAX_CONFIG_BYTES, dir_fd) as (file, size):
+        raw = bytearray(size)
+        read_exactly(path, file, raw)
+    entries = parse_json(path, bytes(raw))
+    try:
+        return LoraConfig.from_dict(entries)
+    except (ValueError, TypeError) as error:
+        # messages of LoraConfig begin with the name of the entry
+        key = re.split(r"[\[ ]", str(error))[0].strip("'\"")
+        raise AdapterError(path, key, error, entries.get(key, "no such entry")) from None
+
+
+def _sort_keys(
+    path: str, entries: dict[str, TensorEntry], config: LoraConfig
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Keys of each module path by field of LayerTensors, and keys of other biases by parameter path."""
+    slots: dict[str, dict[str, str]] = {}
+    biases: dict[str, str] = {}
+    wanted = ["lora_A", "lora_B"] + ["lora_bias"] * config.lora_bias
+    for key in entries:
+        name = key.removeprefix(KEY_PREFIX)
+        end = next((end for end in SLOTS if name.endswith(end)), "")
+        field = SLOTS.get(end)
+        if name == key:
+            raise AdapterError(path, key, f"a key that begins with {KEY_PREFIX}", "another beginning")
+        if field in wanted or (field == "base_bias" and config.bias != "none"):
+            slots.setdefault(name.removesuffix(end), {})[field] = key
+        elif field is None and config.bias == "all" and (name == "bias" or name.endswith(".bias")):
+            biases[name] = key
+        else:
+            ends = [end for end, field in SLOTS.items() if field in wanted]
+            raise AdapterError(path, key, f"a key that ends in {', '.join(ends)}", "a key that is not supported here")
+    if not slots:
+        raise AdapterError(path, None, "tensors of at least one layer", "none")
+    for name, keys in slots.items():
+        for field in wanted:
+            if field not in keys:
+                end = next(end for end, f in SLOTS.items() if f == field)
+                raise AdapterError(path, f"{KEY_PREFIX}{name}{end}", "a tensor", "no such key")
+    return slots, biases
+
+
+def _ranks(
+    folder: str, path: str, entries: dict[str, TensorEntry], slots: dict[str, dict[str, str]], config: LoraConfig
+) -> dict[str, tuple[int, float]]:
+    """(r, lora_alpha) of each module path: the rank of its tensors, and the alpha the config gives it."""
+    patterns = len(config.rank_pattern) + len(config.alpha_pattern)
+    config_path = os.path.join(folder, CONFIG_NAME)
+    if patterns * len(slots) > _MAX_PATTERN_CHECKS:
+        raise AdapterError(
+            config_path, "rank_pattern, alpha_pattern", "fewer keys", f"{patterns} for {len(slots)} layers"
+        )
+    rank_table = PatternTable(config.rank_pattern, config.r)
+    alpha_table = PatternTable(config.alpha_pattern, config.lora_alpha)
+    ranks = {}
+    for name, keys in slots.items():
+        shape_A, shape_B = entries[keys["lora_A"]].shape, entries[keys["lora_B"]].shape
+        if len(shape_A) != 2 or shape_A[0] > MAX_RANK:
+            raise AdapterError(path, keys["lora_A"], f"a shape [r, K], r at most {MAX_RANK}", list(shape_A))
+        r = shape_A[0]
+        if len(shape_B) != 2 or shape_B[1] != r:
+            raise AdapterError(path, keys["lora_B"], f"a shape [N, {r}]", list(shape_B))
+        for field in ("lora_bias", "base_bias"):
+            if field in keys and entries[keys[field]].shape != shape_B[:1]:
+                raise AdapterError(path, keys[field], f"a shape [{shape_B[0]}]", list(entries[keys[field]].shape))
+        possible = rank_table.possible(name)
+        if r not in possible:
+            raise AdapterError(path, keys["lora_A"], f"the rank of the config, {sorted(possible)}", f"rank {r}")
+        alphas = alpha_table.possible(name)
+        if len(alphas) > 1:
+            literal = f"keys of plain module names, to know the alpha of {name}"
+            raise AdapterError(config_path, "alpha_pattern", literal, list(config.alpha_pattern))
+        ranks[name] = (r, alphas.pop())
+    return ranks
+
+
+def _exists(path: str, dir_fd: int | None) -> bool:
+    try:
+        os.stat(path if dir_fd is None else os.path.basename(path), dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _folder(folder: str) -> Iterator[int | None]:
+    """Descriptor of ``folder``, so that both files come from one directory; None where directories cannot be opened."""
+    try:
+        if not os.path.isdir(folder):
+            raise AdapterError(folder, None, "a local folder with adapter_config.json", "no such folder")
+        fd = os.open(folder, os.O_RDONLY) if os.open in os.supports_dir_fd else None
+    except (OSError, ValueError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(folder, None, "a readable folder", str(error)) from None
+    try:
+        yield fd
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def _replaced(folder: str, dir_fd: int | None) -> bool:
+    try:
+        return dir_fd is not None and not os.path.samestat(os.stat(folder), os.fstat(dir_fd))
+    except FileNotFoundError:
+        return True

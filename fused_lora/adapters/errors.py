@@ -1,0 +1,31 @@
+"""The one exception of the adapter reader."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+_LONGEST = 300  # a hostile file must not fill the log
+
+
+class AdapterError(ValueError):
+    """A file of an adapter checkpoint is not what it must be. Nothing has been changed when it is raised.
+
+    Attributes:
+        file: path of the file.
+        key: tensor, config entry or part of the file at fault, or None for the file as a whole.
+        expected, found: what the key had to be and what it is, as text.
+    """
+
+    def __init__(self, file: str, key: str | None, expected: Any, found: Any):
+        self.file, self.expected, self.found = file, short(expected), short(found)
+        self.key = None if key is None else short(key)
+        where = file if key is None else f"{file}: {self.key}"
+        super().__init__(f"{where}: expected {self.expected}, found {self.found}")
+
+
+def short(value: Any) -> str:
+    """``value`` as printable text of bounded length."""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+    return text if text.isprintable() else repr(text)[1:-1]

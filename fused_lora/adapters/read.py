@@ -1,0 +1,132 @@
+"""load_adapter: a PEFT adapter checkpoint into a model, checked against the model before the model is touched."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Container
+
+import torch
+from torch import nn
+
+from fused_lora.adapters.checkpoint import KEY_PREFIX, MAX_WEIGHT_BYTES, Plan, read_checked
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.inject import LayerSpec, adapter_configs, attach, lora_layers
+from fused_lora.modules.targeting import base_layer_of, candidates, in_out_features, is_supported, literal_targets
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def check_adapter_name(name: str) -> str:
+    """``name`` if it is 1 to 64 letters, digits, "_" or "-"; else ValueError (TypeError for another type)."""
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a str, got {name!r}")
+    if not ADAPTER_NAME.fullmatch(name):
+        raise ValueError(f"adapter_name must be 1 to 64 letters, digits, '_' or '-', got {name[:100]!r}")
+    return name
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    adapter_name: str | None = None,
+    *,
+    is_trainable: bool = False,
+    autocast_adapter_dtype: bool = True,
+    max_bytes: int = MAX_WEIGHT_BYTES,
+) -> LoraConfig:
+    """Add the adapter in ``directory`` to ``model``, in place. All is checked before the model is touched.
+
+    Args:
+        model: any module; layers that are not adapted yet become LoraLinear.
+        directory, max_bytes: as in ``read_adapter``.
+        adapter_name: 1 to 64 letters, digits, "_" or "-"; default "default".
+        is_trainable: whether A and B (and trained biases) require gradients. Train or eval mode of the model is left
+            as it is, unlike in PEFT.
+        autocast_adapter_dtype: hold A and B in float32 over a 16-bit base; else in the base weight's dtype (PEFT's
+            argument and meaning).
+
+    Returns:
+        The config that now stands for ``adapter_name``.
+
+    Raises:
+        AdapterError: the files are wrong in themselves or do not fit the model.
+        ValueError: ``adapter_name`` is malformed or taken.
+        RuntimeError: the checkpoint brings base biases and a layer of the model is merged.
+    """
+    name = check_adapter_name("default" if adapter_name is None else adapter_name)
+    if name in adapter_configs(model):
+        raise ValueError(f"adapter_name {name!r} is taken; adapters of the model: {sorted(adapter_configs(model))}")
+    adapter, plan = read_checked(directory, max_bytes, lambda plan: _check_model(model, plan))
+    if adapter.config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):
+        raise RuntimeError(f"bias={adapter.config.bias!r} replaces biases of the base model: unmerge before loading")
+    adapter.config.inference_mode = not is_trainable
+    modules = dict(candidates(model))
+    layers = {}
+    for path, tensors in adapter.layers.items():
+        dtype = base_layer_of(modules[path]).weight.dtype
+        if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
+            dtype = torch.float32
+        for field in ("lora_A", "lora_B", "lora_bias"):
+            if (tensor := getattr(tensors, field)) is not None:
+                setattr(tensors, field, tensor.to(dtype))
+        layers[path] = LayerSpec(*plan.ranks[path], tensors)
+    biases = other_biases(model, adapter.layers)
+    attach(model, name, adapter.config, layers)
+    with torch.no_grad():
+        for path, values in adapter.biases.items():
+            biases[path].copy_(values)
+    return adapter.config
+
+
+def _check_model(model: nn.Module, plan: Plan) -> None:
+    """Every path is a linear layer of ``model`` that the tensors fit, and no layer the config names goes without."""
+    modules = dict(candidates(model))
+    for path, keys in plan.slots.items():
+        module = modules.get(path)
+        if module is None or not is_supported(module):
+            found = "no module of that name" if module is None else f"a {type(base_layer_of(module)).__name__}"
+            raise AdapterError(plan.weights, keys["lora_A"], f"a linear layer {path!r} in the model", found)
+        K, N = in_out_features(module)
+        r = plan.ranks[path][0]
+        for field, shape in (("lora_A", (r, K)), ("lora_B", (N, r))):
+            if plan.entries[keys[field]].shape != shape:
+                found = list(plan.entries[keys[field]].shape)
+                raise AdapterError(plan.weights, keys[field], f"a shape {list(shape)} for the layer {path!r}", found)
+        if plan.config.bias != "none" and (base_layer_of(module).bias is None) == ("base_bias" in keys):
+            has, brings = ("no bias", "a bias") if "base_bias" in keys else ("a bias", "none")
+            key = f"{KEY_PREFIX}{path}.base_layer.bias"
+            raise AdapterError(plan.weights, key, f"a base bias exactly if the layer has one; it has {has}", brings)
+    if plan.config.bias == "all":
+        _check_biases(model, plan)
+    named = literal_targets(model, plan.config)
+    if named is not None and (difference := set(named) ^ set(plan.slots)):
+        path = min(difference)
+        what = ("tensors for this module, which target_modules names", "none")
+        if path in plan.slots:
+            what = ("a module that target_modules names", sorted(plan.config.target_modules))
+        raise AdapterError(plan.weights, f"{KEY_PREFIX}{path}.lora_A.weight", *what)
+
+
+def _check_biases(model: nn.Module, plan: Plan) -> None:
+    present = other_biases(model, plan.slots)
+    if difference := present.keys() ^ plan.biases.keys():
+        name = min(difference)
+        what = ("a bias in the file", "none") if name in present else ("a bias of the model", "no such parameter")
+        raise AdapterError(plan.weights, f"{KEY_PREFIX}{name}", *what)
+    for name, key in plan.biases.items():
+        expected, found = list(present[name].shape), list(plan.entries[key].shape)
+        if found != expected:
+            raise AdapterError(plan.weights, key, f"a shape {expected}", found)
+
+
+def other_biases(model: nn.Module, layers: Container[str]) -> dict[str, nn.Parameter]:
+    """The biases of all modules of ``model`` but those at the paths ``layers``, by parameter path without LoRA
+    layers; a bias of lora_B is none of them."""
+    biases = {}
+    for name, module in [("", model), *candidates(model)]:
+        bias = base_layer_of(module)._parameters.get("bias")
+        if bias is not None and name not in layers:
+            biases[f"{name}.bias" if name else "bias"] = bias
+    return biases

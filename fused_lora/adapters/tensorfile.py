@@ -1,0 +1,223 @@
+"""adapter_model.safetensors, read strictly and written with a digest.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length n; n bytes of JSON
+``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}``; the tensors, offsets counted
+from the end of the header. Files are read into fresh memory, never mapped: a mapped file that is changed later changes
+the weights, and one that is cut short kills the process.
+
+A file written here carries SHA-256 of the whole file (taken with zeros in the digest's place) under the metadata key
+``fused_lora.sha256``. It finds damage; it is no signature.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from fused_lora.adapters.errors import AdapterError
+
+MAX_HEADER_BYTES = 16 << 20
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_METADATA = "__metadata__"
+_DIGEST = "fused_lora.sha256"
+_BLANK = "0" * 64
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a header: dtype, shape and its bytes [begin, end) in the data."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header: the tensors in the order of their bytes, the header's raw bytes and the digest, if any."""
+
+    entries: dict[str, TensorEntry]
+    raw: bytes
+    digest: str | None
+
+
+@contextlib.contextmanager
+def open_regular(path: str, max_bytes: int, dir_fd: int | None = None) -> Iterator[tuple[io.FileIO, int]]:
+    """(unbuffered file, size) of a regular file of at most ``max_bytes``, looked up in ``dir_fd`` if given.
+
+    A link to a regular file is followed (hub caches are made of links); a FIFO, device or directory is refused
+    without blocking on it.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        fd = os.open(path if dir_fd is None else os.path.basename(path), flags, dir_fd=dir_fd)
+    except (OSError, ValueError) as error:
+        raise AdapterError(path, None, "a readable regular file", str(error)) from None
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise AdapterError(path, None, "a regular file", f"a file of mode {stat.filemode(info.st_mode)}")
+        if info.st_size > max_bytes:
+            raise AdapterError(path, None, f"at most {max_bytes} bytes", f"{info.st_size} bytes")
+        yield io.FileIO(fd, "r", closefd=False), info.st_size
+    except OSError as error:
+        raise AdapterError(path, None, "a readable regular file", str(error)) from None
+    finally:
+        os.close(fd)
+
+
+def read_exactly(path: str, file: io.FileIO, buffer: Any) -> None:
+    """Fill ``buffer`` from ``file``."""
+    view = memoryview(buffer)
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            raise AdapterError(path, None, "a file that keeps its size", f"an end {len(view)} bytes early")
+        view = view[count:]
+
+
+def parse_json(path: str, raw: bytes) -> dict[str, Any]:
+    """A JSON object without duplicate keys, NaN or Infinity."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in entries:
+                raise AdapterError(path, name, "one entry", "duplicate entries")
+            entries[name] = value
+        return entries
+
+    def no_constant(text: str) -> NoReturn:
+        raise AdapterError(path, None, "finite numbers", text)
+
+    def finite(text: str) -> float:
+        return value if math.isfinite(value := float(text)) else no_constant(text)
+
+    try:
+        text = raw.decode("utf-8")
+        parsed = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
+    except AdapterError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(path, None, "valid JSON in UTF-8", f"{type(error).__name__}: {error}") from None
+    if not isinstance(parsed, dict):
+        raise AdapterError(path, None, "a JSON object", f"a JSON {type(parsed).__name__}")
+    return parsed
+
+
+def read_header(path: str, file: io.FileIO, size: int) -> Header:
+    """Read and check the header of a safetensors file of ``size`` bytes: every byte of the data belongs to exactly
+    one tensor whose dtype and shape account for it."""
+    if size < 8:
+        raise AdapterError(path, "header length", "8 bytes", f"a file of {size} bytes")
+    prefix = bytearray(8)
+    read_exactly(path, file, prefix)
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        limit = f"at most {min(MAX_HEADER_BYTES, size - 8)} bytes in a file of {size} bytes"
+        raise AdapterError(path, "header length", limit, f"{length} bytes")
+    raw = bytearray(length)
+    read_exactly(path, file, raw)
+    parsed = parse_json(path, bytes(raw))
+    digest = _digest_of(path, parsed.pop(_METADATA, {}))
+    entries = {name: _entry(path, name, value) for name, value in parsed.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
+    position = 0
+    for name, entry in entries.items():
+        if entry.begin != position:
+            raise AdapterError(path, name, f"data_offsets that begin at {position}", entry.begin)
+        position = entry.end
+    if position != size - 8 - length:
+        raise AdapterError(path, "data", f"{position} bytes of tensors", f"{size - 8 - length} bytes")
+    return Header(entries, bytes(prefix + raw), digest)
+
+
+def read_tensors(path: str, file: io.FileIO, header: Header) -> dict[str, torch.Tensor]:
+    """The tensors behind ``header`` in fresh CPU memory, checked against the digest and for NaN and Inf."""
+    blank = header.raw.replace(header.digest.encode(), _BLANK.encode(), 1) if header.digest else b""
+    digest = hashlib.sha256(blank)
+    tensors = {}
+    for name, entry in header.entries.items():
+        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        read_exactly(path, file, data.numpy())
+        if header.digest:
+            digest.update(data.numpy())
+        tensors[name] = data.view(entry.dtype).view(entry.shape)
+    if header.digest and digest.hexdigest() != header.digest:
+        raise AdapterError(path, _DIGEST, header.digest, f"{digest.hexdigest()}: the file is damaged")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(path, name, "finite values", "NaN or Inf")
+    return tensors
+
+
+def write_tensors(file: io.FileIO, tensors: dict[str, torch.Tensor]) -> None:
+    """Write ``tensors`` (float32, float16 or bfloat16, any device) as a safetensors file with a digest."""
+    # widest dtype first keeps every tensor aligned to its element size
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries: dict[str, Any] = {_METADATA: {"format": "pt", _DIGEST: _BLANK}}
+    position = 0
+    for name in order:
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    header = struct.pack("<Q", len(header)) + header
+    digest = hashlib.sha256(header)
+    _write_all(file, header)
+    for name in order:
+        data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(data)
+        _write_all(file, data)
+    file.seek(header.index(_BLANK.encode()))
+    _write_all(file, digest.hexdigest().encode())
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def _digest_of(path: str, metadata: Any) -> str | None:
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise AdapterError(path, _METADATA, "an object of strings", metadata)
+    digest = metadata.get(_DIGEST)
+    if digest is not None and (len(digest) != 64 or set(digest) - set("0123456789abcdef")):
+        raise AdapterError(path, _DIGEST, "64 hexadecimal digits", digest)
+    return digest
+
+
+def _entry(path: str, name: str, value: Any) -> TensorEntry:
+    if not (isinstance(value, dict) and set(value) == {"dtype", "shape", "data_offsets"}):
+        raise AdapterError(path, name, "an entry with dtype, shape and data_offsets", value)
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not (isinstance(dtype, str) and dtype in DTYPES):
+        raise AdapterError(path, name, f"dtype {', '.join(DTYPES)}", dtype)
+    if not (_integers(shape) and 1 <= len(shape) <= 2 and min(shape) >= 1):
+        raise AdapterError(path, name, "one or two positive sizes as shape", shape)
+    if not (_integers(offsets) and len(offsets) == 2 and 0 <= offsets[0] <= offsets[1]):
+        raise AdapterError(path, name, "two ascending data_offsets", offsets)
+    if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
+        raise AdapterError(path, name, f"bytes for {dtype} {shape}", f"data_offsets {offsets}")
+    return TensorEntry(DTYPES[dtype], tuple(shape), *offsets)
+
+
+def _integers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)

@@ -1,0 +1,516 @@
+"""Checkpoints: round trips with PEFT both ways to the bit, and saves that a kill at any moment cannot break."""
+
+import copy
+import errno
+import json
+import os
+import random
+import signal
+import threading
+import time
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from fused_lora.adapters import load_adapter, read_adapter, save_adapter, staging
+from fused_lora.modules.inject import AdapterNotFound, adapter_configs, lora_layers
+
+FILES = ["adapter_config.json", "adapter_model.safetensors"]
+
+
+class Mlp(nn.Module):
+    def __init__(self, K=10, bias=True):
+        super().__init__()
+        self.fc1, self.act, self.norm = nn.Linear(K, 16, bias=bias), nn.Tanh(), nn.LayerNorm(16)
+        self.blocks = nn.ModuleList([nn.Linear(16, 16, bias=bias) for _ in range(2)])
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.norm(self.act(self.fc1(x)))
+        for block in self.blocks:
+            x = x + self.act(block(x))
+        return self.out(x)
+
+
+def llama():
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+    return LlamaForCausalLM(LlamaConfig(**sizes)), torch.arange(12).reshape(2, 6)
+
+
+def gpt2():
+    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    return GPT2LMHeadModel(config), torch.arange(12).reshape(2, 6)
+
+
+def mlp(dtype=torch.float32):
+    return Mlp().to(dtype), torch.randn(5, 10).to(dtype)
+
+
+CASES = {
+    "mlp": (mlp, {"target_modules": ["fc1", "blocks.1"]}),
+    "regex": (mlp, {"target_modules": r"fc1|blocks\.\d"}),
+    "llama": (llama, {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.1}),
+    "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "rslora": (mlp, {"target_modules": ["fc1", "out"], "use_rslora": True, "lora_alpha": 5}),
+    "patterns": (
+        mlp,
+        {
+            "target_modules": ["fc1", "0", "1", "out"],
+            "rank_pattern": {"^fc1": 2, r"blocks\.\d": 5},
+            "alpha_pattern": {"blocks.0": 3, "out|fc1": 7.5},
+        },
+    ),
+    "lora_bias": (mlp, {"target_modules": ["fc1", "out"], "lora_bias": True}),
+    "lora_only": (mlp, {"target_modules": ["fc1", "0"], "bias": "lora_only"}),
+    "bias all": (mlp, {"target_modules": ["fc1", "0"], "bias": "all", "lora_bias": True}),
+    "layers": (llama, {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "r": 1}),
+    "bf16 base": (lambda: mlp(torch.bfloat16), {"target_modules": ["fc1", "out"]}),
+    "exclude": (mlp, {"target_modules": "all-linear", "exclude_modules": ["out"]}),
+}
+
+
+def output(model, x):
+    model.eval()
+    with torch.no_grad():
+        result = model(x)
+    return getattr(result, "logits", result).float()
+
+
+def shake(tensors):
+    """Give every tensor values of its own, in place."""
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.copy_(torch.randn(tensor.shape) * 0.2)
+
+
+def peft_tensors(model, adapter_name="default"):
+    return {k: v.clone() for k, v in peft.get_peft_model_state_dict(model, adapter_name=adapter_name).items()}
+
+
+def assert_same_tensors(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]), key
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_with_peft(tmp_path, case):
+    make, kwargs = CASES[case]
+    torch.manual_seed(0)
+    base, x = make()
+    kwargs = {"r": 4, "lora_alpha": 6, **kwargs}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**kwargs))
+    shake(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path / "peft")
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if case == "bf16 base" else {"rtol": 1e-5, "atol": 1e-5}
+
+    ours = copy.deepcopy(base)
+    config = load_adapter(ours, tmp_path / "peft")
+    assert set(lora_layers(ours)) == set(theirs.base_model.targeted_module_names)
+    for path, layer in lora_layers(ours).items():
+        their_layer = theirs.base_model.model.get_submodule(path)
+        assert layer.scaling["default"] == their_layer.scaling["default"]
+        assert layer.r["default"] == their_layer.r["default"]
+    torch.testing.assert_close(output(ours, x), output(theirs, x), **tolerance)
+    assert config.inference_mode and not any(p.requires_grad for p in adapter_parameters(ours))
+
+    save_adapter(ours, tmp_path / "same")
+    assert_same_tensors(*(load_file(tmp_path / name / FILES[1]) for name in ("same", "peft")))
+    ours_json, peft_json = (json.loads((tmp_path / name / FILES[0]).read_text()) for name in ("same", "peft"))
+    for entries in (ours_json, peft_json):
+        entries["target_modules"] = sorted(entries["target_modules"])
+    assert ours_json == peft_json
+
+    shake(adapter_parameters(ours))
+    save_adapter(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert_same_tensors(load_file(tmp_path / "ours" / FILES[1]), peft_tensors(back))
+    torch.testing.assert_close(output(back, x), output(ours, x), **tolerance)
+
+
+def adapter_parameters(model, name="default"):
+    return [
+        p
+        for layer in lora_layers(model).values()
+        for half in (layer.lora_A, layer.lora_B)
+        if name in half
+        for p in half[name].parameters()
+    ]
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """A small model with adapter "default" of rank 4, its input, and the checkpoint it came from."""
+    torch.manual_seed(0)
+    return adapted_model(tmp_path / "source", 4)
+
+
+def adapted_model(folder, r, **kwargs):
+    model, x = mlp()
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=r, target_modules=["fc1", "0"], **kwargs))
+    shake(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(folder)
+    load_adapter(model, folder)
+    return model, x, folder
+
+
+def test_our_files(adapted, tmp_path):
+    model, _, _ = adapted
+    save_adapter(model, tmp_path / "a" / "b", base_model_name_or_path="somewhere/base")
+    assert sorted(os.listdir(tmp_path / "a" / "b")) == FILES and os.listdir(tmp_path / "a") == ["b"]
+    entries = json.loads((tmp_path / "a" / "b" / FILES[0]).read_text())
+    assert entries["peft_type"] == "LORA" and entries["inference_mode"] is True
+    assert entries["base_model_name_or_path"] == "somewhere/base"
+    assert entries["target_modules"] == ["0", "fc1"]
+    tensors = load_file(tmp_path / "a" / "b" / FILES[1])
+    assert sorted(tensors) == [
+        f"base_model.model.{path}.lora_{x}.weight" for path in ("blocks.0", "fc1") for x in ("A", "B")
+    ]
+    adapter = read_adapter(tmp_path / "a" / "b")
+    assert adapter.config.r == 4 and list(adapter.biases) == []
+    for path, layer in lora_layers(model).items():
+        assert torch.equal(adapter.layers[path].lora_A, layer.lora_A["default"].weight)
+        assert torch.equal(adapter.layers[path].lora_B, layer.lora_B["default"].weight)
+
+
+def test_several_adapters_by_name(adapted, tmp_path):
+    model, x, source = adapted
+    expected = [t.clone() for t in adapter_parameters(model)]
+    load_adapter(model, source, "other-1", is_trainable=True)
+    assert all(p.requires_grad for p in adapter_parameters(model, "other-1"))
+    assert not adapter_configs(model)["other-1"].inference_mode
+    shake(adapter_parameters(model, "other-1"))
+    assert all(torch.equal(a, b) for a, b in zip(expected, adapter_parameters(model), strict=True))
+    save_adapter(model, tmp_path / "x", "other-1")
+    assert torch.equal(read_adapter(tmp_path / "x").layers["fc1"].lora_A, model.fc1.lora_A["other-1"].weight)
+    with pytest.raises(ValueError, match="'other-1' is taken"):
+        load_adapter(model, source, "other-1")
+    with pytest.raises(AdapterNotFound, match=r"'nope' not found; adapters of the model: \['default', 'other-1'\]"):
+        save_adapter(model, tmp_path / "y", "nope")
+    with pytest.raises(ValueError, match="adapter_name must be"):
+        save_adapter(model, tmp_path / "y", "../up")
+    assert not (tmp_path / "y").exists()
+
+
+def test_train_or_eval_is_left_alone(tmp_path):
+    _, _, source = adapted_model(tmp_path / "source", 4)
+    for training in (True, False):
+        model = mlp()[0].train(training)
+        load_adapter(model, source)
+        assert all(module.training is training for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_dtype_of_the_adapter_is_pefts(tmp_path, dtype, autocast):
+    model, _ = mlp(dtype)
+    config = peft.LoraConfig(r=2, target_modules=["fc1"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=autocast)
+    theirs.save_pretrained(tmp_path / "a")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a", autocast_adapter_dtype=autocast)
+    load_adapter(model, tmp_path / "a", autocast_adapter_dtype=autocast)
+    expected = back.base_model.model.fc1.lora_A["default"].weight
+    assert model.fc1.lora_A["default"].weight.dtype == expected.dtype
+    assert torch.equal(model.fc1.lora_A["default"].weight, expected)
+
+
+# every key that PEFT 0.10.0 wrote
+PEFT_0_10 = """{"alpha_pattern": {}, "auto_mapping": null, "base_model_name_or_path": "x/y", "bias": "none",
+"fan_in_fan_out": false, "inference_mode": true, "init_lora_weights": true, "layer_replication": null,
+"layers_pattern": null, "layers_to_transform": null, "loftq_config": {}, "lora_alpha": 16, "lora_dropout": 0.05,
+"megatron_config": null, "megatron_core": "megatron.core", "modules_to_save": null, "peft_type": "LORA", "r": 4,
+"rank_pattern": {}, "revision": null, "target_modules": ["fc1", "0"], "task_type": "CAUSAL_LM", "use_dora": false,
+"use_rslora": false}"""
+
+
+def test_old_config_without_metadata(adapted, tmp_path):
+    source = adapted[2]
+    save_file(load_file(source / FILES[1]), tmp_path / "plain")
+    os.replace(tmp_path / "plain", source / FILES[1])
+    (source / FILES[0]).write_text(PEFT_0_10)
+    model = mlp()[0]
+    config = load_adapter(model, source)
+    assert model.fc1.scaling["default"] == 4.0 and config.lora_dropout == 0.05
+    save_adapter(model, source)
+    again = json.loads((source / FILES[0]).read_text())
+    assert {k: v for k, v in again.items() if k in json.loads(PEFT_0_10)} == {
+        **json.loads(PEFT_0_10),
+        "target_modules": ["0", "fc1"],
+    }
+
+
+def leftovers(parent):
+    return [name for name in os.listdir(parent) if "fused_lora_" in name]
+
+
+def write_pair(number):
+    """A writer whose two files carry the same number."""
+
+    def write(stage):
+        for name in ("a.json", "b.bin"):
+            with open(os.path.join(stage, name), "x") as file:
+                file.write(str(number))
+        return "a.json", "b.bin"
+
+    return write
+
+
+def pair(folder):
+    return (folder / "a.json").read_text(), (folder / "b.bin").read_text()
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def way(request, monkeypatch):
+    if request.param == "two renames":
+        monkeypatch.setattr(staging, "exchange", lambda a, b: False)
+    return request.param
+
+
+def test_other_entries_stay(tmp_path, way):
+    target = tmp_path / "t"
+    (target / "sub" / "deep").mkdir(parents=True)
+    (target / "README.md").write_text("read me")
+    (target / "sub" / "deep" / "x").write_text("x")
+    (target / "link").symlink_to("README.md")
+    os.mkfifo(target / "fifo")
+    os.chmod(target, 0o750)
+    (target / "sub" / "deep").chmod(0o711)
+    inode = (target / "README.md").stat().st_ino
+    for number in range(3):
+        staging.replace_directory(target, write_pair(number))
+        assert pair(target) == (str(number), str(number))
+    assert sorted(os.listdir(target)) == ["README.md", "a.json", "b.bin", "fifo", "link", "sub"]
+    assert (target / "sub" / "deep" / "x").read_text() == "x" and (target / "link").read_text() == "read me"
+    assert os.readlink(target / "link") == "README.md" and (target / "README.md").stat().st_ino == inode
+    assert target.stat().st_mode & 0o777 == 0o750 and (target / "sub" / "deep").stat().st_mode & 0o777 == 0o711
+    assert leftovers(tmp_path) == []
+
+
+def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
+    def no_link(*args, **kwargs):
+        raise OSError(errno.EPERM, "no links here")
+
+    staging.replace_directory(tmp_path / "t", write_pair(0))
+    (tmp_path / "t" / "c").write_text("c")
+    monkeypatch.setattr(os, "link", no_link)
+    staging.replace_directory(tmp_path / "t", write_pair(1))
+    assert pair(tmp_path / "t") == ("1", "1") and (tmp_path / "t" / "c").read_text() == "c"
+
+
+def test_what_appears_during_a_save_is_kept(tmp_path, monkeypatch, way):
+    target = tmp_path / "t"
+    (target / "sub").mkdir(parents=True)
+    publish = staging._publish
+
+    def late(stage, target_path, exists):
+        (target / "late").write_text("late")
+        (target / "sub" / "late").write_text("late")
+        publish(stage, target_path, exists)
+
+    monkeypatch.setattr(staging, "_publish", late)
+    staging.replace_directory(target, write_pair(1))
+    assert (target / "late").exists() and (target / "sub" / "late").exists() and pair(target) == ("1", "1")
+
+
+def test_targets_that_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="must be a directory, got the file"):
+        staging.replace_directory(tmp_path / "file", write_pair(0))
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for path in (".", "..", "/", tmp_path):
+        with pytest.raises(ValueError, match="must not be the root, the current directory or above"):
+            staging.replace_directory(path, write_pair(0))
+    assert sorted(os.listdir(tmp_path)) == ["file", "here"]
+    staging.replace_directory("beside", write_pair(0))
+    assert pair(tmp_path / "here" / "below" / "beside") == ("0", "0")
+
+
+def test_a_link_to_the_folder_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    staging.replace_directory(tmp_path / "link", write_pair(5))
+    assert (tmp_path / "link").is_symlink() and pair(tmp_path / "real") == ("5", "5")
+
+
+def test_a_failure_anywhere_leaves_the_old_pair(tmp_path, monkeypatch, way):
+    """Each system call of a save fails once: the old pair stays, or the failure comes after the new one is there."""
+    target = tmp_path / "t"
+    staging.replace_directory(target, write_pair(0))
+    (target / "other").write_text("other")
+    calls = ["mkdir", "fsync", "open", "rename", "link", "chmod"]
+    failures = 0
+    for name in calls:
+        real = getattr(os, name)
+        for nth in range(8):
+            count = 0
+
+            def failing(*args, real=real, nth=nth, **kwargs):
+                nonlocal count
+                count += 1
+                if count == nth + 1:
+                    raise OSError(errno.ENOSPC, "no space left")
+                return real(*args, **kwargs)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, failing)
+                try:
+                    staging.replace_directory(target, write_pair(nth + 1))
+                except OSError as error:
+                    assert error.errno == errno.ENOSPC
+                    failures += 1
+            assert len(set(pair(target))) == 1, (name, nth)
+            assert (target / "other").read_text() == "other"
+    staging.replace_directory(target, write_pair(99))
+    assert pair(target) == ("99", "99") and leftovers(tmp_path) == [] and failures >= 8
+
+
+def test_everything_is_durable_before_it_is_visible(tmp_path, monkeypatch):
+    log = []
+    fsync, exchange = os.fsync, staging.exchange
+    staging.replace_directory(tmp_path / "t", write_pair(0))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (log.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
+    )
+    monkeypatch.setattr(staging, "exchange", lambda a, b: (log.append("exchange"), exchange(a, b))[1])
+    staging.replace_directory(tmp_path / "t", write_pair(1))
+    stage = next(name for name in log if "fused_lora_tmp" in name)
+    assert sorted(log[:2]) == ["a.json", "b.bin"] and log[2:] == [stage, "exchange", tmp_path.name]
+
+
+def run_killed(work, seconds):
+    """Run ``work`` in a forked child and kill it after ``seconds``."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_savers_leave_one_whole_checkpoint(tmp_path):
+    """60 SIGKILLs at random moments of a loop that saves rank 4 and rank 8 in turn over the same folder."""
+    torch.manual_seed(0)
+    models = [adapted_model(tmp_path / f"r{r}", r, lora_alpha=r + 1)[0] for r in (4, 8)]
+    target = tmp_path / "saves" / "t"
+    target.mkdir(parents=True)
+    (target / "README.md").write_text("keep")
+
+    def loop():
+        while True:
+            for model in models:
+                save_adapter(model, target)
+
+    save_adapter(models[0], target)
+    rng, seen, left = random.Random(0), set(), 0
+    for _ in range(60):
+        run_killed(loop, rng.uniform(0.005, 0.05))
+        adapter = read_adapter(target)
+        r = adapter.config.r
+        seen.add(r)
+        source = models[(4, 8).index(r)]
+        assert adapter.config.lora_alpha == r + 1
+        assert torch.equal(adapter.layers["fc1"].lora_A, source.fc1.lora_A["default"].weight)
+        assert (
+            peft.PeftConfig.from_pretrained(target).r
+            == r
+            == load_file(target / FILES[1])["base_model.model.fc1.lora_A.weight"].shape[0]
+        )
+        assert (target / "README.md").read_text() == "keep"
+        left += len(leftovers(target.parent))
+    assert seen == {4, 8} and left > 0  # else nothing was killed in the middle
+    save_adapter(models[0], target)
+    assert leftovers(target.parent) == [] and sorted(os.listdir(target)) == ["README.md", *FILES]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_between_two_renames_the_old_pair_comes_back(tmp_path, monkeypatch):
+    target = tmp_path / "t"
+    staging.replace_directory(target, write_pair(7))
+    monkeypatch.setattr(staging, "exchange", lambda a, b: False)
+    real = os.rename
+
+    def stop(source, destination):
+        real(source, destination)
+        if destination.endswith("_old"):
+            time.sleep(60)
+
+    def work():
+        os.rename = stop
+        staging.replace_directory(target, write_pair(8))
+
+    run_killed(work, 0.5)
+    assert not target.exists()
+    with pytest.raises(RuntimeError, match="stop here"):
+        staging.replace_directory(target, fail)
+    assert pair(target) == ("7", "7") and leftovers(tmp_path) == []
+
+
+def fail(stage):
+    raise RuntimeError("stop here")
+
+
+def test_a_reader_beside_a_saver_sees_whole_checkpoints(tmp_path):
+    torch.manual_seed(0)
+    models = [adapted_model(tmp_path / f"r{r}", r, lora_alpha=r + 1)[0] for r in (4, 8)]
+    target, stop = tmp_path / "t", threading.Event()
+    save_adapter(models[0], target)
+
+    def loop():
+        while not stop.is_set():
+            for model in models:
+                save_adapter(model, target)
+
+    saver = threading.Thread(target=loop)
+    saver.start()
+    try:
+        seen = {
+            (a.config.r, a.config.lora_alpha, a.layers["fc1"].lora_A.shape[0])
+            for a in (read_adapter(target) for _ in range(300))
+        }
+    finally:
+        stop.set()
+        saver.join()
+    assert seen == {(4, 5, 4), (8, 9, 8)}
+
+
+def test_savers_wait_for_each_other(tmp_path):
+    threads = [
+        threading.Thread(target=staging.replace_directory, args=(tmp_path / "t", write_pair(i))) for i in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first, second = pair(tmp_path / "t")
+    assert first == second and leftovers(tmp_path) == []
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_folder_alone(adapted, tmp_path):
+    model = adapted[0]
+    save_adapter(model, tmp_path / "a")
+    before = [(tmp_path / "a" / name).read_bytes() for name in FILES]
+    weight = model.fc1.lora_B["default"].weight
+    with torch.no_grad():
+        weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"fc1\.lora_B\.weight must hold finite values, got NaN or Inf"):
+        save_adapter(model, tmp_path / "a")
+    with torch.no_grad():
+        weight[0, 0] = 0
+    model.double()
+    with pytest.raises(ValueError, match="must be float32, float16 or bfloat16, got torch.float64"):
+        save_adapter(model, tmp_path / "a")
+    model.float()
+    adapter_configs(model)["default"].lora_alpha = 3
+    with pytest.raises(RuntimeError, match=r"has \(r, lora_alpha\) = \(4, 8\), which the config does not give"):
+        save_adapter(model, tmp_path / "a")
+    assert [(tmp_path / "a" / name).read_bytes() for name in FILES] == before

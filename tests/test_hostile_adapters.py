@@ -1,0 +1,623 @@
+"""Broken and malicious checkpoints: each is refused quickly with file, key, expected and found, and the model keeps
+every bit and every module."""
+
+import json
+import os
+import pickle
+import random
+import struct
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from fused_lora.adapters import AdapterError, load_adapter, read_adapter, save_adapter
+from fused_lora.modules.inject import adapter_configs
+
+PREFIX = "base_model.model."
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["fc1", "fc2"],
+    "bias": "none",
+    "lora_dropout": 0.0,
+    "auto_mapping": None,
+    "use_dora": False,
+    "task_type": None,
+}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(8, 12)
+        self.act = nn.ReLU()
+        self.fc2 = nn.Linear(12, 6, bias=False)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x):
+        return self.norm(self.fc2(self.act(self.fc1(x))))
+
+
+def good_tensors():
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"fc1": (8, 12), "fc2": (12, 6)}
+    tensors = {}
+    for name, (K, N) in shapes.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(4, K, generator=generator)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(N, 4, generator=generator)
+    return tensors
+
+
+A1, B1, A2, B2 = good_tensors()
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
+NAMES |= {torch.int8: "I8", torch.bool: "BOOL", torch.complex64: "C64"}
+
+
+def header_and_data(tensors):
+    """(header dict, data bytes) of a safetensors file."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name]["data_offsets"] = [len(data), len(data) + len(raw)]
+        data += raw
+    return header, data
+
+
+def pack(header, data, length=None):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + data
+
+
+def write(folder, config=None, tensors=None, weights=None, raw_config=None):
+    """A checkpoint; ``tensors`` are laid over the good ones (None removes one), raw bytes replace a whole file."""
+    folder.mkdir(exist_ok=True)
+    merged = {**CONFIG, **(config or {})}
+    text = (
+        json.dumps({k: v for k, v in merged.items() if v != "REMOVED"}).encode() if raw_config is None else raw_config
+    )
+    (folder / "adapter_config.json").write_bytes(text)
+    kept = {k: v for k, v in {**good_tensors(), **(tensors or {})}.items() if v is not None}
+    (folder / "adapter_model.safetensors").write_bytes(pack(*header_and_data(kept)) if weights is None else weights)
+    return folder
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}, [(n, type(m)) for n, m in model.named_modules()]
+
+
+ACTS = {"exec", "compile", "import", "pickle.find_class", "os.system", "os.exec", "os.fork", "subprocess.Popen"}
+ACTS |= {"socket.connect", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "ctypes.dlopen"}
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+
+class Watch:
+    """Records what code does that only reads files should never do, while it is on."""
+
+    def __init__(self):
+        self.on, self.seen = False, []
+        sys.addaudithook(self.hook)
+
+    def hook(self, event, args):
+        if self.on and (event in ACTS or (event == "open" and isinstance(args[2], int) and args[2] & WRITES)):
+            self.seen.append((event, args))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def watch(tmp_path_factory):
+    """Installed after one sound load, which may import lazily."""
+    global WATCH
+    load_adapter(Net(), write(tmp_path_factory.mktemp("sound") / "a"))
+    WATCH = Watch()
+    yield
+    WATCH.on = False
+
+
+def refused(folder, match=None, seconds=2.0, name=None):
+    torch.manual_seed(0)
+    model = Net()
+    tensors, modules = state(model)
+    start, WATCH.on, WATCH.seen = time.process_time(), True, []
+    with pytest.raises(AdapterError, match=match) as caught:
+        load_adapter(model, folder, name)
+    WATCH.on = False
+    assert WATCH.seen == []
+    assert time.process_time() - start < seconds
+    error = caught.value
+    assert str(folder) in error.file and error.file in str(error)
+    assert error.expected and error.found and len(str(error)) < 2000
+    after, modules_after = state(model)
+    assert modules_after == modules and after.keys() == tensors.keys()
+    assert all(torch.equal(after[k].view(torch.uint8), v.view(torch.uint8)) for k, v in tensors.items())
+    assert adapter_configs(model) == {} and all(p.requires_grad for p in model.parameters())
+    return error
+
+
+def test_the_watch_sees(tmp_path):
+    WATCH.on, WATCH.seen = True, []
+    (tmp_path / "x").write_text("x")
+    pickle.loads(pickle.dumps(json.dumps))
+    eval("1 + 1")
+    WATCH.on = False
+    assert {"open", "pickle.find_class", "exec", "compile"} <= {event for event, _ in WATCH.seen}
+
+
+def test_the_good_one_loads(tmp_path):
+    model = Net()
+    load_adapter(model, write(tmp_path / "a"))
+    assert torch.equal(model.fc1.lora_A["default"].weight, good_tensors()[A1])
+
+
+def change(name, function):
+    return {name: function(good_tensors()[name])}
+
+
+def with_value(name, value):
+    tensor = good_tensors()[name]
+    tensor.view(-1)[5] = value
+    return {name: tensor}
+
+
+TENSOR_CASES = {
+    "A transposed": change(A1, lambda t: t.T.contiguous()),
+    "B transposed": change(B1, lambda t: t.T.contiguous()),
+    "A 1-D": change(A1, lambda t: t.reshape(-1)),
+    "B 1-D": change(B1, lambda t: t.reshape(-1)),
+    "A 3-D": change(A1, lambda t: t[None]),
+    "A 0-D": change(A1, lambda t: t[0, 0]),
+    "A empty": change(A1, lambda t: t[:0]),
+    "rank of A": change(A1, lambda t: t[:3]),
+    "rank of B": change(B1, lambda t: t[:, :3].contiguous()),
+    "rank of both": {**change(A1, lambda t: t[:3]), **change(B1, lambda t: t[:, :3].contiguous())},
+    "K of A": change(A1, lambda t: t[:, :7].contiguous()),
+    "N of B": change(B1, lambda t: t[:5]),
+    "layers swapped": {A1: good_tensors()[A2], A2: good_tensors()[A1]},
+    "B missing": {B1: None},
+    "A missing": {A2: None},
+    "layer missing": {A2: None, B2: None},
+    "no tensors": {A1: None, B1: None, A2: None, B2: None},
+    "NaN in A": with_value(A1, torch.nan),
+    "Inf in B": with_value(B1, torch.inf),
+    "-Inf in A": with_value(A2, -torch.inf),
+    "int64": change(A1, lambda t: t.long()),
+    "int8": change(A1, lambda t: t.to(torch.int8)),
+    "bool": change(A1, lambda t: t > 0),
+    "float64": change(A1, lambda t: t.double()),
+    "complex": change(A1, lambda t: t.to(torch.complex64)),
+    "base weight": {PREFIX + "fc2.base_layer.weight": torch.full((6, 12), 7.0)},
+    "base weight, plain": {PREFIX + "fc2.weight": torch.full((6, 12), 7.0)},
+    "base bias": {PREFIX + "fc1.base_layer.bias": torch.full((12,), 7.0)},
+    "other bias": {PREFIX + "norm.bias": torch.full((6,), 7.0)},
+    "lora bias": {PREFIX + "fc1.lora_B.bias": torch.ones(12)},
+    "embedding": {PREFIX + "emb.lora_embedding_A": torch.ones(4, 4)},
+    "magnitude": {PREFIX + "fc1.lora_magnitude_vector": torch.ones(12)},
+    "whole module": {PREFIX + "norm.weight": torch.ones(6)},
+    "unrelated": {"something": torch.ones(3)},
+    "without prefix": {A1: None, A1.removeprefix(PREFIX): good_tensors()[A1]},
+    "wrong prefix": {A1: None, "base.model." + A1.removeprefix(PREFIX): good_tensors()[A1]},
+    "adapter name in key": {A1: None, A1.replace("lora_A", "lora_A.default"): good_tensors()[A1]},
+    "root": {PREFIX + "lora_A.weight": torch.ones(4, 8), PREFIX + "lora_B.weight": torch.ones(8, 4)},
+    "extra layer": {PREFIX + "fc3.lora_A.weight": torch.ones(4, 8), PREFIX + "fc3.lora_B.weight": torch.ones(8, 4)},
+    "not linear": {PREFIX + "norm.lora_A.weight": torch.ones(4, 6), PREFIX + "norm.lora_B.weight": torch.ones(6, 4)},
+    "path": {
+        PREFIX + "../../evil.lora_A.weight": torch.ones(4, 6),
+        PREFIX + "../../evil.lora_B.weight": torch.ones(6, 4),
+    },
+    "dunder": {
+        PREFIX + "fc1.__class__.lora_A.weight": torch.ones(4, 6),
+        PREFIX + "fc1.__class__.lora_B.weight": torch.ones(6, 4),
+    },
+    "newline": {PREFIX + "fc1\n\x1b[2J.lora_A.weight": torch.ones(4, 6)},
+    "long": {PREFIX + "x" * 100_000 + ".lora_A.weight": torch.ones(4, 6)},
+}
+
+
+@pytest.mark.parametrize("case", TENSOR_CASES)
+def test_tensors(tmp_path, case):
+    error = refused(write(tmp_path / "a", tensors=TENSOR_CASES[case]))
+    assert error.file.endswith("adapter_model.safetensors")
+    assert (error.key is None) == (case == "no tensors")
+
+
+CONFIG_CASES = {
+    "r zero": {"r": 0},
+    "r negative": {"r": -4},
+    "r other": {"r": 5},
+    "r text": {"r": "4"},
+    "r float": {"r": 4.0},
+    "r bool": {"r": True},
+    "r null": {"r": None},
+    "r list": {"r": [4]},
+    "r 1e9": {"r": 10**9},
+    "r 2^63": {"r": 2**63},
+    "r missing": {"r": "REMOVED"},
+    "alpha missing": {"lora_alpha": "REMOVED"},
+    "alpha 1e30": {"lora_alpha": 1e30},
+    "alpha 10^400": {"lora_alpha": 10**400},
+    "alpha text": {"lora_alpha": "8"},
+    "alpha bool": {"lora_alpha": False},
+    "dropout": {"lora_dropout": -1},
+    "dropout 2": {"lora_dropout": 2},
+    "bias mode": {"bias": "everything"},
+    "dora": {"use_dora": True},
+    "qalora": {"use_qalora": 1},
+    "alora": {"alora_invocation_tokens": [1, 2]},
+    "bdlora": {"use_bdlora": {"target_modules_bd_a": []}},
+    "arrow": {"arrow_config": {"top_k": 3}},
+    "target_parameters": {"target_parameters": ["w"]},
+    "replication": {"layer_replication": [[0, 1]]},
+    "tokens": {"trainable_token_indices": [1]},
+    "modules_to_save": {"modules_to_save": ["norm"]},
+    "megatron": {"megatron_config": {"a": 1}, "megatron_core": "os"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "loftq": {"loftq_config": {"loftq_bits": 4}},
+    "unknown": {"use_superlora": True},
+    "other peft_type": {"peft_type": "IA3"},
+    "no peft_type": {"peft_type": "REMOVED"},
+    "auto_mapping": {"auto_mapping": "os.system"},
+    "targets too few": {"target_modules": ["fc1"]},
+    "targets too many": {"target_modules": ["fc1", "fc2", "norm"]},
+    "targets other": {"target_modules": ["fc9"]},
+    "targets number": {"target_modules": [1]},
+    "targets excluded": {"exclude_modules": ["fc2"]},
+    "rank_pattern": {"rank_pattern": {"fc2": 8}},
+    "rank_pattern type": {"rank_pattern": [["fc2", 8]]},
+    "rank_pattern zero": {"rank_pattern": {"nothing": 0}},
+    "alpha_pattern value": {"alpha_pattern": {"fc2": "8"}},
+    "alpha_pattern regex": {"alpha_pattern": {"fc[12]": 16}},
+    "lora_bias without": {"lora_bias": True},
+    "bias without": {"bias": "lora_only"},
+    "all biases without": {"bias": "all"},
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_CASES)
+def test_config(tmp_path, case):
+    error = refused(write(tmp_path / "a", CONFIG_CASES[case]))
+    assert error.key
+    if (
+        not case.startswith(("targets", "r other", "rank_pattern", "lora_bias", "bias without", "all biases"))
+        or "type" in case
+    ):
+        assert error.file.endswith("adapter_config.json")
+        assert error.key.split(",")[0] in {*CONFIG_CASES[case], "extra"}
+
+
+EVIL = "([a-z0-9_.]+)+!"
+
+
+@pytest.mark.parametrize(
+    "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+)
+def test_no_expression_of_the_file_is_run(tmp_path, field):
+    config = {
+        "target_modules": EVIL,
+        "exclude_modules": EVIL,
+        "rank_pattern": {EVIL: 9},
+        "alpha_pattern": {EVIL: 8},
+        "layers_pattern": [EVIL],
+    }
+    values = {field: config[field], **({"layers_to_transform": [0]} if field == "layers_pattern" else {})}
+    folder = write(tmp_path / "a", values)
+    name = "a" * 40
+    model = nn.ModuleDict({name: Net()})
+    tensors = {k.replace(PREFIX, f"{PREFIX}{name}."): v for k, v in good_tensors().items()}
+    (folder / "adapter_model.safetensors").write_bytes(pack(*header_and_data(tensors)))
+    start = time.process_time()
+    load_adapter(model, folder)
+    assert time.process_time() - start < 1
+    assert model[name].fc1.scaling["default"] == 2.0
+
+
+def test_patterns_times_layers_is_bounded(tmp_path):
+    shape = {"dtype": "F32", "shape": [1, 1]}
+    names = [f"{PREFIX}l{i}.lora_{x}.weight" for i in range(30_000) for x in "AB"]
+    header = {name: {**shape, "data_offsets": [4 * i, 4 * i + 4]} for i, name in enumerate(names)}
+    patterns = {f"m.{i}": 1 for i in range(30_000)}
+    config = {"r": 1, "rank_pattern": patterns, "target_modules": "x"}
+    folder = write(tmp_path / "a", config, weights=pack(header, bytes(4 * len(names))))
+    assert refused(folder).key == "rank_pattern, alpha_pattern"
+
+
+BASE_BIAS = {PREFIX + "fc1.base_layer.bias": torch.ones(12)}
+ALL_BIASES = {**BASE_BIAS, PREFIX + "norm.bias": torch.ones(6)}
+BIAS_CASES = {
+    "shape": ("lora_only", {PREFIX + "fc1.base_layer.bias": torch.ones(11)}),
+    "2-D": ("lora_only", {PREFIX + "fc1.base_layer.bias": torch.ones(12, 1)}),
+    "none in the model": ("lora_only", {**BASE_BIAS, PREFIX + "fc2.base_layer.bias": torch.ones(6)}),
+    "NaN": ("lora_only", {PREFIX + "fc1.base_layer.bias": torch.full((12,), torch.nan)}),
+    "not of this mode": ("lora_only", ALL_BIASES),
+    "other missing": ("all", BASE_BIAS),
+    "other shape": ("all", {**BASE_BIAS, PREFIX + "norm.bias": torch.ones(5)}),
+    "other unknown": ("all", {**ALL_BIASES, PREFIX + "norm2.bias": torch.ones(6)}),
+    "other weight": ("all", {**ALL_BIASES, PREFIX + "norm.weight": torch.ones(6)}),
+    "without layer": ("lora_only", {**BASE_BIAS, PREFIX + "norm.base_layer.bias": torch.ones(6)}),
+}
+
+
+@pytest.mark.parametrize("case", BIAS_CASES)
+def test_biases(tmp_path, case):
+    mode, tensors = BIAS_CASES[case]
+    assert refused(write(tmp_path / "a", {"bias": mode}, tensors)).key.startswith(PREFIX)
+
+
+HEADER, DATA = header_and_data(good_tensors())
+GOOD = pack(HEADER, DATA)
+
+
+def edited(name=A1, **changes):
+    return {**HEADER, name: {**HEADER[name], **changes}}
+
+
+def duplicated(same_offsets):
+    raw = json.dumps(HEADER)[:-1]
+    offsets = HEADER[A1]["data_offsets"] if same_offsets else [len(DATA), len(DATA) + 128]
+    entry = {"dtype": "F32", "shape": [4, 8], "data_offsets": offsets}
+    return f"{raw}, {json.dumps(A1)}: {json.dumps(entry)}}}".encode()
+
+
+WEIGHT_CASES = {
+    "empty": b"",
+    "7 bytes": GOOD[:7],
+    "length only": GOOD[:8],
+    "trailing bytes": GOOD + b"x",
+    "one byte short": GOOD[:-1],
+    "no header": pack(b"", DATA),
+    "length 2^63": pack(HEADER, DATA, 2**63),
+    "length 2^64-1": pack(HEADER, DATA, 2**64 - 1),
+    "length 200 MB": pack(HEADER, DATA, 200_000_000),
+    "length + 1": pack(HEADER, DATA, len(json.dumps(HEADER)) + 1),
+    "length - 1": pack(HEADER, DATA, len(json.dumps(HEADER)) - 1),
+    "not JSON": pack(b"{]", DATA),
+    "array": pack(b"[]", DATA),
+    "number": pack(b"1", DATA),
+    "string": pack(b'"a"', DATA),
+    "null": pack(b"null", b""),
+    "NaN": pack(b"NaN", b""),
+    "not UTF-8": pack(b'{"\xff": 1}', DATA),
+    "BOM": pack(b"\xef\xbb\xbf" + json.dumps(HEADER).encode(), DATA),
+    "deep": pack(b'{"a":' * 50_000 + b"1" + b"}" * 50_000, DATA),
+    "deep list": pack(b'{"a":' + b"[" * 800 + b"]" * 800 + b"}", DATA),
+    "many digits": pack(b'{"a":' + b"9" * 5000 + b"}", DATA),
+    "duplicate": pack(duplicated(True), DATA),
+    "duplicate, other bytes": pack(duplicated(False), DATA + bytes(128)),
+    "overlap": pack(edited(A2, data_offsets=[64, 64 + 192]), DATA),
+    "hole": pack({k: v for k, v in HEADER.items() if k != B1}, DATA),
+    "reversed offsets": pack(edited(data_offsets=[128, 0]), DATA),
+    "negative offsets": pack(edited(data_offsets=[-128, 0]), DATA),
+    "offsets past the end": pack(edited(data_offsets=[2**40, 2**40 + 128]), DATA),
+    "float offsets": pack(edited(data_offsets=[0.0, 128.0]), DATA),
+    "bool offsets": pack(edited(data_offsets=[False, 128]), DATA),
+    "three offsets": pack(edited(data_offsets=[0, 64, 128]), DATA),
+    "offsets no list": pack(edited(data_offsets="0,128"), DATA),
+    "shape overflow": pack(edited(shape=[2**32, 2**32]), DATA),
+    "shape 1e9": pack(edited(shape=[10**9, 8]), DATA),
+    "negative shape": pack(edited(shape=[-4, -8]), DATA),
+    "bool shape": pack(edited(shape=[True, 32]), DATA),
+    "float shape": pack(edited(shape=[4.0, 8]), DATA),
+    "shape no list": pack(edited(shape=32), DATA),
+    "dtype unknown": pack(edited(dtype="F33"), DATA),
+    "dtype no text": pack(edited(dtype=["F32"]), DATA),
+    "dtype F16": pack(edited(dtype="F16"), DATA),
+    "extra field": pack(edited(mode="rw"), DATA),
+    "no dtype": pack({**HEADER, A1: {"shape": [4, 8], "data_offsets": [0, 128]}}, DATA),
+    "entry no object": pack({**HEADER, A1: 3}, DATA),
+    "metadata no object": pack({**HEADER, "__metadata__": 3}, DATA),
+    "metadata number": pack({**HEADER, "__metadata__": {"format": 1}}, DATA),
+    "digest wrong": pack({**HEADER, "__metadata__": {"fused_lora.sha256": "0" * 64}}, DATA),
+    "digest no hex": pack({**HEADER, "__metadata__": {"fused_lora.sha256": "x"}}, DATA),
+    "page": b"<!DOCTYPE html><html><body>Not found</body></html>",
+    "LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "pickle": pickle.dumps({"a": 1}),
+    "zeros": bytes(4096),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHT_CASES)
+def test_weight_files(tmp_path, case):
+    assert refused(write(tmp_path / "a", weights=WEIGHT_CASES[case])).file.endswith("adapter_model.safetensors")
+
+
+def test_truncated_anywhere(tmp_path):
+    for length in [*range(0, 40), *range(40, len(GOOD), 37), len(GOOD) - 1]:
+        refused(write(tmp_path / "a", weights=GOOD[:length]))
+
+
+def test_a_header_of_a_million_entries_is_not_parsed(tmp_path):
+    entry = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    raw = b"{" + b",".join(entry % i for i in range(350_000)) + b"}"
+    assert refused(write(tmp_path / "a", weights=pack(raw, b"")), seconds=0.5).key == "header length"
+
+
+CONFIG_FILES = {
+    "empty": b"",
+    "broken": b'{"peft_type": "LORA", ',
+    "array": b"[1]",
+    "number": b"3",
+    "BOM": b"\xef\xbb\xbf" + json.dumps(CONFIG).encode(),
+    "not UTF-8": b'{"peft_type": "\xff"}',
+    "duplicate r": json.dumps(CONFIG)[:-1].encode() + b', "r": 4}',
+    "duplicate inside": json.dumps(CONFIG)[:-1].encode() + b', "rank_pattern": {"a": 1, "a": 2}}',
+    "NaN": json.dumps({**CONFIG, "lora_alpha": float("nan")}).encode(),
+    "Infinity": json.dumps({**CONFIG, "lora_alpha": float("inf")}).encode(),
+    "1e999": json.dumps(CONFIG).replace(": 8,", ": 1e999,").encode(),
+    "deep": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "many digits": b'{"r": ' + b"9" * 5000 + b"}",
+    "too large": json.dumps(CONFIG).encode() + b" " * (1 << 20),
+    "trailing": json.dumps(CONFIG).encode() + b"{}",
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_FILES)
+def test_config_files(tmp_path, case):
+    assert refused(write(tmp_path / "a", raw_config=CONFIG_FILES[case])).file.endswith("adapter_config.json")
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("kind", ["missing", "directory", "fifo", "device", "link to device", "dangling link", "loop"])
+def test_kinds_of_file(tmp_path, file, kind):
+    path = write(tmp_path / "a") / file
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        try:
+            os.mknod(path, 0o600 | 0o020000, os.makedev(1, 5))
+        except PermissionError:
+            pytest.skip("no permission to make a device")
+    elif kind != "missing":
+        targets = {"link to device": "/dev/zero", "dangling link": tmp_path / "nowhere", "loop": path}
+        path.symlink_to(targets[kind])
+    refused(path.parent)
+
+
+def test_links_to_files_are_followed(tmp_path):
+    folder = write(tmp_path / "a")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / file).rename(tmp_path / f"blob_{file}")
+        (folder / file).symlink_to(tmp_path / f"blob_{file}")
+    assert sorted(read_adapter(folder).layers) == ["fc1", "fc2"]
+
+
+def test_pickles_are_not_opened(tmp_path):
+    folder = write(tmp_path / "a")
+    (folder / "adapter_model.safetensors").unlink()
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Evil()))
+    refused(folder, match="adapter_model.bin, a pickle, which is not read")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_too_large(tmp_path):
+    folder = write(tmp_path / "a")
+    with pytest.raises(AdapterError, match="at most 100 bytes"):
+        read_adapter(folder, max_bytes=100)
+
+
+def test_folders(tmp_path):
+    refused(tmp_path / "nowhere", match="no such folder")
+    (tmp_path / "file").write_bytes(GOOD)
+    refused(tmp_path / "file", match="no such folder")
+    with pytest.raises(AdapterError):
+        read_adapter(str(tmp_path) + "\0")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../evil",
+        "/abs/evil",
+        "a/b",
+        "a.b",
+        "",
+        "..",
+        ".",
+        "a\nb",
+        "a\n",
+        "a\0b",
+        "a b",
+        "é",
+        "x" * 65,
+        "lora_A.weight",
+    ],
+)
+def test_adapter_names(tmp_path, name):
+    model = Net()
+    before = state(model)[1]
+    with pytest.raises(ValueError, match="adapter_name must be 1 to 64"):
+        load_adapter(model, write(tmp_path / "a"), name)
+    assert state(model)[1] == before
+
+
+@pytest.mark.parametrize("name", [3, b"a", ["a"]])
+def test_adapter_name_types(tmp_path, name):
+    with pytest.raises(TypeError, match="adapter_name"):
+        load_adapter(Net(), write(tmp_path / "a"), name)
+
+
+TOKENS = [
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b",",
+    b":",
+    b"0",
+    b"-1",
+    b"1e9",
+    b"1e400",
+    b"NaN",
+    b"null",
+    b"true",
+    b"9" * 5000,
+]
+TOKENS += [b"\\u0000", b"\\ud800", b"\xff", b'"r"', b'"__metadata__"', b"{}", b'"F16"', b"[" * 2000]
+
+
+def test_mutated_files_raise_nothing_else(tmp_path):
+    """5,000 mutants of both files: loaded or AdapterError, never another exception."""
+    rng = random.Random(0)
+    config = {**CONFIG, "rank_pattern": {"fc2": 4}, "alpha_pattern": {"^fc1": 3.5}, "exclude_modules": ["x"]}
+    folder = write(tmp_path / "a", config)
+    files = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    loaded = 0
+    for _ in range(5000):
+        path = rng.choice(list(files))
+        raw = bytearray(files[path])
+        limit = len(raw) if path.suffix == ".json" else len(GOOD) - len(DATA)
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(limit)
+            kind = rng.randrange(4)
+            raw[at : at + rng.randint(0, 9)] = (
+                bytes([rng.randrange(256)]),
+                rng.choice(TOKENS),
+                b"",
+                raw[(copied := rng.randrange(limit)) : copied + rng.randint(1, 40)],
+            )[kind]
+        if path.suffix != ".json" and rng.random() < 0.7:
+            raw[:8] = (len(raw) - 8 - len(DATA)).to_bytes(8, "little")  # so that the JSON is reached
+        path.write_bytes(raw)
+        try:
+            read_adapter(folder)
+            loaded += 1
+        except AdapterError as error:
+            assert error.file == str(path)
+        path.write_bytes(files[path])
+    assert 0 < loaded < 500
+
+
+def test_every_damaged_byte_is_found(tmp_path):
+    """A saved file with any one bit flipped is refused, or (flips in the digest's own name) has the same tensors."""
+    model = Net()
+    load_adapter(model, write(tmp_path / "a"))
+    save_adapter(model, tmp_path / "b")
+    path = tmp_path / "b" / "adapter_model.safetensors"
+    raw = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    accepted = 0
+    for position in torch.randint(len(raw), (1000,), generator=generator).tolist():
+        flipped = bytearray(raw)
+        flipped[position] ^= 1 << int(torch.randint(8, (1,), generator=generator))
+        path.write_bytes(flipped)
+        try:
+            layers = read_adapter(path.parent).layers
+        except AdapterError:
+            continue
+        accepted += 1
+        assert b"fused_lora.sha256" not in flipped
+        for name, layer in layers.items():
+            assert torch.equal(layer.lora_A, good_tensors()[f"{PREFIX}{name}.lora_A.weight"])
+            assert torch.equal(layer.lora_B, good_tensors()[f"{PREFIX}{name}.lora_B.weight"])
+    assert accepted < 50
