@@ -1,0 +1,145 @@
+"""Every kernel in every configuration that can run, described for a compiler without a GPU.
+
+    for case in compile_cases(90):
+        source = ASTSource(case.kernel, case.signature, case.constexprs, case.attrs)
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=case.options)
+
+A case stands for a launch over contiguous, 16-byte aligned tensors whose sizes are multiples of 16, one adapter.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .config import OPS, LaunchConfig, candidates
+from .dropout import _dropout_mask_kernel
+from .lora_grad import _lora_weight_grad_kernel
+from .lora_linear import _lora_linear_kernel
+from .lora_shrink import _lora_shrink_kernel
+from .tiles import _ordered_sum_kernel
+
+_TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One compilation: what ``triton.compiler.ASTSource`` and ``triton.compile`` take, and where it comes from."""
+
+    label: str
+    op: str
+    config: LaunchConfig | None
+    dtype: torch.dtype
+    kernel: Any
+    signature: dict[str, Any]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], list]
+    options: dict[str, int]
+
+
+def _case(label, op, config, dtype, kernel, types: dict[str, Any], values: dict[str, Any], options) -> CompileCase:
+    """types: the run-time arguments, a tuple for one value per adapter; values: the arguments fixed at compile time."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    attrs = {}
+    for i, name in enumerate(names):
+        # the triton launcher specialises pointers and integers that are multiples of 16
+        path = (i, 0) if isinstance(signature[name], tuple) else (i,)
+        kind = signature[name][0] if isinstance(signature[name], tuple) else signature[name]
+        if (kind.startswith("*") or kind == "i32") and name != "bounds":
+            attrs[path] = [["tt.divisibility", 16]]
+    constexprs = {(names.index(name),): value for name, value in values.items()}
+    return CompileCase(label, op, config, dtype, kernel, signature, constexprs, attrs, options)
+
+
+def _linear_case(op: str, config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
+    x, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
+    split, forward = config.SPLIT_K > 1, op == "linear"
+    types = {
+        **dict(x_ptr=x, w_ptr=x, p_ptr=adapter, q_ptr=adapter, s_ptr="*fp32", y_ptr="*fp32" if split else x),
+        **dict(rank_ends=("i32",), bounds=("i32",), shrink_scales=("fp32",), expand_scales=("fp32",)),
+        **dict(M="i32", N="i32", K="i32", R="i32", stride_xm="i32"),
+    }
+    values = dict(
+        stride_xk=1, NUM_ADAPTERS=1, VARIANT=config.variant, DROP_IN=dropout and forward and config.variant != "split",
+        DROP_OUT=dropout and not forward, HAS_BIAS=forward and not split, UPCAST=upcast, PRECISION=precision,
+        TMA=config.tma, W_IS_NK=forward, SPLIT=split, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
+    )  # fmt: skip
+    # (unit stride, long stride) of W', P and Q; in the input gradient each is stored the other way round
+    strides = ("wk", "wn"), ("pk", "pr"), ("qr", "qn")
+    for pair in strides:
+        unit, long = pair if forward else pair[::-1]
+        values[f"stride_{unit}"] = 1
+        types[f"stride_{long}"] = "i32"
+    optional = dict(
+        bias_ptr=(x, values["HAS_BIAS"]), seeds_ptr=("*i64", dropout), sync_ptr=("*i32", config.variant == "publish")
+    )
+    for name, (kind, used) in optional.items():
+        (types if used else values)[name] = kind if used else None
+    (types if split else values)["stride_plane"] = "i32" if split else 0
+    return _lora_linear_kernel, types, values
+
+
+def _shrink_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
+    x, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
+    types = dict(
+        x_ptr=x, p_ptr=adapter, s_ptr="*fp32", rank_ends=("i32",), bounds=("i32",), scales=("fp32",),
+        M="i32", K="i32", R="i32", stride_xm="i32", stride_pr="i32",
+    )  # fmt: skip
+    values = dict(
+        num_rank_blocks=1, stride_xk=1, stride_pk=1, NUM_ADAPTERS=1, DROP=dropout, UPCAST=upcast, PRECISION=precision,
+        BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
+    )  # fmt: skip
+    (types if dropout else values)["seeds_ptr"] = "*i64" if dropout else None
+    return _lora_shrink_kernel, types, values
+
+
+def _weight_grad_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
+    x, split = f"*{_TRITON_NAMES[dtype]}", config.SPLIT_K > 1
+    out = "*fp32" if split or upcast or dtype == torch.float32 else x
+    types = dict(
+        dA_ptr=out, dB_ptr=out, x_ptr=x, g_ptr=x, s_ptr="*fp32", ds_ptr="*fp32",
+        rank_ends=("i32",), bounds=("i32",), scales_A=("fp32",), scales_B=("fp32",),
+        M="i32", N="i32", K="i32", R="i32", stride_xm="i32", stride_gm="i32",
+    )  # fmt: skip
+    values = dict(
+        num_rank_blocks=1, stride_xk=1, stride_gn=1, NUM_ADAPTERS=1, DROP=dropout, UPCAST=upcast, PRECISION=precision,
+        SPLIT=split, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
+    )  # fmt: skip
+    (types if dropout else values)["seeds_ptr"] = "*i64" if dropout else None
+    (types if split else values)["stride_plane"] = "i32" if split else 0
+    return _lora_weight_grad_kernel, types, values
+
+
+def compile_cases(
+    capability: int, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32), ops: tuple[str, ...] = OPS
+) -> Iterator[CompileCase]:
+    """All compilations for a chip: ``capability`` as in config.py (80, 90, 100, 120; 0 for any other, AMD included)."""
+    builders = {"shrink": _shrink_case, "weight_grad": _weight_grad_case}
+    seen = set()
+    for dtype in dtypes:
+        precision = "ieee" if dtype == torch.float32 or capability == 0 else "tf32x3"
+        for op in ops:
+            for config, dropout, upcast in candidates(op, dtype, capability):
+                if op in builders:
+                    built = builders[op](config, dtype, dropout, upcast, precision)
+                else:
+                    built = _linear_case(op, config, dtype, dropout, upcast, precision)
+                tags = [op, config.variant, _TRITON_NAMES[dtype], "mask" * dropout, "fp32-adapter" * upcast]
+                tiles = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} r{config.BLOCK_R}"
+                label = " ".join(filter(None, [*tags, tiles, "tma" * config.tma, "split-k" * (config.SPLIT_K > 1)]))
+                case = _case(label, op, config, dtype, *built, config.options())
+                key = repr((case.kernel.__name__, case.signature, case.constexprs, case.attrs, case.options))
+                if key not in seen:
+                    seen.add(key)
+                    yield case
+    types = dict(planes_ptr="*fp32", a_ptr="*bf16", b_ptr="*fp32", bias_ptr="*bf16", size_a="i32", size_b="i32")
+    types |= dict(total="i32", N="i32", PLANES="i32")
+    yield _case(
+        "ordered_sum", "sum", None, torch.bfloat16, _ordered_sum_kernel, types, dict(HAS_BIAS=True, BLOCK=1024), {}
+    )
+    types = dict(out_ptr="*u8", seed_ptr="*i64", bound="i32", M="i32", K="i32")
+    values = dict(BLOCK_M=32, BLOCK_K=128)
+    yield _case("dropout_mask", "mask", None, torch.uint8, _dropout_mask_kernel, types, values, {})

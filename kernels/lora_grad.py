@@ -1,0 +1,133 @@
+"""Both weight gradients in one launch: they are shrinks of the transposed inputs.
+
+    dA_i^T [K, r_i] = keep_scale_i * (mask_i * x)^T dS_i        dB_i^T [r_i, N] = s_i * (g^T S_i)^T
+
+    x [M, K], g [M, N]  bf16 / fp16 / fp32      S = D(x) A^T, dS = s g B  [M, R] fp32      sums fp32
+
+The first programs form dA, a block of K columns each, the others dB, a block of N columns each; the contraction over
+the M tokens is split over SPLIT_K programs, whose partial sums land in planes that a second, tiny launch adds in their
+order. No atomics: the same inputs give the same bits. The mask is drawn again, in registers.
+Bytes: e M (K + N), the floor (one pass over x and g), + 4 M R (ceil(K / BLOCK_M) + ceil(N / BLOCK_M)) of S and dS from
+L2, + 8 SPLIT_K R (K + N) for the planes; a rank above BLOCK_R reads x and g again from L2. Flops 2 M R (K + N).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import LaunchConfig, capability, pick, precision
+from .dropout import keep_scale
+from .lora_shrink import adapter_of, adapter_table
+from .tiles import addressable, contract, ordered_sum, store_tile
+
+
+@triton.jit
+def _weight_grad_tile(
+    out_ptr, x_ptr, s_ptr, seeds_ptr,
+    rank_ends, bounds, scales,
+    col_block, rank_block,
+    M, N, R,
+    stride_xm, stride_xn,
+    stride_or, stride_on,
+    NUM_ADAPTERS: tl.constexpr, DROP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out [R, N] = scale * S^T (mask * x) for one block of ranks and of columns of x [M, N]."""
+    adapter, r0, r_end, bound, scale = adapter_of(rank_block, rank_ends, bounds, scales, NUM_ADAPTERS, BLOCK_R)
+    seed = tl.load(seeds_ptr + adapter) if DROP else 0
+    begin, end = 0, M
+    if SPLIT:
+        chunk = tl.cdiv(tl.cdiv(M, BLOCK_K), tl.num_programs(1)) * BLOCK_K
+        begin = tl.program_id(1) * chunk
+        end = tl.minimum(M, begin + chunk)
+    n0 = col_block * BLOCK_M
+    # the contraction of the K loop runs over the tokens, its "rows" are the columns of x
+    _, acc = contract(
+        0.0, tl.zeros((BLOCK_R, BLOCK_M), tl.float32), x_ptr, x_ptr, s_ptr, n0, 0, r0, begin, end, N, 0, M, r_end,
+        stride_xn, stride_xm, 0, 0, 1, R, seed, bound,
+        False, True, DROP, True, False, False, UPCAST, PRECISION, BLOCK_M, 16, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+    store_tile(out_ptr, acc * scale, r0, n0, stride_or, stride_on, r_end, N, BLOCK_R, BLOCK_M)
+
+
+@triton.jit
+def _lora_weight_grad_kernel(
+    dA_ptr, dB_ptr, x_ptr, g_ptr, s_ptr, ds_ptr, seeds_ptr,
+    rank_ends, bounds, scales_A, scales_B,
+    M, N, K, R, num_rank_blocks,
+    stride_xm, stride_xk,
+    stride_gm, stride_gn,
+    stride_plane,
+    NUM_ADAPTERS: tl.constexpr, DROP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # rank blocks are the fast axis: the programs of one block of columns share its x or g in L2
+    rank_block = tl.program_id(0) % num_rank_blocks
+    col_block = tl.program_id(0) // num_rank_blocks
+    num_k = tl.cdiv(K, BLOCK_M)
+    plane = tl.program_id(1).to(tl.int64) * stride_plane
+    if col_block < num_k:
+        _weight_grad_tile(
+            dA_ptr + plane, x_ptr, ds_ptr, seeds_ptr, rank_ends, bounds, scales_A, col_block, rank_block,
+            M, K, R, stride_xm, stride_xk, K, 1,
+            NUM_ADAPTERS, DROP, UPCAST, PRECISION, SPLIT, BLOCK_M, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+    else:
+        _weight_grad_tile(
+            dB_ptr + plane, g_ptr, s_ptr, seeds_ptr, rank_ends, bounds, scales_B, col_block - num_k, rank_block,
+            M, N, R, stride_gm, stride_gn, 1, R,
+            NUM_ADAPTERS, False, UPCAST, PRECISION, SPLIT, BLOCK_M, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+
+
+def lora_linear_weight_grad(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    S: torch.Tensor,
+    dS: torch.Tensor,
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None,
+    ranks: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    config: LaunchConfig | None = None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """dA_i = dS_i^T D_i(x) [r_i, K] and dB_i = s_i g^T S_i [N, r_i], each list in the order of ``ranks``.
+
+    g [M, N], x [M, K] of one dtype and any strides; S, dS fp32 [M, sum(ranks)] as :mod:`.lora_linear` returns them.
+    dtype: the adapters' dtype, which the fp32 sums are rounded to once; it also decides the precision of the products
+    (16-bit S and dS for adapters of x's dtype, fp32 otherwise). One launch, and one for the ordered sum of the split.
+    """
+    (M, K), N, R = x.shape, g.shape[1], sum(ranks)
+    dA = torch.empty((R, K), dtype=dtype, device=x.device)
+    dB = torch.empty((N, R), dtype=dtype, device=x.device)
+    drop = seeds is not None and any(dropout)
+    upcast = dtype != x.dtype
+    if config is None:
+        config = pick("weight_grad", M, N, K, max(ranks), x.dtype, drop, capability(x.device), upcast)
+    ends, bounds = adapter_table(ranks, dropout)
+    blocks = sum(triton.cdiv(r, config.BLOCK_R) for r in ranks)
+    tiles = blocks * (triton.cdiv(K, config.BLOCK_M) + triton.cdiv(N, config.BLOCK_M))
+    if tiles == 0:
+        return list(dA.split(list(ranks))), list(dB.split(list(ranks), dim=1))
+    x, g = addressable(x), addressable(g)
+    planes = None
+    if config.SPLIT_K > 1:
+        planes = torch.empty((config.SPLIT_K, dA.numel() + dB.numel()), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _lora_weight_grad_kernel[(tiles, config.SPLIT_K)](
+            dA if planes is None else planes, dB if planes is None else planes.view(-1)[dA.numel() :],
+            x, g, S, dS, seeds,
+            ends, bounds, tuple(keep_scale(p) for p in dropout), tuple(scaling),
+            M, N, K, R, blocks,
+            *x.stride(),
+            *g.stride(),
+            0 if planes is None else planes.stride(0),
+            NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(x.dtype), SPLIT=planes is not None,
+            BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
+        )  # fmt: skip
+        if planes is not None:
+            ordered_sum(planes, dA, dB)
+    return list(dA.split(list(ranks))), list(dB.split(list(ranks), dim=1))

@@ -1,0 +1,122 @@
+"""Shrink: S_i = scale_i * (mask_i * X) P_i^T for several adapters at once, X read from memory once.
+
+    X [M, K]  bf16 / fp16 / fp32    P [R, K]  the adapters' lora_A (forward) or lora_B^T (backward), stacked
+    S [M, R]  fp32, summed in fp32, the ranks of adapter i in columns rank_ends[i - 1] : rank_ends[i]
+
+One program forms a row block of one block of ranks, which belongs to one adapter and hence to one mask. The programs of
+a row block are neighbours, so the first brings its X into L2 and the others find it there. The mask is drawn in
+registers, once an element and rank block. Bytes: e M K + e R K (again from L2 for every row block) + 4 M R, the floor
+of any shrink; flops 2 M K R. "Shrink" and "expand": Punica, arXiv:2310.18547.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import LaunchConfig, capability, pick, precision
+from .dropout import threshold
+from .tiles import addressable, contract, store_tile
+
+
+@triton.jit
+def adapter_of(rank_block, rank_ends, bounds, scales, NUM_ADAPTERS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """(adapter, first rank, end of the adapter's ranks, mask bound, scale) of a block of ranks."""
+    adapter, r0, r_end, bound = rank_block * 0, rank_block * 0, rank_block * 0, rank_block * 0
+    scale = 0.0
+    first = 0
+    begin = 0
+    for i in tl.static_range(NUM_ADAPTERS):
+        blocks = tl.cdiv(rank_ends[i] - begin, BLOCK_R)
+        hit = (rank_block >= first) & (rank_block < first + blocks)
+        adapter = tl.where(hit, i, adapter)
+        r0 = tl.where(hit, begin + (rank_block - first) * BLOCK_R, r0)
+        r_end = tl.where(hit, rank_ends[i], r_end)
+        bound = tl.where(hit, bounds[i], bound)
+        scale = tl.where(hit, scales[i], scale)
+        first += blocks
+        begin = rank_ends[i]
+    return adapter, r0, r_end, bound, scale
+
+
+@triton.jit
+def _lora_shrink_kernel(
+    x_ptr, p_ptr, s_ptr, seeds_ptr,
+    rank_ends, bounds, scales,
+    M, K, R, num_rank_blocks,
+    stride_xm, stride_xk,
+    stride_pr, stride_pk,
+    NUM_ADAPTERS: tl.constexpr, DROP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # rank blocks are the fast axis: the programs of one row block run together and share its x in L2
+    m0 = tl.program_id(0) // num_rank_blocks * BLOCK_M
+    adapter, r0, r_end, bound, scale = adapter_of(
+        tl.program_id(0) % num_rank_blocks, rank_ends, bounds, scales, NUM_ADAPTERS, BLOCK_R
+    )
+    seed = tl.load(seeds_ptr + adapter) if DROP else 0
+    s = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+    _, s = contract(
+        0.0, s,
+        x_ptr, x_ptr, p_ptr,
+        m0, 0, r0,
+        0, K,
+        M, 0, K, r_end,
+        stride_xm, stride_xk,
+        0, 0,
+        stride_pr, stride_pk,
+        seed, bound,
+        BASE=False, SHRINK=True, DROP=DROP, ROWS_ARE_K=False,
+        TMA=False, W_IS_NK=False, UPCAST=UPCAST, PRECISION=PRECISION,
+        BLOCK_M=BLOCK_M, BLOCK_N=16, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
+    store_tile(s_ptr, tl.trans(s) * scale, m0, r0, R, 1, M, r_end, BLOCK_M, BLOCK_R)
+
+
+def stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All rows under one pointer; several adapters cost a small copy."""
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+
+
+def adapter_table(ranks: Sequence[int], dropout: Sequence[float]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(rank_ends, bounds): what the kernels know of each adapter besides its scales and its seed."""
+    return tuple(accumulate(ranks)), tuple(threshold(p) - 32768 for p in dropout)
+
+
+def lora_shrink(
+    x: torch.Tensor,
+    P: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """S_i = scales_i * (mask_i * x) P_i^T, fp32 [M, sum of ranks]. One launch.
+
+    x [M, K] and P_i [r_i, K] of any strides, e.g. lora_A of the forward with scales 1 / (1 - p). seeds: int64, one for
+    each adapter, None for no mask.
+    """
+    ranks = [p.shape[0] for p in P]
+    M, K = x.shape
+    S = torch.empty((M, sum(ranks)), dtype=torch.float32, device=x.device)
+    if S.numel() == 0:
+        return S
+    x, P = addressable(x), addressable(stack(P))
+    drop = seeds is not None and any(dropout)
+    upcast = P.dtype != x.dtype
+    config = config or pick("shrink", M, 0, K, max(ranks), x.dtype, drop, capability(x.device), upcast)
+    ends, bounds = adapter_table(ranks, dropout)
+    blocks = sum(triton.cdiv(r, config.BLOCK_R) for r in ranks)
+    with torch.cuda.device_of(x):
+        _lora_shrink_kernel[(blocks * triton.cdiv(M, config.BLOCK_M),)](
+            x, P, S, seeds,
+            ends, bounds, tuple(scales),
+            M, K, S.shape[1], blocks,
+            *x.stride(),
+            *P.stride(),
+            NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(x.dtype),
+            BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
+        )  # fmt: skip
+    return S
