@@ -17,7 +17,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fused_lora.adapters import load_adapter, read_adapter, save_adapter, staging
-from fused_lora.modules.inject import AdapterNotFound, adapter_configs, lora_layers
+from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.inject import AdapterNotFound, adapter_configs, inject, lora_layers, set_adapter
+from fused_lora.modules.merging import merge, unmerge
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -195,6 +197,86 @@ def test_several_adapters_by_name(adapted, tmp_path):
     with pytest.raises(ValueError, match="adapter_name must be"):
         save_adapter(model, tmp_path / "y", "../up")
     assert not (tmp_path / "y").exists()
+
+
+INJECTED = {
+    "mlp": (mlp, {"target_modules": "all-linear"}),
+    "ambiguous names": (mlp, {"target_modules": "all-linear", "exclude_modules": ["blocks.1", "out"]}),
+    "regex": (mlp, {"target_modules": r"blocks\.\d|out", "rank_pattern": {r"blocks\.[01]": 2}, "bias": "lora_only"}),
+    "llama": (llama, {"target_modules": "all-linear", "init_lora_weights": "gaussian"}),
+    "gpt2": (gpt2, {"target_modules": "all-linear", "use_rslora": True}),
+    "bias all": (mlp, {"target_modules": ["fc1"], "bias": "all", "lora_bias": True}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", INJECTED)
+def test_injected_adapters_load_in_peft(tmp_path, case):
+    make, kwargs = INJECTED[case]
+    torch.manual_seed(0)
+    base, x = make()
+    ours = inject(copy.deepcopy(base), LoraConfig(r=3, lora_alpha=5, lora_dropout=0.2, **kwargs))
+    shake(p for p in ours.parameters() if p.requires_grad)
+    save_adapter(ours, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a")
+    assert set(theirs.base_model.targeted_module_names) == set(lora_layers(ours))
+    assert_same_tensors(load_file(tmp_path / "a" / FILES[1]), peft_tensors(theirs))
+    torch.testing.assert_close(output(theirs, x), output(ours, x), rtol=1e-5, atol=1e-5)
+
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path / "a", is_trainable=True)
+    assert torch.equal(output(again, x), output(ours, x))
+    trainable = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (ours, again)]
+    assert trainable[0] == trainable[1] and trainable[0]
+
+
+def test_the_second_adapter_may_have_other_layers(adapted, tmp_path):
+    model, x, source = adapted
+    first = output(model, x)
+    other = peft.get_peft_model(mlp()[0], peft.LoraConfig(r=2, target_modules=["fc1", "out"], init_lora_weights=False))
+    other.save_pretrained(tmp_path / "other")
+    load_adapter(model, tmp_path / "other", "other")
+    assert torch.equal(output(model, x), first)  # loaded, not chosen
+    set_adapter(model, "other")
+    assert set(load_file(tmp_path / "other" / FILES[1])) == saved_keys(model, tmp_path / "x", "other")
+    assert set(load_file(source / FILES[1])) == saved_keys(model, tmp_path / "y", "default")
+    alone = mlp()[0]
+    alone.load_state_dict(base_state(model))
+    load_adapter(alone, tmp_path / "other")
+    assert torch.equal(output(model, x), output(alone, x))
+
+
+def saved_keys(model, folder, adapter_name):
+    save_adapter(model, folder, adapter_name)
+    return set(load_file(folder / FILES[1]))
+
+
+def base_state(model):
+    return {k.replace("base_layer.", ""): v for k, v in model.state_dict().items() if ".lora_" not in k}
+
+
+def test_merged_models(tmp_path):
+    """A merge changes nothing in what is saved; where base biases are part of it, saving and loading wait."""
+    model, _, source = adapted_model(tmp_path / "source", 4)
+    before = load_file(source / FILES[1])
+    merge(model)
+    save_adapter(model, tmp_path / "merged")
+    assert_same_tensors(load_file(tmp_path / "merged" / FILES[1]), before)
+    adapted_model(tmp_path / "biased", 4, bias="lora_only", lora_bias=True)
+    bits = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="unmerge before loading"):
+        load_adapter(model, tmp_path / "biased", "second")
+    assert model.state_dict().keys() == bits.keys() and all(
+        torch.equal(v, bits[k]) for k, v in model.state_dict().items()
+    )
+    unmerge(model)
+    load_adapter(model, tmp_path / "biased", "second")
+    merge(model, ["second"])
+    with pytest.raises(RuntimeError, match="unmerge before saving"):
+        save_adapter(model, tmp_path / "x", "second")
+    with pytest.raises(ValueError, match="only one adapter may train biases"):
+        unmerge(model)
+        load_adapter(model, tmp_path / "biased", "third")
 
 
 def test_train_or_eval_is_left_alone(tmp_path):

@@ -38,6 +38,8 @@ def load_adapter(
 ) -> LoraConfig:
     """Add the adapter in ``directory`` to ``model``, in place. All is checked before the model is touched.
 
+    The first adapter of a model becomes the active one; a later one waits for ``set_adapter``.
+
     Args:
         model: any module; layers that are not adapted yet become LoraLinear.
         directory, max_bytes: as in ``read_adapter``.
