@@ -17,6 +17,7 @@ Traffic per weight element: one read and one write of W; D, Wm and the candidate
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -48,6 +49,7 @@ class _Block:
     counts: torch.Tensor | None = None  # int32 [chunks]: corrections in each chunk of 65536 elements
     offsets: torch.Tensor | None = None  # uint16 [n]: position inside the chunk
     values: torch.Tensor | None = None  # integers [n]: original bits; or [rows, columns] when it is a whole copy
+    merged: bytes | None = None  # fingerprint of the merged bits, where a whole copy would hide any change of them
 
 
 @dataclass
@@ -60,6 +62,7 @@ class MergeRecord:
 
     left: torch.Tensor
     right: torch.Tensor
+    dtype: torch.dtype
     transposed: bool
     block_rows: int
     blocks: list[_Block] = field(default_factory=list)
@@ -107,7 +110,7 @@ def merge_(
     transposed = W.stride(0) < W.stride(1) and W.t().is_contiguous()
     if transposed:  # rows of the storage are what a block should hold
         W, left, right = W.t(), right.t().contiguous(), left.t().contiguous()
-    record = MergeRecord(left, right, transposed, _block_rows(W))
+    record = MergeRecord(left, right, W.dtype, transposed, _block_rows(W))
     check_finite = not _cannot_overflow(left, right, W.dtype)
     done = _for_blocks(W, record, lambda ws, start, stop: _merge_block(W, record, ws, start, stop, check_finite))
     if isinstance(done, BaseException):
@@ -126,9 +129,10 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
     W = weight.detach()
     W = W.t() if record.transposed else W
     expected = (record.left.shape[0], record.right.shape[1])
-    if tuple(W.shape) != expected or W.device != record.left.device:
+    place = (expected, record.dtype, record.left.device)
+    if (tuple(W.shape), W.dtype, W.device) != place:
         raise RuntimeError(
-            f"weight: expected shape {expected} on {record.left.device} as at merge, got {tuple(W.shape)} on {W.device}"
+            f"weight: expected shape, dtype and device as at merge, {place}, got {(tuple(W.shape), W.dtype, W.device)}"
         )
     restored: list[_Block] = []
 
@@ -237,7 +241,7 @@ def _for_blocks(W: torch.Tensor, record: MergeRecord, work: Callable, blocks: li
     else:
         tasks = [(block,) for block in blocks]
     threads = torch.get_num_threads()
-    workers = min(threads, len(tasks)) if W.device.type == "cpu" and W.numel() >= _THREADED_ELEMENTS else 1
+    workers = min(threads, max(len(tasks), 1)) if W.device.type == "cpu" and W.numel() >= _THREADED_ELEMENTS else 1
     failures: list[BaseException] = []
 
     def run(first: int) -> None:
@@ -303,7 +307,7 @@ def _merge_block(W: torch.Tensor, record: MergeRecord, ws: _Workspace, start: in
     candidate = _subtract(merged, delta, out=delta)
     _differ(bits(candidate), bits(original), differs)
     block = _Block(start, stop, _fingerprint(original))
-    _encode(block, original, differs)
+    _encode(block, original, merged, differs)
     w.copy_(merged)
     record.blocks.append(block)
 
@@ -336,7 +340,8 @@ def _original_block(W, record, ws, block) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _unmerge_block(W: torch.Tensor, record: MergeRecord, ws: _Workspace, block: _Block) -> None:
     original, _ = _original_block(W, record, ws, block)
-    if _fingerprint(original) != block.fingerprint:
+    hidden = block.merged is not None and _fingerprint(W[block.start : block.stop].contiguous()) != block.merged
+    if hidden or _fingerprint(original) != block.fingerprint:
         raise RuntimeError(
             f"weight: rows {block.start} to {block.stop} are not what the merge left (changed, cast or loaded since), "
             "so the original bits cannot be restored; nothing was changed"
@@ -351,7 +356,7 @@ def _differ(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         torch.ne(a, b, out=out)
 
 
-def _encode(block: _Block, original: torch.Tensor, differs: torch.Tensor) -> None:
+def _encode(block: _Block, original: torch.Tensor, merged: torch.Tensor, differs: torch.Tensor) -> None:
     """Keep the original bits where ``differs``: chunk counts + 16-bit offsets + values, or a whole copy if smaller."""
     flat = bits(original).reshape(-1)
     edges = range(0, flat.numel() + _CHUNK, _CHUNK)
@@ -366,7 +371,7 @@ def _encode(block: _Block, original: torch.Tensor, differs: torch.Tensor) -> Non
     if values.numel() * (flat.element_size() + 2) < flat.numel() * flat.element_size():
         block.counts, block.offsets, block.values = counts, offsets, values
     else:
-        block.values = flat.clone().reshape(original.shape)
+        block.values, block.merged = flat.clone().reshape(original.shape), _fingerprint(merged)
 
 
 def _decode(block: _Block, candidate_bits: torch.Tensor) -> None:
@@ -380,21 +385,23 @@ def _decode(block: _Block, candidate_bits: torch.Tensor) -> None:
 
 
 def _fingerprint(block: torch.Tensor) -> bytes:
-    """Integer sums over the bit patterns, taken modulo 2^64 in 251 interleaved lanes.
+    """A digest of integer sums, modulo 2^64, over the rows and columns of the block's bits laid out 251 words wide.
 
-    Sums of integers are exact in any order, and a changed element changes its lane for certain.
+    Sums of integers are exact in any order; one changed word changes its row and its column for certain, and two
+    exchanged words change two rows or two columns.
     """
     words = _words(block)
     rows = words.numel() // _FINGERPRINT_LANES
     head = words[: rows * _FINGERPRINT_LANES].reshape(rows, _FINGERPRINT_LANES)
-    tail = words[rows * _FINGERPRINT_LANES :]
+    tail = words[rows * _FINGERPRINT_LANES :].cpu().numpy()
     if block.device.type == "cpu":
-        lanes = np.add.reduce(head.numpy(), 0)
-        lanes[: tail.numel()] += tail.numpy()
-        return lanes.tobytes()
-    lanes = head.sum(0)
-    lanes[: tail.numel()] += tail
-    return lanes.cpu().numpy().tobytes()
+        columns, lines = np.add.reduce(head.numpy(), 0), np.add.reduce(head.numpy(), 1)
+    else:
+        columns, lines = head.sum(0).cpu().numpy(), head.sum(1).cpu().numpy()
+    digest = hashlib.blake2b(columns.tobytes(), digest_size=16)
+    digest.update(lines.tobytes())
+    digest.update(tail.tobytes())
+    return digest.digest()
 
 
 def _words(block: torch.Tensor) -> torch.Tensor:
