@@ -1,0 +1,269 @@
+"""The merge kernel: one rounding, the same bits for every tile, and every bit of W back."""
+
+import pytest
+import torch
+
+from fused_lora import reference
+from fused_lora.kernels import merge as kernel
+from fused_lora.kernels.merge import MergeTile
+from fused_lora.reference import bits
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [  # N, K, R: one element, ragged tiles and segments, ranks that are no power of two
+    pytest.param(1, 1, 1, id="1x1-r1"),
+    pytest.param(70, 300, 3, id="70x300-r3"),
+    pytest.param(5, 1030, 16, id="5x1030-r16"),
+    pytest.param(33, 65, 100, id="33x65-r100"),
+]
+TILES = [
+    MergeTile(BLOCK_N=16, BLOCK_K=64),
+    MergeTile(BLOCK_N=32, BLOCK_K=128),
+    MergeTile(BLOCK_N=64, BLOCK_K=64),
+    MergeTile(BLOCK_N=8, BLOCK_K=256),
+    MergeTile(BLOCK_N=128, BLOCK_K=32),
+]
+
+
+def make_weight(N, K, dtype, device, *, special=True):
+    """Normal weights with signed zeros, subnormals, very large values, infinities and NaN payloads among them."""
+    W = (torch.randn(N, K) * 0.02).to(dtype)
+    if special and W.numel() >= 100:
+        info = torch.finfo(dtype)
+        values = [0.0, -0.0, info.smallest_normal / 2, -info.smallest_normal / 4, info.max / 2, -info.max / 2]
+        values += [float("inf"), -float("inf"), float("nan")]
+        for i, value in enumerate(values):
+            W.view(-1)[i::101] = value
+        bits(W).view(-1)[11::101] = bits(torch.tensor([float("nan")], dtype=dtype)) + 5
+    return W.to(device)
+
+
+def make_factors(N, K, R, device, *, size=0.1):
+    """A [R, K] and B [N, R] with a delta of about ``size`` times the weights of make_weight."""
+    A, B = torch.randn(R, K), torch.randn(N, R)
+    return A.to(device), (B * (0.02 * size / R**0.5)).to(device)
+
+
+def merge(W, A, B, tile=None):
+    """The whole merge as a caller does it; returns the scan's totals and the corrections."""
+    scan = kernel.merge_scan(W, A, B, tile)
+    corrections, lost = scan.totals.tolist()
+    record = kernel.new_corrections(W, scan, corrections)
+    kernel.merge_apply(W, A, B, record, tile)
+    return (corrections, lost), record
+
+
+def unmerge(W, A, B, record, tile=None):
+    assert record.matches(kernel.unmerge_scan(W, A, B, record, tile))
+    kernel.unmerge_apply(W, A, B, record, tile)
+
+
+def chain(A, B):
+    """The kernel's delta: float64 holds each product exactly, so rounding each sum to float32 is an fma."""
+    d = torch.zeros(len(B), A.shape[1], dtype=torch.float64, device=A.device)
+    for j in range(len(A)):
+        d = (d + B[:, j, None].double() * A[None, j].double()).float().double()
+    return d.float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "K", "R"), SHAPES)
+def test_round_trip_is_bit_exact(N, K, R, dtype, device, kernel_memory):
+    W, (A, B) = make_weight(N, K, dtype, device), make_factors(N, K, R, device)
+    original = W.clone()
+    (corrections, lost), record = merge(W, A, B)
+    assert lost == 0 and len(record.values) == corrections
+    if W.numel() > 1:
+        assert corrections > 0 and not torch.equal(bits(W), bits(original))
+    unmerge(W, A, B, record)
+    assert torch.equal(bits(W), bits(original))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scans_change_nothing(dtype, device, kernel_memory):
+    W, (A, B) = make_weight(20, 300, dtype, device), make_factors(20, 300, 3, device)
+    original = W.clone()
+    kernel.merge_scan(W, A, B)
+    assert torch.equal(bits(W), bits(original))
+    _, record = merge(W, A, B)
+    merged = W.clone()
+    kernel.unmerge_scan(W, A, B, record)
+    assert torch.equal(bits(W), bits(merged))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_remembered_is_what_the_specification_says(dtype, device, kernel_memory):
+    W, (A, B) = make_weight(40, 600, dtype, device), make_factors(40, 600, 2, device)
+    original, delta = W.clone(), chain(A, B)
+    (corrections, _), record = merge(W, A, B)
+    number = ~original.isnan()
+    assert torch.equal(bits(W)[number], bits(reference.merge(original, delta))[number])
+    wrong = reference.unmerge_correction(original, W, delta)
+    # the interpreter and the hardware differ in the payloads of NaN, which are remembered or not accordingly
+    wrong &= number
+    rows, cols = wrong.nonzero(as_tuple=True)
+    number_of_each = record.counts.flatten().int()
+    segments = torch.repeat_interleave(torch.arange(len(number_of_each), device=device), number_of_each)
+    found_rows = segments // record.counts.shape[1]
+    found_cols = segments % record.counts.shape[1] * kernel.SEGMENT + record.cols
+    keep = ~record.values.isnan()
+    assert torch.equal(found_rows[keep], rows) and torch.equal(found_cols[keep], cols)
+    assert torch.equal(bits(record.values)[keep], bits(original)[wrong])
+    assert corrections == len(record.cols) >= len(rows) > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["transposed", "padded_rows", "every_second_column"])
+def test_any_strides(layout, dtype, device, kernel_memory):
+    N, K, R = 40, 300, 5
+    storage = make_weight(2 * K, 2 * N, dtype, device)
+    views = {"transposed": storage[:K, :N].t(), "padded_rows": storage[:N, :K], "every_second_column": storage[:N, ::2]}
+    if layout == "padded_rows":
+        storage = make_weight(2 * N, 2 * K, dtype, device)
+        views["padded_rows"] = storage[:N, :K]
+    W = views[layout]
+    A, B = make_factors(*W.shape, R, device)
+    before, contiguous = storage.clone(), W.contiguous()
+    _, record = merge(W, A, B)
+    merge(contiguous, A, B)
+    assert torch.equal(bits(W.contiguous()), bits(contiguous))
+    unmerge(W, A, B, record)
+    assert torch.equal(bits(storage), bits(before))
+
+
+def test_factor_strides_do_not_matter(device, kernel_memory):
+    W, (A, B) = make_weight(40, 300, torch.bfloat16, device), make_factors(40, 300, 7, device)
+    expected = W.clone()
+    merge(expected, A, B)
+    merge(W, A.t().contiguous().t(), B.t().contiguous().t())
+    assert torch.equal(bits(W), bits(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_tile_gives_the_same_bits_and_undoes_every_other(dtype, device):
+    N, K, R = 40, 264, 2
+    W0, (A, B) = make_weight(N, K, dtype, device), make_factors(N, K, R, device)
+    results = []
+    for tile in TILES:
+        W = W0.clone()
+        results.append((W, *merge(W, A, B, tile)))
+    merged, totals, record = results[0]
+    for W, other_totals, other in results[1:]:
+        assert torch.equal(bits(W), bits(merged)) and other_totals == totals
+        assert torch.equal(other.fingerprint, record.fingerprint)
+        assert torch.equal(other.cols, record.cols) and torch.equal(bits(other.values), bits(record.values))
+    combinations = 0
+    for W, _, record in results:
+        for tile in TILES:
+            back = W.clone()
+            kernel.unmerge_apply(back, A, B, record, tile)
+            combinations += torch.equal(bits(back), bits(W0))
+    assert combinations == len(TILES) ** 2 >= 18
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_merged_weights_are_correctly_rounded(dtype, device):
+    N, K, R = 128, 1024, 16
+    W, (A, B) = make_weight(N, K, dtype, device, special=False), make_factors(N, K, R, device)
+    expected = reference.merge(W, reference.delta_weight([A], [B], [1.0]))
+    kernel.merge_apply(W, A, B)
+    wrong = bits(W) != bits(expected)
+    assert wrong.float().mean() <= 1e-4
+    # neighbours in value are neighbours in bits where the signs agree
+    assert torch.equal(W.sign()[wrong], expected.sign()[wrong])
+    assert ((bits(W).int() - bits(expected).int()).abs() <= 1).all()
+
+
+def test_float32_merge_is_as_good_as_float32_allows(device):
+    N, K, R = 64, 512, 16
+    W, (A, B) = make_weight(N, K, torch.float32, device, special=False), make_factors(N, K, R, device)
+    exact = W.double() + reference.delta_weight([A], [B], [1.0])
+    kernel.merge_apply(W, A, B)
+    chain_size = reference.delta_weight([A.abs()], [B.abs()], [1.0])
+    bound = 2.0**-24 * (exact.abs() + R * chain_size)  # one rounding of the sum, one per step of the chain
+    assert ((W.double() - exact).abs() <= bound).all()
+    assert (W == exact.float()).double().mean() > 0.7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_elements_that_would_cease_to_be_finite_are_counted(dtype, device, kernel_memory):
+    W, (A, B) = make_weight(40, 300, dtype, device), make_factors(40, 300, 3, device)
+    B[3, 0], A[1, 7], A[2, 9] = float("inf"), float("nan"), 3e38
+    expected = W.isfinite() & ~reference.merge(W, chain(A, B)).isfinite()
+    assert kernel.merge_scan(W, A, B).totals[1] == expected.sum() > 300
+
+
+def test_float16_overflow_is_counted(device, kernel_memory):
+    W = torch.full((3, 50), 65504.0, dtype=torch.float16, device=device)
+    A, B = torch.ones(1, 50, device=device), torch.tensor([[15.0], [16.0], [-16.0]], device=device)
+    assert kernel.merge_scan(W, A, B).totals[1] == 50  # 65504 + 16 is the first value that rounds to infinity
+
+
+def test_every_change_of_a_merged_weight_is_seen(device):
+    N, K, R = 6, 300, 2
+    for dtype in DTYPES:
+        W, (A, B) = make_weight(N, K, dtype, device), make_factors(N, K, R, device)
+        _, record = merge(W, A, B)
+        for bit in range(0, 8 * W.element_size(), 5):
+            tampered = W.clone()
+            row, col = torch.randint(N, ()), torch.randint(K, ())
+            mask = 1 << bit if bit < 8 * W.element_size() - 1 else -(1 << bit)
+            bits(tampered)[row, col] ^= mask
+            assert not record.matches(kernel.unmerge_scan(tampered, A, B, record))
+        for first, second in [((0, 1), (0, 290)), ((0, 12), (4, 12)), ((2, 30), (2, 31))]:
+            swapped = W.clone()
+            swapped[first], swapped[second] = W[second], W[first]
+            changed = not torch.equal(bits(swapped), bits(W))
+            assert changed != record.matches(kernel.unmerge_scan(swapped, A, B, record))
+
+
+def test_a_lost_correction_is_seen_before_anything_is_written(device):
+    W, (A, B) = make_weight(20, 300, torch.bfloat16, device), make_factors(20, 300, 2, device)
+    _, record = merge(W, A, B)
+    bits(record.values)[len(record.values) // 2] ^= 1
+    assert not record.matches(kernel.unmerge_scan(W, A, B, record))
+
+
+def test_many_swaps_leave_no_trace(device):
+    W = make_weight(16, 64, torch.bfloat16, device)
+    original = W.clone()
+    for i in range(42):
+        A, B = make_factors(16, 64, 1 + i % 3, device, size=10.0 ** (i % 7 - 4))
+        _, record = merge(W, A, B)
+        unmerge(W, A, B, record)
+        assert torch.equal(bits(W), bits(original))
+
+
+@pytest.mark.parametrize(("size", "most"), [(0.001, 0.02), (0.01, 0.06), (0.1, 0.28)])
+def test_the_record_is_small(size, most, device):
+    W = make_weight(8, 4096, torch.bfloat16, device, special=False)
+    _, record = merge(W, *make_factors(8, 4096, 4, device, size=size))
+    assert record.nbytes / W.numel() <= most
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_empty_weights(shape, device):
+    W = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    totals, record = merge(W, *make_factors(*shape, 2, device))
+    unmerge(W, *make_factors(*shape, 2, device), record)
+    assert totals == (0, 0)
+
+
+def test_nothing_to_add_still_comes_back(device, kernel_memory):
+    """B = 0, a fresh adapter: -0 + 0 is +0, which only the corrections undo."""
+    W, (A, B) = make_weight(20, 300, torch.bfloat16, device), make_factors(20, 300, 2, device)
+    original = W.clone()
+    _, record = merge(W, A, torch.zeros_like(B))
+    unmerge(W, A, torch.zeros_like(B), record)
+    assert torch.equal(bits(W), bits(original))
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    N, K = 70_000, 32_768
+    W = torch.randn(N, K, dtype=torch.bfloat16, device="cuda")
+    A, B = torch.randn(2, K, device="cuda"), torch.randn(N, 2, device="cuda") * 1e-3
+    corner, expected = W[-3:].clone(), reference.merge(W[-3:], chain(A, B[-3:]))
+    _, record = merge(W, A, B)
+    assert torch.equal(W[-3:], expected)
+    unmerge(W, A, B, record)
+    assert torch.equal(bits(W[-3:]), bits(corner))
