@@ -117,9 +117,9 @@ def watch(tmp_path_factory):
     WATCH.on = False
 
 
-def refused(folder, match=None, seconds=2.0, name=None):
+def refused(folder, match=None, seconds=2.0, name=None, dtype=torch.float32):
     torch.manual_seed(0)
-    model = Net()
+    model = Net().to(dtype)
     tensors, modules = state(model)
     start, WATCH.on, WATCH.seen = time.process_time(), True, []
     with pytest.raises(AdapterError, match=match) as caught:
@@ -344,6 +344,20 @@ BIAS_CASES = {
 def test_biases(tmp_path, case):
     mode, tensors = BIAS_CASES[case]
     assert refused(write(tmp_path / "a", {"bias": mode}, tensors)).key.startswith(PREFIX)
+
+
+def test_values_beyond_a_16_bit_base(tmp_path):
+    folder = write(tmp_path / "a", {"bias": "lora_only"}, {PREFIX + "fc1.base_layer.bias": torch.full((12,), 1e6)})
+    refused(folder, match="values within the range of torch.float16", dtype=torch.float16)
+    load_adapter(Net(), folder)
+    biases = {PREFIX + "fc1.base_layer.bias": torch.ones(12), PREFIX + "norm.bias": torch.full((6,), 1e6)}
+    refused(write(tmp_path / "c", {"bias": "all"}, biases), match="torch.float16", dtype=torch.float16)
+    folder = write(tmp_path / "b", tensors=with_value(B1, 1e6))
+    model = Net().half()
+    with pytest.raises(AdapterError, match="values within the range of torch.float16"):
+        load_adapter(model, folder, autocast_adapter_dtype=False)
+    load_adapter(model, folder)
+    assert model.fc1.lora_B["default"].weight.max() == 1e6
 
 
 HEADER, DATA = header_and_data(good_tensors())

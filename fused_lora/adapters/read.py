@@ -9,9 +9,9 @@ from collections.abc import Container
 import torch
 from torch import nn
 
-from fused_lora.adapters.checkpoint import KEY_PREFIX, MAX_WEIGHT_BYTES, Plan, read_checked
+from fused_lora.adapters.checkpoint import KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
 from fused_lora.adapters.errors import AdapterError
-from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.config import LayerTensors, LoraConfig
 from fused_lora.modules.inject import LayerSpec, adapter_configs, attach, lora_layers
 from fused_lora.modules.targeting import base_layer_of, candidates, in_out_features, is_supported, literal_targets
 
@@ -64,22 +64,36 @@ def load_adapter(
     if adapter.config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):
         raise RuntimeError(f"bias={adapter.config.bias!r} replaces biases of the base model: unmerge before loading")
     adapter.config.inference_mode = not is_trainable
+    layers = _specs(model, adapter, plan, autocast_adapter_dtype)
+    biases = other_biases(model, adapter.layers)
+    values = {path: _cast(plan, plan.biases[path], t, biases[path].dtype) for path, t in adapter.biases.items()}
+    attach(model, name, adapter.config, layers)
+    with torch.no_grad():
+        for path, value in values.items():
+            biases[path].copy_(value)
+    return adapter.config
+
+
+def _specs(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtype: bool) -> dict[str, LayerSpec]:
+    """The adapter's layers in the dtypes they will have in ``model``."""
     modules = dict(candidates(model))
     layers = {}
     for path, tensors in adapter.layers.items():
-        dtype = base_layer_of(modules[path]).weight.dtype
-        if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
-            dtype = torch.float32
-        for field in ("lora_A", "lora_B", "lora_bias"):
-            if (tensor := getattr(tensors, field)) is not None:
-                setattr(tensors, field, tensor.to(dtype))
-        layers[path] = LayerSpec(*plan.ranks[path], tensors)
-    biases = other_biases(model, adapter.layers)
-    attach(model, name, adapter.config, layers)
-    with torch.no_grad():
-        for path, values in adapter.biases.items():
-            biases[path].copy_(values)
-    return adapter.config
+        base_dtype = base_layer_of(modules[path]).weight.dtype
+        wide = autocast_adapter_dtype and base_dtype in (torch.float16, torch.bfloat16)
+        cast = {}
+        for field, key in plan.slots[path].items():
+            dtype = torch.float32 if wide and field != "base_bias" else base_dtype
+            cast[field] = _cast(plan, key, getattr(tensors, field), dtype)
+        layers[path] = LayerSpec(*plan.ranks[path], LayerTensors(**cast))
+    return layers
+
+
+def _cast(plan: Plan, key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all():
+        raise AdapterError(plan.weights, key, f"values within the range of {dtype}", "larger ones")
+    return cast
 
 
 def _check_model(model: nn.Module, plan: Plan) -> None:
