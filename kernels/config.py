@@ -82,7 +82,7 @@ def _shrink(M: int, r: int, dtype: torch.dtype, upcast: bool) -> LaunchConfig:
     BLOCK_M = 16 if M < 8192 else 64
     if dtype == torch.float32:
         return LaunchConfig("shrink", 32, 16, 32, BLOCK_R)
-    return LaunchConfig("shrink", BLOCK_M, 16, 128 if BLOCK_R < 64 else 64, BLOCK_R)
+    return LaunchConfig("shrink", BLOCK_M, 16, 64 if upcast or BLOCK_R >= 64 else 128, BLOCK_R)
 
 
 def _weight_grad(M: int, N: int, K: int, r: int, dtype: torch.dtype) -> LaunchConfig:
@@ -95,7 +95,7 @@ def _weight_grad(M: int, N: int, K: int, r: int, dtype: torch.dtype) -> LaunchCo
 
 
 def _linear_tiles(
-    M: int, variant: str, dtype: torch.dtype, capability: int, upcast: bool, mask_out: bool
+    M: int, variant: str, dtype: torch.dtype, capability: int, upcast: bool, mask_in: bool, mask_out: bool
 ) -> LaunchConfig:
     """Tiles of the GEMM, without the rank block and the split."""
     if dtype == torch.float32 or capability < 80:
@@ -103,9 +103,10 @@ def _linear_tiles(
     # recompute and publish split an upcast x into tf32 parts beside the base product: a shorter tile keeps to registers
     short = upcast and variant != "split"
     if M <= 16:
-        return LaunchConfig(variant, 16, 32, 32 if short else 128, 16, num_stages=4 if short else 3)
+        BLOCK_K = 32 if short else 64 if mask_in else 128
+        return LaunchConfig(variant, 16, 32, BLOCK_K, 16, num_stages=3)
     if M <= 64:
-        return LaunchConfig(variant, 64, 64, 32 if short else 64, 16)
+        return LaunchConfig(variant, 64, 64, 32 if short or mask_in else 64, 16)
     if M <= 512:
         return LaunchConfig(variant, 64, 128, 32 if short else 64, 16, num_warps=8)
     if capability not in _BIG_SMEM:
@@ -121,9 +122,16 @@ def without_tma(config: LaunchConfig) -> LaunchConfig:
     return replace(config, tma=False, BLOCK_N=64 if config.variant == "publish" else config.BLOCK_N)
 
 
-def variants(op: str, M: int, r: int, adapters: int, dtype: torch.dtype, upcast: bool) -> tuple[str, ...]:
-    """The variants of ``linear`` or ``input_grad`` for this shape; "split" always can."""
-    if adapters > 1 or r > (32 if upcast or dtype == torch.float32 or M > 64 else 64):
+def variants(
+    op: str, M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool = False, adapters: int = 1
+) -> tuple[str, ...]:
+    """The variants of "linear" or "input_grad" worth having at this shape, the preferred one last; "split" always can.
+
+    "recompute" for small M, where launches and occupancy count; beyond, "publish" saves a second read of x. Neither
+    where x has a mask that many programs would draw again, or only a few would draw while the others wait.
+    """
+    mask_in = dropout and op == "linear" and (M > 64 or upcast)
+    if mask_in or adapters > 1 or r > (32 if upcast or dtype == torch.float32 or M > 64 else 64):
         return ("split",)
     return ("split", "recompute") if M <= 512 else ("split", "publish")
 
@@ -143,19 +151,16 @@ def pick(
 ) -> LaunchConfig:
     """The configuration of one launch of ``op`` (one of OPS).
 
-    dropout: whether any adapter draws a mask. upcast: the adapters are not of x's dtype. variant: force one of
-    :func:`variants`; by default "recompute" for small M, where launches and occupancy count, and for the rest "publish"
-    (no second read of x); "split" where a mask on x would then be drawn by few programs, and wherever else it must.
+    dropout: whether any adapter draws a mask. upcast: the adapters are not of x's dtype. variant: instead of the last
+    of :func:`variants`.
     """
     if op == "shrink":
         return _shrink(M, r, dtype, upcast)
     if op == "weight_grad":
         return _weight_grad(M, N, K, r, dtype)
-    if variant is None:
-        variant = variants(op, M, r, adapters, dtype, upcast)[-1]
-        if dropout and op == "linear" and M > 64:
-            variant = "split"
-    config = _linear_tiles(M, variant, dtype, capability, upcast, dropout and op == "input_grad")
+    variant = variant or variants(op, M, r, dtype, dropout, upcast, adapters)[-1]
+    forward = op == "linear"
+    config = _linear_tiles(M, variant, dtype, capability, upcast, dropout and forward, dropout and not forward)
     BLOCK_R = _rank_block(r, 32 if variant == "split" else 64)
     split = 1
     if variant == "recompute" and M <= 64:
@@ -174,7 +179,7 @@ def candidates(op: str, dtype: torch.dtype, capability: int) -> Iterator[tuple[L
         for dropout in (False, True):
             for M in (1, 17, 65, 513, 8192):
                 for r in (16, 32, 64, 128):
-                    for variant in variants(op, M, r, 1, dtype, upcast):
+                    for variant in variants(op, M, r, dtype, dropout, upcast):
                         for K in (16, 65536):
                             config = pick(op, M, 16, K, r, dtype, dropout, capability, upcast, 1, variant)
                             config = replace(config, SPLIT_K=min(config.SPLIT_K, 2))

@@ -1,0 +1,228 @@
+"""Forward and input gradient: every variant against float64, no worse than eager, every access inside its tensor."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fused_lora.kernels.config import LaunchConfig
+from fused_lora.kernels.lora_linear import lora_linear_forward, lora_linear_input_grad
+from fused_lora.kernels.lora_shrink import lora_shrink
+from fused_lora.reference import dropout_mask
+from fused_lora.testing.guards import guarded_allocations
+from fused_lora.testing.interpreter import checked, fixed_order_dot
+from fused_lora.testing.layers import LayerCase
+from fused_lora.testing.numeric import assert_no_worse
+
+SPLIT = LaunchConfig("split", 64, 64, 64, 16)
+RECOMPUTE = LaunchConfig("recompute", 64, 64, 64, 32)
+PUBLISH = LaunchConfig("publish", 64, 64, 64, 32)
+VARIANTS = {"split": SPLIT, "recompute": RECOMPUTE, "publish": PUBLISH}
+
+
+@pytest.fixture
+def memory():
+    """As kernel_memory, but "publish" may read what another program of the launch has published."""
+    with checked(cross_program_reads=True) as report, guarded_allocations():
+        yield report
+
+
+def run(case: LayerCase, config=None, variant=None) -> dict[str, torch.Tensor]:
+    y, S = lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, config=config, variant=variant)
+    dx, dS = lora_linear_input_grad(case.g, case.weight, *case.adapters, config=config, variant=variant)
+    return dict(y=y, S=S, dx=dx, dS=dS)
+
+
+def check(case: LayerCase, config=None, variant=None):
+    """16-bit results by the error rule against eager, fp32 ones by what fp32 sums can lose at most."""
+    ours, eager, exact, bounds = run(case, config, variant), case.eager(), case.exact(), case.fp32_bounds()
+    for name, tensor in ours.items():
+        if tensor.dtype != torch.float32:
+            assert_no_worse(tensor, eager[name], exact[name], name=name)
+        else:
+            assert ((tensor - exact[name]).abs() <= bounds[name]).all(), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "M, N, K, r, p",
+    [
+        (1, 65, 33, 1, 0.1),
+        (17, 1, 129, 3, 0.5),
+        (33, 100, 1, 16, 0.0),
+        (65, 129, 100, 24, 0.9),
+        (129, 17, 65, 32, 1.0),
+        (64, 128, 64, 16, 0.1),
+    ],
+)
+def test_shapes_ranks_and_dropout(variant, M, N, K, r, p, device, memory):
+    check(LayerCase.make(M, N, K, [r], [p], bias=K % 2 == 1, device=device), VARIANTS[variant])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "dtype, adapter_dtype",
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_dtypes(variant, dtype, adapter_dtype, p, device, memory):
+    check(LayerCase.make(33, 65, 100, [24], [p], dtype, adapter_dtype, device=device), VARIANTS[variant])
+
+
+@pytest.mark.parametrize("ranks, dropout", [([3, 24], [0.1, 0.5]), ([16, 16], [0.0, 0.9]), ([1, 2, 40], [0.0] * 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_adapters_with_masks_of_their_own(ranks, dropout, dtype, device, memory):
+    check(LayerCase.make(33, 65, 100, ranks, dropout, dtype, device=device), SPLIT)
+
+
+@pytest.mark.parametrize("r", [100, 512])
+def test_rank_beyond_one_block(r, device, memory):
+    check(LayerCase.make(17, 33, 65, [r], [0.1], device=device), SPLIT)
+
+
+@pytest.mark.parametrize("split_k, p", [(2, 0.0), (3, 0.3), (8, 0.0)])
+def test_split_k(split_k, p, device, memory):
+    """Also with more programs than there are tiles of K."""
+    config = LaunchConfig("recompute", 16, 32, 32, 16, SPLIT_K=split_k)
+    check(LayerCase.make(5, 33, 150, [3], [p], device=device), config)
+
+
+@pytest.mark.parametrize("M", [1, 40, 100, 520])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_configuration_that_pick_chooses(M, dtype, device, memory):
+    check(LayerCase.make(M, 33, 40, [8], [0.1], dtype, device=device))
+
+
+def test_forced_variant(device):
+    case = LayerCase.make(17, 33, 65, [3], [0.1], device=device)
+    exact = case.exact()
+    for variant in VARIANTS:
+        assert torch.allclose(run(case, variant=variant)["y"].double(), exact["y"], atol=1e-4), variant
+
+
+@pytest.mark.parametrize("variant", ["split", "publish"])
+@pytest.mark.parametrize("W_is_transposed", [False, True])
+def test_tensor_descriptors(variant, W_is_transposed, device, memory):
+    """Ragged in M and N; 16-byte rows are what a descriptor needs. The transposed weight is Conv1D's."""
+    case = LayerCase.make(100, 72, 136, [3], [0.1], torch.float16, device=device)
+    if W_is_transposed:
+        case.weight = case.weight.t().contiguous().t()
+    check(case, replace(VARIANTS[variant], tma=True))
+
+
+def test_descriptors_that_cannot_be_made_fall_back_to_pointers(device, memory):
+    check(LayerCase.make(33, 65, 101, [3], [0.1], torch.float16, device=device), replace(SPLIT, tma=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_strided_inputs(variant, device, memory, guards):
+    case = LayerCase.make(33, 65, 70, [5], [0.1], device=device)
+
+    def spread(t, name):
+        wide = torch.randn(t.shape[0], 2 * t.shape[1] + 3, device=device)
+        view = wide[:, 1 : 2 * t.shape[1] : 2]
+        view.copy_(t)
+        return guards.copy(view, name)
+
+    case.x = spread(case.x, "x")
+    case.g = case.g.t().contiguous().t()
+    case.weight = spread(case.weight, "weight")
+    case.lora_A = [A.t().contiguous().t() for A in case.lora_A]
+    case.lora_B = [spread(B, "lora_B") for B in case.lora_B]
+    check(case, VARIANTS[variant])
+
+
+def test_stride_too_wide_for_32_bit_offsets(device, memory):
+    """A row stride of 2^23 elements: x is copied rather than addressed past 2^31."""
+    case = LayerCase.make(3, 17, 16, [2], [0.0], torch.float16, device=device)
+    wide = torch.empty(2 * 2**23 + 16, dtype=torch.float16, device=device).as_strided((3, 16), (2**23, 1))
+    case.x = wide.copy_(case.x)
+    check(case, SPLIT)
+
+
+@pytest.mark.parametrize("M, N, K", [(0, 5, 7), (5, 0, 7), (5, 7, 0), (0, 0, 0)])
+@pytest.mark.parametrize("variant", [*VARIANTS, None])
+def test_empty(M, N, K, variant, device, memory):
+    case = LayerCase.make(M, N, K, [3], [0.5], device=device)
+    A, B, W = case.lora_A[0], case.lora_B[0], case.weight
+    keep = dropout_mask(case.seeds[0], (M, K), 0.5, device)
+    exact = dict(S=2 * (case.x * keep) @ A.t(), dS=case.scaling[0] * case.g @ B)
+    exact["y"] = case.x @ W.t() + case.bias + case.scaling[0] * exact["S"] @ B.t()
+    exact["dx"] = case.g @ W + 2 * keep * (exact["dS"] @ A)
+    for name, tensor in run(case, VARIANTS.get(variant)).items():
+        assert tensor.shape == exact[name].shape
+        assert torch.allclose(tensor, exact[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bias_of_another_dtype(bias_dtype, device, memory):
+    case = LayerCase.make(17, 33, 65, [3], dtype=torch.float16, device=device)
+    case.bias = case.bias.to(bias_dtype)
+    y, _ = lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, config=RECOMPUTE)
+    assert torch.allclose(y.double(), case.exact()["y"], atol=2e-2)
+
+
+def test_S_is_unscaled_and_carries_the_dropout_scale(device):
+    case = LayerCase.make(9, 17, 33, [4], [0.5], device=device)
+    doubled = LayerCase(**{**case.__dict__, "scaling": [2 * s for s in case.scaling]})
+    for config in VARIANTS.values():
+        assert torch.equal(run(case, config)["S"], run(doubled, config)["S"])
+        assert torch.allclose(run(case, config)["S"].double(), case.exact()["S"], atol=1e-4)
+
+
+def test_shrink_alone(device, memory):
+    """The entry for a plan that leaves the base product to the vendor's GEMM."""
+    case = LayerCase.make(33, 1, 100, [3, 24], [0.1, 0.5], torch.bfloat16, device=device)
+    S = lora_shrink(case.x, case.lora_A, [65536 / (65536 - 6554), 2.0], case.dropout, case.seeds)
+    assert ((S - case.exact()["S"]).abs() <= case.fp32_bounds()["S"]).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_repeats_are_bit_equal(variant, device):
+    case = LayerCase.make(65, 40, 70, [5], [0.1], torch.bfloat16, device=device)
+    first, second = run(case, VARIANTS[variant]), run(case, VARIANTS[variant])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(variant, dtype, device):
+    config = replace(VARIANTS[variant], BLOCK_M=16, BLOCK_N=32, BLOCK_K=32)
+    case = LayerCase.make(37, 40, 70, [5], dtype=dtype, device=device)
+    order = torch.randperm(37, device=device)
+    with fixed_order_dot():
+        batch = run(case, config)
+        alone, permuted = run(case.rows(slice(20, 21)), config), run(case.rows(order), config)
+    for name in batch:
+        assert torch.equal(alone[name][0], batch[name][20]), name
+        assert torch.equal(permuted[name], batch[name][order]), name
+
+
+def test_rows_and_columns_of_tiles_leave_no_trace_in_the_bits(device):
+    """BLOCK_M, BLOCK_N and GROUP_M decide who computes an element, not how; the dropout mask included."""
+    case = LayerCase.make(50, 70, 40, [5], [0.3], device=device)
+    tiles = [(16, 32), (32, 64), (64, 32)]
+    with fixed_order_dot():
+        results = [run(case, LaunchConfig("split", m, n, 32, 16, GROUP_M=1 + i)) for i, (m, n) in enumerate(tiles)]
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_masks_of_forward_and_input_gradient_are_the_same_one(device):
+    """With W = 0, A = 1 and g = 1, dx is the mask times a constant wherever the forward kept x."""
+    case = LayerCase.make(20, 32, 48, [1], [0.5], bias=False, device=device)
+    case.weight, case.g = torch.zeros_like(case.weight), torch.ones_like(case.g)
+    case.lora_A, case.lora_B = [torch.ones_like(case.lora_A[0])], [torch.ones_like(case.lora_B[0])]
+    for config in VARIANTS.values():
+        kept = run(case, config)["dx"] != 0
+        for k in (0, 15, 40):
+            case.x = torch.zeros_like(case.x)
+            case.x[:, k] = 1.0
+            assert torch.equal(run(case, config)["S"][:, 0] != 0, kept[:, k])
