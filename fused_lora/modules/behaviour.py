@@ -65,7 +65,7 @@ class FusedLoraBehaviour:
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Rows of one batch under different adapters: base once for all, each adapter's term for its rows only."""
-        if len(x) % len(adapter_names):
+        if not adapter_names or len(x) % len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
                 f"got {len(adapter_names)} and {len(x)} respectively."
@@ -97,11 +97,13 @@ class FusedLoraBehaviour:
 
         Raises:
             TypeError: adapter_names is a str. ValueError: a weight would become NaN or infinite.
-            RuntimeError: an adapter has a lora_bias and the base layer no bias.
+            RuntimeError: an adapter has a lora_bias and the base layer no bias, or the base weight is not a parameter.
         """
         names = self._present(self._names_to_merge(adapter_names))
         if not names:
             return
+        if "weight" not in self.base_layer._parameters:  # parametrized: computed anew from something else at each use
+            raise RuntimeError("base_layer.weight is not a parameter of its own, so nothing can be merged into it")
         bias = self._check_bias_merge(names)
         old = self.merge_state
         if old is None:
@@ -246,7 +248,7 @@ def _is_plain(module: nn.Module) -> bool:
     """True when calling ``module`` does nothing but its class's own arithmetic, so that a kernel may do it instead."""
     if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
         return False
-    if isinstance(module, (nn.Dropout, nn.Identity)):
+    if type(module) in (nn.Dropout, nn.Identity):
         return True
     weight = getattr(module, "weight", None)
     plain = isinstance(weight, Tensor) and type(weight) in (nn.Parameter, Tensor) and weight.dim() == 2
