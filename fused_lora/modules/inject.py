@@ -83,14 +83,15 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
             raise ValueError(f"layers: {path!r} is not a linear layer of the model")
     if config.bias != "none":
         _check_not_merged([modules[path] for path in layers if isinstance(modules[path], LoraLinear)])
-    built = _build(modules, adapter_name, config, layers)
     first, active = not configs, active_adapters(model)
+    keep = set() if first else {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    built = _build(modules, adapter_name, config, layers)
     for path, layer in built.items():
         parent, _, name = path.rpartition(".")
         setattr(modules[parent], name, layer)
     _load_base_biases(model, layers)
     setattr(model, _CONFIGS, {**configs, adapter_name: config})
-    _freeze(model, adapter_name, config, list(layers))
+    _freeze(model, config, list(layers), keep)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
     else:
@@ -168,9 +169,12 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iter
     k times. Base rows get the base model's own output.
 
     Raises:
-        AdapterNotFound: a name that the model does not have.
+        AdapterNotFound: a name that the model does not have. TypeError: adapter_names is a str.
+        ValueError: adapter_names is empty.
         RuntimeError: the model is in training mode, or an adapter is merged.
     """
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names: expected one entry per row, got the str {adapter_names!r}")
     names = [BASE if name is None else name for name in adapter_names]
     if not names:
         raise ValueError("adapter_names: expected one entry per row, got none")
@@ -226,14 +230,13 @@ def _load_base_biases(model: nn.Module, layers: dict[str, LayerSpec]) -> None:
             model.get_submodule(path).base_layer.bias.data.copy_(spec.tensors.base_bias)
 
 
-def _freeze(model: nn.Module, adapter_name: str, config: LoraConfig, paths: list[str]) -> None:
-    """Everything but adapters is frozen, except the biases that this adapter trains."""
+def _freeze(model: nn.Module, config: LoraConfig, paths: list[str], keep: set[int]) -> None:
+    """Everything but adapters is frozen, except the biases that this adapter trains and what ``keep`` holds by id."""
     parts = [part for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B)]
     ours = {id(parameter) for part in parts for parameter in part.parameters()}
-    keep = {id(p) for p in model.parameters() if p.requires_grad} if len(adapter_configs(model)) > 1 else set()
     for parameter in model.parameters():
-        if id(parameter) not in ours and id(parameter) not in keep:
-            parameter.requires_grad_(False)
+        if id(parameter) not in ours:
+            parameter.requires_grad_(id(parameter) in keep)
     if config.bias == "none" or config.inference_mode:
         return
     for name, parameter in model.named_parameters():
