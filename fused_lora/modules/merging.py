@@ -20,14 +20,16 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
 
     Raises:
         TypeError: adapter_names is a str. AdapterNotFound: an unknown name.
-        ValueError: a merged weight would not be finite. RuntimeError: the model has no LoRA layers, or a lora_bias has
-            no base bias to go to. In every case all layers are back at the bits they had before the call.
+        ValueError: a merged weight would not be finite. RuntimeError: the model has no LoRA layers, a lora_bias has no
+            base bias to go to, or a weight also belongs to another module, whose output a merge would change.
+            In every case all layers are back at the bits they had before the call.
     """
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
     layers = _layers(model)
     names = active_adapters(model) if adapter_names is None else list(adapter_names)
     check_names(model, names)
+    _check_not_shared(model, {path: m for path, m in layers.items() if any(name in m.lora_A for name in names)})
     done: list[tuple[LoraLinear, object, list[str]]] = []
     for path, layer in layers.items():
         state, before = layer.merge_state, list(layer.merged_adapters)
@@ -96,6 +98,19 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
         setattr(model.get_submodule(parent), name, layer.base_layer)
     del model._fused_lora_configs
     return model
+
+
+def _check_not_shared(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
+    """Raise RuntimeError when the weight of one of these layers is a parameter of a further module as well."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.numel() and parameter.device.type != "meta":
+                owners.setdefault(parameter.data_ptr(), []).append(f"{path}.{name}")
+    for path, layer in layers.items():
+        shared = owners.get(layer.base_layer.weight.data_ptr(), [])
+        if len(shared) > 1:
+            raise RuntimeError(f"{path}: the weight is shared by {shared}; a merge would change all of them")
 
 
 def _layers(model: nn.Module) -> dict[str, LoraLinear]:
