@@ -27,7 +27,7 @@ setup(
             "peft>=0.21,<0.22",
             "transformers>=5,<6",
             "accelerate",
-            "ruff==0.14.5",
+            "ruff==0.17.5",
             "setuptools",
         ],
         "quickstart": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],

@@ -63,7 +63,9 @@ def dropout_lanes(seed: int, row: int, rows: int, K: int) -> np.ndarray:
     return words.astype("<u8", copy=False).view("<i2").reshape(rows, blocks_per_row * LANES)
 
 
-def dropout_mask(seed: int | torch.Tensor, shape: Sequence[int], p: float, device=None) -> torch.Tensor:
+def dropout_mask(
+    seed: int | torch.Tensor, shape: Sequence[int], p: float, device: torch.device | str | None = None
+) -> torch.Tensor:
     """The keep mask that a call with this seed used: bool, True = kept.
 
     Args:

@@ -81,7 +81,7 @@ def lora_linear_backward(
         if not (need_x or need_A[i]):
             dA.append(None)
             continue
-        dS = (g_acc @ B.to(acc)).mul_(s)
+        dS = _narrow(g_acc, B.to(acc).t().contiguous()).mul_(s * keep_scale(dropout[i]))  # both factors, one rounding
         seed = seeds[i] if dropout[i] else None
         dA.append(_input_side(dS, x_rows, A, dropout[i], seed, dx, need_A[i]))
     dW = (g_rows.t() @ x_rows).to(weight.dtype) if need_weight else None
@@ -135,22 +135,36 @@ def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
     S = rows.new_empty((M, sum(A.shape[0] for A in lora_A)), dtype=acc)
     column = 0
     for i, A in enumerate(lora_A):
-        out, A_t = S[:, column : column + A.shape[0]], A.to(acc).t()
+        out = S[:, column : column + A.shape[0]]
         column += A.shape[0]
         if dropout[i] == 0.0:
-            out.copy_(rows.to(acc) @ A_t)
+            out.copy_(_narrow(rows.to(acc), A.to(acc)))
         elif dropout[i] == 1.0:
             out.zero_()
         else:
             mask, buffer = _Mask(seeds[i], dropout[i], M, K, rows.device), _buffer(rows, rows.dtype)
             for start, stop in _row_blocks(M, K):
                 block = mask.times(rows[start:stop], start, stop, buffer[: stop - start])
-                out[start:stop] = (block.to(acc) @ A_t).mul_(mask.scale)
+                out[start:stop] = _narrow(block.to(acc), A.to(acc)).mul_(mask.scale)
     return S
 
 
+def _narrow(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """rows [M, L] times matrix [r, L] transposed: long sums for few results.
+
+    Both operands lie along the sum, which BLAS libraries add up in several accumulators: half the rounding error of
+    the other layout. For a single result they do not, so a pairwise sum takes over.
+    """
+    if rows.shape[0] == 1:
+        return (rows * matrix).sum(1).reshape(1, -1)
+    return torch.nn.functional.linear(rows, matrix)
+
+
 def _input_side(dS, rows, A, p, seed, dx, need_A: bool) -> torch.Tensor | None:
-    """dx += mask / (1 - p) * (dS A) in place where dx is given; returns dA = dS^T D(x) where needed. One mask pass."""
+    """dx += mask * (dS A) in place where dx is given; returns dA = dS^T (mask * x) where needed. One mask pass.
+
+    ``dS`` already holds the 1 / (1 - p).
+    """
     acc, A_acc = dS.dtype, A.to(dS.dtype)
     if p == 0.0:
         if dx is not None:
@@ -160,7 +174,6 @@ def _input_side(dS, rows, A, p, seed, dx, need_A: bool) -> torch.Tensor | None:
     if p < 1.0:
         M, K = rows.shape
         mask, buffer = _Mask(seed, p, M, K, rows.device), _buffer(rows, acc)
-        dS = dS * mask.scale
         for start, stop in _row_blocks(M, K):
             block = buffer[: stop - start]
             if need_A:

@@ -9,12 +9,16 @@ import torch
 from fused_lora.ops import cpu
 
 
-def forward(x: torch.Tensor, weight: torch.Tensor, lora_A: Sequence[torch.Tensor], dropout) -> Callable:
+def forward(
+    x: torch.Tensor, weight: torch.Tensor, lora_A: Sequence[torch.Tensor], dropout: Sequence[float]
+) -> Callable:
     """The function that computes (y, S) for these arguments; all candidates share one signature."""
     return cpu.lora_linear
 
 
-def backward(g: torch.Tensor, weight: torch.Tensor, lora_A: Sequence[torch.Tensor], dropout) -> Callable:
+def backward(
+    g: torch.Tensor, weight: torch.Tensor, lora_A: Sequence[torch.Tensor], dropout: Sequence[float]
+) -> Callable:
     """The function that computes (dx, dA, dB, dW, db) for these arguments."""
     return cpu.lora_linear_backward
 

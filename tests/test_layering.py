@@ -1,0 +1,93 @@
+"""Imports point down only, third parties stay inside functions, and nothing that can run code from data is used."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fused_lora"
+
+# layer -> what it may import of this project; "kernels" stands for fused_lora.kernels
+ALLOWED = {
+    "kernels": set(),
+    "reference": set(),
+    "ops": {"kernels", "reference"},
+    "modules": {"ops", "reference"},
+    "adapters": {"modules", "reference"},
+}
+THIRD_PARTY = {
+    "kernels": {"torch", "triton"},
+    "reference": {"torch", "numpy"},
+    "ops": {"torch", "numpy"},
+    "modules": {"torch"},
+    "adapters": {"torch", "safetensors", "numpy"},
+}
+
+
+def files():
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        yield "kernels", path
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path
+
+
+def imports(tree):
+    """(module, is at the top of the file) for every import."""
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in top
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", id(node) in top
+
+
+@pytest.mark.parametrize("layer, path", list(files()), ids=lambda v: v if isinstance(v, str) else v.stem)
+def test_imports_point_down(layer, path):
+    import sys
+
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for name, top in imports(tree):
+        first, *rest = name.split(".")
+        assert first != "kernels", f"{path.name}: import fused_lora.kernels, never kernels"
+        if first == "fused_lora":
+            target = rest[0] if rest else ""
+            if layer in ALLOWED and target != layer:
+                assert target in ALLOWED[layer], f"{path.name} ({layer}) must not import {name}"
+        elif layer in THIRD_PARTY and first not in sys.stdlib_module_names:
+            assert first in THIRD_PARTY[layer] or not top, f"{path.name} ({layer}) must not import {name} at the top"
+
+
+@pytest.mark.parametrize("layer, path", list(files()), ids=lambda v: v if isinstance(v, str) else v.stem)
+def test_nothing_acts_on_data(layer, path):
+    if layer == "testing":
+        return
+    forbidden = {"eval", "exec", "compile", "__import__"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in forbidden, f"{path.name}:{node.lineno} calls {node.func.id}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = ast.unparse(node.func.value)
+            assert (owner, node.func.attr) != ("torch", "load"), f"{path.name}:{node.lineno} calls torch.load"
+            assert owner not in ("pickle", "importlib"), f"{path.name}:{node.lineno} uses {owner}"
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            raise AssertionError(f"{path.name}:{node.value.lineno} passes trust_remote_code")
+
+
+@pytest.mark.parametrize("layer, path", list(files()), ids=lambda v: v if isinstance(v, str) else v.stem)
+def test_public_functions_are_annotated_and_documented(layer, path):
+    if layer in ("kernels", "testing"):
+        return
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+            assert node.returns is not None, f"{path.name}: {node.name} does not say what it returns"
+            missing = [a.arg for a in node.args.args + node.args.kwonlyargs if a.annotation is None]
+            assert not missing, f"{path.name}: {node.name} leaves {missing} without annotation"
+
+
+def test_only_imports_and_the_docstring_stand_in_kernels_init():
+    tree = ast.parse((ROOT / "kernels" / "__init__.py").read_text(encoding="utf-8"))
+    assert len(tree.body) == 1 and ast.get_docstring(tree)
