@@ -85,12 +85,12 @@ def _shrink(M: int, r: int, dtype: torch.dtype, upcast: bool) -> LaunchConfig:
     return LaunchConfig("shrink", BLOCK_M, 16, 64 if upcast or BLOCK_R >= 64 else 128, BLOCK_R)
 
 
-def _weight_grad(M: int, N: int, K: int, r: int, dtype: torch.dtype) -> LaunchConfig:
-    BLOCK_R = _rank_block(r, 32)
-    BLOCK_M, BLOCK_K = (64, 32) if dtype == torch.float32 else (128, 64)
+def _weight_grad(M: int, N: int, K: int, r: int, dtype: torch.dtype, upcast: bool) -> LaunchConfig:
+    BLOCK_R, BLOCK_K = _rank_block(r, 32), 32
+    BLOCK_M = 64 if upcast or dtype == torch.float32 else 128
     programs = (_cdiv(K, BLOCK_M) + _cdiv(N, BLOCK_M)) * _cdiv(r, BLOCK_R)
     return LaunchConfig(
-        "weight_grad", BLOCK_M, 16, BLOCK_K, BLOCK_R, SPLIT_K=_split(programs, _cdiv(M, BLOCK_K)), num_stages=3
+        "weight_grad", BLOCK_M, 16, BLOCK_K, BLOCK_R, SPLIT_K=_split(programs, _cdiv(M, BLOCK_K)), num_stages=4
     )
 
 
@@ -157,7 +157,7 @@ def pick(
     if op == "shrink":
         return _shrink(M, r, dtype, upcast)
     if op == "weight_grad":
-        return _weight_grad(M, N, K, r, dtype)
+        return _weight_grad(M, N, K, r, dtype, upcast)
     variant = variant or variants(op, M, r, dtype, dropout, upcast, adapters)[-1]
     forward = op == "linear"
     config = _linear_tiles(M, variant, dtype, capability, upcast, dropout and forward, dropout and not forward)
@@ -187,3 +187,50 @@ def candidates(op: str, dtype: torch.dtype, capability: int) -> Iterator[tuple[L
                             if config.tma:
                                 seen |= {(without_tma(config), dropout, upcast)}
     yield from sorted(seen, key=repr)
+
+
+def traffic(
+    op: str,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    dtype: torch.dtype,
+    dropout: bool,
+    capability: int,
+    upcast: bool = False,
+    adapters: int = 1,
+    variant: str | None = None,
+) -> dict[str, int]:
+    """What one call of ``op`` costs with the configuration that :func:`pick` gives; ``r`` is the sum of equal ranks.
+
+    Returns:
+        bytes: to and from device memory, every operand once a launch (tiles that neighbours read come from L2);
+        flops; launches of kernels; memsets; mask_elements: how many times the generator yields an element;
+        floor_bytes: operands and results once each; floor_flops: every product once.
+    """
+    config = pick(op, M, N, K, r // adapters, dtype, dropout, capability, upcast, adapters, variant)
+    e, e_adapter = dtype.itemsize, 4 if upcast or dtype == torch.float32 else dtype.itemsize
+    S = 4 * M * r
+    planes = 8 * config.SPLIT_K if config.SPLIT_K > 1 else 0  # written once, read once, fp32
+    rank_blocks = adapters * _cdiv(r // adapters, config.BLOCK_R)
+    cost = dict(launches=1 + (config.SPLIT_K > 1), memsets=int(config.variant == "publish"), mask_elements=0)
+    if op == "shrink":
+        cost.update(bytes=e * M * K + e_adapter * r * K + S, flops=2 * M * K * r, mask_elements=M * K * rank_blocks)
+        floor = cost["bytes"], cost["flops"]
+    elif op == "weight_grad":
+        floor = e * M * (K + N) + 2 * S + e_adapter * r * (K + N), 2 * M * r * (K + N)
+        cost.update(bytes=floor[0] + planes * r * (K + N), flops=floor[1], mask_elements=M * K * rank_blocks)
+    else:
+        floor = e * (M * K + K * N + M * N) + e_adapter * r * (K + N) + S, 2 * M * (K * N + r * (K + N))
+        cost.update(bytes=floor[0] + planes * M * (N + r), flops=floor[1])
+        cost["mask_elements"] = M * (K if op == "linear" else N) * adapters
+        if config.variant == "recompute":
+            again = _cdiv(N, config.BLOCK_N) - 1
+            cost["flops"] += 2 * M * K * r * again
+            cost["mask_elements"] += M * K * again if op == "linear" else 0
+        elif config.variant == "split":
+            cost["bytes"] += e * M * K + S
+            cost["launches"] += 1
+    cost["mask_elements"] *= int(dropout)
+    return {**cost, "floor_bytes": floor[0], "floor_flops": floor[1]}
