@@ -35,7 +35,7 @@ def test_all_that_pick_answers_is_listed(op, M, N, K, r, dtype, dropout, upcast,
 @pytest.mark.parametrize("op", OPS)
 def test_rules_that_correctness_rests_on(op, dtype, capability):
     for config, _, upcast in candidates(op, dtype, capability):
-        # a mask is drawn 16 columns at a time: of x along K, of the weight gradient's x along BLOCK_M, of half a tile of Y
+        # a mask is drawn 16 columns at a time, of x, of the x of a weight gradient, of half a tile of Y
         assert config.BLOCK_K % 16 == 0 and config.BLOCK_M % 16 == 0
         assert config.BLOCK_N % 32 == 0 or op in ("shrink", "weight_grad")
         if upcast or op == "weight_grad":
