@@ -1,0 +1,238 @@
+"""Merge and unmerge one linear layer: PEFT, a hand-written addmm, this package, and a plain copy of the weight.
+
+    python benchmarks/bench_merge.py
+
+Every merge is checked against float64 first (RMS error at most 1.1 times PEFT's plus an ulp); a wrong one gets no time.
+All providers take turns in one run, each on its own copy of the weight, set back to the same bits before every turn.
+`floor` is the time of the bytes that a merge must move (W read and written, A and B read) at the copy's bandwidth;
+`changed` the share of weights whose bits differ after merge and unmerge; `extra` the peak memory of one merge beyond
+what was there before, in per cent of the weight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from layers import SCALING, Point, Weights, no_worse, plausible
+from report import Candidate, Clock, Report, Table, interleaved, parser, run_points, settings, spread, summary
+
+from fused_lora.reference import bits
+
+SHAPES = {"cpu": [(4096, 4096), (2048, 2048), (1000, 777)], "cuda": [(4096, 4096), (4096, 1024), (4096, 14336)]}
+DTYPES = {"cpu": ["float32", "bfloat16", "float16"], "cuda": ["bfloat16", "float16", "float32"]}
+_MEASURABLE_BYTES = 1 << 20  # below, pages and arenas outweigh the weight
+COLUMNS = [("layer", 26), ("provider", 14), ("merge ms", 22), ("speed/PEFT", 10), ("xfloor", 6)]
+COLUMNS += [("unmerge ms", 22), ("speed/PEFT", 10), ("changed %", 9), ("extra %", 8), ("record B/w", 10)]
+
+
+@dataclass
+class Merger:
+    """One way to merge, on its own copy of the weight."""
+
+    name: str
+    weight: Callable[[], torch.Tensor]
+    merge: Callable[[], object]
+    unmerge: Callable[[], object] | None = None
+    record_bytes: Callable[[], int] = lambda: 0
+    exact: bool = False  # promises the old bits back
+
+
+def mergers(weights: Weights) -> dict[str, Merger]:
+    """PEFT (default and safe), hand-written addmm, ours; PEFT first, for it is the yardstick."""
+
+    def of_layer(name: str, layer: torch.nn.Module, **more) -> Merger:
+        options = {"safe_merge": True} if name == "PEFT safe" else {}
+        return Merger(
+            name, lambda: layer.get_base_layer().weight.data, lambda: layer.merge(**options), layer.unmerge, **more
+        )
+
+    ours = weights.ours(weights.base_layer(copy=True), 0.0)
+    by_hand = weights.weight.clone()
+    found = [
+        of_layer("PEFT", weights.peft(weights.base_layer(copy=True), 0.0)),
+        of_layer("PEFT safe", weights.peft(weights.base_layer(copy=True), 0.0)),
+        Merger("addmm", lambda: by_hand, _addmm(by_hand, weights, 1), _addmm(by_hand, weights, -1)),
+        Merger(
+            "fused_lora",
+            lambda: ours.base_layer.weight.data,
+            ours.merge,
+            ours.unmerge,
+            record_bytes=lambda: ours.merge_state.record.nbytes,
+            exact=True,
+        ),
+    ]
+    return {merger.name: merger for merger in found}
+
+
+def _addmm(W: torch.Tensor, weights: Weights, sign: int) -> Callable[[], object]:
+    """W += s B A by hand: in place where one dtype (or a GPU) allows it, through fp32 where a CPU would crawl."""
+    A, B = weights.lora_A, weights.lora_B
+    if W.dtype == A.dtype:
+        return lambda: W.addmm_(B, A, alpha=sign * SCALING)
+    if W.device.type == "cpu":
+        return lambda: W.copy_(torch.addmm(W.to(A.dtype), B, A, alpha=sign * SCALING))
+    return lambda: W.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=sign * SCALING)
+
+
+def restore(merger: Merger, weights: Weights) -> None:
+    merger.weight().copy_(weights.weight)
+
+
+def check(weights: Weights) -> dict[str, dict]:
+    """{provider: {wrong: None or what, changed: share of weights not back after merge and unmerge, record_bytes}}."""
+    exact = weights.weight.double() + SCALING * (weights.lora_B.double() @ weights.lora_A.double())
+    found, yardstick = {}, None
+    for name, merger in mergers(weights).items():
+        merger.merge()
+        merged = merger.weight().clone()
+        record_bytes = merger.record_bytes()
+        merger.unmerge()
+        changed = (bits(merger.weight()) != bits(weights.weight)).double().mean().item()
+        if yardstick is None:
+            yardstick = merged
+            wrong = plausible(merged, exact, 1, "merged weight")
+        else:
+            wrong = no_worse(merged, yardstick, exact, "merged weight")
+        if merger.exact and changed:
+            wrong = f"unmerge left {changed:.2%} of the weights changed"
+        found[name] = dict(wrong=wrong, changed=changed, record_bytes=record_bytes)
+    return found
+
+
+def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """Peak memory of one call beyond what was held before; None where the system cannot tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays resident would hide an allocation
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _status_bytes("VmRSS")
+    except (OSError, AttributeError):
+        return None
+    run()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def measure(point: Point, report: Report, table: Table, arguments) -> None:
+    """Check, time and add the rows of one layer."""
+    device = arguments.device
+    weights = Weights.draw(point, device)
+    checks = check(weights)
+    layers = {name: merger for name, merger in mergers(weights).items() if checks[name]["wrong"] is None}
+    source, target = weights.weight.clone(), torch.empty_like(weights.weight)
+    candidates = [Candidate("copy", [lambda: target.copy_(source)])]
+    for merger in layers.values():
+        candidates.append(Candidate(merger.name, [merger.merge, merger.unmerge], lambda m=merger: restore(m, weights)))
+    times = interleaved(candidates, Clock(device), arguments.seconds, arguments.rounds, arguments.deadline)
+    extra = {}
+    for name, merger in layers.items():
+        restore(merger, weights)
+        peak = peak_extra_bytes(merger.merge, device)
+        extra[name] = None if weights.weight.nbytes < _MEASURABLE_BYTES else peak
+        merger.unmerge()
+    _add_rows(point, weights, report, table, checks, times, extra)
+
+
+def _add_rows(point, weights, report, table, checks, times, extra) -> None:
+    weight_bytes = weights.weight.nbytes
+    copied = summary([t[0] for t in times["copy"]])
+    adapter_bytes = weights.lora_A.nbytes + weights.lora_B.nbytes
+    floor = copied["median"] * (2 * weight_bytes + adapter_bytes) / (2 * weight_bytes)
+    common = vars(point) | dict(benchmark="merge", floor_ms=round(floor, 5))
+    report.rows.append(common | dict(provider="copy", correct=True, merge_ms=copied))
+    label = f"{point.shape} r={point.r} {point.dtype}"
+    table.row(label, "copy", spread(copied), *[None] * 7)
+    reference = times.get("PEFT")
+    for name, found in checks.items():
+        row = common | dict(provider=name, correct=found["wrong"] is None, changed=found["changed"])
+        if found["wrong"] is not None:
+            report.rows.append(row | dict(wrong=found["wrong"]))
+            table.row(label, name, "WRONG", *[None] * 7)
+            print(f"  {found['wrong']}")
+            continue
+        merge, unmerge = (summary([t[i] for t in times[name]]) for i in (0, 1))
+        ratios = [None, None]
+        if reference:
+            medians = [summary([t[i] for t in reference])["median"] for i in (0, 1)]
+            ratios = [round(theirs / own["median"], 4) for theirs, own in zip(medians, (merge, unmerge), strict=True)]
+        share = None if extra[name] is None else round(extra[name] / weight_bytes, 5)
+        per_weight = round(found["record_bytes"] / weights.weight.numel(), 5)
+        row |= dict(merge_ms=merge, unmerge_ms=unmerge, merge_speedup=ratios[0], unmerge_speedup=ratios[1])
+        row |= dict(extra_memory=share, record_bytes_per_weight=per_weight)
+        report.rows.append(row)
+        number = [None if value is None else f"{value:.2f}" for value in (*ratios, merge["median"] / floor)]
+        table.row(
+            label, name, spread(merge), number[0], number[2], spread(unmerge), number[1],
+            f"{100 * found['changed']:.3g}", None if share is None else f"{100 * share:.1f}", f"{per_weight:.3f}",
+        )  # fmt: skip
+
+
+def add_bars(report: Report) -> None:
+    """What this package promises of a merge, over the rows that were measured."""
+    rows = [r for r in report.rows if r["benchmark"] == "merge" and r["provider"] == "fused_lora" and r["correct"]]
+    timed = [row for row in rows if row["merge_speedup"] is not None]
+    if rows:
+        report.bar("merge, unmerge: share of weights not back", max(row["changed"] for row in rows), 0.0, False)
+    if report.device.type == "cuda":
+        for row in timed:
+            name = f"merge {row['dtype']} {row['inputs']}x{row['outputs']}"
+            report.bar(f"{name}: times PEFT's speed", row["merge_speedup"], 1.0, True)
+            report.bar(f"{name}: times the floor", row["merge_ms"]["median"] / row["floor_ms"], 1.25, False)
+        return
+    for row in timed:
+        if (row["inputs"], row["outputs"], row["r"], row["dtype"]) == (4096, 4096, 16, "float32"):
+            report.bar("merge fp32 4096x4096 r=16: times PEFT's speed", row["merge_speedup"], 3.0, True)
+            report.bar("unmerge fp32 4096x4096 r=16: times PEFT's speed", row["unmerge_speedup"], 1.5, True)
+            if row["extra_memory"] is not None:
+                report.bar("merge fp32 4096x4096 r=16: extra memory / weight", row["extra_memory"], 0.10, False)
+        elif (row["inputs"], row["outputs"], row["r"]) == (4096, 4096, 16):
+            report.bar(f"merge {row['dtype']} 4096x4096 r=16: times PEFT's speed", row["merge_speedup"], 1.0, True)
+    if timed:
+        least = min(timed, key=lambda row: row["merge_speedup"])
+        where = f"{least['inputs']}x{least['outputs']} {least['dtype']}"
+        report.bar(f"merge: times PEFT's speed, least over the layers ({where})", least["merge_speedup"], 1.0, True)
+
+
+def points(arguments) -> list[Point]:
+    kind = arguments.device.type
+    shapes = arguments.shapes or SHAPES[kind]
+    dtypes = getattr(arguments, "dtypes", None) or DTYPES[kind]
+    relative = getattr(arguments, "relative", 0.01)
+    return [Point(*shape, r=16, dtype=dtype, relative=relative) for shape in shapes for dtype in dtypes]
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser(__doc__)
+    options.add_argument("--dtypes", type=lambda text: text.split(","), help="e.g. float32,bfloat16")
+    options.add_argument("--relative", type=float, default=0.01, help="norm of the delta over that of the weight")
+    arguments = options.parse_args(argv)
+    recorded = settings(arguments)
+    report = Report("merge", arguments.device, arguments.out, recorded, arguments.commit)
+    report.heading()
+    table = Table(COLUMNS)
+    run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
+    add_bars(report)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Write the results table of README.md from benchmarks/results/*.json, between its two markers.
+
+    python benchmarks/readme_table.py            # rewrites README.md
+    python benchmarks/readme_table.py --check    # exit code 1 when README.md does not show these results
+    python benchmarks/readme_table.py --print    # the table alone
+
+For each machine and benchmark the newest file counts. Losses stay in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parent
+README = BENCHMARKS.parent / "README.md"
+BEGIN = "<!-- results: written by benchmarks/readme_table.py -->"
+END = "<!-- end of results -->"
+_SHORT = dict(float32="fp32", bfloat16="bf16", float16="fp16")
+_MERGERS = ("PEFT", "addmm", "fused_lora")
+_MERGE_NOTE = (
+    "Not back: weights whose bits differ after merge and unmerge, PEFT / fused_lora. "
+    "Memory: peak of a merge beyond what was held before, of the weight's size, PEFT / fused_lora."
+)
+
+
+def load(folder: Path) -> dict[str, dict]:
+    """{machine name: {"machine": ..., "linear": file, "merge": file}}: the newest file that has rows of each kind."""
+    found: dict[str, dict] = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entry = found.setdefault(content["machine"]["name"], {})
+        for kind in ("linear", "merge"):
+            has_rows = any(row["benchmark"] == kind for row in content["rows"])
+            if has_rows and (kind not in entry or entry[kind]["date"] < content["date"]):
+                entry[kind] = content
+    return {name: entry for name, entry in sorted(found.items()) if entry}
+
+
+def render(results: dict[str, dict]) -> str:
+    """One block of Markdown per machine."""
+    return "\n\n".join(_machine_block(entry) for entry in results.values())
+
+
+def _machine_block(entry: dict) -> str:
+    newest = max((entry[kind] for kind in entry), key=lambda content: content["date"])
+    machine, versions = newest["machine"], newest["versions"]
+    where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['threads']} threads"
+    commit = (newest["commit"] or "unknown")[:10]
+    head = f"{where}; torch {versions['torch']}, PEFT {versions['peft']}; {newest['date'][:10]}, commit {commit}."
+    lines = [head + " Median ms, all providers in turns in one run."]
+    if "linear" in entry:
+        lines += ["", *_linear_table(entry["linear"]["rows"])]
+    if "merge" in entry:
+        lines += ["", *_merge_table(entry["merge"]["rows"])]
+    return "\n".join(lines)
+
+
+def _linear_table(rows: Sequence[dict]) -> list[str]:
+    lines = _head("forward+backward, in x out", "bare layer", "PEFT", "addmm", "fused_lora", "over PEFT", "saved, MiB")
+    for layer in _layers(rows, "linear"):
+        own = layer["fused_lora"]
+        times = [_time(layer.get(name), "both_ms") for name in ("bare", "PEFT", "addmm", "fused_lora")]
+        saved = [_mebibytes(layer.get(name), "saved_bytes") for name in ("PEFT", "fused_lora")]
+        adapters = "" if own["adapter_dtype"] == own["dtype"] else f"+{_SHORT[own['adapter_dtype']]}"
+        label = f"{own['inputs']}x{own['outputs']}, {own['M']} rows, r={own['r']}, p={own['dropout']:g}, "
+        label += _SHORT[own["dtype"]] + adapters
+        lines.append(_line(label, *times, _factor(own.get("both_speedup")), " -> ".join(saved)))
+    return lines
+
+
+def _merge_table(rows: Sequence[dict]) -> list[str]:
+    lines = _head("merge / unmerge, in x out", "copy", *_MERGERS, "over PEFT", "not back, %", "memory, %")
+    for layer in _layers(rows, "merge"):
+        own = layer["fused_lora"]
+        times = [" / ".join(_time(layer.get(name), key) for key in ("merge_ms", "unmerge_ms")) for name in _MERGERS]
+        speedup = " / ".join(_factor(own.get(key)) for key in ("merge_speedup", "unmerge_speedup"))
+        back = " / ".join(_percent(layer.get(name), "changed") for name in ("PEFT", "fused_lora"))
+        extra = " / ".join(_percent(layer.get(name), "extra_memory") for name in ("PEFT", "fused_lora"))
+        label = f"{own['inputs']}x{own['outputs']}, r={own['r']}, {_SHORT[own['dtype']]}"
+        lines.append(_line(label, _time(layer.get("copy"), "merge_ms"), *times, speedup, back, extra))
+    return [*lines, "", _MERGE_NOTE]
+
+
+def _layers(rows: Sequence[dict], kind: str) -> list[dict[str, dict]]:
+    """Rows of one layer together, {provider: row}, in the order measured."""
+    layers: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        if row["benchmark"] == kind:
+            names = ("inputs", "outputs", "r", "dtype", "adapter_dtype", "dropout", "M", "relative")
+            layers.setdefault(tuple(row[name] for name in names), {})[row["provider"]] = row
+    return [layer for layer in layers.values() if "fused_lora" in layer]
+
+
+def _head(*titles: str) -> list[str]:
+    return [_line(*titles), "|---" + "|---:" * (len(titles) - 1) + "|"]
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _time(row: dict | None, key: str) -> str:
+    if row is None:
+        return "-"
+    return f"{row[key]['median']:.3g}" if row["correct"] else "wrong"
+
+
+def _factor(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _percent(row: dict | None, key: str) -> str:
+    return "-" if row is None or row.get(key) is None else f"{100 * row[key]:.3g}"
+
+
+def _mebibytes(row: dict | None, key: str) -> str:
+    return "-" if row is None or key not in row else f"{row[key] / 2**20:.3g}"
+
+
+def insert(text: str, table: str) -> str:
+    """``text`` with ``table`` between the markers. ValueError: a marker is missing."""
+    begin, end = text.find(BEGIN), text.find(END)
+    if begin < 0 or end < begin:
+        raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r}")
+    return f"{text[: begin + len(BEGIN)]}\n{table}\n{text[end:]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--check", action="store_true")
+    options.add_argument("--print", action="store_true", dest="print_only")
+    options.add_argument("--results", type=Path, default=BENCHMARKS / "results")
+    options.add_argument("--readme", type=Path, default=README)
+    arguments = options.parse_args(argv)
+    table = render(load(arguments.results))
+    if arguments.print_only:
+        print(table)
+        return 0
+    old = arguments.readme.read_text(encoding="utf-8")
+    new = insert(old, table)
+    if arguments.check:
+        return int(new != old)
+    arguments.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
