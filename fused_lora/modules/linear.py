@@ -108,6 +108,8 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
 
     def forward(self, x: Tensor, *, adapter_names: Sequence[str | None] | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]. ``adapter_names`` names one adapter per row (None: base)."""
+        if isinstance(adapter_names, str):  # its letters would pass for names
+            raise TypeError(f"adapter_names: expected one entry per row, got the str {adapter_names!r}")
         names = self.batch_adapter_names if adapter_names is None else [n or "__base__" for n in adapter_names]
         if self.disable_adapters:
             if self.merged:
