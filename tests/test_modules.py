@@ -237,6 +237,38 @@ def test_identity_at_p_0_and_dropout_above():
     assert torch.equal(torch.get_rng_state(), state)  # p = 0 and eval draw nothing
 
 
+def test_inputs_changed_before_the_backward_are_noticed():
+    ours, _ = twin_layers(linear())
+    x = torch.randn(3, K, requires_grad=True)
+    for tensor in (x, ours.lora_A["default"].weight, ours.lora_B["default"].weight):
+        y = ours(x)
+        with torch.no_grad():
+            tensor.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_layers_run_in_inference_mode_and_train_afterwards():
+    ours, theirs = twin_layers(linear(), lora_dropout=0.5)
+    x = torch.randn(3, K)
+    with torch.inference_mode():
+        ours(x)
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-6)
+    ours.train()(x).sum().backward()
+    assert ours.lora_B["default"].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_broken_rows_stay_rows(p, value):
+    ours, theirs = twin_layers(linear(), lora_dropout=p)
+    x = torch.randn(4, K)
+    x[2, 5] = value
+    found = torch.isfinite(ours(x))
+    assert torch.equal(found.all(1), torch.tensor([True, True, False, True]))
+    assert torch.equal(found.all(1), torch.isfinite(theirs(x)).all(1))
+
+
 # ---- dropout
 
 
@@ -722,6 +754,12 @@ def test_mixed_batch_of_no_names_is_a_value_error():
     ours, _ = twin_layers(linear(training=False))
     with pytest.raises(ValueError, match="adapter_names"):
         ours(torch.randn(3, K), adapter_names=[])
+
+
+def test_mixed_batch_of_a_str_is_a_type_error():
+    ours, _ = twin_layers(linear(training=False), {"one": {}})
+    with pytest.raises(TypeError, match="adapter_names"):
+        ours(torch.randn(3, K), adapter_names="one")
 
 
 def test_mixed_batch_passes_gradients_to_x():
