@@ -246,6 +246,8 @@ def test_a_module_used_twice_is_adapted_as_in_peft():
         (LoraConfig(target_modules=["0"]), "a.b", ValueError),
         (LoraConfig(target_modules=["0"]), "", ValueError),
         (LoraConfig(target_modules=["0"]), "x" * 65, ValueError),
+        (LoraConfig(target_modules=["0"]), "__base__", ValueError),
+        (LoraConfig(target_modules=["0"]), "eval", ValueError),
         (LoraConfig(target_modules=["0"]), "../up", ValueError),
         ({"target_modules": ["0"]}, "default", TypeError),
     ],

@@ -53,7 +53,7 @@ def assert_like_peft(ours, theirs, x, names=("default",), seed=None):
     assert found.keys() == reference.keys()
     for key in found:
         assert found[key].dtype == reference[key].dtype, key
-        assert_no_worse(found[key], reference[key], exact[key], name=key)
+        assert_no_worse(found[key], reference[key], exact[key], name=key, draws=True)
 
 
 # ---- draws and keys
@@ -110,6 +110,9 @@ def test_state_dicts_load_into_each_other_strictly():
         ({"lora_dropout": -0.1}, ValueError),
         ({"adapter_name": "a.b"}, ValueError),
         ({"adapter_name": ""}, ValueError),
+        ({"adapter_name": "train"}, ValueError),  # methods of the ModuleDict that holds the adapters
+        ({"adapter_name": "keys"}, ValueError),
+        ({"adapter_name": "__base__"}, ValueError),  # what a mixed batch calls the plain base
         ({"init_lora_weights": "pissa"}, ValueError),
     ],
 )
@@ -235,6 +238,20 @@ def test_identity_at_p_0_and_dropout_above():
     ours.set_adapter("b")
     ours(torch.randn(3, K, generator=torch.Generator()))
     assert torch.equal(torch.get_rng_state(), state)  # p = 0 and eval draw nothing
+
+
+@pytest.mark.xfail(strict=True, reason="the operator reshapes its output inside, so torch takes it for a view")
+@pytest.mark.parametrize("shape", [(5, K), (2, 5, K), (K,)])
+def test_the_output_may_be_changed_in_place(shape):
+    ours, theirs = twin_layers(linear())
+    x, grads = torch.randn(shape), []
+    for layer in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        y = nn.functional.relu(layer(leaf), inplace=True)
+        y[..., 0] = 0
+        y.add_(1)
+        grads.append(torch.autograd.grad(y.sum(), leaf)[0])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
 
 
 def test_inputs_changed_before_the_backward_are_noticed():
@@ -858,7 +875,7 @@ def test_autocast(p, dtype):
             for key, tensor in run_layer(reference, x.bfloat16().double(), g.double()).items():
                 results[2].setdefault(key, []).append(tensor)
     for key in results[0]:
-        assert_no_worse(*(torch.stack(result[key]) for result in results), name=key)
+        assert_no_worse(*(torch.stack(result[key]) for result in results), name=key, draws=True)
 
 
 def test_autocast_off_inside_autocast():

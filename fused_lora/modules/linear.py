@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fused_lora.modules.behaviour import FusedLoraBehaviour
+from fused_lora.modules.behaviour import BASE, FusedLoraBehaviour
 from fused_lora.modules.config import LayerTensors, scaling
 from fused_lora.modules.targeting import SUPPORTED, in_out_features, is_conv1d, is_supported
 
@@ -89,6 +89,8 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         _check_adapter_arguments(adapter_name, r, lora_alpha, lora_dropout, init_lora_weights)
         if adapter_name in self.lora_A:
             raise ValueError(f"adapter_name: {adapter_name!r} already exists in this layer")
+        if hasattr(self.lora_A, adapter_name):
+            raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ModuleDict, choose another name")
         weight = self.base_layer.weight
         A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors)
         if tensors is None:
@@ -110,7 +112,7 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         """x [..., in_features] -> [..., out_features]. ``adapter_names`` names one adapter per row (None: base)."""
         if isinstance(adapter_names, str):  # its letters would pass for names
             raise TypeError(f"adapter_names: expected one entry per row, got the str {adapter_names!r}")
-        names = self.batch_adapter_names if adapter_names is None else [n or "__base__" for n in adapter_names]
+        names = self.batch_adapter_names if adapter_names is None else [n or BASE for n in adapter_names]
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -214,8 +216,8 @@ def _draw(K: int, N: int, r: int, init: bool | str, lora_bias: bool, tensors: La
 
 
 def _check_adapter_arguments(name: str, r: int, lora_alpha: float, lora_dropout: float, init: bool | str) -> None:
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"adapter_name: expected a non-empty str without a dot, got {name!r}")
+    if not isinstance(name, str) or not name or "." in name or name == BASE:
+        raise ValueError(f"adapter_name: expected a non-empty str without a dot and not {BASE!r}, got {name!r}")
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r: expected a positive integer, got {r!r}")
     if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
