@@ -42,8 +42,15 @@ class MergeTile:
     num_warps: int = 4
 
 
-# registers: the plain passes keep 32 elements a thread, those that also count and scan 16
-PLAIN, COUNTING = MergeTile(BLOCK_N=64), MergeTile(BLOCK_N=32)
+def default_tile(dtype: torch.dtype, counting: bool) -> MergeTile:
+    """As many elements a thread as leave no spills: 32, half of it where a pass counts too, and half again in fp32."""
+    return MergeTile(BLOCK_N=64 >> (counting + (dtype == torch.float32)))
+
+
+def launch_options(tile: MergeTile, nvidia: bool) -> dict[str, int | bool]:
+    """No contraction but the written fma, because D's bits are a contract; registers for 3 programs a multiprocessor,
+    which keeps ptxas from spilling for the sake of a fourth."""
+    return dict(num_warps=tile.num_warps, enable_fp_fusion=False) | (dict(maxnreg=168) if nvidia else {})
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ def _merge_kernel(
     old_weighted = tl.zeros((BLOCK_N,), INT)
     new_plain = tl.zeros((BLOCK_N,), INT)
     new_weighted = tl.zeros((BLOCK_N,), INT)
-    if CORRECT:
+    if CORRECT and not UNMERGE:
         begin = tl.load(ends_ptr + segment - 1, mask=row_ok & (segment > 0), other=0)
 
     for k in range(first_col, tl.minimum(first_col + _SEGMENT, K), BLOCK_K):
@@ -173,6 +180,7 @@ def _merge_kernel(
         if not SCAN:
             # candidates are stored by other threads than the corrections that go over them
             tl.debug_barrier()
+        begin = tl.load(ends_ptr + segment - 1, mask=row_ok & (segment > 0), other=0)
         end = tl.load(ends_ptr + segment, mask=row_ok, other=0)
         plain, weighted = _apply_corrections(
             w_ptr, a_ptr, b_ptr, cols_ptr, values_ptr,
@@ -204,7 +212,7 @@ def _launch(W, A, B, tile, corrections=None, *, UNMERGE=False, counts=None, fing
     if W.numel() == 0:
         return
     (N, K), scan, c = W.shape, fingerprint is not None, corrections
-    tile = tile or (COUNTING if scan or (c is not None and not UNMERGE) else PLAIN)
+    tile = tile or default_tile(W.dtype, counting=scan or (c is not None and not UNMERGE))
     ends = None if c is None else c.counts.flatten().cumsum(0, dtype=torch.int64)
     with torch.cuda.device_of(W):
         _merge_kernel[(triton.cdiv(N, tile.BLOCK_N), triton.cdiv(K, SEGMENT))](
@@ -213,8 +221,7 @@ def _launch(W, A, B, tile, corrections=None, *, UNMERGE=False, counts=None, fing
             N, K, len(A),
             *W.stride(), *A.stride(), *B.stride(),
             UNMERGE=UNMERGE, SCAN=scan, CORRECT=c is not None, INT=tl.int64 if W.dtype == torch.float32 else tl.int32,
-            # enable_fp_fusion=False: no contraction but the written fma, D's bits are a contract
-            BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, enable_fp_fusion=False,
+            BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, **launch_options(tile, nvidia=not torch.version.hip),
         )  # fmt: skip
 
 
