@@ -233,6 +233,38 @@ def test_a_module_used_twice_is_adapted_as_in_peft():
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.fixture
+def no_fast_path():
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_layers_that_are_read_but_never_called_are_refused():
+    """An adapter there would train to nothing, or vanish in eval mode, without a word."""
+    for model, targets in (
+        (nn.Sequential(nn.MultiheadAttention(8, 2)), "all-linear"),
+        (nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)), ["linear1"]),
+    ):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="reads its weight"):
+            fused_lora.inject(model, LoraConfig(target_modules=targets))
+        assert_unchanged(model, before)
+        assert not fused_lora.lora_layers(model)
+
+
+def test_encoder_layers_work_without_the_fast_path(no_fast_path):
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    ours, theirs = twin_models(model, {"default": {"target_modules": ["linear1", "linear2"]}})
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+        with fused_lora.disable_adapters(ours):
+            plain = ours(x)
+        assert (ours(x) - plain).abs().max() > 1e-3
+
+
 # ---- failures leave the model as it was
 
 

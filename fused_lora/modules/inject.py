@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from fused_lora.modules.behaviour import BASE
@@ -52,7 +53,8 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
         ``model``.
 
     Raises:
-        ValueError: the name is taken or malformed, nothing matches, or a match is not a linear layer.
+        ValueError: the name is taken or malformed, nothing matches, or a match is not a linear layer or one whose
+            weight torch's own attention and encoder modules read without calling it.
         TypeError: config is not a LoraConfig.
     """
     if not isinstance(config, LoraConfig):
@@ -81,6 +83,7 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
     for path in layers:
         if path not in modules or not is_supported(modules[path]):
             raise ValueError(f"layers: {path!r} is not a linear layer of the model")
+        _check_called(path, modules[path.rpartition(".")[0]])
     if config.bias != "none":
         _check_not_merged([modules[path] for path in layers if isinstance(modules[path], LoraLinear)])
     first, active = not configs, active_adapters(model)
@@ -222,6 +225,17 @@ def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, Lay
             parameter.requires_grad_(requires_grad)
         raise
     return built
+
+
+def _check_called(path: str, parent: nn.Module) -> None:
+    """Raise ValueError where ``parent`` takes the layer's weight and never calls it, so that no adapter could act."""
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(f"layers: {path!r} is never called, nn.MultiheadAttention reads its weight: exclude it")
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise ValueError(
+            f"layers: {path!r} is not called in eval mode, nn.TransformerEncoderLayer reads its weight: exclude it, or "
+            "call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
 
 
 def _load_base_biases(model: nn.Module, layers: dict[str, LayerSpec]) -> None:
