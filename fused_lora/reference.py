@@ -63,6 +63,44 @@ def dropout_lanes(seed: int, row: int, rows: int, K: int) -> np.ndarray:
     return words.astype("<u8", copy=False).view("<i2").reshape(rows, blocks_per_row * LANES)
 
 
+def dropout_lanes_on(device: torch.device, seed: int | torch.Tensor, M: int, K: int) -> torch.Tensor:
+    """The lanes of :func:`dropout_lanes` for rows [0, M) from torch operations: int16 [M, ceil(K / 16) * 16].
+
+    For devices where numpy is not at home: no transfer, no synchronisation. ``seed`` may be a tensor on the device.
+    """
+    blocks = M * -(-K // LANES)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    c = [torch.arange(1, blocks + 1, dtype=torch.int64, device=device), zero, zero, zero]
+    k0 = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
+    k1 = torch.zeros_like(k0)
+    for _ in range(10):
+        (high0, low0), (high1, low1) = _multiply(c[0], _PHILOX[0]), _multiply(c[2], _PHILOX[1])
+        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
+        k0, k1 = k0 + _signed(_WEYL[0]), k1 + _signed(_WEYL[1])
+    words = torch.stack([word.expand(blocks) for word in c], 1)
+    lanes = words[:, :, None] >> torch.arange(0, 64, 16, device=device)
+    return lanes.to(torch.int16).reshape(M, -(-K // LANES) * LANES)  # the cast keeps the low 16 bits
+
+
+# multipliers and Weyl increments of Philox4x64, from the paper
+_PHILOX = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+_LOW32 = 0xFFFFFFFF
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 64 bits of the unsigned product, in int64 arithmetic that wraps."""
+    a0, a1, b0, b1 = a & _LOW32, (a >> 32) & _LOW32, b & _LOW32, b >> 32
+    p00, p01, p10 = a0 * b0, a0 * b1, a1 * b0
+    carry = ((p00 >> 32) & _LOW32) + (p01 & _LOW32) + (p10 & _LOW32)
+    high = a1 * b1 + ((p01 >> 32) & _LOW32) + ((p10 >> 32) & _LOW32) + ((carry >> 32) & _LOW32)
+    return high, a * _signed(b)
+
+
 def dropout_mask(
     seed: int | torch.Tensor, shape: Sequence[int], p: float, device: torch.device | str | None = None
 ) -> torch.Tensor:

@@ -42,6 +42,14 @@ def test_mask_is_the_documented_philox(seed, K):
             assert bool(mask[row, k]) == (signed >= threshold - 32768)
 
 
+@pytest.mark.parametrize("seed", [0, 5, 2**63 - 1, 987654321987654321])
+def test_torch_operations_draw_the_same_lanes_as_numpy(seed):
+    expected = reference.dropout_lanes(seed, 0, 37, 100)
+    for given in (seed, torch.tensor([seed])):
+        assert np.array_equal(reference.dropout_lanes_on(torch.device("cpu"), given, 37, 100).numpy(), expected)
+    assert reference.dropout_lanes_on(torch.device("cpu"), seed, 0, 100).shape == (0, 112)
+
+
 def test_a_row_of_the_mask_depends_on_seed_and_row_only():
     whole = reference.dropout_lanes(7, 0, 50, 100)
     for row, rows in ((0, 1), (3, 7), (49, 1)):

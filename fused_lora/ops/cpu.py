@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from fused_lora.reference import dropout_lanes, dropout_mask, dropout_threshold, keep_scale
+from fused_lora.reference import dropout_lanes, dropout_lanes_on, dropout_threshold, keep_scale
 
 _MASK_ELEMENTS = 1 << 18  # row block of the mask and of the dropped input: 1 MiB of fp32
 _WEIGHT_ELEMENTS = 1 << 22  # row block of a 16-bit weight in fp32: 16 MiB
@@ -48,7 +48,7 @@ def lora_linear(
     for B, s in zip(lora_B, scaling, strict=True):
         term.addmm_(S[:, column : column + B.shape[1]], B.to(acc).t(), alpha=s)
         column += B.shape[1]
-    return term.to(x.dtype), S
+    return term.to(x.dtype), S.to(shrink_dtype(x, lora_A))
 
 
 def lora_linear_backward(
@@ -71,7 +71,7 @@ def lora_linear_backward(
     acc = accumulate_dtype(x, lora_A)
     work = compute_dtype(x.dtype, x.device)
     g_rows, x_rows = g.to(work), x.to(work)
-    g_acc = g_rows.to(acc)
+    g_acc, S = g_rows.to(acc), S.to(acc)
     dx = _matmul_weight(g_rows, weight).to(acc) if need_x else None
     dA, dB, column = [], [], 0
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
@@ -97,6 +97,11 @@ def accumulate_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.d
     return acc
 
 
+def shrink_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
+    """dtype in which S is kept for the backward, whatever computed it: fp32, or fp64 where that takes part."""
+    return torch.promote_types(accumulate_dtype(x, lora_A), torch.float32)
+
+
 def _row_blocks(M: int, K: int) -> Iterator[tuple[int, int]]:
     step = max(1, _MASK_ELEMENTS // max(K, 1))
     for start in range(0, M, step):
@@ -114,11 +119,10 @@ class _Mask:
 
     def __init__(self, seed: torch.Tensor, p: float, M: int, K: int, device: torch.device):
         self._cut = dropout_threshold(p) - 32768
-        self.scale, self._p, self._K = keep_scale(p), p, K
-        # off the CPU this path is the fallback: the mask then comes from the host, whole
-        self._seed = int(seed)
-        self._device = device
-        self._whole = None if device.type == "cpu" else dropout_mask(self._seed, (M, K), p, device)
+        self.scale, self._K = keep_scale(p), K
+        self._seed = int(seed) if device.type == "cpu" else None
+        # off the CPU this path is the fallback, and drawing the mask whole costs the fewest launches
+        self._whole = None if device.type == "cpu" else dropout_lanes_on(device, seed, M, K)[:, :K] >= self._cut
 
     def times(self, tensor: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
         """out = tensor * mask for rows [start, stop); ``out`` may be ``tensor``."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_lora.ops import plan
+from fused_lora.ops import cpu, plan
 from fused_lora.ops._checks import check_linear
 
 
@@ -76,7 +76,7 @@ def _lora_linear(
     seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
-    run = plan.forward(rows, weight, lora_A, dropout)
+    run = plan.forward(rows, weight, bias, lora_A, lora_B, dropout)
     y, S = run(rows, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     return y.reshape(*x.shape[:-1], weight.shape[0]), S
 
@@ -85,7 +85,7 @@ def _lora_linear(
 def _(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
     M = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, x.new_empty((M, sum(A.shape[0] for A in lora_A)), dtype=plan.shrink_dtype(x, lora_A))
+    return y, x.new_empty((M, sum(A.shape[0] for A in lora_A)), dtype=cpu.shrink_dtype(x, lora_A))
 
 
 @torch.library.custom_op("fused_lora::lora_linear_backward", mutates_args=())
@@ -107,7 +107,7 @@ def _lora_linear_backward(
     K = weight.shape[1]
     g_rows = g.reshape(-1, weight.shape[0])
     rows = g_rows.new_empty((g_rows.shape[0], K)) if x is None else x.reshape(-1, K)
-    run = plan.backward(g_rows, weight, lora_A, dropout)
+    run = plan.backward(g_rows, weight, lora_A, lora_B, dropout)
     dx, dA, dB, dW, db = run(
         g_rows, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, need_weight, need_bias
     )

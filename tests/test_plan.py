@@ -1,0 +1,209 @@
+"""Where kernels take over: which variant, checked before first use, dropped with one warning, autograd through them."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fused_lora import reference
+from fused_lora.kernels import config
+from fused_lora.ops import cpu, kernel, plan
+from fused_lora.ops.lora_linear import draw_seeds, lora_linear
+from fused_lora.testing.numeric import assert_no_worse
+
+VARIANTS = ["recompute", "split", "cublas"]
+
+
+@pytest.fixture
+def kernels_on(monkeypatch):
+    """CPU tensors take the kernel path, in the interpreter, as CUDA tensors do on a GPU."""
+    monkeypatch.setattr(kernel, "usable", lambda device: True)
+    monkeypatch.setattr(config, "capability", lambda device: 90)
+    monkeypatch.setattr(kernel, "_state", {})
+    ran = []
+    for name in ("lora_linear", "lora_linear_backward"):
+        original = getattr(kernel, name)
+
+        def recorded(variant, name=name, original=original):
+            run = original(variant)
+            return lambda *args: ran.append((name, variant)) or run(*args)
+
+        monkeypatch.setattr(kernel, name, recorded)
+    return ran
+
+
+def arguments(M, K, N, ranks, dtype, adapter_dtype, dropout, bias=True):
+    x = torch.randn(M, K).to(dtype).requires_grad_()
+    A = [torch.randn(r, K).to(adapter_dtype).requires_grad_() for r in ranks]
+    B = [torch.randn(N, r).to(adapter_dtype).requires_grad_() for r in ranks]
+    b = torch.randn(N).requires_grad_() if bias else None
+    seeds = draw_seeds(len(ranks), x.device) if any(dropout) else None
+    W = torch.randn(N, K).to(dtype)
+    return x, W, b, A, B, [0.5, -2.0][: len(ranks)], list(dropout), seeds
+
+
+CASES = [
+    ((33, 65, 17), (3,), (0.0,)),
+    ((33, 65, 17), (16,), (0.1,)),
+    ((1, 40, 50), (4,), (0.0,)),
+    ((20, 48, 33), (4, 17), (0.5, 0.0)),
+    ((20, 48, 33), (4,), (0.9,)),
+]
+DTYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float16", "float16")]
+
+
+def combinations():
+    """Every case in fp32 and one with a mask in the other dtypes, for each variant that can take it."""
+    for dtypes, case in itertools.product(DTYPES, CASES):
+        if dtypes[0] == "float32" or case is CASES[1]:
+            ranks, dropout = case[1:]
+            alone = len(ranks) == 1 and not (dropout[0] and dtypes[0] != dtypes[1])
+            yield from ((variant, dtypes, case) for variant in VARIANTS if alone or variant != "recompute")
+
+
+@pytest.mark.parametrize("variant, dtypes, case", list(combinations()), ids=str)
+def test_gradients_through_the_kernels(case, dtypes, variant, kernels_on, monkeypatch):
+    dtype, adapter_dtype = (getattr(torch, d) for d in dtypes)
+    size, ranks, dropout = case
+    masked = any(dropout)
+    chosen = lambda op, *_: "split" if variant == "cublas" and masked and op == "input_grad" else variant  # noqa: E731
+    monkeypatch.setattr(plan, "choose", chosen)
+    x, W, b, A, B, s, p, seeds = arguments(*size, ranks, dtype, adapter_dtype, dropout)
+    leaves = (x, *A, *B, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a dropped configuration would warn
+        y = lora_linear(x, W, b, A, B, s, p, seeds)
+        g = torch.randn_like(y)
+        ours = [y, *torch.autograd.grad(y, leaves, g)]
+    assert ("lora_linear", variant) in kernels_on and ("lora_linear_backward", chosen("input_grad")) in kernels_on
+    plain = [t.detach() for t in (x, *A, *B)]
+    n = len(A)
+    exact, _ = reference.lora_linear(x.detach(), W, b.detach(), plain[1 : n + 1], plain[n + 1 :], s, p, seeds)
+    dx, dA, dB, _, db = reference.lora_linear_backward(
+        g, x.detach(), W, plain[1 : n + 1], plain[n + 1 :], s, p, seeds
+    )
+    eps = torch.finfo(dtype).eps
+    for result, true in zip(ours, (exact, dx, *dA, *dB, db), strict=True):
+        assert (result.double() - true).abs().max() <= max(4 * eps, 4e-5) * true.abs().max()
+
+
+def test_error_of_the_split_kernel_is_no_larger_than_eager(kernels_on, monkeypatch):
+    monkeypatch.setattr(plan, "choose", lambda *_: "split")
+    results = []
+    for _ in range(3):
+        x, W, b, A, B, s, p, seeds = arguments(40, 100, 60, (8,), torch.bfloat16, torch.bfloat16, (0.1,))
+        with torch.no_grad():
+            ours = lora_linear(x, W, b, A, B, s, p, seeds)
+            dropped = x * reference.dropout_mask(seeds, x.shape, p[0]) * reference.keep_scale(p[0])
+            base = torch.nn.functional.linear(x, W, b.bfloat16())
+            shrunk = torch.nn.functional.linear(dropped.bfloat16(), A[0])
+            theirs = base + torch.nn.functional.linear(shrunk, B[0]) * s[0]
+            results.append((ours, theirs, reference.lora_linear(x, W, b, A, B, s, p, seeds)[0]))
+    assert_no_worse(*(torch.stack(t) for t in zip(*results, strict=True)), factor=1.0, draws=True)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_sees_the_same_mask_through_the_kernels(use_reentrant, kernels_on):
+    x, W, b, A, B, s, _, _ = arguments(20, 48, 16, (4,), torch.float32, torch.float32, (0.0,))
+
+    def f(x):
+        return lora_linear(x, W, b, A, B, [2.0], [0.5]).square()
+
+    grads = []
+    for run in (lambda: f(x), lambda: checkpoint(f, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(5)
+        y = run()
+        for leaf in (x, *A, *B):
+            leaf.grad = None
+        y.sum().backward()
+        grads.append([leaf.grad.clone() for leaf in (x, *A, *B)])
+    assert kernels_on
+    for plain, recomputed in zip(*grads, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_kernel_and_eager_path_draw_the_same_mask(kernels_on, monkeypatch):
+    x, W, b, A, B, s, _, _ = arguments(40, 64, 16, (4,), torch.float32, torch.float32, (0.0,))
+    results = []
+    for variant in ("split", "eager"):
+        monkeypatch.setattr(plan, "choose", lambda *_, variant=variant: variant)
+        torch.manual_seed(3)
+        y = lora_linear(x, W, b, A, B, s, [0.5])
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, *A, *B))])
+    for fused, eager in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("failure", ["raises", "is wrong"])
+def test_a_bad_configuration_is_dropped_with_one_warning(failure, kernels_on, monkeypatch):
+    monkeypatch.setattr(plan, "choose", lambda *_: "split")
+    calls = []
+
+    def bad(variant):
+        def run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
+            calls.append(variant)
+            if failure == "raises":
+                raise RuntimeError("out of resource: shared memory")
+            y, S = cpu.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+            return y * 1.01, S
+
+        return run
+
+    monkeypatch.setattr(kernel, "lora_linear", bad)
+    args = arguments(20, 48, 16, (4,), torch.float32, torch.float32, (0.0,))
+    with pytest.warns(UserWarning, match="split.*is dropped, the eager path takes over") as caught:
+        y = lora_linear(*args)
+    assert len(caught) == 1 and len(calls) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = lora_linear(*args)
+    exact, _ = reference.lora_linear(*(t.detach() if isinstance(t, torch.Tensor) else t for t in args))
+    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+    assert torch.equal(y, again) and len(calls) == 1
+
+
+def test_the_check_can_be_switched_off_and_memory_errors_pass_through(kernels_on, monkeypatch):
+    monkeypatch.setattr(plan, "choose", lambda *_: "split")
+    monkeypatch.setenv("FUSED_LORA_CHECK", "0")
+    args = arguments(20, 48, 16, (4,), torch.float32, torch.float32, (0.0,))
+    lora_linear(*args)
+    assert kernels_on == [("lora_linear", "split")]  # no second run on a small tile
+
+    def exhausted(variant):
+        def run(*args):
+            raise torch.OutOfMemoryError("full")
+
+        return run
+
+    monkeypatch.setattr(kernel, "lora_linear", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        lora_linear(*args)
+
+
+def test_the_way_out(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(kernel, "_HAS_TRITON", True)
+    monkeypatch.delenv("FUSED_LORA_PLAN", raising=False)
+    assert kernel.usable(cuda) and not kernel.usable(torch.device("cpu"))
+    monkeypatch.setenv("FUSED_LORA_PLAN", "eager")
+    assert not kernel.usable(cuda)
+    monkeypatch.delenv("FUSED_LORA_PLAN")
+    monkeypatch.setattr(kernel, "_HAS_TRITON", False)
+    assert not kernel.usable(cuda)
+
+
+def test_choose_is_total_and_names_what_exists():
+    sizes = itertools.product(
+        ("linear", "input_grad"), (1, 64, 512, 513, 8192), (64, 4096, 14336), (1, 16, 100, 512),
+        (torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True), (1, 2), (0, 75, 80, 90, 100, 120),
+    )  # fmt: skip
+    seen = {plan.choose(*size) for size in sizes}
+    assert seen == {"eager", "recompute", "split", "cublas"}
+    bf16 = torch.bfloat16
+    assert plan.choose("linear", 1, 4096, 16, bf16, False, False, 1, 90) == "recompute"
+    assert plan.choose("linear", 8192, 4096, 16, bf16, True, False, 1, 90) == "split"
+    assert plan.choose("linear", 8192, 14336, 16, bf16, True, False, 1, 90) == "cublas"
+    assert plan.choose("input_grad", 8192, 14336, 16, bf16, True, False, 1, 90) == "split"
+    assert plan.choose("linear", 8192, 4096, 16, bf16, True, False, 1, 0) == "eager"
