@@ -615,7 +615,7 @@ def test_unmerge_takes_away_what_was_merged_whatever_changed_since(change):
 def test_a_weight_changed_while_merged_is_not_unmerged():
     ours, _ = twin_layers(linear())
     ours.merge()
-    ours.base_layer.weight.data[0, 0] += 1
+    ours.base_layer.weight.data[0] += 1
     changed = ours.base_layer.weight.clone()
     with pytest.raises(RuntimeError, match="changed"):
         ours.unmerge()
