@@ -27,7 +27,7 @@ from fused_lora.reference import keep_scale
 SHAPES = [(576, 1536), (2048, 2048), (4096, 4096), (1000, 777)]
 LLAMA_3_8B = [(4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024)]
 LORAFUSION = [(4096, 4096), (5120, 5120), (8192, 8192)]  # K = N at 8192 rows, arXiv:2510.00206
-COLUMNS = [("layer", 36), ("provider", 11), ("forward ms", 22), ("xbare", 6), ("fwd+bwd ms", 22), ("xbare", 6)]
+COLUMNS = [("layer", 44), ("provider", 11), ("forward ms", 22), ("xbare", 6), ("fwd+bwd ms", 22), ("xbare", 6)]
 COLUMNS += [("speed/PEFT fwd", 15), ("fwd+bwd", 8), ("saved MiB", 10), ("x MiB", 7)]
 _SEED = 1
 
@@ -84,14 +84,15 @@ def providers(weights: Weights, dropout: float, mask: torch.Tensor | None = None
     return {provider.name: provider for provider in found}
 
 
-def _results(provider: Provider, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+def results(provider: Provider, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+    """y, dx and, where there is an adapter, dA and dB."""
     x = x.detach().requires_grad_()
     y = provider.call(x)
     found = torch.autograd.grad(y, [x, *provider.trained], g)
     return dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *found), strict=False))
 
 
-def _exact(weights: Weights, x, g, mask, bare: bool) -> dict[str, torch.Tensor]:
+def exact_results(weights: Weights, x, g, mask, bare: bool) -> dict[str, torch.Tensor]:
     """The same in float64, by autograd over the formula."""
     x, A, B = (t.detach().double().requires_grad_() for t in (x, weights.lora_A, weights.lora_B))
     y = nn.functional.linear(x, weights.weight.double(), weights.bias.double())
@@ -102,6 +103,14 @@ def _exact(weights: Weights, x, g, mask, bare: bool) -> dict[str, torch.Tensor]:
     return dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *found), strict=False))
 
 
+def draw_inputs(point: Point, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] and g = dL/dy [M, N]."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(point.M, point.inputs, generator=generator)
+    g = torch.randn(point.M, point.outputs, generator=generator)
+    return tuple(t.to(weights.weight.device, weights.weight.dtype) for t in (x, g))
+
+
 def check(point: Point, weights: Weights, x: torch.Tensor, g: torch.Tensor) -> dict[str, str | None]:
     """{provider: None or what is wrong}: y, dx, dA, dB against float64, all with the mask that our layer draws."""
     mask = None
@@ -109,19 +118,19 @@ def check(point: Point, weights: Weights, x: torch.Tensor, g: torch.Tensor) -> d
         torch.manual_seed(_SEED)
         seed = int(draw_seeds(1, x.device))
         mask = fused_lora.dropout_mask(seed, x.shape, point.dropout, x.device) * keep_scale(point.dropout)
-    exact = _exact(weights, x, g, mask, bare=False)
+    exact = exact_results(weights, x, g, mask, bare=False)
     terms = dict(y=point.inputs, dx=point.outputs, dA=point.M, dB=point.M)
     layers = providers(weights, point.dropout, mask)
-    bare, peft = _results(layers.pop("bare"), x, g), _results(layers.pop("PEFT"), x, g)
-    exact_bare = _exact(weights, x, g, mask, bare=True)
+    bare, peft = results(layers.pop("bare"), x, g), results(layers.pop("PEFT"), x, g)
+    exact_bare = exact_results(weights, x, g, mask, bare=True)
     found = {
         "bare": _first(plausible(bare[k], exact_bare[k], terms[k], k) for k in exact_bare),
         "PEFT": _first(plausible(peft[k], exact[k], terms[k], k) for k in exact),
     }
     for name, provider in layers.items():
         torch.manual_seed(_SEED)
-        results = _results(provider, x, g)
-        found[name] = _first(no_worse(results[k], peft[k], exact[k], k) for k in exact)
+        ours = results(provider, x, g)
+        found[name] = _first(no_worse(ours[k], peft[k], exact[k], k) for k in exact)
     return found
 
 
@@ -169,10 +178,8 @@ def measure(point: Point, report: Report, table: Table, arguments) -> None:
     """Check, time and add the rows of one layer."""
     device = arguments.device
     weights = Weights.draw(point, device)
-    generator = torch.Generator().manual_seed(2)
-    dtype = weights.weight.dtype
-    x = torch.randn(point.M, point.inputs, generator=generator).to(device, dtype).requires_grad_()
-    g = torch.randn(point.M, point.outputs, generator=generator).to(device, dtype)
+    x, g = draw_inputs(point, weights)
+    x.requires_grad_()
     wrong = check(point, weights, x, g)
     layers = {k: p for k, p in providers(weights, point.dropout).items() if wrong[k] is None}
     saved = {name: saved_bytes(provider, x) for name, provider in layers.items()}
@@ -182,7 +189,7 @@ def measure(point: Point, report: Report, table: Table, arguments) -> None:
 
 
 def _add_rows(point, report, table, wrong, times, saved, x_bytes) -> None:
-    label = f"{point} {'' if point.adapter_dtype == point.dtype else '+' + point.adapter_dtype}".strip()
+    label = point.label
     found = {name: (summary([t[0] for t in ts]), summary([sum(t) for t in ts])) for name, ts in times.items()}
 
     def over(name: str, other: str) -> list[float | None]:

@@ -33,6 +33,11 @@ class Point:
     def shape(self) -> str:
         return f"{self.inputs}x{self.outputs}"
 
+    @property
+    def label(self) -> str:
+        """What a table calls this point; the adapters' dtype where it is not the layer's."""
+        return str(self) if self.adapter_dtype == self.dtype else f"{self} +{self.adapter_dtype}"
+
     def __str__(self) -> str:
         rows = f" M={self.M} p={self.dropout:g}" if self.M else ""
         return f"{self.shape} r={self.r} {self.dtype}{rows}"

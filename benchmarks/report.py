@@ -1,12 +1,13 @@
 """What every benchmark shares: interleaved timing, the machine, a table on the screen, results as JSON.
 
-A results file has: benchmark, machine, versions, commit, date, settings, rows (one per point and provider), bars and
-skipped. It is written again after every point, so a run that is cut off keeps what it has.
+A results file has: benchmark, machine, versions, commit, date, settings, rows (one per point and provider), bars,
+skipped and warnings. It is written again after every point, so a run that is cut off keeps what it has.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.metadata
 import json
@@ -17,12 +18,15 @@ import statistics
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+
+import fused_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -144,8 +148,8 @@ def _cores() -> int:
 
 def versions() -> dict[str, str | None]:
     """python, torch, triton, peft and fused_lora; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "triton", "peft", "fused_lora"):
+    found: dict[str, str | None] = {"python": platform.python_version(), "fused_lora": fused_lora.__version__}
+    for name in ("torch", "triton", "peft"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -178,6 +182,7 @@ class Report:
     rows: list[dict] = field(default_factory=list)
     bars: list[dict] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self._machine, self._versions = machine(self.device), versions()
@@ -198,17 +203,30 @@ class Report:
         print(f"{self.benchmark} on {where}; load {m['load_before']}; commit {(self.commit or 'unknown')[:20]}")
         print("  ".join(f"{name} {version}" for name, version in self._versions.items()), flush=True)
 
+    @contextlib.contextmanager
+    def noting_warnings(self) -> Iterator[None]:
+        """Keep this package's warnings with the results: a kernel that was dropped explains a slow row."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+        for text in dict.fromkeys(str(warning.message) for warning in caught):
+            if text.startswith("fused_lora") and text not in self.warnings:
+                self.warnings.append(text)
+                print(f"  warning: {text}")
+
     def bar(self, name: str, value: float, limit: float, at_least: bool) -> None:
         passed = value >= limit if at_least else value <= limit
         self.bars.append(dict(name=name, value=round(value, 4), limit=limit, at_least=at_least, passed=passed))
 
     def write(self) -> None:
-        names = ("benchmark", "settings", "commit", "rows", "bars", "skipped")
+        names = ("benchmark", "settings", "commit", "rows", "bars", "skipped", "warnings")
         content = dict(machine=self._machine, versions=self._versions, date=self._date)
         content.update({name: getattr(self, name) for name in names})
         self.out.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        # messages of compilers and drivers name folders of this machine
+        text = re.sub(r"(?<![\w.])/(?:[^/\s\"']+/)+", "", json.dumps(content, indent=1))
+        temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, self.path)
 
     def finish(self) -> int:
@@ -287,7 +305,8 @@ def run_points(points: Sequence, report: Report, deadline: float, measure: Calla
             report.skipped.append(f"{point}: out of time")
             continue
         try:
-            measure(point)
+            with report.noting_warnings():
+                measure(point)
         except torch.OutOfMemoryError:
             report.skipped.append(f"{point}: out of memory")
         except Exception as error:

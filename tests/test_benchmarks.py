@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import statistics
+import warnings
 from pathlib import Path
 
 import pytest
@@ -109,13 +110,46 @@ def _peft(rows, row):
     return next(r for r in same if r["provider"] == "PEFT")
 
 
+def test_bench_variants_without_a_kernel(load, tmp_path):
+    code, content = run(load("bench_variants"), tmp_path, "--shapes", "48x40", "--rows", "80")
+    assert code == 0
+    assert_complete(content, "variants")
+    assert [(r["op"], r["provider"]) for r in content["rows"]] == [
+        (op, provider) for op in ("forward", "backward") for provider in ("bare", "eager")
+    ] * 2
+    assert all(row["chosen"] == (row["provider"] == "eager") and row["ms"]["median"] > 0 for row in content["rows"])
+
+
+def test_bench_variants_with_kernels(load, tmp_path, monkeypatch):
+    """The kernels run in the interpreter; a variant that computes something else gets no time."""
+    pytest.importorskip("triton")
+    from fused_lora.kernels import config
+    from fused_lora.ops import kernel
+
+    monkeypatch.setattr(kernel, "usable", lambda device: True)
+    monkeypatch.setattr(config, "capability", lambda device: 90)
+    honest = kernel.lora_linear
+
+    def wrong_split(variant):
+        run = honest(variant)
+        return lambda *args: tuple(t * 1.01 for t in run(*args)) if variant == "split" else run(*args)
+
+    monkeypatch.setattr(kernel, "lora_linear", wrong_split)
+    code, content = run(load("bench_variants"), tmp_path, "--shapes", "48x40", "--rows", "20")
+    assert code == 1
+    correct = {(row["op"], row["provider"]): row["correct"] for row in content["rows"]}
+    assert not correct.pop(("forward", "split")) and all(correct.values())
+    assert {provider for _, provider in correct} == {"bare", "split", "recompute", "cublas", "eager"}
+    assert sum(row["chosen"] for row in content["rows"]) == 2
+
+
 def test_run_all_leaves_one_file(load, tmp_path, monkeypatch):
     bench = load("run_all")
     monkeypatch.setattr(bench, "SMOKE_DTYPES", [("bfloat16", "float32")])
     code, content = run(bench, tmp_path, "--shapes", "48x40", "--rows", "24", "--budget", "5")
     assert code == 0
     assert_complete(content, "all")
-    assert {row["benchmark"] for row in content["rows"]} == {"smoke", "linear", "merge"}
+    assert {row["benchmark"] for row in content["rows"]} == {"smoke", "linear", "merge", "variants"}
     assert all(row["correct"] for row in content["rows"])
     assert not content["skipped"]
 
@@ -125,7 +159,7 @@ def test_without_budget_left_only_the_smoke_runs(load, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "SMOKE_DTYPES", [("float32", "float32")])
     _, content = run(bench, tmp_path, "--shapes", "48x40", "--budget", "0")
     assert {row["benchmark"] for row in content["rows"]} == {"smoke"}
-    assert len(content["skipped"]) == 2 + 3 and all("out of time" in text for text in content["skipped"])
+    assert len(content["skipped"]) == 2 + 3 + 3 and all("out of time" in text for text in content["skipped"])
 
 
 def test_a_wrong_merge_gets_no_time(load, tmp_path, monkeypatch, capsys):
@@ -164,7 +198,7 @@ def test_an_inexact_unmerge_is_wrong_for_who_promises_it(load, tmp_path, monkeyp
 @pytest.mark.parametrize("result", ["y", "dx", "dA", "dB"])
 def test_a_wrong_gradient_gets_no_time(load, tmp_path, monkeypatch, result):
     bench = load("bench_linear")
-    honest = bench._results
+    honest = bench.results
 
     def slightly_off(provider, x, g):
         found = honest(provider, x, g)
@@ -172,7 +206,7 @@ def test_a_wrong_gradient_gets_no_time(load, tmp_path, monkeypatch, result):
             found[result] = found[result] * 1.0001
         return found
 
-    monkeypatch.setattr(bench, "_results", slightly_off)
+    monkeypatch.setattr(bench, "results", slightly_off)
     code, content = run(bench, tmp_path, "--shapes", "96x64", "--rows", "40")
     assert code == 1
     wrong = [row for row in content["rows"] if not row["correct"]]
@@ -185,16 +219,18 @@ def test_a_point_that_fails_is_recorded_and_the_others_run(load, tmp_path, monke
     honest = bench.saved_bytes
 
     def failing(provider, x):
+        warnings.warn("fused_lora: a kernel is dropped", stacklevel=1)
         if x.shape[1] == 96:
-            raise RuntimeError("no kernel image")
+            raise RuntimeError("no kernel image in /home/someone/.cache/k-1/a.cubin")
         return honest(provider, x)
 
     monkeypatch.setattr(bench, "saved_bytes", failing)
     code, content = run(bench, tmp_path, "--shapes", "96x64,33x17", "--rows", "8")
     assert code == 1
     failed = [row for row in content["rows"] if row["benchmark"] == "failed"]
-    assert len(failed) == 2 and all("no kernel image" in row["wrong"] for row in failed)
+    assert len(failed) == 2 and all(row["wrong"].endswith("no kernel image in a.cubin") for row in failed)
     assert sum(row["benchmark"] == "linear" for row in content["rows"]) == 8
+    assert content["warnings"] == ["fused_lora: a kernel is dropped"]
 
 
 def test_interleaved_takes_turns_and_times_only_the_steps(load):
