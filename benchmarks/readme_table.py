@@ -32,6 +32,8 @@ def load(folder: Path) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
+        if "rows" not in content or "machine" not in content:
+            continue  # another kind of result
         entry = found.setdefault(content["machine"]["name"], {})
         for kind in ("linear", "merge"):
             has_rows = any(row["benchmark"] == kind for row in content["rows"])

@@ -313,6 +313,7 @@ def test_readme_table_takes_the_newest_file_and_needs_its_markers(load, tmp_path
     for name, date, commit in (("a", "2026-01-01", "old"), ("b", "2026-02-01", "new")):
         content = dict(machine=dict(name="m"), date=date, commit=commit, rows=[row])
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "c.json").write_text('{"other": "results"}')
     assert table.load(tmp_path)["m"]["merge"]["commit"] == "new"
     with pytest.raises(ValueError, match="README.md: expected the lines"):
         table.insert("# no markers", "table")
