@@ -73,9 +73,8 @@ def _linear_case(op: str, config: LaunchConfig, dtype: torch.dtype, dropout: boo
         unit, long = pair if forward else pair[::-1]
         values[f"stride_{unit}"] = 1
         types[f"stride_{long}"] = "i32"
-    optional = dict(
-        bias_ptr=(x, values["HAS_BIAS"]), seeds_ptr=("*i64", dropout), sync_ptr=("*i32", config.variant == "publish")
-    )
+    masked, publish = values["DROP_IN"] or values["DROP_OUT"], config.variant == "publish"
+    optional = dict(bias_ptr=(x, values["HAS_BIAS"]), seeds_ptr=("*i64", masked), sync_ptr=("*i32", publish))
     for name, (kind, used) in optional.items():
         (types if used else values)[name] = kind if used else None
     (types if split else values)["stride_plane"] = "i32" if split else 0

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 OPS = ("linear", "input_grad", "shrink", "weight_grad")
-_BIG_SMEM = (80, 90, 100, 103)  # 160 KiB or more of shared memory a multiprocessor; the others have 100
+_WARPGROUP_MMA = (90, 100, 103)  # accumulators by warp groups and 228 KiB of shared memory: room for wide tiles
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,16 @@ def _linear_tiles(
         return LaunchConfig(variant, 64, 64, 32 if short or mask_in else 64, 16)
     if M <= 512:
         return LaunchConfig(variant, 64, 128, 32 if short else 64, 16, num_warps=8)
-    if capability not in _BIG_SMEM:
-        return LaunchConfig(variant, 128, 128, 32, 16, num_warps=8)
+    if capability not in _WARPGROUP_MMA:
+        return without_tma(LaunchConfig(variant, 128, 128, 32, 16, num_warps=8, num_stages=4))
     # the wide tile has registers for nothing but its accumulator
     wide = variant == "split" and not mask_out and not upcast
-    config = LaunchConfig(variant, 128, 256 if wide else 128, 32 if short else 64, 16, num_warps=8, tma=True)
-    return config if capability >= 90 else without_tma(config)
+    return LaunchConfig(variant, 128, 256 if wide else 128, 32 if short else 64, 16, num_warps=8, tma=True)
 
 
 def without_tma(config: LaunchConfig) -> LaunchConfig:
-    """The same with pointers, whose registers "publish" pays for with a narrower tile: it holds two K loops."""
-    return replace(config, tma=False, BLOCK_N=64 if config.variant == "publish" else config.BLOCK_N)
+    """The same with pointers, whose registers "publish" pays for with a smaller tile: it holds two K loops."""
+    return replace(config, tma=False, BLOCK_M=64 if config.variant == "publish" else config.BLOCK_M)
 
 
 def variants(

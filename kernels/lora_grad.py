@@ -120,7 +120,7 @@ def lora_linear_weight_grad(
         _lora_weight_grad_kernel[(tiles, config.SPLIT_K)](
             dA if planes is None else planes, dB if planes is None else planes.view(-1)[dA.numel() :],
             x, g, S, dS, seeds,
-            ends, bounds, tuple(keep_scale(p) for p in dropout), tuple(scaling),
+            ends, bounds, tuple(keep_scale(p) for p in dropout), tuple(map(float, scaling)),
             M, N, K, R, blocks,
             *x.stride(),
             *g.stride(),

@@ -153,6 +153,7 @@ def _linear(
     )
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     S_here = config.variant != "split" and y.numel() > 0
+    draw_in = drop_in and S_here
     if S_here:
         S = torch.empty((M, ranks[0]), dtype=torch.float32, device=x.device)
     else:
@@ -178,15 +179,16 @@ def _linear(
     with torch.cuda.device_of(x):
         _lora_linear_kernel[(tiles, config.SPLIT_K)](
             x, w, None if planes is not None else bias, P_all, Q_all,
-            S if planes is None else planes.view(-1)[y.numel() :], y if planes is None else planes, seeds, sync,
-            ends, bounds, tuple(shrink[0]), tuple(expand[0]),
+            S if planes is None else planes.view(-1)[y.numel() :], y if planes is None else planes,
+            seeds if draw_in or drop_out else None, sync,
+            ends, bounds, tuple(map(float, shrink[0])), tuple(map(float, expand[0])),
             M, N, K, S.shape[1],
             *x.stride(),
             *w.stride(),
             *P_all.stride(),
             *Q_all.stride(),
             0 if planes is None else planes.stride(0),
-            NUM_ADAPTERS=len(P), VARIANT=config.variant, DROP_IN=drop_in and S_here, DROP_OUT=drop_out,
+            NUM_ADAPTERS=len(P), VARIANT=config.variant, DROP_IN=draw_in, DROP_OUT=drop_out,
             HAS_BIAS=bias is not None and planes is None, UPCAST=upcast, PRECISION=precision(x.dtype),
             TMA=config.tma, W_IS_NK=w_is_nk, SPLIT=planes is not None,
             BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,

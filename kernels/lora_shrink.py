@@ -112,7 +112,7 @@ def lora_shrink(
     with torch.cuda.device_of(x):
         _lora_shrink_kernel[(blocks * triton.cdiv(M, config.BLOCK_M),)](
             x, P, S, seeds,
-            ends, bounds, tuple(scales),
+            ends, bounds, tuple(map(float, scales)),
             M, K, S.shape[1], blocks,
             *x.stride(),
             *P.stride(),
