@@ -352,7 +352,8 @@ def test_set_adapter_refuses_unknown_names_and_unmerges():
     with pytest.raises(AdapterNotFound, match="'three' not found.*one.*two"):
         fused_lora.set_adapter(ours, ["one", "three"])
     assert any(layer.merged for layer in fused_lora.lora_layers(ours).values())
-    fused_lora.set_adapter(ours, "one")
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        fused_lora.set_adapter(ours, "one")
     assert_unchanged(ours, before)
 
 
@@ -403,6 +404,16 @@ def test_delete_adapter(active, name):
     assert trainable(ours) == trainable(theirs)
     ids = tokens()
     torch.testing.assert_close(output(ours, ids), output(theirs, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_deleting_an_inactive_adapter_leaves_frozen_ones_frozen():
+    adapters = {"one": {"target_modules": ["q_proj"], "inference_mode": True}, "two": {"target_modules": ["v_proj"]}}
+    ours, theirs = twin_models(llama(), adapters)
+    fused_lora.set_adapter(ours, "one", inference_mode=True)
+    theirs.base_model.set_adapter("one", inference_mode=True)
+    fused_lora.delete_adapter(ours, "two")
+    theirs.delete_adapter("two")
+    assert trainable(ours) == trainable(theirs) == set()
 
 
 def test_delete_errors_and_the_last_adapter():
@@ -592,6 +603,38 @@ def test_a_shared_weight_is_not_merged(targets):
         fused_lora.merge(model)
     assert_unchanged(model, before)
     assert not any(layer.merged for layer in fused_lora.lora_layers(model).values())
+
+
+def test_merging_twice_warns_and_changes_nothing():
+    ours, _ = twin_models(llama(torch.bfloat16), TWO)
+    before = snapshot(ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused_lora.merge(ours)
+    merged = snapshot(ours)
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        fused_lora.merge(ours)
+    assert_unchanged(ours, merged)
+    with pytest.warns(UserWarning, match="additionally merging two"):
+        fused_lora.merge(ours, ["one", "two"])
+    fused_lora.unmerge(ours)
+    assert_unchanged(ours, before)
+
+
+def test_an_adapter_added_to_a_merged_model_leaves_the_merge_alone():
+    ours, _ = twin_models(llama(torch.bfloat16), TWO)
+    before, ids = snapshot(ours), tokens()
+    fused_lora.merge(ours)
+    expected = output(ours, ids)
+    fused_lora.inject(ours, LoraConfig(target_modules="all-linear"), "late")
+    assert torch.equal(output(ours, ids), expected)
+    fused_lora.delete_adapter(ours, "late")
+    assert torch.equal(output(ours, ids), expected) and any(m.merged for m in fused_lora.lora_layers(ours).values())
+    fused_lora.unmerge(ours)
+    after = dict(ours.named_parameters())
+    for name, (value, _) in before.items():
+        renamed = name if name in after else name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(after[renamed], value), name
 
 
 def test_merge_errors():

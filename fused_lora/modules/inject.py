@@ -7,6 +7,7 @@ wait for :func:`set_adapter`. Everything is checked before the model is touched.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,13 +123,15 @@ def active_adapters(model: nn.Module) -> list[str]:
 def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Make one adapter, or several at once, the active ones: the others are ignored and frozen.
 
-    A merged model is unmerged first. Raises AdapterNotFound for a name that the model does not have.
+    A merged model is unmerged first, with a warning. Raises AdapterNotFound for a name that the model does not have.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     check_names(model, names)
-    for layer in lora_layers(model).values():
-        if layer.merged:
-            layer.unmerge()
+    merged = [layer for layer in lora_layers(model).values() if layer.merged]
+    if merged:
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+    for layer in merged:
+        layer.unmerge()
     for layer in lora_layers(model).values():
         layer.set_adapter(names, inference_mode)
 
@@ -141,11 +144,12 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         raise ValueError(f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.")
     configs = {name: config for name, config in adapter_configs(model).items() if name != adapter_name}
     rest = [name for name in active_adapters(model) if name != adapter_name] or sorted(configs)[:1]
+    was_active = adapter_name in active_adapters(model)
     for layer in layers:
-        layer.set_adapter([name for name in layer.active_adapters if name != adapter_name])
+        if was_active:
+            layer.set_adapter(rest)
         layer.delete_adapter(adapter_name)
     setattr(model, _CONFIGS, configs)
-    set_adapter(model, rest)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
@@ -30,6 +31,8 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
     names = active_adapters(model) if adapter_names is None else list(adapter_names)
     check_names(model, names)
     _check_not_shared(model, {path: m for path, m in layers.items() if any(name in m.lora_A for name in names)})
+    if names and all(name in m.merged_adapters for m in layers.values() for name in names if name in m.lora_A):
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
     done: list[tuple[LoraLinear, object, list[str]]] = []
     for path, layer in layers.items():
         state, before = layer.merge_state, list(layer.merged_adapters)
