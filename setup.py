@@ -33,6 +33,7 @@ setup(
         "quickstart": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
         "bench": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate"],
     },
+    entry_points={"console_scripts": ["fused-lora = fused_lora.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

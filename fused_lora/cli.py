@@ -1,0 +1,30 @@
+"""The `fused-lora` command: one subcommand each, imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def compile_report(arguments: Sequence[str]) -> int:
+    """compile every kernel configuration for every chip, without a GPU"""
+    from fused_lora.compile_report import main
+
+    return main(arguments)
+
+
+COMMANDS = {"compile-report": compile_report}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns its exit status, 2 for an unknown one."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] not in COMMANDS:
+        known = "\n".join(f"  {name:16} {command.__doc__}" for name, command in COMMANDS.items())
+        print(f"usage: fused-lora COMMAND ...\n\ncommands:\n{known}", file=sys.stderr)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    return COMMANDS[arguments[0]](arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

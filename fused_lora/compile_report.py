@@ -1,0 +1,148 @@
+"""Proof by compilation: every configuration, for every chip, without a GPU.
+
+    fused-lora compile-report             compile what has changed, print the table, write the JSON and the page
+    fused-lora compile-report --check     write nothing; exit status 1 if a case breaks a rule or has become worse
+    fused-lora compile-report --all       compile everything again (about half an hour on two cores)
+
+Rules: no spills; shared memory within the chip's limit; HGMMA on sm_90 and tcgen05 on sm_100 in the 16-bit GEMMs whose
+tile has the 64 rows of such an instruction, HMMA in the others; TMA loads where a configuration asks for them; not more
+than 10 % more registers than recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fused_lora.compiling import CHIPS, collect, toolchain
+
+RESULTS = Path("benchmarks/results/compile_report.json")
+PAGE = Path("docs/performance.md")
+BEGIN, END = "<!-- compile-report: begin -->", "<!-- compile-report: end -->"
+_REGISTER_SLACK = 1.10
+
+
+def problems(results: dict[str, dict[str, dict]], recorded: dict[str, dict[str, dict]]) -> list[str]:
+    """One line for each rule that a case breaks; see the module's docstring."""
+    found = []
+    for chip, records in results.items():
+        limit = CHIPS[chip].shared_per_block
+        for label, r in records.items():
+            where = f"{chip} {label}"
+            if "error" in r:
+                found.append(f"{where}: does not compile: {r['error']}")
+                continue
+            if r["spills"]:
+                found.append(f"{where}: {r['spills']} bytes of spills")
+            if r["shared"] > limit:
+                found.append(f"{where}: {r['shared']} bytes of shared memory, the chip has {limit}")
+            found += [f"{where}: no {name}" for name in r["needs"] if not r.get(name)]
+            before = recorded.get(chip, {}).get(label)
+            if before and "error" not in before and r["registers"] > before["registers"] * _REGISTER_SLACK:
+                found.append(f"{where}: {r['registers']} registers, recorded were {before['registers']}")
+    return found
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """Markdown: one line for each chip, operation, variant and dtype, with the range over its configurations."""
+    lines = [
+        "| chip | kernel | dtype | configurations | registers | spills | shared memory, KiB of the limit "
+        "| blocks per SM | tensor cores | 16-byte copies | TMA |",
+        "|---|---|---|---:|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    for chip, records in results.items():
+        groups: dict[tuple, list[dict]] = {}
+        for r in records.values():
+            name = r["op"] if r["variant"] == r["op"] else f"{r['op']}, {r['variant']}"
+            groups.setdefault((name, r["dtype"]), []).append(r)
+        for (name, dtype), group in groups.items():
+            sound = [r for r in group if "error" not in r]
+            if not sound:
+                lines.append(f"| {chip} | {name} | {dtype} | 0 of {len(group)} compile |" + " |" * 7)
+                continue
+            count = str(len(group)) if len(sound) == len(group) else f"{len(sound)} of {len(group)} compile"
+            units = [u for u in ("HGMMA", "tcgen05", "HMMA", "MFMA") if any(r.get(u) for r in sound)]
+            cells = [chip, name, dtype, count, _span(r["registers"] for r in sound)]
+            cells += [str(max(r["spills"] for r in sound))]
+            cells += [f"{_span(r['shared'] >> 10 for r in sound)} of {CHIPS[chip].shared_per_block >> 10}"]
+            cells += [_span(r["blocks"] for r in sound), ", ".join(units) or "-"]
+            cells += [_span(r.get(name, 0) for r in sound) for name in ("copy16", "TMA")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _span(values: Iterable[int]) -> str:
+    values = list(values)
+    return str(values[0]) if min(values) == max(values) else f"{min(values)}-{max(values)}"
+
+
+def read_results(path: Path) -> dict[str, dict[str, dict]]:
+    """{chip: {label: record}}; empty where there is no file yet."""
+    return json.loads(path.read_text(encoding="utf-8"))["chips"] if path.exists() else {}
+
+
+def write_results(path: Path, results: dict[str, dict[str, dict]]) -> None:
+    """One record a line, so that a diff shows the cases that have changed; replaced in one step."""
+    chips = []
+    for chip, records in results.items():
+        rows = [f"   {json.dumps(label)}: {json.dumps(r, separators=(',', ':'))}" for label, r in records.items()]
+        chips.append(f"  {json.dumps(chip)}: {{\n" + ",\n".join(rows) + "\n  }")
+    text = f'{{\n "toolchain": {json.dumps(toolchain())},\n "chips": {{\n' + ",\n".join(chips) + "\n }\n}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_page(path: Path, results: dict[str, dict[str, dict]]) -> None:
+    """Put the table between the page's markers, or at its end if it has none."""
+    number = sum(len(records) for records in results.values())
+    block = f"{BEGIN}\n{number} configurations, {toolchain()}.\n\n{table(results)}\n{END}"
+    text = path.read_text(encoding="utf-8") if path.exists() else "# Performance\n\n## Compiled configurations\n"
+    if BEGIN in text:
+        before, rest = text.split(BEGIN, 1)
+        text = before + block + rest.split(END, 1)[1]
+    else:
+        text = text.rstrip("\n") + "\n\n" + block + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="fused-lora compile-report", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 on a broken rule or a regression")
+    parser.add_argument("--all", action="store_true", help="compile cases whose recorded result still stands, too")
+    parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
+    parser.add_argument("--only", default="", help="only cases whose label contains this")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args(arguments)
+    recorded = read_results(options.results)
+    results: dict[str, dict[str, dict]] = {}
+    for done, todo, results in collect(recorded, options.chips, options.only, options.all, options.processes):
+        print(f"\rcompiled {done} of {todo}", end="", file=sys.stderr, flush=True)
+        if done % 50 == 0 and not options.check:
+            write_results(options.results, _over(recorded, results))
+    print(file=sys.stderr)
+    print(table(results))
+    found = problems(results, recorded)
+    for line in found:
+        print(line)
+    print(f"{sum(map(len, results.values()))} configurations, {len(found)} problems")
+    if not options.check:
+        # cases that no longer exist go when all of a chip's were looked at
+        kept = _over(recorded, results) if options.only else recorded | results
+        write_results(options.results, kept)
+        write_page(options.page, kept)
+    return 1 if found and options.check else 0
+
+
+def _over(recorded, results):
+    """Results so far over what was recorded: a run that is cut off keeps what it has."""
+    return recorded | {chip: recorded.get(chip, {}) | records for chip, records in results.items()}

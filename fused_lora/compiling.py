@@ -1,0 +1,223 @@
+"""Compile every configuration of every kernel ahead of time, for chips that are not there, and read the binaries.
+
+A case's result depends on the code of its kernel, its arguments, its options and the compiler alone. They make its
+``key``; a recorded result with the same key stands, so that only what has changed is compiled again.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import tempfile
+import textwrap
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fused_lora.kernels.aot import CompileCase
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the rules and the occupancy estimate need; sizes in bytes."""
+
+    capability: int  # as in kernels/config.py
+    shared_per_block: int
+    shared_per_sm: int
+    warps_per_sm: int
+    registers_per_sm: int = 65536
+    warp_size: int = 32
+
+
+CHIPS = {
+    "sm_80": Chip(80, 163 << 10, 164 << 10, 64),
+    "sm_90": Chip(90, 227 << 10, 228 << 10, 64),
+    "sm_100": Chip(100, 227 << 10, 228 << 10, 64),
+    "sm_120": Chip(120, 99 << 10, 100 << 10, 48),
+    # CDNA3: per SIMD 512 vector registers a lane and 8 waves, four SIMDs a compute unit
+    "gfx942": Chip(0, 64 << 10, 64 << 10, 32, registers_per_sm=4 * 512 * 64, warp_size=64),
+}
+_INSTRUCTIONS = {  # name in the report -> opcode in the disassembly
+    "HGMMA": r"\bHGMMA\b",
+    "tcgen05": r"\bUTC[A-Z]*MMA\b",
+    "HMMA": r"\bHMMA\b",
+    "MFMA": r"\bv_mfma\w*",
+    "copy16": r"\bLDG(?:STS)?\.E\S*\.128\b",
+    "TMA": r"\bUTMALDG\b",
+}
+
+
+def cases(capability: int) -> list[CompileCase]:
+    """Every compilation for a chip, in a fixed order."""
+    from fused_lora.kernels import aot, merge_aot
+
+    return [*aot.compile_cases(capability), *merge_aot.compile_cases(capability)]
+
+
+def required(case: CompileCase, capability: int) -> list[str]:
+    """The instructions that a case must contain."""
+    needed = ["TMA"] if case.config is not None and case.config.tma else []
+    if case.op in ("linear", "input_grad") and case.dtype.itemsize == 2:
+        wide = {90: "HGMMA", 100: "tcgen05"}.get(capability) if case.config.BLOCK_M >= 64 else None
+        needed.append(wide or ("HMMA" if capability else "MFMA"))
+    return needed
+
+
+@functools.cache
+def _code(kernel) -> str:
+    """The kernel's syntax tree and those of the jit functions that it uses, without comments and docstrings."""
+    from triton.runtime import JITFunction
+
+    def tree(fn):
+        node = ast.parse(textwrap.dedent(inspect.getsource(fn.fn))).body[0]
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        return ast.dump(node), {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+    todo, found = [kernel], {}
+    while todo:
+        fn = todo.pop()
+        found[fn.__name__], names = tree(fn)
+        used = {n: fn.fn.__globals__.get(n) for n in names}
+        found |= {n: repr(v) for n, v in used.items() if type(v).__name__ == "constexpr"}
+        todo += [v for v in used.values() if isinstance(v, JITFunction) and v.__name__ not in found]
+    return json.dumps(found, sort_keys=True)
+
+
+def fingerprint(case: CompileCase, chip: str) -> str:
+    """What a result depends on: compiler, chip, code, arguments and options."""
+    parts = (toolchain(), chip, _code(case.kernel), case.signature, case.constexprs, case.attrs, case.options)
+    return hashlib.sha256("\n".join(str(p) for p in parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def toolchain() -> str:
+    """The compilers' versions; sm_100 has a ptxas of its own."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    versions = [get_ptxas_version(CHIPS[c].capability).splitlines()[-1] for c in ("sm_90", "sm_100")]
+    return f"triton {triton.__version__}, ptxas {' / '.join(dict.fromkeys(versions))}"
+
+
+def compile_case(case: CompileCase, chip: str) -> dict:
+    """Compile one case for one chip and read what the binary says.
+
+    Returns:
+        registers, spills (bytes of stack a thread), shared (bytes a block), warps, blocks (resident blocks a
+        multiprocessor), the counts of _INSTRUCTIONS that occur, ``needs`` and ``key``; or ``error`` in their place.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    spec = CHIPS[chip]
+    nvidia = spec.capability > 0
+    target = GPUTarget("cuda", spec.capability, 32) if nvidia else GPUTarget("hip", chip, 64)
+    record = {"op": case.op, "variant": case.config.variant if case.config else case.op, "dtype": str(case.dtype)[6:]}
+    record |= {"key": fingerprint(case, chip), "needs": required(case, spec.capability)}
+    source = ASTSource(case.kernel, case.signature, case.constexprs, case.attrs)
+    try:
+        compiled = triton.compile(source, target=target, options=case.options)
+    except Exception as e:  # whatever the compiler raises is the result of this case
+        return record | {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"}
+    text, resources = _binary_nvidia(compiled) if nvidia else _binary_amd(compiled)
+    record |= resources | {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+    record["blocks"] = resident_blocks(spec, record["registers"], record["shared"], record["warps"])
+    counts = {name: len(re.findall(pattern, text)) for name, pattern in _INSTRUCTIONS.items()}
+    return record | {name: n for name, n in counts.items() if n}
+
+
+def _binary_nvidia(compiled) -> tuple[str, dict]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        sass = run([tools / "nvdisasm", f.name]).stdout
+        usage = run([tools / "cuobjdump", "-res-usage", f.name]).stdout
+    return sass, {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+    }
+
+
+def _binary_amd(compiled) -> tuple[str, dict]:
+    text = compiled.asm["amdgcn"]
+    value = {name: int(n) for name, n in re.findall(r"\.(\w+_count|private_segment_fixed_size): +(\d+)", text)}
+    spills = 4 * (value["vgpr_spill_count"] + value["sgpr_spill_count"])
+    return text, {"registers": value["vgpr_count"] + value["agpr_count"], "spills": spills}
+
+
+def resident_blocks(chip: Chip, registers: int, shared: int, warps: int) -> int:
+    """Blocks that fit a multiprocessor by warps, registers (in units of 8 a thread) and shared memory (plus 1 KiB)."""
+    per_warp = -(-registers // 8) * 8 * chip.warp_size
+    limits = [chip.warps_per_sm // warps, chip.registers_per_sm // (per_warp * warps)]
+    return min(*limits, chip.shared_per_sm // (shared + (1024 if chip.capability else 1) if shared else 1))
+
+
+def _compile_by_label(job: tuple[str, str]) -> tuple[str, str, dict]:
+    chip, label = job
+    return chip, label, compile_case(_labelled(CHIPS[chip].capability)[label], chip)
+
+
+@functools.cache
+def _labelled(capability: int) -> dict[str, CompileCase]:
+    every = cases(capability)
+    labelled = {case.label: case for case in every}
+    if len(labelled) < len(every):
+        raise ValueError(f"cases of capability {capability}: labels are not unique")
+    return labelled
+
+
+def collect(
+    recorded: dict[str, dict[str, dict]],
+    chips: Iterable[str] = tuple(CHIPS),
+    only: str = "",
+    everything: bool = False,
+    processes: int | None = None,
+) -> Iterator[tuple[int, int, dict[str, dict[str, dict]]]]:
+    """Compile what ``recorded`` does not already know; yields (done, to do, results so far) after each case.
+
+    The results hold the current cases alone, those of ``only`` (a substring of the label) if it is given.
+
+    Raises:
+        RuntimeError: the kernels of this process are interpreted, so there is nothing to compile.
+        ValueError: an unknown chip, or two cases with one label.
+    """
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted in this process and cannot be compiled")
+    results, jobs = {}, []
+    for chip in chips:
+        if chip not in CHIPS:
+            raise ValueError(f"chip: expected one of {', '.join(CHIPS)}, got {chip!r}")
+        results[chip] = {}
+        for label, case in _labelled(CHIPS[chip].capability).items():
+            if only not in label:
+                continue
+            known = recorded.get(chip, {}).get(label)
+            if known is not None and not everything and known["key"] == fingerprint(case, chip):
+                results[chip][label] = known
+            else:
+                jobs.append((chip, label))
+    yield 0, len(jobs), results
+    if not jobs:
+        return
+    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for done, (chip, label, record) in enumerate(pool.map(_compile_by_label, jobs), 1):
+            results[chip][label] = record
+            yield done, len(jobs), results

@@ -1,0 +1,145 @@
+"""The compile report: what it compiles, what it calls a problem, what it writes."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fused_lora import compile_report as report
+from fused_lora.compiling import CHIPS, resident_blocks
+
+pytest.importorskip("triton")
+RECORD = dict(
+    op="linear", variant="split", dtype="bfloat16", key="k", needs=["HGMMA"], registers=100, spills=0, shared=65536,
+    warps=8, blocks=2, HGMMA=16, copy16=4,
+)  # fmt: skip
+
+
+def results(**changes):
+    return {"sm_90": {"a case": {**RECORD, **changes}}}
+
+
+def run_command(*arguments, cwd):
+    """The command as a user runs it: kernels are compiled, not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fused_lora.cli", "compile-report", "--processes", "1", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=3600)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spills": 8}, "8 bytes of spills"),
+        ({"shared": 228 << 10}, "233472 bytes of shared memory, the chip has 232448"),
+        ({"HGMMA": 0}, "no HGMMA"),
+        ({"registers": 111}, "111 registers, recorded were 100"),
+        ({"error": "CompilationError: x"}, "does not compile: CompilationError: x"),
+    ],
+    ids=["spills", "shared", "tensor_cores", "registers", "error"],
+)
+def test_every_rule_has_teeth(changes, message):
+    assert report.problems(results(), results()) == []
+    assert report.problems(results(registers=110), results()) == []
+    (line,) = report.problems(results(**changes), results())
+    assert line.startswith("sm_90 a case: ") and message in line
+
+
+def test_resident_blocks():
+    chip = CHIPS["sm_90"]
+    assert resident_blocks(chip, registers=128, shared=0, warps=4) == 4
+    assert resident_blocks(chip, registers=32, shared=0, warps=8) == 8
+    assert resident_blocks(chip, registers=32, shared=100 << 10, warps=4) == 2
+    assert resident_blocks(chip, registers=255, shared=220 << 10, warps=8) == 1
+
+
+def test_results_survive_a_round_trip(tmp_path):
+    path = tmp_path / "deep" / "r.json"
+    assert report.read_results(path) == {}
+    both = results() | {"sm_80": {}}
+    report.write_results(path, both)
+    assert report.read_results(path) == both
+    assert json.loads(path.read_text())["toolchain"].startswith("triton ")
+
+
+def test_the_page_keeps_what_is_around_the_table(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"# Title\nabove\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    report.write_page(page, results())
+    report.write_page(page, results())
+    text = page.read_text()
+    assert text.startswith("# Title\nabove\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert text.count("| sm_90 | linear, split | bfloat16 | 1 | 100 | 0 | 64 of 227 | 2 | HGMMA | 4 | 0 |") == 1
+
+
+def test_the_table_shows_ranges_and_failures():
+    both = results()
+    both["sm_90"]["wide"] = {**RECORD, "registers": 200}
+    both["sm_90"]["broken"] = {**RECORD, "error": "x"}
+    assert "| 2 of 3 compile | 100-200 |" in report.table(both)
+
+
+def test_an_interpreting_process_is_refused(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "fused_lora.cli", "compile-report", "--check"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "TRITON_INTERPRET is set" in done.stderr
+
+
+def test_compiles_records_and_compares(tmp_path):
+    """One kernel form on two chips: compiled once, not again, and a worse result than recorded is found."""
+    what = ("--only", "merge scan bf16 32x64 B row", "--chips", "sm_90", "gfx942")
+    first = run_command(*what, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    path = tmp_path / report.RESULTS
+    recorded = report.read_results(path)
+    assert {chip: len(records) for chip, records in recorded.items()} == {"sm_90": 2, "gfx942": 2}
+    for record in recorded["sm_90"].values():
+        assert record["spills"] == 0 and 32 <= record["registers"] <= 168 and record["copy16"] >= 1
+    assert "unmerge scan" in (tmp_path / report.PAGE).read_text()
+
+    again = run_command(*what, "--check", cwd=tmp_path)
+    assert again.returncode == 0 and "compiled 0 of 0" in again.stderr, again.stderr
+
+    better = copy.deepcopy(recorded)
+    label = next(iter(better["sm_90"]))
+    better["sm_90"][label] |= {"key": "other", "registers": 10}
+    report.write_results(path, better)
+    worse = run_command(*what, "--check", cwd=tmp_path)
+    assert worse.returncode == 1 and "compiled 1 of 1" in worse.stderr and "recorded were 10" in worse.stdout
+
+
+def test_spills_are_read_from_the_binary(tmp_path):
+    """With 32 registers a thread the merge kernel must spill."""
+    code = (
+        "import dataclasses; from fused_lora.compiling import cases, compile_case;"
+        "case = next(c for c in cases(90) if c.label.startswith('merge apply bf16'));"
+        "case = dataclasses.replace(case, options=case.options | dict(maxnreg=32));"
+        "r = compile_case(case, 'sm_90'); print(r['registers'], r['spills'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    registers, spills = map(int, done.stdout.split())
+    assert registers <= 32 and spills > 0
+
+
+@pytest.mark.slow
+def test_a_sample_of_all_configurations_keeps_the_rules():
+    """Every 97th case of every chip, compiled here and now and compared with the record in the repository."""
+    code = (
+        "import sys; from fused_lora import compile_report as report;"
+        "from fused_lora.compiling import CHIPS, cases, compile_case;"
+        "results = {n: {c.label: compile_case(c, n) for c in cases(chip.capability)[40::97]}"
+        " for n, chip in CHIPS.items()};"
+        "from pathlib import Path;"
+        "print(sum(map(len, results.values())), *report.problems(results, report.read_results(Path(sys.argv[1]))))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    record = Path(__file__).parent.parent / report.RESULTS
+    command = [sys.executable, "-c", code, str(record)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    number, *found = done.stdout.split(maxsplit=1)
+    assert int(number) >= 10 and not found, found
