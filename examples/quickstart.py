@@ -296,7 +296,7 @@ def print_fidelity(model: nn.Module, name: str, lost: dict[str, float], report: 
     """How much of the delta survived rounding to the weights' dtype, and would in bf16 for one layer."""
     dtype = next(model.parameters()).dtype
     worst, median = max(lost, key=lost.get), statistics.median(lost.values())
-    print(f"  rounding to {dtype} left {1 - median:.3%} of the delta (median; worst {1 - lost[worst]:.3%}, {worst})")
+    print(f"  rounding to {dtype} left {1 - median:.4%} of the delta (median; worst {1 - lost[worst]:.4%}, {worst})")
     path, layer = next(iter(fused_lora.lora_layers(model).items()))
     coarse = copy.deepcopy(layer)
     coarse.base_layer.to(torch.bfloat16)
