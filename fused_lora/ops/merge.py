@@ -31,7 +31,7 @@ from fused_lora.ops._checks import FLOAT_DTYPES
 from fused_lora.reference import bits
 
 _CHUNK = 1 << 16  # corrections are addressed by 16 bits inside chunks of this many elements
-_FINGERPRINT_LANES = 251  # prime, so that rows and columns of usual sizes do not fold onto themselves
+_FINGERPRINT_LANES = 1021  # prime, so that rows and columns of usual sizes do not fold onto themselves
 _BLOCK_ELEMENTS = 1 << 18  # CPU block: 1 MiB of fp32 fits the cache and hides the call overhead
 _DEVICE_BLOCK_ELEMENTS = 1 << 24
 _WORKSPACE_SHARE = 0.045  # of the weight's own bytes, for all CPU blocks in flight
@@ -219,15 +219,32 @@ class _Workspace:
     """The buffers of one worker; a block's temporaries are views of them, so nothing grows with the weight."""
 
     def __init__(self, W: torch.Tensor, record: MergeRecord):
-        shape = (min(record.block_rows, W.shape[0]), W.shape[1])
-        dtype = _delta_dtype(W)
+        shape, dtype = (min(record.block_rows, W.shape[0]), W.shape[1]), _delta_dtype(W)
         self._delta = torch.empty(shape, dtype=dtype, device=W.device)
-        self._sum = torch.empty(shape, dtype=dtype, device=W.device)
-        self._merged = self._sum if W.dtype == dtype else torch.empty(shape, dtype=W.dtype, device=W.device)
+        self._total = torch.empty(shape, dtype=dtype, device=W.device)
+        # a weight of the delta's dtype needs no rounded copy of the total
+        self._rounded = self._total if W.dtype == dtype else torch.empty(shape, dtype=W.dtype, device=W.device)
         self._differs = torch.empty(shape, dtype=torch.bool, device=W.device)
 
-    def views(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self._delta[:rows], self._sum[:rows], self._merged[:rows], self._differs[:rows]
+    def delta(self, record: MergeRecord, start: int, stop: int) -> torch.Tensor:
+        """D of these rows."""
+        return torch.mm(record.left[start:stop], record.right, out=self._delta[: stop - start])
+
+    def combine(self, w: torch.Tensor, delta: torch.Tensor, alpha: int) -> torch.Tensor:
+        """round(w + alpha * delta) in a buffer that the next call overwrites; ``w`` may be that buffer."""
+        total, rounded = self._total[: len(w)], self._rounded[: len(w)]
+        if w.dtype == delta.dtype:
+            return torch.add(w, delta, alpha=alpha, out=total)
+        total.copy_(w).add_(delta, alpha=alpha)
+        return rounded.copy_(total)
+
+    def differs(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """bool: where the bits of two blocks differ."""
+        out = self._differs[: len(a)]
+        if a.device.type == "cpu":  # numpy's integer comparison is vectorised, torch's single-threaded one is not
+            np.not_equal(bits(a).numpy(), bits(b).numpy(), out=out.numpy())
+            return out
+        return torch.ne(bits(a), bits(b), out=out)
 
 
 def _for_blocks(W: torch.Tensor, record: MergeRecord, work: Callable, blocks: list[_Block] | None = None):
@@ -289,51 +306,34 @@ class _ieee_matmul:
             self._lock.release()
 
 
-def _add_delta(W: torch.Tensor, record: MergeRecord, ws: _Workspace, start: int, stop: int, sign: int = 1):
-    """Block of round(W + D) written to W: what a merge does, without the bookkeeping."""
-    delta, total, merged, _ = ws.views(stop - start)
-    torch.mm(record.left[start:stop], record.right, out=delta)
-    W[start:stop] = _add(W[start:stop], delta, total, merged)
+def _add_delta(W: torch.Tensor, record: MergeRecord, ws: _Workspace, start: int, stop: int) -> None:
+    """A block of round(W + D) written to W: what a merge does, without the bookkeeping."""
+    W[start:stop] = ws.combine(W[start:stop], ws.delta(record, start, stop), 1)
 
 
 def _merge_block(W: torch.Tensor, record: MergeRecord, ws: _Workspace, start: int, stop: int, check_finite: bool):
-    delta, total, merged, differs = ws.views(stop - start)
     w = W[start:stop]
     original = w if w.is_contiguous() else w.contiguous()
-    torch.mm(record.left[start:stop], record.right, out=delta)
-    _add(original, delta, total, merged)
+    delta = ws.delta(record, start, stop)
+    merged = ws.combine(original, delta, 1)
     if check_finite and not bool((torch.isfinite(merged) | ~torch.isfinite(original)).all()):
         raise ValueError("NaNs or infinities detected in the merged weights: the adapter seems to be broken")
-    candidate = _subtract(merged, delta, out=delta)
-    _differ(bits(candidate), bits(original), differs)
     block = _Block(start, stop, _fingerprint(original))
-    _encode(block, original, merged, differs)
-    w.copy_(merged)
+    _encode(block, original, ws.differs(ws.combine(merged, delta, -1), original))
+    # the sum again, from the cache: cheaper than a second buffer
+    if w.dtype == delta.dtype and block.offsets is not None:
+        torch.add(w, delta, out=w)
+    else:
+        merged = ws.combine(original, delta, 1)
+        block.merged = _fingerprint(merged) if block.offsets is None else None
+        w.copy_(merged)
     record.blocks.append(block)
 
 
-def _add(w: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
-    """merged = round(w + delta)."""
-    if w.dtype == delta.dtype:
-        return torch.add(w, delta, out=merged)
-    total.copy_(w).add_(delta)
-    return merged.copy_(total)
-
-
-def _subtract(merged: torch.Tensor, delta: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """round(merged - delta); overwrites ``out``, which may be delta."""
-    if merged.dtype == delta.dtype:
-        return torch.sub(merged, delta, out=out)
-    return torch.sub(merged.to(delta.dtype), delta, out=out).to(merged.dtype)
-
-
 def _original_block(W, record, ws, block) -> tuple[torch.Tensor, torch.Tensor]:
-    """The block's bits from before the merge, and its delta (a view of the workspace)."""
-    delta, total, _, _ = ws.views(block.stop - block.start)
-    torch.mm(record.left[block.start : block.stop], record.right, out=delta)
-    merged = W[block.start : block.stop]
-    candidate = _subtract(merged, delta, out=total)
-    candidate = candidate if candidate.is_contiguous() else candidate.contiguous()
+    """The block's bits from before the merge, and its delta; both are views of the workspace."""
+    delta = ws.delta(record, block.start, block.stop)
+    candidate = ws.combine(W[block.start : block.stop], delta, -1)
     _decode(block, bits(candidate))
     return candidate, delta
 
@@ -349,14 +349,7 @@ def _unmerge_block(W: torch.Tensor, record: MergeRecord, ws: _Workspace, block: 
     W[block.start : block.stop] = original
 
 
-def _differ(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    if a.device.type == "cpu":  # numpy's integer comparison is vectorised, torch's single-threaded one is not
-        np.not_equal(a.numpy(), b.numpy(), out=out.numpy())
-    else:
-        torch.ne(a, b, out=out)
-
-
-def _encode(block: _Block, original: torch.Tensor, merged: torch.Tensor, differs: torch.Tensor) -> None:
+def _encode(block: _Block, original: torch.Tensor, differs: torch.Tensor) -> None:
     """Keep the original bits where ``differs``: chunk counts + 16-bit offsets + values, or a whole copy if smaller."""
     flat = bits(original).reshape(-1)
     edges = range(0, flat.numel() + _CHUNK, _CHUNK)
@@ -371,7 +364,7 @@ def _encode(block: _Block, original: torch.Tensor, merged: torch.Tensor, differs
     if values.numel() * (flat.element_size() + 2) < flat.numel() * flat.element_size():
         block.counts, block.offsets, block.values = counts, offsets, values
     else:
-        block.values, block.merged = flat.clone().reshape(original.shape), _fingerprint(merged)
+        block.values = flat.clone().reshape(original.shape)
 
 
 def _decode(block: _Block, candidate_bits: torch.Tensor) -> None:
@@ -385,7 +378,7 @@ def _decode(block: _Block, candidate_bits: torch.Tensor) -> None:
 
 
 def _fingerprint(block: torch.Tensor) -> bytes:
-    """A digest of integer sums, modulo 2^64, over the rows and columns of the block's bits laid out 251 words wide.
+    """A digest of integer sums, modulo 2^64, over the rows and columns of the block's bits laid out 1021 words wide.
 
     Sums of integers are exact in any order; one changed word changes its row and its column for certain, and two
     exchanged words change two rows or two columns.
