@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fused_lora.compiling import CHIPS, collect, toolchain
+from fused_lora.compiling import CHIPS, cases, collect, toolchain
 
 RESULTS = Path("benchmarks/results/compile_report.json")
 PAGE = Path("docs/performance.md")
@@ -100,8 +100,9 @@ def write_results(path: Path, results: dict[str, dict[str, dict]]) -> None:
 
 def write_page(path: Path, results: dict[str, dict[str, dict]]) -> None:
     """Put the table between the page's markers, or at its end if it has none."""
-    number = sum(len(records) for records in results.values())
-    block = f"{BEGIN}\n{number} configurations, {toolchain()}.\n\n{table(results)}\n{END}"
+    listed = {chip: len(cases(CHIPS[chip].capability)) for chip in results}
+    numbers = ", ".join(f"{len(records)} of {listed[chip]} on {chip}" for chip, records in results.items())
+    block = f"{BEGIN}\nConfigurations compiled with {toolchain()}: {numbers}.\n\n{table(results)}\n{END}"
     text = path.read_text(encoding="utf-8") if path.exists() else "# Performance\n\n## Compiled configurations\n"
     if BEGIN in text:
         before, rest = text.split(BEGIN, 1)

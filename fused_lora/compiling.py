@@ -146,7 +146,7 @@ def _binary_nvidia(compiled) -> tuple[str, dict]:
         f.write(compiled.asm["cubin"])
         f.flush()
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-        sass = run([tools / "nvdisasm", f.name]).stdout
+        sass = run([tools / "nvdisasm", "--no-dataflow", f.name]).stdout
         usage = run([tools / "cuobjdump", "-res-usage", f.name]).stdout
     return sass, {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),

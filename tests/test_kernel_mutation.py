@@ -1,0 +1,170 @@
+"""Do the kernel tests have teeth? Each mask of each kernel is taken away in turn, and each must be missed.
+
+A mutant is one @triton.jit function with one change:
+
+    no mask        a load, store or atomic loses its mask
+    always         one comparison that goes into a mask holds for every lane
+    endless        a tile is loaded or stored as if the matrix had no last row, or no last column
+
+Every kernel that uses the function then runs on ragged shapes. The mutant is caught if an access leaves its tensor, a
+guard band or a neighbour's element is touched, or a result has other bits than the sound kernel's.
+"""
+
+import ast
+import copy
+import importlib.util
+import inspect
+import sys
+
+import pytest
+import torch
+
+from fused_lora.kernels import delta, dropout, lora_expand, lora_grad, lora_linear, lora_shrink, merge, tiles
+from fused_lora.kernels.config import LaunchConfig
+from fused_lora.testing.bounds import AccessError
+from fused_lora.testing.guards import guarded_allocations
+from fused_lora.testing.interpreter import checked, interpreting
+from fused_lora.testing.layers import LayerCase
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="mutants run in the interpreter alone")
+MODULES = [delta, dropout, lora_expand, lora_grad, lora_linear, lora_shrink, merge, tiles]
+TILE_CALLS = ("load_tile", "store_tile")  # their arguments end with num_rows, num_cols, ROWS, COLS
+MASK_NAMES = ("mask", "inside", "row_ok", "todo")
+HARMLESS = ("tl.load(bias_ptr + offs % N,",)  # an index modulo the size is in bounds without a mask, and is not stored
+
+
+def is_kernel(node):
+    return isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+
+
+def sites(tree):
+    """(kernel, what, position of the node in a walk over the kernel, detail) of every mutant of a module."""
+    for kernel in filter(is_kernel, tree.body):
+        in_masks = set()
+        for node in ast.walk(kernel):
+            named = isinstance(node, ast.Assign) and any(w in ast.unparse(node.targets[0]) for w in MASK_NAMES)
+            if named or (isinstance(node, ast.keyword) and node.arg == "mask"):
+                in_masks |= {id(n) for n in ast.walk(node.value)}
+            if isinstance(node, ast.Call) and "delta" in ast.unparse(node.func):
+                in_masks |= {id(n) for n in ast.walk(node)}
+        for position, node in enumerate(ast.walk(kernel)):
+            if isinstance(node, ast.Call) and any(k.arg == "mask" for k in node.keywords):
+                if ast.unparse(node).startswith(HARMLESS):
+                    continue
+                yield kernel.name, "no mask", position, node.lineno
+            if isinstance(node, ast.Compare) and id(node) in in_masks:
+                yield kernel.name, "always", position, node.lineno
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in TILE_CALLS:
+                yield kernel.name, "endless rows", position, node.lineno
+                yield kernel.name, "endless columns", position, node.lineno
+
+
+def mutate(source, kernel, what, position):
+    tree = ast.parse(source)
+    function = next(n for n in tree.body if is_kernel(n) and n.name == kernel)
+    node = list(ast.walk(function))[position]
+    if what == "no mask":
+        node.keywords = [k for k in node.keywords if k.arg not in ("mask", "other")]
+    elif what == "always":
+        opposite = copy.deepcopy(node)
+        opposite.ops = [{ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}[type(node.ops[0])]()]
+        text = f"({ast.unparse(node)}) | ({ast.unparse(opposite)})"
+        replacement = ast.parse(text, mode="eval").body
+        for parent in ast.walk(function):
+            for field, value in ast.iter_fields(parent):
+                if value is node:
+                    setattr(parent, field, replacement)
+                elif isinstance(value, list) and any(v is node for v in value):
+                    value[:] = [replacement if v is node else v for v in value]
+    else:
+        node.args[-4 if what == "endless rows" else -3] = ast.Constant(2**30)
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def cases():
+    for module in MODULES:
+        source = inspect.getsource(module)
+        for kernel, what, position, line in sites(ast.parse(source)):
+            name = module.__name__.rpartition(".")[2]
+            yield pytest.param(module, kernel, what, position, id=f"{name}-{line}-{kernel}-{what}".replace(" ", "_"))
+
+
+def run_mask():
+    return [dropout.dropout_mask(torch.tensor([7]), 19, 37, 0.5, BLOCK_M=16, BLOCK_K=32)]
+
+
+def run_merge():
+    W = (torch.randn(21, 300) * 0.02).bfloat16()
+    A, B = torch.randn(3, 300), torch.randn(21, 3) * 0.01
+    scan = merge.merge_scan(W, A, B)
+    record = merge.new_corrections(W, scan, int(scan.totals[0]))
+    merge.merge_apply(W, A, B, record)
+    merged, fingerprint = W.clone(), merge.unmerge_scan(W, A, B, record)
+    merge.unmerge_apply(W, A, B, record)
+    return [merged, fingerprint, W, *scan.__dict__.values(), record.cols, record.values]
+
+
+def run_layer(variant, split_k=1, ranks=(3,), bias=True):
+    case = LayerCase.make(21, 35, 37, ranks, [0.25] * len(ranks), bias=bias)
+    config = LaunchConfig(variant, 16, 32, 32, 16, SPLIT_K=split_k)
+    y, S = lora_linear.lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, config=config)
+    dx, dS = lora_linear.lora_linear_input_grad(case.g, case.weight, *case.adapters, config=config)
+    gradient = LaunchConfig("weight_grad", 32, 16, 16, 16, SPLIT_K=split_k)
+    dA, dB = lora_grad.lora_linear_weight_grad(
+        case.g, case.x, S, dS, case.scaling, case.dropout, case.seeds, case.ranks, torch.float32, gradient
+    )
+    return [y, S, dx, dS, *dA, *dB]
+
+
+LAYERS = [
+    lambda: run_layer("split", ranks=(3, 18)),
+    lambda: run_layer("publish"),
+    lambda: run_layer("recompute", split_k=2),
+]
+SCENARIOS = {merge: [run_merge], delta: [run_merge], dropout: [run_mask]}
+SOUND = {}
+
+
+def outcome(scenario):
+    torch.manual_seed(1)
+    with checked(cross_program_reads=True), guarded_allocations():
+        return [t.clone() for t in scenario()]
+
+
+def same_bits(left, right):
+    return len(left) == len(right) and all(
+        a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.mark.parametrize(("module", "kernel", "what", "position"), list(cases()))
+def test_every_lost_mask_is_missed(module, kernel, what, position, tmp_path, monkeypatch):
+    path = tmp_path / "mutant.py"
+    path.write_text(mutate(inspect.getsource(module), kernel, what, position), encoding="utf-8")
+    scenarios = SCENARIOS.get(module, LAYERS)
+    for scenario in scenarios:
+        if scenario not in SOUND:
+            SOUND[scenario] = outcome(scenario)
+    spec = importlib.util.spec_from_file_location("fused_lora.kernels.mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, mutant)
+    spec.loader.exec_module(mutant)
+    sound = getattr(module, kernel)
+    for name, other in list(sys.modules.items()):
+        if name.startswith("fused_lora.kernels"):
+            for attribute, value in list(vars(other).items()):
+                if value is sound:
+                    monkeypatch.setattr(other, attribute, getattr(mutant, kernel))
+    for scenario in scenarios:
+        try:
+            result = outcome(scenario)
+        except (AccessError, AssertionError):
+            return
+        if not same_bits(result, SOUND[scenario]):
+            return
+    pytest.fail(f"{kernel}: '{what}' makes no difference that a test could see")
+
+
+def test_there_is_something_to_mutate():
+    assert len(list(cases())) >= 30
