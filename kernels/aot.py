@@ -128,6 +128,7 @@ def compile_cases(
                     built = _linear_case(op, config, dtype, dropout, upcast, precision)
                 tags = [op, config.variant, _TRITON_NAMES[dtype], "mask" * dropout, "fp32-adapter" * upcast]
                 tiles = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} r{config.BLOCK_R}"
+                tiles += f" w{config.num_warps} s{config.num_stages}"
                 label = " ".join(filter(None, [*tags, tiles, "tma" * config.tma, "split-k" * (config.SPLIT_K > 1)]))
                 case = _case(label, op, config, dtype, *built, config.options())
                 key = repr((case.kernel.__name__, case.signature, case.constexprs, case.attrs, case.options))

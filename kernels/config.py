@@ -86,11 +86,11 @@ def _shrink(M: int, r: int, dtype: torch.dtype, upcast: bool) -> LaunchConfig:
 
 
 def _weight_grad(M: int, N: int, K: int, r: int, dtype: torch.dtype, upcast: bool) -> LaunchConfig:
-    BLOCK_R, BLOCK_K = _rank_block(r, 32), 32
-    BLOCK_M = 64 if upcast or dtype == torch.float32 else 128
+    BLOCK_R, BLOCK_M = _rank_block(r, 32), 64
+    BLOCK_K = 32 if upcast or dtype == torch.float32 or BLOCK_R > 16 else 64
     programs = (_cdiv(K, BLOCK_M) + _cdiv(N, BLOCK_M)) * _cdiv(r, BLOCK_R)
     return LaunchConfig(
-        "weight_grad", BLOCK_M, 16, BLOCK_K, BLOCK_R, SPLIT_K=_split(programs, _cdiv(M, BLOCK_K)), num_stages=4
+        "weight_grad", BLOCK_M, 16, BLOCK_K, BLOCK_R, SPLIT_K=_split(programs, _cdiv(M, BLOCK_K)), num_stages=3
     )
 
 
@@ -107,13 +107,15 @@ def _linear_tiles(
         return LaunchConfig(variant, 16, 32, BLOCK_K, 16, num_stages=3)
     if M <= 64:
         return LaunchConfig(variant, 64, 64, 32 if short or mask_in else 64, 16)
+    wide_accumulators = capability in _WARPGROUP_MMA
+    BLOCK_K = (32 if short else 64) if wide_accumulators else (16 if short else 32)
     if M <= 512:
-        return LaunchConfig(variant, 64, 128, 32 if short else 64, 16, num_warps=8)
-    if capability not in _WARPGROUP_MMA:
-        return without_tma(LaunchConfig(variant, 128, 128, 32, 16, num_warps=8, num_stages=4))
+        return LaunchConfig(variant, 64, 128, BLOCK_K, 16, num_warps=8)
+    if not wide_accumulators:
+        return without_tma(LaunchConfig(variant, 64 if mask_out else 128, 128, BLOCK_K, 16, num_warps=8, num_stages=4))
     # the wide tile has registers for nothing but its accumulator
     wide = variant == "split" and not mask_out and not upcast
-    return LaunchConfig(variant, 128, 256 if wide else 128, 32 if short else 64, 16, num_warps=8, tma=True)
+    return LaunchConfig(variant, 128, 256 if wide else 128, BLOCK_K, 16, num_warps=8, tma=True)
 
 
 def without_tma(config: LaunchConfig) -> LaunchConfig:
