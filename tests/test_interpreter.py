@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from fractions import Fraction
 
 import pytest
 import torch
@@ -37,6 +38,12 @@ def _arithmetic_kernel(x_ptr, y_ptr, out_ptr, n, OP: tl.constexpr, BLOCK: tl.con
     else:
         out = tl.where(x < y, x, y)
     tl.store(out_ptr + offs, out, mask=offs < n)
+
+
+@triton.jit
+def _fma_kernel(x_ptr, y_ptr, z_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, tl.fma(tl.load(x_ptr + offs), tl.load(y_ptr + offs), tl.load(z_ptr + offs)))
 
 
 @triton.jit
@@ -141,6 +148,22 @@ def test_bf16_arithmetic_rounds_once(op, expected):
     out = torch.empty_like(x)
     _arithmetic_kernel[(1,)](x, y, out, x.numel(), OP=op, BLOCK=4096)
     assert torch.equal(out, expected(x, y))
+
+
+def test_fma_rounds_once():
+    x, y = torch.randn(2, 2048)
+    z = -(x * y) * (1 + torch.randint(-2, 3, (2048,)) * 2.0**-20)  # most of the sum cancels
+    triples = zip(x.tolist(), y.tolist(), z.tolist(), strict=True)
+    expected = [float(Fraction(a) * Fraction(b) + Fraction(c)) for a, b, c in triples]
+    for fma in (None, harness._fma_float32):
+        out = torch.empty(2048)
+        if fma is None:
+            _fma_kernel[(1,)](x, y, z, out, BLOCK=2048)
+        else:
+            out = torch.from_numpy(fma(x.numpy(), y.numpy(), z.numpy()))
+        # the double next to the exact value rounds as it does: 29 bits more than float32 has
+        assert torch.equal(out, torch.tensor(expected, dtype=torch.float64).float())
+        assert not torch.equal(out, x * y + z)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

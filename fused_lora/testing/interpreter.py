@@ -54,8 +54,9 @@ def _require_internals() -> None:
                 f"triton {_triton_version()} has no triton.runtime.interpreter.{owner}.{missing[0]}: "
                 "fused_lora.testing.interpreter knows triton 3.4 to 3.9 and has to be adapted"
             )
-    if not hasattr(interpreter, "_implicit_cvt") or not hasattr(interpreter, "TensorHandle"):
-        raise RuntimeError(f"triton {_triton_version()} has no interpreter._implicit_cvt or TensorHandle")
+    for name in ("TensorHandle", "_implicit_cvt", "_patch_lang_tensor"):
+        if not hasattr(interpreter, name):
+            raise RuntimeError(f"triton {_triton_version()} has no triton.runtime.interpreter.{name}")
 
 
 def _triton_version() -> str:
@@ -125,6 +126,28 @@ def _refuse_bf16(name):
     return method
 
 
+def _create_fma(builder, x, y, z):
+    if z.data.dtype == np.float32 and not hasattr(interpreter._interpreter, "fma_fp32"):
+        return interpreter.TensorHandle(_fma_float32(x.data, y.data, z.data), tl.float32)
+    return _refuse_bf16("create_fma")(builder, x, y, z)
+
+
+def _fma_float32(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """x * y + z with one rounding; triton 3.4 and 3.6 round twice.
+
+    float64 holds the product exactly. Its sum with z is rounded to odd (Boldo and Melquiond 2008, "Emulation of a FMA
+    and correctly rounded sums"), after which the rounding to float32 is the only one that counts.
+    """
+    product, addend = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
+    total = product + addend
+    part = total - product
+    error = (product - (total - part)) + (addend - part)
+    bits = total.view(np.int64)
+    even = np.isfinite(total) & (error != 0) & ((bits & 1) == 0)
+    step = np.where((error > 0) == (total > 0), 1, -1)
+    return np.where(even, bits + step, bits).view(np.float64).astype(np.float32)
+
+
 def _create_dot(builder, a, b, d, input_precision, max_num_imprecise_acc):
     if a.dtype.primitive_bitwidth == 8 or b.dtype.primitive_bitwidth == 8 or a.dtype.scalar.is_int():
         return _ORIGINAL["create_dot"](builder, a, b, d, input_precision, max_num_imprecise_acc)
@@ -145,12 +168,18 @@ def _locked_call(executor, *args, **kwargs):
         return _ORIGINAL["__call__"](executor, *args, **kwargs)
 
 
+def _patch_lang_tensor(tensor, *scope):
+    _ORIGINAL["_patch_lang_tensor"](tensor, *scope)
+    # before triton 3.5: int() of an array of one element, which numpy 2.4 no longer takes
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
 _SHIM = {
     "cast_impl": _cast_impl,
     "create_fp_to_fp": _create_fp_to_fp,
     "binary_op": _binary_op,
     "unary_op": _unary_op,
-    "create_fma": _refuse_bf16("create_fma"),
+    "create_fma": _create_fma,
     "create_clampf": _refuse_bf16("create_clampf"),
     "create_dot": _create_dot,
 }
@@ -175,7 +204,9 @@ def install_shim() -> None:
     _ORIGINAL["__call__"] = interpreter.GridExecutor.__call__
     for name, method in _SHIM.items():
         setattr(builder, name, method)
+    _ORIGINAL["_patch_lang_tensor"] = interpreter._patch_lang_tensor
     interpreter.GridExecutor.__call__ = _locked_call
+    interpreter._patch_lang_tensor = _patch_lang_tensor
     _State.installed = True
 
 
@@ -186,6 +217,7 @@ def uninstall_shim() -> None:
     for name in _SHIM:
         setattr(interpreter.InterpreterBuilder, name, _ORIGINAL[name])
     interpreter.GridExecutor.__call__ = _ORIGINAL["__call__"]
+    interpreter._patch_lang_tensor = _ORIGINAL["_patch_lang_tensor"]
     _State.installed = False
 
 
