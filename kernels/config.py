@@ -102,13 +102,12 @@ def _linear_tiles(
         return LaunchConfig(variant, 16 if M <= 16 else 64, 64, 32, 16, num_stages=3 if capability >= 80 else 2)
     # recompute and publish split an upcast x into tf32 parts beside the base product: a shorter tile keeps to registers
     short = upcast and variant != "split"
-    if M <= 16:
-        BLOCK_K = 32 if short else 64 if mask_in else 128
-        return LaunchConfig(variant, 16, 32, BLOCK_K, 16, num_stages=3)
-    if M <= 64:
-        return LaunchConfig(variant, 64, 64, 32 if short or mask_in else 64, 16)
     wide_accumulators = capability in _WARPGROUP_MMA
     BLOCK_K = (32 if short else 64) if wide_accumulators else (16 if short else 32)
+    if M <= 16:
+        return LaunchConfig(variant, 16, 32, BLOCK_K if short else 64 if mask_in else 128, 16)
+    if M <= 64:
+        return LaunchConfig(variant, 64, 64, min(BLOCK_K, 32) if mask_in else BLOCK_K, 16)
     if M <= 512:
         return LaunchConfig(variant, 64, 128, BLOCK_K, 16, num_warps=8)
     if not wide_accumulators:
