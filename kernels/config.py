@@ -128,10 +128,12 @@ def variants(
     """The variants of "linear" or "input_grad" worth having at this shape, the preferred one last; "split" always can.
 
     "recompute" for small M, where launches and occupancy count; beyond, "publish" saves a second read of x. Neither
-    where x has a mask that many programs would draw again, or only a few would draw while the others wait.
+    where x has a mask that many programs would draw again, or only a few would draw while the others wait, nor for
+    masks in fp32, whose dots by fma leave no registers to draw them.
     """
     mask_in = dropout and op == "linear" and (M > 64 or upcast)
-    if mask_in or adapters > 1 or r > (32 if upcast or dtype == torch.float32 or M > 64 else 64):
+    mask_fp32 = dropout and dtype == torch.float32
+    if mask_in or mask_fp32 or adapters > 1 or r > (32 if upcast or dtype == torch.float32 or M > 64 else 64):
         return ("split",)
     return ("split", "recompute") if M <= 512 else ("split", "publish")
 
