@@ -133,7 +133,8 @@ def variants(
     """
     mask_in = dropout and op == "linear" and (M > 64 or upcast)
     mask_fp32 = dropout and dtype == torch.float32
-    if mask_in or mask_fp32 or adapters > 1 or r > (32 if upcast or dtype == torch.float32 or M > 64 else 64):
+    largest = 16 if dtype == torch.float32 else 32 if upcast or M > 64 else 64
+    if mask_in or mask_fp32 or adapters > 1 or r > largest:
         return ("split",)
     return ("split", "recompute") if M <= 512 else ("split", "publish")
 
