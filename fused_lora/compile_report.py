@@ -174,13 +174,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line)
     print(f"{sum(map(len, results.values()))} configurations, {len(found)} problems")
     if not options.check:
-        # cases that no longer exist go when all of a chip's were looked at
-        kept = _over(recorded, results) if options.only else recorded | results
+        kept = _over(recorded, results)
         write_results(options.results, kept)
         write_page(options.page, kept)
     return 1 if found and options.check else 0
 
 
 def _over(recorded, results):
-    """Results so far over what was recorded: a run that is cut off keeps what it has."""
-    return recorded | {chip: recorded.get(chip, {}) | records for chip, records in results.items()}
+    """Results so far over what was recorded, so that a run that is cut off keeps what it has; only cases that exist."""
+    kept = {}
+    for chip, spec in CHIPS.items():
+        known = recorded.get(chip, {}) | results.get(chip, {})
+        kept[chip] = {case.label: known[case.label] for case in cases(spec.capability) if case.label in known}
+    return kept
