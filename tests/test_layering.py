@@ -71,7 +71,9 @@ def test_nothing_acts_on_data(layer, path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = ast.unparse(node.func.value)
             assert (owner, node.func.attr) != ("torch", "load"), f"{path.name}:{node.lineno} calls torch.load"
-            assert owner not in ("pickle", "importlib"), f"{path.name}:{node.lineno} uses {owner}"
+            # the command line imports its own subcommands by name, nothing else imports by name at all
+            by_name = owner == "importlib" and layer != "cli"
+            assert owner != "pickle" and not by_name, f"{path.name}:{node.lineno} uses {owner}"
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
             raise AssertionError(f"{path.name}:{node.value.lineno} passes trust_remote_code")
 

@@ -207,3 +207,45 @@ def test_choose_is_total_and_names_what_exists():
     assert plan.choose("linear", 8192, 14336, 16, bf16, True, False, 1, 90) == "cublas"
     assert plan.choose("input_grad", 8192, 14336, 16, bf16, True, False, 1, 90) == "split"
     assert plan.choose("linear", 8192, 4096, 16, bf16, True, False, 1, 0) == "eager"
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merge_and_unmerge_by_the_kernel(dtype, fan_in_fan_out, kernels_on, monkeypatch):
+    from fused_lora.ops import merge, merge_kernel
+
+    monkeypatch.setattr(merge_kernel, "_checked", {})
+    W, A, B = (torch.randn(40, 70) * 0.02).to(dtype), torch.randn(3, 70), torch.randn(40, 3) * 0.002
+    weight = W.t().contiguous() if fan_in_fan_out else W.clone()
+    before = weight.clone()
+    record = merge.merge_(weight, [A], [B], [2.0], fan_in_fan_out=fan_in_fan_out)
+    assert record.device_corrections is not None and record.corrections > 0 and record.nbytes > 0
+    delta = reference.delta_weight([A], [B], [2.0], fan_in_fan_out=fan_in_fan_out)
+    exact = before.double() + delta
+    summed = reference.delta_weight([A.abs()], [B.abs()], [2.0], fan_in_fan_out=fan_in_fan_out) * 2.0**-21
+    spacing = torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert ((weight.double() - exact).abs() <= spacing + summed).all()
+    moved, lost = merge.delta_fidelity(weight, record)
+    assert moved > 0 and lost < 0.3
+    merged = weight.clone()
+    weight[3, 5] += 1
+    with pytest.raises(RuntimeError, match="weight"):
+        merge.unmerge_(weight, record)
+    weight.copy_(merged)
+    merge.unmerge_(weight, record)
+    assert torch.equal(reference.bits(weight), reference.bits(before))
+    A[1, 1] = float("nan")
+    with pytest.raises(ValueError, match="broken"):
+        merge.merge_(weight, [A], [B], [2.0], fan_in_fan_out=fan_in_fan_out)
+    assert torch.equal(reference.bits(weight), reference.bits(before))
+
+
+def test_a_merge_kernel_that_fails_its_check_is_dropped(kernels_on, monkeypatch):
+    from fused_lora.ops import merge, merge_kernel
+
+    monkeypatch.setattr(merge_kernel, "_checked", {})
+    monkeypatch.setattr(merge_kernel, "_check", lambda device, dtype: "a small weight did not come back to the bit")
+    W = torch.randn(20, 30)
+    with pytest.warns(UserWarning, match="merge kernel .* is dropped"):
+        record = merge.merge_(W, [torch.randn(2, 30)], [torch.randn(20, 2)], [1.0])
+    assert record.device_corrections is None and record.blocks

@@ -19,14 +19,19 @@ def check_linear(
     scaling: Sequence[float],
     dropout: Sequence[float],
     seeds: torch.Tensor | None,
+    autocast: torch.dtype | None = None,
 ) -> None:
-    """Raise ValueError (shapes, values) or TypeError (dtypes) when the arguments of a LoRA linear do not fit."""
+    """Raise ValueError (shapes, values) or TypeError (dtypes) when the arguments of a LoRA linear do not fit.
+
+    autocast: the dtype that x and weight are about to be cast to, if any; they may then differ.
+    """
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")
     N, K = weight.shape
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: expected [..., {K}] to fit weight {tuple(weight.shape)}, got shape {tuple(x.shape)}")
-    if x.dtype not in FLOAT_DTYPES or weight.dtype != x.dtype:
+    differ = weight.dtype != x.dtype and (autocast is None or weight.dtype not in FLOAT_DTYPES)
+    if x.dtype not in FLOAT_DTYPES or differ:
         raise TypeError(f"x, weight: expected one floating dtype for both, got {x.dtype} and {weight.dtype}")
     if bias is not None and (tuple(bias.shape) != (N,) or bias.dtype not in FLOAT_DTYPES):
         raise ValueError(f"bias: expected a floating tensor [{N}], got {bias.dtype} {tuple(bias.shape)}")

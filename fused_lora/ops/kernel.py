@@ -125,9 +125,18 @@ def guarded(key: tuple, run: Callable, eager: Callable, check: Callable[[], str 
     return call
 
 
-def small_case(device, dtype, adapter_dtypes, ranks, dropout, bias: bool) -> tuple:
-    """Arguments of a forward that crosses tile borders, small enough to check on the fly; no generator is touched."""
-    M, K, N = 65, 144, 80
+def small_case(
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
+    ranks: Sequence[int],
+    dropout: Sequence[float],
+    bias: bool,
+) -> tuple:
+    """Arguments of a forward that crosses tile borders and gets the tiles of ``rows`` rows; no generator is touched."""
+    M = next((small for small, most in ((13, 16), (50, 64), (130, 512)) if rows <= most), 577)
+    K, N = 144, 80
 
     def numbers(*shape, dtype, scale=1.0):
         n = 1

@@ -1,6 +1,6 @@
 """The LoRA linear as torch operators: y = x W^T + b + sum_i s_i D_i(x) A_i^T B_i^T, its gradients, and autocast.
 
-    fused_lora::lora_linear            -> (y [..., N], S [M, sum r_i])
+    fused_lora::lora_linear            -> (y [M, N], S [M, sum r_i]), x [M, K]
     fused_lora::lora_linear_backward   -> the gradients that are needed, in the order x, lora_A, lora_B, weight, bias
 
 Saved for the backward: x itself (shared with whoever else holds it), S and the seeds. No mask, no dropped copy of x.
@@ -52,11 +52,11 @@ def lora_linear(
     if seeds is None and any(dropout):
         seeds = draw_seeds(len(dropout), x.device)
     autocast = _autocast_dtype(x)
-    if autocast is None:
-        check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-    else:
-        check_linear(x.to(autocast), weight.to(autocast), bias, lora_A, lora_B, scaling, dropout, seeds)
-    return _lora_linear(x, weight, bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)[0]
+    check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, autocast)
+    # reshaped out here: the operator's own result is no view, so that it may be changed in place
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    y = _lora_linear(rows, weight, bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)[0]
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:
@@ -75,17 +75,14 @@ def _lora_linear(
     dropout: Sequence[float],
     seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
-    run = plan.forward(rows, weight, bias, lora_A, lora_B, dropout)
-    y, S = run(rows, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-    return y.reshape(*x.shape[:-1], weight.shape[0]), S
+    run = plan.forward(x, weight, bias, lora_A, lora_B, dropout)
+    return run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
 
 
 @_lora_linear.register_fake
 def _(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
-    M = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, x.new_empty((M, sum(A.shape[0] for A in lora_A)), dtype=cpu.shrink_dtype(x, lora_A))
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    return y, x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_A)), dtype=cpu.shrink_dtype(x, lora_A))
 
 
 @torch.library.custom_op("fused_lora::lora_linear_backward", mutates_args=())
@@ -104,14 +101,11 @@ def _lora_linear_backward(
 ) -> list[Tensor]:
     n, (need_x, *rest) = len(lora_A), needs
     need_A, need_B, need_weight, need_bias = rest[:n], rest[n : 2 * n], rest[2 * n], rest[2 * n + 1]
-    K = weight.shape[1]
-    g_rows = g.reshape(-1, weight.shape[0])
-    rows = g_rows.new_empty((g_rows.shape[0], K)) if x is None else x.reshape(-1, K)
-    run = plan.backward(g_rows, weight, lora_A, lora_B, dropout)
+    rows = g.new_empty((g.shape[0], weight.shape[1])) if x is None else x
+    run = plan.backward(g, weight, lora_A, lora_B, dropout)
     dx, dA, dB, dW, db = run(
-        g_rows, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, need_weight, need_bias
+        g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, need_weight, need_bias
     )
-    dx = None if dx is None else dx.reshape(*g.shape[:-1], K)
     db = None if db is None else db.to(bias_dtype)
     return [t for t in (dx, *dA, *dB, dW, db) if t is not None]
 
@@ -119,7 +113,7 @@ def _lora_linear_backward(
 @_lora_linear_backward.register_fake
 def _(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
     bias = None if bias_dtype is None else weight.new_empty((weight.shape[0],), dtype=bias_dtype)
-    shapes = [g.new_empty((*g.shape[:-1], weight.shape[1])), *lora_A, *lora_B, weight, bias]
+    shapes = [g.new_empty((g.shape[0], weight.shape[1])), *lora_A, *lora_B, weight, bias]
     return [t.new_empty(t.shape) for t, need in zip(shapes, needs, strict=True) if need]
 
 
@@ -156,7 +150,8 @@ _lora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if x.dtype == torch.float64 or kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(x.device.type)
 

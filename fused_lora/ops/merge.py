@@ -17,16 +17,17 @@ Traffic per weight element: one read and one write of W; D, Wm and the candidate
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
+from fused_lora.ops import merge_kernel
 from fused_lora.ops._checks import FLOAT_DTYPES
 from fused_lora.reference import bits
 
@@ -35,7 +36,7 @@ _FINGERPRINT_LANES = 1021  # prime, so that rows and columns of usual sizes do n
 _BLOCK_ELEMENTS = 1 << 18  # CPU block: 1 MiB of fp32 fits the cache and hides the call overhead
 _DEVICE_BLOCK_ELEMENTS = 1 << 24
 _WORKSPACE_SHARE = 0.045  # of the weight's own bytes, for all CPU blocks in flight
-_MIN_BLOCK_ELEMENTS = 1 << 14
+_MIN_BLOCK_ELEMENTS = 1 << 17  # smaller blocks cost more in calls than they save in memory
 _THREADED_ELEMENTS = 1 << 19  # below this one thread is faster than starting several
 
 
@@ -66,17 +67,22 @@ class MergeRecord:
     transposed: bool
     block_rows: int
     blocks: list[_Block] = field(default_factory=list)
+    device_corrections: Any = None  # of the kernel, in place of blocks
 
     @property
     def nbytes(self) -> int:
         tensors = [self.left, self.right]
         for block in self.blocks:
             tensors += [t for t in (block.counts, block.offsets, block.values) if t is not None]
+        if self.device_corrections is not None:
+            tensors += [t for t in vars(self.device_corrections).values() if isinstance(t, torch.Tensor)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def corrections(self) -> int:
         """How many elements need their value kept."""
+        if self.device_corrections is not None:
+            return self.device_corrections.values.numel()
         return sum(b.values.numel() for b in self.blocks if b.values is not None)
 
 
@@ -107,6 +113,8 @@ def merge_(
         raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
     left, right = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out)
     W = weight.detach()
+    if merge_kernel.applies(W):
+        return MergeRecord(left, right, W.dtype, False, 0, device_corrections=merge_kernel.merge(W, left, right))
     transposed = W.stride(0) < W.stride(1) and W.t().is_contiguous()
     if transposed:  # rows of the storage are what a block should hold
         W, left, right = W.t(), right.t().contiguous(), left.t().contiguous()
@@ -134,6 +142,8 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
         raise RuntimeError(
             f"weight: expected shape, dtype and device as at merge, {place}, got {(tuple(W.shape), W.dtype, W.device)}"
         )
+    if record.device_corrections is not None:
+        return merge_kernel.unmerge(W, record.left, record.right, record.device_corrections)
     restored: list[_Block] = []
 
     def restore(ws: _Workspace, block: _Block) -> None:
@@ -156,6 +166,12 @@ def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, fl
     W = weight.detach()
     W = W.t() if record.transposed else W
     moved = lost = wanted = 0.0
+    if record.device_corrections is not None:
+        original = W.clone()
+        merge_kernel.unmerge(original, record.left, record.right, record.device_corrections)
+        change = W.double() - original.double()
+        delta = record.left.double() @ record.right.double()
+        moved, lost, wanted = (t.square().sum().item() for t in (change, change - delta, delta))
     ws = _Workspace(W, record)
     for block in record.blocks:
         original, delta = _original_block(W, record, ws, block)
@@ -225,6 +241,10 @@ class _Workspace:
         # a weight of the delta's dtype needs no rounded copy of the total
         self._rounded = self._total if W.dtype == dtype else torch.empty(shape, dtype=W.dtype, device=W.device)
         self._differs = torch.empty(shape, dtype=torch.bool, device=W.device)
+        self.weight = None
+        if W.device.type == "cpu" and W.dtype == dtype and W.is_contiguous():
+            self.weight, self.d, self.t = W.numpy(), self._delta.numpy(), self._total.numpy()
+            self.differing = self._differs.numpy()
 
     def delta(self, record: MergeRecord, start: int, stop: int) -> torch.Tensor:
         """D of these rows."""
@@ -263,6 +283,9 @@ def _for_blocks(W: torch.Tensor, record: MergeRecord, work: Callable, blocks: li
 
     def run(first: int) -> None:
         try:
+            # a thread's first parallel operation reads the process-wide count again, which another worker may have
+            # restored by then: asking for it now settles this thread, so that its GEMMs stay single-threaded
+            torch.get_num_threads()
             torch.set_num_threads(1)
             ws = _Workspace(W, record)
             for task in tasks[first * len(tasks) // workers : (first + 1) * len(tasks) // workers]:
@@ -312,6 +335,8 @@ def _add_delta(W: torch.Tensor, record: MergeRecord, ws: _Workspace, start: int,
 
 
 def _merge_block(W: torch.Tensor, record: MergeRecord, ws: _Workspace, start: int, stop: int, check_finite: bool):
+    if ws.weight is not None and not check_finite and _merge_block_in_numpy(record, ws, start, stop):
+        return
     w = W[start:stop]
     original = w if w.is_contiguous() else w.contiguous()
     delta = ws.delta(record, start, stop)
@@ -328,6 +353,30 @@ def _merge_block(W: torch.Tensor, record: MergeRecord, ws: _Workspace, start: in
         block.merged = _fingerprint(merged) if block.offsets is None else None
         w.copy_(merged)
     record.blocks.append(block)
+
+
+def _merge_block_in_numpy(record: MergeRecord, ws: _Workspace, start: int, stop: int) -> bool:
+    """The same for a contiguous fp32 or fp64 weight on a CPU; False, with nothing done, where a copy would be smaller.
+
+    numpy's views keep the interpreter lock and its loops let go of it once each. With several workers that matters:
+    every torch call, a slice too, hands the lock over, and waiting for it took half of the time.
+    """
+    w, d, t, differs = ws.weight[start:stop], ws.d[: stop - start], ws.t[: stop - start], ws.differing[: stop - start]
+    ws.delta(record, start, stop)
+    np.add(w, d, out=t)
+    np.subtract(t, d, out=t)
+    integers = np.int32 if w.dtype == np.float32 else np.int64
+    np.not_equal(t.view(integers), w.view(integers), out=differs)
+    index = np.flatnonzero(differs)
+    if index.size * (w.itemsize + 2) >= w.nbytes:
+        return False
+    flat = w.reshape(-1).view(integers)
+    counts = np.diff(index.searchsorted(np.arange(0, flat.size + _CHUNK, _CHUNK))).astype(np.int32)
+    kept = (counts, index.astype(np.uint16), flat.take(index))
+    block = _Block(start, stop, _sums(_words_of(w)), *map(torch.from_numpy, kept))
+    np.add(w, d, out=w)
+    record.blocks.append(block)
+    return True
 
 
 def _original_block(W, record, ws, block) -> tuple[torch.Tensor, torch.Tensor]:
@@ -378,28 +427,32 @@ def _decode(block: _Block, candidate_bits: torch.Tensor) -> None:
 
 
 def _fingerprint(block: torch.Tensor) -> bytes:
-    """A digest of integer sums, modulo 2^64, over the rows and columns of the block's bits laid out 1021 words wide.
+    """Integer sums, modulo 2^64, over the rows and columns of the block's bits laid out 1021 words wide.
 
     Sums of integers are exact in any order; one changed word changes its row and its column for certain, and two
     exchanged words change two rows or two columns.
     """
-    words = _words(block)
+    if block.device.type == "cpu":
+        return _sums(_words_of(bits(block).numpy()))
+    flat = bits(block).reshape(-1)
+    whole = flat.numel() * flat.element_size() % 8 == 0 and flat.data_ptr() % 8 == 0
+    words = flat.view(torch.int64) if whole else flat.to(torch.int64)
     rows = words.numel() // _FINGERPRINT_LANES
     head = words[: rows * _FINGERPRINT_LANES].reshape(rows, _FINGERPRINT_LANES)
-    tail = words[rows * _FINGERPRINT_LANES :].cpu().numpy()
-    if block.device.type == "cpu":
-        columns, lines = np.add.reduce(head.numpy(), 0), np.add.reduce(head.numpy(), 1)
-    else:
-        columns, lines = head.sum(0).cpu().numpy(), head.sum(1).cpu().numpy()
-    digest = hashlib.blake2b(columns.tobytes(), digest_size=16)
-    digest.update(lines.tobytes())
-    digest.update(tail.tobytes())
-    return digest.digest()
+    parts = head.sum(0), head.sum(1), words[rows * _FINGERPRINT_LANES :]
+    return b"".join(part.cpu().numpy().tobytes() for part in parts)
 
 
-def _words(block: torch.Tensor) -> torch.Tensor:
+def _words_of(block: np.ndarray) -> np.ndarray:
     """The block's bits as int64 words, or as widened integers where its size is no multiple of 8 bytes."""
-    flat = bits(block).reshape(-1)
-    if flat.numel() * flat.element_size() % 8 or flat.data_ptr() % 8:
-        return flat.to(torch.int64)
-    return flat.view(torch.int64)
+    flat = block.reshape(-1)
+    if flat.nbytes % 8 or flat.ctypes.data % 8:
+        return flat.view(f"i{flat.itemsize}").astype(np.int64)
+    return flat.view(np.int64)
+
+
+def _sums(words: np.ndarray) -> bytes:
+    rows = words.size // _FINGERPRINT_LANES
+    head = words[: rows * _FINGERPRINT_LANES].reshape(rows, _FINGERPRINT_LANES)
+    tail = words[rows * _FINGERPRINT_LANES :]
+    return np.add.reduce(head, 0).tobytes() + np.add.reduce(head, 1).tobytes() + tail.tobytes()

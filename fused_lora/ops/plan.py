@@ -58,7 +58,7 @@ def forward(
         args = kernel.small_case(*case)
         return kernel.compare(run(*args), cpu.lora_linear(*args), x.dtype)
 
-    return kernel.guarded(_key("linear", variant, case, x), run, cpu.lora_linear, check)
+    return kernel.guarded(_key("linear", variant, case), run, cpu.lora_linear, check)
 
 
 def backward(
@@ -83,7 +83,7 @@ def backward(
         results = ([dx, *dA, *dB] for dx, dA, dB, _, _ in (run(*args), cpu.lora_linear_backward(*args)))
         return kernel.compare(*results, g.dtype)
 
-    return kernel.guarded(_key("input_grad", variant, case, g), run, cpu.lora_linear_backward, check)
+    return kernel.guarded(_key("input_grad", variant, case), run, cpu.lora_linear_backward, check)
 
 
 def _variant(op: str, x, K: int, lora_A, lora_B, dropout) -> str:
@@ -98,10 +98,10 @@ def _variant(op: str, x, K: int, lora_A, lora_B, dropout) -> str:
 
 def _case(x, lora_A, lora_B, dropout, bias: bool) -> tuple:
     dtypes = [(A.dtype, B.dtype) for A, B in zip(lora_A, lora_B, strict=True)]
-    return x.device, x.dtype, dtypes, [A.shape[0] for A in lora_A], dropout, bias
+    return x.shape[0], x.device, x.dtype, dtypes, [A.shape[0] for A in lora_A], dropout, bias
 
 
-def _key(op: str, variant: str, case: tuple, x: torch.Tensor) -> tuple:
-    device, dtype, dtypes, ranks, dropout, _ = case
-    rows = 1 << max(x.shape[0] - 1, 0).bit_length()  # tiles are chosen by the size of M
+def _key(op: str, variant: str, case: tuple) -> tuple:
+    M, device, dtype, dtypes, ranks, dropout, _ = case
+    rows = 1 << max(M - 1, 0).bit_length()  # tiles are chosen by the size of M
     return op, variant, str(device), dtype, tuple(dtypes), tuple(ranks), any(dropout), rows
