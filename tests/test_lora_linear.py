@@ -47,8 +47,9 @@ def peft_layer(K, N, r, bias, dtype, adapter_dtype):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16",) * 2], ids=str)
 def test_error_against_float64_is_no_larger_than_that_of_peft(dtypes, size, r, p):
-    # one draw of a few rounded numbers says little: the errors of many are pooled, the more the smaller they are
-    draws = [_draw_against_peft(*(getattr(torch, d) for d in dtypes), size, r, p) for _ in range(64 if size[0] == 1 else 8)]
+    # one draw of few rounded numbers says little: the errors of many are pooled
+    count = 64 if size[0] == 1 else 8
+    draws = [_draw_against_peft(*(getattr(torch, d) for d in dtypes), size, r, p) for _ in range(count)]
     for name, results in zip(("y", "dx", "dA", "dB"), zip(*draws, strict=True), strict=True):
         assert_no_worse(*(torch.stack(tensors) for tensors in zip(*results, strict=True)), name=name, draws=True)
 
