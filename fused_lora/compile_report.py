@@ -186,4 +186,4 @@ def _over(recorded, results):
     for chip, spec in CHIPS.items():
         known = recorded.get(chip, {}) | results.get(chip, {})
         kept[chip] = {case.label: known[case.label] for case in cases(spec.capability) if case.label in known}
-    return kept
+    return {chip: records for chip, records in kept.items() if records}
