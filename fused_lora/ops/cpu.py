@@ -115,7 +115,7 @@ def _buffer(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Mask:
-    """Row blocks of one call's keep mask, and products with it, without holding the whole on a CPU."""
+    """Row blocks of one call's keep mask, without holding the whole on a CPU."""
 
     def __init__(self, seed: torch.Tensor, p: float, M: int, K: int, device: torch.device):
         self._cut = dropout_threshold(p) - 32768
@@ -124,13 +124,19 @@ class _Mask:
         # off the CPU this path is the fallback, and drawing the mask whole costs the fewest launches
         self._whole = None if device.type == "cpu" else dropout_lanes_on(device, seed, M, K)[:, :K] >= self._cut
 
-    def times(self, tensor: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
-        """out = tensor * mask for rows [start, stop); ``out`` may be ``tensor``."""
+    def rows(self, start: int, stop: int) -> torch.Tensor | np.ndarray:
+        """The mask of rows [start, stop), to be used as often as needed."""
         if self._whole is not None:
-            return torch.mul(tensor, self._whole[start:stop], out=out)
-        keep = np.greater_equal(dropout_lanes(self._seed, start, stop - start, self._K)[:, : self._K], self._cut)
-        np.multiply(tensor.numpy(), keep, out=out.numpy())  # twice as fast as torch's product with a bool
-        return out
+            return self._whole[start:stop]
+        return np.greater_equal(dropout_lanes(self._seed, start, stop - start, self._K)[:, : self._K], self._cut)
+
+
+def _times(tensor: torch.Tensor, keep: torch.Tensor | np.ndarray, out: torch.Tensor) -> torch.Tensor:
+    """out = tensor * mask; ``out`` may be ``tensor``."""
+    if isinstance(keep, torch.Tensor):
+        return torch.mul(tensor, keep, out=out)
+    np.multiply(tensor.numpy(), keep, out=out.numpy())  # twice as fast as torch's product with a bool
+    return out
 
 
 def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
@@ -148,7 +154,7 @@ def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
         else:
             mask, buffer = _Mask(seeds[i], dropout[i], M, K, rows.device), _buffer(rows, rows.dtype)
             for start, stop in _row_blocks(M, K):
-                block = mask.times(rows[start:stop], start, stop, buffer[: stop - start])
+                block = _times(rows[start:stop], mask.rows(start, stop), buffer[: stop - start])
                 out[start:stop] = _narrow(block.to(acc), A.to(acc)).mul_(mask.scale)
     return S
 
@@ -179,13 +185,13 @@ def _input_side(dS, rows, A, p, seed, dx, need_A: bool) -> torch.Tensor | None:
         M, K = rows.shape
         mask, buffer = _Mask(seed, p, M, K, rows.device), _buffer(rows, acc)
         for start, stop in _row_blocks(M, K):
-            block = buffer[: stop - start]
+            block, keep = buffer[: stop - start], mask.rows(start, stop)
             if need_A:
-                mask.times(rows[start:stop].to(acc), start, stop, block)
+                _times(rows[start:stop].to(acc), keep, block)
                 dA.addmm_(dS[start:stop].t(), block)
             if dx is not None:
                 torch.mm(dS[start:stop], A_acc, out=block)
-                dx[start:stop] += mask.times(block, start, stop, block)
+                dx[start:stop] += _times(block, keep, block)
     return dA.to(A.dtype) if need_A else None
 
 
