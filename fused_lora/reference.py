@@ -114,7 +114,12 @@ def dropout_mask(
 
     Returns:
         bool tensor of ``shape``.
+
+    Raises:
+        ValueError: shape is empty or has a negative size, or p is not in [0, 1].
     """
+    if len(shape) == 0 or min(shape) < 0:
+        raise ValueError(f"shape: expected (..., K) with no negative size, got {tuple(shape)}")
     *leading, K = tuple(shape)
     M = int(np.prod(leading, dtype=np.int64))
     lanes = dropout_lanes(int(seed), 0, M, K)[:, :K]

@@ -77,6 +77,9 @@ def test_mask_edges():
     for p in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="dropout"):
             reference.dropout_mask(1, (2, 2), p)
+    for shape in ((), (-2, 3), (2, -3)):
+        with pytest.raises(ValueError, match="shape: expected"):
+            reference.dropout_mask(1, shape, 0.5)
 
 
 def adapters(K, N, ranks, dtype=torch.float64):
