@@ -132,8 +132,8 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
     """In place: the bits that ``weight`` had before the :func:`merge_` that returned ``record``.
 
     Raises:
-        RuntimeError: the weight was changed, cast or moved since the merge, so that its original bits cannot be restored.
-            Nothing is changed. On a CPU a change of elements that all have their original on record is not noticed:
+        RuntimeError: the weight was changed, cast or moved since the merge, so that its original bits cannot be
+            restored. Nothing is changed. On a CPU a change of elements that all have their original on record is not noticed:
             the original bits come back, the change is lost.
     """
     W = weight.detach()
