@@ -133,8 +133,8 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
 
     Raises:
         RuntimeError: the weight was changed, cast or moved since the merge, so that its original bits cannot be
-            restored. Nothing is changed. On a CPU a change of elements that all have their original on record is not noticed:
-            the original bits come back, the change is lost.
+            restored. Nothing is changed. On a CPU a change of elements that all have their original on record is not
+            noticed: the original bits come back, the change is lost.
     """
     W = weight.detach()
     W = W.t() if record.transposed else W
