@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fused_lora.modules.plain import why_not_plain
 from fused_lora.ops import merge as merging
 from fused_lora.ops.lora_linear import lora_linear
 
@@ -41,18 +42,22 @@ class FusedLoraBehaviour:
         names = self._present(self.active_adapters)
         if not names:
             return self.base_layer(x)
-        if not all(map(_is_plain, self._parts(names))):
+        if any(why_not_plain(part) for part in self._parts(names)):
             return self._composed_forward(x, names)
-        dropouts = [self.lora_dropout[name] for name in names]
-        return lora_linear(
-            x,
-            self._weight(),
-            self._bias(names),
-            [self.lora_A[name].weight for name in names],
-            [self.lora_B[name].weight for name in names],
-            [float(self.scaling[name]) for name in names],
-            [d.p if isinstance(d, nn.Dropout) and d.training else 0.0 for d in dropouts],
-        )
+        return self._fused_forward(x, names)
+
+    def _fused_forward(self, x: Tensor, names: list[str]) -> Tensor:
+        """One operator for base and adapters. A scaling may be a 0-d tensor, which is read on its device only."""
+        lora_B, scaling, dropout = [], [], []
+        for name in names:
+            B, s, drop = self.lora_B[name].weight, self.scaling[name], self.lora_dropout[name]
+            if isinstance(s, Tensor):
+                B, s = B.to(_wide(B.dtype)) * s, 1.0
+            lora_B.append(B)
+            scaling.append(float(s))
+            dropout.append(drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0)
+        lora_A = [self.lora_A[name].weight for name in names]
+        return lora_linear(x, self._weight(), self._bias(names), lora_A, lora_B, scaling, dropout)
 
     def _composed_forward(self, x: Tensor, names: list[str]) -> Tensor:
         """PEFT's own sequence of module calls."""
@@ -203,9 +208,10 @@ class FusedLoraBehaviour:
         bias = self.base_layer.bias
         if bias is None:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
-        total = bias.data.float()
+        total = bias.data.to(_wide(bias.dtype))
         for name in with_bias:
-            total = total + self.lora_B[name].bias.data.float() * float(self.scaling[name])
+            term = self.lora_B[name].bias.data
+            total = total + term.to(_wide(term.dtype)) * float(self.scaling[name])
         merged = total.to(bias.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"NaNs or infinities detected in the merged bias; the adapters {names} seem to be broken")
@@ -223,13 +229,13 @@ class FusedLoraBehaviour:
         return weight.t() if self.fan_in_fan_out else weight
 
     def _bias(self, names: list[str]) -> Tensor | None:
-        """Base bias plus s_i times each lora_bias, [N], in fp32 as soon as there is something to add."""
+        """Base bias plus s_i times each lora_bias, [N], in fp32 or wider as soon as there is something to add."""
         bias = self.base_layer.bias
         for name in names:
             lora_bias = self.lora_B[name].bias
             if lora_bias is not None:
-                term = lora_bias.float() * float(self.scaling[name])
-                bias = term if bias is None else bias.float() + term
+                term = lora_bias.to(_wide(lora_bias.dtype)) * self.scaling[name]
+                bias = term if bias is None else bias.to(_wide(bias.dtype)) + term
         return bias
 
 
@@ -241,16 +247,5 @@ def _factors_of(layer: FusedLoraBehaviour, names: list[str]) -> tuple[list[Tenso
     )
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """True when calling ``module`` does nothing but its class's own arithmetic, so that a kernel may do it instead."""
-    if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
-        return False
-    if type(module) in (nn.Dropout, nn.Identity):
-        return True
-    weight = getattr(module, "weight", None)
-    plain = isinstance(weight, Tensor) and type(weight) in (nn.Parameter, Tensor) and weight.dim() == 2
-    kind = type(module)
-    return plain and (kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers")))
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
