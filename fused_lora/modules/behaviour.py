@@ -105,8 +105,10 @@ class FusedLoraBehaviour:
             RuntimeError: an adapter has a lora_bias and the base layer no bias, or the base weight is not a parameter.
         """
         names = self._present(self._names_to_merge(adapter_names))
-        if not names:
-            return
+        if names:
+            self._merge_names(names)
+
+    def _merge_names(self, names: list[str]) -> None:
         if "weight" not in self.base_layer._parameters:  # parametrized: computed anew from something else at each use
             raise RuntimeError("base_layer.weight is not a parameter of its own, so nothing can be merged into it")
         bias = self._check_bias_merge(names)

@@ -1,0 +1,254 @@
+"""PEFT models made fast in place: their own modules, parameters and checkpoints, with a fused forward underneath.
+
+accelerate / restore     one model, there and back
+install / uninstall      every LoRA Linear that PEFT builds from now on, in this process
+register                 every LoRA Linear that PEFT builds for one LoraConfig
+layer_report             which layers run fused, and why the others do not
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fused_lora.integrations.peft_linear import CALLS, FUSED, linear_class, why_not_fused
+from fused_lora.modules.linear import LoraLinear
+from fused_lora.modules.plain import is_exactly_conv1d, why_not_plain, why_not_plain_weight
+
+_create = "_create_new_module"  # LoraModel's static method: where PEFT builds the layer around a target
+_installed: dict[str, Any] = {}  # empty, or the method that install() has replaced and the one it put there
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Make the LoRA linears of a PEFT model fast, in place. :func:`restore` takes it back.
+
+    Every exact ``peft.tuners.lora.Linear`` gets a subclass of itself as its class. Parameters, buffers, hooks,
+    state-dict keys, checkpoints and PEFT's own methods stay as they are. At every call the layer decides: plain LoRA
+    over a plain linear layer runs in one operator, anything else (merged, disabled, DoRA, hooks on lora_A, ...) runs
+    PEFT's own forward. Merging rounds once, and unmerging gives back the exact bits.
+
+    Layers that PEFT adds to a PeftModel later are accelerated too. After an injection into a bare model (a second
+    ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``.
+
+    Args:
+        model: a PeftModel, or any module that contains PEFT LoRA layers.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: model is not a module. ValueError: it has no PEFT LoRA layer.
+    """
+    if not _lora_layers(model):
+        if any(isinstance(module, LoraLinear) for module in model.modules()):
+            raise ValueError("model: its LoRA layers are fused_lora's own, they need no accelerate")
+        raise ValueError(
+            "model: expected PEFT LoRA layers, found none. Wrap it first (peft.get_peft_model), or use "
+            "fused_lora.inject(model, config), which needs no PEFT"
+        )
+    for module in model.modules():
+        _adopt(module)
+        if _builds_lora_layers(module):
+            setattr(module, _create, _create_accelerated)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate`: every layer is PEFT's own again, and nothing of ours is left in the model.
+
+    Merged adapters stay merged. PEFT's unmerge then subtracts them, as it does for its own merges, so unmerge before
+    the restore where the exact bits matter. A model that is not accelerated is left alone.
+
+    Raises:
+        TypeError: model is not a module. RuntimeError: the class of an accelerated layer was changed by someone else
+            (``fully_shard`` on the layer itself). Nothing is changed.
+    """
+    ours = linear_class() if _lora_layers(model) else None
+    layers = [(path, m) for path, m in model.named_modules() if ours is not None and isinstance(m, ours)]
+    changed = [path for path, module in layers if type(module) is not ours]
+    if changed:
+        raise RuntimeError(f"model: the classes of {changed} were changed after accelerate; undo that first")
+    for _, module in layers:
+        _release(module)
+    for module in model.modules():
+        if vars(module).get(_create) is _create_accelerated:
+            delattr(module, _create)
+    return model
+
+
+def install() -> Callable[[], dict[str, Any]]:
+    """From now on every LoRA Linear that PEFT builds in this process is accelerated. :func:`uninstall` ends it.
+
+    Models that exist already are not touched, models built meanwhile stay accelerated. Installing twice is no error.
+
+    Returns:
+        A function that reports the calls of all accelerated layers since this install():
+        ``{"fused": int, "fallback": {reason: int}}``. Calls inside compiled code are not counted.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    from peft.tuners.lora import LoraModel
+
+    if not _installed:
+        original, build = vars(LoraModel)[_create], getattr(LoraModel, _create)
+
+        def create(*args: Any, **kwargs: Any) -> nn.Module:
+            module = build(*args, **kwargs)
+            return _adopt(module) if _installed else module
+
+        _installed.update(original=original, replacement=staticmethod(create))
+        setattr(LoraModel, _create, _installed["replacement"])
+    before = Counter(CALLS)
+
+    def report() -> dict[str, Any]:
+        calls = CALLS - before
+        fused = calls.pop(FUSED, 0)
+        return {"fused": fused, "fallback": dict(calls.most_common())}
+
+    return report
+
+
+def uninstall() -> None:
+    """End :func:`install`; accelerated models stay as they are. Does nothing when it is not in force."""
+    if not _installed:
+        return
+    from peft.tuners.lora import LoraModel
+
+    # a method that someone else put over ours stays, and ours, underneath, passes on what it gets
+    if vars(LoraModel)[_create] is _installed["replacement"]:
+        setattr(LoraModel, _create, _installed["original"])
+    _installed.clear()
+
+
+def register(config: Any) -> Any:
+    """Let PEFT build accelerated layers for one ``peft.LoraConfig``: the form without any process-wide switch.
+
+    Uses ``LoraConfig._register_custom_module``, for nn.Linear and transformers' Conv1D over ordinary weights. PEFT does
+    not save the registration with the config: register again after loading.
+
+    Returns:
+        ``config``.
+
+    Raises:
+        TypeError: config is not a peft.LoraConfig.
+    """
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config: expected peft.LoraConfig, got {type(config).__name__}")
+    config._register_custom_module({nn.Linear: _build_accelerated, Conv1D: _build_accelerated})
+    return config
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One LoRA layer of a model: where it is, what it is, and why its calls do not run fused (None when they do)."""
+
+    path: str
+    kind: str
+    why_not: str | None
+
+    @property
+    def fused(self) -> bool:
+        """Whether a plain call of the layer, as it is now, runs in the fused operator."""
+        return self.why_not is None
+
+
+def layer_report(model: nn.Module) -> list[LayerRow]:
+    """Every LoRA layer of a model, PEFT's or fused_lora's own, in ``named_modules()`` order.
+
+    It describes the layers as they are now: merging, disabling or a hook changes it. Input-dependent reasons (dtype,
+    device, a batch of several adapters) show in the counts of :func:`install` only. Raises TypeError for a non-module.
+    """
+    peft_layers = _lora_layers(model)
+    rows = []
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            rows.append(LayerRow(path, "LoraLinear", _why_not_ours(module)))
+        elif path in peft_layers:
+            rows.append(LayerRow(path, f"peft {repr(module).partition('(')[0]}", _why_not_peft(module)))
+    return rows
+
+
+def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's LoRA layers of any kind: path -> layer. None where PEFT was never imported: then nobody can have any."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    lora = sys.modules.get("peft.tuners.lora")
+    return {} if lora is None else {p: m for p, m in model.named_modules() if isinstance(m, lora.LoraLayer)}
+
+
+def _stock_class() -> type[nn.Module]:
+    from peft.tuners.lora import Linear
+
+    return Linear
+
+
+def _adopt(module: nn.Module) -> nn.Module:
+    """Give an exact lora.Linear the accelerated class; anything else is left alone."""
+    stock, ours = _stock_class(), linear_class()
+    if type(module) is stock:
+        _change_class(module, stock, ours)
+    return module
+
+
+def _release(module: nn.Module) -> None:
+    _change_class(module, linear_class(), _stock_class())
+    vars(module).pop("merge_state", None)
+
+
+def _change_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    module.__class__ = new
+    # accelerate's hooks keep the bound forward of the class that the module had when they were attached
+    hooked = vars(module).get("_old_forward")
+    if getattr(hooked, "__func__", None) is old.forward:
+        module._old_forward = types.MethodType(new.forward, module)
+
+
+def _builds_lora_layers(module: nn.Module) -> bool:
+    from peft.tuners.lora import LoraModel
+
+    # a subclass with a method of its own (AdaLoRA) builds other layers
+    return isinstance(module, LoraModel) and getattr(type(module), _create) is getattr(LoraModel, _create)
+
+
+def _create_accelerated(*args: Any, **kwargs: Any) -> nn.Module:
+    """LoraModel._create_new_module of an accelerated model."""
+    from peft.tuners.lora import LoraModel
+
+    return _adopt(getattr(LoraModel, _create)(*args, **kwargs))
+
+
+def _build_accelerated(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
+    """PEFT's default layer around a plain linear target, accelerated; None (PEFT looks further) around any other."""
+    from peft.tuners.lora.layer import dispatch_default
+
+    plain = type(target) is nn.Linear or is_exactly_conv1d(target)
+    if not plain or kwargs.get("parameter_name") is not None or why_not_plain_weight(target.weight):
+        return None
+    return _adopt(dispatch_default(target, adapter_name, **kwargs))
+
+
+def _why_not_ours(layer: LoraLinear) -> str | None:
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged:
+        return "merged: the base layer alone"
+    names = layer._present(layer.active_adapters)
+    return next(filter(None, map(why_not_plain, layer._parts(names))), None) if names else "no active adapter"
+
+
+def _why_not_peft(layer: nn.Module) -> str | None:
+    if isinstance(layer, linear_class()):
+        return why_not_fused(layer, layer._present(layer.active_adapters))
+    if type(layer) is _stock_class():
+        return "not accelerated: call fused_lora.accelerate(model)"
+    return f"{type(layer).__name__} has no fused form"

@@ -1,0 +1,203 @@
+"""PEFT's ``lora.Linear`` with a fused forward and an exact merge: the class that accelerated layers are given.
+
+It adds no parameter, buffer or state of its own while nothing is merged, so that changing ``module.__class__`` back
+and forth is all there is to switching. Whatever the fused operator does not cover goes to PEFT's own method.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.modules.behaviour import BASE, FusedLoraBehaviour
+from fused_lora.modules.plain import (
+    is_exactly_conv1d,
+    why_not_here,
+    why_not_plain,
+    why_not_plain_input,
+    why_not_plain_weight,
+)
+
+FUSED = "fused"
+CALLS: Counter[str] = Counter()  # FUSED, or the reason why PEFT's own forward ran -> calls in this process
+
+
+class AcceleratedLinear(FusedLoraBehaviour):
+    """Forward, merge and unmerge of a ``lora.Linear``, for a class that has PEFT's as its next base."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward: base(x) + sum over active adapters of scaling * B(A(dropout(x))), in the dtype of base(x)."""
+        adapter_names = kwargs.get("adapter_names")
+        names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
+        reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, args, kwargs)
+        if not torch.compiler.is_compiling():  # a counter would be a guard, and every call a new compilation
+            CALLS[reason or FUSED] += 1
+        return super().forward(x, *args, **kwargs) if reason else self._fused_forward(x, names)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """PEFT's: scaling * B A of one adapter, as the base weight is stored, in the adapter's dtype."""
+        return super(FusedLoraBehaviour, self).get_delta_weight(adapter)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's merge with one rounding for all adapters; :meth:`unmerge` then restores the bits of before.
+
+        PEFT's own method runs where the layer is no plain LoRA over a plain weight, on top of a merge that was not
+        ours, and where the result is not finite and ``safe_merge`` is off.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as PEFT's.
+        """
+        if not self.merged:
+            self.merge_state = None  # someone emptied the list of merged adapters by hand
+        if not self._merges_exactly(adapter_names):
+            return self._merge_by_peft(safe_merge, adapter_names)
+        names = self._present(self._names_to_merge(adapter_names))
+        if not names:
+            return
+        try:
+            self._merge_names(names)
+        except ValueError:  # not finite
+            if safe_merge:
+                self._merge_one_by_one(names)
+            else:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about what is merged already: said above
+                    self._merge_by_peft(safe_merge, names)
+
+    def unmerge(self) -> None:
+        """Take every merged adapter away; the base weight gets back the bits it had, whatever happened to A and B.
+
+        A weight that was itself changed, cast or moved since the merge is unmerged by PEFT's subtraction, with a
+        warning.
+        """
+        if self.merged and self.merge_state is not None:
+            try:
+                return super().unmerge()
+            except RuntimeError as error:
+                warnings.warn(f"{error}; PEFT's unmerge subtracts the adapters instead", stacklevel=2)
+        self.merge_state = None
+        super(FusedLoraBehaviour, self).unmerge()
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's way to add an adapter to an existing layer.
+
+        Raises:
+            ValueError: the injection of an adapter would overwrite one of the same name, as happens when a model that
+                PEFT has wrapped is wrapped again.
+        """
+        # only an injection says which module it is about; other callers re-initialise adapters on purpose
+        if adapter_name in self.lora_A and kwargs.get("target_name"):
+            raise ValueError(
+                f"adapter_name: {kwargs['target_name']!r} already has an adapter {adapter_name!r} that would be lost. "
+                "Do not wrap a model again that PEFT has wrapped: peft_model.load_adapter(path, adapter_name, "
+                "is_trainable=True) loads a further adapter, peft_model.add_adapter(adapter_name, config) starts one, "
+                "and peft_model.merge_and_unload() returns a plain model to start anew"
+            )
+        super().update_layer(adapter_name, *args, **kwargs)
+
+    def _merges_exactly(self, adapter_names: list[str] | None) -> bool:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if isinstance(names, str) or len(set(names)) != len(names) or (self.merged and self.merge_state is None):
+            return False
+        names = self._present(names)
+        weight = self.base_layer._parameters.get("weight")
+        weights = [weight, *(part[name].weight for name in names for part in (self.lora_A, self.lora_B))]
+        return not any(name in self.lora_variant for name in names) and not any(
+            why_not_plain_weight(w) or w.is_meta or w.device != weight.device for w in weights
+        )
+
+    def _merge_by_peft(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        before = len(self.merged_adapters)
+        try:
+            super(FusedLoraBehaviour, self).merge(safe_merge, adapter_names)
+        finally:
+            if len(self.merged_adapters) > before:
+                self.merge_state = None  # what PEFT has added, only PEFT can take away
+
+    def _merge_one_by_one(self, names: list[str]) -> None:
+        """Like PEFT's loop: the adapters before the broken one stay merged, and the error names it."""
+        for name in names:
+            try:
+                self._merge_names([name])
+            except ValueError:
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                ) from None
+
+
+@functools.cache
+def linear_class() -> type[nn.Module]:
+    """The class of accelerated layers, a subclass of ``peft.tuners.lora.Linear`` with the same name."""
+    from peft.tuners.lora.layer import Linear
+
+    return type("Linear", (AcceleratedLinear, Linear), {"__module__": __name__, "__doc__": AcceleratedLinear.__doc__})
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    if name == "Linear":  # where pickle looks for the class of a layer
+        return linear_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] | None = None) -> str | None:
+    """Why the layer in its present state runs PEFT's own forward for these adapters; None when it runs fused."""
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged:
+        return "merged: the base layer alone"
+    if adapter_names is not None and (len(names) != 1 or BASE in adapter_names or len(set(adapter_names)) != 1):
+        return "a batch of several adapters"
+    if not names:
+        return "no active adapter in this layer"
+    for name in names:
+        if name in layer.lora_variant:
+            return f"{type(layer.lora_variant[name]).__name__}"
+    if layer.fan_in_fan_out != is_exactly_conv1d(layer.base_layer):
+        return f"a part of the layer is a {type(layer.base_layer).__name__}"
+    for part in layer._parts(names):
+        reason = why_not_plain(part)
+        if reason:
+            return reason
+    return _why_not_dtypes(layer, names)
+
+
+def _why_not_dtypes(layer: nn.Module, names: list[str]) -> str | None:
+    for name in names:
+        A, B = layer.lora_A[name], layer.lora_B[name]
+        if A.bias is not None:
+            return "lora_A has a bias"
+        if A.weight.dtype != B.weight.dtype:
+            return "lora_A and lora_B differ in dtype"
+        scale = layer.scaling[name]
+        if not isinstance(scale, Tensor) and scale != scale:
+            return "the scaling is NaN"
+    return None
+
+
+def _why_not_call(layer: nn.Module, names: list[str], x: Tensor, args: tuple, kwargs: dict) -> str | None:
+    """Why this one call runs PEFT's own forward, in a layer that can run fused."""
+    if args or any(value is not None for key, value in kwargs.items() if key != "adapter_names"):
+        return "further arguments"
+    if kwargs.get("adapter_names") is not None and len(kwargs["adapter_names"]) != len(x):
+        return "as many adapter names as rows are needed"
+    reason = why_not_plain_input(x) or why_not_here()
+    if reason:
+        return reason
+    base, adapters = layer.base_layer, [part[n].weight for n in names for part in (layer.lora_A, layer.lora_B)]
+    if any(w.device != x.device for w in (base.weight, *adapters)):
+        return "devices differ"
+    if torch.is_autocast_enabled(x.device.type):
+        if any(t.dtype == torch.float64 for t in (x, base.weight, *adapters)):
+            return "float64 under autocast"
+    elif x.dtype != base.weight.dtype or (base.bias is not None and base.bias.dtype != x.dtype):
+        return "the input has another dtype than the base layer"
+    if not getattr(layer, "cast_input_dtype_enabled", True) and any(w.dtype != x.dtype for w in adapters):
+        return "casting of the input is switched off"
+    K = base.weight.shape[0 if layer.fan_in_fan_out else 1]
+    fits = x.dim() and x.shape[-1] == K and all(w.shape[1] == K for w in adapters[::2])
+    return None if fits else "shapes differ"
