@@ -5,9 +5,11 @@
     set_adapter / delete_adapter / disable_adapters / adapter_batch
     merge / unmerge / delta_fidelity / unload
     dropout_mask                              the mask that a call used
+    accelerate / restore                      an existing PEFT model, fast in place and back
 """
 
 from fused_lora.adapters import AdapterError, load_adapter, save_adapter
+from fused_lora.integrations.peft import accelerate, restore
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import (
     AdapterNotFound,
@@ -31,6 +33,7 @@ __all__ = [
     "AdapterNotFound",
     "LoraConfig",
     "LoraLinear",
+    "accelerate",
     "active_adapters",
     "adapter_batch",
     "adapter_configs",
@@ -42,6 +45,7 @@ __all__ = [
     "load_adapter",
     "lora_layers",
     "merge",
+    "restore",
     "save_adapter",
     "set_adapter",
     "unload",
