@@ -6,6 +6,7 @@
     merge / unmerge / delta_fidelity / unload
     dropout_mask                              the mask that a call used
     accelerate / restore                      an existing PEFT model, fast in place and back
+    verify                                    merged against unmerged: rounding, or a bug and which
 """
 
 from fused_lora.adapters import AdapterError, load_adapter, save_adapter
@@ -25,6 +26,7 @@ from fused_lora.modules.inject import (
 from fused_lora.modules.linear import LoraLinear
 from fused_lora.modules.merging import delta_fidelity, merge, unload, unmerge
 from fused_lora.reference import dropout_mask
+from fused_lora.verify import verify
 
 __version__ = "0.1.0"
 
@@ -50,4 +52,5 @@ __all__ = [
     "set_adapter",
     "unload",
     "unmerge",
+    "verify",
 ]

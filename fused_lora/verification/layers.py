@@ -1,0 +1,162 @@
+"""LoRA layers that can be looked at merged and unmerged, by their own merge and unmerge, without being changed.
+
+A layer's weight is a copy for as long as it is shown in the state it is not in; the original storage is put back
+afterwards and is never written. It serves every class with PEFT's attributes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+@dataclass
+class Layer:
+    """A layer with the adapters that act in it, and how it was found."""
+
+    path: str
+    module: nn.Module
+    names: list[str]
+    merged: bool
+    broken: str = ""  # why its own unmerge refused, or could not restore what was there
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, K] as it is now."""
+        weight = self.module.base_layer.weight.data
+        return weight.t() if getattr(self.module, "fan_in_fan_out", False) else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias as it is now."""
+        bias = self.module.base_layer.bias
+        return None if bias is None else bias.data
+
+    def factors(self) -> list[tuple[Tensor, Tensor, float, Tensor | None]]:
+        """(lora_A [r, K], lora_B [N, r], scaling, lora_bias [N] or None) of every adapter, in float64."""
+        found = []
+        for name in self.names:
+            A, B = self.module.lora_A[name].weight.data, self.module.lora_B[name]
+            bias = None if B.bias is None else B.bias.data.double()
+            found.append((A.double(), B.weight.data.double(), float(self.module.scaling[name]), bias))
+        return found
+
+    def delta_factors(self) -> tuple[Tensor, Tensor]:
+        """left [N, R] and right [R, K] in float64, left @ right = D = sum_i s_i B_i A_i."""
+        factors = self.factors()
+        return torch.cat([B * s for _, B, s, _ in factors], 1), torch.cat([A for A, *_ in factors])
+
+    @contextmanager
+    def shown(self, merged: bool) -> Iterator[None]:
+        """Inside, the layer is merged, or unmerged. Afterwards weight, bias and bookkeeping are as they were."""
+        base, kept = self.module.base_layer, _attributes(self.module)
+        weight, bias = base.weight.data, None if base.bias is None else base.bias.data
+        try:
+            if merged != self.merged:
+                base.weight.data = weight.clone()
+                if bias is not None:
+                    base.bias.data = bias.clone()
+                self._switch(merged)
+            _activate(self.module, self.names)
+            yield
+        finally:
+            base.weight.data = weight
+            if bias is not None:
+                base.bias.data = bias
+            for name in set(vars(self.module)) - _MODULE_ATTRIBUTES - set(kept):
+                delattr(self.module, name)
+            vars(self.module).update(kept)
+
+    def _switch(self, merged: bool) -> None:
+        if not merged and self.broken:
+            return self._take_away()
+        with warnings.catch_warnings(record=True) as doubts:
+            warnings.simplefilter("always")
+            try:
+                if merged:
+                    self.module.merge(adapter_names=list(self.names))
+                else:
+                    self.module.unmerge()
+            except (ValueError, RuntimeError) as error:
+                if merged:
+                    raise type(error)(f"model: {self.path} cannot be merged: {error}") from error
+                self.broken = str(error)
+                self._take_away()
+        if doubts and not merged and not self.broken:  # unmerged, but not to the weight that was merged into
+            self.broken = str(doubts[0].message)
+
+    def _take_away(self) -> None:
+        """W - D on the copy, where the layer's own unmerge refuses: the best estimate of what was merged into."""
+        left, right = self.delta_factors()
+        self.weight.copy_(self.weight.double() - left @ right)
+        for _, _, s, bias in self.factors():
+            if bias is not None:
+                self.bias.copy_(self.bias.double() - s * bias)
+        self.module.merged_adapters = []
+        if hasattr(self.module, "merge_state"):
+            self.module.merge_state = None
+
+
+def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
+    """LoRA layers that can be verified, and those that cannot: path -> why."""
+    layers, skipped = [], {}
+    for path, module in model.named_modules():
+        if not all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "merged_adapters")):
+            continue
+        merged = bool(module.merged_adapters)
+        names = [n for n in (module.merged_adapters if merged else module.active_adapters) if n in module.lora_A]
+        why = _unfit(module, names)
+        if why:
+            skipped[path] = why
+        elif names:
+            layers.append(Layer(path, module, names, merged))
+    return layers, skipped
+
+
+def check_state(model: nn.Module) -> None:
+    """Raise RuntimeError where merged and unmerged cannot be compared at all."""
+    for path, module in model.named_modules():
+        if getattr(module, "merged_adapters", None) is None or not hasattr(module, "base_layer"):
+            continue
+        if getattr(module, "disable_adapters", False) is True:
+            raise RuntimeError(f"model: its adapters are disabled ({path}), so there is nothing to verify")
+        if getattr(module, "batch_adapter_names", None) is not None:
+            raise RuntimeError("model: verify inside adapter_batch cannot compare with a merged model")
+
+
+def _unfit(module: nn.Module, names: list[str]) -> str:
+    base = module.base_layer
+    weight = getattr(base, "_parameters", {}).get("weight")
+    if weight is None or weight.dim() != 2 or not hasattr(base, "bias"):
+        return f"{type(base).__name__} has no plain 2-D weight"
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or not weight.is_floating_point():
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}: quantised or distributed"
+    if weight.device.type == "meta":
+        return "its weight is on the meta device"
+    if not len(module.lora_A):
+        return f"{type(module).__name__} is no linear layer"
+    if any(name in getattr(module, "lora_variant", {}) for name in names):
+        return "DoRA or another variant, which is not x W^T + s x A^T B^T"
+    if base.bias is None and any(module.lora_B[name].bias is not None for name in names):
+        return "its lora_bias has no base bias to be merged into"
+    return ""
+
+
+def _attributes(module: nn.Module) -> dict:
+    """The module's own attributes, with lists and dicts copied because a merge changes them in place."""
+    kept = {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
+    return {name: value.copy() if type(value) in (list, dict) else value for name, value in kept.items()}
+
+
+def _activate(module: nn.Module, names: list[str]) -> None:
+    if list(module.active_adapters) == names:
+        return
+    attribute = "_active_adapter" if hasattr(module, "_active_adapter") else "active_adapters"
+    setattr(module, attribute, list(names))

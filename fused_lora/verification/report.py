@@ -1,0 +1,160 @@
+"""What :func:`fused_lora.verify` returns: numbers per layer and at the output, causes found, all of it as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+DROPOUT = "dropout left on"
+RANDOM = "not deterministic"
+DOUBLE = "double merge"
+BASE = "wrong base"
+QUANTISED = "mismatched quantisation"
+STALE = "stale merge"
+SHARED = "shared weight"
+ADAPTER = "wrong adapter"
+PARAMETERS = "other parameters"
+FORWARD = "unmerged forward"
+MERGE = "merged weight"
+MERGED_FORWARD = "merged forward"
+OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A difference that rounding does not explain: its cause, a sentence with the numbers, and where it sits."""
+
+    cause: str
+    message: str
+    layers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = f" [{_some(self.layers)}]" if self.layers else ""
+        return f"{self.cause}: {self.message}{where}"
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One LoRA layer, merged and unmerged on the same input rows.
+
+    ``unmerged``, ``weight`` and ``merged`` are the largest errors over the bounds of ``fused_lora.verify``: of the
+    unmerged output against float64, of the merged weight against W + D, and of the merged layer's output against
+    float64 with that weight. At most 1 is rounding. ``lost`` is the delta fidelity: ||(Wm - W) - D|| / ||D||.
+    ``inside`` is <W, D> / <D, D>, how many times W itself seems to hold the delta, and ``inside_std`` its standard
+    deviation for a W that knows nothing of D.
+    """
+
+    path: str
+    dtype: torch.dtype
+    adapters: tuple[str, ...]
+    difference: float  # largest |merged - unmerged|
+    difference_rms: float
+    expected_rms: float  # what rounding alone is expected to make of it
+    unmerged: float
+    weight: float
+    merged: float
+    lost: float
+    inside: float
+    inside_std: float
+
+    @property
+    def ratio(self) -> float:
+        """The largest of the three errors over its bound."""
+        return max(self.unmerged, self.weight, self.merged)
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio <= 1.0
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """The distance of two outputs of the model, and the distance that rounding alone is expected to cause.
+
+    ``top1_changed`` is the share of positions whose largest logit moved; of these, ``top1_margin`` is the largest
+    lead that the former winner had.
+    """
+
+    difference: float
+    difference_rms: float
+    expected_rms: float
+    top1_changed: float
+    top1_margin: float
+    size_rms: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the difference is at most 4 times what rounding is expected to cause."""
+        return self.difference_rms <= 4 * self.expected_rms
+
+    def __str__(self) -> str:
+        text = (
+            f"max {self.difference:.1e}, rms {self.difference_rms:.1e} of {self.size_rms:.1e}; "
+            f"rounding is expected to cause rms {self.expected_rms:.1e}"
+        )
+        if not self.top1_changed:
+            return f"{text}; no top choice changed"
+        share, lead = f"{self.top1_changed:.1%}", f"{self.top1_margin:.1e}"
+        return f"{text}; top choice changed at {share} of positions (former lead at most {lead})"
+
+
+@dataclass
+class Verification:
+    """Result of :func:`fused_lora.verify`; ``print(it)`` shows everything."""
+
+    layers: list[LayerCheck]
+    output: OutputCheck  # merged against unmerged
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # LoRA layer -> why it was left as it is
+    reference: OutputCheck | None = None  # the model as given against the reference
+    was_merged: bool = False  # as it was given
+    reference_merged: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """True when every difference is rounding."""
+        return not self.findings
+
+    @property
+    def verdict(self) -> str:
+        """The string "rounding", or "bug"."""
+        return "rounding" if self.ok else "bug"
+
+    @property
+    def causes(self) -> list[str]:
+        """Causes of the findings, each once, in the order found."""
+        return list(dict.fromkeys(finding.cause for finding in self.findings))
+
+    def __str__(self) -> str:
+        head = ("layer", "dtype", "max |merged - unmerged|", "error / bound", "delta lost", "")
+        rows = [head] + [
+            (
+                check.path,
+                str(check.dtype).removeprefix("torch."),
+                f"{check.difference:.1e}",
+                f"{check.ratio:.2f}",
+                f"{check.lost:.2%}",
+                "rounding" if check.ok else "BUG",
+            )
+            for check in self.layers
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = []
+        for path, *cells in rows:
+            numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            lines.append("  ".join([path.ljust(widths[0]), *numbers]).rstrip())
+        lines.append(f"output, merged against unmerged: {self.output}")
+        if self.reference is not None:
+            lines.append(f"output, this model against the reference: {self.reference}")
+        lines += [f"not merged here: {path}: {why}" for path, why in self.skipped.items()]
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"BUG: {finding}" for finding in self.findings]
+        lines.append("verdict: " + ("every difference is rounding" if self.ok else f"bug ({', '.join(self.causes)})"))
+        return "\n".join(lines)
+
+
+def _some(names: tuple[str, ...], most: int = 4) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

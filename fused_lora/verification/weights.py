@@ -1,0 +1,210 @@
+"""How far results may be from float64 when nothing is wrong, and what a weight consists of: base, delta, grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CONFIDENCE = 10.0  # lambda of the bounds: exceeded with probability 2 n exp(-lambda^2 / 2), below 1e-17 for n = 16384
+_BLOCK_ELEMENTS = 1 << 21
+
+
+@dataclass
+class Units:
+    """Unit roundoffs of one layer's arithmetic: result, adapters, accumulation, and operands (TF32, autocast)."""
+
+    result: float
+    adapter: float
+    accumulate: float
+    operand: float
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, weight: Tensor, adapters: list[Tensor]) -> Units:
+        """The roundoffs that apply to a layer with input x and output y under the current autocast and TF32 modes."""
+        kind, operand = x.device.type, 0.0
+        widths = [_unit(t.dtype) for t in adapters]
+        if torch.is_autocast_enabled(kind):
+            operand = _unit(torch.get_autocast_dtype(kind))
+            widths.append(operand)
+        elif kind == "cuda" and weight.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            operand = 2.0**-11
+            widths.append(operand)
+        double = {x.dtype, weight.dtype, y.dtype} == {torch.float64}
+        accumulate = _unit(torch.float64 if double else torch.float32)
+        return cls(max(_unit(y.dtype), _unit(x.dtype)), max(widths), accumulate, operand)
+
+    @property
+    def form(self) -> float:
+        """Roundoff with which a merge forms its delta: the adapters' own where that is coarser than fp32."""
+        return max(self.adapter, self.accumulate)
+
+
+def unmerged_bound(
+    units: Units,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Sequence[tuple[Tensor, Tensor, float, Tensor | None]],
+    y: Tensor,
+) -> Tensor:
+    """Bound on |y - (x W^T + b + sum_i s_i (x A_i^T) B_i^T)|, elementwise [rows, N]; all arguments float64.
+
+    lambda sqrt(K) u_acc (|x||W|^T + |b|)                  base product
+    + (lambda sqrt(K + r) u_acc + 4 u_adapter) sum_i |s_i| ((|x||A_i|^T) |B_i|^T + |lora_bias_i|)
+                                                           x, S, S B^T and s S B^T each rounded to the adapters' dtype
+    + lambda u_operand sqrt(x^2 (W^2)^T)                   operands rounded by TF32 or autocast
+    + 2 u (|y| + |x W^T + b| + adapters' magnitude)        base result and sum rounded to the layer's dtype
+
+    lambda sqrt(n) u in place of Higham's n u / (1 - n u): Higham and Mary, "A new approach to probabilistic rounding
+    error analysis", SIAM J. Sci. Comput. 41 (2019), theorem 2.4, roundings being independent of mean zero.
+    """
+    base = x @ weight.t() + (0.0 if bias is None else bias)
+    term = torch.zeros_like(base)
+    rank = 0
+    for A, B, s, lora_bias in factors:
+        part = (x.abs() @ A.abs().t()) @ B.abs().t()
+        term += abs(s) * (part if lora_bias is None else part + lora_bias.abs())
+        rank += A.shape[0]
+    chain = CONFIDENCE * math.sqrt(x.shape[1] + rank) * units.accumulate
+    bound = _product_bound(units, x, weight, bias) + (chain + 4 * units.adapter) * term
+    return bound + 2 * units.result * (y.abs() + base.abs() + term) + tiny(units.result)
+
+
+def merged_bound(units: Units, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """Bound on |y - (x Wm^T + b)|, elementwise [rows, N], as :func:`unmerged_bound` without adapters."""
+    return _product_bound(units, x, weight, bias) + 2 * units.result * y.abs() + tiny(units.result)
+
+
+def _product_bound(units: Units, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    magnitude = x.abs() @ weight.abs().t() + (0.0 if bias is None else bias.abs())
+    bound = CONFIDENCE * math.sqrt(x.shape[1]) * units.accumulate * magnitude
+    if units.operand:
+        bound += CONFIDENCE * 2 * units.operand * (x.square() @ weight.square().t()).sqrt()
+    return bound
+
+
+@dataclass
+class MergeScan:
+    """A merge looked at element by element; ``shift`` is x (Wm - W - D)^T, what the rounding of the weight does."""
+
+    ratio: float  # largest |Wm - (W + D)| over its bound
+    lost: float
+    inside: float
+    inside_std: float
+    shift: Tensor
+
+
+def scan_merge(
+    weight: Tensor, merged: Tensor, left: Tensor, right: Tensor, x: Tensor, unit: float, count: int
+) -> MergeScan:
+    """Compare Wm with W + D, D = left @ right, all [N, K], in float64 and by blocks of rows.
+
+    The bound of an element: (count + 1) u (|W| + |left||right|), the roundings of ``count`` adapters added in turn and
+    of D itself to the weight's dtype, and (lambda sqrt(R) + 3) u' |left||right| for D formed with roundoff ``unit``.
+    """
+    u, rank = _unit(weight.dtype), right.shape[0]
+    form = (CONFIDENCE * math.sqrt(rank) + 3) * unit
+    worst = lost = wanted = inner = size = 0.0
+    shifts = []
+    for start, stop in _blocks(weight):
+        W, Wm, part = weight[start:stop].double(), merged[start:stop].double(), left[start:stop]
+        D, magnitude = part @ right, part.abs() @ right.abs()
+        error = Wm - W - D
+        bound = (count + 1) * u * (W.abs() + magnitude) + form * magnitude + tiny(u)
+        worst = max(worst, ratio(error, bound))
+        lost, wanted = lost + _dot(error, error), wanted + _dot(D, D)
+        inner, size = inner + _dot(W, D), size + _dot(W, W)
+        shifts.append(x @ error.t())
+    fidelity = math.sqrt(lost / wanted) if wanted else 0.0
+    std = math.sqrt(size / max(weight.numel(), 1) / wanted) if wanted else math.inf
+    inside = inner / wanted if wanted else 0.0
+    return MergeScan(worst, fidelity, inside, std, torch.cat(shifts, 1))
+
+
+@dataclass
+class Relation:
+    """A base weight against a reference's: how often D sits in the difference, or what else the difference is.
+
+    ``times`` is k where W - R = k D within rounding, for k of 0, -1, 1 and -2, else None. ``grid`` names a coarser grid
+    that W (or R) was rounded to. ``distance`` is ||W - R|| / ||R||, ``changed`` counts the elements that differ.
+    """
+
+    times: int | None
+    grid: str
+    distance: float
+    changed: int
+
+
+def relate(weight: Tensor, other: Tensor, left: Tensor, right: Tensor) -> Relation:
+    """Explain ``weight`` [N, K] by ``other`` [N, K] and D = left @ right; any two floating dtypes."""
+    unit = max(_unit(weight.dtype), _unit(other.dtype))
+    fits = dict.fromkeys((0, -1, 1, -2), 0.0)
+    moved = size = 0.0
+    changed = 0
+    for start, stop in _blocks(weight):
+        W, R = weight[start:stop].double(), other[start:stop].to(weight.device).double()
+        part = left[start:stop]
+        D, magnitude = part @ right, part.abs() @ right.abs()
+        bound = 3 * unit * (W.abs() + R.abs() + magnitude) + tiny(unit)
+        for k in fits:
+            fits[k] = max(fits[k], ratio(W - R - k * D, bound))
+        moved, size = moved + _dot(W - R, W - R), size + _dot(R, R)
+        changed += int((W != R).sum())
+    distance = math.sqrt(moved / size) if size else math.inf
+    times = next((k for k, worst in fits.items() if worst <= 1.0), None)
+    return Relation(times, _grid(weight, other) if changed else "", distance, changed)
+
+
+def _grid(weight: Tensor, other: Tensor) -> str:
+    """The coarser grid that one of two weights lies on and the other does not, or an empty string."""
+    for coarse, fine in ((weight, other), (other, weight)):
+        for dtype in (torch.bfloat16, torch.float16):
+            rounded = fine.to(dtype).to(torch.float64)
+            if torch.equal(coarse.double(), rounded.to(coarse.device)) and not torch.equal(fine.double(), rounded):
+                return str(dtype).removeprefix("torch.")
+        few, many = _distinct(coarse), _distinct(fine)
+        if few <= 0.75 * many:
+            return f"a grid of {few:.0f} values a row, the other has {many:.0f}"
+    return ""
+
+
+def _distinct(weight: Tensor, most: int = 64) -> float:
+    rows = weight[:: max(1, weight.shape[0] // most)].float()
+    return sum(row.unique().numel() for row in rows) / len(rows)
+
+
+def ratio(error: Tensor, bound: Tensor) -> float:
+    """Largest |error| / bound; infinite where an error is NaN."""
+    if not error.numel():
+        return 0.0
+    return torch.nan_to_num(error.abs() / bound, nan=math.inf, posinf=math.inf).max().item()
+
+
+def rms(tensor: Tensor) -> float:
+    """Root of the mean square."""
+    return tensor.double().square().mean().sqrt().item() if tensor.numel() else 0.0
+
+
+def tiny(unit: float) -> float:
+    """Room for the subnormals of the dtype with this unit roundoff, which have no relative error bound."""
+    dtype = next((d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16) if _unit(d) == unit), None)
+    info = torch.finfo(dtype or torch.float16)
+    return 8 * info.smallest_normal * info.eps
+
+
+def _unit(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def _blocks(weight: Tensor) -> Iterator[tuple[int, int]]:
+    step = max(1, _BLOCK_ELEMENTS // max(weight.shape[1], 1))
+    for start in range(0, weight.shape[0], step):
+        yield start, min(start + step, weight.shape[0])
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return (a * b).sum().item()
