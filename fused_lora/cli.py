@@ -13,7 +13,14 @@ def compile_report(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-COMMANDS = {"compile-report": compile_report}
+def run(arguments: Sequence[str]) -> int:
+    """run a script with every LoRA layer that PEFT builds in it accelerated"""
+    from fused_lora.integrations.run import main
+
+    return main(arguments)
+
+
+COMMANDS = {"compile-report": compile_report, "run": run}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

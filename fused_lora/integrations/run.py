@@ -1,0 +1,56 @@
+"""`fused-lora run`: a script as it is, with every LoRA Linear that PEFT builds in it accelerated."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fused_lora.integrations.peft import install, uninstall
+
+USAGE = "usage: fused-lora run script.py [arguments ...]\n       fused-lora run -m module [arguments ...]"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a script or module as ``python`` would, then say on stderr how many LoRA calls ran fused.
+
+    Returns:
+        0 when the script ends; what it raises, SystemExit included, passes through. 2 for a wrong command line.
+    """
+    arguments = list(arguments)
+    as_module = arguments[:1] == ["-m"]
+    target = arguments[int(as_module) : int(as_module) + 1]
+    if not target or (target[0].startswith("-") and not as_module):
+        print(USAGE, file=sys.stderr)
+        return 2
+    if not as_module and not Path(target[0]).is_file():
+        print(f"fused-lora run: there is no file {target[0]!r}", file=sys.stderr)
+        return 2
+    report = install()
+    argv, path = sys.argv, list(sys.path)
+    sys.argv = arguments[int(as_module) :]
+    sys.path.insert(0, os.getcwd() if as_module else str(Path(target[0]).resolve().parent))
+    try:
+        if as_module:
+            runpy.run_module(target[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(target[0], run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = argv, path
+        uninstall()
+        _tell(report)
+    return 0
+
+
+def _tell(report: Callable[[], dict[str, Any]]) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return  # one voice per launch
+    calls = report()
+    fallback = sum(calls["fallback"].values())
+    line = f"fused_lora: {calls['fused']} LoRA calls ran fused, {fallback} in PEFT's own way"
+    for reason, count in calls["fallback"].items():
+        line += f"\n  {count:10} {reason}"
+    print(line, file=sys.stderr)
