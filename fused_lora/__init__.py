@@ -26,6 +26,7 @@ from fused_lora.modules.inject import (
 from fused_lora.modules.linear import LoraLinear
 from fused_lora.modules.merging import delta_fidelity, merge, unload, unmerge
 from fused_lora.reference import dropout_mask
+from fused_lora.serving.store import AdapterStore
 from fused_lora.verify import verify
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "AdapterNotFound",
+    "AdapterStore",
     "LoraConfig",
     "LoraLinear",
     "accelerate",

@@ -60,7 +60,7 @@ def load_adapter(
     name = check_adapter_name("default" if adapter_name is None else adapter_name)
     if name in adapter_configs(model):
         raise ValueError(f"adapter_name {name!r} is taken; adapters of the model: {sorted(adapter_configs(model))}")
-    adapter, plan = read_checked(directory, max_bytes, lambda plan: _check_model(model, plan))
+    adapter, plan = read_checked(directory, max_bytes, lambda plan: check_model(model, plan))
     if adapter.config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):
         raise RuntimeError(f"bias={adapter.config.bias!r} replaces biases of the base model: unmerge before loading")
     adapter.config.inference_mode = not is_trainable
@@ -96,8 +96,9 @@ def _cast(plan: Plan, key: str, tensor: torch.Tensor, dtype: torch.dtype) -> tor
     return cast
 
 
-def _check_model(model: nn.Module, plan: Plan) -> None:
-    """Every path is a linear layer of ``model`` that the tensors fit, and no layer the config names goes without."""
+def check_model(model: nn.Module, plan: Plan) -> None:
+    """Raise AdapterError unless every path is a linear layer of ``model`` that the tensors fit, and every layer that
+    the config names has tensors."""
     modules = dict(candidates(model))
     for path, keys in plan.slots.items():
         module = modules.get(path)

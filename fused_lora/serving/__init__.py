@@ -1,0 +1,6 @@
+"""Serving: many adapters over one model at once, and the engines that ask for them."""
+
+from fused_lora.serving.residency import StoreFull
+from fused_lora.serving.store import AdapterStore, Lease
+
+__all__ = ["AdapterStore", "Lease", "StoreFull"]

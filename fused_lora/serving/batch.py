@@ -1,0 +1,193 @@
+"""Which rows of the running batch have which adapters. The state belongs to the thread (or task) that runs the model,
+never to the layers: several threads may run one model under different adapters at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_lora.ops.grouped import Factors, RowLayout, lora_grouped_
+from fused_lora.serving.packing import Site
+from fused_lora.serving.residency import Version
+
+_running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
+_LAYOUTS = 4  # row counts whose layouts are kept: the prompt's and the decode step's, for two models at most
+
+Entry = tuple[tuple[Any, float], ...]  # (name or lease, weight) of each adapter; empty for the base model
+
+
+def running(store: Any) -> Batch | None:
+    """The innermost batch of this store that this thread is in."""
+    batch = _running.get()
+    while batch is not None and batch.store is not store:
+        batch = batch.outer
+    return batch
+
+
+def parse_entry(entry: Any, position: int, kinds: tuple[type, ...]) -> Entry:
+    """An element of ``store.batch([...])`` as ((name, weight), ...): None, a name, or a dict of names and weights.
+
+    A sum is taken in the order of the names, so that equal requests get equal bits. ``kinds``: what stands for a name.
+
+    Raises:
+        TypeError: another type. ValueError: a weight that is not finite.
+    """
+    if entry is None:
+        return ()
+    if isinstance(entry, kinds):
+        return ((entry, 1.0),)
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"names[{position}]: expected a name, None or a dict of names and weights, got {entry!r}")
+    for name, weight in entry.items():
+        if not isinstance(name, kinds):
+            raise TypeError(f"names[{position}]: expected adapter names as keys, got {name!r}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(f"names[{position}][{name!r}]: expected a number, got {weight!r}")
+        if not math.isfinite(weight):
+            raise ValueError(f"names[{position}][{name!r}]: expected a finite weight, got {weight}")
+    return tuple(sorted(((name, float(w)) for name, w in entry.items()), key=lambda pair: str(pair[0])))
+
+
+def rows_to_entries(entries: int, rows: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
+    """The entry of each token row: from a tensor or array that says so, or from a list of row counts.
+
+    Raises:
+        TypeError: no integers. ValueError: a count is negative, their number is not that of the entries, or an index
+            is out of range (-1 means the base model).
+    """
+    if isinstance(rows, (Tensor, np.ndarray)):
+        index = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else rows
+        if index.dtype.kind not in "iu":
+            raise TypeError(f"rows: expected integers, got {index.dtype}")
+        index = index.reshape(-1).astype(np.int64)
+        if len(index) and not -1 <= index.min() <= index.max() < entries:
+            raise ValueError(f"rows: expected indices of -1 to {entries - 1}, got {index.min()} to {index.max()}")
+        return index
+    counts = list(rows)
+    if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in counts):
+        raise TypeError("rows: expected a list of row counts, or a tensor with the entry of each row")
+    if len(counts) != entries or min(counts, default=0) < 0:
+        raise ValueError(f"rows: expected {entries} counts of 0 or more, got {counts[:20]}")
+    return np.repeat(np.arange(entries), counts)
+
+
+class Batch:
+    """One entered ``store.batch(...)``.
+
+    Args:
+        store: whose batch this is. sites: of the model.
+        groups: of each group the (version, weight) pairs. group_of_entry: integers, -1 for the base model.
+        entry_of_row: the entry of each token row; None: the rows of the model's batch, in equal shares.
+
+    Attributes:
+        identities: of each entry the identity of its adapter (None for the base model; joined by "+" with weights for
+            a combination): what a cache of prefixes may tell requests apart by.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        groups: Sequence[Sequence[tuple[Version, float]]],
+        group_of_entry: np.ndarray,
+        entry_of_row: np.ndarray | None,
+    ):
+        self.store, self.groups, self.outer = store, groups, None
+        self._group_of_entry, self._entry_of_row = group_of_entry, entry_of_row
+        self._layouts: dict[int, RowLayout] = {}
+        self._factors: dict[int, dict[int, list[Factors]]] = {}
+        self._sizes: tuple[int, frozenset[int]] | None = None
+        self._arriving = [v for v in {v for group in groups for v, _ in group} if v.arrival is not None]
+        self._gradients = torch.no_grad()
+        self._token = None
+
+    @property
+    def identities(self) -> list[str | None]:
+        """The identity that each entry is served with."""
+        labels = [
+            "+".join(v.identity if w == 1.0 and len(group) == 1 else f"{w!r}*{v.identity}" for v, w in group)
+            for group in self.groups
+        ]
+        return [None if g < 0 else labels[g] for g in self._group_of_entry]
+
+    def __enter__(self) -> Batch:
+        self.outer = _running.get()
+        self._token = _running.set(self)
+        self._gradients.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._gradients.__exit__(*exception)
+        _running.reset(self._token)
+        self._layouts, self._factors = {}, {}
+
+    def called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """The model is called with these arguments: remember how many sequences and tokens they are."""
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() >= 2]
+        if tensors and self._entry_of_row is None:
+            B = len(tensors[0])
+            if B % max(len(self._group_of_entry), 1):
+                raise ValueError(
+                    f"batch: {len(self._group_of_entry)} entries for a model batch of {B} sequences; expected as many, "
+                    "or a multiple (beams and return sequences repeat each entry)"
+                )
+            self._sizes = B, frozenset((B, *(len(t) * t.shape[1] for t in tensors)))
+
+    def add(self, site: Site, x: Tensor, y: Tensor) -> None:
+        """y += the LoRA terms of x at this site, in place."""
+        factors = self._factors.get(site.index)
+        if factors is None:
+            factors = self._factors[site.index] = self._factors_at(site.index)
+        if not factors:
+            return
+        for version in self._arriving:
+            version.arrival.wait(site.index)
+        if y.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
+        rows, terms = x.reshape(-1, site.K), y.view(-1, site.N)
+        lora_grouped_(terms, rows, self._layout(site, x), factors)
+
+    def _factors_at(self, site: int) -> dict[int, list[Factors]]:
+        found = {}
+        for g, group in enumerate(self.groups):
+            members = []
+            for version, weight in group:
+                if site in version.factors:
+                    A_t, B_t, scale = version.factors[site]
+                    members.append((A_t, B_t, scale * weight))
+            if members:
+                found[g] = members
+        return found
+
+    def _layout(self, site: Site, x: Tensor) -> RowLayout:
+        rows = x.shape[:-1].numel()
+        self._check_rows(site, x, rows)
+        layout = self._layouts.get(rows)
+        if layout is None:
+            if len(self._layouts) >= _LAYOUTS:
+                self._layouts.pop(next(iter(self._layouts)))
+            if self._entry_of_row is None:
+                group_of_row = np.repeat(self._group_of_entry, rows // len(self._group_of_entry))
+            else:
+                group_of_row = np.append(self._group_of_entry, -1)[self._entry_of_row]
+            layout = self._layouts[rows] = RowLayout(group_of_row, x.device)
+        return layout
+
+    def _check_rows(self, site: Site, x: Tensor, rows: int) -> None:
+        """Rows that are not the batch's own, in order (experts that see some tokens), must not pass for it."""
+        entries = len(self._group_of_entry)
+        if self._entry_of_row is not None:
+            expected, fits = str(len(self._entry_of_row)), rows == len(self._entry_of_row)
+        elif self._sizes is None:
+            expected, fits = f"a multiple of {entries}", (len(x) if x.dim() > 2 else rows) % entries == 0
+        elif x.dim() > 2:
+            expected, fits = f"{self._sizes[0]} sequences", len(x) == self._sizes[0]
+        else:
+            expected, fits = " or ".join(map(str, sorted(self._sizes[1]))), rows in self._sizes[1]
+        if not fits:
+            raise ValueError(f"batch: {site.path!r} got an input of shape {tuple(x.shape)}; expected {expected} rows")

@@ -1,0 +1,199 @@
+"""Where an adapter comes from, checked against the model and laid out as one run of bytes.
+
+The bytes hold, for each layer, A [r, K] and then B^T [r, N], both contiguous, at their exact rank, each starting at a
+multiple of 64 bytes. B is transposed because a row of B is r elements long, and no load of it would be aligned.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, read_checked
+from fused_lora.adapters.read import check_model
+from fused_lora.modules.config import MAX_RANK, scaling
+
+_ALIGNMENT = 64
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Site(NamedTuple):
+    """A linear layer of the model that adapters may target: its number, path, module, K and N."""
+
+    index: int
+    path: str
+    module: nn.Module
+    K: int
+    N: int
+
+
+class Part(NamedTuple):
+    """One layer's share of an adapter: the site, rank, scaling and where A and B^T start (bytes)."""
+
+    site: Site
+    r: int
+    scaling: float
+    A: int
+    B_t: int
+
+    def views(self, memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A [r, K] and B^T [r, N] in the adapter's bytes."""
+        size_A, size_B = self.r * self.site.K * dtype.itemsize, self.r * self.site.N * dtype.itemsize
+        A, B_t = memory[self.A : self.A + size_A], memory[self.B_t : self.B_t + size_B]
+        return A.view(dtype).view(self.r, self.site.K), B_t.view(dtype).view(self.r, self.site.N)
+
+
+class Packed(NamedTuple):
+    """An adapter laid out: its parts in the order of the sites, their bytes, and the tensors (A, B) of each part."""
+
+    parts: tuple[Part, ...]
+    nbytes: int
+    tensors: tuple[tuple[Tensor, Tensor], ...]
+
+    def write(self, memory: Tensor, dtype: torch.dtype) -> None:
+        """Fill ``memory``, uint8 of at least ``nbytes``, with the tensors in ``dtype``."""
+        for part, (A, B) in zip(self.parts, self.tensors, strict=True):
+            into_A, into_B_t = part.views(memory, dtype)
+            into_A.copy_(A)
+            into_B_t.copy_(B.t())
+
+
+class Signature(NamedTuple):
+    """What changes when a file of an adapter is replaced or written to."""
+
+    files: tuple[tuple[int, ...], ...]
+
+
+def signature(folder: str) -> Signature | None:
+    """The state of the two files in ``folder``; None if they are not there."""
+    found = []
+    try:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            info = os.stat(os.path.join(folder, name))
+            found.append((info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+    except (OSError, ValueError):
+        return None
+    return Signature(tuple(found))
+
+
+def from_folder(
+    model: nn.Module, sites: Mapping[str, Site], folder: str, dtype: torch.dtype, max_bytes: int = MAX_WEIGHT_BYTES
+) -> tuple[Packed, Signature | None]:
+    """A PEFT checkpoint, and the state of its files that was read.
+
+    Raises:
+        AdapterError: a file is not what it must be, or does not fit the model. ValueError: it trains biases, or a
+            value is out of the range of ``dtype``.
+    """
+    for _ in range(5):
+        before = signature(folder)
+        adapter, plan = read_checked(folder, max_bytes, lambda plan: check_model(model, plan))
+        if signature(folder) == before:
+            break
+    else:
+        raise ValueError(f"source: {folder!r} changed while it was read, 5 times")
+    if plan.config.bias != "none" or plan.config.lora_bias:
+        raise ValueError(
+            f"source: {folder!r} has bias={plan.config.bias!r}, lora_bias={plan.config.lora_bias}; adapters that are "
+            "served beside others bring A and B only"
+        )
+    layers = {}
+    for path, tensors in adapter.layers.items():
+        r, alpha = plan.ranks[path]
+        layers[path] = (tensors.lora_A, tensors.lora_B, scaling(r, alpha, plan.config.use_rslora))
+    return _pack(sites, layers, dtype), before
+
+
+def from_tensors(sites: Mapping[str, Site], layers: Mapping[str, Any], dtype: torch.dtype) -> Packed:
+    """An adapter of ``{path: (A [r, K], B [N, r], scaling)}``.
+
+    Raises:
+        ValueError: no layers, a path that is no linear layer of the model, a shape or a rank that does not fit, a value
+            that is not finite in ``dtype``. TypeError: an entry is no such triple.
+    """
+    if not layers:
+        raise ValueError("source: expected at least one layer, got an empty mapping")
+    for path, entry in layers.items():
+        if path not in sites:
+            near = sorted(name for name in sites if name.rpartition(".")[2] == str(path).rpartition(".")[2])[:3]
+            raise ValueError(
+                f"source: {path!r} is no linear layer of the model" + (f"; there is {near}" if near else "")
+            )
+        _check_entry(sites[path], entry)
+    return _pack(sites, layers, dtype)
+
+
+def from_model(sites: Mapping[str, Site], model: nn.Module, name: str, dtype: torch.dtype) -> Packed:
+    """The adapter ``name`` of a model with LoRA layers (this package's or PEFT's), or its only one.
+
+    Raises:
+        ValueError: no LoRA layers, several adapters and none called ``name``, or an adapter that is more than A, B and
+            scaling (DoRA, a bias of lora_B).
+    """
+    found = {
+        path.removeprefix("base_model.model."): module
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "base_layer")
+    }
+    names = sorted({key for module in found.values() for key in module.lora_A})
+    if not names:
+        raise ValueError(f"source: the {type(model).__name__} has no LoRA layers with an adapter")
+    chosen = name if name in names else names[0]
+    if name not in names and len(names) > 1:
+        raise ValueError(f"source: the model has several adapters, {names}, and none is called {name!r}")
+    layers = {}
+    for path, module in found.items():
+        if chosen in module.lora_A:
+            B = module.lora_B[chosen]
+            # PEFT keeps what an adapter has beyond A and B in these
+            more = chosen in getattr(module, "lora_variant", {}) or chosen in getattr(
+                module, "lora_magnitude_vector", {}
+            )
+            if more or getattr(B, "bias", None) is not None:
+                raise ValueError(
+                    f"source: adapter {chosen!r} is more than A and B at {path!r} (DoRA, a bias of lora_B)"
+                )
+            layers[path] = (module.lora_A[chosen].weight, B.weight, float(module.scaling[chosen]))
+    return from_tensors(sites, layers, dtype)
+
+
+def _check_entry(site: Site, entry: Any) -> None:
+    if not (isinstance(entry, (tuple, list)) and len(entry) == 3):
+        raise TypeError(f"source[{site.path!r}]: expected (A, B, scaling), got {type(entry).__name__}")
+    A, B, scale = entry
+    if not all(isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES for t in (A, B)):
+        raise TypeError(f"source[{site.path!r}]: expected floating tensors A and B")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"source[{site.path!r}]: expected a number as scaling, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"source[{site.path!r}]: expected a finite scaling, got {scale}")
+    shapes = tuple(A.shape), tuple(B.shape)
+    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != site.K or B.shape[0] != site.N:
+        raise ValueError(f"source[{site.path!r}]: expected A [r, {site.K}] and B [{site.N}, r], got {shapes}")
+    if A.shape[0] != B.shape[1] or not 1 <= A.shape[0] <= MAX_RANK:
+        raise ValueError(f"source[{site.path!r}]: expected one rank of 1 to {MAX_RANK} in A and B, got {shapes}")
+
+
+def _pack(sites: Mapping[str, Site], layers: Mapping[str, Any], dtype: torch.dtype) -> Packed:
+    parts, tensors, end = [], [], 0
+    for path in sorted(layers, key=lambda path: sites[path].index):
+        site, (A, B, scale) = sites[path], layers[path]
+        A, B = A.detach(), B.detach()
+        for name, tensor in (("A", A), ("B", B)):
+            if not torch.isfinite(tensor.to(dtype)).all():
+                raise ValueError(f"source[{path!r}]: {name} has values that are not finite in {dtype}")
+        r = A.shape[0]
+        B_t = _aligned(end + r * site.K * dtype.itemsize)
+        parts.append(Part(site, r, float(scale), end, B_t))
+        tensors.append((A, B))
+        end = _aligned(B_t + r * site.N * dtype.itemsize)
+    return Packed(tuple(parts), end, tuple(tensors))
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
