@@ -87,16 +87,16 @@ class AcceleratedLinear(FusedLoraBehaviour):
         """PEFT's way to add an adapter to an existing layer.
 
         Raises:
-            ValueError: the injection of an adapter would overwrite one of the same name, as happens when a model that
-                PEFT has wrapped is wrapped again.
+            ValueError: the model is being wrapped a second time, which would overwrite an adapter of the same name and
+                give every key of a checkpoint a second prefix.
         """
-        # only an injection says which module it is about; other callers re-initialise adapters on purpose
-        if adapter_name in self.lora_A and kwargs.get("target_name"):
+        target = kwargs.get("target_name", "")  # only an injection says which module it is about
+        if target and (adapter_name in self.lora_A or target.startswith("base_model.model.")):
             raise ValueError(
-                f"adapter_name: {kwargs['target_name']!r} already has an adapter {adapter_name!r} that would be lost. "
-                "Do not wrap a model again that PEFT has wrapped: peft_model.load_adapter(path, adapter_name, "
-                "is_trainable=True) loads a further adapter, peft_model.add_adapter(adapter_name, config) starts one, "
-                "and peft_model.merge_and_unload() returns a plain model to start anew"
+                f"adapter_name: {adapter_name!r} cannot be added to {target!r}: the model is wrapped by PEFT already. "
+                "peft_model.load_adapter(path, adapter_name, is_trainable=True) loads a further adapter, "
+                "peft_model.add_adapter(adapter_name, config) starts one, and peft_model.merge_and_unload() returns "
+                "a plain model to start anew"
             )
         super().update_layer(adapter_name, *args, **kwargs)
 

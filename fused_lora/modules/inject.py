@@ -19,6 +19,7 @@ from fused_lora.modules.behaviour import BASE
 from fused_lora.modules.config import LayerTensors, LoraConfig
 from fused_lora.modules.linear import LoraLinear
 from fused_lora.modules.targeting import is_supported, match_targets
+from fused_lora.modules.wrapping import NotForPeft, check_not_wrapped
 
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
 
@@ -60,6 +61,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected fused_lora.LoraConfig, got {type(config).__name__}")
+    check_not_wrapped(model)
     layers = {path: LayerSpec(*config.layer_rank_alpha(path)) for path in match_targets(model, config)}
     attach(model, adapter_name, config, layers)
     return model
@@ -73,6 +75,7 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
     not fit.
     """
     configs = adapter_configs(model)
+    check_not_wrapped(model)
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", adapter_name):
         raise ValueError(f"adapter_name: expected 1 to 64 letters, digits, '_' or '-', got {adapter_name!r}")
     if adapter_name in configs:
@@ -95,6 +98,7 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
         setattr(modules[parent], name, layer)
     _load_base_biases(model, layers)
     setattr(model, _CONFIGS, {**configs, adapter_name: config})
+    model.peft_config = NotForPeft()
     _freeze(model, config, list(layers), keep)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)

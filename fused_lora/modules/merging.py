@@ -99,7 +99,7 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer.base_layer)
-    del model._fused_lora_configs
+    del model._fused_lora_configs, model.peft_config
     return model
 
 
