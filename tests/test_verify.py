@@ -14,7 +14,7 @@ from fused_lora.testing.twins import randomize_adapters, twin_models
 from fused_lora.verification import report
 
 ADAPTER = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
-KINDS = ["fused_lora", "peft"]
+KINDS = ["fused_lora", "peft", "accelerated"]
 
 
 def config(kind=LlamaConfig, **fields):
@@ -28,6 +28,8 @@ def llama(dtype=torch.float32):
 
 def make(kind, dtype=torch.float32, adapters=None, base=None):
     ours, theirs = twin_models(llama(dtype) if base is None else base, adapters or {"default": ADAPTER})
+    if kind == "accelerated":
+        fused_lora.accelerate(theirs)
     return (ours if kind == "fused_lora" else theirs).eval()
 
 
