@@ -18,7 +18,6 @@ from .dropout import _dropout_mask_kernel
 from .lora_grad import _lora_weight_grad_kernel
 from .lora_linear import _lora_linear_kernel
 from .lora_shrink import _lora_shrink_kernel
-from .tiles import _ordered_sum_kernel
 
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -57,13 +56,13 @@ def _linear_case(op: str, config: LaunchConfig, dtype: torch.dtype, dropout: boo
     x, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
     split, forward = config.SPLIT_K > 1, op == "linear"
     types = {
-        **dict(x_ptr=x, w_ptr=x, p_ptr=adapter, q_ptr=adapter, s_ptr="*fp32", y_ptr="*fp32" if split else x),
+        **dict(x_ptr=x, w_ptr=x, p_ptr=adapter, q_ptr=adapter, s_ptr="*fp32", y_ptr=x),
         **dict(rank_ends=("i32",), bounds=("i32",), shrink_scales=("fp32",), expand_scales=("fp32",)),
         **dict(M="i32", N="i32", K="i32", R="i32", stride_xm="i32"),
     }
     values = dict(
         stride_xk=1, NUM_ADAPTERS=1, VARIANT=config.variant, DROP_IN=dropout and forward and config.variant != "split",
-        DROP_OUT=dropout and not forward, HAS_BIAS=forward and not split, UPCAST=upcast, PRECISION=precision,
+        DROP_OUT=dropout and not forward, HAS_BIAS=forward, UPCAST=upcast, PRECISION=precision,
         TMA=config.tma, W_IS_NK=forward, SPLIT=split, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
     )  # fmt: skip
@@ -73,8 +72,9 @@ def _linear_case(op: str, config: LaunchConfig, dtype: torch.dtype, dropout: boo
         unit, long = pair if forward else pair[::-1]
         values[f"stride_{unit}"] = 1
         types[f"stride_{long}"] = "i32"
-    masked, publish = values["DROP_IN"] or values["DROP_OUT"], config.variant == "publish"
-    optional = dict(bias_ptr=(x, values["HAS_BIAS"]), seeds_ptr=("*i64", masked), sync_ptr=("*i32", publish))
+    masked, sync = values["DROP_IN"] or values["DROP_OUT"], split or config.variant == "publish"
+    optional = dict(bias_ptr=(x, forward), seeds_ptr=("*i64", masked), sync_ptr=("*i32", sync))
+    optional["planes_ptr"] = ("*fp32", split)
     for name, (kind, used) in optional.items():
         (types if used else values)[name] = kind if used else None
     (types if split else values)["stride_plane"] = "i32" if split else 0
@@ -97,7 +97,7 @@ def _shrink_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast
 
 def _weight_grad_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
     x, split = f"*{_TRITON_NAMES[dtype]}", config.SPLIT_K > 1
-    out = "*fp32" if split or upcast or dtype == torch.float32 else x
+    out = "*fp32" if upcast or dtype == torch.float32 else x
     types = dict(
         dA_ptr=out, dB_ptr=out, x_ptr=x, g_ptr=x, s_ptr="*fp32", ds_ptr="*fp32",
         rank_ends=("i32",), bounds=("i32",), scales_A=("fp32",), scales_B=("fp32",),
@@ -108,7 +108,8 @@ def _weight_grad_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, u
         SPLIT=split, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
     )  # fmt: skip
     (types if dropout else values)["seeds_ptr"] = "*i64" if dropout else None
-    (types if split else values)["stride_plane"] = "i32" if split else 0
+    for name, kind, without in (("planes_ptr", "*fp32", None), ("sync_ptr", "*i32", None), ("stride_plane", "i32", 0)):
+        (types if split else values)[name] = kind if split else without
     return _lora_weight_grad_kernel, types, values
 
 
@@ -135,11 +136,6 @@ def compile_cases(
                 if key not in seen:
                     seen.add(key)
                     yield case
-    types = dict(planes_ptr="*fp32", a_ptr="*bf16", b_ptr="*fp32", bias_ptr="*bf16", size_a="i32", size_b="i32")
-    types |= dict(total="i32", N="i32", PLANES="i32")
-    yield _case(
-        "ordered_sum", "sum", None, torch.bfloat16, _ordered_sum_kernel, types, dict(HAS_BIAS=True, BLOCK=1024), {}
-    )
     types = dict(out_ptr="*u8", seed_ptr="*i64", bound="i32", M="i32", K="i32")
     values = dict(BLOCK_M=32, BLOCK_K=128)
     yield _case("dropout_mask", "mask", None, torch.uint8, _dropout_mask_kernel, types, values, {})

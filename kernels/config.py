@@ -105,7 +105,7 @@ def _linear_tiles(
     wide_accumulators = capability in _WARPGROUP_MMA
     BLOCK_K = (32 if short else 64) if wide_accumulators else (16 if short else 32)
     if M <= 16:
-        return LaunchConfig(variant, 16, 32, BLOCK_K if short else 64 if mask_in else 128, 16)
+        return LaunchConfig(variant, 16, 32, BLOCK_K if short else 32 if mask_in else 128, 16)
     if M <= 64:
         return LaunchConfig(variant, 64, 64, min(BLOCK_K, 32) if mask_in else BLOCK_K, 16)
     if M <= 512:
@@ -209,7 +209,7 @@ def traffic(
 
     Returns:
         bytes: to and from device memory, every operand once a launch (tiles that neighbours read come from L2);
-        flops; launches of kernels; memsets; mask_elements: how many times the generator yields an element;
+        flops; launches of kernels; mask_elements: how many times the generator yields an element;
         floor_bytes: operands and results once each; floor_flops: every product once.
     """
     config = pick(op, M, N, K, r // adapters, dtype, dropout, capability, upcast, adapters, variant)
@@ -217,7 +217,7 @@ def traffic(
     S = 4 * M * r
     planes = 8 * config.SPLIT_K if config.SPLIT_K > 1 else 0  # written once, read once, fp32
     rank_blocks = adapters * _cdiv(r // adapters, config.BLOCK_R)
-    cost = dict(launches=1 + (config.SPLIT_K > 1), memsets=int(config.variant == "publish"), mask_elements=0)
+    cost = dict(launches=1, mask_elements=0)
     if op == "shrink":
         cost.update(bytes=e * M * K + e_adapter * r * K + S, flops=2 * M * K * r, mask_elements=M * K * rank_blocks)
         floor = cost["bytes"], cost["flops"]

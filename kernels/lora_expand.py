@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .dropout import keep_mask
-from .tiles import load_tile, store_tile
+from .tiles import grouped_order, load_tile, store_tile, sum_planes
 
 
 @triton.jit
@@ -45,6 +45,14 @@ def lora_term(
 
 
 @triton.jit
+def add_bias(acc, bias_ptr, n0, N, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr):
+    if HAS_BIAS:
+        cols = n0 + tl.arange(0, BLOCK_N)
+        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
 def finish(
     acc, s, y_ptr, bias_ptr, s_ptr, q_ptr, seeds_ptr, rank_ends, bounds, scales, m0, n0, M, N, R,
     stride_qr, stride_qn,
@@ -58,7 +66,22 @@ def finish(
             acc, s, s_ptr, q_ptr, seeds_ptr, rank_ends, bounds, scales, m0, n0, M, N, R, stride_qr, stride_qn,
             NUM_ADAPTERS, DROP, VARIANT == "recompute", UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
-    if HAS_BIAS:
-        cols = n0 + tl.arange(0, BLOCK_N)
-        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    acc = add_bias(acc, bias_ptr, n0, N, HAS_BIAS, BLOCK_N)
     store_tile(y_ptr, acc, m0, n0, N, 1, M, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def finish_split(
+    y_ptr, s_ptr, planes_ptr, bias_ptr, splits, stride_plane, M, N, R,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One tile of Y, and of S in column 0, from the planes of all programs that share it."""
+    pid_m, pid_n = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
+    y = sum_planes(planes_ptr, splits, stride_plane, m0, n0, N, 1, M, N, BLOCK_M, BLOCK_N)
+    y = add_bias(y, bias_ptr, n0, N, HAS_BIAS, BLOCK_N)
+    store_tile(y_ptr, y, m0, n0, N, 1, M, N, BLOCK_M, BLOCK_N)
+    if pid_n == 0:
+        s_planes = planes_ptr + (tl.full((), 0, tl.int64) + M) * N  # a plane holds Y, then S
+        s = sum_planes(s_planes, splits, stride_plane, m0, 0, R, 1, M, R, BLOCK_M, BLOCK_R)
+        store_tile(s_ptr, s, m0, 0, R, 1, M, R, BLOCK_M, BLOCK_R)

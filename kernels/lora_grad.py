@@ -5,8 +5,8 @@
     x [M, K], g [M, N]  bf16 / fp16 / fp32      S = D(x) A^T, dS = s g B  [M, R] fp32      sums fp32
 
 The first programs form dA, a block of K columns each, the others dB, a block of N columns each; the contraction over
-the M tokens is split over SPLIT_K programs, whose partial sums land in planes that a second, tiny launch adds in their
-order. No atomics: the same inputs give the same bits. The mask is drawn again, in registers.
+the M tokens is split over SPLIT_K programs, whose partial sums land in planes. The last of them to arrive adds the
+planes, always in the same order, so the same inputs give the same bits. The mask is drawn again, in registers.
 Bytes: e M (K + N), the floor (one pass over x and g), + 4 M R (ceil(K / BLOCK_M) + ceil(N / BLOCK_M)) of S and dS from
 L2, + 8 SPLIT_K R (K + N) for the planes; a rank above BLOCK_R reads x and g again from L2. Flops 2 M R (K + N).
 """
@@ -20,17 +20,19 @@ import triton.language as tl
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import keep_scale
 from .lora_shrink import adapter_of, adapter_table
-from .tiles import addressable, contract, ordered_sum, store_tile
+from .sync import counters, last_to_arrive
+from .tiles import addressable, contract, store_tile, sum_planes
 
 
 @triton.jit
 def _weight_grad_tile(
-    out_ptr, x_ptr, s_ptr, seeds_ptr,
+    out_ptr, planes_ptr, sync_ptr, x_ptr, s_ptr, seeds_ptr,
     rank_ends, bounds, scales,
     col_block, rank_block,
     M, N, R,
     stride_xm, stride_xn,
     stride_or, stride_on,
+    stride_plane,
     NUM_ADAPTERS: tl.constexpr, DROP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -49,12 +51,23 @@ def _weight_grad_tile(
         stride_xn, stride_xm, 0, 0, 1, R, seed, bound,
         False, True, DROP, True, False, False, UPCAST, PRECISION, BLOCK_M, 16, BLOCK_K, BLOCK_R,
     )  # fmt: skip
-    store_tile(out_ptr, acc * scale, r0, n0, stride_or, stride_on, r_end, N, BLOCK_R, BLOCK_M)
+    acc *= scale
+    if SPLIT:
+        plane = planes_ptr + tl.program_id(1).to(tl.int64) * stride_plane
+        store_tile(plane, acc, r0, n0, stride_or, stride_on, r_end, N, BLOCK_R, BLOCK_M)
+        if last_to_arrive(sync_ptr + tl.program_id(0), tl.num_programs(1)):
+            splits = tl.num_programs(1)
+            acc = sum_planes(
+                planes_ptr, splits, stride_plane, r0, n0, stride_or, stride_on, r_end, N, BLOCK_R, BLOCK_M
+            )
+            store_tile(out_ptr, acc, r0, n0, stride_or, stride_on, r_end, N, BLOCK_R, BLOCK_M)
+    else:
+        store_tile(out_ptr, acc, r0, n0, stride_or, stride_on, r_end, N, BLOCK_R, BLOCK_M)
 
 
 @triton.jit
 def _lora_weight_grad_kernel(
-    dA_ptr, dB_ptr, x_ptr, g_ptr, s_ptr, ds_ptr, seeds_ptr,
+    dA_ptr, dB_ptr, x_ptr, g_ptr, s_ptr, ds_ptr, planes_ptr, seeds_ptr, sync_ptr,
     rank_ends, bounds, scales_A, scales_B,
     M, N, K, R, num_rank_blocks,
     stride_xm, stride_xk,
@@ -67,17 +80,20 @@ def _lora_weight_grad_kernel(
     rank_block = tl.program_id(0) % num_rank_blocks
     col_block = tl.program_id(0) // num_rank_blocks
     num_k = tl.cdiv(K, BLOCK_M)
-    plane = tl.program_id(1).to(tl.int64) * stride_plane
     if col_block < num_k:
         _weight_grad_tile(
-            dA_ptr + plane, x_ptr, ds_ptr, seeds_ptr, rank_ends, bounds, scales_A, col_block, rank_block,
-            M, K, R, stride_xm, stride_xk, K, 1,
+            dA_ptr, planes_ptr, sync_ptr, x_ptr, ds_ptr, seeds_ptr,
+            rank_ends, bounds, scales_A, col_block, rank_block,
+            M, K, R, stride_xm, stride_xk, K, 1, stride_plane,
             NUM_ADAPTERS, DROP, UPCAST, PRECISION, SPLIT, BLOCK_M, BLOCK_K, BLOCK_R,
         )  # fmt: skip
     else:
+        if SPLIT:
+            planes_ptr += (tl.full((), 0, tl.int64) + R) * K  # a plane holds dA, then dB
         _weight_grad_tile(
-            dB_ptr + plane, g_ptr, s_ptr, seeds_ptr, rank_ends, bounds, scales_B, col_block - num_k, rank_block,
-            M, N, R, stride_gm, stride_gn, 1, R,
+            dB_ptr, planes_ptr, sync_ptr, g_ptr, s_ptr, seeds_ptr,
+            rank_ends, bounds, scales_B, col_block - num_k, rank_block,
+            M, N, R, stride_gm, stride_gn, 1, R, stride_plane,
             NUM_ADAPTERS, False, UPCAST, PRECISION, SPLIT, BLOCK_M, BLOCK_K, BLOCK_R,
         )  # fmt: skip
 
@@ -98,7 +114,7 @@ def lora_linear_weight_grad(
 
     g [M, N], x [M, K] of one dtype and any strides; S, dS fp32 [M, sum(ranks)] as :mod:`.lora_linear` returns them.
     dtype: the adapters' dtype, which the fp32 sums are rounded to once; it also decides the precision of the products
-    (16-bit S and dS for adapters of x's dtype, fp32 otherwise). One launch, and one for the ordered sum of the split.
+    (16-bit S and dS for adapters of x's dtype, fp32 otherwise). One launch.
     """
     (M, K), N, R = x.shape, g.shape[1], sum(ranks)
     dA = torch.empty((R, K), dtype=dtype, device=x.device)
@@ -113,13 +129,13 @@ def lora_linear_weight_grad(
     if tiles == 0:
         return list(dA.split(list(ranks))), list(dB.split(list(ranks), dim=1))
     x, g = addressable(x), addressable(g)
-    planes = None
+    planes = sync = None
     if config.SPLIT_K > 1:
         planes = torch.empty((config.SPLIT_K, dA.numel() + dB.numel()), dtype=torch.float32, device=x.device)
+        sync = counters(tiles, x.device)
     with torch.cuda.device_of(x):
         _lora_weight_grad_kernel[(tiles, config.SPLIT_K)](
-            dA if planes is None else planes, dB if planes is None else planes.view(-1)[dA.numel() :],
-            x, g, S, dS, seeds,
+            dA, dB, x, g, S, dS, planes, seeds, sync,
             ends, bounds, tuple(keep_scale(p) for p in dropout), tuple(map(float, scaling)),
             M, N, K, R, blocks,
             *x.stride(),
@@ -128,6 +144,4 @@ def lora_linear_weight_grad(
             NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(x.dtype), SPLIT=planes is not None,
             BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
         )  # fmt: skip
-        if planes is not None:
-            ordered_sum(planes, dA, dB)
     return list(dA.split(list(ranks))), list(dB.split(list(ranks), dim=1))

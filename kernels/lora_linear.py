@@ -9,10 +9,12 @@
 
 Variants, by how a tile of Y gets its S:
     recompute   one launch. Every program forms the S of its rows beside its tile of Y and applies Q after the K loop.
-                Linear in S, so K can be split over programs (planes summed in order by a second, tiny launch).
-    publish     one launch, and a memset of a few bytes. The program of column 0 forms S and releases a flag of its row
-                block; the others acquire it after their K loop. Tiles are handed out by a counter, so a program only
-                ever waits for one that runs already, whatever else the device does.
+                Linear in S, so K can be split over programs, the last of which sums their planes in order.
+    publish     one launch. The program of column 0 forms S and releases a flag of its row block; the others acquire it
+                after their K loop. A program takes the next tile when it starts, and column 0 of a row block comes
+                before its other columns: nobody waits for a program that does not run already, whatever else the
+                device does. Column 0 of the next group of row blocks comes before the rest of this one, so S is there
+                long before it is asked for.
     split       two launches. The shrink reads X once, draws the mask once and leaves S in memory; the GEMM starts its
                 accumulator from S Q. For any number of adapters, each with its own mask, and any rank.
 The first two take one adapter whose rank fits BLOCK_R.
@@ -29,15 +31,17 @@ import triton
 import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision, processors, without_tma
+from .descriptors import describable, descriptor_memory
 from .dropout import keep_scale
-from .lora_expand import finish, lora_term
+from .lora_expand import finish, finish_split, lora_term
 from .lora_shrink import adapter_table, lora_shrink, stack
-from .tiles import addressable, contract, grouped_order, ordered_sum, store_tile
+from .sync import acquire, clear, counters, last_to_arrive, release
+from .tiles import addressable, contract, grouped_order, published_order, store_tile
 
 
 @triton.jit
 def _lora_linear_kernel(
-    x_ptr, w_ptr, bias_ptr, p_ptr, q_ptr, s_ptr, y_ptr, seeds_ptr, sync_ptr,
+    x_ptr, w_ptr, bias_ptr, p_ptr, q_ptr, s_ptr, y_ptr, planes_ptr, seeds_ptr, sync_ptr,
     rank_ends, bounds, shrink_scales, expand_scales,
     M, N, K, R,
     stride_xm, stride_xk,
@@ -56,8 +60,6 @@ def _lora_linear_kernel(
         chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K
         k_begin = tl.program_id(1) * chunk
         k_end = tl.minimum(K, k_begin + chunk)
-        y_ptr += tl.program_id(1).to(tl.int64) * stride_plane
-        s_ptr += tl.program_id(1).to(tl.int64) * stride_plane
     x_src, w_src = x_ptr, w_ptr
     if TMA:
         x_src = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
@@ -73,7 +75,10 @@ def _lora_linear_kernel(
         first = tl.atomic_add(sync_ptr, 1, sem="relaxed")
     # one tile a program, or several under a persistent grid: the launch decides
     for tile in range(first, num_m * num_n, tl.num_programs(0)):
-        pid_m, pid_n = grouped_order(tile, num_m, num_n, GROUP_M)
+        if VARIANT == "publish":
+            pid_m, pid_n = published_order(tile, num_m, num_n, GROUP_M)
+        else:
+            pid_m, pid_n = grouped_order(tile, num_m, num_n, GROUP_M)
         m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         s_t = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
@@ -95,40 +100,40 @@ def _lora_linear_kernel(
                 True, False, False, False, TMA, W_IS_NK, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
             )  # fmt: skip
         s = tl.trans(s_t) * shrink_scales[0]
+        y_to, s_to = y_ptr, s_ptr
+        if SPLIT:
+            y_to = planes_ptr + tl.program_id(1).to(tl.int64) * stride_plane
+            s_to = y_to + (tl.full((), 0, tl.int64) + M) * N
+        s_rows = tl.where(pid_n == 0, M, 0)  # all programs of a row block have the same S, or only the first
         if VARIANT != "split":
-            s_rows = tl.where(pid_n == 0, M, 0)  # all programs of a row block have the same S, or only the first
-            store_tile(s_ptr, s, m0, 0, R, 1, s_rows, R, BLOCK_M, BLOCK_R)
+            store_tile(s_to, s, m0, 0, R, 1, s_rows, R, BLOCK_M, BLOCK_R)
         if VARIANT == "publish":
             if pid_n == 0:
-                tl.debug_barrier()  # every thread's part of S is written before one thread releases the flag
-                tl.atomic_xchg(sync_ptr + 1 + pid_m, 1, sem="release")
-            else:
-                while tl.atomic_add(sync_ptr + 1 + pid_m, 0, sem="acquire") == 0:
-                    pass
-            tl.debug_barrier()
+                release(sync_ptr + 2 + pid_m)
+            acquire(sync_ptr + 2 + pid_m)
         # by halves: the LoRA term of a whole tile next to its accumulator does not fit the registers
         half0, half1 = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         finish(
-            half0, s, y_ptr, bias_ptr, s_ptr, q_ptr, seeds_ptr, rank_ends, bounds, expand_scales, m0, n0, M, N, R,
-            stride_qr, stride_qn, NUM_ADAPTERS, VARIANT, DROP_OUT, HAS_BIAS, UPCAST, PRECISION,
+            half0, s, y_to, bias_ptr, s_ptr, q_ptr, seeds_ptr, rank_ends, bounds, expand_scales, m0, n0, M, N, R,
+            stride_qr, stride_qn, NUM_ADAPTERS, VARIANT, DROP_OUT, HAS_BIAS and not SPLIT, UPCAST, PRECISION,
             BLOCK_M, BLOCK_N // 2, BLOCK_R,
         )  # fmt: skip
         finish(
-            half1, s, y_ptr, bias_ptr, s_ptr, q_ptr, seeds_ptr, rank_ends, bounds, expand_scales,
+            half1, s, y_to, bias_ptr, s_ptr, q_ptr, seeds_ptr, rank_ends, bounds, expand_scales,
             m0, n0 + BLOCK_N // 2, M, N, R,
-            stride_qr, stride_qn, NUM_ADAPTERS, VARIANT, DROP_OUT, HAS_BIAS, UPCAST, PRECISION,
+            stride_qr, stride_qn, NUM_ADAPTERS, VARIANT, DROP_OUT, HAS_BIAS and not SPLIT, UPCAST, PRECISION,
             BLOCK_M, BLOCK_N // 2, BLOCK_R,
         )  # fmt: skip
-
-
-def _describable(x: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can address a matrix: unit stride inside, 16-byte steps and start outside."""
-    e = x.element_size()
-    return x.stride(1) == 1 and x.stride(0) * e % 16 == 0 and x.data_ptr() % 16 == 0 and max(x.shape) < 2**31
-
-
-def _allocate_descriptors(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, device="cuda", dtype=torch.int8)
+    # after the loop, for the sake of registers: with a split it has run once
+    if SPLIT:
+        if last_to_arrive(sync_ptr + tl.program_id(0), tl.num_programs(1)):
+            finish_split(
+                y_ptr, s_ptr, planes_ptr, bias_ptr, tl.num_programs(1), stride_plane, M, N, R,
+                HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M,
+            )  # fmt: skip
+    if VARIANT == "publish":
+        if last_to_arrive(sync_ptr + 1, tl.num_programs(0)):
+            clear(sync_ptr, 2 + num_m)
 
 
 def _linear(
@@ -160,26 +165,24 @@ def _linear(
         S = lora_shrink(x, P, *shrink, seeds)
     if y.numel() == 0:
         return y, S
-    planes = None
-    if config.SPLIT_K > 1:
-        planes = torch.empty((config.SPLIT_K, y.numel() + S.numel()), dtype=torch.float32, device=x.device)
     x, w, P_all, Q_all = addressable(x), addressable(w), addressable(stack(P)), addressable(stack(Q))
     w_is_nk = w.stride(0) == 1
-    if config.tma and not (_describable(x) and _describable(w.t() if w_is_nk else w)):
+    if config.tma and not (describable(x) and describable(w.t() if w_is_nk else w)):
         config = without_tma(config)
-    if config.tma and x.is_cuda:
-        triton.set_allocator(_allocate_descriptors)
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    sync = None
-    if config.variant == "publish":
-        sync = torch.zeros(1 + triton.cdiv(M, config.BLOCK_M), dtype=torch.int32, device=x.device)
+    num_m = triton.cdiv(M, config.BLOCK_M)
+    tiles = num_m * triton.cdiv(N, config.BLOCK_N)
+    planes = sync = None
+    if config.SPLIT_K > 1:
+        planes = torch.empty((config.SPLIT_K, y.numel() + S.numel()), dtype=torch.float32, device=x.device)
+        sync = counters(tiles, x.device)
+    elif config.variant == "publish":
+        sync = counters(2 + num_m, x.device)
     elif config.tma:
         tiles = min(tiles, processors(x.device))
     ends, bounds = adapter_table(ranks, expand[1] if drop_out else shrink[1])
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x), descriptor_memory(config.tma and x.is_cuda):
         _lora_linear_kernel[(tiles, config.SPLIT_K)](
-            x, w, None if planes is not None else bias, P_all, Q_all,
-            S if planes is None else planes.view(-1)[y.numel() :], y if planes is None else planes,
+            x, w, bias, P_all, Q_all, S, y, planes,
             seeds if draw_in or drop_out else None, sync,
             ends, bounds, tuple(map(float, shrink[0])), tuple(map(float, expand[0])),
             M, N, K, S.shape[1],
@@ -189,13 +192,11 @@ def _linear(
             *Q_all.stride(),
             0 if planes is None else planes.stride(0),
             NUM_ADAPTERS=len(P), VARIANT=config.variant, DROP_IN=draw_in, DROP_OUT=drop_out,
-            HAS_BIAS=bias is not None and planes is None, UPCAST=upcast, PRECISION=precision(x.dtype),
+            HAS_BIAS=bias is not None, UPCAST=upcast, PRECISION=precision(x.dtype),
             TMA=config.tma, W_IS_NK=w_is_nk, SPLIT=planes is not None,
             BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
             GROUP_M=config.GROUP_M, **config.options(),
         )  # fmt: skip
-        if planes is not None:
-            ordered_sum(planes, y, S, bias)
     return y, S
 
 

@@ -32,6 +32,22 @@ def grouped_order(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def published_order(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """As grouped_order, but column 0 of the next group comes before the other columns of this one."""
+    last = (num_m - 1) // GROUP_M
+    start_last = num_m * num_n - (num_m - last * GROUP_M) * (num_n - 1)
+    rest = max(tile - GROUP_M, 0)
+    group = tl.where(tile < start_last, rest // (GROUP_M * num_n), last)
+    at = tl.where(tile < start_last, rest % (GROUP_M * num_n), tile - start_last)
+    size = min(num_m - group * GROUP_M, GROUP_M)
+    ahead = max(min(num_m - (group + 1) * GROUP_M, GROUP_M), 0)
+    pid_m = tl.where(at < ahead, (group + 1) * GROUP_M + at, group * GROUP_M + (at - ahead) % size)
+    pid_n = tl.where(at < ahead, 0, 1 + (at - ahead) // size)
+    opening = tile < min(num_m, GROUP_M)  # column 0 of the first group
+    return tl.where(opening, tile, pid_m), tl.where(opening, 0, pid_n)
+
+
+@triton.jit
 def tile_ptrs(
     ptr, row0, col0, stride_row, stride_col, num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
@@ -122,41 +138,14 @@ def contract(
 
 
 @triton.jit
-def _sum_segment(planes_ptr, out_ptr, bias_ptr, start, first, size, total, N, HAS_BIAS, PLANES, BLOCK: tl.constexpr):
-    offs = first + tl.arange(0, BLOCK)
-    mask = offs < size
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for plane in range(PLANES):
-        acc += tl.load(planes_ptr + plane * total + start + offs, mask=mask, other=0.0)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs % N, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _ordered_sum_kernel(
-    planes_ptr, a_ptr, b_ptr, bias_ptr,
-    size_a, size_b, total,
-    N, PLANES,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+def sum_planes(
+    ptr, num_planes, stride_plane, row0, col0, stride_row, stride_col, num_rows, num_cols,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    first_b = first - tl.cdiv(size_a, BLOCK) * BLOCK
-    if first_b < 0:
-        _sum_segment(planes_ptr, a_ptr, bias_ptr, 0, first, size_a, total, N, HAS_BIAS, PLANES, BLOCK)
-    else:
-        _sum_segment(planes_ptr, b_ptr, bias_ptr, size_a, first_b, size_b, total, N, False, PLANES, BLOCK)
-
-
-def ordered_sum(planes: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    """a, b = sum over planes [P, a.numel() + b.numel()] in their order, plus bias along a's last dimension. One launch.
-
-    fp32 throughout and one rounding at the store: the same planes give the same bits, whatever the grid.
-    """
-    BLOCK = 1024
-    _ordered_sum_kernel[(triton.cdiv(a.numel(), BLOCK) + triton.cdiv(b.numel(), BLOCK),)](
-        planes, a, b, bias,
-        a.numel(), b.numel(), planes.shape[1],
-        a.shape[-1], len(planes),
-        HAS_BIAS=bias is not None, BLOCK=BLOCK,
-    )  # fmt: skip
+    """The sum of one tile over fp32 planes, in their order: the same planes give the same bits, whoever adds them."""
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    zero = tl.full((), 0, tl.int64)
+    for plane in range(num_planes):
+        at = ptr + (zero + plane) * stride_plane
+        acc += load_tile(at, row0, col0, stride_row, stride_col, num_rows, num_cols, ROWS, COLS)
+    return acc

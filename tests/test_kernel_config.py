@@ -80,11 +80,9 @@ def test_a_training_step_moves_2x_and_y_beyond_its_base_products(N, K, dropout):
 
 
 def test_launches_of_a_training_step():
-    """Forward 1, or 2 with a mask to draw; backward 2, and the ordered sum of the weight gradients."""
+    """Forward 1, or 2 with a mask to draw; backward 2."""
     for dropout in (False, True):
-        forward, input_grad, weight_grad = _training_step(8192, 4096, 4096, 16, dropout)
-        assert (forward["launches"], forward["memsets"]) == ((2, 0) if dropout else (1, 1))
-        assert (input_grad["launches"], weight_grad["launches"]) == (1, 2)
+        assert [cost["launches"] for cost in _training_step(8192, 4096, 4096, 16, dropout)] == [1 + dropout, 1, 1]
 
 
 def test_a_mask_is_drawn_once_an_element_and_launch():

@@ -22,8 +22,7 @@ VARIANTS = {"split": SPLIT, "recompute": RECOMPUTE, "publish": PUBLISH}
 
 @pytest.fixture
 def memory():
-    """As kernel_memory, but "publish" may read what another program of the launch has published."""
-    with checked(cross_program_reads=True) as report, guarded_allocations():
+    with checked() as report, guarded_allocations():
         yield report
 
 

@@ -127,7 +127,7 @@ SOUND = {}
 
 def outcome(scenario):
     torch.manual_seed(1)
-    with checked(cross_program_reads=True), guarded_allocations():
+    with checked(), guarded_allocations():
         return [t.clone() for t in scenario()]
 
 

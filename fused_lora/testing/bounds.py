@@ -11,6 +11,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from .ordering import SEVERAL, HappensBefore
+
 
 class AccessError(RuntimeError):
     """A kernel touched memory outside its argument, or two programs of one launch are in conflict."""
@@ -86,15 +88,14 @@ def _tensors_in(argument, name: str) -> Iterator[tuple[str, torch.Tensor]]:
 class AccessChecker:
     """Replaces the interpreter's memory operations for the time of ``installed()``; see ``interpreter.checked``."""
 
-    def __init__(self, races: bool, cross_program_reads: bool, extra: Sequence[torch.Tensor]):
+    def __init__(self, races: bool, extra: Sequence[torch.Tensor]):
         self.report = AccessReport()
         self.races = races
-        self.cross_program_reads = cross_program_reads
         self.extra = [_Extent(f"extra[{i}]", t) for i, t in enumerate(extra)]
         self.extents: list[_Extent] = []
         self.writer: dict[int, np.ndarray] = {}
         self.reader: dict[int, np.ndarray] = {}
-        self.program = 0
+        self.order = HappensBefore()
         self.position = (0, 0, 0)
         self.violation: AccessError | None = None
         self.in_atomic = False
@@ -102,11 +103,11 @@ class AccessChecker:
     def start_launch(self, names: Sequence[str], args, kwargs) -> None:
         named = [*zip(names, args, strict=False), *kwargs.items()]
         self.extents = [_Extent(n, t) for name, a in named for n, t in _tensors_in(a, name)] + self.extra
-        self.writer, self.reader, self.program, self.violation = {}, {}, 0, None
+        self.writer, self.reader, self.order, self.violation = {}, {}, HappensBefore(), None
         self.report.launches += 1
 
     def start_program(self, *position: int) -> None:
-        self.program += 1
+        self.order.start_program()
         self.position = position
         self.report.programs += 1
 
@@ -147,34 +148,35 @@ class AccessChecker:
                 inside &= ~home
         return address.size
 
+    def synchronise(self, pointers, mask: np.ndarray | None, semantic) -> None:
+        """An atomic on these addresses: what the program learns from it and tells by it."""
+        kinds = interpreter._ir.MEM_SEMANTIC
+        both = semantic == kinds.ACQUIRE_RELEASE
+        acquires, releases = both or semantic == kinds.ACQUIRE, both or semantic == kinds.RELEASE
+        if acquires or releases:
+            address = np.asarray(pointers.data).ravel()
+            if mask is not None:
+                address = address[np.broadcast_to(mask, pointers.data.shape).ravel().astype(bool, copy=False)]
+            self.order.atomic(address, acquires, releases)
+
     def track(self, kind: str, extent: _Extent, address: np.ndarray) -> None:
         if address.size == 0:
             return
         index = (address - np.uint64(extent.storage)).astype(np.int64)
-        writer = self.writer.get(extent.storage)
-        foreign = None if writer is None else writer[index]
-        clash = foreign is not None and ((foreign != 0) & (foreign != self.program)).any()
-        if clash and not (kind == "load" and self.cross_program_reads):
+        writer, reader = self._map(self.writer, extent), self._map(self.reader, extent)
+        if self.order.conflicts(writer[index]):
             self.fail(f"{kind} of an element of {extent.name} that another program of the launch has stored")
         if kind == "load":
-            reader = self._map(self.reader, extent)
             before = reader[index]
-            reader[index] = np.where((before == 0) | (before == self.program), self.program, -1)
+            reader[index] = np.where((before == 0) | self.order.own(before), self.order.interval, SEVERAL)
         elif kind == "store":
-            self._track_store(extent, index)
-
-    def _track_store(self, extent: _Extent, index: np.ndarray) -> None:
-        reader = self.reader.get(extent.storage)
-        if reader is not None and not self.cross_program_reads:
-            before = reader[index]
-            if ((before != 0) & (before != self.program)).any():
+            if self.order.conflicts(reader[index]):
                 self.fail(f"store to an element of {extent.name} that another program of the launch has loaded")
-        writer = self._map(self.writer, extent)
-        lanes = np.arange(1, index.size + 1, dtype=np.int32)
-        writer[index] = lanes
-        if (writer[index] != lanes).any():
-            self.fail(f"two lanes of one store on the same element of {extent.name}")
-        writer[index] = self.program
+            lanes = np.arange(1, index.size + 1, dtype=np.int32)
+            writer[index] = lanes
+            if (writer[index] != lanes).any():
+                self.fail(f"two lanes of one store on the same element of {extent.name}")
+            writer[index] = self.order.interval
 
     def _map(self, maps: dict[int, np.ndarray], extent: _Extent) -> np.ndarray:
         if extent.storage not in maps:
@@ -241,13 +243,19 @@ def _builder_methods(checker: AccessChecker) -> dict:
         report.stored += checker.check("store", ptrs, mask.data)
         return original["create_masked_store"](self, ptrs, value, mask, *rest, **named)
 
-    def create_atomic_rmw(self, op, ptr, value, mask, *rest, **named):
+    def create_atomic_rmw(self, op, ptr, value, mask, sem, *rest, **named):
         report.updated += checker.check("atomic", ptr, mask.data)
-        return original["create_atomic_rmw"](self, op, ptr, value, mask, *rest, **named)
+        checker.synchronise(ptr, mask.data, sem)
+        return original["create_atomic_rmw"](self, op, ptr, value, mask, sem, *rest, **named)
 
-    def create_atomic_cas(self, ptr, *rest, **named):
+    def create_atomic_cas(self, ptr, cmp, value, sem, *rest, **named):
         report.updated += checker.check("atomic", ptr, None)
-        return original["create_atomic_cas"](self, ptr, *rest, **named)
+        checker.synchronise(ptr, None, sem)
+        return original["create_atomic_cas"](self, ptr, cmp, value, sem, *rest, **named)
+
+    def create_barrier(self, *rest, **named):
+        checker.order.barrier()
+        return original["create_barrier"](self, *rest, **named)
 
     def without_races(name):
         def method(self, *args, **named):
@@ -270,7 +278,8 @@ def _builder_methods(checker: AccessChecker) -> dict:
         return original["set_grid_idx"](self, x, y, z)
 
     methods = {m.__name__: m for m in (
-        create_masked_load, create_masked_store, create_atomic_rmw, create_atomic_cas, create_select, set_grid_idx,
+        create_masked_load, create_masked_store, create_atomic_rmw, create_atomic_cas, create_barrier, create_select,
+        set_grid_idx,
     )}  # fmt: skip
     atomics = ("create_atomic_load", "create_atomic_store", "create_atomic_poll")
     return methods | {name: without_races(name) for name in atomics if name in original}

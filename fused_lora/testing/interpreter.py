@@ -27,7 +27,7 @@ _LAUNCH_LOCK = threading.RLock()
 _REPLACED = {
     "InterpreterBuilder": (
         "cast_impl create_fp_to_fp binary_op unary_op create_dot create_fma create_clampf create_select "
-        "create_masked_load create_masked_store create_atomic_rmw create_atomic_cas set_grid_idx"
+        "create_masked_load create_masked_store create_atomic_rmw create_atomic_cas create_barrier set_grid_idx"
     ),
     "GridExecutor": "__call__ _init_args_hst",
 }
@@ -236,19 +236,17 @@ def fixed_order_dot() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def checked(
-    *, races: bool = True, cross_program_reads: bool = False, extra: Sequence[torch.Tensor] = ()
-) -> Iterator[AccessReport]:
+def checked(*, races: bool = True, extra: Sequence[torch.Tensor] = ()) -> Iterator[AccessReport]:
     """Check every active lane of every load, store and atomic of the kernels launched within, descriptors included.
 
     A lane must lie on an element of the tensor argument that its pointer came from: not in another argument, not in the
     gaps of a strided view. A pointer that lost its origin (read from memory, or chosen between two arguments) must lie
     in some argument, or in ``extra``. With ``races``, no two programs of a launch store the same element, no store
-    has two lanes on one element, and no program loads what another one stores in the same launch.
+    has two lanes on one element, and no program loads what another one stores in the same launch, unless the two
+    synchronise: store, barrier, an atomic that releases; an atomic there that acquires, barrier, load.
 
     Args:
         races: check for conflicts between programs and between the lanes of a store.
-        cross_program_reads: allow a load of what another program stored, for kernels that synchronise by atomics.
         extra: tensors that kernels reach by addresses read from memory.
 
     Yields:
@@ -263,6 +261,6 @@ def checked(
         yield AccessReport(active=False)
         return
     install_shim()
-    checker = AccessChecker(races, cross_program_reads, extra)
+    checker = AccessChecker(races, extra)
     with checker.installed():
         yield checker.report

@@ -1,0 +1,39 @@
+"""Tensor descriptors (TMA): which matrices they can address, and the memory that Triton keeps them in."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import triton
+from triton.runtime import _allocation
+
+
+def describable(x: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can address a matrix: unit stride inside, 16-byte steps and start outside."""
+    e = x.element_size()
+    return x.stride(1) == 1 and x.stride(0) * e % 16 == 0 and x.data_ptr() % 16 == 0 and max(x.shape) < 2**31
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, device="cuda", dtype=torch.int8)
+
+
+@contextlib.contextmanager
+def descriptor_memory(needed: bool) -> Iterator[None]:
+    """Within it a launch can make descriptors on the device; afterwards the allocator of the caller is back."""
+    if not needed:
+        yield
+        return
+    held = _allocation._allocator
+    if hasattr(held, "reset"):  # a context variable, since triton 3.5
+        token = held.set(_allocate)
+        try:
+            yield
+        finally:
+            held.reset(token)
+        return
+    triton.set_allocator(_allocate)
+    try:
+        yield
+    finally:
+        triton.set_allocator(held)

@@ -1,0 +1,97 @@
+"""How programs of one launch wait for each other: integer counters and flags, all zero before a launch and after it.
+
+    release / acquire   one program stores a tile and raises a flag; others wait for the flag and then read the tile
+    last_to_arrive      of the programs that share a result the last one learns that the others are done
+
+The barrier of a program comes between its stores and its release, and between its acquire and its loads: one thread
+does the atomic, all threads move the data. Whoever waits must wait for a program that certainly runs: a program takes a
+ticket when it starts and waits only for lower tickets, so the lowest ticket in flight never waits.
+
+``counters`` hands out the memory. It is zeroed once in a process and every kernel leaves it zero, so no launch has to
+be preceded by a memset and a captured graph can be replayed.
+"""
+
+import threading
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 1 << 18  # counters that are zeroed at a time, 1 MiB
+_lock = threading.Lock()
+_free: dict[torch.device, torch.Tensor] = {}  # what is left of the newest block
+_of_stream: dict[tuple, torch.Tensor] = {}
+
+
+@triton.jit
+def release(flag_ptr):
+    """Raise a flag over everything that this program has stored."""
+    tl.debug_barrier()
+    tl.atomic_xchg(flag_ptr, 1, sem="release")
+
+
+@triton.jit
+def acquire(flag_ptr):
+    """Wait for a flag; what was stored before it can be loaded from here on."""
+    while tl.atomic_add(flag_ptr, 0, sem="acquire") == 0:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def last_to_arrive(counter_ptr, expected):
+    """Whether this is the last of ``expected`` programs to come here; it may load what the others stored before.
+
+    The counter starts at 0 and is 0 again when the last one has passed.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    tl.debug_barrier()
+    last = before == expected - 1
+    if last:
+        tl.atomic_xchg(counter_ptr, 0, sem="relaxed")
+    return last
+
+
+@triton.jit
+def clear(counter_ptr, count):
+    """Zero ``count`` counters; only for the last program that uses them."""
+    BLOCK: tl.constexpr = 128
+    for first in range(0, count, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        tl.store(counter_ptr + offs, tl.zeros((BLOCK,), tl.int32), mask=offs < count)
+
+
+def counters(count: int, device: torch.device) -> torch.Tensor:
+    """At least ``count`` int32 zeros on ``device`` for the next launch on its current stream, which leaves them zero.
+
+    Launches of one stream follow each other and share theirs. A launch that is captured into a CUDA graph gets its own
+    for good: graphs may be replayed beside each other and beside other work.
+    """
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device)
+    device = stream.device
+    key = device, stream.cuda_stream
+    capturing = torch.cuda.is_current_stream_capturing()
+    with _lock:
+        held = _of_stream.get(key)
+        if capturing or held is None or held.numel() < count:
+            held = _take(count if capturing else max(count, 1024), device, capturing)
+            if not capturing:
+                _of_stream[key] = held
+    return held
+
+
+def _take(count: int, device: torch.device, capturing: bool) -> torch.Tensor:
+    free = _free.get(device)
+    if free is None or free.numel() < count:
+        if capturing:
+            return torch.zeros(count, dtype=torch.int32, device=device)  # the graph zeroes it at every replay
+        # on a stream of its own, so that no graph's private pool takes the memory back
+        side = torch.cuda.Stream(device)
+        with torch.cuda.stream(side):
+            free = torch.zeros(max(count, _BLOCK), dtype=torch.int32, device=device)
+        side.synchronize()
+    _free[device] = free[count:]
+    return free[:count]
