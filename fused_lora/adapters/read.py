@@ -14,6 +14,7 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules.config import LayerTensors, LoraConfig
 from fused_lora.modules.inject import LayerSpec, adapter_configs, attach, lora_layers
 from fused_lora.modules.targeting import base_layer_of, candidates, in_out_features, is_supported, literal_targets
+from fused_lora.modules.wrapping import check_not_wrapped
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -54,12 +55,13 @@ def load_adapter(
 
     Raises:
         AdapterError: the files are wrong in themselves or do not fit the model.
-        ValueError: ``adapter_name`` is malformed or taken.
+        ValueError: ``adapter_name`` is malformed or taken, or the model has PEFT's LoRA layers.
         RuntimeError: the checkpoint brings base biases and a layer of the model is merged.
     """
     name = check_adapter_name("default" if adapter_name is None else adapter_name)
     if name in adapter_configs(model):
         raise ValueError(f"adapter_name {name!r} is taken; adapters of the model: {sorted(adapter_configs(model))}")
+    check_not_wrapped(model)
     adapter, plan = read_checked(directory, max_bytes, lambda plan: check_model(model, plan))
     if adapter.config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):
         raise RuntimeError(f"bias={adapter.config.bias!r} replaces biases of the base model: unmerge before loading")
