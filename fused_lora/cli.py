@@ -13,6 +13,13 @@ def compile_report(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def serve(arguments: Sequence[str]) -> int:
+    """answer OpenAI's API for a model and a folder of adapters"""
+    from fused_lora.serving.server_main import main
+
+    return main(arguments)
+
+
 def run(arguments: Sequence[str]) -> int:
     """run a script with every LoRA layer that PEFT builds in it accelerated"""
     from fused_lora.integrations.run import main
@@ -20,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-COMMANDS = {"compile-report": compile_report, "run": run}
+COMMANDS = {"compile-report": compile_report, "run": run, "serve": serve}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

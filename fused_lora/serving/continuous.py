@@ -1,0 +1,116 @@
+"""transformers' continuous batching with an adapter per request.
+
+transformers packs the tokens of all running requests into one row, chunks long prompts and shares the cache of equal
+prefixes. Here each request also names its adapter: a step runs under the adapters of its requests, equal prefixes are
+shared within one version of one adapter only, a request keeps the version it started with when its adapter is loaded
+anew, and it waits until its adapter fits into the store beside those in use. Importing this module does not import
+transformers; calling it does.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from fused_lora.serving.continuous_manager import AdapterManager
+
+# the engine is private to transformers and changes between minor releases: these are the ones the tests have passed on
+TESTED_TRANSFORMERS = ("5.23",)
+
+
+def check_transformers() -> None:
+    """Raise RuntimeError unless the installed transformers is a release that the tests have passed on."""
+    try:
+        found = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        raise RuntimeError(
+            f"continuous batching needs transformers {_tested()}, which is missing: pip install fused_lora[serve]"
+        ) from None
+    if ".".join(found.split(".")[:2]) not in TESTED_TRANSFORMERS:
+        raise RuntimeError(
+            f"continuous batching reaches into transformers' engine and is tested on {_tested()}; found {found}. "
+            f"`with store.batch([...])` around model.generate works on any version."
+        )
+
+
+def _tested() -> str:
+    return ", ".join(f"{version}.x" for version in TESTED_TRANSFORMERS)
+
+
+def continuous_batching(model: nn.Module, store: Any, config: Any = None) -> AdapterManager:
+    """The engine for ``model`` with the adapters of ``store``: a ``ContinuousBatchingManager`` of transformers.
+
+    Use it as a context manager, or call ``start()`` and ``stop()``::
+
+        with continuous_batching(model, store) as engine:
+            engine.add_request(input_ids, adapter="sql", max_new_tokens=64)
+            output = engine.get_result()
+
+    Args:
+        model: a transformers model for generation, in eval mode from here on.
+        store: an ``AdapterStore`` over this model.
+        config: transformers' ``ContinuousBatchingConfig``; by default pages of 32 tokens, a cache of 16,384 tokens and
+            steps of at most 256 tokens on a CPU, transformers' own defaults on a GPU. Prompts longer than a step are
+            prefilled in chunks. CUDA graphs, asynchronous batching and compilation are not supported.
+
+    Raises:
+        RuntimeError: another release of transformers than the tested ones.
+        ValueError: the config asks for what is not supported.
+    """
+    check_transformers()
+    from fused_lora.serving.continuous_manager import AdapterManager
+
+    return AdapterManager(model, store, config)
+
+
+def generate_batch(
+    model: nn.Module,
+    store: Any,
+    inputs: Sequence[Sequence[int]],
+    adapters: Sequence[str | None],
+    max_new_tokens: int = 20,
+    config: Any = None,
+    **request: Any,
+) -> list[Any]:
+    """Generate for all ``inputs``, input i under ``adapters[i]`` (None is the base model), in one continuous batch.
+
+    Args:
+        model, store, config: as in :func:`continuous_batching`.
+        inputs: token ids of each prompt. adapters: one name or None per prompt.
+        max_new_tokens: tokens to generate at most, after the prompt.
+        request: ``eos_token_id``, ``temperature`` (default 0: greedy), ``top_p``, ``seed`` for all of them.
+
+    Returns:
+        transformers' ``GenerationOutput`` of each input, in order; ``error`` is set on those that failed.
+
+    Raises:
+        ValueError: the numbers of inputs and adapters differ, or a request is malformed.
+        AdapterNotFound: an adapter that the store does not know.
+        RuntimeError: the engine stopped before all were done.
+    """
+    if len(inputs) != len(adapters):
+        raise ValueError(f"adapters: expected one per input, {len(inputs)}, got {len(adapters)}")
+    with continuous_batching(model, store, config) as engine:
+        for ids, adapter in zip(inputs, adapters, strict=True):
+            engine.check(ids, adapter, max_new_tokens, **request)
+        names = [
+            engine.add_request(list(ids), max_new_tokens=max_new_tokens, adapter=adapter, **request)
+            for ids, adapter in zip(inputs, adapters, strict=True)
+        ]
+        found: dict[str, Any] = {}
+        while len(found) < len(names):
+            output = engine.get_result(timeout=1)
+            if output is not None and output.is_finished():
+                found[output.request_id] = output
+            elif output is None and not engine.is_running():
+                raise RuntimeError(f"the engine stopped with {len(names) - len(found)} requests to go") from (
+                    engine.background_thread_status.fatal_error
+                )
+            elif output is None:
+                time.sleep(0.01)
+    return [found[name] for name in names]

@@ -1,0 +1,193 @@
+"""The manager behind ``continuous.py``; it imports transformers, so only that module's functions import it.
+
+Where it reaches into transformers' engine, and why:
+
+* the adapter of a request and its version travel in ``RequestState.logit_processor_kwargs``: that is what the engine
+  copies when it drops a request's cache and starts it again;
+* a scheduler of its own decides before every step which versions are leased and which requests may start;
+* ``_generation_step`` runs inside ``store.batch_rows``;
+* the block hashes of the prefix cache are keyed by the adapter's version.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+)
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+
+from fused_lora.modules.inject import AdapterNotFound
+from fused_lora.serving import continuous_sampling
+from fused_lora.serving.continuous_admission import ADAPTER, SCHEDULER, VERSION, Admission, EngineCounters
+from fused_lora.serving.continuous_prefix import PrefixNamespaces
+from fused_lora.serving.store import AdapterStore, Lease
+
+
+def default_config(device: torch.device) -> ContinuousBatchingConfig:
+    """The engine's sizes where the caller gives none."""
+    if device.type == "cuda":
+        return ContinuousBatchingConfig()
+    # without flash attention the mask is [step tokens, cache + step tokens]: keep both small
+    return ContinuousBatchingConfig(
+        page_size=32, num_blocks=512, max_batch_tokens=256, max_requests_per_batch=64, auto_switch_to_flash=False
+    )
+
+
+def _checked(config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
+    for name in ("use_cuda_graph", "use_async_batching", "varlen_compile_config", "decode_compile_config"):
+        value = getattr(config, name)
+        if any(value) if isinstance(value, tuple) else value:
+            raise ValueError(f"config.{name}: not supported with adapters, got {value!r}")
+    if config.default_compile_level or config.return_logprobs:
+        raise ValueError("config: default_compile_level and return_logprobs are not supported with adapters")
+    if config.scheduler_type != "fifo":
+        raise ValueError(f"config.scheduler_type: expected 'fifo', got {config.scheduler_type!r}")
+    return replace(config, use_cuda_graph=False, use_async_batching=False, scheduler_type=SCHEDULER)
+
+
+class AdapterManager(ContinuousBatchingManager):
+    """transformers' ContinuousBatchingManager with ``adapter=`` on every request; see ``continuous_batching``."""
+
+    def __init__(self, model: nn.Module, store: AdapterStore, config: ContinuousBatchingConfig | None = None):
+        source = model.generation_config
+        eos = -1 if source.eos_token_id is None else source.eos_token_id
+        greedy = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=source.pad_token_id)
+        self.store, self.counters = store, EngineCounters()
+        self.admission = Admission(store, self._fail, self.counters)
+        super().__init__(model, greedy, _checked(config or default_config(model.device)))
+        keys = {ADAPTER: str, VERSION: str}
+        continuous_sampling.install(self.logit_processor, always=False, own_keys=keys)
+        self.batch_processor = self._create_batch_processor()
+        self.max_request_tokens = infer_max_single_request_tokens(self.batch_processor.cache)
+        self._head = model.get_output_embeddings()
+        self._slices_logits = self.batch_processor.model_runner.supports_logits_to_keep(model)
+
+    def __enter__(self) -> AdapterManager:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop(hard_stop=exc_info[0] is not None)
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers' ``stop``; also lets go of the store's adapters."""
+        super().stop(*args, **kwargs)
+        if not self.is_running():
+            self.admission.release()
+
+    def check(
+        self,
+        input_ids: Sequence[int],
+        adapter: str | None = None,
+        max_new_tokens: int = 20,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        **_: Any,
+    ) -> None:
+        """Raise ValueError or AdapterNotFound where ``add_request`` with these arguments would."""
+        if adapter is not None and adapter not in self.store.names():
+            raise AdapterNotFound(f"adapter {adapter!r} not found; adapters of the store: {sorted(self.store.names())}")
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if not input_ids or min(input_ids) < 0 or max(input_ids) >= vocabulary:
+            raise ValueError(f"input_ids: expected at least one token id in [0, {vocabulary})")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        if len(input_ids) + max_new_tokens > self.max_request_tokens:
+            raise ValueError(
+                f"input_ids: {len(input_ids)} tokens and max_new_tokens={max_new_tokens} exceed the cache's "
+                f"{self.max_request_tokens} tokens"
+            )
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature: expected a number >= 0, got {temperature!r}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = 20,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        *,
+        adapter: str | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> str:
+        """Queue a request under ``adapter`` (None is the base model); returns its id.
+
+        Greedy by default; with ``temperature`` > 0 tokens are drawn, reproducibly for a given ``seed``.
+        Raises ValueError or AdapterNotFound for a malformed request, RuntimeError when the engine does not run.
+        """
+        self.check(input_ids, adapter, max_new_tokens, temperature, top_p)
+        own = {} if adapter is None else {ADAPTER: adapter}
+        if temperature > 0:
+            seed = secrets.randbits(63) if seed is None else int(seed)
+            own.update(temperature=float(temperature), top_p=float(top_p), seed=seed)
+        queued = super().add_request(
+            input_ids, request_id, max_new_tokens, streaming, record_timestamps, eos_token_id, **own
+        )
+        if queued is None:
+            raise RuntimeError(f"no new requests: {self.background_thread_status.can_accept_new_requests()}")
+        return queued
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        known = self.batch_processor
+        processor = super()._create_batch_processor()
+        if processor is not known:
+            processor.scheduler.admission = self.admission
+            PrefixNamespaces(processor)
+        return processor
+
+    def _generation_step(self) -> None:
+        """One forward of the engine, its rows under the adapters of their requests."""
+        futures = self.batch_processor.inputs_and_outputs.requests_in_batch
+        leases = [self.admission.lease_of(future.state) for future in futures]
+        # where the output layer has an adapter it must see all rows, not those alone that a token is taken from
+        runner = self.batch_processor.model_runner
+        runner._model_supports_logits_to_keep = self._slices_logits and not self._head_in(leases)
+        with self.store.batch_rows(leases, [future.query_length for future in futures]):
+            super()._generation_step()
+        self._count(futures, leases)
+
+    def _head_in(self, leases: list[Lease | None]) -> bool:
+        parts = (part for lease in set(leases) - {None} for part in lease._held.parts)
+        return any(part.site.module is self._head for part in parts)
+
+    def _count(self, futures: list, leases: list[Lease | None]) -> None:
+        counters = self.counters
+        counters.steps += 1
+        counters.requests_in_steps += len(futures)
+        counters.adapters_in_steps += len(set(leases) - {None})
+        counters.generated_tokens += sum(future.has_new_token for future in futures)
+        base = sum(f.query_length for f, lease in zip(futures, leases, strict=True) if lease is None)
+        counters.base_rows += base
+        counters.adapter_rows += sum(f.query_length for f in futures) - base
+
+    def _fail(self, state: RequestState, error: Exception) -> None:
+        """End a request that waits with ``error``."""
+        scheduler = self.batch_processor.scheduler
+        state.status, state.error = RequestStatus.FAILED, str(error)
+        output = state.to_generation_output()
+        output.exception = error.with_traceback(None)  # its frames would keep the engine's cache alive
+        del scheduler.waiting_requests[state.request_id]
+        scheduler.waiting_requests_order.remove(state.request_id)
+        self.output_router.deliver(output)
+
+
+def failure_of(output: GenerationOutput) -> Exception | None:
+    """Why a request failed, or None."""
+    return getattr(output, "exception", None) or (RuntimeError(output.error) if output.error else None)

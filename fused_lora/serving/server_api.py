@@ -1,0 +1,205 @@
+"""Requests, answers and errors of the HTTP server, in OpenAI's shapes.
+
+What the engine cannot do is refused with a 400 that names the parameter; nothing is dropped in silence but what has no
+effect on the answer (``user`` and its like).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# parameter -> the values with which it asks for nothing
+_NEUTRAL: dict[str, tuple] = {
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "frequency_penalty": (None, 0, 0.0),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "modalities": (None, ["text"]),
+    "presence_penalty": (None, 0, 0.0),
+    "response_format": (None, {"type": "text"}),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+}
+_WITHOUT_EFFECT = frozenset(
+    "metadata parallel_tool_calls prompt_cache_key safety_identifier service_tier store user".split()
+)
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+
+
+class ApiError(Exception):
+    """An answer other than 200, in OpenAI's error shape."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, kind: str | None = None
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def unknown_model(name: str) -> ApiError:
+    """404: neither the base model nor an adapter has this name."""
+    return ApiError(404, f"The model {name[:100]!r} does not exist", "model", "model_not_found")
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class GenerateRequest(BaseModel):
+    """What completions and chat completions have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    n: int | None = Field(default=None, ge=1, le=128)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def check(self) -> None:
+        """Raise ApiError for a parameter that the engine does not support or that is no parameter."""
+        for name, value in (self.model_extra or {}).items():
+            if name in _WITHOUT_EFFECT:
+                continue
+            if name not in _NEUTRAL:
+                raise ApiError(400, f"Unrecognized request argument: {name[:100]}", name[:100])
+            # by type too: logprobs=0 asks for something, logprobs=False does not
+            if not any(value == neutral and type(value) is type(neutral) for neutral in _NEUTRAL[name]):
+                raise ApiError(400, f"{name} is not supported by this server", name, "unsupported_parameter")
+        if len(self.stops()) > MAX_STOPS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stops()):
+            message = f"stop: expected at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters"
+            raise ApiError(400, message, "stop")
+
+    def stops(self) -> list[str]:
+        """The stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(GenerateRequest):
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: int | None = Field(default=16, ge=1)
+
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt of the request, as text or token ids."""
+        prompt = self.prompt
+        several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+        return prompt if several else [prompt]
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message; content other than text is refused."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """Role and text, as chat templates take them."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content}
+
+
+class ChatRequest(GenerateRequest):
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+
+class LoadRequest(BaseModel):
+    """vLLM's request to /v1/load_lora_adapter."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadRequest(BaseModel):
+    """vLLM's request to /v1/unload_lora_adapter."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+@dataclass
+class Usage:
+    """Token counts of an answer."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def json(self) -> dict[str, int]:
+        """With the total."""
+        total = self.prompt_tokens + self.completion_tokens
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
+
+
+class Answer:
+    """Builds the JSON of one answer, whole or in chunks."""
+
+    def __init__(self, model: str, chat: bool):
+        self.chat = chat
+        self.head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, texts: list[str], reasons: list[str], usage: Usage) -> dict[str, Any]:
+        """The answer to a request without streaming."""
+        choices = []
+        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
+            body = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            choices.append({"index": index, **body, "logprobs": None, "finish_reason": reason})
+        return {**self.head, "choices": choices, "usage": usage.json()}
+
+    def opening(self, count: int) -> list[dict[str, Any]]:
+        """The chunks before the first token: a chat names the role of each choice."""
+        return [self._chunk(i, {"role": "assistant", "content": ""}, None) for i in range(count)] if self.chat else []
+
+    def piece(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+        """A chunk with further text of choice ``index``, its last one with a reason."""
+        return self._chunk(index, {"content": text} if text or not reason else {}, reason) if self.chat else (
+            self._chunk(index, text, reason)
+        )
+
+    def usage(self, usage: Usage) -> dict[str, Any]:
+        """The chunk that ``stream_options.include_usage`` asks for."""
+        return {**self._stream_head(), "choices": [], "usage": usage.json()}
+
+    def _stream_head(self) -> dict[str, Any]:
+        return {**self.head, "object": "chat.completion.chunk"} if self.chat else self.head
+
+    def _chunk(self, index: int, body: Any, reason: str | None) -> dict[str, Any]:
+        key = "delta" if self.chat else "text"
+        choice = {"index": index, key: body, "logprobs": None, "finish_reason": reason}
+        return {**self._stream_head(), "choices": [choice]}

@@ -1,0 +1,114 @@
+"""A tiny language model with adapters on disk, and the tokens it must give: alone, with its adapter merged, in fp32."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+KEY = "base_model.model."  # before every path in PEFT's files
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
+    """A random two-layer Llama over bytes, with a tokenizer and a chat template, as transformers saves them."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.1,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(config)
+    # a logit of 0 is never the best of 257: greedy answers do not end before their limit, drawn ones may
+    model.lm_head.weight.data[fast.eos_token_id] = 0
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The model of :func:`write_tiny_llama`, or any other, in fp32 and eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def write_adapter(folder: Path, model: nn.Module, r: int, seed: int, std: float = 0.1, head: bool = False) -> Path:
+    """A random PEFT adapter of rank ``r`` on all linear layers, with ``head`` on the output's too."""
+    from safetensors.torch import save_file
+
+    draw = torch.Generator().manual_seed(seed)
+    tensors, names = {}, set()
+    for path, layer in _linears(model, head).items():
+        names.add(path.rpartition(".")[2])
+        key = f"{KEY}{path}"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(r, layer.in_features, generator=draw) * layer.in_features**-0.5
+        tensors[f"{key}.lora_B.weight"] = torch.randn(layer.out_features, r, generator=draw) * std
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules=sorted(names))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@torch.no_grad()
+def merged(model: nn.Module, adapter: Path | None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A copy of a plain ``model`` in ``dtype`` with an adapter merged: W + (lora_alpha / r) B A."""
+    from safetensors.torch import load_file
+
+    found = copy.deepcopy(model).to(dtype)
+    if adapter is None:
+        return found
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for path, layer in _linears(found, head=f"{KEY}lm_head.lora_A.weight" in tensors).items():
+        A, B = (tensors[f"{KEY}{path}.lora_{side}.weight"].to(dtype) for side in "AB")
+        layer.weight += config["lora_alpha"] / config["r"] * (B @ A)
+    return found
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, ids: Sequence[int], count: int) -> list[int]:
+    """The ``count`` tokens that ``model`` alone continues ``ids`` with, or fewer up to its end of sequence."""
+    prompt = torch.tensor([list(ids)], device=model.device)
+    settings = dict(max_new_tokens=count, do_sample=False, attention_mask=torch.ones_like(prompt))
+    pad = model.generation_config.pad_token_id
+    return model.generate(prompt, pad_token_id=0 if pad is None else pad, **settings)[0, len(ids) :].tolist()
+
+
+@torch.no_grad()
+def is_rounding_tie(model: nn.Module, adapter: Path | None, ids: Sequence[int], token: int, wanted: int) -> bool:
+    """Whether ``token`` instead of ``wanted`` after ``ids`` is rounding: in float64 the two are the best, and as near
+    to each other as the merged fp32 model's own error there is large (times 4: both sides have one, of either sign)."""
+    prompt = torch.tensor([list(ids)], device=model.device)
+    narrow = merged(model, adapter)(prompt).logits[0, -1].double()
+    exact = merged(model, adapter, torch.float64)(prompt).logits[0, -1]
+    error = (narrow - exact).abs().max()
+    best_two = set(exact.topk(2).indices.tolist())
+    return best_two == {token, wanted} and bool((exact[wanted] - exact[token]).abs() <= 4 * error)
+
+
+def _linears(model: nn.Module, head: bool) -> dict[str, nn.Linear]:
+    output = model.get_output_embeddings()
+    return {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) and (head or m is not output)}
