@@ -9,8 +9,7 @@ from fused_lora.kernels.config import LaunchConfig
 from fused_lora.kernels.lora_linear import lora_linear_forward, lora_linear_input_grad
 from fused_lora.kernels.lora_shrink import lora_shrink
 from fused_lora.reference import dropout_mask
-from fused_lora.testing.guards import guarded_allocations
-from fused_lora.testing.interpreter import checked, fixed_order_dot
+from fused_lora.testing.interpreter import fixed_order_dot
 from fused_lora.testing.layers import LayerCase
 from fused_lora.testing.numeric import assert_no_worse
 
@@ -18,12 +17,6 @@ SPLIT = LaunchConfig("split", 64, 64, 64, 16)
 RECOMPUTE = LaunchConfig("recompute", 64, 64, 64, 32)
 PUBLISH = LaunchConfig("publish", 64, 64, 64, 32)
 VARIANTS = {"split": SPLIT, "recompute": RECOMPUTE, "publish": PUBLISH}
-
-
-@pytest.fixture
-def memory():
-    with checked() as report, guarded_allocations():
-        yield report
 
 
 def run(case: LayerCase, config=None, variant=None) -> dict[str, torch.Tensor]:
@@ -54,7 +47,7 @@ def check(case: LayerCase, config=None, variant=None):
         (64, 128, 64, 16, 0.1),
     ],
 )
-def test_shapes_ranks_and_dropout(variant, M, N, K, r, p, device, memory):
+def test_shapes_ranks_and_dropout(variant, M, N, K, r, p, device, kernel_memory):
     check(LayerCase.make(M, N, K, [r], [p], bias=K % 2 == 1, device=device), VARIANTS[variant])
 
 
@@ -71,23 +64,23 @@ def test_shapes_ranks_and_dropout(variant, M, N, K, r, p, device, memory):
     ],
     ids=str,
 )
-def test_dtypes(variant, dtype, adapter_dtype, p, device, memory):
+def test_dtypes(variant, dtype, adapter_dtype, p, device, kernel_memory):
     check(LayerCase.make(33, 65, 100, [24], [p], dtype, adapter_dtype, device=device), VARIANTS[variant])
 
 
 @pytest.mark.parametrize("ranks, dropout", [([3, 24], [0.1, 0.5]), ([16, 16], [0.0, 0.9]), ([1, 2, 40], [0.0] * 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_several_adapters_with_masks_of_their_own(ranks, dropout, dtype, device, memory):
+def test_several_adapters_with_masks_of_their_own(ranks, dropout, dtype, device, kernel_memory):
     check(LayerCase.make(33, 65, 100, ranks, dropout, dtype, device=device), SPLIT)
 
 
 @pytest.mark.parametrize("r", [100, 512])
-def test_rank_beyond_one_block(r, device, memory):
+def test_rank_beyond_one_block(r, device, kernel_memory):
     check(LayerCase.make(17, 33, 65, [r], [0.1], device=device), SPLIT)
 
 
 @pytest.mark.parametrize("split_k, p", [(2, 0.0), (3, 0.3), (8, 0.0)])
-def test_split_k(split_k, p, device, memory):
+def test_split_k(split_k, p, device, kernel_memory):
     """Also with more programs than there are tiles of K."""
     config = LaunchConfig("recompute", 16, 32, 32, 16, SPLIT_K=split_k)
     check(LayerCase.make(5, 33, 150, [3], [p], device=device), config)
@@ -95,7 +88,7 @@ def test_split_k(split_k, p, device, memory):
 
 @pytest.mark.parametrize("M", [1, 40, 100, 520])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_configuration_that_pick_chooses(M, dtype, device, memory):
+def test_the_configuration_that_pick_chooses(M, dtype, device, kernel_memory):
     check(LayerCase.make(M, 33, 40, [8], [0.1], dtype, device=device))
 
 
@@ -108,7 +101,7 @@ def test_forced_variant(device):
 
 @pytest.mark.parametrize("variant", ["split", "publish"])
 @pytest.mark.parametrize("W_is_transposed", [False, True])
-def test_tensor_descriptors(variant, W_is_transposed, device, memory):
+def test_tensor_descriptors(variant, W_is_transposed, device, kernel_memory):
     """Ragged in M and N; 16-byte rows are what a descriptor needs. The transposed weight is Conv1D's."""
     case = LayerCase.make(100, 72, 136, [3], [0.1], torch.float16, device=device)
     if W_is_transposed:
@@ -116,12 +109,12 @@ def test_tensor_descriptors(variant, W_is_transposed, device, memory):
     check(case, replace(VARIANTS[variant], tma=True))
 
 
-def test_descriptors_that_cannot_be_made_fall_back_to_pointers(device, memory):
+def test_descriptors_that_cannot_be_made_fall_back_to_pointers(device, kernel_memory):
     check(LayerCase.make(33, 65, 101, [3], [0.1], torch.float16, device=device), replace(SPLIT, tma=True))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_strided_inputs(variant, device, memory, guards):
+def test_strided_inputs(variant, device, kernel_memory, guards):
     case = LayerCase.make(33, 65, 70, [5], [0.1], device=device)
 
     def spread(t, name):
@@ -138,7 +131,7 @@ def test_strided_inputs(variant, device, memory, guards):
     check(case, VARIANTS[variant])
 
 
-def test_stride_too_wide_for_32_bit_offsets(device, memory):
+def test_stride_too_wide_for_32_bit_offsets(device, kernel_memory):
     """A row stride of 2^23 elements: x is copied rather than addressed past 2^31."""
     case = LayerCase.make(3, 17, 16, [2], [0.0], torch.float16, device=device)
     wide = torch.empty(2 * 2**23 + 16, dtype=torch.float16, device=device).as_strided((3, 16), (2**23, 1))
@@ -148,7 +141,7 @@ def test_stride_too_wide_for_32_bit_offsets(device, memory):
 
 @pytest.mark.parametrize("M, N, K", [(0, 5, 7), (5, 0, 7), (5, 7, 0), (0, 0, 0)])
 @pytest.mark.parametrize("variant", [*VARIANTS, None])
-def test_empty(M, N, K, variant, device, memory):
+def test_empty(M, N, K, variant, device, kernel_memory):
     case = LayerCase.make(M, N, K, [3], [0.5], device=device)
     A, B, W = case.lora_A[0], case.lora_B[0], case.weight
     keep = dropout_mask(case.seeds[0], (M, K), 0.5, device)
@@ -161,7 +154,7 @@ def test_empty(M, N, K, variant, device, memory):
 
 
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bias_of_another_dtype(bias_dtype, device, memory):
+def test_bias_of_another_dtype(bias_dtype, device, kernel_memory):
     case = LayerCase.make(17, 33, 65, [3], dtype=torch.float16, device=device)
     case.bias = case.bias.to(bias_dtype)
     y, _ = lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, config=RECOMPUTE)
@@ -176,7 +169,7 @@ def test_S_is_unscaled_and_carries_the_dropout_scale(device):
         assert torch.allclose(run(case, config)["S"].double(), case.exact()["S"], atol=1e-4)
 
 
-def test_shrink_alone(device, memory):
+def test_shrink_alone(device, kernel_memory):
     """The entry for a plan that leaves the base product to the vendor's GEMM."""
     case = LayerCase.make(33, 1, 100, [3, 24], [0.1, 0.5], torch.bfloat16, device=device)
     S = lora_shrink(case.x, case.lora_A, [65536 / (65536 - 6554), 2.0], case.dropout, case.seeds)

@@ -5,6 +5,8 @@ A mutant is one @triton.jit function with one change:
     no mask        a load, store or atomic loses its mask
     always         one comparison that goes into a mask holds for every lane
     endless        a tile is loaded or stored as if the matrix had no last row, or no last column
+    no barrier     a barrier of the protocol between programs is left out
+    relaxed        an atomic of that protocol orders nothing
 
 Every kernel that uses the function then runs on ragged shapes. The mutant is caught if an access leaves its tensor, a
 guard band or a neighbour's element is touched, or a result has other bits than the sound kernel's.
@@ -19,7 +21,7 @@ import sys
 import pytest
 import torch
 
-from fused_lora.kernels import delta, dropout, lora_expand, lora_grad, lora_linear, lora_shrink, merge, tiles
+from fused_lora.kernels import delta, dropout, lora_expand, lora_grad, lora_linear, lora_shrink, merge, sync, tiles
 from fused_lora.kernels.config import LaunchConfig
 from fused_lora.testing.bounds import AccessError
 from fused_lora.testing.guards import guarded_allocations
@@ -27,7 +29,7 @@ from fused_lora.testing.interpreter import checked, interpreting
 from fused_lora.testing.layers import LayerCase
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="mutants run in the interpreter alone")
-MODULES = [delta, dropout, lora_expand, lora_grad, lora_linear, lora_shrink, merge, tiles]
+MODULES = [delta, dropout, lora_expand, lora_grad, lora_linear, lora_shrink, merge, sync, tiles]
 TILE_CALLS = ("load_tile", "store_tile")  # their arguments end with num_rows, num_cols, ROWS, COLS
 MASK_NAMES = ("mask", "inside", "row_ok", "todo")
 HARMLESS = ("tl.load(bias_ptr + offs % N,",)  # an index modulo the size is in bounds without a mask, and is not stored
@@ -37,7 +39,7 @@ def is_kernel(node):
     return isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
 
 
-def sites(tree):
+def sites(tree, protocol):
     """(kernel, what, position of the node in a walk over the kernel, detail) of every mutant of a module."""
     for kernel in filter(is_kernel, tree.body):
         in_masks = set()
@@ -57,6 +59,10 @@ def sites(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in TILE_CALLS:
                 yield kernel.name, "endless rows", position, node.lineno
                 yield kernel.name, "endless columns", position, node.lineno
+            if isinstance(node, ast.Expr) and "debug_barrier" in ast.unparse(node) and protocol:
+                yield kernel.name, "no barrier", position, node.lineno
+            if isinstance(node, ast.keyword) and node.arg == "sem" and node.value.value != "relaxed" and protocol:
+                yield kernel.name, "relaxed", position, node.value.lineno
 
 
 def mutate(source, kernel, what, position):
@@ -65,6 +71,10 @@ def mutate(source, kernel, what, position):
     node = list(ast.walk(function))[position]
     if what == "no mask":
         node.keywords = [k for k in node.keywords if k.arg not in ("mask", "other")]
+    elif what == "no barrier":
+        node.value = ast.Constant(None)
+    elif what == "relaxed":
+        node.value = ast.Constant("relaxed")
     elif what == "always":
         opposite = copy.deepcopy(node)
         opposite.ops = [{ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}[type(node.ops[0])]()]
@@ -84,7 +94,7 @@ def mutate(source, kernel, what, position):
 def cases():
     for module in MODULES:
         source = inspect.getsource(module)
-        for kernel, what, position, line in sites(ast.parse(source)):
+        for kernel, what, position, line in sites(ast.parse(source), protocol=module is sync):
             name = module.__name__.rpartition(".")[2]
             yield pytest.param(module, kernel, what, position, id=f"{name}-{line}-{kernel}-{what}".replace(" ", "_"))
 
