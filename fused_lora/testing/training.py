@@ -1,0 +1,117 @@
+"""One small model trained by every door: PEFT's own, accelerated, installed, injected; and the data to train it on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fused_lora
+from fused_lora.integrations import peft as peft_integration
+from fused_lora.integrations.peft_linear import CALLS
+
+DOORS = ("accelerate", "install", "inject")
+VOCABULARY = 61
+ADAPTER = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+
+
+def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A Llama of two layers and 33 thousand parameters with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).to(dtype).train()
+
+
+def counting_texts(count: int, length: int = 12, seed: int = 0) -> Tensor:
+    """[count, length] token ids that count upwards from a random start: something that can be learned."""
+    starts = torch.randint(0, VOCABULARY, (count, 1), generator=torch.Generator().manual_seed(seed))
+    return (starts + torch.arange(length)) % VOCABULARY
+
+
+@contextmanager
+def built(door: str, base: nn.Module, seed: int = 0, **fields: Any) -> Iterator[nn.Module]:
+    """``base`` with a LoRA adapter drawn under ``seed``, by one of DOORS or by "peft" alone."""
+    torch.manual_seed(seed)
+    fields = {**ADAPTER, **fields}
+    if door == "inject":
+        yield fused_lora.inject(base, fused_lora.LoraConfig(**fields))
+        return
+    import peft
+
+    if door == "install":
+        with installed():
+            yield peft.get_peft_model(base, peft.LoraConfig(**fields))
+        return
+    model = peft.get_peft_model(base, peft.LoraConfig(**fields))
+    yield fused_lora.accelerate(model) if door == "accelerate" else model
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """``integrations.peft.install()`` for the time of the block."""
+    peft_integration.install()
+    try:
+        yield
+    finally:
+        peft_integration.uninstall()
+
+
+@contextmanager
+def counted_calls() -> Iterator[dict[str, int]]:
+    """The calls of accelerated layers during the block, fused or by reason of the fallback, filled in at its end."""
+    before = dict(CALLS)
+    found: dict[str, int] = {}
+    yield found
+    found.update({reason: n - before.get(reason, 0) for reason, n in CALLS.items() if n > before.get(reason, 0)})
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by their name in the bare model, the same for every door."""
+    named = model.named_parameters()
+    return {n.removeprefix("module.").removeprefix("base_model.model."): p for n, p in named if p.requires_grad}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients of the trainable parameters, whole even where the parameters are sharded."""
+    found = {}
+    for name, parameter in trainable(model).items():
+        gradient = parameter.grad
+        found[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient.clone()
+    return found
+
+
+def train(
+    model: nn.Module, data: Tensor, rows: int = 4, lr: float = 5e-3, autocast: bool = False, **inputs: Any
+) -> list[float]:
+    """Losses of a plain loop over ``data`` [n, length], ``rows`` at a time, with AdamW."""
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=lr)
+    losses = []
+    for ids in data.split(rows):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids, **inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def largest_relative(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest ||a - b|| / ||b|| over the tensors of two equally named sets."""
+    assert ours.keys() == theirs.keys() and ours, f"{sorted(ours)[:3]} and {sorted(theirs)[:3]}"
+    return max(((ours[n].double() - t.double()).norm() / t.double().norm()).item() for n, t in theirs.items())
