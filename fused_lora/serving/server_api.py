@@ -188,9 +188,7 @@ class Answer:
 
     def piece(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
         """A chunk with further text of choice ``index``, its last one with a reason."""
-        return self._chunk(index, {"content": text} if text or not reason else {}, reason) if self.chat else (
-            self._chunk(index, text, reason)
-        )
+        return self._chunk(index, {"content": text} if self.chat else text, reason)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """The chunk that ``stream_options.include_usage`` asks for."""
