@@ -1,0 +1,283 @@
+"""Serving many adapters unmerged: the share of the base that a step costs, generation, and a server under load.
+
+    python benchmarks/bench_serving.py
+
+step      a decode step of T sequences under D adapters of rank r, as a share of the base model's step; beside it the
+          floor, the bytes of base and adapters over those of the base. Inside CUDA graphs on a GPU. On a CPU the first
+          layers of the quickstart model stand for all.
+generate  a batch of 8 sequences under 8 adapters with model.generate, against PEFT's adapter_names.
+server    `fused-lora serve` with 1,000 adapters of which it holds 32: tokens per second and time to the first token,
+          requests drawn by Zipf's law, and the same requests to the base model.
+
+A point whose result differs from PEFT's (from one adapter at a time, where PEFT is left out) gets no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import serving_load
+import torch
+from report import ROOT, Candidate, Clock, Report, Table, interleaved, parser, run_points, settings, spread, summary
+from serving_steps import Adapters, Step, StepPoint, disagreement, steps
+from torch import nn
+
+ROWS, DISTINCT, RANKS = (1, 8, 32, 64, 256), ("1", "4", "32", "T"), (16, 64, 8)
+CPU_LAYERS, CPU_BUDGET = 6, 2.6
+PEFT_UP_TO = {"cpu": 8, "cuda": 64}
+PROVIDERS = ("base", "fused_lora", "PEFT", "loop", "merged")
+LLAMA_3_8B = dict(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+)
+STEP_COLUMNS = [("step", 20), ("base ms", 24), ("fused_lora", 10), ("floor", 8)]
+STEP_COLUMNS += [("PEFT", 8), ("loop", 8), ("merged", 8)]
+SERVER_COLUMNS = [("server", 24), ("tok/s", 8), ("first token s, p50 p90 p99", 28), ("hits", 7), ("loads", 6)]
+SERVER_COLUMNS += [("evicted", 8), ("failed", 7)]
+
+
+def points(arguments: argparse.Namespace) -> list[StepPoint]:
+    """The grid, by rank: adapters of one rank are made once."""
+    found = []
+    for r in arguments.ranks:
+        for T in arguments.rows:
+            found += [StepPoint(T, D, r) for D in (T if d == "T" else int(d) for d in arguments.distinct) if D <= T]
+    return list(dict.fromkeys(found))
+
+
+def load_decoder(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
+    """(decoder without an output layer, what it is)."""
+    device = arguments.device
+    if arguments.model is None and device.type == "cuda":
+        from transformers import LlamaConfig, LlamaModel
+
+        with torch.device(device):
+            decoder = LlamaModel(LlamaConfig(**LLAMA_3_8B, vocab_size=1024)).to(torch.bfloat16)
+        name = "Llama-3-8B's layers with random weights"
+    else:
+        decoder = _quickstart().load(arguments.model, device, torch.float32)[0].model
+        name = Path(arguments.model).name if arguments.model else "SmolLM2-135M-Instruct"
+    count, total = arguments.layers or len(decoder.layers), len(decoder.layers)
+    decoder.layers = decoder.layers[:count]
+    decoder.config = copy.deepcopy(decoder.config)
+    decoder.config.num_hidden_layers = count
+    return decoder.eval().requires_grad_(False), name if count >= total else f"{name}, {count} of {total} layers"
+
+
+def _quickstart():
+    sys.path.insert(0, str(ROOT / "examples"))
+    import quickstart_model
+
+    return quickstart_model
+
+
+class Steps:
+    """Measures the grid; keeps the adapters of one rank at a time."""
+
+    def __init__(self, report: Report, arguments: argparse.Namespace):
+        self.report, self.arguments = report, arguments
+        self.decoder, name = load_decoder(arguments)
+        report.settings["model"] = name
+        print(f"share of the base's step: {name}, {next(self.decoder.parameters()).dtype}")
+        self.table, self.adapters = Table(STEP_COLUMNS), None
+
+    def measure(self, point: StepPoint) -> None:
+        """Check, time and add the rows of one point."""
+        arguments = self.arguments
+        if self.adapters is None or self.adapters.r != point.r:
+            self.close()
+            self.adapters = Adapters(self.decoder, point.r)
+        ids = torch.arange(1, point.T + 1, device=arguments.device)[:, None]
+        with steps(self.adapters, point, ids, arguments.peft_up_to) as found:
+            wrong = disagreement(found, point)
+            if wrong is None:
+                candidates = [Candidate(name, [step.call]) for name, step in found.items()]
+                clock = Clock(arguments.device)
+                times = interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline)
+                self._add(point, found, {name: summary([t[0] for t in ts]) for name, ts in times.items()})
+                return
+        row = vars(point) | dict(benchmark="step", provider="fused_lora", correct=False, wrong=wrong)
+        self.report.rows.append(row)
+        self.table.row(point, "WRONG", *[None] * 5)
+        print(f"  {wrong}")
+
+    def _add(self, point: StepPoint, found: dict[str, Step], times: dict[str, dict]) -> None:
+        floor = 1 + point.D * self.adapters.bytes_each() / self.adapters.bytes_of_base()
+        share = {name: round(t["median"] / times["base"]["median"], 4) for name, t in times.items()}
+        for name, step in found.items():
+            row = vars(point) | dict(benchmark="step", provider=name, correct=True, ms=times[name])
+            self.report.rows.append(row | dict(share=share[name], floor_share=round(floor, 4), graph=step.graphed))
+        cells = [f"{share[name]:.2f}" if name in share else None for name in PROVIDERS[1:]]
+        self.table.row(point, spread(times["base"]), cells[0], f"{floor:.2f}", *cells[1:])
+
+    def close(self) -> None:
+        """Free the adapters."""
+        if self.adapters is not None:
+            self.adapters.close()
+            self.adapters = None
+
+
+def generate(report: Report, arguments: argparse.Namespace) -> None:
+    """8 sequences under 8 adapters, ours and PEFT's generate in turns: tokens per second, and the tokens' equality."""
+    import peft
+
+    parts = _quickstart()
+    model, tokenizer = parts.load(arguments.model, arguments.device, torch.float32)
+    model.requires_grad_(False)
+    adapters, D, new = Adapters(model.model, 16), 8, arguments.tokens
+    names = [adapters.name(i) for i in range(D)]
+    served, theirs = parts.share(model), parts.share(model)
+    served.model = adapters.store.model
+    wrapped = adapters.with_peft(D)
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=adapters.paths)
+    theirs.model = wrapped.base_model.model
+    theirs = _PeftGenerate(theirs, config, wrapped)
+    prompts = [" ".join(serving_load.WORDS[i : i + 6]) for i in range(D)]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(arguments.device)
+    more = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    answers = {}
+
+    def ours() -> None:
+        with adapters.store.batch(names):
+            answers["fused_lora"] = served.generate(**inputs, **more)
+
+    def peft_s() -> None:
+        answers["PEFT"] = theirs.generate(names, **inputs, **more)
+
+    candidates = [Candidate("fused_lora", [ours]), Candidate("PEFT", [peft_s])]
+    times = interleaved(candidates, Clock(arguments.device), 0, 3, arguments.deadline)
+    same = (answers["fused_lora"] == answers["PEFT"]).float().mean().item()
+    speed = {}
+    for name, found in times.items():
+        ms = summary([t[0] for t in found])
+        speed[name] = D * new / ms["median"] * 1e3
+        row = dict(benchmark="generate", provider=name, T=D, D=D, r=16, correct=same > 0.9, ms=ms)
+        report.rows.append(row | dict(tokens_per_second=round(speed[name], 2), same_tokens=round(same, 4)))
+        print(f"generate, 8 sequences under 8 adapters: {name:11} {speed[name]:8.1f} tok/s")
+    if arguments.device.type == "cpu":
+        report.bar("generate under 8 adapters: times PEFT's tokens/s", speed["fused_lora"] / speed["PEFT"], 1.5, True)
+    adapters.close()
+
+
+class _PeftGenerate:
+    """model.generate with PEFT's hooks for a mixed batch on its decoder."""
+
+    def __init__(self, model: nn.Module, config, wrapped: nn.Module):
+        self.model, self.wrapped = model, wrapped
+
+    def generate(self, names: list[str], **inputs) -> torch.Tensor:
+        with self.wrapped.base_model._enable_peft_forward_hooks(adapter_names=names):
+            return self.model.generate(**inputs)
+
+
+def serve(report: Report, arguments: argparse.Namespace) -> None:
+    """The server under load: Zipf over all adapters, then the same requests to the base model."""
+    model = Path(arguments.model) if arguments.model else _quickstart().cached_smollm2()
+    load = serving_load.Load(arguments.requests, arguments.clients, 12, arguments.tokens, 1.0)
+    known, held, r = arguments.known, arguments.held, 8
+    table = Table(SERVER_COLUMNS)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        size = serving_load.write_adapters(folder, model, known, r)
+        capacity, log = int(size * held * 1.02), folder / "log"
+        with serving_load.server(model, folder / "adapters", capacity, arguments.device.type, log) as url:
+            serving_load.ask(url, ["base", "a0"], load, time.monotonic() + 60)
+            for provider, names in (
+                (f"Zipf over {known}", serving_load.zipf(known, load.exponent, load.requests)),
+                ("base", ["base"] * load.requests),
+            ):
+                before, now = serving_load.counters(url), time.monotonic()
+                until = now + (arguments.deadline - now) * (0.6 if provider != "base" else 1.0)
+                seen = serving_load.ask(url, names, load, until)
+                after = serving_load.counters(url)
+                moved = {key: after[key] - before[key] for key in ("hits", "loads", "evictions", "waits")}
+                correct = seen["failed"] == 0 and seen["requests"] > 0 and after["bytes_used"] <= capacity
+                row = dict(benchmark="server", provider=provider, known=known, held=held, r=r, correct=correct)
+                report.rows.append(row | vars(load) | seen | dict(store=moved))
+                first = " ".join(f"{value:.3f}" for value in (seen["first_token_seconds"] or {}).values())
+                cells = (moved[key] for key in ("hits", "loads", "evictions"))
+                table.row(provider, seen["tokens_per_second"], first, *(f"{c:g}" for c in cells), seen["failed"])
+
+
+def add_bars(report: Report) -> None:
+    """What this package promises of serving on a GPU, over the points that were measured."""
+    rows = [r for r in report.rows if r["benchmark"] == "step" and r["provider"] == "fused_lora" and r["correct"]]
+    if report.device.type != "cuda":
+        return
+    if single := [r["share"] for r in rows if r["D"] == 1 and r["T"] <= 64]:
+        report.bar("step, one adapter, T <= 64: share of the base, most", max(single), 1.05, False)
+    if many := [r["share"] / r["floor_share"] for r in rows if r["D"] == 32]:
+        report.bar("step, 32 adapters: share over the floor, most", max(many), 1.3, False)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def options() -> argparse.ArgumentParser:
+    """The options of every benchmark and this one's."""
+    found = parser(__doc__)
+    found.add_argument("--model", help="folder of a Llama-like model (default: the quickstart's)")
+    found.add_argument("--layers", type=int, help=f"layers of it for the steps (default on a CPU: {CPU_LAYERS})")
+    found.add_argument("--rows", type=_numbers, default=ROWS, metavar="T,T", help="sequences in a step")
+    found.add_argument("--distinct", type=lambda t: tuple(t.split(",")), default=DISTINCT, metavar="D,T")
+    found.add_argument("--ranks", type=_numbers, default=RANKS, metavar="r,r")
+    found.add_argument("--peft-up-to", type=int, metavar="D", help="adapters in PEFT's model at most")
+    found.add_argument("--requests", type=int, default=64, help="to the server, at most")
+    found.add_argument("--clients", type=int, default=8)
+    found.add_argument("--tokens", type=int, default=16, help="to generate per sequence")
+    found.add_argument("--known", type=int, default=1000, help="adapters of the server")
+    found.add_argument("--held", type=int, default=32, help="adapters that its store has room for")
+    found.add_argument("--parts", default="step,generate,server", help="of: step,generate,server")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = options().parse_args(argv)
+    on_cpu = arguments.device.type == "cpu"
+    if on_cpu:
+        arguments.budget = arguments.budget or CPU_BUDGET
+        arguments.layers = arguments.layers or CPU_LAYERS
+        arguments.seconds = 0.3 if arguments.seconds is None else arguments.seconds
+        arguments.rounds = min(arguments.rounds, 3)
+    arguments.peft_up_to = arguments.peft_up_to or PEFT_UP_TO[arguments.device.type]
+    recorded = settings(arguments)
+    report = Report("serving", arguments.device, arguments.out, recorded, arguments.commit)
+    report.heading()
+    start, end, parts = time.monotonic(), arguments.deadline, arguments.parts.split(",")
+    if "step" in parts:
+        # the grid is cut short in favour of the parts that follow
+        arguments.deadline = start + (end - start) * (0.45 if len(parts) > 1 else 1.0)
+        measured = Steps(report, arguments)
+        run_points(points(arguments), report, arguments.deadline, measured.measure)
+        measured.close()
+    arguments.deadline = end
+    if "generate" in parts:
+        generate(report, arguments)
+        report.write()
+    if "server" in parts:
+        serve(report, arguments)
+    add_bars(report)
+    code = report.finish()
+    draw(report)
+    return code
+
+
+def draw(report: Report) -> None:
+    """The figure beside the results file, where matplotlib is installed."""
+    try:
+        import serving_figure
+    except ImportError as error:
+        print(f"no figure: {error}")
+        return
+    path = serving_figure.draw(report.rows, report.settings.get("model"), report.path.with_suffix(".png"))
+    if path is not None:
+        print(f"figure: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""One decode step of a model under many adapters, by five providers: what bench_serving.py times.
+
+A step is the decoder of a model (no output layer) on T sequences of one token each, row i under adapter i mod D.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import fused_lora
+
+_SIDES = ("lora_A", "lora_B")
+
+
+@dataclass(frozen=True)
+class StepPoint:
+    """T sequences of one token, D distinct adapters of rank r among them."""
+
+    T: int
+    D: int
+    r: int
+
+    def __str__(self) -> str:
+        return f"T={self.T} D={self.D} r={self.r}"
+
+
+@dataclass
+class Step:
+    """A provider's step: ``call`` gives [T, 1, hidden]; ``graphed`` says whether a CUDA graph replays it."""
+
+    call: Callable[[], torch.Tensor]
+    graphed: bool = False
+
+
+class Adapters:
+    """D random adapters of rank r on every linear layer of a decoder, in a store and, as far as asked for, in PEFT.
+
+    The model's weights are shared by all copies; every adapter has tensors of its own.
+    """
+
+    def __init__(self, decoder: nn.Module, r: int):
+        self.r, self.plain = r, decoder
+        self.paths = [path for path, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+        self.store = fused_lora.AdapterStore(_share(decoder))
+        self.peft: nn.Module | None = None
+        self._in_peft = 0
+
+    def close(self) -> None:
+        """Free the memory."""
+        self.store.detach()
+        self.peft = None
+
+    def name(self, i: int) -> str:
+        """The adapter of number ``i``, loaded into the store if it is not there."""
+        name = f"a{i}"
+        if name not in self.store.versions():
+            self.store.load(name, {path: (*self.factors(i, path), 2.0) for path in self.paths})
+        return name
+
+    def factors(self, i: int, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, K] and B [N, r] of adapter ``i`` at a layer: the same numbers whenever they are drawn."""
+        layer = self.plain.get_submodule(path)
+        draw = torch.Generator().manual_seed(1_000_003 * i + self.paths.index(path))
+        A = torch.randn(self.r, layer.in_features, generator=draw) * layer.in_features**-0.5
+        B = torch.randn(layer.out_features, self.r, generator=draw) * 0.02
+        return A.to(layer.weight.device, layer.weight.dtype), B.to(layer.weight.device, layer.weight.dtype)
+
+    def with_peft(self, D: int) -> nn.Module:
+        """PEFT's model with the first ``D`` adapters."""
+        import peft
+
+        config = peft.LoraConfig(r=self.r, lora_alpha=2 * self.r, target_modules=self.paths)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of many adapters on one module
+            for i in range(self._in_peft, D):
+                if self.peft is None:
+                    self.peft = peft.get_peft_model(_share(self.plain), config, "a0", autocast_adapter_dtype=False)
+                else:
+                    self.peft.add_adapter(f"a{i}", config, autocast_adapter_dtype=False)
+                self._fill(i)
+        self._in_peft = max(self._in_peft, D)
+        return self.peft.eval()
+
+    def _fill(self, i: int) -> None:
+        for path in self.paths:
+            layer = self.peft.base_model.model.get_submodule(path)
+            for side, values in zip(_SIDES, self.factors(i, path), strict=True):
+                getattr(layer, side)[f"a{i}"].weight.data.copy_(values)
+
+    def bytes_each(self) -> int:
+        """Bytes of one adapter."""
+        layers = [self.plain.get_submodule(path) for path in self.paths]
+        return sum(self.r * (m.in_features + m.out_features) * m.weight.element_size() for m in layers)
+
+    def bytes_of_base(self) -> int:
+        """Bytes of the linear layers' weights: what every step reads."""
+        return sum(self.plain.get_submodule(path).weight.nbytes for path in self.paths)
+
+
+def _share(decoder: nn.Module) -> nn.Module:
+    return copy.deepcopy(decoder, memo={id(p): p for p in decoder.parameters()})
+
+
+@contextlib.contextmanager
+def steps(adapters: Adapters, point: StepPoint, ids: torch.Tensor, peft_up_to: int) -> Iterator[dict[str, Step]]:
+    """The providers at one point, ready to be timed; on a GPU inside CUDA graphs where they can be captured.
+
+    base: no adapter. fused_lora: one batch. PEFT: one batch with ``adapter_names``. loop: a batch per adapter.
+    merged: a forward per adapter, each on the plain weights: a merged model costs what the plain one costs.
+    """
+    names = [adapters.name(i % point.D) for i in range(point.T)]
+    served, plain, store = adapters.store.model, adapters.plain, adapters.store
+    groups = [torch.arange(i, point.T, point.D, device=ids.device) for i in range(point.D)]
+
+    def run(model: nn.Module, rows: torch.Tensor, **more) -> torch.Tensor:
+        return model(input_ids=rows, use_cache=False, **more).last_hidden_state
+
+    def ours() -> torch.Tensor:
+        with store.batch(names):
+            return run(served, ids)
+
+    def loop() -> torch.Tensor:
+        parts = []
+        for i, group in enumerate(groups):
+            with store.batch([names[i]] * len(group)):
+                parts.append(run(served, ids[group]))
+        return torch.cat(parts)
+
+    def merged() -> torch.Tensor:
+        return torch.cat([run(plain, ids[group]) for group in groups])
+
+    calls = {"base": lambda: run(plain, ids), "fused_lora": ours}
+    if point.D <= peft_up_to:
+        peft_model = adapters.with_peft(point.D)
+        calls["PEFT"] = lambda: run(peft_model, ids, adapter_names=names)
+    calls |= {"loop": loop, "merged": merged}
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        yield {name: _graph(call, stack) if ids.is_cuda else Step(call) for name, call in calls.items()}
+
+
+def _graph(call: Callable[[], torch.Tensor], stack: contextlib.ExitStack) -> Step:
+    """``call`` as the replay of a CUDA graph, or itself where it cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = call()
+    except RuntimeError:  # PEFT indexes with lists of this host: its step cannot be captured
+        torch.cuda.synchronize()
+        return Step(call)
+    stack.callback(graph.reset)
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return Step(replay, graphed=True)
+
+
+def disagreement(found: dict[str, Step], point: StepPoint) -> str | None:
+    """None, or what is wrong: ours against PEFT's step where there is one, else against one adapter at a time."""
+    ours = found["fused_lora"].call().double()
+    if "PEFT" in found:
+        name, theirs = "PEFT", found["PEFT"].call().double()
+    else:
+        order = torch.cat([torch.arange(i, point.T, point.D) for i in range(point.D)])
+        name, theirs = "loop", torch.empty_like(ours)
+        theirs[order.to(ours.device)] = found["loop"].call().double()
+    base = found["base"].call().double()
+    error = (ours - theirs).norm() / (theirs - base).norm()
+    limit = 1e-3 if found["base"].call().dtype == torch.float32 else 0.1
+    return None if error <= limit else f"differs from {name} by {error:.2e} of what the adapters change"
