@@ -57,9 +57,7 @@ def _weight_grad_tile(
         store_tile(plane, acc, r0, n0, stride_or, stride_on, r_end, N, BLOCK_R, BLOCK_M)
         if last_to_arrive(sync_ptr + tl.program_id(0), tl.num_programs(1)):
             splits = tl.num_programs(1)
-            acc = sum_planes(
-                planes_ptr, splits, stride_plane, r0, n0, stride_or, stride_on, r_end, N, BLOCK_R, BLOCK_M
-            )
+            acc = sum_planes(planes_ptr, splits, stride_plane, r0, n0, stride_or, stride_on, r_end, N, BLOCK_R, BLOCK_M)
             store_tile(out_ptr, acc, r0, n0, stride_or, stride_on, r_end, N, BLOCK_R, BLOCK_M)
     else:
         store_tile(out_ptr, acc, r0, n0, stride_or, stride_on, r_end, N, BLOCK_R, BLOCK_M)

@@ -148,6 +148,7 @@ def _linear(
     seeds: torch.Tensor | None,
     config: LaunchConfig | None,
     variant: str | None,
+    shrink_config: LaunchConfig | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(Y, S) of the module's formula; w is W' [K, N]. shrink, expand: the scales and the dropout of that side."""
     (M, K), N, ranks = x.shape, w.shape[1], [p.shape[0] for p in P]
@@ -162,7 +163,7 @@ def _linear(
     if S_here:
         S = torch.empty((M, ranks[0]), dtype=torch.float32, device=x.device)
     else:
-        S = lora_shrink(x, P, *shrink, seeds)
+        S = lora_shrink(x, P, *shrink, seeds, shrink_config)
     if y.numel() == 0:
         return y, S
     x, w, P_all, Q_all = addressable(x), addressable(w), addressable(stack(P)), addressable(stack(Q))
@@ -211,6 +212,7 @@ def lora_linear_forward(
     seeds: torch.Tensor | None = None,
     config: LaunchConfig | None = None,
     variant: str | None = None,
+    shrink_config: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = x W^T + b + sum_i s_i S_i B_i^T [M, N] and S_i = D_i(x) A_i^T, fp32 [M, sum of ranks], unscaled.
 
@@ -220,8 +222,9 @@ def lora_linear_forward(
     shrink = [keep_scale(p) for p in dropout], dropout
     none = [0.0] * len(dropout)
     return _linear(
-        "linear", x, weight.t(), bias, lora_A, [B.t() for B in lora_B], shrink, (scaling, none), seeds, config, variant
-    )
+        "linear", x, weight.t(), bias, lora_A, [B.t() for B in lora_B], shrink, (scaling, none), seeds,
+        config, variant, shrink_config,
+    )  # fmt: skip
 
 
 def lora_linear_input_grad(
@@ -234,10 +237,12 @@ def lora_linear_input_grad(
     seeds: torch.Tensor | None = None,
     config: LaunchConfig | None = None,
     variant: str | None = None,
+    shrink_config: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx = g W + sum_i mask_i / (1 - p_i) * (dS_i A_i) [M, K] and dS_i = s_i g B_i, fp32 [M, sum of ranks]."""
     expand = [keep_scale(p) for p in dropout], dropout
     none = [0.0] * len(dropout)
     return _linear(
-        "input_grad", g, weight, None, [B.t() for B in lora_B], lora_A, (scaling, none), expand, seeds, config, variant
-    )
+        "input_grad", g, weight, None, [B.t() for B in lora_B], lora_A, (scaling, none), expand, seeds,
+        config, variant, shrink_config,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from fused_lora.ops import cpu, kernel, plan
 from fused_lora.ops.lora_linear import draw_seeds, lora_linear
 from fused_lora.testing.numeric import assert_no_worse
 
-VARIANTS = ["recompute", "split", "cublas"]
+VARIANTS = ["recompute", "publish", "split", "cublas"]
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def kernels_on(monkeypatch):
     for name in ("lora_linear", "lora_linear_backward"):
         original = getattr(kernel, name)
 
-        def recorded(variant, name=name, original=original):
-            run = original(variant)
+        def recorded(variant, chosen=None, name=name, original=original):
+            run = original(variant, chosen)
             return lambda *args: ran.append((name, variant)) or run(*args)
 
         monkeypatch.setattr(kernel, name, recorded)
@@ -60,7 +60,7 @@ def combinations():
         if dtypes[0] == "float32" or case is CASES[1]:
             ranks, dropout = case[1:]
             alone = len(ranks) == 1 and not (dropout[0] and dtypes[0] != dtypes[1])
-            yield from ((variant, dtypes, case) for variant in VARIANTS if alone or variant != "recompute")
+            yield from ((variant, dtypes, case) for variant in VARIANTS if alone or variant in ("split", "cublas"))
 
 
 @pytest.mark.parametrize("variant, dtypes, case", list(combinations()), ids=str)
@@ -141,7 +141,7 @@ def test_a_bad_configuration_is_dropped_with_one_warning(failure, kernels_on, mo
     monkeypatch.setattr(plan, "choose", lambda *_: "split")
     calls = []
 
-    def bad(variant):
+    def bad(variant, chosen):
         def run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
             calls.append(variant)
             if failure == "raises":
@@ -171,7 +171,7 @@ def test_the_check_can_be_switched_off_and_memory_errors_pass_through(kernels_on
     lora_linear(*args)
     assert kernels_on == [("lora_linear", "split")]  # no second run on a small tile
 
-    def exhausted(variant):
+    def exhausted(variant, chosen):
         def run(*args):
             raise torch.OutOfMemoryError("full")
 
@@ -200,21 +200,22 @@ def test_choose_is_total_and_names_what_exists():
         (torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True), (1, 2), (0, 75, 80, 90, 100, 120),
     )  # fmt: skip
     seen = {plan.choose(*size) for size in sizes}
-    assert seen == {"eager", "recompute", "split", "cublas"}
+    assert seen == {"eager", "recompute", "publish", "split", "cublas"}
     bf16 = torch.bfloat16
     assert plan.choose("linear", 1, 4096, 16, bf16, False, False, 1, 90) == "recompute"
     assert plan.choose("linear", 8192, 4096, 16, bf16, True, False, 1, 90) == "split"
     assert plan.choose("linear", 8192, 14336, 16, bf16, True, False, 1, 90) == "cublas"
-    assert plan.choose("input_grad", 8192, 14336, 16, bf16, True, False, 1, 90) == "split"
+    assert plan.choose("input_grad", 8192, 14336, 16, bf16, True, False, 1, 90) == "publish"
+    assert plan.choose("input_grad", 8192, 4096, 16, bf16, False, True, 1, 90) == "publish"
+    assert plan.choose("input_grad", 8192, 4096, 16, bf16, True, False, 2, 90) == "split"
     assert plan.choose("linear", 8192, 4096, 16, bf16, True, False, 1, 0) == "eager"
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_merge_and_unmerge_by_the_kernel(dtype, fan_in_fan_out, kernels_on, monkeypatch):
-    from fused_lora.ops import merge, merge_kernel
+    from fused_lora.ops import merge
 
-    monkeypatch.setattr(merge_kernel, "_checked", {})
     W, A, B = (torch.randn(40, 70) * 0.02).to(dtype), torch.randn(3, 70), torch.randn(40, 3) * 0.002
     weight = W.t().contiguous() if fan_in_fan_out else W.clone()
     before = weight.clone()
@@ -243,9 +244,8 @@ def test_merge_and_unmerge_by_the_kernel(dtype, fan_in_fan_out, kernels_on, monk
 def test_a_merge_kernel_that_fails_its_check_is_dropped(kernels_on, monkeypatch):
     from fused_lora.ops import merge, merge_kernel
 
-    monkeypatch.setattr(merge_kernel, "_checked", {})
     monkeypatch.setattr(merge_kernel, "_check", lambda device, dtype: "a small weight did not come back to the bit")
     W = torch.randn(20, 30)
-    with pytest.warns(UserWarning, match="merge kernel .* is dropped"):
+    with pytest.warns(UserWarning, match="merge.* is dropped"):
         record = merge.merge_(W, [torch.randn(2, 30)], [torch.randn(20, 2)], [1.0])
     assert record.device_corrections is None and record.blocks

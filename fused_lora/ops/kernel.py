@@ -1,8 +1,8 @@
 """The Triton path of the LoRA linear: the kernels' launchers under the signature that the eager path has.
 
-A launch whose configuration runs for the first time in a process is tried on a small tile and compared with the eager
-path; one that does not compile, fails or differs is dropped with one warning, and the eager path does the work from
-then on. ``FUSED_LORA_CHECK=0`` skips the comparison, ``FUSED_LORA_PLAN=eager`` switches all kernels off.
+``guarded`` and ``passes`` let nothing run that has not been tried once in the process; what fails is dropped with one
+warning, and the eager path does the work from then on. ``FUSED_LORA_CHECK=0`` skips the trial,
+``FUSED_LORA_PLAN=eager`` switches all kernels off.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,22 @@ from fused_lora.ops import cpu
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_state: dict[tuple, bool] = {}  # (operation, variant, dtypes, ...) -> whether it passed its check
+_state: dict[tuple, bool] = {}  # what was tried -> whether it passed
+
+
+class Case(NamedTuple):
+    """Sizes, dtypes and strides of a small layer, as a plan's first use is tried on."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    device: torch.device
+    dtype: torch.dtype
+    adapters: tuple[tuple[int, torch.dtype, torch.dtype], ...]  # (rank, dtype of A, dtype of B)
+    dropout: tuple[float, ...]
+    bias: torch.dtype | None
+    x_by_rows: bool = True
+    weight_by_rows: bool = True
 
 
 def usable(device: torch.device) -> bool:
@@ -31,23 +47,31 @@ def fits(x: torch.Tensor, lora_A: Sequence[torch.Tensor], lora_B: Sequence[torch
     return all(t.dtype in _DTYPES for t in (x, *lora_A, *lora_B))
 
 
-def lora_linear(variant: str) -> Callable:
-    """(y, S) by the kernels, with this variant of the forward ("recompute", "publish", "split" or "cublas")."""
+def lora_linear(variant: str, chosen=None) -> Callable:
+    """(y, S) by the kernels, with this variant of the forward ("recompute", "publish", "split" or "cublas").
+
+    chosen: a plan, for the configurations of its launches; without one each launch picks its own.
+    """
+    product, shrink = (None, None) if chosen is None else (chosen.product, chosen.shrink)
 
     def run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
         from fused_lora.kernels.lora_linear import lora_linear_forward
         from fused_lora.kernels.lora_shrink import lora_shrink
 
+        adapters = lora_A, lora_B, scaling, dropout, seeds
         if variant != "cublas":
-            return lora_linear_forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, variant=variant)
-        S = lora_shrink(x, lora_A, [cpu.keep_scale(p) for p in dropout], dropout, seeds)
+            return lora_linear_forward(x, weight, bias, *adapters, product, variant, shrink)
+        S = lora_shrink(x, lora_A, [cpu.keep_scale(p) for p in dropout], dropout, seeds, shrink)
         return _after_shrink(S, x, weight.t(), bias, [B.t() for B in lora_B], scaling), S
 
     return run
 
 
-def lora_linear_backward(variant: str) -> Callable:
-    """The gradients by the kernels; ``variant`` is that of the input gradient."""
+def lora_linear_backward(variant: str, chosen=None) -> Callable:
+    """The gradients by the kernels; ``variant`` is that of the input gradient, ``chosen`` as in :func:`lora_linear`."""
+    product, shrink, weight_grad = (
+        (None, None, None) if chosen is None else (chosen.product, chosen.shrink, chosen.weight_grad)
+    )
 
     def run(
         g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, need_weight, need_bias
@@ -59,16 +83,17 @@ def lora_linear_backward(variant: str) -> Callable:
         dx = dS = None
         B_t = [B.t() for B in lora_B]
         if need_x and variant != "cublas":
-            dx, dS = lora_linear_input_grad(g, weight, lora_A, lora_B, scaling, dropout, seeds, variant=variant)
+            adapters = lora_A, lora_B, scaling, dropout, seeds
+            dx, dS = lora_linear_input_grad(g, weight, *adapters, product, variant, shrink)
         elif need_x or any(need_A):
-            dS = lora_shrink(g, B_t, scaling, [0.0] * len(B_t))
+            dS = lora_shrink(g, B_t, scaling, [0.0] * len(B_t), config=shrink)
             if need_x:
                 dx = _after_shrink(dS, g, weight, None, lora_A, [1.0] * len(lora_A))
         dA, dB = [None] * len(lora_A), [None] * len(lora_A)
         if any(need_A) or any(need_B):
             dS = torch.zeros_like(S) if dS is None else dS
             ranks, dtype = [A.shape[0] for A in lora_A], torch.promote_types(lora_A[0].dtype, lora_B[0].dtype)
-            sums = lora_linear_weight_grad(g, x, S, dS, scaling, dropout, seeds, ranks, dtype)
+            sums = lora_linear_weight_grad(g, x, S, dS, scaling, dropout, seeds, ranks, dtype, weight_grad)
             # one buffer holds all adapters' sums; gradients must not share memory
             dA = [_own(t, A, len(ranks)) if need else None for t, A, need in zip(sums[0], lora_A, need_A, strict=True)]
             dB = [_own(t, B, len(ranks)) if need else None for t, B, need in zip(sums[1], lora_B, need_B, strict=True)]
@@ -86,71 +111,85 @@ def _own(gradient: torch.Tensor, parameter: torch.Tensor, adapters: int) -> torc
 
 def _after_shrink(S, x, w, bias, Q, scales) -> torch.Tensor:
     """y = x w + bias + sum_i scales_i S_i Q_i with library GEMMs that accumulate: y is written, then read once."""
-    y, column = None, 0
-    for matrix, scale in zip(Q, scales, strict=True):
-        part = (S[:, column : column + matrix.shape[0]] * scale).to(x.dtype)
-        column += matrix.shape[0]
-        if y is None:
-            y = part @ matrix.to(x.dtype) if bias is None else torch.addmm(bias.to(x.dtype), part, matrix.to(x.dtype))
+    y, parts = None, S.to(x.dtype).split([q.shape[0] for q in Q], dim=1)
+    for part, matrix, scale in zip(parts, Q, scales, strict=True):
+        matrix = matrix.to(x.dtype)
+        if y is not None:
+            y.addmm_(part, matrix, alpha=scale)
+        elif bias is not None:
+            y = torch.addmm(bias.to(x.dtype), part, matrix, alpha=scale)
         else:
-            y.addmm_(part, matrix.to(x.dtype))
+            y = torch.addmm(x.new_empty(1), part, matrix, beta=0, alpha=scale)  # beta=0: not read
     return y.addmm_(x, w)
 
 
-def guarded(key: tuple, run: Callable, eager: Callable, check: Callable[[], str | None]) -> Callable:
-    """``run`` once ``check`` has passed for ``key``, ``eager`` after any failure (with one warning per key).
+def passes(key: tuple, check: Callable[[], str | None]) -> bool:
+    """Whether ``key`` may run: ``check`` returned None (else it says what is wrong) the first time, in this process.
 
-    ``check`` returns None or what is wrong. An out-of-memory error is no reason to drop a configuration.
+    An out-of-memory error is no reason to drop anything and passes through.
     """
+    if key in _state or os.environ.get("FUSED_LORA_CHECK") == "0":
+        return _state.get(key, True)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False  # a comparison would break the capture; warm-up runs come before it
+    try:
+        wrong = check()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
+        wrong = _text(error)
+    if wrong is None:
+        _state[key] = True
+    else:
+        _drop(key, wrong)
+    return wrong is None
+
+
+def guarded(key: tuple, run: Callable, eager: Callable, check: Callable[[], str | None]) -> Callable:
+    """``run`` if ``key`` passes its ``check``, ``eager`` otherwise and after a failure of ``run`` itself."""
 
     def call(*args):
-        if _state.get(key) is False:
+        if not passes(key, check):
             return eager(*args)
         try:
-            if key not in _state and os.environ.get("FUSED_LORA_CHECK") != "0":
-                if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                    return eager(*args)  # a comparison would break the capture; warm-up runs come before it
-                wrong = check()
-                if wrong is not None:
-                    raise RuntimeError(wrong)
-            _state[key] = True
             return run(*args)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
-            _state[key] = False
-            warnings.warn(f"fused_lora: {key} is dropped, the eager path takes over: {error}", stacklevel=2)
+            _drop(key, _text(error))
             return eager(*args)
 
     return call
 
 
-def small_case(
-    rows: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    adapter_dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
-    ranks: Sequence[int],
-    dropout: Sequence[float],
-    bias: bool,
-) -> tuple:
-    """Arguments of a forward that crosses tile borders and gets the tiles of ``rows`` rows; no generator is touched."""
-    M = next((small for small, most in ((13, 16), (50, 64), (130, 512)) if rows <= most), 577)
-    K, N = 144, 80
+def _drop(key: tuple, wrong: str) -> None:
+    _state[key] = False
+    warnings.warn(f"fused_lora: {key} is dropped, the eager path takes over: {wrong}", stacklevel=3)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def small_case(case: Case) -> tuple:
+    """Arguments of a forward of this size; the same numbers every time, and no generator is touched."""
 
     def numbers(*shape, dtype, scale=1.0):
         n = 1
         for size in shape:
             n *= size
-        line = torch.arange(n, device=device, dtype=torch.float32)
+        line = torch.arange(n, device=case.device, dtype=torch.float32)
         return (torch.sin(line * 12.9898 + len(shape)) * scale).reshape(shape).to(dtype)
 
-    A = [numbers(r, K, dtype=t, scale=0.2) for r, (t, _) in zip(ranks, adapter_dtypes, strict=True)]
-    B = [numbers(N, r, dtype=t, scale=0.2) for r, (_, t) in zip(ranks, adapter_dtypes, strict=True)]
-    b = numbers(N, dtype=torch.float32) if bias else None
-    seeds = torch.arange(7, 7 + len(ranks), device=device) if any(dropout) else None
-    x, W = numbers(M, K, dtype=dtype), numbers(N, K, dtype=dtype, scale=0.2)
-    return x, W, b, A, B, [0.5] * len(ranks), list(dropout), seeds
+    A = [numbers(r, case.inputs, dtype=dtype, scale=0.2) for r, dtype, _ in case.adapters]
+    B = [numbers(case.outputs, r, dtype=dtype, scale=0.2) for r, _, dtype in case.adapters]
+    bias = None if case.bias is None else numbers(case.outputs, dtype=case.bias)
+    seeds = torch.arange(7, 7 + len(A), device=case.device) if any(case.dropout) else None
+    x = numbers(case.rows, case.inputs, dtype=case.dtype)
+    W = numbers(case.outputs, case.inputs, dtype=case.dtype, scale=0.2)
+    x = x if case.x_by_rows else x.t().contiguous().t()
+    W = W if case.weight_by_rows else W.t().contiguous().t()
+    return x, W, bias, A, B, [0.5] * len(A), list(case.dropout), seeds
 
 
 def compare(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:

@@ -7,8 +7,6 @@ check has passed. The first use in a process is tried on a small weight, in both
 
 from __future__ import annotations
 
-import os
-import warnings
 from typing import Any
 
 import torch
@@ -16,26 +14,13 @@ import torch
 from fused_lora.ops import kernel
 from fused_lora.reference import bits
 
-_checked: dict[tuple, bool] = {}  # (device, dtype) -> whether the small weight came back and was merged right
-
 
 def applies(weight: torch.Tensor) -> bool:
     """Whether the kernel does this weight: a CUDA tensor of fp32, bf16 or fp16, and the first-use check has passed."""
-    if not kernel.usable(weight.device) or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    device, dtype = weight.device, weight.dtype
+    if not kernel.usable(device) or not kernel.fits(weight, (), ()):
         return False
-    key = (str(weight.device), weight.dtype)
-    if key not in _checked:
-        try:
-            wrong = None if os.environ.get("FUSED_LORA_CHECK") == "0" else _check(weight.device, weight.dtype)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
-            wrong = str(error)
-        _checked[key] = wrong is None
-        if wrong is not None:
-            message = f"fused_lora: merge kernel {key} is dropped, the eager path takes over: {wrong}"
-            warnings.warn(message, stacklevel=2)
-    return _checked[key]
+    return kernel.passes(("merge", device, dtype), lambda: _check(device, dtype))
 
 
 def merge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:

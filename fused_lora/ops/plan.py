@@ -1,19 +1,41 @@
 """Which implementation runs: the one place where a kernel takes over from the eager path.
 
-``choose`` is a pure function of shape, dtype and chip, so every run of a program makes the same choice. It holds no
-measured numbers: small M takes the single launch, training the split form, and the library GEMM that accumulates where
-the contraction is long enough that a slightly slower fused GEMM would lose more than the saved pass over y is worth.
+``choose`` and ``plan`` are pure functions of shape, dtype and chip, so every run of a program makes the same choice.
+They hold no measured numbers: small M takes the single launch, training the split form forward and the published one
+backward, and the library GEMM that accumulates where the contraction is long enough that a slightly slower fused GEMM
+would lose more than the saved pass over y is worth.
+
+A plan that runs for the first time in a process is tried on a small layer: the same tiles, the same classes of sizes
+and strides, and so the same binary. One that does not compile, fails or differs is dropped with one warning, and the
+eager path does the work from then on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
+from fused_lora import reference
 from fused_lora.ops import cpu, kernel
 
+if TYPE_CHECKING:
+    from fused_lora.kernels.config import LaunchConfig
+
 _LONG = 4096  # contraction beyond which a GEMM a few percent slower costs more than one pass over y (DRAM-bound)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The variant of one call and the configurations of its launches, None for those that it has not."""
+
+    variant: str
+    product: LaunchConfig | None = None
+    shrink: LaunchConfig | None = None
+    weight_grad: LaunchConfig | None = None
 
 
 def choose(
@@ -24,19 +46,57 @@ def choose(
     capability: 10 * major + minor of an NVIDIA chip, 0 for any other. upcast: adapters wider than x.
 
     Returns:
-        "recompute" (one launch), "split" (shrink, then GEMM with the expand in it), "cublas" (shrink, then library
-        GEMMs that accumulate) or "eager".
+        "recompute" or "publish" (one launch), "split" (shrink, then GEMM with the expand in it), "cublas" (shrink, then
+        library GEMMs that accumulate) or "eager".
     """
     from fused_lora.kernels.config import variants
 
     if capability < 80:
         return "eager"  # untried chips keep to the library
     masked_output = dropout and op == "input_grad"
-    if M <= 512 and "recompute" in variants(op, M, r, dtype, dropout, upcast, adapters):
+    possible = variants(op, M, r, dtype, dropout, upcast, adapters)
+    if M <= 512 and "recompute" in possible:
         return "recompute"
     if not masked_output and not upcast and (dtype == torch.float32 or K > _LONG):
         return "cublas"  # fp32 has no tensor cores to feed: the library's GEMM is the better one
+    if op == "input_grad" and "publish" in possible:
+        return "publish"  # dS comes with the pass over g that the product makes anyway
     return "split"
+
+
+def plan(
+    op: str,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    dtype: torch.dtype,
+    dropout: bool,
+    upcast: bool,
+    adapters: int,
+    capability: int,
+) -> Plan:
+    """Variant and configurations of ``op`` at M rows, N results a row and a contraction of K.
+
+    "input_grad" stands for the whole backward, weight gradients included; its N are a layer's in_features.
+    """
+    variant = choose(op, M, K, r, dtype, dropout, upcast, adapters, capability)
+    if variant == "eager":
+        return Plan("eager")
+    product = None
+    if variant != "cublas":
+        product = _pick(op, M, N, K, r, dtype, dropout, capability, upcast, adapters, variant)
+    backward = op == "input_grad"
+    shrink = _pick("shrink", M, 0, K, r, dtype, dropout and not backward, capability, upcast)
+    weight_grad = _pick("weight_grad", M, K, N, r, dtype, dropout, capability, upcast) if backward else None
+    return Plan(variant, product, shrink, weight_grad)
+
+
+@lru_cache(maxsize=4096)
+def _pick(*arguments) -> LaunchConfig:
+    from fused_lora.kernels.config import pick
+
+    return pick(*arguments)
 
 
 def forward(
@@ -48,17 +108,17 @@ def forward(
     dropout: Sequence[float],
 ) -> Callable:
     """The function that computes (y, S) for these arguments; all candidates share one signature."""
-    variant = _variant("linear", x, x.shape[1], lora_A, lora_B, dropout)
-    if variant == "eager":
+    chosen = _plan("linear", x, weight.shape[0], weight.shape[1], lora_A, lora_B, dropout)
+    if chosen.variant == "eager":
         return cpu.lora_linear
-    run = kernel.lora_linear(variant)
-    case = _case(x, lora_A, lora_B, dropout, bias is not None)
+    run, case = kernel.lora_linear(chosen.variant, chosen), _case(chosen, x, weight, bias, lora_A, lora_B, dropout)
 
     def check() -> str | None:
-        args = kernel.small_case(*case)
-        return kernel.compare(run(*args), cpu.lora_linear(*args), x.dtype)
+        args = kernel.small_case(case)
+        exact = reference.lora_linear(*args)
+        return kernel.compare(run(*args), exact, x.dtype)
 
-    return kernel.guarded(_key("linear", variant, case), run, cpu.lora_linear, check)
+    return kernel.guarded(("linear", chosen, case), run, cpu.lora_linear, check)
 
 
 def backward(
@@ -69,39 +129,56 @@ def backward(
     dropout: Sequence[float],
 ) -> Callable:
     """The function that computes (dx, dA, dB, dW, db) for these arguments."""
-    variant = _variant("input_grad", g, g.shape[1], lora_A, lora_B, dropout)
-    if variant == "eager":
+    chosen = _plan("input_grad", g, weight.shape[1], weight.shape[0], lora_A, lora_B, dropout)
+    if chosen.variant == "eager":
         return cpu.lora_linear_backward
-    run = kernel.lora_linear_backward(variant)
-    case = _case(g, lora_A, lora_B, dropout, False)
+    run, case = (
+        kernel.lora_linear_backward(chosen.variant, chosen),
+        _case(chosen, g, weight, None, lora_A, lora_B, dropout),
+    )
 
     def check() -> str | None:
-        x, W, _, A, B, scaling, p, seeds = kernel.small_case(*case)
-        y, S = cpu.lora_linear(x, W, None, A, B, scaling, p, seeds)
-        n = len(A)
-        args = (y, x, W, A, B, S, scaling, p, seeds, True, [True] * n, [True] * n, False, False)
-        results = ([dx, *dA, *dB] for dx, dA, dB, _, _ in (run(*args), cpu.lora_linear_backward(*args)))
-        return kernel.compare(*results, g.dtype)
+        x, W, _, A, B, scaling, p, seeds = kernel.small_case(case)
+        y, S = reference.lora_linear(x, W, None, A, B, scaling, p, seeds)
+        g, needed = y.to(x.dtype), [True] * len(A)
+        dx, dA, dB, _, _ = run(g, x, W, A, B, S.float(), scaling, p, seeds, True, needed, needed, False, False)
+        exact_dx, exact_dA, exact_dB, _, _ = reference.lora_linear_backward(g, x, W, A, B, scaling, p, seeds)
+        return kernel.compare([dx, *dA, *dB], [exact_dx, *exact_dA, *exact_dB], x.dtype)
 
-    return kernel.guarded(_key("input_grad", variant, case), run, cpu.lora_linear_backward, check)
+    return kernel.guarded(("input_grad", chosen, case), run, cpu.lora_linear_backward, check)
 
 
-def _variant(op: str, x, K: int, lora_A, lora_B, dropout) -> str:
+def _plan(op: str, x, N: int, K: int, lora_A, lora_B, dropout) -> Plan:
     if not kernel.usable(x.device) or not kernel.fits(x, lora_A, lora_B) or not x.shape[0]:
-        return "eager"
+        return Plan("eager")
     from fused_lora.kernels.config import capability
 
     upcast = any(t.dtype != x.dtype for t in (*lora_A, *lora_B))
     r = max(A.shape[0] for A in lora_A)
-    return choose(op, x.shape[0], K, r, x.dtype, any(dropout), upcast, len(lora_A), capability(x.device))
+    return plan(op, x.shape[0], N, K, r, x.dtype, any(dropout), upcast, len(lora_A), capability(x.device))
 
 
-def _case(x, lora_A, lora_B, dropout, bias: bool) -> tuple:
-    dtypes = [(A.dtype, B.dtype) for A, B in zip(lora_A, lora_B, strict=True)]
-    return x.shape[0], x.device, x.dtype, dtypes, [A.shape[0] for A in lora_A], dropout, bias
+def _case(chosen: Plan, x, weight, bias, lora_A, lora_B, dropout) -> kernel.Case:
+    """The smallest layer that crosses a border of every tile of the plan and compiles to the binaries of this call."""
+    tiles = [t for t in (chosen.product, chosen.shrink, chosen.weight_grad) if t is not None]
+    rows = max(t.BLOCK_K if t is chosen.weight_grad else t.BLOCK_M for t in tiles)
+    contraction = max(t.BLOCK_M if t is chosen.weight_grad else t.BLOCK_K * t.SPLIT_K for t in tiles)
+    columns = max([64] + [t.BLOCK_M if t is chosen.weight_grad else t.BLOCK_N for t in tiles])
+    outputs, inputs = (columns, contraction) if chosen.weight_grad is None else (contraction, columns)
+    return kernel.Case(
+        rows=_small(x.shape[0], rows),
+        outputs=_small(weight.shape[0], outputs),
+        inputs=_small(weight.shape[1], inputs),
+        device=x.device,
+        dtype=x.dtype,
+        adapters=tuple((A.shape[0], A.dtype, B.dtype) for A, B in zip(lora_A, lora_B, strict=True)),
+        dropout=tuple(dropout),
+        bias=None if bias is None else bias.dtype,
+        x_by_rows=x.stride(1) == 1,
+        weight_by_rows=weight.stride(1) == 1,
+    )
 
 
-def _key(op: str, variant: str, case: tuple) -> tuple:
-    M, device, dtype, dtypes, ranks, dropout, _ = case
-    rows = 1 << max(M - 1, 0).bit_length()  # tiles are chosen by the size of M
-    return op, variant, str(device), dtype, tuple(dtypes), tuple(ranks), any(dropout), rows
+def _small(size: int, block: int) -> int:
+    """Beyond one tile, and compiled as ``size`` is: Triton specialises 1 and multiples of 16."""
+    return 1 if size == 1 else block + (16 if size % 16 == 0 else 13)
