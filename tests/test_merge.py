@@ -1,6 +1,8 @@
 """Merge with one rounding and unmerge to the same bits: on the operator, on layers, on whole models."""
 
 import copy
+import os
+import threading
 import warnings
 
 import pytest
@@ -10,6 +12,8 @@ from torch import nn
 import fused_lora
 from fused_lora import LoraConfig, LoraLinear, reference
 from fused_lora.ops import merge as merging
+from fused_lora.ops import merge_blocks
+from fused_lora.ops.merge_workers import over_blocks
 from fused_lora.reference import bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -206,7 +210,7 @@ def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, mon
     before = W.clone()
     record = merging.merge_(W, [A], [B], [1.0])
     merged = W.clone()
-    steps = [merging._sums, torch.mm]
+    steps = [merge_blocks._sums, torch.mm]
     for step in steps:
         for k in range(8):
             W.copy_(before if action == "merge" else merged)
@@ -219,7 +223,7 @@ def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, mon
                 return step(*args, **kwargs)
 
             with monkeypatch.context() as patch:
-                patch.setattr(merging if step is merging._sums else torch, step.__name__, failing)
+                patch.setattr(merge_blocks if step is merge_blocks._sums else torch, step.__name__, failing)
                 with pytest.raises(OSError, match="injected"):
                     if action == "merge":
                         merging.merge_(W, [A], [B], [1.0])
@@ -405,3 +409,36 @@ def test_unload_gives_the_plain_model_back():
     assert all(type(m) is nn.Linear for m in plain) and not fused_lora.adapter_configs(plain)
     with pytest.raises(RuntimeError, match="LoRA layers"):
         fused_lora.merge(plain)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_makes_its_own_helpers():
+    """A child process has none of the parent's threads: work handed to the parent's pool would never end."""
+    assert _threads_that_worked() == 2
+    child = torch.multiprocessing.get_context("fork").Process(target=_exit_with_the_threads_that_worked)
+    child.start()
+    child.join(60)
+    child.kill()
+    assert child.exitcode == 2
+    assert _threads_that_worked() == 2
+
+
+def _threads_that_worked() -> int:
+    threads, seen = torch.get_num_threads(), set()
+    both = threading.Barrier(2, timeout=30)
+
+    def work(workspace, task):
+        seen.add(threading.get_ident())
+        both.wait()
+
+    torch.set_num_threads(2)
+    try:
+        failure = over_blocks(torch.empty(1024, 1024), [(0,), (1,)], object, work)
+    finally:
+        torch.set_num_threads(threads)
+    assert failure is None
+    return len(seen)
+
+
+def _exit_with_the_threads_that_worked():
+    os._exit(_threads_that_worked())
