@@ -13,6 +13,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("torch has no gloo", allow_module_level=True)
 
 KINDS = ("ddp", "fsdp2")
+INNER = {"fsdp2 linears": "fused", "fsdp2 parts": "a hook"}  # what is sharded by itself -> how its calls run
 LAYERS = 14
 
 
@@ -24,6 +25,8 @@ def cases():
         if door != "peft":
             found[f"fsdp2 {door} checkpointing"] = {"kind": "fsdp2", "door": door, "checkpointing": True}
             found[f"ddp {door} checkpointing"] = {"kind": "ddp", "door": door, "checkpointing": True}
+            for kind in INNER:
+                found[f"{kind} {door}"] = {"kind": kind, "door": door}
             found[f"ddp {door} dropout"] = {"kind": "ddp", "door": door, "lora_dropout": 0.5}
     return found
 
@@ -50,6 +53,16 @@ def test_losses_and_gradients_are_those_of_one_process(results, alone, door, kin
     assert ours <= max(2 * theirs, 1e-6), f"gradients differ by {ours:.1e}, PEFT's by {theirs:.1e}"
     if door != "inject":
         assert found["calls"] == {"fused": processes.STEPS * LAYERS * (2 if checkpointing else 1)}
+
+
+@pytest.mark.parametrize("kind", INNER)
+@pytest.mark.parametrize("door", DOORS)
+def test_linears_that_are_sharded_by_themselves(results, alone, door, kind):
+    found, expected = results[f"{kind} {door}"], alone[door]
+    assert found["losses"].tolist() == pytest.approx(expected["losses"].tolist(), rel=1e-6)
+    assert largest_relative(found["gradients"], expected["gradients"]) < 1e-5
+    if door != "inject":
+        assert len(found["calls"]) == 1 and INNER[kind] in next(iter(found["calls"])), found["calls"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import fused_lora  # noqa: E402
 from fused_lora.testing import training  # noqa: E402
+from fused_lora.testing.numeric import assert_no_worse  # noqa: E402
 from fused_lora.testing.training import DOORS, built, counted_calls, counting_texts, largest_relative, train  # noqa: E402
 
 PEFT_DOORS = ("accelerate", "install")
@@ -80,6 +81,23 @@ def test_plain_loop(door):
     assert calls == ({} if door == "inject" else {"fused": 12 * 14})
 
 
+def test_accelerate_and_restore_in_the_middle_of_a_run():
+    """The optimizer's parameters and its state stay; every third of the run is PEFT's to rounding."""
+    thirds = counting_texts(36).split(12)
+    found = {}
+    for door in ("peft", "both"):
+        with built("peft", training.tiny_llama()) as model:
+            optimizer = torch.optim.AdamW(training.trainable(model).values(), lr=5e-3)
+            found[door] = []
+            for i, data in enumerate(thirds):
+                if door == "both" and i:
+                    (fused_lora.accelerate if i == 1 else fused_lora.restore)(model)
+                with counted_calls() as calls:
+                    found[door] += train(model, data, optimizer=optimizer)
+                assert calls == ({"fused": 3 * 14} if door == "both" and i == 1 else {})
+    close(found["both"], found["peft"], 1e-5)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_autocast(door):
     data = counting_texts(32)
@@ -132,7 +150,7 @@ def test_compile_of_the_whole_model(door, p):
     for compiled in (False, True):
         with built(door, training.tiny_llama(), lora_dropout=p, init_lora_weights=False) as model:
             torch._dynamo.reset()
-            run = torch.compile(model, backend="aot_eager") if compiled else model
+            run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
             torch.manual_seed(1)
             losses = [run(input_ids=ids, labels=ids, use_cache=False).loss for ids in data.split(4)]
             sum(losses).backward()
@@ -291,3 +309,25 @@ def test_accelerator(door, mixed_precision):
         found = run(door)
     close(found, expected, 2e-3 if mixed_precision == "bf16" else 2e-5)
     assert set(calls) <= {"fused"}
+
+
+# as close to float64 as PEFT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("door", DOORS)
+def test_logits_and_gradients_are_as_close_to_float64_as_pefts(door, dtype):
+    ids = counting_texts(6)
+
+    def run(kind, width):
+        with built(kind, training.tiny_llama(dtype=dtype), init_lora_weights=False) as model:
+            output = model.to(width)(input_ids=ids, labels=ids) if width else model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        return {"logits": output.logits.detach(), **training.gradients(model)}
+
+    exact, theirs, ours = run("peft", torch.float64), run("peft", None), run(door, None)
+    mine, other = (
+        torch.cat([(found[n].double() - t).flatten() / t.norm() for n, t in exact.items()]) for found in (ours, theirs)
+    )
+    assert mine.norm() <= 1.1 * other.norm(), f"error {mine.norm():.3e}, PEFT's {other.norm():.3e}"
+    assert_no_worse(ours["logits"], theirs["logits"], exact["logits"], name="logits")

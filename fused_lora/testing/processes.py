@@ -29,7 +29,8 @@ def run_case(kind: str, door: str, **fields: Any) -> dict[str, Any]:
     """Losses of STEPS steps, the first step's gradients and the final parameters, of one way to train.
 
     Args:
-        kind: "one" trains on the whole batch in this process, "ddp" and "fsdp2" on this process's share of it.
+        kind: "one" trains on the whole batch in this process; "ddp" and "fsdp2" (decoder layers sharded), "fsdp2
+            linears" (every LoRA layer sharded too) and "fsdp2 parts" (every lora_A and lora_B) on its share of it.
         door: as in ``training.built``. fields: of its LoraConfig; ``checkpointing`` turns gradient checkpointing on.
     """
     checkpointing = fields.pop("checkpointing", False)
@@ -76,12 +77,14 @@ def _apart(tensors: Mapping[str, torch.Tensor]) -> float:
 def _wrap(kind: str, model: nn.Module) -> nn.Module:
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
-    if kind == "fsdp2":
+    if kind.startswith("fsdp2"):
         from torch.distributed.fsdp import fully_shard
 
-        for layer in model.get_decoder().layers:
-            fully_shard(layer)
-        fully_shard(model)
+        inner = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+        if kind == "fsdp2 parts":
+            inner = [part["default"] for layer in inner for part in (layer.lora_A, layer.lora_B)]
+        for module in (*(inner if kind != "fsdp2" else ()), *model.get_decoder().layers, model):
+            fully_shard(module)
     return model
 
 

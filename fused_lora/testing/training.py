@@ -96,14 +96,19 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train(
-    model: nn.Module, data: Tensor, rows: int = 4, lr: float = 5e-3, autocast: bool = False, **inputs: Any
+    model: nn.Module,
+    data: Tensor,
+    rows: int = 4,
+    lr: float = 5e-3,
+    autocast: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> list[float]:
-    """Losses of a plain loop over ``data`` [n, length], ``rows`` at a time, with AdamW."""
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=lr)
+    """Losses of a plain loop over ``data`` [n, length], ``rows`` at a time, with a new AdamW or the given optimizer."""
+    optimizer = optimizer or torch.optim.AdamW(trainable(model).values(), lr=lr)
     losses = []
     for ids in data.split(rows):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=ids, labels=ids, **inputs).loss
+            loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

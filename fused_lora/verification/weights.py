@@ -15,18 +15,22 @@ _BLOCK_ELEMENTS = 1 << 21
 
 @dataclass
 class Units:
-    """Unit roundoffs of one layer's arithmetic: result, adapters, accumulation, and operands (TF32, autocast)."""
+    """Unit roundoffs of one layer's arithmetic: result, adapters, accumulation, operands, partial sums (0: none)."""
 
     result: float
     adapter: float
     accumulate: float
-    operand: float
+    operand: float = 0.0  # TF32 and autocast round what is multiplied
+    partial: float = 0.0  # cuBLAS may round the parts of a split sum to 16 bits
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, weight: Tensor, adapters: list[Tensor]) -> Units:
         """The roundoffs that apply to a layer with input x and output y under the current autocast and TF32 modes."""
-        kind, operand = x.device.type, 0.0
+        kind, operand, partial = x.device.type, 0.0, 0.0
         widths = [_unit(t.dtype) for t in adapters]
+        if kind != "cpu":  # the adapters' term may be formed with operands of the input's width
+            widths.append(_unit(x.dtype))
+            partial = _unit(y.dtype) if y.dtype in (torch.bfloat16, torch.float16) else 0.0
         if torch.is_autocast_enabled(kind):
             operand = _unit(torch.get_autocast_dtype(kind))
             widths.append(operand)
@@ -35,7 +39,7 @@ class Units:
             widths.append(operand)
         double = {x.dtype, weight.dtype, y.dtype} == {torch.float64}
         accumulate = _unit(torch.float64 if double else torch.float32)
-        return cls(max(_unit(y.dtype), _unit(x.dtype)), max(widths), accumulate, operand)
+        return cls(max(_unit(y.dtype), _unit(x.dtype)), max(widths), accumulate, operand, partial)
 
     @property
     def form(self) -> float:
@@ -56,7 +60,7 @@ def unmerged_bound(
     lambda sqrt(K) u_acc (|x||W|^T + |b|)                  base product
     + (lambda sqrt(K + r) u_acc + 4 u_adapter) sum_i |s_i| ((|x||A_i|^T) |B_i|^T + |lora_bias_i|)
                                                            x, S, S B^T and s S B^T each rounded to the adapters' dtype
-    + lambda u_operand sqrt(x^2 (W^2)^T)                   operands rounded by TF32 or autocast
+    + (2 lambda u_operand + 4 u_partial) sqrt(x^2 (W^2)^T) rounding of operands and of partial sums, where it happens
     + 2 u (|y| + |x W^T + b| + adapters' magnitude)        base result and sum rounded to the layer's dtype
 
     lambda sqrt(n) u in place of Higham's n u / (1 - n u): Higham and Mary, "A new approach to probabilistic rounding
@@ -82,8 +86,9 @@ def merged_bound(units: Units, x: Tensor, weight: Tensor, bias: Tensor | None, y
 def _product_bound(units: Units, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     magnitude = x.abs() @ weight.abs().t() + (0.0 if bias is None else bias.abs())
     bound = CONFIDENCE * math.sqrt(x.shape[1]) * units.accumulate * magnitude
-    if units.operand:
-        bound += CONFIDENCE * 2 * units.operand * (x.square() @ weight.square().t()).sqrt()
+    if units.operand or units.partial:
+        spread = (x.square() @ weight.square().t()).sqrt()
+        bound += (2 * CONFIDENCE * units.operand + 4 * units.partial) * spread
     return bound
 
 
