@@ -1,28 +1,87 @@
 """LoRA terms of many adapters added to one batch: y[row] += sum over the row's adapters of scale * B (A x[row]).
 
 A *group* is a list of adapters, and the rows that have it; a base row is in no group and its memory is not touched.
-The sum is taken in fp32 (fp64 for fp64) and rounded once, into y.
-
-**Batch invariance.** A GEMM of another height may sum in another order, so a row's bits would depend on its neighbours.
-Here every product is cut into tiles of ``LEAST`` rows, the last one filled up with copies of a row, through calls of
-one shape; larger tiles are used where :func:`row_tiles` has found that they give every row the same bits.
+The sum is taken in fp32 (fp64 for fp64) and rounded once, into y. A row's term has the same bits whatever other rows
+there are: see :mod:`fused_lora.ops.invariant`. Groups whose factors are alike and lie at equal distances in one memory
+share a batched product, without a copy.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-LEAST = 4  # rows of the smallest tile: fewer take other code in a BLAS, more are waste in a decode step
-SIZES = (128, 16, LEAST)
+from fused_lora.ops.invariant import LEAST, aligned, row_tiles, stacks
+
 _CHUNK = 512  # rows whose term is held in memory at a time: a multiple of every tile
 _KEEP = 64  # chunks of at most this many rows keep their buffers for the next layer
+_STACKED = 16  # rows of a group up to which it shares a product: above, each fills one of its own
 
 Factors = tuple[Tensor, Tensor, float]  # A^T [K, r], B^T [r, N], scale
+Heights = Mapping[tuple[int, ...], tuple[int, ...]]  # of the tiles, by the ranks of a group's adapters
+
+
+class Terms:
+    """What each group adds at one layer.
+
+    Args:
+        factors: A^T [K, r], B^T [r, N] and the scale of each adapter, by group; all of one floating dtype, starting at
+            multiples of 64 bytes. They are added up in this order. Groups that add nothing are left out, or have an
+            empty list.
+
+    Attributes:
+        groups: their numbers, ascending. runs: the groups again, neighbours together that may share a product.
+        signature: what decides how rows are cut for these terms.
+    """
+
+    def __init__(self, factors: Mapping[int, Sequence[Factors]]):
+        self.factors = {g: factors[g] for g in sorted(factors) if factors[g]}
+        self.groups = tuple(self.factors)
+        self.ranks = {g: tuple(A_t.shape[1] for A_t, _, _ in self.factors[g]) for g in self.groups}
+        self.dtype = self.factors[self.groups[0]][0][0].dtype if self.groups else None
+        self._stacked: dict[tuple[int, ...], Factors] = {}
+        runs: list[tuple[int, ...]] = []
+        for g in self.groups:
+            together = (*runs[-1], g) if runs else ()
+            if together and self._evenly_spaced(together):
+                runs[-1] = together
+            else:
+                runs.append((g,))
+        self.runs = tuple(runs)
+        self.signature = self.runs, tuple(self.ranks.items())
+
+    def stacked(self, groups: tuple[int, ...]) -> Factors:
+        """A^T [n, K, r], B^T [n, r, N] and the scale of a run, or of a part of one: views of the same memory."""
+        if groups not in self._stacked:
+            (A_t, B_t, scale), (next_A, next_B, _) = (self.factors[g][0] for g in groups[:2])
+            tensors = (
+                t.as_strided((len(groups), *t.shape), (u.storage_offset() - t.storage_offset(), *t.stride()))
+                for t, u in ((A_t, next_A), (B_t, next_B))
+            )
+            self._stacked[groups] = (*tensors, scale)
+        return self._stacked[groups]
+
+    def _evenly_spaced(self, groups: tuple[int, ...]) -> bool:
+        """Whether the last group continues the run of the others."""
+        *_, before, last = (self.factors[g] for g in groups)
+        if len(last) > 1 or len(before) > 1 or last[0][2] != before[0][2]:
+            return False
+        for i in (0, 1):
+            u, v = before[0][i], last[0][i]
+            distance = v.storage_offset() - u.storage_offset()
+            if u.shape != v.shape or u.stride() != v.stride() or distance <= 0:
+                return False
+            if u.untyped_storage().data_ptr() != v.untyped_storage().data_ptr():
+                return False
+            if len(groups) > 2:
+                t = self.factors[groups[-3]][0][i]
+                if u.storage_offset() - t.storage_offset() != distance:
+                    return False
+        return True
 
 
 class RowLayout:
@@ -45,13 +104,13 @@ class RowLayout:
         self.rows, self._device = len(group_of_row), device
         order = np.argsort(group_of_row, kind="stable")
         order = order[np.searchsorted(group_of_row[order], 0) :]
-        present, starts = np.unique(group_of_row[order], return_index=True)
-        self.groups = tuple(present.tolist())
-        self._rows = dict(zip(self.groups, np.split(order, starts[1:]), strict=True))
+        present, counts = np.unique(group_of_row[order], return_counts=True)
+        self.groups, ends = tuple(present.tolist()), np.cumsum(counts)
+        self._rows = {g: order[end - n : end] for g, n, end in zip(self.groups, counts, ends, strict=True)}
         self._chunks: dict[tuple[int, ...], list[_Chunk]] = {}
 
     def chunks(self, groups: tuple[int, ...]) -> list[_Chunk]:
-        """The rows of ``groups`` (ascending, a part of ``self.groups``) in pieces of about ``_CHUNK``."""
+        """The rows of ``groups`` (ascending; those without rows are left out) in pieces of about ``_CHUNK``."""
         if groups not in self._chunks:
             self._chunks[groups] = [_Chunk(pieces, self._device) for pieces in self._cut(groups)]
         return self._chunks[groups]
@@ -59,7 +118,7 @@ class RowLayout:
     def _cut(self, groups: tuple[int, ...]) -> Iterator[list[tuple[int, np.ndarray]]]:
         pieces, height = [], 0
         for g in groups:
-            rows = self._rows[g]
+            rows = self._rows.get(g, ())
             for start in range(0, len(rows), _CHUNK):
                 piece = rows[start : start + _CHUNK]
                 if height + len(piece) > _CHUNK:
@@ -71,144 +130,160 @@ class RowLayout:
             yield pieces
 
 
+class _Step(NamedTuple):
+    """Consecutive groups of one height, and their tiles: (first row within the group, rows)."""
+
+    groups: tuple[int, ...]
+    start: int
+    height: int
+    tiles: tuple[tuple[int, int], ...]
+
+    def views(self, whole: Tensor) -> list[Tensor]:
+        """Each tile of all groups in a buffer: [rows, columns], or [groups, rows, columns] for several."""
+        n = len(self.groups)
+        rows = whole[self.start : self.start + n * self.height]
+        if n == 1:
+            return [rows[first : first + h] for first, h in self.tiles]
+        rows = rows.unflatten(0, (n, self.height))
+        return [rows[:, first : first + h] for first, h in self.tiles]
+
+
 class _Chunk:
     """Some rows by group, each group filled up to whole tiles, and buffers for them."""
 
     def __init__(self, pieces: list[tuple[int, np.ndarray]], device: torch.device):
-        self._groups = [g for g, _ in pieces]
         counts = [len(rows) for _, rows in pieces]
-        self._heights = [_filled(n) for n in counts]
-        self._height, rows = sum(self._heights), np.concatenate([rows for _, rows in pieces])
-        filled = self._height != len(rows)
-        in_order = not filled and (np.diff(rows) == 1).all()
-        self._span = slice(int(rows[0]), int(rows[-1]) + 1) if in_order else None
-        self._rows = torch.from_numpy(rows).to(device)
-        self._gather, self._places = self._rows, None
-        if filled:
-            starts = np.cumsum([0, *self._heights[:-1]])
-            places = np.concatenate([s + np.arange(n) for s, n in zip(starts, counts, strict=True)])
-            gather = [
-                np.pad(rows, (0, height - len(rows)), "edge")
-                for (_, rows), height in zip(pieces, self._heights, strict=True)
-            ]
-            self._gather = torch.from_numpy(np.concatenate(gather)).to(device)
-            self._places = torch.from_numpy(places).to(device)
-        self._buffers: dict[tuple, tuple[Tensor, tuple[Tensor, ...]]] = {}
-        self._tiles: dict[tuple, tuple[list[int], list[int]]] = {}
+        self.groups, self._heights = [g for g, _ in pieces], [_filled(n) for n in counts]
+        self._height = sum(self._heights)
+        starts = np.cumsum([0, *self._heights[:-1]])
+        rows = np.concatenate([rows for _, rows in pieces])
+        places = np.concatenate([s + np.arange(n) for s, n in zip(starts, counts, strict=True)])
+        gather = np.repeat(rows[np.cumsum(counts) - 1], self._heights)  # the last row of a group fills it up
+        gather[places] = rows
+        in_order = np.argsort(rows)
+        first, end = rows[in_order[0]], rows[in_order[-1]] + 1
+        self._span = None
+        if end - first == len(rows):
+            self._span, places = slice(int(first), int(end)), places[in_order]
+        self._straight = self._span is not None and np.array_equal(places, np.arange(self._height))
+        self._rows, self._gather, self._places = (torch.from_numpy(i).to(device) for i in (rows, gather, places))
+        self._buffers: dict[tuple, tuple[Tensor, list[list[Tensor]]]] = {}
+        self._steps: dict[tuple, tuple[_Step, ...]] = {}
+        self._plans: dict[tuple[_Step, ...], tuple[_Step, ...]] = {}
 
-    def add(self, y: Tensor, x: Tensor, factors: dict[int, Sequence[Factors]], sizes: dict[int, tuple[int, ...]]):
-        """y [rows, N] += the terms of x [rows, K] under ``factors`` by group, group g with tiles of ``sizes[g]``."""
-        dtype = accumulate_dtype(x, next(iter(factors.values()))[0][0])
-        key = tuple(map(sizes.__getitem__, self._groups))
-        groups, heights = self._cut(key)
-        inputs, x_tiles = self._buffer(("x", x.shape[1], dtype, key), heights)
-        if dtype == x.dtype:
+    def add(self, y: Tensor, x: Tensor, terms: Terms, tiles: Heights) -> None:
+        """y [rows, N] += the terms of x [rows, K]; ``tiles``: heights that suit a group of these ranks."""
+        dtype = torch.promote_types(torch.promote_types(x.dtype, terms.dtype), torch.float32)
+        shape = (x.shape[1], y.shape[1], dtype, x.device, torch.get_num_threads())
+        key = terms.signature, shape
+        steps = self._steps.get(key)
+        if steps is None:
+            steps = self._steps[key] = self._plan(terms, tiles, shape)
+        inputs, x_tiles = self._buffer(x.shape[1], dtype, steps, "x")
+        if dtype == x.dtype and inputs.is_contiguous():
             torch.index_select(x, 0, self._gather, out=inputs)
         else:
             inputs.copy_(x.index_select(0, self._gather))
-        term, tiles = self._buffer(("y", y.shape[1], dtype, key), heights)
-        for g, x_tile, tile in zip(groups, x_tiles, tiles, strict=True):
-            beta = 0
-            for A_t, B_t, scale in factors[g]:
-                if A_t.dtype != dtype:
-                    A_t, B_t = A_t.to(dtype), B_t.to(dtype)
-                torch.addmm(tile, torch.mm(x_tile, A_t), B_t, beta=beta, alpha=scale, out=tile)
-                beta = 1
-        if self._places is not None:
+        term, y_tiles = self._buffer(y.shape[1], dtype, steps, "y")
+        for step, inputs_of, terms_of in zip(steps, x_tiles, y_tiles, strict=True):
+            if len(step.groups) > 1:
+                A_t, B_t, scale = terms.stacked(step.groups)
+                A_t, B_t = A_t.to(dtype), B_t.to(dtype)
+                for a, b in zip(inputs_of, terms_of, strict=True):
+                    torch.baddbmm(b, torch.bmm(a, A_t), B_t, beta=0, alpha=scale, out=b)
+                continue
+            for i, (A_t, B_t, scale) in enumerate(terms.factors[step.groups[0]]):
+                A_t, B_t = A_t.to(dtype), B_t.to(dtype)
+                for a, b in zip(inputs_of, terms_of, strict=True):
+                    torch.addmm(b, torch.mm(a, A_t), B_t, beta=int(i > 0), alpha=scale, out=b)
+        self._scatter(y, term)
+
+    def _scatter(self, y: Tensor, term: Tensor) -> None:
+        if not self._straight:
             term = term.index_select(0, self._places)
-        if y.dtype != dtype:
-            y.index_copy_(0, self._rows, (y.index_select(0, self._rows) + term).to(y.dtype))
-        elif self._span is not None:
+        if y.dtype == term.dtype and self._span is not None:
             y[self._span].add_(term)
-        else:
+        elif y.dtype == term.dtype:
             y.index_add_(0, self._rows, term)
+        elif self._span is not None:
+            y[self._span] = (y[self._span] + term).to(y.dtype)
+        else:
+            y.index_copy_(0, self._rows, (y.index_select(0, self._rows) + term).to(y.dtype))
 
-    def _cut(self, sizes: tuple[tuple[int, ...], ...]) -> tuple[list[int], list[int]]:
-        """(group, height) of every tile, the larger ones first within a group."""
-        if sizes not in self._tiles:
-            groups, heights = [], []
-            for g, height, allowed in zip(self._groups, self._heights, sizes, strict=True):
-                for size in allowed:
-                    groups += [g] * (height // size)
-                    heights += [size] * (height // size)
-                    height %= size
-            self._tiles[sizes] = groups, heights
-        return self._tiles[sizes]
+    def _plan(self, terms: Terms, tiles: Heights, shape: tuple) -> tuple[_Step, ...]:
+        """What to multiply with what: neighbours of a run that are present and of one height share a product."""
+        K, N, *rest = shape
+        places = {g: (run, i) for run in terms.runs for i, g in enumerate(run)}
+        together: list[list[tuple[int, int]]] = []  # (group, height)
+        for g, height in zip(self.groups, self._heights, strict=True):
+            run, i = places[g]
+            before = together[-1][-1] if together else None
+            if before is not None and i > 0 and before == (run[i - 1], height) and height <= _STACKED:
+                together[-1].append((g, height))
+            else:
+                together.append([(g, height)])
+        steps, start = [], 0
+        for members in together:
+            groups, height = tuple(g for g, _ in members), members[0][1]
+            cut = tuple(_tiles(height, tiles[terms.ranks[groups[0]]]))
+            r, n = terms.ranks[groups[0]][0], len(groups)
+            if n > 1 and all(stacks(n, h, K, r, N, *rest) for h in {h for _, h in cut}):
+                steps.append(_Step(groups, start, height, cut))
+            else:
+                steps += [_Step((g,), start + i * height, height, cut) for i, g in enumerate(groups)]
+            start += n * height
+        # one object for equal plans, so that layers of other shapes find the same buffers
+        return self._plans.setdefault(tuple(steps), tuple(steps))
 
-    def _buffer(self, key: tuple, heights: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """A buffer for all rows, and its tiles; key: (what for, columns, dtype, tiles). A small one is kept."""
-        key += (torch.is_inference_mode_enabled(),)  # an inference tensor cannot be written outside that mode
+    def _buffer(self, columns: int, dtype: torch.dtype, steps: tuple[_Step, ...], side: str):
+        """A buffer for all rows (side "x" or "y"), and the tiles of each step; a small one is kept for other layers."""
+        # an inference tensor cannot be written outside that mode
+        key = (side, columns, dtype, id(steps), torch.is_inference_mode_enabled())
         found = self._buffers.get(key)
         if found is None:
-            whole = torch.empty((self._height, key[1]), dtype=key[2], device=self._rows.device)
-            found = whole, whole.split(heights)
+            whole = aligned(self._height, columns, dtype=dtype, device=self._rows.device)
+            found = whole, [step.views(whole) for step in steps]
             if self._height <= _KEEP:
                 self._buffers[key] = found
         return found
 
 
-def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, factors: dict[int, Sequence[Factors]]) -> Tensor:
+def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> Tensor:
     """y[m] += sum_i scale_i * (x[m] A_i^T) B_i^T over the factors of the row's group, in place.
 
     Args:
         y: [M, N], fp64, fp32, bf16 or fp16; rows without factors keep their bits.
-        x: [M, K], floating.
-        layout: which row is in which group.
-        factors: A^T [K, r], B^T [r, N] (floating) and the scale of each adapter, for the groups that have any here.
-            They are added up in this order, in fp32 (fp64 if any of x and A is), and rounded into y once.
+        x: [M, K], floating. layout: which row is in which group. terms: the factors of the groups.
 
     Returns:
-        y. A row's term has the same bits whatever other rows there are.
+        y. The sum is taken in fp32, or in fp64 if x or the factors are, and rounded into y once.
 
     Raises:
         ValueError: x, y and the layout differ in their rows.
     """
     if not len(x) == len(y) == layout.rows:
         raise ValueError(f"x, y: expected {layout.rows} rows as in the layout, got {len(x)} and {len(y)}")
-    groups = tuple(g for g in layout.groups if factors.get(g))
-    if not groups:
+    if not terms.groups:
         return y
-    dtype, threads = accumulate_dtype(x, factors[groups[0]][0][0]), torch.get_num_threads()
-    ranks = {g: tuple(A_t.shape[1] for A_t, _, _ in factors[g]) for g in groups}
-    tiles = {r: _tiles_of(x.shape[1], r, y.shape[1], dtype, x.device, threads) for r in set(ranks.values())}
-    sizes = {g: tiles[ranks[g]] for g in groups}
-    for chunk in layout.chunks(groups):
-        chunk.add(y, x, factors, sizes)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, terms.dtype), torch.float32)
+    rest = (y.shape[1], dtype, x.device, torch.get_num_threads())
+    tiles = {ranks: _common([row_tiles(x.shape[1], r, *rest) for r in ranks]) for ranks in set(terms.ranks.values())}
+    for chunk in layout.chunks(terms.groups):
+        chunk.add(y, x, terms, tiles)
     return y
 
 
-def _tiles_of(K: int, ranks: tuple[int, ...], N: int, *rest) -> tuple[int, ...]:
-    """Heights that suit all ranks of a group."""
-    found = [row_tiles(K, r, N, *rest) for r in ranks]
-    return found[0] if len(found) == 1 else tuple(size for size in found[0] if all(size in f for f in found)) or (1,)
+def _common(sizes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Tile heights that suit all."""
+    return tuple(h for h in sizes[0] if all(h in other for other in sizes)) or (1,)
 
 
-def accumulate_dtype(x: Tensor, A: Tensor) -> torch.dtype:
-    """fp32, or fp64 where x or A is."""
-    return torch.float64 if torch.float64 in (x.dtype, A.dtype) else torch.float32
-
-
-@functools.lru_cache(maxsize=4096)
-def row_tiles(K: int, r: int, N: int, dtype: torch.dtype, device: torch.device, threads: int) -> tuple[int, ...]:
-    """Tile heights, descending, whose products give every row the same bits here, wherever in a tile it lies.
-
-    Tried on random numbers, in the calls that :func:`lora_grouped_` makes. (1,) if a row's place in a tile matters.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x, A, B_t = (torch.randn(s, generator=generator).to(device, dtype) for s in ((SIZES[0], K), (r, K), (r, N)))
-    order = torch.randperm(len(x), generator=generator).to(device)
-
-    def product(rows: Tensor, size: int) -> Tensor:
-        out = rows.new_empty(len(rows), N)
-        for tile, result in zip(rows.split(size), out.split(size), strict=True):
-            torch.addmm(result, torch.mm(tile, A.t()), B_t, beta=0, alpha=0.5, out=result)
-        return out
-
-    with torch.no_grad():
-        least = product(x, LEAST)
-        if not torch.equal(product(x[order], LEAST), least[order]):
-            return (1,)
-        return tuple(size for size in SIZES if size == LEAST or torch.equal(product(x, size), least))
+def _tiles(height: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    first = 0
+    for h in sizes:
+        while height - first >= h:
+            yield first, h
+            first += h
 
 
 def _filled(rows: int) -> int:

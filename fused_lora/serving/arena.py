@@ -72,6 +72,12 @@ class Arena:
         free[low:high] = [(start, end - start)]
         self.used -= block.size
 
+    def clear(self) -> None:
+        """Give the memory back to the device. Raises RuntimeError while there are blocks."""
+        if self.used:
+            raise RuntimeError(f"arena: {self.used} bytes are in blocks")
+        self._chunks, self._free, self.reserved = [], [], 0
+
     def fits(self, nbytes: int) -> bool:
         """Whether ``nbytes`` would fit if nothing else were in the arena."""
         size = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_lora.ops.grouped import Factors, RowLayout, lora_grouped_
+from fused_lora.ops.grouped import RowLayout, Terms, lora_grouped_
 from fused_lora.serving.packing import Site
 from fused_lora.serving.residency import Version
 
@@ -100,7 +100,7 @@ class Batch:
         self.store, self.groups, self.outer = store, groups, None
         self._group_of_entry, self._entry_of_row = group_of_entry, entry_of_row
         self._layouts: dict[int, RowLayout] = {}
-        self._factors: dict[int, dict[int, list[Factors]]] = {}
+        self._terms: dict[int, Terms] = {}
         self._sizes: tuple[int, frozenset[int]] | None = None
         self._arriving = [v for v in {v for group in groups for v, _ in group} if v.arrival is not None]
         self._gradients = torch.no_grad()
@@ -124,7 +124,7 @@ class Batch:
     def __exit__(self, *exception) -> None:
         self._gradients.__exit__(*exception)
         _running.reset(self._token)
-        self._layouts, self._factors = {}, {}
+        self._layouts, self._terms = {}, {}
 
     def called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The model is called with these arguments: remember how many sequences and tokens they are."""
@@ -140,19 +140,18 @@ class Batch:
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
         """y += the LoRA terms of x at this site, in place."""
-        factors = self._factors.get(site.index)
-        if factors is None:
-            factors = self._factors[site.index] = self._factors_at(site.index)
-        if not factors:
+        terms = self._terms.get(site.index)
+        if terms is None:
+            terms = self._terms[site.index] = self._terms_at(site.index)
+        if not terms.groups:
             return
         for version in self._arriving:
             version.arrival.wait(site.index)
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
-        rows, terms = x.reshape(-1, site.K), y.view(-1, site.N)
-        lora_grouped_(terms, rows, self._layout(site, x), factors)
+        lora_grouped_(y.view(-1, site.N), x.reshape(-1, site.K), self._layout(site, x), terms)
 
-    def _factors_at(self, site: int) -> dict[int, list[Factors]]:
+    def _terms_at(self, site: int) -> Terms:
         found = {}
         for g, group in enumerate(self.groups):
             members = []
@@ -160,9 +159,8 @@ class Batch:
                 if site in version.factors:
                     A_t, B_t, scale = version.factors[site]
                     members.append((A_t, B_t, scale * weight))
-            if members:
-                found[g] = members
-        return found
+            found[g] = members
+        return Terms(found)
 
     def _layout(self, site: Site, x: Tensor) -> RowLayout:
         rows = x.shape[:-1].numel()

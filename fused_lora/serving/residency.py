@@ -51,6 +51,11 @@ class Version:
         """The name and the number of the load."""
         return f"{self.name}@{self.number}"
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Its size and where it lies in the arena."""
+        return self.nbytes, self.block.chunk, self.block.offset
+
 
 class Residency:
     """Brings versions onto the device and takes them off it.

@@ -290,6 +290,7 @@ class AdapterStore:
             for version in self._versions.values():
                 self._residency.retire(version)
             self._versions.clear()
+            self._residency.arena.clear()
 
     @contextmanager
     def _open(self, names: Sequence[Any], rows: Any) -> Iterator[Batch]:
@@ -304,12 +305,12 @@ class AdapterStore:
         try:
             for key in dict.fromkeys(key for entry in entries for key, _ in entry):
                 held[key] = self._hold(key)
-            groups: dict[tuple[tuple[Version, float], ...], int] = {}
-            group_of_entry = np.empty(len(entries), np.int64)
-            for i, entry in enumerate(entries):
-                group = tuple((held[key], weight) for key, weight in entry if weight)
-                group_of_entry[i] = groups.setdefault(group, len(groups)) if group else -1
-            with Batch(self, list(groups), group_of_entry, entry_of_row) as batch:
+            wanted = [tuple((held[key], weight) for key, weight in entry if weight) for entry in entries]
+            # adapters of one shape that lie side by side in the arena are computed together
+            groups = sorted({group for group in wanted if group}, key=lambda group: (len(group), group[0][0].place))
+            numbers = {group: i for i, group in enumerate(groups)}
+            group_of_entry = np.array([numbers.get(group, -1) for group in wanted], np.int64)
+            with Batch(self, groups, group_of_entry, entry_of_row) as batch:
                 yield batch
         finally:
             self._residency.release(held.values())
