@@ -6,10 +6,12 @@
     merge / unmerge / delta_fidelity / unload
     dropout_mask                              the mask that a call used
     accelerate / restore                      an existing PEFT model, fast in place and back
+    explain                                   what runs and what it costs, of a shape or of a model
     verify                                    merged against unmerged: rounding, or a bug and which
 """
 
 from fused_lora.adapters import AdapterError, load_adapter, save_adapter
+from fused_lora.explain import explain
 from fused_lora.integrations.peft import accelerate, restore
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import (
@@ -45,6 +47,7 @@ __all__ = [
     "delta_fidelity",
     "disable_adapters",
     "dropout_mask",
+    "explain",
     "inject",
     "load_adapter",
     "lora_layers",

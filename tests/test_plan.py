@@ -184,13 +184,13 @@ def test_the_check_can_be_switched_off_and_memory_errors_pass_through(kernels_on
 
 def test_the_way_out(monkeypatch):
     cuda = torch.device("cuda")
-    monkeypatch.setattr(kernel, "_HAS_TRITON", True)
+    monkeypatch.setattr(kernel, "HAS_TRITON", True)
     monkeypatch.delenv("FUSED_LORA_PLAN", raising=False)
     assert kernel.usable(cuda) and not kernel.usable(torch.device("cpu"))
     monkeypatch.setenv("FUSED_LORA_PLAN", "eager")
     assert not kernel.usable(cuda)
     monkeypatch.delenv("FUSED_LORA_PLAN")
-    monkeypatch.setattr(kernel, "_HAS_TRITON", False)
+    monkeypatch.setattr(kernel, "HAS_TRITON", False)
     assert not kernel.usable(cuda)
 
 

@@ -11,14 +11,17 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fused_lora.ops import cpu
 
+if TYPE_CHECKING:
+    from fused_lora.ops.plan import Plan
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 _state: dict[tuple, bool] = {}  # what was tried -> whether it passed
 
 
@@ -39,7 +42,7 @@ class Case(NamedTuple):
 
 def usable(device: torch.device) -> bool:
     """Whether kernels may run on this device at all: CUDA with Triton, not switched off."""
-    return device.type == "cuda" and _HAS_TRITON and os.environ.get("FUSED_LORA_PLAN") != "eager"
+    return device.type == "cuda" and HAS_TRITON and os.environ.get("FUSED_LORA_PLAN") != "eager"
 
 
 def fits(x: torch.Tensor, lora_A: Sequence[torch.Tensor], lora_B: Sequence[torch.Tensor]) -> bool:
@@ -47,7 +50,7 @@ def fits(x: torch.Tensor, lora_A: Sequence[torch.Tensor], lora_B: Sequence[torch
     return all(t.dtype in _DTYPES for t in (x, *lora_A, *lora_B))
 
 
-def lora_linear(variant: str, chosen=None) -> Callable:
+def lora_linear(variant: str, chosen: Plan | None = None) -> Callable:
     """(y, S) by the kernels, with this variant of the forward ("recompute", "publish", "split" or "cublas").
 
     chosen: a plan, for the configurations of its launches; without one each launch picks its own.
@@ -67,7 +70,7 @@ def lora_linear(variant: str, chosen=None) -> Callable:
     return run
 
 
-def lora_linear_backward(variant: str, chosen=None) -> Callable:
+def lora_linear_backward(variant: str, chosen: Plan | None = None) -> Callable:
     """The gradients by the kernels; ``variant`` is that of the input gradient, ``chosen`` as in :func:`lora_linear`."""
     product, shrink, weight_grad = (
         (None, None, None) if chosen is None else (chosen.product, chosen.shrink, chosen.weight_grad)
@@ -143,6 +146,11 @@ def passes(key: tuple, check: Callable[[], str | None]) -> bool:
     else:
         _drop(key, wrong)
     return wrong is None
+
+
+def verdicts() -> dict[tuple, bool]:
+    """What has been tried in this process, and whether it passed."""
+    return dict(_state)
 
 
 def guarded(key: tuple, run: Callable, eager: Callable, check: Callable[[], str | None]) -> Callable:

@@ -1,0 +1,123 @@
+"""fused_lora.explain: the plan and its cost without a GPU, and the layers of a model."""
+
+import pytest
+import torch
+from torch import nn
+
+import fused_lora
+from fused_lora.kernels import config
+from fused_lora.ops import kernel, plan
+
+BF16 = torch.bfloat16
+SHAPE = dict(M=8192, K=4096, N=4096, r=16, dtype=BF16)
+
+
+def cell(text, row, column):
+    """The word in the table's row below the heading; columns are two blanks or more apart."""
+    lines = text.splitlines()
+    start = lines[1].index(column)
+    return next(line for line in lines if line.startswith(row))[start:].split()[0]
+
+
+def test_a_training_step_on_a_chip_that_is_not_there():
+    found = fused_lora.explain(**SHAPE, dropout=0.1, device="H100")
+    text = str(found)
+    assert text.startswith("LoRA linear M=8192 K=4096 N=4096 r=16 dropout=0.1 bfloat16 on H100")
+    assert (cell(text, "forward", "variant"), cell(text, "backward", "variant")) == ("split", "publish")
+    assert (cell(text, "forward", "launches"), cell(text, "backward", "launches")) == ("2", "2")
+    assert "forward, shrink: " in text and "backward, weight gradients: " in text and "tensor descriptors" in text
+    # 2X + Y beyond the two base products, and what has a rank for a side
+    X = Y = 2 * 8192 * 4096
+    base = 2 * (X + Y + 2 * 4096 * 4096)
+    beyond = found.forward.bytes + found.backward.bytes - base
+    assert 2 * X + Y <= beyond <= 1.05 * (2 * X + Y)
+    assert found.forward.flops == found.forward.floor_flops == 2 * 8192 * (4096 * 4096 + 16 * 8192)
+    assert float(cell(text, "forward", "MB")) == pytest.approx(found.forward.bytes / 1e6, abs=0.1)
+
+
+@pytest.mark.parametrize("device", list(fused_lora.explain.__globals__["CHIPS"]) + ["sm_75", "sm_100"])
+@pytest.mark.parametrize("M", [1, 64, 513, 8192])
+def test_what_it_says_is_what_the_plan_says(M, device):
+    for dtype, upcast, dropout, adapters in [
+        (BF16, False, 0.1, 1), (BF16, True, 0.0, 1), (torch.float32, False, 0.1, 2), (torch.float16, False, 0.0, 1),
+    ]:  # fmt: skip
+        adapter_dtype = torch.float32 if upcast else dtype
+        found = fused_lora.explain(
+            M=M, K=4096, N=14336, r=24, dropout=dropout, dtype=dtype, device=device, adapter_dtype=adapter_dtype,
+            adapters=adapters,
+        )  # fmt: skip
+        capability = fused_lora.explain.__globals__["_capability_of"](device)
+        rest = 24, dtype, dropout > 0, upcast, adapters, capability
+        forward, backward = plan.plan("linear", M, 14336, 4096, *rest), plan.plan("input_grad", M, 4096, 14336, *rest)
+        assert (found.forward.variant, found.backward.variant) == (forward.variant, backward.variant)
+        assert dict(found.forward.configurations).get("product") == forward.product
+        assert dict(found.backward.configurations).get("weight gradients") == backward.weight_grad
+        for cost in (found.forward, found.backward):
+            assert cost.flops >= cost.floor_flops > 0
+            if capability < 80:
+                assert cost.variant == "eager" and cost.bytes is None and "eager path" in str(found)
+            else:
+                assert cost.bytes >= cost.floor_bytes > 0 and cost.launches >= 1
+
+
+def test_the_library_gemm_moves_y_twice_more():
+    found = fused_lora.explain(M=8192, K=14336, N=4096, r=16, dtype=BF16, device="sm_90")
+    split = config.traffic("linear", 8192, 4096, 14336, 16, BF16, False, 90, variant="split")
+    assert found.forward.variant == "cublas" and found.forward.launches == 4
+    assert found.forward.bytes == split["bytes"] + 2 * 2 * 8192 * 4096 + 6 * 8192 * 16
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = str(fused_lora.explain(**SHAPE))
+    assert " on cpu\n" in text and cell(text, "forward", "variant") == "eager"
+    assert text.endswith("cpu takes the CPU path: plain torch, no kernels; launches and bytes are not counted")
+    assert "meta takes the eager path: no kernels for meta devices" in str(fused_lora.explain(**SHAPE, device="meta"))
+
+
+def test_what_keeps_a_gpu_from_kernels_is_named(monkeypatch):
+    monkeypatch.setattr(kernel, "HAS_TRITON", True)
+    monkeypatch.setenv("FUSED_LORA_PLAN", "eager")
+    assert "FUSED_LORA_PLAN=eager" in str(fused_lora.explain(**SHAPE, device="cuda"))
+    monkeypatch.delenv("FUSED_LORA_PLAN")
+    monkeypatch.setattr(kernel, "HAS_TRITON", False)
+    assert "Triton is not installed" in str(fused_lora.explain(**SHAPE, device="cuda"))
+    doubles = SHAPE | dict(dtype=torch.float64)
+    assert "fp32, bf16 and fp16" in str(fused_lora.explain(**doubles, device="H100"))
+
+
+def test_a_plan_that_has_failed_is_named(monkeypatch):
+    chosen = plan.plan("input_grad", 8192, 4096, 4096, 16, BF16, True, False, 1, 90)
+    monkeypatch.setattr(kernel, "_state", {("input_grad", chosen, "a case"): False, ("merge", "x", "y"): False})
+    text = str(fused_lora.explain(**SHAPE, dropout=0.1, device="H100"))
+    assert "publish has failed its first use in this process" in text and "split has failed" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(M=None), ValueError, "M: expected a positive integer, got None"),
+        (dict(r=0), ValueError, "r: expected a positive integer, got 0"),
+        (dict(dropout=1.5), ValueError, "dropout: expected a probability"),
+        (dict(device="H3000"), ValueError, "device: expected a torch device or one of A100"),
+        (dict(dtype="bf16"), TypeError, "dtype: expected a torch.dtype, got 'bf16'"),
+        (dict(adapters=0), ValueError, "adapters: expected a positive integer"),
+        (dict(model=nn.Linear(2, 2)), ValueError, "model: expected a model or M, K, N and r, got both"),
+    ],
+)
+def test_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        fused_lora.explain(**{**SHAPE, **change})
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got int"):
+        fused_lora.explain(3)
+
+
+def test_the_layers_of_a_model():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    assert str(fused_lora.explain(model)) == "no LoRA layers"
+    fused_lora.inject(model, fused_lora.LoraConfig(r=2, target_modules=["0", "2"]))
+    lines = str(fused_lora.explain(model)).splitlines()
+    assert lines[1].split() == ["0", "LoraLinear", "yes"] and lines[-1] == "2 of 2 layers run fused"
+    fused_lora.merge(model)
+    lines = str(fused_lora.explain(model)).splitlines()
+    assert all("no: " in line for line in lines[1:3]) and lines[-1] == "0 of 2 layers run fused"
