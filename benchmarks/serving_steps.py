@@ -113,7 +113,8 @@ def steps(adapters: Adapters, point: StepPoint, ids: torch.Tensor, peft_up_to: i
     """The providers at one point, ready to be timed; on a GPU inside CUDA graphs where they can be captured.
 
     base: no adapter. fused_lora: one batch. PEFT: one batch with ``adapter_names``. loop: a batch per adapter.
-    merged: a forward per adapter, each on the plain weights: a merged model costs what the plain one costs.
+    merged: a forward per adapter, each on the plain weights: a merged model costs what the plain one costs. On a GPU
+    PEFT, which cannot be captured, and the loop run eagerly; the rows say so.
     """
     names = [adapters.name(i % point.D) for i in range(point.T)]
     served, plain, store = adapters.store.model, adapters.plain, adapters.store
@@ -136,13 +137,22 @@ def steps(adapters: Adapters, point: StepPoint, ids: torch.Tensor, peft_up_to: i
     def merged() -> torch.Tensor:
         return torch.cat([run(plain, ids[group]) for group in groups])
 
-    calls = {"base": lambda: run(plain, ids), "fused_lora": ours}
+    calls = {"base": lambda: run(plain, ids)}
+    if not ids.is_cuda:
+        calls["fused_lora"] = ours
     if point.D <= peft_up_to:
         peft_model = adapters.with_peft(point.D)
         calls["PEFT"] = lambda: run(peft_model, ids, adapter_names=names)
     calls |= {"loop": loop, "merged": merged}
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        yield {name: _graph(call, stack) if ids.is_cuda else Step(call) for name, call in calls.items()}
+        if not ids.is_cuda:
+            yield {name: Step(call) for name, call in calls.items()}
+            return
+        found = {name: Step(call) if name == "loop" else _graph(call, stack) for name, call in calls.items()}
+        # what the batch copies to the device is copied when it is entered, not at every replay
+        stack.enter_context(store.batch(names))
+        found["fused_lora"] = _graph(lambda: run(served, ids), stack)
+        yield found
 
 
 def _graph(call: Callable[[], torch.Tensor], stack: contextlib.ExitStack) -> Step:

@@ -26,6 +26,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+from transformers.generation.continuous_batching.utils import stream_context
 
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving import continuous_sampling
@@ -154,12 +155,15 @@ class AdapterManager(ContinuousBatchingManager):
 
     def _generation_step(self) -> None:
         """One forward of the engine, its rows under the adapters of their requests."""
-        futures = self.batch_processor.inputs_and_outputs.requests_in_batch
+        inputs = self.batch_processor.inputs_and_outputs
+        futures = inputs.requests_in_batch
         leases = [self.admission.lease_of(future.state) for future in futures]
         # where the output layer has an adapter it must see all rows, not those alone that a token is taken from
         runner = self.batch_processor.model_runner
         runner._model_supports_logits_to_keep = self._slices_logits and not self._head_in(leases)
-        with self.store.batch_rows(leases, [future.query_length for future in futures]):
+        rows = [future.query_length for future in futures]
+        # on a GPU the engine computes on a stream of its own, and what the store notes is noted on the current one
+        with stream_context(inputs.compute_stream), self.store.batch_rows(leases, rows):
             super()._generation_step()
         self._count(futures, leases)
 
