@@ -210,7 +210,7 @@ def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, mon
     before = W.clone()
     record = merging.merge_(W, [A], [B], [1.0])
     merged = W.clone()
-    steps = [merge_blocks._sums, torch.mm]
+    steps = [merge_blocks._fold, torch.mm]
     for step in steps:
         for k in range(8):
             W.copy_(before if action == "merge" else merged)
@@ -223,7 +223,7 @@ def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, mon
                 return step(*args, **kwargs)
 
             with monkeypatch.context() as patch:
-                patch.setattr(merge_blocks if step is merge_blocks._sums else torch, step.__name__, failing)
+                patch.setattr(merge_blocks if step is merge_blocks._fold else torch, step.__name__, failing)
                 with pytest.raises(OSError, match="injected"):
                     if action == "merge":
                         merging.merge_(W, [A], [B], [1.0])

@@ -15,6 +15,7 @@ from fused_lora.reference import bits
 
 _CHUNK = 1 << 16  # corrections are addressed by 16 bits inside chunks of this many elements
 _FINGERPRINT_LANES = 1021  # prime, so that rows and columns of usual sizes do not fold onto themselves
+_WEIGHTS = np.random.Philox(key=2024).random_raw(_FINGERPRINT_LANES).view(np.int64) | 1  # odd: no change is lost
 
 
 @dataclass
@@ -23,11 +24,13 @@ class Block:
 
     start: int
     stop: int
-    fingerprint: bytes
+    fingerprint: tuple[int, ...]
     counts: torch.Tensor | None = None  # int32 [chunks]: corrections in each chunk of 65536 elements
     offsets: torch.Tensor | None = None  # uint16 [n]: position inside the chunk
     values: torch.Tensor | None = None  # integers [n]: original bits; or [rows, columns] when it is a whole copy
-    merged: bytes | None = None  # fingerprint of the merged bits, where a whole copy would hide any change of them
+    merged: tuple[int, ...] | None = (
+        None  # fingerprint of the merged bits, where a whole copy would hide any change of them
+    )
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -102,7 +105,7 @@ class Workspace:
         if index.size * (w.itemsize + 2) >= w.nbytes:
             return None
         kept = (_counts(index, flat.size), index.astype(np.uint16), flat.take(index))
-        block = Block(start, stop, _sums(_words_of(w)), *map(torch.from_numpy, kept))
+        block = Block(start, stop, _fold(_words_of(w)), *map(torch.from_numpy, kept))
         np.copyto(w, t)
         return block
 
@@ -198,21 +201,21 @@ def _decode(block: Block, candidate: torch.Tensor) -> None:
         candidate.reshape(-1)[index] = block.values
 
 
-def fingerprint(block: torch.Tensor) -> bytes:
-    """Integer sums, modulo 2^64, over the rows and columns of the block's bits laid out 1021 words wide.
+def fingerprint(block: torch.Tensor) -> tuple[int, ...]:
+    """Integer sums, modulo 2^64, over the rows and columns of the block's bits laid out 1021 words wide, folded.
 
-    Sums of integers are exact in any order; one changed word changes its row and its column for certain, and two
-    exchanged words change two rows or two columns.
+    Sums of integers are exact in any order, and the weights of the fold are odd: one changed word changes the result
+    for certain, two exchanged words change two rows or two columns and with them, all but certainly, a fold.
     """
     if block.device.type == "cpu":
-        return _sums(_words_of(bits(block).numpy()))
+        return _fold(_words_of(bits(block).numpy()))
     flat = bits(block).reshape(-1)
     whole = flat.numel() * flat.element_size() % 8 == 0 and flat.data_ptr() % 8 == 0
     words = flat.view(torch.int64) if whole else flat.to(torch.int64)
     rows = words.numel() // _FINGERPRINT_LANES
     head = words[: rows * _FINGERPRINT_LANES].reshape(rows, _FINGERPRINT_LANES)
     parts = head.sum(0), head.sum(1), words[rows * _FINGERPRINT_LANES :]
-    return b"".join(part.cpu().numpy().tobytes() for part in parts)
+    return tuple(_weigh(part.cpu().numpy()) for part in parts)
 
 
 def _words_of(block: np.ndarray) -> np.ndarray:
@@ -223,8 +226,17 @@ def _words_of(block: np.ndarray) -> np.ndarray:
     return flat.view(np.int64)
 
 
-def _sums(words: np.ndarray) -> bytes:
+def _fold(words: np.ndarray) -> tuple[int, ...]:
     rows = words.size // _FINGERPRINT_LANES
     head = words[: rows * _FINGERPRINT_LANES].reshape(rows, _FINGERPRINT_LANES)
     tail = words[rows * _FINGERPRINT_LANES :]
-    return np.add.reduce(head, 0).tobytes() + np.add.reduce(head, 1).tobytes() + tail.tobytes()
+    return tuple(map(_weigh, (np.add.reduce(head, 0), np.add.reduce(head, 1), tail)))
+
+
+def _weigh(sums: np.ndarray) -> int:
+    """sum_i weight_i * sums_i modulo 2^64, in pieces of the weights' length."""
+    folded = 0
+    for start in range(0, len(sums), len(_WEIGHTS)):
+        piece = sums[start : start + len(_WEIGHTS)]
+        folded = folded * 0x5851F42D4C957F2D + int(np.dot(piece, _WEIGHTS[: len(piece)]))
+    return folded % 2**64
