@@ -31,7 +31,7 @@ from fused_lora.ops.merge_workers import over_blocks
 
 _BLOCK_ELEMENTS = 1 << 18  # CPU block: 1 MiB of fp32 fits the cache and hides the call overhead
 _DEVICE_BLOCK_ELEMENTS = 1 << 24
-_WORKSPACE_SHARE = 0.052  # of the weight's own bytes, for all CPU blocks in flight: with the record, a tenth at most
+_WORKSPACE_SHARE = 0.047  # of the weight's own bytes, for all CPU blocks in flight: with the record, a tenth at most
 _MIN_BLOCK_ELEMENTS = 1 << 17  # smaller blocks cost more in calls than they save in memory
 
 
