@@ -18,7 +18,8 @@ from .config import _WARPGROUP_MMA, LaunchConfig
 COLUMNS = 16  # the ranks of an adapter start at a multiple of this in a row of S, and tl.dot takes no fewer
 _CHUNK = 512  # least part of K that has a sum of its own
 _MAX_CHUNKS = 16
-_PROGRAMS = 256  # fewer than this over whole rows of x: a program for each chunk of K
+_PROGRAMS = 256  # a chip's worth: with fewer over whole rows of x, each chunk of K gets a program
+_RANK_BLOCKS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,15 @@ class RowGroups:
     grid_tiles: int
 
 
+@dataclass(frozen=True)
+class ExpandConfig(LaunchConfig):
+    """STEPS: blocks of columns that one program forms. RANK_BLOCKS: how many times COLUMNS ranks a group has at most,
+    1, 2 or 4, of one adapter; 0: any number of any rank."""
+
+    STEPS: int = 1
+    RANK_BLOCKS: int = 0
+
+
 def rows_per_tile(max_rows: int, max_groups: int) -> int:
     """16, or 32 where the groups of a full batch have that many rows. A row has the same bits in either.
 
@@ -87,9 +97,9 @@ def pick_shrink(
 ) -> LaunchConfig:
     """Configuration of the shrink; tiles: of rows, times outputs. ``capability`` as in config.py.
 
-    Neither this nor :func:`pick_expand` decides a bit of the result: BLOCK_M, BLOCK_N and the shrink's BLOCK_R are not
-    summed over, the expand's BLOCK_R never changes, BLOCK_K only cuts a sum that runs in order, and SPLIT_K says how
-    many programs share the chunks, not how long they are.
+    What depends on more than K and the dtypes, here and in :func:`pick_expand`, decides no bit of a result: BLOCK_M,
+    BLOCK_N and the shrink's BLOCK_R are not summed over, SPLIT_K says how many programs share the chunks, not how long
+    they are, and the expand takes COLUMNS ranks at a time in each of its forms.
     """
     wide = dtype == torch.float32 or adapter_dtype != dtype  # products of 32-bit operands
     BLOCK_R = COLUMNS if wide or max_rank <= COLUMNS else 32
@@ -99,17 +109,25 @@ def pick_shrink(
 
 
 def pick_expand(
-    tiles: int, block_m: int, N: Sequence[int], dtype: torch.dtype, adapter_dtype: torch.dtype
-) -> LaunchConfig:
-    """Configuration of the expand: wide blocks of columns where there are enough of them."""
-    wide = dtype == torch.float32 or adapter_dtype != dtype
-    BLOCK_N = 128 if not wide and tiles * sum(-(-n // 128) for n in N) >= _PROGRAMS else 64
-    return LaunchConfig("expand", block_m, BLOCK_N, 16, COLUMNS, num_stages=2)
+    tiles: int, block_m: int, N: Sequence[int], max_rank: int, group_size: int, dtype: torch.dtype, capability: int
+) -> ExpandConfig:
+    """Configuration of the expand: blocks as wide as a 128-byte line of y; where there are more programs than run at
+    once, each takes four such blocks, and B of all four is under way from the start."""
+    BLOCK_N = 128 // dtype.itemsize
+    largest = min((b for b in _RANK_BLOCKS if b * COLUMNS >= max_rank), default=0) if group_size == 1 else 0
+    steps = 4 if tiles * sum(-(-n // BLOCK_N) for n in N) >= 4 * _PROGRAMS else 1
+    stages = 1 if largest == 0 else 4 if capability else 2
+    return ExpandConfig(
+        "expand", block_m, BLOCK_N, COLUMNS, COLUMNS, num_stages=stages, RANK_BLOCKS=largest, STEPS=steps
+    )
 
 
 def launch_options(config: LaunchConfig, nvidia: bool) -> dict[str, int]:
-    """On AMD the 16x16 product for every tile, since the 32x32 one sums in another order."""
-    return config.options() | ({} if nvidia else dict(matrix_instr_nonkdim=16))
+    """NVIDIA: as many registers as a thread can have for the larger tiles, which keeps ptxas from spilling for the sake
+    of one more program. AMD: the 16x16 product for every tile, since the 32x32 one sums in another order."""
+    if not nvidia:
+        return config.options() | dict(matrix_instr_nonkdim=16)
+    return config.options() | (dict(maxnreg=255) if config.variant == "expand" or config.BLOCK_M > 16 else {})
 
 
 def grouped_traffic(
@@ -126,15 +144,15 @@ def grouped_traffic(
     e, T, block_m = dtype.itemsize, sum(rows), rows_per_tile(sum(rows), len(rows))
     tiles = [-(-m // block_m) for m in rows]
     shrink = pick_shrink(sum(tiles) * len(N), block_m, K, max(ranks), dtype, dtype, capability)
-    expand = pick_expand(sum(tiles), block_m, N, dtype, dtype)
-    G, planes, column_blocks = len(N), shrink.SPLIT_K, sum(-(-n // expand.BLOCK_N) for n in N)
+    expand = pick_expand(sum(tiles), block_m, N, max(ranks), 1, dtype, capability)
+    G, planes, S_readers = len(N), shrink.SPLIT_K, sum(-(-n // (expand.BLOCK_N * expand.STEPS)) for n in N)
     width = G * K + sum(N)
     moved, adapters, S, flops, asked = 2 * e * T * sum(N), 0, 0, 0, 0
     for t, m, r in zip(tiles, rows, ranks, strict=True):
         adapters += e * r * width
         S += 4 * planes * m * r * G
         flops += 2 * m * r * width
-        asked += t * e * r * width + e * m * K * G * -(-r // shrink.BLOCK_R) + 4 * planes * m * r * (G + column_blocks)
+        asked += t * e * r * width + e * m * K * G * -(-r // shrink.BLOCK_R) + 4 * planes * m * r * (G + S_readers)
     return dict(
         bytes=adapters + e * T * K + moved + 2 * S, flops=flops, launches=2,
         l2_bytes=asked + moved, floor_bytes=adapters, floor_flops=flops,

@@ -14,6 +14,7 @@ guard band or a neighbour's element is touched, or a result has other bits than 
 
 import ast
 import copy
+import functools
 import importlib.util
 import inspect
 import sys
@@ -21,15 +22,31 @@ import sys
 import pytest
 import torch
 
-from fused_lora.kernels import delta, dropout, lora_expand, lora_grad, lora_linear, lora_shrink, merge, sync, tiles
+from fused_lora.kernels import (
+    delta,
+    dropout,
+    grouped_shrink,
+    lora_expand,
+    lora_grad,
+    lora_grouped,
+    lora_linear,
+    lora_shrink,
+    merge,
+    sync,
+    tiles,
+)
 from fused_lora.kernels.config import LaunchConfig
+from fused_lora.kernels.grouped_tables import ExpandConfig
 from fused_lora.testing.bounds import AccessError
+from fused_lora.testing.grouped import GroupedCase
 from fused_lora.testing.guards import guarded_allocations
 from fused_lora.testing.interpreter import checked, interpreting
 from fused_lora.testing.layers import LayerCase
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="mutants run in the interpreter alone")
-MODULES = [delta, dropout, lora_expand, lora_grad, lora_linear, lora_shrink, merge, sync, tiles]
+MODULES = [
+    delta, dropout, grouped_shrink, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink, merge, sync, tiles,
+]  # fmt: skip
 TILE_CALLS = ("load_tile", "store_tile")  # their arguments end with num_rows, num_cols, ROWS, COLS
 MASK_NAMES = ("mask", "inside", "row_ok", "todo")
 HARMLESS = ("tl.load(bias_ptr + offs % N,",)  # an index modulo the size is in bounds without a mask, and is not stored
@@ -126,18 +143,45 @@ def run_layer(variant, split_k=1, ranks=(3,), bias=True):
     return [y, S, dx, dS, *dA, *dB]
 
 
+class Grouped:
+    """A batch over many adapters; ``extra`` is what its kernels reach by address."""
+
+    def __init__(self, ranks, groups, expand):
+        self.ranks, self.groups, self.expand = ranks, groups, expand
+
+    @functools.cached_property
+    def case(self):
+        rows = [1, 0, -1, 0, len(self.groups) - 1]
+        return GroupedCase.make(rows, self.groups, self.ranks, [35, 9], 37)
+
+    @property
+    def extra(self):
+        return self.case.adapters
+
+    def __call__(self):
+        outputs, guards = self.case.run(LaunchConfig("shrink", 16, 16, 32, 32), self.expand)
+        guards.assert_intact()
+        return outputs
+
+
+TWO = [[(0, 1.0)], [(1, 2.0)]]
+GROUPED = [
+    Grouped([[3, 18], [20, 0]], [*TWO, [(0, 1.0), (1, -1.0)]], ExpandConfig("expand", 16, 32, 16, 16)),
+    Grouped([[3, 8], [16, 0]], TWO, ExpandConfig("expand", 16, 32, 16, 16, STEPS=2, RANK_BLOCKS=4)),
+]
 LAYERS = [
     lambda: run_layer("split", ranks=(3, 18)),
     lambda: run_layer("publish"),
     lambda: run_layer("recompute", split_k=2),
 ]
 SCENARIOS = {merge: [run_merge], delta: [run_merge], dropout: [run_mask]}
+SCENARIOS |= {grouped_shrink: GROUPED, lora_grouped: GROUPED}
 SOUND = {}
 
 
 def outcome(scenario):
     torch.manual_seed(1)
-    with checked(), guarded_allocations():
+    with checked(extra=getattr(scenario, "extra", ())), guarded_allocations():
         return [t.clone() for t in scenario()]
 
 
