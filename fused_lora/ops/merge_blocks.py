@@ -36,6 +36,17 @@ class Block:
     def tensors(self) -> list[torch.Tensor]:
         return [t for t in (self.counts, self.offsets, self.values) if t is not None]
 
+    def __getstate__(self) -> dict:
+        state = dict(vars(self))
+        if self.offsets is not None:
+            state["offsets"] = self.offsets.view(torch.int16)  # pickle knows no unsigned tensors
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self.offsets is not None:
+            self.offsets = self.offsets.view(torch.uint16)
+
 
 class Workspace:
     """The buffers of one worker over blocks of W: [rows, columns] of at most ``block_rows`` rows.
