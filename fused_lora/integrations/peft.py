@@ -243,7 +243,9 @@ def _why_not_ours(layer: LoraLinear) -> str | None:
     if layer.merged:
         return "merged: the base layer alone"
     names = layer._present(layer.active_adapters)
-    return next(filter(None, map(why_not_plain, layer._parts(names))), None) if names else "no active adapter"
+    if not names:
+        return "no active adapter in this layer"
+    return next(filter(None, map(why_not_plain, layer._parts(names))), None)
 
 
 def _why_not_peft(layer: nn.Module) -> str | None:
