@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from fused_lora import reference
+from fused_lora.ops import plan
+
+from .numeric import assert_no_worse
 
 
 @dataclass
@@ -86,6 +89,25 @@ class LayerCase:
         (M, K), N = self.x.shape, self.weight.shape[0]
         terms = dict(y=K + sum(self.ranks), S=K, dx=N + sum(self.ranks), dS=N, dA=M + N, dB=M + K)
         return {name: (terms[name] + 8) * 2.0**-24 * value for name, value in size.exact().items()}
+
+    def check(self, results: dict[str, torch.Tensor]) -> None:
+        """16-bit results by the error rule against eager, fp32 ones by what fp32 sums can lose at most."""
+        eager, exact, bounds = self.eager(), self.exact(), self.fp32_bounds()
+        for name, tensor in results.items():
+            if tensor.dtype != torch.float32:
+                assert_no_worse(tensor, eager[name], exact[name], name=name)
+            else:
+                off = ((tensor - exact[name]).abs() - bounds[name]).max() if tensor.numel() else tensor.sum()
+                assert off <= 0, f"{name}: off by {off:.3e} more than fp32 sums can be"
+
+    def planned(self) -> dict[str, torch.Tensor]:
+        """y, S, dx, dA, dB by what the plan chooses, as the operators run it."""
+        x, W, bias, A, B, p = self.x, self.weight, self.bias, self.lora_A, self.lora_B, self.dropout
+        y, S = plan.forward(x, W, bias, A, B, p)(x, W, bias, *self.adapters)
+        run, each = plan.backward(self.g, W, A, B, p), [True] * len(A)
+        rest = self.scaling, p, self.seeds, True, each, each, False, False
+        dx, dA, dB, _, _ = run(self.g, x, W, A, B, S, *rest)
+        return dict(y=y, S=S, dx=dx, dA=torch.cat(dA), dB=torch.cat(dB, 1))
 
     def eager(self) -> dict[str, torch.Tensor]:
         """The same by eager PEFT: result + lora_B(lora_A(dropout(x))) * scaling, with the masks of these seeds.
