@@ -12,18 +12,18 @@ import hashlib
 import inspect
 import json
 import os
-import re
-import subprocess
-import tempfile
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fused_lora import binaries
+
 if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
+
     from fused_lora.kernels.aot import CompileCase
 
 
@@ -47,42 +47,39 @@ CHIPS = {
     # CDNA3: per SIMD 512 vector registers a lane and 8 waves, four SIMDs a compute unit
     "gfx942": Chip(0, 64 << 10, 64 << 10, 32, registers_per_sm=4 * 512 * 64, warp_size=64),
 }
-_INSTRUCTIONS = {  # name in the report -> opcode in the disassembly
-    "HGMMA": r"\bHGMMA\b",
-    "tcgen05": r"\bUTC[A-Z]*MMA\b",
-    "HMMA": r"\bHMMA\b",
-    "MFMA": r"\bv_mfma\w*",
-    "copy16": r"\bLDG(?:STS)?\.E\S*\.128\b",
-    "TMA": r"\bUTMALDG\b",
-}
+_BATCH = 8  # cases that a process compiles at a time
 
 
 def cases(capability: int) -> list[CompileCase]:
     """Every compilation for a chip, in a fixed order."""
     from fused_lora.kernels import aot, merge_aot
 
-    return [*aot.compile_cases(capability), *merge_aot.compile_cases(capability)]
+    return [case for module in (aot, merge_aot) for case in module.compile_cases(capability)]
 
 
 def required(case: CompileCase, capability: int) -> list[str]:
     """The instructions that a case must contain."""
-    needed = ["TMA"] if case.config is not None and case.config.tma else []
+    needed = ["copy16"] if case.op != "mask" else []
+    if case.config is not None and case.config.tma:
+        needed.append("TMA")
     if case.op in ("linear", "input_grad") and case.dtype.itemsize == 2:
         wide = {90: "HGMMA", 100: "tcgen05"}.get(capability) if case.config.BLOCK_M >= 64 else None
         needed.append(wide or ("HMMA" if capability else "MFMA"))
+    if case.op.startswith("grouped") and case.dtype.itemsize == 2:
+        needed.append("HMMA" if capability else "MFMA")
     return needed
 
 
 @functools.cache
 def _code(kernel) -> str:
-    """The kernel's syntax tree and those of the jit functions that it uses, without comments and docstrings."""
+    """The kernel's code and that of the jit functions that it uses, without comments and docstrings."""
     from triton.runtime import JITFunction
 
     def tree(fn):
         node = ast.parse(textwrap.dedent(inspect.getsource(fn.fn))).body[0]
         if ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-        return ast.dump(node), {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        return ast.unparse(node), {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
     todo, found = [kernel], {}
     while todo:
@@ -110,55 +107,50 @@ def toolchain() -> str:
     return f"triton {triton.__version__}, ptxas {' / '.join(dict.fromkeys(versions))}"
 
 
-def compile_case(case: CompileCase, chip: str) -> dict:
-    """Compile one case for one chip and read what the binary says.
+def compile_batch(batch: Sequence[CompileCase], chip: str) -> dict[str, dict]:
+    """Compile cases for one chip and read what the binaries say.
 
     Returns:
-        registers, spills (bytes of stack a thread), shared (bytes a block), warps, blocks (resident blocks a
-        multiprocessor), the counts of _INSTRUCTIONS that occur, ``needs`` and ``key``; or ``error`` in their place.
+        for each label: registers, spills (bytes a thread), shared (bytes a block), warps, blocks (resident blocks a
+        multiprocessor), the counts of instructions that occur, ``loose`` if there are wgmmas to beware of, ``needs``
+        and ``key``; or ``error`` in place of what the binary would have said.
     """
+    spec, records, done = CHIPS[chip], {}, {}
+    for case in batch:
+        variant = case.config.variant if case.config else case.op
+        records[case.label] = {"op": case.op, "variant": variant, "dtype": str(case.dtype)[6:]}
+        records[case.label] |= {"key": fingerprint(case, chip), "needs": required(case, spec.capability)}
+        compiled = _compile(case, chip)
+        if isinstance(compiled, str):
+            records[case.label]["error"] = compiled
+        else:
+            done[case.label] = compiled
+    if spec.capability:
+        texts = binaries.disassemble([k.asm["cubin"] for k in done.values()], spec.capability)
+    else:
+        texts = [k.asm["amdgcn"] for k in done.values()]
+    for (label, k), text in zip(done.items(), texts, strict=True):
+        resources = binaries.resources_nvidia(k.asm["cubin"]) if spec.capability else binaries.resources_amd(text)
+        record = records[label] | resources | {"shared": k.metadata.shared, "warps": k.metadata.num_warps}
+        record["blocks"] = resident_blocks(spec, record["registers"], record["shared"], record["warps"])
+        loose = binaries.loose_wgmma(k.asm.get("ptx", ""))
+        records[label] = record | binaries.instructions(text) | ({"loose": loose} if loose else {})
+    return records
+
+
+def _compile(case: CompileCase, chip: str) -> CompiledKernel | str:
+    """The compiled kernel, or what the compiler has against it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    spec = CHIPS[chip]
-    nvidia = spec.capability > 0
-    target = GPUTarget("cuda", spec.capability, 32) if nvidia else GPUTarget("hip", chip, 64)
-    record = {"op": case.op, "variant": case.config.variant if case.config else case.op, "dtype": str(case.dtype)[6:]}
-    record |= {"key": fingerprint(case, chip), "needs": required(case, spec.capability)}
+    nvidia = CHIPS[chip].capability > 0
+    target = GPUTarget("cuda", CHIPS[chip].capability, 32) if nvidia else GPUTarget("hip", chip, 64)
     source = ASTSource(case.kernel, case.signature, case.constexprs, case.attrs)
     try:
-        compiled = triton.compile(source, target=target, options=case.options)
+        return triton.compile(source, target=target, options=case.options)
     except Exception as e:  # whatever the compiler raises is the result of this case
-        return record | {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"}
-    text, resources = _binary_nvidia(compiled) if nvidia else _binary_amd(compiled)
-    record |= resources | {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
-    record["blocks"] = resident_blocks(spec, record["registers"], record["shared"], record["warps"])
-    counts = {name: len(re.findall(pattern, text)) for name, pattern in _INSTRUCTIONS.items()}
-    return record | {name: n for name, n in counts.items() if n}
-
-
-def _binary_nvidia(compiled) -> tuple[str, dict]:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
-        f.flush()
-        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-        sass = run([tools / "nvdisasm", "--no-dataflow", f.name]).stdout
-        usage = run([tools / "cuobjdump", "-res-usage", f.name]).stdout
-    return sass, {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
-    }
-
-
-def _binary_amd(compiled) -> tuple[str, dict]:
-    text = compiled.asm["amdgcn"]
-    value = {name: int(n) for name, n in re.findall(r"\.(\w+_count|private_segment_fixed_size): +(\d+)", text)}
-    spills = 4 * (value["vgpr_spill_count"] + value["sgpr_spill_count"])
-    return text, {"registers": value["vgpr_count"] + value["agpr_count"], "spills": spills}
+        return f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
 
 
 def resident_blocks(chip: Chip, registers: int, shared: int, warps: int) -> int:
@@ -168,13 +160,15 @@ def resident_blocks(chip: Chip, registers: int, shared: int, warps: int) -> int:
     return min(*limits, chip.shared_per_sm // (shared + (1024 if chip.capability else 1) if shared else 1))
 
 
-def _compile_by_label(job: tuple[str, str]) -> tuple[str, str, dict]:
-    chip, label = job
-    return chip, label, compile_case(_labelled(CHIPS[chip].capability)[label], chip)
+def _compile_by_labels(job: tuple[str, list[str]]) -> tuple[str, dict[str, dict]]:
+    chip, labels = job
+    known = labelled(CHIPS[chip].capability)
+    return chip, compile_batch([known[label] for label in labels], chip)
 
 
 @functools.cache
-def _labelled(capability: int) -> dict[str, CompileCase]:
+def labelled(capability: int) -> dict[str, CompileCase]:
+    """The cases of a chip by their labels, in their order."""
     every = cases(capability)
     labelled = {case.label: case for case in every}
     if len(labelled) < len(every):
@@ -189,7 +183,7 @@ def collect(
     everything: bool = False,
     processes: int | None = None,
 ) -> Iterator[tuple[int, int, dict[str, dict[str, dict]]]]:
-    """Compile what ``recorded`` does not already know; yields (done, to do, results so far) after each case.
+    """Compile what ``recorded`` does not already know; yields (done, to do, results so far) after each batch.
 
     The results hold the current cases alone, those of ``only`` (a substring of the label) if it is given.
 
@@ -205,19 +199,22 @@ def collect(
     for chip in chips:
         if chip not in CHIPS:
             raise ValueError(f"chip: expected one of {', '.join(CHIPS)}, got {chip!r}")
-        results[chip] = {}
-        for label, case in _labelled(CHIPS[chip].capability).items():
+        results[chip], todo = {}, []
+        for label, case in labelled(CHIPS[chip].capability).items():
             if only not in label:
                 continue
             known = recorded.get(chip, {}).get(label)
             if known is not None and not everything and known["key"] == fingerprint(case, chip):
-                results[chip][label] = known
+                results[chip][label] = known | {"needs": required(case, CHIPS[chip].capability)}
             else:
-                jobs.append((chip, label))
-    yield 0, len(jobs), results
+                todo.append(label)
+        jobs += [(chip, todo[i : i + _BATCH]) for i in range(0, len(todo), _BATCH)]
+    done, total = 0, sum(len(labels) for _, labels in jobs)
+    yield done, total, results
     if not jobs:
         return
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for done, (chip, label, record) in enumerate(pool.map(_compile_by_label, jobs), 1):
-            results[chip][label] = record
-            yield done, len(jobs), results
+        for chip, records in pool.map(_compile_by_labels, jobs):
+            results[chip] |= records
+            done += len(records)
+            yield done, total, results

@@ -114,7 +114,9 @@ def _weight_grad_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, u
 
 
 def compile_cases(
-    capability: int, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32), ops: tuple[str, ...] = OPS
+    capability: int,
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32),
+    ops: tuple[str, ...] = OPS,
 ) -> Iterator[CompileCase]:
     """All compilations for a chip: ``capability`` as in config.py (80, 90, 100, 120; 0 for any other, AMD included)."""
     builders = {"shrink": _shrink_case, "weight_grad": _weight_grad_case}
@@ -123,6 +125,8 @@ def compile_cases(
         precision = "ieee" if dtype == torch.float32 or capability == 0 else "tf32x3"
         for op in ops:
             for config, dropout, upcast in candidates(op, dtype, capability):
+                if upcast and dtype == torch.float32:
+                    continue  # 16-bit adapters of an fp32 layer: the same tiles with half the bytes of A and B
                 if op in builders:
                     built = builders[op](config, dtype, dropout, upcast, precision)
                 else:

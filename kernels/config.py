@@ -13,10 +13,12 @@ Rules that correctness rests on, not speed:
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
 OPS = ("linear", "input_grad", "shrink", "weight_grad")
+FEW, SOME, MANY = 16, 64, 512  # rows up to which a GEMM is decode, is short, has too few tiles to loop over them
 _WARPGROUP_MMA = (90, 100, 103)  # accumulators by warp groups and 228 KiB of shared memory: room for wide tiles
 
 
@@ -57,11 +59,9 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 or torch.version.hip else "tf32x3"
 
 
-def _rank_block(r: int, largest: int) -> int:
-    block = 16  # the least that tl.dot takes
-    while block < min(r, largest):
-        block *= 2
-    return block
+def _rank_block(r: int, *sizes: int) -> int:
+    """The least size that holds r, or the largest: few sizes, because each is a compilation in the first step."""
+    return next((size for size in sizes if r <= size), sizes[-1])
 
 
 def _split(programs: int, steps: int) -> int:
@@ -77,49 +77,51 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _shrink(M: int, r: int, dtype: torch.dtype, upcast: bool) -> LaunchConfig:
-    BLOCK_R = _rank_block(r, 32 if upcast or dtype == torch.float32 else 128)
-    # few rows: narrow row blocks, for enough programs
-    BLOCK_M = 16 if M < 8192 else 64
     if dtype == torch.float32:
-        return LaunchConfig("shrink", 32, 16, 32, BLOCK_R)
-    return LaunchConfig("shrink", BLOCK_M, 16, 64 if upcast or BLOCK_R >= 64 else 128, BLOCK_R)
+        return LaunchConfig("shrink", 32, 16, 32, 32)
+    BLOCK_R = 32 if upcast else _rank_block(r, 32, 128)
+    # few rows: narrow row blocks, for enough programs
+    return LaunchConfig("shrink", 16 if M < 8192 else 64, 16, 64 if upcast or BLOCK_R > 32 else 128, BLOCK_R)
 
 
-def _weight_grad(M: int, N: int, K: int, r: int, dtype: torch.dtype, upcast: bool) -> LaunchConfig:
-    BLOCK_R, BLOCK_M = _rank_block(r, 32), 64
-    BLOCK_K = 32 if upcast or dtype == torch.float32 or BLOCK_R > 16 else 64
+def _weight_grad(M: int, N: int, K: int, r: int) -> LaunchConfig:
+    BLOCK_M, BLOCK_K, BLOCK_R = 64, 32, 32
     programs = (_cdiv(K, BLOCK_M) + _cdiv(N, BLOCK_M)) * _cdiv(r, BLOCK_R)
-    return LaunchConfig(
-        "weight_grad", BLOCK_M, 16, BLOCK_K, BLOCK_R, SPLIT_K=_split(programs, _cdiv(M, BLOCK_K)), num_stages=3
-    )
+    return LaunchConfig("weight_grad", BLOCK_M, 16, BLOCK_K, BLOCK_R, SPLIT_K=_split(programs, _cdiv(M, BLOCK_K)))
 
 
-def _linear_tiles(
-    M: int, variant: str, dtype: torch.dtype, capability: int, upcast: bool, mask_in: bool, mask_out: bool
+def _gemm(
+    op: str, variant: str, M: int, r: int, dtype: torch.dtype, dropout: bool, capability: int, upcast: bool
 ) -> LaunchConfig:
-    """Tiles of the GEMM, without the rank block and the split."""
+    """Tiles of "linear" and "input_grad", without the split."""
+    decode = M <= FEW and op == "linear" and variant == "recompute" and not dropout
     if dtype == torch.float32 or capability < 80:
-        return LaunchConfig(variant, 16 if M <= 16 else 64, 64, 32, 16, num_stages=3 if capability >= 80 else 2)
-    # recompute and publish split an upcast x into tf32 parts beside the base product: a shorter tile keeps to registers
-    short = upcast and variant != "split"
-    wide_accumulators = capability in _WARPGROUP_MMA
-    BLOCK_K = (32 if short else 64) if wide_accumulators else (16 if short else 32)
-    if M <= 16:
-        return LaunchConfig(variant, 16, 32, BLOCK_K if short else 32 if mask_in else 128, 16)
-    if M <= 64:
-        return LaunchConfig(variant, 64, 64, min(BLOCK_K, 32) if mask_in else BLOCK_K, 16)
-    if M <= 512:
-        return LaunchConfig(variant, 64, 128, BLOCK_K, 16, num_warps=8)
-    if not wide_accumulators:
-        return without_tma(LaunchConfig(variant, 64 if mask_out else 128, 128, BLOCK_K, 16, num_warps=8, num_stages=4))
-    # the wide tile has registers for nothing but its accumulator
-    wide = variant == "split" and not mask_out and not upcast
-    return LaunchConfig(variant, 128, 256 if wide else 128, BLOCK_K, 16, num_warps=8, tma=True)
+        BLOCK_M, BLOCK_N = (16, 32) if decode else (64, 64)
+        return LaunchConfig(variant, BLOCK_M, BLOCK_N, 32, 32, num_stages=3 if capability >= 80 else 2)
+    if decode:
+        return LaunchConfig(variant, 16, 32, 32 if upcast else 128, 32 if upcast else _rank_block(r, 16, 64))
+    masked = dropout and (op == "input_grad" or variant != "split")  # else the shrink draws the mask
+    wide = capability in _WARPGROUP_MMA
+    # without warp groups the accumulators share each warp's registers with the mask
+    BLOCK_K = 64 if wide or not masked else 32
+    if M <= SOME and op == "linear":  # gradients of so few rows are rare
+        return LaunchConfig(variant, 64, 64, BLOCK_K, 32)
+    if M <= MANY and variant != "publish":
+        BLOCK_R = _rank_block(r, 16, 32) if variant == "recompute" else 32
+        return LaunchConfig(variant, 64, 128, BLOCK_K, BLOCK_R, num_warps=8)
+    # "publish" splits an upcast x into tf32 parts beside the base product of column 0
+    crowded = upcast and variant == "publish"
+    if wide:
+        # the widest tile has registers for nothing but its accumulator
+        alone = variant == "split" and not masked and not upcast
+        return LaunchConfig(variant, 64 if crowded else 128, 256 if alone else 128, 64, 32, num_warps=8, tma=True)
+    BLOCK_M = 64 if masked or variant == "publish" else 128
+    return LaunchConfig(variant, BLOCK_M, 128, 16 if crowded else 32, 32, num_warps=8, num_stages=4)
 
 
 def without_tma(config: LaunchConfig) -> LaunchConfig:
-    """The same with pointers, whose registers "publish" pays for with a smaller tile: it holds two K loops."""
-    return replace(config, tma=False, BLOCK_M=64 if config.variant == "publish" else config.BLOCK_M)
+    """The same with pointers, whose registers a smaller tile pays for; "publish" has those of two K loops."""
+    return replace(config, tma=False, BLOCK_M=64, BLOCK_N=128, BLOCK_K=32 if config.variant == "publish" else 64)
 
 
 def variants(
@@ -128,15 +130,18 @@ def variants(
     """The variants of "linear" or "input_grad" worth having at this shape, the preferred one last; "split" always can.
 
     "recompute" for small M, where launches and occupancy count; beyond, "publish" saves a second read of x. Neither
-    where x has a mask that many programs would draw again, or only a few would draw while the others wait, nor for
-    masks in fp32, whose dots by fma leave no registers to draw them.
+    where x has a mask that many programs would draw again, or only a few would draw while the others wait. An fp32
+    LoRA product costs several times a 16-bit one: only decode, which waits for the weight, repeats it.
     """
-    mask_in = dropout and op == "linear" and (M > 64 or upcast)
-    mask_fp32 = dropout and dtype == torch.float32
-    largest = 16 if dtype == torch.float32 else 32 if upcast or M > 64 else 64
-    if mask_in or mask_fp32 or adapters > 1 or r > largest:
-        return ("split",)
-    return ("split", "recompute") if M <= 512 else ("split", "publish")
+    mask_in, fp32 = dropout and op == "linear", dtype == torch.float32
+    decode = op == "linear" and M <= FEW and not dropout
+    if M > MANY or (upcast and op == "input_grad"):
+        other, fits = "publish", r <= 32 and not mask_in and not fp32
+    elif upcast or fp32:
+        other, fits = "recompute", r <= 32 and decode
+    else:
+        other, fits = "recompute", r <= (64 if decode else 32) and not (mask_in and M > SOME)
+    return ("split", other) if fits and adapters == 1 else ("split",)
 
 
 def pick(
@@ -160,15 +165,15 @@ def pick(
     if op == "shrink":
         return _shrink(M, r, dtype, upcast)
     if op == "weight_grad":
-        return _weight_grad(M, N, K, r, dtype, upcast)
+        return _weight_grad(M, N, K, r)
     variant = variant or variants(op, M, r, dtype, dropout, upcast, adapters)[-1]
-    forward = op == "linear"
-    config = _linear_tiles(M, variant, dtype, capability, upcast, dropout and forward, dropout and not forward)
-    BLOCK_R = _rank_block(r, 32 if variant == "split" else 64)
-    split = 1
-    if variant == "recompute" and M <= 64:
-        split = _split(_cdiv(M, config.BLOCK_M) * _cdiv(N, config.BLOCK_N), _cdiv(K, config.BLOCK_K))
-    return replace(config, BLOCK_R=BLOCK_R, SPLIT_K=split)
+    config = _gemm(op, variant, M, r, dtype, dropout, capability, upcast)
+    if variant != "split":  # a forced variant, too, must hold all ranks
+        config = replace(config, BLOCK_R=max(config.BLOCK_R, 1 << (r - 1).bit_length()))
+    if variant == "recompute" and M <= SOME and op == "linear" and not dropout:
+        programs = _cdiv(M, config.BLOCK_M) * _cdiv(N, config.BLOCK_N)
+        config = replace(config, SPLIT_K=_split(programs, _cdiv(K, config.BLOCK_K)))
+    return config
 
 
 def candidates(op: str, dtype: torch.dtype, capability: int) -> Iterator[tuple[LaunchConfig, bool, bool]]:
@@ -178,17 +183,13 @@ def candidates(op: str, dtype: torch.dtype, capability: int) -> Iterator[tuple[L
     second time without, for tensors that no descriptor can describe.
     """
     seen = set()
-    for upcast in (False, True):
-        for dropout in (False, True):
-            for M in (1, 17, 65, 513, 8192):
-                for r in (16, 32, 64, 128):
-                    for variant in variants(op, M, r, dtype, dropout, upcast):
-                        for K in (16, 65536):
-                            config = pick(op, M, 16, K, r, dtype, dropout, capability, upcast, 1, variant)
-                            config = replace(config, SPLIT_K=min(config.SPLIT_K, 2))
-                            seen |= {(config, dropout, upcast)}
-                            if config.tma:
-                                seen |= {(without_tma(config), dropout, upcast)}
+    # one of each kind that the rules above tell apart
+    grid = product((False, True), (False, True), (FEW, SOME, MANY, MANY + 1, 8192), (16, 32, 64, 128), (16, 65536))
+    for dropout, upcast, M, r, K in grid:
+        for variant in variants(op, M, r, dtype, dropout, upcast):
+            config = pick(op, M, 16, K, r, dtype, dropout, capability, upcast, 1, variant)
+            config = replace(config, SPLIT_K=min(config.SPLIT_K, 2))
+            seen |= {(config, dropout, upcast)} | ({(without_tma(config), dropout, upcast)} if config.tma else set())
     yield from sorted(seen, key=repr)
 
 

@@ -20,7 +20,7 @@ _PASSES = (
 
 
 def compile_cases(
-    capability: int, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    capability: int, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
 ) -> Iterator[CompileCase]:
     """All compilations for a chip (0: not NVIDIA): W with contiguous rows, A contiguous, B row- or column-major."""
     for dtype in dtypes:
