@@ -84,6 +84,7 @@ def verify(
         unmerged = run(model, inputs, layers, False, seed, max_rows)
         findings += _randomness(model, inputs, layers, unmerged, seed, max_rows)
         checks = [check_layer(layer, unmerged) for layer in layers if layer.path in unmerged.x]
+        skipped |= {layer.path: "it was not called" for layer in layers if layer.path not in unmerged.x}
         merged = run(model, inputs, layers, True, seed)
         noise = output_noise(model, inputs, layers, checks, unmerged, seed)
         result = Verification(checks, compare_outputs(merged.output, unmerged.output, noise), findings, notes, skipped)
@@ -180,7 +181,10 @@ def _compare_with_reference(result: Verification, given: Tensor, reference, inpu
     if not (find_layers(reference)[0] or result.reference_merged):
         result.notes.append("the reference is a model without the adapter: its output was not compared")
         return
-    result.reference = compare_outputs(given, run(reference, inputs, [], None, seed).output, noise)
+    output = run(reference, inputs, [], None, seed).output.to(given.device)
+    if output.shape != given.shape:
+        raise ValueError(f"reference: expected an output of shape {tuple(given.shape)}, got {tuple(output.shape)}")
+    result.reference = compare_outputs(given, output, noise)
     if not result.reference.ok and result.ok:
         text = "this model's output and the reference's differ by more than rounding, though their weights agree"
         result.findings.append(Finding(report.OUTPUT, text))

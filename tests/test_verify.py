@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import fused_lora
 from fused_lora import verify
 from fused_lora.testing.twins import randomize_adapters, twin_models
-from fused_lora.verification import report
+from fused_lora.verification import report, weights
 
 ADAPTER = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 KINDS = ["fused_lora", "peft", "accelerated"]
@@ -458,7 +458,46 @@ def test_layers_without_a_plain_merge_are_listed(ids):
     model.base_model.set_adapter(["default", "plain"])
     result = verify(model.eval(), ids)
     assert result.ok and len(result.layers) == 2 and len(result.skipped) == 2
-    assert "DoRA" in next(iter(result.skipped.values())) and "not merged here" in str(result)
+    assert "DoRA" in next(iter(result.skipped.values())) and "not compared: " in str(result)
+
+
+def test_embeddings_and_layers_that_are_not_called_are_listed(ids):
+    fields = {**ADAPTER, "target_modules": ["q_proj", "embed_tokens"]}
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**fields)).eval()
+    randomize_adapters(model)
+    model.spare = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
+    result = verify(model, ids)
+    assert result.ok and len(result.layers) == 2
+    assert sorted(result.skipped.values()) == ["Embedding over Embedding is no linear layer", "it was not called"]
+
+
+def test_a_layer_that_is_called_twice_and_a_weight_of_several_blocks(monkeypatch):
+    monkeypatch.setattr(weights, "_BLOCK_ELEMENTS", 100)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(24, 24)
+
+        def forward(self, x):
+            return self.lin(self.lin(x).relu())
+
+    model = fused_lora.inject(Twice().eval(), fused_lora.LoraConfig(target_modules=["lin"], init_lora_weights=False))
+    x = torch.randn(7, 24)
+    whole = verify(model, x)
+    assert whole.ok and len(whole.layers) == 1
+    monkeypatch.undo()
+    assert verify(model, x).layers[0].ratio == pytest.approx(whole.layers[0].ratio)
+
+
+def test_inside_inference_mode(ids):
+    model = make("accelerated", torch.bfloat16)
+    before = bits(model)
+    with torch.inference_mode():
+        assert verify(model, ids.clone()).ok
+    assert all(torch.equal(t, before[n]) for n, t in bits(model).items())
+    model.train()
+    model(ids, labels=ids).loss.backward()
 
 
 def test_a_compiled_model(ids):
@@ -489,6 +528,9 @@ def test_errors_name_the_argument(ids):
         verify(model, ids, max_rows=0)
     with pytest.raises(ValueError, match="reference: expected parameters named as in the model"):
         verify(model, ids, reference={"other.weight": torch.zeros(1)})
+    other = make("fused_lora", base=LlamaForCausalLM(config(vocab_size=70)).eval())
+    with pytest.raises(ValueError, match=r"reference: expected an output of shape \(2, 9, 61\), got \(2, 9, 70\)"):
+        verify(model, ids, reference=other)
     with pytest.raises(ValueError, match=r"reference: expected model.layers.0.self_attn.q_proj.weight \(32, 32\)"):
         verify(model, ids, reference={"model.layers.0.self_attn.q_proj.weight": torch.zeros(1, 2)})
     with pytest.raises(RuntimeError, match="model: expected LoRA layers"):

@@ -133,6 +133,8 @@ def check_state(model: nn.Module) -> None:
 
 def _unfit(module: nn.Module, names: list[str]) -> str:
     base = module.base_layer
+    if not len(module.lora_A):
+        return f"{type(module).__name__} over {type(base).__name__} is no linear layer"
     weight = getattr(base, "_parameters", {}).get("weight")
     if weight is None or weight.dim() != 2 or not hasattr(base, "bias"):
         return f"{type(base).__name__} has no plain 2-D weight"
@@ -140,8 +142,6 @@ def _unfit(module: nn.Module, names: list[str]) -> str:
         return f"its weight is a {type(weight).__name__} of {weight.dtype}: quantised or distributed"
     if weight.device.type == "meta":
         return "its weight is on the meta device"
-    if not len(module.lora_A):
-        return f"{type(module).__name__} is no linear layer"
     if any(name in getattr(module, "lora_variant", {}) for name in names):
         return "DoRA or another variant, which is not x W^T + s x A^T B^T"
     if base.bias is None and any(module.lora_B[name].bias is not None for name in names):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_lora.verification.layers import Layer
 from fused_lora.verification.passes import Pass, run
 from fused_lora.verification.report import LayerCheck, OutputCheck
-from fused_lora.verification.weights import Units, merged_bound, ratio, rms, scan_merge, unmerged_bound
+from fused_lora.verification.weights import Units, blocks, merged_bound, ratio, rms, scan_merge, unmerged_bound
 
 
 def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
@@ -20,21 +20,24 @@ def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
         weight, bias = layer.weight, layer.bias
     with layer.shown(True):
         merged_weight, merged_bias, ym = layer.weight, layer.bias, layer.module(x).reshape(y.shape)
-    left, right = layer.delta_factors()
     adapters = [layer.module.lora_A[name].weight for name in layer.names]
     units = Units.of(x, y, weight, adapters)
-    scan = scan_merge(weight, merged_weight, left, right, x.double(), units.form, len(layer.names))
-    rows, W, b = x.double(), weight.double(), None if bias is None else bias.double()
-    factors = layer.factors()
-    exact = torch.nn.functional.linear(rows, W, b) + (rows @ right.t()) @ left.t()
-    for _, _, s, lora_bias in factors:
-        exact = exact if lora_bias is None else exact + s * lora_bias
-    plain = ratio(y.double() - exact, unmerged_bound(units, rows, W, b, factors, y.double()))
-    Wm, bm = merged_weight.double(), None if merged_bias is None else merged_bias.double()
-    exact_merged = torch.nn.functional.linear(rows, Wm, bm)
-    folded = ratio(ym.double() - exact_merged, merged_bound(units, rows, Wm, bm, ym.double()))
+    rows, factors = x.double(), layer.factors()
+    scan = scan_merge(weight, merged_weight, *layer.delta_factors(), rows, units.form, len(layer.names))
+    plain = folded = 0.0
+    for start, stop in blocks(weight):
+        part = slice(start, stop)
+        W, b = weight[part].double(), None if bias is None else bias[part].double()
+        mine = [(A, B[part], s, None if c is None else c[part]) for A, B, s, c in factors]
+        got = y[:, part].double()
+        error = got - _exact(rows, W, b, mine)
+        plain = max(plain, ratio(error, unmerged_bound(units, rows, W, b, mine, got)))
+        Wm, bm = merged_weight[part].double(), None if merged_bias is None else merged_bias[part].double()
+        got = ym[:, part].double()
+        error = got - _exact(rows, Wm, bm, [])
+        folded = max(folded, ratio(error, merged_bound(units, rows, Wm, bm, got)))
     # the weight's rounding as it acts on these rows, two roundings of the result, and half of sqrt(K) in the sums
-    sums = math.sqrt(x.shape[-1]) * units.accumulate / 2 + 2 * units.operand
+    sums = math.sqrt(x.shape[-1]) * units.accumulate / 2 + 2 * units.operand + units.partial
     expected = math.hypot(rms(scan.shift) if scan.ratio <= 1 else 0.0, (2 * units.result + sums) * rms(y))
     difference = ym.double() - y.double()
     largest = difference.abs().max().item() if difference.numel() else 0.0
@@ -42,6 +45,14 @@ def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
         layer.path, weight.dtype, tuple(layer.names), largest, rms(difference), expected, plain, scan.ratio, folded,
         scan.lost, scan.inside, scan.inside_std,
     )  # fmt: skip
+
+
+def _exact(x: Tensor, weight: Tensor, bias: Tensor | None, factors: list) -> Tensor:
+    y = torch.nn.functional.linear(x, weight, bias)
+    for A, B, s, lora_bias in factors:
+        term = (x @ A.t()) @ B.t()
+        y = y + s * (term if lora_bias is None else term + lora_bias)
+    return y
 
 
 def output_noise(

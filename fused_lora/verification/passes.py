@@ -125,6 +125,7 @@ def restored(*models: nn.Module) -> Iterator[None]:
         for kind in sorted({device.type for device in devices}):
             indices = list(range(torch.get_device_module(kind).device_count()))
             stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
+        stack.enter_context(torch.inference_mode(False))  # a weight that is shown must remain an ordinary tensor
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:

@@ -148,7 +148,7 @@ class Verification:
         lines.append(f"output, merged against unmerged: {self.output}")
         if self.reference is not None:
             lines.append(f"output, this model against the reference: {self.reference}")
-        lines += [f"not merged here: {path}: {why}" for path, why in self.skipped.items()]
+        lines += [f"not compared: {path}: {why}" for path, why in self.skipped.items()]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"BUG: {finding}" for finding in self.findings]
         lines.append("verdict: " + ("every difference is rounding" if self.ok else f"bug ({', '.join(self.causes)})"))

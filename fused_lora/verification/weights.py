@@ -115,7 +115,7 @@ def scan_merge(
     form = (CONFIDENCE * math.sqrt(rank) + 3) * unit
     worst = lost = wanted = inner = size = 0.0
     shifts = []
-    for start, stop in _blocks(weight):
+    for start, stop in blocks(weight):
         W, Wm, part = weight[start:stop].double(), merged[start:stop].double(), left[start:stop]
         D, magnitude = part @ right, part.abs() @ right.abs()
         error = Wm - W - D
@@ -150,7 +150,7 @@ def relate(weight: Tensor, other: Tensor, left: Tensor, right: Tensor) -> Relati
     fits = dict.fromkeys((0, -1, 1, -2), 0.0)
     moved = size = 0.0
     changed = 0
-    for start, stop in _blocks(weight):
+    for start, stop in blocks(weight):
         W, R = weight[start:stop].double(), other[start:stop].to(weight.device).double()
         part = left[start:stop]
         D, magnitude = part @ right, part.abs() @ right.abs()
@@ -205,7 +205,8 @@ def _unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def _blocks(weight: Tensor) -> Iterator[tuple[int, int]]:
+def blocks(weight: Tensor) -> Iterator[tuple[int, int]]:
+    """Row ranges [start, stop) of a weight that are small enough to be held in float64 several times."""
     step = max(1, _BLOCK_ELEMENTS // max(weight.shape[1], 1))
     for start in range(0, weight.shape[0], step):
         yield start, min(start + step, weight.shape[0])
