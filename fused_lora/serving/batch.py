@@ -3,6 +3,7 @@ never to the layers: several threads may run one model under different adapters 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -12,13 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fused_lora.kernels.grouped_tables import RowGroups
 from fused_lora.ops.grouped import RowLayout, Terms, lora_grouped_
+from fused_lora.ops.grouped_kernel import lora_grouped_by_address_
+from fused_lora.ops.grouped_metadata import GroupLayout, build_metadata
+from fused_lora.serving.device import Transfer
 from fused_lora.serving.packing import Site
 from fused_lora.serving.residency import Version
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
 _LAYOUTS = 4  # row counts whose layouts are kept: the prompt's and the decode step's, for two models at most
 
+Group = Sequence[tuple[Version, float]]
 Entry = tuple[tuple[Any, float], ...]  # (name or lease, weight) of each adapter; empty for the base model
 
 
@@ -77,13 +83,35 @@ def rows_to_entries(entries: int, rows: Sequence[int] | Tensor | np.ndarray) -> 
     return np.repeat(np.arange(entries), counts)
 
 
+class _Rows:
+    """The groups of a batch's rows, as the eager path and as the kernels take them; made when they are asked for."""
+
+    def __init__(self, group_of_row: np.ndarray, groups: Sequence[Group], device: torch.device):
+        self._group_of_row, self._groups, self._device = group_of_row, groups, device
+
+    @functools.cached_property
+    def layout(self) -> RowLayout:
+        """For the eager path."""
+        return RowLayout(self._group_of_row, self._device)
+
+    @functools.cached_property
+    def groups(self) -> RowGroups:
+        """For the kernels: one buffer, one copy that nothing waits for."""
+        members = [[(version.slot, weight) for version, weight in group] for group in self._groups]
+        layout = GroupLayout(len(self._group_of_row), len(members), max(map(len, members)))
+        host = torch.empty(layout.size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        build_metadata(layout, self._group_of_row, members, host.numpy())
+        return layout.views(host.to(self._device, non_blocking=True), tiles=int(host[0]))
+
+
 class Batch:
     """One entered ``store.batch(...)``.
 
     Args:
-        store: whose batch this is. sites: of the model.
+        store: whose batch this is. transfer: how its adapters got where they are.
         groups: of each group the (version, weight) pairs. group_of_entry: integers, -1 for the base model.
         entry_of_row: the entry of each token row; None: the rows of the model's batch, in equal shares.
+        terms: of these groups by site, filled as they are needed.
 
     Attributes:
         identities: of each entry the identity of its adapter (None for the base model; joined by "+" with weights for
@@ -93,16 +121,20 @@ class Batch:
     def __init__(
         self,
         store: Any,
-        groups: Sequence[Sequence[tuple[Version, float]]],
+        transfer: Transfer,
+        groups: Sequence[Group],
         group_of_entry: np.ndarray,
         entry_of_row: np.ndarray | None,
+        terms: dict[int, Terms],
     ):
         self.store, self.groups, self.outer = store, groups, None
         self._group_of_entry, self._entry_of_row = group_of_entry, entry_of_row
-        self._layouts: dict[int, RowLayout] = {}
-        self._terms: dict[int, Terms] = {}
+        self._tables = transfer.tables
+        self._layouts: dict[int, _Rows] = {}
+        self._terms = terms
         self._sizes: tuple[int, frozenset[int]] | None = None
-        self._arriving = [v for v in {v for group in groups for v, _ in group} if v.arrival is not None]
+        arrivals = {version.arrival for group in groups for version, _ in group} - {None}
+        self._arriving = [arrival for arrival in arrivals if not arrival.done()]
         self._gradients = torch.no_grad()
         self._token = None
 
@@ -124,7 +156,7 @@ class Batch:
     def __exit__(self, *exception) -> None:
         self._gradients.__exit__(*exception)
         _running.reset(self._token)
-        self._layouts, self._terms = {}, {}
+        self._layouts = {}
 
     def called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The model is called with these arguments: remember how many sequences and tokens they are."""
@@ -145,11 +177,16 @@ class Batch:
             terms = self._terms[site.index] = self._terms_at(site.index)
         if not terms.groups:
             return
-        for version in self._arriving:
-            version.arrival.wait(site.index)
+        for arrival in self._arriving:
+            arrival.wait(site.index)
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
-        lora_grouped_(y.view(-1, site.N), x.reshape(-1, site.K), self._layout(site, x), terms)
+        rows, x, y = self._rows(site, x), x.reshape(-1, site.K), y.view(-1, site.N)
+        if self._tables is None:
+            lora_grouped_(y, x, rows.layout, terms)
+        else:
+            tables = self._tables.site(site.index)
+            lora_grouped_by_address_(y, x, tables, lambda: rows.groups, lambda: lora_grouped_(y, x, rows.layout, terms))
 
     def _terms_at(self, site: int) -> Terms:
         found = {}
@@ -162,19 +199,19 @@ class Batch:
             found[g] = members
         return Terms(found)
 
-    def _layout(self, site: Site, x: Tensor) -> RowLayout:
+    def _rows(self, site: Site, x: Tensor) -> _Rows:
         rows = x.shape[:-1].numel()
         self._check_rows(site, x, rows)
-        layout = self._layouts.get(rows)
-        if layout is None:
+        found = self._layouts.get(rows)
+        if found is None:
             if len(self._layouts) >= _LAYOUTS:
                 self._layouts.pop(next(iter(self._layouts)))
             if self._entry_of_row is None:
                 group_of_row = np.repeat(self._group_of_entry, rows // len(self._group_of_entry))
             else:
                 group_of_row = np.append(self._group_of_entry, -1)[self._entry_of_row]
-            layout = self._layouts[rows] = RowLayout(group_of_row, x.device)
-        return layout
+            found = self._layouts[rows] = _Rows(group_of_row, self.groups, x.device)
+        return found
 
     def _check_rows(self, site: Site, x: Tensor, rows: int) -> None:
         """Rows that are not the batch's own, in order (experts that see some tokens), must not pass for it."""

@@ -12,11 +12,12 @@ import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from fused_lora.serving.arena import Arena, Block
-from fused_lora.serving.device import Transfer
-from fused_lora.serving.packing import Packed, Part
+from fused_lora.serving.device import Arrival, Transfer
+from fused_lora.serving.packing import Packed, Part, Signature
 
 
 class StoreFull(RuntimeError):
@@ -42,9 +43,10 @@ class Version:
     used: int = 0
     retired: bool = False
     moving: bool = False
-    files: object = None
+    files: Signature | None = None
     factors: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
-    arrival: object = None
+    arrival: Arrival | None = None
+    uses: dict[int, torch.cuda.Event] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
@@ -142,10 +144,11 @@ class Residency:
     def release(self, versions: Collection[Version]) -> None:
         """The end of a batch that held these versions."""
         with self.changed:
-            if versions:
-                self.transfer.left_behind()
+            mark = self.transfer.mark() if versions else None
             for version in versions:
                 version.held -= 1
+                if mark is not None:
+                    version.uses[mark[0]] = mark[1]  # the last batch on each stream
                 self._collect(version)
 
     def _collect(self, version: Version) -> None:
@@ -181,14 +184,15 @@ class Residency:
             return True
         if not self._host_room(version.nbytes):
             return False
-        self._keep_on_host(version, self.transfer.fetch(version.block, version.nbytes))
+        self._keep_on_host(version, self.transfer.fetch(version.block, version.nbytes, version.uses.values()))
         return True
 
     def _leave_device(self, version: Version) -> None:
         if version.block is not None:
             self.resident.discard(version)
+            self.transfer.vacate(version.slot, version.uses.values())
             self._give_back(version.block, version.slot)
-            version.block, version.slot, version.factors, version.arrival = None, -1, {}, None
+            version.block, version.slot, version.factors, version.arrival, version.uses = None, -1, {}, None, {}
 
     def _give_back(self, block: Block, slot: int) -> None:
         self.arena.free(block)

@@ -14,39 +14,17 @@ from torch import Tensor, nn
 
 from fused_lora.adapters.read import check_adapter_name
 from fused_lora.modules.inject import AdapterNotFound
+from fused_lora.ops.grouped import Terms
 from fused_lora.serving.attach import Attachment, find_sites
-from fused_lora.serving.batch import Batch, parse_entry, rows_to_entries
+from fused_lora.serving.batch import Batch, Group, parse_entry, rows_to_entries
 from fused_lora.serving.device import open_transfer
+from fused_lora.serving.lease import Lease
 from fused_lora.serving.packing import Packed, from_folder, from_model, from_tensors
 from fused_lora.serving.residency import Residency, Version
 
+_TERMS = 8  # batches of other adapters whose factors are kept in order
+
 Source = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor, float]] | nn.Module
-
-
-class Lease:
-    """One version of one adapter, kept while a request runs: an entry of a batch that a reload does not change.
-
-    ``identity``, ``name`` and ``version`` say which. Release it, or use it as a context manager.
-    """
-
-    def __init__(self, store: AdapterStore, version: Version):
-        self._store, self._held = store, version
-        self.name, self.version, self.identity = version.name, version.number, version.identity
-
-    def release(self) -> None:
-        """Let go of the version; a second call does nothing."""
-        version, self._held = self._held, None
-        if version is not None:
-            self._store._residency.release([version])
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.release()
-
-    def __str__(self) -> str:
-        return self.identity
 
 
 class _Changed(Exception):
@@ -115,6 +93,7 @@ class AdapterStore:
         self._counts: dict[str, int] = {}
         self._pinned: set[str] = set()
         self._pool: ThreadPoolExecutor | None = None
+        self._terms: dict[Any, dict[int, Terms]] = {}
         self._hits = self._misses = 0
         self._detached = False
         self._residency = Residency(
@@ -243,7 +222,7 @@ class AdapterStore:
         Raises:
             AdapterNotFound: unknown name. StoreFull: no room. AdapterError: its files are not what they must be.
         """
-        return Lease(self, self._hold(name))
+        return Lease(self._hold(name), self._residency)
 
     def batch(self, names: Sequence[Any]) -> AbstractContextManager[Batch]:
         """A context in which sequence i of every model batch runs under ``names[i]``, in this thread.
@@ -290,6 +269,8 @@ class AdapterStore:
             for version in self._versions.values():
                 self._residency.retire(version)
             self._versions.clear()
+            self._terms.clear()
+            self._transfer.close()
             self._residency.arena.clear()
 
     @contextmanager
@@ -310,16 +291,26 @@ class AdapterStore:
             groups = sorted({group for group in wanted if group}, key=lambda group: (len(group), group[0][0].place))
             numbers = {group: i for i, group in enumerate(groups)}
             group_of_entry = np.array([numbers.get(group, -1) for group in wanted], np.int64)
-            with Batch(self, groups, group_of_entry, entry_of_row) as batch:
+            with Batch(self, self._transfer, groups, group_of_entry, entry_of_row, self._terms_of(groups)) as batch:
                 yield batch
         finally:
             self._residency.release(held.values())
+
+    def _terms_of(self, groups: Sequence[Group]) -> dict[int, Terms]:
+        """Where the terms of these groups are kept: engines open a batch for every step, mostly with the same ones."""
+        key = tuple(tuple((version, version.block, weight) for version, weight in group) for group in groups)
+        with self._lock:
+            found = self._terms.pop(key, {})
+            self._terms[key] = found
+            if len(self._terms) > _TERMS:
+                del self._terms[next(iter(self._terms))]
+            return found
 
     def _hold(self, key: str | Lease) -> Version:
         """The version of a name (or of a lease), held and on the device."""
         while True:
             with self._lock:
-                version = self._find(key) if isinstance(key, str) else key._held
+                version = self._find(key) if isinstance(key, str) else key.held
                 if version is None:
                     raise RuntimeError(f"names: the lease of {key.identity!r} has been released")
                 version.held += 1

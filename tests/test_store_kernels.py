@@ -1,0 +1,156 @@
+"""The store on top of the grouped kernels: the tables follow loads and evictions, the answers are those without."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fused_lora.kernels import lora_grouped as kernels
+from fused_lora.ops import kernel
+from fused_lora.ops.grouped import RowLayout, Terms, lora_grouped_
+from fused_lora.reference import bits
+from fused_lora.serving import AdapterStore
+
+K, N = 48, 40
+
+
+@pytest.fixture
+def through_kernels(monkeypatch):
+    """Kernels run where the tests run: on a GPU, or in the interpreter. Yields the launches as (rows, tiles)."""
+    launches, launch = [], kernels.lora_grouped
+
+    def counted(x, outputs, tables, groups):
+        launches.append((len(x), int(groups.num_tiles)))
+        launch(x, outputs, tables, groups)
+
+    monkeypatch.setattr(kernel, "usable", lambda device: True)
+    monkeypatch.setattr(kernel, "_state", {})
+    monkeypatch.setattr(kernels, "lora_grouped", counted)
+    return launches
+
+
+def adapter(r, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return {"0": (torch.randn(r, K, generator=draw), torch.randn(N, r, generator=draw), 0.5)}
+
+
+def model_on(device):
+    return nn.Sequential(nn.Linear(K, N)).to(device).eval()
+
+
+def wanted(model, x, members):
+    out = x.double() @ model[0].weight.double().T + model[0].bias.double()
+    for tensors, weight in members:
+        A, B, scale = (t.to(x.device).double() if isinstance(t, torch.Tensor) else t for t in tensors["0"])
+        out = out + weight * scale * (x.double() @ A.T) @ B.T
+    return out
+
+
+@torch.no_grad()
+def test_batches_run_through_the_kernels(device, through_kernels):
+    model = model_on(device)
+    store = AdapterStore(model)
+    sql, poet = adapter(4, 1), adapter(19, 2)
+    store.load("sql", sql)
+    store.load("poet", poet)
+    x = torch.randn(5, 3, K, device=device)
+    base = model(x)
+    with store.batch(["sql", None, "poet", {"sql": 0.5, "poet": -2}, "sql"]):
+        out = model(x)
+        again = model(x[:, :1])
+    members = [[(sql, 1)], [], [(poet, 1)], [(sql, 0.5), (poet, -2)], [(sql, 1)]]
+    for i, m in enumerate(members):
+        torch.testing.assert_close(out[i], wanted(model, x[i], m).float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again[i], wanted(model, x[i, :1], m).float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(bits(out[1]), bits(base[1]))
+    assert through_kernels[-2:] == [(15, 3), (5, 3)]
+
+
+@torch.no_grad()
+def test_tables_follow_reloads_and_evictions(device, through_kernels):
+    model = model_on(device)
+    # both ranks take one block of 64-byte aligned parts and 256-byte aligned starts
+    store = AdapterStore(model, capacity_bytes=2 * 4096, max_resident=2)
+    contents = {f"a{i}": adapter(r, i) for i, r in enumerate((4, 8, 11))}
+    x = torch.randn(1, 2, K, device=device)
+    for name, tensors in contents.items():
+        store.load(name, tensors)
+    for name in ("a0", "a1", "a2", "a1", "a0"):
+        with store.batch([name]):
+            torch.testing.assert_close(model(x), wanted(model, x, [(contents[name], 1)]).float(), rtol=1e-4, atol=1e-4)
+    contents["a0"] = adapter(3, 7)
+    store.load("a0", contents["a0"])
+    with store.batch(["a0"]):
+        torch.testing.assert_close(model(x), wanted(model, x, [(contents["a0"], 1)]).float(), rtol=1e-4, atol=1e-4)
+    assert store.stats()["evictions"] >= 3
+    resident = {version.slot for version in store._residency.resident}
+    ranks = store._transfer.tables.site(0).rank[0]
+    assert {slot for slot in range(2) if ranks[slot]} == resident
+
+
+@torch.no_grad()
+def test_a_kernel_that_fails_its_check_gives_way(device, through_kernels, monkeypatch):
+    model = model_on(device)
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    x = torch.randn(2, 3, K, device=device)
+    monkeypatch.setattr(kernels, "lora_grouped", lambda x, outputs, tables, groups: outputs[0].add_(1))
+    with store.batch(["a", None]), pytest.warns(UserWarning, match="grouped.*dropped"):
+        out = model(x)
+    torch.testing.assert_close(out[0], wanted(model, x[0], [(adapter(4, 1), 1)]).float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(out[1], model(x)[1])
+
+
+@torch.no_grad()
+def test_dtypes_without_a_kernel_take_the_eager_path(device, through_kernels):
+    model = model_on(device).double()
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    x = torch.randn(1, 3, K, device=device, dtype=torch.float64)
+    with store.batch(["a"]):
+        torch.testing.assert_close(model(x), wanted(model, x, [(adapter(4, 1), 1)]))
+    assert not through_kernels
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_cold_adapter_arrives_while_the_step_runs(tmp_path):
+    """Loaded, evicted and reloaded on the side stream again and again: every answer is the adapter's own."""
+    device = torch.device("cuda")
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).to(device).eval()
+    contents = {}
+    for i in range(6):
+        draw = torch.Generator().manual_seed(i)
+        contents[f"a{i}"] = {
+            str(n): (torch.randn(16, 1024, generator=draw), torch.randn(1024, 16, generator=draw) / 32, 0.5)
+            for n in range(8)
+        }
+    size = 8 * 2 * 16 * 1024 * 4
+    store = AdapterStore(model, capacity_bytes=2 * size + 4096)
+    x = torch.randn(64, 1024, device=device)
+    alone = {}
+    for name, tensors in contents.items():
+        store.load(name, tensors)
+        with store.batch([name]):
+            alone[name] = model(x)
+    order = np.random.default_rng(0).choice(list(contents), 100)
+    outs = []
+    for name in order:
+        with store.batch([name]):
+            outs.append(model(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, alone[name]) for out, name in zip(outs, order, strict=True))
+    assert store.stats()["misses"] > 20
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_the_eager_path_on_a_gpu():
+    device = torch.device("cuda")
+    x, y = torch.randn(50, K, device=device), torch.randn(50, N, device=device)
+    rows = np.arange(50) % 3 - 1
+    A, B = torch.randn(8, K, device=device), torch.randn(8, N, device=device)
+    out = lora_grouped_(y.clone(), x, RowLayout(rows, device), Terms({0: [(A.t(), B, 0.5)], 1: [(A.t(), B, 1.5)]}))
+    term = x.double() @ A.double().T @ B.double()
+    want = y.double() + term * torch.tensor([0.0, 0.5, 1.5], device=device).double()[rows + 1][:, None]
+    torch.testing.assert_close(out, want.float(), rtol=1e-4, atol=1e-4)
