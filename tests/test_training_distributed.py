@@ -12,6 +12,7 @@ from fused_lora.testing.training import DOORS, largest_relative  # noqa: E402
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch has no gloo", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
 KINDS = ("ddp", "fsdp2")
 INNER = {"fsdp2 linears": "fused", "fsdp2 parts": "a hook"}  # what is sharded by itself -> how its calls run
 LAYERS = 14

@@ -29,6 +29,7 @@ def final_loss(door, seed, p=0.1):
     return sum(losses[-10:]) / 10
 
 
+@pytest.mark.slow
 def test_a_fine_tune_with_dropout_ends_within_pefts_spread(record_property):
     theirs = torch.tensor([final_loss("peft", seed) for seed in SEEDS])
     ours = torch.tensor([final_loss("accelerate", seed) for seed in SEEDS])
