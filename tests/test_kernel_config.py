@@ -50,6 +50,23 @@ def test_recompute_and_publish_take_one_adapter_of_one_rank_block(M, op, r, drop
     assert config.variant == "split" or (adapters == 1 and r <= config.BLOCK_R)
 
 
+@pytest.mark.parametrize("variant", ["recompute", "publish"])
+@pytest.mark.parametrize("M", [1, 40, 300, 600])
+def test_a_forced_variant_holds_all_ranks(variant, M):
+    for r in (1, 17, 64, 100, 512):
+        config = pick("linear", M, 4096, 4096, r, torch.bfloat16, False, 90, variant=variant)
+        assert config.BLOCK_R >= r and config.BLOCK_R & (config.BLOCK_R - 1) == 0
+
+
+def test_the_list_stays_short():
+    """Each is a compilation in somebody's first step, and all of them together one in CI."""
+    for capability in CAPABILITIES:
+        for op in OPS:
+            both = [list(candidates(op, dtype, capability)) for dtype in (torch.bfloat16, torch.float16)]
+            assert both[0] == both[1]
+        assert sum(len(list(candidates(op, torch.bfloat16, capability))) for op in OPS) <= 72
+
+
 @pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
 def test_compile_cases_are_distinct_and_complete(capability):
     cases = list(compile_cases(capability))
