@@ -200,6 +200,8 @@ def serve(report: Report, arguments: argparse.Namespace) -> None:
                 report.rows.append(row | vars(load) | seen | dict(store=moved))
                 first = " ".join(f"{value:.3f}" for value in (seen["first_token_seconds"] or {}).values())
                 cells = (moved[key] for key in ("hits", "loads", "evictions"))
+                if not correct:
+                    print(f"  {seen['first_failure']}\n{log.read_text()[-2000:]}")
                 table.row(provider, seen["tokens_per_second"], first, *(f"{c:g}" for c in cells), seen["failed"])
 
 

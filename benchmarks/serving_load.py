@@ -121,15 +121,16 @@ async def _ask(url: str, names: list[str], load: Load, deadline: float) -> dict:
             draw = random.Random(number)
             body = dict(model=name, prompt=" ".join(draw.choices(WORDS, k=load.prompt)), max_tokens=load.tokens)
             body |= dict(temperature=0, stream=True, stream_options={"include_usage": True})
-            start, came, used = time.monotonic(), None, 0
+            start, came, used, said = time.monotonic(), None, 0, ""
             async with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
                 async for line in answer.aiter_lines():
+                    said = line or said
                     chunk = json.loads(line[6:]) if line.startswith("data: {") else {}
                     if chunk.get("choices") and came is None:
                         came = time.monotonic() - start
                     used = (chunk.get("usage") or {}).get("completion_tokens", used)
             if came is None or not used:
-                failed.append(name)
+                failed.append(f"{name}: {answer.status_code} {said}")
             else:
                 first.append(came)
                 tokens.append(used)
@@ -143,6 +144,7 @@ async def _ask(url: str, names: list[str], load: Load, deadline: float) -> dict:
     return dict(
         requests=len(first),
         failed=len(failed),
+        first_failure=failed[0][:300] if failed else None,
         seconds=round(seconds, 3),
         tokens=sum(tokens),
         tokens_per_second=round(sum(tokens) / seconds, 2),

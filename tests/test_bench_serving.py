@@ -42,6 +42,7 @@ def run(bench, tiny, out, *options):
     return code, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_whole_run(load, tiny, tmp_path, capsys):
     code, content = run(load("bench_serving"), tiny, tmp_path)
     printed = capsys.readouterr().out

@@ -127,7 +127,7 @@ def server(world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def strict(world, tmp_path_factory):
     """A server with a key, small limits and no loading."""
-    limits = "--max-tokens 700 --max-queue 3 --max-body 20K --request-timeout 1.5 --max-requests 2".split()
+    limits = "--max-tokens 1000 --max-queue 3 --max-body 20K --request-timeout 0.8 --max-requests 2".split()
     log = tmp_path_factory.mktemp("log") / "log"
     found = Server(world[0], world[2], log, "--api-key", KEY, *limits)
     yield found.wait()
@@ -477,19 +477,20 @@ def test_limits(strict):
     assert strict.http.post("/v1/completions", content=b"x" * 30_000).status_code == 413
     chunked = strict.http.post("/v1/completions", content=(b"x" * 1000 for _ in range(30)))
     assert chunked.status_code == 413 and chunked.json()["error"]["code"] == "body_too_large"
-    status, body = status_of(lambda: strict.say("tiny", "x", 701))
-    assert status == 400 and "at most 700" in body["message"]
+    status, body = status_of(lambda: strict.say("tiny", "x", 1001))
+    assert status == 400 and "at most 1000" in body["message"]
     status, body = status_of(lambda: strict.say("tiny", "x", 4, n=4))
     assert (status, body["code"]) == (429, "queue_full")
 
 
 def test_requests_that_take_too_long_end(strict):
+    # three sequences of 1,000 tokens, two at a time: more than any machine does in this time
     slow = dict(temperature=1.0, top_p=0.9, seed=1)
-    status, body = status_of(lambda: strict.say("a1", ["x"] * 2, 700, **slow))
+    status, body = status_of(lambda: strict.say("a1", ["x"] * 3, 1000, **slow))
     assert (status, body["code"]) == (504, "timeout")
     wait_for(lambda: strict.metric("requests_running") == 0)
-    with pytest.raises(openai.APIError, match="longer than 1.5 s"):
-        list(strict.say("a1", ["x"] * 2, 700, stream=True, **slow))
+    with pytest.raises(openai.APIError, match="longer than 0.8 s"):
+        list(strict.say("a1", ["x"] * 3, 1000, stream=True, **slow))
 
 
 def digests(folder):

@@ -168,7 +168,7 @@ class AdapterManager(ContinuousBatchingManager):
         self._count(futures, leases)
 
     def _head_in(self, leases: list[Lease | None]) -> bool:
-        parts = (part for lease in set(leases) - {None} for part in lease._held.parts)
+        parts = (part for lease in set(leases) - {None} for part in lease.held.parts)
         return any(part.site.module is self._head for part in parts)
 
     def _count(self, futures: list, leases: list[Lease | None]) -> None:
