@@ -1,5 +1,6 @@
 """AdapterStore over a small plain model: what is computed, what may be asked, what stays where, what errors leave."""
 
+import copy
 import json
 import threading
 
@@ -511,6 +512,13 @@ def test_detach_leaves_the_model_as_it_was(model):
         with pytest.raises(RuntimeError, match="detached"):
             call()
     AdapterStore(model).detach()
+
+
+def test_a_copy_of_the_model_is_served_by_the_same_store(model):
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    x = torch.randn(1, 3, K)
+    assert torch.equal(answers(store, copy.deepcopy(model), x, ["a"]), answers(store, model, x, ["a"]))
 
 
 def test_a_store_wants_a_plain_model(model):

@@ -112,6 +112,49 @@ def test_dtypes_without_a_kernel_take_the_eager_path(device, through_kernels):
     assert not through_kernels
 
 
+@torch.no_grad()
+def test_one_buffer_describes_step_after_step(device, through_kernels):
+    """What a captured graph would read: tables that never move; more groups, fewer, none, and evictions between."""
+    model = model_on(device)
+    store = AdapterStore(model, capacity_bytes=3 * 4096, max_resident=3)
+    contents = {f"a{i}": adapter(r, i) for i, r in enumerate((4, 8, 11, 3))}
+    for name, tensors in contents.items():
+        store.load(name, tensors)
+    buffers = store.row_buffers(max_rows=6, max_groups=3, max_rank=16, group_size=2)
+    address, x = buffers.groups.order.data_ptr(), torch.randn(6, K, device=device)
+    with store.batch_rows(["a0"], [1], buffers):
+        model(x)
+    through_kernels.clear()
+    steps = [["a0", "a1", "a2"], [None, "a3"], [None] * 6, ["a2", {"a1": 0.5, "a2": 2}], ["a1"] * 6, ["a3", None, "a0"]]
+    for names in steps:
+        with store.batch_rows(names, [1] * len(names), buffers):
+            out = model(x)
+        for i, entry in enumerate([*names, *[None] * (6 - len(names))]):
+            weights = {} if entry is None else entry if isinstance(entry, dict) else {entry: 1}
+            members = [(contents[name], w) for name, w in weights.items()]
+            torch.testing.assert_close(out[i], wanted(model, x[i], members).float(), rtol=1e-4, atol=1e-4)
+    assert len(through_kernels) == len(steps)  # a step of base rows launches too: the graph of it serves any other
+    assert buffers.groups.order.data_ptr() == address
+    with pytest.raises(ValueError, match="rank 17.*16 at most"):
+        store.load("wide", adapter(17, 1))
+    with pytest.raises(ValueError, match="the buffers hold 6"), store.batch_rows(["a0"], [7], buffers):
+        pass
+    with (
+        pytest.raises(ValueError, match="holds 3"),
+        store.batch_rows(["a0", "a1", {"a0": 2.0}, {"a1": 2.0}], [1] * 4, buffers),
+    ):
+        pass
+    with pytest.raises(ValueError, match="largest rank loaded"):
+        store.row_buffers(6, 3, max_rank=4)
+    assert store.stats()["in_use"] == 0
+
+
+def test_row_buffers_are_for_the_kernels():
+    store = AdapterStore(model_on("cpu"))
+    with pytest.raises(RuntimeError, match="kernels do not run on cpu"):
+        store.row_buffers(8, 2, 16)
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 def test_a_cold_adapter_arrives_while_the_step_runs(tmp_path):
@@ -154,3 +197,27 @@ def test_the_eager_path_on_a_gpu():
     term = x.double() @ A.double().T @ B.double()
     want = y.double() + term * torch.tensor([0.0, 0.5, 1.5], device=device).double()[rows + 1][:, None]
     torch.testing.assert_close(out, want.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_graph_replays_any_mix():
+    device = torch.device("cuda")
+    model = model_on(device)
+    store = AdapterStore(model)
+    contents = {f"a{i}": adapter(r, i) for i, r in enumerate((4, 16, 11))}
+    for name, tensors in contents.items():
+        store.load(name, tensors)
+    buffers = store.row_buffers(max_rows=8, max_groups=3, max_rank=16)
+    x, graph = torch.randn(8, K, device=device), torch.cuda.CUDAGraph()
+    with store.batch_rows([None], [1], buffers):
+        model(x)  # the kernels' first use
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            out = model(x)
+    for names in (["a0"] * 8, ["a0", None, "a1", "a2"], [None] * 3, ["a2", "a2", "a1"]):
+        with store.batch_rows(names, [1] * len(names), buffers):
+            graph.replay()
+        for i, name in enumerate([*names, *[None] * (8 - len(names))]):
+            members = [] if name is None else [(contents[name], 1)]
+            torch.testing.assert_close(out[i], wanted(model, x[i], members).float(), rtol=1e-4, atol=1e-4)

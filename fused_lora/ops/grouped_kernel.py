@@ -18,12 +18,12 @@ MAX_RANK = 512
 
 
 def lora_grouped_by_address_(
-    y: Tensor, x: Tensor, tables: AdapterTables, groups: Callable[[], RowGroups], eager: Callable[[], Tensor]
+    y: Tensor, x: Tensor, tables: AdapterTables, rows: RowGroups, eager: Callable[[], Tensor]
 ) -> Tensor:
     """y[m] += sum_i weight_i scaling_i * B_i (A_i x[m]) over the members of the row's group, in place.
 
     Args:
-        y: [M, N]; x: [M, K], of one dtype. tables: the site's adapters. groups: gives the rows' groups.
+        y: [M, N]; x: [M, K], of one dtype. tables: the site's adapters. rows: their groups.
         eager: does the same without kernels; it takes over for dtypes and ranks that they do not have, and from then on
             where their first use fails.
 
@@ -33,7 +33,6 @@ def lora_grouped_by_address_(
     possible = x.dtype == y.dtype and {x.dtype, tables.dtype} <= set(DTYPES) and tables.max_rank <= MAX_RANK
     if not (kernel.usable(x.device) and possible):
         return eager()
-    rows = groups()
     key = ("grouped", x.dtype, tables.dtype, -(-tables.max_rank // 64), rows.block_m, rows.group_size, x.device.index)
 
     def run() -> Tensor:

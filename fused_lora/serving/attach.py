@@ -48,7 +48,14 @@ class Attachment:
         self._handles = []
 
 
-class _ModelHook:
+class _Shared:
+    """A copy of the model is served by the same store: arenas and locks are not to be copied."""
+
+    def __deepcopy__(self, memo: dict) -> _Shared:
+        return self
+
+
+class _ModelHook(_Shared):
     def __init__(self, store: Any):
         self._store = store
 
@@ -58,7 +65,7 @@ class _ModelHook:
             batch.called(args, kwargs)
 
 
-class _Hook:
+class _Hook(_Shared):
     """After a linear layer: add the terms of the running batch to what it returned."""
 
     def __init__(self, store: Any, site: Site):
@@ -66,5 +73,5 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         batch = running(self._store)
-        if batch is not None and batch.groups:
+        if batch is not None and batch.acts:
             batch.add(self._site, args[0] if args else next(iter(kwargs.values())), output)

@@ -20,6 +20,7 @@ from fused_lora.ops.grouped_metadata import GroupLayout, build_metadata
 from fused_lora.serving.device import Transfer
 from fused_lora.serving.packing import Site
 from fused_lora.serving.residency import Version
+from fused_lora.serving.static import RowBuffers
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
 _LAYOUTS = 4  # row counts whose layouts are kept: the prompt's and the decode step's, for two models at most
@@ -97,11 +98,15 @@ class _Rows:
     @functools.cached_property
     def groups(self) -> RowGroups:
         """For the kernels: one buffer, one copy that nothing waits for."""
-        members = [[(version.slot, weight) for version, weight in group] for group in self._groups]
+        members = _members(self._groups)
         layout = GroupLayout(len(self._group_of_row), len(members), max(map(len, members)))
         host = torch.empty(layout.size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         build_metadata(layout, self._group_of_row, members, host.numpy())
         return layout.views(host.to(self._device, non_blocking=True), tiles=int(host[0]))
+
+
+def _members(groups: Sequence[Group]) -> list[list[tuple[int, float]]]:
+    return [[(version.slot, weight) for version, weight in group] for group in groups]
 
 
 class Batch:
@@ -112,6 +117,7 @@ class Batch:
         groups: of each group the (version, weight) pairs. group_of_entry: integers, -1 for the base model.
         entry_of_row: the entry of each token row; None: the rows of the model's batch, in equal shares.
         terms: of these groups by site, filled as they are needed.
+        buffers: for a step in a CUDA graph; ``entry_of_row`` is given then.
 
     Attributes:
         identities: of each entry the identity of its adapter (None for the base model; joined by "+" with weights for
@@ -126,6 +132,7 @@ class Batch:
         group_of_entry: np.ndarray,
         entry_of_row: np.ndarray | None,
         terms: dict[int, Terms],
+        buffers: RowBuffers | None,
     ):
         self.store, self.groups, self.outer = store, groups, None
         self._group_of_entry, self._entry_of_row = group_of_entry, entry_of_row
@@ -136,7 +143,21 @@ class Batch:
         arrivals = {version.arrival for group in groups for version, _ in group} - {None}
         self._arriving = [arrival for arrival in arrivals if not arrival.done()]
         self._gradients = torch.no_grad()
-        self._token = None
+        self._token, self._buffers = None, buffers
+        self.acts = bool(groups) or buffers is not None  # a graph of base rows is replayed with others
+        if buffers is not None:
+            self._fill(buffers)
+
+    def _fill(self, buffers: RowBuffers) -> None:
+        """All that a replay reads is in place, or on its way on this stream, when this returns."""
+        spare = buffers.rows - len(self._entry_of_row)
+        if spare < 0:
+            raise ValueError(f"rows: {len(self._entry_of_row)}, the buffers hold {buffers.rows}")
+        self._entry_of_row = np.pad(self._entry_of_row, (0, spare), constant_values=-1)
+        buffers.fill(self._group_of_row(buffers.rows), _members(self.groups))
+        for arrival in self._arriving:
+            arrival.wait_for_all()
+        self._arriving = []
 
     @property
     def identities(self) -> list[str | None]:
@@ -175,18 +196,24 @@ class Batch:
         terms = self._terms.get(site.index)
         if terms is None:
             terms = self._terms[site.index] = self._terms_at(site.index)
-        if not terms.groups:
+        if not terms.groups and self._buffers is None:
             return
         for arrival in self._arriving:
             arrival.wait(site.index)
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
         rows, x, y = self._rows(site, x), x.reshape(-1, site.K), y.view(-1, site.N)
+
+        def eager() -> Tensor:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("batch: a graph would keep these adapters for ever; run a step before capture")
+            return lora_grouped_(y, x, rows.layout, terms)
+
         if self._tables is None:
-            lora_grouped_(y, x, rows.layout, terms)
+            eager()
         else:
-            tables = self._tables.site(site.index)
-            lora_grouped_by_address_(y, x, tables, lambda: rows.groups, lambda: lora_grouped_(y, x, rows.layout, terms))
+            groups = rows.groups if self._buffers is None else self._buffers.groups
+            lora_grouped_by_address_(y, x, self._tables.site(site.index), groups, eager)
 
     def _terms_at(self, site: int) -> Terms:
         found = {}
@@ -206,12 +233,13 @@ class Batch:
         if found is None:
             if len(self._layouts) >= _LAYOUTS:
                 self._layouts.pop(next(iter(self._layouts)))
-            if self._entry_of_row is None:
-                group_of_row = np.repeat(self._group_of_entry, rows // len(self._group_of_entry))
-            else:
-                group_of_row = np.append(self._group_of_entry, -1)[self._entry_of_row]
-            found = self._layouts[rows] = _Rows(group_of_row, self.groups, x.device)
+            found = self._layouts[rows] = _Rows(self._group_of_row(rows), self.groups, x.device)
         return found
+
+    def _group_of_row(self, rows: int) -> np.ndarray:
+        if self._entry_of_row is None:
+            return np.repeat(self._group_of_entry, rows // len(self._group_of_entry))
+        return np.append(self._group_of_entry, -1)[self._entry_of_row]
 
     def _check_rows(self, site: Site, x: Tensor, rows: int) -> None:
         """Rows that are not the batch's own, in order (experts that see some tokens), must not pass for it."""

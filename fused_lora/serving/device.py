@@ -46,6 +46,10 @@ class Arrival:
         """Whether all is there."""
         return self.last.query()
 
+    def wait_for_all(self) -> None:
+        """Make the current stream wait for the whole adapter."""
+        torch.cuda.current_stream().wait_event(self.last)
+
     def wait(self, site: int) -> None:
         """Make the current stream wait for the site's part."""
         event = self.events.get(site)

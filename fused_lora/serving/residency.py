@@ -113,6 +113,8 @@ class Residency:
     def _place(self, version: Version, packed: Packed | None) -> None:
         if packed is not None:
             version.parts, version.nbytes = packed.parts, packed.nbytes
+        if self.transfer.tables is not None:
+            self.transfer.tables.check(version.parts)
         host = version.host
         staged = host if packed is None else self.transfer.stage(packed)
         with self.changed:

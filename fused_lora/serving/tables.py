@@ -18,7 +18,7 @@ class SlotTables:
         sites, slots: how many. device, dtype: of the adapters.
 
     Attributes:
-        max_rank: of all adapters so far.
+        max_rank: of all adapters so far, or the limit that has been set.
     """
 
     def __init__(self, sites: int, slots: int, device: torch.device, dtype: torch.dtype):
@@ -26,7 +26,7 @@ class SlotTables:
         self._pointers = [torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2)]
         self._rank = torch.zeros(shape, dtype=torch.int32, device=device)
         self._scaling = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._dtype, self.max_rank = dtype, 1
+        self._dtype, self.max_rank, self._limit = dtype, 1, None
         self._of_site: dict[int, AdapterTables] = {}
 
     def site(self, index: int) -> AdapterTables:
@@ -38,6 +38,18 @@ class SlotTables:
             found = AdapterTables(A_ptr, B_ptr, self._rank[rows], self._scaling[rows], self._dtype, self.max_rank)
             self._of_site[index] = found
         return found
+
+    def limit(self, max_rank: int) -> None:
+        """No rank may be larger from here on: graphs are captured for it. Raises ValueError if one is already."""
+        if max_rank < self.max_rank:
+            raise ValueError(f"max_rank: expected at least {self.max_rank}, the largest rank loaded, got {max_rank}")
+        self.max_rank = self._limit = max_rank
+
+    def check(self, parts: Sequence[Part]) -> None:
+        """Raise ValueError for a rank beyond the limit."""
+        rank = max(part.r for part in parts)
+        if self._limit is not None and rank > self._limit:
+            raise ValueError(f"source: rank {rank}; the store's row buffers are made for {self._limit} at most")
 
     def write(self, slot: int, parts: Sequence[Part], block: Block) -> None:
         """Put an adapter at ``block`` into ``slot``: four copies on the current stream."""
