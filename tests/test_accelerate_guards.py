@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 import fused_lora
 from fused_lora.integrations import peft as integration
+from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.testing.accelerated import SideBySide, quiet, wrap
 from fused_lora.testing.numeric import assert_no_worse
 
@@ -142,6 +143,58 @@ def test_hooks_of_accelerate_on_the_layer_follow_the_class(report):
     hooks.add_hook_to_module(layer.lora_A["default"], hooks.ModelHook())
     layer(x)
     assert report()["fallback"] == {"a part of the layer has its forward replaced": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_derivatives(dtype, report):
+    """A gradient penalty, whose own gradients pass through the backward."""
+    both = pair(dtype, {"a": {}, "b": {"r": 2}}, lora_bias=True)
+    both.do(lambda m: m.base_model.set_adapter(["a", "b"]))
+    both.do(lambda m: [p.requires_grad_(True) for p in m.parameters()] and None)
+    found = ({}, {}, {})
+    for _ in range(12):
+        x = torch.randn(9, K).to(dtype)
+        for results, layer in zip(found, layers(both), strict=True):
+            data = x.to(layer.base_layer.weight.dtype).requires_grad_()
+            loss = layer(data).square().sum()
+            wanted = {"x": data, **dict(layer.named_parameters())}
+            first = torch.autograd.grad(loss, list(wanted.values()), create_graph=True)
+            penalty = sum(t.square().sum() for t in first[1:]) + first[0].pow(3).sum()
+            second = torch.autograd.grad(penalty, list(wanted.values()))
+            for name, tensor in zip([*wanted, *(f"{name} again" for name in wanted)], first + second, strict=True):
+                results.setdefault(name, []).append(tensor.detach())
+    for name in found[0]:
+        mine, theirs, exact = (torch.stack(results[name]) for results in found)
+        assert mine.dtype == theirs.dtype, name
+        assert_no_worse(mine, theirs, exact, name=name, draws=True, factor=1.5)
+    assert report() == {"fused": 12, "fallback": {}}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_second_derivatives_with_dropout(p):
+    layer = fused_lora.LoraLinear(
+        nn.Linear(4, 3), r=2, lora_dropout=p, init_lora_weights=False, lora_bias=True
+    ).double()
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(5, 4, dtype=torch.double, requires_grad=True)
+
+    def call(x, A, B, W):
+        torch.manual_seed(2)
+        return lora_linear(x, W, None, [A], [B], [1.5], [p])
+
+    W = layer.base_layer.weight.requires_grad_()
+    assert torch.autograd.gradgradcheck(call, (x, A, B, W))
+    assert torch.autograd.gradgradcheck(call, (x, A, B.detach(), W.detach()))
+
+
+def test_second_derivatives_need_x():
+    both = pair()
+    layer, x = layers(both)[0], torch.randn(3, K, requires_grad=True)
+    layer.lora_A.requires_grad_(False)
+    y = layer(x).square().sum()
+    with pytest.raises(RuntimeError, match="lora_A"):
+        torch.autograd.grad(y, [x, layer.lora_B["default"].weight], create_graph=True)
+    torch.autograd.grad(layer(x).square().sum(), [x, layer.lora_B["default"].weight])
 
 
 # ---- left to PEFT

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_lora.ops import cpu, plan
+from fused_lora.ops import cpu, differentiable, flops, plan
 from fused_lora.ops._checks import check_linear
 
 
@@ -137,16 +137,22 @@ def _backward(ctx, g, _):
     if g is None:
         return (None, None, None, [None] * n, [None] * n, None, None, None)
     x, weight, S, seeds, *adapters = ctx.saved_tensors
-    found = iter(
-        _lora_linear_backward(
-            g, x, weight, adapters[:n], adapters[n:], S, ctx.scaling, ctx.dropout, seeds, ctx.bias_dtype, ctx.needs
+    A, B = adapters[:n], adapters[n:]
+    if torch.is_grad_enabled():  # create_graph: someone wants to differentiate what comes next
+        with torch.autocast(g.device.type, enabled=False):
+            dx, *rest = differentiable.lora_linear_backward(
+                g, x, weight, A, B, ctx.scaling, ctx.dropout, seeds, ctx.bias_dtype, ctx.needs
+            )
+    else:
+        found = iter(
+            _lora_linear_backward(g, x, weight, A, B, S, ctx.scaling, ctx.dropout, seeds, ctx.bias_dtype, ctx.needs)
         )
-    )
-    dx, *rest = (next(found) if need else None for need in ctx.needs)
+        dx, *rest = (next(found) if need else None for need in ctx.needs)
     return dx, rest[2 * n], rest[2 * n + 1], rest[:n], rest[n : 2 * n], None, None, None
 
 
 _lora_linear.register_autograd(_backward, setup_context=_setup_context)
+flops.register()
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
