@@ -5,8 +5,10 @@ import warnings
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import reference
 from fused_lora.ops.lora_linear import _lora_linear, _lora_linear_backward, draw_seeds, lora_linear
@@ -299,3 +301,40 @@ def test_bf16_never_runs_a_bf16_product_on_the_cpu():
         y, S = cpu.lora_linear(x, W, b, A, B, s, p, seeds)
         cpu.lora_linear_backward(y, x, W, A, B, S, s, p, seeds, True, [True] * 2, [True] * 2, True, True)
     assert len(products) > 6 and all(dtypes == {torch.float32} for dtypes in products)
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "lora_A", "lora_B"])
+def test_forward_mode_is_refused(which):
+    """torch.func.jvp would otherwise return a tangent of zeros."""
+    x, W, b, A, B, s, p, seeds = arguments(grad=False)
+    names = dict(x=x, weight=W, lora_A=A[0], lora_B=B[0])
+
+    def f(tensor):
+        given = names | {which: tensor}
+        adapters = [given["lora_A"], *A[1:]], [given["lora_B"], *B[1:]]
+        return lora_linear(given["x"], given["weight"], b, *adapters, s, p, seeds)
+
+    tensor = names[which]
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(f, (tensor,), (torch.ones_like(tensor),))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"), fwAD.dual_level():
+        f(fwAD.make_dual(tensor, torch.ones_like(tensor)))
+
+
+@pytest.mark.parametrize("needs", [("x", "A", "B"), ("A",), ("x",), ("B",)], ids="".join)
+def test_flops_are_those_of_the_formulas(needs):
+    M, K, N, ranks = 5, 6, 4, (2, 3)
+    x, W = torch.randn(M, K), torch.randn(N, K)
+    A, B = [torch.randn(r, K) for r in ranks], [torch.randn(N, r) for r in ranks]
+    for name, tensors in (("x", [x]), ("A", A), ("B", B)):
+        for tensor in tensors if name in needs else ():
+            tensor.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        y = lora_linear(x, W, None, A, B, [1.0, 2.0], [0.5, 0.0])
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert forward == 2 * M * (K * N + (K + N) * sum(ranks))
+    per_rank = 0
+    per_rank += N if {"x", "A"} & set(needs) else 0  # dS
+    per_rank += K * (("x" in needs) + ("A" in needs)) + N * ("B" in needs)
+    assert counter.get_total_flops() - forward == 2 * M * (K * N * ("x" in needs) + per_rank * sum(ranks))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,8 +24,14 @@ def check_linear(
 ) -> None:
     """Raise ValueError (shapes, values) or TypeError (dtypes) when the arguments of a LoRA linear do not fit.
 
+    NotImplementedError under forward-mode differentiation.
+
     autocast: the dtype that x and weight are about to be cast to, if any; they may then differ.
     """
+    for tensor in () if torch.compiler.is_compiling() else (x, weight, *lora_A, *lora_B):
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            # nothing carries a tangent through the operator: torch.func.jvp would read zeros
+            raise NotImplementedError("lora_linear has no forward-mode derivative (torch.func.jvp, forward_ad)")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")
     N, K = weight.shape

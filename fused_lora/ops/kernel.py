@@ -206,6 +206,6 @@ def compare(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], dtype:
         a, b = a.float(), b.float()
         size = b.abs().max().item()
         error = (a - b).abs().max().item()
-        if not error <= max(16 * torch.finfo(dtype).eps, 1e-5) * max(size, 1e-3):
+        if not error <= max(2 * torch.finfo(dtype).eps, 2e-5) * max(size, 1e-3):
             return f"result {i} is off by {error:.2e} of {size:.2e} on a small tile"
     return None
