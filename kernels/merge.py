@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .corrections import Corrections, Scan
 from .delta import add_delta, bits_of, zeros_like
 
 SEGMENT = 256  # columns, so that a position fits a byte; part of a record's format, no tile may change it
@@ -51,38 +52,6 @@ def launch_options(tile: MergeTile, nvidia: bool) -> dict[str, int | bool]:
     """No contraction but the written fma, because D's bits are a contract; registers for 3 programs a multiprocessor,
     which keeps ptxas from spilling for the sake of a fourth."""
     return dict(num_warps=tile.num_warps, enable_fp_fusion=False) | (dict(maxnreg=168) if nvidia else {})
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What a merge would do, all on W's device, so that the caller chooses when to wait for it.
-
-    counts: int16 [rows, segments], corrections; totals: int64 [2], all corrections, and finite elements that would
-    become infinite or NaN; fingerprint: [rows, 4], the two sums of W and the two of Wm.
-    """
-
-    counts: torch.Tensor
-    totals: torch.Tensor
-    fingerprint: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Corrections:
-    """The bits that ``round(Wm - D)`` gets wrong, segment by segment: counts and fingerprint of the scan, then ``cols``
-    (uint8, column in the segment) and ``values`` (W's dtype), one for each correction."""
-
-    counts: torch.Tensor
-    cols: torch.Tensor
-    values: torch.Tensor
-    fingerprint: torch.Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.counts, self.cols, self.values, self.fingerprint))
-
-    def matches(self, fingerprint: torch.Tensor) -> bool:
-        """Whether :func:`unmerge_scan` found the merged weight that these belong to, and its way back."""
-        return torch.equal(fingerprint, self.fingerprint.roll(2, dims=1))
 
 
 @triton.jit

@@ -166,7 +166,7 @@ def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, fl
         change = W.double() - original.double()
         delta = record.left.double() @ record.right.double()
         moved, lost, wanted = (t.square().sum().item() for t in (change, change - delta, delta))
-    ws = record.workspace(W)()
+    ws = record.workspace(W)() if record.blocks else None  # the kernel's record has none
     for block in record.blocks:
         original, delta = ws.original(block)
         change = W[block.start : block.stop].double() - original.double()
