@@ -13,7 +13,7 @@ import fused_lora
 from fused_lora.adapters import AdapterError
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.reference import bits
-from fused_lora.serving import AdapterStore, StoreFull
+from fused_lora.serving import AdapterStore, StoreFull, registry
 from fused_lora.serving.arena import ALIGNMENT, Arena
 
 K, H, N = 32, 48, 24
@@ -466,6 +466,25 @@ def test_files_that_changed_since_are_the_next_version(model, tmp_path):
     assert (batch.identities, store.identity("a")) == (["a@2"], "a@2")
 
 
+def test_an_adapter_that_is_unloaded_while_its_new_files_are_read_stays_unloaded(model, tmp_path, monkeypatch):
+    store = AdapterStore(model, capacity_bytes=nbytes(4))
+    store.load("a", folder(tmp_path / "a", 4, 1))
+    store.load("b", folder(tmp_path / "b", 4, 2))
+    folder(tmp_path / "a", 4, 3)
+    read = registry.from_folder
+
+    def unloaded_meanwhile(*args):
+        found = read(*args)
+        store.unload("a")
+        return found
+
+    monkeypatch.setattr(registry, "from_folder", unloaded_meanwhile)
+    with pytest.raises(AdapterNotFound), store.batch(["a"]):
+        pass
+    assert store.names() == ["b"]
+    assert store.stats()["bytes_used"] == store.stats()["in_use"] == 0
+
+
 def test_threads_hold_different_batches_at_once(model):
     store = AdapterStore(model)
     for i in range(4):
@@ -503,6 +522,7 @@ def test_detach_leaves_the_model_as_it_was(model):
     assert list(model.state_dict()) == keys
     with store.batch(["a", "a"]), pytest.raises(RuntimeError, match="in use"):
         store.detach()
+    store.load_async("b", adapter(4, 2)).result(30)
     store.detach()
     assert not model._forward_pre_hooks and not any(m._forward_hooks for m in model.modules())
     assert store.stats()["bytes_used"] == store.stats()["bytes_reserved"] == 0

@@ -190,8 +190,7 @@ class Registry:
                 return version
             except _Changed as change:
                 self._residency.release([version])
-                if self._versions.get(version.name) is version:
-                    self._publish(version.name, change.packed, version.folder, change.files)
+                self._publish(version.name, change.packed, version.folder, change.files, version)
             except BaseException:
                 self._residency.release([version])
                 raise
@@ -203,17 +202,22 @@ class Registry:
         version.files = files
         return packed
 
-    def _publish(self, name: str, packed: Packed, folder: str | None, files: Any) -> Version:
+    def _publish(
+        self, name: str, packed: Packed, folder: str | None, files: Any, instead_of: Version | None = None
+    ) -> Version:
         version = Version(name, 0, folder, files=files, held=1)
         try:
             self._residency.bring(version, lambda: packed)
-            return self._name(name, version)
+            return self._name(name, version, instead_of)
         finally:
             self._residency.release([version])
 
-    def _name(self, name: str, version: Version) -> Version:
-        """From here on ``name`` is this version."""
+    def _name(self, name: str, version: Version, instead_of: Version | None = None) -> Version:
+        """From here on ``name`` is this version, unless it is no longer the one that this was to replace."""
         with self._lock:
+            if instead_of is not None and self._versions.get(name) is not instead_of:
+                self._residency.retire(version)
+                return version
             version.number = self._counts[name] = self._counts.get(name, 0) + 1
             old = self._versions.get(name)
             self._versions[name] = version

@@ -81,7 +81,7 @@ class Residency:
         self.transfer, self.host_capacity = transfer, host_capacity
         self.changed = threading.Condition(threading.RLock())
         self.arena = Arena(transfer.device, capacity, grow)
-        self.host_used = self.loads = self.evictions = 0
+        self.host_used = self.loads = self.evictions = self._moving = 0
         self.resident: set[Version] = set()
         self._on_host: set[Version] = set()
         self._is_pinned = is_pinned
@@ -101,6 +101,7 @@ class Residency:
             if version.block is not None:
                 return True
             version.moving = True
+            self._moving += 1
         try:
             packed = None if version.host is not None else read()
             self._place(version, packed)
@@ -108,6 +109,7 @@ class Residency:
         finally:
             with self.changed:
                 version.moving = False
+                self._moving -= 1
                 self.changed.notify_all()
 
     def _place(self, version: Version, packed: Packed | None) -> None:
@@ -136,6 +138,11 @@ class Residency:
                 self._keep_on_host(version, staged)
             elif version.host is not None and not keep:
                 self._drop_host(version)  # on a CPU the arena's copy is as good
+
+    @property
+    def busy(self) -> bool:
+        """Whether a version is held, or on its way."""
+        return self._moving > 0 or any(version.held for version in self.resident)
 
     def retire(self, version: Version) -> None:
         """No name leads to the version any more: it goes as soon as nobody holds it."""

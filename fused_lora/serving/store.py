@@ -68,7 +68,9 @@ class AdapterStore(Registry):
     ):
         sizes = dict(capacity_bytes=capacity_bytes, host_bytes=host_bytes, grow=grow, max_resident=max_resident)
         for name, value in sizes.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            if (value is not None or name == "max_resident") and (
+                isinstance(value, bool) or not isinstance(value, int)
+            ):
                 raise TypeError(f"{name}: expected an int or None, got {value!r}")
             if value is not None and value < (name != "host_bytes"):
                 raise ValueError(f"{name}: expected a positive number, got {value}")
@@ -132,13 +134,14 @@ class AdapterStore(Registry):
         """Take the hooks off the model and free all memory; the store is of no use afterwards.
 
         Raises:
-            RuntimeError: a batch is running or a lease is held.
+            RuntimeError: a batch is running, a lease is held, or an adapter is being loaded.
         """
-        pool = self._pool
+        with self._lock:
+            pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=True)
         with self._lock:
-            if any(version.held for version in self._residency.resident):
+            if self._residency.busy:
                 raise RuntimeError("detach: adapters are in use; end the batches and release the leases first")
             self._attachment.remove()
             self._detached = True
