@@ -92,6 +92,10 @@ def s_columns(tables: AdapterTables, groups: RowGroups) -> int:
     return groups.group_size * -(-tables.max_rank // COLUMNS) * COLUMNS
 
 
+def _warps(capability: int) -> int:
+    return 4 if capability else 2  # 128 threads either way: a warp of AMD has 64
+
+
 def pick_shrink(
     tiles: int, block_m: int, K: int, max_rank: int, dtype: torch.dtype, adapter_dtype: torch.dtype, capability: int
 ) -> LaunchConfig:
@@ -105,7 +109,16 @@ def pick_shrink(
     BLOCK_R = COLUMNS if wide or max_rank <= COLUMNS else 32
     split = chunks(K)[0] if tiles * -(-max_rank // BLOCK_R) < _PROGRAMS else 1
     stages = 2 if not capability else 4 if capability in _WARPGROUP_MMA and not wide else 3
-    return LaunchConfig("shrink", block_m, 16, 32 if wide else 128, BLOCK_R, SPLIT_K=split, num_stages=stages)
+    return LaunchConfig(
+        "shrink",
+        block_m,
+        16,
+        32 if wide else 128,
+        BLOCK_R,
+        SPLIT_K=split,
+        num_warps=_warps(capability),
+        num_stages=stages,
+    )
 
 
 def pick_expand(
@@ -116,18 +129,23 @@ def pick_expand(
     BLOCK_N = 128 // dtype.itemsize
     largest = min((b for b in _RANK_BLOCKS if b * COLUMNS >= max_rank), default=0) if group_size == 1 else 0
     steps = 4 if tiles * sum(-(-n // BLOCK_N) for n in N) >= 4 * _PROGRAMS else 1
-    stages = 1 if largest == 0 else 4 if capability else 2
+    stages = 4 if capability and largest else 2
+    # the S of four blocks of ranks in 16 planes is more than the registers of 128 threads hold
+    warps = _warps(capability) * (2 if block_m > 16 and largest == 4 else 1)
     return ExpandConfig(
-        "expand", block_m, BLOCK_N, COLUMNS, COLUMNS, num_stages=stages, RANK_BLOCKS=largest, STEPS=steps
-    )
+        "expand", block_m, BLOCK_N, COLUMNS, COLUMNS, num_warps=warps, num_stages=stages,
+        RANK_BLOCKS=largest, STEPS=steps,
+    )  # fmt: skip
 
 
 def launch_options(config: LaunchConfig, nvidia: bool) -> dict[str, int]:
-    """NVIDIA: as many registers as a thread can have for the larger tiles, which keeps ptxas from spilling for the sake
-    of one more program. AMD: the 16x16 product for every tile, since the 32x32 one sums in another order."""
+    """NVIDIA: as many registers as a thread can have, but for the shrink's light form, which keeps ptxas from spilling
+    for the sake of one more program. AMD: the 16x16 product for every tile, since the 32x32 one sums in another order.
+    """
     if not nvidia:
         return config.options() | dict(matrix_instr_nonkdim=16)
-    return config.options() | (dict(maxnreg=255) if config.variant == "expand" or config.BLOCK_M > 16 else {})
+    light = config.variant == "shrink" and config.BLOCK_M == 16 and config.BLOCK_K == 128
+    return config.options() | ({} if light else dict(maxnreg=255))
 
 
 def grouped_traffic(

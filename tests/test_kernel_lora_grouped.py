@@ -4,6 +4,9 @@ The same tests run natively where there is a GPU; the interpreter adds the check
 """
 
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -404,3 +407,35 @@ def test_real_sizes_keep_the_bits_of_a_row(dtype, adapter_dtype, device):
     batch = run(case)
     for row in (0, 1000, 2047, 4095):
         assert same_bits(run(case.rows([row])), [y[[row]] for y in batch])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip, capability", [("cuda", 90), ("cuda", 100), ("gfx942", 0)])
+def test_all_tiles_use_one_product_instruction(chip, capability):
+    """Compiled: tiles of 16 and of 32 rows, ranks to 16 and beyond, differ in no matrix instruction on any chip."""
+    code = f"""
+import re, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fused_lora.kernels.grouped_aot import compile_cases
+target = GPUTarget("cuda", {capability}, 32) if {capability} else GPUTarget("hip", "{chip}", 64)
+found = {{}}
+for case in compile_cases({capability}):
+    kind = case.label.split(",")[0]
+    if "bf16 with" in kind and "3 outputs" in case.label and re.search("ranks to (512|any|16, )", case.label):
+        compiled = triton.compile(
+            ASTSource(case.kernel, case.signature, case.constexprs, case.attrs), target=target, options=case.options
+        )
+        text = compiled.asm["ptx" if {capability} else "amdgcn"]
+        found.setdefault(kind, set()).update(re.findall(r"wgmma\\S+|tcgen05\\S*mma\\S*|mma.sync\\S+|v_mfma\\w+", text))
+for kind, instructions in found.items():
+    print(kind, *sorted(instructions), sep="|")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("|") for line in done.stdout.splitlines()]
+    assert len(lines) == 4
+    for kind, *instructions in lines:
+        assert len(instructions) == 1, (kind, instructions)
+        assert capability == 0 or instructions[0].startswith("mma.sync"), (kind, instructions)
