@@ -157,21 +157,19 @@ def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] |
     for name in names:
         if name in layer.lora_variant:
             return f"{type(layer.lora_variant[name]).__name__}"
-    if layer.fan_in_fan_out != is_exactly_conv1d(layer.base_layer):
-        return f"a part of the layer is a {type(layer.base_layer).__name__}"
-    for part in layer._parts(names):
-        reason = why_not_plain(part)
+    base = layer._modules["base_layer"]
+    if layer.fan_in_fan_out != is_exactly_conv1d(base):
+        return f"a part of the layer is a {type(base).__name__}"
+    reason = why_not_plain(base)
+    if reason:
+        return reason
+    for name, A, B, dropout in _parts(layer, names):
+        reason = why_not_plain(A) or why_not_plain(B) or why_not_plain(dropout)
         if reason:
             return reason
-    return _why_not_dtypes(layer, names)
-
-
-def _why_not_dtypes(layer: nn.Module, names: list[str]) -> str | None:
-    for name in names:
-        A, B = layer.lora_A[name], layer.lora_B[name]
         if A.bias is not None:
             return "lora_A has a bias"
-        if A.weight.dtype != B.weight.dtype:
+        if A._parameters["weight"].dtype != B._parameters["weight"].dtype:
             return "lora_A and lora_B differ in dtype"
         scale = layer.scaling[name]
         if not isinstance(scale, Tensor) and scale != scale:
@@ -179,25 +177,32 @@ def _why_not_dtypes(layer: nn.Module, names: list[str]) -> str | None:
     return None
 
 
+def _parts(layer: nn.Module, names: list[str]) -> list[tuple[str, nn.Module, nn.Module, nn.Module]]:
+    # past nn.Module's __getattr__, which takes longer than the checks: they run in every call
+    A, B, dropout = (layer._modules[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
+    return [(name, A[name], B[name], dropout[name]) for name in names]
+
+
 def _why_not_call(layer: nn.Module, names: list[str], x: Tensor, args: tuple, kwargs: dict) -> str | None:
     """Why this one call runs PEFT's own forward, in a layer that can run fused."""
-    if args or any(value is not None for key, value in kwargs.items() if key != "adapter_names"):
+    if args or (kwargs and any(value is not None for key, value in kwargs.items() if key != "adapter_names")):
         return "further arguments"
     if kwargs.get("adapter_names") is not None and len(kwargs["adapter_names"]) != len(x):
         return "as many adapter names as rows are needed"
     reason = why_not_plain_input(x) or why_not_here()
     if reason:
         return reason
-    base, adapters = layer.base_layer, [part[n].weight for n in names for part in (layer.lora_A, layer.lora_B)]
-    if any(w.device != x.device for w in (base.weight, *adapters)):
+    base = layer._modules["base_layer"]._parameters
+    weight, bias, dtype, device, K = base["weight"], base["bias"], x.dtype, x.device, x.shape[-1] if x.dim() else 0
+    adapters = [(A._parameters["weight"], B._parameters["weight"]) for _, A, B, _ in _parts(layer, names)]
+    if weight.device != device or any(A.device != device or B.device != device for A, B in adapters):
         return "devices differ"
-    if torch.is_autocast_enabled(x.device.type):
-        if any(t.dtype == torch.float64 for t in (x, base.weight, *adapters)):
+    if torch.is_autocast_enabled(device.type):
+        if torch.float64 in (dtype, weight.dtype, *(A.dtype for A, _ in adapters)):
             return "float64 under autocast"
-    elif x.dtype != base.weight.dtype or (base.bias is not None and base.bias.dtype != x.dtype):
+    elif dtype != weight.dtype or (bias is not None and bias.dtype != dtype):
         return "the input has another dtype than the base layer"
-    if not getattr(layer, "cast_input_dtype_enabled", True) and any(w.dtype != x.dtype for w in adapters):
+    if not getattr(layer, "cast_input_dtype_enabled", True) and any(A.dtype != dtype for A, _ in adapters):
         return "casting of the input is switched off"
-    K = base.weight.shape[0 if layer.fan_in_fan_out else 1]
-    fits = x.dim() and x.shape[-1] == K and all(w.shape[1] == K for w in adapters[::2])
-    return None if fits else "shapes differ"
+    fits = weight.shape[0 if layer.fan_in_fan_out else 1] == K and all(A.shape[1] == K for A, _ in adapters)
+    return None if fits and x.dim() else "shapes differ"

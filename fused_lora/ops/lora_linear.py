@@ -9,7 +9,7 @@ The maths and the mask are those of ``fused_lora.reference``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,7 +55,11 @@ def lora_linear(
     check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, autocast)
     # reshaped out here: the operator's own result is no view, so that it may be changed in place
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y = _lora_linear(rows, weight, bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)[0]
+    arguments = (rows, weight, bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)
+    if _is_direct(rows, weight, *lora_A, *lora_B):
+        y = _direct(*arguments, autocast)
+    else:
+        y = _lora_linear(*arguments)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -85,8 +89,7 @@ def _(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
     return y, x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_A)), dtype=cpu.shrink_dtype(x, lora_A))
 
 
-@torch.library.custom_op("fused_lora::lora_linear_backward", mutates_args=())
-def _lora_linear_backward(
+def _gradients(
     g: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -110,6 +113,9 @@ def _lora_linear_backward(
     return [t for t in (dx, *dA, *dB, dW, db) if t is not None]
 
 
+_lora_linear_backward = torch.library.custom_op("fused_lora::lora_linear_backward", mutates_args=())(_gradients)
+
+
 @_lora_linear_backward.register_fake
 def _(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
     bias = None if bias_dtype is None else weight.new_empty((weight.shape[0],), dtype=bias_dtype)
@@ -118,24 +124,34 @@ def _(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, need
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, lora_A, lora_B, scaling, dropout, seeds = inputs
-    n = len(lora_A)
-    # lists count one flag per tensor here: x, weight, bias, n times lora_A, n times lora_B
-    need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
-    need_A, need_B = rest[:n], rest[n : 2 * n]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
+    _keep(ctx, ctx.needs_input_grad, *inputs, output[1])
+
+
+def _keep(ctx, needs, x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
+    """For the backward; ``needs`` has one flag per tensor: x, weight, bias, n times lora_A, n times lora_B."""
+    n = len(lora_A)
+    need_x, need_weight, need_bias, *rest = needs
+    need_A, need_B = rest[:n], rest[n : 2 * n]
     ctx.needs = [need_x, *need_A, *need_B, need_weight, need_bias]
     ctx.adapters, ctx.scaling, ctx.dropout = n, scaling, dropout
     ctx.bias_dtype = bias.dtype if need_bias else None
     keep_x = x if need_weight or any(need_A) else None  # only dA and dW read it
-    ctx.save_for_backward(keep_x, weight, output[1], seeds, *lora_A, *lora_B)
+    ctx.save_for_backward(keep_x, weight, S, seeds, *lora_A, *lora_B)
 
 
 def _backward(ctx, g, _):
     n = ctx.adapters
     if g is None:
         return (None, None, None, [None] * n, [None] * n, None, None, None)
+    dx, dA, dB, dW, db = _all_gradients(ctx, g, _lora_linear_backward)
+    return dx, dW, db, dA, dB, None, None, None
+
+
+def _all_gradients(ctx, g, gradients):
+    """dx, dA, dB, dW, db with None for what is not needed; ``gradients`` computes the others."""
+    n = ctx.adapters
     x, weight, S, seeds, *adapters = ctx.saved_tensors
     A, B = adapters[:n], adapters[n:]
     if torch.is_grad_enabled():  # create_graph: someone wants to differentiate what comes next
@@ -144,11 +160,10 @@ def _backward(ctx, g, _):
                 g, x, weight, A, B, ctx.scaling, ctx.dropout, seeds, ctx.bias_dtype, ctx.needs
             )
     else:
-        found = iter(
-            _lora_linear_backward(g, x, weight, A, B, S, ctx.scaling, ctx.dropout, seeds, ctx.bias_dtype, ctx.needs)
-        )
+        arguments = (g, x, weight, A, B, S, ctx.scaling, ctx.dropout, seeds, ctx.bias_dtype, ctx.needs)
+        found = iter(gradients(*arguments))
         dx, *rest = (next(found) if need else None for need in ctx.needs)
-    return dx, rest[2 * n], rest[2 * n + 1], rest[:n], rest[n : 2 * n], None, None, None
+    return dx, rest[:n], rest[n : 2 * n], rest[2 * n], rest[2 * n + 1]
 
 
 _lora_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -178,6 +193,53 @@ def _register_autocast(device_type: str, key: str) -> None:
 
     _library.impl("lora_linear", forward, key)
     _library.impl("lora_linear_backward", backward, key)
+
+
+class _Direct(torch.autograd.Function):
+    """The same operator past the dispatcher, whose bookkeeping takes longer than a small layer."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, n, scaling, dropout, seeds, *adapters):
+        arguments = (x, weight, bias, adapters[:n], adapters[n:], scaling, dropout, seeds)
+        y, S = plan.forward(*arguments[:5], dropout)(*arguments)
+        _keep(ctx, (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[7:]), *arguments, S)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        dx, dA, dB, dW, db = _without_autocast(g, lambda: _all_gradients(ctx, g, _gradients))
+        return dx, dW, db, None, None, None, None, *dA, *dB
+
+
+def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, autocast) -> Tensor:
+    """y; differentiable."""
+    if autocast is not None:
+        x, weight = x.to(autocast), weight.to(autocast)
+    tensors = (x, weight, bias, *lora_A, *lora_B)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _without_autocast(
+            x, lambda: _Direct.apply(x, weight, bias, len(lora_A), scaling, dropout, seeds, *lora_A, *lora_B)
+        )
+    arguments = (x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    return _without_autocast(x, lambda: plan.forward(*arguments[:5], dropout)(*arguments)[0])
+
+
+def _without_autocast(x: Tensor, call: Callable):
+    if not torch.is_autocast_enabled(x.device.type):
+        return call()
+    with torch.autocast(x.device.type, enabled=False):
+        return call()
+
+
+def _is_direct(*tensors: Tensor) -> bool:
+    """Whether these are real tensors, and nothing but autograd looks on."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
+    )
 
 
 _library = torch.library.Library("fused_lora", "FRAGMENT")
