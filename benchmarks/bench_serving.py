@@ -128,7 +128,7 @@ def generate(report: Report, arguments: argparse.Namespace) -> None:
     parts = _quickstart()
     model, tokenizer = parts.load(arguments.model, arguments.device, torch.float32)
     model.requires_grad_(False)
-    adapters, D, new = Adapters(model.model, 16), 8, arguments.tokens
+    adapters, D, new = Adapters(model.model, 16), 8, min(arguments.tokens, 8)
     names = [adapters.name(i) for i in range(D)]
     served, theirs = parts.share(model), parts.share(model)
     served.model = adapters.store.model
@@ -149,7 +149,7 @@ def generate(report: Report, arguments: argparse.Namespace) -> None:
         answers["PEFT"] = theirs.generate(names, **inputs, **more)
 
     candidates = [Candidate("fused_lora", [ours]), Candidate("PEFT", [peft_s])]
-    times = interleaved(candidates, Clock(arguments.device), 0, 3, arguments.deadline)
+    times = interleaved(candidates, Clock(arguments.device), 2, 2, arguments.deadline)
     same = (answers["fused_lora"] == answers["PEFT"]).float().mean().item()
     speed = {}
     for name, found in times.items():
@@ -191,7 +191,8 @@ def serve(report: Report, arguments: argparse.Namespace) -> None:
                 ("base", ["base"] * load.requests),
             ):
                 before, now = serving_load.counters(url), time.monotonic()
-                until = now + (arguments.deadline - now) * (0.6 if provider != "base" else 1.0)
+                # however late it is, some requests are put
+                until = now + max((arguments.deadline - now) * (0.6 if provider != "base" else 1.0), 8)
                 seen = serving_load.ask(url, names, load, until)
                 after = serving_load.counters(url)
                 moved = {key: after[key] - before[key] for key in ("hits", "loads", "evictions", "waits")}
@@ -253,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     start, end, parts = time.monotonic(), arguments.deadline, arguments.parts.split(",")
     if "step" in parts:
         # the grid is cut short in favour of the parts that follow
-        arguments.deadline = start + (end - start) * (0.45 if len(parts) > 1 else 1.0)
+        arguments.deadline = start + (end - start) * (0.4 if len(parts) > 1 else 1.0)
         measured = Steps(report, arguments)
         run_points(points(arguments), report, arguments.deadline, measured.measure)
         measured.close()
