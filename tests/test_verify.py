@@ -1,6 +1,7 @@
 """verify: healthy models differ by rounding only, every planted bug gets its name, and nothing is left changed."""
 
 import copy
+import random
 
 import peft
 import pytest
@@ -70,6 +71,29 @@ def test_a_healthy_model_differs_by_rounding(kind, dtype, merged, ids):
     assert 0.05 * roundoff < lost < 2 * roundoff
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_no_false_alarm_over_random_layers(dtype):
+    """Any size, rank, scale of weights, inputs and adapters, with adapters in fp32 or in the base's own dtype."""
+    for _ in range(60):
+        K, N = random.choice([1, 3, 17, 64, 256]), random.choice([1, 5, 64, 200])
+        base = nn.Sequential(nn.Linear(K, N, bias=random.random() < 0.5))
+        base[0].weight.data.normal_(std=random.choice([1e-3, 0.02, 1.0]))
+        rank, alpha = random.choice([1, 2, 16, 64]), random.choice([1, 16, 64])
+        fields = {"target_modules": ["0"], "r": rank, "lora_alpha": alpha, "use_rslora": random.random() < 0.3}
+        wide = random.random() < 0.5
+        model = peft.get_peft_model(base.to(dtype), peft.LoraConfig(**fields), "one", autocast_adapter_dtype=wide)
+        model.add_adapter("two", peft.LoraConfig(**fields), autocast_adapter_dtype=wide)
+        model.base_model.set_adapter(["one", "two"][: random.choice([1, 2])])
+        randomize_adapters(model.eval(), std=random.choice([1e-3, 0.05, 0.5]))
+        if random.random() < 0.5:
+            fused_lora.accelerate(model)
+        if random.random() < 0.4:
+            model.merge_adapter()
+        x = torch.randn(random.choice([1, 5, 70]), K).to(dtype) * random.choice([1, 10])
+        result = verify(model, x)
+        assert result.ok, f"{(K, N, rank, alpha, wide)}: {result.layers[0]}\n{result}"
+
+
 def test_fidelity_is_what_the_merge_itself_reports(ids):
     model = make("fused_lora", torch.bfloat16)
     found = {check.path: check.lost for check in verify(model, ids).layers}
@@ -123,9 +147,9 @@ def test_nothing_is_changed(kind, merged, ids):
     states = {n: (list(m.merged_adapters), getattr(m, "merge_state", None)) for n, m in layers(model).items()}
     active = {n: m.active_adapters for n, m in layers(model).items()}
     names = {n: set(vars(m)) for n, m in layers(model).items()}
-    random = torch.get_rng_state()
+    generator = torch.get_rng_state()
     verify(model, ids)
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), generator)
     assert [m.training for m in some] == flags
     assert pointers == {n: p.data_ptr() for n, p in model.named_parameters()}
     for name, tensor in bits(model).items():
@@ -213,8 +237,8 @@ def test_dropout_that_eval_does_not_reach(kind, ids):
     assert result.causes == [report.DROPOUT] and result.verdict == "bug"
     text = str(result)
     assert "after model.eval()" in text and stuck in text
-    random = [f for f in result.findings if "depends on the seed" in f.message]
-    assert random and random[0].layers == (stuck.partition(".lora_dropout")[0],)
+    found = [f for f in result.findings if "depends on the seed" in f.message]
+    assert found and found[0].layers == (stuck.partition(".lora_dropout")[0],)
 
 
 def test_one_dropout_in_training_mode_in_a_model_in_eval_mode(ids):

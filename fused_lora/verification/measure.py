@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_lora.verification.layers import Layer
 from fused_lora.verification.passes import Pass, run
 from fused_lora.verification.report import LayerCheck, OutputCheck
-from fused_lora.verification.weights import Units, blocks, merged_bound, ratio, rms, scan_merge, unmerged_bound
+from fused_lora.verification.weights import Units, blocks, merged_bound, ratio, rms, scan_merge, spread, unmerged_bound
 
 
 def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
@@ -24,7 +24,7 @@ def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
     units = Units.of(x, y, weight, adapters)
     rows, factors = x.double(), layer.factors()
     scan = scan_merge(weight, merged_weight, *layer.delta_factors(), rows, units.form, len(layer.names))
-    plain = folded = 0.0
+    plain = folded = base_size = term_size = 0.0
     for start, stop in blocks(weight):
         part = slice(start, stop)
         W, b = weight[part].double(), None if bias is None else bias[part].double()
@@ -36,9 +36,14 @@ def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
         got = ym[:, part].double()
         error = got - _exact(rows, Wm, bm, [])
         folded = max(folded, ratio(error, merged_bound(units, rows, Wm, bm, got)))
-    # the weight's rounding as it acts on these rows, two roundings of the result, and half of sqrt(K) in the sums
+        base, term = spread(rows, W, Wm, mine)
+        base_size, term_size = base_size + base.sum().item(), term_size + term.sum().item()
+    # the weight's rounding as it acts on these rows, two roundings of the result, half of sqrt(K) in the sums
+    count = max(y.numel(), 1)
     sums = math.sqrt(x.shape[-1]) * units.accumulate / 2 + 2 * units.operand + units.partial
-    expected = math.hypot(rms(scan.shift) if scan.ratio <= 1 else 0.0, (2 * units.result + sums) * rms(y))
+    sums *= math.sqrt((base_size + term_size) / count)
+    narrow = units.adapter * math.sqrt(term_size / count)
+    expected = math.hypot(rms(scan.shift) if scan.ratio <= 1 else 0.0, 2 * units.result * rms(y) + sums + narrow)
     difference = ym.double() - y.double()
     largest = difference.abs().max().item() if difference.numel() else 0.0
     return LayerCheck(

@@ -57,9 +57,10 @@ def unmerged_bound(
 ) -> Tensor:
     """Bound on |y - (x W^T + b + sum_i s_i (x A_i^T) B_i^T)|, elementwise [rows, N]; all arguments float64.
 
-    lambda sqrt(K) u_acc (|x||W|^T + |b|)                  base product
+    lambda sqrt(K + r) u_acc (|x||W|^T + |b|)              base product, and the adapters' terms added to it in turn
     + (lambda sqrt(K + r) u_acc + 4 u_adapter) sum_i |s_i| ((|x||A_i|^T) |B_i|^T + |lora_bias_i|)
                                                            x, S, S B^T and s S B^T each rounded to the adapters' dtype
+    + tiny_adapter sum_i |s_i| (1 + |B_i| 1)               of which S and S B^T may be subnormal
     + (2 lambda u_operand + 4 u_partial) sqrt(x^2 (W^2)^T) rounding of operands and of partial sums, where it happens
     + 2 u (|y| + |x W^T + b| + adapters' magnitude)        base result and sum rounded to the layer's dtype
 
@@ -67,29 +68,42 @@ def unmerged_bound(
     error analysis", SIAM J. Sci. Comput. 41 (2019), theorem 2.4, roundings being independent of mean zero.
     """
     base = x @ weight.t() + (0.0 if bias is None else bias)
-    term = torch.zeros_like(base)
+    term, floor = torch.zeros_like(base), torch.zeros_like(base[:1])
     rank = 0
     for A, B, s, lora_bias in factors:
         part = (x.abs() @ A.abs().t()) @ B.abs().t()
         term += abs(s) * (part if lora_bias is None else part + lora_bias.abs())
+        floor += abs(s) * tiny(units.adapter) * (1 + B.abs().sum(1))
         rank += A.shape[0]
     chain = CONFIDENCE * math.sqrt(x.shape[1] + rank) * units.accumulate
-    bound = _product_bound(units, x, weight, bias) + (chain + 4 * units.adapter) * term
+    bound = _product_bound(units, x, weight, bias, x.shape[1] + rank) + (chain + 4 * units.adapter) * term + floor
     return bound + 2 * units.result * (y.abs() + base.abs() + term) + tiny(units.result)
 
 
 def merged_bound(units: Units, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     """Bound on |y - (x Wm^T + b)|, elementwise [rows, N], as :func:`unmerged_bound` without adapters."""
-    return _product_bound(units, x, weight, bias) + 2 * units.result * y.abs() + tiny(units.result)
+    return _product_bound(units, x, weight, bias, x.shape[1]) + 2 * units.result * y.abs() + tiny(units.result)
 
 
-def _product_bound(units: Units, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product_bound(units: Units, x: Tensor, weight: Tensor, bias: Tensor | None, terms: int) -> Tensor:
     magnitude = x.abs() @ weight.abs().t() + (0.0 if bias is None else bias.abs())
-    bound = CONFIDENCE * math.sqrt(x.shape[1]) * units.accumulate * magnitude
+    bound = CONFIDENCE * math.sqrt(terms) * units.accumulate * magnitude
     if units.operand or units.partial:
-        spread = (x.square() @ weight.square().t()).sqrt()
-        bound += (2 * CONFIDENCE * units.operand + 4 * units.partial) * spread
+        size = (x.square() @ weight.square().t()).sqrt()
+        bound += (2 * CONFIDENCE * units.operand + 4 * units.partial) * size
     return bound
+
+
+def spread(
+    x: Tensor, weight: Tensor, merged: Tensor, factors: Sequence[tuple[Tensor, Tensor, float, Tensor | None]]
+) -> tuple[Tensor, Tensor]:
+    """Squared size of x W^T and x Wm^T together, and of the adapters' term, were all signs independent: [rows, N]."""
+    squares = x.square()
+    base = squares @ (weight.square() + merged.square()).t()
+    term = torch.zeros_like(base)
+    for A, B, s, _ in factors:
+        term += s * s * ((squares @ A.square().t()) @ B.square().t())
+    return base, term
 
 
 @dataclass
