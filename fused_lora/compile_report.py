@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for done, todo, results in collect(recorded, options.chips, options.only, options.all, options.processes):
         print(f"\rcompiled {done} of {todo}", end="", file=sys.stderr, flush=True)
         if not options.check and done >= written + 40:
-            write_results(options.results, _over(recorded, results))
+            write_results(options.results, _over(read_results(options.results), results))
             written = done
     print(file=sys.stderr)
     print(table(results))
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line)
     print(f"{sum(map(len, results.values()))} configurations, {len(found)} problems")
     if not options.check:
-        kept = _over(recorded, results)
+        kept = _over(read_results(options.results), results)  # another run may have written, too
         write_results(options.results, kept)
         write_page(options.page, kept)
     return 1 if found and options.check else 0
