@@ -15,6 +15,7 @@ ALLOWED = {
     "ops": {"kernels", "reference"},
     "modules": {"ops", "reference"},
     "adapters": {"modules", "reference"},
+    "integrations": {"adapters", "modules", "ops", "reference"},
 }
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
@@ -22,6 +23,7 @@ THIRD_PARTY = {
     "ops": {"torch", "numpy"},
     "modules": {"torch"},
     "adapters": {"torch", "safetensors", "numpy"},
+    "integrations": {"torch"},
 }
 
 
