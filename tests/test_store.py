@@ -1,5 +1,6 @@
 """AdapterStore over a small plain model: what is computed, what may be asked, what stays where, what errors leave."""
 
+import asyncio
 import copy
 import json
 import threading
@@ -451,6 +452,26 @@ def test_an_adapter_without_files_is_not_lost(model):
         store.load("big", adapter(400, 2))
 
 
+def test_the_budget_can_be_raised_while_adapters_are_in_use(model):
+    store = AdapterStore(model, capacity_bytes=nbytes(4), host_bytes=0)
+    store.load("a", adapter(4, 1))
+    x = torch.randn(1, K)
+    with store.batch(["a"]):
+        before = model(x)
+        with pytest.raises(StoreFull):
+            store.load("b", adapter(4, 2))
+        store.grow(nbytes(4))
+        store.load("b", adapter(4, 2))
+        assert torch.equal(model(x), before)
+    assert_serves(model, x, answers(store, model, x, ["b"]), [(adapter(4, 2), 1)])
+    assert store.stats()["bytes_used"] == store.stats()["capacity"] == 2 * nbytes(4)
+    for nothing, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error):
+            store.grow(nothing)
+    with pytest.raises(RuntimeError, match="no limit"):
+        AdapterStore(Net()).grow(1)
+
+
 def test_files_that_changed_since_are_the_next_version(model, tmp_path):
     """An evicted adapter that is read again from other bytes must not come back under its old identity."""
     store = AdapterStore(model, capacity_bytes=nbytes(4))
@@ -511,6 +532,24 @@ def test_threads_hold_different_batches_at_once(model):
     for thread in threads:
         thread.join(60)
     assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
+def test_a_batch_may_be_handed_on_to_threads(model):
+    """asyncio.to_thread runs a function in the caller's context: the batch, but not its buffers, is then shared."""
+    store = AdapterStore(model.requires_grad_(False))  # a thread starts with gradients on
+    contents = {f"a{i}": adapter(4, i) for i in range(3)}
+    for name, tensors in contents.items():
+        store.load(name, tensors)
+    inputs = [torch.randn(3 * (1 + i % 2), 2, K) for i in range(40)]
+
+    async def main():
+        with store.batch(list(contents)):
+            return await asyncio.gather(*(asyncio.to_thread(model, x) for x in inputs))
+
+    for x, out in zip(inputs, asyncio.run(main()), strict=True):
+        for i, tensors in enumerate(contents.values()):
+            rows = slice(i * len(x) // 3, (i + 1) * len(x) // 3)
+            assert_serves(model, x[rows], out[rows], [(tensors, 1)])
 
 
 def test_detach_leaves_the_model_as_it_was(model):

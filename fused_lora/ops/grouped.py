@@ -8,6 +8,7 @@ share a batched product, without a copy.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -237,8 +238,8 @@ class _Chunk:
 
     def _buffer(self, columns: int, dtype: torch.dtype, steps: tuple[_Step, ...], side: str):
         """A buffer for all rows (side "x" or "y"), and the tiles of each step; a small one is kept for other layers."""
-        # an inference tensor cannot be written outside that mode
-        key = (side, columns, dtype, id(steps), torch.is_inference_mode_enabled())
+        # an inference tensor cannot be written outside that mode, and threads may share a layout
+        key = (side, columns, dtype, id(steps), torch.is_inference_mode_enabled(), threading.get_ident())
         found = self._buffers.get(key)
         if found is None:
             whole = aligned(self._height, columns, dtype=dtype, device=self._rows.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -139,7 +140,7 @@ class Batch:
         self._tables = transfer.tables
         self._layouts: dict[int, _Rows] = {}
         self._terms = terms
-        self._sizes: tuple[int, frozenset[int]] | None = None
+        self._sizes: dict[int, tuple[int, frozenset[int]]] = {}  # by thread: asyncio.to_thread hands a batch on
         arrivals = {version.arrival for group in groups for version, _ in group} - {None}
         self._arriving = [arrival for arrival in arrivals if not arrival.done()]
         self._gradients = torch.no_grad()
@@ -189,7 +190,7 @@ class Batch:
                     f"batch: {len(self._group_of_entry)} entries for a model batch of {B} sequences; expected as many, "
                     "or a multiple (beams and return sequences repeat each entry)"
                 )
-            self._sizes = B, frozenset((B, *(len(t) * t.shape[1] for t in tensors)))
+            self._sizes[threading.get_ident()] = B, frozenset((B, *(len(t) * t.shape[1] for t in tensors)))
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
         """y += the LoRA terms of x at this site, in place."""
@@ -232,7 +233,7 @@ class Batch:
         found = self._layouts.get(rows)
         if found is None:
             if len(self._layouts) >= _LAYOUTS:
-                self._layouts.pop(next(iter(self._layouts)))
+                self._layouts.pop(next(iter(self._layouts)), None)
             found = self._layouts[rows] = _Rows(self._group_of_row(rows), self.groups, x.device)
         return found
 
@@ -243,14 +244,14 @@ class Batch:
 
     def _check_rows(self, site: Site, x: Tensor, rows: int) -> None:
         """Rows that are not the batch's own, in order (experts that see some tokens), must not pass for it."""
-        entries = len(self._group_of_entry)
+        entries, sizes = len(self._group_of_entry), self._sizes.get(threading.get_ident())
         if self._entry_of_row is not None:
             expected, fits = str(len(self._entry_of_row)), rows == len(self._entry_of_row)
-        elif self._sizes is None:
+        elif sizes is None:
             expected, fits = f"a multiple of {entries}", (len(x) if x.dim() > 2 else rows) % entries == 0
         elif x.dim() > 2:
-            expected, fits = f"{self._sizes[0]} sequences", len(x) == self._sizes[0]
+            expected, fits = f"{sizes[0]} sequences", len(x) == sizes[0]
         else:
-            expected, fits = " or ".join(map(str, sorted(self._sizes[1]))), rows in self._sizes[1]
+            expected, fits = " or ".join(map(str, sorted(sizes[1]))), rows in sizes[1]
         if not fits:
             raise ValueError(f"batch: {site.path!r} got an input of shape {tuple(x.shape)}; expected {expected} rows")

@@ -130,6 +130,21 @@ class AdapterStore(Registry):
             self._transfer.tables.limit(max_rank)
             return buffers
 
+    def grow(self, nbytes: int) -> None:
+        """Add ``nbytes`` to what adapters may take on the device; those that are there stay where they are.
+
+        Raises:
+            TypeError, ValueError: not a positive int. RuntimeError: the store has no limit.
+        """
+        if isinstance(nbytes, bool) or not isinstance(nbytes, int):
+            raise TypeError(f"nbytes: expected an int, got {nbytes!r}")
+        if nbytes <= 0:
+            raise ValueError(f"nbytes: expected a positive number, got {nbytes}")
+        with self._lock:
+            if self._residency.arena.capacity is None:
+                raise RuntimeError("grow: the store has no limit to raise")
+            self._residency.arena.capacity += nbytes
+
     def detach(self) -> None:
         """Take the hooks off the model and free all memory; the store is of no use afterwards.
 
