@@ -95,9 +95,11 @@ def _gemm(
 ) -> LaunchConfig:
     """Tiles of "linear" and "input_grad", without the split."""
     decode = M <= FEW and op == "linear" and variant == "recompute" and not dropout
-    if dtype == torch.float32 or capability < 80:
-        BLOCK_M, BLOCK_N = (16, 32) if decode else (64, 64)
+    if dtype == torch.float32:  # products by fma, operands in registers
+        BLOCK_M, BLOCK_N = (16, 32) if decode else (32, 64)
         return LaunchConfig(variant, BLOCK_M, BLOCK_N, 32, 32, num_stages=3 if capability >= 80 else 2)
+    if capability < 80:
+        return LaunchConfig(variant, 16 if decode else 64, 64, 32, 32, num_stages=2)
     if decode:
         return LaunchConfig(variant, 16, 32, 32 if upcast else 128, 32 if upcast else _rank_block(r, 16, 64))
     masked = dropout and (op == "input_grad" or variant != "split")  # else the shrink draws the mask
