@@ -52,9 +52,9 @@ _BATCH = 8  # cases that a process compiles at a time
 
 def cases(capability: int) -> list[CompileCase]:
     """Every compilation for a chip, in a fixed order."""
-    from fused_lora.kernels import aot, merge_aot
+    from fused_lora.kernels import aot, grouped_aot, merge_aot
 
-    return [case for module in (aot, merge_aot) for case in module.compile_cases(capability)]
+    return [case for module in (aot, merge_aot, grouped_aot) for case in module.compile_cases(capability)]
 
 
 def required(case: CompileCase, capability: int) -> list[str]:

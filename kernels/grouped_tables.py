@@ -144,7 +144,7 @@ def launch_options(config: LaunchConfig, nvidia: bool) -> dict[str, int]:
     """
     if not nvidia:
         return config.options() | dict(matrix_instr_nonkdim=16)
-    light = config.variant == "shrink" and config.BLOCK_M == 16 and config.BLOCK_K == 128
+    light = config.variant == "shrink" and config.BLOCK_M == config.BLOCK_R == 16 and config.BLOCK_K == 128
     return config.options() | ({} if light else dict(maxnreg=255))
 
 
