@@ -83,7 +83,7 @@ def build(options: argparse.Namespace) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fused_lora import AdapterStore
+    from fused_lora.serving.store import AdapterStore
     from fused_lora.serving.continuous import continuous_batching
     from fused_lora.serving.server import Settings, create_app
     from fused_lora.serving.server_engine import AsyncEngine, Limits
