@@ -28,6 +28,8 @@ setup(
             # of all releases of 5 those that the continuous batching engine was tested on
             "transformers>=5.22,<5.24",
             "accelerate",
+            "trl>=1,<2",
+            "gguf",
             "jinja2",
             "fastapi",
             "uvicorn",
@@ -38,7 +40,7 @@ setup(
             "setuptools",
         ],
         "quickstart": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
-        "bench": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "matplotlib", "httpx"],
+        "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],
         # continuous batching reaches into transformers' engine, so it is pinned to the releases that were tested
         "serve": ["transformers>=5.22,<5.24", "accelerate", "jinja2", "fastapi", "uvicorn"],
     },
