@@ -396,6 +396,19 @@ def test_inputs_that_are_no_plain_tensors(report):
     assert sum(report()["fallback"].values()) == 3 and report()["fused"] == 0
 
 
+def test_decoding_on_a_cpu_is_left_to_peft(report):
+    both = pair()
+    ours, theirs = (layer.eval() for layer in layers(both)[:2])
+    with torch.no_grad():
+        for x in (torch.randn(1, K), torch.randn(2, 32, K)):
+            assert torch.equal(ours(x), theirs(x))
+        assert report() == {"fused": 0, "fallback": {"few rows on a CPU": 2}}
+        ours(torch.randn(65, K))
+        ours.train()(torch.randn(1, K))  # perhaps the first forward of a checkpoint
+    ours.eval()(torch.randn(1, K))
+    assert report()["fused"] == 3
+
+
 def test_nan_scaling(report):
     both = pair()
     for layer in layers(both):

@@ -24,6 +24,7 @@ from fused_lora.modules.plain import (
 )
 
 FUSED = "fused"
+_FEW_ROWS = 64
 CALLS: Counter[str] = Counter()  # FUSED, or the reason why PEFT's own forward ran -> calls in this process
 
 
@@ -205,4 +206,13 @@ def _why_not_call(layer: nn.Module, names: list[str], x: Tensor, args: tuple, kw
     if not getattr(layer, "cast_input_dtype_enabled", True) and any(A.dtype != dtype for A, _ in adapters):
         return "casting of the input is switched off"
     fits = weight.shape[0 if layer.fan_in_fan_out else 1] == K and all(A.shape[1] == K for A, _ in adapters)
-    return None if fits and x.dim() else "shapes differ"
+    if not (fits and x.dim()):
+        return "shapes differ"
+    # a checkpoint's first forward, in training, has no gradients either, and its second must draw the same masks
+    return "few rows on a CPU" if not layer.training and _is_too_small(x, K) else None
+
+
+def _is_too_small(x: Tensor, K: int) -> bool:
+    """Whether PEFT's few calls of torch take less time than ours: decoding in fp32 on a CPU, by measurement."""
+    small = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    return small and not torch.compiler.is_compiling() and x.numel() <= _FEW_ROWS * K
