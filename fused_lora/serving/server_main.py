@@ -83,11 +83,11 @@ def build(options: argparse.Namespace) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fused_lora.serving.store import AdapterStore
     from fused_lora.serving.continuous import continuous_batching
     from fused_lora.serving.server import Settings, create_app
     from fused_lora.serving.server_engine import AsyncEngine, Limits
     from fused_lora.serving.server_metrics import Metrics
+    from fused_lora.serving.store import AdapterStore
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = options.dtype or ("float32" if device.type == "cpu" else "auto")
