@@ -102,7 +102,8 @@ class Trial:
             out = self.model(self.x.expand(len(names), 2, K))
             time.sleep(0)
             again = self.model(self.x.expand(len(names), 2, K))
-        assert torch.equal(out, again), "the answer changed within a batch"
+        # the base layer's own product may differ in the last bit from call to call; another adapter differs by far more
+        assert (out - again).abs().max() < 1e-5, "the answer changed within a batch"
         for row, identity in zip(out, batch.identities, strict=True):
             if identity is not None:
                 number = self.content[identity]
