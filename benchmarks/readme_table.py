@@ -20,6 +20,8 @@ README = BENCHMARKS.parent / "README.md"
 BEGIN = "<!-- results: written by benchmarks/readme_table.py -->"
 END = "<!-- end of results -->"
 _SHORT = dict(float32="fp32", bfloat16="bf16", float16="fp16")
+_KINDS = dict(linear=("linear",), merge=("merge",), serving=("step", "generate", "server"))
+_STEPS = ((1, 1, 16), (8, 8, 16))  # T, D, r of the decode steps shown; the others are in the file
 _MERGERS = ("PEFT", "addmm", "fused_lora")
 _MERGE_NOTE = (
     "Not back: weights whose bits differ after merge and unmerge, PEFT / fused_lora. "
@@ -28,15 +30,15 @@ _MERGE_NOTE = (
 
 
 def load(folder: Path) -> dict[str, dict]:
-    """{machine name: {"machine": ..., "linear": file, "merge": file}}: the newest file that has rows of each kind."""
+    """{machine name: {"linear": file, "merge": file, "serving": file}}: the newest file that has rows of each kind."""
     found: dict[str, dict] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if "rows" not in content or "machine" not in content:
             continue  # another kind of result
         entry = found.setdefault(content["machine"]["name"], {})
-        for kind in ("linear", "merge"):
-            has_rows = any(row["benchmark"] == kind for row in content["rows"])
+        for kind, benchmarks in _KINDS.items():
+            has_rows = any(row["benchmark"] in benchmarks for row in content["rows"])
             if has_rows and (kind not in entry or entry[kind]["date"] < content["date"]):
                 entry[kind] = content
     return {name: entry for name, entry in sorted(found.items()) if entry}
@@ -58,6 +60,8 @@ def _machine_block(entry: dict) -> str:
         lines += ["", *_linear_table(entry["linear"]["rows"])]
     if "merge" in entry:
         lines += ["", *_merge_table(entry["merge"]["rows"])]
+    if "serving" in entry:
+        lines += ["", *_serving_table(entry["serving"])]
     return "\n".join(lines)
 
 
@@ -78,6 +82,8 @@ def _merge_table(rows: Sequence[dict]) -> list[str]:
     lines = _head("merge / unmerge, in x out", "copy", *_MERGERS, "over PEFT", "not back, %", "memory, %")
     for layer in _layers(rows, "merge"):
         own = layer["fused_lora"]
+        if own["dtype"] == "float16":
+            continue  # as bf16; the file has them
         times = [" / ".join(_time(layer.get(name), key) for key in ("merge_ms", "unmerge_ms")) for name in _MERGERS]
         speedup = " / ".join(_factor(own.get(key)) for key in ("merge_speedup", "unmerge_speedup"))
         back = " / ".join(_percent(layer.get(name), "changed") for name in ("PEFT", "fused_lora"))
@@ -85,6 +91,39 @@ def _merge_table(rows: Sequence[dict]) -> list[str]:
         label = f"{own['inputs']}x{own['outputs']}, r={own['r']}, {_SHORT[own['dtype']]}"
         lines.append(_line(label, _time(layer.get("copy"), "merge_ms"), *times, speedup, back, extra))
     return [*lines, "", _MERGE_NOTE]
+
+
+def _serving_table(content: dict) -> list[str]:
+    rows, model = content["rows"], content["settings"].get("model", "").partition(",")[0]
+    lines = _head(f"serving, {model}", "base", "PEFT", "fused_lora", "over PEFT")
+    for T, D, r in _STEPS:
+        steps = [row for row in rows if row["benchmark"] == "step"]
+        at = {row["provider"]: row for row in steps if (row["T"], row["D"], row["r"]) == (T, D, r)}
+        if "fused_lora" in at:
+            times = [_time(at.get(name), "ms") for name in ("base", "PEFT", "fused_lora")]
+            label = f"decode step, {T} sequences, {D} adapters, r={r}, ms"
+            lines.append(_line(label, *times, _over(at, "ms", faster=False)))
+    generated = {row["provider"]: row for row in rows if row["benchmark"] == "generate"}
+    if "fused_lora" in generated:
+        own = generated["fused_lora"]
+        speeds = [f"{generated[name]['tokens_per_second']:.3g}" for name in ("PEFT", "fused_lora") if name in generated]
+        label = f"generate, {own['T']} sequences, {own['D']} adapters, r={own['r']}, tokens/s"
+        lines.append(_line(label, "-", *speeds, _over(generated, "tokens_per_second", faster=True)))
+    served = {row["provider"].partition(" ")[0]: row for row in rows if row["benchmark"] == "server" and row["correct"]}
+    if "Zipf" in served:
+        own, base = served["Zipf"], served.get("base")
+        speed = "-" if base is None else f"{base['tokens_per_second']:.3g}"
+        label = f"server, {own['known']} adapters, room for {own['held']}, r={own['r']}, tokens/s"
+        lines.append(_line(label, speed, "-", f"{own['tokens_per_second']:.3g}", "-"))
+    return lines
+
+
+def _over(rows: dict[str, dict], key: str, faster: bool) -> str:
+    """How many times PEFT's speed; ``faster``: the number is a speed, not a time."""
+    if "PEFT" not in rows or not rows["fused_lora"]["correct"]:
+        return "-"
+    theirs, ours = (rows[name][key] for name in ("PEFT", "fused_lora"))
+    return _factor(ours / theirs if faster else theirs["median"] / ours["median"])
 
 
 def _layers(rows: Sequence[dict], kind: str) -> list[dict[str, dict]]:

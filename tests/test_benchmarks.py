@@ -301,10 +301,30 @@ def test_readme_table(load, tmp_path, capsys):
     text = readme.read_text()
     assert text.startswith("# Title\n\n") and text.endswith("\n\nThe end.\n") and "old" not in text
     rows = [line for line in text.splitlines() if line.startswith("| 96x64")]
-    assert len(rows) == 2 + 3
+    assert len(rows) == 2 + 2  # p = 0.1 and 0; fp32 and bf16, whose figures fp16 repeats
     (path,) = tmp_path.glob("*-linear.json")
     ours = [row for row in json.loads(path.read_text())["rows"] if row["provider"] == "fused_lora"]
     assert f"{ours[0]['both_ms']['median']:.3g} | {ours[0]['both_speedup']:.2f}x" in rows[0]
+
+
+def test_serving_in_the_readme_table(load):
+    table = load("readme_table")
+    ms = {name: dict(median=median) for name, median in (("base", 80.0), ("PEFT", 240.0), ("fused_lora", 120.0))}
+    rows = [dict(benchmark="step", provider=name, correct=True, T=8, D=8, r=16, ms=ms[name]) for name in ms]
+    rows += [
+        dict(benchmark="generate", provider=name, correct=True, T=8, D=8, r=16, tokens_per_second=speed)
+        for name, speed in (("PEFT", 10.0), ("fused_lora", 18.0))
+    ]
+    server = dict(benchmark="server", correct=True, known=1000, held=32, r=8)
+    rows += [server | dict(provider="Zipf over 1000", tokens_per_second=25.0)]
+    rows += [server | dict(provider="base", tokens_per_second=26.0)]
+    lines = table._serving_table(dict(rows=rows, settings=dict(model="SmolLM2, 6 of 30 layers")))
+    assert lines[0] == "| serving, SmolLM2 | base | PEFT | fused_lora | over PEFT |"
+    assert lines[2:] == [
+        "| decode step, 8 sequences, 8 adapters, r=16, ms | 80 | 240 | 120 | 2.00x |",
+        "| generate, 8 sequences, 8 adapters, r=16, tokens/s | - | 10 | 18 | 1.80x |",
+        "| server, 1000 adapters, room for 32, r=8, tokens/s | 26 | - | 25 | - |",
+    ]
 
 
 def test_readme_table_takes_the_newest_file_and_needs_its_markers(load, tmp_path):
