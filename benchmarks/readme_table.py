@@ -94,20 +94,21 @@ def _merge_table(rows: Sequence[dict]) -> list[str]:
 
 
 def _serving_table(content: dict) -> list[str]:
-    rows, model = content["rows"], content["settings"].get("model", "").partition(",")[0]
+    rows, (model, _, part) = content["rows"], content["settings"].get("model", "").partition(", ")
+    part = f" ({part})" if part else ""  # a CPU times the steps of some layers only
     lines = _head(f"serving, {model}", "base", "PEFT", "fused_lora", "over PEFT")
     for T, D, r in _STEPS:
         steps = [row for row in rows if row["benchmark"] == "step"]
         at = {row["provider"]: row for row in steps if (row["T"], row["D"], row["r"]) == (T, D, r)}
         if "fused_lora" in at:
             times = [_time(at.get(name), "ms") for name in ("base", "PEFT", "fused_lora")]
-            label = f"decode step, {T} sequences, {D} adapters, r={r}, ms"
+            label = f"decode step, sequences: {T}, adapters: {D}, r={r}, ms{part}"
             lines.append(_line(label, *times, _over(at, "ms", faster=False)))
     generated = {row["provider"]: row for row in rows if row["benchmark"] == "generate"}
     if "fused_lora" in generated:
         own = generated["fused_lora"]
         speeds = [f"{generated[name]['tokens_per_second']:.3g}" for name in ("PEFT", "fused_lora") if name in generated]
-        label = f"generate, {own['T']} sequences, {own['D']} adapters, r={own['r']}, tokens/s"
+        label = f"generate, sequences: {own['T']}, adapters: {own['D']}, r={own['r']}, tokens/s"
         lines.append(_line(label, "-", *speeds, _over(generated, "tokens_per_second", faster=True)))
     served = {row["provider"].partition(" ")[0]: row for row in rows if row["benchmark"] == "server" and row["correct"]}
     if "Zipf" in served:

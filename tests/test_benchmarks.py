@@ -321,8 +321,8 @@ def test_serving_in_the_readme_table(load):
     lines = table._serving_table(dict(rows=rows, settings=dict(model="SmolLM2, 6 of 30 layers")))
     assert lines[0] == "| serving, SmolLM2 | base | PEFT | fused_lora | over PEFT |"
     assert lines[2:] == [
-        "| decode step, 8 sequences, 8 adapters, r=16, ms | 80 | 240 | 120 | 2.00x |",
-        "| generate, 8 sequences, 8 adapters, r=16, tokens/s | - | 10 | 18 | 1.80x |",
+        "| decode step, sequences: 8, adapters: 8, r=16, ms (6 of 30 layers) | 80 | 240 | 120 | 2.00x |",
+        "| generate, sequences: 8, adapters: 8, r=16, tokens/s | - | 10 | 18 | 1.80x |",
         "| server, 1000 adapters, room for 32, r=8, tokens/s | 26 | - | 25 | - |",
     ]
 
