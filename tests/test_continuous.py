@@ -236,6 +236,16 @@ def test_adapter_of_the_output_layer(world, served, alone, tmp_path):
     assert outputs[1].generated_tokens == alone("a2", prompt(20), 8)
 
 
+def test_lease_says_which_layers_it_changes(world, served, tmp_path):
+    model, store = served
+    store.load("head", str(serving.write_adapter(tmp_path / "head", world[1], 8, seed=5, head=True)))
+    with store.lease("head") as head, store.lease("a2") as other:
+        assert head.adapts(model.lm_head) and not other.adapts(model.lm_head)
+        assert other.adapts(model.model.layers[0].mlp.up_proj) and not other.adapts(model.model.norm)
+    with pytest.raises(RuntimeError, match="has been released"):
+        other.adapts(model.lm_head)
+
+
 def adapter_bytes(rank):
     """At least what an adapter of this rank takes in the store."""
     shapes = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64))

@@ -160,16 +160,13 @@ class AdapterManager(ContinuousBatchingManager):
         leases = [self.admission.lease_of(future.state) for future in futures]
         # where the output layer has an adapter it must see all rows, not those alone that a token is taken from
         runner = self.batch_processor.model_runner
-        runner._model_supports_logits_to_keep = self._slices_logits and not self._head_in(leases)
+        on_head = any(lease.adapts(self._head) for lease in set(leases) - {None})
+        runner._model_supports_logits_to_keep = self._slices_logits and not on_head
         rows = [future.query_length for future in futures]
         # on a GPU the engine computes on a stream of its own, and what the store notes is noted on the current one
         with stream_context(inputs.compute_stream), self.store.batch_rows(leases, rows):
             super()._generation_step()
         self._count(futures, leases)
-
-    def _head_in(self, leases: list[Lease | None]) -> bool:
-        parts = (part for lease in set(leases) - {None} for part in lease.held.parts)
-        return any(part.site.module is self._head for part in parts)
 
     def _count(self, futures: list, leases: list[Lease | None]) -> None:
         counters = self.counters

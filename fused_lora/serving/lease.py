@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from fused_lora.serving.residency import Residency, Version
 
 
@@ -18,6 +20,12 @@ class Lease:
         self.held: Version | None = version
         self._residency = residency
         self.name, self.version, self.identity = version.name, version.number, version.identity
+
+    def adapts(self, layer: nn.Module) -> bool:
+        """Whether the adapter changes the output of this layer. Raises RuntimeError after the release."""
+        if self.held is None:
+            raise RuntimeError(f"the lease of {self.identity!r} has been released")
+        return any(part.site.module is layer for part in self.held.parts)
 
     def release(self) -> None:
         """Let go of the version; a second call does nothing."""
