@@ -4,14 +4,14 @@ import functools
 import importlib.metadata
 import importlib.util
 import threading
-import time
 
 import pytest
 import torch
 
 import fused_lora
-from fused_lora.serving.continuous import check_transformers, continuous_batching, generate_batch
+from fused_lora.serving.continuous import check_transformers, continuous_batching, failure_of, generate_batch
 from fused_lora.testing import serving
+from fused_lora.testing.server import wait_for
 
 pytest.importorskip("transformers")
 try:
@@ -71,13 +71,6 @@ def config(**changes):
 
 def prompt(length, seed=0):
     return torch.randint(1, 250, (length,), generator=torch.Generator().manual_seed(1000 * length + seed)).tolist()
-
-
-def wait_for(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
 
 
 def results(engine, *ids, seconds=30):
@@ -264,7 +257,7 @@ def test_adapter_unloaded_before_the_request_starts(world, alone):
         store.unload("a3")
         first, second = results(engine, first, second)
     assert first.generated_tokens == alone("a2", prompt(9), 200)
-    assert isinstance(continuous_manager.failure_of(second), fused_lora.AdapterNotFound)
+    assert isinstance(failure_of(second), fused_lora.AdapterNotFound)
 
 
 def test_more_adapters_than_the_store_holds(world, alone):
@@ -327,9 +320,7 @@ def test_cancelled_request_leaves_the_engine(served):
         request = engine.add_request(prompt(9), adapter="a2", max_new_tokens=900)
         wait_for(lambda: request in scheduler.active_requests)
         engine.cancel_request(request)
-        wait_for(lambda: not scheduler.active_requests)
-        result(engine, engine.add_request([1], max_new_tokens=1))
-        assert not engine.admission.leases
+        wait_for(lambda: not scheduler.active_requests and not engine.admission.leases)
 
 
 def test_leases_are_given_back(served):

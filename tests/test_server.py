@@ -6,13 +6,9 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -20,6 +16,7 @@ import pytest
 
 from fused_lora.serving.continuous import check_transformers
 from fused_lora.testing import serving
+from fused_lora.testing.server import Server, wait_for
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -76,52 +73,11 @@ def alone(world):
     return text
 
 
-class Server:
-    """A running ``fused-lora serve``."""
-
-    def __init__(self, folder, adapters, log, *options):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "fused_lora.cli", "serve", "--model", str(folder), "--port", str(self.port)]
-        command += ["--adapters", str(adapters), *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.log = log
-        with log.open("w") as output:
-            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
-        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
-
-    def wait(self):
-        end = time.monotonic() + 120
-        while time.monotonic() < end:
-            assert self.process.poll() is None, self.log.read_text()
-            with contextlib.suppress(httpx.TransportError):
-                if self.http.get("/health").status_code == 200:
-                    return self
-            time.sleep(0.1)
-        raise AssertionError(self.log.read_text())
-
-    def stop(self):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-
-    def say(self, model, prompt, count=12, **more):
-        request = {"model": model, "prompt": prompt, "max_tokens": count, "temperature": 0, **more}
-        return self.client.completions.create(**request)
-
-    def metric(self, name):
-        found = re.search(rf"^fused_lora_{re.escape(name)} (\S+)$", self.http.get("/metrics").text, re.MULTILINE)
-        return float(found.group(1))
-
-
 @pytest.fixture(scope="module")
 def server(world, tmp_path_factory):
-    found = Server(world[0], world[2], tmp_path_factory.mktemp("log") / "log", "--allow-load", "--drain-timeout", "1")
-    yield found.wait()
-    found.stop()
+    log = tmp_path_factory.mktemp("log") / "log"
+    with Server(world[0], world[2], log, "--allow-load", "--drain-timeout", "1", key=KEY) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -129,22 +85,14 @@ def strict(world, tmp_path_factory):
     """A server with a key, small limits and no loading."""
     limits = "--max-tokens 1000 --max-queue 3 --max-body 20K --request-timeout 0.8 --max-requests 2".split()
     log = tmp_path_factory.mktemp("log") / "log"
-    found = Server(world[0], world[2], log, "--api-key", KEY, *limits)
-    yield found.wait()
-    found.stop()
+    with Server(world[0], world[2], log, "--api-key", KEY, *limits, key=KEY) as found:
+        yield found
 
 
 def status_of(call):
     with pytest.raises(openai.APIStatusError) as caught:
         call()
     return caught.value.status_code, caught.value.body
-
-
-def wait_for(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_models_are_the_base_and_its_adapters(server):

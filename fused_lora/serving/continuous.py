@@ -3,8 +3,8 @@
 transformers packs the tokens of all running requests into one row, chunks long prompts and shares the cache of equal
 prefixes. Here each request also names its adapter: a step runs under the adapters of its requests, equal prefixes are
 shared within one version of one adapter only, a request keeps the version it started with when its adapter is loaded
-anew, and it waits until its adapter fits into the store beside those in use. Importing this module does not import
-transformers; calling it does.
+anew, and it waits until its adapter fits into the store beside those in use. A step that raises ends the requests that
+were in it. Importing this module does not import transformers; calling it does.
 """
 
 from __future__ import annotations
@@ -21,6 +21,33 @@ if TYPE_CHECKING:
 
 # the engine is private to transformers and changes between minor releases: these are the ones the tests have passed on
 TESTED_TRANSFORMERS = ("5.22", "5.23")
+# a model that fails in so many steps in a row is not going to recover
+MAX_FAILED_STEPS = 16
+
+
+class StepFailed(RuntimeError):
+    """The model raised in a step with this request, whichever of the requests in it was the cause.
+
+    Args:
+        error: what was raised; ``kind`` is the name of its type.
+    """
+
+    def __init__(self, error: Exception):
+        self.kind = type(error).__name__
+        super().__init__(f"the model failed in a step with this request: {self.kind}: {error}")
+
+
+def failure_of(output: Any) -> Exception | None:
+    """Why a request of the engine failed, or None.
+
+    Args:
+        output: transformers' ``GenerationOutput``.
+
+    Returns:
+        :class:`StepFailed`; what the store raised for its adapter (``AdapterNotFound``, ``StoreFull``,
+        ``AdapterError``); or a RuntimeError when the engine was stopped.
+    """
+    return getattr(output, "exception", None) or (RuntimeError(output.error) if output.error else None)
 
 
 def check_transformers() -> None:
@@ -50,6 +77,10 @@ def continuous_batching(model: nn.Module, store: Any, config: Any = None) -> Ada
         with continuous_batching(model, store) as engine:
             engine.add_request(input_ids, adapter="sql", max_new_tokens=64)
             output = engine.get_result()
+
+    A step that raises ends its requests with :class:`StepFailed` and frees what they hold; the others go on. After
+    ``MAX_FAILED_STEPS`` of them in a row, or when a GPU is lost, the engine stops: ``is_running()`` is False, and the
+    requests that were left have an error.
 
     Args:
         model: a transformers model for generation, in eval mode from here on.
@@ -86,7 +117,7 @@ def generate_batch(
         request: ``eos_token_id``, ``temperature`` (default 0: greedy), ``top_p``, ``seed`` for all of them.
 
     Returns:
-        transformers' ``GenerationOutput`` of each input, in order; ``error`` is set on those that failed.
+        transformers' ``GenerationOutput`` of each input, in order; :func:`failure_of` says which failed, and why.
 
     Raises:
         ValueError: the numbers of inputs and adapters differ, or a request is malformed.

@@ -39,6 +39,8 @@ class EngineCounters:
     requests_in_steps: int = 0
     adapters_in_steps: int = 0
     waits_for_adapters: int = 0
+    failed_steps: int = 0
+    failed_requests: int = 0
 
 
 class Admission:

@@ -6,13 +6,16 @@ Where it reaches into transformers' engine, and why:
   copies when it drops a request's cache and starts it again;
 * a scheduler of its own decides before every step which versions are leased and which requests may start;
 * ``_generation_step`` runs inside ``store.batch_rows``;
+* ``_generation_loop_body`` ends the requests of a step that raised, where transformers' own would end the engine;
 * the block hashes of the prefix cache are keyed by the adapter's version.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,14 +28,17 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchProcessor,
 )
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.utils import stream_context
 
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving import continuous_sampling
+from fused_lora.serving.continuous import MAX_FAILED_STEPS, StepFailed
 from fused_lora.serving.continuous_admission import ADAPTER, SCHEDULER, VERSION, Admission, EngineCounters
 from fused_lora.serving.continuous_prefix import PrefixNamespaces
 from fused_lora.serving.store import AdapterStore, Lease
+
+_log = logging.getLogger("fused_lora.serving")
 
 
 def default_config(device: torch.device) -> ContinuousBatchingConfig:
@@ -65,7 +71,9 @@ class AdapterManager(ContinuousBatchingManager):
         eos = -1 if source.eos_token_id is None else source.eos_token_id
         greedy = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=source.pad_token_id)
         self.store, self.counters = store, EngineCounters()
-        self.admission = Admission(store, self._fail, self.counters)
+        self.admission = Admission(store, self._fail_waiting, self.counters)
+        self._in_step: list[RequestState] | None = None
+        self._failures_in_a_row = 0
         super().__init__(model, greedy, _checked(config or default_config(model.device)))
         keys = {ADAPTER: str, VERSION: str}
         continuous_sampling.install(self.logit_processor, always=False, own_keys=keys)
@@ -80,12 +88,6 @@ class AdapterManager(ContinuousBatchingManager):
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop(hard_stop=exc_info[0] is not None)
-
-    def stop(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers' ``stop``; also lets go of the store's adapters."""
-        super().stop(*args, **kwargs)
-        if not self.is_running():
-            self.admission.release()
 
     def check(
         self,
@@ -153,10 +155,50 @@ class AdapterManager(ContinuousBatchingManager):
             PrefixNamespaces(processor)
         return processor
 
+    def _run_generation_loop(self) -> None:
+        try:
+            super()._run_generation_loop()
+        finally:
+            self.admission.release()
+
+    def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
+        """One step, or a wait for requests; whether to go on."""
+        self._in_step = None
+        try:
+            going_on = super()._generation_loop_body(batch_processor, bootstrapping)
+        except Exception as error:
+            self._fail_step(batch_processor, error)
+            going_on = True
+        else:
+            self._failures_in_a_row = 0 if self._in_step else self._failures_in_a_row
+        if not batch_processor.has_pending_requests():
+            self.admission.release()  # an engine that has nothing to do keeps no adapter in its place
+        return going_on
+
+    def _fail_step(self, processor: ContinuousBatchProcessor, error: Exception) -> None:
+        """End the requests of the step that raised ``error``; raise where the engine has to end too."""
+        _log.error("a step of the engine failed", exc_info=error)
+        scheduler = processor.scheduler
+        # before the forward nobody knows whose fault it was; what the scheduler has begun for active ones is lost
+        states = list(scheduler.active_requests.values()) if self._in_step is None else self._in_step
+        waiting = scheduler.waiting_requests
+        scheduler.waiting_requests_order = deque(i for i in scheduler.waiting_requests_order if i in waiting)
+        for state in states:
+            scheduler.finish_request(state.request_id)
+            self._fail(state, StepFailed(error))
+        scheduler.block_new_requests = False
+        self.counters.failed_steps += 1
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= MAX_FAILED_STEPS:
+            raise error
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # raises if the device is lost; then nothing here can run again
+
     def _generation_step(self) -> None:
         """One forward of the engine, its rows under the adapters of their requests."""
         inputs = self.batch_processor.inputs_and_outputs
         futures = inputs.requests_in_batch
+        self._in_step = [future.state for future in futures]
         leases = [self.admission.lease_of(future.state) for future in futures]
         # where the output layer has an adapter it must see all rows, not those alone that a token is taken from
         runner = self.batch_processor.model_runner
@@ -178,17 +220,17 @@ class AdapterManager(ContinuousBatchingManager):
         counters.base_rows += base
         counters.adapter_rows += sum(f.query_length for f in futures) - base
 
-    def _fail(self, state: RequestState, error: Exception) -> None:
+    def _fail_waiting(self, state: RequestState, error: Exception) -> None:
         """End a request that waits with ``error``."""
         scheduler = self.batch_processor.scheduler
+        del scheduler.waiting_requests[state.request_id]
+        scheduler.waiting_requests_order.remove(state.request_id)
+        self._fail(state, error)
+
+    def _fail(self, state: RequestState, error: Exception) -> None:
+        """Deliver ``error`` as the end of a request."""
+        self.counters.failed_requests += 1
         state.status, state.error = RequestStatus.FAILED, str(error)
         output = state.to_generation_output()
         output.exception = error.with_traceback(None)  # its frames would keep the engine's cache alive
-        del scheduler.waiting_requests[state.request_id]
-        scheduler.waiting_requests_order.remove(state.request_id)
         self.output_router.deliver(output)
-
-
-def failure_of(output: GenerationOutput) -> Exception | None:
-    """Why a request failed, or None."""
-    return getattr(output, "exception", None) or (RuntimeError(output.error) if output.error else None)

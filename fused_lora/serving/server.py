@@ -258,7 +258,9 @@ def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) ->
 
     @app.get("/health")
     async def health() -> Response:
-        return Response(status_code=200 if engine.healthy() else 503)
+        if not engine.healthy():
+            raise engine.stopped()
+        return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
     async def metrics() -> Response:

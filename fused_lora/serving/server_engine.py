@@ -12,8 +12,9 @@ from typing import Any
 
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules.inject import AdapterNotFound
+from fused_lora.serving.continuous import StepFailed, failure_of
 from fused_lora.serving.continuous_admission import version_of
-from fused_lora.serving.continuous_manager import AdapterManager, failure_of
+from fused_lora.serving.continuous_manager import AdapterManager
 from fused_lora.serving.residency import StoreFull
 from fused_lora.serving.server_api import ApiError, unknown_model
 from fused_lora.serving.server_metrics import Metrics
@@ -97,13 +98,19 @@ class AsyncEngine:
         return running, self.in_flight - running
 
     def healthy(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self.manager.is_running()
+        """Whether the engine runs and takes requests."""
+        return self.manager.is_running() and self.manager.background_thread_status.can_accept_new_requests() is None
+
+    def stopped(self) -> ApiError:
+        """What clients are told when the engine does not run."""
+        fatal = self.manager.background_thread_status.fatal_error
+        why = "" if fatal is None else f" after {type(fatal).__name__}; the server's log says more"
+        return ApiError(503, f"the engine has stopped{why}", code="engine_stopped")
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Raise ApiError where the jobs cannot be accepted."""
         if not self.healthy():
-            raise _stopped()
+            raise self.stopped()
         if self.in_flight + len(jobs) > self.limits.max_queue:
             raise ApiError(429, "too many requests are waiting", code="queue_full", kind="rate_limit_error")
         for job in jobs:
@@ -141,7 +148,7 @@ class AsyncEngine:
             output = await self._next(running.outputs, start + self.limits.request_seconds)
             running.finished = output.is_finished()
             if failure := failure_of(output):
-                raise _as_api_error(failure) if self.healthy() else _stopped()
+                raise _as_api_error(failure) if self.healthy() else self.stopped()
             new = output.generated_tokens[seen:]
             if new and not seen:
                 self.metrics.first_token.observe(time.monotonic() - start)
@@ -229,10 +236,6 @@ class AsyncEngine:
         return version_of(state) if state is not None else ""
 
 
-def _stopped() -> ApiError:
-    return ApiError(503, "the engine is not running", code="engine_stopped")
-
-
 def _as_api_error(error: Exception) -> ApiError:
     """What the client is told; paths on this machine and other internals stay out of a server error."""
     if isinstance(error, ApiError):
@@ -246,4 +249,7 @@ def _as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, StoreFull):
         return ApiError(503, str(error), "model", "store_full")
+    if isinstance(error, StepFailed):
+        message = f"the model failed in a step with this request ({error.kind}); the server's log says more"
+        return ApiError(500, message, code="step_failed")
     return ApiError(500, f"{type(error).__name__} in the engine; its log says more")

@@ -83,6 +83,8 @@ class Metrics:
         rate = self._rate(counters.generated_tokens)
         put("gauge", "generation_tokens_per_second", "Tokens per second over the last ten seconds of scrapes.", rate)
         put("counter", "steps_total", "Forward passes.", counters.steps)
+        put("counter", "failed_steps_total", "Forward passes that raised an error.", counters.failed_steps)
+        put("counter", "failed_requests_total", "Requests that the engine failed.", counters.failed_requests)
         put("counter", "step_requests_total", "Requests summed over forward passes.", counters.requests_in_steps)
         put("counter", "step_adapters_total", "Distinct adapters summed over passes.", counters.adapters_in_steps)
         name = f"{PREFIX}step_rows_total"

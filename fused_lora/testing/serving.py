@@ -72,6 +72,23 @@ def write_adapter(folder: Path, model: nn.Module, r: int, seed: int, std: float 
     return folder
 
 
+def fail_on(model: nn.Module, token: int, times: int | None = None) -> nn.Module:
+    """``model``, whose last layer raises RuntimeError in a forward with this token in it, the first ``times`` times."""
+    left, marked = [times], [False]
+
+    def look(module: nn.Module, args: tuple) -> None:
+        marked[0] = bool((args[0] == token).any())
+
+    def fail(module: nn.Module, args: tuple) -> None:
+        if marked[0] and left[0] != 0:
+            left[0] = None if left[0] is None else left[0] - 1
+            raise RuntimeError("the layer met its mark")
+
+    model.get_input_embeddings().register_forward_pre_hook(look)
+    model.model.layers[-1].register_forward_pre_hook(fail)
+    return model
+
+
 @torch.no_grad()
 def merged(model: nn.Module, adapter: Path | None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A copy of a plain ``model`` in ``dtype`` with an adapter merged: W + (lora_alpha / r) B A."""
