@@ -126,7 +126,7 @@ def test_adapters_at_equal_distances_share_a_product(monkeypatch):
     monkeypatch.setattr(torch, "bmm", lambda a, b: calls.append(len(a)) or bmm(a, b))
     x, y = torch.randn(5, K), torch.randn(5, N)
     for n in (3, 5):  # tried before, so that the calls counted are not those of a trial
-        assert invariant.stacks(n, 4, K, 8, N, torch.float32, CPU, torch.get_num_threads())
+        assert invariant.stacks(n, 4, K, 8, N, torch.float32, CPU, torch.get_num_threads(), False)
     calls.clear()
     together = run(x, y, [0, 1, 2, 3, 4], factors)
     assert calls == [5]
@@ -164,10 +164,10 @@ def test_products_that_disagree_are_not_used(monkeypatch):
     x, y = torch.randn(200, K), torch.randn(200, N)
     rows = np.arange(200) % 3
     expected = run(x, y, rows, factors)
-    monkeypatch.setattr("fused_lora.ops.grouped.stacks", lambda *args: False)
-    monkeypatch.setattr("fused_lora.ops.grouped.row_tiles", lambda *args: (invariant.LEAST,))
+    monkeypatch.setattr("fused_lora.ops.grouped_products.stacks", lambda *args: False)
+    monkeypatch.setattr("fused_lora.ops.grouped_products.row_tiles", lambda *args: (invariant.LEAST,))
     assert torch.equal(run(x, y, rows, factors), expected)
-    monkeypatch.setattr("fused_lora.ops.grouped.row_tiles", lambda *args: (1,))
+    monkeypatch.setattr("fused_lora.ops.grouped_products.row_tiles", lambda *args: (1,))
     one = run(x, y, rows, factors)
     alone = torch.cat([run(x[i : i + 1], y[i : i + 1], rows[i : i + 1], factors) for i in range(200)])
     assert torch.equal(one, alone)

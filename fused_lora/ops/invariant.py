@@ -35,9 +35,24 @@ def row_tiles(K: int, r: int, N: int, dtype: torch.dtype, device: torch.device, 
 
 
 @functools.lru_cache(maxsize=4096)
-def stacks(n: int, height: int, K: int, r: int, N: int, dtype: torch.dtype, device: torch.device, threads: int) -> bool:
-    """Whether ``n`` tiles of ``height`` rows in one batched product have the bits that each has for itself."""
+def stacks(
+    n: int,
+    height: int,
+    K: int,
+    r: int,
+    N: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,
+    same_input: bool = False,
+) -> bool:
+    """Whether ``n`` tiles of ``height`` rows in one batched product have the bits that each has for itself.
+
+    same_input: one tile of rows under n adapters, instead of a tile for each.
+    """
     x, A, B_t = _draw(n, height, K, r, N, dtype, device)
+    if same_input:
+        x = x[0].expand_as(x)
     alone = [_in_tiles(*factors, height) for factors in zip(x, A, B_t, strict=True)]
     S = torch.bmm(x, A.transpose(1, 2))
     out = aligned(n, height, N, dtype=dtype, device=device)

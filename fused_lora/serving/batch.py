@@ -3,10 +3,8 @@ never to the layers: several threads may run one model under different adapters 
 
 from __future__ import annotations
 
-import functools
-import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,20 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.grouped_tables import RowGroups
-from fused_lora.ops.grouped import RowLayout, Terms, lora_grouped_
-from fused_lora.ops.grouped_kernel import lora_grouped_by_address_
-from fused_lora.ops.grouped_metadata import GroupLayout, build_metadata
+from fused_lora.ops.grouped import form_terms, lora_grouped_
+from fused_lora.ops.grouped_kernel import expand_by_address_, lora_grouped_by_address_, shrink_by_address
 from fused_lora.serving.device import Transfer
 from fused_lora.serving.packing import Site
-from fused_lora.serving.residency import Version
+from fused_lora.serving.prepared import Group, Prepared, Rows, members_of
+from fused_lora.serving.siblings import Shared, Siblings, Trace
 from fused_lora.serving.static import RowBuffers
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
-_LAYOUTS = 4  # row counts whose layouts are kept: the prompt's and the decode step's, for two models at most
-
-Group = Sequence[tuple[Version, float]]
-Entry = tuple[tuple[Any, float], ...]  # (name or lease, weight) of each adapter; empty for the base model
+_ROWS = 4  # row counts whose groups are kept: the prompt's and the decode step's, for two models at most
 
 
 def running(store: Any) -> Batch | None:
@@ -38,78 +32,6 @@ def running(store: Any) -> Batch | None:
     return batch
 
 
-def parse_entry(entry: Any, position: int, kinds: tuple[type, ...]) -> Entry:
-    """An element of ``store.batch([...])`` as ((name, weight), ...): None, a name, or a dict of names and weights.
-
-    A sum is taken in the order of the names, so that equal requests get equal bits. ``kinds``: what stands for a name.
-
-    Raises:
-        TypeError: another type. ValueError: a weight that is not finite.
-    """
-    if entry is None:
-        return ()
-    if isinstance(entry, kinds):
-        return ((entry, 1.0),)
-    if not isinstance(entry, Mapping):
-        raise TypeError(f"names[{position}]: expected a name, None or a dict of names and weights, got {entry!r}")
-    for name, weight in entry.items():
-        if not isinstance(name, kinds):
-            raise TypeError(f"names[{position}]: expected adapter names as keys, got {name!r}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"names[{position}][{name!r}]: expected a number, got {weight!r}")
-        if not math.isfinite(weight):
-            raise ValueError(f"names[{position}][{name!r}]: expected a finite weight, got {weight}")
-    return tuple(sorted(((name, float(w)) for name, w in entry.items()), key=lambda pair: str(pair[0])))
-
-
-def rows_to_entries(entries: int, rows: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
-    """The entry of each token row: from a tensor or array that says so, or from a list of row counts.
-
-    Raises:
-        TypeError: no integers. ValueError: a count is negative, their number is not that of the entries, or an index
-            is out of range (-1 means the base model).
-    """
-    if isinstance(rows, (Tensor, np.ndarray)):
-        index = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else rows
-        if index.dtype.kind not in "iu":
-            raise TypeError(f"rows: expected integers, got {index.dtype}")
-        index = index.reshape(-1).astype(np.int64)
-        if len(index) and not -1 <= index.min() <= index.max() < entries:
-            raise ValueError(f"rows: expected indices of -1 to {entries - 1}, got {index.min()} to {index.max()}")
-        return index
-    counts = list(rows)
-    if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in counts):
-        raise TypeError("rows: expected a list of row counts, or a tensor with the entry of each row")
-    if len(counts) != entries or min(counts, default=0) < 0:
-        raise ValueError(f"rows: expected {entries} counts of 0 or more, got {counts[:20]}")
-    return np.repeat(np.arange(entries), counts)
-
-
-class _Rows:
-    """The groups of a batch's rows, as the eager path and as the kernels take them; made when they are asked for."""
-
-    def __init__(self, group_of_row: np.ndarray, groups: Sequence[Group], device: torch.device):
-        self._group_of_row, self._groups, self._device = group_of_row, groups, device
-
-    @functools.cached_property
-    def layout(self) -> RowLayout:
-        """For the eager path."""
-        return RowLayout(self._group_of_row, self._device)
-
-    @functools.cached_property
-    def groups(self) -> RowGroups:
-        """For the kernels: one buffer, one copy that nothing waits for."""
-        members = _members(self._groups)
-        layout = GroupLayout(len(self._group_of_row), len(members), max(map(len, members)))
-        host = torch.empty(layout.size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        build_metadata(layout, self._group_of_row, members, host.numpy())
-        return layout.views(host.to(self._device, non_blocking=True), tiles=int(host[0]))
-
-
-def _members(groups: Sequence[Group]) -> list[list[tuple[int, float]]]:
-    return [[(version.slot, weight) for version, weight in group] for group in groups]
-
-
 class Batch:
     """One entered ``store.batch(...)``.
 
@@ -117,7 +39,7 @@ class Batch:
         store: whose batch this is. transfer: how its adapters got where they are.
         groups: of each group the (version, weight) pairs. group_of_entry: integers, -1 for the base model.
         entry_of_row: the entry of each token row; None: the rows of the model's batch, in equal shares.
-        terms: of these groups by site, filled as they are needed.
+        prepared: for these groups. siblings: layers of the store's model that share an input.
         buffers: for a step in a CUDA graph; ``entry_of_row`` is given then.
 
     Attributes:
@@ -132,15 +54,18 @@ class Batch:
         groups: Sequence[Group],
         group_of_entry: np.ndarray,
         entry_of_row: np.ndarray | None,
-        terms: dict[int, Terms],
+        prepared: Prepared,
+        siblings: Siblings,
         buffers: RowBuffers | None,
     ):
         self.store, self.groups, self.outer = store, groups, None
         self._group_of_entry, self._entry_of_row = group_of_entry, entry_of_row
         self._tables = transfer.tables
-        self._layouts: dict[int, _Rows] = {}
-        self._terms = terms
-        self._sizes: dict[int, tuple[int, frozenset[int]]] = {}  # by thread: asyncio.to_thread hands a batch on
+        self._rows_of: dict[int, Rows] = {}
+        self._prepared, self._siblings = prepared, siblings
+        # by thread: asyncio.to_thread hands a batch on
+        self._sizes: dict[int, tuple[int, frozenset[int]]] = {}
+        self._traces: dict[int, Trace] = {}
         arrivals = {version.arrival for group in groups for version, _ in group} - {None}
         self._arriving = [arrival for arrival in arrivals if not arrival.done()]
         self._gradients = torch.no_grad()
@@ -155,7 +80,7 @@ class Batch:
         if spare < 0:
             raise ValueError(f"rows: {len(self._entry_of_row)}, the buffers hold {buffers.rows}")
         self._entry_of_row = np.pad(self._entry_of_row, (0, spare), constant_values=-1)
-        buffers.fill(self._group_of_row(buffers.rows), _members(self.groups))
+        buffers.fill(self._group_of_row(buffers.rows), members_of(self.groups))
         for arrival in self._arriving:
             arrival.wait_for_all()
         self._arriving = []
@@ -178,10 +103,14 @@ class Batch:
     def __exit__(self, *exception) -> None:
         self._gradients.__exit__(*exception)
         _running.reset(self._token)
-        self._layouts = {}
+        self._rows_of, self._traces = {}, {}
 
     def called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The model is called with these arguments: remember how many sequences and tokens they are."""
+        trace = self._traces.get(threading.get_ident())
+        if trace is not None:
+            trace.shared = None  # of a step that was broken off
+            self._siblings.close(trace)
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() >= 2]
         if tensors and self._entry_of_row is None:
             B = len(tensors[0])
@@ -194,47 +123,106 @@ class Batch:
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
         """y += the LoRA terms of x at this site, in place."""
-        terms = self._terms.get(site.index)
-        if terms is None:
-            terms = self._terms[site.index] = self._terms_at(site.index)
-        if not terms.groups and self._buffers is None:
+        thread = threading.get_ident()
+        trace = self._traces.get(thread)
+        if trace is None:
+            trace = self._traces[thread] = Trace()
+        self._siblings.watch(trace, site, x)
+        if not self._prepared.terms(site.index).groups and self._buffers is None:
             return
-        for arrival in self._arriving:
-            arrival.wait(site.index)
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
-        rows, x, y = self._rows(site, x), x.reshape(-1, site.K), y.view(-1, site.N)
+        y, shared = y.view(-1, site.N), trace.shared
+        if shared is not None:
+            if site.index in shared.waiting and shared.is_of(x) and shared.add(site.index, y):
+                shared.waiting.discard(site.index)
+                if not shared.waiting:
+                    trace.shared = None
+                return
+            trace.shared = None
+            self._siblings.forget(shared.first)
+        rows = self._rows(site, x)
+        trace.shared = self._together(site, x, y, rows)
+        if trace.shared is None:
+            self._alone(site, x, y, rows)
 
-        def eager() -> Tensor:
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("batch: a graph would keep these adapters for ever; run a step before capture")
-            return lora_grouped_(y, x, rows.layout, terms)
+    def _together(self, site: Site, x: Tensor, y: Tensor, rows: Rows) -> Shared | None:
+        """Compute the layers that share this input, as far as they can be, and add the terms of this one."""
+        sites = self._siblings.of(site)
+        if self._buffers is None:
+            sites = [s for s in sites if self._prepared.terms(s.index).groups]
+        if len(sites) < 2:
+            return None
+        self._wait_for(sites)
+        add = (self._form if self._tables is None else self._shrink)(x.reshape(-1, site.K), rows, sites)
+        if add is None or not add(site.index, y):
+            return None
+        return Shared(x, site.index, {s.index for s in sites} - {site.index}, add)
 
+    def _form(self, x: Tensor, rows: Rows, sites: Sequence[Site]) -> Callable[[int, Tensor], bool] | None:
+        """The terms of all sites; ``add`` says whether they were still there."""
+        indices = tuple(s.index for s in sites)
+        terms = form_terms(x, rows.layout, self._prepared.joint(indices))
+        if terms is None:
+            return None
+        turn = terms.turn
+
+        def add(index: int, y: Tensor) -> bool:
+            if not terms.hold(turn):
+                return False
+            terms.add(indices.index(index), y)
+            return True
+
+        return add
+
+    def _shrink(self, x: Tensor, rows: Rows, sites: Sequence[Site]) -> Callable[[int, Tensor], bool] | None:
+        """One launch that reads x once; each layer's expand follows when there is an output to add to."""
+        first, last = min(s.index for s in sites), max(s.index for s in sites)
+        if not {s.index for s in self._siblings.of(sites[0])}.issuperset(range(first, last + 1)):
+            return None  # layers of other inputs lie between them in the tables
+        tables = {s.index: self._tables.site(s.index) for s in sites}
+        groups = rows.groups if self._buffers is None else self._buffers.groups
+        S = shrink_by_address(x, self._tables.sites(first, last), groups)
+        if S is None:
+            return None
+
+        def add(index: int, y: Tensor) -> bool:
+            g = index - first
+            expand_by_address_(y, S[:, g : g + 1], tables[index], groups, self._eager(index, x, y, rows))
+            return True
+
+        return add
+
+    def _alone(self, site: Site, x: Tensor, y: Tensor, rows: Rows) -> None:
+        self._wait_for([site])
+        eager = self._eager(site.index, x.reshape(-1, site.K), y, rows)
         if self._tables is None:
             eager()
         else:
             groups = rows.groups if self._buffers is None else self._buffers.groups
-            lora_grouped_by_address_(y, x, self._tables.site(site.index), groups, eager)
+            lora_grouped_by_address_(y, x.reshape(-1, site.K), self._tables.site(site.index), groups, eager)
 
-    def _terms_at(self, site: int) -> Terms:
-        found = {}
-        for g, group in enumerate(self.groups):
-            members = []
-            for version, weight in group:
-                if site in version.factors:
-                    A_t, B_t, scale = version.factors[site]
-                    members.append((A_t, B_t, scale * weight))
-            found[g] = members
-        return Terms(found)
+    def _eager(self, site: int, x: Tensor, y: Tensor, rows: Rows) -> Callable[[], Tensor]:
+        def eager() -> Tensor:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("batch: a graph would keep these adapters for ever; run a step before capture")
+            return lora_grouped_(y, x, rows.layout, self._prepared.joint((site,)))
 
-    def _rows(self, site: Site, x: Tensor) -> _Rows:
+        return eager
+
+    def _wait_for(self, sites: Sequence[Site]) -> None:
+        for arrival in self._arriving:
+            for site in sites:
+                arrival.wait(site.index)
+
+    def _rows(self, site: Site, x: Tensor) -> Rows:
         rows = x.shape[:-1].numel()
         self._check_rows(site, x, rows)
-        found = self._layouts.get(rows)
+        found = self._rows_of.get(rows)
         if found is None:
-            if len(self._layouts) >= _LAYOUTS:
-                self._layouts.pop(next(iter(self._layouts)), None)
-            found = self._layouts[rows] = _Rows(self._group_of_row(rows), self.groups, x.device)
+            if len(self._rows_of) >= _ROWS:
+                self._rows_of = {}
+            found = self._rows_of[rows] = Rows(self._group_of_row(rows), self.groups, self._prepared, x.device)
         return found
 
     def _group_of_row(self, rows: int) -> np.ndarray:

@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fused_lora.ops.grouped import Terms
 from fused_lora.serving.attach import Attachment, find_sites
-from fused_lora.serving.batch import Batch, Group, parse_entry, rows_to_entries
+from fused_lora.serving.batch import Batch
 from fused_lora.serving.device import open_transfer
+from fused_lora.serving.entries import parse_entry, rows_to_entries
 from fused_lora.serving.lease import Lease
+from fused_lora.serving.prepared import Group, Prepared
 from fused_lora.serving.registry import Registry
 from fused_lora.serving.residency import Version
+from fused_lora.serving.siblings import Siblings
 from fused_lora.serving.static import RowBuffers
 
-_TERMS = 8  # batches of other adapters whose factors are kept in order
+_PREPARED = 8  # batches of other adapters for which things are kept in order
 
 
 class AdapterStore(Registry):
@@ -79,7 +81,8 @@ class AdapterStore(Registry):
         self.device = first.device if device is None else torch.device(device)
         transfer = open_transfer(self.device, first.dtype, dtype, sites, max_resident)
         super().__init__(model, sites, transfer, capacity_bytes, grow, host_bytes, max_resident)
-        self._terms: dict[Any, dict[int, Terms]] = {}
+        self._prepared: dict[Any, Prepared] = {}
+        self._siblings = Siblings()
         self._attachment = Attachment(model, sites, self)
 
     def batch(self, names: Sequence[Any]) -> AbstractContextManager[Batch]:
@@ -163,7 +166,7 @@ class AdapterStore(Registry):
             for version in self._versions.values():
                 self._residency.retire(version)
             self._versions.clear()
-            self._terms.clear()
+            self._prepared.clear()
             self._transfer.close()
             self._residency.arena.clear()
 
@@ -185,18 +188,18 @@ class AdapterStore(Registry):
             groups = sorted({group for group in wanted if group}, key=lambda group: (len(group), group[0][0].place))
             numbers = {group: i for i, group in enumerate(groups)}
             group_of_entry = np.array([numbers.get(group, -1) for group in wanted], np.int64)
-            terms = self._terms_of(groups)
-            with Batch(self, self._transfer, groups, group_of_entry, entry_of_row, terms, buffers) as batch:
+            more = self._prepared_for(groups), self._siblings, buffers
+            with Batch(self, self._transfer, groups, group_of_entry, entry_of_row, *more) as batch:
                 yield batch
         finally:
             self._residency.release(held.values())
 
-    def _terms_of(self, groups: Sequence[Group]) -> dict[int, Terms]:
-        """Where the terms of these groups are kept: engines open a batch for every step, mostly with the same ones."""
+    def _prepared_for(self, groups: Sequence[Group]) -> Prepared:
+        """What is kept for these groups: engines open a batch for every step, mostly with the same ones."""
         key = tuple(tuple((version, version.block, weight) for version, weight in group) for group in groups)
         with self._lock:
-            found = self._terms.pop(key, {})
-            self._terms[key] = found
-            if len(self._terms) > _TERMS:
-                del self._terms[next(iter(self._terms))]
+            found = self._prepared.pop(key, None) or Prepared(groups)
+            self._prepared[key] = found
+            if len(self._prepared) > _PREPARED:
+                del self._prepared[next(iter(self._prepared))]
             return found

@@ -27,16 +27,20 @@ class SlotTables:
         self._rank = torch.zeros(shape, dtype=torch.int32, device=device)
         self._scaling = torch.zeros(shape, dtype=torch.float32, device=device)
         self._dtype, self.max_rank, self._limit = dtype, 1, None
-        self._of_site: dict[int, AdapterTables] = {}
+        self._of_sites: dict[tuple[int, int], AdapterTables] = {}
 
     def site(self, index: int) -> AdapterTables:
         """The tables of one layer."""
-        found = self._of_site.get(index)
+        return self.sites(index, index)
+
+    def sites(self, first: int, last: int) -> AdapterTables:
+        """The tables of the layers from one to another, both included: those that read the same input."""
+        found = self._of_sites.get((first, last))
         if found is None or found.max_rank != self.max_rank:
-            rows = slice(index, index + 1)
+            rows = slice(first, last + 1)
             A_ptr, B_ptr = (table[rows] for table in self._pointers)
             found = AdapterTables(A_ptr, B_ptr, self._rank[rows], self._scaling[rows], self._dtype, self.max_rank)
-            self._of_site[index] = found
+            self._of_sites[first, last] = found
         return found
 
     def limit(self, max_rank: int) -> None:

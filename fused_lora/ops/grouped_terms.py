@@ -1,0 +1,94 @@
+"""What groups of adapters add at a layer, and which of their products may be one: those of one shape whose factors lie
+at equal distances in one memory, so that a strided view over them is no copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+Factors = tuple[Tensor, Tensor, float]  # A^T [K, r], B^T [r, N], scale
+
+
+class Terms:
+    """What each group adds at one layer.
+
+    Args:
+        factors: A^T [K, r], B^T [r, N] and the scale of each adapter, by group; all of one floating dtype, starting at
+            multiples of 64 bytes. They are added up in this order. Groups that add nothing are left out, or have an
+            empty list.
+
+    Attributes:
+        groups: their numbers, ascending. runs: the groups again, neighbours together that may share a product.
+    """
+
+    def __init__(self, factors: Mapping[int, Sequence[Factors]]):
+        self.factors = {g: factors[g] for g in sorted(factors) if factors[g]}
+        self.groups = tuple(self.factors)
+        self.ranks = {g: tuple(A_t.shape[1] for A_t, _, _ in self.factors[g]) for g in self.groups}
+        self.runs = _runs(self.groups, self.factors.__getitem__)
+
+
+class Joint:
+    """Layers that read the same input, so that their terms are formed together.
+
+    Args:
+        terms: of each layer, all with the same K.
+
+    Attributes:
+        groups: of all layers, ascending. across: of each group, the numbers of its layers, neighbours together that
+            may share a product. signature: what decides how the products are cut, sizes apart.
+    """
+
+    def __init__(self, terms: Sequence[Terms]):
+        self.terms = tuple(terms)
+        self.groups = tuple(sorted({g for t in terms for g in t.groups}))
+        self.across: dict[int, tuple[tuple[int, ...], ...]] = {}
+        if len(terms) > 1:
+            for g in self.groups:
+                layers = [i for i, t in enumerate(terms) if g in t.factors]
+                self.across[g] = _runs(layers, lambda i, g=g: terms[i].factors[g])
+        factors = [f for t in terms for g in t.groups[:1] for f in t.factors[g][:1]]
+        self.dtype = factors[0][0].dtype if factors else None
+        self.K = factors[0][0].shape[0] if factors else 0
+        self.N = tuple(next((f[0][1].shape[1] for f in t.factors.values()), 0) for t in terms)
+        self.signature = self.N, tuple((t.runs, *t.ranks.items()) for t in terms), tuple(self.across.items())
+
+
+def stacked(factors: Sequence[Factors]) -> Factors:
+    """A^T [n, K, r], B^T [n, r, N] and the scale of a run: views of the same memory."""
+    (A_t, B_t, scale), (next_A, next_B, _) = factors[:2]
+    A, B = (
+        t.as_strided((len(factors), *t.shape), (u.storage_offset() - t.storage_offset(), *t.stride()))
+        for t, u in ((A_t, next_A), (B_t, next_B))
+    )
+    return A, B, scale
+
+
+def _runs(keys: Iterable[int], factors_of: Callable[[int], Sequence[Factors]]) -> tuple[tuple[int, ...], ...]:
+    """The keys in their order, neighbours together as long as they are evenly spaced."""
+    runs: list[tuple[int, ...]] = []
+    for key in keys:
+        together = (*runs[-1], key) if runs else ()
+        if together and _continues([factors_of(k) for k in together[-3:]]):
+            runs[-1] = together
+        else:
+            runs.append((key,))
+    return tuple(runs)
+
+
+def _continues(members: Sequence[Sequence[Factors]]) -> bool:
+    """Whether the last of two or three is like the one before and lies at the same distance from it as that does."""
+    *_, before, last = members
+    if len(last) > 1 or len(before) > 1 or last[0][2] != before[0][2]:
+        return False
+    for i in (0, 1):
+        u, v = before[0][i], last[0][i]
+        distance = v.storage_offset() - u.storage_offset()
+        if u.shape != v.shape or u.stride() != v.stride() or distance <= 0:
+            return False
+        if u.untyped_storage().data_ptr() != v.untyped_storage().data_ptr():
+            return False
+        if len(members) > 2 and u.storage_offset() - members[0][0][i].storage_offset() != distance:
+            return False
+    return True

@@ -1,0 +1,59 @@
+"""What a caller says of a batch: the adapters of each entry, and the entry of each row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Entry = tuple[tuple[Any, float], ...]  # (name or lease, weight) of each adapter; empty for the base model
+
+
+def parse_entry(entry: Any, position: int, kinds: tuple[type, ...]) -> Entry:
+    """An element of ``store.batch([...])`` as ((name, weight), ...): None, a name, or a dict of names and weights.
+
+    A sum is taken in the order of the names, so that equal requests get equal bits. ``kinds``: what stands for a name.
+
+    Raises:
+        TypeError: another type. ValueError: a weight that is not finite.
+    """
+    if entry is None:
+        return ()
+    if isinstance(entry, kinds):
+        return ((entry, 1.0),)
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"names[{position}]: expected a name, None or a dict of names and weights, got {entry!r}")
+    for name, weight in entry.items():
+        if not isinstance(name, kinds):
+            raise TypeError(f"names[{position}]: expected adapter names as keys, got {name!r}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(f"names[{position}][{name!r}]: expected a number, got {weight!r}")
+        if not math.isfinite(weight):
+            raise ValueError(f"names[{position}][{name!r}]: expected a finite weight, got {weight}")
+    return tuple(sorted(((name, float(w)) for name, w in entry.items()), key=lambda pair: str(pair[0])))
+
+
+def rows_to_entries(entries: int, rows: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
+    """The entry of each token row: from a tensor or array that says so, or from a list of row counts.
+
+    Raises:
+        TypeError: no integers. ValueError: a count is negative, their number is not that of the entries, or an index
+            is out of range (-1 means the base model).
+    """
+    if isinstance(rows, (Tensor, np.ndarray)):
+        index = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else rows
+        if index.dtype.kind not in "iu":
+            raise TypeError(f"rows: expected integers, got {index.dtype}")
+        index = index.reshape(-1).astype(np.int64)
+        if len(index) and not -1 <= index.min() <= index.max() < entries:
+            raise ValueError(f"rows: expected indices of -1 to {entries - 1}, got {index.min()} to {index.max()}")
+        return index
+    counts = list(rows)
+    if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in counts):
+        raise TypeError("rows: expected a list of row counts, or a tensor with the entry of each row")
+    if len(counts) != entries or min(counts, default=0) < 0:
+        raise ValueError(f"rows: expected {entries} counts of 0 or more, got {counts[:20]}")
+    return np.repeat(np.arange(entries), counts)
