@@ -19,6 +19,7 @@ import copy
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import serving_load
@@ -28,8 +29,9 @@ from serving_steps import Adapters, Step, StepPoint, disagreement, steps
 from torch import nn
 
 ROWS, DISTINCT, RANKS = (1, 8, 32, 64, 256), ("1", "4", "32", "T"), (16, 64, 8)
-CPU_LAYERS, CPU_BUDGET = 6, 2.6
+CPU_LAYERS, CPU_BUDGET, CPU_SECONDS, CPU_ROUNDS = 4, 2.5, 0.15, 3
 PEFT_UP_TO = {"cpu": 8, "cuda": 64}
+LOOP_UP_TO = {"cpu": 8, "cuda": 256}
 PROVIDERS = ("base", "fused_lora", "PEFT", "loop", "merged")
 LLAMA_3_8B = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
@@ -41,12 +43,12 @@ SERVER_COLUMNS += [("evicted", 8), ("failed", 7)]
 
 
 def points(arguments: argparse.Namespace) -> list[StepPoint]:
-    """The grid, by rank: adapters of one rank are made once."""
+    """The grid, ranks innermost: wherever it is cut short, it has points of all of them."""
     found = []
-    for r in arguments.ranks:
-        for T in arguments.rows:
-            found += [StepPoint(T, D, r) for D in (T if d == "T" else int(d) for d in arguments.distinct) if D <= T]
-    return list(dict.fromkeys(found))
+    for T in sorted(arguments.rows):
+        distinct = {T if d == "T" else int(d) for d in arguments.distinct}
+        found += [StepPoint(T, D, r) for D in sorted(distinct) if D <= T for r in arguments.ranks]
+    return found
 
 
 def load_decoder(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
@@ -76,37 +78,44 @@ def _quickstart():
 
 
 class Steps:
-    """Measures the grid; keeps the adapters of one rank at a time."""
+    """Measures the grid; the adapters of a rank stay until its last point."""
 
     def __init__(self, report: Report, arguments: argparse.Namespace):
         self.report, self.arguments = report, arguments
         self.decoder, name = load_decoder(arguments)
         report.settings["model"] = name
         print(f"share of the base's step: {name}, {next(self.decoder.parameters()).dtype}")
-        self.table, self.adapters = Table(STEP_COLUMNS), None
+        self.table = Table(STEP_COLUMNS)
+        self.adapters: dict[int, Adapters] = {}
+        self.left = Counter(point.r for point in points(arguments))
 
     def measure(self, point: StepPoint) -> None:
         """Check, time and add the rows of one point."""
-        arguments = self.arguments
-        if self.adapters is None or self.adapters.r != point.r:
-            self.close()
-            self.adapters = Adapters(self.decoder, point.r)
+        arguments, r = self.arguments, point.r
+        if r not in self.adapters:
+            self.adapters[r] = Adapters(self.decoder, r)
         ids = torch.arange(1, point.T + 1, device=arguments.device)[:, None]
-        with steps(self.adapters, point, ids, arguments.peft_up_to) as found:
-            wrong = disagreement(found, point)
-            if wrong is None:
-                candidates = [Candidate(name, [step.call]) for name, step in found.items()]
-                clock = Clock(arguments.device)
-                times = interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline)
-                self._add(point, found, {name: summary([t[0] for t in ts]) for name, ts in times.items()})
-                return
+        try:
+            with steps(self.adapters[r], point, ids, arguments.peft_up_to, arguments.loop_up_to) as trial:
+                wrong = disagreement(trial)
+                if wrong is None:
+                    candidates = [Candidate(name, [step.call]) for name, step in trial.steps.items()]
+                    clock = Clock(arguments.device)
+                    times = interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline)
+                    self._add(point, trial.steps, {name: summary([t[0] for t in ts]) for name, ts in times.items()})
+                    return
+        finally:
+            self.left[r] -= 1
+            if not self.left[r]:
+                self.adapters.pop(r).close()
         row = vars(point) | dict(benchmark="step", provider="fused_lora", correct=False, wrong=wrong)
         self.report.rows.append(row)
         self.table.row(point, "WRONG", *[None] * 5)
         print(f"  {wrong}")
 
     def _add(self, point: StepPoint, found: dict[str, Step], times: dict[str, dict]) -> None:
-        floor = 1 + point.D * self.adapters.bytes_each() / self.adapters.bytes_of_base()
+        adapters = self.adapters[point.r]
+        floor = 1 + point.D * adapters.bytes_each() / adapters.bytes_of_base()
         share = {name: round(t["median"] / times["base"]["median"], 4) for name, t in times.items()}
         for name, step in found.items():
             row = vars(point) | dict(benchmark="step", provider=name, correct=True, ms=times[name])
@@ -115,10 +124,17 @@ class Steps:
         self.table.row(point, spread(times["base"]), cells[0], f"{floor:.2f}", *cells[1:])
 
     def close(self) -> None:
-        """Free the adapters."""
-        if self.adapters is not None:
-            self.adapters.close()
-            self.adapters = None
+        """Free the adapters, and say which providers were left out."""
+        for adapters in self.adapters.values():
+            adapters.close()
+        self.adapters.clear()
+        done = {(row["T"], row["D"], row["r"]) for row in self.report.rows if row["benchmark"] == "step"}
+        for name, limit, why in (
+            ("PEFT", self.arguments.peft_up_to, "its modules grow by one per adapter and layer"),
+            ("loop and merged", self.arguments.loop_up_to, "they run the model once per adapter"),
+        ):
+            if above := [D for _, D, _ in done if D > limit]:
+                self.report.skipped.append(f"{name} at {len(above)} points with more than {limit} adapters: {why}")
 
 
 def generate(report: Report, arguments: argparse.Namespace) -> None:
@@ -230,6 +246,7 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--distinct", type=lambda t: tuple(t.split(",")), default=DISTINCT, metavar="D,T")
     found.add_argument("--ranks", type=_numbers, default=RANKS, metavar="r,r")
     found.add_argument("--peft-up-to", type=int, metavar="D", help="adapters in PEFT's model at most")
+    found.add_argument("--loop-up-to", type=int, metavar="D", help="adapters one at a time and merged, at most")
     found.add_argument("--requests", type=int, default=64, help="to the server, at most")
     found.add_argument("--clients", type=int, default=8)
     found.add_argument("--tokens", type=int, default=16, help="to generate per sequence")
@@ -245,9 +262,10 @@ def main(argv: list[str] | None = None) -> int:
     if on_cpu:
         arguments.budget = arguments.budget or CPU_BUDGET
         arguments.layers = arguments.layers or CPU_LAYERS
-        arguments.seconds = 0.3 if arguments.seconds is None else arguments.seconds
-        arguments.rounds = min(arguments.rounds, 3)
+        arguments.seconds = CPU_SECONDS if arguments.seconds is None else arguments.seconds
+        arguments.rounds = min(arguments.rounds, CPU_ROUNDS)
     arguments.peft_up_to = arguments.peft_up_to or PEFT_UP_TO[arguments.device.type]
+    arguments.loop_up_to = arguments.loop_up_to or LOOP_UP_TO[arguments.device.type]
     recorded = settings(arguments)
     report = Report("serving", arguments.device, arguments.out, recorded, arguments.commit)
     report.heading()

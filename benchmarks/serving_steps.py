@@ -17,6 +17,8 @@ from torch import nn
 import fused_lora
 
 _SIDES = ("lora_A", "lora_B")
+_POOL, _STRIDE = 1 << 22, 7919  # random numbers that all adapters are windows of, and how far those lie apart
+_COMPARED = 8  # adapters of a point that are compared one at a time
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ class Step:
     graphed: bool = False
 
 
+@dataclass
+class Trial:
+    """The steps of one point by provider; ``groups[i]``: the rows of adapter i, ``alone(i)``: what it gives them."""
+
+    steps: dict[str, Step]
+    groups: list[torch.Tensor]
+    alone: Callable[[int], torch.Tensor]
+
+
 class Adapters:
     """D random adapters of rank r on every linear layer of a decoder, in a store and, as far as asked for, in PEFT.
 
@@ -50,7 +61,12 @@ class Adapters:
         self.paths = [path for path, module in decoder.named_modules() if isinstance(module, nn.Linear)]
         self.store = fused_lora.AdapterStore(_share(decoder))
         self.peft: nn.Module | None = None
+        self._loaded: set[str] = set()
         self._in_peft = 0
+        weight = next(decoder.parameters())
+        longest = max(max(m.in_features, m.out_features) for m in map(decoder.get_submodule, self.paths))
+        draw = torch.Generator().manual_seed(r)
+        self._pool = torch.randn(_POOL + r * longest, generator=draw).to(weight.device, weight.dtype)
 
     def close(self) -> None:
         """Free the memory."""
@@ -60,17 +76,20 @@ class Adapters:
     def name(self, i: int) -> str:
         """The adapter of number ``i``, loaded into the store if it is not there."""
         name = f"a{i}"
-        if name not in self.store.versions():
+        if name not in self._loaded:
             self.store.load(name, {path: (*self.factors(i, path), 2.0) for path in self.paths})
+            self._loaded.add(name)
         return name
 
     def factors(self, i: int, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [r, K] and B [N, r] of adapter ``i`` at a layer: the same numbers whenever they are drawn."""
-        layer = self.plain.get_submodule(path)
-        draw = torch.Generator().manual_seed(1_000_003 * i + self.paths.index(path))
-        A = torch.randn(self.r, layer.in_features, generator=draw) * layer.in_features**-0.5
-        B = torch.randn(layer.out_features, self.r, generator=draw) * 0.02
-        return A.to(layer.weight.device, layer.weight.dtype), B.to(layer.weight.device, layer.weight.dtype)
+        """A [r, K] and B [N, r] of adapter ``i`` at a layer: the same numbers whenever they are asked for."""
+        layer, number = self.plain.get_submodule(path), i * len(self.paths) + self.paths.index(path)
+
+        def window(start: int, *shape: int) -> torch.Tensor:
+            return self._pool[start % _POOL :][: shape[0] * shape[1]].view(shape)
+
+        A = window(2 * number * _STRIDE, self.r, layer.in_features) * layer.in_features**-0.5
+        return A, window((2 * number + 1) * _STRIDE, layer.out_features, self.r) * 0.02
 
     def with_peft(self, D: int) -> nn.Module:
         """PEFT's model with the first ``D`` adapters."""
@@ -109,7 +128,7 @@ def _share(decoder: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def steps(adapters: Adapters, point: StepPoint, ids: torch.Tensor, peft_up_to: int) -> Iterator[dict[str, Step]]:
+def steps(adapters: Adapters, point: StepPoint, ids: torch.Tensor, peft_up_to: int, loop_up_to: int) -> Iterator[Trial]:
     """The providers at one point, ready to be timed; on a GPU inside CUDA graphs where they can be captured.
 
     base: no adapter. fused_lora: one batch. PEFT: one batch with ``adapter_names``. loop: a batch per adapter.
@@ -127,15 +146,9 @@ def steps(adapters: Adapters, point: StepPoint, ids: torch.Tensor, peft_up_to: i
         with store.batch(names):
             return run(served, ids)
 
-    def loop() -> torch.Tensor:
-        parts = []
-        for i, group in enumerate(groups):
-            with store.batch([names[i]] * len(group)):
-                parts.append(run(served, ids[group]))
-        return torch.cat(parts)
-
-    def merged() -> torch.Tensor:
-        return torch.cat([run(plain, ids[group]) for group in groups])
+    def alone(i: int) -> torch.Tensor:
+        with store.batch([names[i]] * len(groups[i])):
+            return run(served, ids[groups[i]])
 
     calls = {"base": lambda: run(plain, ids)}
     if not ids.is_cuda:
@@ -143,16 +156,18 @@ def steps(adapters: Adapters, point: StepPoint, ids: torch.Tensor, peft_up_to: i
     if point.D <= peft_up_to:
         peft_model = adapters.with_peft(point.D)
         calls["PEFT"] = lambda: run(peft_model, ids, adapter_names=names)
-    calls |= {"loop": loop, "merged": merged}
+    if point.D <= loop_up_to:
+        calls["loop"] = lambda: torch.cat([alone(i) for i in range(point.D)])
+        calls["merged"] = lambda: torch.cat([run(plain, ids[group]) for group in groups])
     with torch.no_grad(), contextlib.ExitStack() as stack:
         if not ids.is_cuda:
-            yield {name: Step(call) for name, call in calls.items()}
+            yield Trial({name: Step(call) for name, call in calls.items()}, groups, alone)
             return
         found = {name: Step(call) if name == "loop" else _graph(call, stack) for name, call in calls.items()}
         # what the batch copies to the device is copied when it is entered, not at every replay
         stack.enter_context(store.batch(names))
         found["fused_lora"] = _graph(lambda: run(served, ids), stack)
-        yield found
+        yield Trial(found, groups, alone)
 
 
 def _graph(call: Callable[[], torch.Tensor], stack: contextlib.ExitStack) -> Step:
@@ -180,16 +195,17 @@ def _graph(call: Callable[[], torch.Tensor], stack: contextlib.ExitStack) -> Ste
     return Step(replay, graphed=True)
 
 
-def disagreement(found: dict[str, Step], point: StepPoint) -> str | None:
-    """None, or what is wrong: ours against PEFT's step where there is one, else against one adapter at a time."""
-    ours = found["fused_lora"].call().double()
+def disagreement(trial: Trial) -> str | None:
+    """None, or what is wrong: ours against PEFT's step where there is one, else against adapters one at a time."""
+    found, D = trial.steps, len(trial.groups)
+    ours, base = found["fused_lora"].call(), found["base"].call()
+    limit = 1e-3 if base.dtype == torch.float32 else 0.1
     if "PEFT" in found:
-        name, theirs = "PEFT", found["PEFT"].call().double()
+        name, theirs = "PEFT", found["PEFT"].call()
     else:
-        order = torch.cat([torch.arange(i, point.T, point.D) for i in range(point.D)])
-        name, theirs = "loop", torch.empty_like(ours)
-        theirs[order.to(ours.device)] = found["loop"].call().double()
-    base = found["base"].call().double()
-    error = (ours - theirs).norm() / (theirs - base).norm()
-    limit = 1e-3 if found["base"].call().dtype == torch.float32 else 0.1
+        some = range(0, D, -(-D // _COMPARED))
+        rows = torch.cat([trial.groups[i] for i in some])
+        name, theirs = "one at a time", torch.cat([trial.alone(i) for i in some])
+        ours, base = ours[rows], base[rows]
+    error = (ours.double() - theirs.double()).norm() / (theirs.double() - base.double()).norm()
     return None if error <= limit else f"differs from {name} by {error:.2e} of what the adapters change"

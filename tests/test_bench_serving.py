@@ -110,6 +110,49 @@ def test_step_without_peft_is_checked_against_one_at_a_time(load, tiny, tmp_path
     assert {r["D"] for r in content["rows"] if r["provider"] == "loop"} == {1, 3, 4}
 
 
+def test_adapters_one_at_a_time_are_what_a_step_is_compared_with(load):
+    module, draw = load("serving_steps"), torch.Generator().manual_seed(0)
+    base, y = (torch.randn(20, 1, 8, generator=draw) for _ in range(2))
+    groups = [torch.arange(i, 20, 10) for i in range(10)]
+
+    def verdict(ours):
+        made = {"base": module.Step(lambda: base), "fused_lora": module.Step(lambda: ours)}
+        return module.disagreement(module.Trial(made, groups, lambda i: y[groups[i]]))
+
+    assert verdict(y) is None
+    for i in (0, 8):
+        assert "differs from one at a time" in verdict(torch.where(torch.arange(20)[:, None, None] % 10 == i, base, y))
+
+
+def test_what_takes_too_long_is_left_out_and_named(load, tiny, tmp_path):
+    code, content = run(load("bench_serving"), tiny, tmp_path, "--parts", "step", "--loop-up-to", "3", "--ranks", "4,2")
+    assert code == 0
+    steps = {(r["T"], r["D"], r["r"], r["provider"]) for r in content["rows"]}
+    assert {D for _, D, _, name in steps if name in ("loop", "merged")} == {1, 3}
+    assert {(T, D, r) for T, D, r, name in steps if name == "fused_lora"} == {
+        (T, D, r) for T, D in ((1, 1), (4, 1), (4, 3), (4, 4)) for r in (4, 2)
+    }
+    assert content["skipped"] == [
+        "loop and merged at 2 points with more than 3 adapters: they run the model once per adapter"
+    ]
+
+
+def test_grid_that_is_cut_short_has_all_ranks(load, tiny, tmp_path, monkeypatch):
+    bench, done = load("bench_serving"), []
+    real = bench.Steps.measure
+
+    def measure(self, point):
+        if len(done) == 3:
+            raise torch.OutOfMemoryError("cut short here")
+        done.append(point)
+        real(self, point)
+
+    monkeypatch.setattr(bench.Steps, "measure", measure)
+    _, content = run(bench, tiny, tmp_path, "--parts", "step", "--ranks", "4,2,3")
+    assert {row["r"] for row in content["rows"]} == {2, 3, 4}
+    assert len(content["skipped"]) == 3 * 4 - 3
+
+
 def test_zipf_is_drawn_by_its_law(load):
     names = load("serving_load").zipf(100, 1.0, 50_000)
     counts = torch.bincount(torch.tensor([int(name[1:]) for name in names]), minlength=100).double()
@@ -124,4 +167,5 @@ def test_grid(load):
     found = bench.points(arguments)
     assert len(found) == len(set(found)) == 3 * 15
     assert {(p.T, p.D) for p in found if p.T == 64} == {(64, 1), (64, 4), (64, 32), (64, 64)}
-    assert all(p.D <= p.T for p in found) and {p.r for p in found} == {8, 16, 64}
+    assert all(p.D <= p.T for p in found) and {p.r for p in found[:3]} == {8, 16, 64}
+    assert [p.T for p in found] == sorted(p.T for p in found)
