@@ -65,75 +65,99 @@ class Chunk:
         # the last row of a group fills it up
         gather = [np.pad(numbers, (0, self.heights[g] - len(numbers)), mode="edge") for g, numbers in pieces]
         self.gather = torch.from_numpy(np.concatenate(gather)).to(device)
-        self._plans: dict[tuple, tuple[_Step, ...]] = {}
+        self._plans: dict[tuple, tuple[tuple[_Step, ...], list[_Target]]] = {}
+        self._frames: dict[tuple, _Frame] = {}
         self._products: dict[tuple, Products] = {}
         self._workspaces: dict[tuple, _Workspace] = {}
 
     def products(self, joint: Joint, dtype: torch.dtype) -> Products:
         """The products of these layers for these rows, on inputs of this dtype; small ones are made once."""
         # an inference tensor cannot be written outside that mode, and threads may share a chunk
-        mine = threading.get_ident(), torch.is_inference_mode_enabled()
-        key = joint, dtype, torch.get_num_threads(), *mine
+        mine = threading.get_ident(), torch.is_inference_mode_enabled(), torch.get_num_threads()
+        key = joint, dtype, *mine
         found = self._products.get(key)
         if found is None:
             accumulate = torch.promote_types(torch.promote_types(dtype, joint.dtype), torch.float32)
-            shape = accumulate, self.device, torch.get_num_threads()
-            plan = joint.signature, joint.K, shape
-            steps = self._plans.get(plan)
-            if steps is None:
-                steps = self._plans[plan] = tuple(_plan(self, joint, shape))
-            if self.height > _KEEP:
-                return Products(self, joint, steps, accumulate, _Workspace())
-            workspace = self._workspaces.setdefault(mine, _Workspace())
-            found = self._products[key] = Products(self, joint, steps, accumulate, workspace)
+            found = Products(joint, self._frame(joint, accumulate, mine))
+            if self.height <= _KEEP:
+                self._products[key] = found
         return found
+
+    def _frame(self, joint: Joint, dtype: torch.dtype, mine: tuple) -> _Frame:
+        """The buffers for layers of these sizes: those of one thread take turns with them."""
+        sizes = joint.signature, joint.K, dtype, mine[-1]
+        plan = self._plans.get(sizes)
+        if plan is None:
+            steps = tuple(_steps(self, joint, (dtype, self.device, mine[-1])))
+            plan = self._plans[sizes] = steps, [_Target(self, steps, i) for i in range(len(joint.terms))]
+        if self.height > _KEEP:
+            return _Frame(self, joint, *plan, dtype, _Workspace())
+        key = *sizes, *mine
+        if key not in self._frames:
+            workspace = self._workspaces.setdefault(mine, _Workspace())
+            self._frames[key] = _Frame(self, joint, *plan, dtype, workspace)
+        return self._frames[key]
+
+
+class _Frame:
+    """The buffers of a plan: for each step the tiles of its inputs and of its results; for each layer its results."""
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        joint: Joint,
+        steps: Sequence[_Step],
+        targets: list[_Target],
+        dtype: torch.dtype,
+        workspace: _Workspace,
+    ):
+        self.steps, self.targets, self.dtype, self.workspace = steps, targets, dtype, workspace
+        self.gather = chunk.gather
+        self.inputs = workspace.buffer("x", chunk.height, joint.K, dtype, chunk.device)
+        ends = dict.fromkeys(joint.N, 0)
+        for step in steps:
+            ends[joint.N[step.items[0][0]]] += len(step.items) * step.height
+        widths = {n: workspace.buffer("y", rows, n, dtype, chunk.device) for n, rows in ends.items() if rows}
+        self.tiles = [self._views(step, widths[joint.N[step.items[0][0]]]) for step in steps]
+        self.results = [widths.get(n) for n in joint.N]
+
+    def _views(self, step: _Step, results: Tensor) -> list[tuple[Tensor, Tensor]]:
+        n, h = len(step.items), step.height
+        rows = results[step.start : step.start + n * h]
+        if n == 1:
+            inputs = self.inputs[step.first : step.first + h]
+            return [(inputs[first : first + k], rows[first : first + k]) for first, k in step.tiles]
+        same_input = step.items[0][1] == step.items[1][1]
+        inputs = self.inputs[step.first : step.first + (h if same_input else n * h)]
+        inputs = inputs.expand(n, *inputs.shape) if same_input else inputs.unflatten(0, (n, h))
+        rows = rows.unflatten(0, (n, h))
+        return [(inputs[:, first : first + k], rows[:, first : first + k]) for first, k in step.tiles]
 
 
 class Products:
     """What is multiplied with what, bound to the tensors: nothing is looked up when it runs."""
 
-    def __init__(self, chunk: Chunk, joint: Joint, steps: Sequence[_Step], dtype: torch.dtype, workspace: _Workspace):
-        self._dtype, self._workspace, self._gather = dtype, workspace, chunk.gather
-        self._inputs = workspace.buffer("x", chunk.height, joint.K, dtype, chunk.device)
-        self._convert = joint.dtype != dtype
-        self._direct = self._inputs.is_contiguous()
-        filled_rows = dict.fromkeys(joint.N, 0)
-        for step in steps:
-            filled_rows[joint.N[step.items[0][0]]] += len(step.items) * step.height
-        outputs = {n: workspace.buffer("y", rows, n, dtype, chunk.device) for n, rows in filled_rows.items() if rows}
+    def __init__(self, joint: Joint, frame: _Frame):
+        self._frame, self._dtype = frame, frame.dtype
+        self._convert, self._direct = joint.dtype != frame.dtype, frame.inputs.is_contiguous()
         self._single: list[tuple[Tensor, Tensor, Tensor, Tensor, float, int]] = []
         self._batched: list[tuple[Tensor, Tensor, Tensor, Tensor, float]] = []
-        for step in steps:
-            self._bind(step, joint, outputs[joint.N[step.items[0][0]]])
-        self._targets = [_Target(chunk, steps, i, outputs.get(n)) for i, n in enumerate(joint.N)]
+        for step, tiles in zip(frame.steps, frame.tiles, strict=True):
+            factors = [joint.terms[i].factors[g] for i, g in step.items]
+            if len(factors) > 1:
+                A_t, B_t, scale = stacked([f[0] for f in factors])
+                self._batched += [(a, A_t, b, B_t, scale) for a, b in tiles]
+            for j, (A_t, B_t, scale) in enumerate(factors[0] if len(factors) == 1 else ()):
+                self._single += [(a, A_t, b, B_t, scale, int(j > 0)) for a, b in tiles]
         self.turn = -1
-
-    def _bind(self, step: _Step, joint: Joint, output: Tensor) -> None:
-        n, h = len(step.items), step.height
-        factors = [joint.terms[i].factors[g] for i, g in step.items]
-        rows = output[step.start : step.start + n * h]
-        if n == 1:
-            inputs = self._inputs[step.first : step.first + h]
-            for j, (A_t, B_t, scale) in enumerate(factors[0]):
-                for first, height in step.tiles:
-                    a, b = inputs[first : first + height], rows[first : first + height]
-                    self._single.append((a, A_t, b, B_t, scale, int(j > 0)))
-            return
-        A_t, B_t, scale = stacked([f[0] for f in factors])
-        same_input = step.items[0][1] == step.items[1][1]
-        inputs = self._inputs[step.first : step.first + (h if same_input else n * h)]
-        inputs = inputs.expand(n, *inputs.shape) if same_input else inputs.unflatten(0, (n, h))
-        rows = rows.unflatten(0, (n, h))
-        for first, height in step.tiles:
-            a, b = inputs[:, first : first + height], rows[:, first : first + height]
-            self._batched.append((a, A_t, b, B_t, scale))
 
     def run(self, x: Tensor) -> Products:
         """Form the terms of x [rows, K] at all layers."""
+        frame = self._frame
         if self._direct and x.dtype == self._dtype:
-            torch.index_select(x, 0, self._gather, out=self._inputs)
+            torch.index_select(x, 0, frame.gather, out=frame.inputs)
         else:
-            self._inputs.copy_(x.index_select(0, self._gather))
+            frame.inputs.copy_(x.index_select(0, frame.gather))
         for a, A_t, b, B_t, scale, beta in self._single:
             if self._convert:
                 A_t, B_t = A_t.to(self._dtype), B_t.to(self._dtype)
@@ -142,30 +166,30 @@ class Products:
             if self._convert:
                 A_t, B_t = A_t.to(self._dtype), B_t.to(self._dtype)
             torch.baddbmm(b, torch.bmm(a, A_t), B_t, beta=0, alpha=scale, out=b)
-        self._workspace.turn += 1
-        self.turn = self._workspace.turn
+        frame.workspace.turn += 1
+        self.turn = frame.workspace.turn
         return self
 
     def hold(self, turn: int) -> bool:
         """Whether the terms of that run are still there."""
-        return self.turn == turn == self._workspace.turn
+        return self.turn == turn == self._frame.workspace.turn
 
     def add(self, layer: int, y: Tensor) -> None:
         """y [rows, N] += the terms of the layer of this number."""
-        self._targets[layer].add(y)
+        self._frame.targets[layer].add(y, self._frame.results[layer])
 
 
 class _Target:
     """Where the terms of one layer lie and which rows of y they belong to."""
 
-    def __init__(self, chunk: Chunk, steps: Sequence[_Step], layer: int, output: Tensor | None):
+    def __init__(self, chunk: Chunk, steps: Sequence[_Step], layer: int):
         rows, places = [], []
         for step in steps:
             for k, (i, g) in enumerate(step.items):
                 if i == layer:
                     rows.append(chunk.rows[g])
                     places.append(step.start + k * step.height + np.arange(len(chunk.rows[g])))
-        self._term = None
+        self._empty, self._even, self._places, self._rows, self._span = not rows, None, None, None, None
         if not rows:
             return
         rows, places = np.concatenate(rows), np.concatenate(places)
@@ -173,19 +197,19 @@ class _Target:
         rows, places = rows[order], places[order]
         strides = np.unique(np.diff(places))
         if len(strides) <= 1 and (strides > 0).all():
-            self._term, self._places = output[places[0] : places[-1] + 1 : int((*strides, 1)[0])], None
+            self._even = slice(int(places[0]), int(places[-1]) + 1, int((*strides, 1)[0]))
         else:
-            self._term, self._places = output, torch.from_numpy(places).to(chunk.device)
-        self._span = self._rows = None
+            self._places = torch.from_numpy(places).to(chunk.device)
         if rows[-1] + 1 - rows[0] != len(rows):
             self._rows = torch.from_numpy(rows).to(chunk.device)
         elif len(rows) < chunk.batch_rows:
             self._span = slice(int(rows[0]), int(rows[-1]) + 1)
 
-    def add(self, y: Tensor) -> None:
-        if self._term is None:
+    def add(self, y: Tensor, results: Tensor | None) -> None:
+        """y [rows, N] += the layer's share of ``results``, in one rounding."""
+        if self._empty:
             return
-        term = self._term if self._places is None else self._term.index_select(0, self._places)
+        term = results[self._even] if self._places is None else results.index_select(0, self._places)
         if self._rows is None:
             y = y if self._span is None else y[self._span]
             if y.dtype == term.dtype:
@@ -203,7 +227,7 @@ def filled(rows: int) -> int:
     return -(-rows // LEAST) * LEAST
 
 
-def _plan(chunk: Chunk, joint: Joint, shape: tuple) -> Iterator[_Step]:
+def _steps(chunk: Chunk, joint: Joint, shape: tuple) -> Iterator[_Step]:
     """What to multiply with what, and where the results lie: buffers of equal width are one."""
     firsts = dict(zip(chunk.heights, np.cumsum([0, *chunk.heights.values()]).tolist(), strict=False))
     ends = dict.fromkeys(joint.N, 0)

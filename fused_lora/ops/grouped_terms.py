@@ -3,7 +3,7 @@ at equal distances in one memory, so that a strided view over them is no copy.""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -20,13 +20,15 @@ class Terms:
 
     Attributes:
         groups: their numbers, ascending. runs: the groups again, neighbours together that may share a product.
+        places: of each group, where its factors lie.
     """
 
     def __init__(self, factors: Mapping[int, Sequence[Factors]]):
         self.factors = {g: factors[g] for g in sorted(factors) if factors[g]}
         self.groups = tuple(self.factors)
         self.ranks = {g: tuple(A_t.shape[1] for A_t, _, _ in self.factors[g]) for g in self.groups}
-        self.runs = _runs(self.groups, self.factors.__getitem__)
+        self.places = {g: _place(self.factors[g]) for g in self.groups}
+        self.runs = _runs(self.groups, self.places.values())
 
 
 class Joint:
@@ -47,7 +49,7 @@ class Joint:
         if len(terms) > 1:
             for g in self.groups:
                 layers = [i for i, t in enumerate(terms) if g in t.factors]
-                self.across[g] = _runs(layers, lambda i, g=g: terms[i].factors[g])
+                self.across[g] = _runs(layers, [terms[i].places[g] for i in layers])
         factors = [f for t in terms for g in t.groups[:1] for f in t.factors[g][:1]]
         self.dtype = factors[0][0].dtype if factors else None
         self.K = factors[0][0].shape[0] if factors else 0
@@ -65,30 +67,29 @@ def stacked(factors: Sequence[Factors]) -> Factors:
     return A, B, scale
 
 
-def _runs(keys: Iterable[int], factors_of: Callable[[int], Sequence[Factors]]) -> tuple[tuple[int, ...], ...]:
-    """The keys in their order, neighbours together as long as they are evenly spaced."""
-    runs: list[tuple[int, ...]] = []
-    for key in keys:
-        together = (*runs[-1], key) if runs else ()
-        if together and _continues([factors_of(k) for k in together[-3:]]):
-            runs[-1] = together
+def _place(factors: Sequence[Factors]) -> tuple | None:
+    """What neighbours in a product must have in common, and where A^T and B^T lie; None for several adapters."""
+    if len(factors) > 1:
+        return None
+    A_t, B_t, scale = factors[0]
+    memory = A_t.untyped_storage().data_ptr(), B_t.untyped_storage().data_ptr()
+    alike = scale, A_t.shape, B_t.shape, A_t.stride(), B_t.stride(), memory
+    return alike, A_t.storage_offset(), B_t.storage_offset()
+
+
+def _runs(keys: Iterable[int], places: Iterable[tuple | None]) -> tuple[tuple[int, ...], ...]:
+    """The keys in their order, neighbours together as long as they are alike and at equal distances."""
+    runs: list[list[int]] = []
+    before, distance = None, None
+    for key, place in zip(keys, places, strict=True):
+        apart = None
+        if before is not None and place is not None and place[0] == before[0]:
+            apart = place[1] - before[1], place[2] - before[2]
+        if apart is not None and min(apart) > 0 and distance in (None, apart):
+            runs[-1].append(key)
+            distance = apart
         else:
-            runs.append((key,))
-    return tuple(runs)
-
-
-def _continues(members: Sequence[Sequence[Factors]]) -> bool:
-    """Whether the last of two or three is like the one before and lies at the same distance from it as that does."""
-    *_, before, last = members
-    if len(last) > 1 or len(before) > 1 or last[0][2] != before[0][2]:
-        return False
-    for i in (0, 1):
-        u, v = before[0][i], last[0][i]
-        distance = v.storage_offset() - u.storage_offset()
-        if u.shape != v.shape or u.stride() != v.stride() or distance <= 0:
-            return False
-        if u.untyped_storage().data_ptr() != v.untyped_storage().data_ptr():
-            return False
-        if len(members) > 2 and u.storage_offset() - members[0][0][i].storage_offset() != distance:
-            return False
-    return True
+            runs.append([key])
+            distance = None
+        before = place
+    return tuple(tuple(run) for run in runs)
