@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import fused_lora
+from fused_lora.testing.graphs import capture
 
 _SIDES = ("lora_A", "lora_B")
 _POOL, _STRIDE = 1 << 22, 7919  # random numbers that all adapters are windows of, and how far those lie apart
@@ -172,17 +173,8 @@ def steps(adapters: Adapters, point: StepPoint, ids: torch.Tensor, peft_up_to: i
 
 def _graph(call: Callable[[], torch.Tensor], stack: contextlib.ExitStack) -> Step:
     """``call`` as the replay of a CUDA graph, or itself where it cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            result = call()
+        graph, result = capture(call)
     except RuntimeError:  # PEFT indexes with lists of this host: its step cannot be captured
         torch.cuda.synchronize()
         return Step(call)

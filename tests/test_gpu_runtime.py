@@ -14,6 +14,7 @@ from fused_lora import reference
 from fused_lora.kernels import config, descriptors, sync
 from fused_lora.ops import kernel, plan
 from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.testing.graphs import capture
 from fused_lora.testing.layers import LayerCase
 
 pytestmark = pytest.mark.gpu
@@ -33,20 +34,6 @@ def step(x, A, B, W, g, p, seeds=None):
 
 def equal(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def capture(run):
-    """(graph, its static results) after the warm-up that compiles and tries the kernels."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
 
 
 @pytest.mark.parametrize("M", [1, 40, 2048])

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import fused_lora
+from fused_lora.testing import serving
 
 pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 STEPS = {
@@ -39,28 +40,7 @@ def modules(monkeypatch):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A folder with a random two-layer Llama over bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("tiny")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-        eos_token_id=fast.eos_token_id,
-        bos_token_id=None,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return serving.write_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ class PerRequest(ContinuousBatchingLogitsProcessor):
     hold it for the batches that come later.
     """
 
-    supported_kwargs: dict[str, type] = {}
+    supported_kwargs: dict[str, type]
     ignored_kwargs: tuple[str, ...] = ()
     default: float
     dtype: torch.dtype
@@ -39,8 +39,9 @@ class PerRequest(ContinuousBatchingLogitsProcessor):
         self.always = self.used = always
 
     def value(self, state: RequestState) -> float:
-        """The request's number; ``default`` means no change."""
-        raise NotImplementedError
+        """The request's number, its own argument unless said otherwise; ``default`` means no change."""
+        (argument,) = self.supported_kwargs
+        return state.logit_processor_kwargs.get(argument, self.default)
 
     def apply(self, scores: Tensor, values: Tensor) -> Tensor:
         """New scores [B, V] from scores [B, V] and values [B]."""
@@ -64,9 +65,6 @@ class Temperature(PerRequest):
     supported_kwargs = {"temperature": float}
     default, dtype = 0.0, torch.float32
 
-    def value(self, state: RequestState) -> float:
-        return state.logit_processor_kwargs.get("temperature", 0.0)
-
     def apply(self, scores: Tensor, values: Tensor) -> Tensor:
         return scores / torch.where(values > 0, values, 1.0)[:, None]
 
@@ -76,9 +74,6 @@ class TopP(PerRequest):
 
     supported_kwargs = {"top_p": float}
     default, dtype = 1.0, torch.float32
-
-    def value(self, state: RequestState) -> float:
-        return state.logit_processor_kwargs.get("top_p", 1.0)
 
     def apply(self, scores: Tensor, values: Tensor) -> Tensor:
         ordered, order = scores.sort(dim=-1, descending=True)

@@ -1,0 +1,28 @@
+"""CUDA graphs of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def capture(call: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """(graph, what ``call`` gave in it: every replay writes there), after the warm-up that compiles and tries kernels.
+
+    Raises RuntimeError where the call cannot be captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
