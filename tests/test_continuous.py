@@ -11,7 +11,7 @@ import torch
 import fused_lora
 from fused_lora.serving.continuous import check_transformers, continuous_batching, failure_of, generate_batch
 from fused_lora.testing import serving
-from fused_lora.testing.server import wait_for
+from fused_lora.testing.serving import prompt, results, wait_for
 
 pytest.importorskip("transformers")
 try:
@@ -21,7 +21,7 @@ except RuntimeError as error:
 
 from transformers import ContinuousBatchingConfig  # noqa: E402
 
-from fused_lora.serving import continuous_manager, continuous_sampling  # noqa: E402
+from fused_lora.serving import continuous_manager, continuous_request, continuous_sampling  # noqa: E402
 
 RANKS = (4, 5, 8, 12, 16, 16, 20, 24, 31, 32, 33, 40, 48, 56, 63, 64)
 
@@ -67,24 +67,6 @@ def config(**changes):
     """Small pages and steps: prompts of a few dozen tokens share pages and are prefilled in chunks."""
     sizes = dict(page_size=8, num_blocks=512, max_batch_tokens=48, max_requests_per_batch=32)
     return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
-
-
-def prompt(length, seed=0):
-    return torch.randint(1, 250, (length,), generator=torch.Generator().manual_seed(1000 * length + seed)).tolist()
-
-
-def results(engine, *ids, seconds=30):
-    """The last outputs of these requests; those of others are kept for a later call."""
-    seen = engine.__dict__.setdefault("seen_by_test", {})
-
-    def done():
-        output = engine.get_result(timeout=0.1)
-        if output is not None and output.is_finished():
-            seen[output.request_id] = output
-        return all(i in seen for i in ids)
-
-    wait_for(done, seconds)
-    return [seen[i] for i in ids]
 
 
 def result(engine, request_id):
@@ -403,29 +385,116 @@ def test_unsupported_settings_are_refused(served, changes, named):
         continuous_batching(*served, config(**changes))
 
 
+NAN, INF = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
     "request_, error, named",
     [
         (dict(input_ids=[]), ValueError, "input_ids"),
-        (dict(input_ids=[1, 10**6]), ValueError, "input_ids"),
-        (dict(input_ids=[-1]), ValueError, "input_ids"),
-        (dict(input_ids=[1], max_new_tokens=0), ValueError, "max_new_tokens"),
-        (dict(input_ids=[1], max_new_tokens=10**6), ValueError, "exceed the cache"),
-        (dict(input_ids=[1], adapter="nobody"), fused_lora.AdapterNotFound, "nobody.*a0"),
-        (dict(input_ids=[1], temperature=-1.0), ValueError, "temperature"),
-        (dict(input_ids=[1], temperature=float("nan")), ValueError, "temperature"),
-        (dict(input_ids=[1], top_p=0.0), ValueError, "top_p"),
+        (dict(input_ids=torch.tensor([])), ValueError, "input_ids"),
+        (dict(input_ids=[1, 10**6]), ValueError, r"input_ids\[1\]"),
+        (dict(input_ids=[-1]), ValueError, r"input_ids\[0\]"),
+        (dict(input_ids="abc"), TypeError, "input_ids: expected a list of token ids, got str"),
+        (dict(input_ids=None), TypeError, "input_ids"),
+        (dict(input_ids={1: 2}), TypeError, "input_ids"),
+        (dict(input_ids=[1.0]), TypeError, r"input_ids\[0\]"),
+        (dict(input_ids=[1, None]), TypeError, r"input_ids\[1\]"),
+        (dict(input_ids=[True]), TypeError, r"input_ids\[0\]"),
+        (dict(input_ids=[[1, 2]]), TypeError, r"input_ids\[0\]"),
+        (dict(input_ids=torch.tensor([[1, 2]])), TypeError, r"input_ids\[0\]"),
+        (dict(input_ids=torch.tensor([1.5])), TypeError, r"input_ids\[0\]"),
+        (dict(max_new_tokens=0), ValueError, "max_new_tokens"),
+        (dict(max_new_tokens=-5), ValueError, "max_new_tokens"),
+        (dict(max_new_tokens=10**30), ValueError, "exceed the cache"),
+        (dict(max_new_tokens=None), TypeError, "max_new_tokens"),
+        (dict(max_new_tokens=1.5), TypeError, "max_new_tokens"),
+        (dict(adapter="nobody"), fused_lora.AdapterNotFound, "nobody.*a0"),
+        (dict(adapter=""), fused_lora.AdapterNotFound, "not found"),
+        (dict(adapter=5), TypeError, "adapter"),
+        (dict(adapter=["a0"]), TypeError, "adapter"),
+        (dict(temperature=-1.0), ValueError, "temperature"),
+        (dict(temperature=NAN), ValueError, "temperature"),
+        (dict(temperature=INF), ValueError, "temperature"),
+        (dict(temperature=10**400), ValueError, "temperature"),
+        (dict(temperature="1"), TypeError, "temperature"),
+        (dict(temperature=None), TypeError, "temperature"),
+        (dict(top_p=0.0), ValueError, "top_p"),
+        (dict(top_p=1.5), ValueError, "top_p"),
+        (dict(top_p=NAN), ValueError, "top_p"),
+        (dict(top_p="x"), TypeError, "top_p"),
+        (dict(seed=1.5), TypeError, "seed"),
+        (dict(seed="x"), TypeError, "seed"),
+        (dict(eos_token_id="x"), TypeError, "eos_token_id"),
+        (dict(eos_token_id=[1, "x"]), TypeError, r"eos_token_id\[1\]"),
     ],
 )
 def test_malformed_requests_are_refused(served, request_, error, named):
     engine = continuous_batching(*served, config())
     with pytest.raises(error, match=named):
-        engine.add_request(**request_)
+        engine.add_request(**{"input_ids": [1], **request_})
+    if issubclass(error, (TypeError, ValueError)):
+        one = {"input_ids": [1], "adapter": None, **request_}
+        ids, adapter = one.pop("input_ids"), one.pop("adapter")
+        own = not {"input_ids", "adapter"}.isdisjoint(request_)
+        with pytest.raises(error, match=rf"^inputs\[1\]: .*{named}" if own else rf"^(?!inputs\[).*{named}"):
+            generate_batch(*served, [[1], ids], [None, adapter], config=config(), **one)
+    assert engine.input_queue.empty()
+
+
+def test_ids_of_requests_are_strings_of_their_own(served):
+    with continuous_batching(*served, config()) as engine:
+        with pytest.raises(TypeError, match="request_id"):
+            engine.add_request([1], 5)
+        engine.add_request(prompt(9), "mine", max_new_tokens=200)
+        active = engine.batch_processor.scheduler.active_requests
+        for known in (lambda: True, lambda: "mine" in active):
+            wait_for(known)
+            with pytest.raises(ValueError, match="'mine' is the id of a request that has not ended"):
+                engine.add_request([1], "mine")
+        assert len(result(engine, "mine").generated_tokens) == 200
+        engine.add_request([1], "mine", max_new_tokens=1)  # once it has ended, the id is free again
+
+
+def test_prompts_may_be_tensors_and_arrays(served, alone):
+    with continuous_batching(*served, config()) as engine:
+        for ids in (torch.tensor(prompt(9)), torch.tensor(prompt(9)).numpy(), tuple(prompt(9))):
+            found = result(engine, engine.add_request(ids, adapter="a2", max_new_tokens=4))
+            assert found.generated_tokens == alone("a2", prompt(9), 4) and found.prompt_ids == prompt(9)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+def test_temperature_near_zero_is_greedy(served, alone, temperature):
+    with continuous_batching(*served, config()) as engine:
+        found = result(engine, engine.add_request(prompt(9), adapter="a2", max_new_tokens=8, temperature=temperature))
+    assert found.generated_tokens == alone("a2", prompt(9), 8)
+
+
+def test_smallest_temperature_that_is_drawn_at(served, alone):
+    """The quotients stay finite: the draw is the arg max, up to ties."""
+    lowest = continuous_request.SMALLEST_TEMPERATURE
+    found = generate_batch(*served, [prompt(9)], ["a2"], 8, config(), temperature=lowest, top_p=1e-300, seed=3)[0]
+    assert found.generated_tokens == alone("a2", prompt(9), 8)
+
+
+def test_engine_wants_the_model_of_its_store(world, served):
+    model, store = served
+    for arguments, error, named in (
+        ((torch.nn.Linear(2, 2), store), TypeError, "model"),
+        ((model, None), TypeError, "store: expected an AdapterStore, got NoneType"),
+        ((serving.load_model(world[0]), store), ValueError, "another model"),
+        ((model, store, {"page_size": 8}), TypeError, "config"),
+    ):
+        with pytest.raises(error, match=named):
+            continuous_batching(*arguments)
 
 
 def test_one_adapter_per_input(served):
     with pytest.raises(ValueError, match="expected one per input, 2, got 1"):
         generate_batch(*served, [[1], [2]], [None])
+    for inputs, adapters in (("ab", [None, None]), ([[1]], "a"), (5, []), ([[1]], None)):
+        with pytest.raises(TypeError, match="inputs" if isinstance(inputs, (str, int)) else "adapters"):
+            generate_batch(*served, inputs, adapters)
 
 
 def test_adapters_may_come_and_go_while_requests_run(world, served, alone):

@@ -5,7 +5,6 @@ import logging
 import weakref
 
 import pytest
-import torch
 
 import fused_lora
 from fused_lora.serving.continuous import (
@@ -17,7 +16,7 @@ from fused_lora.serving.continuous import (
     generate_batch,
 )
 from fused_lora.testing import serving
-from fused_lora.testing.server import wait_for
+from fused_lora.testing.serving import prompt, results, wait_for
 
 pytest.importorskip("transformers")
 try:
@@ -59,24 +58,6 @@ def served(world):
 def config(**changes):
     sizes = dict(page_size=8, num_blocks=256, max_batch_tokens=48, max_requests_per_batch=8)
     return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
-
-
-def prompt(length, seed=0):
-    return torch.randint(1, 250, (length,), generator=torch.Generator().manual_seed(1000 * length + seed)).tolist()
-
-
-def results(engine, *ids):
-    """The last outputs of these requests; those of others are kept for a later call."""
-    seen = engine.__dict__.setdefault("seen_by_test", {})
-
-    def done():
-        output = engine.get_result(timeout=0.1)
-        if output is not None and output.is_finished():
-            seen[output.request_id] = output
-        return all(i in seen for i in ids)
-
-    wait_for(done, 30)
-    return [seen[i] for i in ids]
 
 
 def held(engine, store):

@@ -16,7 +16,8 @@ import pytest
 
 from fused_lora.serving.continuous import check_transformers
 from fused_lora.testing import serving
-from fused_lora.testing.server import Server, wait_for
+from fused_lora.testing.server import Server
+from fused_lora.testing.serving import wait_for
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")

@@ -91,7 +91,8 @@ def continuous_batching(model: nn.Module, store: Any, config: Any = None) -> Ada
 
     Raises:
         RuntimeError: another release of transformers than the tested ones.
-        ValueError: the config asks for what is not supported.
+        TypeError: ``model``, ``store`` or ``config`` is of another type.
+        ValueError: the config asks for what is not supported, or the store is over another model.
     """
     check_transformers()
     from fused_lora.serving.continuous_manager import AdapterManager
@@ -120,17 +121,24 @@ def generate_batch(
         transformers' ``GenerationOutput`` of each input, in order; :func:`failure_of` says which failed, and why.
 
     Raises:
-        ValueError: the numbers of inputs and adapters differ, or a request is malformed.
+        TypeError, ValueError: the numbers of inputs and adapters differ, or a request is malformed.
         AdapterNotFound: an adapter that the store does not know.
         RuntimeError: the engine stopped before all were done.
     """
+    for name, value in (("inputs", inputs), ("adapters", adapters)):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{name}: expected a list, got {type(value).__name__}")
     if len(inputs) != len(adapters):
         raise ValueError(f"adapters: expected one per input, {len(inputs)}, got {len(adapters)}")
     with continuous_batching(model, store, config) as engine:
-        for ids, adapter in zip(inputs, adapters, strict=True):
-            engine.check(ids, adapter, max_new_tokens, **request)
+        engine.check([0], None, max_new_tokens, **request)
+        for i, (ids, adapter) in enumerate(zip(inputs, adapters, strict=True)):
+            try:
+                engine.check(ids, adapter, max_new_tokens, **request)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"inputs[{i}]: {error}") from None
         names = [
-            engine.add_request(list(ids), max_new_tokens=max_new_tokens, adapter=adapter, **request)
+            engine.add_request(ids, max_new_tokens=max_new_tokens, adapter=adapter, **request)
             for ids, adapter in zip(inputs, adapters, strict=True)
         ]
         found: dict[str, Any] = {}

@@ -13,15 +13,14 @@ Where it reaches into transformers' engine, and why:
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
@@ -32,7 +31,7 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 from transformers.generation.continuous_batching.utils import stream_context
 
 from fused_lora.modules.inject import AdapterNotFound
-from fused_lora.serving import continuous_sampling
+from fused_lora.serving import continuous_request, continuous_sampling
 from fused_lora.serving.continuous import MAX_FAILED_STEPS, StepFailed
 from fused_lora.serving.continuous_admission import ADAPTER, SCHEDULER, VERSION, Admission, EngineCounters
 from fused_lora.serving.continuous_prefix import PrefixNamespaces
@@ -63,10 +62,22 @@ def _checked(config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
     return replace(config, use_cuda_graph=False, use_async_batching=False, scheduler_type=SCHEDULER)
 
 
+def _check_parts(model: Any, store: Any, config: Any) -> None:
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise TypeError(f"model: expected a transformers model that generates, got {type(model).__name__}")
+    if not isinstance(store, AdapterStore):
+        raise TypeError(f"store: expected an AdapterStore, got {type(store).__name__}")
+    if store.model is not model:
+        raise ValueError("store: it was made for another model")
+    if not isinstance(config, ContinuousBatchingConfig | None):
+        raise TypeError(f"config: expected a ContinuousBatchingConfig, got {type(config).__name__}")
+
+
 class AdapterManager(ContinuousBatchingManager):
     """transformers' ContinuousBatchingManager with ``adapter=`` on every request; see ``continuous_batching``."""
 
     def __init__(self, model: nn.Module, store: AdapterStore, config: ContinuousBatchingConfig | None = None):
+        _check_parts(model, store, config)
         source = model.generation_config
         eos = -1 if source.eos_token_id is None else source.eos_token_id
         greedy = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=source.pad_token_id)
@@ -91,36 +102,33 @@ class AdapterManager(ContinuousBatchingManager):
 
     def check(
         self,
-        input_ids: Sequence[int],
+        input_ids: Any,
         adapter: str | None = None,
         max_new_tokens: int = 20,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        **_: Any,
+        seed: int | None = None,
+        eos_token_id: int | list[int] | None = None,
     ) -> None:
-        """Raise ValueError or AdapterNotFound where ``add_request`` with these arguments would."""
+        """Raise what ``add_request`` would for these arguments: TypeError, ValueError or AdapterNotFound."""
+        if adapter is not None and not isinstance(adapter, str):
+            raise TypeError(f"adapter: expected a name or None, got {adapter!r:.100}")
         if adapter is not None and adapter not in self.store.names():
             raise AdapterNotFound(f"adapter {adapter!r} not found; adapters of the store: {sorted(self.store.names())}")
-        vocabulary = self.model.config.get_text_config().vocab_size
-        if not input_ids or min(input_ids) < 0 or max(input_ids) >= vocabulary:
-            raise ValueError(f"input_ids: expected at least one token id in [0, {vocabulary})")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        if len(input_ids) + max_new_tokens > self.max_request_tokens:
+        ids = continuous_request.token_ids(input_ids, self.model.config.get_text_config().vocab_size)
+        if len(ids) + continuous_request.count("max_new_tokens", max_new_tokens) > self.max_request_tokens:
             raise ValueError(
-                f"input_ids: {len(input_ids)} tokens and max_new_tokens={max_new_tokens} exceed the cache's "
+                f"input_ids: {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the cache's "
                 f"{self.max_request_tokens} tokens"
             )
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"temperature: expected a number >= 0, got {temperature!r}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+        continuous_request.sampling(temperature, top_p, seed)
+        continuous_request.ends(eos_token_id)
 
     def add_request(
         self,
         input_ids: list[int],
         request_id: str | None = None,
-        max_new_tokens: int | None = 20,
+        max_new_tokens: int = 20,
         streaming: bool = False,
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
@@ -133,19 +141,39 @@ class AdapterManager(ContinuousBatchingManager):
         """Queue a request under ``adapter`` (None is the base model); returns its id.
 
         Greedy by default; with ``temperature`` > 0 tokens are drawn, reproducibly for a given ``seed``.
-        Raises ValueError or AdapterNotFound for a malformed request, RuntimeError when the engine does not run.
+
+        Args:
+            input_ids: a list of token ids, or a one-dimensional tensor or array.
+            request_id: by default the engine makes one up.
+
+        Raises:
+            TypeError, ValueError: an argument that the message names, the id of another request among them.
+            AdapterNotFound: unknown adapter. RuntimeError: the engine does not run.
         """
-        self.check(input_ids, adapter, max_new_tokens, temperature, top_p)
-        own = {} if adapter is None else {ADAPTER: adapter}
-        if temperature > 0:
-            seed = secrets.randbits(63) if seed is None else int(seed)
-            own.update(temperature=float(temperature), top_p=float(top_p), seed=seed)
-        queued = super().add_request(
-            input_ids, request_id, max_new_tokens, streaming, record_timestamps, eos_token_id, **own
-        )
+        self.check(input_ids, adapter, max_new_tokens, temperature, top_p, seed, eos_token_id)
+        self._check_id(request_id)
+        ids = continuous_request.token_ids(input_ids, self.model.config.get_text_config().vocab_size)
+        own: dict[str, Any] = {} if adapter is None else {ADAPTER: adapter}
+        if drawn := continuous_request.sampling(temperature, top_p, seed):
+            own |= {"seed": secrets.randbits(63), **drawn}
+        count, ends = int(max_new_tokens), continuous_request.ends(eos_token_id)
+        queued = super().add_request(ids, request_id, count, streaming, record_timestamps, ends, **own)
         if queued is None:
             raise RuntimeError(f"no new requests: {self.background_thread_status.can_accept_new_requests()}")
         return queued
+
+    def _check_id(self, request_id: str | None) -> None:
+        if request_id is None:
+            return
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id: expected a str or None, got {request_id!r:.100}")
+        with self.input_queue.mutex:
+            known = {state.request_id for state in self.input_queue.queue}
+        if self.batch_processor is not None:  # it is None once the engine has stopped
+            scheduler = self.batch_processor.scheduler
+            known |= scheduler.waiting_requests.keys() | scheduler.active_requests.keys()
+        if request_id in known:
+            raise ValueError(f"request_id: {request_id[:100]!r} is the id of a request that has not ended")
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         known = self.batch_processor

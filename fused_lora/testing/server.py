@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,3 @@ class Server:
         """A number on the page of metrics, by its name without the prefix."""
         found = re.search(rf"^fused_lora_{re.escape(name)} (\S+)$", self.http.get("/metrics").text, re.MULTILINE)
         return float(found.group(1))
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20, interval: float = 0.01) -> None:
-    """Until ``condition()`` holds; AssertionError after ``seconds``."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(interval)

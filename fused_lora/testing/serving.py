@@ -1,11 +1,14 @@
-"""A tiny language model with adapters on disk, and the tokens it must give: alone, with its adapter merged, in fp32."""
+"""A tiny language model with adapters on disk, the tokens it must give (alone, with its adapter merged, in fp32), and
+what tests of the engine share."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -124,6 +127,33 @@ def is_rounding_tie(model: nn.Module, adapter: Path | None, ids: Sequence[int], 
     error = (narrow - exact).abs().max()
     best_two = set(exact.topk(2).indices.tolist())
     return best_two == {token, wanted} and bool((exact[wanted] - exact[token]).abs() <= 4 * error)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20, interval: float = 0.01) -> None:
+    """Until ``condition()`` holds; AssertionError after ``seconds``."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(interval)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Token ids of a prompt for the tiny model."""
+    return torch.randint(1, 250, (length,), generator=torch.Generator().manual_seed(1000 * length + seed)).tolist()
+
+
+def results(engine: Any, *ids: str, seconds: float = 30) -> list[Any]:
+    """The last outputs of these requests of an engine; those of others are kept for a later call."""
+    seen = engine.__dict__.setdefault("seen_by_test", {})
+
+    def done() -> bool:
+        output = engine.get_result(timeout=0.1)
+        if output is not None and output.is_finished():
+            seen[output.request_id] = output
+        return all(i in seen for i in ids)
+
+    wait_for(done, seconds)
+    return [seen[i] for i in ids]
 
 
 def _linears(model: nn.Module, head: bool) -> dict[str, nn.Linear]:

@@ -1,0 +1,73 @@
+"""What a request to the engine may ask for: everything is checked, and named, before it is queued."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+# below this the quotients leave float32's range, and the draw would be the arg max anyway
+SMALLEST_TEMPERATURE = 1e-5
+
+
+def token_ids(ids: Any, vocabulary: int) -> list[int]:
+    """A prompt, a sequence or a one-dimensional tensor or array, as a list.
+
+    Raises:
+        TypeError: no such thing, or an element that is no integer. ValueError: empty, or an id out of range.
+    """
+    found = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(found, (str, bytes)) or not isinstance(found, Sequence):
+        raise TypeError(f"input_ids: expected a list of token ids, got {type(ids).__name__}")
+    if not found:
+        raise ValueError("input_ids: expected at least one token id, got none")
+    for i, token in enumerate(found):
+        if type(token) is not int:
+            _integer(f"input_ids[{i}]", token)
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"input_ids[{i}]: expected a token id in [0, {vocabulary}), got {token}")
+    return list(map(int, found))
+
+
+def count(name: str, value: Any) -> int:
+    """``value`` as a number of things, at least 1. Raises TypeError, ValueError."""
+    value = _integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+def ends(value: Any) -> int | list[int] | None:
+    """``eos_token_id``: None (the model's own), one token id or several. Raises TypeError."""
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return [_integer(f"eos_token_id[{i}]", token) for i, token in enumerate(value)]
+    return _integer("eos_token_id", value)
+
+
+def sampling(temperature: Any, top_p: Any, seed: Any) -> dict[str, float | int]:
+    """The arguments of the draw, none for a greedy request; ``seed`` may be None. Raises TypeError, ValueError."""
+    temperature, top_p = _number("temperature", temperature), _number("top_p", top_p)
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature: expected a number >= 0, got {temperature!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    drawn = {} if seed is None else {"seed": _integer("seed", seed)}
+    return {} if temperature < SMALLEST_TEMPERATURE else {"temperature": temperature, "top_p": top_p, **drawn}
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int, got {value!r:.100}")
+    return int(value)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r:.100}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
