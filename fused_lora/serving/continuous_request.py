@@ -69,5 +69,5 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"{name}: expected a number, got {value!r:.100}")
     try:
         return float(value)
-    except OverflowError:
-        return math.copysign(math.inf, value)
+    except OverflowError:  # an int beyond all floats, of either sign: out of every range here
+        return math.inf
