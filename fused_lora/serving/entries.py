@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,8 +31,8 @@ def parse_entry(entry: Any, position: int, kinds: tuple[type, ...]) -> Entry:
             raise TypeError(f"names[{position}]: expected adapter names as keys, got {name!r}")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise TypeError(f"names[{position}][{name!r}]: expected a number, got {weight!r}")
-        if not math.isfinite(weight):
-            raise ValueError(f"names[{position}][{name!r}]: expected a finite weight, got {weight}")
+        if not abs(weight) <= sys.float_info.max:
+            raise ValueError(f"names[{position}][{name!r}]: expected a finite weight, got {str(weight)[:40]}")
     return tuple(sorted(((name, float(w)) for name, w in entry.items()), key=lambda pair: str(pair[0])))
 
 
@@ -51,9 +51,9 @@ def rows_to_entries(entries: int, rows: Sequence[int] | Tensor | np.ndarray) -> 
         if len(index) and not -1 <= index.min() <= index.max() < entries:
             raise ValueError(f"rows: expected indices of -1 to {entries - 1}, got {index.min()} to {index.max()}")
         return index
-    counts = list(rows)
+    counts = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [None]
     if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in counts):
         raise TypeError("rows: expected a list of row counts, or a tensor with the entry of each row")
-    if len(counts) != entries or min(counts, default=0) < 0:
+    if len(counts) != entries or min(counts, default=0) < 0 or sum(counts) >= 2**31:
         raise ValueError(f"rows: expected {entries} counts of 0 or more, got {counts[:20]}")
     return np.repeat(np.arange(entries), counts)

@@ -27,6 +27,10 @@ class Lease:
             raise RuntimeError(f"the lease of {self.identity!r} has been released")
         return any(part.site.module is layer for part in self.held.parts)
 
+    def belongs_to(self, residency: Residency) -> bool:
+        """Whether the version is one of those."""
+        return self._residency is residency
+
     def release(self) -> None:
         """Let go of the version; a second call does nothing."""
         version, self.held = self.held, None

@@ -6,7 +6,6 @@ multiple of 64 bytes. B is transposed because a row of B is r elements long, and
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -168,10 +167,10 @@ def _check_entry(site: Site, entry: Any) -> None:
     A, B, scale = entry
     if not all(isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES for t in (A, B)):
         raise TypeError(f"source[{site.path!r}]: expected floating tensors A and B")
+    if any(t.layout != torch.strided or t.is_meta for t in (A, B)):
+        raise TypeError(f"source[{site.path!r}]: expected dense tensors with values, none sparse or meta")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"source[{site.path!r}]: expected a number as scaling, got {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"source[{site.path!r}]: expected a finite scaling, got {scale}")
     shapes = tuple(A.shape), tuple(B.shape)
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] != site.K or B.shape[0] != site.N:
         raise ValueError(f"source[{site.path!r}]: expected A [r, {site.K}] and B [{site.N}, r], got {shapes}")
@@ -179,11 +178,19 @@ def _check_entry(site: Site, entry: Any) -> None:
         raise ValueError(f"source[{site.path!r}]: expected one rank of 1 to {MAX_RANK} in A and B, got {shapes}")
 
 
+def largest_scale(dtype: torch.dtype) -> float:
+    """What a term may be multiplied by: the largest number of the dtype that terms of such adapters are summed in."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).max
+
+
 def _pack(sites: Mapping[str, Site], layers: Mapping[str, Any], dtype: torch.dtype) -> Packed:
     parts, tensors, end = [], [], 0
     for path in sorted(layers, key=lambda path: sites[path].index):
         site, (A, B, scale) = sites[path], layers[path]
         A, B = A.detach(), B.detach()
+        if not abs(scale) <= largest_scale(dtype):
+            most = f"{largest_scale(dtype):.3g}"
+            raise ValueError(f"source[{path!r}]: expected a finite scaling of at most {most}, got {str(scale)[:40]}")
         for name, tensor in (("A", A), ("B", B)):
             if not torch.isfinite(tensor.to(dtype)).all():
                 raise ValueError(f"source[{path!r}]: {name} has values that are not finite in {dtype}")

@@ -26,6 +26,13 @@ class _Changed(Exception):
         self.packed, self.files = packed, files
 
 
+def _absolute(folder: str | os.PathLike) -> str:
+    path = os.fsdecode(folder)
+    if not path or "\0" in path:
+        raise ValueError(f"source: expected the path of a folder, got {path!r}")
+    return os.path.abspath(path)
+
+
 class Registry:
     """The part of an AdapterStore that loads, names and holds adapters.
 
@@ -74,7 +81,7 @@ class Registry:
         check_adapter_name(name)
         self._check_attached()
         if isinstance(source, (str, os.PathLike)):
-            folder = os.path.abspath(os.fsdecode(source))
+            folder = _absolute(source)
             packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype)
             return self._publish(name, packed, folder, files).number
         if isinstance(source, nn.Module):
@@ -103,7 +110,7 @@ class Registry:
         self._check_attached()
         if not isinstance(source, (str, os.PathLike)):
             raise TypeError(f"source: expected a folder, got {type(source).__name__}")
-        return self._name(name, Version(name, 0, os.path.abspath(os.fsdecode(source)))).number
+        return self._name(name, Version(name, 0, _absolute(source))).number
 
     def unload(self, name: str) -> None:
         """Forget an adapter; its memory is free once no batch uses it. Raises AdapterNotFound."""
@@ -179,7 +186,9 @@ class Registry:
         """The version of a name (or of a lease), held and on the device."""
         while True:
             with self._lock:
-                version = self._find(key) if isinstance(key, str) else key.held
+                if isinstance(key, Lease) and not key.belongs_to(self._residency):
+                    raise ValueError(f"names: the lease of {key.identity!r} is one of another store")
+                version = key.held if isinstance(key, Lease) else self._find(key)
                 if version is None:
                     raise RuntimeError(f"names: the lease of {key.identity!r} has been released")
                 version.held += 1
@@ -215,6 +224,7 @@ class Registry:
     def _name(self, name: str, version: Version, instead_of: Version | None = None) -> Version:
         """From here on ``name`` is this version, unless it is no longer the one that this was to replace."""
         with self._lock:
+            self._check_attached()
             if instead_of is not None and self._versions.get(name) is not instead_of:
                 self._residency.retire(version)
                 return version
@@ -226,6 +236,8 @@ class Registry:
             return version
 
     def _find(self, name: str) -> Version:
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a str, got {name!r}")
         version = self._versions.get(name)
         if version is None:
             raise AdapterNotFound(f"adapter {name!r} not found; adapters of the store: {sorted(self._versions)}")

@@ -83,6 +83,7 @@ class Residency:
         self.arena = Arena(transfer.device, capacity, grow)
         self.host_used = self.loads = self.evictions = self._moving = 0
         self.resident: set[Version] = set()
+        self.closed = False  # nothing is brought any more
         self._on_host: set[Version] = set()
         self._is_pinned = is_pinned
         self._slots = list(range(slots - 1, -1, -1))
@@ -93,10 +94,12 @@ class Residency:
         what is not on the host; whatever it raises leaves the version where it was.
 
         Raises:
-            StoreFull: no room beside what is pinned or held.
+            StoreFull: no room beside what is pinned or held. RuntimeError: the store has been detached meanwhile.
         """
         with self.changed:
             self.changed.wait_for(lambda: not version.moving)
+            if self.closed:
+                raise RuntimeError("the store has been detached from its model")
             version.used = next(self._clock)
             if version.block is not None:
                 return True

@@ -15,12 +15,14 @@ from fused_lora.serving.batch import Batch
 from fused_lora.serving.device import open_transfer
 from fused_lora.serving.entries import parse_entry, rows_to_entries
 from fused_lora.serving.lease import Lease
+from fused_lora.serving.packing import largest_scale
 from fused_lora.serving.prepared import Group, Prepared
 from fused_lora.serving.registry import Registry
 from fused_lora.serving.residency import Version
 from fused_lora.serving.siblings import Siblings
 from fused_lora.serving.static import RowBuffers
 
+_MOST_RESIDENT = 1 << 20
 _PREPARED = 8  # batches of other adapters for which things are kept in order
 
 
@@ -76,13 +78,16 @@ class AdapterStore(Registry):
                 raise TypeError(f"{name}: expected an int or None, got {value!r}")
             if value is not None and value < (name != "host_bytes"):
                 raise ValueError(f"{name}: expected a positive number, got {value}")
+        if max_resident > _MOST_RESIDENT:
+            raise ValueError(f"max_resident: expected at most {_MOST_RESIDENT}, got {max_resident}")
         sites = find_sites(model)
         first = next(iter(sites.values())).module.weight
-        self.device = first.device if device is None else torch.device(device)
+        self.device = _device(first.device if device is None else device)
         transfer = open_transfer(self.device, first.dtype, dtype, sites, max_resident)
         super().__init__(model, sites, transfer, capacity_bytes, grow, host_bytes, max_resident)
         self._prepared: dict[Any, Prepared] = {}
         self._siblings = Siblings()
+        self._open_batches = 0
         self._attachment = Attachment(model, sites, self)
 
     def batch(self, names: Sequence[Any]) -> AbstractContextManager[Batch]:
@@ -113,6 +118,10 @@ class AdapterStore(Registry):
             buffers: of :meth:`row_buffers`, for a step in a CUDA graph: run one step, capture one, and replay the graph
                 inside other batches with the same buffers. Layers see ``max_rows`` rows, the last ones base rows.
         """
+        if rows is None:
+            raise TypeError("rows: expected a list of row counts, or a tensor with the entry of each row, got None")
+        if buffers is not None and not isinstance(buffers, RowBuffers):
+            raise TypeError(f"buffers: expected what row_buffers() gave, got {type(buffers).__name__}")
         return self._open(names, rows, buffers)
 
     def row_buffers(self, max_rows: int, max_groups: int, max_rank: int, group_size: int = 1) -> RowBuffers:
@@ -126,6 +135,12 @@ class AdapterStore(Registry):
             larger rank is loaded.
         """
         self._check_attached()
+        sizes = dict(max_rows=max_rows, max_groups=max_groups, max_rank=max_rank, group_size=group_size)
+        for name, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if self._transfer.tables is None:
             raise RuntimeError(f"row_buffers: the grouped kernels do not run on {self.device}")
         with self._lock:
@@ -159,10 +174,10 @@ class AdapterStore(Registry):
         if pool is not None:
             pool.shutdown(wait=True)
         with self._lock:
-            if self._residency.busy:
-                raise RuntimeError("detach: adapters are in use; end the batches and release the leases first")
+            if self._open_batches or self._residency.busy:
+                raise RuntimeError("detach: the store is in use; end the batches and release the leases first")
             self._attachment.remove()
-            self._detached = True
+            self._detached = self._residency.closed = True
             for version in self._versions.values():
                 self._residency.retire(version)
             self._versions.clear()
@@ -172,7 +187,6 @@ class AdapterStore(Registry):
 
     @contextmanager
     def _open(self, names: Sequence[Any], rows: Any, buffers: RowBuffers | None = None) -> Iterator[Batch]:
-        self._check_attached()
         if isinstance(names, (str, Mapping)) or not isinstance(names, Sequence):
             raise TypeError(f"names: expected a list with one entry per sequence, got {names!r}")
         if not names:
@@ -180,10 +194,14 @@ class AdapterStore(Registry):
         entries = [parse_entry(entry, i, (str, Lease)) for i, entry in enumerate(names)]
         entry_of_row = None if rows is None else rows_to_entries(len(entries), rows)
         held: dict[Any, Version] = {}
+        with self._lock:
+            self._check_attached()
+            self._open_batches += 1  # of the base model alone, too: they run through the hooks
         try:
             for key in dict.fromkeys(key for entry in entries for key, _ in entry):
                 held[key] = self._hold(key)
             wanted = [tuple((held[key], weight) for key, weight in entry if weight) for entry in entries]
+            self._check_weights(wanted)
             # adapters of one shape that lie side by side in the arena are computed together
             groups = sorted({group for group in wanted if group}, key=lambda group: (len(group), group[0][0].place))
             numbers = {group: i for i, group in enumerate(groups)}
@@ -193,6 +211,15 @@ class AdapterStore(Registry):
                 yield batch
         finally:
             self._residency.release(held.values())
+            with self._lock:
+                self._open_batches -= 1
+
+    def _check_weights(self, wanted: Sequence[Group]) -> None:
+        most = largest_scale(self._transfer.dtype)
+        for i, group in enumerate(wanted):
+            for version, weight in group:
+                if weight != 1.0 and not abs(weight) * max(abs(part.scaling) for part in version.parts) <= most:
+                    raise ValueError(f"names[{i}]: weight {weight} times the scaling of {version.name!r} is no number")
 
     def _prepared_for(self, groups: Sequence[Group]) -> Prepared:
         """What is kept for these groups: engines open a batch for every step, mostly with the same ones."""
@@ -203,3 +230,18 @@ class AdapterStore(Registry):
             if len(self._prepared) > _PREPARED:
                 del self._prepared[next(iter(self._prepared))]
             return found
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """The device as torch knows it. Raises TypeError, ValueError, or RuntimeError where it is not there."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device: expected a torch.device or its name, got {device!r}")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: {device!r} is none that torch knows") from error
+    if found.type == "meta":
+        raise ValueError("device: expected one with memory, got meta")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device: {found} was asked for, CUDA is not available")
+    return found
