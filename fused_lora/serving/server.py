@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
+import re
 import time
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -34,10 +36,14 @@ from fused_lora.serving.server_api import (
     LoadRequest,
     UnloadRequest,
     Usage,
+    malformed,
     unknown_model,
 )
-from fused_lora.serving.server_engine import AsyncEngine, Job, Piece
+from fused_lora.serving.server_engine import AsyncEngine, Job, Piece, as_api_error
 from fused_lora.serving.server_guard import Guard, allowed_adapter
+
+_log = logging.getLogger("fused_lora.serve")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot
 
 
 @dataclass
@@ -66,11 +72,14 @@ class Service:
             raise unknown_model(model)
         return model
 
-    async def encode(self, prompt: str | list[int] | list[dict[str, str]]) -> list[int]:
-        """Token ids of a text or a chat; ids pass as they are. Raises ApiError."""
+    async def encode(self, prompt: str | list[int] | list[dict[str, str]], name: str) -> list[int]:
+        """Token ids of a text or a chat, the request's parameter ``name``; ids pass as they are. Raises ApiError."""
         if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], dict)):
             return prompt
         tokenizer = self.engine.tokenizer
+        texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
+        if any(map(_SURROGATE.search, texts)):
+            raise ApiError(400, f"{name}: half of a surrogate pair is no text", name)
 
         def work() -> list[int]:
             if isinstance(prompt, str):
@@ -80,42 +89,43 @@ class Service:
         try:
             return list(await asyncio.get_running_loop().run_in_executor(self._tokenize, work))
         except Exception as error:  # templates raise what they like, and say what is wrong with the messages
-            raise ApiError(400, f"the prompt cannot be turned into tokens: {error}"[:500]) from None
+            raise ApiError(400, f"{name}: cannot be turned into tokens: {error}"[:500], name) from None
 
     async def jobs(self, request: GenerateRequest) -> list[Job]:
         """The sequences that a request asks for, accepted by the engine's limits. Raises ApiError."""
         request.check()
-        adapter, limits = self.adapter(request.model), self.engine.limits
+        adapter, limits, name = self.adapter(request.model), self.engine.limits, request.input_name
         if isinstance(request, ChatRequest):
-            prompts, wanted = [[m.plain() for m in request.messages]], request.max_completion_tokens
-            wanted = wanted if wanted is not None else request.max_tokens
+            prompts, limit = [[m.plain() for m in request.messages]], "max_completion_tokens"
+            limit = "max_tokens" if request.max_completion_tokens is None else limit
         else:
-            prompts, wanted = request.prompts(), request.max_tokens
-        n = request.n or 1
+            prompts, limit = request.prompts(), "max_tokens"
+        wanted, n = getattr(request, limit), request.n or 1
         if not 0 < len(prompts) * n <= limits.max_choices:
-            raise ApiError(400, f"prompts x n: expected 1 to {limits.max_choices}, got {len(prompts) * n}", "n")
+            message = f"prompts x n: expected 1 to {limits.max_choices}, got {len(prompts)} x {n}"
+            raise ApiError(400, message, "n" if n > 1 else name)
         if wanted is not None and wanted > limits.max_tokens:
-            raise ApiError(400, f"max_tokens: at most {limits.max_tokens} on this server, got {wanted}", "max_tokens")
+            raise ApiError(400, f"{limit}: at most {limits.max_tokens} on this server, got {wanted:.6g}", limit)
+        temperature = 1.0 if request.temperature is None else request.temperature
+        top_p = 1.0 if request.top_p is None else request.top_p
         jobs = []
         for prompt in prompts:
-            ids = await self.encode(prompt)
-            budget = self._budget(len(ids), wanted)
+            ids = await self.encode(prompt, name)
+            budget = self._budget(len(ids), wanted, name)
             for choice in range(n):
                 seed = None if request.seed is None else request.seed + choice * 0x9E3779B9
-                temperature = 1.0 if request.temperature is None else request.temperature
-                top_p = 1.0 if request.top_p is None else request.top_p
-                jobs.append(Job(ids, adapter, budget, temperature, top_p, seed, request.stops()))
+                jobs.append(Job(ids, adapter, budget, temperature, top_p, seed, request.stops(), name))
         self.engine.check(jobs)
         return jobs
 
-    def _budget(self, prompt: int, wanted: int | None) -> int:
+    def _budget(self, prompt: int, wanted: int | None, name: str) -> int:
         manager = self.engine.manager
         context = getattr(manager.model.config.get_text_config(), "max_position_embeddings", None)
         context = min(context or manager.max_request_tokens, manager.max_request_tokens)
         if prompt + (wanted or 1) > context:
             asked = f"{prompt} tokens in the prompt and {wanted or 1} to generate"
             message = f"This server's maximum context length is {context} tokens; the request has {asked}."
-            raise ApiError(400, message, code="context_length_exceeded")
+            raise ApiError(400, message, name, "context_length_exceeded")
         return wanted if wanted is not None else min(context - prompt, self.engine.limits.max_tokens)
 
     async def answer(self, http: Request, request: GenerateRequest) -> Response:
@@ -168,7 +178,7 @@ class Service:
         try:
             check_adapter_name(name)
         except ValueError as error:
-            raise ApiError(400, str(error), "lora_name") from None
+            raise ApiError(400, str(error).replace("adapter_name", "lora_name", 1), "lora_name") from None
         if name == self.settings.base_name:
             raise ApiError(400, f"lora_name: {name!r} is the base model's name", "lora_name")
 
@@ -184,7 +194,9 @@ async def _merged(engine: AsyncEngine, jobs: list[Job]) -> AsyncIterator[tuple[i
                     ready.put_nowait((index, piece))
             ready.put_nowait((index, None))
         except Exception as error:
-            ready.put_nowait((index, error))
+            if not isinstance(error, ApiError):
+                _log.error("an answer failed", exc_info=error)
+            ready.put_nowait((index, as_api_error(error)))
 
     tasks = [asyncio.create_task(pump(index, job)) for index, job in enumerate(jobs)]
     try:
@@ -228,7 +240,8 @@ def _event(data: dict[str, Any]) -> str:
 
 def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) -> Any:
     """The ASGI application; ``lifespan`` is FastAPI's."""
-    app = FastAPI(title="fused_lora", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    off = dict(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(title="fused_lora", lifespan=lifespan, **off)
     service = Service(engine, settings)
 
     @app.post("/v1/completions")
@@ -283,13 +296,13 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # the only one of FastAPI's own: bytes that are no text, or nested too deeply
+            return answer(ApiError(400, "body: no JSON that can be read"))
         return answer(ApiError(error.status_code, str(error.detail)))
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
-        return answer(ApiError(400, f"{where or 'body'}: {first['msg']}", where or None))
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return answer(malformed(error.errors()))
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> Response:

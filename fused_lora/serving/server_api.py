@@ -6,10 +6,12 @@ effect on the answer (``user`` and its like).
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,6 +37,14 @@ _WITHOUT_EFFECT = frozenset(
 )
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+# what the fields that may be of several types take, and how pydantic calls those types in the place of an error
+_EXPECTED = {
+    "prompt": "a string, a list of strings, a list of token ids or a list of such lists",
+    "stop": "a string or a list of strings",
+    "content": "a string or a list of parts of type text",
+}
+_CHOICE = re.compile(r"str|list\[.*\]")
+_IN_MESSAGES = frozenset(("name", "refusal"))  # templates have no use for them
 
 
 class ApiError(Exception):
@@ -43,6 +53,7 @@ class ApiError(Exception):
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, kind: str | None = None
     ):
+        message = message.encode("utf-8", "backslashreplace").decode()  # halves of surrogate pairs cannot be sent
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
@@ -57,14 +68,36 @@ def unknown_model(name: str) -> ApiError:
     return ApiError(404, f"The model {name[:100]!r} does not exist", "model", "model_not_found")
 
 
-class StreamOptions(BaseModel):
+def malformed(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """400 for what pydantic found: which field, and what it should have been."""
+    first = errors[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"body: no JSON: {first['ctx']['error']} at character {place[-1]}")
+    choice = next((i for i, part in enumerate(place) if _CHOICE.fullmatch(part)), None)
+    where = ".".join(place[:choice])[:200]
+    if choice:
+        return ApiError(400, f"{where}: expected {_EXPECTED[place[choice - 1]]}", where)
+    if not where:
+        return ApiError(400, "body: expected a JSON object, sent with Content-Type: application/json")
+    return ApiError(400, f"{where}: {first['msg']}", where)
+
+
+class Checked(BaseModel):
+    """Types as JSON has them: no number is read from a string, none from true."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class StreamOptions(Checked):
     include_usage: bool = False
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(Checked):
     """What completions and chat completions have in common."""
 
     model_config = ConfigDict(extra="allow")
+    input_name: ClassVar[str]
 
     model: str
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
@@ -88,6 +121,8 @@ class GenerateRequest(BaseModel):
         if len(self.stops()) > MAX_STOPS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stops()):
             message = f"stop: expected at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters"
             raise ApiError(400, message, "stop")
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options: only with stream=true", "stream_options")
 
     def stops(self) -> list[str]:
         """The stop strings as a list."""
@@ -99,6 +134,7 @@ class GenerateRequest(BaseModel):
 
 
 class CompletionRequest(GenerateRequest):
+    input_name = "prompt"
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: int | None = Field(default=16, ge=1)
 
@@ -109,13 +145,13 @@ class CompletionRequest(GenerateRequest):
         return prompt if several else [prompt]
 
 
-class TextPart(BaseModel):
+class TextPart(Checked):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    """A message; content other than text is refused."""
+class Message(Checked):
+    """A message; what is no text (pictures, calls of tools) is refused."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -129,21 +165,35 @@ class Message(BaseModel):
 
 
 class ChatRequest(GenerateRequest):
+    input_name = "messages"
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
+    def check(self) -> None:
+        """As for all requests, and nothing in a message that would be left out of the prompt."""
+        super().check()
+        for i, message in enumerate(self.messages):
+            for name, value in (message.model_extra or {}).items():
+                if name not in _IN_MESSAGES and value not in (None, []):
+                    where = f"messages.{i}.{name}"[:200]
+                    raise ApiError(400, f"{where} is not supported by this server", where, "unsupported_parameter")
 
-class LoadRequest(BaseModel):
+
+class LoadRequest(Checked):
     """vLLM's request to /v1/load_lora_adapter."""
+
+    model_config = ConfigDict(extra="forbid")
 
     lora_name: str
     lora_path: str
     load_inplace: bool = False
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(Checked):
     """vLLM's request to /v1/unload_lora_adapter."""
+
+    model_config = ConfigDict(extra="forbid")
 
     lora_name: str
     lora_int_id: int | None = None

@@ -38,7 +38,7 @@ class Limits:
 
 @dataclass
 class Job:
-    """One sequence to generate."""
+    """One sequence to generate; ``source`` is the request's parameter that the prompt came from."""
 
     prompt: Sequence[int]
     adapter: str | None
@@ -47,6 +47,7 @@ class Job:
     top_p: float
     seed: int | None
     stops: Sequence[str]
+    source: str = "prompt"
 
 
 @dataclass
@@ -89,6 +90,7 @@ class AsyncEngine:
         self.in_flight = 0
         self._jobs: dict[str, _Running] = {}
         self._next_id = 0
+        self._loading: list[str] = []
         manager.output_router.output_queue = _Nowhere()
 
     def queue_lengths(self) -> tuple[int, int]:
@@ -118,8 +120,10 @@ class AsyncEngine:
                 self.manager.check(job.prompt, job.adapter, job.max_tokens, job.temperature, job.top_p)
             except AdapterNotFound:
                 raise unknown_model(job.adapter) from None
-            except ValueError as error:
-                raise ApiError(400, str(error)) from None
+            except (TypeError, ValueError) as error:
+                message = str(error)
+                param = job.source if message.startswith("input_ids") else None
+                raise ApiError(400, message.replace("input_ids", job.source, 1), param) from None
 
     async def generate(self, job: Job) -> AsyncIterator[Piece]:
         """The pieces of a job as they come; leaving early cancels it. Raises ApiError."""
@@ -148,7 +152,7 @@ class AsyncEngine:
             output = await self._next(running.outputs, start + self.limits.request_seconds)
             running.finished = output.is_finished()
             if failure := failure_of(output):
-                raise _as_api_error(failure) if self.healthy() else self.stopped()
+                raise as_api_error(failure) if self.healthy() else self.stopped()
             new = output.generated_tokens[seen:]
             if new and not seen:
                 self.metrics.first_token.observe(time.monotonic() - start)
@@ -178,7 +182,7 @@ class AsyncEngine:
                 seed=job.seed,
             )
         except Exception as error:
-            raise _as_api_error(error) from error
+            raise as_api_error(error) from error
 
     async def _next(self, outputs: asyncio.Queue, deadline: float) -> Any:
         try:
@@ -203,17 +207,25 @@ class AsyncEngine:
         """Load an adapter, checked in full, in a thread; with ``replace`` also one that is there. Raises ApiError."""
         if name in self.store.names() and not replace:
             raise ApiError(400, f"The lora adapter {name!r} has already been loaded.", "lora_name")
-        await self._change(self.store.load, name, str(path))
+        if name in self._loading and not replace:
+            raise ApiError(409, f"The lora adapter {name!r} is being loaded.", "lora_name", "adapter_loading")
+        self._loading.append(name)
+        try:
+            await self._change(self.store.load, name, str(path))
+        finally:
+            self._loading.remove(name)
 
     async def unload(self, name: str) -> None:
         """Forget an adapter. Raises ApiError."""
+        if name not in self.store.names():
+            raise ApiError(404, f"The lora adapter {name!r} does not exist.", "lora_name", "adapter_not_found")
         await self._change(self.store.unload, name)
 
     async def _change(self, work: Callable[..., Any], name: str, *more: str) -> None:
         try:
             await asyncio.to_thread(work, name, *more)
         except Exception as error:
-            raise _as_api_error(error) from error
+            raise as_api_error(error) from error
         now = self.store.identity(name) if name in self.store.names() else None
         older = [running for running in self._jobs.values() if running.adapter == name]
         deadline = time.monotonic() + self.limits.drain_seconds
@@ -236,7 +248,7 @@ class AsyncEngine:
         return version_of(state) if state is not None else ""
 
 
-def _as_api_error(error: Exception) -> ApiError:
+def as_api_error(error: Exception) -> ApiError:
     """What the client is told; paths on this machine and other internals stay out of a server error."""
     if isinstance(error, ApiError):
         return error

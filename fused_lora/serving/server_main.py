@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--adapters", type=Path, metavar="DIR", help="each folder in it with an adapter is served")
     found.add_argument("--served-model-name", metavar="NAME", help="what requests call the base model")
     found.add_argument("--host", default="127.0.0.1")
-    found.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    found.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
     found.add_argument("--api-key", help=f"clients must send it; {KEY_VARIABLE} in the environment does the same")
     found.add_argument("--allow-load", action="store_true", help="/v1/load_lora_adapter and unload, from DIR only")
     found.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -33,16 +33,16 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--capacity", type=_bytes, metavar="BYTES", help="adapters on the device at most, e.g. 512M")
     found.add_argument("--host-capacity", type=_bytes, metavar="BYTES", help="adapters kept in host memory at most")
     engine = found.add_argument_group("engine")
-    engine.add_argument("--max-requests", type=int, metavar="N", help="requests in one step at most")
-    engine.add_argument("--max-step-tokens", type=int, metavar="N", help="tokens in one step at most")
-    engine.add_argument("--cache-tokens", type=int, metavar="N", help="tokens of keys and values kept")
+    engine.add_argument("--max-requests", type=_count, metavar="N", help="requests in one step at most")
+    engine.add_argument("--max-step-tokens", type=_count, metavar="N", help="tokens in one step at most")
+    engine.add_argument("--cache-tokens", type=_count, metavar="N", help="tokens of keys and values kept")
     engine.add_argument("--no-prefix-sharing", action="store_true", help="compute equal prefixes again")
     limits = found.add_argument_group("limits")
-    limits.add_argument("--max-queue", type=int, default=256, help="sequences running and waiting (default: 256)")
-    limits.add_argument("--max-tokens", type=int, default=4096, help="per sequence (default: 4096)")
+    limits.add_argument("--max-queue", type=_count, default=256, help="sequences running and waiting (default: 256)")
+    limits.add_argument("--max-tokens", type=_count, default=4096, help="per sequence (default: 4096)")
     limits.add_argument("--max-body", type=_bytes, default=4 << 20, metavar="BYTES", help="default: 4M")
-    limits.add_argument("--request-timeout", type=float, default=600.0, metavar="SECONDS", help="default: 600")
-    limits.add_argument("--drain-timeout", type=float, default=30.0, metavar="SECONDS", help="default: 30")
+    limits.add_argument("--request-timeout", type=_seconds, default=600.0, metavar="SECONDS", help="default: 600")
+    limits.add_argument("--drain-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="default: 30")
     return found
 
 
@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit("--allow-load: needs --adapters DIR, the folder that adapters may come from")
     if options.adapters is not None and not options.adapters.is_dir():
         raise SystemExit(f"--adapters: {str(options.adapters)!r} is no folder")
+    key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE)
+    if key is not None and not key.strip():
+        raise SystemExit(f"--api-key, {KEY_VARIABLE}: the key is empty, so everybody would have it")
+    options.api_key = key
     try:
         import fastapi  # noqa: F401
         import transformers  # noqa: F401
@@ -89,10 +93,17 @@ def build(options: argparse.Namespace) -> Any:
     from fused_lora.serving.server_metrics import Metrics
     from fused_lora.serving.store import AdapterStore
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device: {error}") from None
     dtype = options.dtype or ("float32" if device.type == "cpu" else "auto")
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+    except (OSError, ValueError) as error:  # no such model, or none for text
+        raise SystemExit(f"--model: {error}") from None
     name = options.served_model_name or Path(options.model).name
     store = AdapterStore(model, capacity_bytes=options.capacity, host_bytes=options.host_capacity)
     if options.adapters is not None:
@@ -106,7 +117,7 @@ def build(options: argparse.Namespace) -> Any:
         body_bytes=options.max_body,
     )
     engine = AsyncEngine(manager, tokenizer, limits, Metrics())
-    settings = Settings(name, options.adapters, options.allow_load, options.api_key or os.environ.get(KEY_VARIABLE))
+    settings = Settings(name, options.adapters, options.allow_load, options.api_key)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -128,14 +139,14 @@ def register_folder(store: Any, folder: Path, base_name: str) -> None:
     from fused_lora.serving.server_guard import allowed_adapter
 
     for entry in sorted(folder.iterdir()):
-        if not (entry / "adapter_config.json").exists():
-            continue
         try:
+            if not (entry / "adapter_config.json").exists():
+                continue
             check_adapter_name(entry.name)
             if entry.name == base_name:
                 raise ValueError("it has the base model's name")
             store.register(entry.name, str(allowed_adapter(folder, entry.name)))
-        except (ApiError, ValueError) as error:
+        except (ApiError, OSError, ValueError) as error:
             _log.warning("adapter %r is left out: %s", entry.name, error)
 
 
@@ -153,6 +164,30 @@ def _engine_config(options: argparse.Namespace, device: Any) -> Any:
     if options.cache_tokens:
         changes["num_blocks"] = -(-options.cache_tokens // config.page_size)
     return replace(config, **changes)
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= value < 1 << 16:
+        raise argparse.ArgumentTypeError(f"expected 0 to 65535, got {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
 
 
 def _bytes(text: str) -> int:
