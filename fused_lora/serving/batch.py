@@ -17,7 +17,7 @@ from fused_lora.ops.grouped_kernel import expand_by_address_, lora_grouped_by_ad
 from fused_lora.serving.device import Transfer
 from fused_lora.serving.packing import Site
 from fused_lora.serving.prepared import Group, Prepared, Rows, members_of
-from fused_lora.serving.siblings import Shared, Siblings, Trace
+from fused_lora.serving.siblings import Shared, Siblings, Trace, state_of
 from fused_lora.serving.static import RowBuffers
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
@@ -103,6 +103,8 @@ class Batch:
     def __exit__(self, *exception) -> None:
         self._gradients.__exit__(*exception)
         _running.reset(self._token)
+        for trace in list(self._traces.values()):
+            self._siblings.close(trace)
         self._rows_of, self._traces = {}, {}
 
     def called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -148,7 +150,7 @@ class Batch:
 
     def _together(self, site: Site, x: Tensor, y: Tensor, rows: Rows) -> Shared | None:
         """Compute the layers that share this input, as far as they can be, and add the terms of this one."""
-        sites = self._siblings.of(site)
+        sites = self._siblings.of(site) if state_of(x) is not None else (site,)
         if self._buffers is None:
             sites = [s for s in sites if self._prepared.terms(s.index).groups]
         if len(sites) < 2:
