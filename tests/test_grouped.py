@@ -6,7 +6,7 @@ import torch
 
 from fused_lora import reference
 from fused_lora.ops import invariant
-from fused_lora.ops.grouped import RowLayout, Terms, lora_grouped_
+from fused_lora.ops.grouped import Joint, RowLayout, Terms, form_terms, lora_grouped_
 from fused_lora.testing.numeric import assert_no_worse
 
 CPU = torch.device("cpu")
@@ -137,6 +137,120 @@ def test_adapters_at_equal_distances_share_a_product(monkeypatch):
     some = [0, 2, 3, 4]
     assert torch.equal(run(x[some], y[some], some, factors), alone[some])
     assert calls == [3]
+
+
+def layers_of(groups, N, K, ranks, gap=0):
+    """Of each layer the factors by group, an adapter's layers one after the other in one memory as a store has them."""
+    found = [{} for _ in N]
+    for g in range(groups):
+        r = ranks[g % len(ranks)]
+        sizes = [-(-r * columns // 16) * 16 for n in N for columns in (K, n)]
+        memory = torch.randn(sum(sizes) + gap)
+        starts = np.cumsum([0, *sizes])
+        for i, n in enumerate(N):
+            A, B = memory[starts[2 * i] :][: r * K].view(r, K), memory[starts[2 * i + 1] :][: r * n].view(r, n)
+            found[i][g] = [(A.t(), B, 0.7)]
+    return found
+
+
+def tried(n, K, r, N, same_input):
+    """Before calls are counted, so that those of a trial are not among them."""
+    if not invariant.stacks(n, 4, K, r, N, torch.float32, CPU, torch.get_num_threads(), same_input):
+        pytest.skip("this BLAS rounds a batched product otherwise")
+
+
+def counting(monkeypatch):
+    calls, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: calls.append((len(a), a.stride(0) == 0)) or bmm(a, b))
+    return calls
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("K, N", [(64, (48, 16, 16)), (576, (192, 192)), (33, (31, 31, 31)), (100, (36, 20))])
+def test_layers_that_share_an_input_have_the_bits_of_each_alone(K, N, threads):
+    """Mixed ranks, combinations, groups that some of the layers lack, in batches of any size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        layers = layers_of(7, N, K, (3, 8, 64, 1))
+        for g, f in enumerate(side_by_side(3, K, N[0], 8, gap=64), 7):
+            layers[0][g] = [f]
+        for layer in layers:
+            layer[10] = [*layer[0], *layer[2]]
+        del layers[-1][1], layers[0][3]
+        terms = [Terms(layer) for layer in layers]
+        joint = Joint(terms)
+        x, ys = torch.randn(300, K), [torch.randn(300, n) for n in N]
+        rows = np.random.randint(-1, 11, 300)
+        for size in (1, 2, 4, 5, 8, 33, 130, 300):
+            pick = np.random.permutation(300)[:size]
+            layout = RowLayout(rows[pick], CPU)
+            together = form_terms(x[pick], layout, joint)
+            for i, y in enumerate(ys):
+                alone = lora_grouped_(y[pick], x[pick], RowLayout(rows[pick], CPU), terms[i])
+                ours = y[pick]
+                if together is not None:
+                    together.add(i, ours)
+                assert torch.equal(ours, alone if together is not None else y[pick])
+            assert (together is None) == (len(layout.chunks(joint.groups)) != 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_layers_of_one_shape_share_a_product(monkeypatch):
+    """Where the groups cannot, for they differ in rank."""
+    K, N, ranks = 64, (96, 48, 48), (4, 8, 16)
+    layers = layers_of(3, N, K, ranks)
+    joint = Joint([Terms(layer) for layer in layers])
+    assert all(runs == ((0,), (1, 2)) for runs in joint.across.values())
+    for r in ranks:
+        tried(2, K, r, 48, True)
+    calls = counting(monkeypatch)
+    x = torch.randn(3, K)
+    together = form_terms(x, RowLayout(np.arange(3), CPU), joint)
+    assert calls == [(2, True)] * 3
+    monkeypatch.setattr("fused_lora.ops.grouped_products.stacks", lambda *args: False)
+    calls.clear()
+    one_by_one = form_terms(x, RowLayout(np.arange(3), CPU), joint)
+    assert calls == []
+    for i, n in enumerate(N):
+        ours, theirs = torch.zeros(3, n), torch.zeros(3, n)
+        together.add(i, ours)
+        one_by_one.add(i, theirs)
+        assert torch.equal(ours, theirs) and ours.abs().min() > 0
+
+
+def test_three_layers_at_equal_distances_are_one_product_and_groups_come_first(monkeypatch):
+    K, N = 64, (48, 48, 48)
+    mixed, alike = Joint([Terms(f) for f in layers_of(2, N, K, (4, 8))]), [{}, {}, {}]
+    assert mixed.across == {0: ((0, 1, 2),), 1: ((0, 1, 2),)}
+    memory = torch.randn(2, 3, 2, 4 * K)  # group, layer, A or B
+    for g in range(2):
+        for i in range(3):
+            A, B = memory[g, i, 0].view(4, K), memory[g, i, 1][: 4 * 48].view(4, 48)
+            alike[i][g] = [(A.t(), B, 0.7)]
+    for r, n, same_input in ((4, 3, True), (8, 3, True), (4, 2, False)):
+        tried(n, K, r, 48, same_input)
+    calls = counting(monkeypatch)
+    x = torch.randn(2, K)
+    form_terms(x, RowLayout(np.arange(2), CPU), mixed)
+    assert calls == [(3, True)] * 2
+    calls.clear()
+    form_terms(x, RowLayout(np.arange(2), CPU), Joint([Terms(f) for f in alike]))
+    assert calls == [(2, False)] * 3
+
+
+def test_results_hold_until_the_buffers_are_taken():
+    K, N = 32, (16, 8)
+    joint, other = (Joint([Terms(f) for f in layers_of(2, N, K, (4, 8))]) for _ in range(2))
+    layout, x = RowLayout(np.arange(2), CPU), torch.randn(2, K)
+    first = form_terms(x, layout, joint)
+    turn = first.turn
+    assert first.hold(turn)
+    form_terms(x, layout, other)
+    assert not first.hold(turn)
+    again = form_terms(x * 2, layout, joint)
+    assert again.hold(again.turn) and not again.hold(turn)
 
 
 @pytest.mark.parametrize("change", ["scale", "rank", "distance", "memory", "members"])
