@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     start, end, parts = time.monotonic(), arguments.deadline, arguments.parts.split(",")
     if "step" in parts:
         # the grid is cut short in favour of the parts that follow
-        arguments.deadline = start + (end - start) * (0.4 if len(parts) > 1 else 1.0)
+        arguments.deadline = start + (end - start) * (0.45 if len(parts) > 1 else 1.0)
         measured = Steps(report, arguments)
         run_points(points(arguments), report, arguments.deadline, measured.measure)
         measured.close()
