@@ -32,6 +32,7 @@ ROWS, DISTINCT, RANKS = (1, 8, 32, 64, 256), ("1", "4", "32", "T"), (16, 64, 8)
 CPU_LAYERS, CPU_BUDGET, CPU_SECONDS, CPU_ROUNDS = 4, 2.5, 0.15, 3
 PEFT_UP_TO = {"cpu": 8, "cuda": 64}
 LOOP_UP_TO = {"cpu": 8, "cuda": 256}
+PARTS = ("step", "generate", "server")
 PROVIDERS = ("base", "fused_lora", "PEFT", "loop", "merged")
 LLAMA_3_8B = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
@@ -233,26 +234,43 @@ def add_bars(report: Report) -> None:
         report.bar("step, 32 adapters: share over the floor, most", max(many), 1.3, False)
 
 
+def _number(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
+    return value
+
+
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    return tuple(map(_number, text.split(",")))
+
+
+def _distinct(text: str) -> tuple[str, ...]:
+    return tuple(part if part == "T" else str(_number(part)) for part in text.split(","))
+
+
+def _parts(text: str) -> list[str]:
+    if not set(text.split(",")) <= set(PARTS):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(PARTS)}, got {text!r}")
+    return text.split(",")
 
 
 def options() -> argparse.ArgumentParser:
     """The options of every benchmark and this one's."""
     found = parser(__doc__)
     found.add_argument("--model", help="folder of a Llama-like model (default: the quickstart's)")
-    found.add_argument("--layers", type=int, help=f"layers of it for the steps (default on a CPU: {CPU_LAYERS})")
+    found.add_argument("--layers", type=_number, help=f"layers of it for the steps (default on a CPU: {CPU_LAYERS})")
     found.add_argument("--rows", type=_numbers, default=ROWS, metavar="T,T", help="sequences in a step")
-    found.add_argument("--distinct", type=lambda t: tuple(t.split(",")), default=DISTINCT, metavar="D,T")
+    found.add_argument("--distinct", type=_distinct, default=DISTINCT, metavar="D,T")
     found.add_argument("--ranks", type=_numbers, default=RANKS, metavar="r,r")
-    found.add_argument("--peft-up-to", type=int, metavar="D", help="adapters in PEFT's model at most")
-    found.add_argument("--loop-up-to", type=int, metavar="D", help="adapters one at a time and merged, at most")
-    found.add_argument("--requests", type=int, default=64, help="to the server, at most")
-    found.add_argument("--clients", type=int, default=8)
-    found.add_argument("--tokens", type=int, default=16, help="to generate per sequence")
-    found.add_argument("--known", type=int, default=1000, help="adapters of the server")
-    found.add_argument("--held", type=int, default=32, help="adapters that its store has room for")
-    found.add_argument("--parts", default="step,generate,server", help="of: step,generate,server")
+    found.add_argument("--peft-up-to", type=_number, metavar="D", help="adapters in PEFT's model at most")
+    found.add_argument("--loop-up-to", type=_number, metavar="D", help="adapters one at a time and merged, at most")
+    found.add_argument("--requests", type=_number, default=64, help="to the server, at most")
+    found.add_argument("--clients", type=_number, default=8)
+    found.add_argument("--tokens", type=_number, default=16, help="to generate per sequence")
+    found.add_argument("--known", type=_number, default=1000, help="adapters of the server")
+    found.add_argument("--held", type=_number, default=32, help="adapters that its store has room for")
+    found.add_argument("--parts", type=_parts, default=PARTS, metavar="PART,PART", help=f"of: {','.join(PARTS)}")
     return found
 
 
@@ -269,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     recorded = settings(arguments)
     report = Report("serving", arguments.device, arguments.out, recorded, arguments.commit)
     report.heading()
-    start, end, parts = time.monotonic(), arguments.deadline, arguments.parts.split(",")
+    start, end, parts = time.monotonic(), arguments.deadline, arguments.parts
     if "step" in parts:
         # the grid is cut short in favour of the parts that follow
         arguments.deadline = start + (end - start) * (0.45 if len(parts) > 1 else 1.0)

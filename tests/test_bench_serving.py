@@ -161,6 +161,14 @@ def test_zipf_is_drawn_by_its_law(load):
     assert ((counts - wanted) ** 2 / wanted).sum() < 149  # chi-squared, 99 degrees of freedom: p = 0.001
 
 
+@pytest.mark.parametrize("option", ["--rows", "--ranks", "--distinct", "--layers", "--known", "--parts"])
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1,,2", ""])
+def test_options_are_checked(load, option, value, capsys):
+    with pytest.raises(SystemExit):
+        load("bench_serving").options().parse_args([f"{option}={value}"])
+    assert f"argument {option}: expected" in capsys.readouterr().err
+
+
 def test_grid(load):
     bench = load("bench_serving")
     arguments = bench.options().parse_args([])
