@@ -20,7 +20,10 @@ setup(
         "numpy>=2",
     ],
     extras_require={
+        # compiled CPU loops: merge and dropout without them take up to twice as long, with the same bits
+        "cpu": ["numba>=0.61"],
         "test": [
+            "fused_lora[cpu]",
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",
@@ -39,7 +42,7 @@ setup(
             "ruff==0.17.5",
             "setuptools",
         ],
-        "quickstart": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
+        "quickstart": ["fused_lora[cpu]", "peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
         "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],
         # continuous batching reaches into transformers' engine, so it is pinned to the releases that were tested
         "serve": ["transformers>=5.22,<5.24", "accelerate", "jinja2", "fastapi", "uvicorn"],

@@ -3,7 +3,9 @@
     python benchmarks/bench_merge.py
 
 Every merge is checked against float64 first (RMS error at most 1.1 times PEFT's plus an ulp); a wrong one gets no time.
-All providers take turns in one run, each on its own copy of the weight, set back to the same bits before every turn.
+All providers take turns in one run, each on its own copies of the weight, set back to the same bits before every turn.
+On a CPU a turn merges four such layers one after another, as merging a model does, then unmerges them; the times are
+those of one layer. (The copying between the turns leaves torch's threads spinning for milliseconds.)
 `floor` is the time of the bytes that a merge must move (W read and written, A and B read) at the copy's bandwidth;
 `changed` the share of weights whose bits differ after merge and unmerge; `extra` the peak memory of one merge beyond
 what was there before, in per cent of the weight.
@@ -26,6 +28,7 @@ from fused_lora.reference import bits
 
 SHAPES = {"cpu": [(4096, 4096), (2048, 2048), (1000, 777)], "cuda": [(4096, 4096), (4096, 1024), (4096, 14336)]}
 DTYPES = {"cpu": ["float32", "bfloat16", "float16"], "cuda": ["bfloat16", "float16", "float32"]}
+_LAYERS = {"cpu": 4, "cuda": 1}  # in a turn
 _MEASURABLE_BYTES = 1 << 20  # below, pages and arenas outweigh the weight
 COLUMNS = [("layer", 26), ("provider", 14), ("merge ms", 22), ("speed/PEFT", 10), ("xfloor", 6)]
 COLUMNS += [("unmerge ms", 22), ("speed/PEFT", 10), ("changed %", 9), ("extra %", 8), ("record B/w", 10)]
@@ -137,19 +140,32 @@ def measure(point: Point, report: Report, table: Table, arguments) -> None:
     device = arguments.device
     weights = Weights.draw(point, device)
     checks = check(weights)
-    layers = {name: merger for name, merger in mergers(weights).items() if checks[name]["wrong"] is None}
+    models = [mergers(weights) for _ in range(_LAYERS[device.type])]
+    layers = {name: [model[name] for model in models] for name in checks if checks[name]["wrong"] is None}
     source, target = weights.weight.clone(), torch.empty_like(weights.weight)
     candidates = [Candidate("copy", [lambda: target.copy_(source)])]
-    for merger in layers.values():
-        candidates.append(Candidate(merger.name, [merger.merge, merger.unmerge], lambda m=merger: restore(m, weights)))
+    candidates += [_turn(name, model, weights) for name, model in layers.items()]
     times = interleaved(candidates, Clock(device), arguments.seconds, arguments.rounds, arguments.deadline)
+    for name, model in layers.items():
+        times[name] = [[ms / len(model) for ms in turn] for turn in times[name]]
     extra = {}
-    for name, merger in layers.items():
+    for name, (merger, *_) in layers.items():
         restore(merger, weights)
         peak = peak_extra_bytes(merger.merge, device)
         extra[name] = None if weights.weight.nbytes < _MEASURABLE_BYTES else peak
         merger.unmerge()
     _add_rows(point, weights, report, table, checks, times, extra)
+
+
+def _turn(name: str, model: list[Merger], weights: Weights) -> Candidate:
+    """All layers merged, then all unmerged, from the same bits every time."""
+
+    def before() -> None:
+        for merger in model:
+            restore(merger, weights)
+
+    steps = [lambda: [merger.merge() for merger in model], lambda: [merger.unmerge() for merger in model]]
+    return Candidate(name, steps, before)
 
 
 def _add_rows(point, weights, report, table, checks, times, extra) -> None:

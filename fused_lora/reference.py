@@ -74,17 +74,17 @@ def dropout_lanes_on(device: torch.device, seed: int | torch.Tensor, M: int, K: 
     k0 = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
     k1 = torch.zeros_like(k0)
     for _ in range(10):
-        (high0, low0), (high1, low1) = _multiply(c[0], _PHILOX[0]), _multiply(c[2], _PHILOX[1])
+        (high0, low0), (high1, low1) = _multiply(c[0], PHILOX[0]), _multiply(c[2], PHILOX[1])
         c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
-        k0, k1 = k0 + _signed(_WEYL[0]), k1 + _signed(_WEYL[1])
+        k0, k1 = k0 + _signed(WEYL[0]), k1 + _signed(WEYL[1])
     words = torch.stack([word.expand(blocks) for word in c], 1)
     lanes = words[:, :, None] >> torch.arange(0, 64, 16, device=device)
     return lanes.to(torch.int16).reshape(M, -(-K // LANES) * LANES)  # the cast keeps the low 16 bits
 
 
 # multipliers and Weyl increments of Philox4x64, from the paper
-_PHILOX = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
-_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+PHILOX = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _LOW32 = 0xFFFFFFFF
 
 

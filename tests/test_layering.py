@@ -30,8 +30,12 @@ THIRD_PARTY = {
     "integrations": {"torch"},
 }
 
-# files of the extras, imported only where an engine or a server is asked for
-EXTRAS = {"continuous_": {"transformers"}, "server": {"fastapi", "starlette", "pydantic"}}
+# files of the extras, imported only where compiled loops, an engine or a server are asked for
+EXTRAS = {
+    "compiled_": {"numba", "llvmlite"},
+    "continuous_": {"transformers"},
+    "server": {"fastapi", "starlette", "pydantic"},
+}
 
 
 def files():
@@ -71,7 +75,7 @@ def test_imports_point_down(layer, path):
 
 
 def test_the_package_alone_imports_no_extra():
-    names = "{'peft', 'transformers', 'fastapi', 'accelerate', 'uvicorn'}"
+    names = "{'peft', 'transformers', 'fastapi', 'accelerate', 'uvicorn', 'numba', 'llvmlite'}"
     code = f"import sys, fused_lora; print(sorted({names} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert found.stdout.strip() == "[]"

@@ -11,9 +11,9 @@ from torch import nn
 
 import fused_lora
 from fused_lora import LoraConfig, LoraLinear, reference
+from fused_lora.ops import compiled, merge_arrays
 from fused_lora.ops import merge as merging
-from fused_lora.ops import merge_blocks
-from fused_lora.ops.merge_workers import over_blocks
+from fused_lora.ops.merge_workers import Team
 from fused_lora.reference import bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,6 +31,16 @@ def case(N, K, r, dtype, relative=0.01, special=True):
         flat = W.view(-1)
         flat[: min(7, flat.numel())] = values[: flat.numel()]
     return W.to(dtype), A, B
+
+
+@pytest.fixture(autouse=True, params=["compiled", "numpy"])
+def loops(request, monkeypatch):
+    """Everything here holds with numba and without it."""
+    if request.param == "numpy":
+        monkeypatch.setattr(compiled, "loops", lambda: None)
+    else:
+        assert compiled.loops() is not None
+    return request.param
 
 
 def same_bits(a, b):
@@ -206,30 +216,38 @@ def test_thread_count_at_unmerge_does_not_matter(threads):
 @pytest.mark.parametrize("action", ["merge", "unmerge"])
 def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, monkeypatch):
     W, A, B = case(64, 64, 4, dtype)
-    monkeypatch.setattr(merging, "_block_rows", lambda W: 8)  # eight blocks
+    monkeypatch.setattr(merging, "_block_rows", lambda W, threads: 8)  # eight blocks
     before = W.clone()
     record = merging.merge_(W, [A], [B], [1.0])
     merged = W.clone()
-    steps = [merge_blocks._fold, torch.mm]
-    for step in steps:
-        for k in range(8):
+    ran = []
+    for owner, name in [(torch, "mm"), (merge_arrays, "fold"), (merge_arrays.Arrays, "_write")]:
+        step, calls = getattr(owner, name), {"left": -1}
+
+        def failing(*args, step=step, calls=calls, **kwargs):
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                raise OSError("injected")
+            return step(*args, **kwargs)
+
+        for k in range(1, 9):
             W.copy_(before if action == "merge" else merged)
-            calls = {"n": 0}
-
-            def failing(*args, step=step, k=k, calls=calls, **kwargs):
-                calls["n"] += 1
-                if calls["n"] == k + 1:
-                    raise OSError("injected")
-                return step(*args, **kwargs)
-
             with monkeypatch.context() as patch:
-                patch.setattr(merge_blocks if step is merge_blocks._fold else torch, step.__name__, failing)
-                with pytest.raises(OSError, match="injected"):
+                patch.setattr(owner, name, failing)
+                calls["left"] = k
+                try:
                     if action == "merge":
                         merging.merge_(W, [A], [B], [1.0])
                     else:
                         merging.unmerge_(W, record)
+                except OSError as e:
+                    assert str(e) == "injected"
+                    ran.append(name)
+                else:
+                    assert calls["left"] == k  # a step that this kind of weight does not take
+                    break
             assert same_bits(W, before if action == "merge" else merged)
+    assert ran.count("mm") == 8 and len(ran) >= 16
     W.copy_(merged)
     merging.unmerge_(W, record)
     assert same_bits(W, before)
@@ -433,7 +451,8 @@ def _threads_that_worked() -> int:
 
     torch.set_num_threads(2)
     try:
-        failure = over_blocks(torch.empty(1024, 1024), [(0,), (1,)], object, work)
+        with Team(torch.device("cpu")) as team:
+            failure = team.over_blocks(torch.empty(1024, 1024), [(0,), (1,)], object, work)
     finally:
         torch.set_num_threads(threads)
     assert failure is None

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from fused_lora.ops import compiled
 from fused_lora.reference import dropout_lanes, dropout_lanes_on, dropout_threshold, keep_scale
 
 _MASK_ELEMENTS = 1 << 19  # row block of the mask and of the dropped input: 2 MiB of fp32
@@ -127,19 +128,27 @@ class _Mask:
         # off the CPU this path is the fallback, and drawing the mask whole costs the fewest launches
         self._whole = None if device.type == "cpu" else dropout_lanes_on(device, seed, M, K)[:, :K] >= self._cut
 
-    def rows(self, start: int, stop: int) -> torch.Tensor | np.ndarray:
-        """The mask of rows [start, stop), to be used as often as needed."""
+    def multiply(
+        self, start: int, stop: int, rows: torch.Tensor | None, out: torch.Tensor | None, in_place: torch.Tensor | None
+    ) -> None:
+        """out = rows * mask and in_place *= mask, [stop - start, K] of rows [start, stop); None leaves one out."""
         if self._whole is not None:
-            return self._whole[start:stop]
-        return np.greater_equal(dropout_lanes(self._seed, start, stop - start, self._K)[:, : self._K], self._cut)
-
-
-def _times(tensor: torch.Tensor, keep: torch.Tensor | np.ndarray, out: torch.Tensor) -> torch.Tensor:
-    """out = tensor * mask; ``out`` may be ``tensor``."""
-    if isinstance(keep, torch.Tensor):
-        return torch.mul(tensor, keep, out=out)
-    np.multiply(tensor.numpy(), keep, out=out.numpy())  # twice as fast as torch's product with a bool
-    return out
+            if rows is not None:
+                torch.mul(rows, self._whole[start:stop], out=out)
+            if in_place is not None:
+                in_place.mul_(self._whole[start:stop])
+            return
+        arrays = [None if t is None else t.numpy() for t in (rows, out, in_place)]
+        loops = compiled.loops()
+        if loops is not None and all(a is None or a.flags.c_contiguous for a in arrays):
+            loops.multiply_by_mask(np.uint64(self._seed & (2**64 - 1)), start, stop, self._K, self._cut, *arrays)
+            return
+        keep = dropout_lanes(self._seed, start, stop - start, self._K)[:, : self._K] >= self._cut
+        rows, out, in_place = arrays  # numpy's product with a bool is twice as fast as torch's
+        if rows is not None:
+            np.multiply(rows, keep, out=out)
+        if in_place is not None:
+            np.multiply(in_place, keep, out=in_place)
 
 
 def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
@@ -157,7 +166,8 @@ def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
         else:
             mask, buffer = _Mask(seeds[i], dropout[i], M, K, rows.device), _buffer(rows, rows.dtype)
             for start, stop in _row_blocks(M, K):
-                block = _times(rows[start:stop], mask.rows(start, stop), buffer[: stop - start])
+                block = buffer[: stop - start]
+                mask.multiply(start, stop, rows[start:stop], block, None)
                 out[start:stop] = _narrow(block.to(acc), A.to(acc)).mul_(mask.scale)
     return S
 
@@ -189,18 +199,20 @@ def _input_side(dS, rows, A, p, seed, dx, first: bool, need_A: bool) -> torch.Te
             dx.zero_()
     else:
         M, K = rows.shape
-        mask, buffer = _Mask(seed, p, M, K, rows.device), _buffer(rows, acc)
+        mask, dropped = _Mask(seed, p, M, K, rows.device), _buffer(rows, acc)
+        part = None if dx is None or first else _buffer(rows, acc)
         for start, stop in _row_blocks(M, K):
-            block, keep = buffer[: stop - start], mask.rows(start, stop)
+            source = kept = target = None
             if need_A:
-                _times(rows[start:stop].to(acc), keep, block)
-                dA.addmm_(dS[start:stop].t(), block)
-            if dx is None:
-                continue
-            target = dx[start:stop] if first else block  # the first adapter needs no pass to add its part
-            _times(torch.mm(dS[start:stop], A_acc, out=target), keep, target)
-            if not first:
-                dx[start:stop] += block
+                source, kept = rows[start:stop].to(acc), dropped[: stop - start]
+            if dx is not None:  # the first adapter needs no pass to add its part
+                target = dx[start:stop] if first else part[: stop - start]
+                torch.mm(dS[start:stop], A_acc, out=target)
+            mask.multiply(start, stop, source, kept, target)
+            if need_A:
+                dA.addmm_(dS[start:stop].t(), kept)
+            if part is not None:
+                dx[start:stop] += target
     return dA.to(A.dtype) if need_A else None
 
 

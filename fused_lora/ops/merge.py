@@ -27,7 +27,7 @@ import torch
 from fused_lora.ops import merge_kernel
 from fused_lora.ops._checks import FLOAT_DTYPES
 from fused_lora.ops.merge_blocks import Block, Workspace
-from fused_lora.ops.merge_workers import over_blocks
+from fused_lora.ops.merge_workers import Team
 
 _BLOCK_ELEMENTS = 1 << 18  # CPU block: 1 MiB of fp32 fits the cache and hides the call overhead
 _DEVICE_BLOCK_ELEMENTS = 1 << 24
@@ -97,27 +97,33 @@ def merge_(
         raise TypeError(f"weight: expected float64, float32, bfloat16 or float16, got {weight.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
-    left, right = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out)
     W = weight.detach()
     if merge_kernel.applies(W):
+        left, right = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out)
         return MergeRecord(left, right, W.dtype, False, 0, device_corrections=merge_kernel.merge(W, left, right))
-    transposed = W.stride(0) < W.stride(1) and W.t().is_contiguous()
-    if transposed:  # rows of the storage are what a block should hold
-        W, left, right = W.t(), right.t().contiguous(), left.t().contiguous()
-    record = MergeRecord(left, right, W.dtype, transposed, _block_rows(W))
-    check_finite = not _cannot_overflow(left, right, W.dtype)
+    with Team(W.device) as team:
+        left, right = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out)
+        transposed = W.stride(0) < W.stride(1) and W.t().is_contiguous()
+        if transposed:  # rows of the storage are what a block should hold
+            W, left, right = W.t(), right.t().contiguous(), left.t().contiguous()
+        record = MergeRecord(left, right, W.dtype, transposed, _block_rows(W, team.threads))
+        _merge_blocks(W, record, team)
+        return record
+
+
+def _merge_blocks(W: torch.Tensor, record: MergeRecord, team: Team) -> None:
+    check_finite = not _cannot_overflow(record.left, record.right, W.dtype)
     step = record.block_rows
     tasks = [(start, min(start + step, W.shape[0])) for start in range(0, W.shape[0], step)]
 
     def merge(ws: Workspace, start: int, stop: int) -> None:
         record.blocks.append(ws.merge(start, stop, check_finite))
 
-    failure = over_blocks(W, tasks, record.workspace(W), merge)
+    failure = team.over_blocks(W, tasks, record.workspace(W), merge)
     if failure is not None:
-        over_blocks(W, [(block,) for block in record.blocks], record.workspace(W), Workspace.restore)
+        team.over_blocks(W, [(block,) for block in record.blocks], record.workspace(W), Workspace.restore)
         raise failure
     record.blocks.sort(key=lambda b: b.start)
-    return record
 
 
 def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
@@ -144,11 +150,12 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
         ws.restore(block)
         restored.append((block.start, block.stop))
 
-    failure = over_blocks(W, [(block,) for block in record.blocks], record.workspace(W), restore)
-    if failure is not None:
-        # the merge of a block is deterministic, so merging again undoes the part that was already restored
-        over_blocks(W, restored, record.workspace(W), Workspace.add_delta)
-        raise failure
+    with Team(W.device) as team:
+        failure = team.over_blocks(W, [(block,) for block in record.blocks], record.workspace(W), restore)
+        if failure is not None:
+            # the merge of a block is deterministic, so merging again undoes the part that was already restored
+            team.over_blocks(W, restored, record.workspace(W), Workspace.add_delta)
+            raise failure
 
 
 def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, float]:
@@ -217,9 +224,9 @@ def _cannot_overflow(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype
     return bound < info.max * info.eps / 8  # False for NaN and infinity
 
 
-def _block_rows(W: torch.Tensor) -> int:
+def _block_rows(W: torch.Tensor, threads: int) -> int:
     rows, columns = W.shape
     if W.device.type != "cpu":
         return max(1, _DEVICE_BLOCK_ELEMENTS // max(columns, 1))
-    share = int(_WORKSPACE_SHARE * W.numel() * W.element_size() / (9 * torch.get_num_threads()))
+    share = int(_WORKSPACE_SHARE * W.numel() * W.element_size() / (9 * threads))
     return max(1, min(_BLOCK_ELEMENTS, max(share, _MIN_BLOCK_ELEMENTS)) // max(columns, 1))

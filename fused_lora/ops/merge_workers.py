@@ -18,44 +18,68 @@ _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
 
 
-def over_blocks(
-    W: torch.Tensor, tasks: Iterable[tuple], workspace: Callable[[], object], work: Callable[..., None]
-) -> BaseException | None:
-    """Run ``work(workspace(), *task)`` over ``tasks``, one workspace a worker; returns a first exception or None.
+class Team:
+    """As many workers as torch has threads, for as long as a merge takes: ``with Team(W.device) as team``.
 
-    After a failure no further task is started; those in flight end first.
+    torch itself is single-threaded meanwhile, also between the blocks: the threads of a parallel operation go on
+    spinning for milliseconds after its end, on the cores that the workers need.
+
+    Attributes:
+        threads: how many torch had.
     """
-    tasks = list(tasks)
-    threads = torch.get_num_threads()
-    workers = min(threads, max(len(tasks), 1)) if W.device.type == "cpu" and W.numel() >= _THREADED_ELEMENTS else 1
-    left, failures = iter(tasks), []
 
-    def run() -> None:
-        try:
-            # a thread's first parallel operation reads the process-wide count again, which another worker may have
-            # restored by then: asking for it now settles this thread, so that its GEMMs stay single-threaded
+    def __init__(self, device: torch.device):
+        self.threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self._matmul = _ieee_matmul(device)
+
+    def __enter__(self) -> Team:
+        self._matmul.__enter__()
+        if self.threads > 1:
+            torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.threads > 1:
+            torch.set_num_threads(self.threads)
+        self._matmul.__exit__(*exception)
+
+    def over_blocks(
+        self, W: torch.Tensor, tasks: Iterable[tuple], workspace: Callable[[], object], work: Callable[..., None]
+    ) -> BaseException | None:
+        """Run ``work(workspace(), *task)`` over ``tasks``, one workspace a worker; returns a first exception or None.
+
+        After a failure no further task is started; those in flight end first.
+        """
+        tasks = list(tasks)
+        workers = min(self.threads, max(len(tasks), 1)) if W.numel() >= _THREADED_ELEMENTS else 1
+        left, failures = iter(tasks), []
+
+        def run() -> None:
+            try:
+                with torch.no_grad():
+                    ws = None
+                    for task in left:
+                        if failures:
+                            return
+                        ws = ws or workspace()
+                        work(ws, *task)
+            except BaseException as e:  # noqa: B036 - handed to the caller, which rolls back and raises it
+                failures.append(e)
+
+        def help_out() -> None:
+            # a thread's first parallel operation reads the process-wide count again, whatever it is by then: asking
+            # for it now settles this thread, so that its GEMMs stay single-threaded
             torch.get_num_threads()
             torch.set_num_threads(1)
-            with torch.no_grad():
-                ws = None
-                for task in left:
-                    if failures:
-                        return
-                    ws = ws or workspace()
-                    work(ws, *task)
-        except BaseException as e:  # noqa: B036 - handed to the caller, which rolls back and raises it
-            failures.append(e)
-        finally:
-            torch.set_num_threads(threads)
+            run()
 
-    with _ieee_matmul(W.device):
-        helpers = [_helpers().submit(run) for _ in range(workers - 1)]
+        helpers = [_helpers().submit(help_out) for _ in range(workers - 1)]
         try:
             run()
         finally:
             for helper in helpers:
                 _settle(helper, failures)
-    return failures[0] if failures else None
+        return failures[0] if failures else None
 
 
 def _settle(helper, failures: list[BaseException]) -> None:
