@@ -33,11 +33,11 @@ def variants(op: str, point: Point, device: torch.device) -> tuple[list[str], st
     from fused_lora.kernels import config
 
     dtype, masked, upcast = getattr(torch, point.dtype), point.dropout > 0, point.adapter_dtype != point.dtype
-    found = list(config.variants(op, point.M, point.r, dtype, masked, upcast))
+    capability = config.capability(device)
+    found = list(config.variants(op, point.M, point.r, dtype, masked, upcast, 1, capability))
     if not (masked and op == "input_grad") and not upcast:
         found.append("cublas")  # a library GEMM cannot mask the adapter's share of dx
     contraction = point.inputs if op == "linear" else point.outputs
-    capability = config.capability(device)
     chosen = plan.choose(op, point.M, contraction, point.r, dtype, masked, upcast, 1, capability)
     return [*dict.fromkeys(found), "eager"], chosen
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fused_lora.compiling import CHIPS, collect, labelled, toolchain
+from fused_lora.explain import explain
 
 RESULTS = Path("benchmarks/results/compile_report.json")
 PAGE = Path("docs/performance.md")
@@ -87,35 +88,30 @@ def _span(values: Iterable[int]) -> str:
     return str(values[0]) if min(values) == max(values) else f"{min(values)}-{max(values)}"
 
 
-def cost_table(N: int = 4096, K: int = 4096, r: int = 16) -> str:
-    """Markdown: launches, bytes and flops of a bf16 layer on sm_90 against the floor, which moves every operand once.
+def cost_table(N: int = 4096, K: int = 4096) -> str:
+    """Markdown: what ``explain`` says of a bf16 layer on sm_90, against the floor, which moves every operand once.
 
     A merge's floor is one read and one write of W; with a record it reads W twice, and its corrections are a few
     per cent of W (kernels/merge.py).
     """
-    import torch
-
-    from fused_lora.kernels.config import pick, traffic
-
     lines = [
-        "| operation | rows | dropout | variant | launches | MB | of the floor | GFLOP | of the floor |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|",
+        "| operation | rows | rank | dropout | variant | launches | MB | of the floor | GFLOP | of the floor |",
+        "|---|---:|---:|---|---|---:|---:|---:|---:|---:|",
     ]
-    for op in ("linear", "input_grad", "weight_grad"):
-        for M in (1, 64, 8192):
-            for dropout in (False, True):
-                arguments = (op, M, N, K, r, torch.bfloat16, dropout, 90)
-                cost, config = traffic(*arguments), pick(*arguments)
+    for M, r in ((1, 16), (64, 16), (8192, 16), (8192, 64), (8192, 128)):
+        for p in (0.0, 0.1):
+            found = explain(M=M, K=K, N=N, r=r, dropout=p, device="sm_90")
+            for cost in (found.forward, found.backward):
                 lines.append(
-                    f"| {op} | {M} | {'yes' if dropout else 'no'} | {config.variant} | {cost['launches']} "
-                    f"| {cost['bytes'] / 1e6:.1f} | {cost['bytes'] / cost['floor_bytes']:.3f} "
-                    f"| {cost['flops'] / 1e9:.2f} | {cost['flops'] / cost['floor_flops']:.3f} |"
+                    f"| {cost.name} | {M} | {r} | {'yes' if p else 'no'} | {cost.variant} | {cost.launches} "
+                    f"| {cost.bytes / 1e6:.1f} | {cost.bytes / cost.floor_bytes:.3f} "
+                    f"| {cost.flops / 1e9:.2f} | {cost.flops / cost.floor_flops:.3f} |"
                 )
     W = 2 * N * K
     for name, launches, moved, passes in (("merge, bare", 1, 2 * W, 1), ("merge with record", 2, 3 * W, 2)):
-        flops = 2 * N * K * r
+        flops = 2 * N * K * 16
         lines.append(
-            f"| {name} | - | - | - | {launches} | {moved / 1e6:.1f} | {moved / (2 * W):.3f} "
+            f"| {name} | - | 16 | - | - | {launches} | {moved / 1e6:.1f} | {moved / (2 * W):.3f} "
             f"| {passes * flops / 1e9:.2f} | {passes:.3f} |"
         )
     return "\n".join(lines)
@@ -148,7 +144,7 @@ def write_page(path: Path, results: dict[str, dict[str, dict]]) -> None:
     numbers = ", ".join(f"{len(records)} of {listed[chip]} on {chip}" for chip, records in results.items())
     block = (
         f"{BEGIN}\nConfigurations compiled with {toolchain()}: {numbers}.\n\n{table(results)}\n\n"
-        f"One bf16 layer, K = N = 4096, r = 16, as sm_90 would run it:\n\n{cost_table()}\n{END}"
+        f"One bf16 layer, K = N = 4096, as sm_90 would run it:\n\n{cost_table()}\n{END}"
     )
     text = path.read_text(encoding="utf-8") if path.exists() else "# Performance\n\n## Compiled configurations\n"
     if BEGIN in text:

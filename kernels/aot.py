@@ -113,17 +113,25 @@ def _weight_grad_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, u
     return _lora_weight_grad_kernel, types, values
 
 
-def compile_cases(
-    capability: int,
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32),
-    ops: tuple[str, ...] = OPS,
-) -> Iterator[CompileCase]:
-    """All compilations for a chip: ``capability`` as in config.py (80, 90, 100, 120; 0 for any other, AMD included)."""
+def dtypes_on(capability: int) -> tuple[torch.dtype, ...]:
+    """The dtypes of x to compile for a chip: fp16 on sm_90 alone.
+
+    In Triton's IR, from which every chip's binary is made, an fp16 kernel of aot.py and merge_aot.py is the bf16 kernel
+    under another name.
+    """
+    return (torch.bfloat16, torch.float16, torch.float32) if capability == 90 else (torch.bfloat16, torch.float32)
+
+
+def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iterator[CompileCase]:
+    """All compilations for a chip: ``capability`` as in config.py (80, 90, 100, 120; 0 for any other, AMD included).
+
+    dtypes: of x, by default those of :func:`dtypes_on`.
+    """
     builders = {"shrink": _shrink_case, "weight_grad": _weight_grad_case}
     seen = set()
-    for dtype in dtypes:
+    for dtype in dtypes or dtypes_on(capability):
         precision = "ieee" if dtype == torch.float32 or capability == 0 else "tf32x3"
-        for op in ops:
+        for op in OPS:
             for config, dropout, upcast in candidates(op, dtype, capability):
                 if upcast and dtype == torch.float32:
                     continue  # 16-bit adapters of an fp32 layer: the same tiles with half the bytes of A and B

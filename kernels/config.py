@@ -20,6 +20,7 @@ import torch
 OPS = ("linear", "input_grad", "shrink", "weight_grad")
 FEW, SOME, MANY = 16, 64, 512  # rows up to which a GEMM is decode, is short, has too few tiles to loop over them
 _WARPGROUP_MMA = (90, 100, 103)  # accumulators by warp groups and 228 KiB of shared memory: room for wide tiles
+_PUBLISHES_64 = (80, *_WARPGROUP_MMA)  # the S of 64 ranks fits beside both K loops without a spill
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,15 @@ def _gemm(
     if M <= SOME and op == "linear":  # gradients of so few rows are rare
         return LaunchConfig(variant, 64, 64, BLOCK_K, 32)
     if M <= MANY and variant != "publish":
-        BLOCK_R = _rank_block(r, 16, 32) if variant == "recompute" else 32
-        return LaunchConfig(variant, 64, 128, BLOCK_K, BLOCK_R, num_warps=8)
+        BLOCK_R = _rank_block(r, 16, 32) if variant == "recompute" and op == "linear" else 32
+        return LaunchConfig(variant, 64, 128, BLOCK_K, BLOCK_R, num_warps=8, num_stages=3 if BLOCK_K == 64 else 4)
     # "publish" splits an upcast x into tf32 parts beside the base product of column 0
     crowded = upcast and variant == "publish"
     if wide:
         # the widest tile has registers for nothing but its accumulator
         alone = variant == "split" and not masked and not upcast
-        return LaunchConfig(variant, 64 if crowded else 128, 256 if alone else 128, 64, 32, num_warps=8, tma=True)
+        config = LaunchConfig(variant, 64 if crowded else 128, 256 if alone else 128, 64, 32, num_warps=8, tma=True)
+        return config if crowded or M > MANY else without_tma(config)
     BLOCK_M = 64 if masked or variant == "publish" else 128
     return LaunchConfig(variant, BLOCK_M, 128, 16 if crowded else 32, 32, num_warps=8, num_stages=4)
 
@@ -127,23 +129,29 @@ def without_tma(config: LaunchConfig) -> LaunchConfig:
 
 
 def variants(
-    op: str, M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool = False, adapters: int = 1
-) -> tuple[str, ...]:
+    op: str, M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool = False, adapters: int = 1,
+    capability: int = 0,
+) -> tuple[str, ...]:  # fmt: skip
     """The variants of "linear" or "input_grad" worth having at this shape, the preferred one last; "split" always can.
 
-    "recompute" for small M, where launches and occupancy count; beyond, "publish" saves a second read of x. Neither
-    where x has a mask that many programs would draw again, or only a few would draw while the others wait. An fp32
-    LoRA product costs several times a 16-bit one: only decode, which waits for the weight, repeats it.
+    "recompute" for small M, where launches and occupancy count; else "publish" saves a second read of x, which the
+    backward takes and the forward leaves to a measurement. Neither where x has a mask that many programs would draw
+    again, or only a few would draw while the others wait. An fp32 LoRA product costs several times a 16-bit one: only
+    decode, which waits for the weight, repeats it.
     """
-    mask_in, fp32 = dropout and op == "linear", dtype == torch.float32
-    decode = op == "linear" and M <= FEW and not dropout
-    if M > MANY or (upcast and op == "input_grad"):
-        other, fits = "publish", r <= 32 and not mask_in and not fp32
-    elif upcast or fp32:
-        other, fits = "recompute", r <= 32 and decode
+    forward, fp32 = op == "linear", dtype == torch.float32
+    mask_in, decode = dropout and forward, forward and M <= FEW and not dropout
+    if upcast or fp32:
+        recompute = r <= 32 and decode
     else:
-        other, fits = "recompute", r <= (64 if decode else 32) and not (mask_in and M > SOME)
-    return ("split", other) if fits and adapters == 1 else ("split",)
+        recompute = M <= MANY and r <= (64 if decode else 32) and not (mask_in and M > SOME)
+    roomy = capability in _PUBLISHES_64 and not upcast and not forward
+    publish = r <= (64 if roomy else 32) and not mask_in and not fp32 and (M > MANY or not forward)
+    if adapters == 1 and recompute:
+        return "split", "recompute"
+    if adapters == 1 and publish:
+        return ("publish", "split") if forward else ("split", "publish")
+    return ("split",)
 
 
 def pick(
@@ -159,16 +167,15 @@ def pick(
     adapters: int = 1,
     variant: str | None = None,
 ) -> LaunchConfig:
-    """The configuration of one launch of ``op`` (one of OPS).
+    """The configuration of one launch of ``op`` (one of OPS); ``variant``: instead of the last of :func:`variants`.
 
-    dropout: whether any adapter draws a mask. upcast: the adapters are not of x's dtype. variant: instead of the last
-    of :func:`variants`.
+    dropout: whether any adapter draws a mask. upcast: the adapters are not of x's dtype.
     """
     if op == "shrink":
         return _shrink(M, r, dtype, upcast)
     if op == "weight_grad":
         return _weight_grad(M, N, K, r)
-    variant = variant or variants(op, M, r, dtype, dropout, upcast, adapters)[-1]
+    variant = variant or variants(op, M, r, dtype, dropout, upcast, adapters, capability)[-1]
     config = _gemm(op, variant, M, r, dtype, dropout, capability, upcast)
     if variant != "split":  # a forced variant, too, must hold all ranks
         config = replace(config, BLOCK_R=max(config.BLOCK_R, 1 << (r - 1).bit_length()))
@@ -179,7 +186,7 @@ def pick(
 
 
 def candidates(op: str, dtype: torch.dtype, capability: int) -> Iterator[tuple[LaunchConfig, bool, bool]]:
-    """Every (config, dropout, upcast) that :func:`pick` or a forced variant can lead to, each once.
+    """Every (config, dropout, upcast) that :func:`pick` can answer, each once; "split", because of several adapters.
 
     A split over K is listed as SPLIT_K = 2: the code is the same for any number. ``tma`` configurations come twice, the
     second time without, for tensors that no descriptor can describe.
@@ -188,7 +195,7 @@ def candidates(op: str, dtype: torch.dtype, capability: int) -> Iterator[tuple[L
     # one of each kind that the rules above tell apart
     grid = product((False, True), (False, True), (FEW, SOME, MANY, MANY + 1, 8192), (16, 32, 64, 128), (16, 65536))
     for dropout, upcast, M, r, K in grid:
-        for variant in variants(op, M, r, dtype, dropout, upcast):
+        for variant in {"split", variants(op, M, r, dtype, dropout, upcast, 1, capability)[-1]}:
             config = pick(op, M, 16, K, r, dtype, dropout, capability, upcast, 1, variant)
             config = replace(config, SPLIT_K=min(config.SPLIT_K, 2))
             seen |= {(config, dropout, upcast)} | ({(without_tma(config), dropout, upcast)} if config.tma else set())

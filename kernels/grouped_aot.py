@@ -12,13 +12,12 @@ from .grouped_shrink import TL_DTYPES, _grouped_shrink_kernel
 from .grouped_tables import COLUMNS, chunks, launch_options, pick_expand, pick_shrink
 from .lora_grouped import _grouped_expand_kernel
 
-# dtype of x and y, dtype of the adapters
+# dtype of x and y, dtype of the adapters; 16-bit ones of an fp32 layer have the same tiles as its own
 _DTYPES = (
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
     (torch.bfloat16, torch.float32),
     (torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16),
 )
 _TABLES = dict(num_tiles_ptr="*i32", tiles_ptr="*i32", order_ptr="*i32", member_slot_ptr="*i32", rank_ptr="*i32")
 _STRIDES_OF_S = dict(stride_plane="i32", stride_output="i32", stride_sm="i32")
@@ -28,20 +27,24 @@ _MANY = 1 << 20  # more tiles than any rule asks about
 def compile_cases(capability: int) -> Iterator[CompileCase]:
     """All compilations for a chip (0: not NVIDIA): unit column strides, sizes and row strides multiples of 16.
 
-    For three outputs, and in bf16 for one, which is the same code with less to choose from. A split over K needs no
-    code of its own in the shrink; the expand unrolls it.
+    For one output, which is what the operator launches, with as many parts of a split as there can be. A split needs no
+    code of its own in the shrink; the expand unrolls it. In bf16 without a split, too, and for three outputs where a
+    group has any ranks: the same code with less, and with more, to choose from.
     """
+    most = chunks(10**6)[0]
     for dtype, adapter_dtype in _DTYPES:
         kind = dtype, adapter_dtype, capability
-        for outputs in (1, 3) if adapter_dtype == dtype == torch.bfloat16 else (3,):
-            for block_m in (16, 32):
-                for max_rank in (COLUMNS, 512):
-                    config = pick_shrink(_MANY, block_m, 4096, max_rank, *kind)
-                    yield _shrink_case(config, *kind, outputs, max_rank)
-                for max_rank, group_size in ((16, 1), (32, 1), (64, 1), (64, 2)):
-                    for planes in (1, chunks(10**6)[0]):
-                        config = pick_expand(_MANY, block_m, [1024] * outputs, max_rank, group_size, dtype, capability)
-                        yield _expand_case(config, *kind, outputs, planes)
+        for block_m in (16, 32):
+            for max_rank in (COLUMNS, 512):
+                config = pick_shrink(_MANY, block_m, 4096, max_rank, *kind)
+                yield _shrink_case(config, *kind, 1, max_rank)
+            for max_rank, group_size in ((16, 1), (32, 1), (64, 1), (64, 2)):
+                forms = [(1, most)]
+                if adapter_dtype == torch.bfloat16:
+                    forms += [(1, 1)] + [(3, most)] * (group_size > 1)
+                for outputs, planes in forms:
+                    config = pick_expand(_MANY, block_m, [1024] * outputs, max_rank, group_size, dtype, capability)
+                    yield _expand_case(config, *kind, outputs, planes)
 
 
 def _precision(dtype: torch.dtype, capability: int) -> str:

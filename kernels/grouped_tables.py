@@ -130,8 +130,8 @@ def pick_expand(
     largest = min((b for b in _RANK_BLOCKS if b * COLUMNS >= max_rank), default=0) if group_size == 1 else 0
     steps = 4 if tiles * sum(-(-n // BLOCK_N) for n in N) >= 4 * _PROGRAMS else 1
     stages = 4 if capability and largest else 2
-    # the S of four blocks of ranks in 16 planes is more than the registers of 128 threads hold
-    warps = _warps(capability) * (2 if block_m > 16 and largest == 4 else 1)
+    # the S of four blocks of ranks in 16 planes, or of any number, is more than the registers of 128 threads hold
+    warps = _warps(capability) * (2 if block_m > 16 and largest in (0, 4) else 1)
     return ExpandConfig(
         "expand", block_m, BLOCK_N, COLUMNS, COLUMNS, num_warps=warps, num_stages=stages,
         RANK_BLOCKS=largest, STEPS=steps,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 import triton.language as tl
 
-from .aot import CompileCase
+from .aot import CompileCase, dtypes_on
 from .merge import _merge_kernel, default_tile, launch_options
 
 # what is launched: name, UNMERGE, SCAN, CORRECT
@@ -19,11 +19,12 @@ _PASSES = (
 )
 
 
-def compile_cases(
-    capability: int, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
-) -> Iterator[CompileCase]:
-    """All compilations for a chip (0: not NVIDIA): W with contiguous rows, A contiguous, B row- or column-major."""
-    for dtype in dtypes:
+def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iterator[CompileCase]:
+    """All compilations for a chip (0: not NVIDIA): W with contiguous rows, A contiguous, B row- or column-major.
+
+    dtypes: of W, by default those of :func:`~.aot.dtypes_on`.
+    """
+    for dtype in dtypes or dtypes_on(capability):
         for name, UNMERGE, SCAN, CORRECT in _PASSES:
             tile = default_tile(dtype, counting=SCAN or (CORRECT and not UNMERGE))
             for unit in ("stride_br", "stride_bn"):

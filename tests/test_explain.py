@@ -60,6 +60,14 @@ def test_what_it_says_is_what_the_plan_says(M, device):
                 assert cost.bytes >= cost.floor_bytes > 0 and cost.launches >= 1
 
 
+@pytest.mark.parametrize(
+    "device, r, launches", [("H100", 64, 2), ("A100", 64, 2), ("B200", 65, 3), ("RTX 5090", 64, 3)], ids=str
+)
+def test_launches_of_the_backward_depend_on_rank_and_chip(device, r, launches):
+    found = fused_lora.explain(**(SHAPE | dict(r=r)), dropout=0.1, device=device)
+    assert found.backward.launches == launches and found.backward.variant == ("publish" if launches == 2 else "split")
+
+
 def test_the_library_gemm_moves_y_twice_more():
     found = fused_lora.explain(M=8192, K=14336, N=4096, r=16, dtype=BF16, device="sm_90")
     split = config.traffic("linear", 8192, 4096, 14336, 16, BF16, False, 90, variant="split")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fused_lora.kernels.config import LaunchConfig
+from fused_lora.kernels.config import LaunchConfig, pick
 from fused_lora.kernels.lora_linear import lora_linear_forward, lora_linear_input_grad
 from fused_lora.kernels.lora_shrink import lora_shrink
 from fused_lora.reference import dropout_mask
@@ -70,6 +70,16 @@ def test_several_adapters_with_masks_of_their_own(ranks, dropout, dtype, device,
 @pytest.mark.parametrize("r", [100, 512])
 def test_rank_beyond_one_block(r, device, kernel_memory):
     check(LayerCase.make(17, 33, 65, [r], [0.1], device=device), SPLIT)
+
+
+@pytest.mark.parametrize("r", [33, 64])
+@pytest.mark.parametrize("M, capability", [(100, 80), (100, 90), (513, 90)])
+def test_publish_of_64_ranks_as_configured(M, capability, r, device, kernel_memory):
+    case = LayerCase.make(M, 65, 70, [r], [0.3], torch.bfloat16, device=device)
+    config = pick("input_grad", M, 70, 65, r, torch.bfloat16, True, capability)
+    assert (config.variant, config.BLOCK_R) == ("publish", 64)
+    dx, dS = lora_linear_input_grad(case.g, case.weight, *case.adapters, config=config)
+    case.check(dict(dx=dx, dS=dS))
 
 
 @pytest.mark.parametrize("split_k, p", [(2, 0.0), (3, 0.3), (8, 0.0)])

@@ -208,6 +208,10 @@ def test_choose_is_total_and_names_what_exists():
     assert plan.choose("input_grad", 8192, 14336, 16, bf16, True, False, 1, 90) == "publish"
     assert plan.choose("input_grad", 8192, 4096, 16, bf16, False, True, 1, 90) == "publish"
     assert plan.choose("input_grad", 8192, 4096, 16, bf16, True, False, 2, 90) == "split"
+    assert plan.choose("input_grad", 8192, 4096, 64, bf16, True, False, 1, 90) == "publish"
+    assert plan.choose("input_grad", 8192, 4096, 64, bf16, True, False, 1, 120) == "split"
+    assert plan.choose("input_grad", 8192, 4096, 64, bf16, True, True, 1, 90) == "split"
+    assert plan.choose("input_grad", 300, 14336, 64, bf16, False, False, 1, 90) == "publish"
     assert plan.choose("linear", 8192, 4096, 16, bf16, True, False, 1, 0) == "eager"
 
 

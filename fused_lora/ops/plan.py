@@ -49,19 +49,16 @@ def choose(
         "recompute" or "publish" (one launch), "split" (shrink, then GEMM with the expand in it), "cublas" (shrink, then
         library GEMMs that accumulate) or "eager".
     """
-    from fused_lora.kernels.config import variants
+    from fused_lora.kernels.config import MANY, variants
 
     if capability < 80:
         return "eager"  # untried chips keep to the library
+    preferred = variants(op, M, r, dtype, dropout, upcast, adapters, capability)[-1]
     masked_output = dropout and op == "input_grad"
-    possible = variants(op, M, r, dtype, dropout, upcast, adapters)
-    if M <= 512 and "recompute" in possible:
-        return "recompute"
-    if not masked_output and not upcast and (dtype == torch.float32 or K > _LONG):
-        return "cublas"  # fp32 has no tensor cores to feed: the library's GEMM is the better one
-    if op == "input_grad" and "publish" in possible:
-        return "publish"  # dS comes with the pass over g that the product makes anyway
-    return "split"
+    # fp32 has no tensor cores to feed: the library's GEMM is the better one
+    library = not masked_output and not upcast and (dtype == torch.float32 or K > _LONG)
+    # one launch for few rows, whatever K is
+    return "cublas" if library and (preferred == "split" or M > MANY) else preferred
 
 
 def plan(
