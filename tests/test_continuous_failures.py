@@ -2,9 +2,11 @@
 
 import gc
 import logging
+import random
 import weakref
 
 import pytest
+import torch
 
 import fused_lora
 from fused_lora.serving.continuous import (
@@ -223,6 +225,57 @@ def test_activations_of_the_failed_step_are_freed(served, caplog):
         wait_for(lambda: held(engine, store) == (0, 0, 0))
         gc.collect()
         assert kept[0]() is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_that_fail_at_random_leave_every_answer_right(world, seed):
+    """Clients ask again until they are served: shared prefixes, a cache that is too small, cancelled requests."""
+    draw = random.Random(seed)
+    model = serving.load_model(world[0])
+
+    def fail(module, args, out):
+        if draw.random() < 0.02:
+            raise draw.choice((RuntimeError, MemoryError, ValueError, torch.OutOfMemoryError))("at random")
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(fail)  # the keys of the step have been written
+        layer.mlp.register_forward_hook(fail)
+    store = fused_lora.AdapterStore(model)
+    for name, path in world[1].items():
+        store.register(name, str(path))
+    jobs = [(draw.choice(["a", "b", None]), prompt(24) + prompt(1 + i % 9, i), 4 + i % 12) for i in range(30)]
+    with continuous_batching(model, store, config(num_blocks=24, safety_margin=0.0)) as engine:
+
+        def ask(i):
+            name, ids, count = jobs[i]
+            return engine.add_request(ids, adapter=name, max_new_tokens=count)
+
+        asked = {ask(i): i for i in range(len(jobs))}
+        answers, kinds = {}, set()
+
+        def served_all():
+            output = engine.get_result(timeout=0.05)
+            if output is not None and output.request_id in asked:
+                i = asked.pop(output.request_id)
+                if failure_of(output) is None:
+                    answers[i] = output.generated_tokens
+                else:
+                    kinds.add(failure_of(output).kind)
+                    asked[ask(i)] = i
+            elif output is not None:
+                assert failure_of(output) is None or isinstance(failure_of(output), StepFailed)
+            if asked and draw.random() < 0.1:
+                gone = draw.choice(list(asked))
+                engine.cancel_request(gone)
+                i = asked.pop(gone)
+                asked[ask(i)] = i
+            return len(answers) == len(jobs)
+
+        wait_for(served_all, 60)
+        wait_for(lambda: held(engine, store) == (0, 0, 0))
+        assert all_blocks_free(engine) and engine.counters.failed_steps >= 3 and len(kinds) >= 2
+    for i, (name, ids, count) in enumerate(jobs):
+        assert answers[i] == world[2](name, ids, count), i
 
 
 def test_failure_is_logged_with_its_traceback(served, caplog):
