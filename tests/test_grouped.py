@@ -126,7 +126,7 @@ def test_adapters_at_equal_distances_share_a_product(monkeypatch):
     monkeypatch.setattr(torch, "bmm", lambda a, b: calls.append(len(a)) or bmm(a, b))
     x, y = torch.randn(5, K), torch.randn(5, N)
     for n in (3, 5):  # tried before, so that the calls counted are not those of a trial
-        assert invariant.stacks(n, 4, K, 8, N, torch.float32, CPU, torch.get_num_threads(), False)
+        assert invariant.stacks(n, 4, K, 8, N, torch.float32, CPU, torch.get_num_threads(), "")
     calls.clear()
     together = run(x, y, [0, 1, 2, 3, 4], factors)
     assert calls == [5]
@@ -153,9 +153,9 @@ def layers_of(groups, N, K, ranks, gap=0):
     return found
 
 
-def tried(n, K, r, N, same_input):
+def tried(n, K, r, N, same):
     """Before calls are counted, so that those of a trial are not among them."""
-    if not invariant.stacks(n, 4, K, r, N, torch.float32, CPU, torch.get_num_threads(), same_input):
+    if not invariant.stacks(n, 4, K, r, N, torch.float32, CPU, torch.get_num_threads(), same):
         pytest.skip("this BLAS rounds a batched product otherwise")
 
 
@@ -204,12 +204,12 @@ def test_layers_of_one_shape_share_a_product(monkeypatch):
     joint = Joint([Terms(layer) for layer in layers])
     assert all(runs == ((0,), (1, 2)) for runs in joint.across.values())
     for r in ranks:
-        tried(2, K, r, 48, True)
+        tried(2, K, r, 48, "input")
     calls = counting(monkeypatch)
     x = torch.randn(3, K)
     together = form_terms(x, RowLayout(np.arange(3), CPU), joint)
     assert calls == [(2, True)] * 3
-    monkeypatch.setattr("fused_lora.ops.grouped_products.stacks", lambda *args: False)
+    monkeypatch.setattr("fused_lora.ops.grouped_plan.stacks", lambda *args: False)
     calls.clear()
     one_by_one = form_terms(x, RowLayout(np.arange(3), CPU), joint)
     assert calls == []
@@ -229,8 +229,8 @@ def test_three_layers_at_equal_distances_are_one_product_and_groups_come_first(m
         for i in range(3):
             A, B = memory[g, i, 0].view(4, K), memory[g, i, 1][: 4 * 48].view(4, 48)
             alike[i][g] = [(A.t(), B, 0.7)]
-    for r, n, same_input in ((4, 3, True), (8, 3, True), (4, 2, False)):
-        tried(n, K, r, 48, same_input)
+    for r, n, same in ((4, 3, "input"), (8, 3, "input"), (4, 2, "")):
+        tried(n, K, r, 48, same)
     calls = counting(monkeypatch)
     x = torch.randn(2, K)
     form_terms(x, RowLayout(np.arange(2), CPU), mixed)
@@ -278,10 +278,10 @@ def test_products_that_disagree_are_not_used(monkeypatch):
     x, y = torch.randn(200, K), torch.randn(200, N)
     rows = np.arange(200) % 3
     expected = run(x, y, rows, factors)
-    monkeypatch.setattr("fused_lora.ops.grouped_products.stacks", lambda *args: False)
-    monkeypatch.setattr("fused_lora.ops.grouped_products.row_tiles", lambda *args: (invariant.LEAST,))
+    monkeypatch.setattr("fused_lora.ops.grouped_plan.stacks", lambda *args: False)
+    monkeypatch.setattr("fused_lora.ops.grouped_plan.row_tiles", lambda *args: (invariant.LEAST,))
     assert torch.equal(run(x, y, rows, factors), expected)
-    monkeypatch.setattr("fused_lora.ops.grouped_products.row_tiles", lambda *args: (1,))
+    monkeypatch.setattr("fused_lora.ops.grouped_plan.row_tiles", lambda *args: (1,))
     one = run(x, y, rows, factors)
     alone = torch.cat([run(x[i : i + 1], y[i : i + 1], rows[i : i + 1], factors) for i in range(200)])
     assert torch.equal(one, alone)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_lora.ops.grouped_products import Chunk, Products, filled
+from fused_lora.ops.grouped_plan import filled
+from fused_lora.ops.grouped_products import Chunk, Products
 from fused_lora.ops.grouped_terms import Joint, Terms
 
 __all__ = ["Joint", "RowLayout", "Terms", "form_terms", "lora_grouped_"]

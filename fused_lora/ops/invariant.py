@@ -44,15 +44,17 @@ def stacks(
     dtype: torch.dtype,
     device: torch.device,
     threads: int,
-    same_input: bool = False,
+    same: str = "",
 ) -> bool:
     """Whether ``n`` tiles of ``height`` rows in one batched product have the bits that each has for itself.
 
-    same_input: one tile of rows under n adapters, instead of a tile for each.
+    same: "input" for one tile under n adapters, "factors" for n tiles under one, instead of a tile for each adapter.
     """
     x, A, B_t = _draw(n, height, K, r, N, dtype, device)
-    if same_input:
+    if same == "input":
         x = x[0].expand_as(x)
+    elif same == "factors":
+        A, B_t = A[0].expand_as(A), B_t[0].expand_as(B_t)
     alone = [_in_tiles(*factors, height) for factors in zip(x, A, B_t, strict=True)]
     S = torch.bmm(x, A.transpose(1, 2))
     out = aligned(n, height, N, dtype=dtype, device=device)
