@@ -1,6 +1,7 @@
 """A step that raises ends its own requests, frees what they held, and leaves the others as if it had not been."""
 
 import gc
+import itertools
 import logging
 import random
 import weakref
@@ -230,12 +231,15 @@ def test_activations_of_the_failed_step_are_freed(served, caplog):
 @pytest.mark.parametrize("seed", range(3))
 def test_steps_that_fail_at_random_leave_every_answer_right(world, seed):
     """Clients ask again until they are served: shared prefixes, a cache that is too small, cancelled requests."""
-    draw = random.Random(seed)
+    draw, trouble = random.Random(seed), random.Random(seed)  # one per thread
     model = serving.load_model(world[0])
+    calls, kinds_of_trouble = [20], itertools.cycle((RuntimeError, MemoryError, torch.OutOfMemoryError))
 
     def fail(module, args, out):
-        if draw.random() < 0.02:
-            raise draw.choice((RuntimeError, MemoryError, ValueError, torch.OutOfMemoryError))("at random")
+        calls[0] -= 1
+        if calls[0] == 0:
+            calls[0] = trouble.randint(20, 80)
+            raise next(kinds_of_trouble)("at random")
 
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(fail)  # the keys of the step have been written
