@@ -153,22 +153,25 @@ class _Mask:
 
 def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
     """S = concatenation of D_i(x) A_i^T, [M, sum r] in ``acc``."""
+    terms = [
+        _shrink_one(rows, A.to(acc), p, seeds[i] if p else None)
+        for i, (A, p) in enumerate(zip(lora_A, dropout, strict=True))
+    ]
+    return terms[0] if len(terms) == 1 else torch.cat(terms, 1)
+
+
+def _shrink_one(rows, A, p, seed) -> torch.Tensor:
     M, K = rows.shape
-    S = rows.new_empty((M, sum(A.shape[0] for A in lora_A)), dtype=acc)
-    column = 0
-    for i, A in enumerate(lora_A):
-        out = S[:, column : column + A.shape[0]]
-        column += A.shape[0]
-        if dropout[i] == 0.0:
-            out.copy_(_narrow(rows.to(acc), A.to(acc)))
-        elif dropout[i] == 1.0:
-            out.zero_()
-        else:
-            mask, buffer = _Mask(seeds[i], dropout[i], M, K, rows.device), _buffer(rows, rows.dtype)
-            for start, stop in _row_blocks(M, K):
-                block = buffer[: stop - start]
-                mask.multiply(start, stop, rows[start:stop], block, None)
-                out[start:stop] = _narrow(block.to(acc), A.to(acc)).mul_(mask.scale)
+    if p == 0.0:
+        return _narrow(rows.to(A.dtype), A)
+    S = rows.new_zeros((M, A.shape[0]), dtype=A.dtype)
+    if p < 1.0:
+        mask, buffer = _Mask(seed, p, M, K, rows.device), _buffer(rows, rows.dtype)
+        for start, stop in _row_blocks(M, K):
+            block = buffer[: stop - start]
+            mask.multiply(start, stop, rows[start:stop], block, None)
+            S[start:stop] = _narrow(block.to(A.dtype), A)
+        S.mul_(mask.scale)
     return S
 
 
