@@ -67,14 +67,14 @@ def test_failed_step_is_a_500_and_the_server_goes_on(server, world):
     assert "(RuntimeError)" in caught.value.body["message"] and "mark" not in caught.value.body["message"]
     assert "the layer met its mark" in server.log.read_text()
     # a stream that has begun is told in the stream, as is one of the requests of a chat
-    stream = server.say("a", "Tell me", 800, stream=True)
+    stream = server.say("a", "Tell me", 1000, stream=True)
     begun = [next(stream).choices[0].text for _ in range(4)]
     with pytest.raises(openai.InternalServerError):
         server.client.chat.completions.create(model="b", messages=[{"role": "user", "content": MARK}], max_tokens=4)
     with pytest.raises(openai.APIError, match="the model failed in a step"):
         begun += [chunk.choices[0].text for chunk in stream]
     said = "".join(begun)
-    assert len(said) > 3 and text("a", "Tell me", 800).startswith(said.rstrip("\ufffd"))
+    assert len(said) > 3 and text("a", "Tell me", 1000).startswith(said.rstrip("\ufffd"))
     assert server.http.get("/health").json() == {"status": "ok"}
     assert [server.say(name, "Tell me").choices[0].text for name in "ab"] == [text(n, "Tell me", 12) for n in "ab"]
     counted = {name: server.metric(name) for name in ("failed_steps_total", "failed_requests_total")}
