@@ -441,6 +441,36 @@ def test_a_forked_child_makes_its_own_helpers():
     assert _threads_that_worked() == 2
 
 
+def test_merges_of_several_threads_take_turns():
+    """Each finds torch with the threads that it had, whoever else merged meanwhile, and every bit comes back."""
+    threads, failures = torch.get_num_threads(), []
+    cases = [case(700, 800, 4, torch.float32) for _ in range(3)]
+
+    def work(W, A, B):
+        try:
+            before = W.clone()
+            for _ in range(15):
+                merging.unmerge_(W, merging.merge_(W, [A], [B], [1.0]))
+                assert same_bits(W, before)
+            with pytest.raises(ValueError, match="NaNs or infinities"):
+                merging.merge_(W, [A * float("inf")], [B], [1.0])
+            assert same_bits(W, before)
+        except BaseException as e:
+            failures.append(e)
+
+    torch.set_num_threads(2)
+    try:
+        workers = [threading.Thread(target=work, args=one) for one in cases]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(120)
+        assert not failures and not any(worker.is_alive() for worker in workers)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _threads_that_worked() -> int:
     threads, seen = torch.get_num_threads(), set()
     both = threading.Barrier(2, timeout=30)

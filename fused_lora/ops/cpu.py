@@ -1,7 +1,8 @@
 """The eager path of the LoRA linear: plain torch, fast on CPUs, correct on any device.
 
 One rule shapes it: nothing of size [M, K] is stored, neither the mask nor the dropped input. The mask is drawn again
-where it is needed, for a block of rows that fits the cache, by numpy's Philox (5 times faster than F.dropout).
+where it is needed, for a block of rows that fits the cache, by a compiled loop or numpy's Philox (5 times faster than
+F.dropout).
 
 16-bit tensors on a CPU are computed in fp32 and rounded once: a bf16 or fp16 GEMM without hardware support is
 hundreds of times slower than the same GEMM in fp32. The weight is converted in blocks of rows, so that the copy stays

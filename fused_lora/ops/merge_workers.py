@@ -10,38 +10,43 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import torch
 
 _THREADED_ELEMENTS = 1 << 19  # below this one thread is faster than waking several
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
+_turns = threading.Lock()
 
 
 class Team:
     """As many workers as torch has threads, for as long as a merge takes: ``with Team(W.device) as team``.
 
     torch itself is single-threaded meanwhile, also between the blocks: the threads of a parallel operation go on
-    spinning for milliseconds after its end, on the cores that the workers need.
+    spinning for milliseconds after its end, on the cores that the workers need. Teams on a CPU take turns, so that
+    none sets the count back while another is at work.
 
     Attributes:
         threads: how many torch had.
     """
 
     def __init__(self, device: torch.device):
-        self.threads = torch.get_num_threads() if device.type == "cpu" else 1
-        self._matmul = _ieee_matmul(device)
+        self.threads, self._device = 1, device
 
     def __enter__(self) -> Team:
-        self._matmul.__enter__()
-        if self.threads > 1:
-            torch.set_num_threads(1)
+        with ExitStack() as stack:
+            stack.enter_context(_ieee_matmul(self._device))
+            if self._device.type == "cpu":
+                stack.enter_context(_turns)
+                self.threads = torch.get_num_threads()
+                stack.callback(torch.set_num_threads, self.threads)
+                torch.set_num_threads(1)
+            self._end = stack.pop_all()
         return self
 
     def __exit__(self, *exception) -> None:
-        if self.threads > 1:
-            torch.set_num_threads(self.threads)
-        self._matmul.__exit__(*exception)
+        self._end.close()
 
     def over_blocks(
         self, W: torch.Tensor, tasks: Iterable[tuple], workspace: Callable[[], object], work: Callable[..., None]
@@ -101,8 +106,9 @@ def _helpers() -> ThreadPoolExecutor:
 
 
 def _forget_helpers() -> None:
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()  # a forked child has no threads but its own, and maybe a held lock
+    global _pool, _pool_lock, _turns
+    # a forked child has no threads but its own, and maybe held locks
+    _pool, _pool_lock, _turns = None, threading.Lock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
