@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-_INSTRUCTIONS = {  # name in the report -> opcode in the disassembly
-    "HGMMA": r"\bHGMMA\b",
-    "tcgen05": r"\bUTC[A-Z]*MMA\b",
-    "HMMA": r"\bHMMA\b",
-    "MFMA": r"\bv_mfma\w*",
-    "copy16": r"\bLDG(?:STS)?\.E\S*\.128\b|\b(?:global|buffer)_load_(?:dwordx4|b128)\b",
-    "TMA": r"\bUTMALDG\b",
+_INSTRUCTIONS = {  # name in the report -> (what it cannot do without, its opcode in the disassembly)
+    "HGMMA": ("HGMMA", r"\bHGMMA\b"),
+    "tcgen05": ("UTC", r"\bUTC[A-Z]*MMA\b"),
+    "HMMA": ("HMMA", r"\bHMMA\b"),
+    "MFMA": ("v_mfma", r"\bv_mfma\w*"),
+    "copy16": ("", r"\bLDG(?:STS)?\.E\S*\.128\b|\b(?:global|buffer)_load_(?:dwordx4|b128)\b"),
+    "TMA": ("UTMALDG", r"\bUTMALDG\b"),
 }
 _ADDRESS = re.compile(r"^\s*/\*([0-9a-f]+)\*/")
 _WGMMA_FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*\{")
@@ -27,7 +27,7 @@ _CONTROL_FLOW = re.compile(r"\bbra\b|^\s*\$L__BB\w+:|\bret\b")
 
 def instructions(text: str) -> dict[str, int]:
     """How often each instruction of the report occurs in a disassembly; those that do not occur are left out."""
-    counts = {name: len(re.findall(pattern, text)) for name, pattern in _INSTRUCTIONS.items()}
+    counts = {name: len(re.findall(code, text)) for name, (part, code) in _INSTRUCTIONS.items() if part in text}
     return {name: n for name, n in counts.items() if n}
 
 

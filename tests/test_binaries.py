@@ -58,7 +58,7 @@ def test_the_watch_finds_a_pipelined_wgmma_that_reads_registers():
 # the expand of each variant, whose left operand is computed in registers
 EXPANDS = """
 from fused_lora.compiling import cases, compile_batch
-wanted = ("linear split bf16 64x64", "linear publish bf16 128x128", "input_grad recompute bf16 mask 64x128x64 r32")
+wanted = ("linear split bf16 64x64", "input_grad publish bf16 128x128", "input_grad recompute bf16 mask 64x128x64 r32")
 some = [next(c for c in cases(90) if c.label.startswith(name)) for name in wanted]
 print(json.dumps({label: r.get("loose", 0) for label, r in compile_batch(some, "sm_90").items()}))
 """
