@@ -1,5 +1,6 @@
 """The HTTP server, run as its users run it: a process of its own, asked by OpenAI's client."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import functools
@@ -540,6 +541,23 @@ def test_stop_string_ends_the_text_wherever_it_is_cut(stops, size):
     # the earliest to be complete wins, so a longer one that starts before may lose
     first_done = min((text.index(s) + len(s), text.index(s)) for s in stops if s in text)[1] if ends else len(text)
     assert out == text[:first_done] and stream.stopped == bool(ends)
+
+
+def test_error_that_nobody_thought_of_ends_the_stream_with_an_event():
+    """A tokenizer that fails on what the model said: the stream says so, where it would just break off."""
+    from fused_lora.serving.server import _merged
+
+    class Engine:
+        async def generate(self, job):
+            yield "first"
+            raise LookupError("/secret/path")
+
+    async def read():
+        return [piece async for piece in _merged(Engine(), [None])]
+
+    with pytest.raises(ApiError, match="LookupError in the server; its log says more") as caught:
+        asyncio.run(read())
+    assert caught.value.status == 500 and "secret" not in caught.value.message
 
 
 def test_allowed_adapter(world):

@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import json
+import re
+import shutil
 
 import pytest
 
@@ -27,10 +29,19 @@ def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("input")
     folder = serving.write_tiny_llama(root / "tiny")
     plain = serving.load_model(folder)
-    for name in "ab":
+    for name in ("a", "b", "torn", "biased", "gone"):
         serving.write_adapter(root / "adapters" / name, plain, 4, seed=1)
     with Server(folder, root / "adapters", root / "log", "--allow-load", "--drain-timeout", "1") as found:
+        damage(root / "adapters")
         yield found
+
+
+def damage(adapters):
+    """Once the server knows them: one is cut short, one has what cannot be served beside others, one is deleted."""
+    weights, config = adapters / "torn" / "adapter_model.safetensors", adapters / "biased" / "adapter_config.json"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    config.write_text(json.dumps({**json.loads(config.read_text()), "bias": "all"}))
+    shutil.rmtree(adapters / "gone")
 
 
 def post(server, route, content):
@@ -134,6 +145,20 @@ def test_loads(server, changes, status, param):
     assert server.http.get("/v1/models").json() == before
 
 
+@pytest.mark.parametrize("name, said", [("torn", "expected"), ("biased", "bias='all'"), ("gone", "no such folder")])
+def test_adapters_that_broke_on_the_server_are_its_own_fault(server, name, said):
+    answer = post(server, "completions", {**COMPLETION, "model": name})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (500, "model", "invalid_adapter")
+    assert said in error["message"] and error["type"] == "server_error"
+    streamed = post(server, "completions", {**COMPLETION, "model": name, "stream": True})
+    assert json.loads(streamed.text.removeprefix("data: ")) == answer.json()
+    loaded = post(server, "load_lora_adapter", dict(lora_name="new", lora_path=name))
+    refused(loaded, 404 if name == "gone" else 400, "lora_path", "gone" if name == "gone" else said)
+    assert not any("/" in found.json()["error"]["message"] for found in (answer, loaded))  # no folder of the server
+    assert f"adapter '{name}': " in server.log.read_text()
+
+
 def test_unloads(server):
     for name, status in ((None, 400), (5, 400), ("", 400), ("ü", 400), ("tiny", 400), ("nobody", 404)):
         refused(post(server, "unload_lora_adapter", dict(lora_name=name)), status, "lora_name", "lora")
@@ -198,7 +223,11 @@ def test_what_is_odd_but_right_is_served(server):
 
 def test_after_all_this_the_server_is_as_it_was(server):
     assert server.http.get("/health").status_code == 200
-    assert [model["id"] for model in server.http.get("/v1/models").json()["data"]] == ["tiny", "a", "b"]
+    assert [model["id"] for model in server.http.get("/v1/models").json()["data"]] == [
+        "tiny",
+        *("a", "b", "biased", "gone", "torn"),
+    ]
     assert server.metric("requests_running") == server.metric("requests_waiting") == 0
-    assert server.metric("failed_requests_total") == server.metric("failed_steps_total") == 0
-    assert "Traceback" not in server.log.read_text() and 'status="5' not in server.http.get("/metrics").text
+    assert server.metric("failed_requests_total") == 2 * 3 and server.metric("failed_steps_total") == 0
+    assert "Traceback" not in server.log.read_text()
+    assert re.findall(r'status="(5\d\d)"} (\d+)', server.http.get("/metrics").text) == [("500", "3")]

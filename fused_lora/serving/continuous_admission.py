@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from fused_lora.serving.residency import StoreFull
 from fused_lora.serving.store import AdapterStore, Lease
+
+_log = logging.getLogger("fused_lora.serving")
 
 # keys in a request's logit_processor_kwargs
 ADAPTER, VERSION = "adapter", "adapter_version"
@@ -74,6 +77,7 @@ class Admission:
             try:
                 started = self._start(state, blocked_since)
             except Exception as error:  # a name that is gone, a file that is damaged: the request fails, not the engine
+                _log.warning("adapter %r: %s: %s", adapter_of(state), type(error).__name__, error)
                 self.fail(state, error)
                 continue
             if started:

@@ -37,9 +37,10 @@ from fused_lora.serving.server_api import (
     UnloadRequest,
     Usage,
     malformed,
+    unexpected,
     unknown_model,
 )
-from fused_lora.serving.server_engine import AsyncEngine, Job, Piece, as_api_error
+from fused_lora.serving.server_engine import AsyncEngine, Job, Piece
 from fused_lora.serving.server_guard import Guard, allowed_adapter
 
 _log = logging.getLogger("fused_lora.serve")
@@ -196,7 +197,8 @@ async def _merged(engine: AsyncEngine, jobs: list[Job]) -> AsyncIterator[tuple[i
         except Exception as error:
             if not isinstance(error, ApiError):
                 _log.error("an answer failed", exc_info=error)
-            ready.put_nowait((index, as_api_error(error)))
+                error = unexpected(error)
+            ready.put_nowait((index, error))
 
     tasks = [asyncio.create_task(pump(index, job)) for index, job in enumerate(jobs)]
     try:
@@ -305,5 +307,5 @@ def _answer_errors(app: FastAPI) -> None:
         return answer(malformed(error.errors()))
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return answer(ApiError(500, f"{type(error).__name__} in the server; its log says more"))
+    async def failed(_: Request, error: Exception) -> Response:
+        return answer(unexpected(error))

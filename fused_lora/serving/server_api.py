@@ -68,6 +68,11 @@ def unknown_model(name: str) -> ApiError:
     return ApiError(404, f"The model {name[:100]!r} does not exist", "model", "model_not_found")
 
 
+def unexpected(error: Exception) -> ApiError:
+    """500: what nobody thought of."""
+    return ApiError(500, f"{type(error).__name__} in the server; its log says more")
+
+
 def malformed(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """400 for what pydantic found: which field, and what it should have been."""
     first = errors[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from fused_lora.serving.server_metrics import Metrics
 from fused_lora.serving.server_text import TextStream
 
 _POLL_SECONDS = 0.02
+_FOLDERS = re.compile(r"""(?<![\w.])/(?:[^/\s"']+/)+""")
 
 
 @dataclass
@@ -181,6 +183,8 @@ class AsyncEngine:
                 top_p=job.top_p,
                 seed=job.seed,
             )
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
         except Exception as error:
             raise as_api_error(error) from error
 
@@ -225,7 +229,7 @@ class AsyncEngine:
         try:
             await asyncio.to_thread(work, name, *more)
         except Exception as error:
-            raise as_api_error(error) from error
+            raise _load_error(error) from error
         now = self.store.identity(name) if name in self.store.names() else None
         older = [running for running in self._jobs.values() if running.adapter == name]
         deadline = time.monotonic() + self.limits.drain_seconds
@@ -249,19 +253,32 @@ class AsyncEngine:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What the client is told; paths on this machine and other internals stay out of a server error."""
+    """What the client of a generation is told; paths on this machine and other internals stay out of a server error."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, AdapterNotFound):
         return ApiError(404, str(error), "model", "model_not_found")
-    if isinstance(error, AdapterError):
-        what = f"{error.key}: " if error.key else ""
-        return ApiError(400, f"{what}expected {error.expected}, found {error.found}", "lora_path", "invalid_adapter")
-    if isinstance(error, ValueError):
-        return ApiError(400, str(error))
+    if isinstance(error, ValueError):  # of the store: the client named an adapter, the files are the server's
+        return ApiError(500, f"the adapter cannot be served: {_of_files(error)}", "model", "invalid_adapter")
     if isinstance(error, StoreFull):
         return ApiError(503, str(error), "model", "store_full")
     if isinstance(error, StepFailed):
         message = f"the model failed in a step with this request ({error.kind}); the server's log says more"
         return ApiError(500, message, code="step_failed")
     return ApiError(500, f"{type(error).__name__} in the engine; its log says more")
+
+
+def _load_error(error: Exception) -> ApiError:
+    """What the client who asked for the load is told: its files are to blame for most."""
+    if isinstance(error, ValueError):
+        return ApiError(400, f"lora_path: {_of_files(error)}", "lora_path", "invalid_adapter")
+    return as_api_error(error)
+
+
+def _of_files(error: ValueError) -> str:
+    """What is wrong with an adapter, with no folder of this machine in it."""
+    message = str(error)
+    if isinstance(error, AdapterError):
+        what = f"{error.key}: " if error.key else ""
+        message = f"{what}expected {error.expected}, found {error.found}"
+    return _FOLDERS.sub("", message)
