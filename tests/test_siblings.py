@@ -495,3 +495,21 @@ def test_another_stream_computes_for_itself(model):
         v = block.v(y)
         torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), want, strict=True))
+
+
+def test_buffers_are_kept_for_the_last_two_mixes_alone(model):
+    """However many mixes there were, and the answers are those of the first time."""
+    store, x = loaded(model), torch.randn(2, 1, K)
+    mixes = [[a, b] for a in ADAPTERS for b in ADAPTERS][:12]
+
+    def answers():
+        found = []
+        for names in mixes:
+            with store.batch(names):
+                found.append(model(x))
+        return found
+
+    first = answers()
+    assert all(torch.equal(a, b) for a, b in zip(first, answers(), strict=True))
+    kept = [len(prepared._layouts) for prepared in store._prepared.values()]
+    assert kept == [0] * (len(kept) - 2) + [1, 1] and len(kept) == 8

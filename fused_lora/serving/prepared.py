@@ -52,6 +52,11 @@ class Prepared:
             found = self._joints[sites] = Joint([self.terms(site) for site in sites])
         return found
 
+    def drop_layouts(self) -> None:
+        """Give back the buffers; they are made again when they are needed."""
+        with self._lock:
+            self._layouts.clear()
+
     def layout(self, group_of_row: np.ndarray, device: torch.device) -> RowLayout:
         """The rows as the eager path takes them."""
         key = group_of_row.tobytes(), device

@@ -24,6 +24,7 @@ from fused_lora.serving.static import RowBuffers
 
 _MOST_RESIDENT = 1 << 20
 _PREPARED = 8  # batches of other adapters for which things are kept in order
+_WITH_BUFFERS = 2  # of these, how many keep buffers for their rows
 
 
 class AdapterStore(Registry):
@@ -229,6 +230,8 @@ class AdapterStore(Registry):
             self._prepared[key] = found
             if len(self._prepared) > _PREPARED:
                 del self._prepared[next(iter(self._prepared))]
+            for older in list(self._prepared.values())[:-_WITH_BUFFERS]:
+                older.drop_layouts()
             return found
 
 
