@@ -545,7 +545,7 @@ def test_stop_string_ends_the_text_wherever_it_is_cut(stops, size):
 
 def test_error_that_nobody_thought_of_ends_the_stream_with_an_event():
     """A tokenizer that fails on what the model said: the stream says so, where it would just break off."""
-    from fused_lora.serving.server import _merged
+    from fused_lora.serving.server_streams import merged
 
     class Engine:
         async def generate(self, job):
@@ -553,7 +553,7 @@ def test_error_that_nobody_thought_of_ends_the_stream_with_an_event():
             raise LookupError("/secret/path")
 
     async def read():
-        return [piece async for piece in _merged(Engine(), [None])]
+        return [piece async for piece in merged(Engine(), [None])]
 
     with pytest.raises(ApiError, match="LookupError in the server; its log says more") as caught:
         asyncio.run(read())

@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,9 @@ from fused_lora.serving.server_api import (
     unexpected,
     unknown_model,
 )
-from fused_lora.serving.server_engine import AsyncEngine, Job, Piece
+from fused_lora.serving.server_engine import AsyncEngine, Job
 from fused_lora.serving.server_guard import Guard, allowed_adapter
+from fused_lora.serving.server_streams import merged, unless_gone
 
 _log = logging.getLogger("fused_lora.serve")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot
@@ -137,11 +138,11 @@ class Service:
         if request.stream:
             chunks = self._chunks(answer, jobs, usage, request.include_usage)
             return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        return JSONResponse(await _unless_gone(http, self._whole(answer, jobs, usage)))
+        return JSONResponse(await unless_gone(http, self._whole(answer, jobs, usage)))
 
     async def _whole(self, answer: Answer, jobs: list[Job], usage: Usage) -> dict[str, Any]:
         texts, reasons = [""] * len(jobs), ["length"] * len(jobs)
-        async with contextlib.aclosing(_merged(self.engine, jobs)) as pieces:
+        async with contextlib.aclosing(merged(self.engine, jobs)) as pieces:
             async for index, piece in pieces:
                 texts[index] += piece.text
                 usage.completion_tokens += piece.tokens
@@ -152,7 +153,7 @@ class Service:
         for chunk in answer.opening(len(jobs)):
             yield _event(chunk)
         try:
-            async with contextlib.aclosing(_merged(self.engine, jobs)) as pieces:
+            async with contextlib.aclosing(merged(self.engine, jobs)) as pieces:
                 async for index, piece in pieces:
                     usage.completion_tokens += piece.tokens
                     if piece.text or piece.reason:
@@ -182,58 +183,6 @@ class Service:
             raise ApiError(400, str(error).replace("adapter_name", "lora_name", 1), "lora_name") from None
         if name == self.settings.base_name:
             raise ApiError(400, f"lora_name: {name!r} is the base model's name", "lora_name")
-
-
-async def _merged(engine: AsyncEngine, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
-    """The pieces of several jobs as they come, with the index of their job; leaving early cancels all of them."""
-    ready: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
-
-    async def pump(index: int, job: Job) -> None:
-        try:
-            async with contextlib.aclosing(engine.generate(job)) as pieces:
-                async for piece in pieces:
-                    ready.put_nowait((index, piece))
-            ready.put_nowait((index, None))
-        except Exception as error:
-            if not isinstance(error, ApiError):
-                _log.error("an answer failed", exc_info=error)
-                error = unexpected(error)
-            ready.put_nowait((index, error))
-
-    tasks = [asyncio.create_task(pump(index, job)) for index, job in enumerate(jobs)]
-    try:
-        left = len(jobs)
-        while left:
-            index, piece = await ready.get()
-            if isinstance(piece, Exception):
-                raise piece
-            if piece is None:
-                left -= 1
-            else:
-                yield index, piece
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _unless_gone(http: Request, work: Coroutine) -> Any:
-    """The result of ``work``, which is cancelled when the client hangs up."""
-
-    async def hung_up() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    task, gone = asyncio.create_task(work), asyncio.create_task(hung_up())
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client closed the connection")
-        return await task
-    finally:
-        for waiting in (task, gone):
-            waiting.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 def _event(data: dict[str, Any]) -> str:
