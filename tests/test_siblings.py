@@ -513,3 +513,16 @@ def test_buffers_are_kept_for_the_last_two_mixes_alone(model):
     assert all(torch.equal(a, b) for a, b in zip(first, answers(), strict=True))
     kept = [len(prepared._layouts) for prepared in store._prepared.values()]
     assert kept == [0] * (len(kept) - 2) + [1, 1] and len(kept) == 8
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_no_graph_keeps_the_adapters_of_the_eager_path(model, monkeypatch):
+    monkeypatch.setenv("FUSED_LORA_PLAN", "eager")
+    model.to("cuda")
+    store, x = loaded(model), torch.randn(6, 1, K, device="cuda")
+    with store.batch(["a4"] * 6):
+        model(x), model(x)
+        torch.cuda.synchronize()
+        with pytest.raises(RuntimeError, match="graph would keep"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            model(x)

@@ -163,6 +163,7 @@ class Batch:
 
     def _form(self, x: Tensor, rows: Rows, sites: Sequence[Site]) -> Callable[[int, Tensor], bool] | None:
         """The terms of all sites; ``add`` says whether they were still there."""
+        _refuse_capture(x)
         indices = tuple(s.index for s in sites)
         terms = form_terms(x, rows.layout, self._prepared.joint(indices))
         if terms is None:
@@ -206,8 +207,7 @@ class Batch:
 
     def _eager(self, site: int, x: Tensor, y: Tensor, rows: Rows) -> Callable[[], Tensor]:
         def eager() -> Tensor:
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("batch: a graph would keep these adapters for ever; run a step before capture")
+            _refuse_capture(x)
             return lora_grouped_(y, x, rows.layout, self._prepared.joint((site,)))
 
         return eager
@@ -245,3 +245,8 @@ class Batch:
             expected, fits = " or ".join(map(str, sorted(sizes[1]))), rows in sizes[1]
         if not fits:
             raise ValueError(f"batch: {site.path!r} got an input of shape {tuple(x.shape)}; expected {expected} rows")
+
+
+def _refuse_capture(x: Tensor) -> None:
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("batch: a graph would keep these adapters for ever; run a step before capture")
