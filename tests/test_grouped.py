@@ -326,3 +326,14 @@ def test_a_layout_serves_layers_of_all_shapes_and_both_grad_modes():
             with mode():
                 ours = lora_grouped_(y.clone(), x, layout, Terms(factors))
             assert torch.equal(ours, run(x, y, [0, 1, -1, 1], factors))
+
+
+def test_products_are_kept_for_those_who_can_ask_again():
+    factors = {0: [term(*adapter(16, 8, 4))]}
+    layout, joint = RowLayout(np.array([0]), CPU), Joint([Terms(factors)])
+    x, y = torch.randn(1, 16), torch.randn(1, 8)
+    for _ in range(3):
+        assert torch.equal(lora_grouped_(y.clone(), x, layout, Terms(factors)), run(x, y, [0], factors))
+        lora_grouped_(y.clone(), x, layout, joint)
+    (chunk,) = layout.chunks((0,))
+    assert len(chunk._products) == 1

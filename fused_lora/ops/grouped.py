@@ -96,5 +96,5 @@ def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms | Joint)
         raise ValueError(f"x, y: expected {layout.rows} rows as in the layout, got {len(x)} and {len(y)}")
     joint = terms if isinstance(terms, Joint) else Joint([terms])
     for chunk in layout.chunks(joint.groups):
-        chunk.products(joint, x.dtype).run(x).add(0, y)
+        chunk.products(joint, x.dtype, keep=joint is terms).run(x).add(0, y)
     return y

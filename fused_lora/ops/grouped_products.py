@@ -54,8 +54,11 @@ class Chunk:
         self._products: dict[tuple, Products] = {}
         self._workspaces: dict[tuple, _Workspace] = {}
 
-    def products(self, joint: Joint, dtype: torch.dtype) -> Products:
-        """The products of these layers for these rows, on inputs of this dtype; small ones are made once."""
+    def products(self, joint: Joint, dtype: torch.dtype, keep: bool = True) -> Products:
+        """The products of these layers for these rows, on inputs of this dtype; small ones are made once.
+
+        keep: for the next call with this very ``joint``.
+        """
         # an inference tensor cannot be written outside that mode, and threads may share a chunk
         mine = threading.get_ident(), torch.is_inference_mode_enabled(), torch.get_num_threads()
         key = joint, dtype, *mine
@@ -63,7 +66,7 @@ class Chunk:
         if found is None:
             accumulate = torch.promote_types(torch.promote_types(dtype, joint.dtype), torch.float32)
             found = Products(joint, self._frame(joint, accumulate, mine))
-            if self.height <= _KEEP:
+            if keep and self.height <= _KEEP:
                 self._products[key] = found
         return found
 

@@ -116,8 +116,8 @@ class AdapterStore(Registry):
             names: entries as for :meth:`batch`.
             rows: a list with the number of rows of each entry, in order, or an integer tensor with the entry of each
                 row (-1: the base model).
-            buffers: of :meth:`row_buffers`, for a step in a CUDA graph: run two steps, capture one, and replay the graph
-                inside other batches with the same buffers. Layers see ``max_rows`` rows, the last ones base rows.
+            buffers: of :meth:`row_buffers`, for a step in a CUDA graph: run two steps, capture one, and replay the
+                graph inside other batches with the same buffers. Layers see ``max_rows`` rows, the last ones base rows.
         """
         if rows is None:
             raise TypeError("rows: expected a list of row counts, or a tensor with the entry of each row, got None")
