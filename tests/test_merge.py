@@ -90,6 +90,35 @@ def test_any_layout_of_the_weight(layout, dtype):
     assert same_bits(view.contiguous(), before)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("relative", [0.01, 100.0])
+@pytest.mark.parametrize("offset", [1, 2, 3, 4, 6, 8, 12])
+def test_a_weight_may_begin_anywhere_in_memory(offset, relative, dtype):
+    """Also in the middle of a word: files that are mapped and slices of larger storages do."""
+    values, A, B = case(16, 24, 3, dtype, relative)
+    values = values.clamp(-1, 1)
+    memory = memoryview(bytearray(values.nbytes + offset))
+    W = torch.frombuffer(memory[offset:], dtype=dtype).view(16, 24).copy_(values)
+    record = merging.merge_(W, [A], [B], [1.0])
+    expected = values.clone()
+    merging.merge_(expected, [A], [B], [1.0])
+    assert same_bits(W, expected)
+    merging.unmerge_(W, record)
+    assert same_bits(W, values)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [33, 35, 62])
+def test_blocks_may_begin_between_two_words(rows, dtype):
+    W, A, B = case(rows, 4097, 2, dtype)
+    before = W.clone()
+    record = merging.merge_(W, [A], [B], [1.0])
+    assert len(record.blocks) > 1 and len(record.blocks[0].counts) > 1
+    assert any(block.start * 4097 * dtype.itemsize % 8 for block in record.blocks) or dtype.itemsize == 8
+    merging.unmerge_(W, record)
+    assert same_bits(W, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_thousand_cycles_over_twenty_adapters(dtype):
     W, *_ = case(96, 128, 1, dtype)

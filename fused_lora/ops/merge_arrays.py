@@ -169,8 +169,10 @@ def fingerprint(block: torch.Tensor) -> tuple[int, ...]:
     if block.device.type == "cpu":
         return fold(words_of(bits(block).numpy()))
     flat = bits(block).reshape(-1)
-    whole = flat.numel() * flat.element_size() % 8 == 0 and flat.data_ptr() % 8 == 0
-    words = flat.view(torch.int64) if whole else flat.to(torch.int64)
+    if flat.nbytes % 8:
+        words = flat.to(torch.int64)
+    else:
+        words = (flat.clone() if flat.data_ptr() % 8 else flat).view(torch.int64)
     rows = words.numel() // _FINGERPRINT_LANES
     head = words[: rows * _FINGERPRINT_LANES].reshape(rows, _FINGERPRINT_LANES)
     parts = head.sum(0), head.sum(1), words[rows * _FINGERPRINT_LANES :]
@@ -178,9 +180,14 @@ def fingerprint(block: torch.Tensor) -> tuple[int, ...]:
 
 
 def words_of(block: np.ndarray) -> np.ndarray:
-    """The block's bits as int64 words, or as integers of its elements where its size is no multiple of 8 bytes."""
+    """The block's bits as int64 words, or as integers of its elements where its size is no multiple of 8 bytes.
+
+    A view; a copy where the memory starts between two words: the same bits are the same words wherever they lie.
+    """
     flat = block.reshape(-1)
-    return flat.view(f"i{flat.itemsize}" if flat.nbytes % 8 or flat.ctypes.data % 8 else np.int64)
+    if flat.nbytes % 8:
+        return flat.view(f"i{flat.itemsize}")
+    return (flat.copy() if flat.ctypes.data % 8 else flat).view(np.int64)
 
 
 def fold(words: np.ndarray) -> tuple[int, ...]:
