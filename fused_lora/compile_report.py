@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fused_lora.compiling import CHIPS, collect, labelled, toolchain
+from fused_lora.compiling import CHIPS, collect, fingerprint, labelled, toolchain
 from fused_lora.explain import explain
 
 RESULTS = Path("benchmarks/results/compile_report.json")
@@ -140,7 +140,7 @@ def write_results(path: Path, results: dict[str, dict[str, dict]]) -> None:
 
 def write_page(path: Path, results: dict[str, dict[str, dict]]) -> None:
     """Put the table between the page's markers, or at its end if it has none."""
-    listed = {chip: len(labelled(CHIPS[chip].capability)) for chip in results}
+    listed = {chip: len(labelled(CHIPS[chip].capability, True)) for chip in results}
     numbers = ", ".join(f"{len(records)} of {listed[chip]} on {chip}" for chip, records in results.items())
     block = (
         f"{BEGIN}\nConfigurations compiled with {toolchain()}: {numbers}.\n\n{table(results)}\n\n"
@@ -161,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-lora compile-report", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 on a broken rule or a regression")
     parser.add_argument("--all", action="store_true", help="compile cases whose recorded result still stands, too")
+    parser.add_argument("--every-dtype", action="store_true", help="fp16 of training and merge on every chip, not one")
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument("--only", default="", help="only cases whose label contains this")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -170,7 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recorded = read_results(options.results)
     results: dict[str, dict[str, dict]] = {}
     written = 0
-    for done, todo, results in collect(recorded, options.chips, options.only, options.all, options.processes):
+    for done, todo, results in collect(
+        recorded, options.chips, options.only, options.all, options.processes, options.every_dtype
+    ):
         print(f"\rcompiled {done} of {todo}", end="", file=sys.stderr, flush=True)
         if not options.check and done >= written + 40:
             write_results(options.results, _over(read_results(options.results), results))
@@ -189,9 +192,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _over(recorded, results):
-    """Results so far over what was recorded, so that a run that is cut off keeps what it has; only cases that exist."""
+    """Results so far over what was recorded, so that a run that is cut off keeps what it has; only cases that exist.
+
+    Where a run need not have tried a case again, its old result must be that of today's code.
+    """
     kept = {}
     for chip, spec in CHIPS.items():
-        known = recorded.get(chip, {}) | results.get(chip, {})
-        kept[chip] = {label: known[label] for label in labelled(spec.capability) if label in known}
+        known, usual = recorded.get(chip, {}) | results.get(chip, {}), labelled(spec.capability)
+        kept[chip] = {
+            label: known[label]
+            for label, case in labelled(spec.capability, True).items()
+            if label in known and (label in usual or known[label]["key"] == fingerprint(case, chip))
+        }
     return {chip: records for chip, records in kept.items() if records}

@@ -52,11 +52,13 @@ CHIPS = {
 _BATCH = 24  # cases that a process compiles at a time: nvdisasm takes as long to start as half a case to compile
 
 
-def cases(capability: int) -> list[CompileCase]:
-    """Every compilation for a chip, in a fixed order."""
+def cases(capability: int, every_dtype: bool = False) -> list[CompileCase]:
+    """The compilations for a chip, in a fixed order; ``every_dtype``: fp16 of training and merge on every chip, too."""
     from fused_lora.kernels import aot, grouped_aot, merge_aot
 
-    return [case for module in (aot, merge_aot, grouped_aot) for case in module.compile_cases(capability)]
+    dtypes = aot.DTYPES if every_dtype else aot.dtypes_on(capability)
+    found = [case for module in (aot, merge_aot) for case in module.compile_cases(capability, dtypes)]
+    return [*found, *grouped_aot.compile_cases(capability)]
 
 
 def required(case: CompileCase, capability: int) -> list[str]:
@@ -172,14 +174,14 @@ def _start_process() -> None:
 
 def _compile_by_labels(job: tuple[str, list[str]]) -> tuple[str, dict[str, dict]]:
     chip, labels = job
-    known = labelled(CHIPS[chip].capability)
+    known = labelled(CHIPS[chip].capability, True)
     return chip, compile_batch([known[label] for label in labels], chip)
 
 
 @functools.cache
-def labelled(capability: int) -> dict[str, CompileCase]:
-    """The cases of a chip by their labels, in their order."""
-    every = cases(capability)
+def labelled(capability: int, every_dtype: bool = False) -> dict[str, CompileCase]:
+    """The :func:`cases` of a chip by their labels, in their order."""
+    every = cases(capability, every_dtype)
     labelled = {case.label: case for case in every}
     if len(labelled) < len(every):
         raise ValueError(f"cases of capability {capability}: labels are not unique")
@@ -192,10 +194,11 @@ def collect(
     only: str = "",
     everything: bool = False,
     processes: int | None = None,
+    every_dtype: bool = False,
 ) -> Iterator[tuple[int, int, dict[str, dict[str, dict]]]]:
     """Compile what ``recorded`` does not already know; yields (done, to do, results so far) after each batch.
 
-    The results hold the current cases alone, those of ``only`` (a substring of the label) if it is given.
+    The results hold the current :func:`cases` alone, those of ``only`` (a substring of the label) if it is given.
 
     Raises:
         RuntimeError: the kernels of this process are interpreted, so there is nothing to compile.
@@ -210,7 +213,7 @@ def collect(
         if chip not in CHIPS:
             raise ValueError(f"chip: expected one of {', '.join(CHIPS)}, got {chip!r}")
         results[chip], todo = {}, []
-        for label, case in labelled(CHIPS[chip].capability).items():
+        for label, case in labelled(CHIPS[chip].capability, every_dtype).items():
             if only not in label:
                 continue
             known = recorded.get(chip, {}).get(label)

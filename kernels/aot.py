@@ -113,13 +113,16 @@ def _weight_grad_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, u
     return _lora_weight_grad_kernel, types, values
 
 
+DTYPES = torch.bfloat16, torch.float16, torch.float32
+
+
 def dtypes_on(capability: int) -> tuple[torch.dtype, ...]:
-    """The dtypes of x to compile for a chip: fp16 on sm_90 alone.
+    """The dtypes of x to compile whenever a kernel changes: fp16 on sm_90 alone, on the other chips by request.
 
     In Triton's IR, from which every chip's binary is made, an fp16 kernel of aot.py and merge_aot.py is the bf16 kernel
     under another name.
     """
-    return (torch.bfloat16, torch.float16, torch.float32) if capability == 90 else (torch.bfloat16, torch.float32)
+    return DTYPES if capability == 90 else (torch.bfloat16, torch.float32)
 
 
 def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iterator[CompileCase]:

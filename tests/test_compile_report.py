@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fused_lora import compile_report as report
-from fused_lora.compiling import CHIPS, resident_blocks
+from fused_lora.compiling import CHIPS, fingerprint, labelled, resident_blocks
 
 pytest.importorskip("triton")
 RECORD = dict(
@@ -122,6 +122,21 @@ def test_every_configuration_keeps_the_rules():
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if not line.startswith("|"))
     for chip in CHIPS:
         assert f"| {chip} | linear, split | 16-bit |" in done.stdout
+
+
+def test_the_record_is_of_this_code_in_every_dtype():
+    """fp16 on every chip is compiled by request alone: a change of a kernel asks for it."""
+    from fused_lora.kernels.aot import DTYPES
+
+    recorded = report.read_results(Path(__file__).parent.parent / report.RESULTS)
+    if not recorded:
+        pytest.skip("recorded with another compiler")
+    for chip, spec in CHIPS.items():
+        every = labelled(spec.capability, True)
+        assert {case.dtype for case in every.values() if case.op == "linear"} == set(DTYPES)
+        stale = [x for x, case in every.items() if recorded[chip].get(x, {}).get("key") != fingerprint(case, chip)]
+        assert not stale, f"fused-lora compile-report --every-dtype: {chip}, {len(stale)} cases, {stale[:3]}"
+    assert not report.problems(recorded, recorded)
 
 
 @pytest.mark.slow

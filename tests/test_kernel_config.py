@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_lora.compiling import CHIPS, cases
-from fused_lora.kernels import grouped_aot
+from fused_lora.kernels import aot, grouped_aot
 from fused_lora.kernels.aot import compile_cases, dtypes_on
 from fused_lora.kernels.config import OPS, candidates, pick, traffic, variants
 from fused_lora.kernels.grouped_tables import pick_expand, pick_shrink
@@ -93,10 +93,9 @@ def test_compile_cases_are_distinct_and_complete(capability):
     st.booleans(), st.booleans(), st.integers(1, 3), st.sampled_from([80, 90, 100, 120]),
 )  # fmt: skip
 def test_all_that_a_plan_launches_is_compiled(op, M, N, K, r, dtype, dropout, upcast, adapters, capability):
-    """bf16 stands for fp16 where that is not compiled, and fp32 adapters for the 16-bit ones of an fp32 layer."""
+    """fp32 adapters stand for the 16-bit ones of an fp32 layer."""
     chosen = plan.plan(op, M, N, K, r, dtype, dropout, upcast, adapters, capability)
     compiled = _compiled(capability)
-    kept = dtype if dtype in dtypes_on(capability) else torch.bfloat16
     upcast = upcast and dtype != torch.float32
     masks = dict(product=dropout and (op, chosen.variant) != ("linear", "split"), shrink=dropout and op == "linear")
     launched = dict(product=(op, chosen.product), weight_grad=("weight_grad", chosen.weight_grad))
@@ -104,13 +103,13 @@ def test_all_that_a_plan_launches_is_compiled(op, M, N, K, r, dtype, dropout, up
     for part, (name, config) in launched.items():
         if config is not None:
             config = replace(config, SPLIT_K=min(config.SPLIT_K, 2))
-            assert (name, kept, config, masks.get(part, dropout), upcast) in compiled
+            assert (name, dtype, config, masks.get(part, dropout), upcast) in compiled
 
 
 @functools.cache
 def _compiled(capability):
     """(operation, dtype of x, configuration, whether it draws a mask, whether fp32 adapters) of what is compiled."""
-    every = [(case, case.label.split()) for case in compile_cases(capability)]
+    every = [(case, case.label.split()) for case in compile_cases(capability, aot.DTYPES)]
     return {(c.op, c.dtype, c.config, "mask" in words, "fp32-adapter" in words) for c, words in every}
 
 
