@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 import threading
 import warnings
 
@@ -11,7 +12,7 @@ from torch import nn
 
 import fused_lora
 from fused_lora import LoraConfig, LoraLinear, reference
-from fused_lora.ops import compiled, merge_arrays
+from fused_lora.ops import compiled, merge_arrays, merge_blocks
 from fused_lora.ops import merge as merging
 from fused_lora.ops.merge_workers import Team
 from fused_lora.reference import bits
@@ -280,6 +281,49 @@ def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, mon
     W.copy_(merged)
     merging.unmerge_(W, record)
     assert same_bits(W, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("action", ["merge", "unmerge"])
+@pytest.mark.parametrize("relative", [0.01, 100.0], ids=["corrections", "copy"])
+def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_state(relative, action, dtype, monkeypatch):
+    """Between the write of a block and the note of it, too."""
+    W, A, B = case(24, 64, 4, dtype, relative)
+    monkeypatch.setattr(merging, "_block_rows", lambda W, threads: 8)  # three blocks
+    before = W.clone()
+    record = merging.merge_(W, [A], [B], [1.0])
+    merged, files = W.clone(), (merging.__file__, merge_blocks.__file__, merge_arrays.__file__)
+    lines = {"seen": 0, "stop": 0}
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename not in files or frame.f_code.co_name not in ("merge", "restore", "_write"):
+            return None
+        if event in ("line", "return"):
+            lines["seen"] += 1
+            if lines["seen"] == lines["stop"]:
+                raise KeyboardInterrupt
+        return trace
+
+    whole = 0
+    while lines["seen"] >= lines["stop"]:
+        old, new = (before, merged) if action == "merge" else (merged, before)
+        W.copy_(old)
+        lines["seen"], lines["stop"] = 0, lines["stop"] + 1
+        outer = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            if action == "merge":
+                merging.merge_(W, [A], [B], [1.0])
+            else:
+                merging.unmerge_(W, record)
+        except KeyboardInterrupt:
+            assert same_bits(W, old), f"after {lines['seen']} lines"
+        else:
+            whole += 1
+            assert same_bits(W, new)
+        finally:
+            sys.settrace(outer)
+    assert lines["stop"] > 20 and whole == 1
 
 
 def test_arguments_are_checked():

@@ -117,11 +117,11 @@ def _merge_blocks(W: torch.Tensor, record: MergeRecord, team: Team) -> None:
     tasks = [(start, min(start + step, W.shape[0])) for start in range(0, W.shape[0], step)]
 
     def merge(ws: Workspace, start: int, stop: int) -> None:
-        record.blocks.append(ws.merge(start, stop, check_finite))
+        ws.merge(start, stop, check_finite, record.blocks)
 
     failure = team.over_blocks(W, tasks, record.workspace(W), merge)
     if failure is not None:
-        team.over_blocks(W, [(block,) for block in record.blocks], record.workspace(W), Workspace.restore)
+        team.over_blocks(W, [(block,) for block in record.blocks], record.workspace(W), Workspace.take_back)
         raise failure
     record.blocks.sort(key=lambda b: b.start)
 
@@ -144,17 +144,16 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
         )
     if record.device_corrections is not None:
         return merge_kernel.unmerge(W, record.left, record.right, record.device_corrections)
-    restored: list[tuple[int, int]] = []
+    begun: list[tuple[Block]] = []
 
     def restore(ws: Workspace, block: Block) -> None:
+        begun.append((block,))
         ws.restore(block)
-        restored.append((block.start, block.stop))
 
     with Team(W.device) as team:
         failure = team.over_blocks(W, [(block,) for block in record.blocks], record.workspace(W), restore)
         if failure is not None:
-            # the merge of a block is deterministic, so merging again undoes the part that was already restored
-            team.over_blocks(W, restored, record.workspace(W), Workspace.add_delta)
+            team.over_blocks(W, begun, record.workspace(W), Workspace.merge_again)
             raise failure
 
 

@@ -73,17 +73,20 @@ class Arrays:
             return cls(bits(W).numpy().view(loops.ELEMENTS[W.dtype]), delta.numpy(), loops)
         return cls(W.numpy(), delta.numpy(), None) if W.dtype == delta.dtype else None
 
-    def merge(self, start: int, stop: int) -> Block | None:
-        """W <- round(W + D) in rows [start, stop); None, nothing done, where there are too many corrections for it."""
+    def merge(self, start: int, stop: int, blocks: list[Block]) -> bool:
+        """W <- round(W + D) in rows [start, stop); the block joins ``blocks`` just before W is written.
+
+        False, nothing done, where there are too many corrections for it.
+        """
         w, d = self._rows(start, stop)
         merged = self._buffer[: w.size] if self._loops is None or w.dtype != d.dtype else d
         merge = self._merge_in_numpy if self._loops is None else self._merge_in_loops
         kept, fingerprint = merge(w, d, merged)
         if kept[1].size * (w.itemsize + 2) >= w.nbytes:
-            return None  # a copy would be smaller
-        block = Block(start, stop, fingerprint, *map(torch.from_numpy, kept))
+            return False  # a copy would be smaller
+        blocks.append(Block(start, stop, fingerprint, *map(torch.from_numpy, kept)))
         self._write(merged, w)
-        return block
+        return True
 
     def restore(self, block: Block) -> bool:
         """The old bits back in W; False, nothing done, where W is not what the merge left."""

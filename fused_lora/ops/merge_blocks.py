@@ -38,22 +38,16 @@ class Workspace:
         # a weight of the delta's dtype needs no rounded copy of the total
         return self._total if self.W.dtype == self._delta.dtype else torch.empty_like(self._delta, dtype=self.W.dtype)
 
-    def add_delta(self, start: int, stop: int) -> None:
-        """round(W + D) written to rows [start, stop): what a merge does, without the bookkeeping."""
-        w = self.W[start:stop]
-        w.copy_(self._combine(w, self._delta_of(start, stop), 1))
-
-    def merge(self, start: int, stop: int, check_finite: bool) -> Block:
-        """W <- round(W + D) in rows [start, stop).
+    def merge(self, start: int, stop: int, check_finite: bool, blocks: list[Block]) -> None:
+        """W <- round(W + D) in rows [start, stop); the block joins ``blocks`` just before W is written.
 
         Raises:
             ValueError: with ``check_finite``, where a finite weight would become infinite or NaN; nothing is written.
         """
         if self._arrays is not None and not check_finite:
             self._delta_of(start, stop)
-            done = self._arrays.merge(start, stop)
-            if done is not None:
-                return done
+            if self._arrays.merge(start, stop, blocks):
+                return
         w = self.W[start:stop]
         original = w if w.is_contiguous() else w.contiguous()
         delta = self._delta_of(start, stop)
@@ -64,12 +58,27 @@ class Workspace:
         _encode(block, original, self._combine(merged, delta, -1))
         # the sum again, from the cache: cheaper than a second buffer
         if w.dtype == delta.dtype and block.offsets is not None:
+            blocks.append(block)
             torch.add(w, delta, out=w)
         else:
             merged = self._combine(original, delta, 1)
             block.merged = fingerprint(merged) if block.offsets is None else None
+            blocks.append(block)
             w.copy_(merged)
-        return block
+
+    def take_back(self, block: Block) -> None:
+        """Undo a :meth:`merge` that may have been stopped before it wrote."""
+        if not self._is_original(block):
+            self.restore(block)
+
+    def merge_again(self, block: Block) -> None:
+        """Undo a :meth:`restore` that may have been stopped before it wrote: a merge always gives the same bits."""
+        if self._is_original(block):
+            w = self.W[block.start : block.stop]
+            w.copy_(self._combine(w, self._delta_of(block.start, block.stop), 1))
+
+    def _is_original(self, block: Block) -> bool:
+        return fingerprint(self.W[block.start : block.stop].contiguous()) == block.fingerprint
 
     def restore(self, block: Block) -> None:
         """The block's bits from before the merge, written back.

@@ -78,12 +78,15 @@ class Team:
             torch.set_num_threads(1)
             run()
 
-        helpers = [_helpers().submit(help_out) for _ in range(workers - 1)]
+        helpers = []
         try:
+            for _ in range(workers - 1):
+                helpers.append(_helpers().submit(help_out))
             run()
-        finally:
-            for helper in helpers:
-                _settle(helper, failures)
+        except BaseException as e:  # noqa: B036 - an interrupt before or after the work is a failure like any other
+            failures.append(e)
+        for helper in helpers:
+            _settle(helper, failures)
         return failures[0] if failures else None
 
 
