@@ -564,3 +564,40 @@ def _threads_that_worked() -> int:
 
 def _exit_with_the_threads_that_worked():
     os._exit(_threads_that_worked())
+
+
+def enter_disabled(model):
+    with fused_lora.disable_adapters(model):
+        pass
+
+
+UNMERGING = {
+    "disable_adapters": enter_disabled,
+    "set_adapter": lambda model: fused_lora.set_adapter(model, "default"),
+    "unload": fused_lora.unload,
+    "unload, merged": lambda model: fused_lora.unload(model, merge_adapters=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set")
+@pytest.mark.parametrize(
+    "trouble, name", [*(("changed weight", name) for name in UNMERGING), ("broken adapter", "unload, merged")]
+)
+def test_whatever_unmerges_a_model_does_so_whole_or_not_at_all(trouble, name):
+    net = model()
+    fused_lora.inject(net, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), "other")
+    fused_lora.merge(net, ["other"])
+    last = list(fused_lora.lora_layers(net).values())[-1]
+    if trouble == "changed weight":
+        last.weight.data[0, 0] += 1
+    else:
+        last.lora_A["default"].weight.data[0, 0] = float("nan")
+    layers = fused_lora.lora_layers(net)
+    before = [layer.weight.clone() for layer in layers.values()]
+    with pytest.raises((ValueError, RuntimeError)):
+        UNMERGING[name](net)
+    assert fused_lora.lora_layers(net) == layers
+    for layer, bits_before in zip(layers.values(), before, strict=True):
+        assert same_bits(layer.weight, bits_before)
+        assert layer.merged_adapters == ["other"] and not layer.disable_adapters
+        assert layer.active_adapters == ["default"]

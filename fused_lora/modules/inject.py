@@ -17,7 +17,7 @@ from torch import nn
 
 from fused_lora.modules.behaviour import BASE
 from fused_lora.modules.config import LayerTensors, LoraConfig
-from fused_lora.modules.linear import LoraLinear
+from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.targeting import is_supported, match_targets
 from fused_lora.modules.wrapping import NotForPeft, check_not_wrapped
 
@@ -127,16 +127,18 @@ def active_adapters(model: nn.Module) -> list[str]:
 def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Make one adapter, or several at once, the active ones: the others are ignored and frozen.
 
-    A merged model is unmerged first, with a warning. Raises AdapterNotFound for a name that the model does not have.
+    A merged model is unmerged first, with a warning.
+
+    Raises:
+        AdapterNotFound: a name that the model does not have. RuntimeError: a weight was changed while merged.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     check_names(model, names)
-    merged = [layer for layer in lora_layers(model).values() if layer.merged]
-    if merged:
+    layers = lora_layers(model)
+    if any(layer.merged for layer in layers.values()):
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
-    for layer in merged:
-        layer.unmerge()
-    for layer in lora_layers(model).values():
+    unmerge_all(layers)
+    for layer in layers.values():
         layer.set_adapter(names, inference_mode)
 
 
@@ -158,12 +160,14 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base model: adapters are ignored, and unmerged if they were merged."""
+    """Inside, the model is its base model: adapters are ignored, and unmerged if they were merged.
+
+    Raises RuntimeError when a weight was changed while merged.
+    """
+    unmerge_all(lora_layers(model))
     layers = list(lora_layers(model).values())
     before = [layer.disable_adapters for layer in layers]
     for layer in layers:
-        if layer.merged:
-            layer.unmerge()
         layer.disable_adapters = True
     try:
         yield

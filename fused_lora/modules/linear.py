@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -188,6 +188,34 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, active={self.active_adapters}"
+
+
+def unmerge_all(layers: Mapping[str, LoraLinear]) -> list[tuple[LoraLinear, object, list[str]]]:
+    """Unmerge all of these layers or none; returns what :func:`merge_back` needs to undo it.
+
+    Raises:
+        RuntimeError: a weight was changed while merged; the message begins with its layer's path.
+    """
+    done: list[tuple[LoraLinear, object, list[str]]] = []
+    for path, layer in layers.items():
+        if not layer.merged:
+            continue
+        state, names = layer.merge_state, list(layer.merged_adapters)
+        try:
+            layer.unmerge()
+        except BaseException as error:
+            merge_back(done)
+            if isinstance(error, RuntimeError):
+                raise RuntimeError(f"{path}: {error}") from error
+            raise
+        done.append((layer, state, names))
+    return done
+
+
+def merge_back(done: list[tuple[LoraLinear, object, list[str]]]) -> None:
+    """Undo :func:`unmerge_all`: the same bits, names and records."""
+    for layer, state, names in reversed(done):
+        layer.restore_merge(state, names)
 
 
 def _draw(K: int, N: int, r: int, init: bool | str, lora_bias: bool, tensors: LayerTensors | None):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from fused_lora.modules.inject import active_adapters, adapter_configs, check_names, lora_layers
-from fused_lora.modules.linear import LoraLinear
+from fused_lora.modules.linear import LoraLinear, merge_back, unmerge_all
 
 
 def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
@@ -58,20 +58,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         RuntimeError: a weight was changed while merged. All layers are left merged.
     """
-    done: list[tuple[LoraLinear, object, list[str]]] = []
-    for path, layer in _layers(model).items():
-        if not layer.merged:
-            continue
-        state, names = layer.merge_state, list(layer.merged_adapters)
-        try:
-            layer.unmerge()
-        except BaseException as error:
-            for unmerged, old_state, old_names in reversed(done):
-                unmerged.restore_merge(old_state, old_names)
-            if isinstance(error, RuntimeError):
-                raise RuntimeError(f"{path}: {error}") from error
-            raise
-        done.append((layer, state, names))
+    unmerge_all(_layers(model))
 
 
 def delta_fidelity(model: nn.Module) -> dict[str, float]:
@@ -90,12 +77,17 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     """Put the plain base layers back in place of the LoRA layers, with the active adapters merged in or dropped.
 
     Returns ``model``. Merged adapters that should be dropped are unmerged first. Afterwards the model has no adapters
-    and its parameters are frozen as they were.
+    and its parameters are frozen as they were. Raises what :func:`unmerge` and :func:`merge` raise; the model is then
+    as it was.
     """
     layers = _layers(model)
-    unmerge(model)
+    unmerged = unmerge_all(layers)
     if merge_adapters:
-        merge(model)
+        try:
+            merge(model)
+        except BaseException:
+            merge_back(unmerged)
+            raise
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer.base_layer)
