@@ -605,6 +605,29 @@ def test_a_shared_weight_is_not_merged(targets):
     assert not any(layer.merged for layer in fused_lora.lora_layers(model).values())
 
 
+def test_a_layer_with_two_places_is_not_merged_for_one_of_them():
+    """PEFT's rule replaces it at its first place only, so that the other one calls the bare layer."""
+    linear = nn.Linear(4, 4)
+    model = fused_lora.inject(nn.Sequential(linear, nn.ReLU(), linear), LoraConfig(target_modules=["0"]))
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="0: the weight is shared by .'2.weight', '0.base_layer.weight'."):
+        fused_lora.merge(model)
+    assert_unchanged(model, before)
+
+
+def test_a_lora_layer_with_two_places_is_merged_once():
+    model = fused_lora.inject(
+        nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], init_lora_weights=False)
+    ).eval()
+    model.append(model[0])
+    x = torch.randn(3, 4)
+    before, expected = snapshot(model), model(x)
+    fused_lora.merge(model)
+    torch.testing.assert_close(model(x), expected)
+    fused_lora.unmerge(model)
+    assert_unchanged(model, before)
+
+
 def test_merging_twice_warns_and_changes_nothing():
     ours, _ = twin_models(llama(torch.bfloat16), TWO)
     before = snapshot(ours)

@@ -97,15 +97,24 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
 
 def _check_not_shared(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
     """Raise RuntimeError when the weight of one of these layers is a parameter of a further module as well."""
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.numel() and parameter.device.type != "meta":
-                owners.setdefault(parameter.data_ptr(), []).append(f"{path}.{name}")
+    owners = parameter_owners(model)
     for path, layer in layers.items():
         shared = owners.get(layer.base_layer.weight.data_ptr(), [])
         if len(shared) > 1:
             raise RuntimeError(f"{path}: the weight is shared by {shared}; a merge would change all of them")
+
+
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the parameters that lie at an address, one for each place of their module in the model."""
+    owners: dict[int, list[str]] = {}
+    places = [("", model)]
+    for path, parent in model.named_modules():  # a bare layer may have a further place, at another parent
+        places += [(f"{path}.{name}" if path else name, child) for name, child in parent._modules.items()]
+    for path, module in places:
+        for name, parameter in () if module is None else module._parameters.items():
+            if parameter is not None and parameter.numel() and parameter.device.type != "meta":
+                owners.setdefault(parameter.data_ptr(), []).append(f"{path}.{name}")
+    return owners
 
 
 def _layers(model: nn.Module) -> dict[str, LoraLinear]:

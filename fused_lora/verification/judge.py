@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fused_lora.modules.merging import parameter_owners
 from fused_lora.verification import report
 from fused_lora.verification.layers import Layer
 from fused_lora.verification.report import Finding, LayerCheck, Verification
@@ -65,11 +66,7 @@ def holds_delta(checks: list[LayerCheck]) -> bool:
 
 
 def _shared(model: nn.Module, layers: list[Layer]) -> list[Finding]:
-    owners: dict[int, set[str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.numel():
-                owners.setdefault(parameter.data_ptr(), set()).add(f"{path}.{name}")
-    found = tuple(layer.path for layer in layers if len(owners[layer.module.base_layer.weight.data_ptr()]) > 1)
+    owners = parameter_owners(model)
+    found = tuple(layer.path for layer in layers if len(owners.get(layer.module.base_layer.weight.data_ptr(), ())) > 1)
     text = "the base weight also belongs to another module, whose output a merge would change"
     return [Finding(report.SHARED, text, found)] if found else []
