@@ -720,3 +720,58 @@ def test_state_dicts_of_whole_models_go_both_ways():
     ids = tokens()
     assert torch.equal(output(fresh, ids), output(ours, ids))
     assert torch.equal(output(other, ids), output(theirs, ids))
+
+
+CALLS = {
+    "inject": lambda model: fused_lora.inject(model, LoraConfig(target_modules="all-linear"), "new"),
+    "load_adapter": lambda model: fused_lora.load_adapter(model, "nowhere"),
+    "save_adapter": lambda model: fused_lora.save_adapter(model, "nowhere"),
+    "set_adapter": lambda model: fused_lora.set_adapter(model, "default"),
+    "delete_adapter": lambda model: fused_lora.delete_adapter(model, "default"),
+    "disable_adapters": lambda model: fused_lora.disable_adapters(model).__enter__(),
+    "adapter_batch": lambda model: fused_lora.adapter_batch(model, ["default"]).__enter__(),
+    "merge": fused_lora.merge,
+    "unmerge": fused_lora.unmerge,
+    "unload": fused_lora.unload,
+    "delta_fidelity": fused_lora.delta_fidelity,
+    "active_adapters": fused_lora.active_adapters,
+    "adapter_configs": fused_lora.adapter_configs,
+    "lora_layers": fused_lora.lora_layers,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("wrong", [None, 5, "model", {}], ids=repr)
+def test_what_is_no_module_is_named(call, wrong):
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got"):
+        CALLS[call](wrong)
+
+
+@pytest.mark.parametrize("names", [5, None, True, [5], [["default"]], [b"default"]], ids=repr)
+@pytest.mark.parametrize("function", [fused_lora.set_adapter, fused_lora.merge, fused_lora.adapter_batch])
+def test_names_that_are_none_are_refused(function, names):
+    model = fused_lora.inject(toy(), LoraConfig(target_modules=["0", "2"]))
+    if names is None and function is fused_lora.merge:
+        names = [None]
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="adapter_names: expected a list of strings|adapter name: expected a str"):
+        result = function(model, names)
+        result.__enter__()
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", [5, None, True, b"a", ["a"]], ids=repr)
+def test_an_adapter_name_is_a_str(name):
+    model = toy()
+    with pytest.raises(TypeError, match="adapter_name must be a str, got"):
+        fused_lora.inject(model, LoraConfig(target_modules=["0"]), name)
+    assert not fused_lora.lora_layers(model)
+
+
+@pytest.mark.parametrize("field, value", [("bias", "some"), ("r", 0), ("lora_dropout", float("nan"))])
+def test_a_config_that_was_broken_by_hand_is_refused(field, value):
+    model, config = toy(), LoraConfig(target_modules=["0"])
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=field):
+        fused_lora.inject(model, config)
+    assert not fused_lora.lora_layers(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Container
 
 import torch
@@ -12,20 +11,9 @@ from torch import nn
 from fused_lora.adapters.checkpoint import KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules.config import LayerTensors, LoraConfig
-from fused_lora.modules.inject import LayerSpec, adapter_configs, attach, lora_layers
+from fused_lora.modules.inject import LayerSpec, attach, check_adapter_name, check_new_name, lora_layers
 from fused_lora.modules.targeting import base_layer_of, candidates, in_out_features, is_supported, literal_targets
 from fused_lora.modules.wrapping import check_not_wrapped
-
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-def check_adapter_name(name: str) -> str:
-    """``name`` if it is 1 to 64 letters, digits, "_" or "-"; else ValueError (TypeError for another type)."""
-    if not isinstance(name, str):
-        raise TypeError(f"adapter_name must be a str, got {name!r}")
-    if not ADAPTER_NAME.fullmatch(name):
-        raise ValueError(f"adapter_name must be 1 to 64 letters, digits, '_' or '-', got {name[:100]!r}")
-    return name
 
 
 def load_adapter(
@@ -59,8 +47,7 @@ def load_adapter(
         RuntimeError: the checkpoint brings base biases and a layer of the model is merged.
     """
     name = check_adapter_name("default" if adapter_name is None else adapter_name)
-    if name in adapter_configs(model):
-        raise ValueError(f"adapter_name {name!r} is taken; adapters of the model: {sorted(adapter_configs(model))}")
+    check_new_name(model, name)
     check_not_wrapped(model)
     adapter, plan = read_checked(directory, max_bytes, lambda plan: check_model(model, plan))
     if adapter.config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):

@@ -10,11 +10,11 @@ from torch import nn
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, SLOTS, WEIGHTS_NAME
 from fused_lora.adapters.patterns import PatternTable
-from fused_lora.adapters.read import check_adapter_name, other_biases
+from fused_lora.adapters.read import other_biases
 from fused_lora.adapters.staging import replace_directory
 from fused_lora.adapters.tensorfile import DTYPES, write_tensors
 from fused_lora.modules.config import LoraConfig
-from fused_lora.modules.inject import adapter_configs, check_names, lora_layers
+from fused_lora.modules.inject import adapter_configs, check_adapter_name, check_names, lora_layers
 from fused_lora.modules.targeting import candidates
 
 _ENDS = {field: end for end, field in SLOTS.items()}

@@ -20,6 +20,7 @@ from torch import nn
 from fused_lora.integrations.peft_linear import CALLS, FUSED, linear_class, why_not_fused
 from fused_lora.modules.linear import LoraLinear
 from fused_lora.modules.plain import is_exactly_conv1d, why_not_plain, why_not_plain_weight
+from fused_lora.modules.wrapping import check_module
 
 _create = "_create_new_module"  # LoraModel's static method: where PEFT builds the layer around a target
 _installed: dict[str, Any] = {}  # empty, or the method that install() has replaced and the one it put there
@@ -180,8 +181,7 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
 
 def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     """PEFT's LoRA layers of any kind: path -> layer. None where PEFT was never imported: then nobody can have any."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     lora = sys.modules.get("peft.tuners.lora")
     return {} if lora is None else {p: m for p, m in model.named_modules() if isinstance(m, lora.LoraLayer)}
 

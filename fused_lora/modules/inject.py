@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from fused_lora.modules.behaviour import BASE
 from fused_lora.modules.config import LayerTensors, LoraConfig
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.targeting import is_supported, match_targets
-from fused_lora.modules.wrapping import NotForPeft, check_not_wrapped
+from fused_lora.modules.wrapping import NotForPeft, check_module, check_not_wrapped
 
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
 
@@ -57,10 +57,11 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     Raises:
         ValueError: the name is taken or malformed, nothing matches, or a match is not a linear layer or one whose
             weight torch's own attention and encoder modules read without calling it.
-        TypeError: config is not a LoraConfig.
+        TypeError: model is no module, config is not a LoraConfig, or the name is not a str.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected fused_lora.LoraConfig, got {type(config).__name__}")
+    config.validate()  # a field may have been changed by hand
     check_not_wrapped(model)
     layers = {path: LayerSpec(*config.layer_rank_alpha(path)) for path in match_targets(model, config)}
     attach(model, adapter_name, config, layers)
@@ -74,12 +75,8 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
     from ``layers``. Raises ValueError when the name is malformed or taken, a path is no linear layer, or the tensors do
     not fit.
     """
-    configs = adapter_configs(model)
+    configs = check_new_name(model, check_adapter_name(adapter_name))
     check_not_wrapped(model)
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", adapter_name):
-        raise ValueError(f"adapter_name: expected 1 to 64 letters, digits, '_' or '-', got {adapter_name!r}")
-    if adapter_name in configs:
-        raise ValueError(f"adapter_name: {adapter_name!r} is taken; adapters of the model: {sorted(configs)}")
     biased = [name for name, c in configs.items() if c.bias != "none"]
     if biased and config.bias != "none":
         raise ValueError(f"bias: only one adapter may train biases, and {biased[0]!r} does, got bias={config.bias!r}")
@@ -111,11 +108,13 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
     """The adapters of a model: name -> config."""
+    check_module(model)
     return dict(getattr(model, _CONFIGS, {}))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """The LoRA layers of a model: path -> layer, in ``named_modules()`` order."""
+    check_module(model)
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
@@ -132,7 +131,7 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
     Raises:
         AdapterNotFound: a name that the model does not have. RuntimeError: a weight was changed while merged.
     """
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    names = [adapter_names] if isinstance(adapter_names, str) else as_list(adapter_names)
     check_names(model, names)
     layers = lora_layers(model)
     if any(layer.merged for layer in layers.values()):
@@ -184,13 +183,11 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iter
     k times. Base rows get the base model's own output.
 
     Raises:
-        AdapterNotFound: a name that the model does not have. TypeError: adapter_names is a str.
+        AdapterNotFound: a name that the model does not have. TypeError: adapter_names is no list of names.
         ValueError: adapter_names is empty.
         RuntimeError: the model is in training mode, or an adapter is merged.
     """
-    if isinstance(adapter_names, str):
-        raise TypeError(f"adapter_names: expected one entry per row, got the str {adapter_names!r}")
-    names = [BASE if name is None else name for name in adapter_names]
+    names = [BASE if name is None else name for name in as_list(adapter_names)]
     if not names:
         raise ValueError("adapter_names: expected one entry per row, got none")
     check_names(model, [name for name in names if name != BASE])
@@ -208,10 +205,36 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iter
             layer.batch_adapter_names = value
 
 
+def as_list(adapter_names: Iterable) -> list:
+    """``adapter_names`` as a list; TypeError for what is none, or a str, whose letters would pass for names."""
+    if isinstance(adapter_names, (str, bytes)) or not isinstance(adapter_names, Iterable):
+        raise TypeError(f"adapter_names: expected a list of strings, got {adapter_names!r}")
+    return list(adapter_names)
+
+
+def check_adapter_name(name: str) -> str:
+    """``name`` if it is 1 to 64 letters, digits, "_" or "-"; else ValueError (TypeError for another type)."""
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a str, got {name!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        raise ValueError(f"adapter_name must be 1 to 64 letters, digits, '_' or '-', got {name[:100]!r}")
+    return name
+
+
+def check_new_name(model: nn.Module, name: str) -> dict[str, LoraConfig]:
+    """The adapters of ``model``; ValueError when ``name`` is one of them."""
+    configs = adapter_configs(model)
+    if name in configs:
+        raise ValueError(f"adapter_name: {name!r} is taken; adapters of the model: {sorted(configs)}")
+    return configs
+
+
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise AdapterNotFound, listing what there is, unless the model has all these adapters."""
+    """Raise AdapterNotFound, listing what there is, unless the model has all these adapters; TypeError for no str."""
     known = adapter_configs(model)
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"adapter name: expected a str, got {name!r}")
         if name not in known:
             raise AdapterNotFound(f"adapter {name!r} not found; adapters of the model: {sorted(known)}")
 

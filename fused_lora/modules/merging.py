@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from fused_lora.modules.inject import active_adapters, adapter_configs, check_names, lora_layers
+from fused_lora.modules.inject import active_adapters, adapter_configs, as_list, check_names, lora_layers
 from fused_lora.modules.linear import LoraLinear, merge_back, unmerge_all
 
 
@@ -20,15 +20,13 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
         safe_merge: accepted for PEFT's sake: every merge checks for NaN and infinity before it writes.
 
     Raises:
-        TypeError: adapter_names is a str. AdapterNotFound: an unknown name.
+        TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
         ValueError: a merged weight would not be finite. RuntimeError: the model has no LoRA layers, a lora_bias has no
             base bias to go to, or a weight also belongs to another module, whose output a merge would change.
             In every case all layers are back at the bits they had before the call.
     """
-    if isinstance(adapter_names, str):
-        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
     layers = _layers(model)
-    names = active_adapters(model) if adapter_names is None else list(adapter_names)
+    names = active_adapters(model) if adapter_names is None else as_list(adapter_names)
     check_names(model, names)
     _check_not_shared(model, {path: m for path, m in layers.items() if any(name in m.lora_A for name in names)})
     if names and all(name in m.merged_adapters for m in layers.values() for name in names if name in m.lora_A):

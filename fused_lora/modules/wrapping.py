@@ -25,8 +25,15 @@ class NotForPeft(dict):
     __setitem__ = update = setdefault = _refuse
 
 
+def check_module(model: nn.Module) -> None:
+    """Raise TypeError when ``model`` is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raise ValueError when ``model`` has LoRA layers that are not ours."""
+    """Raise ValueError when ``model`` has LoRA layers that are not ours, TypeError when it is no module."""
+    check_module(model)
     for path, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "lora_A") and not isinstance(module, LoraLinear):
             raise ValueError(
