@@ -162,6 +162,12 @@ def adapted_model(folder, r, **kwargs):
     return model, x, folder
 
 
+def test_a_config_that_could_not_be_read_back_is_not_written(adapted, tmp_path):
+    with pytest.raises(TypeError, match="base_model_name_or_path: expected a str or None, got 5"):
+        save_adapter(adapted[0], tmp_path / "a", base_model_name_or_path=5)
+    assert not (tmp_path / "a").exists()
+
+
 def test_our_files(adapted, tmp_path):
     model, _, _ = adapted
     save_adapter(model, tmp_path / "a" / "b", base_model_name_or_path="somewhere/base")

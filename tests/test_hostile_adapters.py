@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import sys
 import time
@@ -130,6 +131,7 @@ def refused(folder, match=None, seconds=2.0, name=None, dtype=torch.float32):
     error = caught.value
     assert str(folder) in error.file and error.file in str(error)
     assert error.expected and error.found and len(str(error)) < 2000
+    assert not re.match("[A-Za-z]*Error\\(", error.expected)  # a sentence, not an exception's repr cut in the middle
     after, modules_after = state(model)
     assert modules_after == modules and after.keys() == tensors.keys()
     assert all(torch.equal(after[k].view(torch.uint8), v.view(torch.uint8)) for k, v in tensors.items())
@@ -552,6 +554,12 @@ def test_adapter_names(tmp_path, name):
     with pytest.raises(ValueError, match="adapter_name must be 1 to 64"):
         load_adapter(model, write(tmp_path / "a"), name)
     assert state(model)[1] == before
+
+
+@pytest.mark.parametrize("limit", [None, "many", 1e9, float("nan"), True], ids=repr)
+def test_a_limit_is_an_int(tmp_path, limit):
+    with pytest.raises(TypeError, match="max_bytes: expected an int, got"):
+        load_adapter(Net(), write(tmp_path / "a"), max_bytes=limit)
 
 
 @pytest.mark.parametrize("name", [3, b"a", ["a"]])

@@ -119,7 +119,7 @@ def _read_config(path: str, dir_fd: int | None) -> LoraConfig:
     except (ValueError, TypeError) as error:
         # messages of LoraConfig begin with the name of the entry
         key = re.split(r"[\[ ]", str(error))[0].strip("'\"")
-        raise AdapterError(path, key, error, entries.get(key, "no such entry")) from None
+        raise AdapterError(path, key, str(error), entries.get(key, "no such entry")) from None
 
 
 def _sort_keys(

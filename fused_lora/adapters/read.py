@@ -43,11 +43,14 @@ def load_adapter(
 
     Raises:
         AdapterError: the files are wrong in themselves or do not fit the model.
+        TypeError: model is no module, adapter_name is no str, or max_bytes no int.
         ValueError: ``adapter_name`` is malformed or taken, or the model has PEFT's LoRA layers.
         RuntimeError: the checkpoint brings base biases and a layer of the model is merged.
     """
     name = check_adapter_name("default" if adapter_name is None else adapter_name)
     check_new_name(model, name)
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+        raise TypeError(f"max_bytes: expected an int, got {max_bytes!r}")
     check_not_wrapped(model)
     adapter, plan = read_checked(directory, max_bytes, lambda plan: check_model(model, plan))
     if adapter.config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):

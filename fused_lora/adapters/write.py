@@ -42,6 +42,7 @@ def save_adapter(
 
     Raises:
         AdapterNotFound: the model has no adapter of that name.
+        TypeError: adapter_name or base_model_name_or_path is not a str.
         ValueError: a malformed name, a tensor with NaN or Inf or of another dtype than float32, float16, bfloat16, or
             an unfit ``directory``.
         RuntimeError: base biases are to be saved while a layer is merged, or a layer's rank or alpha is not what the
@@ -49,6 +50,8 @@ def save_adapter(
         OSError: from the file system; the folder is then as before.
     """
     check_names(model, [check_adapter_name(adapter_name)])
+    if not isinstance(base_model_name_or_path, (str, type(None))):
+        raise TypeError(f"base_model_name_or_path: expected a str or None, got {base_model_name_or_path!r}")
     config = adapter_configs(model)[adapter_name]
     tensors = adapter_tensors(model, adapter_name, config)
     for key, tensor in tensors.items():
