@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fused_lora
 from fused_lora import LoraLinear
+from fused_lora.modules.config import LayerTensors
 from fused_lora.ops.lora_linear import draw_seeds
 from fused_lora.reference import dropout_threshold
 from fused_lora.testing.numeric import assert_no_worse
@@ -104,16 +105,29 @@ def test_state_dicts_load_into_each_other_strictly():
     [
         ({"r": 0}, ValueError),
         ({"r": -1}, ValueError),
-        ({"r": 2.0}, ValueError),
+        ({"r": 2.0}, TypeError),
+        ({"r": True}, TypeError),
+        ({"r": 10**12}, ValueError),
         ({"lora_alpha": float("nan")}, ValueError),
+        ({"lora_alpha": 10**400}, ValueError),
+        ({"lora_alpha": "8"}, TypeError),
+        ({"lora_dropout": None}, TypeError),
+        ({"lora_dropout": float("nan")}, ValueError),
         ({"lora_dropout": 1.5}, ValueError),
         ({"lora_dropout": -0.1}, ValueError),
+        ({"adapter_name": 5}, TypeError),
         ({"adapter_name": "a.b"}, ValueError),
         ({"adapter_name": ""}, ValueError),
         ({"adapter_name": "train"}, ValueError),  # methods of the ModuleDict that holds the adapters
         ({"adapter_name": "keys"}, ValueError),
         ({"adapter_name": "__base__"}, ValueError),  # what a mixed batch calls the plain base
         ({"init_lora_weights": "pissa"}, ValueError),
+        ({"use_rslora": "no"}, TypeError),
+        ({"lora_bias": "no"}, TypeError),
+        ({"autocast_adapter_dtype": None}, TypeError),
+        ({"tensors": (torch.ones(8, 24), torch.ones(40, 8))}, TypeError),
+        ({"tensors": LayerTensors(torch.ones(8, 1), torch.ones(1, 8))}, ValueError),
+        ({"tensors": LayerTensors(torch.ones(8, K).int(), torch.ones(N, 8).int())}, TypeError),
     ],
 )
 def test_bad_arguments_are_named_and_leave_the_base_alone(arguments, error):

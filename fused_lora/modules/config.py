@@ -125,18 +125,15 @@ class LoraConfig:
     def validate(self) -> None:
         """Check every field; called at construction, call it again after changing a field by hand."""
         for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            check_bool(name, getattr(self, name))
         for name in ("base_model_name_or_path", "revision", "task_type"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise TypeError(f"{name} must be a str or None, got {getattr(self, name)!r}")
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ValueError(f"task_type must be one of {', '.join(TASK_TYPES)} or None, got {self.task_type!r}")
-        _check_rank("r", self.r)
-        _check_alpha("lora_alpha", self.lora_alpha)
-        _check_number("lora_dropout", self.lora_dropout)
-        if not 0.0 <= self.lora_dropout <= 1.0:
-            raise ValueError(f"lora_dropout must be in [0, 1], got {self.lora_dropout!r}")
+        check_rank("r", self.r)
+        check_alpha("lora_alpha", self.lora_alpha)
+        check_dropout("lora_dropout", self.lora_dropout)
         if self.bias not in BIAS_MODES:
             raise ValueError(f"bias must be one of {', '.join(BIAS_MODES)}, got {self.bias!r}")
         self._validate_init()
@@ -146,11 +143,7 @@ class LoraConfig:
 
     def _validate_init(self) -> None:
         init = self.init_lora_weights
-        if not (isinstance(init, bool) or init == "gaussian"):
-            raise ValueError(
-                f"init_lora_weights must be True, False or 'gaussian', got {init!r}; other initialisations of PEFT "
-                "are not supported (some of them rewrite the base weights)"
-            )
+        check_init(init)
         if self.lora_bias and not isinstance(init, bool):
             raise ValueError(f"lora_bias=True needs init_lora_weights=True or False, got {init!r}")
         if self.modules_to_save:
@@ -180,7 +173,7 @@ class LoraConfig:
             raise ValueError("layers_pattern needs layers_to_transform")
 
     def _validate_patterns(self) -> None:
-        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+        for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
             pattern = getattr(self, name)
             if not isinstance(pattern, dict):
                 raise TypeError(f"{name} must be a dict, got {pattern!r}")
@@ -250,20 +243,39 @@ def _check_items(name: str, values: Any, kind: type) -> None:
             raise ValueError(f"{name} must not be negative, got {value!r}")
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def _check_rank(name: str, value: Any) -> None:
+def check_rank(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a positive integer, got {value!r}")
     if not 1 <= value <= MAX_RANK:
         raise ValueError(f"{name} must be a positive integer, at most {MAX_RANK}, got {value!r}")
 
 
-def _check_alpha(name: str, value: Any) -> None:
-    _check_number(name, value)
+def check_alpha(name: str, value: Any) -> None:
+    check_number(name, value)
     # comparison first: an int of any size compares exactly, NaN compares false
     if not -MAX_ALPHA <= value <= MAX_ALPHA:
         raise ValueError(f"{name} must be finite and at most {MAX_ALPHA:.0f} in size, got {value!r}")
+
+
+def check_dropout(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_init(value: Any) -> None:
+    if not (isinstance(value, bool) or (isinstance(value, str) and value == "gaussian")):
+        raise ValueError(
+            f"init_lora_weights must be True, False or 'gaussian', got {value!r}; other initialisations of PEFT "
+            "are not supported (some of them rewrite the base weights)"
+        )

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.modules.behaviour import BASE, FusedLoraBehaviour
-from fused_lora.modules.config import LayerTensors, scaling
+from fused_lora.modules.config import (
+    LayerTensors,
+    check_alpha,
+    check_bool,
+    check_dropout,
+    check_init,
+    check_rank,
+    scaling,
+)
 from fused_lora.modules.targeting import SUPPORTED, in_out_features, is_conv1d, is_supported
 
 
@@ -35,7 +43,7 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
 
     Raises:
         TypeError: base_layer is not a supported linear layer, or an argument has the wrong type.
-        ValueError: r, lora_dropout or the adapter's name is out of range.
+        ValueError: r, lora_alpha, lora_dropout or the adapter's name is out of range, or tensors do not fit.
     """
 
     def __init__(
@@ -86,7 +94,14 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
 
         ``tensors`` gives A [r, in], B [out, r] and the bias of B [out] instead of drawing them; their dtype stays.
         """
-        _check_adapter_arguments(adapter_name, r, lora_alpha, lora_dropout, init_lora_weights)
+        _check_name(adapter_name)
+        check_rank("r", r)
+        check_alpha("lora_alpha", lora_alpha)
+        check_dropout("lora_dropout", lora_dropout)
+        check_init(init_lora_weights)
+        flags = {"use_rslora": use_rslora, "lora_bias": lora_bias, "autocast_adapter_dtype": autocast_adapter_dtype}
+        for flag, value in flags.items():
+            check_bool(flag, value)
         if adapter_name in self.lora_A:
             raise ValueError(f"adapter_name: {adapter_name!r} already exists in this layer")
         if hasattr(self.lora_A, adapter_name):
@@ -221,11 +236,16 @@ def merge_back(done: list[tuple[LoraLinear, object, list[str]]]) -> None:
 def _draw(K: int, N: int, r: int, init: bool | str, lora_bias: bool, tensors: LayerTensors | None):
     """lora_A and lora_B as modules, drawn in PEFT's order (both default draws come before A's own)."""
     if tensors is not None:
+        if not isinstance(tensors, LayerTensors):
+            raise TypeError(f"tensors: expected LayerTensors, got {type(tensors).__name__}")
         A, B = (nn.Linear(*shape, bias=b, device="meta") for shape, b in (((K, r), False), ((r, N), lora_bias)))
         wanted = ((r, K), (N, r), (N,) if lora_bias else None)
         got = tuple(None if t is None else tuple(t.shape) for t in (tensors.lora_A, tensors.lora_B, tensors.lora_bias))
         if got != wanted:
             raise ValueError(f"tensors: expected shapes of lora_A, lora_B, lora_bias {wanted}, got {got}")
+        kinds = [t.dtype for t in (tensors.lora_A, tensors.lora_B, tensors.lora_bias) if t is not None]
+        if not all(dtype.is_floating_point for dtype in kinds):
+            raise TypeError(f"tensors: expected floating tensors, got {kinds}")
         A.weight, B.weight = nn.Parameter(tensors.lora_A), nn.Parameter(tensors.lora_B)
         if lora_bias:
             B.bias = nn.Parameter(tensors.lora_bias)
@@ -243,14 +263,8 @@ def _draw(K: int, N: int, r: int, init: bool | str, lora_bias: bool, tensors: La
     return A, B
 
 
-def _check_adapter_arguments(name: str, r: int, lora_alpha: float, lora_dropout: float, init: bool | str) -> None:
-    if not isinstance(name, str) or not name or "." in name or name == BASE:
+def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a str, got {name!r}")
+    if not name or "." in name or name == BASE:
         raise ValueError(f"adapter_name: expected a non-empty str without a dot and not {BASE!r}, got {name!r}")
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"r: expected a positive integer, got {r!r}")
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
-    if isinstance(lora_dropout, bool) or not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout <= 1:
-        raise ValueError(f"lora_dropout: expected a number in [0, 1], got {lora_dropout!r}")
-    if not (isinstance(init, bool) or init == "gaussian"):
-        raise ValueError(f"init_lora_weights: expected True, False or 'gaussian', got {init!r}")
