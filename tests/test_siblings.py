@@ -317,8 +317,10 @@ def test_threads_and_handed_on_batches(model, alone):
         thread.start()
     for thread in threads:
         thread.join(60)
+    # the base layers' own products may differ in the last bit from call to call; other adapters differ by far more
+    assert min((a - b).abs().max() for a, b in zip(*want, strict=True)) > 1e-2
     for ours, theirs in zip(results, want, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
