@@ -117,7 +117,19 @@ def dropout_mask(
 
     Raises:
         ValueError: shape is empty or has a negative size, or p is not in [0, 1].
+        TypeError: shape is no sequence of ints, seed no integer, p no number.
     """
+    if isinstance(shape, (str, torch.Tensor)) or not isinstance(shape, Sequence):
+        raise TypeError(f"shape: expected a sequence of ints, got {type(shape).__name__}")
+    if not all(isinstance(size, (int, np.integer)) and not isinstance(size, bool) for size in shape):
+        raise TypeError(f"shape: expected a sequence of ints, got {tuple(shape)}")
+    if isinstance(seed, torch.Tensor):
+        if seed.numel() != 1 or seed.is_floating_point():
+            raise TypeError(f"seed: expected one integer, got {seed.dtype} {tuple(seed.shape)}")
+    elif isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"seed: expected one integer, got {seed!r}")
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"p: expected a number in [0, 1], got {p!r}")
     if len(shape) == 0 or min(shape) < 0:
         raise ValueError(f"shape: expected (..., K) with no negative size, got {tuple(shape)}")
     *leading, K = tuple(shape)

@@ -927,3 +927,23 @@ def test_the_masked_twin_really_drops():
     x = torch.ones(100, 100)
     dropped = ExportedDropout(torch.tensor(3), 0.5)(x)
     assert 0.4 < (dropped == 0).double().mean() < 0.6 and dropped.max() == 2
+
+
+@pytest.mark.parametrize("x", [None, 5, [[1.0] * K]], ids=lambda x: type(x).__name__)
+def test_an_input_that_is_no_tensor_is_named(x):
+    with pytest.raises(TypeError, match="x: expected a tensor, got"):
+        LoraLinear(linear())(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_shapes_without_numbers(training):
+    """A meta model says what comes out and what gets gradients; there is nothing to merge into."""
+    layer = LoraLinear(linear().to("meta"), r=2, lora_dropout=0.5).train(training)
+    x = torch.ones(3, K, device="meta", requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (3, N) and y.is_meta and x.grad.shape == x.shape
+    assert layer.lora_A["default"].weight.grad.shape == (2, K)
+    with pytest.raises(RuntimeError, match="meta device"):
+        layer.merge()
+    assert not layer.merged

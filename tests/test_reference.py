@@ -132,3 +132,26 @@ def test_correction_marks_what_subtraction_does_not_restore():
     assert wrong.any()
     assert torch.equal(reference.bits(restored)[~wrong], reference.bits(W)[~wrong])
     assert (reference.bits(restored)[wrong] != reference.bits(W)[wrong]).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ((1, 5, 0.5), "shape"),
+        ((1, "ab", 0.5), "shape"),
+        ((1, torch.ones(2, 3), 0.5), "shape"),
+        ((1, (2.5, 3), 0.5), "shape"),
+        ((1, (True, 3), 0.5), "shape"),
+        ((1.5, (2, 3), 0.5), "seed"),
+        ((None, (2, 3), 0.5), "seed"),
+        (("7", (2, 3), 0.5), "seed"),
+        ((torch.tensor([1, 2]), (2, 3), 0.5), "seed"),
+        ((torch.tensor(1.5), (2, 3), 0.5), "seed"),
+        ((1, (2, 3), None), "p"),
+        ((1, (2, 3), "half"), "p"),
+    ],
+    ids=str,
+)
+def test_a_mask_is_asked_for_in_numbers(arguments, named):
+    with pytest.raises(TypeError, match=f"^{named}: expected"):
+        reference.dropout_mask(*arguments)

@@ -17,6 +17,8 @@ from torch import Tensor
 from fused_lora.ops import cpu, differentiable, flops, plan
 from fused_lora.ops._checks import check_linear
 
+_AUTOCAST = ("cpu", "cuda")  # torch refuses the question for devices that have none, as meta
+
 
 def lora_linear(
     x: Tensor,
@@ -44,8 +46,10 @@ def lora_linear(
         y [..., N] in x's dtype (under autocast: in the autocast dtype).
 
     Raises:
-        ValueError: shapes, devices, dropout or scaling do not fit. TypeError: dtypes do not fit.
+        ValueError: shapes, devices, dropout or scaling do not fit. TypeError: x is no tensor, dtypes do not fit.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if not lora_A:
         return torch.nn.functional.linear(x, weight, bias)
     dropout = [0.0] * len(lora_A) if dropout is None else list(dropout)
@@ -172,7 +176,7 @@ flops.register()
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
-    if x.dtype == torch.float64 or kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(x.device.type)
 
@@ -225,7 +229,7 @@ def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, autocast) 
 
 
 def _without_autocast(x: Tensor, call: Callable):
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.device.type not in _AUTOCAST or not torch.is_autocast_enabled(x.device.type):
         return call()
     with torch.autocast(x.device.type, enabled=False):
         return call()

@@ -91,10 +91,12 @@ def merge_(
 
     Raises:
         ValueError: shapes do not fit, or a finite weight would become infinite or NaN. The weight is unchanged.
-        TypeError: weight is not fp64, fp32, bf16 or fp16.
+        TypeError: weight is not fp64, fp32, bf16 or fp16. RuntimeError: it is on the meta device.
     """
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight: expected float64, float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.is_meta:
+        raise RuntimeError("weight: expected numbers to add to, got a tensor on the meta device")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
     W = weight.detach()
