@@ -130,6 +130,8 @@ def _check(sizes: dict[str, int | None], dropout: float, dtype, adapter_dtype) -
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}: expected a positive integer, got {size!r}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout: expected a number, got {dropout!r}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout!r}")
     for name, value in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
@@ -144,11 +146,13 @@ def _place(device, dtypes: Iterable[torch.dtype]) -> tuple[str, int, tuple[str, 
         return _of_dtypes(device, chip, dtypes)
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device: expected a torch device or one of {', '.join(CHIPS)}, got {device!r}") from None
     if not kernel.usable(device):
         why = "the CPU path: plain torch, no kernels" if device.type == "cpu" else "the eager path: " + _why(device)
         return str(device), 0, (f"{device} takes {why}; launches and bytes are not counted",)
+    if not torch.cuda.is_available():
+        raise ValueError(f"device: expected a device that is here or the name of a chip ('H100'), got {str(device)!r}")
     from fused_lora.kernels.config import capability
 
     return _of_dtypes(torch.cuda.get_device_name(device), capability(device), dtypes)

@@ -69,7 +69,8 @@ def verify(
 
     Raises:
         TypeError: an argument has the wrong type, or the model returns no floating-point tensor.
-        ValueError: max_rows is not positive, or an adapter or weight is not finite.
+        ValueError: max_rows is not positive, an adapter or weight is not finite, or the inputs give an empty output or
+            one of NaNs alone, in which nothing could be seen.
         RuntimeError: the model has no active adapter to verify, or its adapters are disabled.
     """
     _check_arguments(model, inputs, reference, seed, max_rows)
@@ -82,6 +83,7 @@ def verify(
     with restored(model, *([reference] if isinstance(reference, nn.Module) else [])):
         findings += _stubborn(model)
         unmerged = run(model, inputs, layers, False, seed, max_rows)
+        _check_output(unmerged.output)
         findings += _randomness(model, inputs, layers, unmerged, seed, max_rows)
         checks = [check_layer(layer, unmerged) for layer in layers if layer.path in unmerged.x]
         skipped |= {layer.path: "it was not called" for layer in layers if layer.path not in unmerged.x}
@@ -113,6 +115,13 @@ def _check_arguments(model, inputs, reference, seed, max_rows) -> None:
             raise TypeError(f"{name}: expected int, got {type(value).__name__}")
     if max_rows < 1:
         raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
+
+
+def _check_output(output: Tensor) -> None:
+    if not output.numel():
+        raise ValueError(f"inputs: expected at least one row, got an output of shape {tuple(output.shape)}")
+    if output.isnan().all():
+        raise ValueError("inputs: expected numbers, the model's output for them is NaN throughout")
 
 
 def _check_finite(layers: list[Layer]) -> None:

@@ -107,6 +107,8 @@ def test_a_plan_that_has_failed_is_named(monkeypatch):
         (dict(M=None), ValueError, "M: expected a positive integer, got None"),
         (dict(r=0), ValueError, "r: expected a positive integer, got 0"),
         (dict(dropout=1.5), ValueError, "dropout: expected a probability"),
+        (dict(dropout="half"), TypeError, "dropout: expected a number, got 'half'"),
+        (dict(device=["cpu"]), ValueError, "device: expected a torch device or one of A100"),
         (dict(device="H3000"), ValueError, "device: expected a torch device or one of A100"),
         (dict(dtype="bf16"), TypeError, "dtype: expected a torch.dtype, got 'bf16'"),
         (dict(adapters=0), ValueError, "adapters: expected a positive integer"),
@@ -118,6 +120,12 @@ def test_errors(change, error, message):
         fused_lora.explain(**{**SHAPE, **change})
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got int"):
         fused_lora.explain(3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_gpu_that_is_not_here():
+    with pytest.raises(ValueError, match="device: expected a device that is here or the name of a chip"):
+        fused_lora.explain(**SHAPE, device="cuda")
 
 
 def test_the_layers_of_a_model():

@@ -579,3 +579,12 @@ def test_a_model_without_a_float_output(ids):
 
     with pytest.raises(TypeError, match="model: expected an output with a floating-point tensor, got Tensor"):
         verify(Tokens(make("fused_lora")), ids)
+
+
+@pytest.mark.parametrize("x", [torch.ones(0, 24), torch.full((3, 24), float("nan"))], ids=["no rows", "NaN"])
+def test_inputs_that_show_nothing_are_refused(x):
+    """They would pass as rounding, or be taken for a bug of every layer."""
+    model = fused_lora.inject(nn.Sequential(nn.Linear(24, 8)), fused_lora.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="inputs: expected"):
+        verify(model, x)
+    assert model.training and not any(m._forward_hooks for m in model.modules())
