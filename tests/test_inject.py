@@ -8,32 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import fused_lora
 from fused_lora import AdapterNotFound, LoraConfig, LoraLinear
+from fused_lora.testing import training
 from fused_lora.testing.numeric import assert_no_worse
 from fused_lora.testing.twins import randomize_adapters, twin_models
 
-VOCABULARY = 61
+VOCABULARY = training.VOCABULARY
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def llama(dtype=torch.float32, **fields):
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **fields,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return training.llama(dtype, **fields).eval()
 
 
 def gpt2():
@@ -207,9 +195,9 @@ def test_only_one_adapter_may_train_biases():
 
 
 def test_layers_keep_the_mode_of_the_model():
-    for training in (True, False):
-        model = fused_lora.inject(llama().train(training), LoraConfig(target_modules="all-linear", lora_dropout=0.5))
-        assert {module.training for module in model.modules()} == {training}
+    for mode in (True, False):
+        model = fused_lora.inject(llama().train(mode), LoraConfig(target_modules="all-linear", lora_dropout=0.5))
+        assert {module.training for module in model.modules()} == {mode}
 
 
 def test_inference_mode_freezes_everything():

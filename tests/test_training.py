@@ -7,28 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 
 import fused_lora
 from fused_lora import LoraConfig
 from fused_lora.ops import lora_linear as operators
+from fused_lora.testing.training import VOCABULARY, llama
 from fused_lora.testing.twins import ExportedDropout, twin_models
 
-VOCABULARY = 61
 ALL = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8}
-
-
-def llama(dtype=torch.float32):
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    return LlamaForCausalLM(config).to(dtype).train()
 
 
 def gpt2():

@@ -18,23 +18,21 @@ VOCABULARY = 61
 ADAPTER = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
 
 
-def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A Llama of two layers and 33 thousand parameters with random weights."""
+def llama(dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
+    """A Llama of two layers and 33 thousand parameters with random weights, in training mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=64)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    tokens = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **tokens, **fields})).to(dtype).train()
+
+
+def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The weights of :func:`llama` that ``seed`` stands for."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype).train()
+        return llama(dtype)
 
 
 def counting_texts(count: int, length: int = 12, seed: int = 0) -> Tensor:
