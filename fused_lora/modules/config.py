@@ -244,11 +244,13 @@ def _check_items(name: str, values: Any, kind: type) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is an int or a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def check_rank(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless ``value`` is an int from 1 to MAX_RANK."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a positive integer, got {value!r}")
     if not 1 <= value <= MAX_RANK:
@@ -256,6 +258,7 @@ def check_rank(name: str, value: Any) -> None:
 
 
 def check_alpha(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a number of at most MAX_ALPHA in size."""
     check_number(name, value)
     # comparison first: an int of any size compares exactly, NaN compares false
     if not -MAX_ALPHA <= value <= MAX_ALPHA:
@@ -263,17 +266,20 @@ def check_alpha(name: str, value: Any) -> None:
 
 
 def check_dropout(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a number in [0, 1]."""
     check_number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
 
 
 def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_init(value: Any) -> None:
+    """Raise ValueError unless ``value`` is an init_lora_weights that is supported."""
     if not (isinstance(value, bool) or (isinstance(value, str) and value == "gaussian")):
         raise ValueError(
             f"init_lora_weights must be True, False or 'gaussian', got {value!r}; other initialisations of PEFT "
