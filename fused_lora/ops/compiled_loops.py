@@ -115,20 +115,14 @@ def _ones(context, word):
 
 @jit
 def _add(w, delta, merged, differs):
-    """merged <- round(w + delta), differs <- whether round(merged - delta) is not w to the bit."""
+    """merged (None: delta) <- round(w + delta), differs <- whether round(merged - delta) is not w to the bit."""
     for i in range(w.size):
         total = _store(_load(w[i]) + delta[i], w[i])
         differs[i] = _differ(_store(_load(total) - delta[i], total), w[i])
-        merged[i] = total
-
-
-@jit
-def _add_in_place(w, delta, differs):
-    """The same into delta: two names of one memory would not be vectorised."""
-    for i in range(w.size):
-        total = _store(_load(w[i]) + delta[i], w[i])
-        differs[i] = _differ(_store(_load(total) - delta[i], total), w[i])
-        delta[i] = total
+        if merged is None:  # decided when compiling; two names of one memory would not be vectorised
+            delta[i] = total
+        else:
+            merged[i] = total
 
 
 @jit
@@ -171,7 +165,7 @@ def _weigh(sums, weights, multiplier):
 
 @jit
 def fold(words: np.ndarray, weights: np.ndarray, multiplier: int) -> tuple[int, int, int]:
-    """The fingerprint of a block's int64 words: see ``merge_blocks.fingerprint``."""
+    """The fingerprint of a block's int64 words: see ``merge_arrays.fingerprint``."""
     lanes = weights.size
     rows = words.size // lanes
     columns, sums = np.zeros(lanes, np.int64), np.empty(rows, np.int64)
@@ -219,25 +213,10 @@ def merge(
                 return -1, fingerprint
             if w.size - start < STRIP:
                 differs[:] = 0
-            if merged is None:
-                _add_in_place(w[strip], delta[strip], differs)
-            else:
-                _add(w[strip], delta[strip], merged[strip], differs)
+            _add(w[strip], delta[strip], None if merged is None else merged[strip], differs)
             kept = _keep(words, integers[strip], np.uint64(start - chunk), offsets, values, kept)
         counts[chunk // CHUNK] = kept - before
     return np.int64(kept), fingerprint
-
-
-@jit
-def _subtract(w, delta, original):
-    for i in range(w.size):
-        original[i] = _store(_load(w[i]) - delta[i], w[i])
-
-
-@jit
-def _subtract_in_place(w, delta):
-    for i in range(w.size):
-        delta[i] = _store(_load(w[i]) - delta[i], w[i])
 
 
 @jit
@@ -257,10 +236,12 @@ def restore(
 
     ``integers`` and ``words`` are the memory that is written.
     """
-    if original is None:
-        _subtract_in_place(w, delta)
-    else:
-        _subtract(w, delta, original)
+    for i in range(w.size):
+        value = _store(_load(w[i]) - delta[i], w[i])
+        if original is None:
+            delta[i] = value
+        else:
+            original[i] = value
     first = 0
     for c in range(counts.size):
         for i in range(first, first + counts[c]):

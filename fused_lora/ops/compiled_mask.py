@@ -58,14 +58,13 @@ def _philox(seed, counter):
 
 @jit
 def _select(rows, lanes, cut, out):
+    """out (None: rows) = rows * (lane >= cut)."""
     for k in range(rows.size):
-        out[k] = rows[k] * rows.dtype.type(lanes[k] >= cut)
-
-
-@jit  # two names of one memory would not be vectorised
-def _select_in_place(rows, lanes, cut):
-    for k in range(rows.size):
-        rows[k] = rows[k] * rows.dtype.type(lanes[k] >= cut)
+        kept = rows[k] * rows.dtype.type(lanes[k] >= cut)
+        if out is None:  # decided when compiling; two names of one memory would not be vectorised
+            rows[k] = kept
+        else:
+            out[k] = kept
 
 
 @jit
@@ -97,4 +96,4 @@ def multiply_by_mask(
         if rows is not None:
             _select(rows[row], lanes, cut, out[row])
         if in_place is not None:
-            _select_in_place(in_place[row], lanes, cut)
+            _select(in_place[row], lanes, cut, None)
