@@ -158,6 +158,9 @@ def test_buffers(store, unchanged):
         (dict(max_resident=10**12), ValueError),
         (dict(max_resident=None), TypeError),
         (dict(capacity_bytes="1"), TypeError),
+        (dict(capacity_bytes=10**30), ValueError),
+        (dict(host_bytes=1 << 63), ValueError),
+        (dict(grow=1 << 63), ValueError),
         (dict(dtype="float32"), TypeError),
     ],
 )
@@ -191,6 +194,14 @@ def test_memory_that_is_not_there():
     with pytest.raises(RuntimeError, match="memory"):
         store.load("a", {"0": (*factors(), 0.5)})
     assert store.names() == [] and store.stats()["bytes_used"] == store.stats()["bytes_reserved"] == 0
+
+
+def test_a_capacity_beyond_all_sizes_is_refused_when_it_is_asked_for(store):
+    """Not by the load that would have to take it."""
+    for nbytes in (10**30, (1 << 63) - 1):
+        with pytest.raises(ValueError, match="nbytes: expected a capacity of at most"):
+            store.grow(nbytes)
+    assert store.stats()["capacity"] == 1 << 16
 
 
 @pytest.mark.parametrize("names", [["good"], [None]])

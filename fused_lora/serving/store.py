@@ -23,6 +23,7 @@ from fused_lora.serving.siblings import Siblings
 from fused_lora.serving.static import RowBuffers
 
 _MOST_RESIDENT = 1 << 20
+_MOST_BYTES = (1 << 63) - 1  # that a tensor's size can say
 _PREPARED = 8  # batches of other adapters for which things are kept in order
 _WITH_BUFFERS = 2  # of these, how many keep buffers for their rows
 
@@ -79,8 +80,9 @@ class AdapterStore(Registry):
                 raise TypeError(f"{name}: expected an int or None, got {value!r}")
             if value is not None and value < (name != "host_bytes"):
                 raise ValueError(f"{name}: expected a positive number, got {value}")
-        if max_resident > _MOST_RESIDENT:
-            raise ValueError(f"max_resident: expected at most {_MOST_RESIDENT}, got {max_resident}")
+            most = _MOST_RESIDENT if name == "max_resident" else _MOST_BYTES
+            if value is not None and value > most:
+                raise ValueError(f"{name}: expected at most {most}, got {value}")
         sites = find_sites(model)
         first = next(iter(sites.values())).module.weight
         self.device = _device(first.device if device is None else device)
@@ -162,6 +164,8 @@ class AdapterStore(Registry):
         with self._lock:
             if self._residency.arena.capacity is None:
                 raise RuntimeError("grow: the store has no limit to raise")
+            if self._residency.arena.capacity + nbytes > _MOST_BYTES:
+                raise ValueError(f"nbytes: expected a capacity of at most {_MOST_BYTES} with it, got {nbytes}")
             self._residency.arena.capacity += nbytes
 
     def detach(self) -> None:
