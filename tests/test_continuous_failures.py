@@ -95,6 +95,12 @@ def test_marked_prompt_fails_alone(world, served, name):
     assert failed.error == str(error)
 
 
+@pytest.mark.parametrize("output", [None, "error", {"error": "x"}])
+def test_a_failure_of_nothing(output):
+    with pytest.raises(TypeError, match="output: expected a GenerationOutput"):
+        failure_of(output)
+
+
 def test_requests_of_the_step_fail_and_the_others_go_on(world, served):
     """Eight requests fit into a step; the marked one joins seven that are half done, more wait behind it."""
     model, store = served()

@@ -46,7 +46,12 @@ def failure_of(output: Any) -> Exception | None:
     Returns:
         :class:`StepFailed`; what the store raised for its adapter (``AdapterNotFound``, ``StoreFull``,
         ``AdapterError``); or a RuntimeError when the engine was stopped.
+
+    Raises:
+        TypeError: output is no such thing.
     """
+    if not hasattr(output, "error"):
+        raise TypeError(f"output: expected a GenerationOutput of the engine, got {type(output).__name__}")
     return getattr(output, "exception", None) or (RuntimeError(output.error) if output.error else None)
 
 
