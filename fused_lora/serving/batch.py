@@ -150,7 +150,8 @@ class Batch:
 
     def _together(self, site: Site, x: Tensor, y: Tensor, rows: Rows) -> Shared | None:
         """Compute the layers that share this input, as far as they can be, and add the terms of this one."""
-        sites = self._siblings.of(site) if state_of(x) is not None else (site,)
+        state = state_of(x)
+        sites = (site,) if state is None else self._siblings.of(site)
         if self._buffers is None:
             sites = [s for s in sites if self._prepared.terms(s.index).groups]
         if len(sites) < 2:
@@ -159,7 +160,7 @@ class Batch:
         add = (self._form if self._tables is None else self._shrink)(x.reshape(-1, site.K), rows, sites)
         if add is None or not add(site.index, y):
             return None
-        return Shared(x, site.index, {s.index for s in sites} - {site.index}, add)
+        return Shared(x, state, site.index, {s.index for s in sites} - {site.index}, add)
 
     def _form(self, x: Tensor, rows: Rows, sites: Sequence[Site]) -> Callable[[int, Tensor], bool] | None:
         """The terms of all sites; ``add`` says whether they were still there."""

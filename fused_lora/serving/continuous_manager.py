@@ -111,18 +111,25 @@ class AdapterManager(ContinuousBatchingManager):
         eos_token_id: int | list[int] | None = None,
     ) -> None:
         """Raise what ``add_request`` would for these arguments: TypeError, ValueError or AdapterNotFound."""
+        self._parsed(input_ids, adapter, max_new_tokens, temperature, top_p, seed, eos_token_id)
+
+    def _parsed(
+        self, input_ids: Any, adapter: Any, max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any, eos: Any
+    ) -> tuple[list[int], int, int | list[int] | None, dict[str, float | int]]:
+        """Token ids, number of new ones, where to end, and the arguments of the draw."""
         if adapter is not None and not isinstance(adapter, str):
             raise TypeError(f"adapter: expected a name or None, got {adapter!r:.100}")
         if adapter is not None and adapter not in self.store.names():
             raise AdapterNotFound(f"adapter {adapter!r} not found; adapters of the store: {sorted(self.store.names())}")
         ids = continuous_request.token_ids(input_ids, self.model.config.get_text_config().vocab_size)
-        if len(ids) + continuous_request.count("max_new_tokens", max_new_tokens) > self.max_request_tokens:
+        count = continuous_request.count("max_new_tokens", max_new_tokens)
+        if len(ids) + count > self.max_request_tokens:
             raise ValueError(
                 f"input_ids: {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the cache's "
                 f"{self.max_request_tokens} tokens"
             )
-        continuous_request.sampling(temperature, top_p, seed)
-        continuous_request.ends(eos_token_id)
+        drawn = continuous_request.sampling(temperature, top_p, seed)
+        return ids, count, continuous_request.ends(eos), drawn
 
     def add_request(
         self,
@@ -150,13 +157,13 @@ class AdapterManager(ContinuousBatchingManager):
             TypeError, ValueError: an argument that the message names, the id of another request among them.
             AdapterNotFound: unknown adapter. RuntimeError: the engine does not run.
         """
-        self.check(input_ids, adapter, max_new_tokens, temperature, top_p, seed, eos_token_id)
+        ids, count, ends, drawn = self._parsed(
+            input_ids, adapter, max_new_tokens, temperature, top_p, seed, eos_token_id
+        )
         self._check_id(request_id)
-        ids = continuous_request.token_ids(input_ids, self.model.config.get_text_config().vocab_size)
         own: dict[str, Any] = {} if adapter is None else {ADAPTER: adapter}
-        if drawn := continuous_request.sampling(temperature, top_p, seed):
+        if drawn:
             own |= {"seed": secrets.randbits(63), **drawn}
-        count, ends = int(max_new_tokens), continuous_request.ends(eos_token_id)
         queued = super().add_request(ids, request_id, count, streaming, record_timestamps, ends, **own)
         if queued is None:
             raise RuntimeError(f"no new requests: {self.background_thread_status.can_accept_new_requests()}")

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fused_lora.adapters.read import check_adapter_name
-from fused_lora.modules.inject import AdapterNotFound
+from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
 from fused_lora.serving.device import Transfer
 from fused_lora.serving.lease import Lease
 from fused_lora.serving.packing import Packed, Site, from_folder, from_model, from_tensors

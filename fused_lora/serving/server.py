@@ -26,7 +26,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from fused_lora.adapters.read import check_adapter_name
+from fused_lora.modules.inject import check_adapter_name
 from fused_lora.serving.server_api import (
     Answer,
     ApiError,

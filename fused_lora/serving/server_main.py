@@ -134,7 +134,7 @@ def build(options: argparse.Namespace) -> Any:
 
 def register_folder(store: Any, folder: Path, base_name: str) -> None:
     """Make every adapter in ``folder`` known under its folder's name; what cannot be served is logged and left out."""
-    from fused_lora.adapters.read import check_adapter_name
+    from fused_lora.modules.inject import check_adapter_name
     from fused_lora.serving.server_api import ApiError
     from fused_lora.serving.server_guard import allowed_adapter
 

@@ -30,13 +30,13 @@ class Shared:
     """What has been computed of one input for several layers.
 
     Args:
-        x: the input. first: the layer that was called with it, whose call computed. waiting: the others.
+        x: the input, and its :func:`state_of`. first: the layer whose call computed. waiting: the others.
         add: ``add(site index, y)`` adds the terms to the layer's output; False where it cannot any more.
     """
 
-    def __init__(self, x: Tensor, first: int, waiting: set[int], add: Callable[[int, Tensor], bool]):
+    def __init__(self, x: Tensor, state: Any, first: int, waiting: set[int], add: Callable[[int, Tensor], bool]):
         self.first, self.waiting, self.add = first, waiting, add
-        self._x, self._state = x, state_of(x)
+        self._x, self._state = x, state
 
     def is_of(self, x: Tensor) -> bool:
         """Whether ``x`` is the input that this was computed of."""
