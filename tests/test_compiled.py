@@ -1,16 +1,18 @@
 """The loops that numba compiles: the bits of numpy's and torch's, and what happens where they cannot be had."""
 
+import os
 import subprocess
 import sys
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 from fused_lora import reference
-from fused_lora.ops import compiled, merge_arrays
+from fused_lora.ops import compiled, compiled_mask, merge_arrays
 from fused_lora.ops import merge as merging
 from fused_lora.reference import bits
 
@@ -98,22 +100,82 @@ def test_fingerprints_are_those_of_numpy(width, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("shape, start", [((1, 1), 0), ((3, 16), 5), ((7, 33), 2**20), ((2, 1000), 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape, start", [((1, 1), 0), ((3, 16), 5), ((7, 33), 2**20), ((2, 1000), 1), ((67, 1001), 9), ((3, 0), 1)], ids=str
+)
 def test_masks_are_those_of_the_reference(shape, start, p, dtype):
     cut = reference.dropout_threshold(p) - 32768
     rows = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     rows.reshape(-1)[:1] = -np.inf  # dropped, it is a NaN, as with F.dropout
-    seed = 2**63 + 12345
+    seed = -(2**63) + 12345
     kept = reference.dropout_lanes(seed, start, *shape)[:, : shape[1]] >= cut
     with np.errstate(invalid="ignore"):
         exact = rows * kept
-    out, other = np.empty_like(rows), rows.copy()
-    loops.multiply_by_mask(np.uint64(seed), start, start + shape[0], shape[1], cut, rows, out, other)
-    alone = rows.copy()
-    loops.multiply_by_mask(np.uint64(seed), start, start + shape[0], shape[1], cut, None, None, alone)
+    out, other, alone = np.full_like(rows, np.nan), rows.copy(), rows.copy()
+    tensors = [torch.from_numpy(array) for array in (rows, out, other)]
+    loops.multiply_by_mask(seed, start, cut, *tensors)
+    loops.multiply_by_mask(seed, start, cut, None, None, torch.from_numpy(alone))
     assert np.array_equal(alone, exact, equal_nan=True)
     assert np.array_equal(out, exact, equal_nan=True) and np.array_equal(other, exact, equal_nan=True)
     assert np.array_equal(np.signbit(out[~np.isnan(out)]), np.signbit(exact[~np.isnan(exact)]))
+
+
+def masked(seed, guard=5):
+    """ones * mask of enough elements for all threads, between rows that nobody may write."""
+    out = torch.full((60 + 2 * guard, 1003), 7.0)
+    inside = out[guard:-guard]
+    loops.multiply_by_mask(seed, 3, -20000, torch.ones_like(inside), inside, None)
+    assert (out[:guard] == 7).all() and (out[-guard:] == 7).all()
+    return inside
+
+
+@pytest.fixture
+def expected():
+    return torch.from_numpy(reference.dropout_lanes(11, 3, 60, 1003)[:, :1003] >= -20000).float()
+
+
+def test_a_mask_is_the_same_in_any_number_of_threads(expected, monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(masked(11), expected) for _ in range(20))
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(compiled_mask, "_run", None)  # where torch has no such threads
+    assert torch.equal(masked(11), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="one thread draws a mask there")
+def test_enough_of_a_mask_is_drawn_by_all_threads(monkeypatch):
+    runs = []
+    monkeypatch.setattr(compiled_mask, "_run", lambda *arguments: runs.append(arguments))
+    masked(11)
+    assert len(runs) == 1
+    loops.multiply_by_mask(1, 0, 0, torch.ones(2, 100), torch.empty(2, 100), None)
+    assert len(runs) == 1
+
+
+def test_masks_are_drawn_beside_each_other(expected):
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(masked, [11] * 100))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_draws_masks_in_one_thread(expected):
+    """With more than one it would wait for its parent's threads, in torch's own operations as well."""
+
+    def child():
+        torch.set_num_threads(1)
+        os._exit(0 if torch.equal(masked(11), expected) else 1)
+
+    masked(11)
+    process = torch.multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("name", ["merge", "restore", "multiply_by_mask"])
@@ -121,7 +183,7 @@ def test_loops_that_compute_something_else_are_not_used(name):
     def broken(*arguments):
         result = getattr(loops, name)(*arguments)
         for argument in arguments:
-            if isinstance(argument, np.ndarray) and argument.dtype == np.float32:
+            if str(getattr(argument, "dtype", None)).endswith("float32"):
                 argument += 1
         return result
 

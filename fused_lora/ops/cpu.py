@@ -139,17 +139,15 @@ class _Mask:
             if in_place is not None:
                 in_place.mul_(self._whole[start:stop])
             return
-        arrays = [None if t is None else t.numpy() for t in (rows, out, in_place)]
         loops = compiled.loops()
-        if loops is not None and all(a is None or a.flags.c_contiguous for a in arrays):
-            loops.multiply_by_mask(np.uint64(self._seed & (2**64 - 1)), start, stop, self._K, self._cut, *arrays)
+        if loops is not None and all(t is None or t.is_contiguous() for t in (rows, out, in_place)):
+            loops.multiply_by_mask(self._seed, start, self._cut, rows, out, in_place)
             return
         keep = dropout_lanes(self._seed, start, stop - start, self._K)[:, : self._K] >= self._cut
-        rows, out, in_place = arrays  # numpy's product with a bool is twice as fast as torch's
-        if rows is not None:
-            np.multiply(rows, keep, out=out)
+        if rows is not None:  # numpy's product with a bool is twice as fast as torch's
+            np.multiply(rows.numpy(), keep, out=out.numpy())
         if in_place is not None:
-            np.multiply(in_place, keep, out=in_place)
+            np.multiply(in_place.numpy(), keep, out=in_place.numpy())
 
 
 def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
