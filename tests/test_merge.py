@@ -12,7 +12,7 @@ from torch import nn
 
 import fused_lora
 from fused_lora import LoraConfig, LoraLinear, reference
-from fused_lora.ops import compiled, merge_arrays, merge_blocks
+from fused_lora.ops import compiled, merge_arrays, merge_blocks, merge_units
 from fused_lora.ops import merge as merging
 from fused_lora.ops.merge_workers import Team
 from fused_lora.reference import bits
@@ -84,7 +84,8 @@ def test_any_layout_of_the_weight(layout, dtype):
     merging.merge_(expected, [A], [B], [2.0])
     record = merging.merge_(stored, [A], [B], [2.0], fan_in_fan_out=layout == "fan_in_fan_out")
     view = stored.t() if layout == "fan_in_fan_out" else stored
-    assert (view != expected).float().mean() < 0.01
+    # blocks of strided weights are summed by the BLAS, also where the loops sum those of others
+    assert (view != expected).float().mean() < 0.04
     again = merging.factors(record, layout == "fan_in_fan_out")
     assert torch.equal(again[0][0], A) and torch.equal(again[1][0], B * 2.0)
     merging.unmerge_(stored, record)
@@ -110,12 +111,16 @@ def test_a_weight_may_begin_anywhere_in_memory(offset, relative, dtype):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("rows", [33, 35, 62])
-def test_blocks_may_begin_between_two_words(rows, dtype):
+def test_blocks_may_begin_between_two_words(rows, dtype, loops):
     W, A, B = case(rows, 4097, 2, dtype)
     before = W.clone()
     record = merging.merge_(W, [A], [B], [1.0])
-    assert len(record.blocks) > 1 and len(record.blocks[0].counts) > 1
-    assert any(block.start * 4097 * dtype.itemsize % 8 for block in record.blocks) or dtype.itemsize == 8
+    if loops == "compiled":
+        assert len(record.units.counts) == 2 * -(-rows // record.units.height) > 4  # of rows that begin anywhere
+    else:
+        begin = [block.start * 4097 for block in record.blocks]
+        assert len(begin) > 1 and len(record.blocks[0].counts) > 1
+        assert any(start * dtype.itemsize % 8 for start in begin) or dtype.itemsize == 8
     merging.unmerge_(W, record)
     assert same_bits(W, before)
 
@@ -242,16 +247,24 @@ def test_thread_count_at_unmerge_does_not_matter(threads):
     assert same_bits(W, before)
 
 
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Blocks of eight rows; units of 512 elements, one after the other."""
+    monkeypatch.setattr(merging, "_block_rows", lambda W, threads: 8)
+    monkeypatch.setattr(merge_units, "_UNIT", 512)
+    monkeypatch.setattr(merge_units, "_WAVE", 1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("action", ["merge", "unmerge"])
-def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, monkeypatch):
+def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, monkeypatch, small_pieces, loops):
     W, A, B = case(64, 64, 4, dtype)
-    monkeypatch.setattr(merging, "_block_rows", lambda W, threads: 8)  # eight blocks
     before = W.clone()
     record = merging.merge_(W, [A], [B], [1.0])
     merged = W.clone()
     ran = []
-    for owner, name in [(torch, "mm"), (merge_arrays, "fold"), (merge_arrays.Arrays, "_write")]:
+    steps = [(torch, "mm"), (merge_arrays, "fold"), (merge_arrays.Arrays, "_write")]
+    for owner, name in [(merge_units._Job, "run"), (torch.Tensor, "clone")] if loops == "compiled" else steps:
         step, calls = getattr(owner, name), {"left": -1}
 
         def failing(*args, step=step, calls=calls, **kwargs):
@@ -277,7 +290,7 @@ def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, mon
                     assert calls["left"] == k  # a step that this kind of weight does not take
                     break
             assert same_bits(W, before if action == "merge" else merged)
-    assert ran.count("mm") == 8 and len(ran) >= 16
+    assert ran.count("run" if loops == "compiled" else "mm") == 8 and (len(ran) >= 16 or loops == "compiled")
     W.copy_(merged)
     merging.unmerge_(W, record)
     assert same_bits(W, before)
@@ -286,21 +299,24 @@ def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, mon
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("action", ["merge", "unmerge"])
 @pytest.mark.parametrize("relative", [0.01, 100.0], ids=["corrections", "copy"])
-def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_state(relative, action, dtype, monkeypatch):
+def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_state(relative, action, dtype, small_pieces):
     """Between the write of a block and the note of it, too."""
-    W, A, B = case(24, 64, 4, dtype, relative)
-    monkeypatch.setattr(merging, "_block_rows", lambda W, threads: 8)  # three blocks
+    W, A, B = case(24, 64, 4, dtype, relative)  # three blocks
     before = W.clone()
     record = merging.merge_(W, [A], [B], [1.0])
-    merged, files = W.clone(), (merging.__file__, merge_blocks.__file__, merge_arrays.__file__)
+    merged, files = W.clone(), tuple(m.__file__ for m in (merging, merge_blocks, merge_arrays, merge_units))
+    names = "merge", "restore", "_write", "_merge", "run", "rooms", "waves"
     lines = {"seen": 0, "stop": 0}
 
     def trace(frame, event, argument):
-        if frame.f_code.co_filename not in files or frame.f_code.co_name not in ("merge", "restore", "_write"):
+        if frame.f_code.co_filename not in files or frame.f_code.co_name not in names:
             return None
-        if event in ("line", "return"):
+        # all is done and no call is left, so no signal is looked at any more
+        done = event == "return" and frame.f_code.co_filename == merge_units.__file__
+        if event in ("line", "return") and not done:
             lines["seen"] += 1
             if lines["seen"] == lines["stop"]:
+                lines["at"] = frame.f_code.co_name, frame.f_lineno, event
                 raise KeyboardInterrupt
         return trace
 
@@ -317,7 +333,7 @@ def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_state(relative, acti
             else:
                 merging.unmerge_(W, record)
         except KeyboardInterrupt:
-            assert same_bits(W, old), f"after {lines['seen']} lines"
+            assert same_bits(W, old), f"after {lines['seen']} lines, at {lines['at']}"
         else:
             whole += 1
             assert same_bits(W, new)

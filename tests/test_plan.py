@@ -252,4 +252,4 @@ def test_a_merge_kernel_that_fails_its_check_is_dropped(kernels_on, monkeypatch)
     W = torch.randn(20, 30)
     with pytest.warns(UserWarning, match="merge.* is dropped"):
         record = merge.merge_(W, [torch.randn(2, 30)], [torch.randn(20, 2)], [1.0])
-    assert record.device_corrections is None and record.blocks
+    assert record.device_corrections is None and (record.units or record.blocks)

@@ -1,14 +1,8 @@
-"""The dropout mask for numba, and how the loops of this package are compiled: see :mod:`fused_lora.ops.compiled`.
-
-numba recompiles a function when its own file changes, so what a loop is made of stands beside it.
-"""
+"""The dropout mask for numba: see :mod:`fused_lora.ops.compiled`."""
 
 from __future__ import annotations
 
 import ctypes
-import sys
-from collections.abc import Callable
-from functools import partial
 
 import numba
 import numpy as np
@@ -17,21 +11,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from fused_lora.ops.compiled_team import jit, on_work, pointer, run, take
 from fused_lora.reference import LANES, PHILOX, WEYL
-
-
-def _compile(compiler: Callable, function: Callable, **options: bool) -> Callable:
-    """``function`` by one of numba's compilers, and what that makes of it kept on disk."""
-    options |= dict(error_model="numpy", boundscheck=False)
-    try:
-        return compiler(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor a home directory can be written: compile in every process
-        return compiler(**options)(function)
-
-
-def jit(function: Callable, nogil: bool = True) -> Callable:
-    """Compiled at the first call with arguments of a kind; lets go of the interpreter lock."""
-    return _compile(numba.njit, function, nogil=nogil)
 
 
 @intrinsic
@@ -65,41 +46,17 @@ def _philox(seed, counter):
     return c0, c1, c2, c3
 
 
-# elements from which torch, too, takes all its threads, and a fraction that one thread takes at a time
+# elements from which torch, too, takes all its threads, and a share that one thread takes at a time
 _ENOUGH, _SHARE = 1 << 15, 1 << 14
 
 
 class _Work(ctypes.Structure):
-    """What a team of threads shares: the arguments of :func:`multiply_by_mask`, and ``next``, the first row left."""
+    """The arguments of :func:`multiply_by_mask` for a team; ``next`` is the first row that is left."""
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in ("next", "step", "M", "K", "seed", "start", "cut", "double", "rows", "out", "in_place")
     ]
-
-
-_POINTER = types.CPointer(numba.from_dtype(np.dtype(_Work)))
-
-
-@intrinsic
-def _take(context, work, count):
-    """The first row left, which is ``count`` further for the next who asks."""
-
-    def generate(context, builder, signature, arguments):
-        first = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", first, arguments[1], "monotonic")
-
-    return types.int64(work, types.int64), generate
-
-
-@intrinsic
-def _pointer(context, address, element):
-    """The address as a pointer to elements of that kind."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(element)(types.int64, element), generate
 
 
 @jit
@@ -114,17 +71,17 @@ def _select(rows, lanes, cut, out):
 
 
 @jit
-def _multiply_rows(pointer, work, element):
+def _multiply_rows(shared, work, element):
     """Rows of the work, ``step`` at a time, as long as there are any left."""
     shape = work.M, work.K
-    rows = numba.carray(_pointer(work.rows, element), shape)
-    out = numba.carray(_pointer(work.out, element), shape)
-    in_place = numba.carray(_pointer(work.in_place, element), shape)
+    rows = numba.carray(pointer(work.rows, element), shape)
+    out = numba.carray(pointer(work.out, element), shape)
+    in_place = numba.carray(pointer(work.in_place, element), shape)
     blocks = (work.K + LANES - 1) // LANES
     words = np.empty(4 * blocks, np.uint64)
     lanes = words.view(np.int16)
     while True:
-        first = _take(pointer, work.step)
+        first = take(shared, 0, work.step)
         if first >= work.M:
             return
         for row in range(first, min(first + work.step, work.M)):
@@ -141,27 +98,13 @@ def _multiply_rows(pointer, work, element):
                 _select(in_place[row], lanes, work.cut, None)
 
 
-@partial(_compile, partial(numba.cfunc, types.void(_POINTER)))
-def _work(pointer):
-    work = numba.carray(pointer, 1)[0]
+@on_work(_Work)
+def _function(shared):
+    work = numba.carray(shared, 1)[0]
     if work.double:
-        _multiply_rows(pointer, work, np.float64(0))
+        _multiply_rows(shared, work, np.float64(0))
     else:
-        _multiply_rows(pointer, work, np.float32(0))
-
-
-def _team() -> Callable | None:
-    """Runs a function in all threads of torch's own OpenMP: others would wait for these, which spin for milliseconds.
-
-    None where torch has none of GNU's interface, which LLVM's and Intel's have as well.
-    """
-    run = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None) if sys.platform == "linux" else None
-    if run is not None:
-        run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return run
-
-
-_run = _team()
+        _multiply_rows(shared, work, np.float32(0))
 
 
 def multiply_by_mask(
@@ -183,7 +126,4 @@ def multiply_by_mask(
     M, K = like.shape
     addresses = (0 if t is None else t.data_ptr() for t in (rows, out, in_place))
     work = _Work(0, max(1, _SHARE // max(K, 1)), M, K, seed, start, cut, like.dtype == torch.float64, *addresses)
-    if _run is None or M * K < _ENOUGH:
-        _work.ctypes(ctypes.byref(work))
-    else:
-        _run(_work.address, ctypes.addressof(work), 0, 0)
+    run(_function, work, alone=M * K < _ENOUGH)

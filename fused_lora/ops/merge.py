@@ -4,10 +4,12 @@ Subtracting D again gives W back for 88 to 99.6 % of the elements only, because 
 for every element where round(Wm - D) is not W to the bit, its position and its value: 6 bytes (fp32) or 4 bytes
 (16-bit) for 0.2 to 10 % of the elements, and never more than a plain copy of W.
 
-That is right only if D has the same bits at merge and at unmerge. Both walk the same row blocks with the same
-single-threaded fp32 GEMM on frozen copies of A, B and s, so neither the thread count nor a later edit of the adapter
-matters, and a fingerprint of W (integer sums of its bit patterns, which see every change of a single element) is
-compared for each block before a block is written back.
+That is right only if D has the same bits at merge and at unmerge. Both compute it from frozen copies of A, B and s in
+the same order: contiguous CPU weights by compiled loops where numba is installed (``merge_units``), CUDA weights by the
+Triton kernel (``merge_kernel``), and in row blocks by the same single-threaded fp32 GEMM what neither does, what might
+overflow and what has so many corrections that a copy is smaller. So neither the thread count nor a later edit of the
+adapter matters, and a fingerprint of W (integer sums of its bit patterns, which see every change of a single element)
+is compared for each block or unit before it is written back.
 
 A block is written last, in one copy, after everything that can fail. A failure in block k takes blocks 0..k-1 back, so
 a weight is either merged whole or not touched.
@@ -24,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fused_lora.ops import merge_kernel
+from fused_lora.ops import merge_kernel, merge_units
 from fused_lora.ops._checks import FLOAT_DTYPES
 from fused_lora.ops.merge_blocks import Block, Workspace
 from fused_lora.ops.merge_workers import Team
@@ -39,8 +41,8 @@ _MIN_BLOCK_ELEMENTS = 1 << 17  # smaller blocks cost more in calls than they sav
 class MergeRecord:
     """What was added to one weight, frozen, and what it takes to get the old bits back.
 
-    ``left`` [rows, R] and ``right`` [R, columns] are fp32 copies with the scaling inside; ``left @ right`` is the
-    delta as the weight is stored. ``nbytes`` counts everything that the record holds.
+    ``left`` [rows, R] and ``right`` [R, columns] are copies in fp32 (fp64 for an fp64 weight) with the scaling inside;
+    their product is the delta as the weight is stored. ``nbytes`` counts everything that the record holds.
     """
 
     left: torch.Tensor
@@ -49,13 +51,14 @@ class MergeRecord:
     transposed: bool
     block_rows: int
     blocks: list[Block] = field(default_factory=list)
+    units: merge_units.Units | None = None  # of the compiled loops, in place of blocks
     device_corrections: Any = None  # of the kernel, in place of blocks
 
     @property
     def nbytes(self) -> int:
         tensors = [self.left, self.right]
-        for block in self.blocks:
-            tensors += block.tensors
+        for part in [*self.blocks, *([self.units] if self.units else [])]:
+            tensors += part.tensors
         if self.device_corrections is not None:
             tensors += [t for t in vars(self.device_corrections).values() if isinstance(t, torch.Tensor)]
         return sum(t.numel() * t.element_size() for t in tensors)
@@ -65,6 +68,8 @@ class MergeRecord:
         """How many elements need their value kept."""
         if self.device_corrections is not None:
             return self.device_corrections.values.numel()
+        if self.units is not None:
+            return sum(values.numel() for values in self.units.values)
         return sum(b.values.numel() for b in self.blocks if b.values is not None)
 
     def workspace(self, W: torch.Tensor) -> Callable[[], Workspace]:
@@ -109,12 +114,17 @@ def merge_(
         if transposed:  # rows of the storage are what a block should hold
             W, left, right = W.t(), right.t().contiguous(), left.t().contiguous()
         record = MergeRecord(left, right, W.dtype, transposed, _block_rows(W, team.threads))
-        _merge_blocks(W, record, team)
-        return record
+        check_finite = not _cannot_overflow(left, right, W.dtype)
+    if not check_finite and right.numel() and merge_units.applies(W):
+        record.units = merge_units.merge(W, left, right)
+        if record.units is not None:  # no call from here on: in one an interrupt would lose the record
+            return record
+    with Team(W.device) as team:
+        _merge_blocks(W, record, team, check_finite)
+    return record
 
 
-def _merge_blocks(W: torch.Tensor, record: MergeRecord, team: Team) -> None:
-    check_finite = not _cannot_overflow(record.left, record.right, W.dtype)
+def _merge_blocks(W: torch.Tensor, record: MergeRecord, team: Team, check_finite: bool) -> None:
     step = record.block_rows
     tasks = [(start, min(start + step, W.shape[0])) for start in range(0, W.shape[0], step)]
 
@@ -146,6 +156,10 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
         )
     if record.device_corrections is not None:
         return merge_kernel.unmerge(W, record.left, record.right, record.device_corrections)
+    if record.units is not None:
+        if not merge_units.restore(W, record.left, record.right, record.units):
+            raise RuntimeError(merge_kernel.CHANGED)
+        return
     begun: list[tuple[Block]] = []
 
     def restore(ws: Workspace, block: Block) -> None:
@@ -168,9 +182,10 @@ def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, fl
     W = weight.detach()
     W = W.t() if record.transposed else W
     moved = lost = wanted = 0.0
-    if record.device_corrections is not None:
-        original = W.clone()
-        merge_kernel.unmerge(original, record.left, record.right, record.device_corrections)
+    if not record.blocks:
+        original = weight.detach().clone()
+        unmerge_(original, record)
+        original = original.t() if record.transposed else original
         change = W.double() - original.double()
         delta = record.left.double() @ record.right.double()
         moved, lost, wanted = (t.square().sum().item() for t in (change, change - delta, delta))

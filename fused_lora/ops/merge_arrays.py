@@ -1,15 +1,13 @@
-"""The blocks of a contiguous CPU weight through numpy's views: corrections and fingerprints, compiled where possible.
+"""The blocks of a contiguous CPU weight through numpy's views: corrections and fingerprints.
 
 numpy's views keep the interpreter lock and its loops let go of it once each. With several workers that matters: every
-torch call, a slice too, hands the lock over, and waiting for it took half of the time. A compiled loop does the whole
-block at once.
+torch call, a slice too, hands the lock over, and waiting for it took half of the time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -19,8 +17,8 @@ from fused_lora.reference import bits
 
 CHUNK = 1 << 16  # corrections are addressed by 16 bits inside chunks of this many elements
 _FINGERPRINT_LANES = 1021  # prime, so that rows and columns of usual sizes do not fold onto themselves
-_WEIGHTS = np.random.Philox(key=2024).random_raw(_FINGERPRINT_LANES).view(np.int64) | 1  # odd: no change is lost
-_MULTIPLIER = 0x5851F42D4C957F2D
+WEIGHTS = np.random.Philox(key=2024).random_raw(_FINGERPRINT_LANES).view(np.int64) | 1  # odd: no change is lost
+MULTIPLIER = 0x5851F42D4C957F2D
 
 
 @dataclass
@@ -59,19 +57,16 @@ class Arrays:
     A merge costs one read and one write of the block of W beyond the first cache; ``delta`` is overwritten.
     """
 
-    def __init__(self, W: np.ndarray, delta: np.ndarray, loops: ModuleType | None):
-        self._W, self._delta, self._loops = W, delta, loops
-        self._integer = np.dtype(f"i{W.itemsize}") if W.dtype.kind == "f" else W.dtype
+    def __init__(self, W: np.ndarray, delta: np.ndarray):
+        self._W, self._delta = W, delta
+        self._integer = np.dtype(f"i{W.itemsize}")
 
     @classmethod
     def of(cls, W: torch.Tensor, delta: torch.Tensor) -> Arrays | None:
-        """None where numpy cannot do it: not on a CPU, not contiguous, or 16-bit floats without compiled loops."""
-        if W.device.type != "cpu" or not W.is_contiguous():
+        """None where numpy cannot do it: not on a CPU, not contiguous, or 16-bit floats."""
+        if W.device.type != "cpu" or not W.is_contiguous() or W.dtype != delta.dtype:
             return None
-        loops = compiled.loops()
-        if loops is not None and W.dtype in loops.ELEMENTS:
-            return cls(bits(W).numpy().view(loops.ELEMENTS[W.dtype]), delta.numpy(), loops)
-        return cls(W.numpy(), delta.numpy(), None) if W.dtype == delta.dtype else None
+        return cls(W.numpy(), delta.numpy())
 
     def merge(self, start: int, stop: int, blocks: list[Block]) -> bool:
         """W <- round(W + D) in rows [start, stop); the block joins ``blocks`` just before W is written.
@@ -79,31 +74,26 @@ class Arrays:
         False, nothing done, where there are too many corrections for it.
         """
         w, d = self._rows(start, stop)
-        merged = self._buffer[: w.size] if self._loops is None or w.dtype != d.dtype else d
-        merge = self._merge_in_numpy if self._loops is None else self._merge_in_loops
-        kept, fingerprint = merge(w, d, merged)
-        if kept[1].size * (w.itemsize + 2) >= w.nbytes:
+        merged, flat, differs = self._merged[: w.size], w.view(self._integer), self._differs[: w.size]
+        np.add(w, d, out=merged)
+        np.subtract(merged, d, out=d)
+        np.not_equal(d.view(self._integer), flat, out=differs)
+        index = np.flatnonzero(differs)
+        if index.size * (w.itemsize + 2) >= w.nbytes:
             return False  # a copy would be smaller
-        blocks.append(Block(start, stop, fingerprint, *map(torch.from_numpy, kept)))
+        kept = counts_of(index, flat.size), index.astype(np.uint16), flat.take(index)
+        blocks.append(Block(start, stop, fold(words_of(w)), *map(torch.from_numpy, kept)))
         self._write(merged, w)
         return True
 
     def restore(self, block: Block) -> bool:
         """The old bits back in W; False, nothing done, where W is not what the merge left."""
         w, d = self._rows(block.start, block.stop)
-        kept = block.counts.numpy(), block.offsets.numpy(), block.values.numpy().view(self._integer)
-        original = d if w.dtype == d.dtype else self._buffer[: w.size]
-        integers, words = original.view(self._integer), words_of(original)
-        if self._loops is None:
-            np.subtract(w, d, out=original)
-            put_back(integers, *kept)
-            fingerprint = fold(words)
-        else:
-            out = None if original is d else original
-            fingerprint = self._loops.restore(w, d, out, integers, words, *kept, _WEIGHTS, _MULTIPLIER)
-        if fingerprint != block.fingerprint:
+        np.subtract(w, d, out=d)
+        put_back(d.view(self._integer), *(t.numpy() for t in (block.counts, block.offsets, block.values)))
+        if fold(words_of(d)) != block.fingerprint:
             return False
-        self._write(original, w)
+        self._write(d, w)
         return True
 
     def _rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,43 +101,15 @@ class Arrays:
         return self._W[start:stop].reshape(-1), self._delta[: stop - start].reshape(-1)
 
     def _write(self, block: np.ndarray, w: np.ndarray) -> None:
-        if self._loops is None:
-            np.copyto(w, block)
-        else:
-            self._loops.copy(block, w)
+        np.copyto(w, block)
 
     @cached_property
-    def _buffer(self) -> np.ndarray:
-        """A block of the weight's elements."""
+    def _merged(self) -> np.ndarray:
         return np.empty(self._delta.size, self._W.dtype)
 
     @cached_property
     def _differs(self) -> np.ndarray:
         return np.empty(self._delta.size, np.bool_)
-
-    @cached_property
-    def _room(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For a block's offsets and values, while they are smaller than a copy, and for the counts of its chunks."""
-        most = self._delta.size * self._W.itemsize // (self._W.itemsize + 2)
-        values = np.empty(most + self._loops.MARGIN, self._integer)
-        return np.empty(values.shape, np.uint16), values, np.empty(-(-self._delta.size // CHUNK), np.int32)
-
-    def _merge_in_loops(self, w: np.ndarray, d: np.ndarray, merged: np.ndarray) -> tuple[tuple, tuple[int, ...]]:
-        offsets, values, counts = self._room
-        out = None if merged is d else merged
-        n, fingerprint = self._loops.merge(
-            w, w.view(self._integer), words_of(w), d, out, offsets, values, counts, _WEIGHTS, _MULTIPLIER
-        )
-        kept = counts[: -(-w.size // CHUNK)].copy(), offsets[:n].copy(), values[:n].copy().view(f"i{w.itemsize}")
-        return kept, fingerprint
-
-    def _merge_in_numpy(self, w: np.ndarray, d: np.ndarray, merged: np.ndarray) -> tuple[tuple, tuple[int, ...]]:
-        flat, differs = w.view(self._integer), self._differs[: w.size]
-        np.add(w, d, out=merged)
-        np.subtract(merged, d, out=d)
-        np.not_equal(d.view(self._integer), flat, out=differs)
-        index = np.flatnonzero(differs)
-        return (counts_of(index, flat.size), index.astype(np.uint16), flat.take(index)), fold(words_of(w))
 
 
 def counts_of(index: np.ndarray, size: int) -> np.ndarray:
@@ -197,7 +159,7 @@ def fold(words: np.ndarray) -> tuple[int, ...]:
     """The fingerprint of a block's words."""
     loops = compiled.loops()
     if loops is not None:
-        return loops.fold(words, _WEIGHTS, _MULTIPLIER)
+        return loops.fold(words, WEIGHTS, MULTIPLIER)
     rows = words.size // _FINGERPRINT_LANES
     head = words[: rows * _FINGERPRINT_LANES].reshape(rows, _FINGERPRINT_LANES)
     tail = words[rows * _FINGERPRINT_LANES :]
@@ -207,7 +169,7 @@ def fold(words: np.ndarray) -> tuple[int, ...]:
 def _weigh(sums: np.ndarray) -> int:
     """sum_i weight_i * sums_i modulo 2^64, in pieces of the weights' length."""
     folded = 0
-    for start in range(0, len(sums), len(_WEIGHTS)):
-        piece = sums[start : start + len(_WEIGHTS)]
-        folded = folded * _MULTIPLIER + int(np.dot(piece, _WEIGHTS[: len(piece)]))
+    for start in range(0, len(sums), len(WEIGHTS)):
+        piece = sums[start : start + len(WEIGHTS)]
+        folded = folded * MULTIPLIER + int(np.dot(piece, WEIGHTS[: len(piece)]))
     return folded % 2**64

@@ -14,6 +14,11 @@ import torch
 from fused_lora.ops import kernel
 from fused_lora.reference import bits
 
+CHANGED = (
+    "weight: it is not what the merge left (changed, cast or loaded since), so the original bits cannot be restored; "
+    "nothing was changed"
+)
+
 
 def applies(weight: torch.Tensor) -> bool:
     """Whether the kernel does this weight: a CUDA tensor of fp32, bf16 or fp16, and the first-use check has passed."""
@@ -44,10 +49,7 @@ def unmerge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, recor
     from fused_lora.kernels import merge as kernels
 
     if not record.matches(kernels.unmerge_scan(weight, right, left, record)):
-        raise RuntimeError(
-            "weight: it is not what the merge left (changed, cast or loaded since), so the original bits cannot be "
-            "restored; nothing was changed"
-        )
+        raise RuntimeError(CHANGED)
     kernels.unmerge_apply(weight, right, left, record)
 
 

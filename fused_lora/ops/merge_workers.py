@@ -78,16 +78,21 @@ class Team:
             torch.set_num_threads(1)
             run()
 
-        helpers = []
-        try:
-            for _ in range(workers - 1):
-                helpers.append(_helpers().submit(help_out))
-            run()
-        except BaseException as e:  # noqa: B036 - an interrupt before or after the work is a failure like any other
-            failures.append(e)
-        for helper in helpers:
-            _settle(helper, failures)
+        beside(workers, help_out, run, failures)
         return failures[0] if failures else None
+
+
+def beside(threads: int, help_out: Callable[[], object], run: Callable[[], object], failures: list) -> None:
+    """``run`` in this thread and ``help_out`` in the others of so many; ends when all have ended."""
+    helpers = []
+    try:
+        for _ in range(threads - 1):
+            helpers.append(_helpers().submit(help_out))
+        run()
+    except BaseException as e:  # noqa: B036 - an interrupt before or after the work is a failure like any other
+        failures.append(e)
+    for helper in helpers:
+        _settle(helper, failures)
 
 
 def _settle(helper, failures: list[BaseException]) -> None:
