@@ -20,7 +20,7 @@ setup(
         "numpy>=2",
     ],
     extras_require={
-        # compiled CPU loops: merge and dropout without them take two or three times as long
+        # compiled CPU loops: merge and dropout without them take up to three times as long
         "cpu": ["numba>=0.61"],
         "test": [
             "fused_lora[cpu]",

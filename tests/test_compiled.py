@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fused_lora import reference
-from fused_lora.ops import compiled, compiled_team, merge_arrays, merge_units
+from fused_lora.ops import compiled, compiled_mask, compiled_team, merge_arrays, merge_units
 from fused_lora.ops import merge as merging
 from fused_lora.reference import bits
 
@@ -132,6 +132,9 @@ DAMAGES = {
     "starts that overflow": lambda units: (units.starts.fill_(2**63 - 1), units.counts.fill_(1)),
     "other values": lambda units: units.values.__setitem__(0, units.values[0].to(torch.int16)),
     "strided values": lambda units: units.values.__setitem__(0, units.values[0].repeat_interleave(2)[::2]),
+    "no height": lambda units: setattr(units, "height", 0),
+    "negative sizes": lambda units: (setattr(units, "height", -40), setattr(units, "width", -300)),
+    "narrow": lambda units: setattr(units, "width", 150),
     "units too large": lambda units: setattr(units, "height", 1000),
     "no waves": lambda units: units.offsets.clear(),
     "fingerprints": lambda units: setattr(units, "fingerprints", units.fingerprints[:, :2]),
@@ -224,22 +227,58 @@ def test_corrections_are_counted():
     assert merging.merge_(W, [right], [left], [1.0]).corrections == differs.sum()
 
 
-def test_a_thread_that_flushes_denormals_works_alone():
-    """The setting is the thread's: another would merge to other bits than it restores."""
-    W = torch.rand(600, 700) * 1e-38
-    W[0] = 1.0
-    left, right = torch.rand(600, 1) * 1e-39, torch.ones(1, 700)
-    before = W.clone()
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush denormals")
-    try:
-        for _ in range(20):
-            units = merge_units.merge(W, left, right)
-            if units is not None:
-                assert merge_units.restore(W, left, right, units)
-            assert np.array_equal(bits(W).numpy(), bits(before).numpy())
-    finally:
-        torch.set_flush_denormal(False)
+def test_threads_that_round_otherwise_than_the_caller_do_nothing():
+    """torch.set_flush_denormal is a setting of one thread, which those that it starts inherit."""
+    code = (
+        "import torch\n"
+        "from fused_lora.ops import compiled, merge_units\n"
+        "from fused_lora.reference import bits\n"
+        "torch.manual_seed(0)\n"
+        "torch.set_num_threads(3)\n"
+        "W, left, right = torch.rand(600, 700) * 1e-38, torch.rand(600, 1) * 1e-39, torch.ones(1, 700)\n"
+        "if torch.set_flush_denormal(True):\n"
+        "    torch.rand(1000, 1000) + 1\n"
+        "    for mine in (False, True):\n"
+        "        torch.set_flush_denormal(mine)\n"
+        "        masked = set()\n"
+        "        for _ in range(20):\n"
+        "            merged = W.clone()\n"
+        "            units = merge_units.merge(merged, left, right)\n"
+        "            assert units is None or merge_units.restore(merged, left, right, units)\n"
+        "            assert torch.equal(bits(merged), bits(W))\n"
+        "            out = torch.empty_like(W)\n"
+        "            compiled.loops().multiply_by_mask(1, 0, 0, W, out, None)\n"
+        "            masked.add(out.numpy().tobytes())\n"
+        "        assert len(masked) == 1\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+def test_a_mask_without_memory_is_an_error(monkeypatch):
+    monkeypatch.setattr(compiled_mask, "run", lambda *arguments, **options: None)
+    with pytest.raises(MemoryError, match="dropout"):
+        masked(11)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_that_is_the_first_to_use_them():
+    code = (
+        "import os, signal, torch\n"
+        "from fused_lora.ops import merge\n"
+        "torch.set_num_threads(2)\n"
+        "W, A, B = torch.randn(1500, 1500), torch.randn(8, 1500), torch.randn(1500, 8) * 0.01\n"
+        "W.mul_(1.0)\n"
+        "before = W.numpy().copy()\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    signal.alarm(60)\n"
+        "    record = merge.merge_(W, [A], [B], [1.0])\n"
+        "    changed = (W.numpy() != before).any()\n"
+        "    merge.unmerge_(W, record)\n"
+        "    os._exit(0 if record.units is not None and changed and (W.numpy() == before).all() else 1)\n"
+        "assert os.waitpid(child, 0)[1] == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("restoring", [False, True])
@@ -407,10 +446,15 @@ def test_a_mask_is_the_same_in_any_number_of_threads(expected, monkeypatch):
     assert torch.equal(masked(11), expected)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="one thread draws a mask there")
+@pytest.mark.skipif(sys.platform != "linux", reason="helpers of ours draw a mask there")
 def test_enough_of_a_mask_is_drawn_by_all_threads(monkeypatch):
     runs = []
-    monkeypatch.setattr(compiled_team, "_run_parallel", lambda *arguments: runs.append(arguments))
+
+    def parallel(function, work, threads, flags):
+        runs.append(threads)
+        ctypes.c_int64.from_address(work).value = 1 << 20  # rows taken
+
+    monkeypatch.setattr(compiled_team, "_run_parallel", parallel)
     masked(11)
     assert len(runs) == 1
     threads = torch.get_num_threads()
@@ -420,7 +464,7 @@ def test_enough_of_a_mask_is_drawn_by_all_threads(monkeypatch):
             pool.submit(masked, 11).result()
     finally:
         torch.set_num_threads(threads)
-    assert runs.pop()[2] == 5
+    assert runs.pop() == 5
     loops.multiply_by_mask(1, 0, 0, torch.ones(2, 100), torch.empty(2, 100), None)
     assert len(runs) == 1
 

@@ -47,12 +47,18 @@ def _import() -> ModuleType | None:
         if e.name != "numba":
             raise
         return None
-    return compiled_loops
+    return None if compiled_loops.numba.config.DISABLE_JIT else compiled_loops
 
 
 def _first_difference(loops: ModuleType) -> str | None:
     """Which loop gives other bits than numpy; those of a merge are tried by :mod:`~fused_lora.ops.merge_units`."""
+    from fused_lora.ops import merge_arrays  # which asks this module for the loops
+
     rows = np.random.default_rng(0).standard_normal((40, 1000), np.float32)  # enough for all threads
     out, mask = torch.from_numpy(np.empty_like(rows)), dropout_lanes(7, 2, *rows.shape)[:, : rows.shape[1]] >= 5
     loops.multiply_by_mask(7, 2, 5, torch.from_numpy(rows), out, None)
-    return None if np.array_equal(out.numpy(), rows * mask) else "a dropout mask differs"
+    if not np.array_equal(out.numpy(), rows * mask):
+        return "a dropout mask differs"
+    words = rows.reshape(-1).view(np.int64)
+    ours = loops.fold(words, merge_arrays.WEIGHTS, merge_arrays.MULTIPLIER)
+    return None if ours == merge_arrays.fold_in_numpy(words) else "a fingerprint differs"

@@ -27,7 +27,7 @@ from fused_lora.ops.compiled_llvm import (
     two_rows,
 )
 from fused_lora.ops.compiled_mask import multiply_by_mask
-from fused_lora.ops.compiled_team import jit, on_work, pointer, run, take
+from fused_lora.ops.compiled_team import jit, on_work, pointer, rounds_as_caller, run, take
 
 __all__ = ["STRIP", "TILE_BYTES", "Work", "fold", "function", "multiply_by_mask", "run"]
 
@@ -43,7 +43,8 @@ class Work(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            *("next", "used", "stop", "restoring", "failed", "rows", "columns", "R", "height", "width", "units"),
+            *("next", "used", "probe", "flushes", "stop", "restoring", "failed"),
+            *("rows", "columns", "R", "height", "width", "units"),
             *("W", "left", "right", "state", "counts", "starts", "fingerprints", "offsets", "values"),
             *("weights", "lanes", "multiplier"),
         )
@@ -273,8 +274,10 @@ def function(dtype: torch.dtype) -> Callable | None:
         return None
     element, integer, number, same = _KINDS[dtype]
 
-    @on_work(Work)
     def units(shared):
-        _units(shared, numba.carray(shared, 1)[0], element, integer, number, same)
+        work = numba.carray(shared, 1)[0]
+        if rounds_as_caller(work):
+            _units(shared, work, element, integer, number, same)
 
-    return units
+    units.__qualname__ = f"units_{dtype}".replace(".", "_")  # of one name, they would share a file of numba's
+    return on_work(Work)(units)

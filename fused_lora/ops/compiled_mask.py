@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fused_lora.ops.compiled_team import jit, on_work, pointer, run, take
+from fused_lora.ops.compiled_team import jit, on_work, pointer, rounds_as_caller, run, take
 from fused_lora.reference import LANES, PHILOX, WEYL
 
 
@@ -55,7 +55,10 @@ class _Work(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("next", "step", "M", "K", "seed", "start", "cut", "double", "rows", "out", "in_place")
+        for name in (
+            *("next", "probe", "flushes", "step", "M", "K", "seed", "start", "cut", "double"),
+            *("rows", "out", "in_place"),
+        )
     ]
 
 
@@ -101,6 +104,8 @@ def _multiply_rows(shared, work, element):
 @on_work(_Work)
 def _function(shared):
     work = numba.carray(shared, 1)[0]
+    if not rounds_as_caller(work):
+        return
     if work.double:
         _multiply_rows(shared, work, np.float64(0))
     else:
@@ -124,6 +129,11 @@ def multiply_by_mask(
     """
     like = rows if in_place is None else in_place
     M, K = like.shape
-    addresses = (0 if t is None else t.data_ptr() for t in (rows, out, in_place))
-    work = _Work(0, max(1, _SHARE // max(K, 1)), M, K, seed, start, cut, like.dtype == torch.float64, *addresses)
+    addresses = [0 if t is None else t.data_ptr() for t in (rows, out, in_place)]
+    work = _Work(
+        step=max(1, _SHARE // max(K, 1)), M=M, K=K, seed=seed, start=start, cut=cut, double=like.dtype == torch.float64,
+        rows=addresses[0], out=addresses[1], in_place=addresses[2],
+    )  # fmt: skip
     run(_function, work, alone=M * K < _ENOUGH)
+    if work.next < M:
+        raise MemoryError("dropout: no memory for the buffers of a mask")

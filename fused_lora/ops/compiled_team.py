@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fused_lora.ops.merge_workers import beside
+from fused_lora.ops import merge_workers
 
 
 def _compile(compiler: Callable, function: Callable, **options: bool) -> Callable:
@@ -34,7 +33,10 @@ def jit(function: Callable) -> Callable:
 
 
 def on_work(kind: type[ctypes.Structure]) -> Callable[[Callable], Callable]:
-    """A C function of a pointer to a ``kind``, whose fields are int64; every thread of a team calls it: :func:`run`."""
+    """A C function of a pointer to a ``kind``, whose fields are int64; every thread of a team calls it: :func:`run`.
+
+    Fields that :func:`run` sets, and that :func:`rounds_as_caller` reads: ``probe``, ``flushes``.
+    """
     pointer = types.CPointer(numba.from_dtype(np.dtype(kind)))
     return partial(_compile, partial(numba.cfunc, types.void(pointer)))
 
@@ -72,26 +74,26 @@ def _parallel() -> Callable | None:
 
 
 _run_parallel = _parallel()
+_PROBE = np.full(1, 1e-40, np.float32)
+
+
+@jit
+def rounds_as_caller(work: np.void) -> bool:
+    """Whether this thread flushes denormal numbers as the caller does or does not: the setting is a thread's."""
+    probe = numba.carray(pointer(work.probe, np.float32(0)), 1)[0]
+    return (probe + probe == 0) == (work.flushes != 0)
 
 
 def run(function: Callable, work: ctypes.Structure, alone: bool = False) -> None:
     """Call a function of :func:`on_work` in as many threads as torch has; in this one, if ``alone``."""
+    work.probe, work.flushes = _PROBE.ctypes.data, bool(_PROBE + _PROBE == 0)
     if alone:
         function.ctypes(ctypes.byref(work))
-    elif _run_parallel is not None:
+    elif _run_parallel is not None and not merge_workers.forked:
         # asked for, because a new thread's OpenMP does not know yet what torch was told
         _run_parallel(function.address, ctypes.addressof(work), torch.get_num_threads(), 0)
     else:
         call, failures = partial(function.ctypes, ctypes.byref(work)), []
-        beside(torch.get_num_threads(), call, call, failures)
+        merge_workers.beside(torch.get_num_threads(), call, call, failures)
         if failures:
             raise failures[0]
-
-
-def _forget_threads() -> None:
-    global _run_parallel
-    _run_parallel = None  # a forked child has none but its own, and OpenMP would wait for its parent's
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)

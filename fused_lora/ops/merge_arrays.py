@@ -158,8 +158,11 @@ def words_of(block: np.ndarray) -> np.ndarray:
 def fold(words: np.ndarray) -> tuple[int, ...]:
     """The fingerprint of a block's words."""
     loops = compiled.loops()
-    if loops is not None:
-        return loops.fold(words, WEIGHTS, MULTIPLIER)
+    return fold_in_numpy(words) if loops is None else loops.fold(words, WEIGHTS, MULTIPLIER)
+
+
+def fold_in_numpy(words: np.ndarray) -> tuple[int, ...]:
+    """:func:`fold` without compiled loops."""
     rows = words.size // _FINGERPRINT_LANES
     head = words[: rows * _FINGERPRINT_LANES].reshape(rows, _FINGERPRINT_LANES)
     tail = words[rows * _FINGERPRINT_LANES :]

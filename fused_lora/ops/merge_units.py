@@ -25,7 +25,6 @@ from fused_lora.reference import bits
 
 _MOST = 1 << 16  # elements of a unit: a place takes 16 bits
 _UNIT, _WIDTH = _MOST, 1 << 12  # elements and columns at most
-_DENORMAL = np.full(1, 1e-40, np.float32)
 _WAVE = 64  # units between two calls of the interpreter: milliseconds, in which an interrupt waits
 
 
@@ -54,13 +53,14 @@ class Units:
 
     def fit(self, W: torch.Tensor) -> bool:
         """Whether the corrections of W's units are where the notes say: a record that was stored may be damaged."""
+        if not (0 < self.width == min(W.shape[1], _WIDTH) and 0 < self.height <= _MOST // self.width and self.wave > 0):
+            return False
         units = -(-W.shape[0] // self.height) * -(-W.shape[1] // self.width)
         notes = {self.counts: (torch.int32, (units,)), self.starts: (torch.int64, (units,))}
         notes[self.fingerprints] = torch.int64, (units, 3)
         kinds = [(self.offsets, torch.int16), (self.values, bits(W).dtype)]
         if (
-            not 0 < self.height * self.width <= _MOST
-            or any((note.dtype, tuple(note.shape)) != kind for note, kind in notes.items())
+            any((note.dtype, tuple(note.shape)) != kind for note, kind in notes.items())
             or any(kept.dtype != kind for waves, kind in kinds for kept in waves)
             or not all(t.is_contiguous() and t.device.type == "cpu" for t in self.tensors)
         ):
@@ -88,9 +88,7 @@ class _Job:
             lanes=len(WEIGHTS), multiplier=MULTIPLIER, state=_address(self.state), counts=_address(self.counts),
             starts=_address(self.starts), fingerprints=_address(self.fingerprints),
         )  # fmt: skip
-        # a setting of one thread: others would merge to other bits than it restores
-        flushes = np.multiply(_DENORMAL, np.float32(1)) == 0
-        self._alone = bool(flushes) or W.numel() < _UNIT
+        self._alone = W.numel() < _UNIT
 
     def waves(self) -> list[tuple[int, int]]:
         return [(first, min(first + self._wave, self._units)) for first in range(0, self._units, self._wave)]

@@ -18,6 +18,7 @@ _THREADED_ELEMENTS = 1 << 19  # below this one thread is faster than waking seve
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
 _turns = threading.Lock()
+forked = False  # whether this process is a child that was forked off: OpenMP would wait for its parent's threads
 
 
 class Team:
@@ -114,7 +115,8 @@ def _helpers() -> ThreadPoolExecutor:
 
 
 def _forget_helpers() -> None:
-    global _pool, _pool_lock, _turns
+    global _pool, _pool_lock, _turns, forked
+    forked = True
     # a forked child has no threads but its own, and maybe held locks
     _pool, _pool_lock, _turns = None, threading.Lock(), threading.Lock()
 
