@@ -352,6 +352,8 @@ def test_arguments_are_checked():
         merging.merge_(W[0], [A], [B], [1.0])
     with pytest.raises(TypeError, match="weight"):
         merging.merge_(W.to(torch.int32), [A], [B], [1.0])
+    with pytest.raises(RuntimeError, match="weight: .*expanded"):
+        merging.merge_(torch.zeros(1, 9).expand(8, 9), [A], [B], [1.0])
     record = merging.merge_(W, [A], [B], [1.0])
     for wrong in (W[:4], W.to(torch.bfloat16)):
         with pytest.raises(RuntimeError, match="weight"):

@@ -96,7 +96,8 @@ def merge_(
 
     Raises:
         ValueError: shapes do not fit, or a finite weight would become infinite or NaN. The weight is unchanged.
-        TypeError: weight is not fp64, fp32, bf16 or fp16. RuntimeError: it is on the meta device.
+        TypeError: weight is not fp64, fp32, bf16 or fp16. RuntimeError: it is on the meta device or
+            an expanded tensor.
     """
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight: expected float64, float32, bfloat16 or float16, got {weight.dtype}")
@@ -104,6 +105,8 @@ def merge_(
         raise RuntimeError("weight: expected numbers to add to, got a tensor on the meta device")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
+    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+        raise RuntimeError("weight: expected memory of its own for every number, got an expanded tensor")
     W = weight.detach()
     if merge_kernel.applies(W):
         left, right = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out)
