@@ -320,6 +320,16 @@ def test_a_weight_that_changes_meanwhile_is_said_to_be_torn(restoring, monkeypat
     assert calls == [1, 0] if restoring else [0, 1]
 
 
+def exit_code_of(child):
+    """Of a forked process that runs ``child``; None where that does not end."""
+    process = torch.multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    return code
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("size", [300, 1500])
 def test_a_forked_child_merges(size):
@@ -336,14 +346,9 @@ def test_a_forked_child_merges(size):
     torch.set_num_threads(2)
     try:
         merging.unmerge_(W, merging.merge_(W, [A], [B], [1.0]))
-        process = torch.multiprocessing.get_context("fork").Process(target=child)
-        process.start()
-        process.join(60)
+        assert exit_code_of(child) == 0
     finally:
         torch.set_num_threads(threads)
-    if process.exitcode is None:
-        process.kill()
-    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("r", [1, 2, 7, 16, 33])
@@ -489,14 +494,9 @@ def test_a_forked_child_has_its_own_threads(expected):
     try:
         assert torch.equal(masked(11), expected)
         merge_units.restore(W, left, right, merge_units.merge(W, left, right))
-        process = torch.multiprocessing.get_context("fork").Process(target=child)
-        process.start()
-        process.join(60)
+        assert exit_code_of(child) == 0
     finally:
         torch.set_num_threads(threads)
-    if process.exitcode is None:
-        process.kill()
-    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("name", ["merge", "restore", "notice", "keep"])

@@ -1,6 +1,6 @@
 """CPU loops compiled by numba, where the extra ``cpu`` is installed: a pass instead of numpy's or torch's many.
 
-numba compiles them at their first use on a machine (about five seconds each for merging in a dtype and for dropout) and
+numba compiles them at their first use on a machine (up to five seconds each for merging in a dtype and for dropout) and
 keeps the result on disk. They are compared with numpy's or torch's operations once in every process before they are
 used; what differs or fails is not used, with a warning. Without numba the code of numpy and torch runs.
 """

@@ -152,7 +152,7 @@ def _copy(source, target):
 
 @jit
 def _fingerprint(address, integer, size, length, lines, step, weights, multiplier):
-    """:func:`fold` of each line, as words of 64 bits where they are some, added up; ``step`` bytes between lines."""
+    """:func:`fold` of each line, as words of 64 bits where they are some, like digits; lines ``step`` bytes apart."""
     a, b, c = np.uint64(0), np.uint64(0), np.uint64(0)
     for line in range(lines):
         if size * length % 8:
