@@ -36,7 +36,7 @@ def variants(op: str, point: Point, device: torch.device) -> tuple[list[str], st
     capability = config.capability(device)
     found = list(config.variants(op, point.M, point.r, dtype, masked, upcast, 1, capability))
     if not (masked and op == "input_grad") and not upcast:
-        found.append("cublas")  # a library GEMM cannot mask the adapter's share of dx
+        found.append("library")  # a library GEMM cannot mask the adapter's share of dx
     contraction = point.inputs if op == "linear" else point.outputs
     chosen = plan.choose(op, point.M, contraction, point.r, dtype, masked, upcast, 1, capability)
     return [*dict.fromkeys(found), "eager"], chosen

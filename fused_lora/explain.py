@@ -203,14 +203,12 @@ def _traffic(op: str, M: int, N: int, K: int, shape: tuple, capability: int, var
 
 def _product(op: str, M: int, N: int, K: int, chosen: Plan, shape: tuple, capability: int) -> dict[str, int]:
     """Costs of one of the two large products with its LoRA term."""
-    fused = chosen.variant not in ("cublas", "eager")
+    fused = chosen.variant not in ("library", "eager")
     cost = _traffic(op, M, N, K, shape, capability, chosen.variant if fused else "split")
-    if chosen.variant == "cublas":
-        _, _, _, r, dtype, _, _, adapters = shape
-        e, cast = dtype.itemsize, dtype != torch.float32
+    if chosen.variant == "library":
         # the library's GEMM cannot start from S: y is written with the LoRA term, then read and written again
-        cost["bytes"] += 2 * e * M * N + (4 + e) * M * r * adapters * cast
-        cost["launches"] = 2 + adapters + cast
+        cost["bytes"] += 2 * shape[4].itemsize * M * N
+        cost["launches"] = 3
     return cost
 
 
@@ -228,7 +226,7 @@ def _backward(chosen: Plan, shape: tuple, capability: int) -> Cost:
 def _sum(name: str, chosen: Plan, costs: list[dict[str, int]]) -> Cost:
     total = {key: sum(cost[key] for cost in costs) for key in costs[0]}
     eager = chosen.variant == "eager"
-    shrink = chosen.shrink if chosen.variant in ("split", "cublas") else None
+    shrink = chosen.shrink if chosen.variant in ("split", "library") else None
     parts = {"shrink": shrink, "product": chosen.product, "weight gradients": chosen.weight_grad}
     return Cost(
         name,

@@ -15,6 +15,7 @@ import torch
 
 from .config import OPS, LaunchConfig, candidates
 from .dropout import _dropout_mask_kernel
+from .lora_expand import _lora_expand_kernel
 from .lora_grad import _lora_weight_grad_kernel
 from .lora_linear import _lora_linear_kernel
 from .lora_shrink import _lora_shrink_kernel
@@ -95,6 +96,24 @@ def _shrink_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast
     return _lora_shrink_kernel, types, values
 
 
+def _expand_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
+    """With a mask as the input gradient launches it, without as the forward does."""
+    y, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
+    types = dict(
+        s_ptr="*fp32", q_ptr=adapter, y_ptr=y, rank_ends=("i32",), bounds=("i32",), scales=("fp32",),
+        M="i32", N="i32", R="i32",
+    )  # fmt: skip
+    values = dict(
+        NUM_ADAPTERS=1, DROP=dropout, HAS_BIAS=not dropout, UPCAST=upcast, PRECISION=precision,
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
+    )  # fmt: skip
+    for name, kind, used in (("bias_ptr", y, not dropout), ("seeds_ptr", "*i64", dropout)):
+        (types if used else values)[name] = kind if used else None
+    unit, long = ("stride_qn", "stride_qr") if dropout else ("stride_qr", "stride_qn")
+    values[unit], types[long] = 1, "i32"
+    return _lora_expand_kernel, types, values
+
+
 def _weight_grad_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
     x, split = f"*{_TRITON_NAMES[dtype]}", config.SPLIT_K > 1
     out = "*fp32" if upcast or dtype == torch.float32 else x
@@ -130,7 +149,7 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
 
     dtypes: of x, by default those of :func:`dtypes_on`.
     """
-    builders = {"shrink": _shrink_case, "weight_grad": _weight_grad_case}
+    builders = {"shrink": _shrink_case, "expand": _expand_case, "weight_grad": _weight_grad_case}
     seen = set()
     for dtype in dtypes or dtypes_on(capability):
         precision = "ieee" if dtype == torch.float32 or capability == 0 else "tf32x3"

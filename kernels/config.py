@@ -17,7 +17,7 @@ from itertools import product
 
 import torch
 
-OPS = ("linear", "input_grad", "shrink", "weight_grad")
+OPS = ("linear", "input_grad", "shrink", "expand", "weight_grad")
 FEW, SOME, MANY = 16, 64, 512  # rows up to which a GEMM is decode, is short, has too few tiles to loop over them
 _WARPGROUP_MMA = (90, 100, 103)  # accumulators by warp groups and 228 KiB of shared memory: room for wide tiles
 _PUBLISHES_64 = (80, *_WARPGROUP_MMA)  # the S of 64 ranks fits beside both K loops without a spill
@@ -77,12 +77,18 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _shrink(M: int, r: int, dtype: torch.dtype, upcast: bool) -> LaunchConfig:
+def _shrink(M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool) -> LaunchConfig:
     if dtype == torch.float32:
         return LaunchConfig("shrink", 32, 16, 32, 32)
     BLOCK_R = 32 if upcast else _rank_block(r, 32, 128)
-    # few rows: narrow row blocks, for enough programs
-    return LaunchConfig("shrink", 16 if M < 8192 else 64, 16, 64 if upcast or BLOCK_R > 32 else 128, BLOCK_R)
+    # narrow row blocks, for enough programs where rows are few and for enough warps to draw a mask
+    BLOCK_M = 16 if M < 8192 or dropout else 64
+    return LaunchConfig("shrink", BLOCK_M, 16, 64 if upcast or BLOCK_R > 32 else 128, BLOCK_R)
+
+
+def _expand(dtype: torch.dtype) -> LaunchConfig:
+    BLOCK_M, BLOCK_N = (32, 64) if dtype == torch.float32 else (64, 128)
+    return LaunchConfig("expand", BLOCK_M, BLOCK_N, 16, 32)
 
 
 def _weight_grad(M: int, N: int, K: int, r: int) -> LaunchConfig:
@@ -172,7 +178,9 @@ def pick(
     dropout: whether any adapter draws a mask. upcast: the adapters are not of x's dtype.
     """
     if op == "shrink":
-        return _shrink(M, r, dtype, upcast)
+        return _shrink(M, r, dtype, dropout, upcast)
+    if op == "expand":
+        return _expand(dtype)
     if op == "weight_grad":
         return _weight_grad(M, N, K, r)
     variant = variant or variants(op, M, r, dtype, dropout, upcast, adapters, capability)[-1]
@@ -230,6 +238,9 @@ def traffic(
     cost = dict(launches=1, mask_elements=0)
     if op == "shrink":
         cost.update(bytes=e * M * K + e_adapter * r * K + S, flops=2 * M * K * r, mask_elements=M * K * rank_blocks)
+        floor = cost["bytes"], cost["flops"]
+    elif op == "expand":
+        cost.update(bytes=e * M * N + e_adapter * r * N + S, flops=2 * M * N * r, mask_elements=M * N * adapters)
         floor = cost["bytes"], cost["flops"]
     elif op == "weight_grad":
         floor = e * M * (K + N) + 2 * S + e_adapter * r * (K + N), 2 * M * r * (K + N)

@@ -2,16 +2,25 @@
 
     S [M, R] fp32    Q [R, N]  the adapters' lora_B^T (forward) or lora_A (input gradient), stacked    Y [M, N]
 
+``lora_expand`` is the term as a launch of its own, before a GEMM of the library that adds to it: Y is written here and
+read and written there. Bytes: e M N + 4 M R + e R N; flops 2 M R N; floor the same. The term is rounded to Y's dtype
+once more than in the fused kernels, as eager's is.
+
 S is converted to the adapters' dtype as the left operand of the dot, so the loop over blocks of ranks is not pipelined
 (tiles.py says why). Scales are applied in fp32, after the dot: nothing is rounded twice, and fp16 neither overflows nor
 loses small scales. The dot of fp32 adapters over a 16-bit base is tf32: its 11 bits outlast the rounding of Y.
 """
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 
+from .config import LaunchConfig, capability, pick, precision
 from .dropout import keep_mask
-from .tiles import grouped_order, load_tile, store_tile, sum_planes
+from .lora_shrink import adapter_table, stack
+from .tiles import addressable, grouped_order, load_tile, store_tile, sum_planes
 
 
 @triton.jit
@@ -85,3 +94,55 @@ def finish_split(
         s_planes = planes_ptr + (tl.full((), 0, tl.int64) + M) * N  # a plane holds Y, then S
         s = sum_planes(s_planes, splits, stride_plane, m0, 0, R, 1, M, R, BLOCK_M, BLOCK_R)
         store_tile(s_ptr, s, m0, 0, R, 1, M, R, BLOCK_M, BLOCK_R)
+
+
+@triton.jit
+def _lora_expand_kernel(
+    s_ptr, q_ptr, y_ptr, bias_ptr, seeds_ptr, rank_ends, bounds, scales, M, N, R, stride_qr, stride_qn,
+    NUM_ADAPTERS: tl.constexpr, DROP: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
+    acc = lora_term(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), 0.0, s_ptr, q_ptr, seeds_ptr, rank_ends, bounds, scales, m0, n0,
+        M, N, R, stride_qr, stride_qn,
+        NUM_ADAPTERS, DROP, False, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    acc = add_bias(acc, bias_ptr, n0, N, HAS_BIAS, BLOCK_N)
+    store_tile(y_ptr, acc, m0, n0, N, 1, M, N, BLOCK_M, BLOCK_N)
+
+
+def lora_expand(
+    S: torch.Tensor,
+    Q: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """sum_i scales_i * mask_i * (S_i Q_i) + bias, [M, N] of ``dtype``. One launch.
+
+    S fp32 [M, sum of ranks]; Q_i [r_i, N] of any strides; bias [N] or None. seeds: int64, one for each adapter, None
+    for no mask; ``scales`` hold the 1 / (1 - p) of a mask.
+    """
+    ranks, (M, R), N = [q.shape[0] for q in Q], S.shape, Q[0].shape[1]
+    y = torch.empty((M, N), dtype=dtype, device=S.device)
+    if y.numel() == 0:
+        return y
+    drop = seeds is not None and any(dropout)
+    upcast = any(q.dtype != dtype for q in Q)
+    config = config or pick("expand", M, N, 0, max(ranks), dtype, drop, capability(S.device), upcast)
+    ends, bounds = adapter_table(ranks, dropout)
+    Q = addressable(stack(Q))
+    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    with torch.cuda.device_of(S):
+        _lora_expand_kernel[(tiles,)](
+            S, Q, y, bias, seeds if drop else None, ends, bounds, tuple(map(float, scales)), M, N, R, *Q.stride(),
+            NUM_ADAPTERS=len(ranks), DROP=drop, HAS_BIAS=bias is not None, UPCAST=upcast, PRECISION=precision(dtype),
+            BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
+            **config.options(),
+        )  # fmt: skip
+    return y

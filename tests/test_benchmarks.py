@@ -139,7 +139,7 @@ def test_bench_variants_with_kernels(load, tmp_path, monkeypatch):
     assert code == 1
     correct = {(row["op"], row["provider"]): row["correct"] for row in content["rows"]}
     assert not correct.pop(("forward", "split")) and all(correct.values())
-    assert {provider for _, provider in correct} == {"bare", "split", "recompute", "cublas", "eager"}
+    assert {provider for _, provider in correct} == {"bare", "split", "recompute", "library", "eager"}
     assert sum(row["chosen"] for row in content["rows"]) == 2
 
 

@@ -99,7 +99,7 @@ def test_all_that_a_plan_launches_is_compiled(op, M, N, K, r, dtype, dropout, up
     upcast = upcast and dtype != torch.float32
     masks = dict(product=dropout and (op, chosen.variant) != ("linear", "split"), shrink=dropout and op == "linear")
     launched = dict(product=(op, chosen.product), weight_grad=("weight_grad", chosen.weight_grad))
-    launched["shrink"] = "shrink", chosen.shrink if chosen.variant in ("split", "cublas") else None
+    launched["shrink"] = "shrink", chosen.shrink if chosen.variant in ("split", "library") else None
     for part, (name, config) in launched.items():
         if config is not None:
             config = replace(config, SPLIT_K=min(config.SPLIT_K, 2))

@@ -13,7 +13,7 @@ from fused_lora.ops import cpu, kernel, plan
 from fused_lora.ops.lora_linear import draw_seeds, lora_linear
 from fused_lora.testing.numeric import assert_no_worse
 
-VARIANTS = ["recompute", "publish", "split", "cublas"]
+VARIANTS = ["recompute", "publish", "split", "library"]
 
 
 @pytest.fixture
@@ -60,16 +60,14 @@ def combinations():
         if dtypes[0] == "float32" or case is CASES[1]:
             ranks, dropout = case[1:]
             alone = len(ranks) == 1 and not (dropout[0] and dtypes[0] != dtypes[1])
-            yield from ((variant, dtypes, case) for variant in VARIANTS if alone or variant in ("split", "cublas"))
+            yield from ((variant, dtypes, case) for variant in VARIANTS if alone or variant in ("split", "library"))
 
 
 @pytest.mark.parametrize("variant, dtypes, case", list(combinations()), ids=str)
 def test_gradients_through_the_kernels(case, dtypes, variant, kernels_on, monkeypatch):
     dtype, adapter_dtype = (getattr(torch, d) for d in dtypes)
     size, ranks, dropout = case
-    masked = any(dropout)
-    chosen = lambda op, *_: "split" if variant == "cublas" and masked and op == "input_grad" else variant  # noqa: E731
-    monkeypatch.setattr(plan, "choose", chosen)
+    monkeypatch.setattr(plan, "choose", lambda *_: variant)
     x, W, b, A, B, s, p, seeds = arguments(*size, ranks, dtype, adapter_dtype, dropout)
     leaves = (x, *A, *B, b)
     with warnings.catch_warnings():
@@ -77,7 +75,7 @@ def test_gradients_through_the_kernels(case, dtypes, variant, kernels_on, monkey
         y = lora_linear(x, W, b, A, B, s, p, seeds)
         g = torch.randn_like(y)
         ours = [y, *torch.autograd.grad(y, leaves, g)]
-    assert ("lora_linear", variant) in kernels_on and ("lora_linear_backward", chosen("input_grad")) in kernels_on
+    assert ("lora_linear", variant) in kernels_on and ("lora_linear_backward", variant) in kernels_on
     plain = [t.detach() for t in (x, *A, *B)]
     n = len(A)
     exact, _ = reference.lora_linear(x.detach(), W, b.detach(), plain[1 : n + 1], plain[n + 1 :], s, p, seeds)
@@ -200,11 +198,11 @@ def test_choose_is_total_and_names_what_exists():
         (torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True), (1, 2), (0, 75, 80, 90, 100, 120),
     )  # fmt: skip
     seen = {plan.choose(*size) for size in sizes}
-    assert seen == {"eager", "recompute", "publish", "split", "cublas"}
+    assert seen == {"eager", "recompute", "publish", "split", "library"}
     bf16 = torch.bfloat16
     assert plan.choose("linear", 1, 4096, 16, bf16, False, False, 1, 90) == "recompute"
     assert plan.choose("linear", 8192, 4096, 16, bf16, True, False, 1, 90) == "split"
-    assert plan.choose("linear", 8192, 14336, 16, bf16, True, False, 1, 90) == "cublas"
+    assert plan.choose("linear", 8192, 14336, 16, bf16, True, False, 1, 90) == "library"
     assert plan.choose("input_grad", 8192, 14336, 16, bf16, True, False, 1, 90) == "publish"
     assert plan.choose("input_grad", 8192, 4096, 16, bf16, False, True, 1, 90) == "publish"
     assert plan.choose("input_grad", 8192, 4096, 16, bf16, True, False, 2, 90) == "split"

@@ -51,21 +51,23 @@ def fits(x: torch.Tensor, lora_A: Sequence[torch.Tensor], lora_B: Sequence[torch
 
 
 def lora_linear(variant: str, chosen: Plan | None = None) -> Callable:
-    """(y, S) by the kernels, with this variant of the forward ("recompute", "publish", "split" or "cublas").
+    """(y, S) by the kernels, with this variant of the forward ("recompute", "publish", "split" or "library").
 
     chosen: a plan, for the configurations of its launches; without one each launch picks its own.
     """
     product, shrink = (None, None) if chosen is None else (chosen.product, chosen.shrink)
 
     def run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
+        from fused_lora.kernels.lora_expand import lora_expand
         from fused_lora.kernels.lora_linear import lora_linear_forward
         from fused_lora.kernels.lora_shrink import lora_shrink
 
         adapters = lora_A, lora_B, scaling, dropout, seeds
-        if variant != "cublas":
+        if variant != "library":
             return lora_linear_forward(x, weight, bias, *adapters, product, variant, shrink)
         S = lora_shrink(x, lora_A, [cpu.keep_scale(p) for p in dropout], dropout, seeds, shrink)
-        return _after_shrink(S, x, weight.t(), bias, [B.t() for B in lora_B], scaling), S
+        y = lora_expand(S, [B.t() for B in lora_B], scaling, dropout, None, bias, x.dtype, product)
+        return y.addmm_(x, weight.t()), S
 
     return run
 
@@ -79,19 +81,21 @@ def lora_linear_backward(variant: str, chosen: Plan | None = None) -> Callable:
     def run(
         g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, need_weight, need_bias
     ):  # fmt: skip
+        from fused_lora.kernels.lora_expand import lora_expand
         from fused_lora.kernels.lora_grad import lora_linear_weight_grad
         from fused_lora.kernels.lora_linear import lora_linear_input_grad
         from fused_lora.kernels.lora_shrink import lora_shrink
 
         dx = dS = None
         B_t = [B.t() for B in lora_B]
-        if need_x and variant != "cublas":
+        if need_x and variant != "library":
             adapters = lora_A, lora_B, scaling, dropout, seeds
             dx, dS = lora_linear_input_grad(g, weight, *adapters, product, variant, shrink)
         elif need_x or any(need_A):
             dS = lora_shrink(g, B_t, scaling, [0.0] * len(B_t), config=shrink)
             if need_x:
-                dx = _after_shrink(dS, g, weight, None, lora_A, [1.0] * len(lora_A))
+                scales = [cpu.keep_scale(p) for p in dropout]
+                dx = lora_expand(dS, lora_A, scales, dropout, seeds, None, g.dtype, product).addmm_(g, weight)
         dA, dB = [None] * len(lora_A), [None] * len(lora_A)
         if any(need_A) or any(need_B):
             dS = torch.zeros_like(S) if dS is None else dS
@@ -110,20 +114,6 @@ def lora_linear_backward(variant: str, chosen: Plan | None = None) -> Callable:
 def _own(gradient: torch.Tensor, parameter: torch.Tensor, adapters: int) -> torch.Tensor:
     gradient = gradient.to(parameter.dtype)
     return gradient if adapters == 1 else gradient.clone()
-
-
-def _after_shrink(S, x, w, bias, Q, scales) -> torch.Tensor:
-    """y = x w + bias + sum_i scales_i S_i Q_i with library GEMMs that accumulate: y is written, then read once."""
-    y, parts = None, S.to(x.dtype).split([q.shape[0] for q in Q], dim=1)
-    for part, matrix, scale in zip(parts, Q, scales, strict=True):
-        matrix = matrix.to(x.dtype)
-        if y is not None:
-            y.addmm_(part, matrix, alpha=scale)
-        elif bias is not None:
-            y = torch.addmm(bias.to(x.dtype), part, matrix, alpha=scale)
-        else:
-            y = torch.addmm(x.new_empty(1), part, matrix, beta=0, alpha=scale)  # beta=0: not read
-    return y.addmm_(x, w)
 
 
 def passes(key: tuple, check: Callable[[], str | None]) -> bool:

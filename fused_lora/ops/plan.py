@@ -46,8 +46,8 @@ def choose(
     capability: 10 * major + minor of an NVIDIA chip, 0 for any other. upcast: adapters wider than x.
 
     Returns:
-        "recompute" or "publish" (one launch), "split" (shrink, then GEMM with the expand in it), "cublas" (shrink, then
-        library GEMMs that accumulate) or "eager".
+        "recompute" or "publish" (one launch), "split" (shrink, then GEMM with the expand in it), "library" (shrink,
+        expand, then the library's GEMM adds to it) or "eager".
     """
     from fused_lora.kernels.config import MANY, variants
 
@@ -55,10 +55,10 @@ def choose(
         return "eager"  # untried chips keep to the library
     preferred = variants(op, M, r, dtype, dropout, upcast, adapters, capability)[-1]
     masked_output = dropout and op == "input_grad"
-    # fp32 has no tensor cores to feed: the library's GEMM is the better one
-    library = not masked_output and not upcast and (dtype == torch.float32 or K > _LONG)
+    # fp32 has no tensor cores to feed, a mask in the epilogue of a GEMM overlaps with nothing
+    library = dtype == torch.float32 or masked_output or K > _LONG
     # one launch for few rows, whatever K is
-    return "cublas" if library and (preferred == "split" or M > MANY) else preferred
+    return "library" if library and (preferred == "split" or M > MANY) else preferred
 
 
 def plan(
@@ -80,10 +80,11 @@ def plan(
     variant = choose(op, M, K, r, dtype, dropout, upcast, adapters, capability)
     if variant == "eager":
         return Plan("eager")
-    product = None
-    if variant != "cublas":
-        product = _pick(op, M, N, K, r, dtype, dropout, capability, upcast, adapters, variant)
     backward = op == "input_grad"
+    if variant == "library":
+        product = _pick("expand", M, N, 0, r, dtype, dropout and backward, capability, upcast)
+    else:
+        product = _pick(op, M, N, K, r, dtype, dropout, capability, upcast, adapters, variant)
     shrink = _pick("shrink", M, 0, K, r, dtype, dropout and not backward, capability, upcast)
     weight_grad = _pick("weight_grad", M, K, N, r, dtype, dropout, capability, upcast) if backward else None
     return Plan(variant, product, shrink, weight_grad)

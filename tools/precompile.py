@@ -1,0 +1,323 @@
+"""Compile here what a machine with a GPU would compile in its first minutes, and carry the binaries over.
+
+    python tools/precompile.py fill --cache DIR [--target sm_90] [--only layers,smoke,launches,tests]
+    python tools/precompile.py pack --cache DIR CACHE.tar.xz
+    python tools/precompile.py unpack CACHE.tar.xz          on the machine with the GPU, before the first launch
+
+``fill`` needs no GPU: launches stop after the compiler. It has to run under the Triton release of the other machine.
+Triton's key of a binary is a hash of the installation (which differs between builds of one release), the kernel's
+source, the backend, the options and the environment. ``pack`` keeps the last four apart, ``unpack`` adds the first of
+the machine that it runs on, and builds the C launchers on all its cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = "parts.jsonl"  # of each binary: its key, the parts of the key, the C source of its launcher
+KERNEL_TESTS = ["lora_linear", "lora_grad", "lora_expand", "merge", "lora_grouped", "dropout"]
+SMALL_TESTS = ["sync", "descriptors"]
+MULTIPROCESSORS = 132
+
+
+def install(capability: int) -> None:
+    """From here on a launch compiles for ``capability`` and computes nothing; tensors may be on any device."""
+    import triton.compiler.compiler as compiler
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+        def get_device_capability(self, device=0):
+            return divmod(capability, 10)
+
+    driver.set_active(Driver())
+    run, key_of, log = JITFunction.run, compiler.get_cache_key, Path(os.environ["TRITON_CACHE_DIR"]) / PARTS
+    log.parent.mkdir(parents=True, exist_ok=True)
+
+    def compile_only(self, *args, grid, warmup, **options):
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    def recorded(src, backend, options, env_vars):
+        full = key_of(src, backend, options, env_vars=env_vars)
+        key = hashlib.sha256(full.encode()).hexdigest()
+        position = src.fn.arg_names.index
+        constants = {(position(i),) if isinstance(i, str) else i: v for i, v in src.constants.items()}
+        launcher = nvidia.make_launcher(constants, dict(src.signature), None)
+        parts = src.hash(), backend.hash(), options.hash(), str(sorted(env_vars.items())), src.name
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps([key, parts, launcher]) + "\n")
+        return full
+
+    JITFunction.run, compiler.get_cache_key = compile_only, recorded
+    from fused_lora.kernels import config, grouped_shrink, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink
+    from fused_lora.ops import kernel
+
+    kernel.usable = lambda device: True
+    for module in (config, grouped_shrink, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink):
+        if hasattr(module, "capability"):
+            module.capability = lambda device: capability
+        if hasattr(module, "processors"):
+            module.processors = lambda device: MULTIPROCESSORS
+    os.environ["FUSED_LORA_CHECK"] = "0"
+
+
+def ignore_results() -> None:
+    """Nothing is computed, so no comparison can hold."""
+    import torch
+
+    from fused_lora.ops import kernel
+    from fused_lora.testing import interpreter, layers, numeric
+
+    interpreter.install_shim = lambda *_, **__: None
+    layers.LayerCase.check = kernel.compare = lambda *_, **__: None
+    numeric.assert_no_worse = layers.assert_no_worse = torch.testing.assert_close = lambda *_, **__: None
+    torch.equal = lambda *_: True
+
+
+def pytest_configure() -> None:
+    """As a plug-in of pytest (-p precompile): the kernels' tests launch what they launch on a GPU."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    install(int(os.environ["PRECOMPILE_CAPABILITY"]))
+    ignore_results()
+
+
+def fill_layers() -> None:
+    """What the gpu tests and the benchmarks of a layer launch: plans and variants, on tensors without memory."""
+    import importlib.util
+
+    import torch
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import bench_linear
+    import bench_variants
+
+    spec = importlib.util.spec_from_file_location("test_gpu_layers", ROOT / "tests" / "test_gpu_layers.py")
+    gpu_layers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu_layers)
+    options = argparse.Namespace(device=torch.device("cuda"), shapes=None, rows=None, points="first")
+    bench = {*bench_linear.points(options), *bench_variants.points(options)}
+    shapes = [(*shape, *dtypes) for shape in gpu_layers.SHAPES for dtypes in gpu_layers.DTYPES]
+    shapes += [
+        (p.M, p.outputs, p.inputs, p.r, p.dropout, getattr(torch, p.dtype), getattr(torch, p.adapter_dtype))
+        for p in bench
+    ]
+    for M, N, K, r, p, dtype, adapter_dtype in dict.fromkeys(shapes):
+        for bias in (True, False):
+            _layer(M, N, K, [r], [p], dtype, adapter_dtype, bias, every=bias)
+    for args in ((3000, 4096, 2048, [16, 3, 100], [0.1, 0.0, 0.5]), (40, 1024, 4096, [16], [0.0])):
+        _layer(*args, torch.bfloat16, torch.bfloat16, True, every=False)
+
+
+def _layer(M, N, K, ranks, dropout, dtype, adapter_dtype, bias, every) -> None:
+    import torch
+
+    from fused_lora.kernels import config
+    from fused_lora.ops import kernel
+    from fused_lora.testing.layers import LayerCase
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    case = LayerCase(
+        x=empty(M, K), weight=empty(N, K), bias=empty(N) if bias else None,
+        lora_A=[empty(r, K, dtype=adapter_dtype) for r in ranks],
+        lora_B=[empty(N, r, dtype=adapter_dtype) for r in ranks],
+        scaling=[2.0] * len(ranks), dropout=dropout,
+        seeds=empty(len(ranks), dtype=torch.int64) if any(dropout) else None, g=empty(M, N),
+    )  # fmt: skip
+    case.planned()
+    if every:
+        arguments = M, max(ranks), dtype, any(dropout), adapter_dtype != dtype
+        each = [True] * len(ranks)
+        for variant in {*config.variants("linear", *arguments, 1, 90), "library"}:
+            _, S = kernel.lora_linear(variant)(case.x, case.weight, case.bias, *case.adapters)
+        for variant in {*config.variants("input_grad", *arguments, 1, 90), "library"}:
+            run, rest = kernel.lora_linear_backward(variant), (True, each, each, False, False)
+            run(case.g, case.x, case.weight, case.lora_A, case.lora_B, S, *case.adapters[2:], *rest)
+
+
+def fill_launches() -> None:
+    """What bench_launches launches; a configuration that does not compile is a result there."""
+    import torch
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import bench_launches
+
+    options = argparse.Namespace(shapes=None, rows=None)
+    for point in bench_launches.points(options):
+        for name, config, call, *_ in bench_launches.launches(point, torch.device("meta")):
+            if config is not None:
+                try:
+                    call()
+                except Exception as error:  # whatever the compiler raises
+                    print(f"{name} {config}: {type(error).__name__}: {str(error)[:200]}")
+
+
+def fill_smoke() -> None:
+    """What fused_lora.testing.smoke launches."""
+    import torch
+
+    from fused_lora.testing import smoke
+
+    torch.set_num_threads(1)
+    for part in (smoke.layers, smoke.merges):
+        with contextlib.suppress(AssertionError, RuntimeError):  # of a record that was not written
+            for line in part("cpu"):
+                print(line)
+
+
+def fill_tests(capability: int) -> None:
+    """What the kernels' own tests launch."""
+    environment = os.environ | {"PRECOMPILE_CAPABILITY": str(capability), "PYTHONPATH": _path()}
+    for name in [f"test_kernel_{n}" for n in KERNEL_TESTS] + [f"test_{n}" for n in SMALL_TESTS]:
+        path = ROOT / "tests" / f"{name}.py"
+        if not path.exists():
+            continue
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "precompile", "-p", "no:cacheprovider", str(path)]
+        found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        print(name, (found.stdout or found.stderr).strip().splitlines()[-1], flush=True)
+
+
+def _path() -> str:
+    return os.pathsep.join(filter(None, [str(ROOT / "tools"), os.environ.get("PYTHONPATH")]))
+
+
+def fill(arguments) -> None:
+    """Run the parts, each in a process of its own, beside each other."""
+    os.environ["TRITON_CACHE_DIR"] = str(arguments.cache)
+    os.environ.pop("TRITON_INTERPRET", None)
+    if arguments.part:
+        capability = int(arguments.target.removeprefix("sm_"))
+        if arguments.part == "tests":
+            return fill_tests(capability)
+        install(capability)
+        ignore_results()
+        return {"layers": fill_layers, "smoke": fill_smoke, "launches": fill_launches}[arguments.part]()
+    command = [sys.executable, __file__, "fill", "--cache", str(arguments.cache), "--target", arguments.target, "--part"]
+    running = [subprocess.Popen([*command, part]) for part in arguments.only.split(",")]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        sys.exit(f"parts that failed: {codes} of {arguments.only}")
+
+
+def pack(arguments) -> None:
+    """Every binary that ``fill`` has put into the cache, by the parts of its key that no machine changes."""
+    os.environ["TRITON_CACHE_DIR"] = str(arguments.cache)
+    import triton
+    from triton.runtime.cache import get_cache_manager
+
+    entries, launchers = {}, {}
+    for line in (arguments.cache / PARTS).read_text(encoding="utf-8").splitlines():
+        key, parts, launcher = json.loads(line)
+        entries[key] = parts
+        launchers[hashlib.sha256(launcher.encode()).hexdigest()] = launcher
+    manifest = []
+    with tarfile.open(arguments.file, "w:xz") as tar:
+
+        def add(name: str, data: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+        for key, parts in entries.items():
+            group = get_cache_manager(key).get_group(f"{parts[4][:150]}.json") or {}
+            files = [Path(p) for name, p in group.items() if name.endswith((".cubin", ".json"))]
+            if len(files) < 2:
+                continue  # it did not compile
+            manifest.append(dict(parts=parts, files=[f.name for f in files], at=key))
+            for f in files:
+                add(f"{key}/{f.name}", f.read_bytes())
+        content = dict(entries=manifest, launchers=list(launchers.values()), triton=triton.__version__)
+        add("manifest.json", json.dumps(content).encode())
+    size = arguments.file.stat().st_size / 2**20
+    print(f"{len(manifest)} binaries, {len(launchers)} launchers, {size:.1f} MiB")
+
+
+def unpack(arguments) -> None:
+    """Put the packed binaries where this machine's Triton looks for them, and build their launchers."""
+    import triton
+    from triton.runtime.cache import get_cache_manager, triton_key
+
+    start, here = time.time(), triton_key()
+    with tarfile.open(arguments.file) as tar:
+        files = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
+    manifest = json.loads(files["manifest.json"])
+    if manifest["triton"] != triton.__version__:
+        sys.exit(f"packed with triton {manifest['triton']}, here is {triton.__version__}: nothing unpacked")
+    for entry in manifest["entries"]:
+        src, backend, options, environment, name = entry["parts"]
+        key = hashlib.sha256(f"{here}-{src}-{backend}-{options}-{environment}".encode()).hexdigest()
+        cache = get_cache_manager(key)
+        group = {f: cache.put(files[f"{entry['at']}/{f}"], f) for f in entry["files"]}
+        cache.put_group(f"{name[:150]}.json", group)
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        built = sum(pool.map(_build, manifest["launchers"]))
+    print(f"{len(manifest['entries'])} binaries, {built} launchers in {time.time() - start:.1f} s")
+
+
+def _build(text: str) -> int:
+    """Compile one launcher under the key that Triton gives it; 1 if it was not there."""
+    import sysconfig
+
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime.build import _build as build
+    from triton.runtime.build import platform_key
+    from triton.runtime.cache import get_cache_manager
+
+    name = "__triton_launcher"
+    cache = get_cache_manager(hashlib.sha256((text + platform_key()).encode()).hexdigest())
+    library = name + sysconfig.get_config_var("EXT_SUFFIX")
+    if cache.get_file(library):
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / f"{name}.c"
+        source.write_text(text, encoding="utf-8")
+        so = build(name, str(source), folder, nvidia.library_dirs(), nvidia.include_dirs, nvidia.libraries, [])
+        cache.put(Path(so).read_bytes(), library, binary=True)
+    return 1
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    filling = commands.add_parser("fill")
+    filling.add_argument("--target", default="sm_90")
+    filling.add_argument("--only", default="layers,smoke,launches,tests", help="parts, separated by commas")
+    filling.add_argument("--part", help=argparse.SUPPRESS)
+    packing, unpacking = commands.add_parser("pack"), commands.add_parser("unpack")
+    for command, run in ((filling, fill), (packing, pack), (unpacking, unpack)):
+        command.set_defaults(run=run)
+        if command is not unpacking:
+            command.add_argument("--cache", type=lambda text: Path(text).resolve(), required=True)
+        if command is not filling:
+            command.add_argument("file", type=Path)
+    arguments = parser.parse_args(argv)
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
