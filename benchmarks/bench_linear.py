@@ -2,10 +2,18 @@
 
     python benchmarks/bench_linear.py
 
+bare          the frozen nn.Linear: its forward, and the backward that gives dx; the floor
+PEFT          lora.Linear with adapters of the point's dtype
+PEFT default  over a 16-bit base: fp32 adapters under torch.autocast, as trainers run PEFT's default
+PEFT compiled PEFT through torch.compile (--compile)
+addmm         library GEMMs in Unsloth's order; with dropout, which Unsloth refuses, in axolotl's
+fused_lora    LoraLinear
+
 The base is frozen, x needs a gradient, all providers share weights and x and take turns in one run. Outputs and
 gradients are checked against float64 first, every provider with the same dropout mask (RMS error at most 1.1 times
-PEFT's plus an ulp); a wrong one gets no time. The floor is the bare layer: its forward, and the backward that gives dx.
-`saved` counts what autograd keeps for the backward, each storage once, parameters excepted.
+PEFT's plus an ulp); a wrong one gets no time.
+`host us` is the time in which the host issues forward and backward on a GPU; `graph ms` a replay of both as one CUDA
+graph, up to 2,048 rows. `saved` counts what autograd keeps for the backward, each storage once, parameters excepted.
 """
 
 from __future__ import annotations
@@ -13,7 +21,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from layers import ADAPTER, SCALING, Point, Weights, no_worse, plausible
@@ -23,12 +31,23 @@ from torch import nn
 import fused_lora
 from fused_lora.ops.lora_linear import draw_seeds
 from fused_lora.reference import keep_scale
+from fused_lora.testing.graphs import capture
 
 SHAPES = [(576, 1536), (2048, 2048), (4096, 4096), (1000, 777)]
 LLAMA_3_8B = [(4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024)]
-LORAFUSION = [(4096, 4096), (5120, 5120), (8192, 8192)]  # K = N at 8192 rows, arXiv:2510.00206
-COLUMNS = [("layer", 44), ("provider", 11), ("forward ms", 22), ("xbare", 6), ("fwd+bwd ms", 22), ("xbare", 6)]
-COLUMNS += [("speed/PEFT fwd", 15), ("fwd+bwd", 8), ("saved MiB", 10), ("x MiB", 7)]
+LLAMA_3_70B = [(8192, 8192), (8192, 28672), (28672, 8192), (8192, 1024)]
+QWEN_2_5_32B = [(5120, 5120), (5120, 27648), (27648, 5120), (5120, 1024)]
+LORAFUSION = [(4096, 4096), (5120, 5120), (8192, 8192)]
+# the 75 single-adapter points of LoRAFusion's kernel benchmark (arXiv:2510.00206): r=16, p=0.1, bf16
+LORAFUSION_POINTS = [
+    Point(*shape, r=16, dtype="bfloat16", adapter_dtype="bfloat16", dropout=0.1, M=M, relative=0.5)
+    for M in range(8192, 2047, -256)
+    for shape in LORAFUSION
+]
+POINTS = ("first", "lorafusion", "models", "all")
+COLUMNS = [("layer", 44), ("provider", 13), ("forward ms", 22), ("xbare", 6), ("fwd+bwd ms", 22), ("xbare", 6)]
+COLUMNS += [("speed/PEFT fwd", 15), ("fwd+bwd", 8), ("host us", 8), ("graph ms", 9), ("saved MiB", 10), ("x MiB", 7)]
+_GRAPH_ROWS = 2048  # up to here launches outweigh the work
 _SEED = 1
 
 
@@ -40,19 +59,44 @@ class Provider:
     parameters: list[nn.Parameter]
 
 
-class _ByHand(nn.Module):
-    """y = x W^T + b, then addmm of the adapter's term into it: torch operators only, autograd does the rest."""
+class _Addmm(torch.autograd.Function):
+    """y = x W^T + b + s d A^T B^T by library GEMMs, each adapter term added in place by addmm_; d is x or drop(x)."""
 
+    @staticmethod
+    def forward(ctx, x, dropped, W, bias, A, B):
+        d = x if dropped is None else dropped
+        y = nn.functional.linear(x, W, bias)
+        y.addmm_(d @ A.t().to(x.dtype), B.t().to(x.dtype), alpha=SCALING)
+        ctx.save_for_backward(d, W, A, B)
+        ctx.masked = dropped is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        d, W, A, B = ctx.saved_tensors
+        a, b = A.to(g.dtype), B.to(g.dtype)
+        dS = g @ b
+        dA = (dS.t() @ d).mul_(SCALING)
+        dB = (g.t() @ (d @ a.t())).mul_(SCALING)
+        dx = g @ W
+        if ctx.masked:
+            masked = (dS @ a).mul_(SCALING)
+        else:
+            dx.addmm_(dS, a, alpha=SCALING)
+            masked = None
+        return dx, masked, None, None, dA.to(A.dtype), dB.to(B.dtype)
+
+
+class _ByHand(nn.Module):
     def __init__(self, base: nn.Linear, weights: Weights, dropout: float):
         super().__init__()
         self.base = base
         self.lora_A, self.lora_B = (nn.Parameter(t.clone()) for t in (weights.lora_A, weights.lora_B))
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = nn.Dropout(dropout) if dropout else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base(x)
-        S = self.dropout(x.to(self.lora_A.dtype)) @ self.lora_A.t()
-        return torch.addmm(y.to(S.dtype), S, self.lora_B.t(), alpha=SCALING).to(y.dtype)
+        dropped = None if self.dropout is None else self.dropout(x)
+        return _Addmm.apply(x, dropped, self.base.weight, self.base.bias, self.lora_A, self.lora_B)
 
 
 class _FixedMask(nn.Module):
@@ -66,22 +110,39 @@ class _FixedMask(nn.Module):
         return x * self.scaled_mask.to(x.dtype)
 
 
-def providers(weights: Weights, dropout: float, mask: torch.Tensor | None = None) -> dict[str, Provider]:
-    """bare, PEFT, addmm, fused_lora over one weight; ``mask`` takes the place of PEFT's and addmm's own dropout."""
-    base = weights.base_layer(copy=False)
-    peft, by_hand = weights.peft(weights.base_layer(copy=False), dropout), _ByHand(base, weights, dropout)
-    ours = weights.ours(weights.base_layer(copy=False), dropout)
+def providers(
+    weights: Weights, dropout: float, mask: torch.Tensor | None = None, compiled: bool = False
+) -> dict[str, Provider]:
+    """All providers over one weight; ``mask`` takes the place of the dropout of all but our layer."""
+
+    def peft(weights: Weights) -> nn.Module:
+        layer = weights.peft(weights.base_layer(copy=False), dropout)
+        if mask is not None:
+            layer.lora_dropout[ADAPTER] = _FixedMask(mask)
+        return layer
+
+    base, dtype = weights.base_layer(copy=False), weights.weight.dtype
+    by_hand = _ByHand(base, weights, dropout)
     if mask is not None:
-        peft.lora_dropout[ADAPTER] = by_hand.dropout = _FixedMask(mask)
-    found = [Provider("bare", base, [], list(base.parameters()))]
-    for name, layer, parts in (
-        ("PEFT", peft, (peft.lora_A, peft.lora_B)),
-        ("addmm", by_hand, (by_hand.lora_A, by_hand.lora_B)),
-        ("fused_lora", ours, (ours.lora_A, ours.lora_B)),
-    ):
+        by_hand.dropout = _FixedMask(mask)
+    layers = {"PEFT": peft(weights)}
+    calls: dict[str, Callable] = {}
+    if dtype.itemsize == 2:
+        layers["PEFT default"] = default = peft(
+            replace(weights, lora_A=weights.lora_A.float(), lora_B=weights.lora_B.float())
+        )
+        calls["PEFT default"] = torch.autocast(base.weight.device.type, dtype)(default)
+    if compiled:
+        layers["PEFT compiled"] = peft(weights)
+        calls["PEFT compiled"] = torch.compile(layers["PEFT compiled"], dynamic=False)
+    layers["addmm"] = by_hand
+    layers["fused_lora"] = weights.ours(weights.base_layer(copy=False), dropout)
+    found = {"bare": Provider("bare", base, [], list(base.parameters()))}
+    for name, layer in layers.items():
+        parts = (layer.lora_A, layer.lora_B)
         trained = [part[ADAPTER].weight if isinstance(part, nn.ModuleDict) else part for part in parts]
-        found.append(Provider(name, layer, trained, list(layer.parameters())))
-    return {provider.name: provider for provider in found}
+        found[name] = Provider(name, calls.get(name, layer), trained, list(layer.parameters()))
+    return found
 
 
 def results(provider: Provider, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -105,13 +166,15 @@ def exact_results(weights: Weights, x, g, mask, bare: bool) -> dict[str, torch.T
 
 def draw_inputs(point: Point, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] and g = dL/dy [M, N]."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(point.M, point.inputs, generator=generator)
-    g = torch.randn(point.M, point.outputs, generator=generator)
-    return tuple(t.to(weights.weight.device, weights.weight.dtype) for t in (x, g))
+    device = weights.weight.device
+    generator = torch.Generator(device).manual_seed(2)
+    shapes = ((point.M, point.inputs), (point.M, point.outputs))
+    return tuple(torch.randn(s, generator=generator, device=device).to(weights.weight.dtype) for s in shapes)
 
 
-def check(point: Point, weights: Weights, x: torch.Tensor, g: torch.Tensor) -> dict[str, str | None]:
+def check(
+    point: Point, weights: Weights, x: torch.Tensor, g: torch.Tensor, compiled: bool = False
+) -> dict[str, str | None]:
     """{provider: None or what is wrong}: y, dx, dA, dB against float64, all with the mask that our layer draws."""
     mask = None
     if point.dropout:
@@ -119,18 +182,25 @@ def check(point: Point, weights: Weights, x: torch.Tensor, g: torch.Tensor) -> d
         seed = int(draw_seeds(1, x.device))
         mask = fused_lora.dropout_mask(seed, x.shape, point.dropout, x.device) * keep_scale(point.dropout)
     exact = exact_results(weights, x, g, mask, bare=False)
-    terms = dict(y=point.inputs, dx=point.outputs, dA=point.M, dB=point.M)
-    layers = providers(weights, point.dropout, mask)
-    bare, peft = results(layers.pop("bare"), x, g), results(layers.pop("PEFT"), x, g)
     exact_bare = exact_results(weights, x, g, mask, bare=True)
-    found = {
-        "bare": _first(plausible(bare[k], exact_bare[k], terms[k], k) for k in exact_bare),
-        "PEFT": _first(plausible(peft[k], exact[k], terms[k], k) for k in exact),
-    }
-    for name, provider in layers.items():
+    terms = dict(y=point.inputs, dx=point.outputs, dA=point.M, dB=point.M)
+    found, yardsticks = {}, {}
+    for name, provider in providers(weights, point.dropout, mask, compiled).items():
         torch.manual_seed(_SEED)
-        ours = results(provider, x, g)
-        found[name] = _first(no_worse(ours[k], peft[k], exact[k], k) for k in exact)
+        got = results(provider, x, g)
+        if name in ("bare", "PEFT", "PEFT default"):
+            yardsticks[name] = got
+            expected = exact_bare if name == "bare" else exact
+            # under autocast gradients of fp32 adapters are 16-bit products
+            found[name] = _first(
+                plausible(got[k].to(x.dtype) if name == "PEFT default" else got[k], expected[k], terms[k], k)
+                for k in expected
+            )
+            continue
+        # addmm rounds fp32 adapters to x's dtype, as autocast does
+        rounds = name == "addmm" and point.adapter_dtype != point.dtype
+        peft = yardsticks["PEFT default" if rounds else "PEFT"]
+        found[name] = _first(no_worse(got[k], peft[k], exact[k], k) for k in exact)
     return found
 
 
@@ -174,21 +244,55 @@ def _candidate(provider: Provider, x: torch.Tensor, g: torch.Tensor) -> Candidat
     return Candidate(provider.name, [forward, backward], clear)
 
 
+def graph_times(
+    layers: dict[str, Provider], x: torch.Tensor, g: torch.Tensor, clock: Clock, arguments
+) -> tuple[dict[str, list[list[float]]], dict[str, str]]:
+    """Forward and backward as one CUDA graph: ({provider: [[ms] per round]}, {provider: why it was not captured})."""
+    graphs, failed = {}, {}
+    for name, provider in layers.items():
+
+        def both(provider: Provider = provider) -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(provider.call(x), [x, *provider.trained], g)
+
+        try:
+            graphs[name] = capture(both)[0]
+        except RuntimeError as error:
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    candidates = [Candidate(name, [graph.replay]) for name, graph in graphs.items()]
+    return interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline), failed
+
+
 def measure(point: Point, report: Report, table: Table, arguments) -> None:
     """Check, time and add the rows of one layer."""
-    device = arguments.device
+    device, compiled = arguments.device, getattr(arguments, "compile", False)
+    if compiled:
+        torch.compiler.reset()  # or the points share one limit of recompilations
     weights = Weights.draw(point, device)
     x, g = draw_inputs(point, weights)
     x.requires_grad_()
-    wrong = check(point, weights, x, g)
-    layers = {k: p for k, p in providers(weights, point.dropout).items() if wrong[k] is None}
-    saved = {name: saved_bytes(provider, x) for name, provider in layers.items()}
+    wrong = check(point, weights, x, g, compiled)
+    found = providers(weights, point.dropout, compiled=compiled)
+    layers = {name: provider for name, provider in found.items() if wrong[name] is None}
+    more = {}
+    for name, provider in layers.items():
+        total, other = saved_bytes(provider, x)
+        more[name] = dict(saved_bytes=total, saved_beyond_x=other, x_bytes=x.nbytes)
     candidates = [_candidate(provider, x, g) for provider in layers.values()]
-    times = interleaved(candidates, Clock(device), arguments.seconds, arguments.rounds, arguments.deadline)
-    _add_rows(point, report, table, wrong, times, saved, x.nbytes)
+    clock = Clock(device)
+    times = interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline)
+    for candidate in candidates:
+        candidate.before()
+        host = dict(forward_host_us=clock.host_us(candidate.steps[:1]), host_us=clock.host_us(candidate.steps))
+        more[candidate.name] |= host | dict(graph_ms=None)
+    if device.type == "cuda" and point.M <= _GRAPH_ROWS:
+        replays, failed = graph_times(layers, x, g, clock, arguments)
+        for name in layers:
+            more[name] |= {"graph_error": failed[name]} if name in failed else {}
+            more[name]["graph_ms"] = None if name in failed else summary([t[0] for t in replays[name]])
+    _add_rows(point, report, table, wrong, times, more)
 
 
-def _add_rows(point, report, table, wrong, times, saved, x_bytes) -> None:
+def _add_rows(point, report, table, wrong, times, more) -> None:
     label = point.label
     found = {name: (summary([t[0] for t in ts]), summary([sum(t) for t in ts])) for name, ts in times.items()}
 
@@ -202,21 +306,24 @@ def _add_rows(point, report, table, wrong, times, saved, x_bytes) -> None:
         row = vars(point) | dict(benchmark="linear", provider=name, correct=message is None)
         if message is not None:
             report.rows.append(row | dict(wrong=message))
-            table.row(label, name, "WRONG", *[None] * 7)
+            table.row(label, name, "WRONG", *[None] * (len(COLUMNS) - 3))
             print(f"  {message}")
             continue
         forward, both = found[name]
         to_bare, to_peft = over(name, "bare"), over(name, "PEFT")
         speedup = [value and round(1 / value, 4) for value in to_peft]
-        total, other = saved[name]
         row |= dict(forward_ms=forward, both_ms=both, forward_to_bare=to_bare[0], both_to_bare=to_bare[1])
-        row |= dict(forward_speedup=speedup[0], both_speedup=speedup[1])
-        report.rows.append(row | dict(saved_bytes=total, saved_beyond_x=other, x_bytes=x_bytes))
+        row |= dict(forward_speedup=speedup[0], both_speedup=speedup[1]) | more[name]
+        report.rows.append(row)
         number = [None if value is None else f"{value:.2f}" for value in (*to_bare, *speedup)]
+        host, graph = row["host_us"], row["graph_ms"]
         table.row(
             label, name, spread(forward), number[0], spread(both), number[1], number[2], number[3],
-            f"{total / 2**20:.2f}", f"{x_bytes / 2**20:.2f}",
+            host and f"{host:.0f}", graph and f"{graph['median']:.4g}",
+            f"{row['saved_bytes'] / 2**20:.2f}", f"{row['x_bytes'] / 2**20:.2f}",
         )  # fmt: skip
+        if "graph_error" in row:
+            print(f"  {name}, no graph: {row['graph_error']}")
 
 
 def add_bars(report: Report) -> None:
@@ -239,29 +346,41 @@ def add_bars(report: Report) -> None:
 
 def points(arguments) -> list[Point]:
     """On a CPU: dropout before none, shapes in the order given. On a GPU: what papers report first, in bf16."""
-    rows = getattr(arguments, "rows", None)
-    if arguments.shapes or arguments.device.type == "cpu":
+    rows, chosen = getattr(arguments, "rows", None), getattr(arguments, "points", None)
+    if chosen is None and (arguments.shapes or arguments.device.type == "cpu"):
         dtype = "float32" if arguments.device.type == "cpu" else "bfloat16"
         common = dict(dtype=dtype, adapter_dtype=dtype, M=rows or 512)
         shapes = arguments.shapes or SHAPES
         return [Point(*shape, dropout=p, relative=0.5, **common) for p in (0.1, 0.0) for shape in shapes]
-    found = []
-    for p, adapter_dtype, M, r in (
-        (0.1, "bfloat16", 8192, 16),
-        (0.0, "bfloat16", 8192, 16),
-        (0.1, "float32", 8192, 16),  # PEFT's default adapters over a 16-bit base
-        (0.1, "bfloat16", 2048, 16),
-        (0.1, "bfloat16", 512, 16),
-        (0.1, "bfloat16", 8192, 64),
-    ):
-        common = dict(r=r, dtype="bfloat16", adapter_dtype=adapter_dtype, dropout=p, M=rows or M, relative=0.5)
-        found += [Point(*shape, **common) for shape in dict.fromkeys(LLAMA_3_8B + LORAFUSION)]
-    return list(dict.fromkeys(found))
+
+    def cross(shapes, p=0.1, adapter_dtype="bfloat16", M=8192, r=16) -> list[Point]:
+        common = dict(r=r, dtype="bfloat16", adapter_dtype=adapter_dtype, dropout=p, M=M, relative=0.5)
+        return [Point(*shape, **common) for shape in dict.fromkeys(shapes)]
+
+    first, models = LLAMA_3_8B + LORAFUSION, LLAMA_3_8B + LLAMA_3_70B + QWEN_2_5_32B
+    groups = {
+        "first": [
+            *cross(first),
+            *cross(first, p=0.0),
+            *cross(first, adapter_dtype="float32"),  # PEFT's default adapters over a 16-bit base
+            *cross(first, M=2048),
+            *cross(first, M=512),
+            *cross(first, r=64),
+        ],
+        "models": [*cross(models), *cross(models, M=2048)],
+        "lorafusion": LORAFUSION_POINTS,
+    }
+    found = sum(groups.values(), []) if chosen == "all" else groups[chosen or "first"]
+    if arguments.shapes:
+        found = [replace(point, inputs=K, outputs=N) for point in found for K, N in arguments.shapes]
+    return list(dict.fromkeys(replace(point, M=rows or point.M) for point in found))
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--rows", type=int, help="rows of x (M)")
+    options.add_argument("--points", choices=POINTS, help="which layers (default on a GPU: first; bf16)")
+    options.add_argument("--compile", action="store_true", help="PEFT through torch.compile, too; compiling takes long")
     arguments = options.parse_args(argv)
     recorded = settings(arguments)
     report = Report("linear", arguments.device, arguments.out, recorded, arguments.commit)

@@ -54,10 +54,10 @@ class Weights:
 
     @classmethod
     def draw(cls, point: Point, device: torch.device) -> Weights:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, std: float) -> torch.Tensor:
-            return torch.empty(shape).normal_(0.0, std, generator=generator).to(device)
+            return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)
 
         weight = normal(point.outputs, point.inputs, std=point.inputs**-0.5)
         A, B = normal(point.r, point.inputs, std=point.inputs**-0.5), normal(point.outputs, point.r, std=1.0)

@@ -1,5 +1,6 @@
 """The benchmarks on tiny layers: what they write is complete and right, and a wrong result gets no time."""
 
+import argparse
 import importlib
 import json
 import math
@@ -245,6 +246,183 @@ def test_interleaved_takes_turns_and_times_only_the_steps(load):
     times = report.interleaved([candidate("a"), candidate("b")], timer, seconds=0, rounds=2)
     assert order == ["a0", "a1", "a2", "b0", "b1", "b2"] * 3
     assert times == {"a": [[4, 5], [8, 9]], "b": [[6, 7], [10, 11]]}  # the first round warms up
+
+
+class FakeGpu:
+    """A host and a device in simulated ms: the host issues and goes on, the device works in order of issue."""
+
+    class Event:
+        def __init__(self, gpu):
+            self.gpu, self.at = gpu, None
+
+        def record(self):
+            self.at = max(self.gpu.device, self.gpu.host)
+
+        def query(self):
+            return self.at <= self.gpu.host
+
+        def synchronize(self):
+            self.gpu.host = max(self.gpu.host, self.at)
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def __init__(self):
+        self.host = self.device = 0.0
+        self.begin, self.end = self.Event(self), self.Event(self)
+        self.slept = []
+
+    def work(self, ms):
+        self.device = max(self.device, self.host) + ms
+
+    def flush(self):
+        self.work(0.07)
+
+    def sleep(self, ms):
+        self.slept.append(ms)
+        self.work(ms)
+
+    def synchronize(self):
+        self.host = max(self.host, self.device)
+
+    def perf_counter(self):
+        return self.host / 1e3
+
+    def step(self, launches, issue_ms, work_ms, waits=False):
+        def call():
+            for _ in range(launches):
+                self.host += issue_ms
+                self.work(work_ms)
+            if waits:
+                self.synchronize()
+
+        return call
+
+
+@pytest.fixture
+def fake_gpu(load, monkeypatch):
+    report, gpu = load("report"), FakeGpu()
+    monkeypatch.setattr(report, "_Cuda", lambda device: gpu)
+    monkeypatch.setattr(report.time, "perf_counter", gpu.perf_counter)
+    return report, gpu, report.Clock(torch.device("cuda"))
+
+
+def test_clock_times_the_device_and_the_host_apart(fake_gpu):
+    report, gpu, clock = fake_gpu
+    slow, fast = gpu.step(10, 0.05, 0.01), gpu.step(1, 0.05, 2.0)
+    times = report.interleaved([report.Candidate("a", [slow, fast])], clock, seconds=0, rounds=3)
+    assert [t for turn in times["a"] for t in turn] == pytest.approx([0.1, 2.0] * 3)  # not 0.5 of Python
+    assert clock.host_us([slow]) == pytest.approx(500) and clock.host_us([slow, fast]) == pytest.approx(550)
+
+
+def test_a_first_call_that_compiles_keeps_no_long_lead(fake_gpu):
+    _, gpu, clock = fake_gpu
+    issue = iter([60_000.0, 0.2, 0.2, 0.2])
+
+    def step():
+        gpu.host += next(issue)
+        gpu.work(0.01)
+
+    for _ in range(4):
+        last = clock(step)
+    assert last == pytest.approx(0.01) and clock.host_us([step]) == pytest.approx(200)
+    assert gpu.slept == pytest.approx([100, 0.45, 0.45])
+
+
+def test_a_step_that_waits_for_the_device_has_no_host_time(fake_gpu):
+    _, gpu, clock = fake_gpu
+    waiting, other = gpu.step(2, 0.05, 1.0, waits=True), gpu.step(1, 0.05, 1.0)
+    for _ in range(3):
+        clock(other)
+        assert clock(waiting) == pytest.approx(2.0, abs=0.2)
+    assert clock.host_us([waiting]) is None and clock.host_us([other, waiting]) is None
+    assert clock.host_us([other]) == pytest.approx(50)
+    assert max(gpu.slept) < 10  # the waiting does not feed itself
+
+
+def test_graphs_of_the_providers_that_can_be_captured(load, monkeypatch):
+    bench = load("bench_linear")
+    replays = []
+
+    class Graph:
+        def replay(self):
+            replays.append(1)
+
+    def capture(call):
+        result = call()
+        assert len(result) == 3 and all(t is not None for t in result)  # dx, dA, dB
+        if last["name"] == "PEFT":
+            raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
+        return Graph(), result
+
+    point = bench.Point(32, 48, dropout=0.1, M=8, relative=0.5)
+    weights = bench.Weights.draw(point, torch.device("cpu"))
+    x, g = bench.draw_inputs(point, weights)
+    x.requires_grad_()
+    layers = {name: p for name, p in bench.providers(weights, 0.1).items() if name != "bare"}
+    last = {}
+    for name, provider in layers.items():
+        provider.call = lambda x, name=name, call=provider.call: (last.update(name=name), call(x))[1]
+    monkeypatch.setattr(bench, "capture", capture)
+    arguments = argparse.Namespace(seconds=0, rounds=2, deadline=float("inf"))
+    times, failed = bench.graph_times(layers, x, g, load("report").Clock(x.device), arguments)
+    assert {name: len(turns) for name, turns in times.items()} == {"addmm": 2, "fused_lora": 2}
+    assert failed == {"PEFT": "RuntimeError: operation not permitted when stream is capturing"}
+    assert len(replays) == 2 * 3
+
+
+def test_graph_and_host_columns(load, tmp_path, capsys):
+    """Rows as a GPU would give them: a replay, or None and why."""
+    bench, report = load("bench_linear"), load("report")
+    found = report.Report("linear", torch.device("cpu"), tmp_path, {})
+    more = dict(host_us=123.4, forward_host_us=50.0, saved_bytes=0, saved_beyond_x=0, x_bytes=1 << 20)
+    extra = {"PEFT": {"graph_ms": None, "graph_error": "no"}, "fused_lora": {"graph_ms": dict(median=0.25)}}
+    times = {name: [[1.0, 2.0]] for name in extra}
+    rows = {name: more | entry for name, entry in extra.items()}
+    bench._add_rows(bench.Point(8, 8, M=4), found, report.Table(bench.COLUMNS), dict.fromkeys(extra), times, rows)
+    assert [row["graph_ms"] for row in found.rows] == [None, dict(median=0.25)]
+    assert found.rows[0]["graph_error"] == "no" and found.rows[1]["host_us"] == 123.4
+    screen = capsys.readouterr().out
+    assert "PEFT, no graph: no" in screen and "0.25" in screen and "123" in screen
+
+
+def test_points_of_bench_linear(load):
+    bench = load("bench_linear")
+
+    def points(chosen, shapes=None, device="cuda"):
+        return bench.points(argparse.Namespace(device=torch.device(device), shapes=shapes, rows=None, points=chosen))
+
+    lorafusion = points("lorafusion")
+    assert len(set(lorafusion)) == 75 and {p.M for p in lorafusion} == set(range(2048, 8193, 256))
+    assert {(p.inputs, p.outputs, p.r, p.dropout) for p in lorafusion} == {(n, n, 16, 0.1) for n in (4096, 5120, 8192)}
+    assert {(28672, 8192), (5120, 27648), (4096, 1024)} <= {(p.inputs, p.outputs) for p in points("models")}
+    assert points(None) == points("first") and points("first")[0].M == 8192
+    assert set(points("all")) == {p for name in ("first", "models", "lorafusion") for p in points(name)}
+    assert {p.shape for p in points("models", [(64, 32)])} == {"64x32"}
+    assert {p.dtype for p in points(None, device="cpu")} == {"float32"}
+
+
+@pytest.mark.parametrize("adapter_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+def test_linear_over_a_16_bit_base(load, tmp_path, adapter_dtype, dropout):
+    bench, report = load("bench_linear"), load("report")
+    found = report.Report("linear", torch.device("cpu"), tmp_path, {})
+    point = bench.Point(96, 64, 16, "bfloat16", adapter_dtype, dropout, M=40, relative=0.5)
+    arguments = argparse.Namespace(device=torch.device("cpu"), seconds=0, rounds=1, deadline=float("inf"))
+    bench.measure(point, found, report.Table(bench.COLUMNS), arguments)
+    assert [row["provider"] for row in found.rows] == ["bare", "PEFT", "PEFT default", "addmm", "fused_lora"]
+    assert all(row["correct"] and row["host_us"] is None and row["graph_ms"] is None for row in found.rows)
+    default = found.rows[2]
+    assert default["saved_bytes"] > found.rows[-1]["saved_bytes"]
+
+
+def test_compiled_peft_is_a_provider_where_asked_for(load, tmp_path, monkeypatch):
+    bench = load("bench_linear")
+    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: layer.forward)
+    code, content = run(bench, tmp_path, "--shapes", "33x17", "--rows", "8", "--compile")
+    assert code == 0
+    names = ["bare", "PEFT", "PEFT compiled", "addmm", "fused_lora"]
+    assert [row["provider"] for row in content["rows"]] == names * 2
 
 
 @pytest.mark.parametrize(
