@@ -18,10 +18,10 @@ graph, up to 2,048 rows. `saved` counts what autograd keeps for the backward, ea
 
 from __future__ import annotations
 
-import math
+import statistics
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from layers import ADAPTER, SCALING, Point, Weights, no_worse, plausible
@@ -302,6 +302,10 @@ def _add_rows(point, report, table, wrong, times, more) -> None:
             return [None, None]
         return [round(a["median"] / b["median"], 4) for a, b in zip(found[name], found[other], strict=True)]
 
+    def step_ms(name: str) -> float:
+        """What a training loop waits for: the device, or the host where that takes longer."""
+        return max(found[name][1]["median"], (more[name]["host_us"] or 0) / 1e3)
+
     for name, message in wrong.items():
         row = vars(point) | dict(benchmark="linear", provider=name, correct=message is None)
         if message is not None:
@@ -314,6 +318,9 @@ def _add_rows(point, report, table, wrong, times, more) -> None:
         speedup = [value and round(1 / value, 4) for value in to_peft]
         row |= dict(forward_ms=forward, both_ms=both, forward_to_bare=to_bare[0], both_to_bare=to_bare[1])
         row |= dict(forward_speedup=speedup[0], both_speedup=speedup[1]) | more[name]
+        default = found.get("PEFT default")
+        row["both_speedup_default"] = default and round(default[1]["median"] / both["median"], 4)
+        row["step_speedup"] = round(step_ms("PEFT") / step_ms(name), 4) if "PEFT" in found else None
         report.rows.append(row)
         number = [None if value is None else f"{value:.2f}" for value in (*to_bare, *speedup)]
         host, graph = row["host_us"], row["graph_ms"]
@@ -332,16 +339,38 @@ def add_bars(report: Report) -> None:
     if rows:
         beyond = max(row["saved_beyond_x"] / row["x_bytes"] for row in rows)
         report.bar("linear: bytes saved beyond x / bytes of x, most over the layers", beyond, 0.25, False)
-    timed = [row for row in rows if row["both_speedup"] is not None and row["dropout"] > 0]
-    if timed:
+    timed = [row for row in rows if row["both_speedup"] is not None]
+    if report.device.type == "cuda":
+        _add_gpu_bars(report, timed)
+    elif timed := [row for row in timed if row["dropout"] > 0]:
         speedups = [row["both_speedup"] for row in timed]
-        mean = math.exp(sum(map(math.log, speedups)) / len(speedups))
         name = "linear fwd+bwd with dropout: times PEFT's speed"
         report.bar(f"{name}, least over the layers", min(speedups), 1.0, True)
-        report.bar(f"{name}, geometric mean", mean, 1.15, True)
-    large = [row["both_to_bare"] for row in rows if row["M"] >= 4096 and row["r"] <= 64 and row["both_to_bare"]]
-    if large and report.device.type == "cuda":
-        report.bar("linear fwd+bwd, M >= 4096, r <= 64: times the bare layer's time, most", max(large), 1.08, False)
+        report.bar(f"{name}, geometric mean", statistics.geometric_mean(speedups), 1.15, True)
+
+
+def _add_gpu_bars(report: Report, rows: list[dict]) -> None:
+    names = [field.name for field in fields(Point)]
+    by_point = {Point(*(row[name] for name in names)): row for row in rows}
+    large = LORAFUSION_POINTS[0]
+    name = f"linear fwd+bwd {large}"
+    if row := by_point.get(large):
+        if row["both_to_bare"] is not None:
+            report.bar(f"{name}: times the bare layer's time", row["both_to_bare"], 1.15, False)
+        report.bar(f"{name}: times PEFT's speed", row["both_speedup"], 1.25, True)
+    for dtype in ("bfloat16", "float32"):
+        row = by_point.get(replace(large, adapter_dtype=dtype))
+        if row and row["both_speedup_default"] is not None:
+            title = f"{name}, {dtype} adapters: times PEFT default's speed"
+            report.bar(title, row["both_speedup_default"], 1.6, True)
+    if speedups := [by_point[point]["both_speedup"] for point in LORAFUSION_POINTS if point in by_point]:
+        title = f"linear fwd+bwd, LoRAFusion's points ({len(speedups)} of {len(LORAFUSION_POINTS)})"
+        report.bar(f"{title}: times PEFT's speed, geometric mean", statistics.geometric_mean(speedups), 1.3, True)
+    if rows:
+        least = min(rows, key=lambda row: row["step_speedup"])
+        where = Point(*(least[name] for name in names)).label
+        title = "linear fwd+bwd, the longer of device and host: times PEFT's speed, least over the layers"
+        report.bar(f"{title} ({where})", least["step_speedup"], 1.0, True)
 
 
 def points(arguments) -> list[Point]:

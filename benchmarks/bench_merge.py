@@ -3,10 +3,13 @@
     python benchmarks/bench_merge.py
 
 Every merge is checked against float64 first (RMS error at most 1.1 times PEFT's plus an ulp); a wrong one gets no time.
+`no record` is the kernel that this package's merge ends with, on factors ready in fp32: nothing checked first and
+nothing kept, so it cannot be undone to the bit. Only a device that runs our kernels has it.
 All providers take turns in one run, each on its own copies of the weight, set back to the same bits before every turn.
 On a CPU a turn merges four such layers one after another, as merging a model does, then unmerges them; the times are
 those of one layer. (The copying between the turns leaves torch's threads spinning for milliseconds.)
 `floor` is the time of the bytes that a merge must move (W read and written, A and B read) at the copy's bandwidth;
+`host us` the time in which the host issues a merge on a GPU, where it need not wait for the device;
 `changed` the share of weights whose bits differ after merge and unmerge; `extra` the peak memory of one merge beyond
 what was there before, in per cent of the weight.
 """
@@ -24,6 +27,7 @@ import torch
 from layers import SCALING, Point, Weights, no_worse, plausible
 from report import Candidate, Clock, Report, Table, interleaved, parser, run_points, settings, spread, summary
 
+from fused_lora.ops import merge_kernel
 from fused_lora.reference import bits
 
 SHAPES = {"cpu": [(4096, 4096), (2048, 2048), (1000, 777)], "cuda": [(4096, 4096), (4096, 1024), (4096, 14336)]}
@@ -31,7 +35,8 @@ DTYPES = {"cpu": ["float32", "bfloat16", "float16"], "cuda": ["bfloat16", "float
 _LAYERS = {"cpu": 4, "cuda": 1}  # in a turn
 _MEASURABLE_BYTES = 1 << 20  # below, pages and arenas outweigh the weight
 COLUMNS = [("layer", 26), ("provider", 14), ("merge ms", 22), ("speed/PEFT", 10), ("xfloor", 6)]
-COLUMNS += [("unmerge ms", 22), ("speed/PEFT", 10), ("changed %", 9), ("extra %", 8), ("record B/w", 10)]
+COLUMNS += [("xcopy", 6), ("unmerge ms", 22), ("speed/PEFT", 10), ("host us", 8), ("changed %", 9), ("extra %", 8)]
+COLUMNS += [("record B/w", 10)]
 
 
 @dataclass
@@ -47,7 +52,7 @@ class Merger:
 
 
 def mergers(weights: Weights) -> dict[str, Merger]:
-    """PEFT (default and safe), hand-written addmm, ours; PEFT first, for it is the yardstick."""
+    """PEFT (default and safe), hand-written addmm, ours, our kernel alone; PEFT first, for it is the yardstick."""
 
     def of_layer(name: str, layer: torch.nn.Module, **more) -> Merger:
         options = {"safe_merge": True} if name == "PEFT safe" else {}
@@ -70,7 +75,16 @@ def mergers(weights: Weights) -> dict[str, Merger]:
             exact=True,
         ),
     ]
+    if merge_kernel.applies(weights.weight):
+        found.append(_no_record(weights))
     return {merger.name: merger for merger in found}
+
+
+def _no_record(weights: Weights) -> Merger:
+    from fused_lora.kernels import merge as kernels
+
+    W, A, B = weights.weight.clone(), weights.lora_A.float(), weights.lora_B.float() * SCALING
+    return Merger("no record", lambda: W, lambda: kernels.merge_apply(W, A, B), lambda: kernels.unmerge_apply(W, A, B))
 
 
 def _addmm(W: torch.Tensor, weights: Weights, sign: int) -> Callable[[], object]:
@@ -145,16 +159,18 @@ def measure(point: Point, report: Report, table: Table, arguments) -> None:
     source, target = weights.weight.clone(), torch.empty_like(weights.weight)
     candidates = [Candidate("copy", [lambda: target.copy_(source)])]
     candidates += [_turn(name, model, weights) for name, model in layers.items()]
-    times = interleaved(candidates, Clock(device), arguments.seconds, arguments.rounds, arguments.deadline)
+    clock = Clock(device)
+    times = interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline)
     for name, model in layers.items():
         times[name] = [[ms / len(model) for ms in turn] for turn in times[name]]
+    host = {c.name: [clock.host_us([step]) for step in c.steps] for c in candidates}
     extra = {}
     for name, (merger, *_) in layers.items():
         restore(merger, weights)
         peak = peak_extra_bytes(merger.merge, device)
         extra[name] = None if weights.weight.nbytes < _MEASURABLE_BYTES else peak
         merger.unmerge()
-    _add_rows(point, weights, report, table, checks, times, extra)
+    _add_rows(point, weights, report, table, checks, times, host, extra)
 
 
 def _turn(name: str, model: list[Merger], weights: Weights) -> Candidate:
@@ -168,7 +184,7 @@ def _turn(name: str, model: list[Merger], weights: Weights) -> Candidate:
     return Candidate(name, steps, before)
 
 
-def _add_rows(point, weights, report, table, checks, times, extra) -> None:
+def _add_rows(point, weights, report, table, checks, times, host, extra) -> None:
     weight_bytes = weights.weight.nbytes
     copied = summary([t[0] for t in times["copy"]])
     adapter_bytes = weights.lora_A.nbytes + weights.lora_B.nbytes
@@ -176,13 +192,13 @@ def _add_rows(point, weights, report, table, checks, times, extra) -> None:
     common = vars(point) | dict(benchmark="merge", floor_ms=round(floor, 5))
     report.rows.append(common | dict(provider="copy", correct=True, merge_ms=copied))
     label = f"{point.shape} r={point.r} {point.dtype}"
-    table.row(label, "copy", spread(copied), *[None] * 7)
+    table.row(label, "copy", spread(copied), *[None] * (len(COLUMNS) - 3))
     reference = times.get("PEFT")
     for name, found in checks.items():
         row = common | dict(provider=name, correct=found["wrong"] is None, changed=found["changed"])
         if found["wrong"] is not None:
             report.rows.append(row | dict(wrong=found["wrong"]))
-            table.row(label, name, "WRONG", *[None] * 7)
+            table.row(label, name, "WRONG", *[None] * (len(COLUMNS) - 3))
             print(f"  {found['wrong']}")
             continue
         merge, unmerge = (summary([t[i] for t in times[name]]) for i in (0, 1))
@@ -193,11 +209,14 @@ def _add_rows(point, weights, report, table, checks, times, extra) -> None:
         share = None if extra[name] is None else round(extra[name] / weight_bytes, 5)
         per_weight = round(found["record_bytes"] / weights.weight.numel(), 5)
         row |= dict(merge_ms=merge, unmerge_ms=unmerge, merge_speedup=ratios[0], unmerge_speedup=ratios[1])
+        row |= dict(merge_to_copy=round(merge["median"] / copied["median"], 4))
+        row |= dict(merge_host_us=host[name][0], unmerge_host_us=host[name][1])
         row |= dict(extra_memory=share, record_bytes_per_weight=per_weight)
         report.rows.append(row)
         number = [None if value is None else f"{value:.2f}" for value in (*ratios, merge["median"] / floor)]
         table.row(
-            label, name, spread(merge), number[0], number[2], spread(unmerge), number[1],
+            label, name, spread(merge), number[0], number[2], f"{row['merge_to_copy']:.2f}", spread(unmerge), number[1],
+            host[name][0] and f"{host[name][0]:.0f}",
             f"{100 * found['changed']:.3g}", None if share is None else f"{100 * share:.1f}", f"{per_weight:.3f}",
         )  # fmt: skip
 
@@ -209,10 +228,15 @@ def add_bars(report: Report) -> None:
     if rows:
         report.bar("merge, unmerge: share of weights not back", max(row["changed"] for row in rows), 0.0, False)
     if report.device.type == "cuda":
-        for row in timed:
+        bare = [r for r in report.rows if r["benchmark"] == "merge" and r["provider"] == "no record" and r["correct"]]
+        for row in bare + rows:
             name = f"merge {row['dtype']} {row['inputs']}x{row['outputs']}"
-            report.bar(f"{name}: times PEFT's speed", row["merge_speedup"], 1.0, True)
-            report.bar(f"{name}: times the floor", row["merge_ms"]["median"] / row["floor_ms"], 1.25, False)
+            if row["provider"] == "no record":
+                report.bar(f"{name} without a record: times a device copy", row["merge_to_copy"], 1.25, False)
+                continue
+            report.bar(f"{name} with its record: times a device copy", row["merge_to_copy"], 1.7, False)
+            if row["merge_speedup"] is not None:
+                report.bar(f"{name} with its record: times PEFT's speed", row["merge_speedup"], 3.0, True)
         return
     for row in timed:
         if (row["inputs"], row["outputs"], row["r"], row["dtype"]) == (4096, 4096, 16, "float32"):
