@@ -42,7 +42,7 @@ KERNEL_TESTS = " ".join(
 )
 REST = "tests " + " ".join(f"--ignore={path}" for path in f"{GPU_TESTS} {KERNEL_TESTS}".split())
 SMOKE = "python -m fused_lora.testing.smoke"
-OF_TESTS = r"^kernels run|^FAILED |^ERROR |^=+ .* in [\d.]+s"
+OF_TESTS = r"^kernels run|^FAILED |^ERROR\b|^=+ .* in [\d.]+s"
 OF_BENCH = r"^PASS |^FAIL |WRONG|warning:|^not run| results, |^(layer|decode) "
 OURS = r"|^\d+x\d+ .* fused_lora "
 
@@ -134,7 +134,7 @@ def _end(process: subprocess.Popen) -> tuple[str, str]:
     with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: not even SIGKILL ends it now
         process.wait(10)
     if code is None:
-        return "timed out", "the end of the log says where"
+        return "timed out", "the stacks in its log say where"
     if code < 0:
         return "failed", signal.Signals(-code).name
     return ("failed", f"exit code {code}") if code else ("passed", "")
@@ -156,7 +156,12 @@ def _for_the_page(stage: Stage, log: Path, passed: bool, most: int = 14) -> list
         shown += [f"{len(done)} tests ran, {len(failed)} of them failed", *failed]
     if len(shown) > most:
         shown = [*shown[: most // 2], f"... {len(shown) - most} more", *shown[-(most - most // 2) :]]
-    return [line[:200] for line in (shown if passed else [*shown, "the log ends:", *lines[-10:]])]
+    if not passed:
+        fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), len(lines))
+        shown += ["the log ends:", *(line for line in lines[max(fatal - 10, 0) : fatal + 1] if line not in shown)]
+        for i in [i for i, line in enumerate(lines) if i > fatal and line.startswith("Current thread")][:6]:
+            shown += ["stack of a process, innermost call first:", *lines[i + 1 : i + 5]]
+    return [line[:200] for line in shown]
 
 
 def page(results: Sequence[dict], heading: str) -> str:
