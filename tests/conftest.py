@@ -12,6 +12,7 @@ import torch
 
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+_ASKED_FOR_A_GPU = os.environ.get("TRITON_INTERPRET") == "0"
 if not HAS_CUDA:
     # read when a kernel is decorated, so it is set before any test module imports one
     os.environ["TRITON_INTERPRET"] = "1"
@@ -31,7 +32,13 @@ def pytest_pycollect_makemodule(module_path, parent):
         return _WithoutTriton.from_parent(parent, path=module_path)
 
 
+def pytest_report_header():
+    return f"kernels run on {torch.cuda.get_device_name()}" if HAS_CUDA else "kernels run in Triton's interpreter"
+
+
 def pytest_configure(config):
+    if not HAS_CUDA and _ASKED_FOR_A_GPU:
+        raise pytest.UsageError("TRITON_INTERPRET=0 asks for a GPU, and there is none")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 

@@ -179,23 +179,39 @@ def test_bench_variants_with_kernels(load, tmp_path, monkeypatch):
     assert sum(row["chosen"] for row in content["rows"]) == 2
 
 
-def test_run_all_leaves_one_file(load, tmp_path, monkeypatch):
-    bench = load("run_all")
-    monkeypatch.setattr(bench, "SMOKE_DTYPES", [("bfloat16", "float32")])
-    code, content = run(bench, tmp_path, "--shapes", "48x40", "--rows", "24", "--budget", "5")
+def test_bench_decode(load, tmp_path):
+    code, content = run(load("bench_decode"), tmp_path, "--shapes", "48x40,40x33", "--rows", "9")
     assert code == 0
-    assert_complete(content, "all")
-    assert {row["benchmark"] for row in content["rows"]} == {"smoke", "linear", "merge", "variants"}
-    assert all(row["correct"] for row in content["rows"])
-    assert not content["skipped"]
+    assert_complete(content, "decode")
+    rows, weights = content["rows"], 48 * 40 + 40 * 33
+    points = [(8, "16"), (1, "16"), (8, "mixed")]
+    assert [(r["D"], r["ranks"], r["provider"]) for r in rows] == [
+        (*point, name) for point in points for name in ("base", "fused_lora")
+    ]
+    for row in rows:
+        assert row["correct"] and row["mode"] == "eager" and row["M"] == 9
+        assert_times(row["ms"], 3)
+        ranks = {"16": [16] * row["D"], "mixed": [8, 16, 32, 64] * 2}[row["ranks"]]
+        assert row["floor_share"] == pytest.approx(1 + sum(ranks) * (48 + 40 + 40 + 33) / weights, abs=1e-3)
 
 
-def test_without_budget_left_only_the_smoke_runs(load, tmp_path, monkeypatch):
-    bench = load("run_all")
-    monkeypatch.setattr(bench, "SMOKE_DTYPES", [("float32", "float32")])
-    _, content = run(bench, tmp_path, "--shapes", "48x40", "--budget", "0")
-    assert {row["benchmark"] for row in content["rows"]} == {"smoke"}
-    assert len(content["skipped"]) == 2 + 3 + 3 and all("out of time" in text for text in content["skipped"])
+def test_a_wrong_decode_step_gets_no_time(load, tmp_path, monkeypatch, capsys):
+    bench = load("bench_decode")
+    honest = bench.Decode.names
+
+    def names(decode, point):
+        found = honest(decode, point)
+        if point.D == 1:
+            path, (A, B, scaling) = next(reversed(decode.adapters[found[0]].items()))
+            decode.adapters[found[0]][path] = (A, B * 1.001, scaling)
+        return found
+
+    monkeypatch.setattr(bench.Decode, "names", names)
+    code, content = run(bench, tmp_path, "--shapes", "48x40,40x33", "--rows", "9")
+    assert code == 1
+    wrong = [row for row in content["rows"] if not row["correct"]]
+    assert [(row["D"], row["provider"]) for row in wrong] == [(1, "fused_lora")]
+    assert "ms" not in wrong[0] and wrong[0]["wrong"].startswith("groups.1.0") and "WRONG" in capsys.readouterr().out
 
 
 def test_a_wrong_merge_gets_no_time(load, tmp_path, monkeypatch, capsys):
