@@ -20,6 +20,7 @@ import triton.language as tl
 
 _BLOCK = 1 << 18  # counters that are zeroed at a time, 1 MiB
 _lock = threading.Lock()
+_blocks: list[torch.Tensor] = []  # all of them for good: a captured graph holds addresses, no tensors
 _free: dict[torch.device, torch.Tensor] = {}  # what is left of the newest block
 _of_stream: dict[tuple, torch.Tensor] = {}
 
@@ -92,6 +93,7 @@ def _take(count: int, device: torch.device, capturing: bool) -> torch.Tensor:
         # pools of graphs take what a stream (torch.cuda.graph) or a thread (inductor's warm-up) allocates: use neither
         with ThreadPoolExecutor(1) as thread:
             free = thread.submit(_zeros, max(count, _BLOCK), device).result()
+        _blocks.append(free)
     _free[device] = free[count:]
     return free[:count]
 

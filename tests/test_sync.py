@@ -3,6 +3,7 @@
 import contextlib
 import random
 import threading
+import weakref
 
 import pytest
 import torch
@@ -223,6 +224,7 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream(-1))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(sync, "_BLOCK", 4000)
+    monkeypatch.setattr(sync, "_blocks", [])
     monkeypatch.setattr(sync, "_free", {})
     monkeypatch.setattr(sync, "_of_stream", {})
     return now
@@ -243,6 +245,17 @@ def test_a_block_that_cannot_be_allocated_raises_in_the_caller(streams, monkeypa
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         counters(10, torch.device("cuda"))
     assert not sync._free and not sync._of_stream
+
+
+def test_the_counters_of_a_captured_launch_outlive_their_block(streams):
+    """A graph holds addresses: nothing else keeps its counters from being given back."""
+    cuda = torch.device("cuda")
+    counters(10, cuda)
+    streams["capturing"] = True
+    block = weakref.ref(counters(10, cuda)._base)
+    streams["capturing"] = False
+    counters(5000, cuda)  # a new block; the stream's old counters are too few
+    assert block() is not None
 
 
 def test_counters_belong_to_a_stream_or_to_one_captured_launch(streams):
