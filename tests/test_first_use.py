@@ -1,7 +1,9 @@
 """What the plan launches: how often, how many bytes, and that the trial before first use is of exactly that."""
 
 import itertools
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -147,3 +149,47 @@ def test_a_run_that_fails_after_its_trial_is_dropped():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run() == "eager"
+
+
+@pytest.mark.parametrize("check", ["1", "0"])
+def test_one_thread_tries_and_loads_at_a_time(check, monkeypatch):
+    """The trial and the first run hold the lock, so that no thread launches what another is loading; later runs not."""
+    monkeypatch.setenv("FUSED_LORA_CHECK", check)
+    found = []
+
+    def probe(place):
+        with ThreadPoolExecutor(1) as other:
+            free = other.submit(kernel._first_use.acquire, blocking=False).result()
+            if free:
+                other.submit(kernel._first_use.release).result()
+        found.append((place, free))
+
+    run = kernel.guarded(("c",), lambda: probe("run"), lambda: "eager", lambda: probe("trial"))
+    run(), run(), run()
+    assert found == [("trial", False)] * (check == "1") + [("run", False), ("run", True), ("run", True)]
+
+
+@pytest.mark.parametrize("wrong", [None, "differs"])
+@pytest.mark.filterwarnings("ignore:.*is dropped")
+def test_a_thread_that_waits_for_a_first_use_takes_its_verdict(wrong, monkeypatch):
+    asked, tried = threading.Event(), []
+
+    class Watched(dict):
+        def get(self, *key):
+            found = super().get(*key)
+            if threading.current_thread() is not threading.main_thread():
+                asked.set()
+            return found
+
+    def check():
+        tried.append(threading.current_thread())
+        if len(tried) == 1:
+            waiting.append(other.submit(run))
+            assert asked.wait(60)
+        return wrong
+
+    monkeypatch.setattr(kernel, "_state", Watched())
+    run, waiting = kernel.guarded(("d",), lambda: "kernel", lambda: "eager", check), []
+    with ThreadPoolExecutor(1) as other:
+        assert run() == waiting[0].result() == ("eager" if wrong else "kernel")
+    assert tried == [threading.main_thread()]

@@ -7,8 +7,10 @@ warning, and the eager path does the work from then on. ``FUSED_LORA_CHECK=0`` s
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-_state: dict[tuple, bool] = {}  # what was tried -> whether it passed
+_state: dict[tuple, bool] = {}  # what was used -> whether it passed
+# for trials and first runs: Triton publishes a kernel before it has loaded it, and another thread would launch nothing
+_first_use = threading.RLock()
+_no_lock = contextlib.nullcontext()
 
 
 class Case(NamedTuple):
@@ -131,6 +136,16 @@ def passes(key: tuple, check: Callable[[], str | None]) -> bool:
 
     An out-of-memory error is no reason to drop anything and passes through.
     """
+    passed = _state.get(key)
+    if passed is None:
+        with _first_use:
+            passed = _try(key, check)
+            if passed:
+                _state[key] = True
+    return passed
+
+
+def _try(key: tuple, check: Callable[[], str | None]) -> bool:
     if key in _state or os.environ.get("FUSED_LORA_CHECK") == "0":
         return _state.get(key, True)
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -141,15 +156,13 @@ def passes(key: tuple, check: Callable[[], str | None]) -> bool:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
         wrong = _text(error)
-    if wrong is None:
-        _state[key] = True
-    else:
+    if wrong is not None:
         _drop(key, wrong)
     return wrong is None
 
 
 def verdicts() -> dict[tuple, bool]:
-    """What has been tried in this process, and whether it passed."""
+    """What has been used in this process, and whether it passed."""
     return dict(_state)
 
 
@@ -157,15 +170,20 @@ def guarded(key: tuple, run: Callable, eager: Callable, check: Callable[[], str 
     """``run`` if ``key`` passes its ``check``, ``eager`` otherwise and after a failure of ``run`` itself."""
 
     def call(*args):
-        if not passes(key, check):
-            return eager(*args)
-        try:
-            return run(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
-            _drop(key, _text(error))
-            return eager(*args)
+        passed = _state.get(key)
+        first = passed is None
+        with _first_use if first else _no_lock:
+            if passed or (first and _try(key, check)):
+                try:
+                    result = run(*args)
+                    if first:
+                        _state[key] = True  # loaded: no lock from here on
+                    return result
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
+                    _drop(key, _text(error))
+        return eager(*args)
 
     return call
 
