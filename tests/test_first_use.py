@@ -128,11 +128,14 @@ def test_one_trial_for_each_configuration(monkeypatch):
 
 
 def test_no_trial_while_a_graph_is_captured(monkeypatch):
-    """Until something has passed outside, the eager path is captured; and that is no verdict."""
+    """Until something has passed outside, the eager path is captured, with one warning; and that is no verdict."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     run = kernel.guarded(("a",), lambda: "kernel", lambda: "eager", lambda: None)
-    assert run() == "eager" and not kernel._state
+    kernel._warn_of_capture.cache_clear()
+    with pytest.warns(UserWarning, match="eager path.*Run a warm-up step before the capture") as caught:
+        assert run() == run() == "eager" and not kernel._state
+    assert len(caught) == 1
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert run() == "kernel" and kernel._state == {("a",): True}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -8,6 +8,7 @@ warning, and the eager path does the work from then on. ``FUSED_LORA_CHECK=0`` s
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import threading
@@ -149,7 +150,8 @@ def _try(key: tuple, check: Callable[[], str | None]) -> bool:
     if key in _state or os.environ.get("FUSED_LORA_CHECK") == "0":
         return _state.get(key, True)
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return False  # a comparison would break the capture; warm-up runs come before it
+        _warn_of_capture(key)
+        return False  # a comparison would break the capture; no verdict: the next use outside tries it
     try:
         wrong = check()
     except torch.OutOfMemoryError:
@@ -159,6 +161,15 @@ def _try(key: tuple, check: Callable[[], str | None]) -> bool:
     if wrong is not None:
         _drop(key, wrong)
     return wrong is None
+
+
+@functools.cache  # once for a key
+def _warn_of_capture(key: tuple) -> None:
+    warnings.warn(
+        f"fused_lora: {key} is first used while a CUDA graph is captured: the graph gets the eager path. Run a warm-up "
+        "step before the capture, and it gets the kernels.",
+        stacklevel=4,
+    )
 
 
 def verdicts() -> dict[tuple, bool]:
