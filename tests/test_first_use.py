@@ -5,12 +5,16 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora.kernels import config, lora_grad, lora_linear, lora_shrink
 from fused_lora.kernels.config import traffic
-from fused_lora.ops import kernel, plan
+from fused_lora.kernels.grouped_tables import AdapterTables
+from fused_lora.ops import grouped_kernel, kernel, plan
+from fused_lora.ops.grouped_metadata import GroupLayout, build_metadata
 from fused_lora.testing.interpreter import checked
 from fused_lora.testing.layers import LayerCase
 
@@ -23,6 +27,26 @@ def kernels_on(monkeypatch):
     monkeypatch.setattr(kernel, "usable", lambda device: True)
     monkeypatch.setattr(config, "capability", lambda device: 90)
     monkeypatch.setattr(kernel, "_state", {})
+
+
+class TF32(TorchDispatchMode):
+    """Library products of fp32 as torch.set_float32_matmul_precision("high") has them on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"):
+            *rest, left, right = args
+            if left.dtype == torch.float32:
+                self.products += 1
+                args = *rest, self.rounded(left), self.rounded(right)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(t):
+        return ((t.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
 
 
 def launches(case):
@@ -196,3 +220,36 @@ def test_a_thread_that_waits_for_a_first_use_takes_its_verdict(wrong, monkeypatc
     with ThreadPoolExecutor(1) as other:
         assert run() == waiting[0].result() == ("eager" if wrong else "kernel")
     assert tried == [threading.main_thread()]
+
+
+def test_library_products_in_tf32_drop_no_layer():
+    case = LayerCase.make(600, 48, 64, [8], [0.0], torch.float32)
+    with TF32() as tf32, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        case.planned()
+    assert {key[1].variant for key in kernel._state} == {"cublas"} and all(kernel._state.values()) and tf32.products
+
+
+@pytest.mark.parametrize("result", [0, 1])
+def test_an_fp32_library_plan_that_is_off_by_more_than_tf32_is_dropped(result, monkeypatch):
+    """And its S, which is ours, by more than fp32."""
+    original = kernel.lora_linear
+
+    def off(variant, chosen=None):
+        run = original(variant, chosen)
+        return lambda *args: tuple(t * (1, (1.01, 1.0001)[i])[i == result] for i, t in enumerate(run(*args)))
+
+    monkeypatch.setattr(kernel, "lora_linear", off)
+    case = LayerCase.make(600, 48, 64, [8], [0.0], torch.float32)
+    with pytest.warns(UserWarning, match=f"'cublas'.*is dropped.*result {result} is off"):
+        case.planned()
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_library_products_in_tf32_drop_no_grouped_kernel(outputs):
+    """What they are tried against is exact, whatever the library multiplies in."""
+    tables = AdapterTables(*torch.zeros(4, outputs, 1), torch.float32, max_rank=20)
+    rows = GroupLayout(max_rows=16, max_groups=1, group_size=2)
+    rows = rows.views(torch.from_numpy(build_metadata(rows, np.zeros(16, int), [[(0, 1.0)]])))
+    with TF32():
+        assert grouped_kernel._check(torch.zeros(16, 32), tables, rows, outputs) is None
