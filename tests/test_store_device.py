@@ -68,3 +68,14 @@ def test_a_step_waits_on_the_device_of_the_adapter(current, sent):
     arrival.wait(0)
     arrival.wait_for_all()
     assert current[1].waited_for == [1, 2] and not current[0].waited_for
+
+
+def test_buffers_of_the_host_are_there_whatever_the_default_device(current, sent):
+    transfer = CudaTransfer(GPU, torch.float32, None)
+    with torch.device("meta"):
+        staged = transfer.stage(sent.packed)
+        transfer.send(sent.packed.parts, sent.packed, staged, sent.block, 0)
+        fetched = transfer.fetch(sent.block, sent.packed.nbytes, ())
+    assert staged.device.type == fetched.device.type == "cpu" and torch.equal(staged, fetched)
+    A, B_t = sent.packed.parts[1].views(fetched, torch.float32)
+    assert torch.equal(A, sent.packed.tensors[1][0]) and torch.equal(B_t.t(), sent.packed.tensors[1][1])

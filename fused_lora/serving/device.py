@@ -125,7 +125,7 @@ class CudaTransfer(Transfer):
         """The bytes in pinned memory; None for tensors on a GPU, which are copied from where they are."""
         if any(tensor.is_cuda for pair in packed.tensors for tensor in pair):
             return None
-        staged = torch.empty(packed.nbytes, dtype=torch.uint8, pin_memory=True)
+        staged = torch.empty(packed.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         packed.write(staged, self.dtype)
         return staged
 
@@ -151,7 +151,7 @@ class CudaTransfer(Transfer):
 
     def fetch(self, block: Block, nbytes: int, uses: Iterable[torch.cuda.Event]) -> Tensor:
         """The first ``nbytes`` of the block in pinned memory; waits for the copy."""
-        staged = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        staged = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         with self._order, torch.cuda.stream(self._stream):
             staged.copy_(block.memory[:nbytes], non_blocking=True)
             self._stream.synchronize()
