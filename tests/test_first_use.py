@@ -121,7 +121,8 @@ def test_the_trial_is_of_the_configurations_that_then_run(monkeypatch):
                 return launch
 
         monkeypatch.setattr(module, name, Recorded(original, name))
-    for M, N, K, p in [(600, 48, 64, 0.1), (20, 33, 1040, 0.0), (1, 64, 40, 0.0), (70, 50, 80, 0.5)]:
+    sizes = [(600, 48, 64, 0.1), (600, 48, 72, 0.0), (20, 33, 1040, 0.0), (1, 64, 40, 0.0), (70, 50, 80, 0.5)]
+    for M, N, K, p in sizes:
         kernel._state.clear()
         seen.clear()
         with warnings.catch_warnings():
@@ -142,13 +143,14 @@ def test_one_trial_for_each_configuration(monkeypatch):
         run(case.x, case.weight, None, case.lora_A, case.lora_B, [1.0], [0.0], None)
         return len(tried)
 
-    assert forward(5, 33, 40, dtype=BF16) == 1
+    assert forward(5, 33, 44, dtype=BF16) == 1
     assert forward(7, 35, 42, dtype=BF16) == 1
-    assert forward(9, 37, 48, dtype=BF16) == 2  # K is a multiple of 16: another binary
-    assert forward(5, 33, 2000, dtype=BF16) == 3  # K long enough to be split
-    assert forward(5, 33, 2000, r=20, dtype=BF16) == 4  # another rank block
-    assert forward(5, 33, 2000, r=20, dtype=torch.float16) == 5
-    assert forward(5, 33, 2000, r=20, dtype=torch.float16) == 5
+    assert forward(9, 37, 40, dtype=BF16) == 2  # K is a multiple of 8: rows of whole 16 bytes
+    assert forward(9, 37, 48, dtype=BF16) == 3  # of 16: another binary
+    assert forward(5, 33, 2000, dtype=BF16) == 4  # K long enough to be split
+    assert forward(5, 33, 2000, r=20, dtype=BF16) == 5  # another rank block
+    assert forward(5, 33, 2000, r=20, dtype=torch.float16) == 6
+    assert forward(5, 33, 2000, r=20, dtype=torch.float16) == 6
 
 
 def test_no_trial_while_a_graph_is_captured(monkeypatch):

@@ -178,5 +178,6 @@ def _case(chosen: Plan, x, weight, bias, lora_A, lora_B, dropout) -> kernel.Case
 
 
 def _small(size: int, block: int) -> int:
-    """Beyond one tile, and compiled as ``size`` is: Triton specialises 1 and multiples of 16."""
-    return 1 if size == 1 else block + (16 if size % 16 == 0 else 13)
+    """Beyond one tile, and compiled as ``size`` is: Triton specialises 1 and multiples of 16, 16-bit rows of a multiple
+    of 8 have descriptors."""
+    return 1 if size == 1 else block + next((n for n in (16, 8) if size % n == 0), 13)
