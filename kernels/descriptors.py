@@ -9,9 +9,13 @@ from triton.runtime import _allocation
 
 
 def describable(x: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can address a matrix: unit stride inside, 16-byte steps and start outside."""
+    """Whether a tensor descriptor can address a matrix: unit stride inside, 16-byte steps and start outside.
+
+    Not one whose rows overlap, as those of an expanded row do.
+    """
     e = x.element_size()
-    return x.stride(1) == 1 and x.stride(0) * e % 16 == 0 and x.data_ptr() % 16 == 0 and max(x.shape) < 2**31
+    apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * e % 16 == 0
+    return apart and x.data_ptr() % 16 == 0 and max(x.shape) < 2**31
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:

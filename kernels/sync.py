@@ -12,6 +12,7 @@ be preceded by a memset and a captured graph can be replayed.
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -19,6 +20,7 @@ import triton.language as tl
 
 _BLOCK = 1 << 18  # counters that are zeroed at a time, 1 MiB
 _lock = threading.Lock()
+_blocks: list[torch.Tensor] = []  # all of them for good: a captured graph holds addresses, no tensors
 _free: dict[torch.device, torch.Tensor] = {}  # what is left of the newest block
 _of_stream: dict[tuple, torch.Tensor] = {}
 
@@ -88,10 +90,17 @@ def _take(count: int, device: torch.device, capturing: bool) -> torch.Tensor:
     if free is None or free.numel() < count:
         if capturing:
             return torch.zeros(count, dtype=torch.int32, device=device)  # the graph zeroes it at every replay
-        # on a stream of its own, so that no graph's private pool takes the memory back
-        side = torch.cuda.Stream(device)
-        with torch.cuda.stream(side):
-            free = torch.zeros(max(count, _BLOCK), dtype=torch.int32, device=device)
-        side.synchronize()
+        # pools of graphs take what a stream (torch.cuda.graph) or a thread (inductor's warm-up) allocates: use neither
+        with ThreadPoolExecutor(1) as thread:
+            free = thread.submit(_zeros, max(count, _BLOCK), device).result()
+        _blocks.append(free)
     _free[device] = free[count:]
     return free[:count]
+
+
+def _zeros(count: int, device: torch.device) -> torch.Tensor:
+    side = torch.cuda.Stream(device)
+    with torch.cuda.stream(side):
+        block = torch.zeros(count, dtype=torch.int32, device=device)
+    side.synchronize()
+    return block

@@ -54,3 +54,5 @@ def test_what_a_descriptor_can_address():
     assert not describable(x.t())  # columns apart
     assert not describable(x[:, 1:])  # starts between two multiples of 16 bytes
     assert not describable(torch.zeros(9, 65, dtype=torch.bfloat16))  # so does every row but the first
+    assert not describable(x[:1].expand(9, 64))  # one row over and over, as the gradient of y.sum(0) is
+    assert not describable(x.view(-1).as_strided((9, 64), (32, 1)))  # rows that overlap

@@ -1,14 +1,20 @@
 """What the plan launches: how often, how many bytes, and that the trial before first use is of exactly that."""
 
 import itertools
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora.kernels import config, lora_grad, lora_linear, lora_shrink
 from fused_lora.kernels.config import traffic
-from fused_lora.ops import kernel, plan
+from fused_lora.kernels.grouped_tables import AdapterTables
+from fused_lora.ops import grouped_kernel, kernel, plan
+from fused_lora.ops.grouped_metadata import GroupLayout, build_metadata
 from fused_lora.testing.interpreter import checked
 from fused_lora.testing.layers import LayerCase
 
@@ -21,6 +27,26 @@ def kernels_on(monkeypatch):
     monkeypatch.setattr(kernel, "usable", lambda device: True)
     monkeypatch.setattr(config, "capability", lambda device: 90)
     monkeypatch.setattr(kernel, "_state", {})
+
+
+class TF32(TorchDispatchMode):
+    """Library products of fp32 as torch.set_float32_matmul_precision("high") has them on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"):
+            *rest, left, right = args
+            if left.dtype == torch.float32:
+                self.products += 1
+                args = *rest, self.rounded(left), self.rounded(right)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(t):
+        return ((t.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
 
 
 def launches(case):
@@ -95,7 +121,8 @@ def test_the_trial_is_of_the_configurations_that_then_run(monkeypatch):
                 return launch
 
         monkeypatch.setattr(module, name, Recorded(original, name))
-    for M, N, K, p in [(600, 48, 64, 0.1), (20, 33, 1040, 0.0), (1, 64, 40, 0.0), (70, 50, 80, 0.5)]:
+    sizes = [(600, 48, 64, 0.1), (600, 48, 72, 0.0), (20, 33, 1040, 0.0), (1, 64, 40, 0.0), (70, 50, 80, 0.5)]
+    for M, N, K, p in sizes:
         kernel._state.clear()
         seen.clear()
         with warnings.catch_warnings():
@@ -116,21 +143,25 @@ def test_one_trial_for_each_configuration(monkeypatch):
         run(case.x, case.weight, None, case.lora_A, case.lora_B, [1.0], [0.0], None)
         return len(tried)
 
-    assert forward(5, 33, 40, dtype=BF16) == 1
+    assert forward(5, 33, 44, dtype=BF16) == 1
     assert forward(7, 35, 42, dtype=BF16) == 1
-    assert forward(9, 37, 48, dtype=BF16) == 2  # K is a multiple of 16: another binary
-    assert forward(5, 33, 2000, dtype=BF16) == 3  # K long enough to be split
-    assert forward(5, 33, 2000, r=20, dtype=BF16) == 4  # another rank block
-    assert forward(5, 33, 2000, r=20, dtype=torch.float16) == 5
-    assert forward(5, 33, 2000, r=20, dtype=torch.float16) == 5
+    assert forward(9, 37, 40, dtype=BF16) == 2  # K is a multiple of 8: rows of whole 16 bytes
+    assert forward(9, 37, 48, dtype=BF16) == 3  # of 16: another binary
+    assert forward(5, 33, 2000, dtype=BF16) == 4  # K long enough to be split
+    assert forward(5, 33, 2000, r=20, dtype=BF16) == 5  # another rank block
+    assert forward(5, 33, 2000, r=20, dtype=torch.float16) == 6
+    assert forward(5, 33, 2000, r=20, dtype=torch.float16) == 6
 
 
 def test_no_trial_while_a_graph_is_captured(monkeypatch):
-    """Until something has passed outside, the eager path is captured; and that is no verdict."""
+    """Until something has passed outside, the eager path is captured, with one warning; and that is no verdict."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     run = kernel.guarded(("a",), lambda: "kernel", lambda: "eager", lambda: None)
-    assert run() == "eager" and not kernel._state
+    kernel._warn_of_capture.cache_clear()
+    with pytest.warns(UserWarning, match="eager path.*Run a warm-up step before the capture") as caught:
+        assert run() == run() == "eager" and not kernel._state
+    assert len(caught) == 1
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert run() == "kernel" and kernel._state == {("a",): True}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -147,3 +178,80 @@ def test_a_run_that_fails_after_its_trial_is_dropped():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run() == "eager"
+
+
+@pytest.mark.parametrize("check", ["1", "0"])
+def test_one_thread_tries_and_loads_at_a_time(check, monkeypatch):
+    """The trial and the first run hold the lock, so that no thread launches what another is loading; later runs not."""
+    monkeypatch.setenv("FUSED_LORA_CHECK", check)
+    found = []
+
+    def probe(place):
+        with ThreadPoolExecutor(1) as other:
+            free = other.submit(kernel._first_use.acquire, blocking=False).result()
+            if free:
+                other.submit(kernel._first_use.release).result()
+        found.append((place, free))
+
+    run = kernel.guarded(("c",), lambda: probe("run"), lambda: "eager", lambda: probe("trial"))
+    run(), run(), run()
+    assert found == [("trial", False)] * (check == "1") + [("run", False), ("run", True), ("run", True)]
+
+
+@pytest.mark.parametrize("wrong", [None, "differs"])
+@pytest.mark.filterwarnings("ignore:.*is dropped")
+def test_a_thread_that_waits_for_a_first_use_takes_its_verdict(wrong, monkeypatch):
+    asked, tried = threading.Event(), []
+
+    class Watched(dict):
+        def get(self, *key):
+            found = super().get(*key)
+            if threading.current_thread() is not threading.main_thread():
+                asked.set()
+            return found
+
+    def check():
+        tried.append(threading.current_thread())
+        if len(tried) == 1:
+            waiting.append(other.submit(run))
+            assert asked.wait(60)
+        return wrong
+
+    monkeypatch.setattr(kernel, "_state", Watched())
+    run, waiting = kernel.guarded(("d",), lambda: "kernel", lambda: "eager", check), []
+    with ThreadPoolExecutor(1) as other:
+        assert run() == waiting[0].result() == ("eager" if wrong else "kernel")
+    assert tried == [threading.main_thread()]
+
+
+def test_library_products_in_tf32_drop_no_layer():
+    case = LayerCase.make(600, 48, 64, [8], [0.0], torch.float32)
+    with TF32() as tf32, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        case.planned()
+    assert {key[1].variant for key in kernel._state} == {"cublas"} and all(kernel._state.values()) and tf32.products
+
+
+@pytest.mark.parametrize("result", [0, 1])
+def test_an_fp32_library_plan_that_is_off_by_more_than_tf32_is_dropped(result, monkeypatch):
+    """And its S, which is ours, by more than fp32."""
+    original = kernel.lora_linear
+
+    def off(variant, chosen=None):
+        run = original(variant, chosen)
+        return lambda *args: tuple(t * (1, (1.01, 1.0001)[i])[i == result] for i, t in enumerate(run(*args)))
+
+    monkeypatch.setattr(kernel, "lora_linear", off)
+    case = LayerCase.make(600, 48, 64, [8], [0.0], torch.float32)
+    with pytest.warns(UserWarning, match=f"'cublas'.*is dropped.*result {result} is off"):
+        case.planned()
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_library_products_in_tf32_drop_no_grouped_kernel(outputs):
+    """What they are tried against is exact, whatever the library multiplies in."""
+    tables = AdapterTables(*torch.zeros(4, outputs, 1), torch.float32, max_rank=20)
+    rows = GroupLayout(max_rows=16, max_groups=1, group_size=2)
+    rows = rows.views(torch.from_numpy(build_metadata(rows, np.zeros(16, int), [[(0, 1.0)]])))
+    with TF32():
+        assert grouped_kernel._check(torch.zeros(16, 32), tables, rows, outputs) is None

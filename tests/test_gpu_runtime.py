@@ -122,6 +122,29 @@ def test_threads_do_not_disturb_each_other():
     assert not failures
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("M", [40, 2048])
+def test_inductors_graphs_hold_the_first_use(M, p, monkeypatch):
+    """Its warm-up allocates from a private pool and raises if anything stays there: counters and trials must not."""
+    monkeypatch.setattr(sync, "_free", {})
+    monkeypatch.setattr(sync, "_of_stream", {})
+    monkeypatch.setattr(kernel, "_state", {})
+    x, A, B, W, g = layer(M)
+    seeds = torch.tensor([11], device="cuda")
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, seeds: lora_linear(x, W, None, [A], [B], [2.0], [p], seeds),
+                             mode="reduce-overhead", fullgraph=True)  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(is dropped|eager path).*")
+        for number in range(5):  # warm-up, recording, replays
+            torch.compiler.cudagraph_mark_step_begin()
+            seeds.fill_(number)
+            y = compiled(x, seeds)
+            found = [y.detach().clone(), *(t.clone() for t in torch.autograd.grad(y, (x, A, B), g))]
+            assert equal(found, step(x, A, B, W, g, p, seeds)), number
+    assert sync._of_stream and all(kernel._state.values())
+
+
 def test_the_allocator_of_the_caller_stays(monkeypatch):
     """Tensor descriptors need memory from Triton's allocator: ours for the launch, the caller's before and after."""
     import triton

@@ -67,6 +67,21 @@ def test_batches_run_through_the_kernels(device, through_kernels):
 
 
 @torch.no_grad()
+def test_a_default_device_is_none_of_the_hosts_buffers(device, through_kernels):
+    model, x = model_on(device), torch.randn(2, 3, K, device=device)
+    store, first, second = AdapterStore(model), adapter(4, 1), adapter(4, 2)
+    store.load("first", first)
+    with store.batch(["first", None]):
+        model(x)  # the trial
+    with torch.device("meta"):
+        store.load("second", second)
+        with store.batch(["second", None]):
+            out = model(x)
+    torch.testing.assert_close(out[0], wanted(model, x[0], [(second, 1)]).float(), rtol=1e-4, atol=1e-4)
+    assert through_kernels[-1] == (6, 1)
+
+
+@torch.no_grad()
 def test_tables_follow_reloads_and_evictions(device, through_kernels):
     model = model_on(device)
     # both ranks take one block of 64-byte aligned parts and 256-byte aligned starts

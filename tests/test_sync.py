@@ -2,6 +2,8 @@
 
 import contextlib
 import random
+import threading
+import weakref
 
 import pytest
 import torch
@@ -206,17 +208,59 @@ class _Stream:
         pass
 
 
-def test_counters_belong_to_a_stream_or_to_one_captured_launch(monkeypatch):
-    """The rules of who shares, with streams that are only numbers."""
-    now = {"stream": 1, "capturing": False}
+@pytest.fixture
+def streams(monkeypatch):
+    """A CUDA device whose streams are only numbers: what is current, whether it captures, who allocates counters."""
+    now = {"stream": 1, "capturing": False, "threads": []}
+    zeros = torch.zeros
+
+    def recorded(count, *, dtype, device):
+        now["threads"].append(threading.current_thread())
+        return zeros(count, dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", recorded)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(now["stream"]))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream(-1))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(sync, "_BLOCK", 4000)
+    monkeypatch.setattr(sync, "_blocks", [])
     monkeypatch.setattr(sync, "_free", {})
     monkeypatch.setattr(sync, "_of_stream", {})
+    return now
+
+
+def test_a_block_of_counters_is_allocated_by_a_thread_that_has_ended(streams):
+    """inductor's CUDA graphs warm up with a memory pool for all that their thread allocates, on any stream."""
+    counters(10, torch.device("cuda"))
+    (thread,) = streams["threads"]
+    assert thread is not threading.current_thread() and not thread.is_alive()
+
+
+def test_a_block_that_cannot_be_allocated_raises_in_the_caller(streams, monkeypatch):
+    def full(device):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch.cuda, "Stream", full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        counters(10, torch.device("cuda"))
+    assert not sync._free and not sync._of_stream
+
+
+def test_the_counters_of_a_captured_launch_outlive_their_block(streams):
+    """A graph holds addresses: nothing else keeps its counters from being given back."""
     cuda = torch.device("cuda")
+    counters(10, cuda)
+    streams["capturing"] = True
+    block = weakref.ref(counters(10, cuda)._base)
+    streams["capturing"] = False
+    counters(5000, cuda)  # a new block; the stream's old counters are too few
+    assert block() is not None
+
+
+def test_counters_belong_to_a_stream_or_to_one_captured_launch(streams):
+    """The rules of who shares."""
+    now, cuda = streams, torch.device("cuda")
 
     def span(count):
         t = counters(count, cuda)

@@ -37,24 +37,24 @@ def open_transfer(
 
 
 class Arrival:
-    """Events of one transfer, by site. ``last`` is the one after which all is there."""
+    """Events of one transfer to ``device``, by site. ``last`` is the one after which all is there."""
 
-    def __init__(self, events: dict[int, torch.cuda.Event], last: torch.cuda.Event):
-        self.events, self.last = events, last
+    def __init__(self, events: dict[int, torch.cuda.Event], last: torch.cuda.Event, device: torch.device):
+        self.events, self.last, self._device = events, last, device
 
     def done(self) -> bool:
         """Whether all is there."""
         return self.last.query()
 
     def wait_for_all(self) -> None:
-        """Make the current stream wait for the whole adapter."""
-        torch.cuda.current_stream().wait_event(self.last)
+        """Make the device's current stream wait for the whole adapter."""
+        torch.cuda.current_stream(self._device).wait_event(self.last)
 
     def wait(self, site: int) -> None:
-        """Make the current stream wait for the site's part."""
+        """Make the device's current stream wait for the site's part."""
         event = self.events.get(site)
         if event is not None:
-            torch.cuda.current_stream().wait_event(event)
+            torch.cuda.current_stream(self._device).wait_event(event)
 
 
 class Transfer:
@@ -125,7 +125,7 @@ class CudaTransfer(Transfer):
         """The bytes in pinned memory; None for tensors on a GPU, which are copied from where they are."""
         if any(tensor.is_cuda for pair in packed.tensors for tensor in pair):
             return None
-        staged = torch.empty(packed.nbytes, dtype=torch.uint8, pin_memory=True)
+        staged = torch.empty(packed.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         packed.write(staged, self.dtype)
         return staged
 
@@ -147,11 +147,11 @@ class CudaTransfer(Transfer):
                     end = parts[i + 1].A if i + 1 < len(parts) else len(staged)
                     block.memory[part.A : end].copy_(staged[part.A : end], non_blocking=True)
                 events[part.site.index] = self._stream.record_event()
-            return Arrival(events, events[parts[-1].site.index])
+            return Arrival(events, events[parts[-1].site.index], self.device)
 
     def fetch(self, block: Block, nbytes: int, uses: Iterable[torch.cuda.Event]) -> Tensor:
         """The first ``nbytes`` of the block in pinned memory; waits for the copy."""
-        staged = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        staged = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         with self._order, torch.cuda.stream(self._stream):
             staged.copy_(block.memory[:nbytes], non_blocking=True)
             self._stream.synchronize()

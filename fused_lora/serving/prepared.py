@@ -90,7 +90,8 @@ class Rows:
         """For the kernels: one buffer, one copy that nothing waits for."""
         members = members_of(self._groups)
         layout = GroupLayout(len(self._group_of_row), len(members), max(map(len, members)))
-        host = torch.empty(layout.size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        pinned = self._device.type == "cuda"
+        host = torch.empty(layout.size, dtype=torch.int32, device="cpu", pin_memory=pinned)
         build_metadata(layout, self._group_of_row, members, host.numpy())
         return layout.views(host.to(self._device, non_blocking=True), tiles=int(host[0]))
 

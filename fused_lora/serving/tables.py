@@ -59,7 +59,7 @@ class SlotTables:
         """Put an adapter at ``block`` into ``slot``: four copies on the current stream."""
         sites, pinned = len(self._rank), self._rank.is_cuda
         columns = [
-            torch.zeros(sites, dtype=table.dtype, pin_memory=pinned)
+            torch.zeros(sites, dtype=table.dtype, device="cpu", pin_memory=pinned)
             for table in (*self._pointers, self._rank, self._scaling)
         ]
         start = block.memory.data_ptr()
