@@ -229,7 +229,7 @@ def test_library_products_in_tf32_drop_no_layer():
     with TF32() as tf32, warnings.catch_warnings():
         warnings.simplefilter("error")
         case.planned()
-    assert {key[1].variant for key in kernel._state} == {"cublas"} and all(kernel._state.values()) and tf32.products
+    assert {key[1].variant for key in kernel._state} == {"library"} and all(kernel._state.values()) and tf32.products
 
 
 @pytest.mark.parametrize("result", [0, 1])
@@ -243,7 +243,7 @@ def test_an_fp32_library_plan_that_is_off_by_more_than_tf32_is_dropped(result, m
 
     monkeypatch.setattr(kernel, "lora_linear", off)
     case = LayerCase.make(600, 48, 64, [8], [0.0], torch.float32)
-    with pytest.warns(UserWarning, match=f"'cublas'.*is dropped.*result {result} is off"):
+    with pytest.warns(UserWarning, match=f"'library'.*is dropped.*result {result} is off"):
         case.planned()
 
 

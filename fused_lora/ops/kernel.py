@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fused_lora.ops.plan import Plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LIBRARY = ("cublas",)  # variants whose y or dx is written by a library GEMM, in TF32 where torch is set to it
+LIBRARY = ("library",)  # variants whose y or dx is written by a library GEMM, in TF32 where torch is set to it
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _state: dict[tuple, bool] = {}  # what was used -> whether it passed
 # for trials and first runs: Triton publishes a kernel before it has loaded it, and another thread would launch nothing
