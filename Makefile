@@ -18,7 +18,7 @@ test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/.test
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m pytest -m "gpu or kernel" $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(CHECKED)

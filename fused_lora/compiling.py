@@ -103,11 +103,14 @@ def fingerprint(case: CompileCase, chip: str) -> str:
 
 @functools.cache
 def toolchain() -> str:
-    """The compilers' versions; sm_100 has a ptxas of its own."""
+    """The compilers' versions; sm_100 may have a ptxas of its own."""
     import triton
     from triton.backends.nvidia.compiler import get_ptxas_version
 
-    versions = [get_ptxas_version(CHIPS[c].capability).splitlines()[-1] for c in ("sm_90", "sm_100")]
+    chips = [[CHIPS[c].capability] for c in ("sm_90", "sm_100")]
+    if not inspect.signature(get_ptxas_version).parameters:
+        chips = [[]]  # triton 3.4 has one ptxas for all chips
+    versions = [get_ptxas_version(*chip).splitlines()[-1] for chip in chips]
     return f"triton {triton.__version__}, ptxas {' / '.join(dict.fromkeys(versions))}"
 
 

@@ -43,11 +43,13 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    if not HAS_CUDA:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if "device" in item.fixturenames:
+            item.add_marker(pytest.mark.kernel)
+        if not HAS_CUDA and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,10 +71,23 @@ def seed(request):
     return number
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device():
-    """Where kernels run: the GPU, or the CPU through the interpreter."""
+    """Where kernels run: the GPU, or the CPU through the interpreter. Whoever takes it is marked ``kernel``."""
     return torch.device("cuda" if HAS_CUDA else "cpu")
+
+
+@pytest.fixture
+def kernels_on(device, monkeypatch):
+    """Tensors on ``device`` take the kernel path, whatever failed before; on a CPU with the configurations of sm_90."""
+    pytest.importorskip("triton")
+    from fused_lora.kernels import config
+    from fused_lora.ops import kernel
+
+    monkeypatch.setattr(kernel, "usable", lambda where: where.type == device.type)
+    monkeypatch.setattr(kernel, "_state", {})
+    if device.type == "cpu":
+        monkeypatch.setattr(config, "capability", lambda _: 90)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fused_lora import compile_report as report
+from fused_lora import compiling
 from fused_lora.compiling import CHIPS, resident_blocks
 
 pytest.importorskip("triton")
@@ -55,6 +56,23 @@ def test_every_rule_has_teeth(changes, message):
     assert report.problems(results(registers=110), results()) == []
     (line,) = report.problems(results(**changes), results())
     assert line.startswith("sm_90 a case: ") and message in line
+
+
+@pytest.mark.parametrize(
+    "get_ptxas_version, named",
+    [
+        (lambda: "ptxas\nBuild 12.8", "Build 12.8"),  # triton 3.4
+        (lambda arch=80: f"ptxas\nBuild {'12.9' if arch >= 100 else '12.8'}", "Build 12.8 / Build 12.9"),
+        (lambda arch=80: "ptxas\nBuild 13.4", "Build 13.4"),
+    ],
+    ids=["no_chip", "two_compilers", "one_compiler"],
+)
+def test_the_toolchain_of_every_triton(get_ptxas_version, named, monkeypatch):
+    import triton
+    from triton.backends.nvidia import compiler
+
+    monkeypatch.setattr(compiler, "get_ptxas_version", get_ptxas_version)
+    assert compiling.toolchain.__wrapped__() == f"triton {triton.__version__}, ptxas {named}"
 
 
 def test_resident_blocks():

@@ -35,18 +35,18 @@ def test_a_training_step_on_a_chip_that_is_not_there():
     assert float(cell(text, "forward", "MB")) == pytest.approx(found.forward.bytes / 1e6, abs=0.1)
 
 
-@pytest.mark.parametrize("device", list(fused_lora.explain.__globals__["CHIPS"]) + ["sm_75", "sm_100"])
+@pytest.mark.parametrize("chip", list(fused_lora.explain.__globals__["CHIPS"]) + ["sm_75", "sm_100"])
 @pytest.mark.parametrize("M", [1, 64, 513, 8192])
-def test_what_it_says_is_what_the_plan_says(M, device):
+def test_what_it_says_is_what_the_plan_says(M, chip):
     for dtype, upcast, dropout, adapters in [
         (BF16, False, 0.1, 1), (BF16, True, 0.0, 1), (torch.float32, False, 0.1, 2), (torch.float16, False, 0.0, 1),
     ]:  # fmt: skip
         adapter_dtype = torch.float32 if upcast else dtype
         found = fused_lora.explain(
-            M=M, K=4096, N=14336, r=24, dropout=dropout, dtype=dtype, device=device, adapter_dtype=adapter_dtype,
+            M=M, K=4096, N=14336, r=24, dropout=dropout, dtype=dtype, device=chip, adapter_dtype=adapter_dtype,
             adapters=adapters,
         )  # fmt: skip
-        capability = fused_lora.explain.__globals__["_capability_of"](device)
+        capability = fused_lora.explain.__globals__["_capability_of"](chip)
         rest = 24, dtype, dropout > 0, upcast, adapters, capability
         forward, backward = plan.plan("linear", M, 14336, 4096, *rest), plan.plan("input_grad", M, 4096, 14336, *rest)
         assert (found.forward.variant, found.backward.variant) == (forward.variant, backward.variant)
@@ -61,10 +61,10 @@ def test_what_it_says_is_what_the_plan_says(M, device):
 
 
 @pytest.mark.parametrize(
-    "device, r, launches", [("H100", 64, 2), ("A100", 64, 2), ("B200", 65, 3), ("RTX 5090", 64, 3)], ids=str
+    "chip, r, launches", [("H100", 64, 2), ("A100", 64, 2), ("B200", 65, 3), ("RTX 5090", 64, 3)], ids=str
 )
-def test_launches_of_the_backward_depend_on_rank_and_chip(device, r, launches):
-    found = fused_lora.explain(**(SHAPE | dict(r=r)), dropout=0.1, device=device)
+def test_launches_of_the_backward_depend_on_rank_and_chip(chip, r, launches):
+    found = fused_lora.explain(**(SHAPE | dict(r=r)), dropout=0.1, device=chip)
     assert found.backward.launches == launches and found.backward.variant == ("publish" if launches == 2 else "split")
 
 

@@ -10,23 +10,39 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_lora.kernels import config, lora_grad, lora_linear, lora_shrink
+from fused_lora.kernels import lora_grad, lora_linear, lora_shrink
 from fused_lora.kernels.config import traffic
 from fused_lora.kernels.grouped_tables import AdapterTables
 from fused_lora.ops import grouped_kernel, kernel, plan
 from fused_lora.ops.grouped_metadata import GroupLayout, build_metadata
-from fused_lora.testing.interpreter import checked
 from fused_lora.testing.layers import LayerCase
 
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(autouse=True)
-def kernels_on(monkeypatch):
-    """CPU tensors take the kernel path, in the interpreter, with the configurations of a chip."""
-    monkeypatch.setattr(kernel, "usable", lambda device: True)
-    monkeypatch.setattr(config, "capability", lambda device: 90)
-    monkeypatch.setattr(kernel, "_state", {})
+@pytest.fixture
+def launched(kernels_on, monkeypatch):
+    """Every launch as it happens: kernel, split of the grid, classes of the integers, dtypes, what is fixed."""
+    seen = []
+    for module, name in ((lora_linear, "_lora_linear_kernel"), (lora_grad, "_lora_weight_grad_kernel"),
+                         (lora_shrink, "_lora_shrink_kernel")):  # fmt: skip
+        original = getattr(module, name)
+
+        class Recorded:
+            def __init__(self, original, name):
+                self.original, self.name = original, name
+
+            def __getitem__(self, grid):
+                def launch(*args, **fixed):
+                    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+                    classes = [1 if a == 1 else a % 16 == 0 for a in args if isinstance(a, int)]
+                    seen.append((self.name, grid[1:], classes, [t.dtype for t in tensors], fixed))
+                    return self.original[grid](*args, **fixed)
+
+                return launch
+
+        monkeypatch.setattr(module, name, Recorded(original, name))
+    return seen
 
 
 class TF32(TorchDispatchMode):
@@ -49,22 +65,17 @@ class TF32(TorchDispatchMode):
         return ((t.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
 
 
-def launches(case):
-    """Launches of a layer's forward and backward as the operators run them."""
-    with checked() as report:
-        W, A, B, p = case.weight, case.lora_A, case.lora_B, case.dropout
-        plan.forward(case.x, W, case.bias, A, B, p)(case.x, W, case.bias, *case.adapters)
-        forward = report.launches
-        case.planned()
-    return forward, report.launches - 2 * forward
-
-
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("M, forward", [(1, 1), (20, 1), (600, 2)])
-def test_launches_of_a_layer(M, forward, p, monkeypatch):
-    """Forward 1, or 2 in the split form; backward 2. Counted where they happen."""
+def test_launches_of_a_layer(M, forward, p, device, launched, monkeypatch):
+    """Forward 1, or 2 in the split form; backward 2."""
     monkeypatch.setenv("FUSED_LORA_CHECK", "0")
-    assert launches(LayerCase.make(M, 40, 1100 if M == 1 else 48, [8], [p], BF16)) == (forward, 2)
+    case = LayerCase.make(M, 40, 1100 if M == 1 else 48, [8], [p], BF16, device=device)
+    W, A, B = case.weight, case.lora_A, case.lora_B
+    plan.forward(case.x, W, case.bias, A, B, case.dropout)(case.x, W, case.bias, *case.adapters)
+    assert len(launched) == forward
+    case.planned()
+    assert len(launched) == 2 * forward + 2
 
 
 def chosen_step(M, N, K, r, dropout, dtype=BF16, upcast=False):
@@ -101,44 +112,24 @@ def test_a_training_step_as_planned_moves_2x_and_y_beyond_its_base_products(M, r
     assert narrow < 0.4 * (2 * X + Y)
 
 
-def test_the_trial_is_of_the_configurations_that_then_run(monkeypatch):
-    seen = []
-    for module, name in ((lora_linear, "_lora_linear_kernel"), (lora_grad, "_lora_weight_grad_kernel"),
-                         (lora_shrink, "_lora_shrink_kernel")):  # fmt: skip
-        original = getattr(module, name)
-
-        class Recorded:
-            def __init__(self, original, name):
-                self.original, self.name = original, name
-
-            def __getitem__(self, grid):
-                def launch(*args, **fixed):
-                    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-                    classes = [1 if a == 1 else a % 16 == 0 for a in args if isinstance(a, int)]
-                    seen.append((self.name, grid[1:], classes, [t.dtype for t in tensors], fixed))
-                    return self.original[grid](*args, **fixed)
-
-                return launch
-
-        monkeypatch.setattr(module, name, Recorded(original, name))
-    sizes = [(600, 48, 64, 0.1), (600, 48, 72, 0.0), (20, 33, 1040, 0.0), (1, 64, 40, 0.0), (70, 50, 80, 0.5)]
-    for M, N, K, p in sizes:
+def test_the_trial_is_of_the_configurations_that_then_run(device, launched):
+    for M, N, K, p in [(600, 48, 64, 0.1), (600, 48, 72, 0.0), (20, 33, 1040, 0.0), (1, 64, 40, 0.0), (70, 50, 80, 0.5)]:
         kernel._state.clear()
-        seen.clear()
+        launched.clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            LayerCase.make(M, N, K, [8], [p], BF16).planned()
-        trial_and_run = sorted(map(repr, seen))
+            LayerCase.make(M, N, K, [8], [p], BF16, device=device).planned()
+        trial_and_run = sorted(map(repr, launched))
         assert trial_and_run[::2] == trial_and_run[1::2], (M, N, K, p)
 
 
-def test_one_trial_for_each_configuration(monkeypatch):
+def test_one_trial_for_each_configuration(device, kernels_on, monkeypatch):
     tried = []
     small_case = kernel.small_case
     monkeypatch.setattr(kernel, "small_case", lambda case: tried.append(case) or small_case(case))
 
     def forward(M, N, K, r=8, dtype=torch.float32):
-        case = LayerCase.make(M, N, K, [r], [0.0], dtype, device="cpu")
+        case = LayerCase.make(M, N, K, [r], [0.0], dtype, device=device)
         run = plan.forward(case.x, case.weight, None, case.lora_A, case.lora_B, [0.0])
         run(case.x, case.weight, None, case.lora_A, case.lora_B, [1.0], [0.0], None)
         return len(tried)
@@ -155,6 +146,7 @@ def test_one_trial_for_each_configuration(monkeypatch):
 
 def test_no_trial_while_a_graph_is_captured(monkeypatch):
     """Until something has passed outside, the eager path is captured, with one warning; and that is no verdict."""
+    monkeypatch.setattr(kernel, "_state", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     run = kernel.guarded(("a",), lambda: "kernel", lambda: "eager", lambda: None)
@@ -168,7 +160,9 @@ def test_no_trial_while_a_graph_is_captured(monkeypatch):
     assert run() == "kernel"
 
 
-def test_a_run_that_fails_after_its_trial_is_dropped():
+def test_a_run_that_fails_after_its_trial_is_dropped(monkeypatch):
+    monkeypatch.setattr(kernel, "_state", {})
+
     def fails():
         raise RuntimeError("Triton Error [CUDA]: an illegal configuration")
 

@@ -8,7 +8,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora import reference
-from fused_lora.kernels import config
 from fused_lora.ops import cpu, kernel, plan
 from fused_lora.ops.lora_linear import draw_seeds, lora_linear
 from fused_lora.testing.numeric import assert_no_worse
@@ -17,30 +16,30 @@ VARIANTS = ["recompute", "publish", "split", "library"]
 
 
 @pytest.fixture
-def kernels_on(monkeypatch):
-    """CPU tensors take the kernel path, in the interpreter, as CUDA tensors do on a GPU."""
-    monkeypatch.setattr(kernel, "usable", lambda device: True)
-    monkeypatch.setattr(config, "capability", lambda device: 90)
-    monkeypatch.setattr(kernel, "_state", {})
-    ran = []
+def ran(kernels_on, monkeypatch):
+    """What the kernels ran: (direction, variant)."""
+    found = []
     for name in ("lora_linear", "lora_linear_backward"):
         original = getattr(kernel, name)
 
         def recorded(variant, chosen=None, name=name, original=original):
             run = original(variant, chosen)
-            return lambda *args: ran.append((name, variant)) or run(*args)
+            return lambda *args: found.append((name, variant)) or run(*args)
 
         monkeypatch.setattr(kernel, name, recorded)
-    return ran
+    return found
 
 
-def arguments(M, K, N, ranks, dtype, adapter_dtype, dropout, bias=True):
-    x = torch.randn(M, K).to(dtype).requires_grad_()
-    A = [torch.randn(r, K).to(adapter_dtype).requires_grad_() for r in ranks]
-    B = [torch.randn(N, r).to(adapter_dtype).requires_grad_() for r in ranks]
-    b = torch.randn(N).requires_grad_() if bias else None
-    seeds = draw_seeds(len(ranks), x.device) if any(dropout) else None
-    W = torch.randn(N, K).to(dtype)
+def arguments(device, M, K, N, ranks, dtype, adapter_dtype, dropout):
+    def draw(*shape, dtype=torch.float32):
+        return torch.randn(shape).to(device, dtype)
+
+    x = draw(M, K, dtype=dtype).requires_grad_()
+    A = [draw(r, K, dtype=adapter_dtype).requires_grad_() for r in ranks]
+    B = [draw(N, r, dtype=adapter_dtype).requires_grad_() for r in ranks]
+    b = draw(N).requires_grad_()
+    seeds = draw_seeds(len(ranks), device) if any(dropout) else None
+    W = draw(N, K, dtype=dtype)
     return x, W, b, A, B, [0.5, -2.0][: len(ranks)], list(dropout), seeds
 
 
@@ -64,18 +63,18 @@ def combinations():
 
 
 @pytest.mark.parametrize("variant, dtypes, case", list(combinations()), ids=str)
-def test_gradients_through_the_kernels(case, dtypes, variant, kernels_on, monkeypatch):
+def test_gradients_through_the_kernels(case, dtypes, variant, device, ran, monkeypatch):
     dtype, adapter_dtype = (getattr(torch, d) for d in dtypes)
     size, ranks, dropout = case
     monkeypatch.setattr(plan, "choose", lambda *_: variant)
-    x, W, b, A, B, s, p, seeds = arguments(*size, ranks, dtype, adapter_dtype, dropout)
+    x, W, b, A, B, s, p, seeds = arguments(device, *size, ranks, dtype, adapter_dtype, dropout)
     leaves = (x, *A, *B, b)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a dropped configuration would warn
         y = lora_linear(x, W, b, A, B, s, p, seeds)
         g = torch.randn_like(y)
         ours = [y, *torch.autograd.grad(y, leaves, g)]
-    assert ("lora_linear", variant) in kernels_on and ("lora_linear_backward", variant) in kernels_on
+    assert ("lora_linear", variant) in ran and ("lora_linear_backward", variant) in ran
     plain = [t.detach() for t in (x, *A, *B)]
     n = len(A)
     exact, _ = reference.lora_linear(x.detach(), W, b.detach(), plain[1 : n + 1], plain[n + 1 :], s, p, seeds)
@@ -87,11 +86,11 @@ def test_gradients_through_the_kernels(case, dtypes, variant, kernels_on, monkey
         assert (result.double() - true).abs().max() <= max(4 * eps, 4e-5) * true.abs().max()
 
 
-def test_error_of_the_split_kernel_is_no_larger_than_eager(kernels_on, monkeypatch):
+def test_error_of_the_split_kernel_is_no_larger_than_eager(device, kernels_on, monkeypatch):
     monkeypatch.setattr(plan, "choose", lambda *_: "split")
     results = []
     for _ in range(3):
-        x, W, b, A, B, s, p, seeds = arguments(40, 100, 60, (8,), torch.bfloat16, torch.bfloat16, (0.1,))
+        x, W, b, A, B, s, p, seeds = arguments(device, 40, 100, 60, (8,), torch.bfloat16, torch.bfloat16, (0.1,))
         with torch.no_grad():
             ours = lora_linear(x, W, b, A, B, s, p, seeds)
             dropped = x * reference.dropout_mask(seeds, x.shape, p[0]) * reference.keep_scale(p[0])
@@ -103,8 +102,8 @@ def test_error_of_the_split_kernel_is_no_larger_than_eager(kernels_on, monkeypat
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_sees_the_same_mask_through_the_kernels(use_reentrant, kernels_on):
-    x, W, b, A, B, s, _, _ = arguments(20, 48, 16, (4,), torch.float32, torch.float32, (0.0,))
+def test_checkpointing_sees_the_same_mask_through_the_kernels(use_reentrant, device, ran):
+    x, W, b, A, B, s, _, _ = arguments(device, 20, 48, 16, (4,), torch.float32, torch.float32, (0.0,))
 
     def f(x):
         return lora_linear(x, W, b, A, B, [2.0], [0.5]).square()
@@ -117,13 +116,13 @@ def test_checkpointing_sees_the_same_mask_through_the_kernels(use_reentrant, ker
             leaf.grad = None
         y.sum().backward()
         grads.append([leaf.grad.clone() for leaf in (x, *A, *B)])
-    assert kernels_on
+    assert ran
     for plain, recomputed in zip(*grads, strict=True):
         assert torch.equal(plain, recomputed)
 
 
-def test_kernel_and_eager_path_draw_the_same_mask(kernels_on, monkeypatch):
-    x, W, b, A, B, s, _, _ = arguments(40, 64, 16, (4,), torch.float32, torch.float32, (0.0,))
+def test_kernel_and_eager_path_draw_the_same_mask(device, kernels_on, monkeypatch):
+    x, W, b, A, B, s, _, _ = arguments(device, 40, 64, 16, (4,), torch.float32, torch.float32, (0.0,))
     results = []
     for variant in ("split", "eager"):
         monkeypatch.setattr(plan, "choose", lambda *_, variant=variant: variant)
@@ -135,7 +134,7 @@ def test_kernel_and_eager_path_draw_the_same_mask(kernels_on, monkeypatch):
 
 
 @pytest.mark.parametrize("failure", ["raises", "is wrong"])
-def test_a_bad_configuration_is_dropped_with_one_warning(failure, kernels_on, monkeypatch):
+def test_a_bad_configuration_is_dropped_with_one_warning(failure, device, kernels_on, monkeypatch):
     monkeypatch.setattr(plan, "choose", lambda *_: "split")
     calls = []
 
@@ -150,7 +149,7 @@ def test_a_bad_configuration_is_dropped_with_one_warning(failure, kernels_on, mo
         return run
 
     monkeypatch.setattr(kernel, "lora_linear", bad)
-    args = arguments(20, 48, 16, (4,), torch.float32, torch.float32, (0.0,))
+    args = arguments(device, 20, 48, 16, (4,), torch.float32, torch.float32, (0.0,))
     with pytest.warns(UserWarning, match="split.*is dropped, the eager path takes over") as caught:
         y = lora_linear(*args)
     assert len(caught) == 1 and len(calls) == 1
@@ -162,12 +161,12 @@ def test_a_bad_configuration_is_dropped_with_one_warning(failure, kernels_on, mo
     assert torch.equal(y, again) and len(calls) == 1
 
 
-def test_the_check_can_be_switched_off_and_memory_errors_pass_through(kernels_on, monkeypatch):
+def test_the_check_can_be_switched_off_and_memory_errors_pass_through(device, ran, monkeypatch):
     monkeypatch.setattr(plan, "choose", lambda *_: "split")
     monkeypatch.setenv("FUSED_LORA_CHECK", "0")
-    args = arguments(20, 48, 16, (4,), torch.float32, torch.float32, (0.0,))
+    args = arguments(device, 20, 48, 16, (4,), torch.float32, torch.float32, (0.0,))
     lora_linear(*args)
-    assert kernels_on == [("lora_linear", "split")]  # no second run on a small tile
+    assert ran == [("lora_linear", "split")]  # no second run on a small tile
 
     def exhausted(variant, chosen):
         def run(*args):
@@ -215,10 +214,11 @@ def test_choose_is_total_and_names_what_exists():
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_merge_and_unmerge_by_the_kernel(dtype, fan_in_fan_out, kernels_on, monkeypatch):
+def test_merge_and_unmerge_by_the_kernel(dtype, fan_in_fan_out, device, kernels_on):
     from fused_lora.ops import merge
 
-    W, A, B = (torch.randn(40, 70) * 0.02).to(dtype), torch.randn(3, 70), torch.randn(40, 3) * 0.002
+    W, A, B = torch.randn(40, 70) * 0.02, torch.randn(3, 70), torch.randn(40, 3) * 0.002
+    W, A, B = W.to(device, dtype), A.to(device), B.to(device)
     weight = W.t().contiguous() if fan_in_fan_out else W.clone()
     before = weight.clone()
     record = merge.merge_(weight, [A], [B], [2.0], fan_in_fan_out=fan_in_fan_out)
@@ -243,11 +243,11 @@ def test_merge_and_unmerge_by_the_kernel(dtype, fan_in_fan_out, kernels_on, monk
     assert torch.equal(reference.bits(weight), reference.bits(before))
 
 
-def test_a_merge_kernel_that_fails_its_check_is_dropped(kernels_on, monkeypatch):
+def test_a_merge_kernel_that_fails_its_check_is_dropped(device, kernels_on, monkeypatch):
     from fused_lora.ops import merge, merge_kernel
 
     monkeypatch.setattr(merge_kernel, "_check", lambda device, dtype: "a small weight did not come back to the bit")
-    W = torch.randn(20, 30)
+    W, A, B = (torch.randn(shape).to(device) for shape in ((20, 30), (2, 30), (20, 2)))
     with pytest.warns(UserWarning, match="merge.* is dropped"):
-        record = merge.merge_(W, [torch.randn(2, 30)], [torch.randn(20, 2)], [1.0])
+        record = merge.merge_(W, [A], [B], [1.0])
     assert record.device_corrections is None and (record.units or record.blocks)

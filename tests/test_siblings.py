@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from fused_lora.kernels import grouped_shrink, lora_grouped
-from fused_lora.ops import kernel
 from fused_lora.reference import bits
 from fused_lora.serving import AdapterStore, batch
 
@@ -371,8 +370,8 @@ def block(device):
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """Kernels run where the tests run; the outputs of each shrink that reads x for several."""
+def launches(kernels_on, monkeypatch):
+    """The outputs of each shrink that reads x for several."""
     assert lora_grouped  # has its own name for the launch: what it does for one output is not counted
     found, launch = [], grouped_shrink.grouped_shrink
 
@@ -380,8 +379,6 @@ def launches(monkeypatch):
         found.append(len(tables.rank))
         return launch(x, tables, *args)
 
-    monkeypatch.setattr(kernel, "usable", lambda device: True)
-    monkeypatch.setattr(kernel, "_state", {})
     monkeypatch.setenv("FUSED_LORA_CHECK", "0")
     monkeypatch.setattr(grouped_shrink, "grouped_shrink", counted)
     return found

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from fused_lora.kernels import lora_grouped as kernels
-from fused_lora.ops import kernel
 from fused_lora.ops.grouped import RowLayout, Terms, lora_grouped_
 from fused_lora.reference import bits
 from fused_lora.serving import AdapterStore
@@ -15,16 +14,14 @@ K, N = 48, 40
 
 
 @pytest.fixture
-def through_kernels(monkeypatch):
-    """Kernels run where the tests run: on a GPU, or in the interpreter. Yields the launches as (rows, tiles)."""
+def through_kernels(kernels_on, monkeypatch):
+    """The launches as (rows, tiles)."""
     launches, launch = [], kernels.lora_grouped
 
     def counted(x, outputs, tables, groups):
         launches.append((len(x), int(groups.num_tiles)))
         launch(x, outputs, tables, groups)
 
-    monkeypatch.setattr(kernel, "usable", lambda device: True)
-    monkeypatch.setattr(kernel, "_state", {})
     monkeypatch.setattr(kernels, "lora_grouped", counted)
     return launches
 

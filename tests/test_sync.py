@@ -33,8 +33,8 @@ def _order_kernel(out_ptr, num_m, num_n, GROUP_M: tl.constexpr):
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 20), st.integers(1, 6), st.sampled_from([1, 3, 8]))
-def test_published_order_names_every_tile_once_and_column_0_first(num_m, num_n, group_m):
-    out = torch.empty(num_m * num_n, dtype=torch.int32, device="cuda" if torch.cuda.is_available() else "cpu")
+def test_published_order_names_every_tile_once_and_column_0_first(device, num_m, num_n, group_m):
+    out = torch.empty(num_m * num_n, dtype=torch.int32, device=device)
     _order_kernel[(1,)](out, num_m, num_n, GROUP_M=group_m)
     order = out.tolist()
     assert sorted(order) == list(range(num_m * num_n))
