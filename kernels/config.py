@@ -17,7 +17,8 @@ from itertools import product
 
 import torch
 
-OPS = ("linear", "input_grad", "shrink", "expand", "weight_grad")
+OPS = ("linear", "input_grad", "shrink", "expand", "weight_grad", "backward_g", "backward_x")
+PASS_RANKS = 32  # ranks up to which one pass over g, or x, forms both of its results
 FEW, SOME, MANY = 16, 64, 512  # rows up to which a GEMM is decode, is short, has too few tiles to loop over them
 _WARPGROUP_MMA = (90, 100, 103)  # accumulators by warp groups and 228 KiB of shared memory: room for wide tiles
 _PUBLISHES_64 = (80, *_WARPGROUP_MMA)  # the S of 64 ranks fits beside both K loops without a spill
@@ -89,6 +90,16 @@ def _shrink(M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool) -> 
 def _expand(dtype: torch.dtype) -> LaunchConfig:
     BLOCK_M, BLOCK_N = (32, 64) if dtype == torch.float32 else (64, 128)
     return LaunchConfig("expand", BLOCK_M, BLOCK_N, 16, 32)
+
+
+def _backward(op: str, M: int, C: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool) -> LaunchConfig:
+    """Of the pass over g or x [M, C]; the expand's left operand is in registers, so BLOCK_M is below a wgmma's 64."""
+    BLOCK_R = _rank_block(r, 16, 32)
+    if dtype == torch.float32 or upcast:
+        tile = LaunchConfig(op, 32, 64, 16, BLOCK_R, num_stages=2)
+    else:
+        tile = LaunchConfig(op, 32, 128 if dropout else 256, 16, BLOCK_R, num_warps=4 if dropout else 8, num_stages=4)
+    return replace(tile, SPLIT_K=_split(_cdiv(C, tile.BLOCK_N), _cdiv(M, tile.BLOCK_M)))
 
 
 def _weight_grad(M: int, N: int, K: int, r: int) -> LaunchConfig:
@@ -181,6 +192,8 @@ def pick(
         return _shrink(M, r, dtype, dropout, upcast)
     if op == "expand":
         return _expand(dtype)
+    if op.startswith("backward"):
+        return _backward(op, M, N, r, dtype, dropout, upcast)
     if op == "weight_grad":
         return _weight_grad(M, N, K, r)
     variant = variant or variants(op, M, r, dtype, dropout, upcast, adapters, capability)[-1]
@@ -242,6 +255,10 @@ def traffic(
     elif op == "expand":
         cost.update(bytes=e * M * N + e_adapter * r * N + S, flops=2 * M * N * r, mask_elements=M * N * adapters)
         floor = cost["bytes"], cost["flops"]
+    elif op.startswith("backward"):
+        floor = e * M * N * (2 if op == "backward_x" else 1) + e_adapter * 2 * r * N + S, 4 * M * r * N
+        moved = 8 * config.SPLIT_K * r * N + (2 * S * _cdiv(N, config.BLOCK_N) if op == "backward_g" else 0)
+        cost.update(bytes=floor[0] + moved, flops=floor[1], mask_elements=M * N)
     elif op == "weight_grad":
         floor = e * M * (K + N) + 2 * S + e_adapter * r * (K + N), 2 * M * r * (K + N)
         cost.update(bytes=floor[0] + planes * r * (K + N), flops=floor[1], mask_elements=M * K * rank_blocks)

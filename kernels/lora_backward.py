@@ -1,0 +1,136 @@
+"""The LoRA part of a backward in two passes, one over g and one over x, each of which does two things at once.
+
+    over g [M, N]    dS = s g B [M, r]                          dB^T = s S^T g                       [r, N]
+    over x [M, K]    dx = mask/(1-p) * (dS A) [M, K]            dA = 1/(1-p) dS^T (mask * x)         [r, K]
+
+g, x, dx  bf16 / fp16 / fp32      S, dS fp32      sums fp32      one adapter of one block of ranks (BLOCK_R)
+
+dx is the LoRA term alone: the library's GEMM adds g W to it. The pass over x draws the mask once for both results.
+A program owns BLOCK_C columns and one of SPLIT_K chunks of rows. Its share of a gradient of the parameters lands in a
+plane for its chunk, its share of dS in a plane for its columns; the last program to arrive adds the planes, always in
+the same order, so the same inputs give the same bits.
+
+Bytes: over g  e M N + 8 M r C / BLOCK_C + 8 SPLIT_K r N;  over x  2 e M K + 8 SPLIT_K r K; the floor is e M N and
+2 e M K. Flops 4 M r N and 4 M r K.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import LaunchConfig, capability, pick, precision
+from .dropout import keep_mask, keep_scale, threshold
+from .sync import counters, last_to_arrive
+from .tiles import addressable, load_tile, store_tile, sum_planes
+
+
+@triton.jit
+def _lora_backward_kernel(
+    z_ptr, t_ptr, q_ptr, out_ptr, grad_ptr, out_planes_ptr, grad_planes_ptr, seeds_ptr, sync_ptr,
+    bound, out_scale, grad_scale,
+    M, C, R,
+    stride_zm, stride_zc,
+    stride_qr, stride_qc,
+    stride_gr, stride_gc,
+    EXPAND: tl.constexpr, DROP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """z [M, C], t [M, R], q [R, C]: grad = t^T z, and out = t q with EXPAND, else out = z q^T."""
+    OPERAND: tl.constexpr = tl.float32 if UPCAST else z_ptr.dtype.element_ty
+    # fp16 keeps the 11 bits of tf32, so the term may not be formed from them
+    EXPAND_PRECISION: tl.constexpr = "tf32" if z_ptr.dtype.element_ty == tl.bfloat16 and UPCAST else PRECISION
+    zero = tl.full((), 0, tl.int64)
+    column, chunk = tl.program_id(0), tl.program_id(1)
+    columns, chunks = tl.num_programs(0), tl.num_programs(1)
+    c0 = column * BLOCK_C
+    rows = tl.cdiv(tl.cdiv(M, BLOCK_M), chunks) * BLOCK_M
+    begin = chunk * rows
+    end = tl.minimum(M, begin + rows)
+    seed = tl.load(seeds_ptr) if DROP else 0
+    q = load_tile(q_ptr, 0, c0, stride_qr, stride_qc, R, C, BLOCK_R, BLOCK_C).to(OPERAND)
+    out_plane = out_planes_ptr
+    if not EXPAND:
+        out_plane += (zero + column) * M * R
+    grad = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for m in range(begin, end, BLOCK_M):
+        z = load_tile(z_ptr, m, c0, stride_zm, stride_zc, M, C, BLOCK_M, BLOCK_C)
+        t = load_tile(t_ptr, 0, m, 1, R, R, M, BLOCK_R, BLOCK_M).to(OPERAND)
+        if not EXPAND:
+            out = tl.dot(q, tl.trans(z.to(OPERAND)), input_precision=PRECISION)
+            store_tile(out_plane, out, 0, m, 1, R, R, M, BLOCK_R, BLOCK_M)
+        else:
+            out = tl.dot(tl.trans(t), q, input_precision=EXPAND_PRECISION) * out_scale
+            if DROP:
+                keep = keep_mask(seed, bound, m, c0, C, BLOCK_M, BLOCK_C)
+                out = tl.where(keep, out, 0.0)
+                z = tl.where(keep, z, 0.0)
+            store_tile(out_ptr, out, m, c0, C, 1, M, C, BLOCK_M, BLOCK_C)
+        grad = tl.dot(t, z.to(OPERAND), grad, input_precision=PRECISION)
+    grad *= grad_scale
+    store_tile(grad_planes_ptr + (zero + chunk) * R * C, grad, 0, c0, C, 1, R, C, BLOCK_R, BLOCK_C)
+    if last_to_arrive(sync_ptr + column, chunks):
+        grad = sum_planes(grad_planes_ptr, chunks, (zero + R) * C, 0, c0, C, 1, R, C, BLOCK_R, BLOCK_C)
+        store_tile(grad_ptr, grad, 0, c0, stride_gr, stride_gc, R, C, BLOCK_R, BLOCK_C)
+    if not EXPAND:
+        if last_to_arrive(sync_ptr + columns + chunk, columns):
+            for m in range(begin, end, BLOCK_M):
+                out = sum_planes(out_planes_ptr, columns, (zero + M) * R, 0, m, 1, R, R, M, BLOCK_R, BLOCK_M)
+                store_tile(out_ptr, out * out_scale, 0, m, 1, R, R, M, BLOCK_R, BLOCK_M)
+
+
+def _launch(z, t, q, out, grad, expand, seeds, dropout, out_scale, grad_scale, config) -> None:
+    (M, C), R = z.shape, t.shape[1]
+    if z.numel() == 0:
+        out.zero_(), grad.zero_()
+        return
+    z, q = addressable(z), addressable(q)
+    drop = seeds is not None and dropout > 0
+    columns, chunks = triton.cdiv(C, config.BLOCK_N), config.SPLIT_K
+    grad_planes = torch.empty((chunks, R, C), dtype=torch.float32, device=z.device)
+    out_planes = None if expand else torch.empty((columns, M, R), dtype=torch.float32, device=z.device)
+    with torch.cuda.device_of(z):
+        _lora_backward_kernel[(columns, chunks)](
+            z, t, q, out, grad, out_planes, grad_planes, seeds if drop else None,
+            counters(columns + chunks, z.device),
+            threshold(dropout) - 32768, float(out_scale), float(grad_scale),
+            M, C, R,
+            *z.stride(),
+            *q.stride(),
+            *grad.stride(),
+            EXPAND=expand, DROP=drop, UPCAST=q.dtype != z.dtype, PRECISION=precision(z.dtype),
+            BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_N, BLOCK_R=config.BLOCK_R, **config.options(),
+        )  # fmt: skip
+
+
+def lora_backward_g(
+    g: torch.Tensor, S: torch.Tensor, lora_B: torch.Tensor, scaling: float, config: LaunchConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dS = s g B, fp32 [M, r], and dB = s g^T S, [N, r] in the dtype of ``lora_B``. One launch.
+
+    g [M, N] and lora_B [N, r] of any strides; S fp32 [M, r], unscaled, as the forward returns it.
+    """
+    (M, N), r = g.shape, lora_B.shape[1]
+    dS, dB = torch.empty_like(S), lora_B.new_empty((N, r))
+    config = config or pick("backward_g", M, N, 0, r, g.dtype, False, capability(g.device), lora_B.dtype != g.dtype)
+    _launch(g, S, lora_B.t(), dS, dB.t(), False, None, 0.0, scaling, scaling, config)
+    return dS, dB
+
+
+def lora_backward_x(
+    x: torch.Tensor,
+    dS: torch.Tensor,
+    lora_A: torch.Tensor,
+    dropout: float,
+    seeds: torch.Tensor | None,
+    config: LaunchConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """mask/(1-p) * (dS A), [M, K] in the dtype of x, and dA = dS^T D(x), [r, K] in that of ``lora_A``. One launch.
+
+    x [M, K] and lora_A [r, K] of any strides; dS fp32 [M, r]; seeds int64 [1], None for no mask.
+    """
+    (M, K), r = x.shape, lora_A.shape[0]
+    dx, dA = x.new_empty((M, K)), lora_A.new_empty((r, K))
+    drop, scale = seeds is not None and dropout > 0, keep_scale(dropout)
+    config = config or pick("backward_x", M, K, 0, r, x.dtype, drop, capability(x.device), lora_A.dtype != x.dtype)
+    _launch(x, dS, lora_A, dx, dA, True, seeds, dropout, scale, scale, config)
+    return dx, dA
