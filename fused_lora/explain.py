@@ -184,7 +184,7 @@ def _plans(shape: tuple, capability: int) -> tuple[Plan, Plan]:
     M, N, K, *rest = shape
     if capability == 0:
         return Plan("eager"), Plan("eager")
-    return plan("linear", M, N, K, *rest, capability), plan("input_grad", M, K, N, *rest, capability)
+    return plan("linear", M, N, K, *rest, capability), plan("backward", M, K, N, *rest, capability)
 
 
 def _dropped(plans: Sequence[Plan]) -> tuple[str, ...]:
@@ -194,49 +194,54 @@ def _dropped(plans: Sequence[Plan]) -> tuple[str, ...]:
     return tuple(f"{p.variant} {said}" for p in plans if p in failed)
 
 
-def _traffic(op: str, M: int, N: int, K: int, shape: tuple, capability: int, variant: str | None) -> dict[str, int]:
+def _traffic(op: str, M: int, N: int, K: int, shape: tuple, capability: int, variant=None) -> dict[str, int]:
     from fused_lora.kernels.config import traffic
 
     _, _, _, r, dtype, dropout, upcast, adapters = shape
     return traffic(op, M, N, K, r * adapters, dtype, dropout, capability, upcast, adapters, variant)
 
 
-def _product(op: str, M: int, N: int, K: int, chosen: Plan, shape: tuple, capability: int) -> dict[str, int]:
-    """Costs of one of the two large products with its LoRA term."""
-    fused = chosen.variant not in ("library", "eager")
-    cost = _traffic(op, M, N, K, shape, capability, chosen.variant if fused else "split")
-    if chosen.variant == "library":
-        # the library's GEMM cannot start from S: y is written with the LoRA term, then read and written again
-        cost["bytes"] += 2 * shape[4].itemsize * M * N
-        cost["launches"] = 3
-    return cost
-
-
 def _forward(chosen: Plan, shape: tuple, capability: int) -> Cost:
     M, N, K, *_ = shape
-    return _sum("forward", chosen, [_product("linear", M, N, K, chosen, shape, capability)])
+    whole = _traffic("linear", M, N, K, shape, capability, chosen.variant if chosen.variant == "recompute" else "split")
+    costs = [whole]
+    if chosen.variant == "library":
+        costs = [_traffic("shrink", M, 0, K, shape, capability), _traffic("expand", M, N, 0, shape, capability)]
+        costs.append(_library(M, N, K, shape))
+    return _sum("forward", chosen, costs, whole["floor_bytes"], whole["floor_flops"])
 
 
 def _backward(chosen: Plan, shape: tuple, capability: int) -> Cost:
-    M, N, K, *_ = shape
-    product = _product("input_grad", M, K, N, chosen, shape, capability)
-    return _sum("backward", chosen, [product, _traffic("weight_grad", M, N, K, shape, capability, None)])
+    M, N, K, r, dtype, dropout, upcast, adapters = shape
+    parts = [("shrink", M, 0, N), ("expand", M, K, 0), ("weight_grad", M, N, K)]
+    if chosen.variant == "passes":
+        parts = [("backward_g", M, N, 0), ("backward_x", M, K, 0)]
+    e, R = dtype.itemsize, r * adapters
+    # g, x, dx, W, S, and A, B and their gradients once each
+    floor_bytes = e * (M * N + 2 * M * K + N * K) + 4 * M * R + 2 * (4 if upcast else e) * R * (N + K)
+    costs = [_traffic(*part, shape, capability) for part in parts] + [_library(M, K, N, shape)]
+    return _sum("backward", chosen, costs, floor_bytes, 2 * M * N * K + 4 * M * R * (N + K))
 
 
-def _sum(name: str, chosen: Plan, costs: list[dict[str, int]]) -> Cost:
-    total = {key: sum(cost[key] for cost in costs) for key in costs[0]}
-    eager = chosen.variant == "eager"
-    shrink = chosen.shrink if chosen.variant in ("split", "library") else None
-    parts = {"shrink": shrink, "product": chosen.product, "weight gradients": chosen.weight_grad}
+def _library(M: int, N: int, K: int, shape: tuple) -> dict[str, int]:
+    """The library's GEMM that adds to Y [M, N]: it is read and written."""
+    return dict(bytes=shape[4].itemsize * (M * K + K * N + 2 * M * N), flops=2 * M * N * K, launches=1)
+
+
+def _sum(name: str, chosen: Plan, costs: list[dict[str, int]], floor_bytes: int, floor_flops: int) -> Cost:
+    launches, moved, flops = (sum(cost[key] for cost in costs) for key in ("launches", "bytes", "flops"))
+    eager, passes = chosen.variant == "eager", chosen.variant == "passes"
+    first, second = ("pass over g", "pass over x") if passes else ("shrink", "product")
+    parts = {first: chosen.shrink, second: chosen.product, "weight gradients": chosen.weight_grad}
     return Cost(
         name,
         chosen.variant,
         tuple((part, config) for part, config in parts.items() if config is not None),
-        None if eager else total["launches"],
-        None if eager else total["bytes"],
-        total["floor_flops"] if eager else total["flops"],
-        total["floor_bytes"],
-        total["floor_flops"],
+        None if eager else launches,
+        None if eager else moved,
+        floor_flops if eager else flops,
+        floor_bytes,
+        floor_flops,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from .config import OPS, LaunchConfig, candidates
 from .dropout import _dropout_mask_kernel
+from .lora_backward import _lora_backward_kernel
 from .lora_expand import _lora_expand_kernel
 from .lora_grad import _lora_weight_grad_kernel
 from .lora_linear import _lora_linear_kernel
@@ -47,39 +48,48 @@ def _case(label, op, config, dtype, kernel, types: dict[str, Any], values: dict[
         # the triton launcher specialises pointers and integers that are multiples of 16
         path = (i, 0) if isinstance(signature[name], tuple) else (i,)
         kind = signature[name][0] if isinstance(signature[name], tuple) else signature[name]
-        if (kind.startswith("*") or kind == "i32") and name != "bounds":
+        if (kind.startswith("*") or kind == "i32") and name not in ("bounds", "bound"):
             attrs[path] = [["tt.divisibility", 16]]
     constexprs = {(names.index(name),): value for name, value in values.items()}
     return CompileCase(label, op, config, dtype, kernel, signature, constexprs, attrs, options)
 
 
-def _linear_case(op: str, config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
+def _linear_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
     x, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
-    split, forward = config.SPLIT_K > 1, op == "linear"
+    split = config.SPLIT_K > 1
     types = {
-        **dict(x_ptr=x, w_ptr=x, p_ptr=adapter, q_ptr=adapter, s_ptr="*fp32", y_ptr=x),
-        **dict(rank_ends=("i32",), bounds=("i32",), shrink_scales=("fp32",), expand_scales=("fp32",)),
-        **dict(M="i32", N="i32", K="i32", R="i32", stride_xm="i32"),
+        **dict(x_ptr=x, w_ptr=x, bias_ptr=x, a_ptr=adapter, b_ptr=adapter, s_ptr="*fp32", y_ptr=x),
+        **dict(rank_ends=("i32",), scales=("fp32",), M="i32", N="i32", K="i32", R="i32"),
+        **dict(stride_xm="i32", stride_wn="i32", stride_ar="i32", stride_bn="i32"),
     }
     values = dict(
-        stride_xk=1, NUM_ADAPTERS=1, VARIANT=config.variant, DROP_IN=dropout and forward and config.variant != "split",
-        DROP_OUT=dropout and not forward, HAS_BIAS=forward, UPCAST=upcast, PRECISION=precision,
-        TMA=config.tma, W_IS_NK=forward, SPLIT=split, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
+        stride_xk=1, stride_wk=1, stride_ak=1, stride_br=1, NUM_ADAPTERS=1, VARIANT=config.variant, HAS_BIAS=True,
+        UPCAST=upcast, PRECISION=precision, TMA=config.tma, W_IS_NK=True, SPLIT=split, BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
     )  # fmt: skip
-    # (unit stride, long stride) of W', P and Q; in the input gradient each is stored the other way round
-    strides = ("wk", "wn"), ("pk", "pr"), ("qr", "qn")
-    for pair in strides:
-        unit, long = pair if forward else pair[::-1]
-        values[f"stride_{unit}"] = 1
-        types[f"stride_{long}"] = "i32"
-    masked, sync = values["DROP_IN"] or values["DROP_OUT"], split or config.variant == "publish"
-    optional = dict(bias_ptr=(x, forward), seeds_ptr=("*i64", masked), sync_ptr=("*i32", sync))
-    optional["planes_ptr"] = ("*fp32", split)
-    for name, (kind, used) in optional.items():
-        (types if used else values)[name] = kind if used else None
-    (types if split else values)["stride_plane"] = "i32" if split else 0
+    for name, kind, without in (("planes_ptr", "*fp32", None), ("sync_ptr", "*i32", None), ("stride_plane", "i32", 0)):
+        (types if split else values)[name] = kind if split else without
     return _lora_linear_kernel, types, values
+
+
+def _backward_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
+    z, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
+    expand = config.variant == "backward_x"
+    types = dict(
+        z_ptr=z, t_ptr="*fp32", q_ptr=adapter, out_ptr=z if expand else "*fp32", grad_ptr=adapter,
+        grad_planes_ptr="*fp32", sync_ptr="*i32", bound="i32", out_scale="fp32", grad_scale="fp32",
+        M="i32", C="i32", R="i32", stride_zm="i32",
+    )  # fmt: skip
+    values = dict(
+        stride_zc=1, EXPAND=expand, DROP=dropout, UPCAST=upcast, PRECISION=precision,
+        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_N, BLOCK_R=config.BLOCK_R,
+    )  # fmt: skip
+    for name, kind, used in (("out_planes_ptr", "*fp32", not expand), ("seeds_ptr", "*i64", dropout)):
+        (types if used else values)[name] = kind if used else None
+    # lora_A and dA by rows, lora_B and dB transposed
+    for unit, long in (("qc", "qr"), ("gc", "gr")) if expand else (("qr", "qc"), ("gr", "gc")):
+        values[f"stride_{unit}"], types[f"stride_{long}"] = 1, "i32"
+    return _lora_backward_kernel, types, values
 
 
 def _shrink_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
@@ -149,7 +159,10 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
 
     dtypes: of x, by default those of :func:`dtypes_on`.
     """
-    builders = {"shrink": _shrink_case, "expand": _expand_case, "weight_grad": _weight_grad_case}
+    builders = {
+        "linear": _linear_case, "shrink": _shrink_case, "expand": _expand_case, "weight_grad": _weight_grad_case,
+        "backward_g": _backward_case, "backward_x": _backward_case,
+    }  # fmt: skip
     seen = set()
     for dtype in dtypes or dtypes_on(capability):
         precision = "ieee" if dtype == torch.float32 or capability == 0 else "tf32x3"
@@ -157,11 +170,9 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
             for config, dropout, upcast in candidates(op, dtype, capability):
                 if upcast and dtype == torch.float32:
                     continue  # 16-bit adapters of an fp32 layer: the same tiles with half the bytes of A and B
-                if op in builders:
-                    built = builders[op](config, dtype, dropout, upcast, precision)
-                else:
-                    built = _linear_case(op, config, dtype, dropout, upcast, precision)
-                tags = [op, config.variant, _TRITON_NAMES[dtype], "mask" * dropout, "fp32-adapter" * upcast]
+                built = builders[op](config, dtype, dropout, upcast, precision)
+                tags = [op, config.variant * (config.variant != op), _TRITON_NAMES[dtype]]
+                tags += ["mask" * dropout, "fp32-adapter" * upcast]
                 tiles = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} r{config.BLOCK_R}"
                 tiles += f" w{config.num_warps} s{config.num_stages}"
                 label = " ".join(filter(None, [*tags, tiles, "tma" * config.tma, "split-k" * (config.SPLIT_K > 1)]))

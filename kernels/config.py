@@ -1,9 +1,9 @@
 """Which tiles a launch uses: one pure function of operation, shape, dtype and chip, and the list of all it can answer.
 
-M, N, K are the kernel's: Y [M, N] with a contraction over K, so the input gradient of a layer has N = in_features and
-K = out_features; ``r`` is the rank of the largest adapter. ``capability`` is 10 * major + minor of an NVIDIA chip and 0
-for everything else, which gets small tiles that fit any chip. Tile sizes follow from registers and shared memory
-(compiled ahead of time for each chip); no number here was tuned by timing.
+M rows, N results a row, a contraction over K; the passes over g or x [M, N] have no K. ``r`` is the rank of the largest
+adapter. ``capability`` is 10 * major + minor of an NVIDIA chip and 0 for everything else, which gets small tiles that
+fit any chip. Tile sizes follow from registers and shared memory (compiled ahead of time for each chip); those of
+training on sm_90 from measurements (benchmarks/bench_launches.py).
 
 Rules that correctness rests on, not speed:
     BLOCK_K of an operand with a mask is a multiple of 16, the elements of one mask draw;
@@ -17,11 +17,11 @@ from itertools import product
 
 import torch
 
-OPS = ("linear", "input_grad", "shrink", "expand", "weight_grad", "backward_g", "backward_x")
+OPS = ("linear", "shrink", "expand", "weight_grad", "backward_g", "backward_x")
+_WITHOUT_MASK = ("linear", "backward_g")  # launches that never draw one
 PASS_RANKS = 32  # ranks up to which one pass over g, or x, forms both of its results
 FEW, SOME, MANY = 16, 64, 512  # rows up to which a GEMM is decode, is short, has too few tiles to loop over them
 _WARPGROUP_MMA = (90, 100, 103)  # accumulators by warp groups and 228 KiB of shared memory: room for wide tiles
-_PUBLISHES_64 = (80, *_WARPGROUP_MMA)  # the S of 64 ranks fits beside both K loops without a spill
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _cdiv(a: int, b: int) -> int:
 def _shrink(M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool) -> LaunchConfig:
     if dtype == torch.float32:
         return LaunchConfig("shrink", 32, 16, 32, 32)
-    BLOCK_R = 32 if upcast else _rank_block(r, 32, 128)
+    BLOCK_R = 32 if upcast else _rank_block(r, 32, 64, 128)
     # narrow row blocks, for enough programs where rows are few and for enough warps to draw a mask
     BLOCK_M = 16 if M < 8192 or dropout else 64
     return LaunchConfig("shrink", BLOCK_M, 16, 64 if upcast or BLOCK_R > 32 else 128, BLOCK_R)
@@ -96,7 +96,7 @@ def _backward(op: str, M: int, C: int, r: int, dtype: torch.dtype, dropout: bool
     """Of the pass over g or x [M, C]; the expand's left operand is in registers, so BLOCK_M is below a wgmma's 64."""
     BLOCK_R = _rank_block(r, 16, 32)
     if dtype == torch.float32 or upcast:
-        tile = LaunchConfig(op, 32, 64, 16, BLOCK_R, num_stages=2)
+        tile = LaunchConfig(op, 16 if dtype == torch.float32 else 32, 64, 16, BLOCK_R, num_stages=2)
     else:
         tile = LaunchConfig(op, 32, 128 if dropout else 256, 16, BLOCK_R, num_warps=4 if dropout else 8, num_stages=4)
     return replace(tile, SPLIT_K=_split(_cdiv(C, tile.BLOCK_N), _cdiv(M, tile.BLOCK_M)))
@@ -108,67 +108,46 @@ def _weight_grad(M: int, N: int, K: int, r: int) -> LaunchConfig:
     return LaunchConfig("weight_grad", BLOCK_M, 16, BLOCK_K, BLOCK_R, SPLIT_K=_split(programs, _cdiv(M, BLOCK_K)))
 
 
-def _gemm(
-    op: str, variant: str, M: int, r: int, dtype: torch.dtype, dropout: bool, capability: int, upcast: bool
-) -> LaunchConfig:
-    """Tiles of "linear" and "input_grad", without the split."""
-    decode = M <= FEW and op == "linear" and variant == "recompute" and not dropout
+def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upcast: bool) -> LaunchConfig:
+    """Tiles of "linear", without the split over K."""
+    decode = M <= FEW and variant == "recompute"
     if dtype == torch.float32:  # products by fma, operands in registers
         BLOCK_M, BLOCK_N = (16, 32) if decode else (32, 64)
-        return LaunchConfig(variant, BLOCK_M, BLOCK_N, 32, 32, num_stages=3 if capability >= 80 else 2)
+        return LaunchConfig(variant, BLOCK_M, BLOCK_N, 32, 32, num_stages=2)
     if capability < 80:
         return LaunchConfig(variant, 16 if decode else 64, 64, 32, 32, num_stages=2)
     if decode:
-        return LaunchConfig(variant, 16, 32, 32 if upcast else 128, 32 if upcast else _rank_block(r, 16, 64))
-    masked = dropout and (op == "input_grad" or variant != "split")  # else the shrink draws the mask
-    wide = capability in _WARPGROUP_MMA
-    # without warp groups the accumulators share each warp's registers with the mask
-    BLOCK_K = 64 if wide or not masked else 32
-    if M <= SOME and op == "linear":  # gradients of so few rows are rare
-        return LaunchConfig(variant, 64, 64, BLOCK_K, 32)
-    if M <= MANY and variant != "publish":
-        BLOCK_R = _rank_block(r, 16, 32) if variant == "recompute" and op == "linear" else 32
-        return LaunchConfig(variant, 64, 128, BLOCK_K, BLOCK_R, num_warps=8, num_stages=3 if BLOCK_K == 64 else 4)
-    # "publish" splits an upcast x into tf32 parts beside the base product of column 0
-    crowded = upcast and variant == "publish"
-    if wide:
-        # the widest tile has registers for nothing but its accumulator
-        alone = variant == "split" and not masked and not upcast
-        config = LaunchConfig(variant, 64 if crowded else 128, 256 if alone else 128, 64, 32, num_warps=8, tma=True)
-        return config if crowded or M > MANY else without_tma(config)
-    BLOCK_M = 64 if masked or variant == "publish" else 128
-    return LaunchConfig(variant, BLOCK_M, 128, 16 if crowded else 32, 32, num_warps=8, num_stages=4)
+        BLOCK_K, BLOCK_R = (32, 32) if upcast else (128, _rank_block(r, 16, 64))
+        return LaunchConfig(variant, 16, 32, BLOCK_K, BLOCK_R, num_stages=4)
+    if variant == "recompute":
+        BLOCK_R = _rank_block(r, 16, 32)
+        return LaunchConfig(variant, 64, 64 if M <= SOME else 128, 64, BLOCK_R, num_warps=4 if M <= SOME else 8)
+    if capability not in _WARPGROUP_MMA:
+        return LaunchConfig(variant, 128, 128, 32, 32, num_warps=8, num_stages=4)
+    # the widest tile has registers for nothing but its accumulator
+    BLOCK_N, num_stages = (128, 3) if upcast else (256, 4)
+    return LaunchConfig(variant, 128, BLOCK_N, 64, 32, num_warps=8, num_stages=num_stages, tma=True)
 
 
 def without_tma(config: LaunchConfig) -> LaunchConfig:
-    """The same with pointers, whose registers a smaller tile pays for; "publish" has those of two K loops."""
-    return replace(config, tma=False, BLOCK_M=64, BLOCK_N=128, BLOCK_K=32 if config.variant == "publish" else 64)
+    """The same with pointers, whose registers a smaller tile pays for."""
+    return replace(config, tma=False, BLOCK_M=64, BLOCK_N=128, num_stages=3)
 
 
 def variants(
-    op: str, M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool = False, adapters: int = 1,
-    capability: int = 0,
+    M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool = False, adapters: int = 1
 ) -> tuple[str, ...]:  # fmt: skip
-    """The variants of "linear" or "input_grad" worth having at this shape, the preferred one last; "split" always can.
+    """The variants of "linear" worth having at this shape, the preferred one last; "split" always can.
 
-    "recompute" for small M, where launches and occupancy count; else "publish" saves a second read of x, which the
-    backward takes and the forward leaves to a measurement. Neither where x has a mask that many programs would draw
-    again, or only a few would draw while the others wait. An fp32 LoRA product costs several times a 16-bit one: only
-    decode, which waits for the weight, repeats it.
+    "recompute" for small M, where launches and occupancy count; not where x has a mask that many programs would draw
+    again. An fp32 LoRA product costs several times a 16-bit one: only decode, which waits for the weight, repeats it.
     """
-    forward, fp32 = op == "linear", dtype == torch.float32
-    mask_in, decode = dropout and forward, forward and M <= FEW and not dropout
-    if upcast or fp32:
+    decode = M <= FEW
+    if upcast or dtype == torch.float32:
         recompute = r <= 32 and decode
     else:
-        recompute = M <= MANY and r <= (64 if decode else 32) and not (mask_in and M > SOME)
-    roomy = capability in _PUBLISHES_64 and not upcast and not forward
-    publish = r <= (64 if roomy else 32) and not mask_in and not fp32 and (M > MANY or not forward)
-    if adapters == 1 and recompute:
-        return "split", "recompute"
-    if adapters == 1 and publish:
-        return ("publish", "split") if forward else ("split", "publish")
-    return ("split",)
+        recompute = M <= MANY and r <= (64 if decode else 32)
+    return ("split", "recompute") if recompute and adapters == 1 and not dropout else ("split",)
 
 
 def pick(
@@ -184,9 +163,9 @@ def pick(
     adapters: int = 1,
     variant: str | None = None,
 ) -> LaunchConfig:
-    """The configuration of one launch of ``op`` (one of OPS); ``variant``: instead of the last of :func:`variants`.
+    """The configuration of one launch of ``op`` (one of OPS); ``variant``: that of "linear", if not the preferred one.
 
-    dropout: whether any adapter draws a mask. upcast: the adapters are not of x's dtype.
+    dropout: whether this launch draws a mask. upcast: the adapters are not of x's dtype.
     """
     if op == "shrink":
         return _shrink(M, r, dtype, dropout, upcast)
@@ -196,13 +175,13 @@ def pick(
         return _backward(op, M, N, r, dtype, dropout, upcast)
     if op == "weight_grad":
         return _weight_grad(M, N, K, r)
-    variant = variant or variants(op, M, r, dtype, dropout, upcast, adapters, capability)[-1]
-    config = _gemm(op, variant, M, r, dtype, dropout, capability, upcast)
-    if variant != "split":  # a forced variant, too, must hold all ranks
-        config = replace(config, BLOCK_R=max(config.BLOCK_R, 1 << (r - 1).bit_length()))
-    if variant == "recompute" and M <= SOME and op == "linear" and not dropout:
-        programs = _cdiv(M, config.BLOCK_M) * _cdiv(N, config.BLOCK_N)
-        config = replace(config, SPLIT_K=_split(programs, _cdiv(K, config.BLOCK_K)))
+    variant = variant or variants(M, r, dtype, dropout, upcast, adapters)[-1]
+    config = _gemm(variant, M, r, dtype, capability, upcast)
+    if variant == "recompute":
+        config = replace(config, BLOCK_R=max(config.BLOCK_R, 1 << (r - 1).bit_length()))  # forced, too, it holds all
+        if M <= SOME:
+            programs = _cdiv(M, config.BLOCK_M) * _cdiv(N, config.BLOCK_N)
+            config = replace(config, SPLIT_K=_split(programs, _cdiv(K, config.BLOCK_K)))
     return config
 
 
@@ -216,7 +195,9 @@ def candidates(op: str, dtype: torch.dtype, capability: int) -> Iterator[tuple[L
     # one of each kind that the rules above tell apart
     grid = product((False, True), (False, True), (FEW, SOME, MANY, MANY + 1, 8192), (16, 32, 64, 128), (16, 65536))
     for dropout, upcast, M, r, K in grid:
-        for variant in {"split", variants(op, M, r, dtype, dropout, upcast, 1, capability)[-1]}:
+        if dropout and op in _WITHOUT_MASK or op.startswith("backward") and r > PASS_RANKS:
+            continue
+        for variant in {"split", variants(M, r, dtype, dropout, upcast)[-1]}:
             config = pick(op, M, 16, K, r, dtype, dropout, capability, upcast, 1, variant)
             config = replace(config, SPLIT_K=min(config.SPLIT_K, 2))
             seen |= {(config, dropout, upcast)} | ({(without_tma(config), dropout, upcast)} if config.tma else set())
@@ -265,11 +246,9 @@ def traffic(
     else:
         floor = e * (M * K + K * N + M * N) + e_adapter * r * (K + N) + S, 2 * M * (K * N + r * (K + N))
         cost.update(bytes=floor[0] + planes * M * (N + r), flops=floor[1])
-        cost["mask_elements"] = M * (K if op == "linear" else N) * adapters
+        cost["mask_elements"] = M * K * adapters
         if config.variant == "recompute":
-            again = _cdiv(N, config.BLOCK_N) - 1
-            cost["flops"] += 2 * M * K * r * again
-            cost["mask_elements"] += M * K * again if op == "linear" else 0
+            cost["flops"] += 2 * M * K * r * (_cdiv(N, config.BLOCK_N) - 1)
         elif config.variant == "split":
             cost["bytes"] += e * M * K + S
             cost["launches"] += 1

@@ -37,8 +37,6 @@ def _lora_backward_kernel(
 ):  # fmt: skip
     """z [M, C], t [M, R], q [R, C]: grad = t^T z, and out = t q with EXPAND, else out = z q^T."""
     OPERAND: tl.constexpr = tl.float32 if UPCAST else z_ptr.dtype.element_ty
-    # fp16 keeps the 11 bits of tf32, so the term may not be formed from them
-    EXPAND_PRECISION: tl.constexpr = "tf32" if z_ptr.dtype.element_ty == tl.bfloat16 and UPCAST else PRECISION
     zero = tl.full((), 0, tl.int64)
     column, chunk = tl.program_id(0), tl.program_id(1)
     columns, chunks = tl.num_programs(0), tl.num_programs(1)
@@ -59,7 +57,7 @@ def _lora_backward_kernel(
             out = tl.dot(q, tl.trans(z.to(OPERAND)), input_precision=PRECISION)
             store_tile(out_plane, out, 0, m, 1, R, R, M, BLOCK_R, BLOCK_M)
         else:
-            out = tl.dot(tl.trans(t), q, input_precision=EXPAND_PRECISION) * out_scale
+            out = tl.dot(tl.trans(t), q, input_precision=PRECISION) * out_scale
             if DROP:
                 keep = keep_mask(seed, bound, m, c0, C, BLOCK_M, BLOCK_C)
                 out = tl.where(keep, out, 0.0)

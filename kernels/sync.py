@@ -1,11 +1,8 @@
-"""How programs of one launch wait for each other: integer counters and flags, all zero before a launch and after it.
+"""How programs of one launch that share a result find the last of them: integer counters, zero before and after it.
 
-    release / acquire   one program stores a tile and raises a flag; others wait for the flag and then read the tile
-    last_to_arrive      of the programs that share a result the last one learns that the others are done
-
-The barrier of a program comes between its stores and its release, and between its acquire and its loads: one thread
-does the atomic, all threads move the data. Whoever waits must wait for a program that certainly runs: a program takes a
-ticket when it starts and waits only for lower tickets, so the lowest ticket in flight never waits.
+Nobody waits: of the programs that share a result the last one to arrive learns that the others are done, and may load
+what they stored. The barrier of a program comes between its stores and its arrival, and between that and its loads:
+one thread does the atomic, all threads move the data.
 
 ``counters`` hands out the memory. It is zeroed once in a process and every kernel leaves it zero, so no launch has to
 be preceded by a memset and a captured graph can be replayed.
@@ -26,21 +23,6 @@ _of_stream: dict[tuple, torch.Tensor] = {}
 
 
 @triton.jit
-def release(flag_ptr):
-    """Raise a flag over everything that this program has stored."""
-    tl.debug_barrier()
-    tl.atomic_xchg(flag_ptr, 1, sem="release")
-
-
-@triton.jit
-def acquire(flag_ptr):
-    """Wait for a flag; what was stored before it can be loaded from here on."""
-    while tl.atomic_add(flag_ptr, 0, sem="acquire") == 0:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit
 def last_to_arrive(counter_ptr, expected):
     """Whether this is the last of ``expected`` programs to come here; it may load what the others stored before.
 
@@ -53,15 +35,6 @@ def last_to_arrive(counter_ptr, expected):
     if last:
         tl.atomic_xchg(counter_ptr, 0, sem="relaxed")
     return last
-
-
-@triton.jit
-def clear(counter_ptr, count):
-    """Zero ``count`` counters; only for the last program that uses them."""
-    BLOCK: tl.constexpr = 128
-    for first in range(0, count, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
-        tl.store(counter_ptr + offs, tl.zeros((BLOCK,), tl.int32), mask=offs < count)
 
 
 def counters(count: int, device: torch.device) -> torch.Tensor:

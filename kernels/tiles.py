@@ -32,22 +32,6 @@ def grouped_order(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def published_order(tile, num_m, num_n, GROUP_M: tl.constexpr):
-    """As grouped_order, but column 0 of the next group comes before the other columns of this one."""
-    last = (num_m - 1) // GROUP_M
-    start_last = num_m * num_n - (num_m - last * GROUP_M) * (num_n - 1)
-    rest = max(tile - GROUP_M, 0)
-    group = tl.where(tile < start_last, rest // (GROUP_M * num_n), last)
-    at = tl.where(tile < start_last, rest % (GROUP_M * num_n), tile - start_last)
-    size = min(num_m - group * GROUP_M, GROUP_M)
-    ahead = max(min(num_m - (group + 1) * GROUP_M, GROUP_M), 0)
-    pid_m = tl.where(at < ahead, (group + 1) * GROUP_M + at, group * GROUP_M + (at - ahead) % size)
-    pid_n = tl.where(at < ahead, 0, 1 + (at - ahead) // size)
-    opening = tile < min(num_m, GROUP_M)  # column 0 of the first group
-    return tl.where(opening, tile, pid_m), tl.where(opening, 0, pid_n)
-
-
-@triton.jit
 def tile_ptrs(
     ptr, row0, col0, stride_row, stride_col, num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip

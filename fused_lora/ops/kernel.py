@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fused_lora.ops.plan import Plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LIBRARY = ("library",)  # variants whose y or dx is written by a library GEMM, in TF32 where torch is set to it
+LIBRARY = ("library", "passes")  # variants whose y or dx is written by a library GEMM, in TF32 where torch is set to it
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _state: dict[tuple, bool] = {}  # what was used -> whether it passed
 # for trials and first runs: Triton publishes a kernel before it has loaded it, and another thread would launch nothing
@@ -58,7 +58,7 @@ def fits(x: torch.Tensor, lora_A: Sequence[torch.Tensor], lora_B: Sequence[torch
 
 
 def lora_linear(variant: str, chosen: Plan | None = None) -> Callable:
-    """(y, S) by the kernels, with this variant of the forward ("recompute", "publish", "split" or "library").
+    """(y, S) by the kernels, with this variant of the forward ("recompute", "split" or "library").
 
     chosen: a plan, for the configurations of its launches; without one each launch picks its own.
     """
@@ -69,8 +69,8 @@ def lora_linear(variant: str, chosen: Plan | None = None) -> Callable:
         from fused_lora.kernels.lora_linear import lora_linear_forward
         from fused_lora.kernels.lora_shrink import lora_shrink
 
-        adapters = lora_A, lora_B, scaling, dropout, seeds
         if variant != "library":
+            adapters = lora_A, lora_B, scaling, dropout, seeds
             return lora_linear_forward(x, weight, bias, *adapters, product, variant, shrink)
         S = lora_shrink(x, lora_A, [cpu.keep_scale(p) for p in dropout], dropout, seeds, shrink)
         y = lora_expand(S, [B.t() for B in lora_B], scaling, dropout, None, bias, x.dtype, product)
@@ -80,29 +80,33 @@ def lora_linear(variant: str, chosen: Plan | None = None) -> Callable:
 
 
 def lora_linear_backward(variant: str, chosen: Plan | None = None) -> Callable:
-    """The gradients by the kernels; ``variant`` is that of the input gradient, ``chosen`` as in :func:`lora_linear`."""
+    """The gradients by the kernels and the library's g W; ``chosen`` as in :func:`lora_linear`.
+
+    variant: "passes" (one over g, one over x, for one adapter and all of its gradients) or "library" (a launch for each
+    result, for any adapters and any of their gradients).
+    """
     product, shrink, weight_grad = (
         (None, None, None) if chosen is None else (chosen.product, chosen.shrink, chosen.weight_grad)
     )
 
-    def run(
-        g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, need_weight, need_bias
-    ):  # fmt: skip
+    def passes(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds):
+        from fused_lora.kernels.lora_backward import lora_backward_g, lora_backward_x
+
+        dS, dB = lora_backward_g(g, S, lora_B[0], scaling[0], shrink)
+        dx, dA = lora_backward_x(x, dS, lora_A[0], dropout[0], seeds, product)
+        return dx.addmm_(g, weight), [dA], [dB]
+
+    def each(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B):
         from fused_lora.kernels.lora_expand import lora_expand
         from fused_lora.kernels.lora_grad import lora_linear_weight_grad
-        from fused_lora.kernels.lora_linear import lora_linear_input_grad
         from fused_lora.kernels.lora_shrink import lora_shrink
 
         dx = dS = None
-        B_t = [B.t() for B in lora_B]
-        if need_x and variant != "library":
-            adapters = lora_A, lora_B, scaling, dropout, seeds
-            dx, dS = lora_linear_input_grad(g, weight, *adapters, product, variant, shrink)
-        elif need_x or any(need_A):
-            dS = lora_shrink(g, B_t, scaling, [0.0] * len(B_t), config=shrink)
-            if need_x:
-                scales = [cpu.keep_scale(p) for p in dropout]
-                dx = lora_expand(dS, lora_A, scales, dropout, seeds, None, g.dtype, product).addmm_(g, weight)
+        if need_x or any(need_A):
+            dS = lora_shrink(g, [B.t() for B in lora_B], scaling, [0.0] * len(lora_B), config=shrink)
+        if need_x:
+            scales = [cpu.keep_scale(p) for p in dropout]
+            dx = lora_expand(dS, lora_A, scales, dropout, seeds, None, g.dtype, product).addmm_(g, weight)
         dA, dB = [None] * len(lora_A), [None] * len(lora_A)
         if any(need_A) or any(need_B):
             dS = torch.zeros_like(S) if dS is None else dS
@@ -111,6 +115,13 @@ def lora_linear_backward(variant: str, chosen: Plan | None = None) -> Callable:
             # one buffer holds all adapters' sums; gradients must not share memory
             dA = [_own(t, A, len(ranks)) if need else None for t, A, need in zip(sums[0], lora_A, need_A, strict=True)]
             dB = [_own(t, B, len(ranks)) if need else None for t, B, need in zip(sums[1], lora_B, need_B, strict=True)]
+        return dx, dA, dB
+
+    def run(
+        g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, need_weight, need_bias
+    ):  # fmt: skip
+        arguments = g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds
+        dx, dA, dB = passes(*arguments) if variant == "passes" else each(*arguments, need_x, need_A, need_B)
         dW = g.t() @ x if need_weight else None
         db = g.sum(0, dtype=torch.float32) if need_bias else None
         return dx, dA, dB, dW, db

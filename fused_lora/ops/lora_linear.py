@@ -109,7 +109,7 @@ def _gradients(
     n, (need_x, *rest) = len(lora_A), needs
     need_A, need_B, need_weight, need_bias = rest[:n], rest[n : 2 * n], rest[2 * n], rest[2 * n + 1]
     rows = g.new_empty((g.shape[0], weight.shape[1])) if x is None else x
-    run = plan.backward(g, weight, lora_A, lora_B, dropout)
+    run = plan.backward(g, weight, lora_A, lora_B, dropout, need_x and all(need_A) and all(need_B))
     dx, dA, dB, dW, db = run(
         g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, need_weight, need_bias
     )

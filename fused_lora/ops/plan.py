@@ -1,9 +1,8 @@
 """Which implementation runs: the one place where a kernel takes over from the eager path.
 
-``choose`` and ``plan`` are pure functions of shape, dtype and chip, so every run of a program makes the same choice.
-They hold no measured numbers: small M takes the single launch, training the split form forward and the published one
-backward, and the library GEMM that accumulates where the contraction is long enough that a slightly slower fused GEMM
-would lose more than the saved pass over y is worth.
+``choose`` and ``plan`` are pure functions of shape, dtype and chip, so every run of a program makes the same choice:
+one launch for few rows; else a shrink and the library's GEMM, which adds to the LoRA term, or on sm_90 a fused GEMM
+where that was measured to be faster (docs/performance.md). The input gradient is the library's GEMM at every size.
 
 A plan that runs for the first time in a process is tried on a small layer: the same tiles, the same classes of sizes
 and strides, and so the same binary. One that does not compile, fails or differs is dropped with one warning, and the
@@ -25,7 +24,8 @@ from fused_lora.ops import cpu, kernel
 if TYPE_CHECKING:
     from fused_lora.kernels.config import LaunchConfig
 
-_LONG = 4096  # contraction beyond which a GEMM a few percent slower costs more than one pass over y (DRAM-bound)
+# contraction up to which the fused GEMM loses less to the library's than a pass over y costs, and rows from which
+_LONG, _FUSED_ROWS = 4096, 2048
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,38 @@ class Plan:
 
 
 def choose(
-    op: str, M: int, K: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool, adapters: int, capability: int
+    op: str,
+    M: int,
+    K: int,
+    r: int,
+    dtype: torch.dtype,
+    dropout: bool,
+    upcast: bool,
+    adapters: int,
+    capability: int,
+    whole: bool = True,
 ) -> str:
-    """The variant of ``op`` ("linear" or "input_grad") at M rows and a contraction of K.
+    """The variant of ``op`` ("linear" or "backward") at M rows and a contraction of K.
 
-    capability: 10 * major + minor of an NVIDIA chip, 0 for any other. upcast: adapters wider than x.
+    capability: 10 * major + minor of an NVIDIA chip, 0 for any other. upcast: adapters wider than x. whole: all
+    gradients of x and of the adapters are wanted.
 
     Returns:
-        "recompute" or "publish" (one launch), "split" (shrink, then GEMM with the expand in it), "library" (shrink,
+        "linear": "recompute" (one launch), "split" (shrink, then a GEMM with the expand in it), "library" (shrink,
         expand, then the library's GEMM adds to it) or "eager".
+        "backward": "passes" (one over g, one over x, then the library's GEMM), "library" (shrink, expand, the library's
+        GEMM, weight gradients) or "eager".
     """
-    from fused_lora.kernels.config import MANY, variants
+    from fused_lora.kernels.config import PASS_RANKS, variants
 
     if capability < 80:
         return "eager"  # untried chips keep to the library
-    preferred = variants(op, M, r, dtype, dropout, upcast, adapters, capability)[-1]
-    masked_output = dropout and op == "input_grad"
-    # fp32 has no tensor cores to feed, a mask in the epilogue of a GEMM overlaps with nothing
-    library = dtype == torch.float32 or masked_output or K > _LONG
-    # one launch for few rows, whatever K is
-    return "library" if library and (preferred == "split" or M > MANY) else preferred
+    if op == "backward":
+        return "passes" if whole and adapters == 1 and r <= PASS_RANKS else "library"
+    if variants(M, r, dtype, dropout, upcast, adapters)[-1] == "recompute":
+        return "recompute"
+    fused = capability == 90 and dtype.itemsize == 2 and not upcast and K <= _LONG and M >= _FUSED_ROWS
+    return "split" if fused else "library"
 
 
 def plan(
@@ -72,21 +84,29 @@ def plan(
     upcast: bool,
     adapters: int,
     capability: int,
+    whole: bool = True,
 ) -> Plan:
     """Variant and configurations of ``op`` at M rows, N results a row and a contraction of K.
 
-    "input_grad" stands for the whole backward, weight gradients included; its N are a layer's in_features.
+    "backward" stands for all gradients; its N are a layer's in_features.
     """
-    variant = choose(op, M, K, r, dtype, dropout, upcast, adapters, capability)
+    variant = choose(op, M, K, r, dtype, dropout, upcast, adapters, capability, whole)
     if variant == "eager":
         return Plan("eager")
-    backward = op == "input_grad"
+    rest = capability, upcast
+    if variant == "passes":
+        return Plan(
+            variant,
+            _pick("backward_x", M, N, 0, r, dtype, dropout, *rest),
+            _pick("backward_g", M, K, 0, r, dtype, False, *rest),
+        )
+    backward = op == "backward"
     if variant == "library":
-        product = _pick("expand", M, N, 0, r, dtype, dropout and backward, capability, upcast)
+        product = _pick("expand", M, N, 0, r, dtype, dropout and backward, *rest)
     else:
-        product = _pick(op, M, N, K, r, dtype, dropout, capability, upcast, adapters, variant)
-    shrink = _pick("shrink", M, 0, K, r, dtype, dropout and not backward, capability, upcast)
-    weight_grad = _pick("weight_grad", M, K, N, r, dtype, dropout, capability, upcast) if backward else None
+        product = _pick(op, M, N, K, r, dtype, dropout, *rest, adapters, variant)
+    shrink = None if variant == "recompute" else _pick("shrink", M, 0, K, r, dtype, dropout and not backward, *rest)
+    weight_grad = _pick("weight_grad", M, K, N, r, dtype, dropout, *rest) if backward else None
     return Plan(variant, product, shrink, weight_grad)
 
 
@@ -125,9 +145,13 @@ def backward(
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
     dropout: Sequence[float],
+    whole: bool = True,
 ) -> Callable:
-    """The function that computes (dx, dA, dB, dW, db) for these arguments."""
-    chosen = _plan("input_grad", g, weight.shape[1], weight.shape[0], lora_A, lora_B, dropout)
+    """The function that computes (dx, dA, dB, dW, db) for these arguments.
+
+    whole: dx and every dA and dB are wanted; without it the function takes any of them.
+    """
+    chosen = _plan("backward", g, weight.shape[1], weight.shape[0], lora_A, lora_B, dropout, whole)
     if chosen.variant == "eager":
         return cpu.lora_linear_backward
     run, case = (
@@ -144,26 +168,32 @@ def backward(
         exact = [exact_dx, *exact_dA, *exact_dB]
         return kernel.compare([dx, *dA, *dB], exact, x.dtype, chosen.variant in kernel.LIBRARY)
 
-    return kernel.guarded(("input_grad", chosen, case), run, cpu.lora_linear_backward, check)
+    return kernel.guarded(("backward", chosen, case), run, cpu.lora_linear_backward, check)
 
 
-def _plan(op: str, x, N: int, K: int, lora_A, lora_B, dropout) -> Plan:
+def _plan(op: str, x, N: int, K: int, lora_A, lora_B, dropout, whole: bool = True) -> Plan:
     if not kernel.usable(x.device) or not kernel.fits(x, lora_A, lora_B) or not x.shape[0]:
         return Plan("eager")
     from fused_lora.kernels.config import capability
 
     upcast = any(t.dtype != x.dtype for t in (*lora_A, *lora_B))
     r = max(A.shape[0] for A in lora_A)
-    return plan(op, x.shape[0], N, K, r, x.dtype, any(dropout), upcast, len(lora_A), capability(x.device))
+    return plan(op, x.shape[0], N, K, r, x.dtype, any(dropout), upcast, len(lora_A), capability(x.device), whole)
 
 
 def _case(chosen: Plan, x, weight, bias, lora_A, lora_B, dropout) -> kernel.Case:
     """The smallest layer that crosses a border of every tile of the plan and compiles to the binaries of this call."""
-    tiles = [t for t in (chosen.product, chosen.shrink, chosen.weight_grad) if t is not None]
-    rows = max(t.BLOCK_K if t is chosen.weight_grad else t.BLOCK_M for t in tiles)
-    contraction = max(t.BLOCK_M if t is chosen.weight_grad else t.BLOCK_K * t.SPLIT_K for t in tiles)
-    columns = max([64] + [t.BLOCK_M if t is chosen.weight_grad else t.BLOCK_N for t in tiles])
-    outputs, inputs = (columns, contraction) if chosen.weight_grad is None else (contraction, columns)
+    product, shrink, weight_grad = chosen.product, chosen.shrink, chosen.weight_grad
+    if chosen.variant == "passes":
+        rows, outputs, inputs = max(product.BLOCK_M, shrink.BLOCK_M), shrink.BLOCK_N, product.BLOCK_N
+    else:
+        tiles = [t for t in (product, shrink) if t is not None]
+        rows, columns = max(t.BLOCK_M for t in tiles), max(64, *(t.BLOCK_N for t in tiles))
+        contraction = max(t.BLOCK_K * t.SPLIT_K for t in tiles)
+        outputs, inputs = columns, contraction
+        if weight_grad is not None:
+            rows = max(rows, weight_grad.BLOCK_K)
+            outputs, inputs = max(contraction, weight_grad.BLOCK_M), max(columns, weight_grad.BLOCK_M)
     return kernel.Case(
         rows=_small(x.shape[0], rows),
         outputs=_small(weight.shape[0], outputs),
