@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-from layers import Point, Weights
+from layers import Point
 from report import Candidate, Clock, Report, Table, interleaved, parser, run_points, settings, spread, summary
 
 from fused_lora.kernels import config
 from fused_lora.kernels.config import LaunchConfig, pick
+from fused_lora.kernels.lora_backward import lora_backward_g, lora_backward_x
 from fused_lora.kernels.lora_expand import lora_expand
 from fused_lora.kernels.lora_grad import lora_linear_weight_grad
-from fused_lora.kernels.lora_linear import lora_linear_forward, lora_linear_input_grad
+from fused_lora.kernels.lora_linear import lora_linear_forward
 from fused_lora.kernels.lora_shrink import lora_shrink
 
 COLUMNS = [("launch", 34), ("configuration", 40), ("us", 26), ("GB/s", 7), ("TFLOP/s", 8), ("off", 9), ("plan", 4)]
@@ -28,127 +29,160 @@ COLUMNS = [("launch", 34), ("configuration", 40), ("us", 26), ("GB/s", 7), ("TFL
 
 def alternatives(op: str, chosen: LaunchConfig) -> list[LaunchConfig]:
     """The configurations worth measuring beside the chosen one, which comes first."""
-    found = [chosen]
-    if op == "shrink":
-        tiles = [(16, 128, 4, 3), (32, 128, 4, 3), (64, 128, 4, 3), (64, 128, 8, 3), (128, 128, 8, 3)]
-        tiles += [(16, 128, 4, 5), (16, 256, 4, 3), (32, 64, 4, 5), (32, 128, 8, 4), (16, 64, 2, 4)]
-        found += [replace(chosen, BLOCK_M=m, BLOCK_K=k, num_warps=w, num_stages=s) for m, k, w, s in tiles]
-    elif op == "expand":
-        tiles = [(64, 64, 4), (32, 128, 4), (128, 128, 8), (32, 256, 4), (64, 256, 8), (16, 256, 4)]
-        found += [replace(chosen, BLOCK_M=m, BLOCK_N=n, num_warps=w) for m, n, w in tiles]
-    elif op == "weight_grad":
-        tiles = [(64, 64, 4, 3), (64, 32, 4, 5), (128, 32, 4, 3), (128, 64, 8, 3), (64, 64, 4, 4), (128, 64, 4, 4)]
-        for m, k, w, s in tiles:
-            for split in (chosen.SPLIT_K, chosen.SPLIT_K * 2, max(chosen.SPLIT_K // 2, 1)):
-                found.append(replace(chosen, BLOCK_M=m, BLOCK_K=k, num_warps=w, num_stages=s, SPLIT_K=split))
-    elif chosen.variant == "split":
-        tiles = [(128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 3, 16), (128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 8)]
-        tiles += [(128, 128, 64, 4, 4, 8), (256, 128, 64, 8, 3, 8), (128, 256, 32, 8, 5, 8), (128, 256, 64, 8, 3, 4)]
-        for m, n, k, w, s, g in tiles:
-            found.append(
-                replace(chosen, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=w, num_stages=s, GROUP_M=g, tma=True)
+    if op == "linear":
+        tiles = [(128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 4, 16), (256, 128, 64, 8, 4, 8)]
+        return list(dict.fromkeys([chosen] + [
+            replace(chosen, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=w, num_stages=s, GROUP_M=g, tma=True)
+            for m, n, k, w, s, g in tiles
+        ]))  # fmt: skip
+    names = "BLOCK_M", "BLOCK_K" if op == "shrink" else "BLOCK_N", "num_warps", "num_stages", "SPLIT_K"
+    tiles = {
+        "shrink": [
+            (16, 128, 4, 3, 1), (32, 128, 4, 3, 1), (64, 128, 4, 3, 1), (16, 256, 4, 3, 1), (32, 128, 8, 4, 1),
+            (16, 256, 4, 5, 1), (32, 256, 8, 4, 1), (64, 64, 4, 5, 1), (32, 64, 2, 5, 1),
+        ],
+        "expand": [(64, 128, 4, 3, 1), (64, 64, 4, 3, 1), (32, 128, 4, 3, 1), (32, 64, 2, 3, 1)],
+        "backward_g": [
+            (m, n, w, s, split)
+            for m, n, w, s in (
+                (32, 128, 4, 4), (32, 256, 8, 4), (32, 256, 4, 4), (32, 512, 8, 3), (64, 256, 8, 4), (16, 256, 4, 5)
             )
-    else:
-        found += [replace(chosen, num_stages=4), replace(chosen, BLOCK_M=64), replace(chosen, GROUP_M=16)]
-    return list(dict.fromkeys(found))
+            for split in (4, 8, 16)
+        ],
+        "backward_x": [
+            (m, n, w, s, split)
+            for m, n, w, s in (
+                (32, 128, 4, 4), (32, 64, 4, 4), (16, 128, 4, 4), (32, 256, 8, 3), (32, 64, 2, 4), (16, 64, 2, 4)
+            )
+            for split in (4, 8, 16)
+        ],
+    }  # fmt: skip
+    if op == "weight_grad":
+        names = "BLOCK_M", "BLOCK_K", "num_warps", "num_stages", "SPLIT_K"
+        tiles[op] = [(64, 64, 4, 4, 4), (128, 32, 4, 3, 4), (128, 64, 4, 4, 2), (128, 64, 4, 4, 4), (128, 32, 4, 3, 8)]
+    return list(dict.fromkeys([chosen] + [replace(chosen, **dict(zip(names, t, strict=True))) for t in tiles[op]]))
 
 
 def launches(point: Point, device: torch.device) -> Iterator[tuple[str, LaunchConfig | None, Callable, int, int]]:
     """(name, configuration, call that returns its results, bytes, flops) of everything to time at this layer."""
     dtype, masked = getattr(torch, point.dtype), point.dropout > 0
-    weights = Weights.draw(point, device)
     M, K, N, r = point.M, point.inputs, point.outputs, point.r
-    x, g = (torch.randn(M, n, device=device, dtype=dtype) for n in (K, N))
-    W, A, B, p = weights.weight, [weights.lora_A], [weights.lora_B], [point.dropout]
-    seeds = torch.tensor([1], device=device) if masked else None
-    e, rest = dtype.itemsize, (dtype, masked, config.capability(device), weights.lora_A.dtype != dtype)
-    S, dS = (torch.randn(M, r, device=device) for _ in range(2))
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    adapter_dtype = getattr(torch, point.adapter_dtype)
+    x, g, W, bias, p = draw(M, K), draw(M, N), draw(N, K), draw(N), [point.dropout]
+    A, B = [draw(r, K, dtype=adapter_dtype)], [draw(N, r, dtype=adapter_dtype)]
+    seeds = torch.ones(1, dtype=torch.int64, device=device) if masked else None
+    e, rest = dtype.itemsize, (config.capability(device), adapter_dtype != dtype)
+    S, dS = (draw(M, r, dtype=torch.float32) for _ in range(2))
     y, dx = torch.empty_like(g), torch.empty_like(x)
     gemm = e * (M * K + N * K + M * N), 2 * M * N * K
-    # the floors: the library's GEMM alone, and accumulating
+    B_t = [B[0].t()]
     yield "library x W^T", None, lambda: (torch.mm(x, W.t(), out=y),), *gemm
     yield "library y += x W^T", None, lambda: (y.addmm_(x, W.t()),), gemm[0] + e * M * N, gemm[1]
-    yield "library g W", None, lambda: (torch.mm(g, W, out=dx),), *gemm
     yield "library dx += g W", None, lambda: (dx.addmm_(g, W),), gemm[0] + e * M * K, gemm[1]
     yield "copy of x", None, lambda: (dx.copy_(x),), 2 * e * M * K, 0
-    if masked:
-        yield "library dropout of x", None, lambda: (torch.nn.functional.dropout(x, 0.1),), 2 * e * M * K, 0
-
-    def each(name, op, chosen, call, moved, flops):
-        for c in alternatives(op, chosen):
-            yield name, c, lambda c=c: call(c), moved, flops
-
-    chosen = pick("shrink", M, 0, K, r, *rest)
-    yield from each("shrink of x", "shrink", chosen, lambda c: (lora_shrink(x, A, [1.0], p, seeds, c),), e * M * K, 2 * M * K * r)
-    if masked:
-        chosen = pick("shrink", M, 0, N, r, dtype, False, *rest[2:])
-        B_t = [B[0].t()]
-        yield from each("shrink of g, no mask", "shrink", chosen, lambda c: (lora_shrink(g, B_t, [1.0], [0.0], None, c),), e * M * N, 2 * M * N * r)
-    chosen = pick("expand", M, K, 0, r, *rest)
-    yield from each("expand to dx", "expand", chosen, lambda c: (lora_expand(dS, A, [1.0], p, seeds, None, dtype, c),), e * M * K, 2 * M * K * r)
-    if masked:
-        B_t = [B[0].t()]
-        yield from each("expand to y, no mask", "expand", chosen, lambda c: (lora_expand(S, B_t, [1.0], p, None, weights.bias, dtype, c),), e * M * N, 2 * M * N * r)
-    chosen = pick("weight_grad", M, N, K, r, *rest)
 
     def weight_grad(c):
-        dA, dB = lora_linear_weight_grad(g, x, S, dS, [1.0], p, seeds, [r], weights.lora_A.dtype, c)
+        dA, dB = lora_linear_weight_grad(g, x, S, dS, [1.0], p, seeds, [r], adapter_dtype, c)
         return *dA, *dB
 
-    yield from each("weight gradients", "weight_grad", chosen, weight_grad, e * M * (K + N), 2 * M * r * (K + N))
-    shrink = pick("shrink", M, 0, K, r, *rest)
-    chosen = pick("linear", M, N, K, r, *rest, 1, "split")
-    yield from each("split forward, with shrink", "linear", chosen, lambda c: (lora_linear_forward(x, W, weights.bias, A, B, [1.0], p, seeds, c, None, shrink)[0],), *gemm)
-    for variant in ("split", "publish"):
-        chosen = pick("input_grad", M, K, N, r, *rest, 1, variant)
-        yield from each(f"{variant} input gradient", "input_grad", chosen, lambda c: (lora_linear_input_grad(g, W, A, B, [1.0], p, seeds, c)[0],), *gemm)
-
-
-def _off(found, expected) -> float:
-    return max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in zip(found, expected, strict=True))
+    shrink = pick("shrink", M, 0, K, r, dtype, masked, *rest)
+    split = pick("linear", M, N, K, r, dtype, False, *rest, 1, "split")
+    parts = [
+        ("shrink of x", "shrink", shrink, lambda c: (lora_shrink(x, A, [1.0], p, seeds, c),), e * M * K, 2 * M * K * r),
+        (
+            "expand to dx", "expand", pick("expand", M, K, 0, r, dtype, masked, *rest),
+            lambda c: (lora_expand(dS, A, [1.0], p, seeds, None, dtype, c),), e * M * K, 2 * M * K * r,
+        ),
+        (
+            "weight gradients", "weight_grad", pick("weight_grad", M, N, K, r, dtype, masked, *rest), weight_grad,
+            e * M * (K + N), 2 * M * r * (K + N),
+        ),
+        (
+            "split forward with shrink", "linear", split,
+            lambda c: (lora_linear_forward(x, W, bias, A, B, [1.0], p, seeds, c, None, shrink)[0],), *gemm,
+        ),
+    ]  # fmt: skip
+    if masked:
+        parts += [
+            (
+                "shrink of g", "shrink", pick("shrink", M, 0, N, r, dtype, False, *rest),
+                lambda c: (lora_shrink(g, B_t, [1.0], [0.0], None, c),), e * M * N, 2 * M * N * r,
+            ),
+            (
+                "expand to y", "expand", pick("expand", M, N, 0, r, dtype, False, *rest),
+                lambda c: (lora_expand(S, B_t, [1.0], p, None, bias, dtype, c),), e * M * N, 2 * M * N * r,
+            ),
+        ]  # fmt: skip
+    if r <= config.PASS_RANKS:
+        chosen = pick("backward_x", M, K, 0, r, dtype, masked, *rest)
+        call = lambda c: lora_backward_x(x, dS, A[0], p[0], seeds, c)  # noqa: E731
+        parts.append(("backward over x", "backward_x", chosen, call, 2 * e * M * K, 4 * M * K * r))
+        chosen = pick("backward_g", M, N, 0, r, dtype, False, *rest)
+        call = lambda c: lora_backward_g(g, S, B[0], 1.0, c)  # noqa: E731
+        parts.append(("backward over g", "backward_g", chosen, call, e * M * N, 4 * M * N * r))
+    for name, op, chosen, call, moved, flops in parts:
+        for c in alternatives(op, chosen):
+            yield name, c, lambda c=c, call=call: call(c), moved, flops
 
 
 @torch.no_grad()
 def measure(point: Point, report: Report, table: Table, arguments) -> None:
     """Time every launch of a layer; those of one name take turns."""
     clock, groups = Clock(arguments.device), {}
-    for name, c, call, moved, flops in launches(point, arguments.device):
-        groups.setdefault(name, []).append((c, call, moved, flops))
+    for name, c, *rest in launches(point, arguments.device):
+        groups.setdefault(name, []).append((c, *rest))
     print(point)
     for name, members in groups.items():
-        expected, candidates, kept = None, [], {}
+        expected, rows, candidates = None, {}, []
         for i, (c, call, moved, flops) in enumerate(members):
             row = vars(point) | dict(benchmark="launches", provider=name, config=None if c is None else vars(c))
-            row["chosen"] = i == 0
             try:
                 found = [t.clone() for t in call()]
                 expected = expected or found
-                row["off"] = _off(found, expected)
-                row["correct"] = row["off"] < 0.02
+                off = max(map(_off, found, expected))
+                row |= dict(off=off, correct=off < 0.02, bytes=moved, flops=flops, chosen=i == 0)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a configuration that cannot run here is a result, too
-                row |= dict(correct=False, wrong=f"{type(error).__name__}: {str(error)[:200]}")
-            kept[str(i)] = row, c, moved, flops
+                row |= dict(correct=False, wrong=f"{type(error).__name__}: {str(error)[:200]}", chosen=i == 0)
+            rows[str(i)] = row
             if row["correct"]:
                 candidates.append(Candidate(str(i), [call]))
         times = interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline)
-        for i, (row, c, moved, flops) in kept.items():
-            text = "" if c is None else f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K} r{c.BLOCK_R} w{c.num_warps} s{c.num_stages} split{c.SPLIT_K} g{c.GROUP_M}{' tma' * c.tma}"
-            mark = "*" if row["chosen"] else ""
-            if i in times:
-                found = summary([t[0] * 1e3 for t in times[i]])
-                row["us"] = found
-                rates = f"{moved / found['median'] / 1e3:.0f}", f"{flops / found['median'] / 1e6:.0f}"
-                table.row(name, text, spread(found), *rates, f"{row['off']:.1e}", mark)
-            else:
-                table.row(name, text, "WRONG " + row.get("wrong", f"off by {row.get('off')}")[:60], None, None, None, mark)
-            report.rows.append(row)
+        for i, row in rows.items():
+            _add(row, times.get(i), report, table)
+
+
+def _off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+def _add(row: dict, times: list | None, report: Report, table: Table) -> None:
+    c = row["config"] and LaunchConfig(**row["config"])
+    tile = "" if c is None else f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K} r{c.BLOCK_R} w{c.num_warps} s{c.num_stages}"
+    tile += "" if c is None else f" split {c.SPLIT_K} group {c.GROUP_M}" + " tma" * c.tma
+    mark = "*" if row["chosen"] else ""
+    if times is None:
+        table.row(row["provider"], tile, "WRONG", None, None, None, mark)
+        print("  " + row.get("wrong", f"off by {row.get('off')}"))
+    else:
+        row["us"] = summary([t[0] * 1e3 for t in times])
+        us = row["us"]["median"]
+        rates = f"{row['bytes'] / us / 1e3:.0f}", f"{row['flops'] / us / 1e6:.0f}"
+        table.row(row["provider"], tile, spread(row["us"]), *rates, f"{row['off']:.1e}", mark)
+    report.rows.append(row)
 
 
 def points(arguments) -> list[Point]:
-    shapes = arguments.shapes or [(4096, 4096)]
-    return [Point(*shape, 16, "bfloat16", "bfloat16", p, M=arguments.rows or 8192, relative=0.5) for p in (0.1, 0.0) for shape in shapes]
+    """bf16 layers with dropout and without."""
+    shapes, M = arguments.shapes or [(4096, 4096)], arguments.rows or 8192
+    return [
+        Point(*shape, 16, "bfloat16", "bfloat16", p, M=M, relative=0.5) for p in (0.1, 0.0) for shape in shapes
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -81,15 +81,15 @@ def _cdiv(a: int, b: int) -> int:
 def _shrink(M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool) -> LaunchConfig:
     if dtype == torch.float32:
         return LaunchConfig("shrink", 32, 16, 32, 32)
-    BLOCK_R = 32 if upcast else _rank_block(r, 32, 64, 128)
+    BLOCK_R = _rank_block(r, 16, 32) if upcast else _rank_block(r, 16, 32, 64, 128)
     # narrow row blocks, for enough programs where rows are few and for enough warps to draw a mask
     BLOCK_M = 16 if M < 8192 or dropout else 64
     return LaunchConfig("shrink", BLOCK_M, 16, 64 if upcast or BLOCK_R > 32 else 128, BLOCK_R)
 
 
-def _expand(dtype: torch.dtype) -> LaunchConfig:
+def _expand(r: int, dtype: torch.dtype) -> LaunchConfig:
     BLOCK_M, BLOCK_N = (32, 64) if dtype == torch.float32 else (64, 128)
-    return LaunchConfig("expand", BLOCK_M, BLOCK_N, 16, 32)
+    return LaunchConfig("expand", BLOCK_M, BLOCK_N, 16, _rank_block(r, 16, 32))
 
 
 def _backward(op: str, M: int, C: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool) -> LaunchConfig:
@@ -170,7 +170,7 @@ def pick(
     if op == "shrink":
         return _shrink(M, r, dtype, dropout, upcast)
     if op == "expand":
-        return _expand(dtype)
+        return _expand(r, dtype)
     if op.startswith("backward"):
         return _backward(op, M, N, r, dtype, dropout, upcast)
     if op == "weight_grad":

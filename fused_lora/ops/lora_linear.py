@@ -181,14 +181,20 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type)
 
 
+def _as_autocast(adapters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Rounded as eager rounds them, for 16-bit products on tensor cores; a CPU computes in fp32 and keeps them."""
+    return [t.to(dtype) if t.is_cuda else t for t in adapters]
+
+
 def _register_autocast(device_type: str, key: str) -> None:
-    """Under autocast x and W take its dtype, as in F.linear; the adapters and their gradients keep theirs."""
+    """Under autocast x and W take its dtype, as in F.linear, and on CUDA the adapters; their gradients keep theirs."""
 
     def forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
         dtype = _autocast_dtype(x)
         with torch.autocast(device_type, enabled=False):
             if dtype is not None:
                 x, weight = x.to(dtype), weight.to(dtype)
+                lora_A, lora_B = _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype)
             return _lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
 
     def backward(*args):
@@ -219,6 +225,7 @@ def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, autocast) 
     """y; differentiable."""
     if autocast is not None:
         x, weight = x.to(autocast), weight.to(autocast)
+        lora_A, lora_B = _as_autocast(lora_A, autocast), _as_autocast(lora_B, autocast)
     tensors = (x, weight, bias, *lora_A, *lora_B)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _without_autocast(
