@@ -8,6 +8,7 @@ PEFT default  over a 16-bit base: fp32 adapters under torch.autocast, as trainer
 PEFT compiled PEFT through torch.compile (--compile)
 addmm         library GEMMs in Unsloth's order; with dropout, which Unsloth refuses, in axolotl's
 fused_lora    LoraLinear
+fused default LoraLinear with fp32 adapters under torch.autocast, beside PEFT default
 
 The base is frozen, x needs a gradient, all providers share weights and x and take turns in one run. Outputs and
 gradients are checked against float64 first, every provider with the same dropout mask (RMS error at most 1.1 times
@@ -128,15 +129,18 @@ def providers(
     layers = {"PEFT": peft(weights)}
     calls: dict[str, Callable] = {}
     if dtype.itemsize == 2:
-        layers["PEFT default"] = default = peft(
-            replace(weights, lora_A=weights.lora_A.float(), lora_B=weights.lora_B.float())
-        )
-        calls["PEFT default"] = torch.autocast(base.weight.device.type, dtype)(default)
+        wide = replace(weights, lora_A=weights.lora_A.float(), lora_B=weights.lora_B.float())
+        layers["PEFT default"] = default = peft(wide)
+        autocast = torch.autocast(base.weight.device.type, dtype)
+        calls["PEFT default"] = autocast(default)
     if compiled:
         layers["PEFT compiled"] = peft(weights)
         calls["PEFT compiled"] = torch.compile(layers["PEFT compiled"], dynamic=False)
     layers["addmm"] = by_hand
     layers["fused_lora"] = weights.ours(weights.base_layer(copy=False), dropout)
+    if dtype.itemsize == 2:
+        layers["fused default"] = ours = wide.ours(weights.base_layer(copy=False), dropout)
+        calls["fused default"] = autocast(ours)
     found = {"bare": Provider("bare", base, [], list(base.parameters()))}
     for name, layer in layers.items():
         parts = (layer.lora_A, layer.lora_B)
@@ -198,7 +202,7 @@ def check(
             )
             continue
         # addmm rounds fp32 adapters to x's dtype, as autocast does
-        rounds = name == "addmm" and point.adapter_dtype != point.dtype
+        rounds = name == "fused default" or name == "addmm" and point.adapter_dtype != point.dtype
         peft = yardsticks["PEFT default" if rounds else "PEFT"]
         found[name] = _first(no_worse(got[k], peft[k], exact[k], k) for k in exact)
     return found
@@ -358,10 +362,10 @@ def _add_gpu_bars(report: Report, rows: list[dict]) -> None:
         if row["both_to_bare"] is not None:
             report.bar(f"{name}: times the bare layer's time", row["both_to_bare"], 1.15, False)
         report.bar(f"{name}: times PEFT's speed", row["both_speedup"], 1.25, True)
-    for dtype in ("bfloat16", "float32"):
-        row = by_point.get(replace(large, adapter_dtype=dtype))
-        if row and row["both_speedup_default"] is not None:
-            title = f"{name}, {dtype} adapters: times PEFT default's speed"
+    for row in report.rows:
+        at_large = all(row.get(key) == value for key, value in vars(large).items())
+        if at_large and row["provider"] == "fused default" and row.get("both_speedup_default"):
+            title = f"{name}, fp32 adapters under autocast: times PEFT default's speed"
             report.bar(title, row["both_speedup_default"], 1.6, True)
     if speedups := [by_point[point]["both_speedup"] for point in LORAFUSION_POINTS if point in by_point]:
         title = f"linear fwd+bwd, LoRAFusion's points ({len(speedups)} of {len(LORAFUSION_POINTS)})"

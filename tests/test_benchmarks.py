@@ -437,7 +437,7 @@ def test_bars_of_a_layer_on_a_gpu(load, tmp_path):
     bench, report = load("bench_linear"), load("report").Report("linear", torch.device("cpu"), tmp_path, {})
     report.device = torch.device("cuda")
     table = load("report").Table(bench.COLUMNS)
-    ms = {"bare": 0.8, "PEFT": 1.2, "PEFT default": 1.8, "fused_lora": 1.0}
+    ms = {"bare": 0.8, "PEFT": 1.2, "PEFT default": 1.8, "fused_lora": 1.0, "fused default": 0.9}
     times = {name: [[t / 2, t / 2]] for name, t in ms.items()}
 
     def add(point, ours_host):
@@ -449,8 +449,8 @@ def test_bars_of_a_layer_on_a_gpu(load, tmp_path):
     add(dataclasses.replace(bench.LORAFUSION_POINTS[0], adapter_dtype="float32"), 500.0)
     add(bench.Point(8, 8, M=512), 1500.0)
     bench.add_bars(report)
-    expected = [("saved", 0, True), ("bare", 1.25, False), ("PEFT's", 1.2, False), ("bfloat16 adapters", 1.8, True)]
-    expected += [("float32 adapters", 1.8, True), ("(1 of 75)", 1.2, False)]
+    expected = [("saved", 0, True), ("bare", 1.25, False), ("PEFT's", 1.2, False)]
+    expected += [("fp32 adapters under autocast", 2.0, True), ("(1 of 75)", 1.2, False)]
     expected += [("longer of device and host", 0.8, False)]  # 1.2 ms of PEFT's device, 1.5 ms of our host
     assert len(report.bars) == len(expected)
     for bar, (part, value, passed) in zip(report.bars, expected, strict=True):
@@ -482,7 +482,9 @@ def test_linear_over_a_16_bit_base(load, tmp_path, adapter_dtype, dropout):
     point = bench.Point(96, 64, 16, "bfloat16", adapter_dtype, dropout, M=40, relative=0.5)
     arguments = argparse.Namespace(device=torch.device("cpu"), seconds=0, rounds=1, deadline=float("inf"))
     bench.measure(point, found, report.Table(bench.COLUMNS), arguments)
-    assert [row["provider"] for row in found.rows] == ["bare", "PEFT", "PEFT default", "addmm", "fused_lora"]
+    assert [row["provider"] for row in found.rows] == [
+        "bare", "PEFT", "PEFT default", "addmm", "fused_lora", "fused default",
+    ]  # fmt: skip
     assert all(row["correct"] and row["host_us"] is None and row["graph_ms"] is None for row in found.rows)
     default = found.rows[2]
     assert default["saved_bytes"] > found.rows[-1]["saved_bytes"]
