@@ -22,7 +22,7 @@ from fused_lora.ops import cpu, kernel, plan
 from fused_lora.reference import keep_scale
 
 COLUMNS = [("layer", 44), ("op", 8), ("variant", 10), ("ms", 26), ("xbare", 7), ("chosen", 7)]
-OPS = {"forward": "linear", "backward": "input_grad"}
+OPS = {"forward": "linear", "backward": "backward"}
 _RESULTS = {"forward": ("y",), "backward": ("dx", "dA", "dB")}
 
 
@@ -34,12 +34,12 @@ def variants(op: str, point: Point, device: torch.device) -> tuple[list[str], st
 
     dtype, masked, upcast = getattr(torch, point.dtype), point.dropout > 0, point.adapter_dtype != point.dtype
     capability = config.capability(device)
-    found = list(config.variants(op, point.M, point.r, dtype, masked, upcast, 1, capability))
-    if not (masked and op == "input_grad") and not upcast:
-        found.append("library")  # a library GEMM cannot mask the adapter's share of dx
-    contraction = point.inputs if op == "linear" else point.outputs
+    if op == "linear":
+        kernels, contraction = config.variants(point.M, point.r, dtype, masked, upcast), point.inputs
+    else:
+        kernels, contraction = ("passes",) if point.r <= config.PASS_RANKS else (), point.outputs
     chosen = plan.choose(op, point.M, contraction, point.r, dtype, masked, upcast, 1, capability)
-    return [*dict.fromkeys(found), "eager"], chosen
+    return [*kernels, "library", "eager"], chosen
 
 
 def runs(op: str, names: list[str], weights: Weights, x, g, dropout: float, seeds) -> dict[str, Callable]:

@@ -66,7 +66,7 @@ def required(case: CompileCase, capability: int) -> list[str]:
     needed = ["copy16"] if case.op != "mask" else []
     if case.config is not None and case.config.tma:
         needed.append("TMA")
-    if case.op in ("linear", "input_grad") and case.dtype.itemsize == 2:
+    if case.op in ("linear", "backward_g", "backward_x") and case.dtype.itemsize == 2:
         wide = {90: "HGMMA", 100: "tcgen05"}.get(capability) if case.config.BLOCK_M >= 64 else None
         needed.append(wide or ("HMMA" if capability else "MFMA"))
     if case.op.startswith("grouped") and case.dtype.itemsize == 2:

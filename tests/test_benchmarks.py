@@ -171,7 +171,7 @@ def test_bench_variants_with_kernels(load, tmp_path, device, kernels_on, monkeyp
     assert code == 1
     correct = {(row["op"], row["provider"]): row["correct"] for row in content["rows"]}
     assert not correct.pop(("forward", "split")) and all(correct.values())
-    assert {provider for _, provider in correct} == {"bare", "split", "recompute", "library", "eager"}
+    assert {provider for _, provider in correct} == {"bare", "recompute", "library", "passes", "eager"}
     assert sum(row["chosen"] for row in content["rows"]) == 2
 
 

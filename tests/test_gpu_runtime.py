@@ -174,13 +174,11 @@ def test_a_broken_configuration_is_dropped(failure, monkeypatch):
     from dataclasses import replace
 
     monkeypatch.setattr(kernel, "_state", {})
-    case = LayerCase.make(600, 256, 256, [16], [0.1], BF16, device="cuda")
+    case = LayerCase.make(40, 256, 256, [16], [0.0], BF16, device="cuda")
     expected = kernel.cpu.lora_linear(case.x, case.weight, case.bias, *case.adapters)
     if failure == "does not fit the chip":
         original = plan.plan
-        monkeypatch.setattr(
-            plan, "plan", lambda *a: _broken(c := original(*a), replace(c.product, tma=False, num_stages=64))
-        )
+        monkeypatch.setattr(plan, "plan", lambda *a: _broken(c := original(*a), replace(c.product, num_stages=64)))
     else:
         original = kernel.lora_linear
 
@@ -229,4 +227,4 @@ def test_the_plan_knows_this_chip():
     found = config.capability(device)
     assert found >= 10 and config.processors(device) > 0
     chosen = plan.plan("linear", 8192, 4096, 4096, 16, BF16, True, False, 1, found)
-    assert chosen.variant in ("split", "eager")
+    assert chosen.variant == ("split" if found == 90 else "library" if found >= 80 else "eager")

@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = "parts.jsonl"  # of each binary: its key, the parts of the key, the C source of its launcher
-KERNEL_TESTS = ["lora_linear", "lora_grad", "lora_expand", "merge", "lora_grouped", "dropout"]
+KERNEL_TESTS = ["lora_linear", "lora_backward", "lora_grad", "lora_expand", "merge", "lora_grouped", "dropout"]
 SMALL_TESTS = ["sync", "descriptors"]
 MULTIPROCESSORS = 132
 
@@ -73,11 +73,21 @@ def install(capability: int) -> None:
         return full
 
     JITFunction.run, compiler.get_cache_key = compile_only, recorded
-    from fused_lora.kernels import config, grouped_shrink, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink
+    from fused_lora.kernels import (
+        config,
+        grouped_shrink,
+        lora_backward,
+        lora_expand,
+        lora_grad,
+        lora_grouped,
+        lora_linear,
+        lora_shrink,
+    )
     from fused_lora.ops import kernel
 
     kernel.usable = lambda device: True
-    for module in (config, grouped_shrink, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink):
+    launchers = grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink
+    for module in (config, *launchers):
         if hasattr(module, "capability"):
             module.capability = lambda device: capability
         if hasattr(module, "processors"):
@@ -151,11 +161,12 @@ def _layer(M, N, K, ranks, dropout, dtype, adapter_dtype, bias, every) -> None:
     )  # fmt: skip
     case.planned()
     if every:
-        arguments = M, max(ranks), dtype, any(dropout), adapter_dtype != dtype
         each = [True] * len(ranks)
-        for variant in {*config.variants("linear", *arguments, 1, 90), "library"}:
+        upcast = adapter_dtype != dtype
+        for variant in (*config.variants(M, max(ranks), dtype, any(dropout), upcast, len(ranks)), "library"):
             _, S = kernel.lora_linear(variant)(case.x, case.weight, case.bias, *case.adapters)
-        for variant in {*config.variants("input_grad", *arguments, 1, 90), "library"}:
+        passes = len(ranks) == 1 and ranks[0] <= config.PASS_RANKS
+        for variant in ("passes", "library") if passes else ("library",):
             run, rest = kernel.lora_linear_backward(variant), (True, each, each, False, False)
             run(case.g, case.x, case.weight, case.lora_A, case.lora_B, S, *case.adapters[2:], *rest)
 

@@ -32,26 +32,23 @@ GROUPED = [(torch.bfloat16, 5), (torch.bfloat16, 70), (torch.float16, 33), (torc
 
 
 def layers(device: torch.device | str, subset: bool = False) -> Iterator[str]:
-    """Forward and backward of every variant that a shape can take; yields a line for each. AssertionError if wrong."""
+    """Every variant of forward and backward that a shape can take; yields a line for each. AssertionError if wrong."""
     for M, N, K, r in LAYERS[: 1 if subset else None]:
         for dtype, adapter_dtype in DTYPES[: 2 if subset else None]:
             for p in (0.25,) if subset else (0.0, 0.25):
                 case = LayerCase.make(M, N, K, [r], [p], dtype, adapter_dtype, device=device)
-                args = M, r, dtype, p > 0, dtype != adapter_dtype
-                for variant in {*variants("linear", *args), *variants("input_grad", *args)}:
-                    found = {}
-                    if variant in variants("linear", *args):
-                        found["y"], found["S"] = kernel.lora_linear(variant)(
-                            case.x, case.weight, case.bias, *case.adapters
-                        )
-                    if variant in variants("input_grad", *args):
-                        found |= backward(case, variant)
-                    case.check(found)
-                    yield f"{variant} M={M} N={N} K={K} r={r} p={p} {dtype} {adapter_dtype}"
+                label = f"M={M} N={N} K={K} r={r} p={p} {dtype} {adapter_dtype}"
+                for variant in (*variants(M, r, dtype, p > 0, dtype != adapter_dtype), "library"):
+                    y, S = kernel.lora_linear(variant)(case.x, case.weight, case.bias, *case.adapters)
+                    case.check(dict(y=y, S=S))
+                    yield f"forward {variant} {label}"
+                for variant in ("passes", "library"):
+                    case.check(backward(case, variant))
+                    yield f"backward {variant} {label}"
 
 
 def backward(case: LayerCase, variant: str) -> dict[str, torch.Tensor]:
-    """dx, dA and dB of one variant of the input gradient."""
+    """dx, dA and dB of one variant."""
     S = case.exact()["S"].float()
     each = [True] * len(case.lora_A)
     dx, dA, dB, _, _ = kernel.lora_linear_backward(variant)(
