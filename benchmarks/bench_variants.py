@@ -144,7 +144,8 @@ def points(arguments) -> list[Point]:
     on_cpu = arguments.device.type == "cpu"
     dtype = "float32" if on_cpu else "bfloat16"
     shapes = arguments.shapes or (bench_linear.SHAPES[:2] if on_cpu else bench_linear.LLAMA_3_8B)
-    rows = [arguments.rows] if getattr(arguments, "rows", None) else ([16, 512] if on_cpu else [8192, 16, 512, 1, 2048, 64, 128])
+    rows = [16, 512] if on_cpu else [8192, 16, 512, 1, 2048, 64, 128]
+    rows = [arguments.rows] if getattr(arguments, "rows", None) else rows
     return [
         Point(*shape, dtype=dtype, adapter_dtype=dtype, dropout=p, M=M, relative=0.5)
         for M in rows

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ BEGIN = "<!-- results: written by benchmarks/readme_table.py -->"
 END = "<!-- end of results -->"
 _SHORT = dict(float32="fp32", bfloat16="bf16", float16="fp16")
 _KINDS = dict(linear=("linear",), merge=("merge",), serving=("step", "generate", "server"))
+_LLAMA = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))
+_LORAFUSION = (4096, 5120, 8192)
 _STEPS = ((1, 1, 16), (8, 8, 16))  # T, D, r of the decode steps shown; the others are in the file
 _MERGERS = ("PEFT", "addmm", "fused_lora")
 _MERGE_NOTE = (
@@ -66,8 +69,11 @@ def _machine_block(entry: dict) -> str:
 
 
 def _linear_table(rows: Sequence[dict]) -> list[str]:
+    layers = _layers(rows, "linear")
+    if any("PEFT default" in layer for layer in layers):
+        return _gpu_linear_table(layers)
     lines = _head("forward+backward, in x out", "bare layer", "PEFT", "addmm", "fused_lora", "over PEFT", "saved, MiB")
-    for layer in _layers(rows, "linear"):
+    for layer in layers:
         own = layer["fused_lora"]
         times = [_time(layer.get(name), "both_ms") for name in ("bare", "PEFT", "addmm", "fused_lora")]
         saved = [_mebibytes(layer.get(name), "saved_bytes") for name in ("PEFT", "fused_lora")]
@@ -76,6 +82,38 @@ def _linear_table(rows: Sequence[dict]) -> list[str]:
         label += _SHORT[own["dtype"]] + adapters
         lines.append(_line(label, *times, _factor(own.get("both_speedup")), " -> ".join(saved)))
     return lines
+
+
+def _gpu_linear_table(layers: Sequence[dict]) -> list[str]:
+    """The layers of Llama-3-8B with dropout, and all of LoRAFusion's points in one line; the file has every other."""
+    lines = _head(
+        "forward+backward, in x out", "bare layer", "PEFT", "PEFT default", "addmm", "fused_lora", "times bare",
+        "over PEFT", "default over default", "saved, MiB",
+    )  # fmt: skip
+    for layer in layers:
+        own, default = layer["fused_lora"], layer.get("fused default", {})
+        if (own["inputs"], own["outputs"]) not in _LLAMA or (own["r"], own["dropout"]) != (16, 0.1):
+            continue
+        if own["adapter_dtype"] != own["dtype"]:
+            continue
+        names = ("bare", "PEFT", "PEFT default", "addmm", "fused_lora")
+        times = [_time(layer.get(name), "both_ms") for name in names]
+        saved = [_mebibytes(layer.get(name), "saved_bytes") for name in ("PEFT", "fused_lora")]
+        factors = own.get("both_to_bare"), own.get("both_speedup"), default.get("both_speedup_default")
+        label = f"{own['inputs']}x{own['outputs']}, {own['M']} rows"
+        lines.append(_line(label, *times, *map(_factor, factors), " -> ".join(saved)))
+    square = [
+        layer["fused_lora"]["both_speedup"]
+        for layer in layers
+        if (own := layer["fused_lora"])["inputs"] == own["outputs"] in _LORAFUSION and own["M"] % 256 == 0
+        if own["M"] >= 2048 and (own["r"], own["dropout"], own["adapter_dtype"]) == (16, 0.1, "bfloat16")
+        if own.get("both_speedup")
+    ]
+    note = "bf16, r=16, p=0.1. PEFT: bf16 adapters; default: fp32 adapters under autocast, as trainers run them."
+    if len(square) == 75:
+        note += f" LoRAFusion's 75 layers: {statistics.geometric_mean(square):.2f}x PEFT's speed (geometric mean)"
+        note += f", {min(square):.2f}x to {max(square):.2f}x."
+    return [*lines, "", note]
 
 
 def _merge_table(rows: Sequence[dict]) -> list[str]:
