@@ -57,30 +57,37 @@ def _philox_words(seed, block):
 
 
 @triton.jit
-def _interleave(a, b, c, d):
-    """[m, n] x 4 -> [m, 4 n], element 4 i + j from the j-th argument."""
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], 4 * a.shape[1]))
+def _kept(word, limit):
+    """Four bits: which of the 16-bit pieces of ``word`` reach limit / 2^16, a signed number."""
+    low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
+    # the lower piece of a half does not decide how the upper one compares
+    bits = (low << 16 >= limit).to(tl.int32) | ((low >= limit).to(tl.int32) << 1)
+    return bits | ((high << 16 >= limit).to(tl.int32) << 2) | ((high >= limit).to(tl.int32) << 3)
 
 
 @triton.jit
-def _kept(words, SHIFT: tl.constexpr, bound):
-    return ((words >> SHIFT).to(tl.int16).to(tl.int32) >= bound).to(tl.int8)
+def keep_bits(seed, bound, row0, col0, K, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """int32 [ROWS, COLS / 16]: bit b of word w says whether column 16 w + b of the tile at (row0, col0) is kept."""
+    rows = row0 + tl.arange(0, ROWS).to(tl.int64)
+    blocks = col0 // LANES + tl.arange(0, COLS // LANES)
+    block = rows[:, None] * tl.cdiv(K, LANES) + blocks[None, :]
+    w0, w1, w2, w3 = _philox_words(seed, block)
+    limit = bound << 16
+    low, high = _kept(w0, limit) | (_kept(w1, limit) << 4), (_kept(w2, limit) << 8) | (_kept(w3, limit) << 12)
+    # a sum inside a thread, over which the compiler moves no layout: else it draws the mask once for each reader's
+    bits = tl.sum(tl.permute(tl.join(low, high), (2, 0, 1)), 0)
+    return tl.where(bound < 32768, bits, 0)  # p = 1, whose limit is beyond 32 bits
 
 
 @triton.jit
 def keep_mask(seed, bound, row0, col0, K, ROWS: tl.constexpr, COLS: tl.constexpr):
     """True = kept: the tile [ROWS, COLS] at (row0, col0) of a mask of K columns, col0 a multiple of 16.
 
-    seed: int64 scalar; bound: threshold - 32768.
+    seed: int64 scalar; bound: threshold - 32768. Sixteen elements travel as one word to the threads that hold them.
     """
-    rows = row0 + tl.arange(0, ROWS).to(tl.int64)
-    blocks = col0 // LANES + tl.arange(0, COLS // LANES)
-    block = rows[:, None] * tl.cdiv(K, LANES) + blocks[None, :]
-    w0, w1, w2, w3 = _philox_words(seed, block)
-    words = _interleave(w0, w1, w2, w3)  # [ROWS, COLS / 4]
-    lane0, lane1 = _kept(words, 0, bound), _kept(words, 16, bound)
-    lane2, lane3 = _kept(words, 32, bound), _kept(words, 48, bound)
-    return _interleave(lane0, lane1, lane2, lane3) != 0
+    bits = keep_bits(seed, bound, row0, col0, K, ROWS, COLS)
+    lanes = (bits[:, :, None] >> tl.arange(0, LANES)[None, None, :]) & 1
+    return tl.reshape(lanes, (ROWS, COLS)) != 0
 
 
 @triton.jit
