@@ -84,8 +84,7 @@ def _backward_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upca
         stride_zc=1, EXPAND=expand, DROP=dropout, UPCAST=upcast, PRECISION=precision,
         BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_N, BLOCK_R=config.BLOCK_R,
     )  # fmt: skip
-    for name, kind, used in (("out_planes_ptr", "*fp32", not expand), ("seeds_ptr", "*i64", dropout)):
-        (types if used else values)[name] = kind if used else None
+    (types if dropout else values)["seeds_ptr"] = "*i64" if dropout else None
     # lora_A and dA by rows, lora_B and dB transposed
     for unit, long in (("qc", "qr"), ("gc", "gr")) if expand else (("qr", "qc"), ("gr", "gc")):
         values[f"stride_{unit}"], types[f"stride_{long}"] = 1, "i32"

@@ -7,8 +7,9 @@ g, x, dx  bf16 / fp16 / fp32      S, dS fp32      sums fp32      one adapter of 
 
 dx is the LoRA term alone: the library's GEMM adds g W to it. The pass over x draws the mask once for both results.
 A program owns BLOCK_C columns and one of SPLIT_K chunks of rows. Its share of a gradient of the parameters lands in a
-plane for its chunk, its share of dS in a plane for its columns; the last program to arrive adds the planes, always in
-the same order, so the same inputs give the same bits.
+plane for its chunk, and the last program to arrive adds the planes, always in the same order, so the same inputs give
+the same bits. Its share of dS lands in a plane for its columns; these planes hold more than one program should add, so
+torch adds them in a launch of its own.
 
 Bytes: over g  e M N + 8 M r C / BLOCK_C + 8 SPLIT_K r N;  over x  2 e M K + 8 SPLIT_K r K; the floor is e M N and
 2 e M K. Flops 4 M r N and 4 M r K.
@@ -26,7 +27,7 @@ from .tiles import addressable, load_tile, store_tile, sum_planes
 
 @triton.jit
 def _lora_backward_kernel(
-    z_ptr, t_ptr, q_ptr, out_ptr, grad_ptr, out_planes_ptr, grad_planes_ptr, seeds_ptr, sync_ptr,
+    z_ptr, t_ptr, q_ptr, out_ptr, grad_ptr, grad_planes_ptr, seeds_ptr, sync_ptr,
     bound, out_scale, grad_scale,
     M, C, R,
     stride_zm, stride_zc,
@@ -35,27 +36,25 @@ def _lora_backward_kernel(
     EXPAND: tl.constexpr, DROP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """z [M, C], t [M, R], q [R, C]: grad = t^T z, and out = t q with EXPAND, else out = z q^T."""
+    """z [M, C], t [M, R], q [R, C]: grad = t^T z, and out = t q with EXPAND, else the planes of out = z q^T."""
     OPERAND: tl.constexpr = tl.float32 if UPCAST else z_ptr.dtype.element_ty
     zero = tl.full((), 0, tl.int64)
-    column, chunk = tl.program_id(0), tl.program_id(1)
-    columns, chunks = tl.num_programs(0), tl.num_programs(1)
+    column, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c0 = column * BLOCK_C
     rows = tl.cdiv(tl.cdiv(M, BLOCK_M), chunks) * BLOCK_M
     begin = chunk * rows
     end = tl.minimum(M, begin + rows)
     seed = tl.load(seeds_ptr) if DROP else 0
     q = load_tile(q_ptr, 0, c0, stride_qr, stride_qc, R, C, BLOCK_R, BLOCK_C).to(OPERAND)
-    out_plane = out_planes_ptr
     if not EXPAND:
-        out_plane += (zero + column) * M * R
+        out_ptr += (zero + column) * M * R  # a plane for these columns
     grad = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for m in range(begin, end, BLOCK_M):
         z = load_tile(z_ptr, m, c0, stride_zm, stride_zc, M, C, BLOCK_M, BLOCK_C)
         t = load_tile(t_ptr, 0, m, 1, R, R, M, BLOCK_R, BLOCK_M).to(OPERAND)
         if not EXPAND:
-            out = tl.dot(q, tl.trans(z.to(OPERAND)), input_precision=PRECISION)
-            store_tile(out_plane, out, 0, m, 1, R, R, M, BLOCK_R, BLOCK_M)
+            out = tl.dot(q, tl.trans(z.to(OPERAND)), input_precision=PRECISION) * out_scale
+            store_tile(out_ptr, out, 0, m, 1, R, R, M, BLOCK_R, BLOCK_M)
         else:
             out = tl.dot(tl.trans(t), q, input_precision=PRECISION) * out_scale
             if DROP:
@@ -69,27 +68,17 @@ def _lora_backward_kernel(
     if last_to_arrive(sync_ptr + column, chunks):
         grad = sum_planes(grad_planes_ptr, chunks, (zero + R) * C, 0, c0, C, 1, R, C, BLOCK_R, BLOCK_C)
         store_tile(grad_ptr, grad, 0, c0, stride_gr, stride_gc, R, C, BLOCK_R, BLOCK_C)
-    if not EXPAND:
-        if last_to_arrive(sync_ptr + columns + chunk, columns):
-            for m in range(begin, end, BLOCK_M):
-                out = sum_planes(out_planes_ptr, columns, (zero + M) * R, 0, m, 1, R, R, M, BLOCK_R, BLOCK_M)
-                store_tile(out_ptr, out * out_scale, 0, m, 1, R, R, M, BLOCK_R, BLOCK_M)
 
 
 def _launch(z, t, q, out, grad, expand, seeds, dropout, out_scale, grad_scale, config) -> None:
     (M, C), R = z.shape, t.shape[1]
-    if z.numel() == 0:
-        out.zero_(), grad.zero_()
-        return
     z, q = addressable(z), addressable(q)
     drop = seeds is not None and dropout > 0
     columns, chunks = triton.cdiv(C, config.BLOCK_N), config.SPLIT_K
-    grad_planes = torch.empty((chunks, R, C), dtype=torch.float32, device=z.device)
-    out_planes = None if expand else torch.empty((columns, M, R), dtype=torch.float32, device=z.device)
+    planes = torch.empty((chunks, R, C), dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):
         _lora_backward_kernel[(columns, chunks)](
-            z, t, q, out, grad, out_planes, grad_planes, seeds if drop else None,
-            counters(columns + chunks, z.device),
+            z, t, q, out, grad, planes, seeds if drop else None, counters(columns, z.device),
             threshold(dropout) - 32768, float(out_scale), float(grad_scale),
             M, C, R,
             *z.stride(),
@@ -103,15 +92,17 @@ def _launch(z, t, q, out, grad, expand, seeds, dropout, out_scale, grad_scale, c
 def lora_backward_g(
     g: torch.Tensor, S: torch.Tensor, lora_B: torch.Tensor, scaling: float, config: LaunchConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dS = s g B, fp32 [M, r], and dB = s g^T S, [N, r] in the dtype of ``lora_B``. One launch.
+    """dS = s g B, fp32 [M, r], and dB = s g^T S, [N, r] in the dtype of ``lora_B``. Two launches, the second small.
 
     g [M, N] and lora_B [N, r] of any strides; S fp32 [M, r], unscaled, as the forward returns it.
     """
     (M, N), r = g.shape, lora_B.shape[1]
-    dS, dB = torch.empty_like(S), lora_B.new_empty((N, r))
+    if g.numel() == 0:
+        return torch.zeros_like(S), lora_B.new_zeros((N, r))
     config = config or pick("backward_g", M, N, 0, r, g.dtype, False, capability(g.device), lora_B.dtype != g.dtype)
-    _launch(g, S, lora_B.t(), dS, dB.t(), False, None, 0.0, scaling, scaling, config)
-    return dS, dB
+    planes, dB = S.new_empty((triton.cdiv(N, config.BLOCK_N), M, r)), lora_B.new_empty((N, r))
+    _launch(g, S, lora_B.t(), planes, dB.t(), False, None, 0.0, scaling, scaling, config)
+    return planes[0] if len(planes) == 1 else planes.sum(0), dB
 
 
 def lora_backward_x(
@@ -128,6 +119,8 @@ def lora_backward_x(
     """
     (M, K), r = x.shape, lora_A.shape[0]
     dx, dA = x.new_empty((M, K)), lora_A.new_empty((r, K))
+    if x.numel() == 0:
+        return dx, dA.zero_()
     drop, scale = seeds is not None and dropout > 0, keep_scale(dropout)
     config = config or pick("backward_x", M, K, 0, r, x.dtype, drop, capability(x.device), lora_A.dtype != x.dtype)
     _launch(x, dS, lora_A, dx, dA, True, seeds, dropout, scale, scale, config)
