@@ -1,8 +1,5 @@
 """Tensor descriptors (TMA): which matrices they can address, and the memory that Triton keeps them in."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import triton
 from triton.runtime import _allocation
@@ -22,22 +19,22 @@ def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
-@contextlib.contextmanager
-def descriptor_memory(needed: bool) -> Iterator[None]:
+class descriptor_memory:  # a generator's context would take four times as long, at every launch
     """Within it a launch can make descriptors on the device; afterwards the allocator of the caller is back."""
-    if not needed:
-        yield
-        return
-    held = _allocation._allocator
-    if hasattr(held, "reset"):  # a context variable, since triton 3.5
-        token = held.set(_allocate)
-        try:
-            yield
-        finally:
-            held.reset(token)
-        return
-    triton.set_allocator(_allocate)
-    try:
-        yield
-    finally:
-        triton.set_allocator(held)
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        held = _allocation._allocator
+        if hasattr(held, "reset"):  # a context variable, since triton 3.5
+            self._before = held.set(_allocate)
+        else:
+            self._before = held
+            triton.set_allocator(_allocate)
+
+    def __exit__(self, *_) -> None:
+        held = _allocation._allocator
+        if hasattr(held, "reset"):
+            held.reset(self._before)
+        else:
+            triton.set_allocator(self._before)

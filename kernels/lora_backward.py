@@ -15,12 +15,15 @@ Bytes: over g  e M N + 8 M r C / BLOCK_C + 8 SPLIT_K r N;  over x  2 e M K + 8 S
 2 e M K. Flops 4 M r N and 4 M r K.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import keep_mask, keep_scale, threshold
+from .launch import KEPT, Launch
 from .sync import counters, last_to_arrive
 from .tiles import addressable, load_tile, store_tile, sum_planes
 
@@ -70,23 +73,34 @@ def _lora_backward_kernel(
         store_tile(grad_ptr, grad, 0, c0, stride_gr, stride_gc, R, C, BLOCK_R, BLOCK_C)
 
 
-def _launch(z, t, q, out, grad, expand, seeds, dropout, out_scale, grad_scale, config) -> None:
-    (M, C), R = z.shape, t.shape[1]
+def _run(z, t, q, out, grad, expand, seeds, dropout, out_scale, grad_scale, config) -> None:
     z, q = addressable(z), addressable(q)
-    drop = seeds is not None and dropout > 0
-    columns, chunks = triton.cdiv(C, config.BLOCK_N), config.SPLIT_K
-    planes = torch.empty((chunks, R, C), dtype=torch.float32, device=z.device)
-    with torch.cuda.device_of(z):
-        _lora_backward_kernel[(columns, chunks)](
-            z, t, q, out, grad, planes, seeds if drop else None, counters(columns, z.device),
-            threshold(dropout) - 32768, float(out_scale), float(grad_scale),
-            M, C, R,
-            *z.stride(),
-            *q.stride(),
-            *grad.stride(),
-            EXPAND=expand, DROP=drop, UPCAST=q.dtype != z.dtype, PRECISION=precision(z.dtype),
-            BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_N, BLOCK_R=config.BLOCK_R, **config.options(),
-        )  # fmt: skip
+    dropout = 0.0 if seeds is None else dropout
+    dtypes = z.dtype, q.dtype, grad.dtype
+    launch, planes, flags = _launch(
+        z.shape, q.shape[0], z.stride(), q.stride(), grad.stride(), dtypes, z.device, expand, dropout,
+        out_scale, grad_scale, config,
+    )  # fmt: skip
+    planes = torch.empty(planes, dtype=torch.float32, device=z.device)
+    sync, seeds = counters(flags, z.device), seeds if dropout else None
+    launch(_lora_backward_kernel, z, t, q, out, grad, planes, seeds, sync)
+
+
+@lru_cache(KEPT)
+def _launch(
+    shape, R, z_strides, q_strides, grad_strides, dtypes, device, expand, dropout, out_scale, grad_scale, config
+) -> tuple[Launch, tuple[int, ...], int]:
+    """The launch, the shape of the planes of the parameters' gradient and the number of its counters."""
+    (M, C), (dtype, q_dtype, _) = shape, dtypes
+    columns, chunks = -(-C // config.BLOCK_N), config.SPLIT_K
+    launch = Launch(
+        (columns, chunks),
+        threshold(dropout) - 32768, float(out_scale), float(grad_scale),
+        M, C, R, *z_strides, *q_strides, *grad_strides,
+        EXPAND=expand, DROP=dropout > 0, UPCAST=q_dtype != dtype, PRECISION=precision(dtype),
+        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_N, BLOCK_R=config.BLOCK_R, **config.options(),
+    )  # fmt: skip
+    return launch, (chunks, R, C), columns
 
 
 def lora_backward_g(
@@ -100,8 +114,8 @@ def lora_backward_g(
     if g.numel() == 0:
         return torch.zeros_like(S), lora_B.new_zeros((N, r))
     config = config or pick("backward_g", M, N, 0, r, g.dtype, False, capability(g.device), lora_B.dtype != g.dtype)
-    planes, dB = S.new_empty((triton.cdiv(N, config.BLOCK_N), M, r)), lora_B.new_empty((N, r))
-    _launch(g, S, lora_B.t(), planes, dB.t(), False, None, 0.0, scaling, scaling, config)
+    planes, dB = S.new_empty((-(-N // config.BLOCK_N), M, r)), lora_B.new_empty((N, r))
+    _run(g, S, lora_B.t(), planes, dB.t(), False, None, 0.0, scaling, scaling, config)
     return planes[0] if len(planes) == 1 else planes.sum(0), dB
 
 
@@ -123,5 +137,5 @@ def lora_backward_x(
         return dx, dA.zero_()
     drop, scale = seeds is not None and dropout > 0, keep_scale(dropout)
     config = config or pick("backward_x", M, K, 0, r, x.dtype, drop, capability(x.device), lora_A.dtype != x.dtype)
-    _launch(x, dS, lora_A, dx, dA, True, seeds, dropout, scale, scale, config)
+    _run(x, dS, lora_A, dx, dA, True, seeds, dropout, scale, scale, config)
     return dx, dA

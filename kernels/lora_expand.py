@@ -12,6 +12,7 @@ loses small scales.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -19,6 +20,7 @@ import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import keep_mask
+from .launch import KEPT, Launch
 from .lora_shrink import adapter_table, stack
 from .tiles import addressable, grouped_order, load_tile, store_tile
 
@@ -92,21 +94,28 @@ def lora_expand(
     S fp32 [M, sum of ranks]; Q_i [r_i, N] of any strides; bias [N] or None. seeds: int64, one for each adapter, None
     for no mask; ``scales`` hold the 1 / (1 - p) of a mask.
     """
-    ranks, (M, R), N = [q.shape[0] for q in Q], S.shape, Q[0].shape[1]
-    y = torch.empty((M, N), dtype=dtype, device=S.device)
+    ranks = tuple([q.shape[0] for q in Q])
+    y = torch.empty((S.shape[0], Q[0].shape[1]), dtype=dtype, device=S.device)
     if y.numel() == 0:
         return y
     drop = seeds is not None and any(dropout)
-    upcast = any(q.dtype != dtype for q in Q)
-    config = config or pick("expand", M, N, 0, max(ranks), dtype, drop, capability(S.device), upcast)
-    ends, bounds = adapter_table(ranks, dropout)
     Q = addressable(stack(Q))
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    with torch.cuda.device_of(S):
-        _lora_expand_kernel[(tiles,)](
-            S, Q, y, bias, seeds if drop else None, ends, bounds, tuple(map(float, scales)), M, N, R, *Q.stride(),
-            NUM_ADAPTERS=len(ranks), DROP=drop, HAS_BIAS=bias is not None, UPCAST=upcast, PRECISION=precision(dtype),
-            BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
-            **config.options(),
-        )  # fmt: skip
+    kinds = dtype, Q.dtype, None if bias is None else bias.dtype
+    launch = _launch(y.shape, kinds, S.device, Q.stride(), ranks, tuple(scales), tuple(dropout), drop, config)
+    launch(_lora_expand_kernel, S, Q, y, bias, seeds if drop else None)
     return y
+
+
+@lru_cache(KEPT)
+def _launch(shape, kinds, device, q_strides, ranks, scales, dropout, drop, config) -> Launch:
+    (M, N), (dtype, q_dtype, bias_dtype) = shape, kinds
+    upcast = q_dtype != dtype
+    config = config or pick("expand", M, N, 0, max(ranks), dtype, drop, capability(device), upcast)
+    ends, bounds = adapter_table(ranks, dropout)
+    return Launch(
+        (-(-M // config.BLOCK_M) * -(-N // config.BLOCK_N),),
+        ends, bounds, tuple(map(float, scales)), M, N, sum(ranks), *q_strides,
+        NUM_ADAPTERS=len(ranks), DROP=drop, HAS_BIAS=bias_dtype is not None, UPCAST=upcast, PRECISION=precision(dtype),
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
+        **config.options(),
+    )  # fmt: skip

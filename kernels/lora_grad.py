@@ -12,6 +12,7 @@ L2, + 8 SPLIT_K R (K + N) for the planes; a rank above BLOCK_R reads x and g aga
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -19,6 +20,7 @@ import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import keep_scale
+from .launch import KEPT, Launch
 from .lora_shrink import adapter_of, adapter_table
 from .sync import counters, last_to_arrive
 from .tiles import addressable, contract, store_tile, sum_planes
@@ -114,32 +116,39 @@ def lora_linear_weight_grad(
     dtype: the adapters' dtype, which the fp32 sums are rounded to once; it also decides the precision of the products
     (16-bit S and dS for adapters of x's dtype, fp32 otherwise). One launch.
     """
-    (M, K), N, R = x.shape, g.shape[1], sum(ranks)
+    K, N, R, ranks = x.shape[1], g.shape[1], sum(ranks), tuple(ranks)
     dA = torch.empty((R, K), dtype=dtype, device=x.device)
     dB = torch.empty((N, R), dtype=dtype, device=x.device)
     drop = seeds is not None and any(dropout)
-    upcast = dtype != x.dtype
-    if config is None:
-        config = pick("weight_grad", M, N, K, max(ranks), x.dtype, drop, capability(x.device), upcast)
-    ends, bounds = adapter_table(ranks, dropout)
-    blocks = sum(triton.cdiv(r, config.BLOCK_R) for r in ranks)
-    tiles = blocks * (triton.cdiv(K, config.BLOCK_M) + triton.cdiv(N, config.BLOCK_M))
-    if tiles == 0:
-        return list(dA.split(list(ranks))), list(dB.split(list(ranks), dim=1))
-    x, g = addressable(x), addressable(g)
-    planes = sync = None
-    if config.SPLIT_K > 1:
-        planes = torch.empty((config.SPLIT_K, dA.numel() + dB.numel()), dtype=torch.float32, device=x.device)
-        sync = counters(tiles, x.device)
-    with torch.cuda.device_of(x):
-        _lora_weight_grad_kernel[(tiles, config.SPLIT_K)](
-            dA, dB, x, g, S, dS, planes, seeds, sync,
-            ends, bounds, tuple(keep_scale(p) for p in dropout), tuple(map(float, scaling)),
-            M, N, K, R, blocks,
-            *x.stride(),
-            *g.stride(),
-            0 if planes is None else planes.stride(0),
-            NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(x.dtype), SPLIT=planes is not None,
-            BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
+    if dA.numel() or dB.numel():
+        x, g = addressable(x), addressable(g)
+        launch, planes, flags = _launch(
+            x.shape, N, x.stride(), g.stride(), x.dtype, dtype, x.device,
+            ranks, tuple(scaling), tuple(dropout), drop, config,
         )  # fmt: skip
-    return list(dA.split(list(ranks))), list(dB.split(list(ranks), dim=1))
+        planes = torch.empty(planes, dtype=torch.float32, device=x.device) if planes else None
+        sync = counters(flags, x.device) if flags else None
+        launch(_lora_weight_grad_kernel, dA, dB, x, g, S, dS, planes, seeds if drop else None, sync)
+    if len(ranks) == 1:
+        return [dA], [dB]
+    return list(dA.split(ranks)), list(dB.split(ranks, dim=1))
+
+
+@lru_cache(KEPT)
+def _launch(
+    shape, N, x_strides, g_strides, dtype, adapter_dtype, device, ranks, scaling, dropout, drop, config
+) -> tuple[Launch, tuple[int, int] | None, int]:
+    """The launch, the shape of its planes and the number of its counters."""
+    (M, K), R, upcast = shape, sum(ranks), adapter_dtype != dtype
+    config = config or pick("weight_grad", M, N, K, max(ranks), dtype, drop, capability(device), upcast)
+    blocks = sum(-(-r // config.BLOCK_R) for r in ranks)
+    tiles = blocks * (-(-K // config.BLOCK_M) + -(-N // config.BLOCK_M))
+    planes, flags = ((config.SPLIT_K, R * (K + N)), tiles) if config.SPLIT_K > 1 else (None, 0)
+    launch = Launch(
+        (tiles, config.SPLIT_K),
+        *adapter_table(ranks, dropout), tuple(keep_scale(p) for p in dropout), tuple(map(float, scaling)),
+        M, N, K, R, blocks, *x_strides, *g_strides, planes[1] if planes else 0,
+        NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(dtype), SPLIT=planes is not None,
+        BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
+    )  # fmt: skip
+    return launch, planes, flags

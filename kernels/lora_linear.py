@@ -17,14 +17,16 @@ and S, 4 M R; split reads X once more, e M K, and S once. Flops: base 2 M K N; s
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision, processors, without_tma
-from .descriptors import describable, descriptor_memory
+from .descriptors import describable
 from .dropout import keep_scale
+from .launch import KEPT, Launch
 from .lora_expand import add_bias, lora_term
 from .lora_shrink import adapter_table, lora_shrink, stack
 from .sync import counters, last_to_arrive
@@ -157,12 +159,11 @@ def lora_linear_forward(
     x [M, K], weight [N, K] of x's dtype, any strides; bias [N]; lora_A_i [r_i, K], lora_B_i [N, r_i]; seeds int64, one
     for each adapter, on x's device. Arguments are checked by the op above, not here.
     """
-    (M, K), N, ranks = x.shape, weight.shape[0], [A.shape[0] for A in lora_A]
-    drop = seeds is not None and any(dropout)
-    upcast = any(t.dtype != x.dtype for t in (*lora_A, *lora_B))
-    config = config or pick(
-        "linear", M, N, K, max(ranks), x.dtype, drop, capability(x.device), upcast, len(ranks), variant
-    )
+    M, N, ranks = x.shape[0], weight.shape[0], tuple([A.shape[0] for A in lora_A])
+    if config is None:
+        drop, upcast = seeds is not None and any(dropout), any(t.dtype != x.dtype for t in (*lora_A, *lora_B))
+        shape, chip = (M, N, x.shape[1]), capability(x.device)
+        config = pick("linear", *shape, max(ranks), x.dtype, drop, chip, upcast, len(ranks), variant)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if config.variant == "recompute" and y.numel() > 0:
         S = torch.empty((M, ranks[0]), dtype=torch.float32, device=x.device)
@@ -172,31 +173,34 @@ def lora_linear_forward(
         return y, S
     x, w = addressable(x), addressable(weight.t())
     A, B = addressable(stack(lora_A)), addressable(stack([B.t() for B in lora_B]))
-    w_is_nk = w.stride(0) == 1
-    if config.tma and not (describable(x) and describable(w.t() if w_is_nk else w)):
+    if config.tma and not (describable(x) and describable(w.t() if w.stride(0) == 1 else w)):
         config = without_tma(config)
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    planes = sync = None
-    if config.SPLIT_K > 1:
-        planes = torch.empty((config.SPLIT_K, y.numel() + S.numel()), dtype=torch.float32, device=x.device)
-        sync = counters(tiles, x.device)
-    elif config.tma:
-        tiles = min(tiles, processors(x.device))
-    ends, _ = adapter_table(ranks, dropout)
-    with torch.cuda.device_of(x), descriptor_memory(config.tma and x.is_cuda):
-        _lora_linear_kernel[(tiles, config.SPLIT_K)](
-            x, w, bias, A, B, S, y, planes, sync,
-            ends, tuple(map(float, scaling)),
-            M, N, K, S.shape[1],
-            *x.stride(),
-            *w.stride(),
-            *A.stride(),
-            *B.stride(),
-            0 if planes is None else planes.stride(0),
-            NUM_ADAPTERS=len(ranks), VARIANT=config.variant,
-            HAS_BIAS=bias is not None, UPCAST=upcast, PRECISION=precision(x.dtype),
-            TMA=config.tma, W_IS_NK=w_is_nk, SPLIT=planes is not None,
-            BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
-            GROUP_M=config.GROUP_M, **config.options(),
-        )  # fmt: skip
+    dtypes = x.dtype, A.dtype, B.dtype, None if bias is None else bias.dtype
+    launch, planes, flags = _launch(
+        x.shape, N, x.stride(), w.stride(), A.stride(), B.stride(), dtypes, x.device, ranks, tuple(scaling), config
+    )
+    planes = torch.empty(planes, dtype=torch.float32, device=x.device) if planes else None
+    sync = counters(flags, x.device) if flags else None
+    launch(_lora_linear_kernel, x, w, bias, A, B, S, y, planes, sync)
     return y, S
+
+
+@lru_cache(KEPT)
+def _launch(
+    shape, N, x_strides, w_strides, a_strides, b_strides, dtypes, device, ranks, scaling, config
+) -> tuple[Launch, tuple[int, int] | None, int]:
+    """The launch, the shape of its planes and the number of its counters."""
+    (M, K), R, (dtype, *others, bias) = shape, sum(ranks), dtypes
+    tiles = -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)
+    planes, flags = ((config.SPLIT_K, M * (N + R)), tiles) if config.SPLIT_K > 1 else (None, 0)
+    launch = Launch(
+        (min(tiles, processors(device)) if config.tma and not planes else tiles, config.SPLIT_K),
+        adapter_table(ranks, ())[0], tuple(map(float, scaling)),
+        M, N, K, R, *x_strides, *w_strides, *a_strides, *b_strides, planes[1] if planes else 0,
+        NUM_ADAPTERS=len(ranks), VARIANT=config.variant,
+        HAS_BIAS=bias is not None, UPCAST=set(others) != {dtype}, PRECISION=precision(dtype),
+        TMA=config.tma, W_IS_NK=w_strides[0] == 1, SPLIT=planes is not None,
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
+        GROUP_M=config.GROUP_M, **config.options(),
+    )  # fmt: skip
+    return launch, planes, flags

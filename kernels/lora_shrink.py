@@ -10,6 +10,7 @@ of any shrink; flops 2 M K R. "Shrink" and "expand": Punica, arXiv:2310.18547.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -18,6 +19,7 @@ import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import threshold
+from .launch import KEPT, Launch
 from .tiles import addressable, contract, store_tile
 
 
@@ -98,25 +100,28 @@ def lora_shrink(
     x [M, K] and P_i [r_i, K] of any strides, e.g. lora_A of the forward with scales 1 / (1 - p). seeds: int64, one for
     each adapter, None for no mask.
     """
-    ranks = [p.shape[0] for p in P]
-    M, K = x.shape
-    S = torch.empty((M, sum(ranks)), dtype=torch.float32, device=x.device)
+    ranks = tuple([p.shape[0] for p in P])
+    S = torch.empty((x.shape[0], sum(ranks)), dtype=torch.float32, device=x.device)
     if S.numel() == 0:
         return S
     x, P = addressable(x), addressable(stack(P))
     drop = seeds is not None and any(dropout)
-    upcast = P.dtype != x.dtype
-    config = config or pick("shrink", M, 0, K, max(ranks), x.dtype, drop, capability(x.device), upcast)
-    ends, bounds = adapter_table(ranks, dropout)
-    blocks = sum(triton.cdiv(r, config.BLOCK_R) for r in ranks)
-    with torch.cuda.device_of(x):
-        _lora_shrink_kernel[(blocks * triton.cdiv(M, config.BLOCK_M),)](
-            x, P, S, seeds,
-            ends, bounds, tuple(map(float, scales)),
-            M, K, S.shape[1], blocks,
-            *x.stride(),
-            *P.stride(),
-            NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(x.dtype),
-            BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
-        )  # fmt: skip
+    launch = _launch(
+        x.shape, x.stride(), x.dtype, x.device, P.stride(), P.dtype, ranks, tuple(scales), tuple(dropout), drop, config
+    )
+    launch(_lora_shrink_kernel, x, P, S, seeds if drop else None)
     return S
+
+
+@lru_cache(KEPT)
+def _launch(shape, x_strides, dtype, device, p_strides, p_dtype, ranks, scales, dropout, drop, config) -> Launch:
+    (M, K), upcast = shape, p_dtype != dtype
+    config = config or pick("shrink", M, 0, K, max(ranks), dtype, drop, capability(device), upcast)
+    ends, bounds = adapter_table(ranks, dropout)
+    blocks = sum(-(-r // config.BLOCK_R) for r in ranks)
+    return Launch(
+        (blocks * -(-M // config.BLOCK_M),),
+        ends, bounds, tuple(map(float, scales)), M, K, sum(ranks), blocks, *x_strides, *p_strides,
+        NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(dtype),
+        BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
+    )  # fmt: skip

@@ -32,20 +32,15 @@ def callers_allocator(request, monkeypatch):
 
 
 def test_the_callers_allocator_is_back_after_the_launch(callers_allocator):
-    with descriptor_memory(True):
+    with descriptor_memory():
         assert current() is not callers_allocator
     assert current() is callers_allocator
 
 
 def test_it_is_back_after_a_launch_that_fails(callers_allocator):
-    with pytest.raises(RuntimeError, match="launch"), descriptor_memory(True):
+    with pytest.raises(RuntimeError, match="launch"), descriptor_memory():
         raise RuntimeError("launch failed")
     assert current() is callers_allocator
-
-
-def test_a_launch_without_descriptors_leaves_it_alone(callers_allocator):
-    with descriptor_memory(False):
-        assert current() is callers_allocator
 
 
 def test_what_a_descriptor_can_address():

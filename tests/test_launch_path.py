@@ -18,16 +18,17 @@ import torch
 pytest.importorskip("triton")
 HERE = Path(__file__)
 HEADER = Path(sysconfig.get_path("include"), "Python.h")
+DEVICE = [0]  # which the stub says is current
 COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 LAUNCHES = {
     "forward, recompute": 1,
     "forward, recompute, K split": 1,
-    "forward, publish, descriptors": 1,
     "forward, split, two masks, descriptors": 2,
     "forward, split, pointers": 2,
-    "input_grad, publish, mask, descriptors": 1,
-    "input_grad, split, mask, fp32": 2,
     "shrink, mask, fp32 adapter": 1,
+    "expand, mask, bias": 1,
+    "backward over g": 1,
+    "backward over x, mask": 1,
     "weight_grad, mask": 1,
     "weight_grad, M split": 1,
     "grouped_shrink": 1,
@@ -37,6 +38,18 @@ LAUNCHES = {
     "unmerge_scan": 1,
     "unmerge_apply": 1,
     "dropout_mask": 1,
+}
+# who launches: Triton itself, or a kept launch with what Triton passed before
+WAYS = {
+    "again": ["triton", "kept", "kept"],
+    "another scale": ["triton", "kept"],
+    "not aligned": ["triton", "triton"],
+    "aligned again": ["kept"],
+    "under a hook": ["triton"],
+    "under a hook before the run": ["triton"],
+    "without hooks": ["kept"],
+    "from another device": ["triton"],
+    "descriptors": ["triton", "triton", "kept", "kept"],
 }
 
 
@@ -53,7 +66,9 @@ def test_every_launcher_launches(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")  # what is linked to the stub is for nobody else
     done = subprocess.run([sys.executable, HERE], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == LAUNCHES
+    found = json.loads(done.stdout)
+    assert found["launches"] == LAUNCHES
+    assert found["ways"] == WAYS
 
 
 def use_stub():
@@ -63,7 +78,7 @@ def use_stub():
     from triton.runtime import driver
 
     stub = CudaDriver()
-    stub.get_current_device = lambda: 0
+    stub.get_current_device = lambda: DEVICE[0]
     stub.get_current_stream = lambda device: 0
     stub.get_device_capability = lambda *_: (9, 0)
     stub.get_current_target = lambda: GPUTarget("cuda", 90, 32)
@@ -74,18 +89,44 @@ def use_stub():
 
     config.capability = lambda device: 90
     descriptors._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
-    memory = descriptors.descriptor_memory
-    descriptors.descriptor_memory = lambda needed: memory(True)  # nobody asks for it with CPU tensors
 
 
-def launches() -> dict[str, int]:
+def record(run, launch) -> tuple[list[str], list[list]]:
+    """Who makes each launch from here on, and what the C launcher is given, a tensor as its address."""
+    who, given = [], []
+
+    def recorded_run(self, *args, **kwargs):
+        kernel = run(self, *args, **kwargs)
+        who[-1] = "triton"
+        return kernel
+
+    def recorded_launch(self, *args):
+        who.append("kept")
+        given.append([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args])
+        return launch(self, *args)
+
+    JITFunction.run, CudaLauncher.__call__ = recorded_run, recorded_launch
+    return who, given
+
+
+def assert_alike(first, again):
+    """Two launches of a launcher differ in addresses alone; 6, 7 and 8 are hooks and what they are told."""
+    assert len(first) == len(again)
+    for i, (a, b) in enumerate(zip(first, again, strict=True)):
+        address = type(a) is int and a > 2**32
+        assert a == b or i in (6, 7, 8) or (address and type(b) is int and b > 2**32), (i, a, b)
+
+
+def launches(given: list[list]) -> dict[str, int]:
     """What the stub counts while each launcher runs; names as in LAUNCHES."""
     from fused_lora.kernels import merge
     from fused_lora.kernels.dropout import dropout_mask
     from fused_lora.kernels.grouped_shrink import grouped_shrink
+    from fused_lora.kernels.lora_backward import lora_backward_g, lora_backward_x
+    from fused_lora.kernels.lora_expand import lora_expand
     from fused_lora.kernels.lora_grad import lora_linear_weight_grad
     from fused_lora.kernels.lora_grouped import grouped_expand
-    from fused_lora.kernels.lora_linear import lora_linear_forward, lora_linear_input_grad
+    from fused_lora.kernels.lora_linear import lora_linear_forward
     from fused_lora.kernels.lora_shrink import lora_shrink
     from fused_lora.testing.grouped import GroupedCase
     from fused_lora.testing.layers import LayerCase
@@ -94,8 +135,14 @@ def launches() -> dict[str, int]:
 
     def counted(name, launcher, *args, **fixed):
         before = count()
-        result = launcher(*args, **fixed)
+        given.clear()
+        launcher(*args, **fixed)
         found[name] = count() - before
+        first = list(given)
+        given.clear()
+        result = launcher(*args, **fixed)
+        for pair in zip(first, given, strict=True):
+            assert_alike(*pair)
         return result
 
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -103,10 +150,6 @@ def launches() -> dict[str, int]:
     def forward(name, variant, M, K, dropout=(0.0,)):
         case = LayerCase.make(M, 64, K, [8] * len(dropout), dropout, bf16)
         counted(name, lora_linear_forward, case.x, case.weight, case.bias, *case.adapters, variant=variant)
-
-    def input_grad(name, variant, dtype):
-        case = LayerCase.make(600, 64, 64, [8], [0.1], dtype)
-        counted(name, lora_linear_input_grad, case.g, case.weight, *case.adapters, variant=variant)
 
     def weight_grad(name, M, p):
         case = LayerCase.make(M, 64, 64, [8], [p], bf16)
@@ -116,13 +159,14 @@ def launches() -> dict[str, int]:
 
     forward("forward, recompute", "recompute", 4, 64)
     forward("forward, recompute, K split", "recompute", 4, 4096)
-    forward("forward, publish, descriptors", "publish", 600, 64)
     forward("forward, split, two masks, descriptors", "split", 600, 64, [0.1, 0.5])
     forward("forward, split, pointers", "split", 600, 60)
-    input_grad("input_grad, publish, mask, descriptors", "publish", bf16)
-    input_grad("input_grad, split, mask, fp32", "split", fp32)
     case = LayerCase.make(40, 64, 64, [8], [0.1], bf16, fp32)
     counted("shrink, mask, fp32 adapter", lora_shrink, case.x, case.lora_A, [1.0], case.dropout, case.seeds)
+    S, lora_A, lora_B, mask = torch.zeros(40, 8), case.lora_A, case.lora_B, (0.1, case.seeds)
+    counted("expand, mask, bias", lora_expand, S, lora_A, [1.0], case.dropout, case.seeds, case.bias, bf16)
+    counted("backward over g", lora_backward_g, case.g, S, lora_B[0], 2.0)
+    counted("backward over x, mask", lora_backward_x, case.x, S, lora_A[0], *mask)
     weight_grad("weight_grad, mask", 40, 0.1)
     weight_grad("weight_grad, M split", 600, 0.0)
 
@@ -140,6 +184,64 @@ def launches() -> dict[str, int]:
     return found
 
 
+def ways(who: list[str], given: list[list]) -> dict[str, list[str]]:
+    """Who launches in each situation of WAYS."""
+    from triton import knobs
+
+    from fused_lora.kernels.lora_linear import lora_linear_forward
+    from fused_lora.kernels.lora_shrink import _lora_shrink_kernel, lora_shrink
+    from fused_lora.testing.layers import LayerCase
+
+    case, found = LayerCase.make(600, 64, 64, [8], [0.1], torch.bfloat16), {}
+
+    def shrink(situation, x=case.x, scale=1.0):
+        lora_shrink(x, case.lora_A, [scale], case.dropout, case.seeds)
+        found.setdefault(situation, []).append(who[-1])
+        return given[-1]
+
+    for _ in range(3):
+        again = shrink("again")
+    assert again[6:9] == [None] * 3  # as of a launch without hooks
+    assert {t.data_ptr() for t in (case.x, case.lora_A[0], case.seeds)} <= set(again[9:])
+    for _ in range(2):
+        scaled = shrink("another scale", scale=2.0)
+        assert (2.0,) in scaled and (1.0,) not in scaled
+    shifted = torch.zeros(600 * 64 + 1, dtype=torch.bfloat16)[1:].view(600, 64)
+    for _ in range(2):
+        shrink("not aligned", shifted)
+    shrink("aligned again")
+
+    seen, hook = [], knobs.runtime.launch_enter_hook
+    if hook is None:  # triton 3.4
+        knobs.runtime.launch_enter_hook = seen.append
+    else:
+        hook.add(seen.append)
+    shrink("under a hook")
+    assert len(seen) == 1
+    if hook is None:
+        knobs.runtime.launch_enter_hook = None
+    else:
+        hook.calls.clear()
+    _lora_shrink_kernel.pre_run_hooks.append(lambda *args, **kwargs: seen.append(args))
+    shrink("under a hook before the run")
+    assert len(seen) == 2
+    _lora_shrink_kernel.pre_run_hooks.clear()
+    shrink("without hooks")
+    DEVICE[0] = 1
+    shrink("from another device")
+    DEVICE[0] = 0
+
+    who.clear()
+    for _ in range(2):
+        lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, variant="split")
+    found["descriptors"] = list(who)
+    return found
+
+
 if __name__ == "__main__":
+    from triton.backends.nvidia.driver import CudaLauncher
+    from triton.runtime.jit import JITFunction
+
     use_stub()
-    print(json.dumps(launches()))
+    who, given = record(JITFunction.run, CudaLauncher.__call__)
+    print(json.dumps({"launches": launches(given), "ways": ways(who, given)}))

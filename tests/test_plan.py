@@ -126,6 +126,7 @@ def test_kernel_and_eager_path_draw_the_same_mask(device, kernels_on, monkeypatc
     results = []
     for variant in ("split", "eager"):
         monkeypatch.setattr(plan, "choose", lambda *_, variant=variant: variant)
+        plan.forget()
         torch.manual_seed(3)
         y = lora_linear(x, W, b, A, B, s, [0.5])
         results.append([y, *torch.autograd.grad(y.square().sum(), (x, *A, *B))])
@@ -175,6 +176,7 @@ def test_the_check_can_be_switched_off_and_memory_errors_pass_through(device, ra
         return run
 
     monkeypatch.setattr(kernel, "lora_linear", exhausted)
+    plan.forget()
     with pytest.raises(torch.OutOfMemoryError):
         lora_linear(*args)
 

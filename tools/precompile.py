@@ -85,7 +85,7 @@ def install(capability: int) -> None:
     )
     from fused_lora.ops import kernel
 
-    kernel.usable = lambda device: True
+    kernel.DEVICE = "cpu"
     launchers = grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink
     for module in (config, *launchers):
         if hasattr(module, "capability"):

@@ -2,7 +2,7 @@
 
 ``guarded`` and ``passes`` let nothing run that has not been tried once in the process; what fails is dropped with one
 warning, and the eager path does the work from then on. ``FUSED_LORA_CHECK=0`` skips the trial,
-``FUSED_LORA_PLAN=eager`` switches all kernels off.
+``FUSED_LORA_PLAN=eager`` switches all kernels off. Both are read when a shape is used for the first time.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from fused_lora.ops import cpu
 if TYPE_CHECKING:
     from fused_lora.ops.plan import Plan
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 LIBRARY = ("library", "passes")  # variants whose y or dx is written by a library GEMM, in TF32 where torch is set to it
+DEVICE = "cuda"  # type of the devices that kernels run on
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _state: dict[tuple, bool] = {}  # what was used -> whether it passed
+_drops = 0  # how often something was dropped
 # for trials and first runs: Triton publishes a kernel before it has loaded it, and another thread would launch nothing
 _first_use = threading.RLock()
 _no_lock = contextlib.nullcontext()
 
 
 class Case(NamedTuple):
-    """Sizes, dtypes and strides of a small layer, as a plan's first use is tried on."""
+    """Sizes, dtypes and strides of a layer: of a call, or of the small layer that its plan is tried on."""
 
     rows: int
     outputs: int
@@ -49,12 +51,12 @@ class Case(NamedTuple):
 
 def usable(device: torch.device) -> bool:
     """Whether kernels may run on this device at all: CUDA with Triton, not switched off."""
-    return device.type == "cuda" and HAS_TRITON and os.environ.get("FUSED_LORA_PLAN") != "eager"
+    return device.type == DEVICE and HAS_TRITON and os.environ.get("FUSED_LORA_PLAN") != "eager"
 
 
 def fits(x: torch.Tensor, lora_A: Sequence[torch.Tensor], lora_B: Sequence[torch.Tensor]) -> bool:
     """Whether the kernels compute these dtypes."""
-    return all(t.dtype in _DTYPES for t in (x, *lora_A, *lora_B))
+    return all(t.dtype in DTYPES for t in (x, *lora_A, *lora_B))
 
 
 def lora_linear(variant: str, chosen: Plan | None = None) -> Callable:
@@ -182,8 +184,12 @@ def verdicts() -> dict[tuple, bool]:
 def guarded(key: tuple, run: Callable, eager: Callable, check: Callable[[], str | None]) -> Callable:
     """``run`` if ``key`` passes its ``check``, ``eager`` otherwise and after a failure of ``run`` itself."""
 
+    trusted = None  # how much had been dropped when the key passed last: nothing since, and it passes still
+
     def call(*args):
-        passed = _state.get(key)
+        nonlocal trusted
+        drops = _drops
+        passed = trusted == drops or _state.get(key)
         first = passed is None
         with _first_use if first else _no_lock:
             if passed or (first and _try(key, check)):
@@ -191,6 +197,7 @@ def guarded(key: tuple, run: Callable, eager: Callable, check: Callable[[], str 
                     result = run(*args)
                     if first:
                         _state[key] = True  # loaded: no lock from here on
+                    trusted = drops
                     return result
                 except torch.OutOfMemoryError:
                     raise
@@ -202,7 +209,9 @@ def guarded(key: tuple, run: Callable, eager: Callable, check: Callable[[], str 
 
 
 def _drop(key: tuple, wrong: str) -> None:
+    global _drops
     _state[key] = False
+    _drops += 1
     warnings.warn(f"fused_lora: {key} is dropped, the eager path takes over: {wrong}", stacklevel=3)
 
 

@@ -126,17 +126,9 @@ def forward(
     dropout: Sequence[float],
 ) -> Callable:
     """The function that computes (y, S) for these arguments; all candidates share one signature."""
-    chosen = _plan("linear", x, weight.shape[0], weight.shape[1], lora_A, lora_B, dropout)
-    if chosen.variant == "eager":
+    if x.device.type != kernel.DEVICE:
         return cpu.lora_linear
-    run, case = kernel.lora_linear(chosen.variant, chosen), _case(chosen, x, weight, bias, lora_A, lora_B, dropout)
-
-    def check() -> str | None:
-        args = kernel.small_case(case)
-        exact = reference.lora_linear(*args)
-        return kernel.compare(run(*args), exact, x.dtype, chosen.variant in kernel.LIBRARY)
-
-    return kernel.guarded(("linear", chosen, case), run, cpu.lora_linear, check)
+    return _forward(_case_of(x, weight, bias, lora_A, lora_B, dropout))
 
 
 def backward(
@@ -151,13 +143,53 @@ def backward(
 
     whole: dx and every dA and dB are wanted; without it the function takes any of them.
     """
-    chosen = _plan("backward", g, weight.shape[1], weight.shape[0], lora_A, lora_B, dropout, whole)
+    if g.device.type != kernel.DEVICE:
+        return cpu.lora_linear_backward
+    return _backward(_case_of(g, weight, None, lora_A, lora_B, dropout), whole)
+
+
+def forget() -> None:
+    """Plan all shapes anew, after a change of ``FUSED_LORA_PLAN``; what has failed stays dropped."""
+    _forward.cache_clear()
+    _backward.cache_clear()
+
+
+def _case_of(x, weight, bias, lora_A, lora_B, dropout) -> kernel.Case:
+    """All that a plan depends on; ``x`` is the gradient of y in the backward."""
+    return kernel.Case(
+        x.shape[0],
+        *weight.shape,
+        x.device,
+        x.dtype,
+        tuple([(A.shape[0], A.dtype, B.dtype) for A, B in zip(lora_A, lora_B, strict=True)]),
+        tuple(dropout),
+        None if bias is None else bias.dtype,
+        x.stride(1) == 1,
+        weight.stride(1) == 1,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _forward(call: kernel.Case) -> Callable:
+    chosen = _plan("linear", call, call.outputs, call.inputs)
+    if chosen.variant == "eager":
+        return cpu.lora_linear
+    run, case = kernel.lora_linear(chosen.variant, chosen), _small_case(chosen, call)
+
+    def check() -> str | None:
+        args = kernel.small_case(case)
+        exact = reference.lora_linear(*args)
+        return kernel.compare(run(*args), exact, case.dtype, chosen.variant in kernel.LIBRARY)
+
+    return kernel.guarded(("linear", chosen, case), run, cpu.lora_linear, check)
+
+
+@lru_cache(maxsize=4096)
+def _backward(call: kernel.Case, whole: bool) -> Callable:
+    chosen = _plan("backward", call, call.inputs, call.outputs, whole)
     if chosen.variant == "eager":
         return cpu.lora_linear_backward
-    run, case = (
-        kernel.lora_linear_backward(chosen.variant, chosen),
-        _case(chosen, g, weight, None, lora_A, lora_B, dropout),
-    )
+    run, case = kernel.lora_linear_backward(chosen.variant, chosen), _small_case(chosen, call)
 
     def check() -> str | None:
         x, W, _, A, B, scaling, p, seeds = kernel.small_case(case)
@@ -171,17 +203,17 @@ def backward(
     return kernel.guarded(("backward", chosen, case), run, cpu.lora_linear_backward, check)
 
 
-def _plan(op: str, x, N: int, K: int, lora_A, lora_B, dropout, whole: bool = True) -> Plan:
-    if not kernel.usable(x.device) or not kernel.fits(x, lora_A, lora_B) or not x.shape[0]:
+def _plan(op: str, call: kernel.Case, N: int, K: int, whole: bool = True) -> Plan:
+    dtypes = {dtype for _, *both in call.adapters for dtype in both}
+    if not call.rows or not kernel.usable(call.device) or not {call.dtype, *dtypes} <= kernel.DTYPES:
         return Plan("eager")
     from fused_lora.kernels.config import capability
 
-    upcast = any(t.dtype != x.dtype for t in (*lora_A, *lora_B))
-    r = max(A.shape[0] for A in lora_A)
-    return plan(op, x.shape[0], N, K, r, x.dtype, any(dropout), upcast, len(lora_A), capability(x.device), whole)
+    r, upcast, chip = max(r for r, *_ in call.adapters), dtypes != {call.dtype}, capability(call.device)
+    return plan(op, call.rows, N, K, r, call.dtype, any(call.dropout), upcast, len(call.adapters), chip, whole)
 
 
-def _case(chosen: Plan, x, weight, bias, lora_A, lora_B, dropout) -> kernel.Case:
+def _small_case(chosen: Plan, call: kernel.Case) -> kernel.Case:
     """The smallest layer that crosses a border of every tile of the plan and compiles to the binaries of this call."""
     product, shrink, weight_grad = chosen.product, chosen.shrink, chosen.weight_grad
     if chosen.variant == "passes":
@@ -194,17 +226,8 @@ def _case(chosen: Plan, x, weight, bias, lora_A, lora_B, dropout) -> kernel.Case
         if weight_grad is not None:
             rows = max(rows, weight_grad.BLOCK_K)
             outputs, inputs = max(contraction, weight_grad.BLOCK_M), max(columns, weight_grad.BLOCK_M)
-    return kernel.Case(
-        rows=_small(x.shape[0], rows),
-        outputs=_small(weight.shape[0], outputs),
-        inputs=_small(weight.shape[1], inputs),
-        device=x.device,
-        dtype=x.dtype,
-        adapters=tuple((A.shape[0], A.dtype, B.dtype) for A, B in zip(lora_A, lora_B, strict=True)),
-        dropout=tuple(dropout),
-        bias=None if bias is None else bias.dtype,
-        x_by_rows=x.stride(1) == 1,
-        weight_by_rows=weight.stride(1) == 1,
+    return call._replace(
+        rows=_small(call.rows, rows), outputs=_small(call.outputs, outputs), inputs=_small(call.inputs, inputs)
     )
 
 
