@@ -46,8 +46,8 @@ from fused_lora.testing.layers import LayerCase
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="mutants run in the interpreter alone")
 MODULES = [
-    delta, dropout, grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink, merge,
-    sync, tiles,
+    delta, dropout, grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink,
+    merge, sync, tiles,
 ]  # fmt: skip
 TILE_CALLS = ("load_tile", "store_tile")  # their arguments end with num_rows, num_cols, ROWS, COLS
 MASK_NAMES = ("mask", "inside", "row_ok", "todo")

@@ -22,12 +22,15 @@ COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 LAUNCHES = {
     "forward, recompute": 1,
     "forward, recompute, K split": 1,
-    "forward, publish, descriptors": 1,
     "forward, split, two masks, descriptors": 2,
     "forward, split, pointers": 2,
-    "input_grad, publish, mask, descriptors": 1,
-    "input_grad, split, mask, fp32": 2,
+    "forward, split, fp32": 2,
     "shrink, mask, fp32 adapter": 1,
+    "expand, bias": 1,
+    "expand, two masks": 1,
+    "backward_g": 1,
+    "backward_x": 1,
+    "backward_x, mask, fp32 adapter": 1,
     "weight_grad, mask": 1,
     "weight_grad, M split": 1,
     "grouped_shrink": 1,
@@ -83,9 +86,11 @@ def launches() -> dict[str, int]:
     from fused_lora.kernels import merge
     from fused_lora.kernels.dropout import dropout_mask
     from fused_lora.kernels.grouped_shrink import grouped_shrink
+    from fused_lora.kernels.lora_backward import lora_backward_g, lora_backward_x
+    from fused_lora.kernels.lora_expand import lora_expand
     from fused_lora.kernels.lora_grad import lora_linear_weight_grad
     from fused_lora.kernels.lora_grouped import grouped_expand
-    from fused_lora.kernels.lora_linear import lora_linear_forward, lora_linear_input_grad
+    from fused_lora.kernels.lora_linear import lora_linear_forward
     from fused_lora.kernels.lora_shrink import lora_shrink
     from fused_lora.testing.grouped import GroupedCase
     from fused_lora.testing.layers import LayerCase
@@ -100,13 +105,16 @@ def launches() -> dict[str, int]:
 
     bf16, fp32 = torch.bfloat16, torch.float32
 
-    def forward(name, variant, M, K, dropout=(0.0,)):
-        case = LayerCase.make(M, 64, K, [8] * len(dropout), dropout, bf16)
+    def forward(name, variant, M, K, dropout=(0.0,), dtype=bf16):
+        case = LayerCase.make(M, 64, K, [8] * len(dropout), dropout, dtype)
         counted(name, lora_linear_forward, case.x, case.weight, case.bias, *case.adapters, variant=variant)
 
-    def input_grad(name, variant, dtype):
-        case = LayerCase.make(600, 64, 64, [8], [0.1], dtype)
-        counted(name, lora_linear_input_grad, case.g, case.weight, *case.adapters, variant=variant)
+    def passes(name, p, adapter_dtype):
+        case = LayerCase.make(600, 64, 64, [8], [p], bf16, adapter_dtype)
+        dS = torch.zeros(600, 8)
+        if not p:
+            counted("backward_g", lora_backward_g, case.g, dS, case.lora_B[0], 2.0)
+        counted(name, lora_backward_x, case.x, dS, case.lora_A[0], p, case.seeds)
 
     def weight_grad(name, M, p):
         case = LayerCase.make(M, 64, 64, [8], [p], bf16)
@@ -116,13 +124,17 @@ def launches() -> dict[str, int]:
 
     forward("forward, recompute", "recompute", 4, 64)
     forward("forward, recompute, K split", "recompute", 4, 4096)
-    forward("forward, publish, descriptors", "publish", 600, 64)
     forward("forward, split, two masks, descriptors", "split", 600, 64, [0.1, 0.5])
     forward("forward, split, pointers", "split", 600, 60)
-    input_grad("input_grad, publish, mask, descriptors", "publish", bf16)
-    input_grad("input_grad, split, mask, fp32", "split", fp32)
+    forward("forward, split, fp32", "split", 600, 64, dtype=fp32)
     case = LayerCase.make(40, 64, 64, [8], [0.1], bf16, fp32)
     counted("shrink, mask, fp32 adapter", lora_shrink, case.x, case.lora_A, [1.0], case.dropout, case.seeds)
+    two = LayerCase.make(40, 64, 64, [8, 24], [0.1, 0.5], bf16)
+    S, B_t = torch.zeros(40, 32), [B.t() for B in two.lora_B]
+    counted("expand, bias", lora_expand, S, B_t, two.scaling, two.dropout, None, two.bias, bf16)
+    counted("expand, two masks", lora_expand, S, two.lora_A, [1.0, 1.0], two.dropout, two.seeds, None, bf16)
+    passes("backward_x", 0.0, bf16)
+    passes("backward_x, mask, fp32 adapter", 0.1, fp32)
     weight_grad("weight_grad, mask", 40, 0.1)
     weight_grad("weight_grad, M split", 600, 0.0)
 

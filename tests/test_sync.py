@@ -56,7 +56,13 @@ def test_the_checker_lets_the_protocol_pass():
 @in_the_interpreter
 @pytest.mark.parametrize(
     "change",
-    [dict(STORE_BARRIER=False), dict(SEM="release"), dict(SEM="acquire"), dict(SEM="relaxed"), dict(LOAD_BARRIER=False)],
+    [
+        dict(STORE_BARRIER=False),
+        dict(SEM="release"),
+        dict(SEM="acquire"),
+        dict(SEM="relaxed"),
+        dict(LOAD_BARRIER=False),
+    ],
     ids=str,
 )
 def test_the_checker_misses_no_part_of_the_protocol(change):
