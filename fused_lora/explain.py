@@ -202,24 +202,26 @@ def _traffic(op: str, M: int, N: int, K: int, shape: tuple, capability: int, var
 
 
 def _forward(chosen: Plan, shape: tuple, capability: int) -> Cost:
-    M, N, K, *_ = shape
+    M, N, K, r, dtype, _, *rest = shape
+    unmasked = M, N, K, r, dtype, False, *rest
     whole = _traffic("linear", M, N, K, shape, capability, chosen.variant if chosen.variant == "recompute" else "split")
     costs = [whole]
     if chosen.variant == "library":
-        costs = [_traffic("shrink", M, 0, K, shape, capability), _traffic("expand", M, N, 0, shape, capability)]
+        costs = [_traffic("shrink", M, 0, K, shape, capability), _traffic("expand", M, N, 0, unmasked, capability)]
         costs.append(_library(M, N, K, shape))
     return _sum("forward", chosen, costs, whole["floor_bytes"], whole["floor_flops"])
 
 
 def _backward(chosen: Plan, shape: tuple, capability: int) -> Cost:
-    M, N, K, r, dtype, dropout, upcast, adapters = shape
-    parts = [("shrink", M, 0, N), ("expand", M, K, 0), ("weight_grad", M, N, K)]
+    M, N, K, r, dtype, _, upcast, adapters = shape
+    unmasked = M, N, K, r, dtype, False, upcast, adapters
+    parts = [("shrink", M, 0, N, unmasked), ("expand", M, K, 0, shape), ("weight_grad", M, N, K, shape)]
     if chosen.variant == "passes":
-        parts = [("backward_g", M, N, 0), ("backward_x", M, K, 0)]
+        parts = [("backward_g", M, N, 0, unmasked), ("backward_x", M, K, 0, shape)]
     e, R = dtype.itemsize, r * adapters
     # g, x, dx, W, S, and A, B and their gradients once each
     floor_bytes = e * (M * N + 2 * M * K + N * K) + 4 * M * R + 2 * (4 if upcast else e) * R * (N + K)
-    costs = [_traffic(*part, shape, capability) for part in parts] + [_library(M, K, N, shape)]
+    costs = [_traffic(*part, capability) for part in parts] + [_library(M, K, N, shape)]
     return _sum("backward", chosen, costs, floor_bytes, 2 * M * N * K + 4 * M * R * (N + K))
 
 

@@ -5,6 +5,8 @@ import torch
 
 from fused_lora.kernels.config import LaunchConfig
 from fused_lora.kernels.lora_backward import lora_backward_g, lora_backward_x
+from fused_lora.kernels.lora_expand import lora_expand
+from fused_lora.kernels.lora_shrink import lora_shrink
 from fused_lora.testing.interpreter import fixed_order_dot
 from fused_lora.testing.layers import LayerCase
 
@@ -81,3 +83,20 @@ def test_empty(M, N, K, device):
     dx, dA = lora_backward_x(x, S, A, 0.0, None)
     for found, true in ((dS, 2 * g @ B), (dB, 2 * g.t() @ S), (dx, S @ A), (dA, S.t() @ x)):
         assert found.shape == true.shape and torch.allclose(found, true, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", TILES.values(), ids=TILES)
+def test_masks_of_forward_and_backward_are_the_same_one(config, device):
+    """With A, dS and x all ones the backward shows the mask itself, and the forward the mask of the columns it gets."""
+    M, K, p = 70, 100, 0.5
+    seeds = torch.tensor([77], device=device)
+    A, dS = torch.ones(1, K, device=device), torch.ones(M, 1, device=device)
+    dx, dA = lora_backward_x(torch.ones(M, K, device=device), dS, A, p, seeds, config)
+    kept = dx != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    assert torch.equal(dA[0], 2.0 * kept.sum(0))
+    assert torch.equal(lora_expand(dS, [A], [2.0], [p], seeds, None, torch.float32), dx)
+    for k in (0, 15, 40, 99):
+        x = torch.zeros(M, K, device=device)
+        x[:, k] = 1.0
+        assert torch.equal(lora_shrink(x, [A], [2.0], [p], seeds), dx[:, k : k + 1])

@@ -27,7 +27,13 @@ def check(case: LayerCase, config=None) -> None:
 @pytest.mark.parametrize("config", TILES, ids=str)
 @pytest.mark.parametrize(
     "M, N, K, r, p",
-    [(1, 33, 65, 1, 0.1), (17, 1, 129, 3, 0.5), (33, 100, 1, 16, 0.0), (100, 65, 129, 24, 0.9), (129, 17, 70, 100, 1.0)],
+    [
+        (1, 33, 65, 1, 0.1),
+        (17, 1, 129, 3, 0.5),
+        (33, 100, 1, 16, 0.0),
+        (100, 65, 129, 24, 0.9),
+        (129, 17, 70, 100, 1.0),
+    ],
 )
 def test_shapes_ranks_and_dropout(M, N, K, r, p, config, device, kernel_memory):
     check(LayerCase.make(M, N, K, [r], [p], device=device), config)

@@ -5,7 +5,7 @@ import torch
 
 from fused_lora.kernels.config import LaunchConfig
 from fused_lora.kernels.lora_grad import lora_linear_weight_grad
-from fused_lora.kernels.lora_linear import lora_linear_forward, lora_linear_input_grad
+from fused_lora.ops import kernel
 from fused_lora.testing.interpreter import fixed_order_dot
 from fused_lora.testing.layers import LayerCase
 
@@ -108,11 +108,10 @@ def test_column_tiles_leave_no_trace_in_the_bits(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_whole_training_step(dtype, device, kernel_memory):
-    """Forward, input gradient and weight gradients chained as autograd chains them, two adapters, one mask each."""
+    """Forward and all gradients chained as autograd chains them, two adapters, one mask each."""
     case = LayerCase.make(40, 33, 50, [4, 20], [0.1, 0.5], dtype, device=device)
-    y, S = lora_linear_forward(case.x, case.weight, case.bias, *case.adapters)
-    dx, dS = lora_linear_input_grad(case.g, case.weight, *case.adapters)
-    dA, dB = lora_linear_weight_grad(
-        case.g, case.x, S, dS, case.scaling, case.dropout, case.seeds, case.ranks, dtype
-    )
+    y, S = kernel.lora_linear("split")(case.x, case.weight, case.bias, *case.adapters)
+    rest = S, case.scaling, case.dropout, case.seeds, True, [True] * 2, [True] * 2, False, False
+    run = kernel.lora_linear_backward("library")
+    dx, dA, dB, _, _ = run(case.g, case.x, case.weight, case.lora_A, case.lora_B, *rest)
     case.check(dict(y=y, dx=dx, dA=torch.cat(dA), dB=torch.cat(dB, 1)))

@@ -95,7 +95,7 @@ def test_tiles_of_one_adapter(rows, device):
 
 def test_every_row_its_own_adapter(device):
     case = GroupedCase.make(
-        range(40), [[(s, 1.0)] for s in range(40)], [[1 + s % 5] for s in range(40)], [33], 40, BF16
+        range(40), [[(s, 1.0)] for s in range(40)], [[1 + s % 5] for s in range(40)], [33], 40, BF16, device=device
     )
     check(case)
 

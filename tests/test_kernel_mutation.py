@@ -26,6 +26,7 @@ from fused_lora.kernels import (
     delta,
     dropout,
     grouped_shrink,
+    lora_backward,
     lora_expand,
     lora_grad,
     lora_grouped,
@@ -45,7 +46,8 @@ from fused_lora.testing.layers import LayerCase
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="mutants run in the interpreter alone")
 MODULES = [
-    delta, dropout, grouped_shrink, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink, merge, sync, tiles,
+    delta, dropout, grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink,
+    merge, sync, tiles,
 ]  # fmt: skip
 TILE_CALLS = ("load_tile", "store_tile")  # their arguments end with num_rows, num_cols, ROWS, COLS
 MASK_NAMES = ("mask", "inside", "row_ok", "todo")
@@ -131,16 +133,25 @@ def run_merge():
     return [merged, fingerprint, W, *scan.__dict__.values(), record.cols, record.values]
 
 
-def run_layer(variant, split_k=1, ranks=(3,), bias=True):
-    case = LayerCase.make(21, 35, 37, ranks, [0.25] * len(ranks), bias=bias)
+def run_layer(variant, p, split_k=1, ranks=(3,)):
+    """Forward, the LoRA term of dx, weight gradients."""
+    case = LayerCase.make(21, 35, 37, ranks, [p] * len(ranks))
     config = LaunchConfig(variant, 16, 32, 32, 16, SPLIT_K=split_k)
     y, S = lora_linear.lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, config=config)
-    dx, dS = lora_linear.lora_linear_input_grad(case.g, case.weight, *case.adapters, config=config)
+    tile, dS, ones = LaunchConfig("expand", 16, 32, 16, 16), torch.randn_like(S), [1.0] * len(ranks)
+    dx = lora_expand.lora_expand(dS, case.lora_A, ones, case.dropout, case.seeds, None, torch.float32, tile)
     gradient = LaunchConfig("weight_grad", 32, 16, 16, 16, SPLIT_K=split_k)
     dA, dB = lora_grad.lora_linear_weight_grad(
         case.g, case.x, S, dS, case.scaling, case.dropout, case.seeds, case.ranks, torch.float32, gradient
     )
-    return [y, S, dx, dS, *dA, *dB]
+    return [y, S, dx, *dA, *dB]
+
+
+def run_passes():
+    case = LayerCase.make(37, 35, 41, [3], [0.25])
+    config = LaunchConfig("backward", 16, 32, 16, 16, SPLIT_K=2)
+    dS, dB = lora_backward.lora_backward_g(case.g, torch.randn(37, 3), case.lora_B[0], 2.0, config)
+    return [dS, dB, *lora_backward.lora_backward_x(case.x, dS, case.lora_A[0], 0.25, case.seeds, config)]
 
 
 class Grouped:
@@ -170,11 +181,12 @@ GROUPED = [
     Grouped([[3, 8], [16, 0]], TWO, ExpandConfig("expand", 16, 32, 16, 16, STEPS=2, RANK_BLOCKS=4)),
 ]
 LAYERS = [
-    lambda: run_layer("split", ranks=(3, 18)),
-    lambda: run_layer("publish"),
-    lambda: run_layer("recompute", split_k=2),
+    lambda: run_layer("split", 0.25, ranks=(3, 18)),
+    lambda: run_layer("recompute", 0.0),
+    lambda: run_layer("recompute", 0.0, split_k=2),
+    run_passes,
 ]
-SCENARIOS = {merge: [run_merge], delta: [run_merge], dropout: [run_mask]}
+SCENARIOS = {merge: [run_merge], delta: [run_merge], dropout: [run_mask], lora_backward: [run_passes]}
 SCENARIOS |= {grouped_shrink: GROUPED, lora_grouped: GROUPED}
 SOUND = {}
 

@@ -25,10 +25,13 @@ LAUNCHES = {
     "forward, recompute, K split": 1,
     "forward, split, two masks, descriptors": 2,
     "forward, split, pointers": 2,
+    "forward, split, fp32": 2,
     "shrink, mask, fp32 adapter": 1,
-    "expand, mask, bias": 1,
-    "backward over g": 1,
-    "backward over x, mask": 1,
+    "expand, bias": 1,
+    "expand, two masks": 1,
+    "backward_g": 1,
+    "backward_x": 1,
+    "backward_x, mask, fp32 adapter": 1,
     "weight_grad, mask": 1,
     "weight_grad, M split": 1,
     "grouped_shrink": 1,
@@ -147,9 +150,16 @@ def launches(given: list[list]) -> dict[str, int]:
 
     bf16, fp32 = torch.bfloat16, torch.float32
 
-    def forward(name, variant, M, K, dropout=(0.0,)):
-        case = LayerCase.make(M, 64, K, [8] * len(dropout), dropout, bf16)
+    def forward(name, variant, M, K, dropout=(0.0,), dtype=bf16):
+        case = LayerCase.make(M, 64, K, [8] * len(dropout), dropout, dtype)
         counted(name, lora_linear_forward, case.x, case.weight, case.bias, *case.adapters, variant=variant)
+
+    def passes(name, p, adapter_dtype):
+        case = LayerCase.make(600, 64, 64, [8], [p], bf16, adapter_dtype)
+        dS = torch.zeros(600, 8)
+        if not p:
+            counted("backward_g", lora_backward_g, case.g, dS, case.lora_B[0], 2.0)
+        counted(name, lora_backward_x, case.x, dS, case.lora_A[0], p, case.seeds)
 
     def weight_grad(name, M, p):
         case = LayerCase.make(M, 64, 64, [8], [p], bf16)
@@ -161,12 +171,15 @@ def launches(given: list[list]) -> dict[str, int]:
     forward("forward, recompute, K split", "recompute", 4, 4096)
     forward("forward, split, two masks, descriptors", "split", 600, 64, [0.1, 0.5])
     forward("forward, split, pointers", "split", 600, 60)
+    forward("forward, split, fp32", "split", 600, 64, dtype=fp32)
     case = LayerCase.make(40, 64, 64, [8], [0.1], bf16, fp32)
     counted("shrink, mask, fp32 adapter", lora_shrink, case.x, case.lora_A, [1.0], case.dropout, case.seeds)
-    S, lora_A, lora_B, mask = torch.zeros(40, 8), case.lora_A, case.lora_B, (0.1, case.seeds)
-    counted("expand, mask, bias", lora_expand, S, lora_A, [1.0], case.dropout, case.seeds, case.bias, bf16)
-    counted("backward over g", lora_backward_g, case.g, S, lora_B[0], 2.0)
-    counted("backward over x, mask", lora_backward_x, case.x, S, lora_A[0], *mask)
+    two = LayerCase.make(40, 64, 64, [8, 24], [0.1, 0.5], bf16)
+    S, B_t = torch.zeros(40, 32), [B.t() for B in two.lora_B]
+    counted("expand, bias", lora_expand, S, B_t, two.scaling, two.dropout, None, two.bias, bf16)
+    counted("expand, two masks", lora_expand, S, two.lora_A, [1.0, 1.0], two.dropout, two.seeds, None, bf16)
+    passes("backward_x", 0.0, bf16)
+    passes("backward_x, mask, fp32 adapter", 0.1, fp32)
     weight_grad("weight_grad, mask", 40, 0.1)
     weight_grad("weight_grad, M split", 600, 0.0)
 

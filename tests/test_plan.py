@@ -12,7 +12,8 @@ from fused_lora.ops import cpu, kernel, plan
 from fused_lora.ops.lora_linear import draw_seeds, lora_linear
 from fused_lora.testing.numeric import assert_no_worse
 
-VARIANTS = ["recompute", "publish", "split", "library"]
+FP32 = torch.float32
+PAIRS = [("recompute", "passes"), ("split", "passes"), ("split", "library"), ("library", "library")]
 
 
 @pytest.fixture
@@ -54,19 +55,20 @@ DTYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float3
 
 
 def combinations():
-    """Every case in fp32 and one with a mask in the other dtypes, for each variant that can take it."""
+    """Every case in fp32 and one with a mask in the other dtypes, for variants of both directions that can take it."""
     for dtypes, case in itertools.product(DTYPES, CASES):
         if dtypes[0] == "float32" or case is CASES[1]:
             ranks, dropout = case[1:]
-            alone = len(ranks) == 1 and not (dropout[0] and dtypes[0] != dtypes[1])
-            yield from ((variant, dtypes, case) for variant in VARIANTS if alone or variant in ("split", "library"))
+            for forward, backward in PAIRS:
+                if (forward != "recompute" or not any(dropout)) and (backward != "passes" or len(ranks) == 1):
+                    yield (forward, backward), dtypes, case
 
 
-@pytest.mark.parametrize("variant, dtypes, case", list(combinations()), ids=str)
-def test_gradients_through_the_kernels(case, dtypes, variant, device, ran, monkeypatch):
+@pytest.mark.parametrize("pair, dtypes, case", list(combinations()), ids=str)
+def test_gradients_through_the_kernels(case, dtypes, pair, device, ran, monkeypatch):
     dtype, adapter_dtype = (getattr(torch, d) for d in dtypes)
     size, ranks, dropout = case
-    monkeypatch.setattr(plan, "choose", lambda *_: variant)
+    monkeypatch.setattr(plan, "choose", lambda op, *_: pair[op == "backward"])
     x, W, b, A, B, s, p, seeds = arguments(device, *size, ranks, dtype, adapter_dtype, dropout)
     leaves = (x, *A, *B, b)
     with warnings.catch_warnings():
@@ -74,16 +76,36 @@ def test_gradients_through_the_kernels(case, dtypes, variant, device, ran, monke
         y = lora_linear(x, W, b, A, B, s, p, seeds)
         g = torch.randn_like(y)
         ours = [y, *torch.autograd.grad(y, leaves, g)]
-    assert ("lora_linear", variant) in ran and ("lora_linear_backward", variant) in ran
+    assert ("lora_linear", pair[0]) in ran and ("lora_linear_backward", pair[1]) in ran
     plain = [t.detach() for t in (x, *A, *B)]
     n = len(A)
     exact, _ = reference.lora_linear(x.detach(), W, b.detach(), plain[1 : n + 1], plain[n + 1 :], s, p, seeds)
-    dx, dA, dB, _, db = reference.lora_linear_backward(
-        g, x.detach(), W, plain[1 : n + 1], plain[n + 1 :], s, p, seeds
-    )
+    dx, dA, dB, _, db = reference.lora_linear_backward(g, x.detach(), W, plain[1 : n + 1], plain[n + 1 :], s, p, seeds)
     eps = torch.finfo(dtype).eps
     for result, true in zip(ours, (exact, dx, *dA, *dB, db), strict=True):
         assert (result.double() - true).abs().max() <= max(4 * eps, 4e-5) * true.abs().max()
+
+
+@pytest.mark.parametrize("ranks", [(4,), (4, 40)], ids=str)
+@pytest.mark.parametrize("wanted", ["x", "A", "B", "AB", "xA", "xAB"])
+def test_any_of_the_gradients(wanted, ranks, device, ran):
+    """The passes form all of them, so they run where all are wanted, and for one adapter."""
+    x, W, b, A, B, s, p, seeds = arguments(device, 70, 48, 33, ranks, FP32, FP32, (0.5, 0.1)[: len(ranks)])
+    leaves = [*[x][: "x" in wanted], *A[: len(A) * ("A" in wanted)], *B[: len(B) * ("B" in wanted)]]
+    for t in (x, b, *A, *B):
+        t.requires_grad_(any(t is leaf for leaf in leaves))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = lora_linear(x, W, b, A, B, s, p, seeds)
+        g = torch.randn_like(y)
+        ours = torch.autograd.grad(y, leaves, g)
+    whole = wanted == "xAB" and len(ranks) == 1
+    assert ("lora_linear_backward", "passes" if whole else "library") in ran
+    x, *factors = (t.detach() for t in (x, *A, *B))
+    dx, dA, dB, _, _ = reference.lora_linear_backward(g, x, W, factors[: len(A)], factors[len(A) :], s, p, seeds)
+    exact = [*[dx][: "x" in wanted], *dA[: len(A) * ("A" in wanted)], *dB[: len(B) * ("B" in wanted)]]
+    for result, true in zip(ours, exact, strict=True):
+        assert (result.double() - true).abs().max() <= 4e-5 * true.abs().max()
 
 
 def test_error_of_the_split_kernel_is_no_larger_than_eager(device, kernels_on, monkeypatch):
@@ -124,14 +146,15 @@ def test_checkpointing_sees_the_same_mask_through_the_kernels(use_reentrant, dev
 def test_kernel_and_eager_path_draw_the_same_mask(device, kernels_on, monkeypatch):
     x, W, b, A, B, s, _, _ = arguments(device, 40, 64, 16, (4,), torch.float32, torch.float32, (0.0,))
     results = []
-    for variant in ("split", "eager"):
-        monkeypatch.setattr(plan, "choose", lambda *_, variant=variant: variant)
+    for pair in (("split", "passes"), ("library", "library"), ("eager", "eager")):
+        monkeypatch.setattr(plan, "choose", lambda op, *_, pair=pair: pair[op == "backward"])
         plan.forget()
         torch.manual_seed(3)
         y = lora_linear(x, W, b, A, B, s, [0.5])
         results.append([y, *torch.autograd.grad(y.square().sum(), (x, *A, *B))])
-    for fused, eager in zip(*results, strict=True):
-        torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-3)
+    for *kernels, eager in zip(*results, strict=True):
+        for found in kernels:
+            torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("failure", ["raises", "is wrong"])
@@ -195,22 +218,24 @@ def test_the_way_out(monkeypatch):
 
 def test_choose_is_total_and_names_what_exists():
     sizes = itertools.product(
-        ("linear", "input_grad"), (1, 64, 512, 513, 8192), (64, 4096, 14336), (1, 16, 100, 512),
+        (1, 64, 512, 513, 2048, 8192), (64, 4096, 14336), (1, 16, 100, 512),
         (torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True), (1, 2), (0, 75, 80, 90, 100, 120),
     )  # fmt: skip
-    seen = {plan.choose(*size) for size in sizes}
-    assert seen == {"eager", "recompute", "publish", "split", "library"}
+    seen = {(op, plan.choose(op, *size)) for size in sizes for op in ("linear", "backward")}
+    assert {variant for op, variant in seen if op == "linear"} == {"eager", "recompute", "split", "library"}
+    assert {variant for op, variant in seen if op == "backward"} == {"eager", "passes", "library"}
     bf16 = torch.bfloat16
     assert plan.choose("linear", 1, 4096, 16, bf16, False, False, 1, 90) == "recompute"
     assert plan.choose("linear", 8192, 4096, 16, bf16, True, False, 1, 90) == "split"
     assert plan.choose("linear", 8192, 14336, 16, bf16, True, False, 1, 90) == "library"
-    assert plan.choose("input_grad", 8192, 14336, 16, bf16, True, False, 1, 90) == "publish"
-    assert plan.choose("input_grad", 8192, 4096, 16, bf16, False, True, 1, 90) == "publish"
-    assert plan.choose("input_grad", 8192, 4096, 16, bf16, True, False, 2, 90) == "split"
-    assert plan.choose("input_grad", 8192, 4096, 64, bf16, True, False, 1, 90) == "publish"
-    assert plan.choose("input_grad", 8192, 4096, 64, bf16, True, False, 1, 120) == "split"
-    assert plan.choose("input_grad", 8192, 4096, 64, bf16, True, True, 1, 90) == "split"
-    assert plan.choose("input_grad", 300, 14336, 64, bf16, False, False, 1, 90) == "publish"
+    assert plan.choose("linear", 8192, 4096, 16, bf16, True, True, 1, 90) == "library"
+    assert plan.choose("linear", 8192, 4096, 16, bf16, True, False, 1, 100) == "library"
+    assert plan.choose("linear", 512, 4096, 16, bf16, True, False, 1, 90) == "library"
+    assert plan.choose("linear", 512, 4096, 16, bf16, False, False, 1, 90) == "recompute"
+    assert plan.choose("backward", 8192, 4096, 32, bf16, True, True, 1, 90) == "passes"
+    assert plan.choose("backward", 8192, 4096, 33, bf16, True, False, 1, 90) == "library"
+    assert plan.choose("backward", 8192, 4096, 16, bf16, True, False, 2, 90) == "library"
+    assert plan.choose("backward", 8192, 4096, 16, bf16, True, False, 1, 90, whole=False) == "library"
     assert plan.choose("linear", 8192, 4096, 16, bf16, True, False, 1, 0) == "eager"
 
 

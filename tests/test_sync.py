@@ -1,4 +1,4 @@
-"""Programs that wait for each other: the protocol, the order of tiles that it rests on, and a checker that knows it."""
+"""Programs that share a result: the last to arrive, a checker that knows what it may rely on, and the counters."""
 
 import contextlib
 import random
@@ -9,14 +9,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from triton.runtime import interpreter
 
-from fused_lora.kernels import lora_grad, lora_linear, sync
+from fused_lora.kernels import lora_backward, lora_grad, lora_linear, sync
 from fused_lora.kernels.config import LaunchConfig
-from fused_lora.kernels.sync import acquire, clear, counters, last_to_arrive, release
-from fused_lora.kernels.tiles import published_order
+from fused_lora.kernels.sync import counters, last_to_arrive
 from fused_lora.testing.bounds import AccessError
 from fused_lora.testing.interpreter import checked, interpreting
 from fused_lora.testing.layers import LayerCase
@@ -25,70 +22,52 @@ in_the_interpreter = pytest.mark.skipif(not interpreting(), reason="the interpre
 
 
 @triton.jit
-def _order_kernel(out_ptr, num_m, num_n, GROUP_M: tl.constexpr):
-    for tile in range(num_m * num_n):
-        pid_m, pid_n = published_order(tile, num_m, num_n, GROUP_M)
-        tl.store(out_ptr + tile, pid_m * num_n + pid_n)
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 20), st.integers(1, 6), st.sampled_from([1, 3, 8]))
-def test_published_order_names_every_tile_once_and_column_0_first(device, num_m, num_n, group_m):
-    out = torch.empty(num_m * num_n, dtype=torch.int32, device=device)
-    _order_kernel[(1,)](out, num_m, num_n, GROUP_M=group_m)
-    order = out.tolist()
-    assert sorted(order) == list(range(num_m * num_n))
-    place = {tile: i for i, tile in enumerate(order)}
-    for m in range(num_m):
-        assert all(place[m * num_n] <= place[m * num_n + n] for n in range(num_n))
-        if m >= group_m and num_n > 1:
-            # a whole group of other tiles lies between a row block's column 0 and the tiles that need it
-            least = min(place[m * num_n + n] for n in range(1, num_n))
-            assert least - place[m * num_n] >= group_m * (num_n - 1)
-
-
-@triton.jit
-def _publish_kernel(
-    x_ptr, y_ptr, sync_ptr, STORE_BARRIER: tl.constexpr, RELEASE: tl.constexpr, ACQUIRE: tl.constexpr,
-    LOAD_BARRIER: tl.constexpr, BLOCK: tl.constexpr,
+def _arrive_kernel(
+    parts_ptr, out_ptr, sync_ptr, STORE_BARRIER: tl.constexpr, SEM: tl.constexpr, LOAD_BARRIER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """last_to_arrive, piece by piece."""
     offs = tl.arange(0, BLOCK)
-    if tl.program_id(0) == 0:
-        tl.store(x_ptr + offs, 2.0 * offs)
-        if STORE_BARRIER:
-            tl.debug_barrier()
-        tl.atomic_xchg(sync_ptr, 1, sem=RELEASE)
-    else:
-        while tl.atomic_add(sync_ptr, 0, sem=ACQUIRE) == 0:
-            pass
-        if LOAD_BARRIER:
-            tl.debug_barrier()
-        tl.store(y_ptr + tl.program_id(0) * BLOCK + offs, tl.load(x_ptr + offs))
+    tl.store(parts_ptr + tl.program_id(0) * BLOCK + offs, 2.0 * offs)
+    if STORE_BARRIER:
+        tl.debug_barrier()
+    before = tl.atomic_add(sync_ptr, 1, sem=SEM)
+    if LOAD_BARRIER:
+        tl.debug_barrier()
+    if before == tl.num_programs(0) - 1:
+        tl.store(out_ptr + offs, tl.load(parts_ptr + offs))
 
 
-def _publish(**change):
-    x, y, flag = torch.empty(16), torch.zeros(48), torch.zeros(1, dtype=torch.int32)
-    protocol = dict(STORE_BARRIER=True, RELEASE="release", ACQUIRE="acquire", LOAD_BARRIER=True)
-    _publish_kernel[(3,)](x, y, flag, **{**protocol, **change}, BLOCK=16)
-    return y
+def _arrive(**change):
+    parts, out, counter = torch.empty(48), torch.zeros(16), torch.zeros(1, dtype=torch.int32)
+    _arrive_kernel[(3,)](
+        parts, out, counter, **dict(STORE_BARRIER=True, SEM="acq_rel", LOAD_BARRIER=True) | change, BLOCK=16
+    )
+    return out
 
 
 @in_the_interpreter
 def test_the_checker_lets_the_protocol_pass():
     with checked():
-        y = _publish()
-    assert torch.equal(y[16:32], 2 * torch.arange(16.0)) and torch.equal(y[32:], y[16:32])
+        out = _arrive()
+    assert torch.equal(out, 2 * torch.arange(16.0))
 
 
 @in_the_interpreter
 @pytest.mark.parametrize(
     "change",
-    [dict(STORE_BARRIER=False), dict(RELEASE="relaxed"), dict(ACQUIRE="relaxed"), dict(LOAD_BARRIER=False)],
+    [
+        dict(STORE_BARRIER=False),
+        dict(SEM="release"),
+        dict(SEM="acquire"),
+        dict(SEM="relaxed"),
+        dict(LOAD_BARRIER=False),
+    ],
     ids=str,
 )
 def test_the_checker_misses_no_part_of_the_protocol(change):
-    with checked(), pytest.raises(AccessError, match="load of an element of x_ptr .* another program"):
-        _publish(**change)
+    with checked(), pytest.raises(AccessError, match="load of an element of parts_ptr .* another program"):
+        _arrive(**change)
 
 
 @triton.jit
@@ -112,68 +91,49 @@ def test_the_last_to_arrive_sees_all_parts_and_leaves_a_zero(device):
             assert not counter.any()
 
 
-@triton.jit
-def _hand_over_kernel(x_ptr, y_ptr, sync_ptr, count, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
-    if ticket == 0:
-        tl.store(x_ptr + offs, 3.0 + offs)
-        release(sync_ptr + 2)
-    acquire(sync_ptr + 2)
-    tl.store(y_ptr + ticket * BLOCK + offs, tl.load(x_ptr + offs))
-    if last_to_arrive(sync_ptr + 1, tl.num_programs(0)):
-        clear(sync_ptr, count)
-
-
-def test_flags_go_up_once_and_are_cleared(device):
-    x, y = torch.empty(32, device=device), torch.empty(200, 32, device=device)
-    flags = counters(300, device)
-    with checked():
-        for _ in range(2):
-            _hand_over_kernel[(200,)](x, y.zero_(), flags, 300, BLOCK=32)
-            assert torch.equal(y, (3.0 + torch.arange(32.0, device=device)).expand(200, 32))
-            assert not flags.any()
-
-
 @pytest.fixture
 def shared_counters(monkeypatch, device):
     """Every launch gets the same counters, as launches of one stream do."""
     held = torch.zeros(4096, dtype=torch.int32, device=device)
-    for module in (lora_linear, lora_grad):
+    for module in (lora_linear, lora_backward, lora_grad):
         monkeypatch.setattr(module, "counters", lambda count, device: held)
     return held
 
 
-CONFIGS = {
-    "publish": LaunchConfig("publish", 16, 32, 32, 16, GROUP_M=2),
-    "split-k": LaunchConfig("recompute", 16, 32, 32, 16, SPLIT_K=3),
-}
+def forward():
+    case = LayerCase.make(70, 40, 90, [5], [0.0])
+    config = LaunchConfig("recompute", 16, 32, 32, 16, SPLIT_K=3)
+    return lora_linear.lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, config=config)
 
 
-def step(name):
-    """Outputs of a forward, an input gradient and weight gradients of one layer."""
+def passes():
     case = LayerCase.make(70, 40, 90, [5], [0.1])
-    config, gradient = CONFIGS[name], LaunchConfig("weight_grad", 32, 16, 16, 16, SPLIT_K=3)
-    y, S = lora_linear.lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, config=config)
-    dx, dS = lora_linear.lora_linear_input_grad(case.g, case.weight, *case.adapters, config=config)
+    config = LaunchConfig("backward", 16, 32, 16, 16, SPLIT_K=3)
+    dS, dB = lora_backward.lora_backward_g(case.g, torch.randn(70, 5), case.lora_B[0], 2.0, config)
+    return dS, dB, *lora_backward.lora_backward_x(case.x, dS, case.lora_A[0], 0.1, case.seeds, config)
+
+
+def weight_gradients():
+    case = LayerCase.make(70, 40, 90, [5], [0.1])
+    config, S = LaunchConfig("weight_grad", 32, 16, 16, 16, SPLIT_K=3), torch.randn(70, 5)
     dA, dB = lora_grad.lora_linear_weight_grad(
-        case.g, case.x, S, dS, case.scaling, case.dropout, case.seeds, case.ranks, torch.float32, gradient
+        case.g, case.x, S, 2 * S, case.scaling, case.dropout, case.seeds, case.ranks, torch.float32, config
     )
-    return [y, S, dx, dS, *dA, *dB]
+    return *dA, *dB
 
 
 @in_the_interpreter
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_order_in_which_programs_start_leaves_no_trace(name, shared_counters):
+@pytest.mark.parametrize("step", [forward, passes, weight_gradients])
+def test_the_order_in_which_programs_start_leaves_no_trace(step, shared_counters):
     torch.manual_seed(4)
     with checked():
-        expected = step(name)
+        expected = step()
         assert not shared_counters.any()
         for order in ("reversed", "shuffled"):
             with pytest.MonkeyPatch.context() as patch:
                 _scramble(patch, order)
                 torch.manual_seed(4)
-                results = step(name)
+                results = step()
             assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), order
             assert not shared_counters.any()
 

@@ -150,14 +150,11 @@ class AccessChecker:
 
     def synchronise(self, pointers, mask: np.ndarray | None, semantic) -> None:
         """An atomic on these addresses: what the program learns from it and tells by it."""
-        kinds = interpreter._ir.MEM_SEMANTIC
-        both = semantic == kinds.ACQUIRE_RELEASE
-        acquires, releases = both or semantic == kinds.ACQUIRE, both or semantic == kinds.RELEASE
-        if acquires or releases:
+        if semantic == interpreter._ir.MEM_SEMANTIC.ACQUIRE_RELEASE:
             address = np.asarray(pointers.data).ravel()
             if mask is not None:
                 address = address[np.broadcast_to(mask, pointers.data.shape).ravel().astype(bool, copy=False)]
-            self.order.atomic(address, acquires, releases)
+            self.order.atomic(address)
 
     def track(self, kind: str, extent: _Extent, address: np.ndarray) -> None:
         if address.size == 0:

@@ -243,7 +243,7 @@ def checked(*, races: bool = True, extra: Sequence[torch.Tensor] = ()) -> Iterat
     gaps of a strided view. A pointer that lost its origin (read from memory, or chosen between two arguments) must lie
     in some argument, or in ``extra``. With ``races``, no two programs of a launch store the same element, no store
     has two lanes on one element, and no program loads what another one stores in the same launch, unless the two
-    synchronise: store, barrier, an atomic that releases; an atomic there that acquires, barrier, load.
+    synchronise by atomics of sem="acq_rel" at one address: store, barrier, atomic; atomic, barrier, load.
 
     Args:
         races: check for conflicts between programs and between the lanes of a store.

@@ -1,4 +1,4 @@
-"""Which accesses of the programs of one launch happen one before the other: by barriers, releases and acquires."""
+"""Which accesses of the programs of one launch happen one before the other: by barriers and atomics between them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ SEVERAL = -1  # in place of an interval: programs that nothing orders
 
 
 class HappensBefore:
-    """What the running program may rely on: what others stored before a release that it has acquired.
+    """What the running program may rely on: what others stored before an atomic at an address where it did one, too.
 
     A program is a sequence of intervals that its barriers end, numbered through the whole launch (programs run one
-    after the other). A release publishes the intervals before the last barrier: one thread releases, the others' stores
-    are ordered by the barrier alone. An acquire counts from the next barrier on, for the same reason. What a program
-    has acquired it passes on with its own releases.
+    after the other). An atomic tells of the intervals before the last barrier: one thread does it, the others' stores
+    are ordered by the barrier alone. What it learns counts from the next barrier on, for the same reason.
     """
 
     def __init__(self):
@@ -24,7 +23,7 @@ class HappensBefore:
         self._starts: list[int] = []  # the first interval of each program
         self._known: dict[int, int] = {}  # program -> the last of its intervals that has happened before
         self._pending: dict[int, int] = {}
-        self._released: dict[int, dict[int, int]] = {}  # address -> what an acquire there learns
+        self._told: dict[int, dict[int, int]] = {}  # address -> what an atomic there learns
 
     def start_program(self) -> None:
         self.interval += 1
@@ -36,13 +35,12 @@ class HappensBefore:
         self.interval += 1
         self._learn(self._known, self._pending)
 
-    def atomic(self, address: np.ndarray, acquires: bool, releases: bool) -> None:
+    def atomic(self, address: np.ndarray) -> None:
+        """One that acquires and releases."""
         for place in np.unique(address).tolist():
-            if acquires:
-                self._learn(self._pending, self._released.get(place, {}))
-            if releases:
-                mine = {len(self._starts) - 1: self.interval - 1} | self._known
-                self._learn(self._released.setdefault(place, {}), mine)
+            told = self._told.setdefault(place, {})
+            self._learn(self._pending, told)
+            self._learn(told, {len(self._starts) - 1: self.interval - 1})
 
     @staticmethod
     def _learn(into: dict[int, int], news: dict[int, int]) -> None:
