@@ -13,6 +13,13 @@ def compile_report(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def doctor(arguments: Sequence[str]) -> int:
+    """check that this machine computes right results, and how fast"""
+    from fused_lora.doctor import main
+
+    return main(arguments)
+
+
 def serve(arguments: Sequence[str]) -> int:
     """answer OpenAI's API for a model and a folder of adapters"""
     from fused_lora.serving.server_main import main
@@ -27,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-COMMANDS = {"compile-report": compile_report, "run": run, "serve": serve}
+COMMANDS = {"compile-report": compile_report, "doctor": doctor, "run": run, "serve": serve}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
