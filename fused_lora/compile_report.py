@@ -91,8 +91,8 @@ def _span(values: Iterable[int]) -> str:
 def cost_table(N: int = 4096, K: int = 4096) -> str:
     """Markdown: what ``explain`` says of a bf16 layer on sm_90, against the floor, which moves every operand once.
 
-    A merge's floor is one read and one write of W; with a record it reads W twice, and its corrections are a few
-    per cent of W (kernels/merge.py).
+    A merge's floor is one read and one write of W; the corrections of its record are a few per cent of W
+    (kernels/merge.py).
     """
     lines = [
         "| operation | rows | rank | dropout | variant | launches | MB | of the floor | GFLOP | of the floor |",
@@ -108,12 +108,7 @@ def cost_table(N: int = 4096, K: int = 4096) -> str:
                     f"| {cost.flops / 1e9:.2f} | {cost.flops / cost.floor_flops:.3f} |"
                 )
     W = 2 * N * K
-    for name, launches, moved, passes in (("merge, bare", 1, 2 * W, 1), ("merge with record", 2, 3 * W, 2)):
-        flops = 2 * N * K * 16
-        lines.append(
-            f"| {name} | - | 16 | - | - | {launches} | {moved / 1e6:.1f} | {moved / (2 * W):.3f} "
-            f"| {passes * flops / 1e9:.2f} | {passes:.3f} |"
-        )
+    lines.append(f"| merge | - | 16 | - | - | 1 | {2 * W / 1e6:.1f} | 1.000 | {2 * N * K * 16 / 1e9:.2f} | 1.000 |")
     return "\n".join(lines)
 
 

@@ -1,37 +1,45 @@
 """What a merge leaves behind so that its unmerge gives back the exact bits: data only, the kernels are in merge.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-
-@dataclass(frozen=True)
-class Scan:
-    """What a merge would do, all on W's device, so that the caller chooses when to wait for it.
-
-    counts: int16 [rows, segments], corrections; totals: int64 [2], all corrections, and finite elements that would
-    become infinite or NaN; fingerprint: [rows, 4], the two sums of W and the two of Wm.
-    """
-
-    counts: torch.Tensor
-    totals: torch.Tensor
-    fingerprint: torch.Tensor
+COLUMNS = 6  # of the table: begin + 1 (0: not merged), corrections, three sums, 1 where the last unmerge got through
 
 
 @dataclass(frozen=True)
 class Corrections:
-    """The bits that ``round(Wm - D)`` gets wrong, segment by segment: counts and fingerprint of the scan, then ``cols``
-    (uint8, column in the segment) and ``values`` (W's dtype), one for each correction."""
+    """The bits that ``round(Wm - D)`` gets wrong, unit by unit, and the sums by which an unmerge knows its weight.
 
-    counts: torch.Tensor
-    cols: torch.Tensor
+    A unit is a rectangle of ``unit`` = (rows, columns) elements that one program merges, its elements numbered by
+    rows from 1 on. table: int64 [units + 1, COLUMNS], one row a unit; the last row counts over all units: corrections, finite
+    elements that would become infinite or NaN, units that the last unmerge refused. places (uint16, number in the unit)
+    and values (W's dtype): the corrections. Those of a unit lie together in the order of their numbers; which unit's
+    come first is chance, and the table says where they are.
+    """
+
+    table: torch.Tensor
+    places: torch.Tensor
     values: torch.Tensor
-    fingerprint: torch.Tensor
+    unit: tuple[int, int]
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.counts, self.cols, self.values, self.fingerprint))
+        return sum(t.untyped_storage().nbytes() for t in (self.table, self.places, self.values))
 
-    def matches(self, fingerprint: torch.Tensor) -> bool:
-        """Whether :func:`unmerge_scan` found the merged weight that these belong to, and its way back."""
-        return torch.equal(fingerprint, self.fingerprint.roll(2, dims=1))
+    @property
+    def totals(self) -> torch.Tensor:
+        """int64 [2], on W's device: all corrections, and finite elements that would become infinite or NaN."""
+        return self.table[-1, :2]
+
+    @property
+    def refused(self) -> torch.Tensor:
+        """int64 [1], on W's device: units that the last unmerge left as they were, because they had been changed."""
+        return self.table[-1, 2:3]
+
+    def trimmed(self, corrections: int, slack: int) -> "Corrections":
+        """The same with memory for ``corrections``, or for up to ``slack`` more where that saves a copy."""
+        places, values = self.places[:corrections], self.values[:corrections]
+        if len(self.values) - corrections > slack:
+            places, values = places.clone(), values.clone()
+        return replace(self, places=places, values=values)

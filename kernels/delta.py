@@ -13,7 +13,8 @@ import triton.language as tl
 
 @triton.jit
 def bits_of(w, INT: tl.constexpr):
-    return w.to(tl.int16 if w.dtype.primitive_bitwidth == 16 else tl.int32, bitcast=True).to(INT)
+    """The bit pattern as an unsigned number."""
+    return w.to(tl.uint16 if w.dtype.primitive_bitwidth == 16 else tl.uint32, bitcast=True).to(INT)
 
 
 @triton.jit
@@ -23,14 +24,21 @@ def zeros_like(w):
 
 
 @triton.jit
-def add_delta(
-    d, a_ptr, b_ptr, rows, cols, row_ok, col_ok, R, stride_ar, stride_ak, stride_bn, stride_br, GATHER: tl.constexpr
-):
-    """The chain at rows x cols; cols is one vector for all rows, or with GATHER a matrix."""
-    for j in range(R):
-        a = tl.load(a_ptr + j * stride_ar + cols * stride_ak, mask=col_ok, other=0.0)
-        b = tl.load(b_ptr + rows * stride_bn + j * stride_br, mask=row_ok, other=0.0)
-        if not GATHER:
-            a = a[None, :]
-        d = tl.fma(tl.broadcast_to(b[:, None], d.shape), tl.broadcast_to(a, d.shape), d)
+def add_delta(d, a_row, b_col, cols, rows, col_ok, row_ok, R, stride_ar, stride_br):
+    """d + the chain; a_row + cols and b_col + rows point at rank 0. What lies outside is undefined."""
+    STEP: tl.constexpr = 8  # ranks of a turn: their loads are in flight together
+    whole = R // STEP * STEP
+    for _ in range(0, whole, STEP):
+        for i in tl.static_range(STEP):
+            a = tl.load(a_row + i * stride_ar + cols, mask=col_ok)
+            b = tl.load(b_col + i * stride_br + rows, mask=row_ok)
+            d = tl.fma(tl.broadcast_to(b[:, None], d.shape), tl.broadcast_to(a[None, :], d.shape), d)
+        a_row += STEP * stride_ar
+        b_col += STEP * stride_br
+    for _ in range(whole, R):
+        a = tl.load(a_row + cols, mask=col_ok)
+        b = tl.load(b_col + rows, mask=row_ok)
+        d = tl.fma(tl.broadcast_to(b[:, None], d.shape), tl.broadcast_to(a[None, :], d.shape), d)
+        a_row += stride_ar
+        b_col += stride_br
     return d

@@ -1,24 +1,35 @@
-"""In-place merge and bit-exact unmerge: one kernel, W <- round(W +- D), D = B A in fp32.
+"""In-place merge and bit-exact unmerge: W <- round(W +- D) in one pass over W, D = B A in fp32.
 
     A [R, K], B [N, R]   fp32, all adapters' ranks in a row, the scaling inside B          W [N, K]  fp32, bf16, fp16
     D[n, k]  = fma(B[n, R-1], A[R-1, k], ... fma(B[n, 0], A[0, k], 0))                     one rounding per step
-    Wm       = round(W + D)            round(Wm - D) is W for 88 to 99.8 % of the elements: the rest is remembered
+    Wm       = round(W + D)
+    C        = round(Wm - D)           is W for 88 to 99.8 % of the elements: the rest are the corrections
 
 D is the chain of delta.py, the same bits for every tile shape and grid: the unmerge depends on it.
 
-    merge_scan         reads W: corrections per segment, fingerprint of W and Wm, elements that would cease to be finite
-    merge_apply        reads and writes W, and stores the corrections in the same pass, where the scan's counts say
-    unmerge_scan       reads Wm: fingerprint of Wm and of what unmerge_apply would write
-    unmerge_apply      reads and writes W: the candidate round(Wm - D), then the corrections over it
+A program holds a unit of W in registers and decides about it before it writes it:
 
-A segment is SEGMENT columns of one row; its corrections lie together, so nothing depends on which program came first.
-The only atomics are integer additions. A fingerprint is, per row, sum(u) and sum(u * column) over the bit patterns u,
-modulo 2^32 for 16-bit weights and 2^64 for 32-bit ones: it sees every change of one element of a row, and every
-exchange of two (in 16 bits up to 65536 columns).
+    merge          refuses a unit that would lose a finite element, or whose corrections find no room
+    unmerge        refuses a unit whose sums are not those of the merge
+    merge_again    merges the units that the last unmerge got through
 
-Bytes, with e bytes an element and c corrections; the floor of a merge is 2 e N K. Scan: e N K. Apply: 2 e N K +
-c (e + 1). Beside them 2 bytes a segment, 16 or 32 a row, and the factors, which stay in L2. Nothing of size [N, K] is
-allocated, and a pass that writes W allocates nothing but 8 bytes a segment before it starts.
+A refusal is of the whole weight. The caller sees it in one number and takes back the units that were written: unmerge
+after merge, merge_again after unmerge. Either gives the exact bits, needs no memory, and skips what was not written, so
+the weight is again as it was before the caller goes on. A check of the whole weight in a pass of its own would read W
+once more and compute D once more, and the host would have to wait between the passes: 1.5 times the bytes, twice the
+chain, for a case that ends in an exception.
+
+Sums of a unit, over the bit patterns u of elements and their numbers i from 1 on, modulo 2^32 for 16-bit weights and
+2^64 for 32-bit ones:
+
+    of Wm             u i
+    of C              u i
+    of corrections    (u + 2^16) i
+
+A change of one element is (u - v) i, one of two that change places is (u - v) (i - j): both below the modulus, and not
+0. The second sum finds factors, the third corrections, that are not those of the merge.
+
+Bytes: 2 e N K with e bytes an element, c (e + 2) for c corrections, 48 a unit, and the factors, which stay in L2.
 """
 
 from dataclasses import dataclass
@@ -27,148 +38,162 @@ import torch
 import triton
 import triton.language as tl
 
-from .corrections import Corrections, Scan
+from .corrections import COLUMNS, Corrections
 from .delta import add_delta, bits_of, zeros_like
 
-SEGMENT = 256  # columns, so that a position fits a byte; part of a record's format, no tile may change it
-_SEGMENT = tl.constexpr(SEGMENT)
+_COLUMNS = tl.constexpr(COLUMNS)
+_INFINITY = tl.constexpr(0x7F800000)
 
 
 @dataclass(frozen=True)
 class MergeTile:
-    """Tile of a launch. Any choice gives the same bits; BLOCK_K divides SEGMENT."""
+    """Tile of a launch: ROWS x COLS is the unit, at most 32768 elements; a program does UNITS of them, one below the
+    other. COLS below the number of threads keeps the loads of A in W's layout."""
 
-    BLOCK_N: int = 32
-    BLOCK_K: int = 64
-    num_warps: int = 4
+    ROWS: int = 32
+    COLS: int = 128
+    UNITS: int = 1
+    num_warps: int = 8
 
 
-def default_tile(dtype: torch.dtype, counting: bool) -> MergeTile:
-    """As many elements a thread as leave no spills: 32, half of it where a pass counts too, and half again in fp32."""
-    return MergeTile(BLOCK_N=64 >> (counting + (dtype == torch.float32)))
+def default_tile(dtype: torch.dtype, recording: bool) -> MergeTile:
+    """32 elements a thread, and 16 where what is counted and kept needs the registers."""
+    return MergeTile() if recording or dtype == torch.float32 else MergeTile(ROWS=64)
 
 
 def launch_options(tile: MergeTile, nvidia: bool) -> dict[str, int | bool]:
-    """No contraction but the written fma, because D's bits are a contract; registers for 3 programs a multiprocessor,
-    which keeps ptxas from spilling for the sake of a fourth."""
-    return dict(num_warps=tile.num_warps, enable_fp_fusion=False) | (dict(maxnreg=168) if nvidia else {})
+    """No contraction but the written fma, because D's bits are a contract; registers for 16 warps a multiprocessor."""
+    return dict(num_warps=tile.num_warps, enable_fp_fusion=False) | (dict(maxnreg=128) if nvidia else {})
 
 
 @triton.jit
-def _lost(w, new):
-    """Elements finite in w and not in new."""
-    v, n = w.to(tl.float32), new.to(tl.float32)
-    return (v - v == 0.0) & (n - n != 0.0)
+def _sum_of_corrections(places_ptr, values_ptr, count, INT: tl.constexpr):
+    BLOCK: tl.constexpr = 256
+    total = tl.zeros((BLOCK,), INT)
+    for i in range(0, count, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        place = tl.load(places_ptr + at, mask=at < count, other=0).to(INT)
+        value = tl.load(values_ptr + at, mask=at < count, other=0.0)
+        total += tl.where(at < count, (bits_of(value, INT) + 65536) * place, 0)
+    return tl.sum(total).to(tl.int64)
 
 
 @triton.jit
-def _apply_corrections(
-    w_ptr, a_ptr, b_ptr, cols_ptr, values_ptr,
-    rows, row_ok, begin, end, first_col, R,
-    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    SCAN: tl.constexpr, INT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Store the corrections [begin, end) of each row, or with SCAN return what they change in the two sums."""
-    BLOCK_C: tl.constexpr = 16
-    plain = tl.zeros((BLOCK_N,), INT)
-    weighted = tl.zeros((BLOCK_N,), INT)
-    for i in range(0, tl.max(end - begin, 0), BLOCK_C):
-        at = begin[:, None] + i + tl.arange(0, BLOCK_C)[None, :]
-        todo = at < end[:, None]
-        cols = first_col + tl.load(cols_ptr + at, mask=todo, other=0).to(tl.int64)
-        value = tl.load(values_ptr + at, mask=todo, other=0.0)
-        w_ptrs = w_ptr + rows[:, None] * stride_wn + cols * stride_wk
-        if SCAN:
-            w = tl.load(w_ptrs, mask=todo, other=0.0)
-            d = add_delta(
-                zeros_like(w), a_ptr, b_ptr, rows, cols, row_ok, todo, R,
-                stride_ar, stride_ak, stride_bn, stride_br, GATHER=True,
-            )  # fmt: skip
-            change = tl.where(todo, bits_of(value, INT) - bits_of((w.to(tl.float32) - d).to(w.dtype), INT), 0)
-            plain += tl.sum(change, 1)
-            weighted += tl.sum(change * cols.to(INT), 1)
-        else:
-            tl.store(w_ptrs, value, mask=todo)
-    return plain, weighted
+def _store_corrections(w_unit, places_ptr, values_ptr, count, COLS: tl.constexpr, stride_wn, stride_wk):
+    BLOCK: tl.constexpr = 256
+    for i in range(0, count, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        place = tl.load(places_ptr + at, mask=at < count, other=1).to(tl.int32) - 1
+        value = tl.load(values_ptr + at, mask=at < count, other=0.0)
+        to = w_unit + (place // COLS).to(tl.int64) * stride_wn + (place % COLS).to(tl.int64) * stride_wk
+        tl.store(to, value, mask=at < count)
 
 
 @triton.jit
 def _merge_kernel(
-    w_ptr, a_ptr, b_ptr,
-    counts_ptr, ends_ptr, cols_ptr, values_ptr, fingerprint_ptr, totals_ptr,
-    N, K, R,
+    w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr,
+    N, K, R, room,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    UNMERGE: tl.constexpr, SCAN: tl.constexpr, CORRECT: tl.constexpr, INT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNMERGE: tl.constexpr, RECORD: tl.constexpr, AGAIN: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """SCAN: only count and sum, else write W. CORRECT: a merge stores its corrections, an unmerge uses them."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ok = rows < N
-    segment = rows * tl.num_programs(1) + tl.program_id(1)
-    first_col = tl.program_id(1).to(tl.int64) * _SEGMENT
-    found = tl.zeros((BLOCK_N,), tl.int32)
-    lost = tl.zeros((BLOCK_N,), tl.int32)
-    old_plain = tl.zeros((BLOCK_N,), INT)
-    old_weighted = tl.zeros((BLOCK_N,), INT)
-    new_plain = tl.zeros((BLOCK_N,), INT)
-    new_weighted = tl.zeros((BLOCK_N,), INT)
-    if CORRECT and not UNMERGE:
-        begin = tl.load(ends_ptr + segment - 1, mask=row_ok & (segment > 0), other=0)
-
-    for k in range(first_col, tl.minimum(first_col + _SEGMENT, K), BLOCK_K):
-        cols = k + tl.arange(0, BLOCK_K).to(tl.int64)
-        inside = row_ok[:, None] & (cols[None, :] < K)
-        w_ptrs = w_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wk
-        w = tl.load(w_ptrs, mask=inside, other=0.0)
-        d = add_delta(
-            zeros_like(w), a_ptr, b_ptr, rows, cols, row_ok, cols < K, R,
-            stride_ar, stride_ak, stride_bn, stride_br, GATHER=False,
-        )  # fmt: skip
-        new = (w.to(tl.float32) - d).to(w.dtype) if UNMERGE else (w.to(tl.float32) + d).to(w.dtype)
-        if (SCAN or CORRECT) and not UNMERGE:
-            wrong = (bits_of((new.to(tl.float32) - d).to(w.dtype), INT) != bits_of(w, INT)) & inside
-            if CORRECT:
-                at = begin[:, None] + found[:, None] + tl.cumsum(wrong.to(tl.int32), 1) - 1
-                place = tl.broadcast_to((cols - first_col)[None, :], (BLOCK_N, BLOCK_K))
-                tl.store(cols_ptr + at, place.to(tl.uint8), mask=wrong)
-                tl.store(values_ptr + at, w, mask=wrong)
-            found += tl.sum(wrong.to(tl.int32), 1)
-        if SCAN:
-            lost += tl.sum((_lost(w, new) & inside).to(tl.int32), 1)
-            column = cols[None, :].to(INT)
-            old_bits = tl.where(inside, bits_of(w, INT), 0)
-            new_bits = tl.where(inside, bits_of(new, INT), 0)
-            old_plain += tl.sum(old_bits, 1)
-            old_weighted += tl.sum(old_bits * column, 1)
-            new_plain += tl.sum(new_bits, 1)
-            new_weighted += tl.sum(new_bits * column, 1)
+    """RECORD: a merge keeps what its unmerge needs, an unmerge uses it. AGAIN: only what the last unmerge got through.
+    EVEN: ROWS divides N and COLS divides K, nothing is masked."""
+    WIDE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth == 32
+    INT: tl.constexpr = tl.int64 if WIDE else tl.int32
+    strips = tl.cdiv(K, COLS)
+    unit_rows = tl.cdiv(N, ROWS)
+    strip = tl.program_id(0) % strips
+    first = tl.program_id(0) // strips * UNITS
+    if RECORD:
+        totals = table_ptr + unit_rows.to(tl.int64) * strips * _COLUMNS
+    cols = tl.arange(0, COLS)
+    rows = tl.arange(0, ROWS)
+    first_col = strip.to(tl.int64) * COLS
+    col_ok = (cols < K - strip * COLS) | EVEN
+    number = rows[:, None] * COLS + cols[None, :] + 1
+    for i in range(0, tl.minimum(UNITS, unit_rows - first)):
+        unit_row = first + i
+        if RECORD or AGAIN:
+            entry = table_ptr + (unit_row.to(tl.int64) * strips + strip) * _COLUMNS
+        if AGAIN:
+            todo = tl.load(entry + 5) != 0
+        elif UNMERGE and RECORD:
+            todo = tl.load(entry) != 0
+            if not todo:
+                tl.store(entry + 5, 0)
         else:
-            tl.store(w_ptrs, new, mask=inside)
-
-    if UNMERGE and CORRECT:
-        if not SCAN:
-            # candidates are stored by other threads than the corrections that go over them
-            tl.debug_barrier()
-        begin = tl.load(ends_ptr + segment - 1, mask=row_ok & (segment > 0), other=0)
-        end = tl.load(ends_ptr + segment, mask=row_ok, other=0)
-        plain, weighted = _apply_corrections(
-            w_ptr, a_ptr, b_ptr, cols_ptr, values_ptr,
-            rows, row_ok, begin, end, first_col, R,
-            stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-            SCAN, INT, BLOCK_N,
-        )  # fmt: skip
-        new_plain += plain
-        new_weighted += weighted
-    if SCAN:
-        sums = fingerprint_ptr + rows * 4
-        tl.atomic_add(sums, old_plain, mask=row_ok, sem="relaxed")
-        tl.atomic_add(sums + 1, old_weighted, mask=row_ok, sem="relaxed")
-        tl.atomic_add(sums + 2, new_plain, mask=row_ok, sem="relaxed")
-        tl.atomic_add(sums + 3, new_weighted, mask=row_ok, sem="relaxed")
-        if not UNMERGE:
-            tl.store(counts_ptr + segment, found.to(tl.int16), mask=row_ok)
-            tl.atomic_add(totals_ptr, tl.sum(found, 0).to(tl.int64), sem="relaxed")
-            tl.atomic_add(totals_ptr + 1, tl.sum(lost, 0).to(tl.int64), sem="relaxed")
+            todo = True
+        if todo:
+            first_row = unit_row.to(tl.int64) * ROWS
+            row_ok = (rows < N - unit_row * ROWS) | EVEN
+            inside = row_ok[:, None] & col_ok[None, :]
+            w_unit = w_ptr + first_row * stride_wn + first_col * stride_wk
+            w_ptrs = w_unit + rows[:, None].to(tl.int64) * stride_wn + cols[None, :].to(tl.int64) * stride_wk
+            w = tl.load(w_ptrs, mask=inside)
+            d = add_delta(
+                zeros_like(w), a_ptr + first_col * stride_ak, b_ptr + first_row * stride_bn,
+                cols.to(tl.int64) * stride_ak, rows.to(tl.int64) * stride_bn, col_ok, row_ok, R, stride_ar, stride_br,
+            )  # fmt: skip
+            new = (w.to(tl.float32) - d).to(w.dtype) if UNMERGE else (w.to(tl.float32) + d).to(w.dtype)
+            if not RECORD:
+                tl.store(w_ptrs, new, mask=inside)
+            else:
+                merged = w if UNMERGE else new
+                back = new if UNMERGE else (new.to(tl.float32) - d).to(w.dtype)
+                back_bits = bits_of(back, tl.uint32)
+                sum_merged = tl.sum(tl.where(inside, bits_of(merged, INT) * number.to(INT), 0)).to(tl.int64)
+                sum_back = tl.sum(tl.where(inside, back_bits.to(INT) * number.to(INT), 0)).to(tl.int64)
+                if UNMERGE:
+                    begin, count = tl.load(entry) - 1, tl.load(entry + 1).to(tl.int32)
+                    kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count, INT)
+                    same = (tl.load(entry + 2) == sum_merged) & (tl.load(entry + 3) == sum_back)
+                    same &= tl.load(entry + 4) == kept
+                    tl.store(entry + 5, same.to(tl.int64))
+                    if same:
+                        tl.store(w_ptrs, new, mask=inside)
+                        tl.debug_barrier()  # candidates are stored by other threads than the corrections over them
+                        _store_corrections(
+                            w_unit, places_ptr + begin, values_ptr + begin, count, COLS, stride_wn, stride_wk
+                        )
+                    else:
+                        tl.atomic_add(totals + 2, 1, sem="relaxed")
+                else:
+                    wrong = back_bits ^ bits_of(w, tl.uint32)
+                    if WIDE:
+                        wrong = (wrong >> 16) | (wrong & 0xFFFF)
+                    # 0 or 1 by arithmetic: predicates are few, and the compiler would pack and unpack them
+                    wrong = tl.where(inside, (wrong + 0xFFFF) >> 16, 0).to(tl.int32)
+                    size = tl.where(inside, new.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+                    lost = 0
+                    if tl.max(size) >= _INFINITY:
+                        before = w.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                        lost = tl.sum(((size >= _INFINITY) & (before < _INFINITY)).to(tl.int32))
+                    in_row = tl.sum(wrong, 1)
+                    count = tl.sum(in_row)
+                    before_row = tl.cumsum(in_row, 0) - in_row - 1
+                    place = tl.cumsum(wrong, 1).to(tl.uint32)
+                    begin = tl.atomic_add(totals, count.to(tl.int64), sem="relaxed")
+                    if lost > 0:
+                        tl.atomic_add(totals + 1, lost.to(tl.int64), sem="relaxed")
+                    elif begin + count <= room:
+                        WIDTH: tl.constexpr = 4 if WIDE else 8
+                        # Addresses called contiguous, which they are not, keep the stores in w's layout; the mask, of
+                        # which the compiler knows nothing, splits them into stores of one element.
+                        to = (places_ptr + begin + before_row)[:, None] + place
+                        to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, WIDTH])
+                        tl.store(to, number.to(tl.uint16), mask=wrong != 0)
+                        to = (values_ptr + begin + before_row)[:, None] + place
+                        to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, WIDTH])
+                        tl.store(to, w, mask=wrong != 0)
+                        tl.store(w_ptrs, new, mask=inside)
+                        tl.debug_barrier()  # they are read by other threads than stored them
+                        kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count, INT)
+                        tl.store(entry, begin + 1)
+                        tl.store(entry + 1, count.to(tl.int64))
+                        tl.store(entry + 2, sum_merged)
+                        tl.store(entry + 3, sum_back)
+                        tl.store(entry + 4, kept)
 
 
 def _along_rows(W, A, B):
@@ -176,63 +201,72 @@ def _along_rows(W, A, B):
     return (W.t(), B.t(), A.t()) if W.stride(0) < W.stride(1) else (W, A, B)
 
 
-def _launch(W, A, B, tile, corrections=None, *, UNMERGE=False, counts=None, fingerprint=None, totals=None) -> None:
-    """One launch; W is [N, K] along rows. It scans if it gets a fingerprint to fill, else it writes W."""
+def _launch(W, A, B, tile, record=None, *, UNMERGE=False, AGAIN=False) -> None:
+    """One launch; W is [N, K] along rows."""
     if W.numel() == 0:
         return
-    (N, K), scan, c = W.shape, fingerprint is not None, corrections
-    tile = tile or default_tile(W.dtype, counting=scan or (c is not None and not UNMERGE))
-    ends = None if c is None else c.counts.flatten().cumsum(0, dtype=torch.int64)
+    (N, K), RECORD = W.shape, record is not None and not AGAIN
+    strips = -(-K // tile.COLS)
     with torch.cuda.device_of(W):
-        _merge_kernel[(triton.cdiv(N, tile.BLOCK_N), triton.cdiv(K, SEGMENT))](
-            W, A, B,
-            counts, ends, c and c.cols, c and c.values, fingerprint, totals,
-            N, K, len(A),
+        _merge_kernel[(strips * -(-N // (tile.ROWS * tile.UNITS)),)](
+            W, A, B, record and record.table, record.places if RECORD else None, record.values if RECORD else None,
+            N, K, len(A), len(record.values) if RECORD else None,
             *W.stride(), *A.stride(), *B.stride(),
-            UNMERGE=UNMERGE, SCAN=scan, CORRECT=c is not None, INT=tl.int64 if W.dtype == torch.float32 else tl.int32,
-            BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, **launch_options(tile, nvidia=not torch.version.hip),
+            UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, EVEN=N % tile.ROWS == 0 and K % tile.COLS == 0,
+            ROWS=tile.ROWS, COLS=tile.COLS, UNITS=tile.UNITS, **launch_options(tile, nvidia=not torch.version.hip),
         )  # fmt: skip
 
 
-def _new_fingerprint(W: torch.Tensor) -> torch.Tensor:
-    return torch.zeros((len(W), 4), dtype=torch.int64 if W.dtype == torch.float32 else torch.int32, device=W.device)
+def _tile_of(record: Corrections, tile: MergeTile | None, dtype: torch.dtype) -> MergeTile:
+    """The record's units by the program of ``tile``."""
+    tile = tile or default_tile(dtype, recording=True)
+    return MergeTile(*record.unit, tile.UNITS, tile.num_warps)
 
 
-def merge_scan(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, tile: MergeTile | None = None) -> Scan:
-    """What ``merge_apply`` would do, without doing it. One launch that only reads W.
+def new_record(W: torch.Tensor, room: int, tile: MergeTile | None = None) -> Corrections:
+    """Memory for a merge of W with up to ``room`` corrections. Until then an unmerge with it does nothing."""
+    tile = tile or default_tile(W.dtype, recording=True)
+    N, K = (W.t() if W.stride(0) < W.stride(1) else W).shape
+    units = -(-N // tile.ROWS) * -(-K // tile.COLS)
+    return Corrections(
+        torch.zeros((units + 1, COLUMNS), dtype=torch.int64, device=W.device),
+        torch.empty(room, dtype=torch.uint16, device=W.device),
+        torch.empty(room, dtype=W.dtype, device=W.device),
+        (tile.ROWS, tile.COLS),
+    )
 
-    W: [N, K], any strides. A: [R, K] and B: [N, R], fp32, scaling inside B, any strides (column-major B reads best).
-    Refuse the merge if ``totals[1]`` is not 0.
+
+def merge(
+    W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, record: Corrections, tile: MergeTile | None = None
+) -> None:
+    """W <- round(W + B A) in place, and what it takes to undo it into ``record``, from :func:`new_record`. One launch.
+
+    W: [N, K], any strides. A: [R, K] and B: [N, R], fp32, scaling inside B, any strides.
+    If ``record.totals`` then says that elements were lost, or more corrections than there was room for, only some units
+    are merged: :func:`unmerge` takes them back.
     """
-    W, A, B = _along_rows(W, A, B)
-    counts = torch.empty((len(W), triton.cdiv(W.shape[1], SEGMENT)), dtype=torch.int16, device=W.device)
-    scan = Scan(counts, torch.zeros(2, dtype=torch.int64, device=W.device), _new_fingerprint(W))
-    _launch(W, A, B, tile, counts=counts, fingerprint=scan.fingerprint, totals=scan.totals)
-    return scan
+    _launch(*_along_rows(W, A, B), _tile_of(record, tile, W.dtype), record)
 
 
-def new_corrections(W: torch.Tensor, scan: Scan, corrections: int) -> Corrections:
-    """Memory for the ``corrections`` = ``scan.totals[0]`` corrections that ``merge_apply`` will store."""
-    cols = torch.empty(corrections, dtype=torch.uint8, device=W.device)
-    return Corrections(scan.counts, cols, torch.empty(corrections, dtype=W.dtype, device=W.device), scan.fingerprint)
+def unmerge(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None:
+    """The bits from before :func:`merge` in place, unit by unit. One launch over W.
 
-
-def merge_apply(W, A, B, corrections: Corrections | None = None, tile: MergeTile | None = None) -> None:
-    """W <- round(W + B A) in place, filling ``corrections`` from :func:`new_corrections`. One launch over W.
-
-    Without ``corrections`` it is the bare merge, one read and one write of W, that cannot be undone to the bit.
+    If ``record.refused`` is not 0 then, W is not what the merge left: :func:`merge_again` takes the others back.
     """
-    _launch(*_along_rows(W, A, B), tile, corrections)
+    record.refused.zero_()
+    _launch(*_along_rows(W, A, B), _tile_of(record, tile, W.dtype), record, UNMERGE=True)
 
 
-def unmerge_scan(W, A, B, corrections: Corrections, tile: MergeTile | None = None) -> torch.Tensor:
-    """Fingerprint of W as it is and as ``unmerge_apply`` would leave it, for ``corrections.matches``. Only reads W."""
-    W, A, B = _along_rows(W, A, B)
-    fingerprint = _new_fingerprint(W)
-    _launch(W, A, B, tile, corrections, UNMERGE=True, fingerprint=fingerprint)
-    return fingerprint
+def merge_again(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None:
+    """Undo the last :func:`unmerge`, to the bit."""
+    _launch(*_along_rows(W, A, B), _tile_of(record, tile, W.dtype), record, AGAIN=True)
 
 
-def unmerge_apply(W, A, B, corrections: Corrections | None = None, tile: MergeTile | None = None) -> None:
-    """W <- round(W - B A) in place, then the corrections: the bits from before the merge. One launch over W."""
-    _launch(*_along_rows(W, A, B), tile, corrections, UNMERGE=True)
+def merge_apply(W, A, B, tile: MergeTile | None = None) -> None:
+    """W <- round(W + B A) in place and nothing else: no check, no record, no way back to the bit."""
+    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype, recording=False))
+
+
+def unmerge_apply(W, A, B, tile: MergeTile | None = None) -> None:
+    """W <- round(W - B A) in place: most of the bits from before :func:`merge_apply`."""
+    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype, recording=False), UNMERGE=True)

@@ -59,9 +59,8 @@ class MergeRecord:
         tensors = [self.left, self.right]
         for part in [*self.blocks, *([self.units] if self.units else [])]:
             tensors += part.tensors
-        if self.device_corrections is not None:
-            tensors += [t for t in vars(self.device_corrections).values() if isinstance(t, torch.Tensor)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        on_device = 0 if self.device_corrections is None else self.device_corrections.nbytes
+        return on_device + sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def corrections(self) -> int:

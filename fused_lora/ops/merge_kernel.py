@@ -1,8 +1,9 @@
-"""Merge and exact unmerge by the Triton kernel: the same contract as ``ops/merge.py``, four passes on the device.
+"""Merge and exact unmerge by the Triton kernel: the same contract as ``ops/merge.py``, one pass each way.
 
 The kernel's delta is a chain of fused multiply-adds in a fixed order, so merge and unmerge see the same bits whatever
-tiles they use. Merge and unmerge read the weight once to check and once more to write; nothing is written before the
-check has passed. The first use in a process is tried on a small weight, in both directions.
+tiles they use. Either is one launch and one wait: every program checks what it holds before it writes it, and if one of
+them refuses, a second launch takes back what the others wrote, to the bit. The first use in a process is tried on a
+small weight, in both directions.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ CHANGED = (
     "nothing was changed"
 )
 
+# Memory for corrections, in numbers a weight: a quarter more than the last merge of this dtype needed. A wrong guess
+# costs the way back and a second merge, of a known size.
+_share: dict[torch.dtype, float] = {}
+_way_back: set[tuple] = set()
+
 
 def applies(weight: torch.Tensor) -> bool:
     """Whether the kernel does this weight: a CUDA tensor of fp32, bf16 or fp16, and the first-use check has passed."""
@@ -31,26 +37,47 @@ def applies(weight: torch.Tensor) -> bool:
 def merge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
     """weight <- round(weight + left @ right) in place; returns the kernel's corrections.
 
-    Raises ValueError, with nothing written, when a finite weight would not stay finite.
+    Raises ValueError, with the weight as it was, when a finite weight would not stay finite.
     """
     from fused_lora.kernels import merge as kernels
 
-    scan = kernels.merge_scan(weight, right, left)
-    corrections, lost = scan.totals.tolist()
-    if lost:
-        raise ValueError("NaNs or infinities detected in the merged weights: the adapter seems to be broken")
-    record = kernels.new_corrections(weight, scan, corrections)
-    kernels.merge_apply(weight, right, left, record)
-    return record
+    factors = right, left
+    room = int(weight.numel() * _share.get(weight.dtype, 1 / 16)) + 4096
+    while True:
+        record = kernels.new_record(weight, room)
+        kind = (weight.device, weight.dtype, weight.shape, weight.stride(), left.stride(), right.stride())
+        if kind not in _way_back:  # compiled and loaded before it is needed; it finds nothing to take back
+            kernels.unmerge(weight, *factors, record)
+            _way_back.add(kind)
+        try:
+            kernels.merge(weight, *factors, record)
+            found, lost = record.totals.tolist()
+        except BaseException:
+            kernels.unmerge(weight, *factors, record)
+            raise
+        if not lost and found <= room:
+            _share[weight.dtype] = 1.25 * found / max(weight.numel(), 1)
+            return record.trimmed(found, slack=weight.numel() // 64 + 4096)
+        kernels.unmerge(weight, *factors, record)  # what was merged before a program met the reason not to
+        if lost:
+            raise ValueError("NaNs or infinities detected in the merged weights: the adapter seems to be broken")
+        room = found
 
 
 def unmerge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, record: Any) -> None:
-    """The original bits back in place. Raises RuntimeError, with nothing written, if the weight was changed since."""
+    """The original bits back in place. Raises RuntimeError, with the weight as it was, if it was changed since."""
     from fused_lora.kernels import merge as kernels
 
-    if not record.matches(kernels.unmerge_scan(weight, right, left, record)):
+    factors = right, left
+    try:
+        kernels.unmerge(weight, *factors, record)
+        refused = record.refused.item()
+    except BaseException:
+        kernels.merge_again(weight, *factors, record)
+        raise
+    if refused:
+        kernels.merge_again(weight, *factors, record)
         raise RuntimeError(CHANGED)
-    kernels.unmerge_apply(weight, right, left, record)
 
 
 def _check(device: torch.device, dtype: torch.dtype) -> str | None:
