@@ -101,7 +101,11 @@ def _shrink_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast
         num_rank_blocks=1, stride_xk=1, stride_pk=1, NUM_ADAPTERS=1, DROP=dropout, UPCAST=upcast, PRECISION=precision,
         BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
     )  # fmt: skip
-    (types if dropout else values)["seeds_ptr"] = "*i64" if dropout else None
+    split = config.SPLIT_K > 1
+    values["SPLIT"] = split
+    optional = dict(seeds_ptr=("*i64", dropout), planes_ptr=("*fp32", split), sync_ptr=("*i32", split))
+    for name, (kind, used) in optional.items():
+        (types if used else values)[name] = kind if used else None
     return _lora_shrink_kernel, types, values
 
 

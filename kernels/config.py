@@ -20,7 +20,7 @@ import torch
 OPS = ("linear", "shrink", "expand", "weight_grad", "backward_g", "backward_x")
 _WITHOUT_MASK = ("linear", "backward_g")  # launches that never draw one
 PASS_RANKS = 32  # ranks up to which one pass over g, or x, forms both of its results
-FEW, SOME, MANY = 16, 64, 512  # rows up to which a GEMM is decode, is short, has too few tiles to loop over them
+DECODE_ROWS, SHORT_ROWS = 16, 64  # rows up to which a GEMM is decode, and up to which one launch is best
 _WARPGROUP_MMA = (90, 100, 103)  # accumulators by warp groups and 228 KiB of shared memory: room for wide tiles
 
 
@@ -66,10 +66,10 @@ def _rank_block(r: int, *sizes: int) -> int:
     return next((size for size in sizes if r <= size), sizes[-1])
 
 
-def _split(programs: int, steps: int) -> int:
-    """How many programs share a contraction of ``steps`` tiles: a power of 2, for 512 programs of 4 steps or more."""
+def _split(programs: int, steps: int, wanted: int = 512, most: int = 16) -> int:
+    """How many programs share a contraction of ``steps`` tiles: a power of 2, for ``wanted`` of 4 steps or more."""
     split = 1
-    while split < 16 and programs * split * 2 <= 512 and steps >= split * 8:
+    while split < most and programs * split * 2 <= wanted and steps >= split * 8:
         split *= 2
     return split
 
@@ -78,13 +78,15 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _shrink(M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool) -> LaunchConfig:
+def _shrink(M: int, K: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool) -> LaunchConfig:
     if dtype == torch.float32:
-        return LaunchConfig("shrink", 32, 16, 32, 32)
-    BLOCK_R = _rank_block(r, 16, 32) if upcast else _rank_block(r, 16, 32, 64, 128)
-    # narrow row blocks, for enough programs where rows are few and for enough warps to draw a mask
-    BLOCK_M = 16 if M < 8192 or dropout else 64
-    return LaunchConfig("shrink", BLOCK_M, 16, 64 if upcast or BLOCK_R > 32 else 128, BLOCK_R)
+        tile = LaunchConfig("shrink", 32, 16, 32, 32)
+    else:
+        BLOCK_R = _rank_block(r, 16, 32) if upcast else _rank_block(r, 16, 32, 64, 128)
+        wide = 64 if upcast or BLOCK_R > 32 else 128 if dropout else 256
+        # narrow row blocks, for enough programs where rows are few and for enough warps to draw a mask
+        tile = LaunchConfig("shrink", 32 if dropout and M >= 8192 and BLOCK_R < 64 else 16, 16, wide, BLOCK_R)
+    return replace(tile, SPLIT_K=_split(_cdiv(M, tile.BLOCK_M) * _cdiv(r, tile.BLOCK_R), _cdiv(K, tile.BLOCK_K)))
 
 
 def _expand(r: int, dtype: torch.dtype) -> LaunchConfig:
@@ -97,20 +99,27 @@ def _backward(op: str, M: int, C: int, r: int, dtype: torch.dtype, dropout: bool
     BLOCK_R = _rank_block(r, 16, 32)
     if dtype == torch.float32 or upcast:
         tile = LaunchConfig(op, 16 if dtype == torch.float32 else 32, 64, 16, BLOCK_R, num_stages=2)
+    elif op == "backward_g":
+        tile = LaunchConfig(op, 64, 256, 16, BLOCK_R, num_warps=8, num_stages=4)
     else:
-        tile = LaunchConfig(op, 32, 128 if dropout else 256, 16, BLOCK_R, num_warps=4 if dropout else 8, num_stages=4)
-    return replace(tile, SPLIT_K=_split(_cdiv(C, tile.BLOCK_N), _cdiv(M, tile.BLOCK_M)))
+        BLOCK_N, num_warps = (64, 2 if BLOCK_R == 16 else 4) if dropout else (128, 4)
+        tile = LaunchConfig(op, 32, BLOCK_N, 16, BLOCK_R, num_warps=num_warps, num_stages=4)
+    wanted = 1024 // tile.num_warps if op == "backward_x" else 256
+    return replace(tile, SPLIT_K=_split(_cdiv(C, tile.BLOCK_N), _cdiv(M, tile.BLOCK_M), wanted, most=64))
 
 
-def _weight_grad(M: int, N: int, K: int, r: int) -> LaunchConfig:
-    BLOCK_M, BLOCK_K, BLOCK_R = 64, 32, 32
+def _weight_grad(M: int, N: int, K: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool) -> LaunchConfig:
+    BLOCK_M, BLOCK_K, BLOCK_R, num_stages, wanted = 64, 32, 32, 3, 512
+    if dtype != torch.float32 and not upcast:
+        BLOCK_M, BLOCK_K, num_stages, wanted = 64 if dropout else 128, 64, 4, 512 if dropout else 256
     programs = (_cdiv(K, BLOCK_M) + _cdiv(N, BLOCK_M)) * _cdiv(r, BLOCK_R)
-    return LaunchConfig("weight_grad", BLOCK_M, 16, BLOCK_K, BLOCK_R, SPLIT_K=_split(programs, _cdiv(M, BLOCK_K)))
+    tile = LaunchConfig("weight_grad", BLOCK_M, 16, BLOCK_K, BLOCK_R, num_stages=num_stages)
+    return replace(tile, SPLIT_K=_split(programs, _cdiv(M, BLOCK_K), wanted))
 
 
 def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upcast: bool) -> LaunchConfig:
     """Tiles of "linear", without the split over K."""
-    decode = M <= FEW and variant == "recompute"
+    decode = M <= DECODE_ROWS and variant == "recompute"
     if dtype == torch.float32:  # products by fma, operands in registers
         BLOCK_M, BLOCK_N = (16, 32) if decode else (32, 64)
         return LaunchConfig(variant, BLOCK_M, BLOCK_N, 32, 32, num_stages=2)
@@ -121,7 +130,7 @@ def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upc
         return LaunchConfig(variant, 16, 32, BLOCK_K, BLOCK_R, num_stages=4)
     if variant == "recompute":
         BLOCK_R = _rank_block(r, 16, 32)
-        return LaunchConfig(variant, 64, 64 if M <= SOME else 128, 64, BLOCK_R, num_warps=4 if M <= SOME else 8)
+        return LaunchConfig(variant, 64, 64, 64, BLOCK_R)
     if capability not in _WARPGROUP_MMA:
         return LaunchConfig(variant, 128, 128, 32, 32, num_warps=8, num_stages=4)
     # the widest tile has registers for nothing but its accumulator
@@ -142,11 +151,11 @@ def variants(
     "recompute" for small M, where launches and occupancy count; not where x has a mask that many programs would draw
     again. An fp32 LoRA product costs several times a 16-bit one: only decode, which waits for the weight, repeats it.
     """
-    decode = M <= FEW
+    decode = M <= DECODE_ROWS
     if upcast or dtype == torch.float32:
         recompute = r <= 32 and decode
     else:
-        recompute = M <= MANY and r <= (64 if decode else 32)
+        recompute = M <= SHORT_ROWS and r <= (64 if decode else 32)
     return ("split", "recompute") if recompute and adapters == 1 and not dropout else ("split",)
 
 
@@ -168,18 +177,18 @@ def pick(
     dropout: whether this launch draws a mask. upcast: the adapters are not of x's dtype.
     """
     if op == "shrink":
-        return _shrink(M, r, dtype, dropout, upcast)
+        return _shrink(M, K, r, dtype, dropout, upcast)
     if op == "expand":
         return _expand(r, dtype)
     if op.startswith("backward"):
         return _backward(op, M, N, r, dtype, dropout, upcast)
     if op == "weight_grad":
-        return _weight_grad(M, N, K, r)
+        return _weight_grad(M, N, K, r, dtype, dropout, upcast)
     variant = variant or variants(M, r, dtype, dropout, upcast, adapters)[-1]
     config = _gemm(variant, M, r, dtype, capability, upcast)
     if variant == "recompute":
         config = replace(config, BLOCK_R=max(config.BLOCK_R, 1 << (r - 1).bit_length()))  # forced, too, it holds all
-        if M <= SOME:
+        if M <= SHORT_ROWS:
             programs = _cdiv(M, config.BLOCK_M) * _cdiv(N, config.BLOCK_N)
             config = replace(config, SPLIT_K=_split(programs, _cdiv(K, config.BLOCK_K)))
     return config
@@ -193,7 +202,8 @@ def candidates(op: str, dtype: torch.dtype, capability: int) -> Iterator[tuple[L
     """
     seen = set()
     # one of each kind that the rules above tell apart
-    grid = product((False, True), (False, True), (FEW, SOME, MANY, MANY + 1, 8192), (16, 32, 64, 128), (16, 65536))
+    rows = DECODE_ROWS, SHORT_ROWS, SHORT_ROWS + 1, 8192
+    grid = product((False, True), (False, True), rows, (16, 32, 64, 128), (16, 65536))
     for dropout, upcast, M, r, K in grid:
         if dropout and op in _WITHOUT_MASK or op.startswith("backward") and r > PASS_RANKS:
             continue
@@ -231,8 +241,8 @@ def traffic(
     rank_blocks = adapters * _cdiv(r // adapters, config.BLOCK_R)
     cost = dict(launches=1, mask_elements=0)
     if op == "shrink":
-        cost.update(bytes=e * M * K + e_adapter * r * K + S, flops=2 * M * K * r, mask_elements=M * K * rank_blocks)
-        floor = cost["bytes"], cost["flops"]
+        floor = e * M * K + e_adapter * r * K + S, 2 * M * K * r
+        cost.update(bytes=floor[0] + planes * M * r, flops=floor[1], mask_elements=M * K * rank_blocks)
     elif op == "expand":
         cost.update(bytes=e * M * N + e_adapter * r * N + S, flops=2 * M * N * r, mask_elements=M * N * adapters)
         floor = cost["bytes"], cost["flops"]

@@ -5,8 +5,9 @@
 
 One program forms a row block of one block of ranks, which belongs to one adapter and hence to one mask. The programs of
 a row block are neighbours, so the first brings its X into L2 and the others find it there. The mask is drawn in
-registers, once an element and rank block. Bytes: e M K + e R K (again from L2 for every row block) + 4 M R, the floor
-of any shrink; flops 2 M K R. "Shrink" and "expand": Punica, arXiv:2310.18547.
+registers, once an element and rank block. Where rows are few, K is split over programs, and the last of them to arrive
+adds their planes in order. Bytes: e M K + e R K (again from L2 for every row block) + 4 M R, the floor of any shrink,
++ 8 SPLIT_K M R of planes; flops 2 M K R. "Shrink" and "expand": Punica, arXiv:2310.18547.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ import triton.language as tl
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import threshold
 from .launch import KEPT, Launch
-from .tiles import addressable, contract, store_tile
+from .sync import counters, last_to_arrive
+from .tiles import addressable, contract, store_tile, sum_planes
 
 
 @triton.jit
@@ -45,12 +47,12 @@ def adapter_of(rank_block, rank_ends, bounds, scales, NUM_ADAPTERS: tl.constexpr
 
 @triton.jit
 def _lora_shrink_kernel(
-    x_ptr, p_ptr, s_ptr, seeds_ptr,
+    x_ptr, p_ptr, s_ptr, seeds_ptr, planes_ptr, sync_ptr,
     rank_ends, bounds, scales,
     M, K, R, num_rank_blocks,
     stride_xm, stride_xk,
     stride_pr, stride_pk,
-    NUM_ADAPTERS: tl.constexpr, DROP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr, DROP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # rank blocks are the fast axis: the programs of one row block run together and share its x in L2
@@ -59,12 +61,17 @@ def _lora_shrink_kernel(
         tl.program_id(0) % num_rank_blocks, rank_ends, bounds, scales, NUM_ADAPTERS, BLOCK_R
     )
     seed = tl.load(seeds_ptr + adapter) if DROP else 0
+    begin, end, splits = 0, K, tl.num_programs(1)
+    if SPLIT:
+        chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
+        begin = tl.program_id(1) * chunk
+        end = tl.minimum(K, begin + chunk)
     s = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     _, s = contract(
         0.0, s,
         x_ptr, x_ptr, p_ptr,
         m0, 0, r0,
-        0, K,
+        begin, end,
         M, 0, K, r_end,
         stride_xm, stride_xk,
         0, 0,
@@ -74,7 +81,15 @@ def _lora_shrink_kernel(
         TMA=False, W_IS_NK=False, UPCAST=UPCAST, PRECISION=PRECISION,
         BLOCK_M=BLOCK_M, BLOCK_N=16, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R,
     )  # fmt: skip
-    store_tile(s_ptr, tl.trans(s) * scale, m0, r0, R, 1, M, r_end, BLOCK_M, BLOCK_R)
+    s = tl.trans(s) * scale
+    if SPLIT:
+        stride_plane = (tl.full((), 0, tl.int64) + M) * R
+        store_tile(planes_ptr + tl.program_id(1) * stride_plane, s, m0, r0, R, 1, M, r_end, BLOCK_M, BLOCK_R)
+        if last_to_arrive(sync_ptr + tl.program_id(0), splits):
+            s = sum_planes(planes_ptr, splits, stride_plane, m0, r0, R, 1, M, r_end, BLOCK_M, BLOCK_R)
+            store_tile(s_ptr, s, m0, r0, R, 1, M, r_end, BLOCK_M, BLOCK_R)
+    else:
+        store_tile(s_ptr, s, m0, r0, R, 1, M, r_end, BLOCK_M, BLOCK_R)
 
 
 def stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -106,22 +121,31 @@ def lora_shrink(
         return S
     x, P = addressable(x), addressable(stack(P))
     drop = seeds is not None and any(dropout)
-    launch = _launch(
+    launch, programs, splits = _launch(
         x.shape, x.stride(), x.dtype, x.device, P.stride(), P.dtype, ranks, tuple(scales), tuple(dropout), drop, config
     )
-    launch(_lora_shrink_kernel, x, P, S, seeds if drop else None)
+    planes = sync = None
+    if splits > 1:
+        planes, sync = S.new_empty((splits, *S.shape)), counters(programs, x.device)
+    launch(_lora_shrink_kernel, x, P, S, seeds if drop else None, planes, sync)
     return S
 
 
 @lru_cache(KEPT)
-def _launch(shape, x_strides, dtype, device, p_strides, p_dtype, ranks, scales, dropout, drop, config) -> Launch:
+def _launch(
+    shape, x_strides, dtype, device, p_strides, p_dtype, ranks, scales, dropout, drop, config
+) -> tuple[Launch, int, int]:
+    """The launch, how many programs there are for each part of K, and how many parts."""
     (M, K), upcast = shape, p_dtype != dtype
     config = config or pick("shrink", M, 0, K, max(ranks), dtype, drop, capability(device), upcast)
     ends, bounds = adapter_table(ranks, dropout)
     blocks = sum(-(-r // config.BLOCK_R) for r in ranks)
-    return Launch(
-        (blocks * -(-M // config.BLOCK_M),),
+    programs = blocks * -(-M // config.BLOCK_M)
+    launch = Launch(
+        (programs, config.SPLIT_K),
         ends, bounds, tuple(map(float, scales)), M, K, sum(ranks), blocks, *x_strides, *p_strides,
         NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(dtype),
+        SPLIT=config.SPLIT_K > 1,
         BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
     )  # fmt: skip
+    return launch, programs, config.SPLIT_K

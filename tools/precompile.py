@@ -228,8 +228,8 @@ def fill(arguments) -> None:
         install(capability)
         ignore_results()
         return {"layers": fill_layers, "smoke": fill_smoke, "launches": fill_launches}[arguments.part]()
-    command = [sys.executable, __file__, "fill", "--cache", str(arguments.cache), "--target", arguments.target, "--part"]
-    running = [subprocess.Popen([*command, part]) for part in arguments.only.split(",")]
+    command = [sys.executable, __file__, "fill", "--cache", str(arguments.cache), "--target", arguments.target]
+    running = [subprocess.Popen([*command, "--part", part]) for part in arguments.only.split(",")]
     codes = [process.wait() for process in running]
     if any(codes):
         sys.exit(f"parts that failed: {codes} of {arguments.only}")
