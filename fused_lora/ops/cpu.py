@@ -107,15 +107,17 @@ def shrink_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype
     return torch.promote_types(accumulate_dtype(x, lora_A), torch.float32)
 
 
-def _row_blocks(M: int, K: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _MASK_ELEMENTS // max(K, 1))
+def _row_blocks(rows: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Blocks whose mask stays in a CPU's cache. Elsewhere one: the mask is there, and each block would round dA."""
+    M, K = rows.shape
+    step = max(1, _MASK_ELEMENTS // max(K, 1) if rows.device.type == "cpu" else M)
     for start in range(0, M, step):
         yield start, min(start + step, M)
 
 
 def _buffer(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Room for one row block, reused for all of them."""
-    first = next(_row_blocks(*rows.shape), (0, 0))
+    first = next(_row_blocks(rows), (0, 0))
     return torch.empty((first[1], rows.shape[1]), dtype=dtype, device=rows.device)
 
 
@@ -166,7 +168,7 @@ def _shrink_one(rows, A, p, seed) -> torch.Tensor:
     S = rows.new_zeros((M, A.shape[0]), dtype=A.dtype)
     if p < 1.0:
         mask, buffer = _Mask(seed, p, M, K, rows.device), _buffer(rows, rows.dtype)
-        for start, stop in _row_blocks(M, K):
+        for start, stop in _row_blocks(rows):
             block = buffer[: stop - start]
             mask.multiply(start, stop, rows[start:stop], block, None)
             S[start:stop] = _narrow(block.to(A.dtype), A)
@@ -203,7 +205,7 @@ def _input_side(dS, rows, A, p, seed, dx, first: bool, need_A: bool) -> torch.Te
         M, K = rows.shape
         mask, dropped = _Mask(seed, p, M, K, rows.device), _buffer(rows, acc)
         part = None if dx is None or first else _buffer(rows, acc)
-        for start, stop in _row_blocks(M, K):
+        for start, stop in _row_blocks(rows):
             source = kept = target = None
             if need_A:
                 source, kept = rows[start:stop].to(acc), dropped[: stop - start]
