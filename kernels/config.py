@@ -250,6 +250,7 @@ def traffic(
         floor = e * M * N * (2 if op == "backward_x" else 1) + e_adapter * 2 * r * N + S, 4 * M * r * N
         moved = 8 * config.SPLIT_K * r * N + (2 * S * _cdiv(N, config.BLOCK_N) if op == "backward_g" else 0)
         cost.update(bytes=floor[0] + moved, flops=floor[1], mask_elements=M * N)
+        cost["launches"] += op == "backward_g" and N > config.BLOCK_N  # the planes of dS
     elif op == "weight_grad":
         floor = e * M * (K + N) + 2 * S + e_adapter * r * (K + N), 2 * M * r * (K + N)
         cost.update(bytes=floor[0] + planes * r * (K + N), flops=floor[1], mask_elements=M * K * rank_blocks)
