@@ -73,17 +73,15 @@ def _lora_backward_kernel(
         store_tile(grad_ptr, grad, 0, c0, stride_gr, stride_gc, R, C, BLOCK_R, BLOCK_C)
 
 
-def _run(z, t, q, out, grad, expand, seeds, dropout, out_scale, grad_scale, config) -> None:
-    z, q = addressable(z), addressable(q)
-    dropout = 0.0 if seeds is None else dropout
-    dtypes = z.dtype, q.dtype, grad.dtype
+def _run(z, t, q, q_strides, out, grad, grad_strides, expand, seeds, dropout, out_scale, grad_scale, config) -> None:
+    """``q`` and ``grad`` are given as they are stored, with the strides of the kernel's [R, C]."""
+    z, dropout = addressable(z), 0.0 if seeds is None else dropout
     launch, planes, flags = _launch(
-        z.shape, q.shape[0], z.stride(), q.stride(), grad.stride(), dtypes, z.device, expand, dropout,
-        out_scale, grad_scale, config,
+        z.shape, t.shape[1], z.stride(), q_strides, grad_strides, (z.dtype, q.dtype, grad.dtype), z.device,
+        expand, dropout, out_scale, grad_scale, config,
     )  # fmt: skip
-    planes = torch.empty(planes, dtype=torch.float32, device=z.device)
-    sync, seeds = counters(flags, z.device), seeds if dropout else None
-    launch(_lora_backward_kernel, z, t, q, out, grad, planes, seeds, sync)
+    planes, sync = t.new_empty(planes), counters(flags, z.device)
+    launch(_lora_backward_kernel, z, t, q, out, grad, planes, seeds if dropout else None, sync)
 
 
 @lru_cache(KEPT)
@@ -115,7 +113,8 @@ def lora_backward_g(
         return torch.zeros_like(S), lora_B.new_zeros((N, r))
     config = config or pick("backward_g", M, N, 0, r, g.dtype, False, capability(g.device), lora_B.dtype != g.dtype)
     planes, dB = S.new_empty((-(-N // config.BLOCK_N), M, r)), lora_B.new_empty((N, r))
-    _run(g, S, lora_B.t(), planes, dB.t(), False, None, 0.0, scaling, scaling, config)
+    lora_B = addressable(lora_B)
+    _run(g, S, lora_B, lora_B.stride()[::-1], planes, dB, (1, r), False, None, 0.0, scaling, scaling, config)
     return planes[0] if len(planes) == 1 else planes.sum(0), dB
 
 
@@ -137,5 +136,6 @@ def lora_backward_x(
         return dx, dA.zero_()
     drop, scale = seeds is not None and dropout > 0, keep_scale(dropout)
     config = config or pick("backward_x", M, K, 0, r, x.dtype, drop, capability(x.device), lora_A.dtype != x.dtype)
-    _run(x, dS, lora_A, dx, dA, True, seeds, dropout, scale, scale, config)
+    lora_A = addressable(lora_A)
+    _run(x, dS, lora_A, lora_A.stride(), dx, dA, (K, 1), True, seeds, dropout, scale, scale, config)
     return dx, dA

@@ -5,8 +5,6 @@ The interpreter takes another way: what binds or packs an argument wrongly shows
 
 import ctypes
 import json
-import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_lora.testing import stub_driver
+
 pytest.importorskip("triton")
 HERE = Path(__file__)
 HEADER = Path(sysconfig.get_path("include"), "Python.h")
-DEVICE = [0]  # which the stub says is current
-COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 LAUNCHES = {
     "forward, recompute": 1,
     "forward, recompute, K split": 1,
@@ -58,40 +56,15 @@ WAYS = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the tests of the kernels launch natively")
-@pytest.mark.skipif(COMPILER is None, reason="no C compiler, with which Triton builds its launchers")
+@pytest.mark.skipif(stub_driver.COMPILER is None, reason="no C compiler, with which Triton builds its launchers")
 @pytest.mark.skipif(not HEADER.exists(), reason="no Python.h, with which Triton builds its launchers")
 def test_every_launcher_launches(tmp_path):
-    stub = HERE.with_name("stub_cuda.c")
-    subprocess.run([COMPILER, "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", stub], check=True)
-    (tmp_path / "libcuda.so").symlink_to("libcuda.so.1")  # triton 3.4 links this name
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= dict.fromkeys(("TRITON_LIBCUDA_PATH", "LD_LIBRARY_PATH"), str(tmp_path))
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")  # what is linked to the stub is for nobody else
+    environment = stub_driver.environment(HERE.with_name("stub_cuda.c"), tmp_path)
     done = subprocess.run([sys.executable, HERE], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["launches"] == LAUNCHES
     assert found["ways"] == WAYS
-
-
-def use_stub():
-    """CPU tensors pass for those of an H100."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.driver import CudaDriver
-    from triton.runtime import driver
-
-    stub = CudaDriver()
-    stub.get_current_device = lambda: DEVICE[0]
-    stub.get_current_stream = lambda device: 0
-    stub.get_device_capability = lambda *_: (9, 0)
-    stub.get_current_target = lambda: GPUTarget("cuda", 90, 32)
-    driver.set_active(stub)
-
-    # before the launchers' own modules import these names
-    from fused_lora.kernels import config, descriptors
-
-    config.capability = lambda device: 90
-    descriptors._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
 
 
 def record(run, launch) -> tuple[list[str], list[list]]:
@@ -240,9 +213,9 @@ def ways(who: list[str], given: list[list]) -> dict[str, list[str]]:
     assert len(seen) == 2
     _lora_shrink_kernel.pre_run_hooks.clear()
     shrink("without hooks")
-    DEVICE[0] = 1
+    stub_driver.DEVICE[0] = 1
     shrink("from another device")
-    DEVICE[0] = 0
+    stub_driver.DEVICE[0] = 0
 
     who.clear()
     for _ in range(2):
@@ -255,6 +228,6 @@ if __name__ == "__main__":
     from triton.backends.nvidia.driver import CudaLauncher
     from triton.runtime.jit import JITFunction
 
-    use_stub()
+    stub_driver.use_stub_driver()
     who, given = record(JITFunction.run, CudaLauncher.__call__)
     print(json.dumps({"launches": launches(given), "ways": ways(who, given)}))

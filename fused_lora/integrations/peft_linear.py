@@ -195,18 +195,24 @@ def _why_not_call(layer: nn.Module, names: list[str], x: Tensor, args: tuple, kw
         return reason
     base = layer._modules["base_layer"]._parameters
     weight, bias, dtype, device, K = base["weight"], base["bias"], x.dtype, x.device, x.shape[-1] if x.dim() else 0
-    adapters = [(A._parameters["weight"], B._parameters["weight"]) for _, A, B, _ in _parts(layer, names)]
-    if weight.device != device or any(A.device != device or B.device != device for A, B in adapters):
+    fits = x.dim() > 0 and weight.shape[0 if layer.fan_in_fan_out else 1] == K
+    here, others = weight.device == device, set()  # dtypes of adapters that are not that of x
+    for _, A_layer, B_layer, _ in _parts(layer, names):
+        A, B = A_layer._parameters["weight"], B_layer._parameters["weight"]
+        here = here and A.device == device and B.device == device
+        fits = fits and A.shape[1] == K
+        if A.dtype != dtype:
+            others.add(A.dtype)
+    if not here:
         return "devices differ"
     if torch.is_autocast_enabled(device.type):
-        if torch.float64 in (dtype, weight.dtype, *(A.dtype for A, _ in adapters)):
+        if torch.float64 in (dtype, weight.dtype, *others):
             return "float64 under autocast"
     elif dtype != weight.dtype or (bias is not None and bias.dtype != dtype):
         return "the input has another dtype than the base layer"
-    if not getattr(layer, "cast_input_dtype_enabled", True) and any(A.dtype != dtype for A, _ in adapters):
+    if others and not getattr(layer, "cast_input_dtype_enabled", True):
         return "casting of the input is switched off"
-    fits = weight.shape[0 if layer.fan_in_fan_out else 1] == K and all(A.shape[1] == K for A, _ in adapters)
-    if not (fits and x.dim()):
+    if not fits:
         return "shapes differ"
     # a checkpoint's first forward, in training, has no gradients either, and its second must draw the same masks
     return "few rows on a CPU" if not layer.training and _is_too_small(x, K) else None

@@ -35,29 +35,39 @@ class FusedLoraBehaviour:
     merge_state: _Merge | None = None
 
     def _present(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.lora_A]
+        held = self._modules["lora_A"]._modules
+        return [name for name in names if name in held]
 
     def _active_forward(self, x: Tensor) -> Tensor:
         """Base and all active adapters in one operator, or layer by layer where a hook or a subclass has a say."""
         names = self._present(self.active_adapters)
         if not names:
             return self.base_layer(x)
-        if any(why_not_plain(part) for part in self._parts(names)):
-            return self._composed_forward(x, names)
+        for part in self._parts(names):
+            if why_not_plain(part):
+                return self._composed_forward(x, names)
         return self._fused_forward(x, names)
 
     def _fused_forward(self, x: Tensor, names: list[str]) -> Tensor:
         """One operator for base and adapters. A scaling may be a 0-d tensor, which is read on its device only."""
-        lora_B, scaling, dropout = [], [], []
-        for name in names:
-            B, s, drop = self.lora_B[name].weight, self.scaling[name], self.lora_dropout[name]
+        # past nn.Module's __getattr__, which takes longer than the reads: this runs in every call
+        base = self._modules["base_layer"]._parameters
+        weight, bias = base["weight"], base["bias"]
+        lora_A, lora_B, scaling, dropout = [], [], [], []
+        parts = self._parts(names)[1:]
+        for name, A, B_layer, drop in zip(names, parts[::3], parts[1::3], parts[2::3], strict=True):
+            B, s, lora_bias = B_layer._parameters["weight"], self.scaling[name], B_layer._parameters["bias"]
+            if lora_bias is not None:  # s_i times each lora_bias, in fp32 or wider
+                term = lora_bias.to(_wide(lora_bias.dtype)) * s
+                bias = term if bias is None else bias.to(_wide(bias.dtype)) + term
             if isinstance(s, Tensor):
                 B, s = B.to(_wide(B.dtype)) * s, 1.0
+            lora_A.append(A._parameters["weight"])
             lora_B.append(B)
             scaling.append(float(s))
             dropout.append(drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0)
-        lora_A = [self.lora_A[name].weight for name in names]
-        return lora_linear(x, self._weight(), self._bias(names), lora_A, lora_B, scaling, dropout)
+        weight = weight.t() if self.fan_in_fan_out else weight
+        return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout)
 
     def _composed_forward(self, x: Tensor, names: list[str]) -> Tensor:
         """PEFT's own sequence of module calls."""
@@ -219,26 +229,14 @@ class FusedLoraBehaviour:
             raise ValueError(f"NaNs or infinities detected in the merged bias; the adapters {names} seem to be broken")
         return merged
 
-    def _parts(self, names: list[str]):
-        yield self.base_layer
+    def _parts(self, names: list[str]) -> list[nn.Module]:
+        """base_layer, then lora_A, lora_B and lora_dropout of each adapter."""
+        modules = self._modules
+        A, B, dropout = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+        found = [modules["base_layer"]]
         for name in names:
-            yield self.lora_A[name]
-            yield self.lora_B[name]
-            yield self.lora_dropout[name]
-
-    def _weight(self) -> Tensor:
-        weight = self.base_layer.weight
-        return weight.t() if self.fan_in_fan_out else weight
-
-    def _bias(self, names: list[str]) -> Tensor | None:
-        """Base bias plus s_i times each lora_bias, [N], in fp32 or wider as soon as there is something to add."""
-        bias = self.base_layer.bias
-        for name in names:
-            lora_bias = self.lora_B[name].bias
-            if lora_bias is not None:
-                term = lora_bias.to(_wide(lora_bias.dtype)) * self.scaling[name]
-                bias = term if bias is None else bias.to(_wide(bias.dtype)) + term
-        return bias
+            found += A[name], B[name], dropout[name]
+        return found
 
 
 def _factors_of(layer: FusedLoraBehaviour, names: list[str]) -> tuple[list[Tensor], list[Tensor], list[float]]:

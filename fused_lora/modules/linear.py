@@ -125,16 +125,18 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
 
     def forward(self, x: Tensor, *, adapter_names: Sequence[str | None] | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]. ``adapter_names`` names one adapter per row (None: base)."""
-        if isinstance(adapter_names, str):  # its letters would pass for names
-            raise TypeError(f"adapter_names: expected one entry per row, got the str {adapter_names!r}")
-        names = self.batch_adapter_names if adapter_names is None else [n or BASE for n in adapter_names]
+        names = self.batch_adapter_names
+        if adapter_names is not None:
+            if isinstance(adapter_names, str):  # its letters would pass for names
+                raise TypeError(f"adapter_names: expected one entry per row, got the str {adapter_names!r}")
+            names = [n or BASE for n in adapter_names]
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x)
         if names is not None:
             return self._mixed_forward(x, names)
-        return self.base_layer(x) if self.merged else self._active_forward(x)
+        return self.base_layer(x) if self.merged_adapters else self._active_forward(x)
 
     @property
     def merged(self) -> bool:

@@ -34,13 +34,13 @@ def why_not_plain(module: nn.Module) -> str | None:
 
 def why_not_plain_weight(weight: object) -> str | None:
     """None for an ordinary two-dimensional floating tensor, else what it is instead."""
+    if type(weight) in _TENSORS and weight.dim() == 2 and weight.dtype in FLOAT_DTYPES:
+        return None
     if weight is None:
         return "a weight is not a parameter of its own"
     if type(weight) not in _TENSORS:
         return f"a weight is a {type(weight).__name__}"
-    if weight.dim() != 2:
-        return "a weight is not a matrix (sharded?)"
-    return None if weight.dtype in FLOAT_DTYPES else f"a weight is {weight.dtype}"
+    return "a weight is not a matrix (sharded?)" if weight.dim() != 2 else f"a weight is {weight.dtype}"
 
 
 def why_not_plain_input(x: object) -> str | None:

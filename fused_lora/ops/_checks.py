@@ -28,10 +28,8 @@ def check_linear(
 
     autocast: the dtype that x and weight are about to be cast to, if any; they may then differ.
     """
-    for tensor in () if torch.compiler.is_compiling() else (x, weight, *lora_A, *lora_B):
-        if forward_ad.unpack_dual(tensor).tangent is not None:
-            # nothing carries a tangent through the operator: torch.func.jvp would read zeros
-            raise NotImplementedError("lora_linear has no forward-mode derivative (torch.func.jvp, forward_ad)")
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        _refuse_tangents(x, weight, *lora_A, *lora_B)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")
     N, K = weight.shape
@@ -48,13 +46,16 @@ def check_linear(
             "lora_A, lora_B, scaling, dropout: expected one entry per adapter in each, got "
             f"{len(lora_A)}, {len(lora_B)}, {len(scaling)} and {len(dropout)}"
         )
+    device, elsewhere = x.device, False
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
-        if A.dim() != 2 or A.shape[1] != K or B.dim() != 2 or B.shape[0] != N or A.shape[0] != B.shape[1]:
+        a, b = A.shape, B.shape
+        if len(a) != 2 or a[1] != K or len(b) != 2 or b[0] != N or a[0] != b[1]:
             raise ValueError(
                 f"adapter {i}: expected lora_A [r, {K}] and lora_B [{N}, r], got {tuple(A.shape)} and {tuple(B.shape)}"
             )
         if A.dtype not in FLOAT_DTYPES or B.dtype not in FLOAT_DTYPES:
             raise TypeError(f"adapter {i}: expected floating lora_A and lora_B, got {A.dtype} and {B.dtype}")
+        elsewhere = elsewhere or A.device != device or B.device != device
     for p in dropout:
         if not (0.0 <= p <= 1.0):
             raise ValueError(f"dropout: expected values in [0, 1], got {p}")
@@ -65,12 +66,15 @@ def check_linear(
         if seeds is None or seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(dropout),):
             got = None if seeds is None else (seeds.dtype, tuple(seeds.shape))
             raise ValueError(f"seeds: expected int64 [{len(dropout)}] because dropout is not 0, got {got}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("seeds", seeds), *_named(lora_A, lora_B)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}")
+    if elsewhere or any(t is not None and t.device != device for t in (weight, bias, seeds)):
+        named = [("weight", weight), ("bias", bias), ("seeds", seeds)]
+        for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+            named += [(f"lora_A[{i}]", A), (f"lora_B[{i}]", B)]
+        name, found = next((name, t.device) for name, t in named if t is not None and t.device != device)
+        raise ValueError(f"{name}: expected device {device} like x, got {found}")
 
 
-def _named(lora_A: Sequence[torch.Tensor], lora_B: Sequence[torch.Tensor]):
-    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
-        yield f"lora_A[{i}]", A
-        yield f"lora_B[{i}]", B
+def _refuse_tangents(*tensors: torch.Tensor) -> None:
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        # nothing carries a tangent through the operator: torch.func.jvp would read zeros
+        raise NotImplementedError("lora_linear has no forward-mode derivative (torch.func.jvp, forward_ad)")

@@ -9,7 +9,7 @@ The maths and the mask are those of ``fused_lora.reference``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from fused_lora.ops import cpu, differentiable, flops, plan
 from fused_lora.ops._checks import check_linear
 
+_unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
 _AUTOCAST = ("cpu", "cuda")  # torch refuses the question for devices that have none, as meta
 
 
@@ -55,15 +56,20 @@ def lora_linear(
     dropout = [0.0] * len(lora_A) if dropout is None else list(dropout)
     if seeds is None and any(dropout):
         seeds = draw_seeds(len(dropout), x.device)
-    autocast = _autocast_dtype(x)
+    casts = _autocasts(x)
+    autocast = _autocast_dtype(x) if casts else None
     check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, autocast)
+    if _is_direct(x, weight, *lora_A, *lora_B):
+        if not casts:
+            return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+        if autocast is not None:
+            x, weight = x.to(autocast), weight.to(autocast)
+            lora_A, lora_B = _as_autocast(lora_A, autocast), _as_autocast(lora_B, autocast)
+        with torch.autocast(x.device.type, enabled=False):
+            return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     # reshaped out here: the operator's own result is no view, so that it may be changed in place
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    arguments = (rows, weight, bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)
-    if _is_direct(rows, weight, *lora_A, *lora_B):
-        y = _direct(*arguments, autocast)
-    else:
-        y = _lora_linear(*arguments)[0]
+    y, _ = _lora_linear(rows, weight, bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -93,7 +99,20 @@ def _(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
     return y, x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_A)), dtype=cpu.shrink_dtype(x, lora_A))
 
 
-def _gradients(
+def _gradients(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
+    """dx, dA, dB, dW, db with None for what is not needed; ``needs`` as for :func:`_keep`."""
+    n = len(lora_A)
+    need_x, need_A, need_B = needs[0], needs[1 : n + 1], needs[n + 1 : -2]
+    rows = g.new_empty((g.shape[0], weight.shape[1])) if x is None else x
+    run = plan.backward(g, weight, lora_A, lora_B, dropout, all(needs[:-2]))
+    dx, dA, dB, dW, db = run(
+        g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, *needs[-2:]
+    )
+    return dx, dA, dB, dW, None if db is None else db.to(bias_dtype)
+
+
+@torch.library.custom_op("fused_lora::lora_linear_backward", mutates_args=())
+def _lora_linear_backward(
     g: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -106,18 +125,9 @@ def _gradients(
     bias_dtype: torch.dtype | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    n, (need_x, *rest) = len(lora_A), needs
-    need_A, need_B, need_weight, need_bias = rest[:n], rest[n : 2 * n], rest[2 * n], rest[2 * n + 1]
-    rows = g.new_empty((g.shape[0], weight.shape[1])) if x is None else x
-    run = plan.backward(g, weight, lora_A, lora_B, dropout, need_x and all(need_A) and all(need_B))
-    dx, dA, dB, dW, db = run(
-        g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, need_weight, need_bias
-    )
-    db = None if db is None else db.to(bias_dtype)
+    arguments = g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs
+    dx, dA, dB, dW, db = _gradients(*arguments)
     return [t for t in (dx, *dA, *dB, dW, db) if t is not None]
-
-
-_lora_linear_backward = torch.library.custom_op("fused_lora::lora_linear_backward", mutates_args=())(_gradients)
 
 
 @_lora_linear_backward.register_fake
@@ -130,44 +140,47 @@ def _(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, need
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    _keep(ctx, ctx.needs_input_grad, *inputs, output[1])
+    need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
+    _keep(ctx, [need_x, *rest[: 2 * len(inputs[3])], need_weight, need_bias], *inputs, output[1])
 
 
 def _keep(ctx, needs, x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
-    """For the backward; ``needs`` has one flag per tensor: x, weight, bias, n times lora_A, n times lora_B."""
+    """For the backward; ``needs`` has one flag per tensor: x, n times lora_A, n times lora_B, weight, bias."""
     n = len(lora_A)
-    need_x, need_weight, need_bias, *rest = needs
-    need_A, need_B = rest[:n], rest[n : 2 * n]
-    ctx.needs = [need_x, *need_A, *need_B, need_weight, need_bias]
-    ctx.adapters, ctx.scaling, ctx.dropout = n, scaling, dropout
-    ctx.bias_dtype = bias.dtype if need_bias else None
-    keep_x = x if need_weight or any(need_A) else None  # only dA and dW read it
+    ctx.call = n, scaling, dropout, None if bias is None else bias.dtype, needs
+    keep_x = x if needs[-2] or any(needs[1 : n + 1]) else None  # only dA and dW read it
     ctx.save_for_backward(keep_x, weight, S, seeds, *lora_A, *lora_B)
 
 
 def _backward(ctx, g, _):
-    n = ctx.adapters
+    n = ctx.call[0]
     if g is None:
         return (None, None, None, [None] * n, [None] * n, None, None, None)
-    dx, dA, dB, dW, db = _all_gradients(ctx, g, _lora_linear_backward)
+    dx, dA, dB, dW, db = _all_gradients(ctx, g, _by_operator)
     return dx, dW, db, dA, dB, None, None, None
 
 
+def _by_operator(*arguments):
+    n, needs = len(arguments[3]), arguments[-1]
+    found = iter(_lora_linear_backward(*arguments))
+    dx, *rest, dW, db = (next(found) if need else None for need in needs)
+    return dx, rest[:n], rest[n:], dW, db
+
+
 def _all_gradients(ctx, g, gradients):
-    """dx, dA, dB, dW, db with None for what is not needed; ``gradients`` computes the others."""
-    n = ctx.adapters
+    """dx, dA, dB, dW, db with None for what is not needed; ``gradients`` computes them."""
+    n, scaling, dropout, bias_dtype, needs = ctx.call
     x, weight, S, seeds, *adapters = ctx.saved_tensors
+    if x is not None and x.dim() != 2:
+        x = x.reshape(g.shape[0], weight.shape[1])
     A, B = adapters[:n], adapters[n:]
-    if torch.is_grad_enabled():  # create_graph: someone wants to differentiate what comes next
-        with torch.autocast(g.device.type, enabled=False):
-            dx, *rest = differentiable.lora_linear_backward(
-                g, x, weight, A, B, ctx.scaling, ctx.dropout, seeds, ctx.bias_dtype, ctx.needs
-            )
-    else:
-        arguments = (g, x, weight, A, B, S, ctx.scaling, ctx.dropout, seeds, ctx.bias_dtype, ctx.needs)
-        found = iter(gradients(*arguments))
-        dx, *rest = (next(found) if need else None for need in ctx.needs)
-    return dx, rest[:n], rest[n : 2 * n], rest[2 * n], rest[2 * n + 1]
+    if not torch.is_grad_enabled():
+        return gradients(g, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs)
+    # create_graph: someone wants to differentiate what comes next
+    with torch.autocast(g.device.type, enabled=False):
+        found = differentiable.lora_linear_backward(g, x, weight, A, B, scaling, dropout, seeds, bias_dtype, needs)
+    dx, *rest, dW, db = found
+    return dx, rest[:n], rest[n:], dW, db
 
 
 _lora_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -175,10 +188,7 @@ flops.register()
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    kind = x.device.type
-    if x.dtype == torch.float64 or kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) and x.dtype != torch.float64 else None
 
 
 def _as_autocast(adapters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
@@ -206,40 +216,53 @@ def _register_autocast(device_type: str, key: str) -> None:
 
 
 class _Direct(torch.autograd.Function):
-    """The same operator past the dispatcher, whose bookkeeping takes longer than a small layer."""
+    """The same operator past the dispatcher, whose bookkeeping takes longer than a small layer; x of any dimensions."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, n, scaling, dropout, seeds, *adapters):
-        arguments = (x, weight, bias, adapters[:n], adapters[n:], scaling, dropout, seeds)
-        y, S = plan.forward(*arguments[:5], dropout)(*arguments)
-        _keep(ctx, (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[7:]), *arguments, S)
+        arguments = weight, bias, adapters[:n], adapters[n:], scaling, dropout, seeds
+        y, S = _compute(x, *arguments)
+        need_x, need_weight, need_bias, _, _, _, _, *need_adapters = ctx.needs_input_grad
+        _keep(ctx, [need_x, *need_adapters, need_weight, need_bias], x, *arguments, S)
+        ctx.shape = x.shape
         return y
 
     @staticmethod
     def backward(ctx, g):
-        dx, dA, dB, dW, db = _without_autocast(g, lambda: _all_gradients(ctx, g, _gradients))
+        if _autocasts(g):
+            with torch.autocast(g.device.type, enabled=False):
+                return _Direct.backward(ctx, g)
+        shape = ctx.shape
+        if len(shape) != 2:
+            g = g.reshape(shape[:-1].numel(), g.shape[-1])
+        dx, dA, dB, dW, db = _all_gradients(ctx, g, _gradients)
+        if dx is not None and len(shape) != 2:
+            dx = dx.reshape(shape)
         return dx, dW, db, None, None, None, None, *dA, *dB
 
 
-def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, autocast) -> Tensor:
+def _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[Tensor, Tensor]:
+    """y [..., N] and S [M, sum r_i]; y is no view, so that it may be changed in place."""
+    shape = x.shape
+    if len(shape) != 2:
+        x = x.reshape(shape[:-1].numel(), shape[-1])
+    run = plan.forward(x, weight, bias, lora_A, lora_B, dropout)
+    y, S = run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    return (y if len(shape) == 2 else _unsafe_view(y, [*shape[:-1], y.shape[1]])), S
+
+
+def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
     """y; differentiable."""
-    if autocast is not None:
-        x, weight = x.to(autocast), weight.to(autocast)
-        lora_A, lora_B = _as_autocast(lora_A, autocast), _as_autocast(lora_B, autocast)
-    tensors = (x, weight, bias, *lora_A, *lora_B)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _without_autocast(
-            x, lambda: _Direct.apply(x, weight, bias, len(lora_A), scaling, dropout, seeds, *lora_A, *lora_B)
-        )
-    arguments = (x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-    return _without_autocast(x, lambda: plan.forward(*arguments[:5], dropout)(*arguments)[0])
+    if torch.is_grad_enabled():
+        for tensor in (x, *lora_A, *lora_B, weight, bias):
+            if tensor is not None and tensor.requires_grad:
+                return _Direct.apply(x, weight, bias, len(lora_A), scaling, dropout, seeds, *lora_A, *lora_B)
+    return _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)[0]
 
 
-def _without_autocast(x: Tensor, call: Callable):
-    if x.device.type not in _AUTOCAST or not torch.is_autocast_enabled(x.device.type):
-        return call()
-    with torch.autocast(x.device.type, enabled=False):
-        return call()
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type
+    return kind in _AUTOCAST and torch.is_autocast_enabled(kind)
 
 
 def _is_direct(*tensors: Tensor) -> bool:

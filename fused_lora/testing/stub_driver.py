@@ -1,0 +1,44 @@
+"""Triton's own way to a launch without a GPU: binder, compiler and C launcher are real, libcuda does nothing.
+
+    environment(source, folder)   builds the library; for a process that has not loaded Triton yet
+    use_stub_driver()             in that process: CPU tensors pass for those of an H100
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+DEVICE = [0]  # which the driver says is current
+
+
+def environment(source: Path, folder: Path) -> dict[str, str]:
+    """Variables of a process whose libcuda is ``source``, compiled into ``folder``; its Triton cache is there, too."""
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source], check=True)
+    (folder / "libcuda.so").symlink_to("libcuda.so.1")  # triton 3.4 links this name
+    found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found |= dict.fromkeys(("TRITON_LIBCUDA_PATH", "LD_LIBRARY_PATH"), str(folder))
+    return found | {"TRITON_CACHE_DIR": str(folder / "cache")}  # what is linked to the stub is for nobody else
+
+
+def use_stub_driver() -> None:
+    """Before the launchers' own modules are imported: they copy names that are replaced here."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+    from triton.runtime import driver
+
+    stub = CudaDriver()
+    stub.get_current_device = lambda: DEVICE[0]
+    stub.get_current_stream = lambda device: 0
+    stub.get_device_capability = lambda *_: (9, 0)
+    stub.get_current_target = lambda: GPUTarget("cuda", 90, 32)
+    driver.set_active(stub)
+
+    from fused_lora.kernels import config, descriptors
+
+    config.capability = lambda device: 90
+    descriptors._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
