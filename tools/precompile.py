@@ -76,6 +76,7 @@ def install(capability: int) -> None:
     from fused_lora.kernels import (
         config,
         grouped_shrink,
+        launch,
         lora_backward,
         lora_expand,
         lora_grad,
@@ -92,6 +93,7 @@ def install(capability: int) -> None:
             module.capability = lambda device: capability
         if hasattr(module, "processors"):
             module.processors = lambda device: MULTIPROCESSORS
+    launch.Launch._prepare = lambda *_: None  # it would load a launcher, and here is none
     os.environ["FUSED_LORA_CHECK"] = "0"
 
 
@@ -120,6 +122,10 @@ def fill_layers() -> None:
     import importlib.util
 
     import torch
+
+    from fused_lora.ops import kernel
+
+    kernel.DEVICE = "meta"
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import bench_linear
