@@ -122,15 +122,24 @@ def run_mask():
     return [dropout.dropout_mask(torch.tensor([7]), 19, 37, 0.5, BLOCK_M=16, BLOCK_K=32)]
 
 
-def run_merge():
-    W = (torch.randn(21, 300) * 0.02).bfloat16()
-    A, B = torch.randn(3, 300), torch.randn(21, 3) * 0.01
-    scan = merge.merge_scan(W, A, B)
-    record = merge.new_corrections(W, scan, int(scan.totals[0]))
-    merge.merge_apply(W, A, B, record)
-    merged, fingerprint = W.clone(), merge.unmerge_scan(W, A, B, record)
-    merge.unmerge_apply(W, A, B, record)
-    return [merged, fingerprint, W, *scan.__dict__.values(), record.cols, record.values]
+def run_merge(R):
+    """There and back twice, the second time with a changed unit; with room for half of it; and without a record."""
+    W, tile, seen = (torch.randn(21, 300) * 0.02).bfloat16(), merge.MergeTile(16, 128, UNITS=2), []
+    A, B = torch.randn(R, 300), torch.randn(21, R) * 0.01
+    whole = merge.new_record(W, W.numel(), tile)
+    merge.merge(W.clone(), A, B, whole, tile)
+    for room in (int(whole.totals[0]), int(whole.totals[0]) // 2):
+        ours, record = W.clone(), merge.new_record(W, room, tile)
+        merge.merge(ours, A, B, record, tile)
+        for step in (merge.unmerge, merge.merge_again, merge.unmerge, merge.merge_again):
+            seen += [ours.clone(), record.table.clone()]
+            step(ours, A, B, record, tile)
+            ours[20, 299] += 1
+        seen += [ours, record.table, record.places, record.values]
+    for step in (merge.merge_apply, merge.unmerge_apply):
+        step(W, A, B, tile)
+        seen.append(W.clone())
+    return seen
 
 
 def run_layer(variant, p, split_k=1, ranks=(3,)):
@@ -186,7 +195,8 @@ LAYERS = [
     lambda: run_layer("recompute", 0.0, split_k=2),
     run_passes,
 ]
-SCENARIOS = {merge: [run_merge], delta: [run_merge], dropout: [run_mask], lora_backward: [run_passes]}
+MERGES = [functools.partial(run_merge, R) for R in (8, 11)]  # one turn of ranks, and a rest
+SCENARIOS = {merge: MERGES, delta: MERGES, dropout: [run_mask], lora_backward: [run_passes]}
 SCENARIOS |= {grouped_shrink: GROUPED, lora_grouped: GROUPED}
 SOUND = {}
 
