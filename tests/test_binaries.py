@@ -58,7 +58,7 @@ def test_the_watch_finds_a_pipelined_wgmma_that_reads_registers():
 # every form of the expand, whose left operand is computed in registers
 EXPANDS = """
 from fused_lora.compiling import cases, compile_batch
-wanted = ("linear split bf16 64x128", "linear recompute bf16 64x128x64 r32", "expand bf16 mask 64x128x16 r32")
+wanted = ("linear split bf16 64x128", "linear recompute bf16 64x64x64 r32", "expand bf16 mask 64x128x16 r32")
 some = [next(c for c in cases(90) if c.label.startswith(name)) for name in wanted]
 print(json.dumps({label: r.get("loose", 0) for label, r in compile_batch(some, "sm_90").items()}))
 """
@@ -85,7 +85,7 @@ def test_an_expand_in_a_pipeline_is_found(tmp_path):
 def test_a_batch_is_disassembled_as_its_kernels_one_by_one():
     code = (
         "from fused_lora.compiling import cases, compile_batch;"
-        "some = [c for c in cases(90) if c.label.startswith(('shrink bf16 mask 16', 'merge scan bf16'))];"
+        "some = [c for c in cases(90) if c.label.startswith(('shrink bf16 mask 16', 'merge bf16'))];"
         "alone = {}; [alone.update(compile_batch([c], 'sm_90')) for c in some];"
         "print(json.dumps([alone, compile_batch(some, 'sm_90')]))"
     )
@@ -98,7 +98,7 @@ def test_spills_are_read_from_the_binary():
     """With 32 registers a thread the merge kernel must spill."""
     code = (
         "import dataclasses; from fused_lora.compiling import cases, compile_batch;"
-        "case = next(c for c in cases(90) if c.label.startswith('merge apply bf16'));"
+        "case = next(c for c in cases(90) if c.label.startswith('merge bf16'));"
         "case = dataclasses.replace(case, options=case.options | dict(maxnreg=32));"
         "print(json.dumps(compile_batch([case], 'sm_90')[case.label]))"
     )
