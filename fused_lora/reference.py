@@ -28,6 +28,7 @@ so a mask depends on (seed, row, k, p) alone: not on tiles, grids, devices or th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,6 +46,7 @@ def dropout_threshold(p: float) -> int:
     return min(max(round(p * 65536), 1), 65535)
 
 
+@functools.lru_cache(maxsize=256)
 def keep_scale(p: float) -> float:
     """1 / (1 - p) with the p that the 16-bit threshold really applies, so that E[D(x)] = x; 0 for p = 1."""
     threshold = dropout_threshold(p)

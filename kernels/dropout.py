@@ -12,6 +12,8 @@ The seed is read from device memory: a captured CUDA graph sees a fresh one at e
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +30,7 @@ def threshold(p: float) -> int:
     return int(p * 65536) if p in (0.0, 1.0) else min(max(round(p * 65536), 1), 65535)
 
 
+@lru_cache(maxsize=256)
 def keep_scale(p: float) -> float:
     """1 / (1 - p) for the p that the threshold applies; 0 for p = 1."""
     return 0.0 if threshold(p) == 65536 else 65536.0 / (65536 - threshold(p))

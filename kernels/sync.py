@@ -45,17 +45,20 @@ def counters(count: int, device: torch.device) -> torch.Tensor:
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    device = stream.device
-    key = device, stream.cuda_stream
-    capturing = torch.cuda.is_current_stream_capturing()
-    with _lock:
-        held = _of_stream.get(key)
-        if capturing or held is None or held.numel() < count:
-            held = _take(count if capturing else max(count, 1024), device, capturing)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key, capturing = (index, _stream(index)), torch.cuda.is_current_stream_capturing()
+    held = _of_stream.get(key)
+    if capturing or held is None or held.numel() < count:
+        with _lock:
+            held = _take(count if capturing else max(count, 1024), torch.device("cuda", index), capturing)
             if not capturing:
                 _of_stream[key] = held
     return held
+
+
+def _stream(index: int) -> int:
+    """The device's current stream, as Triton asks for it: torch.cuda.current_stream makes an object of it."""
+    return torch._C._cuda_getCurrentRawStream(index)
 
 
 def _take(count: int, device: torch.device, capturing: bool) -> torch.Tensor:

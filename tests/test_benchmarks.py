@@ -589,3 +589,28 @@ def test_readme_table_takes_the_newest_file_and_needs_its_markers(load, tmp_path
     assert table.load(tmp_path)["m"]["merge"]["commit"] == "new"
     with pytest.raises(ValueError, match="README.md: expected the lines"):
         table.insert("# no markers", "table")
+
+
+def test_bench_host(load, tmp_path):
+    code, content = run(load("bench_host"), tmp_path)
+    assert code == 0 and content["benchmark"] == "host" and len(content["bars"]) == 3
+    assert [row["provider"] for row in content["rows"]] == ["bare", "PEFT", "accelerated", "fused_lora"] * 6
+    for row in content["rows"]:
+        trained = row["dropout"] is not None
+        assert row["correct"] and row["forward_us"] > 0 and trained == (row["both_us"] is not None)
+        assert row["provider"] != "PEFT" or row["forward_to_peft"] == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing needs a stub")
+def test_bench_host_by_the_kernels_without_a_gpu(load, tmp_path):
+    """Whoever fails a launch ends it: the rows are of the kernel route."""
+    pytest.importorskip("triton")
+    stub_driver = pytest.importorskip("fused_lora.testing.stub_driver")
+    if stub_driver.COMPILER is None:
+        pytest.skip("no C compiler, with which Triton builds its launchers")
+    arguments = ["--stub", "--seconds", "0", "--rounds", "1", "--out", str(tmp_path)]
+    assert load("bench_host").main(arguments) == 0
+    (path,) = tmp_path.glob("*-host-stub.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 24 and all(row["correct"] and row["stub"] for row in rows)

@@ -161,9 +161,6 @@ def test_counters_on_a_cpu_are_fresh_zeros():
 
 
 class _Stream:
-    def __init__(self, number):
-        self.device, self.cuda_stream = torch.device("cpu"), number
-
     def synchronize(self):
         pass
 
@@ -179,9 +176,10 @@ def streams(monkeypatch):
         return zeros(count, dtype=dtype)
 
     monkeypatch.setattr(torch, "zeros", recorded)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(now["stream"]))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(sync, "_stream", lambda index: now["stream"])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream(-1))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(sync, "_BLOCK", 4000)
     monkeypatch.setattr(sync, "_blocks", [])

@@ -7,7 +7,6 @@ warning, and the eager path does the work from then on. ``FUSED_LORA_CHECK=0`` s
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
@@ -31,7 +30,6 @@ _state: dict[tuple, bool] = {}  # what was used -> whether it passed
 _drops = 0  # how often something was dropped
 # for trials and first runs: Triton publishes a kernel before it has loaded it, and another thread would launch nothing
 _first_use = threading.RLock()
-_no_lock = contextlib.nullcontext()
 
 
 class Case(NamedTuple):
@@ -183,26 +181,30 @@ def verdicts() -> dict[tuple, bool]:
 
 def guarded(key: tuple, run: Callable, eager: Callable, check: Callable[[], str | None]) -> Callable:
     """``run`` if ``key`` passes its ``check``, ``eager`` otherwise and after a failure of ``run`` itself."""
-
     trusted = None  # how much had been dropped when the key passed last: nothing since, and it passes still
+
+    def attempt(*args):
+        try:
+            return run(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
+            _drop(key, _text(error))
+        return eager(*args)
 
     def call(*args):
         nonlocal trusted
         drops = _drops
         passed = trusted == drops or _state.get(key)
-        first = passed is None
-        with _first_use if first else _no_lock:
-            if passed or (first and _try(key, check)):
-                try:
-                    result = run(*args)
-                    if first:
-                        _state[key] = True  # loaded: no lock from here on
-                    trusted = drops
+        if passed:
+            trusted = drops
+            return attempt(*args)
+        if passed is None:
+            with _first_use:
+                if _try(key, check):
+                    result = attempt(*args)
+                    _state.setdefault(key, True)  # loaded: no lock from here on
                     return result
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
-                    _drop(key, _text(error))
         return eager(*args)
 
     return call
