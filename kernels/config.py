@@ -102,9 +102,8 @@ def _backward(op: str, M: int, C: int, r: int, dtype: torch.dtype, dropout: bool
     elif op == "backward_g":
         tile = LaunchConfig(op, 64, 256, 16, BLOCK_R, num_warps=8, num_stages=4)
     else:
-        BLOCK_N, num_warps = (64, 2 if BLOCK_R == 16 else 4) if dropout else (128, 4)
-        tile = LaunchConfig(op, 32, BLOCK_N, 16, BLOCK_R, num_warps=num_warps, num_stages=4)
-    wanted = 1024 // tile.num_warps if op == "backward_x" else 256
+        tile = LaunchConfig(op, 32, 64 if dropout else 128, 16, BLOCK_R, num_stages=4)
+    wanted = 128 if tile.num_warps == 8 else 512 if dropout else 256
     return replace(tile, SPLIT_K=_split(_cdiv(C, tile.BLOCK_N), _cdiv(M, tile.BLOCK_M), wanted, most=64))
 
 
@@ -127,12 +126,12 @@ def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upc
         return LaunchConfig(variant, 16 if decode else 64, 64, 32, 32, num_stages=2)
     if decode:
         BLOCK_K, BLOCK_R = (32, 32) if upcast else (128, _rank_block(r, 16, 64))
-        return LaunchConfig(variant, 16, 32, BLOCK_K, BLOCK_R, num_stages=4)
+        return LaunchConfig(variant, 16, 64 if BLOCK_R == 16 else 32, BLOCK_K, BLOCK_R, num_stages=4)
     if variant == "recompute":
         BLOCK_R = _rank_block(r, 16, 32)
-        return LaunchConfig(variant, 64, 64, 64, BLOCK_R)
+        return LaunchConfig(variant, 64, 64, 64, BLOCK_R, num_stages=5 if capability in _WARPGROUP_MMA else 3)
     if capability not in _WARPGROUP_MMA:
-        return LaunchConfig(variant, 128, 128, 32, 32, num_warps=8, num_stages=4)
+        return LaunchConfig(variant, 64 if upcast else 128, 128, 32, 32, num_warps=8, num_stages=4)
     # the widest tile has registers for nothing but its accumulator
     BLOCK_N, num_stages = (128, 3) if upcast else (256, 4)
     return LaunchConfig(variant, 128, BLOCK_N, 64, 32, num_warps=8, num_stages=num_stages, tma=True)
@@ -190,7 +189,7 @@ def pick(
         config = replace(config, BLOCK_R=max(config.BLOCK_R, 1 << (r - 1).bit_length()))  # forced, too, it holds all
         if M <= SHORT_ROWS:
             programs = _cdiv(M, config.BLOCK_M) * _cdiv(N, config.BLOCK_N)
-            config = replace(config, SPLIT_K=_split(programs, _cdiv(K, config.BLOCK_K)))
+            config = replace(config, SPLIT_K=_split(programs, _cdiv(K, config.BLOCK_K), wanted=256))
     return config
 
 

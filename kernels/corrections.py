@@ -13,8 +13,8 @@ class Corrections:
 
     A unit is a rectangle of ``unit`` = (rows, columns) elements that one program merges, its elements numbered by
     rows from 1 on. table: int64 [units + 1, COLUMNS], one row a unit; the last row counts over all units: corrections,
-    finite elements that would become infinite or NaN, units that the last unmerge refused. places (uint16, number in the unit)
-    and values (W's dtype): the corrections. Those of a unit lie together in the order of their numbers; which unit's
+    finite elements that would become infinite or NaN, units that the last unmerge refused. places (uint16, number in
+    the unit) and values (W's dtype): the corrections. Those of a unit lie together in the order of their numbers; which unit's
     come first is chance, and the table says where they are.
     """
 
