@@ -126,7 +126,8 @@ def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upc
         return LaunchConfig(variant, 16 if decode else 64, 64, 32, 32, num_stages=2)
     if decode:
         BLOCK_K, BLOCK_R = (32, 32) if upcast else (128, _rank_block(r, 16, 64))
-        return LaunchConfig(variant, 16, 64 if BLOCK_R == 16 else 32, BLOCK_K, BLOCK_R, num_stages=4)
+        num_stages = 4 if capability in _WARPGROUP_MMA else 3
+        return LaunchConfig(variant, 16, 64 if BLOCK_R == 16 else 32, BLOCK_K, BLOCK_R, num_stages=num_stages)
     if variant == "recompute":
         BLOCK_R = _rank_block(r, 16, 32)
         return LaunchConfig(variant, 64, 64, 64, BLOCK_R, num_stages=5 if capability in _WARPGROUP_MMA else 3)

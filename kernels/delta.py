@@ -12,21 +12,16 @@ import triton.language as tl
 
 
 @triton.jit
-def bits_of(w, INT: tl.constexpr):
-    """The bit pattern as an unsigned number."""
-    return w.to(tl.uint16 if w.dtype.primitive_bitwidth == 16 else tl.uint32, bitcast=True).to(INT)
-
-
-@triton.jit
 def zeros_like(w):
     """fp32 zeros that the compiler takes for a function of w: the chain lives in w's layout, without a conversion."""
-    return tl.maximum(tl.minimum(bits_of(w, tl.int32), 0), 0).to(tl.float32)
+    bits = w.to(tl.int16 if w.dtype.primitive_bitwidth == 16 else tl.int32, bitcast=True).to(tl.int32)
+    return tl.maximum(tl.minimum(bits, 0), 0).to(tl.float32)
 
 
 @triton.jit
 def add_delta(d, a_row, b_col, cols, rows, col_ok, row_ok, R, stride_ar, stride_br):
     """d + the chain; a_row + cols and b_col + rows point at rank 0. What lies outside is undefined."""
-    STEP: tl.constexpr = 8  # ranks of a turn: their loads are in flight together
+    STEP: tl.constexpr = 4  # ranks of a turn: their loads are in flight together
     whole = R // STEP * STEP
     for _ in range(0, whole, STEP):
         for i in tl.static_range(STEP):

@@ -19,17 +19,19 @@ the weight is again as it was before the caller goes on. A check of the whole we
 once more and compute D once more, and the host would have to wait between the passes: 1.5 times the bytes, twice the
 chain, for a case that ends in an exception.
 
-Sums of a unit, over the bit patterns u of elements and their numbers i from 1 on, modulo 2^32 for 16-bit weights and
-2^64 for 32-bit ones:
+What is kept and summed are words of 32 bits, one element of fp32 or two neighbours in a row: half the work for 16-bit
+weights, where the instructions for each element and not the bytes set the time. With u the words of a unit and i their
+numbers from 1 on, the sums are
 
-    of Wm             u i
-    of C              u i
-    of corrections    (u + 2^16) i
+    of Wm             u i             modulo 2^64
+    of C              u (2 i + 1)     modulo 2^32: other factors than those of the merge show here
+    of corrections    (u + 2^32) i    modulo 2^64
 
-A change of one element is (u - v) i, one of two that change places is (u - v) (i - j): both below the modulus, and not
-0. The second sum finds factors, the third corrections, that are not those of the merge.
+A change of one word is (u - v) i, and of two that change places (u - v) (i - j): below 2^64, and not 0.
 
-Bytes: 2 e N K with e bytes an element, c (e + 2) for c corrections, 48 a unit, and the factors, which stay in L2.
+Bytes: 2 e N K with e bytes an element, 6 a correction, 48 a unit, and the factors, which stay in L2. Instructions an
+element on sm_90 at rank 16, of which the chain is 22 to 27: bare 31, unmerge 53, merge 75 in 16 bits; 40, 77 and 100 in
+fp32, whose units are half as large for their number of threads.
 """
 
 from dataclasses import dataclass
@@ -39,54 +41,76 @@ import triton
 import triton.language as tl
 
 from .corrections import COLUMNS, Corrections
-from .delta import add_delta, bits_of, zeros_like
+from .delta import add_delta, zeros_like
 
 _COLUMNS = tl.constexpr(COLUMNS)
-_INFINITY = tl.constexpr(0x7F800000)
+_INFINITY = tl.constexpr(0x7F800000)  # of fp32; NaN is above it
 
 
 @dataclass(frozen=True)
 class MergeTile:
-    """Tile of a launch: ROWS x COLS is the unit, at most 32768 elements; a program does UNITS of them, one below the
+    """Tile of a launch: ROWS x COLS is the unit, at most 65535 words; a program does UNITS of them, one below the
     other. COLS below the number of threads keeps the loads of A in W's layout."""
 
     ROWS: int = 32
-    COLS: int = 128
+    COLS: int = 64
     UNITS: int = 1
-    num_warps: int = 8
+    num_warps: int = 4
 
 
-def default_tile(dtype: torch.dtype, recording: bool) -> MergeTile:
-    """32 elements a thread, and 16 where what is counted and kept needs the registers."""
-    return MergeTile() if recording or dtype == torch.float32 else MergeTile(ROWS=64)
+def default_tile(dtype: torch.dtype) -> MergeTile:
+    """16 words a thread."""
+    return MergeTile() if dtype == torch.float32 else MergeTile(ROWS=64)
 
 
-def launch_options(tile: MergeTile, nvidia: bool) -> dict[str, int | bool]:
-    """No contraction but the written fma, because D's bits are a contract; registers for 16 warps a multiprocessor."""
-    return dict(num_warps=tile.num_warps, enable_fp_fusion=False) | (dict(maxnreg=128) if nvidia else {})
-
-
-@triton.jit
-def _sum_of_corrections(places_ptr, values_ptr, count, INT: tl.constexpr):
-    BLOCK: tl.constexpr = 256
-    total = tl.zeros((BLOCK,), INT)
-    for i in range(0, count, BLOCK):
-        at = i + tl.arange(0, BLOCK)
-        place = tl.load(places_ptr + at, mask=at < count, other=0).to(INT)
-        value = tl.load(values_ptr + at, mask=at < count, other=0.0)
-        total += tl.where(at < count, (bits_of(value, INT) + 65536) * place, 0)
-    return tl.sum(total).to(tl.int64)
+def launch_options(tile: MergeTile, nvidia: bool, recording: bool) -> dict[str, int | bool]:
+    """No contraction but the written fma, because D's bits are a contract; registers for 16 warps a multiprocessor, or
+    for 12 with 32 elements a thread and where a merge finds its corrections."""
+    many = recording or tile.ROWS * tile.COLS > 16 * 32 * tile.num_warps
+    return dict(num_warps=tile.num_warps, enable_fp_fusion=False) | (
+        dict(maxnreg=168 if many else 128) if nvidia else {}
+    )
 
 
 @triton.jit
-def _store_corrections(w_unit, places_ptr, values_ptr, count, COLS: tl.constexpr, stride_wn, stride_wk):
+def _words(x):
+    """The bit patterns of x [ROWS, COLS] as uint32: one an element, or two 16-bit neighbours, the left one low."""
+    if x.dtype.primitive_bitwidth == 32:
+        words = x.to(tl.uint32, bitcast=True)
+    else:
+        left, right = tl.split(tl.reshape(x.to(tl.uint16, bitcast=True), [x.shape[0], x.shape[1] // 2, 2]))
+        words = left.to(tl.uint32) | (right.to(tl.uint32) << 16)
+    return words
+
+
+@triton.jit
+def _sum_of_corrections(places_ptr, values_ptr, count):
+    BLOCK: tl.constexpr = 256
+    total = tl.zeros((BLOCK,), tl.int64)
+    for i in range(0, count, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        place = tl.load(places_ptr + at, mask=at < count, other=0).to(tl.int64)
+        value = tl.load(values_ptr + at, mask=at < count, other=0)
+        total += (value.to(tl.uint32, bitcast=True).to(tl.int64) + 0x100000000) * place
+    return tl.sum(total)
+
+
+@triton.jit
+def _store_corrections(w_unit, places_ptr, values_ptr, count, cols, COLS: tl.constexpr, stride_wn, stride_wk):
+    """cols: how many columns the unit has within W."""
     BLOCK: tl.constexpr = 256
     for i in range(0, count, BLOCK):
         at = i + tl.arange(0, BLOCK)
-        place = tl.load(places_ptr + at, mask=at < count, other=1).to(tl.int32) - 1
-        value = tl.load(values_ptr + at, mask=at < count, other=0.0)
-        to = w_unit + (place // COLS).to(tl.int64) * stride_wn + (place % COLS).to(tl.int64) * stride_wk
-        tl.store(to, value, mask=at < count)
+        word = tl.load(places_ptr + at, mask=at < count, other=1).to(tl.int32) - 1
+        value = tl.load(values_ptr + at, mask=at < count, other=0).to(tl.uint32, bitcast=True)
+        w_ptrs = w_unit + (word // COLS).to(tl.int64) * stride_wn + (word % COLS).to(tl.int64) * stride_wk
+        if w_unit.dtype.element_ty.primitive_bitwidth == 32:
+            tl.store(w_ptrs, value.to(w_unit.dtype.element_ty, bitcast=True), mask=at < count)
+        else:
+            w_ptrs += (word % COLS).to(tl.int64) * stride_wk
+            tl.store(w_ptrs, value.to(tl.uint16).to(w_unit.dtype.element_ty, bitcast=True), mask=at < count)
+            right = (value >> 16).to(tl.uint16).to(w_unit.dtype.element_ty, bitcast=True)
+            tl.store(w_ptrs + stride_wk, right, mask=(at < count) & (word % COLS * 2 + 1 < cols))
 
 
 @triton.jit
@@ -99,8 +123,7 @@ def _merge_kernel(
 ):  # fmt: skip
     """RECORD: a merge keeps what its unmerge needs, an unmerge uses it. AGAIN: only what the last unmerge got through.
     EVEN: ROWS divides N and COLS divides K, nothing is masked."""
-    WIDE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth == 32
-    INT: tl.constexpr = tl.int64 if WIDE else tl.int32
+    WORDS: tl.constexpr = COLS * w_ptr.dtype.element_ty.primitive_bitwidth // 32  # in a row of a unit
     strips = tl.cdiv(K, COLS)
     unit_rows = tl.cdiv(N, ROWS)
     strip = tl.program_id(0) % strips
@@ -111,7 +134,7 @@ def _merge_kernel(
     rows = tl.arange(0, ROWS)
     first_col = strip.to(tl.int64) * COLS
     col_ok = (cols < K - strip * COLS) | EVEN
-    number = rows[:, None] * COLS + cols[None, :] + 1
+    number = (rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :] + 1).to(tl.uint32)
     for i in range(0, tl.minimum(UNITS, unit_rows - first)):
         unit_row = first + i
         if RECORD or AGAIN:
@@ -139,14 +162,19 @@ def _merge_kernel(
             if not RECORD:
                 tl.store(w_ptrs, new, mask=inside)
             else:
-                merged = w if UNMERGE else new
+                if not EVEN:
+                    w = tl.where(inside, w, 0.0)
+                    new = tl.where(inside, new, 0.0)
                 back = new if UNMERGE else (new.to(tl.float32) - d).to(w.dtype)
-                back_bits = bits_of(back, tl.uint32)
-                sum_merged = tl.sum(tl.where(inside, bits_of(merged, INT) * number.to(INT), 0)).to(tl.int64)
-                sum_back = tl.sum(tl.where(inside, back_bits.to(INT) * number.to(INT), 0)).to(tl.int64)
+                if not EVEN:
+                    back = tl.where(inside, back, 0.0)
+                old_words, back_words = _words(w), _words(back)
+                merged_words = old_words if UNMERGE else _words(new)
+                sum_merged = tl.sum(merged_words.to(tl.uint64) * number.to(tl.uint64)).to(tl.int64)
+                sum_back = tl.sum(back_words * (2 * number + 1)).to(tl.int64)
                 if UNMERGE:
                     begin, count = tl.load(entry) - 1, tl.load(entry + 1).to(tl.int32)
-                    kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count, INT)
+                    kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count)
                     same = (tl.load(entry + 2) == sum_merged) & (tl.load(entry + 3) == sum_back)
                     same &= tl.load(entry + 4) == kept
                     tl.store(entry + 5, same.to(tl.int64))
@@ -154,41 +182,40 @@ def _merge_kernel(
                         tl.store(w_ptrs, new, mask=inside)
                         tl.debug_barrier()  # candidates are stored by other threads than the corrections over them
                         _store_corrections(
-                            w_unit, places_ptr + begin, values_ptr + begin, count, COLS, stride_wn, stride_wk
+                            w_unit,
+                            places_ptr + begin,
+                            values_ptr + begin,
+                            count,
+                            K - strip * COLS,
+                            WORDS,
+                            stride_wn,
+                            stride_wk,
                         )
                     else:
                         tl.atomic_add(totals + 2, 1, sem="relaxed")
                 else:
-                    wrong = back_bits ^ bits_of(w, tl.uint32)
-                    if WIDE:
-                        wrong = (wrong >> 16) | (wrong & 0xFFFF)
-                    # 0 or 1 by arithmetic: predicates are few, and the compiler would pack and unpack them
-                    wrong = tl.where(inside, (wrong + 0xFFFF) >> 16, 0).to(tl.int32)
-                    size = tl.where(inside, new.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-                    lost = 0
-                    if tl.max(size) >= _INFINITY:
-                        before = w.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-                        lost = tl.sum(((size >= _INFINITY) & (before < _INFINITY)).to(tl.int32))
+                    wrong = (back_words != old_words).to(tl.int32)
+                    size = new.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                    lost = tl.max(tl.where(tl.abs(w.to(tl.float32)) < float("inf"), size, 0)) >= _INFINITY
                     in_row = tl.sum(wrong, 1)
                     count = tl.sum(in_row)
                     before_row = tl.cumsum(in_row, 0) - in_row - 1
                     place = tl.cumsum(wrong, 1).to(tl.uint32)
                     begin = tl.atomic_add(totals, count.to(tl.int64), sem="relaxed")
-                    if lost > 0:
-                        tl.atomic_add(totals + 1, lost.to(tl.int64), sem="relaxed")
+                    if lost:
+                        tl.atomic_add(totals + 1, 1, sem="relaxed")
                     elif begin + count <= room:
-                        WIDTH: tl.constexpr = 4 if WIDE else 8
                         # Addresses called contiguous, which they are not, keep the stores in w's layout; the mask, of
-                        # which the compiler knows nothing, splits them into stores of one element.
+                        # which the compiler knows nothing, splits them into stores of one word.
                         to = (places_ptr + begin + before_row)[:, None] + place
-                        to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, WIDTH])
+                        to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, 4])
                         tl.store(to, number.to(tl.uint16), mask=wrong != 0)
                         to = (values_ptr + begin + before_row)[:, None] + place
-                        to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, WIDTH])
-                        tl.store(to, w, mask=wrong != 0)
+                        to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, 4])
+                        tl.store(to, old_words.to(tl.int32, bitcast=True), mask=wrong != 0)
                         tl.store(w_ptrs, new, mask=inside)
                         tl.debug_barrier()  # they are read by other threads than stored them
-                        kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count, INT)
+                        kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count)
                         tl.store(entry, begin + 1)
                         tl.store(entry + 1, count.to(tl.int64))
                         tl.store(entry + 2, sum_merged)
@@ -213,25 +240,26 @@ def _launch(W, A, B, tile, record=None, *, UNMERGE=False, AGAIN=False) -> None:
             N, K, len(A), len(record.values) if RECORD else None,
             *W.stride(), *A.stride(), *B.stride(),
             UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, EVEN=N % tile.ROWS == 0 and K % tile.COLS == 0,
-            ROWS=tile.ROWS, COLS=tile.COLS, UNITS=tile.UNITS, **launch_options(tile, nvidia=not torch.version.hip),
+            ROWS=tile.ROWS, COLS=tile.COLS, UNITS=tile.UNITS,
+            **launch_options(tile, nvidia=not torch.version.hip, recording=RECORD and not UNMERGE),
         )  # fmt: skip
 
 
 def _tile_of(record: Corrections, tile: MergeTile | None, dtype: torch.dtype) -> MergeTile:
     """The record's units by the program of ``tile``."""
-    tile = tile or default_tile(dtype, recording=True)
+    tile = tile or default_tile(dtype)
     return MergeTile(*record.unit, tile.UNITS, tile.num_warps)
 
 
 def new_record(W: torch.Tensor, room: int, tile: MergeTile | None = None) -> Corrections:
     """Memory for a merge of W with up to ``room`` corrections. Until then an unmerge with it does nothing."""
-    tile = tile or default_tile(W.dtype, recording=True)
+    tile = tile or default_tile(W.dtype)
     N, K = (W.t() if W.stride(0) < W.stride(1) else W).shape
     units = -(-N // tile.ROWS) * -(-K // tile.COLS)
     return Corrections(
         torch.zeros((units + 1, COLUMNS), dtype=torch.int64, device=W.device),
         torch.empty(room, dtype=torch.uint16, device=W.device),
-        torch.empty(room, dtype=W.dtype, device=W.device),
+        torch.empty(room, dtype=torch.int32, device=W.device),
         (tile.ROWS, tile.COLS),
     )
 
@@ -264,9 +292,9 @@ def merge_again(W, A, B, record: Corrections, tile: MergeTile | None = None) -> 
 
 def merge_apply(W, A, B, tile: MergeTile | None = None) -> None:
     """W <- round(W + B A) in place and nothing else: no check, no record, no way back to the bit."""
-    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype, recording=False))
+    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype))
 
 
 def unmerge_apply(W, A, B, tile: MergeTile | None = None) -> None:
     """W <- round(W - B A) in place: most of the bits from before :func:`merge_apply`."""
-    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype, recording=False), UNMERGE=True)
+    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype), UNMERGE=True)

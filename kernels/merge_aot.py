@@ -18,36 +18,34 @@ _PASSES = (
 
 
 def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iterator[CompileCase]:
-    """All compilations for a chip (0: not NVIDIA): W with contiguous rows, A contiguous, B row- or column-major.
+    """All compilations for a chip (0: not NVIDIA): contiguous W, A and B, sizes that the tile divides and others.
 
-    dtypes: of W, by default those of :func:`~.aot.dtypes_on`. Sizes are multiples of the tile, and for row-major B
-    anything, too.
+    dtypes: of W, by default those of :func:`~.aot.dtypes_on`.
     """
     for dtype in dtypes or dtypes_on(capability):
+        tile = default_tile(dtype)
         for name, UNMERGE, RECORD, AGAIN in _PASSES:
-            tile = default_tile(dtype, recording=RECORD or AGAIN)
-            for unit, EVEN in (("stride_br", True), ("stride_br", False), ("stride_bn", True)):
-                options = launch_options(tile, nvidia=capability > 0)
-                yield _case(name, dtype, UNMERGE, RECORD, AGAIN, EVEN, tile, unit, options)
+            options = launch_options(tile, nvidia=capability > 0, recording=RECORD and not UNMERGE)
+            for EVEN in (True, False):
+                yield _case(name, dtype, UNMERGE, RECORD, AGAIN, EVEN, tile, options)
 
 
-def _case(name, dtype, UNMERGE, RECORD, AGAIN, EVEN, tile, unit, options) -> CompileCase:
+def _case(name, dtype, UNMERGE, RECORD, AGAIN, EVEN, tile, options) -> CompileCase:
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     types = dict(w_ptr=f"*{short}", a_ptr="*fp32", b_ptr="*fp32", N="i32", K="i32", R="i32", stride_wn="i32")
-    types |= {name: "i32" for name in ("stride_ar", "stride_bn", "stride_br") if name != unit}
+    types |= dict(stride_ar="i32", stride_bn="i32")
     if RECORD or AGAIN:
         types["table_ptr"] = "*i64"
     if RECORD:
-        types |= dict(places_ptr="*u16", values_ptr=f"*{short}", room="i32")
+        types |= dict(places_ptr="*u16", values_ptr="*i32", room="i32")
     names = _merge_kernel.arg_names
     values = dict.fromkeys(n for n in (*names[:6], "room") if n not in types)
-    values |= {"stride_wk": 1, "stride_ak": 1, unit: 1}
+    values |= {"stride_wk": 1, "stride_ak": 1, "stride_br": 1}
     values |= dict(UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, EVEN=EVEN)
     values |= dict(ROWS=tile.ROWS, COLS=tile.COLS, UNITS=tile.UNITS)
     multiples_of_16 = [n for n in types if n.endswith("_ptr") or n in ("K", "stride_wn", "stride_ar")]
-    layout = f"B {'row' if unit == 'stride_br' else 'column'}-major{'' if EVEN else ' masked'}"
     return CompileCase(
-        label=f"{name} {short} {tile.ROWS}x{tile.COLS} {layout}",
+        label=f"{name} {short} {tile.ROWS}x{tile.COLS}{'' if EVEN else ' masked'}",
         op=name,
         config=None,
         dtype=dtype,

@@ -109,6 +109,8 @@ def merge_(
     W = weight.detach()
     if merge_kernel.applies(W):
         left, right = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out)
+        if W.stride(0) < W.stride(1):  # the kernel takes all three transposed
+            left, right = left.t().contiguous().t(), right.t().contiguous().t()
         return MergeRecord(left, right, W.dtype, False, 0, device_corrections=merge_kernel.merge(W, left, right))
     with Team(W.device) as team:
         left, right = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out)
