@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+SHIFT = 40  # of the lost units, above the corrections
 COLUMNS = 6  # of the table: begin + 1 (0: not merged), corrections, three sums, 1 where the last unmerge got through
 
 
@@ -20,7 +21,8 @@ class Corrections:
 =======
     A unit is a rectangle of ``unit`` = (rows, columns) elements that one program merges, its words (32 bits: 1 element
     or 2) numbered by rows from 1 on. table: int64 [units + 1, COLUMNS], one row a unit; the last row is about all
-    units: corrections, units where finite elements would become infinite or NaN, units that the last unmerge refused.
+    units: corrections and, shifted, units where finite elements would become infinite or NaN; units that the last
+    unmerge refused.
     places (uint16) and values (int32): numbers and contents of the words that the corrections restore. Those of a unit
     lie together in the order of their numbers; which unit's come first is chance, and the table says where they are.
 >>>>>>> a
@@ -35,15 +37,15 @@ class Corrections:
     def nbytes(self) -> int:
         return sum(t.untyped_storage().nbytes() for t in (self.table, self.places, self.values))
 
-    @property
-    def totals(self) -> torch.Tensor:
-        """int64 [2], on W's device: all corrections, and units that would lose finite elements."""
-        return self.table[-1, :2]
+    def totals(self) -> tuple[int, int]:
+        """How many corrections the merge found, and units that would lose finite elements. Waits for the merge."""
+        packed = self.table[-1, 0].item()
+        return packed & ((1 << SHIFT) - 1), packed >> SHIFT
 
     @property
     def refused(self) -> torch.Tensor:
         """int64 [1], on W's device: units that the last unmerge left as they were, because they had been changed."""
-        return self.table[-1, 2:3]
+        return self.table[-1, 1:2]
 
     def trimmed(self, corrections: int, slack: int) -> "Corrections":
         """The same with memory for ``corrections``, or for up to ``slack`` more where that saves a copy."""

@@ -30,8 +30,8 @@ numbers from 1 on, the sums are
 A change of one word is (u - v) i, and of two that change places (u - v) (i - j): below 2^64, and not 0.
 
 Bytes: 2 e N K with e bytes an element, 6 a correction, 48 a unit, and the factors, which stay in L2. Instructions an
-element on sm_90 at rank 16, of which the chain is 22 to 27: bare 31, unmerge 53, merge 75 in 16 bits; 40, 77 and 100 in
-fp32, whose units are half as large for their number of threads.
+element on sm_90 at rank 16, of which the chain is 22 to 27: bare 31, unmerge 71, merge 91 in 16 bits; 40, 70 and 95 in
+fp32.
 """
 
 from dataclasses import dataclass
@@ -40,33 +40,35 @@ import torch
 import triton
 import triton.language as tl
 
-from .corrections import COLUMNS, Corrections
+from .corrections import COLUMNS, SHIFT, Corrections
 from .delta import add_delta, zeros_like
 
 _COLUMNS = tl.constexpr(COLUMNS)
+_SHIFT = tl.constexpr(SHIFT)
+_LOW = tl.constexpr((1 << SHIFT) - 1)
 _INFINITY = tl.constexpr(0x7F800000)  # of fp32; NaN is above it
 
 
 @dataclass(frozen=True)
 class MergeTile:
-    """Tile of a launch: ROWS x COLS is the unit, at most 65535 words; a program does UNITS of them, one below the
-    other. COLS below the number of threads keeps the loads of A in W's layout."""
+    """Tile of a launch: ROWS x COLS is the unit, at most 65535 words. Fewer COLS than threads keep the loads of A in
+    W's layout."""
 
     ROWS: int = 32
     COLS: int = 64
-    UNITS: int = 1
     num_warps: int = 4
 
 
-def default_tile(dtype: torch.dtype) -> MergeTile:
-    """16 words a thread."""
-    return MergeTile() if dtype == torch.float32 else MergeTile(ROWS=64)
+def default_tile(dtype: torch.dtype, recording: bool) -> MergeTile:
+    """16 elements a thread, and 32 of 16 bits where nothing is kept: more of them spill on some chip."""
+    return MergeTile() if recording or dtype == torch.float32 else MergeTile(ROWS=64)
 
 
-def launch_options(tile: MergeTile, nvidia: bool, recording: bool) -> dict[str, int | bool]:
+def launch_options(tile: MergeTile, nvidia: bool, dtype: torch.dtype, recording: bool) -> dict[str, int | bool]:
     """No contraction but the written fma, because D's bits are a contract; registers for 16 warps a multiprocessor, or
-    for 12 with 32 elements a thread and where a merge finds its corrections."""
-    many = recording or tile.ROWS * tile.COLS > 16 * 32 * tile.num_warps
+    for 12 with 32 elements a thread and where 16 words a thread are kept."""
+    elements = tile.ROWS * tile.COLS // (32 * tile.num_warps)
+    many = elements >= 32 or (recording and elements * dtype.itemsize >= 64)
     return dict(num_warps=tile.num_warps, enable_fp_fusion=False) | (
         dict(maxnreg=168 if many else 128) if nvidia else {}
     )
@@ -119,7 +121,7 @@ def _merge_kernel(
     N, K, R, room,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     UNMERGE: tl.constexpr, RECORD: tl.constexpr, AGAIN: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, UNITS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """RECORD: a merge keeps what its unmerge needs, an unmerge uses it. AGAIN: only what the last unmerge got through.
     EVEN: ROWS divides N and COLS divides K, nothing is masked."""
@@ -127,7 +129,7 @@ def _merge_kernel(
     strips = tl.cdiv(K, COLS)
     unit_rows = tl.cdiv(N, ROWS)
     strip = tl.program_id(0) % strips
-    first = tl.program_id(0) // strips * UNITS
+    unit_row = tl.program_id(0) // strips
     if RECORD:
         totals = table_ptr + unit_rows.to(tl.int64) * strips * _COLUMNS
     cols = tl.arange(0, COLS)
@@ -135,92 +137,91 @@ def _merge_kernel(
     first_col = strip.to(tl.int64) * COLS
     col_ok = (cols < K - strip * COLS) | EVEN
     number = (rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :] + 1).to(tl.uint32)
-    for i in range(0, tl.minimum(UNITS, unit_rows - first)):
-        unit_row = first + i
-        if RECORD or AGAIN:
-            entry = table_ptr + (unit_row.to(tl.int64) * strips + strip) * _COLUMNS
-        if AGAIN:
-            todo = tl.load(entry + 5) != 0
-        elif UNMERGE and RECORD:
-            todo = tl.load(entry) != 0
-            if not todo:
-                tl.store(entry + 5, 0)
+    if RECORD or AGAIN:
+        entry = table_ptr + (unit_row.to(tl.int64) * strips + strip) * _COLUMNS
+    if AGAIN:
+        todo = tl.load(entry + 5) != 0
+    elif UNMERGE and RECORD:
+        todo = tl.load(entry) != 0
+        if not todo:
+            tl.store(entry + 5, 0)
+    else:
+        todo = True
+    if todo:
+        first_row = unit_row.to(tl.int64) * ROWS
+        row_ok = (rows < N - unit_row * ROWS) | EVEN
+        inside = row_ok[:, None] & col_ok[None, :]
+        w_unit = w_ptr + first_row * stride_wn + first_col * stride_wk
+        w_ptrs = w_unit + rows[:, None].to(tl.int64) * stride_wn + cols[None, :].to(tl.int64) * stride_wk
+        w = tl.load(w_ptrs, mask=inside)
+        d = add_delta(
+            zeros_like(w), a_ptr + first_col * stride_ak, b_ptr + first_row * stride_bn,
+            cols.to(tl.int64) * stride_ak, rows.to(tl.int64) * stride_bn, col_ok, row_ok, R, stride_ar, stride_br,
+        )  # fmt: skip
+        new = (w.to(tl.float32) - d).to(w.dtype) if UNMERGE else (w.to(tl.float32) + d).to(w.dtype)
+        if not RECORD:
+            tl.store(w_ptrs, new, mask=inside)
         else:
-            todo = True
-        if todo:
-            first_row = unit_row.to(tl.int64) * ROWS
-            row_ok = (rows < N - unit_row * ROWS) | EVEN
-            inside = row_ok[:, None] & col_ok[None, :]
-            w_unit = w_ptr + first_row * stride_wn + first_col * stride_wk
-            w_ptrs = w_unit + rows[:, None].to(tl.int64) * stride_wn + cols[None, :].to(tl.int64) * stride_wk
-            w = tl.load(w_ptrs, mask=inside)
-            d = add_delta(
-                zeros_like(w), a_ptr + first_col * stride_ak, b_ptr + first_row * stride_bn,
-                cols.to(tl.int64) * stride_ak, rows.to(tl.int64) * stride_bn, col_ok, row_ok, R, stride_ar, stride_br,
-            )  # fmt: skip
-            new = (w.to(tl.float32) - d).to(w.dtype) if UNMERGE else (w.to(tl.float32) + d).to(w.dtype)
-            if not RECORD:
-                tl.store(w_ptrs, new, mask=inside)
-            else:
-                if not EVEN:
-                    w = tl.where(inside, w, 0.0)
-                    new = tl.where(inside, new, 0.0)
-                back = new if UNMERGE else (new.to(tl.float32) - d).to(w.dtype)
-                if not EVEN:
-                    back = tl.where(inside, back, 0.0)
-                old_words, back_words = _words(w), _words(back)
-                merged_words = old_words if UNMERGE else _words(new)
-                sum_merged = tl.sum(merged_words.to(tl.uint64) * number.to(tl.uint64)).to(tl.int64)
-                sum_back = tl.sum(back_words * (2 * number + 1)).to(tl.int64)
-                if UNMERGE:
-                    begin, count = tl.load(entry) - 1, tl.load(entry + 1).to(tl.int32)
-                    kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count)
-                    same = (tl.load(entry + 2) == sum_merged) & (tl.load(entry + 3) == sum_back)
-                    same &= tl.load(entry + 4) == kept
-                    tl.store(entry + 5, same.to(tl.int64))
-                    if same:
-                        tl.store(w_ptrs, new, mask=inside)
-                        tl.debug_barrier()  # candidates are stored by other threads than the corrections over them
-                        _store_corrections(
-                            w_unit,
-                            places_ptr + begin,
-                            values_ptr + begin,
-                            count,
-                            K - strip * COLS,
-                            WORDS,
-                            stride_wn,
-                            stride_wk,
-                        )
-                    else:
-                        tl.atomic_add(totals + 2, 1, sem="relaxed")
+            if not EVEN:
+                w = tl.where(inside, w, 0.0)
+                new = tl.where(inside, new, 0.0)
+            back = new if UNMERGE else (new.to(tl.float32) - d).to(w.dtype)
+            if not EVEN:
+                back = tl.where(inside, back, 0.0)
+            old_words, back_words = _words(w), _words(back)
+            merged_words = old_words if UNMERGE else _words(new)
+            sum_merged = tl.sum(merged_words.to(tl.uint64) * number.to(tl.uint64)).to(tl.int64)
+            sum_back = tl.sum(back_words * (2 * number + 1)).to(tl.int64)
+            if UNMERGE:
+                begin, count = tl.load(entry) - 1, tl.load(entry + 1).to(tl.int32)
+                kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count)
+                same = (tl.load(entry + 2) == sum_merged) & (tl.load(entry + 3) == sum_back)
+                same &= tl.load(entry + 4) == kept
+                tl.store(entry + 5, same.to(tl.int64))
+                if same:
+                    tl.store(w_ptrs, new, mask=inside)
+                    tl.debug_barrier()  # candidates are stored by other threads than the corrections over them
+                    _store_corrections(
+                        w_unit,
+                        places_ptr + begin,
+                        values_ptr + begin,
+                        count,
+                        K - strip * COLS,
+                        WORDS,
+                        stride_wn,
+                        stride_wk,
+                    )
                 else:
-                    wrong = (back_words != old_words).to(tl.int32)
-                    size = new.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-                    lost = tl.max(tl.where(tl.abs(w.to(tl.float32)) < float("inf"), size, 0)) >= _INFINITY
-                    in_row = tl.sum(wrong, 1)
-                    count = tl.sum(in_row)
-                    before_row = tl.cumsum(in_row, 0) - in_row - 1
-                    place = tl.cumsum(wrong, 1).to(tl.uint32)
-                    begin = tl.atomic_add(totals, count.to(tl.int64), sem="relaxed")
-                    if lost:
-                        tl.atomic_add(totals + 1, 1, sem="relaxed")
-                    elif begin + count <= room:
-                        # Addresses called contiguous, which they are not, keep the stores in w's layout; the mask, of
-                        # which the compiler knows nothing, splits them into stores of one word.
-                        to = (places_ptr + begin + before_row)[:, None] + place
-                        to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, 4])
-                        tl.store(to, number.to(tl.uint16), mask=wrong != 0)
-                        to = (values_ptr + begin + before_row)[:, None] + place
-                        to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, 4])
-                        tl.store(to, old_words.to(tl.int32, bitcast=True), mask=wrong != 0)
-                        tl.store(w_ptrs, new, mask=inside)
-                        tl.debug_barrier()  # they are read by other threads than stored them
-                        kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count)
-                        tl.store(entry, begin + 1)
-                        tl.store(entry + 1, count.to(tl.int64))
-                        tl.store(entry + 2, sum_merged)
-                        tl.store(entry + 3, sum_back)
-                        tl.store(entry + 4, kept)
+                    tl.atomic_add(totals + 1, 1, sem="relaxed")
+            else:
+                # 1 or 0 by arithmetic: of predicates the compiler makes bit masks, and those it takes apart again
+                wrong = back_words ^ old_words
+                wrong = (((wrong >> 16) | (wrong & 0xFFFF)) + 0xFFFF >> 16).to(tl.int32)
+                size = new.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                lost = tl.max(tl.where(tl.abs(w.to(tl.float32)) < float("inf"), size, 0)) >= _INFINITY
+                in_row = tl.sum(wrong, 1)
+                count = tl.sum(in_row)
+                before_row = tl.cumsum(in_row, 0) - in_row - 1
+                place = tl.cumsum(wrong, 1).to(tl.uint32)
+                begin = tl.atomic_add(totals, count.to(tl.int64) + (lost.to(tl.int64) << _SHIFT), sem="relaxed")
+                begin = begin & _LOW
+                if (begin + count <= room) & (lost == 0):
+                    # Addresses called contiguous, which they are not, keep the stores in w's layout; the mask, of
+                    # which the compiler knows nothing, splits them into stores of one word.
+                    to = (places_ptr + begin + before_row)[:, None] + place
+                    to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, 4])
+                    tl.store(to, number.to(tl.uint16), mask=wrong != 0)
+                    to = (values_ptr + begin + before_row)[:, None] + place
+                    to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, 4])
+                    tl.store(to, old_words.to(tl.int32, bitcast=True), mask=wrong != 0)
+                    tl.store(w_ptrs, new, mask=inside)
+                    tl.debug_barrier()  # they are read by other threads than stored them
+                    kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count)
+                    tl.store(entry, begin + 1)
+                    tl.store(entry + 1, count.to(tl.int64))
+                    tl.store(entry + 2, sum_merged)
+                    tl.store(entry + 3, sum_back)
+                    tl.store(entry + 4, kept)
 
 
 def _along_rows(W, A, B):
@@ -235,25 +236,25 @@ def _launch(W, A, B, tile, record=None, *, UNMERGE=False, AGAIN=False) -> None:
     (N, K), RECORD = W.shape, record is not None and not AGAIN
     strips = -(-K // tile.COLS)
     with torch.cuda.device_of(W):
-        _merge_kernel[(strips * -(-N // (tile.ROWS * tile.UNITS)),)](
+        _merge_kernel[(strips * -(-N // tile.ROWS),)](
             W, A, B, record and record.table, record.places if RECORD else None, record.values if RECORD else None,
             N, K, len(A), len(record.values) if RECORD else None,
             *W.stride(), *A.stride(), *B.stride(),
             UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, EVEN=N % tile.ROWS == 0 and K % tile.COLS == 0,
-            ROWS=tile.ROWS, COLS=tile.COLS, UNITS=tile.UNITS,
-            **launch_options(tile, nvidia=not torch.version.hip, recording=RECORD and not UNMERGE),
+            ROWS=tile.ROWS, COLS=tile.COLS,
+            **launch_options(tile, not torch.version.hip, W.dtype, RECORD),
         )  # fmt: skip
 
 
 def _tile_of(record: Corrections, tile: MergeTile | None, dtype: torch.dtype) -> MergeTile:
     """The record's units by the program of ``tile``."""
-    tile = tile or default_tile(dtype)
-    return MergeTile(*record.unit, tile.UNITS, tile.num_warps)
+    tile = tile or default_tile(dtype, recording=True)
+    return MergeTile(*record.unit, tile.num_warps)
 
 
 def new_record(W: torch.Tensor, room: int, tile: MergeTile | None = None) -> Corrections:
     """Memory for a merge of W with up to ``room`` corrections. Until then an unmerge with it does nothing."""
-    tile = tile or default_tile(W.dtype)
+    tile = tile or default_tile(W.dtype, recording=True)
     N, K = (W.t() if W.stride(0) < W.stride(1) else W).shape
     units = -(-N // tile.ROWS) * -(-K // tile.COLS)
     return Corrections(
@@ -270,7 +271,7 @@ def merge(
     """W <- round(W + B A) in place, and what it takes to undo it into ``record``, from :func:`new_record`. One launch.
 
     W: [N, K], any strides. A: [R, K] and B: [N, R], fp32, scaling inside B, any strides.
-    If ``record.totals`` then says that elements were lost, or more corrections than there was room for, only some units
+    If ``record.totals()`` then says that units were lost, or more corrections than there was room for, only some units
     are merged: :func:`unmerge` takes them back.
     """
     _launch(*_along_rows(W, A, B), _tile_of(record, tile, W.dtype), record)
@@ -292,9 +293,9 @@ def merge_again(W, A, B, record: Corrections, tile: MergeTile | None = None) -> 
 
 def merge_apply(W, A, B, tile: MergeTile | None = None) -> None:
     """W <- round(W + B A) in place and nothing else: no check, no record, no way back to the bit."""
-    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype))
+    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype, recording=False))
 
 
 def unmerge_apply(W, A, B, tile: MergeTile | None = None) -> None:
     """W <- round(W - B A) in place: most of the bits from before :func:`merge_apply`."""
-    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype), UNMERGE=True)
+    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype, recording=False), UNMERGE=True)

@@ -23,9 +23,9 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
     dtypes: of W, by default those of :func:`~.aot.dtypes_on`.
     """
     for dtype in dtypes or dtypes_on(capability):
-        tile = default_tile(dtype)
         for name, UNMERGE, RECORD, AGAIN in _PASSES:
-            options = launch_options(tile, nvidia=capability > 0, recording=RECORD and not UNMERGE)
+            tile = default_tile(dtype, recording=RECORD or AGAIN)
+            options = launch_options(tile, capability > 0, dtype, RECORD)
             for EVEN in (True, False):
                 yield _case(name, dtype, UNMERGE, RECORD, AGAIN, EVEN, tile, options)
 
@@ -42,7 +42,7 @@ def _case(name, dtype, UNMERGE, RECORD, AGAIN, EVEN, tile, options) -> CompileCa
     values = dict.fromkeys(n for n in (*names[:6], "room") if n not in types)
     values |= {"stride_wk": 1, "stride_ak": 1, "stride_br": 1}
     values |= dict(UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, EVEN=EVEN)
-    values |= dict(ROWS=tile.ROWS, COLS=tile.COLS, UNITS=tile.UNITS)
+    values |= dict(ROWS=tile.ROWS, COLS=tile.COLS)
     multiples_of_16 = [n for n in types if n.endswith("_ptr") or n in ("K", "stride_wn", "stride_ar")]
     return CompileCase(
         label=f"{name} {short} {tile.ROWS}x{tile.COLS}{'' if EVEN else ' masked'}",

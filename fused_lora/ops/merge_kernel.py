@@ -51,7 +51,7 @@ def merge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
             _way_back.add(kind)
         try:
             kernels.merge(weight, *factors, record)
-            found, lost = record.totals.tolist()
+            found, lost = record.totals()
         except BaseException:
             kernels.unmerge(weight, *factors, record)
             raise
