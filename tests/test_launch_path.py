@@ -34,9 +34,10 @@ LAUNCHES = {
     "weight_grad, M split": 1,
     "grouped_shrink": 1,
     "grouped_expand": 1,
-    "merge_scan": 1,
+    "merge": 1,
+    "unmerge": 1,
+    "merge_again": 1,
     "merge_apply": 1,
-    "unmerge_scan": 1,
     "unmerge_apply": 1,
     "dropout_mask": 1,
 }
@@ -162,10 +163,11 @@ def launches(given: list[list]) -> dict[str, int]:
     counted("grouped_expand", grouped_expand, S, batch.base, tables, groups)
 
     W, A, B = torch.zeros(40, 300, dtype=bf16), torch.zeros(4, 300), torch.zeros(40, 4)
-    scan = counted("merge_scan", merge.merge_scan, W, A, B)
-    corrections = merge.new_corrections(W, scan, 8)
-    for name in ("merge_apply", "unmerge_scan", "unmerge_apply"):
-        counted(name, getattr(merge, name), W, A, B, corrections)
+    record = merge.new_record(W, 8)
+    for name in ("merge", "unmerge", "merge_again"):
+        counted(name, getattr(merge, name), W, A, B, record)
+    for name in ("merge_apply", "unmerge_apply"):
+        counted(name, getattr(merge, name), W, A, B)
     counted("dropout_mask", dropout_mask, torch.zeros(1, dtype=torch.int64), 40, 64, 0.1)
     return found
 
