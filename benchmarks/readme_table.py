@@ -21,9 +21,8 @@ README = BENCHMARKS.parent / "README.md"
 BEGIN = "<!-- results: written by benchmarks/readme_table.py -->"
 END = "<!-- end of results -->"
 _SHORT = dict(float32="fp32", bfloat16="bf16", float16="fp16")
-_KINDS = dict(linear=("linear",), merge=("merge",), serving=("step", "generate", "server"))
+_KINDS = dict(linear=("linear",), lorafusion=("linear",), merge=("merge",), serving=("step", "generate", "server"))
 _LLAMA = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))
-_LORAFUSION = (4096, 5120, 8192)
 _STEPS = ((1, 1, 16), (8, 8, 16))  # T, D, r of the decode steps shown; the others are in the file
 _MERGERS = ("PEFT", "addmm", "fused_lora")
 _MERGE_NOTE = (
@@ -41,6 +40,8 @@ def load(folder: Path) -> dict[str, dict]:
             continue  # another kind of result
         entry = found.setdefault(content["machine"]["name"], {})
         for kind, benchmarks in _KINDS.items():
+            if (kind == "lorafusion") != (content["settings"].get("points") == "lorafusion"):
+                continue  # these points have a file of their own
             has_rows = any(row["benchmark"] in benchmarks for row in content["rows"])
             if has_rows and (kind not in entry or entry[kind]["date"] < content["date"]):
                 entry[kind] = content
@@ -61,6 +62,8 @@ def _machine_block(entry: dict) -> str:
     lines = [head + " Median ms, all providers in turns in one run."]
     if "linear" in entry:
         lines += ["", *_linear_table(entry["linear"]["rows"])]
+        if "lorafusion" in entry:
+            lines[-1] += " " + _lorafusion(entry["lorafusion"]["rows"])
     if "merge" in entry:
         lines += ["", *_merge_table(entry["merge"]["rows"])]
     if "serving" in entry:
@@ -102,18 +105,17 @@ def _gpu_linear_table(layers: Sequence[dict]) -> list[str]:
         factors = own.get("both_to_bare"), own.get("both_speedup"), default.get("both_speedup_default")
         label = f"{own['inputs']}x{own['outputs']}, {own['M']} rows"
         lines.append(_line(label, *times, *map(_factor, factors), " -> ".join(saved)))
-    square = [
-        layer["fused_lora"]["both_speedup"]
-        for layer in layers
-        if (own := layer["fused_lora"])["inputs"] == own["outputs"] in _LORAFUSION and own["M"] % 256 == 0
-        if own["M"] >= 2048 and (own["r"], own["dropout"], own["adapter_dtype"]) == (16, 0.1, "bfloat16")
-        if own.get("both_speedup")
-    ]
     note = "bf16, r=16, p=0.1. PEFT: bf16 adapters; default: fp32 adapters under autocast, as trainers run them."
-    if len(square) == 75:
-        note += f" LoRAFusion's 75 layers: {statistics.geometric_mean(square):.2f}x PEFT's speed (geometric mean)"
-        note += f", {min(square):.2f}x to {max(square):.2f}x."
     return [*lines, "", note]
+
+
+def _lorafusion(rows: Sequence[dict]) -> str:
+    """One sentence for the points of LoRAFusion's benchmark."""
+    speedups = [layer["fused_lora"].get("both_speedup") for layer in _layers(rows, "linear")]
+    speedups = [speedup for speedup in speedups if speedup]
+    mean = statistics.geometric_mean(speedups)
+    text = f"{len(speedups)} layers of LoRAFusion's benchmark (K = N of 4096, 5120 and 8192, 2,048 to 8,192 rows): "
+    return text + f"{mean:.2f}x PEFT's speed on average, {min(speedups):.2f}x to {max(speedups):.2f}x."
 
 
 def _merge_table(rows: Sequence[dict]) -> list[str]:

@@ -83,22 +83,26 @@ def _shrink(M: int, K: int, r: int, dtype: torch.dtype, dropout: bool, upcast: b
         tile = LaunchConfig("shrink", 32, 16, 32, 32)
     else:
         BLOCK_R = _rank_block(r, 16, 32) if upcast else _rank_block(r, 16, 32, 64, 128)
-        wide = 64 if upcast or BLOCK_R > 32 else 128 if dropout else 256
+        wide = 64 if upcast or BLOCK_R > 32 else 128 if dropout or BLOCK_R > 16 else 256
         # narrow row blocks, for enough programs where rows are few and for enough warps to draw a mask
         tile = LaunchConfig("shrink", 32 if dropout and M >= 8192 and BLOCK_R < 64 else 16, 16, wide, BLOCK_R)
     return replace(tile, SPLIT_K=_split(_cdiv(M, tile.BLOCK_M) * _cdiv(r, tile.BLOCK_R), _cdiv(K, tile.BLOCK_K)))
 
 
-def _expand(r: int, dtype: torch.dtype) -> LaunchConfig:
-    BLOCK_M, BLOCK_N = (32, 64) if dtype == torch.float32 else (64, 128)
+def _expand(r: int, dtype: torch.dtype, upcast: bool) -> LaunchConfig:
+    BLOCK_M, BLOCK_N = (32, 64) if dtype == torch.float32 or upcast else (64, 128)
     return LaunchConfig("expand", BLOCK_M, BLOCK_N, 16, _rank_block(r, 16, 32))
 
 
-def _backward(op: str, M: int, C: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool) -> LaunchConfig:
+def _backward(
+    op: str, M: int, C: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool, capability: int
+) -> LaunchConfig:
     """Of the pass over g or x [M, C]; the expand's left operand is in registers, so BLOCK_M is below a wgmma's 64."""
     BLOCK_R = _rank_block(r, 16, 32)
     if dtype == torch.float32 or upcast:
         tile = LaunchConfig(op, 16 if dtype == torch.float32 else 32, 64, 16, BLOCK_R, num_stages=2)
+    elif capability not in _WARPGROUP_MMA:  # less shared memory
+        tile = LaunchConfig(op, 32, 64 if dropout else 128, 16, BLOCK_R)
     elif op == "backward_g":
         tile = LaunchConfig(op, 64, 256, 16, BLOCK_R, num_warps=8, num_stages=4)
     else:
@@ -179,9 +183,9 @@ def pick(
     if op == "shrink":
         return _shrink(M, K, r, dtype, dropout, upcast)
     if op == "expand":
-        return _expand(r, dtype)
+        return _expand(r, dtype, upcast)
     if op.startswith("backward"):
-        return _backward(op, M, N, r, dtype, dropout, upcast)
+        return _backward(op, M, N, r, dtype, dropout, upcast, capability)
     if op == "weight_grad":
         return _weight_grad(M, N, K, r, dtype, dropout, upcast)
     variant = variant or variants(M, r, dtype, dropout, upcast, adapters)[-1]

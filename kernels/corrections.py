@@ -12,20 +12,12 @@ COLUMNS = 6  # of the table: begin + 1 (0: not merged), corrections, three sums,
 class Corrections:
     """The bits that ``round(Wm - D)`` gets wrong, unit by unit, and the sums by which an unmerge knows its weight.
 
-<<<<<<< HEAD
-    A unit is a rectangle of ``unit`` = (rows, columns) elements that one program merges, its elements numbered by
-    rows from 1 on. table: int64 [units + 1, COLUMNS], one row a unit; the last row counts over all units: corrections,
-    finite elements that would become infinite or NaN, units that the last unmerge refused. places (uint16, number in
-    the unit) and values (W's dtype): the corrections. Those of a unit lie together in the order of their numbers; which unit's
-    come first is chance, and the table says where they are.
-=======
     A unit is a rectangle of ``unit`` = (rows, columns) elements that one program merges, its words (32 bits: 1 element
     or 2) numbered by rows from 1 on. table: int64 [units + 1, COLUMNS], one row a unit; the last row is about all
     units: corrections and, shifted, units where finite elements would become infinite or NaN; units that the last
     unmerge refused.
     places (uint16) and values (int32): numbers and contents of the words that the corrections restore. Those of a unit
     lie together in the order of their numbers; which unit's come first is chance, and the table says where they are.
->>>>>>> a
     """
 
     table: torch.Tensor
