@@ -7,7 +7,7 @@ JOBS ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-CHECKED := fused_lora kernels benchmarks examples tests setup.py
+CHECKED := fused_lora kernels benchmarks examples tests tools setup.py
 
 .PHONY: quickstart test test-gpu lint clean
 

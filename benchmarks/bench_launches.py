@@ -77,7 +77,7 @@ def launches(point: Point, device: torch.device) -> Iterator[tuple[str, LaunchCo
     seeds = torch.ones(1, dtype=torch.int64, device=device) if masked else None
     e, rest = dtype.itemsize, (config.capability(device), adapter_dtype != dtype)
     S, dS = (draw(M, r, dtype=torch.float32) for _ in range(2))
-    y, dx = torch.empty_like(g), torch.empty_like(x)
+    y, dx = torch.zeros_like(g), torch.zeros_like(x)
     gemm = e * (M * K + N * K + M * N), 2 * M * N * K
     B_t = [B[0].t()]
     yield "library x W^T", None, lambda: (torch.mm(x, W.t(), out=y),), *gemm

@@ -175,6 +175,27 @@ def test_bench_variants_with_kernels(load, tmp_path, device, kernels_on, monkeyp
     assert sum(row["chosen"] for row in content["rows"]) == 2
 
 
+def test_bench_launches(load, tmp_path, device, kernels_on, monkeypatch):
+    """Every launch of a layer, one configuration that is wrong among them."""
+    bench = load("bench_launches")
+    honest = bench.lora_expand
+
+    def wrong(S, Q, scales, dropout, seeds, bias, dtype, config):
+        return honest(S, Q, scales, dropout, seeds, bias, dtype, config) * (1.1 if config.BLOCK_M == 64 else 1.0)
+
+    small = bench.LaunchConfig("expand", 32, 64, 16, 16)
+    monkeypatch.setattr(bench, "lora_expand", wrong)
+    monkeypatch.setattr(bench, "alternatives", lambda op, c: [c, small] if op == "expand" and c != small else [c])
+    code, content = run(bench, tmp_path, "--shapes", "64x48", "--rows", "40", "--device", device.type)
+    assert code == 1
+    rows = content["rows"]
+    wrong = [row for row in rows if not row["correct"]]
+    assert {row["provider"] for row in wrong} == {"expand to dx", "expand to y"} and all("us" not in r for r in wrong)
+    passes = [row for row in rows if row["provider"].startswith("backward over") and row["dropout"] == 0.1]
+    assert {row["config"]["variant"] for row in passes} == {"backward_g", "backward_x"}
+    assert all(row["us"]["rounds"] >= 1 and row["bytes"] > 0 for row in passes)
+
+
 def test_bench_decode(load, tmp_path):
     code, content = run(load("bench_decode"), tmp_path, "--shapes", "48x40,40x33", "--rows", "9")
     assert code == 0

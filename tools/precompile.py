@@ -66,7 +66,9 @@ def install(capability: int) -> None:
         key = hashlib.sha256(full.encode()).hexdigest()
         position = src.fn.arg_names.index
         constants = {(position(i),) if isinstance(i, str) else i: v for i, v in src.constants.items()}
-        launcher = nvidia.make_launcher(constants, dict(src.signature), None)
+        # newer releases have one launcher for all signatures
+        make = getattr(nvidia, "make_launcher", None)
+        launcher = make(constants, dict(src.signature), None) if make else None
         parts = src.hash(), backend.hash(), options.hash(), str(sorted(env_vars.items())), src.name
         with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps([key, parts, launcher]) + "\n")
@@ -251,7 +253,8 @@ def pack(arguments) -> None:
     for line in (arguments.cache / PARTS).read_text(encoding="utf-8").splitlines():
         key, parts, launcher = json.loads(line)
         entries[key] = parts
-        launchers[hashlib.sha256(launcher.encode()).hexdigest()] = launcher
+        if launcher:
+            launchers[hashlib.sha256(launcher.encode()).hexdigest()] = launcher
     manifest = []
     with tarfile.open(arguments.file, "w:xz") as tar:
 
