@@ -40,7 +40,7 @@ def load(folder: Path) -> dict[str, dict]:
             continue  # another kind of result
         entry = found.setdefault(content["machine"]["name"], {})
         for kind, benchmarks in _KINDS.items():
-            if (kind == "lorafusion") != (content["settings"].get("points") == "lorafusion"):
+            if (kind == "lorafusion") != (content.get("settings", {}).get("points") == "lorafusion"):
                 continue  # these points have a file of their own
             has_rows = any(row["benchmark"] in benchmarks for row in content["rows"])
             if has_rows and (kind not in entry or entry[kind]["date"] < content["date"]):

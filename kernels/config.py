@@ -82,7 +82,7 @@ def _shrink(M: int, K: int, r: int, dtype: torch.dtype, dropout: bool, upcast: b
     if dtype == torch.float32:
         tile = LaunchConfig("shrink", 32, 16, 32, 32)
     else:
-        BLOCK_R = _rank_block(r, 16, 32) if upcast else _rank_block(r, 16, 32, 64, 128)
+        BLOCK_R = 32 if upcast else _rank_block(r, 16, 32, 64, 128)
         wide = 64 if upcast or BLOCK_R > 32 else 128 if dropout or BLOCK_R > 16 else 256
         # narrow row blocks, for enough programs where rows are few and for enough warps to draw a mask
         tile = LaunchConfig("shrink", 32 if dropout and M >= 8192 and BLOCK_R < 64 else 16, 16, wide, BLOCK_R)
@@ -100,7 +100,9 @@ def _backward(
     """Of the pass over g or x [M, C]; the expand's left operand is in registers, so BLOCK_M is below a wgmma's 64."""
     BLOCK_R = _rank_block(r, 16, 32)
     if dtype == torch.float32 or upcast:
-        tile = LaunchConfig(op, 16 if dtype == torch.float32 else 32, 64, 16, BLOCK_R, num_stages=2)
+        BLOCK_M = 16 if dtype == torch.float32 or op == "backward_x" else 32
+        BLOCK_N = 32 if dtype == torch.float32 and BLOCK_R == 32 and op == "backward_g" else 64
+        tile = LaunchConfig(op, BLOCK_M, BLOCK_N, 16, BLOCK_R, num_stages=2)
     elif capability not in _WARPGROUP_MMA:  # less shared memory
         tile = LaunchConfig(op, 32, 64 if dropout else 128, 16, BLOCK_R)
     elif op == "backward_g":
@@ -111,9 +113,11 @@ def _backward(
     return replace(tile, SPLIT_K=_split(_cdiv(C, tile.BLOCK_N), _cdiv(M, tile.BLOCK_M), wanted, most=64))
 
 
-def _weight_grad(M: int, N: int, K: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool) -> LaunchConfig:
+def _weight_grad(
+    M: int, N: int, K: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool, capability: int
+) -> LaunchConfig:
     BLOCK_M, BLOCK_K, BLOCK_R, num_stages, wanted = 64, 32, 32, 3, 512
-    if dtype != torch.float32 and not upcast:
+    if dtype != torch.float32 and not upcast and capability in _WARPGROUP_MMA:
         BLOCK_M, BLOCK_K, num_stages, wanted = 64 if dropout else 128, 64, 4, 512 if dropout else 256
     programs = (_cdiv(K, BLOCK_M) + _cdiv(N, BLOCK_M)) * _cdiv(r, BLOCK_R)
     tile = LaunchConfig("weight_grad", BLOCK_M, 16, BLOCK_K, BLOCK_R, num_stages=num_stages)
@@ -125,7 +129,7 @@ def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upc
     decode = M <= DECODE_ROWS and variant == "recompute"
     if dtype == torch.float32:  # products by fma, operands in registers
         BLOCK_M, BLOCK_N = (16, 32) if decode else (32, 64)
-        return LaunchConfig(variant, BLOCK_M, BLOCK_N, 32, 32, num_stages=2)
+        return LaunchConfig(variant, BLOCK_M, BLOCK_N, 32, 32, num_stages=1 if decode else 2)
     if capability < 80:
         return LaunchConfig(variant, 16 if decode else 64, 64, 32, 32, num_stages=2)
     if decode:
@@ -187,7 +191,7 @@ def pick(
     if op.startswith("backward"):
         return _backward(op, M, N, r, dtype, dropout, upcast, capability)
     if op == "weight_grad":
-        return _weight_grad(M, N, K, r, dtype, dropout, upcast)
+        return _weight_grad(M, N, K, r, dtype, dropout, upcast, capability)
     variant = variant or variants(M, r, dtype, dropout, upcast, adapters)[-1]
     config = _gemm(variant, M, r, dtype, capability, upcast)
     if variant == "recompute":

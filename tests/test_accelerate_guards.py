@@ -133,7 +133,7 @@ def test_hooks_of_accelerate_on_the_layer_follow_the_class(report):
     y = layer(x)
     for count in (1, 2):
         fused_lora.accelerate(model)
-        assert torch.allclose(layer(x), y) and report() == {"fused": count, "fallback": {}}
+        assert torch.allclose(layer(x), y, atol=1e-5) and report() == {"fused": count, "fallback": {}}
         fused_lora.restore(model)
         assert torch.equal(layer(x), y) and report() == {"fused": count, "fallback": {}}
     fused_lora.accelerate(model)

@@ -295,7 +295,8 @@ def test_the_check_finds_a_product_whose_rows_depend_on_the_height(monkeypatch):
 
     invariant.row_tiles.cache_clear()
     monkeypatch.setattr(torch, "mm", other_order)
-    assert invariant.row_tiles(96, 8, 40, torch.float32, CPU, 1) == (128, 4)
+    tiles = invariant.row_tiles(96, 8, 40, torch.float32, CPU, 1)  # 128 too, where this BLAS has one code for both
+    assert 16 not in tiles and tiles[-1] == 4
     monkeypatch.setattr(torch, "mm", lambda a, b: mm(a, b) * torch.linspace(1, 1.01, len(a))[:, None])
     assert invariant.row_tiles(97, 8, 40, torch.float32, CPU, 1) == (1,)
     invariant.row_tiles.cache_clear()

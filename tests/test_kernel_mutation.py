@@ -124,11 +124,11 @@ def run_mask():
 
 def run_merge(R):
     """There and back twice, the second time with a changed unit; with room for half of it; and without a record."""
-    W, tile, seen = (torch.randn(21, 300) * 0.02).bfloat16(), merge.MergeTile(16, 128, UNITS=2), []
+    W, tile, seen = (torch.randn(21, 300) * 0.02).bfloat16(), merge.MergeTile(16, 128), []
     A, B = torch.randn(R, 300), torch.randn(21, R) * 0.01
     whole = merge.new_record(W, W.numel(), tile)
     merge.merge(W.clone(), A, B, whole, tile)
-    for room in (int(whole.totals[0]), int(whole.totals[0]) // 2):
+    for room in (whole.totals()[0], whole.totals()[0] // 2):
         ours, record = W.clone(), merge.new_record(W, room, tile)
         merge.merge(ours, A, B, record, tile)
         for step in (merge.unmerge, merge.merge_again, merge.unmerge, merge.merge_again):
@@ -154,6 +154,13 @@ def run_layer(variant, p, split_k=1, ranks=(3,)):
         case.g, case.x, S, dS, case.scaling, case.dropout, case.seeds, case.ranks, torch.float32, gradient
     )
     return [y, S, dx, *dA, *dB]
+
+
+def run_shrink():
+    """K split over programs, two adapters, ragged in rows and ranks."""
+    case = LayerCase.make(21, 35, 37, [3, 18], [0.25, 0.0])
+    config = LaunchConfig("shrink", 16, 16, 16, 16, SPLIT_K=2)
+    return [lora_shrink.lora_shrink(case.x, case.lora_A, [1.5, 1.0], case.dropout, case.seeds, config)]
 
 
 def run_passes():
@@ -191,6 +198,7 @@ GROUPED = [
 ]
 LAYERS = [
     lambda: run_layer("split", 0.25, ranks=(3, 18)),
+    run_shrink,
     lambda: run_layer("recompute", 0.0),
     lambda: run_layer("recompute", 0.0, split_k=2),
     run_passes,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fused_lora
 from fused_lora.reference import bits
-from fused_lora.testing.numeric import assert_no_worse, errors
+from fused_lora.testing.numeric import assert_no_worse, typical_errors
 
 TOKENS, ROWS, LENGTH = 20, 4, 5
 
@@ -123,7 +123,7 @@ class SideBySide:
     def assert_same_results(self, ulps: float = 0.0, draws: int | None = None, **kwargs: Any) -> None:
         """Outputs and all gradients of random batches as close to float64 as PEFT's own, and in the same dtypes.
 
-        ``ulps``: allowed on top of 1.1 times PEFT's error; 1 for merged models, whose few weights round one way once
+        ``ulps``: allowed on top of PEFT's error; 1 for merged models, whose few weights round one way once
         and for all. ``kwargs`` go to the models.
         """
         ours, theirs, exact = {}, {}, {}
@@ -151,6 +151,8 @@ class SideBySide:
             size = results[2].square().mean().sqrt().clamp_min(1e-30)
             pooled.append([(t.double() / size).flatten(1) for t in results])
         mine, other, right = (torch.cat(parts, 1) for parts in zip(*pooled, strict=True))
-        rms, their_rms = errors(mine, right)[1], errors(other, right)[1]
-        allowed = 1.1 * their_rms + 1e-13 + ulps * torch.finfo(ours["y"][0].dtype).eps
+        rms, their_rms = typical_errors(mine, right)[1], typical_errors(other, right)[1]
+        # the errors of a draw go together, and the log of its ratio has a deviation of about 1/2: four deviations of the
+        # mean, which two equally good paths exceed in one of 30,000 comparisons
+        allowed = (1 + 2 / draws**0.5) * their_rms + 1e-13 + ulps * torch.finfo(ours["y"][0].dtype).eps
         assert rms <= allowed, f"relative rms error of all results: {rms:.3e}, PEFT's {their_rms:.3e}"
