@@ -122,10 +122,10 @@ def run_mask():
     return [dropout.dropout_mask(torch.tensor([7]), 19, 37, 0.5, BLOCK_M=16, BLOCK_K=32)]
 
 
-def run_merge(R):
+def run_merge(R, K=300, dtype=torch.bfloat16):
     """There and back twice, the second time with a changed unit; with room for half of it; and without a record."""
-    W, tile, seen = (torch.randn(21, 300) * 0.02).bfloat16(), merge.MergeTile(16, 128), []
-    A, B = torch.randn(R, 300), torch.randn(21, R) * 0.01
+    W, tile, seen = (torch.randn(21, K) * 0.02).to(dtype), merge.MergeTile(16, 128), []
+    A, B = torch.randn(R, K), torch.randn(21, R) * 0.01
     whole = merge.new_record(W, W.numel(), tile)
     merge.merge(W.clone(), A, B, whole, tile)
     for room in (whole.totals()[0], whole.totals()[0] // 2):
@@ -134,7 +134,7 @@ def run_merge(R):
         for step in (merge.unmerge, merge.merge_again, merge.unmerge, merge.merge_again):
             seen += [ours.clone(), record.table.clone()]
             step(ours, A, B, record, tile)
-            ours[20, 299] += 1
+            ours[20, -1] += 1
         seen += [ours, record.table, record.places, record.values]
     for step in (merge.merge_apply, merge.unmerge_apply):
         step(W, A, B, tile)
@@ -203,7 +203,8 @@ LAYERS = [
     lambda: run_layer("recompute", 0.0, split_k=2),
     run_passes,
 ]
-MERGES = [functools.partial(run_merge, R) for R in (8, 11)]  # one turn of ranks, and a rest
+MERGES = [functools.partial(run_merge, 8), functools.partial(run_merge, 11, 299)]  # one turn of ranks, and a rest
+MERGES.append(functools.partial(run_merge, 3, dtype=torch.float32))
 SCENARIOS = {merge: MERGES, delta: MERGES, dropout: [run_mask], lora_backward: [run_passes]}
 SCENARIOS |= {grouped_shrink: GROUPED, lora_grouped: GROUPED}
 SOUND = {}
