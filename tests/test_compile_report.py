@@ -118,14 +118,14 @@ def test_an_interpreting_process_is_refused(tmp_path):
 
 def test_compiles_records_and_compares(tmp_path):
     """One kernel form on two chips: compiled once, not again, and a worse result than recorded is found."""
-    what = ("--only", "merge bf16 32x128 B column", "--chips", "sm_90", "gfx942")
+    what = ("--only", "unmerge bf16 32x64", "--chips", "sm_90", "gfx942")
     first = run_command(*what, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     path = tmp_path / report.RESULTS
     recorded = report.read_results(path)
     assert {chip: len(records) for chip, records in recorded.items()} == {"sm_90": 2, "gfx942": 2}
     for record in recorded["sm_90"].values():
-        assert record["spills"] == 0 and 32 <= record["registers"] <= 168 and record["copy16"] >= 1
+        assert record["spills"] == 0 and 32 <= record["registers"] <= 255 and record["copy16"] >= 1
     assert "| unmerge |" in (tmp_path / report.PAGE).read_text()
 
     again = run_command(*what, "--check", cwd=tmp_path)
