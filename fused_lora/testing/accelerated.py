@@ -152,7 +152,7 @@ class SideBySide:
             pooled.append([(t.double() / size).flatten(1) for t in results])
         mine, other, right = (torch.cat(parts, 1) for parts in zip(*pooled, strict=True))
         rms, their_rms = typical_errors(mine, right)[1], typical_errors(other, right)[1]
-        # the errors of a draw go together, and the log of its ratio has a deviation of about 1/2: four deviations of the
-        # mean, which two equally good paths exceed in one of 30,000 comparisons
+        # the errors of a draw go together, and the log of its ratio has a deviation of about 1/2: four deviations of
+        # the mean, which two equally good paths exceed in one of 30,000 comparisons
         allowed = (1 + 2 / draws**0.5) * their_rms + 1e-13 + ulps * torch.finfo(ours["y"][0].dtype).eps
         assert rms <= allowed, f"relative rms error of all results: {rms:.3e}, PEFT's {their_rms:.3e}"
