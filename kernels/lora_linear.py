@@ -157,13 +157,16 @@ def lora_linear_forward(
     """y = x W^T + b + sum_i s_i S_i B_i^T [M, N] and S_i = D_i(x) A_i^T, fp32 [M, sum of ranks], unscaled.
 
     x [M, K], weight [N, K] of x's dtype, any strides; bias [N]; lora_A_i [r_i, K], lora_B_i [N, r_i]; seeds int64, one
-    for each adapter, on x's device. Arguments are checked by the op above, not here.
+    for each adapter, on x's device. Arguments are checked by the op above, not here; ValueError for a mask with the
+    variant "recompute".
     """
     M, N, ranks = x.shape[0], weight.shape[0], tuple([A.shape[0] for A in lora_A])
     if config is None:
         drop, upcast = seeds is not None and any(dropout), any(t.dtype != x.dtype for t in (*lora_A, *lora_B))
         shape, chip = (M, N, x.shape[1]), capability(x.device)
         config = pick("linear", *shape, max(ranks), x.dtype, drop, chip, upcast, len(ranks), variant)
+    if config.variant == "recompute" and seeds is not None and any(dropout):
+        raise ValueError("dropout: expected none with the variant 'recompute', which draws no mask")
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if config.variant == "recompute" and y.numel() > 0:
         S = torch.empty((M, ranks[0]), dtype=torch.float32, device=x.device)

@@ -193,3 +193,9 @@ def test_rows_and_columns_of_tiles_leave_no_trace_in_the_bits(device):
         results = [run(case, LaunchConfig("split", m, n, 32, 16, GROUP_M=1 + i)) for i, (m, n) in enumerate(tiles)]
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_a_mask_that_would_be_ignored_is_refused(device):
+    case = LayerCase.make(5, 33, 65, [3], [0.5], device=device)
+    with pytest.raises(ValueError, match="dropout: expected none with the variant 'recompute'"):
+        lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, variant="recompute")

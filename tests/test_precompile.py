@@ -42,6 +42,11 @@ def test_a_packed_cache_is_found_by_the_keys_of_another_folder(tmp_path):
         found = run(str(TOOL), *command, cache=other)
         assert found.returncode == 0 and found.stdout.startswith("1 binaries"), found.stdout + found.stderr
     assert packed.stat().st_size < 48 << 20
+    cut = tmp_path / "cut.tar.xz"
+    cut.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
+    found = run(str(TOOL), "unpack", str(cut), cache=tmp_path / "untouched")
+    assert found.returncode == 1 and "cut.tar.xz: expected a whole file" in found.stderr
+    assert not (tmp_path / "untouched").exists()
     found = run("-c", LAUNCH, str(TOOL.parent), "no compiler", "0.1", cache=other)
     assert found.returncode == 0, found.stderr
     found = run("-c", LAUNCH, str(TOOL.parent), "no compiler", "0.1", cache=tmp_path / "empty")

@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -283,9 +284,12 @@ def unpack(arguments) -> None:
     from triton.runtime.cache import get_cache_manager, triton_key
 
     start, here = time.time(), triton_key()
-    with tarfile.open(arguments.file) as tar:
-        files = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
-    manifest = json.loads(files["manifest.json"])
+    try:
+        with tarfile.open(arguments.file) as tar:
+            files = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
+        manifest = json.loads(files["manifest.json"])
+    except (tarfile.TarError, EOFError, lzma.LZMAError, KeyError, ValueError) as error:
+        sys.exit(f"{arguments.file}: expected a whole file of the command pack, got {error!r}: nothing unpacked")
     if manifest["triton"] != triton.__version__:
         sys.exit(f"packed with triton {manifest['triton']}, here is {triton.__version__}: nothing unpacked")
     for entry in manifest["entries"]:
