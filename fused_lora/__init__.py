@@ -1,13 +1,13 @@
 """fused_lora: LoRA layers in one pass. Train, merge exactly, serve many adapters at once.
 
-    inject / LoraConfig / LoraLinear          LoRA on a model or a layer, PEFT's names and rules
-    save_adapter / load_adapter               PEFT checkpoints, both ways
-    set_adapter / delete_adapter / disable_adapters / adapter_batch
-    merge / unmerge / delta_fidelity / unload
-    dropout_mask                              the mask that a call used
-    accelerate / restore                      an existing PEFT model, fast in place and back
-    explain                                   what runs and what it costs, of a shape or of a model
-    verify                                    merged against unmerged: rounding, or a bug and which
+inject / LoraConfig / LoraLinear          LoRA on a model or a layer, PEFT's names and rules
+save_adapter / load_adapter               PEFT checkpoints, both ways
+set_adapter / delete_adapter / disable_adapters / adapter_batch
+merge / unmerge / delta_fidelity / unload
+dropout_mask                              the mask that a call used
+accelerate / restore                      an existing PEFT model, fast in place and back
+explain                                   what runs and what it costs, of a shape or of a model
+verify                                    merged against unmerged: rounding, or a bug and which
 """
 
 from fused_lora.adapters import AdapterError, load_adapter, save_adapter

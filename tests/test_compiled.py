@@ -511,6 +511,7 @@ def test_a_merge_that_computes_something_else_is_not_used(name, monkeypatch):
             ctypes.c_int32.from_address(work.counts).value -= 1
 
     run, function = loops.run, loops.function(torch.float32)
+
     def tried():
         return compiled.tried(lambda: function, merge_units._first_difference, torch.float32)
 
