@@ -11,7 +11,8 @@ verify                                    merged against unmerged: rounding, or 
 """
 
 from fused_lora.adapters import AdapterError, load_adapter, save_adapter
-from fused_lora.explain import explain
+from fused_lora.diagnostics.explain import explain
+from fused_lora.diagnostics.verify import verify
 from fused_lora.integrations.peft import accelerate, restore
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import (
@@ -29,7 +30,6 @@ from fused_lora.modules.linear import LoraLinear
 from fused_lora.modules.merging import delta_fidelity, merge, unload, unmerge
 from fused_lora.reference import dropout_mask
 from fused_lora.serving.store import AdapterStore
-from fused_lora.verify import verify
 
 __version__ = "0.1.0"
 
