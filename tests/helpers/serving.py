@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from helpers.seeds import shifted
+
 KEY = "base_model.model."  # before every path in PEFT's files
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -42,7 +44,7 @@ def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
         bos_token_id=None,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(shifted(seed))
         model = transformers.LlamaForCausalLM(config)
     # a logit of 0 is never the best of 257: greedy answers do not end before their limit, drawn ones may
     model.lm_head.weight.data[fast.eos_token_id] = 0
@@ -61,7 +63,7 @@ def write_adapter(folder: Path, model: nn.Module, r: int, seed: int, std: float 
     """A random PEFT adapter of rank ``r`` on all linear layers, with ``head`` on the output's too."""
     from safetensors.torch import save_file
 
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(shifted(seed))
     tensors, names = {}, set()
     for path, layer in _linears(model, head).items():
         names.add(path.rpartition(".")[2])
@@ -139,7 +141,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20, interval: float
 
 def prompt(length: int, seed: int = 0) -> list[int]:
     """Token ids of a prompt for the tiny model."""
-    return torch.randint(1, 250, (length,), generator=torch.Generator().manual_seed(1000 * length + seed)).tolist()
+    draw = torch.Generator().manual_seed(shifted(1000 * length + seed))
+    return torch.randint(1, 250, (length,), generator=draw).tolist()
 
 
 def results(engine: Any, *ids: str, seconds: float = 30) -> list[Any]:

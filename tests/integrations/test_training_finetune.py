@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.seeds import shifted
+
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
@@ -74,7 +76,7 @@ def test_a_pretrained_model_from_accelerate_to_the_merged_checkpoint(smollm2, tm
     curves, models = {}, {}
     for door in ("peft", "accelerate"):
         own = copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
-        torch.manual_seed(0)
+        torch.manual_seed(shifted(0))
         config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = models[door] = peft.get_peft_model(own, config)
         if door == "accelerate":

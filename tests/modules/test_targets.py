@@ -21,6 +21,7 @@ from transformers import (
 
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.targets import in_out_features, is_conv1d, is_supported, match_targets
+from helpers.seeds import shifted
 
 
 class Block(nn.Module):
@@ -60,7 +61,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def models():
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     return {name: make() for name, make in MODELS.items()}
 
 

@@ -19,6 +19,7 @@ from fused_lora.serving.engine.continuous import (
     generate_batch,
 )
 from helpers import serving
+from helpers.seeds import shifted
 from helpers.serving import prompt, results, wait_for
 
 pytest.importorskip("transformers")
@@ -237,7 +238,7 @@ def test_activations_of_the_failed_step_are_freed(served, caplog):
 @pytest.mark.parametrize("seed", range(3))
 def test_steps_that_fail_at_random_leave_every_answer_right(world, seed):
     """Clients ask again until they are served: shared prefixes, a cache that is too small, cancelled requests."""
-    draw, trouble = random.Random(seed), random.Random(seed)  # one per thread
+    draw, trouble = random.Random(shifted(seed)), random.Random(shifted(seed))  # one per thread
     model = serving.load_model(world[0])
     calls, kinds_of_trouble = [20], itertools.cycle((RuntimeError, MemoryError, torch.OutOfMemoryError))
 

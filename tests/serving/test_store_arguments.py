@@ -9,12 +9,13 @@ from torch import nn
 
 from fused_lora import AdapterStore
 from fused_lora.modules.inject import AdapterNotFound
+from helpers.seeds import shifted
 
 K, N = 16, 8
 
 
 def factors(r=2, seed=0):
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(shifted(seed))
     return torch.randn(r, K, generator=draw), torch.randn(N, r, generator=draw)
 
 
