@@ -49,7 +49,7 @@ def pytest_report_header():
 def pytest_configure(config):
     if not HAS_CUDA and _ASKED_FOR_A_GPU:
         raise pytest.UsageError("TRITON_INTERPRET=0 asks for a GPU, and there is none")
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 

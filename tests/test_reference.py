@@ -11,6 +11,8 @@ from fused_lora import reference
 from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
 
+pytestmark = pytest.mark.numeric
+
 MASK64 = 2**64 - 1
 
 

@@ -17,6 +17,8 @@ from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.accelerated import SideBySide, quiet, wrap
 from helpers.seeds import shifted
 
+pytestmark = pytest.mark.numeric
+
 K, N = 24, 17
 
 

@@ -14,6 +14,8 @@ from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.accelerated import ALL, Net, SideBySide, quiet, wrap
 from helpers.seeds import shifted
 
+pytestmark = pytest.mark.numeric
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TWO = {"a": {}, "b": {"r": 3, "lora_alpha": 5}}
 

@@ -14,6 +14,8 @@ from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import TOKENS, SideBySide, wrap
 from helpers.seeds import shifted
 
+pytestmark = pytest.mark.numeric
+
 STOCK = peft.tuners.lora.Linear
 
 

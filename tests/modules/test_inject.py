@@ -16,6 +16,8 @@ from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers import training
 from helpers.twins import randomize_adapters, twin_models
 
+pytestmark = pytest.mark.numeric
+
 VOCABULARY = training.VOCABULARY
 DTYPES = [torch.float32, torch.bfloat16]
 

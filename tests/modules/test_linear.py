@@ -20,6 +20,8 @@ from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
 from helpers.twins import ExportedDropout, run_layer, share_dropout, twin_layers
 
+pytestmark = pytest.mark.numeric
+
 DTYPES = [torch.float32, torch.bfloat16]
 K, N = 24, 17
 

@@ -9,6 +9,8 @@ from fused_lora.ops.grouped import invariant
 from fused_lora.ops.grouped.op import Joint, RowLayout, Terms, form_terms, lora_grouped_
 from fused_lora.testing.numeric import assert_no_worse
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 
 

@@ -15,6 +15,8 @@ from fused_lora.ops.linear.op import _lora_linear, _lora_linear_backward, draw_s
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
 
+pytestmark = pytest.mark.numeric
+
 SIZES = [(1, 17, 129), (17, 129, 1), (129, 1000, 17), (17, 17, 1000), (129, 1, 129)]
 RANKS = [1, 3, 24, 100]
 DROPOUTS = [0.0, 0.1, 0.5, 0.9]

@@ -22,6 +22,8 @@ from fused_lora.reference import bits
 from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
 
+pytestmark = pytest.mark.numeric
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (17, 129), (64, 64), (1000, 33), (300, 256)]
 RANKS = [1, 3, 24, 100]

@@ -20,6 +20,8 @@ from fused_lora.serving.residency.arena import ALIGNMENT, Arena
 from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
 
+pytestmark = pytest.mark.numeric
+
 K, H, N = 32, 48, 24
 
 

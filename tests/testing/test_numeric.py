@@ -7,6 +7,8 @@ import torch
 
 from fused_lora.testing.numeric import DRAWS, FALSE_ALARM, allowed_worse, assert_close, assert_no_worse
 
+pytestmark = pytest.mark.numeric
+
 
 def results(ours, theirs, draws=DRAWS, size=(20, 32), values=1.0):
     """(ours, theirs, exact): normal errors of these relative sizes, in float64."""
