@@ -23,6 +23,7 @@ from fused_lora.modules.inject import AdapterNotFound, adapter_configs, inject, 
 from fused_lora.modules.merging import merge, unmerge
 from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
+from helpers.waiting import HANG, wait_for
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -542,16 +543,14 @@ def test_killed_between_two_renames_the_old_pair_comes_back(tmp_path, monkeypatc
     def stop(source, destination):
         real(source, destination)
         if destination.endswith("_old"):
-            time.sleep(60)
+            time.sleep(HANG)
 
     def work():
         os.rename = stop
         staging.replace_directory(target, write_pair(8))
 
     def gone():
-        deadline = time.monotonic() + 30
-        while target.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: not target.exists())
 
     run_killed(work, gone)
     assert not target.exists()

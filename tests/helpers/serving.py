@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from helpers.seeds import shifted
+from helpers.waiting import wait_for
 
 KEY = "base_model.model."  # before every path in PEFT's files
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -131,21 +131,13 @@ def is_rounding_tie(model: nn.Module, adapter: Path | None, ids: Sequence[int], 
     return best_two == {token, wanted} and bool((exact[wanted] - exact[token]).abs() <= 4 * error)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20, interval: float = 0.01) -> None:
-    """Until ``condition()`` holds; AssertionError after ``seconds``."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(interval)
-
-
 def prompt(length: int, seed: int = 0) -> list[int]:
     """Token ids of a prompt for the tiny model."""
     draw = torch.Generator().manual_seed(shifted(1000 * length + seed))
     return torch.randint(1, 250, (length,), generator=draw).tolist()
 
 
-def results(engine: Any, *ids: str, seconds: float = 30) -> list[Any]:
+def results(engine: Any, *ids: str) -> list[Any]:
     """The last outputs of these requests of an engine; those of others are kept for a later call."""
     seen = engine.__dict__.setdefault("seen_by_test", {})
 
@@ -155,7 +147,7 @@ def results(engine: Any, *ids: str, seconds: float = 30) -> list[Any]:
             seen[output.request_id] = output
         return all(i in seen for i in ids)
 
-    wait_for(done, seconds)
+    wait_for(done)
     return [seen[i] for i in ids]
 
 

@@ -21,6 +21,7 @@ from fused_lora.ops.merge.workers import Team
 from fused_lora.reference import bits
 from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
+from helpers.waiting import HANG
 
 pytestmark = pytest.mark.numeric
 
@@ -533,7 +534,7 @@ def test_a_forked_child_makes_its_own_helpers():
     assert _threads_that_worked() == 2
     child = torch.multiprocessing.get_context("fork").Process(target=_exit_with_the_threads_that_worked)
     child.start()
-    child.join(60)
+    child.join(HANG)
     child.kill()
     assert child.exitcode == 2
     assert _threads_that_worked() == 2
@@ -562,7 +563,7 @@ def test_merges_of_several_threads_take_turns():
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(120)
+            worker.join(HANG)
         assert not failures and not any(worker.is_alive() for worker in workers)
         assert torch.get_num_threads() == 2
     finally:
@@ -571,7 +572,7 @@ def test_merges_of_several_threads_take_turns():
 
 def _threads_that_worked() -> int:
     threads, seen = torch.get_num_threads(), set()
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=HANG)
 
     def work(workspace, task):
         seen.add(threading.get_ident())

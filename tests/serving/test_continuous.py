@@ -11,7 +11,8 @@ import torch
 import fused_lora
 from fused_lora.serving.engine.continuous import check_transformers, continuous_batching, failure_of, generate_batch
 from helpers import serving
-from helpers.serving import prompt, results, wait_for
+from helpers.serving import prompt, results
+from helpers.waiting import wait_for
 
 pytest.importorskip("transformers")
 try:

@@ -20,7 +20,8 @@ from fused_lora.serving.engine.continuous import (
 )
 from helpers import serving
 from helpers.seeds import shifted
-from helpers.serving import prompt, results, wait_for
+from helpers.serving import prompt, results
+from helpers.waiting import wait_for
 
 pytest.importorskip("transformers")
 try:
@@ -282,7 +283,7 @@ def test_steps_that_fail_at_random_leave_every_answer_right(world, seed):
                 asked[ask(i)] = i
             return len(answers) == len(jobs)
 
-        wait_for(served_all, 60)
+        wait_for(served_all)
         wait_for(lambda: held(engine, store) == (0, 0, 0))
         assert all_blocks_free(engine) and engine.counters.failed_steps >= 3 and len(kinds) >= 2
     for i, (name, ids, count) in enumerate(jobs):

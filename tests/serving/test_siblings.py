@@ -14,6 +14,7 @@ from fused_lora.serving import AdapterStore
 from fused_lora.serving.batch import batch
 from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
+from helpers.waiting import HANG
 
 K, H, KV = 48, 96, 32
 LAYERS = {"q": (K, K), "k": (K, KV), "v": (K, KV), "o": (K, K), "gate": (K, H), "up": (K, H), "down": (H, K)}
@@ -319,7 +320,7 @@ def test_threads_and_handed_on_batches(model, alone):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG)
     # the base layers' own products may differ in the last bit from call to call; other adapters differ by far more
     assert min((a - b).abs().max() for a, b in zip(*want, strict=True)) > 1e-2
     for ours, theirs in zip(results, want, strict=True):

@@ -19,6 +19,7 @@ from fused_lora.serving.residency import registry
 from fused_lora.serving.residency.arena import ALIGNMENT, Arena
 from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
+from helpers.waiting import HANG
 
 pytestmark = pytest.mark.numeric
 
@@ -520,14 +521,14 @@ def test_threads_hold_different_batches_at_once(model):
 
     def work(i):
         with store.batch([f"a{i}"]):
-            barrier.wait(30)
+            barrier.wait(HANG)
             for _ in range(5):
                 out = model(x)
                 try:
                     assert_serves(model, x, out, [(adapter(4, i), 1)])
                 except AssertionError as error:
                     wrong.append(error)
-            barrier.wait(30)
+            barrier.wait(HANG)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -535,7 +536,7 @@ def test_threads_hold_different_batches_at_once(model):
     with torch.no_grad():
         assert_serves(model, x, model(x), [])
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG)
     assert not wrong and not any(thread.is_alive() for thread in threads)
 
 

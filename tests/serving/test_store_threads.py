@@ -11,6 +11,7 @@ from torch import nn
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving import AdapterStore, StoreFull
 from helpers.seeds import shifted
+from helpers.waiting import HANG
 
 K, N, THREADS, NAMES = 16, 24, 8, 12
 
@@ -118,7 +119,7 @@ def test_10_000_random_operations_from_8_threads(tmp_path):
     threads = [threading.Thread(target=trial.work, args=(i, 10_000 // THREADS), daemon=True) for i in range(THREADS)]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + 300
+    end = time.monotonic() + HANG
     for thread in threads:
         thread.join(max(0, end - time.monotonic()))
     assert not any(thread.is_alive() for thread in threads), "deadlock"
