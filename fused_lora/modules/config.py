@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -226,6 +227,31 @@ class LoraConfig:
         known = {key: copy.deepcopy(value) for key, value in entries.items() if key in _FIELDS}
         other = {key: copy.deepcopy(value) for key, value in entries.items() if key not in {*_FIELDS, "peft_type"}}
         return cls(**known, extra=other)
+
+
+def as_lora_config(config: Any) -> LoraConfig:
+    """``config``, checked again: a field may have been changed by hand. A ``peft.LoraConfig`` is converted.
+
+    Raises:
+        TypeError: neither kind of config, or a field of the wrong type.
+        ValueError: a value out of range, or a field of ``peft.LoraConfig`` that is not supported and is in use.
+    """
+    if isinstance(config, LoraConfig):
+        config.validate()
+        return config
+    peft = sys.modules.get("peft")  # nobody can hold one of PEFT's configs before PEFT was imported
+    if peft is None or not isinstance(config, peft.LoraConfig):
+        raise TypeError(f"config: expected fused_lora.LoraConfig or peft.LoraConfig, got {type(config).__name__}")
+    if getattr(config, "_custom_modules", None):
+        raise ValueError("config: layers registered with _register_custom_module are not supported by fused_lora")
+    entries = config.to_dict()
+    # enums in a config in memory, plain strings in a file
+    for name in ("peft_type", "task_type"):
+        entries[name] = getattr(entries[name], "value", entries[name])
+    try:
+        return LoraConfig.from_dict(entries)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"config: {error}") from None
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra")

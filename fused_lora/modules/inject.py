@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from fused_lora.modules.config import LayerTensors, LoraConfig
+from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.targets import is_supported, match_targets
@@ -57,28 +58,27 @@ class LayerSpec:
     tensors: LayerTensors | None = None
 
 
-def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
-    """Put a LoRA adapter on every layer that ``config`` targets, in place; all other parameters are frozen.
+def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "default") -> nn.Module:
+    """Add a LoRA adapter to every layer that ``config`` targets, in place. All other parameters are frozen.
 
-    The first adapter of a model becomes active and trainable. A further one is added beside it, inactive, as PEFT's
-    ``add_adapter`` does; :func:`set_adapter` chooses.
+    The first adapter of a model becomes active and trainable. Each further adapter is added inactive, as PEFT's
+    ``add_adapter`` does. :func:`set_adapter` chooses which are active.
 
     Args:
-        model: any nn.Module; its target layers are replaced by :class:`LoraLinear` around the same weights.
-        config: r, lora_alpha, target_modules and so on, with PEFT's names and meaning.
+        model: any nn.Module. Its target layers are replaced by :class:`LoraLinear` around the same weights.
+        config: a :class:`LoraConfig`, or a ``peft.LoraConfig``, which is converted.
         adapter_name: 1 to 64 letters, digits, "_" or "-".
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the name is taken or malformed, nothing matches, or a match is not a linear layer or one whose
-            weight torch's own attention and encoder modules read without calling it.
-        TypeError: model is no module, config is not a LoraConfig, or the name is not a str.
+        TypeError: model is not a module, config is not a LoraConfig, or the name is not a str.
+        ValueError: the name is taken or malformed; no layer matches; a match is not a linear layer; torch's own
+            attention or encoder module would read the weight of a match without calling the layer; or a
+            ``peft.LoraConfig`` sets a field that is not supported. The message names it.
     """
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config: expected fused_lora.LoraConfig, got {type(config).__name__}")
-    config.validate()  # a field may have been changed by hand
+    config = as_lora_config(config)
     check_not_wrapped(model)
     layers = {path: LayerSpec(*config.layer_rank_alpha(path)) for path in match_targets(model, config)}
     attach(model, adapter_name, config, layers)

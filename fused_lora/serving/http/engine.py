@@ -14,7 +14,7 @@ from typing import Any
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.engine.admission import version_of
-from fused_lora.serving.engine.continuous import StepFailed, failure_of
+from fused_lora.serving.engine.failures import StepFailed, failure_of
 from fused_lora.serving.engine.manager import AdapterManager
 from fused_lora.serving.http.api import ApiError, unknown_model
 from fused_lora.serving.http.metrics import Metrics
