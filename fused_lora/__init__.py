@@ -10,6 +10,7 @@ explain                                   what runs and what it costs, of a shap
 verify                                    merged against unmerged: rounding, or a bug and which
 """
 
+from fused_lora._version import __version__
 from fused_lora.adapters import AdapterError, load_adapter, save_adapter
 from fused_lora.diagnostics.explain import explain
 from fused_lora.diagnostics.verify import verify
@@ -33,8 +34,6 @@ from fused_lora.serving.residency.lease import Lease
 from fused_lora.serving.residency.residency import StoreFull
 from fused_lora.serving.store import AdapterStore
 
-__version__ = "0.1.0"
-
 __all__ = [
     "AdapterError",
     "AdapterNotFound",
@@ -44,6 +43,7 @@ __all__ = [
     "LoraConfig",
     "LoraLinear",
     "StoreFull",
+    "__version__",
     "accelerate",
     "active_adapters",
     "adapter_batch",

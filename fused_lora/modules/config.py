@@ -195,12 +195,13 @@ class LoraConfig:
                 raise ValueError(f"{key!r} is not supported by fused_lora, got {value!r}")
 
     def layer_rank_alpha(self, name: str) -> tuple[int, float]:
-        """(r, lora_alpha) of the module at path ``name``: the first key k of rank_pattern / alpha_pattern with
-        ``re.match(rf"(.*\\.)?({k})$", name)``, else the defaults (PEFT's rule)."""
-        return (
-            self.rank_pattern.get(_first_match(self.rank_pattern, name), self.r),
-            self.alpha_pattern.get(_first_match(self.alpha_pattern, name), self.lora_alpha),
-        )
+        """(r, lora_alpha) of the module at path ``name``, by PEFT's rule.
+
+        The first key of rank_pattern (alpha_pattern) that matches the end of the path decides. Without a match it is
+        ``r`` (``lora_alpha``). A key k matches where ``re.match(rf"(.*\\.)?({k})$", name)`` does.
+        """
+        rank = _first_match(self.rank_pattern, name, self.r)
+        return rank, _first_match(self.alpha_pattern, name, self.lora_alpha)
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of PEFT's adapter_config.json: fields, ``extra`` and peft_type; sets become sorted lists."""
@@ -257,8 +258,8 @@ def as_lora_config(config: Any) -> LoraConfig:
 _FIELDS = tuple(f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra")
 
 
-def _first_match(keys: Mapping[str, Any], name: str) -> str | None:
-    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), None)
+def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def _check_items(name: str, values: Any, kind: type) -> None:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ class NotForPeft(dict):
     supported".
     """
 
-    def _refuse(self, *args, **kwargs):
+    def _refuse(self) -> NoReturn:
         raise RuntimeError(
             "this model carries fused_lora's own LoRA layers, PEFT cannot wrap it. "
             "fused_lora.load_adapter(model, path, adapter_name) loads a PEFT checkpoint into it, "
@@ -46,7 +46,14 @@ class NotForPeft(dict):
             "merge_adapters=True) gives the plain model back"
         )
 
-    __setitem__ = update = setdefault = _refuse
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._refuse()
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse()
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        self._refuse()
 
 
 @dataclass
@@ -80,7 +87,10 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     """
     config = as_lora_config(config)
     check_not_wrapped(model)
-    layers = {path: LayerSpec(*config.layer_rank_alpha(path)) for path in match_targets(model, config)}
+    layers = {}
+    for path in match_targets(model, config):
+        r, lora_alpha = config.layer_rank_alpha(path)
+        layers[path] = LayerSpec(r, lora_alpha)
     attach(model, adapter_name, config, layers)
     return model
 
@@ -103,7 +113,7 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
             raise ValueError(f"layers: {path!r} is not a linear layer of the model")
         _check_called(path, modules[path.rpartition(".")[0]])
     if config.bias != "none":
-        _check_not_merged([modules[path] for path in layers if isinstance(modules[path], LoraLinear)])
+        _check_not_merged([m for m in map(modules.__getitem__, layers) if isinstance(m, LoraLinear)])
     first, active = not configs, active_adapters(model)
     keep = set() if first else {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     built = _build(modules, adapter_name, config, layers)
@@ -112,7 +122,7 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
         setattr(modules[parent], name, layer)
     _load_base_biases(model, layers)
     setattr(model, _CONFIGS, {**configs, adapter_name: config})
-    model.peft_config = NotForPeft()
+    setattr(model, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
@@ -311,7 +321,8 @@ def _check_called(path: str, parent: nn.Module) -> None:
 def _load_base_biases(model: nn.Module, layers: dict[str, LayerSpec]) -> None:
     for path, spec in layers.items():
         if spec.tensors is not None and spec.tensors.base_bias is not None:
-            model.get_submodule(path).base_layer.bias.data.copy_(spec.tensors.base_bias)
+            layer: Any = model.get_submodule(path)
+            layer.base_layer.bias.data.copy_(spec.tensors.base_bias)
 
 
 def _freeze(model: nn.Module, config: LoraConfig, paths: list[str], keep: set[int]) -> None:

@@ -28,7 +28,8 @@ def errors(tensor: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
 def typical_errors(result: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
     """(largest, RMS) error of a draw, geometric means over the first dimension; an exact draw counts as 1e-30."""
     found = [errors(r, e) for r, e in zip(result, exact, strict=True)]
-    return tuple(statistics.geometric_mean(max(error, 1e-30) for error in part) for part in zip(*found, strict=True))
+    worst, rms = (statistics.geometric_mean(max(error, 1e-30) for error in part) for part in zip(*found, strict=True))
+    return worst, rms
 
 
 def assert_no_worse(
