@@ -165,7 +165,7 @@ def grouped_expand(
 ) -> None:
     """y_g[row] <- round(y_g[row] + sum_j weight_j scaling_gj B_gj S_gj[row]) in place, y_g [T, N_g] of any strides."""
     ys = tuple([(y.shape[1], *y.stride()) for y in outputs])
-    launch = _launch(ys, outputs[0].dtype, S.device, len(S), S.stride()[:3], tables.form, groups.form, config)
+    launch = _launch(ys, outputs[0].dtype, S.device, S.shape[0], S.stride()[:3], tables.form, groups.form, config)
     if launch is not None:
         launch(
             _grouped_expand_kernel, tuple(outputs), S, tables.B_ptr, tables.rank, tables.scaling,
