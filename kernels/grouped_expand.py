@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 from .config import capability, precision
-from .grouped_shrink import TL_DTYPES, grouped_shrink, matrix_of, tile_rows
+from .grouped_shrink import TL_DTYPES, matrix_of, tile_rows
 from .grouped_tables import COLUMNS, AdapterTables, ExpandConfig, RowGroups, launch_options, pick_expand
 from .launch import KEPT, Launch
 from .tiles import load_tile
@@ -190,12 +190,3 @@ def _launch(ys, dtype, device, planes, s_strides, tables, groups, config) -> Lau
         PRECISION=precision(dtype), COLUMNS=COLUMNS, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
         **launch_options(config, nvidia=not torch.version.hip),
     )  # fmt: skip
-
-
-def lora_grouped(x: torch.Tensor, outputs: Sequence[torch.Tensor], tables: AdapterTables, groups: RowGroups) -> None:
-    """Both launches: every row of the G ``outputs`` that has adapters gets their term. Nothing waits for the device.
-
-    x [T, K] and y_g [T, N_g] of one dtype, y_g apart from each other and from x; G = len(outputs) = rows of the tables.
-    Arguments are checked by the op above, not here.
-    """
-    grouped_expand(grouped_shrink(x, tables, groups), outputs, tables, groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,57 +18,40 @@ MAX_RANK = 512
 
 
 def prepare(
-    joint: AdapterTables, each: Sequence[AdapterTables], rows: RowGroups, x: Tensor, y: Tensor
-) -> Launches | None:
-    """The launches for layers that read the same input, and for these rows; None for what the kernels do not compute.
+    joint: AdapterTables, each: Sequence[AdapterTables], rows: RowGroups, x_dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[Tensor], Sequence[Tensor] | None], Callable[[Sequence[Tensor], int, Tensor], bool]] | None:
+    """y_g[m] += sum_i weight_i scaling_gi * B_gi (A_gi x[m]) over the members of the row's group, in place, as two
+    functions for any x [M, K] and y_g [M, N_g] of one dtype.
 
     Args:
-        joint: tables of the G layers, together. each: of each layer alone. rows: their groups.
-        x: [M, K], y: [M, N], for their dtypes and device.
+        joint: tables of the G layers that read x, together. each: of each layer alone. rows: their groups.
+
+    Returns:
+        None for dtypes and ranks that the kernels do not have; else
+        ``shrink(x)``: for each output g its S, by one launch that reads x once; None where the kernels failed;
+        ``expand(S, g, y)``: adds to y; False, and nothing done, for a y of another dtype and where the kernels failed.
+        What an adapter computes for a row depends on no other row. Nothing waits for the device.
     """
-    dtypes = x.dtype == y.dtype and {x.dtype, joint.dtype} <= set(DTYPES)
-    if not (dtypes and joint.max_rank <= MAX_RANK and kernel.usable(x.device)):
+    if not ({x_dtype, joint.dtype} <= set(DTYPES) and joint.max_rank <= MAX_RANK and kernel.usable(device)):
         return None
-    return Launches(joint, each, rows, x.dtype, x.device)
+    from fused_lora.kernels.grouped_expand import grouped_expand
+    from fused_lora.kernels.grouped_shrink import grouped_shrink
 
+    def shrink(x: Tensor) -> Sequence[Tensor]:
+        return grouped_shrink(x, joint, rows).chunk(len(each), dim=1)
 
-class Launches:
-    """y_g[m] += sum_i weight_i scaling_gi * B_gi (A_gi x[m]) over the members of the row's group, in place.
+    def expand(S: Sequence[Tensor], g: int, y: Tensor) -> bool:
+        if y.dtype == x_dtype:
+            grouped_expand(S[g], (y,), each[g], rows)
+        return y.dtype == x_dtype
 
-    What an adapter computes for a row depends on no other row. Nothing waits for the device.
-
-    Attributes:
-        shrink: of x [M, K]; of each output its S for ``expand``, by one launch that reads x once; None where the
-            kernels failed their first use.
-        expand: ``(S, g, y)`` adds to y [M, N] of output g; False, and nothing done, for a y of another dtype than x
-            and where the kernels failed.
-    """
-
-    def __init__(
-        self,
-        joint: AdapterTables,
-        each: Sequence[AdapterTables],
-        rows: RowGroups,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        from fused_lora.kernels.grouped_expand import grouped_expand
-        from fused_lora.kernels.grouped_shrink import grouped_shrink
-
-        def shrink(x: Tensor) -> Sequence[Tensor]:
-            return grouped_shrink(x, joint, rows).chunk(len(each), dim=1)
-
-        def expand(S: Sequence[Tensor], g: int, y: Tensor) -> bool:
-            if y.dtype == dtype:
-                grouped_expand(S[g], (y,), each[g], rows)
-            return y.dtype == dtype
-
-        shared = ("shared",) if len(each) > 1 else ()
-        sizes = -(-joint.max_rank // 64), rows.block_m, rows.group_size
-        key = ("grouped", *shared, dtype, joint.dtype, *sizes, device.index)
-        self.shrink = kernel.guarded(key, shrink, lambda x: None, lambda: _check(joint, rows, dtype, device))
+    shared = ("shared",) if len(each) > 1 else ()
+    key = ("grouped", *shared, x_dtype, joint.dtype, -(-joint.max_rank // 64), *rows.form[1:3], device.index)
+    return (
+        kernel.guarded(key, shrink, lambda x: None, lambda: _check(joint, rows, x_dtype, device)),
         # tried with the shrink; a key of its own, so that only one thread loads it
-        self.expand = kernel.guarded((*key, "expand"), expand, lambda S, g, y: False, lambda: None)
+        kernel.guarded((*key, "expand"), expand, lambda S, g, y: False, lambda: None),
+    )
 
 
 def _check(tables: AdapterTables, rows: RowGroups, x_dtype: torch.dtype, device: torch.device) -> str | None:

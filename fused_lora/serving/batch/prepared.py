@@ -120,12 +120,12 @@ class Prepared:
             form = functools.partial(_form, rows.layout, self._joint(acting))
             return Step({site: i for i, site in enumerate(acting)}, form, _add)
         span = range(min(acting), max(acting) + 1)
-        if not set(span) <= set(sites):
-            return None  # layers of other inputs lie between them in the tables
+        if x.dtype != y.dtype or not set(span) <= set(sites):
+            return None  # not by the kernels, or layers of other inputs lie between them in the tables
         groups = rows.groups if buffers is None else buffers.groups
         joint, each = self._tables.sites(span[0], span[-1]), [self._tables.sites(i, i) for i in span]
-        launches = prepare(joint, each, groups, x, y)
-        return launches and Step({site: site - span[0] for site in acting}, launches.shrink, launches.expand)
+        launches = prepare(joint, each, groups, x.dtype, x.device)
+        return launches and Step({site: site - span[0] for site in acting}, *launches)
 
     def eager_(self, rows: Rows, site: int, x: Tensor, y: Tensor) -> None:
         """y += the terms of x at the layer, for any number of rows and any dtypes."""
