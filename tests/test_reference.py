@@ -159,3 +159,9 @@ def test_correction_marks_what_subtraction_does_not_restore():
 def test_a_mask_is_asked_for_in_numbers(arguments, named):
     with pytest.raises(TypeError, match=f"^{named}: expected"):
         reference.dropout_mask(*arguments)
+
+
+def test_a_dropout_without_seeds_is_refused():
+    x, W, A, B = torch.randn(3, 8), torch.randn(4, 8), torch.randn(2, 8), torch.randn(4, 2)
+    with pytest.raises(ValueError, match=r"seeds: expected int64 seeds, because dropout\[0\] is 0.5, got None"):
+        reference.lora_linear(x, W, None, [A], [B], [1.0], [0.5])

@@ -5,6 +5,7 @@ import importlib.util
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -157,6 +158,31 @@ def test_targets_ranks_and_alphas(fields):
     assert names_like_peft(ours) == set(theirs.state_dict())
     ids = tokens()
     assert_close(output(ours, ids), output(theirs, ids), terms=1000)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=16, task_type="CAUSAL_LM"),
+        dict(target_modules="all-linear", r=2, use_rslora=True, rank_pattern={"up_proj": 3}, init_lora_weights=False),
+        dict(target_modules=r".*mlp.*proj", exclude_modules=["down_proj"], bias="lora_only", init_lora_weights=False),
+    ],
+)
+def test_inject_takes_pefts_config(fields):
+    """One ``peft.LoraConfig`` in both libraries, from one seed: the same parameters, and the same of them train."""
+    model = llama()
+    base = copy.deepcopy(model)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**fields))
+    torch.manual_seed(0)
+    assert fused_lora.inject(model, peft.LoraConfig(**fields)) is model
+    state = theirs.state_dict()
+    assert names_like_peft(model) == set(state)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[f"base_model.model.{name}"]), name
+    training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    peft_training = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    assert {f"base_model.model.{name}" for name in training} == peft_training
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])

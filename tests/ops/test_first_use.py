@@ -234,4 +234,4 @@ def test_library_products_in_tf32_drop_no_grouped_kernel(outputs):
     rows = GroupLayout(max_rows=16, max_groups=1, group_size=2)
     rows = rows.views(torch.from_numpy(build_metadata(rows, np.zeros(16, int), [[(0, 1.0)]])))
     with TF32():
-        assert grouped_kernel._check(torch.zeros(16, 32), tables, rows, outputs) is None
+        assert grouped_kernel._check(tables, rows, torch.float32, torch.device("cpu")) is None

@@ -10,14 +10,8 @@ import pytest
 import torch
 
 import fused_lora
-from fused_lora.serving.engine.continuous import (
-    MAX_FAILED_STEPS,
-    StepFailed,
-    check_transformers,
-    continuous_batching,
-    failure_of,
-    generate_batch,
-)
+from fused_lora.serving.engine.continuous import check_transformers, continuous_batching, generate_batch
+from fused_lora.serving.engine.failures import MAX_FAILED_STEPS, StepFailed, failure_of
 from helpers import serving
 from helpers.seeds import shifted
 from helpers.serving import prompt, results

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora.kernels import grouped_expand as kernels
+from fused_lora.kernels import grouped_expand, grouped_shrink
 from fused_lora.ops.grouped.op import RowLayout, Terms, lora_grouped_
 from fused_lora.reference import bits
 from fused_lora.serving import AdapterStore
@@ -20,13 +20,13 @@ K, N = 48, 40
 @pytest.fixture
 def through_kernels(kernels_on, monkeypatch):
     """The launches as (rows, tiles)."""
-    launches, launch = [], kernels.lora_grouped
+    launches, launch = [], grouped_shrink.grouped_shrink
 
-    def counted(x, outputs, tables, groups):
+    def counted(x, tables, groups):
         launches.append((len(x), int(groups.num_tiles)))
-        launch(x, outputs, tables, groups)
+        return launch(x, tables, groups)
 
-    monkeypatch.setattr(kernels, "lora_grouped", counted)
+    monkeypatch.setattr(grouped_shrink, "grouped_shrink", counted)
     return launches
 
 
@@ -100,7 +100,7 @@ def test_tables_follow_reloads_and_evictions(device, through_kernels):
         assert_close(model(x), wanted(model, x, [(contents["a0"], 1)]).float(), terms=300)
     assert store.stats()["evictions"] >= 3
     resident = {version.slot for version in store._residency.resident}
-    ranks = store._transfer.tables.site(0).rank[0]
+    ranks = store._transfer.tables.sites(0, 0).rank[0]
     assert {slot for slot in range(2) if ranks[slot]} == resident
 
 
@@ -110,7 +110,7 @@ def test_a_kernel_that_fails_its_check_gives_way(device, through_kernels, monkey
     store = AdapterStore(model)
     store.load("a", adapter(4, 1))
     x = torch.randn(2, 3, K, device=device)
-    monkeypatch.setattr(kernels, "lora_grouped", lambda x, outputs, tables, groups: outputs[0].add_(1))
+    monkeypatch.setattr(grouped_expand, "grouped_expand", lambda S, outputs, tables, groups: outputs[0].add_(1))
     with store.batch(["a", None]), pytest.warns(UserWarning, match="grouped.*dropped"):
         out = model(x)
     assert_close(out[0], wanted(model, x[0], [(adapter(4, 1), 1)]).float(), terms=300)
@@ -162,7 +162,22 @@ def test_one_buffer_describes_step_after_step(device, through_kernels):
         pass
     with pytest.raises(ValueError, match="largest rank loaded"):
         store.row_buffers(6, 3, max_rank=4)
+    wider = store.row_buffers(6, 3, max_rank=32)
+    store.load("wide", adapter(17, 1))
+    with pytest.raises(ValueError, match="rank 17, the buffers are made for 16"):  # its graphs have no room for it
+        store.batch_rows(["wide"], [1], buffers).__enter__()
+    with store.batch_rows(["wide"], [1], wider):
+        torch.testing.assert_close(
+            model(x)[0], wanted(model, x[0], [(adapter(17, 1), 1)]).float(), rtol=1e-4, atol=1e-4
+        )
     assert store.stats()["in_use"] == 0
+
+
+@torch.no_grad()
+def test_buffers_are_those_of_one_store(device, through_kernels):
+    mine, other = AdapterStore(model_on(device)), AdapterStore(model_on(device))
+    with pytest.raises(ValueError, match="another store"):
+        mine.batch_rows([None], [1], other.row_buffers(1, 1, 1))
 
 
 def test_row_buffers_are_for_the_kernels():
