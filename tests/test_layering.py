@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.waiting import HANG
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fused_lora"
 
@@ -165,7 +167,7 @@ def test_no_folders_import_each_other_in_a_circle(part):
 def test_the_package_alone_imports_no_extra():
     names = "{'peft', 'transformers', 'fastapi', 'accelerate', 'uvicorn', 'numba', 'llvmlite'}"
     code = f"import sys, fused_lora; print(sorted({names} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG)
     assert found.stdout.strip() == "[]"
 
 

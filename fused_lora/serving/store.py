@@ -126,6 +126,8 @@ class AdapterStore(Registry):
             raise TypeError("rows: expected a list of row counts, or a tensor with the entry of each row, got None")
         if buffers is not None and not isinstance(buffers, RowBuffers):
             raise TypeError(f"buffers: expected what row_buffers() gave, got {type(buffers).__name__}")
+        if buffers is not None and buffers.tables is not self._transfer.tables:
+            raise ValueError("buffers: they are those of another store")
         return self._open(names, rows, buffers)
 
     def row_buffers(self, max_rows: int, max_groups: int, max_rank: int, group_size: int = 1) -> RowBuffers:
@@ -148,7 +150,7 @@ class AdapterStore(Registry):
         if self._transfer.tables is None:
             raise RuntimeError(f"row_buffers: the grouped kernels do not run on {self.device}")
         with self._lock:
-            buffers = RowBuffers(max_rows, max_groups, group_size, self.device)
+            buffers = RowBuffers(max_rows, max_groups, max_rank, group_size, self._transfer.tables)
             self._transfer.tables.limit(max_rank)
             return buffers
 
@@ -213,7 +215,7 @@ class AdapterStore(Registry):
             numbers = {group: i for i, group in enumerate(groups)}
             group_of_entry = np.array([numbers.get(group, -1) for group in wanted], np.int64)
             more = self._prepared_for(groups), self._siblings, buffers
-            with Batch(self, self._transfer, groups, group_of_entry, entry_of_row, *more) as batch:
+            with Batch(self, groups, group_of_entry, entry_of_row, *more) as batch:
                 yield batch
         finally:
             self._residency.release(held.values())
@@ -231,12 +233,12 @@ class AdapterStore(Registry):
         """What was prepared for these groups. Engines open a batch for every step, mostly with the same groups."""
         key = tuple(tuple((version, version.block, weight) for version, weight in group) for group in groups)
         with self._lock:
-            found = self._prepared.pop(key, None) or Prepared(groups)
+            found = self._prepared.pop(key, None) or Prepared(groups, self._transfer.tables)
             self._prepared[key] = found
             if len(self._prepared) > _PREPARED:
                 del self._prepared[next(iter(self._prepared))]
             for older in list(self._prepared.values())[:-_WITH_BUFFERS]:
-                older.drop_layouts()
+                older.drop_rows()
             return found
 
 
