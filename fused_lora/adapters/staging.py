@@ -60,7 +60,7 @@ def replace_directory(directory: str, write: Callable[[str], Sequence[str]]) -> 
                 _link_tree(target, stage, skip=written)
                 shutil.copymode(target, stage)
             _sync(stage)
-            _publish(stage, target, exists)
+            _put_in_place(stage, target, exists)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
@@ -77,7 +77,7 @@ def _tag(name: str) -> str:
     return name if len(raw) <= 200 else hashlib.sha256(raw).hexdigest()
 
 
-def _publish(stage: str, target: str, exists: bool) -> None:
+def _put_in_place(stage: str, target: str, exists: bool) -> None:
     """Give ``stage`` the name ``target``; afterwards ``stage`` names the old directory, if there was one."""
     if not exists:
         os.rename(stage, target)

@@ -82,14 +82,14 @@ class Registry:
         if isinstance(source, (str, os.PathLike)):
             folder = _absolute(source)
             packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype)
-            return self._publish(name, packed, folder, files).number
+            return self._load_packed(name, packed, folder, files).number
         if isinstance(source, nn.Module):
             packed = from_model(self._sites, source, name, self._transfer.dtype)
         elif isinstance(source, Mapping):
             packed = from_tensors(self._sites, source, self._transfer.dtype)
         else:
             raise TypeError(f"source: expected a folder, a mapping or a model, got {type(source).__name__}")
-        return self._publish(name, packed, None, None).number
+        return self._load_packed(name, packed, None, None).number
 
     def load_async(self, name: str, source: Source) -> Future:
         """:meth:`load` in another thread; the future's result is the version. Tensors must not change meanwhile."""
@@ -198,7 +198,7 @@ class Registry:
                 return version
             except _Changed as change:
                 self._residency.release([version])
-                self._publish(version.name, change.packed, version.folder, change.files, version)
+                self._load_packed(version.name, change.packed, version.folder, change.files, version)
             except BaseException:
                 self._residency.release([version])
                 raise
@@ -212,7 +212,7 @@ class Registry:
         version.files = files
         return packed
 
-    def _publish(
+    def _load_packed(
         self, name: str, packed: Packed, folder: str | None, files: Any, instead_of: Version | None = None
     ) -> Version:
         version = Version(name, 0, folder, files=files, held=1)
