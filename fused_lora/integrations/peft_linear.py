@@ -25,6 +25,11 @@ from fused_lora.modules.plain import (
 
 FUSED = "fused"
 _FEW_ROWS = 64
+_WRAPPED = (
+    "the model is wrapped by PEFT already. peft_model.load_adapter(path, adapter_name, is_trainable=True) loads a "
+    "further adapter, peft_model.add_adapter(adapter_name, config) starts one, and peft_model.merge_and_unload() "
+    "returns a plain model to start anew"
+)
 CALLS: Counter[str] = Counter()  # FUSED, or the reason why PEFT's own forward ran -> calls in this process
 
 
@@ -85,20 +90,15 @@ class AcceleratedLinear(FusedLoraBehaviour):
         super(FusedLoraBehaviour, self).unmerge()
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's way to add an adapter to an existing layer.
+        """PEFT's way to add an adapter to an existing layer; warns where the model is being wrapped a second time.
 
-        Raises:
-            ValueError: the model is being wrapped a second time, which would overwrite an adapter of the same name and
-                give every key of a checkpoint a second prefix.
+        That overwrites an adapter of the same name, or gives every key of a checkpoint a second prefix.
         """
-        target = kwargs.get("target_name", "")  # only an injection says which module it is about
-        if target and (adapter_name in self.lora_A or target.startswith("base_model.model.")):
-            raise ValueError(
-                f"adapter_name: {adapter_name!r} cannot be added to {target!r}: the model is wrapped by PEFT already. "
-                "peft_model.load_adapter(path, adapter_name, is_trainable=True) loads a further adapter, "
-                "peft_model.add_adapter(adapter_name, config) starts one, and peft_model.merge_and_unload() returns "
-                "a plain model to start anew"
-            )
+        target = kwargs.get("target_name") or ""  # only an injection says which module it is about
+        if target and adapter_name in self.lora_A:
+            warnings.warn(f"PEFT is about to overwrite the adapter {adapter_name!r}: {_WRAPPED}", stacklevel=2)
+        elif target.startswith("base_model.model."):
+            warnings.warn(f"checkpoints of {adapter_name!r} will have the prefix twice: {_WRAPPED}", stacklevel=2)
         super().update_layer(adapter_name, *args, **kwargs)
 
     def _merges_exactly(self, adapter_names: list[str] | None) -> bool:
