@@ -21,7 +21,7 @@ test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m "gpu or kernel" $(ARGS)
 
 lint: $(VENV)/.test
-	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

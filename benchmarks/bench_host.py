@@ -187,7 +187,7 @@ def use_stub() -> None:
 
     use_stub_driver()
     from fused_lora.kernels import config
-    from fused_lora.ops import kernel
+    from fused_lora.ops.linear import launch as kernel
 
     def failed(key: tuple, wrong: str) -> None:
         raise RuntimeError(f"{key}: {wrong}")

@@ -180,9 +180,7 @@ def _add(row: dict, times: list | None, report: Report, table: Table) -> None:
 def points(arguments) -> list[Point]:
     """bf16 layers with dropout and without."""
     shapes, M = arguments.shapes or [(4096, 4096)], arguments.rows or 8192
-    return [
-        Point(*shape, 16, "bfloat16", "bfloat16", p, M=M, relative=0.5) for p in (0.1, 0.0) for shape in shapes
-    ]
+    return [Point(*shape, 16, "bfloat16", "bfloat16", p, M=M, relative=0.5) for p in (0.1, 0.0) for shape in shapes]
 
 
 def main(argv: list[str] | None = None) -> int:

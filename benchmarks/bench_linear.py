@@ -30,7 +30,7 @@ from report import Candidate, Clock, Report, Table, interleaved, parser, run_poi
 from torch import nn
 
 import fused_lora
-from fused_lora.ops.lora_linear import draw_seeds
+from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.reference import keep_scale
 from fused_lora.testing.graphs import capture
 

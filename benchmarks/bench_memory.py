@@ -29,7 +29,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_lora
-from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.ops.linear.op import lora_linear
 
 PROVIDERS = ("PEFT", "fused_lora")
 KINDS = {"bfloat16": ("bfloat16", False), "float32": ("float32", False), "float32 autocast": ("float32", True)}

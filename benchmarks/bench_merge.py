@@ -27,7 +27,7 @@ import torch
 from layers import SCALING, Point, Weights, no_worse, plausible
 from report import Candidate, Clock, Report, Table, interleaved, parser, run_points, settings, spread, summary
 
-from fused_lora.ops import merge_kernel
+from fused_lora.ops.merge import launch as merge_kernel
 from fused_lora.reference import bits
 
 SHAPES = {"cpu": [(4096, 4096), (2048, 2048), (1000, 777)], "cuda": [(4096, 4096), (4096, 1024), (4096, 14336)]}

@@ -18,7 +18,9 @@ from layers import SCALING, Point, Weights, no_worse
 from report import Candidate, Clock, Report, Table, interleaved, parser, run_points, settings, spread, summary
 
 import fused_lora
-from fused_lora.ops import cpu, kernel, plan
+from fused_lora.ops.linear import eager as cpu
+from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops.linear import plan
 from fused_lora.reference import keep_scale
 
 COLUMNS = [("layer", 44), ("op", 8), ("variant", 10), ("ms", 26), ("xbare", 7), ("chosen", 7)]

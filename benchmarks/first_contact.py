@@ -34,12 +34,8 @@ BENCH = "python benchmarks/bench_{}.py --out {{out}} --budget {{minutes}} --comm
 TINY = " --device cpu --shapes 48x40 --seconds 0 --rounds 1"
 PYTEST = "python -m pytest -v -o faulthandler_timeout=60 -m {} -n {} --maxschedchunk 1 "
 COLLECT = "python -m pytest -q --collect-only -m {} "
-GPU_TESTS = "tests/test_gpu_layers.py tests/test_gpu_runtime.py"
-KERNEL_TESTS = " ".join(
-    str(path.relative_to(ROOT))
-    for pattern in ("kernel_*", "sync", "descriptors")
-    for path in sorted(ROOT.glob(f"tests/test_{pattern}.py"))
-)
+GPU_TESTS = "tests/gpu/test_layers.py tests/gpu/test_runtime.py"
+KERNEL_TESTS = "tests/kernels"
 REST = "tests " + " ".join(f"--ignore={path}" for path in f"{GPU_TESTS} {KERNEL_TESTS}".split())
 SMOKE = "python -m fused_lora.testing.smoke"
 OF_TESTS = r"^kernels run|^FAILED |^ERROR\b|^=+ .* in [\d.]+s"

@@ -1,17 +1,18 @@
 """fused_lora: LoRA layers in one pass. Train, merge exactly, serve many adapters at once.
 
-    inject / LoraConfig / LoraLinear          LoRA on a model or a layer, PEFT's names and rules
-    save_adapter / load_adapter               PEFT checkpoints, both ways
-    set_adapter / delete_adapter / disable_adapters / adapter_batch
-    merge / unmerge / delta_fidelity / unload
-    dropout_mask                              the mask that a call used
-    accelerate / restore                      an existing PEFT model, fast in place and back
-    explain                                   what runs and what it costs, of a shape or of a model
-    verify                                    merged against unmerged: rounding, or a bug and which
+inject / LoraConfig / LoraLinear          LoRA on a model or a layer, PEFT's names and rules
+save_adapter / load_adapter               PEFT checkpoints, both ways
+set_adapter / delete_adapter / disable_adapters / adapter_batch
+merge / unmerge / delta_fidelity / unload
+dropout_mask                              the mask that a call used
+accelerate / restore                      an existing PEFT model, fast in place and back
+explain                                   what runs and what it costs, of a shape or of a model
+verify                                    merged against unmerged: rounding, or a bug and which
 """
 
 from fused_lora.adapters import AdapterError, load_adapter, save_adapter
-from fused_lora.explain import explain
+from fused_lora.diagnostics.explain import explain
+from fused_lora.diagnostics.verify import verify
 from fused_lora.integrations.peft import accelerate, restore
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import (
@@ -29,7 +30,6 @@ from fused_lora.modules.linear import LoraLinear
 from fused_lora.modules.merging import delta_fidelity, merge, unload, unmerge
 from fused_lora.reference import dropout_mask
 from fused_lora.serving.store import AdapterStore
-from fused_lora.verify import verify
 
 __version__ = "0.1.0"
 

@@ -6,6 +6,7 @@ import random
 import re
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,14 @@ if not HAS_CUDA:
     # read when a kernel is decorated, so it is set before any test module imports one
     os.environ["TRITON_INTERPRET"] = "1"
 
+# processes that tests start import what the tests do (pytest's own pythonpath is for its process alone)
+_HERE = Path(__file__).resolve().parent
+_PATHS = [str(_HERE), str(_HERE.parent / "tools"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in _PATHS if path))
+
 _NEEDS_TRITON = re.compile(
-    r"^(?:import|from) +(?:triton|fused_lora\.kernels|fused_lora\.testing\.(?:interpreter|bounds))\b", re.MULTILINE
+    r"^(?:import|from) +(?:triton|compile_report|fused_lora\.kernels|fused_lora\.testing\.(?:interpreter|bounds))\b",
+    re.MULTILINE,
 )
 
 
@@ -75,7 +82,7 @@ def seed(request):
 @pytest.fixture(autouse=True)
 def plans_of_its_own():
     """What a test replaces in the planner counts from its first call on."""
-    if planner := sys.modules.get("fused_lora.ops.plan"):
+    if planner := sys.modules.get("fused_lora.ops.linear.plan"):
         planner.forget()
 
 
@@ -90,7 +97,7 @@ def kernels_on(device, monkeypatch):
     """Tensors on ``device`` take the kernel path, whatever failed before; on a CPU with the configurations of sm_90."""
     pytest.importorskip("triton")
     from fused_lora.kernels import config
-    from fused_lora.ops import kernel
+    from fused_lora.ops.linear import launch as kernel
 
     monkeypatch.setattr(kernel, "DEVICE", device.type)
     monkeypatch.setattr(kernel, "_state", {})

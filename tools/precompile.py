@@ -83,11 +83,11 @@ def install(capability: int) -> None:
         lora_backward,
         lora_expand,
         lora_grad,
-        lora_grouped,
         lora_linear,
         lora_shrink,
     )
-    from fused_lora.ops import kernel
+    from fused_lora.kernels import grouped_expand as lora_grouped
+    from fused_lora.ops.linear import launch as kernel
 
     kernel.DEVICE = "cpu"
     launchers = grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink
@@ -104,7 +104,7 @@ def ignore_results() -> None:
     """Nothing is computed, so no comparison can hold."""
     import torch
 
-    from fused_lora.ops import kernel
+    from fused_lora.ops.linear import launch as kernel
     from fused_lora.testing import interpreter, layers, numeric
 
     interpreter.install_shim = lambda *_, **__: None
@@ -126,7 +126,7 @@ def fill_layers() -> None:
 
     import torch
 
-    from fused_lora.ops import kernel
+    from fused_lora.ops.linear import launch as kernel
 
     kernel.DEVICE = "meta"
 
@@ -134,7 +134,7 @@ def fill_layers() -> None:
     import bench_linear
     import bench_variants
 
-    spec = importlib.util.spec_from_file_location("test_gpu_layers", ROOT / "tests" / "test_gpu_layers.py")
+    spec = importlib.util.spec_from_file_location("gpu_layers", ROOT / "tests" / "gpu" / "test_layers.py")
     gpu_layers = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gpu_layers)
     options = argparse.Namespace(device=torch.device("cuda"), shapes=None, rows=None, points="first")
@@ -155,7 +155,7 @@ def _layer(M, N, K, ranks, dropout, dtype, adapter_dtype, bias, every) -> None:
     import torch
 
     from fused_lora.kernels import config
-    from fused_lora.ops import kernel
+    from fused_lora.ops.linear import launch as kernel
     from fused_lora.testing.layers import LayerCase
 
     def empty(*shape, dtype=dtype):

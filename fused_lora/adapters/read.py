@@ -11,9 +11,15 @@ from torch import nn
 from fused_lora.adapters.checkpoint import KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules.config import LayerTensors, LoraConfig
-from fused_lora.modules.inject import LayerSpec, attach, check_adapter_name, check_new_name, lora_layers
-from fused_lora.modules.targeting import base_layer_of, candidates, in_out_features, is_supported, literal_targets
-from fused_lora.modules.wrapping import check_not_wrapped
+from fused_lora.modules.inject import (
+    LayerSpec,
+    attach,
+    check_adapter_name,
+    check_new_name,
+    check_not_wrapped,
+    lora_layers,
+)
+from fused_lora.modules.targets import base_layer_of, candidates, in_out_features, is_supported, literal_targets
 
 
 def load_adapter(

@@ -15,7 +15,7 @@ from fused_lora.adapters.staging import replace_directory
 from fused_lora.adapters.tensorfile import DTYPES, write_tensors
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import adapter_configs, check_adapter_name, check_names, lora_layers
-from fused_lora.modules.targeting import candidates
+from fused_lora.modules.targets import candidates
 
 _ENDS = {field: end for end, field in SLOTS.items()}
 

@@ -18,9 +18,9 @@ from typing import Any
 from torch import nn
 
 from fused_lora.integrations.peft_linear import CALLS, FUSED, linear_class, why_not_fused
+from fused_lora.modules.fusable import is_exactly_conv1d, why_not_plain, why_not_plain_weight
+from fused_lora.modules.inject import check_module
 from fused_lora.modules.linear import LoraLinear
-from fused_lora.modules.plain import is_exactly_conv1d, why_not_plain, why_not_plain_weight
-from fused_lora.modules.wrapping import check_module
 
 _create = "_create_new_module"  # LoraModel's static method: where PEFT builds the layer around a target
 _installed: dict[str, Any] = {}  # empty, or the method that install() has replaced and the one it put there

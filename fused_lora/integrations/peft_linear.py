@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.modules.behaviour import BASE, FusedLoraBehaviour
-from fused_lora.modules.plain import (
+from fused_lora.modules.fusable import (
     is_exactly_conv1d,
     why_not_here,
     why_not_plain,
     why_not_plain_input,
     why_not_plain_weight,
 )
+from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 
 FUSED = "fused"
 _FEW_ROWS = 64

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fused_lora.modules.behaviour import BASE, FusedLoraBehaviour
 from fused_lora.modules.config import (
     LayerTensors,
     check_alpha,
@@ -19,7 +18,8 @@ from fused_lora.modules.config import (
     check_rank,
     scaling,
 )
-from fused_lora.modules.targeting import SUPPORTED, in_out_features, is_conv1d, is_supported
+from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
+from fused_lora.modules.targets import SUPPORTED, in_out_features, is_conv1d, is_supported
 
 
 class LoraLinear(FusedLoraBehaviour, nn.Module):

@@ -51,8 +51,8 @@ def _import() -> ModuleType | None:
 
 
 def _first_difference(loops: ModuleType) -> str | None:
-    """Which loop gives other bits than numpy; those of a merge are tried by :mod:`~fused_lora.ops.merge_units`."""
-    from fused_lora.ops import merge_arrays  # which asks this module for the loops
+    """Which loop gives other bits than numpy; those of a merge are tried by :mod:`~fused_lora.ops.merge.units`."""
+    from fused_lora.ops.merge import arrays as merge_arrays
 
     rows = np.random.default_rng(0).standard_normal((40, 1000), np.float32)  # enough for all threads
     out, mask = torch.from_numpy(np.empty_like(rows)), dropout_lanes(7, 2, *rows.shape)[:, : rows.shape[1]] >= 5

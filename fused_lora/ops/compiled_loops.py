@@ -1,4 +1,4 @@
-"""The loops of merge and unmerge, for numba: see :mod:`fused_lora.ops.merge_units`, which says what a unit is.
+"""The loops of merge and unmerge, for numba: see :mod:`fused_lora.ops.merge.units`, which says what a unit is.
 
 They round where torch's operations would: nothing is reassociated, and nothing fused but the sums of a delta.
 """
@@ -38,7 +38,7 @@ _ALL = 1 << 40  # units: nobody finds one after that many are taken, and no numb
 
 class Work(ctypes.Structure):
     """Units ``next`` to ``stop`` of a weight, for a team; ``used`` places for offsets and values. The rest are sizes in
-    elements and addresses of what :mod:`~fused_lora.ops.merge_units` notes of the units."""
+    elements and addresses of what :mod:`~fused_lora.ops.merge.units` notes of the units."""
 
     _fields_ = [
         (name, ctypes.c_int64)

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fused_lora.ops import merge_workers
+from fused_lora.ops.merge import workers as merge_workers
 
 
 def _compile(compiler: Callable, function: Callable, **options: bool) -> Callable:

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fused_lora.serving.attach import Attachment, find_sites
-from fused_lora.serving.batch import Batch
-from fused_lora.serving.device import open_transfer
-from fused_lora.serving.entries import parse_entry, rows_to_entries
-from fused_lora.serving.lease import Lease
-from fused_lora.serving.packing import largest_scale
-from fused_lora.serving.prepared import Group, Prepared
-from fused_lora.serving.registry import Registry
-from fused_lora.serving.residency import Version
-from fused_lora.serving.siblings import Siblings
-from fused_lora.serving.static import RowBuffers
+from fused_lora.serving.batch.attach import Attachment, find_sites
+from fused_lora.serving.batch.batch import Batch
+from fused_lora.serving.batch.entries import parse_entry, rows_to_entries
+from fused_lora.serving.batch.prepared import Group, Prepared
+from fused_lora.serving.batch.siblings import Siblings
+from fused_lora.serving.batch.static import RowBuffers
+from fused_lora.serving.residency.lease import Lease
+from fused_lora.serving.residency.packing import largest_scale
+from fused_lora.serving.residency.registry import Registry
+from fused_lora.serving.residency.residency import Version
+from fused_lora.serving.residency.transfer import open_transfer
 
 _MOST_RESIDENT = 1 << 20
 _MOST_BYTES = (1 << 63) - 1  # that a tensor's size can say

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fused_lora.kernels.grouped_tables import AdapterTables, RowGroups
-from fused_lora.ops.grouped_metadata import GroupLayout, build_metadata
+from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
 from fused_lora.testing.guards import GuardedBuffers
 
 
@@ -92,8 +92,8 @@ class GroupedCase:
 
     def run(self, shrink=None, expand=None, tables: AdapterTables | None = None, groups: RowGroups | None = None):
         """The kernels' outputs, in guarded copies of the base outputs with their strides, and those guards."""
+        from fused_lora.kernels.grouped_expand import grouped_expand
         from fused_lora.kernels.grouped_shrink import grouped_shrink
-        from fused_lora.kernels.lora_grouped import grouped_expand
 
         guards = GuardedBuffers()
         outputs = [guards.copy(y, f"y[{g}]") for g, y in enumerate(self.base)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fused_lora import reference
-from fused_lora.ops import plan
+from fused_lora.ops.linear import plan
 
 from .numeric import assert_no_worse
 

@@ -15,7 +15,8 @@ import torch
 
 from fused_lora import reference
 from fused_lora.kernels.config import variants
-from fused_lora.ops import kernel, merge
+from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops.merge import op as merge
 
 from .grouped import GroupedCase
 from .layers import LayerCase

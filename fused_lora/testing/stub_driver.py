@@ -1,7 +1,7 @@
 """Triton's own way to a launch without a GPU: binder, compiler and C launcher are real, libcuda does nothing.
 
-    environment(source, folder)   builds the library; for a process that has not loaded Triton yet
-    use_stub_driver()             in that process: CPU tensors pass for those of an H100
+environment(source, folder)   builds the library; for a process that has not loaded Triton yet
+use_stub_driver()             in that process: CPU tensors pass for those of an H100
 """
 
 from __future__ import annotations

@@ -1,0 +1,202 @@
+"""``fused-lora serve``: the command line of the HTTP server. Heavy imports wait until the options are right."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger("fused_lora.serve")
+_NEEDS = "fused-lora serve needs more packages: pip install fused_lora[serve]"
+KEY_VARIABLE = "FUSED_LORA_API_KEY"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``fused-lora serve``."""
+    found = argparse.ArgumentParser("fused-lora serve", description="OpenAI-compatible server for many adapters")
+    found.add_argument("--model", required=True, help="folder or hub name of the base model")
+    found.add_argument("--adapters", type=Path, metavar="DIR", help="each folder in it with an adapter is served")
+    found.add_argument("--served-model-name", metavar="NAME", help="what requests call the base model")
+    found.add_argument("--host", default="127.0.0.1")
+    found.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
+    found.add_argument("--api-key", help=f"clients must send it; {KEY_VARIABLE} in the environment does the same")
+    found.add_argument("--allow-load", action="store_true", help="/v1/load_lora_adapter and unload, from DIR only")
+    found.add_argument("--device", help="default: cuda if there is one, else cpu")
+    found.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on a CPU")
+    found.add_argument("--capacity", type=_bytes, metavar="BYTES", help="adapters on the device at most, e.g. 512M")
+    found.add_argument("--host-capacity", type=_bytes, metavar="BYTES", help="adapters kept in host memory at most")
+    engine = found.add_argument_group("engine")
+    engine.add_argument("--max-requests", type=_count, metavar="N", help="requests in one step at most")
+    engine.add_argument("--max-step-tokens", type=_count, metavar="N", help="tokens in one step at most")
+    engine.add_argument("--cache-tokens", type=_count, metavar="N", help="tokens of keys and values kept")
+    engine.add_argument("--no-prefix-sharing", action="store_true", help="compute equal prefixes again")
+    limits = found.add_argument_group("limits")
+    limits.add_argument("--max-queue", type=_count, default=256, help="sequences running and waiting (default: 256)")
+    limits.add_argument("--max-tokens", type=_count, default=4096, help="per sequence (default: 4096)")
+    limits.add_argument("--max-body", type=_bytes, default=4 << 20, metavar="BYTES", help="default: 4M")
+    limits.add_argument("--request-timeout", type=_seconds, default=600.0, metavar="SECONDS", help="default: 600")
+    limits.add_argument("--drain-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="default: 30")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until a signal ends it; returns the exit status."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    if options.allow_load and options.adapters is None:
+        raise SystemExit("--allow-load: needs --adapters DIR, the folder that adapters may come from")
+    if options.adapters is not None and not options.adapters.is_dir():
+        raise SystemExit(f"--adapters: {str(options.adapters)!r} is no folder")
+    key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE)
+    if key is not None and not key.strip():
+        raise SystemExit(f"--api-key, {KEY_VARIABLE}: the key is empty, so everybody would have it")
+    options.api_key = key
+    try:
+        import fastapi  # noqa: F401
+        import transformers  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise SystemExit(f"{_NEEDS} ({error})") from None
+    app = build(options)
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=math.ceil(options.drain_timeout),
+        server_header=False,
+    )
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn raises the signal that ended it once more, which would make an orderly end look like a crash
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+    uvicorn.Server(config).run()
+    return 0
+
+
+def build(options: argparse.Namespace) -> Any:
+    """The ASGI application for these options, its engine not yet started."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fused_lora.serving.engine.continuous import continuous_batching
+    from fused_lora.serving.http.app import Settings, create_app
+    from fused_lora.serving.http.engine import AsyncEngine, Limits
+    from fused_lora.serving.http.metrics import Metrics
+    from fused_lora.serving.store import AdapterStore
+
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device: {error}") from None
+    dtype = options.dtype or ("float32" if device.type == "cpu" else "auto")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+    except (OSError, ValueError) as error:  # no such model, or none for text
+        raise SystemExit(f"--model: {error}") from None
+    name = options.served_model_name or Path(options.model).name
+    store = AdapterStore(model, capacity_bytes=options.capacity, host_bytes=options.host_capacity)
+    if options.adapters is not None:
+        register_folder(store, options.adapters, name)
+    manager = continuous_batching(model, store, _engine_config(options, device))
+    limits = Limits(
+        max_queue=options.max_queue,
+        max_tokens=options.max_tokens,
+        request_seconds=options.request_timeout,
+        drain_seconds=options.drain_timeout,
+        body_bytes=options.max_body,
+    )
+    engine = AsyncEngine(manager, tokenizer, limits, Metrics())
+    settings = Settings(name, options.adapters, options.allow_load, options.api_key)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        manager.start()
+        _log.info("serving %s with %d adapters on %s", name, len(store.names()), device)
+        try:
+            yield
+        finally:
+            # requests had their time while the server drained its connections
+            manager.stop(hard_stop=True)
+
+    return create_app(engine, settings, lifespan)
+
+
+def register_folder(store: Any, folder: Path, base_name: str) -> None:
+    """Make every adapter in ``folder`` known under its folder's name; what cannot be served is logged and left out."""
+    from fused_lora.modules.inject import check_adapter_name
+    from fused_lora.serving.http.api import ApiError
+    from fused_lora.serving.http.guard import allowed_adapter
+
+    for entry in sorted(folder.iterdir()):
+        try:
+            if not (entry / "adapter_config.json").exists():
+                continue
+            check_adapter_name(entry.name)
+            if entry.name == base_name:
+                raise ValueError("it has the base model's name")
+            store.register(entry.name, str(allowed_adapter(folder, entry.name)))
+        except (ApiError, OSError, ValueError) as error:
+            _log.warning("adapter %r is left out: %s", entry.name, error)
+
+
+def _engine_config(options: argparse.Namespace, device: Any) -> Any:
+    from dataclasses import replace
+
+    from fused_lora.serving.engine.manager import default_config
+
+    config = default_config(device)
+    changes: dict[str, Any] = {"allow_block_sharing": not options.no_prefix_sharing}
+    if options.max_requests:
+        changes["max_requests_per_batch"] = options.max_requests
+    if options.max_step_tokens:
+        changes["max_batch_tokens"] = options.max_step_tokens
+    if options.cache_tokens:
+        changes["num_blocks"] = -(-options.cache_tokens // config.page_size)
+    return replace(config, **changes)
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= value < 1 << 16:
+        raise argparse.ArgumentTypeError(f"expected 0 to 65535, got {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
+
+
+def _bytes(text: str) -> int:
+    units = {"k": 10, "m": 20, "g": 30, "t": 40}
+    shift = units.get(text[-1:].lower(), 0)
+    try:
+        value = int(float(text[:-1] if shift else text) * (1 << shift))
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected bytes such as 1000000, 512M or 2G, got {text!r}")
+    return value

@@ -1,0 +1,1 @@
+"""What runs fused and why, whether a merge is right, and whether this machine is."""

@@ -1,0 +1,268 @@
+"""What runs and what it costs: of one layer's shape on any chip, or of every LoRA layer of a model.
+
+print(fused_lora.explain(M=8192, K=4096, N=4096, r=16, dropout=0.1, dtype=torch.bfloat16, device="H100"))
+print(fused_lora.explain(model))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops.linear.plan import Plan, plan
+
+if TYPE_CHECKING:
+    from fused_lora.integrations.peft import LayerRow
+    from fused_lora.kernels.config import LaunchConfig
+
+CHIPS = {  # NVIDIA chip -> 10 * major + minor of its compute capability
+    "A100": 80, "A10": 86, "A40": 86, "RTX 3090": 86, "L4": 89, "L40S": 89, "RTX 4090": 89,
+    "H100": 90, "H200": 90, "GH200": 90, "B200": 100, "GB200": 100, "B300": 103, "RTX 5090": 120, "RTX PRO 6000": 120,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One direction of a layer. Launches and bytes are None on the eager path, which is not counted."""
+
+    name: str
+    variant: str
+    configurations: tuple[tuple[str, LaunchConfig], ...]
+    launches: int | None
+    bytes: int | None
+    flops: int
+    floor_bytes: int
+    floor_flops: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Variant, configurations and cost of forward and backward; ``str()`` is a table.
+
+    The floor counts every operand and result of the products once (the backward's are the input gradient and the two
+    weight gradients) and every multiplication once.
+    """
+
+    title: str
+    forward: Cost
+    backward: Cost
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        head = ("", "variant", "launches", "MB", "of floor", "GFLOP", "of floor")
+        rows = [_cells(cost) for cost in (self.forward, self.backward)]
+        lines = [self.title, *_table(head, rows)]
+        for cost in (self.forward, self.backward):
+            lines += [f"{cost.name}, {name}: {_tile(config)}" for name, config in cost.configurations]
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True)
+class ModelExplanation:
+    """Every LoRA layer of a model, whether it runs fused and why not; ``str()`` is a table."""
+
+    layers: tuple[LayerRow, ...]
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no LoRA layers"
+        rows = [(row.path, row.kind, "yes" if row.why_not is None else f"no: {row.why_not}") for row in self.layers]
+        fused = sum(row.why_not is None for row in self.layers)
+        return "\n".join([*_table(("layer", "kind", "fused"), rows), f"{fused} of {len(rows)} layers run fused"])
+
+
+def explain(
+    model: torch.nn.Module | None = None,
+    *,
+    M: int | None = None,
+    K: int | None = None,
+    N: int | None = None,
+    r: int | None = None,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    adapters: int = 1,
+) -> Explanation | ModelExplanation:
+    """What runs for a layer y = x W^T + s D(x) A^T B^T, x [M, K], W [N, K], rank r, and what it costs. Runs nothing.
+
+    Args:
+        model: a model instead of a shape: a table of its LoRA layers, fused or not and why not.
+        M, K, N, r: rows of x, in_features, out_features, rank of each adapter.
+        dropout: of the adapters. dtype: of x and W. adapter_dtype: of A and B, default that of x.
+        device: where it would run: a torch device, or the name of an NVIDIA chip ("H100", "sm_90") that need not be
+            there. Default: the current GPU, and the CPU where there is none.
+        adapters: how many are active in one call.
+
+    Returns:
+        an object whose ``str()`` is a table: variant, launches, bytes and flops of forward and backward against the
+        floor, and the configuration of each launch. The plan is the one that a call takes.
+
+    Raises:
+        ValueError: a size is missing or not positive, dropout outside [0, 1], an unknown chip, or model and a shape.
+        TypeError: model is no module, dtype no torch.dtype.
+    """
+    sizes = dict(M=M, K=K, N=N, r=r)
+    if model is not None:
+        if any(size is not None for size in sizes.values()):
+            raise ValueError("model: expected a model or M, K, N and r, got both")
+        from fused_lora.integrations.peft import layer_report
+
+        return ModelExplanation(tuple(layer_report(model)))
+    _check(sizes | dict(adapters=adapters), dropout, dtype, adapter_dtype)
+    adapter_dtype = adapter_dtype or dtype
+    place, capability, notes = _place(device, (dtype, adapter_dtype))
+    upcast = adapter_dtype != dtype
+    shape = (M, N, K, r, dtype, dropout > 0, upcast, adapters)
+    plans = _plans(shape, capability)
+    notes += _dropped(plans)
+    of_adapters = "" if adapters == 1 else f" adapters={adapters}"
+    over = f" with {_name(adapter_dtype)} adapters" if upcast else ""
+    title = f"LoRA linear M={M} K={K} N={N} r={r}{of_adapters} dropout={dropout:g} {_name(dtype)}{over} on {place}"
+    return Explanation(title, _forward(plans[0], shape, capability), _backward(plans[1], shape, capability), notes)
+
+
+def _check(sizes: dict[str, int | None], dropout: float, dtype, adapter_dtype) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {size!r}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout: expected a number, got {dropout!r}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout!r}")
+    for name, value in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
+        if not isinstance(value, torch.dtype) and not (name == "adapter_dtype" and value is None):
+            raise TypeError(f"{name}: expected a torch.dtype, got {value!r}")
+
+
+def _place(device, dtypes: Iterable[torch.dtype]) -> tuple[str, int, tuple[str, ...]]:
+    """(name, capability or 0 for the eager path, notes) of the device that was asked for."""
+    chip = _capability_of(device) if isinstance(device, str) else None
+    if chip is not None:
+        return _of_dtypes(device, chip, dtypes)
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected a torch device or one of {', '.join(CHIPS)}, got {device!r}") from None
+    if not kernel.usable(device):
+        why = "the CPU path: plain torch, no kernels" if device.type == "cpu" else "the eager path: " + _why(device)
+        return str(device), 0, (f"{device} takes {why}; launches and bytes are not counted",)
+    if not torch.cuda.is_available():
+        raise ValueError(f"device: expected a device that is here or the name of a chip ('H100'), got {str(device)!r}")
+    from fused_lora.kernels.config import capability
+
+    return _of_dtypes(torch.cuda.get_device_name(device), capability(device), dtypes)
+
+
+def _capability_of(name: str) -> int | None:
+    chips = {chip.replace(" ", "").lower(): number for chip, number in CHIPS.items()}
+    plain = name.replace(" ", "").lower()
+    if plain.startswith("sm_") and plain[3:].isdigit():
+        return int(plain[3:])
+    return chips.get(plain)
+
+
+def _of_dtypes(name: str, capability: int, dtypes: Iterable[torch.dtype]) -> tuple[str, int, tuple[str, ...]]:
+    if not all(kernel.fits(torch.empty(0, dtype=dtype), (), ()) for dtype in dtypes):
+        return name, 0, ("the kernels do fp32, bf16 and fp16; other dtypes take the eager path, which is not counted",)
+    if capability < 80:
+        return name, 0, (f"no kernels for {name}: the eager path, which is not counted",)
+    return name, capability, ()
+
+
+def _why(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"no kernels for {device.type} devices"
+    return "Triton is not installed" if not kernel.HAS_TRITON else "FUSED_LORA_PLAN=eager"
+
+
+def _plans(shape: tuple, capability: int) -> tuple[Plan, Plan]:
+    M, N, K, *rest = shape
+    if capability == 0:
+        return Plan("eager"), Plan("eager")
+    return plan("linear", M, N, K, *rest, capability), plan("backward", M, K, N, *rest, capability)
+
+
+def _dropped(plans: Sequence[Plan]) -> tuple[str, ...]:
+    """A note where such a plan has failed its trial in this process."""
+    failed = {key[1] for key, passed in kernel.verdicts().items() if not passed and isinstance(key[1], Plan)}
+    said = "has failed its first use in this process; the eager path does its work"
+    return tuple(f"{p.variant} {said}" for p in plans if p in failed)
+
+
+def _traffic(op: str, M: int, N: int, K: int, shape: tuple, capability: int, variant=None) -> dict[str, int]:
+    from fused_lora.kernels.config import traffic
+
+    _, _, _, r, dtype, dropout, upcast, adapters = shape
+    return traffic(op, M, N, K, r * adapters, dtype, dropout, capability, upcast, adapters, variant)
+
+
+def _forward(chosen: Plan, shape: tuple, capability: int) -> Cost:
+    M, N, K, r, dtype, _, *rest = shape
+    unmasked = M, N, K, r, dtype, False, *rest
+    whole = _traffic("linear", M, N, K, shape, capability, chosen.variant if chosen.variant == "recompute" else "split")
+    costs = [whole]
+    if chosen.variant == "library":
+        costs = [_traffic("shrink", M, 0, K, shape, capability), _traffic("expand", M, N, 0, unmasked, capability)]
+        costs.append(_library(M, N, K, shape))
+    return _sum("forward", chosen, costs, whole["floor_bytes"], whole["floor_flops"])
+
+
+def _backward(chosen: Plan, shape: tuple, capability: int) -> Cost:
+    M, N, K, r, dtype, _, upcast, adapters = shape
+    unmasked = M, N, K, r, dtype, False, upcast, adapters
+    parts = [("shrink", M, 0, N, unmasked), ("expand", M, K, 0, shape), ("weight_grad", M, N, K, shape)]
+    if chosen.variant == "passes":
+        parts = [("backward_g", M, N, 0, unmasked), ("backward_x", M, K, 0, shape)]
+    e, R = dtype.itemsize, r * adapters
+    # g, x, dx, W, S, and A, B and their gradients once each
+    floor_bytes = e * (M * N + 2 * M * K + N * K) + 4 * M * R + 2 * (4 if upcast else e) * R * (N + K)
+    costs = [_traffic(*part, capability) for part in parts] + [_library(M, K, N, shape)]
+    return _sum("backward", chosen, costs, floor_bytes, 2 * M * N * K + 4 * M * R * (N + K))
+
+
+def _library(M: int, N: int, K: int, shape: tuple) -> dict[str, int]:
+    """The library's GEMM that adds to Y [M, N]: it is read and written."""
+    return dict(bytes=shape[4].itemsize * (M * K + K * N + 2 * M * N), flops=2 * M * N * K, launches=1)
+
+
+def _sum(name: str, chosen: Plan, costs: list[dict[str, int]], floor_bytes: int, floor_flops: int) -> Cost:
+    launches, moved, flops = (sum(cost[key] for cost in costs) for key in ("launches", "bytes", "flops"))
+    eager, passes = chosen.variant == "eager", chosen.variant == "passes"
+    first, second = ("pass over g", "pass over x") if passes else ("shrink", "product")
+    parts = {first: chosen.shrink, second: chosen.product, "weight gradients": chosen.weight_grad}
+    return Cost(
+        name,
+        chosen.variant,
+        tuple((part, config) for part, config in parts.items() if config is not None),
+        None if eager else launches,
+        None if eager else moved,
+        floor_flops if eager else flops,
+        floor_bytes,
+        floor_flops,
+    )
+
+
+def _cells(cost: Cost) -> tuple[str, ...]:
+    moved = ("-", "-") if cost.bytes is None else (f"{cost.bytes / 1e6:.1f}", f"{cost.bytes / cost.floor_bytes:.3f}")
+    flops = f"{cost.flops / 1e9:.2f}", f"{cost.flops / cost.floor_flops:.3f}"
+    return cost.name, cost.variant, "-" if cost.launches is None else str(cost.launches), *moved, *flops
+
+
+def _tile(config: LaunchConfig) -> str:
+    text = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} rank block {config.BLOCK_R}"
+    text += f", {config.num_warps} warps, {config.num_stages} stages"
+    return text + f", split {config.SPLIT_K}" * (config.SPLIT_K > 1) + ", tensor descriptors" * config.tma
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,72 @@
+"""From numbers to causes: which bug makes a layer's error exceed its bound, or hides in a weight."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.diagnostics.verification import report
+from fused_lora.diagnostics.verification.layers import Layer
+from fused_lora.diagnostics.verification.report import Finding, LayerCheck, Verification
+from fused_lora.modules.merging import parameter_owners
+
+
+def explain(model: nn.Module, layers: list[Layer], result: Verification) -> None:
+    """Findings from the layers' numbers; a cause that explains a number keeps it from being reported again."""
+    checks = {check.path: check for check in result.layers}
+    broken = [layer for layer in layers if layer.broken]
+    if broken:
+        result.findings.append(_why_broken(broken, checks))
+    known = {path for finding in result.findings for path in finding.layers}
+    merged = {layer.path for layer in layers if layer.merged}
+    rules = (
+        (report.FORWARD, lambda c: c.unmerged > 1, "the output is not x W^T + b + s x A^T B^T"),
+        (report.STALE, lambda c: c.weight > 1 and c.path in merged, "the merged weight is not W + D of this adapter"),
+        (report.MERGE, lambda c: c.weight > 1 and c.path not in merged, "merging does not give W + D"),
+        (report.MERGED_FORWARD, lambda c: c.merged > 1, "the merged layer's output is not x Wm^T + b"),
+    )
+    for cause, applies, text in rules:
+        found = [c for path, c in checks.items() if path not in known and applies(c)]
+        if found:
+            worst = max(c.ratio for c in found)
+            text = f"{text} within rounding, up to {worst:.1e} times the bound"
+            result.findings.append(Finding(cause, text, tuple(c.path for c in found)))
+    result.findings += _shared(model, layers)
+    if all(not B.any() for layer in layers for _, B, *_ in layer.factors()):
+        result.notes.append("every lora_B is zero: the adapter changes nothing (new, or not loaded)")
+
+
+def _why_broken(broken: list[Layer], checks: dict[str, LayerCheck]) -> Finding:
+    """A merged weight that its own record does not recognise was merged again, rounded, or replaced."""
+    paths = tuple(layer.path for layer in broken)
+    if holds_delta([checks[path] for path in paths if path in checks]):
+        return Finding(report.DOUBLE, "the merged weight holds the adapter once more than was merged", paths)
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(layer.weight.dtype != dtype and _on_grid(layer.weight, dtype) for layer in broken):
+            name = str(dtype).removeprefix("torch.")
+            return Finding(report.QUANTISED, f"the merged weight was rounded to {name} after the merge", paths)
+    return Finding(report.BASE, "the merged weight is not what the merge left, it was replaced since", paths)
+
+
+def _on_grid(weight: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(weight.to(dtype).to(weight.dtype), weight)
+
+
+def holds_delta(checks: list[LayerCheck]) -> bool:
+    """Whether W = (something that knows nothing of D) + 1 D: <W, D> / <D, D> is 1, by 10 standard deviations not 0."""
+    weights = {c.path: c.inside_std**-2 for c in checks if 0 < c.inside_std < math.inf}
+    total = sum(weights.values())
+    if not total:
+        return False
+    mean, std = sum(weights[c.path] * c.inside for c in checks if c.path in weights) / total, total**-0.5
+    fits = [abs(c.inside - 1) <= 5 * c.inside_std + 0.1 for c in checks if c.path in weights]
+    return mean >= 10 * std and abs(mean - 1) <= 0.1 + 5 * std and sum(fits) >= 0.9 * len(fits)
+
+
+def _shared(model: nn.Module, layers: list[Layer]) -> list[Finding]:
+    owners = parameter_owners(model)
+    found = tuple(layer.path for layer in layers if len(owners.get(layer.module.base_layer.weight.data_ptr(), ())) > 1)
+    text = "the base weight also belongs to another module, whose output a merge would change"
+    return [Finding(report.SHARED, text, found)] if found else []

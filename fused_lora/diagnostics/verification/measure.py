@@ -1,0 +1,104 @@
+"""The numbers of a verification: one layer against float64, and two outputs of the model against each other."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.diagnostics.verification.layers import Layer
+from fused_lora.diagnostics.verification.passes import Pass, run
+from fused_lora.diagnostics.verification.report import LayerCheck, OutputCheck
+from fused_lora.diagnostics.verification.weights import (
+    Units,
+    blocks,
+    merged_bound,
+    ratio,
+    rms,
+    scan_merge,
+    spread,
+    unmerged_bound,
+)
+
+
+def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
+    """Replay the kept rows of one layer in float64 and measure its three errors against their bounds."""
+    x, y = unmerged.x[layer.path], unmerged.y[layer.path]
+    with layer.shown(False):
+        weight, bias = layer.weight, layer.bias
+    with layer.shown(True):
+        merged_weight, merged_bias, ym = layer.weight, layer.bias, layer.module(x).reshape(y.shape)
+    adapters = [layer.module.lora_A[name].weight for name in layer.names]
+    units = Units.of(x, y, weight, adapters)
+    rows, factors = x.double(), layer.factors()
+    scan = scan_merge(weight, merged_weight, *layer.delta_factors(), rows, units.form, len(layer.names))
+    plain = folded = base_size = term_size = 0.0
+    for start, stop in blocks(weight):
+        part = slice(start, stop)
+        W, b = weight[part].double(), None if bias is None else bias[part].double()
+        mine = [(A, B[part], s, None if c is None else c[part]) for A, B, s, c in factors]
+        got = y[:, part].double()
+        error = got - _exact(rows, W, b, mine)
+        plain = max(plain, ratio(error, unmerged_bound(units, rows, W, b, mine, got)))
+        Wm, bm = merged_weight[part].double(), None if merged_bias is None else merged_bias[part].double()
+        got = ym[:, part].double()
+        error = got - _exact(rows, Wm, bm, [])
+        folded = max(folded, ratio(error, merged_bound(units, rows, Wm, bm, got)))
+        base, term = spread(rows, W, Wm, mine)
+        base_size, term_size = base_size + base.sum().item(), term_size + term.sum().item()
+    # the weight's rounding as it acts on these rows, two roundings of the result, half of sqrt(K) in the sums
+    count = max(y.numel(), 1)
+    sums = math.sqrt(x.shape[-1]) * units.accumulate / 2 + 2 * units.operand + units.partial
+    sums *= math.sqrt((base_size + term_size) / count)
+    narrow = units.adapter * math.sqrt(term_size / count)
+    expected = math.hypot(rms(scan.shift) if scan.ratio <= 1 else 0.0, 2 * units.result * rms(y) + sums + narrow)
+    difference = ym.double() - y.double()
+    largest = difference.abs().max().item() if difference.numel() else 0.0
+    return LayerCheck(
+        layer.path, weight.dtype, tuple(layer.names), largest, rms(difference), expected, plain, scan.ratio, folded,
+        scan.lost, scan.inside, scan.inside_std,
+    )  # fmt: skip
+
+
+def _exact(x: Tensor, weight: Tensor, bias: Tensor | None, factors: list) -> Tensor:
+    y = torch.nn.functional.linear(x, weight, bias)
+    for A, B, s, lora_bias in factors:
+        term = (x @ A.t()) @ B.t()
+        y = y + s * (term if lora_bias is None else term + lora_bias)
+    return y
+
+
+def output_noise(
+    model: nn.Module, inputs: object, layers: list[Layer], checks: list[LayerCheck], unmerged: Pass, seed: int
+) -> float:
+    """How far the output moves (RMS, the larger of two passes) when every LoRA layer's output is off by rounding."""
+    size = {check.path: check.expected_rms for check in checks}
+
+    def change(path: str, y: Tensor) -> Tensor:
+        noise = torch.randn(y.shape, dtype=torch.float64, device=y.device) * size.get(path, 0.0)
+        return (y.double() + noise).to(y.dtype)
+
+    moved = 0.0
+    for draw in range(2):
+        other = run(model, inputs, layers, False, seed + draw, change=change)
+        moved = max(moved, rms(_difference(other.output, unmerged.output)))
+    return moved
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """a - b in float64, 0 where both are the same infinity."""
+    return torch.where(a == b, 0.0, a.double() - b.double())
+
+
+def compare_outputs(output: Tensor, expected: Tensor, noise: float) -> OutputCheck:
+    """Two outputs of the model; ``noise`` is the RMS difference that rounding is expected to cause."""
+    difference = _difference(output, expected)
+    largest = difference.abs().max().item() if difference.numel() else 0.0
+    changed = margin = 0.0
+    if output.dim() > 1 and output.shape[-1] > 1 and output.numel():
+        old, new = expected.argmax(-1, keepdim=True), output.argmax(-1, keepdim=True)
+        changed = (old != new).double().mean().item()
+        margin = (expected.gather(-1, old) - expected.gather(-1, new)).max().item()
+    finite = expected[torch.isfinite(expected)]
+    return OutputCheck(largest, rms(difference), noise, changed, margin, rms(finite))

@@ -1,0 +1,140 @@
+"""Forward passes of a model with its LoRA layers shown merged or unmerged, and everything put back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.diagnostics.verification.layers import Layer
+
+
+@dataclass
+class Pass:
+    """The model's output, and for every LoRA layer some rows of its first input and output: path -> [rows, K or N]."""
+
+    output: Tensor
+    x: dict[str, Tensor] = field(default_factory=dict)
+    y: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run(
+    model: nn.Module,
+    inputs: object,
+    layers: Sequence[Layer],
+    merged: bool | None,
+    seed: int,
+    rows: int = 0,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+) -> Pass:
+    """One forward under ``torch.manual_seed(seed)``; ``change(path, y)`` may replace a layer's output.
+
+    ``merged`` shows every layer in that state for the time of its own call, None leaves it as it is. ``rows`` of each
+    layer's input and output are kept, evenly spaced.
+    """
+    found = Pass(torch.empty(0))
+    open_states: dict[str, list[ExitStack]] = {layer.path: [] for layer in layers}
+
+    def enter(layer: Layer):
+        def hook(module, args):
+            state = ExitStack()
+            if merged is not None:
+                state.enter_context(layer.shown(merged))
+            open_states[layer.path].append(state)
+
+        return hook
+
+    def leave(layer: Layer):
+        def hook(module, args, y):
+            open_states[layer.path].pop().close()
+            if rows and layer.path not in found.x and args:
+                found.x[layer.path], found.y[layer.path] = sample(args[0], rows), sample(y, rows)
+            return y if change is None else change(layer.path, y)
+
+        return hook
+
+    handles = []
+    try:
+        for layer in layers:
+            handles.append(layer.module.register_forward_pre_hook(enter(layer)))
+            handles.append(layer.module.register_forward_hook(leave(layer)))
+        torch.manual_seed(seed)
+        found.output = output_of(_call(model, inputs)).detach().clone()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for states in open_states.values():
+            for state in reversed(states):
+                state.close()
+    return found
+
+
+def sample(tensor: Tensor, rows: int) -> Tensor:
+    """At most ``rows`` of the rows of [..., n], evenly spaced, as a copy [rows, n]."""
+    flat = tensor.detach().reshape(-1, tensor.shape[-1])
+    step = max(1, -(-flat.shape[0] // rows))
+    return flat[::step].clone()
+
+
+def output_of(result: object) -> Tensor:
+    """The tensor to compare in what a model returned: its logits, its last hidden state, or its first tensor.
+
+    Raises:
+        TypeError: there is no floating-point tensor.
+    """
+    if isinstance(result, Tensor) and result.is_floating_point():
+        return result
+    for name in ("logits", "last_hidden_state"):
+        value = getattr(result, name, None)
+        if isinstance(value, Tensor):
+            return value
+    parts = result.values() if isinstance(result, Mapping) else result if isinstance(result, (tuple, list)) else ()
+    for part in parts:
+        if isinstance(part, Tensor) and part.is_floating_point():
+            return part
+    raise TypeError(f"model: expected an output with a floating-point tensor, got {type(result).__name__}")
+
+
+def check_inputs(inputs: object) -> None:
+    """Raise TypeError unless ``inputs`` is a tensor, a mapping of keyword arguments or a sequence of arguments."""
+    if isinstance(inputs, str) or not isinstance(inputs, (Tensor, Mapping, Sequence)):
+        wanted = "a tensor, a mapping (model(**inputs)) or a tuple (model(*inputs))"
+        raise TypeError(f"inputs: expected {wanted}, got {type(inputs).__name__}")
+
+
+def _call(model: nn.Module, inputs: object) -> object:
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+@contextmanager
+def restored(*models: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module's training flag, every buffer and the RNG are as before.
+
+    Compiled modules run eagerly inside, because hooks do not reach into compiled code.
+    """
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
+    devices = {p.device for model in models for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU generator
+        for kind in sorted({device.type for device in devices}):
+            indices = list(range(torch.get_device_module(kind).device_count()))
+            stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
+        stack.enter_context(torch.inference_mode(False))  # a weight that is shown must remain an ordinary tensor
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for model in models:
+                model.eval()
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)

@@ -1,0 +1,118 @@
+"""A model's weights against those it should have: the base, each adapter and everything else, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.diagnostics.verification import report
+from fused_lora.diagnostics.verification.layers import Layer
+from fused_lora.diagnostics.verification.report import Finding
+from fused_lora.diagnostics.verification.weights import Relation, relate
+
+_WRAPPERS = re.compile(r"^((_orig_mod|module|base_model\.model)\.)+")
+_INNER = re.compile(r"\.(base_layer|modules_to_save\.[^.]+|_orig_mod)(?=\.)")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the bare model: without PEFT's, DDP's and torch.compile's wrappers."""
+    return _INNER.sub("", _WRAPPERS.sub("", name))
+
+
+def compare_weights(
+    model: nn.Module, layers: Sequence[Layer], reference: nn.Module | Mapping[str, Tensor]
+) -> tuple[list[Finding], list[str], dict[str, Relation]]:
+    """Findings, notes, and how each layer's base weight relates to the reference's (path -> relation).
+
+    Raises:
+        ValueError: the reference has no parameter of any name that the model has, or a shape differs.
+    """
+    theirs = _by_plain_name(reference)
+    ours = _by_plain_name(model)
+    if not _without_adapters(theirs) & _without_adapters(ours):
+        raise ValueError(f"reference: expected parameters named as in the model, got {sorted(theirs)[:3]}")
+    relations, seen = {}, set()
+    for layer in layers:
+        stem = plain_name(f"{layer.path}.")[:-1]
+        seen |= {n for n in ours if n.startswith(f"{stem}.")}
+        other = theirs.get(f"{stem}.weight")
+        if other is None:
+            continue
+        with layer.shown(False):
+            weight = layer.weight
+        other = other.t() if getattr(layer.module, "fan_in_fan_out", False) else other
+        if other.shape != weight.shape:
+            raise ValueError(f"reference: expected {stem}.weight {tuple(weight.shape)}, got {tuple(other.shape)}")
+        relations[layer.path] = relate(weight, other, *layer.delta_factors())
+    findings, notes = _judge_base(relations)
+    findings += _judge_adapters(layers, theirs)
+    differ = tuple(n for n in sorted(ours.keys() & theirs.keys() - seen) if not _equal(ours[n], theirs[n]))
+    if differ:
+        text = "parameters outside the LoRA layers are not the reference's (trained, but not saved with the adapter?)"
+        findings.append(Finding(report.PARAMETERS, text, differ))
+    return findings, notes, relations
+
+
+def _judge_base(relations: dict[str, Relation]) -> tuple[list[Finding], list[str]]:
+    def those(wanted) -> dict[str, Relation]:
+        return {path: r for path, r in relations.items() if wanted(r)}
+
+    def distance(found: dict[str, Relation]) -> str:
+        worst = max(r.distance for r in found.values())
+        return f"in {len(found)} of {len(relations)} layers, ||W - reference|| / ||reference|| up to {worst:.1e}"
+
+    findings, notes = [], []
+    here, there = those(lambda r: r.times == 1 and not r.grid), those(lambda r: r.times == -2 and not r.grid)
+    grid = those(lambda r: r.grid and r.times in (None, 0) and r.changed)
+    wrong = those(lambda r: r.times is None and not r.grid)
+    drift = those(lambda r: r.times == 0 and not r.grid and r.changed)
+    if here:
+        text = "the base weight is the reference's with the adapter already in it, so it acts twice"
+        findings.append(Finding(report.DOUBLE, f"{text}; {distance(here)}", tuple(here)))
+    if there:
+        text = "the reference's weight is this base weight with the adapter in it twice"
+        findings.append(Finding(report.DOUBLE, f"{text}; {distance(there)}", tuple(there)))
+    if grid:
+        grids = ", ".join(sorted({r.grid for r in grid.values()})[:2])
+        text = f"base weight and reference differ by rounding to {grids}"
+        findings.append(Finding(report.QUANTISED, f"{text}; {distance(grid)}", tuple(grid)))
+    if wrong:
+        text = "the base weight is not the reference's, and the adapter does not explain the difference"
+        findings.append(Finding(report.BASE, f"{text}; {distance(wrong)}", tuple(wrong)))
+    if drift:
+        count = sum(r.changed for r in drift.values())
+        notes.append(f"{count} base weights are a rounding away from the reference's; {distance(drift)}")
+    return findings, notes
+
+
+def _judge_adapters(layers: Sequence[Layer], theirs: dict[str, Tensor]) -> list[Finding]:
+    differ = []
+    for layer in layers:
+        stem = plain_name(f"{layer.path}.")[:-1]
+        for name in layer.names:
+            for part in ("lora_A", "lora_B"):
+                key = f"{stem}.{part}.{name}.weight"
+                other = theirs.get(key, theirs.get(f"{stem}.{part}.weight"))  # a checkpoint leaves the name out
+                if other is not None and not _equal(getattr(layer.module, part)[name].weight.data, other):
+                    differ.append(key)
+    if not differ:
+        return []
+    text = "adapter weights are not the reference's (loaded from elsewhere, or not at all)"
+    return [Finding(report.ADAPTER, text, tuple(differ))]
+
+
+def _by_plain_name(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    items = source.state_dict() if isinstance(source, nn.Module) else source
+    return {plain_name(n): t for n, t in items.items() if isinstance(t, Tensor) and ".original_module." not in n}
+
+
+def _without_adapters(names: Mapping[str, Tensor]) -> set[str]:
+    """A checkpoint's keys leave the adapter's name out, a model's do not."""
+    return {re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", name) for name in names}
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.double(), b.to(a.device).double())

@@ -1,0 +1,199 @@
+"""``fused_lora.verify``: is the difference between a merged and an unmerged model rounding, or a bug?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.diagnostics.verification import report
+from fused_lora.diagnostics.verification.judge import explain, holds_delta
+from fused_lora.diagnostics.verification.layers import Layer, check_state, find_layers
+from fused_lora.diagnostics.verification.measure import check_layer, compare_outputs, output_noise
+from fused_lora.diagnostics.verification.passes import Pass, check_inputs, restored, run
+from fused_lora.diagnostics.verification.reference import compare_weights
+from fused_lora.diagnostics.verification.report import Finding, Verification
+
+
+def verify(
+    model: nn.Module,
+    inputs: Tensor | Mapping | tuple | list,
+    *,
+    reference: nn.Module | Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    max_rows: int = 64,
+) -> Verification:
+    """Compare a model's merged with its unmerged outputs, layer by layer and at the end, and name what is wrong.
+
+    Every layer is looked at on the input rows that it gets in the unmerged model, against float64 on the same rows
+    (W, Wm: base weight and merged weight as stored, D = sum_i s_i B_i A_i):
+
+        unmerged output  |y  - (x W^T + b + s x A^T B^T)|  within the rounding of its dtypes and sums
+        merged weight    |Wm - (W + D)|                    within the roundings of one merge
+        merged output    |ym - (x Wm^T + b)|               within the rounding of its dtype and sum
+
+    All three within their bounds (``verification.weights`` derives them) leave rounding as the only difference of the
+    layer, however large it is: in bf16 most of a small D is lost, which ``lost`` reports. At the output, rounding is
+    expected to cause what random changes of that size at every layer's output do cause in two further passes.
+
+    Causes of bugs, in ``Verification.findings``:
+
+        dropout left on         the unmerged output depends on the seed in eval mode, or a dropout of a model in eval
+                                mode is still in training mode
+        not deterministic       the same seed gives different outputs
+        double merge            W already holds D: against the reference, or because <W, D> / <D, D> is 1 by more than
+                                10 standard deviations over all layers, which small adapters do not reach
+        wrong base              W is not the reference's, or a merged weight was replaced since its merge
+        mismatched quantisation W is the reference's (or the merge's) rounded to a coarser grid
+        stale merge             the merged weight is not W + D of the adapter as it is now
+        shared weight           a merge would change another module's weight too
+        wrong adapter, other parameters    they differ from the reference's
+        unmerged forward, merged weight, merged forward, output    out of bounds for none of these reasons
+
+    Deterministic for a ``seed``, in eval mode, without gradients. Nothing is changed: layers are shown in their other
+    state on a copy of their weight, one at a time; training flags, buffers, RNG states and hooks are put back. Works
+    on merged and unmerged models, ``fused_lora.inject``'s and PEFT's, wrapped in ``accelerate`` or not. What cannot be
+    merged here (DoRA, quantised bases, ...) stays as it is and is listed in ``skipped``.
+
+    Args:
+        model: a model with LoRA layers.
+        inputs: a tensor, keyword arguments or positional arguments of the model.
+        reference: what the model should agree with: the base model, the merged model, the model before it was saved,
+            or a mapping of parameter names to tensors. Its weights are compared by name, its output where it has one.
+        seed: of the random numbers that the passes see.
+        max_rows: rows of each layer's input that are replayed in float64.
+
+    Returns:
+        A :class:`Verification`; ``str()`` of it is a table.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the model returns no floating-point tensor.
+        ValueError: max_rows is not positive, an adapter or weight is not finite, or the inputs give an empty output or
+            one of NaNs alone, in which nothing could be seen.
+        RuntimeError: the model has no active adapter to verify, or its adapters are disabled.
+    """
+    _check_arguments(model, inputs, reference, seed, max_rows)
+    check_state(model)
+    layers, skipped = find_layers(model)
+    if not layers:
+        raise RuntimeError(f"model: expected LoRA layers with an active adapter, none can be merged {skipped}")
+    _check_finite(layers)
+    findings, notes = _training_flags(model)
+    with restored(model, *([reference] if isinstance(reference, nn.Module) else [])):
+        findings += _stubborn(model)
+        unmerged = run(model, inputs, layers, False, seed, max_rows)
+        _check_output(unmerged.output)
+        findings += _randomness(model, inputs, layers, unmerged, seed, max_rows)
+        checks = [check_layer(layer, unmerged) for layer in layers if layer.path in unmerged.x]
+        skipped |= {layer.path: "it was not called" for layer in layers if layer.path not in unmerged.x}
+        merged = run(model, inputs, layers, True, seed)
+        noise = output_noise(model, inputs, layers, checks, unmerged, seed)
+        result = Verification(checks, compare_outputs(merged.output, unmerged.output, noise), findings, notes, skipped)
+        result.was_merged = any(layer.merged for layer in layers)
+        explain(model, layers, result)
+        covered = set() if reference is None else _compare_weights(result, model, layers, reference)
+        if holds_delta([c for c in checks if c.path not in covered and not _is_broken(layers, c.path)]):
+            text = "the base weight already holds the adapter, as after a merge, and it acts once more beside it"
+            result.findings.append(Finding(report.DOUBLE, text, tuple(c.path for c in checks)))
+        if isinstance(reference, nn.Module):
+            given = run(model, inputs, layers, None, seed).output
+            _compare_with_reference(result, given, reference, inputs, noise, seed)
+    if not result.output.ok and result.ok:
+        result.findings.append(Finding(report.OUTPUT, "differs by more than rounding in the LoRA layers explains"))
+    return result
+
+
+def _check_arguments(model, inputs, reference, seed, max_rows) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
+    check_inputs(inputs)
+    if reference is not None and not isinstance(reference, (nn.Module, Mapping)):
+        raise TypeError(f"reference: expected nn.Module or a mapping of tensors, got {type(reference).__name__}")
+    for name, value in (("seed", seed), ("max_rows", max_rows)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected int, got {type(value).__name__}")
+    if max_rows < 1:
+        raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
+
+
+def _check_output(output: Tensor) -> None:
+    if not output.numel():
+        raise ValueError(f"inputs: expected at least one row, got an output of shape {tuple(output.shape)}")
+    if output.isnan().all():
+        raise ValueError("inputs: expected numbers, the model's output for them is NaN throughout")
+
+
+def _check_finite(layers: list[Layer]) -> None:
+    for layer in layers:
+        parts = {"base weight": [layer.weight], "adapter": [t for A, B, *_ in layer.factors() for t in (A, B)]}
+        for what, tensors in parts.items():
+            if not all(torch.isfinite(t).all() for t in tensors):
+                raise ValueError(f"model: the {what} of {layer.path} holds NaN or infinity")
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module in training mode drops something."""
+    values = (getattr(module, name, 0.0) for name in ("p", "dropout", "attention_dropout"))
+    return module.training and any(isinstance(p, float) and p > 0 for p in values)
+
+
+def _training_flags(model: nn.Module) -> tuple[list[Finding], list[str]]:
+    """What the training flags of a model say before they are set to eval mode."""
+    active = tuple(path for path, module in model.named_modules() if _drops(module))
+    if not active:
+        return [], []
+    if model.training:
+        text = f"the model is in training mode, {len(active)} dropouts act in it: call model.eval() before you compare"
+        return [], [f"{text} its outputs; here it was in eval mode"]
+    return [Finding(report.DROPOUT, "in training mode in a model that is in eval mode", active)], []
+
+
+def _stubborn(model: nn.Module) -> list[Finding]:
+    """Dropouts that model.eval() does not reach."""
+    active = tuple(path for path, module in model.named_modules() if _drops(module))
+    return [Finding(report.DROPOUT, "still in training mode after model.eval()", active)] if active else []
+
+
+def _randomness(model, inputs, layers: list[Layer], first: Pass, seed: int, max_rows: int) -> list[Finding]:
+    """Two further unmerged passes: the same seed must give the same bits, and so must another one."""
+    for other_seed, cause, text in (
+        (seed, report.RANDOM, "the same seed gives different outputs"),
+        (seed + 1, report.DROPOUT, "the output depends on the seed in eval mode"),
+    ):
+        other = run(model, inputs, layers, False, other_seed, max_rows)
+        if _same(other.output, first.output):
+            continue
+        where = tuple(p for p in first.x if _same(first.x[p], other.x[p]) and not _same(first.y[p], other.y[p]))
+        return [Finding(cause, text if where else f"{text}; it is no LoRA layer that does it", where)]
+    return []
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+
+
+def _is_broken(layers: list[Layer], path: str) -> bool:
+    return any(layer.broken for layer in layers if layer.path == path)
+
+
+def _compare_weights(result: Verification, model: nn.Module, layers: list[Layer], reference) -> set[str]:
+    """Add what the reference's weights say; returns the layers whose base weight it has."""
+    findings, notes, relations = compare_weights(model, layers, reference)
+    result.findings += findings
+    result.notes += notes
+    result.reference_merged = any(relation.times == -1 for relation in relations.values())
+    return set(relations)
+
+
+def _compare_with_reference(result: Verification, given: Tensor, reference, inputs, noise: float, seed: int) -> None:
+    if not (find_layers(reference)[0] or result.reference_merged):
+        result.notes.append("the reference is a model without the adapter: its output was not compared")
+        return
+    output = run(reference, inputs, [], None, seed).output.to(given.device)
+    if output.shape != given.shape:
+        raise ValueError(f"reference: expected an output of shape {tuple(given.shape)}, got {tuple(output.shape)}")
+    result.reference = compare_outputs(given, output, noise)
+    if not result.reference.ok and result.ok:
+        text = "this model's output and the reference's differ by more than rounding, though their weights agree"
+        result.findings.append(Finding(report.OUTPUT, text))

@@ -1,0 +1,251 @@
+"""What a LoRA linear does, for any class with PEFT's attributes: fused forward, mixed batches, exact merge and unmerge.
+
+The class that mixes this in brings ``base_layer``, ``lora_A``, ``lora_B``, ``lora_dropout`` (ModuleDicts by adapter
+name), ``scaling`` (dict), ``active_adapters``, ``merged_adapters`` (lists), ``merged``, ``disable_adapters`` and
+``fan_in_fan_out``. Rules and names follow PEFT's ``tuners/lora/layer.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.modules.fusable import why_not_plain
+from fused_lora.ops.linear.op import lora_linear
+from fused_lora.ops.merge import op as merging
+
+BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+
+
+@dataclass
+class _Merge:
+    """A merge in force: the weight's record, and the bias before and after where a lora_bias went into it."""
+
+    record: merging.MergeRecord
+    bias_before: Tensor | None = None
+    bias_after: Tensor | None = None
+
+
+class FusedLoraBehaviour:
+    """Forward, merge and unmerge of a LoRA layer over one linear base layer."""
+
+    merge_state: _Merge | None = None
+
+    def _present(self, names: list[str]) -> list[str]:
+        held = self._modules["lora_A"]._modules
+        return [name for name in names if name in held]
+
+    def _active_forward(self, x: Tensor) -> Tensor:
+        """Base and all active adapters in one operator, or layer by layer where a hook or a subclass has a say."""
+        names = self._present(self.active_adapters)
+        if not names:
+            return self.base_layer(x)
+        for part in self._parts(names):
+            if why_not_plain(part):
+                return self._composed_forward(x, names)
+        return self._fused_forward(x, names)
+
+    def _fused_forward(self, x: Tensor, names: list[str]) -> Tensor:
+        """One operator for base and adapters. A scaling may be a 0-d tensor, which is read on its device only."""
+        # past nn.Module's __getattr__, which takes longer than the reads: this runs in every call
+        base = self._modules["base_layer"]._parameters
+        weight, bias = base["weight"], base["bias"]
+        lora_A, lora_B, scaling, dropout = [], [], [], []
+        parts = self._parts(names)[1:]
+        for name, A, B_layer, drop in zip(names, parts[::3], parts[1::3], parts[2::3], strict=True):
+            B, s, lora_bias = B_layer._parameters["weight"], self.scaling[name], B_layer._parameters["bias"]
+            if lora_bias is not None:  # s_i times each lora_bias, in fp32 or wider
+                term = lora_bias.to(_wide(lora_bias.dtype)) * s
+                bias = term if bias is None else bias.to(_wide(bias.dtype)) + term
+            if isinstance(s, Tensor):
+                B, s = B.to(_wide(B.dtype)) * s, 1.0
+            lora_A.append(A._parameters["weight"])
+            lora_B.append(B)
+            scaling.append(float(s))
+            dropout.append(drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0)
+        weight = weight.t() if self.fan_in_fan_out else weight
+        return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout)
+
+    def _composed_forward(self, x: Tensor, names: list[str]) -> Tensor:
+        """PEFT's own sequence of module calls."""
+        result = self.base_layer(x)
+        dtype = result.dtype
+        for name in names:
+            A, B = self.lora_A[name], self.lora_B[name]
+            result = result + B(A(self.lora_dropout[name](x.to(A.weight.dtype)))) * self.scaling[name]
+        return result.to(dtype)
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """Rows of one batch under different adapters: base once for all, each adapter's term for its rows only."""
+        if not adapter_names or len(x) % len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
+                f"got {len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        beams = len(x) // len(adapter_names)
+        names = [name for name in adapter_names for _ in range(beams)]
+        result = self.base_layer(x)
+        for name in self._present(list(dict.fromkeys(names))):
+            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+            A, B = self.lora_A[name], self.lora_B[name]
+            term = B(A(self.lora_dropout[name](x[rows].to(A.weight.dtype)))) * self.scaling[name]
+            result[rows] = (result[rows] + term).to(result.dtype)  # summed in the wider dtype, rounded once
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight in place: W <- round(W + sum_i s_i B_i A_i), with one rounding.
+
+        Every merge is a safe one: non-finite results are refused before the weight is touched. Merging further
+        adapters restores W first and adds all of them at once, so the order of merges does not matter.
+
+        Args:
+            safe_merge: accepted for PEFT's sake.
+            adapter_names: names to merge; None means the active ones. Names that the layer lacks are skipped, names
+                already merged are dropped with a warning.
+
+        Raises:
+            TypeError: adapter_names is a str. ValueError: a weight would become NaN or infinite.
+            RuntimeError: an adapter has a lora_bias and the base layer no bias, or the base weight is not a parameter.
+        """
+        names = self._present(self._names_to_merge(adapter_names))
+        if names:
+            self._merge_names(names)
+
+    def _merge_names(self, names: list[str]) -> None:
+        if "weight" not in self.base_layer._parameters:  # parametrized: computed anew from something else at each use
+            raise RuntimeError("base_layer.weight is not a parameter of its own, so nothing can be merged into it")
+        bias = self._check_bias_merge(names)
+        old = self.merge_state
+        if old is None:
+            record = self._merge_factors(_factors_of(self, names), names)
+        else:
+            frozen = merging.factors(old.record, self.fan_in_fan_out)
+            both = tuple(a + b for a, b in zip(frozen, _factors_of(self, names), strict=True))
+            merging.unmerge_(self.base_layer.weight, old.record)
+            try:
+                record = self._merge_factors(both, names)
+            except BaseException:
+                self._merge_factors(frozen, names)  # the same factors give the same bits again
+                raise
+        self.merge_state = _Merge(record)
+        if old is not None:
+            self.merge_state.bias_before, self.merge_state.bias_after = old.bias_before, old.bias_after
+        if bias is not None:
+            base_bias = self.base_layer.bias.data
+            if self.merge_state.bias_before is None:
+                self.merge_state.bias_before = base_bias.clone()
+            base_bias.copy_(bias)
+            self.merge_state.bias_after = bias
+        self.merged_adapters.extend(names)
+
+    def _merge_factors(self, factors, names: list[str]) -> merging.MergeRecord:
+        try:
+            return merging.merge_(self.base_layer.weight, *factors, fan_in_fan_out=self.fan_in_fan_out)
+        except ValueError as error:
+            raise ValueError(f"{error} (adapters {names}); nothing was merged") from None
+
+    def restore_merge(self, state: _Merge, names: list[str]) -> None:
+        """Go back to a merge that :meth:`unmerge` just ended: the same bits, names and record."""
+        factors = merging.factors(state.record, self.fan_in_fan_out)
+        self._merge_factors(factors, names)
+        if state.bias_after is not None:
+            self.base_layer.bias.data.copy_(state.bias_after)
+        self.merge_state = state
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Take every merged adapter away again: the base weight (and bias) gets back the bits it had before.
+
+        Raises:
+            RuntimeError: the weight or bias was changed while merged. Nothing is changed.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        state, bias = self.merge_state, self.base_layer.bias
+        if state is None:
+            raise RuntimeError("merged_adapters names adapters that this layer has not merged itself")
+        if state.bias_after is not None and not torch.equal(bias.data, state.bias_after.to(bias.device)):
+            raise RuntimeError("base_layer.bias was changed while merged; nothing was unmerged")
+        merging.unmerge_(self.base_layer.weight, state.record)
+        if state.bias_before is not None:
+            bias.data.copy_(state.bias_before)
+        self.merge_state = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s B A of one adapter in the adapter's dtype, laid out as the base weight ([N, K], or [K, N] transposed)."""
+        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        dtype = B.dtype
+        if B.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+            A, B = A.float(), B.float()  # a 16-bit product without hardware support takes forever
+        delta = (B @ A) * self.scaling[adapter]
+        return (delta.T if self.fan_in_fan_out else delta).to(dtype)
+
+    def delta_fidelity(self) -> float:
+        """Share of the merged delta that rounding lost, ||(Wm - W) - D|| / ||D||. RuntimeError when not merged."""
+        if self.merge_state is None:
+            raise RuntimeError("delta_fidelity needs a merged layer")
+        return merging.delta_fidelity(self.base_layer.weight, self.merge_state.record)[1]
+
+    def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if isinstance(names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
+        names = list(dict.fromkeys(names))
+        if self.merged:
+            names = [name for name in names if name not in self.merged_adapters]
+            if names:
+                warnings.warn(
+                    f"Already following adapters were merged {','.join(self.merged_adapters)}. "
+                    f"You are now additionally merging {','.join(names)}.",
+                    stacklevel=3,
+                )
+            else:
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+        return names
+
+    def _check_bias_merge(self, names: list[str]) -> Tensor | None:
+        """The bias after the merge, or None where no lora_bias is involved."""
+        with_bias = [name for name in names if self.lora_B[name].bias is not None]
+        if not with_bias:
+            return None
+        bias = self.base_layer.bias
+        if bias is None:
+            raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+        total = bias.data.to(_wide(bias.dtype))
+        for name in with_bias:
+            term = self.lora_B[name].bias.data
+            total = total + term.to(_wide(term.dtype)) * float(self.scaling[name])
+        merged = total.to(bias.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs or infinities detected in the merged bias; the adapters {names} seem to be broken")
+        return merged
+
+    def _parts(self, names: list[str]) -> list[nn.Module]:
+        """base_layer, then lora_A, lora_B and lora_dropout of each adapter."""
+        modules = self._modules
+        A, B, dropout = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+        found = [modules["base_layer"]]
+        for name in names:
+            found += A[name], B[name], dropout[name]
+        return found
+
+
+def _factors_of(layer: FusedLoraBehaviour, names: list[str]) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    return (
+        [layer.lora_A[name].weight for name in names],
+        [layer.lora_B[name].weight for name in names],
+        [float(layer.scaling[name]) for name in names],
+    )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,1 @@
+"""LoRA terms of a batch whose rows have different adapters."""

@@ -1,0 +1,180 @@
+"""The products behind a mixed batch on a CPU, bound to the buffers they read and write.
+
+Rows of one group are filled up to whole tiles, so that every product has a height in which a row's bits do not depend
+on its neighbours (:mod:`fused_lora.ops.grouped.invariant`); :mod:`fused_lora.ops.grouped.plan` says which share a call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_lora.ops.grouped.invariant import aligned
+from fused_lora.ops.grouped.plan import Step, Target, filled, steps_of
+from fused_lora.ops.grouped.terms import Joint, stacked
+
+_KEEP = 64  # chunks of at most this many rows keep their products for the next time
+
+
+class _Workspace:
+    """Buffers that products of several layers take in turn; ``turn`` says whose results are in them."""
+
+    def __init__(self):
+        self.turn = 0
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def buffer(self, side: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = side, rows, columns, dtype
+        if key not in self._buffers:
+            self._buffers[key] = aligned(rows, columns, dtype=dtype, device=device)
+        return self._buffers[key]
+
+
+class Chunk:
+    """Some rows by group, each group filled up to whole tiles.
+
+    Args:
+        pieces: the group and its row numbers. rows: how many rows the batch has.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[int, np.ndarray]], rows: int, device: torch.device):
+        self.rows, self.device = dict(pieces), device
+        self.batch_rows = rows
+        self.heights = {g: filled(len(numbers)) for g, numbers in pieces}
+        self.height = sum(self.heights.values())
+        # the last row of a group fills it up
+        gather = [np.pad(numbers, (0, self.heights[g] - len(numbers)), mode="edge") for g, numbers in pieces]
+        self.gather = torch.from_numpy(np.concatenate(gather)).to(device)
+        self._plans: dict[tuple, tuple[tuple[Step, ...], list[Target]]] = {}
+        self._frames: dict[tuple, _Frame] = {}
+        self._products: dict[tuple, Products] = {}
+        self._workspaces: dict[tuple, _Workspace] = {}
+
+    def products(self, joint: Joint, dtype: torch.dtype, keep: bool = True) -> Products:
+        """The products of these layers for these rows, on inputs of this dtype; small ones are made once.
+
+        keep: for the next call with this very ``joint``.
+        """
+        # an inference tensor cannot be written outside that mode, and threads may share a chunk
+        mine = threading.get_ident(), torch.is_inference_mode_enabled(), torch.get_num_threads()
+        key = joint, dtype, *mine
+        found = self._products.get(key)
+        if found is None:
+            accumulate = torch.promote_types(torch.promote_types(dtype, joint.dtype), torch.float32)
+            found = Products(joint, self._frame(joint, accumulate, mine))
+            if keep and self.height <= _KEEP:
+                self._products[key] = found
+        return found
+
+    def _frame(self, joint: Joint, dtype: torch.dtype, mine: tuple) -> _Frame:
+        """The buffers for layers of these sizes: those of one thread take turns with them."""
+        sizes = joint.signature, joint.K, dtype, mine[-1]
+        plan = self._plans.get(sizes)
+        if plan is None:
+            steps = tuple(steps_of(self.heights, joint, (dtype, self.device, mine[-1])))
+            plan = self._plans[sizes] = (
+                steps,
+                [Target(steps, i, self.rows, self.batch_rows, self.device) for i in range(len(joint.terms))],
+            )
+        if self.height > _KEEP:
+            return _Frame(self, joint, *plan, dtype, _Workspace())
+        key = *sizes, *mine
+        if key not in self._frames:
+            workspace = self._workspaces.setdefault(mine, _Workspace())
+            self._frames[key] = _Frame(self, joint, *plan, dtype, workspace)
+        return self._frames[key]
+
+
+class _Frame:
+    """The buffers of a plan: for each step the tiles of its inputs and of its results; for each layer its results."""
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        joint: Joint,
+        steps: Sequence[Step],
+        targets: list[Target],
+        dtype: torch.dtype,
+        workspace: _Workspace,
+    ):
+        self.steps, self.targets, self.dtype, self.workspace = steps, targets, dtype, workspace
+        self.gather = chunk.gather
+        self.inputs = workspace.buffer("x", chunk.height, joint.K, dtype, chunk.device)
+        ends = dict.fromkeys(joint.N, 0)
+        for step in steps:
+            ends[joint.N[step.items[0][0]]] += len(step.items) * step.height
+        widths = {n: workspace.buffer("y", rows, n, dtype, chunk.device) for n, rows in ends.items() if rows}
+        self.tiles = [self._views(step, widths[joint.N[step.items[0][0]]]) for step in steps]
+        self.results = [widths.get(n) for n in joint.N]
+
+    def _views(self, step: Step, results: Tensor) -> list[tuple[Tensor, Tensor]]:
+        n, h = len(step.items), step.height
+        rows = [results[step.result(first) :][: n * count * k] for first, count, k in step.tiles]
+        if n == 1:
+            inputs = [self.inputs[step.first + first :][: count * k] for first, count, k in step.tiles]
+            return [
+                (a, b) if count == 1 else (a.unflatten(0, (count, k)), b.unflatten(0, (count, k)))
+                for a, b, (_, count, k) in zip(inputs, rows, step.tiles, strict=True)
+            ]
+        same_input = step.items[0][1] == step.items[1][1]
+        inputs = self.inputs[step.first : step.first + (h if same_input else n * h)]
+        inputs = inputs.expand(n, *inputs.shape) if same_input else inputs.unflatten(0, (n, h))
+        return [
+            (inputs[:, first : first + k], b.unflatten(0, (n, k)))
+            for b, (first, _, k) in zip(rows, step.tiles, strict=True)
+        ]
+
+
+class Products:
+    """What is multiplied with what, bound to the tensors: nothing is looked up when it runs."""
+
+    def __init__(self, joint: Joint, frame: _Frame):
+        self._frame, self._dtype = frame, frame.dtype
+        self._convert, self._direct = joint.dtype != frame.dtype, frame.inputs.is_contiguous()
+        self._single: list[tuple[Tensor, Tensor, Tensor, Tensor, float, int]] = []
+        self._batched: list[tuple[Tensor, Tensor, Tensor, Tensor, float, int]] = []
+        for step, tiles in zip(frame.steps, frame.tiles, strict=True):
+            factors = [joint.terms[i].factors[g] for i, g in step.items]
+            if len(factors) > 1:
+                A_t, B_t, scale = stacked([f[0] for f in factors])
+                self._batched += [(a, A_t, b, B_t, scale, 0) for a, b in tiles]
+                continue
+            for j, (A_t, B_t, scale) in enumerate(factors[0]):
+                for a, b in tiles:
+                    if a.dim() == 2:
+                        self._single.append((a, A_t, b, B_t, scale, int(j > 0)))
+                    else:  # several tiles under one adapter
+                        wide = A_t.expand(len(a), *A_t.shape), B_t.expand(len(a), *B_t.shape)
+                        self._batched.append((a, wide[0], b, wide[1], scale, int(j > 0)))
+        self.turn = -1
+
+    def run(self, x: Tensor) -> Products:
+        """Form the terms of x [rows, K] at all layers."""
+        frame = self._frame
+        if self._direct and x.dtype == self._dtype:
+            torch.index_select(x, 0, frame.gather, out=frame.inputs)
+        else:
+            frame.inputs.copy_(x.index_select(0, frame.gather))
+        for a, A_t, b, B_t, scale, beta in self._single:
+            if self._convert:
+                A_t, B_t = A_t.to(self._dtype), B_t.to(self._dtype)
+            torch.addmm(b, torch.mm(a, A_t), B_t, beta=beta, alpha=scale, out=b)
+        for a, A_t, b, B_t, scale, beta in self._batched:
+            if self._convert:
+                A_t, B_t = A_t.to(self._dtype), B_t.to(self._dtype)
+            torch.baddbmm(b, torch.bmm(a, A_t), B_t, beta=beta, alpha=scale, out=b)
+        frame.workspace.turn += 1
+        self.turn = frame.workspace.turn
+        return self
+
+    def hold(self, turn: int) -> bool:
+        """Whether the terms of that run are still there."""
+        return self.turn == turn == self._frame.workspace.turn
+
+    def add(self, layer: int, y: Tensor) -> None:
+        """y [rows, N] += the terms of the layer of this number."""
+        self._frame.targets[layer].add(y, self._frame.results[layer])

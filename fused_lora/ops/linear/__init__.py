@@ -1,0 +1,1 @@
+"""The LoRA linear: operator, plan, kernel launches and the eager path."""

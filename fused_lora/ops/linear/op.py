@@ -1,0 +1,283 @@
+"""The LoRA linear as torch operators: y = x W^T + b + sum_i s_i D_i(x) A_i^T B_i^T, its gradients, and autocast.
+
+    fused_lora::lora_linear            -> (y [M, N], S [M, sum r_i]), x [M, K]
+    fused_lora::lora_linear_backward   -> the gradients that are needed, in the order x, lora_A, lora_B, weight, bias
+
+Saved for the backward: x itself (shared with whoever else holds it), S and the seeds. No mask, no dropped copy of x.
+The maths and the mask are those of ``fused_lora.reference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_lora.ops.checks import check_linear
+from fused_lora.ops.linear import double_backward as differentiable
+from fused_lora.ops.linear import eager as cpu
+from fused_lora.ops.linear import flops, plan
+
+_unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
+_AUTOCAST = ("cpu", "cuda")  # torch refuses the question for devices that have none, as meta
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float] | None = None,
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + b + sum_i scaling_i * D_i(x) lora_A_i^T lora_B_i^T, differentiable, with one mask per adapter.
+
+    Args:
+        x: [..., K], fp64, fp32, bf16 or fp16.
+        weight: [N, K], dtype of x. bias: [N], any floating dtype, or None; it is added before the one rounding.
+        lora_A: [r_i, K] each; lora_B: [N, r_i] each; any floating dtype (fp32 adapters over a 16-bit base are used
+            in fp32, without an fp32 copy of x on the kernel path).
+        scaling: one float per adapter.
+        dropout: one probability per adapter (default: 0 everywhere). It acts in units of 2^-16.
+        seeds: int64 [adapters] on x's device; drawn from torch's default generator when a dropout is not 0 and none
+            are given. ``fused_lora.dropout_mask(seed, x.shape, p)`` is the mask that a seed stands for.
+
+    Returns:
+        y [..., N] in x's dtype (under autocast: in the autocast dtype).
+
+    Raises:
+        ValueError: shapes, devices, dropout or scaling do not fit. TypeError: x is no tensor, dtypes do not fit.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if not lora_A:
+        return torch.nn.functional.linear(x, weight, bias)
+    dropout = [0.0] * len(lora_A) if dropout is None else list(dropout)
+    if seeds is None and any(dropout):
+        seeds = draw_seeds(len(dropout), x.device)
+    casts = _autocasts(x)
+    autocast = _autocast_dtype(x) if casts else None
+    check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, autocast)
+    if _is_direct(x, weight, *lora_A, *lora_B):
+        if not casts:
+            return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+        if autocast is not None:
+            x, weight = x.to(autocast), weight.to(autocast)
+            lora_A, lora_B = _as_autocast(lora_A, autocast), _as_autocast(lora_B, autocast)
+        with torch.autocast(x.device.type, enabled=False):
+            return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    # reshaped out here: the operator's own result is no view, so that it may be changed in place
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    y, _ = _lora_linear(rows, weight, bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """int64 [count] from torch's default generator of the device: what makes a run and a recomputation reproducible."""
+    return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
+
+
+@torch.library.custom_op("fused_lora::lora_linear", mutates_args=())
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    run = plan.forward(x, weight, bias, lora_A, lora_B, dropout)
+    return run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+
+
+@_lora_linear.register_fake
+def _(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    return y, x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_A)), dtype=cpu.shrink_dtype(x, lora_A))
+
+
+def _gradients(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
+    """dx, dA, dB, dW, db with None for what is not needed; ``needs`` as for :func:`_keep`."""
+    n = len(lora_A)
+    need_x, need_A, need_B = needs[0], needs[1 : n + 1], needs[n + 1 : -2]
+    rows = g.new_empty((g.shape[0], weight.shape[1])) if x is None else x
+    run = plan.backward(g, weight, lora_A, lora_B, dropout, all(needs[:-2]))
+    dx, dA, dB, dW, db = run(
+        g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, *needs[-2:]
+    )
+    return dx, dA, dB, dW, None if db is None else db.to(bias_dtype)
+
+
+@torch.library.custom_op("fused_lora::lora_linear_backward", mutates_args=())
+def _lora_linear_backward(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    S: Tensor,
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    arguments = g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs
+    dx, dA, dB, dW, db = _gradients(*arguments)
+    return [t for t in (dx, *dA, *dB, dW, db) if t is not None]
+
+
+@_lora_linear_backward.register_fake
+def _(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
+    bias = None if bias_dtype is None else weight.new_empty((weight.shape[0],), dtype=bias_dtype)
+    shapes = [g.new_empty((g.shape[0], weight.shape[1])), *lora_A, *lora_B, weight, bias]
+    return [t.new_empty(t.shape) for t, need in zip(shapes, needs, strict=True) if need]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
+    _keep(ctx, [need_x, *rest[: 2 * len(inputs[3])], need_weight, need_bias], *inputs, output[1])
+
+
+def _keep(ctx, needs, x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
+    """For the backward; ``needs`` has one flag per tensor: x, n times lora_A, n times lora_B, weight, bias."""
+    n = len(lora_A)
+    ctx.call = n, scaling, dropout, None if bias is None else bias.dtype, needs
+    keep_x = x if needs[-2] or any(needs[1 : n + 1]) else None  # only dA and dW read it
+    ctx.save_for_backward(keep_x, weight, S, seeds, *lora_A, *lora_B)
+
+
+def _backward(ctx, g, _):
+    n = ctx.call[0]
+    if g is None:
+        return (None, None, None, [None] * n, [None] * n, None, None, None)
+    dx, dA, dB, dW, db = _all_gradients(ctx, g, _by_operator)
+    return dx, dW, db, dA, dB, None, None, None
+
+
+def _by_operator(*arguments):
+    n, needs = len(arguments[3]), arguments[-1]
+    found = iter(_lora_linear_backward(*arguments))
+    dx, *rest, dW, db = (next(found) if need else None for need in needs)
+    return dx, rest[:n], rest[n:], dW, db
+
+
+def _all_gradients(ctx, g, gradients):
+    """dx, dA, dB, dW, db with None for what is not needed; ``gradients`` computes them."""
+    n, scaling, dropout, bias_dtype, needs = ctx.call
+    x, weight, S, seeds, *adapters = ctx.saved_tensors
+    if x is not None and x.dim() != 2:
+        x = x.reshape(g.shape[0], weight.shape[1])
+    A, B = adapters[:n], adapters[n:]
+    if not torch.is_grad_enabled():
+        return gradients(g, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs)
+    # create_graph: someone wants to differentiate what comes next
+    with torch.autocast(g.device.type, enabled=False):
+        found = differentiable.lora_linear_backward(g, x, weight, A, B, scaling, dropout, seeds, bias_dtype, needs)
+    dx, *rest, dW, db = found
+    return dx, rest[:n], rest[n:], dW, db
+
+
+_lora_linear.register_autograd(_backward, setup_context=_setup_context)
+flops.register()
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) and x.dtype != torch.float64 else None
+
+
+def _as_autocast(adapters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Rounded as eager rounds them, for 16-bit products on tensor cores; a CPU computes in fp32 and keeps them."""
+    return [t.to(dtype) if t.is_cuda else t for t in adapters]
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    """Under autocast x and W take its dtype, as in F.linear, and on CUDA the adapters; their gradients keep theirs."""
+
+    def forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
+        dtype = _autocast_dtype(x)
+        with torch.autocast(device_type, enabled=False):
+            if dtype is not None:
+                x, weight = x.to(dtype), weight.to(dtype)
+                lora_A, lora_B = _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype)
+            return _lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+
+    def backward(*args):
+        with torch.autocast(device_type, enabled=False):
+            return _lora_linear_backward(*args)
+
+    _library.impl("lora_linear", forward, key)
+    _library.impl("lora_linear_backward", backward, key)
+
+
+class _Direct(torch.autograd.Function):
+    """The same operator past the dispatcher, whose bookkeeping takes longer than a small layer; x of any dimensions."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, n, scaling, dropout, seeds, *adapters):
+        arguments = weight, bias, adapters[:n], adapters[n:], scaling, dropout, seeds
+        y, S = _compute(x, *arguments)
+        need_x, need_weight, need_bias, _, _, _, _, *need_adapters = ctx.needs_input_grad
+        _keep(ctx, [need_x, *need_adapters, need_weight, need_bias], x, *arguments, S)
+        ctx.shape = x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        if _autocasts(g):
+            with torch.autocast(g.device.type, enabled=False):
+                return _Direct.backward(ctx, g)
+        shape = ctx.shape
+        if len(shape) != 2:
+            g = g.reshape(shape[:-1].numel(), g.shape[-1])
+        dx, dA, dB, dW, db = _all_gradients(ctx, g, _gradients)
+        if dx is not None and len(shape) != 2:
+            dx = dx.reshape(shape)
+        return dx, dW, db, None, None, None, None, *dA, *dB
+
+
+def _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[Tensor, Tensor]:
+    """y [..., N] and S [M, sum r_i]; y is no view, so that it may be changed in place."""
+    shape = x.shape
+    if len(shape) != 2:
+        x = x.reshape(shape[:-1].numel(), shape[-1])
+    run = plan.forward(x, weight, bias, lora_A, lora_B, dropout)
+    y, S = run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    return (y if len(shape) == 2 else _unsafe_view(y, [*shape[:-1], y.shape[1]])), S
+
+
+def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
+    """y; differentiable."""
+    if torch.is_grad_enabled():
+        for tensor in (x, *lora_A, *lora_B, weight, bias):
+            if tensor is not None and tensor.requires_grad:
+                return _Direct.apply(x, weight, bias, len(lora_A), scaling, dropout, seeds, *lora_A, *lora_B)
+    return _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)[0]
+
+
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type
+    return kind in _AUTOCAST and torch.is_autocast_enabled(kind)
+
+
+def _is_direct(*tensors: Tensor) -> bool:
+    """Whether these are real tensors, and nothing but autograd looks on."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
+    )
+
+
+_library = torch.library.Library("fused_lora", "FRAGMENT")
+_register_autocast("cuda", "AutocastCUDA")
+_register_autocast("cpu", "AutocastCPU")

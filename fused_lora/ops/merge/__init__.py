@@ -1,0 +1,1 @@
+"""Merging an adapter into a weight, and restoring the original bits."""

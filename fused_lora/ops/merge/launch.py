@@ -1,0 +1,96 @@
+"""Merge and exact unmerge by the Triton kernel: the same contract as ``ops/merge.py``, one pass each way.
+
+The kernel's delta is a chain of fused multiply-adds in a fixed order, so merge and unmerge see the same bits whatever
+tiles they use. Either is one launch and one wait: every program checks what it holds before it writes it, and if one of
+them refuses, a second launch takes back what the others wrote, to the bit. The first use in a process is tried on a
+small weight, in both directions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fused_lora.ops.linear import launch as kernel
+from fused_lora.reference import bits
+
+CHANGED = (
+    "weight: it is not what the merge left (changed, cast or loaded since), so the original bits cannot be restored; "
+    "nothing was changed"
+)
+
+# Memory for corrections, in numbers a weight: a quarter more than the last merge of this dtype needed. A wrong guess
+# costs the way back and a second merge, of a known size.
+_share: dict[torch.dtype, float] = {}
+_way_back: set[tuple] = set()
+
+
+def applies(weight: torch.Tensor) -> bool:
+    """Whether the kernel does this weight: a CUDA tensor of fp32, bf16 or fp16, and the first-use check has passed."""
+    device, dtype = weight.device, weight.dtype
+    if not kernel.usable(device) or not kernel.fits(weight, (), ()):
+        return False
+    return kernel.passes(("merge", device, dtype), lambda: _check(device, dtype))
+
+
+def merge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
+    """weight <- round(weight + left @ right) in place; returns the kernel's corrections.
+
+    Raises ValueError, with the weight as it was, when a finite weight would not stay finite.
+    """
+    from fused_lora.kernels import merge as kernels
+
+    factors = right, left
+    room = int(weight.numel() * _share.get(weight.dtype, 1 / 16)) + 4096
+    while True:
+        record = kernels.new_record(weight, room)
+        kind = (weight.device, weight.dtype, weight.shape, weight.stride(), left.stride(), right.stride())
+        if kind not in _way_back:  # compiled and loaded before it is needed; it finds nothing to take back
+            kernels.unmerge(weight, *factors, record)
+            _way_back.add(kind)
+        try:
+            kernels.merge(weight, *factors, record)
+            found, lost = record.totals()
+        except BaseException:
+            kernels.unmerge(weight, *factors, record)
+            raise
+        if not lost and found <= room:
+            _share[weight.dtype] = 1.25 * found / max(weight.numel(), 1)
+            return record.trimmed(found, slack=weight.numel() // 64 + 4096)
+        kernels.unmerge(weight, *factors, record)  # what was merged before a program met the reason not to
+        if lost:
+            raise ValueError("NaNs or infinities detected in the merged weights: the adapter seems to be broken")
+        room = found
+
+
+def unmerge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, record: Any) -> None:
+    """The original bits back in place. Raises RuntimeError, with the weight as it was, if it was changed since."""
+    from fused_lora.kernels import merge as kernels
+
+    factors = right, left
+    try:
+        kernels.unmerge(weight, *factors, record)
+        refused = record.refused.item()
+    except BaseException:
+        kernels.merge_again(weight, *factors, record)
+        raise
+    if refused:
+        kernels.merge_again(weight, *factors, record)
+        raise RuntimeError(CHANGED)
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> str | None:
+    rows, columns, r = 65, 300, 5
+    line = torch.arange(rows * columns, device=device, dtype=torch.float32)
+    W = (torch.sin(line * 12.9898) * 0.1).reshape(rows, columns).to(dtype)
+    left = (torch.sin(line[: rows * r] * 7.1) * 0.05).reshape(rows, r)
+    right = torch.sin(line[: r * columns] * 3.3).reshape(r, columns)
+    merged = W.clone()
+    record = merge(merged, left, right)
+    exact = W.double() + left.double() @ right.double()
+    summed = torch.finfo(torch.float32).eps * r * (left.abs() @ right.abs())  # what the fp32 sums may be off by
+    if ((merged.double() - exact).abs() > torch.finfo(dtype).eps * exact.abs() + summed + 1e-7).any():
+        return "a small weight was merged wrongly"
+    unmerge(merged, left, right, record)
+    return None if torch.equal(bits(merged), bits(W)) else "a small weight did not come back to the bit"

@@ -1,0 +1,1 @@
+"""Which rows of a batch have which adapters, and how that reaches the layers."""

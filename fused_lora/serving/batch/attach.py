@@ -1,0 +1,77 @@
+"""Where the store meets the model: forward hooks that leave the layers, their weights and their keys as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_lora.modules.targets import candidates, in_out_features, is_supported
+from fused_lora.serving.batch.batch import running
+from fused_lora.serving.residency.packing import Site
+
+
+def find_sites(model: nn.Module) -> dict[str, Site]:
+    """The linear layers of a plain model by path.
+
+    Raises:
+        TypeError: model is no module. ValueError: it has LoRA layers already, or no linear layer.
+        RuntimeError: a store is attached to it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    sites: dict[str, Site] = {}
+    for path, module in candidates(model):
+        if hasattr(module, "lora_A"):
+            raise ValueError(f"model: expected a plain model, {path!r} has LoRA layers already; unload them first")
+        if any(isinstance(hook, _Hook) for hook in module._forward_hooks.values()):
+            raise RuntimeError("model: another store is attached to it; call its detach() first")
+        if is_supported(module):
+            sites[path] = Site(len(sites), path, module, *in_out_features(module))
+    if not sites:
+        raise ValueError(f"model: the {type(model).__name__} has no linear layer")
+    return sites
+
+
+class Attachment:
+    """The hooks of one store on one model."""
+
+    def __init__(self, model: nn.Module, sites: dict[str, Site], store: Any):
+        self._handles = [model.register_forward_pre_hook(_ModelHook(store), with_kwargs=True)]
+        for site in sites.values():
+            self._handles.append(site.module.register_forward_hook(_Hook(store, site), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+class _Shared:
+    """A copy of the model is served by the same store: arenas and locks are not to be copied."""
+
+    def __deepcopy__(self, memo: dict) -> _Shared:
+        return self
+
+
+class _ModelHook(_Shared):
+    def __init__(self, store: Any):
+        self._store = store
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        batch = running(self._store)
+        if batch is not None:
+            batch.called(args, kwargs)
+
+
+class _Hook(_Shared):
+    """After a linear layer: add the terms of the running batch to what it returned."""
+
+    def __init__(self, store: Any, site: Site):
+        self._store, self._site = store, site
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        batch = running(self._store)
+        if batch is not None and batch.acts:
+            batch.add(self._site, args[0] if args else next(iter(kwargs.values())), output)

@@ -1,0 +1,100 @@
+"""Layers that read one and the same input, as q, k and v do: seen on the first step, checked at every call.
+
+An input is the same if it is the same tensor object and nothing was written to it in between, which is what autograd
+goes by: the object is kept until the last layer has had it, so no other one can take its place, and its version counts
+the writes. On a GPU it is also the same stream, and the same capture or none. Inference tensors have no version; a
+layer that reads one is computed for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lora.serving.residency.packing import Site
+
+
+def state_of(x: Tensor) -> Any:
+    """What changes when a layer can no longer use what another one has computed from this x; None: nobody knows."""
+    if x.is_inference():
+        return None
+    if x.is_cuda:
+        return x._version, torch.cuda.current_stream(x.device).cuda_stream, torch.cuda.is_current_stream_capturing()
+    return x._version
+
+
+class Shared:
+    """What has been computed of one input for several layers.
+
+    Args:
+        x: the input, and its :func:`state_of`. first: the layer whose call computed. waiting: the others.
+        add: ``add(site index, y)`` adds the terms to the layer's output; False where it cannot any more.
+    """
+
+    def __init__(self, x: Tensor, state: Any, first: int, waiting: set[int], add: Callable[[int, Tensor], bool]):
+        self.first, self.waiting, self.add = first, waiting, add
+        self._x, self._state = x, state
+
+    def is_of(self, x: Tensor) -> bool:
+        """Whether ``x`` is the input that this was computed of."""
+        return x is self._x and state_of(x) == self._state
+
+
+class Trace:
+    """What one thread has just done inside one batch.
+
+    Attributes:
+        shared: what the next layers may use. seen: the layers called last, as far as they had one input.
+    """
+
+    def __init__(self):
+        self.shared: Shared | None = None
+        self.seen: list[Site] = []
+        self.x: Tensor | None = None
+        self.state: Any = None
+
+
+class Siblings:
+    """Of a store: which layers share an input. Threads may watch and ask at once."""
+
+    def __init__(self):
+        self._groups: dict[int, tuple[Site, ...]] = {}
+        self._settled: set[int] = set()
+
+    def of(self, first: Site) -> tuple[Site, ...]:
+        """The layers that will be called with the same input after this one, this one included; it alone if none."""
+        return self._groups.get(first.index, (first,))
+
+    def watch(self, trace: Trace, site: Site, x: Tensor) -> None:
+        """A layer is called. When another input comes, those called before belong together, or are alone."""
+        if site.index in self._settled and not trace.seen:
+            return
+        state = state_of(x)
+        if trace.x is x and state is not None and state == trace.state and self._alike(trace.seen[-1], site):
+            if site not in trace.seen:
+                trace.seen.append(site)
+            return
+        self.close(trace)
+        if state is not None and site.index not in self._settled:
+            trace.x, trace.state, trace.seen = x, state, [site]
+
+    def close(self, trace: Trace) -> None:
+        """No more layers have the input of those called last."""
+        indices = {site.index for site in trace.seen}
+        if indices and not indices & self._settled:
+            if len(indices) > 1:
+                # the first of them may have no adapter in a batch; those after it still share
+                self._groups.update({site.index: tuple(trace.seen[i:]) for i, site in enumerate(trace.seen)})
+            self._settled |= indices
+        trace.x, trace.state, trace.seen = None, None, []
+
+    def forget(self, first: int) -> None:
+        """The layers that were called after this one had another input this time: each is computed for itself now."""
+        self._groups.pop(first, None)
+
+    @staticmethod
+    def _alike(one: Site, other: Site) -> bool:
+        return one.K == other.K and one.path.rpartition(".")[0] == other.path.rpartition(".")[0]

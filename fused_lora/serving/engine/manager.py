@@ -1,0 +1,272 @@
+"""The manager behind ``continuous.py``; it imports transformers, so only that module's functions import it.
+
+Where it reaches into transformers' engine, and why:
+
+* the adapter of a request and its version travel in ``RequestState.logit_processor_kwargs``: that is what the engine
+  copies when it drops a request's cache and starts it again;
+* a scheduler of its own decides before every step which versions are leased and which requests may start;
+* ``_generation_step`` runs inside ``store.batch_rows``;
+* ``_generation_loop_body`` ends the requests of a step that raised, where transformers' own would end the engine;
+* the block hashes of the prefix cache are keyed by the adapter's version.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+)
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+from transformers.generation.continuous_batching.utils import stream_context
+
+from fused_lora.modules.inject import AdapterNotFound
+from fused_lora.serving.engine import request as continuous_request
+from fused_lora.serving.engine import sampling as continuous_sampling
+from fused_lora.serving.engine.admission import ADAPTER, SCHEDULER, VERSION, Admission, EngineCounters
+from fused_lora.serving.engine.continuous import MAX_FAILED_STEPS, StepFailed
+from fused_lora.serving.engine.prefix import PrefixNamespaces
+from fused_lora.serving.store import AdapterStore, Lease
+
+_log = logging.getLogger("fused_lora.serving")
+
+
+def default_config(device: torch.device) -> ContinuousBatchingConfig:
+    """The engine's sizes where the caller gives none."""
+    if device.type == "cuda":
+        return ContinuousBatchingConfig()
+    # without flash attention the mask is [step tokens, cache + step tokens]: keep both small
+    return ContinuousBatchingConfig(
+        page_size=32, num_blocks=512, max_batch_tokens=256, max_requests_per_batch=64, auto_switch_to_flash=False
+    )
+
+
+def _checked(config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
+    for name in ("use_cuda_graph", "use_async_batching", "varlen_compile_config", "decode_compile_config"):
+        value = getattr(config, name)
+        if any(value) if isinstance(value, tuple) else value:
+            raise ValueError(f"config.{name}: not supported with adapters, got {value!r}")
+    if config.default_compile_level or config.return_logprobs:
+        raise ValueError("config: default_compile_level and return_logprobs are not supported with adapters")
+    if config.scheduler_type != "fifo":
+        raise ValueError(f"config.scheduler_type: expected 'fifo', got {config.scheduler_type!r}")
+    return replace(config, use_cuda_graph=False, use_async_batching=False, scheduler_type=SCHEDULER)
+
+
+def _check_parts(model: Any, store: Any, config: Any) -> None:
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise TypeError(f"model: expected a transformers model that generates, got {type(model).__name__}")
+    if not isinstance(store, AdapterStore):
+        raise TypeError(f"store: expected an AdapterStore, got {type(store).__name__}")
+    if store.model is not model:
+        raise ValueError("store: it was made for another model")
+    if not isinstance(config, ContinuousBatchingConfig | None):
+        raise TypeError(f"config: expected a ContinuousBatchingConfig, got {type(config).__name__}")
+
+
+class AdapterManager(ContinuousBatchingManager):
+    """transformers' ContinuousBatchingManager with ``adapter=`` on every request; see ``continuous_batching``."""
+
+    def __init__(self, model: nn.Module, store: AdapterStore, config: ContinuousBatchingConfig | None = None):
+        _check_parts(model, store, config)
+        source = model.generation_config
+        eos = -1 if source.eos_token_id is None else source.eos_token_id
+        greedy = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=source.pad_token_id)
+        self.store, self.counters = store, EngineCounters()
+        self.admission = Admission(store, self._fail_waiting, self.counters)
+        self._in_step: list[RequestState] | None = None
+        self._failures_in_a_row = 0
+        super().__init__(model, greedy, _checked(config or default_config(model.device)))
+        keys = {ADAPTER: str, VERSION: str}
+        continuous_sampling.install(self.logit_processor, always=False, own_keys=keys)
+        self.batch_processor = self._create_batch_processor()
+        self.max_request_tokens = infer_max_single_request_tokens(self.batch_processor.cache)
+        self._head = model.get_output_embeddings()
+        self._slices_logits = self.batch_processor.model_runner.supports_logits_to_keep(model)
+
+    def __enter__(self) -> AdapterManager:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop(hard_stop=exc_info[0] is not None)
+
+    def check(
+        self,
+        input_ids: Any,
+        adapter: str | None = None,
+        max_new_tokens: int = 20,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+    ) -> None:
+        """Raise what ``add_request`` would for these arguments: TypeError, ValueError or AdapterNotFound."""
+        self._parsed(input_ids, adapter, max_new_tokens, temperature, top_p, seed, eos_token_id)
+
+    def _parsed(
+        self, input_ids: Any, adapter: Any, max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any, eos: Any
+    ) -> tuple[list[int], int, int | list[int] | None, dict[str, float | int]]:
+        """Token ids, number of new ones, where to end, and the arguments of the draw."""
+        if adapter is not None and not isinstance(adapter, str):
+            raise TypeError(f"adapter: expected a name or None, got {adapter!r:.100}")
+        if adapter is not None and adapter not in self.store.names():
+            raise AdapterNotFound(f"adapter {adapter!r} not found; adapters of the store: {sorted(self.store.names())}")
+        ids = continuous_request.token_ids(input_ids, self.model.config.get_text_config().vocab_size)
+        count = continuous_request.count("max_new_tokens", max_new_tokens)
+        if len(ids) + count > self.max_request_tokens:
+            raise ValueError(
+                f"input_ids: {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the cache's "
+                f"{self.max_request_tokens} tokens"
+            )
+        drawn = continuous_request.sampling(temperature, top_p, seed)
+        return ids, count, continuous_request.ends(eos), drawn
+
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int = 20,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        *,
+        adapter: str | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> str:
+        """Queue a request under ``adapter`` (None is the base model); returns its id.
+
+        Greedy by default; with ``temperature`` > 0 tokens are drawn, reproducibly for a given ``seed``.
+
+        Args:
+            input_ids: a list of token ids, or a one-dimensional tensor or array.
+            request_id: by default the engine makes one up.
+
+        Raises:
+            TypeError, ValueError: an argument that the message names, the id of another request among them.
+            AdapterNotFound: unknown adapter. RuntimeError: the engine does not run.
+        """
+        ids, count, ends, drawn = self._parsed(
+            input_ids, adapter, max_new_tokens, temperature, top_p, seed, eos_token_id
+        )
+        self._check_id(request_id)
+        own: dict[str, Any] = {} if adapter is None else {ADAPTER: adapter}
+        if drawn:
+            own |= {"seed": secrets.randbits(63), **drawn}
+        queued = super().add_request(ids, request_id, count, streaming, record_timestamps, ends, **own)
+        if queued is None:
+            raise RuntimeError(f"no new requests: {self.background_thread_status.can_accept_new_requests()}")
+        return queued
+
+    def _check_id(self, request_id: str | None) -> None:
+        if request_id is None:
+            return
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id: expected a str or None, got {request_id!r:.100}")
+        with self.input_queue.mutex:
+            known = {state.request_id for state in self.input_queue.queue}
+        if self.batch_processor is not None:  # it is None once the engine has stopped
+            scheduler = self.batch_processor.scheduler
+            known |= scheduler.waiting_requests.keys() | scheduler.active_requests.keys()
+        if request_id in known:
+            raise ValueError(f"request_id: {request_id[:100]!r} is the id of a request that has not ended")
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        known = self.batch_processor
+        processor = super()._create_batch_processor()
+        if processor is not known:
+            processor.scheduler.admission = self.admission
+            PrefixNamespaces(processor)
+        return processor
+
+    def _run_generation_loop(self) -> None:
+        try:
+            super()._run_generation_loop()
+        finally:
+            self.admission.release()
+
+    def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
+        """One step, or a wait for requests; whether to go on."""
+        self._in_step = None
+        try:
+            going_on = super()._generation_loop_body(batch_processor, bootstrapping)
+        except Exception as error:
+            self._fail_step(batch_processor, error)
+            going_on = True
+        else:
+            self._failures_in_a_row = 0 if self._in_step else self._failures_in_a_row
+        if not batch_processor.has_pending_requests():
+            self.admission.release()  # an engine that has nothing to do keeps no adapter in its place
+        return going_on
+
+    def _fail_step(self, processor: ContinuousBatchProcessor, error: Exception) -> None:
+        """End the requests of the step that raised ``error``; raise where the engine has to end too."""
+        _log.error("a step of the engine failed", exc_info=error)
+        scheduler = processor.scheduler
+        # before the forward nobody knows whose fault it was; what the scheduler has begun for active ones is lost
+        states = list(scheduler.active_requests.values()) if self._in_step is None else self._in_step
+        waiting = scheduler.waiting_requests
+        scheduler.waiting_requests_order = deque(i for i in scheduler.waiting_requests_order if i in waiting)
+        for state in states:
+            scheduler.finish_request(state.request_id)
+            self._fail(state, StepFailed(error))
+        scheduler.block_new_requests = False
+        self.counters.failed_steps += 1
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= MAX_FAILED_STEPS:
+            raise error
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # raises if the device is lost; then nothing here can run again
+
+    def _generation_step(self) -> None:
+        """One forward of the engine, its rows under the adapters of their requests."""
+        inputs = self.batch_processor.inputs_and_outputs
+        futures = inputs.requests_in_batch
+        self._in_step = [future.state for future in futures]
+        leases = [self.admission.lease_of(future.state) for future in futures]
+        # where the output layer has an adapter it must see all rows, not those alone that a token is taken from
+        runner = self.batch_processor.model_runner
+        on_head = any(lease.adapts(self._head) for lease in set(leases) - {None})
+        runner._model_supports_logits_to_keep = self._slices_logits and not on_head
+        rows = [future.query_length for future in futures]
+        # on a GPU the engine computes on a stream of its own, and what the store notes is noted on the current one
+        with stream_context(inputs.compute_stream), self.store.batch_rows(leases, rows):
+            super()._generation_step()
+        self._count(futures, leases)
+
+    def _count(self, futures: list, leases: list[Lease | None]) -> None:
+        counters = self.counters
+        counters.steps += 1
+        counters.requests_in_steps += len(futures)
+        counters.adapters_in_steps += len(set(leases) - {None})
+        counters.generated_tokens += sum(future.has_new_token for future in futures)
+        base = sum(f.query_length for f, lease in zip(futures, leases, strict=True) if lease is None)
+        counters.base_rows += base
+        counters.adapter_rows += sum(f.query_length for f in futures) - base
+
+    def _fail_waiting(self, state: RequestState, error: Exception) -> None:
+        """End a request that waits with ``error``."""
+        scheduler = self.batch_processor.scheduler
+        del scheduler.waiting_requests[state.request_id]
+        scheduler.waiting_requests_order.remove(state.request_id)
+        self._fail(state, error)
+
+    def _fail(self, state: RequestState, error: Exception) -> None:
+        """Deliver ``error`` as the end of a request."""
+        self.counters.failed_requests += 1
+        state.status, state.error = RequestStatus.FAILED, str(error)
+        output = state.to_generation_output()
+        output.exception = error.with_traceback(None)  # its frames would keep the engine's cache alive
+        self.output_router.deliver(output)

@@ -1,0 +1,75 @@
+"""The prefix cache of transformers' engine, cut into one namespace per adapter version."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from array import array
+from functools import partial
+
+from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.requests import RequestState
+
+from fused_lora.serving.engine.admission import version_of
+
+
+class PrefixNamespaces:
+    """Cuts the prefix cache of a processor into one namespace per adapter version.
+
+    The cache knows a block by the hash of its tokens and of the blocks before it. The same tokens have other keys and
+    values under another adapter, so the hash here is keyed by the version too.
+    """
+
+    def __init__(self, processor: ContinuousBatchProcessor):
+        self.scheduler, cache = processor.scheduler, processor.cache
+        self.secret, self.key = secrets.token_bytes(32), b""
+        self.search, self.mark = cache.search_prefix_match, cache.mark_complete_blocks
+        cache.search_prefix_match, cache.mark_complete_blocks = self._search, self._mark
+        for allocator in cache.cache_allocators.values():
+            allocator.match_prefix_blocks = partial(self._match_blocks, allocator)
+            allocator.mark_complete_blocks = partial(self._mark_blocks, allocator)
+
+    def _use(self, state: RequestState) -> None:
+        self.key = hashlib.blake2b(version_of(state).encode(), digest_size=32, key=self.secret).digest()
+
+    def _search(self, request_id: str, prompt_ids: list[int]) -> int:
+        self._use(self.scheduler.waiting_requests[request_id])
+        return self.search(request_id, prompt_ids)
+
+    def _mark(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
+        self._use(state)
+        self.mark(state, complete_blocks)
+
+    def _hash(self, parent: bytes, tokens: list[int]) -> bytes:
+        return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16, key=self.key).digest()
+
+    def _match_blocks(self, allocator: CacheAllocator, prompt_ids: list[int]) -> list[int]:
+        size, parent, found = allocator.tokens_per_page, b"", []
+        # the last token is always computed: its logits are what the request is there for
+        for start in range(0, (len(prompt_ids) - 1) // size * size, size):
+            parent = self._hash(parent, prompt_ids[start : start + size])
+            block = allocator.ledger.hash_to_block.get(parent)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _mark_blocks(self, allocator: CacheAllocator, request_id: str, token_ids: list[int], count: int) -> None:
+        size, ledger, parent = allocator.tokens_per_page, allocator.ledger, b""
+        table = allocator.block_table.get(request_id, [])  # gone if the request failed during the step
+        for i, block in enumerate(table):
+            known = ledger.block_to_hash.get(block)
+            if known is None:
+                tokens = token_ids[i * size : (i + 1) * size]
+                if count == 0 or len(tokens) < size:
+                    break
+                count -= 1
+                known = self._hash(parent, tokens)
+                twin = ledger.register_new_hash(block, known)
+                if twin is not None:
+                    ledger.acquire(twin)
+                    table[i] = twin
+                    if ledger.release(block):
+                        allocator.pool.free_blocks(allocator.index, [block])
+            parent = known

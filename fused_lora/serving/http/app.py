@@ -1,0 +1,260 @@
+"""``fused-lora serve``: an OpenAI-compatible HTTP server for one model and a folder of adapters.
+
+    /v1/completions  /v1/chat/completions  /v1/models      ``model`` names the adapter, or the base model
+    /v1/load_lora_adapter  /v1/unload_lora_adapter         as vLLM has them, with --allow-load, from --adapters
+    /health  /metrics                                      without the API key
+
+It serves plain HTTP: encryption and rates per client belong to the proxy in front of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from fused_lora.modules.inject import check_adapter_name
+from fused_lora.serving.http.api import (
+    Answer,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    GenerateRequest,
+    LoadRequest,
+    UnloadRequest,
+    Usage,
+    malformed,
+    unexpected,
+    unknown_model,
+)
+from fused_lora.serving.http.engine import AsyncEngine, Job
+from fused_lora.serving.http.guard import Guard, allowed_adapter
+from fused_lora.serving.http.streams import merged, unless_gone
+
+_log = logging.getLogger("fused_lora.serve")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot
+
+
+@dataclass
+class Settings:
+    """Of one server: what it calls its model, where adapters may come from, and who may use it."""
+
+    base_name: str
+    adapters: Path | None = None
+    allow_load: bool = False
+    api_key: str | None = None
+
+
+class Service:
+    """The routes' work: from a request's JSON to jobs, and from pieces of text to an answer."""
+
+    def __init__(self, engine: AsyncEngine, settings: Settings):
+        self.engine, self.settings, self.started = engine, settings, int(time.time())
+        # one thread: a tokenizer is not safe to share, and a long text must not hold up the event loop
+        self._tokenize = ThreadPoolExecutor(1, "tokenize")
+
+    def adapter(self, model: str) -> str | None:
+        """The adapter that a request's ``model`` names; None is the base. Raises ApiError."""
+        if model == self.settings.base_name:
+            return None
+        if model not in self.engine.store.names():
+            raise unknown_model(model)
+        return model
+
+    async def encode(self, prompt: str | list[int] | list[dict[str, str]], name: str) -> list[int]:
+        """Token ids of a text or a chat, the request's parameter ``name``; ids pass as they are. Raises ApiError."""
+        if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], dict)):
+            return prompt
+        tokenizer = self.engine.tokenizer
+        texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
+        if any(map(_SURROGATE.search, texts)):
+            raise ApiError(400, f"{name}: half of a surrogate pair is no text", name)
+
+        def work() -> list[int]:
+            if isinstance(prompt, str):
+                return tokenizer(prompt)["input_ids"]
+            return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+        try:
+            return list(await asyncio.get_running_loop().run_in_executor(self._tokenize, work))
+        except Exception as error:  # templates raise what they like, and say what is wrong with the messages
+            raise ApiError(400, f"{name}: cannot be turned into tokens: {error}"[:500], name) from None
+
+    async def jobs(self, request: GenerateRequest) -> list[Job]:
+        """The sequences that a request asks for, accepted by the engine's limits. Raises ApiError."""
+        request.check()
+        adapter, limits, name = self.adapter(request.model), self.engine.limits, request.input_name
+        if isinstance(request, ChatRequest):
+            prompts, limit = [[m.plain() for m in request.messages]], "max_completion_tokens"
+            limit = "max_tokens" if request.max_completion_tokens is None else limit
+        else:
+            prompts, limit = request.prompts(), "max_tokens"
+        wanted, n = getattr(request, limit), request.n or 1
+        if not 0 < len(prompts) * n <= limits.max_choices:
+            message = f"prompts x n: expected 1 to {limits.max_choices}, got {len(prompts)} x {n}"
+            raise ApiError(400, message, "n" if n > 1 else name)
+        if wanted is not None and wanted > limits.max_tokens:
+            raise ApiError(400, f"{limit}: at most {limits.max_tokens} on this server, got {wanted:.6g}", limit)
+        temperature = 1.0 if request.temperature is None else request.temperature
+        top_p = 1.0 if request.top_p is None else request.top_p
+        jobs = []
+        for prompt in prompts:
+            ids = await self.encode(prompt, name)
+            budget = self._budget(len(ids), wanted, name)
+            for choice in range(n):
+                seed = None if request.seed is None else request.seed + choice * 0x9E3779B9
+                jobs.append(Job(ids, adapter, budget, temperature, top_p, seed, request.stops(), name))
+        self.engine.check(jobs)
+        return jobs
+
+    def _budget(self, prompt: int, wanted: int | None, name: str) -> int:
+        manager = self.engine.manager
+        context = getattr(manager.model.config.get_text_config(), "max_position_embeddings", None)
+        context = min(context or manager.max_request_tokens, manager.max_request_tokens)
+        if prompt + (wanted or 1) > context:
+            asked = f"{prompt} tokens in the prompt and {wanted or 1} to generate"
+            message = f"This server's maximum context length is {context} tokens; the request has {asked}."
+            raise ApiError(400, message, name, "context_length_exceeded")
+        return wanted if wanted is not None else min(context - prompt, self.engine.limits.max_tokens)
+
+    async def answer(self, http: Request, request: GenerateRequest) -> Response:
+        """The whole answer, or the stream of its chunks."""
+        jobs = await self.jobs(request)
+        answer = Answer(request.model, chat=isinstance(request, ChatRequest))
+        usage = Usage(prompt_tokens=sum(len(job.prompt) for job in jobs[:: request.n or 1]))
+        if request.stream:
+            chunks = self._chunks(answer, jobs, usage, request.include_usage)
+            return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return JSONResponse(await unless_gone(http, self._whole(answer, jobs, usage)))
+
+    async def _whole(self, answer: Answer, jobs: list[Job], usage: Usage) -> dict[str, Any]:
+        texts, reasons = [""] * len(jobs), ["length"] * len(jobs)
+        async with contextlib.aclosing(merged(self.engine, jobs)) as pieces:
+            async for index, piece in pieces:
+                texts[index] += piece.text
+                usage.completion_tokens += piece.tokens
+                reasons[index] = piece.reason or reasons[index]
+        return answer.whole(texts, reasons, usage)
+
+    async def _chunks(self, answer: Answer, jobs: list[Job], usage: Usage, with_usage: bool) -> AsyncIterator[str]:
+        for chunk in answer.opening(len(jobs)):
+            yield _event(chunk)
+        try:
+            async with contextlib.aclosing(merged(self.engine, jobs)) as pieces:
+                async for index, piece in pieces:
+                    usage.completion_tokens += piece.tokens
+                    if piece.text or piece.reason:
+                        yield _event(answer.piece(index, piece.text, piece.reason))
+        except ApiError as error:  # the status has been sent; clients look for this object in the stream
+            yield _event(error.body())
+            return
+        if with_usage:
+            yield _event(answer.usage(usage))
+        yield "data: [DONE]\n\n"
+
+    def models(self) -> dict[str, Any]:
+        """What /v1/models answers."""
+        card = {"object": "model", "created": self.started, "owned_by": "fused_lora"}
+        base = self.settings.base_name
+        cards = [{"id": base, **card, "root": base, "parent": None}]
+        cards += [{"id": name, **card, "root": name, "parent": base} for name in sorted(self.engine.store.names())]
+        return {"object": "list", "data": cards}
+
+    def check_may_load(self, name: str) -> None:
+        """Raise ApiError unless adapters may be changed and the name is one for an adapter."""
+        if not self.settings.allow_load or self.settings.adapters is None:
+            raise ApiError(403, "This server does not load adapters on request; start it with --allow-load.")
+        try:
+            check_adapter_name(name)
+        except ValueError as error:
+            raise ApiError(400, str(error).replace("adapter_name", "lora_name", 1), "lora_name") from None
+        if name == self.settings.base_name:
+            raise ApiError(400, f"lora_name: {name!r} is the base model's name", "lora_name")
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) -> Any:
+    """The ASGI application; ``lifespan`` is FastAPI's."""
+    off = dict(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(title="fused_lora", lifespan=lifespan, **off)
+    service = Service(engine, settings)
+
+    @app.post("/v1/completions")
+    async def completions(http: Request, request: CompletionRequest) -> Response:
+        return await service.answer(http, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(http: Request, request: ChatRequest) -> Response:
+        return await service.answer(http, request)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse(service.models())
+
+    @app.post("/v1/load_lora_adapter")
+    async def load_lora_adapter(request: LoadRequest) -> Response:
+        service.check_may_load(request.lora_name)
+        path = await asyncio.to_thread(allowed_adapter, settings.adapters, request.lora_path)
+        await engine.load(request.lora_name, path, request.load_inplace)
+        return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload_lora_adapter(request: UnloadRequest) -> Response:
+        service.check_may_load(request.lora_name)
+        await engine.unload(request.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
+
+    @app.get("/health")
+    async def health() -> Response:
+        if not engine.healthy():
+            raise engine.stopped()
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        text = engine.metrics.text(engine, engine.store)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    _answer_errors(app)
+    return Guard(app, engine.limits, settings.api_key, engine.metrics)
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error in OpenAI's shape."""
+
+    def answer(error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body(), error.status, {"Retry-After": "1"} if error.status in (429, 503) else None)
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return answer(error)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # the only one of FastAPI's own: bytes that are no text, or nested too deeply
+            return answer(ApiError(400, "body: no JSON that can be read"))
+        return answer(ApiError(error.status_code, str(error.detail)))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return answer(malformed(error.errors()))
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        return answer(unexpected(error))

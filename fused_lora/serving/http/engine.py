@@ -1,0 +1,284 @@
+"""The engine as asyncio sees it: limits, time-outs, cancellation, and adapters that change while others run."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.modules.inject import AdapterNotFound
+from fused_lora.serving.engine.admission import version_of
+from fused_lora.serving.engine.continuous import StepFailed, failure_of
+from fused_lora.serving.engine.manager import AdapterManager
+from fused_lora.serving.http.api import ApiError, unknown_model
+from fused_lora.serving.http.metrics import Metrics
+from fused_lora.serving.http.text import TextStream
+from fused_lora.serving.residency.residency import StoreFull
+
+_POLL_SECONDS = 0.02
+_FOLDERS = re.compile(r"""(?<![\w.])/(?:[^/\s"']+/)+""")
+
+
+@dataclass
+class Limits:
+    """Of one server."""
+
+    max_queue: int = 256
+    max_tokens: int = 4096
+    max_choices: int = 16
+    request_seconds: float = 600.0
+    drain_seconds: float = 30.0
+    body_bytes: int = 4 << 20
+    body_seconds: float = 30.0
+
+
+@dataclass
+class Job:
+    """One sequence to generate; ``source`` is the request's parameter that the prompt came from."""
+
+    prompt: Sequence[int]
+    adapter: str | None
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stops: Sequence[str]
+    source: str = "prompt"
+
+
+@dataclass
+class Piece:
+    """New text of a job and the tokens behind it; the last one has a reason."""
+
+    text: str
+    tokens: int
+    reason: str | None = None
+
+
+@dataclass(eq=False)
+class _Running:
+    """A job in the engine: what it has to say, whether the engine is done with it, and whether its client is."""
+
+    request_id: str
+    adapter: str | None
+    outputs: asyncio.Queue = field(default_factory=asyncio.Queue)
+    finished: bool = False
+    ended: bool = False
+
+
+class _Nowhere(queue.Queue):
+    """For outputs whose request was cancelled: nobody will ask for them."""
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        pass
+
+
+class AsyncEngine:
+    """Runs jobs on an :class:`AdapterManager`; all methods belong to one event loop.
+
+    An answer is of one version of its adapter. ``load`` and ``unload`` take effect for new jobs at once; they return
+    when no job runs under the old version any more, and end those that do after ``limits.drain_seconds``.
+    """
+
+    def __init__(self, manager: AdapterManager, tokenizer: Any, limits: Limits, metrics: Metrics):
+        self.manager, self.tokenizer, self.limits, self.metrics = manager, tokenizer, limits, metrics
+        self.store, self.counters = manager.store, manager.counters
+        self.in_flight = 0
+        self._jobs: dict[str, _Running] = {}
+        self._next_id = 0
+        self._loading: list[str] = []
+        manager.output_router.output_queue = _Nowhere()
+
+    def queue_lengths(self) -> tuple[int, int]:
+        """(requests in the batch, requests waiting)."""
+        processor = self.manager.batch_processor
+        running = min(len(processor.scheduler.active_requests), self.in_flight) if processor else 0
+        return running, self.in_flight - running
+
+    def healthy(self) -> bool:
+        """Whether the engine runs and takes requests."""
+        return self.manager.is_running() and self.manager.background_thread_status.can_accept_new_requests() is None
+
+    def stopped(self) -> ApiError:
+        """What clients are told when the engine does not run."""
+        fatal = self.manager.background_thread_status.fatal_error
+        why = "" if fatal is None else f" after {type(fatal).__name__}; the server's log says more"
+        return ApiError(503, f"the engine has stopped{why}", code="engine_stopped")
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Raise ApiError where the jobs cannot be accepted."""
+        if not self.healthy():
+            raise self.stopped()
+        if self.in_flight + len(jobs) > self.limits.max_queue:
+            raise ApiError(429, "too many requests are waiting", code="queue_full", kind="rate_limit_error")
+        for job in jobs:
+            try:
+                self.manager.check(job.prompt, job.adapter, job.max_tokens, job.temperature, job.top_p)
+            except AdapterNotFound:
+                raise unknown_model(job.adapter) from None
+            except (TypeError, ValueError) as error:
+                message = str(error)
+                param = job.source if message.startswith("input_ids") else None
+                raise ApiError(400, message.replace("input_ids", job.source, 1), param) from None
+
+    async def generate(self, job: Job) -> AsyncIterator[Piece]:
+        """The pieces of a job as they come; leaving early cancels it. Raises ApiError."""
+        start = time.monotonic()
+        self._next_id += 1
+        request_id = f"http_{self._next_id}"
+        self.in_flight += 1
+        running = self._jobs[request_id] = _Running(request_id, job.adapter)
+        try:
+            self._submit(request_id, job, running.outputs)
+            self.metrics.prompt_tokens += len(job.prompt)
+            async for piece in self._pieces(job, running, start):
+                yield piece
+        finally:
+            running.ended = True
+            if not running.finished:
+                self.manager.cancel_request(request_id)
+            self._forget(request_id)
+            del self._jobs[request_id]
+            self.in_flight -= 1
+            self.metrics.request_seconds.observe(time.monotonic() - start)
+
+    async def _pieces(self, job: Job, running: _Running, start: float) -> AsyncIterator[Piece]:
+        text, seen = TextStream(self.tokenizer, job.stops), 0
+        while not running.finished:
+            output = await self._next(running.outputs, start + self.limits.request_seconds)
+            running.finished = output.is_finished()
+            if failure := failure_of(output):
+                raise as_api_error(failure) if self.healthy() else self.stopped()
+            new = output.generated_tokens[seen:]
+            if new and not seen:
+                self.metrics.first_token.observe(time.monotonic() - start)
+            seen += len(new)
+            certain = text.add(new)
+            if running.finished and not text.stopped:
+                certain += text.flush()
+            if text.stopped:
+                yield Piece(certain, len(new), "stop")
+                return
+            if running.finished:
+                yield Piece(certain, len(new), "stop" if output.generated_tokens[-1] in self._ends() else "length")
+            elif new:
+                yield Piece(certain, len(new))
+
+    def _submit(self, request_id: str, job: Job, outputs: asyncio.Queue) -> None:
+        self.manager.register_result_handler(request_id, outputs.put_nowait)
+        try:
+            self.manager.add_request(
+                list(job.prompt),
+                request_id,
+                job.max_tokens,
+                streaming=True,
+                adapter=job.adapter,
+                temperature=job.temperature,
+                top_p=job.top_p,
+                seed=job.seed,
+            )
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        except Exception as error:
+            raise as_api_error(error) from error
+
+    async def _next(self, outputs: asyncio.Queue, deadline: float) -> Any:
+        try:
+            output = await asyncio.wait_for(outputs.get(), max(deadline - time.monotonic(), 0))
+        except (TimeoutError, asyncio.TimeoutError):
+            seconds = self.limits.request_seconds
+            raise ApiError(504, f"the request took longer than {seconds:g} s", code="timeout") from None
+        if isinstance(output, ApiError):
+            raise output
+        return output
+
+    def _ends(self) -> set[int]:
+        eos = self.manager.generation_config.eos_token_id
+        return set(eos) if isinstance(eos, list) else {eos}
+
+    def _forget(self, request_id: str) -> None:
+        router = self.manager.output_router
+        with router._lock:
+            router.result_handlers.pop(request_id, None)
+
+    async def load(self, name: str, path: Path, replace: bool) -> None:
+        """Load an adapter, checked in full, in a thread; with ``replace`` also one that is there. Raises ApiError."""
+        if name in self.store.names() and not replace:
+            raise ApiError(400, f"The lora adapter {name!r} has already been loaded.", "lora_name")
+        if name in self._loading and not replace:
+            raise ApiError(409, f"The lora adapter {name!r} is being loaded.", "lora_name", "adapter_loading")
+        self._loading.append(name)
+        try:
+            await self._change(self.store.load, name, str(path))
+        finally:
+            self._loading.remove(name)
+
+    async def unload(self, name: str) -> None:
+        """Forget an adapter. Raises ApiError."""
+        if name not in self.store.names():
+            raise ApiError(404, f"The lora adapter {name!r} does not exist.", "lora_name", "adapter_not_found")
+        await self._change(self.store.unload, name)
+
+    async def _change(self, work: Callable[..., Any], name: str, *more: str) -> None:
+        try:
+            await asyncio.to_thread(work, name, *more)
+        except Exception as error:
+            raise _load_error(error) from error
+        now = self.store.identity(name) if name in self.store.names() else None
+        older = [running for running in self._jobs.values() if running.adapter == name]
+        deadline = time.monotonic() + self.limits.drain_seconds
+        while older := [running for running in older if not running.ended and self._version(running) != now]:
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(_POLL_SECONDS)
+        # one that has not started yet will start with what the name means then
+        for running in filter(self._version, older):
+            message = f"adapter {name!r} was changed while the request ran"
+            running.outputs.put_nowait(ApiError(409, message, "model", "adapter_changed"))
+            while not running.ended:
+                await asyncio.sleep(_POLL_SECONDS)
+
+    def _version(self, running: _Running) -> str:
+        """The version a job started with, or an empty string."""
+        scheduler = self.manager.batch_processor.scheduler
+        known = scheduler.active_requests, scheduler.waiting_requests
+        state = next((found for requests in known if (found := requests.get(running.request_id))), None)
+        return version_of(state) if state is not None else ""
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What the client of a generation is told; paths on this machine and other internals stay out of a server error."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, AdapterNotFound):
+        return ApiError(404, str(error), "model", "model_not_found")
+    if isinstance(error, ValueError):  # of the store: the client named an adapter, the files are the server's
+        return ApiError(500, f"the adapter cannot be served: {_of_files(error)}", "model", "invalid_adapter")
+    if isinstance(error, StoreFull):
+        return ApiError(503, str(error), "model", "store_full")
+    if isinstance(error, StepFailed):
+        message = f"the model failed in a step with this request ({error.kind}); the server's log says more"
+        return ApiError(500, message, code="step_failed")
+    return ApiError(500, f"{type(error).__name__} in the engine; its log says more")
+
+
+def _load_error(error: Exception) -> ApiError:
+    """What the client who asked for the load is told: its files are to blame for most."""
+    if isinstance(error, ValueError):
+        return ApiError(400, f"lora_path: {_of_files(error)}", "lora_path", "invalid_adapter")
+    return as_api_error(error)
+
+
+def _of_files(error: ValueError) -> str:
+    """What is wrong with an adapter, with no folder of this machine in it."""
+    message = str(error)
+    if isinstance(error, AdapterError):
+        what = f"{error.key}: " if error.key else ""
+        message = f"{what}expected {error.expected}, found {error.found}"
+    return _FOLDERS.sub("", message)

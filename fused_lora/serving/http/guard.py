@@ -1,0 +1,127 @@
+"""What stands between the network and the routes: the API key, the size of bodies, and the folder of adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+from pathlib import Path
+from typing import Any
+
+from fused_lora.serving.http.api import ApiError
+from fused_lora.serving.http.engine import Limits
+from fused_lora.serving.http.metrics import Metrics
+
+OPEN_PATHS = ("/health", "/metrics")
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ROUTES = OPEN_PATHS + tuple(
+    f"/v1/{name}" for name in "completions chat/completions models load_lora_adapter unload_lora_adapter".split()
+)
+
+
+class Guard:
+    """ASGI middleware: refuses without the key, reads bodies within their limits, counts answers."""
+
+    def __init__(self, app: Any, limits: Limits, api_key: str | None, metrics: Metrics):
+        self.app, self.limits, self.metrics = app, limits, metrics
+        self._key = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # a label per path that somebody makes up would fill the memory
+        route = scope["path"] if scope["path"] in _ROUTES else "other"
+
+        async def counted(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.requests[route, message["status"]] += 1
+            await send(message)
+
+        try:
+            self._check_key(scope)
+            body = await self._body(scope, receive)
+        except ApiError as error:
+            await _refuse(counted, error)
+            return
+        await self.app(scope, _replay(body, receive), counted)
+
+    def _check_key(self, scope: dict) -> None:
+        if self._key is None or scope["path"] in OPEN_PATHS:
+            return
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        # digests are of one length, so the comparison says nothing about the key's
+        same = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._key)
+        if scheme.lower() != b"bearer" or not same:
+            raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key", kind="authentication_error")
+
+    async def _body(self, scope: dict, receive: Any) -> bytes:
+        limit = self.limits.body_bytes
+        too_large = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if not length.isdigit() or int(length[:20]) > limit:
+            raise too_large
+
+        async def read() -> bytes:
+            body = bytearray()
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(400, "the client closed the connection")
+                body += message.get("body", b"")
+                if len(body) > limit:
+                    raise too_large
+                if not message.get("more_body"):
+                    return bytes(body)
+
+        try:
+            return await asyncio.wait_for(read(), self.limits.body_seconds)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise ApiError(408, "the body did not come in time", code="timeout") from None
+
+
+def _replay(body: bytes, receive: Any) -> Any:
+    given = False
+
+    async def replay() -> dict:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def _refuse(send: Any, error: ApiError) -> None:
+    body = json.dumps(error.body()).encode()
+    # the rest of a refused body is not read, so the connection cannot be used again
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def allowed_adapter(root: Path, path: str) -> Path:
+    """The folder of an adapter inside ``root``, links resolved; ``path`` is absolute or relative to ``root``.
+
+    Raises ApiError 400 for what lies outside, through ``..`` or a link too, whether it exists or not; 404 for a folder
+    inside that is none or lacks a file.
+    """
+    outside = ApiError(400, "lora_path: expected a folder inside this server's adapter folder", "lora_path")
+    try:
+        root = root.resolve(strict=True)
+        folder = (root / path).resolve()
+        inside = folder.is_relative_to(root) and folder != root
+        files = [(folder / name).resolve() for name in _FILES] if inside else []
+        there = all(file.is_file() for file in files)
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL byte, a name too long
+        raise outside from None
+    if not inside or not all(file.is_relative_to(root) for file in files):
+        raise outside
+    if not there:
+        raise ApiError(404, f"lora_path: no adapter in {path[:200]!r}", "lora_path", "adapter_not_found")
+    return folder

@@ -1,0 +1,68 @@
+"""Several answers as one stream, and work that ends when its client hangs up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from fastapi import Request
+
+from fused_lora.serving.http.api import ApiError, unexpected
+from fused_lora.serving.http.engine import AsyncEngine, Job, Piece
+
+_log = logging.getLogger("fused_lora.serve")
+
+
+async def merged(engine: AsyncEngine, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
+    """The pieces of several jobs as they come, with the index of their job; leaving early cancels all of them."""
+    ready: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+
+    async def pump(index: int, job: Job) -> None:
+        try:
+            async with contextlib.aclosing(engine.generate(job)) as pieces:
+                async for piece in pieces:
+                    ready.put_nowait((index, piece))
+            ready.put_nowait((index, None))
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                _log.error("an answer failed", exc_info=error)
+                error = unexpected(error)
+            ready.put_nowait((index, error))
+
+    tasks = [asyncio.create_task(pump(index, job)) for index, job in enumerate(jobs)]
+    try:
+        left = len(jobs)
+        while left:
+            index, piece = await ready.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                left -= 1
+            else:
+                yield index, piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless_gone(http: Request, work: Coroutine) -> Any:
+    """The result of ``work``, which is cancelled when the client hangs up."""
+
+    async def hung_up() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.create_task(work), asyncio.create_task(hung_up())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client closed the connection")
+        return await task
+    finally:
+        for waiting in (task, gone):
+            waiting.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)

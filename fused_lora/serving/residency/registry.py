@@ -1,0 +1,247 @@
+"""Names and versions: what a store knows, from where, and who holds it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
+from fused_lora.serving.residency.lease import Lease
+from fused_lora.serving.residency.packing import Packed, Site, from_folder, from_model, from_tensors
+from fused_lora.serving.residency.residency import Residency, Version
+from fused_lora.serving.residency.transfer import Transfer
+
+Source = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor, float]] | nn.Module
+
+
+class _Changed(Exception):
+    """The files of a version that was dropped are not those it was loaded from."""
+
+    def __init__(self, packed: Packed, files: Any):
+        self.packed, self.files = packed, files
+
+
+def _absolute(folder: str | os.PathLike) -> str:
+    path = os.fsdecode(folder)
+    if not path or "\0" in path:
+        raise ValueError(f"source: expected the path of a folder, got {path!r}")
+    return os.path.abspath(path)
+
+
+class Registry:
+    """The part of an AdapterStore that loads, names and holds adapters.
+
+    Args:
+        model, sites: what adapters are checked against. transfer, capacity, grow, host_capacity, slots: where they go.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Mapping[str, Site],
+        transfer: Transfer,
+        capacity: int | None,
+        grow: int | None,
+        host_capacity: int | None,
+        slots: int,
+    ):
+        self.model, self._sites, self._transfer = model, sites, transfer
+        self._versions: dict[str, Version] = {}
+        self._counts: dict[str, int] = {}
+        self._pinned: set[str] = set()
+        self._pool: ThreadPoolExecutor | None = None
+        self._hits = self._misses = 0
+        self._detached = False
+        self._residency = Residency(transfer, capacity, grow, host_capacity, slots, self._pinned.__contains__)
+        self._lock = self._residency.changed
+
+    def load(self, name: str, source: Source) -> int:
+        """Bring an adapter onto the device under ``name``; of a known name it becomes the next version.
+
+        The change is made at once and last: batches that run keep the version they started with, those that start
+        afterwards have the new one, and on any error everything is as before.
+
+        Args:
+            name: 1 to 64 letters, digits, "_" or "-".
+            source: a folder with a PEFT checkpoint; ``{path of a layer: (A [r, K], B [N, r], scaling)}``, copied; or a
+                model with LoRA layers, whose adapter ``name``, or its only one, is copied.
+
+        Returns:
+            The version: 1 for the first load of a name, and one more for each that follows, unloaded or not.
+
+        Raises:
+            AdapterError: a file is not what it must be. ValueError: the adapter does not fit the model.
+            StoreFull: no room beside what is pinned or in use. TypeError: ``source`` is none of the above.
+        """
+        check_adapter_name(name)
+        self._check_attached()
+        if isinstance(source, (str, os.PathLike)):
+            folder = _absolute(source)
+            packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype)
+            return self._publish(name, packed, folder, files).number
+        if isinstance(source, nn.Module):
+            packed = from_model(self._sites, source, name, self._transfer.dtype)
+        elif isinstance(source, Mapping):
+            packed = from_tensors(self._sites, source, self._transfer.dtype)
+        else:
+            raise TypeError(f"source: expected a folder, a mapping or a model, got {type(source).__name__}")
+        return self._publish(name, packed, None, None).number
+
+    def load_async(self, name: str, source: Source) -> Future:
+        """:meth:`load` in another thread; the future's result is the version. Tensors must not change meanwhile."""
+        self._check_attached()
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(4, thread_name_prefix="fused_lora_load")
+            return self._pool.submit(self.load, name, source)
+
+    def register(self, name: str, source: str | os.PathLike) -> int:
+        """Make the checkpoint in a folder known without reading it; the first batch that uses it does.
+
+        Returns:
+            The version, as for :meth:`load`.
+        """
+        check_adapter_name(name)
+        self._check_attached()
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(f"source: expected a folder, got {type(source).__name__}")
+        return self._name(name, Version(name, 0, _absolute(source))).number
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; its memory is free once no batch uses it. Raises AdapterNotFound."""
+        with self._lock:
+            version = self._find(name)
+            del self._versions[name]
+            self._pinned.discard(name)
+            self._residency.retire(version)
+
+    def pin(self, name: str) -> None:
+        """Keep ``name`` on the device, through reloads too, until :meth:`unpin` or :meth:`unload`.
+
+        Raises:
+            AdapterNotFound, StoreFull, AdapterError: as a batch that uses it.
+        """
+        with self.lease(name), self._lock:
+            self._find(name)
+            self._pinned.add(name)
+
+    def unpin(self, name: str) -> None:
+        """Let ``name`` make room for others again. Raises AdapterNotFound."""
+        with self._lock:
+            self._find(name)
+            self._pinned.discard(name)
+
+    def names(self) -> list[str]:
+        """The adapters that may be used, on the device or not."""
+        with self._lock:
+            return sorted(self._versions)
+
+    def versions(self) -> dict[str, int]:
+        """The version of each name."""
+        with self._lock:
+            return {name: version.number for name, version in sorted(self._versions.items())}
+
+    def identity(self, name: str) -> str:
+        """``"name@version"``: another string after every load, for caches of what an adapter computed.
+
+        Raises AdapterNotFound. ``with store.batch(...) as b`` has what the batch is served with in ``b.identities``.
+        """
+        with self._lock:
+            return self._find(name).identity
+
+    def stats(self) -> dict[str, int | None]:
+        """Counters since the start (hits, misses, loads, evictions) and the state now, bytes and adapters."""
+        place = self._residency
+        with self._lock:
+            return {
+                "adapters": len(self._versions),
+                "resident": len(place.resident),
+                "in_use": sum(version.held > 0 for version in place.resident),
+                "pinned": len(self._pinned),
+                "hits": self._hits,
+                "misses": self._misses,
+                "loads": place.loads,
+                "evictions": place.evictions,
+                "bytes_used": place.arena.used,
+                "bytes_reserved": place.arena.reserved,
+                "capacity": place.arena.capacity,
+                "host_bytes_used": place.host_used,
+                "host_capacity": place.host_capacity,
+            }
+
+    def lease(self, name: str) -> Lease:
+        """Hold the present version of ``name`` on the device, across batches and reloads, until it is released.
+
+        Raises:
+            AdapterNotFound: unknown name. StoreFull: no room. AdapterError: its files are not what they must be.
+        """
+        return Lease(self._hold(name), self._residency)
+
+    def _hold(self, key: str | Lease) -> Version:
+        """The version of a name (or of a lease), held and on the device."""
+        while True:
+            with self._lock:
+                if isinstance(key, Lease) and not key.belongs_to(self._residency):
+                    raise ValueError(f"names: the lease of {key.identity!r} is one of another store")
+                version = key.held if isinstance(key, Lease) else self._find(key)
+                if version is None:
+                    raise RuntimeError(f"names: the lease of {key.identity!r} has been released")
+                version.held += 1
+            try:
+                found = self._residency.bring(version, lambda version=version: self._read_again(version))
+                with self._lock:
+                    self._hits, self._misses = self._hits + found, self._misses + (not found)
+                return version
+            except _Changed as change:
+                self._residency.release([version])
+                self._publish(version.name, change.packed, version.folder, change.files, version)
+            except BaseException:
+                self._residency.release([version])
+                raise
+
+    def _read_again(self, version: Version) -> Packed:
+        packed, files = from_folder(self.model, self._sites, version.folder, self._transfer.dtype)
+        if version.files not in (None, files):
+            raise _Changed(packed, files)  # other bytes under the same identity would poison every cache
+        version.files = files
+        return packed
+
+    def _publish(
+        self, name: str, packed: Packed, folder: str | None, files: Any, instead_of: Version | None = None
+    ) -> Version:
+        version = Version(name, 0, folder, files=files, held=1)
+        try:
+            self._residency.bring(version, lambda: packed)
+            return self._name(name, version, instead_of)
+        finally:
+            self._residency.release([version])
+
+    def _name(self, name: str, version: Version, instead_of: Version | None = None) -> Version:
+        """From here on ``name`` is this version, unless it is no longer the one that this was to replace."""
+        with self._lock:
+            self._check_attached()
+            if instead_of is not None and self._versions.get(name) is not instead_of:
+                self._residency.retire(version)
+                return version
+            version.number = self._counts[name] = self._counts.get(name, 0) + 1
+            old = self._versions.get(name)
+            self._versions[name] = version
+            if old is not None:
+                self._residency.retire(old)
+            return version
+
+    def _find(self, name: str) -> Version:
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a str, got {name!r}")
+        version = self._versions.get(name)
+        if version is None:
+            raise AdapterNotFound(f"adapter {name!r} not found; adapters of the store: {sorted(self._versions)}")
+        return version
+
+    def _check_attached(self) -> None:
+        if self._detached:
+            raise RuntimeError("the store has been detached from its model")

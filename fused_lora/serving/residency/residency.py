@@ -1,0 +1,238 @@
+"""Which adapters are on the device: least recently used ones make room, those that a batch holds never do.
+
+Three places, from fast to slow: the arena on the device, bytes in host memory (pinned for a GPU), the files. An adapter
+that has files can be dropped from the first two; one that came from tensors moves to the host before it leaves the
+arena. All state is guarded by one condition; files are read and bytes are copied outside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fused_lora.serving.residency.arena import Arena, Block
+from fused_lora.serving.residency.packing import Packed, Part, Signature
+from fused_lora.serving.residency.transfer import Arrival, Transfer
+
+
+class StoreFull(RuntimeError):
+    """An adapter does not fit beside those that are pinned or in use. Nothing was changed for it."""
+
+
+@dataclass(eq=False)
+class Version:
+    """One load of one adapter: what it is, where it lies and who uses it.
+
+    folder: where its files are, or None. held: how many batches use it. retired: no name leads to it any more.
+    """
+
+    name: str
+    number: int
+    folder: str | None
+    parts: tuple[Part, ...] = ()
+    nbytes: int = 0
+    host: Tensor | None = None
+    block: Block | None = None
+    slot: int = -1
+    held: int = 0
+    used: int = 0
+    retired: bool = False
+    moving: bool = False
+    files: Signature | None = None
+    factors: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
+    arrival: Arrival | None = None
+    uses: dict[int, torch.cuda.Event] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """The name and the number of the load."""
+        return f"{self.name}@{self.number}"
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Its size and where it lies in the arena."""
+        return self.nbytes, self.block.chunk, self.block.offset
+
+
+class Residency:
+    """Brings versions onto the device and takes them off it.
+
+    Args:
+        transfer: how bytes reach the device.
+        capacity, grow: of the arena. host_capacity: bytes on the host, or None for no limit. slots: most adapters on
+            the device at a time.
+        is_pinned: whether a name is to stay on the device.
+    """
+
+    def __init__(
+        self,
+        transfer: Transfer,
+        capacity: int | None,
+        grow: int | None,
+        host_capacity: int | None,
+        slots: int,
+        is_pinned: Callable[[str], bool],
+    ):
+        self.transfer, self.host_capacity = transfer, host_capacity
+        self.changed = threading.Condition(threading.RLock())
+        self.arena = Arena(transfer.device, capacity, grow)
+        self.host_used = self.loads = self.evictions = self._moving = 0
+        self.resident: set[Version] = set()
+        self.closed = False  # nothing is brought any more
+        self._on_host: set[Version] = set()
+        self._is_pinned = is_pinned
+        self._slots = list(range(slots - 1, -1, -1))
+        self._clock = itertools.count(1)
+
+    def bring(self, version: Version, read: Callable[[], Packed]) -> bool:
+        """Put a version that the caller holds on the device, unless it is there; whether it was there. ``read`` fetches
+        what is not on the host; whatever it raises leaves the version where it was.
+
+        Raises:
+            StoreFull: no room beside what is pinned or held. RuntimeError: the store has been detached meanwhile.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: not version.moving)
+            if self.closed:
+                raise RuntimeError("the store has been detached from its model")
+            version.used = next(self._clock)
+            if version.block is not None:
+                return True
+            version.moving = True
+            self._moving += 1
+        try:
+            packed = None if version.host is not None else read()
+            self._place(version, packed)
+            return False
+        finally:
+            with self.changed:
+                version.moving = False
+                self._moving -= 1
+                self.changed.notify_all()
+
+    def _place(self, version: Version, packed: Packed | None) -> None:
+        if packed is not None:
+            version.parts, version.nbytes = packed.parts, packed.nbytes
+        if self.transfer.tables is not None:
+            self.transfer.tables.check(version.parts)
+        host = version.host
+        staged = host if packed is None else self.transfer.stage(packed)
+        with self.changed:
+            block, slot = self._make_room(version)
+        try:
+            arrival = self.transfer.send(version.parts, packed, staged, block, slot)
+        except BaseException:
+            with self.changed:
+                self._give_back(block, slot)
+            raise
+        with self.changed:
+            version.block, version.slot, version.arrival = block, slot, arrival
+            version.factors = self.transfer.factors(version.parts, block)
+            version.used = next(self._clock)
+            self.resident.add(version)
+            self.loads += 1
+            keep = staged is not None and self.transfer.pinned
+            if version.host is None and keep and self._host_room(version.nbytes):
+                self._keep_on_host(version, staged)
+            elif version.host is not None and not keep:
+                self._drop_host(version)  # on a CPU the arena's copy is as good
+
+    @property
+    def busy(self) -> bool:
+        """Whether a version is held, or on its way."""
+        return self._moving > 0 or any(version.held for version in self.resident)
+
+    def retire(self, version: Version) -> None:
+        """No name leads to the version any more: it goes as soon as nobody holds it."""
+        with self.changed:
+            version.retired = True
+            self._collect(version)
+
+    def release(self, versions: Collection[Version]) -> None:
+        """The end of a batch that held these versions."""
+        with self.changed:
+            mark = self.transfer.mark() if versions else None
+            for version in versions:
+                version.held -= 1
+                if mark is not None:
+                    version.uses[mark[0]] = mark[1]  # the last batch on each stream
+                self._collect(version)
+
+    def _collect(self, version: Version) -> None:
+        if version.retired and not version.held and not version.moving:
+            self._leave_device(version)
+            self._drop_host(version)
+
+    def _make_room(self, version: Version) -> tuple[Block, int]:
+        """A block and a slot, after evicting what has not been used for longest."""
+        victims = sorted((v for v in self.resident if self._may_leave(v)), key=lambda v: v.used)
+        free = self.arena.free_bytes
+        enough = free is None or version.nbytes <= free + sum(v.block.size for v in victims)
+        if enough and self.arena.fits(version.nbytes):
+            for victim in [*victims, None]:
+                block = self.arena.allocate(version.nbytes) if self._slots else None
+                if block is not None:
+                    return block, self._slots.pop()
+                if victim is not None and self._save(victim):
+                    self._leave_device(victim)
+                    self.evictions += 1
+        stay = sorted({v.name for v in self.resident if not self._may_leave(v)})
+        raise StoreFull(
+            f"adapter {version.name!r} needs {version.nbytes} bytes; {self.arena.used} of {self.arena.capacity} are "
+            f"taken, pinned or in use: {stay}"
+        )
+
+    def _may_leave(self, version: Version) -> bool:
+        return not (version.held or version.moving or self._is_pinned(version.name))
+
+    def _save(self, version: Version) -> bool:
+        """Whether the version can be had again once it left the device; without files it goes to the host for that."""
+        if version.folder is not None or version.host is not None:
+            return True
+        if not self._host_room(version.nbytes):
+            return False
+        self._keep_on_host(version, self.transfer.fetch(version.block, version.nbytes, version.uses.values()))
+        return True
+
+    def _leave_device(self, version: Version) -> None:
+        if version.block is not None:
+            self.resident.discard(version)
+            self.transfer.vacate(version.slot, version.uses.values())
+            self._give_back(version.block, version.slot)
+            version.block, version.slot, version.factors, version.arrival, version.uses = None, -1, {}, None, {}
+
+    def _give_back(self, block: Block, slot: int) -> None:
+        self.arena.free(block)
+        self._slots.append(slot)
+
+    def _host_room(self, nbytes: int) -> bool:
+        """Whether ``nbytes`` fit on the host, after dropping copies of what is on the device or in files."""
+        if self.host_capacity is None:
+            return True
+        spare = sorted((v for v in self._on_host if self._is_copy(v)), key=lambda v: v.used)
+        if nbytes > self.host_capacity - self.host_used + sum(v.nbytes for v in spare):
+            return False
+        for version in spare:
+            if self.host_used + nbytes <= self.host_capacity:
+                break
+            self._drop_host(version)
+        return True
+
+    def _is_copy(self, version: Version) -> bool:
+        return not version.moving and (version.folder is not None or version.block is not None)
+
+    def _keep_on_host(self, version: Version, memory: Tensor) -> None:
+        version.host = memory
+        self._on_host.add(version)
+        self.host_used += version.nbytes
+
+    def _drop_host(self, version: Version) -> None:
+        if version.host is not None:
+            version.host = None
+            self._on_host.discard(version)
+            self.host_used -= version.nbytes

@@ -1,0 +1,174 @@
+"""How an adapter's bytes reach the device, and what the device has to be told about them.
+
+On a GPU the copies run on a stream of their own, layer by layer, with an event after each: a batch waits for the layer
+it is about to compute and for no other, so that a cold adapter arrives while the step runs. Memory is written again
+only after the batches that read it: each leaves an event behind, and the stream waits for those of what it overwrites.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fused_lora.ops.linear import launch as kernel
+from fused_lora.serving.residency.arena import Block
+from fused_lora.serving.residency.packing import FLOAT_DTYPES, Packed, Part, Site
+from fused_lora.serving.residency.tables import SlotTables
+
+
+def open_transfer(
+    device: torch.device, model_dtype: torch.dtype, dtype: torch.dtype | None, sites: Mapping[str, Site], slots: int
+) -> Transfer:
+    """The transfer to ``device`` for adapters in ``dtype``, or in the dtype that suits the device and the model.
+
+    Raises:
+        TypeError: dtype is no floating dtype.
+    """
+    if dtype is None:
+        # a 16-bit product on a CPU would be taken in fp32 anyway, from a copy made at every step
+        dtype = torch.promote_types(model_dtype, torch.float32) if device.type == "cpu" else model_dtype
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected one of {FLOAT_DTYPES}, got {dtype!r}")
+    tables = SlotTables(len(sites), slots, device, dtype) if kernel.usable(device) else None
+    return (CudaTransfer if device.type == "cuda" else Transfer)(device, dtype, tables)
+
+
+class Arrival:
+    """Events of one transfer to ``device``, by site. ``last`` is the one after which all is there."""
+
+    def __init__(self, events: dict[int, torch.cuda.Event], last: torch.cuda.Event, device: torch.device):
+        self.events, self.last, self._device = events, last, device
+
+    def done(self) -> bool:
+        """Whether all is there."""
+        return self.last.query()
+
+    def wait_for_all(self) -> None:
+        """Make the device's current stream wait for the whole adapter."""
+        torch.cuda.current_stream(self._device).wait_event(self.last)
+
+    def wait(self, site: int) -> None:
+        """Make the device's current stream wait for the site's part."""
+        event = self.events.get(site)
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
+
+
+class Transfer:
+    """Copies that are done when ``send`` returns.
+
+    Attributes:
+        device, dtype: of the arena and of the adapters in it. tables: for the kernels, where they may run.
+        pinned: whether the host keeps the bytes of what is on the device.
+    """
+
+    pinned = False
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, tables: SlotTables | None):
+        self.device, self.dtype, self.tables = device, dtype, tables
+
+    def stage(self, packed: Packed) -> Tensor | None:
+        """The bytes in host memory, where a copy from there is faster than from the tensors."""
+        return None
+
+    def send(
+        self, parts: Sequence[Part], packed: Packed | None, staged: Tensor | None, block: Block, slot: int
+    ) -> Arrival | None:
+        """Copy ``staged``, or the tensors of ``packed``, into ``block``, and tell the tables."""
+        if staged is not None:
+            block.memory[: len(staged)].copy_(staged)
+        else:
+            packed.write(block.memory, self.dtype)
+        if self.tables is not None:
+            self.tables.write(slot, parts, block)
+        return None
+
+    def fetch(self, block: Block, nbytes: int, uses: Iterable[torch.cuda.Event]) -> Tensor:
+        """The first ``nbytes`` of the block, in host memory."""
+        return block.memory[:nbytes].to("cpu", copy=True)
+
+    def vacate(self, slot: int, uses: Iterable[torch.cuda.Event]) -> None:
+        """The adapter in ``slot`` is gone; its memory may be written after ``uses``."""
+        if self.tables is not None:
+            self.tables.clear(slot)
+
+    def mark(self) -> tuple[int, torch.cuda.Event] | None:
+        """A batch ends here: (its stream, event after which its adapters may be overwritten), if one is needed."""
+        return None
+
+    def close(self) -> None:
+        """All work with the arena's memory is done when this returns."""
+
+    def factors(self, parts: Sequence[Part], block: Block) -> dict[int, tuple[Tensor, Tensor, float]]:
+        """A^T [K, r], B^T [r, N] and scaling by site: views of the block."""
+        found = {}
+        for part in parts:
+            A, B_t = part.views(block.memory, self.dtype)
+            found[part.site.index] = (A.t(), B_t, part.scaling)
+        return found
+
+
+class CudaTransfer(Transfer):
+    """Copies from pinned memory, or from tensors on a GPU, on a stream of their own."""
+
+    pinned = True
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, tables: SlotTables | None):
+        super().__init__(device, dtype, tables)
+        self._stream = torch.cuda.Stream(device)
+        self._order = threading.Lock()  # one transfer after the other on the stream
+
+    def stage(self, packed: Packed) -> Tensor | None:
+        """The bytes in pinned memory; None for tensors on a GPU, which are copied from where they are."""
+        if any(tensor.is_cuda for pair in packed.tensors for tensor in pair):
+            return None
+        staged = torch.empty(packed.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        packed.write(staged, self.dtype)
+        return staged
+
+    def send(
+        self, parts: Sequence[Part], packed: Packed | None, staged: Tensor | None, block: Block, slot: int
+    ) -> Arrival:
+        """As for a CPU, but queued: each layer is there after its event."""
+        caller = torch.cuda.current_stream(self.device)
+        with self._order, torch.cuda.stream(self._stream):
+            if staged is None:  # the tensors may still be being computed
+                self._stream.wait_stream(caller)
+            if self.tables is not None:
+                self.tables.write(slot, parts, block)
+            events = {}
+            for i, part in enumerate(parts):
+                if staged is None:
+                    packed._replace(parts=(part,), tensors=(packed.tensors[i],)).write(block.memory, self.dtype)
+                else:
+                    end = parts[i + 1].A if i + 1 < len(parts) else len(staged)
+                    block.memory[part.A : end].copy_(staged[part.A : end], non_blocking=True)
+                events[part.site.index] = self._stream.record_event()
+            return Arrival(events, events[parts[-1].site.index], self.device)
+
+    def fetch(self, block: Block, nbytes: int, uses: Iterable[torch.cuda.Event]) -> Tensor:
+        """The first ``nbytes`` of the block in pinned memory; waits for the copy."""
+        staged = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        with self._order, torch.cuda.stream(self._stream):
+            staged.copy_(block.memory[:nbytes], non_blocking=True)
+            self._stream.synchronize()
+        return staged
+
+    def vacate(self, slot: int, uses: Iterable[torch.cuda.Event]) -> None:
+        """What the stream does from here on comes after ``uses``."""
+        with self._order, torch.cuda.stream(self._stream):
+            for event in uses:
+                self._stream.wait_event(event)
+            super().vacate(slot, uses)
+
+    def mark(self) -> tuple[int, torch.cuda.Event]:
+        """An event on the current stream."""
+        stream = torch.cuda.current_stream(self.device)
+        return stream.cuda_stream, stream.record_event()
+
+    def close(self) -> None:
+        """Wait for the device: memory that is given back may be handed out on any stream."""
+        torch.cuda.synchronize(self.device)

@@ -1,0 +1,1 @@
+"""Models, servers and training runs that several test files share."""

@@ -1,0 +1,433 @@
+"""accelerate, restore, install, register, run: what they change and, above all, what they leave alone."""
+
+import copy
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora import LoraModel
+from torch import nn
+
+import fused_lora
+from fused_lora.cli import main
+from fused_lora.integrations import peft as integration
+from helpers.accelerated import ALL, Net, SideBySide, wrap
+
+STOCK = peft.tuners.lora.Linear
+IDS = torch.arange(6).reshape(2, 3)
+
+
+@pytest.fixture(autouse=True)
+def uninstalled():
+    yield
+    integration.uninstall()
+
+
+def lora_layers(model):
+    return [m for m in model.modules() if isinstance(m, STOCK)]
+
+
+def accelerated(model):
+    return [type(m) is not STOCK for m in lora_layers(model)]
+
+
+def config(**fields):
+    return peft.LoraConfig(**{"target_modules": ALL, "r": 4, "init_lora_weights": False, **fields})
+
+
+def marks(model):
+    """All that must survive: parameter objects, buffers, hooks, flags, the type names that other code asks for."""
+    return (
+        [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
+        [(name, id(b)) for name, b in model.named_buffers()],
+        [(name, id(m), type(m).__name__, m._get_name()) for name, m in model.named_modules()],
+        [list(m._forward_hooks.values()) + list(m._forward_pre_hooks.values()) for m in model.modules()],
+        repr(model),
+        list(model.state_dict()),
+    )
+
+
+# ---- there and back
+
+
+def test_accelerate_changes_nothing_but_the_class():
+    model = wrap(Net(), {"a": {"lora_dropout": 0.1}, "b": {}}).eval()
+    model.base_model.model.lin0.register_forward_hook(lambda *_: None)
+    before, y = marks(model), model(IDS)
+    attributes = [set(vars(m)) for m in model.modules()]
+    assert fused_lora.accelerate(model) is model
+    assert marks(model) == before and all(accelerated(model))
+    assert all(isinstance(m, STOCK) for m in lora_layers(model))
+    torch.testing.assert_close(model(IDS), y)
+    fused_lora.restore(model)
+    assert marks(model) == before and not any(accelerated(model))
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert torch.equal(model(IDS), y)
+
+
+def test_both_are_idempotent():
+    model = wrap(Net())
+    fused_lora.restore(model)
+    fused_lora.accelerate(fused_lora.accelerate(model))
+    assert all(accelerated(model))
+    fused_lora.restore(fused_lora.restore(model))
+    assert not any(accelerated(model))
+    fused_lora.restore(nn.Linear(2, 2))
+
+
+def test_restore_after_use_leaves_no_attribute():
+    model = wrap(Net())
+    attributes = [set(vars(m)) for m in model.modules()]
+    fused_lora.accelerate(model)
+    model(IDS).sum().backward()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    model.add_adapter("b", config())
+    model.delete_adapter("b")
+    fused_lora.restore(model)
+    assert [set(vars(m)) for m in model.modules()] == attributes
+
+
+@pytest.mark.parametrize(
+    "inner", [lambda m: m.base_model, lambda m: m.base_model.model, lambda m: nn.ModuleList([nn.Tanh(), m])]
+)
+def test_any_module_that_contains_lora_layers(inner):
+    model = wrap(Net())
+    fused_lora.accelerate(inner(model))
+    assert all(accelerated(model))
+    fused_lora.restore(inner(model))
+    assert not any(accelerated(model))
+
+
+def test_a_single_layer():
+    layer = wrap(Net()).base_model.model.lin0
+    assert fused_lora.accelerate(layer) is layer and type(layer) is not STOCK
+
+
+def test_bare_models_with_injected_adapters():
+    net = Net().eval()
+    peft.inject_adapter_in_model(config(target_modules=["lin0"]), net)
+    fused_lora.accelerate(net)
+    peft.inject_adapter_in_model(config(), net, adapter_name="b")
+    assert accelerated(net) == [True, False, False, False]
+    fused_lora.accelerate(net)
+    assert all(accelerated(net))
+
+
+@pytest.mark.parametrize("model, error", [(3, TypeError), (nn.Linear(2, 2), ValueError)])
+def test_models_without_lora(model, error):
+    with pytest.raises(error, match="model: expected"):
+        fused_lora.accelerate(model)
+
+
+def test_models_of_fused_lora_need_none():
+    net = Net()
+    fused_lora.inject(net, fused_lora.LoraConfig(target_modules=ALL))
+    with pytest.raises(ValueError, match="need no accelerate"):
+        fused_lora.accelerate(net)
+    assert [row.kind for row in integration.layer_report(net)] == ["LoraLinear"] * 4
+
+
+def test_the_work_is_one_pass_over_the_modules():
+    """60 layers of a small model take a handful of operations per module, whatever the number of parameters."""
+    blocks = nn.ModuleList([nn.ModuleDict({name: nn.Linear(4, 4) for name in "qkvo"}) for _ in range(15)])
+    model = peft.get_peft_model(blocks, config(target_modules=list("qkvo"), r=1))
+    calls = Counter()
+
+    def count(frame, event, _):
+        if event == "call":
+            calls[frame.f_code.co_filename] += 1
+
+    sys.setprofile(count)
+    try:
+        fused_lora.accelerate(model)
+    finally:
+        sys.setprofile(None)
+    assert all(accelerated(model)) and len(accelerated(model)) == 60
+    modules = sum(1 for _ in model.modules())
+    # named_modules recurses, so a pass costs depth calls a module
+    assert sum(calls.values()) < 60 * modules
+
+
+# ---- copies and files
+
+
+def test_copies_and_pickles_stay_accelerated():
+    model = fused_lora.accelerate(wrap(Net().eval()))
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stream, weights_only=False)):
+        assert all(accelerated(other)) and repr(other) == repr(model)
+        assert torch.equal(other(IDS), model(IDS))
+        other.add_adapter("b", config(target_modules=["emb", "lin0"]))
+        fused_lora.restore(other)
+        assert not any(accelerated(other))
+    assert all(accelerated(model))
+
+
+def test_a_pickle_opens_in_a_process_that_has_imported_nothing(tmp_path):
+    model = fused_lora.accelerate(wrap(nn.Sequential(nn.Linear(3, 3)), target_modules=["0"]))
+    with open(tmp_path / "model.pkl", "wb") as file:
+        pickle.dump(model, file)
+    code = "import pickle, sys; m = pickle.load(open(sys.argv[1], 'rb')); print(type(m.base_model.model[0]).__module__)"
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.pkl")], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "fused_lora.integrations.peft_linear"
+
+
+def test_checkpoints_are_pefts(tmp_path):
+    both = SideBySide(wrap(Net().eval(), {"default": {}, "b": {"r": 2}}))
+    for name, model in (("ours", both.ours), ("theirs", both.theirs)):
+        model.save_pretrained(tmp_path / name)
+    files = sorted(p.relative_to(tmp_path / "ours") for p in (tmp_path / "ours").rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "theirs") for p in (tmp_path / "theirs").rglob("*") if p.is_file())
+    for file in files:
+        ours, theirs = ((tmp_path / name / file).read_bytes() for name in ("ours", "theirs"))
+        if file.suffix == ".json":  # target_modules is a set in PEFT, written in any order
+            ours, theirs = (
+                {key: sorted(value) if key == "target_modules" else value for key, value in json.loads(text).items()}
+                for text in (ours, theirs)
+            )
+        assert ours == theirs, file
+    torch.manual_seed(1)
+    net = Net().eval()
+    net.load_state_dict({k: v for k, v in both.ours.unload().state_dict().items()})
+    loaded = peft.PeftModel.from_pretrained(net, tmp_path / "ours")
+    y = loaded(IDS)
+    assert torch.equal(fused_lora.accelerate(loaded)(IDS), fused_lora.accelerate(copy.deepcopy(loaded))(IDS))
+    torch.testing.assert_close(loaded(IDS), y)
+
+
+def test_state_dicts_load_into_each_other():
+    both = SideBySide(wrap(Net().eval()))
+    fresh = fused_lora.accelerate(wrap(Net().eval()))
+    fresh.load_state_dict(both.theirs.state_dict(), strict=True)
+    assert torch.equal(fresh(IDS), both.ours(IDS))
+    both.theirs.load_state_dict(fresh.state_dict(), strict=True)
+
+
+def test_an_optimizer_made_before_keeps_working():
+    model = wrap(Net(), lora_dropout=0.1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(20):
+        if step == 5:
+            fused_lora.accelerate(model)
+        if step == 15:
+            fused_lora.restore(model)
+        loss = model(torch.arange(20).reshape(4, 5)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[14] < losses[4] < losses[0]
+
+
+# ---- the process-wide switch, the registered config, scripts
+
+
+def test_install_makes_every_new_layer_ours_and_counts_calls():
+    old = wrap(Net().eval())
+    original = vars(LoraModel)["_create_new_module"]
+    report = integration.install()
+    model = peft.get_peft_model(Net().eval(), config(target_modules=["lin0", "head", "emb"]))
+    assert accelerated(model) == [True, True] and not any(accelerated(old))
+    model.add_adapter("b", config())
+    assert all(accelerated(model))
+    assert report() == {"fused": 0, "fallback": {}}
+    model(IDS)
+    model.merge_adapter()
+    model(IDS)
+    second = integration.install()
+    assert report() == {
+        "fused": 2, "fallback": {"no active adapter in this layer": 4, "merged: the base layer alone": 2}
+    } and second() == {"fused": 0, "fallback": {}}  # fmt: skip
+    integration.uninstall()
+    integration.uninstall()
+    assert vars(LoraModel)["_create_new_module"] is original
+    assert not any(accelerated(wrap(Net()))) and all(accelerated(model))
+
+
+def test_install_under_a_foreign_patch():
+    integration.install()
+    ours = LoraModel._create_new_module
+    original = integration._installed["original"]
+    try:
+        LoraModel._create_new_module = staticmethod(lambda *a, **k: ours(*a, **k))
+        assert all(accelerated(wrap(Net())))
+        integration.uninstall()
+        assert not any(accelerated(wrap(Net())))
+    finally:
+        LoraModel._create_new_module = original
+
+
+class Packed(nn.Linear):
+    pass
+
+
+def test_register_for_one_config():
+    net = Net().eval()
+    net.lin1 = Packed(40, 24, bias=False)
+    chosen = integration.register(config(target_modules=[*ALL, "emb"]))
+    model = peft.get_peft_model(net, chosen)
+    bases = [type(m.base_layer) for m in lora_layers(model) if type(m) is not STOCK]
+    assert [base.__name__ for base in bases] == ["Linear", "Conv1D", "Linear"]
+    assert type(model.base_model.model.lin1) is STOCK  # a subclass may be quantised: PEFT's own dispatch decides
+    assert not any(accelerated(wrap(Net())))
+    assert "_custom_modules" not in chosen.to_dict()
+    both = SideBySide(fused_lora.restore(copy.deepcopy(model)))
+    both.ours = model
+    both.assert_same_results()
+    with pytest.raises(TypeError, match="config"):
+        integration.register(fused_lora.LoraConfig(target_modules=ALL))
+
+
+SCRIPT = """
+import sys, peft, torch
+if __name__ == "__main__":
+    import beside
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
+    model(torch.randn(2, 4)).sum().backward()
+    model.merge_adapter()
+    model(torch.randn(2, 4))
+    print(type(model.base_model.model[0]).__module__, sys.argv[1:], sys.argv[0].endswith("train.py"), beside.x)
+    sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("way", ["script", "module"])
+def test_run_a_script_as_it_is(way, tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "beside.py").write_text("x = 7")
+    command = [str(tmp_path / "train.py")] if way == "script" else ["-m", "train"]
+    out = subprocess.run(
+        [sys.executable, "-m", "fused_lora.cli", "run", *command, "3", "--lr", "1"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert out.returncode == 3, out.stderr
+    assert out.stdout.strip() == "fused_lora.integrations.peft_linear ['3', '--lr', '1'] True 7"
+    assert "1 LoRA calls ran fused, 1 in PEFT's own way\n           1 merged: the base layer alone" in out.stderr
+
+
+def test_run_says_how_to_call_it(capsys, monkeypatch):
+    for arguments in ([], ["--verbose"], ["-m"], ["nowhere.py"]):
+        assert main(["run", *arguments]) == 2
+        assert "fused-lora run" in capsys.readouterr().err
+    assert not integration._installed
+
+
+def test_run_leaves_the_process_as_it_was(tmp_path, capsys, monkeypatch):
+    (tmp_path / "fails.py").write_text("import sys\nsys.path.append('x')\nraise KeyError('mine')")
+    argv, path = sys.argv, list(sys.path)
+    with pytest.raises(KeyError, match="mine"):
+        main(["run", str(tmp_path / "fails.py")])
+    assert sys.argv is argv and sys.path == path and not integration._installed
+    assert "0 LoRA calls ran fused" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    (tmp_path / "works.py").write_text("")
+    assert main(["run", str(tmp_path / "works.py")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# ---- a second stage, the right way and the wrong ways
+
+
+@pytest.fixture
+def stage_one(tmp_path):
+    wrap(Net(), lora_dropout=0.1).save_pretrained(tmp_path / "stage1")
+    return tmp_path / "stage1"
+
+
+def test_a_second_stage_on_an_accelerated_model(stage_one, tmp_path):
+    both = SideBySide(peft.PeftModel.from_pretrained(Net(), stage_one, is_trainable=True))
+    assert all(p.requires_grad == ("lora_" in n) for n, p in both.ours.named_parameters())
+    both.assert_same_results()
+    both.do(lambda m: m.load_adapter(stage_one, "again", is_trainable=True) and None)
+    both.do(lambda m: m.set_adapter("again"))
+    both.do(lambda m: m.eval())
+    both.assert_same_results()
+    both.do(lambda m: m.merge_and_unload())
+    both.do(lambda m: peft.get_peft_model(m, config()))  # the next stage on the merged model
+    for model in (both.ours, both.theirs):
+        fused_lora.accelerate(model)
+    both.assert_same_results()
+
+
+def test_frozen_adapters_stay_frozen(stage_one):
+    both = SideBySide(peft.PeftModel.from_pretrained(Net(), stage_one))
+    assert not any(p.requires_grad for p in both.ours.parameters()) and not both.ours.training
+    both.assert_same_results()
+
+
+def test_a_second_stage_on_an_injected_model(stage_one):
+    net = Net()
+    fused_lora.inject(net, fused_lora.LoraConfig(target_modules=ALL))
+    fused_lora.load_adapter(net, stage_one, "stage1", is_trainable=True)
+    fused_lora.set_adapter(net, "stage1")
+    net(IDS).sum().backward()
+    assert net.lin0.lora_A["stage1"].weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "wrong_way",
+    [
+        lambda net, path: peft.PeftModel.from_pretrained(net, path),
+        lambda net, path: peft.get_peft_model(net, config()),
+        lambda net, path: peft.get_peft_model(net, config(target_modules=r".*lin.*")),
+        lambda net, path: peft.get_peft_model(net, config(target_modules="all-linear")),
+        lambda net, path: peft.inject_adapter_in_model(config(), net),
+    ],
+    ids=["from_pretrained", "get_peft_model", "regex", "all-linear", "inject_adapter_in_model"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_peft_around_an_injected_model_is_refused(wrong_way, stage_one):
+    net = Net()
+    fused_lora.inject(net, fused_lora.LoraConfig(target_modules=ALL, lora_dropout=0.1))
+    before = marks(net)
+    with pytest.raises(RuntimeError, match="fused_lora.load_adapter"):
+        wrong_way(net, stage_one)
+    assert marks(net) == before
+    with pytest.raises(RuntimeError, match="fused_lora.load_adapter"):
+        wrong_way(pickle.loads(pickle.dumps(copy.deepcopy(net))), stage_one)
+    plain = fused_lora.unload(net)
+    assert not hasattr(plain, "peft_config")
+    peft.get_peft_model(plain, config())
+
+
+@pytest.mark.parametrize(
+    "wrong_way",
+    [
+        lambda m, path: peft.PeftModel.from_pretrained(m, path),
+        lambda m, path: peft.PeftModel.from_pretrained(m, path, adapter_name="two"),
+        lambda m, path: peft.get_peft_model(m, config()),
+        lambda m, path: peft.get_peft_model(m, config(target_modules=r".*lin.*"), adapter_name="two"),
+    ],
+    ids=["from_pretrained", "another-name", "get_peft_model", "regex"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_peft_around_an_accelerated_model_is_refused(wrong_way, stage_one):
+    model = fused_lora.accelerate(wrap(Net(), lora_dropout=0.1))
+    before = marks(model)
+    with pytest.raises(ValueError, match="peft_model.load_adapter"):
+        wrong_way(model, stage_one)
+    assert marks(model) == before
+
+
+def test_fused_lora_around_a_peft_model_is_refused(stage_one):
+    for model in (wrap(Net()), fused_lora.accelerate(wrap(Net()))):
+        before = marks(model)
+        for net in (model, model.base_model.model):
+            with pytest.raises(ValueError, match="fused_lora.accelerate"):
+                fused_lora.inject(net, fused_lora.LoraConfig(target_modules="all-linear"))
+            with pytest.raises(ValueError, match="fused_lora.accelerate"):
+                fused_lora.load_adapter(net, stage_one, "x")
+        assert marks(model) == before

@@ -1,0 +1,464 @@
+"""When a layer of an accelerated model runs fused, and when it leaves the call to PEFT, with the same result."""
+
+import copy
+import warnings
+from contextlib import nullcontext
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import fused_lora
+from fused_lora.integrations import peft as integration
+from fused_lora.ops.linear.op import lora_linear
+from fused_lora.testing.numeric import assert_no_worse
+from helpers.accelerated import SideBySide, quiet, wrap
+
+K, N = 24, 17
+
+
+@pytest.fixture
+def report():
+    """The calls of accelerated layers in this test: fused, and left to PEFT by reason."""
+    calls = integration.install()
+    integration.uninstall()
+    return calls
+
+
+def pair(dtype=torch.float32, adapters=None, base=None, **fields):
+    net = nn.Sequential(nn.Linear(K, N) if base is None else base).to(dtype).eval()
+    return SideBySide(wrap(net, adapters, **{"target_modules": ["0"], **fields}))
+
+
+def layers(both):
+    return [model.base_model.model[0] for model in both.models]
+
+
+def assert_like_peft(both, x, fused, draws=6):
+    """Output and gradients as close to float64 as PEFT's; bit-equal where PEFT itself does the work."""
+    ours, theirs, exact = {}, {}, {}
+    for _ in range(draws):
+        x, g = torch.randn_like(x), None
+        for found, layer in zip((ours, theirs, exact), layers(both), strict=True):
+            data = (x.double() if layer is layers(both)[2] else x.clone()).requires_grad_()
+            with torch.autocast("cpu", enabled=False) if data.dtype == torch.float64 and fused else nullcontext():
+                y = layer(data)
+            g = torch.randn_like(y) if g is None else g
+            wanted = {"x": data} | {n: p for n, p in layer.named_parameters() if p.requires_grad}
+            y_, grads = y.detach(), torch.autograd.grad(y, list(wanted.values()), g.to(y.dtype), allow_unused=True)
+            for name, tensor in {"y": y_, **dict(zip(wanted, grads, strict=True))}.items():
+                found.setdefault(name, []).append(tensor)
+    for name in ours:
+        mine, other, right = (torch.stack(f[name]) for f in (ours, theirs, exact))
+        assert mine.dtype == other.dtype, name
+        if fused:
+            assert_no_worse(mine, other, right, name=name, draws=True)
+        else:
+            assert torch.equal(mine, other), name
+
+
+# ---- fused
+
+
+@pytest.mark.parametrize("shape", [(K,), (7, K), (2, 3, K), (2, 2, 3, K), (0, K), (2, 0, K)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_shape(shape, dtype, report):
+    both = pair(dtype, {"a": {}, "b": {"r": 2}}, lora_bias=True)
+    both.do(lambda m: m.base_model.set_adapter(["a", "b"]))
+    assert_like_peft(both, torch.randn(shape).to(dtype), fused=True)
+    assert report() == {"fused": 6, "fallback": {}}
+
+
+@pytest.mark.parametrize("x", [torch.randn(K, 5).t(), torch.randn(5, 2 * K)[:, ::2], torch.randn(1, K).expand(4, K)])
+def test_strides(x, report):
+    both = pair()
+    for layer, data in zip(layers(both), (x, x, x.double()), strict=True):
+        layer.y = layer(data).detach()
+    assert_no_worse(*(layer.y for layer in layers(both)))
+    assert report()["fused"] == 1
+
+
+@pytest.mark.parametrize(
+    "dtype, adapters",
+    [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
+)
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_autocast(dtype, base, adapters, report):
+    both = pair(base, lora_bias=True)
+    for layer in layers(both)[:2]:
+        layer.lora_A.to(adapters), layer.lora_B.to(adapters)
+    layers(both)[2].load_state_dict(layers(both)[1].state_dict())
+    with torch.autocast("cpu", dtype):
+        assert_like_peft(both, torch.randn(9, K), fused=True, draws=20)
+        assert layers(both)[0](torch.randn(3, K)).dtype == dtype
+    assert report()["fallback"] == {}
+
+
+def test_scalings_as_tensors(report):
+    both = pair(torch.bfloat16, {"a": {}, "b": {"r": 2}}, lora_bias=True)
+    both.do(lambda m: m.base_model.set_adapter(["a", "b"]))
+    for layer in layers(both):
+        layer.scaling = {name: torch.tensor(value) for name, value in layer.scaling.items()}
+    assert_like_peft(both, torch.randn(9, K).to(torch.bfloat16), fused=True, draws=12)
+    assert report()["fallback"] == {}
+    both.do(lambda m: m.merge_adapter())
+    both.do(lambda m: m.unmerge_adapter())
+
+
+def test_the_result_may_be_changed_in_place(report):
+    both = pair()
+    x = torch.randn(2, 3, K)
+    expected = layers(both)[1](x).relu()
+    assert torch.equal(layers(both)[0](x).relu_() > 0, expected > 0)
+    layers(both)[0](x).relu_().sum().backward()
+    assert report()["fused"] == 2
+
+
+def test_a_hook_on_the_layer_itself_does_not_stop_the_fusing(report):
+    both, seen = pair(), []
+    layers(both)[0].register_forward_hook(lambda module, args, y: seen.append(y) or y * 2)
+    layers(both)[1].register_forward_hook(lambda module, args, y: y * 2)
+    layers(both)[2].register_forward_hook(lambda module, args, y: y * 2)
+    assert_like_peft(both, torch.randn(4, K), fused=True)
+    assert len(seen) == 6 and report() == {"fused": 6, "fallback": {}}
+
+
+def test_hooks_of_accelerate_on_the_layer_follow_the_class(report):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = wrap(nn.Sequential(nn.Linear(K, N)), target_modules=["0"])
+    layer, x = model.base_model.model[0], torch.randn(3, K)
+    hooks.add_hook_to_module(layer, hooks.ModelHook())
+    y = layer(x)
+    for count in (1, 2):
+        fused_lora.accelerate(model)
+        assert torch.allclose(layer(x), y, atol=1e-5) and report() == {"fused": count, "fallback": {}}
+        fused_lora.restore(model)
+        assert torch.equal(layer(x), y) and report() == {"fused": count, "fallback": {}}
+    fused_lora.accelerate(model)
+    hooks.remove_hook_from_module(layer)
+    layer(x)
+    assert report()["fused"] == 3
+    hooks.add_hook_to_module(layer.lora_A["default"], hooks.ModelHook())
+    layer(x)
+    assert report()["fallback"] == {"a part of the layer has its forward replaced": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_derivatives(dtype, report):
+    """A gradient penalty, whose own gradients pass through the backward."""
+    both = pair(dtype, {"a": {}, "b": {"r": 2}}, lora_bias=True)
+    both.do(lambda m: m.base_model.set_adapter(["a", "b"]))
+    both.do(lambda m: [p.requires_grad_(True) for p in m.parameters()] and None)
+    found = ({}, {}, {})
+    for _ in range(12):
+        x = torch.randn(9, K).to(dtype)
+        for results, layer in zip(found, layers(both), strict=True):
+            data = x.to(layer.base_layer.weight.dtype).requires_grad_()
+            loss = layer(data).square().sum()
+            wanted = {"x": data, **dict(layer.named_parameters())}
+            first = torch.autograd.grad(loss, list(wanted.values()), create_graph=True)
+            penalty = sum(t.square().sum() for t in first[1:]) + first[0].pow(3).sum()
+            second = torch.autograd.grad(penalty, list(wanted.values()))
+            for name, tensor in zip([*wanted, *(f"{name} again" for name in wanted)], first + second, strict=True):
+                results.setdefault(name, []).append(tensor.detach())
+    for name in found[0]:
+        mine, theirs, exact = (torch.stack(results[name]) for results in found)
+        assert mine.dtype == theirs.dtype, name
+        assert_no_worse(mine, theirs, exact, name=name, draws=True, factor=1.5)
+    assert report() == {"fused": 12, "fallback": {}}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_second_derivatives_with_dropout(p):
+    layer = fused_lora.LoraLinear(
+        nn.Linear(4, 3), r=2, lora_dropout=p, init_lora_weights=False, lora_bias=True
+    ).double()
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(5, 4, dtype=torch.double, requires_grad=True)
+
+    def call(x, A, B, W):
+        torch.manual_seed(2)
+        return lora_linear(x, W, None, [A], [B], [1.5], [p])
+
+    W = layer.base_layer.weight.requires_grad_()
+    assert torch.autograd.gradgradcheck(call, (x, A, B, W))
+    assert torch.autograd.gradgradcheck(call, (x, A, B.detach(), W.detach()))
+
+
+def test_second_derivatives_need_x():
+    both = pair()
+    layer, x = layers(both)[0], torch.randn(3, K, requires_grad=True)
+    layer.lora_A.requires_grad_(False)
+    y = layer(x).square().sum()
+    with pytest.raises(RuntimeError, match="lora_A"):
+        torch.autograd.grad(y, [x, layer.lora_B["default"].weight], create_graph=True)
+    torch.autograd.grad(layer(x).square().sum(), [x, layer.lora_B["default"].weight])
+
+
+# ---- left to PEFT
+
+
+class OtherLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+def other_linear(layer):
+    old = layer.lora_A["default"]
+    layer.lora_A["default"] = new = OtherLinear(K, old.out_features, bias=False).to(old.weight.dtype)
+    new.weight = old.weight
+
+
+def wrapped_weight(layer):
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.data.as_subclass(Wrapped), requires_grad=False)
+
+
+def biased_A(layer):
+    layer.lora_A["default"].bias = nn.Parameter(torch.ones(4, dtype=layer.lora_A["default"].weight.dtype))
+
+
+CHANGES = {
+    "a hook on a part of the layer": [
+        lambda layer: layer.base_layer.register_forward_hook(lambda m, args, y: y + 1),
+        lambda layer: layer.lora_A["default"].register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
+        lambda layer: layer.lora_B["default"].register_forward_hook(lambda m, args, y: y * 3),
+        lambda layer: layer.lora_dropout["default"].register_forward_hook(lambda m, args, y: y * 3),
+        lambda layer: layer.lora_B["default"].register_full_backward_hook(lambda m, dx, dy: (dx[0] * 2,)),
+        lambda layer: layer.base_layer.register_full_backward_pre_hook(lambda m, dy: (dy[0] * 2,)),
+        lambda layer: nn.utils.weight_norm(layer.lora_A["default"]),
+    ],
+    "a part of the layer has its forward replaced": [
+        lambda layer: setattr(layer.lora_B["default"], "forward", lambda x: x.sum(-1, keepdim=True).expand(-1, N)),
+    ],
+    "a part of the layer is a OtherLinear": [other_linear],
+    "a part of the layer is a ParametrizedLinear": [
+        lambda layer: parametrize.register_parametrization(layer.lora_A["default"], "weight", Doubled()),
+        lambda layer: parametrize.register_parametrization(layer.base_layer, "weight", Doubled()),
+    ],
+    "a part of the layer is a Dropout1d": [lambda layer: layer.lora_dropout.update({"default": nn.Dropout1d(0.0)})],
+    "dropout works in place": [
+        lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.0, inplace=True).eval()}),
+    ],
+    "a weight is a Wrapped": [wrapped_weight],
+    "lora_A has a bias": [biased_A],
+    "lora_A and lora_B differ in dtype": [lambda layer: layer.lora_B.to(torch.float16)],
+    "adapters are disabled": [lambda layer: layer.enable_adapters(False)],
+    "no active adapter in this layer": [lambda layer: layer.set_adapter("nobody")],
+    "a part of the layer is a Linear": [lambda layer: setattr(layer, "fan_in_fan_out", True)],
+}
+
+
+@pytest.mark.parametrize(
+    "change, reason", [(change, reason) for reason, changes in CHANGES.items() for change in changes]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_unusual_layers_are_left_to_peft(change, reason, report):
+    both = pair()
+    for layer in layers(both):
+        change(layer)
+    ours, theirs, _ = layers(both)
+    [row] = integration.layer_report(both.ours)
+    assert not row.fused and row.why_not == reason
+    x = torch.randn(5, K)
+    outcomes = []
+    for layer in (ours, theirs):
+        data = x.clone().requires_grad_()
+        try:
+            y = layer(data)
+            found = [y, *torch.autograd.grad(y.square().sum(), [data])]
+        except RuntimeError as error:
+            found = str(error)
+        outcomes.append(found)
+    assert report() == {"fused": 0, "fallback": {reason: 1}}
+    if isinstance(outcomes[0], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+def test_an_input_of_another_dtype_raises_as_in_peft(dtype, report):
+    both, x = pair(), torch.ones(2, K, dtype=dtype)
+    for model in both.models[:2]:
+        with pytest.raises(RuntimeError) as error:
+            model(x)
+        both.messages = (*getattr(both, "messages", ()), str(error.value))
+    assert len(set(both.messages)) == 1 and report()["fused"] == 0
+
+
+@pytest.mark.parametrize("shape", [(3, K + 1), (), (0,)])
+def test_an_input_of_another_shape_raises_as_in_peft(shape, report):
+    both = pair()
+    both.do(lambda m: m(torch.ones(shape, dtype=next(m.parameters()).dtype)), raises=RuntimeError)
+    assert report()["fused"] == 0
+
+
+@pytest.mark.parametrize("arguments", [((1,), {}), ((), {"scale": 2.0})])
+def test_further_arguments_go_to_the_base_layer(arguments, report):
+    both, (args, kwargs) = pair(), arguments
+    both.do(lambda m: m.base_model.model[0](torch.ones(2, K), *args, **kwargs), raises=TypeError)
+    assert report()["fallback"] == {"further arguments": 1}
+
+
+def test_arguments_of_none_are_none(report):
+    layers(pair())[0](torch.ones(2, K), adapter_names=None, alora_offsets=None)
+    assert report() == {"fused": 1, "fallback": {}}
+
+
+def test_casting_of_the_input_switched_off(report):
+    both = pair(torch.bfloat16)
+    with peft.helpers.disable_input_dtype_casting(both.ours), peft.helpers.disable_input_dtype_casting(both.theirs):
+        for model in both.models[:2]:
+            with pytest.raises(RuntimeError, match="dtype"):
+                model(torch.ones(2, K, dtype=torch.bfloat16))
+    assert report() == {"fused": 0, "fallback": {"casting of the input is switched off": 1}}
+    both = pair()
+    with peft.helpers.disable_input_dtype_casting(both.ours):
+        assert_like_peft(both, torch.randn(3, K), fused=True)  # nothing to cast
+
+
+def test_float64_under_autocast(report):
+    both = pair(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_like_peft(both, torch.randn(3, K, dtype=torch.float64), fused=False, draws=1)
+    assert report() == {"fused": 0, "fallback": {"float64 under autocast": 1}}
+
+
+def test_a_hook_on_all_modules_sees_the_parts(report):
+    both, seen = pair(), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(type(m).__name__))
+    try:
+        for model in both.models[:2]:
+            model(torch.ones(2, K))
+            both.seen, seen = getattr(both, "seen", []) + [list(seen)], seen
+            seen.clear()
+    finally:
+        handle.remove()
+    assert both.seen[0] == both.seen[1] and len(both.seen[0]) >= 6
+    assert report()["fallback"] == {"a hook on all modules": 1}
+
+
+def test_transforms_tracing_and_export(report):
+    both, x = pair(), torch.randn(3, K)
+    ours, theirs, _ = layers(both)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = [
+            (
+                torch.func.vmap(layer)(torch.stack([x, x])),
+                torch.func.grad(lambda x, layer=layer: layer(x).sum())(x),
+                torch.func.jacrev(layer)(x[0]),
+                torch.func.jvp(layer, (x,), (x,))[1],
+                torch.jit.trace(layer, x, check_trace=False)(x),
+                torch.export.export(layer, (x,)).module()(x),
+                torch.export.export(layer, (x,), strict=True).module()(x),
+            )
+            for layer in (ours, theirs)
+        ]
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
+    assert report()["fused"] == 0
+    exported = torch.export.export(ours, (x,))
+    assert "fused_lora" not in str(exported.graph)  # other programs can open the file
+
+
+def test_forward_mode_differentiation(report):
+    both, x = pair(), torch.randn(3, K)
+    tangents = []
+    for layer in layers(both)[:2]:
+        with torch.autograd.forward_ad.dual_level():
+            y = layer(torch.autograd.forward_ad.make_dual(x, x))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(y).tangent)
+    assert torch.equal(*tangents) and report()["fallback"] == {"forward-mode differentiation": 1}
+
+
+def test_inputs_that_are_no_plain_tensors(report):
+    both = pair()
+    ours, theirs, _ = layers(both)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor([torch.ones(2, K), torch.ones(3, K)])
+        assert all(torch.equal(a, b) for a, b in zip(ours(nested).unbind(), theirs(nested).unbind(), strict=True))
+    assert ours(torch.ones(2, K).as_subclass(Wrapped)).shape == (2, N)
+    meta = copy.deepcopy(ours).to("meta")
+    assert meta(torch.ones(2, K, device="meta")).is_meta
+    assert sum(report()["fallback"].values()) == 3 and report()["fused"] == 0
+
+
+def test_decoding_on_a_cpu_is_left_to_peft(report):
+    both = pair()
+    ours, theirs = (layer.eval() for layer in layers(both)[:2])
+    with torch.no_grad():
+        for x in (torch.randn(1, K), torch.randn(2, 32, K)):
+            assert torch.equal(ours(x), theirs(x))
+        assert report() == {"fused": 0, "fallback": {"few rows on a CPU": 2}}
+        ours(torch.randn(65, K))
+        ours.train()(torch.randn(1, K))  # perhaps the first forward of a checkpoint
+    ours.eval()(torch.randn(1, K))
+    assert report()["fused"] == 3
+
+
+def test_nan_scaling(report):
+    both = pair()
+    for layer in layers(both):
+        layer.set_scale("default", float("nan"))
+    x = torch.ones(2, K)
+    assert layers(both)[0](x).isnan().all() and layers(both)[1](x).isnan().all()
+    assert report()["fallback"] == {"the scaling is NaN": 1}
+
+
+# ---- the report
+
+
+def test_layer_report_names_what_to_do():
+    with quiet():
+        model = peft.get_peft_model(
+            nn.Sequential(nn.Embedding(4, K), nn.Linear(K, N)), peft.LoraConfig(target_modules=["0", "1"])
+        )
+    rows = integration.layer_report(model)
+    assert [(row.path, row.kind, row.why_not) for row in rows] == [
+        ("base_model.model.0", "peft lora.Embedding", "Embedding has no fused form"),
+        ("base_model.model.1", "peft lora.Linear", "not accelerated: call fused_lora.accelerate(model)"),
+    ]
+    fused_lora.accelerate(model)
+    assert [row.fused for row in integration.layer_report(model)] == [False, True]
+    model.merge_adapter()
+    assert integration.layer_report(model)[1].why_not == "merged: the base layer alone"
+    assert integration.layer_report(nn.Linear(2, 2)) == []
+    with pytest.raises(TypeError, match="model"):
+        integration.layer_report("model")
+
+
+def test_layer_report_of_an_injected_model():
+    net = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K), nn.Linear(K, K), nn.Linear(K, N))
+    fused_lora.inject(net, fused_lora.LoraConfig(target_modules=["0", "1", "2", "3"]))
+    net[0].lora_A["default"].register_forward_hook(lambda *_: None)
+    net[1].merge()
+    net[2].set_adapter([])
+    assert [row.why_not for row in integration.layer_report(net)] == [
+        "a hook on a part of the layer", "merged: the base layer alone", "no active adapter in this layer", None
+    ]  # fmt: skip
+    net[3].disable_adapters = True
+    assert integration.layer_report(net)[3].why_not == "adapters are disabled"
+
+
+def test_the_deeper_of_two_nested_layers_is_left_to_peft(report):
+    """A LoRA layer whose base is another PEFT layer keeps PEFT's own way."""
+    both = pair()
+    outer = [copy.deepcopy(layer) for layer in layers(both)[:2]]
+    for layer, inner in zip(outer, layers(both), strict=False):
+        layer.base_layer = inner
+    x = torch.randn(2, K)
+    torch.testing.assert_close(outer[0](x), outer[1](x))
+    assert report() == {"fused": 1, "fallback": {"a part of the layer is a Linear": 1}}

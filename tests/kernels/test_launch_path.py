@@ -1,0 +1,235 @@
+"""Triton's own way to a launch (binder, compiler, C launcher) for every launcher, against a libcuda without a device.
+
+The interpreter takes another way: what binds or packs an argument wrongly shows here, or on a GPU.
+"""
+
+import ctypes
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_lora.testing import stub_driver
+
+pytest.importorskip("triton")
+HERE = Path(__file__)
+HEADER = Path(sysconfig.get_path("include"), "Python.h")
+LAUNCHES = {
+    "forward, recompute": 1,
+    "forward, recompute, K split": 1,
+    "forward, split, two masks, descriptors": 2,
+    "forward, split, pointers": 2,
+    "forward, split, fp32": 2,
+    "shrink, mask, fp32 adapter": 1,
+    "expand, bias": 1,
+    "expand, two masks": 1,
+    "backward_g": 1,
+    "backward_x": 1,
+    "backward_x, mask, fp32 adapter": 1,
+    "weight_grad, mask": 1,
+    "weight_grad, M split": 1,
+    "grouped_shrink": 1,
+    "grouped_expand": 1,
+    "merge": 1,
+    "unmerge": 1,
+    "merge_again": 1,
+    "merge_apply": 1,
+    "unmerge_apply": 1,
+    "dropout_mask": 1,
+}
+# who launches: Triton itself, or a kept launch with what Triton passed before
+WAYS = {
+    "again": ["triton", "kept", "kept"],
+    "another scale": ["triton", "kept"],
+    "not aligned": ["triton", "triton"],
+    "aligned again": ["kept"],
+    "under a hook": ["triton"],
+    "under a hook before the run": ["triton"],
+    "without hooks": ["kept"],
+    "from another device": ["triton"],
+    "descriptors": ["triton", "triton", "kept", "kept"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the tests of the kernels launch natively")
+@pytest.mark.skipif(stub_driver.COMPILER is None, reason="no C compiler, with which Triton builds its launchers")
+@pytest.mark.skipif(not HEADER.exists(), reason="no Python.h, with which Triton builds its launchers")
+def test_every_launcher_launches(tmp_path):
+    environment = stub_driver.environment(HERE.with_name("stub_cuda.c"), tmp_path)
+    done = subprocess.run([sys.executable, HERE], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["launches"] == LAUNCHES
+    assert found["ways"] == WAYS
+
+
+def record(run, launch) -> tuple[list[str], list[list]]:
+    """Who makes each launch from here on, and what the C launcher is given, a tensor as its address."""
+    who, given = [], []
+
+    def recorded_run(self, *args, **kwargs):
+        kernel = run(self, *args, **kwargs)
+        who[-1] = "triton"
+        return kernel
+
+    def recorded_launch(self, *args):
+        who.append("kept")
+        given.append([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args])
+        return launch(self, *args)
+
+    JITFunction.run, CudaLauncher.__call__ = recorded_run, recorded_launch
+    return who, given
+
+
+def assert_alike(first, again):
+    """Two launches of a launcher differ in addresses alone; 6, 7 and 8 are hooks and what they are told."""
+    assert len(first) == len(again)
+    for i, (a, b) in enumerate(zip(first, again, strict=True)):
+        address = type(a) is int and a > 2**32
+        assert a == b or i in (6, 7, 8) or (address and type(b) is int and b > 2**32), (i, a, b)
+
+
+def launches(given: list[list]) -> dict[str, int]:
+    """What the stub counts while each launcher runs; names as in LAUNCHES."""
+    from fused_lora.kernels import merge
+    from fused_lora.kernels.dropout import dropout_mask
+    from fused_lora.kernels.grouped_expand import grouped_expand
+    from fused_lora.kernels.grouped_shrink import grouped_shrink
+    from fused_lora.kernels.lora_backward import lora_backward_g, lora_backward_x
+    from fused_lora.kernels.lora_expand import lora_expand
+    from fused_lora.kernels.lora_grad import lora_linear_weight_grad
+    from fused_lora.kernels.lora_linear import lora_linear_forward
+    from fused_lora.kernels.lora_shrink import lora_shrink
+    from fused_lora.testing.grouped import GroupedCase
+    from fused_lora.testing.layers import LayerCase
+
+    count, found = ctypes.CDLL("libcuda.so.1").stub_launches, {}
+
+    def counted(name, launcher, *args, **fixed):
+        before = count()
+        given.clear()
+        launcher(*args, **fixed)
+        found[name] = count() - before
+        first = list(given)
+        given.clear()
+        result = launcher(*args, **fixed)
+        for pair in zip(first, given, strict=True):
+            assert_alike(*pair)
+        return result
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+
+    def forward(name, variant, M, K, dropout=(0.0,), dtype=bf16):
+        case = LayerCase.make(M, 64, K, [8] * len(dropout), dropout, dtype)
+        counted(name, lora_linear_forward, case.x, case.weight, case.bias, *case.adapters, variant=variant)
+
+    def passes(name, p, adapter_dtype):
+        case = LayerCase.make(600, 64, 64, [8], [p], bf16, adapter_dtype)
+        dS = torch.zeros(600, 8)
+        if not p:
+            counted("backward_g", lora_backward_g, case.g, dS, case.lora_B[0], 2.0)
+        counted(name, lora_backward_x, case.x, dS, case.lora_A[0], p, case.seeds)
+
+    def weight_grad(name, M, p):
+        case = LayerCase.make(M, 64, 64, [8], [p], bf16)
+        S = torch.zeros(M, 8)
+        args = case.g, case.x, S, S, case.scaling, case.dropout, case.seeds, case.ranks, bf16
+        counted(name, lora_linear_weight_grad, *args)
+
+    forward("forward, recompute", "recompute", 4, 64)
+    forward("forward, recompute, K split", "recompute", 4, 4096)
+    forward("forward, split, two masks, descriptors", "split", 600, 64, [0.1, 0.5])
+    forward("forward, split, pointers", "split", 600, 60)
+    forward("forward, split, fp32", "split", 600, 64, dtype=fp32)
+    case = LayerCase.make(40, 64, 64, [8], [0.1], bf16, fp32)
+    counted("shrink, mask, fp32 adapter", lora_shrink, case.x, case.lora_A, [1.0], case.dropout, case.seeds)
+    two = LayerCase.make(40, 64, 64, [8, 24], [0.1, 0.5], bf16)
+    S, B_t = torch.zeros(40, 32), [B.t() for B in two.lora_B]
+    counted("expand, bias", lora_expand, S, B_t, two.scaling, two.dropout, None, two.bias, bf16)
+    counted("expand, two masks", lora_expand, S, two.lora_A, [1.0, 1.0], two.dropout, two.seeds, None, bf16)
+    passes("backward_x", 0.0, bf16)
+    passes("backward_x, mask, fp32 adapter", 0.1, fp32)
+    weight_grad("weight_grad, mask", 40, 0.1)
+    weight_grad("weight_grad, M split", 600, 0.0)
+
+    batch = GroupedCase.make([0, 1, 1], [[(0, 1.0)], [(0, 0.5), (1, 2.0)]], [[4, 8], [16, 0]], [64, 48], 64, bf16)
+    tables, groups = batch.tables(), batch.row_groups()
+    S = counted("grouped_shrink", grouped_shrink, batch.x, tables, groups)
+    counted("grouped_expand", grouped_expand, S, batch.base, tables, groups)
+
+    W, A, B = torch.zeros(40, 300, dtype=bf16), torch.zeros(4, 300), torch.zeros(40, 4)
+    record = merge.new_record(W, 8)
+    for name in ("merge", "unmerge", "merge_again"):
+        counted(name, getattr(merge, name), W, A, B, record)
+    for name in ("merge_apply", "unmerge_apply"):
+        counted(name, getattr(merge, name), W, A, B)
+    counted("dropout_mask", dropout_mask, torch.zeros(1, dtype=torch.int64), 40, 64, 0.1)
+    return found
+
+
+def ways(who: list[str], given: list[list]) -> dict[str, list[str]]:
+    """Who launches in each situation of WAYS."""
+    from triton import knobs
+
+    from fused_lora.kernels.lora_linear import lora_linear_forward
+    from fused_lora.kernels.lora_shrink import _lora_shrink_kernel, lora_shrink
+    from fused_lora.testing.layers import LayerCase
+
+    case, found = LayerCase.make(600, 64, 64, [8], [0.1], torch.bfloat16), {}
+
+    def shrink(situation, x=case.x, scale=1.0):
+        lora_shrink(x, case.lora_A, [scale], case.dropout, case.seeds)
+        found.setdefault(situation, []).append(who[-1])
+        return given[-1]
+
+    for _ in range(3):
+        again = shrink("again")
+    assert again[6:9] == [None] * 3  # as of a launch without hooks
+    assert {t.data_ptr() for t in (case.x, case.lora_A[0], case.seeds)} <= set(again[9:])
+    for _ in range(2):
+        scaled = shrink("another scale", scale=2.0)
+        assert (2.0,) in scaled and (1.0,) not in scaled
+    shifted = torch.zeros(600 * 64 + 1, dtype=torch.bfloat16)[1:].view(600, 64)
+    for _ in range(2):
+        shrink("not aligned", shifted)
+    shrink("aligned again")
+
+    seen, hook = [], knobs.runtime.launch_enter_hook
+    if hook is None:  # triton 3.4
+        knobs.runtime.launch_enter_hook = seen.append
+    else:
+        hook.add(seen.append)
+    shrink("under a hook")
+    assert len(seen) == 1
+    if hook is None:
+        knobs.runtime.launch_enter_hook = None
+    else:
+        hook.calls.clear()
+    _lora_shrink_kernel.pre_run_hooks.append(lambda *args, **kwargs: seen.append(args))
+    shrink("under a hook before the run")
+    assert len(seen) == 2
+    _lora_shrink_kernel.pre_run_hooks.clear()
+    shrink("without hooks")
+    stub_driver.DEVICE[0] = 1
+    shrink("from another device")
+    stub_driver.DEVICE[0] = 0
+
+    who.clear()
+    for _ in range(2):
+        lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, variant="split")
+    found["descriptors"] = list(who)
+    return found
+
+
+if __name__ == "__main__":
+    from triton.backends.nvidia.driver import CudaLauncher
+    from triton.runtime.jit import JITFunction
+
+    stub_driver.use_stub_driver()
+    who, given = record(JITFunction.run, CudaLauncher.__call__)
+    print(json.dumps({"launches": launches(given), "ways": ways(who, given)}))

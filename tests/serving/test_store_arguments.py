@@ -1,0 +1,274 @@
+"""The store's public calls under the worst arguments: an error that names the argument, and nothing has changed."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fused_lora import AdapterStore
+from fused_lora.modules.inject import AdapterNotFound
+
+K, N = 16, 8
+
+
+def factors(r=2, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(r, K, generator=draw), torch.randn(N, r, generator=draw)
+
+
+@pytest.fixture
+def store():
+    found = AdapterStore(nn.Sequential(nn.Linear(K, N)).eval(), capacity_bytes=1 << 16)
+    found.load("good", {"0": (*factors(), 0.5)})
+    return found
+
+
+@pytest.fixture
+def unchanged(store):
+    """Fails unless the store is after the test what it was before."""
+    x = torch.randn(1, 3, K)
+
+    def state():
+        stats = {key: value for key, value in store.stats().items() if key not in ("hits", "misses")}
+        with store.batch(["good"]):
+            return stats, store.versions(), store.identity("good"), store.model(x).tolist()
+
+    before = state()
+    yield
+    assert state() == before
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda A, B, s: (A[:, :-1], B, s), ValueError, r"source\['0'\].*A \[r, 16\]"),
+        (lambda A, B, s: (B, A, s), ValueError, r"source\['0'\].*A \[r, 16\]"),
+        (lambda A, B, s: (A[0], B, s), ValueError, r"source\['0'\].*A \[r, 16\]"),
+        (lambda A, B, s: (A[:1], B, s), ValueError, r"source\['0'\].*one rank"),
+        (lambda A, B, s: (A[:0], B[:, :0], s), ValueError, r"source\['0'\].*rank of 1 to"),
+        (lambda A, B, s: (A.int(), B, s), TypeError, r"source\['0'\].*floating"),
+        (lambda A, B, s: (A.to(torch.complex64), B, s), TypeError, r"source\['0'\].*floating"),
+        (lambda A, B, s: (A.numpy(), B, s), TypeError, r"source\['0'\].*floating"),
+        (lambda A, B, s: (A.to("meta"), B, s), TypeError, r"source\['0'\].*sparse or meta"),
+        (lambda A, B, s: (A, B.to_sparse(), s), TypeError, r"source\['0'\].*sparse or meta"),
+        (lambda A, B, s: (A / 0, B, s), ValueError, r"source\['0'\].*A has values that are not finite"),
+        (lambda A, B, s: (A, B * float("nan"), s), ValueError, r"source\['0'\].*B has values that are not finite"),
+        (lambda A, B, s: (A.double() * 1e300, B, s), ValueError, r"source\['0'\].*not finite in torch.float32"),
+        (lambda A, B, s: (A, B, float("inf")), ValueError, r"source\['0'\].*finite scaling"),
+        (lambda A, B, s: (A, B, 1e300), ValueError, r"source\['0'\].*finite scaling"),
+        (lambda A, B, s: (A, B, 10**400), ValueError, r"source\['0'\].*finite scaling"),
+        (lambda A, B, s: (A, B, "1"), TypeError, r"source\['0'\].*number as scaling"),
+        (lambda A, B, s: (A, B, torch.tensor(1.0)), TypeError, r"source\['0'\].*number as scaling"),
+        (lambda A, B, s: (A, B), TypeError, r"source\['0'\].*\(A, B, scaling\)"),
+    ],
+)
+def test_tensors(store, unchanged, change, error, message):
+    with pytest.raises(error, match=message):
+        store.load("new", {"0": change(*factors(), 0.5)})
+
+
+@pytest.mark.parametrize(
+    "source, error",
+    [
+        (None, TypeError),
+        (b"folder", TypeError),
+        ([1], TypeError),
+        ({}, ValueError),
+        ({"1": 0}, ValueError),
+        ({("0",): 0}, ValueError),
+        ("", ValueError),
+        ("a\0b", ValueError),
+        ("/nonexistent/adapter", ValueError),
+        (nn.Linear(K, N), ValueError),
+    ],
+)
+def test_sources(store, unchanged, source, error):
+    with pytest.raises(error, match="source|folder"):
+        store.load("new", source)
+    with pytest.raises(error, match="source|folder"):
+        store.load_async("new", source).result(30)
+    if source in (None, "", "a\0b"):
+        with pytest.raises(error, match="source"):
+            store.register("new", source)
+
+
+def test_layouts_of_tensors_make_no_difference(store):
+    A, B = factors(3, 1)
+    x = torch.randn(2, 3, K)
+    with store.batch([None]), torch.inference_mode():
+        inference = A.clone()
+    answers = []
+    for ours in (A, A.t().contiguous().t(), A.clone().requires_grad_(), nn.Parameter(A), inference, A.double()):
+        store.load("new", {"0": [ours, B.t().contiguous().t(), 2]})
+        with store.batch(["new", None]):
+            answers.append(store.model(x))
+    assert all(torch.equal(answers[0], other) for other in answers)
+
+
+@pytest.mark.parametrize("name", [None, 1, b"good", ["good"], {}, 1.5, ""])
+def test_names(store, unchanged, name):
+    for call in (store.unload, store.pin, store.unpin, store.identity, store.lease):
+        with pytest.raises(AdapterNotFound if name == "" else TypeError, match="name: expected a str|'' not found"):
+            call(name)
+    with pytest.raises(ValueError if name == "" else TypeError, match="adapter_name"):
+        store.load(name, {"0": (*factors(), 1.0)})
+
+
+@pytest.mark.parametrize(
+    "names, error, message",
+    [
+        (iter(["good"]), TypeError, "names: expected a list"),
+        (np.array(["good"]), TypeError, "names: expected a list"),
+        ([True], TypeError, r"names\[0\]"),
+        ([None, {"good": 10**400}], ValueError, r"names\[1\].*finite weight"),
+        ([{"good": np.float32(1)}], TypeError, r"names\[0\].*number"),
+        ([None, {"good": 1e300}], ValueError, r"names\[1\].*times the scaling"),
+    ],
+)
+def test_entries(store, unchanged, names, error, message):
+    with pytest.raises(error, match=message), store.batch(names):
+        raise AssertionError("the batch was entered")
+
+
+@pytest.mark.parametrize(
+    "rows, error",
+    [(None, TypeError), (3, TypeError), ("3", TypeError), ({0: 3}, TypeError), ([10**30], ValueError)],
+)
+def test_rows(store, unchanged, rows, error):
+    with pytest.raises(error, match="rows: "), store.batch_rows(["good"], rows):
+        raise AssertionError("the batch was entered")
+
+
+def test_buffers(store, unchanged):
+    with pytest.raises(TypeError, match="buffers: "), store.batch_rows(["good"], [1], "buffers"):
+        raise AssertionError("the batch was entered")
+    for sizes, error in (((0, 1, 1), ValueError), ((1, 1.0, 1), TypeError), ((1, 1, "2"), TypeError)):
+        with pytest.raises(error, match="max_"):
+            store.row_buffers(*sizes)
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        (dict(device="nonsense"), ValueError),
+        (dict(device="meta"), ValueError),
+        (dict(device=3), TypeError),
+        (dict(max_resident=10**12), ValueError),
+        (dict(max_resident=None), TypeError),
+        (dict(capacity_bytes="1"), TypeError),
+        (dict(capacity_bytes=10**30), ValueError),
+        (dict(host_bytes=1 << 63), ValueError),
+        (dict(grow=1 << 63), ValueError),
+        (dict(dtype="float32"), TypeError),
+    ],
+)
+def test_options(options, error):
+    model = nn.Sequential(nn.Linear(K, N))
+    with pytest.raises(error, match=next(iter(options))):
+        AdapterStore(model, **options)
+    assert not model._forward_pre_hooks and not model[0]._forward_hooks
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there():
+    with pytest.raises(RuntimeError, match="device: cuda was asked for"):
+        AdapterStore(nn.Sequential(nn.Linear(K, N)), device="cuda")
+
+
+def test_a_lease_of_another_store(store, unchanged):
+    other = AdapterStore(nn.Sequential(nn.Linear(K, N)))
+    other.load("good", {"0": (*factors(seed=1), 0.5)})
+    with other.lease("good") as lease:
+        with pytest.raises(ValueError, match="names: the lease of 'good@1' is one of another store"):
+            with store.batch([None, lease]):
+                raise AssertionError("the batch was entered")
+        assert other.stats()["in_use"] == 1
+    assert other.stats()["in_use"] == 0
+
+
+def test_memory_that_is_not_there():
+    """An allocator that gives nothing leaves the store as it was."""
+    store = AdapterStore(nn.Sequential(nn.Linear(K, N)), capacity_bytes=1 << 60)
+    with pytest.raises(RuntimeError, match="memory"):
+        store.load("a", {"0": (*factors(), 0.5)})
+    assert store.names() == [] and store.stats()["bytes_used"] == store.stats()["bytes_reserved"] == 0
+
+
+def test_a_capacity_beyond_all_sizes_is_refused_when_it_is_asked_for(store):
+    """Not by the load that would have to take it."""
+    for nbytes in (10**30, (1 << 63) - 1):
+        with pytest.raises(ValueError, match="nbytes: expected a capacity of at most"):
+            store.grow(nbytes)
+    assert store.stats()["capacity"] == 1 << 16
+
+
+@pytest.mark.parametrize("names", [["good"], [None]])
+def test_detach_waits_for_no_batch(store, names):
+    """A batch of base rows alone runs through the hooks as well."""
+    with store.batch(names):
+        with pytest.raises(RuntimeError, match="detach: the store is in use"):
+            store.detach()
+        store.model(torch.randn(1, 2, K))
+    with pytest.raises(ValueError), store.batch([None, None, None]):
+        store.model(torch.randn(2, 2, K))  # a batch that ends in an error has ended
+    store.detach()
+    with pytest.raises(RuntimeError, match="detached"), store.batch(names):
+        raise AssertionError("the batch was entered")
+
+
+def test_a_load_that_outlasts_the_store_leaves_nothing(store, monkeypatch):
+    from fused_lora.serving.residency import registry
+
+    started, go, errors = threading.Event(), threading.Event(), []
+    original = registry.from_tensors
+
+    def slow(*args):
+        packed = original(*args)
+        started.set()
+        go.wait(30)
+        return packed
+
+    def load():
+        try:
+            store.load("late", {"0": (*factors(), 0.5)})
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    monkeypatch.setattr(registry, "from_tensors", slow)
+    thread = threading.Thread(target=load)
+    thread.start()
+    assert started.wait(30)
+    store.detach()
+    go.set()
+    thread.join(30)
+    assert errors == ["the store has been detached from its model"]
+    assert store.names() == [] and store.stats()["bytes_used"] == store.stats()["bytes_reserved"] == 0
+
+
+def test_a_plain_thread_is_not_in_the_batch(store):
+    """Documented: a batch holds for the context that entered it; copy_context hands it on."""
+    import contextvars
+
+    x, found = torch.randn(1, 2, K), {}
+    with torch.no_grad():
+        base = store.model(x)
+    with store.batch(["good"]):
+        served = store.model(x)
+        handed = contextvars.copy_context()
+
+        def run(key, call):
+            with torch.no_grad():
+                found[key] = call(store.model, x)
+
+        threads = [
+            threading.Thread(target=run, args=("plain", lambda model, x: model(x))),
+            threading.Thread(target=run, args=("handed", handed.run)),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert torch.equal(found["plain"], base) and torch.equal(found["handed"], served)
+    assert not torch.equal(base, served)

@@ -1,0 +1,68 @@
+"""The Triton cache that is filled here and carried: the keys of a launch find what was packed, and nothing compiles."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "precompile.py"
+LAUNCH = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import precompile
+precompile.install(90)
+if sys.argv[2] == "no compiler":
+    from triton.compiler import ASTSource
+
+    def compiled(*_):
+        raise RuntimeError("compiled again")
+
+    ASTSource.make_ir = compiled
+import torch
+from fused_lora.kernels.dropout import dropout_mask
+dropout_mask(torch.zeros(1, dtype=torch.int64), 40, 64, float(sys.argv[3]))
+"""
+
+
+def run(*command, cache):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: a launch would compute")
+def test_a_packed_cache_is_found_by_the_keys_of_another_folder(tmp_path):
+    filled, other, packed = tmp_path / "filled", tmp_path / "other", tmp_path / "cache.tar.xz"
+    found = run("-c", LAUNCH, str(TOOL.parent), "compile", "0.1", cache=filled)
+    assert found.returncode == 0, found.stderr
+    for command in (("pack", "--cache", str(filled), str(packed)), ("unpack", str(packed))):
+        found = run(str(TOOL), *command, cache=other)
+        assert found.returncode == 0 and found.stdout.startswith("1 binaries"), found.stdout + found.stderr
+    assert packed.stat().st_size < 48 << 20
+    cut = tmp_path / "cut.tar.xz"
+    cut.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
+    found = run(str(TOOL), "unpack", str(cut), cache=tmp_path / "untouched")
+    assert found.returncode == 1 and "cut.tar.xz: expected a whole file" in found.stderr
+    assert not (tmp_path / "untouched").exists()
+    found = run("-c", LAUNCH, str(TOOL.parent), "no compiler", "0.1", cache=other)
+    assert found.returncode == 0, found.stderr
+    found = run("-c", LAUNCH, str(TOOL.parent), "no compiler", "0.1", cache=tmp_path / "empty")
+    assert found.returncode != 0 and "compiled again" in found.stderr
+
+
+def test_a_cache_of_another_release_is_refused(tmp_path):
+    import io
+    import json
+    import tarfile
+
+    packed = tmp_path / "cache.tar.xz"
+    with tarfile.open(packed, "w:xz") as tar:
+        data = json.dumps(dict(entries=[], launchers=[], triton="0.0")).encode()
+        info = tarfile.TarInfo("manifest.json")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    found = run(str(TOOL), "unpack", str(packed), cache=tmp_path)
+    assert found.returncode == 1 and "packed with triton 0.0" in found.stderr

@@ -1,0 +1,189 @@
+"""Every kernel in every configuration that can run, described for a compiler without a GPU.
+
+    for case in compile_cases(90):
+        source = ASTSource(case.kernel, case.signature, case.constexprs, case.attrs)
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=case.options)
+
+A case stands for a launch over contiguous, 16-byte aligned tensors whose sizes are multiples of 16, one adapter.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fused_lora.kernels.config import OPS, LaunchConfig, candidates
+from fused_lora.kernels.dropout import _dropout_mask_kernel
+from fused_lora.kernels.lora_backward import _lora_backward_kernel
+from fused_lora.kernels.lora_expand import _lora_expand_kernel
+from fused_lora.kernels.lora_grad import _lora_weight_grad_kernel
+from fused_lora.kernels.lora_linear import _lora_linear_kernel
+from fused_lora.kernels.lora_shrink import _lora_shrink_kernel
+
+_TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One compilation: what ``triton.compiler.ASTSource`` and ``triton.compile`` take, and where it comes from."""
+
+    label: str
+    op: str
+    config: LaunchConfig | None
+    dtype: torch.dtype
+    kernel: Any
+    signature: dict[str, Any]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], list]
+    options: dict[str, int]
+
+
+def _case(label, op, config, dtype, kernel, types: dict[str, Any], values: dict[str, Any], options) -> CompileCase:
+    """types: the run-time arguments, a tuple for one value per adapter; values: the arguments fixed at compile time."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    attrs = {}
+    for i, name in enumerate(names):
+        # the triton launcher specialises pointers and integers that are multiples of 16
+        path = (i, 0) if isinstance(signature[name], tuple) else (i,)
+        kind = signature[name][0] if isinstance(signature[name], tuple) else signature[name]
+        if (kind.startswith("*") or kind == "i32") and name not in ("bounds", "bound"):
+            attrs[path] = [["tt.divisibility", 16]]
+    constexprs = {(names.index(name),): value for name, value in values.items()}
+    return CompileCase(label, op, config, dtype, kernel, signature, constexprs, attrs, options)
+
+
+def _linear_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
+    x, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
+    split = config.SPLIT_K > 1
+    types = {
+        **dict(x_ptr=x, w_ptr=x, bias_ptr=x, a_ptr=adapter, b_ptr=adapter, s_ptr="*fp32", y_ptr=x),
+        **dict(rank_ends=("i32",), scales=("fp32",), M="i32", N="i32", K="i32", R="i32"),
+        **dict(stride_xm="i32", stride_wn="i32", stride_ar="i32", stride_bn="i32"),
+    }
+    values = dict(
+        stride_xk=1, stride_wk=1, stride_ak=1, stride_br=1, NUM_ADAPTERS=1, VARIANT=config.variant, HAS_BIAS=True,
+        UPCAST=upcast, PRECISION=precision, TMA=config.tma, W_IS_NK=True, SPLIT=split, BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
+    )  # fmt: skip
+    for name, kind, without in (("planes_ptr", "*fp32", None), ("sync_ptr", "*i32", None), ("stride_plane", "i32", 0)):
+        (types if split else values)[name] = kind if split else without
+    return _lora_linear_kernel, types, values
+
+
+def _backward_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
+    z, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
+    expand = config.variant == "backward_x"
+    types = dict(
+        z_ptr=z, t_ptr="*fp32", q_ptr=adapter, out_ptr=z if expand else "*fp32", grad_ptr=adapter,
+        grad_planes_ptr="*fp32", sync_ptr="*i32", bound="i32", out_scale="fp32", grad_scale="fp32",
+        M="i32", C="i32", R="i32", stride_zm="i32",
+    )  # fmt: skip
+    values = dict(
+        stride_zc=1, EXPAND=expand, DROP=dropout, UPCAST=upcast, PRECISION=precision,
+        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_N, BLOCK_R=config.BLOCK_R,
+    )  # fmt: skip
+    (types if dropout else values)["seeds_ptr"] = "*i64" if dropout else None
+    # lora_A and dA by rows, lora_B and dB transposed
+    for unit, long in (("qc", "qr"), ("gc", "gr")) if expand else (("qr", "qc"), ("gr", "gc")):
+        values[f"stride_{unit}"], types[f"stride_{long}"] = 1, "i32"
+    return _lora_backward_kernel, types, values
+
+
+def _shrink_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
+    x, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
+    types = dict(
+        x_ptr=x, p_ptr=adapter, s_ptr="*fp32", rank_ends=("i32",), bounds=("i32",), scales=("fp32",),
+        M="i32", K="i32", R="i32", stride_xm="i32", stride_pr="i32",
+    )  # fmt: skip
+    values = dict(
+        num_rank_blocks=1, stride_xk=1, stride_pk=1, NUM_ADAPTERS=1, DROP=dropout, UPCAST=upcast, PRECISION=precision,
+        BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
+    )  # fmt: skip
+    split = config.SPLIT_K > 1
+    values["SPLIT"] = split
+    optional = dict(seeds_ptr=("*i64", dropout), planes_ptr=("*fp32", split), sync_ptr=("*i32", split))
+    for name, (kind, used) in optional.items():
+        (types if used else values)[name] = kind if used else None
+    return _lora_shrink_kernel, types, values
+
+
+def _expand_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
+    """With a mask as the input gradient launches it, without as the forward does."""
+    y, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
+    types = dict(
+        s_ptr="*fp32", q_ptr=adapter, y_ptr=y, rank_ends=("i32",), bounds=("i32",), scales=("fp32",),
+        M="i32", N="i32", R="i32",
+    )  # fmt: skip
+    values = dict(
+        NUM_ADAPTERS=1, DROP=dropout, HAS_BIAS=not dropout, UPCAST=upcast, PRECISION=precision,
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
+    )  # fmt: skip
+    for name, kind, used in (("bias_ptr", y, not dropout), ("seeds_ptr", "*i64", dropout)):
+        (types if used else values)[name] = kind if used else None
+    unit, long = ("stride_qn", "stride_qr") if dropout else ("stride_qr", "stride_qn")
+    values[unit], types[long] = 1, "i32"
+    return _lora_expand_kernel, types, values
+
+
+def _weight_grad_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
+    x, split = f"*{_TRITON_NAMES[dtype]}", config.SPLIT_K > 1
+    out = "*fp32" if upcast or dtype == torch.float32 else x
+    types = dict(
+        dA_ptr=out, dB_ptr=out, x_ptr=x, g_ptr=x, s_ptr="*fp32", ds_ptr="*fp32",
+        rank_ends=("i32",), bounds=("i32",), scales_A=("fp32",), scales_B=("fp32",),
+        M="i32", N="i32", K="i32", R="i32", stride_xm="i32", stride_gm="i32",
+    )  # fmt: skip
+    values = dict(
+        num_rank_blocks=1, stride_xk=1, stride_gn=1, NUM_ADAPTERS=1, DROP=dropout, UPCAST=upcast, PRECISION=precision,
+        SPLIT=split, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
+    )  # fmt: skip
+    (types if dropout else values)["seeds_ptr"] = "*i64" if dropout else None
+    for name, kind, without in (("planes_ptr", "*fp32", None), ("sync_ptr", "*i32", None), ("stride_plane", "i32", 0)):
+        (types if split else values)[name] = kind if split else without
+    return _lora_weight_grad_kernel, types, values
+
+
+DTYPES = torch.bfloat16, torch.float16, torch.float32
+
+
+def dtypes_on(capability: int) -> tuple[torch.dtype, ...]:
+    """The dtypes of x to compile whenever a kernel changes: fp16 on sm_90 alone, on the other chips by request.
+
+    In Triton's IR, from which every chip's binary is made, an fp16 kernel of aot.py and merge_aot.py is the bf16 kernel
+    under another name.
+    """
+    return DTYPES if capability == 90 else (torch.bfloat16, torch.float32)
+
+
+def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iterator[CompileCase]:
+    """All compilations for a chip: ``capability`` as in config.py (80, 90, 100, 120; 0 for any other, AMD included).
+
+    dtypes: of x, by default those of :func:`dtypes_on`.
+    """
+    builders = {
+        "linear": _linear_case, "shrink": _shrink_case, "expand": _expand_case, "weight_grad": _weight_grad_case,
+        "backward_g": _backward_case, "backward_x": _backward_case,
+    }  # fmt: skip
+    seen = set()
+    for dtype in dtypes or dtypes_on(capability):
+        precision = "ieee" if dtype == torch.float32 or capability == 0 else "tf32x3"
+        for op in OPS:
+            for config, dropout, upcast in candidates(op, dtype, capability):
+                if upcast and dtype == torch.float32:
+                    continue  # 16-bit adapters of an fp32 layer: the same tiles with half the bytes of A and B
+                built = builders[op](config, dtype, dropout, upcast, precision)
+                tags = [op, config.variant * (config.variant != op), _TRITON_NAMES[dtype]]
+                tags += ["mask" * dropout, "fp32-adapter" * upcast]
+                tiles = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} r{config.BLOCK_R}"
+                tiles += f" w{config.num_warps} s{config.num_stages}"
+                label = " ".join(filter(None, [*tags, tiles, "tma" * config.tma, "split-k" * (config.SPLIT_K > 1)]))
+                case = _case(label, op, config, dtype, *built, config.options())
+                key = repr((case.kernel.__name__, case.signature, case.constexprs, case.attrs, case.options))
+                if key not in seen:
+                    seen.add(key)
+                    yield case
+    types = dict(out_ptr="*u8", seed_ptr="*i64", bound="i32", M="i32", K="i32")
+    values = dict(BLOCK_M=32, BLOCK_K=128)
+    yield _case("dropout_mask", "mask", None, torch.uint8, _dropout_mask_kernel, types, values, {})

@@ -1,0 +1,57 @@
+"""The merge kernel in every form that merge.py launches, for a compiler without a GPU (see aot.py)."""
+
+from collections.abc import Iterator
+
+import torch
+
+from compile_report.cases import CompileCase, dtypes_on
+from fused_lora.kernels.merge import _merge_kernel, default_tile, launch_options
+
+# what is launched: name, UNMERGE, RECORD, AGAIN
+_PASSES = (
+    ("merge", False, True, False),
+    ("merge bare", False, False, False),
+    ("merge again", False, False, True),
+    ("unmerge", True, True, False),
+    ("unmerge bare", True, False, False),
+)
+
+
+def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iterator[CompileCase]:
+    """All compilations for a chip (0: not NVIDIA): contiguous W, A and B, sizes that the tile divides and others.
+
+    dtypes: of W, by default those of :func:`~.aot.dtypes_on`.
+    """
+    for dtype in dtypes or dtypes_on(capability):
+        for name, UNMERGE, RECORD, AGAIN in _PASSES:
+            tile = default_tile(dtype, recording=RECORD or AGAIN)
+            options = launch_options(tile, capability > 0, dtype, RECORD)
+            for EVEN in (True, False):
+                yield _case(name, dtype, UNMERGE, RECORD, AGAIN, EVEN, tile, options)
+
+
+def _case(name, dtype, UNMERGE, RECORD, AGAIN, EVEN, tile, options) -> CompileCase:
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    types = dict(w_ptr=f"*{short}", a_ptr="*fp32", b_ptr="*fp32", N="i32", K="i32", R="i32", stride_wn="i32")
+    types |= dict(stride_ar="i32", stride_bn="i32")
+    if RECORD or AGAIN:
+        types["table_ptr"] = "*i64"
+    if RECORD:
+        types |= dict(places_ptr="*u16", values_ptr="*i32", room="i32")
+    names = _merge_kernel.arg_names
+    values = dict.fromkeys(n for n in (*names[:6], "room") if n not in types)
+    values |= {"stride_wk": 1, "stride_ak": 1, "stride_br": 1}
+    values |= dict(UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, EVEN=EVEN)
+    values |= dict(ROWS=tile.ROWS, COLS=tile.COLS)
+    multiples_of_16 = [n for n in types if n.endswith("_ptr") or n in ("K", "stride_wn", "stride_ar")]
+    return CompileCase(
+        label=f"{name} {short} {tile.ROWS}x{tile.COLS}{'' if EVEN else ' masked'}",
+        op=name,
+        config=None,
+        dtype=dtype,
+        kernel=_merge_kernel,
+        signature={n: types.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in values.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in multiples_of_16},
+        options=options,
+    )
