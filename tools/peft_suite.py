@@ -3,8 +3,9 @@
     python tools/peft_suite.py                     # PEFT's source archive of the installed version, from the index
     python tools/peft_suite.py --source peft-0.21.2 -n 2 -k "mixed or lora_ga"
 
-Tests that need the Hugging Face hub or a GPU fail or are skipped alike in both runs. The exit status is 1 when a test
-that passes under stock PEFT does not pass with install(). The same file is the pytest plugin of the second run.
+Both runs are offline unless HF_HUB_OFFLINE=0 is set: tests of models that are not in the Hugging Face cache fail alike.
+The exit status is 1 when a test that passes under stock PEFT does not pass with install(). The same file is the pytest
+plugin of both runs.
 """
 
 from __future__ import annotations
@@ -23,18 +24,46 @@ from pathlib import Path
 LORA = "(lora or mixed or initialization or low_level or tuners_utils or other or integrations or target_parameters)"
 OTHER_METHODS = ("adalora", "delora", "randlora", "vblora", "unilora", "riemannian", "tinylora", "xlora", "lorafa")
 SLOW = ("fsdp", "gpu")
+INSTALLED = "FUSED_LORA_PEFT_SUITE"
 
 
 def pytest_configure() -> None:
-    """The plugin: every LoRA Linear that PEFT builds in this process is accelerated."""
-    from fused_lora.integrations.peft import install
+    """The plugin: in the second run every LoRA Linear that PEFT builds in this process is accelerated."""
+    if os.environ[INSTALLED] == "1":
+        from fused_lora.integrations.peft import install
 
-    install()
+        install()
+
+
+def pytest_collection_finish() -> None:
+    """PEFT's tests go online for a model's first use, whatever HF_HUB_OFFLINE says: call every use a later one."""
+    utilities = sys.modules.get("tests.testing_utils")
+    if utilities is not None and os.environ["HF_HUB_OFFLINE"] == "1":
+        utilities._HUB_MODEL_ACCESSES = _Known()
+
+
+class _Known(dict):
+    def __contains__(self, model: object) -> bool:
+        return True
+
+    def __missing__(self, model: str) -> int:
+        return 0
 
 
 def unpack(version: str, folder: Path) -> Path:
     """PEFT's source of this version below ``folder``."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-binary", ":all:", "--no-deps", "--dest", str(folder)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-binary",
+        ":all:",
+        "--no-deps",
+        "--dest",
+        str(folder),
+    ]
     subprocess.run([*pip, f"peft=={version}"], check=True)
     with tarfile.open(next(folder.glob("peft-*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
@@ -45,11 +74,9 @@ def outcomes(folder: Path, installed: bool, arguments: list[str]) -> dict[str, t
     """One run of the suite: test -> (passed, failed, error or skipped; the message)."""
     report = folder / f"{'fused' if installed else 'stock'}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "--continue-on-collection-errors", "tests"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
-    if installed:
-        command += ["-p", Path(__file__).stem]
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command += ["-p", Path(__file__).stem, "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+    path = os.pathsep.join([str(Path(__file__).parent.resolve()), os.environ.get("PYTHONPATH", "")])
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": path, INSTALLED: str(int(installed))}
     with open(report.with_suffix(".log"), "w") as log:
         subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
     found = {}
