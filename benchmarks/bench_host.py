@@ -187,13 +187,13 @@ def use_stub() -> None:
 
     use_stub_driver()
     from fused_lora.kernels import config
-    from fused_lora.ops.linear import launch as kernel
+    from fused_lora.ops import guard
 
     def failed(key: tuple, wrong: str) -> None:
         raise RuntimeError(f"{key}: {wrong}")
 
     config.processors = lambda device: 132
-    kernel.DEVICE, kernel._drop = "cpu", failed
+    guard.DEVICE, guard._drop = "cpu", failed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         from fused_lora.testing.stub_driver import environment
 
         with tempfile.TemporaryDirectory() as folder:
-            variables = environment(ROOT / "tests" / "stub_cuda.c", Path(folder))
+            variables = environment(ROOT / "tests" / "kernels" / "stub_cuda.c", Path(folder))
             variables |= dict(FUSED_LORA_STUB="1", FUSED_LORA_CHECK="0")
             command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
             return subprocess.run(command, env=variables).returncode

@@ -11,8 +11,7 @@ S is converted to the adapters' dtype as the left operand of the dot, so the loo
 loses small scales.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -20,8 +19,8 @@ import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import keep_mask
-from .launch import KEPT, Launch
-from .lora_shrink import adapter_table, stack
+from .launch import Launch
+from .lora_shrink import adapter_table, is_single, stack, stacked
 from .tiles import addressable, grouped_order, load_tile, store_tile
 
 
@@ -94,28 +93,44 @@ def lora_expand(
     S fp32 [M, sum of ranks]; Q_i [r_i, N] of any strides; bias [N] or None. seeds: int64, one for each adapter, None
     for no mask; ``scales`` hold the 1 / (1 - p) of a mask.
     """
-    ranks = tuple([q.shape[0] for q in Q])
-    y = torch.empty((S.shape[0], Q[0].shape[1]), dtype=dtype, device=S.device)
-    if y.numel() == 0:
-        return y
     drop = seeds is not None and any(dropout)
-    Q = addressable(stack(Q))
-    kinds = dtype, Q.dtype, None if bias is None else bias.dtype
-    launch = _launch(y.shape, kinds, S.device, Q.stride(), ranks, tuple(scales), tuple(dropout), drop, config)
-    launch(_lora_expand_kernel, S, Q, y, bias, seeds if drop else None)
-    return y
+    return prepare_expand(len(S), Q, scales, dropout, drop, bias is not None, dtype, config)(S, Q, seeds, bias)
 
 
-@lru_cache(KEPT)
-def _launch(shape, kinds, device, q_strides, ranks, scales, dropout, drop, config) -> Launch:
-    (M, N), (dtype, q_dtype, bias_dtype) = shape, kinds
-    upcast = q_dtype != dtype
-    config = config or pick("expand", M, N, 0, max(ranks), dtype, drop, capability(device), upcast)
+def prepare_expand(
+    M: int,
+    Q: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    dropout: Sequence[float],
+    drop: bool,
+    has_bias: bool,
+    dtype: torch.dtype,
+    config: LaunchConfig | None = None,
+    by_columns: bool = False,
+) -> Callable[..., torch.Tensor]:
+    """``lora_expand`` as a function of (S, Q, seeds, bias), for tensors of these shapes, strides and dtypes.
+
+    by_columns: the function takes the transposes of Q, as they are stored.
+    """
+    ranks, size, device = [q.shape[0] for q in Q], (M, Q[0].shape[1]), Q[0].device
+    if 0 in size:
+        return lambda S, Q, seeds, bias: S.new_empty(size, dtype=dtype)
+    single, q = is_single(Q), addressable(stack(Q))
+    upcast = q.dtype != dtype
+    config = config or pick("expand", *size, 0, max(ranks), dtype, drop, capability(device), upcast)
     ends, bounds = adapter_table(ranks, dropout)
-    return Launch(
-        (-(-M // config.BLOCK_M) * -(-N // config.BLOCK_N),),
-        ends, bounds, tuple(map(float, scales)), M, N, sum(ranks), *q_strides,
-        NUM_ADAPTERS=len(ranks), DROP=drop, HAS_BIAS=bias_dtype is not None, UPCAST=upcast, PRECISION=precision(dtype),
+    launch = Launch(
+        (-(-M // config.BLOCK_M) * -(-size[1] // config.BLOCK_N),),
+        ends, bounds, tuple(map(float, scales)), *size, sum(ranks), *q.stride(),
+        NUM_ADAPTERS=len(ranks), DROP=drop, HAS_BIAS=has_bias, UPCAST=upcast, PRECISION=precision(dtype),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
         **config.options(),
     )  # fmt: skip
+    kernel = _lora_expand_kernel
+
+    def run(S, Q, seeds, bias):
+        y = S.new_empty(size, dtype=dtype)
+        launch(kernel, S, Q[0] if single else stacked(Q, by_columns), y, bias, seeds if drop else None)
+        return y
+
+    return run

@@ -24,12 +24,9 @@ def check_linear(
 ) -> None:
     """Raise ValueError (shapes, values) or TypeError (dtypes) when the arguments of a LoRA linear do not fit.
 
-    NotImplementedError under forward-mode differentiation.
-
-    autocast: the dtype that x and weight are about to be cast to, if any; they may then differ.
+    seeds: None for seeds that are still to be drawn. autocast: the dtype that x and weight are about to be cast to, if
+    any; they may then differ.
     """
-    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-        _refuse_tangents(x, weight, *lora_A, *lora_B)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")
     N, K = weight.shape
@@ -62,10 +59,9 @@ def check_linear(
     for s in scaling:
         if math.isnan(s):
             raise ValueError("scaling: expected numbers, got NaN")
-    if any(dropout):
-        if seeds is None or seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(dropout),):
-            got = None if seeds is None else (seeds.dtype, tuple(seeds.shape))
-            raise ValueError(f"seeds: expected int64 [{len(dropout)}] because dropout is not 0, got {got}")
+    if any(dropout) and seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(dropout),)):
+        got = seeds.dtype, tuple(seeds.shape)
+        raise ValueError(f"seeds: expected int64 [{len(dropout)}] because dropout is not 0, got {got}")
     if elsewhere or any(t is not None and t.device != device for t in (weight, bias, seeds)):
         named = [("weight", weight), ("bias", bias), ("seeds", seeds)]
         for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
@@ -74,7 +70,8 @@ def check_linear(
         raise ValueError(f"{name}: expected device {device} like x, got {found}")
 
 
-def _refuse_tangents(*tensors: torch.Tensor) -> None:
+def refuse_tangents(*tensors: torch.Tensor) -> None:
+    """Raise NotImplementedError for a tensor under forward-mode differentiation."""
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         # nothing carries a tangent through the operator: torch.func.jvp would read zeros
         raise NotImplementedError("lora_linear has no forward-mode derivative (torch.func.jvp, forward_ad)")

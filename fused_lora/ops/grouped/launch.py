@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.grouped_tables import AdapterTables, RowGroups
+from fused_lora.ops import guard
 from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
 from fused_lora.ops.grouped.op import RowLayout, Terms, lora_grouped_
-from fused_lora.ops.linear import launch as kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK = 512
@@ -39,7 +39,7 @@ def lora_grouped_by_address_(
         lora_grouped(x, [y], tables, rows)
         return y
 
-    return kernel.guarded(_key(1, x, tables, rows), run, eager, lambda: _check(x, tables, rows, 1))()
+    return guard.guarded(_key(1, x, tables, rows), run, eager, lambda: _check(x, tables, rows, 1))()
 
 
 def shrink_by_address(x: Tensor, tables: AdapterTables, rows: RowGroups) -> Tensor | None:
@@ -60,7 +60,7 @@ def shrink_by_address(x: Tensor, tables: AdapterTables, rows: RowGroups) -> Tens
         return grouped_shrink(x, tables, rows)
 
     key = _key(len(tables.rank), x, tables, rows)
-    return kernel.guarded(key, run, lambda: None, lambda: _check(x, tables, rows, len(tables.rank)))()
+    return guard.guarded(key, run, lambda: None, lambda: _check(x, tables, rows, len(tables.rank)))()
 
 
 def expand_by_address_(
@@ -80,12 +80,12 @@ def expand_by_address_(
 
     if not _possible(y.dtype, y.dtype, y.device, tables):
         return eager()
-    return kernel.guarded(_key(1, y, tables, rows), run, eager, lambda: _check(y, tables, rows, 1))()
+    return guard.guarded(_key(1, y, tables, rows), run, eager, lambda: _check(y, tables, rows, 1))()
 
 
 def _possible(x_dtype: torch.dtype, y_dtype: torch.dtype, device: torch.device, tables: AdapterTables) -> bool:
     dtypes = x_dtype == y_dtype and {x_dtype, tables.dtype} <= set(DTYPES)
-    return dtypes and tables.max_rank <= MAX_RANK and kernel.usable(device)
+    return dtypes and tables.max_rank <= MAX_RANK and guard.usable(device)
 
 
 def _key(outputs: int, x: Tensor, tables: AdapterTables, rows: RowGroups) -> tuple:
@@ -135,4 +135,4 @@ def _check(x: Tensor, tables: AdapterTables, rows: RowGroups, outputs: int) -> s
     }
     # float64, which no setting of torch computes in less
     exact = lora_grouped_(before.double(), inputs.double(), RowLayout(group_of_row, device), Terms(factors))
-    return kernel.compare(results, [exact] * outputs, x.dtype)
+    return guard.compare(results, [exact] * outputs, x.dtype)

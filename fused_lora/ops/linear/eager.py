@@ -25,7 +25,7 @@ _WEIGHT_ELEMENTS = 1 << 22  # row block of a 16-bit weight in fp32: 16 MiB
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """fp32 for 16-bit tensors on a CPU, else the dtype itself."""
-    return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) and device.type == "cpu" else dtype
 
 
 def lora_linear(
@@ -40,17 +40,14 @@ def lora_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, N] in x's dtype, S [M, sum r] in the accumulation dtype. Arguments as ``reference.lora_linear``, x 2-D."""
     acc = accumulate_dtype(x, lora_A)
-    rows = x.to(compute_dtype(x.dtype, x.device))
+    rows = _as(x, compute_dtype(x.dtype, x.device))
     S = _shrink(rows, lora_A, dropout, seeds, acc)
-    y = _matmul_weight_t(rows, weight, None if acc != rows.dtype else bias)
-    term = y if y.dtype == acc else y.to(acc)
+    y = _as(_matmul_weight_t(rows, weight, None if acc != rows.dtype else bias), acc)
     if bias is not None and acc != rows.dtype:
-        term += bias
-    column = 0
-    for B, s in zip(lora_B, scaling, strict=True):
-        term.addmm_(S[:, column : column + B.shape[1]], B.to(acc).t(), alpha=s)
-        column += B.shape[1]
-    return term.to(x.dtype), S.to(shrink_dtype(x, lora_A))
+        y += bias
+    for B, s, part in zip(lora_B, scaling, _columns(S, lora_B), strict=True):
+        y.addmm_(part, _as(B, acc).t(), alpha=s)
+    return _as(y, x.dtype), _as(S, torch.promote_types(acc, torch.float32))
 
 
 def lora_linear_backward(
@@ -72,39 +69,43 @@ def lora_linear_backward(
     """dx [M, K], dA and dB lists, dW [N, K], db [N]; None where the matching ``need`` is False. g, x are 2-D."""
     acc = accumulate_dtype(x, lora_A)
     work = compute_dtype(x.dtype, x.device)
-    g_rows, x_rows = g.to(work), x.to(work)
-    g_acc, S = g_rows.to(acc), S.to(acc)
-    dx = torch.empty(x.shape, dtype=acc, device=x.device) if need_x else None
-    dA, dB, column = [], [], 0
-    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
-        r, s = A.shape[0], scaling[i]
-        # the short side first: a third less time than g^T S, transposed where it is small
-        dB.append((S[:, column : column + r].t() @ g_acc).t().mul(s).to(B.dtype).contiguous() if need_B[i] else None)
-        column += r
-        if not (need_x or need_A[i]):
-            dA.append(None)
-            continue
-        dS = _narrow(g_acc, B.to(acc).t().contiguous()).mul_(s * keep_scale(dropout[i]))  # both factors, one rounding
-        seed = seeds[i] if dropout[i] else None
-        dA.append(_input_side(dS, x_rows, A, dropout[i], seed, dx, i == 0, need_A[i]))
+    g_rows, x_rows = _as(g, work), _as(x, work)
+    g_acc, dx, dA, dB = _as(g_rows, acc), None, [None] * len(lora_A), [None] * len(lora_A)
+    for i, (A, B, part) in enumerate(zip(lora_A, lora_B, _columns(_as(S, acc), lora_B), strict=True)):
+        s, p = scaling[i], dropout[i]
+        if need_B[i]:  # the short side first: a third less time than g^T S, transposed where it is small
+            dB[i] = _as((part.t() @ g_acc).t().mul(s), B.dtype).contiguous()
+        if need_x or need_A[i]:
+            dS = torch.mm(g_acc, _as(B, acc)).mul_(s * keep_scale(p))  # both factors, one rounding
+            dx, dA[i] = _input_side(dS, x_rows, A, p, seeds[i] if p else None, dx, need_x, need_A[i])
     if need_x:
         _add_matmul_weight(dx, g_rows, weight)
-    dW = (g_rows.t() @ x_rows).to(weight.dtype) if need_weight else None
+    dW = _as(g_rows.t() @ x_rows, weight.dtype) if need_weight else None
     db = g_acc.sum(0) if need_bias else None
-    return (dx.to(x.dtype) if need_x else None), dA, dB, dW, db
+    return (_as(dx, x.dtype) if need_x else None), dA, dB, dW, db
 
 
 def accumulate_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
     """The widest dtype involved: fp32 adapters over a 16-bit base are used in fp32, as PEFT does."""
     acc = compute_dtype(x.dtype, x.device)
     for A in lora_A:
-        acc = torch.promote_types(acc, A.dtype)
+        if A.dtype != acc:
+            acc = torch.promote_types(acc, A.dtype)
     return acc
 
 
 def shrink_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
     """dtype in which S is kept for the backward, whatever computed it: fp32, or fp64 where that takes part."""
     return torch.promote_types(accumulate_dtype(x, lora_A), torch.float32)
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the question takes a fifth of the call
+
+
+def _columns(S: torch.Tensor, lora_B: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The part of S of each adapter."""
+    return [S] if len(lora_B) == 1 else S.split([B.shape[1] for B in lora_B], 1)
 
 
 def _row_blocks(rows: torch.Tensor) -> Iterator[tuple[int, int]]:
@@ -155,7 +156,7 @@ class _Mask:
 def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
     """S = concatenation of D_i(x) A_i^T, [M, sum r] in ``acc``."""
     terms = [
-        _shrink_one(rows, A.to(acc), p, seeds[i] if p else None)
+        _shrink_one(rows, _as(A, acc), p, seeds[i] if p else None)
         for i, (A, p) in enumerate(zip(lora_A, dropout, strict=True))
     ]
     return terms[0] if len(terms) == 1 else torch.cat(terms, 1)
@@ -164,14 +165,14 @@ def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
 def _shrink_one(rows, A, p, seed) -> torch.Tensor:
     M, K = rows.shape
     if p == 0.0:
-        return _narrow(rows.to(A.dtype), A)
+        return _narrow(_as(rows, A.dtype), A)
     S = rows.new_zeros((M, A.shape[0]), dtype=A.dtype)
     if p < 1.0:
         mask, buffer = _Mask(seed, p, M, K, rows.device), _buffer(rows, rows.dtype)
         for start, stop in _row_blocks(rows):
             block = buffer[: stop - start]
             mask.multiply(start, stop, rows[start:stop], block, None)
-            S[start:stop] = _narrow(block.to(A.dtype), A)
+            S[start:stop] = _narrow(_as(block, A.dtype), A)
         S.mul_(mask.scale)
     return S
 
@@ -187,37 +188,40 @@ def _narrow(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(rows, matrix)
 
 
-def _input_side(dS, rows, A, p, seed, dx, first: bool, need_A: bool) -> torch.Tensor | None:
-    """dx += mask * (dS A) where dx is given, dx = ... for the ``first``; returns dA = dS^T (mask * x) where needed.
+def _input_side(
+    dS: torch.Tensor, rows: torch.Tensor, A: torch.Tensor, p: float, seed, dx, need_x: bool, need_A: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dx + mask * (dS A), dA = dS^T (mask * x)), None for what is not needed; ``dx`` None for the first adapter.
 
-    One mask for both. ``dS`` already holds the 1 / (1 - p).
+    One mask for both. ``dS`` already holds the 1 / (1 - p). The sum may be formed in ``dx``.
     """
-    acc, A_acc = dS.dtype, A.to(dS.dtype)
+    acc, A_acc, dA = dS.dtype, _as(A, dS.dtype), None
     if p == 0.0:
-        if dx is not None:
-            torch.mm(dS, A_acc, out=dx) if first else dx.addmm_(dS, A_acc)
-        return (dS.t() @ rows.to(acc)).to(A.dtype) if need_A else None
-    dA = torch.zeros_like(A_acc) if need_A else None
-    if p == 1.0:
-        if dx is not None and first:
-            dx.zero_()
-    else:
-        M, K = rows.shape
-        mask, dropped = _Mask(seed, p, M, K, rows.device), _buffer(rows, acc)
-        part = None if dx is None or first else _buffer(rows, acc)
+        if need_x:
+            dx = dS @ A_acc if dx is None else dx.addmm_(dS, A_acc)
+        return dx, _as(dS.t() @ _as(rows, acc), A.dtype) if need_A else None
+    first, (M, K) = dx is None, rows.shape
+    if need_x and first:  # no pass to add its part
+        dx = rows.new_empty((M, K), dtype=acc) if p < 1.0 else rows.new_zeros((M, K), dtype=acc)
+    if p < 1.0:
+        mask, dropped = _Mask(seed, p, M, K, rows.device), _buffer(rows, acc) if need_A else None
+        part = None if first or not need_x else _buffer(rows, acc)
         for start, stop in _row_blocks(rows):
             source = kept = target = None
+            dS_rows = dS[start:stop]
             if need_A:
-                source, kept = rows[start:stop].to(acc), dropped[: stop - start]
-            if dx is not None:  # the first adapter needs no pass to add its part
+                source, kept = _as(rows[start:stop], acc), dropped[: stop - start]
+            if need_x:
                 target = dx[start:stop] if first else part[: stop - start]
-                torch.mm(dS[start:stop], A_acc, out=target)
+                torch.mm(dS_rows, A_acc, out=target)
             mask.multiply(start, stop, source, kept, target)
             if need_A:
-                dA.addmm_(dS[start:stop].t(), kept)
+                dA = dS_rows.t() @ kept if dA is None else dA.addmm_(dS_rows.t(), kept)
             if part is not None:
                 dx[start:stop] += target
-    return dA.to(A.dtype) if need_A else None
+    if need_A:
+        dA = A.new_zeros(A.shape) if dA is None else _as(dA, A.dtype)
+    return dx, dA
 
 
 def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -231,7 +235,7 @@ def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[i
 def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """rows W^T (+ bias) in the dtype of rows."""
     if weight.dtype == rows.dtype:
-        return torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+        return torch.nn.functional.linear(rows, weight, None if bias is None else _as(bias, rows.dtype))
     y = rows.new_empty((rows.shape[0], weight.shape[0]))
     for start, stop, block in _weight_blocks(weight, rows.dtype):
         y[:, start:stop] = rows @ block.t()
@@ -240,6 +244,9 @@ def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
 def _add_matmul_weight(dx: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> None:
     """dx += g W, the product in the dtype of g."""
+    if weight.dtype == g.dtype == dx.dtype and len(g) > 1:
+        dx.addmm_(g, weight)
+        return
     for start, stop, block in _weight_blocks(weight, g.dtype):
         if dx.dtype == g.dtype and len(g) > 1:  # for one row BLAS adds every product to dx: twice the rounding error
             dx.addmm_(g[:, start:stop], block)
