@@ -24,6 +24,7 @@ import triton.language as tl
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import keep_mask, keep_scale, threshold
 from .launch import Launch
+from .lora_shrink import is_single
 from .sync import counters, last_to_arrive
 from .tiles import addressable, load_tile, store_tile, sum_planes
 
@@ -75,8 +76,8 @@ def _lora_backward_kernel(
 
 def _launch(
     z, q, R, q_strides, grad_strides, expand, dropout, out_scale, grad_scale, config
-) -> tuple[Launch, tuple[int, ...], int]:
-    """The launch, the shape of the planes of the parameters' gradient and the number of its counters.
+) -> tuple[Launch, int, int]:
+    """The launch, the size of the planes of the parameters' gradient and the number of its counters.
 
     q is given as it is stored, with the strides of the kernel's [R, C]; those of the gradient are the kernel's, too.
     """
@@ -88,7 +89,7 @@ def _launch(
         EXPAND=expand, DROP=dropout > 0, UPCAST=q.dtype != z.dtype, PRECISION=precision(z.dtype),
         BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_N, BLOCK_R=config.BLOCK_R, **config.options(),
     )  # fmt: skip
-    return launch, (chunks, R, C), columns
+    return launch, chunks * R * C, columns
 
 
 def lora_backward_g(
@@ -98,28 +99,34 @@ def lora_backward_g(
 
     g [M, N] and lora_B [N, r] of any strides; S fp32 [M, r], unscaled, as the forward returns it.
     """
-    return prepare_backward_g(g, lora_B, scaling, config)(g, S, lora_B)
+    run, room = prepare_backward_g(g, lora_B, scaling, config)
+    return run(g, S, lora_B, S.new_empty(room))
 
 
 def prepare_backward_g(
     g: torch.Tensor, lora_B: torch.Tensor, scaling: float, config: LaunchConfig | None = None
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """``lora_backward_g`` as a function of (g, S, lora_B), for tensors of these shapes, strides and dtypes."""
+) -> tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], int]:
+    """``lora_backward_g`` as a function of (g, S, lora_B, planes), for tensors of these shapes, strides and dtypes.
+
+    And how many fp32 numbers of memory the planes are: launches that follow each other may share it.
+    """
     (M, N), r, device = g.shape, lora_B.shape[1], g.device
     if g.numel() == 0:
-        return lambda g, S, lora_B: (torch.zeros_like(S), lora_B.new_zeros((N, r)))
+        return lambda g, S, lora_B, planes: (torch.zeros_like(S), lora_B.new_zeros((N, r))), 0
     config = config or pick("backward_g", M, N, 0, r, g.dtype, False, capability(device), lora_B.dtype != g.dtype)
     q_strides = addressable(lora_B).stride()[::-1]
-    launch, planes_size, flags = _launch(g, lora_B, r, q_strides, (1, r), False, 0.0, scaling, scaling, config)
+    launch, room, flags = _launch(g, lora_B, r, q_strides, (1, r), False, 0.0, scaling, scaling, config)
     parts, kernel = -(-N // config.BLOCK_N), _lora_backward_kernel
-    dS_size = (M, r) if parts == 1 else (parts, M, r)
+    dS_size, fit = (M, r) if parts == 1 else (parts, M, r), is_single([g]) and is_single([lora_B])
 
-    def run(g, S, lora_B):
-        dS, dB, planes = S.new_empty(dS_size), lora_B.new_empty((N, r)), S.new_empty(planes_size)
-        launch(kernel, addressable(g), S, addressable(lora_B), dS, dB, planes, None, counters(flags, device))
+    def run(g, S, lora_B, planes):
+        dS, dB = S.new_empty(dS_size), lora_B.new_empty((N, r))
+        if not fit:
+            g, lora_B = addressable(g), addressable(lora_B)
+        launch(kernel, g, S, lora_B, dS, dB, planes, None, counters(flags, device))
         return dS if parts == 1 else dS.sum(0), dB
 
-    return run
+    return run, room
 
 
 def lora_backward_x(
@@ -135,25 +142,28 @@ def lora_backward_x(
     x [M, K] and lora_A [r, K] of any strides; dS fp32 [M, r]; seeds int64 [1], None for no mask.
     """
     drop = seeds is not None and dropout > 0
-    return prepare_backward_x(x, lora_A, dropout, drop, config)(x, dS, lora_A, seeds)
+    run, room = prepare_backward_x(x, lora_A, dropout, drop, config)
+    return run(x, dS, lora_A, seeds, dS.new_empty(room))
 
 
 def prepare_backward_x(
     x: torch.Tensor, lora_A: torch.Tensor, dropout: float, drop: bool, config: LaunchConfig | None = None
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """``lora_backward_x`` as a function of (x, dS, lora_A, seeds), for tensors of these shapes, strides and dtypes."""
+) -> tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], int]:
+    """``lora_backward_x`` as a function of (x, dS, lora_A, seeds, planes), and the room as above."""
     (M, K), r, scale, device = x.shape, lora_A.shape[0], keep_scale(dropout), x.device
     if x.numel() == 0:
-        return lambda x, dS, lora_A, seeds: (x.new_empty((M, K)), lora_A.new_zeros((r, K)))
+        return lambda x, dS, lora_A, seeds, planes: (x.new_empty((M, K)), lora_A.new_zeros((r, K))), 0
     config = config or pick("backward_x", M, K, 0, r, x.dtype, drop, capability(device), lora_A.dtype != x.dtype)
     q_strides, p = addressable(lora_A).stride(), dropout if drop else 0.0
-    launch, planes_size, flags = _launch(x, lora_A, r, q_strides, (K, 1), True, p, scale, scale, config)
-    kernel = _lora_backward_kernel
+    launch, room, flags = _launch(x, lora_A, r, q_strides, (K, 1), True, p, scale, scale, config)
+    kernel, fit = _lora_backward_kernel, is_single([x]) and is_single([lora_A])
 
-    def run(x, dS, lora_A, seeds):
-        dx, dA, planes = x.new_empty((M, K)), lora_A.new_empty((r, K)), dS.new_empty(planes_size)
+    def run(x, dS, lora_A, seeds, planes):
+        dx, dA = x.new_empty((M, K)), lora_A.new_empty((r, K))
         seeds, sync = seeds if drop else None, counters(flags, device)
-        launch(kernel, addressable(x), dS, addressable(lora_A), dx, dA, planes, seeds, sync)
+        if not fit:
+            x, lora_A = addressable(x), addressable(lora_A)
+        launch(kernel, x, dS, lora_A, dx, dA, planes, seeds, sync)
         return dx, dA
 
-    return run
+    return run, room

@@ -144,7 +144,7 @@ def prepare_shrink(
     size, f32 = (M, sum(ranks)), torch.float32
     if 0 in size:
         return lambda x, P, seeds: x.new_empty(size, dtype=f32)
-    single, p = is_single(P), addressable(stack(P))
+    single, fits, p = is_single(P), is_single([x]), addressable(stack(P))
     upcast = p.dtype != x.dtype
     config = config or pick("shrink", M, 0, K, max(ranks), x.dtype, drop, capability(device), upcast)
     ends, bounds = adapter_table(ranks, dropout)
@@ -163,7 +163,7 @@ def prepare_shrink(
         if splits > 1:
             planes, sync = S.new_empty((splits, *size)), counters(programs, device)
         P = P[0] if single else stacked(P, by_columns)
-        launch(kernel, addressable(x), P, S, seeds if drop else None, planes, sync)
+        launch(kernel, x if fits else addressable(x), P, S, seeds if drop else None, planes, sync)
         return S
 
     return run

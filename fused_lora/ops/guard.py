@@ -92,21 +92,22 @@ class guarded:  # a function to its callers
             if not passed:
                 return self._eager(*args)
             self._trusted = drops
-        return self._attempt(args)
-
-    def _attempt(self, args: tuple):
         try:
             return self.run(*args)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
-            _drop(self._key, _text(error))
+            return self._failed(error, args)
+
+    def _failed(self, error: Exception, args: tuple):
+        _drop(self._key, _text(error))
         return self._eager(*args)
 
     def _first(self, args: tuple):
         with _first_use:
             if _try(self._key, self._check):
-                result = self._attempt(args)
+                self._trusted = _drops
+                result = self(*args)
                 _state.setdefault(self._key, True)  # loaded: no lock from here on
                 return result
         return self._eager(*args)

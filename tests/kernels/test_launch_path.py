@@ -134,9 +134,10 @@ def launches(given: list[list]) -> dict[str, int]:
         case = LayerCase.make(600, 64, 64, [8], [p], bf16, adapter_dtype)
         dS = torch.zeros(600, 8)
         if not p:
-            counted("backward_g", prepare_backward_g(case.g, case.lora_B[0], 2.0), case.g, dS, case.lora_B[0])
-        run = prepare_backward_x(case.x, case.lora_A[0], p, p > 0)
-        counted(name, run, case.x, dS, case.lora_A[0], case.seeds)
+            run, room = prepare_backward_g(case.g, case.lora_B[0], 2.0)
+            counted("backward_g", run, case.g, dS, case.lora_B[0], torch.empty(room))
+        run, room = prepare_backward_x(case.x, case.lora_A[0], p, p > 0)
+        counted(name, run, case.x, dS, case.lora_A[0], case.seeds, torch.empty(room))
 
     def weight_grad(name, M, p):
         case = LayerCase.make(M, 64, 64, [8], [p], bf16)

@@ -55,7 +55,21 @@ def lora_linear(chosen: Plan, x, weight, bias, lora_A, lora_B, scaling, dropout,
 
 
 def lora_linear_backward(
-    chosen: Plan, g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, *_
+    chosen: Plan,
+    g,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    S,
+    scaling,
+    dropout,
+    seeds,
+    need_x,
+    need_A,
+    need_B,
+    need_weight,
+    need_bias,
 ) -> Callable:
     """The function of these arguments (without the plan) that returns the gradients, as :func:`lora_linear`.
 
@@ -69,13 +83,15 @@ def lora_linear_backward(
 
     drop, count = any(dropout), len(lora_A)
     if chosen.variant == "passes":
-        over_g = prepare_backward_g(g, lora_B[0], scaling[0], chosen.shrink)
-        over_x = prepare_backward_x(x, lora_A[0], dropout[0], drop, chosen.product)
+        over_g, room_g = prepare_backward_g(g, lora_B[0], scaling[0], chosen.shrink)
+        over_x, room_x = prepare_backward_x(x, lora_A[0], dropout[0], drop, chosen.product)
+        room = max(room_g, room_x)
 
-        def adapters(g, x, weight, lora_A, lora_B, S, seeds):
-            dS, dB = over_g(g, S, lora_B[0])
-            dx, dA = over_x(x, dS, lora_A[0], seeds)
-            return dx.addmm_(g, weight), [dA], [dB]
+        def adapters(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, *_):
+            planes = S.new_empty(room)
+            dS, dB = over_g(g, S, lora_B[0], planes)
+            dx, dA = over_x(x, dS, lora_A[0], seeds, planes)
+            return dx.addmm_(g, weight), [dA], [dB], None, None
 
     else:
         none, scales = [0.0] * count, [keep_scale(p) for p in dropout]
@@ -89,7 +105,7 @@ def lora_linear_backward(
             ranks, dtype = [A.shape[0] for A in lora_A], torch.promote_types(lora_A[0].dtype, lora_B[0].dtype)
             weight_grad = prepare_weight_grad(g, x, scaling, dropout, drop, ranks, dtype, chosen.weight_grad)
 
-        def adapters(g, x, weight, lora_A, lora_B, S, seeds):
+        def adapters(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, *_):
             dx, dA, dB = None, [None] * count, [None] * count
             dS = shrink(g, lora_B, None) if shrink else torch.zeros_like(S)
             if expand:
@@ -99,12 +115,13 @@ def lora_linear_backward(
                 # one buffer holds all adapters' sums; gradients must not share memory
                 dA = [_own(t, A, count) if need else None for t, A, need in zip(dA, lora_A, need_A, strict=True)]
                 dB = [_own(t, B, count) if need else None for t, B, need in zip(dB, lora_B, need_B, strict=True)]
-            return dx, dA, dB
+            return dx, dA, dB, None, None
 
-    def run(
-        g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, need_weight, need_bias
-    ):  # fmt: skip
-        dx, dA, dB = adapters(g, x, weight, lora_A, lora_B, S, seeds)
+    if not need_weight and not need_bias:
+        return adapters
+
+    def run(g, x, *others):
+        dx, dA, dB, _, _ = adapters(g, x, *others)
         dW = g.t() @ x if need_weight else None
         db = g.sum(0, dtype=torch.float32) if need_bias else None
         return dx, dA, dB, dW, db

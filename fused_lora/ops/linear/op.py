@@ -54,31 +54,43 @@ def lora_linear(
     if not lora_A:
         return torch.nn.functional.linear(x, weight, bias)
     dropout = [0.0] * len(lora_A) if dropout is None else dropout
-    if not _is_direct(x, weight, *lora_A, *lora_B):
-        return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-    if forward_ad._current_level >= 0:
-        refuse_tangents(x, weight, *lora_A, *lora_B)
+    arguments = x, weight, bias, lora_A, lora_B, scaling, dropout, seeds
+    # dispatch modes, transforms and tracing see the operator as one; torch.compile, too
+    if (
+        torch.compiler.is_compiling()
+        or _stack()
+        or _transforms()
+        or _is_tracing()
+        or _is_wrapped(x)
+        or forward_ad._current_level >= 0
+    ):
+        return _by_dispatcher(*arguments)
+    for tensor in (x, weight, *lora_A, *lora_B):
+        if type(tensor) not in _PLAIN:
+            return _by_dispatcher(*arguments)
     if _autocasts(x):
-        dtype = _autocast_dtype(x)
-        check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, dtype)
-        if dtype is not None:
-            x, weight = x.to(dtype), weight.to(dtype)
-            lora_A, lora_B = _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-    return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+        return _under_autocast(*arguments)
+    return _direct(*arguments)
 
 
 def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
     """The operator past the dispatcher, whose bookkeeping takes longer than a small layer."""
     run = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-    if seeds is None and run.masked:
+    if run.masked and seeds is None:
         seeds = draw_seeds(len(lora_A), x.device)
-    if torch.is_grad_enabled():
-        for tensor in (x, *lora_A, *lora_B, weight, bias):
-            if tensor is not None and tensor.requires_grad:
-                return _apply(run, seeds, x, *lora_A, *lora_B, weight, bias)
+    if run.grad and torch.is_grad_enabled():
+        return _apply(run, seeds, x, *lora_A, *lora_B, weight, bias)
     return run(x, weight, bias, lora_A, lora_B, seeds)[0]
+
+
+def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
+    dtype = _autocast_dtype(x)
+    check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, dtype)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        lora_A, lora_B = _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
 
 
 def _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
@@ -269,22 +281,11 @@ class _Direct(torch.autograd.Function):
         return None, None, dx, *dA, *dB, dW, db
 
 
-# past a wrapper that looks through the arguments for leftovers of torch.func, as _is_direct has done
+# past a wrapper that looks through the arguments for leftovers of torch.func, as _direct has done
 _apply = super(torch.autograd.Function, _Direct).apply
-
-
-def _is_direct(*tensors: Tensor) -> bool:
-    """Whether these are real tensors, and nothing but autograd looks on."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-        or any(map(_is_wrapped, tensors))
-        or any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
-    )
-
-
+_stack, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses bring their own arithmetic
+_is_tracing = torch._C._is_tracing
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _library = torch.library.Library("fused_lora", "FRAGMENT")
 _register_autocast("cuda", "AutocastCUDA")

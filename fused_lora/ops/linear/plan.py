@@ -135,15 +135,19 @@ def _pick(*arguments) -> LaunchConfig:
 
 
 class Forward:
-    """What the calls of one key share: a function of their tensors that returns (y, S), and what the backward needs."""
+    """What the calls of one key share: a function of their tensors that returns (y, S), and what the backward needs.
 
-    __slots__ = ("bias_dtype", "dropout", "masked", "rows", "scaling", "shape", "_run")
+    grad: one of the tensors wants a gradient.
+    """
+
+    __slots__ = ("bias_dtype", "dropout", "grad", "masked", "rows", "scaling", "shape", "_run")
 
     def __init__(self, x, weight, bias, lora_A, lora_B, scaling: Sequence[float], dropout: Sequence[float]):
         leading, N = x.shape[:-1], weight.shape[0]
         self.rows = None if len(leading) == 1 else (leading.numel(), weight.shape[1])
         self.shape, self.masked, self.bias_dtype = (*leading, N), any(dropout), None if bias is None else bias.dtype
         self.scaling, self.dropout = tuple(scaling), tuple(dropout)
+        self.grad = any(t is not None and t.requires_grad for t in (x, weight, bias, *lora_A, *lora_B))
         rows = x if self.rows is None else x.reshape(self.rows)
         self._run = _forward(rows, weight, bias, lora_A, lora_B, self.scaling, self.dropout)
 
@@ -170,8 +174,8 @@ def forward(
     Raises:
         ValueError, TypeError: the arguments do not fit.
     """
-    others = [None if t is None else (t.shape, t.dtype, t.device) for t in (bias, seeds)]
-    key = (*_layout(x, weight, *lora_A, *lora_B), *others, len(lora_A), *scaling, *dropout)
+    key = _layout(x, weight, *lora_A, *lora_B)
+    key += len(lora_A), *scaling, *dropout, bias is None or _kind(bias), seeds is None or _kind(seeds)
     found = _found.get(key)
     if found is None:
         check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
@@ -193,7 +197,7 @@ def backward(
 
     g [M, N], x [M, K]; needs: one flag for x, each lora_A, each lora_B, weight and bias.
     """
-    key = (*_layout(g, x, weight, *lora_A, *lora_B), needs, *scaling, *dropout)
+    key = _layout(g, x, weight, *lora_A, *lora_B) + (needs, *scaling, *dropout)
     found = _found.get(key)
     return _keep(key, _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs)) if found is None else found
 
@@ -203,10 +207,14 @@ def forget() -> None:
     _found.clear()
 
 
-def _layout(*tensors: torch.Tensor) -> list:
+def _layout(*tensors: torch.Tensor) -> tuple:
     """All that a launch depends on, but for where the data is; of that, whether descriptors can address it."""
     aligned = (tensors[0].data_ptr() | tensors[1].data_ptr()) % 16 == 0
-    return [aligned, *[(t.shape, t.stride(), t.dtype, t.device) for t in tensors]]
+    return aligned, *[(t.requires_grad, t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+
+
+def _kind(tensor: torch.Tensor) -> tuple:
+    return tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device
 
 
 def _keep(key: tuple, found: Callable) -> Callable:
