@@ -183,7 +183,7 @@ def steps(arguments) -> list[Step]:
 
 def use_stub() -> None:
     """CPU tensors take the kernel route; a kernel that fails ends the benchmark."""
-    from fused_lora.testing.stub_driver import use_stub_driver
+    from stub_driver import use_stub_driver
 
     use_stub_driver()
     from fused_lora.kernels import config, lora_backward, lora_grad, lora_linear, lora_shrink
@@ -203,8 +203,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--stub", action="store_true", help="the kernel route without a GPU")
     arguments = options.parse_args(argv)
+    sys.path.append(str(ROOT / "tools"))
     if arguments.stub and "FUSED_LORA_STUB" not in os.environ:
-        from fused_lora.testing.stub_driver import environment
+        from stub_driver import environment
 
         with tempfile.TemporaryDirectory() as folder:
             variables = environment(ROOT / "tests" / "kernels" / "stub_cuda.c", Path(folder))
