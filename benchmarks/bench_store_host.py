@@ -175,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--stub", action="store_true", help="the kernel route without a GPU")
     arguments = options.parse_args(argv)
+    sys.path.append(str(ROOT / "tools"))
     if arguments.stub and "FUSED_LORA_STUB" not in os.environ:
         from stub_driver import environment
 

@@ -38,7 +38,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
         reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, args, kwargs)
         if not torch.compiler.is_compiling():  # a counter would be a guard, and every call a new compilation
             CALLS[reason or FUSED] += 1
-        return super().forward(x, *args, **kwargs) if reason else self._fused_forward(x, names)
+        return super().forward(x, *args, **kwargs) if reason else self._fused_forward(x, names, self._parts(names))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """PEFT's: scaling * B A of one adapter, as the base weight is stored, in the adapter's dtype."""

@@ -17,10 +17,11 @@ def why_not_plain(module: nn.Module) -> str | None:
 
     Plain are nn.Identity, nn.Dropout, and nn.Linear and transformers' Conv1D over ordinary floating tensors.
     """
-    # written out: this runs for every part of a layer in every call
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    # written out, and past nn.Module's __getattr__: this runs for every part of a layer in every call
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "a hook on a part of the layer"
-    if "forward" in vars(module):
+    if "forward" in own:
         return "a part of the layer has its forward replaced"
     kind = type(module)
     if kind is nn.Identity:
@@ -29,7 +30,7 @@ def why_not_plain(module: nn.Module) -> str | None:
         return "dropout works in place" if module.inplace else None
     if kind is not nn.Linear and not is_exactly_conv1d(module):
         return f"a part of the layer is a {kind.__name__}"
-    return why_not_plain_weight(module._parameters.get("weight"))
+    return why_not_plain_weight(own["_parameters"].get("weight"))
 
 
 def why_not_plain_weight(weight: object) -> str | None:

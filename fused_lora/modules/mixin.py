@@ -43,29 +43,30 @@ class FusedLoraBehaviour:
         names = self._present(self.active_adapters)
         if not names:
             return self.base_layer(x)
-        for part in self._parts(names):
+        parts = self._parts(names)
+        for part in parts:
             if why_not_plain(part):
                 return self._composed_forward(x, names)
-        return self._fused_forward(x, names)
+        return self._fused_forward(x, names, parts)
 
-    def _fused_forward(self, x: Tensor, names: list[str]) -> Tensor:
+    def _fused_forward(self, x: Tensor, names: list[str], parts: list[nn.Module]) -> Tensor:
         """One operator for base and adapters. A scaling may be a 0-d tensor, which is read on its device only."""
         # past nn.Module's __getattr__, which takes longer than the reads: this runs in every call
-        base = self._modules["base_layer"]._parameters
+        base = parts[0].__dict__["_parameters"]
         weight, bias = base["weight"], base["bias"]
         lora_A, lora_B, scaling, dropout = [], [], [], []
-        parts = self._parts(names)[1:]
-        for name, A, B_layer, drop in zip(names, parts[::3], parts[1::3], parts[2::3], strict=True):
-            B, s, lora_bias = B_layer._parameters["weight"], self.scaling[name], B_layer._parameters["bias"]
+        for name, A, B_layer, drop in zip(names, parts[1::3], parts[2::3], parts[3::3], strict=True):
+            own, s = B_layer.__dict__["_parameters"], self.scaling[name]
+            B, lora_bias = own["weight"], own["bias"]
             if lora_bias is not None:  # s_i times each lora_bias, in fp32 or wider
                 term = lora_bias.to(_wide(lora_bias.dtype)) * s
                 bias = term if bias is None else bias.to(_wide(bias.dtype)) + term
             if isinstance(s, Tensor):
                 B, s = B.to(_wide(B.dtype)) * s, 1.0
-            lora_A.append(A._parameters["weight"])
+            lora_A.append(A.__dict__["_parameters"]["weight"])
             lora_B.append(B)
             scaling.append(float(s))
-            dropout.append(drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0)
+            dropout.append(drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0)
         weight = weight.t() if self.fan_in_fan_out else weight
         return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout)
 

@@ -69,7 +69,7 @@ def lora_linear_backward(
 ) -> tuple[torch.Tensor | None, list, list, torch.Tensor | None, torch.Tensor | None]:
     """dx [M, K], dA and dB lists, dW [N, K], db [N]; None where the matching ``need`` is False. g, x are 2-D."""
     acc = accumulate_dtype(x, lora_A)
-    work = compute_dtype(x.dtype, x.device)
+    work, seeds = compute_dtype(x.dtype, x.device), _numbers(seeds)
     g_rows, x_rows = _as(g, work), _as(x, work)
     g_acc, dx, dA, dB = _as(g_rows, acc), None, [None] * len(lora_A), [None] * len(lora_A)
     for i, (A, B, part) in enumerate(zip(lora_A, lora_B, _columns(_as(S, acc), lora_B), strict=True)):
@@ -119,8 +119,12 @@ def _row_blocks(rows: torch.Tensor) -> Iterator[tuple[int, int]]:
 
 def _buffer(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Room for one row block, reused for all of them."""
-    first = next(_row_blocks(rows), (0, 0))
-    return torch.empty((first[1], rows.shape[1]), dtype=dtype, device=rows.device)
+    _, first = next(_row_blocks(rows), (0, 0))
+    return rows.new_empty((first, rows.shape[1]), dtype=dtype)
+
+
+def _part(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return rows if stop - start == len(rows) else rows[start:stop]  # as most often, and a view takes longer
 
 
 class _Mask:
@@ -156,6 +160,7 @@ class _Mask:
 
 def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
     """S = concatenation of D_i(x) A_i^T, [M, sum r] in ``acc``."""
+    seeds = _numbers(seeds)
     terms = [
         _shrink_one(rows, _as(A, acc), p, seeds[i] if p else None)
         for i, (A, p) in enumerate(zip(lora_A, dropout, strict=True))
@@ -163,19 +168,23 @@ def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
     return terms[0] if len(terms) == 1 else torch.cat(terms, 1)
 
 
+def _numbers(seeds: torch.Tensor | None) -> Sequence | None:
+    """The seeds as numbers where nothing has to wait for them."""
+    return seeds.tolist() if seeds is not None and seeds.device.type == "cpu" else seeds
+
+
 def _shrink_one(rows, A, p, seed) -> torch.Tensor:
     M, K = rows.shape
     if p == 0.0:
         return _narrow(_as(rows, A.dtype), A)
-    S = rows.new_zeros((M, A.shape[0]), dtype=A.dtype)
-    if p < 1.0:
-        mask, buffer = _Mask(seed, p, M, K, rows.device), _buffer(rows, rows.dtype)
-        for start, stop in _row_blocks(rows):
-            block = buffer[: stop - start]
-            mask.multiply(start, stop, rows[start:stop], block, None)
-            S[start:stop] = _narrow(_as(block, A.dtype), A)
-        S.mul_(mask.scale)
-    return S
+    if p == 1.0 or M == 0:
+        return rows.new_zeros((M, A.shape[0]), dtype=A.dtype)
+    mask, buffer, parts = _Mask(seed, p, M, K, rows.device), _buffer(rows, rows.dtype), []
+    for start, stop in _row_blocks(rows):
+        block = _part(buffer, 0, stop - start)
+        mask.multiply(start, stop, _part(rows, start, stop), block, None)
+        parts.append(_narrow(_as(block, A.dtype), A))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).mul_(mask.scale)
 
 
 def _narrow(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -209,11 +218,11 @@ def _input_side(
         part = None if first or not need_x else _buffer(rows, acc)
         for start, stop in _row_blocks(rows):
             source = kept = target = None
-            dS_rows = dS[start:stop]
+            dS_rows = _part(dS, start, stop)
             if need_A:
-                source, kept = _as(rows[start:stop], acc), dropped[: stop - start]
+                source, kept = _as(_part(rows, start, stop), acc), _part(dropped, 0, stop - start)
             if need_x:
-                target = dx[start:stop] if first else part[: stop - start]
+                target = _part(dx, start, stop) if first else _part(part, 0, stop - start)
                 torch.mm(dS_rows, A_acc, out=target)
             mask.multiply(start, stop, source, kept, target)
             if need_A:

@@ -54,23 +54,17 @@ def lora_linear(
     if not lora_A:
         return torch.nn.functional.linear(x, weight, bias)
     dropout = [0.0] * len(lora_A) if dropout is None else dropout
-    arguments = x, weight, bias, lora_A, lora_B, scaling, dropout, seeds
-    # dispatch modes, transforms and tracing see the operator as one; torch.compile, too
-    if (
-        torch.compiler.is_compiling()
-        or _stack()
-        or _transforms()
-        or _is_tracing()
-        or _is_wrapped(x)
-        or forward_ad._current_level >= 0
-    ):
-        return _by_dispatcher(*arguments)
+    # dispatch modes, transforms, tracing and subclasses see the operator as one; torch.compile, too
+    if torch.compiler.is_compiling() or _stack() or _transforms() or _is_tracing() or _is_wrapped(x):
+        return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     for tensor in (x, weight, *lora_A, *lora_B):
         if type(tensor) not in _PLAIN:
-            return _by_dispatcher(*arguments)
+            return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    if forward_ad._current_level >= 0:
+        refuse_tangents(x, weight, *lora_A, *lora_B)
     if _autocasts(x):
-        return _under_autocast(*arguments)
-    return _direct(*arguments)
+        return _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
 
 
 def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:

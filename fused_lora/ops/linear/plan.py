@@ -174,8 +174,9 @@ def forward(
     Raises:
         ValueError, TypeError: the arguments do not fit.
     """
-    key = _layout(x, weight, *lora_A, *lora_B)
-    key += len(lora_A), *scaling, *dropout, bias is None or _kind(bias), seeds is None or _kind(seeds)
+    key = _layout(x, weight, *lora_A, *lora_B), len(lora_A), bias is None or _kind(bias), *scaling, *dropout
+    if seeds is not None:
+        key += _kind(seeds)
     found = _found.get(key)
     if found is None:
         check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
@@ -197,7 +198,9 @@ def backward(
 
     g [M, N], x [M, K]; needs: one flag for x, each lora_A, each lora_B, weight and bias.
     """
-    key = _layout(g, x, weight, *lora_A, *lora_B) + (needs, *scaling, *dropout)
+    if g.device.type != guard.DEVICE:
+        return eager.lora_linear_backward
+    key = _layout(g, x, weight, *lora_A, *lora_B), needs, *scaling, *dropout
     found = _found.get(key)
     return _keep(key, _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs)) if found is None else found
 
