@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import fused_lora
-from fused_lora.diagnostics import verify
+from fused_lora import verify
 from fused_lora.diagnostics.verification import report, weights
 from helpers.twins import randomize_adapters, twin_models
 

@@ -204,7 +204,7 @@ def turned(W):
 def test_defaults_of_torch_change_nothing(setting):
     code = (
         f"import torch, fused_lora; {setting}\n"
-        "from fused_lora.ops import compiled, merge\n"
+        "from fused_lora.ops import compiled\nfrom fused_lora.ops.merge import op as merge\n"
         "W, A, B = (torch.ones(s, device='cpu', dtype=torch.float32) / 3 for s in [(80, 900), (2, 900), (80, 2)])\n"
         "before = W.clone()\n"
         "record = merge.merge_(W, [A], [B], [0.1])\n"
@@ -233,7 +233,7 @@ def test_threads_that_round_otherwise_than_the_caller_do_nothing():
     """torch.set_flush_denormal is a setting of one thread, which those that it starts inherit."""
     code = (
         "import torch\n"
-        "from fused_lora.ops import compiled, merge_units\n"
+        "from fused_lora.ops import compiled\nfrom fused_lora.ops.merge import units as merge_units\n"
         "from fused_lora.reference import bits\n"
         "torch.manual_seed(0)\n"
         "torch.set_num_threads(3)\n"
@@ -266,7 +266,7 @@ def test_a_mask_without_memory_is_an_error(monkeypatch):
 def test_a_child_that_is_the_first_to_use_them():
     code = (
         "import os, signal, torch\n"
-        "from fused_lora.ops import merge\n"
+        "from fused_lora.ops.merge import op as merge\n"
         "torch.set_num_threads(2)\n"
         "W, A, B = torch.randn(1500, 1500), torch.randn(8, 1500), torch.randn(1500, 8) * 0.01\n"
         "W.mul_(1.0)\n"
