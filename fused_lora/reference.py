@@ -228,7 +228,7 @@ def lora_term_backward(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """Gradients of :func:`lora_term`: dx [..., K], dA list, dB list; that of y is g itself, that of bias its row sum."""
+    """Gradients of :func:`lora_term`: dx [..., K], dA list, dB list; that of y is g, of bias its column sums."""
     rows, g_rows = x.reshape(-1, x.shape[-1]).to(dtype), g.reshape(-1, g.shape[-1]).to(dtype)
     dx, dA, dB = torch.zeros_like(rows), [], []
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):

@@ -67,8 +67,9 @@ def add_bias(acc, bias_ptr, n0, N, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr
 def _lora_expand_kernel(
     s_ptr, q_ptr, y_ptr, base_ptr, bias_ptr, seeds_ptr, rank_ends, bounds, scales, M, N, R,
     stride_qr, stride_qn, stride_bm, stride_bn,
-    NUM_ADAPTERS: tl.constexpr, DROP: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr, DROP: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N

@@ -1,4 +1,4 @@
-"""The backward of the LoRA linear, and of the LoRA term, in operations that autograd can follow: for gradients of gradients."""
+"""The backward of the LoRA linear and term in operations that autograd can follow: for gradients of gradients."""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ def _backward(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dty
     return 2 * M * K * N * (need_x + need_weight) + of_terms(M, K, N, lora_A, need_x, need_A, need_B)
 
 
-def of_terms(M: int, K: int, N: int, lora_A, need_x: bool, need_A: Sequence[bool], need_B: Sequence[bool]) -> int:
+def of_terms(
+    M: int, K: int, N: int, lora_A: Sequence, need_x: bool, need_A: Sequence[bool], need_B: Sequence[bool]
+) -> int:
     """Of the gradients of the LoRA terms: dS = s g B, its share of dx, dA and dB."""
     each = zip((r for r, _ in lora_A), need_A, need_B, strict=True)
     return sum(2 * M * r * (N * (need_x or a) + K * need_x + K * a + N * b) for r, a, b in each)
