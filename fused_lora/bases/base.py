@@ -81,7 +81,10 @@ def why_not_own_call(module: nn.Module, what: str) -> str | None:
     # written out: this runs for every part of a layer in every call
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook on {what}"
-    return f"{what} has its forward replaced" if "forward" in vars(module) else None
+    own = vars(module).get("forward")
+    # accelerate leaves the class's own method there when it takes a hook away
+    replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+    return f"{what} has its forward replaced" if replaced else None
 
 
 def why_not_plain_weight(weight: object) -> str | None:

@@ -56,7 +56,9 @@ def forward_around(
 
 def why_not_added(y: object, x: Tensor, adapters: Adapters) -> str | None:
     """None where ``lora_term`` takes these, else why the sum needs the adapters' own modules."""
-    reason = why_not_plain_tensor(y, "the base layer's output") or why_not_plain_tensor(x)
+    # torch's tensor of a running collective (row-parallel layers) is waited for where an operator takes it
+    running = type(y).__module__ == "torch.distributed._functional_collectives"
+    reason = (None if running else why_not_plain_tensor(y, "the base layer's output")) or why_not_plain_tensor(x)
     if reason:
         return reason
     if y.device != x.device:

@@ -63,7 +63,7 @@ class FusedLoraBehaviour:
         return (self._composed_forward(y, x, names) if reason else y), reason
 
     def _adapters(self, names: list[str]) -> Adapters:
-        """What the operators take of these adapters. A scaling may be a 0-d tensor, which is read on its device only."""
+        """What the operators take of them. A scaling may be a 0-d tensor, which is read on its device only."""
         # past nn.Module's __getattr__, which takes longer than the reads: this runs in every call
         lora_A, lora_B, scaling, dropout, bias = [], [], [], [], None
         parts = self._parts(names)
