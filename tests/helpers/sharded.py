@@ -18,6 +18,7 @@ from helpers.processes import WORLD
 from helpers.training import counted_calls
 
 K, N, M = 24, 16, 9
+TERMS = 2 * K + N + M  # of the sums of a layer and its backward
 STYLES = {
     # of the base layer, of lora_A, of lora_B
     "column, gathered": (lambda: ColwiseParallel(output_layouts=Replicate()), None, None),

@@ -65,7 +65,7 @@ def test_the_bias_is_added_before_the_rounding(dtype, device, kernel_memory):
     case.weight = torch.zeros_like(case.weight)
     S, B_t = case.exact()["S"].float(), [B.t() for B in case.lora_B]
     y = lora_expand(S, B_t, case.scaling, case.dropout, None, case.bias, dtype)
-    assert_no_worse(y, case.eager()["y"], case.exact()["y"], name="y")
+    case.check({"y": y})
 
 
 @pytest.mark.parametrize("by_rows", [True, False])
@@ -82,11 +82,14 @@ def test_the_term_is_added_to_a_given_y_with_one_rounding(ranks, dtype, adapter_
     S, B_t = case.exact()["S"].float(), [B.t() for B in case.lora_B]
     y = lora_expand(S, B_t, case.scaling, case.dropout, None, case.bias, dtype, base=base)
     exact, _ = reference.lora_term(given, case.x, *case.adapters, case.bias)
-    eager = given
-    for A, B, s in zip(case.lora_A, case.lora_B, case.scaling, strict=True):
-        eager = eager + (case.x.to(A.dtype) @ A.t()) @ B.t() * s
     assert torch.equal(given, base)  # only read
-    assert_no_worse(y, (eager + case.bias).to(dtype), exact, name="y")
+    if dtype == torch.float32:
+        assert ((y - exact).abs() <= case.fp32_bounds()["y"]).all()
+    else:
+        eager = given
+        for A, B, s in zip(case.lora_A, case.lora_B, case.scaling, strict=True):
+            eager = eager + (case.x.to(A.dtype) @ A.t()) @ B.t() * s
+        assert_no_worse(y, (eager + case.bias).to(dtype), exact, name="y")
 
 
 def test_nothing_to_do(device):
