@@ -1,4 +1,4 @@
-"""The backward of the LoRA linear in operations that autograd can follow: for gradients of gradients."""
+"""The backward of the LoRA linear and term in operations that autograd can follow: for gradients of gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_lora.reference import dropout_mask
 def lora_linear_backward(
     g: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     scaling: Sequence[float],
@@ -25,6 +25,8 @@ def lora_linear_backward(
 ) -> list[Tensor | None]:
     """The gradients that ``needs`` asks for, in the order x, lora_A, lora_B, weight, bias; None for the others.
 
+    Without a weight: those of the LoRA term alone.
+
         dx = g W + sum_i D_i(s_i g B_i A_i)    dA = s (g B)^T D(x)    dB = s g^T D(x) A^T    dW = g^T x    db = sum g
 
     Raises:
@@ -33,10 +35,10 @@ def lora_linear_backward(
     n, need_x = len(lora_A), needs[0]
     if x is None and any(needs[n + 1 : 2 * n + 1]):
         raise RuntimeError("second derivatives need lora_A to require a gradient: with a frozen lora_A x is not kept")
-    shape = (g.shape[0], weight.shape[1])
+    shape = (g.shape[0], lora_A[0].shape[1])
     acc = accumulate_dtype(g, lora_A)
     G, rows = g.to(acc), None if x is None else x.to(acc)
-    dx = G @ weight.to(acc) if need_x else None
+    dx = None if not need_x else G.new_zeros(shape) if weight is None else G @ weight.to(acc)
     dA, dB = [], []
     for i, (A, B, s, p) in enumerate(zip(lora_A, lora_B, scaling, dropout, strict=True)):
         keep = dropout_mask(seeds[i], shape, p, g.device) * keep_scale(p) if p else 1.0

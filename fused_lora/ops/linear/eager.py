@@ -1,4 +1,4 @@
-"""The eager path of the LoRA linear: plain torch, fast on CPUs, correct on any device.
+"""The eager path of the LoRA linear and of the LoRA term: plain torch, fast on CPUs, correct on any device.
 
 One rule shapes it: nothing of size [M, K] is stored, neither the mask nor the dropped input. The mask is drawn again
 where it is needed, for a block of rows that fits the cache, by a compiled loop or numpy's Philox (5 times faster than
@@ -43,18 +43,42 @@ def lora_linear(
     acc = accumulate_dtype(x, lora_A)
     rows = _as(x, compute_dtype(x.dtype, x.device))
     S = _shrink(rows, lora_A, dropout, seeds, acc)
-    y = _as(_matmul_weight_t(rows, weight, None if acc != rows.dtype else bias), acc)
+    total = _as(_matmul_weight_t(rows, weight, None if acc != rows.dtype else bias), acc)
     if bias is not None and acc != rows.dtype:
-        y += bias
+        total += bias
+    return _as(_add_terms(total, S, lora_B, scaling), x.dtype), _as(S, torch.promote_types(acc, torch.float32))
+
+
+def lora_term(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y + bias + the terms [M, N] in y's dtype, S [M, sum r] as :func:`lora_linear` returns it. y and x are 2-D."""
+    acc = torch.promote_types(accumulate_dtype(x, lora_A), compute_dtype(y.dtype, y.device))
+    S = _shrink(_as(x, compute_dtype(x.dtype, x.device)), lora_A, dropout, seeds, acc)
+    total = y.to(acc, copy=True)
+    if bias is not None:
+        total += bias
+    return _as(_add_terms(total, S, lora_B, scaling), y.dtype), S.to(shrink_dtype(x, lora_A))
+
+
+def _add_terms(total, S, lora_B, scaling) -> torch.Tensor:
+    """total += sum_i s_i S_i B_i^T, in place and in its dtype."""
     for B, s, part in zip(lora_B, scaling, _columns(S, lora_B), strict=True):
-        y.addmm_(part, _as(B, acc).t(), alpha=s)
-    return _as(y, x.dtype), _as(S, torch.promote_types(acc, torch.float32))
+        total.addmm_(part, _as(B, total.dtype).t(), alpha=s)
+    return total
 
 
 def lora_linear_backward(
     g: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
     S: torch.Tensor,
@@ -67,10 +91,14 @@ def lora_linear_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor | None, list, list, torch.Tensor | None, torch.Tensor | None]:
-    """dx [M, K], dA and dB lists, dW [N, K], db [N]; None where the matching ``need`` is False. g, x are 2-D."""
-    acc = accumulate_dtype(x, lora_A)
-    work, seeds = compute_dtype(x.dtype, x.device), _numbers(seeds)
-    g_rows, x_rows = _as(g, work), _as(x, work)
+    """dx [M, K], dA and dB lists, dW [N, K], db [N]; None where the matching ``need`` is False. g, x are 2-D.
+
+    Without a weight dx is the LoRA term alone, and g may have another dtype than x.
+    """
+    acc, seeds = accumulate_dtype(x, lora_A), _numbers(seeds)
+    g_rows, x_rows = _as(g, compute_dtype(g.dtype, g.device)), _as(x, compute_dtype(x.dtype, x.device))
+    if g_rows.dtype != acc:
+        acc = torch.promote_types(acc, g_rows.dtype)
     g_acc, dx, dA, dB = _as(g_rows, acc), None, [None] * len(lora_A), [None] * len(lora_A)
     for i, (A, B, part) in enumerate(zip(lora_A, lora_B, _columns(_as(S, acc), lora_B), strict=True)):
         s, p = scaling[i], dropout[i]
@@ -79,7 +107,7 @@ def lora_linear_backward(
         if need_x or need_A[i]:
             dS = torch.mm(g_acc, _as(B, acc)).mul_(s * keep_scale(p))  # both factors, one rounding
             dx, dA[i] = _input_side(dS, x_rows, A, p, seeds[i] if p else None, dx, need_x, need_A[i])
-    if need_x:
+    if need_x and weight is not None:
         _add_matmul_weight(dx, g_rows, weight)
     dW = _as(g_rows.t() @ x_rows, weight.dtype) if need_weight else None
     db = g_acc.sum(0) if need_bias else None

@@ -74,7 +74,8 @@ def lora_linear_backward(
     """The function of these arguments (without the plan) that returns the gradients, as :func:`lora_linear`.
 
     Variants: "passes" (one over g, one over x, for one adapter and all of its gradients) or "library" (a launch for
-    each result, for any adapters and any of their gradients). g W is the library's.
+    each result, for any adapters and any of their gradients). g W is the library's; without a weight dx is the LoRA
+    term alone.
     """
     from fused_lora.kernels.lora_backward import prepare_backward_g, prepare_backward_x
     from fused_lora.kernels.lora_expand import prepare_expand
@@ -91,7 +92,7 @@ def lora_linear_backward(
             planes = S.new_empty(room)
             dS, dB = over_g(g, S, lora_B[0], planes)
             dx, dA = over_x(x, dS, lora_A[0], seeds, planes)
-            return dx.addmm_(g, weight), [dA], [dB], None, None
+            return dx if weight is None else dx.addmm_(g, weight), [dA], [dB], None, None
 
     else:
         none, scales = [0.0] * count, [keep_scale(p) for p in dropout]
@@ -109,7 +110,8 @@ def lora_linear_backward(
             dx, dA, dB = None, [None] * count, [None] * count
             dS = shrink(g, lora_B, None) if shrink else torch.zeros_like(S)
             if expand:
-                dx = expand(dS, lora_A, seeds, None).addmm_(g, weight)
+                dx = expand(dS, lora_A, seeds, None)
+                dx = dx if weight is None else dx.addmm_(g, weight)
             if weight_grad:
                 dA, dB = weight_grad(g, x, S, dS, seeds)
                 # one buffer holds all adapters' sums; gradients must not share memory
@@ -125,6 +127,24 @@ def lora_linear_backward(
         dW = g.t() @ x if need_weight else None
         db = g.sum(0, dtype=torch.float32) if need_bias else None
         return dx, dA, dB, dW, db
+
+    return run
+
+
+def lora_term(chosen: Plan, y, x, bias, lora_A, lora_B, scaling, dropout, seeds=None) -> Callable:
+    """The function of these arguments (without the plan) that returns (y + bias + the terms, S)."""
+    from fused_lora.kernels.lora_expand import prepare_expand
+    from fused_lora.kernels.lora_shrink import prepare_shrink
+
+    scales, B_t = [keep_scale(p) for p in dropout], [B.t() for B in lora_B]
+    base = y if y.stride(1) == 1 else y.contiguous()
+    shrink = prepare_shrink(x, lora_A, scales, dropout, any(dropout), chosen.shrink)
+    kinds = False, bias is not None, y.dtype, chosen.product
+    expand = prepare_expand(len(x), B_t, scaling, dropout, *kinds, by_columns=True, base=base)
+
+    def run(y, x, bias, lora_A, lora_B, scaling, dropout, seeds):
+        S = shrink(x, lora_A, seeds)
+        return expand(S, lora_B, None, bias, y if y.stride(1) == 1 else y.contiguous()), S
 
     return run
 

@@ -54,17 +54,23 @@ def lora_linear(
     if not lora_A:
         return torch.nn.functional.linear(x, weight, bias)
     dropout = [0.0] * len(lora_A) if dropout is None else dropout
-    # dispatch modes, transforms, tracing and subclasses see the operator as one; torch.compile, too
-    if torch.compiler.is_compiling() or _stack() or _transforms() or _is_tracing() or _is_wrapped(x):
+    if not is_direct(x, weight, *lora_A, *lora_B):
         return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-    for tensor in (x, weight, *lora_A, *lora_B):
-        if type(tensor) not in _PLAIN:
-            return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     if forward_ad._current_level >= 0:
-        refuse_tangents(x, weight, *lora_A, *lora_B)
+        refuse_tangents("lora_linear", x, weight, *lora_A, *lora_B)
     if _autocasts(x):
         return _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+
+
+def is_direct(*tensors: Tensor) -> bool:
+    """Whether these are torch's own tensors, and nothing but autograd looks on."""
+    if torch.compiler.is_compiling() or _stack() or _transforms() or _is_tracing():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or _is_wrapped(tensor):
+            return False
+    return True
 
 
 def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
@@ -90,7 +96,7 @@ def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) ->
 def _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
     """For whoever looks on: torch.compile, subclasses of tensors, dispatch modes, transforms."""
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-        refuse_tangents(x, weight, *lora_A, *lora_B)
+        refuse_tangents("lora_linear", x, weight, *lora_A, *lora_B)
     check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, _autocast_dtype(x))
     if seeds is None and any(dropout):
         seeds = draw_seeds(len(dropout), x.device)
@@ -275,7 +281,7 @@ class _Direct(torch.autograd.Function):
         return None, None, dx, *dA, *dB, dW, db
 
 
-# past a wrapper that looks through the arguments for leftovers of torch.func, as _direct has done
+# past a wrapper that looks through the arguments for leftovers of torch.func, as is_direct has done
 _apply = super(torch.autograd.Function, _Direct).apply
 _stack, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses bring their own arithmetic

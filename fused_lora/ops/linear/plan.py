@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fused_lora.kernels.config import LaunchConfig
 
 _KEPT = 4096  # keys, the oldest of which is forgotten for a new one
-_found: dict[tuple, Callable] = {}
+kept: dict[tuple, Callable] = {}
 _unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
 _lock = threading.Lock()
 # contraction up to which the fused GEMM loses less to the library's than a pass over y costs, and rows from which
@@ -174,13 +174,13 @@ def forward(
     Raises:
         ValueError, TypeError: the arguments do not fit.
     """
-    key = _layout(x, weight, *lora_A, *lora_B), len(lora_A), bias is None or _kind(bias), *scaling, *dropout
+    key = layout(x, weight, *lora_A, *lora_B), len(lora_A), bias is None or _kind(bias), *scaling, *dropout
     if seeds is not None:
         key += _kind(seeds)
-    found = _found.get(key)
+    found = kept.get(key)
     if found is None:
         check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-        found = _keep(key, Forward(x, weight, bias, lora_A, lora_B, scaling, dropout))
+        found = keep(key, Forward(x, weight, bias, lora_A, lora_B, scaling, dropout))
     return found
 
 
@@ -200,17 +200,17 @@ def backward(
     """
     if g.device.type != guard.DEVICE:
         return eager.lora_linear_backward
-    key = _layout(g, x, weight, *lora_A, *lora_B), needs, *scaling, *dropout
-    found = _found.get(key)
-    return _keep(key, _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs)) if found is None else found
+    key = layout(g, x, weight, *lora_A, *lora_B), needs, *scaling, *dropout
+    found = kept.get(key)
+    return keep(key, _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs)) if found is None else found
 
 
 def forget() -> None:
     """Plan all shapes anew, after a change of ``FUSED_LORA_PLAN``; what has failed stays dropped."""
-    _found.clear()
+    kept.clear()
 
 
-def _layout(*tensors: torch.Tensor) -> tuple:
+def layout(*tensors: torch.Tensor) -> tuple:
     """All that a launch depends on, but for where the data is; of that, whether descriptors can address it."""
     aligned = (tensors[0].data_ptr() | tensors[1].data_ptr()) % 16 == 0
     return aligned, *[(t.requires_grad, t.shape, t.stride(), t.dtype, t.device) for t in tensors]
@@ -220,11 +220,12 @@ def _kind(tensor: torch.Tensor) -> tuple:
     return tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device
 
 
-def _keep(key: tuple, found: Callable) -> Callable:
+def keep(key: tuple, found: Callable) -> Callable:
+    """``found`` in ``kept`` from now on."""
     with _lock:
-        if len(_found) >= _KEPT:
-            _found.pop(next(iter(_found)))
-        _found[key] = found
+        if len(kept) >= _KEPT:
+            kept.pop(next(iter(kept)))
+        kept[key] = found
     return found
 
 
@@ -245,10 +246,10 @@ def _case_of(x, weight, bias, lora_A, lora_B, dropout) -> Case:
 
 def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout) -> Callable:
     call = _case_of(x, weight, bias, lora_A, lora_B, dropout)
-    chosen = _planned("linear", call, call.outputs, call.inputs)
+    chosen = planned("linear", call, call.outputs, call.inputs)
     if chosen.variant == "eager":
         return eager.lora_linear
-    case = _small_case(chosen, call)
+    case = small_case_of(chosen, call)
 
     def check() -> str | None:
         args = small_case(case)
@@ -256,15 +257,15 @@ def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout) -> Callable:
         ours = kernel.lora_linear(chosen, *args)(*args)
         return guard.compare(ours, exact, case.dtype, chosen.variant in kernel.LIBRARY)
 
-    return _guarded(("linear", chosen, case), kernel.lora_linear, eager.lora_linear, check)
+    return prepared(("linear", chosen, case), kernel.lora_linear, eager.lora_linear, check)
 
 
 def _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs) -> Callable:
     call = _case_of(g, weight, None, lora_A, lora_B, dropout)
-    chosen = _planned("backward", call, call.inputs, call.outputs, all(needs[:-2]))
+    chosen = planned("backward", call, call.inputs, call.outputs, all(needs[:-2]))
     if chosen.variant == "eager":
         return eager.lora_linear_backward
-    case = _small_case(chosen, call)
+    case = small_case_of(chosen, call)
 
     def check() -> str | None:
         x, W, _, A, B, scaling, p, seeds = small_case(case)
@@ -276,10 +277,12 @@ def _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs) -> Callable
         exact = [exact_dx, *exact_dA, *exact_dB]
         return guard.compare([dx, *dA, *dB], exact, x.dtype, chosen.variant in kernel.LIBRARY)
 
-    return _guarded(("backward", chosen, case), kernel.lora_linear_backward, eager.lora_linear_backward, check)
+    return prepared(("backward", chosen, case), kernel.lora_linear_backward, eager.lora_linear_backward, check)
 
 
-def _guarded(key: tuple, prepare: Callable, eager_run: Callable, check: Callable[[], str | None]) -> guard.guarded:
+def prepared(key: tuple, prepare: Callable, eager_run: Callable, check: Callable[[], str | None]) -> guard.guarded:
+    """What ``prepare`` makes of the plan ``key[1]`` and the first arguments, where it passes ``check``."""
+
     def first(*args):
         found.run = prepare(key[1], *args)
         return found.run(*args)
@@ -288,7 +291,7 @@ def _guarded(key: tuple, prepare: Callable, eager_run: Callable, check: Callable
     return found
 
 
-def _planned(op: str, call: Case, N: int, K: int, whole: bool = True) -> Plan:
+def planned(op: str, call: Case, N: int, K: int, whole: bool = True) -> Plan:
     dtypes = {dtype for _, *both in call.adapters for dtype in both}
     if not call.rows or not guard.usable(call.device) or not {call.dtype, *dtypes} <= guard.DTYPES:
         return Plan("eager")
@@ -319,7 +322,7 @@ def small_case(case: Case) -> tuple:
     return x, W, bias, A, B, [0.5] * len(A), list(case.dropout), seeds
 
 
-def _small_case(chosen: Plan, call: Case) -> Case:
+def small_case_of(chosen: Plan, call: Case) -> Case:
     """The smallest layer that crosses a border of every tile of the plan and compiles to the binaries of this call."""
     product, shrink, weight_grad = chosen.product, chosen.shrink, chosen.weight_grad
     if chosen.variant == "passes":
