@@ -264,8 +264,11 @@ def _input_side(
 
 def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
     N, K = weight.shape
-    step = N if weight.dtype == dtype else max(1, _WEIGHT_ELEMENTS // max(K, 1))
-    for start in range(0, N, max(step, 1)):
+    if weight.dtype == dtype:
+        yield 0, N, weight
+        return
+    step = max(1, _WEIGHT_ELEMENTS // max(K, 1))
+    for start in range(0, N, step):
         stop = min(start + step, N)
         yield start, stop, weight[start:stop].to(dtype)
 
@@ -282,11 +285,9 @@ def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
 def _add_matmul_weight(dx: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> None:
     """dx += g W, the product in the dtype of g."""
-    if weight.dtype == g.dtype == dx.dtype and len(g) > 1:
-        dx.addmm_(g, weight)
-        return
     for start, stop, block in _weight_blocks(weight, g.dtype):
+        part = g if stop - start == len(weight) else g[:, start:stop]
         if dx.dtype == g.dtype and len(g) >= _FEW_ROWS:
-            dx.addmm_(g[:, start:stop], block)
+            dx.addmm_(part, block)
         else:
-            dx += g[:, start:stop] @ block
+            dx += part @ block
