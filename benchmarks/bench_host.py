@@ -10,8 +10,9 @@ accelerated   the same layer under fused_lora.accelerate
 fused_lora    LoraLinear
 
 Microseconds of the calling thread, the least of many samples, providers taking turns: eval is a forward without
-gradients, mixed batch one whose rows name their adapters, train a forward and torch.autograd.grad of x, A and B. With --stub PEFT computes 4 rows of 64 features in
-fp32, for real, and ours plans 136 rows of 16, which take the launches of training; only its library products are real.
+gradients, mixed batch one whose rows name their adapters, train a forward and torch.autograd.grad of x, A and B. With
+--stub PEFT computes 4 rows of 64 features in fp32, for real, and ours plans 136 rows of 16, which take the launches of
+training; only its library products are real.
 """
 
 from __future__ import annotations
