@@ -44,17 +44,18 @@ class FusedLoraBehaviour:
         base = self._modules["base_layer"]
         if not names:
             return base(x)
-        for part in self._parts(names):
+        parts = self._parts(names)
+        for part in parts:
             if why_not_plain(part):
                 return self._composed_forward(base(x), x, names)
         if base_of(base).why_not_fused(base):
             return self._around_forward(x, names)[0]
-        return self._fused_forward(x, names)
+        return self._fused_forward(x, names, parts)
 
-    def _fused_forward(self, x: Tensor, names: list[str]) -> Tensor:
+    def _fused_forward(self, x: Tensor, names: list[str], parts: list[nn.Module] | None = None) -> Tensor:
         """One operator for base and adapters."""
         base = self._modules["base_layer"]
-        return base_of(base).forward(base, x, self._adapters(names))
+        return base_of(base).forward(base, x, self._adapters(names, parts))
 
     def _around_forward(self, x: Tensor, names: list[str], *args, **kwargs) -> tuple[Tensor, str | None]:
         """The base layer's own call and one operator for all adapters; (y, why the adapters' modules were called)."""
@@ -62,22 +63,23 @@ class FusedLoraBehaviour:
         y, reason = foreign.forward_around(base, x, self._adapters(names), *args, **kwargs)
         return (self._composed_forward(y, x, names) if reason else y), reason
 
-    def _adapters(self, names: list[str]) -> Adapters:
+    def _adapters(self, names: list[str], parts: list[nn.Module] | None = None) -> Adapters:
         """What the operators take of them. A scaling may be a 0-d tensor, which is read on its device only."""
         # past nn.Module's __getattr__, which takes longer than the reads: this runs in every call
         lora_A, lora_B, scaling, dropout, bias = [], [], [], [], None
-        parts = self._parts(names)
+        parts = self._parts(names) if parts is None else parts
         for name, A, B_layer, drop in zip(names, parts[::3], parts[1::3], parts[2::3], strict=True):
-            B, s, lora_bias = B_layer._parameters["weight"], self.scaling[name], B_layer._parameters["bias"]
+            own, s = B_layer.__dict__["_parameters"], self.scaling[name]
+            B, lora_bias = own["weight"], own["bias"]
             if lora_bias is not None:  # s_i times each lora_bias, in fp32 or wider
                 term = lora_bias.to(_wide(lora_bias.dtype)) * s
                 bias = term if bias is None else bias + term
             if isinstance(s, Tensor):
                 B, s = B.to(_wide(B.dtype)) * s, 1.0
-            lora_A.append(A._parameters["weight"])
+            lora_A.append(A.__dict__["_parameters"]["weight"])
             lora_B.append(B)
             scaling.append(float(s))
-            dropout.append(drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0)
+            dropout.append(drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0)
         return Adapters(lora_A, lora_B, scaling, dropout, bias)
 
     def _composed_forward(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
