@@ -215,7 +215,7 @@ ORDERS = {
 @pytest.mark.parametrize("wanted", ORDERS.values(), ids=ORDERS)
 def test_derivatives_of_any_order(wanted, report):
     both, found = pair(), ({}, {}, {})
-    for _ in range(12):
+    for _ in range(DRAWS):
         x = torch.randn(9, K)
         for results, layer in zip(found, layers(both), strict=True):
             data = x.to(layer.base_layer.weight.dtype)
@@ -231,14 +231,14 @@ def test_derivatives_of_any_order(wanted, report):
                     results.setdefault((order, i), []).append(tensor.detach())
     for name in found[0]:
         mine, theirs, exact = (torch.stack(results[name]) for results in found)
-        assert_no_worse(mine, theirs, exact, name=str(name), draws=True, factor=1.5)
-    assert report() == {"fused": 12, "fallback": {}}
+        assert_no_worse(mine, theirs, exact, name=str(name), draws=True)
+    assert report() == {"fused": DRAWS, "fallback": {}}
 
 
 @pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
 def test_batches_of_gradients(way, report):
     both, found = pair(), ({}, {}, {})
-    for _ in range(12):
+    for _ in range(DRAWS):
         x, g = torch.randn(9, K), torch.randn(3, 9, N)
         for results, layer in zip(found, layers(both), strict=True):
             data = x.to(layer.base_layer.weight.dtype).requires_grad_()
@@ -251,7 +251,7 @@ def test_batches_of_gradients(way, report):
                 results.setdefault(i, []).append(tensor)
     for i in found[0]:
         assert_no_worse(*(torch.stack(results[i]) for results in found), name=str(i), draws=True)
-    assert report() == {"fused": 12, "fallback": {}}
+    assert report() == {"fused": DRAWS, "fallback": {}}
 
 
 WATCHED = {
@@ -268,7 +268,7 @@ def test_what_the_backward_does_not_read_may_change(watched, frozen, report):
     for part in frozen:
         for layer in layers(both):
             getattr(layer, part).requires_grad_(False)
-    for _ in range(12):
+    for _ in range(DRAWS):
         x, g = torch.randn(9, K), torch.randn(9, N)
         for gradients, layer in zip(found, layers(both), strict=True):
             y = layer(x.to(layer.base_layer.weight.dtype))
@@ -277,7 +277,7 @@ def test_what_the_backward_does_not_read_may_change(watched, frozen, report):
             B = layer.lora_B["default"].weight
             gradients.append(*torch.autograd.grad(y, [B], g.to(y.dtype)))
     assert_no_worse(*map(torch.stack, found), name="lora_B", draws=True)
-    assert report() == {"fused": 12, "fallback": {}}
+    assert report() == {"fused": DRAWS, "fallback": {}}
 
 
 def test_a_base_made_in_inference_mode(report):
@@ -286,13 +286,13 @@ def test_a_base_made_in_inference_mode(report):
         with torch.inference_mode():
             weight = layer.base_layer.weight.clone()
         layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
-    for _ in range(12):
+    for _ in range(DRAWS):
         x, g = torch.randn(9, K), torch.randn(9, N)
         for gradients, layer in zip(found, layers(both), strict=True):
             y = layer(x.to(layer.base_layer.weight.dtype))
             gradients.append(*torch.autograd.grad(y, [layer.lora_B["default"].weight], g.to(y.dtype)))
     assert_no_worse(*map(torch.stack, found), name="lora_B", draws=True)
-    assert report() == {"fused": 12, "fallback": {}}
+    assert report() == {"fused": DRAWS, "fallback": {}}
 
 
 @pytest.mark.parametrize("route", ["eager", pytest.param("kernels", marks=pytest.mark.kernel)])
@@ -484,7 +484,7 @@ def test_shapes_that_broadcast_are_left_to_peft(report):
     for layer in layers(both):
         layer.lora_B["default"].weight = nn.Parameter(of_layer(layer, 1, 4))
     assert_like_peft(both, torch.randn(5, K), fused=False)
-    assert report() == {"fused": 0, "fallback": {"shapes differ": 6}}
+    assert report() == {"fused": 0, "fallback": {"shapes differ": DRAWS}}
 
 
 @pytest.mark.parametrize("fields, frozen", [({}, ["lora_A"]), ({"lora_dropout": 0.5}, [])])
