@@ -115,9 +115,8 @@ def main() -> int:
         if before[0] != after[0]:
             expected = EXPECTED.get(name.rpartition("::")[2])
             worse += before[0] == "passed" and expected is None
-            print(
-                f"{name}{f' (expected: {expected})' if expected else ''}\n  stock: {before[0]} {before[1][:300]}\n  fused: {after[0]} {after[1][:300]}"
-            )
+            print(name if expected is None else f"{name} (expected: {expected})")
+            print(f"  stock: {before[0]} {before[1][:300]}\n  fused: {after[0]} {after[1][:300]}")
     for kind, found in (("stock", stock), ("fused", fused)):
         counts = {k: sum(o[0] == k for o in found.values()) for k in ("passed", "failure", "error", "skipped")}
         print(f"{kind}: " + ", ".join(f"{n} {k}" for k, n in counts.items()))
