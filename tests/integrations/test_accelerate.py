@@ -77,7 +77,7 @@ def test_accelerate_changes_nothing_but_the_class():
     assert torch.equal(model(IDS), y)
 
 
-def test_both_are_idempotent():
+def test_accelerate_and_restore_are_idempotent():
     model = wrap(Net())
     fused_lora.restore(model)
     fused_lora.accelerate(fused_lora.accelerate(model))

@@ -524,7 +524,7 @@ def test_further_arguments_go_to_the_base_layer(arguments, report):
     assert report()["fallback"] == {"further arguments": 1}
 
 
-def test_arguments_of_none_are_none(report):
+def test_arguments_that_are_none_run_fused(report):
     layers(pair())[0](torch.ones(2, K), adapter_names=None, alora_offsets=None)
     assert report() == {"fused": 1, "fallback": {}}
 
@@ -657,7 +657,7 @@ def test_layer_report_of_an_injected_model():
     assert integration.layer_report(net)[3].why_not == "adapters are disabled"
 
 
-def test_the_deeper_of_two_nested_layers_is_left_to_peft(report):
+def test_the_inner_of_two_nested_layers_runs_pefts_forward(report):
     """A LoRA layer whose base is another PEFT layer keeps PEFT's own way."""
     both = pair()
     outer = [copy.deepcopy(layer) for layer in layers(both)[:2]]

@@ -63,7 +63,7 @@ def test_merge_rounds_once_and_unmerge_restores_the_bits(dtype, safe_merge):
     assert_bits(both.ours, bits)
 
 
-def test_many_cycles_leave_no_trace():
+def test_many_merge_cycles_restore_the_bits_of_a_model():
     model = fused_lora.accelerate(wrap(Net(torch.bfloat16), TWO))
     bits = base_bits(model)
     for cycle in range(60):
