@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -435,6 +436,19 @@ def test_a_kernel_that_is_off_is_dropped_before_its_first_use(part, device, kern
         found = draw((F32, F32, F32), (40, 33, 17), [4], [0.1], device)
     check_one(found, (40, 33, 17), 4)
     assert sorted(launch.verdicts().values()) == [False, True]
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", [d[1:] for d in DTYPES if d[0] == d[1]], ids=str)
+def test_what_a_plan_launches_is_compiled_ahead(dtype, adapter_dtype, device, kernels_on):
+    from fused_lora.kernels.config import candidates
+
+    upcast = dtype != adapter_dtype
+    listed = {op: {c for c, _, u in candidates(op, dtype, 90) if u == upcast} for op in ("shrink", "expand")}
+    for M, K, r, p in itertools.product((1, 20, 70, 8192), (64, 16384), (8, 40, 100), (0.0, 0.1)):
+        case = launch.Case(M, 4096, K, device, dtype, ((r, adapter_dtype, adapter_dtype),), (p,), None)
+        chosen = plan._plan(case)
+        for op, config in (("expand", chosen.product), ("shrink", chosen.shrink)):
+            assert replace(config, SPLIT_K=min(config.SPLIT_K, 2)) in listed[op], (M, K, r, p)
 
 
 def test_the_eager_switch_reaches_the_term(device, kernels_on, monkeypatch):
