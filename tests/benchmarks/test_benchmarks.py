@@ -622,6 +622,22 @@ def test_bench_host(load, tmp_path):
         assert row["provider"] != "PEFT" or row["forward_to_peft"] == 1.0
 
 
+def test_bench_store_host(load, tmp_path):
+    code, content = run(load("bench_store_host"), tmp_path)
+    assert code == 0 and content["benchmark"] == "store-host" and len(content["bars"]) == 2
+    assert [row["provider"] for row in content["rows"]] == ["base", "PEFT", "fused_lora"] * 3
+    for row in content["rows"]:
+        assert row["correct"] and row["us"] > 0 and (row["provider"] != "PEFT" or row["to_peft"] == 1.0)
+        assert (row["calls_a_linear"] > 0) == (row["provider"] != "base")
+
+
+def test_a_store_that_adds_nothing_is_a_wrong_result(load, tmp_path, monkeypatch):
+    bench = load("bench_store_host")
+    monkeypatch.setattr("fused_lora.serving.batch.batch.Batch.add", lambda *args: None)
+    code, content = run(bench, tmp_path)
+    assert code == 1 and not any(row["correct"] for row in content["rows"] if row["provider"] == "fused_lora")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing needs a stub")
 def test_bench_host_by_the_kernels_without_a_gpu(load, tmp_path):
@@ -635,3 +651,17 @@ def test_bench_host_by_the_kernels_without_a_gpu(load, tmp_path):
     (path,) = tmp_path.glob("*-host-stub.json")
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) == 24 and all(row["correct"] and row["stub"] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing needs a stub")
+def test_bench_store_host_by_the_kernels_without_a_gpu(load, tmp_path):
+    pytest.importorskip("triton")
+    stub_driver = pytest.importorskip("fused_lora.testing.stub_driver")
+    if stub_driver.COMPILER is None:
+        pytest.skip("no C compiler, with which Triton builds its launchers")
+    arguments = ["--stub", "--seconds", "0", "--rounds", "1", "--out", str(tmp_path)]
+    assert load("bench_store_host").main(arguments) == 0
+    (path,) = tmp_path.glob("*-store-host-stub.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 9 and all(row["correct"] and row["stub"] for row in rows)
