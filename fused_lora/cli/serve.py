@@ -101,7 +101,8 @@ def build(options: argparse.Namespace) -> Any:
     dtype = options.dtype or ("float32" if device.type == "cpu" else "auto")
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        model.to(device).eval()
     except (OSError, ValueError) as error:  # no such model, or none for text
         raise SystemExit(f"--model: {error}") from None
     name = options.served_model_name or Path(options.model).name

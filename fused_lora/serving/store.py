@@ -84,7 +84,8 @@ class AdapterStore(Registry):
             if value is not None and value > most:
                 raise ValueError(f"{name}: expected at most {most}, got {value}")
         sites = find_sites(model)
-        first = next(iter(sites.values())).module.weight
+        layer: Any = next(iter(sites.values())).module
+        first: Tensor = layer.weight
         self.device = _device(first.device if device is None else device)
         transfer = open_transfer(self.device, first.dtype, dtype, sites, max_resident)
         super().__init__(model, sites, transfer, capacity_bytes, grow, host_bytes, max_resident)

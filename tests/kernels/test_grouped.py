@@ -22,6 +22,7 @@ from fused_lora.testing.grouped import GroupedCase
 from fused_lora.testing.guards import guarded_allocations
 from fused_lora.testing.interpreter import checked, fixed_order_dot, interpreting
 from fused_lora.testing.numeric import assert_no_worse
+from helpers.seeds import shifted
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # three adapters, base rows, one row with two weighted adapters, one with the same adapter twice
@@ -268,7 +269,7 @@ def test_replay_follows_the_metadata(device):
     )
     full.layout = GroupLayout(64, 6, 2, slots=3)
     tables, groups = full.tables(), full.row_groups()
-    random = np.random.default_rng(5)
+    random = np.random.default_rng(shifted(5))
     T = len(full.group_of_row)
     mixes = [
         ([-1] * T, []),
@@ -368,7 +369,7 @@ def test_a_captured_graph_replays_any_mix(dtype, device):
     buffer = torch.from_numpy(build_metadata(case.layout, case.group_of_row, case.groups)).to(device)
     tables, groups = case.tables(), case.layout.views(buffer)
     graph, outputs = decode_graph(case, tables, groups)
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(shifted(0))
     for step in range(20):
         number = 0 if step == 0 else random.integers(1, 65)
         lists = [[(int(s), 1.0) for s in random.integers(0, 4, random.integers(1, 3))] for _ in range(number)]

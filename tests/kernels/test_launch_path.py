@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_lora.testing import stub_driver
+import stub_driver
 
 pytest.importorskip("triton")
 HERE = Path(__file__)

@@ -16,6 +16,7 @@ from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
 from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear import plan
 from fused_lora.testing.layers import LayerCase
+from helpers.waiting import HANG
 
 BF16 = torch.bfloat16
 
@@ -192,7 +193,7 @@ def test_a_thread_that_waits_for_a_first_use_takes_its_verdict(wrong, monkeypatc
         tried.append(threading.current_thread())
         if len(tried) == 1:
             waiting.append(other.submit(run))
-            assert asked.wait(60)
+            assert asked.wait(HANG)
         return wrong
 
     monkeypatch.setattr(kernel, "_state", Watched())

@@ -61,21 +61,21 @@ class Batch:
         arrivals = {version.arrival for group in groups for version, _ in group} - {None}
         self._arriving = [arrival for arrival in arrivals if not arrival.done()]
         self._gradients = torch.no_grad()
-        self._token, self._buffers = None, buffers
+        self._buffers = buffers
         self.acts = bool(groups) or buffers is not None  # a graph of base rows is replayed with others
-        if buffers is not None:
-            self._fill(buffers)
+        if buffers is not None and entry_of_row is not None:
+            self._fill(buffers, entry_of_row)
 
-    def _fill(self, buffers: RowBuffers) -> None:
+    def _fill(self, buffers: RowBuffers, entry_of_row: np.ndarray) -> None:
         """All that a replay reads is in place, or on its way on this stream, when this returns."""
-        spare = buffers.rows - len(self._entry_of_row)
+        spare = buffers.rows - len(entry_of_row)
         if spare < 0:
-            raise ValueError(f"rows: {len(self._entry_of_row)}, the buffers hold {buffers.rows}")
+            raise ValueError(f"rows: {len(entry_of_row)}, the buffers hold {buffers.rows}")
         if self._prepared.max_rank > buffers.max_rank:
             raise ValueError(
                 f"names: rank {self._prepared.max_rank}, the buffers are made for {buffers.max_rank} at most"
             )
-        self._entry_of_row = np.pad(self._entry_of_row, (0, spare), constant_values=-1)
+        self._entry_of_row = np.pad(entry_of_row, (0, spare), constant_values=-1)
         buffers.fill(self._group_of_row(buffers.rows), members_of(self.groups))
         for arrival in self._arriving:
             arrival.wait_for_all()

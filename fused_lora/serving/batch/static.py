@@ -28,7 +28,7 @@ class RowBuffers:
         self.groups = self._layout.views(self._buffer)
         # two, so that one can be filled while the copy of the other may still be under way
         self._staging = [torch.zeros_like(self._buffer, device="cpu", pin_memory=device.type == "cuda") for _ in "ab"]
-        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._copied: list[torch.Event | None] = [None, None]
         self._turn = 0
 
     def fill(self, group_of_row: np.ndarray, members: Sequence[Sequence[tuple[int, float]]]) -> None:

@@ -34,7 +34,7 @@ from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.engine import request as continuous_request
 from fused_lora.serving.engine import sampling as continuous_sampling
 from fused_lora.serving.engine.admission import ADAPTER, SCHEDULER, VERSION, Admission, EngineCounters
-from fused_lora.serving.engine.continuous import MAX_FAILED_STEPS, StepFailed
+from fused_lora.serving.engine.failures import MAX_FAILED_STEPS, StepFailed
 from fused_lora.serving.engine.prefix import PrefixNamespaces
 from fused_lora.serving.store import AdapterStore, Lease
 

@@ -204,6 +204,8 @@ class Registry:
                 raise
 
     def _read_again(self, version: Version) -> Packed:
+        if version.folder is None:
+            raise RuntimeError(f"adapter {version.identity!r} has no files to be read again")
         packed, files = from_folder(self.model, self._sites, version.folder, self._transfer.dtype)
         if version.files not in (None, files):
             raise _Changed(packed, files)  # other bytes under the same identity would poison every cache
