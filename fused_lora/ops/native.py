@@ -100,17 +100,20 @@ def threads(elements: int) -> int:
     return 1 if _forked else max(1, min(torch.get_num_threads(), elements // _SHARE))
 
 
+def needs_one_thread() -> bool:
+    """Whether torch has several threads in a forked child, where OpenMP would wait for those of the parent."""
+    return _forked and torch.get_num_threads() > 1
+
+
 @contextlib.contextmanager
-def one_thread_after_a_fork() -> Iterator[None]:
-    """torch in one thread inside, if this process was forked: OpenMP would wait for its parent's threads."""
+def one_thread() -> Iterator[None]:
+    """torch in one thread inside."""
     before = torch.get_num_threads()
-    if _forked:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if _forked:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 def run(work: Work, mode: int) -> int:

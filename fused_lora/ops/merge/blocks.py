@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from fused_lora.ops import native
+from fused_lora.ops.merge import launch
 from fused_lora.ops.merge.delta import chain
 from fused_lora.ops.native import CHANGED, CHECKSUM, DONE, FULL, LOST, MERGE, MERGE_AGAIN, TORN, UNMERGE
 from fused_lora.reference import bits
@@ -25,10 +26,6 @@ from fused_lora.reference import bits
 AREA, WIDTH, HEIGHT = 4096, 256, 256  # of a unit at most, as in C
 _BAND = 1 << 17  # elements that torch takes at a time: the temporaries stay in a cache
 
-CHANGED_TEXT = (
-    "weight: it is not what the merge left (changed, cast or loaded since), so the original bits cannot be restored; "
-    "nothing was changed"
-)
 _LOST_TEXT = "NaNs or infinities detected in the merged weights: the adapter seems to be broken"
 _TORN_TEXT = (
     "weight: it was changed while it was merged or unmerged, by another thread perhaps, and is partly merged now: load "
@@ -39,8 +36,8 @@ _TORN_TEXT = (
 class Factors(NamedTuple):
     """The delta D = (left * scaling) @ right; ``flipped``: left @ (scaling[:, None] * right). B is the scaled one.
 
-    ``left`` [rows, R] and ``right`` [R, columns] are contiguous for :func:`merge`, in fp32 or 16 bits; ``scaling`` [R] in
-    fp32, None for 1. All are fp64 for an fp64 weight.
+    ``left`` [rows, R] and ``right`` [R, columns] are contiguous for :func:`merge`, in fp32 or 16 bits; ``scaling`` [R]
+    in fp32, None for 1. All are fp64 for an fp64 weight.
     """
 
     left: torch.Tensor
@@ -66,7 +63,7 @@ class Factors(NamedTuple):
 
 @dataclass
 class Units:
-    """What the units of one weight need to come back; ``copy`` of the weight instead of corrections if it is smaller."""
+    """What the units of one weight need to come back: corrections, or a ``copy`` of the weight if it is smaller."""
 
     height: int
     width: int
@@ -203,7 +200,7 @@ class _InTorch:
         return notes[first:stop]
 
     def _by_unit(self, rows: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """Of every panel of whole units: which units they are among those of the rows, its columns, [units, elements]."""
+        """For every panel: which of the rows' units lie in it, its columns, and their elements [units, elements]."""
         height = min(self._units.height, len(rows))
         for panel, columns in enumerate(self._panels):
             part = rows[:, slice(*columns)].reshape(len(rows) // height, height * (columns[1] - columns[0]))
@@ -268,7 +265,7 @@ def _weights(device: torch.device) -> torch.Tensor:
 
 
 def merge(W: torch.Tensor, factors: Factors) -> Units:
-    """W [rows, columns] <- round(W + D) in place, all of it or nothing. ValueError: a finite weight would not stay so."""
+    """W [rows, columns] <- round(W + D) in place, or ValueError and W as it was: a finite weight would not stay so."""
     return _merge(_InC if _in_c(W) else _InTorch, W, factors)
 
 
@@ -301,15 +298,17 @@ def restore(W: torch.Tensor, factors: Factors, units: Units) -> None:
 
 def _restore(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors, units: Units) -> None:
     if not units.fit(W):
-        raise RuntimeError(CHANGED_TEXT)
-    if units.copy is not None:
-        now = replace(units, checksums=torch.empty_like(units.checksums))
-        sweeps(W, factors, now, 0).run(CHECKSUM)
-        if not torch.equal(now.checksums, units.checksums):
-            raise RuntimeError(CHANGED_TEXT)
-        W.copy_(units.copy)
-        return
-    sweep = sweeps(W, factors, units, 0)
+        raise RuntimeError(launch.CHANGED)
+    if units.copy is None:
+        return _sweep_back(sweeps(W, factors, units, 0))
+    now = replace(units, checksums=torch.empty_like(units.checksums))
+    sweeps(W, factors, now, 0).run(CHECKSUM)
+    if not torch.equal(now.checksums, units.checksums):
+        raise RuntimeError(launch.CHANGED)
+    W.copy_(units.copy)
+
+
+def _sweep_back(sweep: _InC | _InTorch) -> None:
     try:
         outcome = sweep.run(UNMERGE)
         if outcome == DONE:
@@ -318,7 +317,7 @@ def _restore(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors, u
         if sweep.undo(MERGE_AGAIN) != DONE:
             raise RuntimeError(_TORN_TEXT) from None
         raise
-    raise RuntimeError(_TORN_TEXT if outcome == TORN else CHANGED_TEXT)
+    raise RuntimeError(_TORN_TEXT if outcome == TORN else launch.CHANGED)
 
 
 def _in_c(W: torch.Tensor) -> bool:

@@ -4,8 +4,8 @@ Subtracting D again gives W back for 88 to 99.6 % of the elements only, because 
 for every element where round(Wm - D) is not W to the bit, its position and its difference: about two bytes on a CPU,
 for 0.2 to 3 % of the elements, and never more than a plain copy of W.
 
-That is right only if D has the same bits at merge and at unmerge. Both compute it from frozen copies of A, B and s, one
-sum for every element in a fixed order: on a CPU in C or torch (``blocks``), on a GPU in a Triton kernel (``launch``). So
+That is right only if D has the same bits at merge and at unmerge. Both compute it from frozen copies of A, B and s,
+every element's sum in a fixed order: on a CPU in C or torch (``blocks``), on a GPU in a Triton kernel (``launch``). So
 neither the thread count nor a later edit of the adapter matters. A checksum of W's bits is compared before anything is
 written back.
 
@@ -92,13 +92,15 @@ def merge_(
         record = MergeRecord(Factors(left, right, None, fan_in_fan_out), W.dtype, False)
         record.device_corrections = launch.merge(W, left, right)
         return record
-    with native.one_thread_after_a_fork():
-        factors = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out)
-        transposed = W.stride(0) < W.stride(1) and W.t().is_contiguous()
-        if transposed:  # rows of the storage are what a unit should hold
-            W, factors = W.t(), factors.t()
-        record = MergeRecord(factors, W.dtype, transposed)
-        record.units = blocks.merge(W, factors)
+    if native.needs_one_thread():
+        with native.one_thread():
+            return merge_(weight, lora_A, lora_B, scaling, fan_in_fan_out=fan_in_fan_out)
+    factors = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out)
+    transposed = W.stride(0) < W.stride(1) and W.t().is_contiguous()
+    if transposed:  # rows of the storage are what a unit should hold
+        W, factors = W.t(), factors.t()
+    record = MergeRecord(factors, W.dtype, transposed)
+    record.units = blocks.merge(W, factors)  # no call from here on: in one an interrupt would lose the record
     return record
 
 
@@ -119,8 +121,10 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
         )
     if record.device_corrections is not None:
         return launch.unmerge(W, factors.left, factors.right, record.device_corrections)
-    with native.one_thread_after_a_fork():
-        blocks.restore(W, factors, record.units)
+    if native.needs_one_thread():
+        with native.one_thread():
+            return blocks.restore(W, factors, record.units)
+    blocks.restore(W, factors, record.units)
 
 
 def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, float]:
