@@ -6,7 +6,7 @@ and imported by ``bases/__init__.py``. Names, not classes, so that nothing is im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,8 +37,8 @@ class Base:
         """
         raise NotImplementedError
 
-    def why_not_call(self, module: nn.Module, x: Tensor) -> str | None:
-        """The same for one input of a module that has no reason of its own: dtype, shape, device."""
+    def why_not_call(self, module: nn.Module, x: Tensor, outputs: int) -> str | None:
+        """The same for one input, and adapters of ``outputs`` rows of lora_B: dtype, shape, device."""
         raise NotImplementedError
 
     def forward(self, module: nn.Module, x: Tensor, adapters: Adapters) -> Tensor:
@@ -97,14 +97,35 @@ def why_not_own_call(module: nn.Module, what: str) -> str | None:
 
 
 def why_not_plain_weight(weight: object) -> str | None:
-    """None for an ordinary two-dimensional floating tensor, else what it is instead."""
-    if type(weight) in _TENSORS and weight.dim() == 2 and weight.dtype in FLOAT_DTYPES:
+    """None for an ordinary dense two-dimensional floating tensor, else what it is instead."""
+    if (
+        type(weight) in _TENSORS
+        and weight.dim() == 2
+        and weight.dtype in FLOAT_DTYPES
+        and weight.layout is torch.strided
+    ):
         return None
     if weight is None:
         return "a weight is not a parameter of its own"
     if type(weight) not in _TENSORS:
         return f"a weight is a {type(weight).__name__}"
-    return "a weight is not a matrix (sharded?)" if weight.dim() != 2 else f"a weight is {weight.dtype}"
+    if weight.dim() != 2:
+        return "a weight is not a matrix (sharded?)"
+    return f"a weight is {weight.dtype if weight.layout is torch.strided else weight.layout}"
+
+
+def why_not_plain_bias(parameters: Mapping[str, object], N: int) -> str | None:
+    """None where a module's parameters have None or an ordinary floating vector [N] for a bias, else what it is."""
+    if "bias" not in parameters:
+        return "a bias is not a parameter of its own"
+    bias = parameters["bias"]
+    if bias is None:
+        return None
+    if type(bias) not in _TENSORS:
+        return f"a bias is a {type(bias).__name__}"
+    if bias.dim() != 1 or bias.shape[0] != N:
+        return "a bias is not a vector of out_features"
+    return None if bias.dtype in FLOAT_DTYPES else f"a bias is {bias.dtype}"
 
 
 def why_not_plain_tensor(tensor: object, what: str = "the input") -> str | None:

@@ -7,7 +7,14 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from fused_lora.bases.base import Adapters, Base, register, why_not_own_call, why_not_plain_weight
+from fused_lora.bases.base import (
+    Adapters,
+    Base,
+    register,
+    why_not_own_call,
+    why_not_plain_bias,
+    why_not_plain_weight,
+)
 from fused_lora.ops.linear.op import lora_linear
 
 
@@ -19,14 +26,18 @@ class Dense(Base):
 
     def why_not_fused(self, module: nn.Module) -> str | None:
         """None for an ordinary weight and a call that nobody has changed."""
-        return why_not_own_call(module, "the base layer") or why_not_plain_weight(module._parameters.get("weight"))
+        parameters = module._parameters
+        weight = parameters.get("weight")
+        reason = why_not_own_call(module, "the base layer") or why_not_plain_weight(weight)
+        return reason or why_not_plain_bias(parameters, weight.shape[1 if self.transposed else 0])
 
-    def why_not_call(self, module: nn.Module, x: Tensor) -> str | None:
-        """None where x, weight and bias fit as in the module's own forward."""
+    def why_not_call(self, module: nn.Module, x: Tensor, outputs: int) -> str | None:
+        """None where x, weight and bias fit as in the module's own forward, and the adapters the weight."""
         weight, bias = module._parameters["weight"], module._parameters["bias"]
-        if weight.device != x.device:
+        if weight.device != x.device or (bias is not None and bias.device != x.device):
             return "the base layer is on another device"
-        if x.dim() == 0 or x.shape[-1] != weight.shape[0 if self.transposed else 1]:
+        N, K = reversed(weight.shape) if self.transposed else weight.shape
+        if x.dim() == 0 or x.shape[-1] != K or outputs != N:
             return "shapes differ"
         if torch.is_autocast_enabled(x.device.type):
             return "float64 under autocast" if torch.float64 in (x.dtype, weight.dtype) else None

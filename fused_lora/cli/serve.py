@@ -1,4 +1,4 @@
-"""``fused-lora serve``: the command line of the HTTP server. Heavy imports wait until the options are right."""
+"""``fused-lora serve``: the command line of the HTTP server. Heavy imports come after the options are checked."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def build(options: argparse.Namespace) -> Any:
 
 
 def register_folder(store: Any, folder: Path, base_name: str) -> None:
-    """Make every adapter in ``folder`` known under its folder's name; what cannot be served is logged and left out."""
+    """Register every adapter in ``folder`` under its folder's name. Others are logged and left out."""
     from fused_lora.modules.inject import check_adapter_name
     from fused_lora.serving.http.api import ApiError
     from fused_lora.serving.http.guard import allowed_adapter

@@ -20,7 +20,6 @@ from torch import nn
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import Dense
 from fused_lora.integrations.peft_linear import AROUND, CALLS, FUSED, linear_class, why_around, why_not_fused
-from fused_lora.modules.fusable import why_not_plain
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.linear import LoraLinear
 
@@ -265,7 +264,7 @@ def _of_ours(layer: LoraLinear) -> tuple[str | None, str | None]:
     names = layer._present(layer.active_adapters)
     if not names:
         return "no active adapter in this layer", None
-    return next(filter(None, map(why_not_plain, layer._parts(names))), None), why_around(layer)
+    return layer._why_not_plain(names), why_around(layer)
 
 
 def _of_peft(layer: nn.Module) -> tuple[str | None, str | None]:

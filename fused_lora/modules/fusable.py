@@ -7,25 +7,36 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from fused_lora.bases.base import why_not_own_call, why_not_plain_weight
+from fused_lora.bases.base import why_not_own_call, why_not_plain_bias, why_not_plain_weight
 
 
 def why_not_plain(module: nn.Module) -> str | None:
-    """None when calling ``module``, a part of an adapter, does nothing but its class's own arithmetic.
+    """None when calling ``module``, lora_A or lora_B, is a product with its weight, plus its bias, and nothing more.
 
-    Plain are nn.Identity, nn.Dropout, and nn.Linear over an ordinary floating tensor.
+    Plain is nn.Linear over ordinary floating tensors.
     """
+    reason = why_not_own_call(module, "a part of the layer")
+    if reason:
+        return reason
+    kind = type(module)
+    if kind is not nn.Linear:
+        return f"a part of the layer is a {kind.__name__}"
+    parameters = module._parameters
+    weight = parameters.get("weight")
+    return why_not_plain_weight(weight) or why_not_plain_bias(parameters, weight.shape[0])
+
+
+def why_not_plain_dropout(module: nn.Module) -> str | None:
+    """None when calling ``module`` drops elements, or nothing (nn.Dropout, nn.Identity); else what more it does."""
     reason = why_not_own_call(module, "a part of the layer")
     if reason:
         return reason
     kind = type(module)
     if kind is nn.Identity:
         return None
-    if kind is nn.Dropout:
-        return "dropout works in place" if module.inplace else None
-    if kind is not nn.Linear:
+    if kind is not nn.Dropout:
         return f"a part of the layer is a {kind.__name__}"
-    return why_not_plain_weight(module._parameters.get("weight"))
+    return "dropout works in place" if module.inplace else None
 
 
 def why_not_here() -> str | None:

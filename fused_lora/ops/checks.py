@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -88,7 +87,7 @@ def _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, **others: 
         if not (0.0 <= p <= 1.0):
             raise ValueError(f"dropout: expected values in [0, 1], got {p}")
     for s in scaling:
-        if math.isnan(s):
+        if s != s:
             raise ValueError("scaling: expected numbers, got NaN")
     if any(dropout) and seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(dropout),)):
         got = seeds.dtype, tuple(seeds.shape)

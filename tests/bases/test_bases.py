@@ -101,15 +101,16 @@ INPUTS = {
 @pytest.mark.parametrize("reason", INPUTS)
 def test_inputs_that_do_not_fit_a_dense_layer(reason, module):
     kind = base_of(module)
-    assert kind.why_not_call(module, INPUTS[reason]) == reason
-    assert kind.why_not_call(module, torch.zeros(3, K)) is None
+    assert kind.why_not_call(module, INPUTS[reason], N) == reason
+    assert kind.why_not_call(module, torch.zeros(3, K), N) is None
+    assert kind.why_not_call(module, torch.zeros(3, K), N + 1) == "shapes differ"
 
 
 def test_autocast_casts_for_a_dense_layer():
     module = nn.Linear(K, N)
     with torch.autocast("cpu", torch.bfloat16):
-        assert base_of(module).why_not_call(module, torch.zeros(3, K, dtype=torch.bfloat16)) is None
-        assert base_of(module).why_not_call(module, torch.zeros(3, K).double()) == "float64 under autocast"
+        assert base_of(module).why_not_call(module, torch.zeros(3, K, dtype=torch.bfloat16), N) is None
+        assert base_of(module).why_not_call(module, torch.zeros(3, K).double(), N) == "float64 under autocast"
 
 
 def adapters(dtype=torch.float32, p=0.0):
@@ -165,7 +166,7 @@ def test_a_kind_of_base_is_one_class(kinds):
         def why_not_fused(self, module):
             return None
 
-        def why_not_call(self, module, x):
+        def why_not_call(self, module, x, outputs):
             return None if x.shape[-1] == K else "shapes differ"
 
         def forward(self, module, x, given):

@@ -332,7 +332,7 @@ def test_a_quantised_base_keeps_its_own_arithmetic():
     assert rows == {"lin0": packed, "lin1": "fused", "conv1d": "fused", "head": "fused"}
 
 
-def test_xlora_like_instance_forwards_keep_their_way():
+def test_forwards_set_on_an_instance_are_kept():
     both = pair()
     for model in both.models:
         layer = model.base_model.model.lin0

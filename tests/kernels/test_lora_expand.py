@@ -92,7 +92,7 @@ def test_the_term_is_added_to_a_given_y_with_one_rounding(ranks, dtype, adapter_
         assert_no_worse(y, (eager + case.bias).to(dtype), exact, name="y")
 
 
-def test_nothing_to_do(device):
+def test_empty_results(device):
     for M, N in ((0, 8), (8, 0)):
         S, A = torch.empty(M, 4, device=device), torch.empty(4, N, device=device)
         assert lora_expand(S, [A], [1.0], [0.0], None, None, torch.float32).shape == (M, N)

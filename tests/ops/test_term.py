@@ -2,6 +2,8 @@
 
 import itertools
 import warnings
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -111,12 +113,39 @@ def test_gradcheck_in_float64(dropout, bias):
     assert torch.autograd.gradgradcheck(f, tensors)
 
 
-def test_second_derivatives_need_x():
+def test_second_derivatives_of_a_frozen_lora_A():
+    """x is not kept then: they reach it through S."""
     y, x, A, B, s, p, seeds, _ = arguments()
-    frozen = [a.detach() for a in A]
-    result = lora_term(y, x, frozen, B, s, p, seeds).square().sum()
-    with pytest.raises(RuntimeError, match="lora_A"):
-        torch.autograd.grad(result, [x, B[0]], create_graph=True)
+    frozen, found = [a.detach() for a in A], []
+    for function in (lora_term, by_peft):
+        first = torch.autograd.grad(function(y, x, frozen, B, s, p, seeds).square().sum(), [x, B[0]], create_graph=True)
+        found.append(torch.autograd.grad(sum(t.square().sum() for t in first), [y, x, *B]))
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, terms=4 * (5 + 20 + 11 + 5))
+
+
+@pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
+def test_batches_of_gradients(way):
+    y, x, A, B, s, p, seeds, _ = arguments()
+    g, found = torch.randn(3, 5, 11), []
+    for function in (lora_term, by_peft):
+        out = function(y, x, A, B, s, p, seeds)
+        if way == "vmap":
+            found.append(torch.func.vmap(partial(torch.autograd.grad, out, (y, x, *A, *B)))(g))
+        else:
+            found.append(torch.autograd.grad(out, (y, x, *A, *B), g, is_grads_batched=True))
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, terms=5 + 20 + 11 + 5)
+
+
+def test_what_the_backward_does_not_read_may_change():
+    y, x, A, B, s, p, seeds, _ = arguments(ranks=(3,), dropout=(0.3,), grad=False)
+    B[0].requires_grad_()
+    expected = torch.autograd.grad(lora_term(y, x, A, B, s, p, seeds).sum(), B)
+    out = lora_term(y, x, A, B, s, p, seeds)
+    with torch.no_grad():
+        A[0].neg_(), y.neg_(), B[0].neg_()
+    assert torch.equal(*expected, *torch.autograd.grad(out.sum(), B))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -435,6 +464,19 @@ def test_a_kernel_that_is_off_is_dropped_before_its_first_use(part, device, kern
         found = draw((F32, F32, F32), (40, 33, 17), [4], [0.1], device)
     check_one(found, (40, 33, 17), 4)
     assert sorted(launch.verdicts().values()) == [False, True]
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", [d[1:] for d in DTYPES if d[0] == d[1]], ids=str)
+def test_what_a_plan_launches_is_compiled_ahead(dtype, adapter_dtype, device, kernels_on):
+    from fused_lora.kernels.config import candidates
+
+    upcast = dtype != adapter_dtype
+    listed = {op: {c for c, _, u in candidates(op, dtype, 90) if u == upcast} for op in ("shrink", "expand")}
+    for M, K, r, p in itertools.product((1, 20, 70, 8192), (64, 16384), (8, 40, 100), (0.0, 0.1)):
+        case = launch.Case(M, 4096, K, device, dtype, ((r, adapter_dtype, adapter_dtype),), (p,), None)
+        chosen = plan._plan(case)
+        for op, config in (("expand", chosen.product), ("shrink", chosen.shrink)):
+            assert replace(config, SPLIT_K=min(config.SPLIT_K, 2)) in listed[op], (M, K, r, p)
 
 
 def test_the_eager_switch_reaches_the_term(device, kernels_on, monkeypatch):

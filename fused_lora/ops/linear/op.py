@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_lora.ops.checks import check_linear, refuse_tangents
-from fused_lora.ops.linear import double_backward as differentiable
+from fused_lora.ops.linear import double_backward, flops, plan
 from fused_lora.ops.linear import eager as cpu
-from fused_lora.ops.linear import flops, plan
 
 
 def lora_linear(
@@ -75,11 +74,13 @@ def is_direct(*tensors: Tensor) -> bool:
 
 def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
     """The operator past the dispatcher, whose bookkeeping takes longer than a small layer."""
+    if x.is_neg():  # a kernel would not see the sign
+        x = x.resolve_neg()
     run = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     if run.masked and seeds is None:
         seeds = draw_seeds(len(lora_A), x.device)
     if run.grad and torch.is_grad_enabled():
-        return _apply(run, seeds, x, *lora_A, *lora_B, weight, bias)
+        return _apply(run, seeds, x, *lora_A, *lora_B, weight, bias)[0]
     return run(x, weight, bias, lora_A, lora_B, seeds)[0]
 
 
@@ -170,7 +171,6 @@ def _(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, need
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
     x, weight, bias, *others = inputs
@@ -181,16 +181,23 @@ def _setup_context(ctx, inputs, output) -> None:
 def _keep(ctx, needs, x, weight, bias_dtype, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
     """For the backward; ``needs`` has one flag per tensor: x, n times lora_A, n times lora_B, weight, bias."""
     n = len(lora_A)
+    ctx.set_materialize_grads(False)
     ctx.call = n, scaling, dropout, bias_dtype, needs
     keep_x = x if needs[-2] or any(needs[1 : n + 1]) else None  # only dA and dW read it
-    ctx.save_for_backward(keep_x, weight, S, seeds, *lora_A, *lora_B)
+    if needs[0]:
+        ctx.idle = None
+        ctx.save_for_backward(keep_x, weight, S, seeds, *lora_A, *lora_B)
+    else:  # W, A and unused B have a shape to give only: what is saved must not change, and hooks may copy it
+        ctx.idle = weight, lora_A, lora_B
+        used = [B if need else None for B, need in zip(lora_B, needs[1 : n + 1], strict=True)]
+        ctx.save_for_backward(keep_x, None, S, seeds, *[None] * n, *used)
 
 
 def _backward(ctx, g, _):
     n = ctx.call[0]
     if g is None:
         return (None, None, None, [None] * n, [None] * n, None, None, None)
-    dx, dA, dB, dW, db = _all_gradients(ctx, g, _by_operator)
+    dx, dA, dB, dW, db = _all_gradients(ctx, g, None, _by_operator)
     return dx, dW, db, dA, dB, None, None, None
 
 
@@ -201,18 +208,28 @@ def _by_operator(*arguments):
     return dx, rest[:n], rest[n:], dW, db
 
 
-def _all_gradients(ctx, g, gradients):
-    """dx, dA, dB, dW, db with None for what is not needed; ``gradients`` computes them."""
+def _all_gradients(ctx, g, g_S, gradients):
+    """dx, dA, dB, dW, db with None for what is not needed, by ``gradients`` where nobody follows its operations.
+
+    g_S: gradient of S, which second derivatives have; either of g and g_S may be None.
+    """
     n, scaling, dropout, bias_dtype, needs = ctx.call
     x, weight, S, seeds, *adapters = ctx.saved_tensors
-    if x is not None and x.dim() != 2:
-        x = x.reshape(g.shape[0], weight.shape[1])
     A, B = adapters[:n], adapters[n:]
-    if not torch.is_grad_enabled():
+    if ctx.idle is not None:
+        weight, A, all_B = ctx.idle
+        B = [B if saved is None else saved for B, saved in zip(all_B, B, strict=True)]
+    if x is not None and x.dim() != 2:
+        x = x.reshape(S.shape[0], weight.shape[1])
+    if g_S is None and not (torch.is_grad_enabled() or _is_batched(g)):
+        if g.is_neg():  # a kernel would not see the sign
+            g = g.resolve_neg()
         return gradients(g, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs)
-    # create_graph: someone wants to differentiate what comes next
-    with torch.autocast(g.device.type, enabled=False):
-        found = differentiable.lora_linear_backward(g, x, weight, A, B, scaling, dropout, seeds, bias_dtype, needs)
+    # create_graph, or a batch of gradients
+    with torch.autocast(S.device.type, enabled=False):
+        found = double_backward.lora_linear_backward(
+            g, g_S, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs
+        )
     dx, *rest, dW, db = found
     return dx, rest[:n], rest[n:], dW, db
 
@@ -255,7 +272,10 @@ def _register_autocast(device_type: str, key: str) -> None:
 
 
 class _Direct(torch.autograd.Function):
-    """What :func:`_direct` does, differentiable; x of any number of dimensions."""
+    """What :func:`_direct` does, differentiable; x of any number of dimensions.
+
+    S is a result, so that second derivatives reach x and A through it.
+    """
 
     @staticmethod
     def forward(ctx, run, seeds, x, *others):
@@ -265,20 +285,28 @@ class _Direct(torch.autograd.Function):
         y, S = run(x, weight, bias, A, B, seeds)
         _keep(ctx, ctx.needs_input_grad[2:], x, weight, run.bias_dtype, A, B, run.scaling, run.dropout, seeds, S)
         ctx.run = run
-        return y
+        return y, S
 
     @staticmethod
-    def backward(ctx, g):
-        if _autocasts(g):
-            with torch.autocast(g.device.type, enabled=False):
-                return _Direct.backward(ctx, g)
+    def backward(ctx, g, g_S):
+        some = g_S if g is None else g
+        if some is None:
+            return (None,) * (5 + 2 * ctx.call[0])
+        if _autocasts(some):
+            with torch.autocast(some.device.type, enabled=False):
+                return _Direct.backward(ctx, g, g_S)
         rows = ctx.run.rows
-        if rows is not None:
+        if g is not None and rows is not None:
             g = g.reshape(rows[0], g.shape[-1])
-        dx, dA, dB, dW, db = _all_gradients(ctx, g, _gradients)
+        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, _gradients)
         if dx is not None and rows is not None:
             dx = dx.reshape(*ctx.run.shape[:-1], rows[1])
         return None, None, dx, *dA, *dB, dW, db
+
+
+def _is_batched(g: Tensor) -> bool:
+    """Whether g stands for many gradients: under torch.func.vmap, or ``is_grads_batched`` of torch.autograd.grad."""
+    return _transforms() or torch._C._functorch.is_legacy_batchedtensor(g)
 
 
 # past a wrapper that looks through the arguments for leftovers of torch.func, as is_direct has done

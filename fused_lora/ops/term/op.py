@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_lora.ops.checks import check_term
 from fused_lora.ops.linear import double_backward, eager, flops
-from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, draw_seeds, is_direct
+from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _is_batched, draw_seeds, is_direct
 from fused_lora.ops.term import plan
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
@@ -132,7 +132,6 @@ def _(g, x, lora_A, lora_B, S, scaling, dropout, seeds, dtype, bias_dtype, needs
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     _, *tensors = inputs
     _, need_x, need_bias, *rest = ctx.needs_input_grad
@@ -142,16 +141,23 @@ def _setup_context(ctx, inputs, output) -> None:
 def _keep(ctx, needs, x, bias, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
     """For the backward; ``needs`` has one flag per tensor: x, n times lora_A, n times lora_B, bias."""
     n = len(lora_A)
+    ctx.set_materialize_grads(False)
     ctx.call = n, scaling, dropout, x.dtype, None if bias is None else bias.dtype, needs
     keep_x = x if any(needs[1 : n + 1]) else None  # only dA reads it
-    ctx.save_for_backward(keep_x, S, seeds, *lora_A, *lora_B)
+    if needs[0]:
+        ctx.idle = None
+        ctx.save_for_backward(keep_x, S, seeds, *lora_A, *lora_B)
+    else:  # A and unused B have a shape to give only: what is saved must not change, and hooks may copy it
+        ctx.idle = lora_A, lora_B
+        used = [B if need else None for B, need in zip(lora_B, needs[1 : n + 1], strict=True)]
+        ctx.save_for_backward(keep_x, S, seeds, *[None] * n, *used)
 
 
 def _backward(ctx, g, _):
     n = ctx.call[0]
     if g is None:
         return (None, None, None, [None] * n, [None] * n, None, None, None)
-    dx, dA, dB, db = _all_gradients(ctx, g, _by_operator)
+    dx, dA, dB, db = _all_gradients(ctx, g, None, _by_operator)
     return g, dx, db, dA, dB, None, None, None
 
 
@@ -162,22 +168,30 @@ def _by_operator(*arguments):
     return dx, rest[:n], rest[n:], db
 
 
-def _all_gradients(ctx, g, gradients):
-    """dx, dA, dB, db with None for what is not needed; ``gradients`` computes them."""
+def _all_gradients(ctx, g, g_S, gradients):
+    """dx, dA, dB, db with None for what is not needed, by ``gradients`` where nobody follows its operations.
+
+    g_S: gradient of S, which second derivatives have; either of g and g_S may be None.
+    """
     n, scaling, dropout, dtype, bias_dtype, needs = ctx.call
     if not any(needs):
         return None, [None] * n, [None] * n, None
     x, S, seeds, *adapters = ctx.saved_tensors
     x, A, B = None if x is None else _rows(x), adapters[:n], adapters[n:]
-    if not torch.is_grad_enabled():
+    if ctx.idle is not None:
+        A, all_B = ctx.idle
+        B = [B if saved is None else saved for B, saved in zip(all_B, B, strict=True)]
+    if g_S is None and not (torch.is_grad_enabled() or _is_batched(g)):
+        if g.is_neg():  # a kernel would not see the sign
+            g = g.resolve_neg()
         return gradients(g, x, A, B, S, scaling, dropout, seeds, dtype, bias_dtype, needs)
-    # create_graph: someone wants to differentiate what comes next
-    needs, wide = [*needs[:-1], False, needs[-1]], torch.promote_types(g.dtype, dtype)
-    with torch.autocast(g.device.type, enabled=False):
+    # create_graph, or a batch of gradients
+    needs = [*needs[:-1], False, needs[-1]]
+    with torch.autocast(S.device.type, enabled=False):
         dx, *rest, _, db = double_backward.lora_linear_backward(
-            g.to(wide), x, None, A, B, scaling, dropout, seeds, bias_dtype, needs
+            g, g_S, x, None, A, B, S, scaling, dropout, seeds, bias_dtype, needs, dtype
         )
-    return None if dx is None else dx.to(dtype), rest[:n], rest[n:], db
+    return dx, rest[:n], rest[n:], db
 
 
 _lora_term.register_autograd(_backward, setup_context=_setup_context)
@@ -206,7 +220,10 @@ def _register_autocast(device_type: str, key: str) -> None:
 
 
 class _Direct(torch.autograd.Function):
-    """The same operator past the dispatcher, whose bookkeeping takes longer than a small layer; any dimensions."""
+    """The same operator past the dispatcher, whose bookkeeping takes longer than a small layer; any dimensions.
+
+    S is a result, so that second derivatives reach x and A through it.
+    """
 
     @staticmethod
     def forward(ctx, y, x, bias, n, scaling, dropout, seeds, *adapters):
@@ -215,14 +232,17 @@ class _Direct(torch.autograd.Function):
         _, need_x, need_bias, _, _, _, _, *need_adapters = ctx.needs_input_grad
         _keep(ctx, [need_x, *need_adapters, need_bias], x, *arguments, S)
         ctx.shape = x.shape
-        return out
+        return out, S
 
     @staticmethod
-    def backward(ctx, g):
-        if _autocasts(g):
-            with torch.autocast(g.device.type, enabled=False):
-                return _Direct.backward(ctx, g)
-        dx, dA, dB, db = _all_gradients(ctx, _rows(g), _gradients)
+    def backward(ctx, g, g_S):
+        some = g_S if g is None else g
+        if some is None:
+            return (None,) * (7 + 2 * ctx.call[0])
+        if _autocasts(some):
+            with torch.autocast(some.device.type, enabled=False):
+                return _Direct.backward(ctx, g, g_S)
+        dx, dA, dB, db = _all_gradients(ctx, None if g is None else _rows(g), g_S, _gradients)
         return g, None if dx is None else dx.reshape(ctx.shape), db, None, None, None, None, *dA, *dB
 
 
@@ -242,10 +262,11 @@ def _compute(y, x, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[Tenso
 
 def _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
     """The result; differentiable."""
+    y, x = (t.resolve_neg() if t.is_neg() else t for t in (y, x))  # a kernel would not see the sign
     if torch.is_grad_enabled():
         for tensor in (y, x, *lora_A, *lora_B, bias):
             if tensor is not None and tensor.requires_grad:
-                return _Direct.apply(y, x, bias, len(lora_A), scaling, dropout, seeds, *lora_A, *lora_B)
+                return _Direct.apply(y, x, bias, len(lora_A), scaling, dropout, seeds, *lora_A, *lora_B)[0]
     return _compute(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)[0]
 
 

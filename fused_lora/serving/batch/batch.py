@@ -1,5 +1,8 @@
-"""Which rows of the running batch have which adapters. The state belongs to the thread (or task) that runs the model,
-never to the layers: several threads may run one model under different adapters at once."""
+"""Which rows of the running batch use which adapters.
+
+The state belongs to the thread (or task) that runs the model, never to the layers. So several threads can run one model
+with different adapters at the same time.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +37,14 @@ class Batch:
 
     Args:
         store: whose batch this is.
-        groups: of each group the (version, weight) pairs. group_of_entry: integers, -1 for the base model.
-        entry_of_row: the entry of each token row; None: the rows of the model's batch, in equal shares.
+        groups: the (version, weight) pairs of each group. group_of_entry: integers, -1 for the base model.
+        entry_of_row: the entry of each token row. None: the rows of the model's batch are divided equally.
         prepared: for these groups. siblings: layers of the store's model that share an input.
         buffers: for a step in a CUDA graph; ``entry_of_row`` is given then.
 
     Attributes:
-        identities: of each entry the identity of its adapter (None for the base model; joined by "+" with weights for
-            a combination): what a cache of prefixes may tell requests apart by.
+        identities: the identity of each entry's adapter, a key for prefix caches. None for the base model. A
+            combination is joined by "+" with its weights.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class Batch:
             self._fill(buffers, entry_of_row)
 
     def _fill(self, buffers: RowBuffers, entry_of_row: np.ndarray) -> None:
-        """All that a replay reads is in place, or on its way on this stream, when this returns."""
+        """Copy everything that a replay reads, on the current stream."""
         spare = buffers.rows - len(entry_of_row)
         if spare < 0:
             raise ValueError(f"rows: {len(entry_of_row)}, the buffers hold {buffers.rows}")
@@ -83,7 +86,7 @@ class Batch:
 
     @property
     def identities(self) -> list[str | None]:
-        """The identity that each entry is served with."""
+        """The identity of each entry's adapter."""
         labels = [
             "+".join(v.identity if w == 1.0 and len(group) == 1 else f"{w!r}*{v.identity}" for v, w in group)
             for group in self.groups
@@ -104,7 +107,7 @@ class Batch:
         self._traces = {}
 
     def called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """The model is called with these arguments: remember how many sequences and tokens they are."""
+        """Note how many sequences and tokens the model is called with."""
         trace = self._traces.get(threading.get_ident()) or self._trace()
         trace.shared = None  # of a step that was broken off
         self._siblings.close(trace)
@@ -121,7 +124,7 @@ class Batch:
                 trace.sizes, trace.rows = sizes, {}
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
-        """y += the LoRA terms of x at this site, in place."""
+        """y += the LoRA terms of x at this layer, in place."""
         trace, index = self._traces.get(threading.get_ident()) or self._trace(), site.index
         if trace.seen or index not in self._siblings.settled:
             self._siblings.watch(trace, site, x)
@@ -172,7 +175,7 @@ class Batch:
         return np.append(self._group_of_entry, -1)[self._entry_of_row]
 
     def _check_rows(self, trace: Trace, site: Site, x: Tensor) -> None:
-        """Rows that are not the batch's own, in order (experts that see some tokens), must not pass for it."""
+        """Raise ValueError if a layer gets other rows than those of the batch, in order, as an expert does."""
         rows, entries, sizes = x.shape[:-1].numel(), len(self._group_of_entry), trace.sizes
         if self._entry_of_row is not None:
             expected, fits = str(len(self._entry_of_row)), rows == len(self._entry_of_row)

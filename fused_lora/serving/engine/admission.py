@@ -1,4 +1,4 @@
-"""Which requests may start: those whose adapter the store can hold beside the adapters in use."""
+"""Decide which requests may start: those whose adapter fits into the store beside the adapters in use."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def adapter_of(state: RequestState) -> str | None:
 
 
 def version_of(state: RequestState) -> str:
-    """The version a request started with, as the store spells it; empty for the base model and before the start."""
+    """The identity of the version a request started with. Empty for the base model and before the start."""
     return state.logit_processor_kwargs.get(VERSION, "")
 
 
 @dataclass
 class EngineCounters:
-    """What the engine has done since it was made; written by its thread only."""
+    """What the engine has done since it was made. Only its thread writes them."""
 
     steps: int = 0
     generated_tokens: int = 0
@@ -47,11 +47,10 @@ class EngineCounters:
 
 
 class Admission:
-    """Leases the adapters of started requests from the store, and lets waiting requests in while theirs fit.
+    """Leases the adapters of started requests, and starts waiting requests while their adapters fit.
 
-    A request keeps the version it started with to its end. Requests are let in by age. One whose adapter does not fit
-    keeps younger ones from bringing in further adapters; after ``PATIENCE_SECONDS`` it also keeps out those whose
-    adapter is there, so that room is made in the end.
+    A request keeps the version it started with. Requests start by age. If an adapter does not fit, younger requests
+    may not load further adapters. After ``PATIENCE_SECONDS`` they may not start at all, so that room is made.
     """
 
     def __init__(self, store: AdapterStore, fail: Callable[[RequestState, Exception], None], counters: EngineCounters):
@@ -60,11 +59,11 @@ class Admission:
         self.admitted: set[str] = set()
 
     def lease_of(self, state: RequestState) -> Lease | None:
-        """What a started request holds; None for the base model."""
+        """The lease of a started request. None for the base model."""
         return None if adapter_of(state) is None else self.leases[version_of(state)]
 
     def update(self, active: Iterable[RequestState], waiting: Iterable[RequestState]) -> None:
-        """Before a step: give back the leases that no request needs, and choose who may start."""
+        """Before a step: release the leases that no request needs, and choose the requests that may start."""
         waiting = list(waiting)
         # a request that lost its cache waits again, and goes on with the version it started with
         self.release(keep={version_of(state) for state in (*active, *waiting)})
@@ -87,7 +86,7 @@ class Admission:
                 self.counters.waits_for_adapters += 1
 
     def _start(self, state: RequestState, blocked_since: float | None) -> bool:
-        """Give the request the present version of its adapter, unless it has to wait for room."""
+        """Lease the current version of the request's adapter. False if it must wait for room."""
         name, now = adapter_of(state), time.perf_counter()
         version = self.store.identity(name)
         if version not in self.leases:
@@ -107,7 +106,7 @@ class Admission:
         return True
 
     def release(self, keep: Iterable[str] = ()) -> None:
-        """Give back all leases but those of the versions ``keep``."""
+        """Release all leases except those of the versions ``keep``."""
         for version in self.leases.keys() - set(keep):
             self.leases.pop(version).release()
 

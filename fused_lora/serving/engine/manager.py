@@ -4,7 +4,7 @@ Where it reaches into transformers' engine, and why:
 
 * the adapter of a request and its version travel in ``RequestState.logit_processor_kwargs``: that is what the engine
   copies when it drops a request's cache and starts it again;
-* a scheduler of its own decides before every step which versions are leased and which requests may start;
+* its own scheduler decides before every step which versions are leased and which requests may start;
 * ``_generation_step`` runs inside ``store.batch_rows``;
 * ``_generation_loop_body`` ends the requests of a step that raised, where transformers' own would end the engine;
 * the block hashes of the prefix cache are keyed by the adapter's version.
@@ -42,7 +42,7 @@ _log = logging.getLogger("fused_lora.serving")
 
 
 def default_config(device: torch.device) -> ContinuousBatchingConfig:
-    """The engine's sizes where the caller gives none."""
+    """The engine's sizes if the caller gives no config."""
     if device.type == "cuda":
         return ContinuousBatchingConfig()
     # without flash attention the mask is [step tokens, cache + step tokens]: keep both small
@@ -152,10 +152,10 @@ class AdapterManager(ContinuousBatchingManager):
 
         Args:
             input_ids: a list of token ids, or a one-dimensional tensor or array.
-            request_id: by default the engine makes one up.
+            request_id: by default the engine makes one.
 
         Raises:
-            TypeError, ValueError: an argument that the message names, the id of another request among them.
+            TypeError, ValueError: an argument does not fit, or another request has this id. The message names it.
             AdapterNotFound: unknown adapter. RuntimeError: the engine does not run.
         """
         ids, count, ends, drawn = self._parsed(
@@ -198,7 +198,7 @@ class AdapterManager(ContinuousBatchingManager):
             self.admission.release()
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
-        """One step, or a wait for requests; whether to go on."""
+        """One step, or a wait for requests. Returns whether to go on."""
         self._in_step = None
         try:
             going_on = super()._generation_loop_body(batch_processor, bootstrapping)
@@ -212,7 +212,7 @@ class AdapterManager(ContinuousBatchingManager):
         return going_on
 
     def _fail_step(self, processor: ContinuousBatchProcessor, error: Exception) -> None:
-        """End the requests of the step that raised ``error``; raise where the engine has to end too."""
+        """End the requests of the step that raised ``error``. Raises if the engine must stop too."""
         _log.error("a step of the engine failed", exc_info=error)
         scheduler = processor.scheduler
         # before the forward nobody knows whose fault it was; what the scheduler has begun for active ones is lost
@@ -231,7 +231,7 @@ class AdapterManager(ContinuousBatchingManager):
             torch.cuda.synchronize(self.model.device)  # raises if the device is lost; then nothing here can run again
 
     def _generation_step(self) -> None:
-        """One forward of the engine, its rows under the adapters of their requests."""
+        """One forward of the engine. Each row uses the adapter of its request."""
         inputs = self.batch_processor.inputs_and_outputs
         futures = inputs.requests_in_batch
         self._in_step = [future.state for future in futures]
@@ -257,7 +257,7 @@ class AdapterManager(ContinuousBatchingManager):
         counters.adapter_rows += sum(f.query_length for f in futures) - base
 
     def _fail_waiting(self, state: RequestState, error: Exception) -> None:
-        """End a request that waits with ``error``."""
+        """End a waiting request with ``error``."""
         scheduler = self.batch_processor.scheduler
         del scheduler.waiting_requests[state.request_id]
         scheduler.waiting_requests_order.remove(state.request_id)

@@ -4,7 +4,7 @@
     /v1/load_lora_adapter  /v1/unload_lora_adapter         as vLLM has them, with --allow-load, from --adapters
     /health  /metrics                                      without the API key
 
-It serves plain HTTP: encryption and rates per client belong to the proxy in front of it.
+It serves plain HTTP. Encryption and rates per client are the job of a proxy in front of it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot
 
 @dataclass
 class Settings:
-    """Of one server: what it calls its model, where adapters may come from, and who may use it."""
+    """Settings of one server: the name of its model, where adapters may come from, and the key."""
 
     base_name: str
     adapters: Path | None = None
@@ -75,7 +75,7 @@ class Service:
         return model
 
     async def encode(self, prompt: Any, name: str) -> list[int]:
-        """Token ids of a text or a chat, the request's parameter ``name``; ids pass as they are. Raises ApiError."""
+        """Token ids of a text, a chat or a list of ids, from the request's parameter ``name``. Raises ApiError."""
         if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], dict)):
             return prompt
         tokenizer = self.engine.tokenizer
@@ -168,7 +168,7 @@ class Service:
         yield "data: [DONE]\n\n"
 
     def models(self) -> dict[str, Any]:
-        """What /v1/models answers."""
+        """The answer of /v1/models."""
         card = {"object": "model", "created": self.started, "owned_by": "fused_lora"}
         base = self.settings.base_name
         cards = [{"id": base, **card, "root": base, "parent": None}]

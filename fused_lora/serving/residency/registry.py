@@ -1,4 +1,4 @@
-"""Names and versions: what a store knows, from where, and who holds it."""
+"""Names and versions: which adapters a store knows, where they come from, and who holds them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Source = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor, float]] | nn.Mod
 
 
 class _Changed(Exception):
-    """The files of a version that was dropped are not those it was loaded from."""
+    """The files of a version have changed since it was loaded, and it must be read again."""
 
     def __init__(self, packed: Packed, files: Any):
         self.packed, self.files = packed, files
@@ -60,36 +60,36 @@ class Registry:
         self._lock = self._residency.changed
 
     def load(self, name: str, source: Source) -> int:
-        """Bring an adapter onto the device under ``name``; of a known name it becomes the next version.
+        """Load an adapter onto the device under ``name``. Each load of a name increments its version.
 
-        The change is made at once and last: batches that run keep the version they started with, those that start
-        afterwards have the new one, and on any error everything is as before.
+        The new version replaces the old one in one step at the end. Running batches keep the version they started
+        with. On any error nothing has changed.
 
         Args:
             name: 1 to 64 letters, digits, "_" or "-".
-            source: a folder with a PEFT checkpoint; ``{path of a layer: (A [r, K], B [N, r], scaling)}``, copied; or a
-                model with LoRA layers, whose adapter ``name``, or its only one, is copied.
+            source: a folder with a PEFT checkpoint; or ``{path of a layer: (A [r, K], B [N, r], scaling)}``, copied; or
+                a model with LoRA layers, whose adapter ``name`` (or its only adapter) is copied.
 
         Returns:
-            The version: 1 for the first load of a name, and one more for each that follows, unloaded or not.
+            The version: 1 for the first load of a name. Each load increments it, even after an unload.
 
         Raises:
-            AdapterError: a file is not what it must be. ValueError: the adapter does not fit the model.
-            StoreFull: no room beside what is pinned or in use. TypeError: ``source`` is none of the above.
+            AdapterError: a file is damaged. ValueError: the adapter does not fit the model. StoreFull: no room beside
+            what is pinned or in use. TypeError: ``source`` is none of the above.
         """
         check_adapter_name(name)
         self._check_attached()
         if isinstance(source, (str, os.PathLike)):
             folder = _absolute(source)
             packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype)
-            return self._publish(name, packed, folder, files).number
+            return self._load_packed(name, packed, folder, files).number
         if isinstance(source, nn.Module):
             packed = from_model(self._sites, source, name, self._transfer.dtype)
         elif isinstance(source, Mapping):
             packed = from_tensors(self._sites, source, self._transfer.dtype)
         else:
             raise TypeError(f"source: expected a folder, a mapping or a model, got {type(source).__name__}")
-        return self._publish(name, packed, None, None).number
+        return self._load_packed(name, packed, None, None).number
 
     def load_async(self, name: str, source: Source) -> Future:
         """:meth:`load` in another thread; the future's result is the version. Tensors must not change meanwhile."""
@@ -100,7 +100,7 @@ class Registry:
             return self._pool.submit(self.load, name, source)
 
     def register(self, name: str, source: str | os.PathLike) -> int:
-        """Make the checkpoint in a folder known without reading it; the first batch that uses it does.
+        """Register a checkpoint folder without reading it. The first batch that uses it reads it.
 
         Returns:
             The version, as for :meth:`load`.
@@ -112,7 +112,7 @@ class Registry:
         return self._name(name, Version(name, 0, _absolute(source))).number
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; its memory is free once no batch uses it. Raises AdapterNotFound."""
+        """Remove an adapter. Its memory is freed when no batch uses it any more. Raises AdapterNotFound."""
         with self._lock:
             version = self._find(name)
             del self._versions[name]
@@ -120,17 +120,17 @@ class Registry:
             self._residency.retire(version)
 
     def pin(self, name: str) -> None:
-        """Keep ``name`` on the device, through reloads too, until :meth:`unpin` or :meth:`unload`.
+        """Keep ``name`` on the device, also after further loads, until :meth:`unpin` or :meth:`unload`.
 
         Raises:
-            AdapterNotFound, StoreFull, AdapterError: as a batch that uses it.
+            AdapterNotFound, StoreFull, AdapterError: as for a batch that uses it.
         """
         with self.lease(name), self._lock:
             self._find(name)
             self._pinned.add(name)
 
     def unpin(self, name: str) -> None:
-        """Let ``name`` make room for others again. Raises AdapterNotFound."""
+        """Allow ``name`` to be evicted again. Raises AdapterNotFound."""
         with self._lock:
             self._find(name)
             self._pinned.discard(name)
@@ -146,9 +146,9 @@ class Registry:
             return {name: version.number for name, version in sorted(self._versions.items())}
 
     def identity(self, name: str) -> str:
-        """``"name@version"``: another string after every load, for caches of what an adapter computed.
+        """``"name@version"``, another string after each load: a key for caches of an adapter's outputs.
 
-        Raises AdapterNotFound. ``with store.batch(...) as b`` has what the batch is served with in ``b.identities``.
+        Raises AdapterNotFound. For a running batch, ``with store.batch(...) as b``, see ``b.identities``.
         """
         with self._lock:
             return self._find(name).identity
@@ -174,10 +174,10 @@ class Registry:
             }
 
     def lease(self, name: str) -> Lease:
-        """Hold the present version of ``name`` on the device, across batches and reloads, until it is released.
+        """Hold the current version of ``name`` on the device, through batches and loads, until the release.
 
         Raises:
-            AdapterNotFound: unknown name. StoreFull: no room. AdapterError: its files are not what they must be.
+            AdapterNotFound: unknown name. StoreFull: no room. AdapterError: its files are damaged.
         """
         return Lease(self._hold(name), self._residency)
 
@@ -198,7 +198,7 @@ class Registry:
                 return version
             except _Changed as change:
                 self._residency.release([version])
-                self._publish(version.name, change.packed, version.folder, change.files, version)
+                self._load_packed(version.name, change.packed, version.folder, change.files, version)
             except BaseException:
                 self._residency.release([version])
                 raise
@@ -212,7 +212,7 @@ class Registry:
         version.files = files
         return packed
 
-    def _publish(
+    def _load_packed(
         self, name: str, packed: Packed, folder: str | None, files: Any, instead_of: Version | None = None
     ) -> Version:
         version = Version(name, 0, folder, files=files, held=1)
@@ -223,7 +223,7 @@ class Registry:
             self._residency.release([version])
 
     def _name(self, name: str, version: Version, instead_of: Version | None = None) -> Version:
-        """From here on ``name`` is this version, unless it is no longer the one that this was to replace."""
+        """Make ``version`` the current one of ``name``, unless ``instead_of`` is no longer the current one."""
         with self._lock:
             self._check_attached()
             if instead_of is not None and self._versions.get(name) is not instead_of:
