@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import reference
 from fused_lora.functional import lora_linear, lora_term
+from fused_lora.ops import guard
 from fused_lora.ops.linear import eager, launch
 from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.ops.term import plan
@@ -428,7 +429,7 @@ def test_kernels_are_as_exact_as_peft(dtypes, size, dropout, device, kernels_on,
         warnings.simplefilter("error")
         found = draw(dtypes, size, [8, 3][: len(dropout)], list(dropout), device)
     check_one(found, size, 11)
-    assert {key[0] for key in launch.verdicts()} == {"term", "term backward"} and all(launch.verdicts().values())
+    assert {key[0] for key in guard.verdicts()} == {"term", "term backward"} and all(guard.verdicts().values())
 
 
 def test_kernels_add_a_bias_and_take_strides(device, kernels_on, kernel_memory):
@@ -439,31 +440,27 @@ def test_kernels_add_a_bias_and_take_strides(device, kernels_on, kernel_memory):
     out = lora_term(*args, A, B, s, p, seeds.to(device), b.to(device))
     exact, _ = reference.lora_term(*args, A, B, s, p, seeds.to(device), b.to(device))
     assert_close(out, exact, terms=20 + 3)
-    assert all(launch.verdicts().values()) and launch.verdicts()
+    assert all(guard.verdicts().values()) and guard.verdicts()
 
 
 def test_y_and_x_of_two_dtypes_take_the_eager_path(device, kernels_on):
     check_one(draw((BF16, F32, F32), (20, 33, 17), [4], [0.0], device), (20, 33, 17), 4)
-    assert not launch.verdicts()
+    assert not guard.verdicts()
 
 
-@pytest.mark.parametrize("part", ["_kernels", "backward"])
+@pytest.mark.parametrize("part", ["lora_term", "lora_linear_backward"])
 def test_a_kernel_that_is_off_is_dropped_before_its_first_use(part, device, kernels_on, monkeypatch):
-    if part == "_kernels":
-        original = plan._kernels
-        monkeypatch.setattr(plan, part, lambda chosen: lambda *a: [t * 1.01 for t in original(chosen)(*a)])
-    else:
-        wrong = launch.lora_linear_backward
+    right = getattr(launch, part)
 
-        def off(*chosen):
-            run = wrong(*chosen)
-            return lambda *a: (run(*a)[0] * 1.01, *run(*a)[1:])
+    def off(*arguments):
+        run = right(*arguments)
+        return lambda *a: (run(*a)[0] * 1.01, *run(*a)[1:])
 
-        monkeypatch.setattr(launch, "lora_linear_backward", off)
+    monkeypatch.setattr(launch, part, off)
     with pytest.warns(UserWarning, match="term.*is dropped.*result 0 is off"):
         found = draw((F32, F32, F32), (40, 33, 17), [4], [0.1], device)
     check_one(found, (40, 33, 17), 4)
-    assert sorted(launch.verdicts().values()) == [False, True]
+    assert sorted(guard.verdicts().values()) == [False, True]
 
 
 @pytest.mark.parametrize("dtype, adapter_dtype", [d[1:] for d in DTYPES if d[0] == d[1]], ids=str)
@@ -473,7 +470,7 @@ def test_what_a_plan_launches_is_compiled_ahead(dtype, adapter_dtype, device, ke
     upcast = dtype != adapter_dtype
     listed = {op: {c for c, _, u in candidates(op, dtype, 90) if u == upcast} for op in ("shrink", "expand")}
     for M, K, r, p in itertools.product((1, 20, 70, 8192), (64, 16384), (8, 40, 100), (0.0, 0.1)):
-        case = launch.Case(M, 4096, K, device, dtype, ((r, adapter_dtype, adapter_dtype),), (p,), None)
+        case = plan.Case(M, 4096, K, device, dtype, ((r, adapter_dtype, adapter_dtype),), (p,), None)
         chosen = plan._plan(case)
         for op, config in (("expand", chosen.product), ("shrink", chosen.shrink)):
             assert replace(config, SPLIT_K=min(config.SPLIT_K, 2)) in listed[op], (M, K, r, p)
@@ -482,4 +479,4 @@ def test_what_a_plan_launches_is_compiled_ahead(dtype, adapter_dtype, device, ke
 def test_the_eager_switch_reaches_the_term(device, kernels_on, monkeypatch):
     monkeypatch.setenv("FUSED_LORA_PLAN", "eager")
     draw((F32, F32, F32), (40, 33, 17), [4], [0.1], device)
-    assert not launch.verdicts()
+    assert not guard.verdicts()
