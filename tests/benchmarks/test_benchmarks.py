@@ -622,16 +622,33 @@ def test_bench_host(load, tmp_path):
         assert row["provider"] != "PEFT" or row["forward_to_peft"] == 1.0
 
 
+def test_bench_store_host(load, tmp_path):
+    code, content = run(load("bench_store_host"), tmp_path)
+    assert code == 0 and content["benchmark"] == "store-host" and len(content["bars"]) == 2
+    assert [row["provider"] for row in content["rows"]] == ["base", "PEFT", "fused_lora"] * 3
+    for row in content["rows"]:
+        assert row["correct"] and row["us"] > 0 and (row["provider"] != "PEFT" or row["to_peft"] == 1.0)
+        assert (row["calls_a_linear"] > 0) == (row["provider"] != "base")
+
+
+def test_a_store_that_adds_nothing_is_a_wrong_result(load, tmp_path, monkeypatch):
+    bench = load("bench_store_host")
+    monkeypatch.setattr("fused_lora.serving.batch.batch.Batch.add", lambda *args: None)
+    code, content = run(bench, tmp_path)
+    assert code == 1 and not any(row["correct"] for row in content["rows"] if row["provider"] == "fused_lora")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing needs a stub")
-def test_bench_host_by_the_kernels_without_a_gpu(load, tmp_path):
+@pytest.mark.parametrize("name, count", [("bench_host", 24), ("bench_store_host", 9)])
+def test_host_times_by_the_kernels_without_a_gpu(name, count, load, tmp_path):
     """Whoever fails a launch ends it: the rows are of the kernel route."""
     pytest.importorskip("triton")
     stub_driver = importlib.import_module("stub_driver")
     if stub_driver.COMPILER is None:
         pytest.skip("no C compiler, with which Triton builds its launchers")
     arguments = ["--stub", "--seconds", "0", "--rounds", "1", "--out", str(tmp_path)]
-    assert load("bench_host").main(arguments) == 0
+    assert load(name).main(arguments) == 0
     (path,) = tmp_path.glob("*-host-stub.json")
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == 24 and all(row["correct"] and row["stub"] for row in rows)
+    assert len(rows) == count and all(row["correct"] and row["stub"] for row in rows)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers import serving
+from helpers.seeds import shifted
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -44,7 +45,7 @@ def test_the_readme_runs_from_top_to_bottom(tiny, tmp_path, monkeypatch, capsys)
 
 
 def test_the_examples(tiny, tmp_path, capsys):
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     poet, sql = str(tmp_path / "poet"), str(tmp_path / "sql")
     assert math.isfinite(load("accelerate").main(tiny, poet))
     losses = load("train").main(tiny, sql)

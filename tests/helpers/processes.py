@@ -37,7 +37,7 @@ def run_case(kind: str, route: str, **fields: Any) -> dict[str, Any]:
     """
     checkpointing = fields.pop("checkpointing", False)
     data = training.counting_texts(STEPS * ROWS * WORLD).reshape(STEPS, WORLD, ROWS, -1)
-    with training.built(route, training.tiny_llama(), init_lora_weights=False, **fields) as model:
+    with training.built(route, training.tiny_llama(dtype=torch.float64), init_lora_weights=False, **fields) as model:
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()

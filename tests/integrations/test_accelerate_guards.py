@@ -199,7 +199,7 @@ def test_second_derivatives_with_a_frozen_A(needs_x, p):
     x = torch.randn(5, 4, dtype=torch.double, requires_grad=needs_x)
 
     def call(x, B):
-        torch.manual_seed(2)
+        torch.manual_seed(shifted(2))
         return lora_linear(x, W, None, [A], [B], [1.5], [p]).pow(2)
 
     assert torch.autograd.gradgradcheck(call, (x, B.requires_grad_()))
@@ -231,7 +231,7 @@ def test_derivatives_of_any_order(wanted, report):
                     results.setdefault((order, i), []).append(tensor.detach())
     for name in found[0]:
         mine, theirs, exact = (torch.stack(results[name]) for results in found)
-        assert_no_worse(mine, theirs, exact, name=str(name), draws=True, factor=1.5)
+        assert_no_worse(mine, theirs, exact, name=str(name), draws=True)
     assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 

@@ -1,7 +1,7 @@
 """The eager path of the LoRA linear and of the LoRA term: plain torch, fast on CPUs, correct on any device.
 
 One rule shapes it: nothing of size [M, K] is stored, neither the mask nor the dropped input. The mask is drawn again
-where it is needed, for a block of rows that fits the cache, by a compiled loop or numpy's Philox (5 times faster than
+where it is needed, for a block of rows that fits the cache, in C or by numpy's Philox (5 times faster than
 F.dropout).
 
 16-bit tensors on a CPU are computed in fp32 and rounded once: a bf16 or fp16 GEMM without hardware support is
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from fused_lora.ops import compiled
+from fused_lora.ops import native
 from fused_lora.reference import dropout_lanes, dropout_lanes_on, dropout_threshold, keep_scale
 
 _MASK_ELEMENTS = 1 << 19  # row block of the mask and of the dropped input: 2 MiB of fp32
@@ -168,9 +168,7 @@ class _Mask:
             if in_place is not None:
                 in_place.mul_(self._whole[start:stop])
             return
-        loops = compiled.loops()
-        if loops is not None and all(t is None or t.is_contiguous() for t in (rows, out, in_place)):
-            loops.multiply_by_mask(self._seed, start, self._cut, rows, out, in_place)
+        if native.multiply_by_mask(self._seed, start, self._cut, rows, out, in_place):
             return
         keep = dropout_lanes(self._seed, start, stop - start, self._K)[:, : self._K] >= self._cut
         if rows is not None:  # numpy's product with a bool is twice as fast as torch's
