@@ -70,9 +70,11 @@ class ModelExplanation:
     def __str__(self) -> str:
         if not self.layers:
             return "no LoRA layers"
-        rows = [(row.path, row.kind, "yes" if row.why_not is None else f"no: {row.why_not}") for row in self.layers]
-        fused = sum(row.why_not is None for row in self.layers)
-        return "\n".join([*_table(("layer", "kind", "fused"), rows), f"{fused} of {len(rows)} layers run fused"])
+        rows = [(row.path, row.kind, str(row)) for row in self.layers]
+        fused = sum(row.fused for row in self.layers)
+        around = sum(row.why_not is None for row in self.layers) - fused
+        last = f"{fused} of {len(rows)} layers run fused" + f", {around} around their base" * (around > 0)
+        return "\n".join([*_table(("layer", "kind", "runs"), rows), last])
 
 
 @overload

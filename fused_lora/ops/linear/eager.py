@@ -1,7 +1,7 @@
-"""The eager path of the LoRA linear: plain torch, fast on CPUs, correct on any device.
+"""The eager path of the LoRA linear and of the LoRA term: plain torch, fast on CPUs, correct on any device.
 
 One rule shapes it: nothing of size [M, K] is stored, neither the mask nor the dropped input. The mask is drawn again
-where it is needed, for a block of rows that fits the cache, by a compiled loop or numpy's Philox (5 times faster than
+where it is needed, for a block of rows that fits the cache, in C or by numpy's Philox (5 times faster than
 F.dropout).
 
 16-bit tensors on a CPU are computed in fp32 and rounded once: a bf16 or fp16 GEMM without hardware support is
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from fused_lora.ops import compiled
+from fused_lora.ops import native
 from fused_lora.reference import dropout_lanes, dropout_lanes_on, dropout_threshold, keep_scale
 
 _MASK_ELEMENTS = 1 << 19  # row block of the mask and of the dropped input: 2 MiB of fp32
@@ -44,20 +44,44 @@ def lora_linear(
     rows = x.to(compute_dtype(x.dtype, x.device))
     S = _shrink(rows, lora_A, dropout, seeds, acc)
     y = _matmul_weight_t(rows, weight, None if acc != rows.dtype else bias)
-    term = y if y.dtype == acc else y.to(acc)
+    total = y if y.dtype == acc else y.to(acc)
     if bias is not None and acc != rows.dtype:
-        term += bias
+        total += bias
+    return _add_terms(total, S, lora_B, scaling).to(x.dtype), S.to(shrink_dtype(x, lora_A))
+
+
+def lora_term(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y + bias + the terms [M, N] in y's dtype, S [M, sum r] as :func:`lora_linear` returns it. y and x are 2-D."""
+    acc = torch.promote_types(accumulate_dtype(x, lora_A), compute_dtype(y.dtype, y.device))
+    S = _shrink(x.to(compute_dtype(x.dtype, x.device)), lora_A, dropout, seeds, acc)
+    total = y.to(acc, copy=True)
+    if bias is not None:
+        total += bias
+    return _add_terms(total, S, lora_B, scaling).to(y.dtype), S.to(shrink_dtype(x, lora_A))
+
+
+def _add_terms(total, S, lora_B, scaling) -> torch.Tensor:
+    """total += sum_i s_i S_i B_i^T, in place and in its dtype."""
     column = 0
     for B, s in zip(lora_B, scaling, strict=True):
-        term.addmm_(S[:, column : column + B.shape[1]], B.to(acc).t(), alpha=s)
+        total.addmm_(S[:, column : column + B.shape[1]], B.to(total.dtype).t(), alpha=s)
         column += B.shape[1]
-    return term.to(x.dtype), S.to(shrink_dtype(x, lora_A))
+    return total
 
 
 def lora_linear_backward(
     g: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
     S: torch.Tensor,
@@ -70,10 +94,12 @@ def lora_linear_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor | None, list, list, torch.Tensor | None, torch.Tensor | None]:
-    """dx [M, K], dA and dB lists, dW [N, K], db [N]; None where the matching ``need`` is False. g, x are 2-D."""
-    acc = accumulate_dtype(x, lora_A)
-    work = compute_dtype(x.dtype, x.device)
-    g_rows, x_rows = g.to(work), x.to(work)
+    """dx [M, K], dA and dB lists, dW [N, K], db [N]; None where the matching ``need`` is False. g, x are 2-D.
+
+    Without a weight dx is the LoRA term alone, and g may have another dtype than x.
+    """
+    acc = torch.promote_types(accumulate_dtype(x, lora_A), compute_dtype(g.dtype, g.device))
+    g_rows, x_rows = (t.to(compute_dtype(t.dtype, t.device)) for t in (g, x))
     g_acc, S = g_rows.to(acc), S.to(acc)
     dx = torch.empty(x.shape, dtype=acc, device=x.device) if need_x else None
     dA, dB, column = [], [], 0
@@ -88,7 +114,7 @@ def lora_linear_backward(
         dS = _narrow(g_acc, B.to(acc).t().contiguous()).mul_(s * keep_scale(dropout[i]))  # both factors, one rounding
         seed = seeds[i] if dropout[i] else None
         dA.append(_input_side(dS, x_rows, A, dropout[i], seed, dx, i == 0, need_A[i]))
-    if need_x:
+    if need_x and weight is not None:
         _add_matmul_weight(dx, g_rows, weight)
     dW = (g_rows.t() @ x_rows).to(weight.dtype) if need_weight else None
     db = g_acc.sum(0) if need_bias else None
@@ -142,9 +168,7 @@ class _Mask:
             if in_place is not None:
                 in_place.mul_(self._whole[start:stop])
             return
-        loops = compiled.loops()
-        if loops is not None and all(t is None or t.is_contiguous() for t in (rows, out, in_place)):
-            loops.multiply_by_mask(self._seed, start, self._cut, rows, out, in_place)
+        if native.multiply_by_mask(self._seed, start, self._cut, rows, out, in_place):
             return
         keep = dropout_lanes(self._seed, start, stop - start, self._K)[:, : self._K] >= self._cut
         if rows is not None:  # numpy's product with a bool is twice as fast as torch's

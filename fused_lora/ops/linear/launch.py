@@ -83,7 +83,7 @@ def lora_linear_backward(variant: str, chosen: Plan | None = None) -> Callable:
     """The gradients by the kernels and the library's g W; ``chosen`` as in :func:`lora_linear`.
 
     variant: "passes" (one over g, one over x, for one adapter and all of its gradients) or "library" (a launch for each
-    result, for any adapters and any of their gradients).
+    result, for any adapters and any of their gradients). Without a weight dx is the LoRA term alone.
     """
     product, shrink, weight_grad = (
         (None, None, None) if chosen is None else (chosen.product, chosen.shrink, chosen.weight_grad)
@@ -94,7 +94,7 @@ def lora_linear_backward(variant: str, chosen: Plan | None = None) -> Callable:
 
         dS, dB = lora_backward_g(g, S, lora_B[0], scaling[0], shrink)
         dx, dA = lora_backward_x(x, dS, lora_A[0], dropout[0], seeds, product)
-        return dx.addmm_(g, weight), [dA], [dB]
+        return dx if weight is None else dx.addmm_(g, weight), [dA], [dB]
 
     def each(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B):
         from fused_lora.kernels.lora_expand import lora_expand
@@ -106,7 +106,8 @@ def lora_linear_backward(variant: str, chosen: Plan | None = None) -> Callable:
             dS = lora_shrink(g, [B.t() for B in lora_B], scaling, [0.0] * len(lora_B), config=shrink)
         if need_x:
             scales = [cpu.keep_scale(p) for p in dropout]
-            dx = lora_expand(dS, lora_A, scales, dropout, seeds, None, g.dtype, product).addmm_(g, weight)
+            dx = lora_expand(dS, lora_A, scales, dropout, seeds, None, g.dtype, product)
+            dx = dx if weight is None else dx.addmm_(g, weight)
         dA, dB = [None] * len(lora_A), [None] * len(lora_A)
         if any(need_A) or any(need_B):
             dS = torch.zeros_like(S) if dS is None else dS
@@ -229,7 +230,9 @@ def small_case(case: Case) -> tuple:
         for size in shape:
             n *= size
         line = torch.arange(n, device=case.device, dtype=torch.float32)
-        return (torch.sin(line * 12.9898 + len(shape)) * scale).reshape(shape).to(dtype)
+        # digits behind a sine's first ones: a sine itself makes matrices of rank 2, whose products cancel
+        noise = torch.frac(torch.sin(line * 12.9898 + len(shape)) * 43758.5453)
+        return (noise * scale).reshape(shape).to(dtype)
 
     A = [numbers(r, case.inputs, dtype=dtype, scale=0.2) for r, dtype, _ in case.adapters]
     B = [numbers(case.outputs, r, dtype=dtype, scale=0.2) for r, _, dtype in case.adapters]

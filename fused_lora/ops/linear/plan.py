@@ -151,8 +151,8 @@ def backward(
 
 def forget() -> None:
     """Plan all shapes anew, after a change of ``FUSED_LORA_PLAN``; what has failed stays dropped."""
-    _forward.cache_clear()
-    _backward.cache_clear()
+    for kept in KEPT:
+        kept.cache_clear()
 
 
 def _case_of(x, weight, bias, lora_A, lora_B, dropout) -> kernel.Case:
@@ -202,6 +202,9 @@ def _backward(call: kernel.Case, whole: bool) -> Callable:
         return kernel.compare([dx, *dA, *dB], exact, x.dtype, chosen.variant in kernel.LIBRARY)
 
     return kernel.guarded(("backward", chosen, case), run, cpu.lora_linear_backward, check)
+
+
+KEPT = [_forward, _backward]  # what forget() forgets; the LoRA term adds its own
 
 
 def _plan(op: str, call: kernel.Case, N: int, K: int, whole: bool = True) -> Plan:
