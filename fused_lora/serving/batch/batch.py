@@ -14,10 +14,12 @@ from torch import Tensor
 
 from fused_lora.ops.grouped.launch import expand_by_address_, lora_grouped_by_address_, shrink_by_address
 from fused_lora.ops.grouped.op import form_terms, lora_grouped_
+from fused_lora.serving.batch.finite import bad_positions, main_output, unless_padding
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
 from fused_lora.serving.batch.static import RowBuffers
 from fused_lora.serving.residency.packing import Site
+from fused_lora.serving.residency.refusal import NonFiniteOutput, named
 from fused_lora.serving.residency.transfer import Transfer
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
@@ -45,6 +47,7 @@ class Batch:
     Attributes:
         identities: of each entry the identity of its adapter (None for the base model; joined by "+" with weights for
             a combination): what a cache of prefixes may tell requests apart by.
+        check_outputs: whether rows of adapters that the model returns must be finite, True unless set otherwise.
     """
 
     def __init__(
@@ -68,6 +71,9 @@ class Batch:
         self._traces: dict[int, Trace] = {}
         arrivals = {version.arrival for group in groups for version, _ in group} - {None}
         self._arriving = [arrival for arrival in arrivals if not arrival.done()]
+        self.check_outputs = True
+        self._unread: list[tuple[Tensor, np.ndarray | None]] = []
+        self._sums: dict[tuple[int, int], Tensor] = {}  # of each thread and number of rows
         self._gradients = torch.no_grad()
         self._token, self._buffers = None, buffers
         self.acts = bool(groups) or buffers is not None  # a graph of base rows is replayed with others
@@ -106,6 +112,9 @@ class Batch:
         for trace in list(self._traces.values()):
             self._siblings.close(trace)
         self._rows_of, self._traces = {}, {}
+        if exception[0] is None and self.check_outputs:
+            self._unread += map(self._with_groups, self._bad_sums())  # of layers that were called without the model
+            self._read_checks()
 
     def called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The model is called with these arguments: remember how many sequences and tokens they are."""
@@ -113,6 +122,7 @@ class Batch:
         if trace is not None:
             trace.shared = None  # of a step that was broken off
             self._siblings.close(trace)
+        self._read_checks()
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() >= 2]
         if tensors and self._entry_of_row is None:
             B = len(tensors[0])
@@ -123,6 +133,62 @@ class Batch:
                 )
             self._sizes[threading.get_ident()] = B, frozenset((B, *(len(t) * t.shape[1] for t in tensors)))
 
+    def returned(self, kwargs: Mapping[str, Any], output: Any) -> None:
+        """The model returned ``output``: raise NonFiniteOutput for rows under adapters that are not finite.
+
+        On a GPU the check is queued and read at the model's next call or at the end of the batch, where its result is
+        there already. A graph that is captured is not checked.
+        """
+        if not (self.check_outputs and self.groups):
+            return
+        for bad in self._bad_sums():
+            self._unread.append(self._with_groups(unless_padding(bad, kwargs, self._sequences())))
+        found = main_output(output)
+        if found is not None and not (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._unread.append(self._with_groups(unless_padding(bad_positions(found), kwargs, self._sequences())))
+        if found is None or not found.is_cuda:
+            self._read_checks()
+
+    def bad_rows(self) -> list[int]:
+        """The rows of :meth:`batch_rows` in which a layer's output with its terms was not finite, on a CPU; once."""
+        return sorted({row for bad in self._bad_sums() for row in bad.nonzero().view(-1).tolist()})
+
+    def _bad_sums(self) -> list[Tensor]:
+        thread = threading.get_ident()
+        keys = [key for key in self._sums if key[0] == thread]
+        return [torch.isfinite(self._sums.pop(key)).logical_not_() for key in keys]
+
+    def _sequences(self) -> int | None:
+        """How many sequences the model was called with, where that is known."""
+        sizes = self._sizes.get(threading.get_ident())
+        return None if sizes is None else sizes[0]
+
+    def _with_groups(self, bad: Tensor) -> tuple[Tensor, np.ndarray | None]:
+        """Bool [n] and the group of each; None where it is not known, for a model that returns other rows than its
+        own, a slice of them for instance."""
+        count = len(self._group_of_entry)
+        if self._entry_of_row is None and len(bad) % count == 0:
+            return bad.view(len(bad), -1).any(-1), np.repeat(self._group_of_entry, len(bad) // count)
+        if self._entry_of_row is not None and bad.numel() == len(self._entry_of_row):
+            return bad.view(-1), self._group_of_row(bad.numel())
+        return bad.view(-1), None
+
+    def _read_checks(self) -> None:
+        hit: set[int] = set()
+        for bad, groups in self._unread:
+            if groups is not None:
+                hit |= set(groups[bad.cpu().numpy()].tolist())
+            elif bad.any():
+                hit |= set(range(len(self.groups)))
+        self._unread = []
+        identities = dict.fromkeys(version.identity for g in sorted(hit - {-1}) for version, _ in self.groups[g])
+        if identities:
+            raise NonFiniteOutput(
+                f"batch: the output has values that are not finite in the rows of {named([*identities])}: their terms "
+                "overflow, or the model does on these inputs",
+                [*identities],
+            )
+
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
         """y += the LoRA terms of x at this site, in place."""
         thread = threading.get_ident()
@@ -132,6 +198,17 @@ class Batch:
         self._siblings.watch(trace, site, x)
         if not self._prepared.terms(site.index).groups and self._buffers is None:
             return
+        self._add(site, x, y, trace)
+        if not y.is_cuda:
+            self._look(y.view(-1, site.N), thread)
+
+    def _look(self, y: Tensor, thread: int) -> None:
+        """Keep what tells whether the rows have been finite: one sum a row, added up over the layers."""
+        sums = y.sum(-1, dtype=torch.promote_types(y.dtype, torch.float32))
+        key = thread, len(sums)
+        self._sums[key] = sums.add_(self._sums[key]) if key in self._sums else sums
+
+    def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace) -> None:
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
         y, shared = y.view(-1, site.N), trace.shared

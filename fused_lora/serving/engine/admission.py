@@ -44,6 +44,7 @@ class EngineCounters:
     waits_for_adapters: int = 0
     failed_steps: int = 0
     failed_requests: int = 0
+    non_finite_requests: int = 0
 
 
 class Admission:
@@ -90,6 +91,9 @@ class Admission:
         """Give the request the present version of its adapter, unless it has to wait for room."""
         name, now = adapter_of(state), time.perf_counter()
         version = self.store.identity(name)
+        refused = self.store.refusal(name)
+        if refused is not None:
+            raise refused
         if version not in self.leases:
             if blocked_since is not None:
                 return False

@@ -19,6 +19,7 @@ from fused_lora.serving.engine.manager import AdapterManager
 from fused_lora.serving.http.api import ApiError, unknown_model
 from fused_lora.serving.http.metrics import Metrics
 from fused_lora.serving.http.text import TextStream
+from fused_lora.serving.residency.refusal import NonFiniteOutput
 from fused_lora.serving.residency.residency import StoreFull
 
 _POLL_SECONDS = 0.02
@@ -260,6 +261,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(404, str(error), "model", "model_not_found")
     if isinstance(error, ValueError):  # of the store: the client named an adapter, the files are the server's
         return ApiError(500, f"the adapter cannot be served: {_of_files(error)}", "model", "invalid_adapter")
+    if isinstance(error, NonFiniteOutput):
+        return ApiError(422 if error.identities else 500, str(error), "model", "not_finite")
     if isinstance(error, StoreFull):
         return ApiError(503, str(error), "model", "store_full")
     if isinstance(error, StepFailed):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
 from fused_lora.serving.residency.lease import Lease
-from fused_lora.serving.residency.packing import Packed, Site, from_folder, from_model, from_tensors
+from fused_lora.serving.residency.packing import Packed, Site, from_folder, from_model, from_tensors, signature
+from fused_lora.serving.residency.refusal import Refusal
 from fused_lora.serving.residency.residency import Residency, Version
 from fused_lora.serving.residency.transfer import Transfer
 
@@ -153,6 +154,22 @@ class Registry:
         with self._lock:
             return self._find(name).identity
 
+    def quarantine(self, lease: Lease, error: Exception) -> None:
+        """Refuse the version that is leased with ``error`` from here on, until its name is loaded anew.
+
+        Batches and leases that hold it go on. Raises RuntimeError after the release.
+        """
+        with self._lock:
+            version = lease.held
+            if version is None:
+                raise RuntimeError(f"quarantine: the lease of {lease.identity!r} has been released")
+            version.refusal = Refusal(error.with_traceback(None), version.folder, version.files, for_good=True)
+
+    def refusal(self, name: str) -> Exception | None:
+        """What a batch that uses ``name`` would raise at once, or None. Raises AdapterNotFound."""
+        with self._lock:
+            return self._refused(self._find(name))
+
     def stats(self) -> dict[str, int | None]:
         """Counters since the start (hits, misses, loads, evictions) and the state now, bytes and adapters."""
         place = self._residency
@@ -190,8 +207,14 @@ class Registry:
                 version = key.held if isinstance(key, Lease) else self._find(key)
                 if version is None:
                     raise RuntimeError(f"names: the lease of {key.identity!r} has been released")
+                refused = None if isinstance(key, Lease) else self._refused(version)
+                if refused is not None:
+                    raise refused
                 version.held += 1
+                anew = version.quarantined and not isinstance(key, Lease)
             try:
+                if anew:  # what was refused for good has other files now
+                    raise _Changed(*self._read(version))
                 found = self._residency.bring(version, lambda version=version: self._read_again(version))
                 with self._lock:
                     self._hits, self._misses = self._hits + found, self._misses + (not found)
@@ -203,12 +226,27 @@ class Registry:
                 self._residency.release([version])
                 raise
 
+    @staticmethod
+    def _refused(version: Version) -> Exception | None:
+        return None if version.refusal is None else version.refusal.now()
+
     def _read_again(self, version: Version) -> Packed:
-        packed, files = from_folder(self.model, self._sites, version.folder, self._transfer.dtype)
+        packed, files = self._read(version)
         if version.files not in (None, files):
             raise _Changed(packed, files)  # other bytes under the same identity would poison every cache
         version.files = files
+        if not version.quarantined:
+            version.refusal = None
         return packed
+
+    def _read(self, version: Version) -> tuple[Packed, Any]:
+        """What the folder of a version holds now; a failure is remembered."""
+        before = signature(version.folder)
+        try:
+            return from_folder(self.model, self._sites, version.folder, self._transfer.dtype)
+        except (OSError, ValueError) as error:
+            version.refusal = Refusal(error.with_traceback(None), version.folder, before, version.quarantined)
+            raise
 
     def _publish(
         self, name: str, packed: Packed, folder: str | None, files: Any, instead_of: Version | None = None

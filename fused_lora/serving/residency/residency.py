@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fused_lora.serving.residency.arena import Arena, Block
 from fused_lora.serving.residency.packing import Packed, Part, Signature
+from fused_lora.serving.residency.refusal import Refusal
 from fused_lora.serving.residency.transfer import Arrival, Transfer
 
 
@@ -29,6 +30,7 @@ class Version:
     """One load of one adapter: what it is, where it lies and who uses it.
 
     folder: where its files are, or None. held: how many batches use it. retired: no name leads to it any more.
+    refusal: why it is not served, if it is not.
     """
 
     name: str
@@ -47,11 +49,17 @@ class Version:
     factors: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
     arrival: Arrival | None = None
     uses: dict[int, torch.cuda.Event] = field(default_factory=dict)
+    refusal: Refusal | None = None
 
     @property
     def identity(self) -> str:
         """The name and the number of the load."""
         return f"{self.name}@{self.number}"
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether what is loaded is at fault, and not the files alone."""
+        return self.refusal is not None and self.refusal.for_good
 
     @property
     def place(self) -> tuple[int, int, int]:
