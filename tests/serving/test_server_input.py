@@ -190,8 +190,13 @@ def test_an_adapter_is_loaded_once_however_many_ask(server):
         *((body, None, "body") for body in (b"[" * 5000, b"[" * 100_000, b'{"prompt":' * 50_000)),
         (b'{"model":"a","prompt":"x","max_tokens":' + b"9" * 5000 + b"}", None, "body"),
         (b'{"model": 5}', "model", "string"),
-        (b'{"model":"a","prompt":"' + b"x" * 3_000_000 + b'"}', "prompt", "context length"),
-        (b'{"model":"a","prompt":[' + b"1," * 1_000_000 + b"1]}", "prompt", "context length"),
+        (b'{"model":"a","prompt":"' + b"x" * 900_000 + b'"}', "prompt", "context length"),
+        *(
+            (b'{"model":"a","prompt":[' + many + last + b"]}", "prompt", "expected a string, a list of strings")
+            for many, last in ((b"1," * 450_000, b'"x"'), (b'"",' * 300_000, b"1"), (b"[]," * 300_000, b"[]"))
+        ),
+        (b'{"model":"a","prompt":"x","stop":[' + b"1," * 450_000 + b"1]}", "stop", "expected a string"),
+        (b'{"model":"a","prompt":[' + b"1," * 450_000 + b"1]}", "prompt", "context length"),
     ],
     ids=lambda value: repr(value)[:20],
 )

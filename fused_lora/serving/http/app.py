@@ -13,10 +13,8 @@ import asyncio
 import contextlib
 import json
 import logging
-import re
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,15 +35,16 @@ from fused_lora.serving.http.api import (
     UnloadRequest,
     Usage,
     malformed,
+    queue_full,
     unexpected,
     unknown_model,
 )
 from fused_lora.serving.http.engine import AsyncEngine, Job
-from fused_lora.serving.http.guard import Guard, allowed_adapter
+from fused_lora.serving.http.guard import STARTED, Guard, allowed_adapter
+from fused_lora.serving.http.prompts import PromptReader
 from fused_lora.serving.http.streams import merged, unless_gone
 
 _log = logging.getLogger("fused_lora.serve")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot
 
 
 @dataclass
@@ -63,8 +62,11 @@ class Service:
 
     def __init__(self, engine: AsyncEngine, settings: Settings):
         self.engine, self.settings, self.started = engine, settings, int(time.time())
-        # one thread: a tokenizer is not safe to share, and a long text must not hold up the event loop
-        self._tokenize = ThreadPoolExecutor(1, "tokenize")
+        manager = engine.manager
+        longest = getattr(manager.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = min(longest or manager.max_request_tokens, manager.max_request_tokens)
+        self._prompts = PromptReader(engine.tokenizer, self.context)
+        self._reading = 0  # requests whose prompts are being tokenised: they wait as much as those in the engine
 
     def adapter(self, model: str) -> str | None:
         """The adapter that a request's ``model`` names; None is the base. Raises ApiError."""
@@ -73,25 +75,6 @@ class Service:
         if model not in self.engine.store.names():
             raise unknown_model(model)
         return model
-
-    async def encode(self, prompt: str | list[int] | list[dict[str, str]], name: str) -> list[int]:
-        """Token ids of a text or a chat, the request's parameter ``name``; ids pass as they are. Raises ApiError."""
-        if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], dict)):
-            return prompt
-        tokenizer = self.engine.tokenizer
-        texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
-        if any(map(_SURROGATE.search, texts)):
-            raise ApiError(400, f"{name}: half of a surrogate pair is no text", name)
-
-        def work() -> list[int]:
-            if isinstance(prompt, str):
-                return tokenizer(prompt)["input_ids"]
-            return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-        try:
-            return list(await asyncio.get_running_loop().run_in_executor(self._tokenize, work))
-        except Exception as error:  # templates raise what they like, and say what is wrong with the messages
-            raise ApiError(400, f"{name}: cannot be turned into tokens: {error}"[:500], name) from None
 
     async def jobs(self, request: GenerateRequest) -> list[Job]:
         """The sequences that a request asks for, accepted by the engine's limits. Raises ApiError."""
@@ -112,7 +95,7 @@ class Service:
         top_p = 1.0 if request.top_p is None else request.top_p
         jobs = []
         for prompt in prompts:
-            ids = await self.encode(prompt, name)
+            ids = await self._prompts.encode(prompt, name)
             budget = self._budget(len(ids), wanted, name)
             for choice in range(n):
                 seed = None if request.seed is None else request.seed + choice * 0x9E3779B9
@@ -121,9 +104,7 @@ class Service:
         return jobs
 
     def _budget(self, prompt: int, wanted: int | None, name: str) -> int:
-        manager = self.engine.manager
-        context = getattr(manager.model.config.get_text_config(), "max_position_embeddings", None)
-        context = min(context or manager.max_request_tokens, manager.max_request_tokens)
+        context = self.context
         if prompt + (wanted or 1) > context:
             asked = f"{prompt} tokens in the prompt and {wanted or 1} to generate"
             message = f"This server's maximum context length is {context} tokens; the request has {asked}."
@@ -132,7 +113,16 @@ class Service:
 
     async def answer(self, http: Request, request: GenerateRequest) -> Response:
         """The whole answer, or the stream of its chunks."""
-        jobs = await self.jobs(request)
+        deadline = http.scope[STARTED] + self.engine.limits.request_seconds
+        if self.engine.in_flight + self._reading >= self.engine.limits.max_queue:
+            raise queue_full()
+        self._reading += 1
+        try:
+            jobs = await unless_gone(http, self.jobs(request), deadline)
+        finally:
+            self._reading -= 1
+        for job in jobs:
+            job.deadline = deadline
         answer = Answer(request.model, chat=isinstance(request, ChatRequest))
         usage = Usage(prompt_tokens=sum(len(job.prompt) for job in jobs[:: request.n or 1]))
         if request.stream:

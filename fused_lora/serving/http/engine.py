@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import re
 import time
@@ -16,7 +17,7 @@ from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.engine.admission import version_of
 from fused_lora.serving.engine.continuous import StepFailed, failure_of
 from fused_lora.serving.engine.manager import AdapterManager
-from fused_lora.serving.http.api import ApiError, unknown_model
+from fused_lora.serving.http.api import ApiError, queue_full, too_slow, unknown_model
 from fused_lora.serving.http.metrics import Metrics
 from fused_lora.serving.http.text import TextStream
 from fused_lora.serving.residency.refusal import NonFiniteOutput
@@ -35,13 +36,14 @@ class Limits:
     max_choices: int = 16
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
-    body_bytes: int = 4 << 20
+    body_bytes: int = 1 << 20
     body_seconds: float = 30.0
 
 
 @dataclass
 class Job:
-    """One sequence to generate; ``source`` is the request's parameter that the prompt came from."""
+    """One sequence to generate; ``source`` is the request's parameter that the prompt came from, ``deadline`` when it
+    ends (``time.monotonic``), or the server's time for a request after it has begun, whichever is first."""
 
     prompt: Sequence[int]
     adapter: str | None
@@ -51,6 +53,7 @@ class Job:
     seed: int | None
     stops: Sequence[str]
     source: str = "prompt"
+    deadline: float = math.inf
 
 
 @dataclass
@@ -117,7 +120,7 @@ class AsyncEngine:
         if not self.healthy():
             raise self.stopped()
         if self.in_flight + len(jobs) > self.limits.max_queue:
-            raise ApiError(429, "too many requests are waiting", code="queue_full", kind="rate_limit_error")
+            raise queue_full()
         for job in jobs:
             try:
                 self.manager.check(job.prompt, job.adapter, job.max_tokens, job.temperature, job.top_p)
@@ -151,8 +154,9 @@ class AsyncEngine:
 
     async def _pieces(self, job: Job, running: _Running, start: float) -> AsyncIterator[Piece]:
         text, seen = TextStream(self.tokenizer, job.stops), 0
+        deadline = min(job.deadline, start + self.limits.request_seconds)
         while not running.finished:
-            output = await self._next(running.outputs, start + self.limits.request_seconds)
+            output = await self._next(running.outputs, deadline)
             running.finished = output.is_finished()
             if failure := failure_of(output):
                 raise as_api_error(failure) if self.healthy() else self.stopped()
@@ -193,8 +197,7 @@ class AsyncEngine:
         try:
             output = await asyncio.wait_for(outputs.get(), max(deadline - time.monotonic(), 0))
         except (TimeoutError, asyncio.TimeoutError):
-            seconds = self.limits.request_seconds
-            raise ApiError(504, f"the request took longer than {seconds:g} s", code="timeout") from None
+            raise too_slow() from None
         if isinstance(output, ApiError):
             raise output
         return output
