@@ -1,10 +1,17 @@
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+# read, not imported: importing the package needs torch
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "fused_lora/_version.py").read_text(encoding="utf-8"), re.M)[1]
 
 setup(
     name="fused_lora",
-    version="0.1.0",
-    description="LoRA in one pass: fused training, in-place merge with a bit-exact unmerge, many adapters at once",
-    long_description=open("README.md", encoding="utf-8").read(),
+    version=VERSION,
+    description="Fast LoRA for PyTorch: fused training, merge with a bit-exact unmerge, many adapters in one batch",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["fused_lora", "fused_lora.*"]) + ["fused_lora.kernels"],
@@ -40,7 +47,9 @@ setup(
             "httpx",
             "matplotlib",
             "ruff==0.17.5",
+            "basedpyright==1.40.2",  # pyright with a node from PyPI: it downloads nothing when it runs
             "setuptools",
+            "pyyaml",
         ],
         "quickstart": ["fused_lora[cpu]", "peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
         "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],

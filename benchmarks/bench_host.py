@@ -183,7 +183,7 @@ def steps(arguments) -> list[Step]:
 
 def use_stub() -> None:
     """CPU tensors take the kernel route; a kernel that fails ends the benchmark."""
-    from fused_lora.testing.stub_driver import use_stub_driver
+    from stub_driver import use_stub_driver
 
     use_stub_driver()
     from fused_lora.kernels import config
@@ -200,11 +200,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--stub", action="store_true", help="the kernel route without a GPU")
     arguments = options.parse_args(argv)
+    sys.path.append(str(ROOT / "tools"))
     if arguments.stub and "FUSED_LORA_STUB" not in os.environ:
-        from fused_lora.testing.stub_driver import environment
+        from stub_driver import environment
 
         with tempfile.TemporaryDirectory() as folder:
-            variables = environment(ROOT / "tests" / "stub_cuda.c", Path(folder))
+            variables = environment(ROOT / "tests" / "kernels" / "stub_cuda.c", Path(folder))
             variables |= dict(FUSED_LORA_STUB="1", FUSED_LORA_CHECK="0")
             command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
             return subprocess.run(command, env=variables).returncode

@@ -141,10 +141,12 @@ def dropout_mask(
     return mask.reshape(tuple(shape)).to(device)
 
 
-def _dropped(x: torch.Tensor, p: float, seed) -> torch.Tensor:
+def _dropped(x: torch.Tensor, p: float, seeds: torch.Tensor | None, i: int) -> torch.Tensor:
     if p == 0.0:
         return x
-    return x * dropout_mask(seed, x.shape, p, x.device) * keep_scale(p)
+    if seeds is None:
+        raise ValueError(f"seeds: expected int64 seeds, because dropout[{i}] is {p}, got None")
+    return x * dropout_mask(seeds[i], x.shape, p, x.device) * keep_scale(p)
 
 
 def lora_linear(
@@ -176,7 +178,7 @@ def lora_linear(
         y = y + bias.to(dtype)
     S = [rows.new_empty(rows.shape[0], 0)]
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
-        S.append(_dropped(rows, dropout[i], seeds[i] if dropout[i] else None) @ A.to(dtype).T)
+        S.append(_dropped(rows, dropout[i], seeds, i) @ A.to(dtype).T)
         y = y + scaling[i] * (S[-1] @ B.to(dtype).T)
     return y.reshape(*x.shape[:-1], weight.shape[0]), torch.cat(S, dim=1)
 
@@ -197,10 +199,9 @@ def lora_linear_backward(
     rows, g_rows = x.reshape(-1, x.shape[-1]).to(dtype), g.reshape(-1, g.shape[-1]).to(dtype)
     dx, dA, dB = g_rows @ weight.to(dtype), [], []
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
-        seed = seeds[i] if dropout[i] else None
-        dropped = _dropped(rows, dropout[i], seed)
+        dropped = _dropped(rows, dropout[i], seeds, i)
         dS = scaling[i] * (g_rows @ B.to(dtype))
-        dx = dx + _dropped(dS @ A.to(dtype), dropout[i], seed)
+        dx = dx + _dropped(dS @ A.to(dtype), dropout[i], seeds, i)
         dA.append(dS.T @ dropped)
         dB.append(scaling[i] * (g_rows.T @ (dropped @ A.to(dtype).T)))
     return dx.reshape(x.shape), dA, dB, g_rows.T @ rows, g_rows.sum(0)
@@ -215,7 +216,8 @@ def delta_weight(
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """sum_i s_i B_i A_i: [N, K], or [K, N] for a base weight that is stored transposed (fan_in_fan_out)."""
-    delta = sum(s * (B.to(dtype) @ A.to(dtype)) for A, B, s in zip(lora_A, lora_B, scaling, strict=True))
+    terms = [s * (B.to(dtype) @ A.to(dtype)) for A, B, s in zip(lora_A, lora_B, scaling, strict=True)]
+    delta = sum(terms[1:], start=terms[0])
     return delta.T if fan_in_fan_out else delta
 
 

@@ -39,7 +39,8 @@ class _Key:
     def __init__(self, key: str):
         # cut at "|" first: a bracket around one leaves a special character on both sides
         parts = [(part.startswith("^"), _tokens(part.removeprefix("^").removesuffix("$"))) for part in key.split("|")]
-        self._parts = None if any(tokens is None for _, tokens in parts) else parts
+        plain = [(anchored, tokens) for anchored, tokens in parts if tokens is not None]
+        self._parts = plain if len(plain) == len(parts) else None
 
     def matches(self, name: str) -> bool | None:
         """Whether PEFT's ``re.match`` would succeed; None when only running it could tell."""

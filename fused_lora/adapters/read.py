@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,7 +78,8 @@ def _specs(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtyp
     modules = dict(candidates(model))
     layers = {}
     for path, tensors in adapter.layers.items():
-        base_dtype = base_layer_of(modules[path]).weight.dtype
+        base: Any = base_layer_of(modules[path])
+        base_dtype = base.weight.dtype
         wide = autocast_adapter_dtype and base_dtype in (torch.float16, torch.bfloat16)
         cast = {}
         for field, key in plan.slots[path].items():
@@ -120,7 +122,7 @@ def check_model(model: nn.Module, plan: Plan) -> None:
         path = min(difference)
         what = ("tensors for this module, which target_modules names", "none")
         if path in plan.slots:
-            what = ("a module that target_modules names", sorted(plan.config.target_modules))
+            what = ("a module that target_modules names", sorted(plan.config.target_modules or ()))
         raise AdapterError(plan.weights, f"{KEY_PREFIX}{path}.lora_A.weight", *what)
 
 

@@ -155,7 +155,7 @@ def read_tensors(path: str, file: io.FileIO, header: Header) -> dict[str, torch.
         data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
         read_exactly(path, file, data.numpy())
         if header.digest:
-            digest.update(data.numpy())
+            digest.update(data.numpy().data)
         tensors[name] = data.view(entry.dtype).view(entry.shape)
     if header.digest and digest.hexdigest() != header.digest:
         raise AdapterError(path, _DIGEST, header.digest, f"{digest.hexdigest()}: the file is damaged")

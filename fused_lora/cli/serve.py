@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     limits = found.add_argument_group("limits")
     limits.add_argument("--max-queue", type=_count, default=256, help="sequences running and waiting (default: 256)")
     limits.add_argument("--max-tokens", type=_count, default=4096, help="per sequence (default: 4096)")
-    limits.add_argument("--max-body", type=_bytes, default=1 << 20, metavar="BYTES", help="default: 1M")
+    limits.add_argument("--max-body", type=_bytes, default=4 << 20, metavar="BYTES", help="default: 4M")
     limits.add_argument("--request-timeout", type=_seconds, default=600.0, metavar="SECONDS", help="default: 600")
     limits.add_argument("--drain-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="default: 30")
     return found
@@ -101,7 +101,8 @@ def build(options: argparse.Namespace) -> Any:
     dtype = options.dtype or ("float32" if device.type == "cpu" else "auto")
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        model.to(device).eval()
     except (OSError, ValueError) as error:  # no such model, or none for text
         raise SystemExit(f"--model: {error}") from None
     name = options.served_model_name or Path(options.model).name

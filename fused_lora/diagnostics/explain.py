@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -73,6 +73,26 @@ class ModelExplanation:
         rows = [(row.path, row.kind, "yes" if row.why_not is None else f"no: {row.why_not}") for row in self.layers]
         fused = sum(row.why_not is None for row in self.layers)
         return "\n".join([*_table(("layer", "kind", "fused"), rows), f"{fused} of {len(rows)} layers run fused"])
+
+
+@overload
+def explain(
+    model: None = None,
+    *,
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    dropout: float = ...,
+    dtype: torch.dtype = ...,
+    device: torch.device | str | None = ...,
+    adapter_dtype: torch.dtype | None = ...,
+    adapters: int = ...,
+) -> Explanation: ...
+
+
+@overload
+def explain(model: torch.nn.Module) -> ModelExplanation: ...
 
 
 def explain(
@@ -180,11 +200,12 @@ def _why(device: torch.device) -> str:
     return "Triton is not installed" if not kernel.HAS_TRITON else "FUSED_LORA_PLAN=eager"
 
 
-def _plans(shape: tuple, capability: int) -> tuple[Plan, Plan]:
-    M, N, K, *rest = shape
+def _plans(shape: tuple[Any, ...], capability: int) -> tuple[Plan, Plan]:
+    M, N, K, r, dtype, dropout, upcast, adapters = shape
     if capability == 0:
         return Plan("eager"), Plan("eager")
-    return plan("linear", M, N, K, *rest, capability), plan("backward", M, K, N, *rest, capability)
+    rest = r, dtype, dropout, upcast, adapters, capability
+    return plan("linear", M, N, K, *rest), plan("backward", M, K, N, *rest)
 
 
 def _dropped(plans: Sequence[Plan]) -> tuple[str, ...]:
@@ -201,9 +222,9 @@ def _traffic(op: str, M: int, N: int, K: int, shape: tuple, capability: int, var
     return traffic(op, M, N, K, r * adapters, dtype, dropout, capability, upcast, adapters, variant)
 
 
-def _forward(chosen: Plan, shape: tuple, capability: int) -> Cost:
-    M, N, K, r, dtype, _, *rest = shape
-    unmasked = M, N, K, r, dtype, False, *rest
+def _forward(chosen: Plan, shape: tuple[Any, ...], capability: int) -> Cost:
+    M, N, K, r, dtype, _, upcast, adapters = shape
+    unmasked = M, N, K, r, dtype, False, upcast, adapters
     whole = _traffic("linear", M, N, K, shape, capability, chosen.variant if chosen.variant == "recompute" else "split")
     costs = [whole]
     if chosen.variant == "library":
@@ -212,16 +233,20 @@ def _forward(chosen: Plan, shape: tuple, capability: int) -> Cost:
     return _sum("forward", chosen, costs, whole["floor_bytes"], whole["floor_flops"])
 
 
-def _backward(chosen: Plan, shape: tuple, capability: int) -> Cost:
+def _backward(chosen: Plan, shape: tuple[Any, ...], capability: int) -> Cost:
     M, N, K, r, dtype, _, upcast, adapters = shape
     unmasked = M, N, K, r, dtype, False, upcast, adapters
-    parts = [("shrink", M, 0, N, unmasked), ("expand", M, K, 0, shape), ("weight_grad", M, N, K, shape)]
+    parts: list[tuple[Any, ...]] = [
+        ("shrink", M, 0, N, unmasked),
+        ("expand", M, K, 0, shape),
+        ("weight_grad", M, N, K, shape),
+    ]
     if chosen.variant == "passes":
         parts = [("backward_g", M, N, 0, unmasked), ("backward_x", M, K, 0, shape)]
     e, R = dtype.itemsize, r * adapters
     # g, x, dx, W, S, and A, B and their gradients once each
     floor_bytes = e * (M * N + 2 * M * K + N * K) + 4 * M * R + 2 * (4 if upcast else e) * R * (N + K)
-    costs = [_traffic(*part, capability) for part in parts] + [_library(M, K, N, shape)]
+    costs = [_traffic(op, m, n, k, of, capability) for op, m, n, k, of in parts] + [_library(M, K, N, shape)]
     return _sum("backward", chosen, costs, floor_bytes, 2 * M * N * K + 4 * M * R * (N + K))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.diagnostics.verification import report
-from fused_lora.diagnostics.verification.judge import explain, holds_delta
+from fused_lora.diagnostics.verification.judge import add_findings, holds_delta
 from fused_lora.diagnostics.verification.layers import Layer, check_state, find_layers
 from fused_lora.diagnostics.verification.measure import check_layer, compare_outputs, output_noise
 from fused_lora.diagnostics.verification.passes import Pass, check_inputs, restored, run
@@ -91,7 +91,7 @@ def verify(
         noise = output_noise(model, inputs, layers, checks, unmerged, seed)
         result = Verification(checks, compare_outputs(merged.output, unmerged.output, noise), findings, notes, skipped)
         result.was_merged = any(layer.merged for layer in layers)
-        explain(model, layers, result)
+        add_findings(model, layers, result)
         covered = set() if reference is None else _compare_weights(result, model, layers, reference)
         if holds_delta([c for c in checks if c.path not in covered and not _is_broken(layers, c.path)]):
             text = "the base weight already holds the adapter, as after a merge, and it acts once more beside it"

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,12 +195,13 @@ class LoraConfig:
                 raise ValueError(f"{key!r} is not supported by fused_lora, got {value!r}")
 
     def layer_rank_alpha(self, name: str) -> tuple[int, float]:
-        """(r, lora_alpha) of the module at path ``name``: the first key k of rank_pattern / alpha_pattern with
-        ``re.match(rf"(.*\\.)?({k})$", name)``, else the defaults (PEFT's rule)."""
-        return (
-            self.rank_pattern.get(_first_match(self.rank_pattern, name), self.r),
-            self.alpha_pattern.get(_first_match(self.alpha_pattern, name), self.lora_alpha),
-        )
+        """(r, lora_alpha) of the module at path ``name``, by PEFT's rule.
+
+        The first key of rank_pattern (alpha_pattern) that matches the end of the path decides. Without a match it is
+        ``r`` (``lora_alpha``). A key k matches where ``re.match(rf"(.*\\.)?({k})$", name)`` does.
+        """
+        rank = _first_match(self.rank_pattern, name, self.r)
+        return rank, _first_match(self.alpha_pattern, name, self.lora_alpha)
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of PEFT's adapter_config.json: fields, ``extra`` and peft_type; sets become sorted lists."""
@@ -228,11 +230,36 @@ class LoraConfig:
         return cls(**known, extra=other)
 
 
+def as_lora_config(config: Any) -> LoraConfig:
+    """``config``, checked again: a field may have been changed by hand. A ``peft.LoraConfig`` is converted.
+
+    Raises:
+        TypeError: neither kind of config, or a field of the wrong type.
+        ValueError: a value out of range, or a field of ``peft.LoraConfig`` that is not supported and is in use.
+    """
+    if isinstance(config, LoraConfig):
+        config.validate()
+        return config
+    peft = sys.modules.get("peft")  # nobody can hold one of PEFT's configs before PEFT was imported
+    if peft is None or not isinstance(config, peft.LoraConfig):
+        raise TypeError(f"config: expected fused_lora.LoraConfig or peft.LoraConfig, got {type(config).__name__}")
+    if getattr(config, "_custom_modules", None):
+        raise ValueError("config: layers registered with _register_custom_module are not supported by fused_lora")
+    entries = config.to_dict()
+    # enums in a config in memory, plain strings in a file
+    for name in ("peft_type", "task_type"):
+        entries[name] = getattr(entries[name], "value", entries[name])
+    try:
+        return LoraConfig.from_dict(entries)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"config: {error}") from None
+
+
 _FIELDS = tuple(f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra")
 
 
-def _first_match(keys: Mapping[str, Any], name: str) -> str | None:
-    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), None)
+def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def _check_items(name: str, values: Any, kind: type) -> None:

@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from fused_lora.modules.config import LayerTensors, LoraConfig
+from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.targets import is_supported, match_targets
@@ -37,7 +38,7 @@ class NotForPeft(dict):
     supported".
     """
 
-    def _refuse(self, *args, **kwargs):
+    def _refuse(self) -> NoReturn:
         raise RuntimeError(
             "this model carries fused_lora's own LoRA layers, PEFT cannot wrap it. "
             "fused_lora.load_adapter(model, path, adapter_name) loads a PEFT checkpoint into it, "
@@ -45,7 +46,14 @@ class NotForPeft(dict):
             "merge_adapters=True) gives the plain model back"
         )
 
-    __setitem__ = update = setdefault = _refuse
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._refuse()
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse()
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        self._refuse()
 
 
 @dataclass
@@ -57,30 +65,32 @@ class LayerSpec:
     tensors: LayerTensors | None = None
 
 
-def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
-    """Put a LoRA adapter on every layer that ``config`` targets, in place; all other parameters are frozen.
+def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "default") -> nn.Module:
+    """Add a LoRA adapter to every layer that ``config`` targets, in place. All other parameters are frozen.
 
-    The first adapter of a model becomes active and trainable. A further one is added beside it, inactive, as PEFT's
-    ``add_adapter`` does; :func:`set_adapter` chooses.
+    The first adapter of a model becomes active and trainable. Each further adapter is added inactive, as PEFT's
+    ``add_adapter`` does. :func:`set_adapter` chooses which are active.
 
     Args:
-        model: any nn.Module; its target layers are replaced by :class:`LoraLinear` around the same weights.
-        config: r, lora_alpha, target_modules and so on, with PEFT's names and meaning.
+        model: any nn.Module. Its target layers are replaced by :class:`LoraLinear` around the same weights.
+        config: a :class:`LoraConfig`, or a ``peft.LoraConfig``, which is converted.
         adapter_name: 1 to 64 letters, digits, "_" or "-".
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the name is taken or malformed, nothing matches, or a match is not a linear layer or one whose
-            weight torch's own attention and encoder modules read without calling it.
-        TypeError: model is no module, config is not a LoraConfig, or the name is not a str.
+        TypeError: model is not a module, config is not a LoraConfig, or the name is not a str.
+        ValueError: the name is taken or malformed; no layer matches; a match is not a linear layer; torch's own
+            attention or encoder module would read the weight of a match without calling the layer; or a
+            ``peft.LoraConfig`` sets a field that is not supported. The message names it.
     """
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config: expected fused_lora.LoraConfig, got {type(config).__name__}")
-    config.validate()  # a field may have been changed by hand
+    config = as_lora_config(config)
     check_not_wrapped(model)
-    layers = {path: LayerSpec(*config.layer_rank_alpha(path)) for path in match_targets(model, config)}
+    layers = {}
+    for path in match_targets(model, config):
+        r, lora_alpha = config.layer_rank_alpha(path)
+        layers[path] = LayerSpec(r, lora_alpha)
     attach(model, adapter_name, config, layers)
     return model
 
@@ -103,7 +113,7 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
             raise ValueError(f"layers: {path!r} is not a linear layer of the model")
         _check_called(path, modules[path.rpartition(".")[0]])
     if config.bias != "none":
-        _check_not_merged([modules[path] for path in layers if isinstance(modules[path], LoraLinear)])
+        _check_not_merged([m for m in map(modules.__getitem__, layers) if isinstance(m, LoraLinear)])
     first, active = not configs, active_adapters(model)
     keep = set() if first else {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     built = _build(modules, adapter_name, config, layers)
@@ -112,7 +122,7 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
         setattr(modules[parent], name, layer)
     _load_base_biases(model, layers)
     setattr(model, _CONFIGS, {**configs, adapter_name: config})
-    model.peft_config = NotForPeft()
+    setattr(model, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
@@ -311,7 +321,8 @@ def _check_called(path: str, parent: nn.Module) -> None:
 def _load_base_biases(model: nn.Module, layers: dict[str, LayerSpec]) -> None:
     for path, spec in layers.items():
         if spec.tensors is not None and spec.tensors.base_bias is not None:
-            model.get_submodule(path).base_layer.bias.data.copy_(spec.tensors.base_bias)
+            layer: Any = model.get_submodule(path)
+            layer.base_layer.bias.data.copy_(spec.tensors.base_bias)
 
 
 def _freeze(model: nn.Module, config: LoraConfig, paths: list[str], keep: set[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -31,7 +32,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
     _check_not_shared(model, {path: m for path, m in layers.items() if any(name in m.lora_A for name in names)})
     if names and all(name in m.merged_adapters for m in layers.values() for name in names if name in m.lora_A):
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
-    done: list[tuple[LoraLinear, object, list[str]]] = []
+    done: list[tuple[LoraLinear, Any, list[str]]] = []
     for path, layer in layers.items():
         state, before = layer.merge_state, list(layer.merged_adapters)
         new = [name for name in names if name in layer.lora_A and name not in before]
@@ -97,7 +98,8 @@ def _check_not_shared(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
     """Raise RuntimeError when the weight of one of these layers is a parameter of a further module as well."""
     owners = parameter_owners(model)
     for path, layer in layers.items():
-        shared = owners.get(layer.base_layer.weight.data_ptr(), [])
+        base: Any = layer.base_layer
+        shared = owners.get(base.weight.data_ptr(), [])
         if len(shared) > 1:
             raise RuntimeError(f"{path}: the weight is shared by {shared}; a merge would change all of them")
 

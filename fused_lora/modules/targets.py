@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ def is_lora_linear(module: nn.Module) -> bool:
 
 def base_layer_of(module: nn.Module) -> nn.Module:
     """The layer that carries W: ``module.base_layer`` of a LoRA layer, else the module itself."""
-    return module.base_layer if is_lora_linear(module) else module
+    return module.get_submodule("base_layer") if is_lora_linear(module) else module
 
 
 def is_supported(module: nn.Module) -> bool:
@@ -52,9 +53,9 @@ def is_supported(module: nn.Module) -> bool:
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:
     """(K, N) of a supported module."""
-    base = base_layer_of(module)
-    shape = tuple(base.weight.shape)
-    return shape if is_conv1d(base) else (shape[1], shape[0])
+    base: Any = base_layer_of(module)
+    first, second = base.weight.shape
+    return (first, second) if is_conv1d(base) else (second, first)
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -107,7 +108,7 @@ def all_linear(model: nn.Module, config: LoraConfig) -> set[str]:
     return linear - {name for name, module in model.named_modules() if module is head and head is not None}
 
 
-def _output_layer(model: nn.Module, config: LoraConfig) -> nn.Module | None:
+def _output_layer(model: Any, config: LoraConfig) -> nn.Module | None:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return None

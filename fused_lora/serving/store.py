@@ -84,7 +84,8 @@ class AdapterStore(Registry):
             if value is not None and value > most:
                 raise ValueError(f"{name}: expected at most {most}, got {value}")
         sites = find_sites(model)
-        first = next(iter(sites.values())).module.weight
+        layer: Any = next(iter(sites.values())).module
+        first: Tensor = layer.weight
         self.device = _device(first.device if device is None else device)
         transfer = open_transfer(self.device, first.dtype, dtype, sites, max_resident)
         super().__init__(model, sites, transfer, capacity_bytes, grow, host_bytes, max_resident)
@@ -125,6 +126,8 @@ class AdapterStore(Registry):
             raise TypeError("rows: expected a list of row counts, or a tensor with the entry of each row, got None")
         if buffers is not None and not isinstance(buffers, RowBuffers):
             raise TypeError(f"buffers: expected what row_buffers() gave, got {type(buffers).__name__}")
+        if buffers is not None and buffers.tables is not self._transfer.tables:
+            raise ValueError("buffers: they are those of another store")
         return self._open(names, rows, buffers)
 
     def row_buffers(self, max_rows: int, max_groups: int, max_rank: int, group_size: int = 1) -> RowBuffers:
@@ -147,7 +150,7 @@ class AdapterStore(Registry):
         if self._transfer.tables is None:
             raise RuntimeError(f"row_buffers: the grouped kernels do not run on {self.device}")
         with self._lock:
-            buffers = RowBuffers(max_rows, max_groups, group_size, self.device)
+            buffers = RowBuffers(max_rows, max_groups, max_rank, group_size, self._transfer.tables)
             self._transfer.tables.limit(max_rank)
             return buffers
 
@@ -212,7 +215,7 @@ class AdapterStore(Registry):
             numbers = {group: i for i, group in enumerate(groups)}
             group_of_entry = np.array([numbers.get(group, -1) for group in wanted], np.int64)
             more = self._prepared_for(groups), self._siblings, buffers
-            with Batch(self, self._transfer, groups, group_of_entry, entry_of_row, *more) as batch:
+            with Batch(self, groups, group_of_entry, entry_of_row, *more) as batch:
                 yield batch
         finally:
             self._residency.release(held.values())
@@ -230,12 +233,12 @@ class AdapterStore(Registry):
         """What is kept for these groups: engines open a batch for every step, mostly with the same ones."""
         key = tuple(tuple((version, version.block, weight) for version, weight in group) for group in groups)
         with self._lock:
-            found = self._prepared.pop(key, None) or Prepared(groups)
+            found = self._prepared.pop(key, None) or Prepared(groups, self._transfer.tables)
             self._prepared[key] = found
             if len(self._prepared) > _PREPARED:
                 del self._prepared[next(iter(self._prepared))]
             for older in list(self._prepared.values())[:-_WITH_BUFFERS]:
-                older.drop_layouts()
+                older.drop_rows()
             return found
 
 

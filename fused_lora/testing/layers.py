@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -121,6 +122,7 @@ class LayerCase:
         for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
             dropped = x.to(A.dtype)
             if self.dropout[i]:
+                assert self.seeds is not None
                 keep = reference.dropout_mask(self.seeds[i], x.shape, self.dropout[i], x.device)
                 dropped = dropped * keep * reference.keep_scale(self.dropout[i])
             S.append(dropped @ A.t())
@@ -128,6 +130,11 @@ class LayerCase:
             y = y + (S[-1] @ B.t()) * self.scaling[i]
         y = y.to(self.x.dtype)
         y.backward(self.g)
-        dS = torch.cat([s.grad for s in S], 1)
-        dA, dB = torch.cat([A.grad for A in lora_A]), torch.cat([B.grad for B in lora_B], 1)
-        return dict(y=y, S=torch.cat(S, 1), dx=x.grad, dS=dS, dA=dA, dB=dB)
+        grads: list[Any] = [t.grad for t in (x, *S, *lora_A, *lora_B)]
+        n = len(S)
+        dS, dA, dB = (
+            torch.cat(grads[1 : n + 1], 1),
+            torch.cat(grads[n + 1 : 2 * n + 1]),
+            torch.cat(grads[2 * n + 1 :], 1),
+        )
+        return dict(y=y, S=torch.cat(S, 1), dx=grads[0], dS=dS, dA=dA, dB=dB)

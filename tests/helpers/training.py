@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fused_lora
 from fused_lora.integrations import peft as peft_integration
 from fused_lora.integrations.peft_linear import CALLS
+from helpers.seeds import shifted
 
 DOORS = ("accelerate", "install", "inject")
 VOCABULARY = 61
@@ -31,20 +32,20 @@ def llama(dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The weights of :func:`llama` that ``seed`` stands for."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(shifted(seed))
         return llama(dtype)
 
 
 def counting_texts(count: int, length: int = 12, seed: int = 0) -> Tensor:
     """[count, length] token ids that count upwards from a random start: something that can be learned."""
-    starts = torch.randint(0, VOCABULARY, (count, 1), generator=torch.Generator().manual_seed(seed))
+    starts = torch.randint(0, VOCABULARY, (count, 1), generator=torch.Generator().manual_seed(shifted(seed)))
     return (starts + torch.arange(length)) % VOCABULARY
 
 
 @contextmanager
 def built(door: str, base: nn.Module, seed: int = 0, **fields: Any) -> Iterator[nn.Module]:
     """``base`` with a LoRA adapter drawn under ``seed``, by one of DOORS or by "peft" alone."""
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     fields = {**ADAPTER, **fields}
     if door == "inject":
         yield fused_lora.inject(base, fused_lora.LoraConfig(**fields))

@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 import fused_lora
+from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ALL, Net, SideBySide, quiet, wrap
+
+pytestmark = pytest.mark.numeric
 
 DTYPES = [torch.float32, torch.bfloat16]
 TWO = {"a": {}, "b": {"r": 3, "lora_alpha": 5}}
@@ -66,7 +69,7 @@ def test_float64_stays_float64():
     ids = torch.arange(6).reshape(2, 3)
     for step in (lambda m: m.train(), lambda m: m.merge_adapter(), lambda m: m.unmerge_adapter()):
         both.do(lambda m, step=step: step(m))
-        torch.testing.assert_close(both.ours(ids), both.theirs(ids), rtol=1e-13, atol=1e-13)
+        assert_close(both.ours(ids), both.theirs(ids), terms=1000)
 
 
 def test_train_and_eval():
@@ -269,7 +272,7 @@ def test_other_layers_stay_with_peft(fields):
     rows = {row.path.rpartition(".")[2]: row for row in fused_lora.integrations.peft.layer_report(both.ours)}
     assert rows.pop("lin").fused and not any(row.fused for row in rows.values())
     both.do(lambda m: m.merge_adapter())
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
     both.do(lambda m: m.unmerge_adapter())
     both.do(lambda m: m.merge_and_unload())
 
@@ -298,14 +301,14 @@ def test_dora_beside_plain_lora_merges_like_peft():
     for names in (["plain"], ["v"], ["v", "plain"]):
         both.do(lambda m, names=names: m.base_model.set_adapter(names))
         both.do(lambda m: m.merge_adapter())
-        both.assert_same_results(ulps=1)
+        both.assert_same_results(ulps=2)
         both.do(lambda m: m.unmerge_adapter())
-        both.assert_same_results(ulps=1)
+        both.assert_same_results(ulps=2)
     both.do(lambda m: m.base_model.set_adapter("plain"))
     both.do(lambda m: m.merge_adapter())
     both.do(lambda m: m.merge_adapter(["v"]))  # PEFT's merge on top of ours
     both.do(lambda m: m.unmerge_adapter())
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
 
 
 class _Packed(nn.Linear):

@@ -43,6 +43,7 @@ from fused_lora.testing.grouped import GroupedCase
 from fused_lora.testing.guards import guarded_allocations
 from fused_lora.testing.interpreter import checked, interpreting
 from fused_lora.testing.layers import LayerCase
+from helpers.seeds import shifted
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="mutants run in the interpreter alone")
 MODULES = [
@@ -211,7 +212,7 @@ SOUND = {}
 
 
 def outcome(scenario):
-    torch.manual_seed(1)
+    torch.manual_seed(shifted(1))
     with checked(extra=getattr(scenario, "extra", ())), guarded_allocations():
         return [t.clone() for t in scenario()]
 

@@ -16,6 +16,7 @@ from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
 from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear import plan
 from fused_lora.testing.layers import LayerCase
+from helpers.waiting import HANG
 
 BF16 = torch.bfloat16
 
@@ -192,7 +193,7 @@ def test_a_thread_that_waits_for_a_first_use_takes_its_verdict(wrong, monkeypatc
         tried.append(threading.current_thread())
         if len(tried) == 1:
             waiting.append(other.submit(run))
-            assert asked.wait(60)
+            assert asked.wait(HANG)
         return wrong
 
     monkeypatch.setattr(kernel, "_state", Watched())
@@ -233,4 +234,4 @@ def test_library_products_in_tf32_drop_no_grouped_kernel(outputs):
     rows = GroupLayout(max_rows=16, max_groups=1, group_size=2)
     rows = rows.views(torch.from_numpy(build_metadata(rows, np.zeros(16, int), [[(0, 1.0)]])))
     with TF32():
-        assert grouped_kernel._check(torch.zeros(16, 32), tables, rows, outputs) is None
+        assert grouped_kernel._check(tables, rows, torch.float32, torch.device("cpu")) is None

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.waiting import HANG
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command, cwd):
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 

@@ -13,8 +13,8 @@ from fused_lora.diagnostics.verification.report import Finding, LayerCheck, Veri
 from fused_lora.modules.merging import parameter_owners
 
 
-def explain(model: nn.Module, layers: list[Layer], result: Verification) -> None:
-    """Findings from the layers' numbers; a cause that explains a number keeps it from being reported again."""
+def add_findings(model: nn.Module, layers: list[Layer], result: Verification) -> None:
+    """Append to ``result.findings`` the cause of every error out of bounds. Each layer is reported once."""
     checks = {check.path: check for check in result.layers}
     broken = [layer for layer in layers if layer.broken]
     if broken:

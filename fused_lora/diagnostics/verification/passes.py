@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ def check_inputs(inputs: object) -> None:
         raise TypeError(f"inputs: expected {wanted}, got {type(inputs).__name__}")
 
 
-def _call(model: nn.Module, inputs: object) -> object:
+def _call(model: nn.Module, inputs: Any) -> object:
     if isinstance(inputs, Tensor):
         return model(inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)

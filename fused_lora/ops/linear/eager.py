@@ -21,6 +21,7 @@ from fused_lora.reference import dropout_lanes, dropout_lanes_on, dropout_thresh
 
 _MASK_ELEMENTS = 1 << 19  # row block of the mask and of the dropped input: 2 MiB of fp32
 _WEIGHT_ELEMENTS = 1 << 22  # row block of a 16-bit weight in fp32: 16 MiB
+_FEW_ROWS = 8  # below it some BLAS code paths add each product to the result, at twice the rounding error of a sum
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -241,7 +242,7 @@ def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 def _add_matmul_weight(dx: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> None:
     """dx += g W, the product in the dtype of g."""
     for start, stop, block in _weight_blocks(weight, g.dtype):
-        if dx.dtype == g.dtype and len(g) > 1:  # for one row BLAS adds every product to dx: twice the rounding error
+        if dx.dtype == g.dtype and len(g) >= _FEW_ROWS:
             dx.addmm_(g[:, start:stop], block)
         else:
             dx += g[:, start:stop] @ block

@@ -4,7 +4,7 @@ never to the layers: several threads may run one model under different adapters 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,18 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_lora.ops.grouped.launch import expand_by_address_, lora_grouped_by_address_, shrink_by_address
-from fused_lora.ops.grouped.op import form_terms, lora_grouped_
 from fused_lora.serving.batch.finite import bad_positions, main_output, unless_padding
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
 from fused_lora.serving.batch.static import RowBuffers
 from fused_lora.serving.residency.packing import Site
 from fused_lora.serving.residency.refusal import NonFiniteOutput, named
-from fused_lora.serving.residency.transfer import Transfer
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
-_ROWS = 4  # row counts whose groups are kept: the prompt's and the decode step's, for two models at most
+_SHAPES = 16  # shapes of inputs whose rows are kept
 
 
 def running(store: Any) -> Batch | None:
@@ -38,7 +35,7 @@ class Batch:
     """One entered ``store.batch(...)``.
 
     Args:
-        store: whose batch this is. transfer: how its adapters got where they are.
+        store: whose batch this is.
         groups: of each group the (version, weight) pairs. group_of_entry: integers, -1 for the base model.
         entry_of_row: the entry of each token row; None: the rows of the model's batch, in equal shares.
         prepared: for these groups. siblings: layers of the store's model that share an input.
@@ -53,7 +50,6 @@ class Batch:
     def __init__(
         self,
         store: Any,
-        transfer: Transfer,
         groups: Sequence[Group],
         group_of_entry: np.ndarray,
         entry_of_row: np.ndarray | None,
@@ -63,29 +59,28 @@ class Batch:
     ):
         self.store, self.groups, self.outer = store, groups, None
         self._group_of_entry, self._entry_of_row = group_of_entry, entry_of_row
-        self._tables = transfer.tables
-        self._rows_of: dict[int, Rows] = {}
         self._prepared, self._siblings = prepared, siblings
-        # by thread: asyncio.to_thread hands a batch on
-        self._sizes: dict[int, tuple[int, frozenset[int]]] = {}
-        self._traces: dict[int, Trace] = {}
+        self._traces: dict[int, Trace] = {}  # by thread: asyncio.to_thread hands a batch on
         arrivals = {version.arrival for group in groups for version, _ in group} - {None}
         self._arriving = [arrival for arrival in arrivals if not arrival.done()]
         self.check_outputs = True
         self._unread: list[tuple[Tensor, np.ndarray | None]] = []
-        self._sums: dict[tuple[int, int], Tensor] = {}  # of each thread and number of rows
         self._gradients = torch.no_grad()
-        self._token, self._buffers = None, buffers
+        self._buffers = buffers
         self.acts = bool(groups) or buffers is not None  # a graph of base rows is replayed with others
-        if buffers is not None:
-            self._fill(buffers)
+        if buffers is not None and entry_of_row is not None:
+            self._fill(buffers, entry_of_row)
 
-    def _fill(self, buffers: RowBuffers) -> None:
+    def _fill(self, buffers: RowBuffers, entry_of_row: np.ndarray) -> None:
         """All that a replay reads is in place, or on its way on this stream, when this returns."""
-        spare = buffers.rows - len(self._entry_of_row)
+        spare = buffers.rows - len(entry_of_row)
         if spare < 0:
-            raise ValueError(f"rows: {len(self._entry_of_row)}, the buffers hold {buffers.rows}")
-        self._entry_of_row = np.pad(self._entry_of_row, (0, spare), constant_values=-1)
+            raise ValueError(f"rows: {len(entry_of_row)}, the buffers hold {buffers.rows}")
+        if self._prepared.max_rank > buffers.max_rank:
+            raise ValueError(
+                f"names: rank {self._prepared.max_rank}, the buffers are made for {buffers.max_rank} at most"
+            )
+        self._entry_of_row = np.pad(entry_of_row, (0, spare), constant_values=-1)
         buffers.fill(self._group_of_row(buffers.rows), members_of(self.groups))
         for arrival in self._arriving:
             arrival.wait_for_all()
@@ -111,17 +106,18 @@ class Batch:
         _running.reset(self._token)
         for trace in list(self._traces.values()):
             self._siblings.close(trace)
-        self._rows_of, self._traces = {}, {}
-        if exception[0] is None and self.check_outputs:
-            self._unread += map(self._with_groups, self._bad_sums())  # of layers that were called without the model
-            self._read_checks()
+        try:
+            if exception[0] is None and self.check_outputs:
+                self._unread += map(self._with_groups, self._bad_sums())  # of layers called without the model
+                self._read_checks()
+        finally:
+            self._traces = {}
 
     def called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The model is called with these arguments: remember how many sequences and tokens they are."""
-        trace = self._traces.get(threading.get_ident())
-        if trace is not None:
-            trace.shared = None  # of a step that was broken off
-            self._siblings.close(trace)
+        trace = self._traces.get(threading.get_ident()) or self._trace()
+        trace.shared = None  # of a step that was broken off
+        self._siblings.close(trace)
         self._read_checks()
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() >= 2]
         if tensors and self._entry_of_row is None:
@@ -131,7 +127,9 @@ class Batch:
                     f"batch: {len(self._group_of_entry)} entries for a model batch of {B} sequences; expected as many, "
                     "or a multiple (beams and return sequences repeat each entry)"
                 )
-            self._sizes[threading.get_ident()] = B, frozenset((B, *(len(t) * t.shape[1] for t in tensors)))
+            sizes = B, frozenset((B, *(len(t) * t.shape[1] for t in tensors)))
+            if sizes != trace.sizes:
+                trace.sizes, trace.rows = sizes, {}
 
     def returned(self, kwargs: Mapping[str, Any], output: Any) -> None:
         """The model returned ``output``: raise NonFiniteOutput for rows under adapters that are not finite.
@@ -154,14 +152,14 @@ class Batch:
         return sorted({row for bad in self._bad_sums() for row in bad.nonzero().view(-1).tolist()})
 
     def _bad_sums(self) -> list[Tensor]:
-        thread = threading.get_ident()
-        keys = [key for key in self._sums if key[0] == thread]
-        return [torch.isfinite(self._sums.pop(key)).logical_not_() for key in keys]
+        trace = self._traces.get(threading.get_ident()) or self._trace()
+        sums, trace.sums = trace.sums, {}
+        return [torch.isfinite(found).logical_not_() for found in sums.values()]
 
     def _sequences(self) -> int | None:
         """How many sequences the model was called with, where that is known."""
-        sizes = self._sizes.get(threading.get_ident())
-        return None if sizes is None else sizes[0]
+        trace = self._traces.get(threading.get_ident())
+        return None if trace is None or trace.sizes is None else trace.sizes[0]
 
     def _with_groups(self, bad: Tensor) -> tuple[Tensor, np.ndarray | None]:
         """Bool [n] and the group of each; None where it is not known, for a model that returns other rows than its
@@ -191,128 +189,64 @@ class Batch:
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
         """y += the LoRA terms of x at this site, in place."""
-        thread = threading.get_ident()
-        trace = self._traces.get(thread)
-        if trace is None:
-            trace = self._traces[thread] = Trace()
-        self._siblings.watch(trace, site, x)
-        if not self._prepared.terms(site.index).groups and self._buffers is None:
+        trace, index = self._traces.get(threading.get_ident()) or self._trace(), site.index
+        if trace.seen or index not in self._siblings.settled:
+            self._siblings.watch(trace, site, x)
+        if index not in self._prepared.sites and self._buffers is None:
             return
         self._add(site, x, y, trace)
         if not y.is_cuda:
-            self._look(y.view(-1, site.N), thread)
-
-    def _look(self, y: Tensor, thread: int) -> None:
-        """Keep what tells whether the rows have been finite: one sum a row, added up over the layers."""
-        sums = y.sum(-1, dtype=torch.promote_types(y.dtype, torch.float32))
-        key = thread, len(sums)
-        self._sums[key] = sums.add_(self._sums[key]) if key in self._sums else sums
+            trace.look(y.view(-1, site.N))
 
     def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace) -> None:
+        index = site.index
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
         y, shared = y.view(-1, site.N), trace.shared
         if shared is not None:
-            if site.index in shared.waiting and shared.is_of(x) and shared.add(site.index, y):
-                shared.waiting.discard(site.index)
-                if not shared.waiting:
-                    trace.shared = None
-                return
             trace.shared = None
+            if shared.add(index, x, y):
+                trace.shared = shared if shared.waiting else None
+                return
             self._siblings.forget(shared.first)
-        rows = self._rows(site, x)
-        trace.shared = self._together(site, x, y, rows)
-        if trace.shared is None:
-            self._alone(site, x, y, rows)
-
-    def _together(self, site: Site, x: Tensor, y: Tensor, rows: Rows) -> Shared | None:
-        """Compute the layers that share this input, as far as they can be, and add the terms of this one."""
-        state = state_of(x)
-        sites = (site,) if state is None else self._siblings.of(site)
-        if self._buffers is None:
-            sites = [s for s in sites if self._prepared.terms(s.index).groups]
-        if len(sites) < 2:
-            return None
-        self._wait_for(sites)
-        add = (self._form if self._tables is None else self._shrink)(x.reshape(-1, site.K), rows, sites)
-        if add is None or not add(site.index, y):
-            return None
-        return Shared(x, state, site.index, {s.index for s in sites} - {site.index}, add)
-
-    def _form(self, x: Tensor, rows: Rows, sites: Sequence[Site]) -> Callable[[int, Tensor], bool] | None:
-        """The terms of all sites; ``add`` says whether they were still there."""
-        _refuse_capture(x)
-        indices = tuple(s.index for s in sites)
-        terms = form_terms(x, rows.layout, self._prepared.joint(indices))
-        if terms is None:
-            return None
-        turn = terms.turn
-
-        def add(index: int, y: Tensor) -> bool:
-            if not terms.hold(turn):
-                return False
-            terms.add(indices.index(index), y)
-            return True
-
-        return add
-
-    def _shrink(self, x: Tensor, rows: Rows, sites: Sequence[Site]) -> Callable[[int, Tensor], bool] | None:
-        """One launch that reads x once; each layer's expand follows when there is an output to add to."""
-        first, last = min(s.index for s in sites), max(s.index for s in sites)
-        if not {s.index for s in self._siblings.of(sites[0])}.issuperset(range(first, last + 1)):
-            return None  # layers of other inputs lie between them in the tables
-        tables = {s.index: self._tables.site(s.index) for s in sites}
-        groups = rows.groups if self._buffers is None else self._buffers.groups
-        S = shrink_by_address(x, self._tables.sites(first, last), groups)
-        if S is None:
-            return None
-
-        def add(index: int, y: Tensor) -> bool:
-            g = index - first
-            expand_by_address_(y, S[:, g : g + 1], tables[index], groups, self._eager(index, x, y, rows))
-            return True
-
-        return add
-
-    def _alone(self, site: Site, x: Tensor, y: Tensor, rows: Rows) -> None:
-        self._wait_for([site])
-        eager = self._eager(site.index, x.reshape(-1, site.K), y, rows)
-        if self._tables is None:
-            eager()
-        else:
-            groups = rows.groups if self._buffers is None else self._buffers.groups
-            lora_grouped_by_address_(y, x.reshape(-1, site.K), self._tables.site(site.index), groups, eager)
-
-    def _eager(self, site: int, x: Tensor, y: Tensor, rows: Rows) -> Callable[[], Tensor]:
-        def eager() -> Tensor:
-            _refuse_capture(x)
-            return lora_grouped_(y, x, rows.layout, self._prepared.joint((site,)))
-
-        return eager
-
-    def _wait_for(self, sites: Sequence[Site]) -> None:
+        rows = trace.rows.get(x.shape) or self._rows(trace, site, x)
+        state, flat = state_of(x), x.reshape(-1, site.K)
+        together, alone = () if state is None else self._siblings.of(index), (index,)
+        for sites in (together, alone) if len(together) > 1 else (alone,):
+            step = self._prepared.step(rows, self._buffers, sites, x, y)
+            if step is None:
+                continue
+            for arrival in self._arriving:
+                for each in step.places:
+                    arrival.wait(each)
+            formed = step.form(flat)
+            if formed is not None and step.add(formed, step.places[index], y):
+                if len(step.places) > 1:
+                    trace.shared = Shared(x, state, index, step.places.keys() - {index}, step, formed)
+                return
         for arrival in self._arriving:
-            for site in sites:
-                arrival.wait(site.index)
+            arrival.wait(index)
+        self._prepared.eager_(rows, index, flat, y)
 
-    def _rows(self, site: Site, x: Tensor) -> Rows:
-        rows = x.shape[:-1].numel()
-        self._check_rows(site, x, rows)
-        found = self._rows_of.get(rows)
-        if found is None:
-            if len(self._rows_of) >= _ROWS:
-                self._rows_of = {}
-            found = self._rows_of[rows] = Rows(self._group_of_row(rows), self.groups, self._prepared, x.device)
-        return found
+    def _trace(self) -> Trace:
+        return self._traces.setdefault(threading.get_ident(), Trace())
+
+    def _rows(self, trace: Trace, site: Site, x: Tensor) -> Rows:
+        self._check_rows(trace, site, x)
+        if len(trace.rows) >= _SHAPES:
+            trace.rows = {}
+        rows = self._prepared.rows(self._group_of_row(x.shape[:-1].numel()), x.device)
+        trace.rows[x.shape] = rows
+        return rows
 
     def _group_of_row(self, rows: int) -> np.ndarray:
         if self._entry_of_row is None:
             return np.repeat(self._group_of_entry, rows // len(self._group_of_entry))
         return np.append(self._group_of_entry, -1)[self._entry_of_row]
 
-    def _check_rows(self, site: Site, x: Tensor, rows: int) -> None:
+    def _check_rows(self, trace: Trace, site: Site, x: Tensor) -> None:
         """Rows that are not the batch's own, in order (experts that see some tokens), must not pass for it."""
-        entries, sizes = len(self._group_of_entry), self._sizes.get(threading.get_ident())
+        rows, entries, sizes = x.shape[:-1].numel(), len(self._group_of_entry), trace.sizes
         if self._entry_of_row is not None:
             expected, fits = str(len(self._entry_of_row)), rows == len(self._entry_of_row)
         elif sizes is None:
@@ -323,8 +257,3 @@ class Batch:
             expected, fits = " or ".join(map(str, sorted(sizes[1]))), rows in sizes[1]
         if not fits:
             raise ValueError(f"batch: {site.path!r} got an input of shape {tuple(x.shape)}; expected {expected} rows")
-
-
-def _refuse_capture(x: Tensor) -> None:
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("batch: a graph would keep these adapters for ever; run a step before capture")

@@ -51,7 +51,7 @@ def rows_to_entries(entries: int, rows: Sequence[int] | Tensor | np.ndarray) -> 
         if len(index) and not -1 <= index.min() <= index.max() < entries:
             raise ValueError(f"rows: expected indices of -1 to {entries - 1}, got {index.min()} to {index.max()}")
         return index
-    counts = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [None]
+    counts: list[Any] = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [None]
     if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in counts):
         raise TypeError("rows: expected a list of row counts, or a tensor with the entry of each row")
     if len(counts) != entries or min(counts, default=0) < 0 or sum(counts) >= 2**31:

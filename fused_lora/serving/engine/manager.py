@@ -37,7 +37,7 @@ from fused_lora.serving.engine import request as continuous_request
 from fused_lora.serving.engine import sampling as continuous_sampling
 from fused_lora.serving.engine.admission import ADAPTER, SCHEDULER, VERSION, Admission, EngineCounters
 from fused_lora.serving.engine.attention import by_request, is_by_request, spans_of
-from fused_lora.serving.engine.continuous import MAX_FAILED_STEPS, StepFailed
+from fused_lora.serving.engine.failures import MAX_FAILED_STEPS, StepFailed
 from fused_lora.serving.engine.finite import StepCheck
 from fused_lora.serving.engine.prefix import PrefixNamespaces
 from fused_lora.serving.residency.refusal import NonFiniteOutput

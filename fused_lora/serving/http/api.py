@@ -171,7 +171,7 @@ class CompletionRequest(GenerateRequest):
 
     def prompts(self) -> list[str | list[int]]:
         """Every prompt of the request, as text or token ids."""
-        prompt = self.prompt
+        prompt: Any = self.prompt
         several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
         return prompt if several else [prompt]
 

@@ -14,7 +14,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,9 @@ class Service:
                 reasons[index] = piece.reason or reasons[index]
         return answer.whole(texts, reasons, usage)
 
-    async def _chunks(self, answer: Answer, jobs: list[Job], usage: Usage, with_usage: bool) -> AsyncIterator[str]:
+    async def _chunks(
+        self, answer: Answer, jobs: list[Job], usage: Usage, with_usage: bool
+    ) -> AsyncGenerator[str, None]:
         for chunk in answer.opening(len(jobs)):
             yield _event(chunk)
         try:
@@ -163,8 +165,8 @@ class Service:
         cards += [{"id": name, **card, "root": name, "parent": base} for name in sorted(self.engine.store.names())]
         return {"object": "list", "data": cards}
 
-    def check_may_load(self, name: str) -> None:
-        """Raise ApiError unless adapters may be changed and the name is one for an adapter."""
+    def check_may_load(self, name: str) -> Path:
+        """The folder of the adapters. Raises ApiError unless adapters may be changed and ``name`` is one for them."""
         if not self.settings.allow_load or self.settings.adapters is None:
             raise ApiError(403, "This server does not load adapters on request; start it with --allow-load.")
         try:
@@ -173,6 +175,7 @@ class Service:
             raise ApiError(400, str(error).replace("adapter_name", "lora_name", 1), "lora_name") from None
         if name == self.settings.base_name:
             raise ApiError(400, f"lora_name: {name!r} is the base model's name", "lora_name")
+        return self.settings.adapters
 
 
 def _event(data: dict[str, Any]) -> str:
@@ -181,8 +184,9 @@ def _event(data: dict[str, Any]) -> str:
 
 def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) -> Any:
     """The ASGI application; ``lifespan`` is FastAPI's."""
-    off = dict(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app = FastAPI(title="fused_lora", lifespan=lifespan, **off)
+    app = FastAPI(
+        title="fused_lora", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     service = Service(engine, settings)
 
     @app.post("/v1/completions")
@@ -199,8 +203,8 @@ def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) ->
 
     @app.post("/v1/load_lora_adapter")
     async def load_lora_adapter(request: LoadRequest) -> Response:
-        service.check_may_load(request.lora_name)
-        path = await asyncio.to_thread(allowed_adapter, settings.adapters, request.lora_path)
+        root = service.check_may_load(request.lora_name)
+        path = await asyncio.to_thread(allowed_adapter, root, request.lora_path)
         await engine.load(request.lora_name, path, request.load_inplace)
         return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 

@@ -7,7 +7,7 @@ import math
 import queue
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.engine.admission import version_of
-from fused_lora.serving.engine.continuous import StepFailed, failure_of
+from fused_lora.serving.engine.failures import StepFailed, failure_of
 from fused_lora.serving.engine.manager import AdapterManager
 from fused_lora.serving.http.api import ApiError, queue_full, too_slow, unknown_model
 from fused_lora.serving.http.metrics import Metrics
@@ -125,13 +125,13 @@ class AsyncEngine:
             try:
                 self.manager.check(job.prompt, job.adapter, job.max_tokens, job.temperature, job.top_p)
             except AdapterNotFound:
-                raise unknown_model(job.adapter) from None
+                raise unknown_model(str(job.adapter)) from None
             except (TypeError, ValueError) as error:
                 message = str(error)
                 param = job.source if message.startswith("input_ids") else None
                 raise ApiError(400, message.replace("input_ids", job.source, 1), param) from None
 
-    async def generate(self, job: Job) -> AsyncIterator[Piece]:
+    async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
         """The pieces of a job as they come; leaving early cancels it. Raises ApiError."""
         start = time.monotonic()
         self._next_id += 1
@@ -152,7 +152,7 @@ class AsyncEngine:
             self.in_flight -= 1
             self.metrics.request_seconds.observe(time.monotonic() - start)
 
-    async def _pieces(self, job: Job, running: _Running, start: float) -> AsyncIterator[Piece]:
+    async def _pieces(self, job: Job, running: _Running, start: float) -> AsyncGenerator[Piece, None]:
         text, seen = TextStream(self.tokenizer, job.stops), 0
         deadline = min(job.deadline, start + self.limits.request_seconds)
         while not running.finished:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 from fastapi import Request
@@ -18,7 +18,7 @@ from fused_lora.serving.http.engine import AsyncEngine, Job, Piece
 _log = logging.getLogger("fused_lora.serve")
 
 
-async def merged(engine: AsyncEngine, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
+async def merged(engine: AsyncEngine, jobs: list[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of several jobs as they come, with the index of their job; leaving early cancels all of them."""
     ready: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
 

@@ -134,7 +134,7 @@ def from_model(sites: Mapping[str, Site], model: nn.Module, name: str, dtype: to
         ValueError: no LoRA layers, several adapters and none called ``name``, or an adapter that is more than A, B and
             scaling (DoRA, a bias of lora_B).
     """
-    found = {
+    found: dict[str, Any] = {
         path.removeprefix("base_model.model."): module
         for path, module in model.named_modules()
         if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "base_layer")

@@ -241,6 +241,8 @@ class Registry:
 
     def _read(self, version: Version) -> tuple[Packed, Any]:
         """What the folder of a version holds now; a failure is remembered."""
+        if version.folder is None:
+            raise RuntimeError(f"adapter {version.identity!r} has no files to be read again")
         before = signature(version.folder)
         try:
             return from_folder(self.model, self._sites, version.folder, self._transfer.dtype)

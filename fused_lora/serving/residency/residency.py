@@ -144,10 +144,10 @@ class Residency:
             version.used = next(self._clock)
             self.resident.add(version)
             self.loads += 1
-            keep = staged is not None and self.transfer.pinned
-            if version.host is None and keep and self._host_room(version.nbytes):
-                self._keep_on_host(version, staged)
-            elif version.host is not None and not keep:
+            kept = staged if self.transfer.pinned else None
+            if version.host is None and kept is not None and self._host_room(version.nbytes):
+                self._keep_on_host(version, kept)
+            elif version.host is not None and kept is None:
                 self._drop_host(version)  # on a CPU the arena's copy is as good
 
     @property
@@ -202,7 +202,7 @@ class Residency:
         """Whether the version can be had again once it left the device; without files it goes to the host for that."""
         if version.folder is not None or version.host is not None:
             return True
-        if not self._host_room(version.nbytes):
+        if version.block is None or not self._host_room(version.nbytes):
             return False
         self._keep_on_host(version, self.transfer.fetch(version.block, version.nbytes, version.uses.values()))
         return True

@@ -22,16 +22,15 @@ class SlotTables:
     """
 
     def __init__(self, sites: int, slots: int, device: torch.device, dtype: torch.dtype):
-        shape = (sites, slots)
+        self.device, shape = (
+            device,
+            (sites, -(-slots // 16) * 16),
+        )  # every layer's tables start at a multiple of 16 bytes
         self._pointers = [torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2)]
         self._rank = torch.zeros(shape, dtype=torch.int32, device=device)
         self._scaling = torch.zeros(shape, dtype=torch.float32, device=device)
         self._dtype, self.max_rank, self._limit = dtype, 1, None
         self._of_sites: dict[tuple[int, int], AdapterTables] = {}
-
-    def site(self, index: int) -> AdapterTables:
-        """The tables of one layer."""
-        return self.sites(index, index)
 
     def sites(self, first: int, last: int) -> AdapterTables:
         """The tables of the layers from one to another, both included: those that read the same input."""

@@ -167,7 +167,9 @@ class CudaTransfer(Transfer):
     def mark(self) -> tuple[int, torch.cuda.Event]:
         """An event on the current stream."""
         stream = torch.cuda.current_stream(self.device)
-        return stream.cuda_stream, stream.record_event()
+        event = torch.cuda.Event()
+        event.record(stream)
+        return stream.cuda_stream, event
 
     def close(self) -> None:
         """Wait for the device: memory that is given back may be handed out on any stream."""

@@ -17,6 +17,8 @@ DEVICE = [0]  # which the driver says is current
 
 def environment(source: Path, folder: Path) -> dict[str, str]:
     """Variables of a process whose libcuda is ``source``, compiled into ``folder``; its Triton cache is there, too."""
+    if COMPILER is None:
+        raise RuntimeError("the stub of libcuda needs a C compiler: gcc or clang, or CC in the environment")
     subprocess.run([COMPILER, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source], check=True)
     (folder / "libcuda.so").symlink_to("libcuda.so.1")  # triton 3.4 links this name
     found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
