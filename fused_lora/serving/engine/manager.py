@@ -32,7 +32,6 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.utils import stream_context
 
-from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.engine import request as continuous_request
 from fused_lora.serving.engine import sampling as continuous_sampling
 from fused_lora.serving.engine.admission import ADAPTER, SCHEDULER, VERSION, Admission, EngineCounters
@@ -88,7 +87,7 @@ class AdapterManager(ContinuousBatchingManager):
         eos = -1 if source.eos_token_id is None else source.eos_token_id
         greedy = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=source.pad_token_id)
         self.store, self.counters = store, EngineCounters()
-        self.admission = Admission(store, self._fail_waiting, self.counters)
+        self.admission = Admission(store, self._fail_waiting, lambda: self._wake_up_loop.set(), self.counters)
         self._in_step: list[RequestState] | None = None
         self._failures_in_a_row = 0
         super().__init__(model, greedy, _checked(config or default_config(model.device)))
@@ -142,8 +141,8 @@ class AdapterManager(ContinuousBatchingManager):
         """Token ids, number of new ones, where to end, and the arguments of the draw."""
         if adapter is not None and not isinstance(adapter, str):
             raise TypeError(f"adapter: expected a name or None, got {adapter!r:.100}")
-        if adapter is not None and adapter not in self.store.names():
-            raise AdapterNotFound(f"adapter {adapter!r} not found; adapters of the store: {sorted(self.store.names())}")
+        if adapter is not None:
+            self.store.identity(adapter)  # raises AdapterNotFound
         ids = continuous_request.token_ids(input_ids, self.model.config.get_text_config().vocab_size)
         count = continuous_request.count("max_new_tokens", max_new_tokens)
         if len(ids) + count > self.max_request_tokens:
@@ -217,7 +216,7 @@ class AdapterManager(ContinuousBatchingManager):
         try:
             super()._run_generation_loop()
         finally:
-            self.admission.release()
+            self.admission.release_all()
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
         """One step, or a wait for requests; whether to go on."""
@@ -230,7 +229,7 @@ class AdapterManager(ContinuousBatchingManager):
         else:
             self._failures_in_a_row = self._failures_in_a_row if self._in_step is None else 0
         if not batch_processor.has_pending_requests():
-            self.admission.release()  # an engine that has nothing to do keeps no adapter in its place
+            self.admission.release_all()  # an engine that has nothing to do keeps no adapter in its place
         return going_on
 
     def _fail_step(self, processor: ContinuousBatchProcessor, error: Exception) -> None:

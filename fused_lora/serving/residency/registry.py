@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -11,8 +11,16 @@ from torch import Tensor, nn
 
 from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
 from fused_lora.serving.residency.lease import Lease
-from fused_lora.serving.residency.packing import Packed, Site, from_folder, from_model, from_tensors, signature
-from fused_lora.serving.residency.refusal import Refusal
+from fused_lora.serving.residency.packing import (
+    Packed,
+    Site,
+    check_folder,
+    from_folder,
+    from_model,
+    from_tensors,
+    signature,
+)
+from fused_lora.serving.residency.refusal import Refusal, named
 from fused_lora.serving.residency.residency import Residency, Version
 from fused_lora.serving.residency.transfer import Transfer
 
@@ -60,7 +68,7 @@ class Registry:
         self._residency = Residency(transfer, capacity, grow, host_capacity, slots, self._pinned.__contains__)
         self._lock = self._residency.changed
 
-    def load(self, name: str, source: Source) -> int:
+    def load(self, name: str, source: Source, *, inside: str | os.PathLike | None = None) -> int:
         """Bring an adapter onto the device under ``name``; of a known name it becomes the next version.
 
         The change is made at once and last: batches that run keep the version they started with, those that start
@@ -70,6 +78,7 @@ class Registry:
             name: 1 to 64 letters, digits, "_" or "-".
             source: a folder with a PEFT checkpoint; ``{path of a layer: (A [r, K], B [N, r], scaling)}``, copied; or a
                 model with LoRA layers, whose adapter ``name``, or its only one, is copied.
+            inside: a folder that the files must lie in once all links are followed, whenever they are read.
 
         Returns:
             The version: 1 for the first load of a name, and one more for each that follows, unloaded or not.
@@ -81,9 +90,9 @@ class Registry:
         check_adapter_name(name)
         self._check_attached()
         if isinstance(source, (str, os.PathLike)):
-            folder = _absolute(source)
-            packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype)
-            return self._publish(name, packed, folder, files).number
+            folder, root = _absolute(source), None if inside is None else _absolute(inside)
+            packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype, root)
+            return self._publish(name, packed, folder, files, root).number
         if isinstance(source, nn.Module):
             packed = from_model(self._sites, source, name, self._transfer.dtype)
         elif isinstance(source, Mapping):
@@ -92,16 +101,40 @@ class Registry:
             raise TypeError(f"source: expected a folder, a mapping or a model, got {type(source).__name__}")
         return self._publish(name, packed, None, None).number
 
+    def lease_async(self, name: str) -> Future[Lease]:
+        """:meth:`lease` in another thread, which may read files. A lease that nobody takes must be released, too."""
+        return self._in_thread(self.lease, name)
+
+    def lease_if_ready(self, name: str) -> Lease | None:
+        """:meth:`lease` where nothing has to be read or moved for it, else None.
+
+        Raises AdapterNotFound, and what :meth:`refusal` gives.
+        """
+        with self._lock:
+            version = self._find(name)
+            refused = self._refused(version)
+            if refused is not None:
+                raise refused
+            if version.block is None or version.moving or version.quarantined:
+                return None
+            return self.lease(name)
+
     def load_async(self, name: str, source: Source) -> Future:
         """:meth:`load` in another thread; the future's result is the version. Tensors must not change meanwhile."""
+        return self._in_thread(self.load, name, source)
+
+    def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Future:
         self._check_attached()
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(4, thread_name_prefix="fused_lora_load")
-            return self._pool.submit(self.load, name, source)
+            return self._pool.submit(work, *arguments)
 
-    def register(self, name: str, source: str | os.PathLike) -> int:
+    def register(self, name: str, source: str | os.PathLike, *, inside: str | os.PathLike | None = None) -> int:
         """Make the checkpoint in a folder known without reading it; the first batch that uses it does.
+
+        Args:
+            inside: a folder that the files must lie in once all links are followed, whenever they are read.
 
         Returns:
             The version, as for :meth:`load`.
@@ -110,7 +143,25 @@ class Registry:
         self._check_attached()
         if not isinstance(source, (str, os.PathLike)):
             raise TypeError(f"source: expected a folder, got {type(source).__name__}")
-        return self._name(name, Version(name, 0, _absolute(source))).number
+        root = None if inside is None else _absolute(inside)
+        return self._name(name, Version(name, 0, _absolute(source), inside=root)).number
+
+    def probe(self, name: str) -> Exception | None:
+        """Look at the config and the header of an adapter in files, and at no tensor: what is wrong with them, or None.
+
+        It is remembered: batches that use the adapter raise it until its files change. Raises AdapterNotFound.
+        """
+        with self._lock:
+            version = self._find(name)
+        if version.folder is None:
+            return None
+        before = signature(version.folder)
+        try:
+            check_folder(self.model, version.folder, version.inside)
+        except (OSError, ValueError) as error:
+            version.refusal = Refusal(error.with_traceback(None), version.folder, before, for_good=True)
+            return error
+        return None
 
     def unload(self, name: str) -> None:
         """Forget an adapter; its memory is free once no batch uses it. Raises AdapterNotFound."""
@@ -141,6 +192,9 @@ class Registry:
         with self._lock:
             return sorted(self._versions)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._versions
+
     def versions(self) -> dict[str, int]:
         """The version of each name."""
         with self._lock:
@@ -169,6 +223,12 @@ class Registry:
         """What a batch that uses ``name`` would raise at once, or None. Raises AdapterNotFound."""
         with self._lock:
             return self._refused(self._find(name))
+
+    def refusals(self) -> dict[str, Exception]:
+        """The names that are not served at present, and why: :meth:`refusal` of all."""
+        with self._lock:
+            found = {name: self._refused(version) for name, version in self._versions.items() if version.refusal}
+        return {name: error for name, error in found.items() if error is not None}
 
     def stats(self) -> dict[str, int | None]:
         """Counters since the start (hits, misses, loads, evictions) and the state now, bytes and adapters."""
@@ -221,7 +281,7 @@ class Registry:
                 return version
             except _Changed as change:
                 self._residency.release([version])
-                self._publish(version.name, change.packed, version.folder, change.files, version)
+                self._publish(version.name, change.packed, version.folder, change.files, version.inside, version)
             except BaseException:
                 self._residency.release([version])
                 raise
@@ -245,15 +305,21 @@ class Registry:
             raise RuntimeError(f"adapter {version.identity!r} has no files to be read again")
         before = signature(version.folder)
         try:
-            return from_folder(self.model, self._sites, version.folder, self._transfer.dtype)
+            return from_folder(self.model, self._sites, version.folder, self._transfer.dtype, version.inside)
         except (OSError, ValueError) as error:
             version.refusal = Refusal(error.with_traceback(None), version.folder, before, version.quarantined)
             raise
 
     def _publish(
-        self, name: str, packed: Packed, folder: str | None, files: Any, instead_of: Version | None = None
+        self,
+        name: str,
+        packed: Packed,
+        folder: str | None,
+        files: Any,
+        inside: str | None = None,
+        instead_of: Version | None = None,
     ) -> Version:
-        version = Version(name, 0, folder, files=files, held=1)
+        version = Version(name, 0, folder, files=files, held=1, inside=inside)
         try:
             self._residency.bring(version, lambda: packed)
             return self._name(name, version, instead_of)
@@ -279,7 +345,9 @@ class Registry:
             raise TypeError(f"name: expected a str, got {name!r}")
         version = self._versions.get(name)
         if version is None:
-            raise AdapterNotFound(f"adapter {name!r} not found; adapters of the store: {sorted(self._versions)}")
+            raise AdapterNotFound(
+                f"adapter {name[:100]!r} not found; adapters of the store: {named(sorted(self._versions))}"
+            )
         return version
 
     def _check_attached(self) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fused_lora.serving.residency.arena import Arena, Block
-from fused_lora.serving.residency.packing import Packed, Part, Signature
-from fused_lora.serving.residency.refusal import Refusal
+from fused_lora.serving.residency.packing import Packed, Part, Signature, signature
+from fused_lora.serving.residency.refusal import Refusal, named
 from fused_lora.serving.residency.transfer import Arrival, Transfer
 
 
@@ -30,7 +30,7 @@ class Version:
     """One load of one adapter: what it is, where it lies and who uses it.
 
     folder: where its files are, or None. held: how many batches use it. retired: no name leads to it any more.
-    refusal: why it is not served, if it is not.
+    refusal: why it is not served, if it is not. inside: the folder that its files must lie in, or None.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Version:
     arrival: Arrival | None = None
     uses: dict[int, torch.cuda.Event] = field(default_factory=dict)
     refusal: Refusal | None = None
+    inside: str | None = None
 
     @property
     def identity(self) -> str:
@@ -111,6 +112,8 @@ class Residency:
             version.used = next(self._clock)
             if version.block is not None:
                 return True
+            if version.nbytes and (version.folder is None or signature(version.folder) == version.files):
+                self._victims(version)  # its size is known: nothing is read that will find no room
             version.moving = True
             self._moving += 1
         try:
@@ -178,21 +181,30 @@ class Residency:
 
     def _make_room(self, version: Version) -> tuple[Block, int]:
         """A block and a slot, after evicting what has not been used for longest."""
+        victims = self._victims(version)
+        for victim in [*victims, None]:
+            block = self.arena.allocate(version.nbytes) if self._slots else None
+            if block is not None:
+                return block, self._slots.pop()
+            if victim is not None and self._save(victim):
+                self._leave_device(victim)
+                self.evictions += 1
+        raise self._full(version)
+
+    def _victims(self, version: Version) -> list[Version]:
+        """What may leave for the version, the longest unused first. Raises StoreFull where that is not enough."""
         victims = sorted((v for v in self.resident if self._may_leave(v)), key=lambda v: v.used)
         free = self.arena.free_bytes
-        enough = free is None or version.nbytes <= free + sum(v.block.size for v in victims)
-        if enough and self.arena.fits(version.nbytes):
-            for victim in [*victims, None]:
-                block = self.arena.allocate(version.nbytes) if self._slots else None
-                if block is not None:
-                    return block, self._slots.pop()
-                if victim is not None and self._save(victim):
-                    self._leave_device(victim)
-                    self.evictions += 1
+        room = free is None or version.nbytes <= free + sum(v.block.size for v in victims)
+        if not (room and self.arena.fits(version.nbytes)):
+            raise self._full(version)
+        return victims
+
+    def _full(self, version: Version) -> StoreFull:
         stay = sorted({v.name for v in self.resident if not self._may_leave(v)})
-        raise StoreFull(
+        return StoreFull(
             f"adapter {version.name!r} needs {version.nbytes} bytes; {self.arena.used} of {self.arena.capacity} are "
-            f"taken, pinned or in use: {stay}"
+            f"taken, pinned or in use: [{named(stay)}]"
         )
 
     def _may_leave(self, version: Version) -> bool:
