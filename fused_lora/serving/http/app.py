@@ -24,7 +24,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from fused_lora.modules.inject import check_adapter_name
+from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
 from fused_lora.serving.http.api import (
     Answer,
     ApiError,
@@ -39,7 +39,7 @@ from fused_lora.serving.http.api import (
     unexpected,
     unknown_model,
 )
-from fused_lora.serving.http.engine import AsyncEngine, Job
+from fused_lora.serving.http.engine import AsyncEngine, Job, as_api_error
 from fused_lora.serving.http.guard import STARTED, Guard, allowed_adapter
 from fused_lora.serving.http.prompts import PromptReader
 from fused_lora.serving.http.streams import merged, unless_gone
@@ -72,8 +72,12 @@ class Service:
         """The adapter that a request's ``model`` names; None is the base. Raises ApiError."""
         if model == self.settings.base_name:
             return None
-        if model not in self.engine.store.names():
-            raise unknown_model(model)
+        try:
+            refused = self.engine.store.refusal(model)
+        except AdapterNotFound:
+            raise unknown_model(model) from None
+        if refused is not None:
+            raise as_api_error(refused)
         return model
 
     async def jobs(self, request: GenerateRequest) -> list[Job]:
@@ -158,11 +162,13 @@ class Service:
         yield "data: [DONE]\n\n"
 
     def models(self) -> dict[str, Any]:
-        """What /v1/models answers."""
+        """What /v1/models answers: the base model, and the adapters that are not refused at present."""
+        store = self.engine.store
+        refused = store.refusals()
         card = {"object": "model", "created": self.started, "owned_by": "fused_lora"}
         base = self.settings.base_name
         cards = [{"id": base, **card, "root": base, "parent": None}]
-        cards += [{"id": name, **card, "root": name, "parent": base} for name in sorted(self.engine.store.names())]
+        cards += [{"id": name, **card, "root": name, "parent": base} for name in store.names() if name not in refused]
         return {"object": "list", "data": cards}
 
     def check_may_load(self, name: str) -> Path:
@@ -199,13 +205,13 @@ def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) ->
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse(service.models())
+        return JSONResponse(await asyncio.to_thread(service.models))
 
     @app.post("/v1/load_lora_adapter")
     async def load_lora_adapter(request: LoadRequest) -> Response:
         root = service.check_may_load(request.lora_name)
         path = await asyncio.to_thread(allowed_adapter, root, request.lora_path)
-        await engine.load(request.lora_name, path, request.load_inplace)
+        await engine.load(request.lora_name, path, request.load_inplace, settings.adapters)
         return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import queue
 import re
@@ -211,21 +212,21 @@ class AsyncEngine:
         with router._lock:
             router.result_handlers.pop(request_id, None)
 
-    async def load(self, name: str, path: Path, replace: bool) -> None:
+    async def load(self, name: str, path: Path, replace: bool, inside: Path | None = None) -> None:
         """Load an adapter, checked in full, in a thread; with ``replace`` also one that is there. Raises ApiError."""
-        if name in self.store.names() and not replace:
+        if name in self.store and not replace:
             raise ApiError(400, f"The lora adapter {name!r} has already been loaded.", "lora_name")
         if name in self._loading and not replace:
             raise ApiError(409, f"The lora adapter {name!r} is being loaded.", "lora_name", "adapter_loading")
         self._loading.append(name)
         try:
-            await self._change(self.store.load, name, str(path))
+            await self._change(functools.partial(self.store.load, inside=inside), name, str(path))
         finally:
             self._loading.remove(name)
 
     async def unload(self, name: str) -> None:
         """Forget an adapter. Raises ApiError."""
-        if name not in self.store.names():
+        if name not in self.store:
             raise ApiError(404, f"The lora adapter {name!r} does not exist.", "lora_name", "adapter_not_found")
         await self._change(self.store.unload, name)
 
@@ -234,7 +235,7 @@ class AsyncEngine:
             await asyncio.to_thread(work, name, *more)
         except Exception as error:
             raise _load_error(error) from error
-        now = self.store.identity(name) if name in self.store.names() else None
+        now = self.store.identity(name) if name in self.store else None
         older = [running for running in self._jobs.values() if running.adapter == name]
         deadline = time.monotonic() + self.limits.drain_seconds
         while older := [running for running in older if not running.ended and self._version(running) != now]:
@@ -261,9 +262,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, AdapterNotFound):
-        return ApiError(404, str(error), "model", "model_not_found")
-    if isinstance(error, ValueError):  # of the store: the client named an adapter, the files are the server's
-        return ApiError(500, f"the adapter cannot be served: {_of_files(error)}", "model", "invalid_adapter")
+        return ApiError(404, "The model does not exist any more", "model", "model_not_found")
+    if isinstance(error, ValueError):  # of the store: the client named an adapter whose files do not fit
+        return ApiError(422, f"the adapter cannot be served: {_of_files(error)}", "model", "invalid_adapter")
     if isinstance(error, NonFiniteOutput):
         return ApiError(422 if error.identities else 500, str(error), "model", "not_finite")
     if isinstance(error, StoreFull):
