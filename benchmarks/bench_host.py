@@ -1,4 +1,4 @@
-"""Host time of one adapted layer: what Python takes beside the device, at sizes where the maths takes next to nothing.
+"""Host time of one adapted layer: the time that Python takes, at sizes where the maths takes almost nothing.
 
     python benchmarks/bench_host.py           on this machine's GPU, or the eager path of a CPU
     python benchmarks/bench_host.py --stub    the kernel route without a GPU: Triton's own launch path, a libcuda that

@@ -1,4 +1,4 @@
-"""The ways to compute one adapted layer, side by side: each kernel variant, the eager path, and the bare base GEMM.
+"""Compare the variants of one adapted layer: each kernel variant, the eager path, and the bare base GEMM.
 
     python benchmarks/bench_variants.py
 

@@ -68,7 +68,7 @@ def dropout_lanes(seed: int, row: int, rows: int, K: int) -> np.ndarray:
 def dropout_lanes_on(device: torch.device, seed: int | torch.Tensor, M: int, K: int) -> torch.Tensor:
     """The lanes of :func:`dropout_lanes` for rows [0, M) from torch operations: int16 [M, ceil(K / 16) * 16].
 
-    For devices where numpy is not at home: no transfer, no synchronisation. ``seed`` may be a tensor on the device.
+    For devices that numpy does not reach: no transfer, no synchronisation. ``seed`` may be a tensor on the device.
     """
     blocks = M * -(-K // LANES)
     zero = torch.zeros((), dtype=torch.int64, device=device)
@@ -227,7 +227,7 @@ def merge(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 
 
 def unmerge_correction(weight: torch.Tensor, merged: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """bool: where round(merged - delta) is not W to the bit, i.e. what an exact unmerge has to remember."""
+    """bool: True where round(merged - delta) differs from W in a bit. An exact unmerge must store these elements."""
     return bits((merged.to(delta.dtype) - delta).to(weight.dtype)) != bits(weight)
 
 

@@ -132,6 +132,7 @@ def test_imports_point_down(layer, path):
         assert first != "kernels", f"{path.name}: import fused_lora.kernels, never kernels"
         if first == "fused_lora":
             target = rest[0] if rest else ""
+            assert target or layer == "diagnostics", f"{path.name}: import the module that has it, not the package"
             if target and target != layer:
                 assert target in ALLOWED[layer], f"{path.name} ({layer}) must not import {name}"
         elif first not in sys.stdlib_module_names:
@@ -194,6 +195,8 @@ def test_public_functions_are_annotated_and_documented(layer, path):
         return
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            if any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list):
+                continue
             assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
             assert node.returns is not None, f"{path.name}: {node.name} does not say what it returns"
             missing = [a.arg for a in node.args.args + node.args.kwonlyargs if a.annotation is None]

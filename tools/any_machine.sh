@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The numeric tests under every code path that this CPU has: vector widths of ATen, MKL and oneDNN, threads, seeds, load.
 # One line a setting; exits with 1 if one failed.   usage: tools/any_machine.sh [SETTING...]   e.g. MKL_CBWR=AVX2 seed=3
-# PYTHON (default .venv/bin/python) runs pytest; LOGS (default a new folder) keeps what failed; ARGS go to pytest.
+# PYTHON (default .venv/bin/python) runs pytest; TESTS (default the files marked numeric) chooses files; LOGS (default a
+# new folder) keeps the output; ARGS go to pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -26,7 +27,7 @@ needs() {
     esac
 }
 
-mapfile -t FILES < <(grep -rlE '^pytestmark = pytest.mark.numeric' tests) # importing the others takes longer than these
+mapfile -t FILES < <(tr ' ' '\n' <<<"${TESTS:-$(grep -rlE '^pytestmark = pytest.mark.numeric' tests)}")
 
 status=0
 for setting in ${*:-$ALL}; do

@@ -1,13 +1,13 @@
-"""Compile here what a machine with a GPU would compile in its first minutes, and carry the binaries over.
+"""Compile on this machine what a GPU machine would compile in its first minutes, and pack the binaries.
 
     python tools/precompile.py fill --cache DIR [--target sm_90] [--only layers,smoke,launches,tests]
     python tools/precompile.py pack --cache DIR CACHE.tar.xz
     python tools/precompile.py unpack CACHE.tar.xz          on the machine with the GPU, before the first launch
 
-``fill`` needs no GPU: launches stop after the compiler. It has to run under the Triton release of the other machine.
-Triton's key of a binary is a hash of the installation (which differs between builds of one release), the kernel's
-source, the backend, the options and the environment. ``pack`` keeps the last four apart, ``unpack`` adds the first of
-the machine that it runs on, and builds the C launchers on all its cores.
+``fill`` needs no GPU: launches stop after the compiler. It must run under the Triton release of the other machine.
+Triton's key of a binary is a hash of five things: the installation (which differs between builds of one release), the
+kernel's source, the backend, the options and the environment. ``pack`` keeps the last four. ``unpack`` adds the first
+for the machine it runs on, and builds the C launchers on all its cores.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MULTIPROCESSORS = 132
 
 
 def install(capability: int) -> None:
-    """From here on a launch compiles for ``capability`` and computes nothing; tensors may be on any device."""
+    """From now on a launch compiles for ``capability`` and computes nothing. Tensors may be on any device."""
     import triton.compiler.compiler as compiler
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia

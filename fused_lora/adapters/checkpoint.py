@@ -1,7 +1,7 @@
-"""Read PEFT adapter checkpoints: adapter_config.json + adapter_model.safetensors, with nothing taken on trust.
+"""Read PEFT adapter checkpoints: adapter_config.json + adapter_model.safetensors, with every entry checked.
 
-Everything is checked against the config and the model before the model is touched; nothing of a file is run: no
-pickle, no import, no regular expression (the layers are those that have tensors, the rank of each is its tensors').
+All checks against the config and the model come before the model is changed. Nothing in a file is run: no pickle, no
+import, no regular expression. The layers are those that have tensors, and a tensor's shape gives the rank.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Adapter(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the headers promise, before any tensor is read: keys of each path by field, rank and alpha of each path."""
+    """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha."""
 
     config: LoraConfig
     weights: str
@@ -69,7 +69,7 @@ def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BY
         max_bytes: largest weights file that is read.
 
     Raises:
-        AdapterError: anything in the files that is not as it must be, with file, key, expected and found.
+        AdapterError: a file is malformed. The error has file, key, expected and found.
     """
     return read_checked(directory, max_bytes, lambda plan: None)[0]
 

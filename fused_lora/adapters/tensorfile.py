@@ -2,11 +2,11 @@
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length n; n bytes of JSON
 ``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}``; the tensors, offsets counted
-from the end of the header. Files are read into fresh memory, never mapped: a mapped file that is changed later changes
-the weights, and one that is cut short kills the process.
+from the end of the header. Files are read into memory, never mapped: a later change of a mapped file would
+change the weights, and a truncated one would kill the process.
 
-A file written here carries SHA-256 of the whole file (taken with zeros in the digest's place) under the metadata key
-``fused_lora.sha256``. It finds damage; it is no signature.
+A file written here carries SHA-256 of the whole file (with zeros in place of the digest) under the metadata key
+``fused_lora.sha256``. It detects damage. It is not a signature.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`fused-lora run`: a script as it is, with every LoRA Linear that PEFT builds in it accelerated."""
+"""`fused-lora run`: run an unchanged script and accelerate every LoRA Linear that PEFT builds in it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ USAGE = "usage: fused-lora run script.py [arguments ...]\n       fused-lora run 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a script or module as ``python`` would, then say on stderr how many LoRA calls ran fused.
+    """Run a script or module as ``python`` would, then report on stderr how many LoRA calls ran fused.
 
     Returns:
-        0 when the script ends; what it raises, SystemExit included, passes through. 2 for a wrong command line.
+        0 if the script ends, 2 for a wrong command line. What the script raises passes through, SystemExit too.
     """
     arguments = list(arguments)
     as_module = arguments[:1] == ["-m"]

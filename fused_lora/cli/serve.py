@@ -1,4 +1,4 @@
-"""``fused-lora serve``: the command line of the HTTP server. Heavy imports wait until the options are right."""
+"""``fused-lora serve``: the command line of the HTTP server. Heavy imports come after the options are checked."""
 
 from __future__ import annotations
 
@@ -134,10 +134,10 @@ def build(options: argparse.Namespace) -> Any:
 
 
 def register_folder(store: Any, folder: Path, base_name: str) -> None:
-    """Make every adapter in ``folder`` known under its folder's name, its config and header checked.
+    """Register every adapter in ``folder`` under its folder's name, and check its config and header.
 
-    What cannot have a name or leads outside is logged and left out; what does not fit the model is logged and refused
-    until its files change.
+    Folders with unusable names and links to the outside are logged and left out. Adapters that do not fit the model
+    are logged and refused until their files change.
     """
     from fused_lora.modules.inject import check_adapter_name
     from fused_lora.serving.http.api import ApiError

@@ -1,7 +1,7 @@
-"""`fused-lora doctor`: is it right and fast here? Versions, GPU, which path runs, checks, and one layer's time.
+"""`fused-lora doctor`: versions, GPU, which path runs, checks of all results, and one layer's time.
 
-Every kernel runs on small ragged layers against float64; where none can run, the operators do. The first call on a GPU
-compiles about a hundred kernels. Exit code: 1 when a result is wrong or a kernel was dropped.
+Every kernel runs on small layers of odd sizes against float64. If no kernel can run, the operators do. The first call
+on a GPU compiles about a hundred kernels. Exit code: 1 if a result is wrong or a kernel was dropped.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def examine(device: torch.device) -> Iterator[tuple[str, Any]]:
 
 
 def gpu(device: torch.device) -> dict[str, object]:
-    """Name, capability, memory and driver; a name of None, and why, for a CPU."""
+    """Name, capability, memory and driver. For a CPU the name is None, and ``why`` gives the reason."""
     if device.type == "cpu":
         built = "torch finds no GPU" if torch.backends.cuda.is_built() else "torch is built without CUDA"
         return {"name": None, "why": "the CPU was asked for" if torch.cuda.is_available() else built}
@@ -121,7 +121,7 @@ def times(device: torch.device) -> dict[str, float]:
         return base(x) + linear(linear(dropout(x, p), A), B) * layer.scaling["default"]
 
     def step(call: Callable[[torch.Tensor], torch.Tensor]) -> float:
-        """Of many in a row, as a training loop issues them: the longer of the host's and the device's time."""
+        """Milliseconds of a step among many in a row, as in a training loop: host or device, whichever takes longer."""
         start = time.perf_counter()
         for _ in range(STEPS[device.type]):
             torch.autograd.grad([call(x)], [x, A, B], [g])

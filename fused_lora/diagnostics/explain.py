@@ -1,4 +1,4 @@
-"""What runs and what it costs: of one layer's shape on any chip, or of every LoRA layer of a model.
+"""What runs and what it costs: for one layer's shape on any chip, or for every LoRA layer of a model.
 
 print(fused_lora.explain(M=8192, K=4096, N=4096, r=16, dropout=0.1, dtype=torch.bfloat16, device="H100"))
 print(fused_lora.explain(model))
@@ -27,7 +27,7 @@ CHIPS = {  # NVIDIA chip -> 10 * major + minor of its compute capability
 
 @dataclass(frozen=True)
 class Cost:
-    """One direction of a layer. Launches and bytes are None on the eager path, which is not counted."""
+    """The cost of a forward or a backward. Launches and bytes are None on the eager path, which is not counted."""
 
     name: str
     variant: str
@@ -43,8 +43,8 @@ class Cost:
 class Explanation:
     """Variant, configurations and cost of forward and backward; ``str()`` is a table.
 
-    The floor counts every operand and result of the products once (the backward's are the input gradient and the two
-    weight gradients) and every multiplication once.
+    The floor counts every operand, every result and every multiplication once. The results of the backward are the
+    input gradient and the two weight gradients.
     """
 
     title: str
@@ -63,7 +63,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """Every LoRA layer of a model, whether it runs fused and why not; ``str()`` is a table."""
+    """Every LoRA layer of a model: whether it runs fused, or why not. ``str()`` is a table."""
 
     layers: tuple[LayerRow, ...]
 
@@ -108,23 +108,25 @@ def explain(
     adapter_dtype: torch.dtype | None = None,
     adapters: int = 1,
 ) -> Explanation | ModelExplanation:
-    """What runs for a layer y = x W^T + s D(x) A^T B^T, x [M, K], W [N, K], rank r, and what it costs. Runs nothing.
+    """Explain which variant runs for y = x W^T + s D(x) A^T B^T, x [M, K], W [N, K], rank r, and its cost.
+
+    Nothing runs.
 
     Args:
-        model: a model instead of a shape: a table of its LoRA layers, fused or not and why not.
+        model: a model instead of a shape. The result is a table of its LoRA layers: fused, or why not.
         M, K, N, r: rows of x, in_features, out_features, rank of each adapter.
         dropout: of the adapters. dtype: of x and W. adapter_dtype: of A and B, default that of x.
-        device: where it would run: a torch device, or the name of an NVIDIA chip ("H100", "sm_90") that need not be
-            there. Default: the current GPU, and the CPU where there is none.
+        device: where it would run: a torch device, or the name of an NVIDIA chip ("H100", "sm_90"), which need not be
+            present. Default: the current GPU, or the CPU.
         adapters: how many are active in one call.
 
     Returns:
-        an object whose ``str()`` is a table: variant, launches, bytes and flops of forward and backward against the
-        floor, and the configuration of each launch. The plan is the one that a call takes.
+        An object whose ``str()`` is a table: variant, launches, bytes and flops of forward and backward against the
+        floor, and the configuration of each launch. A call takes the same plan.
 
     Raises:
-        ValueError: a size is missing or not positive, dropout outside [0, 1], an unknown chip, or model and a shape.
-        TypeError: model is no module, dtype no torch.dtype.
+        ValueError: a size is missing or not positive; dropout is outside [0, 1]; an unknown chip; or model and a shape.
+        TypeError: model is not a module, or dtype not a torch.dtype.
     """
     sizes = dict(M=M, K=K, N=N, r=r)
     if model is not None:
@@ -209,7 +211,7 @@ def _plans(shape: tuple[Any, ...], capability: int) -> tuple[Plan, Plan]:
 
 
 def _dropped(plans: Sequence[Plan]) -> tuple[str, ...]:
-    """A note where such a plan has failed its trial in this process."""
+    """A note for each plan that has failed its first use in this process."""
     failed = {key[1] for key, passed in kernel.verdicts().items() if not passed and isinstance(key[1], Plan)}
     said = "has failed its first use in this process; the eager path does its work"
     return tuple(f"{p.variant} {said}" for p in plans if p in failed)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from fused_lora.integrations.peft_linear import CALLS, FUSED, linear_class, why_not_fused
-from fused_lora.modules.fusable import is_exactly_conv1d, why_not_plain, why_not_plain_weight
+from fused_lora.modules.fusable import is_exactly_conv1d, why_not_plain_weight
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.linear import LoraLinear
 
@@ -245,7 +245,7 @@ def _why_not_ours(layer: LoraLinear) -> str | None:
     names = layer._present(layer.active_adapters)
     if not names:
         return "no active adapter in this layer"
-    return next(filter(None, map(why_not_plain, layer._parts(names))), None)
+    return layer._why_not_plain(names)
 
 
 def _why_not_peft(layer: nn.Module) -> str | None:

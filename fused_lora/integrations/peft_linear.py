@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fused_lora.modules.fusable import (
     is_exactly_conv1d,
     why_not_here,
     why_not_plain,
+    why_not_plain_dropout,
     why_not_plain_input,
     why_not_plain_weight,
 )
@@ -25,6 +27,11 @@ from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 
 FUSED = "fused"
 _FEW_ROWS = 64
+_WRAPPED = (
+    "the model is wrapped by PEFT already. peft_model.load_adapter(path, adapter_name, is_trainable=True) loads a "
+    "further adapter, peft_model.add_adapter(adapter_name, config) starts one, and peft_model.merge_and_unload() "
+    "returns a plain model to start anew"
+)
 CALLS: Counter[str] = Counter()  # FUSED, or the reason why PEFT's own forward ran -> calls in this process
 
 
@@ -55,6 +62,8 @@ class AcceleratedLinear(FusedLoraBehaviour):
         """
         if not self.merged:
             self.merge_state = None  # someone emptied the list of merged adapters by hand
+        if isinstance(adapter_names, Iterator):
+            adapter_names = list(adapter_names)
         if not self._merges_exactly(adapter_names):
             return self._merge_by_peft(safe_merge, adapter_names)
         names = self._present(self._names_to_merge(adapter_names))
@@ -85,32 +94,40 @@ class AcceleratedLinear(FusedLoraBehaviour):
         super(FusedLoraBehaviour, self).unmerge()
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's way to add an adapter to an existing layer.
+        """PEFT's way to add an adapter to an existing layer; warns where the model is being wrapped a second time.
 
-        Raises:
-            ValueError: the model is being wrapped a second time, which would overwrite an adapter of the same name and
-                give every key of a checkpoint a second prefix.
+        That overwrites an adapter of the same name, or gives every key of a checkpoint a second prefix.
         """
-        target = kwargs.get("target_name", "")  # only an injection says which module it is about
-        if target and (adapter_name in self.lora_A or target.startswith("base_model.model.")):
-            raise ValueError(
-                f"adapter_name: {adapter_name!r} cannot be added to {target!r}: the model is wrapped by PEFT already. "
-                "peft_model.load_adapter(path, adapter_name, is_trainable=True) loads a further adapter, "
-                "peft_model.add_adapter(adapter_name, config) starts one, and peft_model.merge_and_unload() returns "
-                "a plain model to start anew"
-            )
+        target = kwargs.get("target_name") or ""  # only an injection says which module it is about
+        if target and adapter_name in self.lora_A:
+            warnings.warn(f"PEFT is about to overwrite the adapter {adapter_name!r}: {_WRAPPED}", stacklevel=2)
+        elif target.startswith("base_model.model."):
+            warnings.warn(f"checkpoints of {adapter_name!r} will have the prefix twice: {_WRAPPED}", stacklevel=2)
         super().update_layer(adapter_name, *args, **kwargs)
 
     def _merges_exactly(self, adapter_names: list[str] | None) -> bool:
         names = self.active_adapters if adapter_names is None else adapter_names
         if isinstance(names, str) or len(set(names)) != len(names) or (self.merged and self.merge_state is None):
             return False
+        if torch._C._len_torch_dispatch_stack():
+            return False  # fake tensors have no numbers to check
         names = self._present(names)
         weight = self.base_layer._parameters.get("weight")
-        weights = [weight, *(part[name].weight for name in names for part in (self.lora_A, self.lora_B))]
-        return not any(name in self.lora_variant for name in names) and not any(
-            why_not_plain_weight(w) or w.is_meta or w.device != weight.device for w in weights
-        )
+        if any(name in self.lora_variant for name in names) or not _is_mergeable(weight):
+            return False
+        return all(self._delta_fits(name, weight) for name in names)
+
+    def _delta_fits(self, name: str, weight: Tensor) -> bool:
+        """Whether one adapter's delta has the base weight's shape and device, and its lora_bias that of the bias."""
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        if any(why_not_plain_weight(w) or w.device != weight.device for w in (A, B)):
+            return False
+        shape = (A.shape[1], B.shape[0]) if self.fan_in_fan_out else (B.shape[0], A.shape[1])
+        if shape != tuple(weight.shape) or A.shape[0] != B.shape[1] or not _is_number(self.scaling[name]):
+            return False
+        bias, base = getattr(self.lora_B[name], "bias", None), getattr(self.base_layer, "bias", None)
+        own = base is self.base_layer._parameters.get("bias")
+        return bias is None or base is None or (own and base.shape == bias.shape == (B.shape[0],))
 
     def _merge_by_peft(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         before = len(self.merged_adapters)
@@ -129,6 +146,14 @@ class AcceleratedLinear(FusedLoraBehaviour):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 ) from None
+
+
+def _is_mergeable(weight: object) -> bool:
+    """Whether this is an ordinary matrix whose numbers can be written one by one."""
+    if why_not_plain_weight(weight) or weight.is_meta:
+        return False
+    (inner, n), (outer, m) = sorted(zip(weight.stride(), weight.shape, strict=True))
+    return (n <= 1 or inner > 0) and (m <= 1 or outer > inner * (n - 1))
 
 
 @functools.cache
@@ -165,17 +190,25 @@ def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] |
     if reason:
         return reason
     for name, A, B, dropout in _parts(layer, names):
-        reason = why_not_plain(A) or why_not_plain(B) or why_not_plain(dropout)
+        for part in (A, B):
+            if is_exactly_conv1d(part):
+                return "a part of the layer is a Conv1D"
+        reason = why_not_plain(A) or why_not_plain(B) or why_not_plain_dropout(dropout)
         if reason:
             return reason
-        if A.bias is not None:
+        if A._parameters["bias"] is not None:
             return "lora_A has a bias"
         if A._parameters["weight"].dtype != B._parameters["weight"].dtype:
             return "lora_A and lora_B differ in dtype"
-        scale = layer.scaling[name]
-        if not isinstance(scale, Tensor) and scale != scale:
-            return "the scaling is NaN"
+        if not _is_number(layer.scaling[name]):
+            return "the scaling is no number"
     return None
+
+
+def _is_number(scale: Any) -> bool:
+    if isinstance(scale, Tensor):
+        return scale.numel() == 1 and scale.dim() <= 1 and not scale.is_complex()
+    return isinstance(scale, (int, float)) and scale == scale
 
 
 def _parts(layer: nn.Module, names: list[str]) -> list[tuple[str, nn.Module, nn.Module, nn.Module]]:
@@ -195,12 +228,13 @@ def _why_not_call(layer: nn.Module, names: list[str], x: Tensor, args: tuple, kw
         return reason
     base = layer._modules["base_layer"]._parameters
     weight, bias, dtype, device, K = base["weight"], base["bias"], x.dtype, x.device, x.shape[-1] if x.dim() else 0
-    fits = x.dim() > 0 and weight.shape[0 if layer.fan_in_fan_out else 1] == K
-    here, others = weight.device == device, set()  # dtypes of adapters that are not that of x
+    N, inputs = reversed(weight.shape) if layer.fan_in_fan_out else weight.shape
+    fits, others = x.dim() > 0 and inputs == K, set()  # dtypes of adapters that are not that of x
+    here = weight.device == device and (bias is None or bias.device == device)
     for _, A_layer, B_layer, _ in _parts(layer, names):
         A, B = A_layer._parameters["weight"], B_layer._parameters["weight"]
         here = here and A.device == device and B.device == device
-        fits = fits and A.shape[1] == K
+        fits = fits and A.shape[1] == K and B.shape[0] == N and A.shape[0] == B.shape[1]
         if A.dtype != dtype:
             others.add(A.dtype)
     if not here:
@@ -214,6 +248,8 @@ def _why_not_call(layer: nn.Module, names: list[str], x: Tensor, args: tuple, kw
         return "casting of the input is switched off"
     if not fits:
         return "shapes differ"
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference():
+        return "the input is an inference tensor"  # ours is kept for the backward, PEFT's cast or dropped copy
     # a checkpoint's first forward, in training, has no gradients either, and its second must draw the same masks
     return "few rows on a CPU" if not layer.training and _is_too_small(x, K) else None
 

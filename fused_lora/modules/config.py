@@ -1,4 +1,4 @@
-"""LoraConfig: PEFT's names and defaults for what this package computes; everything else is refused, never ignored.
+"""LoraConfig: PEFT's names and defaults for what this package computes. Everything else is refused, never ignored.
 
     y = x W^T + b + scaling * D(x) A^T B^T        scaling = lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA)
 
@@ -36,7 +36,7 @@ _INERT: dict[str, tuple[type, ...]] = {
 
 @dataclass
 class LayerTensors:
-    """What one layer's adapter is made of.
+    """The tensors of one layer's adapter.
 
     Args:
         lora_A: [r, K].
@@ -63,28 +63,28 @@ def is_neutral(value: Any) -> bool:
 
 @dataclass
 class LoraConfig:
-    """How LoRA adapters are laid over a model.
+    """Which layers of a model get LoRA adapters, and of what kind.
 
     Args:
         r: default rank, 1 to 65536.
-        target_modules: names of the modules to adapt (equal to the path or a suffix of it after a dot), one regular
-            expression for the whole path (str), or ``"all-linear"``.
-        exclude_modules: names or one regular expression; a module that matches is left alone.
+        target_modules: a list of names (whole paths, or their last parts), one regular expression for the whole path
+            (str), or ``"all-linear"``.
+        exclude_modules: names or one regular expression. A module that matches is not adapted.
         lora_alpha: default numerator of the scaling.
         lora_dropout: probability in [0, 1] on the input of A.
-        fan_in_fan_out: recorded for PEFT; the layout of a weight follows from its module's type.
+        fan_in_fan_out: recorded for PEFT only. The module's type gives the layout of its weight.
         bias: "none", "all" or "lora_only": which biases of the model train and are saved with the adapter.
         use_rslora: scaling is lora_alpha / sqrt(r).
         modules_to_save: not supported, must be empty.
         init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero) or False (both
             as nn.Linear draws them).
         layers_to_transform, layers_pattern: restrict a list of names to these layer numbers.
-        rank_pattern, alpha_pattern: regular expression for the end of a path -> its own rank / alpha; the first that
-            matches wins.
+        rank_pattern, alpha_pattern: regular expression for the end of a path -> its rank or alpha. The first match
+            decides.
         lora_bias: give lora_B a bias.
         base_model_name_or_path, revision, task_type, inference_mode: recorded for PEFT.
-        extra: other keys of an adapter_config.json, kept for rewriting. Only neutral values (None, False, empty) and
-            a few keys without influence on the result are accepted.
+        extra: other keys of an adapter_config.json, kept for writing it again. Accepted are neutral values (None,
+            False, empty) and a few keys that do not change the result.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -124,7 +124,7 @@ class LoraConfig:
         self.validate()
 
     def validate(self) -> None:
-        """Check every field; called at construction, call it again after changing a field by hand."""
+        """Check every field. The constructor calls it; call it again after you change a field."""
         for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"):
             check_bool(name, getattr(self, name))
         for name in ("base_model_name_or_path", "revision", "task_type"):

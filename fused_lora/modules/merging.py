@@ -1,4 +1,4 @@
-"""Merge and unmerge over a whole model: all layers or none, and every bit of the base comes back."""
+"""Merge and unmerge a whole model: all layers or none. Unmerge restores every bit of the base."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fused_lora.modules.linear import LoraLinear, merge_back, unmerge_all
 
 
 def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-    """Add adapters to the base weights in place, one rounding per weight; :func:`unmerge` restores the original bits.
+    """Add adapters to the base weights in place, with one rounding. :func:`unmerge` restores the original bits.
 
     Args:
         model: a model with LoRA layers.
-        adapter_names: names to merge (default: the active ones). Layers without such an adapter are left alone.
-        safe_merge: accepted for PEFT's sake: every merge checks for NaN and infinity before it writes.
+        adapter_names: names to merge (default: the active ones). Layers without these adapters do not change.
+        safe_merge: accepted as in PEFT. Every merge checks for NaN and infinity before it writes.
 
     Raises:
         TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
@@ -61,9 +61,9 @@ def unmerge(model: nn.Module) -> None:
 
 
 def delta_fidelity(model: nn.Module) -> dict[str, float]:
-    """For every merged layer, the share of its delta that rounding to the weight's dtype lost (0: nothing, 1: all).
+    """For each merged layer, the share of its delta that was lost by rounding to the weight's dtype (0: none, 1: all).
 
-    ||(Wm - W) - D|| / ||D|| in the Frobenius norm. In bf16 a delta of 0.1 % of the weight loses about 0.8.
+    It is ||(Wm - W) - D|| / ||D|| in the Frobenius norm. In bf16 a delta of 0.1 % of the weight loses about 0.8.
     Raises RuntimeError when nothing is merged.
     """
     merged = {path: layer for path, layer in _layers(model).items() if layer.merged}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fused_lora.modules.fusable import why_not_plain
+from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout
 from fused_lora.ops.linear.op import lora_linear
 from fused_lora.ops.merge import op as merging
 
@@ -43,10 +43,15 @@ class FusedLoraBehaviour:
         names = self._present(self.active_adapters)
         if not names:
             return self.base_layer(x)
-        for part in self._parts(names):
-            if why_not_plain(part):
-                return self._composed_forward(x, names)
-        return self._fused_forward(x, names)
+        return self._composed_forward(x, names) if self._why_not_plain(names) else self._fused_forward(x, names)
+
+    def _why_not_plain(self, names: list[str]) -> str | None:
+        """Why the modules of the base and of these adapters cannot run in one operator; None when they can."""
+        base, *parts = self._parts(names)
+        reason = why_not_plain(base)
+        for A, B, drop in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            reason = reason or why_not_plain(A) or why_not_plain(B) or why_not_plain_dropout(drop)
+        return reason
 
     def _fused_forward(self, x: Tensor, names: list[str]) -> Tensor:
         """One operator for base and adapters. A scaling may be a 0-d tensor, which is read on its device only."""
@@ -128,7 +133,7 @@ class FusedLoraBehaviour:
         else:
             frozen = merging.factors(old.record, self.fan_in_fan_out)
             both = tuple(a + b for a, b in zip(frozen, _factors_of(self, names), strict=True))
-            merging.unmerge_(self.base_layer.weight, old.record)
+            merging.unmerge_(self._writable_weight(), old.record)
             try:
                 record = self._merge_factors(both, names)
             except BaseException:
@@ -147,9 +152,17 @@ class FusedLoraBehaviour:
 
     def _merge_factors(self, factors, names: list[str]) -> merging.MergeRecord:
         try:
-            return merging.merge_(self.base_layer.weight, *factors, fan_in_fan_out=self.fan_in_fan_out)
+            return merging.merge_(self._writable_weight(), *factors, fan_in_fan_out=self.fan_in_fan_out)
         except ValueError as error:
             raise ValueError(f"{error} (adapters {names}); nothing was merged") from None
+
+    def _writable_weight(self) -> Tensor:
+        """The base weight; for a tensor made in inference mode, which torch lets nobody else write to, a twin."""
+        weight = self.base_layer.weight
+        if not weight.is_inference():
+            return weight
+        twin = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        return twin.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
 
     def restore_merge(self, state: _Merge, names: list[str]) -> None:
         """Go back to a merge that :meth:`unmerge` just ended: the same bits, names and record."""
@@ -169,12 +182,14 @@ class FusedLoraBehaviour:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        state, bias = self.merge_state, self.base_layer.bias
+        state, bias = self.merge_state, getattr(self.base_layer, "bias", None)
         if state is None:
             raise RuntimeError("merged_adapters names adapters that this layer has not merged itself")
-        if state.bias_after is not None and not torch.equal(bias.data, state.bias_after.to(bias.device)):
+        if state.bias_after is not None and (
+            bias is None or not torch.equal(bias.data, state.bias_after.to(bias.device))
+        ):
             raise RuntimeError("base_layer.bias was changed while merged; nothing was unmerged")
-        merging.unmerge_(self.base_layer.weight, state.record)
+        merging.unmerge_(self._writable_weight(), state.record)
         if state.bias_before is not None:
             bias.data.copy_(state.bias_before)
         self.merge_state = None
@@ -214,10 +229,10 @@ class FusedLoraBehaviour:
 
     def _check_bias_merge(self, names: list[str]) -> Tensor | None:
         """The bias after the merge, or None where no lora_bias is involved."""
-        with_bias = [name for name in names if self.lora_B[name].bias is not None]
+        with_bias = [name for name in names if getattr(self.lora_B[name], "bias", None) is not None]
         if not with_bias:
             return None
-        bias = self.base_layer.bias
+        bias = getattr(self.base_layer, "bias", None)
         if bias is None:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
         total = bias.data.to(_wide(bias.dtype))

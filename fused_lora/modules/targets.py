@@ -39,7 +39,7 @@ def base_layer_of(module: nn.Module) -> nn.Module:
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether LoRA can be laid over ``module``: a linear layer with a plain 2-D floating-point weight."""
+    """Whether ``module`` can get LoRA: a linear layer with a plain 2-D floating-point weight."""
     base = base_layer_of(module)
     weight = getattr(base, "weight", None)
     # quantised layers subclass nn.Linear but hold packed integers
@@ -72,9 +72,9 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def match_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     """Paths of the modules that ``config`` adapts, in ``named_modules()`` order, chosen as PEFT chooses them.
 
-    A str ``target_modules`` must match the whole path; a list holds whole paths or their last parts;
-    ``"all-linear"`` means every linear layer but the output layer of a transformers model. ``exclude_modules`` goes
-    first, ``layers_to_transform`` last. Shared modules appear once, under their first name.
+    A str ``target_modules`` must match the whole path. A list holds whole paths or their last parts. ``"all-linear"``
+    means every linear layer except the output layer of a transformers model. ``exclude_modules`` is applied first,
+    ``layers_to_transform`` last. Shared modules appear once, under their first name.
 
     Raises:
         ValueError: target_modules is None or not a regular expression, nothing matches, or a matched module is not
@@ -119,9 +119,9 @@ def _output_layer(model: Any, config: LoraConfig) -> nn.Module | None:
 
 
 def literal_targets(model: nn.Module, config: LoraConfig) -> list[str] | None:
-    """The paths ``config`` names in lists alone, supported or not; None where a regular expression would have to run.
+    """The paths that ``config`` selects by lists of names, supported or not. None if it needs a regular expression.
 
-    For configs from files: an expression in them can take exponential time.
+    For configs from files: their expressions can take exponential time.
     """
     targets = config.target_modules
     if targets is None or isinstance(targets, str) or isinstance(config.exclude_modules, str) or config.layers_pattern:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -60,7 +59,7 @@ def check_linear(
         if not (0.0 <= p <= 1.0):
             raise ValueError(f"dropout: expected values in [0, 1], got {p}")
     for s in scaling:
-        if math.isnan(s):
+        if s != s:
             raise ValueError("scaling: expected numbers, got NaN")
     if any(dropout):
         if seeds is None or seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(dropout),):

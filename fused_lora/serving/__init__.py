@@ -1,4 +1,4 @@
-"""Serving: many adapters over one model at once, and the engines that ask for them."""
+"""Serve many adapters over one model: the store, the engine, the server."""
 
 from fused_lora.serving.residency.lease import Lease
 from fused_lora.serving.residency.refusal import NonFiniteOutput

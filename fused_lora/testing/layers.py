@@ -1,4 +1,4 @@
-"""A LoRA layer with its data, its exact answers and eager PEFT's answers: what kernel tests compare with."""
+"""A LoRA layer with its data, its exact results and eager PEFT's results: what kernel tests compare with."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class LayerCase:
         return {name: (terms[name] + 8) * 2.0**-24 * value for name, value in size.exact().items()}
 
     def check(self, results: dict[str, torch.Tensor]) -> None:
-        """16-bit results by the error rule against eager, fp32 ones by what fp32 sums can lose at most."""
+        """Check results: 16-bit ones by the error rule against eager, fp32 ones by the largest error of fp32 sums."""
         eager, exact, bounds = self.eager(), self.exact(), self.fp32_bounds()
         for name, tensor in results.items():
             if tensor.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""Is an answer as good as the reference path's? Both are measured against float64; no tolerance is picked by hand."""
+"""Is a result as exact as the reference path's? Both are compared with float64. No tolerance is chosen by hand."""
 
 from __future__ import annotations
 

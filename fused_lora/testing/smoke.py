@@ -1,4 +1,4 @@
-"""Every kernel once, on small ragged layers, against float64: for compute-sanitizer, or for a first look at a machine.
+"""Run every kernel once on small layers of odd sizes against float64: for compute-sanitizer, or on a new machine.
 
 python -m fused_lora.testing.smoke                                  the current GPU
 python -m fused_lora.testing.smoke --subset                         one masked layer in bf16, for slow tools
@@ -76,7 +76,7 @@ def grouped(device: torch.device | str, subset: bool = False) -> Iterator[str]:
 
 
 def merges(device: torch.device | str, subset: bool = False) -> Iterator[str]:
-    """Merge and unmerge back to the bit, in every dtype."""
+    """Merge, and unmerge to the original bits, in every dtype."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 1 if subset else None]:
         W = (torch.randn(65, 300) * 0.02).to(dtype).to(device)
         A, B = torch.randn(3, 300).to(device), (torch.randn(65, 3) * 0.002).to(device)

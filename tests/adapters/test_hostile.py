@@ -140,7 +140,7 @@ def refused(folder, match=None, seconds=2.0, name=None, dtype=torch.float32):
     return error
 
 
-def test_the_watch_sees(tmp_path):
+def test_the_watch_notices_forbidden_calls(tmp_path):
     WATCH.on, WATCH.seen = True, []
     (tmp_path / "x").write_text("x")
     pickle.loads(pickle.dumps(json.dumps))
@@ -149,7 +149,7 @@ def test_the_watch_sees(tmp_path):
     assert {"open", "pickle.find_class", "exec", "compile"} <= {event for event, _ in WATCH.seen}
 
 
-def test_the_good_one_loads(tmp_path):
+def test_an_undamaged_checkpoint_loads(tmp_path):
     model = Net()
     load_adapter(model, write(tmp_path / "a"))
     assert torch.equal(model.fc1.lora_A["default"].weight, good_tensors()[A1])

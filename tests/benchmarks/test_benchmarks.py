@@ -97,7 +97,7 @@ def test_bench_merge_with_the_kernel(load, tmp_path, monkeypatch):
     assert bare["merge_to_copy"] == pytest.approx(bare["merge_ms"]["median"] / copied, rel=1e-3, abs=1e-4)
 
 
-def test_bars_of_a_merge_on_a_gpu(load, tmp_path):
+def test_goals_of_a_merge_on_a_gpu(load, tmp_path):
     bench, report = load("bench_merge"), load("report").Report("merge", torch.device("cpu"), tmp_path, {})
     report.device = torch.device("cuda")
     row = dict(benchmark="merge", dtype="bfloat16", inputs=8, outputs=8, correct=True, changed=0.0)
@@ -454,7 +454,7 @@ def test_graph_and_host_columns(load, tmp_path, capsys):
     assert "PEFT, no graph: no" in screen and "0.25" in screen and "123" in screen
 
 
-def test_bars_of_a_layer_on_a_gpu(load, tmp_path):
+def test_goals_of_a_layer_on_a_gpu(load, tmp_path):
     bench, report = load("bench_linear"), load("report").Report("linear", torch.device("cpu"), tmp_path, {})
     report.device = torch.device("cuda")
     table = load("report").Table(bench.COLUMNS)

@@ -185,7 +185,7 @@ def test_an_error_in_the_model_leaves_nothing_changed():
     fused_lora.unmerge(model)
 
 
-def test_buffers_come_back(ids):
+def test_buffers_are_restored(ids):
     class Counting(nn.Module):
         def __init__(self, model):
             super().__init__()

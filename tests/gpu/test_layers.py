@@ -228,7 +228,7 @@ def test_merge_and_unmerge(dtype, fan_in_fan_out, device):
         merge.unmerge_(W, changed)
 
 
-def test_the_way_out(device, monkeypatch):
+def test_eager_switch_disables_all_kernels(device, monkeypatch):
     """FUSED_LORA_PLAN=eager: no kernel is launched."""
     case = LayerCase.make(100, 64, 80, [8], [0.1], BF16, device=device)
     monkeypatch.setenv("FUSED_LORA_PLAN", "eager")

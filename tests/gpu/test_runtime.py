@@ -146,7 +146,7 @@ def test_inductors_graphs_hold_the_first_use(M, p, monkeypatch):
     assert sync._of_stream and all(kernel._state.values())
 
 
-def test_the_allocator_of_the_caller_stays(monkeypatch):
+def test_the_callers_triton_allocator_is_restored(monkeypatch):
     """Tensor descriptors need memory from Triton's allocator: ours for the launch, the caller's before and after."""
     import triton
     from triton.runtime import _allocation

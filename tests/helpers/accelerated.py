@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,9 +128,12 @@ class SideBySide:
         and for all. ``kwargs`` go to the models.
         """
         ours, theirs, exact = {}, {}, {}
+        embeddings = [next(m for m in model.modules() if isinstance(m, nn.Embedding)).weight for model in self.models]
+        before = [weight.detach().clone() for weight in embeddings]
         for _ in range(draws):
             ids = torch.randint(0, TOKENS, (ROWS, LENGTH))
-            self._draw_embeddings()
+            # new embeddings too: draws of a few tokens alone would not be independent
+            copy_into(embeddings, [torch.randn_like(before[0]) * before[0].std()] * 3)
             g = None
             for found, model in ((ours, self.ours), (theirs, self.theirs), (exact, self.exact)):
                 y = model(ids, **kwargs)
@@ -142,16 +145,16 @@ class SideBySide:
                 grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
                 for name, tensor in {"y": y.detach(), **grads}.items():
                     found.setdefault(name, []).append(tensor.clone())
+        copy_into(embeddings, before)
         assert ours.keys() == theirs.keys() == exact.keys()
         for name in ours:
             assert [t.dtype for t in ours[name]] == [t.dtype for t in theirs[name]], name
             results = [torch.stack(found[name]) for found in (ours, theirs, exact)]
             assert_no_worse(*results, name=name, draws=True, ulps=ulps)
 
-    @torch.no_grad()
-    def _draw_embeddings(self) -> None:
-        """New values for the first embedding of every model: draws over a few tokens alone would not be independent."""
-        first, *others = (next(m for m in model.modules() if isinstance(m, nn.Embedding)) for model in self.models)
-        values = torch.randn_like(first.weight) * first.weight.std()
-        for embedding in (first, *others):
-            embedding.weight.copy_(values)
+
+@torch.no_grad()
+def copy_into(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Each value into its weight, in the weight's dtype."""
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)

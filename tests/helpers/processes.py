@@ -25,17 +25,17 @@ def run_in_processes(cases: Mapping[str, Mapping[str, Any]], folder: Path) -> di
     return torch.load(folder / "results.pt")
 
 
-def run_case(kind: str, door: str, **fields: Any) -> dict[str, Any]:
+def run_case(kind: str, route: str, **fields: Any) -> dict[str, Any]:
     """Losses of STEPS steps, the first step's gradients and the final parameters, of one way to train.
 
     Args:
         kind: "one" trains on the whole batch in this process; "ddp" and "fsdp2" (decoder layers sharded), "fsdp2
             linears" (every LoRA layer sharded too) and "fsdp2 parts" (every lora_A and lora_B) on its share of it.
-        door: as in ``training.built``. fields: of its LoraConfig; ``checkpointing`` turns gradient checkpointing on.
+        route: as in ``training.built``. fields: of its LoraConfig; ``checkpointing`` turns gradient checkpointing on.
     """
     checkpointing = fields.pop("checkpointing", False)
     data = training.counting_texts(STEPS * ROWS * WORLD).reshape(STEPS, WORLD, ROWS, -1)
-    with training.built(door, training.tiny_llama(), init_lora_weights=False, **fields) as model:
+    with training.built(route, training.tiny_llama(), init_lora_weights=False, **fields) as model:
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections import Counter
 
 import peft
@@ -76,7 +77,7 @@ def test_accelerate_changes_nothing_but_the_class():
     assert torch.equal(model(IDS), y)
 
 
-def test_both_are_idempotent():
+def test_accelerate_and_restore_are_idempotent():
     model = wrap(Net())
     fused_lora.restore(model)
     fused_lora.accelerate(fused_lora.accelerate(model))
@@ -407,23 +408,46 @@ def test_peft_around_an_injected_model_is_refused(wrong_way, stage_one):
     peft.get_peft_model(plain, config())
 
 
+def wrap_base_again(model, path):
+    return peft.get_peft_model(model.base_model.model, config(lora_alpha=64))
+
+
+def inject_another(model, path):
+    return peft.inject_adapter_in_model(config(), model.base_model.model, adapter_name="two")
+
+
 @pytest.mark.parametrize(
-    "wrong_way",
+    "again, warns",
     [
-        lambda m, path: peft.PeftModel.from_pretrained(m, path),
-        lambda m, path: peft.PeftModel.from_pretrained(m, path, adapter_name="two"),
-        lambda m, path: peft.get_peft_model(m, config()),
-        lambda m, path: peft.get_peft_model(m, config(target_modules=r".*lin.*"), adapter_name="two"),
+        pytest.param(lambda m, path: peft.PeftModel.from_pretrained(m, path), True, id="from_pretrained"),
+        pytest.param(lambda m, path: peft.PeftModel.from_pretrained(m, path, "two"), True, id="another-name"),
+        pytest.param(lambda m, path: peft.get_peft_model(m, config()), True, id="get_peft_model"),
+        pytest.param(
+            lambda m, path: peft.get_peft_model(m, config(target_modules=r".*lin.*"), "two"), True, id="regex"
+        ),
+        pytest.param(lambda m, path: peft.get_peft_model(m, config(), "two", mixed=True), True, id="mixed"),
+        pytest.param(wrap_base_again, True, id="base-model"),
+        pytest.param(inject_another, False, id="a-further-injection"),
     ],
-    ids=["from_pretrained", "another-name", "get_peft_model", "regex"],
 )
-@pytest.mark.filterwarnings("ignore")
-def test_peft_around_an_accelerated_model_is_refused(wrong_way, stage_one):
-    model = fused_lora.accelerate(wrap(Net(), lora_dropout=0.1))
-    before = marks(model)
-    with pytest.raises(ValueError, match="peft_model.load_adapter"):
-        wrong_way(model, stage_one)
-    assert marks(model) == before
+def test_a_second_wrap_is_pefts_with_a_warning(again, warns, stage_one):
+    """PEFT lets it pass or warns in its own words; ours come on top and name the call that is meant."""
+    theirs = wrap(Net(), lora_dropout=0.1)
+    ours = fused_lora.accelerate(copy.deepcopy(theirs))
+    wrapped, said = [], []
+    for model in (theirs, ours):
+        torch.manual_seed(4)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            wrapped.append(again(model, stage_one).eval())
+        said.append([str(w.message) for w in caught])
+    own = [text for text in said[1] if "wrapped by PEFT already" in text]
+    assert [text for text in said[1] if text not in own] == said[0]
+    assert bool(own) is warns and all("load_adapter" in text and "add_adapter" in text for text in own)
+    state, expected = wrapped[1].state_dict(), wrapped[0].state_dict()
+    assert list(state) == list(expected) and all(torch.equal(state[name], expected[name]) for name in expected)
+    with torch.no_grad():  # few rows: PEFT's own calls in both
+        assert torch.equal(wrapped[1](IDS), wrapped[0](IDS))
 
 
 def test_fused_lora_around_a_peft_model_is_refused(stage_one):

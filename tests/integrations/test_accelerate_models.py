@@ -79,7 +79,7 @@ def test_loading_while_installed(saved):
     try:
         model = peft.PeftModel.from_pretrained(llama(), saved / "one")
         bare = llama()
-        bare.load_adapter(saved / "two", "two")  # transformers' own door to PEFT
+        bare.load_adapter(saved / "two", "two")  # transformers' own way to PEFT
     finally:
         integration.uninstall()
     for loaded in (model, bare):

@@ -331,7 +331,7 @@ def test_a_quantised_base_stays_with_peft():
     assert rows == {"lin0": "a part of the layer is a _Packed", "lin1": None, "conv1d": None, "head": None}
 
 
-def test_xlora_like_instance_forwards_keep_their_way():
+def test_forwards_set_on_an_instance_are_kept():
     both = pair()
     for model in both.models:
         layer = model.base_model.model.lin0

@@ -206,7 +206,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(dtype, adapter_dtype, de
     assert same_bits([y[[0, 33, 34, 35]] for y in crowded], [y[[5, 5, 4, 2]] for y in batch])
 
 
-def test_neighbours_in_the_tables_leave_no_trace(device):
+def test_neighbours_in_the_tables_do_not_change_the_bits(device):
     """A larger max_rank, another slot, more slots, other groups beside: the same bits."""
     case = GroupedCase.make([0, 1], [[(0, 1.0)], [(1, 1.0)]], [[5], [9]], [40], 520, BF16, device=device)
     with fixed_order_dot():
@@ -224,7 +224,7 @@ def test_neighbours_in_the_tables_leave_no_trace(device):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_tiles_and_splits_leave_no_trace_in_the_bits(dtype, device):
+def test_tiles_and_splits_do_not_change_the_bits(dtype, device):
     """Tiles, and whether programs share K or take several blocks of columns, decide who sums, not in what order."""
     case = GroupedCase.make([0, 1, -1, 3, 1], GROUPS[:4], RANKS, [70, 33], 1030, dtype, device=device)
     assert chunks(1030)[0] == 3

@@ -67,7 +67,7 @@ def test_the_bias_is_added_before_the_rounding(dtype, device, kernel_memory):
     case.check({"y": y})
 
 
-def test_nothing_to_do(device):
+def test_empty_results(device):
     for M, N in ((0, 8), (8, 0)):
         S, A = torch.empty(M, 4, device=device), torch.empty(4, N, device=device)
         assert lora_expand(S, [A], [1.0], [0.0], None, None, torch.float32).shape == (M, N)

@@ -99,7 +99,7 @@ def test_repeats_are_bit_equal(device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_column_tiles_leave_no_trace_in_the_bits(device):
+def test_column_tiles_do_not_change_the_bits(device):
     case = LayerCase.make(50, 40, 70, [5], [0.3], device=device)
     with fixed_order_dot():
         narrow = run(case, LaunchConfig("weight_grad", 16, 16, 16, 16, SPLIT_K=2))

@@ -186,7 +186,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(variant, dtype, device):
         assert torch.equal(permuted[name], batch[name][order]), name
 
 
-def test_rows_and_columns_of_tiles_leave_no_trace_in_the_bits(device):
+def test_rows_and_columns_of_tiles_do_not_change_the_bits(device):
     """BLOCK_M, BLOCK_N and GROUP_M decide who computes an element, not how; the dropout mask included."""
     case = LayerCase.make(50, 70, 40, [5], [0.3], device=device)
     tiles = [(16, 32), (32, 64), (64, 32)]

@@ -252,5 +252,5 @@ def test_every_lost_mask_is_missed(module, kernel, what, position, tmp_path, mon
     pytest.fail(f"{kernel}: '{what}' makes no difference that a test could see")
 
 
-def test_there_is_something_to_mutate():
+def test_there_are_enough_mutants():
     assert len(list(cases())) >= 30

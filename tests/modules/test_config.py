@@ -78,7 +78,7 @@ def test_other_initialisations_are_refused(tmp_path, init):
         LoraConfig.from_dict({**peft_file(tmp_path), "init_lora_weights": init})
 
 
-def test_unknown_entries(tmp_path):
+def test_unknown_entries_need_neutral_values(tmp_path):
     entries = peft_file(tmp_path)
     assert LoraConfig.from_dict({**entries, "use_superlora": False}).to_dict()["use_superlora"] is False
     with pytest.raises(ValueError, match="'use_superlora' is not supported"):

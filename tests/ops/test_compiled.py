@@ -66,7 +66,7 @@ SHAPES = [(1, 1), (7, 9), (64, 64), (130, 1021), (33, 2048), (2, 5000), (40, 409
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 0.02, 1.0], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_merge_rounds_where_torch_would_and_keeps_what_differs(shape, scale, dtype):
+def test_a_merge_rounds_as_torch_and_records_what_differs(shape, scale, dtype):
     W, left, right, merged, differs = case(shape, 3, scale, dtype)
     guarded = torch.full((shape[0] + 2, shape[1]), 7.0, dtype=dtype)
     inside = guarded[1:-1].copy_(W)

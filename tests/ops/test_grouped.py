@@ -258,7 +258,7 @@ def test_results_hold_until_the_buffers_are_taken():
 
 
 @pytest.mark.parametrize("change", ["scale", "rank", "distance", "memory", "members"])
-def test_what_is_not_alike_does_not_share_a_product(change):
+def test_different_adapters_do_not_share_a_product(change):
     K, N = 32, 16
     a, b, c = side_by_side(3, K, N, 4)
     factors = {0: [a], 1: [b], 2: [c]}

@@ -609,7 +609,7 @@ UNMERGING = {
 @pytest.mark.parametrize(
     "trouble, name", [*(("changed weight", name) for name in UNMERGING), ("broken adapter", "unload, merged")]
 )
-def test_whatever_unmerges_a_model_does_so_whole_or_not_at_all(trouble, name):
+def test_a_model_is_unmerged_whole_or_not_at_all(trouble, name):
     net = model()
     fused_lora.inject(net, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), "other")
     fused_lora.merge(net, ["other"])

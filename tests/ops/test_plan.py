@@ -209,7 +209,7 @@ def test_the_check_can_be_switched_off_and_memory_errors_pass_through(device, ra
         lora_linear(*args)
 
 
-def test_the_way_out(monkeypatch):
+def test_eager_switch_disables_all_kernels(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(kernel, "HAS_TRITON", True)
     monkeypatch.delenv("FUSED_LORA_PLAN", raising=False)

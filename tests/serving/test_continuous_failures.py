@@ -92,7 +92,7 @@ def test_marked_prompt_fails_alone(world, served, name):
 
 
 @pytest.mark.parametrize("output", [None, "error", {"error": "x"}])
-def test_a_failure_of_nothing(output):
+def test_failure_of_refuses_other_objects(output):
     with pytest.raises(TypeError, match="output: expected a GenerationOutput"):
         failure_of(output)
 

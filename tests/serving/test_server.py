@@ -208,7 +208,7 @@ def test_stop_strings(server, alone):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_done_is_said(server, changes, status, named, stream):
+def test_unsupported_parameters_are_refused_by_name(server, changes, status, named, stream):
     request = {**dict(model="tiny", prompt="x", max_tokens=4, stream=stream), **changes}
     got, body = status_of(lambda: server.client.completions.create(**request))
     assert got == status and named in body["message"] and set(body) == {"message", "type", "param", "code"}

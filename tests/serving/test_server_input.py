@@ -216,7 +216,7 @@ def test_paths(server):
     assert server.http.request("PUT", "/v1/models").status_code == 405
 
 
-def test_what_is_odd_but_right_is_served(server):
+def test_unusual_but_valid_requests_are_served(server):
     greedy = post(server, "completions", {**COMPLETION, "temperature": 0}).json()["choices"][0]["text"]
     for changes in (dict(temperature=1e-300), dict(temperature=1e-40), dict(top_p=1e-300), dict(stop=[SURROGATE, "ü"])):
         answer = post(server, "completions", {**COMPLETION, "temperature": 0, **changes})

@@ -284,7 +284,7 @@ def test_inference_tensors_are_computed_for_themselves(model, joint, alone):
     assert torch.equal(out, alone(NAMES, x))
 
 
-def test_a_step_that_was_broken_off(model, joint, alone):
+def test_a_step_that_raised_half_way(model, joint, alone):
     store, x = loaded(model), torch.randn(6, 2, K)
 
     def fail(x):

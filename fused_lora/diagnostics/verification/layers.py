@@ -1,7 +1,7 @@
-"""LoRA layers that can be looked at merged and unmerged, by their own merge and unmerge, without being changed.
+"""Show LoRA layers merged and unmerged, with their own merge and unmerge, without changing them.
 
-A layer's weight is a copy for as long as it is shown in the state it is not in; the original storage is put back
-afterwards and is never written. It serves every class with PEFT's attributes.
+To show a layer in its other state, its weight is replaced by a copy. The original storage is put back afterwards and is
+never written. This works for every class with PEFT's attributes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 @dataclass
 class Layer:
-    """A layer with the adapters that act in it, and how it was found."""
+    """A layer, its active adapters, and whether it was merged."""
 
     path: str
     module: Any  # a LoRA layer of this package or of PEFT: the attributes that they share
@@ -56,7 +56,7 @@ class Layer:
 
     @contextmanager
     def shown(self, merged: bool) -> Iterator[None]:
-        """Inside, the layer is merged, or unmerged. Afterwards weight, bias and bookkeeping are as they were."""
+        """A context in which the layer is merged, or unmerged. Afterwards weight, bias and state are restored."""
         base, kept = self.module.base_layer, _attributes(self.module)
         weight, bias = base.weight.data, None if base.bias is None else base.bias.data
         try:
@@ -94,7 +94,7 @@ class Layer:
             self.broken = str(doubts[0].message)
 
     def _take_away(self) -> None:
-        """W - D on the copy, where the layer's own unmerge refuses: the best estimate of what was merged into."""
+        """Subtract D from the copy if the layer's own unmerge refuses: the best estimate of the original weight."""
         left, right = self.delta_factors()
         self.weight.copy_(self.weight.double() - left @ right)
         for _, _, s, bias in self.factors():

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops.checks import check_linear
-from fused_lora.ops.linear import double_backward as differentiable
+from fused_lora.ops.linear import double_backward, flops, plan
 from fused_lora.ops.linear import eager as cpu
-from fused_lora.ops.linear import flops, plan
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
 _AUTOCAST = ("cpu", "cuda")  # torch refuses the question for devices that have none, as meta
@@ -140,7 +139,6 @@ def _(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, need
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
     _keep(ctx, [need_x, *rest[: 2 * len(inputs[3])], need_weight, need_bias], *inputs, output[1])
@@ -149,16 +147,23 @@ def _setup_context(ctx, inputs, output) -> None:
 def _keep(ctx, needs, x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
     """For the backward; ``needs`` has one flag per tensor: x, n times lora_A, n times lora_B, weight, bias."""
     n = len(lora_A)
+    ctx.set_materialize_grads(False)
     ctx.call = n, scaling, dropout, None if bias is None else bias.dtype, needs
     keep_x = x if needs[-2] or any(needs[1 : n + 1]) else None  # only dA and dW read it
-    ctx.save_for_backward(keep_x, weight, S, seeds, *lora_A, *lora_B)
+    if needs[0]:
+        ctx.idle = None
+        ctx.save_for_backward(keep_x, weight, S, seeds, *lora_A, *lora_B)
+    else:  # W, A and unused B have a shape to give only: what is saved must not change, and hooks may copy it
+        ctx.idle = weight, lora_A, lora_B
+        used = [B if need else None for B, need in zip(lora_B, needs[1 : n + 1], strict=True)]
+        ctx.save_for_backward(keep_x, None, S, seeds, *[None] * n, *used)
 
 
 def _backward(ctx, g, _):
     n = ctx.call[0]
     if g is None:
         return (None, None, None, [None] * n, [None] * n, None, None, None)
-    dx, dA, dB, dW, db = _all_gradients(ctx, g, _by_operator)
+    dx, dA, dB, dW, db = _all_gradients(ctx, g, None, _by_operator)
     return dx, dW, db, dA, dB, None, None, None
 
 
@@ -169,18 +174,28 @@ def _by_operator(*arguments):
     return dx, rest[:n], rest[n:], dW, db
 
 
-def _all_gradients(ctx, g, gradients):
-    """dx, dA, dB, dW, db with None for what is not needed; ``gradients`` computes them."""
+def _all_gradients(ctx, g, g_S, gradients):
+    """dx, dA, dB, dW, db with None for what is not needed, by ``gradients`` where nobody follows its operations.
+
+    g_S: gradient of S, which second derivatives have; either of g and g_S may be None.
+    """
     n, scaling, dropout, bias_dtype, needs = ctx.call
     x, weight, S, seeds, *adapters = ctx.saved_tensors
-    if x is not None and x.dim() != 2:
-        x = x.reshape(g.shape[0], weight.shape[1])
     A, B = adapters[:n], adapters[n:]
-    if not torch.is_grad_enabled():
+    if ctx.idle is not None:
+        weight, A, all_B = ctx.idle
+        B = [B if saved is None else saved for B, saved in zip(all_B, B, strict=True)]
+    if x is not None and x.dim() != 2:
+        x = x.reshape(S.shape[0], weight.shape[1])
+    if g_S is None and not (torch.is_grad_enabled() or _is_batched(g)):
+        if g.is_neg():  # a kernel would not see the sign
+            g = g.resolve_neg()
         return gradients(g, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs)
-    # create_graph: someone wants to differentiate what comes next
-    with torch.autocast(g.device.type, enabled=False):
-        found = differentiable.lora_linear_backward(g, x, weight, A, B, scaling, dropout, seeds, bias_dtype, needs)
+    # create_graph, or a batch of gradients
+    with torch.autocast(S.device.type, enabled=False):
+        found = double_backward.lora_linear_backward(
+            g, g_S, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs
+        )
     dx, *rest, dW, db = found
     return dx, rest[:n], rest[n:], dW, db
 
@@ -218,7 +233,10 @@ def _register_autocast(device_type: str, key: str) -> None:
 
 
 class _Direct(torch.autograd.Function):
-    """The same operator past the dispatcher, whose bookkeeping takes longer than a small layer; x of any dimensions."""
+    """The same operator past the dispatcher, whose bookkeeping takes longer than a small layer; x of any dimensions.
+
+    S is a result, so that second derivatives reach x and A through it.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, n, scaling, dropout, seeds, *adapters):
@@ -227,17 +245,20 @@ class _Direct(torch.autograd.Function):
         need_x, need_weight, need_bias, _, _, _, _, *need_adapters = ctx.needs_input_grad
         _keep(ctx, [need_x, *need_adapters, need_weight, need_bias], x, *arguments, S)
         ctx.shape = x.shape
-        return y
+        return y, S
 
     @staticmethod
-    def backward(ctx, g):
-        if _autocasts(g):
-            with torch.autocast(g.device.type, enabled=False):
-                return _Direct.backward(ctx, g)
+    def backward(ctx, g, g_S):
+        some = g_S if g is None else g
+        if some is None:
+            return (None,) * (7 + 2 * ctx.call[0])
+        if _autocasts(some):
+            with torch.autocast(some.device.type, enabled=False):
+                return _Direct.backward(ctx, g, g_S)
         shape = ctx.shape
-        if len(shape) != 2:
+        if g is not None and len(shape) != 2:
             g = g.reshape(shape[:-1].numel(), g.shape[-1])
-        dx, dA, dB, dW, db = _all_gradients(ctx, g, _gradients)
+        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, _gradients)
         if dx is not None and len(shape) != 2:
             dx = dx.reshape(shape)
         return dx, dW, db, None, None, None, None, *dA, *dB
@@ -255,16 +276,23 @@ def _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[
 
 def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
     """y; differentiable."""
+    if x.is_neg():  # a kernel would not see the sign
+        x = x.resolve_neg()
     if torch.is_grad_enabled():
         for tensor in (x, *lora_A, *lora_B, weight, bias):
             if tensor is not None and tensor.requires_grad:
-                return _Direct.apply(x, weight, bias, len(lora_A), scaling, dropout, seeds, *lora_A, *lora_B)
+                return _Direct.apply(x, weight, bias, len(lora_A), scaling, dropout, seeds, *lora_A, *lora_B)[0]
     return _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)[0]
 
 
 def _autocasts(x: Tensor) -> bool:
     kind = x.device.type
     return kind in _AUTOCAST and torch.is_autocast_enabled(kind)
+
+
+def _is_batched(g: Tensor) -> bool:
+    """Whether g stands for many gradients: under torch.func.vmap, or ``is_grads_batched`` of torch.autograd.grad."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(g)
 
 
 def _is_direct(*tensors: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Where the store meets the model: forward hooks that leave the layers, their weights and their keys as they are."""
+"""Forward hooks that connect a store with a model. Layers, weights and keys do not change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     """The linear layers of a plain model by path.
 
     Raises:
-        TypeError: model is no module. ValueError: it has LoRA layers already, or no linear layer.
+        TypeError: model is not a module. ValueError: it has LoRA layers already, or no linear layer.
         RuntimeError: a store is attached to it.
     """
     if not isinstance(model, nn.Module):
@@ -45,14 +45,14 @@ class Attachment:
             self._handles.append(site.module.register_forward_hook(_Hook(store, site), with_kwargs=True))
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
 
 class _Shared:
-    """A copy of the model is served by the same store: arenas and locks are not to be copied."""
+    """Copies of the model share the store, because arenas and locks cannot be copied."""
 
     def __deepcopy__(self, memo: dict) -> _Shared:
         return self
@@ -81,7 +81,7 @@ class _OutputHook(_Shared):
 
 
 class _Hook(_Shared):
-    """After a linear layer: add the terms of the running batch to what it returned."""
+    """After a linear layer: add the LoRA terms of the running batch to its output."""
 
     def __init__(self, store: Any, site: Site):
         self._store, self._site = store, site

@@ -1,5 +1,8 @@
-"""Which rows of the running batch have which adapters. The state belongs to the thread (or task) that runs the model,
-never to the layers: several threads may run one model under different adapters at once."""
+"""Which rows of the running batch use which adapters.
+
+The state belongs to the thread (or task) that runs the model, never to the layers. So several threads can run one model
+with different adapters at the same time.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +39,15 @@ class Batch:
 
     Args:
         store: whose batch this is.
-        groups: of each group the (version, weight) pairs. group_of_entry: integers, -1 for the base model.
-        entry_of_row: the entry of each token row; None: the rows of the model's batch, in equal shares.
+        groups: the (version, weight) pairs of each group. group_of_entry: integers, -1 for the base model.
+        entry_of_row: the entry of each token row. None: the rows of the model's batch are divided equally.
         prepared: for these groups. siblings: layers of the store's model that share an input.
         buffers: for a step in a CUDA graph; ``entry_of_row`` is given then.
 
     Attributes:
-        identities: of each entry the identity of its adapter (None for the base model; joined by "+" with weights for
-            a combination): what a cache of prefixes may tell requests apart by.
-        check_outputs: whether rows of adapters that the model returns must be finite, True unless set otherwise.
+        identities: the identity of each entry's adapter, a key for prefix caches. None for the base model. A
+            combination is joined by "+" with its weights.
+        check_outputs: whether the rows of adapters must be finite. True unless set otherwise.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Batch:
             self._fill(buffers, entry_of_row)
 
     def _fill(self, buffers: RowBuffers, entry_of_row: np.ndarray) -> None:
-        """All that a replay reads is in place, or on its way on this stream, when this returns."""
+        """Copy everything that a replay reads, on the current stream."""
         spare = buffers.rows - len(entry_of_row)
         if spare < 0:
             raise ValueError(f"rows: {len(entry_of_row)}, the buffers hold {buffers.rows}")
@@ -88,7 +91,7 @@ class Batch:
 
     @property
     def identities(self) -> list[str | None]:
-        """The identity that each entry is served with."""
+        """The identity of each entry's adapter."""
         labels = [
             "+".join(v.identity if w == 1.0 and len(group) == 1 else f"{w!r}*{v.identity}" for v, w in group)
             for group in self.groups
@@ -114,7 +117,7 @@ class Batch:
             self._traces = {}
 
     def called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """The model is called with these arguments: remember how many sequences and tokens they are."""
+        """Note how many sequences and tokens the model is called with."""
         trace = self._traces.get(threading.get_ident()) or self._trace()
         trace.shared = None  # of a step that was broken off
         self._siblings.close(trace)
@@ -132,10 +135,10 @@ class Batch:
                 trace.sizes, trace.rows = sizes, {}
 
     def returned(self, kwargs: Mapping[str, Any], output: Any) -> None:
-        """The model returned ``output``: raise NonFiniteOutput for rows under adapters that are not finite.
+        """Raise NonFiniteOutput if rows under adapters are not finite.
 
-        On a GPU the check is queued and read at the model's next call or at the end of the batch, where its result is
-        there already. A graph that is captured is not checked.
+        On a GPU the check is queued. It is read at the model's next call or at the end of the batch, so that nothing
+        waits for it. A graph that is being captured is not checked.
         """
         if not (self.check_outputs and self.groups):
             return
@@ -148,7 +151,8 @@ class Batch:
             self._read_checks()
 
     def bad_rows(self) -> list[int]:
-        """The rows of :meth:`batch_rows` in which a layer's output with its terms was not finite, on a CPU; once."""
+        """The rows of a packed batch in which the output of an adapted layer was not finite. CPU only; a second call
+        returns none."""
         return sorted({row for bad in self._bad_sums() for row in bad.nonzero().view(-1).tolist()})
 
     def _bad_sums(self) -> list[Tensor]:
@@ -162,8 +166,7 @@ class Batch:
         return None if trace is None or trace.sizes is None else trace.sizes[0]
 
     def _with_groups(self, bad: Tensor) -> tuple[Tensor, np.ndarray | None]:
-        """Bool [n] and the group of each; None where it is not known, for a model that returns other rows than its
-        own, a slice of them for instance."""
+        """Bool [n], and the group of each of the n rows or sequences. None if the model returned other rows."""
         count = len(self._group_of_entry)
         if self._entry_of_row is None and len(bad) % count == 0:
             return bad.view(len(bad), -1).any(-1), np.repeat(self._group_of_entry, len(bad) // count)
@@ -188,7 +191,7 @@ class Batch:
             )
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
-        """y += the LoRA terms of x at this site, in place."""
+        """y += the LoRA terms of x at this layer, in place."""
         trace, index = self._traces.get(threading.get_ident()) or self._trace(), site.index
         if trace.seen or index not in self._siblings.settled:
             self._siblings.watch(trace, site, x)
@@ -245,7 +248,7 @@ class Batch:
         return np.append(self._group_of_entry, -1)[self._entry_of_row]
 
     def _check_rows(self, trace: Trace, site: Site, x: Tensor) -> None:
-        """Rows that are not the batch's own, in order (experts that see some tokens), must not pass for it."""
+        """Raise ValueError if a layer gets other rows than those of the batch, in order, as an expert does."""
         rows, entries, sizes = x.shape[:-1].numel(), len(self._group_of_entry), trace.sizes
         if self._entry_of_row is not None:
             expected, fits = str(len(self._entry_of_row)), rows == len(self._entry_of_row)

@@ -1,4 +1,4 @@
-"""What is worked out for the adapters of a batch and for its rows, and kept for batches that are alike."""
+"""What is prepared for the adapters and rows of a batch, and kept for similar batches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 
 class Rows:
-    """The rows of a batch, as the eager path and as the kernels take them; made when they are asked for.
+    """The rows of a batch, for the eager path and for the kernels. Made on demand.
 
     Attributes:
         steps: what was prepared for them, by layers and dtypes.
@@ -54,7 +54,7 @@ class Rows:
 
     @functools.cached_property
     def groups(self) -> RowGroups:
-        """For the kernels: one buffer, one copy that nothing waits for."""
+        """For the kernels: one buffer, filled by one copy without synchronisation."""
         members = members_of(self._groups)
         layout = GroupLayout(len(self._group_of_row), len(members), max(map(len, members)))
         pinned = self._device.type == "cuda"
@@ -64,10 +64,10 @@ class Rows:
 
 
 class Prepared:
-    """What has been worked out for batches of the same groups, kept from one to the next.
+    """What is prepared for batches with the same groups, and kept from one to the next.
 
     Args:
-        groups: of each the (version, weight) pairs. tables: for the kernels, where they may run.
+        groups: the (version, weight) pairs of each. tables: for the kernels, where they can run.
 
     Attributes:
         sites: the layers that the groups change.
@@ -99,7 +99,7 @@ class Prepared:
         return found
 
     def drop_rows(self) -> None:
-        """Give back the buffers; they are made again when they are needed."""
+        """Free the buffers. They are made again when needed."""
         with self._lock:
             self._rows.clear()
 

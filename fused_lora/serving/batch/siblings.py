@@ -1,9 +1,8 @@
-"""Layers that read one and the same input, as q, k and v do: seen on the first step, checked at every call.
+"""Find layers that read the same input, as q, k and v do: in the first step. Every later call is checked.
 
-An input is the same if it is the same tensor object and nothing was written to it in between, which is what autograd
-goes by: the object is kept until the last layer has had it, so no other one can take its place, and its version counts
-the writes. On a GPU it is also the same stream, and the same capture or none. Inference tensors have no version; a
-layer that reads one is computed for itself.
+An input is the same if it is the same tensor object with the same autograd version, so that nothing was written to it.
+The object is kept until the last layer has read it, so no other object can have its id. On a GPU the stream must be the
+same too, and the capture, if there is one. Inference tensors have no version. A layer that reads one is computed alone.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from fused_lora.serving.residency.packing import Site
 
 
 def state_of(x: Tensor) -> Any:
-    """What changes when a layer can no longer use what another one has computed from this x; None: nobody knows."""
+    """A value that differs when results for x must not be shared any more. None: sharing is not possible."""
     if x.is_inference():
         return None
     if x.is_cuda:
@@ -27,7 +26,7 @@ def state_of(x: Tensor) -> Any:
 
 
 class Shared:
-    """What has been computed of one input for several layers.
+    """What was computed from one input for several layers.
 
     Args:
         x: the input, and its :func:`state_of`. first: the layer whose call computed. waiting: the others. formed: what
@@ -47,7 +46,7 @@ class Shared:
 
 
 class Trace:
-    """What one thread has just done inside one batch.
+    """The latest calls of one thread inside one batch.
 
     Attributes:
         shared: what the next layers may use. seen: the layers called last, as far as they had one input. sizes: how
@@ -73,7 +72,7 @@ class Trace:
 
 
 class Siblings:
-    """Of a store: which layers share an input. Threads may watch and ask at once.
+    """Which layers of a store's model share an input. Thread-safe.
 
     Attributes:
         settled: numbers of the layers about which that is known.
@@ -84,11 +83,11 @@ class Siblings:
         self.settled: set[int] = set()
 
     def of(self, first: int) -> tuple[int, ...]:
-        """The layers that will be called with the same input after this one, this one included; it alone if none."""
+        """This layer and those that will be called after it with the same input."""
         return self._groups.get(first) or (first,)
 
     def watch(self, trace: Trace, site: Site, x: Tensor) -> None:
-        """A layer is called. When another input comes, those called before belong together, or are alone."""
+        """Note a call of a layer. If its input is new, the layers called before it form a group, or stay alone."""
         if site.index in self.settled and not trace.seen:
             return
         state = state_of(x)
@@ -101,7 +100,7 @@ class Siblings:
             trace.x, trace.state, trace.seen = x, state, [site]
 
     def close(self, trace: Trace) -> None:
-        """No more layers have the input of those called last."""
+        """End the group of the layers called last."""
         indices = {site.index for site in trace.seen}
         if indices and not indices & self.settled:
             if len(indices) > 1:
@@ -112,7 +111,7 @@ class Siblings:
         trace.x, trace.state, trace.seen = None, None, []
 
     def forget(self, first: int) -> None:
-        """The layers that were called after this one had another input this time: each is computed for itself now."""
+        """Dissolve a group whose layers had different inputs. Each is computed alone from now on."""
         self._groups.pop(first, None)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Row tables at fixed addresses: what a captured CUDA graph reads, filled anew before every replay."""
+"""Row tables at fixed addresses for captured CUDA graphs. They are filled before each replay."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fused_lora.serving.residency.tables import SlotTables
 
 
 class RowBuffers:
-    """Where the groups of a step's rows lie on the device: one int32 buffer, one copy per step, no synchronisation.
+    """The groups of a step's rows on the device: one int32 buffer, one copy per step, no synchronisation.
 
     Attributes:
-        rows: how many token rows a step has; a batch with fewer is filled up with base rows.
+        rows: how many token rows a step has. A smaller batch is padded with base rows.
         groups: the tables in the buffer, with room for the largest step. They never move.
         tables: of the store whose adapters they are. max_rank: that an adapter may have. steps: what is launched, by
             layers and dtypes.

@@ -1,4 +1,4 @@
-"""Which requests may start: those whose adapter the store can hold beside the adapters in use."""
+"""Decide which requests may start: those whose adapter fits into the store beside the adapters in use."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def adapter_of(state: RequestState) -> str | None:
 
 
 def version_of(state: RequestState) -> str:
-    """The version a request started with, as the store spells it; empty for the base model and before the start."""
+    """The identity of the version a request started with. Empty for the base model and before the start."""
     return state.logit_processor_kwargs.get(VERSION, "")
 
 
 @dataclass
 class EngineCounters:
-    """What the engine has done since it was made; written by its thread only."""
+    """What the engine has done since it was made. Only its thread writes them."""
 
     steps: int = 0
     generated_tokens: int = 0
@@ -49,15 +49,14 @@ class EngineCounters:
 
 
 class Admission:
-    """Leases the adapters of started requests from the store, and lets waiting requests in while theirs fit.
+    """Leases the adapters of started requests, and starts waiting requests while their adapters fit.
 
-    A request keeps the version it started with to its end. Requests are let in by age. One whose adapter does not fit
-    keeps younger ones from bringing in further adapters; after ``PATIENCE_SECONDS`` it also keeps out those whose
-    adapter is there, so that room is made in the end. Files are read in the store's threads, while steps go on.
+    A request keeps the version it started with. Requests start by age. If an adapter does not fit, younger requests
+    may not load further adapters. After ``PATIENCE_SECONDS`` they may not start at all, so that room is made. Files
+    are read in the store's threads while steps go on.
 
     Args:
-        fail: ends a waiting request with an error. wake: called when an adapter has come, or has failed to, from
-            another thread.
+        fail: ends a waiting request with an error. wake: called from another thread when a load has ended.
     """
 
     def __init__(
@@ -74,11 +73,11 @@ class Admission:
         self._full: set[str] = set()  # versions that found no room the last time
 
     def lease_of(self, state: RequestState) -> Lease | None:
-        """What a started request holds; None for the base model."""
+        """The lease of a started request. None for the base model."""
         return None if adapter_of(state) is None else self.leases[version_of(state)]
 
     def update(self, active: Iterable[RequestState], waiting: Iterable[RequestState]) -> None:
-        """Before a step: give back the leases that no request needs, and choose who may start."""
+        """Before a step: release the leases that no request needs, and choose the requests that may start."""
         waiting = list(waiting)
         # a request that lost its cache waits again, and goes on with the version it started with
         self.release(keep={version_of(state) for state in (*active, *waiting)})
@@ -102,7 +101,7 @@ class Admission:
                 self.counters.waits_for_adapters += 1
 
     def _start(self, state: RequestState, blocked_since: float | None) -> bool | None:
-        """Give the request the present version of its adapter; False if it has to wait for room, None for its files."""
+        """Lease the current version of the request's adapter. False if it waits for room, None if for its files."""
         name = adapter_of(state)
         version = self.store.identity(name)
         refused = self.store.refusal(name)
@@ -132,7 +131,7 @@ class Admission:
         return True
 
     def _fetch(self, name: str, version: str) -> Lease | None:
-        """A lease, or None while another thread brings the adapter; raises what it met."""
+        """A lease, or None while another thread loads the adapter. Raises what the load raised."""
         future = self.loading.get(version)
         if future is None:
             lease = self.store.lease_if_ready(name)
@@ -146,12 +145,12 @@ class Admission:
         return future.result()
 
     def _came(self, future: Future[Lease]) -> None:
-        # one that found no room is tried again with the next step; waking for it would be a busy loop
+        # a load that found no room is tried again with the next step; waking for it would be a busy loop
         if not future.cancelled() and not isinstance(future.exception(), StoreFull):
             self.wake()
 
     def _abandon(self, keep: Collection[str | None]) -> None:
-        """Give back what other threads bring, or have brought, for adapters that no request waits for."""
+        """Cancel loads of adapters that no request waits for, or release their leases when they come."""
         for version in [version for version in self.loading if version.rpartition("@")[0] not in keep]:
             future = self.loading.pop(version)
             if not future.cancel():
@@ -159,12 +158,12 @@ class Admission:
         self._full = {version for version in self._full if version.rpartition("@")[0] in keep}
 
     def release(self, keep: Iterable[str] = ()) -> None:
-        """Give back all leases but those of the versions ``keep``."""
+        """Release all leases except those of the versions ``keep``."""
         for version in self.leases.keys() - set(keep):
             self.leases.pop(version).release()
 
     def release_all(self) -> None:
-        """Give back everything: no request is left."""
+        """Release everything. No request is left."""
         self.release()
         self._abandon(keep=())
 

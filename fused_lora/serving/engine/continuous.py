@@ -1,10 +1,15 @@
 """transformers' continuous batching with an adapter per request.
 
 transformers packs the tokens of all running requests into one row, chunks long prompts and shares the cache of equal
-prefixes. Here each request also names its adapter: a step runs under the adapters of its requests, equal prefixes are
-shared within one version of one adapter only, a request keeps the version it started with when its adapter is loaded
-anew, and it waits until its adapter fits into the store beside those in use. A step that raises ends the requests that
-were in it. Importing this module does not import transformers; calling it does.
+prefixes. Here each request also names its adapter:
+
+* A step uses the adapters of its requests.
+* Equal prefixes are shared only within one version of one adapter.
+* A request keeps the version it started with when its adapter is loaded again.
+* A request waits until its adapter fits into the store beside those in use.
+* A step that raises ends the requests that were in it.
+
+Importing this module does not import transformers. Its functions do.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ TESTED_TRANSFORMERS = ("5.22", "5.23")
 
 
 def check_transformers() -> None:
-    """Raise RuntimeError unless the installed transformers is a release that the tests have passed on."""
+    """Raise RuntimeError unless the installed transformers is a tested release."""
     try:
         found = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
@@ -56,7 +61,7 @@ def continuous_batching(model: nn.Module, store: Any, config: Any = None) -> Ada
     ``is_running()`` is False, and the requests that were left have an error.
 
     Args:
-        model: a transformers model for generation, in eval mode from here on.
+        model: a transformers model for generation. It is set to eval mode.
         store: an ``AdapterStore`` over this model.
         config: transformers' ``ContinuousBatchingConfig``; by default pages of 32 tokens, a cache of 16,384 tokens and
             steps of at most 256 tokens on a CPU, transformers' own defaults on a GPU. Prompts longer than a step are
@@ -64,8 +69,8 @@ def continuous_batching(model: nn.Module, store: Any, config: Any = None) -> Ada
 
     Raises:
         RuntimeError: another release of transformers than the tested ones.
-        TypeError: ``model``, ``store`` or ``config`` is of another type.
-        ValueError: the config asks for what is not supported, or the store is over another model.
+        TypeError: ``model``, ``store`` or ``config`` has the wrong type.
+        ValueError: the config asks for something unsupported, or the store belongs to another model.
     """
     check_transformers()
     from fused_lora.serving.engine.manager import AdapterManager

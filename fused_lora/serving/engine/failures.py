@@ -9,7 +9,7 @@ MAX_FAILED_STEPS = 16
 
 
 class StepFailed(RuntimeError):
-    """The model raised in a step with this request, whichever of the requests in it was the cause.
+    """The model raised in a step with this request. Any request of the step may be the cause.
 
     Args:
         error: what was raised; ``kind`` is the name of its type.
@@ -31,7 +31,7 @@ def failure_of(output: Any) -> Exception | None:
         ``StoreFull``, ``AdapterError``); or a RuntimeError when the engine was stopped.
 
     Raises:
-        TypeError: output is no such thing.
+        TypeError: output is not a GenerationOutput.
     """
     if not hasattr(output, "error"):
         raise TypeError(f"output: expected a GenerationOutput of the engine, got {type(output).__name__}")

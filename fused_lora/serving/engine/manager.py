@@ -4,9 +4,9 @@ Where it reaches into transformers' engine, and why:
 
 * the adapter of a request and its version travel in ``RequestState.logit_processor_kwargs``: that is what the engine
   copies when it drops a request's cache and starts it again;
-* a scheduler of its own decides before every step which versions are leased and which requests may start;
-* ``_generation_step`` runs inside ``store.batch_rows``, attends request by request (attention.py), and takes the
-  requests whose rows are not finite (finite.py) out of the step before the processor sees its result;
+* its own scheduler decides before every step which versions are leased and which requests may start;
+* ``_generation_step`` runs inside ``store.batch_rows`` and attends request by request (attention.py). Requests with
+  rows that are not finite (finite.py) leave the step before the processor sees its result;
 * ``_generation_loop_body`` ends the requests of a step that raised, where transformers' own would end the engine;
 * the block hashes of the prefix cache are keyed by the adapter's version.
 """
@@ -46,7 +46,7 @@ _log = logging.getLogger("fused_lora.serving")
 
 
 def default_config(device: torch.device) -> ContinuousBatchingConfig:
-    """The engine's sizes where the caller gives none."""
+    """The engine's sizes if the caller gives no config."""
     if device.type == "cuda":
         return ContinuousBatchingConfig()
     # without flash attention the mask is [step tokens, cache + step tokens]: keep both small
@@ -100,7 +100,7 @@ class AdapterManager(ContinuousBatchingManager):
         self._slices_logits = slices and self._check.sees_all_rows
 
     def switch_to_cb_friendly_attn(self, model: PreTrainedModel, auto_switch_to_flash: bool = True) -> None:
-        """As transformers does it, and then from sdpa and eager to those that keep requests apart."""
+        """Choose an implementation as transformers does. Then replace sdpa and eager by those of attention.py."""
         own = model.config._attn_implementation
         if is_by_request(own):
             return
@@ -111,7 +111,7 @@ class AdapterManager(ContinuousBatchingManager):
             self._original_attn_impl = own
 
     def start(self) -> None:
-        """Start the engine's thread; the model has the attention that it needs, after a stop too."""
+        """Start the engine's thread, and set the model's attention again after a stop."""
         self.switch_to_cb_friendly_attn(self.model, self.continuous_batching_config.auto_switch_to_flash)
         super().start()
 
@@ -173,10 +173,10 @@ class AdapterManager(ContinuousBatchingManager):
 
         Args:
             input_ids: a list of token ids, or a one-dimensional tensor or array.
-            request_id: by default the engine makes one up.
+            request_id: by default the engine makes one.
 
         Raises:
-            TypeError, ValueError: an argument that the message names, the id of another request among them.
+            TypeError, ValueError: an argument does not fit, or another request has this id. The message names it.
             AdapterNotFound: unknown adapter. RuntimeError: the engine does not run.
         """
         ids, count, ends, drawn = self._parsed(
@@ -219,7 +219,7 @@ class AdapterManager(ContinuousBatchingManager):
             self.admission.release_all()
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
-        """One step, or a wait for requests; whether to go on."""
+        """One step, or a wait for requests. Returns whether to go on."""
         self._in_step = None
         try:
             going_on = super()._generation_loop_body(batch_processor, bootstrapping)
@@ -233,7 +233,7 @@ class AdapterManager(ContinuousBatchingManager):
         return going_on
 
     def _fail_step(self, processor: ContinuousBatchProcessor, error: Exception) -> None:
-        """End the requests of the step that raised ``error``; raise where the engine has to end too."""
+        """End the requests of the step that raised ``error``. Raises if the engine must stop too."""
         _log.error("a step of the engine failed", exc_info=error)
         scheduler = processor.scheduler
         # before the forward nobody knows whose fault it was; what the scheduler has begun for active ones is lost
@@ -252,7 +252,7 @@ class AdapterManager(ContinuousBatchingManager):
             torch.cuda.synchronize(self.model.device)  # raises if the device is lost; then nothing here can run again
 
     def _generation_step(self) -> None:
-        """One forward of the engine, its rows under the adapters of their requests."""
+        """One forward of the engine. Each row uses the adapter of its request."""
         inputs = self.batch_processor.inputs_and_outputs
         futures = inputs.requests_in_batch
         self._in_step = [future.state for future in futures]
@@ -279,8 +279,10 @@ class AdapterManager(ContinuousBatchingManager):
     def _without_non_finite(
         self, inputs: Any, leases: list[Lease | None], of_terms: list[int]
     ) -> list[tuple[RequestState, NonFiniteOutput]]:
-        """Take the requests that have rows which are not finite, ``of_terms`` among them, out of the step, so that the
-        processor sees the others alone; they have ended, and are returned with the reason."""
+        """Take requests with rows that are not finite out of the step and return them with the reason.
+
+        ``of_terms``: rows of which that is known. The processor sees the other requests only.
+        """
         futures = inputs.requests_in_batch
         ends = np.cumsum([future.query_length for future in futures])
         of_logits = [end - 1 for end, future in zip(ends, futures, strict=True) if future.has_new_token]
@@ -302,8 +304,11 @@ class AdapterManager(ContinuousBatchingManager):
         return [(futures[i].state, self._blame(futures[i].state, leases[i])) for i in bad]
 
     def _blame(self, state: RequestState, lease: Lease | None) -> NonFiniteOutput:
-        """The error for a request with rows that are not finite. An adapter is quarantined if the base alone is finite
-        on the same tokens: a prompt that the base fails on must not cost others their adapter."""
+        """The error for a request with rows that are not finite.
+
+        The adapter is quarantined if the base alone is finite on the same tokens. Otherwise a prompt that the base
+        fails on could cost others their adapter.
+        """
         if lease is None:
             return NonFiniteOutput("the base model's output for this request has values that are not finite")
         what = f"the output under adapter {lease.identity!r} has values that are not finite"
@@ -314,7 +319,7 @@ class AdapterManager(ContinuousBatchingManager):
         return error
 
     def _base_is_finite(self, tokens: list[int]) -> bool:
-        """Whether the model without adapters is finite on these tokens; more than a step's are not computed: False."""
+        """Whether the model without adapters is finite on these tokens. False if they are too many for one step."""
         if len(tokens) > self.batch_processor.max_batch_tokens:
             return False
         last = {"logits_to_keep": 1} if self._slices_logits else {}
@@ -338,7 +343,7 @@ class AdapterManager(ContinuousBatchingManager):
         counters.adapter_rows += sum(f.query_length for f in futures) - base
 
     def _fail_waiting(self, state: RequestState, error: Exception) -> None:
-        """End a request that waits with ``error``."""
+        """End a waiting request with ``error``."""
         scheduler = self.batch_processor.scheduler
         del scheduler.waiting_requests[state.request_id]
         scheduler.waiting_requests_order.remove(state.request_id)

@@ -1,7 +1,7 @@
 """Requests, answers and errors of the HTTP server, in OpenAI's shapes.
 
-What the engine cannot do is refused with a 400 that names the parameter; nothing is dropped in silence but what has no
-effect on the answer (``user`` and its like).
+What the engine cannot do is refused with a 400 that names the parameter. Only parameters without effect on the answer
+(``user`` and the like) are ignored.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def too_slow() -> ApiError:
 
 
 def unexpected(error: Exception) -> ApiError:
-    """500: what nobody thought of."""
+    """500: an unexpected error."""
     return ApiError(500, f"{type(error).__name__} in the server; its log says more")
 
 
@@ -115,7 +115,7 @@ def malformed(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 class Checked(BaseModel):
-    """Types as JSON has them: no number is read from a string, none from true."""
+    """Strict JSON types: a string or true is not a number."""
 
     model_config = ConfigDict(strict=True)
 
@@ -182,7 +182,7 @@ class TextPart(Checked):
 
 
 class Message(Checked):
-    """A message; what is no text (pictures, calls of tools) is refused."""
+    """A message. Content that is not text (pictures, tool calls) is refused."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -202,7 +202,7 @@ class ChatRequest(GenerateRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     def check(self) -> None:
-        """As for all requests, and nothing in a message that would be left out of the prompt."""
+        """As for all requests. A message may hold nothing that would be left out of the prompt."""
         super().check()
         for i, message in enumerate(self.messages):
             for name, value in (message.model_extra or {}).items():

@@ -4,7 +4,7 @@
     /v1/load_lora_adapter  /v1/unload_lora_adapter         as vLLM has them, with --allow-load, from --adapters
     /health  /metrics                                      without the API key
 
-It serves plain HTTP: encryption and rates per client belong to the proxy in front of it.
+It serves plain HTTP. Encryption and rates per client are the job of a proxy in front of it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _log = logging.getLogger("fused_lora.serve")
 
 @dataclass
 class Settings:
-    """Of one server: what it calls its model, where adapters may come from, and who may use it."""
+    """Settings of one server: the name of its model, where adapters may come from, and the key."""
 
     base_name: str
     adapters: Path | None = None

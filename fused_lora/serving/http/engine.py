@@ -1,4 +1,4 @@
-"""The engine as asyncio sees it: limits, time-outs, cancellation, and adapters that change while others run."""
+"""The engine for asyncio: limits, time-outs, cancellation, and loading adapters while requests run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Piece:
 
 @dataclass(eq=False)
 class _Running:
-    """A job in the engine: what it has to say, whether the engine is done with it, and whether its client is."""
+    """A job in the engine: its output, and whether the engine or the client has finished with it."""
 
     request_id: str
     adapter: str | None
@@ -78,7 +78,7 @@ class _Running:
 
 
 class _Nowhere(queue.Queue):
-    """For outputs whose request was cancelled: nobody will ask for them."""
+    """Discards the outputs of a cancelled request."""
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         pass
@@ -87,8 +87,8 @@ class _Nowhere(queue.Queue):
 class AsyncEngine:
     """Runs jobs on an :class:`AdapterManager`; all methods belong to one event loop.
 
-    An answer is of one version of its adapter. ``load`` and ``unload`` take effect for new jobs at once; they return
-    when no job runs under the old version any more, and end those that do after ``limits.drain_seconds``.
+    An answer uses one version of its adapter. ``load`` and ``unload`` take effect for new jobs at once. They return
+    when no job uses the old version any more. After ``limits.drain_seconds`` they end the jobs that still do.
     """
 
     def __init__(self, manager: AdapterManager, tokenizer: Any, limits: Limits, metrics: Metrics):
@@ -111,7 +111,7 @@ class AsyncEngine:
         return self.manager.is_running() and self.manager.background_thread_status.can_accept_new_requests() is None
 
     def stopped(self) -> ApiError:
-        """What clients are told when the engine does not run."""
+        """The error for clients when the engine does not run."""
         fatal = self.manager.background_thread_status.fatal_error
         why = "" if fatal is None else f" after {type(fatal).__name__}; the server's log says more"
         return ApiError(503, f"the engine has stopped{why}", code="engine_stopped")
@@ -133,7 +133,7 @@ class AsyncEngine:
                 raise ApiError(400, message.replace("input_ids", job.source, 1), param) from None
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
-        """The pieces of a job as they come; leaving early cancels it. Raises ApiError."""
+        """The pieces of a job as they come. Closing it early cancels the job. Raises ApiError."""
         start = time.monotonic()
         self._next_id += 1
         request_id = f"http_{self._next_id}"
@@ -225,7 +225,7 @@ class AsyncEngine:
             self._loading.remove(name)
 
     async def unload(self, name: str) -> None:
-        """Forget an adapter. Raises ApiError."""
+        """Unload an adapter. Raises ApiError."""
         if name not in self.store:
             raise ApiError(404, f"The lora adapter {name!r} does not exist.", "lora_name", "adapter_not_found")
         await self._change(self.store.unload, name)
@@ -258,7 +258,7 @@ class AsyncEngine:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What the client of a generation is told; paths on this machine and other internals stay out of a server error."""
+    """The error for the client of a generation. A server error does not show paths or other internals."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, AdapterNotFound):
@@ -276,14 +276,14 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def _load_error(error: Exception) -> ApiError:
-    """What the client who asked for the load is told: its files are to blame for most."""
+    """The error for the client that asked for a load. Most are about its files."""
     if isinstance(error, ValueError):
         return ApiError(400, f"lora_path: {_of_files(error)}", "lora_path", "invalid_adapter")
     return as_api_error(error)
 
 
 def _of_files(error: ValueError) -> str:
-    """What is wrong with an adapter, with no folder of this machine in it."""
+    """What is wrong with an adapter, without paths of this machine."""
     message = str(error)
     if isinstance(error, AdapterError):
         what = f"{error.key}: " if error.key else ""

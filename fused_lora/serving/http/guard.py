@@ -1,4 +1,4 @@
-"""What stands between the network and the routes: the API key, the size of bodies, and the folder of adapters."""
+"""Checks before the routes: the API key, the size of bodies, and the folder of adapters."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ async def _refuse(send: Any, error: ApiError) -> None:
 def allowed_adapter(root: Path, path: str) -> Path:
     """The folder of an adapter inside ``root``, links resolved; ``path`` is absolute or relative to ``root``.
 
-    Raises ApiError 400 for what lies outside, through ``..`` or a link too, whether it exists or not; 404 for a folder
-    inside that is none or lacks a file.
+    Raises ApiError: 400 for a path outside, also through ``..`` or a link, whether it exists or not; 404 for a path
+    inside that is not a folder or lacks a file.
     """
     outside = ApiError(400, "lora_path: expected a folder inside this server's adapter folder", "lora_path")
     try:

@@ -50,7 +50,7 @@ class Rate:
 
 
 class Metrics:
-    """What the server counts itself; the engine's and the store's numbers are read when they are asked for."""
+    """Counters of the server. The engine's and the store's numbers are read for each page."""
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()

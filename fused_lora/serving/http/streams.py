@@ -1,4 +1,4 @@
-"""Several answers as one stream, and work that ends when its client hangs up."""
+"""Several answers as one stream, and work that is cancelled when its client disconnects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger("fused_lora.serve")
 
 
 async def merged(engine: AsyncEngine, jobs: list[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """The pieces of several jobs as they come, with the index of their job; leaving early cancels all of them."""
+    """The pieces of several jobs as they come, with the index of their job. Closing it early cancels all jobs."""
     ready: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
 
     async def pump(index: int, job: Job) -> None:
@@ -52,9 +52,10 @@ async def merged(engine: AsyncEngine, jobs: list[Job]) -> AsyncGenerator[tuple[i
 
 
 async def unless_gone(http: Request, work: Coroutine, deadline: float = math.inf) -> Any:
-    """The result of ``work``, which is cancelled when the client hangs up, or at ``deadline`` (``time.monotonic``).
+    """The result of ``work``. It is cancelled when the client disconnects, and at ``deadline`` (``time.monotonic``).
 
-    Raises ApiError: 499 and 504.
+    Raises:
+        ApiError: 499 for a client that disconnected, 504 for the deadline.
     """
 
     async def hung_up() -> None:

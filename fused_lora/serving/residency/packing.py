@@ -1,7 +1,7 @@
-"""Where an adapter comes from, checked against the model and laid out as one run of bytes.
+"""Read an adapter from files, tensors or a model, check it against the model, and lay it out as one run of bytes.
 
-The bytes hold, for each layer, A [r, K] and then B^T [r, N], both contiguous, at their exact rank, each starting at a
-multiple of 64 bytes. B is transposed because a row of B is r elements long, and no load of it would be aligned.
+For each layer the bytes hold A [r, K] and then B^T [r, N], contiguous, at the exact rank. Each starts at a multiple of
+64 bytes. B is transposed because its rows have r elements, so that their loads would not be aligned.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Packed(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What changes when a file of an adapter is replaced or written to."""
+    """The state of an adapter's files. It changes when a file is replaced or written."""
 
     files: tuple[tuple[int, ...], ...]
 
@@ -91,8 +91,8 @@ def from_folder(
     """A PEFT checkpoint, and the state of its files that was read; they must lie in the folder ``inside``, if given.
 
     Raises:
-        AdapterError: a file is not what it must be, or does not fit the model. ValueError: it trains biases, or a
-            value is out of the range of ``dtype``.
+        AdapterError: a file is damaged, or does not fit the model. ValueError: it trains biases, or a value is out of
+            the range of ``dtype``.
     """
     for _ in range(5):
         before = signature(folder)
@@ -129,8 +129,8 @@ def from_tensors(sites: Mapping[str, Site], layers: Mapping[str, Any], dtype: to
     """An adapter of ``{path: (A [r, K], B [N, r], scaling)}``.
 
     Raises:
-        ValueError: no layers, a path that is no linear layer of the model, a shape or a rank that does not fit, a value
-            that is not finite in ``dtype``. TypeError: an entry is no such triple.
+        ValueError: no layers; a path that is not a linear layer of the model; a shape or rank that does not fit; or a
+            value that is not finite in ``dtype``. TypeError: an entry is not such a triple.
     """
     if not layers:
         raise ValueError("source: expected at least one layer, got an empty mapping")
@@ -196,7 +196,7 @@ def _check_entry(site: Site, entry: Any) -> None:
 
 
 def largest_scale(dtype: torch.dtype) -> float:
-    """What a term may be multiplied by: the largest number of the dtype that terms of such adapters are summed in."""
+    """The largest allowed scaling: the largest number of the dtype in which such adapters are summed."""
     return torch.finfo(torch.promote_types(dtype, torch.float32)).max
 
 

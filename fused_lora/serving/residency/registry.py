@@ -1,4 +1,4 @@
-"""Names and versions: what a store knows, from where, and who holds it."""
+"""Names and versions: which adapters a store knows, where they come from, and who holds them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Source = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor, float]] | nn.Mod
 
 
 class _Changed(Exception):
-    """The files of a version that was dropped are not those it was loaded from."""
+    """The files of a version have changed since it was loaded, and it must be read again."""
 
     def __init__(self, packed: Packed, files: Any):
         self.packed, self.files = packed, files
@@ -69,47 +69,44 @@ class Registry:
         self._lock = self._residency.changed
 
     def load(self, name: str, source: Source, *, inside: str | os.PathLike | None = None) -> int:
-        """Bring an adapter onto the device under ``name``; of a known name it becomes the next version.
+        """Load an adapter onto the device under ``name``. Each load of a name increments its version.
 
-        The change is made at once and last: batches that run keep the version they started with, those that start
-        afterwards have the new one, and on any error everything is as before.
+        The new version replaces the old one in one step at the end. Running batches keep the version they started
+        with. On any error nothing has changed.
 
         Args:
             name: 1 to 64 letters, digits, "_" or "-".
-            source: a folder with a PEFT checkpoint; ``{path of a layer: (A [r, K], B [N, r], scaling)}``, copied; or a
-                model with LoRA layers, whose adapter ``name``, or its only one, is copied.
-            inside: a folder that the files must lie in once all links are followed, whenever they are read.
+            source: a folder with a PEFT checkpoint; or ``{path of a layer: (A [r, K], B [N, r], scaling)}``, copied; or
+                a model with LoRA layers, whose adapter ``name`` (or its only adapter) is copied.
+            inside: a folder. Files outside it are refused at every read, with all links followed.
 
         Returns:
-            The version: 1 for the first load of a name, and one more for each that follows, unloaded or not.
+            The version: 1 for the first load of a name. Each load increments it, even after an unload.
 
         Raises:
-            AdapterError: a file is not what it must be. ValueError: the adapter does not fit the model.
-            StoreFull: no room beside what is pinned or in use. TypeError: ``source`` is none of the above.
+            AdapterError: a file is damaged. ValueError: the adapter does not fit the model. StoreFull: no room beside
+            what is pinned or in use. TypeError: ``source`` is none of the above.
         """
         check_adapter_name(name)
         self._check_attached()
         if isinstance(source, (str, os.PathLike)):
             folder, root = _absolute(source), None if inside is None else _absolute(inside)
             packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype, root)
-            return self._publish(name, packed, folder, files, root).number
+            return self._load_packed(name, packed, folder, files, root).number
         if isinstance(source, nn.Module):
             packed = from_model(self._sites, source, name, self._transfer.dtype)
         elif isinstance(source, Mapping):
             packed = from_tensors(self._sites, source, self._transfer.dtype)
         else:
             raise TypeError(f"source: expected a folder, a mapping or a model, got {type(source).__name__}")
-        return self._publish(name, packed, None, None).number
+        return self._load_packed(name, packed, None, None).number
 
     def lease_async(self, name: str) -> Future[Lease]:
-        """:meth:`lease` in another thread, which may read files. A lease that nobody takes must be released, too."""
+        """:meth:`lease` in another thread. Release the lease even if it is not needed any more."""
         return self._in_thread(self.lease, name)
 
     def lease_if_ready(self, name: str) -> Lease | None:
-        """:meth:`lease` where nothing has to be read or moved for it, else None.
-
-        Raises AdapterNotFound, and what :meth:`refusal` gives.
-        """
+        """:meth:`lease` if the adapter is on the device, else None. Raises AdapterNotFound, or the :meth:`refusal`."""
         with self._lock:
             version = self._find(name)
             refused = self._refused(version)
@@ -131,10 +128,10 @@ class Registry:
             return self._pool.submit(work, *arguments)
 
     def register(self, name: str, source: str | os.PathLike, *, inside: str | os.PathLike | None = None) -> int:
-        """Make the checkpoint in a folder known without reading it; the first batch that uses it does.
+        """Register a checkpoint folder without reading it. The first batch that uses it reads it.
 
         Args:
-            inside: a folder that the files must lie in once all links are followed, whenever they are read.
+            inside: as for :meth:`load`.
 
         Returns:
             The version, as for :meth:`load`.
@@ -147,9 +144,13 @@ class Registry:
         return self._name(name, Version(name, 0, _absolute(source), inside=root)).number
 
     def probe(self, name: str) -> Exception | None:
-        """Look at the config and the header of an adapter in files, and at no tensor: what is wrong with them, or None.
+        """Check the config and the header of an adapter's files, and no tensor.
 
-        It is remembered: batches that use the adapter raise it until its files change. Raises AdapterNotFound.
+        Returns:
+            What is wrong with them, or None. Batches that use the adapter raise it until the files change.
+
+        Raises:
+            AdapterNotFound: unknown name.
         """
         with self._lock:
             version = self._find(name)
@@ -164,7 +165,7 @@ class Registry:
         return None
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; its memory is free once no batch uses it. Raises AdapterNotFound."""
+        """Remove an adapter. Its memory is freed when no batch uses it any more. Raises AdapterNotFound."""
         with self._lock:
             version = self._find(name)
             del self._versions[name]
@@ -172,17 +173,17 @@ class Registry:
             self._residency.retire(version)
 
     def pin(self, name: str) -> None:
-        """Keep ``name`` on the device, through reloads too, until :meth:`unpin` or :meth:`unload`.
+        """Keep ``name`` on the device, also after further loads, until :meth:`unpin` or :meth:`unload`.
 
         Raises:
-            AdapterNotFound, StoreFull, AdapterError: as a batch that uses it.
+            AdapterNotFound, StoreFull, AdapterError: as for a batch that uses it.
         """
         with self.lease(name), self._lock:
             self._find(name)
             self._pinned.add(name)
 
     def unpin(self, name: str) -> None:
-        """Let ``name`` make room for others again. Raises AdapterNotFound."""
+        """Allow ``name`` to be evicted again. Raises AdapterNotFound."""
         with self._lock:
             self._find(name)
             self._pinned.discard(name)
@@ -201,17 +202,20 @@ class Registry:
             return {name: version.number for name, version in sorted(self._versions.items())}
 
     def identity(self, name: str) -> str:
-        """``"name@version"``: another string after every load, for caches of what an adapter computed.
+        """``"name@version"``, another string after each load: a key for caches of an adapter's outputs.
 
-        Raises AdapterNotFound. ``with store.batch(...) as b`` has what the batch is served with in ``b.identities``.
+        Raises AdapterNotFound. For a running batch, ``with store.batch(...) as b``, see ``b.identities``.
         """
         with self._lock:
             return self._find(name).identity
 
     def quarantine(self, lease: Lease, error: Exception) -> None:
-        """Refuse the version that is leased with ``error`` from here on, until its name is loaded anew.
+        """Refuse the leased version with ``error``, until its name is loaded anew or its files change.
 
-        Batches and leases that hold it go on. Raises RuntimeError after the release.
+        Batches and leases that hold it go on.
+
+        Raises:
+            RuntimeError: the lease has been released.
         """
         with self._lock:
             version = lease.held
@@ -220,12 +224,12 @@ class Registry:
             version.refusal = Refusal(error.with_traceback(None), version.folder, version.files, for_good=True)
 
     def refusal(self, name: str) -> Exception | None:
-        """What a batch that uses ``name`` would raise at once, or None. Raises AdapterNotFound."""
+        """The error that a batch with ``name`` raises at once, or None. Raises AdapterNotFound."""
         with self._lock:
             return self._refused(self._find(name))
 
     def refusals(self) -> dict[str, Exception]:
-        """The names that are not served at present, and why: :meth:`refusal` of all."""
+        """The names that are refused now, with their :meth:`refusal`."""
         with self._lock:
             found = {name: self._refused(version) for name, version in self._versions.items() if version.refusal}
         return {name: error for name, error in found.items() if error is not None}
@@ -251,10 +255,10 @@ class Registry:
             }
 
     def lease(self, name: str) -> Lease:
-        """Hold the present version of ``name`` on the device, across batches and reloads, until it is released.
+        """Hold the current version of ``name`` on the device, through batches and loads, until the release.
 
         Raises:
-            AdapterNotFound: unknown name. StoreFull: no room. AdapterError: its files are not what they must be.
+            AdapterNotFound: unknown name. StoreFull: no room. AdapterError: its files are damaged.
         """
         return Lease(self._hold(name), self._residency)
 
@@ -281,7 +285,7 @@ class Registry:
                 return version
             except _Changed as change:
                 self._residency.release([version])
-                self._publish(version.name, change.packed, version.folder, change.files, version.inside, version)
+                self._load_packed(version.name, change.packed, version.folder, change.files, version.inside, version)
             except BaseException:
                 self._residency.release([version])
                 raise
@@ -300,7 +304,7 @@ class Registry:
         return packed
 
     def _read(self, version: Version) -> tuple[Packed, Any]:
-        """What the folder of a version holds now; a failure is remembered."""
+        """Read the folder of a version. A failure is remembered."""
         if version.folder is None:
             raise RuntimeError(f"adapter {version.identity!r} has no files to be read again")
         before = signature(version.folder)
@@ -310,7 +314,7 @@ class Registry:
             version.refusal = Refusal(error.with_traceback(None), version.folder, before, version.quarantined)
             raise
 
-    def _publish(
+    def _load_packed(
         self,
         name: str,
         packed: Packed,
@@ -327,7 +331,7 @@ class Registry:
             self._residency.release([version])
 
     def _name(self, name: str, version: Version, instead_of: Version | None = None) -> Version:
-        """From here on ``name`` is this version, unless it is no longer the one that this was to replace."""
+        """Make ``version`` the current one of ``name``, unless ``instead_of`` is no longer the current one."""
         with self._lock:
             self._check_attached()
             if instead_of is not None and self._versions.get(name) is not instead_of:

@@ -1,8 +1,8 @@
-"""Which adapters are on the device: least recently used ones make room, those that a batch holds never do.
+"""Which adapters are on the device. The least recently used ones are evicted; those that a batch holds never are.
 
-Three places, from fast to slow: the arena on the device, bytes in host memory (pinned for a GPU), the files. An adapter
-that has files can be dropped from the first two; one that came from tensors moves to the host before it leaves the
-arena. All state is guarded by one condition; files are read and bytes are copied outside it.
+There are three places: the arena on the device, host memory (pinned for a GPU), and files. An adapter with files can be
+dropped from the first two. One from tensors moves to the host before it leaves the arena. One condition variable guards
+all state. Files are read and bytes are copied outside it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from fused_lora.serving.residency.transfer import Arrival, Transfer
 
 
 class StoreFull(RuntimeError):
-    """An adapter does not fit beside those that are pinned or in use. Nothing was changed for it."""
+    """An adapter does not fit beside those that are pinned or in use. Nothing has changed."""
 
 
 @dataclass(eq=False)
 class Version:
-    """One load of one adapter: what it is, where it lies and who uses it.
+    """One load of one adapter: what it is, where it is and who uses it.
 
-    folder: where its files are, or None. held: how many batches use it. retired: no name leads to it any more.
-    refusal: why it is not served, if it is not. inside: the folder that its files must lie in, or None.
+    folder: where its files are, or None. held: how many batches use it. retired: its name has a newer version or was
+    unloaded. refusal: why it is not served, or None. inside: the folder that its files must be in, or None.
     """
 
     name: str
@@ -59,23 +59,23 @@ class Version:
 
     @property
     def quarantined(self) -> bool:
-        """Whether what is loaded is at fault, and not the files alone."""
+        """Whether it is refused until its files change."""
         return self.refusal is not None and self.refusal.for_good
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Its size and where it lies in the arena."""
+        """Its size and its place in the arena."""
         return self.nbytes, self.block.chunk, self.block.offset
 
 
 class Residency:
-    """Brings versions onto the device and takes them off it.
+    """Moves versions onto the device and evicts them.
 
     Args:
         transfer: how bytes reach the device.
         capacity, grow: of the arena. host_capacity: bytes on the host, or None for no limit. slots: most adapters on
             the device at a time.
-        is_pinned: whether a name is to stay on the device.
+        is_pinned: whether a name must stay on the device.
     """
 
     def __init__(
@@ -99,8 +99,9 @@ class Residency:
         self._clock = itertools.count(1)
 
     def bring(self, version: Version, read: Callable[[], Packed]) -> bool:
-        """Put a version that the caller holds on the device, unless it is there; whether it was there. ``read`` fetches
-        what is not on the host; whatever it raises leaves the version where it was.
+        """Put a version that the caller holds on the device. Returns whether it was there already.
+
+        ``read`` reads it if it is not in host memory. If ``read`` raises, the version stays where it was.
 
         Raises:
             StoreFull: no room beside what is pinned or held. RuntimeError: the store has been detached meanwhile.
@@ -155,11 +156,11 @@ class Residency:
 
     @property
     def busy(self) -> bool:
-        """Whether a version is held, or on its way."""
+        """Whether a version is held or being moved."""
         return self._moving > 0 or any(version.held for version in self.resident)
 
     def retire(self, version: Version) -> None:
-        """No name leads to the version any more: it goes as soon as nobody holds it."""
+        """Mark a version as replaced or unloaded. It is freed as soon as nothing holds it."""
         with self.changed:
             version.retired = True
             self._collect(version)
@@ -180,7 +181,7 @@ class Residency:
             self._drop_host(version)
 
     def _make_room(self, version: Version) -> tuple[Block, int]:
-        """A block and a slot, after evicting what has not been used for longest."""
+        """A block and a slot, after evicting the least recently used versions if necessary."""
         victims = self._victims(version)
         for victim in [*victims, None]:
             block = self.arena.allocate(version.nbytes) if self._slots else None
@@ -192,7 +193,7 @@ class Residency:
         raise self._full(version)
 
     def _victims(self, version: Version) -> list[Version]:
-        """What may leave for the version, the longest unused first. Raises StoreFull where that is not enough."""
+        """The versions that may be evicted for this one, least recently used first. Raises StoreFull."""
         victims = sorted((v for v in self.resident if self._may_leave(v)), key=lambda v: v.used)
         free = self.arena.free_bytes
         room = free is None or version.nbytes <= free + sum(v.block.size for v in victims)
@@ -211,7 +212,7 @@ class Residency:
         return not (version.held or version.moving or self._is_pinned(version.name))
 
     def _save(self, version: Version) -> bool:
-        """Whether the version can be had again once it left the device; without files it goes to the host for that."""
+        """Whether the version may leave the device: it has files, or there was room to copy it to the host."""
         if version.folder is not None or version.host is not None:
             return True
         if version.block is None or not self._host_room(version.nbytes):
