@@ -67,8 +67,11 @@ def register(base: Base, *names: str) -> Base:
         ``base``.
     """
     _OF_CLASS.clear()
-    for name in names or (None,):
-        _KINDS[name and tuple(name.rpartition(".")[::2])] = base
+    for name in names:
+        package, _, own = name.rpartition(".")
+        _KINDS[package, own] = base
+    if not names:
+        _KINDS[None] = base
     return base
 
 

@@ -52,6 +52,7 @@ WAYS = {
     "without hooks": ["kept"],
     "from another device": ["triton"],
     "descriptors": ["triton", "triton", "kept", "kept"],
+    "a tuple of tensors": ["triton", "kept", "triton"],  # the last one has one that is not aligned
 }
 
 
@@ -196,8 +197,11 @@ def ways(who: list[str], given: list[list]) -> dict[str, list[str]]:
     """Who launches in each situation of WAYS."""
     from triton import knobs
 
+    from fused_lora.kernels.grouped_expand import grouped_expand
+    from fused_lora.kernels.grouped_shrink import grouped_shrink
     from fused_lora.kernels.lora_linear import prepare_linear
     from fused_lora.kernels.lora_shrink import _lora_shrink_kernel, prepare_shrink
+    from fused_lora.testing.grouped import GroupedCase
     from fused_lora.testing.layers import LayerCase
 
     case, found = LayerCase.make(600, 64, 64, [8], [0.1], torch.bfloat16), {}
@@ -247,6 +251,14 @@ def ways(who: list[str], given: list[list]) -> dict[str, list[str]]:
     for _ in range(2):
         run(*tensors, case.seeds)
     found["descriptors"] = list(who)
+
+    batch = GroupedCase.make([0, 0], [[(0, 1.0)]], [[4, 4]], [64, 64], 64, torch.bfloat16)
+    S = grouped_shrink(batch.x, batch.tables(), batch.row_groups())
+    shifted = torch.zeros(2 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 64)
+    who.clear()
+    for last in (batch.base[1], batch.base[1], shifted):
+        grouped_expand(S, [batch.base[0], last], batch.tables(), batch.row_groups())
+    found["a tuple of tensors"] = list(who)
     return found
 
 
