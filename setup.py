@@ -1,4 +1,6 @@
+import re
 import sys
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -34,11 +36,15 @@ LOOPS = Extension(
     optional=True,
 )
 
+HERE = Path(__file__).resolve().parent
+# read, not imported: importing the package needs torch
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "fused_lora/_version.py").read_text(encoding="utf-8"), re.M)[1]
+
 setup(
     name="fused_lora",
-    version="0.1.0",
-    description="LoRA in one pass: fused training, in-place merge with a bit-exact unmerge, many adapters at once",
-    long_description=open("README.md", encoding="utf-8").read(),
+    version=VERSION,
+    description="Fast LoRA for PyTorch: fused training, merge with a bit-exact unmerge, many adapters in one batch",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["fused_lora", "fused_lora.*"]) + ["fused_lora.kernels"],
@@ -73,12 +79,14 @@ setup(
             "httpx",
             "matplotlib",
             "ruff==0.17.5",
+            "basedpyright==1.40.2",  # pyright with a node from PyPI: it downloads nothing when it runs
             "setuptools",
+            "pyyaml",
         ],
         "quickstart": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
         "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],
         # continuous batching reaches into transformers' engine, so it is pinned to the releases that were tested
-        "serve": ["transformers>=5.22,<5.24", "accelerate", "jinja2", "fastapi", "uvicorn"],
+        "serve": ["transformers>=5.22,<5.24", "accelerate", "jinja2", "fastapi", "pydantic>=2.8", "uvicorn"],
     },
     entry_points={"console_scripts": ["fused-lora = fused_lora.cli:main"]},
     classifiers=[

@@ -156,7 +156,7 @@ def _graph(call, stack: contextlib.ExitStack):
 
 
 def add_bars(report: Report) -> None:
-    """What this package promises of serving on a GPU, over the points that were measured in graphs."""
+    """The package's goals for serving on a GPU, compared with the points measured in graphs."""
     rows = [r for r in report.rows if r["provider"] == "fused_lora" and r["correct"] and r["mode"] == "graph"]
     if single := [r["share"] for r in rows if r["D"] == 1]:
         report.bar("decode in a graph, one adapter: share of the base, most", max(single), 1.05, False)

@@ -1,4 +1,4 @@
-"""Each launch of an adapted layer alone, in several configurations, beside the library's GEMM: what to tune first.
+"""Time each launch of an adapted layer in several configurations, and the library's GEMM: what to tune first.
 
     python benchmarks/bench_launches.py
 

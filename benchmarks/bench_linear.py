@@ -307,7 +307,7 @@ def _add_rows(point, report, table, wrong, times, more) -> None:
         return [round(a["median"] / b["median"], 4) for a, b in zip(found[name], found[other], strict=True)]
 
     def step_ms(name: str) -> float:
-        """What a training loop waits for: the device, or the host where that takes longer."""
+        """The time that a training loop waits: the device's or the host's, whichever is longer."""
         return max(found[name][1]["median"], (more[name]["host_us"] or 0) / 1e3)
 
     for name, message in wrong.items():
@@ -338,7 +338,7 @@ def _add_rows(point, report, table, wrong, times, more) -> None:
 
 
 def add_bars(report: Report) -> None:
-    """What this package promises of training a layer, over the rows that were measured."""
+    """The package's goals for training a layer, compared with the measured rows."""
     rows = [r for r in report.rows if r["benchmark"] == "linear" and r["provider"] == "fused_lora" and r["correct"]]
     if rows:
         beyond = max(row["saved_beyond_x"] / row["x_bytes"] for row in rows)

@@ -222,7 +222,7 @@ def _add_rows(point, weights, report, table, checks, times, host, extra) -> None
 
 
 def add_bars(report: Report) -> None:
-    """What this package promises of a merge, over the rows that were measured."""
+    """The package's goals for a merge, compared with the measured rows."""
     rows = [r for r in report.rows if r["benchmark"] == "merge" and r["provider"] == "fused_lora" and r["correct"]]
     timed = [row for row in rows if row["merge_speedup"] is not None]
     if rows:

@@ -1,4 +1,4 @@
-"""Serving many adapters unmerged: the share of the base that a step costs, generation, and a server under load.
+"""Serving many unmerged adapters: the cost of a step as a share of the base, generation, and a server under load.
 
     python benchmarks/bench_serving.py
 
@@ -125,7 +125,7 @@ class Steps:
         self.table.row(point, spread(times["base"]), cells[0], f"{floor:.2f}", *cells[1:])
 
     def close(self) -> None:
-        """Free the adapters, and say which providers were left out."""
+        """Free the adapters, and report the providers that were left out."""
         for adapters in self.adapters.values():
             adapters.close()
         self.adapters.clear()
@@ -224,7 +224,7 @@ def serve(report: Report, arguments: argparse.Namespace) -> None:
 
 
 def add_bars(report: Report) -> None:
-    """What this package promises of serving on a GPU, over the points that were measured."""
+    """The package's goals for serving on a GPU, compared with the measured points."""
     rows = [r for r in report.rows if r["benchmark"] == "step" and r["provider"] == "fused_lora" and r["correct"]]
     if report.device.type != "cuda":
         return

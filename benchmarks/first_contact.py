@@ -1,4 +1,4 @@
-"""The first minutes on a machine with a GPU: does it work, is it right, how fast is it. Ends with one page.
+"""For the first minutes on a GPU machine: checks, tests and benchmarks in order of importance, then one page.
 
     python benchmarks/first_contact.py --budget 9 --out DIR [--cache FILE] [--commit TEXT] [--dry]
 
@@ -161,7 +161,7 @@ def _for_the_page(stage: Stage, log: Path, passed: bool, most: int = 14) -> list
 
 
 def page(results: Sequence[dict], heading: str) -> str:
-    """One page for somebody who reads nothing else."""
+    """The page that sums everything up."""
     counts = Counter(result["status"] for result in results)
     text = [heading, ", ".join(f"{count} {status}" for status, count in counts.items()), ""]
     for r in results:

@@ -1,4 +1,4 @@
-"""The layers that are compared: one base layer and adapter, as PEFT's lora.Linear and as LoraLinear, and the checks."""
+"""The layers that the benchmarks compare: one base layer and adapter as PEFT's lora.Linear and as LoraLinear."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def no_worse(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, name
 
 
 def plausible(result: torch.Tensor, exact: torch.Tensor, terms: int, name: str) -> str | None:
-    """None, or what is wrong with the yardstick itself: RMS error above what summing ``terms`` roundings explains."""
+    """None, or what is wrong with PEFT's result itself: an RMS error above what ``terms`` roundings explain."""
     rms = errors(result, exact)[1]
     limit = 4 * torch.finfo(result.dtype).eps * terms**0.5 * exact.square().mean().sqrt().item()
     return None if rms <= limit else f"{name}: RMS error {rms:.3e}, expected at most {limit:.3e}"

@@ -251,7 +251,7 @@ class Report:
 
     @contextlib.contextmanager
     def noting_warnings(self) -> Iterator[None]:
-        """Keep this package's warnings with the results: a kernel that was dropped explains a slow row."""
+        """Keep this package's warnings with the results. A dropped kernel explains a slow row."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield

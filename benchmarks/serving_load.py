@@ -1,4 +1,4 @@
-"""A server with many adapters, clients that ask for them by Zipf's law, and what the clients saw."""
+"""A server with many adapters, clients that choose them by Zipf's law, and the clients' measurements."""
 
 from __future__ import annotations
 

@@ -8,13 +8,16 @@ dropout_mask                              the mask that a call used
 accelerate / restore                      an existing PEFT model, fast in place and back
 explain                                   what runs and what it costs, of a shape or of a model
 verify                                    merged against unmerged: rounding, or a bug and which
+functional                                the operators, for layers of your own
 """
 
+from fused_lora import functional
+from fused_lora._version import __version__
 from fused_lora.adapters import AdapterError, load_adapter, save_adapter
 from fused_lora.diagnostics.explain import explain
 from fused_lora.diagnostics.verify import verify
 from fused_lora.integrations.peft import accelerate, restore
-from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.config import LayerTensors, LoraConfig
 from fused_lora.modules.inject import (
     AdapterNotFound,
     active_adapters,
@@ -29,16 +32,20 @@ from fused_lora.modules.inject import (
 from fused_lora.modules.linear import LoraLinear
 from fused_lora.modules.merging import delta_fidelity, merge, unload, unmerge
 from fused_lora.reference import dropout_mask
+from fused_lora.serving.residency.lease import Lease
+from fused_lora.serving.residency.residency import StoreFull
 from fused_lora.serving.store import AdapterStore
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",
     "AdapterNotFound",
     "AdapterStore",
+    "LayerTensors",
+    "Lease",
     "LoraConfig",
     "LoraLinear",
+    "StoreFull",
+    "__version__",
     "accelerate",
     "active_adapters",
     "adapter_batch",
@@ -48,6 +55,7 @@ __all__ = [
     "disable_adapters",
     "dropout_mask",
     "explain",
+    "functional",
     "inject",
     "load_adapter",
     "lora_layers",

@@ -28,14 +28,16 @@ needs a loop without loops inside: groups of one adapter of at most 64 ranks (RA
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
 from .config import capability, precision
-from .grouped_shrink import TL_DTYPES, grouped_shrink, matrix_of, tile_rows
+from .grouped_shrink import TL_DTYPES, matrix_of, tile_rows
 from .grouped_tables import COLUMNS, AdapterTables, ExpandConfig, RowGroups, launch_options, pick_expand
+from .launch import KEPT, Launch
 from .tiles import load_tile
 
 
@@ -162,31 +164,29 @@ def grouped_expand(
     config: ExpandConfig | None = None,
 ) -> None:
     """y_g[row] <- round(y_g[row] + sum_j weight_j scaling_gj B_gj S_gj[row]) in place, y_g [T, N_g] of any strides."""
-    N, dtype = [y.shape[1] for y in outputs], outputs[0].dtype
-    config = config or pick_expand(
-        groups.grid_tiles, groups.block_m, N, tables.max_rank, groups.group_size, dtype, capability(S.device)
-    )
-    span = config.BLOCK_N * config.STEPS
-    ranges = sum(triton.cdiv(n, span) for n in N)
-    if groups.grid_tiles * ranges * tables.max_rank == 0:
-        return
-    with torch.cuda.device_of(S):
-        _grouped_expand_kernel[(groups.grid_tiles * ranges,)](
-            tuple(outputs), S, tables.B_ptr, tables.rank, tables.scaling,
+    ys = tuple([(y.shape[1], *y.stride()) for y in outputs])
+    launch = _launch(ys, outputs[0].dtype, S.device, S.shape[0], S.stride()[:3], tables.form, groups.form, config)
+    if launch is not None:
+        launch(
+            _grouped_expand_kernel, tuple(outputs), S, tables.B_ptr, tables.rank, tables.scaling,
             groups.num_tiles, groups.tiles, groups.order, groups.member_slot, groups.member_weight,
-            tuple(N), tuple(y.stride(0) for y in outputs), tuple(y.stride(1) for y in outputs),
-            tables.rank.shape[1], ranges, span,
-            *S.stride()[:3],
-            NUM_OUTPUTS=len(N), NUM_PLANES=len(S), RANK_BLOCKS=config.RANK_BLOCKS, DTYPE=TL_DTYPES[tables.dtype],
-            PRECISION=precision(dtype), COLUMNS=COLUMNS, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-            **launch_options(config, nvidia=not torch.version.hip),
         )  # fmt: skip
 
 
-def lora_grouped(x: torch.Tensor, outputs: Sequence[torch.Tensor], tables: AdapterTables, groups: RowGroups) -> None:
-    """Both launches: every row of the G ``outputs`` that has adapters gets their term. Nothing waits for the device.
-
-    x [T, K] and y_g [T, N_g] of one dtype, y_g apart from each other and from x; G = len(outputs) = rows of the tables.
-    Arguments are checked by the op above, not here.
-    """
-    grouped_expand(grouped_shrink(x, tables, groups), outputs, tables, groups)
+@lru_cache(KEPT)
+def _launch(ys, dtype, device, planes, s_strides, tables, groups, config) -> Launch | None:
+    """The launch, if there is something to do. ys: N and the strides of each output."""
+    (_, slots, adapter_dtype, max_rank), (_, block_m, group_size, tiles) = tables, groups
+    N, strides_ym, strides_yn = zip(*ys, strict=True)
+    config = config or pick_expand(tiles, block_m, N, max_rank, group_size, dtype, capability(device))
+    span = config.BLOCK_N * config.STEPS
+    ranges = sum(-(-n // span) for n in N)
+    if tiles * ranges * max_rank == 0:
+        return None
+    return Launch(
+        (tiles * ranges,),
+        N, strides_ym, strides_yn, slots, ranges, span, *s_strides,
+        NUM_OUTPUTS=len(N), NUM_PLANES=planes, RANK_BLOCKS=config.RANK_BLOCKS, DTYPE=TL_DTYPES[adapter_dtype],
+        PRECISION=precision(dtype), COLUMNS=COLUMNS, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+        **launch_options(config, nvidia=not torch.version.hip),
+    )  # fmt: skip

@@ -3,16 +3,19 @@
     x [T, K]  bf16 / fp16 / fp32    A_gj [r, K]  any of the three, by address    S [P, G, rows, columns]  fp32
 
 A program forms a block of ranks of the adapters of one tile of rows, over all of K or over one part of it. The S of a
-row is where ``order`` has the row, its adapters side by side, each from a multiple of COLUMNS on. lora_grouped.py says
-the rest.
+row is where ``order`` has the row, its adapters side by side, each from a multiple of COLUMNS on. grouped_expand.py
+says the rest.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
 from .config import LaunchConfig, capability, precision
-from .grouped_tables import COLUMNS, AdapterTables, RowGroups, chunks, launch_options, pick_shrink, s_columns
+from .grouped_tables import COLUMNS, AdapterTables, RowGroups, chunks, launch_options, pick_shrink
+from .launch import KEPT, Launch
 from .tiles import load_tile
 
 TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -89,23 +92,32 @@ def grouped_shrink(
     x [T, K], any strides. S is written where a row has an adapter, nowhere else. It needs nothing of the base product
     and can run beside it on another stream.
     """
-    (number, chunk), G = chunks(x.shape[1]), len(tables.rank)
-    config = config or pick_shrink(
-        groups.grid_tiles * G, groups.block_m, x.shape[1], tables.max_rank, x.dtype, tables.dtype, capability(x.device)
-    )
-    planes = number if config.SPLIT_K > 1 else 1
-    S = torch.empty((planes, G, len(groups.order), s_columns(tables, groups)), dtype=torch.float32, device=x.device)
-    rank_programs = triton.cdiv(tables.max_rank, config.BLOCK_R)
-    if groups.grid_tiles * rank_programs == 0:
-        return S
-    with torch.cuda.device_of(x):
-        _grouped_shrink_kernel[(groups.grid_tiles * G * rank_programs, planes)](
-            x, S, tables.A_ptr, tables.rank, groups.num_tiles, groups.tiles, groups.order, groups.member_slot,
-            x.shape[1], chunk, chunk if planes > 1 else chunk * number, tables.rank.shape[1], G, rank_programs,
-            *x.stride(),
-            *S.stride()[:3],
-            DTYPE=TL_DTYPES[tables.dtype], UPCAST=tables.dtype != x.dtype, PRECISION=precision(x.dtype),
-            COLUMNS=COLUMNS, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
-            **launch_options(config, nvidia=not torch.version.hip),
+    shape, launch = _launch(x.shape[1], x.stride(), x.dtype, x.device, tables.form, groups.form, config)
+    S = torch.empty(shape, dtype=torch.float32, device=x.device)
+    if launch is not None:
+        launch(
+            _grouped_shrink_kernel, x, S, tables.A_ptr, tables.rank,
+            groups.num_tiles, groups.tiles, groups.order, groups.member_slot,
         )  # fmt: skip
     return S
+
+
+@lru_cache(KEPT)
+def _launch(K, strides, dtype, device, tables, groups, config) -> tuple[tuple[int, ...], Launch | None]:
+    """The shape of S, and the launch if there is something to do."""
+    (G, slots, adapter_dtype, max_rank), (rows, block_m, group_size, tiles), (number, chunk) = tables, groups, chunks(K)
+    config = config or pick_shrink(tiles * G, block_m, K, max_rank, dtype, adapter_dtype, capability(device))
+    planes = number if config.SPLIT_K > 1 else 1
+    columns = group_size * -(-max_rank // COLUMNS) * COLUMNS  # what the largest group of the largest adapters needs
+    rank_programs = -(-max_rank // config.BLOCK_R)
+    shape = planes, G, rows, columns
+    if tiles * rank_programs == 0:
+        return shape, None
+    return shape, Launch(
+        (tiles * G * rank_programs, planes),
+        K, chunk, chunk if planes > 1 else chunk * number, slots, G, rank_programs,
+        *strides, G * rows * columns, rows * columns, columns,
+        DTYPE=TL_DTYPES[adapter_dtype], UPCAST=adapter_dtype != dtype, PRECISION=precision(dtype),
+        COLUMNS=COLUMNS, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
+        **launch_options(config, nvidia=not torch.version.hip),
+    )  # fmt: skip

@@ -10,6 +10,7 @@ element; a row of B^T is as long as the layer is wide.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -38,6 +39,11 @@ class AdapterTables:
     dtype: torch.dtype
     max_rank: int
 
+    @cached_property
+    def form(self) -> tuple[int, int, torch.dtype, int]:
+        """What a launch depends on: outputs, slots, dtype and largest rank."""
+        return *self.rank.shape, self.dtype, self.max_rank
+
 
 @dataclass(frozen=True)
 class RowGroups:
@@ -57,6 +63,11 @@ class RowGroups:
     block_m: int
     group_size: int
     grid_tiles: int
+
+    @cached_property
+    def form(self) -> tuple[int, int, int, int]:
+        """What a launch depends on: rows, rows of a tile, adapters of a group and tiles."""
+        return len(self.order), self.block_m, self.group_size, self.grid_tiles
 
 
 @dataclass(frozen=True)
@@ -85,11 +96,6 @@ def chunks(K: int) -> tuple[int, int]:
     number = min(_MAX_CHUNKS, max(1, -(-K // _CHUNK)))
     length = -(-max(K, 1) // (number * 128)) * 128
     return max(1, -(-K // length)), length
-
-
-def s_columns(tables: AdapterTables, groups: RowGroups) -> int:
-    """Width of a row of S: what the largest group of the largest adapters would need."""
-    return groups.group_size * -(-tables.max_rank // COLUMNS) * COLUMNS
 
 
 def _warps(capability: int) -> int:

@@ -10,6 +10,8 @@ and with a Triton or a backend whose calls are not known here.
 """
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from typing import NamedTuple
 
 import torch
@@ -52,15 +54,22 @@ class Launch:
         self._grid, self._arguments, self._fixed = (*grid, 1, 1)[:3], arguments, fixed
         self._ready = None
 
-    def __call__(self, kernel: JITFunction, *tensors: torch.Tensor | None) -> None:
-        """Launch ``kernel``, always the same one, on the current stream of the first tensor's device."""
+    def __call__(self, kernel: JITFunction, *tensors: torch.Tensor | None | tuple[torch.Tensor, ...]) -> None:
+        """Launch ``kernel``, always the same one, on the current stream of the first tensor's device.
+
+        tensors: of each parameter a tensor, None, or the tensors of a tuple.
+        """
         ready, pointers, together = self._ready, [], 0
         if ready is None:
             return self._by_triton(kernel, tensors)
         for tensor in tensors:
-            pointer = None if tensor is None else tensor.data_ptr()
+            if type(tensor) is tuple:
+                pointer = tuple([t.data_ptr() for t in tensor])
+                together |= reduce(or_, pointer)
+            else:
+                pointer = None if tensor is None else tensor.data_ptr()
+                together |= pointer or 0
             pointers.append(pointer)
-            together |= pointer or 0
         run, function, metadata, arguments, scratch, device, current_device, current_stream, _ = ready
         if together % 16 or current_device() != device or _watched(kernel):
             return self._by_triton(kernel, tensors)
@@ -72,10 +81,11 @@ class Launch:
             run(*self._grid, *arguments)
 
     def _by_triton(self, kernel, tensors) -> None:
-        with torch.cuda.device_of(tensors[0]), descriptor_memory():
+        flat = [t for group in tensors for t in (group if type(group) is tuple else (group,)) if t is not None]
+        with torch.cuda.device_of(flat[0]), descriptor_memory():
             binary = kernel[self._grid](*tensors, *self._arguments, **self._fixed)
             if self._ready is None and _KNOWN and type(kernel) is JITFunction and not _watched(kernel):
-                if all(t is None or t.data_ptr() % 16 == 0 for t in tensors):
+                if all(t.data_ptr() % 16 == 0 for t in flat):
                     self._ready = self._prepare(kernel, len(tensors), binary)
 
     def _prepare(self, kernel, count: int, binary) -> _Ready | None:
@@ -99,11 +109,11 @@ class Launch:
 def _watched(kernel: JITFunction) -> bool:
     """Whether someone wants to see a launch, or to change what is launched: profilers, debuggers."""
     runtime = knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if getattr(hook, "calls", hook):  # a chain of hooks, since triton 3.5
-            return True
-    return bool(kernel.pre_run_hooks or _mode() or getattr(runtime, "add_stages_inspection_hook", None))
-
-
-def _mode() -> str:
-    return getattr(knobs.compilation, "instrumentation_mode", "")
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        kernel.pre_run_hooks
+        or getattr(before, "calls", before)  # a chain of hooks, since triton 3.5
+        or getattr(after, "calls", after)
+        or getattr(runtime, "add_stages_inspection_hook", None)
+        or getattr(knobs.compilation, "instrumentation_mode", None)
+    )

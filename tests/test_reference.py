@@ -8,6 +8,10 @@ import torch
 from torch import nn
 
 from fused_lora import reference
+from fused_lora.testing.numeric import assert_close
+from helpers.seeds import shifted
+
+pytestmark = pytest.mark.numeric
 
 MASK64 = 2**64 - 1
 
@@ -99,14 +103,14 @@ def test_gradients_are_those_of_autograd(dropout):
     with torch.no_grad():
         dx, dA, dB, dW, db = reference.lora_linear_backward(g, x, W, A, B, scaling, dropout, seeds)
     for got, want in zip((dx, dW, db, *dA, *dB), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert_close(got, want, terms=100)
     assert S.shape == (6, 5)
 
 
 def test_forward_and_merge_are_those_of_peft():
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     base = nn.Sequential(nn.Linear(10, 6)).double()
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(copy.deepcopy(base), config).double().eval()
@@ -115,12 +119,12 @@ def test_forward_and_merge_are_those_of_peft():
     x = torch.randn(4, 10, dtype=torch.float64)
     with torch.no_grad():
         y, _ = reference.lora_linear(x, layer.base_layer.weight, layer.base_layer.bias, [A], [B], [s], [0.0])
-        torch.testing.assert_close(y, model(x), rtol=1e-14, atol=1e-14)
+        assert_close(y, model(x), terms=100)
         delta = reference.delta_weight([A], [B], [s])
-        torch.testing.assert_close(delta, layer.get_delta_weight("default"), rtol=1e-14, atol=1e-14)
+        assert_close(delta, layer.get_delta_weight("default"), terms=100)
         merged = reference.merge(layer.base_layer.weight, delta)
         model.merge_adapter()
-    torch.testing.assert_close(merged, layer.base_layer.weight.data, rtol=1e-14, atol=1e-14)
+    assert_close(merged, layer.base_layer.weight.data, terms=100)
 
 
 def test_correction_marks_what_subtraction_does_not_restore():
@@ -155,3 +159,9 @@ def test_correction_marks_what_subtraction_does_not_restore():
 def test_a_mask_is_asked_for_in_numbers(arguments, named):
     with pytest.raises(TypeError, match=f"^{named}: expected"):
         reference.dropout_mask(*arguments)
+
+
+def test_a_dropout_without_seeds_is_refused():
+    x, W, A, B = torch.randn(3, 8), torch.randn(4, 8), torch.randn(2, 8), torch.randn(4, 2)
+    with pytest.raises(ValueError, match=r"seeds: expected int64 seeds, because dropout\[0\] is 0.5, got None"):
+        reference.lora_linear(x, W, None, [A], [B], [1.0], [0.5])

@@ -1,7 +1,7 @@
-"""Read PEFT adapter checkpoints: adapter_config.json + adapter_model.safetensors, with nothing taken on trust.
+"""Read PEFT adapter checkpoints: adapter_config.json + adapter_model.safetensors, with every entry checked.
 
-Everything is checked against the config and the model before the model is touched; nothing of a file is run: no
-pickle, no import, no regular expression (the layers are those that have tensors, the rank of each is its tensors').
+All checks against the config and the model come before the model is changed. Nothing in a file is run: no pickle, no
+import, no regular expression. The layers are those that have tensors, and a tensor's shape gives the rank.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Adapter(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the headers promise, before any tensor is read: keys of each path by field, rank and alpha of each path."""
+    """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha."""
 
     config: LoraConfig
     weights: str
@@ -69,28 +69,43 @@ def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BY
         max_bytes: largest weights file that is read.
 
     Raises:
-        AdapterError: anything in the files that is not as it must be, with file, key, expected and found.
+        AdapterError: a file is malformed. The error has file, key, expected and found.
     """
     return read_checked(directory, max_bytes, lambda plan: None)[0]
 
 
 def read_checked(
-    directory: str | os.PathLike, max_bytes: int, check: Callable[[Plan], None], tries: int = 5
+    directory: str | os.PathLike,
+    max_bytes: int,
+    check: Callable[[Plan], None],
+    tries: int = 5,
+    inside: str | None = None,
+    tensors: bool = True,
 ) -> tuple[Adapter, Plan]:
-    """``read_adapter`` with a check of the headers before any tensor is read."""
+    """``read_adapter`` with a check of the headers before any tensor is read; without ``tensors`` that is all.
+
+    Both files must lie in the folder ``inside``, if given, once all links are followed.
+    """
     folder = os.fsdecode(directory)
     with _folder(folder) as dir_fd:
         try:
-            return _read_once(folder, dir_fd, max_bytes, check)
+            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors)
         except AdapterError:
             # a save that replaced the folder meanwhile has deleted the one that is being read
             if tries == 1 or not _replaced(folder, dir_fd):
                 raise
-    return read_checked(directory, max_bytes, check, tries - 1)
+    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors)
 
 
-def _read_once(folder: str, dir_fd: int | None, max_bytes: int, check: Callable[[Plan], None]) -> tuple[Adapter, Plan]:
-    config = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd)
+def _read_once(
+    folder: str,
+    dir_fd: int | None,
+    max_bytes: int,
+    check: Callable[[Plan], None],
+    inside: str | None,
+    with_tensors: bool,
+) -> tuple[Adapter, Plan]:
+    config = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd, inside)
     path = os.path.join(folder, WEIGHTS_NAME)
     if not _exists(path, dir_fd):
         pickled = _exists(os.path.join(folder, "adapter_model.bin"), dir_fd)
@@ -98,19 +113,21 @@ def _read_once(folder: str, dir_fd: int | None, max_bytes: int, check: Callable[
             "only adapter_model.bin, a pickle, which is not read; convert it with PEFT" if pickled else "no such file"
         )
         raise AdapterError(path, None, "a safetensors file", found)
-    with open_regular(path, max_bytes, dir_fd) as (file, size):
+    with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         header = read_header(path, file, size)
         slots, biases = _sort_keys(path, header.entries, config)
         ranks = _ranks(folder, path, header.entries, slots, config)
         plan = Plan(config, path, header.entries, slots, biases, ranks)
         check(plan)
+        if not with_tensors:
+            return Adapter(config, {}, {}), plan
         tensors = read_tensors(path, file, header)
     layers = {name: LayerTensors(**{field: tensors[k] for field, k in keys.items()}) for name, keys in slots.items()}
     return Adapter(config, layers, {name: tensors[key] for name, key in biases.items()}), plan
 
 
-def _read_config(path: str, dir_fd: int | None) -> LoraConfig:
-    with open_regular(path, MAX_CONFIG_BYTES, dir_fd) as (file, size):
+def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfig:
+    with open_regular(path, MAX_CONFIG_BYTES, dir_fd, inside) as (file, size):
         raw = bytearray(size)
         read_exactly(path, file, raw)
     entries = parse_json(path, bytes(raw))

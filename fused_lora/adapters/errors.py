@@ -1,4 +1,4 @@
-"""The one exception of the adapter reader."""
+"""The exception that the adapter reader raises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _LONGEST = 300  # a hostile file must not fill the log
 
 
 class AdapterError(ValueError):
-    """A file of an adapter checkpoint is not what it must be. Nothing has been changed when it is raised.
+    """A file of an adapter checkpoint is malformed or does not fit. Nothing has been changed.
 
     Attributes:
         file: path of the file.

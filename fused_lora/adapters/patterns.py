@@ -1,9 +1,9 @@
-"""What rank_pattern and alpha_pattern of an untrusted config choose, without running a regular expression of the file.
+"""Apply rank_pattern and alpha_pattern of an untrusted config without running the file's regular expressions.
 
-PEFT takes the first key with ``re.match(rf"(.*\\.)?({key})$", name)``. A key is decided here when it is made of
+PEFT takes the first key with ``re.match(rf"(.*\\.)?({key})$", name)``. This module decides keys made of
 ordinary characters, ``.`` (any character), ``\\.``, one leading ``^``, one trailing ``$`` and ``|`` between such
-parts: each part then has a fixed length and is compared character by character. Anything else stays undecided, since
-an expression from a file can take exponential time.
+parts. Each part has a fixed length and is compared character by character. Other keys stay undecided: an expression
+from a file can take exponential time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class _Key:
     def __init__(self, key: str):
         # cut at "|" first: a bracket around one leaves a special character on both sides
         parts = [(part.startswith("^"), _tokens(part.removeprefix("^").removesuffix("$"))) for part in key.split("|")]
-        self._parts = None if any(tokens is None for _, tokens in parts) else parts
+        plain = [(anchored, tokens) for anchored, tokens in parts if tokens is not None]
+        self._parts = plain if len(plain) == len(parts) else None
 
     def matches(self, name: str) -> bool | None:
         """Whether PEFT's ``re.match`` would succeed; None when only running it could tell."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,27 +32,27 @@ def load_adapter(
     autocast_adapter_dtype: bool = True,
     max_bytes: int = MAX_WEIGHT_BYTES,
 ) -> LoraConfig:
-    """Add the adapter in ``directory`` to ``model``, in place. All is checked before the model is touched.
+    """Add the adapter in ``directory`` to ``model``, in place. Everything is checked before the model changes.
 
-    The first adapter of a model becomes the active one; a later one waits for ``set_adapter``.
+    The first adapter of a model becomes active. A later one stays inactive until ``set_adapter``.
 
     Args:
-        model: any module; layers that are not adapted yet become LoraLinear.
+        model: any module. Target layers that have no LoRA yet become LoraLinear.
         directory, max_bytes: as in ``read_adapter``.
         adapter_name: 1 to 64 letters, digits, "_" or "-"; default "default".
-        is_trainable: whether A and B (and trained biases) require gradients. Train or eval mode of the model is left
-            as it is, unlike in PEFT.
-        autocast_adapter_dtype: hold A and B in float32 over a 16-bit base; else in the base weight's dtype (PEFT's
-            argument and meaning).
+        is_trainable: whether A and B (and trained biases) require gradients. Unlike in PEFT, the model keeps its
+            train or eval mode.
+        autocast_adapter_dtype: as in PEFT. True: A and B are float32 over a 16-bit base. False: they have the base
+            weight's dtype.
 
     Returns:
-        The config that now stands for ``adapter_name``.
+        The adapter's config.
 
     Raises:
-        AdapterError: the files are wrong in themselves or do not fit the model.
+        AdapterError: a file is malformed, or does not fit the model.
         TypeError: model is no module, adapter_name is no str, or max_bytes no int.
         ValueError: ``adapter_name`` is malformed or taken, or the model has PEFT's LoRA layers.
-        RuntimeError: the checkpoint brings base biases and a layer of the model is merged.
+        RuntimeError: the checkpoint has base biases, and a layer of the model is merged.
     """
     name = check_adapter_name("default" if adapter_name is None else adapter_name)
     check_new_name(model, name)
@@ -77,7 +78,8 @@ def _specs(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtyp
     modules = dict(candidates(model))
     layers = {}
     for path, tensors in adapter.layers.items():
-        base_dtype = base_layer_of(modules[path]).weight.dtype
+        base: Any = base_layer_of(modules[path])
+        base_dtype = base.weight.dtype
         wide = autocast_adapter_dtype and base_dtype in (torch.float16, torch.bfloat16)
         cast = {}
         for field, key in plan.slots[path].items():
@@ -120,7 +122,7 @@ def check_model(model: nn.Module, plan: Plan) -> None:
         path = min(difference)
         what = ("tensors for this module, which target_modules names", "none")
         if path in plan.slots:
-            what = ("a module that target_modules names", sorted(plan.config.target_modules))
+            what = ("a module that target_modules names", sorted(plan.config.target_modules or ()))
         raise AdapterError(plan.weights, f"{KEY_PREFIX}{path}.lora_A.weight", *what)
 
 
@@ -138,7 +140,7 @@ def _check_biases(model: nn.Module, plan: Plan) -> None:
 
 def other_biases(model: nn.Module, layers: Container[str]) -> dict[str, nn.Parameter]:
     """The biases of all modules of ``model`` but those at the paths ``layers``, by parameter path without LoRA
-    layers; a bias of lora_B is none of them."""
+    layers. A bias of lora_B does not count."""
     biases = {}
     for name, module in [("", model), *candidates(model)]:
         bias = base_layer_of(module)._parameters.get("bias")

@@ -1,11 +1,10 @@
-"""Replace a directory as a whole, so that whoever reads its files sees all old ones or all new ones.
+"""Replace a directory as a whole: a reader sees all old files or all new ones.
 
-The new content is written to a hidden sibling, made durable, and exchanged with the target in one step
-(``renameat2(RENAME_EXCHANGE)``, Linux 3.15+ on ext4, xfs, btrfs, tmpfs, overlayfs and others). Where the kernel or the
-file system cannot exchange, two renames do it: a process killed between them leaves no target for a moment, never a
-mixed one, and the next save brings the old one back before it starts. Other entries of the target come along as hard
-links (as copies where the file system has none). Savers under one parent wait for each other; what a killed one left
-is removed by the next.
+The new content is written to a hidden directory beside the target, synced to disk, and exchanged with the target in one
+step (``renameat2(RENAME_EXCHANGE)``, Linux 3.15+ on ext4, xfs, btrfs, tmpfs, overlayfs and others). Other systems get
+two renames. A process that is killed between them leaves no target, never a mixed one, and the next save restores the
+old one first. Other entries of the target are kept, as hard links or as copies. Savers under one parent directory wait
+for each other. The next saver removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _NO_LINK = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 
 
 def replace_directory(directory: str, write: Callable[[str], Sequence[str]]) -> None:
-    """Publish what ``write(stage)`` puts into an empty directory ``stage`` as ``directory``, in one step.
+    """Replace ``directory`` by what ``write(stage)`` puts into the empty directory ``stage``, in one step.
 
     Args:
         directory: the target, created with its parents if missing; a link to a directory is followed.
@@ -36,9 +35,9 @@ def replace_directory(directory: str, write: Callable[[str], Sequence[str]]) -> 
             with other names are kept.
 
     Raises:
-        ValueError: the target is a file, the root, or the current directory or above it (a replaced directory is
-            another one: the process would be left standing in a deleted one).
-        OSError: from the file system; the target is then as before.
+        ValueError: the target is a file, the root, or the current directory or above it. The process would be left in
+            a deleted directory.
+        OSError: from the file system. The target is then as before.
     """
     target = os.path.realpath(directory)
     parent, name = os.path.split(target)
@@ -61,7 +60,7 @@ def replace_directory(directory: str, write: Callable[[str], Sequence[str]]) -> 
                 _link_tree(target, stage, skip=written)
                 shutil.copymode(target, stage)
             _sync(stage)
-            _publish(stage, target, exists)
+            _put_in_place(stage, target, exists)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
@@ -78,7 +77,7 @@ def _tag(name: str) -> str:
     return name if len(raw) <= 200 else hashlib.sha256(raw).hexdigest()
 
 
-def _publish(stage: str, target: str, exists: bool) -> None:
+def _put_in_place(stage: str, target: str, exists: bool) -> None:
     """Give ``stage`` the name ``target``; afterwards ``stage`` names the old directory, if there was one."""
     if not exists:
         os.rename(stage, target)

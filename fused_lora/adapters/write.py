@@ -29,9 +29,9 @@ def save_adapter(
 ) -> None:
     """Write ``adapter_name`` of ``model`` to exactly ``directory`` as adapter_config.json + adapter_model.safetensors.
 
-    PEFT loads the folder as it is. Readers see the old pair of files or the new one, also when the process is killed
-    or the machine stops: the folder is replaced as a whole (other files in it are kept). Unlike PEFT, an adapter with
-    another name than "default" gets no folder of its own inside ``directory``.
+    PEFT loads the folder as it is. The folder is replaced as a whole, and its other files are kept. So readers see
+    both old files or both new ones, even if the process is killed or the machine stops. Unlike in PEFT, an adapter
+    that is not called "default" gets no folder of its own inside ``directory``.
 
     Args:
         model: a model with LoRA layers, merged or not, on any device.
@@ -43,11 +43,11 @@ def save_adapter(
     Raises:
         AdapterNotFound: the model has no adapter of that name.
         TypeError: adapter_name or base_model_name_or_path is not a str.
-        ValueError: a malformed name, a tensor with NaN or Inf or of another dtype than float32, float16, bfloat16, or
-            an unfit ``directory``.
-        RuntimeError: base biases are to be saved while a layer is merged, or a layer's rank or alpha is not what the
-            config says.
-        OSError: from the file system; the folder is then as before.
+        ValueError: a malformed name; a tensor with NaN or Inf; a dtype other than float32, float16 and bfloat16; or
+            an unsuitable ``directory``.
+        RuntimeError: base biases cannot be saved while a layer is merged; or a layer's rank or alpha differs from
+            the config.
+        OSError: from the file system. The folder is then as before.
     """
     check_names(model, [check_adapter_name(adapter_name)])
     if not isinstance(base_model_name_or_path, (str, type(None))):

@@ -1,4 +1,4 @@
-"""The `fused-lora` command: one subcommand each, imported when it is called."""
+"""The `fused-lora` command. Each subcommand is imported when it is called."""
 
 from __future__ import annotations
 

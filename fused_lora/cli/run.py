@@ -1,4 +1,4 @@
-"""`fused-lora run`: a script as it is, with every LoRA Linear that PEFT builds in it accelerated."""
+"""`fused-lora run`: run an unchanged script and accelerate every LoRA Linear that PEFT builds in it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ USAGE = "usage: fused-lora run script.py [arguments ...]\n       fused-lora run 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a script or module as ``python`` would, then say on stderr how many LoRA calls ran fused.
+    """Run a script or module as ``python`` would, then report on stderr how many LoRA calls ran fused.
 
     Returns:
-        0 when the script ends; what it raises, SystemExit included, passes through. 2 for a wrong command line.
+        0 if the script ends, 2 for a wrong command line. What the script raises passes through, SystemExit too.
     """
     arguments = list(arguments)
     as_module = arguments[:1] == ["-m"]
@@ -49,8 +49,9 @@ def _tell(report: Callable[[], dict[str, Any]]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # one voice per launch
     calls = report()
-    fallback = sum(calls["fallback"].values())
-    line = f"fused_lora: {calls['fused']} LoRA calls ran fused, {fallback} in PEFT's own way"
-    for reason, count in calls["fallback"].items():
+    around, fallback = (sum(calls[way].values()) for way in ("around", "fallback"))
+    line = f"fused_lora: {calls['fused']} LoRA calls ran fused"
+    line += f", {around} fused around their base" * (around > 0) + f", {fallback} in PEFT's own way"
+    for reason, count in (*calls["around"].items(), *calls["fallback"].items()):
         line += f"\n  {count:10} {reason}"
     print(line, file=sys.stderr)

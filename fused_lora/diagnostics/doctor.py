@@ -1,7 +1,7 @@
-"""`fused-lora doctor`: is it right and fast here? Versions, GPU, which path runs, checks, and one layer's time.
+"""`fused-lora doctor`: versions, GPU, which path runs, checks of all results, and one layer's time.
 
-Every kernel runs on small ragged layers against float64; where none can run, the operators do. The first call on a GPU
-compiles about a hundred kernels. Exit code: 1 when a result is wrong or a kernel was dropped.
+Every kernel runs on small layers of odd sizes against float64. If no kernel can run, the operators do. The first call
+on a GPU compiles about a hundred kernels. Exit code: 1 if a result is wrong or a kernel was dropped.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import dropout, linear
 
 import fused_lora
-from fused_lora.ops import native
-from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops import guard, native
 from fused_lora.testing import smoke
 from fused_lora.testing.layers import LayerCase
 
 PACKAGES = ("torch", "triton", "peft", "transformers")
 SWITCHES = ("FUSED_LORA_PLAN", "FUSED_LORA_CHECK", "TRITON_INTERPRET")
-TIMED = {  # a layer of an 8B model in training, and one that a CPU does in a fraction of a second
+TIMED: dict[
+    str, dict[str, Any]
+] = {  # a layer of an 8B model in training, and one that a CPU does in a fraction of a second
     "cuda": dict(M=8192, K=4096, N=4096, r=16, dropout=0.1, dtype=torch.bfloat16),
     "cpu": dict(M=512, K=1024, N=1024, r=16, dropout=0.1, dtype=torch.float32),
 }
@@ -37,10 +39,10 @@ ROUNDS, STEPS = 7, {"cuda": 20, "cpu": 2}
 OURS = ("fused_lora",)  # how this package's warnings begin
 
 
-def examine(device: torch.device) -> Iterator[tuple[str, dict[str, object] | list[str]]]:
-    """(title, what was found), section after section; the last is ``wrong``, a list that is empty where all is right.
+def examine(device: torch.device) -> Iterator[tuple[str, Any]]:
+    """Run all checks; yields (title, content) section by section. A content is a dict of values or a list of lines.
 
-    device: CPU or CUDA.
+    The last section is ``wrong``: a list, empty where all is right. ``device``: a CPU or a CUDA device.
     """
     torch.manual_seed(0)
     wrong: list[str] = []
@@ -73,19 +75,19 @@ def examine(device: torch.device) -> Iterator[tuple[str, dict[str, object] | lis
         yield "one layer", {"layer": label} | tried("forward + backward", lambda: times(device))
     texts = dict.fromkeys(str(warning.message) for warning in caught)
     yield "warnings", [text for text in texts if text.startswith(OURS)]
-    dropped = [key for key, passed in kernel.verdicts().items() if not passed]
-    yield "first uses", {"passed": len(kernel.verdicts()) - len(dropped), "dropped": len(dropped)}
+    dropped = [key for key, passed in guard.verdicts().items() if not passed]
+    yield "first uses", {"passed": len(guard.verdicts()) - len(dropped), "dropped": len(dropped)}
     wrong += [f"dropped, the eager path takes over: {key[0]} {getattr(key[1], 'variant', key[1])}" for key in dropped]
     yield "wrong", wrong
 
 
 def gpu(device: torch.device) -> dict[str, object]:
-    """Name, capability, memory and driver; a name of None, and why, for a CPU."""
+    """Name, capability, memory and driver. For a CPU the name is None, and ``why`` gives the reason."""
     if device.type == "cpu":
         built = "torch finds no GPU" if torch.backends.cuda.is_built() else "torch is built without CUDA"
         return {"name": None, "why": "the CPU was asked for" if torch.cuda.is_available() else built}
     properties, (free, total) = torch.cuda.get_device_properties(device), torch.cuda.mem_get_info(device)
-    driver, cuda = torch._C._cuda_getDriverVersion(), torch.version.cuda
+    driver, cuda = torch._C._cuda_getDriverVersion(), torch.version.cuda  # pyright: ignore[reportAttributeAccessIssue]
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -110,7 +112,7 @@ def times(device: torch.device) -> dict[str, float]:
     M, K, N, r, p, dtype = TIMED[device.type].values()
     base = nn.Linear(K, N, device=device, dtype=dtype)
     layer = fused_lora.LoraLinear(base, r, lora_dropout=p, init_lora_weights=False, autocast_adapter_dtype=False)
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    A, B = (part["default"].get_parameter("weight") for part in (layer.lora_A, layer.lora_B))
     x, g = (torch.randn(M, size, device=device, dtype=dtype) for size in (K, N))
     x.requires_grad_()
 
@@ -118,10 +120,10 @@ def times(device: torch.device) -> dict[str, float]:
         return base(x) + linear(linear(dropout(x, p), A), B) * layer.scaling["default"]
 
     def step(call: Callable[[torch.Tensor], torch.Tensor]) -> float:
-        """Of many in a row, as a training loop issues them: the longer of the host's and the device's time."""
+        """Milliseconds of a step among many in a row, as in a training loop: host or device, whichever takes longer."""
         start = time.perf_counter()
         for _ in range(STEPS[device.type]):
-            torch.autograd.grad(call(x), [x, A, B], g)
+            torch.autograd.grad([call(x)], [x, A, B], [g])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) / STEPS[device.type] * 1e3

@@ -1,4 +1,4 @@
-"""What runs and what it costs: of one layer's shape on any chip, or of every LoRA layer of a model.
+"""What runs and what it costs: for one layer's shape on any chip, or for every LoRA layer of a model.
 
 print(fused_lora.explain(M=8192, K=4096, N=4096, r=16, dropout=0.1, dtype=torch.bfloat16, device="H100"))
 print(fused_lora.explain(model))
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops import guard
 from fused_lora.ops.linear.plan import Plan, plan
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ CHIPS = {  # NVIDIA chip -> 10 * major + minor of its compute capability
 
 @dataclass(frozen=True)
 class Cost:
-    """One direction of a layer. Launches and bytes are None on the eager path, which is not counted."""
+    """The cost of a forward or a backward. Launches and bytes are None on the eager path, which is not counted."""
 
     name: str
     variant: str
@@ -43,8 +43,8 @@ class Cost:
 class Explanation:
     """Variant, configurations and cost of forward and backward; ``str()`` is a table.
 
-    The floor counts every operand and result of the products once (the backward's are the input gradient and the two
-    weight gradients) and every multiplication once.
+    The floor counts every operand, every result and every multiplication once. The results of the backward are the
+    input gradient and the two weight gradients.
     """
 
     title: str
@@ -63,16 +63,38 @@ class Explanation:
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """Every LoRA layer of a model, whether it runs fused and why not; ``str()`` is a table."""
+    """Every LoRA layer of a model: whether it runs fused, or why not. ``str()`` is a table."""
 
     layers: tuple[LayerRow, ...]
 
     def __str__(self) -> str:
         if not self.layers:
             return "no LoRA layers"
-        rows = [(row.path, row.kind, "yes" if row.why_not is None else f"no: {row.why_not}") for row in self.layers]
-        fused = sum(row.why_not is None for row in self.layers)
-        return "\n".join([*_table(("layer", "kind", "fused"), rows), f"{fused} of {len(rows)} layers run fused"])
+        rows = [(row.path, row.kind, str(row)) for row in self.layers]
+        fused = sum(row.fused for row in self.layers)
+        around = sum(row.why_not is None for row in self.layers) - fused
+        last = f"{fused} of {len(rows)} layers run fused" + f", {around} around their base" * (around > 0)
+        return "\n".join([*_table(("layer", "kind", "runs"), rows), last])
+
+
+@overload
+def explain(
+    model: None = None,
+    *,
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    dropout: float = ...,
+    dtype: torch.dtype = ...,
+    device: torch.device | str | None = ...,
+    adapter_dtype: torch.dtype | None = ...,
+    adapters: int = ...,
+) -> Explanation: ...
+
+
+@overload
+def explain(model: torch.nn.Module) -> ModelExplanation: ...
 
 
 def explain(
@@ -88,23 +110,25 @@ def explain(
     adapter_dtype: torch.dtype | None = None,
     adapters: int = 1,
 ) -> Explanation | ModelExplanation:
-    """What runs for a layer y = x W^T + s D(x) A^T B^T, x [M, K], W [N, K], rank r, and what it costs. Runs nothing.
+    """Explain which variant runs for y = x W^T + s D(x) A^T B^T, x [M, K], W [N, K], rank r, and its cost.
+
+    Nothing runs.
 
     Args:
-        model: a model instead of a shape: a table of its LoRA layers, fused or not and why not.
+        model: a model instead of a shape. The result is a table of its LoRA layers: fused, or why not.
         M, K, N, r: rows of x, in_features, out_features, rank of each adapter.
         dropout: of the adapters. dtype: of x and W. adapter_dtype: of A and B, default that of x.
-        device: where it would run: a torch device, or the name of an NVIDIA chip ("H100", "sm_90") that need not be
-            there. Default: the current GPU, and the CPU where there is none.
+        device: where it would run: a torch device, or the name of an NVIDIA chip ("H100", "sm_90"), which need not be
+            present. Default: the current GPU, or the CPU.
         adapters: how many are active in one call.
 
     Returns:
-        an object whose ``str()`` is a table: variant, launches, bytes and flops of forward and backward against the
-        floor, and the configuration of each launch. The plan is the one that a call takes.
+        An object whose ``str()`` is a table: variant, launches, bytes and flops of forward and backward against the
+        floor, and the configuration of each launch. A call takes the same plan.
 
     Raises:
-        ValueError: a size is missing or not positive, dropout outside [0, 1], an unknown chip, or model and a shape.
-        TypeError: model is no module, dtype no torch.dtype.
+        ValueError: a size is missing or not positive; dropout is outside [0, 1]; an unknown chip; or model and a shape.
+        TypeError: model is not a module, or dtype not a torch.dtype.
     """
     sizes = dict(M=M, K=K, N=N, r=r)
     if model is not None:
@@ -148,7 +172,7 @@ def _place(device, dtypes: Iterable[torch.dtype]) -> tuple[str, int, tuple[str, 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError):
         raise ValueError(f"device: expected a torch device or one of {', '.join(CHIPS)}, got {device!r}") from None
-    if not kernel.usable(device):
+    if not guard.usable(device):
         why = "the CPU path: plain torch, no kernels" if device.type == "cpu" else "the eager path: " + _why(device)
         return str(device), 0, (f"{device} takes {why}; launches and bytes are not counted",)
     if not torch.cuda.is_available():
@@ -167,7 +191,7 @@ def _capability_of(name: str) -> int | None:
 
 
 def _of_dtypes(name: str, capability: int, dtypes: Iterable[torch.dtype]) -> tuple[str, int, tuple[str, ...]]:
-    if not all(kernel.fits(torch.empty(0, dtype=dtype), (), ()) for dtype in dtypes):
+    if not guard.DTYPES.issuperset(dtypes):
         return name, 0, ("the kernels do fp32, bf16 and fp16; other dtypes take the eager path, which is not counted",)
     if capability < 80:
         return name, 0, (f"no kernels for {name}: the eager path, which is not counted",)
@@ -177,19 +201,20 @@ def _of_dtypes(name: str, capability: int, dtypes: Iterable[torch.dtype]) -> tup
 def _why(device: torch.device) -> str:
     if device.type != "cuda":
         return f"no kernels for {device.type} devices"
-    return "Triton is not installed" if not kernel.HAS_TRITON else "FUSED_LORA_PLAN=eager"
+    return "Triton is not installed" if not guard.HAS_TRITON else "FUSED_LORA_PLAN=eager"
 
 
-def _plans(shape: tuple, capability: int) -> tuple[Plan, Plan]:
-    M, N, K, *rest = shape
+def _plans(shape: tuple[Any, ...], capability: int) -> tuple[Plan, Plan]:
+    M, N, K, r, dtype, dropout, upcast, adapters = shape
     if capability == 0:
         return Plan("eager"), Plan("eager")
-    return plan("linear", M, N, K, *rest, capability), plan("backward", M, K, N, *rest, capability)
+    rest = r, dtype, dropout, upcast, adapters, capability
+    return plan("linear", M, N, K, *rest), plan("backward", M, K, N, *rest)
 
 
 def _dropped(plans: Sequence[Plan]) -> tuple[str, ...]:
-    """A note where such a plan has failed its trial in this process."""
-    failed = {key[1] for key, passed in kernel.verdicts().items() if not passed and isinstance(key[1], Plan)}
+    """A note for each plan that has failed its first use in this process."""
+    failed = {key[1] for key, passed in guard.verdicts().items() if not passed and isinstance(key[1], Plan)}
     said = "has failed its first use in this process; the eager path does its work"
     return tuple(f"{p.variant} {said}" for p in plans if p in failed)
 
@@ -201,9 +226,9 @@ def _traffic(op: str, M: int, N: int, K: int, shape: tuple, capability: int, var
     return traffic(op, M, N, K, r * adapters, dtype, dropout, capability, upcast, adapters, variant)
 
 
-def _forward(chosen: Plan, shape: tuple, capability: int) -> Cost:
-    M, N, K, r, dtype, _, *rest = shape
-    unmasked = M, N, K, r, dtype, False, *rest
+def _forward(chosen: Plan, shape: tuple[Any, ...], capability: int) -> Cost:
+    M, N, K, r, dtype, _, upcast, adapters = shape
+    unmasked = M, N, K, r, dtype, False, upcast, adapters
     whole = _traffic("linear", M, N, K, shape, capability, chosen.variant if chosen.variant == "recompute" else "split")
     costs = [whole]
     if chosen.variant == "library":
@@ -212,16 +237,20 @@ def _forward(chosen: Plan, shape: tuple, capability: int) -> Cost:
     return _sum("forward", chosen, costs, whole["floor_bytes"], whole["floor_flops"])
 
 
-def _backward(chosen: Plan, shape: tuple, capability: int) -> Cost:
+def _backward(chosen: Plan, shape: tuple[Any, ...], capability: int) -> Cost:
     M, N, K, r, dtype, _, upcast, adapters = shape
     unmasked = M, N, K, r, dtype, False, upcast, adapters
-    parts = [("shrink", M, 0, N, unmasked), ("expand", M, K, 0, shape), ("weight_grad", M, N, K, shape)]
+    parts: list[tuple[Any, ...]] = [
+        ("shrink", M, 0, N, unmasked),
+        ("expand", M, K, 0, shape),
+        ("weight_grad", M, N, K, shape),
+    ]
     if chosen.variant == "passes":
         parts = [("backward_g", M, N, 0, unmasked), ("backward_x", M, K, 0, shape)]
     e, R = dtype.itemsize, r * adapters
     # g, x, dx, W, S, and A, B and their gradients once each
     floor_bytes = e * (M * N + 2 * M * K + N * K) + 4 * M * R + 2 * (4 if upcast else e) * R * (N + K)
-    costs = [_traffic(*part, capability) for part in parts] + [_library(M, K, N, shape)]
+    costs = [_traffic(op, m, n, k, of, capability) for op, m, n, k, of in parts] + [_library(M, K, N, shape)]
     return _sum("backward", chosen, costs, floor_bytes, 2 * M * N * K + 4 * M * R * (N + K))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.diagnostics.verification import report
-from fused_lora.diagnostics.verification.judge import explain, holds_delta
+from fused_lora.diagnostics.verification.judge import add_findings, holds_delta
 from fused_lora.diagnostics.verification.layers import Layer, check_state, find_layers
 from fused_lora.diagnostics.verification.measure import check_layer, compare_outputs, output_noise
 from fused_lora.diagnostics.verification.passes import Pass, check_inputs, restored, run
@@ -24,18 +24,18 @@ def verify(
     seed: int = 0,
     max_rows: int = 64,
 ) -> Verification:
-    """Compare a model's merged with its unmerged outputs, layer by layer and at the end, and name what is wrong.
+    """Compare a model's merged and unmerged outputs, for each layer and for the model, and name what is wrong.
 
-    Every layer is looked at on the input rows that it gets in the unmerged model, against float64 on the same rows
-    (W, Wm: base weight and merged weight as stored, D = sum_i s_i B_i A_i):
+    Each layer is checked against float64, on the input rows that it gets in the unmerged model. W and Wm are the base
+    weight and the merged weight as stored, D = sum_i s_i B_i A_i:
 
         unmerged output  |y  - (x W^T + b + s x A^T B^T)|  within the rounding of its dtypes and sums
         merged weight    |Wm - (W + D)|                    within the roundings of one merge
         merged output    |ym - (x Wm^T + b)|               within the rounding of its dtype and sum
 
-    All three within their bounds (``verification.weights`` derives them) leave rounding as the only difference of the
-    layer, however large it is: in bf16 most of a small D is lost, which ``lost`` reports. At the output, rounding is
-    expected to cause what random changes of that size at every layer's output do cause in two further passes.
+    If all three are within their bounds (derived in ``verification.weights``), rounding is the only difference of the
+    layer. It may be large: in bf16 most of a small D is lost, which ``lost`` reports. At the model's output the
+    expected effect of rounding is measured: two further passes add random changes of that size to each layer.
 
     Causes of bugs, in ``Verification.findings``:
 
@@ -51,16 +51,16 @@ def verify(
         wrong adapter, other parameters    they differ from the reference's
         unmerged forward, merged weight, merged forward, output    out of bounds for none of these reasons
 
-    Deterministic for a ``seed``, in eval mode, without gradients. Nothing is changed: layers are shown in their other
-    state on a copy of their weight, one at a time; training flags, buffers, RNG states and hooks are put back. Works
-    on merged and unmerged models, ``fused_lora.inject``'s and PEFT's, wrapped in ``accelerate`` or not. What cannot be
-    merged here (DoRA, quantised bases, ...) stays as it is and is listed in ``skipped``.
+    It runs in eval mode, without gradients, and is deterministic for a ``seed``. Nothing changes: a layer is put into
+    its other state on a copy of its weight, one layer at a time. Training flags, buffers, RNG states and hooks are
+    restored. It takes merged and unmerged models of ``fused_lora.inject`` and of PEFT, accelerated or not. Layers that
+    cannot be merged here (DoRA, quantised bases, ...) are listed in ``skipped``.
 
     Args:
         model: a model with LoRA layers.
         inputs: a tensor, keyword arguments or positional arguments of the model.
         reference: what the model should agree with: the base model, the merged model, the model before it was saved,
-            or a mapping of parameter names to tensors. Its weights are compared by name, its output where it has one.
+            or a mapping of parameter names to tensors. Weights are compared by name. A model's output is compared too.
         seed: of the random numbers that the passes see.
         max_rows: rows of each layer's input that are replayed in float64.
 
@@ -69,8 +69,8 @@ def verify(
 
     Raises:
         TypeError: an argument has the wrong type, or the model returns no floating-point tensor.
-        ValueError: max_rows is not positive, an adapter or weight is not finite, or the inputs give an empty output or
-            one of NaNs alone, in which nothing could be seen.
+        ValueError: max_rows is not positive; an adapter or weight is not finite; or the inputs give an output that is
+            empty or all NaN.
         RuntimeError: the model has no active adapter to verify, or its adapters are disabled.
     """
     _check_arguments(model, inputs, reference, seed, max_rows)
@@ -91,7 +91,7 @@ def verify(
         noise = output_noise(model, inputs, layers, checks, unmerged, seed)
         result = Verification(checks, compare_outputs(merged.output, unmerged.output, noise), findings, notes, skipped)
         result.was_merged = any(layer.merged for layer in layers)
-        explain(model, layers, result)
+        add_findings(model, layers, result)
         covered = set() if reference is None else _compare_weights(result, model, layers, reference)
         if holds_delta([c for c in checks if c.path not in covered and not _is_broken(layers, c.path)]):
             text = "the base weight already holds the adapter, as after a merge, and it acts once more beside it"

@@ -1,4 +1,4 @@
-"""LoraConfig: PEFT's names and defaults for what this package computes; everything else is refused, never ignored.
+"""LoraConfig: PEFT's names and defaults for what this package computes. Everything else is refused, never ignored.
 
     y = x W^T + b + scaling * D(x) A^T B^T        scaling = lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA)
 
@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ _INERT: dict[str, tuple[type, ...]] = {
 
 @dataclass
 class LayerTensors:
-    """What one layer's adapter is made of.
+    """The tensors of one layer's adapter.
 
     Args:
         lora_A: [r, K].
@@ -62,28 +63,28 @@ def is_neutral(value: Any) -> bool:
 
 @dataclass
 class LoraConfig:
-    """How LoRA adapters are laid over a model.
+    """Which layers of a model get LoRA adapters, and of what kind.
 
     Args:
         r: default rank, 1 to 65536.
-        target_modules: names of the modules to adapt (equal to the path or a suffix of it after a dot), one regular
-            expression for the whole path (str), or ``"all-linear"``.
-        exclude_modules: names or one regular expression; a module that matches is left alone.
+        target_modules: a list of names (whole paths, or their last parts), one regular expression for the whole path
+            (str), or ``"all-linear"``.
+        exclude_modules: names or one regular expression. A module that matches is not adapted.
         lora_alpha: default numerator of the scaling.
         lora_dropout: probability in [0, 1] on the input of A.
-        fan_in_fan_out: recorded for PEFT; the layout of a weight follows from its module's type.
+        fan_in_fan_out: recorded for PEFT only. The module's type gives the layout of its weight.
         bias: "none", "all" or "lora_only": which biases of the model train and are saved with the adapter.
         use_rslora: scaling is lora_alpha / sqrt(r).
         modules_to_save: not supported, must be empty.
         init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero) or False (both
             as nn.Linear draws them).
         layers_to_transform, layers_pattern: restrict a list of names to these layer numbers.
-        rank_pattern, alpha_pattern: regular expression for the end of a path -> its own rank / alpha; the first that
-            matches wins.
+        rank_pattern, alpha_pattern: regular expression for the end of a path -> its rank or alpha. The first match
+            decides.
         lora_bias: give lora_B a bias.
         base_model_name_or_path, revision, task_type, inference_mode: recorded for PEFT.
-        extra: other keys of an adapter_config.json, kept for rewriting. Only neutral values (None, False, empty) and
-            a few keys without influence on the result are accepted.
+        extra: other keys of an adapter_config.json, kept for writing it again. Accepted are neutral values (None,
+            False, empty) and a few keys that do not change the result.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -123,7 +124,7 @@ class LoraConfig:
         self.validate()
 
     def validate(self) -> None:
-        """Check every field; called at construction, call it again after changing a field by hand."""
+        """Check every field. The constructor calls it; call it again after you change a field."""
         for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"):
             check_bool(name, getattr(self, name))
         for name in ("base_model_name_or_path", "revision", "task_type"):
@@ -194,12 +195,13 @@ class LoraConfig:
                 raise ValueError(f"{key!r} is not supported by fused_lora, got {value!r}")
 
     def layer_rank_alpha(self, name: str) -> tuple[int, float]:
-        """(r, lora_alpha) of the module at path ``name``: the first key k of rank_pattern / alpha_pattern with
-        ``re.match(rf"(.*\\.)?({k})$", name)``, else the defaults (PEFT's rule)."""
-        return (
-            self.rank_pattern.get(_first_match(self.rank_pattern, name), self.r),
-            self.alpha_pattern.get(_first_match(self.alpha_pattern, name), self.lora_alpha),
-        )
+        """(r, lora_alpha) of the module at path ``name``, by PEFT's rule.
+
+        The first key of rank_pattern (alpha_pattern) that matches the end of the path decides. Without a match it is
+        ``r`` (``lora_alpha``). A key k matches where ``re.match(rf"(.*\\.)?({k})$", name)`` does.
+        """
+        rank = _first_match(self.rank_pattern, name, self.r)
+        return rank, _first_match(self.alpha_pattern, name, self.lora_alpha)
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of PEFT's adapter_config.json: fields, ``extra`` and peft_type; sets become sorted lists."""
@@ -228,11 +230,36 @@ class LoraConfig:
         return cls(**known, extra=other)
 
 
+def as_lora_config(config: Any) -> LoraConfig:
+    """``config``, checked again: a field may have been changed by hand. A ``peft.LoraConfig`` is converted.
+
+    Raises:
+        TypeError: neither kind of config, or a field of the wrong type.
+        ValueError: a value out of range, or a field of ``peft.LoraConfig`` that is not supported and is in use.
+    """
+    if isinstance(config, LoraConfig):
+        config.validate()
+        return config
+    peft = sys.modules.get("peft")  # nobody can hold one of PEFT's configs before PEFT was imported
+    if peft is None or not isinstance(config, peft.LoraConfig):
+        raise TypeError(f"config: expected fused_lora.LoraConfig or peft.LoraConfig, got {type(config).__name__}")
+    if getattr(config, "_custom_modules", None):
+        raise ValueError("config: layers registered with _register_custom_module are not supported by fused_lora")
+    entries = config.to_dict()
+    # enums in a config in memory, plain strings in a file
+    for name in ("peft_type", "task_type"):
+        entries[name] = getattr(entries[name], "value", entries[name])
+    try:
+        return LoraConfig.from_dict(entries)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"config: {error}") from None
+
+
 _FIELDS = tuple(f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra")
 
 
-def _first_match(keys: Mapping[str, Any], name: str) -> str | None:
-    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), None)
+def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def _check_items(name: str, values: Any, kind: type) -> None:

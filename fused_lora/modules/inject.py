@@ -1,7 +1,7 @@
-"""LoRA over a whole model: inject, choose, disable and remove adapters, and the batch that mixes them.
+"""LoRA on a whole model: add, activate, disable and remove adapters, and mixed batches.
 
-The names and the rules are PEFT's: adapters of one model share names across layers, the first one is active, later ones
-wait for :func:`set_adapter`. Everything is checked before the model is touched.
+Names and rules are PEFT's. An adapter has the same name in all layers. The first adapter is active, later ones are
+inactive until :func:`set_adapter`. Everything is checked before the model changes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from fused_lora.modules.config import LayerTensors, LoraConfig
+from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.targets import is_supported, match_targets
@@ -24,20 +25,20 @@ _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -
 
 
 class AdapterNotFound(KeyError):
-    """No adapter of that name in the model; the message lists those there are."""
+    """The model has no adapter of this name. The message lists those it has."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class NotForPeft(dict):
-    """What PEFT finds as ``model.peft_config`` and adds its own config to: refuses, before PEFT has changed anything.
+    """The value of ``model.peft_config``. It refuses PEFT's attempt to add a config, before PEFT changes anything.
 
     PEFT does not know our layers. It would wrap the linears inside them, or stop with "Target module ... is not
     supported".
     """
 
-    def _refuse(self, *args, **kwargs):
+    def _refuse(self) -> NoReturn:
         raise RuntimeError(
             "this model carries fused_lora's own LoRA layers, PEFT cannot wrap it. "
             "fused_lora.load_adapter(model, path, adapter_name) loads a PEFT checkpoint into it, "
@@ -45,52 +46,61 @@ class NotForPeft(dict):
             "merge_adapters=True) gives the plain model back"
         )
 
-    __setitem__ = update = setdefault = _refuse
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._refuse()
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse()
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        self._refuse()
 
 
 @dataclass
 class LayerSpec:
-    """What one layer's new adapter is: rank, alpha, and its tensors (drawn when None)."""
+    """One layer's new adapter: rank, alpha and tensors (None: drawn at random)."""
 
     r: int
     lora_alpha: float
     tensors: LayerTensors | None = None
 
 
-def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
-    """Put a LoRA adapter on every layer that ``config`` targets, in place; all other parameters are frozen.
+def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "default") -> nn.Module:
+    """Add a LoRA adapter to every layer that ``config`` targets, in place. All other parameters are frozen.
 
-    The first adapter of a model becomes active and trainable. A further one is added beside it, inactive, as PEFT's
-    ``add_adapter`` does; :func:`set_adapter` chooses.
+    The first adapter of a model becomes active and trainable. Each further adapter is added inactive, as PEFT's
+    ``add_adapter`` does. :func:`set_adapter` chooses which are active.
 
     Args:
-        model: any nn.Module; its target layers are replaced by :class:`LoraLinear` around the same weights.
-        config: r, lora_alpha, target_modules and so on, with PEFT's names and meaning.
+        model: any nn.Module. Its target layers are replaced by :class:`LoraLinear` around the same weights.
+        config: a :class:`LoraConfig`, or a ``peft.LoraConfig``, which is converted.
         adapter_name: 1 to 64 letters, digits, "_" or "-".
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the name is taken or malformed, nothing matches, or a match is not a linear layer or one whose
-            weight torch's own attention and encoder modules read without calling it.
-        TypeError: model is no module, config is not a LoraConfig, or the name is not a str.
+        TypeError: model is not a module, config is not a LoraConfig, or the name is not a str.
+        ValueError: the name is taken or malformed; no layer matches; a match is not a linear layer; torch's own
+            attention or encoder module would read the weight of a match without calling the layer; or a
+            ``peft.LoraConfig`` sets a field that is not supported. The message names it.
     """
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config: expected fused_lora.LoraConfig, got {type(config).__name__}")
-    config.validate()  # a field may have been changed by hand
+    config = as_lora_config(config)
     check_not_wrapped(model)
-    layers = {path: LayerSpec(*config.layer_rank_alpha(path)) for path in match_targets(model, config)}
+    layers = {}
+    for path in match_targets(model, config):
+        r, lora_alpha = config.layer_rank_alpha(path)
+        layers[path] = LayerSpec(r, lora_alpha)
     attach(model, adapter_name, config, layers)
     return model
 
 
 def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> None:
-    """Add one adapter to the layers at these paths; the model is unchanged when anything raises.
+    """Add one adapter to the layers at these paths. If anything raises, the model is unchanged.
 
-    ``config`` is kept as the adapter's config. Its dropout, bias mode and init apply; ranks, alphas and tensors come
-    from ``layers``. Raises ValueError when the name is malformed or taken, a path is no linear layer, or the tensors do
-    not fit.
+    ``config`` is kept as the adapter's config and gives dropout, bias mode and init. Ranks, alphas and tensors come
+    from ``layers``. Raises ValueError if the name is malformed or taken, a path is not a linear layer, or the tensors
+    do not fit.
     """
     configs = check_new_name(model, check_adapter_name(adapter_name))
     check_not_wrapped(model)
@@ -103,7 +113,7 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
             raise ValueError(f"layers: {path!r} is not a linear layer of the model")
         _check_called(path, modules[path.rpartition(".")[0]])
     if config.bias != "none":
-        _check_not_merged([modules[path] for path in layers if isinstance(modules[path], LoraLinear)])
+        _check_not_merged([m for m in map(modules.__getitem__, layers) if isinstance(m, LoraLinear)])
     first, active = not configs, active_adapters(model)
     keep = set() if first else {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     built = _build(modules, adapter_name, config, layers)
@@ -112,7 +122,7 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
         setattr(modules[parent], name, layer)
     _load_base_biases(model, layers)
     setattr(model, _CONFIGS, {**configs, adapter_name: config})
-    model.peft_config = NotForPeft()
+    setattr(model, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
@@ -136,12 +146,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters that the model applies now."""
+    """Names of the active adapters."""
     return next((list(layer.active_adapters) for layer in lora_layers(model).values()), [])
 
 
 def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-    """Make one adapter, or several at once, the active ones: the others are ignored and frozen.
+    """Activate one adapter or several. All others are inactive and frozen.
 
     A merged model is unmerged first, with a warning.
 
@@ -159,7 +169,13 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter from all layers. Raises AdapterNotFound, or ValueError while it is merged."""
+    """Remove an adapter from all layers.
+
+    If it was active, the other active adapters stay; if none is left, the alphabetically first becomes active.
+
+    Raises:
+        AdapterNotFound: the model has no such adapter. ValueError: it is merged.
+    """
     check_names(model, [adapter_name])
     layers = lora_layers(model).values()
     if any(adapter_name in layer.merged_adapters for layer in layers):
@@ -176,9 +192,9 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base model: adapters are ignored, and unmerged if they were merged.
+    """A context in which all adapters are ignored. Merged ones are unmerged first.
 
-    Raises RuntimeError when a weight was changed while merged.
+    Raises RuntimeError if a weight was changed while merged.
     """
     unmerge_all(lora_layers(model))
     layers = list(lora_layers(model).values())
@@ -194,10 +210,12 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
-    """Inside, row i of every batch runs under ``adapter_names[i]``; None (or "__base__") is the plain base model.
+    """A context in which row i of every batch uses the adapter ``adapter_names[i]``.
 
-    Works around any forward and around ``model.generate``; a batch of k times as many rows (beams) repeats each name
-    k times. Base rows get the base model's own output.
+    None (or "__base__") stands for the base model.
+
+    It works around any forward and around ``model.generate``. A batch of k times as many rows (beams) repeats each
+    name k times. Base rows get the base model's own output.
 
     Raises:
         AdapterNotFound: a name that the model does not have. TypeError: adapter_names is no list of names.
@@ -223,7 +241,7 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iter
 
 
 def as_list(adapter_names: Iterable) -> list:
-    """``adapter_names`` as a list; TypeError for what is none, or a str, whose letters would pass for names."""
+    """``adapter_names`` as a list. TypeError if it is not iterable, or a str, whose letters would pass for names."""
     if isinstance(adapter_names, (str, bytes)) or not isinstance(adapter_names, Iterable):
         raise TypeError(f"adapter_names: expected a list of strings, got {adapter_names!r}")
     return list(adapter_names)
@@ -247,13 +265,13 @@ def check_new_name(model: nn.Module, name: str) -> dict[str, LoraConfig]:
 
 
 def check_module(model: nn.Module) -> None:
-    """Raise TypeError when ``model`` is no module."""
+    """Raise TypeError if ``model`` is not a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raise ValueError when ``model`` has LoRA layers that are not ours, TypeError when it is no module."""
+    """Raise ValueError if ``model`` has LoRA layers of PEFT, TypeError if it is not a module."""
     check_module(model)
     for path, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "lora_A") and not isinstance(module, LoraLinear):
@@ -265,7 +283,7 @@ def check_not_wrapped(model: nn.Module) -> None:
 
 
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise AdapterNotFound, listing what there is, unless the model has all these adapters; TypeError for no str."""
+    """Raise AdapterNotFound unless the model has all these adapters, TypeError if a name is not a str."""
     known = adapter_configs(model)
     for name in names:
         if not isinstance(name, str):
@@ -275,7 +293,7 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> dict[str, LoraLinear]:
-    """New LoraLinear per plain layer; existing ones get the adapter here, and lose it again if a later layer fails."""
+    """A new LoraLinear for each plain layer. Existing ones get the adapter, and lose it if a later layer fails."""
     built, extended = {}, []
     frozen = [(p, p.requires_grad) for path in layers for p in modules[path].parameters()]
     try:
@@ -298,7 +316,7 @@ def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, Lay
 
 
 def _check_called(path: str, parent: nn.Module) -> None:
-    """Raise ValueError where ``parent`` takes the layer's weight and never calls it, so that no adapter could act."""
+    """Raise ValueError if ``parent`` reads the layer's weight without calling it: an adapter would do nothing."""
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(f"layers: {path!r} is never called, nn.MultiheadAttention reads its weight: exclude it")
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
@@ -311,11 +329,12 @@ def _check_called(path: str, parent: nn.Module) -> None:
 def _load_base_biases(model: nn.Module, layers: dict[str, LayerSpec]) -> None:
     for path, spec in layers.items():
         if spec.tensors is not None and spec.tensors.base_bias is not None:
-            model.get_submodule(path).base_layer.bias.data.copy_(spec.tensors.base_bias)
+            layer: Any = model.get_submodule(path)
+            layer.base_layer.bias.data.copy_(spec.tensors.base_bias)
 
 
 def _freeze(model: nn.Module, config: LoraConfig, paths: list[str], keep: set[int]) -> None:
-    """Everything but adapters is frozen, except the biases that this adapter trains and what ``keep`` holds by id."""
+    """Freeze all but adapters, the biases that this adapter trains, and the parameters with an id in ``keep``."""
     parts = [part for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B)]
     ours = {id(parameter) for part in parts for parameter in part.parameters()}
     for parameter in model.parameters():

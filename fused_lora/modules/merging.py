@@ -1,9 +1,10 @@
-"""Merge and unmerge over a whole model: all layers or none, and every bit of the base comes back."""
+"""Merge and unmerge a whole model: all layers or none. Unmerge restores every bit of the base."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -12,12 +13,12 @@ from fused_lora.modules.linear import LoraLinear, merge_back, unmerge_all
 
 
 def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-    """Add adapters to the base weights in place, one rounding per weight; :func:`unmerge` restores the original bits.
+    """Add adapters to the base weights in place, with one rounding. :func:`unmerge` restores the original bits.
 
     Args:
         model: a model with LoRA layers.
-        adapter_names: names to merge (default: the active ones). Layers without such an adapter are left alone.
-        safe_merge: accepted for PEFT's sake: every merge checks for NaN and infinity before it writes.
+        adapter_names: names to merge (default: the active ones). Layers without these adapters do not change.
+        safe_merge: accepted as in PEFT. Every merge checks for NaN and infinity before it writes.
 
     Raises:
         TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
@@ -31,7 +32,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
     _check_not_shared(model, {path: m for path, m in layers.items() if any(name in m.lora_A for name in names)})
     if names and all(name in m.merged_adapters for m in layers.values() for name in names if name in m.lora_A):
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
-    done: list[tuple[LoraLinear, object, list[str]]] = []
+    done: list[tuple[LoraLinear, Any, list[str]]] = []
     for path, layer in layers.items():
         state, before = layer.merge_state, list(layer.merged_adapters)
         new = [name for name in names if name in layer.lora_A and name not in before]
@@ -60,9 +61,9 @@ def unmerge(model: nn.Module) -> None:
 
 
 def delta_fidelity(model: nn.Module) -> dict[str, float]:
-    """For every merged layer, the share of its delta that rounding to the weight's dtype lost (0: nothing, 1: all).
+    """For each merged layer, the share of its delta that was lost by rounding to the weight's dtype (0: none, 1: all).
 
-    ||(Wm - W) - D|| / ||D|| in the Frobenius norm. In bf16 a delta of 0.1 % of the weight loses about 0.8.
+    It is ||(Wm - W) - D|| / ||D|| in the Frobenius norm. In bf16 a delta of 0.1 % of the weight loses about 0.8.
     Raises RuntimeError when nothing is merged.
     """
     merged = {path: layer for path, layer in _layers(model).items() if layer.merged}
@@ -97,7 +98,8 @@ def _check_not_shared(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
     """Raise RuntimeError when the weight of one of these layers is a parameter of a further module as well."""
     owners = parameter_owners(model)
     for path, layer in layers.items():
-        shared = owners.get(layer.base_layer.weight.data_ptr(), [])
+        base: Any = layer.base_layer
+        shared = owners.get(base.weight.data_ptr(), [])
         if len(shared) > 1:
             raise RuntimeError(f"{path}: the weight is shared by {shared}; a merge would change all of them")
 

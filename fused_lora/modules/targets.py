@@ -8,23 +8,19 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
+from fused_lora.bases import base_of
+from fused_lora.bases.dense import is_conv1d
 from fused_lora.modules.config import LoraConfig
 
 SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
 ALL_LINEAR = "all-linear"
 BASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CLASSIFIER_HEADS = ("score", "classifier")
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' Conv1D (weight [K, N]), without importing transformers."""
-    # no module can be a Conv1D before something imported the file that defines it
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
 def is_lora_linear(module: nn.Module) -> bool:
@@ -34,11 +30,11 @@ def is_lora_linear(module: nn.Module) -> bool:
 
 def base_layer_of(module: nn.Module) -> nn.Module:
     """The layer that carries W: ``module.base_layer`` of a LoRA layer, else the module itself."""
-    return module.base_layer if is_lora_linear(module) else module
+    return module.get_submodule("base_layer") if is_lora_linear(module) else module
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether LoRA can be laid over ``module``: a linear layer with a plain 2-D floating-point weight."""
+    """Whether ``module`` can get LoRA: a linear layer with a plain 2-D floating-point weight."""
     base = base_layer_of(module)
     weight = getattr(base, "weight", None)
     # quantised layers subclass nn.Linear but hold packed integers
@@ -52,9 +48,8 @@ def is_supported(module: nn.Module) -> bool:
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:
     """(K, N) of a supported module."""
-    base = base_layer_of(module)
-    shape = tuple(base.weight.shape)
-    return shape if is_conv1d(base) else (shape[1], shape[0])
+    base: Any = base_layer_of(module)
+    return base_of(base).features(base)
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -71,9 +66,9 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def match_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     """Paths of the modules that ``config`` adapts, in ``named_modules()`` order, chosen as PEFT chooses them.
 
-    A str ``target_modules`` must match the whole path; a list holds whole paths or their last parts;
-    ``"all-linear"`` means every linear layer but the output layer of a transformers model. ``exclude_modules`` goes
-    first, ``layers_to_transform`` last. Shared modules appear once, under their first name.
+    A str ``target_modules`` must match the whole path. A list holds whole paths or their last parts. ``"all-linear"``
+    means every linear layer except the output layer of a transformers model. ``exclude_modules`` is applied first,
+    ``layers_to_transform`` last. Shared modules appear once, under their first name.
 
     Raises:
         ValueError: target_modules is None or not a regular expression, nothing matches, or a matched module is not
@@ -107,7 +102,7 @@ def all_linear(model: nn.Module, config: LoraConfig) -> set[str]:
     return linear - {name for name, module in model.named_modules() if module is head and head is not None}
 
 
-def _output_layer(model: nn.Module, config: LoraConfig) -> nn.Module | None:
+def _output_layer(model: Any, config: LoraConfig) -> nn.Module | None:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return None
@@ -118,9 +113,9 @@ def _output_layer(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def literal_targets(model: nn.Module, config: LoraConfig) -> list[str] | None:
-    """The paths ``config`` names in lists alone, supported or not; None where a regular expression would have to run.
+    """The paths that ``config`` selects by lists of names, supported or not. None if it needs a regular expression.
 
-    For configs from files: an expression in them can take exponential time.
+    For configs from files: their expressions can take exponential time.
     """
     targets = config.target_modules
     if targets is None or isinstance(targets, str) or isinstance(config.exclude_modules, str) or config.layers_pattern:

@@ -1,4 +1,4 @@
-"""AdapterStore: many adapters over one model, on the device within a budget, each request under its own."""
+"""AdapterStore: many adapters over one model, in a memory budget on the device, one for each request."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ class AdapterStore(Registry):
         with store.batch(["sql", None, {"sql": 0.5, "poet": 0.5}]):
             model.generate(**inputs)
 
-    A layer's output becomes y[row] += sum_i weight_i * scaling_i * B_i A_i x[row] for the rows with adapters, in place,
-    summed in fp32 and rounded once; base rows keep the bits that the layer gave them. The model itself, its weights and
-    its state dict stay as they are. All methods may be called from several threads.
+    For rows with adapters a layer's output becomes y[row] += sum_i weight_i * scaling_i * B_i A_i x[row], in place,
+    summed in fp32 and rounded once. Base rows keep their bits. The model, its weights and its state dict do not change.
+    All methods may be called from several threads.
 
-    Adapters lie at their exact rank in one arena on the device. Those used least recently make room for others; an
-    adapter in a running batch, or a pinned one, never does. Adapters without files move to host memory then, others
-    are read again when they are needed.
+    Adapters lie at their exact rank in one arena on the device. The least recently used ones make room for others.
+    An adapter in a running batch, or a pinned one, never does. Adapters from tensors then move to host memory.
+    Adapters from files are read again when they are needed.
 
     Args:
         model: a model without LoRA layers.
-        capacity_bytes: what adapters may take on the device; None: no limit.
-        host_bytes: what copies of adapters may take in host memory; None: no limit.
-        device: of the arena and of the model's linear layers; by default that of the first.
-        grow: take the memory from the device in steps of so many bytes instead of at once.
-        dtype: of the adapters on the device; by default float32 on a CPU (float64 for such a model), the model's own
+        capacity_bytes: bytes that adapters may take on the device. None: no limit.
+        host_bytes: bytes that copies of adapters may take in host memory. None: no limit.
+        device: of the arena and of the model's linear layers. Default: that of the first layer.
+        grow: allocate the memory in steps of so many bytes instead of at once.
+        dtype: of the adapters on the device. Default: float32 on a CPU (float64 for a float64 model), the model's
             dtype on a GPU.
-        max_resident: most adapters on the device at a time.
+        max_resident: most adapters on the device at the same time.
 
     Raises:
-        TypeError, ValueError: an argument is not what it must be, or the model has LoRA layers or no linear ones.
+        TypeError, ValueError: an argument does not fit, or the model has LoRA layers or no linear layers.
         RuntimeError: another store is attached to the model.
     """
 
@@ -84,7 +84,8 @@ class AdapterStore(Registry):
             if value is not None and value > most:
                 raise ValueError(f"{name}: expected at most {most}, got {value}")
         sites = find_sites(model)
-        first = next(iter(sites.values())).module.weight
+        layer: Any = next(iter(sites.values())).module
+        first: Tensor = layer.weight
         self.device = _device(first.device if device is None else device)
         transfer = open_transfer(self.device, first.dtype, dtype, sites, max_resident)
         super().__init__(model, sites, transfer, capacity_bytes, grow, host_bytes, max_resident)
@@ -94,44 +95,46 @@ class AdapterStore(Registry):
         self._attachment = Attachment(model, sites, self)
 
     def batch(self, names: Sequence[Any]) -> AbstractContextManager[Batch]:
-        """A context in which sequence i of every model batch runs under ``names[i]``, in this thread.
+        """A context in which sequence i of every model batch uses ``names[i]``, in this thread.
 
-        Around any forward and around ``model.generate``, padded left or right. A model batch of k times as many
-        sequences (beams, return sequences) repeats each entry k times. Gradients are off inside.
+        It works around any forward and around ``model.generate``, with padding left or right. A model batch of k
+        times as many sequences (beams, return sequences) repeats each entry k times. Gradients are off inside.
 
         Args:
             names: for each sequence a name, a :class:`Lease`, None (the base model), or a dict of names and weights
                 whose terms are added up.
 
         Raises:
-            AdapterNotFound: unknown name. StoreFull: they do not fit together. AdapterError: files of an adapter that
-            has to be read. TypeError, ValueError: ``names`` is not such a sequence, or it is empty.
+            AdapterNotFound: unknown name. StoreFull: the adapters do not fit together. AdapterError: an adapter must be
+            read and its files are damaged. TypeError, ValueError: ``names`` is not such a sequence, or it is empty.
         """
         return self._open(names, None)
 
     def batch_rows(
         self, names: Sequence[Any], rows: Sequence[int] | Tensor | np.ndarray, buffers: RowBuffers | None = None
     ) -> AbstractContextManager[Batch]:
-        """As :meth:`batch`, for token rows of several requests packed into one: every layer sees exactly these rows.
+        """As :meth:`batch`, for token rows of several requests packed into one sequence.
 
         Args:
             names: entries as for :meth:`batch`.
             rows: a list with the number of rows of each entry, in order, or an integer tensor with the entry of each
                 row (-1: the base model).
-            buffers: of :meth:`row_buffers`, for a step in a CUDA graph: run two steps, capture one, and replay the
-                graph inside other batches with the same buffers. Layers see ``max_rows`` rows, the last ones base rows.
+            buffers: of :meth:`row_buffers`, for a step in a CUDA graph. Run two steps, capture one, and replay the
+                graph inside other batches with the same buffers. Layers get ``max_rows`` rows, base rows last.
         """
         if rows is None:
             raise TypeError("rows: expected a list of row counts, or a tensor with the entry of each row, got None")
         if buffers is not None and not isinstance(buffers, RowBuffers):
             raise TypeError(f"buffers: expected what row_buffers() gave, got {type(buffers).__name__}")
+        if buffers is not None and buffers.tables is not self._transfer.tables:
+            raise ValueError("buffers: they are those of another store")
         return self._open(names, rows, buffers)
 
     def row_buffers(self, max_rows: int, max_groups: int, max_rank: int, group_size: int = 1) -> RowBuffers:
-        """Tables at fixed addresses for :meth:`batch_rows`: a graph that reads them can be replayed with any mix of at
-        most ``max_groups`` different adapters or combinations of ``group_size``; fewer, or none, are as good.
+        """Tables at fixed addresses for :meth:`batch_rows`. A graph that reads them can be replayed with any mix.
 
-        Loads beyond ``max_rank`` are refused from here on.
+        A mix has at most ``max_groups`` different adapters, or combinations of ``group_size`` adapters. From now on
+        adapters of a rank above ``max_rank`` are refused.
 
         Raises:
             RuntimeError: the kernels do not run on this device. ValueError: a size is not positive, or an adapter of a
@@ -147,12 +150,12 @@ class AdapterStore(Registry):
         if self._transfer.tables is None:
             raise RuntimeError(f"row_buffers: the grouped kernels do not run on {self.device}")
         with self._lock:
-            buffers = RowBuffers(max_rows, max_groups, group_size, self.device)
+            buffers = RowBuffers(max_rows, max_groups, max_rank, group_size, self._transfer.tables)
             self._transfer.tables.limit(max_rank)
             return buffers
 
     def grow(self, nbytes: int) -> None:
-        """Add ``nbytes`` to what adapters may take on the device; those that are there stay where they are.
+        """Raise the device budget of the adapters by ``nbytes``. Loaded adapters stay where they are.
 
         Raises:
             TypeError, ValueError: not a positive int. RuntimeError: the store has no limit.
@@ -169,7 +172,7 @@ class AdapterStore(Registry):
             self._residency.arena.capacity += nbytes
 
     def detach(self) -> None:
-        """Take the hooks off the model and free all memory; the store is of no use afterwards.
+        """Remove the hooks from the model and free all memory. The store cannot be used afterwards.
 
         Raises:
             RuntimeError: a batch is running, a lease is held, or an adapter is being loaded.
@@ -212,7 +215,7 @@ class AdapterStore(Registry):
             numbers = {group: i for i, group in enumerate(groups)}
             group_of_entry = np.array([numbers.get(group, -1) for group in wanted], np.int64)
             more = self._prepared_for(groups), self._siblings, buffers
-            with Batch(self, self._transfer, groups, group_of_entry, entry_of_row, *more) as batch:
+            with Batch(self, groups, group_of_entry, entry_of_row, *more) as batch:
                 yield batch
         finally:
             self._residency.release(held.values())
@@ -227,15 +230,15 @@ class AdapterStore(Registry):
                     raise ValueError(f"names[{i}]: weight {weight} times the scaling of {version.name!r} is no number")
 
     def _prepared_for(self, groups: Sequence[Group]) -> Prepared:
-        """What is kept for these groups: engines open a batch for every step, mostly with the same ones."""
+        """What was prepared for these groups. Engines open a batch for every step, mostly with the same groups."""
         key = tuple(tuple((version, version.block, weight) for version, weight in group) for group in groups)
         with self._lock:
-            found = self._prepared.pop(key, None) or Prepared(groups)
+            found = self._prepared.pop(key, None) or Prepared(groups, self._transfer.tables)
             self._prepared[key] = found
             if len(self._prepared) > _PREPARED:
                 del self._prepared[next(iter(self._prepared))]
             for older in list(self._prepared.values())[:-_WITH_BUFFERS]:
-                older.drop_layouts()
+                older.drop_rows()
             return found
 
 

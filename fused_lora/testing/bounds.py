@@ -1,4 +1,4 @@
-"""The access checker behind ``interpreter.checked``: where each pointer came from, where it may go, who went there."""
+"""The access checker behind ``interpreter.checked``: which argument each pointer may access, and who accessed it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class AccessError(RuntimeError):
 
 @dataclass
 class AccessReport:
-    """What ``checked`` has looked at so far; ``active`` is False where kernels run natively and nothing is checked."""
+    """What ``checked`` has counted so far. ``active`` is False if kernels run natively and nothing is checked."""
 
     active: bool = True
     launches: int = 0
@@ -67,7 +67,7 @@ class _Extent:
 
 
 class _OwnedPointer(tl.pointer_type):
-    """A pointer type that remembers the argument it points into; the interpreter hands it on through arithmetic."""
+    """A pointer type that remembers its argument. The interpreter keeps the type through arithmetic."""
 
     def __init__(self, plain: tl.pointer_type, extent: _Extent):
         super().__init__(plain.element_ty, plain.address_space, plain.const)
@@ -86,7 +86,7 @@ def _tensors_in(argument, name: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class AccessChecker:
-    """Replaces the interpreter's memory operations for the time of ``installed()``; see ``interpreter.checked``."""
+    """Replaces the interpreter's memory operations inside ``installed()``. See ``interpreter.checked``."""
 
     def __init__(self, races: bool, extra: Sequence[torch.Tensor]):
         self.report = AccessReport()

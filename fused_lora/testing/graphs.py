@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 def capture(call: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """(graph, what ``call`` gave in it: every replay writes there), after the warm-up that compiles and tries kernels.
+    """(graph, result of ``call`` in it), after a warm-up that compiles and checks kernels. A replay writes this result.
 
     Raises RuntimeError where the call cannot be captured.
     """

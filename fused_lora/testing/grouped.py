@@ -63,11 +63,11 @@ class GroupedCase:
 
     @property
     def adapters(self) -> list[torch.Tensor]:
-        """What kernels reach by address."""
+        """The tensors that kernels reach by address."""
         return [t for slot in (*self.lora_A, *self.lora_B) for t in slot if t.numel()]
 
     def tables(self) -> AdapterTables:
-        """The adapters as the kernels are told of them."""
+        """The tables that tell the kernels where the adapters are."""
 
         def table(values, dtype):
             return torch.tensor([list(of_output) for of_output in zip(*values, strict=True)], dtype=dtype).to(
@@ -85,7 +85,7 @@ class GroupedCase:
         )
 
     def row_groups(self) -> RowGroups:
-        """The metadata of this batch in a buffer whose unused part holds what must never be read."""
+        """The metadata of this batch. The unused part of its buffer holds values that must never be read."""
         host = np.full(self.layout.size, 2**30, np.int32)
         build_metadata(self.layout, self.group_of_row, self.groups, host)
         return self.layout.views(torch.from_numpy(host).to(self.x.device))
@@ -122,7 +122,7 @@ class GroupedCase:
         return [(self.x.shape[1] + ranks + 8) * 2.0**-24 * y for y in size]
 
     def eager(self) -> list[torch.Tensor]:
-        """As PEFT's mixed batch adds adapters to the rows that have them, each weighted sum of theirs at once."""
+        """The outputs as PEFT's mixed batch computes them: each adapter or weighted sum is added to its rows."""
         y = self._combine(self.base, self.x.to(self.lora_A[0][0].dtype), lambda t: t)
         return [t.to(self.x.dtype) for t in y]
 

@@ -1,7 +1,7 @@
-"""Buffers between guard bands, filled with NaN that can be told apart: what a kernel failed to write, or wrote outside.
+"""Buffers between guard bands, filled with distinct NaNs: they show what a kernel did not write, or wrote outside.
 
-Each buffer's bands and body get NaN payloads of their own, so that copying one poison over another is seen too.
-Comparisons are of bits.
+Bands and body of each buffer get their own NaN payloads, so that a copy of one poison over another is seen too.
+Bits are compared, not values.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ _ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")
 
 @contextlib.contextmanager
 def guarded_allocations(packages: Sequence[str] = ("fused_lora.kernels",)) -> Iterator[GuardedBuffers]:
-    """Within it what the launchers of ``packages`` allocate uninitialised is guarded and poisoned.
+    """A context in which uninitialised allocations of the launchers of ``packages`` are guarded and poisoned.
 
     Replaces torch.empty, empty_like, empty_strided and Tensor.new_empty for calls from those packages alone, and checks
     every band at the end.

@@ -1,13 +1,13 @@
-"""Triton's interpreter made right in bf16, and its memory accesses checked, so that a CPU can prove a kernel.
+"""Triton's interpreter with correct bf16 and checked memory accesses, so that a CPU can test a kernel.
 
     install_shim()            bf16 dots, casts and arithmetic as the hardware rounds them; one launch at a time
     fixed_order_dot()         tl.dot as a plain loop over k: a row's bits cannot depend on its neighbours
     checked()                 every active lane of every access inside its own argument, no two programs in conflict
 
-Why. The interpreter keeps bf16 as bare uint16: it multiplies bit patterns in tl.dot and in arithmetic, and truncates in
-casts; it reads and writes out of bounds in silence; and it keeps its grid position in globals, so threads disturb each
-other. All of it is found in triton 3.4 to 3.9; where the internals that are replaced here are missing, ``install_shim``
-and ``checked`` raise RuntimeError rather than check nothing.
+Why. The interpreter keeps bf16 as bare uint16: tl.dot and arithmetic multiply bit patterns, and casts truncate. It
+reads and writes out of bounds without an error. It keeps the grid position in globals, so threads disturb each other.
+All of this is so in triton 3.4 to 3.9. If the internals that are replaced here are missing, ``install_shim`` and
+``checked`` raise RuntimeError.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def install_shim() -> None:
 
 
 def uninstall_shim() -> None:
-    """Give the interpreter its own methods back (for the shim's self-test)."""
+    """Restore the interpreter's own methods (for the shim's self-test)."""
     if not _State.installed:
         return
     for name in _SHIM:

@@ -1,13 +1,15 @@
-"""A LoRA layer with its data, its exact answers and eager PEFT's answers: what kernel tests compare with."""
+"""A LoRA layer with its data, its exact results and eager PEFT's results: what kernel tests compare with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fused_lora import reference
+from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear import plan
 
 from .numeric import assert_no_worse
@@ -91,7 +93,7 @@ class LayerCase:
         return {name: (terms[name] + 8) * 2.0**-24 * value for name, value in size.exact().items()}
 
     def check(self, results: dict[str, torch.Tensor]) -> None:
-        """16-bit results by the error rule against eager, fp32 ones by what fp32 sums can lose at most."""
+        """Check results: 16-bit ones by the error rule against eager, fp32 ones by the largest error of fp32 sums."""
         eager, exact, bounds = self.eager(), self.exact(), self.fp32_bounds()
         for name, tensor in results.items():
             if tensor.dtype != torch.float32:
@@ -103,11 +105,24 @@ class LayerCase:
     def planned(self) -> dict[str, torch.Tensor]:
         """y, S, dx, dA, dB by what the plan chooses, as the operators run it."""
         x, W, bias, A, B, p = self.x, self.weight, self.bias, self.lora_A, self.lora_B, self.dropout
-        y, S = plan.forward(x, W, bias, A, B, p)(x, W, bias, *self.adapters)
-        run, each = plan.backward(self.g, W, A, B, p), [True] * len(A)
-        rest = self.scaling, p, self.seeds, True, each, each, False, False
-        dx, dA, dB, _, _ = run(self.g, x, W, A, B, S, *rest)
+        y, S = plan.forward(x, W, bias, A, B, self.scaling, p)(x, W, bias, A, B, self.seeds)
+        arguments = self.of_backward(S)
+        needs = (True,) * (2 * len(A) + 1) + (False, False)
+        dx, dA, dB, _, _ = plan.backward(self.g, x, W, A, B, self.scaling, p, needs)(*arguments)
         return dict(y=y, S=S, dx=dx, dA=torch.cat(dA), dB=torch.cat(dB, 1))
+
+    def of_backward(self, S: torch.Tensor) -> tuple:
+        """Arguments of ``lora_linear_backward`` for the gradients of x and the adapters."""
+        each = (True,) * len(self.lora_A)
+        tensors = self.g, self.x, self.weight, self.lora_A, self.lora_B, S
+        return *tensors, self.scaling, self.dropout, self.seeds, True, each, each, False, False
+
+    def by(self, variant: str, S: torch.Tensor | None = None) -> tuple:
+        """(y, S) by the kernels of this variant; with the S of a forward (dx, dA, dB, None, None)."""
+        chosen, forward = kernel.Plan(variant), (self.x, self.weight, self.bias, *self.adapters)
+        if S is None:
+            return kernel.lora_linear(chosen, *forward)(*forward)
+        return kernel.lora_linear_backward(chosen, *self.of_backward(S))(*self.of_backward(S))
 
     def eager(self) -> dict[str, torch.Tensor]:
         """The same by eager PEFT: result + lora_B(lora_A(dropout(x))) * scaling, with the masks of these seeds.
@@ -121,6 +136,7 @@ class LayerCase:
         for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
             dropped = x.to(A.dtype)
             if self.dropout[i]:
+                assert self.seeds is not None
                 keep = reference.dropout_mask(self.seeds[i], x.shape, self.dropout[i], x.device)
                 dropped = dropped * keep * reference.keep_scale(self.dropout[i])
             S.append(dropped @ A.t())
@@ -128,6 +144,11 @@ class LayerCase:
             y = y + (S[-1] @ B.t()) * self.scaling[i]
         y = y.to(self.x.dtype)
         y.backward(self.g)
-        dS = torch.cat([s.grad for s in S], 1)
-        dA, dB = torch.cat([A.grad for A in lora_A]), torch.cat([B.grad for B in lora_B], 1)
-        return dict(y=y, S=torch.cat(S, 1), dx=x.grad, dS=dS, dA=dA, dB=dB)
+        grads: list[Any] = [t.grad for t in (x, *S, *lora_A, *lora_B)]
+        n = len(S)
+        dS, dA, dB = (
+            torch.cat(grads[1 : n + 1], 1),
+            torch.cat(grads[n + 1 : 2 * n + 1]),
+            torch.cat(grads[2 * n + 1 :], 1),
+        )
+        return dict(y=y, S=torch.cat(S, 1), dx=grads[0], dS=dS, dA=dA, dB=dB)

@@ -1,4 +1,4 @@
-"""Which accesses of the programs of one launch happen one before the other: by barriers and atomics between them."""
+"""Which accesses of a launch's programs happen before others, given the barriers and atomics between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SEVERAL = -1  # in place of an interval: programs that nothing orders
 
 
 class HappensBefore:
-    """What the running program may rely on: what others stored before an atomic at an address where it did one, too.
+    """What the running program may rely on: stores of others before an atomic at an address where it did one, too.
 
     A program is a sequence of intervals that its barriers end, numbered through the whole launch (programs run one
     after the other). An atomic tells of the intervals before the last barrier: one thread does it, the others' stores

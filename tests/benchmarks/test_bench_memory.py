@@ -66,7 +66,7 @@ def run(bench, out, device, *options):
     return code, json.loads(path.read_text())
 
 
-def test_the_results(bench, tmp_path, capsys):
+def test_the_results_file_has_all_rows(bench, tmp_path, capsys):
     code, content = run(bench, tmp_path, "cpu")
     assert code == 0 and not content["skipped"]
     rows = content["rows"]
@@ -80,7 +80,7 @@ def test_the_results(bench, tmp_path, capsys):
     assert "small r=16 M=64, 3 layers" in capsys.readouterr().out
 
 
-def test_shapes_of_ones_own(bench, tmp_path):
+def test_shapes_from_the_command_line(bench, tmp_path):
     code, content = run(bench, tmp_path, "cpu", "--shapes", "96x64")
     assert code == 0 and {row["layers"] for row in content["rows"]} == {"96x64"}
 

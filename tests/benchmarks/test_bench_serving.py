@@ -9,6 +9,7 @@ import torch
 
 from fused_lora.serving.engine.continuous import check_transformers
 from helpers import serving
+from helpers.seeds import shifted
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 if not BENCHMARKS.is_dir():
@@ -111,7 +112,7 @@ def test_step_without_peft_is_checked_against_one_at_a_time(load, tiny, tmp_path
 
 
 def test_adapters_one_at_a_time_are_what_a_step_is_compared_with(load):
-    module, draw = load("serving_steps"), torch.Generator().manual_seed(0)
+    module, draw = load("serving_steps"), torch.Generator().manual_seed(shifted(0))
     base, y = (torch.randn(20, 1, 8, generator=draw) for _ in range(2))
     groups = [torch.arange(i, 20, 10) for i in range(10)]
 

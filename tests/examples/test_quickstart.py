@@ -85,7 +85,7 @@ def test_whole_run(modules, tiny, tmp_path, capsys):
     assert all(step in printed for step in STEPS)
 
 
-def test_lost_bit_is_found(modules, trained, report, monkeypatch):
+def test_a_lost_bit_is_found(modules, trained, report, monkeypatch):
     quickstart, _, _ = modules
     model, twin, tokenizer = trained
     weight = next(iter(fused_lora.lora_layers(model).values())).weight.data

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from helpers.waiting import HANG
+
 
 class Server:
     """A running server; ``client`` is OpenAI's, ``http`` speaks to it without one.
@@ -43,8 +45,8 @@ class Server:
         self.log, self.url = log, f"http://127.0.0.1:{self.port}"
         with log.open("w") as output:
             self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
-        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=HANG)
+        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=HANG)
 
     def __enter__(self) -> Server:
         return self.wait()
@@ -56,7 +58,7 @@ class Server:
         """Until it is healthy; its log is the error where it ends before that."""
         import httpx
 
-        end = time.monotonic() + 120
+        end = time.monotonic() + HANG
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 break

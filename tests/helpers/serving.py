@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import copy
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from helpers.seeds import shifted
+from helpers.waiting import wait_for
 
 KEY = "base_model.model."  # before every path in PEFT's files
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -42,7 +44,7 @@ def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
         bos_token_id=None,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(shifted(seed))
         model = transformers.LlamaForCausalLM(config)
     # a logit of 0 is never the best of 257: greedy answers do not end before their limit, drawn ones may
     model.lm_head.weight.data[fast.eos_token_id] = 0
@@ -50,18 +52,18 @@ def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def load_model(folder: Path) -> nn.Module:
+def load_model(folder: Path, **options: Any) -> nn.Module:
     """The model of :func:`write_tiny_llama`, or any other, in fp32 and eval mode."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
 def write_adapter(folder: Path, model: nn.Module, r: int, seed: int, std: float = 0.1, head: bool = False) -> Path:
     """A random PEFT adapter of rank ``r`` on all linear layers, with ``head`` on the output's too."""
     from safetensors.torch import save_file
 
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(shifted(seed))
     tensors, names = {}, set()
     for path, layer in _linears(model, head).items():
         names.add(path.rpartition(".")[2])
@@ -72,6 +74,19 @@ def write_adapter(folder: Path, model: nn.Module, r: int, seed: int, std: float 
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules=sorted(names))
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_overflowing_adapter(folder: Path, model: nn.Module, layer: str, value: float = 3e38) -> Path:
+    """An adapter of rank 4 whose values are finite and whose term at every ``layer`` is not."""
+    from safetensors.torch import load_file, save_file
+
+    weights = write_adapter(folder, model, 4, seed=1, head=layer == "lm_head") / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for key, tensor in tensors.items():
+        if f"{layer}.lora_B" in key:
+            tensor.fill_(value)
+    save_file(tensors, weights, metadata={"format": "pt"})
     return folder
 
 
@@ -129,20 +144,13 @@ def is_rounding_tie(model: nn.Module, adapter: Path | None, ids: Sequence[int], 
     return best_two == {token, wanted} and bool((exact[wanted] - exact[token]).abs() <= 4 * error)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20, interval: float = 0.01) -> None:
-    """Until ``condition()`` holds; AssertionError after ``seconds``."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(interval)
-
-
 def prompt(length: int, seed: int = 0) -> list[int]:
     """Token ids of a prompt for the tiny model."""
-    return torch.randint(1, 250, (length,), generator=torch.Generator().manual_seed(1000 * length + seed)).tolist()
+    draw = torch.Generator().manual_seed(shifted(1000 * length + seed))
+    return torch.randint(1, 250, (length,), generator=draw).tolist()
 
 
-def results(engine: Any, *ids: str, seconds: float = 30) -> list[Any]:
+def results(engine: Any, *ids: str) -> list[Any]:
     """The last outputs of these requests of an engine; those of others are kept for a later call."""
     seen = engine.__dict__.setdefault("seen_by_test", {})
 
@@ -152,7 +160,7 @@ def results(engine: Any, *ids: str, seconds: float = 30) -> list[Any]:
             seen[output.request_id] = output
         return all(i in seen for i in ids)
 
-    wait_for(done, seconds)
+    wait_for(done)
     return [seen[i] for i in ids]
 
 

@@ -1,4 +1,4 @@
-"""One small model trained by every door: PEFT's own, accelerated, installed, injected; and the data to train it on."""
+"""One small model trained by every route: PEFT's own, accelerated, installed, injected; and the data to train it on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import fused_lora
 from fused_lora.integrations import peft as peft_integration
 from fused_lora.integrations.peft_linear import CALLS
+from helpers.seeds import shifted
 
-DOORS = ("accelerate", "install", "inject")
+ROUTES = ("accelerate", "install", "inject")
 VOCABULARY = 61
 ADAPTER = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
 
@@ -31,32 +32,32 @@ def llama(dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The weights of :func:`llama` that ``seed`` stands for."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(shifted(seed))
         return llama(dtype)
 
 
 def counting_texts(count: int, length: int = 12, seed: int = 0) -> Tensor:
     """[count, length] token ids that count upwards from a random start: something that can be learned."""
-    starts = torch.randint(0, VOCABULARY, (count, 1), generator=torch.Generator().manual_seed(seed))
+    starts = torch.randint(0, VOCABULARY, (count, 1), generator=torch.Generator().manual_seed(shifted(seed)))
     return (starts + torch.arange(length)) % VOCABULARY
 
 
 @contextmanager
-def built(door: str, base: nn.Module, seed: int = 0, **fields: Any) -> Iterator[nn.Module]:
-    """``base`` with a LoRA adapter drawn under ``seed``, by one of DOORS or by "peft" alone."""
-    torch.manual_seed(seed)
+def built(route: str, base: nn.Module, seed: int = 0, **fields: Any) -> Iterator[nn.Module]:
+    """``base`` with a LoRA adapter drawn under ``seed``, by one of ROUTES or by "peft" alone."""
+    torch.manual_seed(shifted(seed))
     fields = {**ADAPTER, **fields}
-    if door == "inject":
+    if route == "inject":
         yield fused_lora.inject(base, fused_lora.LoraConfig(**fields))
         return
     import peft
 
-    if door == "install":
+    if route == "install":
         with installed():
             yield peft.get_peft_model(base, peft.LoraConfig(**fields))
         return
     model = peft.get_peft_model(base, peft.LoraConfig(**fields))
-    yield fused_lora.accelerate(model) if door == "accelerate" else model
+    yield fused_lora.accelerate(model) if route == "accelerate" else model
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def counted_calls() -> Iterator[dict[str, int]]:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by their name in the bare model, the same for every door."""
+    """Trainable parameters by their name in the bare model, the same for every route."""
     named = model.named_parameters()
     return {n.removeprefix("module.").removeprefix("base_model.model."): p for n, p in named if p.requires_grad}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fused_lora
 from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.reference import dropout_mask, keep_scale
+from helpers.seeds import shifted
 
 
 def twin_models(
@@ -31,10 +32,10 @@ def twin_models(
     import peft
 
     copied = copy.deepcopy(model)
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     for name, fields in adapters.items():
         fused_lora.inject(model, fused_lora.LoraConfig(**fields), name)
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     theirs = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fan_in_fan_out, which PEFT sets by itself
@@ -96,7 +97,7 @@ class ExportedDropout(nn.Module):
 
 def share_dropout(theirs: nn.Module, names: Sequence[str], p: float, seed: int) -> None:
     """Let a PEFT layer drop what ours drops in its first call after ``torch.manual_seed(seed)``."""
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     for name, one in zip(names, draw_seeds(len(names), torch.device("cpu")), strict=True):
         theirs.lora_dropout[name] = ExportedDropout(one, p).train(theirs.training)
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections import Counter
 
 import peft
@@ -18,7 +19,11 @@ from torch import nn
 import fused_lora
 from fused_lora.cli import main
 from fused_lora.integrations import peft as integration
+from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ALL, Net, SideBySide, wrap
+from helpers.seeds import shifted
+
+pytestmark = pytest.mark.numeric
 
 STOCK = peft.tuners.lora.Linear
 IDS = torch.arange(6).reshape(2, 3)
@@ -65,14 +70,14 @@ def test_accelerate_changes_nothing_but_the_class():
     assert fused_lora.accelerate(model) is model
     assert marks(model) == before and all(accelerated(model))
     assert all(isinstance(m, STOCK) for m in lora_layers(model))
-    torch.testing.assert_close(model(IDS), y)
+    assert_close(model(IDS), y, terms=100)
     fused_lora.restore(model)
     assert marks(model) == before and not any(accelerated(model))
     assert [set(vars(m)) for m in model.modules()] == attributes
     assert torch.equal(model(IDS), y)
 
 
-def test_both_are_idempotent():
+def test_accelerate_and_restore_are_idempotent():
     model = wrap(Net())
     fused_lora.restore(model)
     fused_lora.accelerate(fused_lora.accelerate(model))
@@ -198,13 +203,13 @@ def test_checkpoints_are_pefts(tmp_path):
                 for text in (ours, theirs)
             )
         assert ours == theirs, file
-    torch.manual_seed(1)
+    torch.manual_seed(shifted(1))
     net = Net().eval()
     net.load_state_dict({k: v for k, v in both.ours.unload().state_dict().items()})
     loaded = peft.PeftModel.from_pretrained(net, tmp_path / "ours")
     y = loaded(IDS)
     assert torch.equal(fused_lora.accelerate(loaded)(IDS), fused_lora.accelerate(copy.deepcopy(loaded))(IDS))
-    torch.testing.assert_close(loaded(IDS), y)
+    assert_close(loaded(IDS), y, terms=100)
 
 
 def test_state_dicts_load_into_each_other():
@@ -243,14 +248,15 @@ def test_install_makes_every_new_layer_ours_and_counts_calls():
     assert accelerated(model) == [True, True] and not any(accelerated(old))
     model.add_adapter("b", config())
     assert all(accelerated(model))
-    assert report() == {"fused": 0, "fallback": {}}
+    assert report() == {"fused": 0, "around": {}, "fallback": {}}
     model(IDS)
     model.merge_adapter()
     model(IDS)
     second = integration.install()
     assert report() == {
-        "fused": 2, "fallback": {"no active adapter in this layer": 4, "merged: the base layer alone": 2}
-    } and second() == {"fused": 0, "fallback": {}}  # fmt: skip
+        "fused": 2, "around": {},
+        "fallback": {"no active adapter in this layer": 4, "merged: the base layer alone": 2},
+    } and second() == {"fused": 0, "around": {}, "fallback": {}}  # fmt: skip
     integration.uninstall()
     integration.uninstall()
     assert vars(LoraModel)["_create_new_module"] is original
@@ -403,23 +409,46 @@ def test_peft_around_an_injected_model_is_refused(wrong_way, stage_one):
     peft.get_peft_model(plain, config())
 
 
+def wrap_base_again(model, path):
+    return peft.get_peft_model(model.base_model.model, config(lora_alpha=64))
+
+
+def inject_another(model, path):
+    return peft.inject_adapter_in_model(config(), model.base_model.model, adapter_name="two")
+
+
 @pytest.mark.parametrize(
-    "wrong_way",
+    "again, warns",
     [
-        lambda m, path: peft.PeftModel.from_pretrained(m, path),
-        lambda m, path: peft.PeftModel.from_pretrained(m, path, adapter_name="two"),
-        lambda m, path: peft.get_peft_model(m, config()),
-        lambda m, path: peft.get_peft_model(m, config(target_modules=r".*lin.*"), adapter_name="two"),
+        pytest.param(lambda m, path: peft.PeftModel.from_pretrained(m, path), True, id="from_pretrained"),
+        pytest.param(lambda m, path: peft.PeftModel.from_pretrained(m, path, "two"), True, id="another-name"),
+        pytest.param(lambda m, path: peft.get_peft_model(m, config()), True, id="get_peft_model"),
+        pytest.param(
+            lambda m, path: peft.get_peft_model(m, config(target_modules=r".*lin.*"), "two"), True, id="regex"
+        ),
+        pytest.param(lambda m, path: peft.get_peft_model(m, config(), "two", mixed=True), True, id="mixed"),
+        pytest.param(wrap_base_again, True, id="base-model"),
+        pytest.param(inject_another, False, id="a-further-injection"),
     ],
-    ids=["from_pretrained", "another-name", "get_peft_model", "regex"],
 )
-@pytest.mark.filterwarnings("ignore")
-def test_peft_around_an_accelerated_model_is_refused(wrong_way, stage_one):
-    model = fused_lora.accelerate(wrap(Net(), lora_dropout=0.1))
-    before = marks(model)
-    with pytest.raises(ValueError, match="peft_model.load_adapter"):
-        wrong_way(model, stage_one)
-    assert marks(model) == before
+def test_a_second_wrap_is_pefts_with_a_warning(again, warns, stage_one):
+    """PEFT lets it pass or warns in its own words; ours come on top and name the call that is meant."""
+    theirs = wrap(Net(), lora_dropout=0.1)
+    ours = fused_lora.accelerate(copy.deepcopy(theirs))
+    wrapped, said = [], []
+    for model in (theirs, ours):
+        torch.manual_seed(shifted(4))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            wrapped.append(again(model, stage_one).eval())
+        said.append([str(w.message) for w in caught])
+    own = [text for text in said[1] if "wrapped by PEFT already" in text]
+    assert [text for text in said[1] if text not in own] == said[0]
+    assert bool(own) is warns and all("load_adapter" in text and "add_adapter" in text for text in own)
+    state, expected = wrapped[1].state_dict(), wrapped[0].state_dict()
+    assert list(state) == list(expected) and all(torch.equal(state[name], expected[name]) for name in expected)
+    with torch.no_grad():  # few rows: PEFT's own calls in both
+        assert torch.equal(wrapped[1](IDS), wrapped[0](IDS))
 
 
 def test_fused_lora_around_a_peft_model_is_refused(stage_one):

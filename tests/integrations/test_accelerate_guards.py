@@ -3,18 +3,23 @@
 import copy
 import warnings
 from contextlib import nullcontext
+from functools import partial
 
 import peft
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 import fused_lora
 from fused_lora.integrations import peft as integration
 from fused_lora.ops.linear.op import lora_linear
-from fused_lora.testing.numeric import assert_no_worse
+from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.accelerated import SideBySide, quiet, wrap
+from helpers.seeds import shifted
+
+pytestmark = pytest.mark.numeric
 
 K, N = 24, 17
 
@@ -36,7 +41,7 @@ def layers(both):
     return [model.base_model.model[0] for model in both.models]
 
 
-def assert_like_peft(both, x, fused, draws=6):
+def assert_like_peft(both, x, fused, draws=DRAWS):
     """Output and gradients as close to float64 as PEFT's; bit-equal where PEFT itself does the work."""
     ours, theirs, exact = {}, {}, {}
     for _ in range(draws):
@@ -68,15 +73,13 @@ def test_any_shape(shape, dtype, report):
     both = pair(dtype, {"a": {}, "b": {"r": 2}}, lora_bias=True)
     both.do(lambda m: m.base_model.set_adapter(["a", "b"]))
     assert_like_peft(both, torch.randn(shape).to(dtype), fused=True)
-    assert report() == {"fused": 6, "fallback": {}}
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 
 @pytest.mark.parametrize("x", [torch.randn(K, 5).t(), torch.randn(5, 2 * K)[:, ::2], torch.randn(1, K).expand(4, K)])
 def test_strides(x, report):
     both = pair()
-    for layer, data in zip(layers(both), (x, x, x.double()), strict=True):
-        layer.y = layer(data).detach()
-    assert_no_worse(*(layer.y for layer in layers(both)))
+    assert_close(*(layer(x).detach() for layer in layers(both)[:2]), terms=64)
     assert report()["fused"] == 1
 
 
@@ -91,7 +94,7 @@ def test_autocast(dtype, base, adapters, report):
         layer.lora_A.to(adapters), layer.lora_B.to(adapters)
     layers(both)[2].load_state_dict(layers(both)[1].state_dict())
     with torch.autocast("cpu", dtype):
-        assert_like_peft(both, torch.randn(9, K), fused=True, draws=20)
+        assert_like_peft(both, torch.randn(9, K), fused=True)
         assert layers(both)[0](torch.randn(3, K)).dtype == dtype
     assert report()["fallback"] == {}
 
@@ -101,7 +104,7 @@ def test_scalings_as_tensors(report):
     both.do(lambda m: m.base_model.set_adapter(["a", "b"]))
     for layer in layers(both):
         layer.scaling = {name: torch.tensor(value) for name, value in layer.scaling.items()}
-    assert_like_peft(both, torch.randn(9, K).to(torch.bfloat16), fused=True, draws=12)
+    assert_like_peft(both, torch.randn(9, K).to(torch.bfloat16), fused=True)
     assert report()["fallback"] == {}
     both.do(lambda m: m.merge_adapter())
     both.do(lambda m: m.unmerge_adapter())
@@ -122,7 +125,7 @@ def test_a_hook_on_the_layer_itself_does_not_stop_the_fusing(report):
     layers(both)[1].register_forward_hook(lambda module, args, y: y * 2)
     layers(both)[2].register_forward_hook(lambda module, args, y: y * 2)
     assert_like_peft(both, torch.randn(4, K), fused=True)
-    assert len(seen) == 6 and report() == {"fused": 6, "fallback": {}}
+    assert len(seen) == DRAWS and report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 
 def test_hooks_of_accelerate_on_the_layer_follow_the_class(report):
@@ -133,9 +136,10 @@ def test_hooks_of_accelerate_on_the_layer_follow_the_class(report):
     y = layer(x)
     for count in (1, 2):
         fused_lora.accelerate(model)
-        assert torch.allclose(layer(x), y, atol=1e-5) and report() == {"fused": count, "fallback": {}}
+        assert_close(layer(x), y, terms=64)
+        assert report() == {"fused": count, "around": {}, "fallback": {}}
         fused_lora.restore(model)
-        assert torch.equal(layer(x), y) and report() == {"fused": count, "fallback": {}}
+        assert torch.equal(layer(x), y) and report() == {"fused": count, "around": {}, "fallback": {}}
     fused_lora.accelerate(model)
     hooks.remove_hook_from_module(layer)
     layer(x)
@@ -152,7 +156,7 @@ def test_second_derivatives(dtype, report):
     both.do(lambda m: m.base_model.set_adapter(["a", "b"]))
     both.do(lambda m: [p.requires_grad_(True) for p in m.parameters()] and None)
     found = ({}, {}, {})
-    for _ in range(12):
+    for _ in range(DRAWS):
         x = torch.randn(9, K).to(dtype)
         for results, layer in zip(found, layers(both), strict=True):
             data = x.to(layer.base_layer.weight.dtype).requires_grad_()
@@ -166,8 +170,8 @@ def test_second_derivatives(dtype, report):
     for name in found[0]:
         mine, theirs, exact = (torch.stack(results[name]) for results in found)
         assert mine.dtype == theirs.dtype, name
-        assert_no_worse(mine, theirs, exact, name=name, draws=True, factor=1.5)
-    assert report() == {"fused": 12, "fallback": {}}
+        assert_no_worse(mine, theirs, exact, name=name, draws=True)
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
@@ -179,7 +183,7 @@ def test_second_derivatives_with_dropout(p):
     x = torch.randn(5, 4, dtype=torch.double, requires_grad=True)
 
     def call(x, A, B, W):
-        torch.manual_seed(2)
+        torch.manual_seed(shifted(2))
         return lora_linear(x, W, None, [A], [B], [1.5], [p])
 
     W = layer.base_layer.weight.requires_grad_()
@@ -187,14 +191,125 @@ def test_second_derivatives_with_dropout(p):
     assert torch.autograd.gradgradcheck(call, (x, A, B.detach(), W.detach()))
 
 
-def test_second_derivatives_need_x():
-    both = pair()
-    layer, x = layers(both)[0], torch.randn(3, K, requires_grad=True)
-    layer.lora_A.requires_grad_(False)
-    y = layer(x).square().sum()
-    with pytest.raises(RuntimeError, match="lora_A"):
-        torch.autograd.grad(y, [x, layer.lora_B["default"].weight], create_graph=True)
-    torch.autograd.grad(layer(x).square().sum(), [x, layer.lora_B["default"].weight])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_second_derivatives_with_a_frozen_A(needs_x, p):
+    """x is not kept then; it is reached through S."""
+    A, B, W = (torch.randn(s, dtype=torch.double) for s in ((2, 4), (3, 2), (3, 4)))
+    x = torch.randn(5, 4, dtype=torch.double, requires_grad=needs_x)
+
+    def call(x, B):
+        torch.manual_seed(shifted(2))
+        return lora_linear(x, W, None, [A], [B], [1.5], [p]).pow(2)
+
+    assert torch.autograd.gradgradcheck(call, (x, B.requires_grad_()))
+
+
+ORDERS = {
+    "frozen-A": lambda layer, x: [x, layer.lora_B["default"].weight],
+    "frozen-A-and-x": lambda layer, x: [layer.lora_B["default"].weight],
+    "all": lambda layer, x: [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight],
+}
+
+
+@pytest.mark.parametrize("wanted", ORDERS.values(), ids=ORDERS)
+def test_derivatives_of_any_order(wanted, report):
+    both, found = pair(), ({}, {}, {})
+    for _ in range(DRAWS):
+        x = torch.randn(9, K)
+        for results, layer in zip(found, layers(both), strict=True):
+            data = x.to(layer.base_layer.weight.dtype)
+            tensors = wanted(layer, data)
+            layer.requires_grad_(False)
+            for tensor in tensors:
+                tensor.requires_grad_(True)
+            value = layer(data).sin().sum()
+            for order in range(3):
+                gradients = torch.autograd.grad(value, tensors, create_graph=True)
+                value = sum(t.sin().sum() for t in gradients)
+                for i, tensor in enumerate(gradients):
+                    results.setdefault((order, i), []).append(tensor.detach())
+    for name in found[0]:
+        mine, theirs, exact = (torch.stack(results[name]) for results in found)
+        assert_no_worse(mine, theirs, exact, name=str(name), draws=True)
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
+
+
+@pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
+def test_batches_of_gradients(way, report):
+    both, found = pair(), ({}, {}, {})
+    for _ in range(DRAWS):
+        x, g = torch.randn(9, K), torch.randn(3, 9, N)
+        for results, layer in zip(found, layers(both), strict=True):
+            data = x.to(layer.base_layer.weight.dtype).requires_grad_()
+            tensors, y = [data, *(p for p in layer.parameters() if p.requires_grad)], layer(data)
+            if way == "vmap":
+                gradients = torch.func.vmap(partial(torch.autograd.grad, y, tensors))(g.to(y.dtype))
+            else:
+                gradients = torch.autograd.grad(y, tensors, g.to(y.dtype), is_grads_batched=True)
+            for i, tensor in enumerate(gradients):
+                results.setdefault(i, []).append(tensor)
+    for i in found[0]:
+        assert_no_worse(*(torch.stack(results[i]) for results in found), name=str(i), draws=True)
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
+
+
+WATCHED = {
+    "base weight": (lambda layer: layer.base_layer.weight, []),
+    "lora_A": (lambda layer: layer.lora_A["default"].weight, []),
+    "lora_B": (lambda layer: layer.lora_B["default"].weight, ["lora_A"]),
+}
+
+
+@pytest.mark.parametrize("watched, frozen", WATCHED.values(), ids=WATCHED)
+def test_what_the_backward_does_not_read_may_change(watched, frozen, report):
+    """In the first layer of a model, whose input needs no gradient: an optimizer's step, weights made for inference."""
+    both, found = pair(), ([], [], [])
+    for part in frozen:
+        for layer in layers(both):
+            getattr(layer, part).requires_grad_(False)
+    for _ in range(DRAWS):
+        x, g = torch.randn(9, K), torch.randn(9, N)
+        for gradients, layer in zip(found, layers(both), strict=True):
+            y = layer(x.to(layer.base_layer.weight.dtype))
+            with torch.no_grad():
+                watched(layer).neg_()
+            B = layer.lora_B["default"].weight
+            gradients.append(*torch.autograd.grad(y, [B], g.to(y.dtype)))
+    assert_no_worse(*map(torch.stack, found), name="lora_B", draws=True)
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
+
+
+def test_a_base_made_in_inference_mode(report):
+    both, found = pair(), ([], [], [])
+    for layer in layers(both):
+        with torch.inference_mode():
+            weight = layer.base_layer.weight.clone()
+        layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+    for _ in range(DRAWS):
+        x, g = torch.randn(9, K), torch.randn(9, N)
+        for gradients, layer in zip(found, layers(both), strict=True):
+            y = layer(x.to(layer.base_layer.weight.dtype))
+            gradients.append(*torch.autograd.grad(y, [layer.lora_B["default"].weight], g.to(y.dtype)))
+    assert_no_worse(*map(torch.stack, found), name="lora_B", draws=True)
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
+
+
+@pytest.mark.parametrize("route", ["eager", pytest.param("kernels", marks=pytest.mark.kernel)])
+def test_tensors_with_the_negative_bit(route, request):
+    """The imaginary part of a lazy conjugate: its memory holds the numbers with the other sign."""
+    device = torch.device("cpu")
+    if route == "kernels":
+        request.getfixturevalue("kernels_on")
+        device = request.getfixturevalue("device")
+    x, g = torch.randn(40, K, device=device), torch.randn(40, N, device=device)
+    W, A, B = (torch.randn(s, device=device) for s in ((N, K), (4, K), (N, 4)))
+    seeds, found = torch.tensor([3], device=device), []
+    for turn in (lambda t: t, lambda t: torch.complex(torch.zeros_like(t), -t).conj().imag):
+        data, A_, B_ = (t.detach().requires_grad_() for t in (turn(x), A, B))
+        y = lora_linear(data, W, None, [A_], [B_], [1.5], [0.4], seeds)
+        found.append([y.detach(), *torch.autograd.grad(y, [data, A_, B_], turn(g))])
+    assert turn(x).is_neg() and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # ---- left to PEFT
@@ -221,21 +336,82 @@ def other_linear(layer):
 
 
 def wrapped_weight(layer):
-    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.data.as_subclass(Wrapped), requires_grad=False)
+    layer.lora_A["default"].weight = nn.Parameter(layer.lora_A["default"].weight.data.as_subclass(Wrapped))
 
 
 def biased_A(layer):
     layer.lora_A["default"].bias = nn.Parameter(torch.ones(4, dtype=layer.lora_A["default"].weight.dtype))
 
 
+def of_layer(layer, *shape):
+    return torch.ones(shape, dtype=layer.base_layer.weight.dtype)
+
+
+def base_without_a_weight(layer):
+    layer.base_layer, layer.lora_B["default"] = nn.Identity(), nn.Linear(4, K).to(layer.base_layer.weight.dtype)
+    nn.init.eye_(layer.lora_B["default"].weight)
+    nn.init.zeros_(layer.lora_B["default"].bias)
+
+
+def a_product_for_dropout(layer):
+    layer.lora_dropout["default"] = nn.Linear(K, K, bias=False).to(layer.base_layer.weight.dtype)
+    nn.init.eye_(layer.lora_dropout["default"].weight)
+    layer.lora_dropout["default"].weight.data *= 2
+
+
+def turned_A(layer):
+    old = layer.lora_A["default"].weight.data
+    layer.lora_A["default"] = new = Conv1D(4, K).to(old.dtype)
+    new.weight.data, new.bias.data = old.t().contiguous(), torch.zeros(4, dtype=old.dtype)
+
+
+def bias_as_an_attribute(part):
+    def change(layer):
+        module = part(layer)
+        del module.bias
+        vars(module)["bias"] = of_layer(layer, N)
+
+    return change
+
+
+def bias_as_a_buffer(layer):
+    bias = layer.base_layer.bias.data
+    del layer.base_layer.bias
+    layer.base_layer.register_buffer("bias", bias)
+
+
+def wrapped_bias(layer):
+    layer.base_layer.bias = nn.Parameter(layer.base_layer.bias.data.as_subclass(Wrapped), requires_grad=False)
+
+
+def base_bias(*shape):
+    return lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(of_layer(layer, *shape)))
+
+
+def sparse_base(layer):
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.data.to_sparse_csr(), requires_grad=False)
+
+
+def scaled_by(value):
+    return lambda layer: layer.scaling.update({"default": value})
+
+
 CHANGES = {
+    "a part of the layer is a Identity": [lambda layer: layer.lora_B.update({"default": nn.Identity()})],
+    "a part of the layer is a Conv1D": [turned_A],
+    "a bias is not a parameter of its own": [bias_as_an_attribute(lambda layer: layer.lora_B["default"])],
+    "the scaling is no number": [
+        scaled_by(torch.arange(N)),
+        scaled_by(torch.arange(5).unsqueeze(1)),
+        scaled_by(torch.arange(4)),  # PEFT's error: not one number for each rank
+        scaled_by(float("nan")),
+        scaled_by(None),
+    ],
     "a hook on a part of the layer": [
-        lambda layer: layer.base_layer.register_forward_hook(lambda m, args, y: y + 1),
         lambda layer: layer.lora_A["default"].register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
         lambda layer: layer.lora_B["default"].register_forward_hook(lambda m, args, y: y * 3),
         lambda layer: layer.lora_dropout["default"].register_forward_hook(lambda m, args, y: y * 3),
         lambda layer: layer.lora_B["default"].register_full_backward_hook(lambda m, dx, dy: (dx[0] * 2,)),
-        lambda layer: layer.base_layer.register_full_backward_pre_hook(lambda m, dy: (dy[0] * 2,)),
         lambda layer: nn.utils.weight_norm(layer.lora_A["default"]),
     ],
     "a part of the layer has its forward replaced": [
@@ -244,19 +420,58 @@ CHANGES = {
     "a part of the layer is a OtherLinear": [other_linear],
     "a part of the layer is a ParametrizedLinear": [
         lambda layer: parametrize.register_parametrization(layer.lora_A["default"], "weight", Doubled()),
-        lambda layer: parametrize.register_parametrization(layer.base_layer, "weight", Doubled()),
     ],
     "a part of the layer is a Dropout1d": [lambda layer: layer.lora_dropout.update({"default": nn.Dropout1d(0.0)})],
     "dropout works in place": [
         lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.0, inplace=True).eval()}),
     ],
-    "a weight is a Wrapped": [wrapped_weight],
     "lora_A has a bias": [biased_A],
     "lora_A and lora_B differ in dtype": [lambda layer: layer.lora_B.to(torch.float16)],
+    "a weight is a Wrapped": [wrapped_weight],
     "adapters are disabled": [lambda layer: layer.enable_adapters(False)],
     "no active adapter in this layer": [lambda layer: layer.set_adapter("nobody")],
-    "a part of the layer is a Linear": [lambda layer: setattr(layer, "fan_in_fan_out", True)],
+    "a part of the layer is a Linear": [a_product_for_dropout],
 }
+
+
+BASES = {
+    "the base layer is a Identity": [base_without_a_weight],
+    "a bias is not a parameter of its own": [
+        bias_as_an_attribute(lambda layer: layer.base_layer),
+        bias_as_a_buffer,
+    ],
+    "a bias is not a vector of out_features": [base_bias(1), base_bias(), base_bias(5, N)],
+    "a bias is a Wrapped": [wrapped_bias],
+    "a bias is torch.int64": [
+        lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.ones(N, dtype=torch.int64), False))
+    ],
+    "a weight is torch.sparse_csr": [sparse_base],
+}
+
+
+@pytest.mark.parametrize("change, reason", [(change, reason) for reason, some in BASES.items() for change in some])
+@pytest.mark.filterwarnings("ignore")
+def test_unusual_base_layers_are_called_as_they_are(change, reason, report):
+    both, outcomes = pair(), []
+    for layer in layers(both):
+        change(layer)
+    [row] = integration.layer_report(both.ours)
+    assert str(row) == f"fused around the base: {reason}"
+    x = torch.randn(5, K)
+    for layer in layers(both)[:2]:
+        data = x.clone().requires_grad_()
+        try:
+            y = layer(data)
+            outcomes.append([y, *torch.autograd.grad(y.sum(), [data])])
+        except (RuntimeError, TypeError) as error:
+            outcomes.append(f"{type(error)} {error}")
+    assert not report()["fused"]
+    if isinstance(outcomes[0], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        for mine, other in zip(*outcomes, strict=True):
+            assert type(mine) is type(other)
+            assert_close(mine.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor), terms=2 * K + N)
 
 
 @pytest.mark.parametrize(
@@ -277,14 +492,36 @@ def test_unusual_layers_are_left_to_peft(change, reason, report):
         try:
             y = layer(data)
             found = [y, *torch.autograd.grad(y.square().sum(), [data])]
-        except RuntimeError as error:
-            found = str(error)
+        except (RuntimeError, TypeError) as error:
+            found = f"{type(error)} {error}"
         outcomes.append(found)
-    assert report() == {"fused": 0, "fallback": {reason: 1}}
+    assert report() == {"fused": 0, "around": {}, "fallback": {reason: 1}}
     if isinstance(outcomes[0], str):
         assert outcomes[0] == outcomes[1]
     else:
-        assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+        for mine, other in zip(*outcomes, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_shapes_that_broadcast_are_left_to_peft(report):
+    both = pair()
+    for layer in layers(both):
+        layer.lora_B["default"].weight = nn.Parameter(of_layer(layer, 1, 4))
+    assert_like_peft(both, torch.randn(5, K), fused=False)
+    assert report() == {"fused": 0, "around": {}, "fallback": {"shapes differ": DRAWS}}
+
+
+@pytest.mark.parametrize("fields, frozen", [({}, ["lora_A"]), ({"lora_dropout": 0.5}, [])])
+def test_an_input_made_in_inference_mode(fields, frozen, report):
+    """It cannot be kept for a backward; PEFT keeps S, or what dropout made of it."""
+    with torch.inference_mode():
+        x = torch.randn(65, K)
+    for layer in layers(pair(**fields))[:2]:
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_("lora_" in name and not any(part in name for part in frozen))
+        layer.train()(x).sum().backward()
+        assert layer.lora_B["default"].weight.grad.isfinite().all()
+    assert report() == {"fused": 0, "around": {}, "fallback": {"the input is an inference tensor": 1}}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
@@ -308,12 +545,12 @@ def test_an_input_of_another_shape_raises_as_in_peft(shape, report):
 def test_further_arguments_go_to_the_base_layer(arguments, report):
     both, (args, kwargs) = pair(), arguments
     both.do(lambda m: m.base_model.model[0](torch.ones(2, K), *args, **kwargs), raises=TypeError)
-    assert report()["fallback"] == {"further arguments": 1}
+    assert report() == {"fused": 0, "around": {}, "fallback": {}}  # the base layer raised
 
 
-def test_arguments_of_none_are_none(report):
+def test_arguments_that_are_none_run_fused(report):
     layers(pair())[0](torch.ones(2, K), adapter_names=None, alora_offsets=None)
-    assert report() == {"fused": 1, "fallback": {}}
+    assert report() == {"fused": 1, "around": {}, "fallback": {}}
 
 
 def test_casting_of_the_input_switched_off(report):
@@ -322,7 +559,7 @@ def test_casting_of_the_input_switched_off(report):
         for model in both.models[:2]:
             with pytest.raises(RuntimeError, match="dtype"):
                 model(torch.ones(2, K, dtype=torch.bfloat16))
-    assert report() == {"fused": 0, "fallback": {"casting of the input is switched off": 1}}
+    assert report() == {"fused": 0, "around": {}, "fallback": {"casting of the input is switched off": 1}}
     both = pair()
     with peft.helpers.disable_input_dtype_casting(both.ours):
         assert_like_peft(both, torch.randn(3, K), fused=True)  # nothing to cast
@@ -332,7 +569,7 @@ def test_float64_under_autocast(report):
     both = pair(torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert_like_peft(both, torch.randn(3, K, dtype=torch.float64), fused=False, draws=1)
-    assert report() == {"fused": 0, "fallback": {"float64 under autocast": 1}}
+    assert report() == {"fused": 0, "around": {}, "fallback": {"float64 under autocast": 1}}
 
 
 def test_a_hook_on_all_modules_sees_the_parts(report):
@@ -367,7 +604,7 @@ def test_transforms_tracing_and_export(report):
             for layer in (ours, theirs)
         ]
     for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other)
+        assert_close(mine, other, terms=64)
     assert report()["fused"] == 0
     exported = torch.export.export(ours, (x,))
     assert "fused_lora" not in str(exported.graph)  # other programs can open the file
@@ -402,20 +639,11 @@ def test_decoding_on_a_cpu_is_left_to_peft(report):
     with torch.no_grad():
         for x in (torch.randn(1, K), torch.randn(2, 32, K)):
             assert torch.equal(ours(x), theirs(x))
-        assert report() == {"fused": 0, "fallback": {"few rows on a CPU": 2}}
+        assert report() == {"fused": 0, "around": {}, "fallback": {"few rows on a CPU": 2}}
         ours(torch.randn(65, K))
         ours.train()(torch.randn(1, K))  # perhaps the first forward of a checkpoint
     ours.eval()(torch.randn(1, K))
     assert report()["fused"] == 3
-
-
-def test_nan_scaling(report):
-    both = pair()
-    for layer in layers(both):
-        layer.set_scale("default", float("nan"))
-    x = torch.ones(2, K)
-    assert layers(both)[0](x).isnan().all() and layers(both)[1](x).isnan().all()
-    assert report()["fallback"] == {"the scaling is NaN": 1}
 
 
 # ---- the report
@@ -453,12 +681,12 @@ def test_layer_report_of_an_injected_model():
     assert integration.layer_report(net)[3].why_not == "adapters are disabled"
 
 
-def test_the_deeper_of_two_nested_layers_is_left_to_peft(report):
-    """A LoRA layer whose base is another PEFT layer keeps PEFT's own way."""
+def test_two_nested_layers(report):
+    """A LoRA layer whose base is another PEFT layer: the inner one fused, the outer one around it."""
     both = pair()
     outer = [copy.deepcopy(layer) for layer in layers(both)[:2]]
     for layer, inner in zip(outer, layers(both), strict=False):
         layer.base_layer = inner
     x = torch.randn(2, K)
-    torch.testing.assert_close(outer[0](x), outer[1](x))
-    assert report() == {"fused": 1, "fallback": {"a part of the layer is a Linear": 1}}
+    assert_close(outer[0](x), outer[1](x), terms=64)
+    assert report() == {"fused": 1, "around": {"the base layer is a Linear": 1}, "fallback": {}}

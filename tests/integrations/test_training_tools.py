@@ -1,4 +1,4 @@
-"""The training tools that people use, each with every door to fused_lora, next to PEFT."""
+"""The training tools that people use, each with every route to fused_lora, next to PEFT."""
 
 import contextlib
 import copy
@@ -7,13 +7,17 @@ import os
 import pytest
 import torch
 
+from helpers.seeds import shifted
+
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import fused_lora  # noqa: E402
-from fused_lora.testing.numeric import assert_no_worse  # noqa: E402
+from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse  # noqa: E402
 from helpers import training  # noqa: E402
-from helpers.training import DOORS, built, counted_calls, counting_texts, largest_relative, train  # noqa: E402
+from helpers.training import ROUTES, built, counted_calls, counting_texts, largest_relative, train  # noqa: E402
+
+pytestmark = pytest.mark.numeric
 
 PEFT_DOORS = ("accelerate", "install")
 os.environ.setdefault("WANDB_DISABLED", "true")
@@ -52,11 +56,19 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def run_trainer(door, folder, resume=None, base=None, p=0.0, **more):
-    with built(door, training.tiny_llama() if base is None else base, lora_dropout=p) as model:
+def run_trainer(route, folder, resume=None, base=None, p=0.0, **more):
+    with built(route, training.tiny_llama() if base is None else base, lora_dropout=p) as model:
         trainer = transformers.Trainer(model, options(folder, **more), train_dataset=Texts(counting_texts(64)))
         trainer.train(resume_from_checkpoint=resume)
     return losses(trainer), model
+
+
+# Runs of a float64 model, whose losses transformers forms in fp32: a few of its eps. fp32 runs drift apart by chance.
+EQUAL = 8 * torch.finfo(torch.float32).eps
+
+
+def wide_llama():
+    return training.tiny_llama(dtype=torch.float64)
 
 
 def close(ours, theirs, relative):
@@ -70,103 +82,103 @@ def close(ours, theirs, relative):
 # a plain loop
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_plain_loop(door):
+@pytest.mark.parametrize("route", ROUTES)
+def test_plain_loop(route):
     data = counting_texts(48)
-    with built("peft", training.tiny_llama()) as model:
+    with built("peft", wide_llama()) as model:
         expected = train(model, data)
-    with counted_calls() as calls, built(door, training.tiny_llama()) as model:
+    with counted_calls() as calls, built(route, wide_llama()) as model:
         found = train(model, data)
-    close(found, expected, 1e-5)
-    assert calls == ({} if door == "inject" else {"fused": 12 * 14})
+    close(found, expected, EQUAL)
+    assert calls == ({} if route == "inject" else {"fused": 12 * 14})
 
 
 def test_accelerate_and_restore_in_the_middle_of_a_run():
     """The optimizer's parameters and its state stay; every third of the run is PEFT's to rounding."""
     thirds = counting_texts(36).split(12)
     found = {}
-    for door in ("peft", "both"):
-        with built("peft", training.tiny_llama()) as model:
+    for route in ("peft", "both"):
+        with built("peft", wide_llama()) as model:
             optimizer = torch.optim.AdamW(training.trainable(model).values(), lr=5e-3)
-            found[door] = []
+            found[route] = []
             for i, data in enumerate(thirds):
-                if door == "both" and i:
+                if route == "both" and i:
                     (fused_lora.accelerate if i == 1 else fused_lora.restore)(model)
                 with counted_calls() as calls:
-                    found[door] += train(model, data, optimizer=optimizer)
-                assert calls == ({"fused": 3 * 14} if door == "both" and i == 1 else {})
-    close(found["both"], found["peft"], 1e-5)
+                    found[route] += train(model, data, optimizer=optimizer)
+                assert calls == ({"fused": 3 * 14} if route == "both" and i == 1 else {})
+    close(found["both"], found["peft"], EQUAL)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_autocast(door):
+@pytest.mark.parametrize("route", ROUTES)
+def test_autocast(route):
     data = counting_texts(32)
     found = {}
-    for kind in ("peft", door):
+    for kind in ("peft", route):
         with built(kind, training.tiny_llama()) as model:
             found[kind] = train(model, data, autocast=True)
-    close(found[door], found["peft"], 2e-3)
+    close(found[route], found["peft"], 2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("door", DOORS)
-def test_a_16_bit_base(door, dtype):
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_16_bit_base(route, dtype):
     data = counting_texts(16)
     found = {}
-    for kind in ("peft", door):
+    for kind in ("peft", route):
         with built(kind, training.tiny_llama(dtype=dtype)) as model:
             found[kind] = train(model, data)
             assert {p.dtype for p in training.trainable(model).values()} == {torch.float32}
-    close(found[door], found["peft"], 4 * torch.finfo(dtype).eps)
+    close(found[route], found["peft"], 4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("door", DOORS)
-def test_gradient_checkpointing_changes_no_bit(door, use_reentrant):
+@pytest.mark.parametrize("route", ROUTES)
+def test_gradient_checkpointing_changes_no_bit(route, use_reentrant):
     ids = counting_texts(4)
     found = []
     for checkpointing in (False, True):
-        with built(door, training.tiny_llama(), lora_dropout=0.5, init_lora_weights=False) as model:
+        with built(route, training.tiny_llama(), lora_dropout=0.5, init_lora_weights=False) as model:
             if checkpointing:
                 arguments = {"use_reentrant": use_reentrant}
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
                 model.enable_input_require_grads()
-            torch.manual_seed(3)
+            torch.manual_seed(shifted(3))
             with counted_calls() as calls:
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             found.append(training.gradients(model))
-            if door != "inject":
+            if route != "inject":
                 assert calls == {"fused": 14 * (1 + checkpointing)}
     assert found[0].keys() == found[1].keys() and len(found[0]) == 28
     for name, gradient in found[0].items():
         assert gradient.any() and torch.equal(gradient, found[1][name]), name
 
 
-@pytest.mark.parametrize("door, p", [("accelerate", 0.0), ("accelerate", 0.5), ("install", 0.5), ("inject", 0.5)])
-def test_compile_of_the_whole_model(door, p):
+@pytest.mark.parametrize("route, p", [("accelerate", 0.0), ("accelerate", 0.5), ("install", 0.5), ("inject", 0.5)])
+def test_compile_of_the_whole_model(route, p):
     data = counting_texts(12)
     found = []
     for compiled in (False, True):
-        with built(door, training.tiny_llama(), lora_dropout=p, init_lora_weights=False) as model:
+        with built(route, wide_llama(), lora_dropout=p, init_lora_weights=False) as model:
             torch._dynamo.reset()
             run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-            torch.manual_seed(1)
+            torch.manual_seed(shifted(1))
             losses = [run(input_ids=ids, labels=ids, use_cache=False).loss for ids in data.split(4)]
             sum(losses).backward()
             found.append(({"losses": torch.stack(losses).detach()}, training.gradients(model)))
-    assert largest_relative(found[1][0], found[0][0]) < 1e-6
-    assert largest_relative(found[1][1], found[0][1]) < 1e-5
+    assert largest_relative(found[1][0], found[0][0]) < EQUAL
+    assert largest_relative(found[1][1], found[0][1]) < EQUAL
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("door", ["accelerate", "inject"])
-def test_inductor_uses_one_mask_in_forward_and_backward(door):
+@pytest.mark.parametrize("route", ["accelerate", "inject"])
+def test_inductor_uses_one_mask_in_forward_and_backward(route):
     """Its random numbers are not eager's, but (c A, B / c) is the same layer, so <dA, A> = <dB, B> under one mask."""
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     base = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.Linear(40, 8))
     fields = {"target_modules": ["0", "2"], "task_type": None, "lora_dropout": 0.5, "init_lora_weights": False}
     x = torch.randn(20, 24)
-    with built(door, base, **fields) as model:
+    with built(route, base, **fields) as model:
         torch._dynamo.reset()
         run = torch.compile(model, fullgraph=True)
         losses = []
@@ -182,14 +194,14 @@ def test_inductor_uses_one_mask_in_forward_and_backward(door):
                     inner = [(p.grad.double() * p.double()).sum().item() for p in (A, B)]
                     assert inner[0] == pytest.approx(inner[1], rel=1e-4) and abs(inner[0]) > 1e-3
         model.eval()
-        assert torch.allclose(run(x), model(x), atol=1e-6)
+        assert_close(run(x), model(x), terms=100)
     assert len(set(losses)) == 3  # a new mask at every call
 
 
 # transformers.Trainer
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
     "more",
     [
@@ -202,35 +214,36 @@ def test_inductor_uses_one_mask_in_forward_and_backward(door):
     ],
     ids=["plain", "accumulation", "checkpointing", "reentrant", "bf16", "compile"],
 )
-def test_trainer(door, more, tmp_path):
-    expected, _ = run_trainer("peft", tmp_path / "peft", **more)
+def test_trainer(route, more, tmp_path):
+    make = training.tiny_llama if "bf16" in more else wide_llama
+    expected, _ = run_trainer("peft", tmp_path / "peft", base=make(), **more)
     with counted_calls() as calls:
-        found, _ = run_trainer(door, tmp_path / door, **more)
-    close(found, expected, 2e-3 if "bf16" in more else 2e-5)
+        found, _ = run_trainer(route, tmp_path / route, base=make(), **more)
+    close(found, expected, 2e-3 if "bf16" in more else EQUAL)
     assert set(calls) <= {"fused"}
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_trainer_resumes_on_the_same_curve(door, tmp_path):
-    whole, last = run_trainer(door, tmp_path / "whole", p=0.1)
-    run_trainer(door, tmp_path / "part", p=0.1, max_steps=5, save_strategy="steps", save_steps=5)
-    resumed, again = run_trainer(door, tmp_path / "part", p=0.1, resume=str(tmp_path / "part" / "checkpoint-5"))
+@pytest.mark.parametrize("route", ROUTES)
+def test_trainer_resumes_on_the_same_curve(route, tmp_path):
+    whole, last = run_trainer(route, tmp_path / "whole", p=0.1)
+    run_trainer(route, tmp_path / "part", p=0.1, max_steps=5, save_strategy="steps", save_steps=5)
+    resumed, again = run_trainer(route, tmp_path / "part", p=0.1, resume=str(tmp_path / "part" / "checkpoint-5"))
     assert resumed == whole and len(whole) == 8
     for name, parameter in training.trainable(last).items():
         assert torch.equal(parameter, training.trainable(again)[name]), name
 
 
-@pytest.mark.parametrize("door", ["peft", *PEFT_DOORS])
-def test_a_trainers_checkpoint_predicts_the_same_bits(door, tmp_path):
+@pytest.mark.parametrize("route", ["peft", *PEFT_DOORS])
+def test_a_trainers_checkpoint_predicts_the_same_bits(route, tmp_path):
     """The classic complaint: other predictions after reloading."""
-    _, model = run_trainer(door, tmp_path, p=0.1, max_steps=5, save_strategy="steps", save_steps=5)
+    _, model = run_trainer(route, tmp_path, p=0.1, max_steps=5, save_strategy="steps", save_steps=5)
     ids = counting_texts(4, seed=1)
     with torch.no_grad():
         expected = model.eval()(input_ids=ids).logits
         assert not torch.equal(expected, training.tiny_llama().eval()(input_ids=ids).logits)
     for folder in (tmp_path / "checkpoint-5", save(model, tmp_path / "saved")):
         reloaded = peft.PeftModel.from_pretrained(training.tiny_llama(), folder)
-        if door != "peft":
+        if route != "peft":
             fused_lora.accelerate(reloaded)
         with torch.no_grad():
             assert torch.equal(reloaded(input_ids=ids).logits, expected)
@@ -252,9 +265,9 @@ def test_an_injected_models_adapter_predicts_the_same_bits(tmp_path):
         assert torch.equal(reloaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("door", PEFT_DOORS)
-def test_merging_what_a_trainer_trained(door, tmp_path):
-    _, model = run_trainer(door, tmp_path, p=0.1, base=training.tiny_llama(dtype=torch.bfloat16))
+@pytest.mark.parametrize("route", PEFT_DOORS)
+def test_merging_what_a_trainer_trained(route, tmp_path):
+    _, model = run_trainer(route, tmp_path, p=0.1, base=training.tiny_llama(dtype=torch.bfloat16))
     ids = counting_texts(2, seed=1)
     assert fused_lora.verify(model, ids).ok
     merged = copy.deepcopy(model).merge_and_unload()
@@ -274,9 +287,9 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("wrapped_by_trl", [False, True])
-@pytest.mark.parametrize("door", DOORS)
-def test_sft_trainer(door, wrapped_by_trl, tmp_path):
-    if wrapped_by_trl and door != "install":
+@pytest.mark.parametrize("route", ROUTES)
+def test_sft_trainer(route, wrapped_by_trl, tmp_path):
+    if wrapped_by_trl and route != "install":
         pytest.skip("TRL wraps models by PEFT only")
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
@@ -288,33 +301,35 @@ def test_sft_trainer(door, wrapped_by_trl, tmp_path):
         if wrapped_by_trl:
             with training.installed() if kind == "install" else contextlib.nullcontext():
                 config = peft.LoraConfig(**training.ADAPTER)
-                trainer = trl.SFTTrainer(training.tiny_llama(), peft_config=config, **fields)
+                trainer = trl.SFTTrainer(wide_llama(), peft_config=config, **fields)
                 trainer.train()
         else:
-            with built(kind, training.tiny_llama()) as model:
+            with built(kind, wide_llama()) as model:
                 trainer = trl.SFTTrainer(model, **fields)
                 trainer.train()
         return losses(trainer)
 
     expected = run("peft")
     with counted_calls() as calls:
-        found = run(door)
-    close(found, expected, 2e-5)
-    assert calls.keys() == (set() if door == "inject" else {"fused"})
+        found = run(route)
+    close(found, expected, EQUAL)
+    assert calls.keys() == (set() if route == "inject" else {"fused"})
 
 
 # accelerate
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-@pytest.mark.parametrize("door", DOORS)
-def test_accelerator(door, mixed_precision):
+@pytest.mark.parametrize("route", ROUTES)
+def test_accelerator(route, mixed_precision):
     accelerate = pytest.importorskip("accelerate")
+
+    make = wide_llama if mixed_precision == "no" else training.tiny_llama
 
     def run(kind):
         accelerate.state.AcceleratorState._reset_state(True)
         accelerator = accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision, gradient_accumulation_steps=2)
-        with built(kind, training.tiny_llama()) as model:
+        with built(kind, make()) as model:
             optimizer = torch.optim.AdamW(training.trainable(model).values(), lr=5e-3)
             loader = torch.utils.data.DataLoader(Texts(counting_texts(32)), batch_size=4)
             model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -333,8 +348,8 @@ def test_accelerator(door, mixed_precision):
 
     expected = run("peft")
     with counted_calls() as calls:
-        found = run(door)
-    close(found, expected, 2e-3 if mixed_precision == "bf16" else 2e-5)
+        found = run(route)
+    close(found, expected, 2e-3 if mixed_precision == "bf16" else EQUAL)
     assert set(calls) <= {"fused"}
 
 
@@ -342,19 +357,21 @@ def test_accelerator(door, mixed_precision):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("door", DOORS)
-def test_logits_and_gradients_are_as_close_to_float64_as_pefts(door, dtype):
-    ids = counting_texts(6)
-
+@pytest.mark.parametrize("route", ROUTES)
+def test_logits_and_gradients_are_as_close_to_float64_as_pefts(route, dtype):
     def run(kind, width):
+        found = {}
         with built(kind, training.tiny_llama(dtype=dtype), init_lora_weights=False) as model:
-            output = model.to(width)(input_ids=ids, labels=ids) if width else model(input_ids=ids, labels=ids)
-        output.loss.backward()
-        return {"logits": output.logits.detach(), **training.gradients(model)}
+            model = model.to(width) if width else model
+            for draw in range(DRAWS):
+                ids = counting_texts(6, seed=draw)
+                model.zero_grad()
+                output = model(input_ids=ids, labels=ids)
+                output.loss.backward()
+                for name, tensor in {"logits": output.logits.detach(), **training.gradients(model)}.items():
+                    found.setdefault(name, []).append(tensor.clone())
+        return found
 
-    exact, theirs, ours = run("peft", torch.float64), run("peft", None), run(door, None)
-    mine, other = (
-        torch.cat([(found[n].double() - t).flatten() / t.norm() for n, t in exact.items()]) for found in (ours, theirs)
-    )
-    assert mine.norm() <= 1.1 * other.norm(), f"error {mine.norm():.3e}, PEFT's {other.norm():.3e}"
-    assert_no_worse(ours["logits"], theirs["logits"], exact["logits"], name="logits")
+    exact, theirs, ours = run("peft", torch.float64), run("peft", None), run(route, None)
+    for name in exact:
+        assert_no_worse(*(torch.stack(found[name]) for found in (ours, theirs, exact)), name=name, draws=True)

@@ -73,7 +73,7 @@ def test_a_forced_recompute_holds_all_ranks(M):
         assert config.BLOCK_R >= r and config.BLOCK_R & (config.BLOCK_R - 1) == 0
 
 
-def test_the_list_stays_short():
+def test_there_are_few_configurations():
     """Each is a compilation in somebody's first step, and all of them together one in CI."""
     for capability in CAPABILITIES:
         for op in OPS:

@@ -105,7 +105,7 @@ def test_round_trip_is_bit_exact(N, K, R, dtype, device, kernel_memory):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("why", ["room", "infinity"])
-def test_what_a_refused_merge_has_written_is_taken_back(why, dtype, device, kernel_memory):
+def test_a_refused_merge_is_undone(why, dtype, device, kernel_memory):
     W, (A, B) = make_weight(70, 300, dtype, device), make_factors(70, 300, 3, device)
     original, tile = W.clone(), TILES[0]
     if why == "infinity":
@@ -123,7 +123,7 @@ def test_what_a_refused_merge_has_written_is_taken_back(why, dtype, device, kern
     assert record.refused == 0 and torch.equal(bits(W), bits(original))
 
 
-def test_before_the_merge_there_is_nothing_to_take_back(device, kernel_memory):
+def test_an_unmerge_before_the_merge_changes_nothing(device, kernel_memory):
     W, (A, B) = make_weight(20, 300, torch.bfloat16, device), make_factors(20, 300, 3, device)
     original, record = W.clone(), kernel.new_record(W, 0)
     kernel.unmerge(W, A, B, record)
@@ -224,7 +224,7 @@ def test_float32_merge_is_as_good_as_float32_allows(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_units_that_would_lose_finite_elements_are_counted(dtype, device, kernel_memory):
+def test_chunks_that_would_lose_finite_elements_are_counted(dtype, device, kernel_memory):
     W, (A, B) = make_weight(40, 300, dtype, device), make_factors(40, 300, 3, device)
     B[3, 0], A[1, 7], A[2, 9] = float("inf"), float("nan"), 3e38
     expected = W.isfinite() & ~reference.merge(W, chain(A, B)).isfinite()
@@ -302,7 +302,7 @@ def test_a_damaged_record_is_seen(what, device):
             assert torch.equal(bits(W), bits(merged))
 
 
-def test_many_swaps_leave_no_trace(device):
+def test_many_merge_cycles_restore_the_bits(device):
     W = make_weight(16, 64, torch.bfloat16, device)
     original = W.clone()
     for i in range(42):
@@ -327,7 +327,7 @@ def test_empty_weights(shape, device):
     assert totals == (0, 0)
 
 
-def test_nothing_to_add_still_comes_back(device, kernel_memory):
+def test_unmerge_of_a_zero_delta_restores_the_bits(device, kernel_memory):
     """B = 0, a fresh adapter: -0 + 0 is +0, which only the corrections undo."""
     W, (A, B) = make_weight(20, 300, torch.bfloat16, device), make_factors(20, 300, 2, device)
     original = W.clone()
@@ -337,7 +337,7 @@ def test_nothing_to_add_still_comes_back(device, kernel_memory):
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_wrong_guess_of_the_room_costs_a_second_merge(share, device, kernels_on, monkeypatch):
+def test_too_little_memory_for_corrections_costs_a_second_merge(share, device, kernels_on, monkeypatch):
     W, (A, B) = make_weight(96, 128, torch.float32, device), make_factors(96, 128, 2, device, size=1e6)
     original, merges = W.clone(), []
     launch = kernel.merge

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 
 import peft
 import pytest
 from peft.utils.other import get_pattern_key
+from torch import nn
 
-from fused_lora.modules.config import LoraConfig, is_neutral, scaling
+from fused_lora.modules.config import LoraConfig, as_lora_config, is_neutral, scaling
 
 
 def peft_file(tmp_path, **kwargs):
@@ -76,7 +78,7 @@ def test_other_initialisations_are_refused(tmp_path, init):
         LoraConfig.from_dict({**peft_file(tmp_path), "init_lora_weights": init})
 
 
-def test_unknown_entries(tmp_path):
+def test_unknown_entries_need_neutral_values(tmp_path):
     entries = peft_file(tmp_path)
     assert LoraConfig.from_dict({**entries, "use_superlora": False}).to_dict()["use_superlora"] is False
     with pytest.raises(ValueError, match="'use_superlora' is not supported"):
@@ -205,3 +207,48 @@ def test_scaling():
 def test_neutral_is_by_meaning_not_by_truth():
     assert all(is_neutral(v) for v in (None, False, [], {}, "", ()))
     assert not any(is_neutral(v) for v in (0, 0.0, True, [0], "no", {"a": None}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q", "v"], "r": 4, "lora_alpha": 32, "lora_dropout": 0.25, "task_type": "CAUSAL_LM"},
+        {"target_modules": r".*\.(q|v)$", "use_rslora": True, "init_lora_weights": "gaussian"},
+        {"target_modules": ["q"], "rank_pattern": {"^a.q": 2}, "alpha_pattern": {"a.v": 3.5}, "bias": "lora_only"},
+        {"target_modules": "all-linear", "exclude_modules": ["x.q"], "task_type": peft.TaskType.SEQ_CLS},
+    ],
+)
+def test_pefts_config_is_converted(fields, tmp_path):
+    converted = as_lora_config(peft.LoraConfig(**fields))
+    assert converted == LoraConfig.from_dict(peft_file(tmp_path, **fields))
+    json.dumps(converted.to_dict())  # no enum of PEFT's is left in it
+    assert as_lora_config(converted) is converted
+
+
+@pytest.mark.parametrize(
+    "config, error, message",
+    [
+        (peft.LoraConfig(use_dora=True), ValueError, "config: 'use_dora' is not supported by fused_lora, got True"),
+        (peft.LoraConfig(modules_to_save=["head"]), ValueError, "config: modules_to_save is not supported"),
+        (peft.LoraConfig(target_parameters=["w"]), ValueError, "config: 'target_parameters' is not supported"),
+        (peft.LoraConfig(init_lora_weights="pissa"), ValueError, "config: init_lora_weights must be"),
+        (peft.LoraConfig(r=2.5), TypeError, "config: r must be a positive integer"),
+        (peft.IA3Config(), TypeError, "config: expected fused_lora.LoraConfig or peft.LoraConfig, got IA3Config"),
+        ({"r": 4}, TypeError, "config: expected fused_lora.LoraConfig or peft.LoraConfig, got dict"),
+    ],
+    ids=lambda value: value.__class__.__name__ if dataclasses.is_dataclass(value) else None,
+)
+def test_a_config_that_cannot_be_converted_is_refused_by_name(config, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        as_lora_config(config)
+
+
+def test_registered_layers_and_fields_changed_by_hand_are_refused():
+    config = peft.LoraConfig(target_modules=["q"])
+    config._register_custom_module({nn.Linear: nn.Linear})
+    with pytest.raises(ValueError, match="config: layers registered with _register_custom_module"):
+        as_lora_config(config)
+    ours = LoraConfig(target_modules=["q"])
+    ours.r = 0
+    with pytest.raises(ValueError, match="r must be a positive integer"):
+        as_lora_config(ours)

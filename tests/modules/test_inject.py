@@ -5,6 +5,7 @@ import importlib.util
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -12,9 +13,12 @@ from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHea
 
 import fused_lora
 from fused_lora import AdapterNotFound, LoraConfig, LoraLinear
-from fused_lora.testing.numeric import assert_no_worse
+from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers import training
+from helpers.seeds import shifted
 from helpers.twins import randomize_adapters, twin_models
+
+pytestmark = pytest.mark.numeric
 
 VOCABULARY = training.VOCABULARY
 DTYPES = [torch.float32, torch.bfloat16]
@@ -95,14 +99,13 @@ def test_a_whole_model_is_drawn_as_pefts(kind, init, dtype):
 def test_outputs_of_a_whole_model(kind, dtype):
     fields = {"target_modules": "all-linear", "r": 4, "lora_alpha": 16}
     ours, theirs = twin_models(MODELS[kind]().to(dtype), {"default": fields})
-    ids = tokens()
+    ids = tokens(DRAWS)
     base = ours.get_base_model() if hasattr(ours, "get_base_model") else ours
     with torch.no_grad():
         mine, other, exact = output(ours, ids), output(theirs, ids), output(copy.deepcopy(theirs).double(), ids)
         with fused_lora.disable_adapters(ours):
             plain = output(base, ids)
-    # the rest of the model rounds as well: the ulp rule needs many numbers, not the single worst
-    assert_no_worse(mine, other, exact, factor=1.5)
+    assert_no_worse(mine, other, exact, draws=True)
     assert (mine - plain).abs().max() > 0.01
 
 
@@ -115,18 +118,18 @@ def test_outputs_of_a_pretrained_encoder():
     fields = {"target_modules": "all-linear", "exclude_modules": ["pooler.dense"], "r": 8, "use_rslora": True}
     ours, theirs = twin_models(model, {"default": fields})
     assert not isinstance(ours.pooler.dense, LoraLinear) and len(fused_lora.lora_layers(ours)) == 36
-    ids = torch.randint(1000, 5000, (4, 12))
-    mask = (torch.arange(12) < torch.tensor([[12], [9], [5], [3]])).long()
+    ids = torch.randint(1000, 5000, (DRAWS, 12))
+    mask = (torch.arange(12) < torch.randint(3, 13, (DRAWS, 1))).long()
     with torch.no_grad():
         mine, other = output(ours, ids, attention_mask=mask), output(theirs, ids, attention_mask=mask)
         exact = output(copy.deepcopy(theirs).double(), ids, attention_mask=mask)
-    assert_no_worse(mine, other, exact, factor=1.5)
+    assert_no_worse(mine, other, exact, draws=True)
     before = {path: layer.weight.clone() for path, layer in fused_lora.lora_layers(ours).items()}
     fused_lora.merge(ours)
     theirs.merge_adapter()
     with torch.no_grad():
         merged, other = output(ours, ids, attention_mask=mask), output(theirs, ids, attention_mask=mask)
-    assert_no_worse(merged, other, exact, factor=1.5)
+    assert_no_worse(merged, other, exact, draws=True)
     fused_lora.unmerge(ours)
     for path, layer in fused_lora.lora_layers(ours).items():
         assert torch.equal(layer.weight, before[path]), path
@@ -155,7 +158,32 @@ def test_targets_ranks_and_alphas(fields):
         assert (layer.r, layer.lora_alpha, layer.scaling) == (other.r, other.lora_alpha, other.scaling)
     assert names_like_peft(ours) == set(theirs.state_dict())
     ids = tokens()
-    torch.testing.assert_close(output(ours, ids), output(theirs, ids), rtol=1e-4, atol=1e-5)
+    assert_close(output(ours, ids), output(theirs, ids), terms=1000)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=16, task_type="CAUSAL_LM"),
+        dict(target_modules="all-linear", r=2, use_rslora=True, rank_pattern={"up_proj": 3}, init_lora_weights=False),
+        dict(target_modules=r".*mlp.*proj", exclude_modules=["down_proj"], bias="lora_only", init_lora_weights=False),
+    ],
+)
+def test_inject_takes_pefts_config(fields):
+    """One ``peft.LoraConfig`` in both libraries, from one seed: the same parameters, and the same of them train."""
+    model = llama()
+    base = copy.deepcopy(model)
+    torch.manual_seed(shifted(0))
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**fields))
+    torch.manual_seed(shifted(0))
+    assert fused_lora.inject(model, peft.LoraConfig(**fields)) is model
+    state = theirs.state_dict()
+    assert names_like_peft(model) == set(state)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[f"base_model.model.{name}"]), name
+    training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    peft_training = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    assert {f"base_model.model.{name}" for name in training} == peft_training
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
@@ -164,15 +192,16 @@ def test_which_parameters_train(bias, lora_bias):
     fields = {"target_modules": ["query", "dense"], "bias": bias, "lora_bias": lora_bias}
     ours, theirs = twin_models(bert(), {"default": fields})
     assert trainable(ours) == trainable(theirs)
-    ids = tokens()
+    ids, g = tokens(), torch.randn(3, 7, 32)
     grads = []
     for model in (ours, theirs):
-        output(model, ids).square().mean().backward()
+        output(model, ids).backward(g)
         grads.append({n.removeprefix("base_model.model."): p.grad for n, p in model.named_parameters()})
+    size = max(g.abs().max().item() for g in grads[1].values() if g is not None)  # some are 0 but for rounding
     for name, grad in grads[0].items():
         assert (grad is None) == (grads[1][name] is None), name
         if grad is not None:
-            torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-6)
+            assert_close(grad, grads[1][name], terms=1000, size=size)
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
@@ -182,7 +211,7 @@ def test_a_second_adapter_leaves_what_trains_alone(bias):
     assert trainable(ours) == trainable(theirs)
     assert not any(".two." in name for name in trainable(ours))
     ids = tokens()
-    torch.testing.assert_close(output(ours, ids), output(theirs, ids), rtol=1e-4, atol=1e-5)
+    assert_close(output(ours, ids), output(theirs, ids), terms=1000)
 
 
 def test_only_one_adapter_may_train_biases():
@@ -218,7 +247,7 @@ def test_a_module_used_twice_is_adapted_as_in_peft():
 
     ours, theirs = twin_models(Tied(), {"default": {"target_modules": ["a", "b"], "r": 2}})
     x = torch.randn(3, 6)
-    torch.testing.assert_close(ours(x), theirs(x))
+    assert_close(ours(x), theirs(x), terms=1000)
 
 
 @pytest.fixture
@@ -247,7 +276,7 @@ def test_encoder_layers_work_without_the_fast_path(no_fast_path):
     ours, theirs = twin_models(model, {"default": {"target_modules": ["linear1", "linear2"]}})
     x = torch.randn(2, 3, 8)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+        assert_close(ours(x), theirs(x), terms=1000)
         with fused_lora.disable_adapters(ours):
             plain = ours(x)
         assert (ours(x) - plain).abs().max() > 1e-3
@@ -293,7 +322,7 @@ def test_a_taken_name_is_refused():
     assert_unchanged(model, before)
 
 
-def test_a_failure_half_way_takes_the_layers_before_it_back(monkeypatch):
+def test_a_failure_half_way_undoes_the_earlier_layers(monkeypatch):
     model = fused_lora.inject(toy(), LoraConfig(target_modules=["0"]), "one")
     before, kinds = snapshot(model), [type(m) for m in model.modules()]
     original, calls = LoraLinear.add_adapter, []
@@ -330,7 +359,7 @@ def test_set_adapter(names, inference_mode):
     assert trainable(ours) == trainable(theirs)
     assert fused_lora.active_adapters(ours) == list(theirs.base_model.active_adapters)
     ids = tokens()
-    torch.testing.assert_close(output(ours, ids), output(theirs, ids), rtol=1e-4, atol=1e-5)
+    assert_close(output(ours, ids), output(theirs, ids), terms=1000)
 
 
 def test_set_adapter_refuses_unknown_names_and_unmerges():
@@ -345,7 +374,7 @@ def test_set_adapter_refuses_unknown_names_and_unmerges():
     assert_unchanged(ours, before)
 
 
-def test_disable_adapters_is_the_base_and_comes_back():
+def test_disable_adapters_runs_the_base_and_enables_them_again():
     base = llama()
     ours, theirs = twin_models(copy.deepcopy(base), TWO)
     ids = tokens()
@@ -357,7 +386,7 @@ def test_disable_adapters_is_the_base_and_comes_back():
             assert torch.equal(output(ours, ids), expected)
         assert torch.equal(output(ours, ids), expected)
     with theirs.disable_adapter():
-        torch.testing.assert_close(output(theirs, ids), expected)
+        assert_close(output(theirs, ids), expected, terms=1000)
     assert torch.equal(output(ours, ids), adapted) and trainable(ours) == flags
     with pytest.raises(KeyError), fused_lora.disable_adapters(ours):
         raise KeyError
@@ -391,7 +420,7 @@ def test_delete_adapter(active, name):
     theirs.base_model.set_adapter(expected)
     assert trainable(ours) == trainable(theirs)
     ids = tokens()
-    torch.testing.assert_close(output(ours, ids), output(theirs, ids), rtol=1e-4, atol=1e-5)
+    assert_close(output(ours, ids), output(theirs, ids), terms=1000)
 
 
 def test_deleting_an_inactive_adapter_leaves_frozen_ones_frozen():
@@ -434,8 +463,8 @@ def test_mixed_batch(kind, dtype):
     fields = {"target_modules": "all-linear"}
     adapters = {"one": {**fields, "r": 3}, "two": {**fields, "r": 5, "lora_alpha": 20}}
     ours, theirs = twin_models(MODELS[kind]().to(dtype), adapters)
-    ids = tokens(5)
-    rows = ["two", "__base__", "one", "two", "__base__"]
+    rows = ["two", "__base__", "one", "two", "__base__"] * 10
+    ids = tokens(len(rows))
     with torch.no_grad():
         with fused_lora.adapter_batch(ours, [None if row == "__base__" else row for row in rows]):
             mine = output(ours, ids)
@@ -443,7 +472,8 @@ def test_mixed_batch(kind, dtype):
         exact = output(copy.deepcopy(theirs).double(), ids, adapter_names=rows)
         with fused_lora.disable_adapters(ours):
             base = output(ours, ids)
-    assert_no_worse(mine, other, exact, factor=1.5)
+    adapted = [i for i, row in enumerate(rows) if row != "__base__"]
+    assert_no_worse(mine[adapted], other[adapted], exact[adapted], draws=True)
     assert torch.equal(mine[1], base[1]) and torch.equal(mine[4], base[4])
     assert not torch.equal(mine[0], base[0]) and not torch.equal(mine[2], base[2])
 
@@ -470,7 +500,7 @@ def test_generate_with_a_left_padded_mixed_batch(beams):
     assert any(tuple(mixed[row].tolist()) not in seen for row in (1, 2))  # the names made a difference
 
 
-def test_an_exception_leaves_no_names_behind():
+def test_an_exception_ends_the_mixed_batch():
     ours, _ = twin_models(llama(), TWO)
     ids = tokens()
     expected = output(ours, ids)
@@ -481,7 +511,7 @@ def test_an_exception_leaves_no_names_behind():
     with fused_lora.adapter_batch(ours, ["one"] * 3):
         with pytest.raises(KeyError), fused_lora.adapter_batch(ours, ["two"] * 3):
             raise KeyError
-        torch.testing.assert_close(output(ours, ids), expected, rtol=1e-4, atol=1e-5)
+        assert_close(output(ours, ids), expected, terms=1000)
     assert torch.equal(output(ours, ids), expected)
 
 
@@ -500,7 +530,7 @@ def test_mixed_batch_errors():
     assert all(layer.batch_adapter_names is None for layer in fused_lora.lora_layers(ours).values())
 
 
-def test_a_str_is_no_list_of_names():
+def test_a_str_as_list_of_names_is_refused():
     ours, _ = twin_models(llama(), TWO)
     with pytest.raises(TypeError, match="adapter_names"), fused_lora.adapter_batch(ours, "one"):
         pass
@@ -611,7 +641,7 @@ def test_a_lora_layer_with_two_places_is_merged_once():
     x = torch.randn(3, 4)
     before, expected = snapshot(model), model(x)
     fused_lora.merge(model)
-    torch.testing.assert_close(model(x), expected)
+    assert_close(model(x), expected, terms=1000)
     fused_lora.unmerge(model)
     assert_unchanged(model, before)
 
@@ -671,7 +701,7 @@ def test_unload(merge_adapters, merged):
     plain = fused_lora.unload(ours, merge_adapters=merge_adapters)
     assert plain is ours and not fused_lora.lora_layers(plain) and not fused_lora.adapter_configs(plain)
     assert set(plain.state_dict()) == set(base.state_dict())
-    torch.testing.assert_close(output(plain, ids), expected, rtol=1e-4, atol=1e-5)
+    assert_close(output(plain, ids), expected, terms=1000)
     fused_lora.inject(plain, LoraConfig(target_modules="all-linear"))
 
 
@@ -730,14 +760,14 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("wrong", [None, 5, "model", {}], ids=repr)
-def test_what_is_no_module_is_named(call, wrong):
+def test_a_model_that_is_not_a_module_is_refused(call, wrong):
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got"):
         CALLS[call](wrong)
 
 
 @pytest.mark.parametrize("names", [5, None, True, [5], [["default"]], [b"default"]], ids=repr)
 @pytest.mark.parametrize("function", [fused_lora.set_adapter, fused_lora.merge, fused_lora.adapter_batch])
-def test_names_that_are_none_are_refused(function, names):
+def test_names_of_other_types_are_refused(function, names):
     model = fused_lora.inject(toy(), LoraConfig(target_modules=["0", "2"]))
     if names is None and function is fused_lora.merge:
         names = [None]

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import fused_lora
-from fused_lora.serving.engine.continuous import check_transformers, continuous_batching, failure_of, generate_batch
+from fused_lora.serving.engine.continuous import check_transformers, continuous_batching, generate_batch
+from fused_lora.serving.engine.failures import failure_of
 from helpers import serving
-from helpers.serving import prompt, results, wait_for
+from helpers.serving import prompt, results
+from helpers.waiting import wait_for
 
 pytest.importorskip("transformers")
 try:

@@ -10,16 +10,12 @@ import pytest
 import torch
 
 import fused_lora
-from fused_lora.serving.engine.continuous import (
-    MAX_FAILED_STEPS,
-    StepFailed,
-    check_transformers,
-    continuous_batching,
-    failure_of,
-    generate_batch,
-)
+from fused_lora.serving.engine.continuous import check_transformers, continuous_batching, generate_batch
+from fused_lora.serving.engine.failures import MAX_FAILED_STEPS, StepFailed, failure_of
 from helpers import serving
-from helpers.serving import prompt, results, wait_for
+from helpers.seeds import shifted
+from helpers.serving import prompt, results
+from helpers.waiting import wait_for
 
 pytest.importorskip("transformers")
 try:
@@ -96,7 +92,7 @@ def test_marked_prompt_fails_alone(world, served, name):
 
 
 @pytest.mark.parametrize("output", [None, "error", {"error": "x"}])
-def test_a_failure_of_nothing(output):
+def test_failure_of_refuses_other_objects(output):
     with pytest.raises(TypeError, match="output: expected a GenerationOutput"):
         failure_of(output)
 
@@ -237,7 +233,7 @@ def test_activations_of_the_failed_step_are_freed(served, caplog):
 @pytest.mark.parametrize("seed", range(3))
 def test_steps_that_fail_at_random_leave_every_answer_right(world, seed):
     """Clients ask again until they are served: shared prefixes, a cache that is too small, cancelled requests."""
-    draw, trouble = random.Random(seed), random.Random(seed)  # one per thread
+    draw, trouble = random.Random(shifted(seed)), random.Random(shifted(seed))  # one per thread
     model = serving.load_model(world[0])
     calls, kinds_of_trouble = [20], itertools.cycle((RuntimeError, MemoryError, torch.OutOfMemoryError))
 
@@ -281,7 +277,7 @@ def test_steps_that_fail_at_random_leave_every_answer_right(world, seed):
                 asked[ask(i)] = i
             return len(answers) == len(jobs)
 
-        wait_for(served_all, 60)
+        wait_for(served_all)
         wait_for(lambda: held(engine, store) == (0, 0, 0))
         assert all_blocks_free(engine) and engine.counters.failed_steps >= 3 and len(kinds) >= 2
     for i, (name, ids, count) in enumerate(jobs):

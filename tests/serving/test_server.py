@@ -18,7 +18,7 @@ import pytest
 from fused_lora.serving.engine.continuous import check_transformers
 from helpers import serving
 from helpers.server import Server
-from helpers.serving import wait_for
+from helpers.waiting import HANG, wait_for
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -85,7 +85,7 @@ def server(world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def strict(world, tmp_path_factory):
     """A server with a key, small limits and no loading."""
-    limits = "--max-tokens 1000 --max-queue 3 --max-body 20K --request-timeout 0.8 --max-requests 2".split()
+    limits = "--max-tokens 1000 --max-queue 3 --max-body 20K --max-requests 2".split()
     log = tmp_path_factory.mktemp("log") / "log"
     with Server(world[0], world[2], log, "--api-key", KEY, *limits, key=KEY) as found:
         yield found
@@ -208,7 +208,7 @@ def test_stop_strings(server, alone):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_done_is_said(server, changes, status, named, stream):
+def test_unsupported_parameters_are_refused_by_name(server, changes, status, named, stream):
     request = {**dict(model="tiny", prompt="x", max_tokens=4, stream=stream), **changes}
     got, body = status_of(lambda: server.client.completions.create(**request))
     assert got == status and named in body["message"] and set(body) == {"message", "type", "param", "code"}
@@ -308,7 +308,7 @@ def test_reload_never_serves_a_token_of_the_old_one(server, alone):
     loaded, asked, stop = [0], [], threading.Event()
 
     def ask(index):
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=HANG)
         while not stop.is_set():
             at_least = loaded[0]
             request = dict(model="swap", prompt="Which one are you?", max_tokens=24, temperature=0)
@@ -323,18 +323,19 @@ def test_reload_never_serves_a_token_of_the_old_one(server, alone):
         thread.start()
     try:
         for number in range(1, 9):
-            time.sleep(0.3)
+            answered = len(asked)
+            wait_for(lambda n=answered: len(asked) > n + len(threads))
             path = versions[number % len(versions)]
             answer = server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": path})
             assert answer.status_code == 200, answer.text
             loaded[0] = number
-        time.sleep(0.3)
+        answered = len(asked)
+        wait_for(lambda: len(asked) > answered + len(threads))
     finally:
         stop.set()
         for thread in threads:
             thread.join()
     server.http.post("/v1/unload_lora_adapter", json={"lora_name": "swap"})
-    assert len(asked) > 20
     for first, last, text in asked:
         # a load counts from when its answer was read, so one more may have happened
         possible = {wanted[versions[i % len(versions)]] for i in range(first, last + 2)}
@@ -375,7 +376,7 @@ def test_client_that_hangs_up_frees_its_place(server):
     wait_for(lambda: server.metric("requests_running") == 0 and server.metric("requests_waiting") == 0)
     with pytest.raises(httpx.ReadTimeout):
         body = {"model": "a5", "prompt": "Go on", "max_tokens": 1000, "n": 8}
-        httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.4)
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=httpx.Timeout(HANG, read=0.4))
     wait_for(lambda: server.metric("requests_running") == 0 and server.metric("requests_waiting") == 0)
     tokens = server.metric("generation_tokens_total")
     time.sleep(0.3)
@@ -427,14 +428,15 @@ def test_limits(strict):
     assert (status, body["code"]) == (429, "queue_full")
 
 
-def test_requests_that_take_too_long_end(strict):
+def test_requests_that_take_too_long_end(world, tmp_path):
     # three sequences of 1,000 tokens, two at a time: more than any machine does in this time
     slow = dict(temperature=1.0, top_p=0.9, seed=1)
-    status, body = status_of(lambda: strict.say("a1", ["x"] * 3, 1000, **slow))
-    assert (status, body["code"]) == (504, "timeout")
-    wait_for(lambda: strict.metric("requests_running") == 0)
-    with pytest.raises(openai.APIError, match="longer than 0.8 s"):
-        list(strict.say("a1", ["x"] * 3, 1000, stream=True, **slow))
+    with Server(world[0], world[2], tmp_path / "log", "--request-timeout", "0.8", "--max-requests", "2") as server:
+        status, body = status_of(lambda: server.say("a1", ["x"] * 3, 1000, **slow))
+        assert (status, body["code"]) == (504, "timeout")
+        wait_for(lambda: server.metric("requests_running") == 0)
+        with pytest.raises(openai.APIError, match="longer than 0.8 s"):
+            list(server.say("a1", ["x"] * 3, 1000, stream=True, **slow))
 
 
 def digests(folder):
@@ -470,7 +472,7 @@ def test_graceful_shutdown_finishes_what_runs(world, alone, tmp_path):
     server.process.send_signal(signal.SIGTERM)
     text += "".join(chunk.choices[0].text for chunk in stream)
     assert text == alone("a2", "Until the end", 200)
-    assert server.process.wait(30) == 0, server.log.read_text()
+    assert server.process.wait(HANG) == 0, server.log.read_text()
 
 
 def test_command_line_refuses_nonsense(tmp_path, capsys, monkeypatch):

@@ -2,10 +2,11 @@
 
 import pytest
 
-from fused_lora.serving.engine.continuous import MAX_FAILED_STEPS, check_transformers
+from fused_lora.serving.engine.continuous import check_transformers
+from fused_lora.serving.engine.failures import MAX_FAILED_STEPS
 from helpers import serving
 from helpers.server import Server
-from helpers.serving import wait_for
+from helpers.waiting import wait_for
 
 openai = pytest.importorskip("openai")
 for needed in ("httpx", "fastapi", "uvicorn", "transformers"):

@@ -9,12 +9,14 @@ from torch import nn
 
 from fused_lora import AdapterStore
 from fused_lora.modules.inject import AdapterNotFound
+from helpers.seeds import shifted
+from helpers.waiting import HANG
 
 K, N = 16, 8
 
 
 def factors(r=2, seed=0):
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(shifted(seed))
     return torch.randn(r, K, generator=draw), torch.randn(N, r, generator=draw)
 
 
@@ -227,7 +229,7 @@ def test_a_load_that_outlasts_the_store_leaves_nothing(store, monkeypatch):
     def slow(*args):
         packed = original(*args)
         started.set()
-        go.wait(30)
+        go.wait(HANG)
         return packed
 
     def load():
@@ -239,10 +241,10 @@ def test_a_load_that_outlasts_the_store_leaves_nothing(store, monkeypatch):
     monkeypatch.setattr(registry, "from_tensors", slow)
     thread = threading.Thread(target=load)
     thread.start()
-    assert started.wait(30)
+    assert started.wait(HANG)
     store.detach()
     go.set()
-    thread.join(30)
+    thread.join(HANG)
     assert errors == ["the store has been detached from its model"]
     assert store.names() == [] and store.stats()["bytes_used"] == store.stats()["bytes_reserved"] == 0
 
@@ -269,6 +271,6 @@ def test_a_plain_thread_is_not_in_the_batch(store):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(HANG)
     assert torch.equal(found["plain"], base) and torch.equal(found["handed"], served)
     assert not torch.equal(base, served)

@@ -10,13 +10,15 @@ from torch import nn
 
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving import AdapterStore, StoreFull
+from helpers.seeds import shifted
+from helpers.waiting import HANG
 
 K, N, THREADS, NAMES = 16, 24, 8, 12
 
 
 def tensors(seed):
     """Adapter number ``seed``: its rank and its values follow from the number."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(shifted(seed))
     r = (1, 3, 4, 8, 16)[seed % 5]
     return {"0": (torch.randn(r, K, generator=draw), torch.randn(N, r, generator=draw), 0.5)}
 
@@ -54,7 +56,7 @@ class Trial:
         return x @ layer.weight.double().T + layer.bias.double() + scale * (x @ A.double().T) @ B.double().T
 
     def work(self, seed, operations):
-        draw = random.Random(seed)
+        draw = random.Random(shifted(seed))
         try:
             for _ in range(operations):
                 try:
@@ -117,7 +119,7 @@ def test_10_000_random_operations_from_8_threads(tmp_path):
     threads = [threading.Thread(target=trial.work, args=(i, 10_000 // THREADS), daemon=True) for i in range(THREADS)]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + 300
+    end = time.monotonic() + HANG
     for thread in threads:
         thread.join(max(0, end - time.monotonic()))
     assert not any(thread.is_alive() for thread in threads), "deadlock"

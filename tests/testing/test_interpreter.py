@@ -13,6 +13,7 @@ from fused_lora.testing import interpreter as harness
 from fused_lora.testing.bounds import AccessError
 from fused_lora.testing.guards import GuardedBuffers, guarded_allocations, poison_bits
 from fused_lora.testing.interpreter import checked, fixed_order_dot
+from fused_lora.testing.numeric import assert_close
 
 pytestmark = pytest.mark.skipif(not harness.interpreting(), reason="kernels run natively: no interpreter to check")
 
@@ -173,7 +174,7 @@ def test_dot_is_right(dtype, fixed):
     c = torch.empty(32, 16)
     with fixed_order_dot() if fixed else contextlib.nullcontext():
         _dot_kernel[(1,)](a, b, c, M=32, N=16, K=64)
-    torch.testing.assert_close(c.double(), 1 + a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+    assert_close(c, 1 + a.double() @ b.double(), terms=64)
 
 
 def test_fixed_order_dot_is_the_sum_over_k_in_order():

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def compiled(code: str, *arguments: str, path: Path = ROOT):
     """What ``code`` prints as JSON, in a process whose kernels are compiled and come from ``path``."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(path)}
+    paths = os.pathsep.join([str(path), os.environ["PYTHONPATH"]])
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": paths}
     command = [sys.executable, "-c", "import json, sys\n" + code, *arguments]
     done = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

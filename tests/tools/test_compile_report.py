@@ -11,6 +11,7 @@ import pytest
 
 from compile_report import compiling, report
 from compile_report.compiling import CHIPS, resident_blocks
+from helpers.waiting import HANG
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ def run_python(code, *arguments, **variables):
     """In a process that compiles kernels instead of interpreting them."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2 * HANG)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_the_table_shows_ranges_and_failures():
 def test_an_interpreting_process_is_refused(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, str(ROOT / "tools" / "compile_report"), "--check"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG)
     assert done.returncode != 0 and "TRITON_INTERPRET is set" in done.stderr
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.waiting import HANG
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command, cwd):
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -47,6 +49,35 @@ def test_wheel_has_one_top_level_package(wheel):
     assert tops == {"fused_lora"}
     kernels = {f"fused_lora/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert kernels <= set(names) and "fused_lora/py.typed" in names
+
+
+# everything that is installed, by folder; what only development needs is in tools/, tests/ and benchmarks/
+INSTALLED = {
+    "": {"__init__.py", "_version.py", "kernels.py", "reference.py", "py.typed"},
+    "testing": {  # doctor's smoke run, and what a user needs to test kernels of their own
+        "__init__.py",
+        "bounds.py",
+        "graphs.py",
+        "grouped.py",
+        "guards.py",
+        "interpreter.py",
+        "layers.py",
+        "numeric.py",
+        "ordering.py",
+        "smoke.py",
+    },
+}
+FOLDERS = {"adapters", "cli", "diagnostics", "integrations", "kernels", "modules", "ops", "serving", "testing"}
+
+
+def test_wheel_holds_nothing_that_only_development_needs(wheel):
+    names = [Path(name) for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    inside = [name.relative_to("fused_lora") for name in names]
+    assert {name.parts[0] for name in inside if len(name.parts) > 1} == FOLDERS
+    for folder, files in INSTALLED.items():
+        assert {name.name for name in inside if name.parent == Path(folder)} == files
+    others = {name for name in inside if name.suffix != ".py"} - {Path("py.typed")}
+    assert not others, f"no data, no sources of C, no caches: {others}"
 
 
 def test_installed_wheel_imports_without_a_top_level_kernels(wheel, tmp_path):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.waiting import HANG
+
 pytest.importorskip("triton")
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "precompile.py"
 LAUNCH = """
@@ -30,7 +32,7 @@ dropout_mask(torch.zeros(1, dtype=torch.int64), 40, 64, float(sys.argv[3]))
 
 def run(*command, cache):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=HANG)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: a launch would compute")

@@ -1,4 +1,4 @@
-"""What a compiled kernel shows: registers, spills, the instructions that matter, and a wgmma that reads too late."""
+"""Read a compiled kernel: registers, spills, the instructions that matter, and a wgmma that may read too late."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Compile every configuration of every kernel ahead of time, for chips that are not there, and read the binaries.
+"""Compile every configuration of every kernel ahead of time, for chips that need not be present, and read the binaries.
 
-A case's result depends on the code of its kernel, its arguments, its options and the compiler alone. They make its
-``key``; a recorded result with the same key stands, so that only what has changed is compiled again.
+A case's result depends only on its kernel's code, its arguments, its options and the compiler. Together they are its
+``key``. A recorded result with the same key is still valid, so only what has changed is compiled.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def compile_batch(batch: Sequence[CompileCase], chip: str) -> dict[str, dict]:
 
 
 def _compile(case: CompileCase, chip: str) -> CompiledKernel | str:
-    """The compiled kernel, or what the compiler has against it."""
+    """The compiled kernel, or the compiler's error."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -203,9 +203,9 @@ def collect(
     processes: int | None = None,
     every_dtype: bool = False,
 ) -> Iterator[tuple[int, int, dict[str, dict[str, dict]]]]:
-    """Compile what ``recorded`` does not already know; yields (done, to do, results so far) after each batch.
+    """Compile the cases that ``recorded`` lacks. Yields (done, to do, results so far) after each batch.
 
-    The results hold the current :func:`cases` alone, those of ``only`` (a substring of the label) if it is given.
+    The results hold only the current :func:`cases`; with ``only``, those whose label contains it.
 
     Raises:
         RuntimeError: the kernels of this process are interpreted, so there is nothing to compile.

@@ -1,4 +1,4 @@
-"""The grouped kernels in every form that lora_grouped.py launches, for a compiler without a GPU (see aot.py)."""
+"""The grouped kernels in every form that their launchers choose, for a compiler without a GPU (see cases.py)."""
 
 from collections.abc import Iterator
 from dataclasses import replace

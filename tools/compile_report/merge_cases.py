@@ -1,4 +1,4 @@
-"""The merge kernel in every form that merge.py launches, for a compiler without a GPU (see aot.py)."""
+"""The merge kernel in every form that merge.py launches, for a compiler without a GPU (see cases.py)."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ _PASSES = (
 def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iterator[CompileCase]:
     """All compilations for a chip (0: not NVIDIA): contiguous W, A and B, sizes that the tile divides and others.
 
-    dtypes: of W, by default those of :func:`~.aot.dtypes_on`.
+    dtypes: of W, by default those of :func:`~.cases.dtypes_on`.
     """
     for dtype in dtypes or dtypes_on(capability):
         for name, UNMERGE, RECORD, AGAIN in _PASSES:

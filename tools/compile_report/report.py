@@ -1,4 +1,4 @@
-"""Proof by compilation: every configuration, for every chip, without a GPU.
+"""Compile every configuration for every chip, without a GPU, and check the binaries.
 
     python tools/compile_report             compile what has changed, print the table, write the JSON and the page
     python tools/compile_report --check     write nothing; exit status 1 if a case breaks a rule or has become worse
@@ -114,7 +114,7 @@ def cost_table(N: int = 4096, K: int = 4096) -> str:
 
 
 def read_results(path: Path) -> dict[str, dict[str, dict]]:
-    """{chip: {label: record}}; empty where there is no file yet, or one of another compiler, which is no measure."""
+    """{chip: {label: record}}. Empty if there is no file yet, or one of another compiler."""
     if not path.exists():
         return {}
     whole = json.loads(path.read_text(encoding="utf-8"))
@@ -188,9 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _over(recorded, results):
-    """Results so far over what was recorded, so that a run that is cut off keeps what it has; only cases that exist.
+    """The results so far on top of the recorded ones, so that an interrupted run keeps what it has.
 
-    Where a run need not have tried a case again, its old result must be that of today's code.
+    Only existing cases are kept. A recorded result is kept only if it is of today's code.
     """
     kept = {}
     for chip, spec in CHIPS.items():

@@ -1,4 +1,4 @@
-"""From numbers to causes: which bug makes a layer's error exceed its bound, or hides in a weight."""
+"""Find the bug behind an error that exceeds its bound, or one that hides in a weight."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fused_lora.diagnostics.verification.report import Finding, LayerCheck, Veri
 from fused_lora.modules.merging import parameter_owners
 
 
-def explain(model: nn.Module, layers: list[Layer], result: Verification) -> None:
-    """Findings from the layers' numbers; a cause that explains a number keeps it from being reported again."""
+def add_findings(model: nn.Module, layers: list[Layer], result: Verification) -> None:
+    """Append to ``result.findings`` the cause of every error out of bounds. Each layer is reported once."""
     checks = {check.path: check for check in result.layers}
     broken = [layer for layer in layers if layer.broken]
     if broken:
@@ -39,7 +39,7 @@ def explain(model: nn.Module, layers: list[Layer], result: Verification) -> None
 
 
 def _why_broken(broken: list[Layer], checks: dict[str, LayerCheck]) -> Finding:
-    """A merged weight that its own record does not recognise was merged again, rounded, or replaced."""
+    """The finding for weights that their correction records do not match: merged again, rounded, or replaced."""
     paths = tuple(layer.path for layer in broken)
     if holds_delta([checks[path] for path in paths if path in checks]):
         return Finding(report.DOUBLE, "the merged weight holds the adapter once more than was merged", paths)
@@ -55,7 +55,7 @@ def _on_grid(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def holds_delta(checks: list[LayerCheck]) -> bool:
-    """Whether W = (something that knows nothing of D) + 1 D: <W, D> / <D, D> is 1, by 10 standard deviations not 0."""
+    """Whether W already contains D: <W, D> / <D, D> is about 1, and 10 standard deviations away from 0."""
     weights = {c.path: c.inside_std**-2 for c in checks if 0 < c.inside_std < math.inf}
     total = sum(weights.values())
     if not total:

@@ -1,7 +1,7 @@
-"""LoRA layers that can be looked at merged and unmerged, by their own merge and unmerge, without being changed.
+"""Show LoRA layers merged and unmerged, with their own merge and unmerge, without changing them.
 
-A layer's weight is a copy for as long as it is shown in the state it is not in; the original storage is put back
-afterwards and is never written. It serves every class with PEFT's attributes.
+To show a layer in its other state, its weight is replaced by a copy. The original storage is put back afterwards and is
+never written. This works for every class with PEFT's attributes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,10 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 @dataclass
 class Layer:
-    """A layer with the adapters that act in it, and how it was found."""
+    """A layer, its active adapters, and whether it was merged."""
 
     path: str
-    module: nn.Module
+    module: Any  # a LoRA layer of this package or of PEFT: the attributes that they share
     names: list[str]
     merged: bool
     broken: str = ""  # why its own unmerge refused, or could not restore what was there
@@ -55,7 +56,7 @@ class Layer:
 
     @contextmanager
     def shown(self, merged: bool) -> Iterator[None]:
-        """Inside, the layer is merged, or unmerged. Afterwards weight, bias and bookkeeping are as they were."""
+        """A context in which the layer is merged, or unmerged. Afterwards weight, bias and state are restored."""
         base, kept = self.module.base_layer, _attributes(self.module)
         weight, bias = base.weight.data, None if base.bias is None else base.bias.data
         try:
@@ -93,12 +94,13 @@ class Layer:
             self.broken = str(doubts[0].message)
 
     def _take_away(self) -> None:
-        """W - D on the copy, where the layer's own unmerge refuses: the best estimate of what was merged into."""
+        """Subtract D from the copy if the layer's own unmerge refuses: the best estimate of the original weight."""
         left, right = self.delta_factors()
         self.weight.copy_(self.weight.double() - left @ right)
         for _, _, s, bias in self.factors():
             if bias is not None:
-                self.bias.copy_(self.bias.double() - s * bias)
+                own = self.module.base_layer.bias.data
+                own.copy_(own.double() - s * bias)
         self.module.merged_adapters = []
         if hasattr(self.module, "merge_state"):
             self.module.merge_state = None
@@ -107,6 +109,7 @@ class Layer:
 def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
     """LoRA layers that can be verified, and those that cannot: path -> why."""
     layers, skipped = [], {}
+    module: Any
     for path, module in model.named_modules():
         if not all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "merged_adapters")):
             continue
@@ -131,7 +134,7 @@ def check_state(model: nn.Module) -> None:
             raise RuntimeError("model: verify inside adapter_batch cannot compare with a merged model")
 
 
-def _unfit(module: nn.Module, names: list[str]) -> str:
+def _unfit(module: Any, names: list[str]) -> str:
     base = module.base_layer
     if not len(module.lora_A):
         return f"{type(module).__name__} over {type(base).__name__} is no linear layer"
@@ -155,7 +158,7 @@ def _attributes(module: nn.Module) -> dict:
     return {name: value.copy() if type(value) in (list, dict) else value for name, value in kept.items()}
 
 
-def _activate(module: nn.Module, names: list[str]) -> None:
+def _activate(module: Any, names: list[str]) -> None:
     if list(module.active_adapters) == names:
         return
     attribute = "_active_adapter" if hasattr(module, "_active_adapter") else "active_adapters"

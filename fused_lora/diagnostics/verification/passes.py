@@ -1,10 +1,11 @@
-"""Forward passes of a model with its LoRA layers shown merged or unmerged, and everything put back afterwards."""
+"""Forward passes of a model with its LoRA layers merged or unmerged. Everything is restored afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,8 @@ def run(
 ) -> Pass:
     """One forward under ``torch.manual_seed(seed)``; ``change(path, y)`` may replace a layer's output.
 
-    ``merged`` shows every layer in that state for the time of its own call, None leaves it as it is. ``rows`` of each
-    layer's input and output are kept, evenly spaced.
+    ``merged`` puts every layer into that state during its own call. None leaves it as it is. ``rows`` evenly spaced
+    rows of each layer's input and output are kept.
     """
     found = Pass(torch.empty(0))
     open_states: dict[str, list[ExitStack]] = {layer.path: [] for layer in layers}
@@ -105,7 +106,7 @@ def check_inputs(inputs: object) -> None:
         raise TypeError(f"inputs: expected {wanted}, got {type(inputs).__name__}")
 
 
-def _call(model: nn.Module, inputs: object) -> object:
+def _call(model: nn.Module, inputs: Any) -> object:
     if isinstance(inputs, Tensor):
         return model(inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
@@ -113,9 +114,9 @@ def _call(model: nn.Module, inputs: object) -> object:
 
 @contextmanager
 def restored(*models: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module's training flag, every buffer and the RNG are as before.
+    """Eval mode without gradients. Afterwards training flags, buffers and RNG states are restored.
 
-    Compiled modules run eagerly inside, because hooks do not reach into compiled code.
+    Compiled modules run eagerly inside, because hooks do not work in compiled code.
     """
     flags = [(module, module.training) for model in models for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]

@@ -1,4 +1,4 @@
-"""A model's weights against those it should have: the base, each adapter and everything else, by name."""
+"""Compare a model's weights with a reference by name: the base, each adapter and all other parameters."""
 
 from __future__ import annotations
 

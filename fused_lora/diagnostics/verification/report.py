@@ -1,4 +1,4 @@
-"""What :func:`fused_lora.verify` returns: numbers per layer and at the output, causes found, all of it as a table."""
+"""The result of :func:`fused_lora.verify`: numbers for each layer and the output, the causes found, and a table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUTPUT = "output"
 
 @dataclass(frozen=True)
 class Finding:
-    """A difference that rounding does not explain: its cause, a sentence with the numbers, and where it sits."""
+    """A difference that rounding does not explain: its cause, a sentence with numbers, and its layers."""
 
     cause: str
     message: str
@@ -70,7 +70,7 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """The distance of two outputs of the model, and the distance that rounding alone is expected to cause.
+    """The distance of two outputs of the model, and the distance that rounding is expected to cause.
 
     ``top1_changed`` is the share of positions whose largest logit moved; of these, ``top1_margin`` is the largest
     lead that the former winner had.

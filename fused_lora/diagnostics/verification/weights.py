@@ -1,4 +1,4 @@
-"""How far results may be from float64 when nothing is wrong, and what a weight consists of: base, delta, grid."""
+"""Error bounds of correct results, and what a weight consists of: base, delta, grid."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def spread(
 
 @dataclass
 class MergeScan:
-    """A merge looked at element by element; ``shift`` is x (Wm - W - D)^T, what the rounding of the weight does."""
+    """A merge checked element by element. ``shift`` is x (Wm - W - D)^T, the effect of rounding the weight."""
 
     ratio: float  # largest |Wm - (W + D)| over its bound
     lost: float

@@ -1,1 +1,1 @@
-"""Which rows of a batch have which adapters, and how that reaches the layers."""
+"""Which rows of a batch use which adapters, and how the layers get to know it."""

@@ -1,4 +1,4 @@
-"""Where the store meets the model: forward hooks that leave the layers, their weights and their keys as they are."""
+"""Forward hooks that connect a store with a model. Layers, weights and keys do not change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     """The linear layers of a plain model by path.
 
     Raises:
-        TypeError: model is no module. ValueError: it has LoRA layers already, or no linear layer.
+        TypeError: model is not a module. ValueError: it has LoRA layers already, or no linear layer.
         RuntimeError: a store is attached to it.
     """
     if not isinstance(model, nn.Module):
@@ -37,19 +37,22 @@ class Attachment:
     """The hooks of one store on one model."""
 
     def __init__(self, model: nn.Module, sites: dict[str, Site], store: Any):
-        self._handles = [model.register_forward_pre_hook(_ModelHook(store), with_kwargs=True)]
+        self._handles = [
+            model.register_forward_pre_hook(_ModelHook(store), with_kwargs=True),
+            model.register_forward_hook(_OutputHook(store), with_kwargs=True),
+        ]
         for site in sites.values():
             self._handles.append(site.module.register_forward_hook(_Hook(store, site), with_kwargs=True))
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
 
 class _Shared:
-    """A copy of the model is served by the same store: arenas and locks are not to be copied."""
+    """Copies of the model share the store, because arenas and locks cannot be copied."""
 
     def __deepcopy__(self, memo: dict) -> _Shared:
         return self
@@ -65,8 +68,20 @@ class _ModelHook(_Shared):
             batch.called(args, kwargs)
 
 
+class _OutputHook(_Shared):
+    """After the model: rows of adapters that are not finite are an error."""
+
+    def __init__(self, store: Any):
+        self._store = store
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        batch = running(self._store)
+        if batch is not None:
+            batch.returned(kwargs, output)
+
+
 class _Hook(_Shared):
-    """After a linear layer: add the terms of the running batch to what it returned."""
+    """After a linear layer: add the LoRA terms of the running batch to its output."""
 
     def __init__(self, store: Any, site: Site):
         self._store, self._site = store, site

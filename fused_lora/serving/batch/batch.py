@@ -1,10 +1,13 @@
-"""Which rows of the running batch have which adapters. The state belongs to the thread (or task) that runs the model,
-never to the layers: several threads may run one model under different adapters at once."""
+"""Which rows of the running batch use which adapters.
+
+The state belongs to the thread (or task) that runs the model, never to the layers. So several threads can run one model
+with different adapters at the same time.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,16 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_lora.ops.grouped.launch import expand_by_address_, lora_grouped_by_address_, shrink_by_address
-from fused_lora.ops.grouped.op import form_terms, lora_grouped_
+from fused_lora.serving.batch.finite import bad_positions, main_output, unless_padding
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
 from fused_lora.serving.batch.static import RowBuffers
 from fused_lora.serving.residency.packing import Site
-from fused_lora.serving.residency.transfer import Transfer
+from fused_lora.serving.residency.refusal import NonFiniteOutput, named
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
-_ROWS = 4  # row counts whose groups are kept: the prompt's and the decode step's, for two models at most
+_SHAPES = 16  # shapes of inputs whose rows are kept
 
 
 def running(store: Any) -> Batch | None:
@@ -36,21 +38,21 @@ class Batch:
     """One entered ``store.batch(...)``.
 
     Args:
-        store: whose batch this is. transfer: how its adapters got where they are.
-        groups: of each group the (version, weight) pairs. group_of_entry: integers, -1 for the base model.
-        entry_of_row: the entry of each token row; None: the rows of the model's batch, in equal shares.
+        store: whose batch this is.
+        groups: the (version, weight) pairs of each group. group_of_entry: integers, -1 for the base model.
+        entry_of_row: the entry of each token row. None: the rows of the model's batch are divided equally.
         prepared: for these groups. siblings: layers of the store's model that share an input.
         buffers: for a step in a CUDA graph; ``entry_of_row`` is given then.
 
     Attributes:
-        identities: of each entry the identity of its adapter (None for the base model; joined by "+" with weights for
-            a combination): what a cache of prefixes may tell requests apart by.
+        identities: the identity of each entry's adapter, a key for prefix caches. None for the base model. A
+            combination is joined by "+" with its weights.
+        check_outputs: whether the rows of adapters must be finite. True unless set otherwise.
     """
 
     def __init__(
         self,
         store: Any,
-        transfer: Transfer,
         groups: Sequence[Group],
         group_of_entry: np.ndarray,
         entry_of_row: np.ndarray | None,
@@ -60,26 +62,28 @@ class Batch:
     ):
         self.store, self.groups, self.outer = store, groups, None
         self._group_of_entry, self._entry_of_row = group_of_entry, entry_of_row
-        self._tables = transfer.tables
-        self._rows_of: dict[int, Rows] = {}
         self._prepared, self._siblings = prepared, siblings
-        # by thread: asyncio.to_thread hands a batch on
-        self._sizes: dict[int, tuple[int, frozenset[int]]] = {}
-        self._traces: dict[int, Trace] = {}
+        self._traces: dict[int, Trace] = {}  # by thread: asyncio.to_thread hands a batch on
         arrivals = {version.arrival for group in groups for version, _ in group} - {None}
         self._arriving = [arrival for arrival in arrivals if not arrival.done()]
+        self.check_outputs = True
+        self._unread: list[tuple[Tensor, np.ndarray | None]] = []
         self._gradients = torch.no_grad()
-        self._token, self._buffers = None, buffers
+        self._buffers = buffers
         self.acts = bool(groups) or buffers is not None  # a graph of base rows is replayed with others
-        if buffers is not None:
-            self._fill(buffers)
+        if buffers is not None and entry_of_row is not None:
+            self._fill(buffers, entry_of_row)
 
-    def _fill(self, buffers: RowBuffers) -> None:
-        """All that a replay reads is in place, or on its way on this stream, when this returns."""
-        spare = buffers.rows - len(self._entry_of_row)
+    def _fill(self, buffers: RowBuffers, entry_of_row: np.ndarray) -> None:
+        """Copy everything that a replay reads, on the current stream."""
+        spare = buffers.rows - len(entry_of_row)
         if spare < 0:
-            raise ValueError(f"rows: {len(self._entry_of_row)}, the buffers hold {buffers.rows}")
-        self._entry_of_row = np.pad(self._entry_of_row, (0, spare), constant_values=-1)
+            raise ValueError(f"rows: {len(entry_of_row)}, the buffers hold {buffers.rows}")
+        if self._prepared.max_rank > buffers.max_rank:
+            raise ValueError(
+                f"names: rank {self._prepared.max_rank}, the buffers are made for {buffers.max_rank} at most"
+            )
+        self._entry_of_row = np.pad(entry_of_row, (0, spare), constant_values=-1)
         buffers.fill(self._group_of_row(buffers.rows), members_of(self.groups))
         for arrival in self._arriving:
             arrival.wait_for_all()
@@ -87,7 +91,7 @@ class Batch:
 
     @property
     def identities(self) -> list[str | None]:
-        """The identity that each entry is served with."""
+        """The identity of each entry's adapter."""
         labels = [
             "+".join(v.identity if w == 1.0 and len(group) == 1 else f"{w!r}*{v.identity}" for v, w in group)
             for group in self.groups
@@ -105,14 +109,19 @@ class Batch:
         _running.reset(self._token)
         for trace in list(self._traces.values()):
             self._siblings.close(trace)
-        self._rows_of, self._traces = {}, {}
+        try:
+            if exception[0] is None and self.check_outputs:
+                self._unread += map(self._with_groups, self._bad_sums())  # of layers called without the model
+                self._read_checks()
+        finally:
+            self._traces = {}
 
     def called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """The model is called with these arguments: remember how many sequences and tokens they are."""
-        trace = self._traces.get(threading.get_ident())
-        if trace is not None:
-            trace.shared = None  # of a step that was broken off
-            self._siblings.close(trace)
+        """Note how many sequences and tokens the model is called with."""
+        trace = self._traces.get(threading.get_ident()) or self._trace()
+        trace.shared = None  # of a step that was broken off
+        self._siblings.close(trace)
+        self._read_checks()
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() >= 2]
         if tensors and self._entry_of_row is None:
             B = len(tensors[0])
@@ -121,121 +130,126 @@ class Batch:
                     f"batch: {len(self._group_of_entry)} entries for a model batch of {B} sequences; expected as many, "
                     "or a multiple (beams and return sequences repeat each entry)"
                 )
-            self._sizes[threading.get_ident()] = B, frozenset((B, *(len(t) * t.shape[1] for t in tensors)))
+            sizes = B, frozenset((B, *(len(t) * t.shape[1] for t in tensors)))
+            if sizes != trace.sizes:
+                trace.sizes, trace.rows = sizes, {}
+
+    def returned(self, kwargs: Mapping[str, Any], output: Any) -> None:
+        """Raise NonFiniteOutput if rows under adapters are not finite.
+
+        On a GPU the check is queued. It is read at the model's next call or at the end of the batch, so that nothing
+        waits for it. A graph that is being captured is not checked.
+        """
+        if not (self.check_outputs and self.groups):
+            return
+        for bad in self._bad_sums():
+            self._unread.append(self._with_groups(unless_padding(bad, kwargs, self._sequences())))
+        found = main_output(output)
+        if found is not None and not (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._unread.append(self._with_groups(unless_padding(bad_positions(found), kwargs, self._sequences())))
+        if found is None or not found.is_cuda:
+            self._read_checks()
+
+    def bad_rows(self) -> list[int]:
+        """The rows of a packed batch in which the output of an adapted layer was not finite. CPU only; a second call
+        returns none."""
+        return sorted({row for bad in self._bad_sums() for row in bad.nonzero().view(-1).tolist()})
+
+    def _bad_sums(self) -> list[Tensor]:
+        trace = self._traces.get(threading.get_ident()) or self._trace()
+        sums, trace.sums = trace.sums, {}
+        return [torch.isfinite(found).logical_not_() for found in sums.values()]
+
+    def _sequences(self) -> int | None:
+        """How many sequences the model was called with, where that is known."""
+        trace = self._traces.get(threading.get_ident())
+        return None if trace is None or trace.sizes is None else trace.sizes[0]
+
+    def _with_groups(self, bad: Tensor) -> tuple[Tensor, np.ndarray | None]:
+        """Bool [n], and the group of each of the n rows or sequences. None if the model returned other rows."""
+        count = len(self._group_of_entry)
+        if self._entry_of_row is None and len(bad) % count == 0:
+            return bad.view(len(bad), -1).any(-1), np.repeat(self._group_of_entry, len(bad) // count)
+        if self._entry_of_row is not None and bad.numel() == len(self._entry_of_row):
+            return bad.view(-1), self._group_of_row(bad.numel())
+        return bad.view(-1), None
+
+    def _read_checks(self) -> None:
+        hit: set[int] = set()
+        for bad, groups in self._unread:
+            if groups is not None:
+                hit |= set(groups[bad.cpu().numpy()].tolist())
+            elif bad.any():
+                hit |= set(range(len(self.groups)))
+        self._unread = []
+        identities = dict.fromkeys(version.identity for g in sorted(hit - {-1}) for version, _ in self.groups[g])
+        if identities:
+            raise NonFiniteOutput(
+                f"batch: the output has values that are not finite in the rows of {named([*identities])}: their terms "
+                "overflow, or the model does on these inputs",
+                [*identities],
+            )
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
-        """y += the LoRA terms of x at this site, in place."""
-        thread = threading.get_ident()
-        trace = self._traces.get(thread)
-        if trace is None:
-            trace = self._traces[thread] = Trace()
-        self._siblings.watch(trace, site, x)
-        if not self._prepared.terms(site.index).groups and self._buffers is None:
+        """y += the LoRA terms of x at this layer, in place."""
+        trace, index = self._traces.get(threading.get_ident()) or self._trace(), site.index
+        if trace.seen or index not in self._siblings.settled:
+            self._siblings.watch(trace, site, x)
+        if index not in self._prepared.sites and self._buffers is None:
             return
+        self._add(site, x, y, trace)
+        if not y.is_cuda:
+            trace.look(y.view(-1, site.N))
+
+    def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace) -> None:
+        index = site.index
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
         y, shared = y.view(-1, site.N), trace.shared
         if shared is not None:
-            if site.index in shared.waiting and shared.is_of(x) and shared.add(site.index, y):
-                shared.waiting.discard(site.index)
-                if not shared.waiting:
-                    trace.shared = None
-                return
             trace.shared = None
+            if shared.add(index, x, y):
+                trace.shared = shared if shared.waiting else None
+                return
             self._siblings.forget(shared.first)
-        rows = self._rows(site, x)
-        trace.shared = self._together(site, x, y, rows)
-        if trace.shared is None:
-            self._alone(site, x, y, rows)
-
-    def _together(self, site: Site, x: Tensor, y: Tensor, rows: Rows) -> Shared | None:
-        """Compute the layers that share this input, as far as they can be, and add the terms of this one."""
-        state = state_of(x)
-        sites = (site,) if state is None else self._siblings.of(site)
-        if self._buffers is None:
-            sites = [s for s in sites if self._prepared.terms(s.index).groups]
-        if len(sites) < 2:
-            return None
-        self._wait_for(sites)
-        add = (self._form if self._tables is None else self._shrink)(x.reshape(-1, site.K), rows, sites)
-        if add is None or not add(site.index, y):
-            return None
-        return Shared(x, state, site.index, {s.index for s in sites} - {site.index}, add)
-
-    def _form(self, x: Tensor, rows: Rows, sites: Sequence[Site]) -> Callable[[int, Tensor], bool] | None:
-        """The terms of all sites; ``add`` says whether they were still there."""
-        _refuse_capture(x)
-        indices = tuple(s.index for s in sites)
-        terms = form_terms(x, rows.layout, self._prepared.joint(indices))
-        if terms is None:
-            return None
-        turn = terms.turn
-
-        def add(index: int, y: Tensor) -> bool:
-            if not terms.hold(turn):
-                return False
-            terms.add(indices.index(index), y)
-            return True
-
-        return add
-
-    def _shrink(self, x: Tensor, rows: Rows, sites: Sequence[Site]) -> Callable[[int, Tensor], bool] | None:
-        """One launch that reads x once; each layer's expand follows when there is an output to add to."""
-        first, last = min(s.index for s in sites), max(s.index for s in sites)
-        if not {s.index for s in self._siblings.of(sites[0])}.issuperset(range(first, last + 1)):
-            return None  # layers of other inputs lie between them in the tables
-        tables = {s.index: self._tables.site(s.index) for s in sites}
-        groups = rows.groups if self._buffers is None else self._buffers.groups
-        S = shrink_by_address(x, self._tables.sites(first, last), groups)
-        if S is None:
-            return None
-
-        def add(index: int, y: Tensor) -> bool:
-            g = index - first
-            expand_by_address_(y, S[:, g : g + 1], tables[index], groups, self._eager(index, x, y, rows))
-            return True
-
-        return add
-
-    def _alone(self, site: Site, x: Tensor, y: Tensor, rows: Rows) -> None:
-        self._wait_for([site])
-        eager = self._eager(site.index, x.reshape(-1, site.K), y, rows)
-        if self._tables is None:
-            eager()
-        else:
-            groups = rows.groups if self._buffers is None else self._buffers.groups
-            lora_grouped_by_address_(y, x.reshape(-1, site.K), self._tables.site(site.index), groups, eager)
-
-    def _eager(self, site: int, x: Tensor, y: Tensor, rows: Rows) -> Callable[[], Tensor]:
-        def eager() -> Tensor:
-            _refuse_capture(x)
-            return lora_grouped_(y, x, rows.layout, self._prepared.joint((site,)))
-
-        return eager
-
-    def _wait_for(self, sites: Sequence[Site]) -> None:
+        rows = trace.rows.get(x.shape) or self._rows(trace, site, x)
+        state, flat = state_of(x), x.reshape(-1, site.K)
+        together, alone = () if state is None else self._siblings.of(index), (index,)
+        for sites in (together, alone) if len(together) > 1 else (alone,):
+            step = self._prepared.step(rows, self._buffers, sites, x, y)
+            if step is None:
+                continue
+            for arrival in self._arriving:
+                for each in step.places:
+                    arrival.wait(each)
+            formed = step.form(flat)
+            if formed is not None and step.add(formed, step.places[index], y):
+                if len(step.places) > 1:
+                    trace.shared = Shared(x, state, index, step.places.keys() - {index}, step, formed)
+                return
         for arrival in self._arriving:
-            for site in sites:
-                arrival.wait(site.index)
+            arrival.wait(index)
+        self._prepared.eager_(rows, index, flat, y)
 
-    def _rows(self, site: Site, x: Tensor) -> Rows:
-        rows = x.shape[:-1].numel()
-        self._check_rows(site, x, rows)
-        found = self._rows_of.get(rows)
-        if found is None:
-            if len(self._rows_of) >= _ROWS:
-                self._rows_of = {}
-            found = self._rows_of[rows] = Rows(self._group_of_row(rows), self.groups, self._prepared, x.device)
-        return found
+    def _trace(self) -> Trace:
+        return self._traces.setdefault(threading.get_ident(), Trace())
+
+    def _rows(self, trace: Trace, site: Site, x: Tensor) -> Rows:
+        self._check_rows(trace, site, x)
+        if len(trace.rows) >= _SHAPES:
+            trace.rows = {}
+        rows = self._prepared.rows(self._group_of_row(x.shape[:-1].numel()), x.device)
+        trace.rows[x.shape] = rows
+        return rows
 
     def _group_of_row(self, rows: int) -> np.ndarray:
         if self._entry_of_row is None:
             return np.repeat(self._group_of_entry, rows // len(self._group_of_entry))
         return np.append(self._group_of_entry, -1)[self._entry_of_row]
 
-    def _check_rows(self, site: Site, x: Tensor, rows: int) -> None:
-        """Rows that are not the batch's own, in order (experts that see some tokens), must not pass for it."""
-        entries, sizes = len(self._group_of_entry), self._sizes.get(threading.get_ident())
+    def _check_rows(self, trace: Trace, site: Site, x: Tensor) -> None:
+        """Raise ValueError if a layer gets other rows than those of the batch, in order, as an expert does."""
+        rows, entries, sizes = x.shape[:-1].numel(), len(self._group_of_entry), trace.sizes
         if self._entry_of_row is not None:
             expected, fits = str(len(self._entry_of_row)), rows == len(self._entry_of_row)
         elif sizes is None:
@@ -246,8 +260,3 @@ class Batch:
             expected, fits = " or ".join(map(str, sorted(sizes[1]))), rows in sizes[1]
         if not fits:
             raise ValueError(f"batch: {site.path!r} got an input of shape {tuple(x.shape)}; expected {expected} rows")
-
-
-def _refuse_capture(x: Tensor) -> None:
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("batch: a graph would keep these adapters for ever; run a step before capture")

@@ -1,4 +1,4 @@
-"""What a caller says of a batch: the adapters of each entry, and the entry of each row."""
+"""Parse the arguments of a batch: the adapters of each entry, and the entry of each row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Entry = tuple[tuple[Any, float], ...]  # (name or lease, weight) of each adapter
 def parse_entry(entry: Any, position: int, kinds: tuple[type, ...]) -> Entry:
     """An element of ``store.batch([...])`` as ((name, weight), ...): None, a name, or a dict of names and weights.
 
-    A sum is taken in the order of the names, so that equal requests get equal bits. ``kinds``: what stands for a name.
+    A sum is taken in the order of the names, so that equal requests get equal bits. ``kinds``: types that may take the
+    place of a name.
 
     Raises:
         TypeError: another type. ValueError: a weight that is not finite.
@@ -37,11 +38,11 @@ def parse_entry(entry: Any, position: int, kinds: tuple[type, ...]) -> Entry:
 
 
 def rows_to_entries(entries: int, rows: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
-    """The entry of each token row: from a tensor or array that says so, or from a list of row counts.
+    """The entry of each token row, from a tensor or array of entries, or from a list of row counts.
 
     Raises:
-        TypeError: no integers. ValueError: a count is negative, their number is not that of the entries, or an index
-            is out of range (-1 means the base model).
+        TypeError: not integers. ValueError: a count is negative; there are more or fewer counts than entries; or an
+            index is out of range (-1 means the base model).
     """
     if isinstance(rows, (Tensor, np.ndarray)):
         index = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else rows
@@ -51,7 +52,7 @@ def rows_to_entries(entries: int, rows: Sequence[int] | Tensor | np.ndarray) -> 
         if len(index) and not -1 <= index.min() <= index.max() < entries:
             raise ValueError(f"rows: expected indices of -1 to {entries - 1}, got {index.min()} to {index.max()}")
         return index
-    counts = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [None]
+    counts: list[Any] = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [None]
     if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in counts):
         raise TypeError("rows: expected a list of row counts, or a tensor with the entry of each row")
     if len(counts) != entries or min(counts, default=0) < 0 or sum(counts) >= 2**31:

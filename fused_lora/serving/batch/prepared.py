@@ -1,40 +1,148 @@
-"""What is worked out for the adapters of a batch and for its rows, and kept for batches that are alike."""
+"""What is prepared for the adapters and rows of a batch, and kept for similar batches."""
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fused_lora.kernels.grouped_tables import RowGroups
+from fused_lora.ops.grouped.launch import prepare
 from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
-from fused_lora.ops.grouped.op import Joint, RowLayout, Terms
+from fused_lora.ops.grouped.op import Joint, RowLayout, Terms, form_terms, lora_grouped_
+from fused_lora.serving.batch.static import RowBuffers
 from fused_lora.serving.residency.residency import Version
+from fused_lora.serving.residency.tables import SlotTables
 
-_LAYOUTS = 4  # most arrangements of rows that are kept
+_ROWS = 4  # most arrangements of rows that are kept
 
 Group = Sequence[tuple[Version, float]]
 
 
-class Prepared:
-    """What has been worked out for batches of the same groups, kept from one to the next.
+class Step(NamedTuple):
+    """What is computed at layers that share an input, or at one.
 
-    Args:
-        groups: of each the (version, weight) pairs.
+    places: of each layer with terms, its number in what was formed. form: of x [rows, K], all of them; None where that
+    cannot be. add: ``(formed, number, y)`` adds to y [rows, N]; False where it cannot any more.
     """
 
-    def __init__(self, groups: Sequence[Group]):
-        self._groups = groups
+    places: dict[int, int]
+    form: Callable[[Tensor], Any]
+    add: Callable[[Any, int, Tensor], bool]
+
+
+class Rows:
+    """The rows of a batch, for the eager path and for the kernels. Made on demand.
+
+    Attributes:
+        steps: what was prepared for them, by layers and dtypes.
+    """
+
+    def __init__(self, group_of_row: np.ndarray, groups: Sequence[Group], device: torch.device):
+        self._group_of_row, self._groups, self._device = group_of_row, groups, device
+        self.steps: dict[tuple, Step | None] = {}
+
+    @functools.cached_property
+    def layout(self) -> RowLayout:
+        """For the eager path."""
+        return RowLayout(self._group_of_row, self._device)
+
+    @functools.cached_property
+    def groups(self) -> RowGroups:
+        """For the kernels: one buffer, filled by one copy without synchronisation."""
+        members = members_of(self._groups)
+        layout = GroupLayout(len(self._group_of_row), len(members), max(map(len, members)))
+        pinned = self._device.type == "cuda"
+        host = torch.empty(layout.size, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        build_metadata(layout, self._group_of_row, members, host.numpy())
+        return layout.views(host.to(self._device, non_blocking=True), tiles=int(host[0]))
+
+
+class Prepared:
+    """What is prepared for batches with the same groups, and kept from one to the next.
+
+    Args:
+        groups: the (version, weight) pairs of each. tables: for the kernels, where they can run.
+
+    Attributes:
+        sites: the layers that the groups change.
+    """
+
+    def __init__(self, groups: Sequence[Group], tables: SlotTables | None):
+        self._groups, self._tables = groups, tables
+        self._versions = {version for group in groups for version, _ in group}
+        self.sites = frozenset().union(*(version.factors for version in self._versions))
         self._terms: dict[int, Terms] = {}
         self._joints: dict[tuple[int, ...], Joint] = {}
-        self._layouts: dict[tuple[bytes, torch.device], RowLayout] = {}
+        self._rows: dict[tuple, Rows] = {}
         self._lock = threading.Lock()
 
-    def terms(self, site: int) -> Terms:
-        """What the groups add at a layer."""
+    @functools.cached_property
+    def max_rank(self) -> int:
+        """Of the adapters; 0 if there are none."""
+        return max((part.r for version in self._versions for part in version.parts), default=0)
+
+    def rows(self, group_of_row: np.ndarray, device: torch.device) -> Rows:
+        """Rows with these groups (-1: the base model). On a GPU they belong to the stream that they were made on."""
+        stream = None
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():  # nothing is written before the replay
+                return Rows(group_of_row, self._groups, device)
+            stream = torch.cuda.current_stream(device).cuda_stream
+        key = group_of_row.tobytes(), device, stream
+        with self._lock:
+            found = self._rows.pop(key, None) or Rows(group_of_row, self._groups, device)
+            self._rows[key] = found
+            if len(self._rows) > _ROWS:
+                del self._rows[next(iter(self._rows))]
+        return found
+
+    def drop_rows(self) -> None:
+        """Free the buffers. They are made again when needed."""
+        with self._lock:
+            self._rows.clear()
+
+    def step(self, rows: Rows, buffers: RowBuffers | None, sites: tuple[int, ...], x: Tensor, y: Tensor) -> Step | None:
+        """For layers that share the input x; y: the output of the first. None: not together, or not by the kernels."""
+        # what is launched for buffers reads the same addresses in every batch
+        steps, key = rows.steps if buffers is None else buffers.steps, (sites, x.dtype, y.dtype)
+        if key not in steps:
+            steps[key] = self._new_step(rows, buffers, sites, x, y)
+        return steps[key]
+
+    def _new_step(
+        self, rows: Rows, buffers: RowBuffers | None, sites: tuple[int, ...], x: Tensor, y: Tensor
+    ) -> Step | None:
+        # a graph of base rows is replayed with others
+        acting = sites if buffers is not None else tuple(site for site in sites if site in self.sites)
+        if self._tables is None:
+            form = functools.partial(_form, rows.layout, self._joint(acting))
+            return Step({site: i for i, site in enumerate(acting)}, form, _add)
+        span = range(min(acting), max(acting) + 1)
+        if x.dtype != y.dtype or not set(span) <= set(sites):
+            return None  # not by the kernels, or layers of other inputs lie between them in the tables
+        groups = rows.groups if buffers is None else buffers.groups
+        joint, each = self._tables.sites(span[0], span[-1]), [self._tables.sites(i, i) for i in span]
+        launches = prepare(joint, each, groups, x.dtype, x.device)
+        return launches and Step({site: site - span[0] for site in acting}, *launches)
+
+    def eager_(self, rows: Rows, site: int, x: Tensor, y: Tensor) -> None:
+        """y += the terms of x at the layer, for any number of rows and any dtypes."""
+        _refuse_capture(x)
+        lora_grouped_(y, x, rows.layout, self._joint((site,)))
+
+    def _joint(self, sites: tuple[int, ...]) -> Joint:
+        found = self._joints.get(sites)
+        if found is None:
+            found = self._joints[sites] = Joint([self._terms_of(site) for site in sites])
+        return found
+
+    def _terms_of(self, site: int) -> Terms:
         found = self._terms.get(site)
         if found is None:
             members = (
@@ -45,55 +153,24 @@ class Prepared:
             found = self._terms[site] = Terms(found)
         return found
 
-    def joint(self, sites: tuple[int, ...]) -> Joint:
-        """What they add at layers that share an input, or at one."""
-        found = self._joints.get(sites)
-        if found is None:
-            found = self._joints[sites] = Joint([self.terms(site) for site in sites])
-        return found
 
-    def drop_layouts(self) -> None:
-        """Give back the buffers; they are made again when they are needed."""
-        with self._lock:
-            self._layouts.clear()
-
-    def layout(self, group_of_row: np.ndarray, device: torch.device) -> RowLayout:
-        """The rows as the eager path takes them."""
-        key = group_of_row.tobytes(), device
-        with self._lock:
-            found = self._layouts.pop(key, None)
-        if found is None:
-            found = RowLayout(group_of_row, device)
-        # on a GPU the buffers of a layout belong to the stream that they were made on
-        if device.type == "cpu":
-            with self._lock:
-                self._layouts[key] = found
-                if len(self._layouts) > _LAYOUTS:
-                    del self._layouts[next(iter(self._layouts))]
-        return found
+def _form(layout: RowLayout, joint: Joint, x: Tensor) -> tuple | None:
+    _refuse_capture(x)
+    terms = form_terms(x, layout, joint)
+    return terms and (terms, terms.turn)
 
 
-class Rows:
-    """The groups of a batch's rows, as the eager path and as the kernels take them; made when they are asked for."""
+def _add(formed: tuple, layer: int, y: Tensor) -> bool:
+    terms, turn = formed
+    held = terms.hold(turn)
+    if held:
+        terms.add(layer, y)
+    return held
 
-    def __init__(self, group_of_row: np.ndarray, groups: Sequence[Group], prepared: Prepared, device: torch.device):
-        self._group_of_row, self._groups, self._device = group_of_row, groups, device
-        self._prepared = prepared
 
-    @functools.cached_property
-    def layout(self) -> RowLayout:
-        """For the eager path."""
-        return self._prepared.layout(self._group_of_row, self._device)
-
-    @functools.cached_property
-    def groups(self) -> RowGroups:
-        """For the kernels: one buffer, one copy that nothing waits for."""
-        members = members_of(self._groups)
-        layout = GroupLayout(len(self._group_of_row), len(members), max(map(len, members)))
-        pinned = self._device.type == "cuda"
-        host = torch.empty(layout.size, dtype=torch.int32, device="cpu", pin_memory=pinned)
-        build_metadata(layout, self._group_of_row, members, host.numpy())
-        return layout.views(host.to(self._device, non_blocking=True), tiles=int(host[0]))
+def _refuse_capture(x: Tensor) -> None:
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("batch: a graph would keep these adapters for ever; run a step before capture")
 
 
 def members_of(groups: Sequence[Group]) -> list[list[tuple[int, float]]]:

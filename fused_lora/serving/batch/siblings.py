@@ -1,24 +1,23 @@
-"""Layers that read one and the same input, as q, k and v do: seen on the first step, checked at every call.
+"""Find layers that read the same input, as q, k and v do: in the first step. Every later call is checked.
 
-An input is the same if it is the same tensor object and nothing was written to it in between, which is what autograd
-goes by: the object is kept until the last layer has had it, so no other one can take its place, and its version counts
-the writes. On a GPU it is also the same stream, and the same capture or none. Inference tensors have no version; a
-layer that reads one is computed for itself.
+An input is the same if it is the same tensor object with the same autograd version, so that nothing was written to it.
+The object is kept until the last layer has read it, so no other object can have its id. On a GPU the stream must be the
+same too, and the capture, if there is one. Inference tensors have no version. A layer that reads one is computed alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_lora.serving.batch.prepared import Rows, Step
 from fused_lora.serving.residency.packing import Site
 
 
 def state_of(x: Tensor) -> Any:
-    """What changes when a layer can no longer use what another one has computed from this x; None: nobody knows."""
+    """A value that differs when results for x must not be shared any more. None: sharing is not possible."""
     if x.is_inference():
         return None
     if x.is_cuda:
@@ -27,27 +26,32 @@ def state_of(x: Tensor) -> Any:
 
 
 class Shared:
-    """What has been computed of one input for several layers.
+    """What was computed from one input for several layers.
 
     Args:
-        x: the input, and its :func:`state_of`. first: the layer whose call computed. waiting: the others.
-        add: ``add(site index, y)`` adds the terms to the layer's output; False where it cannot any more.
+        x: the input, and its :func:`state_of`. first: the layer whose call computed. waiting: the others. formed: what
+            ``step.form`` gave.
     """
 
-    def __init__(self, x: Tensor, state: Any, first: int, waiting: set[int], add: Callable[[int, Tensor], bool]):
-        self.first, self.waiting, self.add = first, waiting, add
-        self._x, self._state = x, state
+    def __init__(self, x: Tensor, state: Any, first: int, waiting: set[int], step: Step, formed: Any):
+        self.first, self.waiting = first, waiting
+        self._x, self._state, self._step, self._formed = x, state, step, formed
 
-    def is_of(self, x: Tensor) -> bool:
-        """Whether ``x`` is the input that this was computed of."""
-        return x is self._x and state_of(x) == self._state
+    def add(self, site: int, x: Tensor, y: Tensor) -> bool:
+        """y += the layer's terms, if it waits for them and ``x`` is the input that they were computed of."""
+        if site not in self.waiting or x is not self._x or state_of(x) != self._state:
+            return False
+        self.waiting.discard(site)
+        return self._step.add(self._formed, self._step.places[site], y)
 
 
 class Trace:
-    """What one thread has just done inside one batch.
+    """The latest calls of one thread inside one batch.
 
     Attributes:
-        shared: what the next layers may use. seen: the layers called last, as far as they had one input.
+        shared: what the next layers may use. seen: the layers called last, as far as they had one input. sizes: how
+            many sequences the model was called with, and what numbers of rows they may be. rows: by shape of an input.
+        sums: of the values in each row of the layers' outputs, by the number of rows: not finite if one of them is not.
     """
 
     def __init__(self):
@@ -55,22 +59,36 @@ class Trace:
         self.seen: list[Site] = []
         self.x: Tensor | None = None
         self.state: Any = None
+        self.sizes: tuple[int, frozenset[int]] | None = None
+        self.rows: dict[torch.Size, Rows] = {}
+        self.sums: dict[int, Tensor] = {}
+
+    def look(self, y: Tensor) -> None:
+        """Keep what tells whether the rows of a layer's output y [rows, N] are finite, layer by layer."""
+        sums = y.sum(-1, dtype=torch.promote_types(y.dtype, torch.float32))
+        known = self.sums.setdefault(len(sums), sums)
+        if known is not sums:
+            known.add_(sums)
 
 
 class Siblings:
-    """Of a store: which layers share an input. Threads may watch and ask at once."""
+    """Which layers of a store's model share an input. Thread-safe.
+
+    Attributes:
+        settled: numbers of the layers about which that is known.
+    """
 
     def __init__(self):
-        self._groups: dict[int, tuple[Site, ...]] = {}
-        self._settled: set[int] = set()
+        self._groups: dict[int, tuple[int, ...]] = {}
+        self.settled: set[int] = set()
 
-    def of(self, first: Site) -> tuple[Site, ...]:
-        """The layers that will be called with the same input after this one, this one included; it alone if none."""
-        return self._groups.get(first.index, (first,))
+    def of(self, first: int) -> tuple[int, ...]:
+        """This layer and those that will be called after it with the same input."""
+        return self._groups.get(first) or (first,)
 
     def watch(self, trace: Trace, site: Site, x: Tensor) -> None:
-        """A layer is called. When another input comes, those called before belong together, or are alone."""
-        if site.index in self._settled and not trace.seen:
+        """Note a call of a layer. If its input is new, the layers called before it form a group, or stay alone."""
+        if site.index in self.settled and not trace.seen:
             return
         state = state_of(x)
         if trace.x is x and state is not None and state == trace.state and self._alike(trace.seen[-1], site):
@@ -78,21 +96,22 @@ class Siblings:
                 trace.seen.append(site)
             return
         self.close(trace)
-        if state is not None and site.index not in self._settled:
+        if state is not None and site.index not in self.settled:
             trace.x, trace.state, trace.seen = x, state, [site]
 
     def close(self, trace: Trace) -> None:
-        """No more layers have the input of those called last."""
+        """End the group of the layers called last."""
         indices = {site.index for site in trace.seen}
-        if indices and not indices & self._settled:
+        if indices and not indices & self.settled:
             if len(indices) > 1:
                 # the first of them may have no adapter in a batch; those after it still share
-                self._groups.update({site.index: tuple(trace.seen[i:]) for i, site in enumerate(trace.seen)})
-            self._settled |= indices
+                order = tuple(site.index for site in trace.seen)
+                self._groups.update({index: order[i:] for i, index in enumerate(order)})
+            self.settled |= indices
         trace.x, trace.state, trace.seen = None, None, []
 
     def forget(self, first: int) -> None:
-        """The layers that were called after this one had another input this time: each is computed for itself now."""
+        """Dissolve a group whose layers had different inputs. Each is computed alone from now on."""
         self._groups.pop(first, None)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Row tables at fixed addresses: what a captured CUDA graph reads, filled anew before every replay."""
+"""Row tables at fixed addresses for captured CUDA graphs. They are filled before each replay."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ import numpy as np
 import torch
 
 from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
+from fused_lora.serving.residency.tables import SlotTables
 
 
 class RowBuffers:
-    """Where the groups of a step's rows lie on the device: one int32 buffer, one copy per step, no synchronisation.
+    """The groups of a step's rows on the device: one int32 buffer, one copy per step, no synchronisation.
 
     Attributes:
-        rows: how many token rows a step has; a batch with fewer is filled up with base rows.
+        rows: how many token rows a step has. A smaller batch is padded with base rows.
         groups: the tables in the buffer, with room for the largest step. They never move.
+        tables: of the store whose adapters they are. max_rank: that an adapter may have. steps: what is launched, by
+            layers and dtypes.
     """
 
-    def __init__(self, max_rows: int, max_groups: int, group_size: int, device: torch.device):
+    def __init__(self, max_rows: int, max_groups: int, max_rank: int, group_size: int, tables: SlotTables):
         self.rows, self._layout = max_rows, GroupLayout(max_rows, max_groups, group_size)
+        self.tables, self.max_rank, self.steps, device = tables, max_rank, {}, tables.device
         self._buffer = torch.zeros(self._layout.size, dtype=torch.int32, device=device)
         self.groups = self._layout.views(self._buffer)
         # two, so that one can be filled while the copy of the other may still be under way
         self._staging = [torch.zeros_like(self._buffer, device="cpu", pin_memory=device.type == "cuda") for _ in "ab"]
-        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._copied: list[torch.Event | None] = [None, None]
         self._turn = 0
 
     def fill(self, group_of_row: np.ndarray, members: Sequence[Sequence[tuple[int, float]]]) -> None:

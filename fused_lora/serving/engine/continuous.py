@@ -1,10 +1,15 @@
 """transformers' continuous batching with an adapter per request.
 
 transformers packs the tokens of all running requests into one row, chunks long prompts and shares the cache of equal
-prefixes. Here each request also names its adapter: a step runs under the adapters of its requests, equal prefixes are
-shared within one version of one adapter only, a request keeps the version it started with when its adapter is loaded
-anew, and it waits until its adapter fits into the store beside those in use. A step that raises ends the requests that
-were in it. Importing this module does not import transformers; calling it does.
+prefixes. Here each request also names its adapter:
+
+* A step uses the adapters of its requests.
+* Equal prefixes are shared only within one version of one adapter.
+* A request keeps the version it started with when its adapter is loaded again.
+* A request waits until its adapter fits into the store beside those in use.
+* A step that raises ends the requests that were in it.
+
+Importing this module does not import transformers. Its functions do.
 """
 
 from __future__ import annotations
@@ -21,42 +26,10 @@ if TYPE_CHECKING:
 
 # the engine is private to transformers and changes between minor releases: these are the ones the tests have passed on
 TESTED_TRANSFORMERS = ("5.22", "5.23")
-# a model that fails in so many steps in a row is not going to recover
-MAX_FAILED_STEPS = 16
-
-
-class StepFailed(RuntimeError):
-    """The model raised in a step with this request, whichever of the requests in it was the cause.
-
-    Args:
-        error: what was raised; ``kind`` is the name of its type.
-    """
-
-    def __init__(self, error: Exception):
-        self.kind = type(error).__name__
-        super().__init__(f"the model failed in a step with this request: {self.kind}: {error}")
-
-
-def failure_of(output: Any) -> Exception | None:
-    """Why a request of the engine failed, or None.
-
-    Args:
-        output: transformers' ``GenerationOutput``.
-
-    Returns:
-        :class:`StepFailed`; what the store raised for its adapter (``AdapterNotFound``, ``StoreFull``,
-        ``AdapterError``); or a RuntimeError when the engine was stopped.
-
-    Raises:
-        TypeError: output is no such thing.
-    """
-    if not hasattr(output, "error"):
-        raise TypeError(f"output: expected a GenerationOutput of the engine, got {type(output).__name__}")
-    return getattr(output, "exception", None) or (RuntimeError(output.error) if output.error else None)
 
 
 def check_transformers() -> None:
-    """Raise RuntimeError unless the installed transformers is a release that the tests have passed on."""
+    """Raise RuntimeError unless the installed transformers is a tested release."""
     try:
         found = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
@@ -83,12 +56,12 @@ def continuous_batching(model: nn.Module, store: Any, config: Any = None) -> Ada
             engine.add_request(input_ids, adapter="sql", max_new_tokens=64)
             output = engine.get_result()
 
-    A step that raises ends its requests with :class:`StepFailed` and frees what they hold; the others go on. After
-    ``MAX_FAILED_STEPS`` of them in a row, or when a GPU is lost, the engine stops: ``is_running()`` is False, and the
-    requests that were left have an error.
+    A step that raises ends its requests with ``StepFailed`` and frees what they hold. The others go on. The engine
+    stops after ``MAX_FAILED_STEPS`` failed steps in a row (``engine.failures``), or when a GPU is lost. Then
+    ``is_running()`` is False, and the requests that were left have an error.
 
     Args:
-        model: a transformers model for generation, in eval mode from here on.
+        model: a transformers model for generation. It is set to eval mode.
         store: an ``AdapterStore`` over this model.
         config: transformers' ``ContinuousBatchingConfig``; by default pages of 32 tokens, a cache of 16,384 tokens and
             steps of at most 256 tokens on a CPU, transformers' own defaults on a GPU. Prompts longer than a step are
@@ -96,8 +69,8 @@ def continuous_batching(model: nn.Module, store: Any, config: Any = None) -> Ada
 
     Raises:
         RuntimeError: another release of transformers than the tested ones.
-        TypeError: ``model``, ``store`` or ``config`` is of another type.
-        ValueError: the config asks for what is not supported, or the store is over another model.
+        TypeError: ``model``, ``store`` or ``config`` has the wrong type.
+        ValueError: the config asks for something unsupported, or the store belongs to another model.
     """
     check_transformers()
     from fused_lora.serving.engine.manager import AdapterManager
@@ -123,7 +96,7 @@ def generate_batch(
         request: ``eos_token_id``, ``temperature`` (default 0: greedy), ``top_p``, ``seed`` for all of them.
 
     Returns:
-        transformers' ``GenerationOutput`` of each input, in order; :func:`failure_of` says which failed, and why.
+        transformers' ``GenerationOutput`` of each input, in order. ``failure_of(output)`` says which failed, and why.
 
     Raises:
         TypeError, ValueError: the numbers of inputs and adapters differ, or a request is malformed.

@@ -1,4 +1,4 @@
-"""The prefix cache of transformers' engine, cut into one namespace per adapter version."""
+"""A prefix cache with a separate namespace for each adapter version, in transformers' engine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fused_lora.serving.engine.admission import version_of
 
 
 class PrefixNamespaces:
-    """Cuts the prefix cache of a processor into one namespace per adapter version.
+    """Gives each adapter version its own namespace in the prefix cache of a processor.
 
-    The cache knows a block by the hash of its tokens and of the blocks before it. The same tokens have other keys and
-    values under another adapter, so the hash here is keyed by the version too.
+    The cache identifies a block by the hash of its tokens and of the blocks before it. The same tokens have other keys
+    and values with another adapter, so the version is the key of the hash.
     """
 
     def __init__(self, processor: ContinuousBatchProcessor):

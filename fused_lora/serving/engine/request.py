@@ -1,4 +1,4 @@
-"""What a request to the engine may ask for: everything is checked, and named, before it is queued."""
+"""Check the arguments of a request before it is queued. Errors name the argument."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def token_ids(ids: Any, vocabulary: int) -> list[int]:
     """A prompt, a sequence or a one-dimensional tensor or array, as a list.
 
     Raises:
-        TypeError: no such thing, or an element that is no integer. ValueError: empty, or an id out of range.
+        TypeError: not a sequence of integers. ValueError: empty, or an id out of range.
     """
     found = ids.tolist() if hasattr(ids, "tolist") else ids
     if isinstance(found, (str, bytes)) or not isinstance(found, Sequence):
@@ -31,7 +31,7 @@ def token_ids(ids: Any, vocabulary: int) -> list[int]:
 
 
 def count(name: str, value: Any) -> int:
-    """``value`` as a number of things, at least 1. Raises TypeError, ValueError."""
+    """``value`` as an int of at least 1. Raises TypeError, ValueError."""
     value = _integer(name, value)
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -48,7 +48,7 @@ def ends(value: Any) -> int | list[int] | None:
 
 
 def sampling(temperature: Any, top_p: Any, seed: Any) -> dict[str, float | int]:
-    """The arguments of the draw, none for a greedy request; ``seed`` may be None. Raises TypeError, ValueError."""
+    """The sampling arguments, none for a greedy request. ``seed`` may be None. Raises TypeError, ValueError."""
     temperature, top_p = _number("temperature", temperature), _number("top_p", top_p)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature: expected a number >= 0, got {temperature!r}")

@@ -1,10 +1,10 @@
 """Temperature, top-p and seed of each request, inside transformers' continuous batching.
 
-The engine takes the arg max of the processed scores, so a draw is an arg max too (Gumbel's trick): with
+The engine takes the arg max of the processed scores, so sampling uses Gumbel's trick: with
 ``scores = logits / temperature`` cut to the top-p set, ``argmax(scores + noise)`` is distributed as
-``softmax(scores)``. The noise of a token is a function of (seed, position in the sequence, token) alone: a request
-gives the same tokens whatever is batched with it, and after its cache was dropped and computed again. Temperature 0
-is greedy and leaves the logits untouched.
+``softmax(scores)``. The noise depends only on (seed, position in the sequence, token). So a request gives the same
+tokens in any batch, and after its cache was dropped and computed again. Temperature 0 is greedy and leaves the logits
+unchanged.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _MASK32 = 0xFFFFFFFF
 class PerRequest(ContinuousBatchingLogitsProcessor):
     """One number per request, carried to the device as a row of the engine's int32 inputs.
 
-    Where no request of a batch differs from the default the step is skipped, unless ``always``: a captured graph must
-    hold it for the batches that come later.
+    If no request of a batch differs from the default, the step is skipped. With ``always`` it is not: a captured graph
+    must contain it for later batches.
     """
 
     supported_kwargs: dict[str, type]
@@ -39,7 +39,7 @@ class PerRequest(ContinuousBatchingLogitsProcessor):
         self.always = self.used = always
 
     def value(self, state: RequestState) -> float:
-        """The request's number, its own argument unless said otherwise; ``default`` means no change."""
+        """The request's number; ``default`` means no change."""
         (argument,) = self.supported_kwargs
         return state.logit_processor_kwargs.get(argument, self.default)
 

@@ -1,7 +1,7 @@
 """Requests, answers and errors of the HTTP server, in OpenAI's shapes.
 
-What the engine cannot do is refused with a 400 that names the parameter; nothing is dropped in silence but what has no
-effect on the answer (``user`` and its like).
+What the engine cannot do is refused with a 400 that names the parameter. Only parameters without effect on the answer
+(``user`` and the like) are ignored.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from annotated_types import MaxLen
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 # parameter -> the values with which it asks for nothing
 _NEUTRAL: dict[str, tuple] = {
@@ -47,6 +48,21 @@ _CHOICE = re.compile(r"str|list\[.*\]")
 _IN_MESSAGES = frozenset(("name", "refusal"))  # templates have no use for them
 
 
+MAX_PROMPTS = 128  # in one request, whatever the server's own limit
+
+
+class _First(FailFast):
+    """The first wrong element ends a list: an error for each of a million would hold up every other client."""
+
+    __hash__ = object.__hash__  # Annotated wants one; there is one instance
+
+
+_T = TypeVar("_T")
+_FIRST = _First()
+Many = Annotated[list[_T], _FIRST]
+Few = Annotated[list[_T], _FIRST, MaxLen(MAX_PROMPTS)]
+
+
 class ApiError(Exception):
     """An answer other than 200, in OpenAI's error shape."""
 
@@ -68,8 +84,18 @@ def unknown_model(name: str) -> ApiError:
     return ApiError(404, f"The model {name[:100]!r} does not exist", "model", "model_not_found")
 
 
+def queue_full() -> ApiError:
+    """429: as many requests run, wait or are read as the server takes."""
+    return ApiError(429, "too many requests are waiting", code="queue_full", kind="rate_limit_error")
+
+
+def too_slow() -> ApiError:
+    """504: the request has had its time, from its first byte on."""
+    return ApiError(504, "the request took longer than this server gives it", code="timeout")
+
+
 def unexpected(error: Exception) -> ApiError:
-    """500: what nobody thought of."""
+    """500: an unexpected error."""
     return ApiError(500, f"{type(error).__name__} in the server; its log says more")
 
 
@@ -89,7 +115,7 @@ def malformed(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 class Checked(BaseModel):
-    """Types as JSON has them: no number is read from a string, none from true."""
+    """Strict JSON types: a string or true is not a number."""
 
     model_config = ConfigDict(strict=True)
 
@@ -109,7 +135,7 @@ class GenerateRequest(Checked):
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int | None = Field(default=None, ge=1, le=128)
-    stop: str | list[str] | None = None
+    stop: str | Few[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -140,12 +166,12 @@ class GenerateRequest(Checked):
 
 class CompletionRequest(GenerateRequest):
     input_name = "prompt"
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Many[int] | Few[str] | Few[Many[int]]
     max_tokens: int | None = Field(default=16, ge=1)
 
     def prompts(self) -> list[str | list[int]]:
         """Every prompt of the request, as text or token ids."""
-        prompt = self.prompt
+        prompt: Any = self.prompt
         several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
         return prompt if several else [prompt]
 
@@ -156,12 +182,12 @@ class TextPart(Checked):
 
 
 class Message(Checked):
-    """A message; what is no text (pictures, calls of tools) is refused."""
+    """A message. Content that is not text (pictures, tool calls) is refused."""
 
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[TextPart]
+    content: str | Many[TextPart]
 
     def plain(self) -> dict[str, str]:
         """Role and text, as chat templates take them."""
@@ -171,12 +197,12 @@ class Message(Checked):
 
 class ChatRequest(GenerateRequest):
     input_name = "messages"
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     def check(self) -> None:
-        """As for all requests, and nothing in a message that would be left out of the prompt."""
+        """As for all requests. A message may hold nothing that would be left out of the prompt."""
         super().check()
         for i, message in enumerate(self.messages):
             for name, value in (message.model_extra or {}).items():

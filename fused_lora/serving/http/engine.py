@@ -1,12 +1,14 @@
-"""The engine as asyncio sees it: limits, time-outs, cancellation, and adapters that change while others run."""
+"""The engine for asyncio: limits, time-outs, cancellation, and loading adapters while requests run."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import math
 import queue
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from typing import Any
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.engine.admission import version_of
-from fused_lora.serving.engine.continuous import StepFailed, failure_of
+from fused_lora.serving.engine.failures import StepFailed, failure_of
 from fused_lora.serving.engine.manager import AdapterManager
-from fused_lora.serving.http.api import ApiError, unknown_model
+from fused_lora.serving.http.api import ApiError, queue_full, too_slow, unknown_model
 from fused_lora.serving.http.metrics import Metrics
 from fused_lora.serving.http.text import TextStream
+from fused_lora.serving.residency.refusal import NonFiniteOutput
 from fused_lora.serving.residency.residency import StoreFull
 
 _POLL_SECONDS = 0.02
@@ -34,13 +37,14 @@ class Limits:
     max_choices: int = 16
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
-    body_bytes: int = 4 << 20
+    body_bytes: int = 1 << 20
     body_seconds: float = 30.0
 
 
 @dataclass
 class Job:
-    """One sequence to generate; ``source`` is the request's parameter that the prompt came from."""
+    """One sequence to generate; ``source`` is the request's parameter that the prompt came from, ``deadline`` when it
+    ends (``time.monotonic``), or the server's time for a request after it has begun, whichever is first."""
 
     prompt: Sequence[int]
     adapter: str | None
@@ -50,6 +54,7 @@ class Job:
     seed: int | None
     stops: Sequence[str]
     source: str = "prompt"
+    deadline: float = math.inf
 
 
 @dataclass
@@ -63,7 +68,7 @@ class Piece:
 
 @dataclass(eq=False)
 class _Running:
-    """A job in the engine: what it has to say, whether the engine is done with it, and whether its client is."""
+    """A job in the engine: its output, and whether the engine or the client has finished with it."""
 
     request_id: str
     adapter: str | None
@@ -73,7 +78,7 @@ class _Running:
 
 
 class _Nowhere(queue.Queue):
-    """For outputs whose request was cancelled: nobody will ask for them."""
+    """Discards the outputs of a cancelled request."""
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         pass
@@ -82,8 +87,8 @@ class _Nowhere(queue.Queue):
 class AsyncEngine:
     """Runs jobs on an :class:`AdapterManager`; all methods belong to one event loop.
 
-    An answer is of one version of its adapter. ``load`` and ``unload`` take effect for new jobs at once; they return
-    when no job runs under the old version any more, and end those that do after ``limits.drain_seconds``.
+    An answer uses one version of its adapter. ``load`` and ``unload`` take effect for new jobs at once. They return
+    when no job uses the old version any more. After ``limits.drain_seconds`` they end the jobs that still do.
     """
 
     def __init__(self, manager: AdapterManager, tokenizer: Any, limits: Limits, metrics: Metrics):
@@ -106,7 +111,7 @@ class AsyncEngine:
         return self.manager.is_running() and self.manager.background_thread_status.can_accept_new_requests() is None
 
     def stopped(self) -> ApiError:
-        """What clients are told when the engine does not run."""
+        """The error for clients when the engine does not run."""
         fatal = self.manager.background_thread_status.fatal_error
         why = "" if fatal is None else f" after {type(fatal).__name__}; the server's log says more"
         return ApiError(503, f"the engine has stopped{why}", code="engine_stopped")
@@ -116,19 +121,19 @@ class AsyncEngine:
         if not self.healthy():
             raise self.stopped()
         if self.in_flight + len(jobs) > self.limits.max_queue:
-            raise ApiError(429, "too many requests are waiting", code="queue_full", kind="rate_limit_error")
+            raise queue_full()
         for job in jobs:
             try:
                 self.manager.check(job.prompt, job.adapter, job.max_tokens, job.temperature, job.top_p)
             except AdapterNotFound:
-                raise unknown_model(job.adapter) from None
+                raise unknown_model(str(job.adapter)) from None
             except (TypeError, ValueError) as error:
                 message = str(error)
                 param = job.source if message.startswith("input_ids") else None
                 raise ApiError(400, message.replace("input_ids", job.source, 1), param) from None
 
-    async def generate(self, job: Job) -> AsyncIterator[Piece]:
-        """The pieces of a job as they come; leaving early cancels it. Raises ApiError."""
+    async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
+        """The pieces of a job as they come. Closing it early cancels the job. Raises ApiError."""
         start = time.monotonic()
         self._next_id += 1
         request_id = f"http_{self._next_id}"
@@ -148,10 +153,11 @@ class AsyncEngine:
             self.in_flight -= 1
             self.metrics.request_seconds.observe(time.monotonic() - start)
 
-    async def _pieces(self, job: Job, running: _Running, start: float) -> AsyncIterator[Piece]:
+    async def _pieces(self, job: Job, running: _Running, start: float) -> AsyncGenerator[Piece, None]:
         text, seen = TextStream(self.tokenizer, job.stops), 0
+        deadline = min(job.deadline, start + self.limits.request_seconds)
         while not running.finished:
-            output = await self._next(running.outputs, start + self.limits.request_seconds)
+            output = await self._next(running.outputs, deadline)
             running.finished = output.is_finished()
             if failure := failure_of(output):
                 raise as_api_error(failure) if self.healthy() else self.stopped()
@@ -192,8 +198,7 @@ class AsyncEngine:
         try:
             output = await asyncio.wait_for(outputs.get(), max(deadline - time.monotonic(), 0))
         except (TimeoutError, asyncio.TimeoutError):
-            seconds = self.limits.request_seconds
-            raise ApiError(504, f"the request took longer than {seconds:g} s", code="timeout") from None
+            raise too_slow() from None
         if isinstance(output, ApiError):
             raise output
         return output
@@ -207,21 +212,21 @@ class AsyncEngine:
         with router._lock:
             router.result_handlers.pop(request_id, None)
 
-    async def load(self, name: str, path: Path, replace: bool) -> None:
+    async def load(self, name: str, path: Path, replace: bool, inside: Path | None = None) -> None:
         """Load an adapter, checked in full, in a thread; with ``replace`` also one that is there. Raises ApiError."""
-        if name in self.store.names() and not replace:
+        if name in self.store and not replace:
             raise ApiError(400, f"The lora adapter {name!r} has already been loaded.", "lora_name")
         if name in self._loading and not replace:
             raise ApiError(409, f"The lora adapter {name!r} is being loaded.", "lora_name", "adapter_loading")
         self._loading.append(name)
         try:
-            await self._change(self.store.load, name, str(path))
+            await self._change(functools.partial(self.store.load, inside=inside), name, str(path))
         finally:
             self._loading.remove(name)
 
     async def unload(self, name: str) -> None:
-        """Forget an adapter. Raises ApiError."""
-        if name not in self.store.names():
+        """Unload an adapter. Raises ApiError."""
+        if name not in self.store:
             raise ApiError(404, f"The lora adapter {name!r} does not exist.", "lora_name", "adapter_not_found")
         await self._change(self.store.unload, name)
 
@@ -230,7 +235,7 @@ class AsyncEngine:
             await asyncio.to_thread(work, name, *more)
         except Exception as error:
             raise _load_error(error) from error
-        now = self.store.identity(name) if name in self.store.names() else None
+        now = self.store.identity(name) if name in self.store else None
         older = [running for running in self._jobs.values() if running.adapter == name]
         deadline = time.monotonic() + self.limits.drain_seconds
         while older := [running for running in older if not running.ended and self._version(running) != now]:
@@ -253,13 +258,15 @@ class AsyncEngine:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What the client of a generation is told; paths on this machine and other internals stay out of a server error."""
+    """The error for the client of a generation. A server error does not show paths or other internals."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, AdapterNotFound):
-        return ApiError(404, str(error), "model", "model_not_found")
-    if isinstance(error, ValueError):  # of the store: the client named an adapter, the files are the server's
-        return ApiError(500, f"the adapter cannot be served: {_of_files(error)}", "model", "invalid_adapter")
+        return ApiError(404, "The model does not exist any more", "model", "model_not_found")
+    if isinstance(error, ValueError):  # of the store: the client named an adapter whose files do not fit
+        return ApiError(422, f"the adapter cannot be served: {_of_files(error)}", "model", "invalid_adapter")
+    if isinstance(error, NonFiniteOutput):
+        return ApiError(422 if error.identities else 500, str(error), "model", "not_finite")
     if isinstance(error, StoreFull):
         return ApiError(503, str(error), "model", "store_full")
     if isinstance(error, StepFailed):
@@ -269,14 +276,14 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def _load_error(error: Exception) -> ApiError:
-    """What the client who asked for the load is told: its files are to blame for most."""
+    """The error for the client that asked for a load. Most are about its files."""
     if isinstance(error, ValueError):
         return ApiError(400, f"lora_path: {_of_files(error)}", "lora_path", "invalid_adapter")
     return as_api_error(error)
 
 
 def _of_files(error: ValueError) -> str:
-    """What is wrong with an adapter, with no folder of this machine in it."""
+    """What is wrong with an adapter, without paths of this machine."""
     message = str(error)
     if isinstance(error, AdapterError):
         what = f"{error.key}: " if error.key else ""

@@ -1,4 +1,4 @@
-"""What stands between the network and the routes: the API key, the size of bodies, and the folder of adapters."""
+"""Checks before the routes: the API key, the size of bodies, and the folder of adapters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fused_lora.serving.http.api import ApiError
 from fused_lora.serving.http.engine import Limits
 from fused_lora.serving.http.metrics import Metrics
 
+STARTED = "fused_lora.started"  # key of a scope: when its request began, by time.monotonic
 OPEN_PATHS = ("/health", "/metrics")
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 _ROUTES = OPEN_PATHS + tuple(
@@ -33,6 +35,8 @@ class Guard:
             return
         # a label per path that somebody makes up would fill the memory
         route = scope["path"] if scope["path"] in _ROUTES else "other"
+
+        scope[STARTED] = time.monotonic()
 
         async def counted(message: dict) -> None:
             if message["type"] == "http.response.start":
@@ -108,8 +112,8 @@ async def _refuse(send: Any, error: ApiError) -> None:
 def allowed_adapter(root: Path, path: str) -> Path:
     """The folder of an adapter inside ``root``, links resolved; ``path`` is absolute or relative to ``root``.
 
-    Raises ApiError 400 for what lies outside, through ``..`` or a link too, whether it exists or not; 404 for a folder
-    inside that is none or lacks a file.
+    Raises ApiError: 400 for a path outside, also through ``..`` or a link, whether it exists or not; 404 for a path
+    inside that is not a folder or lacks a file.
     """
     outside = ApiError(400, "lora_path: expected a folder inside this server's adapter folder", "lora_path")
     try:

@@ -1,4 +1,4 @@
-"""Tokens to text while they come: whole characters only, and nothing that may be the start of a stop string."""
+"""Decode tokens while they come: only whole characters, and nothing that may be the start of a stop string."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _UNFINISHED = "\ufffd"  # what a tokenizer makes of the first bytes of a charact
 class TextStream:
     """Text of one answer.
 
-    ``add`` takes new tokens and returns the text that is now certain; ``stopped`` says that a stop string was found,
-    which ends the text before it. ``flush`` returns the rest.
+    ``add`` takes new tokens and returns the text that is now certain. If a stop string was found, ``stopped`` is True
+    and the text ends before it. ``flush`` returns the rest.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):

@@ -1,1 +1,1 @@
-"""Which adapters are known, which lie in memory, and how they get to the device."""
+"""Which adapters are known, where they are in memory, and how they get to the device."""

@@ -1,4 +1,4 @@
-"""One byte-budgeted memory for all adapters on a device: blocks of any size, neighbours joined again when freed."""
+"""The device memory of all adapters, within a budget: blocks of any size, merged with free neighbours when freed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Block:
 class Arena:
     """Best-fit allocator over a few large uint8 tensors on one device.
 
-    The caller locks: no method may run while another one does.
+    The caller must hold a lock: methods must not run at the same time.
 
     Args:
         device: where the memory lies.
         capacity: bytes that blocks may take in all, or None for no limit.
-        grow: least bytes to take from the device at a time. None: the whole capacity at the first allocation; without
-            a limit 64 MiB at a time, on a CPU 512 MiB, where untouched memory costs nothing.
+        grow: least bytes to allocate at a time. None: the whole capacity at the first allocation. Without a capacity
+            64 MiB at a time, on a CPU 512 MiB, because untouched memory costs nothing there.
 
     Attributes:
         used: bytes in blocks. reserved: bytes taken from the device.
@@ -42,7 +42,7 @@ class Arena:
         self._free: list[list[tuple[int, int]]] = []  # of each chunk: (offset, size), ascending, never adjacent
 
     def allocate(self, nbytes: int) -> Block | None:
-        """A block of at least ``nbytes``, or None where neither a hole nor the budget has room for it."""
+        """A block of at least ``nbytes``. None if neither a hole nor the budget has room for it."""
         size = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
         holes = [
             (length, c, i) for c, free in enumerate(self._free) for i, (_, length) in enumerate(free) if length >= size

@@ -8,12 +8,13 @@ from fused_lora.serving.residency.residency import Residency, Version
 
 
 class Lease:
-    """One version of one adapter, kept while a request runs: an entry of a batch that a reload does not change.
+    """One version of one adapter, held on the device until the release, through loads and unloads of its name.
 
-    ``identity``, ``name`` and ``version`` say which. Release it, or use it as a context manager.
+    A batch takes it in place of a name. ``identity``, ``name`` and ``version`` say which version it is. Release it,
+    or use it as a context manager.
 
     Args:
-        version: held by the caller, who leaves that to the lease. residency: what has it.
+        version: already held by the caller; the lease takes the hold over. residency: the residency it belongs to.
     """
 
     def __init__(self, version: Version, residency: Residency):
@@ -28,11 +29,11 @@ class Lease:
         return any(part.site.module is layer for part in self.held.parts)
 
     def belongs_to(self, residency: Residency) -> bool:
-        """Whether the version is one of those."""
+        """Whether the version is one of this residency."""
         return self._residency is residency
 
     def release(self) -> None:
-        """Let go of the version; a second call does nothing."""
+        """End the hold. A second call does nothing."""
         version, self.held = self.held, None
         if version is not None:
             self._residency.release([version])

@@ -1,7 +1,7 @@
-"""Where an adapter comes from, checked against the model and laid out as one run of bytes.
+"""Read an adapter from files, tensors or a model, check it against the model, and lay it out as one run of bytes.
 
-The bytes hold, for each layer, A [r, K] and then B^T [r, N], both contiguous, at their exact rank, each starting at a
-multiple of 64 bytes. B is transposed because a row of B is r elements long, and no load of it would be aligned.
+For each layer the bytes hold A [r, K] and then B^T [r, N], contiguous, at the exact rank. Each starts at a multiple of
+64 bytes. B is transposed because its rows have r elements, so that their loads would not be aligned.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, read_checked
+from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Plan, read_checked
 from fused_lora.adapters.read import check_model
 from fused_lora.modules.config import MAX_RANK, scaling
 
@@ -63,7 +63,7 @@ class Packed(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What changes when a file of an adapter is replaced or written to."""
+    """The state of an adapter's files. It changes when a file is replaced or written."""
 
     files: tuple[tuple[int, ...], ...]
 
@@ -81,26 +81,27 @@ def signature(folder: str) -> Signature | None:
 
 
 def from_folder(
-    model: nn.Module, sites: Mapping[str, Site], folder: str, dtype: torch.dtype, max_bytes: int = MAX_WEIGHT_BYTES
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    folder: str,
+    dtype: torch.dtype,
+    inside: str | None = None,
+    max_bytes: int = MAX_WEIGHT_BYTES,
 ) -> tuple[Packed, Signature | None]:
-    """A PEFT checkpoint, and the state of its files that was read.
+    """A PEFT checkpoint, and the state of its files that was read; they must lie in the folder ``inside``, if given.
 
     Raises:
-        AdapterError: a file is not what it must be, or does not fit the model. ValueError: it trains biases, or a
-            value is out of the range of ``dtype``.
+        AdapterError: a file is damaged, or does not fit the model. ValueError: it trains biases, or a value is out of
+            the range of ``dtype``.
     """
     for _ in range(5):
         before = signature(folder)
-        adapter, plan = read_checked(folder, max_bytes, lambda plan: check_model(model, plan))
+        adapter, plan = read_checked(folder, max_bytes, lambda plan: check_model(model, plan), inside=inside)
         if signature(folder) == before:
             break
     else:
         raise ValueError(f"source: {folder!r} changed while it was read, 5 times")
-    if plan.config.bias != "none" or plan.config.lora_bias:
-        raise ValueError(
-            f"source: {folder!r} has bias={plan.config.bias!r}, lora_bias={plan.config.lora_bias}; adapters that are "
-            "served beside others bring A and B only"
-        )
+    _check_served(folder, plan)
     layers = {}
     for path, tensors in adapter.layers.items():
         r, alpha = plan.ranks[path]
@@ -108,12 +109,28 @@ def from_folder(
     return _pack(sites, layers, dtype), before
 
 
+def check_folder(model: nn.Module, folder: str, inside: str | None = None) -> None:
+    """Raise what :func:`from_folder` would for the config and the header of the weights; no tensor is read."""
+    plan = read_checked(folder, MAX_WEIGHT_BYTES, lambda plan: check_model(model, plan), inside=inside, tensors=False)[
+        1
+    ]
+    _check_served(folder, plan)
+
+
+def _check_served(folder: str, plan: Plan) -> None:
+    if plan.config.bias != "none" or plan.config.lora_bias:
+        raise ValueError(
+            f"source: {folder!r} has bias={plan.config.bias!r}, lora_bias={plan.config.lora_bias}; adapters that are "
+            "served beside others bring A and B only"
+        )
+
+
 def from_tensors(sites: Mapping[str, Site], layers: Mapping[str, Any], dtype: torch.dtype) -> Packed:
     """An adapter of ``{path: (A [r, K], B [N, r], scaling)}``.
 
     Raises:
-        ValueError: no layers, a path that is no linear layer of the model, a shape or a rank that does not fit, a value
-            that is not finite in ``dtype``. TypeError: an entry is no such triple.
+        ValueError: no layers; a path that is not a linear layer of the model; a shape or rank that does not fit; or a
+            value that is not finite in ``dtype``. TypeError: an entry is not such a triple.
     """
     if not layers:
         raise ValueError("source: expected at least one layer, got an empty mapping")
@@ -134,7 +151,7 @@ def from_model(sites: Mapping[str, Site], model: nn.Module, name: str, dtype: to
         ValueError: no LoRA layers, several adapters and none called ``name``, or an adapter that is more than A, B and
             scaling (DoRA, a bias of lora_B).
     """
-    found = {
+    found: dict[str, Any] = {
         path.removeprefix("base_model.model."): module
         for path, module in model.named_modules()
         if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "base_layer")
@@ -179,7 +196,7 @@ def _check_entry(site: Site, entry: Any) -> None:
 
 
 def largest_scale(dtype: torch.dtype) -> float:
-    """What a term may be multiplied by: the largest number of the dtype that terms of such adapters are summed in."""
+    """The largest allowed scaling: the largest number of the dtype in which such adapters are summed."""
     return torch.finfo(torch.promote_types(dtype, torch.float32)).max
 
 

@@ -1,8 +1,8 @@
-"""Which adapters are on the device: least recently used ones make room, those that a batch holds never do.
+"""Which adapters are on the device. The least recently used ones are evicted; those that a batch holds never are.
 
-Three places, from fast to slow: the arena on the device, bytes in host memory (pinned for a GPU), the files. An adapter
-that has files can be dropped from the first two; one that came from tensors moves to the host before it leaves the
-arena. All state is guarded by one condition; files are read and bytes are copied outside it.
+There are three places: the arena on the device, host memory (pinned for a GPU), and files. An adapter with files can be
+dropped from the first two. One from tensors moves to the host before it leaves the arena. One condition variable guards
+all state. Files are read and bytes are copied outside it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ import torch
 from torch import Tensor
 
 from fused_lora.serving.residency.arena import Arena, Block
-from fused_lora.serving.residency.packing import Packed, Part, Signature
+from fused_lora.serving.residency.packing import Packed, Part, Signature, signature
+from fused_lora.serving.residency.refusal import Refusal, named
 from fused_lora.serving.residency.transfer import Arrival, Transfer
 
 
 class StoreFull(RuntimeError):
-    """An adapter does not fit beside those that are pinned or in use. Nothing was changed for it."""
+    """An adapter does not fit beside those that are pinned or in use. Nothing has changed."""
 
 
 @dataclass(eq=False)
 class Version:
-    """One load of one adapter: what it is, where it lies and who uses it.
+    """One load of one adapter: what it is, where it is and who uses it.
 
-    folder: where its files are, or None. held: how many batches use it. retired: no name leads to it any more.
+    folder: where its files are, or None. held: how many batches use it. retired: its name has a newer version or was
+    unloaded. refusal: why it is not served, or None. inside: the folder that its files must be in, or None.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Version:
     factors: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
     arrival: Arrival | None = None
     uses: dict[int, torch.cuda.Event] = field(default_factory=dict)
+    refusal: Refusal | None = None
+    inside: str | None = None
 
     @property
     def identity(self) -> str:
@@ -54,19 +58,24 @@ class Version:
         return f"{self.name}@{self.number}"
 
     @property
+    def quarantined(self) -> bool:
+        """Whether it is refused until its files change."""
+        return self.refusal is not None and self.refusal.for_good
+
+    @property
     def place(self) -> tuple[int, int, int]:
-        """Its size and where it lies in the arena."""
+        """Its size and its place in the arena."""
         return self.nbytes, self.block.chunk, self.block.offset
 
 
 class Residency:
-    """Brings versions onto the device and takes them off it.
+    """Moves versions onto the device and evicts them.
 
     Args:
         transfer: how bytes reach the device.
         capacity, grow: of the arena. host_capacity: bytes on the host, or None for no limit. slots: most adapters on
             the device at a time.
-        is_pinned: whether a name is to stay on the device.
+        is_pinned: whether a name must stay on the device.
     """
 
     def __init__(
@@ -90,8 +99,9 @@ class Residency:
         self._clock = itertools.count(1)
 
     def bring(self, version: Version, read: Callable[[], Packed]) -> bool:
-        """Put a version that the caller holds on the device, unless it is there; whether it was there. ``read`` fetches
-        what is not on the host; whatever it raises leaves the version where it was.
+        """Put a version that the caller holds on the device. Returns whether it was there already.
+
+        ``read`` reads it if it is not in host memory. If ``read`` raises, the version stays where it was.
 
         Raises:
             StoreFull: no room beside what is pinned or held. RuntimeError: the store has been detached meanwhile.
@@ -103,6 +113,8 @@ class Residency:
             version.used = next(self._clock)
             if version.block is not None:
                 return True
+            if version.nbytes and (version.folder is None or signature(version.folder) == version.files):
+                self._victims(version)  # its size is known: nothing is read that will find no room
             version.moving = True
             self._moving += 1
         try:
@@ -136,19 +148,19 @@ class Residency:
             version.used = next(self._clock)
             self.resident.add(version)
             self.loads += 1
-            keep = staged is not None and self.transfer.pinned
-            if version.host is None and keep and self._host_room(version.nbytes):
-                self._keep_on_host(version, staged)
-            elif version.host is not None and not keep:
+            kept = staged if self.transfer.pinned else None
+            if version.host is None and kept is not None and self._host_room(version.nbytes):
+                self._keep_on_host(version, kept)
+            elif version.host is not None and kept is None:
                 self._drop_host(version)  # on a CPU the arena's copy is as good
 
     @property
     def busy(self) -> bool:
-        """Whether a version is held, or on its way."""
+        """Whether a version is held or being moved."""
         return self._moving > 0 or any(version.held for version in self.resident)
 
     def retire(self, version: Version) -> None:
-        """No name leads to the version any more: it goes as soon as nobody holds it."""
+        """Mark a version as replaced or unloaded. It is freed as soon as nothing holds it."""
         with self.changed:
             version.retired = True
             self._collect(version)
@@ -169,32 +181,41 @@ class Residency:
             self._drop_host(version)
 
     def _make_room(self, version: Version) -> tuple[Block, int]:
-        """A block and a slot, after evicting what has not been used for longest."""
+        """A block and a slot, after evicting the least recently used versions if necessary."""
+        victims = self._victims(version)
+        for victim in [*victims, None]:
+            block = self.arena.allocate(version.nbytes) if self._slots else None
+            if block is not None:
+                return block, self._slots.pop()
+            if victim is not None and self._save(victim):
+                self._leave_device(victim)
+                self.evictions += 1
+        raise self._full(version)
+
+    def _victims(self, version: Version) -> list[Version]:
+        """The versions that may be evicted for this one, least recently used first. Raises StoreFull."""
         victims = sorted((v for v in self.resident if self._may_leave(v)), key=lambda v: v.used)
         free = self.arena.free_bytes
-        enough = free is None or version.nbytes <= free + sum(v.block.size for v in victims)
-        if enough and self.arena.fits(version.nbytes):
-            for victim in [*victims, None]:
-                block = self.arena.allocate(version.nbytes) if self._slots else None
-                if block is not None:
-                    return block, self._slots.pop()
-                if victim is not None and self._save(victim):
-                    self._leave_device(victim)
-                    self.evictions += 1
+        room = free is None or version.nbytes <= free + sum(v.block.size for v in victims)
+        if not (room and self.arena.fits(version.nbytes)):
+            raise self._full(version)
+        return victims
+
+    def _full(self, version: Version) -> StoreFull:
         stay = sorted({v.name for v in self.resident if not self._may_leave(v)})
-        raise StoreFull(
+        return StoreFull(
             f"adapter {version.name!r} needs {version.nbytes} bytes; {self.arena.used} of {self.arena.capacity} are "
-            f"taken, pinned or in use: {stay}"
+            f"taken, pinned or in use: [{named(stay)}]"
         )
 
     def _may_leave(self, version: Version) -> bool:
         return not (version.held or version.moving or self._is_pinned(version.name))
 
     def _save(self, version: Version) -> bool:
-        """Whether the version can be had again once it left the device; without files it goes to the host for that."""
+        """Whether the version may leave the device: it has files, or there was room to copy it to the host."""
         if version.folder is not None or version.host is not None:
             return True
-        if not self._host_room(version.nbytes):
+        if version.block is None or not self._host_room(version.nbytes):
             return False
         self._keep_on_host(version, self.transfer.fetch(version.block, version.nbytes, version.uses.values()))
         return True

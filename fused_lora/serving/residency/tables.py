@@ -1,4 +1,4 @@
-"""What kernels are told of the adapters on the device: addresses, ranks and scalings by layer and slot."""
+"""Tables for the kernels: addresses, ranks and scalings of the adapters on the device, by layer and slot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fused_lora.serving.residency.packing import Part
 
 
 class SlotTables:
-    """Tables [sites, slots] that never move, so that a captured graph follows what is written to them later.
+    """Tables [sites, slots] at fixed addresses, so that a captured graph reads what is written to them later.
 
     Args:
         sites, slots: how many. device, dtype: of the adapters.
@@ -22,19 +22,18 @@ class SlotTables:
     """
 
     def __init__(self, sites: int, slots: int, device: torch.device, dtype: torch.dtype):
-        shape = (sites, slots)
+        self.device, shape = (
+            device,
+            (sites, -(-slots // 16) * 16),
+        )  # every layer's tables start at a multiple of 16 bytes
         self._pointers = [torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2)]
         self._rank = torch.zeros(shape, dtype=torch.int32, device=device)
         self._scaling = torch.zeros(shape, dtype=torch.float32, device=device)
         self._dtype, self.max_rank, self._limit = dtype, 1, None
         self._of_sites: dict[tuple[int, int], AdapterTables] = {}
 
-    def site(self, index: int) -> AdapterTables:
-        """The tables of one layer."""
-        return self.sites(index, index)
-
     def sites(self, first: int, last: int) -> AdapterTables:
-        """The tables of the layers from one to another, both included: those that read the same input."""
+        """The tables of the layers ``first`` to ``last``, both included, which read the same input."""
         found = self._of_sites.get((first, last))
         if found is None or found.max_rank != self.max_rank:
             rows = slice(first, last + 1)
@@ -44,7 +43,7 @@ class SlotTables:
         return found
 
     def limit(self, max_rank: int) -> None:
-        """No rank may be larger from here on: graphs are captured for it. Raises ValueError if one is already."""
+        """Allow no larger rank from now on, because graphs are captured for it. Raises ValueError if there is one."""
         if max_rank < self.max_rank:
             raise ValueError(f"max_rank: expected at least {self.max_rank}, the largest rank loaded, got {max_rank}")
         self.max_rank = self._limit = max_rank
@@ -71,5 +70,5 @@ class SlotTables:
             table[:, slot].copy_(column, non_blocking=True)
 
     def clear(self, slot: int) -> None:
-        """Rank 0 everywhere: rows that still name the slot get nothing."""
+        """Set rank 0 everywhere: rows that still use the slot get no LoRA term."""
         self._rank[:, slot].zero_()

@@ -1,8 +1,8 @@
-"""How an adapter's bytes reach the device, and what the device has to be told about them.
+"""Copy an adapter's bytes to the device, and update the tables of the kernels.
 
-On a GPU the copies run on a stream of their own, layer by layer, with an event after each: a batch waits for the layer
-it is about to compute and for no other, so that a cold adapter arrives while the step runs. Memory is written again
-only after the batches that read it: each leaves an event behind, and the stream waits for those of what it overwrites.
+On a GPU the copies run on their own stream, layer by layer, with an event after each. A batch waits only for the layer
+that it computes next, so an adapter is copied while the step runs. Each batch leaves an event, and the stream waits for
+the events of the adapters whose memory it overwrites.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops import guard
 from fused_lora.serving.residency.arena import Block
 from fused_lora.serving.residency.packing import FLOAT_DTYPES, Packed, Part, Site
 from fused_lora.serving.residency.tables import SlotTables
@@ -32,18 +32,18 @@ def open_transfer(
         dtype = torch.promote_types(model_dtype, torch.float32) if device.type == "cpu" else model_dtype
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected one of {FLOAT_DTYPES}, got {dtype!r}")
-    tables = SlotTables(len(sites), slots, device, dtype) if kernel.usable(device) else None
+    tables = SlotTables(len(sites), slots, device, dtype) if guard.usable(device) else None
     return (CudaTransfer if device.type == "cuda" else Transfer)(device, dtype, tables)
 
 
 class Arrival:
-    """Events of one transfer to ``device``, by site. ``last`` is the one after which all is there."""
+    """The events of a copy to ``device`` that is under way, by site. After ``last`` the copy is complete."""
 
     def __init__(self, events: dict[int, torch.cuda.Event], last: torch.cuda.Event, device: torch.device):
         self.events, self.last, self._device = events, last, device
 
     def done(self) -> bool:
-        """Whether all is there."""
+        """Whether the copy is complete."""
         return self.last.query()
 
     def wait_for_all(self) -> None:
@@ -51,14 +51,14 @@ class Arrival:
         torch.cuda.current_stream(self._device).wait_event(self.last)
 
     def wait(self, site: int) -> None:
-        """Make the device's current stream wait for the site's part."""
+        """Make the device's current stream wait for one layer of the adapter."""
         event = self.events.get(site)
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
 
 
 class Transfer:
-    """Copies that are done when ``send`` returns.
+    """Copies that are complete when ``send`` returns.
 
     Attributes:
         device, dtype: of the arena and of the adapters in it. tables: for the kernels, where they may run.
@@ -71,13 +71,13 @@ class Transfer:
         self.device, self.dtype, self.tables = device, dtype, tables
 
     def stage(self, packed: Packed) -> Tensor | None:
-        """The bytes in host memory, where a copy from there is faster than from the tensors."""
+        """The bytes in host memory. None if copying from the tensors is as fast."""
         return None
 
     def send(
         self, parts: Sequence[Part], packed: Packed | None, staged: Tensor | None, block: Block, slot: int
     ) -> Arrival | None:
-        """Copy ``staged``, or the tensors of ``packed``, into ``block``, and tell the tables."""
+        """Copy ``staged``, or the tensors of ``packed``, into ``block``, and update the tables."""
         if staged is not None:
             block.memory[: len(staged)].copy_(staged)
         else:
@@ -91,16 +91,16 @@ class Transfer:
         return block.memory[:nbytes].to("cpu", copy=True)
 
     def vacate(self, slot: int, uses: Iterable[torch.cuda.Event]) -> None:
-        """The adapter in ``slot`` is gone; its memory may be written after ``uses``."""
+        """Free ``slot``. Its memory may be overwritten after the events ``uses``."""
         if self.tables is not None:
             self.tables.clear(slot)
 
     def mark(self) -> tuple[int, torch.cuda.Event] | None:
-        """A batch ends here: (its stream, event after which its adapters may be overwritten), if one is needed."""
+        """The end of a batch: (its stream, event after which its adapters may be overwritten). None if not needed."""
         return None
 
     def close(self) -> None:
-        """All work with the arena's memory is done when this returns."""
+        """Wait until all work with the arena's memory is done."""
 
     def factors(self, parts: Sequence[Part], block: Block) -> dict[int, tuple[Tensor, Tensor, float]]:
         """A^T [K, r], B^T [r, N] and scaling by site: views of the block."""
@@ -112,7 +112,7 @@ class Transfer:
 
 
 class CudaTransfer(Transfer):
-    """Copies from pinned memory, or from tensors on a GPU, on a stream of their own."""
+    """Copies from pinned memory, or from tensors on a GPU, on their own stream."""
 
     pinned = True
 
@@ -132,7 +132,7 @@ class CudaTransfer(Transfer):
     def send(
         self, parts: Sequence[Part], packed: Packed | None, staged: Tensor | None, block: Block, slot: int
     ) -> Arrival:
-        """As for a CPU, but queued: each layer is there after its event."""
+        """As for a CPU, but queued on the stream: each layer is there after its event."""
         caller = torch.cuda.current_stream(self.device)
         with self._order, torch.cuda.stream(self._stream):
             if staged is None:  # the tensors may still be being computed
@@ -158,7 +158,7 @@ class CudaTransfer(Transfer):
         return staged
 
     def vacate(self, slot: int, uses: Iterable[torch.cuda.Event]) -> None:
-        """What the stream does from here on comes after ``uses``."""
+        """As for a CPU; later copies on the stream wait for ``uses``."""
         with self._order, torch.cuda.stream(self._stream):
             for event in uses:
                 self._stream.wait_event(event)
@@ -167,8 +167,10 @@ class CudaTransfer(Transfer):
     def mark(self) -> tuple[int, torch.cuda.Event]:
         """An event on the current stream."""
         stream = torch.cuda.current_stream(self.device)
-        return stream.cuda_stream, stream.record_event()
+        event = torch.cuda.Event()
+        event.record(stream)
+        return stream.cuda_stream, event
 
     def close(self) -> None:
-        """Wait for the device: memory that is given back may be handed out on any stream."""
+        """Wait for the device, because freed memory may be reused on any stream."""
         torch.cuda.synchronize(self.device)

@@ -1,6 +1,6 @@
-"""Triton's own way to a launch without a GPU: binder, compiler and C launcher are real, libcuda does nothing.
+"""Triton's launch path without a GPU: binder, compiler and C launcher are real, libcuda does nothing.
 
-environment(source, folder)   builds the library; for a process that has not loaded Triton yet
+environment(source, folder)   build the library, for a process that has not loaded Triton yet
 use_stub_driver()             in that process: CPU tensors pass for those of an H100
 """
 
@@ -16,7 +16,9 @@ DEVICE = [0]  # which the driver says is current
 
 
 def environment(source: Path, folder: Path) -> dict[str, str]:
-    """Variables of a process whose libcuda is ``source``, compiled into ``folder``; its Triton cache is there, too."""
+    """Environment of a process whose libcuda is ``source``, compiled into ``folder``. Its Triton cache is there too."""
+    if COMPILER is None:
+        raise RuntimeError("the stub of libcuda needs a C compiler: gcc or clang, or CC in the environment")
     subprocess.run([COMPILER, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source], check=True)
     (folder / "libcuda.so").symlink_to("libcuda.so.1")  # triton 3.4 links this name
     found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -25,7 +27,7 @@ def environment(source: Path, folder: Path) -> dict[str, str]:
 
 
 def use_stub_driver() -> None:
-    """Before the launchers' own modules are imported: they copy names that are replaced here."""
+    """Call it before the launchers' modules are imported, because they copy names that are replaced here."""
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
