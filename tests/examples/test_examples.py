@@ -34,14 +34,14 @@ def test_the_readme_runs_from_top_to_bottom(tiny, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4 and blocks[0].count(MODEL) == 1
+    assert len(blocks) == 5 and blocks[0].count(MODEL) == 1
     names = {}
     for i, block in enumerate(blocks):
         exec(compile(block.replace(MODEL, repr(tiny)), f"README.md, block {i + 1}", "exec"), names)
     printed = capsys.readouterr().out
     assert "layers run fused" in printed and "verdict: every difference is rounding" in printed
     assert {"poet", "sql"} <= {path.name for path in (tmp_path / "adapters").iterdir()}
-    assert len(names["tokens"]) == 3
+    assert len(names["tokens"]) == 3 and names["y"].shape == (4, 32)
 
 
 def test_the_examples(tiny, tmp_path, capsys):
