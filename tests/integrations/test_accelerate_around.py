@@ -18,6 +18,7 @@ from fused_lora.integrations import peft as integration
 from fused_lora.reference import bits
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.accelerated import SideBySide, wrap
+from helpers.seeds import shifted
 from helpers.twins import share_dropout
 
 pytestmark = pytest.mark.numeric
@@ -210,7 +211,7 @@ def test_dropout_acts_on_the_adapters_alone(dtype, p, report):
     def same_masks(i):
         for layer in layers(both)[1:]:
             share_dropout(layer, ["a", "b"], p, i)
-        torch.manual_seed(i)
+        torch.manual_seed(shifted(i))
 
     assert_as_exact_as_peft(both, dtype=dtype, before=same_masks)
     assert report()["around"] == {"a hook on the base layer": DRAWS}
@@ -224,7 +225,7 @@ def test_checkpointing_draws_the_same_masks(use_reentrant):
     layer.base_layer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     x, found = torch.randn(M, K, requires_grad=True), []
     for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
-        torch.manual_seed(1)
+        torch.manual_seed(shifted(1))
         layer.zero_grad()
         x.grad = None
         run(x).square().sum().backward()

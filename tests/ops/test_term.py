@@ -19,6 +19,7 @@ from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.ops.term import plan
 from fused_lora.ops.term.op import _lora_term, _lora_term_backward
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
+from helpers.seeds import shifted
 
 pytestmark = pytest.mark.numeric
 
@@ -154,7 +155,7 @@ def test_what_the_backward_does_not_read_may_change():
 def test_second_derivatives_are_those_of_the_sum(dtype, wide_x):
     found = []
     for function in (lora_term, by_peft):
-        torch.manual_seed(0)
+        torch.manual_seed(shifted(0))
         y, x, A, B, s, p, seeds, _ = arguments(dtype=dtype)
         x = x.detach().to(F32 if wide_x else dtype).requires_grad_()
         A, B = [[t.detach().float().requires_grad_() for t in ts] for ts in (A, B)]
@@ -214,7 +215,7 @@ def test_torch_compile_fullgraph(p):
         out = run(y, x)
         grads.append([out.detach(), *torch.autograd.grad(out.sum(), (y, x, *A, *B, b))])
     for plain, compiled in zip(*grads, strict=True):
-        torch.testing.assert_close(plain, compiled)
+        assert_close(plain, compiled, terms=100)
 
 
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4)), ids=str)
@@ -264,7 +265,7 @@ def test_checkpointing_recomputes_with_the_same_mask(use_reentrant):
 
     grads = []
     for run in (f, lambda y, x: checkpoint(f, y, x, use_reentrant=use_reentrant)):
-        torch.manual_seed(5)
+        torch.manual_seed(shifted(5))
         out = run(y, x)
         grads.append([out.detach(), *torch.autograd.grad(out.sum(), (y, x, *A, *B))] if not use_reentrant else [])
         if use_reentrant:  # takes backward() alone
@@ -279,9 +280,9 @@ def test_checkpointing_recomputes_with_the_same_mask(use_reentrant):
 def test_a_call_draws_the_seeds_that_the_linear_draws():
     y, x, A, B, s, _, _, _ = arguments(M=30, ranks=(3,), dropout=(0.0,), grad=False)
     W = torch.zeros(11, 20)
-    torch.manual_seed(1)
+    torch.manual_seed(shifted(1))
     ours = lora_term(torch.zeros(30, 11), x, A, B, s, [0.5])
-    torch.manual_seed(1)
+    torch.manual_seed(shifted(1))
     assert_close(ours, lora_linear(x, W, None, A, B, s, [0.5]), terms=20 + 3)
     state = torch.get_rng_state()
     lora_term(y, x, A, B, s, [0.0])
