@@ -44,7 +44,7 @@ def assert_complete(content, kind):
     machine = content["machine"]
     assert machine["cpu"] and machine["cores"] >= 1 and machine["threads"] >= 1 and machine["gpu"] is None
     assert content["versions"]["torch"] == torch.__version__
-    assert set(content["versions"]) == {"python", "torch", "triton", "numba", "peft", "fused_lora"}
+    assert set(content["versions"]) == {"python", "torch", "triton", "peft", "fused_lora"}
     assert all(content["versions"][name] for name in ("python", "peft", "fused_lora"))
     assert "commit" in content and content["date"].startswith("20")
     assert content["settings"]["rounds"] == 3 and content["settings"]["device"] == "cpu"

@@ -138,7 +138,7 @@ class _InTorch:
         self._bands = [(row, min(row + step, whole)) for row in range(0, whole, step)]
         self._bands += [(whole, W.shape[0])] if whole < W.shape[0] else []
         self._merged = dict.fromkeys(self._bands, room == 0)
-        self._pieces = [units.corrections]
+        self._pieces, self._begun = [units.corrections], set()  # bands whose write may have been stopped
 
     def kept(self) -> torch.Tensor:
         return torch.cat(self._pieces)
@@ -150,10 +150,9 @@ class _InTorch:
 
     def undo(self, mode: int) -> int:
         """Also where an interrupt came between the note that a band is written and its write."""
-        for band, merged in self._merged.items():
-            if merged == (mode == UNMERGE):
-                original = torch.equal(self._checksums(self._W[slice(*band)]), self._notes(band, self._units.checksums))
-                self._merged[band] = not original
+        for band in self._begun:
+            now, notes = self._checksums(self._W[slice(*band)]), self._notes(band, self._units.checksums)
+            self._merged[band] = not torch.equal(now, notes)
         return self._sweep(mode)
 
     def _sweep(self, mode: int) -> int:
@@ -187,6 +186,7 @@ class _InTorch:
             checksums.copy_(self._checksums(w))
             self._notes(band, self._units.counts).copy_(counts)
             self._notes(band, self._units.starts).copy_(used + counts.cumsum(0) - counts)
+        self._begun.add(band)
         self._merged[band] = mode != UNMERGE
         w.copy_(out)
         return DONE
@@ -311,13 +311,12 @@ def _restore(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors, u
 def _sweep_back(sweep: _InC | _InTorch) -> None:
     try:
         outcome = sweep.run(UNMERGE)
-        if outcome == DONE:
-            return
+        if outcome != DONE:
+            raise RuntimeError(_TORN_TEXT if outcome == TORN else launch.CHANGED)
     except BaseException:
         if sweep.undo(MERGE_AGAIN) != DONE:
             raise RuntimeError(_TORN_TEXT) from None
         raise
-    raise RuntimeError(_TORN_TEXT if outcome == TORN else launch.CHANGED)
 
 
 def _in_c(W: torch.Tensor) -> bool:
