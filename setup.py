@@ -86,7 +86,7 @@ setup(
         "quickstart": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
         "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],
         # continuous batching reaches into transformers' engine, so it is pinned to the releases that were tested
-        "serve": ["transformers>=5.22,<5.24", "accelerate", "jinja2", "fastapi", "uvicorn"],
+        "serve": ["transformers>=5.22,<5.24", "accelerate", "jinja2", "fastapi", "pydantic>=2.8", "uvicorn"],
     },
     entry_points={"console_scripts": ["fused-lora = fused_lora.cli:main"]},
     classifiers=[

@@ -12,8 +12,7 @@ S is converted to the adapters' dtype as the left operand of the dot, so the loo
 loses small scales.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -21,8 +20,8 @@ import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import keep_mask
-from .launch import KEPT, Launch
-from .lora_shrink import adapter_table, stack
+from .launch import Launch
+from .lora_shrink import adapter_table, is_single, stack, stacked
 from .tiles import addressable, grouped_order, load_tile, store_tile
 
 
@@ -100,30 +99,47 @@ def lora_expand(
     S fp32 [M, sum of ranks]; Q_i [r_i, N] of any strides; bias [N] or None; base [M, N] of any strides, or None for
     zeros. seeds: int64, one for each adapter, None for no mask; ``scales`` hold the 1 / (1 - p) of a mask.
     """
-    ranks = tuple([q.shape[0] for q in Q])
-    y = torch.empty((S.shape[0], Q[0].shape[1]), dtype=dtype, device=S.device)
-    if y.numel() == 0:
-        return y
     drop = seeds is not None and any(dropout)
-    Q, base = addressable(stack(Q)), None if base is None else addressable(base)
-    kinds = dtype, Q.dtype, None if base is None else base.dtype, None if bias is None else bias.dtype
-    strides = (*Q.stride(), *((0, 0) if base is None else base.stride()))
-    launch = _launch(y.shape, kinds, S.device, strides, ranks, tuple(scales), tuple(dropout), drop, config)
-    launch(_lora_expand_kernel, S, Q, y, base, bias, seeds if drop else None)
-    return y
+    kinds = bias is not None, dtype, config
+    return prepare_expand(len(S), Q, scales, dropout, drop, *kinds, base=base)(S, Q, seeds, bias, base)
 
 
-@lru_cache(KEPT)
-def _launch(shape, kinds, device, strides, ranks, scales, dropout, drop, config) -> Launch:
-    (M, N), (dtype, q_dtype, base_dtype, bias_dtype) = shape, kinds
-    upcast = q_dtype != dtype
-    config = config or pick("expand", M, N, 0, max(ranks), dtype, drop, capability(device), upcast)
+def prepare_expand(
+    M: int,
+    Q: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    dropout: Sequence[float],
+    drop: bool,
+    has_bias: bool,
+    dtype: torch.dtype,
+    config: LaunchConfig | None = None,
+    by_columns: bool = False,
+    base: torch.Tensor | None = None,
+) -> Callable[..., torch.Tensor]:
+    """``lora_expand`` as a function of (S, Q, seeds, bias, base), for tensors of these shapes, strides and dtypes.
+
+    by_columns: the function takes the transposes of Q, as they are stored.
+    """
+    ranks, size, device = [q.shape[0] for q in Q], (M, Q[0].shape[1]), Q[0].device
+    if 0 in size:
+        return lambda S, Q, seeds, bias, base=None: S.new_empty(size, dtype=dtype)
+    single, q = is_single(Q), addressable(stack(Q))
+    upcast, base_strides = q.dtype != dtype, (0, 0) if base is None else addressable(base).stride()
+    config = config or pick("expand", *size, 0, max(ranks), dtype, drop, capability(device), upcast)
     ends, bounds = adapter_table(ranks, dropout)
-    return Launch(
-        (-(-M // config.BLOCK_M) * -(-N // config.BLOCK_N),),
-        ends, bounds, tuple(map(float, scales)), M, N, sum(ranks), *strides,
-        NUM_ADAPTERS=len(ranks), DROP=drop, HAS_BASE=base_dtype is not None, HAS_BIAS=bias_dtype is not None,
+    launch = Launch(
+        (-(-M // config.BLOCK_M) * -(-size[1] // config.BLOCK_N),),
+        ends, bounds, tuple(map(float, scales)), *size, sum(ranks), *q.stride(), *base_strides,
+        NUM_ADAPTERS=len(ranks), DROP=drop, HAS_BASE=base is not None, HAS_BIAS=has_bias,
         UPCAST=upcast, PRECISION=precision(dtype),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
         **config.options(),
     )  # fmt: skip
+    kernel = _lora_expand_kernel
+
+    def run(S, Q, seeds, bias, base=None):
+        y, base = S.new_empty(size, dtype=dtype), None if base is None else addressable(base)
+        launch(kernel, S, Q[0] if single else stacked(Q, by_columns), y, base, bias, seeds if drop else None)
+        return y
+
+    return run

@@ -75,22 +75,37 @@ def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BY
 
 
 def read_checked(
-    directory: str | os.PathLike, max_bytes: int, check: Callable[[Plan], None], tries: int = 5
+    directory: str | os.PathLike,
+    max_bytes: int,
+    check: Callable[[Plan], None],
+    tries: int = 5,
+    inside: str | None = None,
+    tensors: bool = True,
 ) -> tuple[Adapter, Plan]:
-    """``read_adapter`` with a check of the headers before any tensor is read."""
+    """``read_adapter`` with a check of the headers before any tensor is read; without ``tensors`` that is all.
+
+    Both files must lie in the folder ``inside``, if given, once all links are followed.
+    """
     folder = os.fsdecode(directory)
     with _folder(folder) as dir_fd:
         try:
-            return _read_once(folder, dir_fd, max_bytes, check)
+            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors)
         except AdapterError:
             # a save that replaced the folder meanwhile has deleted the one that is being read
             if tries == 1 or not _replaced(folder, dir_fd):
                 raise
-    return read_checked(directory, max_bytes, check, tries - 1)
+    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors)
 
 
-def _read_once(folder: str, dir_fd: int | None, max_bytes: int, check: Callable[[Plan], None]) -> tuple[Adapter, Plan]:
-    config = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd)
+def _read_once(
+    folder: str,
+    dir_fd: int | None,
+    max_bytes: int,
+    check: Callable[[Plan], None],
+    inside: str | None,
+    with_tensors: bool,
+) -> tuple[Adapter, Plan]:
+    config = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd, inside)
     path = os.path.join(folder, WEIGHTS_NAME)
     if not _exists(path, dir_fd):
         pickled = _exists(os.path.join(folder, "adapter_model.bin"), dir_fd)
@@ -98,19 +113,21 @@ def _read_once(folder: str, dir_fd: int | None, max_bytes: int, check: Callable[
             "only adapter_model.bin, a pickle, which is not read; convert it with PEFT" if pickled else "no such file"
         )
         raise AdapterError(path, None, "a safetensors file", found)
-    with open_regular(path, max_bytes, dir_fd) as (file, size):
+    with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         header = read_header(path, file, size)
         slots, biases = _sort_keys(path, header.entries, config)
         ranks = _ranks(folder, path, header.entries, slots, config)
         plan = Plan(config, path, header.entries, slots, biases, ranks)
         check(plan)
+        if not with_tensors:
+            return Adapter(config, {}, {}), plan
         tensors = read_tensors(path, file, header)
     layers = {name: LayerTensors(**{field: tensors[k] for field, k in keys.items()}) for name, keys in slots.items()}
     return Adapter(config, layers, {name: tensors[key] for name, key in biases.items()}), plan
 
 
-def _read_config(path: str, dir_fd: int | None) -> LoraConfig:
-    with open_regular(path, MAX_CONFIG_BYTES, dir_fd) as (file, size):
+def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfig:
+    with open_regular(path, MAX_CONFIG_BYTES, dir_fd, inside) as (file, size):
         raw = bytearray(size)
         read_exactly(path, file, raw)
     entries = parse_json(path, bytes(raw))

@@ -55,11 +55,13 @@ class Header:
 
 
 @contextlib.contextmanager
-def open_regular(path: str, max_bytes: int, dir_fd: int | None = None) -> Iterator[tuple[io.FileIO, int]]:
+def open_regular(
+    path: str, max_bytes: int, dir_fd: int | None = None, inside: str | None = None
+) -> Iterator[tuple[io.FileIO, int]]:
     """(unbuffered file, size) of a regular file of at most ``max_bytes``, looked up in ``dir_fd`` if given.
 
     A link to a regular file is followed (hub caches are made of links); a FIFO, device or directory is refused
-    without blocking on it.
+    without blocking on it. With ``inside``, a folder, what was opened must lie in it once all links are followed.
     """
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer
@@ -71,6 +73,8 @@ def open_regular(path: str, max_bytes: int, dir_fd: int | None = None) -> Iterat
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise AdapterError(path, None, "a regular file", f"a file of mode {stat.filemode(info.st_mode)}")
+        if inside is not None and not _lies_in(fd, path, inside):
+            raise AdapterError(path, None, "a file inside the folder that adapters may come from", "a link out of it")
         if info.st_size > max_bytes:
             raise AdapterError(path, None, f"at most {max_bytes} bytes", f"{info.st_size} bytes")
         yield io.FileIO(fd, "r", closefd=False), info.st_size
@@ -78,6 +82,16 @@ def open_regular(path: str, max_bytes: int, dir_fd: int | None = None) -> Iterat
         raise AdapterError(path, None, "a readable regular file", str(error)) from None
     finally:
         os.close(fd)
+
+
+def _lies_in(fd: int, path: str, folder: str) -> bool:
+    """Whether the open file ``fd``, found at ``path``, lies in ``folder``; asked of the file itself where the system
+    tells, so that no link that is changed meanwhile can lie."""
+    try:
+        real = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        real = os.path.realpath(path)
+    return real.startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def read_exactly(path: str, file: io.FileIO, buffer: Any) -> None:

@@ -54,6 +54,7 @@ class Base:
         raise NotImplementedError
 
 
+_OF_CLASS: dict[type[nn.Module], Base] = {}  # of the registered names, those that have been met
 _KINDS: dict[tuple[str, str] | None, Base] = {}  # (module, qualified name) of a class, None for all others
 
 
@@ -65,23 +66,34 @@ def register(base: Base, *names: str) -> Base:
     Returns:
         ``base``.
     """
-    for name in names or (None,):
-        _KINDS[name and tuple(name.rpartition(".")[::2])] = base
+    _OF_CLASS.clear()
+    for name in names:
+        package, _, own = name.rpartition(".")
+        _KINDS[package, own] = base
+    if not names:
+        _KINDS[None] = base
     return base
 
 
 def base_of(module: nn.Module) -> Base:
     """What answers for ``module``."""
     kind = type(module)
-    return _KINDS.get((kind.__module__, kind.__qualname__)) or _KINDS[None]
+    found = _OF_CLASS.get(kind)
+    if found is None:
+        found = _KINDS.get((kind.__module__, kind.__qualname__))
+        if found is None:
+            return _KINDS[None]
+        _OF_CLASS[kind] = found
+    return found
 
 
 def why_not_own_call(module: nn.Module, what: str) -> str | None:
     """None when calling ``module`` runs its class's forward and nothing else; ``what`` names it in the reason."""
     # written out: this runs for every part of a layer in every call
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    own = module.__dict__  # past nn.Module's __getattr__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return f"a hook on {what}"
-    own = vars(module).get("forward")
+    own = own.get("forward")
     # accelerate leaves the class's own method there when it takes a hook away
     replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
     return f"{what} has its forward replaced" if replaced else None

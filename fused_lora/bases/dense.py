@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ class Dense(Base):
 
     def forward(self, module: nn.Module, x: Tensor, adapters: Adapters) -> Tensor:
         """x W^T + b and the terms, one rounding."""
-        weight, bias = module._parameters["weight"], module._parameters["bias"]
+        parameters: Any = module._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
         lora_A, lora_B, scaling, dropout, lora_bias = adapters
         if lora_bias is not None:
             bias = lora_bias if bias is None else bias + lora_bias  # of a 16-bit and an fp32 tensor: fp32
@@ -54,7 +56,8 @@ class Dense(Base):
 
     def features(self, module: nn.Module) -> tuple[int, int]:
         """The weight's shape."""
-        N, K = module.weight.shape
+        weight: Any = module.weight
+        N, K = weight.shape
         return (N, K) if self.transposed else (K, N)
 
     def merge_weight(self, module: nn.Module) -> Tensor | None:

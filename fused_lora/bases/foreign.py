@@ -30,7 +30,8 @@ class Foreign(Base):
         """
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
-            return tuple(weight.shape) if is_conv1d(module) else (weight.shape[1], weight.shape[0])
+            first, second = weight.shape
+            return (first, second) if is_conv1d(module) else (second, first)
         K, N = (getattr(module, name, None) for name in ("in_features", "out_features"))
         if not isinstance(K, int) or not isinstance(N, int):
             raise TypeError(f"base_layer: a {type(module).__name__} has no in_features, out_features or weight matrix")

@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     limits = found.add_argument_group("limits")
     limits.add_argument("--max-queue", type=_count, default=256, help="sequences running and waiting (default: 256)")
     limits.add_argument("--max-tokens", type=_count, default=4096, help="per sequence (default: 4096)")
-    limits.add_argument("--max-body", type=_bytes, default=4 << 20, metavar="BYTES", help="default: 4M")
+    limits.add_argument("--max-body", type=_bytes, default=1 << 20, metavar="BYTES", help="default: 1M")
     limits.add_argument("--request-timeout", type=_seconds, default=600.0, metavar="SECONDS", help="default: 600")
     limits.add_argument("--drain-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="default: 30")
     return found
@@ -134,7 +134,11 @@ def build(options: argparse.Namespace) -> Any:
 
 
 def register_folder(store: Any, folder: Path, base_name: str) -> None:
-    """Register every adapter in ``folder`` under its folder's name. Others are logged and left out."""
+    """Register every adapter in ``folder`` under its folder's name, and check its config and header.
+
+    Folders with unusable names and links to the outside are logged and left out. Adapters that do not fit the model
+    are logged and refused until their files change.
+    """
     from fused_lora.modules.inject import check_adapter_name
     from fused_lora.serving.http.api import ApiError
     from fused_lora.serving.http.guard import allowed_adapter
@@ -146,7 +150,10 @@ def register_folder(store: Any, folder: Path, base_name: str) -> None:
             check_adapter_name(entry.name)
             if entry.name == base_name:
                 raise ValueError("it has the base model's name")
-            store.register(entry.name, str(allowed_adapter(folder, entry.name)))
+            store.register(entry.name, str(allowed_adapter(folder, entry.name)), inside=str(folder))
+            error = store.probe(entry.name)
+            if error is not None:
+                _log.warning("adapter %r is refused until its files change: %s", entry.name, error)
         except (ApiError, OSError, ValueError) as error:
             _log.warning("adapter %r is left out: %s", entry.name, error)
 

@@ -23,8 +23,7 @@ from torch import nn
 from torch.nn.functional import dropout, linear
 
 import fused_lora
-from fused_lora.ops import native
-from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops import guard, native
 from fused_lora.testing import smoke
 from fused_lora.testing.layers import LayerCase
 
@@ -76,8 +75,8 @@ def examine(device: torch.device) -> Iterator[tuple[str, Any]]:
         yield "one layer", {"layer": label} | tried("forward + backward", lambda: times(device))
     texts = dict.fromkeys(str(warning.message) for warning in caught)
     yield "warnings", [text for text in texts if text.startswith(OURS)]
-    dropped = [key for key, passed in kernel.verdicts().items() if not passed]
-    yield "first uses", {"passed": len(kernel.verdicts()) - len(dropped), "dropped": len(dropped)}
+    dropped = [key for key, passed in guard.verdicts().items() if not passed]
+    yield "first uses", {"passed": len(guard.verdicts()) - len(dropped), "dropped": len(dropped)}
     wrong += [f"dropped, the eager path takes over: {key[0]} {getattr(key[1], 'variant', key[1])}" for key in dropped]
     yield "wrong", wrong
 

@@ -23,12 +23,9 @@ def check_linear(
 ) -> None:
     """Raise ValueError (shapes, values) or TypeError (dtypes) when the arguments of a LoRA linear do not fit.
 
-    NotImplementedError under forward-mode differentiation.
-
-    autocast: the dtype that x and weight are about to be cast to, if any; they may then differ.
+    seeds: None for seeds that are still to be drawn. autocast: the dtype that x and weight are about to be cast to, if
+    any; they may then differ.
     """
-    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-        _refuse_tangents("lora_linear", x, weight, *lora_A, *lora_B)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")
     N, K = weight.shape
@@ -54,7 +51,7 @@ def check_term(
 ) -> None:
     """The same for a LoRA term onto y: ValueError (shapes, values), TypeError (dtypes), NotImplementedError."""
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-        _refuse_tangents("lora_term", y, x, *lora_A, *lora_B)
+        refuse_tangents("lora_term", y, x, *lora_A, *lora_B)
     for name, tensor in (("y", y), ("x", x)):
         if tensor.dim() < 1:
             raise ValueError(f"{name}: expected at least one dimension, got shape ()")
@@ -92,10 +89,9 @@ def _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, **others: 
     for s in scaling:
         if s != s:
             raise ValueError("scaling: expected numbers, got NaN")
-    if any(dropout):
-        if seeds is None or seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(dropout),):
-            got = None if seeds is None else (seeds.dtype, tuple(seeds.shape))
-            raise ValueError(f"seeds: expected int64 [{len(dropout)}] because dropout is not 0, got {got}")
+    if any(dropout) and seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(dropout),)):
+        got = seeds.dtype, tuple(seeds.shape)
+        raise ValueError(f"seeds: expected int64 [{len(dropout)}] because dropout is not 0, got {got}")
     others["seeds"] = seeds
     if elsewhere or any(t is not None and t.device != device for t in others.values()):
         named = list(others.items())
@@ -105,7 +101,8 @@ def _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, **others: 
         raise ValueError(f"{name}: expected device {device} like x, got {found}")
 
 
-def _refuse_tangents(name: str, *tensors: torch.Tensor) -> None:
+def refuse_tangents(name: str, *tensors: torch.Tensor) -> None:
+    """Raise NotImplementedError for a tensor under forward-mode differentiation."""
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         # nothing carries a tangent through the operator: torch.func.jvp would read zeros
         raise NotImplementedError(f"{name} has no forward-mode derivative (torch.func.jvp, forward_ad)")

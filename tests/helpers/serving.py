@@ -52,11 +52,11 @@ def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def load_model(folder: Path) -> nn.Module:
+def load_model(folder: Path, **options: Any) -> nn.Module:
     """The model of :func:`write_tiny_llama`, or any other, in fp32 and eval mode."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
 def write_adapter(folder: Path, model: nn.Module, r: int, seed: int, std: float = 0.1, head: bool = False) -> Path:
@@ -74,6 +74,19 @@ def write_adapter(folder: Path, model: nn.Module, r: int, seed: int, std: float 
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules=sorted(names))
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_overflowing_adapter(folder: Path, model: nn.Module, layer: str, value: float = 3e38) -> Path:
+    """An adapter of rank 4 whose values are finite and whose term at every ``layer`` is not."""
+    from safetensors.torch import load_file, save_file
+
+    weights = write_adapter(folder, model, 4, seed=1, head=layer == "lm_head") / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for key, tensor in tensors.items():
+        if f"{layer}.lora_B" in key:
+            tensor.fill_(value)
+    save_file(tensors, weights, metadata={"format": "pt"})
     return folder
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_lora.ops.checks import check_term
 from fused_lora.ops.linear import double_backward, eager, flops
-from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _is_batched, _is_direct, draw_seeds
+from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _is_batched, draw_seeds, is_direct
 from fused_lora.ops.term import plan
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
@@ -62,7 +62,7 @@ def lora_term(
     check_term(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
     if not lora_A:
         return y if bias is None else y + bias.to(y.dtype)
-    if _is_direct(y, x, *lora_A, *lora_B):
+    if is_direct(y, x, *lora_A, *lora_B):
         if not _autocasts(x):
             return _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
         x, lora_A, lora_B = _cast(x, lora_A, lora_B)
@@ -84,7 +84,7 @@ def _lora_term(
     dropout: Sequence[float],
     seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    run = plan.forward(y, x, bias, lora_A, lora_B, dropout)
+    run = plan.forward(y, x, bias, lora_A, lora_B, scaling, dropout)
     return run(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
 
 
@@ -99,7 +99,7 @@ def _gradients(g, x, lora_A, lora_B, S, scaling, dropout, seeds, dtype, bias_dty
     n = len(lora_A)
     need_x, need_A, need_B, need_bias = needs[0], needs[1 : n + 1], needs[n + 1 : -1], needs[-1]
     rows = g.new_empty((g.shape[0], lora_A[0].shape[1]), dtype=dtype) if x is None else x
-    run = plan.backward(g, dtype, lora_A, lora_B, dropout, all(needs[:-1]))
+    run = plan.backward(g, rows, lora_A, lora_B, scaling, dropout, tuple(needs))
     dx, dA, dB, _, db = run(
         g, rows, None, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, False, need_bias
     )
@@ -255,7 +255,7 @@ def _rows(tensor: Tensor) -> Tensor:
 def _compute(y, x, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[Tensor, Tensor]:
     """y [..., N] and S [M, sum r_i]; y is no view, so that it may be changed in place."""
     shape, y, x = y.shape, _rows(y), _rows(x)
-    run = plan.forward(y, x, bias, lora_A, lora_B, dropout)
+    run = plan.forward(y, x, bias, lora_A, lora_B, scaling, dropout)
     out, S = run(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
     return (out if len(shape) == 2 else _unsafe_view(out, shape)), S
 

@@ -1,20 +1,20 @@
 """Which implementation adds the LoRA term: two launches, a shrink and an expand that adds to y, or the eager path.
 
-Choices, trials before the first use and what happens to a failure are those of ``ops/linear``; the gradients are that
-operator's own, without the product with W.
+Keys, choices, trials before the first use and what happens to a failure are those of ``ops/linear``; the gradients are
+that operator's own, without the product with W.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 
 from fused_lora import reference
+from fused_lora.ops import guard
 from fused_lora.ops.linear import eager, plan
 from fused_lora.ops.linear import launch as kernel
-from fused_lora.ops.linear.plan import Plan
+from fused_lora.ops.linear.plan import Case, Plan
 
 
 def forward(
@@ -23,81 +23,89 @@ def forward(
     bias: torch.Tensor | None,
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
     dropout: Sequence[float],
 ) -> Callable:
     """The function that computes (y + bias + terms, S) for these arguments; all candidates share one signature."""
-    if x.device.type != kernel.DEVICE or x.dtype != y.dtype:
+    if x.device.type != guard.DEVICE or x.dtype != y.dtype:
         return eager.lora_term
     bias_dtype = None if bias is None else bias.dtype
-    return _forward(_case(x, y.shape[1], x.shape[1], lora_A, lora_B, dropout, bias_dtype))
+    key = "term", plan.layout(y, x, *lora_A, *lora_B), bias_dtype, *scaling, *dropout
+    found = plan.kept.get(key)
+    if found is None:
+        call = _case(x, y.shape[1], x.shape[1], lora_A, lora_B, dropout, bias_dtype)
+        found = plan.keep(key, _forward(call))
+    return found
 
 
 def backward(
     g: torch.Tensor,
-    dtype: torch.dtype,
+    x: torch.Tensor,
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
     dropout: Sequence[float],
-    whole: bool,
+    needs: tuple[bool, ...],
 ) -> Callable:
     """The function that computes (dx, dA, dB, None, db), with the signature that the LoRA linear's has.
 
-    dtype: of x. whole: dx and every dA and dB are wanted; without it the function takes any of them.
+    needs: one flag for x, each lora_A, each lora_B and bias.
     """
-    if g.device.type != kernel.DEVICE or dtype != g.dtype:
+    if g.device.type != guard.DEVICE or x.dtype != g.dtype:
         return eager.lora_linear_backward
-    return _backward(_case(g, g.shape[1], lora_A[0].shape[1], lora_A, lora_B, dropout, None), whole)
+    key = "term", plan.layout(g, x, *lora_A, *lora_B), needs, *scaling, *dropout
+    found = plan.kept.get(key)
+    if found is None:
+        call = _case(g, g.shape[1], lora_A[0].shape[1], lora_A, lora_B, dropout, None)
+        found = plan.keep(key, _backward(call, all(needs[:-1])))
+    return found
 
 
-def _case(x, N, K, lora_A, lora_B, dropout, bias_dtype) -> kernel.Case:
+def _case(x, N, K, lora_A, lora_B, dropout, bias_dtype) -> Case:
     """All that a plan depends on; ``x`` is the gradient of y in the backward."""
     adapters = tuple([(A.shape[0], A.dtype, B.dtype) for A, B in zip(lora_A, lora_B, strict=True)])
-    return kernel.Case(
-        x.shape[0], N, K, x.device, x.dtype, adapters, tuple(dropout), bias_dtype, x_by_rows=x.stride(1) == 1
-    )
+    return Case(x.shape[0], N, K, x.device, x.dtype, adapters, tuple(dropout), bias_dtype, x_by_rows=x.stride(1) == 1)
 
 
-@lru_cache(maxsize=4096)
-def _forward(call: kernel.Case) -> Callable:
+def _forward(call: Case) -> Callable:
     chosen = _plan(call)
     if chosen.variant == "eager":
         return eager.lora_term
-    run, case = _kernels(chosen), plan._small_case(chosen, call)
+    case = plan.small_case_of(chosen, call)
 
     def check() -> str | None:
-        x, W, bias, *adapters = kernel.small_case(case)
+        x, W, bias, *adapters = plan.small_case(case)
         y = reference.lora_linear(x, W, None, [], [], [], [])[0].to(x.dtype)
         exact = reference.lora_term(y, x, *adapters, bias)
-        return kernel.compare(run(y, x, bias, *adapters), exact, case.dtype)
+        args = y, x, bias, *adapters
+        return guard.compare(kernel.lora_term(chosen, *args)(*args), exact, case.dtype)
 
-    return kernel.guarded(("term", chosen, case), run, eager.lora_term, check)
+    return plan.prepared(("term", chosen, case), kernel.lora_term, eager.lora_term, check)
 
 
-@lru_cache(maxsize=4096)
-def _backward(call: kernel.Case, whole: bool) -> Callable:
-    chosen = plan._plan("backward", call, call.inputs, call.outputs, whole)
+def _backward(call: Case, whole: bool) -> Callable:
+    chosen = plan.planned("backward", call, call.inputs, call.outputs, whole)
     if chosen.variant == "eager":
         return eager.lora_linear_backward
-    run, case = kernel.lora_linear_backward(chosen.variant, chosen), plan._small_case(chosen, call)
+    case = plan.small_case_of(chosen, call)
 
     def check() -> str | None:
-        x, W, _, *adapters = kernel.small_case(case)
+        x, W, _, *adapters = plan.small_case(case)
         A, B, *rest = adapters
         y, S = reference.lora_linear(x, W, None, *adapters)
         g, needed = y.to(x.dtype), [True] * len(A)
-        dx, dA, dB, _, _ = run(g, x, None, A, B, S.float(), *rest, True, needed, needed, False, False)
+        args = g, x, None, A, B, S.float(), *rest, True, needed, needed, False, False
+        dx, dA, dB, _, _ = kernel.lora_linear_backward(chosen, *args)(*args)
         exact_dx, exact_dA, exact_dB = reference.lora_term_backward(g, x, *adapters)
-        return kernel.compare([dx, *dA, *dB], [exact_dx, *exact_dA, *exact_dB], x.dtype)
+        return guard.compare([dx, *dA, *dB], [exact_dx, *exact_dA, *exact_dB], x.dtype)
 
-    return kernel.guarded(("term backward", chosen, case), run, eager.lora_linear_backward, check)
-
-
-plan.KEPT.extend((_forward, _backward))
+    key = "term backward", chosen, case
+    return plan.prepared(key, kernel.lora_linear_backward, eager.lora_linear_backward, check)
 
 
-def _plan(call: kernel.Case) -> Plan:
+def _plan(call: Case) -> Plan:
     dtypes = {dtype for _, *both in call.adapters for dtype in both}
-    if not call.rows or not kernel.usable(call.device) or not {call.dtype, *dtypes} <= kernel.DTYPES:
+    if not call.rows or not guard.usable(call.device) or not {call.dtype, *dtypes} <= guard.DTYPES:
         return Plan("eager")
     from fused_lora.kernels.config import capability, pick
 
@@ -110,15 +118,3 @@ def _plan(call: kernel.Case) -> Plan:
         pick("expand", call.rows, call.outputs, 0, r, call.dtype, False, *rest),
         pick("shrink", call.rows, 0, call.inputs, r, call.dtype, any(call.dropout), *rest),
     )
-
-
-def _kernels(chosen: Plan) -> Callable:
-    def run(y, x, bias, lora_A, lora_B, scaling, dropout, seeds):
-        from fused_lora.kernels.lora_expand import lora_expand
-        from fused_lora.kernels.lora_shrink import lora_shrink
-
-        S = lora_shrink(x, lora_A, [reference.keep_scale(p) for p in dropout], dropout, seeds, chosen.shrink)
-        y = y if y.stride(1) == 1 else y.contiguous()
-        return lora_expand(S, [B.t() for B in lora_B], scaling, dropout, None, bias, y.dtype, chosen.product, y), S
-
-    return run

@@ -37,7 +37,10 @@ class Attachment:
     """The hooks of one store on one model."""
 
     def __init__(self, model: nn.Module, sites: dict[str, Site], store: Any):
-        self._handles = [model.register_forward_pre_hook(_ModelHook(store), with_kwargs=True)]
+        self._handles = [
+            model.register_forward_pre_hook(_ModelHook(store), with_kwargs=True),
+            model.register_forward_hook(_OutputHook(store), with_kwargs=True),
+        ]
         for site in sites.values():
             self._handles.append(site.module.register_forward_hook(_Hook(store, site), with_kwargs=True))
 
@@ -63,6 +66,18 @@ class _ModelHook(_Shared):
         batch = running(self._store)
         if batch is not None:
             batch.called(args, kwargs)
+
+
+class _OutputHook(_Shared):
+    """After the model: rows of adapters that are not finite are an error."""
+
+    def __init__(self, store: Any):
+        self._store = store
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        batch = running(self._store)
+        if batch is not None:
+            batch.returned(kwargs, output)
 
 
 class _Hook(_Shared):

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fused_lora.serving.batch.finite import bad_positions, main_output, unless_padding
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
 from fused_lora.serving.batch.static import RowBuffers
 from fused_lora.serving.residency.packing import Site
+from fused_lora.serving.residency.refusal import NonFiniteOutput, named
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
 _SHAPES = 16  # shapes of inputs whose rows are kept
@@ -45,6 +47,7 @@ class Batch:
     Attributes:
         identities: the identity of each entry's adapter, a key for prefix caches. None for the base model. A
             combination is joined by "+" with its weights.
+        check_outputs: whether the rows of adapters must be finite. True unless set otherwise.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class Batch:
         self._traces: dict[int, Trace] = {}  # by thread: asyncio.to_thread hands a batch on
         arrivals = {version.arrival for group in groups for version, _ in group} - {None}
         self._arriving = [arrival for arrival in arrivals if not arrival.done()]
+        self.check_outputs = True
+        self._unread: list[tuple[Tensor, np.ndarray | None]] = []
         self._gradients = torch.no_grad()
         self._buffers = buffers
         self.acts = bool(groups) or buffers is not None  # a graph of base rows is replayed with others
@@ -104,13 +109,19 @@ class Batch:
         _running.reset(self._token)
         for trace in list(self._traces.values()):
             self._siblings.close(trace)
-        self._traces = {}
+        try:
+            if exception[0] is None and self.check_outputs:
+                self._unread += map(self._with_groups, self._bad_sums())  # of layers called without the model
+                self._read_checks()
+        finally:
+            self._traces = {}
 
     def called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Note how many sequences and tokens the model is called with."""
         trace = self._traces.get(threading.get_ident()) or self._trace()
         trace.shared = None  # of a step that was broken off
         self._siblings.close(trace)
+        self._read_checks()
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() >= 2]
         if tensors and self._entry_of_row is None:
             B = len(tensors[0])
@@ -123,6 +134,62 @@ class Batch:
             if sizes != trace.sizes:
                 trace.sizes, trace.rows = sizes, {}
 
+    def returned(self, kwargs: Mapping[str, Any], output: Any) -> None:
+        """Raise NonFiniteOutput if rows under adapters are not finite.
+
+        On a GPU the check is queued. It is read at the model's next call or at the end of the batch, so that nothing
+        waits for it. A graph that is being captured is not checked.
+        """
+        if not (self.check_outputs and self.groups):
+            return
+        for bad in self._bad_sums():
+            self._unread.append(self._with_groups(unless_padding(bad, kwargs, self._sequences())))
+        found = main_output(output)
+        if found is not None and not (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._unread.append(self._with_groups(unless_padding(bad_positions(found), kwargs, self._sequences())))
+        if found is None or not found.is_cuda:
+            self._read_checks()
+
+    def bad_rows(self) -> list[int]:
+        """The rows of a packed batch in which the output of an adapted layer was not finite. CPU only; a second call
+        returns none."""
+        return sorted({row for bad in self._bad_sums() for row in bad.nonzero().view(-1).tolist()})
+
+    def _bad_sums(self) -> list[Tensor]:
+        trace = self._traces.get(threading.get_ident()) or self._trace()
+        sums, trace.sums = trace.sums, {}
+        return [torch.isfinite(found).logical_not_() for found in sums.values()]
+
+    def _sequences(self) -> int | None:
+        """How many sequences the model was called with, where that is known."""
+        trace = self._traces.get(threading.get_ident())
+        return None if trace is None or trace.sizes is None else trace.sizes[0]
+
+    def _with_groups(self, bad: Tensor) -> tuple[Tensor, np.ndarray | None]:
+        """Bool [n], and the group of each of the n rows or sequences. None if the model returned other rows."""
+        count = len(self._group_of_entry)
+        if self._entry_of_row is None and len(bad) % count == 0:
+            return bad.view(len(bad), -1).any(-1), np.repeat(self._group_of_entry, len(bad) // count)
+        if self._entry_of_row is not None and bad.numel() == len(self._entry_of_row):
+            return bad.view(-1), self._group_of_row(bad.numel())
+        return bad.view(-1), None
+
+    def _read_checks(self) -> None:
+        hit: set[int] = set()
+        for bad, groups in self._unread:
+            if groups is not None:
+                hit |= set(groups[bad.cpu().numpy()].tolist())
+            elif bad.any():
+                hit |= set(range(len(self.groups)))
+        self._unread = []
+        identities = dict.fromkeys(version.identity for g in sorted(hit - {-1}) for version, _ in self.groups[g])
+        if identities:
+            raise NonFiniteOutput(
+                f"batch: the output has values that are not finite in the rows of {named([*identities])}: their terms "
+                "overflow, or the model does on these inputs",
+                [*identities],
+            )
+
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
         """y += the LoRA terms of x at this layer, in place."""
         trace, index = self._traces.get(threading.get_ident()) or self._trace(), site.index
@@ -130,6 +197,12 @@ class Batch:
             self._siblings.watch(trace, site, x)
         if index not in self._prepared.sites and self._buffers is None:
             return
+        self._add(site, x, y, trace)
+        if not y.is_cuda:
+            trace.look(y.view(-1, site.N))
+
+    def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace) -> None:
+        index = site.index
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
         y, shared = y.view(-1, site.N), trace.shared

@@ -51,6 +51,7 @@ class Trace:
     Attributes:
         shared: what the next layers may use. seen: the layers called last, as far as they had one input. sizes: how
             many sequences the model was called with, and what numbers of rows they may be. rows: by shape of an input.
+        sums: of the values in each row of the layers' outputs, by the number of rows: not finite if one of them is not.
     """
 
     def __init__(self):
@@ -60,6 +61,14 @@ class Trace:
         self.state: Any = None
         self.sizes: tuple[int, frozenset[int]] | None = None
         self.rows: dict[torch.Size, Rows] = {}
+        self.sums: dict[int, Tensor] = {}
+
+    def look(self, y: Tensor) -> None:
+        """Keep what tells whether the rows of a layer's output y [rows, N] are finite, layer by layer."""
+        sums = y.sum(-1, dtype=torch.promote_types(y.dtype, torch.float32))
+        known = self.sums.setdefault(len(sums), sums)
+        if known is not sums:
+            known.add_(sums)
 
 
 class Siblings:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from transformers.generation.continuous_batching.requests import RequestState
@@ -44,19 +45,32 @@ class EngineCounters:
     waits_for_adapters: int = 0
     failed_steps: int = 0
     failed_requests: int = 0
+    non_finite_requests: int = 0
 
 
 class Admission:
     """Leases the adapters of started requests, and starts waiting requests while their adapters fit.
 
     A request keeps the version it started with. Requests start by age. If an adapter does not fit, younger requests
-    may not load further adapters. After ``PATIENCE_SECONDS`` they may not start at all, so that room is made.
+    may not load further adapters. After ``PATIENCE_SECONDS`` they may not start at all, so that room is made. Files
+    are read in the store's threads while steps go on.
+
+    Args:
+        fail: ends a waiting request with an error. wake: called from another thread when a load has ended.
     """
 
-    def __init__(self, store: AdapterStore, fail: Callable[[RequestState, Exception], None], counters: EngineCounters):
-        self.store, self.fail, self.counters = store, fail, counters
+    def __init__(
+        self,
+        store: AdapterStore,
+        fail: Callable[[RequestState, Exception], None],
+        wake: Callable[[], None],
+        counters: EngineCounters,
+    ):
+        self.store, self.fail, self.wake, self.counters = store, fail, wake, counters
         self.leases: dict[str, Lease] = {}
         self.admitted: set[str] = set()
+        self.loading: dict[str, Future[Lease]] = {}
+        self._full: set[str] = set()  # versions that found no room the last time
 
     def lease_of(self, state: RequestState) -> Lease | None:
         """The lease of a started request. None for the base model."""
@@ -67,6 +81,7 @@ class Admission:
         waiting = list(waiting)
         # a request that lost its cache waits again, and goes on with the version it started with
         self.release(keep={version_of(state) for state in (*active, *waiting)})
+        self._abandon(keep={adapter_of(state) for state in waiting})
         self.admitted = set()
         blocked_since = None
         for state in waiting:
@@ -81,34 +96,76 @@ class Admission:
                 continue
             if started:
                 self.admitted.add(state.request_id)
-            elif blocked_since is None:
+            elif blocked_since is None and started is False:
                 blocked_since = state.created_time
                 self.counters.waits_for_adapters += 1
 
-    def _start(self, state: RequestState, blocked_since: float | None) -> bool:
-        """Lease the current version of the request's adapter. False if it must wait for room."""
-        name, now = adapter_of(state), time.perf_counter()
+    def _start(self, state: RequestState, blocked_since: float | None) -> bool | None:
+        """Lease the current version of the request's adapter. False if it waits for room, None if for its files."""
+        name = adapter_of(state)
         version = self.store.identity(name)
+        refused = self.store.refusal(name)
+        if refused is not None:
+            raise refused
         if version not in self.leases:
             if blocked_since is not None:
                 return False
             try:
-                lease = self.store.lease(name)
+                lease = self._fetch(name, version)
             except StoreFull:
-                if self.leases or now - state.created_time < PATIENCE_SECONDS:
+                self._full.add(version)
+                if self.leases or time.perf_counter() - state.created_time < PATIENCE_SECONDS:
                     return False
                 raise
+            if lease is None:
+                return False if version in self._full else None
+            self._full.discard(version)
             version = lease.identity
-            self.leases[version] = lease
-        elif blocked_since is not None and now - blocked_since > PATIENCE_SECONDS:
+            if version in self.leases:
+                lease.release()
+            else:
+                self.leases[version] = lease
+        elif blocked_since is not None and time.perf_counter() - blocked_since > PATIENCE_SECONDS:
             return False
         state.logit_processor_kwargs[VERSION] = version
         return True
+
+    def _fetch(self, name: str, version: str) -> Lease | None:
+        """A lease, or None while another thread loads the adapter. Raises what the load raised."""
+        future = self.loading.get(version)
+        if future is None:
+            lease = self.store.lease_if_ready(name)
+            if lease is None:
+                future = self.loading[version] = self.store.lease_async(name)
+                future.add_done_callback(self._came)
+            return lease
+        if not future.done():
+            return None
+        del self.loading[version]
+        return future.result()
+
+    def _came(self, future: Future[Lease]) -> None:
+        # a load that found no room is tried again with the next step; waking for it would be a busy loop
+        if not future.cancelled() and not isinstance(future.exception(), StoreFull):
+            self.wake()
+
+    def _abandon(self, keep: Collection[str | None]) -> None:
+        """Cancel loads of adapters that no request waits for, or release their leases when they come."""
+        for version in [version for version in self.loading if version.rpartition("@")[0] not in keep]:
+            future = self.loading.pop(version)
+            if not future.cancel():
+                future.add_done_callback(lambda done: done.result().release() if done.exception() is None else None)
+        self._full = {version for version in self._full if version.rpartition("@")[0] in keep}
 
     def release(self, keep: Iterable[str] = ()) -> None:
         """Release all leases except those of the versions ``keep``."""
         for version in self.leases.keys() - set(keep):
             self.leases.pop(version).release()
+
+    def release_all(self) -> None:
+        """Release everything. No request is left."""
+        self.release()
+        self._abandon(keep=())
 
 
 class AdapterScheduler(FIFOScheduler):

@@ -27,8 +27,8 @@ def failure_of(output: Any) -> Exception | None:
         output: transformers' ``GenerationOutput``.
 
     Returns:
-        :class:`StepFailed`; what the store raised for its adapter (``AdapterNotFound``, ``StoreFull``,
-        ``AdapterError``); or a RuntimeError when the engine was stopped.
+        :class:`StepFailed`; ``NonFiniteOutput``; what the store raised for its adapter (``AdapterNotFound``,
+        ``StoreFull``, ``AdapterError``); or a RuntimeError when the engine was stopped.
 
     Raises:
         TypeError: output is not a GenerationOutput.

@@ -5,7 +5,8 @@ Where it reaches into transformers' engine, and why:
 * the adapter of a request and its version travel in ``RequestState.logit_processor_kwargs``: that is what the engine
   copies when it drops a request's cache and starts it again;
 * its own scheduler decides before every step which versions are leased and which requests may start;
-* ``_generation_step`` runs inside ``store.batch_rows``;
+* ``_generation_step`` runs inside ``store.batch_rows`` and attends request by request (attention.py). Requests with
+  rows that are not finite (finite.py) leave the step before the processor sees its result;
 * ``_generation_loop_body`` ends the requests of a step that raised, where transformers' own would end the engine;
 * the block hashes of the prefix cache are keyed by the adapter's version.
 """
@@ -18,6 +19,7 @@ from collections import deque
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,12 +32,14 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.utils import stream_context
 
-from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.engine import request as continuous_request
 from fused_lora.serving.engine import sampling as continuous_sampling
 from fused_lora.serving.engine.admission import ADAPTER, SCHEDULER, VERSION, Admission, EngineCounters
+from fused_lora.serving.engine.attention import by_request, is_by_request, spans_of
 from fused_lora.serving.engine.failures import MAX_FAILED_STEPS, StepFailed
+from fused_lora.serving.engine.finite import StepCheck
 from fused_lora.serving.engine.prefix import PrefixNamespaces
+from fused_lora.serving.residency.refusal import NonFiniteOutput
 from fused_lora.serving.store import AdapterStore, Lease
 
 _log = logging.getLogger("fused_lora.serving")
@@ -83,7 +87,7 @@ class AdapterManager(ContinuousBatchingManager):
         eos = -1 if source.eos_token_id is None else source.eos_token_id
         greedy = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=source.pad_token_id)
         self.store, self.counters = store, EngineCounters()
-        self.admission = Admission(store, self._fail_waiting, self.counters)
+        self.admission = Admission(store, self._fail_waiting, lambda: self._wake_up_loop.set(), self.counters)
         self._in_step: list[RequestState] | None = None
         self._failures_in_a_row = 0
         super().__init__(model, greedy, _checked(config or default_config(model.device)))
@@ -91,8 +95,25 @@ class AdapterManager(ContinuousBatchingManager):
         continuous_sampling.install(self.logit_processor, always=False, own_keys=keys)
         self.batch_processor = self._create_batch_processor()
         self.max_request_tokens = infer_max_single_request_tokens(self.batch_processor.cache)
-        self._head = model.get_output_embeddings()
-        self._slices_logits = self.batch_processor.model_runner.supports_logits_to_keep(model)
+        self._head, self._check = model.get_output_embeddings(), StepCheck(model)
+        slices = self.batch_processor.model_runner.supports_logits_to_keep(model)
+        self._slices_logits = slices and self._check.sees_all_rows
+
+    def switch_to_cb_friendly_attn(self, model: PreTrainedModel, auto_switch_to_flash: bool = True) -> None:
+        """Choose an implementation as transformers does. Then replace sdpa and eager by those of attention.py."""
+        own = model.config._attn_implementation
+        if is_by_request(own):
+            return
+        super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
+        chosen = by_request(model.config._attn_implementation)
+        if chosen != model.config._attn_implementation:
+            model.set_attn_implementation(chosen)
+            self._original_attn_impl = own
+
+    def start(self) -> None:
+        """Start the engine's thread, and set the model's attention again after a stop."""
+        self.switch_to_cb_friendly_attn(self.model, self.continuous_batching_config.auto_switch_to_flash)
+        super().start()
 
     def __enter__(self) -> AdapterManager:
         self.start()
@@ -120,8 +141,8 @@ class AdapterManager(ContinuousBatchingManager):
         """Token ids, number of new ones, where to end, and the arguments of the draw."""
         if adapter is not None and not isinstance(adapter, str):
             raise TypeError(f"adapter: expected a name or None, got {adapter!r:.100}")
-        if adapter is not None and adapter not in self.store.names():
-            raise AdapterNotFound(f"adapter {adapter!r} not found; adapters of the store: {sorted(self.store.names())}")
+        if adapter is not None:
+            self.store.identity(adapter)  # raises AdapterNotFound
         ids = continuous_request.token_ids(input_ids, self.model.config.get_text_config().vocab_size)
         count = continuous_request.count("max_new_tokens", max_new_tokens)
         if len(ids) + count > self.max_request_tokens:
@@ -195,7 +216,7 @@ class AdapterManager(ContinuousBatchingManager):
         try:
             super()._run_generation_loop()
         finally:
-            self.admission.release()
+            self.admission.release_all()
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
         """One step, or a wait for requests. Returns whether to go on."""
@@ -206,9 +227,9 @@ class AdapterManager(ContinuousBatchingManager):
             self._fail_step(batch_processor, error)
             going_on = True
         else:
-            self._failures_in_a_row = 0 if self._in_step else self._failures_in_a_row
+            self._failures_in_a_row = self._failures_in_a_row if self._in_step is None else 0
         if not batch_processor.has_pending_requests():
-            self.admission.release()  # an engine that has nothing to do keeps no adapter in its place
+            self.admission.release_all()  # an engine that has nothing to do keeps no adapter in its place
         return going_on
 
     def _fail_step(self, processor: ContinuousBatchProcessor, error: Exception) -> None:
@@ -242,16 +263,81 @@ class AdapterManager(ContinuousBatchingManager):
         runner._model_supports_logits_to_keep = self._slices_logits and not on_head
         rows = [future.query_length for future in futures]
         # on a GPU the engine computes on a stream of its own, and what the store notes is noted on the current one
-        with stream_context(inputs.compute_stream), self.store.batch_rows(leases, rows):
-            super()._generation_step()
+        with stream_context(inputs.compute_stream), self.store.batch_rows(leases, rows) as batch:
+            batch.check_outputs = False  # one request's rows are to end that request alone
+            with self._check, spans_of(futures, self.batch_processor.cache):
+                super()._generation_step()
+            of_terms = batch.bad_rows()
+        with stream_context(inputs.compute_stream):
+            ended = self._without_non_finite(inputs, leases, of_terms)
         self._count(futures, leases)
+        for state, error in ended:
+            self.counters.non_finite_requests += 1
+            _log.error("%s", error)
+            self._fail(state, error)
+
+    def _without_non_finite(
+        self, inputs: Any, leases: list[Lease | None], of_terms: list[int]
+    ) -> list[tuple[RequestState, NonFiniteOutput]]:
+        """Take requests with rows that are not finite out of the step and return them with the reason.
+
+        ``of_terms``: rows of which that is known. The processor sees the other requests only.
+        """
+        futures = inputs.requests_in_batch
+        ends = np.cumsum([future.query_length for future in futures])
+        of_logits = [end - 1 for end, future in zip(ends, futures, strict=True) if future.has_new_token]
+        sliced = self.batch_processor.model_runner._model_supports_logits_to_keep
+        bad_rows = self._check.bad_rows(int(ends[-1]), of_logits if sliced else None).union(of_terms)
+        if not bad_rows:
+            return []
+        bad = sorted({int(np.searchsorted(ends, row, "right")) for row in bad_rows})
+        kept = [i for i in range(len(futures)) if i not in bad]
+        token_of = np.cumsum([future.has_new_token for future in futures]) - 1
+        tokens = torch.tensor([int(token_of[i]) for i in kept if futures[i].has_new_token], dtype=torch.int64)
+        inputs.output_ids[:, : len(tokens)] = inputs.output_ids[:, tokens.to(inputs.output_ids.device)]
+        inputs.requests_in_batch = [futures[i] for i in kept]
+        self._in_step = [futures[i].state for i in kept]
+        scheduler = self.batch_processor.scheduler
+        for i in bad:
+            scheduler.finish_request(futures[i].state.request_id)
+        scheduler.block_new_requests = False
+        return [(futures[i].state, self._blame(futures[i].state, leases[i])) for i in bad]
+
+    def _blame(self, state: RequestState, lease: Lease | None) -> NonFiniteOutput:
+        """The error for a request with rows that are not finite.
+
+        The adapter is quarantined if the base alone is finite on the same tokens. Otherwise a prompt that the base
+        fails on could cost others their adapter.
+        """
+        if lease is None:
+            return NonFiniteOutput("the base model's output for this request has values that are not finite")
+        what = f"the output under adapter {lease.identity!r} has values that are not finite"
+        if not self._base_is_finite((state.initial_tokens + state.generated_tokens)[: state.position_offset]):
+            return NonFiniteOutput(f"{what}, and maybe the base's has", [lease.identity])
+        error = NonFiniteOutput(f"{what}; it is refused until it is loaded anew", [lease.identity])
+        self.store.quarantine(lease, error)
+        return error
+
+    def _base_is_finite(self, tokens: list[int]) -> bool:
+        """Whether the model without adapters is finite on these tokens. False if they are too many for one step."""
+        if len(tokens) > self.batch_processor.max_batch_tokens:
+            return False
+        last = {"logits_to_keep": 1} if self._slices_logits else {}
+        try:
+            with torch.no_grad(), self._check:
+                self.model(input_ids=torch.tensor([tokens], device=self.model.device), use_cache=False, **last)
+        except Exception:
+            _log.exception("the base model could not be tried on the tokens of a request that was not finite")
+            return False
+        return not self._check.bad_rows(len(tokens), [len(tokens) - 1] if last else None)
 
     def _count(self, futures: list, leases: list[Lease | None]) -> None:
         counters = self.counters
         counters.steps += 1
         counters.requests_in_steps += len(futures)
         counters.adapters_in_steps += len(set(leases) - {None})
-        counters.generated_tokens += sum(future.has_new_token for future in futures)
+        kept = self.batch_processor.inputs_and_outputs.requests_in_batch
+        counters.generated_tokens += sum(future.has_new_token for future in kept)
         base = sum(f.query_length for f, lease in zip(futures, leases, strict=True) if lease is None)
         counters.base_rows += base
         counters.adapter_rows += sum(f.query_length for f in futures) - base

@@ -11,9 +11,10 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from annotated_types import MaxLen
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 # parameter -> the values with which it asks for nothing
 _NEUTRAL: dict[str, tuple] = {
@@ -47,6 +48,21 @@ _CHOICE = re.compile(r"str|list\[.*\]")
 _IN_MESSAGES = frozenset(("name", "refusal"))  # templates have no use for them
 
 
+MAX_PROMPTS = 128  # in one request, whatever the server's own limit
+
+
+class _First(FailFast):
+    """The first wrong element ends a list: an error for each of a million would hold up every other client."""
+
+    __hash__ = object.__hash__  # Annotated wants one; there is one instance
+
+
+_T = TypeVar("_T")
+_FIRST = _First()
+Many = Annotated[list[_T], _FIRST]
+Few = Annotated[list[_T], _FIRST, MaxLen(MAX_PROMPTS)]
+
+
 class ApiError(Exception):
     """An answer other than 200, in OpenAI's error shape."""
 
@@ -66,6 +82,16 @@ class ApiError(Exception):
 def unknown_model(name: str) -> ApiError:
     """404: neither the base model nor an adapter has this name."""
     return ApiError(404, f"The model {name[:100]!r} does not exist", "model", "model_not_found")
+
+
+def queue_full() -> ApiError:
+    """429: as many requests run, wait or are read as the server takes."""
+    return ApiError(429, "too many requests are waiting", code="queue_full", kind="rate_limit_error")
+
+
+def too_slow() -> ApiError:
+    """504: the request has had its time, from its first byte on."""
+    return ApiError(504, "the request took longer than this server gives it", code="timeout")
 
 
 def unexpected(error: Exception) -> ApiError:
@@ -109,7 +135,7 @@ class GenerateRequest(Checked):
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int | None = Field(default=None, ge=1, le=128)
-    stop: str | list[str] | None = None
+    stop: str | Few[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -140,7 +166,7 @@ class GenerateRequest(Checked):
 
 class CompletionRequest(GenerateRequest):
     input_name = "prompt"
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Many[int] | Few[str] | Few[Many[int]]
     max_tokens: int | None = Field(default=16, ge=1)
 
     def prompts(self) -> list[str | list[int]]:
@@ -161,7 +187,7 @@ class Message(Checked):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[TextPart]
+    content: str | Many[TextPart]
 
     def plain(self) -> dict[str, str]:
         """Role and text, as chat templates take them."""
@@ -171,7 +197,7 @@ class Message(Checked):
 
 class ChatRequest(GenerateRequest):
     input_name = "messages"
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
 

@@ -13,10 +13,8 @@ import asyncio
 import contextlib
 import json
 import logging
-import re
 import time
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from fused_lora.modules.inject import check_adapter_name
+from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
 from fused_lora.serving.http.api import (
     Answer,
     ApiError,
@@ -37,15 +35,16 @@ from fused_lora.serving.http.api import (
     UnloadRequest,
     Usage,
     malformed,
+    queue_full,
     unexpected,
     unknown_model,
 )
-from fused_lora.serving.http.engine import AsyncEngine, Job
-from fused_lora.serving.http.guard import Guard, allowed_adapter
+from fused_lora.serving.http.engine import AsyncEngine, Job, as_api_error
+from fused_lora.serving.http.guard import STARTED, Guard, allowed_adapter
+from fused_lora.serving.http.prompts import PromptReader
 from fused_lora.serving.http.streams import merged, unless_gone
 
 _log = logging.getLogger("fused_lora.serve")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot
 
 
 @dataclass
@@ -63,35 +62,23 @@ class Service:
 
     def __init__(self, engine: AsyncEngine, settings: Settings):
         self.engine, self.settings, self.started = engine, settings, int(time.time())
-        # one thread: a tokenizer is not safe to share, and a long text must not hold up the event loop
-        self._tokenize = ThreadPoolExecutor(1, "tokenize")
+        manager = engine.manager
+        longest = getattr(manager.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = min(longest or manager.max_request_tokens, manager.max_request_tokens)
+        self._prompts = PromptReader(engine.tokenizer, self.context)
+        self._reading = 0  # requests whose prompts are being tokenised: they wait as much as those in the engine
 
     def adapter(self, model: str) -> str | None:
         """The adapter that a request's ``model`` names; None is the base. Raises ApiError."""
         if model == self.settings.base_name:
             return None
-        if model not in self.engine.store.names():
-            raise unknown_model(model)
-        return model
-
-    async def encode(self, prompt: Any, name: str) -> list[int]:
-        """Token ids of a text, a chat or a list of ids, from the request's parameter ``name``. Raises ApiError."""
-        if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], dict)):
-            return prompt
-        tokenizer = self.engine.tokenizer
-        texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
-        if any(map(_SURROGATE.search, texts)):
-            raise ApiError(400, f"{name}: half of a surrogate pair is no text", name)
-
-        def work() -> list[int]:
-            if isinstance(prompt, str):
-                return tokenizer(prompt)["input_ids"]
-            return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-
         try:
-            return list(await asyncio.get_running_loop().run_in_executor(self._tokenize, work))
-        except Exception as error:  # templates raise what they like, and say what is wrong with the messages
-            raise ApiError(400, f"{name}: cannot be turned into tokens: {error}"[:500], name) from None
+            refused = self.engine.store.refusal(model)
+        except AdapterNotFound:
+            raise unknown_model(model) from None
+        if refused is not None:
+            raise as_api_error(refused)
+        return model
 
     async def jobs(self, request: GenerateRequest) -> list[Job]:
         """The sequences that a request asks for, accepted by the engine's limits. Raises ApiError."""
@@ -112,7 +99,7 @@ class Service:
         top_p = 1.0 if request.top_p is None else request.top_p
         jobs = []
         for prompt in prompts:
-            ids = await self.encode(prompt, name)
+            ids = await self._prompts.encode(prompt, name)
             budget = self._budget(len(ids), wanted, name)
             for choice in range(n):
                 seed = None if request.seed is None else request.seed + choice * 0x9E3779B9
@@ -121,9 +108,7 @@ class Service:
         return jobs
 
     def _budget(self, prompt: int, wanted: int | None, name: str) -> int:
-        manager = self.engine.manager
-        context = getattr(manager.model.config.get_text_config(), "max_position_embeddings", None)
-        context = min(context or manager.max_request_tokens, manager.max_request_tokens)
+        context = self.context
         if prompt + (wanted or 1) > context:
             asked = f"{prompt} tokens in the prompt and {wanted or 1} to generate"
             message = f"This server's maximum context length is {context} tokens; the request has {asked}."
@@ -132,7 +117,16 @@ class Service:
 
     async def answer(self, http: Request, request: GenerateRequest) -> Response:
         """The whole answer, or the stream of its chunks."""
-        jobs = await self.jobs(request)
+        deadline = http.scope[STARTED] + self.engine.limits.request_seconds
+        if self.engine.in_flight + self._reading >= self.engine.limits.max_queue:
+            raise queue_full()
+        self._reading += 1
+        try:
+            jobs = await unless_gone(http, self.jobs(request), deadline)
+        finally:
+            self._reading -= 1
+        for job in jobs:
+            job.deadline = deadline
         answer = Answer(request.model, chat=isinstance(request, ChatRequest))
         usage = Usage(prompt_tokens=sum(len(job.prompt) for job in jobs[:: request.n or 1]))
         if request.stream:
@@ -168,11 +162,13 @@ class Service:
         yield "data: [DONE]\n\n"
 
     def models(self) -> dict[str, Any]:
-        """The answer of /v1/models."""
+        """What /v1/models answers: the base model, and the adapters that are not refused at present."""
+        store = self.engine.store
+        refused = store.refusals()
         card = {"object": "model", "created": self.started, "owned_by": "fused_lora"}
         base = self.settings.base_name
         cards = [{"id": base, **card, "root": base, "parent": None}]
-        cards += [{"id": name, **card, "root": name, "parent": base} for name in sorted(self.engine.store.names())]
+        cards += [{"id": name, **card, "root": name, "parent": base} for name in store.names() if name not in refused]
         return {"object": "list", "data": cards}
 
     def check_may_load(self, name: str) -> Path:
@@ -209,13 +205,13 @@ def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) ->
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse(service.models())
+        return JSONResponse(await asyncio.to_thread(service.models))
 
     @app.post("/v1/load_lora_adapter")
     async def load_lora_adapter(request: LoadRequest) -> Response:
         root = service.check_may_load(request.lora_name)
         path = await asyncio.to_thread(allowed_adapter, root, request.lora_path)
-        await engine.load(request.lora_name, path, request.load_inplace)
+        await engine.load(request.lora_name, path, request.load_inplace, settings.adapters)
         return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter")

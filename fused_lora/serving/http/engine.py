@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import math
 import queue
 import re
 import time
@@ -16,9 +18,10 @@ from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.engine.admission import version_of
 from fused_lora.serving.engine.failures import StepFailed, failure_of
 from fused_lora.serving.engine.manager import AdapterManager
-from fused_lora.serving.http.api import ApiError, unknown_model
+from fused_lora.serving.http.api import ApiError, queue_full, too_slow, unknown_model
 from fused_lora.serving.http.metrics import Metrics
 from fused_lora.serving.http.text import TextStream
+from fused_lora.serving.residency.refusal import NonFiniteOutput
 from fused_lora.serving.residency.residency import StoreFull
 
 _POLL_SECONDS = 0.02
@@ -34,13 +37,14 @@ class Limits:
     max_choices: int = 16
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
-    body_bytes: int = 4 << 20
+    body_bytes: int = 1 << 20
     body_seconds: float = 30.0
 
 
 @dataclass
 class Job:
-    """One sequence to generate; ``source`` is the request's parameter that the prompt came from."""
+    """One sequence to generate; ``source`` is the request's parameter that the prompt came from, ``deadline`` when it
+    ends (``time.monotonic``), or the server's time for a request after it has begun, whichever is first."""
 
     prompt: Sequence[int]
     adapter: str | None
@@ -50,6 +54,7 @@ class Job:
     seed: int | None
     stops: Sequence[str]
     source: str = "prompt"
+    deadline: float = math.inf
 
 
 @dataclass
@@ -116,7 +121,7 @@ class AsyncEngine:
         if not self.healthy():
             raise self.stopped()
         if self.in_flight + len(jobs) > self.limits.max_queue:
-            raise ApiError(429, "too many requests are waiting", code="queue_full", kind="rate_limit_error")
+            raise queue_full()
         for job in jobs:
             try:
                 self.manager.check(job.prompt, job.adapter, job.max_tokens, job.temperature, job.top_p)
@@ -150,8 +155,9 @@ class AsyncEngine:
 
     async def _pieces(self, job: Job, running: _Running, start: float) -> AsyncGenerator[Piece, None]:
         text, seen = TextStream(self.tokenizer, job.stops), 0
+        deadline = min(job.deadline, start + self.limits.request_seconds)
         while not running.finished:
-            output = await self._next(running.outputs, start + self.limits.request_seconds)
+            output = await self._next(running.outputs, deadline)
             running.finished = output.is_finished()
             if failure := failure_of(output):
                 raise as_api_error(failure) if self.healthy() else self.stopped()
@@ -192,8 +198,7 @@ class AsyncEngine:
         try:
             output = await asyncio.wait_for(outputs.get(), max(deadline - time.monotonic(), 0))
         except (TimeoutError, asyncio.TimeoutError):
-            seconds = self.limits.request_seconds
-            raise ApiError(504, f"the request took longer than {seconds:g} s", code="timeout") from None
+            raise too_slow() from None
         if isinstance(output, ApiError):
             raise output
         return output
@@ -207,21 +212,21 @@ class AsyncEngine:
         with router._lock:
             router.result_handlers.pop(request_id, None)
 
-    async def load(self, name: str, path: Path, replace: bool) -> None:
+    async def load(self, name: str, path: Path, replace: bool, inside: Path | None = None) -> None:
         """Load an adapter, checked in full, in a thread; with ``replace`` also one that is there. Raises ApiError."""
-        if name in self.store.names() and not replace:
+        if name in self.store and not replace:
             raise ApiError(400, f"The lora adapter {name!r} has already been loaded.", "lora_name")
         if name in self._loading and not replace:
             raise ApiError(409, f"The lora adapter {name!r} is being loaded.", "lora_name", "adapter_loading")
         self._loading.append(name)
         try:
-            await self._change(self.store.load, name, str(path))
+            await self._change(functools.partial(self.store.load, inside=inside), name, str(path))
         finally:
             self._loading.remove(name)
 
     async def unload(self, name: str) -> None:
         """Unload an adapter. Raises ApiError."""
-        if name not in self.store.names():
+        if name not in self.store:
             raise ApiError(404, f"The lora adapter {name!r} does not exist.", "lora_name", "adapter_not_found")
         await self._change(self.store.unload, name)
 
@@ -230,7 +235,7 @@ class AsyncEngine:
             await asyncio.to_thread(work, name, *more)
         except Exception as error:
             raise _load_error(error) from error
-        now = self.store.identity(name) if name in self.store.names() else None
+        now = self.store.identity(name) if name in self.store else None
         older = [running for running in self._jobs.values() if running.adapter == name]
         deadline = time.monotonic() + self.limits.drain_seconds
         while older := [running for running in older if not running.ended and self._version(running) != now]:
@@ -257,9 +262,11 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, AdapterNotFound):
-        return ApiError(404, str(error), "model", "model_not_found")
-    if isinstance(error, ValueError):  # of the store: the client named an adapter, the files are the server's
-        return ApiError(500, f"the adapter cannot be served: {_of_files(error)}", "model", "invalid_adapter")
+        return ApiError(404, "The model does not exist any more", "model", "model_not_found")
+    if isinstance(error, ValueError):  # of the store: the client named an adapter whose files do not fit
+        return ApiError(422, f"the adapter cannot be served: {_of_files(error)}", "model", "invalid_adapter")
+    if isinstance(error, NonFiniteOutput):
+        return ApiError(422 if error.identities else 500, str(error), "model", "not_finite")
     if isinstance(error, StoreFull):
         return ApiError(503, str(error), "model", "store_full")
     if isinstance(error, StepFailed):

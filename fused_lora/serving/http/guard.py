@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fused_lora.serving.http.api import ApiError
 from fused_lora.serving.http.engine import Limits
 from fused_lora.serving.http.metrics import Metrics
 
+STARTED = "fused_lora.started"  # key of a scope: when its request began, by time.monotonic
 OPEN_PATHS = ("/health", "/metrics")
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 _ROUTES = OPEN_PATHS + tuple(
@@ -33,6 +35,8 @@ class Guard:
             return
         # a label per path that somebody makes up would fill the memory
         route = scope["path"] if scope["path"] in _ROUTES else "other"
+
+        scope[STARTED] = time.monotonic()
 
         async def counted(message: dict) -> None:
             if message["type"] == "http.response.start":

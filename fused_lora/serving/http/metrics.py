@@ -85,6 +85,8 @@ class Metrics:
         put("counter", "steps_total", "Forward passes.", counters.steps)
         put("counter", "failed_steps_total", "Forward passes that raised an error.", counters.failed_steps)
         put("counter", "failed_requests_total", "Requests that the engine failed.", counters.failed_requests)
+        bad = counters.non_finite_requests
+        put("counter", "non_finite_requests_total", "Requests whose rows were not finite.", bad)
         put("counter", "step_requests_total", "Requests summed over forward passes.", counters.requests_in_steps)
         put("counter", "step_adapters_total", "Distinct adapters summed over passes.", counters.adapters_in_steps)
         name = f"{PREFIX}step_rows_total"
@@ -96,7 +98,8 @@ class Metrics:
             put("counter", f"adapter_{key}_total", f"Adapter {key} of the store.", stats[key])
         put("gauge", "adapter_bytes_used", "Bytes of adapters on the device.", stats["bytes_used"])
         put("gauge", "adapter_bytes_capacity", "Byte budget of adapters on the device.", stats["capacity"] or 0)
-        put("gauge", "adapters_known", "Adapters that requests can name.", len(store.names()))
+        put("gauge", "adapters_refused", "Adapters that are not served at present.", len(store.refusals()))
+        put("gauge", "adapters_known", "Adapters that requests can name.", stats["adapters"])
         for key, what in (("first_token", "Seconds to the first token."), ("request_seconds", "Seconds of a request.")):
             full = "time_to_first_token_seconds" if key == "first_token" else key
             put("histogram", full, what, getattr(self, key).samples(PREFIX + full))

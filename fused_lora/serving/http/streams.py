@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 from fastapi import Request
 
-from fused_lora.serving.http.api import ApiError, unexpected
+from fused_lora.serving.http.api import ApiError, too_slow, unexpected
 from fused_lora.serving.http.engine import AsyncEngine, Job, Piece
 
 _log = logging.getLogger("fused_lora.serve")
@@ -49,18 +51,23 @@ async def merged(engine: AsyncEngine, jobs: list[Job]) -> AsyncGenerator[tuple[i
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def unless_gone(http: Request, work: Coroutine) -> Any:
-    """The result of ``work``. It is cancelled when the client disconnects."""
+async def unless_gone(http: Request, work: Coroutine, deadline: float = math.inf) -> Any:
+    """The result of ``work``. It is cancelled when the client disconnects, and at ``deadline`` (``time.monotonic``).
+
+    Raises:
+        ApiError: 499 for a client that disconnected, 504 for the deadline.
+    """
 
     async def hung_up() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
     task, gone = asyncio.create_task(work), asyncio.create_task(hung_up())
+    left = None if deadline == math.inf else max(deadline - time.monotonic(), 0)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "the client closed the connection")
+            raise ApiError(499, "the client closed the connection") if gone.done() else too_slow()
         return await task
     finally:
         for waiting in (task, gone):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, read_checked
+from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Plan, read_checked
 from fused_lora.adapters.read import check_model
 from fused_lora.modules.config import MAX_RANK, scaling
 
@@ -81,9 +81,14 @@ def signature(folder: str) -> Signature | None:
 
 
 def from_folder(
-    model: nn.Module, sites: Mapping[str, Site], folder: str, dtype: torch.dtype, max_bytes: int = MAX_WEIGHT_BYTES
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    folder: str,
+    dtype: torch.dtype,
+    inside: str | None = None,
+    max_bytes: int = MAX_WEIGHT_BYTES,
 ) -> tuple[Packed, Signature | None]:
-    """A PEFT checkpoint, and the state of its files that was read.
+    """A PEFT checkpoint, and the state of its files that was read; they must lie in the folder ``inside``, if given.
 
     Raises:
         AdapterError: a file is damaged, or does not fit the model. ValueError: it trains biases, or a value is out of
@@ -91,21 +96,33 @@ def from_folder(
     """
     for _ in range(5):
         before = signature(folder)
-        adapter, plan = read_checked(folder, max_bytes, lambda plan: check_model(model, plan))
+        adapter, plan = read_checked(folder, max_bytes, lambda plan: check_model(model, plan), inside=inside)
         if signature(folder) == before:
             break
     else:
         raise ValueError(f"source: {folder!r} changed while it was read, 5 times")
-    if plan.config.bias != "none" or plan.config.lora_bias:
-        raise ValueError(
-            f"source: {folder!r} has bias={plan.config.bias!r}, lora_bias={plan.config.lora_bias}; adapters that are "
-            "served beside others bring A and B only"
-        )
+    _check_served(folder, plan)
     layers = {}
     for path, tensors in adapter.layers.items():
         r, alpha = plan.ranks[path]
         layers[path] = (tensors.lora_A, tensors.lora_B, scaling(r, alpha, plan.config.use_rslora))
     return _pack(sites, layers, dtype), before
+
+
+def check_folder(model: nn.Module, folder: str, inside: str | None = None) -> None:
+    """Raise what :func:`from_folder` would for the config and the header of the weights; no tensor is read."""
+    plan = read_checked(folder, MAX_WEIGHT_BYTES, lambda plan: check_model(model, plan), inside=inside, tensors=False)[
+        1
+    ]
+    _check_served(folder, plan)
+
+
+def _check_served(folder: str, plan: Plan) -> None:
+    if plan.config.bias != "none" or plan.config.lora_bias:
+        raise ValueError(
+            f"source: {folder!r} has bias={plan.config.bias!r}, lora_bias={plan.config.lora_bias}; adapters that are "
+            "served beside others bring A and B only"
+        )
 
 
 def from_tensors(sites: Mapping[str, Site], layers: Mapping[str, Any], dtype: torch.dtype) -> Packed:

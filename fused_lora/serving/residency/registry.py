@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
 from fused_lora.serving.residency.lease import Lease
-from fused_lora.serving.residency.packing import Packed, Site, from_folder, from_model, from_tensors
+from fused_lora.serving.residency.packing import (
+    Packed,
+    Site,
+    check_folder,
+    from_folder,
+    from_model,
+    from_tensors,
+    signature,
+)
+from fused_lora.serving.residency.refusal import Refusal, named
 from fused_lora.serving.residency.residency import Residency, Version
 from fused_lora.serving.residency.transfer import Transfer
 
@@ -59,7 +68,7 @@ class Registry:
         self._residency = Residency(transfer, capacity, grow, host_capacity, slots, self._pinned.__contains__)
         self._lock = self._residency.changed
 
-    def load(self, name: str, source: Source) -> int:
+    def load(self, name: str, source: Source, *, inside: str | os.PathLike | None = None) -> int:
         """Load an adapter onto the device under ``name``. Each load of a name increments its version.
 
         The new version replaces the old one in one step at the end. Running batches keep the version they started
@@ -69,6 +78,7 @@ class Registry:
             name: 1 to 64 letters, digits, "_" or "-".
             source: a folder with a PEFT checkpoint; or ``{path of a layer: (A [r, K], B [N, r], scaling)}``, copied; or
                 a model with LoRA layers, whose adapter ``name`` (or its only adapter) is copied.
+            inside: a folder. Files outside it are refused at every read, with all links followed.
 
         Returns:
             The version: 1 for the first load of a name. Each load increments it, even after an unload.
@@ -80,9 +90,9 @@ class Registry:
         check_adapter_name(name)
         self._check_attached()
         if isinstance(source, (str, os.PathLike)):
-            folder = _absolute(source)
-            packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype)
-            return self._load_packed(name, packed, folder, files).number
+            folder, root = _absolute(source), None if inside is None else _absolute(inside)
+            packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype, root)
+            return self._load_packed(name, packed, folder, files, root).number
         if isinstance(source, nn.Module):
             packed = from_model(self._sites, source, name, self._transfer.dtype)
         elif isinstance(source, Mapping):
@@ -91,16 +101,37 @@ class Registry:
             raise TypeError(f"source: expected a folder, a mapping or a model, got {type(source).__name__}")
         return self._load_packed(name, packed, None, None).number
 
+    def lease_async(self, name: str) -> Future[Lease]:
+        """:meth:`lease` in another thread. Release the lease even if it is not needed any more."""
+        return self._in_thread(self.lease, name)
+
+    def lease_if_ready(self, name: str) -> Lease | None:
+        """:meth:`lease` if the adapter is on the device, else None. Raises AdapterNotFound, or the :meth:`refusal`."""
+        with self._lock:
+            version = self._find(name)
+            refused = self._refused(version)
+            if refused is not None:
+                raise refused
+            if version.block is None or version.moving or version.quarantined:
+                return None
+            return self.lease(name)
+
     def load_async(self, name: str, source: Source) -> Future:
         """:meth:`load` in another thread; the future's result is the version. Tensors must not change meanwhile."""
+        return self._in_thread(self.load, name, source)
+
+    def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Future:
         self._check_attached()
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(4, thread_name_prefix="fused_lora_load")
-            return self._pool.submit(self.load, name, source)
+            return self._pool.submit(work, *arguments)
 
-    def register(self, name: str, source: str | os.PathLike) -> int:
+    def register(self, name: str, source: str | os.PathLike, *, inside: str | os.PathLike | None = None) -> int:
         """Register a checkpoint folder without reading it. The first batch that uses it reads it.
+
+        Args:
+            inside: as for :meth:`load`.
 
         Returns:
             The version, as for :meth:`load`.
@@ -109,7 +140,29 @@ class Registry:
         self._check_attached()
         if not isinstance(source, (str, os.PathLike)):
             raise TypeError(f"source: expected a folder, got {type(source).__name__}")
-        return self._name(name, Version(name, 0, _absolute(source))).number
+        root = None if inside is None else _absolute(inside)
+        return self._name(name, Version(name, 0, _absolute(source), inside=root)).number
+
+    def probe(self, name: str) -> Exception | None:
+        """Check the config and the header of an adapter's files, and no tensor.
+
+        Returns:
+            What is wrong with them, or None. Batches that use the adapter raise it until the files change.
+
+        Raises:
+            AdapterNotFound: unknown name.
+        """
+        with self._lock:
+            version = self._find(name)
+        if version.folder is None:
+            return None
+        before = signature(version.folder)
+        try:
+            check_folder(self.model, version.folder, version.inside)
+        except (OSError, ValueError) as error:
+            version.refusal = Refusal(error.with_traceback(None), version.folder, before, for_good=True)
+            return error
+        return None
 
     def unload(self, name: str) -> None:
         """Remove an adapter. Its memory is freed when no batch uses it any more. Raises AdapterNotFound."""
@@ -140,6 +193,9 @@ class Registry:
         with self._lock:
             return sorted(self._versions)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._versions
+
     def versions(self) -> dict[str, int]:
         """The version of each name."""
         with self._lock:
@@ -152,6 +208,31 @@ class Registry:
         """
         with self._lock:
             return self._find(name).identity
+
+    def quarantine(self, lease: Lease, error: Exception) -> None:
+        """Refuse the leased version with ``error``, until its name is loaded anew or its files change.
+
+        Batches and leases that hold it go on.
+
+        Raises:
+            RuntimeError: the lease has been released.
+        """
+        with self._lock:
+            version = lease.held
+            if version is None:
+                raise RuntimeError(f"quarantine: the lease of {lease.identity!r} has been released")
+            version.refusal = Refusal(error.with_traceback(None), version.folder, version.files, for_good=True)
+
+    def refusal(self, name: str) -> Exception | None:
+        """The error that a batch with ``name`` raises at once, or None. Raises AdapterNotFound."""
+        with self._lock:
+            return self._refused(self._find(name))
+
+    def refusals(self) -> dict[str, Exception]:
+        """The names that are refused now, with their :meth:`refusal`."""
+        with self._lock:
+            found = {name: self._refused(version) for name, version in self._versions.items() if version.refusal}
+        return {name: error for name, error in found.items() if error is not None}
 
     def stats(self) -> dict[str, int | None]:
         """Counters since the start (hits, misses, loads, evictions) and the state now, bytes and adapters."""
@@ -190,32 +271,59 @@ class Registry:
                 version = key.held if isinstance(key, Lease) else self._find(key)
                 if version is None:
                     raise RuntimeError(f"names: the lease of {key.identity!r} has been released")
+                refused = None if isinstance(key, Lease) else self._refused(version)
+                if refused is not None:
+                    raise refused
                 version.held += 1
+                anew = version.quarantined and not isinstance(key, Lease)
             try:
+                if anew:  # what was refused for good has other files now
+                    raise _Changed(*self._read(version))
                 found = self._residency.bring(version, lambda version=version: self._read_again(version))
                 with self._lock:
                     self._hits, self._misses = self._hits + found, self._misses + (not found)
                 return version
             except _Changed as change:
                 self._residency.release([version])
-                self._load_packed(version.name, change.packed, version.folder, change.files, version)
+                self._load_packed(version.name, change.packed, version.folder, change.files, version.inside, version)
             except BaseException:
                 self._residency.release([version])
                 raise
 
+    @staticmethod
+    def _refused(version: Version) -> Exception | None:
+        return None if version.refusal is None else version.refusal.now()
+
     def _read_again(self, version: Version) -> Packed:
-        if version.folder is None:
-            raise RuntimeError(f"adapter {version.identity!r} has no files to be read again")
-        packed, files = from_folder(self.model, self._sites, version.folder, self._transfer.dtype)
+        packed, files = self._read(version)
         if version.files not in (None, files):
             raise _Changed(packed, files)  # other bytes under the same identity would poison every cache
         version.files = files
+        if not version.quarantined:
+            version.refusal = None
         return packed
 
+    def _read(self, version: Version) -> tuple[Packed, Any]:
+        """Read the folder of a version. A failure is remembered."""
+        if version.folder is None:
+            raise RuntimeError(f"adapter {version.identity!r} has no files to be read again")
+        before = signature(version.folder)
+        try:
+            return from_folder(self.model, self._sites, version.folder, self._transfer.dtype, version.inside)
+        except (OSError, ValueError) as error:
+            version.refusal = Refusal(error.with_traceback(None), version.folder, before, version.quarantined)
+            raise
+
     def _load_packed(
-        self, name: str, packed: Packed, folder: str | None, files: Any, instead_of: Version | None = None
+        self,
+        name: str,
+        packed: Packed,
+        folder: str | None,
+        files: Any,
+        inside: str | None = None,
+        instead_of: Version | None = None,
     ) -> Version:
-        version = Version(name, 0, folder, files=files, held=1)
+        version = Version(name, 0, folder, files=files, held=1, inside=inside)
         try:
             self._residency.bring(version, lambda: packed)
             return self._name(name, version, instead_of)
@@ -241,7 +349,9 @@ class Registry:
             raise TypeError(f"name: expected a str, got {name!r}")
         version = self._versions.get(name)
         if version is None:
-            raise AdapterNotFound(f"adapter {name!r} not found; adapters of the store: {sorted(self._versions)}")
+            raise AdapterNotFound(
+                f"adapter {name[:100]!r} not found; adapters of the store: {named(sorted(self._versions))}"
+            )
         return version
 
     def _check_attached(self) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fused_lora.serving.residency.arena import Arena, Block
-from fused_lora.serving.residency.packing import Packed, Part, Signature
+from fused_lora.serving.residency.packing import Packed, Part, Signature, signature
+from fused_lora.serving.residency.refusal import Refusal, named
 from fused_lora.serving.residency.transfer import Arrival, Transfer
 
 
@@ -29,7 +30,7 @@ class Version:
     """One load of one adapter: what it is, where it is and who uses it.
 
     folder: where its files are, or None. held: how many batches use it. retired: its name has a newer version or was
-    unloaded.
+    unloaded. refusal: why it is not served, or None. inside: the folder that its files must be in, or None.
     """
 
     name: str
@@ -48,11 +49,18 @@ class Version:
     factors: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
     arrival: Arrival | None = None
     uses: dict[int, torch.cuda.Event] = field(default_factory=dict)
+    refusal: Refusal | None = None
+    inside: str | None = None
 
     @property
     def identity(self) -> str:
         """The name and the number of the load."""
         return f"{self.name}@{self.number}"
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether it is refused until its files change."""
+        return self.refusal is not None and self.refusal.for_good
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -105,6 +113,8 @@ class Residency:
             version.used = next(self._clock)
             if version.block is not None:
                 return True
+            if version.nbytes and (version.folder is None or signature(version.folder) == version.files):
+                self._victims(version)  # its size is known: nothing is read that will find no room
             version.moving = True
             self._moving += 1
         try:
@@ -172,21 +182,30 @@ class Residency:
 
     def _make_room(self, version: Version) -> tuple[Block, int]:
         """A block and a slot, after evicting the least recently used versions if necessary."""
+        victims = self._victims(version)
+        for victim in [*victims, None]:
+            block = self.arena.allocate(version.nbytes) if self._slots else None
+            if block is not None:
+                return block, self._slots.pop()
+            if victim is not None and self._save(victim):
+                self._leave_device(victim)
+                self.evictions += 1
+        raise self._full(version)
+
+    def _victims(self, version: Version) -> list[Version]:
+        """The versions that may be evicted for this one, least recently used first. Raises StoreFull."""
         victims = sorted((v for v in self.resident if self._may_leave(v)), key=lambda v: v.used)
         free = self.arena.free_bytes
-        enough = free is None or version.nbytes <= free + sum(v.block.size for v in victims)
-        if enough and self.arena.fits(version.nbytes):
-            for victim in [*victims, None]:
-                block = self.arena.allocate(version.nbytes) if self._slots else None
-                if block is not None:
-                    return block, self._slots.pop()
-                if victim is not None and self._save(victim):
-                    self._leave_device(victim)
-                    self.evictions += 1
+        room = free is None or version.nbytes <= free + sum(v.block.size for v in victims)
+        if not (room and self.arena.fits(version.nbytes)):
+            raise self._full(version)
+        return victims
+
+    def _full(self, version: Version) -> StoreFull:
         stay = sorted({v.name for v in self.resident if not self._may_leave(v)})
-        raise StoreFull(
+        return StoreFull(
             f"adapter {version.name!r} needs {version.nbytes} bytes; {self.arena.used} of {self.arena.capacity} are "
-            f"taken, pinned or in use: {stay}"
+            f"taken, pinned or in use: [{named(stay)}]"
         )
 
     def _may_leave(self, version: Version) -> bool:

@@ -1,0 +1,37 @@
+"""Whether what a model returned is finite in the rows of a batch's adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def main_output(output: Any) -> Tensor | None:
+    """The tensor that an answer is read from: logits or last hidden states of a transformers output, or the first
+    floating tensor with a dimension for rows."""
+    if isinstance(output, Mapping):
+        found = [output[name] for name in ("logits", "last_hidden_state") if name in output] or list(output.values())
+    else:
+        found = list(output) if isinstance(output, (tuple, list)) else [output]
+    return next((t for t in found if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 2), None)
+
+
+def bad_positions(output: Tensor) -> Tensor:
+    """Bool [*output.shape[:-1]]: NaN or +inf somewhere in the last dimension, or -inf all over it (single tokens may be
+    -inf)."""
+    return torch.isfinite(output.amax(-1)).logical_not_()
+
+
+def unless_padding(bad: Tensor, kwargs: Mapping[str, Any], sequences: int | None) -> Tensor:
+    """``bad``, [B, T] or [B * T], without what the mask in the model's arguments says is padding."""
+    if bad.dim() == 1 and sequences and len(bad) % sequences == 0:
+        bad = bad.view(sequences, -1)
+    decodes = any(kwargs.get(name) is not None for name in ("decoder_input_ids", "encoder_outputs"))
+    mask = kwargs.get("decoder_attention_mask" if decodes else "attention_mask")
+    if not (isinstance(mask, Tensor) and mask.dim() == 2 and bad.dim() == 2 and len(mask) == len(bad)):
+        return bad
+    unused = mask.shape[1] - bad.shape[1]  # the mask covers the keys in the cache, too
+    return bad if unused < 0 else bad & mask[:, unused:].to(bad.device, torch.bool)

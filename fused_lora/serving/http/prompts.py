@@ -1,0 +1,70 @@
+"""Texts and chats to token ids: bounded before anything is done with them, and in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fused_lora.serving.http.api import ApiError
+
+SHORT_CHARACTERS = 16 << 10
+_THREADS = 2  # for short texts, and as many for long ones
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot
+
+
+class PromptReader:
+    """Tokenises prompts; a short text never waits for a long one, and what is cancelled before its turn costs nothing.
+
+    A text longer than ``context`` tokens of the longest in the vocabulary cannot fit, and is refused unread. One of
+    which the first 8 * ``context`` characters give more than 2 * ``context`` tokens is not read to its end.
+
+    Args:
+        tokenizer: transformers'. context: most tokens that a prompt can have.
+    """
+
+    def __init__(self, tokenizer: Any, context: int):
+        self.context = context
+        self.most_characters = context * max(map(len, tokenizer.get_vocab()), default=1)
+        tokenizer("x")  # sets its truncation once: from here on a fast one is only read, by any number of threads
+        fast = getattr(tokenizer, "is_fast", False)
+        threads = _THREADS if fast else 1
+        self._short = tokenizer, ThreadPoolExecutor(threads, "tokenize")
+        self._long = (tokenizer if fast else copy.deepcopy(tokenizer)), ThreadPoolExecutor(threads, "tokenize-long")
+
+    async def encode(self, prompt: str | list[int] | list[dict[str, str]], name: str) -> list[int]:
+        """Token ids of a text or a chat, the request's parameter ``name``; ids pass as they are. Raises ApiError."""
+        if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], dict)):
+            return prompt
+        texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
+        characters = sum(map(len, texts))
+        if characters > self.most_characters or len(texts) > 2 * self.context:
+            raise self._too_long(f"{characters} characters", name)
+        if any(map(_SURROGATE.search, texts)):
+            raise ApiError(400, f"{name}: half of a surrogate pair is no text", name)
+        tokenizer, pool = self._short if characters <= SHORT_CHARACTERS else self._long
+
+        def work() -> list[int] | None:
+            if characters > 8 * self.context:
+                start = "".join(texts)[: 8 * self.context]
+                if len(tokenizer(start)["input_ids"]) > 2 * self.context:
+                    return None
+            if isinstance(prompt, str):
+                return tokenizer(prompt)["input_ids"]
+            return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+        try:
+            ids = await asyncio.get_running_loop().run_in_executor(pool, work)
+        except Exception as error:  # templates raise what they like, and say what is wrong with the messages
+            raise ApiError(400, f"{name}: cannot be turned into tokens: {error}"[:500], name) from None
+        if ids is None:
+            raise self._too_long(
+                f"more than {2 * self.context} tokens in its first {8 * self.context} characters", name
+            )
+        return list(ids)
+
+    def _too_long(self, what: str, name: str) -> ApiError:
+        message = f"This server's maximum context length is {self.context} tokens; the request's {name} has {what}."
+        return ApiError(400, message, name, "context_length_exceeded")

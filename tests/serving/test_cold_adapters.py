@@ -1,0 +1,153 @@
+"""Adapters are read outside the engine's thread, and one that cannot be read is not read again and again."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+import fused_lora
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.serving import StoreFull
+from fused_lora.serving.engine.continuous import check_transformers, continuous_batching
+from fused_lora.serving.engine.failures import failure_of
+from fused_lora.serving.residency import refusal, registry
+from helpers import serving
+from helpers.serving import prompt, results, wait_for
+
+pytest.importorskip("transformers")
+try:
+    check_transformers()
+except RuntimeError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+from transformers import ContinuousBatchingConfig  # noqa: E402
+
+from fused_lora.serving.engine import admission  # noqa: E402
+
+CONFIG = dict(page_size=8, num_blocks=256, max_batch_tokens=48, max_requests_per_batch=8, auto_switch_to_flash=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return serving.load_model(serving.write_tiny_llama(tmp_path_factory.mktemp("cold") / "model"))
+
+
+@pytest.fixture
+def store(model, tmp_path):
+    """A store with the adapters hot (loaded) and cold (registered) of rank 4; room for both and half of another."""
+    for i, name in enumerate(("hot", "cold", "other")):
+        serving.write_adapter(tmp_path / name, model, 4, seed=i)
+    layers = [m for path, m in model.named_modules() if "layers" in path and isinstance(m, torch.nn.Linear)]
+    size = 4 * 4 * sum(m.in_features + m.out_features for m in layers)
+    found = fused_lora.AdapterStore(model, capacity_bytes=int(2.5 * size))
+    found.load("hot", str(tmp_path / "hot"))
+    for name in ("cold", "other"):
+        found.register(name, str(tmp_path / name))
+    yield found
+    found.detach()
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """(names of the folders that were read, an event that lets reads go on: set at first)."""
+    read, go, real = [], threading.Event(), registry.from_folder
+
+    def from_folder(model, sites, folder, *more):
+        read.append(folder.rpartition("/")[2])
+        assert go.wait(30)
+        return real(model, sites, folder, *more)
+
+    monkeypatch.setattr(registry, "from_folder", from_folder)
+    go.set()
+    yield read, go
+    go.set()
+
+
+def test_steps_go_on_while_an_adapter_is_read(model, store, reads):
+    read, go = reads
+    go.clear()
+    with continuous_batching(model, store, ContinuousBatchingConfig(**CONFIG)) as engine:
+        cold = [engine.add_request(prompt(9), adapter="cold", max_new_tokens=4) for _ in range(3)]
+        wait_for(lambda: read == ["cold"])
+        for name in (None, "hot"):  # younger ones, and their adapters are there
+            (output,) = results(engine, engine.add_request(prompt(9), adapter=name, max_new_tokens=20))
+            assert failure_of(output) is None and len(output.generated_tokens) == 20
+        assert not any(i in engine.__dict__["seen_by_test"] for i in cold)
+        go.set()
+        for output in results(engine, *cold):
+            assert failure_of(output) is None and len(output.generated_tokens) == 4
+    assert read == ["cold"] and store.stats()["in_use"] == 0
+
+
+def test_what_nobody_waits_for_any_more_is_given_back(model, store, reads):
+    read, go = reads
+    go.clear()
+    with continuous_batching(model, store, ContinuousBatchingConfig(**CONFIG)) as engine:
+        gone = engine.add_request(prompt(9), adapter="cold", max_new_tokens=4)
+        wait_for(lambda: read == ["cold"])
+        engine.cancel_request(gone)
+        wait_for(lambda: not engine.admission.loading)
+        go.set()
+        wait_for(lambda: store.stats()["resident"] == 2)
+        wait_for(lambda: store.stats()["in_use"] == 0)
+
+
+def test_an_adapter_that_has_no_room_is_read_once(model, store, reads, monkeypatch):
+    """While two others are leased, by somebody else; when they are released there is room."""
+    monkeypatch.setattr(admission, "PATIENCE_SECONDS", 1000.0)
+    read, _ = reads
+    with continuous_batching(model, store, ContinuousBatchingConfig(**CONFIG)) as engine:
+        with store.lease("hot"), store.lease("cold"):
+            asked = engine.add_request(prompt(9), adapter="other", max_new_tokens=4)
+            wait_for(lambda: read == ["cold", "other"])
+            for _ in range(2):
+                results(engine, engine.add_request(prompt(9), max_new_tokens=20))
+            assert read == ["cold", "other"]
+        (output,) = results(engine, asked)
+    assert failure_of(output) is None and read == ["cold", "other", "other"]
+
+
+def test_a_failed_read_is_remembered_until_the_files_change(model, store, reads, tmp_path, monkeypatch):
+    read, _ = reads
+    weights = tmp_path / "cold" / "adapter_model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-64])
+    with continuous_batching(model, store, ContinuousBatchingConfig(**CONFIG)) as engine:
+        asked = [engine.add_request(prompt(9), adapter="cold", max_new_tokens=4) for _ in range(3)]
+        errors = [failure_of(output) for output in results(engine, *asked)]
+        with pytest.raises(AdapterError) as caught:
+            store.lease("cold")
+        errors.append(caught.value)
+        assert read == ["cold"] and len(set(map(str, errors))) == 1
+        assert all(isinstance(error, AdapterError) and error.file == str(weights) for error in errors)
+        assert isinstance(store.refusal("cold"), AdapterError) and store.refusal("hot") is None
+        # after a while it is tried again
+        now = time.monotonic()
+        monkeypatch.setattr(refusal.time, "monotonic", lambda: now + refusal.FAILED_LOAD_SECONDS + 1)
+        with pytest.raises(AdapterError):
+            store.lease("cold")
+        assert read == ["cold"] * 2
+        # and at once when a file changes
+        weights.write_bytes(good)
+        (output,) = results(engine, engine.add_request(prompt(9), adapter="cold", max_new_tokens=4))
+        assert failure_of(output) is None and read == ["cold"] * 3 and store.refusal("cold") is None
+
+
+def test_a_store_that_is_full_inside_a_forward_ends_the_requests_of_that_step(model, store):
+    """Whatever a layer raises, StoreFull too: the step's requests end, later ones are served."""
+    fails = [True]
+
+    def hook(module, args):
+        if fails and not fails.clear():
+            raise StoreFull("no room for what a layer wants")
+
+    handle = model.model.layers[-1].register_forward_pre_hook(hook)
+    try:
+        with continuous_batching(model, store, ContinuousBatchingConfig(**CONFIG)) as engine:
+            (failed,) = results(engine, engine.add_request(prompt(9), adapter="hot", max_new_tokens=4))
+            assert failure_of(failed).kind == "StoreFull"
+            (output,) = results(engine, engine.add_request(prompt(9), adapter="hot", max_new_tokens=4))
+            assert failure_of(output) is None and len(output.generated_tokens) == 4
+    finally:
+        handle.remove()

@@ -1,0 +1,166 @@
+"""Adapters that the running server cannot serve: not offered, refused by name with the reason; others are served."""
+
+import json
+import shutil
+
+import pytest
+
+import fused_lora
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.modules.inject import AdapterNotFound
+from fused_lora.serving.engine.continuous import check_transformers
+from helpers import serving
+from helpers.server import Server
+
+for needed in ("openai", "httpx", "fastapi", "uvicorn", "transformers"):
+    pytest.importorskip(needed)
+try:
+    check_transformers()
+except RuntimeError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = serving.write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
+    return folder, serving.load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def adapters(plain, tmp_path_factory):
+    """A folder with good adapters (a, b, moved), and ones of each kind that cannot be served."""
+    root = tmp_path_factory.mktemp("served")
+    for i, name in enumerate(("a", "b", "moved", "dora", "biased", "other_base", "cut")):
+        serving.write_adapter(root / "adapters" / name, plain[1], 4, seed=i)
+    serving.write_adapter(root / "outside", plain[1], 4, seed=9)
+    serving.write_overflowing_adapter(root / "adapters" / "evil", plain[1], "v_proj")
+    edit(root / "adapters" / "dora", use_dora=True)
+    edit(root / "adapters" / "biased", bias="all")
+    edit(root / "adapters" / "other_base", target_modules=["c_attn"])
+    weights = root / "adapters" / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    return root / "adapters"
+
+
+@pytest.fixture(scope="module")
+def server(plain, adapters, tmp_path_factory):
+    with Server(plain[0], adapters, tmp_path_factory.mktemp("log") / "log", "--allow-load") as found:
+        yield found
+
+
+def edit(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def ask(server, model, **changes):
+    body = dict(model=model, prompt="The answer", max_tokens=4, temperature=0, **changes)
+    answer = server.http.post("/v1/completions", json=body)
+    return answer.status_code, answer.json()
+
+
+def offered(server):
+    return [model["id"] for model in server.http.get("/v1/models").json()["data"]]
+
+
+def test_adapters_that_cannot_be_served_are_not_offered(server):
+    assert offered(server) == ["tiny", "a", "b", "evil", "moved"]  # nobody can tell evil by its header
+    said = dict(dora="use_dora", biased="bias='all'", other_base="c_attn", cut="bytes")
+    for name, what in said.items():
+        status, body = ask(server, name)
+        assert (status, body["error"]["code"]) == (422, "invalid_adapter") and what in body["error"]["message"], body
+        assert "/" not in body["error"]["message"]
+        assert f"adapter '{name}' is refused until its files change: " in server.log.read_text()
+
+
+def test_one_that_overflows_is_refused_by_name_and_others_are_served(server, adapters):
+    before = [ask(server, name)[1]["choices"][0]["text"] for name in ("tiny", "a")]
+    for _ in range(2):
+        status, body = ask(server, "evil")
+        error = body["error"]
+        assert (status, error["code"], error["param"]) == (422, "not_finite", "model")
+        assert "'evil@1'" in error["message"]
+    assert "evil" not in offered(server)
+    assert [ask(server, name)[1]["choices"][0]["text"] for name in ("tiny", "a")] == before
+    assert server.metric("non_finite_requests_total") == 1
+    load = dict(lora_name="evil", lora_path="a", load_inplace=True)
+    assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
+    assert ask(server, "evil")[1]["choices"][0]["text"] == before[1] and "evil" in offered(server)
+
+
+def test_one_whose_files_are_mended_is_served_at_once(server, adapters):
+    edit(adapters / "dora", use_dora=False)
+    assert "dora" in offered(server) and ask(server, "dora")[0] == 200
+
+
+def test_a_folder_that_becomes_a_link_to_the_outside_is_refused(server, adapters):
+    shutil.rmtree(adapters / "moved")
+    (adapters / "moved").symlink_to(adapters.parent / "outside")
+    status, body = ask(server, "moved")
+    assert (status, body["error"]["code"]) == (422, "invalid_adapter")
+    assert "inside the folder that adapters may come from" in body["error"]["message"]
+    assert "moved" not in offered(server)
+
+
+def test_names_that_do_not_exist_are_a_short_404(server):
+    status, body = ask(server, "nobody")
+    assert (status, body["error"]["code"]) == (404, "model_not_found") and len(json.dumps(body)) < 300
+
+
+def test_a_store_stays_inside_the_folder_it_was_given(plain, tmp_path):
+    """The link is made after the registration, to a folder or to a file; one that stays inside is fine."""
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for name in ("a", "b", "c"):
+        serving.write_adapter(inside / name, plain[1], 4, seed=1)
+    serving.write_adapter(outside, plain[1], 4, seed=2)
+    store = fused_lora.AdapterStore(plain[1])
+    for name in ("a", "b", "c"):
+        store.register(name, str(inside / name), inside=inside)
+    shutil.rmtree(inside / "a")
+    (inside / "a").symlink_to(outside)
+    (inside / "b" / "adapter_model.safetensors").unlink()
+    (inside / "b" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    for name in ("a", "b"):
+        with pytest.raises(AdapterError, match="inside the folder that adapters may come from"):
+            store.lease(name)
+        with pytest.raises(AdapterError, match="inside the folder"):
+            store.load("new", str(inside / name), inside=inside)
+    shutil.rmtree(inside / "b")
+    (inside / "b").symlink_to(inside / "c")
+    store.lease("b").release()
+    # nothing is asked of one that was registered without a folder
+    store.register("free", str(inside / "a"))
+    store.lease("free").release()
+    store.detach()
+
+
+def test_errors_name_a_few_of_many_adapters(plain, tmp_path):
+    store = fused_lora.AdapterStore(plain[1])
+    for i in range(3000):
+        store.register(f"tenant-{i:05d}-sql-assistant", str(tmp_path))
+    for call in (store.lease, store.identity, store.unload):
+        with pytest.raises(
+            AdapterNotFound, match="'nope' not found; .*'tenant-00000-sql-assistant'.* and 2992 more"
+        ) as caught:
+            call("nope")
+        assert len(str(caught.value)) < 500
+    store.detach()
+
+
+def test_a_probe_reads_no_tensor(plain, tmp_path):
+    """A value that is not finite is found when the adapter is used; what the header says is found by the probe."""
+    from safetensors.torch import load_file, save_file
+
+    weights = serving.write_adapter(tmp_path / "nan", plain[1], 4, seed=1) / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, weights)
+    store = fused_lora.AdapterStore(plain[1])
+    store.register("nan", str(tmp_path / "nan"))
+    assert store.probe("nan") is None and store.refusals() == {}
+    with pytest.raises(ValueError, match="expected finite values"):
+        store.lease("nan")
+    assert list(store.refusals()) == ["nan"]
+    edit(tmp_path / "nan", r=5)
+    assert isinstance(store.probe("nan"), AdapterError) and list(store.refusals()) == ["nan"]
+    store.detach()
