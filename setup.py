@@ -1,7 +1,40 @@
 import re
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildLoops(build_ext):
+    """csrc/cpu_loops.c as a plain shared library, which ctypes loads: it knows neither Python nor torch.
+
+    With OpenMP if the compiler has it. Without a compiler the package is complete but for the library, and plain torch
+    does the work; ``fused-lora doctor`` says which of them runs.
+    """
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return super().get_ext_filename(fullname).split(".")[0] + ".so"  # the same for every Python
+
+    def build_extension(self, ext: Extension) -> None:
+        plain = ext.extra_compile_args
+        for openmp in (["-fopenmp"], []):
+            ext.extra_compile_args = plain + (openmp or ["-fopenmp-simd"])
+            ext.extra_link_args = [*openmp, "-lm"]
+            try:
+                return super().build_extension(ext)
+            except Exception as error:  # whatever distutils raises: no compiler, no OpenMP, no such option
+                failure = error
+        print(f"fused_lora: built without its C loops, plain torch runs instead: {failure}", file=sys.stderr)
+
+
+LOOPS = Extension(
+    "fused_lora.ops._cpu_loops",
+    ["csrc/cpu_loops.c"],
+    # contraction would fuse what the source does not write as fmaf, and change bits
+    extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off"],
+    optional=True,
+)
 
 HERE = Path(__file__).resolve().parent
 # read, not imported: importing the package needs torch
@@ -18,6 +51,8 @@ setup(
     # kernels/ is a top-level folder, but on PyPI the name belongs to another project: it is installed inside ours
     package_dir={"fused_lora.kernels": "kernels"},
     package_data={"fused_lora": ["py.typed"]},
+    ext_modules=[LOOPS],
+    cmdclass={"build_ext": BuildLoops},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.8",
@@ -27,10 +62,7 @@ setup(
         "numpy>=2",
     ],
     extras_require={
-        # compiled CPU loops: merge and dropout without them take up to three times as long
-        "cpu": ["numba>=0.61"],
         "test": [
-            "fused_lora[cpu]",
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",
@@ -51,7 +83,7 @@ setup(
             "setuptools",
             "pyyaml",
         ],
-        "quickstart": ["fused_lora[cpu]", "peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
+        "quickstart": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
         "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],
         # continuous batching reaches into transformers' engine, so it is pinned to the releases that were tested
         "serve": ["transformers>=5.22,<5.24", "accelerate", "jinja2", "fastapi", "pydantic>=2.8", "uvicorn"],

@@ -175,8 +175,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--stub", action="store_true", help="the kernel route without a GPU")
     arguments = options.parse_args(argv)
+    sys.path.append(str(ROOT / "tools"))
     if arguments.stub and "FUSED_LORA_STUB" not in os.environ:
-        from fused_lora.testing.stub_driver import environment
+        from stub_driver import environment
 
         with tempfile.TemporaryDirectory() as folder:
             variables = environment(ROOT / "tests" / "kernels" / "stub_cuda.c", Path(folder))

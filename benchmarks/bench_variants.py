@@ -18,6 +18,7 @@ from layers import SCALING, Point, Weights, no_worse
 from report import Candidate, Clock, Report, Table, interleaved, parser, run_points, settings, spread, summary
 
 import fused_lora
+from fused_lora.ops import guard
 from fused_lora.ops.linear import eager as cpu
 from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear import plan
@@ -30,7 +31,7 @@ _RESULTS = {"forward": ("y",), "backward": ("dx", "dA", "dB")}
 
 def variants(op: str, point: Point, device: torch.device) -> tuple[list[str], str]:
     """The variants that can run here, and the one that the plan chooses."""
-    if not kernel.usable(device):
+    if not guard.usable(device):
         return ["eager"], "eager"
     from fused_lora.kernels import config
 
@@ -48,21 +49,29 @@ def runs(op: str, names: list[str], weights: Weights, x, g, dropout: float, seed
     """{variant: call that returns the results in the order of _RESULTS}."""
     W, A, B, s, p = weights.weight, [weights.lora_A], [weights.lora_B], [SCALING], [dropout]
     if op == "linear":
+        arguments = x, W, weights.bias, A, B, s, p, seeds
 
         def forward(run: Callable) -> Callable:
-            return lambda: [run(x, W, weights.bias, A, B, s, p, seeds)[0]]
+            return lambda: [run(*arguments)[0]]
 
-        return {n: forward(cpu.lora_linear if n == "eager" else kernel.lora_linear(n)) for n in names}
+        return {n: forward(_prepared(kernel.lora_linear, cpu.lora_linear, n, arguments)) for n in names}
     S = cpu.lora_linear(x, W, weights.bias, A, B, s, p, seeds)[1]
+
+    arguments = g, x, W, A, B, S, s, p, seeds, True, [True], [True], False, False
 
     def backward(run: Callable) -> Callable:
         def call() -> list[torch.Tensor]:
-            dx, dA, dB, _, _ = run(g, x, W, A, B, S, s, p, seeds, True, [True], [True], False, False)
+            dx, dA, dB, _, _ = run(*arguments)
             return [dx, *dA, *dB]
 
         return call
 
-    return {n: backward(cpu.lora_linear_backward if n == "eager" else kernel.lora_linear_backward(n)) for n in names}
+    pair = kernel.lora_linear_backward, cpu.lora_linear_backward
+    return {n: backward(_prepared(*pair, n, arguments)) for n in names}
+
+
+def _prepared(prepare: Callable, eager: Callable, variant: str, arguments: tuple) -> Callable:
+    return eager if variant == "eager" else prepare(plan.Plan(variant), *arguments)
 
 
 def _wrong(call: Callable, names: tuple[str, ...], peft: dict, exact: dict) -> str | None:

@@ -193,9 +193,9 @@ def _cores() -> int:
 
 
 def versions() -> dict[str, str | None]:
-    """python, torch, triton, numba, peft and fused_lora; None for what is not installed."""
+    """python, torch, triton, peft and fused_lora; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "fused_lora": fused_lora.__version__}
-    for name in ("torch", "triton", "numba", "peft"):
+    for name in ("torch", "triton", "peft"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -8,8 +8,10 @@ dropout_mask                              the mask that a call used
 accelerate / restore                      an existing PEFT model, fast in place and back
 explain                                   what runs and what it costs, of a shape or of a model
 verify                                    merged against unmerged: rounding, or a bug and which
+functional                                the operators, for layers of your own
 """
 
+from fused_lora import functional
 from fused_lora._version import __version__
 from fused_lora.adapters import AdapterError, load_adapter, save_adapter
 from fused_lora.diagnostics.explain import explain
@@ -53,6 +55,7 @@ __all__ = [
     "disable_adapters",
     "dropout_mask",
     "explain",
+    "functional",
     "inject",
     "load_adapter",
     "lora_layers",

@@ -6,7 +6,7 @@ Symbols, with all leading dimensions of x flattened to M rows:
     D_i(x) = x * mask_i / (1 - p_i)                        dropout on the input of A_i only, one mask per adapter
 
     S_i = D_i(x) A_i^T                                     [M, r_i]
-    y   = x W^T + b + sum_i s_i S_i B_i^T                  [M, N]
+    y   = x W^T + b + sum_i s_i S_i B_i^T                  [M, N]      lora_term: any y in place of x W^T + b
     dS_i = s_i g B_i                                       [M, r_i]      g = dL/dy
     dx  = g W + sum_i mask_i / (1 - p_i) * (dS_i A_i)      [M, K]
     dA_i = dS_i^T D_i(x)    dB_i = s_i g^T S_i    dW = g^T x    db = sum_m g
@@ -172,15 +172,33 @@ def lora_linear(
     Returns:
         y [..., N] and S [M, sum(r_i)], the concatenated S_i.
     """
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    y = rows @ weight.to(dtype).T
+    y = x.reshape(-1, x.shape[-1]).to(dtype) @ weight.to(dtype).T
+    y, S = lora_term(y, x.reshape(-1, x.shape[-1]), lora_A, lora_B, scaling, dropout, seeds, bias, dtype=dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[0]), S
+
+
+def lora_term(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y + bias + sum_i s_i D_i(x) A_i^T B_i^T for a given y [..., N]; the other arguments and S as in lora_linear."""
+    shape, rows = y.shape, x.reshape(-1, x.shape[-1]).to(dtype)
+    y = y.reshape(-1, shape[-1]).to(dtype)
     if bias is not None:
         y = y + bias.to(dtype)
     S = [rows.new_empty(rows.shape[0], 0)]
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
         S.append(_dropped(rows, dropout[i], seeds, i) @ A.to(dtype).T)
         y = y + scaling[i] * (S[-1] @ B.to(dtype).T)
-    return y.reshape(*x.shape[:-1], weight.shape[0]), torch.cat(S, dim=1)
+    return y.reshape(shape), torch.cat(S, dim=1)
 
 
 def lora_linear_backward(
@@ -197,14 +215,31 @@ def lora_linear_backward(
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Gradients of :func:`lora_linear`: dx [..., K], dA list, dB list, dW [N, K], db [N], all in ``dtype``."""
     rows, g_rows = x.reshape(-1, x.shape[-1]).to(dtype), g.reshape(-1, g.shape[-1]).to(dtype)
-    dx, dA, dB = g_rows @ weight.to(dtype), [], []
+    dx, dA, dB = lora_term_backward(g, x, lora_A, lora_B, scaling, dropout, seeds, dtype=dtype)
+    return dx + (g_rows @ weight.to(dtype)).reshape(x.shape), dA, dB, g_rows.T @ rows, g_rows.sum(0)
+
+
+def lora_term_backward(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients of :func:`lora_term`: dx [..., K], dA list, dB list; that of y is g, of bias its column sums."""
+    rows, g_rows = x.reshape(-1, x.shape[-1]).to(dtype), g.reshape(-1, g.shape[-1]).to(dtype)
+    dx, dA, dB = torch.zeros_like(rows), [], []
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
         dropped = _dropped(rows, dropout[i], seeds, i)
         dS = scaling[i] * (g_rows @ B.to(dtype))
         dx = dx + _dropped(dS @ A.to(dtype), dropout[i], seeds, i)
         dA.append(dS.T @ dropped)
         dB.append(scaling[i] * (g_rows.T @ (dropped @ A.to(dtype).T)))
-    return dx.reshape(x.shape), dA, dB, g_rows.T @ rows, g_rows.sum(0)
+    return dx.reshape(x.shape), dA, dB
 
 
 def delta_weight(

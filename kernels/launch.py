@@ -109,11 +109,11 @@ class Launch:
 def _watched(kernel: JITFunction) -> bool:
     """Whether someone wants to see a launch, or to change what is launched: profilers, debuggers."""
     runtime = knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if getattr(hook, "calls", hook):  # a chain of hooks, since triton 3.5
-            return True
-    return bool(kernel.pre_run_hooks or _mode() or getattr(runtime, "add_stages_inspection_hook", None))
-
-
-def _mode() -> str:
-    return getattr(knobs.compilation, "instrumentation_mode", "")
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        kernel.pre_run_hooks
+        or getattr(before, "calls", before)  # a chain of hooks, since triton 3.5
+        or getattr(after, "calls", after)
+        or getattr(runtime, "add_stages_inspection_hook", None)
+        or getattr(knobs.compilation, "instrumentation_mode", None)
+    )

@@ -15,7 +15,7 @@ Bytes: over g  e M N + 8 M r C / BLOCK_C + 8 SPLIT_K r N;  over x  2 e M K + 8 S
 2 e M K. Flops 4 M r N and 4 M r K.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
 
 import torch
 import triton
@@ -23,7 +23,8 @@ import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import keep_mask, keep_scale, threshold
-from .launch import KEPT, Launch
+from .launch import Launch
+from .lora_shrink import is_single
 from .sync import counters, last_to_arrive
 from .tiles import addressable, load_tile, store_tile, sum_planes
 
@@ -73,32 +74,22 @@ def _lora_backward_kernel(
         store_tile(grad_ptr, grad, 0, c0, stride_gr, stride_gc, R, C, BLOCK_R, BLOCK_C)
 
 
-def _run(z, t, q, q_strides, out, grad, grad_strides, expand, seeds, dropout, out_scale, grad_scale, config) -> None:
-    """``q`` and ``grad`` are given as they are stored, with the strides of the kernel's [R, C]."""
-    z, dropout = addressable(z), 0.0 if seeds is None else dropout
-    launch, planes, flags = _launch(
-        z.shape, t.shape[1], z.stride(), q_strides, grad_strides, (z.dtype, q.dtype, grad.dtype), z.device,
-        expand, dropout, out_scale, grad_scale, config,
-    )  # fmt: skip
-    planes, sync = t.new_empty(planes), counters(flags, z.device)
-    launch(_lora_backward_kernel, z, t, q, out, grad, planes, seeds if dropout else None, sync)
-
-
-@lru_cache(KEPT)
 def _launch(
-    shape, R, z_strides, q_strides, grad_strides, dtypes, device, expand, dropout, out_scale, grad_scale, config
-) -> tuple[Launch, tuple[int, ...], int]:
-    """The launch, the shape of the planes of the parameters' gradient and the number of its counters."""
-    (M, C), (dtype, q_dtype, _) = shape, dtypes
-    columns, chunks = -(-C // config.BLOCK_N), config.SPLIT_K
+    z, q, R, q_strides, grad_strides, expand, dropout, out_scale, grad_scale, config
+) -> tuple[Launch, int, int]:
+    """The launch, the size of the planes of the parameters' gradient and the number of its counters.
+
+    q is given as it is stored, with the strides of the kernel's [R, C]; those of the gradient are the kernel's, too.
+    """
+    (M, C), columns, chunks = z.shape, -(-z.shape[1] // config.BLOCK_N), config.SPLIT_K
     launch = Launch(
         (columns, chunks),
         threshold(dropout) - 32768, float(out_scale), float(grad_scale),
-        M, C, R, *z_strides, *q_strides, *grad_strides,
-        EXPAND=expand, DROP=dropout > 0, UPCAST=q_dtype != dtype, PRECISION=precision(dtype),
+        M, C, R, *addressable(z).stride(), *q_strides, *grad_strides,
+        EXPAND=expand, DROP=dropout > 0, UPCAST=q.dtype != z.dtype, PRECISION=precision(z.dtype),
         BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_N, BLOCK_R=config.BLOCK_R, **config.options(),
     )  # fmt: skip
-    return launch, (chunks, R, C), columns
+    return launch, chunks * R * C, columns
 
 
 def lora_backward_g(
@@ -108,14 +99,34 @@ def lora_backward_g(
 
     g [M, N] and lora_B [N, r] of any strides; S fp32 [M, r], unscaled, as the forward returns it.
     """
-    (M, N), r = g.shape, lora_B.shape[1]
+    run, room = prepare_backward_g(g, lora_B, scaling, config)
+    return run(g, S, lora_B, S.new_empty(room))
+
+
+def prepare_backward_g(
+    g: torch.Tensor, lora_B: torch.Tensor, scaling: float, config: LaunchConfig | None = None
+) -> tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], int]:
+    """``lora_backward_g`` as a function of (g, S, lora_B, planes), for tensors of these shapes, strides and dtypes.
+
+    And how many fp32 numbers of memory the planes are: launches that follow each other may share it.
+    """
+    (M, N), r, device = g.shape, lora_B.shape[1], g.device
     if g.numel() == 0:
-        return torch.zeros_like(S), lora_B.new_zeros((N, r))
-    config = config or pick("backward_g", M, N, 0, r, g.dtype, False, capability(g.device), lora_B.dtype != g.dtype)
-    planes, dB = S.new_empty((-(-N // config.BLOCK_N), M, r)), lora_B.new_empty((N, r))
-    lora_B = addressable(lora_B)
-    _run(g, S, lora_B, lora_B.stride()[::-1], planes, dB, (1, r), False, None, 0.0, scaling, scaling, config)
-    return planes[0] if len(planes) == 1 else planes.sum(0), dB
+        return lambda g, S, lora_B, planes: (torch.zeros_like(S), lora_B.new_zeros((N, r))), 0
+    config = config or pick("backward_g", M, N, 0, r, g.dtype, False, capability(device), lora_B.dtype != g.dtype)
+    q_strides = addressable(lora_B).stride()[::-1]
+    launch, room, flags = _launch(g, lora_B, r, q_strides, (1, r), False, 0.0, scaling, scaling, config)
+    parts, kernel = -(-N // config.BLOCK_N), _lora_backward_kernel
+    dS_size, fit = (M, r) if parts == 1 else (parts, M, r), is_single([g]) and is_single([lora_B])
+
+    def run(g, S, lora_B, planes):
+        dS, dB = S.new_empty(dS_size), lora_B.new_empty((N, r))
+        if not fit:
+            g, lora_B = addressable(g), addressable(lora_B)
+        launch(kernel, g, S, lora_B, dS, dB, planes, None, counters(flags, device))
+        return dS if parts == 1 else dS.sum(0), dB
+
+    return run, room
 
 
 def lora_backward_x(
@@ -130,12 +141,29 @@ def lora_backward_x(
 
     x [M, K] and lora_A [r, K] of any strides; dS fp32 [M, r]; seeds int64 [1], None for no mask.
     """
-    (M, K), r = x.shape, lora_A.shape[0]
-    dx, dA = x.new_empty((M, K)), lora_A.new_empty((r, K))
+    drop = seeds is not None and dropout > 0
+    run, room = prepare_backward_x(x, lora_A, dropout, drop, config)
+    return run(x, dS, lora_A, seeds, dS.new_empty(room))
+
+
+def prepare_backward_x(
+    x: torch.Tensor, lora_A: torch.Tensor, dropout: float, drop: bool, config: LaunchConfig | None = None
+) -> tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], int]:
+    """``lora_backward_x`` as a function of (x, dS, lora_A, seeds, planes), and the room as above."""
+    (M, K), r, scale, device = x.shape, lora_A.shape[0], keep_scale(dropout), x.device
     if x.numel() == 0:
-        return dx, dA.zero_()
-    drop, scale = seeds is not None and dropout > 0, keep_scale(dropout)
-    config = config or pick("backward_x", M, K, 0, r, x.dtype, drop, capability(x.device), lora_A.dtype != x.dtype)
-    lora_A = addressable(lora_A)
-    _run(x, dS, lora_A, lora_A.stride(), dx, dA, (K, 1), True, seeds, dropout, scale, scale, config)
-    return dx, dA
+        return lambda x, dS, lora_A, seeds, planes: (x.new_empty((M, K)), lora_A.new_zeros((r, K))), 0
+    config = config or pick("backward_x", M, K, 0, r, x.dtype, drop, capability(device), lora_A.dtype != x.dtype)
+    q_strides, p = addressable(lora_A).stride(), dropout if drop else 0.0
+    launch, room, flags = _launch(x, lora_A, r, q_strides, (K, 1), True, p, scale, scale, config)
+    kernel, fit = _lora_backward_kernel, is_single([x]) and is_single([lora_A])
+
+    def run(x, dS, lora_A, seeds, planes):
+        dx, dA = x.new_empty((M, K)), lora_A.new_empty((r, K))
+        seeds, sync = seeds if drop else None, counters(flags, device)
+        if not fit:
+            x, lora_A = addressable(x), addressable(lora_A)
+        launch(kernel, x, dS, lora_A, dx, dA, planes, seeds, sync)
+        return dx, dA
+
+    return run, room

@@ -2,17 +2,17 @@
 
     S [M, R] fp32    Q [R, N]  the adapters' lora_B^T (forward) or lora_A (input gradient), stacked    Y [M, N]
 
-``lora_expand`` is the term as a launch of its own, before a GEMM of the library that adds to it: Y is written here and
-read and written there. Bytes: e M N + 4 M R + e R N; flops 2 M R N; floor the same. The term is rounded to Y's dtype
-once more than in the fused kernels, as eager's is.
+``lora_expand`` is the term as a launch of its own. Before a GEMM of the library that adds to it, Y is written here and
+read and written there, and the term is rounded to Y's dtype once more than in the fused kernels, as eager's is. With
+``base`` it is added to a Y that somebody else computed: fp32 sums, one rounding. Bytes: e M N (twice with ``base``)
++ 4 M R + e R N; flops 2 M R N; floor the same.
 
 S is converted to the adapters' dtype as the left operand of the dot, so the loop over blocks of ranks is not pipelined
 (tiles.py says why). Scales are applied in fp32, after the dot: nothing is rounded twice, and fp16 neither overflows nor
 loses small scales.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -20,8 +20,8 @@ import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import keep_mask
-from .launch import KEPT, Launch
-from .lora_shrink import adapter_table, stack
+from .launch import Launch
+from .lora_shrink import adapter_table, is_single, stack, stacked
 from .tiles import addressable, grouped_order, load_tile, store_tile
 
 
@@ -64,9 +64,11 @@ def add_bias(acc, bias_ptr, n0, N, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit
 def _lora_expand_kernel(
-    s_ptr, q_ptr, y_ptr, bias_ptr, seeds_ptr, rank_ends, bounds, scales, M, N, R, stride_qr, stride_qn,
-    NUM_ADAPTERS: tl.constexpr, DROP: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    s_ptr, q_ptr, y_ptr, base_ptr, bias_ptr, seeds_ptr, rank_ends, bounds, scales, M, N, R,
+    stride_qr, stride_qn, stride_bm, stride_bn,
+    NUM_ADAPTERS: tl.constexpr, DROP: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
@@ -75,6 +77,8 @@ def _lora_expand_kernel(
         M, N, R, stride_qr, stride_qn,
         NUM_ADAPTERS, DROP, False, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
+    if HAS_BASE:
+        acc += load_tile(base_ptr, m0, n0, stride_bm, stride_bn, M, N, BLOCK_M, BLOCK_N).to(tl.float32)
     acc = add_bias(acc, bias_ptr, n0, N, HAS_BIAS, BLOCK_N)
     store_tile(y_ptr, acc, m0, n0, N, 1, M, N, BLOCK_M, BLOCK_N)
 
@@ -88,34 +92,54 @@ def lora_expand(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     config: LaunchConfig | None = None,
+    base: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """sum_i scales_i * mask_i * (S_i Q_i) + bias, [M, N] of ``dtype``. One launch.
+    """base + sum_i scales_i * mask_i * (S_i Q_i) + bias, [M, N] of ``dtype``. One launch, base is only read.
 
-    S fp32 [M, sum of ranks]; Q_i [r_i, N] of any strides; bias [N] or None. seeds: int64, one for each adapter, None
-    for no mask; ``scales`` hold the 1 / (1 - p) of a mask.
+    S fp32 [M, sum of ranks]; Q_i [r_i, N] of any strides; bias [N] or None; base [M, N] of any strides, or None for
+    zeros. seeds: int64, one for each adapter, None for no mask; ``scales`` hold the 1 / (1 - p) of a mask.
     """
-    ranks = tuple([q.shape[0] for q in Q])
-    y = torch.empty((S.shape[0], Q[0].shape[1]), dtype=dtype, device=S.device)
-    if y.numel() == 0:
-        return y
     drop = seeds is not None and any(dropout)
-    Q = addressable(stack(Q))
-    kinds = dtype, Q.dtype, None if bias is None else bias.dtype
-    launch = _launch(y.shape, kinds, S.device, Q.stride(), ranks, tuple(scales), tuple(dropout), drop, config)
-    launch(_lora_expand_kernel, S, Q, y, bias, seeds if drop else None)
-    return y
+    kinds = bias is not None, dtype, config
+    return prepare_expand(len(S), Q, scales, dropout, drop, *kinds, base=base)(S, Q, seeds, bias, base)
 
 
-@lru_cache(KEPT)
-def _launch(shape, kinds, device, q_strides, ranks, scales, dropout, drop, config) -> Launch:
-    (M, N), (dtype, q_dtype, bias_dtype) = shape, kinds
-    upcast = q_dtype != dtype
-    config = config or pick("expand", M, N, 0, max(ranks), dtype, drop, capability(device), upcast)
+def prepare_expand(
+    M: int,
+    Q: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    dropout: Sequence[float],
+    drop: bool,
+    has_bias: bool,
+    dtype: torch.dtype,
+    config: LaunchConfig | None = None,
+    by_columns: bool = False,
+    base: torch.Tensor | None = None,
+) -> Callable[..., torch.Tensor]:
+    """``lora_expand`` as a function of (S, Q, seeds, bias, base), for tensors of these shapes, strides and dtypes.
+
+    by_columns: the function takes the transposes of Q, as they are stored.
+    """
+    ranks, size, device = [q.shape[0] for q in Q], (M, Q[0].shape[1]), Q[0].device
+    if 0 in size:
+        return lambda S, Q, seeds, bias, base=None: S.new_empty(size, dtype=dtype)
+    single, q = is_single(Q), addressable(stack(Q))
+    upcast, base_strides = q.dtype != dtype, (0, 0) if base is None else addressable(base).stride()
+    config = config or pick("expand", *size, 0, max(ranks), dtype, drop, capability(device), upcast)
     ends, bounds = adapter_table(ranks, dropout)
-    return Launch(
-        (-(-M // config.BLOCK_M) * -(-N // config.BLOCK_N),),
-        ends, bounds, tuple(map(float, scales)), M, N, sum(ranks), *q_strides,
-        NUM_ADAPTERS=len(ranks), DROP=drop, HAS_BIAS=bias_dtype is not None, UPCAST=upcast, PRECISION=precision(dtype),
+    launch = Launch(
+        (-(-M // config.BLOCK_M) * -(-size[1] // config.BLOCK_N),),
+        ends, bounds, tuple(map(float, scales)), *size, sum(ranks), *q.stride(), *base_strides,
+        NUM_ADAPTERS=len(ranks), DROP=drop, HAS_BASE=base is not None, HAS_BIAS=has_bias,
+        UPCAST=upcast, PRECISION=precision(dtype),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
         **config.options(),
     )  # fmt: skip
+    kernel = _lora_expand_kernel
+
+    def run(S, Q, seeds, bias, base=None):
+        y, base = S.new_empty(size, dtype=dtype), None if base is None else addressable(base)
+        launch(kernel, S, Q[0] if single else stacked(Q, by_columns), y, base, bias, seeds if drop else None)
+        return y
+
+    return run

@@ -11,8 +11,7 @@ Bytes: e M (K + N), the floor (one pass over x and g), + 4 M R (ceil(K / BLOCK_M
 L2, + 8 SPLIT_K R (K + N) for the planes; a rank above BLOCK_R reads x and g again from L2. Flops 2 M R (K + N).
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -20,7 +19,7 @@ import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import keep_scale
-from .launch import KEPT, Launch
+from .launch import Launch
 from .lora_shrink import adapter_of, adapter_table
 from .sync import counters, last_to_arrive
 from .tiles import addressable, contract, store_tile, sum_planes
@@ -116,39 +115,47 @@ def lora_linear_weight_grad(
     dtype: the adapters' dtype, which the fp32 sums are rounded to once; it also decides the precision of the products
     (16-bit S and dS for adapters of x's dtype, fp32 otherwise). One launch.
     """
-    K, N, R, ranks = x.shape[1], g.shape[1], sum(ranks), tuple(ranks)
-    dA = torch.empty((R, K), dtype=dtype, device=x.device)
-    dB = torch.empty((N, R), dtype=dtype, device=x.device)
     drop = seeds is not None and any(dropout)
-    if dA.numel() or dB.numel():
-        x, g = addressable(x), addressable(g)
-        launch, planes, flags = _launch(
-            x.shape, N, x.stride(), g.stride(), x.dtype, dtype, x.device,
-            ranks, tuple(scaling), tuple(dropout), drop, config,
-        )  # fmt: skip
-        planes = torch.empty(planes, dtype=torch.float32, device=x.device) if planes else None
-        sync = counters(flags, x.device) if flags else None
-        launch(_lora_weight_grad_kernel, dA, dB, x, g, S, dS, planes, seeds if drop else None, sync)
-    if len(ranks) == 1:
-        return [dA], [dB]
-    return list(dA.split(ranks)), list(dB.split(ranks, dim=1))
+    return prepare_weight_grad(g, x, scaling, dropout, drop, ranks, dtype, config)(g, x, S, dS, seeds)
 
 
-@lru_cache(KEPT)
-def _launch(
-    shape, N, x_strides, g_strides, dtype, adapter_dtype, device, ranks, scaling, dropout, drop, config
-) -> tuple[Launch, tuple[int, int] | None, int]:
-    """The launch, the shape of its planes and the number of its counters."""
-    (M, K), R, upcast = shape, sum(ranks), adapter_dtype != dtype
-    config = config or pick("weight_grad", M, N, K, max(ranks), dtype, drop, capability(device), upcast)
+def prepare_weight_grad(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    drop: bool,
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    config: LaunchConfig | None = None,
+) -> Callable[..., tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """``lora_linear_weight_grad`` as a function of (g, x, S, dS, seeds), for these shapes, strides and dtypes."""
+    (M, K), N, R, ranks, device = x.shape, g.shape[1], sum(ranks), list(ranks), x.device
+    launch, planes_size, upcast = None, None, dtype != x.dtype
+    config = config or pick("weight_grad", M, N, K, max(ranks), x.dtype, drop, capability(device), upcast)
     blocks = sum(-(-r // config.BLOCK_R) for r in ranks)
     tiles = blocks * (-(-K // config.BLOCK_M) + -(-N // config.BLOCK_M))
-    planes, flags = ((config.SPLIT_K, R * (K + N)), tiles) if config.SPLIT_K > 1 else (None, 0)
-    launch = Launch(
-        (tiles, config.SPLIT_K),
-        *adapter_table(ranks, dropout), tuple(keep_scale(p) for p in dropout), tuple(map(float, scaling)),
-        M, N, K, R, blocks, *x_strides, *g_strides, planes[1] if planes else 0,
-        NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(dtype), SPLIT=planes is not None,
-        BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
-    )  # fmt: skip
-    return launch, planes, flags
+    if tiles:
+        split, stride = config.SPLIT_K > 1, R * (K + N) if config.SPLIT_K > 1 else 0
+        planes_size = (config.SPLIT_K, stride) if split else None
+        launch = Launch(
+            (tiles, config.SPLIT_K),
+            *adapter_table(ranks, dropout), tuple(keep_scale(p) for p in dropout), tuple(map(float, scaling)),
+            M, N, K, R, blocks, *addressable(x).stride(), *addressable(g).stride(), stride,
+            NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(x.dtype), SPLIT=split,
+            BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
+        )  # fmt: skip
+    kernel = _lora_weight_grad_kernel
+
+    def run(g, x, S, dS, seeds):
+        dA, dB = x.new_empty((R, K), dtype=dtype), x.new_empty((N, R), dtype=dtype)
+        if launch:
+            planes = sync = None
+            if planes_size:
+                planes, sync = S.new_empty(planes_size), counters(tiles, device)
+            launch(kernel, dA, dB, addressable(x), addressable(g), S, dS, planes, seeds if drop else None, sync)
+        if len(ranks) == 1:
+            return [dA], [dB]
+        return list(dA.split(ranks)), list(dB.split(ranks, dim=1))
+
+    return run

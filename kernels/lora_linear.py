@@ -16,8 +16,7 @@ and S, 4 M R; split reads X once more, e M K, and S once. Flops: base 2 M K N; s
 + 2 M R (K ceil(N / BLOCK_N) + N). ``traffic`` has the numbers. LoRA: Hu et al. 2021, arXiv:2106.09685.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -26,9 +25,9 @@ import triton.language as tl
 from .config import LaunchConfig, capability, pick, precision, processors, without_tma
 from .descriptors import describable
 from .dropout import keep_scale
-from .launch import KEPT, Launch
+from .launch import Launch
 from .lora_expand import add_bias, lora_term
-from .lora_shrink import adapter_table, lora_shrink, stack
+from .lora_shrink import adapter_table, is_single, prepare_shrink, stack, stacked
 from .sync import counters, last_to_arrive
 from .tiles import addressable, contract, grouped_order, store_tile, sum_planes
 
@@ -160,50 +159,66 @@ def lora_linear_forward(
     for each adapter, on x's device. Arguments are checked by the op above, not here; ValueError for a mask with the
     variant "recompute".
     """
-    M, N, ranks = x.shape[0], weight.shape[0], tuple([A.shape[0] for A in lora_A])
+    arguments = x, weight, bias, lora_A, lora_B
+    drop = seeds is not None and any(dropout)
+    return prepare_linear(*arguments, scaling, dropout, drop, config, variant, shrink_config)(*arguments, seeds)
+
+
+def prepare_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    drop: bool,
+    config: LaunchConfig | None = None,
+    variant: str | None = None,
+    shrink_config: LaunchConfig | None = None,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """``lora_linear_forward`` as a function of (x, weight, bias, lora_A, lora_B, seeds).
+
+    For tensors of these shapes, strides and dtypes, and like these in whether they begin at a multiple of 16 bytes.
+    """
+    (M, K), N, ranks, device, dtype = x.shape, weight.shape[0], [A.shape[0] for A in lora_A], x.device, x.dtype
+    R, upcast = sum(ranks), any(t.dtype != dtype for t in (*lora_A, *lora_B))
     if config is None:
-        drop, upcast = seeds is not None and any(dropout), any(t.dtype != x.dtype for t in (*lora_A, *lora_B))
-        shape, chip = (M, N, x.shape[1]), capability(x.device)
-        config = pick("linear", *shape, max(ranks), x.dtype, drop, chip, upcast, len(ranks), variant)
-    if config.variant == "recompute" and seeds is not None and any(dropout):
+        config = pick("linear", M, N, K, max(ranks), dtype, drop, capability(device), upcast, len(ranks), variant)
+    if config.variant == "recompute" and drop:
         raise ValueError("dropout: expected none with the variant 'recompute', which draws no mask")
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if config.variant == "recompute" and y.numel() > 0:
-        S = torch.empty((M, ranks[0]), dtype=torch.float32, device=x.device)
-    else:
-        S = lora_shrink(x, lora_A, [keep_scale(p) for p in dropout], dropout, seeds, shrink_config)
-    if y.numel() == 0:
-        return y, S
-    x, w = addressable(x), addressable(weight.t())
-    A, B = addressable(stack(lora_A)), addressable(stack([B.t() for B in lora_B]))
-    if config.tma and not (describable(x) and describable(w.t() if w.stride(0) == 1 else w)):
+    recompute, shrink = config.variant == "recompute" and M * N > 0, None
+    if not recompute:
+        shrink = prepare_shrink(x, lora_A, [keep_scale(p) for p in dropout], dropout, drop, shrink_config)
+        if M * N == 0:
+            return lambda x, weight, bias, lora_A, lora_B, seeds: (x.new_empty((M, N)), shrink(x, lora_A, seeds))
+    B_t = [B.t() for B in lora_B]
+    one_A, one_B = is_single(lora_A), is_single(B_t)
+    rows, w, A, B = addressable(x), addressable(weight).t(), addressable(stack(lora_A)), addressable(stack(B_t))
+    if config.tma and not (describable(rows) and describable(w.t() if w.stride(0) == 1 else w)):
         config = without_tma(config)
-    dtypes = x.dtype, A.dtype, B.dtype, None if bias is None else bias.dtype
-    launch, planes, flags = _launch(
-        x.shape, N, x.stride(), w.stride(), A.stride(), B.stride(), dtypes, x.device, ranks, tuple(scaling), config
-    )
-    planes = torch.empty(planes, dtype=torch.float32, device=x.device) if planes else None
-    sync = counters(flags, x.device) if flags else None
-    launch(_lora_linear_kernel, x, w, bias, A, B, S, y, planes, sync)
-    return y, S
-
-
-@lru_cache(KEPT)
-def _launch(
-    shape, N, x_strides, w_strides, a_strides, b_strides, dtypes, device, ranks, scaling, config
-) -> tuple[Launch, tuple[int, int] | None, int]:
-    """The launch, the shape of its planes and the number of its counters."""
-    (M, K), R, (dtype, *others, bias) = shape, sum(ranks), dtypes
-    tiles = -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)
-    planes, flags = ((config.SPLIT_K, M * (N + R)), tiles) if config.SPLIT_K > 1 else (None, 0)
+    tiles, splits = -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N), config.SPLIT_K
+    planes_size = (splits, M * (N + R)) if splits > 1 else None
     launch = Launch(
-        (min(tiles, processors(device)) if config.tma and not planes else tiles, config.SPLIT_K),
+        (min(tiles, processors(device)) if config.tma and splits == 1 else tiles, splits),
         adapter_table(ranks, ())[0], tuple(map(float, scaling)),
-        M, N, K, R, *x_strides, *w_strides, *a_strides, *b_strides, planes[1] if planes else 0,
+        M, N, K, R, *rows.stride(), *w.stride(), *A.stride(), *B.stride(), M * (N + R) if splits > 1 else 0,
         NUM_ADAPTERS=len(ranks), VARIANT=config.variant,
-        HAS_BIAS=bias is not None, UPCAST=set(others) != {dtype}, PRECISION=precision(dtype),
-        TMA=config.tma, W_IS_NK=w_strides[0] == 1, SPLIT=planes is not None,
+        HAS_BIAS=bias is not None, UPCAST=upcast, PRECISION=precision(dtype),
+        TMA=config.tma, W_IS_NK=w.stride(0) == 1, SPLIT=splits > 1,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
         GROUP_M=config.GROUP_M, **config.options(),
     )  # fmt: skip
-    return launch, planes, flags
+    kernel, size, f32 = _lora_linear_kernel, (M, N), torch.float32
+
+    def run(x, weight, bias, lora_A, lora_B, seeds):
+        y, planes, sync = x.new_empty(size), None, None
+        S = shrink(x, lora_A, seeds) if shrink else x.new_empty((M, R), dtype=f32)
+        if planes_size:
+            planes, sync = S.new_empty(planes_size), counters(tiles, device)
+        A = lora_A[0] if one_A else stacked(lora_A, False)
+        B = lora_B[0] if one_B else stacked(lora_B, True)
+        launch(kernel, addressable(x), addressable(weight), bias, A, B, S, y, planes, sync)
+        return y, S
+
+    return run

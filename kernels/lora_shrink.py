@@ -10,8 +10,7 @@ adds their planes in order. Bytes: e M K + e R K (again from L2 for every row bl
 + 8 SPLIT_K M R of planes; flops 2 M K R. "Shrink" and "expand": Punica, arXiv:2310.18547.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -20,7 +19,7 @@ import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import threshold
-from .launch import KEPT, Launch
+from .launch import Launch
 from .sync import counters, last_to_arrive
 from .tiles import addressable, contract, store_tile, sum_planes
 
@@ -97,6 +96,16 @@ def stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
+def stacked(matrices: Sequence[torch.Tensor], by_columns: bool) -> torch.Tensor:
+    """:func:`stack` of the matrices, or of their transposes, as the kernels read it."""
+    return addressable(stack([m.t() for m in matrices] if by_columns else matrices))
+
+
+def is_single(matrices: Sequence[torch.Tensor]) -> bool:
+    """Whether they need no copy: one matrix that the kernels can read where it lies."""
+    return len(matrices) == 1 and addressable(matrices[0]) is matrices[0]
+
+
 def adapter_table(ranks: Sequence[int], dropout: Sequence[float]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(rank_ends, bounds): what the kernels know of each adapter besides its scales and its seed."""
     return tuple(accumulate(ranks)), tuple(threshold(p) - 32768 for p in dropout)
@@ -115,37 +124,46 @@ def lora_shrink(
     x [M, K] and P_i [r_i, K] of any strides, e.g. lora_A of the forward with scales 1 / (1 - p). seeds: int64, one for
     each adapter, None for no mask.
     """
-    ranks = tuple([p.shape[0] for p in P])
-    S = torch.empty((x.shape[0], sum(ranks)), dtype=torch.float32, device=x.device)
-    if S.numel() == 0:
-        return S
-    x, P = addressable(x), addressable(stack(P))
-    drop = seeds is not None and any(dropout)
-    launch, programs, splits = _launch(
-        x.shape, x.stride(), x.dtype, x.device, P.stride(), P.dtype, ranks, tuple(scales), tuple(dropout), drop, config
-    )
-    planes = sync = None
-    if splits > 1:
-        planes, sync = S.new_empty((splits, *S.shape)), counters(programs, x.device)
-    launch(_lora_shrink_kernel, x, P, S, seeds if drop else None, planes, sync)
-    return S
+    return prepare_shrink(x, P, scales, dropout, seeds is not None and any(dropout), config)(x, P, seeds)
 
 
-@lru_cache(KEPT)
-def _launch(
-    shape, x_strides, dtype, device, p_strides, p_dtype, ranks, scales, dropout, drop, config
-) -> tuple[Launch, int, int]:
-    """The launch, how many programs there are for each part of K, and how many parts."""
-    (M, K), upcast = shape, p_dtype != dtype
-    config = config or pick("shrink", M, 0, K, max(ranks), dtype, drop, capability(device), upcast)
+def prepare_shrink(
+    x: torch.Tensor,
+    P: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    dropout: Sequence[float],
+    drop: bool,
+    config: LaunchConfig | None = None,
+    by_columns: bool = False,
+) -> Callable[..., torch.Tensor]:
+    """``lora_shrink`` as a function of (x, P, seeds), for tensors of these shapes, strides and dtypes.
+
+    by_columns: the function takes the transposes of P, as they are stored.
+    """
+    (M, K), ranks, device = x.shape, [p.shape[0] for p in P], x.device
+    size, f32 = (M, sum(ranks)), torch.float32
+    if 0 in size:
+        return lambda x, P, seeds: x.new_empty(size, dtype=f32)
+    single, fits, p = is_single(P), is_single([x]), addressable(stack(P))
+    upcast = p.dtype != x.dtype
+    config = config or pick("shrink", M, 0, K, max(ranks), x.dtype, drop, capability(device), upcast)
     ends, bounds = adapter_table(ranks, dropout)
     blocks = sum(-(-r // config.BLOCK_R) for r in ranks)
-    programs = blocks * -(-M // config.BLOCK_M)
+    programs, splits = blocks * -(-M // config.BLOCK_M), config.SPLIT_K
     launch = Launch(
-        (programs, config.SPLIT_K),
-        ends, bounds, tuple(map(float, scales)), M, K, sum(ranks), blocks, *x_strides, *p_strides,
-        NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(dtype),
-        SPLIT=config.SPLIT_K > 1,
+        (programs, splits),
+        ends, bounds, tuple(map(float, scales)), M, K, sum(ranks), blocks, *addressable(x).stride(), *p.stride(),
+        NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(x.dtype), SPLIT=splits > 1,
         BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
     )  # fmt: skip
-    return launch, programs, config.SPLIT_K
+    kernel = _lora_shrink_kernel
+
+    def run(x, P, seeds):
+        S, planes, sync = x.new_empty(size, dtype=f32), None, None
+        if splits > 1:
+            planes, sync = S.new_empty((splits, *size)), counters(programs, device)
+        P = P[0] if single else stacked(P, by_columns)
+        launch(kernel, x if fits else addressable(x), P, S, seeds if drop else None, planes, sync)
+        return S
+
+    return run

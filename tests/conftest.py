@@ -99,10 +99,10 @@ def kernels_on(device, monkeypatch):
     """Tensors on ``device`` take the kernel path, whatever failed before; on a CPU with the configurations of sm_90."""
     pytest.importorskip("triton")
     from fused_lora.kernels import config
-    from fused_lora.ops.linear import launch as kernel
+    from fused_lora.ops import guard
 
-    monkeypatch.setattr(kernel, "DEVICE", device.type)
-    monkeypatch.setattr(kernel, "_state", {})
+    monkeypatch.setattr(guard, "DEVICE", device.type)
+    monkeypatch.setattr(guard, "_state", {})
     if device.type == "cpu":
         monkeypatch.setattr(config, "capability", lambda _: 90)
 

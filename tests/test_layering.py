@@ -18,9 +18,11 @@ ALLOWED = {
     "kernels": set(),
     "reference": set(),
     "ops": {"kernels", "reference"},
-    "modules": {"ops", "reference"},
+    "functional": {"ops", "reference"},
+    "bases": {"ops", "reference"},
+    "modules": {"bases", "ops", "reference"},
     "adapters": {"modules", "reference"},
-    "integrations": {"adapters", "modules", "ops", "reference"},
+    "integrations": {"adapters", "modules", "bases", "ops", "reference"},
     "serving": {"adapters", "modules", "ops", "kernels", "reference"},
     "testing": {"kernels", "ops", "reference"},
     "diagnostics": {"integrations", "modules", "ops", "kernels", "reference", "testing"},
@@ -30,6 +32,8 @@ THIRD_PARTY = {
     "kernels": {"torch", "triton"},
     "reference": {"torch", "numpy"},
     "ops": {"torch", "numpy"},
+    "functional": set(),
+    "bases": {"torch"},
     "modules": {"torch"},
     "adapters": {"torch", "safetensors", "numpy"},
     "integrations": {"torch"},
@@ -41,14 +45,11 @@ THIRD_PARTY = {
 # these stand above the layers: the public names, the version, and where the kernels are found
 ABOVE = {"__init__.py", "_version.py", "kernels.py"}
 
-# files of the extras, imported only where compiled loops, an engine or a server are asked for
+# files of the extras, imported only where an engine or a server is asked for
 EXTRAS = {
-    "fused_lora/ops/compiled_": {"numba", "llvmlite"},
     "fused_lora/serving/engine/": {"transformers"},
     "fused_lora/serving/http/": {"fastapi", "starlette", "pydantic"},
 }
-# a circle with ops/merge that goes with these files, when the loops in C replace them
-LEAVING = "fused_lora.ops.compiled"
 
 
 def files() -> Iterator[tuple[str, Path]]:
@@ -111,7 +112,7 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
 
 def module_graph() -> dict[str, set[str]]:
     """{module: the modules of this project that it imports}, imports inside functions included."""
-    paths = [path for _, path in FILES if not name_of(path).startswith(LEAVING)]
+    paths = [path for _, path in FILES]
     paths += [path for path in PACKAGE.glob("*.py") if path.name in ABOVE]
     names = {name_of(path) for path in paths}
     graph = {}
@@ -165,7 +166,7 @@ def test_no_folders_import_each_other_in_a_circle(part):
 
 
 def test_the_package_alone_imports_no_extra():
-    names = "{'peft', 'transformers', 'fastapi', 'accelerate', 'uvicorn', 'numba', 'llvmlite'}"
+    names = "{'peft', 'transformers', 'fastapi', 'accelerate', 'uvicorn'}"
     code = f"import sys, fused_lora; print(sorted({names} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG)
     assert found.stdout.strip() == "[]"

@@ -36,9 +36,9 @@ for setting in ${*:-$ALL}; do
         echo "not run  $setting: this CPU has no $flag"
         continue
     fi
-    environment=(OMP_NUM_THREADS=1) busy=()
+    environment=(OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1) busy=()
     case $setting in
-    threads=*) environment=(OMP_NUM_THREADS="${setting#*=}") ;;
+    threads=*) environment+=(OMP_NUM_THREADS="${setting#*=}") ;;
     seed=*) environment+=(FUSED_LORA_TEST_SEED="${setting#*=}") ;;
     busy)
         for _ in $(seq "$(getconf _NPROCESSORS_ONLN)"); do

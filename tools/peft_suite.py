@@ -25,6 +25,10 @@ LORA = "(lora or mixed or initialization or low_level or tuners_utils or other o
 OTHER_METHODS = ("adalora", "delora", "randlora", "vblora", "unilora", "riemannian", "tinylora", "xlora", "lorafa")
 SLOW = ("fsdp", "gpu")
 INSTALLED = "FUSED_LORA_PEFT_SUITE"
+# tests that differ for a reason
+EXPECTED = {
+    "test_modules_to_save_targets_lora_layer_raises": "it looks for PEFT's name of the layer's class in a message",
+}
 
 
 def pytest_configure() -> None:
@@ -109,8 +113,10 @@ def main() -> int:
     for name in sorted(stock.keys() | fused.keys()):
         before, after = stock.get(name, ("missing", "")), fused.get(name, ("missing", ""))
         if before[0] != after[0]:
-            worse += before[0] == "passed"
-            print(f"{name}\n  stock: {before[0]} {before[1][:300]}\n  fused: {after[0]} {after[1][:300]}")
+            expected = EXPECTED.get(name.rpartition("::")[2])
+            worse += before[0] == "passed" and expected is None
+            print(name if expected is None else f"{name} (expected: {expected})")
+            print(f"  stock: {before[0]} {before[1][:300]}\n  fused: {after[0]} {after[1][:300]}")
     for kind, found in (("stock", stock), ("fused", fused)):
         counts = {k: sum(o[0] == k for o in found.values()) for k in ("passed", "failure", "error", "skipped")}
         print(f"{kind}: " + ", ".join(f"{n} {k}" for k, n in counts.items()))

@@ -87,9 +87,9 @@ def install(capability: int) -> None:
         lora_shrink,
     )
     from fused_lora.kernels import grouped_expand as lora_grouped
-    from fused_lora.ops.linear import launch as kernel
+    from fused_lora.ops import guard
 
-    kernel.DEVICE = "cpu"
+    guard.DEVICE = "cpu"
     launchers = grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink
     for module in (config, *launchers):
         if hasattr(module, "capability"):
@@ -104,11 +104,11 @@ def ignore_results() -> None:
     """Nothing is computed, so no comparison can hold."""
     import torch
 
-    from fused_lora.ops.linear import launch as kernel
+    from fused_lora.ops import guard
     from fused_lora.testing import interpreter, layers, numeric
 
     interpreter.install_shim = lambda *_, **__: None
-    layers.LayerCase.check = kernel.compare = lambda *_, **__: None
+    layers.LayerCase.check = guard.compare = lambda *_, **__: None
     numeric.assert_no_worse = layers.assert_no_worse = torch.testing.assert_close = lambda *_, **__: None
     torch.equal = lambda *_: True
 
@@ -126,9 +126,9 @@ def fill_layers() -> None:
 
     import torch
 
-    from fused_lora.ops.linear import launch as kernel
+    from fused_lora.ops import guard
 
-    kernel.DEVICE = "meta"
+    guard.DEVICE = "meta"
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import bench_linear
@@ -155,7 +155,6 @@ def _layer(M, N, K, ranks, dropout, dtype, adapter_dtype, bias, every) -> None:
     import torch
 
     from fused_lora.kernels import config
-    from fused_lora.ops.linear import launch as kernel
     from fused_lora.testing.layers import LayerCase
 
     def empty(*shape, dtype=dtype):
@@ -170,14 +169,12 @@ def _layer(M, N, K, ranks, dropout, dtype, adapter_dtype, bias, every) -> None:
     )  # fmt: skip
     case.planned()
     if every:
-        each = [True] * len(ranks)
         upcast = adapter_dtype != dtype
         for variant in (*config.variants(M, max(ranks), dtype, any(dropout), upcast, len(ranks)), "library"):
-            _, S = kernel.lora_linear(variant)(case.x, case.weight, case.bias, *case.adapters)
+            _, S = case.by(variant)
         passes = len(ranks) == 1 and ranks[0] <= config.PASS_RANKS
         for variant in ("passes", "library") if passes else ("library",):
-            run, rest = kernel.lora_linear_backward(variant), (True, each, each, False, False)
-            run(case.g, case.x, case.weight, case.lora_A, case.lora_B, S, *case.adapters[2:], *rest)
+            case.by(variant, S)
 
 
 def fill_launches() -> None:

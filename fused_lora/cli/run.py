@@ -49,8 +49,9 @@ def _tell(report: Callable[[], dict[str, Any]]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # one voice per launch
     calls = report()
-    fallback = sum(calls["fallback"].values())
-    line = f"fused_lora: {calls['fused']} LoRA calls ran fused, {fallback} in PEFT's own way"
-    for reason, count in calls["fallback"].items():
+    around, fallback = (sum(calls[way].values()) for way in ("around", "fallback"))
+    line = f"fused_lora: {calls['fused']} LoRA calls ran fused"
+    line += f", {around} fused around their base" * (around > 0) + f", {fallback} in PEFT's own way"
+    for reason, count in (*calls["around"].items(), *calls["fallback"].items()):
         line += f"\n  {count:10} {reason}"
     print(line, file=sys.stderr)

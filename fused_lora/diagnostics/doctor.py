@@ -23,12 +23,11 @@ from torch import nn
 from torch.nn.functional import dropout, linear
 
 import fused_lora
-from fused_lora.ops import compiled
-from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops import guard, native
 from fused_lora.testing import smoke
 from fused_lora.testing.layers import LayerCase
 
-PACKAGES = ("torch", "triton", "peft", "transformers", "numba")
+PACKAGES = ("torch", "triton", "peft", "transformers")
 SWITCHES = ("FUSED_LORA_PLAN", "FUSED_LORA_CHECK", "TRITON_INTERPRET")
 TIMED: dict[
     str, dict[str, Any]
@@ -37,7 +36,7 @@ TIMED: dict[
     "cpu": dict(M=512, K=1024, N=1024, r=16, dropout=0.1, dtype=torch.float32),
 }
 ROUNDS, STEPS = 7, {"cuda": 20, "cpu": 2}
-OURS = ("fused_lora", "numba is installed")  # how this package's warnings begin
+OURS = ("fused_lora",)  # how this package's warnings begin
 
 
 def examine(device: torch.device) -> Iterator[tuple[str, Any]]:
@@ -64,7 +63,7 @@ def examine(device: torch.device) -> Iterator[tuple[str, Any]]:
         kernels = plan.forward.variant != "eager"
         path = {"runs": "kernels" if kernels else plan.notes[0].partition(";")[0]}
         path |= {"forward": plan.forward.variant, "backward": plan.backward.variant}
-        path["CPU loops"] = "compiled by numba" if compiled.loops() else "numpy's"
+        path["CPU loops"] = native.describe()
         yield "path", path | {name: os.environ.get(name) for name in SWITCHES}
         parts = (smoke.layers, smoke.merges, smoke.grouped) if kernels else (operators, smoke.merges)
         checks: dict[str, object] = {}
@@ -76,8 +75,8 @@ def examine(device: torch.device) -> Iterator[tuple[str, Any]]:
         yield "one layer", {"layer": label} | tried("forward + backward", lambda: times(device))
     texts = dict.fromkeys(str(warning.message) for warning in caught)
     yield "warnings", [text for text in texts if text.startswith(OURS)]
-    dropped = [key for key, passed in kernel.verdicts().items() if not passed]
-    yield "first uses", {"passed": len(kernel.verdicts()) - len(dropped), "dropped": len(dropped)}
+    dropped = [key for key, passed in guard.verdicts().items() if not passed]
+    yield "first uses", {"passed": len(guard.verdicts()) - len(dropped), "dropped": len(dropped)}
     wrong += [f"dropped, the eager path takes over: {key[0]} {getattr(key[1], 'variant', key[1])}" for key in dropped]
     yield "wrong", wrong
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops import guard
 from fused_lora.ops.linear.plan import Plan, plan
 
 if TYPE_CHECKING:
@@ -70,9 +70,11 @@ class ModelExplanation:
     def __str__(self) -> str:
         if not self.layers:
             return "no LoRA layers"
-        rows = [(row.path, row.kind, "yes" if row.why_not is None else f"no: {row.why_not}") for row in self.layers]
-        fused = sum(row.why_not is None for row in self.layers)
-        return "\n".join([*_table(("layer", "kind", "fused"), rows), f"{fused} of {len(rows)} layers run fused"])
+        rows = [(row.path, row.kind, str(row)) for row in self.layers]
+        fused = sum(row.fused for row in self.layers)
+        around = sum(row.why_not is None for row in self.layers) - fused
+        last = f"{fused} of {len(rows)} layers run fused" + f", {around} around their base" * (around > 0)
+        return "\n".join([*_table(("layer", "kind", "runs"), rows), last])
 
 
 @overload
@@ -170,7 +172,7 @@ def _place(device, dtypes: Iterable[torch.dtype]) -> tuple[str, int, tuple[str, 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError):
         raise ValueError(f"device: expected a torch device or one of {', '.join(CHIPS)}, got {device!r}") from None
-    if not kernel.usable(device):
+    if not guard.usable(device):
         why = "the CPU path: plain torch, no kernels" if device.type == "cpu" else "the eager path: " + _why(device)
         return str(device), 0, (f"{device} takes {why}; launches and bytes are not counted",)
     if not torch.cuda.is_available():
@@ -189,7 +191,7 @@ def _capability_of(name: str) -> int | None:
 
 
 def _of_dtypes(name: str, capability: int, dtypes: Iterable[torch.dtype]) -> tuple[str, int, tuple[str, ...]]:
-    if not all(kernel.fits(torch.empty(0, dtype=dtype), (), ()) for dtype in dtypes):
+    if not guard.DTYPES.issuperset(dtypes):
         return name, 0, ("the kernels do fp32, bf16 and fp16; other dtypes take the eager path, which is not counted",)
     if capability < 80:
         return name, 0, (f"no kernels for {name}: the eager path, which is not counted",)
@@ -199,7 +201,7 @@ def _of_dtypes(name: str, capability: int, dtypes: Iterable[torch.dtype]) -> tup
 def _why(device: torch.device) -> str:
     if device.type != "cuda":
         return f"no kernels for {device.type} devices"
-    return "Triton is not installed" if not kernel.HAS_TRITON else "FUSED_LORA_PLAN=eager"
+    return "Triton is not installed" if not guard.HAS_TRITON else "FUSED_LORA_PLAN=eager"
 
 
 def _plans(shape: tuple[Any, ...], capability: int) -> tuple[Plan, Plan]:
@@ -212,7 +214,7 @@ def _plans(shape: tuple[Any, ...], capability: int) -> tuple[Plan, Plan]:
 
 def _dropped(plans: Sequence[Plan]) -> tuple[str, ...]:
     """A note for each plan that has failed its first use in this process."""
-    failed = {key[1] for key, passed in kernel.verdicts().items() if not passed and isinstance(key[1], Plan)}
+    failed = {key[1] for key, passed in guard.verdicts().items() if not passed and isinstance(key[1], Plan)}
     said = "has failed its first use in this process; the eager path does its work"
     return tuple(f"{p.variant} {said}" for p in plans if p in failed)
 

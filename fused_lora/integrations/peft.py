@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from fused_lora.integrations.peft_linear import CALLS, FUSED, linear_class, why_not_fused
-from fused_lora.modules.fusable import is_exactly_conv1d, why_not_plain_weight
+from fused_lora.bases import base_of
+from fused_lora.bases.dense import Dense
+from fused_lora.integrations.peft_linear import AROUND, CALLS, FUSED, linear_class, why_around, why_not_fused
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.linear import LoraLinear
 
@@ -31,8 +32,9 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Every exact ``peft.tuners.lora.Linear`` gets a subclass of itself as its class. Parameters, buffers, hooks,
     state-dict keys, checkpoints and PEFT's own methods stay as they are. At every call the layer decides: plain LoRA
-    over a plain linear layer runs in one operator, anything else (merged, disabled, DoRA, hooks on lora_A, ...) runs
-    PEFT's own forward. Merging rounds once, and unmerging gives back the exact bits.
+    over a plain linear layer runs in one operator; over any other base layer (hooked, offloaded, sharded, of an unknown
+    class) the base runs as it is, and the adapters in one operator around it; anything else (merged, disabled, DoRA,
+    hooks on lora_A, ...) runs PEFT's own forward. Merging rounds once, and unmerging gives back the exact bits.
 
     Layers that PEFT adds to a PeftModel later are accelerated too. After an injection into a bare model (a second
     ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``.
@@ -90,7 +92,9 @@ def install() -> Callable[[], dict[str, Any]]:
 
     Returns:
         A function that reports the calls of all accelerated layers since this install():
-        ``{"fused": int, "fallback": {reason: int}}``. Calls inside compiled code are not counted.
+        ``{"fused": int, "around": {reason: int}, "fallback": {reason: int}}``: base and adapters in one operator, the
+        adapters in one around a base layer that was called by itself, PEFT's own forward. Calls inside compiled code
+        are not counted.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -110,8 +114,10 @@ def install() -> Callable[[], dict[str, Any]]:
 
     def report() -> dict[str, Any]:
         calls = CALLS - before
-        fused = calls.pop(FUSED, 0)
-        return {"fused": fused, "fallback": dict(calls.most_common())}
+        fused, around, fallback = calls.pop(FUSED, 0), {}, {}
+        for reason, count in calls.most_common():
+            (around if reason.startswith(AROUND) else fallback)[reason.removeprefix(AROUND)] = count
+        return {"fused": fused, "around": around, "fallback": fallback}
 
     return report
 
@@ -151,16 +157,27 @@ def register(config: Any) -> Any:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One LoRA layer of a model: where it is, what it is, and why its calls do not run fused (None when they do)."""
+    """One LoRA layer of a model: where it is, what it is, and how a plain call of it, as it is now, runs.
+
+    why_not: why base and adapters are not fused: their own modules compute, in PEFT's way; None when they are.
+    around: why the base layer is called by itself, with the adapters fused around it; None when it is fused too.
+    """
 
     path: str
     kind: str
     why_not: str | None
+    around: str | None = None
 
     @property
     def fused(self) -> bool:
-        """Whether a plain call of the layer, as it is now, runs in the fused operator."""
-        return self.why_not is None
+        """Whether base and adapters run in one operator."""
+        return self.why_not is None and self.around is None
+
+    def __str__(self) -> str:
+        """ "fused", "fused around the base: why", or "no: why"."""
+        if self.why_not is not None:
+            return f"no: {self.why_not}"
+        return FUSED if self.around is None else AROUND + self.around
 
 
 def layer_report(model: nn.Module) -> list[LayerRow]:
@@ -173,9 +190,9 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
     rows = []
     for path, module in model.named_modules():
         if isinstance(module, LoraLinear):
-            rows.append(LayerRow(path, "LoraLinear", _why_not_ours(module)))
+            rows.append(LayerRow(path, "LoraLinear", *_of_ours(module)))
         elif path in peft_layers:
-            rows.append(LayerRow(path, f"peft {repr(module).partition('(')[0]}", _why_not_peft(module)))
+            rows.append(LayerRow(path, f"peft {repr(module).partition('(')[0]}", *_of_peft(module)))
     return rows
 
 
@@ -231,26 +248,28 @@ def _build_accelerated(target: nn.Module, adapter_name: str, **kwargs: Any) -> n
     """PEFT's default layer around a plain linear target, accelerated; None (PEFT looks further) around any other."""
     from peft.tuners.lora.layer import dispatch_default
 
-    plain = type(target) is nn.Linear or is_exactly_conv1d(target)
-    if not plain or kwargs.get("parameter_name") is not None or why_not_plain_weight(target.weight):
+    kind = base_of(target)
+    plain = isinstance(kind, Dense) and kind.merge_weight(target) is not None
+    if not plain or kwargs.get("parameter_name") is not None:
         return None
     return _adopt(dispatch_default(target, adapter_name, **kwargs))
 
 
-def _why_not_ours(layer: LoraLinear) -> str | None:
+def _of_ours(layer: LoraLinear) -> tuple[str | None, str | None]:
+    """(why not fused, why around the base)."""
     if layer.disable_adapters:
-        return "adapters are disabled"
+        return "adapters are disabled", None
     if layer.merged:
-        return "merged: the base layer alone"
+        return "merged: the base layer alone", None
     names = layer._present(layer.active_adapters)
     if not names:
-        return "no active adapter in this layer"
-    return layer._why_not_plain(names)
+        return "no active adapter in this layer", None
+    return layer._why_not_plain(names), why_around(layer)
 
 
-def _why_not_peft(layer: nn.Module) -> str | None:
+def _of_peft(layer: nn.Module) -> tuple[str | None, str | None]:
     if isinstance(layer, linear_class()):
-        return why_not_fused(layer, layer._present(layer.active_adapters))
+        return why_not_fused(layer, layer._present(layer.active_adapters)), why_around(layer)
     if type(layer) is _stock_class():
-        return "not accelerated: call fused_lora.accelerate(model)"
-    return f"{type(layer).__name__} has no fused form"
+        return "not accelerated: call fused_lora.accelerate(model)", None
+    return f"{type(layer).__name__} has no fused form", None

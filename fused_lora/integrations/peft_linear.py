@@ -15,24 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.modules.fusable import (
-    is_exactly_conv1d,
-    why_not_here,
-    why_not_plain,
-    why_not_plain_dropout,
-    why_not_plain_input,
-    why_not_plain_weight,
-)
+from fused_lora.bases import base_of
+from fused_lora.bases.base import why_not_plain_tensor, why_not_plain_weight
+from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plain_dropout
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 
-FUSED = "fused"
+FUSED, AROUND = "fused", "fused around the base: "
 _FEW_ROWS = 64
+_OF_VARIANTS = ("adapter_names", "alora_offsets")  # arguments that PEFT keeps from the base layer
 _WRAPPED = (
     "the model is wrapped by PEFT already. peft_model.load_adapter(path, adapter_name, is_trainable=True) loads a "
     "further adapter, peft_model.add_adapter(adapter_name, config) starts one, and peft_model.merge_and_unload() "
     "returns a plain model to start anew"
 )
-CALLS: Counter[str] = Counter()  # FUSED, or the reason why PEFT's own forward ran -> calls in this process
+# FUSED, AROUND and the reason, or the reason why PEFT's own forward ran -> calls in this process
+CALLS: Counter[str] = Counter()
 
 
 class AcceleratedLinear(FusedLoraBehaviour):
@@ -42,10 +39,22 @@ class AcceleratedLinear(FusedLoraBehaviour):
         """PEFT's forward: base(x) + sum over active adapters of scaling * B(A(dropout(x))), in the dtype of base(x)."""
         adapter_names = kwargs.get("adapter_names")
         names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
-        reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, args, kwargs)
-        if not torch.compiler.is_compiling():  # a counter would be a guard, and every call a new compilation
-            CALLS[reason or FUSED] += 1
-        return super().forward(x, *args, **kwargs) if reason else self._fused_forward(x, names)
+        reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, kwargs)
+        if reason:
+            _count(reason)
+            return super().forward(x, *args, **kwargs)
+        further = {key: value for key, value in kwargs.items() if key not in _OF_VARIANTS}
+        base = self._modules["base_layer"]
+        kind = base_of(base)
+        outputs = self._modules["lora_B"]._modules[names[0]]._parameters["weight"].shape[0]
+        around = "further arguments" if args or further else None
+        around = around or kind.why_not_fused(base) or kind.why_not_call(base, x, outputs)
+        if around is None:
+            _count(FUSED)
+            return self._fused_forward(x, names)
+        y, reason = self._around_forward(x, names, *args, **further)
+        _count(reason or AROUND + around)
+        return y
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """PEFT's: scaling * B A of one adapter, as the base weight is stored, in the adapter's dtype."""
@@ -112,7 +121,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
         if torch._C._len_torch_dispatch_stack():
             return False  # fake tensors have no numbers to check
         names = self._present(names)
-        weight = self.base_layer._parameters.get("weight")
+        weight = base_of(self.base_layer).merge_weight(self.base_layer)
         if any(name in self.lora_variant for name in names) or not _is_mergeable(weight):
             return False
         return all(self._delta_fits(name, weight) for name in names)
@@ -170,8 +179,16 @@ def __getattr__(name: str) -> type[nn.Module]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _count(call: str) -> None:
+    if not torch.compiler.is_compiling():  # a counter would be a guard, and every call a new compilation
+        CALLS[call] += 1
+
+
 def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] | None = None) -> str | None:
-    """Why the layer in its present state runs PEFT's own forward for these adapters; None when it runs fused."""
+    """Why the layer in its present state runs PEFT's own forward for these adapters.
+
+    None when the adapters run fused: with the base layer, or around it where :func:`why_around` has a reason.
+    """
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
@@ -183,16 +200,7 @@ def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] |
     for name in names:
         if name in layer.lora_variant:
             return f"{type(layer.lora_variant[name]).__name__}"
-    base = layer._modules["base_layer"]
-    if layer.fan_in_fan_out != is_exactly_conv1d(base):
-        return f"a part of the layer is a {type(base).__name__}"
-    reason = why_not_plain(base)
-    if reason:
-        return reason
     for name, A, B, dropout in _parts(layer, names):
-        for part in (A, B):
-            if is_exactly_conv1d(part):
-                return "a part of the layer is a Conv1D"
         reason = why_not_plain(A) or why_not_plain(B) or why_not_plain_dropout(dropout)
         if reason:
             return reason
@@ -203,6 +211,11 @@ def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] |
         if not _is_number(layer.scaling[name]):
             return "the scaling is no number"
     return None
+
+
+def why_around(layer: nn.Module) -> str | None:
+    """Why the base layer of a layer that runs fused is called by itself; None when it is in the operator."""
+    return base_of(layer.base_layer).why_not_fused(layer.base_layer)
 
 
 def _is_number(scale: Any) -> bool:
@@ -217,37 +230,29 @@ def _parts(layer: nn.Module, names: list[str]) -> list[tuple[str, nn.Module, nn.
     return [(name, A[name], B[name], dropout[name]) for name in names]
 
 
-def _why_not_call(layer: nn.Module, names: list[str], x: Tensor, args: tuple, kwargs: dict) -> str | None:
-    """Why this one call runs PEFT's own forward, in a layer that can run fused."""
-    if args or (kwargs and any(value is not None for key, value in kwargs.items() if key != "adapter_names")):
-        return "further arguments"
+def _why_not_call(layer: nn.Module, names: list[str], x: Tensor, kwargs: dict) -> str | None:
+    """Why this one call runs PEFT's own forward, in a layer whose adapters can run fused."""
     if kwargs.get("adapter_names") is not None and len(kwargs["adapter_names"]) != len(x):
         return "as many adapter names as rows are needed"
-    reason = why_not_plain_input(x) or why_not_here()
+    reason = why_not_plain_tensor(x) or why_not_here()
     if reason:
         return reason
-    base = layer._modules["base_layer"]._parameters
-    weight, bias, dtype, device, K = base["weight"], base["bias"], x.dtype, x.device, x.shape[-1] if x.dim() else 0
-    N, inputs = reversed(weight.shape) if layer.fan_in_fan_out else weight.shape
-    fits, others = x.dim() > 0 and inputs == K, set()  # dtypes of adapters that are not that of x
-    here = weight.device == device and (bias is None or bias.device == device)
+    device, K = x.device, x.shape[-1] if x.dim() else 0
+    fits, here, dtypes, outputs = x.dim() > 0, True, set(), set()
     for _, A_layer, B_layer, _ in _parts(layer, names):
         A, B = A_layer._parameters["weight"], B_layer._parameters["weight"]
         here = here and A.device == device and B.device == device
-        fits = fits and A.shape[1] == K and B.shape[0] == N and A.shape[0] == B.shape[1]
-        if A.dtype != dtype:
-            others.add(A.dtype)
+        fits = fits and A.shape[1] == K and A.shape[0] == B.shape[1]
+        dtypes.add(A.dtype)
+        outputs.add(B.shape[0])
     if not here:
         return "devices differ"
-    if torch.is_autocast_enabled(device.type):
-        if torch.float64 in (dtype, weight.dtype, *others):
-            return "float64 under autocast"
-    elif dtype != weight.dtype or (bias is not None and bias.dtype != dtype):
-        return "the input has another dtype than the base layer"
-    if others and not getattr(layer, "cast_input_dtype_enabled", True):
-        return "casting of the input is switched off"
-    if not fits:
+    if not fits or len(outputs) != 1:
         return "shapes differ"
+    if torch.float64 in (x.dtype, *dtypes) and torch.is_autocast_enabled(device.type):
+        return "float64 under autocast"
+    if dtypes != {x.dtype} and not getattr(layer, "cast_input_dtype_enabled", True):
+        return "casting of the input is switched off"
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference():
         return "the input is an inference tensor"  # ours is kept for the backward, PEFT's cast or dropped copy
     # a checkpoint's first forward, in training, has no gradients either, and its second must draw the same masks

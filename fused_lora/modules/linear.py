@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fused_lora.bases.dense import is_conv1d
 from fused_lora.modules.config import (
     LayerTensors,
     check_alpha,
@@ -19,7 +20,7 @@ from fused_lora.modules.config import (
     scaling,
 )
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
-from fused_lora.modules.targets import SUPPORTED, in_out_features, is_conv1d, is_supported
+from fused_lora.modules.targets import SUPPORTED, in_out_features, is_supported
 
 
 class LoraLinear(FusedLoraBehaviour, nn.Module):

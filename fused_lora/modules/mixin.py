@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fused_lora.bases import Adapters, base_of, foreign
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout
-from fused_lora.ops.linear.op import lora_linear
 from fused_lora.ops.merge import op as merging
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
@@ -39,48 +39,61 @@ class FusedLoraBehaviour:
         return [name for name in names if name in held]
 
     def _active_forward(self, x: Tensor) -> Tensor:
-        """Base and all active adapters in one operator, or layer by layer where a hook or a subclass has a say."""
+        """Base and all active adapters in one operator; around the base, or part by part, where others have a say."""
         names = self._present(self.active_adapters)
+        base = self._modules["base_layer"]
         if not names:
-            return self.base_layer(x)
-        return self._composed_forward(x, names) if self._why_not_plain(names) else self._fused_forward(x, names)
+            return base(x)
+        if self._why_not_plain(names):
+            return self._composed_forward(base(x), x, names)
+        if base_of(base).why_not_fused(base):
+            return self._around_forward(x, names)[0]
+        return self._fused_forward(x, names)
 
     def _why_not_plain(self, names: list[str]) -> str | None:
-        """Why the modules of the base and of these adapters cannot run in one operator; None when they can."""
-        base, *parts = self._parts(names)
-        reason = why_not_plain(base)
+        """Why the modules of these adapters cannot run in one operator; None when they can."""
+        reason, parts = None, self._parts(names)
         for A, B, drop in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
             reason = reason or why_not_plain(A) or why_not_plain(B) or why_not_plain_dropout(drop)
         return reason
 
     def _fused_forward(self, x: Tensor, names: list[str]) -> Tensor:
-        """One operator for base and adapters. A scaling may be a 0-d tensor, which is read on its device only."""
+        """One operator for base and adapters."""
+        base = self._modules["base_layer"]
+        return base_of(base).forward(base, x, self._adapters(names))
+
+    def _around_forward(self, x: Tensor, names: list[str], *args, **kwargs) -> tuple[Tensor, str | None]:
+        """The base layer's own call and one operator for all adapters; (y, why the adapters' modules were called)."""
+        base = self._modules["base_layer"]
+        y, reason = foreign.forward_around(base, x, self._adapters(names), *args, **kwargs)
+        return (self._composed_forward(y, x, names) if reason else y), reason
+
+    def _adapters(self, names: list[str]) -> Adapters:
+        """What the operators take of them. A scaling may be a 0-d tensor, which is read on its device only."""
         # past nn.Module's __getattr__, which takes longer than the reads: this runs in every call
-        base = self._modules["base_layer"]._parameters
-        weight, bias = base["weight"], base["bias"]
-        lora_A, lora_B, scaling, dropout = [], [], [], []
-        parts = self._parts(names)[1:]
+        lora_A, lora_B, scaling, dropout, bias = [], [], [], [], None
+        parts = self._parts(names)
         for name, A, B_layer, drop in zip(names, parts[::3], parts[1::3], parts[2::3], strict=True):
             B, s, lora_bias = B_layer._parameters["weight"], self.scaling[name], B_layer._parameters["bias"]
             if lora_bias is not None:  # s_i times each lora_bias, in fp32 or wider
                 term = lora_bias.to(_wide(lora_bias.dtype)) * s
-                bias = term if bias is None else bias.to(_wide(bias.dtype)) + term
+                bias = term if bias is None else bias + term
             if isinstance(s, Tensor):
                 B, s = B.to(_wide(B.dtype)) * s, 1.0
             lora_A.append(A._parameters["weight"])
             lora_B.append(B)
             scaling.append(float(s))
             dropout.append(drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0)
-        weight = weight.t() if self.fan_in_fan_out else weight
-        return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout)
+        return Adapters(lora_A, lora_B, scaling, dropout, bias)
 
-    def _composed_forward(self, x: Tensor, names: list[str]) -> Tensor:
-        """PEFT's own sequence of module calls."""
-        result = self.base_layer(x)
+    def _composed_forward(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        """PEFT's own sequence of module calls after that of the base layer, whose output is ``result``."""
         dtype = result.dtype
         for name in names:
             A, B = self.lora_A[name], self.lora_B[name]
-            result = result + B(A(self.lora_dropout[name](x.to(A.weight.dtype)))) * self.scaling[name]
+            if getattr(self, "cast_input_dtype_enabled", True):  # PEFT's switch
+                x = x.to(A.weight.dtype)
+            result = result + B(A(self.lora_dropout[name](x))) * self.scaling[name]
         return result.to(dtype)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
@@ -245,10 +258,10 @@ class FusedLoraBehaviour:
         return merged
 
     def _parts(self, names: list[str]) -> list[nn.Module]:
-        """base_layer, then lora_A, lora_B and lora_dropout of each adapter."""
+        """lora_A, lora_B and lora_dropout of each adapter."""
         modules = self._modules
         A, B, dropout = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
-        found = [modules["base_layer"]]
+        found = []
         for name in names:
             found += A[name], B[name], dropout[name]
         return found

@@ -13,19 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fused_lora.bases import base_of
+from fused_lora.bases.dense import is_conv1d
 from fused_lora.modules.config import LoraConfig
 
 SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
 ALL_LINEAR = "all-linear"
 BASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CLASSIFIER_HEADS = ("score", "classifier")
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' Conv1D (weight [K, N]), without importing transformers."""
-    # no module can be a Conv1D before something imported the file that defines it
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
 def is_lora_linear(module: nn.Module) -> bool:
@@ -54,8 +49,7 @@ def is_supported(module: nn.Module) -> bool:
 def in_out_features(module: nn.Module) -> tuple[int, int]:
     """(K, N) of a supported module."""
     base: Any = base_layer_of(module)
-    first, second = base.weight.shape
-    return (first, second) if is_conv1d(base) else (second, first)
+    return base_of(base).features(base)
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

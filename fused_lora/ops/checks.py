@@ -23,12 +23,9 @@ def check_linear(
 ) -> None:
     """Raise ValueError (shapes, values) or TypeError (dtypes) when the arguments of a LoRA linear do not fit.
 
-    NotImplementedError under forward-mode differentiation.
-
-    autocast: the dtype that x and weight are about to be cast to, if any; they may then differ.
+    seeds: None for seeds that are still to be drawn. autocast: the dtype that x and weight are about to be cast to, if
+    any; they may then differ.
     """
-    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-        _refuse_tangents(x, weight, *lora_A, *lora_B)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")
     N, K = weight.shape
@@ -39,6 +36,37 @@ def check_linear(
         raise TypeError(f"x, weight: expected one floating dtype for both, got {x.dtype} and {weight.dtype}")
     if bias is not None and (tuple(bias.shape) != (N,) or bias.dtype not in FLOAT_DTYPES):
         raise ValueError(f"bias: expected a floating tensor [{N}], got {bias.dtype} {tuple(bias.shape)}")
+    _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, weight=weight, bias=bias)
+
+
+def check_term(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None,
+) -> None:
+    """The same for a LoRA term onto y: ValueError (shapes, values), TypeError (dtypes), NotImplementedError."""
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        refuse_tangents("lora_term", y, x, *lora_A, *lora_B)
+    for name, tensor in (("y", y), ("x", x)):
+        if tensor.dim() < 1:
+            raise ValueError(f"{name}: expected at least one dimension, got shape ()")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"y: expected the rows of x {tuple(x.shape)}, got shape {tuple(y.shape)}")
+    K, N = x.shape[-1], y.shape[-1]
+    if bias is not None and (tuple(bias.shape) != (N,) or bias.dtype not in FLOAT_DTYPES):
+        raise ValueError(f"bias: expected a floating tensor [{N}], got {bias.dtype} {tuple(bias.shape)}")
+    _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, y=y, bias=bias)
+
+
+def _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, **others: torch.Tensor | None) -> None:
+    """``others``: what must be on x's device, too."""
     counts = {len(lora_A), len(lora_B), len(scaling), len(dropout)}
     if len(counts) != 1:
         raise ValueError(
@@ -61,19 +89,20 @@ def check_linear(
     for s in scaling:
         if s != s:
             raise ValueError("scaling: expected numbers, got NaN")
-    if any(dropout):
-        if seeds is None or seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(dropout),):
-            got = None if seeds is None else (seeds.dtype, tuple(seeds.shape))
-            raise ValueError(f"seeds: expected int64 [{len(dropout)}] because dropout is not 0, got {got}")
-    if elsewhere or any(t is not None and t.device != device for t in (weight, bias, seeds)):
-        named = [("weight", weight), ("bias", bias), ("seeds", seeds)]
+    if any(dropout) and seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(dropout),)):
+        got = seeds.dtype, tuple(seeds.shape)
+        raise ValueError(f"seeds: expected int64 [{len(dropout)}] because dropout is not 0, got {got}")
+    others["seeds"] = seeds
+    if elsewhere or any(t is not None and t.device != device for t in others.values()):
+        named = list(others.items())
         for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
             named += [(f"lora_A[{i}]", A), (f"lora_B[{i}]", B)]
         name, found = next((name, t.device) for name, t in named if t is not None and t.device != device)
         raise ValueError(f"{name}: expected device {device} like x, got {found}")
 
 
-def _refuse_tangents(*tensors: torch.Tensor) -> None:
+def refuse_tangents(name: str, *tensors: torch.Tensor) -> None:
+    """Raise NotImplementedError for a tensor under forward-mode differentiation."""
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         # nothing carries a tangent through the operator: torch.func.jvp would read zeros
-        raise NotImplementedError("lora_linear has no forward-mode derivative (torch.func.jvp, forward_ad)")
+        raise NotImplementedError(f"{name} has no forward-mode derivative (torch.func.jvp, forward_ad)")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fused_lora import reference
+from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear import plan
 
 from .numeric import assert_no_worse
@@ -104,11 +105,24 @@ class LayerCase:
     def planned(self) -> dict[str, torch.Tensor]:
         """y, S, dx, dA, dB by what the plan chooses, as the operators run it."""
         x, W, bias, A, B, p = self.x, self.weight, self.bias, self.lora_A, self.lora_B, self.dropout
-        y, S = plan.forward(x, W, bias, A, B, p)(x, W, bias, *self.adapters)
-        run, each = plan.backward(self.g, W, A, B, p), [True] * len(A)
-        rest = self.scaling, p, self.seeds, True, each, each, False, False
-        dx, dA, dB, _, _ = run(self.g, x, W, A, B, S, *rest)
+        y, S = plan.forward(x, W, bias, A, B, self.scaling, p)(x, W, bias, A, B, self.seeds)
+        arguments = self.of_backward(S)
+        needs = (True,) * (2 * len(A) + 1) + (False, False)
+        dx, dA, dB, _, _ = plan.backward(self.g, x, W, A, B, self.scaling, p, needs)(*arguments)
         return dict(y=y, S=S, dx=dx, dA=torch.cat(dA), dB=torch.cat(dB, 1))
+
+    def of_backward(self, S: torch.Tensor) -> tuple:
+        """Arguments of ``lora_linear_backward`` for the gradients of x and the adapters."""
+        each = (True,) * len(self.lora_A)
+        tensors = self.g, self.x, self.weight, self.lora_A, self.lora_B, S
+        return *tensors, self.scaling, self.dropout, self.seeds, True, each, each, False, False
+
+    def by(self, variant: str, S: torch.Tensor | None = None) -> tuple:
+        """(y, S) by the kernels of this variant; with the S of a forward (dx, dA, dB, None, None)."""
+        chosen, forward = kernel.Plan(variant), (self.x, self.weight, self.bias, *self.adapters)
+        if S is None:
+            return kernel.lora_linear(chosen, *forward)(*forward)
+        return kernel.lora_linear_backward(chosen, *self.of_backward(S))(*self.of_backward(S))
 
     def eager(self) -> dict[str, torch.Tensor]:
         """The same by eager PEFT: result + lora_B(lora_A(dropout(x))) * scaling, with the masks of these seeds.

@@ -15,7 +15,6 @@ import torch
 
 from fused_lora import reference
 from fused_lora.kernels.config import variants
-from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.merge import op as merge
 
 from .grouped import GroupedCase
@@ -40,7 +39,7 @@ def layers(device: torch.device | str, subset: bool = False) -> Iterator[str]:
                 case = LayerCase.make(M, N, K, [r], [p], dtype, adapter_dtype, device=device)
                 label = f"M={M} N={N} K={K} r={r} p={p} {dtype} {adapter_dtype}"
                 for variant in (*variants(M, r, dtype, p > 0, dtype != adapter_dtype), "library"):
-                    y, S = kernel.lora_linear(variant)(case.x, case.weight, case.bias, *case.adapters)
+                    y, S = case.by(variant)
                     case.check(dict(y=y, S=S))
                     yield f"forward {variant} {label}"
                 for variant in ("passes", "library"):
@@ -50,12 +49,7 @@ def layers(device: torch.device | str, subset: bool = False) -> Iterator[str]:
 
 def backward(case: LayerCase, variant: str) -> dict[str, torch.Tensor]:
     """dx, dA and dB of one variant."""
-    S = case.exact()["S"].float()
-    each = [True] * len(case.lora_A)
-    dx, dA, dB, _, _ = kernel.lora_linear_backward(variant)(
-        case.g, case.x, case.weight, case.lora_A, case.lora_B, S, case.scaling, case.dropout, case.seeds,
-        True, each, each, False, False,
-    )  # fmt: skip
+    dx, dA, dB, _, _ = case.by(variant, case.exact()["S"].float())
     return dict(dx=dx, dA=torch.cat(dA), dB=torch.cat(dB, 1))
 
 

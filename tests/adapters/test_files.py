@@ -83,7 +83,7 @@ def output(model, x):
     model.eval()
     with torch.no_grad():
         result = model(x)
-    return getattr(result, "logits", result).float()
+    return getattr(result, "logits", result)
 
 
 def shake(tensors):

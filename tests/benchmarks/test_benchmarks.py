@@ -44,7 +44,7 @@ def assert_complete(content, kind):
     machine = content["machine"]
     assert machine["cpu"] and machine["cores"] >= 1 and machine["threads"] >= 1 and machine["gpu"] is None
     assert content["versions"]["torch"] == torch.__version__
-    assert set(content["versions"]) == {"python", "torch", "triton", "numba", "peft", "fused_lora"}
+    assert set(content["versions"]) == {"python", "torch", "triton", "peft", "fused_lora"}
     assert all(content["versions"][name] for name in ("python", "peft", "fused_lora"))
     assert "commit" in content and content["date"].startswith("20")
     assert content["settings"]["rounds"] == 3 and content["settings"]["device"] == "cpu"
@@ -85,9 +85,9 @@ def test_bench_merge(load, tmp_path, capsys):
 def test_bench_merge_with_the_kernel(load, tmp_path, monkeypatch):
     """In the interpreter: the kernel without a record is measured, too, and promises nothing."""
     pytest.importorskip("triton")
-    from fused_lora.ops.linear import launch as kernel
+    from fused_lora.ops import guard
 
-    monkeypatch.setattr(kernel, "usable", lambda device: True)
+    monkeypatch.setattr(guard, "usable", lambda device: True)
     code, content = run(load("bench_merge"), tmp_path, "--shapes", "48x40", "--dtypes", "bfloat16")
     assert code == 0
     rows = {row["provider"]: row for row in content["rows"]}
@@ -162,9 +162,9 @@ def test_bench_variants_with_kernels(load, tmp_path, device, kernels_on, monkeyp
 
     honest = kernel.lora_linear
 
-    def wrong_split(variant):
-        run = honest(variant)
-        return lambda *args: tuple(t * 1.01 for t in run(*args)) if variant == "split" else run(*args)
+    def wrong_split(chosen, *arguments):
+        run = honest(chosen, *arguments)
+        return lambda *args: tuple(t * 1.01 for t in run(*args)) if chosen.variant == "split" else run(*args)
 
     monkeypatch.setattr(kernel, "lora_linear", wrong_split)
     code, content = run(load("bench_variants"), tmp_path, "--shapes", "48x40", "--rows", "8", "--device", device.type)
@@ -615,23 +615,41 @@ def test_readme_table_takes_the_newest_file_and_needs_its_markers(load, tmp_path
 def test_bench_host(load, tmp_path):
     code, content = run(load("bench_host"), tmp_path)
     assert code == 0 and content["benchmark"] == "host" and len(content["bars"]) == 3
-    assert [row["provider"] for row in content["rows"]] == ["bare", "PEFT", "accelerated", "fused_lora"] * 6
+    assert [row["provider"] for row in content["rows"]] == ["bare", "PEFT", "accelerated", "fused_lora"] * 7
     for row in content["rows"]:
         trained = row["dropout"] is not None
         assert row["correct"] and row["forward_us"] > 0 and trained == (row["both_us"] is not None)
         assert row["provider"] != "PEFT" or row["forward_to_peft"] == 1.0
 
 
+def test_bench_store_host(load, tmp_path):
+    code, content = run(load("bench_store_host"), tmp_path)
+    assert code == 0 and content["benchmark"] == "store-host" and len(content["bars"]) == 2
+    assert [row["provider"] for row in content["rows"]] == ["base", "PEFT", "fused_lora"] * 3
+    for row in content["rows"]:
+        assert row["correct"] and row["us"] > 0 and (row["provider"] != "PEFT" or row["to_peft"] == 1.0)
+        assert (row["calls_a_linear"] > 0) == (row["provider"] != "base")
+        assert row["provider"] != "fused_lora" or row["calls_a_linear"] < 45  # 24 to 28
+
+
+def test_a_store_that_adds_nothing_is_a_wrong_result(load, tmp_path, monkeypatch):
+    bench = load("bench_store_host")
+    monkeypatch.setattr("fused_lora.serving.batch.batch.Batch.add", lambda *args: None)
+    code, content = run(bench, tmp_path)
+    assert code == 1 and not any(row["correct"] for row in content["rows"] if row["provider"] == "fused_lora")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing needs a stub")
-def test_bench_host_by_the_kernels_without_a_gpu(load, tmp_path):
+@pytest.mark.parametrize("name, count", [("bench_host", 24), ("bench_store_host", 9)])
+def test_host_times_by_the_kernels_without_a_gpu(name, count, load, tmp_path):
     """Whoever fails a launch ends it: the rows are of the kernel route."""
     pytest.importorskip("triton")
     stub_driver = importlib.import_module("stub_driver")
     if stub_driver.COMPILER is None:
         pytest.skip("no C compiler, with which Triton builds its launchers")
     arguments = ["--stub", "--seconds", "0", "--rounds", "1", "--out", str(tmp_path)]
-    assert load("bench_host").main(arguments) == 0
+    assert load(name).main(arguments) == 0
     (path,) = tmp_path.glob("*-host-stub.json")
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == 24 and all(row["correct"] and row["stub"] for row in rows)
+    assert len(rows) == count and all(row["correct"] and row["stub"] for row in rows)

@@ -8,8 +8,8 @@ import torch
 import fused_lora
 from fused_lora import cli
 from fused_lora.diagnostics import doctor
+from fused_lora.ops import guard
 from fused_lora.ops.linear import eager as cpu
-from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear.plan import Plan
 from fused_lora.testing import smoke
 
@@ -19,7 +19,7 @@ CPU = ["--device", "cpu"]
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Little to check and to time, and nothing used or dropped before."""
-    monkeypatch.setattr(kernel, "_state", {})
+    monkeypatch.setattr(guard, "_state", {})
     monkeypatch.setattr(doctor, "ROUNDS", 1)
     monkeypatch.setitem(doctor.TIMED, "cpu", dict(M=9, K=32, N=24, r=4, dropout=0.1, dtype=torch.float32))
     for name, size in (("LAYERS", 1), ("DTYPES", 2), ("GROUPED", 1)):
@@ -72,7 +72,7 @@ def test_a_wrong_result_is_an_exit_code(capsys, monkeypatch):
 
 def test_a_dropped_kernel_is_an_exit_code(capsys, monkeypatch):
     def times(device):
-        kernel._drop(("linear", Plan("split")), "result 0 is off")
+        guard._drop(("linear", Plan("split")), "result 0 is off")
         return {}
 
     monkeypatch.setattr(doctor, "times", times)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fused_lora
-from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops import guard
 from fused_lora.ops.linear import plan
 
 BF16 = torch.bfloat16
@@ -100,11 +100,11 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 
 
 def test_what_keeps_a_gpu_from_kernels_is_named(monkeypatch):
-    monkeypatch.setattr(kernel, "HAS_TRITON", True)
+    monkeypatch.setattr(guard, "HAS_TRITON", True)
     monkeypatch.setenv("FUSED_LORA_PLAN", "eager")
     assert "FUSED_LORA_PLAN=eager" in str(fused_lora.explain(**SHAPE, device="cuda"))
     monkeypatch.delenv("FUSED_LORA_PLAN")
-    monkeypatch.setattr(kernel, "HAS_TRITON", False)
+    monkeypatch.setattr(guard, "HAS_TRITON", False)
     assert "Triton is not installed" in str(fused_lora.explain(**SHAPE, device="cuda"))
     doubles = SHAPE | dict(dtype=torch.float64)
     assert "fp32, bf16 and fp16" in str(fused_lora.explain(**doubles, device="H100"))
@@ -112,7 +112,7 @@ def test_what_keeps_a_gpu_from_kernels_is_named(monkeypatch):
 
 def test_a_plan_that_has_failed_is_named(monkeypatch):
     chosen = plan.plan("backward", 8192, 4096, 4096, 16, BF16, True, False, 1, 90)
-    monkeypatch.setattr(kernel, "_state", {("backward", chosen, "a case"): False, ("merge", "x", "y"): False})
+    monkeypatch.setattr(guard, "_state", {("backward", chosen, "a case"): False, ("merge", "x", "y"): False})
     text = str(fused_lora.explain(**SHAPE, dropout=0.1, device="H100"))
     assert "passes has failed its first use in this process" in text and "split has failed" not in text
 
@@ -149,7 +149,7 @@ def test_the_layers_of_a_model():
     assert str(fused_lora.explain(model)) == "no LoRA layers"
     fused_lora.inject(model, fused_lora.LoraConfig(r=2, target_modules=["0", "2"]))
     lines = str(fused_lora.explain(model)).splitlines()
-    assert lines[1].split() == ["0", "LoraLinear", "yes"] and lines[-1] == "2 of 2 layers run fused"
+    assert lines[1].split() == ["0", "LoraLinear", "fused"] and lines[-1] == "2 of 2 layers run fused"
     fused_lora.merge(model)
     lines = str(fused_lora.explain(model)).splitlines()
     assert all("no: " in line for line in lines[1:3]) and lines[-1] == "0 of 2 layers run fused"

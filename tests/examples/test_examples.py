@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers import serving
+from helpers.seeds import shifted
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -33,18 +34,18 @@ def test_the_readme_runs_from_top_to_bottom(tiny, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4 and blocks[0].count(MODEL) == 1
+    assert len(blocks) == 5 and blocks[0].count(MODEL) == 1
     names = {}
     for i, block in enumerate(blocks):
         exec(compile(block.replace(MODEL, repr(tiny)), f"README.md, block {i + 1}", "exec"), names)
     printed = capsys.readouterr().out
     assert "layers run fused" in printed and "verdict: every difference is rounding" in printed
     assert {"poet", "sql"} <= {path.name for path in (tmp_path / "adapters").iterdir()}
-    assert len(names["tokens"]) == 3
+    assert len(names["tokens"]) == 3 and names["y"].shape == (4, 32)
 
 
 def test_the_examples(tiny, tmp_path, capsys):
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     poet, sql = str(tmp_path / "poet"), str(tmp_path / "sql")
     assert math.isfinite(load("accelerate").main(tiny, poet))
     losses = load("train").main(tiny, sql)

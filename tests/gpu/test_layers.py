@@ -56,7 +56,7 @@ def test_every_variant(shape, dtypes, device):
     M, N, K, r, p = shape
     case = LayerCase.make(M, N, K, [r], [p], *dtypes, device=device)
     for variant in (*config.variants(M, r, dtypes[0], p > 0, dtypes[0] != dtypes[1]), "library"):
-        y, S = kernel.lora_linear(variant)(case.x, case.weight, case.bias, *case.adapters)
+        y, S = case.by(variant)
         case.check(dict(y=y, S=S))
     for variant in ("passes", "library"):
         case.check(smoke.backward(case, variant))
@@ -107,10 +107,10 @@ def test_launches_that_the_profiler_sees(M, p, device):
     case = LayerCase.make(M, 4096, 4096, [16], [p], BF16, device=device)
     case.planned()  # compiled and tried
     W, A, B = case.weight, case.lora_A, case.lora_B
-    forward = plan.forward(case.x, W, case.bias, A, B, case.dropout)
-    y, S = forward(case.x, W, case.bias, *case.adapters)
-    backward = plan.backward(case.g, W, A, B, case.dropout)
-    rest = S, case.scaling, case.dropout, case.seeds, True, [True], [True], False, False
+    forward = plan.forward(case.x, W, case.bias, A, B, case.scaling, case.dropout)
+    y, S = forward(case.x, W, case.bias, A, B, case.seeds)
+    needs = True, True, True, False, False
+    backward = plan.backward(case.g, case.x, W, A, B, case.scaling, case.dropout, needs)
 
     def launches(call):
         torch.cuda.synchronize()
@@ -124,9 +124,9 @@ def test_launches_that_the_profiler_sees(M, p, device):
         return (len(ours), len(others)), names
 
     variant = plan.choose("linear", M, 4096, 16, BF16, p > 0, False, 1, config.capability(device))
-    found, names = launches(lambda: forward(case.x, W, case.bias, *case.adapters))
+    found, names = launches(lambda: forward(case.x, W, case.bias, A, B, case.seeds))
     assert found == LAUNCHES[variant], names
-    found, names = launches(lambda: backward(case.g, case.x, W, A, B, *rest))
+    found, names = launches(lambda: backward(*case.of_backward(S)))
     assert found == (2, 2) and sum("reduce_kernel" in name for name in names) == 1, names
 
 

@@ -12,6 +12,8 @@ import torch
 
 from fused_lora import reference
 from fused_lora.kernels import config, descriptors, sync
+from fused_lora.ops import guard
+from fused_lora.ops.linear import eager as cpu
 from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear import plan
 from fused_lora.ops.linear.op import lora_linear
@@ -129,7 +131,7 @@ def test_inductors_graphs_hold_the_first_use(M, p, monkeypatch):
     """Its warm-up allocates from a private pool and raises if anything stays there: counters and trials must not."""
     monkeypatch.setattr(sync, "_free", {})
     monkeypatch.setattr(sync, "_of_stream", {})
-    monkeypatch.setattr(kernel, "_state", {})
+    monkeypatch.setattr(guard, "_state", {})
     x, A, B, W, g = layer(M)
     seeds = torch.tensor([11], device="cuda")
     torch.compiler.reset()
@@ -143,7 +145,7 @@ def test_inductors_graphs_hold_the_first_use(M, p, monkeypatch):
             y = compiled(x, seeds)
             found = [y.detach().clone(), *(t.clone() for t in torch.autograd.grad(y, (x, A, B), g))]
             assert equal(found, step(x, A, B, W, g, p, seeds)), number
-    assert sync._of_stream and all(kernel._state.values())
+    assert sync._of_stream and all(guard._state.values())
 
 
 def test_the_callers_triton_allocator_is_restored(monkeypatch):
@@ -174,27 +176,27 @@ def _broken(chosen, product):
 def test_a_broken_configuration_is_dropped(failure, monkeypatch):
     from dataclasses import replace
 
-    monkeypatch.setattr(kernel, "_state", {})
+    monkeypatch.setattr(guard, "_state", {})
     case = LayerCase.make(40, 256, 256, [16], [0.0], BF16, device="cuda")
-    expected = kernel.cpu.lora_linear(case.x, case.weight, case.bias, *case.adapters)
+    expected = cpu.lora_linear(case.x, case.weight, case.bias, *case.adapters)
     if failure == "does not fit the chip":
         original = plan.plan
         monkeypatch.setattr(plan, "plan", lambda *a: _broken(c := original(*a), replace(c.product, num_stages=64)))
     else:
         original = kernel.lora_linear
 
-        def off(variant, chosen=None):
-            run = original(variant, chosen)
+        def off(chosen, *arguments):
+            run = original(chosen, *arguments)
             return lambda *args: tuple(t * 1.05 for t in run(*args))
 
         monkeypatch.setattr(kernel, "lora_linear", off)
-    arguments = case.x, case.weight, case.bias, case.lora_A, case.lora_B, case.dropout
+    arguments = case.x, case.weight, case.bias, case.lora_A, case.lora_B
     with pytest.warns(UserWarning, match="is dropped, the eager path takes over") as caught:
-        y, _ = plan.forward(*arguments)(case.x, case.weight, case.bias, *case.adapters)
+        y, _ = plan.forward(*arguments, case.scaling, case.dropout)(*arguments, case.seeds)
     assert len(caught) == 1 and torch.equal(y, expected[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again, _ = plan.forward(*arguments)(case.x, case.weight, case.bias, *case.adapters)
+        again, _ = plan.forward(*arguments, case.scaling, case.dropout)(*arguments, case.seeds)
     assert torch.equal(again, y)
 
 
@@ -205,7 +207,7 @@ def test_the_mask_of_a_kernel_is_the_exported_one():
     A, B = torch.ones(1, K, dtype=BF16, device="cuda"), torch.ones(64, 1, dtype=BF16, device="cuda")
     seeds = torch.tensor([123456789], device="cuda")
     W = torch.zeros(64, K, dtype=BF16, device="cuda")
-    _, S = plan.forward(x, W, None, [A], [B], [0.5])(x, W, None, [A], [B], [1.0], [0.5], seeds)
+    _, S = plan.forward(x, W, None, [A], [B], [1.0], [0.5])(x, W, None, [A], [B], seeds)
     keep = reference.dropout_mask(123456789, (M, K), 0.5).to("cuda")
     assert torch.equal(S[:, 0], 2.0 * keep.sum(1).float())
 

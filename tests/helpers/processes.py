@@ -1,9 +1,9 @@
-"""Training under DDP and FSDP2 with two gloo processes on a CPU: what each process does, and how they are started."""
+"""Two gloo processes on a CPU: how they are started, and what each does to train under DDP and FSDP2."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ WORLD = 2
 STEPS, ROWS = 4, 4  # rows of one process
 
 
-def run_in_processes(cases: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    """Every case of :func:`run_case` in turn, in one group of WORLD processes; results of process 0 by case."""
+def run_in_processes(
+    cases: Mapping[str, Mapping[str, Any]], folder: Path, run: Callable | None = None
+) -> dict[str, dict[str, Any]]:
+    """Every case of ``run`` (:func:`run_case`) in turn, in one group of WORLD processes; results of process 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, args=(dict(cases), port, str(folder)), nprocs=WORLD)
+    torch.multiprocessing.spawn(_process, args=(dict(cases), port, str(folder), run or run_case), nprocs=WORLD)
     return torch.load(folder / "results.pt")
 
 
@@ -35,7 +37,7 @@ def run_case(kind: str, route: str, **fields: Any) -> dict[str, Any]:
     """
     checkpointing = fields.pop("checkpointing", False)
     data = training.counting_texts(STEPS * ROWS * WORLD).reshape(STEPS, WORLD, ROWS, -1)
-    with training.built(route, training.tiny_llama(), init_lora_weights=False, **fields) as model:
+    with training.built(route, training.tiny_llama(dtype=torch.float64), init_lora_weights=False, **fields) as model:
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -88,11 +90,11 @@ def _wrap(kind: str, model: nn.Module) -> nn.Module:
     return model
 
 
-def _process(rank: int, cases: Mapping[str, Mapping[str, Any]], port: int, folder: str) -> None:
+def _process(rank: int, cases: Mapping[str, Mapping[str, Any]], port: int, folder: str, run: Callable) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
     try:
-        results = {name: run_case(**case) for name, case in cases.items()}
+        results = {name: run(**case) for name, case in cases.items()}
         if rank == 0:
             torch.save(results, Path(folder) / "results.pt")
     finally:

@@ -73,7 +73,7 @@ def test_any_shape(shape, dtype, report):
     both = pair(dtype, {"a": {}, "b": {"r": 2}}, lora_bias=True)
     both.do(lambda m: m.base_model.set_adapter(["a", "b"]))
     assert_like_peft(both, torch.randn(shape).to(dtype), fused=True)
-    assert report() == {"fused": DRAWS, "fallback": {}}
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 
 @pytest.mark.parametrize("x", [torch.randn(K, 5).t(), torch.randn(5, 2 * K)[:, ::2], torch.randn(1, K).expand(4, K)])
@@ -125,7 +125,7 @@ def test_a_hook_on_the_layer_itself_does_not_stop_the_fusing(report):
     layers(both)[1].register_forward_hook(lambda module, args, y: y * 2)
     layers(both)[2].register_forward_hook(lambda module, args, y: y * 2)
     assert_like_peft(both, torch.randn(4, K), fused=True)
-    assert len(seen) == DRAWS and report() == {"fused": DRAWS, "fallback": {}}
+    assert len(seen) == DRAWS and report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 
 def test_hooks_of_accelerate_on_the_layer_follow_the_class(report):
@@ -137,9 +137,9 @@ def test_hooks_of_accelerate_on_the_layer_follow_the_class(report):
     for count in (1, 2):
         fused_lora.accelerate(model)
         assert_close(layer(x), y, terms=64)
-        assert report() == {"fused": count, "fallback": {}}
+        assert report() == {"fused": count, "around": {}, "fallback": {}}
         fused_lora.restore(model)
-        assert torch.equal(layer(x), y) and report() == {"fused": count, "fallback": {}}
+        assert torch.equal(layer(x), y) and report() == {"fused": count, "around": {}, "fallback": {}}
     fused_lora.accelerate(model)
     hooks.remove_hook_from_module(layer)
     layer(x)
@@ -171,7 +171,7 @@ def test_second_derivatives(dtype, report):
         mine, theirs, exact = (torch.stack(results[name]) for results in found)
         assert mine.dtype == theirs.dtype, name
         assert_no_worse(mine, theirs, exact, name=name, draws=True)
-    assert report() == {"fused": DRAWS, "fallback": {}}
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
@@ -199,7 +199,7 @@ def test_second_derivatives_with_a_frozen_A(needs_x, p):
     x = torch.randn(5, 4, dtype=torch.double, requires_grad=needs_x)
 
     def call(x, B):
-        torch.manual_seed(2)
+        torch.manual_seed(shifted(2))
         return lora_linear(x, W, None, [A], [B], [1.5], [p]).pow(2)
 
     assert torch.autograd.gradgradcheck(call, (x, B.requires_grad_()))
@@ -215,7 +215,7 @@ ORDERS = {
 @pytest.mark.parametrize("wanted", ORDERS.values(), ids=ORDERS)
 def test_derivatives_of_any_order(wanted, report):
     both, found = pair(), ({}, {}, {})
-    for _ in range(12):
+    for _ in range(DRAWS):
         x = torch.randn(9, K)
         for results, layer in zip(found, layers(both), strict=True):
             data = x.to(layer.base_layer.weight.dtype)
@@ -231,14 +231,14 @@ def test_derivatives_of_any_order(wanted, report):
                     results.setdefault((order, i), []).append(tensor.detach())
     for name in found[0]:
         mine, theirs, exact = (torch.stack(results[name]) for results in found)
-        assert_no_worse(mine, theirs, exact, name=str(name), draws=True, factor=1.5)
-    assert report() == {"fused": 12, "fallback": {}}
+        assert_no_worse(mine, theirs, exact, name=str(name), draws=True)
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 
 @pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
 def test_batches_of_gradients(way, report):
     both, found = pair(), ({}, {}, {})
-    for _ in range(12):
+    for _ in range(DRAWS):
         x, g = torch.randn(9, K), torch.randn(3, 9, N)
         for results, layer in zip(found, layers(both), strict=True):
             data = x.to(layer.base_layer.weight.dtype).requires_grad_()
@@ -251,7 +251,7 @@ def test_batches_of_gradients(way, report):
                 results.setdefault(i, []).append(tensor)
     for i in found[0]:
         assert_no_worse(*(torch.stack(results[i]) for results in found), name=str(i), draws=True)
-    assert report() == {"fused": 12, "fallback": {}}
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 
 WATCHED = {
@@ -268,7 +268,7 @@ def test_what_the_backward_does_not_read_may_change(watched, frozen, report):
     for part in frozen:
         for layer in layers(both):
             getattr(layer, part).requires_grad_(False)
-    for _ in range(12):
+    for _ in range(DRAWS):
         x, g = torch.randn(9, K), torch.randn(9, N)
         for gradients, layer in zip(found, layers(both), strict=True):
             y = layer(x.to(layer.base_layer.weight.dtype))
@@ -277,7 +277,7 @@ def test_what_the_backward_does_not_read_may_change(watched, frozen, report):
             B = layer.lora_B["default"].weight
             gradients.append(*torch.autograd.grad(y, [B], g.to(y.dtype)))
     assert_no_worse(*map(torch.stack, found), name="lora_B", draws=True)
-    assert report() == {"fused": 12, "fallback": {}}
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 
 def test_a_base_made_in_inference_mode(report):
@@ -286,13 +286,13 @@ def test_a_base_made_in_inference_mode(report):
         with torch.inference_mode():
             weight = layer.base_layer.weight.clone()
         layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
-    for _ in range(12):
+    for _ in range(DRAWS):
         x, g = torch.randn(9, K), torch.randn(9, N)
         for gradients, layer in zip(found, layers(both), strict=True):
             y = layer(x.to(layer.base_layer.weight.dtype))
             gradients.append(*torch.autograd.grad(y, [layer.lora_B["default"].weight], g.to(y.dtype)))
     assert_no_worse(*map(torch.stack, found), name="lora_B", draws=True)
-    assert report() == {"fused": 12, "fallback": {}}
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 
 @pytest.mark.parametrize("route", ["eager", pytest.param("kernels", marks=pytest.mark.kernel)])
@@ -336,7 +336,7 @@ def other_linear(layer):
 
 
 def wrapped_weight(layer):
-    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.data.as_subclass(Wrapped), requires_grad=False)
+    layer.lora_A["default"].weight = nn.Parameter(layer.lora_A["default"].weight.data.as_subclass(Wrapped))
 
 
 def biased_A(layer):
@@ -397,22 +397,9 @@ def scaled_by(value):
 
 
 CHANGES = {
-    "a part of the layer is a Identity": [
-        base_without_a_weight,
-        lambda layer: layer.lora_B.update({"default": nn.Identity()}),
-    ],
+    "a part of the layer is a Identity": [lambda layer: layer.lora_B.update({"default": nn.Identity()})],
     "a part of the layer is a Conv1D": [turned_A],
-    "a bias is not a parameter of its own": [
-        bias_as_an_attribute(lambda layer: layer.base_layer),
-        bias_as_an_attribute(lambda layer: layer.lora_B["default"]),
-        bias_as_a_buffer,
-    ],
-    "a bias is not a vector of out_features": [base_bias(1), base_bias(), base_bias(5, N)],
-    "a bias is a Wrapped": [wrapped_bias],
-    "a bias is torch.int64": [
-        lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.ones(N, dtype=torch.int64), False))
-    ],
-    "a weight is torch.sparse_csr": [sparse_base],
+    "a bias is not a parameter of its own": [bias_as_an_attribute(lambda layer: layer.lora_B["default"])],
     "the scaling is no number": [
         scaled_by(torch.arange(N)),
         scaled_by(torch.arange(5).unsqueeze(1)),
@@ -421,12 +408,10 @@ CHANGES = {
         scaled_by(None),
     ],
     "a hook on a part of the layer": [
-        lambda layer: layer.base_layer.register_forward_hook(lambda m, args, y: y + 1),
         lambda layer: layer.lora_A["default"].register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
         lambda layer: layer.lora_B["default"].register_forward_hook(lambda m, args, y: y * 3),
         lambda layer: layer.lora_dropout["default"].register_forward_hook(lambda m, args, y: y * 3),
         lambda layer: layer.lora_B["default"].register_full_backward_hook(lambda m, dx, dy: (dx[0] * 2,)),
-        lambda layer: layer.base_layer.register_full_backward_pre_hook(lambda m, dy: (dy[0] * 2,)),
         lambda layer: nn.utils.weight_norm(layer.lora_A["default"]),
     ],
     "a part of the layer has its forward replaced": [
@@ -435,19 +420,58 @@ CHANGES = {
     "a part of the layer is a OtherLinear": [other_linear],
     "a part of the layer is a ParametrizedLinear": [
         lambda layer: parametrize.register_parametrization(layer.lora_A["default"], "weight", Doubled()),
-        lambda layer: parametrize.register_parametrization(layer.base_layer, "weight", Doubled()),
     ],
     "a part of the layer is a Dropout1d": [lambda layer: layer.lora_dropout.update({"default": nn.Dropout1d(0.0)})],
     "dropout works in place": [
         lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.0, inplace=True).eval()}),
     ],
-    "a weight is a Wrapped": [wrapped_weight],
     "lora_A has a bias": [biased_A],
     "lora_A and lora_B differ in dtype": [lambda layer: layer.lora_B.to(torch.float16)],
+    "a weight is a Wrapped": [wrapped_weight],
     "adapters are disabled": [lambda layer: layer.enable_adapters(False)],
     "no active adapter in this layer": [lambda layer: layer.set_adapter("nobody")],
-    "a part of the layer is a Linear": [lambda layer: setattr(layer, "fan_in_fan_out", True), a_product_for_dropout],
+    "a part of the layer is a Linear": [a_product_for_dropout],
 }
+
+
+BASES = {
+    "the base layer is a Identity": [base_without_a_weight],
+    "a bias is not a parameter of its own": [
+        bias_as_an_attribute(lambda layer: layer.base_layer),
+        bias_as_a_buffer,
+    ],
+    "a bias is not a vector of out_features": [base_bias(1), base_bias(), base_bias(5, N)],
+    "a bias is a Wrapped": [wrapped_bias],
+    "a bias is torch.int64": [
+        lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.ones(N, dtype=torch.int64), False))
+    ],
+    "a weight is torch.sparse_csr": [sparse_base],
+}
+
+
+@pytest.mark.parametrize("change, reason", [(change, reason) for reason, some in BASES.items() for change in some])
+@pytest.mark.filterwarnings("ignore")
+def test_unusual_base_layers_are_called_as_they_are(change, reason, report):
+    both, outcomes = pair(), []
+    for layer in layers(both):
+        change(layer)
+    [row] = integration.layer_report(both.ours)
+    assert str(row) == f"fused around the base: {reason}"
+    x = torch.randn(5, K)
+    for layer in layers(both)[:2]:
+        data = x.clone().requires_grad_()
+        try:
+            y = layer(data)
+            outcomes.append([y, *torch.autograd.grad(y.sum(), [data])])
+        except (RuntimeError, TypeError) as error:
+            outcomes.append(f"{type(error)} {error}")
+    assert not report()["fused"]
+    if isinstance(outcomes[0], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        for mine, other in zip(*outcomes, strict=True):
+            assert type(mine) is type(other)
+            assert_close(mine.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor), terms=2 * K + N)
 
 
 @pytest.mark.parametrize(
@@ -471,7 +495,7 @@ def test_unusual_layers_are_left_to_peft(change, reason, report):
         except (RuntimeError, TypeError) as error:
             found = f"{type(error)} {error}"
         outcomes.append(found)
-    assert report() == {"fused": 0, "fallback": {reason: 1}}
+    assert report() == {"fused": 0, "around": {}, "fallback": {reason: 1}}
     if isinstance(outcomes[0], str):
         assert outcomes[0] == outcomes[1]
     else:
@@ -484,7 +508,7 @@ def test_shapes_that_broadcast_are_left_to_peft(report):
     for layer in layers(both):
         layer.lora_B["default"].weight = nn.Parameter(of_layer(layer, 1, 4))
     assert_like_peft(both, torch.randn(5, K), fused=False)
-    assert report() == {"fused": 0, "fallback": {"shapes differ": 6}}
+    assert report() == {"fused": 0, "around": {}, "fallback": {"shapes differ": DRAWS}}
 
 
 @pytest.mark.parametrize("fields, frozen", [({}, ["lora_A"]), ({"lora_dropout": 0.5}, [])])
@@ -497,7 +521,7 @@ def test_an_input_made_in_inference_mode(fields, frozen, report):
             parameter.requires_grad_("lora_" in name and not any(part in name for part in frozen))
         layer.train()(x).sum().backward()
         assert layer.lora_B["default"].weight.grad.isfinite().all()
-    assert report() == {"fused": 0, "fallback": {"the input is an inference tensor": 1}}
+    assert report() == {"fused": 0, "around": {}, "fallback": {"the input is an inference tensor": 1}}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
@@ -521,12 +545,12 @@ def test_an_input_of_another_shape_raises_as_in_peft(shape, report):
 def test_further_arguments_go_to_the_base_layer(arguments, report):
     both, (args, kwargs) = pair(), arguments
     both.do(lambda m: m.base_model.model[0](torch.ones(2, K), *args, **kwargs), raises=TypeError)
-    assert report()["fallback"] == {"further arguments": 1}
+    assert report() == {"fused": 0, "around": {}, "fallback": {}}  # the base layer raised
 
 
 def test_arguments_that_are_none_run_fused(report):
     layers(pair())[0](torch.ones(2, K), adapter_names=None, alora_offsets=None)
-    assert report() == {"fused": 1, "fallback": {}}
+    assert report() == {"fused": 1, "around": {}, "fallback": {}}
 
 
 def test_casting_of_the_input_switched_off(report):
@@ -535,7 +559,7 @@ def test_casting_of_the_input_switched_off(report):
         for model in both.models[:2]:
             with pytest.raises(RuntimeError, match="dtype"):
                 model(torch.ones(2, K, dtype=torch.bfloat16))
-    assert report() == {"fused": 0, "fallback": {"casting of the input is switched off": 1}}
+    assert report() == {"fused": 0, "around": {}, "fallback": {"casting of the input is switched off": 1}}
     both = pair()
     with peft.helpers.disable_input_dtype_casting(both.ours):
         assert_like_peft(both, torch.randn(3, K), fused=True)  # nothing to cast
@@ -545,7 +569,7 @@ def test_float64_under_autocast(report):
     both = pair(torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert_like_peft(both, torch.randn(3, K, dtype=torch.float64), fused=False, draws=1)
-    assert report() == {"fused": 0, "fallback": {"float64 under autocast": 1}}
+    assert report() == {"fused": 0, "around": {}, "fallback": {"float64 under autocast": 1}}
 
 
 def test_a_hook_on_all_modules_sees_the_parts(report):
@@ -615,7 +639,7 @@ def test_decoding_on_a_cpu_is_left_to_peft(report):
     with torch.no_grad():
         for x in (torch.randn(1, K), torch.randn(2, 32, K)):
             assert torch.equal(ours(x), theirs(x))
-        assert report() == {"fused": 0, "fallback": {"few rows on a CPU": 2}}
+        assert report() == {"fused": 0, "around": {}, "fallback": {"few rows on a CPU": 2}}
         ours(torch.randn(65, K))
         ours.train()(torch.randn(1, K))  # perhaps the first forward of a checkpoint
     ours.eval()(torch.randn(1, K))
@@ -657,12 +681,12 @@ def test_layer_report_of_an_injected_model():
     assert integration.layer_report(net)[3].why_not == "adapters are disabled"
 
 
-def test_the_inner_of_two_nested_layers_runs_pefts_forward(report):
-    """A LoRA layer whose base is another PEFT layer keeps PEFT's own way."""
+def test_two_nested_layers(report):
+    """A LoRA layer whose base is another PEFT layer: the inner one fused, the outer one around it."""
     both = pair()
     outer = [copy.deepcopy(layer) for layer in layers(both)[:2]]
     for layer, inner in zip(outer, layers(both), strict=False):
         layer.base_layer = inner
     x = torch.randn(2, K)
     assert_close(outer[0](x), outer[1](x), terms=64)
-    assert report() == {"fused": 1, "fallback": {"a part of the layer is a Linear": 1}}
+    assert report() == {"fused": 1, "around": {"the base layer is a Linear": 1}, "fallback": {}}

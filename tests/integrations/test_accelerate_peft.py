@@ -206,7 +206,7 @@ def test_a_batch_of_one_adapter_runs_fused():
     report = fused_lora.integrations.peft.install()
     try:
         model(torch.zeros(2, 3, dtype=torch.long), adapter_names=["b", "b"])
-        assert report() == {"fused": 1, "fallback": {"a batch of several adapters": 3}}
+        assert report() == {"fused": 1, "around": {}, "fallback": {"a batch of several adapters": 3}}
     finally:
         fused_lora.integrations.peft.uninstall()
 
@@ -322,13 +322,14 @@ class _Packed(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype) / 50, self.bias)
 
 
-def test_a_quantised_base_stays_with_peft():
+def test_a_quantised_base_keeps_its_own_arithmetic():
     net = Net().eval()
     net.lin0 = _Packed()
     both = SideBySide(wrap(net))
     both.assert_same_results()
-    rows = {row.path.rpartition(".")[2]: row.why_not for row in fused_lora.integrations.peft.layer_report(both.ours)}
-    assert rows == {"lin0": "a part of the layer is a _Packed", "lin1": None, "conv1d": None, "head": None}
+    rows = {row.path.rpartition(".")[2]: str(row) for row in fused_lora.integrations.peft.layer_report(both.ours)}
+    packed = "fused around the base: the base layer is a _Packed"
+    assert rows == {"lin0": packed, "lin1": "fused", "conv1d": "fused", "head": "fused"}
 
 
 def test_forwards_set_on_an_instance_are_kept():

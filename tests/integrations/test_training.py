@@ -65,8 +65,8 @@ def train(model, data, before_step=None, autocast=False):
 
 
 def assert_same_losses(mine, other):
-    """Of two runs in float64: the rounding of thousands of sums stays far below 1e-9, any other mistake does not."""
-    assert ((mine - other).abs() / other).max() < 1e-9
+    """Of two runs in float64, whose losses transformers forms in fp32: a few of its eps."""
+    assert ((mine - other).abs() / other).max() < 8 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 KINDS = ("ddp", "fsdp2")
 INNER = {"fsdp2 linears": "fused", "fsdp2 parts": "a hook"}  # what is sharded by itself -> how its calls run
 LAYERS = 14
+EQUAL = 8 * torch.finfo(torch.float32).eps  # models in float64, whose losses transformers forms in fp32
 
 
 def cases():
@@ -39,7 +40,7 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone():
-    """One process on the whole batch: PEFT in float32, which is what all others are compared with."""
+    """One process on the whole batch: in float64, which is what all others are compared with."""
     return {route: processes.run_case("one", route) for route in ("peft", *ROUTES)}
 
 
@@ -48,10 +49,8 @@ def alone():
 @pytest.mark.parametrize("route", ROUTES)
 def test_losses_and_gradients_are_those_of_one_process(results, alone, route, kind, checkpointing):
     found, expected = results[f"{kind} {route}{checkpointing}"], alone[route]
-    assert found["losses"].tolist() == pytest.approx(expected["losses"].tolist(), rel=1e-6)
-    theirs = largest_relative(results[f"{kind} peft"]["gradients"], alone["peft"]["gradients"])
-    ours = largest_relative(found["gradients"], expected["gradients"])
-    assert ours <= max(2 * theirs, 1e-6), f"gradients differ by {ours:.1e}, PEFT's by {theirs:.1e}"
+    assert found["losses"].tolist() == pytest.approx(expected["losses"].tolist(), rel=EQUAL)
+    assert largest_relative(found["gradients"], expected["gradients"]) < EQUAL
     if route != "inject":
         assert found["calls"] == {"fused": processes.STEPS * LAYERS * (2 if checkpointing else 1)}
 
@@ -60,8 +59,8 @@ def test_losses_and_gradients_are_those_of_one_process(results, alone, route, ki
 @pytest.mark.parametrize("route", ROUTES)
 def test_linears_that_are_sharded_by_themselves(results, alone, route, kind):
     found, expected = results[f"{kind} {route}"], alone[route]
-    assert found["losses"].tolist() == pytest.approx(expected["losses"].tolist(), rel=1e-6)
-    assert largest_relative(found["gradients"], expected["gradients"]) < 1e-5
+    assert found["losses"].tolist() == pytest.approx(expected["losses"].tolist(), rel=EQUAL)
+    assert largest_relative(found["gradients"], expected["gradients"]) < EQUAL
     if route != "inject":
         assert len(found["calls"]) == 1 and INNER[kind] in next(iter(found["calls"])), found["calls"]
 
@@ -70,8 +69,8 @@ def test_linears_that_are_sharded_by_themselves(results, alone, route, kind):
 @pytest.mark.parametrize("route", ROUTES)
 def test_losses_and_weights_are_pefts(results, route, kind):
     ours, theirs = results[f"{kind} {route}"], results[f"{kind} peft"]
-    assert ours["losses"].tolist() == pytest.approx(theirs["losses"].tolist(), rel=1e-5)
-    assert largest_relative(ours["gradients"], theirs["gradients"]) < 1e-5
+    assert ours["losses"].tolist() == pytest.approx(theirs["losses"].tolist(), rel=EQUAL)
+    assert largest_relative(ours["gradients"], theirs["gradients"]) < EQUAL
     assert largest_relative(ours["final"], theirs["final"]) < 1e-4
 
 

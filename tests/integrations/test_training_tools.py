@@ -63,6 +63,14 @@ def run_trainer(route, folder, resume=None, base=None, p=0.0, **more):
     return losses(trainer), model
 
 
+# Runs of a float64 model, whose losses transformers forms in fp32: a few of its eps. fp32 runs drift apart by chance.
+EQUAL = 8 * torch.finfo(torch.float32).eps
+
+
+def wide_llama():
+    return training.tiny_llama(dtype=torch.float64)
+
+
 def close(ours, theirs, relative):
     ours, theirs = torch.tensor(ours, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64)
     assert len(ours) == len(theirs) > 1
@@ -77,11 +85,11 @@ def close(ours, theirs, relative):
 @pytest.mark.parametrize("route", ROUTES)
 def test_plain_loop(route):
     data = counting_texts(48)
-    with built("peft", training.tiny_llama()) as model:
+    with built("peft", wide_llama()) as model:
         expected = train(model, data)
-    with counted_calls() as calls, built(route, training.tiny_llama()) as model:
+    with counted_calls() as calls, built(route, wide_llama()) as model:
         found = train(model, data)
-    close(found, expected, 1e-5)
+    close(found, expected, EQUAL)
     assert calls == ({} if route == "inject" else {"fused": 12 * 14})
 
 
@@ -90,7 +98,7 @@ def test_accelerate_and_restore_in_the_middle_of_a_run():
     thirds = counting_texts(36).split(12)
     found = {}
     for route in ("peft", "both"):
-        with built("peft", training.tiny_llama()) as model:
+        with built("peft", wide_llama()) as model:
             optimizer = torch.optim.AdamW(training.trainable(model).values(), lr=5e-3)
             found[route] = []
             for i, data in enumerate(thirds):
@@ -99,7 +107,7 @@ def test_accelerate_and_restore_in_the_middle_of_a_run():
                 with counted_calls() as calls:
                     found[route] += train(model, data, optimizer=optimizer)
                 assert calls == ({"fused": 3 * 14} if route == "both" and i == 1 else {})
-    close(found["both"], found["peft"], 1e-5)
+    close(found["both"], found["peft"], EQUAL)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -151,15 +159,15 @@ def test_compile_of_the_whole_model(route, p):
     data = counting_texts(12)
     found = []
     for compiled in (False, True):
-        with built(route, training.tiny_llama(), lora_dropout=p, init_lora_weights=False) as model:
+        with built(route, wide_llama(), lora_dropout=p, init_lora_weights=False) as model:
             torch._dynamo.reset()
             run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
             torch.manual_seed(shifted(1))
             losses = [run(input_ids=ids, labels=ids, use_cache=False).loss for ids in data.split(4)]
             sum(losses).backward()
             found.append(({"losses": torch.stack(losses).detach()}, training.gradients(model)))
-    assert largest_relative(found[1][0], found[0][0]) < 1e-6
-    assert largest_relative(found[1][1], found[0][1]) < 1e-5
+    assert largest_relative(found[1][0], found[0][0]) < EQUAL
+    assert largest_relative(found[1][1], found[0][1]) < EQUAL
 
 
 @pytest.mark.slow
@@ -207,10 +215,11 @@ def test_inductor_uses_one_mask_in_forward_and_backward(route):
     ids=["plain", "accumulation", "checkpointing", "reentrant", "bf16", "compile"],
 )
 def test_trainer(route, more, tmp_path):
-    expected, _ = run_trainer("peft", tmp_path / "peft", **more)
+    make = training.tiny_llama if "bf16" in more else wide_llama
+    expected, _ = run_trainer("peft", tmp_path / "peft", base=make(), **more)
     with counted_calls() as calls:
-        found, _ = run_trainer(route, tmp_path / route, **more)
-    close(found, expected, 2e-3 if "bf16" in more else 2e-5)
+        found, _ = run_trainer(route, tmp_path / route, base=make(), **more)
+    close(found, expected, 2e-3 if "bf16" in more else EQUAL)
     assert set(calls) <= {"fused"}
 
 
@@ -292,10 +301,10 @@ def test_sft_trainer(route, wrapped_by_trl, tmp_path):
         if wrapped_by_trl:
             with training.installed() if kind == "install" else contextlib.nullcontext():
                 config = peft.LoraConfig(**training.ADAPTER)
-                trainer = trl.SFTTrainer(training.tiny_llama(), peft_config=config, **fields)
+                trainer = trl.SFTTrainer(wide_llama(), peft_config=config, **fields)
                 trainer.train()
         else:
-            with built(kind, training.tiny_llama()) as model:
+            with built(kind, wide_llama()) as model:
                 trainer = trl.SFTTrainer(model, **fields)
                 trainer.train()
         return losses(trainer)
@@ -303,7 +312,7 @@ def test_sft_trainer(route, wrapped_by_trl, tmp_path):
     expected = run("peft")
     with counted_calls() as calls:
         found = run(route)
-    close(found, expected, 2e-5)
+    close(found, expected, EQUAL)
     assert calls.keys() == (set() if route == "inject" else {"fused"})
 
 
@@ -315,10 +324,12 @@ def test_sft_trainer(route, wrapped_by_trl, tmp_path):
 def test_accelerator(route, mixed_precision):
     accelerate = pytest.importorskip("accelerate")
 
+    make = wide_llama if mixed_precision == "no" else training.tiny_llama
+
     def run(kind):
         accelerate.state.AcceleratorState._reset_state(True)
         accelerator = accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision, gradient_accumulation_steps=2)
-        with built(kind, training.tiny_llama()) as model:
+        with built(kind, make()) as model:
             optimizer = torch.optim.AdamW(training.trainable(model).values(), lr=5e-3)
             loader = torch.utils.data.DataLoader(Texts(counting_texts(32)), batch_size=4)
             model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -338,7 +349,7 @@ def test_accelerator(route, mixed_precision):
     expected = run("peft")
     with counted_calls() as calls:
         found = run(route)
-    close(found, expected, 2e-3 if mixed_precision == "bf16" else 2e-5)
+    close(found, expected, 2e-3 if mixed_precision == "bf16" else EQUAL)
     assert set(calls) <= {"fused"}
 
 

@@ -52,6 +52,7 @@ WAYS = {
     "without hooks": ["kept"],
     "from another device": ["triton"],
     "descriptors": ["triton", "triton", "kept", "kept"],
+    "a tuple of tensors": ["triton", "kept", "triton"],  # the last one has one that is not aligned
 }
 
 
@@ -113,11 +114,11 @@ def launches(given: list[list]) -> dict[str, int]:
     from fused_lora.kernels.dropout import dropout_mask
     from fused_lora.kernels.grouped_expand import grouped_expand
     from fused_lora.kernels.grouped_shrink import grouped_shrink
-    from fused_lora.kernels.lora_backward import lora_backward_g, lora_backward_x
-    from fused_lora.kernels.lora_expand import lora_expand
-    from fused_lora.kernels.lora_grad import lora_linear_weight_grad
-    from fused_lora.kernels.lora_linear import lora_linear_forward
-    from fused_lora.kernels.lora_shrink import lora_shrink
+    from fused_lora.kernels.lora_backward import prepare_backward_g, prepare_backward_x
+    from fused_lora.kernels.lora_expand import prepare_expand
+    from fused_lora.kernels.lora_grad import prepare_weight_grad
+    from fused_lora.kernels.lora_linear import prepare_linear
+    from fused_lora.kernels.lora_shrink import prepare_shrink
     from fused_lora.testing.grouped import GroupedCase
     from fused_lora.testing.layers import LayerCase
 
@@ -139,20 +140,24 @@ def launches(given: list[list]) -> dict[str, int]:
 
     def forward(name, variant, M, K, dropout=(0.0,), dtype=bf16):
         case = LayerCase.make(M, 64, K, [8] * len(dropout), dropout, dtype)
-        counted(name, lora_linear_forward, case.x, case.weight, case.bias, *case.adapters, variant=variant)
+        tensors = case.x, case.weight, case.bias, case.lora_A, case.lora_B
+        run = prepare_linear(*tensors, case.scaling, dropout, any(dropout), variant=variant)
+        counted(name, run, *tensors, case.seeds)
 
     def passes(name, p, adapter_dtype):
         case = LayerCase.make(600, 64, 64, [8], [p], bf16, adapter_dtype)
         dS = torch.zeros(600, 8)
         if not p:
-            counted("backward_g", lora_backward_g, case.g, dS, case.lora_B[0], 2.0)
-        counted(name, lora_backward_x, case.x, dS, case.lora_A[0], p, case.seeds)
+            run, room = prepare_backward_g(case.g, case.lora_B[0], 2.0)
+            counted("backward_g", run, case.g, dS, case.lora_B[0], torch.empty(room))
+        run, room = prepare_backward_x(case.x, case.lora_A[0], p, p > 0)
+        counted(name, run, case.x, dS, case.lora_A[0], case.seeds, torch.empty(room))
 
     def weight_grad(name, M, p):
         case = LayerCase.make(M, 64, 64, [8], [p], bf16)
         S = torch.zeros(M, 8)
-        args = case.g, case.x, S, S, case.scaling, case.dropout, case.seeds, case.ranks, bf16
-        counted(name, lora_linear_weight_grad, *args)
+        run = prepare_weight_grad(case.g, case.x, case.scaling, case.dropout, p > 0, case.ranks, bf16)
+        counted(name, run, case.g, case.x, S, S, case.seeds)
 
     forward("forward, recompute", "recompute", 4, 64)
     forward("forward, recompute, K split", "recompute", 4, 4096)
@@ -160,11 +165,14 @@ def launches(given: list[list]) -> dict[str, int]:
     forward("forward, split, pointers", "split", 600, 60)
     forward("forward, split, fp32", "split", 600, 64, dtype=fp32)
     case = LayerCase.make(40, 64, 64, [8], [0.1], bf16, fp32)
-    counted("shrink, mask, fp32 adapter", lora_shrink, case.x, case.lora_A, [1.0], case.dropout, case.seeds)
+    run = prepare_shrink(case.x, case.lora_A, [1.0], case.dropout, True)
+    counted("shrink, mask, fp32 adapter", run, case.x, case.lora_A, case.seeds)
     two = LayerCase.make(40, 64, 64, [8, 24], [0.1, 0.5], bf16)
     S, B_t = torch.zeros(40, 32), [B.t() for B in two.lora_B]
-    counted("expand, bias", lora_expand, S, B_t, two.scaling, two.dropout, None, two.bias, bf16)
-    counted("expand, two masks", lora_expand, S, two.lora_A, [1.0, 1.0], two.dropout, two.seeds, None, bf16)
+    run = prepare_expand(40, B_t, two.scaling, two.dropout, False, True, bf16, by_columns=True)
+    counted("expand, bias", run, S, two.lora_B, None, two.bias)
+    run = prepare_expand(40, two.lora_A, [1.0, 1.0], two.dropout, True, False, bf16)
+    counted("expand, two masks", run, S, two.lora_A, two.seeds, None)
     passes("backward_x", 0.0, bf16)
     passes("backward_x, mask, fp32 adapter", 0.1, fp32)
     weight_grad("weight_grad, mask", 40, 0.1)
@@ -189,14 +197,19 @@ def ways(who: list[str], given: list[list]) -> dict[str, list[str]]:
     """Who launches in each situation of WAYS."""
     from triton import knobs
 
-    from fused_lora.kernels.lora_linear import lora_linear_forward
-    from fused_lora.kernels.lora_shrink import _lora_shrink_kernel, lora_shrink
+    from fused_lora.kernels.grouped_expand import grouped_expand
+    from fused_lora.kernels.grouped_shrink import grouped_shrink
+    from fused_lora.kernels.lora_linear import prepare_linear
+    from fused_lora.kernels.lora_shrink import _lora_shrink_kernel, prepare_shrink
+    from fused_lora.testing.grouped import GroupedCase
     from fused_lora.testing.layers import LayerCase
 
     case, found = LayerCase.make(600, 64, 64, [8], [0.1], torch.bfloat16), {}
 
+    runs = {scale: prepare_shrink(case.x, case.lora_A, [scale], case.dropout, True) for scale in (1.0, 2.0)}
+
     def shrink(situation, x=case.x, scale=1.0):
-        lora_shrink(x, case.lora_A, [scale], case.dropout, case.seeds)
+        runs[scale](x, case.lora_A, case.seeds)
         found.setdefault(situation, []).append(who[-1])
         return given[-1]
 
@@ -233,9 +246,19 @@ def ways(who: list[str], given: list[list]) -> dict[str, list[str]]:
     stub_driver.DEVICE[0] = 0
 
     who.clear()
+    tensors = case.x, case.weight, case.bias, case.lora_A, case.lora_B
+    run = prepare_linear(*tensors, case.scaling, case.dropout, True, variant="split")
     for _ in range(2):
-        lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, variant="split")
+        run(*tensors, case.seeds)
     found["descriptors"] = list(who)
+
+    batch = GroupedCase.make([0, 0], [[(0, 1.0)]], [[4, 4]], [64, 64], 64, torch.bfloat16)
+    S = grouped_shrink(batch.x, batch.tables(), batch.row_groups())
+    shifted = torch.zeros(2 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 64)
+    who.clear()
+    for last in (batch.base[1], batch.base[1], shifted):
+        grouped_expand(S, [batch.base[0], last], batch.tables(), batch.row_groups())
+    found["a tuple of tensors"] = list(who)
     return found
 
 

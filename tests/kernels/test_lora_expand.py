@@ -7,6 +7,7 @@ from fused_lora import reference
 from fused_lora.kernels.config import LaunchConfig
 from fused_lora.kernels.lora_expand import lora_expand
 from fused_lora.testing.layers import LayerCase
+from fused_lora.testing.numeric import assert_no_worse
 
 TILES = [None, LaunchConfig("expand", 32, 64, 16, 16), LaunchConfig("expand", 64, 256, 16, 32, num_warps=8)]
 
@@ -65,6 +66,30 @@ def test_the_bias_is_added_before_the_rounding(dtype, device, kernel_memory):
     S, B_t = case.exact()["S"].float(), [B.t() for B in case.lora_B]
     y = lora_expand(S, B_t, case.scaling, case.dropout, None, case.bias, dtype)
     case.check({"y": y})
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize(
+    "dtype, adapter_dtype",
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float16, torch.float32), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+@pytest.mark.parametrize("ranks", [[3], [16, 24]], ids=str)
+def test_the_term_is_added_to_a_given_y_with_one_rounding(ranks, dtype, adapter_dtype, by_rows, device, kernel_memory):
+    case = LayerCase.make(70, 90, 40, ranks, [0.0] * len(ranks), dtype, adapter_dtype, device=device)
+    given = torch.nn.functional.linear(case.x, case.weight)
+    base = given if by_rows else given.t().contiguous().t()
+    S, B_t = case.exact()["S"].float(), [B.t() for B in case.lora_B]
+    y = lora_expand(S, B_t, case.scaling, case.dropout, None, case.bias, dtype, base=base)
+    exact, _ = reference.lora_term(given, case.x, *case.adapters, case.bias)
+    assert torch.equal(given, base)  # only read
+    if dtype == torch.float32:
+        assert ((y - exact).abs() <= case.fp32_bounds()["y"]).all()
+    else:
+        eager = given
+        for A, B, s in zip(case.lora_A, case.lora_B, case.scaling, strict=True):
+            eager = eager + (case.x.to(A.dtype) @ A.t()) @ B.t() * s
+        assert_no_worse(y, (eager + case.bias).to(dtype), exact, name="y")
 
 
 def test_empty_results(device):

@@ -5,7 +5,6 @@ import torch
 
 from fused_lora.kernels.config import LaunchConfig
 from fused_lora.kernels.lora_grad import lora_linear_weight_grad
-from fused_lora.ops.linear import launch as kernel
 from fused_lora.testing.interpreter import fixed_order_dot
 from fused_lora.testing.layers import LayerCase
 from fused_lora.testing.numeric import assert_close
@@ -111,8 +110,6 @@ def test_column_tiles_do_not_change_the_bits(device):
 def test_a_whole_training_step(dtype, device, kernel_memory):
     """Forward and all gradients chained as autograd chains them, two adapters, one mask each."""
     case = LayerCase.make(40, 33, 50, [4, 20], [0.1, 0.5], dtype, device=device)
-    y, S = kernel.lora_linear("split")(case.x, case.weight, case.bias, *case.adapters)
-    rest = S, case.scaling, case.dropout, case.seeds, True, [True] * 2, [True] * 2, False, False
-    run = kernel.lora_linear_backward("library")
-    dx, dA, dB, _, _ = run(case.g, case.x, case.weight, case.lora_A, case.lora_B, *rest)
+    y, S = case.by("split")
+    dx, dA, dB, _, _ = case.by("library", S)
     case.check(dict(y=y, dx=dx, dA=torch.cat(dA), dB=torch.cat(dB, 1)))

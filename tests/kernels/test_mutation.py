@@ -144,17 +144,19 @@ def run_merge(R, K=300, dtype=torch.bfloat16):
 
 
 def run_layer(variant, p, split_k=1, ranks=(3,)):
-    """Forward, the LoRA term of dx, weight gradients."""
+    """Forward, the LoRA term of dx and onto a given y, weight gradients."""
     case = LayerCase.make(21, 35, 37, ranks, [p] * len(ranks))
     config = LaunchConfig(variant, 16, 32, 32, 16, SPLIT_K=split_k)
     y, S = lora_linear.lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, config=config)
     tile, dS, ones = LaunchConfig("expand", 16, 32, 16, 16), torch.randn_like(S), [1.0] * len(ranks)
     dx = lora_expand.lora_expand(dS, case.lora_A, ones, case.dropout, case.seeds, None, torch.float32, tile)
+    B_t = [B.t() for B in case.lora_B]
+    onto = lora_expand.lora_expand(S, B_t, ones, case.dropout, None, case.bias, torch.float32, tile, case.g)
     gradient = LaunchConfig("weight_grad", 32, 16, 16, 16, SPLIT_K=split_k)
     dA, dB = lora_grad.lora_linear_weight_grad(
         case.g, case.x, S, dS, case.scaling, case.dropout, case.seeds, case.ranks, torch.float32, gradient
     )
-    return [y, S, dx, *dA, *dB]
+    return [y, S, dx, onto, *dA, *dB]
 
 
 def run_shrink():

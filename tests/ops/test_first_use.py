@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora.kernels import lora_backward, lora_expand, lora_grad, lora_linear, lora_shrink
 from fused_lora.kernels.grouped_tables import AdapterTables
+from fused_lora.ops import guard
 from fused_lora.ops.grouped import launch as grouped_kernel
 from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
 from fused_lora.ops.linear import launch as kernel
@@ -98,7 +99,7 @@ def test_the_trial_is_of_the_configurations_that_then_run(device, launched):
         (600, 48, 64, 8, 0.1), (70, 48, 72, 40, 0.1), (20, 33, 1040, 8, 0.0),
         (1, 64, 40, 8, 0.0), (70, 50, 80, 8, 0.5), (2050, 48, 64, 8, 0.1),
     ]:  # fmt: skip
-        kernel._state.clear()
+        guard._state.clear()
         launched.clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -109,13 +110,13 @@ def test_the_trial_is_of_the_configurations_that_then_run(device, launched):
 
 def test_one_trial_for_each_configuration(device, kernels_on, monkeypatch):
     tried = []
-    small_case = kernel.small_case
-    monkeypatch.setattr(kernel, "small_case", lambda case: tried.append(case) or small_case(case))
+    small_case = plan.small_case
+    monkeypatch.setattr(plan, "small_case", lambda case: tried.append(case) or small_case(case))
 
     def forward(M, N, K, r=8, dtype=torch.float32):
         case = LayerCase.make(M, N, K, [r], [0.0], dtype, device=device)
-        run = plan.forward(case.x, case.weight, None, case.lora_A, case.lora_B, [0.0])
-        run(case.x, case.weight, None, case.lora_A, case.lora_B, [1.0], [0.0], None)
+        run = plan.forward(case.x, case.weight, None, case.lora_A, case.lora_B, [1.0], [0.0])
+        run(case.x, case.weight, None, case.lora_A, case.lora_B, None)
         return len(tried)
 
     assert forward(5, 33, 44, dtype=BF16) == 1
@@ -130,27 +131,27 @@ def test_one_trial_for_each_configuration(device, kernels_on, monkeypatch):
 
 def test_no_trial_while_a_graph_is_captured(monkeypatch):
     """Until something has passed outside, the eager path is captured, with one warning; and that is no verdict."""
-    monkeypatch.setattr(kernel, "_state", {})
+    monkeypatch.setattr(guard, "_state", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    run = kernel.guarded(("a",), lambda: "kernel", lambda: "eager", lambda: None)
-    kernel._warn_of_capture.cache_clear()
+    run = guard.guarded(("a",), lambda: "kernel", lambda: "eager", lambda: None)
+    guard._warn_of_capture.cache_clear()
     with pytest.warns(UserWarning, match="eager path.*Run a warm-up step before the capture") as caught:
-        assert run() == run() == "eager" and not kernel._state
+        assert run() == run() == "eager" and not guard._state
     assert len(caught) == 1
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert run() == "kernel" and kernel._state == {("a",): True}
+    assert run() == "kernel" and guard._state == {("a",): True}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert run() == "kernel"
 
 
 def test_a_run_that_fails_after_its_trial_is_dropped(monkeypatch):
-    monkeypatch.setattr(kernel, "_state", {})
+    monkeypatch.setattr(guard, "_state", {})
 
     def fails():
         raise RuntimeError("Triton Error [CUDA]: an illegal configuration")
 
-    run = kernel.guarded(("b",), fails, lambda: "eager", lambda: None)
+    run = guard.guarded(("b",), fails, lambda: "eager", lambda: None)
     with pytest.warns(UserWarning, match="is dropped.*illegal configuration"):
         assert run() == "eager"
     with warnings.catch_warnings():
@@ -162,17 +163,17 @@ def test_a_run_that_fails_after_its_trial_is_dropped(monkeypatch):
 def test_one_thread_tries_and_loads_at_a_time(check, monkeypatch):
     """The trial and the first run hold the lock, so that no thread launches what another is loading; later runs not."""
     monkeypatch.setenv("FUSED_LORA_CHECK", check)
-    monkeypatch.setattr(kernel, "_state", {})
+    monkeypatch.setattr(guard, "_state", {})
     found = []
 
     def probe(place):
         with ThreadPoolExecutor(1) as other:
-            free = other.submit(kernel._first_use.acquire, blocking=False).result()
+            free = other.submit(guard._first_use.acquire, blocking=False).result()
             if free:
-                other.submit(kernel._first_use.release).result()
+                other.submit(guard._first_use.release).result()
         found.append((place, free))
 
-    run = kernel.guarded(("c",), lambda: probe("run"), lambda: "eager", lambda: probe("trial"))
+    run = guard.guarded(("c",), lambda: probe("run"), lambda: "eager", lambda: probe("trial"))
     run(), run(), run()
     assert found == [("trial", False)] * (check == "1") + [("run", False), ("run", True), ("run", True)]
 
@@ -196,8 +197,8 @@ def test_a_thread_that_waits_for_a_first_use_takes_its_verdict(wrong, monkeypatc
             assert asked.wait(HANG)
         return wrong
 
-    monkeypatch.setattr(kernel, "_state", Watched())
-    run, waiting = kernel.guarded(("d",), lambda: "kernel", lambda: "eager", check), []
+    monkeypatch.setattr(guard, "_state", Watched())
+    run, waiting = guard.guarded(("d",), lambda: "kernel", lambda: "eager", check), []
     with ThreadPoolExecutor(1) as other:
         assert run() == waiting[0].result() == ("eager" if wrong else "kernel")
     assert tried == [threading.main_thread()]
@@ -208,8 +209,8 @@ def test_library_products_in_tf32_drop_no_layer(device, kernels_on):
     with TF32() as tf32, warnings.catch_warnings():
         warnings.simplefilter("error")
         case.planned()
-    assert {key[1].variant for key in kernel._state} == {"library", "passes"}
-    assert all(kernel._state.values()) and tf32.products
+    assert {key[1].variant for key in guard._state} == {"library", "passes"}
+    assert all(guard._state.values()) and tf32.products
 
 
 @pytest.mark.parametrize("result", [0, 1])
@@ -217,8 +218,8 @@ def test_an_fp32_library_plan_that_is_off_by_more_than_tf32_is_dropped(result, d
     """And its S, which is ours, by more than fp32."""
     original = kernel.lora_linear
 
-    def off(variant, chosen=None):
-        run = original(variant, chosen)
+    def off(chosen, *arguments):
+        run = original(chosen, *arguments)
         return lambda *args: tuple(t * (1, (1.01, 1.0001)[i])[i == result] for i, t in enumerate(run(*args)))
 
     monkeypatch.setattr(kernel, "lora_linear", off)

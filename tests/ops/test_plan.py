@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora import reference
+from fused_lora.ops import guard
 from fused_lora.ops.linear import eager as cpu
 from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear import plan
@@ -28,9 +29,9 @@ def ran(kernels_on, monkeypatch):
     for name in ("lora_linear", "lora_linear_backward"):
         original = getattr(kernel, name)
 
-        def recorded(variant, chosen=None, name=name, original=original):
-            run = original(variant, chosen)
-            return lambda *args: found.append((name, variant)) or run(*args)
+        def recorded(chosen, *arguments, name=name, original=original):
+            run = original(chosen, *arguments)
+            return lambda *args: found.append((name, chosen.variant)) or run(*args)
 
         monkeypatch.setattr(kernel, name, recorded)
     return found
@@ -167,9 +168,9 @@ def test_a_bad_configuration_is_dropped_with_one_warning(failure, device, kernel
     monkeypatch.setattr(plan, "choose", lambda *_: "split")
     calls = []
 
-    def bad(variant, chosen):
+    def bad(chosen, *arguments):
         def run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
-            calls.append(variant)
+            calls.append(chosen.variant)
             if failure == "raises":
                 raise RuntimeError("out of resource: shared memory")
             y, S = cpu.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
@@ -197,7 +198,7 @@ def test_the_check_can_be_switched_off_and_memory_errors_pass_through(device, ra
     lora_linear(*args)
     assert ran == [("lora_linear", "split")]  # no second run on a small tile
 
-    def exhausted(variant, chosen):
+    def exhausted(chosen, *arguments):
         def run(*args):
             raise torch.OutOfMemoryError("full")
 
@@ -211,14 +212,14 @@ def test_the_check_can_be_switched_off_and_memory_errors_pass_through(device, ra
 
 def test_eager_switch_disables_all_kernels(monkeypatch):
     cuda = torch.device("cuda")
-    monkeypatch.setattr(kernel, "HAS_TRITON", True)
+    monkeypatch.setattr(guard, "HAS_TRITON", True)
     monkeypatch.delenv("FUSED_LORA_PLAN", raising=False)
-    assert kernel.usable(cuda) and not kernel.usable(torch.device("cpu"))
+    assert guard.usable(cuda) and not guard.usable(torch.device("cpu"))
     monkeypatch.setenv("FUSED_LORA_PLAN", "eager")
-    assert not kernel.usable(cuda)
+    assert not guard.usable(cuda)
     monkeypatch.delenv("FUSED_LORA_PLAN")
-    monkeypatch.setattr(kernel, "HAS_TRITON", False)
-    assert not kernel.usable(cuda)
+    monkeypatch.setattr(guard, "HAS_TRITON", False)
+    assert not guard.usable(cuda)
 
 
 def test_choose_is_total_and_names_what_exists():

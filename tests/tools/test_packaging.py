@@ -53,7 +53,7 @@ def test_wheel_has_one_top_level_package(wheel):
 
 # everything that is installed, by folder; what only development needs is in tools/, tests/ and benchmarks/
 INSTALLED = {
-    "": {"__init__.py", "_version.py", "kernels.py", "reference.py", "py.typed"},
+    "": {"__init__.py", "_version.py", "functional.py", "kernels.py", "reference.py", "py.typed"},
     "testing": {  # doctor's smoke run, and what a user needs to test kernels of their own
         "__init__.py",
         "bounds.py",
@@ -67,7 +67,7 @@ INSTALLED = {
         "smoke.py",
     },
 }
-FOLDERS = {"adapters", "cli", "diagnostics", "integrations", "kernels", "modules", "ops", "serving", "testing"}
+FOLDERS = {"adapters", "bases", "cli", "diagnostics", "integrations", "kernels", "modules", "ops", "serving", "testing"}
 
 
 def test_wheel_holds_nothing_that_only_development_needs(wheel):
@@ -76,7 +76,7 @@ def test_wheel_holds_nothing_that_only_development_needs(wheel):
     assert {name.parts[0] for name in inside if len(name.parts) > 1} == FOLDERS
     for folder, files in INSTALLED.items():
         assert {name.name for name in inside if name.parent == Path(folder)} == files
-    others = {name for name in inside if name.suffix != ".py"} - {Path("py.typed")}
+    others = {name for name in inside if name.suffix != ".py"} - {Path("py.typed"), Path("ops/_cpu_loops.so")}
     assert not others, f"no data, no sources of C, no caches: {others}"
 
 

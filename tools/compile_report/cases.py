@@ -109,19 +109,23 @@ def _shrink_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast
     return _lora_shrink_kernel, types, values
 
 
-def _expand_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
-    """With a mask as the input gradient launches it, without as the forward does."""
+def _expand_case(
+    config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str, base: bool = False
+):
+    """With a mask as the input gradient launches it, without as the forward does; with ``base`` as lora_term does."""
     y, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
     types = dict(
         s_ptr="*fp32", q_ptr=adapter, y_ptr=y, rank_ends=("i32",), bounds=("i32",), scales=("fp32",),
         M="i32", N="i32", R="i32",
     )  # fmt: skip
     values = dict(
-        NUM_ADAPTERS=1, DROP=dropout, HAS_BIAS=not dropout, UPCAST=upcast, PRECISION=precision,
+        NUM_ADAPTERS=1, DROP=dropout, HAS_BASE=base, HAS_BIAS=not dropout, UPCAST=upcast, PRECISION=precision,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
     )  # fmt: skip
-    for name, kind, used in (("bias_ptr", y, not dropout), ("seeds_ptr", "*i64", dropout)):
+    for name, kind, used in (("base_ptr", y, base), ("bias_ptr", y, not dropout), ("seeds_ptr", "*i64", dropout)):
         (types if used else values)[name] = kind if used else None
+    values["stride_bn"] = int(base)
+    (types if base else values)["stride_bm"] = "i32" if base else 0
     unit, long = ("stride_qn", "stride_qr") if dropout else ("stride_qr", "stride_qn")
     values[unit], types[long] = 1, "i32"
     return _lora_expand_kernel, types, values
@@ -173,17 +177,20 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
             for config, dropout, upcast in candidates(op, dtype, capability):
                 if upcast and dtype == torch.float32:
                     continue  # 16-bit adapters of an fp32 layer: the same tiles with half the bytes of A and B
-                built = builders[op](config, dtype, dropout, upcast, precision)
-                tags = [op, config.variant * (config.variant != op), _TRITON_NAMES[dtype]]
-                tags += ["mask" * dropout, "fp32-adapter" * upcast]
-                tiles = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} r{config.BLOCK_R}"
-                tiles += f" w{config.num_warps} s{config.num_stages}"
-                label = " ".join(filter(None, [*tags, tiles, "tma" * config.tma, "split-k" * (config.SPLIT_K > 1)]))
-                case = _case(label, op, config, dtype, *built, config.options())
-                key = repr((case.kernel.__name__, case.signature, case.constexprs, case.attrs, case.options))
-                if key not in seen:
-                    seen.add(key)
-                    yield case
+                built = [("", builders[op](config, dtype, dropout, upcast, precision))]
+                if op == "expand" and not dropout:
+                    built.append(("onto-y", _expand_case(config, dtype, dropout, upcast, precision, base=True)))
+                for onto, (fn, types, values) in built:
+                    tags = [op, config.variant * (config.variant != op), onto, _TRITON_NAMES[dtype]]
+                    tags += ["mask" * dropout, "fp32-adapter" * upcast]
+                    tiles = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} r{config.BLOCK_R}"
+                    tiles += f" w{config.num_warps} s{config.num_stages}"
+                    tags += [tiles, "tma" * config.tma, "split-k" * (config.SPLIT_K > 1)]
+                    case = _case(" ".join(filter(None, tags)), op, config, dtype, fn, types, values, config.options())
+                    key = repr((case.kernel.__name__, case.signature, case.constexprs, case.attrs, case.options))
+                    if key not in seen:
+                        seen.add(key)
+                        yield case
     types = dict(out_ptr="*u8", seed_ptr="*i64", bound="i32", M="i32", K="i32")
     values = dict(BLOCK_M=32, BLOCK_K=128)
     yield _case("dropout_mask", "mask", None, torch.uint8, _dropout_mask_kernel, types, values, {})

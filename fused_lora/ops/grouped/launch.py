@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.grouped_tables import AdapterTables, RowGroups
+from fused_lora.ops import guard
 from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
 from fused_lora.ops.grouped.op import RowLayout, Terms, lora_grouped_
-from fused_lora.ops.linear import launch as kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK = 512
@@ -32,7 +32,7 @@ def prepare(
         ``expand(S, g, y)``: adds to y; False, and nothing done, for a y of another dtype and where the kernels failed.
         What an adapter computes for a row depends on no other row. Nothing waits for the device.
     """
-    if not ({x_dtype, joint.dtype} <= set(DTYPES) and joint.max_rank <= MAX_RANK and kernel.usable(device)):
+    if not ({x_dtype, joint.dtype} <= set(DTYPES) and joint.max_rank <= MAX_RANK and guard.usable(device)):
         return None
     from fused_lora.kernels.grouped_expand import grouped_expand
     from fused_lora.kernels.grouped_shrink import grouped_shrink
@@ -48,9 +48,9 @@ def prepare(
     shared = ("shared",) if len(each) > 1 else ()
     key = ("grouped", *shared, x_dtype, joint.dtype, -(-joint.max_rank // 64), *rows.form[1:3], device.index)
     return (
-        kernel.guarded(key, shrink, lambda x: None, lambda: _check(joint, rows, x_dtype, device)),
+        guard.guarded(key, shrink, lambda x: None, lambda: _check(joint, rows, x_dtype, device)),
         # tried with the shrink; a key of its own, so that only one thread loads it
-        kernel.guarded((*key, "expand"), expand, lambda S, g, y: False, lambda: None),
+        guard.guarded((*key, "expand"), expand, lambda S, g, y: False, lambda: None),
     )
 
 
@@ -92,4 +92,4 @@ def _check(tables: AdapterTables, rows: RowGroups, x_dtype: torch.dtype, device:
     }
     # float64, which no setting of torch computes in less
     exact = lora_grouped_(before.double(), inputs.double(), RowLayout(group_of_row, device), Terms(factors))
-    return kernel.compare(results, [exact] * outputs, x_dtype)
+    return guard.compare(results, [exact] * outputs, x_dtype)

@@ -1,4 +1,4 @@
-"""The backward of the LoRA linear in operations that autograd can follow: for gradients of gradients."""
+"""The backward of the LoRA linear and term in operations that autograd can follow: for gradients of gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_lora.ops.linear.eager import accumulate_dtype, keep_scale
+from fused_lora.ops.linear.eager import accumulate_dtype, compute_dtype, keep_scale
 from fused_lora.reference import dropout_mask
 
 
@@ -15,7 +15,7 @@ def lora_linear_backward(
     g: Tensor | None,
     g_S: Tensor | None,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     S: Tensor,
@@ -24,13 +24,14 @@ def lora_linear_backward(
     seeds: Tensor | None,
     bias_dtype: torch.dtype | None,
     needs: Sequence[bool],
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor | None]:
     """The gradients that ``needs`` asks for, in the order x, lora_A, lora_B, weight, bias; None for the others.
 
         dx = g W + sum_i D_i(dS_i A_i)   dA = dS^T D(x)   dB = s g^T S   dW = g^T x   db = sum g   dS = s g B + g_S
 
     g [M, N] and g_S [M, sum r_i] are the gradients of y and S, either may be None. S is D(x) A^T: with its history, or
-    without where x is given or needs no gradient.
+    without where x is given or needs no gradient. Without a weight: the gradients of the LoRA term, x of ``dtype``.
 
     Raises:
         RuntimeError: S has no history, and x was not saved, because lora_A is frozen.
@@ -38,10 +39,12 @@ def lora_linear_backward(
     n, need_x = len(lora_A), needs[0]
     if x is None and need_x and any(needs[n + 1 : 2 * n + 1]) and torch.is_grad_enabled() and not S.requires_grad:
         raise RuntimeError("second derivatives need lora_A to require a gradient: with a frozen lora_A x is not kept")
-    shape = (S.shape[0], weight.shape[1])
-    acc = accumulate_dtype(weight, lora_A)
+    like = S.new_empty(0, dtype=dtype) if weight is None else weight
+    shape, acc = (S.shape[0], lora_A[0].shape[1]), accumulate_dtype(like, lora_A)
+    if g is not None:
+        acc = torch.promote_types(acc, compute_dtype(g.dtype, g.device))
     G, rows = None if g is None else g.to(acc), None if x is None else x.to(acc)
-    dx = G @ weight.to(acc) if need_x and g is not None else None
+    dx = G @ weight.to(acc) if need_x and g is not None and weight is not None else None
     dA, dB, column = [], [], 0
     for i, (A, B, s, p) in enumerate(zip(lora_A, lora_B, scaling, dropout, strict=True)):
         own, column = slice(column, column + A.shape[0]), column + A.shape[0]
@@ -58,4 +61,4 @@ def lora_linear_backward(
         dB.append(((G.t() @ shrunk) * s).to(B.dtype) if need_B else None)
     dW = (G.t() @ rows).to(weight.dtype) if needs[2 * n + 1] and g is not None else None
     db = G.sum(0).to(bias_dtype) if needs[2 * n + 2] and g is not None else None
-    return [dx.to(weight.dtype) if need_x else None, *dA, *dB, dW, db]
+    return [dx.to(like.dtype) if need_x else None, *dA, *dB, dW, db]

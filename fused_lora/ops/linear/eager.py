@@ -1,7 +1,7 @@
-"""The eager path of the LoRA linear: plain torch, fast on CPUs, correct on any device.
+"""The eager path of the LoRA linear and of the LoRA term: plain torch, fast on CPUs, correct on any device.
 
 One rule shapes it: nothing of size [M, K] is stored, neither the mask nor the dropped input. The mask is drawn again
-where it is needed, for a block of rows that fits the cache, by a compiled loop or numpy's Philox (5 times faster than
+where it is needed, for a block of rows that fits the cache, in C or by numpy's Philox (5 times faster than
 F.dropout).
 
 16-bit tensors on a CPU are computed in fp32 and rounded once: a bf16 or fp16 GEMM without hardware support is
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from fused_lora.ops import compiled
+from fused_lora.ops import native
 from fused_lora.reference import dropout_lanes, dropout_lanes_on, dropout_threshold, keep_scale
 
 _MASK_ELEMENTS = 1 << 19  # row block of the mask and of the dropped input: 2 MiB of fp32
@@ -26,7 +26,7 @@ _FEW_ROWS = 8  # below it some BLAS code paths add each product to the result, a
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """fp32 for 16-bit tensors on a CPU, else the dtype itself."""
-    return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) and device.type == "cpu" else dtype
 
 
 def lora_linear(
@@ -41,23 +41,44 @@ def lora_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, N] in x's dtype, S [M, sum r] in the accumulation dtype. Arguments as ``reference.lora_linear``, x 2-D."""
     acc = accumulate_dtype(x, lora_A)
-    rows = x.to(compute_dtype(x.dtype, x.device))
+    rows = _as(x, compute_dtype(x.dtype, x.device))
     S = _shrink(rows, lora_A, dropout, seeds, acc)
-    y = _matmul_weight_t(rows, weight, None if acc != rows.dtype else bias)
-    term = y if y.dtype == acc else y.to(acc)
+    total = _as(_matmul_weight_t(rows, weight, None if acc != rows.dtype else bias), acc)
     if bias is not None and acc != rows.dtype:
-        term += bias
-    column = 0
-    for B, s in zip(lora_B, scaling, strict=True):
-        term.addmm_(S[:, column : column + B.shape[1]], B.to(acc).t(), alpha=s)
-        column += B.shape[1]
-    return term.to(x.dtype), S.to(shrink_dtype(x, lora_A))
+        total += bias
+    return _as(_add_terms(total, S, lora_B, scaling), x.dtype), _as(S, torch.promote_types(acc, torch.float32))
+
+
+def lora_term(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y + bias + the terms [M, N] in y's dtype, S [M, sum r] as :func:`lora_linear` returns it. y and x are 2-D."""
+    acc = torch.promote_types(accumulate_dtype(x, lora_A), compute_dtype(y.dtype, y.device))
+    S = _shrink(_as(x, compute_dtype(x.dtype, x.device)), lora_A, dropout, seeds, acc)
+    total = y.to(acc, copy=True)
+    if bias is not None:
+        total += bias
+    return _as(_add_terms(total, S, lora_B, scaling), y.dtype), S.to(shrink_dtype(x, lora_A))
+
+
+def _add_terms(total, S, lora_B, scaling) -> torch.Tensor:
+    """total += sum_i s_i S_i B_i^T, in place and in its dtype."""
+    for B, s, part in zip(lora_B, scaling, _columns(S, lora_B), strict=True):
+        total.addmm_(part, _as(B, total.dtype).t(), alpha=s)
+    return total
 
 
 def lora_linear_backward(
     g: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
     S: torch.Tensor,
@@ -70,42 +91,50 @@ def lora_linear_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor | None, list, list, torch.Tensor | None, torch.Tensor | None]:
-    """dx [M, K], dA and dB lists, dW [N, K], db [N]; None where the matching ``need`` is False. g, x are 2-D."""
-    acc = accumulate_dtype(x, lora_A)
-    work = compute_dtype(x.dtype, x.device)
-    g_rows, x_rows = g.to(work), x.to(work)
-    g_acc, S = g_rows.to(acc), S.to(acc)
-    dx = torch.empty(x.shape, dtype=acc, device=x.device) if need_x else None
-    dA, dB, column = [], [], 0
-    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
-        r, s = A.shape[0], scaling[i]
-        # the short side first: a third less time than g^T S, transposed where it is small
-        dB.append((S[:, column : column + r].t() @ g_acc).t().mul(s).to(B.dtype).contiguous() if need_B[i] else None)
-        column += r
-        if not (need_x or need_A[i]):
-            dA.append(None)
-            continue
-        dS = _narrow(g_acc, B.to(acc).t().contiguous()).mul_(s * keep_scale(dropout[i]))  # both factors, one rounding
-        seed = seeds[i] if dropout[i] else None
-        dA.append(_input_side(dS, x_rows, A, dropout[i], seed, dx, i == 0, need_A[i]))
-    if need_x:
+    """dx [M, K], dA and dB lists, dW [N, K], db [N]; None where the matching ``need`` is False. g, x are 2-D.
+
+    Without a weight dx is the LoRA term alone, and g may have another dtype than x.
+    """
+    acc, seeds = accumulate_dtype(x, lora_A), _numbers(seeds)
+    g_rows, x_rows = _as(g, compute_dtype(g.dtype, g.device)), _as(x, compute_dtype(x.dtype, x.device))
+    if g_rows.dtype != acc:
+        acc = torch.promote_types(acc, g_rows.dtype)
+    g_acc, dx, dA, dB = _as(g_rows, acc), None, [None] * len(lora_A), [None] * len(lora_A)
+    for i, (A, B, part) in enumerate(zip(lora_A, lora_B, _columns(_as(S, acc), lora_B), strict=True)):
+        s, p = scaling[i], dropout[i]
+        if need_B[i]:  # the short side first: a third less time than g^T S, transposed where it is small
+            dB[i] = _as((part.t() @ g_acc).t().mul(s), B.dtype).contiguous()
+        if need_x or need_A[i]:
+            dS = torch.mm(g_acc, _as(B, acc)).mul_(s * keep_scale(p))  # both factors, one rounding
+            dx, dA[i] = _input_side(dS, x_rows, A, p, seeds[i] if p else None, dx, need_x, need_A[i])
+    if need_x and weight is not None:
         _add_matmul_weight(dx, g_rows, weight)
-    dW = (g_rows.t() @ x_rows).to(weight.dtype) if need_weight else None
+    dW = _as(g_rows.t() @ x_rows, weight.dtype) if need_weight else None
     db = g_acc.sum(0) if need_bias else None
-    return (dx.to(x.dtype) if need_x else None), dA, dB, dW, db
+    return (_as(dx, x.dtype) if need_x else None), dA, dB, dW, db
 
 
 def accumulate_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
     """The widest dtype involved: fp32 adapters over a 16-bit base are used in fp32, as PEFT does."""
     acc = compute_dtype(x.dtype, x.device)
     for A in lora_A:
-        acc = torch.promote_types(acc, A.dtype)
+        if A.dtype != acc:
+            acc = torch.promote_types(acc, A.dtype)
     return acc
 
 
 def shrink_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
     """dtype in which S is kept for the backward, whatever computed it: fp32, or fp64 where that takes part."""
     return torch.promote_types(accumulate_dtype(x, lora_A), torch.float32)
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the question takes a fifth of the call
+
+
+def _columns(S: torch.Tensor, lora_B: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The part of S of each adapter."""
+    return [S] if len(lora_B) == 1 else S.split([B.shape[1] for B in lora_B], 1)
 
 
 def _row_blocks(rows: torch.Tensor) -> Iterator[tuple[int, int]]:
@@ -118,8 +147,12 @@ def _row_blocks(rows: torch.Tensor) -> Iterator[tuple[int, int]]:
 
 def _buffer(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Room for one row block, reused for all of them."""
-    first = next(_row_blocks(rows), (0, 0))
-    return torch.empty((first[1], rows.shape[1]), dtype=dtype, device=rows.device)
+    _, first = next(_row_blocks(rows), (0, 0))
+    return rows.new_empty((first, rows.shape[1]), dtype=dtype)
+
+
+def _part(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return rows if stop - start == len(rows) else rows[start:stop]  # as most often, and a view takes longer
 
 
 class _Mask:
@@ -142,9 +175,7 @@ class _Mask:
             if in_place is not None:
                 in_place.mul_(self._whole[start:stop])
             return
-        loops = compiled.loops()
-        if loops is not None and all(t is None or t.is_contiguous() for t in (rows, out, in_place)):
-            loops.multiply_by_mask(self._seed, start, self._cut, rows, out, in_place)
+        if native.multiply_by_mask(self._seed, start, self._cut, rows, out, in_place):
             return
         keep = dropout_lanes(self._seed, start, stop - start, self._K)[:, : self._K] >= self._cut
         if rows is not None:  # numpy's product with a bool is twice as fast as torch's
@@ -155,26 +186,31 @@ class _Mask:
 
 def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
     """S = concatenation of D_i(x) A_i^T, [M, sum r] in ``acc``."""
+    seeds = _numbers(seeds)
     terms = [
-        _shrink_one(rows, A.to(acc), p, seeds[i] if p else None)
+        _shrink_one(rows, _as(A, acc), p, seeds[i] if p else None)
         for i, (A, p) in enumerate(zip(lora_A, dropout, strict=True))
     ]
     return terms[0] if len(terms) == 1 else torch.cat(terms, 1)
 
 
+def _numbers(seeds: torch.Tensor | None) -> Sequence | None:
+    """The seeds as numbers where nothing has to wait for them."""
+    return seeds.tolist() if seeds is not None and seeds.device.type == "cpu" else seeds
+
+
 def _shrink_one(rows, A, p, seed) -> torch.Tensor:
     M, K = rows.shape
     if p == 0.0:
-        return _narrow(rows.to(A.dtype), A)
-    S = rows.new_zeros((M, A.shape[0]), dtype=A.dtype)
-    if p < 1.0:
-        mask, buffer = _Mask(seed, p, M, K, rows.device), _buffer(rows, rows.dtype)
-        for start, stop in _row_blocks(rows):
-            block = buffer[: stop - start]
-            mask.multiply(start, stop, rows[start:stop], block, None)
-            S[start:stop] = _narrow(block.to(A.dtype), A)
-        S.mul_(mask.scale)
-    return S
+        return _narrow(_as(rows, A.dtype), A)
+    if p == 1.0 or M == 0:
+        return rows.new_zeros((M, A.shape[0]), dtype=A.dtype)
+    mask, buffer, parts = _Mask(seed, p, M, K, rows.device), _buffer(rows, rows.dtype), []
+    for start, stop in _row_blocks(rows):
+        block = _part(buffer, 0, stop - start)
+        mask.multiply(start, stop, _part(rows, start, stop), block, None)
+        parts.append(_narrow(_as(block, A.dtype), A))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).mul_(mask.scale)
 
 
 def _narrow(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -188,43 +224,49 @@ def _narrow(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(rows, matrix)
 
 
-def _input_side(dS, rows, A, p, seed, dx, first: bool, need_A: bool) -> torch.Tensor | None:
-    """dx += mask * (dS A) where dx is given, dx = ... for the ``first``; returns dA = dS^T (mask * x) where needed.
+def _input_side(
+    dS: torch.Tensor, rows: torch.Tensor, A: torch.Tensor, p: float, seed, dx, need_x: bool, need_A: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dx + mask * (dS A), dA = dS^T (mask * x)), None for what is not needed; ``dx`` None for the first adapter.
 
-    One mask for both. ``dS`` already holds the 1 / (1 - p).
+    One mask for both. ``dS`` already holds the 1 / (1 - p). The sum may be formed in ``dx``.
     """
-    acc, A_acc = dS.dtype, A.to(dS.dtype)
+    acc, A_acc, dA = dS.dtype, _as(A, dS.dtype), None
     if p == 0.0:
-        if dx is not None:
-            torch.mm(dS, A_acc, out=dx) if first else dx.addmm_(dS, A_acc)
-        return (dS.t() @ rows.to(acc)).to(A.dtype) if need_A else None
-    dA = torch.zeros_like(A_acc) if need_A else None
-    if p == 1.0:
-        if dx is not None and first:
-            dx.zero_()
-    else:
-        M, K = rows.shape
-        mask, dropped = _Mask(seed, p, M, K, rows.device), _buffer(rows, acc)
-        part = None if dx is None or first else _buffer(rows, acc)
+        if need_x:
+            dx = dS @ A_acc if dx is None else dx.addmm_(dS, A_acc)
+        return dx, _as(dS.t() @ _as(rows, acc), A.dtype) if need_A else None
+    first, (M, K) = dx is None, rows.shape
+    if need_x and first:  # no pass to add its part
+        dx = rows.new_empty((M, K), dtype=acc) if p < 1.0 else rows.new_zeros((M, K), dtype=acc)
+    if p < 1.0:
+        mask, dropped = _Mask(seed, p, M, K, rows.device), _buffer(rows, acc) if need_A else None
+        part = None if first or not need_x else _buffer(rows, acc)
         for start, stop in _row_blocks(rows):
             source = kept = target = None
+            dS_rows = _part(dS, start, stop)
             if need_A:
-                source, kept = rows[start:stop].to(acc), dropped[: stop - start]
-            if dx is not None:  # the first adapter needs no pass to add its part
-                target = dx[start:stop] if first else part[: stop - start]
-                torch.mm(dS[start:stop], A_acc, out=target)
+                source, kept = _as(_part(rows, start, stop), acc), _part(dropped, 0, stop - start)
+            if need_x:
+                target = _part(dx, start, stop) if first else _part(part, 0, stop - start)
+                torch.mm(dS_rows, A_acc, out=target)
             mask.multiply(start, stop, source, kept, target)
             if need_A:
-                dA.addmm_(dS[start:stop].t(), kept)
+                dA = dS_rows.t() @ kept if dA is None else dA.addmm_(dS_rows.t(), kept)
             if part is not None:
                 dx[start:stop] += target
-    return dA.to(A.dtype) if need_A else None
+    if need_A:
+        dA = A.new_zeros(A.shape) if dA is None else _as(dA, A.dtype)
+    return dx, dA
 
 
 def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
     N, K = weight.shape
-    step = N if weight.dtype == dtype else max(1, _WEIGHT_ELEMENTS // max(K, 1))
-    for start in range(0, N, max(step, 1)):
+    if weight.dtype == dtype:
+        yield 0, N, weight
+        return
+    step = max(1, _WEIGHT_ELEMENTS // max(K, 1))
+    for start in range(0, N, step):
         stop = min(start + step, N)
         yield start, stop, weight[start:stop].to(dtype)
 
@@ -232,7 +274,7 @@ def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[i
 def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """rows W^T (+ bias) in the dtype of rows."""
     if weight.dtype == rows.dtype:
-        return torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+        return torch.nn.functional.linear(rows, weight, None if bias is None else _as(bias, rows.dtype))
     y = rows.new_empty((rows.shape[0], weight.shape[0]))
     for start, stop, block in _weight_blocks(weight, rows.dtype):
         y[:, start:stop] = rows @ block.t()
@@ -242,7 +284,8 @@ def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 def _add_matmul_weight(dx: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> None:
     """dx += g W, the product in the dtype of g."""
     for start, stop, block in _weight_blocks(weight, g.dtype):
+        part = g if stop - start == len(weight) else g[:, start:stop]
         if dx.dtype == g.dtype and len(g) >= _FEW_ROWS:
-            dx.addmm_(g[:, start:stop], block)
+            dx.addmm_(part, block)
         else:
-            dx += g[:, start:stop] @ block
+            dx += part @ block

@@ -25,8 +25,12 @@ def _forward(x: Sequence[int], weight: Sequence[int], bias, lora_A, *_, **__) ->
 def _backward(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs, **_) -> int:
     (M, N), K, n = g, weight[1], len(lora_A)
     need_x, need_A, need_B, need_weight = needs[0], needs[1 : n + 1], needs[n + 1 : 2 * n + 1], needs[2 * n + 1]
-    flops = 2 * M * K * N * (need_x + need_weight)
-    for (r, _), a, b in zip(lora_A, need_A, need_B, strict=True):
-        # dS = s g B; its share of dx; dA; dB
-        flops += 2 * M * r * (N * (need_x or a) + K * need_x + K * a + N * b)
-    return flops
+    return 2 * M * K * N * (need_x + need_weight) + of_terms(M, K, N, lora_A, need_x, need_A, need_B)
+
+
+def of_terms(
+    M: int, K: int, N: int, lora_A: Sequence, need_x: bool, need_A: Sequence[bool], need_B: Sequence[bool]
+) -> int:
+    """Of the gradients of the LoRA terms: dS = s g B, its share of dx, dA and dB."""
+    each = zip((r for r, _ in lora_A), need_A, need_B, strict=True)
+    return sum(2 * M * r * (N * (need_x or a) + K * need_x + K * a + N * b) for r, a, b in each)

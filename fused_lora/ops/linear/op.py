@@ -13,13 +13,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fused_lora.ops.checks import check_linear
+from fused_lora.ops.checks import check_linear, refuse_tangents
 from fused_lora.ops.linear import double_backward, flops, plan
 from fused_lora.ops.linear import eager as cpu
-
-_unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
-_AUTOCAST = ("cpu", "cuda")  # torch refuses the question for devices that have none, as meta
 
 
 def lora_linear(
@@ -54,23 +52,58 @@ def lora_linear(
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if not lora_A:
         return torch.nn.functional.linear(x, weight, bias)
-    dropout = [0.0] * len(lora_A) if dropout is None else list(dropout)
+    dropout = [0.0] * len(lora_A) if dropout is None else dropout
+    if not is_direct(x, weight, *lora_A, *lora_B):
+        return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    if forward_ad._current_level >= 0:
+        refuse_tangents("lora_linear", x, weight, *lora_A, *lora_B)
+    if _autocasts(x):
+        return _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+
+
+def is_direct(*tensors: Tensor) -> bool:
+    """Whether these are torch's own tensors, and nothing but autograd looks on."""
+    if torch.compiler.is_compiling() or _stack() or _transforms() or _is_tracing():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or _is_wrapped(tensor):
+            return False
+    return True
+
+
+def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
+    """The operator past the dispatcher, whose bookkeeping takes longer than a small layer."""
+    if x.is_neg():  # a kernel would not see the sign
+        x = x.resolve_neg()
+    run = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    if run.masked and seeds is None:
+        seeds = draw_seeds(len(lora_A), x.device)
+    if run.grad and torch.is_grad_enabled():
+        return _apply(run, seeds, x, *lora_A, *lora_B, weight, bias)[0]
+    return run(x, weight, bias, lora_A, lora_B, seeds)[0]
+
+
+def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
+    dtype = _autocast_dtype(x)
+    check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, dtype)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        lora_A, lora_B = _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+
+
+def _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
+    """For whoever looks on: torch.compile, subclasses of tensors, dispatch modes, transforms."""
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        refuse_tangents("lora_linear", x, weight, *lora_A, *lora_B)
+    check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, _autocast_dtype(x))
     if seeds is None and any(dropout):
         seeds = draw_seeds(len(dropout), x.device)
-    casts = _autocasts(x)
-    autocast = _autocast_dtype(x) if casts else None
-    check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, autocast)
-    if _is_direct(x, weight, *lora_A, *lora_B):
-        if not casts:
-            return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-        if autocast is not None:
-            x, weight = x.to(autocast), weight.to(autocast)
-            lora_A, lora_B = _as_autocast(lora_A, autocast), _as_autocast(lora_B, autocast)
-        with torch.autocast(x.device.type, enabled=False):
-            return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     # reshaped out here: the operator's own result is no view, so that it may be changed in place
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y, _ = _lora_linear(rows, weight, bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)
+    y, _ = _lora_linear(rows, weight, bias, list(lora_A), list(lora_B), list(scaling), list(dropout), seeds)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -90,8 +123,9 @@ def _lora_linear(
     dropout: Sequence[float],
     seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    run = plan.forward(x, weight, bias, lora_A, lora_B, dropout)
-    return run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    return plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)(
+        x, weight, bias, lora_A, lora_B, seeds
+    )
 
 
 @_lora_linear.register_fake
@@ -105,11 +139,9 @@ def _gradients(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dt
     n = len(lora_A)
     need_x, need_A, need_B = needs[0], needs[1 : n + 1], needs[n + 1 : -2]
     rows = g.new_empty((g.shape[0], weight.shape[1])) if x is None else x
-    run = plan.backward(g, weight, lora_A, lora_B, dropout, all(needs[:-2]))
-    dx, dA, dB, dW, db = run(
-        g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, *needs[-2:]
-    )
-    return dx, dA, dB, dW, None if db is None else db.to(bias_dtype)
+    run = plan.backward(g, rows, weight, lora_A, lora_B, scaling, dropout, tuple(needs))
+    found = run(g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, *needs[-2:])
+    return found if found[-1] is None else (*found[:-1], found[-1].to(bias_dtype))
 
 
 @torch.library.custom_op("fused_lora::lora_linear_backward", mutates_args=())
@@ -141,14 +173,16 @@ def _(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, need
 def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
     need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
-    _keep(ctx, [need_x, *rest[: 2 * len(inputs[3])], need_weight, need_bias], *inputs, output[1])
+    x, weight, bias, *others = inputs
+    needs = need_x, *rest[: 2 * len(inputs[3])], need_weight, need_bias
+    _keep(ctx, needs, x, weight, None if bias is None else bias.dtype, *others, output[1])
 
 
-def _keep(ctx, needs, x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
+def _keep(ctx, needs, x, weight, bias_dtype, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
     """For the backward; ``needs`` has one flag per tensor: x, n times lora_A, n times lora_B, weight, bias."""
     n = len(lora_A)
     ctx.set_materialize_grads(False)
-    ctx.call = n, scaling, dropout, None if bias is None else bias.dtype, needs
+    ctx.call = n, scaling, dropout, bias_dtype, needs
     keep_x = x if needs[-2] or any(needs[1 : n + 1]) else None  # only dA and dW read it
     if needs[0]:
         ctx.idle = None
@@ -204,6 +238,11 @@ _lora_linear.register_autograd(_backward, setup_context=_setup_context)
 flops.register()
 
 
+def _autocasts(x: Tensor) -> bool:
+    # torch refuses the question for devices that have none, as meta
+    return x.is_cpu and torch.is_autocast_enabled("cpu") or x.is_cuda and torch.is_autocast_enabled("cuda")
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type) if _autocasts(x) and x.dtype != torch.float64 else None
 
@@ -233,79 +272,49 @@ def _register_autocast(device_type: str, key: str) -> None:
 
 
 class _Direct(torch.autograd.Function):
-    """The same operator past the dispatcher, whose bookkeeping takes longer than a small layer; x of any dimensions.
+    """What :func:`_direct` does, differentiable; x of any number of dimensions.
 
     S is a result, so that second derivatives reach x and A through it.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, n, scaling, dropout, seeds, *adapters):
-        arguments = weight, bias, adapters[:n], adapters[n:], scaling, dropout, seeds
-        y, S = _compute(x, *arguments)
-        need_x, need_weight, need_bias, _, _, _, _, *need_adapters = ctx.needs_input_grad
-        _keep(ctx, [need_x, *need_adapters, need_weight, need_bias], x, *arguments, S)
-        ctx.shape = x.shape
+    def forward(ctx, run, seeds, x, *others):
+        *_, weight, bias = others
+        n = len(others) // 2 - 1
+        A, B = others[:n], others[n:-2]
+        y, S = run(x, weight, bias, A, B, seeds)
+        _keep(ctx, ctx.needs_input_grad[2:], x, weight, run.bias_dtype, A, B, run.scaling, run.dropout, seeds, S)
+        ctx.run = run
         return y, S
 
     @staticmethod
     def backward(ctx, g, g_S):
         some = g_S if g is None else g
         if some is None:
-            return (None,) * (7 + 2 * ctx.call[0])
+            return (None,) * (5 + 2 * ctx.call[0])
         if _autocasts(some):
             with torch.autocast(some.device.type, enabled=False):
                 return _Direct.backward(ctx, g, g_S)
-        shape = ctx.shape
-        if g is not None and len(shape) != 2:
-            g = g.reshape(shape[:-1].numel(), g.shape[-1])
+        rows = ctx.run.rows
+        if g is not None and rows is not None:
+            g = g.reshape(rows[0], g.shape[-1])
         dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, _gradients)
-        if dx is not None and len(shape) != 2:
-            dx = dx.reshape(shape)
-        return dx, dW, db, None, None, None, None, *dA, *dB
-
-
-def _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[Tensor, Tensor]:
-    """y [..., N] and S [M, sum r_i]; y is no view, so that it may be changed in place."""
-    shape = x.shape
-    if len(shape) != 2:
-        x = x.reshape(shape[:-1].numel(), shape[-1])
-    run = plan.forward(x, weight, bias, lora_A, lora_B, dropout)
-    y, S = run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-    return (y if len(shape) == 2 else _unsafe_view(y, [*shape[:-1], y.shape[1]])), S
-
-
-def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
-    """y; differentiable."""
-    if x.is_neg():  # a kernel would not see the sign
-        x = x.resolve_neg()
-    if torch.is_grad_enabled():
-        for tensor in (x, *lora_A, *lora_B, weight, bias):
-            if tensor is not None and tensor.requires_grad:
-                return _Direct.apply(x, weight, bias, len(lora_A), scaling, dropout, seeds, *lora_A, *lora_B)[0]
-    return _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)[0]
-
-
-def _autocasts(x: Tensor) -> bool:
-    kind = x.device.type
-    return kind in _AUTOCAST and torch.is_autocast_enabled(kind)
+        if dx is not None and rows is not None:
+            dx = dx.reshape(*ctx.run.shape[:-1], rows[1])
+        return None, None, dx, *dA, *dB, dW, db
 
 
 def _is_batched(g: Tensor) -> bool:
     """Whether g stands for many gradients: under torch.func.vmap, or ``is_grads_batched`` of torch.autograd.grad."""
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(g)
+    return _transforms() or torch._C._functorch.is_legacy_batchedtensor(g)
 
 
-def _is_direct(*tensors: Tensor) -> bool:
-    """Whether these are real tensors, and nothing but autograd looks on."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-        or any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
-    )
-
-
+# past a wrapper that looks through the arguments for leftovers of torch.func, as is_direct has done
+_apply = super(torch.autograd.Function, _Direct).apply
+_stack, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses bring their own arithmetic
+_is_tracing = torch._C._is_tracing
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _library = torch.library.Library("fused_lora", "FRAGMENT")
 _register_autocast("cuda", "AutocastCUDA")
 _register_autocast("cpu", "AutocastCPU")

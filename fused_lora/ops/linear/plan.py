@@ -4,6 +4,10 @@
 one launch for few rows; else a shrink and the library's GEMM, which adds to the LoRA term, or on sm_90 a fused GEMM
 where that was measured to be faster (docs/performance.md). The input gradient is the library's GEMM at every size.
 
+``forward`` and ``backward`` find what a call runs under one key: shapes, strides, dtypes and devices of its tensors,
+scaling and dropout. What depends on these alone is done when a key is new: checks of the arguments, the plan, the
+arguments of each launch.
+
 A plan that runs for the first time in a process is tried on a small layer: the same tiles, the same classes of sizes
 and strides, and so the same binary. One that does not compile, fails or differs is dropped with one warning, and the
 eager path does the work from then on.
@@ -11,32 +15,44 @@ eager path does the work from then on.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fused_lora import reference
-from fused_lora.ops.linear import eager as cpu
+from fused_lora.ops import guard
+from fused_lora.ops.checks import check_linear
+from fused_lora.ops.linear import eager
 from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops.linear.launch import Plan
 
 if TYPE_CHECKING:
     from fused_lora.kernels.config import LaunchConfig
 
+_KEPT = 4096  # keys, the oldest of which is forgotten for a new one
+kept: dict[tuple, Callable] = {}
+_unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
+_lock = threading.Lock()
 # contraction up to which the fused GEMM loses less to the library's than a pass over y costs, and rows from which
 _LONG, _FUSED_ROWS = 4096, 2048
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The variant of one call and the configurations of its launches, None for those that it has not."""
+class Case(NamedTuple):
+    """Sizes, dtypes and strides of a layer: of a call, or of the small layer that its plan is tried on."""
 
-    variant: str
-    product: LaunchConfig | None = None
-    shrink: LaunchConfig | None = None
-    weight_grad: LaunchConfig | None = None
+    rows: int
+    outputs: int
+    inputs: int
+    device: torch.device
+    dtype: torch.dtype
+    adapters: tuple[tuple[int, torch.dtype, torch.dtype], ...]  # (rank, dtype of A, dtype of B)
+    dropout: tuple[float, ...]
+    bias: torch.dtype | None
+    x_by_rows: bool = True
+    weight_by_rows: bool = True
 
 
 def choose(
@@ -118,46 +134,104 @@ def _pick(*arguments) -> LaunchConfig:
     return pick(*arguments)
 
 
+class Forward:
+    """What the calls of one key share: a function of their tensors that returns (y, S), and what the backward needs.
+
+    grad: one of the tensors wants a gradient.
+    """
+
+    __slots__ = ("bias_dtype", "dropout", "grad", "masked", "rows", "scaling", "shape", "_run")
+
+    def __init__(self, x, weight, bias, lora_A, lora_B, scaling: Sequence[float], dropout: Sequence[float]):
+        leading, N = x.shape[:-1], weight.shape[0]
+        self.rows = None if len(leading) == 1 else (leading.numel(), weight.shape[1])
+        self.shape, self.masked, self.bias_dtype = (*leading, N), any(dropout), None if bias is None else bias.dtype
+        self.scaling, self.dropout = tuple(scaling), tuple(dropout)
+        self.grad = any(t is not None and t.requires_grad for t in (x, weight, bias, *lora_A, *lora_B))
+        rows = x if self.rows is None else x.reshape(self.rows)
+        self._run = _forward(rows, weight, bias, lora_A, lora_B, self.scaling, self.dropout)
+
+    def __call__(self, x, weight, bias, lora_A, lora_B, seeds) -> tuple[torch.Tensor, torch.Tensor]:
+        """y [..., N], no view, so that it may be changed in place, and S [M, sum r_i]."""
+        if self.rows is None:
+            return self._run(x, weight, bias, lora_A, lora_B, self.scaling, self.dropout, seeds)
+        y, S = self._run(x.reshape(self.rows), weight, bias, lora_A, lora_B, self.scaling, self.dropout, seeds)
+        return _unsafe_view(y, self.shape), S
+
+
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
     dropout: Sequence[float],
-) -> Callable:
-    """The function that computes (y, S) for these arguments; all candidates share one signature."""
-    if x.device.type != kernel.DEVICE:
-        return cpu.lora_linear
-    return _forward(_case_of(x, weight, bias, lora_A, lora_B, dropout))
+    seeds: torch.Tensor | None = None,
+) -> Forward:
+    """What these arguments run. Seeds that are None are still to be drawn.
+
+    Raises:
+        ValueError, TypeError: the arguments do not fit.
+    """
+    key = layout(x, weight, *lora_A, *lora_B), len(lora_A), bias is None or _kind(bias), *scaling, *dropout
+    if seeds is not None:
+        key += _kind(seeds)
+    found = kept.get(key)
+    if found is None:
+        check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+        found = keep(key, Forward(x, weight, bias, lora_A, lora_B, scaling, dropout))
+    return found
 
 
 def backward(
     g: torch.Tensor,
+    x: torch.Tensor,
     weight: torch.Tensor,
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
     dropout: Sequence[float],
-    whole: bool = True,
+    needs: tuple[bool, ...],
 ) -> Callable:
-    """The function that computes (dx, dA, dB, dW, db) for these arguments.
+    """What computes (dx, dA, dB, dW, db), with the signature of ``eager.lora_linear_backward``.
 
-    whole: dx and every dA and dB are wanted; without it the function takes any of them.
+    g [M, N], x [M, K]; needs: one flag for x, each lora_A, each lora_B, weight and bias.
     """
-    if g.device.type != kernel.DEVICE:
-        return cpu.lora_linear_backward
-    return _backward(_case_of(g, weight, None, lora_A, lora_B, dropout), whole)
+    if g.device.type != guard.DEVICE:
+        return eager.lora_linear_backward
+    key = layout(g, x, weight, *lora_A, *lora_B), needs, *scaling, *dropout
+    found = kept.get(key)
+    return keep(key, _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs)) if found is None else found
 
 
 def forget() -> None:
     """Plan all shapes anew, after a change of ``FUSED_LORA_PLAN``; what has failed stays dropped."""
-    _forward.cache_clear()
-    _backward.cache_clear()
+    kept.clear()
 
 
-def _case_of(x, weight, bias, lora_A, lora_B, dropout) -> kernel.Case:
+def layout(*tensors: torch.Tensor) -> tuple:
+    """All that a launch depends on, but for where the data is; of that, whether descriptors can address it."""
+    aligned = (tensors[0].data_ptr() | tensors[1].data_ptr()) % 16 == 0
+    return aligned, *[(t.requires_grad, t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+
+
+def _kind(tensor: torch.Tensor) -> tuple:
+    return tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device
+
+
+def keep(key: tuple, found: Callable) -> Callable:
+    """``found`` in ``kept`` from now on."""
+    with _lock:
+        if len(kept) >= _KEPT:
+            kept.pop(next(iter(kept)))
+        kept[key] = found
+    return found
+
+
+def _case_of(x, weight, bias, lora_A, lora_B, dropout) -> Case:
     """All that a plan depends on; ``x`` is the gradient of y in the backward."""
-    return kernel.Case(
+    return Case(
         x.shape[0],
         *weight.shape,
         x.device,
@@ -170,43 +244,56 @@ def _case_of(x, weight, bias, lora_A, lora_B, dropout) -> kernel.Case:
     )
 
 
-@lru_cache(maxsize=4096)
-def _forward(call: kernel.Case) -> Callable:
-    chosen = _plan("linear", call, call.outputs, call.inputs)
+def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout) -> Callable:
+    call = _case_of(x, weight, bias, lora_A, lora_B, dropout)
+    chosen = planned("linear", call, call.outputs, call.inputs)
     if chosen.variant == "eager":
-        return cpu.lora_linear
-    run, case = kernel.lora_linear(chosen.variant, chosen), _small_case(chosen, call)
+        return eager.lora_linear
+    case = small_case_of(chosen, call)
 
     def check() -> str | None:
-        args = kernel.small_case(case)
+        args = small_case(case)
         exact = reference.lora_linear(*args)
-        return kernel.compare(run(*args), exact, case.dtype, chosen.variant in kernel.LIBRARY)
+        ours = kernel.lora_linear(chosen, *args)(*args)
+        return guard.compare(ours, exact, case.dtype, chosen.variant in kernel.LIBRARY)
 
-    return kernel.guarded(("linear", chosen, case), run, cpu.lora_linear, check)
+    return prepared(("linear", chosen, case), kernel.lora_linear, eager.lora_linear, check)
 
 
-@lru_cache(maxsize=4096)
-def _backward(call: kernel.Case, whole: bool) -> Callable:
-    chosen = _plan("backward", call, call.inputs, call.outputs, whole)
+def _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs) -> Callable:
+    call = _case_of(g, weight, None, lora_A, lora_B, dropout)
+    chosen = planned("backward", call, call.inputs, call.outputs, all(needs[:-2]))
     if chosen.variant == "eager":
-        return cpu.lora_linear_backward
-    run, case = kernel.lora_linear_backward(chosen.variant, chosen), _small_case(chosen, call)
+        return eager.lora_linear_backward
+    case = small_case_of(chosen, call)
 
     def check() -> str | None:
-        x, W, _, A, B, scaling, p, seeds = kernel.small_case(case)
+        x, W, _, A, B, scaling, p, seeds = small_case(case)
         y, S = reference.lora_linear(x, W, None, A, B, scaling, p, seeds)
         g, needed = y.to(x.dtype), [True] * len(A)
-        dx, dA, dB, _, _ = run(g, x, W, A, B, S.float(), scaling, p, seeds, True, needed, needed, False, False)
+        args = g, x, W, A, B, S.float(), scaling, p, seeds, True, needed, needed, False, False
+        dx, dA, dB, _, _ = kernel.lora_linear_backward(chosen, *args)(*args)
         exact_dx, exact_dA, exact_dB, _, _ = reference.lora_linear_backward(g, x, W, A, B, scaling, p, seeds)
         exact = [exact_dx, *exact_dA, *exact_dB]
-        return kernel.compare([dx, *dA, *dB], exact, x.dtype, chosen.variant in kernel.LIBRARY)
+        return guard.compare([dx, *dA, *dB], exact, x.dtype, chosen.variant in kernel.LIBRARY)
 
-    return kernel.guarded(("backward", chosen, case), run, cpu.lora_linear_backward, check)
+    return prepared(("backward", chosen, case), kernel.lora_linear_backward, eager.lora_linear_backward, check)
 
 
-def _plan(op: str, call: kernel.Case, N: int, K: int, whole: bool = True) -> Plan:
+def prepared(key: tuple, prepare: Callable, eager_run: Callable, check: Callable[[], str | None]) -> guard.guarded:
+    """What ``prepare`` makes of the plan ``key[1]`` and the first arguments, where it passes ``check``."""
+
+    def first(*args):
+        found.run = prepare(key[1], *args)
+        return found.run(*args)
+
+    found = guard.guarded(key, first, eager_run, check)
+    return found
+
+
+def planned(op: str, call: Case, N: int, K: int, whole: bool = True) -> Plan:
     dtypes = {dtype for _, *both in call.adapters for dtype in both}
-    if not call.rows or not kernel.usable(call.device) or not {call.dtype, *dtypes} <= kernel.DTYPES:
+    if not call.rows or not guard.usable(call.device) or not {call.dtype, *dtypes} <= guard.DTYPES:
         return Plan("eager")
     from fused_lora.kernels.config import capability
 
@@ -214,7 +301,28 @@ def _plan(op: str, call: kernel.Case, N: int, K: int, whole: bool = True) -> Pla
     return plan(op, call.rows, N, K, r, call.dtype, any(call.dropout), upcast, len(call.adapters), chip, whole)
 
 
-def _small_case(chosen: Plan, call: kernel.Case) -> kernel.Case:
+def small_case(case: Case) -> tuple:
+    """Arguments of a forward of this size; the same numbers every time, and no generator is touched."""
+
+    def numbers(*shape, dtype, scale=1.0):
+        n = 1
+        for size in shape:
+            n *= size
+        line = torch.arange(n, device=case.device, dtype=torch.float32)
+        return (torch.sin(line * 12.9898 + len(shape)) * scale).reshape(shape).to(dtype)
+
+    A = [numbers(r, case.inputs, dtype=dtype, scale=0.2) for r, dtype, _ in case.adapters]
+    B = [numbers(case.outputs, r, dtype=dtype, scale=0.2) for r, _, dtype in case.adapters]
+    bias = None if case.bias is None else numbers(case.outputs, dtype=case.bias)
+    seeds = torch.arange(7, 7 + len(A), device=case.device) if any(case.dropout) else None
+    x = numbers(case.rows, case.inputs, dtype=case.dtype)
+    W = numbers(case.outputs, case.inputs, dtype=case.dtype, scale=0.2)
+    x = x if case.x_by_rows else x.t().contiguous().t()
+    W = W if case.weight_by_rows else W.t().contiguous().t()
+    return x, W, bias, A, B, [0.5] * len(A), list(case.dropout), seeds
+
+
+def small_case_of(chosen: Plan, call: Case) -> Case:
     """The smallest layer that crosses a border of every tile of the plan and compiles to the binaries of this call."""
     product, shrink, weight_grad = chosen.product, chosen.shrink, chosen.weight_grad
     if chosen.variant == "passes":

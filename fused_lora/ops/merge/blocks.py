@@ -1,154 +1,351 @@
-"""One row block of a weight: merged, with what it takes to get its bits back, and restored.
+"""Merge and exact unmerge unit by unit, by the C loops or by the same steps in torch: the bits are the same.
 
-Per block: D = left @ right by one GEMM, Wm = round(W + D), R = round(Wm - D); where R is not W to the bit, the position
-and the value are kept. W itself is written last, in one copy, after everything that can fail.
+csrc/cpu_loops.c says what a unit, its checksum and its corrections are. C takes fp32, bf16 and fp16 weights on a CPU
+whose rows are contiguous; torch takes fp64, other strides, other devices, and everything where C is missing.
+
+A unit is written after everything that can fail. If one fails, or an interrupt comes, the units before it are taken
+back: a weight is either merged whole or not touched. Memory: corrections of about 2 bytes for 1 to 3 % of the elements,
+20 bytes a unit of 4096 elements, and on the torch path temporary copies of a band of rows.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from fused_lora.ops.merge.arrays import CHUNK, Arrays, Block, counts_of, fingerprint, put_back
+from fused_lora.ops import native
+from fused_lora.ops.merge import launch
+from fused_lora.ops.merge.delta import chain
+from fused_lora.ops.native import CHANGED, CHECKSUM, DONE, FULL, LOST, MERGE, MERGE_AGAIN, TORN, UNMERGE
 from fused_lora.reference import bits
 
+AREA, WIDTH, HEIGHT = 4096, 256, 256  # of a unit at most, as in C
+_BAND = 1 << 17  # elements that torch takes at a time: the temporaries stay in a cache
 
-class Workspace:
-    """The buffers of one worker over blocks of W: [rows, columns] of at most ``block_rows`` rows.
+_LOST_TEXT = "NaNs or infinities detected in the merged weights: the adapter seems to be broken"
+_TORN_TEXT = (
+    "weight: it was changed while it was merged or unmerged, by another thread perhaps, and is partly merged now: load "
+    "it again"
+)
 
-    A block's temporaries are views of them, so nothing grows with the weight. ``left`` [rows of W, R] and ``right``
-    [R, columns] are the factors of D in fp32, or fp64 for an fp64 weight.
+
+class Factors(NamedTuple):
+    """The delta D = (left * scaling) @ right; ``flipped``: left @ (scaling[:, None] * right). B is the scaled one.
+
+    ``left`` [rows, R] and ``right`` [R, columns] are contiguous for :func:`merge`, in fp32 or 16 bits; ``scaling`` [R]
+    in fp32, None for 1. All are fp64 for an fp64 weight.
     """
 
-    def __init__(self, W: torch.Tensor, left: torch.Tensor, right: torch.Tensor, block_rows: int):
-        shape = min(block_rows, W.shape[0]), W.shape[1]
-        self.W, self.right, self.block_rows = W, right, block_rows
-        self.left = left.split(block_rows)  # views made once: every torch call in a block hands the interpreter over
-        self._delta = torch.empty(shape, dtype=right.dtype, device=W.device)
-        self._arrays = Arrays.of(W, self._delta)
+    left: torch.Tensor
+    right: torch.Tensor
+    scaling: torch.Tensor | None
+    flipped: bool
 
-    @cached_property
-    def _total(self) -> torch.Tensor:
-        return torch.empty_like(self._delta)
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in self[:3] if t is not None]
 
-    @cached_property
-    def _rounded(self) -> torch.Tensor:
-        # a weight of the delta's dtype needs no rounded copy of the total
-        return self._total if self.W.dtype == self._delta.dtype else torch.empty_like(self._delta, dtype=self.W.dtype)
+    def t(self) -> Factors:
+        """For the transposed weight."""
+        return Factors(self.right.t().contiguous(), self.left.t().contiguous(), self.scaling, not self.flipped)
 
-    def merge(self, start: int, stop: int, check_finite: bool, blocks: list[Block]) -> None:
-        """W <- round(W + D) in rows [start, stop); the block joins ``blocks`` just before W is written.
+    def scaled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both in the dtype of the scaling, which is multiplied in."""
+        if self.scaling is None:
+            return self.left, self.right
+        left, right = self.left.to(self.scaling.dtype), self.right.to(self.scaling.dtype)
+        return (left, right * self.scaling[:, None]) if self.flipped else (left * self.scaling, right)
 
-        Raises:
-            ValueError: with ``check_finite``, where a finite weight would become infinite or NaN; nothing is written.
-        """
-        if self._arrays is not None and not check_finite:
-            self._delta_of(start, stop)
-            if self._arrays.merge(start, stop, blocks):
-                return
-        w = self.W[start:stop]
-        original = w if w.is_contiguous() else w.contiguous()
-        delta = self._delta_of(start, stop)
-        merged = self._combine(original, delta, 1)
-        if check_finite and not bool((torch.isfinite(merged) | ~torch.isfinite(original)).all()):
-            raise ValueError("NaNs or infinities detected in the merged weights: the adapter seems to be broken")
-        block = Block(start, stop, fingerprint(original))
-        _encode(block, original, self._combine(merged, delta, -1))
-        # the sum again, from the cache: cheaper than a second buffer
-        if w.dtype == delta.dtype and block.offsets is not None:
-            blocks.append(block)
-            torch.add(w, delta, out=w)
+
+@dataclass
+class Units:
+    """What the units of one weight need to come back: corrections, or a ``copy`` of the weight if it is smaller."""
+
+    height: int
+    width: int
+    counts: torch.Tensor  # int32 [units], corrections of each
+    starts: torch.Tensor  # int64 [units], where they begin
+    checksums: torch.Tensor  # int64 [units], of the original bits; with a copy, of the merged ones
+    corrections: torch.Tensor  # uint8 [n, 2], (advance, xor)
+    copy: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, W: torch.Tensor) -> Units:
+        """For a merge of W [rows, columns]."""
+        rows, columns = W.shape
+        panels = max(1, -(-columns // WIDTH))
+        width = min(max(columns, 1), -(-columns // panels // 16) * 16)  # of equal panels, whole vectors wide
+        height = max(1, min(rows, AREA // width, HEIGHT))
+        height -= height % 8 if height > 8 else 0  # C computes 8 rows at a time
+        units = -(-rows // height) * panels
+        notes = [torch.zeros(units, dtype=d, device=W.device) for d in (torch.int32, torch.int64, torch.int64)]
+        return cls(height, width, *notes, torch.empty((0, 2), dtype=torch.uint8, device=W.device))
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        found = [self.counts, self.starts, self.checksums, self.corrections]
+        return found if self.copy is None else [*found, self.copy]
+
+    def fit(self, W: torch.Tensor) -> bool:
+        """Whether these are notes of such a weight: a record that was stored may be damaged."""
+        if not (0 < self.width <= WIDTH and 0 < self.height <= min(HEIGHT, AREA // self.width)):
+            return False
+        units = -(-W.shape[0] // self.height) * -(-W.shape[1] // self.width)
+        kinds = [(torch.int32, (units,)), (torch.int64, (units,)), (torch.int64, (units,))]
+        kinds += [(torch.uint8, (len(self.corrections), 2)), (W.dtype, tuple(W.shape))]
+        return all(
+            (t.dtype, tuple(t.shape)) == kind and t.is_contiguous() and t.device == W.device
+            for t, kind in zip(self.tensors, kinds, strict=False)
+        )
+
+
+class _InC:
+    """Sweeps over a weight by the C loops."""
+
+    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
+        self.corrections = units.corrections if room == 0 else torch.empty((room, 2), dtype=torch.uint8, device="cpu")
+        self.merged = torch.full((len(units.counts),), room == 0, dtype=torch.uint8, device="cpu")
+        left, right, scaling, flipped = self._held = factors
+        self._work = native.Work(
+            *W.shape, W.stride(0), len(right), units.height, units.width,
+            *(native.TYPES[t.dtype] for t in (W, left, right)), flipped, 0, 0,
+            *(t.data_ptr() for t in (W, left, right, scaling, units.counts, units.starts, units.checksums)),
+            self.merged.data_ptr(), self.corrections.data_ptr(), len(self.corrections), 0,
+        )  # fmt: skip
+
+    def run(self, mode: int) -> int:
+        return native.run(self._work, mode)
+
+    def kept(self) -> torch.Tensor:
+        return self.corrections[: self._work.used].clone()
+
+    undo = run  # what was not written is known: an interrupt waits for the end of a sweep
+
+
+class _InTorch:
+    """The same sweeps in torch, a band of rows at a time."""
+
+    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
+        self._W, self._units, self._room = W, units, room
+        self._left, self._right = factors.scaled()
+        self._panels = [(first, min(first + units.width, W.shape[1])) for first in range(0, W.shape[1], units.width)]
+        whole = W.shape[0] // units.height * units.height
+        step = max(1, _BAND // max(1, units.height * W.shape[1])) * units.height
+        self._bands = [(row, min(row + step, whole)) for row in range(0, whole, step)]
+        self._bands += [(whole, W.shape[0])] if whole < W.shape[0] else []
+        self._merged = dict.fromkeys(self._bands, room == 0)
+        self._pieces, self._begun = [units.corrections], set()  # bands whose write may have been stopped
+
+    def kept(self) -> torch.Tensor:
+        return torch.cat(self._pieces)
+
+    def run(self, mode: int) -> int:
+        outcome = self._sweep(mode)
+        back = {MERGE: UNMERGE, UNMERGE: MERGE_AGAIN}.get(mode)
+        return TORN if outcome != DONE and back is not None and self.undo(back) != DONE else outcome
+
+    def undo(self, mode: int) -> int:
+        """Also where an interrupt came between the note that a band is written and its write."""
+        for band in self._begun:
+            now, notes = self._checksums(self._W[slice(*band)]), self._notes(band, self._units.checksums)
+            self._merged[band] = not torch.equal(now, notes)
+        return self._sweep(mode)
+
+    def _sweep(self, mode: int) -> int:
+        for band, merged in self._merged.items():
+            if mode == CHECKSUM or merged == (mode == UNMERGE):
+                outcome = self._do(band, mode)
+                if outcome != DONE:
+                    return outcome
+        return DONE
+
+    def _do(self, band: tuple[int, int], mode: int) -> int:
+        w, checksums = self._W[slice(*band)], self._notes(band, self._units.checksums)
+        if mode == CHECKSUM:
+            checksums.copy_(self._checksums(w))
+            return DONE
+        delta = chain(self._left[slice(*band)], self._right)
+        if mode == UNMERGE:
+            out = self._round(w, w.to(delta.dtype) - delta)
+            if not self._decode(band, bits(out)) or not torch.equal(self._checksums(out), checksums):
+                return CHANGED
         else:
-            merged = self._combine(original, delta, 1)
-            block.merged = fingerprint(merged) if block.offsets is None else None
-            blocks.append(block)
-            w.copy_(merged)
+            out = self._round(w, w.to(delta.dtype) + delta)
+            if bool((w.isfinite() & ~out.isfinite()).any()):
+                return LOST
+        if mode == MERGE:
+            pairs, counts = self._encode(bits(self._round(w, out.to(delta.dtype) - delta)) ^ bits(w.contiguous()))
+            used = sum(map(len, self._pieces))
+            if used + len(pairs) > self._room:
+                return FULL
+            self._pieces.append(pairs)
+            checksums.copy_(self._checksums(w))
+            self._notes(band, self._units.counts).copy_(counts)
+            self._notes(band, self._units.starts).copy_(used + counts.cumsum(0) - counts)
+        self._begun.add(band)
+        self._merged[band] = mode != UNMERGE
+        w.copy_(out)
+        return DONE
 
-    def take_back(self, block: Block) -> None:
-        """Undo a :meth:`merge` that may have been stopped before it wrote."""
-        if not self._is_original(block):
-            self.restore(block)
+    def _round(self, w: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        return torch.where(w.isnan(), w, total.to(w.dtype)).contiguous()
 
-    def merge_again(self, block: Block) -> None:
-        """Undo a :meth:`restore` that may have been stopped before it wrote: a merge always gives the same bits."""
-        if self._is_original(block):
-            w = self.W[block.start : block.stop]
-            w.copy_(self._combine(w, self._delta_of(block.start, block.stop), 1))
+    def _notes(self, band: tuple[int, int], notes: torch.Tensor) -> torch.Tensor:
+        """Those of the band's units."""
+        first, stop = (-(-row // self._units.height) * len(self._panels) for row in band)
+        return notes[first:stop]
 
-    def _is_original(self, block: Block) -> bool:
-        return fingerprint(self.W[block.start : block.stop].contiguous()) == block.fingerprint
+    def _by_unit(self, rows: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """For every panel: which of the rows' units lie in it, its columns, and their elements [units, elements]."""
+        height = min(self._units.height, len(rows))
+        for panel, columns in enumerate(self._panels):
+            part = rows[:, slice(*columns)].reshape(len(rows) // height, height * (columns[1] - columns[0]))
+            yield slice(panel, None, len(self._panels)), slice(*columns), part
 
-    def restore(self, block: Block) -> None:
-        """The block's bits from before the merge, written back.
+    def _checksums(self, rows: torch.Tensor) -> torch.Tensor:
+        found = self._units.checksums.new_empty(-(-len(rows) // self._units.height) * len(self._panels))
+        for units, _, part in self._by_unit(bits(rows)):
+            found[units] = (_words(part) * _weights(rows.device)[: part.shape[1]]).sum(1)
+        return found
 
-        Raises:
-            RuntimeError: they cannot be had, because the merged weight was changed. Nothing is written.
-        """
-        w = self.W[block.start : block.stop]
-        changed = block.merged is not None and fingerprint(w.contiguous()) != block.merged
-        if not changed and self._arrays is not None and block.offsets is not None:
-            self._delta_of(block.start, block.stop)
-            changed = not self._arrays.restore(block)
-        elif not changed:
-            original, _ = self.original(block)
-            changed = fingerprint(original) != block.fingerprint
-            if not changed:
-                w.copy_(original)
-        if changed:
-            raise RuntimeError(
-                f"weight: rows {block.start} to {block.stop} are not what the merge left (changed, cast or loaded "
-                "since), so the original bits cannot be restored; nothing was changed"
-            )
+    def _encode(self, difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [n, 2] and how many of them every unit has."""
+        counts = self._units.counts.new_empty(-(-len(difference) // self._units.height) * len(self._panels))
+        found, order = [], []
+        for units, _, part in self._by_unit(difference):
+            unit, at = part.nonzero(as_tuple=True)
+            word = _words(part[unit, at])
+            before = torch.where(unit.diff(prepend=unit.new_full((1,), -1)) == 0, at.roll(1), -1)
+            bridges = (at - before - 1) // 255
+            length = bridges + 1 + sum(((word >> shift) != 0).long() for shift in range(8, 8 * difference.itemsize, 8))
+            owner = torch.repeat_interleave(torch.arange(len(at), device=at.device), length)
+            byte = torch.arange(len(owner), device=at.device) - (length.cumsum(0) - length + bridges)[owner]
+            advance = torch.where(byte == 0, (at - before - 255 * bridges)[owner], torch.where(byte < 0, 255, 0))
+            xor = torch.where(byte < 0, 0, word[owner] >> (8 * byte.clamp(min=0)) & 255)
+            counts[units] = torch.zeros_like(counts[units]).index_add_(0, unit, length.to(counts.dtype))
+            found.append(torch.stack([advance, xor], 1).to(torch.uint8))
+            order.append(torch.arange(len(counts), device=at.device)[units][unit[owner]])
+        return torch.cat(found)[torch.cat(order).argsort(stable=True)], counts
 
-    def original(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-        """The block's bits from before the merge, and its delta; both are views of this workspace."""
-        delta = self._delta_of(block.start, block.stop)
-        candidate = self._combine(self.W[block.start : block.stop], delta, -1)
-        _decode(block, bits(candidate))
-        return candidate, delta
-
-    def _delta_of(self, start: int, stop: int) -> torch.Tensor:
-        left = self.left[start // self.block_rows]
-        full = len(left) == len(self._delta)
-        return torch.mm(left, self.right, out=self._delta if full else self._delta[: len(left)])
-
-    def _combine(self, w: torch.Tensor, delta: torch.Tensor, alpha: int) -> torch.Tensor:
-        """round(w + alpha * delta) in a buffer that the next call overwrites; ``w`` may be that buffer."""
-        total, rounded = self._total[: len(w)], self._rounded[: len(w)]
-        if w.dtype == delta.dtype:
-            return torch.add(w, delta, alpha=alpha, out=total)
-        total.copy_(w).add_(delta, alpha=alpha)
-        return rounded.copy_(total)
-
-
-def _encode(block: Block, original: torch.Tensor, candidate: torch.Tensor) -> None:
-    """Keep the original bits where the candidate's differ: corrections as in :class:`Block`, or a copy if smaller."""
-    flat, other = bits(original).reshape(-1), bits(candidate).reshape(-1)
-    if flat.device.type == "cpu":  # numpy compares and searches several times faster than torch
-        flat, other = flat.numpy(), other.numpy()
-        index = np.flatnonzero(flat != other)
-        kept = counts_of(index, flat.size), index.astype(np.uint16), flat.take(index)
-        counts, offsets, values = map(torch.from_numpy, kept)
-    else:
-        index = (flat != other).nonzero().reshape(-1)
-        edges = torch.arange(0, flat.numel() + CHUNK, CHUNK, device=index.device)
-        counts = torch.searchsorted(index, edges).diff().to(torch.int32)
-        offsets, values = (index & (CHUNK - 1)).to(torch.uint16), flat[index]
-    if values.numel() * (original.element_size() + 2) < original.nbytes:
-        block.counts, block.offsets, block.values = counts, offsets, values
-    else:
-        block.values = bits(original).clone()
+    def _decode(self, band: tuple[int, int], rows: torch.Tensor) -> bool:
+        """The corrections of the band's units applied to its bits; False where they cannot be of it."""
+        counts, starts = (self._notes(band, notes) for notes in (self._units.counts, self._units.starts))
+        pairs = torch.cat(self._pieces)
+        if bool(((counts < 0) | (starts < 0) | (starts > len(pairs) - counts)).any()):
+            return False
+        for units, columns, part in self._by_unit(rows):
+            count = counts[units].long()
+            unit = torch.repeat_interleave(torch.arange(len(count), device=rows.device), count)
+            first = count.cumsum(0) - count
+            entry = torch.arange(len(unit), device=rows.device)
+            advance, xor = pairs[starts[units][unit] + entry - first[unit]].long().unbind(1)
+            gone = torch.cat([advance.new_zeros(1), advance.cumsum(0)])
+            at = gone[1:] - gone[first[unit]] - 1
+            byte = entry - torch.where(advance != 0, entry, -1).cummax(0).values if len(entry) else entry
+            if bool(((at < 0) | (at >= part.shape[1]) | (byte >= rows.itemsize)).any()):
+                return False
+            change = torch.zeros(part.numel(), dtype=torch.int64, device=rows.device)
+            change.index_add_(0, unit * part.shape[1] + at, xor << (8 * byte))
+            rows[:, columns] ^= change.to(rows.dtype).view(len(rows), -1)
+        return True
 
 
-def _decode(block: Block, candidate: torch.Tensor) -> None:
-    """The corrections written over the candidate's bits, an integer tensor of the block's shape."""
-    if block.offsets is None:
-        candidate.copy_(block.values)
-    elif candidate.device.type == "cpu":
-        put_back(*(t.numpy() for t in (candidate.reshape(-1), block.counts, block.offsets, block.values)))
-    else:
-        chunk = torch.arange(block.counts.numel(), device=candidate.device) * CHUNK
-        index = torch.repeat_interleave(chunk, block.counts.long()) + block.offsets.to(torch.int64)
-        candidate.reshape(-1)[index] = block.values
+def _words(integers: torch.Tensor) -> torch.Tensor:
+    """Unsigned, in 64 bits."""
+    return integers.long() if integers.itemsize == 8 else integers.long() & ((1 << 8 * integers.itemsize) - 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _weights(device: torch.device) -> torch.Tensor:
+    return torch.arange(1, AREA + 1, dtype=torch.int64, device=device) * 0x9E3779B1 & 0xFFFFFFFF
+
+
+def merge(W: torch.Tensor, factors: Factors) -> Units:
+    """W [rows, columns] <- round(W + D) in place, or ValueError and W as it was: a finite weight would not stay so."""
+    return _merge(_InC if _in_c(W) else _InTorch, W, factors)
+
+
+def _merge(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors) -> Units:
+    units = Units.of(W)
+    sweep = sweeps(W, factors, units, W.nbytes // 2)
+    try:
+        outcome = sweep.run(MERGE)
+        if outcome == FULL:  # a copy is no larger
+            units.copy = W.clone(memory_format=torch.contiguous_format)
+            outcome = sweep.run(MERGE_AGAIN)
+            sweep.run(CHECKSUM)
+        elif outcome == DONE:
+            units.corrections = sweep.kept()
+        if outcome != DONE:
+            raise ValueError(_LOST_TEXT) if outcome == LOST else RuntimeError(_TORN_TEXT)
+        return units
+    except BaseException:
+        if units.copy is not None:
+            W.copy_(units.copy)
+        elif sweep.undo(UNMERGE) != DONE:
+            raise RuntimeError(_TORN_TEXT) from None
+        raise
+
+
+def restore(W: torch.Tensor, factors: Factors, units: Units) -> None:
+    """The bits from before :func:`merge` in place. RuntimeError, W as it was: it is not what the merge left."""
+    _restore(_InC if _in_c(W) else _InTorch, W, factors, units)
+
+
+def _restore(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors, units: Units) -> None:
+    if not units.fit(W):
+        raise RuntimeError(launch.CHANGED)
+    if units.copy is None:
+        return _sweep_back(sweeps(W, factors, units, 0))
+    now = replace(units, checksums=torch.empty_like(units.checksums))
+    sweeps(W, factors, now, 0).run(CHECKSUM)
+    if not torch.equal(now.checksums, units.checksums):
+        raise RuntimeError(launch.CHANGED)
+    W.copy_(units.copy)
+
+
+def _sweep_back(sweep: _InC | _InTorch) -> None:
+    try:
+        outcome = sweep.run(UNMERGE)
+        if outcome != DONE:
+            raise RuntimeError(_TORN_TEXT if outcome == TORN else launch.CHANGED)
+    except BaseException:
+        if sweep.undo(MERGE_AGAIN) != DONE:
+            raise RuntimeError(_TORN_TEXT) from None
+        raise
+
+
+def _in_c(W: torch.Tensor) -> bool:
+    plain = W.device.type == "cpu" and W.dtype in native.TYPES and W.stride(1) == 1 and W.numel() > 0
+    return plain and native.usable() and _agree() and native.usable()
+
+
+@functools.cache
+def _agree() -> bool:
+    """Compares C with torch on small weights, once in a process; where a bit differs, C is rejected."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw, device="cpu", dtype=torch.float32)
+
+    factors = Factors(normal(37, 3), normal(3, 333), normal(3) * 0.01, False)
+    for dtype in native.TYPES:
+        W = normal(37, 333).to(dtype)
+        merged = W.clone(), W.clone()
+        try:
+            in_c, in_torch = (_merge(k, m, factors) for k, m in zip(_SWEEPS, merged, strict=True))
+            same = all(map(torch.equal, in_c.tensors, in_torch.tensors)) and torch.equal(*map(bits, merged))
+            _restore(_InC, merged[0], factors, in_torch)
+        except (RuntimeError, ValueError) as error:
+            native.reject(f"a merge in {dtype}: {error}")
+        else:
+            if not same or not torch.equal(bits(merged[0]), bits(W)):
+                native.reject(f"a merge in {dtype} differs")
+    return True
+
+
+_SWEEPS = _InC, _InTorch

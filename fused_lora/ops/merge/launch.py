@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops import guard
 from fused_lora.reference import bits
 
 CHANGED = (
@@ -29,9 +29,9 @@ _way_back: set[tuple] = set()
 def applies(weight: torch.Tensor) -> bool:
     """Whether the kernel does this weight: a CUDA tensor of fp32, bf16 or fp16, and the first-use check has passed."""
     device, dtype = weight.device, weight.dtype
-    if not kernel.usable(device) or not kernel.fits(weight, (), ()):
+    if not guard.usable(device) or dtype not in guard.DTYPES:
         return False
-    return kernel.passes(("merge", device, dtype), lambda: _check(device, dtype))
+    return guard.passes(("merge", device, dtype), lambda: _check(device, dtype))
 
 
 def merge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:

@@ -89,7 +89,11 @@ class Prepared:
 
     def rows(self, group_of_row: np.ndarray, device: torch.device) -> Rows:
         """Rows with these groups (-1: the base model). On a GPU they belong to the stream that they were made on."""
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        stream = None
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():  # nothing is written before the replay
+                return Rows(group_of_row, self._groups, device)
+            stream = torch.cuda.current_stream(device).cuda_stream
         key = group_of_row.tobytes(), device, stream
         with self._lock:
             found = self._rows.pop(key, None) or Rows(group_of_row, self._groups, device)

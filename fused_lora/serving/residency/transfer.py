@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fused_lora.ops.linear import launch as kernel
+from fused_lora.ops import guard
 from fused_lora.serving.residency.arena import Block
 from fused_lora.serving.residency.packing import FLOAT_DTYPES, Packed, Part, Site
 from fused_lora.serving.residency.tables import SlotTables
@@ -32,7 +32,7 @@ def open_transfer(
         dtype = torch.promote_types(model_dtype, torch.float32) if device.type == "cpu" else model_dtype
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected one of {FLOAT_DTYPES}, got {dtype!r}")
-    tables = SlotTables(len(sites), slots, device, dtype) if kernel.usable(device) else None
+    tables = SlotTables(len(sites), slots, device, dtype) if guard.usable(device) else None
     return (CudaTransfer if device.type == "cuda" else Transfer)(device, dtype, tables)
 
 

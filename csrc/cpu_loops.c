@@ -1,0 +1,438 @@
+/* CPU loops of fused_lora: exact merge and unmerge of a weight, and the dropout mask.
+ *
+ * Plain C for gcc and clang; OpenMP where there is one. Python calls it through ctypes (fused_lora/ops/native.py), and
+ * fused_lora/ops/merge/blocks.py does the same with torch where no compiler was there: to the bit, so a record made by
+ * one is undone by the other. What makes the bits the same on every machine, in any number of threads:
+ *
+ *   D[i,j]  = fma(l[i,R-1], r[R-1,j], ... fma(l[i,0], r[0,j], 0))    fp32, one rounding a step, in this order
+ *   Wm[i,j] = round(W[i,j] + D[i,j])                                 a sum in fp32, then a rounding to W's dtype
+ *   C[i,j]  = round(Wm[i,j] - D[i,j])                                W again for 97 to 99.8 % of the elements
+ *
+ * A unit is a part of W, [height, width]. It keeps a checksum of W's bits, and a correction where C is not W: pairs of
+ * bytes (advance, xor). Decoding starts one place before the unit's first element: go `advance` places on and xor the
+ * lowest byte there; an advance of 0 stays and xors the next higher byte. (255, 0) only bridges a long gap.
+ * An unmerge computes C, applies the corrections, and writes the unit only if the checksum agrees. If a unit fails, the
+ * units before it are taken back, so a call changes all of W or nothing. Python's signals wait until it returns.
+ *
+ * Build with -ffp-contract=off: the compiler must not fuse what is not written as fmaf.
+ */
+#include <fenv.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { AREA = 4096, WIDTH = 256, DEPTH = 32, GROUP = 8, TILE = 16 };
+/* elements and columns of a unit; ranks, rows and columns of a step of the delta */
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { MERGE, UNMERGE, MERGE_AGAIN, CHECKSUM };            /* MERGE_AGAIN keeps nothing */
+enum { DONE, LOST, FULL, CHANGED, TORN };                  /* results: what stopped a call */
+
+typedef uint32_t bits32 __attribute__((aligned(1), may_alias)); /* a weight may begin anywhere in memory */
+typedef uint16_t bits16 __attribute__((aligned(1), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    int64_t rows, columns, row_stride, ranks; /* of W; its columns are contiguous */
+    int64_t height, width;                    /* of a unit, at most AREA elements and WIDTH columns */
+    int64_t weight_type, left_type, right_type, flipped, threads, variant;
+    char *weight;
+    const void *left, *right;                 /* [rows, ranks] and [ranks, columns], contiguous */
+    const float *scaling;                     /* [ranks], multiplied into left, or into right if flipped */
+    int32_t *counts;                          /* [units] corrections of each */
+    int64_t *starts;                          /* [units] where they begin */
+    uint64_t *checksums;                      /* [units] */
+    uint8_t *merged;                          /* [units] whether a unit is merged now: kept by every call */
+    uint8_t *corrections;                     /* [room, 2] */
+    int64_t room, used;
+} Work;
+
+INLINE float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint32_t as_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+/* a if the condition is 1, b if it is 0; a branch would keep a loop from being vectorised. */
+INLINE uint32_t choose(uint32_t condition, uint32_t a, uint32_t b) { return b ^ ((a ^ b) & -condition); }
+
+INLINE uint32_t get(int type, const void *array, int64_t i) {
+    return type == FLOAT32 ? ((const bits32 *)array)[i] : ((const bits16 *)array)[i];
+}
+
+INLINE void put(int type, void *array, int64_t i, uint32_t bits) {
+    if (type == FLOAT32)
+        ((bits32 *)array)[i] = bits;
+    else
+        ((bits16 *)array)[i] = (uint16_t)bits;
+}
+
+/* The float that an element stands for; exact. */
+INLINE float value_of(int type, uint32_t bits) {
+    if (type == FLOAT32) return as_float(bits);
+    if (type == BFLOAT16) return as_float(bits << 16);
+    /* the exponent moved by a product; infinity and NaN keep the largest exponent */
+    uint32_t magnitude = (bits & 0x7FFF) << 13, special = choose(magnitude >= 0x0F800000, 0x7F800000, 0);
+    return as_float(as_bits(as_float(magnitude) * 0x1p112f) | special | (bits & 0x8000) << 16);
+}
+
+/* To the nearest, ties to even; NaN becomes infinity. */
+INLINE uint32_t rounded(int type, float value) {
+    uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+    if (type == FLOAT32) return bits;
+    if (type == BFLOAT16) {
+        magnitude = choose(magnitude < 0x7F800000, magnitude, 0x7F800000);
+        return sign | (magnitude + 0x7FFF + (magnitude >> 16 & 1)) >> 16;
+    }
+    uint32_t normal = (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+    uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3F000000; /* the sum rounds at 2^-24 */
+    uint32_t half = choose(magnitude < 0x38800000, subnormal, normal);
+    return sign | choose(half < 0x7C00, half, 0x7C00);
+}
+
+INLINE uint32_t infinity_of(int type) { return type == FLOAT32 ? 0x7F800000 : type == BFLOAT16 ? 0x7F80 : 0x7C00; }
+
+INLINE uint32_t magnitude_of(int type, uint32_t bits) { return bits & (type == FLOAT32 ? 0x7FFFFFFF : 0x7FFF); }
+
+INLINE void to_floats(int type, const void *from, int64_t first, int64_t n, float *to) {
+    for (int64_t j = 0; j < n; j++) to[j] = value_of(type, get(type, from, first + j));
+}
+
+INLINE void to_floats_of(int64_t type, const void *from, int64_t first, int64_t n, float *to) {
+    if (type == FLOAT32)
+        to_floats(FLOAT32, from, first, n, to);
+    else if (type == BFLOAT16)
+        to_floats(BFLOAT16, from, first, n, to);
+    else
+        to_floats(FLOAT16, from, first, n, to);
+}
+
+/* A part of W: lines [h, n], `stride` bytes apart. In buffers they are `pitch` elements apart, whole tiles. */
+typedef struct {
+    char *lines;
+    int64_t stride, row, column, h, n, pitch;
+} Unit;
+
+/* d [GROUP, TILE], whose rows are `pitch` apart, += left [depth, GROUP] transposed times right [depth, TILE of WIDTH],
+ * one fused step after the other. */
+INLINE void add_products(const float *restrict left, const float *restrict right, int64_t depth, float *restrict d,
+                         int64_t pitch) {
+#pragma omp simd
+    for (int64_t j = 0; j < TILE; j++) {
+        float s0 = d[j], s1 = d[pitch + j], s2 = d[2 * pitch + j], s3 = d[3 * pitch + j];
+        float s4 = d[4 * pitch + j], s5 = d[5 * pitch + j], s6 = d[6 * pitch + j], s7 = d[7 * pitch + j];
+        for (int64_t k = 0; k < depth; k++) {
+            const float *l = left + k * GROUP;
+            float r = right[k * WIDTH + j];
+            s0 = fmaf(l[0], r, s0), s1 = fmaf(l[1], r, s1), s2 = fmaf(l[2], r, s2), s3 = fmaf(l[3], r, s3);
+            s4 = fmaf(l[4], r, s4), s5 = fmaf(l[5], r, s5), s6 = fmaf(l[6], r, s6), s7 = fmaf(l[7], r, s7);
+        }
+        d[j] = s0, d[pitch + j] = s1, d[2 * pitch + j] = s2, d[3 * pitch + j] = s3;
+        d[4 * pitch + j] = s4, d[5 * pitch + j] = s5, d[6 * pitch + j] = s6, d[7 * pitch + j] = s7;
+    }
+}
+
+/* delta [h, n] of the unit; whole groups and tiles are written. */
+INLINE void compute_delta(const Work *work, const Unit *unit, float *delta) {
+    int64_t pitch = unit->pitch;
+    float right[DEPTH * WIDTH], line[DEPTH], left[DEPTH * GROUP];
+    memset(delta, 0, (unit->h + GROUP - 1) / GROUP * GROUP * pitch * sizeof(float));
+    for (int64_t first = 0; first < work->ranks; first += DEPTH) {
+        int64_t depth = work->ranks - first < DEPTH ? work->ranks - first : DEPTH;
+        const float *s = work->scaling + first;
+        for (int64_t k = 0; k < depth; k++) {
+            float *to = right + k * WIDTH;
+            to_floats_of(work->right_type, work->right, (first + k) * work->columns + unit->column, unit->n, to);
+            for (int64_t j = unit->n; j < pitch; j++) to[j] = 0;
+            if (work->flipped)
+                for (int64_t j = 0; j < unit->n; j++) to[j] *= s[k];
+        }
+        for (int64_t i = 0; i < unit->h; i += GROUP) {
+            for (int64_t m = 0; m < GROUP; m++) { /* behind the last row that row again, which nobody reads */
+                int64_t row = unit->row + (i + m < unit->h ? i + m : unit->h - 1);
+                to_floats_of(work->left_type, work->left, row * work->ranks + first, depth, line);
+                for (int64_t k = 0; k < depth; k++) left[k * GROUP + m] = work->flipped ? line[k] : line[k] * s[k];
+            }
+            for (int64_t j = 0; j < pitch; j += TILE) add_products(left, right + j, depth, delta + i * pitch + j, pitch);
+        }
+    }
+}
+
+/* Sum of (bits of element i) * (i + 1) c modulo 2^64, the second factor modulo 2^32: no change of one element and no
+ * exchange of two is lost, and others all but never. */
+INLINE uint64_t checksum(int type, const Unit *unit) {
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < unit->h; i++) {
+        const char *line = unit->lines + i * unit->stride;
+        uint32_t first = (uint32_t)(i * unit->n) + 1;
+        for (uint32_t j = 0; j < (uint32_t)unit->n; j++)
+            sum += (uint64_t)get(type, line, j) * (uint32_t)((first + j) * 0x9E3779B1u);
+    }
+    return sum;
+}
+
+/* out <- Wm and differs <- whether C is not W; returns whether a finite element was lost. A NaN stays as it is. */
+INLINE uint32_t merge_lines(int type, const Unit *unit, const float *delta, void *out, uint8_t *differs) {
+    uint32_t infinity = infinity_of(type), lost = 0;
+    for (int64_t i = 0; i < unit->h; i++) {
+        const char *line = unit->lines + i * unit->stride;
+        int64_t at = i * unit->pitch;
+        for (int64_t j = 0; j < unit->n; j++) {
+            uint32_t w = get(type, line, j), magnitude = magnitude_of(type, w), nan = magnitude > infinity;
+            uint32_t merged = rounded(type, value_of(type, w) + delta[at + j]);
+            uint32_t candidate = rounded(type, value_of(type, merged) - delta[at + j]);
+            lost |= (magnitude < infinity) & (magnitude_of(type, merged) >= infinity);
+            put(type, out, at + j, choose(nan, w, merged));
+            differs[at + j] = (candidate != w) & (nan ^ 1);
+        }
+    }
+    return lost;
+}
+
+/* out <- C. */
+INLINE void unmerge_lines(int type, const Unit *unit, const float *delta, void *out) {
+    for (int64_t i = 0; i < unit->h; i++) {
+        const char *line = unit->lines + i * unit->stride;
+        int64_t at = i * unit->pitch;
+        for (int64_t j = 0; j < unit->n; j++) {
+            uint32_t w = get(type, line, j), nan = magnitude_of(type, w) > infinity_of(type);
+            uint32_t candidate = rounded(type, value_of(type, w) - delta[at + j]);
+            put(type, out, at + j, choose(nan, w, candidate));
+        }
+    }
+}
+
+/* The corrections of a unit into `pairs`; returns how many. Behind the last column `differs` is 0. */
+INLINE int64_t encode(int type, const Unit *unit, const float *delta, const void *merged, const uint8_t *differs,
+                      uint8_t *pairs) {
+    uint8_t *end = pairs;
+    int64_t last = -1;
+    for (int64_t i = 0; i < unit->h; i++) {
+        for (int64_t first = 0; first < unit->n; first += 64) {
+            uint64_t found = 0, eight;
+            for (int64_t j = first; j < first + 64 && j < unit->n; j += 8) { /* bytes that are 0 or 1 to bits */
+                memcpy(&eight, differs + i * unit->pitch + j, 8);
+                found |= (eight * 0x0102040810204080u >> 56) << (j - first);
+            }
+            for (; found; found &= found - 1) {
+                int64_t j = first + __builtin_ctzll(found), at = i * unit->pitch + j, gap = i * unit->n + j - last;
+                uint32_t w = get(type, unit->lines + i * unit->stride, j);
+                uint32_t x = w ^ rounded(type, value_of(type, get(type, merged, at)) - delta[at]);
+                last += gap;
+                for (; gap > 255; gap -= 255) *end++ = 255, *end++ = 0;
+                for (*end++ = (uint8_t)gap, *end++ = (uint8_t)x; x >>= 8;) *end++ = 0, *end++ = (uint8_t)x;
+            }
+        }
+    }
+    return (end - pairs) / 2;
+}
+
+/* Corrections applied to C; whether all of them lie in the unit. */
+INLINE int decode(int type, const Unit *unit, void *out, const uint8_t *pairs, int64_t count) {
+    int64_t i = 0, j = -1;
+    int shift = -1;
+    for (const uint8_t *pair = pairs; pair < pairs + 2 * count; pair += 2) {
+        shift = pair[0] ? 0 : shift + 8;
+        for (j += pair[0]; j >= unit->n; j -= unit->n) i++;
+        if (i >= unit->h || j < 0 || shift > 24) return 0;
+        put(type, out, i * unit->pitch + j, get(type, out, i * unit->pitch + j) ^ (uint32_t)pair[1] << shift);
+    }
+    return 1;
+}
+
+INLINE int do_unit(int type, Work *work, int64_t index, int mode) {
+    float delta[3 * AREA];
+    uint32_t out[2 * AREA];
+    uint8_t differs[2 * AREA], pairs[2 * 5 * AREA];
+    int64_t size = type == FLOAT32 ? 4 : 2, stride = work->row_stride * size;
+    int64_t panels = (work->columns + work->width - 1) / work->width;
+    int64_t row = index / panels * work->height, column = index % panels * work->width;
+    int64_t h = work->rows - row < work->height ? work->rows - row : work->height;
+    int64_t n = work->columns - column < work->width ? work->columns - column : work->width;
+    int64_t pitch = (n + TILE - 1) / TILE * TILE;
+    Unit unit = {work->weight + row * stride + column * size, stride, row, column, h, n, pitch};
+    Unit result = {(char *)out, pitch * size, row, column, h, n, pitch};
+
+    if (mode == CHECKSUM) {
+        work->checksums[index] = checksum(type, &unit);
+        return DONE;
+    }
+    compute_delta(work, &unit, delta);
+    if (mode == UNMERGE) {
+        int64_t start = work->starts[index], count = work->counts[index];
+        unmerge_lines(type, &unit, delta, out);
+        if (start < 0 || count < 0 || start > work->room - count) return CHANGED;
+        if (!decode(type, &unit, out, work->corrections + 2 * start, count)) return CHANGED;
+        if (checksum(type, &result) != work->checksums[index]) return CHANGED;
+    } else {
+        memset(differs, 0, h * pitch);
+        if (merge_lines(type, &unit, delta, out, differs)) return LOST;
+    }
+    if (mode == MERGE) {
+        int64_t start, count = encode(type, &unit, delta, out, differs, pairs);
+#pragma omp atomic capture
+        { start = work->used; work->used += count; }
+        if (start > work->room - count) return FULL;
+        memcpy(work->corrections + 2 * start, pairs, 2 * count);
+        work->starts[index] = start, work->counts[index] = (int32_t)count;
+        work->checksums[index] = checksum(type, &unit);
+    }
+    for (int64_t i = 0; i < h; i++) memcpy(unit.lines + i * stride, result.lines + i * result.stride, n * size);
+    work->merged[index] = mode != UNMERGE;
+    return DONE;
+}
+
+INLINE int do_unit_of(Work *work, int64_t index, int mode) {
+    if (work->weight_type == FLOAT32) return do_unit(FLOAT32, work, index, mode);
+    if (work->weight_type == BFLOAT16) return do_unit(BFLOAT16, work, index, mode);
+    return do_unit(FLOAT16, work, index, mode);
+}
+
+/* Philox4x64-10 (Salmon et al. 2011) at counters first + 1, ...: 16 lanes of 16 bits a block, lowest bits first. */
+INLINE void philox(uint64_t seed, uint64_t first, int64_t blocks, uint64_t *words) {
+    for (int64_t block = 0; block < blocks; block++) {
+        uint64_t c0 = first + (uint64_t)block + 1, c1 = 0, c2 = 0, c3 = 0, k0 = seed, k1 = 0;
+        for (int round = 0; round < 10; round++) {
+            unsigned __int128 a = (unsigned __int128)0xD2E7470EE14C6C93u * c0;
+            unsigned __int128 b = (unsigned __int128)0xCA5A826395121157u * c2;
+            c0 = (uint64_t)(b >> 64) ^ c1 ^ k0, c1 = (uint64_t)b;
+            c2 = (uint64_t)(a >> 64) ^ c3 ^ k1, c3 = (uint64_t)a;
+            k0 += 0x9E3779B97F4A7C15u, k1 += 0xBB67AE8584CAA73Bu;
+        }
+        words[4 * block] = c0, words[4 * block + 1] = c1, words[4 * block + 2] = c2, words[4 * block + 3] = c3;
+    }
+}
+
+typedef struct {
+    int64_t rows, columns, start, cut, is_double, threads, variant; /* rows [start, start + rows) of the mask */
+    uint64_t seed;
+    const void *x; /* [rows, columns] each, contiguous; x and out, or in_place, may be NULL */
+    void *out, *in_place;
+} Mask;
+
+enum { BLOCKS = 64 }; /* of a mask at a time */
+
+/* x times 1 or 0, whose bits are made without a branch. */
+INLINE void select_floats(const float *x, const int16_t *lanes, int16_t cut, int64_t n, float *out) {
+    for (int64_t j = 0; j < n; j++) out[j] = x[j] * as_float(-(uint32_t)(lanes[j] >= cut) & 0x3F800000);
+}
+
+INLINE void select_doubles(const double *x, const int16_t *lanes, int16_t cut, int64_t n, double *out) {
+    for (int64_t j = 0; j < n; j++) {
+        uint64_t bits = -(uint64_t)(lanes[j] >= cut) & 0x3FF0000000000000;
+        double keep;
+        memcpy(&keep, &bits, 8);
+        out[j] = x[j] * keep;
+    }
+}
+
+/* out = x * mask and in_place *= mask. */
+INLINE void mask_row(const Mask *mask, int64_t row) {
+    uint64_t words[4 * BLOCKS];
+    int16_t lanes[16 * BLOCKS], cut = (int16_t)mask->cut;
+    int64_t columns = mask->columns, blocks = (columns + 15) / 16, size = mask->is_double ? 8 : 4;
+    for (int64_t block = 0; block < blocks; block += BLOCKS) {
+        int64_t j = 16 * block, n = columns - j < 16 * BLOCKS ? columns - j : 16 * BLOCKS;
+        philox(mask->seed, (uint64_t)((mask->start + row) * blocks + block), (n + 15) / 16, words);
+        memcpy(lanes, words, sizeof lanes);
+        for (int part = 0; part < 2; part++) {
+            const char *from = part ? mask->in_place : mask->x;
+            char *to = part ? mask->in_place : mask->out;
+            int64_t at = (row * columns + j) * size;
+            if (!from) continue;
+            if (mask->is_double)
+                select_doubles((const double *)(from + at), lanes, cut, n, (double *)(to + at));
+            else
+                select_floats((const float *)(from + at), lanes, cut, n, (float *)(to + at));
+        }
+    }
+}
+
+/* The functions above for several instruction sets, which a processor is asked for; all give the same bits. */
+#define VARIANT(name, options)                                                                                      \
+    options static int unit_##name(Work *work, int64_t index, int mode) { return do_unit_of(work, index, mode); }   \
+    options static void mask_##name(const Mask *mask, int64_t row) { mask_row(mask, row); }
+
+VARIANT(plain, )
+#ifdef __x86_64__
+VARIANT(avx2, __attribute__((target("avx2,fma,bmi2"))))
+VARIANT(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512"))))
+static int (*const units[])(Work *, int64_t, int) = {unit_plain, unit_avx2, unit_avx512};
+static void (*const masks[])(const Mask *, int64_t) = {mask_plain, mask_avx2, mask_avx512};
+#else
+static int (*const units[])(Work *, int64_t, int) = {unit_plain};
+static void (*const masks[])(const Mask *, int64_t) = {mask_plain};
+#endif
+
+/* The best variant here: 0 plain, 1 AVX2, 2 AVX-512; -1 where fmaf would be a slow call. */
+int fused_lora_variant(void) {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return -1;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 2 : 1;
+#elif defined(__FP_FAST_FMAF)
+    return 0;
+#else
+    return -1;
+#endif
+}
+
+int fused_lora_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+static int sweep(Work *work, int mode) {
+    int64_t count = (work->rows + work->height - 1) / work->height * ((work->columns + work->width - 1) / work->width);
+    int result = DONE;
+#pragma omp parallel num_threads((int)work->threads)
+    {
+        fenv_t environment; /* rounds to nearest and keeps subnormal numbers, whatever the caller's thread does */
+        fegetenv(&environment);
+        fesetenv(FE_DFL_ENV);
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t index = 0; index < count; index++) {
+            int before, found = DONE;
+#pragma omp atomic read
+            before = result;
+            if (before == DONE && (mode == CHECKSUM || work->merged[index] == (mode == UNMERGE)))
+                found = units[work->variant](work, index, mode);
+            if (found != DONE) {
+#pragma omp atomic write
+                result = found;
+            }
+        }
+        fesetenv(&environment);
+    }
+    return result;
+}
+
+/* All of W or nothing; see the enumerations at the top. TORN: W was changed meanwhile and is partly merged. */
+int fused_lora_run(Work *work, int mode) {
+    int result = sweep(work, mode);
+    if (result != DONE && mode == MERGE && sweep(work, UNMERGE) != DONE) return TORN;
+    if (result != DONE && mode == UNMERGE && sweep(work, MERGE_AGAIN) != DONE) return TORN;
+    return result;
+}
+
+void fused_lora_mask(const Mask *mask) {
+#pragma omp parallel num_threads((int)mask->threads)
+    {
+        fenv_t environment;
+        fegetenv(&environment);
+        fesetenv(FE_DFL_ENV);
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t row = 0; row < mask->rows; row++) masks[mask->variant](mask, row);
+        fesetenv(&environment);
+    }
+}

@@ -1,0 +1,142 @@
+"""What a LoRA layer asks of the module that it wraps, and the registry of the answers by module type.
+
+A new kind of base is one file: a subclass of :class:`Base` that is registered under the names of its module classes,
+and imported by ``bases/__init__.py``. Names, not classes, so that nothing is imported before somebody uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.ops.checks import FLOAT_DTYPES
+
+_TENSORS = (nn.Parameter, Tensor)  # exact types: subclasses (quantised, sharded, fake) bring their own arithmetic
+
+
+class Adapters(NamedTuple):
+    """The active adapters of one call: one entry each, ``bias`` the sum of scaling_i * lora_bias_i [N], or None."""
+
+    lora_A: Sequence[Tensor]
+    lora_B: Sequence[Tensor]
+    scaling: Sequence[float]
+    dropout: Sequence[float]
+    bias: Tensor | None = None
+
+
+class Base:
+    """One kind of base layer. The methods take the module; a Base has no state of its own."""
+
+    def why_not_fused(self, module: nn.Module) -> str | None:
+        """None when :meth:`forward` may stand in for a call of ``module``, else the reason in a few words.
+
+        With a reason the module itself is called, hooks and all, and the terms are added to its output.
+        """
+        raise NotImplementedError
+
+    def why_not_call(self, module: nn.Module, x: Tensor, outputs: int) -> str | None:
+        """The same for one input, and adapters of ``outputs`` rows of lora_B: dtype, shape, device."""
+        raise NotImplementedError
+
+    def forward(self, module: nn.Module, x: Tensor, adapters: Adapters) -> Tensor:
+        """Product and terms in one operator: x [..., K] -> [..., N]. Only where both answers above are None."""
+        raise NotImplementedError
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """(K, N): in_features and out_features."""
+        raise NotImplementedError
+
+    def merge_weight(self, module: nn.Module) -> Tensor | None:
+        """The floating matrix that a merge adds to in place, with an exact way back; None where there is none."""
+        raise NotImplementedError
+
+
+_OF_CLASS: dict[type[nn.Module], Base] = {}  # of the registered names, those that have been met
+_KINDS: dict[tuple[str, str] | None, Base] = {}  # (module, qualified name) of a class, None for all others
+
+
+def register(base: Base, *names: str) -> Base:
+    """Let ``base`` answer for modules of exactly these classes ("package.module.Class"); without names for all others.
+
+    A class that two files claim goes to the later one. Subclasses are classes of their own.
+
+    Returns:
+        ``base``.
+    """
+    _OF_CLASS.clear()
+    for name in names:
+        package, _, own = name.rpartition(".")
+        _KINDS[package, own] = base
+    if not names:
+        _KINDS[None] = base
+    return base
+
+
+def base_of(module: nn.Module) -> Base:
+    """What answers for ``module``."""
+    kind = type(module)
+    found = _OF_CLASS.get(kind)
+    if found is None:
+        found = _KINDS.get((kind.__module__, kind.__qualname__))
+        if found is None:
+            return _KINDS[None]
+        _OF_CLASS[kind] = found
+    return found
+
+
+def why_not_own_call(module: nn.Module, what: str) -> str | None:
+    """None when calling ``module`` runs its class's forward and nothing else; ``what`` names it in the reason."""
+    # written out: this runs for every part of a layer in every call
+    own = module.__dict__  # past nn.Module's __getattr__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return f"a hook on {what}"
+    own = own.get("forward")
+    # accelerate leaves the class's own method there when it takes a hook away
+    replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+    return f"{what} has its forward replaced" if replaced else None
+
+
+def why_not_plain_weight(weight: object) -> str | None:
+    """None for an ordinary dense two-dimensional floating tensor, else what it is instead."""
+    if (
+        type(weight) in _TENSORS
+        and weight.dim() == 2
+        and weight.dtype in FLOAT_DTYPES
+        and weight.layout is torch.strided
+    ):
+        return None
+    if weight is None:
+        return "a weight is not a parameter of its own"
+    if type(weight) not in _TENSORS:
+        return f"a weight is a {type(weight).__name__}"
+    if weight.dim() != 2:
+        return "a weight is not a matrix (sharded?)"
+    return f"a weight is {weight.dtype if weight.layout is torch.strided else weight.layout}"
+
+
+def why_not_plain_bias(parameters: Mapping[str, object], N: int) -> str | None:
+    """None where a module's parameters have None or an ordinary floating vector [N] for a bias, else what it is."""
+    if "bias" not in parameters:
+        return "a bias is not a parameter of its own"
+    bias = parameters["bias"]
+    if bias is None:
+        return None
+    if type(bias) not in _TENSORS:
+        return f"a bias is a {type(bias).__name__}"
+    if bias.dim() != 1 or bias.shape[0] != N:
+        return "a bias is not a vector of out_features"
+    return None if bias.dtype in FLOAT_DTYPES else f"a bias is {bias.dtype}"
+
+
+def why_not_plain_tensor(tensor: object, what: str = "the input") -> str | None:
+    """None for an ordinary dense floating tensor on a CPU or CUDA device, else what it is instead."""
+    if type(tensor) not in _TENSORS:
+        return f"{what} is a {type(tensor).__name__}"
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return f"{what} is not dense"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"device {tensor.device.type}"
+    return None if tensor.dtype in FLOAT_DTYPES else f"{what} is {tensor.dtype}"

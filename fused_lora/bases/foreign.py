@@ -1,0 +1,70 @@
+"""Any other base layer: the module is called as it is, and the LoRA terms are added to what it returns.
+
+So hooks run once and in PEFT's order, offloaded weights are fetched, sharded and quantised layers keep their own
+arithmetic, and the adapters still take two launches instead of five to seven a piece.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_lora.bases.base import Adapters, Base, register, why_not_plain_tensor, why_not_plain_weight
+from fused_lora.bases.dense import is_conv1d
+from fused_lora.ops.term.op import lora_term
+
+
+class Foreign(Base):
+    """A module of a class that no other file of this folder knows."""
+
+    def why_not_fused(self, module: nn.Module) -> str:
+        """Always a reason: nobody knows what a call of this module does."""
+        return f"the base layer is a {type(module).__name__}"
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """``in_features`` and ``out_features``, or the shape of a weight.
+
+        Raises:
+            TypeError: the module has neither.
+        """
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
+            first, second = weight.shape
+            return (first, second) if is_conv1d(module) else (second, first)
+        K, N = (getattr(module, name, None) for name in ("in_features", "out_features"))
+        if not isinstance(K, int) or not isinstance(N, int):
+            raise TypeError(f"base_layer: a {type(module).__name__} has no in_features, out_features or weight matrix")
+        return K, N
+
+    def merge_weight(self, module: nn.Module) -> Tensor | None:
+        """A parameter ``weight`` that is an ordinary matrix, as a subclass of nn.Linear may have."""
+        weight = module._parameters.get("weight")
+        return None if why_not_plain_weight(weight) else weight
+
+
+def forward_around(
+    module: nn.Module, x: Tensor, adapters: Adapters, *args: Any, **kwargs: Any
+) -> tuple[Tensor, str | None]:
+    """(module(x, ...) + the terms, None), or the module's output as it is and why nothing was added to it."""
+    y = module(x, *args, **kwargs)
+    reason = why_not_added(y, x, adapters)
+    if reason:
+        return y, reason
+    lora_A, lora_B, scaling, dropout, bias = adapters
+    return lora_term(y, x, lora_A, lora_B, scaling, dropout, bias=bias), None
+
+
+def why_not_added(y: object, x: Tensor, adapters: Adapters) -> str | None:
+    """None where ``lora_term`` takes these, else why the sum needs the adapters' own modules."""
+    # torch's tensor of a running collective (row-parallel layers) is waited for where an operator takes it
+    running = type(y).__module__ == "torch.distributed._functional_collectives"
+    reason = (None if running else why_not_plain_tensor(y, "the base layer's output")) or why_not_plain_tensor(x)
+    if reason:
+        return reason
+    if y.device != x.device:
+        return "devices differ"
+    return None if y.shape == (*x.shape[:-1], adapters.lora_B[0].shape[0]) else "shapes differ"
+
+
+register(Foreign())

@@ -1,0 +1,1 @@
+"""The LoRA term alone, onto a base output that somebody else computed."""

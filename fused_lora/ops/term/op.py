@@ -1,0 +1,286 @@
+"""The LoRA term as torch operators: y + bias + sum_i s_i D_i(x) A_i^T B_i^T for a y that somebody else computed.
+
+    fused_lora::lora_term            -> (y [M, N], S [M, sum r_i]), x [M, K]
+    fused_lora::lora_term_backward   -> the gradients that are needed, in the order x, lora_A, lora_B, bias
+
+Saved for the backward: x itself, S and the seeds; not y, whose gradient is the gradient of the result. The maths and
+the mask are those of ``fused_lora.reference``; what runs and how is shared with ``ops/linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fused_lora.ops.checks import check_term
+from fused_lora.ops.linear import double_backward, eager, flops
+from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _is_batched, draw_seeds, is_direct
+from fused_lora.ops.term import plan
+
+_unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
+
+
+def lora_term(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float] | None = None,
+    seeds: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y + sum_i scaling_i * D_i(x) lora_A_i^T lora_B_i^T, differentiable, for a y that any base layer computed.
+
+    The terms are added to y in fp32 (or wider) and rounded once. y is neither changed nor kept for the backward.
+
+    Args:
+        y: [..., N], fp64, fp32, bf16 or fp16: the base layer's output.
+        x: [..., K], the same leading dimensions, any of these dtypes. With another dtype than y the eager path runs.
+        lora_A: [r_i, K] each; lora_B: [N, r_i] each; any floating dtype.
+        scaling: one float per adapter.
+        dropout: one probability per adapter (default: 0 everywhere). It acts in units of 2^-16.
+        seeds: int64 [adapters] on x's device; drawn from torch's default generator when a dropout is not 0 and none
+            are given. ``fused_lora.dropout_mask(seed, x.shape, p)`` is the mask that a seed stands for.
+        bias: [N], any floating dtype, or None: added before the one rounding (lora_B with a bias).
+
+    Returns:
+        [..., N] in y's dtype, under autocast too: there x takes the autocast dtype.
+
+    Raises:
+        ValueError: shapes, devices, dropout or scaling do not fit. TypeError: x or y is no tensor, or not floating.
+    """
+    for name, tensor in (("y", y), ("x", x)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    dropout = [0.0] * len(lora_A) if dropout is None else list(dropout)
+    if seeds is None and any(dropout):
+        seeds = draw_seeds(len(dropout), x.device)
+    check_term(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
+    if not lora_A:
+        return y if bias is None else y + bias.to(y.dtype)
+    if is_direct(y, x, *lora_A, *lora_B):
+        if not _autocasts(x):
+            return _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
+        x, lora_A, lora_B = _cast(x, lora_A, lora_B)
+        with torch.autocast(x.device.type, enabled=False):
+            return _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
+    # reshaped out here: the operator's own result is no view, so that it may be changed in place
+    out, _ = _lora_term(_rows(y), _rows(x), bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)
+    return out if y.dim() == 2 else out.reshape(y.shape)
+
+
+@torch.library.custom_op("fused_lora::lora_term", mutates_args=())
+def _lora_term(
+    y: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    run = plan.forward(y, x, bias, lora_A, lora_B, scaling, dropout)
+    return run(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
+
+
+@_lora_term.register_fake
+def _(y, x, bias, lora_A, lora_B, scaling, dropout, seeds):
+    S = x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_A)), dtype=eager.shrink_dtype(x, lora_A))
+    return y.new_empty(y.shape), S
+
+
+def _gradients(g, x, lora_A, lora_B, S, scaling, dropout, seeds, dtype, bias_dtype, needs):
+    """dx, dA, dB, db with None for what is not needed; ``needs`` as for :func:`_keep`."""
+    n = len(lora_A)
+    need_x, need_A, need_B, need_bias = needs[0], needs[1 : n + 1], needs[n + 1 : -1], needs[-1]
+    rows = g.new_empty((g.shape[0], lora_A[0].shape[1]), dtype=dtype) if x is None else x
+    run = plan.backward(g, rows, lora_A, lora_B, scaling, dropout, tuple(needs))
+    dx, dA, dB, _, db = run(
+        g, rows, None, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, False, need_bias
+    )
+    return dx, dA, dB, None if db is None else db.to(bias_dtype)
+
+
+@torch.library.custom_op("fused_lora::lora_term_backward", mutates_args=())
+def _lora_term_backward(
+    g: Tensor,
+    x: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    S: Tensor,
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: Tensor | None,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    dx, dA, dB, db = _gradients(g, x, lora_A, lora_B, S, scaling, dropout, seeds, dtype, bias_dtype, needs)
+    return [t for t in (dx, *dA, *dB, db) if t is not None]
+
+
+@_lora_term_backward.register_fake
+def _(g, x, lora_A, lora_B, S, scaling, dropout, seeds, dtype, bias_dtype, needs):
+    bias = None if bias_dtype is None else g.new_empty((g.shape[1],), dtype=bias_dtype)
+    shapes = [g.new_empty((g.shape[0], lora_A[0].shape[1]), dtype=dtype), *lora_A, *lora_B, bias]
+    return [t.new_empty(t.shape) for t, need in zip(shapes, needs, strict=True) if need]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    _, *tensors = inputs
+    _, need_x, need_bias, *rest = ctx.needs_input_grad
+    _keep(ctx, [need_x, *rest[: 2 * len(inputs[3])], need_bias], *tensors, output[1])
+
+
+def _keep(ctx, needs, x, bias, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
+    """For the backward; ``needs`` has one flag per tensor: x, n times lora_A, n times lora_B, bias."""
+    n = len(lora_A)
+    ctx.set_materialize_grads(False)
+    ctx.call = n, scaling, dropout, x.dtype, None if bias is None else bias.dtype, needs
+    keep_x = x if any(needs[1 : n + 1]) else None  # only dA reads it
+    if needs[0]:
+        ctx.idle = None
+        ctx.save_for_backward(keep_x, S, seeds, *lora_A, *lora_B)
+    else:  # A and unused B have a shape to give only: what is saved must not change, and hooks may copy it
+        ctx.idle = lora_A, lora_B
+        used = [B if need else None for B, need in zip(lora_B, needs[1 : n + 1], strict=True)]
+        ctx.save_for_backward(keep_x, S, seeds, *[None] * n, *used)
+
+
+def _backward(ctx, g, _):
+    n = ctx.call[0]
+    if g is None:
+        return (None, None, None, [None] * n, [None] * n, None, None, None)
+    dx, dA, dB, db = _all_gradients(ctx, g, None, _by_operator)
+    return g, dx, db, dA, dB, None, None, None
+
+
+def _by_operator(*arguments):
+    n, needs = len(arguments[2]), arguments[-1]
+    found = iter(_lora_term_backward(*arguments))
+    dx, *rest, db = (next(found) if need else None for need in needs)
+    return dx, rest[:n], rest[n:], db
+
+
+def _all_gradients(ctx, g, g_S, gradients):
+    """dx, dA, dB, db with None for what is not needed, by ``gradients`` where nobody follows its operations.
+
+    g_S: gradient of S, which second derivatives have; either of g and g_S may be None.
+    """
+    n, scaling, dropout, dtype, bias_dtype, needs = ctx.call
+    if not any(needs):
+        return None, [None] * n, [None] * n, None
+    x, S, seeds, *adapters = ctx.saved_tensors
+    x, A, B = None if x is None else _rows(x), adapters[:n], adapters[n:]
+    if ctx.idle is not None:
+        A, all_B = ctx.idle
+        B = [B if saved is None else saved for B, saved in zip(all_B, B, strict=True)]
+    if g_S is None and not (torch.is_grad_enabled() or _is_batched(g)):
+        if g.is_neg():  # a kernel would not see the sign
+            g = g.resolve_neg()
+        return gradients(g, x, A, B, S, scaling, dropout, seeds, dtype, bias_dtype, needs)
+    # create_graph, or a batch of gradients
+    needs = [*needs[:-1], False, needs[-1]]
+    with torch.autocast(S.device.type, enabled=False):
+        dx, *rest, _, db = double_backward.lora_linear_backward(
+            g, g_S, x, None, A, B, S, scaling, dropout, seeds, bias_dtype, needs, dtype
+        )
+    return dx, rest[:n], rest[n:], db
+
+
+_lora_term.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _cast(x: Tensor, lora_A, lora_B):
+    """Under autocast x takes its dtype, as in F.linear, and on CUDA the adapters; their gradients keep theirs."""
+    dtype = _autocast_dtype(x)
+    if dtype is None:
+        return x, lora_A, lora_B
+    return x.to(dtype), _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype)
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    def forward(y, x, bias, lora_A, lora_B, scaling, dropout, seeds):
+        x, lora_A, lora_B = _cast(x, lora_A, lora_B)
+        with torch.autocast(device_type, enabled=False):
+            return _lora_term(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
+
+    def backward(*args):
+        with torch.autocast(device_type, enabled=False):
+            return _lora_term_backward(*args)
+
+    _library.impl("lora_term", forward, key)
+    _library.impl("lora_term_backward", backward, key)
+
+
+class _Direct(torch.autograd.Function):
+    """The same operator past the dispatcher, whose bookkeeping takes longer than a small layer; any dimensions.
+
+    S is a result, so that second derivatives reach x and A through it.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, bias, n, scaling, dropout, seeds, *adapters):
+        arguments = bias, adapters[:n], adapters[n:], scaling, dropout, seeds
+        out, S = _compute(y, x, *arguments)
+        _, need_x, need_bias, _, _, _, _, *need_adapters = ctx.needs_input_grad
+        _keep(ctx, [need_x, *need_adapters, need_bias], x, *arguments, S)
+        ctx.shape = x.shape
+        return out, S
+
+    @staticmethod
+    def backward(ctx, g, g_S):
+        some = g_S if g is None else g
+        if some is None:
+            return (None,) * (7 + 2 * ctx.call[0])
+        if _autocasts(some):
+            with torch.autocast(some.device.type, enabled=False):
+                return _Direct.backward(ctx, g, g_S)
+        dx, dA, dB, db = _all_gradients(ctx, None if g is None else _rows(g), g_S, _gradients)
+        return g, None if dx is None else dx.reshape(ctx.shape), db, None, None, None, None, *dA, *dB
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[M, columns], the leading dimensions in one."""
+    shape = tensor.shape
+    return tensor if len(shape) == 2 else tensor.reshape(shape[:-1].numel(), shape[-1])
+
+
+def _compute(y, x, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[Tensor, Tensor]:
+    """y [..., N] and S [M, sum r_i]; y is no view, so that it may be changed in place."""
+    shape, y, x = y.shape, _rows(y), _rows(x)
+    run = plan.forward(y, x, bias, lora_A, lora_B, scaling, dropout)
+    out, S = run(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
+    return (out if len(shape) == 2 else _unsafe_view(out, shape)), S
+
+
+def _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
+    """The result; differentiable."""
+    y, x = (t.resolve_neg() if t.is_neg() else t for t in (y, x))  # a kernel would not see the sign
+    if torch.is_grad_enabled():
+        for tensor in (y, x, *lora_A, *lora_B, bias):
+            if tensor is not None and tensor.requires_grad:
+                return _Direct.apply(y, x, bias, len(lora_A), scaling, dropout, seeds, *lora_A, *lora_B)[0]
+    return _compute(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)[0]
+
+
+def _flops(y: Sequence[int], x: Sequence[int], bias, lora_A, *_, **__) -> int:
+    return 2 * x[0] * (x[1] + y[1]) * sum(A[0] for A in lora_A)
+
+
+def _flops_backward(g, x, lora_A, lora_B, S, scaling, dropout, seeds, dtype, bias_dtype, needs, **_) -> int:
+    n = len(lora_A)
+    return flops.of_terms(*(g[0], lora_A[0][1], g[1]), lora_A, needs[0], needs[1 : n + 1], needs[n + 1 : -1])
+
+
+register_flop_formula(torch.ops.fused_lora.lora_term)(_flops)
+register_flop_formula(torch.ops.fused_lora.lora_term_backward)(_flops_backward)
+_library = torch.library.Library("fused_lora", "FRAGMENT")
+_register_autocast("cuda", "AutocastCUDA")
+_register_autocast("cpu", "AutocastCPU")

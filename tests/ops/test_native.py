@@ -1,0 +1,507 @@
+"""The C loops: the bits of torch and of the reference, and what happens where they cannot be had."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fused_lora import reference
+from fused_lora.ops import native
+from fused_lora.ops.merge import blocks
+from fused_lora.ops.merge import op as merging
+from fused_lora.ops.merge.blocks import Factors
+from fused_lora.ops.merge.delta import chain
+from fused_lora.reference import bits
+
+DTYPES = list(native.TYPES)
+SHAPES = [(1, 1), (7, 9), (64, 64), (130, 1021), (33, 2048), (2, 5000), (40, 4097), (9000, 1)]
+ROOT = Path(__file__).resolve().parents[2]
+built = pytest.mark.skipif(not native.usable(), reason=native.describe())
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(5)
+
+
+def weight(shape, dtype):
+    """Normal numbers, and every awkward one that a merge keeps finite or leaves alone."""
+    W = torch.randn(shape, dtype=torch.float64) * 0.02
+    awkward = [0.0, -0.0, 1e-40, -1e-40, 6e-8, -6e-8, 3e-5, 3e4, float("inf"), -float("inf"), float("nan")]
+    W.view(-1)[: len(awkward)] = torch.tensor(awkward, dtype=W.dtype)[: W.numel()]
+    return W.to(dtype)
+
+
+def factors(shape, r, scale, dtype=torch.float32):
+    left, right = torch.randn(shape[0], r).to(dtype), torch.randn(r, shape[1]).to(dtype)
+    return Factors(left, right, torch.full((r,), scale), False)
+
+
+def exact_chain(left, right):
+    """left @ right in the order of k by fused multiply-adds, in integers of any size."""
+    from fractions import Fraction
+
+    total = np.zeros((left.shape[0], right.shape[1]), np.float32)
+    for i, j in np.ndindex(total.shape):
+        for k in range(left.shape[1]):
+            whole = Fraction(float(left[i, k])) * Fraction(float(right[k, j])) + Fraction(float(total[i, j]))
+            total[i, j] = nearest(whole)
+    return total
+
+
+def nearest(value):
+    """The fp32 number that is nearest, ties to even; near it because a float64 is."""
+    guess = np.float32(float(value))
+    near = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
+    return min(near, key=lambda x: (abs(type(value)(float(x)) - value), int(x.view(np.int32)) & 1))
+
+
+def test_the_delta_is_a_chain_of_fused_multiply_adds():
+    left, right = torch.randn(12, 20), torch.randn(20, 13)
+    right[:, 3] *= 2.0**-140  # subnormal sums
+    left[5, 1:] = 2.0**-30 * (1 + torch.arange(19) * 2.0**-20)  # sums beside a tie: rounded twice, they go wrong
+    left[5, 0], right[0] = 1.0, 1 + 2.0**-23
+    assert np.array_equal(chain(left, right).numpy(), exact_chain(left.numpy(), right.numpy()))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_that_fp64_rounds_to_a_tie(sign):
+    """1 + 2^-24 is the middle between two fp32 numbers; a bit of 2^-60 more or less decides, and fp64 has no room."""
+    left = torch.tensor([[1.0, 1.0, sign * 2.0**-30]])
+    right = torch.tensor([[1 + 2.0**-23], [2.0**-24], [2.0**-30]])
+    tie = (
+        torch.tensor([[1.0, 2.0**-12 * (1 + sign * 2.0**-23)]]),
+        torch.tensor([[1 + 2.0**-23], [2.0**-12 * (1 + 2.0**-23)]]),
+    )
+    for a, b in ((left, right), tie):
+        assert np.array_equal(chain(a, b).numpy(), exact_chain(a.numpy(), b.numpy()))
+
+
+@built
+@pytest.mark.parametrize("variant", range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-4, 0.02])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_c_and_torch_make_the_same_record_and_bits(shape, scale, dtype, variant, monkeypatch):
+    if variant > native.variant():
+        pytest.skip("this processor has not these instructions")
+    monkeypatch.setattr(native, "variant", lambda: variant)
+    before, ours = weight(shape, dtype), factors(shape, 3, scale)
+    guarded = torch.full((shape[0] + 2, shape[1] + 3), 7.0, dtype=dtype)
+    in_c, in_torch = guarded[1:-1, 2:-1].copy_(before), before.clone()
+    found, expected = blocks._merge(blocks._InC, in_c, ours), blocks._merge(blocks._InTorch, in_torch, ours)
+    delta = chain(*ours.scaled())
+    exact = (before.float() + delta).to(dtype)
+    numbers = ~before.isnan()
+    assert torch.equal(bits(in_torch)[numbers], bits(exact)[numbers])
+    assert torch.equal(bits(in_c.contiguous()), bits(in_torch))
+    for units, other in ((found, expected), (expected, found)):
+        assert torch.equal(units.checksums, other.checksums) and torch.equal(units.counts, other.counts)
+    assert torch.equal(unit_by_unit(found), unit_by_unit(expected))
+    blocks._restore(blocks._InC, in_c, ours, expected)
+    blocks._restore(blocks._InTorch, in_torch, ours, found)
+    assert torch.equal(bits(in_c.contiguous()), bits(before)) and torch.equal(bits(in_torch), bits(before))
+    guarded[1:-1, 2:-1] = 7.0
+    assert (guarded == 7).all()
+
+
+def unit_by_unit(units):
+    """The corrections in the order of the units: in C it depends on the threads."""
+    parts = [units.corrections[s : s + n] for s, n in zip(units.starts.tolist(), units.counts.tolist(), strict=True)]
+    return torch.cat(parts) if units.copy is None else units.copy
+
+
+@built
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("kinds", [(torch.bfloat16, torch.float16), (torch.float16, torch.float32)], ids=str)
+@pytest.mark.parametrize("r", [1, 7, 16, 33, 100])
+def test_any_rank_and_dtype_of_the_factors(r, kinds, flipped):
+    ours = factors((45, 331), r, 0.0, torch.float32)
+    ours = Factors(ours.left.to(kinds[0]), ours.right.to(kinds[1]), torch.rand(r) * 0.01, flipped)
+    before = weight((45, 331), torch.float32)
+    in_c, in_torch = before.clone(), before.clone()
+    found, expected = blocks._merge(blocks._InC, in_c, ours), blocks._merge(blocks._InTorch, in_torch, ours)
+    assert torch.equal(bits(in_c), bits(in_torch)) and torch.equal(unit_by_unit(found), unit_by_unit(expected))
+    blocks._restore(blocks._InC, in_c, ours, found)
+    assert torch.equal(bits(in_c), bits(before))
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_of_16_bits_is_rounded_as_torch_does(dtype):
+    """All of them as weights, each moved by a few parts of its spacing."""
+    if dtype.itemsize != 2:
+        pytest.skip("fp32 is not rounded")
+    W = torch.arange(1 << 16).to(torch.uint16).view(dtype).reshape(256, 256)
+    W = torch.where(W.isfinite() & (W.abs() < torch.finfo(dtype).max / 2), W, 0.0)
+    step = torch.finfo(dtype).eps * W.float().abs() + 2.0**-25
+    for part in (0.26, 0.5, 0.74, 1.0, 1.5):
+        ours = Factors((step * part).contiguous(), torch.eye(256), torch.ones(256), False)  # D is step * part
+        in_c, in_torch = W.clone(), W.clone()
+        blocks._merge(blocks._InC, in_c, ours)
+        blocks._merge(blocks._InTorch, in_torch, ours)
+        assert torch.equal(bits(in_c), bits(in_torch))
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_merge_is_the_same_in_any_number_of_threads(dtype):
+    before, ours, threads, found = (
+        weight((301, 1501), dtype),
+        factors((301, 1501), 5, 1e-4),
+        torch.get_num_threads(),
+        [],
+    )
+    try:
+        for n in (1, 2, 4):
+            torch.set_num_threads(n)
+            W = before.clone()
+            units = blocks.merge(W, ours)
+            found.append((bits(W).clone(), units.checksums, unit_by_unit(units)))
+            torch.set_num_threads(5 - n)
+            blocks.restore(W, ours, units)
+            assert torch.equal(bits(W), bits(before))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@built
+@pytest.mark.parametrize("options", ["-O0", "-O2 -ffp-contract=off", "-O3 -ffp-contract=off -march=native"])
+def test_any_options_of_the_compiler_give_the_same_bits(options, tmp_path, monkeypatch):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler here")
+    library = tmp_path / "loops.so"
+    flags = f"{options} -std=gnu11 -fPIC -shared".split()
+    subprocess.run([compiler, *flags, str(ROOT / "csrc/cpu_loops.c"), "-o", str(library), "-lm"], check=True)
+    before, ours = weight((70, 333), torch.float16), factors((70, 333), 3, 1e-3)
+    W, other = before.clone(), before.clone()
+    blocks._merge(blocks._InC, W, ours)
+    with pytest.MonkeyPatch.context() as patch:
+        loaded = native.ctypes.CDLL(str(library)), "built here"
+        patch.setattr(native, "_loaded", lambda: loaded)
+        blocks._merge(blocks._InC, other, ours)
+    assert torch.equal(bits(W), bits(other))
+
+
+DAMAGES = {
+    "counts": lambda units: units.counts.fill_(1 << 30),
+    "negative counts": lambda units: units.counts.fill_(-1),
+    "fewer counts": lambda units: units.counts.sub_(1),
+    "starts": lambda units: units.starts.fill_(1 << 50),
+    "starts that overflow": lambda units: (units.starts.fill_(2**63 - 1), units.counts.fill_(1)),
+    "advances": lambda units: units.corrections[:, 0].fill_(255),
+    "no advances": lambda units: units.corrections[:, 0].fill_(0),
+    "other values": lambda units: units.corrections[:, 1].bitwise_xor_(1),
+    "no corrections": lambda units: setattr(units, "corrections", units.corrections[:0]),
+    "other corrections": lambda units: setattr(units, "corrections", units.corrections.to(torch.int16)),
+    "no height": lambda units: setattr(units, "height", 0),
+    "negative sizes": lambda units: (setattr(units, "height", -40), setattr(units, "width", -300)),
+    "narrow": lambda units: setattr(units, "width", 150),
+    "too wide": lambda units: setattr(units, "width", 5000),
+    "too high": lambda units: setattr(units, "height", 1000),
+    "checksums": lambda units: setattr(units, "checksums", units.checksums[:-1]),
+    "other checksums": lambda units: units.checksums.add_(1),
+}
+
+
+@pytest.mark.parametrize("with_loops", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_is_refused(damage, with_loops, monkeypatch):
+    W, ours = torch.randn(40, 300), factors((40, 300), 3, 0.001)
+    units = blocks.merge(W, ours)
+    merged = W.clone()
+    assert len(units.corrections)
+    DAMAGES[damage](units)
+    if not with_loops:
+        monkeypatch.setattr(native, "usable", lambda: False)
+    with pytest.raises(RuntimeError, match="not what the merge left"):
+        blocks.restore(W, ours, units)
+    assert torch.equal(bits(W), bits(merged))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_failure_among_many_units(dense):
+    W, ours, threads = torch.randn(600, 1024), factors((600, 1024), 2, 0.001), torch.get_num_threads()
+    before = W.clone()
+    torch.set_num_threads(8)
+    try:
+        for _ in range(3):
+            units = blocks.merge(W, ours._replace(scaling=ours.scaling * 1e6) if dense else ours)
+            assert (units.copy is not None) == dense
+            kept, changed = W.clone(), W
+            changed[-1, -1] += 1
+            with pytest.raises(RuntimeError, match="not what the merge left"):
+                blocks.restore(changed, ours, units)
+            assert torch.equal(changed[:-1], kept[:-1])
+            changed[-1, -1] = kept[-1, -1]
+            blocks.restore(W, ours._replace(scaling=ours.scaling * 1e6) if dense else ours, units)
+            assert torch.equal(bits(W), bits(before))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@built
+@pytest.mark.parametrize("mode", [native.MERGE, native.UNMERGE])
+def test_a_weight_that_changes_meanwhile_is_said_to_be_torn(mode, monkeypatch):
+    W, ours, run = torch.randn(600, 700), factors((600, 700), 3, 0.001), native.run
+    units = blocks.merge(W, ours) if mode == native.UNMERGE else None
+    monkeypatch.setattr(native, "run", lambda work, what: run(work, what) and 0 or native.TORN)
+    with pytest.raises(RuntimeError, match="weight.*partly merged"):
+        blocks.merge(W, ours) if units is None else blocks.restore(W, ours, units)
+
+
+def test_a_record_survives_a_file_and_a_layout():
+    W, A, B = torch.randn(70, 333), torch.randn(3, 333), torch.randn(70, 3) * 0.01
+    before = W.clone()
+    record = pickle.loads(pickle.dumps(merging.merge_(W, [A], [B], [1.0])))
+    assert record.nbytes < 0.5 * W.nbytes and len(pickle.dumps(record)) < 0.6 * W.nbytes
+    W = W.t().contiguous().t()
+    merging.unmerge_(W, record)
+    assert torch.equal(bits(W.contiguous()), bits(before))
+
+
+def test_no_rank_at_all():
+    W = torch.randn(30, 40)
+    before = W.clone()
+    record = merging.merge_(W, [torch.empty(0, 40)], [torch.empty(30, 0)], [1.0])
+    assert torch.equal(W, before)
+    merging.unmerge_(W, record)
+    assert torch.equal(W, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("dtype, shape", [(torch.float32, (512, 520)), (torch.bfloat16, (1000, 777))], ids=str)
+def test_a_merge_takes_a_tenth_of_the_weight(dtype, shape):
+    """From 1 MiB on, at rank 8: what the process holds at most during a merge and its record, beyond before."""
+    code = (
+        "import ctypes, torch\n"
+        "from fused_lora.ops.merge.op import merge_, unmerge_\n"
+        f"(N, K), dtype = {shape}, {dtype}\n"
+        "W, A, B = torch.randn(N, K).to(dtype), torch.randn(8, K), torch.randn(N, 8) * 2e-3 / K**0.5\n"
+        "for _ in range(3): unmerge_(W, merge_(W, [A], [B], [1.0]))\n"
+        "def status(name):\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024\n"
+        "ctypes.CDLL(None).malloc_trim(0)\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"
+        "before = status('VmRSS')\n"
+        "record = merge_(W, [A], [B], [1.0])\n"
+        "extra = status('VmHWM') - before\n"
+        "assert extra <= 0.1 * W.nbytes, extra / W.nbytes\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_threads_that_flush_subnormal_numbers_change_nothing():
+    """torch.set_flush_denormal is a setting of one thread, which those that it starts inherit."""
+    code = (
+        "import torch\n"
+        "from fused_lora.ops import native\n"
+        "from fused_lora.ops.merge import blocks\n"
+        "from fused_lora.reference import bits\n"
+        "torch.manual_seed(0)\n"
+        "torch.set_num_threads(3)\n"
+        "ours = blocks.Factors(torch.rand(600, 1) * 1e-39, torch.ones(1, 700), torch.ones(1), False)\n"
+        "W, merged, masked = torch.rand(600, 700) * 1e-38, set(), set()\n"
+        "assert native.usable() and torch.set_flush_denormal(True)\n"
+        "torch.rand(1000, 1000) + 1\n"
+        "for mine in (False, True):\n"
+        "    torch.set_flush_denormal(mine)\n"
+        "    for _ in range(5):\n"
+        "        now, out = W.clone(), torch.empty_like(W)\n"
+        "        units = blocks.merge(now, ours)\n"
+        "        merged.add(now.numpy().tobytes())\n"
+        "        blocks.restore(now, ours, units)\n"
+        "        assert torch.equal(bits(now), bits(W))\n"
+        "        native.multiply_by_mask(1, 0, 0, W, out, None)\n"
+        "        masked.add(out.numpy().tobytes())\n"
+        "assert len(masked) == len(merged) == 1\n"
+    )
+    if not native.usable():
+        pytest.skip(native.describe())
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("setting", ["torch.set_default_device('meta')", "torch.set_default_dtype(torch.float64)"])
+def test_defaults_of_torch_change_nothing(setting):
+    code = (
+        f"import torch, fused_lora; {setting}\n"
+        "from fused_lora.ops.merge import op\n"
+        "W, A, B = (torch.ones(s, device='cpu', dtype=torch.float32) / 3 for s in [(80, 900), (2, 900), (80, 2)])\n"
+        "before = W.clone()\n"
+        "record = op.merge_(W, [A], [B], [0.1])\n"
+        "assert not torch.equal(W, before)\n"
+        "op.unmerge_(W, record)\n"
+        "assert torch.equal(W, before)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=300)
+
+
+def exit_code_of(child):
+    """Of a forked process that runs ``child``; None where that does not end."""
+    process = torch.multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(120)
+    code = process.exitcode
+    process.kill()
+    return code
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("size", [300, 3000])
+def test_a_forked_child_merges(size):
+    """OpenMP would wait for the parent's threads."""
+    W, A, B = torch.randn(size, size), torch.randn(20, size), torch.randn(size, 20) * 0.01
+    before, threads = W.numpy().copy(), torch.get_num_threads()
+
+    def child():
+        record = merging.merge_(W, [A], [B], [1.0])
+        changed = not np.array_equal(W.numpy(), before)
+        merging.unmerge_(W, record)
+        same = np.array_equal(masked(11).numpy(), lanes) if native.usable() else True
+        os._exit(0 if changed and same and np.array_equal(W.numpy(), before) and torch.get_num_threads() == 2 else 1)
+
+    lanes = (reference.dropout_lanes(11, 3, 60, 1003)[:, :1003] >= -20000).astype(np.float32)
+    torch.set_num_threads(2)
+    try:
+        merging.unmerge_(W, merging.merge_(W, [A], [B], [1.0]))
+        assert exit_code_of(child) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+@built
+@pytest.mark.parametrize("variant", range(3))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("p", [0.1, 0.9])
+@pytest.mark.parametrize(
+    "shape, start", [((1, 1), 0), ((3, 16), 5), ((7, 33), 2**20), ((67, 1001), 9), ((2, 3000), 1), ((3, 0), 1)], ids=str
+)
+def test_masks_are_those_of_the_reference(shape, start, p, dtype, variant, monkeypatch):
+    if variant > native.variant():
+        pytest.skip("this processor has not these instructions")
+    monkeypatch.setattr(native, "variant", lambda: variant)
+    cut = reference.dropout_threshold(p) - 32768
+    rows = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    rows.reshape(-1)[:1] = -np.inf  # dropped, it is a NaN, as with F.dropout
+    seed = -(2**63) + 12345
+    kept = reference.dropout_lanes(seed, start, *shape)[:, : shape[1]] >= cut
+    with np.errstate(invalid="ignore"):
+        exact = rows * kept
+    out, other, alone = np.full_like(rows, np.nan), rows.copy(), rows.copy()
+    assert native.multiply_by_mask(seed, start, cut, *(torch.from_numpy(array) for array in (rows, out, other)))
+    assert native.multiply_by_mask(seed, start, cut, None, None, torch.from_numpy(alone))
+    for found in (out, other, alone):
+        assert np.array_equal(found, exact, equal_nan=True)
+        assert np.array_equal(np.signbit(found[~np.isnan(found)]), np.signbit(exact[~np.isnan(exact)]))
+
+
+def masked(seed):
+    """ones * mask of enough elements for all threads, between rows that nobody may write."""
+    out = torch.full((70, 1003), 7.0)
+    assert native.multiply_by_mask(seed, 3, -20000, torch.ones(60, 1003), out[5:65], None)
+    assert (out[:5] == 7).all() and (out[65:] == 7).all()
+    return out[5:65]
+
+
+@built
+def test_masks_are_drawn_beside_each_other_and_in_any_number_of_threads():
+    expected, before = torch.from_numpy(reference.dropout_lanes(11, 3, 60, 1003)[:, :1003] >= -20000).float(), 0
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            assert torch.equal(masked(11), expected)
+    finally:
+        torch.set_num_threads(before)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(masked, [11] * 40))
+
+
+@built
+def test_what_is_not_contiguous_is_left_to_numpy():
+    assert not native.multiply_by_mask(1, 0, 0, torch.ones(4, 40)[:, ::2], torch.empty(4, 20), None)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Nothing loaded, compared or rejected yet."""
+    caches = native._loaded, native._masks_agree, blocks._agree
+    monkeypatch.setattr(native, "_rejected", [])
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@built
+@pytest.mark.parametrize("name", ["_multiply", "run"])
+def test_loops_that_compute_something_else_are_not_used(name, fresh, monkeypatch):
+    right = getattr(native, name)
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        if name == "_multiply":
+            arguments[4][3, 5] += 1
+        else:
+            native.ctypes.c_int64.from_address(arguments[0].checksums).value += 1
+        return result
+
+    W, A, B = torch.randn(40, 50), torch.randn(2, 50), torch.randn(40, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, name, wrong)
+        with pytest.warns(UserWarning, match="C loops are not used.*differs|C loops are not used.*not what"):
+            record = merging.merge_(W.clone(), [A], [B], [0.01])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not native.usable() and native.describe().startswith("plain torch: ")
+        changed = W.clone()
+        assert torch.equal(merging.merge_(changed, [A], [B], [0.01]).units.corrections, record.units.corrections)
+
+
+@pytest.mark.parametrize("content", [None, b"not a library"], ids=["missing", "broken"])
+def test_a_library_that_cannot_be_had(content, fresh, monkeypatch, tmp_path):
+    library = tmp_path / "_cpu_loops.so"
+    if content:
+        library.write_bytes(content)
+    monkeypatch.setattr(native, "LIBRARY", library)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not native.usable()
+    assert native.describe().startswith(
+        "plain torch: " + ("_cpu_loops.so cannot" if content else "the package was built")
+    )
+    W, A, B = torch.randn(40, 50), torch.randn(2, 50), torch.randn(40, 2)
+    before = W.clone()
+    merging.unmerge_(W, merging.merge_(W, [A], [B], [0.01]))
+    assert torch.equal(W, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["false", None], ids=["without a compiler", "with one"])
+def test_the_package_is_built(compiler, tmp_path):
+    """A build without a compiler succeeds, and lacks the library."""
+    if compiler is None and not (shutil.which("cc") or shutil.which("gcc")):
+        pytest.skip("no C compiler here")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    for name in ("setup.py", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in ("fused_lora/ops", "kernels"):
+        (tmp_path / folder).mkdir(parents=True)
+    environment = os.environ | ({"CC": compiler} if compiler else {})
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "fused_lora/ops/_cpu_loops.so").exists() == (compiler is None)
+    assert ("built without its C loops" in done.stderr) == (compiler is not None)
