@@ -82,7 +82,8 @@ def assert_no_worse(
         worse = [d for d in range(count) if not error[d] <= bounds[d]]
         assert len(worse) <= allowed, (
             f"{name}: {len(worse)} of {count} draws break the rule in {kind}, {allowed} may; in draw {worse[0]} the "
-            f"error is {error[worse[0]]:.3e}, the reference path's {their_error[worse[0]]:.3e}, an ulp {room[worse[0]]:.3e}"
+            f"error is {error[worse[0]]:.3e}, the reference path's {their_error[worse[0]]:.3e}, "
+            f"an ulp {room[worse[0]]:.3e}"
         )
         # against the reference path's worst draw: in the same one it may be exact by luck
         assert not draws or max(error) <= GROSS * (max(their_error) + max(room)), (
