@@ -15,6 +15,8 @@ from typing import Any
 
 _log = logging.getLogger("fused_lora.serve")
 _NEEDS = "fused-lora serve needs more packages: pip install fused_lora[serve]"
+_PROBED_FIRST = 100  # adapters that are checked before the server answers
+_PROBE_PAUSE_SECONDS = 0.05
 KEY_VARIABLE = "FUSED_LORA_API_KEY"
 
 
@@ -107,8 +109,8 @@ def build(options: argparse.Namespace) -> Any:
         raise SystemExit(f"--model: {error}") from None
     name = options.served_model_name or Path(options.model).name
     store = AdapterStore(model, capacity_bytes=options.capacity, host_bytes=options.host_capacity)
-    if options.adapters is not None:
-        register_folder(store, options.adapters, name)
+    known = [] if options.adapters is None else register_folder(store, options.adapters, name)
+    probe(store, known[:_PROBED_FIRST])
     manager = continuous_batching(model, store, _engine_config(options, device))
     limits = Limits(
         max_queue=options.max_queue,
@@ -123,26 +125,32 @@ def build(options: argparse.Namespace) -> Any:
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         manager.start()
+        stopping = threading.Event()
+        # one at a time, with pauses: Python that runs beside the engine's own slows every step
+        rest = threading.Thread(target=probe, args=(store, known[_PROBED_FIRST:], stopping), daemon=True)
+        rest.start()
         _log.info("serving %s with %d adapters on %s", name, len(store.names()), device)
         try:
             yield
         finally:
+            stopping.set()
             # requests had their time while the server drained its connections
             manager.stop(hard_stop=True)
 
     return create_app(engine, settings, lifespan)
 
 
-def register_folder(store: Any, folder: Path, base_name: str) -> None:
-    """Register every adapter in ``folder`` under its folder's name, and check its config and header.
+def register_folder(store: Any, folder: Path, base_name: str) -> list[str]:
+    """Register every adapter in ``folder`` under its folder's name. Others are logged and left out.
 
-    Folders with unusable names and links to the outside are logged and left out. Adapters that do not fit the model
-    are logged and refused until their files change.
+    Returns:
+        The names, in order.
     """
     from fused_lora.modules.inject import check_adapter_name
     from fused_lora.serving.http.api import ApiError
     from fused_lora.serving.http.guard import allowed_adapter
 
+    names = []
     for entry in sorted(folder.iterdir()):
         try:
             if not (entry / "adapter_config.json").exists():
@@ -151,11 +159,29 @@ def register_folder(store: Any, folder: Path, base_name: str) -> None:
             if entry.name == base_name:
                 raise ValueError("it has the base model's name")
             store.register(entry.name, str(allowed_adapter(folder, entry.name)), inside=str(folder))
-            error = store.probe(entry.name)
-            if error is not None:
-                _log.warning("adapter %r is refused until its files change: %s", entry.name, error)
+            names.append(entry.name)
         except (ApiError, OSError, ValueError) as error:
             _log.warning("adapter %r is left out: %s", entry.name, error)
+    return names
+
+
+def probe(store: Any, names: Sequence[str], stopping: threading.Event | None = None) -> None:
+    """Check config and header of these adapters. Those that do not fit are logged, and refused until they change.
+
+    Args:
+        stopping: pause after each adapter, and end early when it is set.
+    """
+    from fused_lora.modules.inject import AdapterNotFound
+
+    for name in names:
+        try:
+            error = store.probe(name)
+        except AdapterNotFound:  # unloaded meanwhile
+            continue
+        if error is not None:
+            _log.warning("adapter %r is refused until its files change: %s", name, error)
+        if stopping is not None and stopping.wait(_PROBE_PAUSE_SECONDS):
+            return
 
 
 def _engine_config(options: argparse.Namespace, device: Any) -> Any:

@@ -125,13 +125,14 @@ def test_a_failed_read_is_remembered_until_the_files_change(model, store, reads,
         # after a while it is tried again
         now = time.monotonic()
         monkeypatch.setattr(refusal.time, "monotonic", lambda: now + refusal.FAILED_LOAD_SECONDS + 1)
+        assert store.refusal("cold") is None and list(store.refusals()) == ["cold"]  # it is still not offered
         with pytest.raises(AdapterError):
             store.lease("cold")
         assert read == ["cold"] * 2
         # and at once when a file changes
         weights.write_bytes(good)
         (output,) = results(engine, engine.add_request(prompt(9), adapter="cold", max_new_tokens=4))
-        assert failure_of(output) is None and read == ["cold"] * 3 and store.refusal("cold") is None
+        assert failure_of(output) is None and read == ["cold"] * 3 and store.refusals() == {}
 
 
 def test_a_store_that_is_full_inside_a_forward_ends_the_requests_of_that_step(model, store):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 
@@ -163,4 +164,23 @@ def test_a_probe_reads_no_tensor(plain, tmp_path):
     assert list(store.refusals()) == ["nan"]
     edit(tmp_path / "nan", r=5)
     assert isinstance(store.probe("nan"), AdapterError) and list(store.refusals()) == ["nan"]
+    store.detach()
+
+
+def test_the_first_adapters_are_probed_at_once_and_the_others_while_serving(plain, adapters, monkeypatch):
+    """And one that is unloaded meanwhile is passed over."""
+    from fused_lora.cli import serve
+
+    monkeypatch.setattr(serve, "_PROBE_PAUSE_SECONDS", 0.0)
+    store = fused_lora.AdapterStore(plain[1])
+    names = serve.register_folder(store, adapters, "tiny")
+    assert "biased" in names and names == sorted(names) and store.refusals() == {}
+    store.unload("a")
+    serve.probe(store, names, threading.Event())
+    assert {"biased", "cut", "other_base"} <= set(store.refusals())
+    stopping = threading.Event()
+    stopping.set()
+    fresh = fused_lora.AdapterStore(serving.load_model(plain[0]))
+    serve.probe(fresh, serve.register_folder(fresh, adapters, "tiny")[1:], stopping)
+    assert len(fresh.refusals()) <= 1
     store.detach()

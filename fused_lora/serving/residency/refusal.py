@@ -36,11 +36,19 @@ class Refusal:
     for_good: bool = False
     since: float = field(default_factory=time.monotonic)
 
+    @property
+    def files_are_the_same(self) -> bool:
+        """Whether nothing has been changed that it was about."""
+        return self.folder is None or signature(self.folder) == self.files
+
     def now(self) -> Exception | None:
-        """The error to raise, a copy that nobody else raises at the same time; None when it is worth another try."""
-        expired = not self.for_good and time.monotonic() - self.since > FAILED_LOAD_SECONDS
-        if expired or (self.folder is not None and signature(self.folder) != self.files):
+        """The error to raise, a copy that nobody else raises at the same time. None if another try is worth it."""
+        if not self.for_good and time.monotonic() - self.since > FAILED_LOAD_SECONDS:
             return None
+        return self.copy() if self.files_are_the_same else None
+
+    def copy(self) -> Exception:
+        """The error, without what was raised before."""
         again = type(self.error).__new__(type(self.error), *self.error.args)
         again.__dict__.update(self.error.__dict__)
         return again

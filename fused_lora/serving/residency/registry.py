@@ -229,10 +229,10 @@ class Registry:
             return self._refused(self._find(name))
 
     def refusals(self) -> dict[str, Exception]:
-        """The names that are refused now, with their :meth:`refusal`."""
+        """The names that cannot be served with the files that they have, and why. Some may be tried again by now."""
         with self._lock:
-            found = {name: self._refused(version) for name, version in self._versions.items() if version.refusal}
-        return {name: error for name, error in found.items() if error is not None}
+            refused = {name: version.refusal for name, version in self._versions.items() if version.refusal is not None}
+        return {name: refusal.copy() for name, refusal in refused.items() if refusal.files_are_the_same}
 
     def stats(self) -> dict[str, int | None]:
         """Counters since the start (hits, misses, loads, evictions) and the state now, bytes and adapters."""
