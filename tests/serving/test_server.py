@@ -312,10 +312,14 @@ def test_reload_never_serves_a_token_of_the_old_one(server, alone):
         while not stop.is_set():
             at_least = loaded[0]
             request = dict(model="swap", prompt="Which one are you?", max_tokens=24, temperature=0)
-            if index % 2:
-                text = "".join(c.choices[0].text for c in client.completions.create(**request, stream=True))
-            else:
-                text = client.completions.create(**request).choices[0].text
+            try:
+                if index % 2:
+                    text = "".join(c.choices[0].text for c in client.completions.create(**request, stream=True))
+                else:
+                    text = client.completions.create(**request).choices[0].text
+            except openai.APIError as error:  # a load ends what is still running after the drain timeout
+                assert "was changed while the request ran" in str(error)
+                continue
             asked.append((at_least, loaded[0], text))
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]

@@ -34,8 +34,8 @@ class PromptReader:
         self._short = tokenizer, ThreadPoolExecutor(threads, "tokenize")
         self._long = (tokenizer if fast else copy.deepcopy(tokenizer)), ThreadPoolExecutor(threads, "tokenize-long")
 
-    async def encode(self, prompt: str | list[int] | list[dict[str, str]], name: str) -> list[int]:
-        """Token ids of a text or a chat, the request's parameter ``name``; ids pass as they are. Raises ApiError."""
+    async def encode(self, prompt: Any, name: str) -> list[int]:
+        """Token ids of a text, a chat or a list of ids, from the request's parameter ``name``. Raises ApiError."""
         if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], dict)):
             return prompt
         texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
