@@ -1,5 +1,6 @@
 """Adapters that the running server cannot serve: not offered, refused by name with the reason; others are served."""
 
+import importlib
 import json
 import shutil
 import threading
@@ -169,8 +170,7 @@ def test_a_probe_reads_no_tensor(plain, tmp_path):
 
 def test_the_first_adapters_are_probed_at_once_and_the_others_while_serving(plain, adapters, monkeypatch):
     """And one that is unloaded meanwhile is passed over."""
-    from fused_lora.cli import serve
-
+    serve = importlib.import_module("fused_lora.cli.serve")
     monkeypatch.setattr(serve, "_PROBE_PAUSE_SECONDS", 0.0)
     store = fused_lora.AdapterStore(plain[1])
     names = serve.register_folder(store, adapters, "tiny")

@@ -90,9 +90,9 @@ def queue_full() -> ApiError:
     return ApiError(429, "too many requests are waiting", code="queue_full", kind="rate_limit_error")
 
 
-def too_slow() -> ApiError:
+def too_slow(seconds: float) -> ApiError:
     """504: the request has had its time, from its first byte on."""
-    return ApiError(504, "the request took longer than this server gives it", code="timeout")
+    return ApiError(504, f"the request took longer than {seconds:g} s", code="timeout")
 
 
 def unexpected(error: Exception) -> ApiError:

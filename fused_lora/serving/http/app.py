@@ -117,16 +117,16 @@ class Service:
 
     async def answer(self, http: Request, request: GenerateRequest) -> Response:
         """The whole answer, or the stream of its chunks."""
-        deadline = http.scope[STARTED] + self.engine.limits.request_seconds
+        since, seconds = http.scope[STARTED], self.engine.limits.request_seconds
         if self.engine.in_flight + self._reading >= self.engine.limits.max_queue:
             raise queue_full()
         self._reading += 1
         try:
-            jobs = await unless_gone(http, self.jobs(request), deadline)
+            jobs = await unless_gone(http, self.jobs(request), since, seconds)
         finally:
             self._reading -= 1
         for job in jobs:
-            job.deadline = deadline
+            job.deadline = since + seconds
         answer = Answer(request.model, chat=isinstance(request, ChatRequest))
         usage = Usage(prompt_tokens=sum(len(job.prompt) for job in jobs[:: request.n or 1]))
         if request.stream:

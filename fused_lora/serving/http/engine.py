@@ -198,7 +198,7 @@ class AsyncEngine:
         try:
             output = await asyncio.wait_for(outputs.get(), max(deadline - time.monotonic(), 0))
         except (TimeoutError, asyncio.TimeoutError):
-            raise too_slow() from None
+            raise too_slow(self.limits.request_seconds) from None
         if isinstance(output, ApiError):
             raise output
         return output

@@ -51,11 +51,14 @@ async def merged(engine: AsyncEngine, jobs: list[Job]) -> AsyncGenerator[tuple[i
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def unless_gone(http: Request, work: Coroutine, deadline: float = math.inf) -> Any:
-    """The result of ``work``. It is cancelled when the client disconnects, and at ``deadline`` (``time.monotonic``).
+async def unless_gone(http: Request, work: Coroutine, since: float = 0.0, seconds: float = math.inf) -> Any:
+    """The result of ``work``. It is cancelled when the client disconnects.
+
+    Args:
+        since, seconds: cancel it so many seconds after this time (``time.monotonic``), too.
 
     Raises:
-        ApiError: 499 for a client that disconnected, 504 for the deadline.
+        ApiError: 499 for a client that disconnected, 504 for the time.
     """
 
     async def hung_up() -> None:
@@ -63,11 +66,11 @@ async def unless_gone(http: Request, work: Coroutine, deadline: float = math.inf
             pass
 
     task, gone = asyncio.create_task(work), asyncio.create_task(hung_up())
-    left = None if deadline == math.inf else max(deadline - time.monotonic(), 0)
+    left = None if seconds == math.inf else max(since + seconds - time.monotonic(), 0)
     try:
         await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "the client closed the connection") if gone.done() else too_slow()
+            raise ApiError(499, "the client closed the connection") if gone.done() else too_slow(seconds)
         return await task
     finally:
         for waiting in (task, gone):
