@@ -176,4 +176,6 @@ def _joined(parts: Sequence[torch.Tensor], dim: int, device: torch.device, wide:
     """A copy in one dtype: the one of all parts if it has 16 bits, which is half the memory, else ``wide``."""
     dtypes = {part.dtype for part in parts}
     dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16} else wide
+    if len(parts) == 1:
+        return parts[0].detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     return torch.cat([part.detach().to(device, dtype) for part in parts], dim)
