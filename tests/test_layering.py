@@ -48,7 +48,7 @@ ABOVE = {"__init__.py", "_version.py", "kernels.py"}
 # files of the extras, imported only where an engine or a server is asked for
 EXTRAS = {
     "fused_lora/serving/engine/": {"transformers"},
-    "fused_lora/serving/http/": {"fastapi", "starlette", "pydantic"},
+    "fused_lora/serving/http/": {"fastapi", "starlette", "pydantic", "annotated_types"},
 }
 
 

@@ -74,7 +74,7 @@ child.stdout.readline()
 print("shown", child.pid, flush=True)
 time.sleep(600)
 """
-    stages = dict(name="hang", command=python(code), share=0.01), dict(name="after", command=python(""))
+    stages = dict(name="hang", command=python(code), share=0.03), dict(name="after", command=python(""))
     code, results, page = run(contact, tmp_path, *stages)
     assert code == 1 and results["hang"]["status"] == "timed out" and results["after"]["status"] == "passed"
     shown, *rest = results["hang"]["lines"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from fused_lora.reference import keep_scale
 
@@ -26,7 +27,17 @@ class Plan:
     weight_grad: LaunchConfig | None = None
 
 
-def lora_linear(chosen: Plan, x, weight, bias, lora_A, lora_B, scaling, dropout, seeds=None) -> Callable:
+def lora_linear(
+    chosen: Plan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: Tensor | None = None,
+) -> Callable:
     """The function of these arguments that returns (y, S), for tensors of these shapes, strides and dtypes.
 
     It keeps scaling and dropout. Variants: "recompute", "split" or "library".
@@ -56,20 +67,20 @@ def lora_linear(chosen: Plan, x, weight, bias, lora_A, lora_B, scaling, dropout,
 
 def lora_linear_backward(
     chosen: Plan,
-    g,
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    S,
-    scaling,
-    dropout,
-    seeds,
-    need_x,
-    need_A,
-    need_B,
-    need_weight,
-    need_bias,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    S: Tensor,
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: Tensor | None,
+    need_x: bool,
+    need_A: Sequence[bool],
+    need_B: Sequence[bool],
+    need_weight: bool,
+    need_bias: bool,
 ) -> Callable:
     """The function of these arguments (without the plan) that returns the gradients, as :func:`lora_linear`.
 
@@ -131,7 +142,17 @@ def lora_linear_backward(
     return run
 
 
-def lora_term(chosen: Plan, y, x, bias, lora_A, lora_B, scaling, dropout, seeds=None) -> Callable:
+def lora_term(
+    chosen: Plan,
+    y: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: Tensor | None = None,
+) -> Callable:
     """The function of these arguments (without the plan) that returns (y + bias + the terms, S)."""
     from fused_lora.kernels.lora_expand import prepare_expand
     from fused_lora.kernels.lora_shrink import prepare_shrink
@@ -149,6 +170,6 @@ def lora_term(chosen: Plan, y, x, bias, lora_A, lora_B, scaling, dropout, seeds=
     return run
 
 
-def _own(gradient: torch.Tensor, parameter: torch.Tensor, adapters: int) -> torch.Tensor:
+def _own(gradient: Tensor, parameter: Tensor, adapters: int) -> Tensor:
     gradient = gradient.to(parameter.dtype)
     return gradient if adapters == 1 else gradient.clone()

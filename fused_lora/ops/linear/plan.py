@@ -292,6 +292,7 @@ def prepared(key: tuple, prepare: Callable, eager_run: Callable, check: Callable
 
 
 def planned(op: str, call: Case, N: int, K: int, whole: bool = True) -> Plan:
+    """The :func:`plan` of a call; "eager" where no kernel runs: its device, its dtypes, no rows."""
     dtypes = {dtype for _, *both in call.adapters for dtype in both}
     if not call.rows or not guard.usable(call.device) or not {call.dtype, *dtypes} <= guard.DTYPES:
         return Plan("eager")
