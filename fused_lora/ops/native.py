@@ -64,7 +64,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 
 @functools.cache
 def _masks_agree() -> bool:
-    rows, cut = torch.linspace(-1, 1, 40 * 999).reshape(40, 999), -20000
+    # by numpy: torch's defaults may be others, and a forked child has no threads for torch
+    rows, cut = torch.from_numpy(np.linspace(-1, 1, 40 * 999, dtype=np.float32).reshape(40, 999)), -20000
     out, mask = torch.empty_like(rows), dropout_lanes(7, 2, *rows.shape)[:, :999] >= cut
     _multiply(7, 2, cut, rows, out, None)
     if not np.array_equal(out.numpy(), rows.numpy() * mask):
