@@ -2,6 +2,8 @@
 
 import threading
 import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,3 +154,50 @@ def test_a_store_that_is_full_inside_a_forward_ends_the_requests_of_that_step(mo
             assert failure_of(output) is None and len(output.generated_tokens) == 4
     finally:
         handle.remove()
+
+
+class Loads:
+    """A store whose loads end when the test says so."""
+
+    def __init__(self):
+        self.futures: dict[str, list[Future]] = {}
+
+    def identity(self, name):
+        return f"{name}@1"
+
+    def refusal(self, name):
+        return None
+
+    def lease_if_ready(self, name):
+        return None
+
+    def lease_async(self, name):
+        self.futures.setdefault(name, []).append(Future())
+        return self.futures[name][-1]
+
+
+class Held:
+    identity, released = "young@1", False
+
+    def release(self):
+        self.released = True
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_load_that_came_for_a_younger_request_does_not_keep_an_older_one_waiting(patient):
+    """It runs first while the older one is patient, and gives its room back afterwards; neither fails."""
+    store, lease, failed = Loads(), Held(), []
+    chosen = admission.Admission(store, lambda *reason: failed.append(reason), lambda: None, admission.EngineCounters())
+    created = time.perf_counter() - (0 if patient else 2 * admission.PATIENCE_SECONDS)
+    states = [
+        SimpleNamespace(logit_processor_kwargs={admission.ADAPTER: name}, request_id=name, created_time=created)
+        for name in ("old", "young")
+    ]
+    chosen.update([], states)
+    store.futures["old"][0].set_exception(StoreFull("no room"))
+    store.futures["young"][0].set_result(lease)
+    chosen.update([], states)
+    assert not failed and lease.released is not patient
+    assert chosen.admitted == ({"young"} if patient else set())
+    chosen.update([], states[:1])  # the younger one is over
+    assert lease.released and len(store.futures["old"]) == 2 and not failed

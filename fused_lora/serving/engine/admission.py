@@ -109,12 +109,17 @@ class Admission:
             raise refused
         if version not in self.leases:
             if blocked_since is not None:
-                return False
+                # what has come meanwhile holds room: it is used, or given back to the older request
+                if version not in self.loading or not self.loading[version].done():
+                    return False
+                if time.perf_counter() - blocked_since > PATIENCE_SECONDS:
+                    _give_up(self.loading.pop(version))
+                    return False
             try:
                 lease = self._fetch(name, version)
             except StoreFull:
                 self._full.add(version)
-                if self.leases or time.perf_counter() - state.created_time < PATIENCE_SECONDS:
+                if self.leases or self.loading or time.perf_counter() - state.created_time < PATIENCE_SECONDS:
                     return False
                 raise
             if lease is None:
@@ -152,9 +157,7 @@ class Admission:
     def _abandon(self, keep: Collection[str | None]) -> None:
         """Cancel loads of adapters that no request waits for, or release their leases when they come."""
         for version in [version for version in self.loading if version.rpartition("@")[0] not in keep]:
-            future = self.loading.pop(version)
-            if not future.cancel():
-                future.add_done_callback(lambda done: done.result().release() if done.exception() is None else None)
+            _give_up(self.loading.pop(version))
         self._full = {version for version in self._full if version.rpartition("@")[0] in keep}
 
     def release(self, keep: Iterable[str] = ()) -> None:
@@ -166,6 +169,12 @@ class Admission:
         """Release everything. No request is left."""
         self.release()
         self._abandon(keep=())
+
+
+def _give_up(future: Future[Lease]) -> None:
+    """Cancel a load, or release its lease as soon as it is there."""
+    if not future.cancel():
+        future.add_done_callback(lambda done: done.result().release() if done.exception() is None else None)
 
 
 class AdapterScheduler(FIFOScheduler):
