@@ -238,6 +238,7 @@ def test_adapter_unloaded_before_the_request_starts(world, alone):
         store.register(name, str(adapters[name]))
     with continuous_batching(store.model, store, config()) as engine:
         first = engine.add_request(prompt(9), adapter="a2", max_new_tokens=200)
+        wait_for(lambda: engine.counters.generated_tokens > 0)  # two loads at a time would race for the room
         second = engine.add_request(prompt(9), adapter="a3", max_new_tokens=4)
         wait_for(lambda: engine.counters.waits_for_adapters > 0)  # there is room for one of them
         store.unload("a3")
