@@ -1,8 +1,10 @@
 """README's code blocks and the scripts in examples/, on a tiny random model: what a newcomer runs first."""
 
+import importlib.metadata
 import importlib.util
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,7 @@ def test_the_readme_runs_from_top_to_bottom(tiny, tmp_path, monkeypatch, capsys)
 def test_the_examples(tiny, tmp_path, capsys):
     torch.manual_seed(shifted(0))
     poet, sql = str(tmp_path / "poet"), str(tmp_path / "sql")
-    assert math.isfinite(load("accelerate").main(tiny, poet))
+    assert math.isfinite(load("accelerate_peft").main(tiny, poet))
     losses = load("train").main(tiny, sql)
     assert losses[-1] < 0.9 * losses[0]
     assert load("merge").main(tiny, sql)
@@ -56,8 +58,18 @@ def test_the_examples(tiny, tmp_path, capsys):
     assert "layers run fused" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["accelerate", "train", "merge", "serve"])
+@pytest.mark.parametrize("name", ["accelerate_peft", "train", "merge", "serve"])
 def test_an_example_stays_short(name):
     """Without its docstring, imports and blank lines."""
     lines = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").split("import fused_lora\n")[1].splitlines()
     assert len([line for line in lines if line.strip()]) <= 30
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks", "tools"])
+def test_no_script_hides_a_package(folder):
+    """Who runs a script of a folder has that folder first on the path."""
+    packages = {*importlib.metadata.packages_distributions(), *sys.stdlib_module_names}
+    names = {path.stem for path in (ROOT / folder).glob("*.py")} | {
+        path.parent.name for path in (ROOT / folder).glob("*/*.py")
+    }
+    assert names and not names & packages

@@ -1,6 +1,6 @@
 """Make a PEFT model fast, take one training step, and save PEFT's files.
 
-python examples/accelerate.py [MODEL] [FOLDER]
+python examples/accelerate_peft.py [MODEL] [FOLDER]
 """
 
 import sys
