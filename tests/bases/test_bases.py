@@ -14,8 +14,6 @@ from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
 
-pytestmark = pytest.mark.numeric
-
 K, N, M = 24, 17, 9
 
 

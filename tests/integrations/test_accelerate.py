@@ -23,8 +23,6 @@ from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ALL, Net, SideBySide, wrap
 from helpers.seeds import shifted
 
-pytestmark = pytest.mark.numeric
-
 STOCK = peft.tuners.lora.Linear
 IDS = torch.arange(6).reshape(2, 3)
 

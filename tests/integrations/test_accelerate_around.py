@@ -21,8 +21,6 @@ from helpers.accelerated import SideBySide, wrap
 from helpers.seeds import shifted
 from helpers.twins import share_dropout
 
-pytestmark = pytest.mark.numeric
-
 K, N, M = 24, 17, 9
 TERMS = 2 * K + N + M  # of the sums of a layer and its backward
 

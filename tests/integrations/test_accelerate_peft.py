@@ -9,8 +9,6 @@ import fused_lora
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ALL, Net, SideBySide, quiet, wrap
 
-pytestmark = pytest.mark.numeric
-
 DTYPES = [torch.float32, torch.bfloat16]
 TWO = {"a": {}, "b": {"r": 3, "lora_alpha": 5}}
 

@@ -17,8 +17,6 @@ from helpers.seeds import shifted
 from helpers.training import VOCABULARY, llama
 from helpers.twins import ExportedDropout, twin_models
 
-pytestmark = pytest.mark.numeric
-
 ALL = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8}
 
 

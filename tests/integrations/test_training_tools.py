@@ -17,8 +17,6 @@ from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse  # n
 from helpers import training  # noqa: E402
 from helpers.training import ROUTES, built, counted_calls, counting_texts, largest_relative, train  # noqa: E402
 
-pytestmark = pytest.mark.numeric
-
 PEFT_DOORS = ("accelerate", "install")
 os.environ.setdefault("WANDB_DISABLED", "true")
 

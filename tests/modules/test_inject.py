@@ -18,8 +18,6 @@ from helpers import training
 from helpers.seeds import shifted
 from helpers.twins import randomize_adapters, twin_models
 
-pytestmark = pytest.mark.numeric
-
 VOCABULARY = training.VOCABULARY
 DTYPES = [torch.float32, torch.bfloat16]
 

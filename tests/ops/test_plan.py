@@ -16,8 +16,6 @@ from fused_lora.ops.linear.op import draw_seeds, lora_linear
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
 
-pytestmark = pytest.mark.numeric
-
 FP32 = torch.float32
 PAIRS = [("recompute", "passes"), ("split", "passes"), ("split", "library"), ("library", "library")]
 

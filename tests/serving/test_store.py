@@ -21,8 +21,6 @@ from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
 from helpers.waiting import HANG
 
-pytestmark = pytest.mark.numeric
-
 K, H, N = 32, 48, 24
 
 

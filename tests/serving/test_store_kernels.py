@@ -12,8 +12,6 @@ from fused_lora.serving import AdapterStore
 from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
 
-pytestmark = pytest.mark.numeric
-
 K, N = 48, 40
 
 
