@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Plan, read_checked
 from fused_lora.adapters.read import check_model
 from fused_lora.modules.config import MAX_RANK, scaling
+from fused_lora.modules.names import mismatch
 
 _ALIGNMENT = 64
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -134,48 +135,12 @@ def from_tensors(sites: Mapping[str, Site], layers: Mapping[str, Any], dtype: to
     """
     if not layers:
         raise ValueError("source: expected at least one layer, got an empty mapping")
+    missing = [str(path) for path in layers if path not in sites]
+    if missing:
+        raise ValueError(f"source: {mismatch(missing, len(layers), sites)}")
     for path, entry in layers.items():
-        if path not in sites:
-            near = sorted(name for name in sites if name.rpartition(".")[2] == str(path).rpartition(".")[2])[:3]
-            raise ValueError(
-                f"source: {path!r} is no linear layer of the model" + (f"; there is {near}" if near else "")
-            )
         _check_entry(sites[path], entry)
     return _pack(sites, layers, dtype)
-
-
-def from_model(sites: Mapping[str, Site], model: nn.Module, name: str, dtype: torch.dtype) -> Packed:
-    """The adapter ``name`` of a model with LoRA layers (this package's or PEFT's), or its only one.
-
-    Raises:
-        ValueError: no LoRA layers, several adapters and none called ``name``, or an adapter that is more than A, B and
-            scaling (DoRA, a bias of lora_B).
-    """
-    found: dict[str, Any] = {
-        path.removeprefix("base_model.model."): module
-        for path, module in model.named_modules()
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "base_layer")
-    }
-    names = sorted({key for module in found.values() for key in module.lora_A})
-    if not names:
-        raise ValueError(f"source: the {type(model).__name__} has no LoRA layers with an adapter")
-    chosen = name if name in names else names[0]
-    if name not in names and len(names) > 1:
-        raise ValueError(f"source: the model has several adapters, {names}, and none is called {name!r}")
-    layers = {}
-    for path, module in found.items():
-        if chosen in module.lora_A:
-            B = module.lora_B[chosen]
-            # PEFT keeps what an adapter has beyond A and B in these
-            more = chosen in getattr(module, "lora_variant", {}) or chosen in getattr(
-                module, "lora_magnitude_vector", {}
-            )
-            if more or getattr(B, "bias", None) is not None:
-                raise ValueError(
-                    f"source: adapter {chosen!r} is more than A and B at {path!r} (DoRA, a bias of lora_B)"
-                )
-            layers[path] = (module.lora_A[chosen].weight, B.weight, float(module.scaling[chosen]))
-    return from_tensors(sites, layers, dtype)
 
 
 def _check_entry(site: Site, entry: Any) -> None:

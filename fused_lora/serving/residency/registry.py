@@ -10,17 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
+from fused_lora.modules.names import some
 from fused_lora.serving.residency.lease import Lease
+from fused_lora.serving.residency.live import adapter_of
 from fused_lora.serving.residency.packing import (
     Packed,
     Site,
     check_folder,
     from_folder,
-    from_model,
     from_tensors,
     signature,
 )
-from fused_lora.serving.residency.refusal import Refusal, named
+from fused_lora.serving.residency.refusal import Refusal
 from fused_lora.serving.residency.residency import Residency, Version
 from fused_lora.serving.residency.transfer import Transfer
 
@@ -94,11 +95,10 @@ class Registry:
             packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype, root)
             return self._load_packed(name, packed, folder, files, root).number
         if isinstance(source, nn.Module):
-            packed = from_model(self._sites, source, name, self._transfer.dtype)
-        elif isinstance(source, Mapping):
-            packed = from_tensors(self._sites, source, self._transfer.dtype)
-        else:
+            source = adapter_of(source, name, self.model)
+        if not isinstance(source, Mapping):
             raise TypeError(f"source: expected a folder, a mapping or a model, got {type(source).__name__}")
+        packed = from_tensors(self._sites, source, self._transfer.dtype)
         return self._load_packed(name, packed, None, None).number
 
     def lease_async(self, name: str) -> Future[Lease]:
@@ -350,7 +350,7 @@ class Registry:
         version = self._versions.get(name)
         if version is None:
             raise AdapterNotFound(
-                f"adapter {name[:100]!r} not found; adapters of the store: {named(sorted(self._versions))}"
+                f"adapter {name[:100]!r} not found; adapters of the store: {some(self._versions, near=name)}"
             )
         return version
 

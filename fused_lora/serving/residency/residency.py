@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fused_lora.modules.names import some
 from fused_lora.serving.residency.arena import Arena, Block
 from fused_lora.serving.residency.packing import Packed, Part, Signature, signature
-from fused_lora.serving.residency.refusal import Refusal, named
+from fused_lora.serving.residency.refusal import Refusal
 from fused_lora.serving.residency.transfer import Arrival, Transfer
 
 
@@ -205,7 +206,7 @@ class Residency:
         stay = sorted({v.name for v in self.resident if not self._may_leave(v)})
         return StoreFull(
             f"adapter {version.name!r} needs {version.nbytes} bytes; {self.arena.used} of {self.arena.capacity} are "
-            f"taken, pinned or in use: [{named(stay)}]"
+            f"taken, pinned or in use: [{some(stay)}]"
         )
 
     def _may_leave(self, version: Version) -> bool:
