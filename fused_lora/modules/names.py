@@ -6,9 +6,11 @@ import re
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 _SHOWN = 8
-_LONGEST = 120  # characters of one name: those of a file may have any length
+# names of a file may be many, and of any length and depth
+_LONGEST, _DEEPEST, _COMPARED = 120, 32, 10_000
 
 
 def some(names: Iterable[str], near: str | None = None) -> str:
@@ -45,7 +47,7 @@ def likely_rename(missing: Iterable[str], present: Iterable[str]) -> tuple[str, 
 
     Layer numbers count as equal. None if no path ends as a missing one does.
     """
-    patterns = Counter(_pattern(path) for path in missing)
+    patterns = Counter(p for p in map(_pattern, islice(missing, _COMPARED)) if len(p) <= _DEEPEST)
     known = list(dict.fromkeys(_pattern(path) for path in present))
     by_end: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for parts in known:

@@ -32,6 +32,7 @@ class Version:
 
     folder: where its files are, or None. held: how many batches use it. retired: its name has a newer version or was
     unloaded. refusal: why it is not served, or None. inside: the folder that its files must be in, or None.
+    allow_partial: whether its files may hold more than the model takes.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Version:
     uses: dict[int, torch.cuda.Event] = field(default_factory=dict)
     refusal: Refusal | None = None
     inside: str | None = None
+    allow_partial: bool = False
 
     @property
     def identity(self) -> str:
