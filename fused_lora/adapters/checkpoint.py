@@ -201,7 +201,8 @@ def _ranks(
             raise AdapterError(path, keys["lora_A"], f"a shape [r, K], r at most {MAX_RANK}", list(shape_A))
         r = shape_A[0]
         if len(shape_B) != 2 or shape_B[1] != r:
-            raise AdapterError(path, keys["lora_B"], f"a shape [N, {r}]", list(shape_B))
+            swapped = "; lora_A and lora_B seem to be swapped" * (shape_A[1] == shape_B[0])
+            raise AdapterError(path, keys["lora_B"], f"a shape [N, {r}]", f"{list(shape_B)}{swapped}")
         for field in ("lora_bias", "base_bias"):
             if field in keys and entries[keys[field]].shape != shape_B[:1]:
                 raise AdapterError(path, keys[field], f"a shape [{shape_B[0]}]", list(entries[keys[field]].shape))

@@ -16,7 +16,6 @@ _KINDS = (  # the first that is found in the key
     (r"token_adapter|trainable_tokens", "trained tokens (trainable_token_indices), which are not supported"),
     (r"\.modules_to_save\.", "a module saved whole inside its wrapper: a state dict, no PEFT checkpoint"),
     (r"\.base_layer\.", "a parameter of the base model, which an adapter must not replace"),
-    (r"\.lora_", "a kind of LoRA tensor that is not supported"),
 )
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 
@@ -29,5 +28,7 @@ def not_read(keys: Sequence[str], key: str, total: int) -> str:
         found = f"the name of a wrapper, {wrapper!r}: save the model that is inside"
     elif found is None and not key.startswith("base_model.model."):
         found = "another beginning"
+    elif found is None and ".lora_" in key:
+        found = "a kind of LoRA tensor that is not supported"
     found = found or "a parameter saved whole (modules_to_save, a resized vocabulary?), which is not supported"
     return f"{found}; {len(keys)} of {total} keys are not read: {some(keys)}"

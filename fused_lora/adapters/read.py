@@ -124,6 +124,7 @@ def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Pl
         ``plan``, with ``allow_partial`` without the layers that the model does not have.
     """
     modules = dict(candidates(model))
+    named = literal_targets(model, plan.config)
     fitting = {path for path in plan.slots if path in modules and is_supported(modules[path])}
     missing = [path for path in plan.slots if path not in fitting]
     if missing and (not allow_partial or not fitting):
@@ -134,13 +135,13 @@ def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Pl
         raise AdapterError(plan.weights, plan.slots[path]["lora_A"], f"a linear layer {path!r} in the model", found)
     for path in fitting:
         _check_layer(modules[path], path, plan)
-    named = None if allow_partial else literal_targets(model, plan.config)
     if named is not None:
-        _check_targets(plan, set(named))
-    if missing:
-        left_out = (*plan.left_out, *(key for path in missing for key in plan.slots[path].values()))
-        slots = {path: keys for path, keys in plan.slots.items() if path in fitting}
-        plan = plan._replace(slots=slots, left_out=left_out)
+        if not allow_partial or fitting.isdisjoint(named):
+            _check_targets(plan, set(named))
+        fitting &= set(named)
+    slots = {path: keys for path, keys in plan.slots.items() if path in fitting}
+    left_out = [key for path, keys in plan.slots.items() if path not in fitting for key in keys.values()]
+    plan = plan._replace(slots=slots, left_out=(*plan.left_out, *left_out))
     return _check_biases(model, plan, allow_partial) if plan.config.bias == "all" else plan
 
 
@@ -151,9 +152,7 @@ def _check_layer(module: nn.Module, path: str, plan: Plan) -> None:
     shapes = {field: plan.entries[keys[field]].shape for field in ("lora_A", "lora_B")}
     for field, shape in (("lora_A", (r, K)), ("lora_B", (N, r))):
         if shapes[field] != shape:
-            found = str(list(shapes[field]))
-            if (shapes["lora_A"][::-1], shapes["lora_B"][::-1]) == ((N, r), (r, K)):
-                found += "; lora_A and lora_B seem to be swapped"
+            found = list(shapes[field])
             raise AdapterError(plan.weights, keys[field], f"a shape {list(shape)} for the layer {path!r}", found)
     if plan.config.bias != "none" and (base_layer_of(module).bias is None) == ("base_bias" in keys):
         has, brings = ("no bias", "a bias") if "base_bias" in keys else ("a bias", "none")

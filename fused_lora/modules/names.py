@@ -56,7 +56,7 @@ def likely_rename(missing: Iterable[str], present: Iterable[str]) -> tuple[str, 
     votes: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
     for parts, count in patterns.items():
         end = next((end for end in _ends(parts) if end in by_end), None)
-        if end is not None:
+        if end is not None and parts not in known:
             other = max(by_end[end], key=lambda p: len({*p} & {*parts}))
             votes[_difference(parts, other)] += count
     if not votes:

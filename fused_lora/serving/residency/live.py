@@ -19,7 +19,7 @@ _PLAIN = ("lora_A", "lora_B")  # by adapter name, in a layer that is served
 _MORE = ("modules_to_save", "trainable_token_indices", "lora_bias", "use_dora", "alora_invocation_tokens")
 
 
-def adapter_of(source: nn.Module, name: str, base: nn.Module) -> Triples:
+def live_adapter(source: nn.Module, name: str, base: nn.Module) -> Triples:
     """``{path: (A [r, K], B [N, r], scaling)}`` of the adapter ``name`` of ``source``, or of its only one.
 
     Args:

@@ -13,7 +13,7 @@ from fused_lora.modules.config import check_bool
 from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
 from fused_lora.modules.names import some
 from fused_lora.serving.residency.lease import Lease
-from fused_lora.serving.residency.live import adapter_of
+from fused_lora.serving.residency.live import live_adapter
 from fused_lora.serving.residency.packing import (
     Packed,
     Site,
@@ -108,7 +108,7 @@ class Registry:
             version = Version(name, 0, folder, files=files, inside=root, allow_partial=allow_partial)
             return self._load_packed(version, packed).number
         if isinstance(source, nn.Module):
-            source = adapter_of(source, name, self.model)
+            source = live_adapter(source, name, self.model)
         if not isinstance(source, Mapping):
             raise TypeError(f"source: expected a folder, a mapping or a model, got {type(source).__name__}")
         packed = from_tensors(self._sites, source, self._transfer.dtype, allow_partial)
