@@ -20,6 +20,7 @@ from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
+from fused_lora.modules.reads import FirstForward, why_never_called
 from fused_lora.modules.targets import is_supported, match_targets
 
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
@@ -125,6 +126,8 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
     setattr(model, _CONFIGS, {**configs, adapter_name: config})
     setattr(model, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
+    if not any(isinstance(hook, FirstForward) for hook in model._forward_pre_hooks.values()):
+        FirstForward(model, lora_layers)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
     else:
@@ -318,8 +321,9 @@ def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, Lay
 
 def _check_called(path: str, parent: nn.Module) -> None:
     """Raise ValueError if ``parent`` reads the layer's weight without calling it: an adapter would do nothing."""
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(f"layers: {path!r} is never called, nn.MultiheadAttention reads its weight: exclude it")
+    why = why_never_called(parent)
+    if why is not None:
+        raise ValueError(f"layers: {path!r} {why}: exclude it")
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise ValueError(
             f"layers: {path!r} is not called in eval mode, nn.TransformerEncoderLayer reads its weight: exclude it, or "

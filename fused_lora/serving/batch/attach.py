@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fused_lora.modules.reads import Reads
 from fused_lora.modules.targets import candidates, in_out_features, is_supported
 from fused_lora.serving.batch.batch import running
 from fused_lora.serving.residency.packing import Site
@@ -34,21 +37,53 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
 
 class Attachment:
-    """The hooks of one store on one model."""
+    """The hooks of one store on one model, and which of its layers they never reach."""
 
     def __init__(self, model: nn.Module, sites: dict[str, Site], store: Any):
+        self._reads = Reads(model, {path: site.module for path, site in sites.items()})
         self._handles = [
-            model.register_forward_pre_hook(_ModelHook(store), with_kwargs=True),
-            model.register_forward_hook(_OutputHook(store), with_kwargs=True),
+            model.register_forward_pre_hook(_ModelHook(store, self), with_kwargs=True),
+            model.register_forward_hook(_OutputHook(store, self), with_kwargs=True),
         ]
         for site in sites.values():
             self._handles.append(site.module.register_forward_hook(_Hook(store, site), with_kwargs=True))
+        paths = {path[:end] for path in sites for end in (*_dots(path), len(path))}
+        parents = {path: model.get_submodule(path.rpartition(".")[0])._modules for path in sorted(paths)}
+        self._places = [
+            (path, held, path.rpartition(".")[2], model.get_submodule(path)) for path, held in parents.items()
+        ]
+
+    def start(self) -> None:
+        """The model is called."""
+        self._reads.start()
+
+    def finish(self) -> None:
+        """The model returns."""
+        self._reads.finish()
+
+    def unreached(self, paths: Iterable[str]) -> str | None:
+        """Why the hook of one of these layers is not reached: the model reads its weight instead of calling it, or has
+        another module in its place."""
+        replaced = [path for path, held, name, module in self._places if held.get(name) is not module]
+        if not (replaced or self._reads.found):
+            return None
+        for path in paths:
+            if path in self._reads.found:
+                return f"the layer {path!r} {self._reads.found[path]}"
+            if any(f"{path}.".startswith(f"{other}.") for other in replaced):
+                return f"the layer {path!r} was replaced since the store was made"
+        return None
 
     def remove(self) -> None:
         """Remove the hooks."""
+        self._reads.stop()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _dots(path: str) -> list[int]:
+    return [i for i, letter in enumerate(path) if letter == "."]
 
 
 class _Shared:
@@ -59,23 +94,29 @@ class _Shared:
 
 
 class _ModelHook(_Shared):
-    def __init__(self, store: Any):
-        self._store = store
+    def __init__(self, store: Any, attachment: Attachment):
+        self._store, self._attachment = store, attachment
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not torch.compiler.is_compiling():
+            self._attachment.start()
         batch = running(self._store)
         if batch is not None:
             batch.called(args, kwargs)
 
 
 class _OutputHook(_Shared):
-    """After the model: rows of adapters that are not finite are an error."""
+    """After the model: rows of adapters that are not finite, or that did not get all of their terms, are an error."""
 
-    def __init__(self, store: Any):
-        self._store = store
+    def __init__(self, store: Any, attachment: Attachment):
+        self._store, self._attachment = store, attachment
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         batch = running(self._store)
+        if not torch.compiler.is_compiling():
+            self._attachment.finish()
+            if batch is not None:
+                self._store.check_called(batch.groups)
         if batch is not None:
             batch.returned(kwargs, output)
 
