@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CHECKED := fused_lora kernels benchmarks examples tests tools setup.py
 TYPED := $(shell find fused_lora -name '*.py') pyproject.toml
 
-.PHONY: quickstart test reliability test-gpu test-triton lint clean
+.PHONY: quickstart test reliability fuzz test-gpu test-triton lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -30,6 +30,14 @@ reliability: $(VENV)/.test
 test-triton: $(VENV)/.test
 	$(PIP) --no-deps "$(TRITON)"
 	$(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/testing $(ARGS)
+
+# what a test runs briefly: make fuzz MINUTES=10 SEED=3
+fuzz: MINUTES ?= 10
+fuzz: SEED ?= 0
+fuzz: $(VENV)/.test
+	for target in config header weights; do \
+	  $(BIN)/python tests/fuzz/adapter_reader.py $$target --seconds $$(($(MINUTES) * 15)) --seed $(SEED) || exit 1; done
+	$(BIN)/python tests/fuzz/http_server.py --seconds $$(($(MINUTES) * 15)) --seed $(SEED)
 
 lint: $(VENV)/.test $(VENV)/.typed
 	$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check .

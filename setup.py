@@ -93,6 +93,10 @@ setup(
             "basedpyright==1.40.2",  # pyright with a node from PyPI: it downloads nothing when it runs
             "setuptools",
             "pyyaml",
+            # wheels only: its sdist needs clang with libFuzzer
+            'atheris>=3; sys_platform == "linux" and platform_machine == "x86_64" and python_version >= "3.11" '
+            'and python_version < "3.15"',
+            'schemathesis>=4.30,<5; python_version >= "3.11"',
         ],
         "quickstart": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
         "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],
