@@ -19,6 +19,7 @@ from torch import nn
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
+from fused_lora.modules.names import some
 from fused_lora.modules.targets import is_supported, match_targets
 
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
@@ -260,7 +261,7 @@ def check_new_name(model: nn.Module, name: str) -> dict[str, LoraConfig]:
     """The adapters of ``model``; ValueError when ``name`` is one of them."""
     configs = adapter_configs(model)
     if name in configs:
-        raise ValueError(f"adapter_name: {name!r} is taken; adapters of the model: {sorted(configs)}")
+        raise ValueError(f"adapter_name: {name!r} is taken; adapters of the model: {some(configs, near=name)}")
     return configs
 
 
@@ -289,7 +290,7 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
         if not isinstance(name, str):
             raise TypeError(f"adapter name: expected a str, got {name!r}")
         if name not in known:
-            raise AdapterNotFound(f"adapter {name!r} not found; adapters of the model: {sorted(known)}")
+            raise AdapterNotFound(f"adapter {name[:100]!r} not found; adapters of the model: {some(known, near=name)}")
 
 
 def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> dict[str, LoraLinear]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fused_lora.modules.inject import active_adapters, adapter_configs, as_list, check_names, lora_layers
 from fused_lora.modules.linear import LoraLinear, merge_back, unmerge_all
+from fused_lora.modules.names import some
 
 
 def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
@@ -120,5 +121,5 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def _layers(model: nn.Module) -> dict[str, LoraLinear]:
     layers = lora_layers(model)
     if not layers:
-        raise RuntimeError(f"model: expected LoRA layers, found none (adapters: {sorted(adapter_configs(model))})")
+        raise RuntimeError(f"model: expected LoRA layers, found none (adapters: {some(adapter_configs(model))})")
     return layers
