@@ -1,4 +1,4 @@
-"""Figures of the experiments in tests/reliability: the result file, and the table of docs/reliability.md made from it."""
+"""Figures of the experiments in tests/reliability: the result file, and docs/reliability.md's table made from it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,5 @@ def table(content: dict) -> str:
     for row in content["rows"]:
         held = "yes" if row["passed"] else "**no**"
         what = row["what"].rstrip(".")
-        lines.append(
-            f"| {row['goal']} | {what} | {row['count']:,} | {held} | {row['seconds']:.0f} | `{row['test']}` |"
-        )
+        lines.append(f"| {row['goal']} | {what} | {row['count']:,} | {held} | {row['seconds']:.0f} | `{row['test']}` |")
     return "\n".join(lines)

@@ -145,7 +145,7 @@ def check(net, states, where):
 @pytest.mark.experiment("A7", full=2_000, quick=200)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bit_flips(dtype, count):
-    """A bit of a merged weight is flipped: unmerge refuses and writes nothing, or the old bits come back all the same."""
+    """A bit of a merged weight is flipped: unmerge refuses and writes nothing, or the old bits come back."""
     tampered(dtype, count, flip=True)
 
 
