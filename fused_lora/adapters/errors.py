@@ -26,6 +26,6 @@ class AdapterError(ValueError):
 
 def short(value: Any, longest: int = _LONGEST) -> str:
     """``value`` as printable text of bounded length."""
-    text = value if isinstance(value, str) else reprlib.repr(value)
+    text = value if isinstance(value, str) and value else reprlib.repr(value)
     text = text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
     return text if text.isprintable() else repr(text)[1:-1]

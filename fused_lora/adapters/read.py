@@ -12,6 +12,7 @@ from torch import nn
 
 from fused_lora.adapters.checkpoint import KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
 from fused_lora.adapters.errors import AdapterError
+from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
 from fused_lora.modules.inject import (
     LayerSpec,
@@ -76,10 +77,11 @@ def load_adapter(
     layers = _specs(model, adapter, plan, autocast_adapter_dtype)
     biases = other_biases(model, adapter.layers)
     values = {path: _cast(plan, plan.biases[path], t, biases[path].dtype) for path, t in adapter.biases.items()}
-    attach(model, name, adapter.config, layers)
-    with torch.no_grad():
-        for path, value in values.items():
-            biases[path].copy_(value)
+    with changing(model):
+        attach(model, name, adapter.config, layers)
+        with torch.no_grad():
+            for path, value in values.items():
+                biases[path].copy_(value)
     warn_left_out(plan)
     return adapter.config
 

@@ -244,6 +244,15 @@ def test_several_adapters_by_name(adapted, tmp_path):
 INJECTED = {
     "mlp": (mlp, {"target_modules": "all-linear"}),
     "ambiguous names": (mlp, {"target_modules": "all-linear", "exclude_modules": ["blocks.1", "out"]}),
+    # the first pattern that matches decides, not the first in the alphabet
+    "order of patterns": (
+        mlp,
+        {
+            "target_modules": ["fc1", "blocks.0", "blocks.1"],
+            "rank_pattern": {"blocks.1": 2, "1": 7},
+            "alpha_pattern": {"blocks.0": 16, "0": 2},
+        },
+    ),
     "regex": (mlp, {"target_modules": r"blocks\.\d|out", "rank_pattern": {r"blocks\.[01]": 2}, "bias": "lora_only"}),
     "llama": (llama, {"target_modules": "all-linear", "init_lora_weights": "gaussian"}),
     "gpt2": (gpt2, {"target_modules": "all-linear", "use_rslora": True}),
