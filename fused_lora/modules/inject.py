@@ -22,7 +22,7 @@ from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
 from fused_lora.modules.reads import FirstForward, why_never_called
-from fused_lora.modules.targets import is_supported, match_targets
+from fused_lora.modules.targets import is_supported, match_targets, warn_unused
 
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
 
@@ -75,6 +75,8 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     The first adapter of a model becomes active and trainable. Each further adapter is added inactive, as PEFT's
     ``add_adapter`` does. :func:`set_adapter` chooses which are active.
 
+    Warns of names and keys of ``config`` that match nothing, and of weights that "all-linear" does not cover.
+
     Args:
         model: any nn.Module. Its target layers are replaced by :class:`LoraLinear` around the same weights.
         config: a :class:`LoraConfig`, or a ``peft.LoraConfig``, which is converted.
@@ -91,11 +93,12 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     """
     config = as_lora_config(config)
     check_not_wrapped(model)
-    layers = {}
-    for path in match_targets(model, config):
+    layers, matched = {}, match_targets(model, config)
+    for path in matched:
         r, lora_alpha = config.layer_rank_alpha(path)
         layers[path] = LayerSpec(r, lora_alpha)
     attach(model, adapter_name, config, layers)
+    warn_unused(model, config, matched)
     return model
 
 
