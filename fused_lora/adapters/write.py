@@ -14,6 +14,7 @@ from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.read import other_biases
 from fused_lora.adapters.staging import replace_directory
 from fused_lora.adapters.tensorfile import DTYPES, write_tensors
+from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import adapter_configs, check_adapter_name, check_names, lora_layers
 from fused_lora.modules.targets import candidates
@@ -54,7 +55,8 @@ def save_adapter(
     if not isinstance(base_model_name_or_path, (str, type(None))):
         raise TypeError(f"base_model_name_or_path: expected a str or None, got {base_model_name_or_path!r}")
     config = adapter_configs(model)[adapter_name]
-    tensors = adapter_tensors(model, adapter_name, config)
+    with changing(model, forwards=False):
+        tensors = adapter_tensors(model, adapter_name, config)
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"{key} must be float32, float16 or bfloat16, got {tensor.dtype}")

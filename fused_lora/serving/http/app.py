@@ -60,12 +60,14 @@ _log = logging.getLogger("fused_lora.serve")
 
 @dataclass
 class Settings:
-    """Settings of one server: the name of its model, where adapters may come from, and the key."""
+    """Settings of one server: the name of its model, where adapters may come from, the key, and whether adapters are
+    loaded without the tensors that do not fit the model."""
 
     base_name: str
     adapters: Path | None = None
     allow_load: bool = False
     api_key: str | None = None
+    allow_partial: bool = False
 
 
 class Service:
@@ -220,7 +222,8 @@ def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) ->
     async def load_lora_adapter(request: LoadRequest) -> Response:
         root = service.check_may_load(request.lora_name)
         path = await asyncio.to_thread(allowed_adapter, root, request.lora_path)
-        await engine.load(request.lora_name, path, request.load_inplace, settings.adapters)
+        options = dict(inside=settings.adapters, allow_partial=settings.allow_partial)
+        await engine.load(request.lora_name, path, request.load_inplace, **options)
         return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter", **answers(None, *CHANGES_ADAPTERS, kind="text/plain"))
