@@ -40,26 +40,25 @@ class Attachment:
     """The hooks of one store on one model, and which of its layers they never reach."""
 
     def __init__(self, model: nn.Module, sites: dict[str, Site], store: Any):
-        self._reads = Reads(model, {path: site.module for path, site in sites.items()})
         self._handles = [
-            model.register_forward_pre_hook(_ModelHook(store, self), with_kwargs=True),
-            model.register_forward_hook(_OutputHook(store, self), with_kwargs=True),
+            model.register_forward_pre_hook(_ModelHook(store), with_kwargs=True),
+            model.register_forward_hook(_OutputHook(store), with_kwargs=True),
         ]
         for site in sites.values():
             self._handles.append(site.module.register_forward_hook(_Hook(store, site), with_kwargs=True))
-        paths = {path[:end] for path in sites for end in (*_dots(path), len(path))}
-        parents = {path: model.get_submodule(path.rpartition(".")[0])._modules for path in sorted(paths)}
-        self._places = [
-            (path, held, path.rpartition(".")[2], model.get_submodule(path)) for path, held in parents.items()
-        ]
+        self._watch(store, sites)
 
-    def start(self) -> None:
-        """The model is called."""
-        self._reads.start()
-
-    def finish(self) -> None:
-        """The model returns."""
-        self._reads.finish()
+    def _watch(self, store: Any, sites: dict[str, Site]) -> None:
+        """Watch which layers the model does not call, or has no longer."""
+        model = store.model
+        self._reads = Reads(model, {path: site.module for path, site in sites.items()})
+        paths = sorted({path[:end] for path in sites for end in (*_dots(path), len(path))})
+        self._places = []  # path, the parent's modules, the name there, what was there
+        for path in paths:
+            parent, _, name = path.rpartition(".")
+            self._places.append((path, model.get_submodule(parent)._modules, name, model.get_submodule(path)))
+        self._handles.append(model.register_forward_pre_hook(_StartHook(self._reads)))
+        self._handles.append(model.register_forward_hook(_EndHook(store, self._reads)))
 
     def unreached(self, paths: Iterable[str]) -> str | None:
         """Why the hook of one of these layers is not reached: the model reads its weight instead of calling it, or has
@@ -94,31 +93,51 @@ class _Shared:
 
 
 class _ModelHook(_Shared):
-    def __init__(self, store: Any, attachment: Attachment):
-        self._store, self._attachment = store, attachment
+    def __init__(self, store: Any):
+        self._store = store
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not torch.compiler.is_compiling():
-            self._attachment.start()
         batch = running(self._store)
         if batch is not None:
             batch.called(args, kwargs)
 
 
 class _OutputHook(_Shared):
-    """After the model: rows of adapters that are not finite, or that did not get all of their terms, are an error."""
+    """After the model: rows of adapters that are not finite are an error."""
 
-    def __init__(self, store: Any, attachment: Attachment):
-        self._store, self._attachment = store, attachment
+    def __init__(self, store: Any):
+        self._store = store
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         batch = running(self._store)
-        if not torch.compiler.is_compiling():
-            self._attachment.finish()
-            if batch is not None:
-                self._store.check_called(batch.groups)
         if batch is not None:
             batch.returned(kwargs, output)
+
+
+class _StartHook(_Shared):
+    """Before the model: from here on reads of weights count."""
+
+    def __init__(self, reads: Reads):
+        self._reads = reads
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if not torch.compiler.is_compiling():
+            self._reads.start()
+
+
+class _EndHook(_Shared):
+    """After the model: an adapter whose layers were not all reached is an error."""
+
+    def __init__(self, store: Any, reads: Reads):
+        self._store, self._reads = store, reads
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._reads.finish()
+        batch = running(self._store)
+        if batch is not None:
+            self._store.check_called(batch.groups)
 
 
 class _Hook(_Shared):
