@@ -323,6 +323,21 @@ def test_run_a_script_as_it_is(way, tmp_path):
     assert "1 LoRA calls ran fused, 1 in PEFT's own way\n           1 merged: the base layer alone" in out.stderr
 
 
+@pytest.mark.parametrize("fields, reason", [({"use_dora": True}, "DoraLinearVariant"), ({}, None)])
+def test_accelerate_says_when_nothing_runs_fused(fields, reason):
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config(target_modules=["0", "1"], **fields)
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fused_lora.accelerate(model)
+    texts = [str(w.message) for w in told]
+    assert len(texts) == (reason is not None)
+    for w in told:
+        assert f"accelerate: 0 of 2 LoRA layers run fused, PEFT computes them: {reason} (2)" in str(w.message)
+        assert w.filename == __file__
+
+
 SPAWNING = """
 import dataclasses, multiprocessing
 from concurrent.futures import ProcessPoolExecutor
