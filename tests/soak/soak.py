@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import httpx  # noqa: E402
 import torch  # noqa: E402
-from report import RESULTS, Report, Table  # noqa: E402
+from report import RESULTS, Report, Table, commit  # noqa: E402
 
 from helpers import serving  # noqa: E402
 from helpers.server import Server  # noqa: E402
@@ -335,7 +335,8 @@ def report(world: World, seconds: float, arguments: argparse.Namespace) -> int:
     # half of the requests draw from all names; n log n draws find each of n
     judged = asked > 2 * len(world.names) * math.log(len(world.names))
     options = ("adapters", "room", "clients", "minutes", "requests", "seed")
-    found = Report("soak", torch.device("cpu"), arguments.out, {name: getattr(arguments, name) for name in options})
+    settings = {name: getattr(arguments, name) for name in options}
+    found = Report("soak", torch.device("cpu"), arguments.out, settings, arguments.commit)
     found.heading()
     row: dict[str, Any] = dict(
         benchmark="soak", provider="fused_lora", correct=not problems and not (judged and growth.is_leak)
@@ -370,6 +371,7 @@ def main() -> int:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = options.parse_args()
+    arguments.commit = commit()  # of what runs, whatever is changed meanwhile
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder), arguments)

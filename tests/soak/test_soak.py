@@ -36,9 +36,11 @@ def soak():
     """The script as a module."""
     spec = importlib.util.spec_from_file_location("soak_script", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setitem(sys.modules, spec.name, module)  # its dataclasses look there
+        spec.loader.exec_module(module)
+        yield module
 
 
 @pytest.fixture(scope="module")
