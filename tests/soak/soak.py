@@ -11,7 +11,8 @@ answers  Every text is the greedy one of its adapter merged alone, of a version 
 memory   After the restart the server's anonymous memory does not grow with the requests (``helpers.soak.Growth``).
          This is judged once every adapter has been asked for: its first read leaves bytes for good.
 metrics  At the end nothing runs, waits or is held. Sequences started = finished + failed + cancelled. The server has
-         counted the answers that the clients had, by status, and at most those besides that were hung up on.
+         counted the answers that the clients had, by status, and at most those besides that were hung up on. After
+         SIGTERM it ends with 0, and no log has an error.
 """
 
 from __future__ import annotations
@@ -49,14 +50,17 @@ RANKS = (2, 4, 8)
 VARIANTS = 12  # other weights that a name may get
 MOST_TOKENS = 16
 PROMPTS = ("The", "List the users", "Write a verse about the sea", "SELECT name FROM users WHERE", "x" * 70)
+PROMPTS += ("one two three " * 28,)  # more tokens than a step takes
 SAMPLE_SECONDS = 0.25
 # how often clients do what; the methods of Clients
 ACTS = {"whole": 40, "streamed": 20, "several": 6, "hangs_up_early": 8, "hangs_up_late": 8, "reload": 9}
 ACTS |= {"unload_and_load": 3, "malformed": 6}
-# what is wrong, and the status that it has
+# what is wrong, and the status that it has; evil's values are finite and its terms are not
 WRONG = [
     (ROUTE, {"model": "nobody", "prompt": "x"}, 404),
     (ROUTE, {"model": "torn", "prompt": "x"}, 422),
+    (ROUTE, {"model": "evil", "prompt": "x"}, 422),
+    (LOAD, {"lora_name": "evil", "lora_path": "evil", "load_inplace": True}, 200),
     (ROUTE, {"model": "base", "prompt": "x", "max_tokens": 0}, 400),
     (ROUTE, {"model": "base", "prompt": "x" * 3000}, 400),
     (LOAD, {"lora_name": "new", "lora_path": "../tiny"}, 400),
@@ -101,6 +105,7 @@ class World:
         # in a folder of their own, so that they have no names
         self.variants = [self._write(f"variants/v{i}", RANKS[i % len(RANKS)], 10_000 + i) for i in range(VARIANTS)]
         self.torn = self._write("torn", max(RANKS), 20_000) / "adapter_model.safetensors"
+        serving.write_overflowing_adapter(self.adapters / "evil", self.texts.model, "v_proj")
         self.room = arguments.room * self.torn.stat().st_size
         self.lives = 0
         self.wrong: list[str] = []
@@ -165,11 +170,13 @@ class World:
     def inconsistent(self, page: dict[str, float]) -> list[str]:
         """What the metrics say that cannot be."""
         ended = sum(value for key, value in page.items() if key.startswith("sequences_ended_total"))
-        found = [f"{key}: {page[key]}" for key in ("failed_steps_total", "non_finite_requests_total") if page[key]]
+        found = [f"failed_steps_total: {page['failed_steps_total']}"] if page["failed_steps_total"] else []
+        if page["non_finite_requests_total"] > self.answers[ROUTE, 422]:
+            found.append(f"{page['non_finite_requests_total']} requests were not finite")
         for key in ("sequences_started_total", "request_seconds_count"):
             if page[key] != ended:
                 found.append(f"{key} {page[key]}, and {ended} ended")
-        if page["adapter_bytes_used"] > self.room or page["adapters_known"] != len(self.names) + 1:
+        if page["adapter_bytes_used"] > self.room or page["adapters_known"] != len(self.names) + 2:  # torn and evil
             found.append(f"{page['adapter_bytes_used']} bytes used, {page['adapters_known']} adapters known")
         if page["generation_tokens_total"] < self.tokens:
             found.append(f"{page['generation_tokens_total']} tokens, of which the clients had {self.tokens}")
@@ -182,6 +189,17 @@ class World:
                     found.append(f"{key}: {value}, and the clients had {-more} more")
         if extra > self.hung_up or +self.answers:
             found.append(f"{extra} answers that nobody had, {self.hung_up} hung up; not counted: {self.answers}")
+        return found
+
+    def stop(self) -> list[str]:
+        """SIGTERM, and what is wrong with how it ends or with the logs."""
+        self.server.process.terminate()
+        found = [f"it ended with {code}"] if (code := self.server.process.wait(HANG)) else []
+        for log in self.root.glob("log*"):
+            lines = log.read_text(encoding="utf-8").splitlines()
+            found += [
+                line for line in lines if re.search(r"\bERROR\b|Traceback", line) and "adapter 'evil@" not in line
+            ]
         return found
 
 
@@ -330,7 +348,7 @@ class Client:
 def report(world: World, seconds: float, arguments: argparse.Namespace) -> int:
     """Check the end, print the table, write the result; the exit status."""
     page = world.page()
-    problems = world.wrong + world.inconsistent(page)
+    problems = world.wrong + world.inconsistent(page) + world.stop()
     growth, asked = Growth.of(world.samples), world.samples[-1][0] - world.samples[0][0]
     # half of the requests draw from all names; n log n draws find each of n
     judged = asked > 2 * len(world.names) * math.log(len(world.names))
