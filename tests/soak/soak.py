@@ -362,6 +362,8 @@ def report(world: World, seconds: float, arguments: argparse.Namespace) -> int:
     row |= dict(seconds=round(seconds, 1), requests=world.asked, by_kind=dict(world.done), lost_by_the_kill=world.lost)
     row |= dict(wrong=len(problems), first_wrong=problems[:3], memory_mib=[round(m / 2**20, 1) for m in _ends(world)])
     row |= dict(bytes_per_request=round(growth.slope), standard_error=round(growth.error), limit=growth.LIMIT)
+    points = world.samples[:: max(len(world.samples) // 20, 1)]
+    row |= dict(memory_curve=[[requests, round(memory / 2**20, 2)] for requests, memory in points])
     row |= dict(memory_judged=judged, requests_since_the_restart=asked)
     counts = ("sequences_started_total", "generation_tokens_total", "steps_total", "failed_requests_total")
     counts += ("adapter_loads_total", "adapter_evictions_total", "adapter_hits_total", "adapter_waits_total")
@@ -370,7 +372,7 @@ def report(world: World, seconds: float, arguments: argparse.Namespace) -> int:
     table = Table([("of the run", 40), ("", 24)])
     for name, value in row.items():
         for key, one in value.items() if isinstance(value, dict) else [(name, value)]:
-            table.row(key, one if isinstance(one, str) else json.dumps(one))
+            table.row(key, one if isinstance(one, str) else json.dumps(one)[:72])
     return found.finish()
 
 
