@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     hooks on lora_A, ...) runs PEFT's own forward. Merging rounds once, and unmerging gives back the exact bits.
 
     Layers that PEFT adds to a PeftModel later are accelerated too. After an injection into a bare model (a second
-    ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``.
+    ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``. It warns
+    where no layer runs fused.
 
     Args:
         model: a PeftModel, or any module that contains PEFT LoRA layers.
@@ -61,6 +63,12 @@ def accelerate(model: nn.Module) -> nn.Module:
         _adopt(module)
         if _builds_lora_layers(module):
             setattr(module, _create, _create_accelerated)
+    whys = Counter(row.why_not for row in layer_report(model))
+    if None not in whys:
+        reasons = "; ".join(f"{why} ({count})" for why, count in whys.most_common(3))
+        warnings.warn(
+            f"accelerate: 0 of {whys.total()} LoRA layers run fused, PEFT computes them: {reasons}", stacklevel=3
+        )
     return model
 
 
