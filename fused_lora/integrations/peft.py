@@ -21,7 +21,7 @@ from torch import nn
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import Dense
 from fused_lora.integrations.peft_linear import AROUND, CALLS, FUSED, linear_class, why_around, why_not_fused
-from fused_lora.modules.changes import alone
+from fused_lora.modules.changes import alone, unwatch, watch
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.linear import LoraLinear
 
@@ -59,6 +59,8 @@ def accelerate(model: nn.Module) -> nn.Module:
             "model: expected PEFT LoRA layers, found none. Wrap it first (peft.get_peft_model), or use "
             "fused_lora.inject(model, config), which needs no PEFT"
         )
+    for module in _entries(model):
+        watch(module)
     for module in model.modules():
         _adopt(module)
         if _builds_lora_layers(module):
@@ -90,6 +92,8 @@ def restore(model: nn.Module) -> nn.Module:
         raise RuntimeError(f"model: the classes of {changed} were changed after accelerate; undo that first")
     for _, module in layers:
         _release(module)
+    for module in _entries(model):
+        unwatch(module)
     for module in model.modules():
         if vars(module).get(_create) is _create_accelerated:
             delattr(module, _create)
@@ -212,6 +216,13 @@ def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     check_module(model)
     lora = sys.modules.get("peft.tuners.lora")
     return {} if lora is None else {p: m for p, m in model.named_modules() if isinstance(m, lora.LoraLayer)}
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """The model, and the base models in it, which PEFT's generate calls."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    inner = [m.model for m in model.modules() if tuners is not None and isinstance(m, tuners.BaseTuner)]
+    return list(dict.fromkeys([model, *inner]))
 
 
 def _stock_class() -> type[nn.Module]:

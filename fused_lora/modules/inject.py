@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from fused_lora.modules.changes import alone, changing
+from fused_lora.modules.changes import alone, changing, watch
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
@@ -129,6 +129,7 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
         parent, _, name = path.rpartition(".")
         setattr(modules[parent], name, layer)
     _load_base_biases(model, layers)
+    watch(model)
     setattr(model, _CONFIGS, {**configs, adapter_name: config})
     setattr(model, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)

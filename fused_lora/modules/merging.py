@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fused_lora.modules.changes import alone, changing
+from fused_lora.modules.changes import alone, changing, unwatch
 from fused_lora.modules.inject import active_adapters, adapter_configs, as_list, check_module, check_names, lora_layers
 from fused_lora.modules.linear import LoraLinear, go_back, snapshot, unmerge_all
 from fused_lora.modules.names import some
@@ -92,6 +92,7 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer.base_layer)
+    unwatch(model)
     del model._fused_lora_configs, model.peft_config
     return model
 

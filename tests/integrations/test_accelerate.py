@@ -19,8 +19,10 @@ from torch import nn
 import fused_lora
 from fused_lora.cli import main
 from fused_lora.integrations import peft as integration
+from fused_lora.modules import changes
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ALL, Net, SideBySide, wrap
+from helpers.hooks import hooks
 from helpers.seeds import shifted
 from helpers.waiting import HANG
 
@@ -52,7 +54,7 @@ def marks(model):
         [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
         [(name, id(b)) for name, b in model.named_buffers()],
         [(name, id(m), type(m).__name__, m._get_name()) for name, m in model.named_modules()],
-        [list(m._forward_hooks.values()) + list(m._forward_pre_hooks.values()) for m in model.modules()],
+        [hooks(m) for m in model.modules()],
         repr(model),
         list(model.state_dict()),
     )
@@ -73,6 +75,7 @@ def test_accelerate_changes_nothing_but_the_class():
     fused_lora.restore(model)
     assert marks(model) == before and not any(accelerated(model))
     assert [set(vars(m)) for m in model.modules()] == attributes
+    assert not any(h in m._forward_hooks.values() for m in model.modules() for h in (changes._begin, changes._end))
     assert torch.equal(model(IDS), y)
 
 
