@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 import types
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     Layers that PEFT adds to a PeftModel later are accelerated too. After an injection into a bare model (a second
     ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``.
 
-    The logger ``fused_lora`` gets one line: how many layers run fused, and why the others do not. It is a warning if
-    there are others.
+    The logger ``fused_lora`` gets one line: how many layers run fused, and why the others do not. Where none does,
+    Python's warnings get it.
 
     Args:
         model: a PeftModel, or any module that contains PEFT LoRA layers.
@@ -72,7 +73,10 @@ def accelerate(model: nn.Module) -> nn.Module:
         if _builds_lora_layers(module):
             setattr(module, _create, _create_accelerated)
     rows = layer_report(model)
-    _log.log(logging.WARNING if any(row.why_not for row in rows) else logging.INFO, "accelerate: %s", summary(rows))
+    if all(row.why_not for row in rows):
+        warnings.warn(f"accelerate: {summary(rows)}", stacklevel=3)
+    else:
+        _log.log(logging.WARNING if any(row.why_not for row in rows) else logging.INFO, "accelerate: %s", summary(rows))
     return model
 
 

@@ -132,7 +132,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
 
     def _merges_exactly(self, adapter_names: list[str] | None) -> bool:
         names = self.active_adapters if adapter_names is None else adapter_names
-        if isinstance(names, str) or len(set(names)) != len(names) or (self.merged and self.merge_state is None):
+        if isinstance(names, str) or (self.merged and self.merge_state is None):
             return False
         if torch._C._len_torch_dispatch_stack():
             return False  # fake tensors have no numbers to check

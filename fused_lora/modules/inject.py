@@ -21,7 +21,9 @@ from fused_lora.modules.changes import alone, changing, watch
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
-from fused_lora.modules.targets import is_supported, match_targets
+from fused_lora.modules.names import some
+from fused_lora.modules.reads import FirstForward, why_never_called
+from fused_lora.modules.targets import is_supported, match_targets, warn_unused
 
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
 
@@ -74,6 +76,8 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     The first adapter of a model becomes active and trainable. Each further adapter is added inactive, as PEFT's
     ``add_adapter`` does. :func:`set_adapter` chooses which are active.
 
+    Warns of names and keys of ``config`` that match nothing, and of weights that "all-linear" does not cover.
+
     Args:
         model: any nn.Module. Its target layers are replaced by :class:`LoraLinear` around the same weights.
         config: a :class:`LoraConfig`, or a ``peft.LoraConfig``, which is converted.
@@ -90,11 +94,12 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     """
     config = as_lora_config(config)
     check_not_wrapped(model)
-    layers = {}
-    for path in match_targets(model, config):
+    layers, matched = {}, match_targets(model, config)
+    for path in matched:
         r, lora_alpha = config.layer_rank_alpha(path)
         layers[path] = LayerSpec(r, lora_alpha)
     attach(model, adapter_name, config, layers)
+    warn_unused(model, config, matched)
     return model
 
 
@@ -129,6 +134,8 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
     setattr(model, _CONFIGS, {**configs, adapter_name: config})
     setattr(model, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
+    if not any(isinstance(hook, FirstForward) for hook in model._forward_pre_hooks.values()):
+        FirstForward(model, lora_layers)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
     else:
@@ -289,7 +296,7 @@ def check_new_name(model: nn.Module, name: str) -> dict[str, LoraConfig]:
     """The adapters of ``model``; ValueError when ``name`` is one of them."""
     configs = adapter_configs(model)
     if name in configs:
-        raise ValueError(f"adapter_name: {name!r} is taken; adapters of the model: {sorted(configs)}")
+        raise ValueError(f"adapter_name: {name!r} is taken; adapters of the model: {some(configs, near=name)}")
     return configs
 
 
@@ -318,7 +325,7 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
         if not isinstance(name, str):
             raise TypeError(f"adapter name: expected a str, got {name!r}")
         if name not in known:
-            raise AdapterNotFound(f"adapter {name!r} not found; adapters of the model: {sorted(known)}")
+            raise AdapterNotFound(f"adapter {name[:100]!r} not found; adapters of the model: {some(known, near=name)}")
 
 
 def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> dict[str, LoraLinear]:
@@ -346,8 +353,9 @@ def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, Lay
 
 def _check_called(path: str, parent: nn.Module) -> None:
     """Raise ValueError if ``parent`` reads the layer's weight without calling it: an adapter would do nothing."""
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(f"layers: {path!r} is never called, nn.MultiheadAttention reads its weight: exclude it")
+    why = why_never_called(parent)
+    if why is not None:
+        raise ValueError(f"layers: {path!r} {why}: exclude it")
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise ValueError(
             f"layers: {path!r} is not called in eval mode, nn.TransformerEncoderLayer reads its weight: exclude it, or "

@@ -39,8 +39,8 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         r: rank. lora_alpha: numerator of the scaling, lora_alpha / r.
         adapter_name: the first adapter's name. lora_dropout: probability in [0, 1].
         use_rslora: scaling is lora_alpha / sqrt(r). lora_bias: lora_B has a bias.
-        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), or False (both
-            as nn.Linear draws them). Same seed, same draws as PEFT.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), "orthogonal"
+            (even ranks), or False (both as nn.Linear draws them). Same seed, same draws as PEFT.
         autocast_adapter_dtype: hold adapters in fp32 over a 16-bit base (PEFT's default), else in the base's dtype.
         tensors: A, B and the bias of B instead of drawn ones.
 
@@ -269,8 +269,20 @@ def _draw(K: int, N: int, r: int, init: bool | str, lora_bias: bool, tensors: La
         if lora_bias:
             B.bias = nn.Parameter(tensors.lora_bias)
         return A, B
+    if init == "eva":
+        raise ValueError(
+            "init_lora_weights: 'eva' draws lora_A from data; let peft.initialize_lora_eva_weights draw it, save the "
+            "PEFT model, and load the folder with fused_lora.load_adapter"
+        )
+    if init == "orthogonal" and r % 2:
+        raise ValueError(f"init_lora_weights: 'orthogonal' needs an even rank, got {r}")
     A, B = nn.Linear(K, r, bias=False), nn.Linear(r, N, bias=lora_bias)
     if init is False:
+        return A, B
+    if init == "orthogonal":
+        Q, _ = torch.linalg.qr(torch.randn(r, r))
+        A.weight = nn.Parameter((torch.randn(K, r // 2).mm(Q[0::2]).T / 10.0).contiguous())
+        B.weight = nn.Parameter((torch.randn(r // 2, N).T.mm(Q[1::2]) / 10.0).contiguous())
         return A, B
     if init == "gaussian":
         nn.init.normal_(A.weight, std=1 / r)

@@ -12,6 +12,7 @@ from fused_lora.modules import of_peft
 from fused_lora.modules.changes import alone, changing, unwatch
 from fused_lora.modules.inject import adapter_configs, as_list, check_module, check_names, lora_layers
 from fused_lora.modules.linear import LoraLinear, go_back, snapshot, unmerge_all
+from fused_lora.modules.names import some
 
 
 @alone
@@ -128,5 +129,5 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def _layers(model: nn.Module) -> dict[str, LoraLinear]:
     layers = lora_layers(model)
     if not layers:
-        raise RuntimeError(f"model: expected LoRA layers, found none (adapters: {sorted(adapter_configs(model))})")
+        raise RuntimeError(f"model: expected LoRA layers, found none (adapters: {some(adapter_configs(model))})")
     return layers

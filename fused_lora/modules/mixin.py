@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_lora.bases import Adapters, base_of, foreign
 from fused_lora.modules.changes import alone
-from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout
+from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
 from fused_lora.ops.merge import op as merging
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
@@ -45,7 +45,7 @@ class FusedLoraBehaviour:
         base = self._modules["base_layer"]
         if not names:
             return base(x)
-        if self._why_not_plain(names):
+        if self._why_not_plain(names) or why_transformed():
             return self._composed_forward(base(x), x, names)
         if base_of(base).why_not_fused(base):
             return self._around_forward(x, names)[0]
@@ -128,7 +128,7 @@ class FusedLoraBehaviour:
         Args:
             safe_merge: accepted for PEFT's sake.
             adapter_names: names to merge; None means the active ones. Names that the layer lacks are skipped, names
-                already merged are dropped with a warning.
+                already merged are dropped with a warning. A name given twice counts twice, as in the forward.
 
         Raises:
             TypeError: adapter_names is a str. ValueError: a weight would become NaN or infinite.
@@ -252,7 +252,7 @@ class FusedLoraBehaviour:
         names = self.active_adapters if adapter_names is None else adapter_names
         if isinstance(names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
-        names = list(dict.fromkeys(names))
+        names = list(names)  # a name given twice counts twice, as in the forward
         if self.merged:
             names = [name for name in names if name not in self.merged_adapters]
             if names:
