@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fused_lora.bases import base_of
 from fused_lora.bases.base import why_not_plain_tensor, why_not_plain_weight
@@ -37,6 +38,11 @@ class AcceleratedLinear(FusedLoraBehaviour):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward: base(x) + sum over active adapters of scaling * B(A(dropout(x))), in the dtype of base(x)."""
+        if not (args or kwargs or self.lora_variant or _has_any_global_hook()) and self.cast_input_dtype_enabled:
+            y = self._remembered_forward(x)
+            if y is not None:
+                CALLS[FUSED] += 1
+                return y
         adapter_names = kwargs.get("adapter_names")
         names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
         reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, kwargs)

@@ -12,6 +12,7 @@ small and no fp32 weight is ever kept.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -40,10 +41,10 @@ def lora_linear(
     seeds: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, N] in x's dtype, S [M, sum r] in the accumulation dtype. Arguments as ``reference.lora_linear``, x 2-D."""
-    acc = accumulate_dtype(x, lora_A)
     rows = _as(x, compute_dtype(x.dtype, x.device))
+    acc = _widest(rows.dtype, lora_A)
     S = _shrink(rows, lora_A, dropout, seeds, acc)
-    total = _as(_matmul_weight_t(rows, weight, None if acc != rows.dtype else bias), acc)
+    total = _as(_matmul_weight_t(rows, weight, bias if acc == rows.dtype else None), acc)
     if bias is not None and acc != rows.dtype:
         total += bias
     return _as(_add_terms(total, S, lora_B, scaling), x.dtype), _as(S, torch.promote_types(acc, torch.float32))
@@ -95,17 +96,17 @@ def lora_linear_backward(
 
     Without a weight dx is the LoRA term alone, and g may have another dtype than x.
     """
-    acc, seeds = accumulate_dtype(x, lora_A), _numbers(seeds)
     g_rows, x_rows = _as(g, compute_dtype(g.dtype, g.device)), _as(x, compute_dtype(x.dtype, x.device))
+    acc, seeds = _widest(x_rows.dtype, lora_A), _numbers(seeds)
     if g_rows.dtype != acc:
         acc = torch.promote_types(acc, g_rows.dtype)
     g_acc, dx, dA, dB = _as(g_rows, acc), None, [None] * len(lora_A), [None] * len(lora_A)
     for i, (A, B, part) in enumerate(zip(lora_A, lora_B, _columns(_as(S, acc), lora_B), strict=True)):
-        s, p = scaling[i], dropout[i]
-        if need_B[i]:  # the short side first: a third less time than g^T S, transposed where it is small
-            dB[i] = _as((part.t() @ g_acc).t().mul(s), B.dtype).contiguous()
+        s, p, B_acc = scaling[i], dropout[i], _as(B, acc)
+        if need_B[i]:
+            dB[i] = _as(_scaled(g_acc.t(), part, s, B_acc), B.dtype)
         if need_x or need_A[i]:
-            dS = torch.mm(g_acc, _as(B, acc)).mul_(s * keep_scale(p))  # both factors, one rounding
+            dS = _scaled(g_acc, B_acc, s * keep_scale(p), part)  # both factors, one rounding
             dx, dA[i] = _input_side(dS, x_rows, A, p, seeds[i] if p else None, dx, need_x, need_A[i])
     if need_x and weight is not None:
         _add_matmul_weight(dx, g_rows, weight)
@@ -116,7 +117,10 @@ def lora_linear_backward(
 
 def accumulate_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
     """The widest dtype involved: fp32 adapters over a 16-bit base are used in fp32, as PEFT does."""
-    acc = compute_dtype(x.dtype, x.device)
+    return _widest(compute_dtype(x.dtype, x.device), lora_A)
+
+
+def _widest(acc: torch.dtype, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
     for A in lora_A:
         if A.dtype != acc:
             acc = torch.promote_types(acc, A.dtype)
@@ -129,7 +133,12 @@ def shrink_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the question takes a fifth of the call
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)  # the question takes a fifth of the call
+
+
+def _scaled(left: torch.Tensor, right: torch.Tensor, s: float, like: torch.Tensor) -> torch.Tensor:
+    """s * (left @ right) in one call; ``like`` only has the result's shape and dtype."""
+    return torch.addmm(like, left, right, beta=0, alpha=s)
 
 
 def _columns(S: torch.Tensor, lora_B: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -137,18 +146,18 @@ def _columns(S: torch.Tensor, lora_B: Sequence[torch.Tensor]) -> Sequence[torch.
     return [S] if len(lora_B) == 1 else S.split([B.shape[1] for B in lora_B], 1)
 
 
-def _row_blocks(rows: torch.Tensor) -> Iterator[tuple[int, int]]:
+def _row_blocks(rows: torch.Tensor) -> Sequence[tuple[int, int]]:
     """Blocks whose mask stays in a CPU's cache. Elsewhere one: the mask is there, and each block would round dA."""
     M, K = rows.shape
-    step = max(1, _MASK_ELEMENTS // max(K, 1) if rows.device.type == "cpu" else M)
-    for start in range(0, M, step):
-        yield start, min(start + step, M)
+    if M * K <= _MASK_ELEMENTS or not rows.is_cpu:
+        return ((0, M),)
+    step = max(1, _MASK_ELEMENTS // K)
+    return [(start, min(start + step, M)) for start in range(0, M, step)]
 
 
-def _buffer(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _buffer(rows: torch.Tensor, dtype: torch.dtype, blocks: Sequence[tuple[int, int]]) -> torch.Tensor:
     """Room for one row block, reused for all of them."""
-    _, first = next(_row_blocks(rows), (0, 0))
-    return rows.new_empty((first, rows.shape[1]), dtype=dtype)
+    return rows.new_empty(blocks[0][1], rows.shape[1], dtype=dtype)
 
 
 def _part(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -158,12 +167,11 @@ def _part(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 class _Mask:
     """Row blocks of one call's keep mask, without holding the whole on a CPU."""
 
-    def __init__(self, seed: torch.Tensor, p: float, M: int, K: int, device: torch.device):
-        self._cut = dropout_threshold(p) - 32768
-        self.scale, self._K = keep_scale(p), K
-        self._seed = int(seed) if device.type == "cpu" else None
-        # off the CPU this path is the fallback, and drawing the mask whole costs the fewest launches
-        self._whole = None if device.type == "cpu" else dropout_lanes_on(device, seed, M, K)[:, :K] >= self._cut
+    def __init__(self, seed: int | torch.Tensor, p: float, rows: torch.Tensor):
+        self._seed, self._cut = seed, dropout_threshold(p) - 32768
+        (M, self._K), self._whole = rows.shape, None
+        if not rows.is_cpu:  # there this path is the fallback, and drawing the mask whole costs the fewest launches
+            self._whole = dropout_lanes_on(rows.device, seed, M, self._K)[:, : self._K] >= self._cut
 
     def multiply(
         self, start: int, stop: int, rows: torch.Tensor | None, out: torch.Tensor | None, in_place: torch.Tensor | None
@@ -196,32 +204,27 @@ def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
 
 def _numbers(seeds: torch.Tensor | None) -> Sequence | None:
     """The seeds as numbers where nothing has to wait for them."""
-    return seeds.tolist() if seeds is not None and seeds.device.type == "cpu" else seeds
+    return seeds.tolist() if seeds is not None and seeds.is_cpu else seeds
 
 
 def _shrink_one(rows, A, p, seed) -> torch.Tensor:
-    M, K = rows.shape
     if p == 0.0:
-        return _narrow(_as(rows, A.dtype), A)
-    if p == 1.0 or M == 0:
-        return rows.new_zeros((M, A.shape[0]), dtype=A.dtype)
-    mask, buffer, parts = _Mask(seed, p, M, K, rows.device), _buffer(rows, rows.dtype), []
-    for start, stop in _row_blocks(rows):
+        return torch.nn.functional.linear(_as(rows, A.dtype), A)
+    if p == 1.0 or not len(rows):
+        return rows.new_zeros((len(rows), A.shape[0]), dtype=A.dtype)
+    mask, blocks, parts = _Mask(seed, p, rows), _row_blocks(rows), []
+    buffer = _buffer(rows, rows.dtype, blocks)
+    for start, stop in blocks:
         block = _part(buffer, 0, stop - start)
         mask.multiply(start, stop, _part(rows, start, stop), block, None)
-        parts.append(_narrow(_as(block, A.dtype), A))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).mul_(mask.scale)
+        parts.append(torch.nn.functional.linear(_as(block, A.dtype), A))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).mul_(_scale(p))
 
 
-def _narrow(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """rows [M, L] times matrix [r, L] transposed: long sums for few results.
-
-    Both operands lie along the sum, which BLAS libraries add up in several accumulators: half the rounding error of
-    the other layout. For a single result they do not, so a pairwise sum takes over.
-    """
-    if rows.shape[0] == 1:
-        return (rows * matrix).sum(1).reshape(1, -1)
-    return torch.nn.functional.linear(rows, matrix)
+@lru_cache(maxsize=256)
+def _scale(p: float) -> torch.Tensor:
+    """keep_scale(p) as a tensor of no dimension, which torch multiplies by in a third of the time of a number."""
+    return torch.tensor(keep_scale(p), dtype=torch.float64)
 
 
 def _input_side(
@@ -234,15 +237,16 @@ def _input_side(
     acc, A_acc, dA = dS.dtype, _as(A, dS.dtype), None
     if p == 0.0:
         if need_x:
-            dx = dS @ A_acc if dx is None else dx.addmm_(dS, A_acc)
-        return dx, _as(dS.t() @ _as(rows, acc), A.dtype) if need_A else None
-    first, (M, K) = dx is None, rows.shape
+            dx = torch.mm(dS, A_acc) if dx is None else dx.addmm_(dS, A_acc)
+        return dx, _as(torch.mm(dS.t(), _as(rows, acc)), A.dtype) if need_A else None
+    first = dx is None
     if need_x and first:  # no pass to add its part
-        dx = rows.new_empty((M, K), dtype=acc) if p < 1.0 else rows.new_zeros((M, K), dtype=acc)
+        dx = rows.new_empty(rows.shape, dtype=acc) if p < 1.0 else rows.new_zeros(rows.shape, dtype=acc)
     if p < 1.0:
-        mask, dropped = _Mask(seed, p, M, K, rows.device), _buffer(rows, acc) if need_A else None
-        part = None if first or not need_x else _buffer(rows, acc)
-        for start, stop in _row_blocks(rows):
+        mask, blocks = _Mask(seed, p, rows), _row_blocks(rows)
+        dropped = _buffer(rows, acc, blocks) if need_A else None
+        part = None if first or not need_x else _buffer(rows, acc, blocks)
+        for start, stop in blocks:
             source = kept = target = None
             dS_rows = _part(dS, start, stop)
             if need_A:
@@ -252,7 +256,7 @@ def _input_side(
                 torch.mm(dS_rows, A_acc, out=target)
             mask.multiply(start, stop, source, kept, target)
             if need_A:
-                dA = dS_rows.t() @ kept if dA is None else dA.addmm_(dS_rows.t(), kept)
+                dA = torch.mm(dS_rows.t(), kept) if dA is None else dA.addmm_(dS_rows.t(), kept)
             if part is not None:
                 dx[start:stop] += target
     if need_A:

@@ -77,11 +77,57 @@ def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
     if x.is_neg():  # a kernel would not see the sign
         x = x.resolve_neg()
     run = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    return _run(run, run.grad and torch.is_grad_enabled(), x, weight, bias, lora_A, lora_B, seeds)
+
+
+def _run(run, grad: bool, x, weight, bias, lora_A, lora_B, seeds) -> Tensor:
     if run.masked and seeds is None:
         seeds = draw_seeds(len(lora_A), x.device)
-    if run.grad and torch.is_grad_enabled():
+    if grad:
         return _apply(run, seeds, x, *lora_A, *lora_B, weight, bias)[0]
     return run(x, weight, bias, lora_A, lora_B, seeds)[0]
+
+
+class Memory:
+    """What :func:`lora_linear` ran for the tensors of one layer: the next call with tensors like these asks nothing.
+
+    It holds no tensor. "Like these" is the guard of torch.compile, which compares class, dtype, device, sizes, strides,
+    requires_grad and whoever else takes part (modes, autocast, torch.func) in less time than Python reads one of them.
+    Rows of x may differ.
+    """
+
+    __slots__ = ("_entries", "_kept")
+
+    def __init__(self):
+        self._entries, self._kept = (), plan.kept
+
+    def __reduce__(self):  # copies and files of a layer hold None instead
+        return type(None), ()
+
+    def recall(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> Tensor | None:
+        """The result, differentiable; None when nothing is known of such a call."""
+        if self._kept is not plan.kept:  # plans have been forgotten
+            self._entries, self._kept = (), plan.kept
+        numbers, tensors = (scaling, dropout), (x, weight, *lora_A, *lora_B) if bias is None else (x, weight, *lora_A, *lora_B, bias)
+        for grad, same, known, runs in self._entries:
+            if known == numbers and same(*tensors):
+                key = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16
+                run = runs.get(key)
+                if run is None:
+                    run = runs[key] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout)
+                return _run(run, grad, x, weight, bias, lora_A, lora_B, None)
+        return None
+
+    def learn(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> None:
+        """Of a call that has passed, if nobody but autograd looked on."""
+        tensors = x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,))
+        if _TensorGuards is None or not is_direct(*tensors) or forward_ad._current_level >= 0 or _autocasts(x) or x.is_neg():
+            return
+        sizes = [[None] * (x.dim() - 1) + [x.shape[-1]], *(list(t.shape) for t in tensors[1:])]
+        strides = [[None] * x.dim(), *(list(t.stride()) for t in tensors[1:])]
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        same = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        self._entries = (grad, same, (scaling, dropout), {}), *self._entries[: _ENTRIES - 1]
 
 
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
@@ -279,11 +325,11 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run, seeds, x, *others):
-        *_, weight, bias = others
-        n = len(others) // 2 - 1
-        A, B = others[:n], others[n:-2]
+        *adapters, weight, bias = others
+        n = len(run.scaling)
+        A, B = adapters[:n], adapters[n:]
         y, S = run(x, weight, bias, A, B, seeds)
-        _keep(ctx, ctx.needs_input_grad[2:], x, weight, run.bias_dtype, A, B, run.scaling, run.dropout, seeds, S)
+        _keep(ctx, run.needs, x, weight, run.bias_dtype, A, B, run.scaling, run.dropout, seeds, S)
         ctx.run = run
         return y, S
 
@@ -313,6 +359,8 @@ def _is_batched(g: Tensor) -> bool:
 _apply = super(torch.autograd.Function, _Direct).apply
 _stack, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses bring their own arithmetic
+_TensorGuards = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # without it every call asks everything anew
+_ENTRIES = 8  # of a layer: in training and not, of two and three dimensions, for several sets of active adapters
 _is_tracing = torch._C._is_tracing
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _library = torch.library.Library("fused_lora", "FRAGMENT")

@@ -137,17 +137,18 @@ def _pick(*arguments) -> LaunchConfig:
 class Forward:
     """What the calls of one key share: a function of their tensors that returns (y, S), and what the backward needs.
 
-    grad: one of the tensors wants a gradient.
+    needs: which of x, lora_A, lora_B, weight and bias want a gradient, in this order; grad: whether one of them does.
     """
 
-    __slots__ = ("bias_dtype", "dropout", "grad", "masked", "rows", "scaling", "shape", "_run")
+    __slots__ = ("bias_dtype", "dropout", "grad", "masked", "needs", "rows", "scaling", "shape", "_run")
 
     def __init__(self, x, weight, bias, lora_A, lora_B, scaling: Sequence[float], dropout: Sequence[float]):
         leading, N = x.shape[:-1], weight.shape[0]
         self.rows = None if len(leading) == 1 else (leading.numel(), weight.shape[1])
         self.shape, self.masked, self.bias_dtype = (*leading, N), any(dropout), None if bias is None else bias.dtype
         self.scaling, self.dropout = tuple(scaling), tuple(dropout)
-        self.grad = any(t is not None and t.requires_grad for t in (x, weight, bias, *lora_A, *lora_B))
+        self.needs = tuple([t is not None and t.requires_grad for t in (x, *lora_A, *lora_B, weight, bias)])
+        self.grad = any(self.needs)
         rows = x if self.rows is None else x.reshape(self.rows)
         self._run = _forward(rows, weight, bias, lora_A, lora_B, self.scaling, self.dropout)
 
