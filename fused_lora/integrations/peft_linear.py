@@ -22,7 +22,6 @@ from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plai
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 
 FUSED, AROUND = "fused", "fused around the base: "
-_FEW_ROWS = 64
 _OF_VARIANTS = ("adapter_names", "alora_offsets")  # arguments that PEFT keeps from the base layer
 _WRAPPED = (
     "the model is wrapped by PEFT already. peft_model.load_adapter(path, adapter_name, is_trainable=True) loads a "
@@ -261,11 +260,4 @@ def _why_not_call(layer: nn.Module, names: list[str], x: Tensor, kwargs: dict) -
         return "casting of the input is switched off"
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference():
         return "the input is an inference tensor"  # ours is kept for the backward, PEFT's cast or dropped copy
-    # a checkpoint's first forward, in training, has no gradients either, and its second must draw the same masks
-    return "few rows on a CPU" if not layer.training and _is_too_small(x, K) else None
-
-
-def _is_too_small(x: Tensor, K: int) -> bool:
-    """Whether PEFT's few calls of torch take less time than ours: decoding in fp32 on a CPU, by measurement."""
-    small = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
-    return small and not torch.compiler.is_compiling() and x.numel() <= _FEW_ROWS * K
+    return None

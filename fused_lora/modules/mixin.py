@@ -65,9 +65,11 @@ class FusedLoraBehaviour:
         base = self._modules["base_layer"]
         y = base_of(base).forward(base, x, self._adapters(names))
         if not torch.compiler.is_compiling():
-            operands = self._operands()
+            operands, memory = self._operands(), self.__dict__.get("_memory")
             if operands:
-                self.__dict__.setdefault("_memory", Memory()).learn(x, *operands)
+                if memory is None:
+                    memory = self.__dict__["_memory"] = Memory()
+                memory.learn(x, *operands)
         return y
 
     def _remembered_forward(self, x: Tensor) -> Tensor | None:

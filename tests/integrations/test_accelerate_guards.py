@@ -633,7 +633,7 @@ def test_inputs_that_are_no_plain_tensors(report):
     assert sum(report()["fallback"].values()) == 3 and report()["fused"] == 0
 
 
-def test_decoding_on_a_cpu_is_left_to_peft(report):
+def test_few_rows_on_a_cpu(report):
     both = pair()
     ours, theirs = (layer.eval() for layer in layers(both)[:2])
     with torch.no_grad():

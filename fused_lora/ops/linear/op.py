@@ -89,11 +89,11 @@ def _run(run, grad: bool, x, weight, bias, lora_A, lora_B, seeds) -> Tensor:
 
 
 class Memory:
-    """What :func:`lora_linear` ran for the tensors of one layer: the next call with tensors like these asks nothing.
+    """What :func:`lora_linear` runs for the tensors of one layer, so that the next call with such tensors asks nothing.
 
-    It holds no tensor. "Like these" is the guard of torch.compile, which compares class, dtype, device, sizes, strides,
-    requires_grad and whoever else takes part (modes, autocast, torch.func) in less time than Python reads one of them.
-    Rows of x may differ.
+    It holds no tensor. "Such" is what torch.compile's guard compares, in the time that Python needs to read one of
+    them: class, dtype, device, sizes, strides, requires_grad, and who else takes part (dispatch modes, autocast,
+    torch.func). Only the rows of x may differ.
     """
 
     __slots__ = ("_entries", "_kept")
@@ -105,29 +105,31 @@ class Memory:
         return type(None), ()
 
     def recall(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> Tensor | None:
-        """The result, differentiable; None when nothing is known of such a call."""
-        if self._kept is not plan.kept:  # plans have been forgotten
+        """The result, differentiable; None when no such call was learnt."""
+        if self._kept is not plan.kept:  # all plans are made anew
             self._entries, self._kept = (), plan.kept
-        numbers, tensors = (scaling, dropout), (x, weight, *lora_A, *lora_B) if bias is None else (x, weight, *lora_A, *lora_B, bias)
-        for grad, same, known, runs in self._entries:
-            if known == numbers and same(*tensors):
+        tensors = x, weight, weight if bias is None else bias, *lora_A, *lora_B
+        for same, numbers, grad, runs in self._entries:
+            if numbers == (scaling, dropout) and same(*tensors):
                 key = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16
                 run = runs.get(key)
                 if run is None:
+                    if len(runs) >= _RUNS:
+                        runs.clear()
                     run = runs[key] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout)
                 return _run(run, grad, x, weight, bias, lora_A, lora_B, None)
         return None
 
     def learn(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> None:
-        """Of a call that has passed, if nobody but autograd looked on."""
-        tensors = x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,))
-        if _TensorGuards is None or not is_direct(*tensors) or forward_ad._current_level >= 0 or _autocasts(x) or x.is_neg():
+        """Of a call that has passed, where nobody but autograd looks on."""
+        tensors = x, weight, weight if bias is None else bias, *lora_A, *lora_B
+        if _TensorGuards is None or _autocasts(x) or x.is_neg() or not is_direct(*tensors):
             return
-        sizes = [[None] * (x.dim() - 1) + [x.shape[-1]], *(list(t.shape) for t in tensors[1:])]
-        strides = [[None] * x.dim(), *(list(t.stride()) for t in tensors[1:])]
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        sizes[0][:-1], strides[0] = [None] * (x.dim() - 1), [None] * x.dim()
         same = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-        self._entries = (grad, same, (scaling, dropout), {}), *self._entries[: _ENTRIES - 1]
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        self._entries = (same, (scaling, dropout), grad, {}), *self._entries[: _ENTRIES - 1]
 
 
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
@@ -219,16 +221,16 @@ def _(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, need
 def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
     need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
-    x, weight, bias, *others = inputs
-    needs = need_x, *rest[: 2 * len(inputs[3])], need_weight, need_bias
-    _keep(ctx, needs, x, weight, None if bias is None else bias.dtype, *others, output[1])
+    x, weight, bias, lora_A, lora_B, scaling, dropout, seeds = inputs
+    needs = need_x, *rest[: 2 * len(lora_A)], need_weight, need_bias
+    call = len(lora_A), scaling, dropout, None if bias is None else bias.dtype, needs
+    _keep(ctx, call, x, weight, lora_A, lora_B, seeds, output[1])
 
 
-def _keep(ctx, needs, x, weight, bias_dtype, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
-    """For the backward; ``needs`` has one flag per tensor: x, n times lora_A, n times lora_B, weight, bias."""
-    n = len(lora_A)
-    ctx.set_materialize_grads(False)
-    ctx.call = n, scaling, dropout, bias_dtype, needs
+def _keep(ctx, call, x, weight, lora_A, lora_B, seeds, S) -> None:
+    """For the backward; ``call`` ends with one flag per tensor: x, n times lora_A, n times lora_B, weight, bias."""
+    n, *_, needs = call
+    ctx.call, ctx.materialize_grads = call, False
     keep_x = x if needs[-2] or any(needs[1 : n + 1]) else None  # only dA and dW read it
     if needs[0]:
         ctx.idle = None
@@ -325,11 +327,10 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run, seeds, x, *others):
-        *adapters, weight, bias = others
-        n = len(run.scaling)
-        A, B = adapters[:n], adapters[n:]
+        n, weight, bias = run.call[0], others[-2], others[-1]
+        A, B = others[:n], others[n:-2]
         y, S = run(x, weight, bias, A, B, seeds)
-        _keep(ctx, run.needs, x, weight, run.bias_dtype, A, B, run.scaling, run.dropout, seeds, S)
+        _keep(ctx, run.call, x, weight, A, B, seeds, S)
         ctx.run = run
         return y, S
 
@@ -360,7 +361,8 @@ _apply = super(torch.autograd.Function, _Direct).apply
 _stack, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses bring their own arithmetic
 _TensorGuards = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # without it every call asks everything anew
-_ENTRIES = 8  # of a layer: in training and not, of two and three dimensions, for several sets of active adapters
+_RUNS = 256  # numbers of rows
+_ENTRIES = 8  # of a layer: in training and not, x of two and of three dimensions, several sets of active adapters
 _is_tracing = torch._C._is_tracing
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _library = torch.library.Library("fused_lora", "FRAGMENT")

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 _KEPT = 4096  # keys, the oldest of which is forgotten for a new one
 kept: dict[tuple, Callable] = {}
-_unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
 _lock = threading.Lock()
 # contraction up to which the fused GEMM loses less to the library's than a pass over y costs, and rows from which
 _LONG, _FUSED_ROWS = 4096, 2048
@@ -137,27 +136,29 @@ def _pick(*arguments) -> LaunchConfig:
 class Forward:
     """What the calls of one key share: a function of their tensors that returns (y, S), and what the backward needs.
 
-    needs: which of x, lora_A, lora_B, weight and bias want a gradient, in this order; grad: whether one of them does.
+    grad: one of the tensors wants a gradient. call: what the backward knows of a call besides its tensors; it ends
+    with which of x, each lora_A, each lora_B, weight and bias want one.
     """
 
-    __slots__ = ("bias_dtype", "dropout", "grad", "masked", "needs", "rows", "scaling", "shape", "_run")
+    __slots__ = ("call", "grad", "masked", "rows", "shape", "_run")
 
     def __init__(self, x, weight, bias, lora_A, lora_B, scaling: Sequence[float], dropout: Sequence[float]):
         leading, N = x.shape[:-1], weight.shape[0]
         self.rows = None if len(leading) == 1 else (leading.numel(), weight.shape[1])
-        self.shape, self.masked, self.bias_dtype = (*leading, N), any(dropout), None if bias is None else bias.dtype
-        self.scaling, self.dropout = tuple(scaling), tuple(dropout)
-        self.needs = tuple([t is not None and t.requires_grad for t in (x, *lora_A, *lora_B, weight, bias)])
-        self.grad = any(self.needs)
+        self.shape, self.masked = (*leading, N), any(dropout)
+        needs = tuple([t is not None and t.requires_grad for t in (x, *lora_A, *lora_B, weight, bias)])
+        numbers = tuple(scaling), tuple(dropout)
+        self.grad, self.call = any(needs), (len(lora_A), *numbers, None if bias is None else bias.dtype, needs)
         rows = x if self.rows is None else x.reshape(self.rows)
-        self._run = _forward(rows, weight, bias, lora_A, lora_B, self.scaling, self.dropout)
+        self._run = _forward(rows, weight, bias, lora_A, lora_B, *numbers)
 
     def __call__(self, x, weight, bias, lora_A, lora_B, seeds) -> tuple[torch.Tensor, torch.Tensor]:
         """y [..., N], no view, so that it may be changed in place, and S [M, sum r_i]."""
+        _, scaling, dropout, *_ = self.call
         if self.rows is None:
-            return self._run(x, weight, bias, lora_A, lora_B, self.scaling, self.dropout, seeds)
-        y, S = self._run(x.reshape(self.rows), weight, bias, lora_A, lora_B, self.scaling, self.dropout, seeds)
-        return _unsafe_view(y, self.shape), S
+            return self._run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+        y, S = self._run(x.reshape(self.rows), weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+        return y.resize_(self.shape), S
 
 
 def forward(
@@ -208,7 +209,8 @@ def backward(
 
 def forget() -> None:
     """Plan all shapes anew, after a change of ``FUSED_LORA_PLAN``; what has failed stays dropped."""
-    kept.clear()
+    global kept
+    kept = {}  # another one: whoever remembers what it found in this one sees that
 
 
 def layout(*tensors: torch.Tensor) -> tuple:
