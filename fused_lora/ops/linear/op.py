@@ -10,11 +10,13 @@ The maths and the mask are those of ``fused_lora.reference``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_lora.ops.alike import Alike
 from fused_lora.ops.checks import check_linear, refuse_tangents
 from fused_lora.ops.linear import double_backward, flops, plan
 from fused_lora.ops.linear import eager as cpu
@@ -91,45 +93,43 @@ def _run(run, grad: bool, x, weight, bias, lora_A, lora_B, seeds) -> Tensor:
 class Memory:
     """What :func:`lora_linear` runs for the tensors of one layer, so that the next call with such tensors asks nothing.
 
-    It holds no tensor. "Such" is what torch.compile's guard compares, in the time that Python needs to read one of
-    them: class, dtype, device, sizes, strides, requires_grad, and who else takes part (dispatch modes, autocast,
-    torch.func). Only the rows of x may differ.
+    Only the rows of x may differ (see :mod:`fused_lora.ops.alike`).
     """
 
-    __slots__ = ("_entries", "_kept")
+    __slots__ = ("_by_numbers", "_kept")
 
     def __init__(self):
-        self._entries, self._kept = (), plan.kept
+        self._by_numbers, self._kept = {}, plan.kept
 
     def __reduce__(self):  # copies and files of a layer hold None instead
         return type(None), ()
 
     def recall(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> Tensor | None:
         """The result, differentiable; None when no such call was learnt."""
-        if self._kept is not plan.kept:  # all plans are made anew
-            self._entries, self._kept = (), plan.kept
-        tensors = x, weight, weight if bias is None else bias, *lora_A, *lora_B
-        for same, numbers, grad, runs in self._entries:
-            if numbers == (scaling, dropout) and same(*tensors):
-                key = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16
-                run = runs.get(key)
-                if run is None:
-                    if len(runs) >= _RUNS:
-                        runs.clear()
-                    run = runs[key] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout)
-                return _run(run, grad, x, weight, bias, lora_A, lora_B, None)
-        return None
+        alike = self._by_numbers.get((*scaling, *dropout))
+        if alike is None or self._kept is not plan.kept:  # all plans are made anew
+            return None
+        found = alike.find(x, weight, weight if bias is None else bias, *lora_A, *lora_B)
+        if found is None:
+            return None
+        grad, runs = found
+        key = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16
+        run = runs.get(key)
+        if run is None:
+            if len(runs) >= _RUNS:
+                runs.clear()
+            run = runs[key] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout)
+        return _run(run, grad, x, weight, bias, lora_A, lora_B, None)
 
     def learn(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> None:
         """Of a call that has passed, where nobody but autograd looks on."""
-        tensors = x, weight, weight if bias is None else bias, *lora_A, *lora_B
-        if _TensorGuards is None or _autocasts(x) or x.is_neg() or not is_direct(*tensors):
+        tensors, numbers = (x, weight, weight if bias is None else bias, *lora_A, *lora_B), (*scaling, *dropout)
+        if _autocasts(x) or x.is_neg() or not is_direct(*tensors):
             return
-        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-        sizes[0][:-1], strides[0] = [None] * (x.dim() - 1), [None] * x.dim()
-        same = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        if self._kept is not plan.kept or len(self._by_numbers) > _NUMBERS:
+            self._by_numbers, self._kept = {}, plan.kept
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        self._entries = (same, (scaling, dropout), grad, {}), *self._entries[: _ENTRIES - 1]
+        self._by_numbers.setdefault(numbers, Alike()).keep((grad, {}), tensors, any_rows=True)
 
 
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
@@ -182,12 +182,12 @@ def _(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
     return y, x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_A)), dtype=cpu.shrink_dtype(x, lora_A))
 
 
-def _gradients(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
+def _gradients(alike, g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
     """dx, dA, dB, dW, db with None for what is not needed; ``needs`` as for :func:`_keep`."""
     n = len(lora_A)
     need_x, need_A, need_B = needs[0], needs[1 : n + 1], needs[n + 1 : -2]
     rows = g.new_empty((g.shape[0], weight.shape[1])) if x is None else x
-    run = plan.backward(g, rows, weight, lora_A, lora_B, scaling, dropout, tuple(needs))
+    run = plan.backward(g, rows, weight, lora_A, lora_B, scaling, dropout, tuple(needs), alike)
     found = run(g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, *needs[-2:])
     return found if found[-1] is None else (*found[:-1], found[-1].to(bias_dtype))
 
@@ -207,7 +207,7 @@ def _lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     arguments = g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs
-    dx, dA, dB, dW, db = _gradients(*arguments)
+    dx, dA, dB, dW, db = _gradients(None, *arguments)
     return [t for t in (dx, *dA, *dB, dW, db) if t is not None]
 
 
@@ -345,7 +345,7 @@ class _Direct(torch.autograd.Function):
         rows = ctx.run.rows
         if g is not None and rows is not None:
             g = g.reshape(rows[0], g.shape[-1])
-        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, _gradients)
+        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, partial(_gradients, ctx.run.alike))
         if dx is not None and rows is not None:
             dx = dx.reshape(*ctx.run.shape[:-1], rows[1])
         return None, None, dx, *dA, *dB, dW, db
@@ -360,9 +360,7 @@ def _is_batched(g: Tensor) -> bool:
 _apply = super(torch.autograd.Function, _Direct).apply
 _stack, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses bring their own arithmetic
-_TensorGuards = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # without it every call asks everything anew
-_RUNS = 256  # numbers of rows
-_ENTRIES = 8  # of a layer: in training and not, x of two and of three dimensions, several sets of active adapters
+_RUNS, _NUMBERS = 256, 8  # of a layer: numbers of rows; scalings and dropouts, for sets of active adapters
 _is_tracing = torch._C._is_tracing
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _library = torch.library.Library("fused_lora", "FRAGMENT")
