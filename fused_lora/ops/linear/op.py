@@ -86,7 +86,8 @@ def _run(run, grad: bool, x, weight, bias, lora_A, lora_B, seeds) -> Tensor:
     if run.masked and seeds is None:
         seeds = draw_seeds(len(lora_A), x.device)
     if grad:
-        return _apply(run, seeds, x, *lora_A, *lora_B, weight, bias)[0]
+        frozen, free = ((weight, bias), ()) if run.frozen else (None, (weight, bias))
+        return _apply(run, seeds, frozen, x, *lora_A, *lora_B, *free)[0]
     return run(x, weight, bias, lora_A, lora_B, seeds)[0]
 
 
@@ -229,9 +230,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _keep(ctx, call, x, weight, lora_A, lora_B, seeds, S) -> None:
     """For the backward; ``call`` ends with one flag per tensor: x, n times lora_A, n times lora_B, weight, bias."""
-    n, *_, needs = call
+    n, needs = call[0], call[-1]
     ctx.call, ctx.materialize_grads = call, False
-    keep_x = x if needs[-2] or any(needs[1 : n + 1]) else None  # only dA and dW read it
+    keep_x = x if needs[1] or needs[-2] or any(needs[2 : n + 1]) else None  # only dA and dW read it
     if needs[0]:
         ctx.idle = None
         ctx.save_for_backward(keep_x, weight, S, seeds, *lora_A, *lora_B)
@@ -326,9 +327,9 @@ class _Direct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, run, seeds, x, *others):
-        n, weight, bias = run.call[0], others[-2], others[-1]
-        A, B = others[:n], others[n:-2]
+    def forward(ctx, run, seeds, frozen, x, *others):
+        n = run.call[0]
+        A, B, (weight, bias) = others[:n], others[n : 2 * n], frozen or others[2 * n :]
         y, S = run(x, weight, bias, A, B, seeds)
         _keep(ctx, run.call, x, weight, A, B, seeds, S)
         ctx.run = run
@@ -338,7 +339,7 @@ class _Direct(torch.autograd.Function):
     def backward(ctx, g, g_S):
         some = g_S if g is None else g
         if some is None:
-            return (None,) * (5 + 2 * ctx.call[0])
+            return (None,) * (4 + 2 * ctx.call[0] + (0 if ctx.run.frozen else 2))
         if _autocasts(some):
             with torch.autocast(some.device.type, enabled=False):
                 return _Direct.backward(ctx, g, g_S)
@@ -348,7 +349,7 @@ class _Direct(torch.autograd.Function):
         dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, partial(_gradients, ctx.run.alike))
         if dx is not None and rows is not None:
             dx = dx.reshape(*ctx.run.shape[:-1], rows[1])
-        return None, None, dx, *dA, *dB, dW, db
+        return None, None, None, dx, *dA, *dB, *(() if ctx.run.frozen else (dW, db))
 
 
 def _is_batched(g: Tensor) -> bool:

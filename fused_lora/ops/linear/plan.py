@@ -137,11 +137,11 @@ def _pick(*arguments) -> LaunchConfig:
 class Forward:
     """What the calls of one key share: a function of their tensors that returns (y, S), and what the backward needs.
 
-    grad: one of the tensors wants a gradient. call: what the backward knows of a call besides its tensors; it ends
+    grad: one of the tensors wants a gradient; frozen: neither weight nor bias does. call: what the backward knows of a call besides its tensors; it ends
     with which of x, each lora_A, each lora_B, weight and bias want one.
     """
 
-    __slots__ = ("alike", "call", "grad", "masked", "rows", "shape", "_run")
+    __slots__ = ("alike", "call", "frozen", "grad", "masked", "rows", "shape", "_run")
 
     def __init__(self, x, weight, bias, lora_A, lora_B, scaling: Sequence[float], dropout: Sequence[float]):
         leading, N = x.shape[:-1], weight.shape[0]
@@ -149,7 +149,8 @@ class Forward:
         self.shape, self.masked, self.alike = (*leading, N), any(dropout), Alike()
         needs = tuple([t is not None and t.requires_grad for t in (x, *lora_A, *lora_B, weight, bias)])
         numbers = tuple(scaling), tuple(dropout)
-        self.grad, self.call = any(needs), (len(lora_A), *numbers, None if bias is None else bias.dtype, needs)
+        self.grad, self.frozen = any(needs), not any(needs[-2:])
+        self.call = len(lora_A), *numbers, None if bias is None else bias.dtype, needs
         rows = x if self.rows is None else x.reshape(self.rows)
         self._run = _forward(rows, weight, bias, lora_A, lora_B, *numbers)
 
