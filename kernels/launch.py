@@ -36,7 +36,6 @@ class _Ready(NamedTuple):
     arguments: tuple  # all of the kernel's after the tensors, constants included
     nested: bool  # whether ``run`` wants the kernel's arguments in one tuple
     scratch: bool  # whether it wants memory, for descriptors
-    tuples: bool  # whether some of its first parameters are tuples of tensors
     device: int
     current_device: Callable
     current_stream: Callable
@@ -62,19 +61,20 @@ class Launch:
 
         tensors: of each parameter a tensor, None, or the tensors of a tuple.
         """
-        if self._ready is None:
+        ready, pointers, together = self._ready, [], 0
+        if ready is None:
             return self._by_triton(kernel, tensors)
-        run, head, middle, arguments, nested, scratch, tuples, device, current_device, current_stream, _ = self._ready
-        together = 0
-        if tuples:
-            pointers = [tuple([t.data_ptr() for t in p]) if type(p) is tuple else p and p.data_ptr() for p in tensors]
-            for pointer in pointers:
-                together |= reduce(or_, pointer) if type(pointer) is tuple else pointer or 0
-        else:
-            pointers = [None if t is None else t.data_ptr() for t in tensors]
-            for pointer in pointers:
-                if pointer:
-                    together |= pointer
+        for tensor in tensors:
+            if tensor is None:
+                pointer = None
+            elif type(tensor) is tuple:
+                pointer = tuple([t.data_ptr() for t in tensor])
+                together |= reduce(or_, pointer)
+            else:
+                pointer = tensor.data_ptr()
+                together |= pointer
+            pointers.append(pointer)
+        run, head, middle, arguments, nested, scratch, device, current_device, current_stream, _ = ready
         if together % 16 or current_device() != device or _watched(kernel):
             return self._by_triton(kernel, tensors)
         stream = current_stream(device)
@@ -92,26 +92,26 @@ class Launch:
             binary = kernel[self._grid](*tensors, *self._arguments, **self._fixed)
             if self._ready is None and _KNOWN and type(kernel) is JITFunction and not _watched(kernel):
                 if all(t.data_ptr() % 16 == 0 for t in flat):
-                    self._ready = self._prepare(kernel, tensors, binary)
+                    self._ready = self._prepare(kernel, len(tensors), binary)
 
-    def _prepare(self, kernel, tensors, binary) -> _Ready | None:
+    def _prepare(self, kernel, count: int, binary) -> _Ready | None:
         if binary is None or binary.metadata.target.backend != "cuda":
             return None
-        names = kernel.arg_names[len(tensors) + len(self._arguments) :]
+        names = kernel.arg_names[count + len(self._arguments) :]
         arguments = *self._arguments, *(self._fixed[name] for name in names)
         active, scratch = driver.active, binary.metadata.global_scratch_size > 0
         run, head, nested = binary.run, self._grid, False
         middle = binary.function, binary.packed_metadata, None, None, None
         if not scratch and not getattr(binary.metadata, "profile_scratch_size", 0):
-            run, head, middle, nested = _inner(run, head, middle, (*[None] * len(tensors), *arguments))
-        device, tuples = (active.get_current_device, active.get_current_stream), any(type(t) is tuple for t in tensors)
-        return _Ready(run, head, middle, arguments, nested, scratch, tuples, device[0](), *device, binary)
+            run, head, middle, nested = _inner(run, head, middle, (*[None] * count, *arguments))
+        device = active.get_current_device, active.get_current_stream
+        return _Ready(run, head, middle, arguments, nested, scratch, device[0](), *device, binary)
 
 
 def _inner(run, head: tuple, middle: tuple, arguments: tuple) -> tuple[Callable, tuple, tuple, bool]:
     """(launch, head, middle, nested): what ``run``, Triton's launcher, calls in the end, and how, for this kernel.
 
-    Learnt from one call that launches nothing. ``run`` itself where that does something else than hand on its arguments.
+    Learnt from a call that launches nothing. ``run`` itself where it does more than hand its arguments on.
     """
     stream, passed, probe = object(), [], copy.copy(run)
     probe.launch = lambda *given: passed.append(given)

@@ -27,7 +27,7 @@ class Alike:
         self._entries: tuple = ()
 
     def find(self, *tensors: Tensor) -> Any:
-        """The answer for tensors like these; None where there is none."""
+        """The answer for tensors like these; None where there is none, and where one of them comes twice."""
         for same, answer in self._entries:
             if same(*tensors):
                 return answer

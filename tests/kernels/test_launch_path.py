@@ -69,7 +69,7 @@ def test_every_launcher_launches(tmp_path):
     assert found["ways"] == WAYS
 
 
-def record(run, launch) -> tuple[list[str], list[list]]:
+def record(run, prepare) -> tuple[list[str], list[list]]:
     """Who makes each launch from here on, and what the C launcher is given, a tensor as its address."""
     who, given = [], []
 
@@ -78,12 +78,18 @@ def record(run, launch) -> tuple[list[str], list[list]]:
         who[-1] = "triton"
         return kernel
 
-    def recorded_launch(self, *args):
-        who.append("kept")
-        given.append([address(a) for a in args])
-        return launch(self, *args)
+    def recorded_prepare(self, *args):
+        prepare(self, *args)
+        launch = self.launch
 
-    JITFunction.run, CudaLauncher.__call__ = recorded_run, recorded_launch
+        def recorded_launch(*args):
+            who.append("kept")
+            given.append([address(a) for a in args])
+            return launch(*args)
+
+        self.launch = recorded_launch
+
+    JITFunction.run, CudaLauncher.__init__ = recorded_run, recorded_prepare
     return who, given
 
 
@@ -102,10 +108,10 @@ def alike(a, b) -> bool:
 
 
 def assert_alike(first, again):
-    """Two launches of a launcher differ in addresses alone; 6, 7 and 8 are hooks and what they are told."""
+    """Two launches of a launcher differ in addresses alone, and in the hooks, which a kept launch does not pass."""
     assert len(first) == len(again)
     for i, (a, b) in enumerate(zip(first, again, strict=True)):
-        assert i in (6, 7, 8) or alike(a, b), (i, a, b)
+        assert alike(a, b) or (not isinstance(a, (int, tuple)) and (b is None or type(a) is type(b))), (i, a, b)
 
 
 def launches(given: list[list]) -> dict[str, int]:
@@ -267,5 +273,5 @@ if __name__ == "__main__":
     from triton.runtime.jit import JITFunction
 
     stub_driver.use_stub_driver()
-    who, given = record(JITFunction.run, CudaLauncher.__call__)
+    who, given = record(JITFunction.run, CudaLauncher.__init__)
     print(json.dumps({"launches": launches(given), "ways": ways(who, given)}))

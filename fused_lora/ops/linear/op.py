@@ -107,10 +107,10 @@ class Memory:
 
     def recall(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> Tensor | None:
         """The result, differentiable; None when no such call was learnt."""
-        alike = self._by_numbers.get((*scaling, *dropout))
+        alike = self._by_numbers.get((bias is None, *scaling, *dropout))
         if alike is None or self._kept is not plan.kept:  # all plans are made anew
             return None
-        found = alike.find(x, weight, weight if bias is None else bias, *lora_A, *lora_B)
+        found = alike.find(x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,)))
         if found is None:
             return None
         grad, runs = found
@@ -124,13 +124,13 @@ class Memory:
 
     def learn(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> None:
         """Of a call that has passed, where nobody but autograd looks on."""
-        tensors, numbers = (x, weight, weight if bias is None else bias, *lora_A, *lora_B), (*scaling, *dropout)
+        tensors = x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,))
         if _autocasts(x) or x.is_neg() or not is_direct(*tensors):
             return
         if self._kept is not plan.kept or len(self._by_numbers) > _NUMBERS:
             self._by_numbers, self._kept = {}, plan.kept
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        self._by_numbers.setdefault(numbers, Alike()).keep((grad, {}), tensors, any_rows=True)
+        self._by_numbers.setdefault((bias is None, *scaling, *dropout), Alike()).keep((grad, {}), tensors, any_rows=True)
 
 
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:

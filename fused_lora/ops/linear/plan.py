@@ -137,8 +137,8 @@ def _pick(*arguments) -> LaunchConfig:
 class Forward:
     """What the calls of one key share: a function of their tensors that returns (y, S), and what the backward needs.
 
-    grad: one of the tensors wants a gradient; frozen: neither weight nor bias does. call: what the backward knows of a call besides its tensors; it ends
-    with which of x, each lora_A, each lora_B, weight and bias want one.
+    grad: one of the tensors wants a gradient; frozen: neither weight nor bias does. call: what the backward knows of a
+    call besides its tensors; it ends with which of x, each lora_A, each lora_B, weight and bias want a gradient.
     """
 
     __slots__ = ("alike", "call", "frozen", "grad", "masked", "rows", "shape", "_run")
