@@ -15,8 +15,8 @@ gradients, mixed batch one whose rows name their adapters, train a forward and t
 On a CPU two more rows a provider are a whole model, a random Llama of 4 layers of 256 features with adapters of rank 8
 on all linears: decode is one token after 16, train model forward and backward of 64 tokens.
 
-With --stub PEFT computes 4 rows of 64 features in fp32, for real, and ours plans 136 rows of 16, which take the launches of
-training; only its library products are real.
+With --stub PEFT computes 4 rows of 64 features in fp32, for real, and ours plans 136 rows of 16, which take the
+launches of training; only its library products are real.
 """
 
 from __future__ import annotations

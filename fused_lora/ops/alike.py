@@ -1,8 +1,9 @@
 """Tensors that are like those of an earlier call: what was found for them stands, and nothing is asked again.
 
 "Like" is what torch.compile's guard compares, in the time that Python needs to read two or three attributes: class,
-dtype, device, sizes, strides, requires_grad while gradients are recorded, and whoever else takes part in a call
-(dispatch modes, autocast, torch.func, conjugate and negative views). Where a torch lacks that guard, nothing is kept.
+dtype, device, sizes, strides, requires_grad, and whoever else takes part in a call (dispatch modes, autocast,
+torch.func, conjugate and negative views); not whether gradients are recorded. Where a torch lacks that guard, nothing
+is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 _Guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _Guards = getattr(_Guards, "TensorGuards", None)
+_modes = torch._C._len_torch_dispatch_stack
 _KEPT = 8  # sets of tensors: in training and not, of two and of three dimensions, some shapes
 
 
@@ -29,7 +31,7 @@ class Alike:
     def find(self, *tensors: Tensor) -> Any:
         """The answer for tensors like these; None where there is none, and where one of them comes twice."""
         for same, answer in self._entries:
-            if same(*tensors):
+            if same(*tensors) and not _modes():  # some modes of torch's own show in no tensor
                 return answer
         return None
 

@@ -1,6 +1,7 @@
 """When a layer of an accelerated model runs fused, and when it leaves the call to PEFT, with the same result."""
 
 import copy
+import pickle
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -633,17 +634,375 @@ def test_inputs_that_are_no_plain_tensors(report):
     assert sum(report()["fallback"].values()) == 3 and report()["fused"] == 0
 
 
-def test_few_rows_on_a_cpu(report):
-    both = pair()
-    ours, theirs = (layer.eval() for layer in layers(both)[:2])
+@pytest.mark.parametrize("shape", [(1, K), (3, K), (2, 32, K), (65, K)])
+def test_rows_of_a_decode_step(shape, report):
+    both, found = pair(), ([], [], [])
     with torch.no_grad():
-        for x in (torch.randn(1, K), torch.randn(2, 32, K)):
-            assert torch.equal(ours(x), theirs(x))
-        assert report() == {"fused": 0, "around": {}, "fallback": {"few rows on a CPU": 2}}
-        ours(torch.randn(65, K))
-        ours.train()(torch.randn(1, K))  # perhaps the first forward of a checkpoint
-    ours.eval()(torch.randn(1, K))
+        for _ in range(DRAWS):
+            x = torch.randn(shape)
+            for results, layer in zip(found, layers(both), strict=True):
+                results.append(layer(x.to(layer.base_layer.weight.dtype)))
+    assert_no_worse(*map(torch.stack, found), name="y", draws=True)
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
+
+
+# ---- what a layer remembers of its last calls
+
+
+def _other_strides(layer):
+    weight = layer.lora_A["default"].weight
+    weight.data = weight.detach().t().contiguous().t()
+
+
+CHANGES = {
+    "a part of the layer is a Identity": [lambda layer: layer.lora_B.update({"default": nn.Identity()})],
+    "a part of the layer is a Conv1D": [turned_A],
+    "a bias is not a parameter of its own": [bias_as_an_attribute(lambda layer: layer.lora_B["default"])],
+    "the scaling is no number": [
+        scaled_by(torch.arange(N)),
+        scaled_by(torch.arange(5).unsqueeze(1)),
+        scaled_by(torch.arange(4)),  # PEFT's error: not one number for each rank
+        scaled_by(float("nan")),
+        scaled_by(None),
+    ],
+    "a hook on a part of the layer": [
+        lambda layer: layer.lora_A["default"].register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
+        lambda layer: layer.lora_B["default"].register_forward_hook(lambda m, args, y: y * 3),
+        lambda layer: layer.lora_dropout["default"].register_forward_hook(lambda m, args, y: y * 3),
+        lambda layer: layer.lora_B["default"].register_full_backward_hook(lambda m, dx, dy: (dx[0] * 2,)),
+        lambda layer: nn.utils.weight_norm(layer.lora_A["default"]),
+    ],
+    "a part of the layer has its forward replaced": [
+        lambda layer: setattr(layer.lora_B["default"], "forward", lambda x: x.sum(-1, keepdim=True).expand(-1, N)),
+    ],
+    "a part of the layer is a OtherLinear": [other_linear],
+    "a part of the layer is a ParametrizedLinear": [
+        lambda layer: parametrize.register_parametrization(layer.lora_A["default"], "weight", Doubled()),
+    ],
+    "a part of the layer is a Dropout1d": [lambda layer: layer.lora_dropout.update({"default": nn.Dropout1d(0.0)})],
+    "dropout works in place": [
+        lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.0, inplace=True).eval()}),
+    ],
+    "lora_A has a bias": [biased_A],
+    "lora_A and lora_B differ in dtype": [lambda layer: layer.lora_B.to(torch.float16)],
+    "a weight is a Wrapped": [wrapped_weight],
+    "adapters are disabled": [lambda layer: layer.enable_adapters(False)],
+    "no active adapter in this layer": [lambda layer: layer.set_adapter("nobody")],
+    "a part of the layer is a Linear": [a_product_for_dropout],
+}
+
+
+BASES = {
+    "the base layer is a Identity": [base_without_a_weight],
+    "a bias is not a parameter of its own": [
+        bias_as_an_attribute(lambda layer: layer.base_layer),
+        bias_as_a_buffer,
+    ],
+    "a bias is not a vector of out_features": [base_bias(1), base_bias(), base_bias(5, N)],
+    "a bias is a Wrapped": [wrapped_bias],
+    "a bias is torch.int64": [
+        lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.ones(N, dtype=torch.int64), False))
+    ],
+    "a weight is torch.sparse_csr": [sparse_base],
+}
+
+
+@pytest.mark.parametrize("change, reason", [(change, reason) for reason, some in BASES.items() for change in some])
+@pytest.mark.filterwarnings("ignore")
+def test_unusual_base_layers_are_called_as_they_are(change, reason, report):
+    both, outcomes = pair(), []
+    for layer in layers(both):
+        change(layer)
+    [row] = integration.layer_report(both.ours)
+    assert str(row) == f"fused around the base: {reason}"
+    x = torch.randn(5, K)
+    for layer in layers(both)[:2]:
+        data = x.clone().requires_grad_()
+        try:
+            y = layer(data)
+            outcomes.append([y, *torch.autograd.grad(y.sum(), [data])])
+        except (RuntimeError, TypeError) as error:
+            outcomes.append(f"{type(error)} {error}")
+    assert not report()["fused"]
+    if isinstance(outcomes[0], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        for mine, other in zip(*outcomes, strict=True):
+            assert type(mine) is type(other)
+            assert_close(mine.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor), terms=2 * K + N)
+
+
+@pytest.mark.parametrize(
+    "change, reason", [(change, reason) for reason, changes in CHANGES.items() for change in changes]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_unusual_layers_are_left_to_peft(change, reason, report):
+    both = pair()
+    for layer in layers(both):
+        change(layer)
+    ours, theirs, _ = layers(both)
+    [row] = integration.layer_report(both.ours)
+    assert not row.fused and row.why_not == reason
+    x = torch.randn(5, K)
+    outcomes = []
+    for layer in (ours, theirs):
+        data = x.clone().requires_grad_()
+        try:
+            y = layer(data)
+            found = [y, *torch.autograd.grad(y.square().sum(), [data])]
+        except (RuntimeError, TypeError) as error:
+            found = f"{type(error)} {error}"
+        outcomes.append(found)
+    assert report() == {"fused": 0, "around": {}, "fallback": {reason: 1}}
+    if isinstance(outcomes[0], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        for mine, other in zip(*outcomes, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_shapes_that_broadcast_are_left_to_peft(report):
+    both = pair()
+    for layer in layers(both):
+        layer.lora_B["default"].weight = nn.Parameter(of_layer(layer, 1, 4))
+    assert_like_peft(both, torch.randn(5, K), fused=False)
+    assert report() == {"fused": 0, "around": {}, "fallback": {"shapes differ": DRAWS}}
+
+
+@pytest.mark.parametrize("fields, frozen", [({}, ["lora_A"]), ({"lora_dropout": 0.5}, [])])
+def test_an_input_made_in_inference_mode(fields, frozen, report):
+    """It cannot be kept for a backward; PEFT keeps S, or what dropout made of it."""
+    with torch.inference_mode():
+        x = torch.randn(65, K)
+    for layer in layers(pair(**fields))[:2]:
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_("lora_" in name and not any(part in name for part in frozen))
+        layer.train()(x).sum().backward()
+        assert layer.lora_B["default"].weight.grad.isfinite().all()
+    assert report() == {"fused": 0, "around": {}, "fallback": {"the input is an inference tensor": 1}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+def test_an_input_of_another_dtype_raises_as_in_peft(dtype, report):
+    both, x = pair(), torch.ones(2, K, dtype=dtype)
+    for model in both.models[:2]:
+        with pytest.raises(RuntimeError) as error:
+            model(x)
+        both.messages = (*getattr(both, "messages", ()), str(error.value))
+    assert len(set(both.messages)) == 1 and report()["fused"] == 0
+
+
+@pytest.mark.parametrize("shape", [(3, K + 1), (), (0,)])
+def test_an_input_of_another_shape_raises_as_in_peft(shape, report):
+    both = pair()
+    both.do(lambda m: m(torch.ones(shape, dtype=next(m.parameters()).dtype)), raises=RuntimeError)
+    assert report()["fused"] == 0
+
+
+@pytest.mark.parametrize("arguments", [((1,), {}), ((), {"scale": 2.0})])
+def test_further_arguments_go_to_the_base_layer(arguments, report):
+    both, (args, kwargs) = pair(), arguments
+    both.do(lambda m: m.base_model.model[0](torch.ones(2, K), *args, **kwargs), raises=TypeError)
+    assert report() == {"fused": 0, "around": {}, "fallback": {}}  # the base layer raised
+
+
+def test_arguments_that_are_none_run_fused(report):
+    layers(pair())[0](torch.ones(2, K), adapter_names=None, alora_offsets=None)
+    assert report() == {"fused": 1, "around": {}, "fallback": {}}
+
+
+def test_casting_of_the_input_switched_off(report):
+    both = pair(torch.bfloat16)
+    with peft.helpers.disable_input_dtype_casting(both.ours), peft.helpers.disable_input_dtype_casting(both.theirs):
+        for model in both.models[:2]:
+            with pytest.raises(RuntimeError, match="dtype"):
+                model(torch.ones(2, K, dtype=torch.bfloat16))
+    assert report() == {"fused": 0, "around": {}, "fallback": {"casting of the input is switched off": 1}}
+    both = pair()
+    with peft.helpers.disable_input_dtype_casting(both.ours):
+        assert_like_peft(both, torch.randn(3, K), fused=True)  # nothing to cast
+
+
+def test_float64_under_autocast(report):
+    both = pair(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_like_peft(both, torch.randn(3, K, dtype=torch.float64), fused=False, draws=1)
+    assert report() == {"fused": 0, "around": {}, "fallback": {"float64 under autocast": 1}}
+
+
+def test_a_hook_on_all_modules_sees_the_parts(report):
+    both, seen = pair(), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(type(m).__name__))
+    try:
+        for model in both.models[:2]:
+            model(torch.ones(2, K))
+            both.seen, seen = getattr(both, "seen", []) + [list(seen)], seen
+            seen.clear()
+    finally:
+        handle.remove()
+    assert both.seen[0] == both.seen[1] and len(both.seen[0]) >= 6
+    assert report()["fallback"] == {"a hook on all modules": 1}
+
+
+def test_transforms_tracing_and_export(report):
+    both, x = pair(), torch.randn(3, K)
+    ours, theirs, _ = layers(both)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = [
+            (
+                torch.func.vmap(layer)(torch.stack([x, x])),
+                torch.func.grad(lambda x, layer=layer: layer(x).sum())(x),
+                torch.func.jacrev(layer)(x[0]),
+                torch.func.jvp(layer, (x,), (x,))[1],
+                torch.jit.trace(layer, x, check_trace=False)(x),
+                torch.export.export(layer, (x,)).module()(x),
+                torch.export.export(layer, (x,), strict=True).module()(x),
+            )
+            for layer in (ours, theirs)
+        ]
+    for mine, other in zip(*results, strict=True):
+        assert_close(mine, other, terms=64)
+    assert report()["fused"] == 0
+    exported = torch.export.export(ours, (x,))
+    assert "fused_lora" not in str(exported.graph)  # other programs can open the file
+
+
+def test_forward_mode_differentiation(report):
+    both, x = pair(), torch.randn(3, K)
+    tangents = []
+    for layer in layers(both)[:2]:
+        with torch.autograd.forward_ad.dual_level():
+            y = layer(torch.autograd.forward_ad.make_dual(x, x))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(y).tangent)
+    assert torch.equal(*tangents) and report()["fallback"] == {"forward-mode differentiation": 1}
+
+
+def test_inputs_that_are_no_plain_tensors(report):
+    both = pair()
+    ours, theirs, _ = layers(both)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor([torch.ones(2, K), torch.ones(3, K)])
+        assert all(torch.equal(a, b) for a, b in zip(ours(nested).unbind(), theirs(nested).unbind(), strict=True))
+    assert ours(torch.ones(2, K).as_subclass(Wrapped)).shape == (2, N)
+    meta = copy.deepcopy(ours).to("meta")
+    assert meta(torch.ones(2, K, device="meta")).is_meta
+    assert sum(report()["fallback"].values()) == 3 and report()["fused"] == 0
+
+
+@pytest.mark.parametrize("shape", [(1, K), (3, K), (2, 32, K), (65, K)])
+def test_rows_of_a_decode_step(shape, report):
+    both, found = pair(), ([], [], [])
+    with torch.no_grad():
+        for _ in range(DRAWS):
+            x = torch.randn(shape)
+            for results, layer in zip(found, layers(both), strict=True):
+                results.append(layer(x.to(layer.base_layer.weight.dtype)))
+    assert_no_worse(*map(torch.stack, found), name="y", draws=True)
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
+
+
+# ---- what a layer remembers of its last calls
+
+
+def _other_data(layer):
+    layer.lora_A["default"].weight.data = torch.ones(K, 8).t()  # other strides, the same parameter
+
+
+CHANGES = {
+    "nothing": lambda layer: None,
+    "values": lambda layer: layer.lora_B["default"].weight.data.fill_(0.25),
+    "load_state_dict": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
+    "other parameters": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.ones(N, K))),
+    "data with other strides": _other_strides,
+    "no bias": lambda layer: setattr(layer.base_layer, "bias", None),
+    "another base layer": lambda layer: setattr(layer, "base_layer", nn.Linear(K, N).requires_grad_(False)),
+    "a wider dtype": lambda layer: layer.lora_A.double() and layer.lora_B.double(),
+    "the scaling": lambda layer: layer.set_scale("default", 3.0),
+    "a scaling by hand": lambda layer: layer.scaling.update(default=5),
+    "no gradients": lambda layer: layer.requires_grad_(False),
+    "a hook": lambda layer: layer.lora_A["default"].register_forward_hook(lambda module, args, y: y * 2),
+    "a hook on the base": lambda layer: layer.base_layer.register_forward_pre_hook(lambda module, args: args[0] + 1),
+    "a forward": lambda layer: setattr(layer.lora_B["default"], "forward", lambda x: x.sum() * torch.ones(N)),
+    "a parametrization": lambda layer: parametrize.register_parametrization(layer.base_layer, "weight", _Doubled()),
+    "a merge": lambda layer: layer.merge(),
+    "no adapter": lambda layer: layer.enable_adapters(False),
+    "another adapter": lambda layer: layer.set_adapter("b"),
+    "two adapters": lambda layer: layer.set_adapter(["default", "b"]),
+    "a deleted adapter": lambda layer: layer.delete_adapter("default"),
+    "all is dropped": lambda layer: setattr(layer.lora_dropout["default"].train(), "p", 1.0),
+}
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_between_calls_are_seen(change):
+    both = pair(adapters={"default": {"lora_dropout": 0.5}, "b": {"r": 2}})
+    x = torch.randn(5, K, requires_grad=True)
+    for layer in layers(both)[:2]:
+        layer.eval().set_adapter("default")
+        for _ in range(3):
+            layer(x)
+        torch.manual_seed(shifted(5))
+        change(layer)
+    for _ in range(2):
+        ours, theirs = (layer(x) for layer in layers(both)[:2])
+        assert_close(ours, theirs, terms=64)
+        assert ours.dtype == theirs.dtype and ours.requires_grad == theirs.requires_grad
+
+
+WHOLE_CALLS = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_CALLS)
+def test_modes_between_calls_are_seen(name):
+    both, x = pair(), torch.randn(2, 5, K)
+    for mode in (nullcontext, WHOLE_CALLS[name]) * 2:
+        with mode():
+            ours, theirs = (layer(x) for layer in layers(both)[:2])
+            assert_close(ours, theirs, terms=64)
+            assert ours.dtype == theirs.dtype and ours.requires_grad == theirs.requires_grad
+            assert ours.is_inference() == theirs.is_inference()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("shape", [(5, K), (2, 5, K)])
+def test_a_call_like_the_last_one_asks_nothing(shape, p, bias, report, monkeypatch):
+    both = pair(base=nn.Linear(K, N, bias=bias), lora_dropout=p)
+    layer, own = layers(both)[0].train(), fused_lora.LoraLinear(nn.Linear(K, N, bias=bias), lora_dropout=p)
+    for each in (layer, own):
+        each(torch.randn(shape, requires_grad=True))
+
+    def asked(*args):
+        raise AssertionError("asked again")
+
+    for module in ("fused_lora.integrations.peft_linear", "fused_lora.modules.mixin"):
+        monkeypatch.setattr(f"{module}.why_not_plain", asked)
+    monkeypatch.setattr("fused_lora.ops.linear.op.lora_linear", asked)
+    for rows in (1, 7):
+        for each in (layer, own):
+            each(torch.randn(rows, *shape[1:], requires_grad=True)).sum().backward()
     assert report()["fused"] == 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_remember_nothing(copied):
+    layer, x = layers(pair())[0], torch.randn(5, K)
+    y = layer(x)
+    assert layer.__dict__["_memory"] is not None
+    twin = copied(layer)
+    assert twin.__dict__["_memory"] is None
+    assert torch.equal(twin(x), y) and torch.equal(twin(x), y)
 
 
 # ---- the report

@@ -84,7 +84,9 @@ def record(run, prepare) -> tuple[list[str], list[list]]:
 
         def recorded_launch(*args):
             who.append("kept")
-            given.append([address(a) for a in args])
+            *first, last = args
+            flat = (*first, *last) if type(last) is tuple else args  # some Tritons give the kernel's own in one tuple
+            given.append([address(a) for a in flat])
             return launch(*args)
 
         self.launch = recorded_launch
@@ -221,8 +223,9 @@ def ways(who: list[str], given: list[list]) -> dict[str, list[str]]:
 
     for _ in range(3):
         again = shrink("again")
-    assert again[6:9] == [None] * 3  # as of a launch without hooks
-    assert {t.data_ptr() for t in (case.x, case.lora_A[0], case.seeds)} <= set(again[9:])
+    x_at = again.index(case.x.data_ptr())
+    assert again[:x_at].count(None) >= 3  # metadata and hooks, as of a launch without any
+    assert {t.data_ptr() for t in (case.lora_A[0], case.seeds)} <= set(again[x_at:])
     for _ in range(2):
         scaled = shrink("another scale", scale=2.0)
         assert (2.0,) in scaled and (1.0,) not in scaled

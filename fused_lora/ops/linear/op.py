@@ -79,13 +79,13 @@ def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
     if x.is_neg():  # a kernel would not see the sign
         x = x.resolve_neg()
     run = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-    return _run(run, run.grad and torch.is_grad_enabled(), x, weight, bias, lora_A, lora_B, seeds)
+    return _run(run, x, weight, bias, lora_A, lora_B, seeds)
 
 
-def _run(run, grad: bool, x, weight, bias, lora_A, lora_B, seeds) -> Tensor:
+def _run(run, x, weight, bias, lora_A, lora_B, seeds) -> Tensor:
     if run.masked and seeds is None:
         seeds = draw_seeds(len(lora_A), x.device)
-    if grad:
+    if run.grad and torch.is_grad_enabled():
         frozen, free = ((weight, bias), ()) if run.frozen else (None, (weight, bias))
         return _apply(run, seeds, frozen, x, *lora_A, *lora_B, *free)[0]
     return run(x, weight, bias, lora_A, lora_B, seeds)[0]
@@ -110,17 +110,16 @@ class Memory:
         alike = self._by_numbers.get((bias is None, *scaling, *dropout))
         if alike is None or self._kept is not plan.kept:  # all plans are made anew
             return None
-        found = alike.find(x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,)))
-        if found is None:
+        runs = alike.find(x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,)))
+        if runs is None:
             return None
-        grad, runs = found
         key = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16
         run = runs.get(key)
         if run is None:
             if len(runs) >= _RUNS:
                 runs.clear()
             run = runs[key] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout)
-        return _run(run, grad, x, weight, bias, lora_A, lora_B, None)
+        return _run(run, x, weight, bias, lora_A, lora_B, None)
 
     def learn(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> None:
         """Of a call that has passed, where nobody but autograd looks on."""
@@ -129,8 +128,8 @@ class Memory:
             return
         if self._kept is not plan.kept or len(self._by_numbers) > _NUMBERS:
             self._by_numbers, self._kept = {}, plan.kept
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        self._by_numbers.setdefault((bias is None, *scaling, *dropout), Alike()).keep((grad, {}), tensors, any_rows=True)
+        alike = self._by_numbers.setdefault((bias is None, *scaling, *dropout), Alike())
+        alike.keep({}, tensors, any_rows=True)
 
 
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
