@@ -135,8 +135,11 @@ def multiply_by_mask(
     Args:
         seed: as a signed integer of 64 bits. cut: :func:`~fused_lora.reference.dropout_threshold` - 32768.
     """
-    if not usable() or not all(t is None or t.is_contiguous() for t in (rows, out, in_place)):
+    if not usable():
         return False
+    for tensor in (rows, out, in_place):
+        if tensor is not None and not tensor.is_contiguous():
+            return False
     _multiply(seed, start, cut, rows, out, in_place)
     return True
 
