@@ -138,9 +138,15 @@ INLINE void add_products(const float *restrict left, const float *restrict right
     }
 }
 
-/* delta [h, n] of the unit; whole groups and tiles are written. */
-INLINE void compute_delta(const Work *work, const Unit *unit, float *delta) {
-    int64_t pitch = unit->pitch;
+/* Asks for `rows` lines of a unit, which will be read and written: memory takes longer than the sums of the one before. */
+INLINE void prefetch(const Unit *unit, int64_t first, int64_t rows, int64_t bytes) {
+    for (int64_t i = first; i < first + rows && i < unit->h; i++)
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(unit->lines + i * unit->stride + at, 1);
+}
+
+/* delta [h, n] of the unit; whole groups and tiles are written. Meanwhile the next unit comes into the cache. */
+INLINE void compute_delta(const Work *work, const Unit *unit, const Unit *next, float *delta) {
+    int64_t pitch = unit->pitch, size = work->weight_type == FLOAT32 ? 4 : 2;
     float right[DEPTH * WIDTH], line[DEPTH], left[DEPTH * GROUP];
     memset(delta, 0, (unit->h + GROUP - 1) / GROUP * GROUP * pitch * sizeof(float));
     for (int64_t first = 0; first < work->ranks; first += DEPTH) {
@@ -154,6 +160,7 @@ INLINE void compute_delta(const Work *work, const Unit *unit, float *delta) {
                 for (int64_t j = 0; j < unit->n; j++) to[j] *= s[k];
         }
         for (int64_t i = 0; i < unit->h; i += GROUP) {
+            if (first == 0) prefetch(next, i, GROUP, size * next->n);
             for (int64_t m = 0; m < GROUP; m++) { /* behind the last row that row again, which nobody reads */
                 int64_t row = unit->row + (i + m < unit->h ? i + m : unit->h - 1);
                 to_floats_of(work->left_type, work->left, row * work->ranks + first, depth, line);
@@ -259,24 +266,28 @@ INLINE int decode(int type, const Unit *unit, void *out, const uint8_t *pairs, i
     return 1;
 }
 
+INLINE Unit unit_of(const Work *work, int64_t size, int64_t index) {
+    int64_t panels = (work->columns + work->width - 1) / work->width, stride = work->row_stride * size;
+    int64_t row = index / panels * work->height, column = index % panels * work->width;
+    int64_t h = work->rows - row < work->height ? work->rows - row : work->height;
+    int64_t n = work->columns - column < work->width ? work->columns - column : work->width;
+    return (Unit){work->weight + row * stride + column * size, stride, row, column, h, n, (n + TILE - 1) / TILE * TILE};
+}
+
 INLINE int do_unit(int type, Work *work, int64_t index, int mode) {
     float delta[4 * AREA];
     uint32_t out[3 * AREA];
     uint8_t differs[3 * AREA], pairs[2 * 5 * AREA];
-    int64_t size = type == FLOAT32 ? 4 : 2, stride = work->row_stride * size;
-    int64_t panels = (work->columns + work->width - 1) / work->width;
-    int64_t row = index / panels * work->height, column = index % panels * work->width;
-    int64_t h = work->rows - row < work->height ? work->rows - row : work->height;
-    int64_t n = work->columns - column < work->width ? work->columns - column : work->width;
-    int64_t pitch = (n + TILE - 1) / TILE * TILE;
-    Unit unit = {work->weight + row * stride + column * size, stride, row, column, h, n, pitch};
-    Unit result = {(char *)out, pitch * size, row, column, h, n, pitch};
+    int64_t size = type == FLOAT32 ? 4 : 2;
+    Unit unit = unit_of(work, size, index), next = unit_of(work, size, index + 1);
+    int64_t stride = unit.stride, h = unit.h, n = unit.n, pitch = unit.pitch;
+    Unit result = {(char *)out, pitch * size, unit.row, unit.column, h, n, pitch};
 
     if (mode == CHECKSUM) {
         work->checksums[index] = checksum(type, &unit);
         return DONE;
     }
-    compute_delta(work, &unit, delta);
+    compute_delta(work, &unit, &next, delta);
     if (mode == UNMERGE) {
         int64_t start = work->starts[index], count = work->counts[index];
         unmerge_lines(type, &unit, delta, out);
@@ -416,7 +427,7 @@ static int sweep(Work *work, int mode) {
         fenv_t environment; /* rounds to nearest and keeps subnormal numbers, whatever the caller's thread does */
         fegetenv(&environment);
         fesetenv(FE_DFL_ENV);
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 8)
         for (int64_t index = 0; index < count; index++) {
             int before, found = DONE;
 #pragma omp atomic read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"fused-lora run: there is no file {target[0]!r}", file=sys.stderr)
         return 2
     report = install()
-    argv, path = sys.argv, list(sys.path)
+    argv, path, before = sys.argv, list(sys.path), sys.modules.get("__mp_main__")
     sys.argv = arguments[int(as_module) :]
     sys.path.insert(0, os.getcwd() if as_module else str(Path(target[0]).resolve().parent))
+    sys.modules["__mp_main__"] = _main_of_children()
     try:
         if as_module:
             runpy.run_module(target[0], run_name="__main__", alter_sys=True)
@@ -40,9 +42,23 @@ def main(arguments: Sequence[str]) -> int:
             runpy.run_path(target[0], run_name="__main__")
     finally:
         sys.argv, sys.path[:] = argv, path
+        if before is None:
+            del sys.modules["__mp_main__"]
+        else:
+            sys.modules["__mp_main__"] = before
         uninstall()
         _tell(report)
     return 0
+
+
+def _main_of_children() -> types.ModuleType:
+    """What multiprocessing calls ``__mp_main__``: classes of the script, in what spawned processes send back.
+
+    multiprocessing sets it once, to the main module at its first import: here that is this command.
+    """
+    module = types.ModuleType("__mp_main__")
+    vars(module)["__getattr__"] = lambda name: getattr(sys.modules["__main__"], name)
+    return module
 
 
 def _tell(report: Callable[[], dict[str, Any]]) -> None:

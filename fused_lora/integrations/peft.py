@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import nn
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import Dense
 from fused_lora.integrations.peft_linear import AROUND, CALLS, FUSED, linear_class, why_around, why_not_fused
+from fused_lora.modules.changes import alone, unwatch, watch
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.linear import LoraLinear
 
@@ -27,6 +29,7 @@ _create = "_create_new_module"  # LoraModel's static method: where PEFT builds t
 _installed: dict[str, Any] = {}  # empty, or the method that install() has replaced and the one it put there
 
 
+@alone
 def accelerate(model: nn.Module) -> nn.Module:
     """Make the LoRA linears of a PEFT model fast, in place. :func:`restore` takes it back.
 
@@ -37,7 +40,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     hooks on lora_A, ...) runs PEFT's own forward. Merging rounds once, and unmerging gives back the exact bits.
 
     Layers that PEFT adds to a PeftModel later are accelerated too. After an injection into a bare model (a second
-    ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``.
+    ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``. It warns
+    where no layer runs fused.
 
     Args:
         model: a PeftModel, or any module that contains PEFT LoRA layers.
@@ -55,13 +59,22 @@ def accelerate(model: nn.Module) -> nn.Module:
             "model: expected PEFT LoRA layers, found none. Wrap it first (peft.get_peft_model), or use "
             "fused_lora.inject(model, config), which needs no PEFT"
         )
+    for module in _entries(model):
+        watch(module)
     for module in model.modules():
         _adopt(module)
         if _builds_lora_layers(module):
             setattr(module, _create, _create_accelerated)
+    whys = Counter(row.why_not for row in layer_report(model))
+    if None not in whys:
+        reasons = "; ".join(f"{why} ({count})" for why, count in whys.most_common(3))
+        warnings.warn(
+            f"accelerate: 0 of {whys.total()} LoRA layers run fused, PEFT computes them: {reasons}", stacklevel=3
+        )
     return model
 
 
+@alone
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`accelerate`: every layer is PEFT's own again, and nothing of ours is left in the model.
 
@@ -79,6 +92,8 @@ def restore(model: nn.Module) -> nn.Module:
         raise RuntimeError(f"model: the classes of {changed} were changed after accelerate; undo that first")
     for _, module in layers:
         _release(module)
+    for module in _entries(model):
+        unwatch(module)
     for module in model.modules():
         if vars(module).get(_create) is _create_accelerated:
             delattr(module, _create)
@@ -201,6 +216,13 @@ def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     check_module(model)
     lora = sys.modules.get("peft.tuners.lora")
     return {} if lora is None else {p: m for p, m in model.named_modules() if isinstance(m, lora.LoraLayer)}
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """The model, and the base models in it, which PEFT's generate calls."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    inner = [m.model for m in model.modules() if tuners is not None and isinstance(m, tuners.BaseTuner)]
+    return list(dict.fromkeys([model, *inner]))
 
 
 def _stock_class() -> type[nn.Module]:

@@ -16,10 +16,13 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from fused_lora.modules.changes import alone, changing, watch
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
-from fused_lora.modules.targets import is_supported, match_targets
+from fused_lora.modules.names import some
+from fused_lora.modules.reads import FirstForward, why_never_called
+from fused_lora.modules.targets import is_supported, match_targets, warn_unused
 
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
 
@@ -65,11 +68,14 @@ class LayerSpec:
     tensors: LayerTensors | None = None
 
 
+@alone
 def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "default") -> nn.Module:
     """Add a LoRA adapter to every layer that ``config`` targets, in place. All other parameters are frozen.
 
     The first adapter of a model becomes active and trainable. Each further adapter is added inactive, as PEFT's
     ``add_adapter`` does. :func:`set_adapter` chooses which are active.
+
+    Warns of names and keys of ``config`` that match nothing, and of weights that "all-linear" does not cover.
 
     Args:
         model: any nn.Module. Its target layers are replaced by :class:`LoraLinear` around the same weights.
@@ -87,14 +93,16 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     """
     config = as_lora_config(config)
     check_not_wrapped(model)
-    layers = {}
-    for path in match_targets(model, config):
+    layers, matched = {}, match_targets(model, config)
+    for path in matched:
         r, lora_alpha = config.layer_rank_alpha(path)
         layers[path] = LayerSpec(r, lora_alpha)
     attach(model, adapter_name, config, layers)
+    warn_unused(model, config, matched)
     return model
 
 
+@alone
 def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> None:
     """Add one adapter to the layers at these paths. If anything raises, the model is unchanged.
 
@@ -121,9 +129,12 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
         parent, _, name = path.rpartition(".")
         setattr(modules[parent], name, layer)
     _load_base_biases(model, layers)
+    watch(model)
     setattr(model, _CONFIGS, {**configs, adapter_name: config})
     setattr(model, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
+    if not any(isinstance(hook, FirstForward) for hook in model._forward_pre_hooks.values()):
+        FirstForward(model, lora_layers)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
     else:
@@ -150,6 +161,7 @@ def active_adapters(model: nn.Module) -> list[str]:
     return next((list(layer.active_adapters) for layer in lora_layers(model).values()), [])
 
 
+@alone
 def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Activate one adapter or several. All others are inactive and frozen.
 
@@ -162,12 +174,13 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
     check_names(model, names)
     layers = lora_layers(model)
     if any(layer.merged for layer in layers.values()):
-        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
     unmerge_all(layers)
     for layer in layers.values():
         layer.set_adapter(names, inference_mode)
 
 
+@alone
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter from all layers.
 
@@ -196,16 +209,14 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
     Raises RuntimeError if a weight was changed while merged.
     """
-    unmerge_all(lora_layers(model))
-    layers = list(lora_layers(model).values())
-    before = [layer.disable_adapters for layer in layers]
-    for layer in layers:
-        layer.disable_adapters = True
+    check_module(model)
+    with changing(model):
+        unmerge_all(lora_layers(model))
+        before = _set_all(model, "disable_adapters", True)
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.disable_adapters = value
+        _restore(model, "disable_adapters", before)
 
 
 @contextmanager
@@ -228,16 +239,27 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iter
     check_names(model, [name for name in names if name != BASE])
     if model.training:
         raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
-    layers = list(lora_layers(model).values())
-    _check_not_merged(layers)
-    before = [layer.batch_adapter_names for layer in layers]
-    for layer in layers:
-        layer.batch_adapter_names = names
+    with changing(model):
+        _check_not_merged(list(lora_layers(model).values()))
+        before = _set_all(model, "batch_adapter_names", names)
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.batch_adapter_names = value
+        _restore(model, "batch_adapter_names", before)
+
+
+def _set_all(model: nn.Module, attribute: str, value: Any) -> list[tuple[LoraLinear, Any]]:
+    """One attribute of all LoRA layers; returns what they had."""
+    before = [(layer, getattr(layer, attribute)) for layer in lora_layers(model).values()]
+    for layer, _ in before:
+        setattr(layer, attribute, value)
+    return before
+
+
+def _restore(model: nn.Module, attribute: str, before: list[tuple[LoraLinear, Any]]) -> None:
+    with changing(model):
+        for layer, value in before:
+            setattr(layer, attribute, value)
 
 
 def as_list(adapter_names: Iterable) -> list:
@@ -260,7 +282,7 @@ def check_new_name(model: nn.Module, name: str) -> dict[str, LoraConfig]:
     """The adapters of ``model``; ValueError when ``name`` is one of them."""
     configs = adapter_configs(model)
     if name in configs:
-        raise ValueError(f"adapter_name: {name!r} is taken; adapters of the model: {sorted(configs)}")
+        raise ValueError(f"adapter_name: {name!r} is taken; adapters of the model: {some(configs, near=name)}")
     return configs
 
 
@@ -289,7 +311,7 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
         if not isinstance(name, str):
             raise TypeError(f"adapter name: expected a str, got {name!r}")
         if name not in known:
-            raise AdapterNotFound(f"adapter {name!r} not found; adapters of the model: {sorted(known)}")
+            raise AdapterNotFound(f"adapter {name[:100]!r} not found; adapters of the model: {some(known, near=name)}")
 
 
 def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> dict[str, LoraLinear]:
@@ -317,8 +339,9 @@ def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, Lay
 
 def _check_called(path: str, parent: nn.Module) -> None:
     """Raise ValueError if ``parent`` reads the layer's weight without calling it: an adapter would do nothing."""
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(f"layers: {path!r} is never called, nn.MultiheadAttention reads its weight: exclude it")
+    why = why_never_called(parent)
+    if why is not None:
+        raise ValueError(f"layers: {path!r} {why}: exclude it")
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise ValueError(
             f"layers: {path!r} is not called in eval mode, nn.TransformerEncoderLayer reads its weight: exclude it, or "

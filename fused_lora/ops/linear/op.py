@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_lora.ops.alike import Alike
-from fused_lora.ops.checks import check_linear, refuse_tangents
+from fused_lora.ops.checks import check_linear, refuse_tangents, refuse_transforms
 from fused_lora.ops.linear import double_backward, flops, plan
 from fused_lora.ops.linear import eager as cpu
 
@@ -56,6 +56,7 @@ def lora_linear(
         return torch.nn.functional.linear(x, weight, bias)
     dropout = [0.0] * len(lora_A) if dropout is None else dropout
     if not is_direct(x, weight, *lora_A, *lora_B):
+        refuse_transforms("lora_linear")
         return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     if forward_ad._current_level >= 0:
         refuse_tangents("lora_linear", x, weight, *lora_A, *lora_B)
