@@ -258,7 +258,8 @@ def _adopt(module: nn.Module) -> nn.Module:
 
 def _release(module: nn.Module) -> None:
     _change_class(module, linear_class(), _stock_class())
-    vars(module).pop("merge_state", None)
+    for own in ("merge_state", "_memory"):
+        vars(module).pop(own, None)
 
 
 def _change_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,7 +45,7 @@ class _Parameters(dict):
 class Reads:
     """Watches layers until each has been called once. What a forward of the model reads and has never called is found.
 
-    A weight that several modules share is not watched: others read it rightly. Nor is a model with compiled parts.
+    A weight that another module shares may be read there. A model with compiled parts is not watched.
 
     Args:
         model: whose forward :meth:`start` and :meth:`finish` enclose. layers: path -> the module that is called.
@@ -81,14 +80,12 @@ class Reads:
             self._noted[threading.get_ident()] = set()
 
     def _arm(self) -> None:
-        modules = list(self._model.modules())
         # by name: to import dynamo takes a second
-        if any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in modules):
+        if any(m._compiled_call_impl or type(m).__name__ == "OptimizedModule" for m in self._model.modules()):
             return
-        owners = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
         for path, layer in self._layers.items():
             base = self._weight_of(layer)
-            if path not in self.found and owners[id(base._parameters.get("weight"))] == 1:
+            if path not in self.found:
                 vars(base)["_parameters"] = _Parameters(base._parameters, _Note(self, path))
                 self._watched[path] = base, layer.register_forward_hook(_Called(self, path))
 

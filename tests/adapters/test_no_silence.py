@@ -9,7 +9,7 @@ import torch
 
 import fused_lora
 from fused_lora.adapters import AdapterError
-from fused_lora.cli.serve import probe, register_folder
+from fused_lora.cli.serve import parser, probe, register_folder
 from fused_lora.modules.names import likely_rename, some
 from fused_lora.serving.store import AdapterStore
 from fused_lora.testing.numeric import assert_close
@@ -175,6 +175,11 @@ def test_a_mapping_is_used_whole(tmp_path):
     with pytest.raises(ValueError, match="3 of the adapter's 3 layers .*rename: 'decoder' -> 'model'"):
         renamed = {path.replace("model.", "decoder."): layer for path, layer in layers.items()}
         store.load("a", renamed, allow_partial=True)
+
+
+def test_the_server_leaves_out_only_what_it_is_told_to():
+    assert not parser().parse_args(["--model", "m"]).allow_partial
+    assert parser().parse_args(["--model", "m", "--allow-partial"]).allow_partial
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes"])

@@ -503,8 +503,8 @@ def test_a_second_wrap_is_pefts_with_a_warning(again, warns, stage_one):
     assert bool(own) is warns and all("load_adapter" in text and "add_adapter" in text for text in own)
     state, expected = wrapped[1].state_dict(), wrapped[0].state_dict()
     assert list(state) == list(expected) and all(torch.equal(state[name], expected[name]) for name in expected)
-    with torch.no_grad():  # few rows: PEFT's own calls in both
-        assert torch.equal(wrapped[1](IDS), wrapped[0](IDS))
+    with torch.no_grad():
+        assert_close(wrapped[1](IDS), wrapped[0](IDS), terms=64)
 
 
 def test_fused_lora_around_a_peft_model_is_refused(stage_one):

@@ -48,8 +48,8 @@ _CHOICE = re.compile(r"str|list\[.*\]")
 _IN_MESSAGES = frozenset(("name", "refusal"))  # templates have no use for them
 
 
-_STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
-_STOPS_SCHEMA = {
+_STOP_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_STOPS_SCHEMA: dict[str, Any] = {
     "anyOf": [_STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS}, {"type": "null"}]
 }
 
