@@ -51,6 +51,7 @@ def verify(
         mismatched quantisation W is the reference's (or the merge's) rounded to a coarser grid
         stale merge             the merged weight is not W + D of the adapter as it is now
         layer not called        its weight is read all the same: the adapter does nothing there until it is merged
+        adapter lost in rounding    all is right, but a merge keeps less than half of a layer's adapter
         shared weight           a merge would change another module's weight too
         wrong adapter, other parameters    they differ from the reference's
         unmerged forward, merged weight, merged forward, output    out of bounds for none of these reasons
@@ -58,7 +59,8 @@ def verify(
     It runs in eval mode, without gradients, and is deterministic for a ``seed``. Nothing changes: a layer is put into
     its other state on a copy of its weight, one layer at a time. Training flags, buffers, RNG states and hooks are
     restored. It takes merged and unmerged models of ``fused_lora.inject`` and of PEFT, accelerated or not. Layers that
-    cannot be merged here (DoRA, quantised bases, ...) are listed in ``skipped``.
+    cannot be merged here (DoRA, quantised bases, ...) are listed in ``skipped``, and the
+    result is not ok.
 
     Args:
         model: a model with LoRA layers.

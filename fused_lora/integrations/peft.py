@@ -66,9 +66,10 @@ def accelerate(model: nn.Module) -> nn.Module:
             "model: expected PEFT LoRA layers, found none. Wrap it first (peft.get_peft_model), or use "
             "fused_lora.inject(model, config), which needs no PEFT"
         )
-    for module in _entries(model):
-        watch(module)
+    watch(model)
     for module in model.modules():
+        if _is_tuner(module):
+            watch(module.model)  # which generate calls
         _adopt(module)
         if _builds_lora_layers(module):
             setattr(module, _create, _create_accelerated)
@@ -98,9 +99,8 @@ def restore(model: nn.Module) -> nn.Module:
         raise RuntimeError(f"model: the classes of {changed} were changed after accelerate; undo that first")
     for _, module in layers:
         _release(module)
-    for module in _entries(model):
-        unwatch(module)
     for module in model.modules():
+        unwatch(module)
         if vars(module).get(_create) is _create_accelerated:
             delattr(module, _create)
     return model
@@ -237,11 +237,9 @@ def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {} if lora is None else {p: m for p, m in model.named_modules() if isinstance(m, lora.LoraLayer)}
 
 
-def _entries(model: nn.Module) -> list[nn.Module]:
-    """The model, and the base models in it, which PEFT's generate calls."""
+def _is_tuner(module: nn.Module) -> Any:
     tuners = sys.modules.get("peft.tuners.tuners_utils")
-    inner = [m.model for m in model.modules() if tuners is not None and isinstance(m, tuners.BaseTuner)]
-    return list(dict.fromkeys([model, *inner]))
+    return tuners is not None and isinstance(module, tuners.BaseTuner)
 
 
 def _stock_class() -> type[nn.Module]:

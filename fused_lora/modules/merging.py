@@ -6,13 +6,17 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fused_lora.modules import of_peft
 from fused_lora.modules.changes import alone, changing, unwatch
 from fused_lora.modules.inject import adapter_configs, as_list, check_module, check_names, lora_layers
 from fused_lora.modules.linear import LoraLinear, go_back, snapshot, unmerge_all
 from fused_lora.modules.names import some
+
+LEAST_SURVIVING = 0.5  # share of an adapter that a merge should keep
+_SAMPLED_ROWS = 8
 
 
 @alone
@@ -24,6 +28,8 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
         model: a model with LoRA layers.
         adapter_names: names to merge (default: the active ones). Layers without these adapters do not change.
         safe_merge: accepted as in PEFT. Every merge checks for NaN and infinity before it writes.
+
+    Warns where rounding to 16 bits takes more than half of the adapters, by a sample of rows.
 
     Raises:
         TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
@@ -39,16 +45,42 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
     if names and all(name in m.merged_adapters for m in layers.values() for name in names if name in m.lora_A):
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
     before, path = snapshot(layers.values()), ""
+    samples: list[tuple[LoraLinear, list[str], Tensor]] = []
     try:
         for path, layer in layers.items():  # noqa: B007 - the error names it
             new = [name for name in names if name in layer.lora_A and name not in layer.merged_adapters]
             if new:
+                if layer.base_layer.weight.dtype in (torch.bfloat16, torch.float16):
+                    samples.append((layer, new, _sample(layer.base_layer.weight, layer.fan_in_fan_out)))
                 layer.merge(safe_merge, new)
     except BaseException as error:
         go_back(before)
         if isinstance(error, (ValueError, RuntimeError)):
             raise type(error)(f"{path}: {error}") from error
         raise
+    kept = [1.0 - min(1.0, _lost(*sample)) for sample in samples]
+    if kept and sum(kept) / len(kept) < LEAST_SURVIVING:
+        warnings.warn(
+            f"merge: 16-bit weights keep only {sum(kept) / len(kept):.0%} of the adapters {names} (of sampled rows), "
+            "rounding takes the rest: merge into float32, or do not merge",
+            stacklevel=4,
+        )
+
+
+def _sample(weight: Tensor, transposed: bool) -> Tensor:
+    """Some rows of a weight [N, K], as a copy in fp64."""
+    rows = weight.detach().t() if transposed else weight.detach()
+    return rows[:: max(1, len(rows) // _SAMPLED_ROWS)].double()
+
+
+def _lost(layer: LoraLinear, names: list[str], before: Tensor) -> float:
+    """||(Wm - W) - D|| / ||D|| of the sampled rows; 0 for a D of zeros."""
+    change, delta = _sample(layer.base_layer.weight, layer.fan_in_fan_out) - before, torch.zeros_like(before)
+    for name in names:
+        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        delta += _sample(B, False) @ A.detach().double() * float(layer.scaling[name])
+    wanted = delta.norm().item()
+    return (change - delta).norm().item() / wanted if wanted else 0.0
 
 
 @alone

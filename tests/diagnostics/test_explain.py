@@ -149,7 +149,8 @@ def test_the_layers_of_a_model():
     assert str(fused_lora.explain(model)) == "no LoRA layers"
     fused_lora.inject(model, fused_lora.LoraConfig(r=2, target_modules=["0", "2"]))
     lines = str(fused_lora.explain(model)).splitlines()
-    assert lines[1].split() == ["0", "LoraLinear", "fused"] and lines[-1] == "2 of 2 layers run fused"
+    assert lines[1].split() == ["*", "2", "LoraLinear", "fused"] and lines[-1] == "2 of 2 layers run fused"
     fused_lora.merge(model)
     lines = str(fused_lora.explain(model)).splitlines()
-    assert all("no: " in line for line in lines[1:3]) and lines[-1] == "0 of 2 layers run fused"
+    assert len(lines) == 3 and "no: " in lines[1]
+    assert lines[-1] == "0 of 2 layers run fused; 2 do not: merged: the base layer alone"

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 
 import peft
 import pytest
@@ -37,7 +38,7 @@ def make(kind, dtype=torch.float32, adapters=None, base=None):
 
 
 def merge(model):
-    fused_lora.merge(model) if fused_lora.lora_layers(model) else model.merge_adapter()
+    fused_lora.merge(model)  # of a PEFT model: its merge_adapter
 
 
 def layers(model):
@@ -93,7 +94,7 @@ def test_no_false_alarm_over_random_layers(dtype):
             model.merge_adapter()
         x = torch.randn(random.choice([1, 5, 70]), K).to(dtype) * random.choice([1, 10])
         result = verify(model, x)
-        assert result.ok, f"{(K, N, rank, alpha, wide)}: {result.layers[0]}\n{result}"
+        assert result.verdict in ("rounding", "lost"), f"{(K, N, rank, alpha, wide)}: {result.layers[0]}\n{result}"
 
 
 def test_fidelity_is_what_the_merge_itself_reports(ids):
@@ -483,7 +484,8 @@ def test_layers_without_a_plain_merge_are_listed(ids):
     model.add_adapter("plain", peft.LoraConfig(**{**fields, "use_dora": False, "target_modules": ["v_proj"]}))
     model.base_model.set_adapter(["default", "plain"])
     result = verify(model.eval(), ids)
-    assert result.ok and len(result.layers) == 2 and len(result.skipped) == 2
+    assert not result.ok and result.verdict == "incomplete" and not result.findings
+    assert len(result.layers) == 2 and len(result.skipped) == 2
     assert "DoRA" in next(iter(result.skipped.values())) and "not compared: " in str(result)
 
 
@@ -493,7 +495,7 @@ def test_embeddings_and_layers_that_are_not_called_are_listed(ids):
     randomize_adapters(model)
     model.spare = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
     result = verify(model, ids)
-    assert result.ok and len(result.layers) == 2
+    assert result.verdict == "incomplete" and len(result.layers) == 2
     assert sorted(result.skipped.values()) == ["Embedding over Embedding is no linear layer", "it was not called"]
 
 
@@ -590,3 +592,35 @@ def test_inputs_that_show_nothing_are_refused(x):
     with pytest.raises(ValueError, match="inputs: expected"):
         verify(model, x)
     assert model.training and not any(hooks(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("size, verdict", [(0.002, "lost"), (0.2, "rounding")])
+def test_a_merge_that_loses_most_of_the_adapter_is_not_ok(size, verdict, ids):
+    model = make("fused_lora", torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, size)
+    result = verify(model, ids)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fused_lora.merge(model)
+    assert any("of the adapters ['default']" in str(w.message) for w in told) == (verdict == "lost")
+    lost = fused_lora.delta_fidelity(model)
+    expected = sum(max(0.0, 1 - share) for share in lost.values()) / len(lost)
+    assert result.verdict == verdict and result.ok == (verdict == "rounding")
+    assert result.survives == pytest.approx(expected, abs=1e-3) and f"keeps {result.survives:.1%}" in str(result)
+    assert (result.survives < 0.5) == (verdict == "lost")
+
+
+def test_a_base_that_was_loaded_over_a_merge_is_a_wrong_base_and_nothing_else(ids):
+    model = make("accelerated")
+    twin = copy.deepcopy(model)
+    before = {path: layer.base_layer.weight.clone() for path, layer in layers(model).items()}
+    model.merge_adapter()
+    for path, layer in layers(model).items():
+        layer.base_layer.weight.data.copy_(before[path])
+    assert verify(model, ids).causes == ["wrong base"]
+    with pytest.warns(UserWarning, match="PEFT's unmerge subtracts"):
+        model.unmerge_adapter()
+    result = verify(model, ids, reference=twin)
+    assert result.causes == ["wrong base"] and "with the adapter taken away" in result.findings[0].message

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_lora.diagnostics.verification import report
 from fused_lora.diagnostics.verification.layers import Layer
 from fused_lora.diagnostics.verification.report import Finding, LayerCheck, Verification
-from fused_lora.modules.merging import parameter_owners
+from fused_lora.modules.merging import LEAST_SURVIVING, parameter_owners
 
 
 def add_findings(model: nn.Module, layers: list[Layer], result: Verification) -> None:
@@ -33,6 +33,15 @@ def add_findings(model: nn.Module, layers: list[Layer], result: Verification) ->
             worst = max(c.ratio for c in found)
             text = f"{text} within rounding, up to {worst:.1e} times the bound"
             result.findings.append(Finding(cause, text, tuple(c.path for c in found)))
+    lost = [check for check in result.layers if 1 - check.lost < LEAST_SURVIVING]
+    if lost and not result.findings:
+        kept = min(max(0.0, 1 - check.lost) for check in lost)
+        dtypes = ", ".join(sorted({str(check.dtype).removeprefix("torch.") for check in lost}))
+        text = (
+            f"a merge into {dtypes} keeps only {kept:.0%} of the adapter in the worst of {len(lost)} layers, "
+            f"below {LEAST_SURVIVING:.0%}: merge into float32, or do not merge"
+        )
+        result.findings.append(Finding(report.LOST, text, tuple(check.path for check in lost)))
     result.findings += _shared(model, layers)
     if all(not B.any() for layer in layers for _, B, *_ in layer.factors()):
         result.notes.append("every lora_B is zero: the adapter changes nothing (new, or not loaded)")

@@ -61,10 +61,11 @@ class Layer:
         weight, bias = base.weight.data, None if base.bias is None else base.bias.data
         try:
             if merged != self.merged:
-                base.weight.data = weight.clone()
-                if bias is not None:
-                    base.bias.data = bias.clone()
+                self._copy(weight, bias)
                 self._switch(merged)
+                if not merged and self.broken:  # the same way in every pass, or the model would look random
+                    self._copy(weight, bias)
+                    self._take_away()
             _activate(self.module, self.names)
             yield
         finally:
@@ -75,9 +76,14 @@ class Layer:
                 delattr(self.module, name)
             vars(self.module).update(kept)
 
+    def _copy(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.module.base_layer.weight.data = weight.clone()
+        if bias is not None:
+            self.module.base_layer.bias.data = bias.clone()
+
     def _switch(self, merged: bool) -> None:
         if not merged and self.broken:
-            return self._take_away()
+            return
         with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always")
             try:
@@ -89,7 +95,6 @@ class Layer:
                 if merged:
                     raise type(error)(f"model: {self.path} cannot be merged: {error}") from error
                 self.broken = str(error)
-                self._take_away()
         if doubts and not merged and not self.broken:  # unmerged, but not to the weight that was merged into
             self.broken = str(doubts[0].message)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.diagnostics.verification import report
-from fused_lora.diagnostics.verification.layers import Layer
+from fused_lora.diagnostics.verification.layers import Layer, find_layers
 from fused_lora.diagnostics.verification.report import Finding
 from fused_lora.diagnostics.verification.weights import Relation, relate
 
@@ -48,12 +48,23 @@ def compare_weights(
             raise ValueError(f"reference: expected {stem}.weight {tuple(weight.shape)}, got {tuple(other.shape)}")
         relations[layer.path] = relate(weight, other, *layer.delta_factors())
     findings, notes = _judge_base(relations)
+    unmerged = _unmerged_paths(reference)
+    taken = {path: r for path, r in relations.items() if r.times == -1 and plain_name(path) in unmerged}
+    if taken:
+        text = "the base weight is the reference's with the adapter taken away, as by an unmerge of what was not merged"
+        findings.append(Finding(report.BASE, text, tuple(taken)))
     findings += _judge_adapters(layers, theirs)
     differ = tuple(n for n in sorted(ours.keys() & theirs.keys() - seen) if not _equal(ours[n], theirs[n]))
     if differ:
         text = "parameters outside the LoRA layers are not the reference's (trained, but not saved with the adapter?)"
         findings.append(Finding(report.PARAMETERS, text, differ))
     return findings, notes, relations
+
+
+def _unmerged_paths(reference: nn.Module | Mapping[str, Tensor]) -> set[str]:
+    """LoRA layers of the reference whose adapters are not merged."""
+    layers = find_layers(reference)[0] if isinstance(reference, nn.Module) else []
+    return {plain_name(layer.path) for layer in layers if not layer.merged}
 
 
 def _judge_base(relations: dict[str, Relation]) -> tuple[list[Finding], list[str]]:

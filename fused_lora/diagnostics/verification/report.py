@@ -20,6 +20,7 @@ FORWARD = "unmerged forward"
 MERGE = "merged weight"
 MERGED_FORWARD = "merged forward"
 OUTPUT = "output"
+LOST = "adapter lost in rounding"
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,23 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """True when every difference is rounding."""
-        return not self.findings
+        """True when every difference is rounding, a merge keeps the adapter, and no layer was left out."""
+        return not self.findings and not self.skipped
 
     @property
     def verdict(self) -> str:
-        """The string "rounding", or "bug"."""
-        return "rounding" if self.ok else "bug"
+        """One word.
+
+        "rounding", "lost" (rounding, but it takes most of the adapter), "bug", or "incomplete" (layers left out).
+        """
+        if self.findings:
+            return "lost" if self.causes == [LOST] else "bug"
+        return "incomplete" if self.skipped else "rounding"
+
+    @property
+    def survives(self) -> float:
+        """The share of the adapter that a merge keeps: the mean over the layers of 1 - ``lost``, at least 0."""
+        return sum(max(0.0, 1.0 - check.lost) for check in self.layers) / max(1, len(self.layers))
 
     @property
     def causes(self) -> list[str]:
@@ -129,17 +140,25 @@ class Verification:
         return list(dict.fromkeys(finding.cause for finding in self.findings))
 
     def __str__(self) -> str:
-        head = ("layer", "dtype", "max |merged - unmerged|", "error / bound", "delta lost", "")
+        head = ("layers, largest of each", "n", "dtype", "max |merged - unmerged|", "error / bound", "delta lost", "")
+        groups: dict[tuple[str, str, str], list[LayerCheck]] = {}
+        for check in self.layers:
+            path = (
+                ".".join("*" if part.isdigit() else part for part in check.path.split(".")) if check.ok else check.path
+            )
+            key = path, str(check.dtype).removeprefix("torch."), "rounding" if check.ok else "BUG"
+            groups.setdefault(key, []).append(check)
         rows = [head] + [
             (
-                check.path,
-                str(check.dtype).removeprefix("torch."),
-                f"{check.difference:.1e}",
-                f"{check.ratio:.2f}",
-                f"{check.lost:.2%}",
-                "rounding" if check.ok else "BUG",
+                path,
+                str(len(checks)),
+                dtype,
+                f"{max(check.difference for check in checks):.1e}",
+                f"{max(check.ratio for check in checks):.2f}",
+                f"{max(check.lost for check in checks):.2%}",
+                judgement,
             )
-            for check in self.layers
+            for (path, dtype, judgement), checks in groups.items()
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = []
@@ -151,8 +170,14 @@ class Verification:
             lines.append(f"output, this model against the reference: {self.reference}")
         lines += [f"not compared: {path}: {why}" for path, why in self.skipped.items()]
         lines += [f"note: {note}" for note in self.notes]
-        lines += [f"BUG: {finding}" for finding in self.findings]
-        lines.append("verdict: " + ("every difference is rounding" if self.ok else f"bug ({', '.join(self.causes)})"))
+        lines += [f"{'LOST' if finding.cause == LOST else 'BUG'}: {finding}" for finding in self.findings]
+        said = {
+            "rounding": "every difference is rounding",
+            "lost": "every difference is rounding, but it takes most of the adapter",
+            "bug": f"bug ({', '.join(self.causes)})",
+            "incomplete": f"every difference is rounding, but {len(self.skipped)} layers were not compared",
+        }[self.verdict]
+        lines.append(f"verdict: {said}; a merge keeps {self.survives:.1%} of the adapter")
         return "\n".join(lines)
 
 
