@@ -25,6 +25,7 @@ from fused_lora.adapters.tensorfile import (
     read_tensors,
 )
 from fused_lora.modules.config import MAX_RANK, LayerTensors, LoraConfig
+from fused_lora.modules.tree import own_path
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -146,12 +147,17 @@ def _sort_keys(
     slots: dict[str, dict[str, str]] = {}
     biases: dict[str, str] = {}
     wanted = ["lora_A", "lora_B"] + ["lora_bias"] * config.lora_bias
+    named: dict[str, str] = {}
     for key in entries:
-        name = key.removeprefix(KEY_PREFIX)
+        name = own_path(key)  # older savers wrote the names of torch's wrappers, too
+        if not name.startswith(KEY_PREFIX):
+            raise AdapterError(path, key, f"a key that begins with {KEY_PREFIX}", "another beginning")
+        name = name.removeprefix(KEY_PREFIX)
         end = next((end for end in SLOTS if name.endswith(end)), "")
         field = SLOTS.get(end)
-        if name == key:
-            raise AdapterError(path, key, f"a key that begins with {KEY_PREFIX}", "another beginning")
+        if name in named:
+            raise AdapterError(path, key, f"one tensor for {name}", f"a second one beside {named[name]}")
+        named[name] = key
         if field in wanted or (field == "base_bias" and config.bias != "none"):
             slots.setdefault(name.removesuffix(end), {})[field] = key
         elif field is None and config.bias == "all" and (name == "bias" or name.endswith(".bias")):

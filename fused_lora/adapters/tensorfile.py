@@ -196,14 +196,15 @@ def write_tensors(file: io.FileIO, tensors: dict[str, torch.Tensor]) -> None:
     digest = hashlib.sha256(header)
     _write_all(file, header)
     for name in order:
-        data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        # of a copy: torch never resizes a storage again that numpy has seen, and FSDP1 resizes
+        data = tensors[name].detach().cpu().reshape(-1).clone().view(torch.uint8).numpy().data
         digest.update(data)
         _write_all(file, data)
     file.seek(header.index(_BLANK.encode()))
     _write_all(file, digest.hexdigest().encode())
 
 
-def _write_all(file: io.FileIO, data: bytes) -> None:
+def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while len(view):
         view = view[file.write(view) :]

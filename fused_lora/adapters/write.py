@@ -13,9 +13,11 @@ from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.read import other_biases
 from fused_lora.adapters.staging import replace_directory
 from fused_lora.adapters.tensorfile import DTYPES, write_tensors
+from fused_lora.adapters.whole import bias_shape, check_whole, gather, once
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import adapter_configs, check_adapter_name, check_names, lora_layers
-from fused_lora.modules.targets import candidates
+from fused_lora.modules.targets import base_layer_of, candidates
+from fused_lora.modules.tree import named_modules
 
 _ENDS = {field: end for end, field in SLOTS.items()}
 
@@ -33,6 +35,9 @@ def save_adapter(
     both old files or both new ones, even if the process is killed or the machine stops. Unlike in PEFT, an adapter
     that is not called "default" gets no folder of its own inside ``directory``.
 
+    The keys are those of the bare model, also under torch.compile, checkpoint_wrapper, DDP and FSDP. What FSDP2 has
+    sharded is gathered: all processes make the call, and the first one writes.
+
     Args:
         model: a model with LoRA layers, merged or not, on any device.
         directory: created if missing. It must not be the current directory or above it, nor a mount point.
@@ -45,15 +50,16 @@ def save_adapter(
         TypeError: adapter_name or base_model_name_or_path is not a str.
         ValueError: a malformed name; a tensor with NaN or Inf; a dtype other than float32, float16 and bfloat16; or
             an unsuitable ``directory``.
-        RuntimeError: base biases cannot be saved while a layer is merged; or a layer's rank or alpha differs from
-            the config.
+        RuntimeError: base biases cannot be saved while a layer is merged; a layer's rank or alpha differs from the
+            config; or a parameter has not the shape of the whole layer, as under DeepSpeed ZeRO-3 and FSDP1. The
+            message says how to gather it.
         OSError: from the file system. The folder is then as before.
     """
     check_names(model, [check_adapter_name(adapter_name)])
     if not isinstance(base_model_name_or_path, (str, type(None))):
         raise TypeError(f"base_model_name_or_path: expected a str or None, got {base_model_name_or_path!r}")
     config = adapter_configs(model)[adapter_name]
-    tensors = adapter_tensors(model, adapter_name, config)
+    tensors, mesh = gather(adapter_tensors(model, adapter_name, config))
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"{key} must be float32, float16 or bfloat16, got {tensor.dtype}")
@@ -73,11 +79,11 @@ def save_adapter(
             file.write(text)
         return CONFIG_NAME, WEIGHTS_NAME
 
-    replace_directory(os.fsdecode(directory), write)
+    once(mesh, lambda: replace_directory(os.fsdecode(directory), write))
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint under PEFT's keys, detached, on the devices they are on."""
+    """The tensors of a checkpoint under PEFT's keys, detached, on the devices they are on, DTensors where sharded."""
     layers = {path: layer for path, layer in lora_layers(model).items() if adapter_name in layer.lora_A}
     if config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):
         raise RuntimeError(f"bias={config.bias!r} saves biases of the base model: unmerge before saving")
@@ -88,16 +94,21 @@ def adapter_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         has = (layer.r[adapter_name], layer.lora_alpha[adapter_name])
         if has[0] not in ranks.possible(path) or has[1] not in alphas.possible(path):
             raise RuntimeError(f"layer {path!r} has (r, lora_alpha) = {has}, which the config does not give it")
+        r, K, N = has[0], layer.in_features, layer.out_features
         parts = {
-            "lora_A": layer.lora_A[adapter_name].weight,
-            "lora_B": layer.lora_B[adapter_name].weight,
-            "lora_bias": layer.lora_B[adapter_name].bias,
-            "base_bias": layer.base_layer.bias if config.bias != "none" else None,
+            "lora_A": (layer.lora_A[adapter_name].weight, (r, K)),
+            "lora_B": (layer.lora_B[adapter_name].weight, (N, r)),
+            "lora_bias": (layer.lora_B[adapter_name].bias, (N,)),
+            "base_bias": (layer.base_layer.bias if config.bias != "none" else None, (N,)),
         }
-        tensors |= {f"{KEY_PREFIX}{path}{_ENDS[k]}": v.detach() for k, v in parts.items() if v is not None}
+        tensors |= {f"{path}{_ENDS[k]}": part for k, part in parts.items() if part[0] is not None}
     if config.bias == "all":
-        tensors |= {f"{KEY_PREFIX}{name}": bias.detach() for name, bias in other_biases(model, layers).items()}
-    return tensors
+        modules = dict(named_modules(model))
+        for name, bias in other_biases(model, layers).items():
+            tensors[name] = (bias, bias_shape(base_layer_of(modules[name.rpartition(".")[0]])))
+    for name, (tensor, shape) in tensors.items():
+        check_whole(name, tensor, shape)
+    return {f"{KEY_PREFIX}{name}": tensor.detach() for name, (tensor, _) in tensors.items()}
 
 
 def _config_entries(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict:

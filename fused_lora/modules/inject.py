@@ -20,6 +20,7 @@ from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.targets import is_supported, match_targets
+from fused_lora.modules.tree import named_modules, own_path, parent_of, unwrapped
 
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
 
@@ -84,6 +85,7 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
         ValueError: the name is taken or malformed; no layer matches; a match is not a linear layer; torch's own
             attention or encoder module would read the weight of a match without calling the layer; or a
             ``peft.LoraConfig`` sets a field that is not supported. The message names it.
+        RuntimeError: a match is compiled, or wrapped for checkpointing, by itself.
     """
     config = as_lora_config(config)
     check_not_wrapped(model)
@@ -100,29 +102,30 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
 
     ``config`` is kept as the adapter's config and gives dropout, bias mode and init. Ranks, alphas and tensors come
     from ``layers``. Raises ValueError if the name is malformed or taken, a path is not a linear layer, or the tensors
-    do not fit.
+    do not fit; RuntimeError if one of torch's wrappers holds the layer itself.
     """
     configs = check_new_name(model, check_adapter_name(adapter_name))
     check_not_wrapped(model)
     biased = [name for name, c in configs.items() if c.bias != "none"]
     if biased and config.bias != "none":
         raise ValueError(f"bias: only one adapter may train biases, and {biased[0]!r} does, got bias={config.bias!r}")
-    modules = dict(model.named_modules())
+    root, modules = unwrapped(model), dict(named_modules(model))
     for path in layers:
         if path not in modules or not is_supported(modules[path]):
             raise ValueError(f"layers: {path!r} is not a linear layer of the model")
         _check_called(path, modules[path.rpartition(".")[0]])
+        if not isinstance(modules[path], LoraLinear):
+            parent_of(modules, path)
     if config.bias != "none":
         _check_not_merged([m for m in map(modules.__getitem__, layers) if isinstance(m, LoraLinear)])
     first, active = not configs, active_adapters(model)
     keep = set() if first else {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     built = _build(modules, adapter_name, config, layers)
     for path, layer in built.items():
-        parent, _, name = path.rpartition(".")
-        setattr(modules[parent], name, layer)
-    _load_base_biases(model, layers)
-    setattr(model, _CONFIGS, {**configs, adapter_name: config})
-    setattr(model, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
+        setattr(*parent_of(modules, path), layer)
+    _load_base_biases(lora_layers(model), layers)
+    setattr(root, _CONFIGS, {**configs, adapter_name: config})
+    setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
@@ -136,13 +139,16 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
     """The adapters of a model: name -> config."""
     check_module(model)
-    return dict(getattr(model, _CONFIGS, {}))
+    return dict(getattr(unwrapped(model), _CONFIGS, {}))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """The LoRA layers of a model: path -> layer, in ``named_modules()`` order."""
+    """The LoRA layers of a model: path -> layer, in ``named_modules()`` order.
+
+    Paths are the model's own, also under torch.compile, checkpoint_wrapper, DDP and FSDP.
+    """
     check_module(model)
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+    return {path: module for path, module in named_modules(model) if isinstance(module, LoraLinear)}
 
 
 def active_adapters(model: nn.Module) -> list[str]:
@@ -187,7 +193,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         if was_active:
             layer.set_adapter(rest)
         layer.delete_adapter(adapter_name)
-    setattr(model, _CONFIGS, configs)
+    setattr(unwrapped(model), _CONFIGS, configs)
 
 
 @contextmanager
@@ -326,10 +332,10 @@ def _check_called(path: str, parent: nn.Module) -> None:
         )
 
 
-def _load_base_biases(model: nn.Module, layers: dict[str, LayerSpec]) -> None:
-    for path, spec in layers.items():
+def _load_base_biases(layers: dict[str, LoraLinear], specs: dict[str, LayerSpec]) -> None:
+    for path, spec in specs.items():
         if spec.tensors is not None and spec.tensors.base_bias is not None:
-            layer: Any = model.get_submodule(path)
+            layer: Any = layers[path]
             layer.base_layer.bias.data.copy_(spec.tensors.base_bias)
 
 
@@ -342,8 +348,8 @@ def _freeze(model: nn.Module, config: LoraConfig, paths: list[str], keep: set[in
             parameter.requires_grad_(id(parameter) in keep)
     if config.bias == "none" or config.inference_mode:
         return
-    for name, parameter in model.named_parameters():
-        lora_only = any(name == f"{path}.base_layer.bias" for path in paths)
+    for name, parameter in unwrapped(model).named_parameters():
+        lora_only = any(own_path(name) == f"{path}.base_layer.bias" for path in paths)
         if name.endswith("bias") and id(parameter) not in ours and (config.bias == "all" or lora_only):
             parameter.requires_grad_(True)
 

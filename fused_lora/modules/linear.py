@@ -208,8 +208,8 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, active={self.active_adapters}"
 
 
-def unmerge_all(layers: Mapping[str, LoraLinear]) -> list[tuple[LoraLinear, object, list[str]]]:
-    """Unmerge all of these layers or none; returns what :func:`merge_back` needs to undo it.
+def unmerge_all(layers: Mapping[str, LoraLinear]) -> None:
+    """Unmerge all of these layers or none.
 
     Raises:
         RuntimeError: a weight was changed while merged; the message begins with its layer's path.
@@ -222,18 +222,12 @@ def unmerge_all(layers: Mapping[str, LoraLinear]) -> list[tuple[LoraLinear, obje
         try:
             layer.unmerge()
         except BaseException as error:
-            merge_back(done)
+            for unmerged, old_state, old_names in reversed(done):
+                unmerged.restore_merge(old_state, old_names)
             if isinstance(error, RuntimeError):
                 raise RuntimeError(f"{path}: {error}") from error
             raise
         done.append((layer, state, names))
-    return done
-
-
-def merge_back(done: list[tuple[LoraLinear, object, list[str]]]) -> None:
-    """Undo :func:`unmerge_all`: the same bits, names and records."""
-    for layer, state, names in reversed(done):
-        layer.restore_merge(state, names)
 
 
 def _draw(K: int, N: int, r: int, init: bool | str, lora_bias: bool, tensors: LayerTensors | None):

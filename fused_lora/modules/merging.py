@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from fused_lora.modules.inject import active_adapters, adapter_configs, as_list, check_names, lora_layers
-from fused_lora.modules.linear import LoraLinear, merge_back, unmerge_all
+from fused_lora.modules.linear import LoraLinear, unmerge_all
+from fused_lora.modules.tree import named_modules, parent_of, unwrapped
 
 
 def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
@@ -73,24 +74,28 @@ def delta_fidelity(model: nn.Module) -> dict[str, float]:
 
 
 def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
-    """Put the plain base layers back in place of the LoRA layers, with the active adapters merged in or dropped.
+    """Put the plain base layers back in place of the LoRA layers. What is merged stays merged, as in PEFT.
 
-    Returns ``model``. Merged adapters that should be dropped are unmerged first. Afterwards the model has no adapters
-    and its parameters are frozen as they were. Raises what :func:`unmerge` and :func:`merge` raise; the model is then
-    as it was.
+    Args:
+        model: a model with LoRA layers.
+        merge_adapters: merge the active adapters first, beside those that are merged already. Without it adapters
+            that are not merged are dropped. Call :func:`unmerge` first to drop merged ones too.
+
+    Returns:
+        ``model``, without adapters. Its parameters stay frozen as they were.
+
+    Raises:
+        RuntimeError: the model has no LoRA layers, or a layer is compiled or wrapped for checkpointing by itself. With
+            ``merge_adapters`` also what :func:`merge` raises. The model is then as it was.
     """
-    layers = _layers(model)
-    unmerged = unmerge_all(layers)
+    layers, modules = _layers(model), dict(named_modules(model))
+    places = {path: parent_of(modules, path) for path in layers}
     if merge_adapters:
-        try:
-            merge(model)
-        except BaseException:
-            merge_back(unmerged)
-            raise
+        merge(model)
     for path, layer in layers.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.base_layer)
-    del model._fused_lora_configs, model.peft_config
+        setattr(*places[path], layer.base_layer)
+    root: Any = unwrapped(model)
+    del root._fused_lora_configs, root.peft_config
     return model
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import is_conv1d
 from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.tree import named_modules, unwrapped
 
 SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
 ALL_LINEAR = "all-linear"
@@ -53,9 +54,9 @@ def in_out_features(module: nn.Module) -> tuple[int, int]:
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without the root and without the inside of LoRA layers."""
+    """``tree.named_modules(model)`` without the root and without the inside of LoRA layers."""
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if not name or name.startswith(inside):
             continue
         if is_lora_linear(module):
@@ -99,10 +100,11 @@ def all_linear(model: nn.Module, config: LoraConfig) -> set[str]:
     classification head when task_type is SEQ_CLS."""
     linear = {n for n, m in candidates(model) if is_lora_linear(m) or isinstance(m, nn.Linear) or is_conv1d(m)}
     head = _output_layer(model, config)
-    return linear - {name for name, module in model.named_modules() if module is head and head is not None}
+    return linear - {name for name, module in named_modules(model) if module is head and head is not None}
 
 
 def _output_layer(model: Any, config: LoraConfig) -> nn.Module | None:
+    model = unwrapped(model)
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return None
