@@ -33,7 +33,7 @@ def check_whole(name: str, tensor: Tensor, shape: tuple[int, ...] | None) -> Non
         )
 
 
-def gather(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+def gather(tensors: Mapping[Any, Tensor]) -> tuple[dict[Any, Tensor], Any]:
     """(the tensors with DTensors gathered, their device mesh or None). All processes of the mesh must call it.
 
     Raises RuntimeError when the DTensors are on several meshes.

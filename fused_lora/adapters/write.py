@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from fused_lora.adapters.whole import bias_shape, check_whole, gather, once
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import adapter_configs, check_adapter_name, check_names, lora_layers
 from fused_lora.modules.targets import base_layer_of, candidates
-from fused_lora.modules.tree import named_modules
+from fused_lora.modules.tree import named_modules, own_path, unwrapped
 
 _ENDS = {field: end for end, field in SLOTS.items()}
 
@@ -55,35 +56,67 @@ def save_adapter(
             message says how to gather it.
         OSError: from the file system. The folder is then as before.
     """
+    write_adapter(model, directory, adapter_name, base_model_name_or_path)
+
+
+def write_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    adapter_name: str,
+    base_model_name_or_path: str | None = None,
+    *,
+    further: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    here: bool = True,
+) -> None:
+    """:func:`save_adapter` with ``further`` files of tensors. ``state_dict`` has tensors to write in place of the
+    model's own, by their names in the model. ``here``: whether this process writes, when nothing is sharded."""
     check_names(model, [check_adapter_name(adapter_name)])
     if not isinstance(base_model_name_or_path, (str, type(None))):
         raise TypeError(f"base_model_name_or_path: expected a str or None, got {base_model_name_or_path!r}")
     config = adapter_configs(model)[adapter_name]
-    tensors, mesh = gather(adapter_tensors(model, adapter_name, config))
-    for key, tensor in tensors.items():
+    files = {WEIGHTS_NAME: adapter_parts(model, adapter_name, config)}
+    files |= {name: {key: (t, None) for key, t in tensors.items()} for name, tensors in (further or {}).items()}
+    parts = {(name, key): part for name, keys in files.items() for key, part in keys.items()}
+    names = {id(parameter): own_path(name) for name, parameter in unwrapped(model).named_parameters()}
+    given = None if state_dict is None else {own_path(name): tensor for name, tensor in state_dict.items()}
+    tensors = {}
+    for place, (parameter, shape) in parts.items():
+        name = names.get(id(parameter), place[1])  # FSDP1's views are no parameters
+        if given is not None and name not in given:
+            raise ValueError(f"state_dict: expected a tensor {name!r}, found none")
+        tensors[place] = parameter if given is None else given[name]
+        check_whole(name, tensors[place], shape)
+    flat, mesh = gather({place: tensor.detach() for place, tensor in tensors.items()})
+    for (name, key), tensor in flat.items():
+        what = key if name == WEIGHTS_NAME else f"{name}: {key}"
         if tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{key} must be float32, float16 or bfloat16, got {tensor.dtype}")
+            raise ValueError(f"{what} must be float32, float16 or bfloat16, got {tensor.dtype}")
         if tensor.is_meta or not torch.isfinite(tensor).all():
             raise ValueError(
-                f"{key} must hold finite values, got {'no data (meta)' if tensor.is_meta else 'NaN or Inf'}"
+                f"{what} must hold finite values, got {'no data (meta)' if tensor.is_meta else 'NaN or Inf'}"
             )
     entries = _config_entries(model, adapter_name, config)
     if base_model_name_or_path is not None:
         entries["base_model_name_or_path"] = base_model_name_or_path
     text = json.dumps(entries, indent=2, sort_keys=True, allow_nan=False)
 
-    def write(stage: str) -> tuple[str, str]:
-        with open(os.path.join(stage, WEIGHTS_NAME), "xb", buffering=0) as file:
-            write_tensors(file, tensors)
+    def write(stage: str) -> tuple[str, ...]:
+        for name in files:
+            with open(os.path.join(stage, name), "xb", buffering=0) as file:
+                write_tensors(file, {key: tensor for (of, key), tensor in flat.items() if of == name})
         with open(os.path.join(stage, CONFIG_NAME), "x", encoding="utf-8") as file:
             file.write(text)
-        return CONFIG_NAME, WEIGHTS_NAME
+        return CONFIG_NAME, *files
 
-    once(mesh, lambda: replace_directory(os.fsdecode(directory), write))
+    if here or mesh is not None:
+        once(mesh, lambda: replace_directory(os.fsdecode(directory), write))
 
 
-def adapter_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint under PEFT's keys, detached, on the devices they are on, DTensors where sharded."""
+def adapter_parts(
+    model: nn.Module, adapter_name: str, config: LoraConfig
+) -> dict[str, tuple[torch.Tensor, tuple[int, ...] | None]]:
+    """The parameters of a checkpoint under PEFT's keys, each with its shape when whole (None: not known)."""
     layers = {path: layer for path, layer in lora_layers(model).items() if adapter_name in layer.lora_A}
     if config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):
         raise RuntimeError(f"bias={config.bias!r} saves biases of the base model: unmerge before saving")
@@ -106,9 +139,7 @@ def adapter_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         modules = dict(named_modules(model))
         for name, bias in other_biases(model, layers).items():
             tensors[name] = (bias, bias_shape(base_layer_of(modules[name.rpartition(".")[0]])))
-    for name, (tensor, shape) in tensors.items():
-        check_whole(name, tensor, shape)
-    return {f"{KEY_PREFIX}{name}": tensor.detach() for name, (tensor, _) in tensors.items()}
+    return {f"{KEY_PREFIX}{name}": part for name, part in tensors.items()}
 
 
 def _config_entries(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict:

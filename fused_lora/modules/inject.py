@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -23,6 +23,8 @@ from fused_lora.modules.targets import is_supported, match_targets
 from fused_lora.modules.tree import named_modules, own_path, parent_of, unwrapped
 
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
+# what the modules above this one do to a model that has got its first LoRA layers, further ones, or lost all
+AFTER_CHANGE: list[Callable[[nn.Module], None]] = []
 
 
 class AdapterNotFound(KeyError):
@@ -134,6 +136,8 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
             layer.set_adapter(active)
         if not config.inference_mode and any(spec.tensors for spec in layers.values()):
             _trainable(model, adapter_name)
+    for function in AFTER_CHANGE:
+        function(root)
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:

@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from fused_lora.modules.inject import active_adapters, adapter_configs, as_list, check_names, lora_layers
+from fused_lora.modules.inject import (
+    AFTER_CHANGE,
+    active_adapters,
+    adapter_configs,
+    as_list,
+    check_names,
+    lora_layers,
+)
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.tree import named_modules, parent_of, unwrapped
 
@@ -96,6 +103,8 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
         setattr(*places[path], layer.base_layer)
     root: Any = unwrapped(model)
     del root._fused_lora_configs, root.peft_config
+    for function in AFTER_CHANGE:
+        function(root)
     return model
 
 
