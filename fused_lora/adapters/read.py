@@ -40,8 +40,8 @@ def load_adapter(
         model: any module. Target layers that have no LoRA yet become LoraLinear.
         directory, max_bytes: as in ``read_adapter``.
         adapter_name: 1 to 64 letters, digits, "_" or "-"; default "default".
-        is_trainable: whether A and B (and trained biases) require gradients. Unlike in PEFT, the model keeps its
-            train or eval mode.
+        is_trainable: whether A and B (and trained biases) require gradients. Without it the model is put into eval
+            mode, as in PEFT, so that its dropout is off.
         autocast_adapter_dtype: as in PEFT. True: A and B are float32 over a 16-bit base. False: they have the base
             weight's dtype.
 
@@ -70,6 +70,8 @@ def load_adapter(
     with torch.no_grad():
         for path, value in values.items():
             biases[path].copy_(value)
+    if not is_trainable:
+        model.eval()
     return adapter.config
 
 
