@@ -24,6 +24,7 @@ from fused_lora.adapters.tensorfile import (
     read_header,
     read_tensors,
 )
+from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.config import MAX_RANK, LayerTensors, LoraConfig
 from fused_lora.modules.tree import own_path
 
@@ -42,16 +43,20 @@ _MAX_PATTERN_CHECKS = 2_000_000
 
 
 class Adapter(NamedTuple):
-    """A checkpoint: its config, the tensors of each module path, and with ``bias="all"`` the biases of other modules
-    by parameter path."""
+    """A checkpoint: its config, the tensors of each module path, with ``bias="all"`` the biases of other modules by
+    parameter path, and what trained beside LoRA (modules_to_save, trainable_token_indices) by key without prefix."""
 
     config: LoraConfig
     layers: dict[str, LayerTensors]
     biases: dict[str, torch.Tensor]
+    beside: dict[str, torch.Tensor]
 
 
 class Plan(NamedTuple):
-    """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha."""
+    """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha.
+
+    ``beside``: the keys of what trained beside LoRA, by key without prefix.
+    """
 
     config: LoraConfig
     weights: str
@@ -59,6 +64,7 @@ class Plan(NamedTuple):
     slots: dict[str, dict[str, str]]
     biases: dict[str, str]
     ranks: dict[str, tuple[int, float]]
+    beside: dict[str, str]
 
 
 def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BYTES) -> Adapter:
@@ -116,15 +122,16 @@ def _read_once(
         raise AdapterError(path, None, "a safetensors file", found)
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         header = read_header(path, file, size)
-        slots, biases = _sort_keys(path, header.entries, config)
+        slots, biases, beside = _sort_keys(path, header.entries, config)
         ranks = _ranks(folder, path, header.entries, slots, config)
-        plan = Plan(config, path, header.entries, slots, biases, ranks)
+        plan = Plan(config, path, header.entries, slots, biases, ranks, beside)
         check(plan)
         if not with_tensors:
-            return Adapter(config, {}, {}), plan
+            return Adapter(config, {}, {}, {}), plan
         tensors = read_tensors(path, file, header)
     layers = {name: LayerTensors(**{field: tensors[k] for field, k in keys.items()}) for name, keys in slots.items()}
-    return Adapter(config, layers, {name: tensors[key] for name, key in biases.items()}), plan
+    others = ({name: tensors[key] for name, key in keys.items()} for keys in (biases, beside))
+    return Adapter(config, layers, *others), plan
 
 
 def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfig:
@@ -142,10 +149,11 @@ def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfi
 
 def _sort_keys(
     path: str, entries: dict[str, TensorEntry], config: LoraConfig
-) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Keys of each module path by field of LayerTensors, and keys of other biases by parameter path."""
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
+    """Keys of each module path by field of LayerTensors, keys of other biases by parameter path, and the rest."""
     slots: dict[str, dict[str, str]] = {}
     biases: dict[str, str] = {}
+    beside: dict[str, str] = {}
     wanted = ["lora_A", "lora_B"] + ["lora_bias"] * config.lora_bias
     named: dict[str, str] = {}
     for key in entries:
@@ -162,6 +170,8 @@ def _sort_keys(
             slots.setdefault(name.removesuffix(end), {})[field] = key
         elif field is None and config.bias == "all" and (name == "bias" or name.endswith(".bias")):
             biases[name] = key
+        elif field is None and _is_beside(name, config):
+            beside[name] = key
         else:
             ends = [end for end, field in SLOTS.items() if field in wanted]
             raise AdapterError(path, key, f"a key that ends in {', '.join(ends)}", "a key that is not supported here")
@@ -172,7 +182,15 @@ def _sort_keys(
             if field not in keys:
                 end = next(end for end, f in SLOTS.items() if f == field)
                 raise AdapterError(path, f"{KEY_PREFIX}{name}{end}", "a tensor", "no such key")
-    return slots, biases
+    return slots, biases, beside
+
+
+def _is_beside(name: str, config: LoraConfig) -> bool:
+    """Whether the config says that this tensor trained beside LoRA."""
+    if name.endswith(TOKENS_END):
+        return config.trainable_token_indices is not None
+    ends = tuple(config.modules_to_save or ())
+    return any(name[:i].endswith(ends) for i, character in enumerate(name) if character == ".")
 
 
 def _ranks(

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME
 from fused_lora.adapters.write import write_adapter
-from fused_lora.modules.inject import AFTER_CHANGE, active_adapters, adapter_configs, lora_layers
+from fused_lora.modules.auxiliary import SavedModule, auxiliary_modules, breaks_a_tie
+from fused_lora.modules.inject import (
+    AFTER_CHANGE,
+    active_adapters,
+    adapter_configs,
+    adapter_parameters,
+    lora_layers,
+    mergeable_layers,
+)
 from fused_lora.modules.tree import own_path
 
 RESUME_NAME = "model.safetensors"  # where Trainer looks for the weights of a checkpoint
@@ -52,7 +60,7 @@ class SavesAdapters:
                 to call. Also what ``save_adapter`` raises.
         """
         model: Any = self
-        layers = lora_layers(model).values()
+        layers = mergeable_layers(model).values()
         if layers and not any(layer.merged for layer in layers):
             return _save_adapter(model, save_directory, is_main_process, state_dict, kwargs)
         if layers:
@@ -83,12 +91,16 @@ def _new(plain: type, *args: Any) -> Any:
 
 
 def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """``model.state_dict()`` (or these tensors under the same names) as the same model without LoRA layers names it."""
+    """``model.state_dict()`` (or these tensors under the same names) as the same model without adapters names it."""
     tensors = {own_path(name): tensor for name, tensor in (state_dict or model.state_dict()).items()}
-    for path in lora_layers(model):
-        inside = [name for name in tensors if name.startswith(f"{path}.")]
-        held = {name: tensors.pop(name) for name in inside}
-        base = f"{path}.base_layer."
+    used = {path: "base_layer." for path in lora_layers(model)}
+    for path, wrapper in auxiliary_modules(model).items():
+        saved = wrapper.in_effect() if isinstance(wrapper, SavedModule) else None
+        original = "original_module." if isinstance(wrapper, SavedModule) else "base_layer."
+        used[path] = original if saved is None else f"modules_to_save.{saved}."
+    for path, part in used.items():
+        held = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{path}.")}
+        base = f"{path}.{part}"
         tensors |= {f"{path}.{name.removeprefix(base)}": t for name, t in held.items() if name.startswith(base)}
     return tensors
 
@@ -128,19 +140,24 @@ def _save_adapter(
 
 def _what_trains(model: nn.Module) -> dict[str, nn.Parameter]:
     """All adapters, and whatever else requires a gradient, by their names in the model."""
-    parts = [part for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B)]
-    ours = {id(parameter) for part in parts for parameter in part.parameters()}
+    ours = {id(parameter) for parameter in adapter_parameters(model)}
     return {own_path(n): p for n, p in model.named_parameters() if id(p) in ours or p.requires_grad}
 
 
 def _check_merged(model: nn.Module, folder: str | os.PathLike) -> None:
-    for path, layer in lora_layers(model).items():
-        rest = [name for name in layer.active_adapters if name in layer.lora_A]
+    active = active_adapters(model)
+    for path, layer in mergeable_layers(model).items():
+        rest = layer._present(active)
         if rest and not layer.merged:
             raise RuntimeError(
                 f"save_pretrained: {path!r} has no merged adapter but {rest} active, so this is neither an adapter nor "
                 "a plain model. Call fused_lora.merge(model), or fused_lora.unmerge(model) to save the adapter"
             )
+    if breaks_a_tie(model):
+        raise RuntimeError(
+            "save_pretrained: the config ties the two embeddings, and the adapter has one of its own. Call "
+            "fused_lora.unload(model, merge_adapters=True) first, which unties them"
+        )
     if os.path.exists(os.path.join(folder, CONFIG_NAME)):
         raise RuntimeError(
             f"save_directory: {os.fspath(folder)!r} holds an adapter, which from_pretrained would load in place of the "

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_lora.adapters.checkpoint import KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
+from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
 from fused_lora.adapters.errors import AdapterError
+from fused_lora.modules import auxiliary
 from fused_lora.modules.config import LayerTensors, LoraConfig
 from fused_lora.modules.inject import (
     LayerSpec,
@@ -66,7 +67,8 @@ def load_adapter(
     layers = _specs(model, adapter, plan, autocast_adapter_dtype)
     biases = other_biases(model, adapter.layers)
     values = {path: _cast(plan, plan.biases[path], t, biases[path].dtype) for path, t in adapter.biases.items()}
-    attach(model, name, adapter.config, layers)
+    beside = _beside(model, adapter, plan, autocast_adapter_dtype)
+    attach(model, name, adapter.config, layers, beside)
     with torch.no_grad():
         for path, value in values.items():
             biases[path].copy_(value)
@@ -89,6 +91,18 @@ def _specs(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtyp
             cast[field] = _cast(plan, key, getattr(tensors, field), dtype)
         layers[path] = LayerSpec(*plan.ranks[path], LayerTensors(**cast))
     return layers
+
+
+def _beside(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtype: bool) -> dict[str, torch.Tensor]:
+    """What the adapter trained beside LoRA, in the dtypes it will have in ``model``; rows of tokens are widened."""
+    wanted = auxiliary.expected_tensors(model, auxiliary.find(model, adapter.config))
+    cast = {}
+    for name, tensor in adapter.beside.items():
+        dtype = wanted[name].dtype
+        narrow = dtype in (torch.float16, torch.bfloat16)
+        wide = autocast_adapter_dtype and narrow and name.endswith(auxiliary.TOKENS_END)
+        cast[name] = _cast(plan, plan.beside[name], tensor, torch.float32 if wide else dtype)
+    return cast
 
 
 def _cast(plan: Plan, key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -119,6 +133,7 @@ def check_model(model: nn.Module, plan: Plan) -> None:
             raise AdapterError(plan.weights, key, f"a base bias exactly if the layer has one; it has {has}", brings)
     if plan.config.bias == "all":
         _check_biases(model, plan)
+    _check_beside(model, plan)
     named = literal_targets(model, plan.config)
     if named is not None and (difference := set(named) ^ set(plan.slots)):
         path = min(difference)
@@ -126,6 +141,23 @@ def check_model(model: nn.Module, plan: Plan) -> None:
         if path in plan.slots:
             what = ("a module that target_modules names", sorted(plan.config.target_modules or ()))
         raise AdapterError(plan.weights, f"{KEY_PREFIX}{path}.lora_A.weight", *what)
+
+
+def _check_beside(model: nn.Module, plan: Plan) -> None:
+    try:
+        wanted = auxiliary.expected_tensors(model, auxiliary.find(model, plan.config))
+    except ValueError as error:
+        key = "modules_to_save" if "modules_to_save" in str(error) else "trainable_token_indices"
+        config = os.path.join(os.path.dirname(plan.weights), CONFIG_NAME)
+        raise AdapterError(config, key, "modules of the model that can train beside LoRA", str(error)) from None
+    if difference := wanted.keys() ^ plan.beside.keys():
+        name = min(difference)
+        what = ("a tensor in the file", "none") if name in wanted else ("a tensor of the model", "no such name")
+        raise AdapterError(plan.weights, f"{KEY_PREFIX}{name}", *what)
+    for name, key in plan.beside.items():
+        expected, found = list(wanted[name].shape), list(plan.entries[key].shape)
+        if found != expected:
+            raise AdapterError(plan.weights, key, f"a shape {expected}", found)
 
 
 def _check_biases(model: nn.Module, plan: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -15,8 +16,9 @@ from fused_lora.adapters.read import other_biases
 from fused_lora.adapters.staging import replace_directory
 from fused_lora.adapters.tensorfile import DTYPES, write_tensors
 from fused_lora.adapters.whole import bias_shape, check_whole, gather, once
+from fused_lora.modules.auxiliary import saved_tensors
 from fused_lora.modules.config import LoraConfig
-from fused_lora.modules.inject import adapter_configs, check_adapter_name, check_names, lora_layers
+from fused_lora.modules.inject import adapter_configs, adapter_parameters, check_adapter_name, check_names, lora_layers
 from fused_lora.modules.targets import base_layer_of, candidates
 from fused_lora.modules.tree import named_modules, own_path, unwrapped
 
@@ -78,7 +80,9 @@ def write_adapter(
     files = {WEIGHTS_NAME: adapter_parts(model, adapter_name, config)}
     files |= {name: {key: (t, None) for key, t in tensors.items()} for name, tensors in (further or {}).items()}
     parts = {(name, key): part for name, keys in files.items() for key, part in keys.items()}
-    names = {id(parameter): own_path(name) for name, parameter in unwrapped(model).named_parameters()}
+    _warn_of_others(model, [parameter for parameter, _ in files[WEIGHTS_NAME].values()])
+    root = unwrapped(model)
+    names = {id(held): own_path(name) for name, held in (*root.named_parameters(), *root.named_buffers())}
     given = None if state_dict is None else {own_path(name): tensor for name, tensor in state_dict.items()}
     tensors = {}
     for place, (parameter, shape) in parts.items():
@@ -113,6 +117,23 @@ def write_adapter(
         once(mesh, lambda: replace_directory(os.fsdecode(directory), write))
 
 
+def _warn_of_others(model: nn.Module, saved: list[torch.Tensor]) -> None:
+    """Warn of parameters that train and are in no adapter."""
+    known = {id(parameter) for parameter in (*saved, *adapter_parameters(model))}
+    biased = any(config.bias != "none" for config in adapter_configs(model).values())  # which another save writes
+    others = [
+        own_path(name)
+        for name, parameter in unwrapped(model).named_parameters()
+        if parameter.requires_grad and id(parameter) not in known and not (biased and name.endswith("bias"))
+    ]
+    if others:
+        warnings.warn(
+            f"{len(others)} parameters train and are not saved with the adapter, {others[0]!r} for one: name their "
+            "modules in modules_to_save, or save them yourself",
+            stacklevel=4,
+        )
+
+
 def adapter_parts(
     model: nn.Module, adapter_name: str, config: LoraConfig
 ) -> dict[str, tuple[torch.Tensor, tuple[int, ...] | None]]:
@@ -139,6 +160,7 @@ def adapter_parts(
         modules = dict(named_modules(model))
         for name, bias in other_biases(model, layers).items():
             tensors[name] = (bias, bias_shape(base_layer_of(modules[name.rpartition(".")[0]])))
+    tensors |= saved_tensors(model, adapter_name)
     return {f"{KEY_PREFIX}{name}": part for name, part in tensors.items()}
 
 

@@ -6,9 +6,10 @@ inactive until :func:`set_adapter`. Everything is checked before the model chang
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -16,6 +17,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from fused_lora.modules import auxiliary
+from fused_lora.modules.auxiliary import TrainedTokens, auxiliary_modules
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
@@ -25,6 +28,14 @@ from fused_lora.modules.tree import named_modules, own_path, parent_of, unwrappe
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
 # what the modules above this one do to a model that has got its first LoRA layers, further ones, or lost all
 AFTER_CHANGE: list[Callable[[nn.Module], None]] = []
+
+
+# PEFT's names for the heads of these tasks
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 class AdapterNotFound(KeyError):
@@ -71,6 +82,9 @@ class LayerSpec:
 def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "default") -> nn.Module:
     """Add a LoRA adapter to every layer that ``config`` targets, in place. All other parameters are frozen.
 
+    Modules of ``modules_to_save`` and tokens of ``trainable_token_indices`` train beside it. As in PEFT, the task types
+    SEQ_CLS, TOKEN_CLS and QUESTION_ANS add the head of the model to ``modules_to_save``.
+
     The first adapter of a model becomes active and trainable. Each further adapter is added inactive, as PEFT's
     ``add_adapter`` does. :func:`set_adapter` chooses which are active.
 
@@ -85,12 +99,16 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     Raises:
         TypeError: model is not a module, config is not a LoraConfig, or the name is not a str.
         ValueError: the name is taken or malformed; no layer matches; a match is not a linear layer; torch's own
-            attention or encoder module would read the weight of a match without calling the layer; or a
-            ``peft.LoraConfig`` sets a field that is not supported. The message names it.
+            attention or encoder module would read the weight of a match without calling the layer; a module of
+            ``modules_to_save`` or ``trainable_token_indices`` cannot train beside LoRA; or a ``peft.LoraConfig`` sets
+            a field that is not supported. The message names it.
         RuntimeError: a match is compiled, or wrapped for checkpointing, by itself.
     """
     config = as_lora_config(config)
     check_not_wrapped(model)
+    heads = [name for name in _HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
+    if heads:
+        config = dataclasses.replace(config, modules_to_save=[*(config.modules_to_save or ()), *heads])
     layers = {}
     for path in match_targets(model, config):
         r, lora_alpha = config.layer_rank_alpha(path)
@@ -99,12 +117,22 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     return model
 
 
-def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> None:
+def attach(
+    model: nn.Module,
+    adapter_name: str,
+    config: LoraConfig,
+    layers: dict[str, LayerSpec],
+    values: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Add one adapter to the layers at these paths. If anything raises, the model is unchanged.
 
     ``config`` is kept as the adapter's config and gives dropout, bias mode and init. Ranks, alphas and tensors come
-    from ``layers``. Raises ValueError if the name is malformed or taken, a path is not a linear layer, or the tensors
-    do not fit; RuntimeError if one of torch's wrappers holds the layer itself.
+    from ``layers``. ``values`` holds what the adapter trains beside LoRA, by the keys of a checkpoint without prefix;
+    without them it begins as the model's own.
+
+    Raises:
+        ValueError: the name is malformed or taken, a path is not a linear layer, or the tensors do not fit.
+        RuntimeError: one of torch's wrappers holds the layer itself.
     """
     configs = check_new_name(model, check_adapter_name(adapter_name))
     check_not_wrapped(model)
@@ -120,11 +148,18 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
             parent_of(modules, path)
     if config.bias != "none":
         _check_not_merged([m for m in map(modules.__getitem__, layers) if isinstance(m, LoraLinear)])
+    found = auxiliary.find(model, config)
+    beside = {path: parent_of(modules, path) for path in (*found.saved, *found.tokens, *found.tied)}
+    for path in layers:
+        if any(f"{path}.".startswith(f"{other}.") for other in beside):
+            raise ValueError(f"layers: {path!r} is trained as a whole or by tokens, it cannot have LoRA too")
+    parts = auxiliary.build(model, found, values or {})
     first, active = not configs, active_adapters(model)
     keep = set() if first else {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     built = _build(modules, adapter_name, config, layers)
     for path, layer in built.items():
         setattr(*parent_of(modules, path), layer)
+    auxiliary.attach_parts(beside, adapter_name, found, parts)
     _load_base_biases(lora_layers(model), layers)
     setattr(root, _CONFIGS, {**configs, adapter_name: config})
     setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
@@ -134,8 +169,11 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
     else:
         for layer in built.values():
             layer.set_adapter(active)
+        for wrapper in auxiliary_modules(model).values():
+            wrapper.active_adapter = next(iter(wrapper._present(active)), None)
         if not config.inference_mode and any(spec.tensors for spec in layers.values()):
-            _trainable(model, adapter_name)
+            for parameter in adapter_parameters(model, adapter_name):
+                parameter.requires_grad_(True)
     for function in AFTER_CHANGE:
         function(root)
 
@@ -155,6 +193,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return {path: module for path, module in named_modules(model) if isinstance(module, LoraLinear)}
 
 
+def mergeable_layers(model: nn.Module) -> dict[str, Any]:
+    """What a merge changes: path -> :class:`LoraLinear` or wrapper of trained tokens."""
+    layers: dict[str, Any] = dict(lora_layers(model))
+    wrappers = auxiliary_modules(model).items()
+    return layers | {path: m for path, m in wrappers if isinstance(m, TrainedTokens) and m.owner is m}
+
+
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters."""
     return next((list(layer.active_adapters) for layer in lora_layers(model).values()), [])
@@ -167,14 +212,18 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
 
     Raises:
         AdapterNotFound: a name that the model does not have. RuntimeError: a weight was changed while merged.
+        ValueError: two of these adapters train the same module, by modules_to_save or trainable_token_indices.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else as_list(adapter_names)
     check_names(model, names)
-    layers = lora_layers(model)
+    layers, wrappers = mergeable_layers(model), auxiliary_modules(model)
+    for path, wrapper in wrappers.items():
+        if len(wrapper._present(names)) > 1:
+            raise ValueError(f"Only one adapter can be set at a time for {path!r}, got {wrapper._present(names)}")
     if any(layer.merged for layer in layers.values()):
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
     unmerge_all(layers)
-    for layer in layers.values():
+    for layer in {**layers, **wrappers}.values():
         layer.set_adapter(names, inference_mode)
 
 
@@ -187,8 +236,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         AdapterNotFound: the model has no such adapter. ValueError: it is merged.
     """
     check_names(model, [adapter_name])
-    layers = lora_layers(model).values()
-    if any(adapter_name in layer.merged_adapters for layer in layers):
+    layers, wrappers = lora_layers(model).values(), auxiliary_modules(model).values()
+    if any(adapter_name in layer.merged_adapters for layer in mergeable_layers(model).values()):
         raise ValueError(f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.")
     configs = {name: config for name, config in adapter_configs(model).items() if name != adapter_name}
     rest = [name for name in active_adapters(model) if name != adapter_name] or sorted(configs)[:1]
@@ -197,6 +246,10 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         if was_active:
             layer.set_adapter(rest)
         layer.delete_adapter(adapter_name)
+    for wrapper in wrappers:
+        wrapper.delete_adapter(adapter_name)
+        if was_active:
+            wrapper.set_adapter(rest)
     setattr(unwrapped(model), _CONFIGS, configs)
 
 
@@ -206,8 +259,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
     Raises RuntimeError if a weight was changed while merged.
     """
-    unmerge_all(lora_layers(model))
-    layers = list(lora_layers(model).values())
+    unmerge_all(mergeable_layers(model))
+    layers = [*lora_layers(model).values(), *auxiliary_modules(model).values()]
     before = [layer.disable_adapters for layer in layers]
     for layer in layers:
         layer.disable_adapters = True
@@ -238,8 +291,8 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iter
     check_names(model, [name for name in names if name != BASE])
     if model.training:
         raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
-    layers = list(lora_layers(model).values())
-    _check_not_merged(layers)
+    _check_not_merged(mergeable_layers(model).values())
+    layers = [*lora_layers(model).values(), *auxiliary_modules(model).values()]
     before = [layer.batch_adapter_names for layer in layers]
     for layer in layers:
         layer.batch_adapter_names = names
@@ -345,8 +398,8 @@ def _load_base_biases(layers: dict[str, LoraLinear], specs: dict[str, LayerSpec]
 
 def _freeze(model: nn.Module, config: LoraConfig, paths: list[str], keep: set[int]) -> None:
     """Freeze all but adapters, the biases that this adapter trains, and the parameters with an id in ``keep``."""
-    parts = [part for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B)]
-    ours = {id(parameter) for part in parts for parameter in part.parameters()}
+    ours = {id(parameter) for parameter in adapter_parameters(model)}
+    keep = keep - {id(p) for wrapper in auxiliary_modules(model).values() for p in wrapper.original.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in ours:
             parameter.requires_grad_(id(parameter) in keep)
@@ -358,14 +411,14 @@ def _freeze(model: nn.Module, config: LoraConfig, paths: list[str], keep: set[in
             parameter.requires_grad_(True)
 
 
-def _trainable(model: nn.Module, adapter_name: str) -> None:
-    for layer in lora_layers(model).values():
-        for part in (layer.lora_A, layer.lora_B):
-            if adapter_name in part:
-                part[adapter_name].requires_grad_(True)
+def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """The parameters of one adapter or of all: lora_A, lora_B, and what trains beside them."""
+    parts = [part for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B)]
+    held = [module for part in parts for name, module in part.items() if adapter_name in (None, name)]
+    return [p for module in held for p in module.parameters()] + auxiliary.parameters_beside(model, adapter_name)
 
 
-def _check_not_merged(layers: Sequence[LoraLinear]) -> None:
+def _check_not_merged(layers: Iterable[Any]) -> None:
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     if merged:
         raise RuntimeError(f"adapters {merged} are merged: call fused_lora.unmerge(model) first")

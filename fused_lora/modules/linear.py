@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -208,13 +209,13 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, active={self.active_adapters}"
 
 
-def unmerge_all(layers: Mapping[str, LoraLinear]) -> None:
+def unmerge_all(layers: Mapping[str, Any]) -> None:
     """Unmerge all of these layers or none.
 
     Raises:
         RuntimeError: a weight was changed while merged; the message begins with its layer's path.
     """
-    done: list[tuple[LoraLinear, object, list[str]]] = []
+    done: list[tuple[Any, object, list[str]]] = []
     for path, layer in layers.items():
         if not layer.merged:
             continue

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fused_lora.modules.auxiliary import SavedModule, TrainedTokens, auxiliary_modules, breaks_a_tie
 from fused_lora.modules.inject import (
     AFTER_CHANGE,
     active_adapters,
@@ -15,6 +16,7 @@ from fused_lora.modules.inject import (
     as_list,
     check_names,
     lora_layers,
+    mergeable_layers,
 )
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.tree import named_modules, parent_of, unwrapped
@@ -30,20 +32,21 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
 
     Raises:
         TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
-        ValueError: a merged weight would not be finite. RuntimeError: the model has no LoRA layers, a lora_bias has no
-            base bias to go to, or a weight also belongs to another module, whose output a merge would change.
+        ValueError: a merged weight would not be finite, or two adapters train the same token.
+        RuntimeError: the model has no LoRA layers, a lora_bias has no base bias to go to, or a weight also belongs to
+            another module, whose output a merge would change.
             In every case all layers are back at the bits they had before the call.
     """
-    layers = _layers(model)
+    layers = _mergeable(model)
     names = active_adapters(model) if adapter_names is None else as_list(adapter_names)
     check_names(model, names)
-    _check_not_shared(model, {path: m for path, m in layers.items() if any(name in m.lora_A for name in names)})
-    if names and all(name in m.merged_adapters for m in layers.values() for name in names if name in m.lora_A):
+    _check_not_shared(model, {path: layer for path, layer in layers.items() if layer._present(names)})
+    if names and all(name in m.merged_adapters for m in layers.values() for name in m._present(names)):
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
-    done: list[tuple[LoraLinear, Any, list[str]]] = []
+    done: list[tuple[Any, Any, list[str]]] = []
     for path, layer in layers.items():
         state, before = layer.merge_state, list(layer.merged_adapters)
-        new = [name for name in names if name in layer.lora_A and name not in before]
+        new = [name for name in layer._present(names) if name not in before]
         if not new:
             continue
         try:
@@ -65,7 +68,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         RuntimeError: a weight was changed while merged. All layers are left merged.
     """
-    unmerge_all(_layers(model))
+    unmerge_all(_mergeable(model))
 
 
 def delta_fidelity(model: nn.Module) -> dict[str, float]:
@@ -83,6 +86,9 @@ def delta_fidelity(model: nn.Module) -> dict[str, float]:
 def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     """Put the plain base layers back in place of the LoRA layers. What is merged stays merged, as in PEFT.
 
+    So does a module that the active adapter trained as a whole (``modules_to_save``): its copy takes the original's
+    place, with or without ``merge_adapters``.
+
     Args:
         model: a model with LoRA layers.
         merge_adapters: merge the active adapters first, beside those that are merged already. Without it adapters
@@ -96,25 +102,33 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
             ``merge_adapters`` also what :func:`merge` raises. The model is then as it was.
     """
     layers, modules = _layers(model), dict(named_modules(model))
-    places = {path: parent_of(modules, path) for path in layers}
+    wrappers = auxiliary_modules(model)
+    untied = breaks_a_tie(model)
+    places = {path: parent_of(modules, path) for path in (*layers, *wrappers)}
     if merge_adapters:
         merge(model)
     for path, layer in layers.items():
         setattr(*places[path], layer.base_layer)
+    for path, wrapper in wrappers.items():
+        setattr(*places[path], wrapper.current() if isinstance(wrapper, SavedModule) else wrapper.original)
     root: Any = unwrapped(model)
+    if untied:
+        root.config.tie_word_embeddings = False
+        warnings.warn("the two embeddings differ now: config.tie_word_embeddings is set to False", stacklevel=2)
     del root._fused_lora_configs, root.peft_config
     for function in AFTER_CHANGE:
         function(root)
     return model
 
 
-def _check_not_shared(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
+def _check_not_shared(model: nn.Module, layers: dict[str, Any]) -> None:
     """Raise RuntimeError when the weight of one of these layers is a parameter of a further module as well."""
-    owners = parameter_owners(model)
+    owners, wrappers = parameter_owners(model), auxiliary_modules(model).values()
     for path, layer in layers.items():
         base: Any = layer.base_layer
         shared = owners.get(base.weight.data_ptr(), [])
-        if len(shared) > 1:
+        tied = sum(isinstance(wrapper, TrainedTokens) and wrapper.owner is layer for wrapper in wrappers)
+        if len(shared) > max(tied, 1):
             raise RuntimeError(f"{path}: the weight is shared by {shared}; a merge would change all of them")
 
 
@@ -129,6 +143,11 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
             if parameter is not None and parameter.numel() and parameter.device.type != "meta":
                 owners.setdefault(parameter.data_ptr(), []).append(f"{path}.{name}")
     return owners
+
+
+def _mergeable(model: nn.Module) -> dict[str, Any]:
+    _layers(model)
+    return mergeable_layers(model)
 
 
 def _layers(model: nn.Module) -> dict[str, LoraLinear]:

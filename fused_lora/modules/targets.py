@@ -15,6 +15,7 @@ from torch import nn
 
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import is_conv1d
+from fused_lora.modules.auxiliary import Auxiliary
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.tree import named_modules, unwrapped
 
@@ -54,12 +55,12 @@ def in_out_features(module: nn.Module) -> tuple[int, int]:
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``tree.named_modules(model)`` without the root and without the inside of LoRA layers."""
+    """``tree.named_modules(model)`` without the root and without the inside of LoRA layers and wrapped modules."""
     inside: tuple[str, ...] = ()
     for name, module in named_modules(model):
         if not name or name.startswith(inside):
             continue
-        if is_lora_linear(module):
+        if is_lora_linear(module) or isinstance(module, Auxiliary):
             inside += (f"{name}.",)
         yield name, module
 
@@ -144,6 +145,8 @@ def _check_expressions(config: LoraConfig) -> None:
 
 
 def _excluded(config: LoraConfig, name: str) -> bool:
+    if any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ()):
+        return True  # it trains as a whole
     exclude = config.exclude_modules
     if not exclude:
         return False

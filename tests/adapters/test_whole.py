@@ -128,7 +128,7 @@ def test_a_parameter_that_is_not_whole_leaves_the_folder_alone(tmp_path, how, wh
     before = files(folder)
     SHARDED[how](model.get_parameter(which))
     said = "DeepSpeed ZeRO-3.*GatheredParameters" if how == "zero3" else "of the whole layer|not empty"
-    with pytest.raises(RuntimeError, match=which.replace(".default", "") + f".*({said})"):
+    with pytest.raises(RuntimeError, match=which + f".*({said})"):
         fused_lora.save_adapter(model, folder)
     assert files(folder) == before and list(tmp_path.iterdir()) == [folder]
 
