@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import reliability
 from helpers.seeds import shifted
+
+EXPERIMENTS: list[dict] = []  # of this process
 
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -42,6 +45,12 @@ def pytest_pycollect_makemodule(module_path, parent):
         return _WithoutTriton.from_parent(parent, path=module_path)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--reliability", metavar="FILE", help="experiments with their full counts; their figures are written to FILE"
+    )
+
+
 def pytest_report_header():
     return f"kernels run on {torch.cuda.get_device_name()}" if HAS_CUDA else "kernels run in Triton's interpreter"
 
@@ -53,13 +62,41 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
+def pytest_runtest_logreport(report):
+    """What an experiment of tests/reliability found, on its way from the workers."""
+    found = dict(report.user_properties).get("experiment")
+    if found and report.when == "call":
+        EXPERIMENTS.append({**found, "passed": report.passed, "seconds": round(report.duration, 1)})
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("reliability")
+    if path and not hasattr(session.config, "workerinput"):  # the workers of xdist have reported to this process
+        reliability.write(Path(path), EXPERIMENTS)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
     for item in items:
         if "device" in item.fixturenames:
             item.add_marker(pytest.mark.kernel)
+        if mark := item.get_closest_marker("experiment"):
+            found = {"goal": mark.args[0], "what": mark.kwargs.get("what") or " ".join(item.function.__doc__.split())}
+            found |= {"test": item.originalname, "count": repetitions(item)}
+            item.user_properties.append(("experiment", found))
         if not HAS_CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def count(request):
+    """How often an experiment is repeated: its ``full`` number with --reliability, its ``quick`` one without."""
+    return repetitions(request.node)
+
+
+def repetitions(item):
+    mark = item.get_closest_marker("experiment")
+    return mark.kwargs["full" if item.config.getoption("reliability") else "quick"]
 
 
 @pytest.fixture(scope="session", autouse=True)

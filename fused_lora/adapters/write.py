@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from fused_lora.adapters.staging import replace_directory
 from fused_lora.adapters.tensorfile import DTYPES, write_tensors
 from fused_lora.adapters.whole import bias_shape, check_whole, gather, once
 from fused_lora.modules.auxiliary import saved_tensors
+from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import adapter_configs, adapter_parameters, check_adapter_name, check_names, lora_layers
 from fused_lora.modules.targets import base_layer_of, candidates
@@ -77,7 +79,8 @@ def write_adapter(
     if not isinstance(base_model_name_or_path, (str, type(None))):
         raise TypeError(f"base_model_name_or_path: expected a str or None, got {base_model_name_or_path!r}")
     config = adapter_configs(model)[adapter_name]
-    files = {WEIGHTS_NAME: adapter_parts(model, adapter_name, config)}
+    with changing(model, forwards=False):
+        files = {WEIGHTS_NAME: adapter_parts(model, adapter_name, config)}
     files |= {name: {key: (t, None) for key, t in tensors.items()} for name, tensors in (further or {}).items()}
     parts = {(name, key): part for name, keys in files.items() for key, part in keys.items()}
     _warn_of_others(model, [parameter for parameter, _ in files[WEIGHTS_NAME].values()])
@@ -103,18 +106,31 @@ def write_adapter(
     entries = _config_entries(model, adapter_name, config)
     if base_model_name_or_path is not None:
         entries["base_model_name_or_path"] = base_model_name_or_path
-    text = json.dumps(entries, indent=2, sort_keys=True, allow_nan=False)
+    text = config_text(entries)
 
     def write(stage: str) -> tuple[str, ...]:
-        for name in files:
+        for name in further or ():
             with open(os.path.join(stage, name), "xb", buffering=0) as file:
                 write_tensors(file, {key: tensor for (of, key), tensor in flat.items() if of == name})
-        with open(os.path.join(stage, CONFIG_NAME), "x", encoding="utf-8") as file:
-            file.write(text)
-        return CONFIG_NAME, *files
+        weights = {key: tensor for (of, key), tensor in flat.items() if of == WEIGHTS_NAME}
+        return *write_files(stage, text, weights), *(further or ())
 
     if here or mesh is not None:
         once(mesh, lambda: replace_directory(os.fsdecode(directory), write))
+
+
+def config_text(entries: dict[str, Any]) -> str:
+    """adapter_config.json. Only its top level is sorted: the first key of rank_pattern that matches decides."""
+    return json.dumps(dict(sorted(entries.items())), indent=2, allow_nan=False)
+
+
+def write_files(folder: str, config: str, tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
+    """Write both files of a checkpoint into ``folder``, where they must not be yet; their names."""
+    with open(os.path.join(folder, WEIGHTS_NAME), "xb", buffering=0) as file:
+        write_tensors(file, tensors)
+    with open(os.path.join(folder, CONFIG_NAME), "x", encoding="utf-8") as file:
+        file.write(config)
+    return CONFIG_NAME, WEIGHTS_NAME
 
 
 def _warn_of_others(model: nn.Module, saved: list[torch.Tensor]) -> None:

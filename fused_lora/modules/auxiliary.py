@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.tree import named_modules, unwrapped
 
@@ -52,6 +53,8 @@ class Auxiliary(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the part of the adapter in effect. In a mixed batch each row has its own; args[0] is [rows, ...]."""
+        if CHANGING:
+            wait_for_change(self)
         if self.batch_adapter_names is None or self.disable_adapters:
             return self.run(self.in_effect(), *args, **kwargs)
         names, x = self.batch_adapter_names, args[0]

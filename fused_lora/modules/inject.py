@@ -19,9 +19,11 @@ from torch import nn
 
 from fused_lora.modules import auxiliary
 from fused_lora.modules.auxiliary import TrainedTokens, auxiliary_modules
+from fused_lora.modules.changes import alone, changing
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
+from fused_lora.modules.names import some
 from fused_lora.modules.targets import is_supported, match_targets
 from fused_lora.modules.tree import named_modules, own_path, parent_of, unwrapped
 
@@ -79,6 +81,7 @@ class LayerSpec:
     tensors: LayerTensors | None = None
 
 
+@alone
 def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "default") -> nn.Module:
     """Add a LoRA adapter to every layer that ``config`` targets, in place. All other parameters are frozen.
 
@@ -117,6 +120,7 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     return model
 
 
+@alone
 def attach(
     model: nn.Module,
     adapter_name: str,
@@ -205,6 +209,7 @@ def active_adapters(model: nn.Module) -> list[str]:
     return next((list(layer.active_adapters) for layer in lora_layers(model).values()), [])
 
 
+@alone
 def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Activate one adapter or several. All others are inactive and frozen.
 
@@ -221,12 +226,13 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
         if len(wrapper._present(names)) > 1:
             raise ValueError(f"Only one adapter can be set at a time for {path!r}, got {wrapper._present(names)}")
     if any(layer.merged for layer in layers.values()):
-        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
     unmerge_all(layers)
     for layer in {**layers, **wrappers}.values():
         layer.set_adapter(names, inference_mode)
 
 
+@alone
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter from all layers.
 
@@ -259,16 +265,14 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
     Raises RuntimeError if a weight was changed while merged.
     """
-    unmerge_all(mergeable_layers(model))
-    layers = [*lora_layers(model).values(), *auxiliary_modules(model).values()]
-    before = [layer.disable_adapters for layer in layers]
-    for layer in layers:
-        layer.disable_adapters = True
+    check_module(model)
+    with changing(model):
+        unmerge_all(mergeable_layers(model))
+        before = _set_all(model, "disable_adapters", True)
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.disable_adapters = value
+        _restore(model, "disable_adapters", before)
 
 
 @contextmanager
@@ -291,16 +295,28 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iter
     check_names(model, [name for name in names if name != BASE])
     if model.training:
         raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
-    _check_not_merged(mergeable_layers(model).values())
-    layers = [*lora_layers(model).values(), *auxiliary_modules(model).values()]
-    before = [layer.batch_adapter_names for layer in layers]
-    for layer in layers:
-        layer.batch_adapter_names = names
+    with changing(model):
+        _check_not_merged(mergeable_layers(model).values())
+        before = _set_all(model, "batch_adapter_names", names)
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.batch_adapter_names = value
+        _restore(model, "batch_adapter_names", before)
+
+
+def _set_all(model: nn.Module, attribute: str, value: Any) -> list[tuple[nn.Module, Any]]:
+    """One attribute of all LoRA layers and of what trains beside them; returns what they had."""
+    parts = [*lora_layers(model).values(), *auxiliary_modules(model).values()]
+    before = [(part, getattr(part, attribute)) for part in parts]
+    for layer, _ in before:
+        setattr(layer, attribute, value)
+    return before
+
+
+def _restore(model: nn.Module, attribute: str, before: list[tuple[nn.Module, Any]]) -> None:
+    with changing(model):
+        for layer, value in before:
+            setattr(layer, attribute, value)
 
 
 def as_list(adapter_names: Iterable) -> list:
@@ -323,7 +339,7 @@ def check_new_name(model: nn.Module, name: str) -> dict[str, LoraConfig]:
     """The adapters of ``model``; ValueError when ``name`` is one of them."""
     configs = adapter_configs(model)
     if name in configs:
-        raise ValueError(f"adapter_name: {name!r} is taken; adapters of the model: {sorted(configs)}")
+        raise ValueError(f"adapter_name: {name!r} is taken; adapters of the model: {some(configs, near=name)}")
     return configs
 
 
@@ -352,7 +368,7 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
         if not isinstance(name, str):
             raise TypeError(f"adapter name: expected a str, got {name!r}")
         if name not in known:
-            raise AdapterNotFound(f"adapter {name!r} not found; adapters of the model: {sorted(known)}")
+            raise AdapterNotFound(f"adapter {name[:100]!r} not found; adapters of the model: {some(known, near=name)}")
 
 
 def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> dict[str, LoraLinear]:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fused_lora.modules.names import some
 from fused_lora.serving.batch.finite import bad_positions, main_output, unless_padding
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
 from fused_lora.serving.batch.static import RowBuffers
 from fused_lora.serving.residency.packing import Site
-from fused_lora.serving.residency.refusal import NonFiniteOutput, named
+from fused_lora.serving.residency.refusal import NonFiniteOutput
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
 _SHAPES = 16  # shapes of inputs whose rows are kept
@@ -185,7 +186,7 @@ class Batch:
         identities = dict.fromkeys(version.identity for g in sorted(hit - {-1}) for version, _ in self.groups[g])
         if identities:
             raise NonFiniteOutput(
-                f"batch: the output has values that are not finite in the rows of {named([*identities])}: their terms "
+                f"batch: the output has values that are not finite in the rows of {some([*identities])}: their terms "
                 "overflow, or the model does on these inputs",
                 [*identities],
             )
