@@ -95,9 +95,7 @@ def test_files_with_the_names_of_wrappers_load(tmp_path, old, new):
     assert torch.equal(loaded(x), model(x))
     twice = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file({**renamed, **twice}, tmp_path / WEIGHTS)
-    with pytest.raises(
-        AdapterError, match=r"one tensor for \S+\d.fc.lora_[AB].weight, found a second"
-    ):
+    with pytest.raises(AdapterError, match=r"one tensor for \S+\d.fc.lora_[AB].weight, found a second"):
         fused_lora.load_adapter(Net(), tmp_path)
 
 
