@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.offload import is_offloaded
 from fused_lora.modules.tree import named_modules, unwrapped
 
 TOKENS_END = ".token_adapter.trainable_tokens_delta"  # of a key in a checkpoint
@@ -303,6 +304,8 @@ def find(model: nn.Module, config: LoraConfig) -> Found:
     for path in (*saved, *tokens, *tied):
         if uses[id(modules[path])] > 1:
             raise ValueError(f"{path!r} is used at several places of the model, so it cannot be trained beside LoRA")
+        if is_offloaded(modules[path]):
+            raise ValueError(f"{path!r} is offloaded (meta device), so it cannot be trained beside LoRA")
     return Found(saved, {path: indices for path, indices in tokens.items() if path not in tied}, tied)
 
 

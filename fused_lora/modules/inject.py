@@ -24,7 +24,8 @@ from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
-from fused_lora.modules.targets import is_supported, match_targets
+from fused_lora.modules.offload import check_places
+from fused_lora.modules.targets import base_layer_of, is_supported, match_targets
 from fused_lora.modules.tree import named_modules, own_path, parent_of, unwrapped
 
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
@@ -150,7 +151,12 @@ def attach(
         _check_called(path, modules[path.rpartition(".")[0]])
         if not isinstance(modules[path], LoraLinear):
             parent_of(modules, path)
+    bases = {path: base_layer_of(modules[path]) for path in layers}
+    check_places(modules, bases, [path for path, spec in layers.items() if spec.tensors is not None])
     if config.bias != "none":
+        offloaded = [own_path(n) for n, p in root.named_parameters() if n.endswith("bias") and p.is_meta]
+        if offloaded:
+            raise ValueError(f"bias: {config.bias!r} trains biases, and {offloaded[0]!r} has no data (meta device)")
         _check_not_merged([m for m in map(modules.__getitem__, layers) if isinstance(m, LoraLinear)])
     found = auxiliary.find(model, config)
     beside = {path: parent_of(modules, path) for path in (*found.saved, *found.tokens, *found.tied)}
