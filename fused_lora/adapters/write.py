@@ -21,6 +21,7 @@ from fused_lora.modules.auxiliary import saved_tensors
 from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import adapter_configs, adapter_parameters, check_adapter_name, check_names, lora_layers
+from fused_lora.modules.of_peft import refuse
 from fused_lora.modules.targets import base_layer_of, candidates
 from fused_lora.modules.tree import named_modules, own_path, unwrapped
 
@@ -60,6 +61,7 @@ def save_adapter(
             message says how to gather it.
         OSError: from the file system. The folder is then as before.
     """
+    refuse(model, "save_adapter", "call peft_model.save_pretrained")
     write_adapter(model, directory, adapter_name, base_model_name_or_path)
 
 

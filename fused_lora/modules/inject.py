@@ -17,18 +17,19 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from fused_lora.modules import auxiliary
+from fused_lora.modules import auxiliary, of_peft
 from fused_lora.modules.auxiliary import TrainedTokens, auxiliary_modules
-from fused_lora.modules.changes import alone, changing
+from fused_lora.modules.changes import alone, changing, watch
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import check_places
-from fused_lora.modules.targets import base_layer_of, is_supported, match_targets
+from fused_lora.modules.reads import FirstForward, why_never_called
+from fused_lora.modules.targets import base_layer_of, is_supported, match_targets, warn_unused
 from fused_lora.modules.tree import named_modules, own_path, parent_of, unwrapped
 
-_CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
+CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
 # what the modules above this one do to a model that has got its first LoRA layers, further ones, or lost all
 AFTER_CHANGE: list[Callable[[nn.Module], None]] = []
 
@@ -92,6 +93,8 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     The first adapter of a model becomes active and trainable. Each further adapter is added inactive, as PEFT's
     ``add_adapter`` does. :func:`set_adapter` chooses which are active.
 
+    Warns of names and keys of ``config`` that match nothing, and of weights that "all-linear" does not cover.
+
     Args:
         model: any nn.Module. Its target layers are replaced by :class:`LoraLinear` around the same weights.
         config: a :class:`LoraConfig`, or a ``peft.LoraConfig``, which is converted.
@@ -113,11 +116,12 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     heads = [name for name in _HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
     if heads:
         config = dataclasses.replace(config, modules_to_save=[*(config.modules_to_save or ()), *heads])
-    layers = {}
-    for path in match_targets(model, config):
+    layers, matched = {}, match_targets(model, config)
+    for path in matched:
         r, lora_alpha = config.layer_rank_alpha(path)
         layers[path] = LayerSpec(r, lora_alpha)
     attach(model, adapter_name, config, layers)
+    warn_unused(model, config, matched)
     return model
 
 
@@ -139,8 +143,8 @@ def attach(
         ValueError: the name is malformed or taken, a path is not a linear layer, or the tensors do not fit.
         RuntimeError: one of torch's wrappers holds the layer itself.
     """
-    configs = check_new_name(model, check_adapter_name(adapter_name))
     check_not_wrapped(model)
+    configs = check_new_name(model, check_adapter_name(adapter_name))
     biased = [name for name, c in configs.items() if c.bias != "none"]
     if biased and config.bias != "none":
         raise ValueError(f"bias: only one adapter may train biases, and {biased[0]!r} does, got bias={config.bias!r}")
@@ -171,9 +175,12 @@ def attach(
         setattr(*parent_of(modules, path), layer)
     auxiliary.attach_parts(beside, adapter_name, found, parts)
     _load_base_biases(lora_layers(model), layers)
-    setattr(root, _CONFIGS, {**configs, adapter_name: config})
+    watch(root)
+    setattr(root, CONFIGS, {**configs, adapter_name: config})
     setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
+    if not any(isinstance(hook, FirstForward) for hook in root._forward_pre_hooks.values()):
+        FirstForward(root, lora_layers)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
     else:
@@ -189,18 +196,25 @@ def attach(
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
-    """The adapters of a model: name -> config."""
+    """The adapters of a model: name -> config. Raises RuntimeError if they are PEFT's."""
     check_module(model)
-    return dict(getattr(unwrapped(model), _CONFIGS, {}))
+    root = unwrapped(model)
+    if not hasattr(root, CONFIGS):
+        of_peft.refuse(root, "adapter_configs", "its configs are in peft_model.peft_config")
+    return dict(getattr(root, CONFIGS, {}))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """The LoRA layers of a model: path -> layer, in ``named_modules()`` order.
 
-    Paths are the model's own, also under torch.compile, checkpoint_wrapper, DDP and FSDP.
+    Paths are the model's own, also under torch.compile, checkpoint_wrapper, DDP and FSDP. Raises RuntimeError if the
+    layers are PEFT's.
     """
     check_module(model)
-    return {path: module for path, module in named_modules(model) if isinstance(module, LoraLinear)}
+    found = {path: module for path, module in named_modules(model) if isinstance(module, LoraLinear)}
+    if not found:
+        of_peft.refuse(model, "lora_layers", "fused_lora.integrations.peft.layer_report(model) lists its layers")
+    return found
 
 
 def mergeable_layers(model: nn.Module) -> dict[str, Any]:
@@ -210,12 +224,14 @@ def mergeable_layers(model: nn.Module) -> dict[str, Any]:
     return layers | {path: m for path, m in wrappers if isinstance(m, TrainedTokens) and m.owner is m}
 
 
+@of_peft.by_peft(of_peft.active_adapters)
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters."""
     return next((list(layer.active_adapters) for layer in lora_layers(model).values()), [])
 
 
 @alone
+@of_peft.by_peft(of_peft.set_adapter)
 def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Activate one adapter or several. All others are inactive and frozen.
 
@@ -232,13 +248,14 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
         if len(wrapper._present(names)) > 1:
             raise ValueError(f"Only one adapter can be set at a time for {path!r}, got {wrapper._present(names)}")
     if any(layer.merged for layer in layers.values()):
-        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=4)
     unmerge_all(layers)
     for layer in {**layers, **wrappers}.values():
         layer.set_adapter(names, inference_mode)
 
 
 @alone
+@of_peft.by_peft(of_peft.delete_adapter)
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter from all layers.
 
@@ -262,9 +279,10 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         wrapper.delete_adapter(adapter_name)
         if was_active:
             wrapper.set_adapter(rest)
-    setattr(unwrapped(model), _CONFIGS, configs)
+    setattr(unwrapped(model), CONFIGS, configs)
 
 
+@of_peft.by_peft(of_peft.disable_adapters)
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """A context in which all adapters are ignored. Merged ones are unmerged first.
@@ -295,6 +313,7 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iter
         ValueError: adapter_names is empty.
         RuntimeError: the model is in training mode, or an adapter is merged.
     """
+    of_peft.refuse(model, "adapter_batch", "call peft_model(..., adapter_names=[...])")
     names = [BASE if name is None else name for name in as_list(adapter_names)]
     if not names:
         raise ValueError("adapter_names: expected one entry per row, got none")
@@ -358,13 +377,13 @@ def check_module(model: nn.Module) -> None:
 def check_not_wrapped(model: nn.Module) -> None:
     """Raise ValueError if ``model`` has LoRA layers of PEFT, TypeError if it is not a module."""
     check_module(model)
-    for path, module in model.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A") and not isinstance(module, LoraLinear):
-            raise ValueError(
-                f"model: {path!r} is a LoRA layer of PEFT's ({type(module).__module__}). "
-                "fused_lora.accelerate(model) makes a PEFT model fast as it is; peft_model.load_adapter and "
-                "peft_model.add_adapter give it further adapters"
-            )
+    found = of_peft.peft_layer(model)
+    if found is not None:
+        raise ValueError(
+            f"model: {found[0]!r} is a LoRA layer of PEFT's ({type(found[1]).__module__}). "
+            "fused_lora.accelerate(model) makes a PEFT model fast as it is; peft_model.load_adapter and "
+            "peft_model.add_adapter give it further adapters"
+        )
 
 
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
@@ -402,8 +421,9 @@ def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, Lay
 
 def _check_called(path: str, parent: nn.Module) -> None:
     """Raise ValueError if ``parent`` reads the layer's weight without calling it: an adapter would do nothing."""
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(f"layers: {path!r} is never called, nn.MultiheadAttention reads its weight: exclude it")
+    why = why_never_called(parent)
+    if why is not None:
+        raise ValueError(f"layers: {path!r} {why}: exclude it")
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise ValueError(
             f"layers: {path!r} is not called in eval mode, nn.TransformerEncoderLayer reads its weight: exclude it, or "

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from fused_lora.modules import of_peft
 from fused_lora.modules.auxiliary import SavedModule, TrainedTokens, auxiliary_modules, breaks_a_tie
-from fused_lora.modules.changes import alone, changing
+from fused_lora.modules.changes import alone, changing, unwatch
 from fused_lora.modules.inject import (
     AFTER_CHANGE,
-    active_adapters,
     adapter_configs,
     as_list,
     check_module,
@@ -26,6 +26,7 @@ from fused_lora.modules.tree import named_modules, parent_of, unwrapped
 
 
 @alone
+@of_peft.by_peft(of_peft.merge)
 def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
     """Add adapters to the base weights in place, with one rounding. :func:`unmerge` restores the original bits.
 
@@ -42,11 +43,12 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
             In every case all layers are back at the bits they had before the call.
     """
     layers = _mergeable(model)
-    names = active_adapters(model) if adapter_names is None else as_list(adapter_names)
+    first = next(iter(layers.values()))  # a LoRA layer
+    names = list(first.active_adapters) if adapter_names is None else as_list(adapter_names)
     check_names(model, names)
     _check_not_shared(model, {path: layer for path, layer in layers.items() if layer._present(names)})
     if names and all(name in m.merged_adapters for m in layers.values() for name in m._present(names)):
-        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
     before, path = snapshot(layers.values()), ""
     try:
         for path, layer in layers.items():  # noqa: B007 - the error names it
@@ -61,6 +63,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
 
 
 @alone
+@of_peft.by_peft(of_peft.unmerge)
 def unmerge(model: nn.Module) -> None:
     """Give every base weight back the bits it had before :func:`merge`. Does nothing where nothing is merged.
 
@@ -70,6 +73,7 @@ def unmerge(model: nn.Module) -> None:
     unmerge_all(_mergeable(model))
 
 
+@of_peft.by_peft(of_peft.delta_fidelity)
 def delta_fidelity(model: nn.Module) -> dict[str, float]:
     """For each merged layer, the share of its delta that was lost by rounding to the weight's dtype (0: none, 1: all).
 
@@ -85,6 +89,7 @@ def delta_fidelity(model: nn.Module) -> dict[str, float]:
 
 
 @alone
+@of_peft.by_peft(of_peft.unload)
 def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     """Put the plain base layers back in place of the LoRA layers. What is merged stays merged, as in PEFT.
 
@@ -114,6 +119,7 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     for path, wrapper in wrappers.items():
         setattr(*places[path], wrapper.current() if isinstance(wrapper, SavedModule) else wrapper.original)
     root: Any = unwrapped(model)
+    unwatch(root)
     if untied:
         root.config.tie_word_embeddings = False
         warnings.warn("the two embeddings differ now: config.tie_word_embeddings is set to False", stacklevel=2)

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -13,12 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora.adapters import AdapterError, load_adapter, read_adapter, save_adapter
+from fused_lora.adapters import AdapterError, load_adapter, read_adapter
 from fused_lora.adapters.checkpoint import KEY_PREFIX as PREFIX
+from fused_lora.adapters.tensorfile import MAX_HEADER_BYTES
 from fused_lora.modules.inject import adapter_configs
 from helpers.adapter_files import CONFIG, Net, good_tensors, header_and_data, pack, put
 from helpers.alone import alone
 from helpers.seeds import shifted
+from helpers.waiting import HANG
 
 A1, B1, A2, B2 = good_tensors()
 hostile = pytest.mark.experiment(
@@ -422,6 +425,25 @@ def test_a_header_of_a_million_entries_is_not_parsed(tmp_path):
     assert refused(write(tmp_path / "a", weights=pack(raw, b"")), seconds=parsing / 2).key == "header length"
 
 
+@pytest.mark.parametrize("entry", [b'{"":0},', b"[],"], ids=["objects", "lists"])
+def test_the_largest_header_takes_less_than_a_gibibyte(tmp_path, entry):
+    """The densest JSON in memory: what SECURITY.md promises, held by a limit of a process of its own."""
+    raw = b'{"a":[' + entry * ((MAX_HEADER_BYTES - 16) // len(entry)) + b"0]}"
+    folder = write(tmp_path / "a", weights=pack(raw, b""))
+    program = (
+        "import resource, sys\n"
+        "from fused_lora.adapters import AdapterError, read_adapter\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "most = pages * resource.getpagesize() + (1 << 30)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+        "try:\n    read_adapter(sys.argv[1])\n"
+        "except AdapterError as error:\n    print('refused', error.key)\n"
+    )
+    command = [sys.executable, "-c", program, str(folder)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    assert found.stdout.split() == ["refused", "a"], found.stderr[-2000:]
+
+
 CONFIG_FILES = {
     "empty": b"",
     "broken": b'{"peft_type": "LORA", ',
@@ -542,32 +564,6 @@ def test_a_limit_is_an_int(tmp_path, limit):
 def test_adapter_name_types(tmp_path, name):
     with pytest.raises(TypeError, match="adapter_name"):
         load_adapter(Net(), write(tmp_path / "a"), name)
-
-
-def test_every_damaged_byte_is_found(tmp_path):
-    """A saved file with any one bit flipped is refused, or (flips in the digest's own name) has the same tensors."""
-    model = Net()
-    load_adapter(model, write(tmp_path / "a"))
-    save_adapter(model, tmp_path / "b")
-    path = tmp_path / "b" / "adapter_model.safetensors"
-    raw = path.read_bytes()
-    generator = torch.Generator().manual_seed(shifted(0))
-    accepted = 0
-    for position in torch.randint(len(raw), (1000,), generator=generator).tolist():
-        flipped = bytearray(raw)
-        flipped[position] ^= 1 << int(torch.randint(8, (1,), generator=generator))
-        path.unlink()
-        path.write_bytes(flipped)
-        try:
-            layers = read_adapter(path.parent).layers
-        except AdapterError:
-            continue
-        accepted += 1
-        assert b"fused_lora.sha256" not in flipped
-        for name, layer in layers.items():
-            assert torch.equal(layer.lora_A, good_tensors()[f"{PREFIX}{name}.lora_A.weight"])
-            assert torch.equal(layer.lora_B, good_tensors()[f"{PREFIX}{name}.lora_B.weight"])
-    assert accepted < 50
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ wrong. After a quarter of the run the server is killed and started again. What m
 
 answers  Every text is the greedy one of its adapter merged alone, of a version that the name had while the request ran.
          Wrong requests have their own error, others none.
-memory   The server's anonymous memory does not grow with the requests (``helpers.soak.Growth``), after the restart.
+memory   After the restart the server's anonymous memory does not grow with the requests (``helpers.soak.Growth``).
+         This is judged once every adapter has been asked for: its first read leaves bytes for good.
 metrics  At the end nothing runs, waits or is held. Sequences started = finished + failed + cancelled. The server has
-         counted the answers that the clients had, by status, and at most those besides that were hung up on.
+         counted the answers that the clients had, by status, and at most those besides that were hung up on. After
+         SIGTERM it ends with 0, and no log has an error.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import httpx  # noqa: E402
 import torch  # noqa: E402
-from report import RESULTS, Report, Table  # noqa: E402
+from report import RESULTS, Report, Table, commit  # noqa: E402
 
 from helpers import serving  # noqa: E402
 from helpers.server import Server  # noqa: E402
@@ -48,14 +50,17 @@ RANKS = (2, 4, 8)
 VARIANTS = 12  # other weights that a name may get
 MOST_TOKENS = 16
 PROMPTS = ("The", "List the users", "Write a verse about the sea", "SELECT name FROM users WHERE", "x" * 70)
+PROMPTS += ("one two three " * 28,)  # more tokens than a step takes
 SAMPLE_SECONDS = 0.25
 # how often clients do what; the methods of Clients
 ACTS = {"whole": 40, "streamed": 20, "several": 6, "hangs_up_early": 8, "hangs_up_late": 8, "reload": 9}
 ACTS |= {"unload_and_load": 3, "malformed": 6}
-# what is wrong, and the status that it has
+# what is wrong, and the status that it has; evil's values are finite and its terms are not
 WRONG = [
     (ROUTE, {"model": "nobody", "prompt": "x"}, 404),
     (ROUTE, {"model": "torn", "prompt": "x"}, 422),
+    (ROUTE, {"model": "evil", "prompt": "x"}, 422),
+    (LOAD, {"lora_name": "evil", "lora_path": "evil", "load_inplace": True}, 200),
     (ROUTE, {"model": "base", "prompt": "x", "max_tokens": 0}, 400),
     (ROUTE, {"model": "base", "prompt": "x" * 3000}, 400),
     (LOAD, {"lora_name": "new", "lora_path": "../tiny"}, 400),
@@ -100,6 +105,7 @@ class World:
         # in a folder of their own, so that they have no names
         self.variants = [self._write(f"variants/v{i}", RANKS[i % len(RANKS)], 10_000 + i) for i in range(VARIANTS)]
         self.torn = self._write("torn", max(RANKS), 20_000) / "adapter_model.safetensors"
+        serving.write_overflowing_adapter(self.adapters / "evil", self.texts.model, "v_proj")
         self.room = arguments.room * self.torn.stat().st_size
         self.lives = 0
         self.wrong: list[str] = []
@@ -164,11 +170,13 @@ class World:
     def inconsistent(self, page: dict[str, float]) -> list[str]:
         """What the metrics say that cannot be."""
         ended = sum(value for key, value in page.items() if key.startswith("sequences_ended_total"))
-        found = [f"{key}: {page[key]}" for key in ("failed_steps_total", "non_finite_requests_total") if page[key]]
+        found = [f"failed_steps_total: {page['failed_steps_total']}"] if page["failed_steps_total"] else []
+        if page["non_finite_requests_total"] > self.answers[ROUTE, 422]:
+            found.append(f"{page['non_finite_requests_total']} requests were not finite")
         for key in ("sequences_started_total", "request_seconds_count"):
             if page[key] != ended:
                 found.append(f"{key} {page[key]}, and {ended} ended")
-        if page["adapter_bytes_used"] > self.room or page["adapters_known"] != len(self.names) + 1:
+        if page["adapter_bytes_used"] > self.room or page["adapters_known"] != len(self.names) + 2:  # torn and evil
             found.append(f"{page['adapter_bytes_used']} bytes used, {page['adapters_known']} adapters known")
         if page["generation_tokens_total"] < self.tokens:
             found.append(f"{page['generation_tokens_total']} tokens, of which the clients had {self.tokens}")
@@ -181,6 +189,17 @@ class World:
                     found.append(f"{key}: {value}, and the clients had {-more} more")
         if extra > self.hung_up or +self.answers:
             found.append(f"{extra} answers that nobody had, {self.hung_up} hung up; not counted: {self.answers}")
+        return found
+
+    def stop(self) -> list[str]:
+        """SIGTERM, and what is wrong with how it ends or with the logs."""
+        self.server.process.terminate()
+        found = [f"it ended with {code}"] if (code := self.server.process.wait(HANG)) else []
+        for log in self.root.glob("log*"):
+            lines = log.read_text(encoding="utf-8").splitlines()
+            found += [
+                line for line in lines if re.search(r"\bERROR\b|Traceback", line) and "adapter 'evil@" not in line
+            ]
         return found
 
 
@@ -329,15 +348,23 @@ class Client:
 def report(world: World, seconds: float, arguments: argparse.Namespace) -> int:
     """Check the end, print the table, write the result; the exit status."""
     page = world.page()
-    problems = world.wrong + world.inconsistent(page)
-    growth = Growth.of(world.samples)
+    problems = world.wrong + world.inconsistent(page) + world.stop()
+    growth, asked = Growth.of(world.samples), world.samples[-1][0] - world.samples[0][0]
+    # half of the requests draw from all names; n log n draws find each of n
+    judged = asked > 2 * len(world.names) * math.log(len(world.names))
     options = ("adapters", "room", "clients", "minutes", "requests", "seed")
-    found = Report("soak", torch.device("cpu"), arguments.out, {name: getattr(arguments, name) for name in options})
+    settings = {name: getattr(arguments, name) for name in options}
+    found = Report("soak", torch.device("cpu"), arguments.out, settings, arguments.commit)
     found.heading()
-    row: dict[str, Any] = dict(benchmark="soak", provider="fused_lora", correct=not problems and not growth.is_leak)
+    row: dict[str, Any] = dict(
+        benchmark="soak", provider="fused_lora", correct=not problems and not (judged and growth.is_leak)
+    )
     row |= dict(seconds=round(seconds, 1), requests=world.asked, by_kind=dict(world.done), lost_by_the_kill=world.lost)
     row |= dict(wrong=len(problems), first_wrong=problems[:3], memory_mib=[round(m / 2**20, 1) for m in _ends(world)])
     row |= dict(bytes_per_request=round(growth.slope), standard_error=round(growth.error), limit=growth.LIMIT)
+    points = world.samples[:: max(len(world.samples) // 20, 1)]
+    row |= dict(memory_curve=[[requests, round(memory / 2**20, 2)] for requests, memory in points])
+    row |= dict(memory_judged=judged, requests_since_the_restart=asked)
     counts = ("sequences_started_total", "generation_tokens_total", "steps_total", "failed_requests_total")
     counts += ("adapter_loads_total", "adapter_evictions_total", "adapter_hits_total", "adapter_waits_total")
     row |= {"since_the_restart": {name: page[name] for name in counts}}
@@ -345,7 +372,7 @@ def report(world: World, seconds: float, arguments: argparse.Namespace) -> int:
     table = Table([("of the run", 40), ("", 24)])
     for name, value in row.items():
         for key, one in value.items() if isinstance(value, dict) else [(name, value)]:
-            table.row(key, one if isinstance(one, str) else json.dumps(one))
+            table.row(key, one if isinstance(one, str) else json.dumps(one)[:72])
     return found.finish()
 
 
@@ -364,6 +391,7 @@ def main() -> int:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = options.parse_args()
+    arguments.commit = commit()  # of what runs, whatever is changed meanwhile
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder), arguments)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fused_lora.modules.reads import Reads
 from fused_lora.modules.targets import candidates, in_out_features, is_supported
+from fused_lora.modules.tree import named_modules
 from fused_lora.serving.batch.batch import running
 from fused_lora.serving.residency.packing import Site
 
@@ -34,7 +38,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
 
 class Attachment:
-    """The hooks of one store on one model, and on its copies."""
+    """The hooks of one store on one model, and on its copies; and which of its layers they never reach."""
 
     def __init__(self, model: nn.Module, sites: dict[str, Site], store: Any):
         for module in model.modules():
@@ -50,9 +54,39 @@ class Attachment:
             hook = _Hook(store, site)
             self._hooks.append(hook)
             self._handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+        self._watch(store, sites)
+
+    def _watch(self, store: Any, sites: dict[str, Site]) -> None:
+        """Watch which layers the model does not call, or has no longer."""
+        model, modules = store.model, dict(named_modules(store.model))
+        self._reads = Reads(model, {path: site.module for path, site in sites.items()})
+        paths = sorted({path[:end] for path in sites for end in (*_dots(path), len(path))})
+        self._places = []  # path, the parent's modules, the name there, what was there
+        for path in paths:
+            parent, _, name = path.rpartition(".")
+            held = modules[parent]._modules
+            self._places.append((path, held, name, held[name]))
+        start, end = _StartHook(store, self._reads), _EndHook(store, self._reads)
+        self._hooks += start, end
+        self._handles.append(model.register_forward_pre_hook(start))
+        self._handles.append(model.register_forward_hook(end))
+
+    def unreached(self, paths: Iterable[str]) -> str | None:
+        """Why the hook of one of these layers is not reached: the model reads its weight instead of calling it, or has
+        another module in its place."""
+        replaced = [path for path, held, name, module in self._places if held.get(name) is not module]
+        if not (replaced or self._reads.found):
+            return None
+        for path in paths:
+            if path in self._reads.found:
+                return f"the layer {path!r} {self._reads.found[path]}"
+            if any(f"{path}.".startswith(f"{other}.") for other in replaced):
+                return f"the layer {path!r} was replaced since the store was made"
+        return None
 
     def remove(self) -> None:
         """Remove the hooks. Those of copies do nothing from now on, and let go of the store."""
+        self._reads.stop()
         for handle in self._handles:
             handle.remove()
         for hook in self._hooks:
@@ -65,6 +99,10 @@ def _drop_ended(hooks: dict[int, Any], with_kwargs: dict[int, bool]) -> None:
     for key in [key for key, hook in hooks.items() if isinstance(hook, _Shared) and not hook.attached]:
         del hooks[key]
         with_kwargs.pop(key, None)
+
+
+def _dots(path: str) -> list[int]:
+    return [i for i, letter in enumerate(path) if letter == "."]
 
 
 class _Shared:
@@ -108,6 +146,36 @@ class _OutputHook(_Shared):
         batch = running(self._store)
         if batch is not None:
             batch.returned(kwargs, output)
+
+
+class _ReadsHook(_Shared):
+    def __init__(self, store: Any, reads: Reads | None = None):
+        super().__init__(store)
+        self._reads = reads
+
+    def end(self) -> None:
+        super().end()
+        self._reads = None
+
+
+class _StartHook(_ReadsHook):
+    """Before the model: from here on reads of weights count."""
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if self._reads is not None and not torch.compiler.is_compiling():
+            self._reads.start()
+
+
+class _EndHook(_ReadsHook):
+    """After the model: an adapter whose layers were not all reached is an error."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._reads is None or torch.compiler.is_compiling():
+            return
+        self._reads.finish()
+        batch = running(self._store)
+        if batch is not None:
+            self._store.check_called(batch.groups)
 
 
 class _Hook(_Shared):
