@@ -25,7 +25,9 @@ from fused_lora.adapters.tensorfile import (
     read_header,
     read_tensors,
 )
+from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.config import MAX_RANK, LayerTensors, LoraConfig
+from fused_lora.modules.tree import own_path
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -42,17 +44,18 @@ _MAX_PATTERN_CHECKS = 2_000_000
 
 
 class Adapter(NamedTuple):
-    """A checkpoint: its config, the tensors of each module path, and with ``bias="all"`` the biases of other modules
-    by parameter path."""
+    """A checkpoint: its config, the tensors of each module path, with ``bias="all"`` the biases of other modules by
+    parameter path, and what trained beside LoRA (modules_to_save, trainable_token_indices) by key without prefix."""
 
     config: LoraConfig
     layers: dict[str, LayerTensors]
     biases: dict[str, torch.Tensor]
+    beside: dict[str, torch.Tensor]
 
 
 class Plan(NamedTuple):
-    """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha; and
-    the keys that ``allow_partial`` leaves out."""
+    """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha;
+    the keys of what trained beside LoRA, by key without prefix; and the keys that ``allow_partial`` leaves out."""
 
     config: LoraConfig
     weights: str
@@ -60,6 +63,7 @@ class Plan(NamedTuple):
     slots: dict[str, dict[str, str]]
     biases: dict[str, str]
     ranks: dict[str, tuple[int, float]]
+    beside: dict[str, str]
     left_out: tuple[str, ...] = ()
 
 
@@ -121,16 +125,17 @@ def _read_once(
         raise AdapterError(path, None, "a safetensors file", found)
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         header = read_header(path, file, size)
-        slots, biases, left_out = _sort_keys(path, header.entries, config, allow_partial)
+        slots, biases, beside, left_out = _sort_keys(path, header.entries, config, allow_partial)
         ranks = _ranks(folder, path, header.entries, slots, config)
-        plan = check(Plan(config, path, header.entries, slots, biases, ranks, left_out))
+        plan = check(Plan(config, path, header.entries, slots, biases, ranks, beside, left_out))
         if not with_tensors:
-            return Adapter(config, {}, {}), plan
+            return Adapter(config, {}, {}, {}), plan
         tensors = read_tensors(path, file, header)
     layers = {
         name: LayerTensors(**{field: tensors[k] for field, k in keys.items()}) for name, keys in plan.slots.items()
     }
-    return Adapter(config, layers, {name: tensors[key] for name, key in plan.biases.items()}), plan
+    others = ({name: tensors[key] for name, key in keys.items()} for keys in (plan.biases, plan.beside))
+    return Adapter(config, layers, *others), plan
 
 
 def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfig:
@@ -158,20 +163,30 @@ def _expected(message: str) -> str:
 
 def _sort_keys(
     path: str, entries: dict[str, TensorEntry], config: LoraConfig, allow_partial: bool
-) -> tuple[dict[str, dict[str, str]], dict[str, str], tuple[str, ...]]:
-    """Keys of each module path by field of LayerTensors, keys of other biases by parameter path, and keys left out."""
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], tuple[str, ...]]:
+    """Keys of each module path by field of LayerTensors, keys of other biases by parameter path, keys of what trained
+    beside LoRA, and keys left out."""
     slots: dict[str, dict[str, str]] = {}
     biases: dict[str, str] = {}
+    beside: dict[str, str] = {}
     unread: list[str] = []
     wanted = ["lora_A", "lora_B"] + ["lora_bias"] * config.lora_bias
+    named: dict[str, str] = {}
     for key in entries:
-        name = key.removeprefix(KEY_PREFIX)
+        name = own_path(key)  # older savers wrote the names of torch's wrappers, too
         end = next((end for end in SLOTS if name.endswith(end)), "")
         field = SLOTS.get(end)
-        if name != key and (field in wanted or (field == "base_bias" and config.bias != "none")):
+        if name in named:
+            raise AdapterError(path, key, f"one tensor for {name}", f"a second one beside {named[name]}")
+        named[name] = key
+        prefixed = name.startswith(KEY_PREFIX)
+        name = name.removeprefix(KEY_PREFIX)
+        if prefixed and (field in wanted or (field == "base_bias" and config.bias != "none")):
             slots.setdefault(name.removesuffix(end), {})[field] = key
-        elif name != key and field is None and config.bias == "all" and (name == "bias" or name.endswith(".bias")):
+        elif prefixed and field is None and config.bias == "all" and (name == "bias" or name.endswith(".bias")):
             biases[name] = key
+        elif prefixed and field is None and _is_beside(name, config):
+            beside[name] = key
         else:
             unread.append(key)
     # a layer without one of its parts is another layer, which nobody can mean
@@ -189,7 +204,15 @@ def _sort_keys(
             if field not in keys:
                 end = next(end for end, f in SLOTS.items() if f == field)
                 raise AdapterError(path, f"{KEY_PREFIX}{name}{end}", "a tensor", "no such key")
-    return slots, biases, tuple(unread)
+    return slots, biases, beside, tuple(unread)
+
+
+def _is_beside(name: str, config: LoraConfig) -> bool:
+    """Whether the config says that this tensor trained beside LoRA."""
+    if name.endswith(TOKENS_END):
+        return config.trainable_token_indices is not None
+    ends = tuple(config.modules_to_save or ())
+    return any(name[:i].endswith(ends) for i, character in enumerate(name) if character == ".")
 
 
 def _ranks(

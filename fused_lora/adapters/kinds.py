@@ -13,7 +13,7 @@ _KINDS = (  # the first that is found in the key
     (r"\.lora_embedding_[AB]", "LoRA on an embedding, which is not supported"),
     (r"\.lora_[AB]\.(?!weight$|bias$)[^.]+\.", "an adapter's name inside the key: a state dict, no PEFT checkpoint"),
     (r"\.lora_B\.bias$", "a bias of lora_B, which the config does not have (lora_bias)"),
-    (r"token_adapter|trainable_tokens", "trained tokens (trainable_token_indices), which are not supported"),
+    (r"token_adapter|trainable_tokens", "trained tokens, which the config does not name (trainable_token_indices)"),
     (r"\.modules_to_save\.", "a module saved whole inside its wrapper: a state dict, no PEFT checkpoint"),
     (r"\.base_layer\.", "a parameter of the base model, which an adapter must not replace"),
 )
@@ -30,5 +30,5 @@ def not_read(keys: Sequence[str], key: str, total: int) -> str:
         found = "another beginning"
     elif found is None and ".lora_" in key:
         found = "a kind of LoRA tensor that is not supported"
-    found = found or "a parameter saved whole (modules_to_save, a resized vocabulary?), which is not supported"
+    found = found or "a parameter saved whole that the config does not name in modules_to_save (a resized vocabulary?)"
     return f"{found}; {len(keys)} of {total} keys are not read: {some(keys)}"

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_lora.adapters.checkpoint import KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
+from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
 from fused_lora.adapters.errors import AdapterError
+from fused_lora.modules import auxiliary
 from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
 from fused_lora.modules.inject import (
@@ -46,8 +47,8 @@ def load_adapter(
         model: any module. Target layers that have no LoRA yet become LoraLinear.
         directory, max_bytes: as in ``read_adapter``.
         adapter_name: 1 to 64 letters, digits, "_" or "-"; default "default".
-        is_trainable: whether A and B (and trained biases) require gradients. Unlike in PEFT, the model keeps its
-            train or eval mode.
+        is_trainable: whether A and B (and trained biases) require gradients. Without it the model is put into eval
+            mode, as in PEFT, so that its dropout is off.
         autocast_adapter_dtype: as in PEFT. True: A and B are float32 over a 16-bit base. False: they have the base
             weight's dtype.
         allow_partial: leave out, with a warning that names them, layers that the model does not have and tensors that
@@ -77,11 +78,14 @@ def load_adapter(
     layers = _specs(model, adapter, plan, autocast_adapter_dtype)
     biases = other_biases(model, adapter.layers)
     values = {path: _cast(plan, plan.biases[path], t, biases[path].dtype) for path, t in adapter.biases.items()}
+    beside = _beside(model, adapter, plan, autocast_adapter_dtype)
     with changing(model):
-        attach(model, name, adapter.config, layers)
+        attach(model, name, adapter.config, layers, beside)
         with torch.no_grad():
             for path, value in values.items():
                 biases[path].copy_(value)
+        if not is_trainable:
+            model.eval()
     warn_left_out(plan)
     return adapter.config
 
@@ -109,6 +113,18 @@ def _specs(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtyp
             cast[field] = _cast(plan, key, getattr(tensors, field), dtype)
         layers[path] = LayerSpec(*plan.ranks[path], LayerTensors(**cast))
     return layers
+
+
+def _beside(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtype: bool) -> dict[str, torch.Tensor]:
+    """What the adapter trained beside LoRA, in the dtypes it will have in ``model``; rows of tokens are widened."""
+    wanted = auxiliary.expected_tensors(model, auxiliary.find(model, adapter.config))
+    cast = {}
+    for name, tensor in adapter.beside.items():
+        dtype = wanted[name].dtype
+        narrow = dtype in (torch.float16, torch.bfloat16)
+        wide = autocast_adapter_dtype and narrow and name.endswith(auxiliary.TOKENS_END)
+        cast[name] = _cast(plan, plan.beside[name], tensor, torch.float32 if wide else dtype)
+    return cast
 
 
 def _cast(plan: Plan, key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -144,7 +160,32 @@ def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Pl
     slots = {path: keys for path, keys in plan.slots.items() if path in fitting}
     left_out = [key for path, keys in plan.slots.items() if path not in fitting for key in keys.values()]
     plan = plan._replace(slots=slots, left_out=(*plan.left_out, *left_out))
+    plan = _check_beside(model, plan, allow_partial)
     return _check_biases(model, plan, allow_partial) if plan.config.bias == "all" else plan
+
+
+def _check_beside(model: nn.Module, plan: Plan, allow_partial: bool) -> Plan:
+    """Raise AdapterError unless the file has a tensor of the right shape for all that the config trains beside LoRA."""
+    try:
+        wanted = auxiliary.expected_tensors(model, auxiliary.find(model, plan.config))
+    except ValueError as error:
+        key = "modules_to_save" if "modules_to_save" in str(error) else "trainable_token_indices"
+        config = os.path.join(os.path.dirname(plan.weights), CONFIG_NAME)
+        raise AdapterError(config, key, "modules of the model that can train beside LoRA", str(error)) from None
+    unknown = plan.beside.keys() - wanted.keys()
+    for names, expected, found in (
+        (unknown if not allow_partial else (), "a tensor of the model", "no such name"),
+        (wanted.keys() - plan.beside.keys(), "a tensor in the file", "none"),
+    ):
+        if names:
+            key = f"{KEY_PREFIX}{min(names)}"
+            raise AdapterError(plan.weights, key, expected, f"{found}; so for {some(sorted(names))}")
+    beside = {name: key for name, key in plan.beside.items() if name in wanted}
+    for name, key in beside.items():
+        expected, found = list(wanted[name].shape), list(plan.entries[key].shape)
+        if found != expected:
+            raise AdapterError(plan.weights, key, f"a shape {expected}", found)
+    return plan._replace(beside=beside, left_out=(*plan.left_out, *(plan.beside[name] for name in sorted(unknown))))
 
 
 def _check_layer(module: nn.Module, path: str, plan: Plan) -> None:

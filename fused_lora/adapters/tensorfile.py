@@ -28,6 +28,7 @@ import torch
 from fused_lora.adapters.errors import AdapterError
 
 MAX_HEADER_BYTES = 16 << 20
+MAX_DIMENSIONS = 5  # of a convolution over volumes
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
@@ -198,14 +199,15 @@ def write_tensors(file: io.FileIO, tensors: dict[str, torch.Tensor]) -> None:
     digest = hashlib.sha256(header)
     _write_all(file, header)
     for name in order:
-        data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        # of a copy: torch never resizes a storage again that numpy has seen, and FSDP1 resizes
+        data = tensors[name].detach().cpu().reshape(-1).clone().view(torch.uint8).numpy().data
         digest.update(data)
         _write_all(file, data)
     file.seek(header.index(_BLANK.encode()))
     _write_all(file, digest.hexdigest().encode())
 
 
-def _write_all(file: io.FileIO, data: bytes) -> None:
+def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while len(view):
         view = view[file.write(view) :]
@@ -226,8 +228,8 @@ def _entry(path: str, name: str, value: Any) -> TensorEntry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not (isinstance(dtype, str) and dtype in DTYPES):
         raise AdapterError(path, name, f"dtype {', '.join(DTYPES)}", dtype)
-    if not (_integers(shape) and 1 <= len(shape) <= 2 and min(shape) >= 1):
-        raise AdapterError(path, name, "one or two positive sizes as shape", shape)
+    if not (_integers(shape) and 1 <= len(shape) <= MAX_DIMENSIONS and min(shape) >= 1):
+        raise AdapterError(path, name, f"one to {MAX_DIMENSIONS} positive sizes as shape", shape)
     if not (_integers(offsets) and len(offsets) == 2 and 0 <= offsets[0] <= offsets[1]):
         raise AdapterError(path, name, "two ascending data_offsets", offsets)
     if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:

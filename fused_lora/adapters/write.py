@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,11 +16,14 @@ from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.read import other_biases
 from fused_lora.adapters.staging import replace_directory
 from fused_lora.adapters.tensorfile import DTYPES, write_tensors
+from fused_lora.adapters.whole import bias_shape, check_whole, gather, once
+from fused_lora.modules.auxiliary import saved_tensors
 from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LoraConfig
-from fused_lora.modules.inject import adapter_configs, check_adapter_name, check_names, lora_layers
+from fused_lora.modules.inject import adapter_configs, adapter_parameters, check_adapter_name, check_names, lora_layers
 from fused_lora.modules.of_peft import refuse
-from fused_lora.modules.targets import candidates
+from fused_lora.modules.targets import base_layer_of, candidates
+from fused_lora.modules.tree import named_modules, own_path, unwrapped
 
 _ENDS = {field: end for end, field in SLOTS.items()}
 
@@ -36,6 +41,9 @@ def save_adapter(
     both old files or both new ones, even if the process is killed or the machine stops. Unlike in PEFT, an adapter
     that is not called "default" gets no folder of its own inside ``directory``.
 
+    The keys are those of the bare model, also under torch.compile, checkpoint_wrapper, DDP and FSDP. What FSDP2 has
+    sharded is gathered: all processes make the call, and the first one writes.
+
     Args:
         model: a model with LoRA layers, merged or not, on any device.
         directory: created if missing. It must not be the current directory or above it, nor a mount point.
@@ -48,29 +56,69 @@ def save_adapter(
         TypeError: adapter_name or base_model_name_or_path is not a str.
         ValueError: a malformed name; a tensor with NaN or Inf; a dtype other than float32, float16 and bfloat16; or
             an unsuitable ``directory``.
-        RuntimeError: base biases cannot be saved while a layer is merged; or a layer's rank or alpha differs from
-            the config.
+        RuntimeError: base biases cannot be saved while a layer is merged; a layer's rank or alpha differs from the
+            config; or a parameter has not the shape of the whole layer, as under DeepSpeed ZeRO-3 and FSDP1. The
+            message says how to gather it.
         OSError: from the file system. The folder is then as before.
     """
     refuse(model, "save_adapter", "call peft_model.save_pretrained")
+    write_adapter(model, directory, adapter_name, base_model_name_or_path)
+
+
+def write_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    adapter_name: str,
+    base_model_name_or_path: str | None = None,
+    *,
+    further: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    here: bool = True,
+) -> None:
+    """:func:`save_adapter` with ``further`` files of tensors. ``state_dict`` has tensors to write in place of the
+    model's own, by their names in the model. ``here``: whether this process writes, when nothing is sharded."""
     check_names(model, [check_adapter_name(adapter_name)])
     if not isinstance(base_model_name_or_path, (str, type(None))):
         raise TypeError(f"base_model_name_or_path: expected a str or None, got {base_model_name_or_path!r}")
     config = adapter_configs(model)[adapter_name]
     with changing(model, forwards=False):
-        tensors = adapter_tensors(model, adapter_name, config)
-    for key, tensor in tensors.items():
+        files = {WEIGHTS_NAME: adapter_parts(model, adapter_name, config)}
+    files |= {name: {key: (t, None) for key, t in tensors.items()} for name, tensors in (further or {}).items()}
+    parts = {(name, key): part for name, keys in files.items() for key, part in keys.items()}
+    _warn_of_others(model, [parameter for parameter, _ in files[WEIGHTS_NAME].values()])
+    root = unwrapped(model)
+    names = {id(held): own_path(name) for name, held in (*root.named_parameters(), *root.named_buffers())}
+    given = None if state_dict is None else {own_path(name): tensor for name, tensor in state_dict.items()}
+    tensors = {}
+    for place, (parameter, shape) in parts.items():
+        name = names.get(id(parameter), place[1])  # FSDP1's views are no parameters
+        if given is not None and name not in given:
+            raise ValueError(f"state_dict: expected a tensor {name!r}, found none")
+        tensors[place] = parameter if given is None else given[name]
+        check_whole(name, tensors[place], shape)
+    flat, mesh = gather({place: tensor.detach() for place, tensor in tensors.items()})
+    for (name, key), tensor in flat.items():
+        what = key if name == WEIGHTS_NAME else f"{name}: {key}"
         if tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{key} must be float32, float16 or bfloat16, got {tensor.dtype}")
+            raise ValueError(f"{what} must be float32, float16 or bfloat16, got {tensor.dtype}")
         if tensor.is_meta or not torch.isfinite(tensor).all():
             raise ValueError(
-                f"{key} must hold finite values, got {'no data (meta)' if tensor.is_meta else 'NaN or Inf'}"
+                f"{what} must hold finite values, got {'no data (meta)' if tensor.is_meta else 'NaN or Inf'}"
             )
     entries = _config_entries(model, adapter_name, config)
     if base_model_name_or_path is not None:
         entries["base_model_name_or_path"] = base_model_name_or_path
     text = config_text(entries)
-    replace_directory(os.fsdecode(directory), lambda stage: write_files(stage, text, tensors))
+
+    def write(stage: str) -> tuple[str, ...]:
+        for name in further or ():
+            with open(os.path.join(stage, name), "xb", buffering=0) as file:
+                write_tensors(file, {key: tensor for (of, key), tensor in flat.items() if of == name})
+        weights = {key: tensor for (of, key), tensor in flat.items() if of == WEIGHTS_NAME}
+        return *write_files(stage, text, weights), *(further or ())
+
+    if here or mesh is not None:
+        once(mesh, lambda: replace_directory(os.fsdecode(directory), write))
 
 
 def config_text(entries: dict[str, Any]) -> str:
@@ -87,8 +135,27 @@ def write_files(folder: str, config: str, tensors: dict[str, torch.Tensor]) -> t
     return CONFIG_NAME, WEIGHTS_NAME
 
 
-def adapter_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint under PEFT's keys, detached, on the devices they are on."""
+def _warn_of_others(model: nn.Module, saved: list[torch.Tensor]) -> None:
+    """Warn of parameters that train and are in no adapter."""
+    known = {id(parameter) for parameter in (*saved, *adapter_parameters(model))}
+    biased = any(config.bias != "none" for config in adapter_configs(model).values())  # which another save writes
+    others = [
+        own_path(name)
+        for name, parameter in unwrapped(model).named_parameters()
+        if parameter.requires_grad and id(parameter) not in known and not (biased and name.endswith("bias"))
+    ]
+    if others:
+        warnings.warn(
+            f"{len(others)} parameters train and are not saved with the adapter, {others[0]!r} for one: name their "
+            "modules in modules_to_save, or save them yourself",
+            stacklevel=4,
+        )
+
+
+def adapter_parts(
+    model: nn.Module, adapter_name: str, config: LoraConfig
+) -> dict[str, tuple[torch.Tensor, tuple[int, ...] | None]]:
+    """The parameters of a checkpoint under PEFT's keys, each with its shape when whole (None: not known)."""
     layers = {path: layer for path, layer in lora_layers(model).items() if adapter_name in layer.lora_A}
     if config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):
         raise RuntimeError(f"bias={config.bias!r} saves biases of the base model: unmerge before saving")
@@ -99,16 +166,20 @@ def adapter_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         has = (layer.r[adapter_name], layer.lora_alpha[adapter_name])
         if has[0] not in ranks.possible(path) or has[1] not in alphas.possible(path):
             raise RuntimeError(f"layer {path!r} has (r, lora_alpha) = {has}, which the config does not give it")
+        r, K, N = has[0], layer.in_features, layer.out_features
         parts = {
-            "lora_A": layer.lora_A[adapter_name].weight,
-            "lora_B": layer.lora_B[adapter_name].weight,
-            "lora_bias": layer.lora_B[adapter_name].bias,
-            "base_bias": layer.base_layer.bias if config.bias != "none" else None,
+            "lora_A": (layer.lora_A[adapter_name].weight, (r, K)),
+            "lora_B": (layer.lora_B[adapter_name].weight, (N, r)),
+            "lora_bias": (layer.lora_B[adapter_name].bias, (N,)),
+            "base_bias": (layer.base_layer.bias if config.bias != "none" else None, (N,)),
         }
-        tensors |= {f"{KEY_PREFIX}{path}{_ENDS[k]}": v.detach() for k, v in parts.items() if v is not None}
+        tensors |= {f"{path}{_ENDS[k]}": part for k, part in parts.items() if part[0] is not None}
     if config.bias == "all":
-        tensors |= {f"{KEY_PREFIX}{name}": bias.detach() for name, bias in other_biases(model, layers).items()}
-    return tensors
+        modules = dict(named_modules(model))
+        for name, bias in other_biases(model, layers).items():
+            tensors[name] = (bias, bias_shape(base_layer_of(modules[name.rpartition(".")[0]])))
+    tensors |= saved_tensors(model, adapter_name)
+    return {f"{KEY_PREFIX}{name}": part for name, part in tensors.items()}
 
 
 def _config_entries(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict:

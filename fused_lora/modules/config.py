@@ -76,12 +76,14 @@ class LoraConfig:
         fan_in_fan_out: recorded for PEFT only. The module's type gives the layout of its weight.
         bias: "none", "all" or "lora_only": which biases of the model train and are saved with the adapter.
         use_rslora: scaling is lora_alpha / sqrt(r).
-        modules_to_save: not supported, must be empty.
+        modules_to_save: ends of paths of modules that train as a whole and are saved with the adapter, as a head.
         init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), "orthogonal"
             (even ranks) or False (both as nn.Linear draws them). "eva", which draws A from data, is for files only.
         layers_to_transform, layers_pattern: restrict a list of names to these layer numbers.
         rank_pattern, alpha_pattern: regular expression for the end of a path -> its rank or alpha. The first match
             decides.
+        trainable_token_indices: tokens whose rows of the input embedding train and are saved with the adapter, or
+            {end of a path: tokens}. A head that the model's config ties to the embedding follows.
         lora_bias: give lora_B a bias.
         base_model_name_or_path, revision, task_type, inference_mode: recorded for PEFT.
         extra: other keys of an adapter_config.json, kept for writing it again. Accepted are neutral values (None,
@@ -89,7 +91,7 @@ class LoraConfig:
 
     Raises:
         TypeError: a field of the wrong type.
-        ValueError: a value out of range, or ``extra`` / ``modules_to_save`` asking for something not supported.
+        ValueError: a value out of range, or ``extra`` asking for something not supported.
     """
 
     r: int = 8
@@ -106,6 +108,7 @@ class LoraConfig:
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     lora_bias: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -141,6 +144,7 @@ class LoraConfig:
         self._validate_init()
         self._validate_targets()
         self._validate_patterns()
+        self._validate_saved()
         self._validate_extra()
 
     def _validate_init(self) -> None:
@@ -148,8 +152,6 @@ class LoraConfig:
         check_init(init)
         if self.lora_bias and not isinstance(init, bool):
             raise ValueError(f"lora_bias=True needs init_lora_weights=True or False, got {init!r}")
-        if self.modules_to_save:
-            raise ValueError(f"modules_to_save is not supported, got {self.modules_to_save!r}")
 
     def _validate_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -183,6 +185,24 @@ class LoraConfig:
                 if not isinstance(key, str):
                     raise TypeError(f"{name} must have str keys, got {key!r}")
                 check(f"{name}[{key!r}]", value)
+
+    def _validate_saved(self) -> None:
+        names, tokens = self.modules_to_save, self.trainable_token_indices
+        if not isinstance(names, (list, tuple, type(None))):
+            raise TypeError(f"modules_to_save must be a list of names or None, got {names!r}")
+        _check_items("modules_to_save", names or (), str)
+        if not all(names or ()):
+            raise ValueError(f"modules_to_save must hold names that are not empty, got {names!r}")
+        for name, indices in (tokens if isinstance(tokens, dict) else {"": tokens}).items():
+            if tokens is None:
+                break
+            if not isinstance(name, str) or not isinstance(indices, (list, tuple)):
+                raise TypeError(f"trainable_token_indices must be a list of integers or a dict of them, got {tokens!r}")
+            _check_items("trainable_token_indices", indices, int)
+            if not indices or len(set(indices)) != len(indices) or (isinstance(tokens, dict) and not name):
+                raise ValueError(f"trainable_token_indices must hold different tokens, at least one, got {tokens!r}")
+        if self.bias == "all" and (names or tokens):
+            raise ValueError("bias='all' is not supported with modules_to_save and trainable_token_indices")
 
     def _validate_extra(self) -> None:
         if not isinstance(self.extra, dict):

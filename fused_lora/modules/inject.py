@@ -6,9 +6,10 @@ inactive until :func:`set_adapter`. Everything is checked before the model chang
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -16,16 +17,29 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from fused_lora.modules import of_peft
+from fused_lora.modules import auxiliary, of_peft
+from fused_lora.modules.auxiliary import TrainedTokens, auxiliary_modules
 from fused_lora.modules.changes import alone, changing, watch
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
+from fused_lora.modules.offload import check_places
 from fused_lora.modules.reads import FirstForward, why_never_called
-from fused_lora.modules.targets import is_supported, match_targets, warn_unused
+from fused_lora.modules.targets import base_layer_of, is_supported, match_targets, warn_unused
+from fused_lora.modules.tree import named_modules, own_path, parent_of, unwrapped
 
-_CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
+CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
+# what the modules above this one do to a model that has got its first LoRA layers, further ones, or lost all
+AFTER_CHANGE: list[Callable[[nn.Module], None]] = []
+
+
+# PEFT's names for the heads of these tasks
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 class AdapterNotFound(KeyError):
@@ -73,6 +87,9 @@ class LayerSpec:
 def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "default") -> nn.Module:
     """Add a LoRA adapter to every layer that ``config`` targets, in place. All other parameters are frozen.
 
+    Modules of ``modules_to_save`` and tokens of ``trainable_token_indices`` train beside it. As in PEFT, the task types
+    SEQ_CLS, TOKEN_CLS and QUESTION_ANS add the head of the model to ``modules_to_save``.
+
     The first adapter of a model becomes active and trainable. Each further adapter is added inactive, as PEFT's
     ``add_adapter`` does. :func:`set_adapter` chooses which are active.
 
@@ -89,11 +106,16 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     Raises:
         TypeError: model is not a module, config is not a LoraConfig, or the name is not a str.
         ValueError: the name is taken or malformed; no layer matches; a match is not a linear layer; torch's own
-            attention or encoder module would read the weight of a match without calling the layer; or a
-            ``peft.LoraConfig`` sets a field that is not supported. The message names it.
+            attention or encoder module would read the weight of a match without calling the layer; a module of
+            ``modules_to_save`` or ``trainable_token_indices`` cannot train beside LoRA; or a ``peft.LoraConfig`` sets
+            a field that is not supported. The message names it.
+        RuntimeError: a match is compiled, or wrapped for checkpointing, by itself.
     """
     config = as_lora_config(config)
     check_not_wrapped(model)
+    heads = [name for name in _HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
+    if heads:
+        config = dataclasses.replace(config, modules_to_save=[*(config.modules_to_save or ()), *heads])
     layers, matched = {}, match_targets(model, config)
     for path in matched:
         r, lora_alpha = config.layer_rank_alpha(path)
@@ -104,65 +126,102 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
 
 
 @alone
-def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> None:
+def attach(
+    model: nn.Module,
+    adapter_name: str,
+    config: LoraConfig,
+    layers: dict[str, LayerSpec],
+    values: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Add one adapter to the layers at these paths. If anything raises, the model is unchanged.
 
     ``config`` is kept as the adapter's config and gives dropout, bias mode and init. Ranks, alphas and tensors come
-    from ``layers``. Raises ValueError if the name is malformed or taken, a path is not a linear layer, or the tensors
-    do not fit.
+    from ``layers``. ``values`` holds what the adapter trains beside LoRA, by the keys of a checkpoint without prefix;
+    without them it begins as the model's own.
+
+    Raises:
+        ValueError: the name is malformed or taken, a path is not a linear layer, or the tensors do not fit.
+        RuntimeError: one of torch's wrappers holds the layer itself.
     """
     check_not_wrapped(model)
     configs = check_new_name(model, check_adapter_name(adapter_name))
     biased = [name for name, c in configs.items() if c.bias != "none"]
     if biased and config.bias != "none":
         raise ValueError(f"bias: only one adapter may train biases, and {biased[0]!r} does, got bias={config.bias!r}")
-    modules = dict(model.named_modules())
+    root, modules = unwrapped(model), dict(named_modules(model))
     for path in layers:
         if path not in modules or not is_supported(modules[path]):
             raise ValueError(f"layers: {path!r} is not a linear layer of the model")
         _check_called(path, modules[path.rpartition(".")[0]])
+        if not isinstance(modules[path], LoraLinear):
+            parent_of(modules, path)
+    bases = {path: base_layer_of(modules[path]) for path in layers}
+    check_places(modules, bases, [path for path, spec in layers.items() if spec.tensors is not None])
     if config.bias != "none":
+        offloaded = [own_path(n) for n, p in root.named_parameters() if n.endswith("bias") and p.is_meta]
+        if offloaded:
+            raise ValueError(f"bias: {config.bias!r} trains biases, and {offloaded[0]!r} has no data (meta device)")
         _check_not_merged([m for m in map(modules.__getitem__, layers) if isinstance(m, LoraLinear)])
+    found = auxiliary.find(model, config)
+    beside = {path: parent_of(modules, path) for path in (*found.saved, *found.tokens, *found.tied)}
+    for path in layers:
+        if any(f"{path}.".startswith(f"{other}.") for other in beside):
+            raise ValueError(f"layers: {path!r} is trained as a whole or by tokens, it cannot have LoRA too")
+    parts = auxiliary.build(model, found, values or {})
     first, active = not configs, active_adapters(model)
     keep = set() if first else {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     built = _build(modules, adapter_name, config, layers)
     for path, layer in built.items():
-        parent, _, name = path.rpartition(".")
-        setattr(modules[parent], name, layer)
-    _load_base_biases(model, layers)
-    watch(model)
-    setattr(model, _CONFIGS, {**configs, adapter_name: config})
-    setattr(model, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
+        setattr(*parent_of(modules, path), layer)
+    auxiliary.attach_parts(beside, adapter_name, found, parts)
+    _load_base_biases(lora_layers(model), layers)
+    watch(root)
+    setattr(root, CONFIGS, {**configs, adapter_name: config})
+    setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
-    if not any(isinstance(hook, FirstForward) for hook in model._forward_pre_hooks.values()):
-        FirstForward(model, lora_layers)
+    if not any(isinstance(hook, FirstForward) for hook in root._forward_pre_hooks.values()):
+        FirstForward(root, lora_layers)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
     else:
         for layer in built.values():
             layer.set_adapter(active)
+        for wrapper in auxiliary_modules(model).values():
+            wrapper.active_adapter = next(iter(wrapper._present(active)), None)
         if not config.inference_mode and any(spec.tensors for spec in layers.values()):
-            _trainable(model, adapter_name)
+            for parameter in adapter_parameters(model, adapter_name):
+                parameter.requires_grad_(True)
+    for function in AFTER_CHANGE:
+        function(root)
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
     """The adapters of a model: name -> config. Raises RuntimeError if they are PEFT's."""
     check_module(model)
-    if not hasattr(model, _CONFIGS):
-        of_peft.refuse(model, "adapter_configs", "its configs are in peft_model.peft_config")
-    return dict(getattr(model, _CONFIGS, {}))
+    root = unwrapped(model)
+    if not hasattr(root, CONFIGS):
+        of_peft.refuse(root, "adapter_configs", "its configs are in peft_model.peft_config")
+    return dict(getattr(root, CONFIGS, {}))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """The LoRA layers of a model: path -> layer, in ``named_modules()`` order.
 
-    Raises RuntimeError if they are PEFT's.
+    Paths are the model's own, also under torch.compile, checkpoint_wrapper, DDP and FSDP. Raises RuntimeError if the
+    layers are PEFT's.
     """
     check_module(model)
-    found = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+    found = {path: module for path, module in named_modules(model) if isinstance(module, LoraLinear)}
     if not found:
         of_peft.refuse(model, "lora_layers", "fused_lora.integrations.peft.layer_report(model) lists its layers")
     return found
+
+
+def mergeable_layers(model: nn.Module) -> dict[str, Any]:
+    """What a merge changes: path -> :class:`LoraLinear` or wrapper of trained tokens."""
+    layers: dict[str, Any] = dict(lora_layers(model))
+    wrappers = auxiliary_modules(model).items()
+    return layers | {path: m for path, m in wrappers if isinstance(m, TrainedTokens) and m.owner is m}
 
 
 @of_peft.by_peft(of_peft.active_adapters)
@@ -180,14 +239,18 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
 
     Raises:
         AdapterNotFound: a name that the model does not have. RuntimeError: a weight was changed while merged.
+        ValueError: two of these adapters train the same module, by modules_to_save or trainable_token_indices.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else as_list(adapter_names)
     check_names(model, names)
-    layers = lora_layers(model)
+    layers, wrappers = mergeable_layers(model), auxiliary_modules(model)
+    for path, wrapper in wrappers.items():
+        if len(wrapper._present(names)) > 1:
+            raise ValueError(f"Only one adapter can be set at a time for {path!r}, got {wrapper._present(names)}")
     if any(layer.merged for layer in layers.values()):
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=4)
     unmerge_all(layers)
-    for layer in layers.values():
+    for layer in {**layers, **wrappers}.values():
         layer.set_adapter(names, inference_mode)
 
 
@@ -202,8 +265,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         AdapterNotFound: the model has no such adapter. ValueError: it is merged.
     """
     check_names(model, [adapter_name])
-    layers = lora_layers(model).values()
-    if any(adapter_name in layer.merged_adapters for layer in layers):
+    layers, wrappers = lora_layers(model).values(), auxiliary_modules(model).values()
+    if any(adapter_name in layer.merged_adapters for layer in mergeable_layers(model).values()):
         raise ValueError(f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.")
     configs = {name: config for name, config in adapter_configs(model).items() if name != adapter_name}
     rest = [name for name in active_adapters(model) if name != adapter_name] or sorted(configs)[:1]
@@ -212,7 +275,11 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         if was_active:
             layer.set_adapter(rest)
         layer.delete_adapter(adapter_name)
-    setattr(model, _CONFIGS, configs)
+    for wrapper in wrappers:
+        wrapper.delete_adapter(adapter_name)
+        if was_active:
+            wrapper.set_adapter(rest)
+    setattr(unwrapped(model), CONFIGS, configs)
 
 
 @of_peft.by_peft(of_peft.disable_adapters)
@@ -224,7 +291,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """
     check_module(model)
     with changing(model):
-        unmerge_all(lora_layers(model))
+        unmerge_all(mergeable_layers(model))
         before = _set_all(model, "disable_adapters", True)
     try:
         yield
@@ -254,7 +321,7 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iter
     if model.training:
         raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
     with changing(model):
-        _check_not_merged(list(lora_layers(model).values()))
+        _check_not_merged(mergeable_layers(model).values())
         before = _set_all(model, "batch_adapter_names", names)
     try:
         yield
@@ -262,15 +329,16 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iter
         _restore(model, "batch_adapter_names", before)
 
 
-def _set_all(model: nn.Module, attribute: str, value: Any) -> list[tuple[LoraLinear, Any]]:
-    """One attribute of all LoRA layers; returns what they had."""
-    before = [(layer, getattr(layer, attribute)) for layer in lora_layers(model).values()]
+def _set_all(model: nn.Module, attribute: str, value: Any) -> list[tuple[nn.Module, Any]]:
+    """One attribute of all LoRA layers and of what trains beside them; returns what they had."""
+    parts = [*lora_layers(model).values(), *auxiliary_modules(model).values()]
+    before = [(part, getattr(part, attribute)) for part in parts]
     for layer, _ in before:
         setattr(layer, attribute, value)
     return before
 
 
-def _restore(model: nn.Module, attribute: str, before: list[tuple[LoraLinear, Any]]) -> None:
+def _restore(model: nn.Module, attribute: str, before: list[tuple[nn.Module, Any]]) -> None:
     with changing(model):
         for layer, value in before:
             setattr(layer, attribute, value)
@@ -363,36 +431,36 @@ def _check_called(path: str, parent: nn.Module) -> None:
         )
 
 
-def _load_base_biases(model: nn.Module, layers: dict[str, LayerSpec]) -> None:
-    for path, spec in layers.items():
+def _load_base_biases(layers: dict[str, LoraLinear], specs: dict[str, LayerSpec]) -> None:
+    for path, spec in specs.items():
         if spec.tensors is not None and spec.tensors.base_bias is not None:
-            layer: Any = model.get_submodule(path)
+            layer: Any = layers[path]
             layer.base_layer.bias.data.copy_(spec.tensors.base_bias)
 
 
 def _freeze(model: nn.Module, config: LoraConfig, paths: list[str], keep: set[int]) -> None:
     """Freeze all but adapters, the biases that this adapter trains, and the parameters with an id in ``keep``."""
-    parts = [part for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B)]
-    ours = {id(parameter) for part in parts for parameter in part.parameters()}
+    ours = {id(parameter) for parameter in adapter_parameters(model)}
+    keep = keep - {id(p) for wrapper in auxiliary_modules(model).values() for p in wrapper.original.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in ours:
             parameter.requires_grad_(id(parameter) in keep)
     if config.bias == "none" or config.inference_mode:
         return
-    for name, parameter in model.named_parameters():
-        lora_only = any(name == f"{path}.base_layer.bias" for path in paths)
+    for name, parameter in unwrapped(model).named_parameters():
+        lora_only = any(own_path(name) == f"{path}.base_layer.bias" for path in paths)
         if name.endswith("bias") and id(parameter) not in ours and (config.bias == "all" or lora_only):
             parameter.requires_grad_(True)
 
 
-def _trainable(model: nn.Module, adapter_name: str) -> None:
-    for layer in lora_layers(model).values():
-        for part in (layer.lora_A, layer.lora_B):
-            if adapter_name in part:
-                part[adapter_name].requires_grad_(True)
+def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """The parameters of one adapter or of all: lora_A, lora_B, and what trains beside them."""
+    parts = [part for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B)]
+    held = [module for part in parts for name, module in part.items() if adapter_name in (None, name)]
+    return [p for module in held for p in module.parameters()] + auxiliary.parameters_beside(model, adapter_name)
 
 
-def _check_not_merged(layers: Sequence[LoraLinear]) -> None:
+def _check_not_merged(layers: Iterable[Any]) -> None:
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     if merged:
         raise RuntimeError(f"adapters {merged} are merged: call fused_lora.unmerge(model) first")

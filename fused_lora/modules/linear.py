@@ -22,6 +22,7 @@ from fused_lora.modules.config import (
     scaling,
 )
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
+from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import SUPPORTED, in_out_features, is_supported
 
 
@@ -110,15 +111,15 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
             raise ValueError(f"adapter_name: {adapter_name!r} already exists in this layer")
         if hasattr(self.lora_A, adapter_name):
             raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ModuleDict, choose another name")
-        weight = self.base_layer.weight
+        weight, device = self.base_layer.weight, execution_device(self.base_layer)
         A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors)
         if tensors is None:
             # PEFT draws in fp32 and casts to the base's dtype before it goes back to fp32: the same bits here
-            A, B = A.to(weight.device, weight.dtype), B.to(weight.device, weight.dtype)
+            A, B = A.to(device, weight.dtype), B.to(device, weight.dtype)
             if autocast_adapter_dtype and weight.dtype in (torch.bfloat16, torch.float16):
                 A, B = A.float(), B.float()
         else:
-            A, B = A.to(weight.device), B.to(weight.device)
+            A, B = A.to(device), B.to(device)
         self.lora_A[adapter_name] = A.requires_grad_(False)
         self.lora_B[adapter_name] = B.requires_grad_(False)
         self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout > 0.0 else nn.Identity()
@@ -219,10 +220,10 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, active={self.active_adapters}"
 
 
-Snapshot = list[tuple[LoraLinear, Any, list[str]]]  # layers, their merge_state and merged_adapters
+Snapshot = list[tuple[Any, Any, list[str]]]  # layers, their merge_state and merged_adapters
 
 
-def snapshot(layers: Iterable[LoraLinear]) -> Snapshot:
+def snapshot(layers: Iterable[Any]) -> Snapshot:
     """What is merged in each layer, for :func:`go_back`."""
     return [(layer, layer.merge_state, list(layer.merged_adapters)) for layer in layers]
 
@@ -237,7 +238,7 @@ def go_back(before: Snapshot) -> None:
                 layer.restore_merge(state, names)
 
 
-def unmerge_all(layers: Mapping[str, LoraLinear]) -> None:
+def unmerge_all(layers: Mapping[str, Any]) -> None:
     """Unmerge all of these layers or none.
 
     Raises:

@@ -10,10 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.modules import of_peft
+from fused_lora.modules.auxiliary import SavedModule, TrainedTokens, auxiliary_modules, breaks_a_tie
 from fused_lora.modules.changes import alone, changing, unwatch
-from fused_lora.modules.inject import adapter_configs, as_list, check_module, check_names, lora_layers
+from fused_lora.modules.inject import (
+    AFTER_CHANGE,
+    adapter_configs,
+    as_list,
+    check_module,
+    check_names,
+    lora_layers,
+    mergeable_layers,
+)
 from fused_lora.modules.linear import LoraLinear, go_back, snapshot, unmerge_all
 from fused_lora.modules.names import some
+from fused_lora.modules.tree import named_modules, parent_of, unwrapped
 
 LEAST_SURVIVING = 0.5  # share of an adapter that a merge should keep
 _SAMPLED_ROWS = 8
@@ -33,22 +43,23 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
 
     Raises:
         TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
-        ValueError: a merged weight would not be finite. RuntimeError: the model has no LoRA layers, a lora_bias has no
-            base bias to go to, or a weight also belongs to another module, whose output a merge would change.
+        ValueError: a merged weight would not be finite, or two adapters train the same token.
+        RuntimeError: the model has no LoRA layers, a lora_bias has no base bias to go to, or a weight also belongs to
+            another module, whose output a merge would change.
             In every case all layers are back at the bits they had before the call.
     """
-    layers = _layers(model)
-    first = next(iter(layers.values()))
+    layers = _mergeable(model)
+    first = next(iter(layers.values()))  # a LoRA layer
     names = list(first.active_adapters) if adapter_names is None else as_list(adapter_names)
     check_names(model, names)
-    _check_not_shared(model, {path: m for path, m in layers.items() if any(name in m.lora_A for name in names)})
-    if names and all(name in m.merged_adapters for m in layers.values() for name in names if name in m.lora_A):
+    _check_not_shared(model, {path: layer for path, layer in layers.items() if layer._present(names)})
+    if names and all(name in m.merged_adapters for m in layers.values() for name in m._present(names)):
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
     before, path = snapshot(layers.values()), ""
     samples: list[tuple[LoraLinear, list[str], Tensor]] = []
     try:
         for path, layer in layers.items():  # noqa: B007 - the error names it
-            new = [name for name in names if name in layer.lora_A and name not in layer.merged_adapters]
+            new = [name for name in layer._present(names) if name not in layer.merged_adapters]
             if new:
                 if layer.base_layer.weight.dtype in (torch.bfloat16, torch.float16):
                     samples.append((layer, new, _sample(layer.base_layer.weight, layer.fan_in_fan_out)))
@@ -91,7 +102,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         RuntimeError: a weight was changed while merged. All layers are left merged.
     """
-    unmerge_all(_layers(model))
+    unmerge_all(_mergeable(model))
 
 
 @of_peft.by_peft(of_peft.delta_fidelity)
@@ -112,36 +123,52 @@ def delta_fidelity(model: nn.Module) -> dict[str, float]:
 @alone
 @of_peft.by_peft(of_peft.unload)
 def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
-    """Put the plain base layers back in place of the LoRA layers, with the active adapters merged in or dropped.
+    """Put the plain base layers back in place of the LoRA layers. What is merged stays merged, as in PEFT.
 
-    Returns ``model``. Merged adapters that should be dropped are unmerged first. Afterwards the model has no adapters
-    and its parameters are frozen as they were. Raises what :func:`unmerge` and :func:`merge` raise; the model is then
-    as it was.
+    So does a module that the active adapter trained as a whole (``modules_to_save``): its copy takes the original's
+    place, with or without ``merge_adapters``.
+
+    Args:
+        model: a model with LoRA layers.
+        merge_adapters: merge the active adapters first, beside those that are merged already. Without it adapters
+            that are not merged are dropped. Call :func:`unmerge` first to drop merged ones too.
+
+    Returns:
+        ``model``, without adapters. Its parameters stay frozen as they were.
+
+    Raises:
+        RuntimeError: the model has no LoRA layers, or a layer is compiled or wrapped for checkpointing by itself. With
+            ``merge_adapters`` also what :func:`merge` raises. The model is then as it was.
     """
-    layers = _layers(model)
-    before = snapshot(layers.values())
-    try:
-        unmerge_all(layers)
-        if merge_adapters:
-            merge(model)
-    except BaseException:
-        go_back(before)
-        raise
+    layers, modules = _layers(model), dict(named_modules(model))
+    wrappers = auxiliary_modules(model)
+    untied = breaks_a_tie(model)
+    places = {path: parent_of(modules, path) for path in (*layers, *wrappers)}
+    if merge_adapters:
+        merge(model)
     for path, layer in layers.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.base_layer)
-    unwatch(model)
-    del model._fused_lora_configs, model.peft_config
+        setattr(*places[path], layer.base_layer)
+    for path, wrapper in wrappers.items():
+        setattr(*places[path], wrapper.current() if isinstance(wrapper, SavedModule) else wrapper.original)
+    root: Any = unwrapped(model)
+    unwatch(root)
+    if untied:
+        root.config.tie_word_embeddings = False
+        warnings.warn("the two embeddings differ now: config.tie_word_embeddings is set to False", stacklevel=2)
+    del root._fused_lora_configs, root.peft_config
+    for function in AFTER_CHANGE:
+        function(root)
     return model
 
 
-def _check_not_shared(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
+def _check_not_shared(model: nn.Module, layers: dict[str, Any]) -> None:
     """Raise RuntimeError when the weight of one of these layers is a parameter of a further module as well."""
-    owners = parameter_owners(model)
+    owners, wrappers = parameter_owners(model), auxiliary_modules(model).values()
     for path, layer in layers.items():
         base: Any = layer.base_layer
         shared = owners.get(base.weight.data_ptr(), [])
-        if len(shared) > 1:
+        tied = sum(isinstance(wrapper, TrainedTokens) and wrapper.owner is layer for wrapper in wrappers)
+        if len(shared) > max(tied, 1):
             raise RuntimeError(f"{path}: the weight is shared by {shared}; a merge would change all of them")
 
 
@@ -156,6 +183,11 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
             if parameter is not None and parameter.numel() and parameter.device.type != "meta":
                 owners.setdefault(parameter.data_ptr(), []).append(f"{path}.{name}")
     return owners
+
+
+def _mergeable(model: nn.Module) -> dict[str, Any]:
+    _layers(model)
+    return mergeable_layers(model)
 
 
 def _layers(model: nn.Module) -> dict[str, LoraLinear]:

@@ -209,6 +209,8 @@ class FusedLoraBehaviour:
     def _merge_names(self, names: list[str]) -> None:
         if "weight" not in self.base_layer._parameters:  # parametrized: computed anew from something else at each use
             raise RuntimeError("base_layer.weight is not a parameter of its own, so nothing can be merged into it")
+        if self.base_layer._parameters["weight"].is_meta:
+            raise RuntimeError("base_layer.weight is offloaded (meta device), so nothing can be merged into it")
         bias, old = self._check_bias_merge(names), self.merge_state
         state = _Merge(None) if old is None else replace(old, record=None)
         if bias is not None:

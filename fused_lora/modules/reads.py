@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fused_lora.modules.names import some
+from fused_lora.modules.tree import named_modules
 
 _READ = "has its weight read by a forward that does not call it, so an adapter does nothing there"
 
@@ -61,7 +62,7 @@ class Reads:
         layers: Mapping[str, nn.Module],
         weight_of: Callable[[nn.Module], nn.Module] = lambda layer: layer,
     ):
-        modules = dict(model.named_modules())
+        modules = dict(named_modules(model))
         reasons = {path: why_never_called(modules[path.rpartition(".")[0]]) for path in layers}
         self.found = {path: why for path, why in reasons.items() if why is not None}
         self._model, self._layers, self._weight_of = model, layers, weight_of

@@ -16,8 +16,10 @@ from torch import nn
 
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import is_conv1d
+from fused_lora.modules.auxiliary import Auxiliary
 from fused_lora.modules.config import LoraConfig, matches_end
 from fused_lora.modules.names import some
+from fused_lora.modules.tree import named_modules, unwrapped
 
 SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
 ALL_LINEAR = "all-linear"
@@ -55,12 +57,12 @@ def in_out_features(module: nn.Module) -> tuple[int, int]:
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without the root and without the inside of LoRA layers."""
+    """``tree.named_modules(model)`` without the root and without the inside of LoRA layers and wrapped modules."""
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if not name or name.startswith(inside):
             continue
-        if is_lora_linear(module):
+        if is_lora_linear(module) or isinstance(module, Auxiliary):
             inside += (f"{name}.",)
         yield name, module
 
@@ -154,10 +156,11 @@ def all_linear(model: nn.Module, config: LoraConfig) -> set[str]:
     classification head when task_type is SEQ_CLS."""
     linear = {n for n, m in candidates(model) if is_lora_linear(m) or isinstance(m, nn.Linear) or is_conv1d(m)}
     head = _output_layer(model, config)
-    return linear - {name for name, module in model.named_modules() if module is head and head is not None}
+    return linear - {name for name, module in named_modules(model) if module is head and head is not None}
 
 
 def _output_layer(model: Any, config: LoraConfig) -> nn.Module | None:
+    model = unwrapped(model)
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return None
@@ -197,6 +200,8 @@ def _check_expressions(config: LoraConfig) -> None:
 
 
 def _excluded(config: LoraConfig, name: str) -> bool:
+    if any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ()):
+        return True  # it trains as a whole
     exclude = config.exclude_modules
     if not exclude:
         return False

@@ -331,12 +331,18 @@ def test_merged_models(tmp_path):
         load_adapter(model, tmp_path / "biased", "third")
 
 
-def test_train_or_eval_is_left_alone(tmp_path):
-    _, _, source = adapted_model(tmp_path / "source", 4)
-    for training in (True, False):
-        model = mlp()[0].train(training)
-        load_adapter(model, source)
-        assert all(module.training is training for module in model.modules())
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_train_or_eval_is_pefts(tmp_path, training, is_trainable):
+    """A loaded adapter predicts without dropout, unless it is to be trained."""
+    torch.manual_seed(shifted(6))
+    base, x = mlp()
+    config = LoraConfig(r=2, target_modules=["fc1"], lora_dropout=0.5, init_lora_weights=False)
+    save_adapter(inject(copy.deepcopy(base), config), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base).train(training), tmp_path, is_trainable=is_trainable)
+    load_adapter(base.train(training), tmp_path, is_trainable=is_trainable)
+    assert all(module.training is theirs.base_model.model.training for module in base.modules())
+    assert torch.equal(base(x), base(x)) is not base.training
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -80,7 +80,7 @@ class Case:
 
     tensors: of the file. config: entries of the config that differ from a sound one. refused: what the error says, or
     None where PEFT's output is the right one. partial: the tensors that allow_partial uses, as an adapter of their
-    own; None where it refuses, too.
+    own; None where it refuses, too. bare: the tensors under keys that PEFT knows, where they are others.
     """
 
     tensors: Mapping[str, Tensor]
@@ -88,6 +88,7 @@ class Case:
     refused: str | None = None
     partial: Mapping[str, Tensor] | None = None
     model: Callable[[], nn.Module] = llama
+    bare: Mapping[str, Tensor] | None = None
 
     def write(self, folder: Path) -> Path:
         """The adapter's two files, in ``folder``."""
@@ -113,9 +114,9 @@ def more(extra: Mapping[str, Tensor], refused: str, partial: bool = True, **conf
     return Case({**good_tensors(), **extra}, config, refused, good_tensors() if partial else None)
 
 
-def wrapper(name: str) -> Case:
+def inside(name: str) -> Case:
     """A case of a wrapper's name in every key, after the prefix."""
-    return Case(renamed(lambda key: key.replace(P, f"{P}{name}.")), refused=f"rename: '{name}' -> '', which fits 4 of")
+    return Case(renamed(lambda key: key.replace(P, f"{P}{name}.")), bare=good_tensors())
 
 
 def swapped() -> dict[str, Tensor]:
@@ -146,22 +147,23 @@ CASES: dict[str, Case] = {
     "some layers": Case({k: t for k, t in good_tensors().items() if ".1." in k}, {"layers_to_transform": [1]}),
     "eva": Case(good_tensors(), {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}),
     "orthogonal": Case(good_tensors(), {"init_lora_weights": "orthogonal"}),
+    # ---- names of wrappers that no module of a model has
+    "compiled": inside("_orig_mod"),
+    "compiled, then wrapped": Case(renamed(lambda k: f"_orig_mod.{k}"), bare=good_tensors()),
+    "FSDP1": inside("_fsdp_wrapped_module"),
+    "checkpoint_wrapper": Case(
+        renamed(lambda k: k.replace("self_attn", "_checkpoint_wrapped_module.self_attn")), bare=good_tensors()
+    ),
     # ---- prefixes
     "no prefix": Case(renamed(lambda k: k.removeprefix(P)), refused=r"model\.layers.*another beginning; 8 of 8 keys"),
     "half a prefix": Case(
         renamed(lambda k: k.replace(P, "base_model.")), refused="rename: '' -> 'model', which fits 4"
     ),
     "prefix twice": Case(renamed(lambda k: P + k), refused="rename: 'base_model.model' -> '', which fits 4"),
-    "compiled": wrapper("_orig_mod"),
-    "compiled, then wrapped": Case(renamed(lambda k: f"_orig_mod.{k}"), refused="the name of a wrapper, '_orig_mod'"),
-    "FSDP1": wrapper("_fsdp_wrapped_module"),
-    "DDP inside": wrapper("module"),
-    "DeepSpeed": Case(renamed(lambda k: f"module.{k}"), refused="the name of a wrapper, 'module'"),
-    "checkpoint_wrapper": Case(
-        renamed(lambda k: k.replace("self_attn", "_checkpoint_wrapped_module.self_attn")),
-        refused="2 of the adapter's 4 layers .*rename: '_checkpoint_wrapped_module' -> '', which fits 2",
-        partial={key: tensor for key, tensor in good_tensors().items() if "down_proj" in key},
+    "DDP inside": Case(
+        renamed(lambda k: k.replace(P, f"{P}module.")), refused="rename: 'module' -> '', which fits 4 of"
     ),
+    "DeepSpeed": Case(renamed(lambda k: f"module.{k}"), refused="the name of a wrapper, 'module'"),
     # ---- the same weights in another class or release of transformers
     "of the text part of a VLM": Case(
         renamed(lambda k: k.replace("model.layers", "model.language_model.layers")),
@@ -195,9 +197,6 @@ CASES: dict[str, Case] = {
         model=mixtral,
     ),
     # ---- more than A and B of linear layers
-    "modules_to_save": more(
-        {f"{P}lm_head.weight": torch.ones(VOCAB, K)}, "modules_to_save", False, modules_to_save=["lm_head"]
-    ),
     "head saved, unsaid": more(
         {f"{P}lm_head.weight": torch.ones(VOCAB, K)}, r"lm_head\.weight.*a parameter saved whole.*1 of 9 keys"
     ),
@@ -211,12 +210,6 @@ CASES: dict[str, Case] = {
             for s, shape in (("A", (R, VOCAB)), ("B", (K, R)))
         },
         "lora_embedding_A.*LoRA on an embedding.*2 of 10 keys",
-    ),
-    "token indices": more(
-        {f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, K)},
-        "trainable_token_indices",
-        False,
-        trainable_token_indices=[5, 6],
     ),
     "token indices, unsaid": more(
         {f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, K)}, "trained tokens"

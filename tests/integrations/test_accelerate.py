@@ -469,6 +469,13 @@ def wrap_base_again(model, path):
     return peft.get_peft_model(model.base_model.model, config(lora_alpha=64))
 
 
+def numbers(model, name):
+    """{path: of every LoRA layer} and {adapter: of its config}."""
+    layers = {path: dict(getattr(m, name)) for path, m in model.named_modules() if hasattr(m, "lora_A")}
+    configs = getattr(model, "peft_config", {})
+    return layers, {adapter: getattr(config, name) for adapter, config in configs.items()}
+
+
 def inject_another(model, path):
     return peft.inject_adapter_in_model(config(), model.base_model.model, adapter_name="two")
 
@@ -503,6 +510,8 @@ def test_a_second_wrap_is_pefts_with_a_warning(again, warns, stage_one):
     assert bool(own) is warns and all("load_adapter" in text and "add_adapter" in text for text in own)
     state, expected = wrapped[1].state_dict(), wrapped[0].state_dict()
     assert list(state) == list(expected) and all(torch.equal(state[name], expected[name]) for name in expected)
+    for attribute in ("r", "lora_alpha"):  # of the layers, and of the config that the next save writes
+        assert numbers(wrapped[1], attribute) == numbers(wrapped[0], attribute)
     with torch.no_grad():
         assert_close(wrapped[1](IDS), wrapped[0](IDS), terms=64)
 

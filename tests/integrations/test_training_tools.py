@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers.seeds import shifted
 
@@ -251,6 +252,42 @@ def test_a_trainers_checkpoint_predicts_the_same_bits(route, tmp_path):
 def save(model, folder):
     model.save_pretrained(folder)
     return folder
+
+
+def test_trainers_checkpoints_of_an_injected_model_are_its_adapter(tmp_path):
+    """They hold no base weight, resume with what else trains, and the best one is taken back at the end."""
+    data = Texts(counting_texts(64))
+
+    def trained(folder, resume=None):
+        with built("inject", training.tiny_llama(), lora_dropout=0.1) as model:
+            model.lm_head.requires_grad_(True)
+            fields = dict(save_strategy="steps", eval_strategy="steps", save_steps=2, eval_steps=2, max_steps=4)
+            best = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+            arguments = options(folder, **fields, **best)
+            trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+            trainer.train(resume_from_checkpoint=resume)
+        return trainer, model
+
+    trainer, model = trained(tmp_path / "whole")
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")  # the worse loss, by the options above
+    state = model.state_dict()
+    for step, same in ((2, True), (4, False)):
+        held = load_file(tmp_path / "whole" / f"checkpoint-{step}" / "model.safetensors")
+        assert (
+            held.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+            and "lm_head.weight" in held
+        )
+        assert all(torch.equal(state[name], tensor) for name, tensor in held.items()) is same
+    resumed, again = trained(tmp_path / "part", resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(resumed) == losses(trainer)
+    for name, tensor in load_file(tmp_path / "part" / "checkpoint-4" / "model.safetensors").items():
+        assert torch.equal(tensor, held[name])
+    trainer.save_model(str(tmp_path / "saved"))
+    model.lm_head.load_state_dict(training.tiny_llama().lm_head.state_dict())
+    plain = training.tiny_llama()
+    fused_lora.load_adapter(plain, tmp_path / "saved")
+    ids = counting_texts(3)
+    assert torch.equal(plain.eval()(ids).logits, model.eval()(ids).logits)
 
 
 def test_an_injected_models_adapter_predicts_the_same_bits(tmp_path):

@@ -27,7 +27,7 @@ def test_defaults_and_order_are_pefts():
     recorded = ["task_type", "base_model_name_or_path", "revision", "inference_mode"]  # PEFT inherits these
     own = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra"]
     assert [n for n in own if n not in recorded] == [n for n in shared if n not in recorded]
-    assert len(own) == 19
+    assert len(own) == 20
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,17 @@ def test_unknown_entries_need_neutral_values(tmp_path):
         ("target_modules", ["q", 3], TypeError),
         ("target_modules", {"q": 1}, TypeError),
         ("exclude_modules", [None], TypeError),
-        ("modules_to_save", ["head"], ValueError),
+        ("modules_to_save", "head", TypeError),
+        ("modules_to_save", [3], TypeError),
+        ("modules_to_save", ["head", ""], ValueError),
+        ("trainable_token_indices", 3, TypeError),
+        ("trainable_token_indices", ["a"], TypeError),
+        ("trainable_token_indices", {1: [2]}, TypeError),
+        ("trainable_token_indices", {"head": 2}, TypeError),
+        ("trainable_token_indices", [], ValueError),
+        ("trainable_token_indices", [-1], ValueError),
+        ("trainable_token_indices", [4, 4], ValueError),
+        ("trainable_token_indices", {"": [4]}, ValueError),
         ("layers_to_transform", "1", TypeError),
         ("layers_to_transform", [True], TypeError),
         ("layers_to_transform", -1, ValueError),
@@ -227,7 +237,7 @@ def test_pefts_config_is_converted(fields, tmp_path):
     "config, error, message",
     [
         (peft.LoraConfig(use_dora=True), ValueError, "config: 'use_dora' is not supported by fused_lora, got True"),
-        (peft.LoraConfig(modules_to_save=["head"]), ValueError, "config: modules_to_save is not supported"),
+        (peft.LoraConfig(modules_to_save=[""]), ValueError, "config: modules_to_save must hold names"),
         (peft.LoraConfig(target_parameters=["w"]), ValueError, "config: 'target_parameters' is not supported"),
         (peft.LoraConfig(init_lora_weights="pissa"), ValueError, "config: init_lora_weights must be"),
         (peft.LoraConfig(r=2.5), TypeError, "config: r must be a positive integer"),

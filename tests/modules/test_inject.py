@@ -710,19 +710,23 @@ def test_merge_errors():
         fused_lora.delta_fidelity(ours)
 
 
+@pytest.mark.filterwarnings("ignore:.*already merged", "ignore:Already following adapters")
 @pytest.mark.parametrize("merge_adapters", [False, True])
-@pytest.mark.parametrize("merged", [False, True])
-def test_unload(merge_adapters, merged):
+@pytest.mark.parametrize("merged", [(), ("one",), ("two",)], ids=["unmerged", "active merged", "other merged"])
+def test_unload_keeps_what_is_merged(merge_adapters, merged):
     base = llama()
     ours, theirs = twin_models(copy.deepcopy(base), TWO)
     ids = tokens()
-    expected = output(theirs.merge_and_unload(), ids) if merge_adapters else output(base, ids)
     if merged:
-        fused_lora.merge(ours)
+        fused_lora.merge(ours, list(merged))
+        theirs.merge_adapter(list(merged))
+    expected = output(theirs.merge_and_unload() if merge_adapters else theirs.unload(), ids)
     plain = fused_lora.unload(ours, merge_adapters=merge_adapters)
     assert plain is ours and not fused_lora.lora_layers(plain) and not fused_lora.adapter_configs(plain)
     assert set(plain.state_dict()) == set(base.state_dict())
     assert_close(output(plain, ids), expected, terms=1000)
+    if not merged and not merge_adapters:
+        assert torch.equal(output(plain, ids), output(base, ids))
     fused_lora.inject(plain, LoraConfig(target_modules="all-linear"))
 
 

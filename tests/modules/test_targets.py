@@ -117,7 +117,7 @@ def test_same_modules_as_peft(models, model, kwargs):
 
 
 def test_head_of_a_classifier_is_left_alone(models):
-    # PEFT saves the head whole for SEQ_CLS; here modules_to_save is refused, so only the choice is compared
+    # the head trains whole for SEQ_CLS, beside LoRA; here only the choice is compared
     model = models["llama_cls"]
     found = match_targets(model, LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
     assert found == peft_targets(model, target_modules="all-linear", task_type="SEQ_CLS")

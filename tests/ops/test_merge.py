@@ -569,7 +569,6 @@ def enter_disabled(model):
 UNMERGING = {
     "disable_adapters": enter_disabled,
     "set_adapter": lambda model: fused_lora.set_adapter(model, "default"),
-    "unload": fused_lora.unload,
     "unload, merged": lambda model: fused_lora.unload(model, merge_adapters=True),
 }
 

@@ -2,8 +2,12 @@
 
 import asyncio
 import copy
+import gc
+import io
 import json
+import pickle
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -582,6 +586,41 @@ def test_a_copy_of_the_model_is_served_by_the_same_store(model):
     store.load("a", adapter(4, 1))
     x = torch.randn(1, 3, K)
     assert torch.equal(answers(store, copy.deepcopy(model), x, ["a"]), answers(store, model, x, ["a"]))
+
+
+def test_a_copy_may_have_a_store_of_its_own_after_the_detach(model):
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    x, copied = torch.randn(1, 3, K), copy.deepcopy(model)
+    expected = answers(store, model, x, ["a"])
+    with pytest.raises(RuntimeError, match="another store"):
+        AdapterStore(copied)
+    freed = weakref.ref(store)
+    store.detach()
+    del store
+    gc.collect()
+    assert freed() is None  # a copy does not keep the store's memory
+    with torch.no_grad():
+        assert torch.equal(copied(x), model(x))
+    own = AdapterStore(copied)
+    own.load("a", adapter(4, 1))
+    assert torch.equal(answers(own, copied, x, ["a"]), expected)
+    own.detach()
+    assert not copied._forward_pre_hooks and not any(m._forward_hooks for m in copied.modules())
+
+
+@pytest.mark.parametrize("how", [pickle.dumps, lambda m: torch.save(m, io.BytesIO())], ids=["pickle", "torch.save"])
+def test_a_model_with_a_store_cannot_be_pickled_and_says_why(model, how):
+    store = AdapterStore(model)
+    copied, x = copy.deepcopy(model), torch.randn(1, 3, K)
+    for one in (model, copied):
+        with pytest.raises(TypeError, match="with an AdapterStore cannot be pickled.*store.detach"):
+            how(one)
+    store.detach()
+    for one in (model, copied):
+        with torch.no_grad():
+            assert torch.equal(pickle.loads(pickle.dumps(one))(x), model(x))
+        how(one)
 
 
 def test_a_store_wants_a_plain_model(model):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fused_lora.modules.reads import Reads
 from fused_lora.modules.targets import candidates, in_out_features, is_supported
+from fused_lora.modules.tree import named_modules
 from fused_lora.serving.batch.batch import running
 from fused_lora.serving.residency.packing import Site
 
@@ -27,7 +28,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     for path, module in candidates(model):
         if hasattr(module, "lora_A"):
             raise ValueError(f"model: expected a plain model, {path!r} has LoRA layers already; unload them first")
-        if any(isinstance(hook, _Hook) for hook in module._forward_hooks.values()):
+        if any(isinstance(hook, _Hook) and hook.attached for hook in module._forward_hooks.values()):
             raise RuntimeError("model: another store is attached to it; call its detach() first")
         if is_supported(module):
             sites[path] = Site(len(sites), path, module, *in_out_features(module))
@@ -37,28 +38,38 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
 
 class Attachment:
-    """The hooks of one store on one model, and which of its layers they never reach."""
+    """The hooks of one store on one model, and on its copies; and which of its layers they never reach."""
 
     def __init__(self, model: nn.Module, sites: dict[str, Site], store: Any):
+        for module in model.modules():
+            _drop_ended(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+            _drop_ended(module._forward_hooks, module._forward_hooks_with_kwargs)
+        before, after = _ModelHook(store), _OutputHook(store)
+        self._hooks: list[_Shared] = [before, after]
         self._handles = [
-            model.register_forward_pre_hook(_ModelHook(store), with_kwargs=True),
-            model.register_forward_hook(_OutputHook(store), with_kwargs=True),
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, with_kwargs=True),
         ]
         for site in sites.values():
-            self._handles.append(site.module.register_forward_hook(_Hook(store, site), with_kwargs=True))
+            hook = _Hook(store, site)
+            self._hooks.append(hook)
+            self._handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
         self._watch(store, sites)
 
     def _watch(self, store: Any, sites: dict[str, Site]) -> None:
         """Watch which layers the model does not call, or has no longer."""
-        model = store.model
+        model, modules = store.model, dict(named_modules(store.model))
         self._reads = Reads(model, {path: site.module for path, site in sites.items()})
         paths = sorted({path[:end] for path in sites for end in (*_dots(path), len(path))})
         self._places = []  # path, the parent's modules, the name there, what was there
         for path in paths:
             parent, _, name = path.rpartition(".")
-            self._places.append((path, model.get_submodule(parent)._modules, name, model.get_submodule(path)))
-        self._handles.append(model.register_forward_pre_hook(_StartHook(self._reads)))
-        self._handles.append(model.register_forward_hook(_EndHook(store, self._reads)))
+            held = modules[parent]._modules
+            self._places.append((path, held, name, held[name]))
+        start, end = _StartHook(store, self._reads), _EndHook(store, self._reads)
+        self._hooks += start, end
+        self._handles.append(model.register_forward_pre_hook(start))
+        self._handles.append(model.register_forward_hook(end))
 
     def unreached(self, paths: Iterable[str]) -> str | None:
         """Why the hook of one of these layers is not reached: the model reads its weight instead of calling it, or has
@@ -74,11 +85,20 @@ class Attachment:
         return None
 
     def remove(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks. Those of copies do nothing from now on, and let go of the store."""
         self._reads.stop()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for hook in self._hooks:
+            hook.end()
+        self._handles, self._hooks = [], []
+
+
+def _drop_ended(hooks: dict[int, Any], with_kwargs: dict[int, bool]) -> None:
+    """Remove what a detached store has left on a copy of its model."""
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Shared) and not hook.attached]:
+        del hooks[key]
+        with_kwargs.pop(key, None)
 
 
 def _dots(path: str) -> list[int]:
@@ -88,14 +108,31 @@ def _dots(path: str) -> list[int]:
 class _Shared:
     """Copies of the model share the store, because arenas and locks cannot be copied."""
 
-    def __deepcopy__(self, memo: dict) -> _Shared:
-        return self
-
-
-class _ModelHook(_Shared):
     def __init__(self, store: Any):
         self._store = store
 
+    @property
+    def attached(self) -> bool:
+        """Whether the store has not been detached."""
+        return self._store is not None
+
+    def end(self) -> None:
+        """Do nothing from now on."""
+        self._store = None
+
+    def __deepcopy__(self, memo: dict) -> _Shared:
+        return self
+
+    def __reduce__(self) -> tuple:
+        if self.attached:
+            raise TypeError(
+                "a model with an AdapterStore cannot be pickled or saved whole: call store.detach() first, or save "
+                "model.state_dict()"
+            )
+        return type(self), (None,)
+
+
+class _ModelHook(_Shared):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         batch = running(self._store)
         if batch is not None:
@@ -105,34 +142,35 @@ class _ModelHook(_Shared):
 class _OutputHook(_Shared):
     """After the model: rows of adapters that are not finite are an error."""
 
-    def __init__(self, store: Any):
-        self._store = store
-
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         batch = running(self._store)
         if batch is not None:
             batch.returned(kwargs, output)
 
 
-class _StartHook(_Shared):
-    """Before the model: from here on reads of weights count."""
-
-    def __init__(self, reads: Reads):
+class _ReadsHook(_Shared):
+    def __init__(self, store: Any, reads: Reads | None = None):
+        super().__init__(store)
         self._reads = reads
 
+    def end(self) -> None:
+        super().end()
+        self._reads = None
+
+
+class _StartHook(_ReadsHook):
+    """Before the model: from here on reads of weights count."""
+
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        if not torch.compiler.is_compiling():
+        if self._reads is not None and not torch.compiler.is_compiling():
             self._reads.start()
 
 
-class _EndHook(_Shared):
+class _EndHook(_ReadsHook):
     """After the model: an adapter whose layers were not all reached is an error."""
 
-    def __init__(self, store: Any, reads: Reads):
-        self._store, self._reads = store, reads
-
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if self._reads is None or torch.compiler.is_compiling():
             return
         self._reads.finish()
         batch = running(self._store)
@@ -143,10 +181,15 @@ class _EndHook(_Shared):
 class _Hook(_Shared):
     """After a linear layer: add the LoRA terms of the running batch to its output."""
 
-    def __init__(self, store: Any, site: Site):
-        self._store, self._site = store, site
+    def __init__(self, store: Any, site: Site | None = None):
+        super().__init__(store)
+        self._site = site
+
+    def end(self) -> None:
+        super().end()
+        self._site = None  # it holds the layer of the first model
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        batch = running(self._store)
-        if batch is not None and batch.acts:
-            batch.add(self._site, args[0] if args else next(iter(kwargs.values())), output)
+        batch, site = running(self._store), self._site
+        if batch is not None and batch.acts and site is not None:
+            batch.add(site, args[0] if args else next(iter(kwargs.values())), output)

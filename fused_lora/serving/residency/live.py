@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_lora.modules.config import check_init, is_neutral
+from fused_lora.modules.inject import CONFIGS
 from fused_lora.modules.names import some
 
 Triples = dict[str, tuple[Tensor, Tensor, float]]
@@ -59,7 +60,7 @@ def _check_config(source: nn.Module, chosen: str) -> None:
     """Refuse by its config what a checkpoint of the adapter would be refused for."""
     config: Any = None
     for module in source.modules():  # PEFT's and ours, under whatever wraps the model
-        for configs in map(vars(module).get, ("peft_config", "_fused_lora_configs")):
+        for configs in (vars(module).get("peft_config"), vars(module).get(CONFIGS)):
             if isinstance(configs, Mapping):
                 config = config or configs.get(chosen)
     if config is None:

@@ -137,6 +137,11 @@ def _check_served(folder: str, plan: Plan) -> None:
             f"source: {folder!r} has bias={plan.config.bias!r}, lora_bias={plan.config.lora_bias}; adapters that are "
             "served beside others bring A and B only"
         )
+    if plan.beside:
+        raise ValueError(
+            f"source: {folder!r} has modules_to_save or trainable_token_indices, {next(iter(plan.beside))!r} for one; "
+            "adapters that are served beside others bring A and B only"
+        )
 
 
 def from_tensors(

@@ -1,0 +1,50 @@
+"""Layers whose weights are elsewhere until they run: on the CPU or on disk, fetched by the hooks of accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def execution_device(layer: Any) -> torch.device:
+    """The device of ``layer.weight`` while the layer runs; meta where nobody says."""
+    weight = layer.weight
+    devices = (getattr(hook, "execution_device", None) for hook in _hooks(layer)) if weight.is_meta else ()
+    return next((torch.device(device) for device in devices if device is not None), weight.device)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a parameter of ``module``, or of a module inside, elsewhere."""
+    hooks = (hook for part in module.modules() for hook in _hooks(part))
+    return any(p.is_meta for p in module.parameters()) and any(getattr(hook, "offload", False) for hook in hooks)
+
+
+def check_places(modules: Mapping[str, nn.Module], layers: Mapping[str, Any], filled: Iterable[str]) -> None:
+    """Raise ValueError where a LoRA layer would not get its weights.
+
+    Args:
+        modules: all modules of the model by path.
+        layers: the base layers that get LoRA, by path.
+        filled: paths of those whose adapter has values, which must not be put on the meta device.
+    """
+    for path, layer in layers.items():
+        above = ["", *(path[:i] for i, letter in enumerate(path) if letter == ".")]
+        for parent in above:
+            if any(
+                getattr(h, "offload", False) and getattr(h, "place_submodules", False) for h in _hooks(modules[parent])
+            ):
+                raise ValueError(
+                    f"layers: {path!r} is offloaded as a part of {parent or 'the whole model'!r}, whose hook knows the "
+                    "names of its parameters; add the adapter before dispatch_model, or give the parts to device_map"
+                )
+        if path in filled and execution_device(layer).type == "meta":
+            raise ValueError(f"layers: the weight of {path!r} has no data (meta device); load the weights first")
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """What accelerate runs around the module's forward."""
+    hook = vars(module).get("_hf_hook")
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))

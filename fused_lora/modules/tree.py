@@ -1,0 +1,58 @@
+"""The modules of a model under its own paths: without the names that torch's wrappers put in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+_INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # torch.compile, checkpoint_wrapper, FSDP1
+_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+def own_path(path: str) -> str:
+    """``path`` without the names that torch.compile, checkpoint_wrapper and FSDP1 give to what they wrap."""
+    return ".".join(part for part in path.split(".") if part not in _INNER) if "._" in f".{path}" else path
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What torch's wrappers around ``module`` hold: compile, checkpoint_wrapper, FSDP1, (D)DP, DeepSpeed's engine."""
+    while True:
+        children = module._modules
+        name = next((name for name in _INNER if name in children), None)
+        if name is None and (isinstance(module, _PARALLEL) or type(module).__name__ == "DeepSpeedEngine"):
+            name = "module"
+        inner = children.get(name) if name else None
+        if inner is None:
+            return module
+        module = inner
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` under the model's own paths, each wrapper passed over for what it holds."""
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrapped(module)
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            for name, child in module._modules.items():
+                if child is not None:
+                    yield from walk(f"{path}.{name}" if path else name, child)
+
+    yield from walk("", model)
+
+
+def parent_of(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
+    """(module, attribute) that hold the module at ``path``; ``modules`` is ``dict(named_modules(model))``.
+
+    Raises RuntimeError when one of torch's wrappers holds it: what it compiled or registered would stay with the old
+    module.
+    """
+    parent, _, name = path.rpartition(".")
+    holder = modules[parent]
+    held = holder._modules[name]
+    if held is not modules[path]:
+        raise RuntimeError(f"{path!r} is wrapped by a {type(held).__name__} of its own, which must be taken off first")
+    return holder, name

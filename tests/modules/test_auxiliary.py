@@ -1,0 +1,366 @@
+"""What trains beside LoRA, next to PEFT: modules_to_save and trainable_token_indices."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+
+import fused_lora
+from fused_lora import AdapterError, AdapterStore, LoraConfig
+from fused_lora.modules.auxiliary import SavedModule, TrainedTokens, auxiliary_modules
+from fused_lora.testing.numeric import assert_close
+from helpers import training
+from helpers.seeds import shifted
+
+VOCABULARY = training.VOCABULARY
+TOKENS = [7, 3, 60]
+IDS = torch.tensor([[3, 7, 9, 60, 4], [5, 5, 3, 2, 8], [11, 12, 13, 14, 15]])
+PREFIX = "base_model.model."
+
+
+class Net(nn.Module):
+    """A body, a head that is a module of several, and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(VOCABULARY, 12, padding_idx=3)
+        self.body, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
+        self.head = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, ids):
+        return self.head(self.norm(torch.tanh(self.body(self.embed_tokens(ids)))))
+
+
+def llama(tied=False, dtype=torch.float32):
+    return training.llama(dtype, tie_word_embeddings=tied).eval()
+
+
+MODELS = {
+    "net": (lambda: Net().eval(), "body"),
+    "llama": (llama, "q_proj"),
+    "tied llama": (lambda: llama(True), "q_proj"),
+}
+CONFIGS = {
+    "head": {"modules_to_save": ["head"]},
+    "tokens": {"trainable_token_indices": TOKENS},
+    "tokens by name": {"trainable_token_indices": {"embed_tokens": TOKENS}},
+    "both": {"modules_to_save": ["norm"], "trainable_token_indices": TOKENS},
+}
+CASES = [(model, config) for model in MODELS for config in CONFIGS if (model, config) != ("tied llama", "head")]
+each_case = pytest.mark.parametrize("model, config", CASES)
+
+
+def output(model, ids=IDS, **more):
+    result = model(ids, **more)
+    return result.logits if hasattr(result, "logits") else result
+
+
+def fields_of(model, config, **more):
+    return {"r": 3, "target_modules": [MODELS[model][1]], "init_lora_weights": False, **CONFIGS[config], **more}
+
+
+def shake(tensors, seed=0):
+    torch.manual_seed(shifted(seed))
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.add_(torch.randn(tensor.shape).to(tensor) * 0.3)
+
+
+def twins(model, config, adapters=("default",), **more):
+    """Ours and PEFT's with the same random values in everything that the adapters train."""
+    torch.manual_seed(shifted(1))
+    base, fields = MODELS[model][0](), fields_of(model, config, **more)
+    theirs = None
+    ours = copy.deepcopy(base)
+    for name in adapters:
+        fused_lora.inject(ours, LoraConfig(**fields), name)
+        settings = peft.LoraConfig(**copy.deepcopy(fields))
+        if theirs is None:
+            theirs = peft.get_peft_model(base, settings, name)
+        else:
+            theirs.add_adapter(name, settings)
+    theirs.eval()
+    for seed, name in enumerate(adapters):
+        state = peft.get_peft_model_state_dict(theirs, adapter_name=name)
+        shake(state.values(), seed + 2)  # views of the parameters
+        copy_into(ours, name, {key.removeprefix(PREFIX): tensor for key, tensor in state.items()})
+    return ours, theirs
+
+
+def copy_into(model, name, state):
+    """The tensors of a checkpoint, keys without prefix, into one adapter of ours."""
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for key, tensor in state.items():
+            path, _, end = key.partition(".lora_") if ".lora_" in key else key.partition(".token_adapter.")
+            if ".lora_" in key:
+                modules[path].get_submodule(f"lora_{end[0]}.{name}").weight.copy_(tensor)
+            elif end:
+                modules[path].trainable_tokens_delta[name].copy_(tensor)
+            else:
+                wrapper = next(p for p, m in auxiliary_modules(model).items() if key.startswith(f"{p}."))
+                copied = modules[wrapper].modules_to_save[name]
+                copied.state_dict(keep_vars=True)[key.removeprefix(f"{wrapper}.")].copy_(tensor)
+
+
+def trained(model):
+    """What requires a gradient, under our names."""
+    return {bare(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def bare(name):
+    """A name in a PeftModel without what PEFT puts around: our wrapper of tokens has one level less."""
+    return name.removeprefix(PREFIX).replace("token_adapter.", "")
+
+
+def numbers(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@each_case
+def test_outputs_gradients_and_what_trains_are_pefts(model, config):
+    ours, theirs = twins(model, config)
+    assert trained(ours) == trained(theirs) and numbers(ours) == numbers(theirs)
+    assert_close(output(ours), output(theirs), terms=2000)
+    for m in (ours, theirs):
+        output(m).square().sum().backward()
+    expected = {bare(n): p.grad for n, p in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            assert_close(parameter.grad, expected[name], terms=5000, name=name)
+
+
+@each_case
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merge_unmerge_and_unload_are_pefts(model, config, safe_merge):
+    ours, theirs = twins(model, config)
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    expected = output(ours)
+    fused_lora.merge(ours, safe_merge=safe_merge)
+    theirs.merge_adapter(safe_merge=safe_merge)
+    assert_close(output(ours), output(theirs), terms=2000)
+    assert_close(output(ours), expected, terms=2000)
+    fused_lora.unmerge(ours)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+    theirs.unmerge_adapter()
+    for merged in (True, False):
+        plain = fused_lora.unload(copy.deepcopy(ours), merge_adapters=merged)
+        other = copy.deepcopy(theirs)
+        bare = other.merge_and_unload() if merged else other.unload()
+        assert plain.state_dict().keys() == bare.state_dict().keys()
+        assert_close(output(plain), output(bare), terms=2000)
+
+
+@each_case
+def test_checkpoints_go_both_ways(model, config, tmp_path):
+    ours, theirs = twins(model, config)
+    fused_lora.save_adapter(ours, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    mine, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
+    torch.manual_seed(shifted(1))
+    fresh = MODELS[model][0]()
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path / "ours")
+    assert_close(output(loaded), output(ours), terms=2000)
+    settings = fused_lora.load_adapter(fresh, tmp_path / "theirs")
+    assert torch.equal(output(fresh), output(ours))
+    assert settings.modules_to_save == CONFIGS[config].get("modules_to_save")
+    assert not trained(fresh)
+    fused_lora.load_adapter(fresh, tmp_path / "ours", "again", is_trainable=True)
+    fused_lora.set_adapter(fresh, "again")
+    assert torch.equal(output(fresh), output(ours)) and numbers(fresh) == numbers(ours)
+
+
+@each_case
+def test_several_adapters_are_chosen_disabled_and_deleted_as_in_peft(model, config):
+    ours, theirs = twins(model, config, ("a", "b"))
+    theirs.base_model.set_adapter("a")
+    for name in ("a", "b", "a"):
+        fused_lora.set_adapter(ours, name)
+        theirs.set_adapter(name)
+        assert trained(ours) == trained(theirs)
+        assert_close(output(ours), output(theirs), terms=2000)
+    with fused_lora.disable_adapters(ours), theirs.disable_adapter():
+        assert_close(output(ours), output(theirs), terms=2000)
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+        fused_lora.set_adapter(ours, ["a", "b"])
+    assert fused_lora.active_adapters(ours) == ["a"]
+    fused_lora.delete_adapter(ours, "a")
+    theirs.delete_adapter("a")
+    theirs.set_adapter("b")
+    assert fused_lora.active_adapters(ours) == ["b"] and trained(ours) == trained(theirs)
+    assert_close(output(ours), output(theirs), terms=2000)
+
+
+def test_an_adapter_that_has_nothing_here_uses_the_original():
+    ours, theirs = twins("net", "both")
+    for m, kind in ((ours, LoraConfig), (theirs, peft.LoraConfig)):
+        settings = kind(r=2, target_modules=["body"])
+        fused_lora.inject(m, settings, "plain") if m is ours else m.add_adapter("plain", settings)
+    fused_lora.set_adapter(ours, "plain")
+    theirs.set_adapter("plain")
+    assert_close(output(ours), output(theirs), terms=2000)
+    fused_lora.set_adapter(ours, ["plain", "default"])
+    assert auxiliary_modules(ours)["norm"].active_adapter == "default"
+
+
+@each_case
+def test_mixed_batches(model, config):
+    ours, _ = twins(model, config, ("a", "b"))
+    expected = []
+    for name, row in zip(("a", None, "b"), IDS, strict=True):
+        if name is None:
+            with fused_lora.disable_adapters(ours):
+                expected.append(output(ours, row[None]))
+        else:
+            fused_lora.set_adapter(ours, name)
+            expected.append(output(ours, row[None]))
+    with fused_lora.adapter_batch(ours, ["a", None, "b"]):
+        assert_close(output(ours), torch.cat(expected), terms=2000)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes_are_pefts(dtype, tmp_path):
+    fields = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": TOKENS}
+    ours, theirs = llama(dtype=dtype), llama(dtype=dtype)
+    fused_lora.inject(ours, LoraConfig(**fields))
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(**fields))
+    found = {n: p.dtype for n, p in ours.named_parameters()}
+    for name, parameter in theirs.named_parameters():
+        assert found[bare(name)] == parameter.dtype
+    fused_lora.save_adapter(ours, tmp_path)
+    for autocast in (True, False):
+        loaded, other = llama(dtype=dtype), llama(dtype=dtype)
+        fused_lora.load_adapter(loaded, tmp_path, autocast_adapter_dtype=autocast)
+        other = peft.PeftModel.from_pretrained(other, tmp_path, autocast_adapter_dtype=autocast)
+        found = {n: p.dtype for n, p in loaded.named_parameters()}
+        for name, parameter in other.named_parameters():
+            assert found[bare(name)] == parameter.dtype
+
+
+HEADS = {"SEQ_CLS": "score", "TOKEN_CLS": "score", "QUESTION_ANS": "qa_outputs"}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_the_head_of_a_task_trains_and_is_saved(task, tmp_path):
+    config = training.llama().config
+    config.num_labels = 3
+    base = LlamaForSequenceClassification(config).eval()
+    if task == "QUESTION_ANS":
+        base = nn.ModuleDict({"q_proj": nn.Linear(6, 6), "qa_outputs": nn.Linear(6, 2)})
+    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type=task)
+    fused_lora.inject(base, settings)
+    assert settings.modules_to_save is None and isinstance(base.get_submodule(HEADS[task]), SavedModule)
+    assert any(HEADS[task] in name for name in trained(base))
+    fused_lora.save_adapter(base, tmp_path)
+    assert f"{PREFIX}{HEADS[task]}.weight" in load_file(tmp_path / "adapter_model.safetensors")
+
+
+def test_what_trains_and_is_not_saved_is_named(tmp_path):
+    net = fused_lora.inject(Net(), LoraConfig(r=2, target_modules=["body"]))
+    net.head.requires_grad_(True)
+    with pytest.warns(UserWarning, match="4 parameters train and are not saved with the adapter, 'head.0.weight'"):
+        fused_lora.save_adapter(net, tmp_path)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+@each_case
+def test_copies(model, config, how):
+    ours, _ = twins(model, config)
+    fused_lora.merge(ours)
+    copied = how(ours)
+    fused_lora.unmerge(copied)
+    assert all(layer.merged for layer in fused_lora.lora_layers(ours).values())
+    for wrapper in auxiliary_modules(copied).values():
+        if isinstance(wrapper, TrainedTokens):
+            assert wrapper.owner in set(copied.modules())
+    fused_lora.unmerge(ours)
+    assert torch.equal(output(copied), output(ours))
+
+
+WRONG = {
+    "no such module": ({"trainable_token_indices": {"nothing": [1]}}, "no module of the model has a path"),
+    "no embedding": ({"trainable_token_indices": {"norm": [1]}}, "expected 'norm' to be an nn.Embedding"),
+    "no such token": ({"trainable_token_indices": [VOCABULARY]}, f"has {VOCABULARY} tokens, got {VOCABULARY}"),
+    "both": ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "expected one of them"),
+    "a list": ({"modules_to_save": ["blocks"]}, "is a ModuleList, which cannot be called"),
+    "shared": ({"modules_to_save": ["twin"]}, "is used at several places"),
+    "lora inside": ({"modules_to_save": ["other"], "target_modules": ["body"]}, "has LoRA layers of another adapter"),
+    "lora on it": ({"trainable_token_indices": {"head.2": [1]}, "target_modules": ["2"]}, "cannot have LoRA too"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_requests_change_nothing(case):
+    net = Net()
+    net.blocks, net.twin, net.again = nn.ModuleList([nn.Linear(2, 2)]), (same := nn.Linear(2, 2)), same
+    net.other = nn.Sequential(nn.Linear(2, 2))
+    fused_lora.inject(net, LoraConfig(r=2, target_modules=["other.0"]), "first")
+    before, flags = net.state_dict(), [p.requires_grad for p in net.parameters()]
+    fields, said = WRONG[case]
+    with pytest.raises(ValueError, match=said):
+        fused_lora.inject(net, LoraConfig(**{"r": 2, "target_modules": ["body"], **fields}))
+    assert net.state_dict().keys() == before.keys() and [p.requires_grad for p in net.parameters()] == flags
+
+
+def test_merges_that_cannot_be_taken_back_are_refused():
+    ours, _ = twins("llama", "tokens", ("a", "b"))
+    fused_lora.merge(ours, ["a"])
+    bits = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    with pytest.raises(ValueError, match="embed_tokens: trainable_token_indices: .'a', 'b'. train the same tokens"):
+        fused_lora.merge(ours, ["b"])
+    assert all(torch.equal(tensor, bits[name]) for name, tensor in ours.state_dict().items())
+    fused_lora.unmerge(ours)
+    embedding = auxiliary_modules(ours)["model.embed_tokens"]
+    embedding.trainable_tokens_delta["a"].data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="NaNs or infinities detected in the token rows"):
+        fused_lora.merge(ours, ["a"])
+    assert not any(layer.merged for layer in fused_lora.lora_layers(ours).values())
+    fused_lora.merge(ours, ["b"])
+    embedding.base_layer.weight.data[TOKENS[0], 0] += 1
+    with pytest.raises(RuntimeError, match="was changed while merged"):
+        fused_lora.unmerge(ours)
+    assert all(layer.merged for layer in fused_lora.lora_layers(ours).values())
+
+
+def test_files_that_do_not_fit(tmp_path):
+    ours, _ = twins("net", "both")
+    fused_lora.save_adapter(ours, tmp_path)
+    other = Net()
+    other.norm = nn.LayerNorm(12, bias=False)
+    with pytest.raises(AdapterError, match="norm.bias: expected a tensor of the model"):
+        fused_lora.load_adapter(other, tmp_path)
+    other.norm, other.embed_tokens = nn.LayerNorm(12), nn.Embedding(VOCABULARY, 14)
+    with pytest.raises(AdapterError, match=r"trainable_tokens_delta: expected a shape \[3, 14\], found \[3, 12\]"):
+        fused_lora.load_adapter(other, tmp_path)
+    assert not auxiliary_modules(other)
+    with pytest.raises(ValueError, match="modules_to_save or trainable_token_indices"):
+        AdapterStore(Net().eval()).load("a", tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_model_comes_back_through_transformers(tied, tmp_path):
+    ours, _ = twins("tied llama" if tied else "llama", "both")
+    expected = output(ours)
+    fused_lora.merge(ours)
+    ours.save_pretrained(tmp_path)
+    assert_close(output(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, terms=2000)
+
+
+def test_embeddings_that_differ_are_untied(tmp_path):
+    torch.manual_seed(shifted(1))
+    ours = fused_lora.inject(llama(True), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    shake([ours.lm_head.modules_to_save["default"].weight])
+    expected = output(ours)
+    fused_lora.merge(ours)
+    with pytest.raises(RuntimeError, match="the config ties the two embeddings"):
+        ours.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="config.tie_word_embeddings is set to False"):
+        fused_lora.unload(ours)
+    ours.save_pretrained(tmp_path)
+    assert_close(output(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, terms=2000)

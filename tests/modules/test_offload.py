@@ -1,0 +1,131 @@
+"""Adapters on models whose weights accelerate keeps on the CPU or on disk: made where the layer runs, or refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+accelerate = pytest.importorskip("accelerate")
+
+import fused_lora  # noqa: E402
+from fused_lora import LoraConfig  # noqa: E402
+from fused_lora.modules.offload import execution_device  # noqa: E402
+from fused_lora.testing.numeric import assert_close  # noqa: E402
+from helpers import training  # noqa: E402
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+WHERE = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+WHERE |= {"model.layers.1": "disk", "lm_head": "disk"}
+AWAY = "model.layers.1.self_attn.q_proj"
+
+
+def offloaded(folder, **more):
+    model = training.tiny_llama().eval()
+    return accelerate.dispatch_model(model, WHERE, main_device="cpu", offload_dir=folder, **more)
+
+
+def adapted(**fields):
+    fields = {"r": 3, "target_modules": "all-linear", "init_lora_weights": False, **fields}
+    return fused_lora.inject(training.tiny_llama().eval(), LoraConfig(**fields))
+
+
+def output(model):
+    return model(IDS).logits
+
+
+def state(model):
+    return {name: (tensor.device, tensor._version, tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("how", ["inject", "load_adapter"])
+def test_outputs_and_gradients_are_those_of_the_whole_model(how, tmp_path):
+    whole = adapted()
+    fused_lora.save_adapter(whole, tmp_path / "adapter")
+    model = offloaded(tmp_path / "weights")
+    assert model.get_submodule(AWAY).weight.is_meta
+    if how == "inject":
+        fused_lora.inject(model, LoraConfig(r=3, target_modules="all-linear"))
+        assert torch.equal(output(model), output(training.tiny_llama().eval()))  # lora_B is zero
+        parameters = dict(model.named_parameters())
+        for name, parameter in whole.named_parameters():
+            if "lora_" in name:
+                parameters[name].data.copy_(parameter.data)
+    else:
+        fused_lora.load_adapter(model, tmp_path / "adapter", is_trainable=True)
+    assert {p.device.type for n, p in model.named_parameters() if "lora_" in n} == {"cpu"}
+    for _ in range(2):
+        assert_close(output(model), output(whole), terms=1000)
+    assert model.get_submodule(AWAY).base_layer.weight.is_meta  # gone again after the call
+    for m in (model, whole):
+        output(m).square().sum().backward()
+    expected = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            assert_close(parameter.grad, expected[name].grad, terms=5000, name=name)
+    fused_lora.save_adapter(model, tmp_path / "again")
+    first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("adapter", "again"))
+    assert second.read_bytes() == first.read_bytes()
+    assert torch.equal(output(fused_lora.unload(model)), output(training.tiny_llama().eval()))
+
+
+def test_a_merge_is_refused_before_anything_is_left_changed(tmp_path):
+    model = offloaded(tmp_path)
+    fused_lora.inject(model, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    before = output(model)
+    with pytest.raises(RuntimeError, match=f"{AWAY}: base_layer.weight is offloaded"):
+        fused_lora.merge(model)
+    assert not any(layer.merged for layer in fused_lora.lora_layers(model).values())
+    assert torch.equal(output(model), before)
+
+
+def with_biases():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    accelerate.cpu_offload(model, execution_device="cpu")
+    return model
+
+
+REFUSED = {
+    "biases": (
+        LoraConfig(r=2, target_modules=["0"], bias="lora_only"),
+        "bias: 'lora_only' trains biases, and '0.bias'",
+    ),
+    "a whole module": (LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]), "'1' is offloaded"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_train_values_that_are_elsewhere_is_refused(case):
+    model = with_biases()
+    before, (config, said) = state(model), REFUSED[case]
+    with pytest.raises(ValueError, match=said):
+        fused_lora.inject(model, config)
+    assert state(model) == before
+
+
+def test_layers_that_are_fetched_with_their_parent_are_refused():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    accelerate.cpu_offload(model, execution_device="cpu", preload_module_classes=["Sequential"])
+    before = state(model)
+    with pytest.raises(ValueError, match="'0.0' is offloaded as a part of 'the whole model'"):
+        fused_lora.inject(model, LoraConfig(r=2, target_modules=["0.0"]))
+    assert state(model) == before
+
+
+def test_values_are_not_put_on_the_meta_device(tmp_path):
+    fused_lora.save_adapter(adapted(), tmp_path)
+    with torch.device("meta"):
+        model = training.llama()
+    with pytest.raises(ValueError, match="_proj' has no data .meta device.; load the weights first"):
+        fused_lora.load_adapter(model, tmp_path)
+    assert not fused_lora.lora_layers(model)
+    fused_lora.inject(model, LoraConfig(r=2, target_modules=["q_proj"]))  # a plan of a model, without numbers
+
+
+def test_the_execution_device():
+    layer = nn.Linear(2, 2)
+    assert execution_device(layer).type == "cpu"
+    meta = copy.deepcopy(layer).to("meta")
+    assert execution_device(meta).type == "meta"
+    accelerate.cpu_offload(layer, execution_device="cpu")
+    assert layer.weight.is_meta and execution_device(layer) == torch.device("cpu")
