@@ -23,6 +23,7 @@ from fused_lora.modules.inject import (
 )
 from fused_lora.modules.linear import LoraLinear, go_back, snapshot, unmerge_all
 from fused_lora.modules.names import some
+from fused_lora.modules.reads import FirstForward
 from fused_lora.modules.tree import named_modules, parent_of, unwrapped
 
 LEAST_SURVIVING = 0.5  # share of an adapter that a merge should keep
@@ -152,6 +153,8 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
         setattr(*places[path], wrapper.current() if isinstance(wrapper, SavedModule) else wrapper.original)
     root: Any = unwrapped(model)
     unwatch(root)
+    for hook in [hook for hook in root._forward_pre_hooks.values() if isinstance(hook, FirstForward)]:
+        hook.remove()
     if untied:
         root.config.tie_word_embeddings = False
         warnings.warn("the two embeddings differ now: config.tie_word_embeddings is set to False", stacklevel=2)

@@ -150,6 +150,10 @@ class FirstForward:
         self._reads: Reads | None = None
         self._end: RemovableHandle | None = None
 
+    def remove(self) -> None:
+        """Watch nothing: the model has no adapters any longer."""
+        self._handle.remove()
+
     def __call__(self, module: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling() or self._reads is not None:
             return
