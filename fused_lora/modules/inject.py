@@ -18,6 +18,7 @@ from torch import nn
 
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
+from fused_lora.modules.mixed import MixedBatch
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.targets import is_supported, match_targets
 
@@ -209,17 +210,18 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
-    """A context in which row i of every batch uses the adapter ``adapter_names[i]``.
+def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None], *, dim: int = 0) -> Iterator[None]:
+    """A context in which sequence i of every batch uses the adapter ``adapter_names[i]``.
 
     None (or "__base__") stands for the base model.
 
-    It works around any forward and around ``model.generate``. A batch of k times as many rows (beams) repeats each
-    name k times. Base rows get the base model's own output.
+    It works around any forward and around ``model.generate``. A batch of k times as many sequences (beams) repeats
+    each name k times. Base rows get the base model's own output. The sequences are followed from the model's inputs to
+    each layer, as in ``AdapterStore.batch``. ``dim``: dimension of the inputs that holds them; 1 for [T, B, ...].
 
-    Raises:
+    Raises, in the model's forward too:
         AdapterNotFound: a name that the model does not have. TypeError: adapter_names is no list of names.
-        ValueError: adapter_names is empty.
+        ValueError: adapter_names is empty, or the rows of a layer are not known.
         RuntimeError: the model is in training mode, or an adapter is merged.
     """
     names = [BASE if name is None else name for name in as_list(adapter_names)]
@@ -228,16 +230,19 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iter
     check_names(model, [name for name in names if name != BASE])
     if model.training:
         raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
-    layers = list(lora_layers(model).values())
-    _check_not_merged(layers)
-    before = [layer.batch_adapter_names for layer in layers]
-    for layer in layers:
-        layer.batch_adapter_names = names
+    layers = lora_layers(model)
+    _check_not_merged(list(layers.values()))
+    before = [layer.mixed_batch for layer in layers.values()]
+    batch = MixedBatch(model, layers, names, dim)
+    batch.attach()
+    for layer in layers.values():
+        layer.mixed_batch = batch
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.batch_adapter_names = value
+        for layer, value in zip(layers.values(), before, strict=True):
+            layer.mixed_batch = value
+        batch.detach()
 
 
 def as_list(adapter_names: Iterable) -> list:

@@ -19,6 +19,7 @@ from fused_lora.modules.config import (
     check_rank,
     scaling,
 )
+from fused_lora.modules.mixed import MixedBatch
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 from fused_lora.modules.targets import SUPPORTED, in_out_features, is_supported
 
@@ -72,7 +73,7 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
-        self.batch_adapter_names: list[str] | None = None  # set for the duration of fused_lora.adapter_batch
+        self.mixed_batch: MixedBatch | None = None  # set for the duration of fused_lora.adapter_batch
         options = (lora_dropout, use_rslora, init_lora_weights, lora_bias, autocast_adapter_dtype)
         self.add_adapter(adapter_name, r, lora_alpha, *options, tensors=tensors)
         base_layer.requires_grad_(False)
@@ -126,7 +127,7 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
 
     def forward(self, x: Tensor, *, adapter_names: Sequence[str | None] | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]. ``adapter_names`` names one adapter per row (None: base)."""
-        names = self.batch_adapter_names
+        names = None
         if adapter_names is not None:
             if isinstance(adapter_names, str):  # its letters would pass for names
                 raise TypeError(f"adapter_names: expected one entry per row, got the str {adapter_names!r}")
@@ -135,8 +136,8 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x)
-        if names is not None:
-            return self._mixed_forward(x, names)
+        if names is not None or self.mixed_batch is not None:
+            return self._mixed_forward(x, names, self.mixed_batch)
         return self.base_layer(x) if self.merged_adapters else self._active_forward(x)
 
     @property

@@ -502,7 +502,7 @@ def test_an_exception_ends_the_mixed_batch():
     ours, _ = twin_models(llama(), TWO)
     ids = tokens()
     expected = output(ours, ids)
-    with pytest.raises(ValueError, match="same as the number of inputs"):
+    with pytest.raises(ValueError, match="2 entries for a model batch of 3"):
         with fused_lora.adapter_batch(ours, ["one", "two"]):
             output(ours, ids)
     assert torch.equal(output(ours, ids), expected)
@@ -525,7 +525,7 @@ def test_mixed_batch_errors():
     with pytest.raises(RuntimeError, match="merged"), fused_lora.adapter_batch(ours, ["one"]):
         pass
     fused_lora.unmerge(ours)
-    assert all(layer.batch_adapter_names is None for layer in fused_lora.lora_layers(ours).values())
+    assert all(layer.mixed_batch is None for layer in fused_lora.lora_layers(ours).values())
 
 
 def test_a_str_as_list_of_names_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,11 +37,12 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 class Attachment:
     """The hooks of one store on one model."""
 
-    def __init__(self, model: nn.Module, sites: dict[str, Site], store: Any):
-        self._handles = [
-            model.register_forward_pre_hook(_ModelHook(store), with_kwargs=True),
-            model.register_forward_hook(_OutputHook(store), with_kwargs=True),
-        ]
+    def __init__(self, callers: Mapping[str, nn.Module], sites: dict[str, Site], store: Any):
+        self._handles = []
+        for path, module in callers.items():
+            before, after = _CallHook(store, path), _ReturnHook(store)
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         for site in sites.values():
             self._handles.append(site.module.register_forward_hook(_Hook(store, site), with_kwargs=True))
 
@@ -58,18 +60,20 @@ class _Shared:
         return self
 
 
-class _ModelHook(_Shared):
-    def __init__(self, store: Any):
-        self._store = store
+class _CallHook(_Shared):
+    """Before the model, or a module in it that is called by itself, as ``generate`` calls an encoder."""
+
+    def __init__(self, store: Any, path: str):
+        self._store, self._path = store, path
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         batch = running(self._store)
         if batch is not None:
-            batch.called(args, kwargs)
+            batch.called(self._path, module, args, kwargs)
 
 
-class _OutputHook(_Shared):
-    """After the model: rows of adapters that are not finite are an error."""
+class _ReturnHook(_Shared):
+    """After it: rows of adapters that are not finite are an error. It runs after an exception, too."""
 
     def __init__(self, store: Any):
         self._store = store
@@ -77,7 +81,7 @@ class _OutputHook(_Shared):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         batch = running(self._store)
         if batch is not None:
-            batch.returned(kwargs, output)
+            batch.returned(module, kwargs, output)
 
 
 class _Hook(_Shared):
