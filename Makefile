@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CHECKED := fused_lora kernels benchmarks examples tests tools setup.py
 TYPED := $(shell find fused_lora -name '*.py') pyproject.toml
 
-.PHONY: quickstart test test-gpu test-triton lint clean
+.PHONY: quickstart test reliability fuzz test-gpu test-triton lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -22,10 +22,22 @@ test: $(VENV)/.test lint
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m "gpu or kernel" $(ARGS)
 
+# the experiments behind docs/reliability.md with their full counts, and its table: up to half an hour
+reliability: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/reliability --reliability docs/reliability.json $(ARGS)
+
 # the kernels under another Triton: make test-triton TRITON=triton==3.4.0 VENV=.venv-triton
 test-triton: $(VENV)/.test
 	$(PIP) --no-deps "$(TRITON)"
 	$(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/testing $(ARGS)
+
+# what a test runs briefly: make fuzz MINUTES=10 SEED=3
+fuzz: MINUTES ?= 10
+fuzz: SEED ?= 0
+fuzz: $(VENV)/.test
+	for target in config header weights; do \
+	  $(BIN)/python tests/fuzz/adapter_reader.py $$target --seconds $$(($(MINUTES) * 15)) --seed $(SEED) || exit 1; done
+	$(BIN)/python tests/fuzz/http_server.py --seconds $$(($(MINUTES) * 15)) --seed $(SEED)
 
 lint: $(VENV)/.test $(VENV)/.typed
 	$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check .

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 
@@ -26,6 +27,13 @@ class BuildLoops(build_ext):
             except Exception as error:  # whatever distutils raises: no compiler, no OpenMP, no such option
                 failure = error
         print(f"fused_lora: built without its C loops, plain torch runs instead: {failure}", file=sys.stderr)
+
+
+class AnyPython(bdist_wheel):
+    """One wheel of a platform for every Python: its library belongs to no version of it."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
 
 
 LOOPS = Extension(
@@ -53,7 +61,7 @@ setup(
     package_dir={"fused_lora.kernels": "kernels"},
     package_data={"fused_lora": ["py.typed"]},
     ext_modules=[LOOPS],
-    cmdclass={"build_ext": BuildLoops},
+    cmdclass={"build_ext": BuildLoops, "bdist_wheel": AnyPython},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.8",
@@ -68,8 +76,10 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "peft>=0.21,<0.22",
-            # of all releases of 5 those that the continuous batching engine was tested on
-            "transformers>=5.22,<5.24",
+            # of all releases of 5 those that the continuous batching engine was tested on; they need Python 3.11, and
+            # below it the newest runs all tests but the engine's
+            'transformers>=5.22,<5.24; python_version >= "3.11"',
+            'transformers>=5.20,<5.22; python_version < "3.11"',
             "accelerate",
             "trl>=1,<2",
             "gguf",
@@ -83,6 +93,10 @@ setup(
             "basedpyright==1.40.2",  # pyright with a node from PyPI: it downloads nothing when it runs
             "setuptools",
             "pyyaml",
+            # wheels only: its sdist needs clang with libFuzzer
+            'atheris>=3; sys_platform == "linux" and platform_machine == "x86_64" and python_version >= "3.11" '
+            'and python_version < "3.15"',
+            'schemathesis>=4.30,<5; python_version >= "3.11"',
         ],
         "quickstart": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
         "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import reliability
 from helpers.seeds import shifted
+
+EXPERIMENTS: list[dict] = []  # of this process
 
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -42,6 +45,12 @@ def pytest_pycollect_makemodule(module_path, parent):
         return _WithoutTriton.from_parent(parent, path=module_path)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--reliability", metavar="FILE", help="experiments with their full counts; their figures are written to FILE"
+    )
+
+
 def pytest_report_header():
     return f"kernels run on {torch.cuda.get_device_name()}" if HAS_CUDA else "kernels run in Triton's interpreter"
 
@@ -53,6 +62,19 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
+def pytest_runtest_logreport(report):
+    """What an experiment of tests/reliability found, on its way from the workers."""
+    found = dict(report.user_properties).get("experiment")
+    if found and report.when == "call":
+        EXPERIMENTS.append({**found, "passed": report.passed, "seconds": round(report.duration, 1)})
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("reliability")
+    if path and not hasattr(session.config, "workerinput"):  # the workers of xdist have reported to this process
+        reliability.write(Path(path), EXPERIMENTS)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -60,6 +82,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.kernel)
         if not HAS_CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def count(request):
+    """How often an experiment is repeated: its ``full`` number with --reliability, its ``quick`` one without."""
+    mark = request.node.get_closest_marker("experiment")
+    number = mark.kwargs["full" if request.config.getoption("reliability") else "quick"]
+    what = " ".join(request.function.__doc__.split())
+    found = {"goal": mark.args[0], "what": what, "test": request.function.__name__, "count": number}
+    request.node.user_properties.append(("experiment", found))
+    return number
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.kinds import not_read
 from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.tensorfile import (
     TensorEntry,
@@ -50,7 +51,8 @@ class Adapter(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha."""
+    """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha; and
+    the keys that ``allow_partial`` leaves out."""
 
     config: LoraConfig
     weights: str
@@ -58,6 +60,7 @@ class Plan(NamedTuple):
     slots: dict[str, dict[str, str]]
     biases: dict[str, str]
     ranks: dict[str, tuple[int, float]]
+    left_out: tuple[str, ...] = ()
 
 
 def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BYTES) -> Adapter:
@@ -71,39 +74,42 @@ def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BY
     Raises:
         AdapterError: a file is malformed. The error has file, key, expected and found.
     """
-    return read_checked(directory, max_bytes, lambda plan: None)[0]
+    return read_checked(directory, max_bytes, lambda plan: plan)[0]
 
 
 def read_checked(
     directory: str | os.PathLike,
     max_bytes: int,
-    check: Callable[[Plan], None],
+    check: Callable[[Plan], Plan],
     tries: int = 5,
     inside: str | None = None,
     tensors: bool = True,
+    allow_partial: bool = False,
 ) -> tuple[Adapter, Plan]:
     """``read_adapter`` with a check of the headers before any tensor is read; without ``tensors`` that is all.
 
-    Both files must lie in the folder ``inside``, if given, once all links are followed.
+    ``check`` returns the plan, or one of fewer layers. Both files must lie in the folder ``inside``, if given, once all
+    links are followed. ``allow_partial`` leaves out keys that are not read instead of refusing the file.
     """
     folder = os.fsdecode(directory)
     with _folder(folder) as dir_fd:
         try:
-            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors)
+            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial)
         except AdapterError:
             # a save that replaced the folder meanwhile has deleted the one that is being read
             if tries == 1 or not _replaced(folder, dir_fd):
                 raise
-    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors)
+    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors, allow_partial)
 
 
 def _read_once(
     folder: str,
     dir_fd: int | None,
     max_bytes: int,
-    check: Callable[[Plan], None],
+    check: Callable[[Plan], Plan],
     inside: str | None,
     with_tensors: bool,
+    allow_partial: bool,
 ) -> tuple[Adapter, Plan]:
     config = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd, inside)
     path = os.path.join(folder, WEIGHTS_NAME)
@@ -115,15 +121,16 @@ def _read_once(
         raise AdapterError(path, None, "a safetensors file", found)
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         header = read_header(path, file, size)
-        slots, biases = _sort_keys(path, header.entries, config)
+        slots, biases, left_out = _sort_keys(path, header.entries, config, allow_partial)
         ranks = _ranks(folder, path, header.entries, slots, config)
-        plan = Plan(config, path, header.entries, slots, biases, ranks)
-        check(plan)
+        plan = check(Plan(config, path, header.entries, slots, biases, ranks, left_out))
         if not with_tensors:
             return Adapter(config, {}, {}), plan
         tensors = read_tensors(path, file, header)
-    layers = {name: LayerTensors(**{field: tensors[k] for field, k in keys.items()}) for name, keys in slots.items()}
-    return Adapter(config, layers, {name: tensors[key] for name, key in biases.items()}), plan
+    layers = {
+        name: LayerTensors(**{field: tensors[k] for field, k in keys.items()}) for name, keys in plan.slots.items()
+    }
+    return Adapter(config, layers, {name: tensors[key] for name, key in plan.biases.items()}), plan
 
 
 def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfig:
@@ -140,25 +147,31 @@ def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfi
 
 
 def _sort_keys(
-    path: str, entries: dict[str, TensorEntry], config: LoraConfig
-) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Keys of each module path by field of LayerTensors, and keys of other biases by parameter path."""
+    path: str, entries: dict[str, TensorEntry], config: LoraConfig, allow_partial: bool
+) -> tuple[dict[str, dict[str, str]], dict[str, str], tuple[str, ...]]:
+    """Keys of each module path by field of LayerTensors, keys of other biases by parameter path, and keys left out."""
     slots: dict[str, dict[str, str]] = {}
     biases: dict[str, str] = {}
+    unread: list[str] = []
     wanted = ["lora_A", "lora_B"] + ["lora_bias"] * config.lora_bias
     for key in entries:
         name = key.removeprefix(KEY_PREFIX)
         end = next((end for end in SLOTS if name.endswith(end)), "")
         field = SLOTS.get(end)
-        if name == key:
-            raise AdapterError(path, key, f"a key that begins with {KEY_PREFIX}", "another beginning")
-        if field in wanted or (field == "base_bias" and config.bias != "none"):
+        if name != key and (field in wanted or (field == "base_bias" and config.bias != "none")):
             slots.setdefault(name.removesuffix(end), {})[field] = key
-        elif field is None and config.bias == "all" and (name == "bias" or name.endswith(".bias")):
+        elif name != key and field is None and config.bias == "all" and (name == "bias" or name.endswith(".bias")):
             biases[name] = key
         else:
-            ends = [end for end, field in SLOTS.items() if field in wanted]
-            raise AdapterError(path, key, f"a key that ends in {', '.join(ends)}", "a key that is not supported here")
+            unread.append(key)
+    # a layer without one of its parts is another layer, which nobody can mean
+    parts = [key for key in unread if key.rpartition(".lora_")[0].removeprefix(KEY_PREFIX) in slots]
+    if unread and (parts or not allow_partial or not slots):
+        key = (parts or unread)[0]
+        ends = ", ".join(end for end, field in SLOTS.items() if field in wanted)
+        raise AdapterError(
+            path, key, f"a key {KEY_PREFIX}<layer> that ends in {ends}", not_read(unread, key, len(entries))
+        )
     if not slots:
         raise AdapterError(path, None, "tensors of at least one layer", "none")
     for name, keys in slots.items():
@@ -166,7 +179,7 @@ def _sort_keys(
             if field not in keys:
                 end = next(end for end, f in SLOTS.items() if f == field)
                 raise AdapterError(path, f"{KEY_PREFIX}{name}{end}", "a tensor", "no such key")
-    return slots, biases
+    return slots, biases, tuple(unread)
 
 
 def _ranks(
@@ -188,7 +201,8 @@ def _ranks(
             raise AdapterError(path, keys["lora_A"], f"a shape [r, K], r at most {MAX_RANK}", list(shape_A))
         r = shape_A[0]
         if len(shape_B) != 2 or shape_B[1] != r:
-            raise AdapterError(path, keys["lora_B"], f"a shape [N, {r}]", list(shape_B))
+            swapped = "; lora_A and lora_B seem to be swapped" * (shape_A[1] == shape_B[0])
+            raise AdapterError(path, keys["lora_B"], f"a shape [N, {r}]", f"{list(shape_B)}{swapped}")
         for field in ("lora_bias", "base_bias"):
             if field in keys and entries[keys[field]].shape != shape_B[:1]:
                 raise AdapterError(path, keys[field], f"a shape [{shape_B[0]}]", list(entries[keys[field]].shape))

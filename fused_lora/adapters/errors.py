@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-_LONGEST = 300  # a hostile file must not fill the log
+_LONGEST, _LONGEST_FOUND = 300, 1000  # a hostile file must not fill the log
 
 
 class AdapterError(ValueError):
@@ -18,14 +18,14 @@ class AdapterError(ValueError):
     """
 
     def __init__(self, file: str, key: str | None, expected: Any, found: Any):
-        self.file, self.expected, self.found = file, short(expected), short(found)
+        self.file, self.expected, self.found = file, short(expected), short(found, _LONGEST_FOUND)
         self.key = None if key is None else short(key)
         where = file if key is None else f"{file}: {self.key}"
         super().__init__(f"{where}: expected {self.expected}, found {self.found}")
 
 
-def short(value: Any) -> str:
+def short(value: Any, longest: int = _LONGEST) -> str:
     """``value`` as printable text of bounded length."""
-    text = value if isinstance(value, str) else reprlib.repr(value)
-    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+    text = value if isinstance(value, str) and value else reprlib.repr(value)
+    text = text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
     return text if text.isprintable() else repr(text)[1:-1]

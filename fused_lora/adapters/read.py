@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Container
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 
 from fused_lora.adapters.checkpoint import KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
 from fused_lora.adapters.errors import AdapterError
-from fused_lora.modules.config import LayerTensors, LoraConfig
+from fused_lora.modules.changes import changing
+from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
 from fused_lora.modules.inject import (
     LayerSpec,
     attach,
@@ -20,6 +22,7 @@ from fused_lora.modules.inject import (
     check_not_wrapped,
     lora_layers,
 )
+from fused_lora.modules.names import mismatch, some
 from fused_lora.modules.targets import base_layer_of, candidates, in_out_features, is_supported, literal_targets
 
 
@@ -31,8 +34,11 @@ def load_adapter(
     is_trainable: bool = False,
     autocast_adapter_dtype: bool = True,
     max_bytes: int = MAX_WEIGHT_BYTES,
+    allow_partial: bool = False,
 ) -> LoraConfig:
     """Add the adapter in ``directory`` to ``model``, in place. Everything is checked before the model changes.
+
+    Every tensor of the file is used, or the file is refused with a list of what does not fit and the likely rename.
 
     The first adapter of a model becomes active. A later one stays inactive until ``set_adapter``.
 
@@ -44,13 +50,15 @@ def load_adapter(
             train or eval mode.
         autocast_adapter_dtype: as in PEFT. True: A and B are float32 over a 16-bit base. False: they have the base
             weight's dtype.
+        allow_partial: leave out, with a warning that names them, layers that the model does not have and tensors that
+            are not of LoRA layers. At least one layer must fit, and each layer must be whole.
 
     Returns:
         The adapter's config.
 
     Raises:
         AdapterError: a file is malformed, or does not fit the model.
-        TypeError: model is no module, adapter_name is no str, or max_bytes no int.
+        TypeError: model is no module, adapter_name is no str, max_bytes no int, or allow_partial no bool.
         ValueError: ``adapter_name`` is malformed or taken, or the model has PEFT's LoRA layers.
         RuntimeError: the checkpoint has base biases, and a layer of the model is merged.
     """
@@ -58,19 +66,33 @@ def load_adapter(
     check_new_name(model, name)
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
         raise TypeError(f"max_bytes: expected an int, got {max_bytes!r}")
+    check_bool("allow_partial", allow_partial)
     check_not_wrapped(model)
-    adapter, plan = read_checked(directory, max_bytes, lambda plan: check_model(model, plan))
+    adapter, plan = read_checked(
+        directory, max_bytes, lambda plan: check_model(model, plan, allow_partial), allow_partial=allow_partial
+    )
     if adapter.config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):
         raise RuntimeError(f"bias={adapter.config.bias!r} replaces biases of the base model: unmerge before loading")
     adapter.config.inference_mode = not is_trainable
     layers = _specs(model, adapter, plan, autocast_adapter_dtype)
     biases = other_biases(model, adapter.layers)
     values = {path: _cast(plan, plan.biases[path], t, biases[path].dtype) for path, t in adapter.biases.items()}
-    attach(model, name, adapter.config, layers)
-    with torch.no_grad():
-        for path, value in values.items():
-            biases[path].copy_(value)
+    with changing(model):
+        attach(model, name, adapter.config, layers)
+        with torch.no_grad():
+            for path, value in values.items():
+                biases[path].copy_(value)
+    warn_left_out(plan)
     return adapter.config
+
+
+def warn_left_out(plan: Plan) -> None:
+    """Warn of the keys that ``allow_partial`` left out."""
+    if plan.left_out:
+        text = (
+            f"{plan.weights}: {len(plan.left_out)} of {len(plan.entries)} tensors are left out: {some(plan.left_out)}"
+        )
+        warnings.warn(text, stacklevel=3)
 
 
 def _specs(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtype: bool) -> dict[str, LayerSpec]:
@@ -96,46 +118,80 @@ def _cast(plan: Plan, key: str, tensor: torch.Tensor, dtype: torch.dtype) -> tor
     return cast
 
 
-def check_model(model: nn.Module, plan: Plan) -> None:
+def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Plan:
     """Raise AdapterError unless every path is a linear layer of ``model`` that the tensors fit, and every layer that
-    the config names has tensors."""
+    the config names has tensors.
+
+    Returns:
+        ``plan``, with ``allow_partial`` without the layers that the model does not have.
+    """
     modules = dict(candidates(model))
-    for path, keys in plan.slots.items():
-        module = modules.get(path)
-        if module is None or not is_supported(module):
-            found = "no module of that name" if module is None else f"a {type(base_layer_of(module)).__name__}"
-            raise AdapterError(plan.weights, keys["lora_A"], f"a linear layer {path!r} in the model", found)
-        K, N = in_out_features(module)
-        r = plan.ranks[path][0]
-        for field, shape in (("lora_A", (r, K)), ("lora_B", (N, r))):
-            if plan.entries[keys[field]].shape != shape:
-                found = list(plan.entries[keys[field]].shape)
-                raise AdapterError(plan.weights, keys[field], f"a shape {list(shape)} for the layer {path!r}", found)
-        if plan.config.bias != "none" and (base_layer_of(module).bias is None) == ("base_bias" in keys):
-            has, brings = ("no bias", "a bias") if "base_bias" in keys else ("a bias", "none")
-            key = f"{KEY_PREFIX}{path}.base_layer.bias"
-            raise AdapterError(plan.weights, key, f"a base bias exactly if the layer has one; it has {has}", brings)
-    if plan.config.bias == "all":
-        _check_biases(model, plan)
     named = literal_targets(model, plan.config)
-    if named is not None and (difference := set(named) ^ set(plan.slots)):
-        path = min(difference)
-        what = ("tensors for this module, which target_modules names", "none")
-        if path in plan.slots:
-            what = ("a module that target_modules names", sorted(plan.config.target_modules or ()))
-        raise AdapterError(plan.weights, f"{KEY_PREFIX}{path}.lora_A.weight", *what)
+    fitting = {path for path in plan.slots if path in modules and is_supported(modules[path])}
+    missing = [path for path in plan.slots if path not in fitting]
+    if missing and (not allow_partial or not fitting):
+        path = missing[0]
+        kind = f"a {type(base_layer_of(modules[path])).__name__}" if path in modules else "no module of that name"
+        linear = [name for name, module in modules.items() if is_supported(module)]
+        found = f"{kind}. {mismatch(missing, len(plan.slots), linear)}"
+        raise AdapterError(plan.weights, plan.slots[path]["lora_A"], f"a linear layer {path!r} in the model", found)
+    for path in fitting:
+        _check_layer(modules[path], path, plan)
+    if named is not None:
+        if not allow_partial or fitting.isdisjoint(named):
+            _check_targets(plan, set(named))
+        fitting &= set(named)
+    slots = {path: keys for path, keys in plan.slots.items() if path in fitting}
+    left_out = [key for path, keys in plan.slots.items() if path not in fitting for key in keys.values()]
+    plan = plan._replace(slots=slots, left_out=(*plan.left_out, *left_out))
+    return _check_biases(model, plan, allow_partial) if plan.config.bias == "all" else plan
 
 
-def _check_biases(model: nn.Module, plan: Plan) -> None:
+def _check_layer(module: nn.Module, path: str, plan: Plan) -> None:
+    """Raise AdapterError unless the tensors of one layer fit it."""
+    K, N = in_out_features(module)
+    r, keys = plan.ranks[path][0], plan.slots[path]
+    shapes = {field: plan.entries[keys[field]].shape for field in ("lora_A", "lora_B")}
+    for field, shape in (("lora_A", (r, K)), ("lora_B", (N, r))):
+        if shapes[field] != shape:
+            found = list(shapes[field])
+            raise AdapterError(plan.weights, keys[field], f"a shape {list(shape)} for the layer {path!r}", found)
+    if plan.config.bias != "none" and (base_layer_of(module).bias is None) == ("base_bias" in keys):
+        has, brings = ("no bias", "a bias") if "base_bias" in keys else ("a bias", "none")
+        key = f"{KEY_PREFIX}{path}.base_layer.bias"
+        raise AdapterError(plan.weights, key, f"a base bias exactly if the layer has one; it has {has}", brings)
+
+
+def _check_targets(plan: Plan, named: set[str]) -> None:
+    """Raise AdapterError unless the config's lists of names pick exactly the layers that have tensors."""
+    config_names = some(sorted(plan.config.target_modules or ()))
+    for paths, expected, found in (
+        (plan.slots.keys() - named, "a module that target_modules names", f"target_modules {config_names}"),
+        (named - plan.slots.keys(), "tensors for this module, which target_modules names", "none"),
+    ):
+        if paths:
+            key = f"{KEY_PREFIX}{min(paths)}.lora_A.weight"
+            raise AdapterError(
+                plan.weights, key, expected, f"{found}; so for {len(paths)} layers: {some(sorted(paths))}"
+            )
+
+
+def _check_biases(model: nn.Module, plan: Plan, allow_partial: bool) -> Plan:
     present = other_biases(model, plan.slots)
-    if difference := present.keys() ^ plan.biases.keys():
-        name = min(difference)
-        what = ("a bias in the file", "none") if name in present else ("a bias of the model", "no such parameter")
-        raise AdapterError(plan.weights, f"{KEY_PREFIX}{name}", *what)
-    for name, key in plan.biases.items():
+    unknown = sorted(plan.biases.keys() - present.keys())
+    if unknown and not allow_partial:
+        found = f"no such parameter; so for {some(unknown)}"
+        raise AdapterError(plan.weights, plan.biases[unknown[0]], "a bias of the model", found)
+    if not allow_partial and (lacking := sorted(present.keys() - plan.biases.keys())):
+        raise AdapterError(
+            plan.weights, f"{KEY_PREFIX}{lacking[0]}", "a bias in the file", f"none; so for {some(lacking)}"
+        )
+    biases = {name: key for name, key in plan.biases.items() if name in present}
+    for name, key in biases.items():
         expected, found = list(present[name].shape), list(plan.entries[key].shape)
         if found != expected:
             raise AdapterError(plan.weights, key, f"a shape {expected}", found)
+    return plan._replace(biases=biases, left_out=(*plan.left_out, *(plan.biases[name] for name in unknown)))
 
 
 def other_biases(model: nn.Module, layers: Container[str]) -> dict[str, nn.Parameter]:

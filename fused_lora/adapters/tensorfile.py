@@ -105,7 +105,7 @@ def read_exactly(path: str, file: io.FileIO, buffer: Any) -> None:
 
 
 def parse_json(path: str, raw: bytes) -> dict[str, Any]:
-    """A JSON object without duplicate keys, NaN or Infinity."""
+    """A JSON object without duplicate keys, NaN, Infinity or half a surrogate pair."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries: dict[str, Any] = {}
@@ -124,6 +124,8 @@ def parse_json(path: str, raw: bytes) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")
         parsed = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
+        if "\\u" in text:  # an escape can spell what is no text; nobody else reads such a file
+            json.dumps(parsed, ensure_ascii=False).encode()
     except AdapterError:
         raise
     except (ValueError, RecursionError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.read import other_biases
 from fused_lora.adapters.staging import replace_directory
 from fused_lora.adapters.tensorfile import DTYPES, write_tensors
+from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import adapter_configs, check_adapter_name, check_names, lora_layers
 from fused_lora.modules.targets import candidates
@@ -53,7 +55,8 @@ def save_adapter(
     if not isinstance(base_model_name_or_path, (str, type(None))):
         raise TypeError(f"base_model_name_or_path: expected a str or None, got {base_model_name_or_path!r}")
     config = adapter_configs(model)[adapter_name]
-    tensors = adapter_tensors(model, adapter_name, config)
+    with changing(model, forwards=False):
+        tensors = adapter_tensors(model, adapter_name, config)
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"{key} must be float32, float16 or bfloat16, got {tensor.dtype}")
@@ -64,16 +67,22 @@ def save_adapter(
     entries = _config_entries(model, adapter_name, config)
     if base_model_name_or_path is not None:
         entries["base_model_name_or_path"] = base_model_name_or_path
-    text = json.dumps(entries, indent=2, sort_keys=True, allow_nan=False)
+    text = config_text(entries)
+    replace_directory(os.fsdecode(directory), lambda stage: write_files(stage, text, tensors))
 
-    def write(stage: str) -> tuple[str, str]:
-        with open(os.path.join(stage, WEIGHTS_NAME), "xb", buffering=0) as file:
-            write_tensors(file, tensors)
-        with open(os.path.join(stage, CONFIG_NAME), "x", encoding="utf-8") as file:
-            file.write(text)
-        return CONFIG_NAME, WEIGHTS_NAME
 
-    replace_directory(os.fsdecode(directory), write)
+def config_text(entries: dict[str, Any]) -> str:
+    """adapter_config.json. Only its top level is sorted: the first key of rank_pattern that matches decides."""
+    return json.dumps(dict(sorted(entries.items())), indent=2, allow_nan=False)
+
+
+def write_files(folder: str, config: str, tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
+    """Write both files of a checkpoint into ``folder``, where they must not be yet; their names."""
+    with open(os.path.join(folder, WEIGHTS_NAME), "xb", buffering=0) as file:
+        write_tensors(file, tensors)
+    with open(os.path.join(folder, CONFIG_NAME), "x", encoding="utf-8") as file:
+        file.write(config)
+    return CONFIG_NAME, WEIGHTS_NAME
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, torch.Tensor]:

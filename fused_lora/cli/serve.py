@@ -30,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
     found.add_argument("--api-key", help=f"clients must send it; {KEY_VARIABLE} in the environment does the same")
     found.add_argument("--allow-load", action="store_true", help="/v1/load_lora_adapter and unload, from DIR only")
+    found.add_argument(
+        "--allow-partial", action="store_true", help="leave out what an adapter has and the model has not"
+    )
     found.add_argument("--device", help="default: cuda if there is one, else cpu")
     found.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on a CPU")
     found.add_argument("--capacity", type=_bytes, metavar="BYTES", help="adapters on the device at most, e.g. 512M")
@@ -109,7 +112,7 @@ def build(options: argparse.Namespace) -> Any:
         raise SystemExit(f"--model: {error}") from None
     name = options.served_model_name or Path(options.model).name
     store = AdapterStore(model, capacity_bytes=options.capacity, host_bytes=options.host_capacity)
-    known = [] if options.adapters is None else register_folder(store, options.adapters, name)
+    known = [] if options.adapters is None else register_folder(store, options.adapters, name, options.allow_partial)
     probe(store, known[:_PROBED_FIRST])
     manager = continuous_batching(model, store, _engine_config(options, device))
     limits = Limits(
@@ -120,7 +123,7 @@ def build(options: argparse.Namespace) -> Any:
         body_bytes=options.max_body,
     )
     engine = AsyncEngine(manager, tokenizer, limits, Metrics())
-    settings = Settings(name, options.adapters, options.allow_load, options.api_key)
+    settings = Settings(name, options.adapters, options.allow_load, options.api_key, options.allow_partial)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -140,7 +143,7 @@ def build(options: argparse.Namespace) -> Any:
     return create_app(engine, settings, lifespan)
 
 
-def register_folder(store: Any, folder: Path, base_name: str) -> list[str]:
+def register_folder(store: Any, folder: Path, base_name: str, allow_partial: bool = False) -> list[str]:
     """Register every adapter in ``folder`` under its folder's name. Others are logged and left out.
 
     Returns:
@@ -158,7 +161,8 @@ def register_folder(store: Any, folder: Path, base_name: str) -> list[str]:
             check_adapter_name(entry.name)
             if entry.name == base_name:
                 raise ValueError("it has the base model's name")
-            store.register(entry.name, str(allowed_adapter(folder, entry.name)), inside=str(folder))
+            path = str(allowed_adapter(folder, entry.name))
+            store.register(entry.name, path, inside=str(folder), allow_partial=allow_partial)
             names.append(entry.name)
         except (ApiError, OSError, ValueError) as error:
             _log.warning("adapter %r is left out: %s", entry.name, error)

@@ -14,8 +14,10 @@ from fused_lora.diagnostics.verification.measure import check_layer, compare_out
 from fused_lora.diagnostics.verification.passes import Pass, check_inputs, restored, run
 from fused_lora.diagnostics.verification.reference import compare_weights
 from fused_lora.diagnostics.verification.report import Finding, Verification
+from fused_lora.modules.changes import alone
 
 
+@alone
 def verify(
     model: nn.Module,
     inputs: Tensor | Mapping | tuple | list,

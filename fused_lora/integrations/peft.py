@@ -20,6 +20,7 @@ from torch import nn
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import Dense
 from fused_lora.integrations.peft_linear import AROUND, CALLS, FUSED, linear_class, why_around, why_not_fused
+from fused_lora.modules.changes import alone
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.linear import LoraLinear
 
@@ -27,6 +28,7 @@ _create = "_create_new_module"  # LoraModel's static method: where PEFT builds t
 _installed: dict[str, Any] = {}  # empty, or the method that install() has replaced and the one it put there
 
 
+@alone
 def accelerate(model: nn.Module) -> nn.Module:
     """Make the LoRA linears of a PEFT model fast, in place. :func:`restore` takes it back.
 
@@ -62,6 +64,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
+@alone
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`accelerate`: every layer is PEFT's own again, and nothing of ours is left in the model.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fused_lora.bases import base_of
 from fused_lora.bases.base import why_not_plain_tensor, why_not_plain_weight
+from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plain_dropout
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 
@@ -37,6 +38,8 @@ class AcceleratedLinear(FusedLoraBehaviour):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward: base(x) + sum over active adapters of scaling * B(A(dropout(x))), in the dtype of base(x)."""
+        if CHANGING:
+            wait_for_change(self)
         adapter_names = kwargs.get("adapter_names")
         names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
         reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, kwargs)
@@ -60,6 +63,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
         """PEFT's: scaling * B A of one adapter, as the base weight is stored, in the adapter's dtype."""
         return super(FusedLoraBehaviour, self).get_delta_weight(adapter)
 
+    @alone
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's merge with one rounding for all adapters; :meth:`unmerge` then restores the bits of before.
 
@@ -88,6 +92,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
                     warnings.simplefilter("ignore")  # about what is merged already: said above
                     self._merge_by_peft(safe_merge, names)
 
+    @alone
     def unmerge(self) -> None:
         """Take every merged adapter away; the base weight gets back the bits it had, whatever happened to A and B.
 
@@ -98,10 +103,11 @@ class AcceleratedLinear(FusedLoraBehaviour):
             try:
                 return super().unmerge()
             except RuntimeError as error:
-                warnings.warn(f"{error}; PEFT's unmerge subtracts the adapters instead", stacklevel=2)
+                warnings.warn(f"{error}; PEFT's unmerge subtracts the adapters instead", stacklevel=3)
         self.merge_state = None
         super(FusedLoraBehaviour, self).unmerge()
 
+    @alone
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's way to add an adapter to an existing layer; warns where the model is being wrapped a second time.
 
@@ -109,10 +115,20 @@ class AcceleratedLinear(FusedLoraBehaviour):
         """
         target = kwargs.get("target_name") or ""  # only an injection says which module it is about
         if target and adapter_name in self.lora_A:
-            warnings.warn(f"PEFT is about to overwrite the adapter {adapter_name!r}: {_WRAPPED}", stacklevel=2)
+            warnings.warn(f"PEFT is about to overwrite the adapter {adapter_name!r}: {_WRAPPED}", stacklevel=3)
         elif target.startswith("base_model.model."):
-            warnings.warn(f"checkpoints of {adapter_name!r} will have the prefix twice: {_WRAPPED}", stacklevel=2)
+            warnings.warn(f"checkpoints of {adapter_name!r} will have the prefix twice: {_WRAPPED}", stacklevel=3)
         super().update_layer(adapter_name, *args, **kwargs)
+
+    @alone
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, alone with the layer."""
+        super().set_adapter(*args, **kwargs)
+
+    @alone
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, alone with the layer."""
+        super().delete_adapter(*args, **kwargs)
 
     def _merges_exactly(self, adapter_names: list[str] | None) -> bool:
         names = self.active_adapters if adapter_names is None else adapter_names

@@ -30,6 +30,7 @@ _INERT: dict[str, tuple[type, ...]] = {
     "peft_version": (str,),
     "megatron_core": (str,),  # read by PEFT only beside a megatron_config
     "qalora_group_size": (int,),  # read by PEFT only with use_qalora
+    "eva_config": (dict,),  # read by PEFT only while it draws lora_A
     "runtime_config": (dict,),
 }
 
@@ -76,8 +77,8 @@ class LoraConfig:
         bias: "none", "all" or "lora_only": which biases of the model train and are saved with the adapter.
         use_rslora: scaling is lora_alpha / sqrt(r).
         modules_to_save: not supported, must be empty.
-        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero) or False (both
-            as nn.Linear draws them).
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), "orthogonal"
+            (even ranks) or False (both as nn.Linear draws them). "eva", which draws A from data, is for files only.
         layers_to_transform, layers_pattern: restrict a list of names to these layer numbers.
         rank_pattern, alpha_pattern: regular expression for the end of a path -> its rank or alpha. The first match
             decides.
@@ -306,9 +307,10 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def check_init(value: Any) -> None:
-    """Raise ValueError unless ``value`` is an init_lora_weights that is supported."""
-    if not (isinstance(value, bool) or (isinstance(value, str) and value == "gaussian")):
+    """Raise ValueError unless ``value`` is an init_lora_weights that leaves the base weights and the forward alone."""
+    if not (isinstance(value, bool) or (isinstance(value, str) and value in ("gaussian", "orthogonal", "eva"))):
         raise ValueError(
-            f"init_lora_weights must be True, False or 'gaussian', got {value!r}; other initialisations of PEFT "
-            "are not supported (some of them rewrite the base weights)"
+            f"init_lora_weights must be True, False, 'gaussian', 'orthogonal' or 'eva' (files only), got {value!r}; "
+            "other initialisations of PEFT are not supported (most rewrite the base weights; PEFT's save_pretrained "
+            "with path_initial_model_for_weight_conversion writes a plain adapter)"
         )

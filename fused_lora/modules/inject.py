@@ -16,10 +16,12 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from fused_lora.modules.changes import alone, changing
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixed import MixedBatch
 from fused_lora.modules.mixin import BASE
+from fused_lora.modules.names import some
 from fused_lora.modules.targets import is_supported, match_targets
 
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
@@ -66,6 +68,7 @@ class LayerSpec:
     tensors: LayerTensors | None = None
 
 
+@alone
 def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "default") -> nn.Module:
     """Add a LoRA adapter to every layer that ``config`` targets, in place. All other parameters are frozen.
 
@@ -96,6 +99,7 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     return model
 
 
+@alone
 def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> None:
     """Add one adapter to the layers at these paths. If anything raises, the model is unchanged.
 
@@ -151,6 +155,7 @@ def active_adapters(model: nn.Module) -> list[str]:
     return next((list(layer.active_adapters) for layer in lora_layers(model).values()), [])
 
 
+@alone
 def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Activate one adapter or several. All others are inactive and frozen.
 
@@ -163,12 +168,13 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
     check_names(model, names)
     layers = lora_layers(model)
     if any(layer.merged for layer in layers.values()):
-        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
     unmerge_all(layers)
     for layer in layers.values():
         layer.set_adapter(names, inference_mode)
 
 
+@alone
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter from all layers.
 
@@ -197,16 +203,14 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
     Raises RuntimeError if a weight was changed while merged.
     """
-    unmerge_all(lora_layers(model))
-    layers = list(lora_layers(model).values())
-    before = [layer.disable_adapters for layer in layers]
-    for layer in layers:
-        layer.disable_adapters = True
+    check_module(model)
+    with changing(model):
+        unmerge_all(lora_layers(model))
+        before = _set_all(model, "disable_adapters", True)
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.disable_adapters = value
+        _restore(model, "disable_adapters", before)
 
 
 @contextmanager
@@ -230,19 +234,31 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None], *, dim:
     check_names(model, [name for name in names if name != BASE])
     if model.training:
         raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
-    layers = lora_layers(model)
-    _check_not_merged(list(layers.values()))
-    before = [layer.mixed_batch for layer in layers.values()]
-    batch = MixedBatch(model, layers, names, dim)
-    batch.attach()
-    for layer in layers.values():
-        layer.mixed_batch = batch
+    with changing(model):
+        layers = lora_layers(model)
+        _check_not_merged(list(layers.values()))
+        batch = MixedBatch(model, layers, names, dim)
+        batch.attach()
+        before = _set_all(model, "mixed_batch", batch)
     try:
         yield
     finally:
-        for layer, value in zip(layers.values(), before, strict=True):
-            layer.mixed_batch = value
         batch.detach()
+        _restore(model, "mixed_batch", before)
+
+
+def _set_all(model: nn.Module, attribute: str, value: Any) -> list[tuple[LoraLinear, Any]]:
+    """One attribute of all LoRA layers; returns what they had."""
+    before = [(layer, getattr(layer, attribute)) for layer in lora_layers(model).values()]
+    for layer, _ in before:
+        setattr(layer, attribute, value)
+    return before
+
+
+def _restore(model: nn.Module, attribute: str, before: list[tuple[LoraLinear, Any]]) -> None:
+    with changing(model):
+        for layer, value in before:
+            setattr(layer, attribute, value)
 
 
 def as_list(adapter_names: Iterable) -> list:
@@ -265,7 +281,7 @@ def check_new_name(model: nn.Module, name: str) -> dict[str, LoraConfig]:
     """The adapters of ``model``; ValueError when ``name`` is one of them."""
     configs = adapter_configs(model)
     if name in configs:
-        raise ValueError(f"adapter_name: {name!r} is taken; adapters of the model: {sorted(configs)}")
+        raise ValueError(f"adapter_name: {name!r} is taken; adapters of the model: {some(configs, near=name)}")
     return configs
 
 
@@ -294,7 +310,7 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
         if not isinstance(name, str):
             raise TypeError(f"adapter name: expected a str, got {name!r}")
         if name not in known:
-            raise AdapterNotFound(f"adapter {name!r} not found; adapters of the model: {sorted(known)}")
+            raise AdapterNotFound(f"adapter {name[:100]!r} not found; adapters of the model: {some(known, near=name)}")
 
 
 def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> dict[str, LoraLinear]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora.bases.dense import is_conv1d
+from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.config import (
     LayerTensors,
     check_alpha,
@@ -38,8 +40,8 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         r: rank. lora_alpha: numerator of the scaling, lora_alpha / r.
         adapter_name: the first adapter's name. lora_dropout: probability in [0, 1].
         use_rslora: scaling is lora_alpha / sqrt(r). lora_bias: lora_B has a bias.
-        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), or False (both
-            as nn.Linear draws them). Same seed, same draws as PEFT.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), "orthogonal"
+            (even ranks), or False (both as nn.Linear draws them). Same seed, same draws as PEFT.
         autocast_adapter_dtype: hold adapters in fp32 over a 16-bit base (PEFT's default), else in the base's dtype.
         tensors: A, B and the bias of B instead of drawn ones.
 
@@ -80,6 +82,7 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         self.train(base_layer.training)
         self.set_adapter(adapter_name)
 
+    @alone
     def add_adapter(
         self,
         adapter_name: str,
@@ -127,6 +130,8 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
 
     def forward(self, x: Tensor, *, adapter_names: Sequence[str | None] | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]. ``adapter_names`` names one adapter per row (None: base)."""
+        if CHANGING:
+            wait_for_change(self)
         names = None
         if adapter_names is not None:
             if isinstance(adapter_names, str):  # its letters would pass for names
@@ -155,6 +160,7 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         """The base layer's bias."""
         return self.base_layer.bias
 
+    @alone
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters active and trainable (unless ``inference_mode``), freeze all others."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -163,6 +169,7 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
                 part.requires_grad_(name in names and not inference_mode)
         self.active_adapters = names
 
+    @alone
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. Of an active one's place the other active adapters, or the first by name, take over.
 
@@ -183,7 +190,7 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
                 rest = [min(self.lora_A)]
                 warnings.warn(
                     f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {rest[0]}.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             self.set_adapter(rest)
 
@@ -209,32 +216,41 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, active={self.active_adapters}"
 
 
-def unmerge_all(layers: Mapping[str, LoraLinear]) -> list[tuple[LoraLinear, object, list[str]]]:
-    """Unmerge all of these layers or none; returns what :func:`merge_back` needs to undo it.
+Snapshot = list[tuple[LoraLinear, Any, list[str]]]  # layers, their merge_state and merged_adapters
+
+
+def snapshot(layers: Iterable[LoraLinear]) -> Snapshot:
+    """What is merged in each layer, for :func:`go_back`."""
+    return [(layer, layer.merge_state, list(layer.merged_adapters)) for layer in layers]
+
+
+def go_back(before: Snapshot) -> None:
+    """Merge and unmerge the layers to the bits, names and records that they had."""
+    for layer, state, names in reversed(before):
+        if layer.merge_state is not state:
+            if layer.merged:
+                layer.unmerge()
+            if names:
+                layer.restore_merge(state, names)
+
+
+def unmerge_all(layers: Mapping[str, LoraLinear]) -> None:
+    """Unmerge all of these layers or none.
 
     Raises:
         RuntimeError: a weight was changed while merged; the message begins with its layer's path.
     """
-    done: list[tuple[LoraLinear, object, list[str]]] = []
-    for path, layer in layers.items():
-        if not layer.merged:
-            continue
-        state, names = layer.merge_state, list(layer.merged_adapters)
-        try:
-            layer.unmerge()
-        except BaseException as error:
-            merge_back(done)
-            if isinstance(error, RuntimeError):
-                raise RuntimeError(f"{path}: {error}") from error
-            raise
-        done.append((layer, state, names))
-    return done
-
-
-def merge_back(done: list[tuple[LoraLinear, object, list[str]]]) -> None:
-    """Undo :func:`unmerge_all`: the same bits, names and records."""
-    for layer, state, names in reversed(done):
-        layer.restore_merge(state, names)
+    before = snapshot(layers.values())
+    path = ""
+    try:
+        for path, layer in layers.items():  # noqa: B007 - the error names it
+            if layer.merged:
+                layer.unmerge()
+    except BaseException as error:
+        go_back(before)
+        if isinstance(error, RuntimeError):
+            raise RuntimeError(f"{path}: {error}") from error
+        raise
 
 
 def _draw(K: int, N: int, r: int, init: bool | str, lora_bias: bool, tensors: LayerTensors | None):
@@ -254,8 +270,20 @@ def _draw(K: int, N: int, r: int, init: bool | str, lora_bias: bool, tensors: La
         if lora_bias:
             B.bias = nn.Parameter(tensors.lora_bias)
         return A, B
+    if init == "eva":
+        raise ValueError(
+            "init_lora_weights: 'eva' draws lora_A from data; let peft.initialize_lora_eva_weights draw it, save the "
+            "PEFT model, and load the folder with fused_lora.load_adapter"
+        )
+    if init == "orthogonal" and r % 2:
+        raise ValueError(f"init_lora_weights: 'orthogonal' needs an even rank, got {r}")
     A, B = nn.Linear(K, r, bias=False), nn.Linear(r, N, bias=lora_bias)
     if init is False:
+        return A, B
+    if init == "orthogonal":
+        Q, _ = torch.linalg.qr(torch.randn(r, r))
+        A.weight = nn.Parameter((torch.randn(K, r // 2).mm(Q[0::2]).T / 10.0).contiguous())
+        B.weight = nn.Parameter((torch.randn(r // 2, N).T.mm(Q[1::2]) / 10.0).contiguous())
         return A, B
     if init == "gaussian":
         nn.init.normal_(A.weight, std=1 / r)

@@ -8,10 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from fused_lora.modules.inject import active_adapters, adapter_configs, as_list, check_names, lora_layers
-from fused_lora.modules.linear import LoraLinear, merge_back, unmerge_all
+from fused_lora.modules.changes import alone, changing
+from fused_lora.modules.inject import active_adapters, adapter_configs, as_list, check_module, check_names, lora_layers
+from fused_lora.modules.linear import LoraLinear, go_back, snapshot, unmerge_all
+from fused_lora.modules.names import some
 
 
+@alone
 def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
     """Add adapters to the base weights in place, with one rounding. :func:`unmerge` restores the original bits.
 
@@ -31,26 +34,21 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
     check_names(model, names)
     _check_not_shared(model, {path: m for path, m in layers.items() if any(name in m.lora_A for name in names)})
     if names and all(name in m.merged_adapters for m in layers.values() for name in names if name in m.lora_A):
-        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
-    done: list[tuple[LoraLinear, Any, list[str]]] = []
-    for path, layer in layers.items():
-        state, before = layer.merge_state, list(layer.merged_adapters)
-        new = [name for name in names if name in layer.lora_A and name not in before]
-        if not new:
-            continue
-        try:
-            layer.merge(safe_merge, new)
-        except BaseException as error:
-            for merged, old_state, old_names in reversed(done):
-                merged.unmerge()
-                if old_names:
-                    merged.restore_merge(old_state, old_names)
-            if isinstance(error, (ValueError, RuntimeError)):
-                raise type(error)(f"{path}: {error}") from error
-            raise
-        done.append((layer, state, before))
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+    before, path = snapshot(layers.values()), ""
+    try:
+        for path, layer in layers.items():  # noqa: B007 - the error names it
+            new = [name for name in names if name in layer.lora_A and name not in layer.merged_adapters]
+            if new:
+                layer.merge(safe_merge, new)
+    except BaseException as error:
+        go_back(before)
+        if isinstance(error, (ValueError, RuntimeError)):
+            raise type(error)(f"{path}: {error}") from error
+        raise
 
 
+@alone
 def unmerge(model: nn.Module) -> None:
     """Give every base weight back the bits it had before :func:`merge`. Does nothing where nothing is merged.
 
@@ -66,12 +64,15 @@ def delta_fidelity(model: nn.Module) -> dict[str, float]:
     It is ||(Wm - W) - D|| / ||D|| in the Frobenius norm. In bf16 a delta of 0.1 % of the weight loses about 0.8.
     Raises RuntimeError when nothing is merged.
     """
-    merged = {path: layer for path, layer in _layers(model).items() if layer.merged}
-    if not merged:
-        raise RuntimeError("delta_fidelity: nothing is merged, call fused_lora.merge(model) first")
-    return {path: layer.delta_fidelity() for path, layer in merged.items()}
+    check_module(model)
+    with changing(model, forwards=False):
+        merged = {path: layer for path, layer in _layers(model).items() if layer.merged}
+        if not merged:
+            raise RuntimeError("delta_fidelity: nothing is merged, call fused_lora.merge(model) first")
+        return {path: layer.delta_fidelity() for path, layer in merged.items()}
 
 
+@alone
 def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     """Put the plain base layers back in place of the LoRA layers, with the active adapters merged in or dropped.
 
@@ -80,13 +81,14 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     as it was.
     """
     layers = _layers(model)
-    unmerged = unmerge_all(layers)
-    if merge_adapters:
-        try:
+    before = snapshot(layers.values())
+    try:
+        unmerge_all(layers)
+        if merge_adapters:
             merge(model)
-        except BaseException:
-            merge_back(unmerged)
-            raise
+    except BaseException:
+        go_back(before)
+        raise
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer.base_layer)
@@ -120,5 +122,5 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def _layers(model: nn.Module) -> dict[str, LoraLinear]:
     layers = lora_layers(model)
     if not layers:
-        raise RuntimeError(f"model: expected LoRA layers, found none (adapters: {sorted(adapter_configs(model))})")
+        raise RuntimeError(f"model: expected LoRA layers, found none (adapters: {some(adapter_configs(model))})")
     return layers

@@ -74,7 +74,7 @@ class MixedBatch:
         running, path = self._of_thread(), self._paths[layer]
         direct = running.call is None
         if direct:  # the layer itself was called
-            running.enter(path, layer, (x,), {})
+            running.enter_layer(path, layer, x)
         try:
             call = running.call
             assert call is not None

@@ -8,12 +8,13 @@ name), ``scaling`` (dict), ``active_adapters``, ``merged_adapters`` (lists), ``m
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import Adapters, base_of, foreign
+from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout
 from fused_lora.modules.mixed import MixedBatch
 from fused_lora.ops.merge import op as merging
@@ -25,7 +26,7 @@ BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 class _Merge:
     """A merge in force: the weight's record, and the bias before and after where a lora_bias went into it."""
 
-    record: merging.MergeRecord
+    record: merging.MergeRecord | None
     bias_before: Tensor | None = None
     bias_after: Tensor | None = None
 
@@ -120,6 +121,7 @@ class FusedLoraBehaviour:
             flat[rows] = (flat[rows] + term).to(result.dtype)  # summed in the wider dtype, rounded once
         return flat.view(result.shape)
 
+    @alone
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the base weight in place: W <- round(W + sum_i s_i B_i A_i), with one rounding.
 
@@ -142,29 +144,44 @@ class FusedLoraBehaviour:
     def _merge_names(self, names: list[str]) -> None:
         if "weight" not in self.base_layer._parameters:  # parametrized: computed anew from something else at each use
             raise RuntimeError("base_layer.weight is not a parameter of its own, so nothing can be merged into it")
-        bias = self._check_bias_merge(names)
-        old = self.merge_state
-        if old is None:
-            record = self._merge_factors(_factors_of(self, names), names)
-        else:
-            frozen = merging.factors(old.record, self.fan_in_fan_out)
-            both = tuple(a + b for a, b in zip(frozen, _factors_of(self, names), strict=True))
-            merging.unmerge_(self._writable_weight(), old.record)
-            try:
-                record = self._merge_factors(both, names)
-            except BaseException:
-                self._merge_factors(frozen, names)  # the same factors give the same bits again
-                raise
-        self.merge_state = _Merge(record)
-        if old is not None:
-            self.merge_state.bias_before, self.merge_state.bias_after = old.bias_before, old.bias_after
+        bias, old = self._check_bias_merge(names), self.merge_state
+        state = _Merge(None) if old is None else replace(old, record=None)
         if bias is not None:
-            base_bias = self.base_layer.bias.data
-            if self.merge_state.bias_before is None:
-                self.merge_state.bias_before = base_bias.clone()
-            base_bias.copy_(bias)
-            self.merge_state.bias_after = bias
-        self.merged_adapters.extend(names)
+            state.bias_before = self.base_layer.bias.data.clone() if state.bias_before is None else state.bias_before
+            state.bias_after = bias
+        self._write(state, self.base_layer.bias.data.clone() if bias is not None else None, names)
+
+    def _write(self, state: _Merge, bias: Tensor | None, names: list[str]) -> None:
+        """Write weight and bias (``bias``: what it holds now) and note it, or nothing.
+
+        An interrupt must not lose the record: the weight would never come back. So no call follows the merge, not
+        even nn.Module's __setattr__.
+        """
+        attributes, merged = self.__dict__, self.merged_adapters
+        try:
+            if bias is not None:
+                self.base_layer.bias.data.copy_(state.bias_after)
+            state.record = self._merge_weight(names)
+        finally:
+            if state.record is not None:
+                attributes["merge_state"] = state
+                merged += names
+            elif bias is not None:
+                self.base_layer.bias.data.copy_(bias)
+
+    def _merge_weight(self, names: list[str]) -> merging.MergeRecord:
+        """Beside what is merged already: all of it at once into the restored weight."""
+        new, old = _factors_of(self, names), self.merge_state
+        if old is None:
+            return self._merge_factors(new, names)
+        frozen = merging.factors(old.record, self.fan_in_fan_out)
+        both = tuple(a + b for a, b in zip(frozen, new, strict=True))
+        merging.unmerge_(self._writable_weight(), old.record)
+        try:
+            return self._merge_factors(both, names)
+        except BaseException:
+            self._merge_factors(frozen, names)  # the same factors give the same bits again
+            raise
 
     def _merge_factors(self, factors, names: list[str]) -> merging.MergeRecord:
         try:
@@ -180,15 +197,17 @@ class FusedLoraBehaviour:
         twin = torch.empty(0, dtype=weight.dtype, device=weight.device)
         return twin.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
 
+    @alone
     def restore_merge(self, state: _Merge, names: list[str]) -> None:
         """Go back to a merge that :meth:`unmerge` just ended: the same bits, names and record."""
-        factors = merging.factors(state.record, self.fan_in_fan_out)
-        self._merge_factors(factors, names)
+        attributes, merged = self.__dict__, self.merged_adapters
         if state.bias_after is not None:
             self.base_layer.bias.data.copy_(state.bias_after)
-        self.merge_state = state
-        self.merged_adapters.extend(names)
+        self._merge_factors(merging.factors(state.record, self.fan_in_fan_out), names)
+        attributes["merge_state"] = state
+        merged += names
 
+    @alone
     def unmerge(self) -> None:
         """Take every merged adapter away again: the base weight (and bias) gets back the bits it had before.
 
@@ -196,7 +215,7 @@ class FusedLoraBehaviour:
             RuntimeError: the weight or bias was changed while merged. Nothing is changed.
         """
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
             return
         state, bias = self.merge_state, getattr(self.base_layer, "bias", None)
         if state is None:
@@ -205,11 +224,17 @@ class FusedLoraBehaviour:
             bias is None or not torch.equal(bias.data, state.bias_after.to(bias.device))
         ):
             raise RuntimeError("base_layer.bias was changed while merged; nothing was unmerged")
-        merging.unmerge_(self._writable_weight(), state.record)
-        if state.bias_before is not None:
-            bias.data.copy_(state.bias_before)
-        self.merge_state = None
-        self.merged_adapters.clear()
+        attributes, merged, weight = self.__dict__, self.merged_adapters, self._writable_weight()
+        try:
+            if state.bias_before is not None:
+                bias.data.copy_(state.bias_before)
+            merging.unmerge_(weight, state.record)
+        except BaseException:
+            if state.bias_before is not None:
+                bias.data.copy_(state.bias_after)
+            raise
+        attributes["merge_state"] = None  # no call from unmerge_ to the end: see _write
+        merged[:] = ()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s B A of one adapter in the adapter's dtype, laid out as the base weight ([N, K], or [K, N] transposed)."""
@@ -237,10 +262,10 @@ class FusedLoraBehaviour:
                 warnings.warn(
                     f"Already following adapters were merged {','.join(self.merged_adapters)}. "
                     f"You are now additionally merging {','.join(names)}.",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
             else:
-                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
         return names
 
     def _check_bias_merge(self, names: list[str]) -> Tensor | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from fused_lora.rows.state import Owned, State, Unknown
 from fused_lora.rows.trace import RowTrace
 
 _KEPT = 256  # kinds of calls that are remembered
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they are never called
+_CALL = nn.Module._call_impl.__code__
 Key = tuple[str, int]  # a layer's path and the number of dimensions of its input
 
 
@@ -131,9 +133,9 @@ class Call:
     """One call of a model inside a batch, between the hooks of the outermost module that was called.
 
     Attributes:
-        uniform: all entries have the same adapters. module: that one. sequences: of the call (rows of a packed batch). case: equal for calls whose layers get rows
-            in the same layouts. followed: what follows the operators, or None. lasts: whether what is found holds
-        for the next call, too.
+        module: that one. sequences: of the call; rows of a packed batch. uniform: all entries have the same adapters.
+        case: equal for calls whose layers get rows in the same layouts. followed: what follows the operators, or None.
+        lasts: whether what is found holds for the next call, too.
     """
 
     def __init__(
@@ -205,14 +207,17 @@ class RowFinder:
         model: whose calls are followed. layers: the linear layers by path.
 
     Attributes:
-        layers: those. callers: the modules around the layers by path, the model first: what may be called from outside.
+        layers: those. callers: the model and the modules around the layers that are in no list, by path: what may be
+            called from outside.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]):
         self.layers = dict(layers)
-        around = {""} | {path[:i] for path in layers for i, letter in enumerate(path) if letter == "."}
         modules = dict(model.named_modules(remove_duplicate=False))
-        self.callers = {p: m for p, m in modules.items() if p in around and not isinstance(m, _CONTAINERS)}
+        around = {path[:i] for path in layers for i, letter in enumerate(path) if letter == "."} | {""}
+        self._around = {id(modules[path]): path for path in sorted(around) if path in modules}
+        # a hook in each of the blocks of a list would cost every step of the model
+        self.callers = {p: modules[p] for p in sorted(around) if p in modules and not re.search(r"(^|\.)\d+(\.|$)", p)}
         self._exact: dict[tuple, Known] = {}
         self._general: dict[tuple, Known | None] = {}
 
@@ -249,6 +254,24 @@ class RowFinder:
             trace.mark(tensor, _of_input(tensor, dim))
         trace.__enter__()
         return call, (kind, sizes)
+
+    def begin_at_layer(self, path: str, layer: nn.Module, x: Tensor, entries: Entries) -> tuple[Call, tuple]:
+        """The start of a call of a layer by itself.
+
+        Raises:
+            ValueError: as :meth:`begin`; or a module around the layer was called from outside that is none of
+            ``callers``.
+        """
+        frame = None if entries.uniform else sys._getframe()
+        while frame is not None:
+            found = self._around.get(id(frame.f_locals.get("self"))) if frame.f_code is _CALL else None
+            if found is not None and frame.f_locals["self"] is not layer:
+                raise ValueError(
+                    f"batch: {path!r} got an input of shape {tuple(x.shape)}; expected a call of the model: "
+                    f"{found!r} was called by itself, and what led to its input was not seen"
+                )
+            frame = frame.f_back
+        return self.begin(path, layer, (x,), {}, entries)
 
     def end(self, call: Call, kind: tuple, complete: bool) -> None:
         """The end of a call; complete: it returned."""
@@ -289,6 +312,11 @@ class Running:
             self.call.depth += self.call.module is module
             return None
         self.call, self._ending = self._finder.begin(path, module, args, kwargs, self._entries)
+        return self.call
+
+    def enter_layer(self, path: str, layer: nn.Module, x: Tensor) -> Call:
+        """Before a layer that is called by itself. Raises ValueError as :meth:`RowFinder.begin_at_layer`."""
+        self.call, self._ending = self._finder.begin_at_layer(path, layer, x, self._entries)
         return self.call
 
     def leave(self, module: nn.Module, complete: bool) -> Call | None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fused_lora.adapters import load_adapter, read_adapter, save_adapter, staging
+from fused_lora.adapters import AdapterError, load_adapter, read_adapter, save_adapter, staging
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import AdapterNotFound, adapter_configs, inject, lora_layers, set_adapter
 from fused_lora.modules.merging import merge, unmerge
@@ -76,6 +76,12 @@ CASES = {
     "layers": (llama, {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "r": 1}),
     "bf16 base": (lambda: mlp(torch.bfloat16), {"target_modules": ["fc1", "out"]}),
     "exclude": (mlp, {"target_modules": "all-linear", "exclude_modules": ["out"]}),
+    "orthogonal": (mlp, {"target_modules": ["fc1", "out"], "init_lora_weights": "orthogonal"}),
+    "eva": (
+        mlp,
+        {"target_modules": ["fc1", "out"], "init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.5)},
+    ),
+    "eva's config alone": (mlp, {"target_modules": ["fc1", "out"], "eva_config": peft.EvaConfig()}),
 }
 
 
@@ -136,6 +142,33 @@ def test_round_trip_with_peft(tmp_path, case):
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
     assert_same_tensors(load_file(tmp_path / "ours" / FILES[1]), peft_tensors(back))
     assert_close(output(back, x), output(ours, x), terms=300)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changed_its_base_loads_once_it_is_converted(tmp_path, init):
+    torch.manual_seed(shifted(0))
+    base, x = mlp()
+    config = peft.LoraConfig(r=2, target_modules=["fc1", "out"], init_lora_weights=init)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    theirs.save_pretrained(tmp_path / "start")
+    json_file = tmp_path / "start" / FILES[0]
+    json_file.write_text(json_file.read_text().replace(f'"{init}"', "true"))  # what the conversion asks for
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path / "as it is")
+    with pytest.raises(AdapterError, match=f"init_lora_weights.*{init}.*path_initial_model_for_weight_conversion"):
+        load_adapter(copy.deepcopy(base), tmp_path / "as it is")
+    theirs.peft_config["default"].init_lora_weights = init
+    theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start")
+    ours = copy.deepcopy(base)
+    assert load_adapter(ours, tmp_path / "plain").r == 4
+    # PEFT's base was rewritten in fp32: its own rounding, not ours
+    torch.testing.assert_close(
+        output(ours.double(), x.double()), output(theirs.double(), x.double()), rtol=0, atol=1e-4
+    )
 
 
 def adapter_parameters(model, name="default"):
@@ -201,7 +234,7 @@ def test_several_adapters_by_name(adapted, tmp_path):
     assert torch.equal(read_adapter(tmp_path / "x").layers["fc1"].lora_A, model.fc1.lora_A["other-1"].weight)
     with pytest.raises(ValueError, match="'other-1' is taken"):
         load_adapter(model, source, "other-1")
-    with pytest.raises(AdapterNotFound, match=r"'nope' not found; adapters of the model: \['default', 'other-1'\]"):
+    with pytest.raises(AdapterNotFound, match=r"'nope' not found; adapters of the model: 'default', 'other-1'"):
         save_adapter(model, tmp_path / "y", "nope")
     with pytest.raises(ValueError, match="adapter_name must be"):
         save_adapter(model, tmp_path / "y", "../up")
@@ -211,6 +244,15 @@ def test_several_adapters_by_name(adapted, tmp_path):
 INJECTED = {
     "mlp": (mlp, {"target_modules": "all-linear"}),
     "ambiguous names": (mlp, {"target_modules": "all-linear", "exclude_modules": ["blocks.1", "out"]}),
+    # the first pattern that matches decides, not the first in the alphabet
+    "order of patterns": (
+        mlp,
+        {
+            "target_modules": ["fc1", "blocks.0", "blocks.1"],
+            "rank_pattern": {"blocks.1": 2, "1": 7},
+            "alpha_pattern": {"blocks.0": 16, "0": 2},
+        },
+    ),
     "regex": (mlp, {"target_modules": r"blocks\.\d|out", "rank_pattern": {r"blocks\.[01]": 2}, "bias": "lora_only"}),
     "llama": (llama, {"target_modules": "all-linear", "init_lora_weights": "gaussian"}),
     "gpt2": (gpt2, {"target_modules": "all-linear", "use_rslora": True}),

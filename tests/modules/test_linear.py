@@ -64,10 +64,10 @@ def assert_like_peft(ours, theirs, x, names=("default",), seed=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES + [torch.float16])
-@pytest.mark.parametrize("init", [True, False, "gaussian"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
 @pytest.mark.parametrize("lora_bias", [False, True])
 def test_same_seed_same_bits_as_peft(init, dtype, lora_bias):
-    if init == "gaussian" and lora_bias:
+    if init in ("gaussian", "orthogonal") and lora_bias:
         pytest.skip("PEFT refuses the combination")
     base = linear(dtype)
     holder = nn.Sequential()
@@ -125,6 +125,8 @@ def test_state_dicts_load_into_each_other_strictly():
         ({"adapter_name": "keys"}, ValueError),
         ({"adapter_name": "__base__"}, ValueError),  # what a mixed batch calls the plain base
         ({"init_lora_weights": "pissa"}, ValueError),
+        ({"init_lora_weights": "eva"}, ValueError),
+        ({"init_lora_weights": "orthogonal", "r": 3}, ValueError),
         ({"use_rslora": "no"}, TypeError),
         ({"lora_bias": "no"}, TypeError),
         ({"autocast_adapter_dtype": None}, TypeError),

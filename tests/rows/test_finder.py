@@ -36,6 +36,7 @@ class Model(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block() for _ in range(blocks))
         self.around = around
+        self.inner = Block()
 
     def forward(self, x, scale=None, mask=None, *, position_ids=None):
         x = x if scale is None else x * scale
@@ -260,14 +261,16 @@ def test_a_module_of_the_model_may_be_called_by_itself(kind):
     x = torch.randn(6, 4, K)
     with at.batch(["a", "b"]), torch.no_grad():
         at.model(x[:2])
-        whole, inner, layer = at.model(x), at.model.layers[1](x), at.model.layers[1].up(x)
+        whole, inner, layer = at.model(x), at.model.inner(x), at.model.layers[1].up(x)
         with pytest.raises(ValueError, match="2 entries for a model batch of 3"):
-            at.model.layers[0](x[:3])
+            at.model.inner(x[:3])
+        with pytest.raises(ValueError, match="'layers.0' was called by itself"):
+            at.model.layers[0](x)  # nobody knows whether it takes [B, T, K] or [T, B, K]
     for i, name in enumerate("aaabbb"):
         alone = at.alone(name)
         for got, want in (
             (whole, alone(x)),
-            (inner, alone.layers[1](x)),
+            (inner, alone.inner(x)),
             (layer, alone.layers[1].up(x)),
         ):
             assert (got[i] - want[i]).abs().max() <= 1e-4 * want.abs().max()

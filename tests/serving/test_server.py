@@ -230,8 +230,8 @@ def test_chat_refuses_what_is_no_text(server):
 
 def test_unknown_routes_have_the_error_shape(server):
     assert server.http.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
-    assert server.http.get("/v1/completions").status_code == 405
-    assert server.http.get("/openapi.json").status_code == 404
+    wrong = server.http.get("/v1/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
 
 
 def test_load_and_unload(server, alone, world):
@@ -405,11 +405,23 @@ def test_metrics(server):
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x"])
 def test_key_is_needed(strict, header):
     headers = {} if header is None else {"Authorization": header}
-    for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/anything")):
+    for method, path in (
+        ("GET", "/v1/models"),
+        ("POST", "/v1/completions"),
+        ("GET", "/openapi.json"),
+        ("GET", "/anything"),
+    ):
         answer = httpx.request(method, f"{strict.url}{path}", headers=headers)
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
     assert httpx.get(f"{strict.url}/health").status_code == 200
     assert httpx.get(f"{strict.url}/metrics").status_code == 200
+
+
+def test_the_description_says_where_the_key_is_needed(strict, server):
+    paths = strict.http.get("/openapi.json").json()["paths"]
+    with_key = {path for path, methods in paths.items() for method in methods.values() if "security" in method}
+    assert with_key == set(paths) - {"/health", "/metrics"} and len(with_key) == 5
+    assert "security" not in server.http.get("/openapi.json").text
 
 
 def test_right_key_is_let_in(strict, alone):

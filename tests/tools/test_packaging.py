@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import fused_lora
 from helpers.waiting import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
+VERSION = fused_lora.__version__
 
 
 def run(*command, cwd):
@@ -49,6 +51,10 @@ def test_wheel_has_one_top_level_package(wheel):
     assert tops == {"fused_lora"}
     kernels = {f"fused_lora/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert kernels <= set(names) and "fused_lora/py.typed" in names
+
+
+def test_one_wheel_serves_every_python(wheel):
+    assert wheel.name.startswith(f"fused_lora-{VERSION}-py3-none-")
 
 
 # everything that is installed, by folder; what only development needs is in tools/, tests/ and benchmarks/

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -36,11 +37,13 @@ def run(
     ``merged`` puts every layer into that state during its own call. None leaves it as it is. ``rows`` evenly spaced
     rows of each layer's input and output are kept.
     """
-    found = Pass(torch.empty(0))
+    found, me = Pass(torch.empty(0)), threading.get_ident()
     open_states: dict[str, list[ExitStack]] = {layer.path: [] for layer in layers}
 
     def enter(layer: Layer):
         def hook(module, args):
+            if threading.get_ident() != me:
+                return  # a forward of another thread, which waits for the end of the verification
             state = ExitStack()
             if merged is not None:
                 state.enter_context(layer.shown(merged))
@@ -50,6 +53,8 @@ def run(
 
     def leave(layer: Layer):
         def hook(module, args, y):
+            if threading.get_ident() != me:
+                return None
             open_states[layer.path].pop().close()
             if rows and layer.path not in found.x and args:
                 found.x[layer.path], found.y[layer.path] = sample(args[0], rows), sample(y, rows)

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fused_lora.rows import Entries, RowFinder, Running
+from fused_lora.modules.names import some
+from fused_lora.rows import Call, Entries, RowFinder, Running
 from fused_lora.serving.batch.finite import bad_positions, main_output, unless_padding
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
 from fused_lora.serving.batch.static import RowBuffers
 from fused_lora.serving.residency.packing import Site
-from fused_lora.serving.residency.refusal import NonFiniteOutput, named
+from fused_lora.serving.residency.refusal import NonFiniteOutput
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
 _INPUTS = 4096  # inputs of layers whose rows are kept
@@ -136,11 +137,13 @@ class Batch:
             trace.shared = None  # of a step that was broken off
             self._siblings.close(trace)
             self._read_checks()
-        self._enter(trace, path, module, args, kwargs)
-
-    def _enter(self, trace: Trace, path: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]):
         call = trace.running.enter(path, module, args, kwargs)
-        if call is not None and (call.case != trace.case or len(trace.rows) >= _INPUTS):
+        if call is not None:
+            self._keep_rows(trace, call)
+
+    def _keep_rows(self, trace: Trace, call: Call) -> None:
+        """Keep what is known of the rows if it holds for this call, too."""
+        if call.case != trace.case or len(trace.rows) >= _INPUTS:
             trace.case, trace.rows, trace.arranged = call.case, {}, {}
 
     def returned(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -191,7 +194,7 @@ class Batch:
         identities = dict.fromkeys(version.identity for g in sorted(hit - {-1}) for version, _ in self.groups[g])
         if identities:
             raise NonFiniteOutput(
-                f"batch: the output has values that are not finite in the rows of {named([*identities])}: their terms "
+                f"batch: the output has values that are not finite in the rows of {some([*identities])}: their terms "
                 "overflow, or the model does on these inputs",
                 [*identities],
             )
@@ -201,7 +204,7 @@ class Batch:
         trace, index = self._traces.get(threading.get_ident()) or self._trace(), site.index
         call = trace.running.call
         if call is None:  # the layer itself was called
-            self._enter(trace, site.path, site.module, (x,), {})
+            self._keep_rows(trace, trace.running.enter_layer(site.path, site.module, x))
             try:
                 return self.add(site, x, y)
             finally:

@@ -48,6 +48,27 @@ _CHOICE = re.compile(r"str|list\[.*\]")
 _IN_MESSAGES = frozenset(("name", "refusal"))  # templates have no use for them
 
 
+_STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_STOPS_SCHEMA = {
+    "anyOf": [_STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS}, {"type": "null"}]
+}
+
+
+def _describe_others(schema: dict[str, Any]) -> None:
+    """Put into a request's JSON schema what ``GenerateRequest.check`` accepts beside the fields."""
+    others: dict[str, Any] = {name: {"enum": list(values)} for name, values in _NEUTRAL.items()}
+    others |= {name: {"description": "ignored"} for name in sorted(_WITHOUT_EFFECT)}
+    schema["properties"] = {**others, **schema["properties"]}
+    schema["additionalProperties"] = False
+
+
+def _describe_message(schema: dict[str, Any]) -> None:
+    """The same for a message."""
+    others = {name: {"description": "ignored"} for name in sorted(_IN_MESSAGES)}
+    schema["properties"] = {**others, **schema["properties"]}
+    schema["additionalProperties"] = {"enum": [None, []]}
+
+
 MAX_PROMPTS = 128  # in one request, whatever the server's own limit
 
 
@@ -128,7 +149,7 @@ class StreamOptions(Checked):
 class GenerateRequest(Checked):
     """What completions and chat completions have in common."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_describe_others)
     input_name: ClassVar[str]
 
     model: str
@@ -136,7 +157,7 @@ class GenerateRequest(Checked):
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int | None = Field(default=None, ge=1, le=128)
-    stop: str | Few[str] | None = None
+    stop: str | Few[str] | None = Field(default=None, json_schema_extra=_STOPS_SCHEMA)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -185,7 +206,7 @@ class TextPart(Checked):
 class Message(Checked):
     """A message. Content that is not text (pictures, tool calls) is refused."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_describe_message)
 
     role: str
     content: str | Many[TextPart]

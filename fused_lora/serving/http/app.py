@@ -3,6 +3,7 @@
     /v1/completions  /v1/chat/completions  /v1/models      ``model`` names the adapter, or the base model
     /v1/load_lora_adapter  /v1/unload_lora_adapter         as vLLM has them, with --allow-load, from --adapters
     /health  /metrics                                      without the API key
+    /openapi.json                                          the description of all of these
 
 It serves plain HTTP. Encryption and rates per client are the job of a proxy in front of it.
 """
@@ -14,7 +15,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,17 @@ from fused_lora.serving.http.api import (
     unknown_model,
 )
 from fused_lora.serving.http.engine import AsyncEngine, Job, as_api_error
-from fused_lora.serving.http.guard import STARTED, Guard, allowed_adapter
+from fused_lora.serving.http.guard import OPEN_PATHS, STARTED, Guard, allowed_adapter
+from fused_lora.serving.http.openapi import (
+    CHANGES_ADAPTERS,
+    GENERATES,
+    ChatCompletion,
+    Completion,
+    Health,
+    ModelList,
+    answers,
+    describe,
+)
 from fused_lora.serving.http.prompts import PromptReader
 from fused_lora.serving.http.streams import merged, unless_gone
 
@@ -49,12 +60,14 @@ _log = logging.getLogger("fused_lora.serve")
 
 @dataclass
 class Settings:
-    """Settings of one server: the name of its model, where adapters may come from, and the key."""
+    """Settings of one server: the name of its model, where adapters may come from, the key, and whether adapters are
+    loaded without the tensors that do not fit the model."""
 
     base_name: str
     adapters: Path | None = None
     allow_load: bool = False
     api_key: str | None = None
+    allow_partial: bool = False
 
 
 class Service:
@@ -190,56 +203,57 @@ def _event(data: dict[str, Any]) -> str:
 
 def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) -> Any:
     """The ASGI application; ``lifespan`` is FastAPI's."""
-    app = FastAPI(
-        title="fused_lora", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
-    )
+    app = FastAPI(title="fused_lora", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     service = Service(engine, settings)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", **answers(Completion, *GENERATES, kind="text/event-stream"))
     async def completions(http: Request, request: CompletionRequest) -> Response:
         return await service.answer(http, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", **answers(ChatCompletion, *GENERATES, kind="text/event-stream"))
     async def chat_completions(http: Request, request: ChatRequest) -> Response:
         return await service.answer(http, request)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", **answers(ModelList, 401))
     async def models() -> Response:
         return JSONResponse(await asyncio.to_thread(service.models))
 
-    @app.post("/v1/load_lora_adapter")
+    @app.post("/v1/load_lora_adapter", **answers(None, *CHANGES_ADAPTERS, kind="text/plain"))
     async def load_lora_adapter(request: LoadRequest) -> Response:
         root = service.check_may_load(request.lora_name)
         path = await asyncio.to_thread(allowed_adapter, root, request.lora_path)
-        await engine.load(request.lora_name, path, request.load_inplace, settings.adapters)
+        options = dict(inside=settings.adapters, allow_partial=settings.allow_partial)
+        await engine.load(request.lora_name, path, request.load_inplace, **options)
         return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 
-    @app.post("/v1/unload_lora_adapter")
+    @app.post("/v1/unload_lora_adapter", **answers(None, *CHANGES_ADAPTERS, kind="text/plain"))
     async def unload_lora_adapter(request: UnloadRequest) -> Response:
         service.check_may_load(request.lora_name)
         await engine.unload(request.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
 
-    @app.get("/health")
+    @app.get("/health", **answers(Health, 503))
     async def health() -> Response:
         if not engine.healthy():
             raise engine.stopped()
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", **answers(None, kind="text/plain"))
     async def metrics() -> Response:
         text = engine.metrics.text(engine, engine.store)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     _answer_errors(app)
+    describe(app, settings.api_key is not None, OPEN_PATHS)
     return Guard(app, engine.limits, settings.api_key, engine.metrics)
 
 
 def _answer_errors(app: FastAPI) -> None:
     """Every error in OpenAI's shape."""
 
-    def answer(error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body(), error.status, {"Retry-After": "1"} if error.status in (429, 503) else None)
+    def answer(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        again = {"Retry-After": "1"} if error.status in (429, 503) else {}
+        return JSONResponse(error.body(), error.status, {**again, **(headers or {})})
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
@@ -249,7 +263,7 @@ def _answer_errors(app: FastAPI) -> None:
     async def http_error(_: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # the only one of FastAPI's own: bytes that are no text, or nested too deeply
             return answer(ApiError(400, "body: no JSON that can be read"))
-        return answer(ApiError(error.status_code, str(error.detail)))
+        return answer(ApiError(error.status_code, str(error.detail)), error.headers)  # a 405 says what is allowed
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

@@ -212,15 +212,16 @@ class AsyncEngine:
         with router._lock:
             router.result_handlers.pop(request_id, None)
 
-    async def load(self, name: str, path: Path, replace: bool, inside: Path | None = None) -> None:
-        """Load an adapter, checked in full, in a thread; with ``replace`` also one that is there. Raises ApiError."""
+    async def load(self, name: str, path: Path, replace: bool, **options: Any) -> None:
+        """``store.load`` with these options in a thread; with ``replace`` also of a name that is there. Raises
+        ApiError."""
         if name in self.store and not replace:
             raise ApiError(400, f"The lora adapter {name!r} has already been loaded.", "lora_name")
         if name in self._loading and not replace:
             raise ApiError(409, f"The lora adapter {name!r} is being loaded.", "lora_name", "adapter_loading")
         self._loading.append(name)
         try:
-            await self._change(functools.partial(self.store.load, inside=inside), name, str(path))
+            await self._change(functools.partial(self.store.load, **options), name, str(path))
         finally:
             self._loading.remove(name)
 

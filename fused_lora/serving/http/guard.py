@@ -17,7 +17,7 @@ from fused_lora.serving.http.metrics import Metrics
 STARTED = "fused_lora.started"  # key of a scope: when its request began, by time.monotonic
 OPEN_PATHS = ("/health", "/metrics")
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
-_ROUTES = OPEN_PATHS + tuple(
+_ROUTES = (*OPEN_PATHS, "/openapi.json") + tuple(
     f"/v1/{name}" for name in "completions chat/completions models load_lora_adapter unload_lora_adapter".split()
 )
 

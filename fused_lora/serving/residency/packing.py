@@ -7,15 +7,17 @@ For each layer the bytes hold A [r, K] and then B^T [r, N], contiguous, at the e
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Plan, read_checked
-from fused_lora.adapters.read import check_model
+from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
+from fused_lora.adapters.read import check_model, warn_left_out
 from fused_lora.modules.config import MAX_RANK, scaling
+from fused_lora.modules.names import mismatch, some
 
 _ALIGNMENT = 64
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -86,9 +88,11 @@ def from_folder(
     folder: str,
     dtype: torch.dtype,
     inside: str | None = None,
-    max_bytes: int = MAX_WEIGHT_BYTES,
+    allow_partial: bool = False,
 ) -> tuple[Packed, Signature | None]:
     """A PEFT checkpoint, and the state of its files that was read; they must lie in the folder ``inside``, if given.
+
+    ``allow_partial`` is that of ``load_adapter``.
 
     Raises:
         AdapterError: a file is damaged, or does not fit the model. ValueError: it trains biases, or a value is out of
@@ -96,12 +100,13 @@ def from_folder(
     """
     for _ in range(5):
         before = signature(folder)
-        adapter, plan = read_checked(folder, max_bytes, lambda plan: check_model(model, plan), inside=inside)
+        adapter, plan = _read(model, folder, inside, allow_partial, tensors=True)
         if signature(folder) == before:
             break
     else:
         raise ValueError(f"source: {folder!r} changed while it was read, 5 times")
     _check_served(folder, plan)
+    warn_left_out(plan)
     layers = {}
     for path, tensors in adapter.layers.items():
         r, alpha = plan.ranks[path]
@@ -109,12 +114,18 @@ def from_folder(
     return _pack(sites, layers, dtype), before
 
 
-def check_folder(model: nn.Module, folder: str, inside: str | None = None) -> None:
+def check_folder(model: nn.Module, folder: str, inside: str | None = None, allow_partial: bool = False) -> None:
     """Raise what :func:`from_folder` would for the config and the header of the weights; no tensor is read."""
-    plan = read_checked(folder, MAX_WEIGHT_BYTES, lambda plan: check_model(model, plan), inside=inside, tensors=False)[
-        1
-    ]
-    _check_served(folder, plan)
+    _check_served(folder, _read(model, folder, inside, allow_partial, tensors=False)[1])
+
+
+def _read(
+    model: nn.Module, folder: str, inside: str | None, allow_partial: bool, tensors: bool
+) -> tuple[Adapter, Plan]:
+    def check(plan: Plan) -> Plan:
+        return check_model(model, plan, allow_partial)
+
+    return read_checked(folder, MAX_WEIGHT_BYTES, check, inside=inside, tensors=tensors, allow_partial=allow_partial)
 
 
 def _check_served(folder: str, plan: Plan) -> None:
@@ -125,8 +136,10 @@ def _check_served(folder: str, plan: Plan) -> None:
         )
 
 
-def from_tensors(sites: Mapping[str, Site], layers: Mapping[str, Any], dtype: torch.dtype) -> Packed:
-    """An adapter of ``{path: (A [r, K], B [N, r], scaling)}``.
+def from_tensors(
+    sites: Mapping[str, Site], layers: Mapping[str, Any], dtype: torch.dtype, allow_partial: bool = False
+) -> Packed:
+    """An adapter of ``{path: (A [r, K], B [N, r], scaling)}``; ``allow_partial`` leaves out paths that are no site.
 
     Raises:
         ValueError: no layers; a path that is not a linear layer of the model; a shape or rank that does not fit; or a
@@ -134,48 +147,15 @@ def from_tensors(sites: Mapping[str, Site], layers: Mapping[str, Any], dtype: to
     """
     if not layers:
         raise ValueError("source: expected at least one layer, got an empty mapping")
+    missing = [str(path) for path in layers if path not in sites]
+    if missing and (not allow_partial or len(missing) == len(layers)):
+        raise ValueError(f"source: {mismatch(missing, len(layers), sites)}")
+    if missing:
+        warnings.warn(f"source: {len(missing)} of {len(layers)} layers are left out: {some(missing)}", stacklevel=3)
+        layers = {path: entry for path, entry in layers.items() if path in sites}
     for path, entry in layers.items():
-        if path not in sites:
-            near = sorted(name for name in sites if name.rpartition(".")[2] == str(path).rpartition(".")[2])[:3]
-            raise ValueError(
-                f"source: {path!r} is no linear layer of the model" + (f"; there is {near}" if near else "")
-            )
         _check_entry(sites[path], entry)
     return _pack(sites, layers, dtype)
-
-
-def from_model(sites: Mapping[str, Site], model: nn.Module, name: str, dtype: torch.dtype) -> Packed:
-    """The adapter ``name`` of a model with LoRA layers (this package's or PEFT's), or its only one.
-
-    Raises:
-        ValueError: no LoRA layers, several adapters and none called ``name``, or an adapter that is more than A, B and
-            scaling (DoRA, a bias of lora_B).
-    """
-    found: dict[str, Any] = {
-        path.removeprefix("base_model.model."): module
-        for path, module in model.named_modules()
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "base_layer")
-    }
-    names = sorted({key for module in found.values() for key in module.lora_A})
-    if not names:
-        raise ValueError(f"source: the {type(model).__name__} has no LoRA layers with an adapter")
-    chosen = name if name in names else names[0]
-    if name not in names and len(names) > 1:
-        raise ValueError(f"source: the model has several adapters, {names}, and none is called {name!r}")
-    layers = {}
-    for path, module in found.items():
-        if chosen in module.lora_A:
-            B = module.lora_B[chosen]
-            # PEFT keeps what an adapter has beyond A and B in these
-            more = chosen in getattr(module, "lora_variant", {}) or chosen in getattr(
-                module, "lora_magnitude_vector", {}
-            )
-            if more or getattr(B, "bias", None) is not None:
-                raise ValueError(
-                    f"source: adapter {chosen!r} is more than A and B at {path!r} (DoRA, a bias of lora_B)"
-                )
-            layers[path] = (module.lora_A[chosen].weight, B.weight, float(module.scaling[chosen]))
-    return from_tensors(sites, layers, dtype)
 
 
 def _check_entry(site: Site, entry: Any) -> None:

@@ -10,7 +10,6 @@ from fused_lora.serving.residency.packing import Signature, signature
 
 # a damaged adapter is not read again for so long, unless its files change
 FAILED_LOAD_SECONDS = 30.0
-_NAMED = 8
 
 
 class NonFiniteOutput(RuntimeError):
@@ -52,9 +51,3 @@ class Refusal:
         again = type(self.error).__new__(type(self.error), *self.error.args)
         again.__dict__.update(self.error.__dict__)
         return again
-
-
-def named(identities: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(identities) - _NAMED} more" if len(identities) > _NAMED else ""
-    return ", ".join(map(repr, identities[:_NAMED])) + more

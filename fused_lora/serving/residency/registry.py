@@ -9,18 +9,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fused_lora.modules.config import check_bool
 from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
+from fused_lora.modules.names import some
 from fused_lora.serving.residency.lease import Lease
+from fused_lora.serving.residency.live import live_adapter
 from fused_lora.serving.residency.packing import (
     Packed,
     Site,
     check_folder,
     from_folder,
-    from_model,
     from_tensors,
     signature,
 )
-from fused_lora.serving.residency.refusal import Refusal, named
+from fused_lora.serving.residency.refusal import Refusal
 from fused_lora.serving.residency.residency import Residency, Version
 from fused_lora.serving.residency.transfer import Transfer
 
@@ -68,17 +70,27 @@ class Registry:
         self._residency = Residency(transfer, capacity, grow, host_capacity, slots, self._pinned.__contains__)
         self._lock = self._residency.changed
 
-    def load(self, name: str, source: Source, *, inside: str | os.PathLike | None = None) -> int:
+    def load(
+        self,
+        name: str,
+        source: Source,
+        *,
+        inside: str | os.PathLike | None = None,
+        allow_partial: bool = False,
+    ) -> int:
         """Load an adapter onto the device under ``name``. Each load of a name increments its version.
 
         The new version replaces the old one in one step at the end. Running batches keep the version they started
-        with. On any error nothing has changed.
+        with. On any error nothing has changed. Every tensor of the source is used, or the source is refused with a list
+        of what does not fit.
 
         Args:
             name: 1 to 64 letters, digits, "_" or "-".
             source: a folder with a PEFT checkpoint; or ``{path of a layer: (A [r, K], B [N, r], scaling)}``, copied; or
                 a model with LoRA layers, whose adapter ``name`` (or its only adapter) is copied.
             inside: a folder. Files outside it are refused at every read, with all links followed.
+            allow_partial: leave out, with a warning, layers of a folder or mapping that the model does not have, and
+                tensors that are not of LoRA layers. At least one layer must fit, and each layer must be whole.
 
         Returns:
             The version: 1 for the first load of a name. Each load increments it, even after an unload.
@@ -88,18 +100,19 @@ class Registry:
             what is pinned or in use. TypeError: ``source`` is none of the above.
         """
         check_adapter_name(name)
+        check_bool("allow_partial", allow_partial)
         self._check_attached()
         if isinstance(source, (str, os.PathLike)):
             folder, root = _absolute(source), None if inside is None else _absolute(inside)
-            packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype, root)
-            return self._load_packed(name, packed, folder, files, root).number
+            packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype, root, allow_partial)
+            version = Version(name, 0, folder, files=files, inside=root, allow_partial=allow_partial)
+            return self._load_packed(version, packed).number
         if isinstance(source, nn.Module):
-            packed = from_model(self._sites, source, name, self._transfer.dtype)
-        elif isinstance(source, Mapping):
-            packed = from_tensors(self._sites, source, self._transfer.dtype)
-        else:
+            source = live_adapter(source, name, self.model)
+        if not isinstance(source, Mapping):
             raise TypeError(f"source: expected a folder, a mapping or a model, got {type(source).__name__}")
-        return self._load_packed(name, packed, None, None).number
+        packed = from_tensors(self._sites, source, self._transfer.dtype, allow_partial)
+        return self._load_packed(Version(name, 0, None), packed).number
 
     def lease_async(self, name: str) -> Future[Lease]:
         """:meth:`lease` in another thread. Release the lease even if it is not needed any more."""
@@ -116,22 +129,29 @@ class Registry:
                 return None
             return self.lease(name)
 
-    def load_async(self, name: str, source: Source) -> Future:
+    def load_async(self, name: str, source: Source, **options: Any) -> Future:
         """:meth:`load` in another thread; the future's result is the version. Tensors must not change meanwhile."""
-        return self._in_thread(self.load, name, source)
+        return self._in_thread(self.load, name, source, **options)
 
-    def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Future:
+    def _in_thread(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> Future:
         self._check_attached()
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(4, thread_name_prefix="fused_lora_load")
-            return self._pool.submit(work, *arguments)
+            return self._pool.submit(work, *arguments, **options)
 
-    def register(self, name: str, source: str | os.PathLike, *, inside: str | os.PathLike | None = None) -> int:
-        """Register a checkpoint folder without reading it. The first batch that uses it reads it.
+    def register(
+        self,
+        name: str,
+        source: str | os.PathLike,
+        *,
+        inside: str | os.PathLike | None = None,
+        allow_partial: bool = False,
+    ) -> int:
+        """Register a checkpoint folder without reading it. The first batch that uses it reads it, or :meth:`probe`.
 
         Args:
-            inside: as for :meth:`load`.
+            inside, allow_partial: as for :meth:`load`.
 
         Returns:
             The version, as for :meth:`load`.
@@ -141,7 +161,9 @@ class Registry:
         if not isinstance(source, (str, os.PathLike)):
             raise TypeError(f"source: expected a folder, got {type(source).__name__}")
         root = None if inside is None else _absolute(inside)
-        return self._name(name, Version(name, 0, _absolute(source), inside=root)).number
+        check_bool("allow_partial", allow_partial)
+        version = Version(name, 0, _absolute(source), inside=root, allow_partial=allow_partial)
+        return self._name(version).number
 
     def probe(self, name: str) -> Exception | None:
         """Check the config and the header of an adapter's files, and no tensor.
@@ -158,7 +180,7 @@ class Registry:
             return None
         before = signature(version.folder)
         try:
-            check_folder(self.model, version.folder, version.inside)
+            check_folder(self.model, version.folder, version.inside, version.allow_partial)
         except (OSError, ValueError) as error:
             version.refusal = Refusal(error.with_traceback(None), version.folder, before, for_good=True)
             return error
@@ -285,7 +307,9 @@ class Registry:
                 return version
             except _Changed as change:
                 self._residency.release([version])
-                self._load_packed(version.name, change.packed, version.folder, change.files, version.inside, version)
+                again = Version(version.name, 0, version.folder, files=change.files, inside=version.inside)
+                again.allow_partial = version.allow_partial
+                self._load_packed(again, change.packed, version)
             except BaseException:
                 self._residency.release([version])
                 raise
@@ -309,29 +333,23 @@ class Registry:
             raise RuntimeError(f"adapter {version.identity!r} has no files to be read again")
         before = signature(version.folder)
         try:
-            return from_folder(self.model, self._sites, version.folder, self._transfer.dtype, version.inside)
+            where = version.inside, version.allow_partial
+            return from_folder(self.model, self._sites, version.folder, self._transfer.dtype, *where)
         except (OSError, ValueError) as error:
             version.refusal = Refusal(error.with_traceback(None), version.folder, before, version.quarantined)
             raise
 
-    def _load_packed(
-        self,
-        name: str,
-        packed: Packed,
-        folder: str | None,
-        files: Any,
-        inside: str | None = None,
-        instead_of: Version | None = None,
-    ) -> Version:
-        version = Version(name, 0, folder, files=files, held=1, inside=inside)
+    def _load_packed(self, version: Version, packed: Packed, instead_of: Version | None = None) -> Version:
+        version.held = 1
         try:
             self._residency.bring(version, lambda: packed)
-            return self._name(name, version, instead_of)
+            return self._name(version, instead_of)
         finally:
             self._residency.release([version])
 
-    def _name(self, name: str, version: Version, instead_of: Version | None = None) -> Version:
-        """Make ``version`` the current one of ``name``, unless ``instead_of`` is no longer the current one."""
+    def _name(self, version: Version, instead_of: Version | None = None) -> Version:
+        """Make ``version`` the current one of its name, unless ``instead_of`` is no longer the current one."""
+        name = version.name
         with self._lock:
             self._check_attached()
             if instead_of is not None and self._versions.get(name) is not instead_of:
@@ -350,7 +368,7 @@ class Registry:
         version = self._versions.get(name)
         if version is None:
             raise AdapterNotFound(
-                f"adapter {name[:100]!r} not found; adapters of the store: {named(sorted(self._versions))}"
+                f"adapter {name[:100]!r} not found; adapters of the store: {some(self._versions, near=name)}"
             )
         return version
 

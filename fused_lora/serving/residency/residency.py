@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fused_lora.modules.names import some
 from fused_lora.serving.residency.arena import Arena, Block
 from fused_lora.serving.residency.packing import Packed, Part, Signature, signature
-from fused_lora.serving.residency.refusal import Refusal, named
+from fused_lora.serving.residency.refusal import Refusal
 from fused_lora.serving.residency.transfer import Arrival, Transfer
 
 
@@ -31,6 +32,7 @@ class Version:
 
     folder: where its files are, or None. held: how many batches use it. retired: its name has a newer version or was
     unloaded. refusal: why it is not served, or None. inside: the folder that its files must be in, or None.
+    allow_partial: whether its files may hold more than the model takes.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Version:
     uses: dict[int, torch.cuda.Event] = field(default_factory=dict)
     refusal: Refusal | None = None
     inside: str | None = None
+    allow_partial: bool = False
 
     @property
     def identity(self) -> str:
@@ -205,7 +208,7 @@ class Residency:
         stay = sorted({v.name for v in self.resident if not self._may_leave(v)})
         return StoreFull(
             f"adapter {version.name!r} needs {version.nbytes} bytes; {self.arena.used} of {self.arena.capacity} are "
-            f"taken, pinned or in use: [{named(stay)}]"
+            f"taken, pinned or in use: [{some(stay)}]"
         )
 
     def _may_leave(self, version: Version) -> bool:

@@ -1,0 +1,34 @@
+"""What a key of an adapter file is that no layer here takes: said in the error that refuses the file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from fused_lora.modules.names import some
+
+_KINDS = (  # the first that is found in the key
+    (r"^lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.|\.alpha$", "the names of kohya's scripts: convert the file"),
+    (r"\.lora_magnitude_vector", "a DoRA magnitude: DoRA is not supported, PEFT computes it"),
+    (r"\.lora_embedding_[AB]", "LoRA on an embedding, which is not supported"),
+    (r"\.lora_[AB]\.(?!weight$|bias$)[^.]+\.", "an adapter's name inside the key: a state dict, no PEFT checkpoint"),
+    (r"\.lora_B\.bias$", "a bias of lora_B, which the config does not have (lora_bias)"),
+    (r"token_adapter|trainable_tokens", "trained tokens (trainable_token_indices), which are not supported"),
+    (r"\.modules_to_save\.", "a module saved whole inside its wrapper: a state dict, no PEFT checkpoint"),
+    (r"\.base_layer\.", "a parameter of the base model, which an adapter must not replace"),
+)
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+
+
+def not_read(keys: Sequence[str], key: str, total: int) -> str:
+    """What ``key`` is, and how many of the file's keys are not read."""
+    found = next((text for pattern, text in _KINDS if re.search(pattern, key)), None)
+    wrapper = next((name for name in key.split(".")[:-2] if name in _WRAPPERS), None)
+    if found is None and wrapper is not None:
+        found = f"the name of a wrapper, {wrapper!r}: save the model that is inside"
+    elif found is None and not key.startswith("base_model.model."):
+        found = "another beginning"
+    elif found is None and ".lora_" in key:
+        found = "a kind of LoRA tensor that is not supported"
+    found = found or "a parameter saved whole (modules_to_save, a resized vocabulary?), which is not supported"
+    return f"{found}; {len(keys)} of {total} keys are not read: {some(keys)}"

@@ -1,0 +1,120 @@
+"""An adapter of a live model, PEFT's or ours: A and B of linear layers, and a refusal by name for anything more."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_lora.modules.config import check_init, is_neutral
+from fused_lora.modules.inject import adapter_configs
+from fused_lora.modules.names import some
+
+Triples = dict[str, tuple[Tensor, Tensor, float]]
+_WRAPPERS = re.compile(r"^((_orig_mod|module|base_model\.model)\.)+")
+_PLAIN = ("lora_A", "lora_B")  # by adapter name, in a layer that is served
+# config entries for tensors beyond A and B, which adapters that are served beside others do not have
+_MORE = ("modules_to_save", "trainable_token_indices", "lora_bias", "use_dora", "alora_invocation_tokens")
+
+
+def live_adapter(source: nn.Module, name: str, base: nn.Module) -> Triples:
+    """``{path: (A [r, K], B [N, r], scaling)}`` of the adapter ``name`` of ``source``, or of its only one.
+
+    Args:
+        base: the model that the adapter is to be served on.
+
+    Raises:
+        ValueError: no LoRA layers; several adapters and none called ``name``; or the adapter is more than A and B of
+            linear layers, its initialisation has changed the base weights, or ``source`` has parameters of another
+            shape than ``base`` or trains parameters besides. The message names the first.
+    """
+    found: dict[str, Any] = {
+        _WRAPPERS.sub("", path): module
+        for path, module in source.named_modules()
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "base_layer")
+    }
+    names = sorted({key for module in found.values() for key in module.lora_A})
+    if not names:
+        raise ValueError(f"source: the {type(source).__name__} has no LoRA layers with an adapter")
+    chosen = name if name in names else names[0]
+    if name not in names and len(names) > 1:
+        raise ValueError(f"source: the model has several adapters, {some(names)}, and none is called {name!r}")
+    _check_config(source, chosen)
+    layers: Triples = {}
+    for path, module in found.items():
+        if chosen in module.lora_A:
+            if chosen in getattr(module, "lora_variant", {}) or module.lora_B[chosen].bias is not None:
+                raise ValueError(
+                    f"source: adapter {chosen!r} is more than A and B at {path!r} (DoRA or another variant, a bias of "
+                    "lora_B), which is not served"
+                )
+            A, B = module.lora_A[chosen].weight, module.lora_B[chosen].weight
+            layers[path] = (A, B, float(module.scaling[chosen]))
+    _check_parameters(source, base, _check_nothing_else(source, chosen, layers))
+    return layers
+
+
+def _check_config(source: nn.Module, chosen: str) -> None:
+    """Refuse by its config what a checkpoint of the adapter would be refused for."""
+    config: Any = None
+    for module in source.modules():  # PEFT's and ours, under whatever wraps the model
+        for configs in (vars(module).get("peft_config"), adapter_configs(module)):
+            if isinstance(configs, Mapping):
+                config = config or configs.get(chosen)
+    if config is None:
+        return  # layers without a config: their modules are looked at
+    if config.bias != "none":
+        raise ValueError(f"source: adapter {chosen!r} has bias={config.bias!r}: trained base biases are not served")
+    for entry in _MORE:
+        value = getattr(config, entry, None)
+        if not is_neutral(value):
+            raise ValueError(f"source: adapter {chosen!r} has {entry}={value!r}, which is not served")
+    try:
+        check_init(config.init_lora_weights)
+    except ValueError as error:
+        raise ValueError(f"source: adapter {chosen!r} may not fit the store's base weights: {error}") from None
+
+
+def _check_nothing_else(source: nn.Module, chosen: str, layers: Mapping[str, Any]) -> set[str]:
+    """Raise ValueError where a wrapper of PEFT's or ours keeps something else under the adapter's name.
+
+    Returns:
+        The paths of all that is kept under adapters' names.
+    """
+    kept = set()
+    for path, module in source.named_modules():
+        if not hasattr(module, "active_adapters"):
+            continue
+        plain = _WRAPPERS.sub("", path)
+        for part, held in module._modules.items():
+            if not isinstance(held, (nn.ModuleDict, nn.ParameterDict)) or part == "lora_dropout":
+                continue
+            kept.add(f"{path}.{part}")
+            if chosen in held and (part not in _PLAIN or plain not in layers):
+                raise ValueError(
+                    f"source: adapter {chosen!r} has {part} at {plain!r}; adapters that are served beside others bring "
+                    "A and B of linear layers only"
+                )
+    return kept
+
+
+def _check_parameters(source: nn.Module, base: nn.Module, kept: set[str]) -> None:
+    """Raise ValueError for a parameter of another shape than in ``base`` (a resized vocabulary), or one that is trained
+    beside what is ``kept`` under adapters' names and is not the base's own."""
+    ours = dict(base.named_parameters())
+    for full, parameter in source.named_parameters():
+        if any(full[:i] in kept for i, letter in enumerate(full) if letter == "."):
+            continue
+        parts = _WRAPPERS.sub("", full).split(".")
+        path = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+        own = ours.get(path)
+        if own is not None and parameter.is_floating_point() and own.shape != parameter.shape:  # quantised: packed
+            wanted = f"in the store's model {list(own.shape)}"
+            raise ValueError(f"source: {path!r} has shape {list(parameter.shape)}, {wanted}")
+        if parameter.requires_grad and own is not parameter:
+            raise ValueError(
+                f"source: {path!r} is trained beside the adapter and would not be served; freeze it with "
+                "requires_grad_(False) if it is as in the store's model"
+            )

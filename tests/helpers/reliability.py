@@ -1,0 +1,47 @@
+"""Figures of the experiments in tests/reliability: the result file, and the table of docs/reliability.md made from it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+BEGIN, END = "<!-- results: written by make reliability -->", "<!-- end of results -->"
+
+
+def write(path: Path, experiments: list[dict]) -> None:
+    """The figures as JSON and, next to the text of the page, as its table. One row for all parameters of a test."""
+    rows: dict[str, dict] = {}
+    for one in sorted(experiments, key=lambda e: (e["goal"], e["test"])):
+        row = rows.setdefault(one["test"], {**one, "count": 0, "passed": True, "seconds": 0.0})
+        row["count"] += one["count"]
+        row["passed"] &= one["passed"]
+        row["seconds"] = round(row["seconds"] + one["seconds"], 1)
+    content = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "rows": list(rows.values()),
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(content)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def table(content: dict) -> str:
+    """The table in Markdown."""
+    where = f"Python {content['python']}, torch {content['torch']}, {content['cores']} cores, {content['date'][:10]}"
+    lines = [f"{where}. Each row: `make reliability ARGS='-k NAME'` with the name in the last column.", ""]
+    lines += ["| Goal | What is done and must hold | Times | Held | Seconds | Name |", "|---|---|---:|---|---:|---|"]
+    for row in content["rows"]:
+        held = "yes" if row["passed"] else "**no**"
+        what = row["what"].rstrip(".")
+        lines.append(f"| {row['goal']} | {what} | {row['count']:,} | {held} | {row['seconds']:.0f} | `{row['test']}` |")
+    return "\n".join(lines)
