@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import fused_lora
+from fused_lora.testing.numeric import assert_no_worse
 from helpers.seeds import shifted
 
 transformers = pytest.importorskip("transformers")
@@ -131,3 +132,46 @@ def test_masks_and_positions_of_any_shape_and_order():
             dict(attention_mask=mask, inputs_embeds=model.get_input_embeddings()(ids)),
         ):
             assert torch.allclose(model(**kw).logits, want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_a_batch_under_autocast_is_no_worse_than_peft(dtype, autocast):
+    """PEFT's layer runs unmerged under the same autocast; exact are both in float64, from inputs in its dtype."""
+    peft = pytest.importorskip("peft")
+    ours, theirs, exact = [], [], []
+    for draw in range(30):
+        torch.manual_seed(shifted(100 + draw))
+        plain = nn.Sequential(nn.Linear(48, 40)).to(dtype).eval()
+        config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        wrapped = peft.get_peft_model(nn.Sequential(nn.Linear(48, 40)).to(dtype), config).eval()
+        wrapped.base_model.model[0].base_layer.load_state_dict(plain[0].state_dict())
+        store = fused_lora.AdapterStore(plain)
+        store.load("a", wrapped)
+        x = torch.randn(4, 3, 48)
+        with torch.autocast("cpu", autocast):
+            base = plain(x)
+            theirs.append(wrapped(x))
+            with store.batch(["a", None, "a", "a"]):
+                out = plain(x)
+        assert out.dtype == theirs[-1].dtype == autocast and torch.equal(out[1], base[1])
+        layer, linear = wrapped.base_model.model[0], plain[0]
+        A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        x, W, bias = (t.to(autocast).double() for t in (x, linear.weight, linear.bias))
+        exact.append((x @ W.T + bias + layer.scaling["default"] * (x @ A.T @ B.T))[[0, 2, 3]])
+        ours.append(out[[0, 2, 3]])
+        theirs[-1] = theirs[-1][[0, 2, 3]]
+    assert_no_worse(torch.stack(ours), torch.stack(theirs), torch.stack(exact), draws=True)
+
+
+@torch.no_grad()
+def test_a_model_under_autocast_answers_as_each_adapter_alone():
+    model, inputs, store = served(t5)
+    decoder = torch.zeros(3, 1, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        with store.batch(["a", None, "b"]):
+            mixed = model(**inputs, decoder_input_ids=decoder).logits
+        for i, name in enumerate(["a", None, "b"]):
+            with store.batch([name] * 3):
+                assert torch.equal(model(**inputs, decoder_input_ids=decoder).logits[i], mixed[i])

@@ -217,13 +217,18 @@ class Batch:
             return
         call.pause(True)
         try:
-            self._add(site, x, y, trace)
+            if torch.is_autocast_enabled(x.device.type):
+                with torch.autocast(x.device.type, enabled=False):
+                    self._add(site, x, y, trace, _autocast_dtype(x))
+            else:
+                self._add(site, x, y, trace, x.dtype)
             if not y.is_cuda:
                 trace.look(y.view(-1, site.N))
         finally:
             call.pause(False)
 
-    def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace) -> None:
+    def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace, dtype: torch.dtype) -> None:
+        """dtype: that x takes first, as in the base layer."""
         index = site.index
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
@@ -235,10 +240,10 @@ class Batch:
                 return
             self._siblings.forget(shared.first)
         rows = trace.rows.get((index, x.shape)) or self._rows(trace, site, x)
-        state, flat = state_of(x), x.reshape(-1, site.K)
+        state, flat = state_of(x), x.reshape(-1, site.K).to(dtype)
         together, alone = () if state is None else self._siblings.of(index), (index,)
         for sites in (together, alone) if len(together) > 1 else (alone,):
-            step = self._prepared.step(rows, self._buffers, sites, x, y)
+            step = self._prepared.step(rows, self._buffers, sites, flat, y)
             if step is None:
                 continue
             for arrival in self._arriving:
@@ -279,3 +284,9 @@ class Batch:
 
     def _group_of_row(self) -> np.ndarray:
         return np.append(self._group_of_entry, -1)[self._entry_of_row]
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """What x is cast to in a linear layer under autocast."""
+    casts = x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
