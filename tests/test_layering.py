@@ -26,7 +26,7 @@ ALLOWED = {
     "integrations": {"adapters", "modules", "bases", "ops", "reference"},
     "serving": {"adapters", "modules", "rows", "ops", "kernels", "reference"},
     "testing": {"kernels", "ops", "reference"},
-    "diagnostics": {"integrations", "modules", "ops", "kernels", "reference", "testing"},
+    "diagnostics": {"integrations", "modules", "bases", "ops", "kernels", "reference", "testing"},
     "cli": {"diagnostics", "integrations", "serving", "modules"},
 }
 THIRD_PARTY = {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import Adapters, base_of, foreign
+from fused_lora.bases.base import why_not_plain_weight
 from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout
 from fused_lora.modules.mixed import MixedBatch
@@ -142,8 +143,11 @@ class FusedLoraBehaviour:
             self._merge_names(names)
 
     def _merge_names(self, names: list[str]) -> None:
-        if "weight" not in self.base_layer._parameters:  # parametrized: computed anew from something else at each use
-            raise RuntimeError("base_layer.weight is not a parameter of its own, so nothing can be merged into it")
+        base = self.base_layer
+        if base_of(base).merge_weight(base) is None:
+            # parametrized: computed anew at each use; a subclass: packed or sharded, written to by its library alone
+            why = why_not_plain_weight(base._parameters.get("weight"))
+            raise RuntimeError(f"base_layer: {why}; expected a plain floating matrix, so nothing was merged into it")
         bias, old = self._check_bias_merge(names), self.merge_state
         state = _Merge(None) if old is None else replace(old, record=None)
         if bias is not None:

@@ -220,6 +220,7 @@ class RowFinder:
         self.callers = {p: modules[p] for p in sorted(around) if p in modules and not re.search(r"(^|\.)\d+(\.|$)", p)}
         self._exact: dict[tuple, Known] = {}
         self._general: dict[tuple, Known | None] = {}
+        self._found: dict[Key, Layout | str] = {}  # of all calls that were followed
 
     def begin(
         self, path: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entries: Entries
@@ -273,6 +274,29 @@ class RowFinder:
             frame = frame.f_back
         return self.begin(path, layer, (x,), {}, entries)
 
+    def in_compiled_code(self, path: str, layer: nn.Module, x: Tensor, entries: Entries) -> Call:
+        """The call of a layer whose surroundings run compiled, so that nothing about them is seen.
+
+        Raises:
+            ValueError: no call of the layer was followed before, or its layout depends on more than the shape of x.
+        """
+        if entries.uniform or not x.numel():
+            return Call(layer, entries.count, entries)
+        key = path, x.dim()
+        found = self._found.get(key, "no call of it was followed yet")
+        why = found if isinstance(found, str) else "its layout depends on the sizes of the model's inputs"
+        if isinstance(found, Layout) and (found.outer, found.inner) == (1, 1):
+            count = x.shape[found.dim]
+            if count == entries.count or not entries.packed and count % entries.count == 0:
+                known = Known(())
+                known.layouts[key] = found
+                return Call(layer, count, entries, known)
+            why = f"it has {count} rows or sequences for {entries.count} entries"
+        raise ValueError(
+            f"batch: {path!r} got an input of shape {tuple(x.shape)}; expected a layer whose rows are known from its "
+            f"shape in compiled code: {why}. Call the model once in such a batch without torch.compile"
+        )
+
     def end(self, call: Call, kind: tuple, complete: bool) -> None:
         """The end of a call; complete: it returned."""
         trace, found = call.followed, call._known
@@ -282,6 +306,12 @@ class RowFinder:
         call.followed = None
         if not (complete and call.lasts):
             return
+        for key, layout in found.layouts.items():
+            old = self._found.setdefault(key, layout)
+            if isinstance(old, Layout) and isinstance(layout, Layout) and old != layout:
+                self._found[key] = old._replace(inner=0)  # it depends on sizes
+            elif isinstance(layout, str):
+                self._found[key] = layout
         before = self._exact.get(kind)
         if before is not None:
             for key, layout in before.layouts.items():

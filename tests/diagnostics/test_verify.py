@@ -589,3 +589,14 @@ def test_inputs_that_show_nothing_are_refused(x):
     with pytest.raises(ValueError, match="inputs: expected"):
         verify(model, x)
     assert model.training and not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_quantised_reference_is_refused_by_name(ids):
+    model = fused_lora.inject(llama(), fused_lora.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    packed = {name: p.detach() for name, p in model.named_parameters()}
+    name = next(name for name in packed if name.endswith("q_proj.base_layer.weight"))
+    packed[name] = packed[name].to(torch.int8)
+    with pytest.raises(
+        ValueError, match="reference: .*q_proj.weight: a weight is torch.int8; expected a whole floating"
+    ):
+        verify(model, ids, reference=packed)

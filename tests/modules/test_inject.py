@@ -621,6 +621,20 @@ def test_a_shared_weight_is_not_merged(targets):
     assert not any(layer.merged for layer in fused_lora.lora_layers(model).values())
 
 
+def test_a_weight_that_brings_its_own_arithmetic_is_not_merged_and_not_called_shared():
+    """Quantised and sharded weights have no address of their own: data_ptr() is 0 for all of them."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer in model:
+        layer.weight = nn.Parameter(TwoTensor(layer.weight.data, layer.weight.data.clone()))
+    assert model[0].weight.data_ptr() == model[1].weight.data_ptr() == 0
+    fused_lora.inject(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    with pytest.raises(RuntimeError, match="0: base_layer: a weight is a TwoTensor; expected a plain floating matrix"):
+        fused_lora.merge(model)
+    assert not model[0].merged and model[0].merge_state is None
+
+
 def test_a_layer_with_two_places_is_not_merged_for_one_of_them():
     """PEFT's rule replaces it at its first place only, so that the other one calls the bare layer."""
     linear = nn.Linear(4, 4)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 
 from fused_lora.modules.targets import candidates, in_out_features, is_supported
@@ -67,6 +70,8 @@ class _CallHook(_Shared):
         self._store, self._path = store, path
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.compiler.is_compiling():  # what runs then is not seen operator by operator
+            return
         batch = running(self._store)
         if batch is not None:
             batch.called(self._path, module, args, kwargs)
@@ -79,6 +84,8 @@ class _ReturnHook(_Shared):
         self._store = store
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         batch = running(self._store)
         if batch is not None:
             batch.returned(module, kwargs, output)
@@ -88,9 +95,34 @@ class _Hook(_Shared):
     """After a linear layer: add the LoRA terms of the running batch to its output."""
 
     def __init__(self, store: Any, site: Site):
-        self._store, self._site = store, site
+        self._store, self._site, self._number = store, site, next(_numbers)
+        _hooks[self._number] = self
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            _store_terms(output, args[0] if args else next(iter(kwargs.values())), self._number)
+            return
         batch = running(self._store)
         if batch is not None and batch.acts:
             batch.add(self._site, args[0] if args else next(iter(kwargs.values())), output)
+
+    def add_compiled(self, x: Tensor, y: Tensor) -> None:
+        """What a call adds, from compiled code."""
+        batch = running(self._store)
+        if batch is not None and batch.acts:
+            batch.add_compiled(self._site, x, y)
+
+
+_numbers = itertools.count()
+_hooks: WeakValueDictionary[int, _Hook] = WeakValueDictionary()
+
+
+@torch.library.custom_op("fused_lora::store_terms_", mutates_args=("y",))
+def _store_terms(y: Tensor, x: Tensor, number: int) -> None:
+    """y += the terms of x in the batch that runs then, which a graph knows nothing of. number: of the layer's hook."""
+    _hooks[number].add_compiled(x, y)
+
+
+@_store_terms.register_fake
+def _(y: Tensor, x: Tensor, number: int) -> None:
+    return None

@@ -227,6 +227,25 @@ class Batch:
         finally:
             call.pause(False)
 
+    def add_compiled(self, site: Site, x: Tensor, y: Tensor) -> None:
+        """:meth:`add` from compiled code, where the model's own call is not seen.
+
+        Raises:
+            ValueError: the rows of the layer are not known. RuntimeError: a graph without buffers is being captured.
+        """
+        if x.is_cuda and self._buffers is None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("batch: a graph would keep these adapters for ever; use row_buffers, or no graph")
+        if site.index not in self._prepared.sites and self._buffers is None:
+            return
+        trace = self._traces.get(threading.get_ident()) or self._trace()
+        before = trace.running.call
+        trace.running.call = self._finder.in_compiled_code(site.path, site.module, x, self._entries)
+        try:
+            self._keep_rows(trace, trace.running.call)
+            self.add(site, x, y)
+        finally:
+            trace.running.call = before
+
     def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace, dtype: torch.dtype) -> None:
         """dtype: that x takes first, as in the base layer."""
         index = site.index
