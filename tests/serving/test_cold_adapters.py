@@ -57,7 +57,7 @@ def reads(monkeypatch):
 
     def from_folder(model, sites, folder, *more):
         read.append(folder.rpartition("/")[2])
-        assert go.wait(30)
+        assert go.wait(HANG)
         return real(model, sites, folder, *more)
 
     monkeypatch.setattr(registry, "from_folder", from_folder)
