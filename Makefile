@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CHECKED := fused_lora kernels benchmarks examples tests tools setup.py
 TYPED := $(shell find fused_lora -name '*.py') pyproject.toml
 
-.PHONY: quickstart test reliability fuzz test-gpu test-triton lint clean
+.PHONY: quickstart test reliability fuzz soak test-gpu test-triton lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -24,7 +24,7 @@ test-gpu: $(VENV)/.test
 
 # the experiments behind docs/reliability.md with their full counts, and its table: up to half an hour
 reliability: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/reliability --reliability docs/reliability.json $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m experiment --reliability docs/reliability.json $(ARGS)
 
 # the kernels under another Triton: make test-triton TRITON=triton==3.4.0 VENV=.venv-triton
 test-triton: $(VENV)/.test
@@ -38,6 +38,12 @@ fuzz: $(VENV)/.test
 	for target in config header weights; do \
 	  $(BIN)/python tests/fuzz/adapter_reader.py $$target --seconds $$(($(MINUTES) * 15)) --seed $(SEED) || exit 1; done
 	$(BIN)/python tests/fuzz/http_server.py --seconds $$(($(MINUTES) * 15)) --seed $(SEED)
+
+# a server under random clients, loads, reloads and a kill; the result goes to benchmarks/results: make soak MINUTES=10
+soak: MINUTES ?= 30
+soak: SEED ?= 0
+soak: $(VENV)/.test
+	$(BIN)/python tests/soak/soak.py --minutes $(MINUTES) --seed $(SEED)
 
 lint: $(VENV)/.test $(VENV)/.typed
 	$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Host time of one adapted layer: the time that Python takes, at sizes where the maths takes almost nothing.
+"""Host time of one adapted layer and of a small model: what Python takes where the maths takes almost nothing.
 
     python benchmarks/bench_host.py           on this machine's GPU, or the eager path of a CPU
     python benchmarks/bench_host.py --stub    the kernel route without a GPU: Triton's own launch path, a libcuda that
@@ -10,9 +10,13 @@ accelerated   the same layer under fused_lora.accelerate
 fused_lora    LoraLinear
 
 Microseconds of the calling thread, the least of many samples, providers taking turns: eval is a forward without
-gradients, mixed batch one whose rows name their adapters, train a forward and torch.autograd.grad of x, A and B. With
---stub PEFT computes 4 rows of 64 features in fp32, for real, and ours plans 136 rows of 16, which take the launches of
-training; only its library products are real.
+gradients, mixed batch one whose rows name their adapters, train a forward and torch.autograd.grad of x, A and B.
+
+On a CPU two more rows a provider are a whole model, a random Llama of 4 layers of 256 features with adapters of rank 8
+on all linears: decode is one token after 16, train model forward and backward of 64 tokens.
+
+With --stub PEFT computes 4 rows of 64 features in fp32, for real, and ours plans 136 rows of 16, which take the
+launches of training; only its library products are real.
 """
 
 from __future__ import annotations
@@ -38,7 +42,6 @@ import fused_lora
 COLUMNS = [("step", 22), ("provider", 12), ("forward us", 11), ("xPEFT", 6), ("fwd+bwd us", 11), ("xPEFT", 6)]
 OURS = ("accelerated", "fused_lora")
 NAMES = ("default", "second", "third")
-CALLS = 20  # in a sample
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,88 @@ class Step:
     dtype: str
     adapters: int
     dropout: float | None
+    calls = 20  # in a sample
     mixed: bool = False  # each row under the next adapter, the last under none
+
+    def candidates(self, device: torch.device, stub: bool) -> dict[str, tuple]:
+        """(layer, x, gradient of the output, leaves) of each provider."""
+        given = {}
+        for name, layer in layers(self, device).items():
+            step = self
+            if stub and name not in OURS:
+                step = replace(self, M=4, features=64)
+                layer = layers(step, device)[name]
+            torch.manual_seed(2)
+            dtype = getattr(torch, step.dtype)
+            x, g = (torch.randn(step.M, step.features, device=device, dtype=dtype) for _ in range(2))
+            x.requires_grad_(step.dropout is not None)
+            leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+            if step.mixed and name != "bare":
+                rows = [(*NAMES, "__base__")[i % 4] for i in range(step.M)]
+                layer = functools.partial(layer, adapter_names=rows)
+            given[name] = layer, x, g, leaves
+        return given
 
     def __str__(self) -> str:
         mode = "mixed batch" if self.mixed else "eval" if self.dropout is None else f"train p={self.dropout:g}"
         return f"{mode}, {self.adapters} adapter{'s' if self.adapters > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class ModelStep:
+    """A whole small model: a decode step of ``M`` sequences, or with a ``dropout`` a training step of M * 16 tokens."""
+
+    M: int
+    dropout: float | None = None
+    features: int = 256
+    r: int = 8
+    dtype: str = "float32"
+    adapters: int = 1
+    mixed: bool = False
+    calls = 4
+
+    def candidates(self, device: torch.device, stub: bool) -> dict[str, tuple]:
+        """(a step, its input, gradient of its output, leaves) of each provider."""
+        return {name: self._candidate(model.to(device), device) for name, model in self._models().items()}
+
+    def _models(self) -> dict[str, nn.Module]:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        def base() -> nn.Module:
+            torch.manual_seed(0)
+            sizes = dict(hidden_size=self.features, intermediate_size=2 * self.features, num_attention_heads=4)
+            return LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=4, **sizes)).requires_grad_(False)
+
+        fields = dict(r=self.r, lora_alpha=2 * self.r, lora_dropout=self.dropout or 0.0, target_modules="all-linear")
+        found = {"PEFT": get_peft_model(base(), LoraConfig(**fields))}
+        found["accelerated"] = fused_lora.accelerate(get_peft_model(base(), LoraConfig(**fields)))
+        found["fused_lora"] = fused_lora.inject(base(), fused_lora.LoraConfig(**fields))
+        for model in found.values():
+            torch.manual_seed(1)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    nn.init.normal_(parameter, std=0.05)
+            model.train(self.dropout is not None)
+        return found
+
+    def _candidate(self, model: nn.Module, device: torch.device) -> tuple:
+        torch.manual_seed(2)
+        tokens = torch.randint(0, 512, (self.M, 17), device=device)
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        if self.dropout is not None:
+            return lambda x: model(input_ids=x, labels=x).loss, tokens[:, :16], None, leaves
+        with torch.no_grad():
+            cache = model(input_ids=tokens[:, :16]).past_key_values
+
+        def decode(x: torch.Tensor) -> torch.Tensor:
+            logits = model(input_ids=x, past_key_values=cache).logits
+            cache.crop(-1)
+            return logits
+
+        return decode, tokens[:, 16:], None, leaves
+
+    def __str__(self) -> str:
+        return f"decode, batch {self.M}" if self.dropout is None else f"train model p={self.dropout:g}"
 
 
 def layers(step: Step, device: torch.device) -> dict[str, nn.Module]:
@@ -100,10 +180,12 @@ def layers(step: Step, device: torch.device) -> dict[str, nn.Module]:
     return found
 
 
-def sample(layer: Callable, x: torch.Tensor, g: torch.Tensor, leaves: list, backward: bool, clock: Callable) -> list:
-    """[us of a forward, us of a backward], the mean of CALLS."""
+def sample(
+    layer: Callable, x: torch.Tensor, g: torch.Tensor | None, leaves: list, backward: bool, clock, calls
+) -> list:
+    """[us of a forward, us of a backward], the mean of so many calls."""
     forward_time = backward_time = 0.0
-    for _ in range(CALLS):
+    for _ in range(calls):
         t0 = clock()
         y = layer(x)
         t1 = clock()
@@ -112,39 +194,27 @@ def sample(layer: Callable, x: torch.Tensor, g: torch.Tensor, leaves: list, back
         t2 = clock()
         forward_time += t1 - t0
         backward_time += t2 - t1
-    return [t / CALLS * 1e6 for t in (forward_time, backward_time)]
+    return [t / calls * 1e6 for t in (forward_time, backward_time)]
 
 
-def measure(step: Step, report: Report, table: Table, arguments) -> None:
+def measure(step: Step | ModelStep, report: Report, table: Table, arguments) -> None:
     """Check that the outputs agree, time all providers and add their rows."""
     device, stub = arguments.device, arguments.stub
-    found = layers(step, device)
+    given = step.candidates(device, stub)
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
-    backward, given, outputs = step.dropout is not None, {}, {}
-    for name, layer in found.items():
-        small = stub and name not in OURS
-        M, features = (4, 64) if small else (step.M, step.features)
-        if small:
-            layer = found[name] = layers(replace(step, M=M, features=features), device)[name]
-        torch.manual_seed(2)
-        x, g = (torch.randn(M, features, device=device, dtype=getattr(torch, step.dtype)) for _ in range(2))
-        x.requires_grad_(backward)
-        leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
-        given[name] = x, g, leaves
-        if step.mixed and name != "bare":
-            rows = [(*NAMES, "__base__")[i % 4] for i in range(M)]
-            layer = found[name] = functools.partial(layer, adapter_names=rows)
-        with torch.set_grad_enabled(backward):
+    backward, outputs = step.dropout is not None, {}
+    with torch.set_grad_enabled(backward):
+        for name, (layer, x, *_) in given.items():
             outputs[name] = layer(x).detach()
     exact = outputs["PEFT"].double()
-    best: dict[str, list[float]] = {name: [float("inf")] * 2 for name in found}
+    best: dict[str, list[float]] = {name: [float("inf")] * 2 for name in given}
     start, rounds = time.monotonic(), -3  # the first warm up
     with torch.set_grad_enabled(backward):
         while rounds < arguments.rounds or (time.monotonic() - start < arguments.seconds):
-            for name, layer in found.items():
+            for name, candidate in given.items():
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                times = sample(layer, *given[name], backward, clock)
+                times = sample(*candidate, backward, clock, step.calls)
                 if rounds >= 0:
                     best[name] = [min(pair) for pair in zip(best[name], times, strict=True)]
             rounds += 1
@@ -154,7 +224,7 @@ def measure(step: Step, report: Report, table: Table, arguments) -> None:
         # a mask is drawn anew in every call, and the stub computes nothing
         drawn = stub or (step.dropout and name != "bare")
         same = drawn or name == "bare" or (outputs[name].double() - exact).norm() <= 2**-6 * exact.norm()
-        row = vars(step) | dict(benchmark="host", provider=name, correct=bool(same), stub=stub)
+        row = vars(step) | dict(benchmark="host", step=str(step), provider=name, correct=bool(same), stub=stub)
         row |= dict(forward_us=round(forward, 2), both_us=round(both, 2) if backward else None)
         report.rows.append(row | dict(forward_to_peft=ratios[0], both_to_peft=ratios[1]))
         shown = [None if value is None else f"{value:.2f}" for value in ratios]
@@ -165,19 +235,19 @@ def add_bars(report: Report, stub: bool) -> None:
     """Kernel route: forward at most 0.6, forward+backward at most 0.8 of PEFT's host time; CPU: 1.0 and 1.2."""
     kernels = stub or report.device.type == "cuda"
     for row in report.rows:
-        if row["provider"] != "fused_lora" or row["adapters"] > 1 or (kernels and row["dropout"] is None):
+        if row["provider"] not in OURS or row["adapters"] > 1 or (kernels and row["dropout"] is None):
             continue
-        where = "eval" if row["dropout"] is None else f"train p={row['dropout']:g}"
+        where = f"host time, {row['provider']}, {row['step']}"
         if kernels:
-            report.bar(f"host time, {where}, forward: times PEFT's", row["forward_to_peft"], 0.6, False)
-            report.bar(f"host time, {where}, forward+backward: times PEFT's", row["both_to_peft"], 0.8, False)
+            report.bar(f"{where}, forward: times PEFT's", row["forward_to_peft"], 0.6, False)
+            report.bar(f"{where}, forward+backward: times PEFT's", row["both_to_peft"], 0.8, False)
         elif row["dropout"] is None:
-            report.bar(f"host time, {where}: times PEFT's", row["forward_to_peft"], 1.0, False)
+            report.bar(f"{where}: times PEFT's", row["forward_to_peft"], 1.0, False)
         else:
-            report.bar(f"host time, {where}, forward+backward: times PEFT's", row["both_to_peft"], 1.2, False)
+            report.bar(f"{where}, forward+backward: times PEFT's", row["both_to_peft"], 1.2, False)
 
 
-def steps(arguments) -> list[Step]:
+def steps(arguments) -> list[Step | ModelStep]:
     if arguments.stub:
         size = dict(M=136, features=16, r=8, dtype="float32")
     elif arguments.device.type == "cuda":
@@ -186,7 +256,11 @@ def steps(arguments) -> list[Step]:
         size = dict(M=4, features=64, r=8, dtype="float32")
     found = [Step(**size, adapters=n, dropout=p) for n in (1, 3) for p in (None, 0.0, 0.1)]
     # no kernel takes part in a mixed batch of a layer: the store's has a benchmark of its own
-    return found if arguments.stub else [*found, Step(**size, adapters=3, dropout=None, mixed=True)]
+    if not arguments.stub:
+        found.append(Step(**size, adapters=3, dropout=None, mixed=True))
+    if arguments.device.type == "cpu" and not arguments.stub:
+        found += [ModelStep(1), ModelStep(4), ModelStep(4, 0.0), ModelStep(4, 0.1)]
+    return found
 
 
 def use_stub() -> None:

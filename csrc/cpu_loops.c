@@ -20,8 +20,11 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
-enum { AREA = 4096, WIDTH = 256, DEPTH = 32, GROUP = 4, TILE = 32 };
+enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32 };
 /* elements and columns of a unit; ranks, rows and columns of a step of the delta */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { MERGE, UNMERGE, MERGE_AGAIN, CHECKSUM };            /* MERGE_AGAIN keeps nothing */
@@ -138,9 +141,15 @@ INLINE void add_products(const float *restrict left, const float *restrict right
     }
 }
 
-/* delta [h, n] of the unit; whole groups and tiles are written. */
-INLINE void compute_delta(const Work *work, const Unit *unit, float *delta) {
-    int64_t pitch = unit->pitch;
+/* Asks for `rows` lines of a unit, which will be read and written: memory takes longer than the sums of the one before. */
+INLINE void prefetch(const Unit *unit, int64_t first, int64_t rows, int64_t bytes) {
+    for (int64_t i = first; i < first + rows && i < unit->h; i++)
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(unit->lines + i * unit->stride + at, 1);
+}
+
+/* delta [h, n] of the unit; whole groups and tiles are written. Meanwhile the next unit comes into the cache. */
+INLINE void compute_delta(const Work *work, const Unit *unit, const Unit *next, float *delta) {
+    int64_t pitch = unit->pitch, size = work->weight_type == FLOAT32 ? 4 : 2;
     float right[DEPTH * WIDTH], line[DEPTH], left[DEPTH * GROUP];
     memset(delta, 0, (unit->h + GROUP - 1) / GROUP * GROUP * pitch * sizeof(float));
     for (int64_t first = 0; first < work->ranks; first += DEPTH) {
@@ -154,34 +163,38 @@ INLINE void compute_delta(const Work *work, const Unit *unit, float *delta) {
                 for (int64_t j = 0; j < unit->n; j++) to[j] *= s[k];
         }
         for (int64_t i = 0; i < unit->h; i += GROUP) {
+            if (first == 0) prefetch(next, i, GROUP, size * next->n);
             for (int64_t m = 0; m < GROUP; m++) { /* behind the last row that row again, which nobody reads */
                 int64_t row = unit->row + (i + m < unit->h ? i + m : unit->h - 1);
                 to_floats_of(work->left_type, work->left, row * work->ranks + first, depth, line);
                 for (int64_t k = 0; k < depth; k++) left[k * GROUP + m] = work->flipped ? line[k] : line[k] * s[k];
             }
-            for (int64_t j = 0; j < pitch; j += TILE) add_products(left, right + j, depth, delta + i * pitch + j, pitch);
+            for (int64_t j = 0; j < pitch; j += TILE)
+                add_products(left, right + j, depth, delta + i * pitch + j, pitch);
         }
     }
 }
 
-/* Sum of (bits of element i) * (i + 1) c modulo 2^64, the second factor modulo 2^32: no change of one element and no
- * exchange of two is lost, and others all but never. */
+/* Down each column of the unit sum <- rotated(sum ^ bits) * odd, and then the sum of (column's sum) * (j + 1) c, modulo
+ * 2^64. Every step can be undone, so no change of one element is lost, and others all but never. */
 INLINE uint64_t checksum(int type, const Unit *unit) {
-    uint64_t sum = 0;
+    uint32_t sums[WIDTH] = {0};
+    uint64_t total = 0;
     for (int64_t i = 0; i < unit->h; i++) {
         const char *line = unit->lines + i * unit->stride;
-        uint32_t factor = (uint32_t)(i * unit->n) * 0x9E3779B1u;
         for (int64_t j = 0; j < unit->n; j++) {
-            factor += 0x9E3779B1u;
-            sum += (uint64_t)get(type, line, j) * factor;
+            uint32_t sum = sums[j] ^ get(type, line, j);
+            sums[j] = (sum << 13 | sum >> 19) * 0x85EBCA6Bu;
         }
     }
-    return sum;
+    for (int64_t j = 0; j < unit->n; j++) total += (uint64_t)sums[j] * ((uint32_t)(j + 1) * 0x9E3779B1u);
+    return total;
 }
 
-/* out <- Wm and differs <- whether C is not W; returns the largest magnitude among W and Wm. NaN stays as it is, which
- * only the careful loop sees to. */
-INLINE uint32_t merge_lines(int type, int careful, const Unit *unit, const float *delta, void *out, uint8_t *differs) {
+/* out <- Wm, xors <- bits of C ^ bits of W, differs <- 255 where they are not 0; returns the largest magnitude among W
+ * and Wm. NaN stays as it is, which only the careful loop sees to. */
+INLINE uint32_t merge_lines(int type, int careful, const Unit *unit, const float *delta, void *out, void *xors,
+                            uint8_t *differs) {
     uint32_t largest = 0;
     for (int64_t i = 0; i < unit->h; i++) {
         const char *line = unit->lines + i * unit->stride;
@@ -193,7 +206,9 @@ INLINE uint32_t merge_lines(int type, int careful, const Unit *unit, const float
             largest = a > largest ? a : largest;
             largest = b > largest ? b : largest;
             put(type, out, at + j, careful ? choose(nan, w, merged) : merged);
-            differs[at + j] = (candidate != w) & (nan ^ 1);
+            uint32_t x = careful ? choose(nan, 0, candidate ^ w) : candidate ^ w;
+            put(type, xors, at + j, x);
+            differs[at + j] = (uint8_t)-(x != 0);
         }
     }
     return largest;
@@ -221,23 +236,31 @@ INLINE void unmerge_lines(int type, const Unit *unit, const float *delta, void *
     }
 }
 
+/* 16 bytes that are 0 or 255 to bits. */
+INLINE uint32_t bits_of(const uint8_t *bytes) {
+#ifdef __SSE2__
+    return (uint32_t)_mm_movemask_epi8(_mm_loadu_si128((const __m128i *)bytes));
+#else
+    uint64_t eight[2];
+    memcpy(eight, bytes, 16);
+    for (int i = 0; i < 2; i++) eight[i] = (eight[i] & 0x0101010101010101u) * 0x0102040810204080u >> 56;
+    return (uint32_t)(eight[1] << 8 | eight[0]);
+#endif
+}
+
 /* The corrections of a unit into `pairs`; returns how many. Behind the last column `differs` is 0. */
-INLINE int64_t encode(int type, const Unit *unit, const float *delta, const void *merged, const uint8_t *differs,
-                      uint8_t *pairs) {
+INLINE int64_t encode(int type, const Unit *unit, const void *xors, const uint8_t *differs, uint8_t *pairs) {
     uint8_t *end = pairs;
     int64_t last = -1;
     for (int64_t i = 0; i < unit->h; i++) {
         for (int64_t first = 0; first < unit->n; first += 64) {
-            uint64_t found = 0, eight;
-            for (int64_t j = first; j < first + 64 && j < unit->n; j += 8) { /* bytes that are 0 or 1 to bits */
-                memcpy(&eight, differs + i * unit->pitch + j, 8);
-                found |= (eight * 0x0102040810204080u >> 56) << (j - first);
-            }
+            uint64_t found = 0;
+            int64_t at = i * unit->pitch + first, place = i * unit->n + first, stop = unit->pitch - first;
+            for (int64_t j = 0; j < 64 && j < stop; j += 16) found |= (uint64_t)bits_of(differs + at + j) << j;
             for (; found; found &= found - 1) {
-                int64_t j = first + __builtin_ctzll(found), at = i * unit->pitch + j, gap = i * unit->n + j - last;
-                uint32_t w = get(type, unit->lines + i * unit->stride, j);
-                uint32_t x = w ^ rounded(type, value_of(type, get(type, merged, at)) - delta[at]);
-                last += gap;
+                int64_t j = __builtin_ctzll(found), gap = place + j - last;
+                uint32_t x = get(type, xors, at + j);
+                last = place + j;
                 for (; gap > 255; gap -= 255) *end++ = 255, *end++ = 0;
                 for (*end++ = (uint8_t)gap, *end++ = (uint8_t)x; x >>= 8;) *end++ = 0, *end++ = (uint8_t)x;
             }
@@ -248,35 +271,40 @@ INLINE int64_t encode(int type, const Unit *unit, const float *delta, const void
 
 /* Corrections applied to C; whether all of them lie in the unit. */
 INLINE int decode(int type, const Unit *unit, void *out, const uint8_t *pairs, int64_t count) {
-    int64_t i = 0, j = -1;
+    int64_t place = -1, size = unit->h * unit->n, whole = unit->n == unit->pitch;
     int shift = -1;
     for (const uint8_t *pair = pairs; pair < pairs + 2 * count; pair += 2) {
         shift = pair[0] ? 0 : shift + 8;
-        for (j += pair[0]; j >= unit->n; j -= unit->n) i++;
-        if (i >= unit->h || j < 0 || shift > 24) return 0;
-        put(type, out, i * unit->pitch + j, get(type, out, i * unit->pitch + j) ^ (uint32_t)pair[1] << shift);
+        place += pair[0];
+        if (place < 0 || place >= size || shift > 24) return 0;
+        int64_t at = whole ? place : place / unit->n * unit->pitch + place % unit->n;
+        put(type, out, at, get(type, out, at) ^ (uint32_t)pair[1] << shift);
     }
     return 1;
 }
 
-INLINE int do_unit(int type, Work *work, int64_t index, int mode) {
-    float delta[4 * AREA];
-    uint32_t out[3 * AREA];
-    uint8_t differs[3 * AREA], pairs[2 * 5 * AREA];
-    int64_t size = type == FLOAT32 ? 4 : 2, stride = work->row_stride * size;
-    int64_t panels = (work->columns + work->width - 1) / work->width;
+INLINE Unit unit_of(const Work *work, int64_t size, int64_t index) {
+    int64_t panels = (work->columns + work->width - 1) / work->width, stride = work->row_stride * size;
     int64_t row = index / panels * work->height, column = index % panels * work->width;
     int64_t h = work->rows - row < work->height ? work->rows - row : work->height;
     int64_t n = work->columns - column < work->width ? work->columns - column : work->width;
-    int64_t pitch = (n + TILE - 1) / TILE * TILE;
-    Unit unit = {work->weight + row * stride + column * size, stride, row, column, h, n, pitch};
-    Unit result = {(char *)out, pitch * size, row, column, h, n, pitch};
+    return (Unit){work->weight + row * stride + column * size, stride, row, column, h, n, (n + TILE - 1) / TILE * TILE};
+}
+
+INLINE int do_unit(int type, Work *work, int64_t index, int mode) {
+    float delta[4 * AREA];
+    uint32_t out[3 * AREA], xors[3 * AREA];
+    uint8_t differs[3 * AREA], pairs[2 * 5 * AREA];
+    int64_t size = type == FLOAT32 ? 4 : 2;
+    Unit unit = unit_of(work, size, index), next = unit_of(work, size, index + 1);
+    int64_t stride = unit.stride, h = unit.h, n = unit.n, pitch = unit.pitch;
+    Unit result = {(char *)out, pitch * size, unit.row, unit.column, h, n, pitch};
 
     if (mode == CHECKSUM) {
         work->checksums[index] = checksum(type, &unit);
         return DONE;
     }
-    compute_delta(work, &unit, delta);
+    compute_delta(work, &unit, &next, delta);
     if (mode == UNMERGE) {
         int64_t start = work->starts[index], count = work->counts[index];
         unmerge_lines(type, &unit, delta, out);
@@ -285,13 +313,13 @@ INLINE int do_unit(int type, Work *work, int64_t index, int mode) {
         if (checksum(type, &result) != work->checksums[index]) return CHANGED;
     } else {
         memset(differs, 0, h * pitch);
-        if (merge_lines(type, 0, &unit, delta, out, differs) >= infinity_of(type)) {
-            merge_lines(type, 1, &unit, delta, out, differs);
+        if (merge_lines(type, 0, &unit, delta, out, xors, differs) >= infinity_of(type)) {
+            merge_lines(type, 1, &unit, delta, out, xors, differs);
             if (loses_an_element(type, &unit, out)) return LOST;
         }
     }
     if (mode == MERGE) {
-        int64_t start, count = encode(type, &unit, delta, out, differs, pairs);
+        int64_t start, count = encode(type, &unit, xors, differs, pairs);
 #pragma omp atomic capture
         { start = work->used; work->used += count; }
         if (start > work->room - count) return FULL;
@@ -416,7 +444,7 @@ static int sweep(Work *work, int mode) {
         fenv_t environment; /* rounds to nearest and keeps subnormal numbers, whatever the caller's thread does */
         fegetenv(&environment);
         fesetenv(FE_DFL_ENV);
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 8)
         for (int64_t index = 0; index < count; index++) {
             int before, found = DONE;
 #pragma omp atomic read

@@ -37,6 +37,7 @@ import torch
 LANES = 16  # 16-bit lanes in one Philox4x64 block
 
 
+@functools.lru_cache(maxsize=256)
 def dropout_threshold(p: float) -> int:
     """p in units of 2^-16: how many of the 65536 lane values drop. 0 only for p = 0, 65536 only for p = 1."""
     if not 0.0 <= p <= 1.0:

@@ -9,9 +9,10 @@ Triton's own way stays where a kept binary would be wrong or unseen: for a point
 and with a Triton or a backend whose calls are not known here.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from functools import reduce
-from operator import or_
+from operator import is_, or_
 from typing import NamedTuple
 
 import torch
@@ -29,14 +30,15 @@ _KNOWN = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 class _Ready(NamedTuple):
     """What the launch of a compiled kernel needs."""
 
-    run: object
-    function: int
-    metadata: object
+    run: Callable  # of the head, the stream, the middle, and what the kernel takes
+    head: tuple
+    middle: tuple
     arguments: tuple  # all of the kernel's after the tensors, constants included
+    nested: bool  # whether ``run`` wants the kernel's arguments in one tuple
     scratch: bool  # whether it wants memory, for descriptors
     device: int
-    current_device: object
-    current_stream: object
+    current_device: Callable
+    current_stream: Callable
     binary: object  # whose end would unload the function
 
 
@@ -63,22 +65,26 @@ class Launch:
         if ready is None:
             return self._by_triton(kernel, tensors)
         for tensor in tensors:
-            if type(tensor) is tuple:
+            if tensor is None:
+                pointer = None
+            elif type(tensor) is tuple:
                 pointer = tuple([t.data_ptr() for t in tensor])
                 together |= reduce(or_, pointer)
             else:
-                pointer = None if tensor is None else tensor.data_ptr()
-                together |= pointer or 0
+                pointer = tensor.data_ptr()
+                together |= pointer
             pointers.append(pointer)
-        run, function, metadata, arguments, scratch, device, current_device, current_stream, _ = ready
+        run, head, middle, arguments, nested, scratch, device, current_device, current_stream, _ = ready
         if together % 16 or current_device() != device or _watched(kernel):
             return self._by_triton(kernel, tensors)
-        arguments = current_stream(device), function, metadata, None, None, None, *pointers, *arguments
-        if scratch:
+        stream = current_stream(device)
+        if nested:
+            run(*head, stream, *middle, (*pointers, *arguments))
+        elif scratch:
             with descriptor_memory():
-                run(*self._grid, *arguments)
+                run(*head, stream, *middle, *pointers, *arguments)
         else:
-            run(*self._grid, *arguments)
+            run(*head, stream, *middle, *pointers, *arguments)
 
     def _by_triton(self, kernel, tensors) -> None:
         flat = [t for group in tensors for t in (group if type(group) is tuple else (group,)) if t is not None]
@@ -92,18 +98,31 @@ class Launch:
         if binary is None or binary.metadata.target.backend != "cuda":
             return None
         names = kernel.arg_names[count + len(self._arguments) :]
-        active = driver.active
-        return _Ready(
-            binary.run,
-            binary.function,
-            binary.packed_metadata,
-            (*self._arguments, *(self._fixed[name] for name in names)),
-            binary.metadata.global_scratch_size > 0,
-            active.get_current_device(),
-            active.get_current_device,
-            active.get_current_stream,
-            binary,
-        )
+        arguments = *self._arguments, *(self._fixed[name] for name in names)
+        active, scratch = driver.active, binary.metadata.global_scratch_size > 0
+        run, head, nested = binary.run, self._grid, False
+        middle = binary.function, binary.packed_metadata, None, None, None
+        if not scratch and not getattr(binary.metadata, "profile_scratch_size", 0):
+            run, head, middle, nested = _inner(run, head, middle, (*[None] * count, *arguments))
+        device = active.get_current_device, active.get_current_stream
+        return _Ready(run, head, middle, arguments, nested, scratch, device[0](), *device, binary)
+
+
+def _inner(run, head: tuple, middle: tuple, arguments: tuple) -> tuple[Callable, tuple, tuple, bool]:
+    """(launch, head, middle, nested): what ``run``, Triton's launcher, calls in the end, and how, for this kernel.
+
+    Learnt from a call that launches nothing. ``run`` itself where it does more than hand its arguments on.
+    """
+    stream, passed, probe = object(), [], copy.copy(run)
+    probe.launch = lambda *given: passed.append(given)
+    probe(*head, stream, *middle, *arguments)
+    if len(passed) == 1 and stream in passed[0][:8]:
+        (given,), n = passed, len(arguments)
+        at = given.index(stream)
+        for nested, tail in ((False, given[-n:]), (True, given[-1])):
+            if tail is arguments or (type(tail) is tuple and len(tail) == n and all(map(is_, tail, arguments))):
+                return run.launch, given[:at], given[at + 1 : -1 if nested else -n], nested
+    return run, head, middle, False
 
 
 def _watched(kernel: JITFunction) -> bool:

@@ -120,7 +120,7 @@ def prepare_backward_g(
     dS_size, fit = (M, r) if parts == 1 else (parts, M, r), is_single([g]) and is_single([lora_B])
 
     def run(g, S, lora_B, planes):
-        dS, dB = S.new_empty(dS_size), lora_B.new_empty((N, r))
+        dS, dB = S.new_empty(*dS_size), lora_B.new_empty(N, r)
         if not fit:
             g, lora_B = addressable(g), addressable(lora_B)
         launch(kernel, g, S, lora_B, dS, dB, planes, None, counters(flags, device))
@@ -159,7 +159,7 @@ def prepare_backward_x(
     kernel, fit = _lora_backward_kernel, is_single([x]) and is_single([lora_A])
 
     def run(x, dS, lora_A, seeds, planes):
-        dx, dA = x.new_empty((M, K)), lora_A.new_empty((r, K))
+        dx, dA = x.new_empty(M, K), lora_A.new_empty(r, K)
         seeds, sync = seeds if drop else None, counters(flags, device)
         if not fit:
             x, lora_A = addressable(x), addressable(lora_A)

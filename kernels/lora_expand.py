@@ -138,8 +138,8 @@ def prepare_expand(
     kernel = _lora_expand_kernel
 
     def run(S, Q, seeds, bias, base=None):
-        y, base = S.new_empty(size, dtype=dtype), None if base is None else addressable(base)
-        launch(kernel, S, Q[0] if single else stacked(Q, by_columns), y, base, bias, seeds if drop else None)
+        y, Q = S.new_empty(*size, dtype=dtype), Q[0] if single else stacked(Q, by_columns)
+        launch(kernel, S, Q, y, None if base is None else addressable(base), bias, seeds if drop else None)
         return y
 
     return run

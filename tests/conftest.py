@@ -80,6 +80,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "device" in item.fixturenames:
             item.add_marker(pytest.mark.kernel)
+        if mark := item.get_closest_marker("experiment"):
+            found = {"goal": mark.args[0], "what": mark.kwargs.get("what") or " ".join(item.function.__doc__.split())}
+            found |= {"test": item.originalname, "count": repetitions(item)}
+            item.user_properties.append(("experiment", found))
         if not HAS_CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
@@ -87,12 +91,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def count(request):
     """How often an experiment is repeated: its ``full`` number with --reliability, its ``quick`` one without."""
-    mark = request.node.get_closest_marker("experiment")
-    number = mark.kwargs["full" if request.config.getoption("reliability") else "quick"]
-    what = " ".join(request.function.__doc__.split())
-    found = {"goal": mark.args[0], "what": what, "test": request.function.__name__, "count": number}
-    request.node.user_properties.append(("experiment", found))
-    return number
+    return repetitions(request.node)
+
+
+def repetitions(item):
+    mark = item.get_closest_marker("experiment")
+    return mark.kwargs["full" if item.config.getoption("reliability") else "quick"]
 
 
 @pytest.fixture(scope="session", autouse=True)

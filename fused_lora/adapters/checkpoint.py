@@ -143,7 +143,17 @@ def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfi
     except (ValueError, TypeError) as error:
         # messages of LoraConfig begin with the name of the entry
         key = re.split(r"[\[ ]", str(error))[0].strip("'\"")
-        raise AdapterError(path, key, str(error), entries.get(key, "no such entry")) from None
+        raise AdapterError(path, key, _expected(str(error)), entries.get(key, "no such entry")) from None
+
+
+def _expected(message: str) -> str:
+    """What a message of LoraConfig's, "KEY must be WANTED, got VALUE", says about what was wanted."""
+    text = re.sub(r", got .*?(; |$)", r"\1", message, count=1, flags=re.DOTALL)
+    if " is not supported" in text:
+        return f"null, false or empty: {text}"
+    if " is missing" in text:
+        return "an entry"
+    return re.sub(r"^.*? must be ", "", text, count=1, flags=re.DOTALL)
 
 
 def _sort_keys(

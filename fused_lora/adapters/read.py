@@ -63,11 +63,11 @@ def load_adapter(
         RuntimeError: the checkpoint has base biases, and a layer of the model is merged.
     """
     name = check_adapter_name("default" if adapter_name is None else adapter_name)
+    check_not_wrapped(model)
     check_new_name(model, name)
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
         raise TypeError(f"max_bytes: expected an int, got {max_bytes!r}")
     check_bool("allow_partial", allow_partial)
-    check_not_wrapped(model)
     adapter, plan = read_checked(
         directory, max_bytes, lambda plan: check_model(model, plan, allow_partial), allow_partial=allow_partial
     )

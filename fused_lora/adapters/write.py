@@ -17,6 +17,7 @@ from fused_lora.adapters.tensorfile import DTYPES, write_tensors
 from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import adapter_configs, check_adapter_name, check_names, lora_layers
+from fused_lora.modules.of_peft import refuse
 from fused_lora.modules.targets import candidates
 
 _ENDS = {field: end for end, field in SLOTS.items()}
@@ -51,6 +52,7 @@ def save_adapter(
             the config.
         OSError: from the file system. The folder is then as before.
     """
+    refuse(model, "save_adapter", "call peft_model.save_pretrained")
     check_names(model, [check_adapter_name(adapter_name)])
     if not isinstance(base_model_name_or_path, (str, type(None))):
         raise TypeError(f"base_model_name_or_path: expected a str or None, got {base_model_name_or_path!r}")

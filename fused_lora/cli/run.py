@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import types
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fused_lora.integrations.peft import install, uninstall
+from fused_lora.integrations.peft import ACCELERATED, BUILT, install, uninstall
 
 USAGE = "usage: fused-lora run script.py [arguments ...]\n       fused-lora run -m module [arguments ...]"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a script or module as ``python`` would, then report on stderr how many LoRA calls ran fused.
+    """Run a script or module as ``python`` would, then report on stderr how many LoRA layers and calls were fused.
 
     Returns:
         0 if the script ends, 2 for a wrong command line. What the script raises passes through, SystemExit too.
@@ -29,10 +31,11 @@ def main(arguments: Sequence[str]) -> int:
     if not as_module and not Path(target[0]).is_file():
         print(f"fused-lora run: there is no file {target[0]!r}", file=sys.stderr)
         return 2
-    report = install()
-    argv, path = sys.argv, list(sys.path)
+    report, built = install(), Counter(BUILT)
+    argv, path, before = sys.argv, list(sys.path), sys.modules.get("__mp_main__")
     sys.argv = arguments[int(as_module) :]
     sys.path.insert(0, os.getcwd() if as_module else str(Path(target[0]).resolve().parent))
+    sys.modules["__mp_main__"] = _main_of_children()
     try:
         if as_module:
             runpy.run_module(target[0], run_name="__main__", alter_sys=True)
@@ -40,17 +43,34 @@ def main(arguments: Sequence[str]) -> int:
             runpy.run_path(target[0], run_name="__main__")
     finally:
         sys.argv, sys.path[:] = argv, path
+        if before is None:
+            del sys.modules["__mp_main__"]
+        else:
+            sys.modules["__mp_main__"] = before
         uninstall()
-        _tell(report)
+        _tell(report, BUILT - built)
     return 0
 
 
-def _tell(report: Callable[[], dict[str, Any]]) -> None:
+def _main_of_children() -> types.ModuleType:
+    """What multiprocessing calls ``__mp_main__``: classes of the script, in what spawned processes send back.
+
+    multiprocessing sets it once, to the main module at its first import: here that is this command.
+    """
+    module = types.ModuleType("__mp_main__")
+    vars(module)["__getattr__"] = lambda name: getattr(sys.modules["__main__"], name)
+    return module
+
+
+def _tell(report: Callable[[], dict[str, Any]], built: Counter[str]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # one voice per launch
     calls = report()
     around, fallback = (sum(calls[way].values()) for way in ("around", "fallback"))
-    line = f"fused_lora: {calls['fused']} LoRA calls ran fused"
+    line = f"fused_lora: {built[ACCELERATED]} of {built.total()} LoRA layers accelerated"
+    for reason, count in built.most_common():
+        line += f"\n  {count:10} {reason}" * (reason != ACCELERATED)
+    line += f"\nfused_lora: {calls['fused']} LoRA calls ran fused"
     line += f", {around} fused around their base" * (around > 0) + f", {fallback} in PEFT's own way"
     for reason, count in (*calls["around"].items(), *calls["fallback"].items()):
         line += f"\n  {count:10} {reason}"

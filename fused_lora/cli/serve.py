@@ -112,6 +112,8 @@ def build(options: argparse.Namespace) -> Any:
         raise SystemExit(f"--model: {error}") from None
     name = options.served_model_name or Path(options.model).name
     store = AdapterStore(model, capacity_bytes=options.capacity, host_bytes=options.host_capacity)
+    with torch.no_grad():  # one token: which layers the model never calls is known before an adapter has them
+        model(torch.zeros(1, 1, dtype=torch.long, device=device))
     known = [] if options.adapters is None else register_folder(store, options.adapters, name, options.allow_partial)
     probe(store, known[:_PROBED_FIRST])
     manager = continuous_batching(model, store, _engine_config(options, device))

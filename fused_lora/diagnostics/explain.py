@@ -6,9 +6,9 @@ print(fused_lora.explain(model))
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 
@@ -18,6 +18,9 @@ from fused_lora.ops.linear.plan import Plan, plan
 if TYPE_CHECKING:
     from fused_lora.integrations.peft import LayerRow
     from fused_lora.kernels.config import LaunchConfig
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 CHIPS = {  # NVIDIA chip -> 10 * major + minor of its compute capability
     "A100": 80, "A10": 86, "A40": 86, "RTX 3090": 86, "L4": 89, "L40S": 89, "RTX 4090": 89,
@@ -63,18 +66,18 @@ class Explanation:
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """Every LoRA layer of a model: whether it runs fused, or why not. ``str()`` is a table."""
+    """Every LoRA layer of a model: whether it runs fused, or why not. ``str()`` is a table, equal layers in one row."""
 
     layers: tuple[LayerRow, ...]
 
     def __str__(self) -> str:
         if not self.layers:
             return "no LoRA layers"
-        rows = [(row.path, row.kind, str(row)) for row in self.layers]
-        fused = sum(row.fused for row in self.layers)
-        around = sum(row.why_not is None for row in self.layers) - fused
-        last = f"{fused} of {len(rows)} layers run fused" + f", {around} around their base" * (around > 0)
-        return "\n".join([*_table(("layer", "kind", "runs"), rows), last])
+        groups = grouped(self.layers, lambda row: (pattern(row.path), row.kind, str(row)))
+        rows = [(path, str(len(members)), kind, runs) for (path, kind, runs), members in groups.items()]
+        from fused_lora.integrations.peft import summary
+
+        return "\n".join([*_table(("layers", "n", "kind", "runs"), rows), summary(self.layers)])
 
 
 @overload
@@ -286,6 +289,19 @@ def _tile(config: LaunchConfig) -> str:
     text = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} rank block {config.BLOCK_R}"
     text += f", {config.num_warps} warps, {config.num_stages} stages"
     return text + f", split {config.SPLIT_K}" * (config.SPLIT_K > 1) + ", tensor descriptors" * config.tma
+
+
+def pattern(path: str) -> str:
+    """The path of a layer with * for its numbers, which tell equal blocks apart."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items by their keys, in the order found."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ def verify(
         wrong base              W is not the reference's, or a merged weight was replaced since its merge
         mismatched quantisation W is the reference's (or the merge's) rounded to a coarser grid
         stale merge             the merged weight is not W + D of the adapter as it is now
+        layer not called        its weight is read all the same: the adapter does nothing there until it is merged
         shared weight           a merge would change another module's weight too
         wrong adapter, other parameters    they differ from the reference's
         unmerged forward, merged weight, merged forward, output    out of bounds for none of these reasons
@@ -91,7 +93,8 @@ def verify(
         findings += _stubborn(model)
         unmerged = run(model, inputs, layers, False, seed, max_rows)
         _check_output(unmerged.output)
-        findings += _randomness(model, inputs, layers, unmerged, seed, max_rows)
+        random = _randomness(model, inputs, layers, unmerged, seed, max_rows)
+        findings += random or _uncalled(model, inputs, layers, unmerged, seed)
         checks = [check_layer(layer, unmerged) for layer in layers if layer.path in unmerged.x]
         skipped |= {layer.path: "it was not called" for layer in layers if layer.path not in unmerged.x}
         merged = run(model, inputs, layers, True, seed)
@@ -174,6 +177,28 @@ def _randomness(model, inputs, layers: list[Layer], first: Pass, seed: int, max_
         where = tuple(p for p in first.x if _same(first.x[p], other.x[p]) and not _same(first.y[p], other.y[p]))
         return [Finding(cause, text if where else f"{text}; it is no LoRA layer that does it", where)]
     return []
+
+
+def _uncalled(model, inputs, layers: list[Layer], unmerged: Pass, seed: int) -> list[Finding]:
+    """A finding where layers that the forward did not call change its output when their weights are switched."""
+    uncalled = [layer for layer in layers if layer.path not in unmerged.x]
+    if not uncalled:
+        return []
+    with ExitStack() as switched:
+        for layer in uncalled:
+            switched.enter_context(layer.shown(not layer.merged))
+        output = run(model, inputs, [layer for layer in layers if layer.path in unmerged.x], False, seed).output
+    if _same(output, unmerged.output):
+        return []
+    distance = (output.double() - unmerged.output.double()).abs().max().item()
+    text = "the model reads weights of these layers without calling them, so adapters there do nothing until a merge"
+    return [
+        Finding(
+            report.UNCALLED,
+            f"{text}, which moves the output by up to {distance:.1e}",
+            tuple(layer.path for layer in uncalled),
+        )
+    ]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -8,8 +8,10 @@ layer_report             which layers run fused, and why the others do not
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +24,13 @@ from torch import nn
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import Dense
 from fused_lora.integrations.peft_linear import AROUND, CALLS, FUSED, linear_class, why_around, why_not_fused
-from fused_lora.modules.changes import alone
+from fused_lora.modules.changes import alone, unwatch, watch
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.linear import LoraLinear
+
+_log = logging.getLogger("fused_lora")
+ACCELERATED = "accelerated"
+BUILT: Counter[str] = Counter()  # under install(): ACCELERATED, or why a layer that PEFT built is not -> how many
 
 _create = "_create_new_module"  # LoraModel's static method: where PEFT builds the layer around a target
 _installed: dict[str, Any] = {}  # empty, or the method that install() has replaced and the one it put there
@@ -43,6 +49,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     Layers that PEFT adds to a PeftModel later are accelerated too. After an injection into a bare model (a second
     ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``.
 
+    The logger ``fused_lora`` gets one line: how many layers run fused, and why the others do not. Where none does,
+    Python's warnings get it.
+
     Args:
         model: a PeftModel, or any module that contains PEFT LoRA layers.
 
@@ -59,10 +68,17 @@ def accelerate(model: nn.Module) -> nn.Module:
             "model: expected PEFT LoRA layers, found none. Wrap it first (peft.get_peft_model), or use "
             "fused_lora.inject(model, config), which needs no PEFT"
         )
+    for module in _entries(model):
+        watch(module)
     for module in model.modules():
         _adopt(module)
         if _builds_lora_layers(module):
             setattr(module, _create, _create_accelerated)
+    rows = layer_report(model)
+    if all(row.why_not for row in rows):
+        warnings.warn(f"accelerate: {summary(rows)}", stacklevel=3)
+    else:
+        _log.log(logging.WARNING if any(row.why_not for row in rows) else logging.INFO, "accelerate: %s", summary(rows))
     return model
 
 
@@ -84,6 +100,8 @@ def restore(model: nn.Module) -> nn.Module:
         raise RuntimeError(f"model: the classes of {changed} were changed after accelerate; undo that first")
     for _, module in layers:
         _release(module)
+    for module in _entries(model):
+        unwatch(module)
     for module in model.modules():
         if vars(module).get(_create) is _create_accelerated:
             delattr(module, _create)
@@ -111,7 +129,11 @@ def install() -> Callable[[], dict[str, Any]]:
 
         def create(*args: Any, **kwargs: Any) -> nn.Module:
             module = build(*args, **kwargs)
-            return _adopt(module) if _installed else module
+            if not _installed:
+                return module
+            reason = None if type(_adopt(module)) is linear_class() else _of_peft(module)[0]
+            BUILT[ACCELERATED if reason is None else reason] += 1
+            return module
 
         _installed.update(original=original, replacement=staticmethod(create))
         setattr(LoraModel, _create, _installed["replacement"])
@@ -227,11 +249,27 @@ def _gathered(model: nn.Module) -> Iterator[None]:
             parameters[name] = sharded
 
 
+def summary(rows: list[LayerRow] | tuple[LayerRow, ...]) -> str:
+    """How many layers run fused, and why the others do not: one line."""
+    fused = sum(row.fused for row in rows)
+    around = sum(row.why_not is None for row in rows) - fused
+    line = f"{fused} of {len(rows)} layers run fused" + f", {around} around their base" * (around > 0)
+    reasons = Counter(row.why_not for row in rows if row.why_not is not None)
+    return line + "".join(f"; {count} do not: {reason}" for reason, count in reasons.most_common())
+
+
 def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     """PEFT's LoRA layers of any kind: path -> layer. None where PEFT was never imported: then nobody can have any."""
     check_module(model)
     lora = sys.modules.get("peft.tuners.lora")
     return {} if lora is None else {p: m for p, m in model.named_modules() if isinstance(m, lora.LoraLayer)}
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """The model, and the base models in it, which PEFT's generate calls."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    inner = [m.model for m in model.modules() if tuners is not None and isinstance(m, tuners.BaseTuner)]
+    return list(dict.fromkeys([model, *inner]))
 
 
 def _stock_class() -> type[nn.Module]:
@@ -250,7 +288,8 @@ def _adopt(module: nn.Module) -> nn.Module:
 
 def _release(module: nn.Module) -> None:
     _change_class(module, linear_class(), _stock_class())
-    vars(module).pop("merge_state", None)
+    for own in ("merge_state", "_memory"):
+        vars(module).pop(own, None)
 
 
 def _change_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:

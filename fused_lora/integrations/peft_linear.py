@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fused_lora.bases import base_of
 from fused_lora.bases.base import why_not_plain_tensor, why_not_plain_weight
@@ -22,7 +23,6 @@ from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plai
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 
 FUSED, AROUND = "fused", "fused around the base: "
-_FEW_ROWS = 64
 _OF_VARIANTS = ("adapter_names", "alora_offsets")  # arguments that PEFT keeps from the base layer
 _WRAPPED = (
     "the model is wrapped by PEFT already. peft_model.load_adapter(path, adapter_name, is_trainable=True) loads a "
@@ -40,6 +40,11 @@ class AcceleratedLinear(FusedLoraBehaviour):
         """PEFT's forward: base(x) + sum over active adapters of scaling * B(A(dropout(x))), in the dtype of base(x)."""
         if CHANGING:
             wait_for_change(self)
+        if not (args or kwargs or self.lora_variant or _has_any_global_hook()) and self.cast_input_dtype_enabled:
+            y = self._remembered_forward(x)
+            if y is not None:
+                CALLS[FUSED] += 1
+                return y
         adapter_names = kwargs.get("adapter_names")
         names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
         reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, kwargs)
@@ -132,7 +137,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
 
     def _merges_exactly(self, adapter_names: list[str] | None) -> bool:
         names = self.active_adapters if adapter_names is None else adapter_names
-        if isinstance(names, str) or len(set(names)) != len(names) or (self.merged and self.merge_state is None):
+        if isinstance(names, str) or (self.merged and self.merge_state is None):
             return False
         if torch._C._len_torch_dispatch_stack():
             return False  # fake tensors have no numbers to check
@@ -271,11 +276,4 @@ def _why_not_call(layer: nn.Module, names: list[str], x: Tensor, kwargs: dict) -
         return "casting of the input is switched off"
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference():
         return "the input is an inference tensor"  # ours is kept for the backward, PEFT's cast or dropped copy
-    # a checkpoint's first forward, in training, has no gradients either, and its second must draw the same masks
-    return "few rows on a CPU" if not layer.training and _is_too_small(x, K) else None
-
-
-def _is_too_small(x: Tensor, K: int) -> bool:
-    """Whether PEFT's few calls of torch take less time than ours: decoding in fp32 on a CPU, by measurement."""
-    small = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
-    return small and not torch.compiler.is_compiling() and x.numel() <= _FEW_ROWS * K
+    return None

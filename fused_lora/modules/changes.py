@@ -1,12 +1,12 @@
 """Who may change a model's LoRA layers now: one thread at a time, and never in the middle of another thread's forward.
 
 ``with changing(model):`` holds the model, all of its modules at once or none. Other threads that want one of them wait.
-A forward that another thread has begun is finished first; one that it begins meanwhile waits at its first LoRA layer.
-So a call of the model, or of any module in it, sees all of a change or nothing.
+A forward of the model that another thread has begun is finished first; one that it begins meanwhile waits. So a call of
+a watched module (:func:`watch`) sees all of a change or nothing.
 
-The state is the process's, not the model's: copies and pickles of a model know nothing of it. Nothing marks a forward:
-whoever changes a model looks for forwards on the stacks of the other threads, so a forward pays for one look at an
-empty dict, and one that ends by an interrupt leaves nothing behind. docs/decisions/0037-changes.md tells more.
+The state is the process's, not the model's: copies and pickles of a model know nothing of it. A forward is known by the
+frame that runs it, which tells by itself when it has ended, also by an interrupt. docs/decisions/0037-changes.md tells
+more.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from torch import nn
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_CALL = nn.Module._call_impl.__code__
 _PAUSE = 0.0005  # seconds between two looks at a forward that is awaited
 
-_mutex = threading.Lock()  # for the four below; held for moments
+_mutex = threading.Lock()  # for changes of the next three; held for moments
 CHANGING: dict[int, _Change] = {}  # id of a module -> the change that holds it
-_waiting: set[int] = set()  # threads that wait to change something: for their forwards nobody waits
+_waiting: set[int] = set()  # threads that wait to change something: nobody waits for their forwards
 _admitted: set[int] = set()  # threads whose forward waited for a change that has ended: they go first
+FORWARDS: dict[tuple[int, int], tuple[nn.Module, FrameType]] = {}  # (watched module's id, thread): its outermost call
 
 
 class _Change:
-    """One change: what it holds, and the forwards of other threads that it has to let end."""
+    """One change and what it holds."""
 
     def __init__(self, forwards: bool):
         self.thread, self.forwards = threading.get_ident(), forwards
         self.claimed = False
-        self.held: set[int] = set()  # what this change has claimed, and not one around it
-        self.begun: dict[int, FrameType] = {}  # thread -> its outermost call of a module that is held
+        self.modules: set[int] = set()
+        self.held: set[int] = set()  # those that this change has claimed, and not one around it
         self.waiters: set[int] = set()  # threads whose forward waits for the end
         self.ended = threading.Lock()
         self.ended.acquire()
@@ -51,22 +51,30 @@ class _Change:
     def claim(self, module: nn.Module) -> _Change | None:
         """Take all modules or none; returns the change that has one of them."""
         with _mutex:
-            modules = {id(m) for m in module.modules()}
-            theirs = (CHANGING[m] for m in modules & CHANGING.keys())
+            self.modules = {id(m) for m in module.modules()}
+            theirs = (CHANGING[m] for m in self.modules & CHANGING.keys())
             other = next((c for c in theirs if c.thread != self.thread), None)
             if other is None and not _admitted:
-                self.held = modules - CHANGING.keys()
+                self.held = self.modules - CHANGING.keys()
                 CHANGING.update(dict.fromkeys(self.held, self))
-                self.begun = _calls(modules) if self.forwards else {}
                 self.claimed = True
             return other
 
     def awaits(self) -> bool:
-        """Whether a forward that had begun before is still under way."""
-        with _mutex:
-            stacks = sys._current_frames()
-            begun = {thread: call for thread, call in self.begun.items() if thread not in _waiting}
-            return any(call is frame for thread, call in begun.items() for frame in _stack(stacks.get(thread)))
+        """Whether a forward of another thread is under way."""
+        others = {thread for _, thread in list(FORWARDS)} - {self.thread} - _waiting
+        return any(self.awaits_thread(thread) for thread in others)
+
+    def awaits_thread(self, thread: int, besides: tuple[int, int] | None = None) -> bool:
+        """Whether this thread is in a forward of something that has a module of this change."""
+        return self.forwards and any(
+            key[1] == thread and key != besides and _runs(frame) and self.concerns(module)
+            for key, (module, frame) in list(FORWARDS.items())
+        )
+
+    def concerns(self, module: nn.Module) -> bool:
+        """Whether it has a module of this one."""
+        return not self.modules.isdisjoint(map(id, module.modules()))
 
     def end(self) -> None:
         """Does nothing the second time."""
@@ -75,7 +83,7 @@ class _Change:
             for module in self.held:
                 if CHANGING.get(module) is self:
                     del CHANGING[module]
-            self.held, self.begun = set(), {}
+            self.held = set()
             _admitted.update(self.waiters)
             self.waiters = set()
             if self.ended.locked():
@@ -106,7 +114,7 @@ def changing(module: nn.Module, forwards: bool = True) -> Iterator[None]:
                     pass
             elif not change.claimed:
                 time.sleep(_PAUSE)
-        while change.begun and change.awaits():
+        while change.awaits():
             time.sleep(_PAUSE)
         _waiting.discard(change.thread)
         yield
@@ -131,23 +139,27 @@ def alone(function: Callable[P, R]) -> Callable[P, R]:
     return inner
 
 
-def wait_for_change(layer: nn.Module) -> None:
-    """Before a forward of a layer, while ``CHANGING`` holds something: wait until another thread's change has ended."""
+def wait_for_change(module: nn.Module, besides: tuple[int, int] | None = None) -> bool:
+    """Before a forward, while ``CHANGING`` holds something: wait until another thread's change of it has ended.
+
+    Returns False where nothing is to be waited for: a change may wait itself, for a forward of this thread that is
+    around this one (``besides``: the key of this one, which is taken out while it waits).
+    """
     if torch.compiler.is_compiling():
-        return
-    me, change = threading.get_ident(), None
+        return False
+    me, change, waited = threading.get_ident(), None, False
     try:
         while True:
             with _mutex:
                 _admitted.discard(me)
-                change = CHANGING.get(id(layer))
-                if change is None or change.thread == me or not change.forwards:
-                    return
-                if me in change.begun and any(frame is change.begun[me] for frame in _stack(sys._getframe())):
-                    return  # the change waits for this very forward
+                others = (c for c in set(CHANGING.values()) if c.thread != me and c.forwards and c.concerns(module))
+                change = next((c for c in others if not c.awaits_thread(me, besides)), None)
+                if change is None:
+                    return waited
                 change.waiters.add(me)
+                FORWARDS.pop(besides or (0, 0), None)
             with change.ended:
-                pass
+                waited = True
     except BaseException:
         with _mutex:
             _admitted.discard(me)
@@ -156,22 +168,47 @@ def wait_for_change(layer: nn.Module) -> None:
         raise
 
 
-def _calls(modules: set[int]) -> dict[int, FrameType]:
-    """The outermost call of one of these modules in every other thread that is in one."""
-    found = {}
-    for thread, innermost in sys._current_frames().items():
-        for frame in _stack(innermost):
-            if frame.f_code is _CALL and id(frame.f_locals.get("self")) in modules:
-                found[thread] = frame
-    found.pop(threading.get_ident(), None)
-    return found
+def watch(model: nn.Module) -> None:
+    """Let changes wait for calls of this module; twice is once."""
+    if _begin not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_begin)
+        model.register_forward_hook(_end, always_call=True)
 
 
-def _stack(frame: FrameType | None) -> Iterator[FrameType]:
-    """The frame and those that called it."""
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+def unwatch(model: nn.Module) -> None:
+    """Undo :func:`watch`."""
+    for hooks, ours in ((model._forward_pre_hooks, _begin), (model._forward_hooks, _end)):
+        for key in [key for key, hook in hooks.items() if hook is ours]:
+            del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
+
+
+def _begin(module: nn.Module, args: object) -> None:
+    if torch.compiler.is_compiling():
+        return
+    key = id(module), threading.get_ident()
+    before = FORWARDS.get(key)
+    if before is not None and _runs(before[1]):
+        return  # a module in itself
+    FORWARDS[key] = module, sys._getframe(1)  # before the look: a change looks here after it has said that it comes
+    while CHANGING and wait_for_change(module, key):
+        FORWARDS[key] = module, sys._getframe(1)
+
+
+def _end(module: nn.Module, args: object, output: object) -> None:
+    if torch.compiler.is_compiling():
+        return
+    key = id(module), threading.get_ident()
+    if key in FORWARDS and (FORWARDS[key][1] is sys._getframe(1) or not _runs(FORWARDS[key][1])):
+        del FORWARDS[key]
+
+
+def _runs(frame: FrameType) -> bool:
+    try:
+        frame.clear()
+    except RuntimeError:  # only of a frame that runs, in any thread
+        return True
+    return False
 
 
 def _after_fork() -> None:
@@ -181,6 +218,8 @@ def _after_fork() -> None:
     for module, change in list(CHANGING.items()):
         if change.thread != threading.get_ident():
             del CHANGING[module]
+    for key in [key for key in FORWARDS if key[1] != threading.get_ident()]:
+        del FORWARDS[key]
     _waiting.clear()
     _admitted.clear()
 

@@ -260,7 +260,12 @@ _FIELDS = tuple(f.name for f in dataclasses.fields(LoraConfig) if f.name != "ext
 
 
 def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in pattern.items() if matches_end(key, name)), default)
+
+
+def matches_end(key: str, name: str) -> bool:
+    """PEFT's rule for a key of rank_pattern or alpha_pattern: whether it matches the end of the path ``name``."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _check_items(name: str, values: Any, kind: type) -> None:

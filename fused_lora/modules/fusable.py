@@ -45,8 +45,11 @@ def why_not_here() -> str | None:
         return "torch.export"
     if torch.jit.is_tracing():
         return "torch.jit.trace"
+    return why_transformed() or ("a hook on all modules" if _has_any_global_hook() else None)
+
+
+def why_transformed() -> str | None:
+    """None unless vmap, grad or another transform is at work, for which the operators have no rules."""
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    return "a hook on all modules" if _has_any_global_hook() else None
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None

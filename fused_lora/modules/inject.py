@@ -16,13 +16,15 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from fused_lora.modules.changes import alone, changing
+from fused_lora.modules import of_peft
+from fused_lora.modules.changes import alone, changing, watch
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixed import MixedBatch
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
-from fused_lora.modules.targets import is_supported, match_targets
+from fused_lora.modules.reads import FirstForward, why_never_called
+from fused_lora.modules.targets import is_supported, match_targets, warn_unused
 
 _CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
 
@@ -75,6 +77,8 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     The first adapter of a model becomes active and trainable. Each further adapter is added inactive, as PEFT's
     ``add_adapter`` does. :func:`set_adapter` chooses which are active.
 
+    Warns of names and keys of ``config`` that match nothing, and of weights that "all-linear" does not cover.
+
     Args:
         model: any nn.Module. Its target layers are replaced by :class:`LoraLinear` around the same weights.
         config: a :class:`LoraConfig`, or a ``peft.LoraConfig``, which is converted.
@@ -91,11 +95,12 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     """
     config = as_lora_config(config)
     check_not_wrapped(model)
-    layers = {}
-    for path in match_targets(model, config):
+    layers, matched = {}, match_targets(model, config)
+    for path in matched:
         r, lora_alpha = config.layer_rank_alpha(path)
         layers[path] = LayerSpec(r, lora_alpha)
     attach(model, adapter_name, config, layers)
+    warn_unused(model, config, matched)
     return model
 
 
@@ -107,8 +112,8 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
     from ``layers``. Raises ValueError if the name is malformed or taken, a path is not a linear layer, or the tensors
     do not fit.
     """
-    configs = check_new_name(model, check_adapter_name(adapter_name))
     check_not_wrapped(model)
+    configs = check_new_name(model, check_adapter_name(adapter_name))
     biased = [name for name, c in configs.items() if c.bias != "none"]
     if biased and config.bias != "none":
         raise ValueError(f"bias: only one adapter may train biases, and {biased[0]!r} does, got bias={config.bias!r}")
@@ -126,9 +131,12 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
         parent, _, name = path.rpartition(".")
         setattr(modules[parent], name, layer)
     _load_base_biases(model, layers)
+    watch(model)
     setattr(model, _CONFIGS, {**configs, adapter_name: config})
     setattr(model, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
+    if not any(isinstance(hook, FirstForward) for hook in model._forward_pre_hooks.values()):
+        FirstForward(model, lora_layers)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
     else:
@@ -139,23 +147,33 @@ def attach(model: nn.Module, adapter_name: str, config: LoraConfig, layers: dict
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
-    """The adapters of a model: name -> config."""
+    """The adapters of a model: name -> config. Raises RuntimeError if they are PEFT's."""
     check_module(model)
+    if not hasattr(model, _CONFIGS):
+        of_peft.refuse(model, "adapter_configs", "its configs are in peft_model.peft_config")
     return dict(getattr(model, _CONFIGS, {}))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """The LoRA layers of a model: path -> layer, in ``named_modules()`` order."""
+    """The LoRA layers of a model: path -> layer, in ``named_modules()`` order.
+
+    Raises RuntimeError if they are PEFT's.
+    """
     check_module(model)
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+    found = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+    if not found:
+        of_peft.refuse(model, "lora_layers", "fused_lora.integrations.peft.layer_report(model) lists its layers")
+    return found
 
 
+@of_peft.by_peft(of_peft.active_adapters)
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters."""
     return next((list(layer.active_adapters) for layer in lora_layers(model).values()), [])
 
 
 @alone
+@of_peft.by_peft(of_peft.set_adapter)
 def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Activate one adapter or several. All others are inactive and frozen.
 
@@ -168,13 +186,14 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
     check_names(model, names)
     layers = lora_layers(model)
     if any(layer.merged for layer in layers.values()):
-        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=4)
     unmerge_all(layers)
     for layer in layers.values():
         layer.set_adapter(names, inference_mode)
 
 
 @alone
+@of_peft.by_peft(of_peft.delete_adapter)
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter from all layers.
 
@@ -197,6 +216,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     setattr(model, _CONFIGS, configs)
 
 
+@of_peft.by_peft(of_peft.disable_adapters)
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """A context in which all adapters are ignored. Merged ones are unmerged first.
@@ -228,6 +248,7 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None], *, dim:
         ValueError: adapter_names is empty, or the rows of a layer are not known.
         RuntimeError: the model is in training mode, or an adapter is merged.
     """
+    of_peft.refuse(model, "adapter_batch", "call peft_model(..., adapter_names=[...])")
     names = [BASE if name is None else name for name in as_list(adapter_names)]
     if not names:
         raise ValueError("adapter_names: expected one entry per row, got none")
@@ -294,13 +315,13 @@ def check_module(model: nn.Module) -> None:
 def check_not_wrapped(model: nn.Module) -> None:
     """Raise ValueError if ``model`` has LoRA layers of PEFT, TypeError if it is not a module."""
     check_module(model)
-    for path, module in model.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A") and not isinstance(module, LoraLinear):
-            raise ValueError(
-                f"model: {path!r} is a LoRA layer of PEFT's ({type(module).__module__}). "
-                "fused_lora.accelerate(model) makes a PEFT model fast as it is; peft_model.load_adapter and "
-                "peft_model.add_adapter give it further adapters"
-            )
+    found = of_peft.peft_layer(model)
+    if found is not None:
+        raise ValueError(
+            f"model: {found[0]!r} is a LoRA layer of PEFT's ({type(found[1]).__module__}). "
+            "fused_lora.accelerate(model) makes a PEFT model fast as it is; peft_model.load_adapter and "
+            "peft_model.add_adapter give it further adapters"
+        )
 
 
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
@@ -338,8 +359,9 @@ def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, Lay
 
 def _check_called(path: str, parent: nn.Module) -> None:
     """Raise ValueError if ``parent`` reads the layer's weight without calling it: an adapter would do nothing."""
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(f"layers: {path!r} is never called, nn.MultiheadAttention reads its weight: exclude it")
+    why = why_never_called(parent)
+    if why is not None:
+        raise ValueError(f"layers: {path!r} {why}: exclude it")
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise ValueError(
             f"layers: {path!r} is not called in eval mode, nn.TransformerEncoderLayer reads its weight: exclude it, or "

@@ -132,7 +132,11 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         """x [..., in_features] -> [..., out_features]. ``adapter_names`` names one adapter per row (None: base)."""
         if CHANGING:
             wait_for_change(self)
-        names = None
+        batch, names = self.mixed_batch, None
+        if batch is adapter_names is None:
+            y = self._remembered_forward(x)
+            if y is not None:
+                return y
         if adapter_names is not None:
             if isinstance(adapter_names, str):  # its letters would pass for names
                 raise TypeError(f"adapter_names: expected one entry per row, got the str {adapter_names!r}")
@@ -141,8 +145,8 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x)
-        if names is not None or self.mixed_batch is not None:
-            return self._mixed_forward(x, names, self.mixed_batch)
+        if names is not None or batch is not None:
+            return self._mixed_forward(x, names, batch)
         return self.base_layer(x) if self.merged_adapters else self._active_forward(x)
 
     @property

@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fused_lora.modules.changes import alone, changing
-from fused_lora.modules.inject import active_adapters, adapter_configs, as_list, check_module, check_names, lora_layers
+from fused_lora.modules import of_peft
+from fused_lora.modules.changes import alone, changing, unwatch
+from fused_lora.modules.inject import adapter_configs, as_list, check_module, check_names, lora_layers
 from fused_lora.modules.linear import LoraLinear, go_back, snapshot, unmerge_all
 from fused_lora.modules.names import some
 
 
 @alone
+@of_peft.by_peft(of_peft.merge)
 def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
     """Add adapters to the base weights in place, with one rounding. :func:`unmerge` restores the original bits.
 
@@ -30,11 +32,12 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
             In every case all layers are back at the bits they had before the call.
     """
     layers = _layers(model)
-    names = active_adapters(model) if adapter_names is None else as_list(adapter_names)
+    first = next(iter(layers.values()))
+    names = list(first.active_adapters) if adapter_names is None else as_list(adapter_names)
     check_names(model, names)
     _check_not_shared(model, {path: m for path, m in layers.items() if any(name in m.lora_A for name in names)})
     if names and all(name in m.merged_adapters for m in layers.values() for name in names if name in m.lora_A):
-        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
     before, path = snapshot(layers.values()), ""
     try:
         for path, layer in layers.items():  # noqa: B007 - the error names it
@@ -49,6 +52,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
 
 
 @alone
+@of_peft.by_peft(of_peft.unmerge)
 def unmerge(model: nn.Module) -> None:
     """Give every base weight back the bits it had before :func:`merge`. Does nothing where nothing is merged.
 
@@ -58,6 +62,7 @@ def unmerge(model: nn.Module) -> None:
     unmerge_all(_layers(model))
 
 
+@of_peft.by_peft(of_peft.delta_fidelity)
 def delta_fidelity(model: nn.Module) -> dict[str, float]:
     """For each merged layer, the share of its delta that was lost by rounding to the weight's dtype (0: none, 1: all).
 
@@ -73,6 +78,7 @@ def delta_fidelity(model: nn.Module) -> dict[str, float]:
 
 
 @alone
+@of_peft.by_peft(of_peft.unload)
 def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     """Put the plain base layers back in place of the LoRA layers, with the active adapters merged in or dropped.
 
@@ -92,6 +98,7 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer.base_layer)
+    unwatch(model)
     del model._fused_lora_configs, model.peft_config
     return model
 

@@ -12,12 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fused_lora.bases import Adapters, base_of, foreign
 from fused_lora.bases.base import why_not_plain_weight
+from fused_lora.bases.dense import Dense
 from fused_lora.modules.changes import alone
-from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout
+from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
 from fused_lora.modules.mixed import MixedBatch
+from fused_lora.ops.linear.op import Memory
 from fused_lora.ops.merge import op as merging
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
@@ -47,7 +50,7 @@ class FusedLoraBehaviour:
         base = self._modules["base_layer"]
         if not names:
             return base(x)
-        if self._why_not_plain(names):
+        if self._why_not_plain(names) or why_transformed():
             return self._composed_forward(base(x), x, names)
         if base_of(base).why_not_fused(base):
             return self._around_forward(x, names)[0]
@@ -63,7 +66,72 @@ class FusedLoraBehaviour:
     def _fused_forward(self, x: Tensor, names: list[str]) -> Tensor:
         """One operator for base and adapters."""
         base = self._modules["base_layer"]
-        return base_of(base).forward(base, x, self._adapters(names))
+        y = base_of(base).forward(base, x, self._adapters(names))
+        if not torch.compiler.is_compiling():
+            operands, memory = self._operands(), self.__dict__.get("_memory")
+            if operands:
+                if memory is None:
+                    memory = self.__dict__["_memory"] = Memory()
+                memory.learn(x, *operands)
+        return y
+
+    def _remembered_forward(self, x: Tensor) -> Tensor | None:
+        """What :meth:`_fused_forward` has found for a call like this one before; None where a question is open."""
+        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+            return None
+        memory = self.__dict__.get("_memory")
+        if memory is None or self.disable_adapters or self.merged_adapters:
+            return None
+        operands = self._operands()
+        return None if operands is None else memory.recall(x, *operands)
+
+    def _operands(self) -> tuple | None:
+        """Weight, bias, lora_A, lora_B, scaling, dropout of a layer whose parts run their class's forward, no hooks.
+
+        None where they do not, and where the answer is not as simple as that. Nothing is asked of the tensors.
+        """
+        # written out, past nn.Module's __getattr__: this runs in every call
+        modules, lora_A, lora_B, scaling, dropout = self._modules, [], [], [], []
+        base, scales = modules["base_layer"], self.scaling
+        kind, parts = base_of(base), [base]
+        if type(kind) is not Dense:
+            return None
+        A, B, drops = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+        for name in self.active_adapters:
+            a = A.get(name)
+            if a is None:
+                continue
+            b, drop, s = B[name], drops[name], scales[name]
+            parts += a, b, drop
+            if type(a) is not nn.Linear or type(b) is not nn.Linear or type(s) is not float:
+                return None
+            if type(drop) is nn.Dropout and not drop.inplace:
+                dropout.append(drop.p if drop.training else 0.0)
+            elif type(drop) is nn.Identity:
+                dropout.append(0.0)
+            else:
+                return None
+            a, b = a._parameters, b._parameters
+            if a.get("bias") is not None or b.get("bias") is not None:
+                return None
+            lora_A.append(a.get("weight"))
+            lora_B.append(b.get("weight"))
+            scaling.append(s)
+        for part in parts:
+            own = part.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+            ):
+                return None
+        base = base._parameters
+        weight = base.get("weight")
+        if kind.transposed and weight is not None:
+            weight = weight.t()
+        return (weight, base.get("bias"), lora_A, lora_B, scaling, dropout) if lora_A else None
 
     def _around_forward(self, x: Tensor, names: list[str], *args, **kwargs) -> tuple[Tensor, str | None]:
         """The base layer's own call and one operator for all adapters; (y, why the adapters' modules were called)."""
@@ -132,7 +200,7 @@ class FusedLoraBehaviour:
         Args:
             safe_merge: accepted for PEFT's sake.
             adapter_names: names to merge; None means the active ones. Names that the layer lacks are skipped, names
-                already merged are dropped with a warning.
+                already merged are dropped with a warning. A name given twice counts twice, as in the forward.
 
         Raises:
             TypeError: adapter_names is a str. ValueError: a weight would become NaN or infinite.
@@ -259,7 +327,7 @@ class FusedLoraBehaviour:
         names = self.active_adapters if adapter_names is None else adapter_names
         if isinstance(names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
-        names = list(dict.fromkeys(names))
+        names = list(names)  # a name given twice counts twice, as in the forward
         if self.merged:
             names = [name for name in names if name not in self.merged_adapters]
             if names:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import is_conv1d
-from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.config import LoraConfig, matches_end
+from fused_lora.modules.names import some
 
 SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
 ALL_LINEAR = "all-linear"
@@ -92,6 +94,59 @@ def match_targets(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"supported are {SUPPORTED} with a floating-point weight"
             )
     return matched
+
+
+def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) -> None:
+    """Warn of what a config asks for and ``matched``, the paths that it adapts, do not get.
+
+    That is: keys of rank_pattern and alpha_pattern and entries of target_modules and exclude_modules that match
+    nothing, and, for "all-linear", the weights of routers and of packed experts, which are no linear layers.
+    """
+    for name in ("rank_pattern", "alpha_pattern"):
+        keys = [key for key in getattr(config, name) if not any(matches_end(key, path) for path in matched)]
+        if keys:
+            text = f"{name} keys did not match any targeted module and were ignored: {some(keys)}"
+            warnings.warn(f"The following {text}.", RuntimeWarning, stacklevel=4)
+    paths = [path for path, _ in candidates(model)]
+    ends = {path[i:] for path in paths for i, letter in enumerate(f".{path}") if letter == "."}
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, str):  # target_modules that match nothing are an error
+            lacking = [value] if name == "exclude_modules" and not any(re.fullmatch(value, p) for p in paths) else []
+        else:
+            lacking = sorted((value or set()) - ends)
+        if lacking:
+            names = dict.fromkeys(path.rpartition(".")[2] for path in paths)
+            text = f"no module matches {some(lacking)}; the model has {some(names, near=lacking[0])}"
+            warnings.warn(f"{name}: {text}", stacklevel=4)
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR and (left := _matrices_left(model)):
+        text = (
+            f"{len(left)} weights of the model are in neither and get no adapter: {some(dict.fromkeys(left.values()))}"
+        )
+        warnings.warn(
+            f"target_modules='all-linear' means nn.Linear and Conv1D; {text}. PEFT adapts experts and routers of some "
+            "models: wrap the model with PEFT and call fused_lora.accelerate to train these",
+            stacklevel=4,
+        )
+
+
+def _matrices_left(model: nn.Module) -> dict[str, str]:
+    """Parameters that hold matrices to multiply with and belong to no linear layer: of packed experts [n, N, K], and
+    the ``weight`` [N, K] of a module of the model's own, as routers have; path -> path with "*" for numbers."""
+    left = {}
+    for path, module in candidates(model):
+        if is_lora_linear(module) or isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module):
+            continue
+        if type(module).__module__.startswith("torch.nn."):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            stacked = parameter.dim() == 3 and parameter.shape[0] > 1
+            if stacked or (name == "weight" and parameter.dim() == 2):
+                left[f"{path}.{name}"] = re.sub(r"\.\d+(?=\.)", ".*", f"{path}.{name}")
+    return left
 
 
 def all_linear(model: nn.Module, config: LoraConfig) -> set[str]:

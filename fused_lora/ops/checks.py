@@ -106,3 +106,12 @@ def refuse_tangents(name: str, *tensors: torch.Tensor) -> None:
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         # nothing carries a tangent through the operator: torch.func.jvp would read zeros
         raise NotImplementedError(f"{name} has no forward-mode derivative (torch.func.jvp, forward_ad)")
+
+
+def refuse_transforms(name: str) -> None:
+    """Raise NotImplementedError inside vmap, grad and other transforms of torch.func, for which there are no rules."""
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{name} does not run inside torch.func transforms (vmap, grad, jacrev, ...); a LoraLinear layer does, and "
+            "so does fused_lora.reference"
+        )

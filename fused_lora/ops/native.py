@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +44,7 @@ class Work(ctypes.Structure):
     )
 
 
-class _Mask(ctypes.Structure):
-    _fields_ = _fields("rows columns start cut is_double threads variant seed x out in_place")
+_mask = struct.Struct("11q").pack  # ``Mask`` in C: rows columns start cut is_double threads variant seed x out in_place
 
 
 @functools.cache
@@ -91,6 +91,7 @@ def reject(reason: str) -> None:
     warnings.warn(f"fused_lora: the C loops are not used, plain torch runs instead: {reason}", stacklevel=3)
 
 
+@functools.cache
 def variant() -> int:
     """The best set of instructions here, as an index: plain, AVX2, AVX-512."""
     return _loaded()[0].fused_lora_variant()
@@ -98,7 +99,7 @@ def variant() -> int:
 
 def threads(elements: int) -> int:
     """How many of torch's threads share so much work. One in a forked child, which has no others."""
-    return 1 if _forked else max(1, min(torch.get_num_threads(), elements // _SHARE))
+    return 1 if _forked or elements < 2 * _SHARE else min(torch.get_num_threads(), elements // _SHARE)
 
 
 def needs_one_thread() -> bool:
@@ -134,8 +135,11 @@ def multiply_by_mask(
     Args:
         seed: as a signed integer of 64 bits. cut: :func:`~fused_lora.reference.dropout_threshold` - 32768.
     """
-    if not usable() or not all(t is None or t.is_contiguous() for t in (rows, out, in_place)):
+    if not usable():
         return False
+    for tensor in (rows, out, in_place):
+        if tensor is not None and not tensor.is_contiguous():
+            return False
     _multiply(seed, start, cut, rows, out, in_place)
     return True
 
@@ -144,8 +148,8 @@ def _multiply(seed, start, cut, rows, out, in_place) -> None:
     like = rows if in_place is None else in_place
     M, K = like.shape
     addresses = [0 if t is None else t.data_ptr() for t in (rows, out, in_place)]
-    mask = _Mask(M, K, start, cut, like.dtype == torch.float64, threads(M * K), variant(), seed, *addresses)
-    _loaded()[0].fused_lora_mask(ctypes.byref(mask))
+    is_double, share = like.dtype is torch.float64, threads(M * K)
+    _loaded()[0].fused_lora_mask(_mask(M, K, start, cut, is_double, share, variant(), seed, *addresses))
 
 
 def _after_fork() -> None:

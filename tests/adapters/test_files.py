@@ -4,7 +4,6 @@ import copy
 import errno
 import json
 import os
-import random
 import signal
 import sys
 import threading
@@ -159,7 +158,9 @@ def test_an_adapter_that_changed_its_base_loads_once_it_is_converted(tmp_path, i
             if "lora_" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     theirs.save_pretrained(tmp_path / "as it is")
-    with pytest.raises(AdapterError, match=f"init_lora_weights.*{init}.*path_initial_model_for_weight_conversion"):
+    with pytest.raises(
+        AdapterError, match=f"init_lora_weights: .*path_initial_model_for_weight_conversion.*found {init}"
+    ):
         load_adapter(copy.deepcopy(base), tmp_path / "as it is")
     theirs.peft_config["default"].init_lora_weights = init
     theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start")
@@ -528,51 +529,6 @@ def run_killed(work, wait):
     wait()
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_savers_leave_one_whole_checkpoint(tmp_path):
-    """SIGKILLs at random moments of a loop that saves rank 4 and rank 8 in turn over the same folder.
-
-    60 of them, and on until both ranks and something half written were met: a busy machine gives the loop less time.
-    """
-    torch.manual_seed(shifted(0))
-    models = [adapted_model(tmp_path / f"r{r}", r, lora_alpha=r + 1)[0] for r in (4, 8)]
-    target = tmp_path / "saves" / "t"
-    target.mkdir(parents=True)
-    (target / "README.md").write_text("keep")
-
-    def loop():
-        while True:
-            for model in models:
-                save_adapter(model, target)
-
-    save_adapter(models[0], target)
-    start = time.perf_counter()
-    for _ in range(5):
-        save_adapter(models[0], target)
-    cost = (time.perf_counter() - start) / 5
-    rng, seen, left = random.Random(shifted(0)), set(), 0
-    for kill in range(1000):
-        if kill >= 60 and seen == {4, 8} and left:
-            break
-        run_killed(loop, lambda: time.sleep(0.003 + rng.uniform(0.1, 6) * cost))
-        adapter = read_adapter(target)
-        r = adapter.config.r
-        seen.add(r)
-        source = models[(4, 8).index(r)]
-        assert adapter.config.lora_alpha == r + 1
-        assert torch.equal(adapter.layers["fc1"].lora_A, source.fc1.lora_A["default"].weight)
-        assert (
-            peft.PeftConfig.from_pretrained(target).r
-            == r
-            == load_file(target / FILES[1])["base_model.model.fc1.lora_A.weight"].shape[0]
-        )
-        assert (target / "README.md").read_text() == "keep"
-        left += len(leftovers(target.parent))
-    assert seen == {4, 8} and left > 0  # else nothing was killed in the middle
-    save_adapter(models[0], target)
-    assert leftovers(target.parent) == [] and sorted(os.listdir(target)) == ["README.md", *FILES]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -614,8 +614,9 @@ def test_readme_table_takes_the_newest_file_and_needs_its_markers(load, tmp_path
 
 def test_bench_host(load, tmp_path):
     code, content = run(load("bench_host"), tmp_path)
-    assert code == 0 and content["benchmark"] == "host" and len(content["bars"]) == 3
-    assert [row["provider"] for row in content["rows"]] == ["bare", "PEFT", "accelerated", "fused_lora"] * 7
+    assert code == 0 and content["benchmark"] == "host" and len(content["bars"]) == 14
+    providers = ["PEFT", "accelerated", "fused_lora"]
+    assert [row["provider"] for row in content["rows"]] == ["bare", *providers] * 7 + providers * 4
     for row in content["rows"]:
         trained = row["dropout"] is not None
         assert row["correct"] and row["forward_us"] > 0 and trained == (row["both_us"] is not None)

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import fused_lora
 from fused_lora import verify
 from fused_lora.diagnostics.verification import report, weights
+from helpers.hooks import hooks
 from helpers.seeds import shifted
 from helpers.twins import randomize_adapters, twin_models
 
@@ -159,7 +160,7 @@ def test_nothing_is_changed(kind, merged, ids):
         assert (list(module.merged_adapters), getattr(module, "merge_state", None)) == states[name]
         assert module.active_adapters == active[name] and set(vars(module)) == names[name]
     for module in some:
-        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert not hooks(module)
     assert all(p.grad is None for p in model.parameters())
     if kind == "fused_lora" and merged:
         fused_lora.unmerge(model)  # its record still fits, to the bit
@@ -181,7 +182,7 @@ def test_an_error_in_the_model_leaves_nothing_changed():
     assert model.training and all(m.merged for m in layers(model).values())
     for name, tensor in bits(model).items():
         assert torch.equal(tensor, before[name]), name
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(hooks(m) for m in model.modules())
     fused_lora.unmerge(model)
 
 
@@ -588,7 +589,7 @@ def test_inputs_that_show_nothing_are_refused(x):
     model = fused_lora.inject(nn.Sequential(nn.Linear(24, 8)), fused_lora.LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ValueError, match="inputs: expected"):
         verify(model, x)
-    assert model.training and not any(m._forward_hooks for m in model.modules())
+    assert model.training and not any(hooks(m) for m in model.modules())
 
 
 def test_a_quantised_reference_is_refused_by_name(ids):

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+sys.path.insert(0, str(HERE.parent))
 CORPUS = HERE / "corpus"
 TARGETS = ("config", "header", "weights")
 CPU_SECONDS = 2.0

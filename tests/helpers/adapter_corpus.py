@@ -225,7 +225,11 @@ CASES: dict[str, Case] = {
     "DoRA, unsaid": more({f"{PATH0}.lora_magnitude_vector": torch.ones(K)}, "a DoRA magnitude", False),
     "bias of B, unsaid": more({f"{PATH0}.lora_B.bias": torch.ones(K)}, "a bias of lora_B.*lora_bias", False),
     "base weight": more({f"{PATH0}.base_layer.weight": torch.ones(K, K)}, "a parameter of the base model"),
-    "PiSSA": Case(good_tensors(), {"init_lora_weights": "pissa"}, "init_lora_weights.*pissa.*rewrite the base"),
+    "PiSSA": Case(
+        good_tensors(),
+        {"init_lora_weights": "pissa"},
+        "init_lora_weights: expected True, .*rewrite the base.*found pissa",
+    ),
     "extra tensor": more({"optimizer.step": torch.ones(1)}, "optimizer.step.*another beginning; 1 of 9 keys"),
     "kohya": Case(KOHYA, refused="alpha.*the names of kohya's scripts.*3 of 3 keys"),
     "kohya's text encoder": Case(

@@ -137,7 +137,7 @@ def is_accepted(folder: Path, config: bytes, weights: bytes) -> bool:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(the config's entries, the tensors by key)."""
-    adapter, plan = read_checked(folder, MAX_WEIGHT_BYTES, lambda plan: None)
+    adapter, plan = read_checked(folder, MAX_WEIGHT_BYTES, lambda plan: plan)
     tensors = {k: getattr(adapter.layers[path], field) for path, ks in plan.slots.items() for field, k in ks.items()}
     tensors |= {key: adapter.biases[path] for path, key in plan.biases.items()}
     return adapter.config.to_dict(), tensors

@@ -1,4 +1,4 @@
-"""Figures of the experiments in tests/reliability: the result file, and the table of docs/reliability.md made from it."""
+"""Figures of the experiments in tests/reliability: the result file, and docs/reliability.md's table made from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write(path: Path, experiments: list[dict]) -> None:
     """The figures as JSON and, next to the text of the page, as its table. One row for all parameters of a test."""
     rows: dict[str, dict] = {}
     for one in sorted(experiments, key=lambda e: (e["goal"], e["test"])):
-        row = rows.setdefault(one["test"], {**one, "count": 0, "passed": True, "seconds": 0.0})
+        row = rows.setdefault(one["what"], {**one, "count": 0, "passed": True, "seconds": 0.0})
         row["count"] += one["count"]
         row["passed"] &= one["passed"]
         row["seconds"] = round(row["seconds"] + one["seconds"], 1)

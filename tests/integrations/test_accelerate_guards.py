@@ -1,6 +1,7 @@
 """When a layer of an accelerated model runs fused, and when it leaves the call to PEFT, with the same result."""
 
 import copy
+import pickle
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -633,17 +634,119 @@ def test_inputs_that_are_no_plain_tensors(report):
     assert sum(report()["fallback"].values()) == 3 and report()["fused"] == 0
 
 
-def test_decoding_on_a_cpu_is_left_to_peft(report):
-    both = pair()
-    ours, theirs = (layer.eval() for layer in layers(both)[:2])
+@pytest.mark.parametrize("shape", [(1, K), (3, K), (2, 32, K), (65, K)])
+def test_rows_of_a_decode_step(shape, report):
+    both, found = pair(), ([], [], [])
     with torch.no_grad():
-        for x in (torch.randn(1, K), torch.randn(2, 32, K)):
-            assert torch.equal(ours(x), theirs(x))
-        assert report() == {"fused": 0, "around": {}, "fallback": {"few rows on a CPU": 2}}
-        ours(torch.randn(65, K))
-        ours.train()(torch.randn(1, K))  # perhaps the first forward of a checkpoint
-    ours.eval()(torch.randn(1, K))
+        for _ in range(DRAWS):
+            x = torch.randn(shape)
+            for results, layer in zip(found, layers(both), strict=True):
+                results.append(layer(x.to(layer.base_layer.weight.dtype)))
+    assert_no_worse(*map(torch.stack, found), name="y", draws=True)
+    assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
+
+
+# ---- what a layer remembers of its last calls
+
+
+def _other_strides(layer):
+    weight = layer.lora_A["default"].weight
+    weight.data = weight.detach().t().contiguous().t()
+
+
+BETWEEN_CALLS = {
+    "nothing": lambda layer: None,
+    "values": lambda layer: layer.lora_B["default"].weight.data.fill_(0.25),
+    "load_state_dict": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
+    "other parameters": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.ones(N, K))),
+    "data with other strides": _other_strides,
+    "no bias": lambda layer: setattr(layer.base_layer, "bias", None),
+    "another base layer": lambda layer: setattr(layer, "base_layer", nn.Linear(K, N).requires_grad_(False)),
+    "a wider dtype": lambda layer: layer.lora_A.double() and layer.lora_B.double(),
+    "the scaling": lambda layer: layer.set_scale("default", 3.0),
+    "a scaling by hand": lambda layer: layer.scaling.update(default=5),
+    "no gradients": lambda layer: layer.requires_grad_(False),
+    "a hook": lambda layer: layer.lora_A["default"].register_forward_hook(lambda module, args, y: y * 2),
+    "a hook on the base": lambda layer: layer.base_layer.register_forward_pre_hook(lambda module, args: args[0] + 1),
+    "a forward": lambda layer: setattr(layer.lora_B["default"], "forward", lambda x: x.sum() * torch.ones(N)),
+    "a parametrization": lambda layer: parametrize.register_parametrization(layer.base_layer, "weight", _Doubled()),
+    "a merge": lambda layer: layer.merge(),
+    "no adapter": lambda layer: layer.enable_adapters(False),
+    "another adapter": lambda layer: layer.set_adapter("b"),
+    "two adapters": lambda layer: layer.set_adapter(["default", "b"]),
+    "a deleted adapter": lambda layer: layer.delete_adapter("default"),
+    "all is dropped": lambda layer: setattr(layer.lora_dropout["default"].train(), "p", 1.0),
+}
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+@pytest.mark.parametrize("change", BETWEEN_CALLS.values(), ids=BETWEEN_CALLS)
+def test_changes_between_calls_are_seen(change):
+    both = pair(adapters={"default": {"lora_dropout": 0.5}, "b": {"r": 2}})
+    x = torch.randn(5, K, requires_grad=True)
+    for layer in layers(both)[:2]:
+        layer.eval().set_adapter("default")
+        for _ in range(3):
+            layer(x)
+        torch.manual_seed(shifted(5))
+        change(layer)
+    for _ in range(2):
+        ours, theirs = (layer(x) for layer in layers(both)[:2])
+        assert_close(ours, theirs, terms=64)
+        assert ours.dtype == theirs.dtype and ours.requires_grad == theirs.requires_grad
+
+
+WHOLE_CALLS = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_CALLS)
+def test_modes_between_calls_are_seen(name):
+    both, x = pair(), torch.randn(2, 5, K)
+    for mode in (nullcontext, WHOLE_CALLS[name]) * 2:
+        with mode():
+            ours, theirs = (layer(x) for layer in layers(both)[:2])
+            assert_close(ours, theirs, terms=64)
+            assert ours.dtype == theirs.dtype and ours.requires_grad == theirs.requires_grad
+            assert ours.is_inference() == theirs.is_inference()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("shape", [(5, K), (2, 5, K)])
+def test_a_call_like_the_last_one_asks_nothing(shape, p, bias, report, monkeypatch):
+    both = pair(base=nn.Linear(K, N, bias=bias), lora_dropout=p)
+    layer, own = layers(both)[0].train(), fused_lora.LoraLinear(nn.Linear(K, N, bias=bias), lora_dropout=p)
+    for each in (layer, own):
+        each(torch.randn(shape, requires_grad=True))
+
+    def asked(*args):
+        raise AssertionError("asked again")
+
+    for module in ("fused_lora.integrations.peft_linear", "fused_lora.modules.mixin"):
+        monkeypatch.setattr(f"{module}.why_not_plain", asked)
+    monkeypatch.setattr("fused_lora.ops.linear.op.lora_linear", asked)
+    for rows in (1, 7):
+        for each in (layer, own):
+            each(torch.randn(rows, *shape[1:], requires_grad=True)).sum().backward()
     assert report()["fused"] == 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_remember_nothing(copied):
+    layer, x = layers(pair())[0], torch.randn(5, K)
+    y = layer(x)
+    assert layer.__dict__["_memory"] is not None
+    twin = copied(layer)
+    assert twin.__dict__["_memory"] is None
+    assert torch.equal(twin(x), y) and torch.equal(twin(x), y)
 
 
 # ---- the report

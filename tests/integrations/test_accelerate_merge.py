@@ -88,6 +88,7 @@ def test_names_to_merge():
     both.do(lambda m: m.merge_adapter(["a", "a"]))  # PEFT adds it twice
     assert_weights_no_worse(both)
     both.do(lambda m: m.unmerge_adapter())
+    assert_bits(both.ours, bits)
     both.assert_same_results(ulps=2)
 
 

@@ -69,7 +69,7 @@ def run_all(*jobs):
 def nothing_is_left():
     torch.manual_seed(shifted(0))
     yield
-    assert not changes.CHANGING and not changes._waiting and not changes._admitted
+    assert not changes.CHANGING and not changes._waiting and not changes._admitted and not changes.FORWARDS
 
 
 def test_threads_that_merge_and_unmerge_one_model_keep_its_base():
@@ -99,11 +99,9 @@ def states(model, x, changes_of):
     return found
 
 
-@pytest.mark.parametrize("part", ["model", "layer"])
-def test_a_forward_sees_all_of_a_change_or_nothing(part):
+def test_a_forward_sees_all_of_a_change_or_nothing():
     """Two threads forward while a third merges one adapter and unmerges another; every output is of one state."""
     model, x = ours(), torch.randn(3, 48)
-    called = model if part == "model" else model.fc[1]
     steps = [
         lambda: fused_lora.merge(model, ["b"]),
         lambda: fused_lora.merge(model, ["a"]),
@@ -111,14 +109,14 @@ def test_a_forward_sees_all_of_a_change_or_nothing(part):
         lambda: fused_lora.set_adapter(model, "a"),
     ]
     with torch.no_grad():
-        allowed = states(called, x, steps)
+        allowed = states(model, x, steps)
     seen, stop = Counter(), threading.Event()
 
     @torch.no_grad()
     def forwards():
         try:
             for _ in range(FORWARDS // 2):
-                y = called(x)
+                y = model(x)
                 seen[next((i for i, state in enumerate(allowed) if torch.equal(y, state)), "mixed")] += 1
         finally:
             if sum(seen.values()) >= FORWARDS:
@@ -205,6 +203,29 @@ def test_a_change_in_the_middle_of_a_forward_does_not_wait_for_itself():
     run_all(lambda: job(*models), lambda: job(*reversed(models)))
     for model in models:
         fused_lora.unmerge(model)
+
+
+def test_a_change_of_a_part_waits_for_forwards_of_the_whole_and_they_for_it():
+    model, x = ours(), torch.randn(3, 48)
+    with torch.no_grad():
+        allowed = states(model, x, [lambda: model.fc[2].merge(adapter_names=["b"])])
+        model.fc[2].unmerge()
+    seen = Counter()
+
+    @torch.no_grad()
+    def forwards():
+        for _ in range(1000):
+            y = model(x)
+            seen[next((i for i, state in enumerate(allowed) if torch.equal(y, state)), "mixed")] += 1
+
+    def change():
+        for i in range(30):
+            wait_for(lambda i=i: sum(seen.values()) >= 50 * i, 0.0005)
+            model.fc[2].merge(adapter_names=["b"])
+            model.fc[2].unmerge()
+
+    run_all(forwards, forwards, change)
+    assert not seen["mixed"], seen
 
 
 def test_who_reads_keeps_changes_away_but_not_forwards():

@@ -658,6 +658,29 @@ def test_a_lora_layer_with_two_places_is_merged_once():
     assert_unchanged(model, before)
 
 
+def test_an_adapter_that_is_active_twice_counts_twice_merged_or_not():
+    ours, theirs = twin_models(llama(torch.float64).eval(), TWO)
+    ids = torch.arange(3, 19).reshape(2, 8)
+    with torch.no_grad():
+        once = ours(ids).logits
+        fused_lora.set_adapter(ours, ["one", "two", "one"])
+        before = snapshot(ours)
+        theirs.base_model.set_adapter(["one", "two", "one"])
+        for change in (None, lambda: (fused_lora.merge(ours), theirs.merge_adapter())):
+            if change is not None:
+                change()
+            assert_close(ours(ids).logits, theirs(ids).logits, terms=5000)
+        assert (ours(ids).logits - once).abs().max() > 1e-3
+    assert ours.model.layers[0].self_attn.q_proj.merged_adapters == ["one", "one"]
+    fused_lora.unmerge(ours)
+    assert_unchanged(ours, before)
+    fused_lora.merge(ours, ["two", "two"])
+    with pytest.warns(UserWarning, match="additionally merging one"):
+        fused_lora.merge(ours, ["two", "one"])
+    fused_lora.unmerge(ours)
+    assert_unchanged(ours, before)
+
+
 def test_merging_twice_warns_and_changes_nothing():
     ours, _ = twin_models(llama(torch.bfloat16), TWO)
     before = snapshot(ours)

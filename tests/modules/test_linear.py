@@ -956,3 +956,31 @@ def test_shapes_without_numbers(training):
     with pytest.raises(RuntimeError, match="meta device"):
         layer.merge()
     assert not layer.merged
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_transforms_of_torch_func_give_what_peft_gives(train):
+    ours, theirs = twin_layers(linear(torch.float64).train(train))
+    x = torch.randn(3, K, dtype=torch.float64)
+    results = []
+    for layer in (ours, theirs):
+        names = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+        parameters = {name: layer.get_parameter(name).detach() for name in names}
+
+        def loss(parameters, x, layer=layer):
+            return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+        stacked = {name: torch.stack([p, 2 * p]) for name, p in parameters.items()}
+        results.append(
+            (
+                torch.func.vmap(layer)(torch.stack([x, 2 * x])),
+                torch.func.vmap(loss, (0, None))(stacked, x),
+                *torch.func.grad(loss)(parameters, x).values(),
+                *torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x).values(),  # of each sample
+                torch.func.jacrev(layer)(x[0]),
+                torch.func.jacfwd(layer)(x[0]),
+                torch.func.jvp(layer, (x,), (x,))[1],
+            )
+        )
+    for mine, other in zip(*results, strict=True):
+        assert_close(mine, other, terms=500)

@@ -1,12 +1,15 @@
 """match_targets picks exactly the modules that PEFT adapts, and says what is wrong when it cannot."""
 
 import copy
+import re
 import subprocess
 import sys
+import warnings
 
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -19,6 +22,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+import fused_lora
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.targets import in_out_features, is_conv1d, is_supported, match_targets
 from helpers.seeds import shifted
@@ -209,3 +213,74 @@ def test_transformers_is_not_imported():
         "assert not [m for m in sys.modules if m.split('.')[0] in ('transformers', 'peft')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG)
+
+
+def told(call):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        call()
+    return [w for w in found if "is_gradient_checkpointing" not in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"rank_pattern": {"k_proj": 2, "q_proj": 3}}, "rank_pattern keys did not match any targeted module.*'k_proj'"),
+        ({"alpha_pattern": {"^q_proj": 100}}, r"alpha_pattern keys did not match any targeted module.*'\^q_proj'"),
+        ({"exclude_modules": ["nope"]}, "exclude_modules: no module matches 'nope'"),
+        ({"exclude_modules": "nope.*"}, r"exclude_modules: no module matches 'nope\.\*'"),
+        ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"model.*q_proj": 3}, "exclude_modules": ["k_proj"]}, None),
+    ],
+    ids=str,
+)
+def test_what_matches_nothing_is_told_where_peft_tells_it(fields, text):
+    def base():
+        torch.manual_seed(shifted(0))
+        sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+
+    theirs = told(lambda: peft.get_peft_model(base(), peft.LoraConfig(target_modules=["q_proj"], **fields)))
+    ours = told(lambda: fused_lora.inject(base(), LoraConfig(target_modules=["q_proj"], **fields)))
+    assert len(theirs) == len(ours) == (text is not None)
+    for mine, peft_s in zip(ours, theirs, strict=True):
+        assert mine.category is peft_s.category and re.search(text, str(mine.message))
+        assert mine.filename == __file__
+
+
+def test_a_target_that_matches_nothing_is_told():
+    model = nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 4)})
+    with pytest.warns(UserWarning, match="target_modules: no module matches 'querry'; the model has 'query', 'value'"):
+        fused_lora.inject(model, LoraConfig(target_modules=["querry", "value"]))
+
+
+def test_all_linear_names_the_experts_and_routers_that_it_leaves_out():
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **sizes)
+    theirs = peft.get_peft_model(transformers.MixtralForCausalLM(config), peft.LoraConfig(target_modules="all-linear"))
+    adapted = theirs.peft_config["default"].target_parameters
+    (text,) = told(
+        lambda: fused_lora.inject(transformers.MixtralForCausalLM(config), LoraConfig(target_modules="all-linear"))
+    )
+    assert adapted == {"gate.weight", "gate_up_proj", "down_proj"}
+    for name in ("'model.layers.*.mlp.gate.weight'", "mlp.experts.gate_up_proj'", "mlp.experts.down_proj'"):
+        assert name in str(text.message)
+    assert "6 weights" in str(text.message) and "fused_lora.accelerate" in str(text.message)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "T5", "Whisper", "FalconMamba"])
+def test_all_linear_leaves_nothing_out_of_a_dense_model(kind):
+    sizes = {
+        "Llama": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4),
+        "GPT2": dict(n_embd=32, n_layer=1, n_head=2),
+        "T5": dict(d_model=32, d_ff=32, d_kv=16, num_layers=1, num_heads=2),
+        "Whisper": dict(
+            d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2
+        )
+        | dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1),
+        "FalconMamba": dict(hidden_size=32, num_hidden_layers=1, time_step_rank=2),
+    }[kind]
+    name = {"GPT2": "GPT2LMHeadModel", "Llama": "LlamaForCausalLM", "FalconMamba": "FalconMambaForCausalLM"}.get(
+        kind, f"{kind}ForConditionalGeneration"
+    )
+    model = getattr(transformers, name)(getattr(transformers, f"{kind}Config")(vocab_size=64, **sizes))
+    assert told(lambda: fused_lora.inject(model, LoraConfig(target_modules="all-linear"))) == []

@@ -324,8 +324,12 @@ def test_forward_mode_is_refused(which):
         return lora_linear(given["x"], given["weight"], b, *adapters, s, p, seeds)
 
     tensor = names[which]
-    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+    with pytest.raises(NotImplementedError, match="lora_linear does not run inside torch.func transforms"):
         torch.func.jvp(f, (tensor,), (torch.ones_like(tensor),))
+    with pytest.raises(NotImplementedError, match="lora_linear does not run inside torch.func transforms"):
+        torch.func.grad(lambda t: f(t).sum())(tensor)
+    with pytest.raises(NotImplementedError, match="lora_linear does not run inside torch.func transforms"):
+        torch.func.vmap(f)(tensor[None])
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"), fwAD.dual_level():
         f(fwAD.make_dual(tensor, torch.ones_like(tensor)))
 

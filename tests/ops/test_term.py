@@ -378,6 +378,12 @@ def test_forward_mode_is_refused(which):
     tensor = names[which]
     with pytest.raises(NotImplementedError, match="lora_term has no forward-mode derivative"), fwAD.dual_level():
         f(fwAD.make_dual(tensor, torch.ones_like(tensor)))
+    for transformed in (
+        lambda: torch.func.grad(lambda t: f(t).sum())(tensor),
+        lambda: torch.func.vmap(f)(tensor[None]),
+    ):
+        with pytest.raises(NotImplementedError, match="lora_term does not run inside torch.func transforms"):
+            transformed()
 
 
 def test_meta_tensors():

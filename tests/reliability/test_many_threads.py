@@ -14,6 +14,7 @@ from torch import nn
 
 import fused_lora
 from fused_lora.modules.inject import AdapterNotFound
+from fused_lora.reference import bits
 from fused_lora.serving import AdapterStore, StoreFull
 from helpers.seeds import shifted
 from helpers.waiting import HANG
@@ -119,6 +120,17 @@ class Trial:
         self.outcomes["served"] += 1
 
 
+def run_all(threads, outcomes):
+    """Until all have ended; AssertionError when none of them got on for HANG seconds."""
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        done = -1
+        while thread.is_alive() and done != (done := sum(outcomes.values())):
+            thread.join(HANG)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+
+
 @pytest.mark.experiment("F1", full=100_000, quick=4_000)
 def test_store(tmp_path, count):
     """Random operations of 8 threads on one store (batches, loads, reloads under the same name, unloads, evictions).
@@ -127,13 +139,7 @@ def test_store(tmp_path, count):
     """
     trial = Trial(tmp_path)
     threads = [threading.Thread(target=trial.work, args=(i, count // THREADS), daemon=True) for i in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        done = -1
-        while thread.is_alive() and done != (done := sum(trial.outcomes.values())):
-            thread.join(HANG)  # it hangs when nobody got on meanwhile
-    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    run_all(threads, trial.outcomes)
     if trial.failures:
         raise trial.failures[0]
     assert min(trial.outcomes.values()) > 0, trial.outcomes
@@ -195,6 +201,70 @@ def test_forwards_during_merges(count):
         thread.join(HANG)
     assert not thread.is_alive() and not failures, failures
     assert sum(n for y, n in seen.items() if y not in states) == 0 and rounds
+
+
+@pytest.mark.experiment("F1", full=20_000, quick=1_600)
+def test_model(tmp_path, count):
+    """Random operations of 8 threads on one model: forward, merge, unmerge, set_adapter, save, load, delete.
+
+    Every forward is that of one state, to rounding, what is saved is whole, and in the end the weights have their bits.
+    """
+    model = nn.Sequential(*[nn.Linear(K, K) for _ in range(3)]).eval()
+    before = [bits(t).clone() for t in model.state_dict().values()]
+    for name in ("a", "b"):
+        config = fused_lora.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        fused_lora.inject(model, config, name)
+    fused_lora.save_adapter(model, tmp_path / "b", "b")
+    x = torch.randn(1, K)
+    states = []
+    for names in (["a"], ["b"], ["a", "b"]):
+        fused_lora.set_adapter(model, names)
+        states.append(model(x).detach())
+    states = torch.cat(states)
+    assert torch.cdist(states, states).add(torch.eye(3) * 1e9).min() > 1e-2
+    failures, outcomes = [], dict.fromkeys(("forward", "merge", "unmerge", "set", "save", "load", "delete", "no"), 0)
+
+    def operate(draw):
+        kind = draw.choice(["forward"] * 8 + ["merge", "merge", "unmerge", "set", "save", "load", "delete"])
+        names = draw.choice([["a"], ["b"], ["a", "b"]])
+        try:
+            if kind == "forward":
+                with torch.no_grad():
+                    off = (states - model(x)).abs().amax(1).min()
+                assert off < 1e-4, f"a forward is off by {off}"
+            elif kind == "merge":
+                fused_lora.merge(model, names)
+            elif kind == "unmerge":
+                fused_lora.unmerge(model)
+            elif kind == "set":
+                fused_lora.set_adapter(model, names)
+            elif kind == "save":
+                fused_lora.save_adapter(model, tmp_path / "a", "a")
+            elif kind == "load":
+                fused_lora.load_adapter(model, tmp_path / "b", "b")
+            else:
+                fused_lora.delete_adapter(model, "b")
+        except (fused_lora.AdapterNotFound, ValueError):  # another thread deleted it, has merged it, or was first
+            kind = "no"
+        outcomes[kind] += 1
+
+    def work(seed):
+        draw = random.Random(shifted(seed))
+        try:
+            for _ in range(count // THREADS):
+                operate(draw)
+        except BaseException as error:  # noqa: BLE001 - reported by the test
+            failures.append(error)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a further merge, an unmerge first
+        run_all([threading.Thread(target=work, args=(i,), daemon=True) for i in range(THREADS)], outcomes)
+        if failures:
+            raise failures[0]
+        assert min(outcomes.values()) > 0, outcomes
+        fused_lora.unmerge(model)
+    bases = [t for name, t in model.state_dict().items() if "lora_" not in name]
+    assert all(torch.equal(bits(t), first) for t, first in zip(bases, before, strict=True))
 
 
 @pytest.mark.experiment("F4", full=1_000, quick=100)

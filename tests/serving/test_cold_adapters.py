@@ -15,7 +15,8 @@ from fused_lora.serving.engine.continuous import check_transformers, continuous_
 from fused_lora.serving.engine.failures import failure_of
 from fused_lora.serving.residency import refusal, registry
 from helpers import serving
-from helpers.serving import prompt, results, wait_for
+from helpers.serving import prompt, results
+from helpers.waiting import HANG, wait_for
 
 pytest.importorskip("transformers")
 try:

@@ -12,9 +12,11 @@ small and no fp32 weight is ever kept.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
+from torch.nn.functional import linear
 
 from fused_lora.ops import native
 from fused_lora.reference import dropout_lanes, dropout_lanes_on, dropout_threshold, keep_scale
@@ -26,7 +28,7 @@ _FEW_ROWS = 8  # below it some BLAS code paths add each product to the result, a
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """fp32 for 16-bit tensors on a CPU, else the dtype itself."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) and device.type == "cpu" else dtype
+    return torch.float32 if dtype.itemsize == 2 and device.type == "cpu" else dtype
 
 
 def lora_linear(
@@ -40,13 +42,16 @@ def lora_linear(
     seeds: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, N] in x's dtype, S [M, sum r] in the accumulation dtype. Arguments as ``reference.lora_linear``, x 2-D."""
-    acc = accumulate_dtype(x, lora_A)
-    rows = _as(x, compute_dtype(x.dtype, x.device))
-    S = _shrink(rows, lora_A, dropout, seeds, acc)
-    total = _as(_matmul_weight_t(rows, weight, None if acc != rows.dtype else bias), acc)
-    if bias is not None and acc != rows.dtype:
-        total += bias
-    return _as(_add_terms(total, S, lora_B, scaling), x.dtype), _as(S, torch.promote_types(acc, torch.float32))
+    rows = _wide(x)
+    acc = _widest(rows.dtype, lora_A)
+    if acc is rows.dtype:
+        total = _matmul_weight_t(rows, weight, bias)
+    else:
+        total = _matmul_weight_t(rows, weight, None).to(acc)
+        if bias is not None:
+            total += bias
+    S = _add_terms(total, rows, lora_A, lora_B, scaling, dropout, seeds)
+    return _as(total, x.dtype), S if acc.itemsize > 2 else S.float()
 
 
 def lora_term(
@@ -60,19 +65,39 @@ def lora_term(
     seeds: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y + bias + the terms [M, N] in y's dtype, S [M, sum r] as :func:`lora_linear` returns it. y and x are 2-D."""
-    acc = torch.promote_types(accumulate_dtype(x, lora_A), compute_dtype(y.dtype, y.device))
-    S = _shrink(_as(x, compute_dtype(x.dtype, x.device)), lora_A, dropout, seeds, acc)
-    total = y.to(acc, copy=True)
+    total = y.to(torch.promote_types(accumulate_dtype(x, lora_A), compute_dtype(y.dtype, y.device)), copy=True)
     if bias is not None:
         total += bias
-    return _as(_add_terms(total, S, lora_B, scaling), y.dtype), S.to(shrink_dtype(x, lora_A))
+    S = _add_terms(total, _wide(x), lora_A, lora_B, scaling, dropout, seeds)
+    return _as(total, y.dtype), S.to(shrink_dtype(x, lora_A))
 
 
-def _add_terms(total, S, lora_B, scaling) -> torch.Tensor:
-    """total += sum_i s_i S_i B_i^T, in place and in its dtype."""
-    for B, s, part in zip(lora_B, scaling, _columns(S, lora_B), strict=True):
-        total.addmm_(part, _as(B, total.dtype).t(), alpha=s)
-    return total
+def _add_terms(total, rows, lora_A, lora_B, scaling, dropout, seeds) -> torch.Tensor:
+    """total += sum_i s_i S_i B_i^T in its dtype; S = concatenation of D_i(x) A_i^T, [M, sum r], in the same."""
+    acc, terms, seeds = total.dtype, [], _numbers(seeds)
+    for i, (A, B, s, p) in enumerate(zip(lora_A, lora_B, scaling, dropout, strict=True)):
+        A = _as(A, acc)
+        # both operands lie along the sum, which BLAS libraries add up in several accumulators: half the rounding error
+        S = linear(_as(rows, acc), A) if p == 0.0 else _dropped_shrink(rows, A, p, seeds[i])
+        total.addmm_(S, _as(B, acc).t(), alpha=s)
+        terms.append(S)
+    return S if len(terms) == 1 else torch.cat(terms, 1)
+
+
+def _dropped_shrink(rows: torch.Tensor, A: torch.Tensor, p: float, seed) -> torch.Tensor:
+    if p == 1.0:
+        return rows.new_zeros((rows.shape[0], A.shape[0]), dtype=A.dtype)
+    parts = []
+    for start, stop in _row_blocks(rows):
+        kept = _masked(seed, p, start, rows[start:stop] if stop - start < rows.shape[0] else rows, None)
+        parts.append(linear(_as(kept, A.dtype), A))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).mul_(_keep_scale(p, A.dtype))
+
+
+@lru_cache(maxsize=256)
+def _keep_scale(p: float, dtype: torch.dtype) -> torch.Tensor:
+    """keep_scale as a tensor of no dimension, which torch multiplies by in a third of the time of a number."""
+    return torch.tensor(keep_scale(p), dtype=dtype)
 
 
 def lora_linear_backward(
@@ -95,32 +120,70 @@ def lora_linear_backward(
 
     Without a weight dx is the LoRA term alone, and g may have another dtype than x.
     """
-    acc, seeds = accumulate_dtype(x, lora_A), _numbers(seeds)
-    g_rows, x_rows = _as(g, compute_dtype(g.dtype, g.device)), _as(x, compute_dtype(x.dtype, x.device))
-    if g_rows.dtype != acc:
+    g_rows, rows, n, seeds = _wide(g), _wide(x), len(lora_A), _numbers(seeds)
+    acc = _widest(rows.dtype, lora_A)
+    if g_rows.dtype is not acc:
         acc = torch.promote_types(acc, g_rows.dtype)
-    g_acc, dx, dA, dB = _as(g_rows, acc), None, [None] * len(lora_A), [None] * len(lora_A)
-    for i, (A, B, part) in enumerate(zip(lora_A, lora_B, _columns(_as(S, acc), lora_B), strict=True)):
-        s, p = scaling[i], dropout[i]
-        if need_B[i]:  # the short side first: a third less time than g^T S, transposed where it is small
-            dB[i] = _as((part.t() @ g_acc).t().mul(s), B.dtype).contiguous()
-        if need_x or need_A[i]:
-            dS = torch.mm(g_acc, _as(B, acc)).mul_(s * keep_scale(p))  # both factors, one rounding
-            dx, dA[i] = _input_side(dS, x_rows, A, p, seeds[i] if p else None, dx, need_x, need_A[i])
+    g_acc, S = _as(g_rows, acc), _as(S, acc)
+    parts = (S,) if n == 1 else S.split([B.shape[1] for B in lora_B], 1)
+    dx, dA, dB = None, [None] * n, [None] * n
+    for i, (A, B, part, s, p) in enumerate(zip(lora_A, lora_B, parts, scaling, dropout, strict=True)):
+        B_acc = _as(B, acc)
+        if need_B[i]:
+            dB[i] = _as(_scaled(g_acc.t(), part, s, B_acc), B.dtype)
+        if not (need_x or need_A[i]):
+            continue
+        dS = _scaled(g_acc, B_acc, s * keep_scale(p), part)  # both factors, one rounding
+        if p:
+            dx, dA[i] = _dropped_input_side(dS, rows, A, p, seeds[i], dx, need_x, need_A[i])
+            continue
+        if need_x:
+            A_acc = _as(A, acc)
+            dx = torch.mm(dS, A_acc) if dx is None else dx.addmm_(dS, A_acc)
+        if need_A[i]:
+            dA[i] = _as(torch.mm(dS.t(), _as(rows, acc)), A.dtype)
     if need_x and weight is not None:
-        _add_matmul_weight(dx, g_rows, weight)
-    dW = _as(g_rows.t() @ x_rows, weight.dtype) if need_weight else None
+        for start, stop, block in _weight_blocks(weight, g_rows.dtype):
+            columns = g_rows if start is None else g_rows[:, start:stop]
+            if acc is g_rows.dtype and dx.shape[0] >= _FEW_ROWS:
+                dx.addmm_(columns, block)
+            else:
+                dx += torch.mm(columns, block)
+    dW = _as(g_rows.t() @ rows, weight.dtype) if need_weight else None
     db = g_acc.sum(0) if need_bias else None
     return (_as(dx, x.dtype) if need_x else None), dA, dB, dW, db
 
 
+def _dropped_input_side(dS, rows, A, p: float, seed, dx, need_x: bool, need_A: bool):
+    """(dx + mask * (dS A), dA = dS^T (mask * x)), None for what is not needed; ``dx`` None for the first adapter.
+
+    One mask for both. ``dS`` already holds the 1 / (1 - p). The sum may be formed in ``dx``.
+    """
+    acc, dA = dS.dtype, None
+    if p == 1.0:
+        if need_x and dx is None:
+            dx = rows.new_zeros(rows.shape, dtype=acc)
+        return dx, A.new_zeros(A.shape) if need_A else None
+    blocks, given, A_acc, term = _row_blocks(rows), dx, _as(A, acc), None
+    if need_x and given is None and len(blocks) > 1:
+        dx = rows.new_empty(rows.shape, dtype=acc)
+    for start, stop in blocks:
+        source, dS_rows = rows, dS
+        if len(blocks) > 1:
+            source, dS_rows = rows[start:stop], dS[start:stop]
+        if need_x:  # into dx, where nothing is there yet
+            term = torch.mm(dS_rows, A_acc, out=None if dx is given else dx[start:stop])
+        kept = _masked(seed, p, start, _as(source, acc) if need_A else None, term)
+        if need_A:
+            dA = torch.mm(dS_rows.t(), kept) if dA is None else dA.addmm_(dS_rows.t(), kept)
+        if need_x and given is not None:
+            dx[start:stop] += term
+    return term if dx is None else dx, None if dA is None else _as(dA, A.dtype)
+
+
 def accumulate_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
     """The widest dtype involved: fp32 adapters over a 16-bit base are used in fp32, as PEFT does."""
-    acc = compute_dtype(x.dtype, x.device)
-    for A in lora_A:
-        if A.dtype != acc:
-            acc = torch.promote_types(acc, A.dtype)
-    return acc
+    return _widest(compute_dtype(x.dtype, x.device), lora_A)
 
 
 def shrink_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
@@ -128,143 +191,67 @@ def shrink_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype
     return torch.promote_types(accumulate_dtype(x, lora_A), torch.float32)
 
 
+def _widest(acc: torch.dtype, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
+    for A in lora_A:
+        if A.dtype is not acc:
+            acc = torch.promote_types(acc, A.dtype)
+    return acc
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In the dtype that is computed in."""
+    return tensor.float() if tensor.dtype.itemsize == 2 and tensor.is_cpu else tensor
+
+
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the question takes a fifth of the call
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)  # the question takes a fifth of the call
 
 
-def _columns(S: torch.Tensor, lora_B: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The part of S of each adapter."""
-    return [S] if len(lora_B) == 1 else S.split([B.shape[1] for B in lora_B], 1)
-
-
-def _row_blocks(rows: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Blocks whose mask stays in a CPU's cache. Elsewhere one: the mask is there, and each block would round dA."""
-    M, K = rows.shape
-    step = max(1, _MASK_ELEMENTS // max(K, 1) if rows.device.type == "cpu" else M)
-    for start in range(0, M, step):
-        yield start, min(start + step, M)
-
-
-def _buffer(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Room for one row block, reused for all of them."""
-    _, first = next(_row_blocks(rows), (0, 0))
-    return rows.new_empty((first, rows.shape[1]), dtype=dtype)
-
-
-def _part(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    return rows if stop - start == len(rows) else rows[start:stop]  # as most often, and a view takes longer
-
-
-class _Mask:
-    """Row blocks of one call's keep mask, without holding the whole on a CPU."""
-
-    def __init__(self, seed: torch.Tensor, p: float, M: int, K: int, device: torch.device):
-        self._cut = dropout_threshold(p) - 32768
-        self.scale, self._K = keep_scale(p), K
-        self._seed = int(seed) if device.type == "cpu" else None
-        # off the CPU this path is the fallback, and drawing the mask whole costs the fewest launches
-        self._whole = None if device.type == "cpu" else dropout_lanes_on(device, seed, M, K)[:, :K] >= self._cut
-
-    def multiply(
-        self, start: int, stop: int, rows: torch.Tensor | None, out: torch.Tensor | None, in_place: torch.Tensor | None
-    ) -> None:
-        """out = rows * mask and in_place *= mask, [stop - start, K] of rows [start, stop); None leaves one out."""
-        if self._whole is not None:
-            if rows is not None:
-                torch.mul(rows, self._whole[start:stop], out=out)
-            if in_place is not None:
-                in_place.mul_(self._whole[start:stop])
-            return
-        if native.multiply_by_mask(self._seed, start, self._cut, rows, out, in_place):
-            return
-        keep = dropout_lanes(self._seed, start, stop - start, self._K)[:, : self._K] >= self._cut
-        if rows is not None:  # numpy's product with a bool is twice as fast as torch's
-            np.multiply(rows.numpy(), keep, out=out.numpy())
-        if in_place is not None:
-            np.multiply(in_place.numpy(), keep, out=in_place.numpy())
-
-
-def _shrink(rows, lora_A, dropout, seeds, acc) -> torch.Tensor:
-    """S = concatenation of D_i(x) A_i^T, [M, sum r] in ``acc``."""
-    seeds = _numbers(seeds)
-    terms = [
-        _shrink_one(rows, _as(A, acc), p, seeds[i] if p else None)
-        for i, (A, p) in enumerate(zip(lora_A, dropout, strict=True))
-    ]
-    return terms[0] if len(terms) == 1 else torch.cat(terms, 1)
+def _scaled(left: torch.Tensor, right: torch.Tensor, s: float, like: torch.Tensor) -> torch.Tensor:
+    """s * (left @ right) in one call; ``like`` only has the result's shape and dtype."""
+    return torch.addmm(like, left, right, beta=0, alpha=s)
 
 
 def _numbers(seeds: torch.Tensor | None) -> Sequence | None:
     """The seeds as numbers where nothing has to wait for them."""
-    return seeds.tolist() if seeds is not None and seeds.device.type == "cpu" else seeds
+    return seeds.tolist() if seeds is not None and seeds.is_cpu else seeds
 
 
-def _shrink_one(rows, A, p, seed) -> torch.Tensor:
+def _row_blocks(rows: torch.Tensor) -> Sequence[tuple[int, int]]:
+    """Blocks whose mask stays in a CPU's cache. Elsewhere one: the mask is whole, and each block would round dA."""
     M, K = rows.shape
-    if p == 0.0:
-        return _narrow(_as(rows, A.dtype), A)
-    if p == 1.0 or M == 0:
-        return rows.new_zeros((M, A.shape[0]), dtype=A.dtype)
-    mask, buffer, parts = _Mask(seed, p, M, K, rows.device), _buffer(rows, rows.dtype), []
-    for start, stop in _row_blocks(rows):
-        block = _part(buffer, 0, stop - start)
-        mask.multiply(start, stop, _part(rows, start, stop), block, None)
-        parts.append(_narrow(_as(block, A.dtype), A))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).mul_(mask.scale)
+    if M * K <= _MASK_ELEMENTS or not rows.is_cpu:
+        return ((0, M),)
+    step = max(1, _MASK_ELEMENTS // K)
+    return [(start, min(start + step, M)) for start in range(0, M, step)]
 
 
-def _narrow(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """rows [M, L] times matrix [r, L] transposed: long sums for few results.
-
-    Both operands lie along the sum, which BLAS libraries add up in several accumulators: half the rounding error of
-    the other layout. For a single result they do not, so a pairwise sum takes over.
-    """
-    if rows.shape[0] == 1:
-        return (rows * matrix).sum(1).reshape(1, -1)
-    return torch.nn.functional.linear(rows, matrix)
-
-
-def _input_side(
-    dS: torch.Tensor, rows: torch.Tensor, A: torch.Tensor, p: float, seed, dx, need_x: bool, need_A: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dx + mask * (dS A), dA = dS^T (mask * x)), None for what is not needed; ``dx`` None for the first adapter.
-
-    One mask for both. ``dS`` already holds the 1 / (1 - p). The sum may be formed in ``dx``.
-    """
-    acc, A_acc, dA = dS.dtype, _as(A, dS.dtype), None
-    if p == 0.0:
-        if need_x:
-            dx = dS @ A_acc if dx is None else dx.addmm_(dS, A_acc)
-        return dx, _as(dS.t() @ _as(rows, acc), A.dtype) if need_A else None
-    first, (M, K) = dx is None, rows.shape
-    if need_x and first:  # no pass to add its part
-        dx = rows.new_empty((M, K), dtype=acc) if p < 1.0 else rows.new_zeros((M, K), dtype=acc)
-    if p < 1.0:
-        mask, dropped = _Mask(seed, p, M, K, rows.device), _buffer(rows, acc) if need_A else None
-        part = None if first or not need_x else _buffer(rows, acc)
-        for start, stop in _row_blocks(rows):
-            source = kept = target = None
-            dS_rows = _part(dS, start, stop)
-            if need_A:
-                source, kept = _as(_part(rows, start, stop), acc), _part(dropped, 0, stop - start)
-            if need_x:
-                target = _part(dx, start, stop) if first else _part(part, 0, stop - start)
-                torch.mm(dS_rows, A_acc, out=target)
-            mask.multiply(start, stop, source, kept, target)
-            if need_A:
-                dA = dS_rows.t() @ kept if dA is None else dA.addmm_(dS_rows.t(), kept)
-            if part is not None:
-                dx[start:stop] += target
-    if need_A:
-        dA = A.new_zeros(A.shape) if dA is None else _as(dA, A.dtype)
-    return dx, dA
+def _masked(seed, p: float, start: int, rows: torch.Tensor | None, term: torch.Tensor | None) -> torch.Tensor | None:
+    """rows * mask, and term *= mask in place. Both [m, K] from row ``start`` of the mask, either may be None."""
+    like, cut, out = term if rows is None else rows, dropout_threshold(p) - 32768, None
+    if not like.is_cpu:  # there this path is the fallback, and drawing the mask whole costs the fewest launches
+        keep = dropout_lanes_on(like.device, seed, *like.shape)[:, : like.shape[1]] >= cut
+        if term is not None:
+            term.mul_(keep)
+        return None if rows is None else rows * keep
+    if rows is not None:
+        rows = rows.contiguous()
+        out = torch.empty_like(rows)
+    if not native.multiply_by_mask(seed, start, cut, rows, out, term):
+        keep = dropout_lanes(seed, start, *like.shape)[:, : like.shape[1]] >= cut
+        for source, target in ((rows, out), (term, term)):
+            if source is not None:  # numpy's product with a bool is twice as fast as torch's
+                np.multiply(source.numpy(), keep, out=target.numpy())
+    return out
 
 
-def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Sequence | Iterator:
+    """(start, stop, rows of the weight in ``dtype``); None, None, weight where it needs no conversion."""
+    return ((None, None, weight),) if weight.dtype is dtype else _converted_blocks(weight, dtype)
+
+
+def _converted_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
     N, K = weight.shape
-    if weight.dtype == dtype:
-        yield 0, N, weight
-        return
     step = max(1, _WEIGHT_ELEMENTS // max(K, 1))
     for start in range(0, N, step):
         stop = min(start + step, N)
@@ -273,19 +260,9 @@ def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[i
 
 def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """rows W^T (+ bias) in the dtype of rows."""
-    if weight.dtype == rows.dtype:
-        return torch.nn.functional.linear(rows, weight, None if bias is None else _as(bias, rows.dtype))
+    if weight.dtype is rows.dtype:
+        return linear(rows, weight, None if bias is None else _as(bias, rows.dtype))
     y = rows.new_empty((rows.shape[0], weight.shape[0]))
-    for start, stop, block in _weight_blocks(weight, rows.dtype):
+    for start, stop, block in _converted_blocks(weight, rows.dtype):
         y[:, start:stop] = rows @ block.t()
     return y if bias is None else y.add_(bias.to(rows.dtype))
-
-
-def _add_matmul_weight(dx: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> None:
-    """dx += g W, the product in the dtype of g."""
-    for start, stop, block in _weight_blocks(weight, g.dtype):
-        part = g if stop - start == len(weight) else g[:, start:stop]
-        if dx.dtype == g.dtype and len(g) >= _FEW_ROWS:
-            dx.addmm_(part, block)
-        else:
-            dx += part @ block

@@ -10,12 +10,14 @@ The maths and the mask are those of ``fused_lora.reference``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_lora.ops.checks import check_linear, refuse_tangents
+from fused_lora.ops.alike import Alike
+from fused_lora.ops.checks import check_linear, refuse_tangents, refuse_transforms
 from fused_lora.ops.linear import double_backward, flops, plan
 from fused_lora.ops.linear import eager as cpu
 
@@ -54,6 +56,7 @@ def lora_linear(
         return torch.nn.functional.linear(x, weight, bias)
     dropout = [0.0] * len(lora_A) if dropout is None else dropout
     if not is_direct(x, weight, *lora_A, *lora_B):
+        refuse_transforms("lora_linear")
         return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     if forward_ad._current_level >= 0:
         refuse_tangents("lora_linear", x, weight, *lora_A, *lora_B)
@@ -77,11 +80,57 @@ def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
     if x.is_neg():  # a kernel would not see the sign
         x = x.resolve_neg()
     run = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    return _run(run, x, weight, bias, lora_A, lora_B, seeds)
+
+
+def _run(run, x, weight, bias, lora_A, lora_B, seeds) -> Tensor:
     if run.masked and seeds is None:
         seeds = draw_seeds(len(lora_A), x.device)
     if run.grad and torch.is_grad_enabled():
-        return _apply(run, seeds, x, *lora_A, *lora_B, weight, bias)[0]
+        frozen, free = ((weight, bias), ()) if run.frozen else (None, (weight, bias))
+        return _apply(run, seeds, frozen, x, *lora_A, *lora_B, *free)[0]
     return run(x, weight, bias, lora_A, lora_B, seeds)[0]
+
+
+class Memory:
+    """What :func:`lora_linear` runs for the tensors of one layer, so that the next call with such tensors asks nothing.
+
+    Only the rows of x may differ (see :mod:`fused_lora.ops.alike`).
+    """
+
+    __slots__ = ("_by_numbers", "_kept")
+
+    def __init__(self):
+        self._by_numbers, self._kept = {}, plan.kept
+
+    def __reduce__(self):  # copies and files of a layer hold None instead
+        return type(None), ()
+
+    def recall(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> Tensor | None:
+        """The result, differentiable; None when no such call was learnt."""
+        alike = self._by_numbers.get((bias is None, *scaling, *dropout))
+        if alike is None or self._kept is not plan.kept:  # all plans are made anew
+            return None
+        runs = alike.find(x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,)))
+        if runs is None:
+            return None
+        key = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16
+        run = runs.get(key)
+        if run is None:
+            if len(runs) >= _RUNS:
+                runs.clear()
+            run = runs[key] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout)
+        return _run(run, x, weight, bias, lora_A, lora_B, None)
+
+    def learn(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> None:
+        """Of a call that has passed, where nobody but autograd looks on."""
+        tensors = x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,))
+        if _autocasts(x) or x.is_neg() or not is_direct(*tensors):
+            return
+        if self._kept is not plan.kept or len(self._by_numbers) > _NUMBERS:
+            self._by_numbers, self._kept = {}, plan.kept
+        alike = self._by_numbers.setdefault((bias is None, *scaling, *dropout), Alike())
+        alike.keep({}, tensors, any_rows=True)
 
 
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
@@ -134,12 +183,12 @@ def _(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
     return y, x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_A)), dtype=cpu.shrink_dtype(x, lora_A))
 
 
-def _gradients(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
+def _gradients(alike, g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
     """dx, dA, dB, dW, db with None for what is not needed; ``needs`` as for :func:`_keep`."""
     n = len(lora_A)
     need_x, need_A, need_B = needs[0], needs[1 : n + 1], needs[n + 1 : -2]
     rows = g.new_empty((g.shape[0], weight.shape[1])) if x is None else x
-    run = plan.backward(g, rows, weight, lora_A, lora_B, scaling, dropout, tuple(needs))
+    run = plan.backward(g, rows, weight, lora_A, lora_B, scaling, dropout, tuple(needs), alike)
     found = run(g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, *needs[-2:])
     return found if found[-1] is None else (*found[:-1], found[-1].to(bias_dtype))
 
@@ -159,7 +208,7 @@ def _lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     arguments = g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs
-    dx, dA, dB, dW, db = _gradients(*arguments)
+    dx, dA, dB, dW, db = _gradients(None, *arguments)
     return [t for t in (dx, *dA, *dB, dW, db) if t is not None]
 
 
@@ -173,17 +222,17 @@ def _(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, need
 def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
     need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
-    x, weight, bias, *others = inputs
-    needs = need_x, *rest[: 2 * len(inputs[3])], need_weight, need_bias
-    _keep(ctx, needs, x, weight, None if bias is None else bias.dtype, *others, output[1])
+    x, weight, bias, lora_A, lora_B, scaling, dropout, seeds = inputs
+    needs = need_x, *rest[: 2 * len(lora_A)], need_weight, need_bias
+    call = len(lora_A), scaling, dropout, None if bias is None else bias.dtype, needs
+    _keep(ctx, call, x, weight, lora_A, lora_B, seeds, output[1])
 
 
-def _keep(ctx, needs, x, weight, bias_dtype, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
-    """For the backward; ``needs`` has one flag per tensor: x, n times lora_A, n times lora_B, weight, bias."""
-    n = len(lora_A)
-    ctx.set_materialize_grads(False)
-    ctx.call = n, scaling, dropout, bias_dtype, needs
-    keep_x = x if needs[-2] or any(needs[1 : n + 1]) else None  # only dA and dW read it
+def _keep(ctx, call, x, weight, lora_A, lora_B, seeds, S) -> None:
+    """For the backward; ``call`` ends with one flag per tensor: x, n times lora_A, n times lora_B, weight, bias."""
+    n, needs = call[0], call[-1]
+    ctx.call, ctx.materialize_grads = call, False
+    keep_x = x if needs[1] or needs[-2] or any(needs[2 : n + 1]) else None  # only dA and dW read it
     if needs[0]:
         ctx.idle = None
         ctx.save_for_backward(keep_x, weight, S, seeds, *lora_A, *lora_B)
@@ -278,12 +327,11 @@ class _Direct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, run, seeds, x, *others):
-        *_, weight, bias = others
-        n = len(others) // 2 - 1
-        A, B = others[:n], others[n:-2]
+    def forward(ctx, run, seeds, frozen, x, *others):
+        n = run.call[0]
+        A, B, (weight, bias) = others[:n], others[n : 2 * n], frozen or others[2 * n :]
         y, S = run(x, weight, bias, A, B, seeds)
-        _keep(ctx, ctx.needs_input_grad[2:], x, weight, run.bias_dtype, A, B, run.scaling, run.dropout, seeds, S)
+        _keep(ctx, run.call, x, weight, A, B, seeds, S)
         ctx.run = run
         return y, S
 
@@ -291,17 +339,17 @@ class _Direct(torch.autograd.Function):
     def backward(ctx, g, g_S):
         some = g_S if g is None else g
         if some is None:
-            return (None,) * (5 + 2 * ctx.call[0])
+            return (None,) * (4 + 2 * ctx.call[0] + (0 if ctx.run.frozen else 2))
         if _autocasts(some):
             with torch.autocast(some.device.type, enabled=False):
                 return _Direct.backward(ctx, g, g_S)
         rows = ctx.run.rows
         if g is not None and rows is not None:
             g = g.reshape(rows[0], g.shape[-1])
-        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, _gradients)
+        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, partial(_gradients, ctx.run.alike))
         if dx is not None and rows is not None:
             dx = dx.reshape(*ctx.run.shape[:-1], rows[1])
-        return None, None, dx, *dA, *dB, dW, db
+        return None, None, None, dx, *dA, *dB, *(() if ctx.run.frozen else (dW, db))
 
 
 def _is_batched(g: Tensor) -> bool:
@@ -313,6 +361,7 @@ def _is_batched(g: Tensor) -> bool:
 _apply = super(torch.autograd.Function, _Direct).apply
 _stack, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses bring their own arithmetic
+_RUNS, _NUMBERS = 256, 8  # of a layer: numbers of rows; scalings and dropouts, for sets of active adapters
 _is_tracing = torch._C._is_tracing
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _library = torch.library.Library("fused_lora", "FRAGMENT")

@@ -24,6 +24,7 @@ import torch
 
 from fused_lora import reference
 from fused_lora.ops import guard
+from fused_lora.ops.alike import Alike
 from fused_lora.ops.checks import check_linear
 from fused_lora.ops.linear import eager
 from fused_lora.ops.linear import launch as kernel
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 _KEPT = 4096  # keys, the oldest of which is forgotten for a new one
 kept: dict[tuple, Callable] = {}
-_unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
 _lock = threading.Lock()
 # contraction up to which the fused GEMM loses less to the library's than a pass over y costs, and rows from which
 _LONG, _FUSED_ROWS = 4096, 2048
@@ -137,26 +137,30 @@ def _pick(*arguments) -> LaunchConfig:
 class Forward:
     """What the calls of one key share: a function of their tensors that returns (y, S), and what the backward needs.
 
-    grad: one of the tensors wants a gradient.
+    grad: one of the tensors wants a gradient; frozen: neither weight nor bias does. call: what the backward knows of a
+    call besides its tensors; it ends with which of x, each lora_A, each lora_B, weight and bias want a gradient.
     """
 
-    __slots__ = ("bias_dtype", "dropout", "grad", "masked", "rows", "scaling", "shape", "_run")
+    __slots__ = ("alike", "call", "frozen", "grad", "masked", "rows", "shape", "_run")
 
     def __init__(self, x, weight, bias, lora_A, lora_B, scaling: Sequence[float], dropout: Sequence[float]):
         leading, N = x.shape[:-1], weight.shape[0]
         self.rows = None if len(leading) == 1 else (leading.numel(), weight.shape[1])
-        self.shape, self.masked, self.bias_dtype = (*leading, N), any(dropout), None if bias is None else bias.dtype
-        self.scaling, self.dropout = tuple(scaling), tuple(dropout)
-        self.grad = any(t is not None and t.requires_grad for t in (x, weight, bias, *lora_A, *lora_B))
+        self.shape, self.masked, self.alike = (*leading, N), any(dropout), Alike()
+        needs = tuple([t is not None and t.requires_grad for t in (x, *lora_A, *lora_B, weight, bias)])
+        numbers = tuple(scaling), tuple(dropout)
+        self.grad, self.frozen = any(needs), not any(needs[-2:])
+        self.call = len(lora_A), *numbers, None if bias is None else bias.dtype, needs
         rows = x if self.rows is None else x.reshape(self.rows)
-        self._run = _forward(rows, weight, bias, lora_A, lora_B, self.scaling, self.dropout)
+        self._run = _forward(rows, weight, bias, lora_A, lora_B, *numbers)
 
     def __call__(self, x, weight, bias, lora_A, lora_B, seeds) -> tuple[torch.Tensor, torch.Tensor]:
         """y [..., N], no view, so that it may be changed in place, and S [M, sum r_i]."""
+        _, scaling, dropout, *_ = self.call
         if self.rows is None:
-            return self._run(x, weight, bias, lora_A, lora_B, self.scaling, self.dropout, seeds)
-        y, S = self._run(x.reshape(self.rows), weight, bias, lora_A, lora_B, self.scaling, self.dropout, seeds)
-        return _unsafe_view(y, self.shape), S
+            return self._run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+        y, S = self._run(x.reshape(self.rows), weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+        return y.resize_(self.shape), S
 
 
 def forward(
@@ -193,21 +197,33 @@ def backward(
     scaling: Sequence[float],
     dropout: Sequence[float],
     needs: tuple[bool, ...],
+    alike: Alike | None = None,
 ) -> Callable:
     """What computes (dx, dA, dB, dW, db), with the signature of ``eager.lora_linear_backward``.
 
-    g [M, N], x [M, K]; needs: one flag for x, each lora_A, each lora_B, weight and bias.
+    g [M, N], x [M, K]; needs: one flag for x, each lora_A, each lora_B, weight and bias. alike: of the :class:`Forward`
+    that this is the backward of; the other arguments are then the same at every call.
     """
     if g.device.type != guard.DEVICE:
         return eager.lora_linear_backward
-    key = layout(g, x, weight, *lora_A, *lora_B), needs, *scaling, *dropout
+    tensors = g, x, weight, *lora_A, *lora_B
+    if alike is not None and (g.data_ptr() | x.data_ptr()) % 16 == 0:
+        found = alike.find(*tensors)
+        if found is not None:
+            return found
+    key = layout(*tensors), needs, *scaling, *dropout
     found = kept.get(key)
-    return keep(key, _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs)) if found is None else found
+    if found is None:
+        found = keep(key, _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs))
+    if alike is not None and key[0][0]:
+        alike.keep(found, tensors)
+    return found
 
 
 def forget() -> None:
     """Plan all shapes anew, after a change of ``FUSED_LORA_PLAN``; what has failed stays dropped."""
-    kept.clear()
+    global kept
+    kept = {}  # another one: whoever remembers what it found in this one sees that
 
 
 def layout(*tensors: torch.Tensor) -> tuple:

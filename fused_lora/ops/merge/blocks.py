@@ -10,6 +10,7 @@ back: a weight is either merged whole or not touched. Memory: corrections of abo
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +24,8 @@ from fused_lora.ops.merge.delta import chain
 from fused_lora.ops.native import CHANGED, CHECKSUM, DONE, FULL, LOST, MERGE, MERGE_AGAIN, TORN, UNMERGE
 from fused_lora.reference import bits
 
-AREA, WIDTH, HEIGHT = 4096, 256, 256  # of a unit at most, as in C
+_LOW = 0xFFFFFFFF
+AREA, WIDTH, HEIGHT = 4096, 128, 256  # of a unit at most, as in C
 _BAND = 1 << 17  # elements that torch takes at a time: the temporaries stay in a cache
 
 _LOST_TEXT = "NaNs or infinities detected in the merged weights: the adapter seems to be broken"
@@ -78,12 +80,13 @@ class Units:
         """For a merge of W [rows, columns]."""
         rows, columns = W.shape
         panels = max(1, -(-columns // WIDTH))
-        width = min(max(columns, 1), -(-columns // panels // 16) * 16)  # of equal panels, whole vectors wide
+        width = min(max(columns, 1), -(-columns // panels // 32) * 32)  # of equal panels, whole tiles of C wide
         height = max(1, min(rows, AREA // width, HEIGHT))
         height -= height % 8 if height > 8 else 0  # C computes 8 rows at a time
         units = -(-rows // height) * panels
-        notes = [torch.zeros(units, dtype=d, device=W.device) for d in (torch.int32, torch.int64, torch.int64)]
-        return cls(height, width, *notes, torch.empty((0, 2), dtype=torch.uint8, device=W.device))
+        starts, checksums, counts = torch.zeros((3, units), dtype=torch.int64, device=W.device).unbind()
+        counts = counts.view(torch.int32)[:units]
+        return cls(height, width, counts, starts, checksums, counts.new_empty((0, 2), dtype=torch.uint8))
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -108,13 +111,15 @@ class _InC:
 
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
         self.corrections = units.corrections if room == 0 else torch.empty((room, 2), dtype=torch.uint8, device="cpu")
-        self.merged = torch.full((len(units.counts),), room == 0, dtype=torch.uint8, device="cpu")
+        self.merged = (ctypes.c_uint8 * len(units.counts))()
+        if room == 0:
+            ctypes.memset(self.merged, 1, len(units.counts))
         left, right, scaling, flipped = self._held = factors
         self._work = native.Work(
             *W.shape, W.stride(0), len(right), units.height, units.width,
             *(native.TYPES[t.dtype] for t in (W, left, right)), flipped, 0, 0,
             *(t.data_ptr() for t in (W, left, right, scaling, units.counts, units.starts, units.checksums)),
-            self.merged.data_ptr(), self.corrections.data_ptr(), len(self.corrections), 0,
+            ctypes.addressof(self.merged), self.corrections.data_ptr(), len(self.corrections), 0,
         )  # fmt: skip
 
     def run(self, mode: int) -> int:
@@ -209,7 +214,12 @@ class _InTorch:
     def _checksums(self, rows: torch.Tensor) -> torch.Tensor:
         found = self._units.checksums.new_empty(-(-len(rows) // self._units.height) * len(self._panels))
         for units, _, part in self._by_unit(bits(rows)):
-            found[units] = (_words(part) * _weights(rows.device)[: part.shape[1]]).sum(1)
+            words = _words(part).unflatten(1, (min(self._units.height, len(rows)), -1))
+            sums = torch.zeros_like(words[:, 0])
+            for row in words.unbind(1):
+                sums = sums ^ row
+                sums = ((sums << 13 | sums >> 19) & _LOW) * 0x85EBCA6B & _LOW
+            found[units] = (sums * _weights(rows.device)[: sums.shape[1]]).sum(1)
         return found
 
     def _encode(self, difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,7 +271,7 @@ def _words(integers: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _weights(device: torch.device) -> torch.Tensor:
-    return torch.arange(1, AREA + 1, dtype=torch.int64, device=device) * 0x9E3779B1 & 0xFFFFFFFF
+    return torch.arange(1, WIDTH + 1, dtype=torch.int64, device=device) * 0x9E3779B1 & _LOW
 
 
 def merge(W: torch.Tensor, factors: Factors) -> Units:

@@ -167,8 +167,11 @@ def _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> Factors:
             )
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = (_joined(parts, dim, weight.device, wide) for parts, dim in ((lora_A, 0), (lora_B, 1)))
-    per_rank = [float(s) for a, s in zip(lora_A, scaling, strict=True) for _ in range(len(a))]
-    factors = Factors(B, A, torch.tensor(per_rank, dtype=wide, device=weight.device), False)
+    per_rank = [
+        torch.full((A.shape[0],), float(s), dtype=wide, device=weight.device)
+        for A, s in zip(lora_A, scaling, strict=True)
+    ]
+    factors = Factors(B, A, per_rank[0] if len(per_rank) == 1 else torch.cat(per_rank), False)
     return factors.t() if fan_in_fan_out else factors
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_lora.ops.checks import check_term
+from fused_lora.ops.checks import check_term, refuse_transforms
 from fused_lora.ops.linear import double_backward, eager, flops
 from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _is_batched, draw_seeds, is_direct
 from fused_lora.ops.term import plan
@@ -68,6 +68,7 @@ def lora_term(
         x, lora_A, lora_B = _cast(x, lora_A, lora_B)
         with torch.autocast(x.device.type, enabled=False):
             return _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
+    refuse_transforms("lora_term")
     # reshaped out here: the operator's own result is no view, so that it may be changed in place
     out, _ = _lora_term(_rows(y), _rows(x), bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)
     return out if y.dim() == 2 else out.reshape(y.shape)

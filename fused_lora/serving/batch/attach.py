@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from fused_lora.modules.reads import Reads
 from fused_lora.modules.targets import candidates, in_out_features, is_supported
 from fused_lora.serving.batch.batch import running
 from fused_lora.serving.residency.packing import Site
@@ -38,7 +39,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
 
 class Attachment:
-    """The hooks of one store on one model."""
+    """The hooks of one store on one model, and which of its layers they never reach."""
 
     def __init__(self, callers: Mapping[str, nn.Module], sites: dict[str, Site], store: Any):
         self._handles = []
@@ -48,12 +49,43 @@ class Attachment:
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         for site in sites.values():
             self._handles.append(site.module.register_forward_hook(_Hook(store, site), with_kwargs=True))
+        self._watch(store, sites)
+
+    def _watch(self, store: Any, sites: dict[str, Site]) -> None:
+        """Watch which layers the model does not call, or has no longer."""
+        model = store.model
+        self._reads = Reads(model, {path: site.module for path, site in sites.items()})
+        paths = sorted({path[:end] for path in sites for end in (*_dots(path), len(path))})
+        self._places = []  # path, the parent's modules, the name there, what was there
+        for path in paths:
+            parent, _, name = path.rpartition(".")
+            self._places.append((path, model.get_submodule(parent)._modules, name, model.get_submodule(path)))
+        self._handles.append(model.register_forward_pre_hook(_StartHook(self._reads)))
+        self._handles.append(model.register_forward_hook(_EndHook(store, self._reads)))
+
+    def unreached(self, paths: Iterable[str]) -> str | None:
+        """Why the hook of one of these layers is not reached: the model reads its weight instead of calling it, or has
+        another module in its place."""
+        replaced = [path for path, held, name, module in self._places if held.get(name) is not module]
+        if not (replaced or self._reads.found):
+            return None
+        for path in paths:
+            if path in self._reads.found:
+                return f"the layer {path!r} {self._reads.found[path]}"
+            if any(f"{path}.".startswith(f"{other}.") for other in replaced):
+                return f"the layer {path!r} was replaced since the store was made"
+        return None
 
     def remove(self) -> None:
         """Remove the hooks."""
+        self._reads.stop()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _dots(path: str) -> list[int]:
+    return [i for i, letter in enumerate(path) if letter == "."]
 
 
 class _Shared:
@@ -89,6 +121,32 @@ class _ReturnHook(_Shared):
         batch = running(self._store)
         if batch is not None:
             batch.returned(module, kwargs, output)
+
+
+class _StartHook(_Shared):
+    """Before the model: from here on reads of weights count."""
+
+    def __init__(self, reads: Reads):
+        self._reads = reads
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if not torch.compiler.is_compiling():
+            self._reads.start()
+
+
+class _EndHook(_Shared):
+    """After the model: an adapter whose layers were not all reached is an error."""
+
+    def __init__(self, store: Any, reads: Reads):
+        self._store, self._reads = store, reads
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._reads.finish()
+        batch = running(self._store)
+        if batch is not None:
+            self._store.check_called(batch.groups)
 
 
 class _Hook(_Shared):

@@ -139,12 +139,19 @@ class AsyncEngine:
         request_id = f"http_{self._next_id}"
         self.in_flight += 1
         running = self._jobs[request_id] = _Running(request_id, job.adapter)
+        self.metrics.started += 1
+        outcome = "cancelled"  # unless something else ends it, its client has gone
         try:
             self._submit(request_id, job, running.outputs)
             self.metrics.prompt_tokens += len(job.prompt)
             async for piece in self._pieces(job, running, start):
                 yield piece
+            outcome = "finished"
+        except ApiError:
+            outcome = "failed"
+            raise
         finally:
+            self.metrics.ended[outcome] += 1
             running.ended = True
             if not running.finished:
                 self.manager.cancel_request(request_id)

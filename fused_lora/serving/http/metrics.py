@@ -54,6 +54,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()
+        self.started, self.ended = 0, Counter(finished=0, failed=0, cancelled=0)
         self.prompt_tokens = 0
         self.first_token, self.request_seconds = Histogram(), Histogram()
         self._rate = Rate()
@@ -78,6 +79,10 @@ class Metrics:
         running, waiting = engine.queue_lengths()
         put("gauge", "requests_running", "Requests with a place in the batch.", running)
         put("gauge", "requests_waiting", "Requests waiting for a place or for their adapter.", waiting)
+        put("counter", "sequences_started_total", "Sequences given to the engine.", self.started)
+        name = f"{PREFIX}sequences_ended_total"
+        ended = ((f'{name}{{outcome="{outcome}"}}', count) for outcome, count in self.ended.items())
+        put("counter", "sequences_ended_total", "Sequences by how they ended.", ended)
         put("counter", "prompt_tokens_total", "Tokens of accepted prompts.", self.prompt_tokens)
         put("counter", "generation_tokens_total", "Tokens generated.", counters.generated_tokens)
         rate = self._rate(counters.generated_tokens)
@@ -98,6 +103,7 @@ class Metrics:
             put("counter", f"adapter_{key}_total", f"Adapter {key} of the store.", stats[key])
         put("gauge", "adapter_bytes_used", "Bytes of adapters on the device.", stats["bytes_used"])
         put("gauge", "adapter_bytes_capacity", "Byte budget of adapters on the device.", stats["capacity"] or 0)
+        put("gauge", "adapters_in_use", "Adapters that running requests hold on the device.", stats["in_use"])
         put("gauge", "adapters_refused", "Adapters that are not served at present.", len(store.refusals()))
         put("gauge", "adapters_known", "Adapters that requests can name.", stats["adapters"])
         for key, what in (("first_token", "Seconds to the first token."), ("request_seconds", "Seconds of a request.")):

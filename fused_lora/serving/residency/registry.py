@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -69,6 +69,7 @@ class Registry:
         self._detached = False
         self._residency = Residency(transfer, capacity, grow, host_capacity, slots, self._pinned.__contains__)
         self._lock = self._residency.changed
+        self._attachment: Any = None  # says which layers an adapter would not reach
 
     def load(
         self,
@@ -180,7 +181,7 @@ class Registry:
             return None
         before = signature(version.folder)
         try:
-            check_folder(self.model, version.folder, version.inside, version.allow_partial)
+            self._check_reached(check_folder(self.model, version.folder, version.inside, version.allow_partial))
         except (OSError, ValueError) as error:
             version.refusal = Refusal(error.with_traceback(None), version.folder, before, for_good=True)
             return error
@@ -334,12 +335,34 @@ class Registry:
         before = signature(version.folder)
         try:
             where = version.inside, version.allow_partial
-            return from_folder(self.model, self._sites, version.folder, self._transfer.dtype, *where)
+            packed, files = from_folder(self.model, self._sites, version.folder, self._transfer.dtype, *where)
+            self._check_reached(part.site.path for part in packed.parts)
+            return packed, files
         except (OSError, ValueError) as error:
             version.refusal = Refusal(error.with_traceback(None), version.folder, before, version.quarantined)
             raise
 
+    def check_called(self, groups: Sequence[Sequence[tuple[Version, float]]]) -> None:
+        """After a forward under these versions: raise ValueError for one with a layer that the model does not call, and
+        refuse it from now on."""
+        versions = list(dict.fromkeys(version for group in groups for version, _ in group))
+        if self._attachment.unreached(part.site.path for version in versions for part in version.parts) is None:
+            return
+        for version in versions:
+            why = self._attachment.unreached(part.site.path for part in version.parts)
+            if why is not None:
+                error = ValueError(f"adapter {version.identity!r} cannot be served: {why}")
+                with self._lock:
+                    version.refusal = Refusal(error, version.folder, version.files, for_good=True)
+                raise error
+
+    def _check_reached(self, paths: Iterable[str]) -> None:
+        why = self._attachment.unreached(paths)
+        if why is not None:
+            raise ValueError(f"source: an adapter cannot be served: {why}")
+
     def _load_packed(self, version: Version, packed: Packed, instead_of: Version | None = None) -> Version:
+        self._check_reached(part.site.path for part in packed.parts)
         version.held = 1
         try:
             self._residency.bring(version, lambda: packed)

@@ -1,0 +1,116 @@
+"""The calls of this package on a model that PEFT has wrapped, accelerated or not: PEFT's own calls do them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+from torch import nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def peft_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The first LoRA layer of PEFT's in a model: path and layer."""
+    for path, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A") and not hasattr(module, "mixed_batch"):
+            return path, module
+    return None
+
+
+def refuse(model: nn.Module, call: str, instead: str) -> None:
+    """Raise RuntimeError if the LoRA layers of a model are PEFT's: ``call`` would find none."""
+    if isinstance(model, nn.Module) and peft_layer(model) is not None:
+        raise RuntimeError(f"{call} is for models of fused_lora.inject, this one is PEFT's: {instead}")
+
+
+def wrapper_of(model: nn.Module, call: str) -> Any:
+    """PEFT's object that has merge_adapter and the like: a PeftModel, or a tuner; None if the layers are not PEFT's.
+
+    Raises RuntimeError where PEFT's layers stand without one.
+    """
+    if not isinstance(model, nn.Module) or peft_layer(model) is None:
+        return None
+    for module in model.modules():
+        if hasattr(module, "merge_adapter") and hasattr(module, "peft_config"):
+            return module
+    raise RuntimeError(
+        f"{call}: the model's LoRA layers are PEFT's, injected without a PeftModel around them: call merge, unmerge or "
+        "set_adapter of the layers, or the functions of peft.functional"
+    )
+
+
+def by_peft(do: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a call of ours: ``do(wrapper, *arguments)`` does it where the model's LoRA layers are PEFT's."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+            model: Any = args[0] if args else kwargs.get("model")
+            wrapper = wrapper_of(model, getattr(function, "__name__", ""))
+            if wrapper is None:
+                return function(*args, **kwargs)
+            return do(wrapper, *args[1:], **{name: value for name, value in kwargs.items() if name != "model"})
+
+        return inner
+
+    return decorate
+
+
+def merge(wrapper: Any, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    """merge_adapter."""
+    wrapper.merge_adapter(adapter_names, safe_merge)
+
+
+def unmerge(wrapper: Any) -> None:
+    """unmerge_adapter."""
+    wrapper.unmerge_adapter()
+
+
+def unload(wrapper: Any, merge_adapters: bool = False) -> nn.Module:
+    """merge_and_unload, or unload; returns the base model."""
+    return wrapper.merge_and_unload() if merge_adapters else wrapper.unload()
+
+
+def active_adapters(wrapper: Any) -> list[str]:
+    """Names of the active adapters."""
+    return list(wrapper.active_adapters)
+
+
+def set_adapter(wrapper: Any, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+    """set_adapter; of the tuner for several names, which a PeftModel does not take."""
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    if len(names) == 1:
+        wrapper.set_adapter(names[0], inference_mode=inference_mode)
+    else:
+        getattr(wrapper, "base_model", wrapper).set_adapter(names, inference_mode=inference_mode)
+
+
+def delete_adapter(wrapper: Any, adapter_name: str) -> None:
+    """delete_adapter."""
+    wrapper.delete_adapter(adapter_name)
+
+
+@contextmanager
+def disable_adapters(wrapper: Any) -> Iterator[None]:
+    """disable_adapter of a PeftModel; the two switches of a tuner."""
+    if hasattr(wrapper, "disable_adapter"):
+        with wrapper.disable_adapter():
+            yield
+        return
+    wrapper.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        wrapper.enable_adapter_layers()
+
+
+def delta_fidelity(wrapper: Any) -> dict[str, float]:
+    """Of the layers that an accelerated model has merged exactly."""
+    merged = {path: m for path, m in wrapper.named_modules() if getattr(m, "merge_state", None) is not None}
+    if not merged:
+        raise RuntimeError("delta_fidelity: no layer has an exact merge: accelerate the model, then merge it")
+    return {path: layer.delta_fidelity() for path, layer in merged.items()}

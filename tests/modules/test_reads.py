@@ -1,0 +1,249 @@
+"""Layers whose weight is read without calling them: named by inject's first forward, the store and verify."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fused_lora
+from fused_lora.diagnostics.verification import report
+from fused_lora.serving.store import AdapterStore
+from helpers.hooks import hooks as hooks_of
+from helpers.seeds import shifted
+
+K = 8
+
+
+class Net(nn.Module):
+    """``read`` is never called, ``unused`` neither called nor read, ``both`` read for its dtype and called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read, self.unused, self.both = (nn.Linear(K, K) for _ in range(4))
+
+    def forward(self, x):
+        return F.linear(self.both(self.called(x).to(self.both.weight.dtype)), self.read.weight)
+
+
+class Tied(nn.Module):
+    """The head, not called here, has the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mid, self.head = nn.Embedding(16, K), nn.Linear(K, K), nn.Linear(K, 16, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.mid(F.embedding(ids, self.embed.weight))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(shifted(0))
+    return Net().eval()
+
+
+def injected(model, targets="all-linear"):
+    config = fused_lora.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    return fused_lora.inject(model, config).eval()
+
+
+def hooks(model):
+    return [hook for module in model.modules() for hook in hooks_of(module)]
+
+
+def plain(model):
+    return all(type(m._parameters) is dict for m in model.modules())
+
+
+def warned(call):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in told if "without calling" in str(w.message)]
+
+
+def test_the_first_forward_of_an_injected_model_names_them(net):
+    model, x = injected(net), torch.randn(3, K)
+    (text,) = warned(lambda: model(x))
+    assert "'read'" in text and "exclude_modules" in text
+    assert not any(name in text for name in ("'called'", "'unused'", "'both'"))
+    assert plain(model) and not hooks(model)  # nothing stays
+    assert warned(lambda: model(x)) == []
+
+
+def test_a_model_that_calls_its_layers_is_left_alone(net):
+    model, x = injected(net, ["called", "both"]), torch.randn(3, K)
+    expected = copy.deepcopy(model)(x)
+    assert warned(lambda: model(x)) == []
+    assert torch.equal(model(x), expected) and plain(model) and not hooks(model)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_before_the_first_forward(net, again):
+    model, x = injected(net), torch.randn(3, K)
+    other = again(model)
+    assert len(warned(lambda: other(x))) == 1 and plain(other) and not hooks(other)
+    assert len(warned(lambda: model(x))) == 1 and plain(model) and not hooks(model)
+
+
+def test_a_forward_that_fails_leaves_nothing(net):
+    model = injected(net)
+    with pytest.raises(ValueError, match="x: expected"):
+        model(torch.randn(3, K + 1))
+    assert plain(model) and not hooks(model)
+
+
+def test_a_further_adapter_looks_again(net):
+    model, x = injected(net, ["called"]), torch.randn(3, K)
+    assert warned(lambda: model(x)) == []
+    fused_lora.inject(model, fused_lora.LoraConfig(r=2, target_modules=["read"]), "other")
+    assert len(warned(lambda: model(x))) == 1
+
+
+def test_a_tied_weight_may_be_read_by_its_other_owner():
+    model, ids = injected(Tied().eval()), torch.arange(4)
+    assert warned(lambda: model(ids)) == []
+    store = AdapterStore(Tied().eval())
+    store.load("a", {"head": (torch.ones(2, K), torch.ones(16, 2), 1.0), "mid": pair()})
+    with store.batch(["a"] * 4):
+        store.model(ids)
+    store.model.mid.forward = lambda x: x * store.model.head.weight[0]  # now it is the head's own
+    with pytest.raises(ValueError, match="the layer 'head' has its weight read"), store.batch(["a"] * 4):
+        store.model(ids)
+
+
+def test_compiled_models_are_not_watched(net):
+    model = injected(net)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert warned(lambda: compiled(torch.randn(3, K))) == []
+    assert plain(model)
+
+
+# ---- the store
+
+
+def pair(N=K):
+    return torch.randn(2, K), torch.randn(N, 2), 1.0
+
+
+def serve(store, x, name="a"):
+    with torch.no_grad(), store.batch([name] * len(x)):
+        return store.model(x)
+
+
+def test_the_store_refuses_the_answer_and_the_adapter_from_then_on(net):
+    store, x = AdapterStore(net), torch.randn(3, K)
+    store.load("a", {"read": pair()})
+    store.load("b", {"called": pair(), "unused": pair(), "both": pair()})
+    with pytest.raises(ValueError, match="adapter 'a@1' cannot be served: the layer 'read' has its weight read"):
+        serve(store, x)
+    for use in (lambda: serve(store, x), lambda: store.lease("a")):
+        with pytest.raises(ValueError, match="adapter 'a@1' cannot be served"):
+            use()
+    with pytest.raises(ValueError, match="source: an adapter cannot be served: the layer 'read' has its weight read"):
+        store.load("c", {"called": pair(), "read": pair()})
+    with torch.no_grad():
+        base = net(x)
+    assert not torch.equal(serve(store, x, "b"), base)  # what is called is served, and nobody reads "unused"
+    store.detach()
+    assert plain(net) and not hooks(net)
+
+
+def test_a_forward_of_the_base_tells_it_too(net):
+    store, x = AdapterStore(net), torch.randn(3, K)
+    with torch.no_grad():
+        net(x)
+    with pytest.raises(ValueError, match="the layer 'read'"):
+        store.load("a", {"read": pair()})
+
+
+def test_reads_outside_of_a_forward_do_not_count(net):
+    store, x = AdapterStore(net), torch.randn(3, K)
+    store.load("a", {"unused": pair(), "called": pair()})
+    net.unused.weight.norm()
+    serve(store, x)
+    net.unused.weight.norm()
+    serve(store, x)
+
+
+def test_attention_of_torch_is_refused_at_once(tmp_path):
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(K, 2), "lin": nn.Linear(K, K)}).eval()
+    store = AdapterStore(model)
+    text = "the layer 'attn.out_proj' is never called, nn.MultiheadAttention reads its weight"
+    with pytest.raises(ValueError, match=f"source: an adapter cannot be served: {text}"):
+        store.load("a", {"attn.out_proj": pair()})
+    twin = nn.ModuleDict({"attn": nn.ModuleDict({"out_proj": nn.Linear(K, K)})})
+    fused_lora.save_adapter(injected(twin, ["out_proj"]), tmp_path / "a")
+    store.register("b", tmp_path / "a")
+    assert text in str(store.probe("b"))
+    store.load("c", {"lin": pair()})
+
+
+@pytest.mark.parametrize("part", ["called", "inner"])
+def test_a_layer_that_was_replaced_is_not_served(part):
+    model = nn.Sequential(nn.Sequential(nn.Linear(K, K)), nn.Linear(K, K)).eval()
+    store, x = AdapterStore(model), torch.randn(3, K)
+    path = "1" if part == "called" else "0.0"
+    store.load("a", {path: pair()})
+    serve(store, x)
+    model[int(path[0])] = nn.Linear(K, K) if part == "called" else nn.Sequential(nn.Linear(K, K))
+    with pytest.raises(ValueError, match=f"adapter 'a@1' cannot be served: the layer '{path}' was replaced"):
+        serve(store, x)
+    with pytest.raises(ValueError, match=f"the layer '{path}' was replaced"):
+        store.load("b", {path: pair()})
+
+
+def test_an_output_layer_that_a_resize_has_replaced():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=K, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **sizes)).eval()
+    store = AdapterStore(model)
+    store.load("a", {"lm_head": pair(32)})
+    serve(store, torch.arange(4).reshape(1, 4))
+    model.resize_token_embeddings(40)
+    with pytest.raises(ValueError, match="'lm_head' was replaced"):
+        serve(store, torch.arange(4).reshape(1, 4))
+
+
+# ---- verify
+
+
+def test_verify_finds_them(net):
+    model, x = injected(net), torch.randn(3, K)
+    result = fused_lora.verify(model, x)
+    assert not result.ok and result.causes == [report.UNCALLED]
+    (finding,) = result.findings
+    assert "read" in finding.layers and "called" not in finding.layers
+    assert result.skipped["read"] == "it was not called" and "layer not called" in str(result)
+    fused_lora.merge(model)
+    merged = fused_lora.verify(model, x)
+    assert merged.causes == [report.UNCALLED]
+
+
+def test_verify_passes_over_layers_that_nobody_reads(net):
+    model = injected(net, ["called", "unused"])
+    assert fused_lora.verify(model, torch.randn(3, K)).ok
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mamba():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(shifted(0))
+    config = transformers.FalconMambaConfig(
+        vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=2
+    )
+    model, ids = transformers.FalconMambaForCausalLM(config).eval(), torch.arange(3, 11).reshape(1, 8)
+    store, path = AdapterStore(model), "backbone.layers.0.mixer.dt_proj"
+    layer = model.get_submodule(path)
+    store.load("a", {path: (torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2), 1.0)})
+    with pytest.raises(ValueError, match=f"the layer '{path}' has its weight read"):
+        serve(store, ids)
+    store.detach()
+    assert fused_lora.verify(injected(model), ids).causes == [report.UNCALLED]
