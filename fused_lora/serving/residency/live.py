@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fused_lora.modules import of_peft
 from fused_lora.modules.config import check_init, is_neutral
 from fused_lora.modules.inject import adapter_configs
 from fused_lora.modules.names import some
@@ -59,8 +60,9 @@ def live_adapter(source: nn.Module, name: str, base: nn.Module) -> Triples:
 def _check_config(source: nn.Module, chosen: str) -> None:
     """Refuse by its config what a checkpoint of the adapter would be refused for."""
     config: Any = None
+    by_peft = of_peft.peft_layer(source) is not None
     for module in source.modules():  # PEFT's and ours, under whatever wraps the model
-        for configs in (vars(module).get("peft_config"), adapter_configs(module)):
+        for configs in (vars(module).get("peft_config"), None if by_peft else adapter_configs(module)):
             if isinstance(configs, Mapping):
                 config = config or configs.get(chosen)
     if config is None:
