@@ -31,6 +31,7 @@ class MixedBatch:
             finder = _finders[model] = RowFinder(model, layers)
         self._finder, self._paths = finder, {layer: path for path, layer in layers.items()}
         self._entries = Entries(len(names), checked_dim(dim), uniform=len(set(names)) == 1)
+        self._under_way = finder.calls_under_way()
         self._running: dict[int, Running] = {}  # by thread
         self._rows: dict[tuple, dict[str, Tensor]] = {}
         self._handles: list[Any] = []
@@ -63,7 +64,7 @@ class MixedBatch:
         return layer is not None and layer.mixed_batch is self
 
     def _of_thread(self) -> Running:
-        return self._running.setdefault(threading.get_ident(), Running(self._finder, self._entries))
+        return self._running.setdefault(threading.get_ident(), Running(self._finder, self._entries, self._under_way))
 
     def rows(self, layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
         """The rows of x [..., K] that each adapter has, int64, counted over all dimensions but the last.

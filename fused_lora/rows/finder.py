@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -256,22 +256,33 @@ class RowFinder:
         trace.__enter__()
         return call, (kind, sizes)
 
-    def begin_at_layer(self, path: str, layer: nn.Module, x: Tensor, entries: Entries) -> tuple[Call, tuple]:
-        """The start of a call of a layer by itself.
+    def calls_under_way(self) -> dict[int, str]:
+        """The modules around the layers whose calls this thread is in: path by the id of the call's frame."""
+        found, frame = {}, sys._getframe()
+        while frame is not None:
+            if frame.f_code is _CALL:
+                path = self._around.get(id(frame.f_locals.get("self")))
+                if path is not None:
+                    found[id(frame)] = path
+            frame = frame.f_back
+        return found
+
+    def begin_at_layer(
+        self, path: str, layer: nn.Module, x: Tensor, entries: Entries, before: Iterable[int]
+    ) -> tuple[Call, tuple]:
+        """The start of a call of a layer by itself. before: calls that were under way before the batch.
 
         Raises:
             ValueError: as :meth:`begin`; or a module around the layer was called from outside that is none of
             ``callers``.
         """
-        frame = None if entries.uniform else sys._getframe()
-        while frame is not None:
-            found = self._around.get(id(frame.f_locals.get("self"))) if frame.f_code is _CALL else None
-            if found is not None and frame.f_locals["self"] is not layer:
-                raise ValueError(
-                    f"batch: {path!r} got an input of shape {tuple(x.shape)}; expected a call of the model: "
-                    f"{found!r} was called by itself, and what led to its input was not seen"
-                )
-            frame = frame.f_back
+        calls = {} if entries.uniform else self.calls_under_way()
+        around = [found for frame, found in calls.items() if frame not in before and found != path]
+        if around:
+            raise ValueError(
+                f"batch: {path!r} got an input of shape {tuple(x.shape)}; expected a call of the model: "
+                f"{around[-1]!r} was called by itself, and what led to its input was not seen"
+            )
         return self.begin(path, layer, (x,), {}, entries)
 
     def in_compiled_code(self, path: str, layer: nn.Module, x: Tensor, entries: Entries) -> Call:
@@ -326,14 +337,15 @@ class RowFinder:
 
 
 class Running:
-    """The call from outside that one thread is in, inside one batch.
+    """The call from outside that one thread is in, inside one batch. before: calls that were under way before it.
 
     Attributes:
         call: that one, or None.
     """
 
-    def __init__(self, finder: RowFinder, entries: Entries):
+    def __init__(self, finder: RowFinder, entries: Entries, before: Iterable[int] = ()):
         self._finder, self._entries, self._ending = finder, entries, ()
+        self._before: Iterable[int] = before
         self.call: Call | None = None
 
     def enter(self, path: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
@@ -346,7 +358,7 @@ class Running:
 
     def enter_layer(self, path: str, layer: nn.Module, x: Tensor) -> Call:
         """Before a layer that is called by itself. Raises ValueError as :meth:`RowFinder.begin_at_layer`."""
-        self.call, self._ending = self._finder.begin_at_layer(path, layer, x, self._entries)
+        self.call, self._ending = self._finder.begin_at_layer(path, layer, x, self._entries, self._before)
         return self.call
 
     def leave(self, module: nn.Module, complete: bool) -> Call | None:

@@ -83,6 +83,7 @@ class Batch:
         uniform = buffers is None and len(set(groups_of_rows.tolist())) <= 1
         count = len(group_of_entry) if self._entry_of_row is None else len(self._entry_of_row)
         self._finder, self._entries = finder, Entries(count, dim, self._entry_of_row is not None, uniform)
+        self._before = () if uniform else finder.calls_under_way()
 
     def _fill(self, buffers: RowBuffers, entry_of_row: np.ndarray) -> None:
         """Copy everything that a replay reads, on the current stream."""
@@ -278,7 +279,7 @@ class Batch:
         self._prepared.eager_(rows, index, flat, y)
 
     def _trace(self) -> Trace:
-        return self._traces.setdefault(threading.get_ident(), Trace(Running(self._finder, self._entries)))
+        return self._traces.setdefault(threading.get_ident(), Trace(Running(self._finder, self._entries, self._before)))
 
     def _rows(self, trace: Trace, site: Site, x: Tensor) -> Rows:
         call = trace.running.call
