@@ -78,6 +78,8 @@ def register(base: Base, *names: str) -> Base:
 def base_of(module: nn.Module) -> Base:
     """What answers for ``module``."""
     kind = type(module)
+    if torch.compiler.is_compiling():  # what is kept below would be a guard, and a class that is met a new compilation
+        return _KINDS.get((kind.__module__, kind.__qualname__), _KINDS[None])
     found = _OF_CLASS.get(kind)
     if found is None:
         found = _KINDS.get((kind.__module__, kind.__qualname__))

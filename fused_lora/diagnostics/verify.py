@@ -16,6 +16,7 @@ from fused_lora.diagnostics.verification.passes import Pass, check_inputs, resto
 from fused_lora.diagnostics.verification.reference import compare_weights
 from fused_lora.diagnostics.verification.report import Finding, Verification
 from fused_lora.modules.changes import alone
+from fused_lora.modules.names import some
 
 
 @alone
@@ -83,7 +84,11 @@ def verify(
     check_state(model)
     layers, skipped = find_layers(model)
     if not layers:
-        raise RuntimeError(f"model: expected LoRA layers with an active adapter, none can be merged {skipped}")
+        kinds: dict[str, list[str]] = {}
+        for path, reason in skipped.items():
+            kinds.setdefault(reason, []).append(path)
+        why = "; ".join(f"{reason} ({some(paths)})" for reason, paths in kinds.items()) or "the model has none"
+        raise RuntimeError(f"model: expected LoRA layers with an active adapter that can be merged, found none: {why}")
     _check_finite(layers)
     findings, notes = _training_flags(model)
     with restored(model, *([reference] if isinstance(reference, nn.Module) else [])):

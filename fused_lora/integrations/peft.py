@@ -13,10 +13,12 @@ import sys
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fused_lora.bases import base_of
@@ -209,16 +211,42 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
     """Every LoRA layer of a model, PEFT's or fused_lora's own, in ``named_modules()`` order.
 
     It describes the layers as they are now: merging, disabling or a hook changes it. Input-dependent reasons (dtype,
-    device, a batch of several adapters) show in the counts of :func:`install` only. Raises TypeError for a non-module.
+    device, a batch of several adapters) show in the counts of :func:`install` only. What FSDP2 shards between calls is
+    described as a call finds it. Raises TypeError for a non-module.
     """
     peft_layers = _lora_layers(model)
     rows = []
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            rows.append(LayerRow(path, "LoraLinear", *_of_ours(module)))
-        elif path in peft_layers:
-            rows.append(LayerRow(path, f"peft {repr(module).partition('(')[0]}", *_of_peft(module)))
+    with _gathered(model):
+        for path, module in model.named_modules():
+            if isinstance(module, LoraLinear):
+                rows.append(LayerRow(path, "LoraLinear", *_of_ours(module)))
+            elif path in peft_layers:
+                rows.append(LayerRow(path, f"peft {repr(module).partition('(')[0]}", *_of_peft(module)))
     return rows
+
+
+@contextmanager
+def _gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, a parameter that ``fully_shard`` makes whole for each call has its whole shape, on the meta device."""
+    before = []
+    try:
+        for module in model.modules():
+            state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+            groups: Any = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+            for held in (param for group in groups if group is not None for param in group.fsdp_params):
+                place = held._module_info
+                parameters = place.module._parameters
+                sharded = parameters[place.param_name]
+                # one that was a DTensor before (tensor parallel) stays one; a whole one is in use now
+                if held.is_dtensor or not isinstance(sharded, torch.distributed.tensor.DTensor):
+                    continue
+                before.append((parameters, place.param_name, sharded))
+                whole = torch.empty(sharded.shape, dtype=held.param_dtype or sharded.dtype, device="meta")
+                parameters[place.param_name] = nn.Parameter(whole, requires_grad=sharded.requires_grad)
+        yield
+    finally:
+        for parameters, name, sharded in before:
+            parameters[name] = sharded
 
 
 def summary(rows: list[LayerRow] | tuple[LayerRow, ...]) -> str:

@@ -22,6 +22,7 @@ from fused_lora.modules.auxiliary import TrainedTokens, auxiliary_modules
 from fused_lora.modules.changes import alone, changing, watch
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
 from fused_lora.modules.linear import LoraLinear, unmerge_all
+from fused_lora.modules.mixed import MixedBatch
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import check_places
@@ -292,25 +293,27 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     check_module(model)
     with changing(model):
         unmerge_all(mergeable_layers(model))
-        before = _set_all(model, "disable_adapters", True)
+        parts = [*lora_layers(model).values(), *auxiliary_modules(model).values()]
+        before = _set_all(parts, "disable_adapters", True)
     try:
         yield
     finally:
-        _restore(model, "disable_adapters", before)
+        _restore(model, before)
 
 
 @contextmanager
-def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
-    """A context in which row i of every batch uses the adapter ``adapter_names[i]``.
+def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None], *, dim: int = 0) -> Iterator[None]:
+    """A context in which sequence i of every batch uses the adapter ``adapter_names[i]``.
 
     None (or "__base__") stands for the base model.
 
-    It works around any forward and around ``model.generate``. A batch of k times as many rows (beams) repeats each
-    name k times. Base rows get the base model's own output.
+    It works around any forward and around ``model.generate``. A batch of k times as many sequences (beams) repeats
+    each name k times. Base rows get the base model's own output. The sequences are followed from the model's inputs to
+    each layer, as in ``AdapterStore.batch``. ``dim``: dimension of the inputs that holds them; 1 for [T, B, ...].
 
-    Raises:
+    Raises, in the model's forward too:
         AdapterNotFound: a name that the model does not have. TypeError: adapter_names is no list of names.
-        ValueError: adapter_names is empty.
+        ValueError: adapter_names is empty, or the rows of a layer are not known.
         RuntimeError: the model is in training mode, or an adapter is merged.
     """
     of_peft.refuse(model, "adapter_batch", "call peft_model(..., adapter_names=[...])")
@@ -321,27 +324,35 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iter
     if model.training:
         raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
     with changing(model):
+        layers, beside = lora_layers(model), auxiliary_modules(model)
         _check_not_merged(mergeable_layers(model).values())
-        before = _set_all(model, "batch_adapter_names", names)
+        if dim != 0 and beside:
+            raise ValueError(f"dim: expected 0 for a model with modules trained beside LoRA, {some(beside)}, got {dim}")
+        batch = MixedBatch(model, layers, names, dim)
+        batch.attach()
+        before = [
+            *_set_all(layers.values(), "mixed_batch", batch),
+            *_set_all(beside.values(), "batch_adapter_names", names),
+        ]
     try:
         yield
     finally:
-        _restore(model, "batch_adapter_names", before)
+        batch.detach()
+        _restore(model, before)
 
 
-def _set_all(model: nn.Module, attribute: str, value: Any) -> list[tuple[nn.Module, Any]]:
-    """One attribute of all LoRA layers and of what trains beside them; returns what they had."""
-    parts = [*lora_layers(model).values(), *auxiliary_modules(model).values()]
-    before = [(part, getattr(part, attribute)) for part in parts]
-    for layer, _ in before:
-        setattr(layer, attribute, value)
+def _set_all(parts: Iterable[nn.Module], attribute: str, value: Any) -> list[tuple[nn.Module, str, Any]]:
+    """One attribute of LoRA layers or of what trains beside them; returns what they had."""
+    before = [(part, attribute, getattr(part, attribute)) for part in parts]
+    for part, _, _ in before:
+        setattr(part, attribute, value)
     return before
 
 
-def _restore(model: nn.Module, attribute: str, before: list[tuple[nn.Module, Any]]) -> None:
+def _restore(model: nn.Module, before: list[tuple[nn.Module, str, Any]]) -> None:
     with changing(model):
-        for layer, value in before:
-            setattr(layer, attribute, value)
+        for part, attribute, value in before:
+            setattr(part, attribute, value)
 
 
 def as_list(adapter_names: Iterable) -> list:

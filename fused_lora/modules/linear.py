@@ -21,6 +21,7 @@ from fused_lora.modules.config import (
     check_rank,
     scaling,
 )
+from fused_lora.modules.mixed import MixedBatch
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import SUPPORTED, in_out_features, is_supported
@@ -75,7 +76,7 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
-        self.batch_adapter_names: list[str] | None = None  # set for the duration of fused_lora.adapter_batch
+        self.mixed_batch: MixedBatch | None = None  # set for the duration of fused_lora.adapter_batch
         options = (lora_dropout, use_rslora, init_lora_weights, lora_bias, autocast_adapter_dtype)
         self.add_adapter(adapter_name, r, lora_alpha, *options, tensors=tensors)
         base_layer.requires_grad_(False)
@@ -132,8 +133,8 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         """x [..., in_features] -> [..., out_features]. ``adapter_names`` names one adapter per row (None: base)."""
         if CHANGING:
             wait_for_change(self)
-        names = self.batch_adapter_names
-        if names is adapter_names is None:
+        batch, names = self.mixed_batch, None
+        if batch is adapter_names is None:
             y = self._remembered_forward(x)
             if y is not None:
                 return y
@@ -145,8 +146,8 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x)
-        if names is not None:
-            return self._mixed_forward(x, names)
+        if names is not None or batch is not None:
+            return self._mixed_forward(x, names, batch)
         return self.base_layer(x) if self.merged_adapters else self._active_forward(x)
 
     @property

@@ -169,14 +169,20 @@ def _check_not_shared(model: nn.Module, layers: dict[str, Any]) -> None:
     owners, wrappers = parameter_owners(model), auxiliary_modules(model).values()
     for path, layer in layers.items():
         base: Any = layer.base_layer
-        shared = owners.get(base.weight.data_ptr(), [])
+        shared = owners.get(memory_of(base.weight), [])
         tied = sum(isinstance(wrapper, TrainedTokens) and wrapper.owner is layer for wrapper in wrappers)
         if len(shared) > max(tied, 1):
             raise RuntimeError(f"{path}: the weight is shared by {shared}; a merge would change all of them")
 
 
+def memory_of(tensor: Tensor) -> int:
+    """A number that tensors in one memory share. Quantised and sharded ones have no address of their own, so it is that
+    of the object."""
+    return tensor.data_ptr() or id(tensor)
+
+
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the parameters that lie at an address, one for each place of their module in the model."""
+    """Names of the parameters in one memory (:func:`memory_of`), one for each place of their module in the model."""
     owners: dict[int, list[str]] = {}
     places = [("", model)]
     for path, parent in model.named_modules():  # a bare layer may have a further place, at another parent
@@ -184,7 +190,7 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     for path, module in places:
         for name, parameter in () if module is None else module._parameters.items():
             if parameter is not None and parameter.numel() and parameter.device.type != "meta":
-                owners.setdefault(parameter.data_ptr(), []).append(f"{path}.{name}")
+                owners.setdefault(memory_of(parameter), []).append(f"{path}.{name}")
     return owners
 
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fused_lora.bases import Adapters, base_of, foreign
+from fused_lora.bases.base import why_not_plain_weight
 from fused_lora.bases.dense import Dense
 from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
+from fused_lora.modules.mixed import MixedBatch
 from fused_lora.ops.linear.op import Memory
 from fused_lora.ops.merge import op as merging
 
@@ -165,26 +167,28 @@ class FusedLoraBehaviour:
             result = result + B(A(self.lora_dropout[name](x))) * self.scaling[name]
         return result.to(dtype)
 
-    def _mixed_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
-        """Rows of one batch under different adapters: base once for all, each adapter's term for its rows only."""
-        if not adapter_names or len(x) % len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
-                f"got {len(adapter_names)} and {len(x)} respectively."
-            )
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str] | None, batch: MixedBatch | None) -> Tensor:
+        """Rows of one batch under different adapters: base once for all, each adapter's term for its rows only.
+
+        adapter_names: one per index of x's first dimension. batch: if None, else it knows the rows of all layers.
+        """
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        beams = len(x) // len(adapter_names)
-        names = [name for name in adapter_names for _ in range(beams)]
+        if adapter_names is not None:
+            rows_of = _rows_by_name(adapter_names, x)
+        else:
+            assert batch is not None
+            rows_of = batch.rows(self, x)
         result = self.base_layer(x)
-        for name in self._present(list(dict.fromkeys(names))):
-            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+        flat_x, flat = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
+        for name in self._present(list(rows_of)):
+            rows = rows_of[name]
             A, B = self.lora_A[name], self.lora_B[name]
-            term = B(A(self.lora_dropout[name](x[rows].to(A.weight.dtype)))) * self.scaling[name]
-            result[rows] = (result[rows] + term).to(result.dtype)  # summed in the wider dtype, rounded once
-        return result
+            term = B(A(self.lora_dropout[name](flat_x[rows].to(A.weight.dtype)))) * self.scaling[name]
+            flat[rows] = (flat[rows] + term).to(result.dtype)  # summed in the wider dtype, rounded once
+        return flat.view(result.shape)
 
     @alone
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -207,10 +211,14 @@ class FusedLoraBehaviour:
             self._merge_names(names)
 
     def _merge_names(self, names: list[str]) -> None:
-        if "weight" not in self.base_layer._parameters:  # parametrized: computed anew from something else at each use
-            raise RuntimeError("base_layer.weight is not a parameter of its own, so nothing can be merged into it")
-        if self.base_layer._parameters["weight"].is_meta:
+        base = self.base_layer
+        weight = base._parameters.get("weight")
+        if weight is not None and weight.is_meta:
             raise RuntimeError("base_layer.weight is offloaded (meta device), so nothing can be merged into it")
+        if base_of(base).merge_weight(base) is None:
+            # parametrized: computed anew at each use; a subclass: packed or sharded, written to by its library alone
+            why = why_not_plain_weight(weight)
+            raise RuntimeError(f"base_layer: {why}; expected a plain floating matrix, so nothing was merged into it")
         bias, old = self._check_bias_merge(names), self.merge_state
         state = _Merge(None) if old is None else replace(old, record=None)
         if bias is not None:
@@ -360,6 +368,20 @@ class FusedLoraBehaviour:
         for name in names:
             found += A[name], B[name], dropout[name]
         return found
+
+
+def _rows_by_name(adapter_names: list[str], x: Tensor) -> dict[str, Tensor]:
+    """The rows of x [..., K] of each name, where the names belong to its first dimension."""
+    if not adapter_names or len(x) % len(adapter_names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
+            f"got {len(adapter_names)} and {len(x)} respectively."
+        )
+    each = x.shape[:-1].numel() // len(adapter_names)
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(adapter_names):
+        found.setdefault(name, []).extend(range(i * each, (i + 1) * each))
+    return {name: torch.tensor(rows, device=x.device) for name, rows in found.items()}
 
 
 def _factors_of(layer: FusedLoraBehaviour, names: list[str]) -> tuple[list[Tensor], list[Tensor], list[float]]:

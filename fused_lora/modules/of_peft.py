@@ -16,7 +16,7 @@ R = TypeVar("R")
 def peft_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
     """The first LoRA layer of PEFT's in a model: path and layer."""
     for path, module in model.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A") and not hasattr(module, "batch_adapter_names"):
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A") and not hasattr(module, "mixed_batch"):
             return path, module
     return None
 

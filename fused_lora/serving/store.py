@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fused_lora.rows import RowFinder, checked_dim
 from fused_lora.serving.batch.attach import Attachment, find_sites
 from fused_lora.serving.batch.batch import Batch
 from fused_lora.serving.batch.entries import parse_entry, rows_to_entries
@@ -92,23 +93,30 @@ class AdapterStore(Registry):
         self._prepared: dict[Any, Prepared] = {}
         self._siblings = Siblings()
         self._open_batches = 0
-        self._attachment = Attachment(model, sites, self)
+        self._rows = RowFinder(model, {path: site.module for path, site in sites.items()})
+        self._attachment = Attachment(self._rows.callers, sites, self)
 
-    def batch(self, names: Sequence[Any]) -> AbstractContextManager[Batch]:
+    def batch(self, names: Sequence[Any], *, dim: int = 0) -> AbstractContextManager[Batch]:
         """A context in which sequence i of every model batch uses ``names[i]``, in this thread.
 
         It works around any forward and around ``model.generate``, with padding left or right. A model batch of k
         times as many sequences (beams, return sequences) repeats each entry k times. Gradients are off inside.
 
+        The sequences are followed from the model's inputs to each layer, in the first calls of each kind. A layer whose
+        rows are not known is refused, as an expert is that gets some tokens only. Where all entries are the same, any
+        rows may come.
+
         Args:
             names: for each sequence a name, a :class:`Lease`, None (the base model), or a dict of names and weights
                 whose terms are added up.
+            dim: dimension of the model's inputs that holds the sequences; 1 for inputs [T, B, ...].
 
-        Raises:
+        Raises, in the model's forward too:
             AdapterNotFound: unknown name. StoreFull: the adapters do not fit together. AdapterError: an adapter must be
-            read and its files are damaged. TypeError, ValueError: ``names`` is not such a sequence, or it is empty.
+            read and its files are damaged. TypeError, ValueError: ``names`` is not such a sequence, or it is empty, or
+            the rows of a layer are not known.
         """
-        return self._open(names, None)
+        return self._open(names, None, dim=checked_dim(dim))
 
     def batch_rows(
         self, names: Sequence[Any], rows: Sequence[int] | Tensor | np.ndarray, buffers: RowBuffers | None = None
@@ -194,7 +202,9 @@ class AdapterStore(Registry):
             self._residency.arena.clear()
 
     @contextmanager
-    def _open(self, names: Sequence[Any], rows: Any, buffers: RowBuffers | None = None) -> Iterator[Batch]:
+    def _open(
+        self, names: Sequence[Any], rows: Any, buffers: RowBuffers | None = None, dim: int = 0
+    ) -> Iterator[Batch]:
         if isinstance(names, (str, Mapping)) or not isinstance(names, Sequence):
             raise TypeError(f"names: expected a list with one entry per sequence, got {names!r}")
         if not names:
@@ -214,7 +224,7 @@ class AdapterStore(Registry):
             groups = sorted({group for group in wanted if group}, key=lambda group: (len(group), group[0][0].place))
             numbers = {group: i for i, group in enumerate(groups)}
             group_of_entry = np.array([numbers.get(group, -1) for group in wanted], np.int64)
-            more = self._prepared_for(groups), self._siblings, buffers
+            more = self._prepared_for(groups), self._siblings, self._rows, buffers, dim
             with Batch(self, groups, group_of_entry, entry_of_row, *more) as batch:
                 yield batch
         finally:

@@ -624,3 +624,14 @@ def test_a_base_that_was_loaded_over_a_merge_is_a_wrong_base_and_nothing_else(id
         model.unmerge_adapter()
     result = verify(model, ids, reference=twin)
     assert result.causes == ["wrong base"] and "with the adapter taken away" in result.findings[0].message
+
+
+def test_a_quantised_reference_is_refused_by_name(ids):
+    model = fused_lora.inject(llama(), fused_lora.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    packed = {name: p.detach() for name, p in model.named_parameters()}
+    name = next(name for name in packed if name.endswith("q_proj.base_layer.weight"))
+    packed[name] = packed[name].to(torch.int8)
+    with pytest.raises(
+        ValueError, match="reference: .*q_proj.weight: a weight is torch.int8; expected a whole floating"
+    ):
+        verify(model, ids, reference=packed)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import fused_lora
 from helpers import training
 
 WORLD = 2
@@ -43,7 +44,8 @@ def run_case(kind: str, route: str, **fields: Any) -> dict[str, Any]:
             model.enable_input_require_grads()
         with training.counted_calls() as calls:
             found = _train(kind, _wrap(kind, model), data)
-    return {**found, "calls": calls}
+        explained = {str(layer) for layer in fused_lora.explain(model).layers}
+    return {**found, "calls": calls, "explained": explained}
 
 
 def _train(kind: str, model: nn.Module, data: torch.Tensor) -> dict[str, Any]:

@@ -502,7 +502,7 @@ def test_an_exception_ends_the_mixed_batch():
     ours, _ = twin_models(llama(), TWO)
     ids = tokens()
     expected = output(ours, ids)
-    with pytest.raises(ValueError, match="same as the number of inputs"):
+    with pytest.raises(ValueError, match="2 entries for a model batch of 3"):
         with fused_lora.adapter_batch(ours, ["one", "two"]):
             output(ours, ids)
     assert torch.equal(output(ours, ids), expected)
@@ -525,7 +525,7 @@ def test_mixed_batch_errors():
     with pytest.raises(RuntimeError, match="merged"), fused_lora.adapter_batch(ours, ["one"]):
         pass
     fused_lora.unmerge(ours)
-    assert all(layer.batch_adapter_names is None for layer in fused_lora.lora_layers(ours).values())
+    assert all(layer.mixed_batch is None for layer in fused_lora.lora_layers(ours).values())
 
 
 def test_a_str_as_list_of_names_is_refused():
@@ -619,6 +619,20 @@ def test_a_shared_weight_is_not_merged(targets):
         fused_lora.merge(model)
     assert_unchanged(model, before)
     assert not any(layer.merged for layer in fused_lora.lora_layers(model).values())
+
+
+def test_a_weight_that_brings_its_own_arithmetic_is_not_merged_and_not_called_shared():
+    """Quantised and sharded weights have no address of their own: data_ptr() is 0 for all of them."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer in model:
+        layer.weight = nn.Parameter(TwoTensor(layer.weight.data, layer.weight.data.clone()))
+    assert model[0].weight.data_ptr() == model[1].weight.data_ptr() == 0
+    fused_lora.inject(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    with pytest.raises(RuntimeError, match="0: base_layer: a weight is a TwoTensor; expected a plain floating matrix"):
+        fused_lora.merge(model)
+    assert not model[0].merged and model[0].merge_state is None
 
 
 def test_a_layer_with_two_places_is_not_merged_for_one_of_them():

@@ -15,7 +15,8 @@ from fused_lora.serving.engine.continuous import check_transformers, continuous_
 from fused_lora.serving.engine.failures import failure_of
 from fused_lora.serving.residency import refusal, registry
 from helpers import serving
-from helpers.serving import prompt, results, wait_for
+from helpers.serving import prompt, results
+from helpers.waiting import HANG, wait_for
 
 pytest.importorskip("transformers")
 try:
@@ -57,7 +58,7 @@ def reads(monkeypatch):
 
     def from_folder(model, sites, folder, *more):
         read.append(folder.rpartition("/")[2])
-        assert go.wait(30)
+        assert go.wait(HANG)
         return real(model, sites, folder, *more)
 
     monkeypatch.setattr(registry, "from_folder", from_folder)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_lora.diagnostics.verification import report
 from fused_lora.diagnostics.verification.layers import Layer
 from fused_lora.diagnostics.verification.report import Finding, LayerCheck, Verification
-from fused_lora.modules.merging import LEAST_SURVIVING, parameter_owners
+from fused_lora.modules.merging import LEAST_SURVIVING, memory_of, parameter_owners
 
 
 def add_findings(model: nn.Module, layers: list[Layer], result: Verification) -> None:
@@ -76,6 +76,6 @@ def holds_delta(checks: list[LayerCheck]) -> bool:
 
 def _shared(model: nn.Module, layers: list[Layer]) -> list[Finding]:
     owners = parameter_owners(model)
-    found = tuple(layer.path for layer in layers if len(owners.get(layer.module.base_layer.weight.data_ptr(), ())) > 1)
+    found = tuple(layer.path for layer in layers if len(owners.get(memory_of(layer.module.base_layer.weight), ())) > 1)
     text = "the base weight also belongs to another module, whose output a merge would change"
     return [Finding(report.SHARED, text, found)] if found else []

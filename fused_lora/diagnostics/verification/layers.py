@@ -135,7 +135,7 @@ def check_state(model: nn.Module) -> None:
             continue
         if getattr(module, "disable_adapters", False) is True:
             raise RuntimeError(f"model: its adapters are disabled ({path}), so there is nothing to verify")
-        if getattr(module, "batch_adapter_names", None) is not None:
+        if getattr(module, "mixed_batch", None) is not None:
             raise RuntimeError("model: verify inside adapter_batch cannot compare with a merged model")
 
 

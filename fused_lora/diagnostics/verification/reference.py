@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fused_lora.bases.base import why_not_plain_weight
 from fused_lora.diagnostics.verification import report
 from fused_lora.diagnostics.verification.layers import Layer, find_layers
 from fused_lora.diagnostics.verification.report import Finding
@@ -43,6 +44,9 @@ def compare_weights(
             continue
         with layer.shown(False):
             weight = layer.weight
+        why = why_not_plain_weight(other)
+        if why:
+            raise ValueError(f"reference: {stem}.weight: {why}; expected a whole floating matrix, dequantised")
         other = other.t() if getattr(layer.module, "fan_in_fan_out", False) else other
         if other.shape != weight.shape:
             raise ValueError(f"reference: expected {stem}.weight {tuple(weight.shape)}, got {tuple(other.shape)}")

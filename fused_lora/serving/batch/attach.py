@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +42,17 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 class Attachment:
     """The hooks of one store on one model, and on its copies; and which of its layers they never reach."""
 
-    def __init__(self, model: nn.Module, sites: dict[str, Site], store: Any):
-        for module in model.modules():
+    def __init__(self, callers: Mapping[str, nn.Module], sites: dict[str, Site], store: Any):
+        for module in store.model.modules():
             _drop_ended(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
             _drop_ended(module._forward_hooks, module._forward_hooks_with_kwargs)
-        before, after = _ModelHook(store), _OutputHook(store)
-        self._hooks: list[_Shared] = [before, after]
-        self._handles = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True),
-        ]
+        self._hooks: list[_Shared] = []
+        self._handles = []
+        for path, module in callers.items():
+            before, after = _CallHook(store, path), _ReturnHook(store)
+            self._hooks += before, after
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         for site in sites.values():
             hook = _Hook(store, site)
             self._hooks.append(hook)
@@ -132,20 +135,30 @@ class _Shared:
         return type(self), (None,)
 
 
-class _ModelHook(_Shared):
+class _CallHook(_Shared):
+    """Before the model, or a module in it that is called by itself, as ``generate`` calls an encoder."""
+
+    def __init__(self, store: Any, path: str = ""):
+        super().__init__(store)
+        self._path = path
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.compiler.is_compiling():  # what runs then is not seen operator by operator
+            return
         batch = running(self._store)
         if batch is not None:
-            batch.called(args, kwargs)
+            batch.called(self._path, module, args, kwargs)
 
 
-class _OutputHook(_Shared):
-    """After the model: rows of adapters that are not finite are an error."""
+class _ReturnHook(_Shared):
+    """After it: rows of adapters that are not finite are an error. It runs after an exception, too."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         batch = running(self._store)
         if batch is not None:
-            batch.returned(kwargs, output)
+            batch.returned(module, kwargs, output)
 
 
 class _ReadsHook(_Shared):
@@ -183,13 +196,38 @@ class _Hook(_Shared):
 
     def __init__(self, store: Any, site: Site | None = None):
         super().__init__(store)
-        self._site = site
+        self._site, self._number = site, next(_numbers)
+        _hooks[self._number] = self
 
     def end(self) -> None:
         super().end()
         self._site = None  # it holds the layer of the first model
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            _store_terms(output, args[0] if args else next(iter(kwargs.values())), self._number)
+            return
         batch, site = running(self._store), self._site
         if batch is not None and batch.acts and site is not None:
             batch.add(site, args[0] if args else next(iter(kwargs.values())), output)
+
+    def add_compiled(self, x: Tensor, y: Tensor) -> None:
+        """What a call adds, from compiled code."""
+        batch, site = running(self._store), self._site
+        if batch is not None and batch.acts and site is not None:
+            batch.add_compiled(site, x, y)
+
+
+_numbers = itertools.count()
+_hooks: WeakValueDictionary[int, _Hook] = WeakValueDictionary()
+
+
+@torch.library.custom_op("fused_lora::store_terms_", mutates_args=("y",))
+def _store_terms(y: Tensor, x: Tensor, number: int) -> None:
+    """y += the terms of x in the batch that runs then, which a graph knows nothing of. number: of the layer's hook."""
+    _hooks[number].add_compiled(x, y)
+
+
+@_store_terms.register_fake
+def _(y: Tensor, x: Tensor, number: int) -> None:
+    return None

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_lora.modules.names import some
+from fused_lora.rows import Call, Entries, RowFinder, Running
 from fused_lora.serving.batch.finite import bad_positions, main_output, unless_padding
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
@@ -24,7 +25,7 @@ from fused_lora.serving.residency.packing import Site
 from fused_lora.serving.residency.refusal import NonFiniteOutput
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
-_SHAPES = 16  # shapes of inputs whose rows are kept
+_INPUTS = 4096  # inputs of layers whose rows are kept
 
 
 def running(store: Any) -> Batch | None:
@@ -43,7 +44,8 @@ class Batch:
         groups: the (version, weight) pairs of each group. group_of_entry: integers, -1 for the base model.
         entry_of_row: the entry of each token row. None: the rows of the model's batch are divided equally.
         prepared: for these groups. siblings: layers of the store's model that share an input.
-        buffers: for a step in a CUDA graph; ``entry_of_row`` is given then.
+        finder: of the rows of the model's layers. buffers: for a step in a CUDA graph; ``entry_of_row`` is given then.
+        dim: dimension of the model's inputs that holds the sequences.
 
     Attributes:
         identities: the identity of each entry's adapter, a key for prefix caches. None for the base model. A
@@ -59,7 +61,9 @@ class Batch:
         entry_of_row: np.ndarray | None,
         prepared: Prepared,
         siblings: Siblings,
+        finder: RowFinder,
         buffers: RowBuffers | None,
+        dim: int = 0,
     ):
         self.store, self.groups, self.outer = store, groups, None
         self._group_of_entry, self._entry_of_row = group_of_entry, entry_of_row
@@ -74,6 +78,12 @@ class Batch:
         self.acts = bool(groups) or buffers is not None  # a graph of base rows is replayed with others
         if buffers is not None and entry_of_row is not None:
             self._fill(buffers, entry_of_row)
+        # a graph is replayed with other groups, so one group does not make it uniform
+        groups_of_rows = group_of_entry if entry_of_row is None else self._group_of_row()
+        uniform = buffers is None and len(set(groups_of_rows.tolist())) <= 1
+        count = len(group_of_entry) if self._entry_of_row is None else len(self._entry_of_row)
+        self._finder, self._entries = finder, Entries(count, dim, self._entry_of_row is not None, uniform)
+        self._before = () if uniform else finder.calls_under_way()
 
     def _fill(self, buffers: RowBuffers, entry_of_row: np.ndarray) -> None:
         """Copy everything that a replay reads, on the current stream."""
@@ -85,7 +95,7 @@ class Batch:
                 f"names: rank {self._prepared.max_rank}, the buffers are made for {buffers.max_rank} at most"
             )
         self._entry_of_row = np.pad(entry_of_row, (0, spare), constant_values=-1)
-        buffers.fill(self._group_of_row(buffers.rows), members_of(self.groups))
+        buffers.fill(self._group_of_row(), members_of(self.groups))
         for arrival in self._arriving:
             arrival.wait_for_all()
         self._arriving = []
@@ -117,37 +127,41 @@ class Batch:
         finally:
             self._traces = {}
 
-    def called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Note how many sequences and tokens the model is called with."""
-        trace = self._traces.get(threading.get_ident()) or self._trace()
-        trace.shared = None  # of a step that was broken off
-        self._siblings.close(trace)
-        self._read_checks()
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() >= 2]
-        if tensors and self._entry_of_row is None:
-            B = len(tensors[0])
-            if B % max(len(self._group_of_entry), 1):
-                raise ValueError(
-                    f"batch: {len(self._group_of_entry)} entries for a model batch of {B} sequences; expected as many, "
-                    "or a multiple (beams and return sequences repeat each entry)"
-                )
-            sizes = B, frozenset((B, *(len(t) * t.shape[1] for t in tensors)))
-            if sizes != trace.sizes:
-                trace.sizes, trace.rows = sizes, {}
+    def called(self, path: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Before a module of the model: find out which rows are whose, if nothing around it was called.
 
-    def returned(self, kwargs: Mapping[str, Any], output: Any) -> None:
-        """Raise NonFiniteOutput if rows under adapters are not finite.
+        Raises:
+            ValueError: the model's batch is not a multiple of the entries.
+        """
+        trace = self._traces.get(threading.get_ident()) or self._trace()
+        if trace.running.call is None:
+            trace.shared = None  # of a step that was broken off
+            self._siblings.close(trace)
+            self._read_checks()
+        call = trace.running.enter(path, module, args, kwargs)
+        if call is not None:
+            self._keep_rows(trace, call)
+
+    def _keep_rows(self, trace: Trace, call: Call) -> None:
+        """Keep what is known of the rows if it holds for this call, too."""
+        if call.case != trace.case or len(trace.rows) >= _INPUTS:
+            trace.case, trace.rows, trace.arranged = call.case, {}, {}
+
+    def returned(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
+        """After it: raise NonFiniteOutput if rows under adapters are not finite. output: None after an exception.
 
         On a GPU the check is queued. It is read at the model's next call or at the end of the batch, so that nothing
         waits for it. A graph that is being captured is not checked.
         """
-        if not (self.check_outputs and self.groups):
+        trace = self._traces.get(threading.get_ident()) or self._trace()
+        call = trace.running.leave(module, output is not None)
+        if call is None or output is None or not (self.check_outputs and self.groups):
             return
         for bad in self._bad_sums():
-            self._unread.append(self._with_groups(unless_padding(bad, kwargs, self._sequences())))
+            self._unread.append(self._with_groups(unless_padding(bad, kwargs, call.sequences)))
         found = main_output(output)
         if found is not None and not (found.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._unread.append(self._with_groups(unless_padding(bad_positions(found), kwargs, self._sequences())))
+            self._unread.append(self._with_groups(unless_padding(bad_positions(found), kwargs, call.sequences)))
         if found is None or not found.is_cuda:
             self._read_checks()
 
@@ -161,18 +175,13 @@ class Batch:
         sums, trace.sums = trace.sums, {}
         return [torch.isfinite(found).logical_not_() for found in sums.values()]
 
-    def _sequences(self) -> int | None:
-        """How many sequences the model was called with, where that is known."""
-        trace = self._traces.get(threading.get_ident())
-        return None if trace is None or trace.sizes is None else trace.sizes[0]
-
     def _with_groups(self, bad: Tensor) -> tuple[Tensor, np.ndarray | None]:
         """Bool [n], and the group of each of the n rows or sequences. None if the model returned other rows."""
         count = len(self._group_of_entry)
         if self._entry_of_row is None and len(bad) % count == 0:
             return bad.view(len(bad), -1).any(-1), np.repeat(self._group_of_entry, len(bad) // count)
         if self._entry_of_row is not None and bad.numel() == len(self._entry_of_row):
-            return bad.view(-1), self._group_of_row(bad.numel())
+            return bad.view(-1), self._group_of_row()
         return bad.view(-1), None
 
     def _read_checks(self) -> None:
@@ -194,15 +203,52 @@ class Batch:
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
         """y += the LoRA terms of x at this layer, in place."""
         trace, index = self._traces.get(threading.get_ident()) or self._trace(), site.index
+        call = trace.running.call
+        if call is None:  # the layer itself was called
+            self._keep_rows(trace, trace.running.enter_layer(site.path, site.module, x))
+            try:
+                return self.add(site, x, y)
+            finally:
+                trace.running.leave(site.module, True)
+        if call.followed is not None:
+            call.note(site.path, x, y)
         if trace.seen or index not in self._siblings.settled:
             self._siblings.watch(trace, site, x)
         if index not in self._prepared.sites and self._buffers is None:
             return
-        self._add(site, x, y, trace)
-        if not y.is_cuda:
-            trace.look(y.view(-1, site.N))
+        call.pause(True)
+        try:
+            if torch.is_autocast_enabled(x.device.type):
+                with torch.autocast(x.device.type, enabled=False):
+                    self._add(site, x, y, trace, _autocast_dtype(x))
+            else:
+                self._add(site, x, y, trace, x.dtype)
+            if not y.is_cuda:
+                trace.look(y.view(-1, site.N))
+        finally:
+            call.pause(False)
 
-    def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace) -> None:
+    def add_compiled(self, site: Site, x: Tensor, y: Tensor) -> None:
+        """:meth:`add` from compiled code, where the model's own call is not seen.
+
+        Raises:
+            ValueError: the rows of the layer are not known. RuntimeError: a graph without buffers is being captured.
+        """
+        if x.is_cuda and self._buffers is None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("batch: a graph would keep these adapters for ever; use row_buffers, or no graph")
+        if site.index not in self._prepared.sites and self._buffers is None:
+            return
+        trace = self._traces.get(threading.get_ident()) or self._trace()
+        before = trace.running.call
+        trace.running.call = self._finder.in_compiled_code(site.path, site.module, x, self._entries)
+        try:
+            self._keep_rows(trace, trace.running.call)
+            self.add(site, x, y)
+        finally:
+            trace.running.call = before
+
+    def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace, dtype: torch.dtype) -> None:
+        """dtype: that x takes first, as in the base layer."""
         index = site.index
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
@@ -213,11 +259,11 @@ class Batch:
                 trace.shared = shared if shared.waiting else None
                 return
             self._siblings.forget(shared.first)
-        rows = trace.rows.get(x.shape) or self._rows(trace, site, x)
-        state, flat = state_of(x), x.reshape(-1, site.K)
+        rows = trace.rows.get((index, x.shape)) or self._rows(trace, site, x)
+        state, flat = state_of(x), x.reshape(-1, site.K).to(dtype)
         together, alone = () if state is None else self._siblings.of(index), (index,)
         for sites in (together, alone) if len(together) > 1 else (alone,):
-            step = self._prepared.step(rows, self._buffers, sites, x, y)
+            step = self._prepared.step(rows, self._buffers, sites, flat, y)
             if step is None:
                 continue
             for arrival in self._arriving:
@@ -233,31 +279,34 @@ class Batch:
         self._prepared.eager_(rows, index, flat, y)
 
     def _trace(self) -> Trace:
-        return self._traces.setdefault(threading.get_ident(), Trace())
+        return self._traces.setdefault(threading.get_ident(), Trace(Running(self._finder, self._entries, self._before)))
 
     def _rows(self, trace: Trace, site: Site, x: Tensor) -> Rows:
-        self._check_rows(trace, site, x)
-        if len(trace.rows) >= _SHAPES:
-            trace.rows = {}
-        rows = self._prepared.rows(self._group_of_row(x.shape[:-1].numel()), x.device)
-        trace.rows[x.shape] = rows
+        call = trace.running.call
+        assert call is not None
+        layout = call.layout(site.path, x)
+        rows = trace.arranged.get((layout, x.shape))
+        if rows is None:
+            if layout is None:
+                one = self._group_of_sequence(len(self._group_of_entry))[:1]
+                groups = np.repeat(one, x.shape[:-1].numel())
+            else:
+                groups = self._group_of_sequence(call.sequences)[layout.sequence_of_row(x.shape, call.sequences)]
+            rows = trace.arranged[layout, x.shape] = self._prepared.rows(groups, x.device)
+        trace.rows[site.index, x.shape] = rows
         return rows
 
-    def _group_of_row(self, rows: int) -> np.ndarray:
+    def _group_of_sequence(self, sequences: int) -> np.ndarray:
+        """The group of each sequence of the model's batch, or of each row of a packed one."""
         if self._entry_of_row is None:
-            return np.repeat(self._group_of_entry, rows // len(self._group_of_entry))
+            return np.repeat(self._group_of_entry, sequences // len(self._group_of_entry))
+        return self._group_of_row()
+
+    def _group_of_row(self) -> np.ndarray:
         return np.append(self._group_of_entry, -1)[self._entry_of_row]
 
-    def _check_rows(self, trace: Trace, site: Site, x: Tensor) -> None:
-        """Raise ValueError if a layer gets other rows than those of the batch, in order, as an expert does."""
-        rows, entries, sizes = x.shape[:-1].numel(), len(self._group_of_entry), trace.sizes
-        if self._entry_of_row is not None:
-            expected, fits = str(len(self._entry_of_row)), rows == len(self._entry_of_row)
-        elif sizes is None:
-            expected, fits = f"a multiple of {entries}", (len(x) if x.dim() > 2 else rows) % entries == 0
-        elif x.dim() > 2:
-            expected, fits = f"{sizes[0]} sequences", len(x) == sizes[0]
-        else:
-            expected, fits = " or ".join(map(str, sorted(sizes[1]))), rows in sizes[1]
-        if not fits:
-            raise ValueError(f"batch: {site.path!r} got an input of shape {tuple(x.shape)}; expected {expected} rows")
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """What x is cast to in a linear layer under autocast."""
+    casts = x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_lora.rows import Running
 from fused_lora.serving.batch.prepared import Rows, Step
 from fused_lora.serving.residency.packing import Site
 
@@ -49,18 +50,21 @@ class Trace:
     """The latest calls of one thread inside one batch.
 
     Attributes:
-        shared: what the next layers may use. seen: the layers called last, as far as they had one input. sizes: how
-            many sequences the model was called with, and what numbers of rows they may be. rows: by shape of an input.
+        shared: what the next layers may use. seen: the layers called last, as far as they had one input. running: the
+            call of the model. case: of the last call. rows: by a layer's number and the shape of its input.
+            arranged: by the layout of an input and its shape.
         sums: of the values in each row of the layers' outputs, by the number of rows: not finite if one of them is not.
     """
 
-    def __init__(self):
+    def __init__(self, running: Running):
         self.shared: Shared | None = None
         self.seen: list[Site] = []
         self.x: Tensor | None = None
         self.state: Any = None
-        self.sizes: tuple[int, frozenset[int]] | None = None
-        self.rows: dict[torch.Size, Rows] = {}
+        self.running = running
+        self.case: tuple | None = None
+        self.rows: dict[tuple, Rows] = {}
+        self.arranged: dict[tuple, Rows] = {}
         self.sums: dict[int, Tensor] = {}
 
     def look(self, y: Tensor) -> None:

@@ -21,6 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fused_lora.rows import same_rows
+
 _running: ContextVar[Spans | None] = ContextVar("fused_lora_spans", default=None)
 
 
@@ -107,7 +109,7 @@ def _by_request(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, No
         for q, k, v in parts:
             mask = spans.mask(layer_type, q.shape[2], k.shape[2], q.device)
             found.append(attend(module, q, k, v, mask, is_causal=mask is None, **options))
-        return torch.cat(found, dim=1), None
+        return same_rows(torch.cat(found, dim=1), query, 1), None
 
     return forward
 

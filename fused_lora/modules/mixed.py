@@ -1,0 +1,100 @@
+"""Rows of one batch under different adapters of a model's own layers: which row uses which."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.rows import Entries, RowFinder, Running, checked_dim
+
+# finders by model: what one has found holds for the next batch
+_finders: WeakKeyDictionary[nn.Module, RowFinder] = WeakKeyDictionary()
+
+
+class MixedBatch:
+    """One entered ``fused_lora.adapter_batch``.
+
+    Args:
+        model: whose calls are batches. layers: its LoRA layers by path. names: the adapter of each entry.
+        dim: dimension of the model's inputs that holds the sequences.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], names: Sequence[str], dim: int):
+        self.names = list(names)
+        finder = _finders.get(model)
+        if finder is None or finder.layers != dict(layers):
+            finder = _finders[model] = RowFinder(model, layers)
+        self._finder, self._paths = finder, {layer: path for path, layer in layers.items()}
+        self._entries = Entries(len(names), checked_dim(dim), uniform=len(set(names)) == 1)
+        self._under_way = finder.calls_under_way()
+        self._running: dict[int, Running] = {}  # by thread
+        self._rows: dict[tuple, dict[str, Tensor]] = {}
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Note the calls of the model and of what is in it."""
+        for path, module in self._finder.callers.items():
+            self._handles.append(module.register_forward_pre_hook(self._before(path), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after, always_call=True))
+
+    def detach(self) -> None:
+        """End :meth:`attach`."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, path: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self._acts():
+                self._of_thread().enter(path, module, args, kwargs)
+
+        return hook
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._acts():
+            self._of_thread().leave(module, output is not None)
+
+    def _acts(self) -> bool:
+        """Whether no other batch was entered inside this one."""
+        layer: Any = next(iter(self._paths), None)
+        return layer is not None and layer.mixed_batch is self
+
+    def _of_thread(self) -> Running:
+        return self._running.setdefault(threading.get_ident(), Running(self._finder, self._entries, self._under_way))
+
+    def rows(self, layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        """The rows of x [..., K] that each adapter has, int64, counted over all dimensions but the last.
+
+        Raises:
+            ValueError: the rows are not known, or are not the batch's.
+        """
+        running, path = self._of_thread(), self._paths[layer]
+        direct = running.call is None
+        if direct:  # the layer itself was called
+            running.enter_layer(path, layer, x)
+        try:
+            call = running.call
+            assert call is not None
+            call.note(path, x)
+            layout = call.layout(path, x)
+            key = layout, call.sequences, x.shape, x.device
+            if key not in self._rows:
+                self._rows[key] = self._split(x, None if layout is None else layout.sequence_of_row, call.sequences)
+            return self._rows[key]
+        finally:
+            if direct:
+                running.leave(layer, True)
+
+    def _split(self, x: Tensor, sequence_of_row: Any, sequences: int) -> dict[str, Tensor]:
+        if sequence_of_row is None:
+            return {self.names[0]: torch.arange(x.shape[:-1].numel(), device=x.device)}
+        entry = torch.from_numpy(sequence_of_row(x.shape, sequences) * len(self.names) // sequences)
+        found: dict[str, Tensor] = {}
+        for name in dict.fromkeys(self.names):
+            of_name = torch.tensor([i for i, n in enumerate(self.names) if n == name])
+            found[name] = torch.isin(entry, of_name).nonzero()[:, 0].to(x.device)
+        return found

@@ -1,0 +1,7 @@
+"""Which sequence each row of a layer's input belongs to, found by following the batch through a model's operators."""
+
+from fused_lora.rows.finder import Call, Entries, RowFinder, Running, checked_dim
+from fused_lora.rows.layout import Layout
+from fused_lora.rows.trace import same_rows
+
+__all__ = ["Call", "Entries", "Layout", "RowFinder", "Running", "checked_dim", "same_rows"]

@@ -1,0 +1,46 @@
+"""How the rows of a layer's input belong to the sequences of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fused_lora.rows.state import State, Unknown
+
+
+class Layout(NamedTuple):
+    """Index i along ``dim`` of an input with ``ndim`` dimensions belongs to sequence (i // inner) % sequences.
+
+    outer: how often the sequences repeat along it.
+    """
+
+    ndim: int
+    dim: int
+    outer: int
+    inner: int
+
+    def sequence_of_row(self, shape: Sequence[int], sequences: int) -> np.ndarray:
+        """int64 [rows] for an input of ``shape`` [..., features]."""
+        stride = self.inner * int(np.prod(shape[self.dim + 1 : -1]))
+        return np.arange(int(np.prod(shape[:-1]))) // max(stride, 1) % sequences
+
+
+def layout_of(state: State, shape: Sequence[int], sequences: int) -> Layout | str:
+    """The layout of a layer's input of ``shape``, or the reason why its rows are not known."""
+    if state is None:
+        return "its input does not come from the model's inputs"
+    if isinstance(state, Unknown):
+        return state.reason
+    if state.template:
+        return "its input has the shape of the batch and none of its values"
+    if state.dim == len(shape) - 1:
+        return "its features are of different sequences"
+    owners, count = state.owners, len(state.owners)
+    inner = int(np.argmax(owners != owners[0])) if (owners != owners[:1]).any() else count
+    if inner * sequences and count % (inner * sequences) == 0:
+        outer = count // (inner * sequences)
+        if np.array_equal(owners, np.tile(np.repeat(np.arange(sequences), inner), outer)):
+            return Layout(len(shape), state.dim, outer, inner)
+    return "it gets some of the batch's rows, or all in another order"

@@ -1,0 +1,153 @@
+"""A dispatch mode that follows the rows of a batch through every operator of a forward."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_lora.rows.rules import Applied, rows_after
+from fused_lora.rows.state import Owned, State, Unknown
+
+_current: ContextVar[RowTrace | None] = ContextVar("fused_lora_rows", default=None)
+
+
+def same_rows(result: Tensor, source: Tensor, dim: int) -> Tensor:
+    """Say that the rows of ``source`` are those along ``dim`` of ``result``, put together from parts. Returns it."""
+    trace = _current.get()
+    if trace is not None:
+        paused, trace.paused = trace.paused, True
+        state = trace.state(source)
+        if isinstance(state, Owned) and len(state.owners) == result.shape[dim]:
+            trace.mark(result, state._replace(dim=dim))
+        trace.paused = paused
+    return result
+
+
+class RowTrace(TorchDispatchMode):
+    """Follows the states of tensors while it is entered. Results do not change.
+
+    Args:
+        packed: rows are the tokens of several requests, which attention keeps apart.
+
+    Attributes:
+        paused: operators are not followed, because they are not the model's.
+    """
+
+    def __init__(self, packed: bool):
+        super().__init__()
+        self._packed, self.paused = packed, False
+        # on the tensors, for a dict by id would take a new tensor for a freed one
+        self._key, self._token = "_fused_lora_rows", object()
+
+    def state(self, tensor: Tensor) -> State:
+        """What is known of a tensor. That of a view follows from its base, which may have been written to."""
+        note = self._note(tensor)
+        if note is None:
+            return None
+        if note[1] is None:
+            return note[0]
+        base, func, args, kwargs, out, position = note[1]
+        call = Applied(func, (base, *args), kwargs, out, self.state, self._packed)
+        return rows_after(call)[position]
+
+    def mark(self, tensor: Tensor, state: State, view: tuple | None = None, length: int | None = None) -> None:
+        """Note a tensor's state; view: how it was made from its base; length: it is arange(length)."""
+        vars(tensor)[self._key] = (self._token, (state, view, length))
+
+    def known_range(self, tensor: Tensor) -> int | None:
+        """n if the tensor is arange(n) in any shape, else None."""
+        note = self._note(tensor)
+        while note is not None and note[1] is not None and note[1][0].numel() == tensor.numel():
+            note = self._note(note[1][0])
+        return None if note is None else note[2]
+
+    def __enter__(self) -> RowTrace:
+        self._outer = _current.set(self)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _current.reset(self._outer)
+
+    def _note(self, tensor: Tensor) -> tuple | None:
+        found = vars(tensor).get(self._key)
+        return found[1] if found is not None and found[0] is self._token else None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        before = self._written(func, args, kwargs)
+        states = [self.state(t) for t in before]
+        out = func(*args, **kwargs)
+        self._follow(func, args, kwargs, out, before, states)
+        return out
+
+    @staticmethod
+    def _written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+        found = []
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[i] if i < len(args) else kwargs.get(argument.name)
+                found += [t for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, Tensor)]
+        return found
+
+    def _follow(
+        self, func: Any, args: tuple, kwargs: dict, out: Any, written: list[Tensor], before: list[State]
+    ) -> None:
+        call = Applied(func, args, kwargs, out, self.state, self._packed, self.known_range)
+        results = call.results
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if is_view and args and isinstance(args[0], Tensor):
+            # their shapes alone: a tensor that holds itself would live until a collection
+            shapes = [torch.empty(r.shape, dtype=r.dtype, device="meta") for r in results]
+            for i, result in enumerate(results):
+                if isinstance(result, Tensor) and result is not args[0]:
+                    self.mark(result, None, (args[0], func, args[1:], kwargs, shapes, i))
+            return
+        states = rows_after(call)
+        if call.name == "arange":
+            start = args[0] if len(args) > 1 else 0
+            step = args[2] if len(args) > 2 else 1
+            self.mark(out, None, None, out.numel() if (start, step) == (0, 1) else None)
+            return
+        for result, state in zip(results, states, strict=True):
+            if isinstance(result, Tensor) and not any(result is t for t in written):
+                self.mark(result, state)
+        unreturned = call.unknown(f"the operator {func._schema.name} may put rows anywhere")
+        for tensor, old in zip(written, before, strict=True):
+            now = next((s for r, s in zip(results, states, strict=True) if r is tensor), unreturned)
+            if now is not old:
+                self._write(tensor, now)
+
+    def _write(self, tensor: Tensor, state: State) -> None:
+        """Note the state of a tensor that was written to, and what follows for the base of a view."""
+        note = self._note(tensor)
+        if note is None or note[1] is None:
+            self.mark(tensor, state, None)
+            return
+        base, func, args, kwargs, out, position = note[1]
+        old = self.state(base)
+        known = isinstance(old, Owned) and not old.template
+        if isinstance(state, Owned):
+            if not known:
+                self._write(base, self._base_of(state, note[1], tensor))
+        elif state is not None and (not known or tensor.numel() == base.numel()):
+            self._write(base, state)
+
+    def _base_of(self, state: Owned, view: tuple, tensor: Tensor) -> State:
+        """The state of a base from that of the view of it that was written to."""
+        base, func, args, kwargs, out, position = view
+        for dim, size in enumerate(base.shape):
+            if size != len(state.owners):
+                continue
+            guess = Owned(dim, state.owners)
+            call = Applied(func, (base, *args), kwargs, out, lambda t, g=guess: g if t is base else None, self._packed)
+            found = rows_after(call)[position]
+            if isinstance(found, Owned) and found.equals(state):
+                return guess
+        return Unknown("a buffer that is filled piece by piece")

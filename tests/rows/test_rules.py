@@ -1,0 +1,189 @@
+"""What the rules say of an operator's result, compared with what happens when one sequence's input is changed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_lora.rows.state import Owned, Unknown
+from fused_lora.rows.trace import RowTrace
+from helpers.seeds import shifted
+
+B, T, C = 3, 4, 6
+W = torch.randn(C, C, generator=torch.Generator().manual_seed(shifted(1)))
+TABLE = torch.randn(9, C, generator=torch.Generator().manual_seed(shifted(2)))
+
+
+def heads(x):
+    return x.view(B, T, 2, C // 2).transpose(1, 2)
+
+
+def into(x, write):
+    out = torch.zeros(B, T, C)
+    write(out, x)
+    return out
+
+
+# name: (operation on x [B, T, C], the owned dimension that must be found; None: it must be Unknown)
+OPERATIONS = {
+    "linear": (lambda x: F.linear(x, W, W[0]), 0),
+    "matmul": (lambda x: x @ W, 0),
+    "flat rows": (lambda x: x.reshape(-1, C) @ W, 0),
+    "sequence first": (lambda x: F.linear(x.transpose(0, 1), W), 1),
+    "sequence first, flat": (lambda x: F.linear(x.transpose(0, 1).reshape(T * B, C), W), 0),
+    "heads": (lambda x: heads(x).reshape(B * 2, T, C // 2), 0),
+    "heads first": (lambda x: heads(x).transpose(0, 1).reshape(2 * B, T, C // 2), 0),
+    "attention": (lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x), is_causal=True), 0),
+    "attention by hand": (lambda x: torch.softmax(heads(x) @ heads(x).transpose(2, 3), -1) @ heads(x), 0),
+    "einsum": (lambda x: torch.einsum("btc,bsc->bts", x, x), 0),
+    "attention over the batch": (lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3), None),
+    "by hand over the batch": (lambda x: torch.softmax(x.transpose(0, 1) @ x.permute(1, 2, 0), -1), None),
+    "layer norm": (lambda x: F.layer_norm(x, (C,)), 0),
+    "rms norm": (lambda x: F.rms_norm(x, (C,)), 0),
+    "layer norm over all": (lambda x: F.layer_norm(x, (B, T, C)), None),
+    "batch norm, eval": (lambda x: F.batch_norm(x, torch.zeros(T), torch.ones(T)), 0),
+    "conv1d": (lambda x: F.conv1d(x.transpose(1, 2), W[:, :, None]), 0),
+    "conv1d over the batch": (lambda x: F.conv1d(x.permute(1, 2, 0), W[:, :, None]), None),
+    "pool": (lambda x: F.avg_pool1d(x.transpose(1, 2), 2), 0),
+    "pad": (lambda x: F.pad(x, (1, 0, 0, 2)), 0),
+    "pad of the batch": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)), None),
+    "upsample": (lambda x: F.interpolate(x.transpose(1, 2), scale_factor=2.0), 0),
+    "mean over tokens": (lambda x: x.mean(1), 0),
+    "mean over the batch": (lambda x: x.mean(0), None),
+    "sum of all": (lambda x: x.sum(), None),
+    "norm": (lambda x: x.norm(dim=-1, keepdim=True), 0),
+    "softmax over the batch": (lambda x: x.softmax(0), None),
+    "softmax": (lambda x: x.softmax(1), 0),
+    "cumsum": (lambda x: x.cumsum(1), 0),
+    "cumsum over the batch": (lambda x: x.cumsum(0), None),
+    "sort of tokens": (lambda x: x.sort(1).values, 0),
+    "sort of the batch": (lambda x: x.sort(0).values, None),
+    "topk": (lambda x: x.topk(2, -1).values, 0),
+    "max over tokens": (lambda x: x.max(1).values, 0),
+    "glu": (lambda x: F.glu(x), 0),
+    "split": (lambda x: torch.cat([part * 2 for part in x.split(2, 1)], 1), 0),
+    "split of the batch": (lambda x: torch.cat([part * 2 for part in x.split([1, 2], 0)], 0), 0),
+    "reversed parts": (lambda x: torch.cat(list(x.split(1, 0))[::-1]), 0),
+    "stack of sequences": (lambda x: torch.stack([x[2], x[0], x[1]]), 0),
+    "stack over tokens": (lambda x: torch.stack([x[:, t] for t in range(T)], 1), 0),
+    "flip": (lambda x: x.flip(0), 0),
+    "roll": (lambda x: x.roll(1, 0), 0),
+    "twice": (lambda x: torch.cat([x, x]), 0),
+    "repeat": (lambda x: x.repeat(2, 1, 1), 0),
+    "repeat interleave": (lambda x: x.repeat_interleave(2, 0), 0),
+    "part of the batch": (lambda x: x[1:], 0),
+    "every second": (lambda x: x[::2], 0),
+    "one token": (lambda x: x[:, -1], 0),
+    "unfold": (lambda x: x.unfold(1, 2, 1), 0),
+    "as strided": (lambda x: x.contiguous().as_strided((C, B, T), (1, T * C, C)), 1),
+    "expand": (lambda x: x[:, :, None].expand(B, T, 2, C), 0),
+    "picked tokens": (lambda x: x[:, torch.tensor([2, 0])], 0),
+    "picked by arange": (lambda x: x[torch.arange(B), torch.tensor([1, 3, 0])], 0),
+    "picked by arange and lists": (lambda x: x[torch.arange(B)[:, None], torch.tensor([[1, 3]] * B)], 0),
+    "picked by numbers": (lambda x: x[torch.tensor([1, 0, 2])], None),
+    "picked by values": (lambda x: x.view(-1, C)[x.view(-1, C).argmax(-1) > 2], None),
+    "sorted rows": (lambda x: x.view(-1, C)[x.view(-1, C)[:, 0].argsort()], None),
+    "index select": (lambda x: x.index_select(0, torch.tensor([1, 0, 2])), None),
+    "index select of tokens": (lambda x: x.index_select(1, torch.tensor([1, 0])), 0),
+    "gather": (lambda x: x.gather(1, torch.zeros(B, 2, C, dtype=torch.long)), 0),
+    "gather over the batch": (lambda x: x.gather(0, torch.zeros(B, T, C, dtype=torch.long)), None),
+    "embedding": (lambda x: F.embedding(x.argmax(-1), TABLE), 0),
+    "one hot": (lambda x: F.one_hot(x.argmax(-1), C).float(), 0),
+    "written to a buffer": (lambda x: into(x, lambda out, x: out.copy_(x)), 0),
+    "written to a part": (lambda x: into(x[:, 1:], lambda out, x: out[:, :3].copy_(x)), 0),
+    "written to places": (lambda x: into(x[:, :2], lambda out, x: out.index_copy_(1, torch.tensor([3, 1]), x)), 0),
+    "written by a mask": (lambda x: into(x, lambda out, x: out.__setitem__(x > 0, x[x > 0])), None),
+    "written to sorted places": (lambda x: torch.empty_like(x).index_put_((x[:, 0, 0].argsort(),), x), None),
+    "added at sorted places": (lambda x: into(x, lambda out, x: out.index_add_(0, x[:, 0, 0].argsort(), x)), None),
+    "in place": (lambda x: x.clone().mul_(2).add_(W[0]), 0),
+    "out": (lambda x: torch.mm(x[:, 0], W, out=torch.empty(B, C)), 0),
+    "where": (lambda x: torch.where(x > 0, x, TABLE[0]), 0),
+    "pairs": (lambda x: x[:, None] * x[None], None),
+    "pair products": (lambda x: x[:, 0] @ x[:, 0].T, None),
+    "residual after a gather": (lambda x: x + x[torch.tensor([1, 0, 2])] * 0, 0),
+    "times statistics": (lambda x: x * x.detach().mean().sign().abs(), 0),
+    "cross": (lambda x: torch.cdist(x[:, 0], x[:, 0]), None),
+    "lstm": (lambda x: torch.nn.LSTM(C, C, batch_first=True)(x)[0], 0),
+}
+
+
+def followed(operation, x):
+    trace = RowTrace(packed=False)
+    trace.mark(x, Owned(0, torch.arange(B).numpy()))
+    with torch.no_grad(), trace:
+        out = operation(x)
+    return out, trace.state(out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_sequences_values_are_where_the_rules_say(name):
+    operation, dim = OPERATIONS[name]
+    torch.manual_seed(shifted(3))
+    x = torch.randn(B, T, C)
+    generator = torch.random.get_rng_state()
+    out, state = followed(operation, x)
+    if dim is None:
+        assert isinstance(state, Unknown), state
+        return
+    assert isinstance(state, Owned) and state.dim == dim and len(state.owners) == out.shape[dim], state
+    changes = ("times statistics", "residual after a gather")
+    for b in range(B):
+        other = x.clone()
+        other[b] = torch.randn(T, C)
+        torch.random.set_rng_state(generator)  # a layer that is drawn anew is drawn the same
+        moved = (operation(x if name in changes else other) != out).movedim(dim, 0).reshape(len(state.owners), -1)
+        torch.random.set_rng_state(generator)
+        assert not moved.any(-1)[torch.from_numpy(state.owners != b)].any()
+
+
+def test_what_is_not_made_of_the_inputs_is_a_constant():
+    _, state = followed(lambda x: F.linear(torch.ones(B, C), W), torch.randn(B, T, C))
+    assert state is None
+
+
+@pytest.mark.parametrize("over", [lambda x: torch.empty_like(x), lambda x: x.clone()])
+def test_what_is_written_over_a_buffer_decides_for_it(over):
+    def sort(x):
+        out = over(x)
+        return out.copy_(x[x[:, 0, 0].argsort()])
+
+    assert isinstance(followed(sort, torch.randn(B, T, C))[1], Unknown)
+
+
+def test_a_view_follows_its_base():
+    def write(x):
+        base = torch.zeros(B, T, C)
+        view = base.view(B * T, C)
+        base.copy_(x)
+        return view
+
+    state = followed(write, torch.randn(B, T, C))[1]
+    assert isinstance(state, Owned) and state.owners.tolist() == [0] * T + [1] * T + [2] * T
+
+
+def test_an_unknown_operator_is_not_trusted():
+    @torch.library.custom_op("fused_lora_tests::shuffle", mutates_args=())
+    def shuffle(x: torch.Tensor) -> torch.Tensor:
+        return x.flip(0)
+
+    state = followed(shuffle, torch.randn(B, T, C))[1]
+    assert isinstance(state, Unknown) and "fused_lora_tests::shuffle" in state.reason
+
+
+def test_nothing_of_a_followed_call_stays_alive():
+    import gc
+    import weakref
+
+    gc.disable()
+    try:
+        seen = []
+
+        def operation(x):
+            y = x.view(B * T, C).split(2)[0].t() * 1
+            seen.append(weakref.ref(y))
+            return x * 1
+
+        followed(operation, torch.randn(B, T, C))
+        assert seen[0]() is None
+    finally:
+        gc.enable()

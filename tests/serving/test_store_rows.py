@@ -1,0 +1,177 @@
+"""Rows of mixed batches in models of transformers: each answers as under its adapter alone, or it is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+import fused_lora
+from fused_lora.testing.numeric import assert_no_worse
+from helpers.seeds import shifted
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+SIZES |= dict(encoder_ffn_dim=32, decoder_ffn_dim=32, d_model=16, vocab_size=64, decoder_start_token_id=1)
+IDS = torch.arange(3, 27).reshape(3, 8)
+
+
+def t5():
+    sizes = dict(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), dict(input_ids=IDS)
+
+
+def bart():
+    config = transformers.BartConfig(**SIZES, max_position_embeddings=64)
+    return transformers.BartForConditionalGeneration(config), dict(input_ids=IDS)
+
+
+def xlnet():
+    config = transformers.XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=32)
+    return transformers.XLNetLMHeadModel(config), dict(input_ids=IDS)
+
+
+def bloom():
+    config = transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)
+    return transformers.BloomForCausalLM(config), dict(input_ids=IDS)
+
+
+def switch():
+    sizes = dict(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_experts=4, decoder_start_token_id=0)
+    layers = dict(num_layers=2, num_sparse_encoder_layers=1, num_decoder_layers=2, num_sparse_decoder_layers=1)
+    config = transformers.SwitchTransformersConfig(**sizes, **layers)
+    return transformers.SwitchTransformersForConditionalGeneration(config), dict(input_ids=IDS)
+
+
+def served(build, layers="", seed=5):
+    """(model, inputs, store) with random adapters a and b on the linear layers whose path holds ``layers``."""
+    torch.manual_seed(shifted(seed))
+    model, inputs = build()
+    store = fused_lora.AdapterStore(model.eval())
+    for name in "ab":
+        tensors = {}
+        for path, layer in model.named_modules():
+            if isinstance(layer, nn.Linear) and layers in path and "lm_head" not in path and "lm_loss" not in path:
+                K, N = layer.in_features, layer.out_features
+                tensors[path] = torch.randn(2, K) * 0.3, torch.randn(N, 2) * 0.3, 1.0
+        store.load(name, tensors)
+    return model, inputs, store
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [t5, bart])
+def test_generate_again_with_another_number_of_beams(build):
+    model, inputs, store = served(build)
+    names = ["a", None, "b"]
+    options = dict(max_new_tokens=4, do_sample=False)
+
+    def scores(beams):
+        out = model.generate(**inputs, **options, num_beams=beams, return_dict_in_generate=True, output_scores=True)
+        return out.scores[0].view(3, beams, -1)
+
+    alone = {n: {i: None for i in range(3)} for n in (1, 3)}
+    for beams in alone:
+        for i, name in enumerate(names):
+            with store.batch([name] * 3):
+                alone[beams][i] = scores(beams)[i]
+    with store.batch(names):
+        for beams in (1, 1, 3, 3, 1):
+            found = scores(beams)
+            for i in range(3):
+                want = alone[beams][i]
+                finite = want.isfinite()
+                assert torch.allclose(found[i][finite], want[finite], rtol=1e-3, atol=1e-4), (beams, i)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [xlnet, bloom])
+def test_models_that_keep_tokens_or_heads_first_inside(build):
+    model, inputs, store = served(build)
+    for tokens in (8, 3):  # three tokens in three sequences: no size tells them apart
+        ids = inputs["input_ids"][:, :tokens]
+        with store.batch(["a", None, "b"]):
+            mixed = model(ids).logits
+        for i, name in enumerate(["a", None, "b"]):
+            with store.batch([name] * 3):
+                assert torch.allclose(mixed[i], model(ids).logits[i], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_experts_of_switch_transformers_are_refused_unless_all_rows_are_one_adapters():
+    model, inputs, store = served(switch, layers="experts")
+    decoder = torch.zeros(3, 1, dtype=torch.long)
+    for _ in range(2):
+        with store.batch(["a", None, "b"]), pytest.raises(ValueError, match="experts.*picked by their numbers"):
+            model(**inputs, decoder_input_ids=decoder)
+    base = model(**inputs, decoder_input_ids=decoder).logits
+    with store.batch(["a"] * 3):
+        assert not torch.equal(model(**inputs, decoder_input_ids=decoder).logits, base)
+    # beside the experts nothing is in the way
+    model, inputs, store = served(switch, layers="SelfAttention")
+    with store.batch(["a", None, "b"]):
+        mixed = model(**inputs, decoder_input_ids=decoder).logits
+    for i, name in enumerate(["a", None, "b"]):
+        with store.batch([name] * 3):
+            want = model(**inputs, decoder_input_ids=decoder).logits[i]
+        assert torch.allclose(mixed[i], want, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_masks_and_positions_of_any_shape_and_order():
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model, _, store = served(lambda: (transformers.LlamaForCausalLM(config), {}))
+    ids = IDS[:2]
+    mask, positions = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(), torch.arange(8)[None]
+    with store.batch(["a", "b"]):
+        want = model(ids).logits
+        for kw in (
+            dict(input_ids=ids, position_ids=positions),
+            dict(position_ids=positions, input_ids=ids),
+            dict(attention_mask=mask, input_ids=ids),
+            dict(attention_mask=mask, inputs_embeds=model.get_input_embeddings()(ids)),
+        ):
+            assert torch.allclose(model(**kw).logits, want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_a_batch_under_autocast_is_no_worse_than_peft(dtype, autocast):
+    """PEFT's layer runs unmerged under the same autocast; exact are both in float64, from inputs in its dtype."""
+    peft = pytest.importorskip("peft")
+    ours, theirs, exact = [], [], []
+    for draw in range(30):
+        torch.manual_seed(shifted(100 + draw))
+        plain = nn.Sequential(nn.Linear(48, 40)).to(dtype).eval()
+        config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        wrapped = peft.get_peft_model(nn.Sequential(nn.Linear(48, 40)).to(dtype), config).eval()
+        wrapped.base_model.model[0].base_layer.load_state_dict(plain[0].state_dict())
+        store = fused_lora.AdapterStore(plain)
+        store.load("a", wrapped)
+        x = torch.randn(4, 3, 48)
+        with torch.autocast("cpu", autocast):
+            base = plain(x)
+            theirs.append(wrapped(x))
+            with store.batch(["a", None, "a", "a"]):
+                out = plain(x)
+        assert out.dtype == theirs[-1].dtype == autocast and torch.equal(out[1], base[1])
+        layer, linear = wrapped.base_model.model[0], plain[0]
+        A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        x, W, bias = (t.to(autocast).double() for t in (x, linear.weight, linear.bias))
+        exact.append((x @ W.T + bias + layer.scaling["default"] * (x @ A.T @ B.T))[[0, 2, 3]])
+        ours.append(out[[0, 2, 3]])
+        theirs[-1] = theirs[-1][[0, 2, 3]]
+    assert_no_worse(torch.stack(ours), torch.stack(theirs), torch.stack(exact), draws=True)
+
+
+@torch.no_grad()
+def test_a_model_under_autocast_answers_as_each_adapter_alone():
+    model, inputs, store = served(t5)
+    decoder = torch.zeros(3, 1, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        with store.batch(["a", None, "b"]):
+            mixed = model(**inputs, decoder_input_ids=decoder).logits
+        for i, name in enumerate(["a", None, "b"]):
+            with store.batch([name] * 3):
+                assert torch.equal(model(**inputs, decoder_input_ids=decoder).logits[i], mixed[i])
