@@ -62,8 +62,8 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
         for path, layer in layers.items():  # noqa: B007 - the error names it
             new = [name for name in layer._present(names) if name not in layer.merged_adapters]
             if new:
-                if layer.base_layer.weight.dtype in (torch.bfloat16, torch.float16):
-                    samples.append((layer, new, _sample(layer.base_layer.weight, layer.fan_in_fan_out)))
+                if layer.weight.dtype in (torch.bfloat16, torch.float16):
+                    samples.append((layer, new, _sample(layer.weight, layer.fan_in_fan_out)))
                 layer.merge(safe_merge, new)
     except BaseException as error:
         go_back(before)
@@ -87,9 +87,9 @@ def _sample(weight: Tensor, transposed: bool) -> Tensor:
 
 def _lost(layer: LoraLinear, names: list[str], before: Tensor) -> float:
     """||(Wm - W) - D|| / ||D|| of the sampled rows; 0 for a D of zeros."""
-    change, delta = _sample(layer.base_layer.weight, layer.fan_in_fan_out) - before, torch.zeros_like(before)
+    change, delta = _sample(layer.weight, layer.fan_in_fan_out) - before, torch.zeros_like(before)
     for name in names:
-        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        A, B = (part[name].get_parameter("weight") for part in (layer.lora_A, layer.lora_B))
         delta += _sample(B, False) @ A.detach().double() * float(layer.scaling[name])
     wanted = delta.norm().item()
     return (change - delta).norm().item() / wanted if wanted else 0.0

@@ -84,8 +84,8 @@ class Units:
         height = max(1, min(rows, AREA // width, HEIGHT))
         height -= height % 8 if height > 8 else 0  # C computes 8 rows at a time
         units = -(-rows // height) * panels
-        starts, checksums, counts = torch.zeros((3, units), dtype=torch.int64, device=W.device).unbind()
-        counts = counts.view(torch.int32)[:units]
+        starts, checksums = torch.zeros((2, units), dtype=torch.int64, device=W.device).unbind()
+        counts = starts.new_zeros(units, dtype=torch.int32)  # of its own: a view as another dtype cannot be pickled
         return cls(height, width, counts, starts, checksums, counts.new_empty((0, 2), dtype=torch.uint8))
 
     @property
