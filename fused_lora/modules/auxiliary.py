@@ -19,6 +19,7 @@ from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.offload import is_offloaded
 from fused_lora.modules.tree import named_modules, unwrapped
+from fused_lora.rows import same_rows
 
 TOKENS_END = ".token_adapter.trainable_tokens_delta"  # of a key in a checkpoint
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -71,7 +72,7 @@ class Auxiliary(nn.Module):
             y = self.run(chosen, x[rows], *args[1:], **kwargs)
             result = y.new_empty((len(x), *y.shape[1:])) if result is None else result
             result[rows] = y
-        return result
+        return same_rows(result, x, 0)
 
     def set_adapter(self, names: Sequence[str], inference_mode: bool = False) -> None:
         """Make the one of these adapters that has something here active and trainable, freeze all others."""

@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import fused_lora
 from fused_lora import AdapterError, LoraConfig
+from fused_lora.testing.numeric import assert_close
 from helpers import processes, whole
 
 WEIGHTS = "adapter_model.safetensors"
@@ -70,7 +71,7 @@ def test_a_wrapped_model_is_saved_under_its_own_keys(tmp_path, wrap, bias):
     fused_lora.save_adapter(model, tmp_path / "bare")
     fused_lora.save_adapter(wrap(model), tmp_path / "wrapped")
     assert files(tmp_path / "wrapped") == files(tmp_path / "bare")
-    assert torch.allclose(peft.PeftModel.from_pretrained(base, tmp_path / "wrapped")(x), y)
+    assert_close(peft.PeftModel.from_pretrained(base, tmp_path / "wrapped")(x), y, terms=300)
 
 
 @pytest.mark.parametrize(

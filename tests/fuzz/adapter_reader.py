@@ -103,11 +103,11 @@ def bound_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def mutants(target: str, seed: int) -> Iterator[bytes]:
+def mutants(target: str, number: int) -> Iterator[bytes]:
     """Every seed, then changed ones without end."""
     from helpers.adapter_files import mutated
 
-    draw, known = random.Random(seed), list(seeds(target).values())
+    draw, known = random.Random(number), list(seeds(target).values())
     yield from known
     while True:
         yield mutated(draw.choice(known), draw)

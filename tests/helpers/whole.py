@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import fused_lora
+from helpers.seeds import shifted
 
 
 def run_case(folder: str) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def run_case(folder: str) -> dict[str, Any]:
 
 
 def _model() -> nn.Module:
-    torch.manual_seed(3)  # the same in every process
+    torch.manual_seed(shifted(3))  # the same in every process
     model = nn.Sequential(*(nn.Sequential(OrderedDict(fc=nn.Linear(6, 6), norm=nn.LayerNorm(6))) for _ in range(2)))
     config = fused_lora.LoraConfig(r=3, target_modules=["fc"], init_lora_weights=False, bias="all")
     return fused_lora.inject(model, config)

@@ -229,7 +229,8 @@ def test_verify_finds_them(net):
 
 def test_verify_passes_over_layers_that_nobody_reads(net):
     model = injected(net, ["called", "unused"])
-    assert fused_lora.verify(model, torch.randn(3, K)).ok
+    result = fused_lora.verify(model, torch.randn(3, K))
+    assert result.verdict == "incomplete" and not result.findings and result.skipped == {"unused": "it was not called"}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -34,9 +34,9 @@ names = st.sampled_from(NAMES)
 class Machine(RuleBasedStateMachine):
     """One model under all calls, a store over another with the same weights, and what both must hold."""
 
-    @initialize(dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31))
-    def start(self, dtype, seed):
-        torch.manual_seed(seed)
+    @initialize(dtype=st.sampled_from(DTYPES), number=st.integers(0, 2**31))
+    def start(self, dtype, number):
+        torch.manual_seed(number)
         self.dtype, self.folder = dtype, tempfile.mkdtemp()
         self.model = nn.Sequential(nn.Linear(*WIDTHS[:2]), nn.Tanh(), nn.Linear(*WIDTHS[1:])).to(dtype).eval()
         served = nn.Sequential(nn.Linear(*WIDTHS[:2]), nn.Tanh(), nn.Linear(*WIDTHS[1:])).to(dtype).eval()

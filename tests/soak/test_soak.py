@@ -97,7 +97,7 @@ def test_texts_of_others_are_wrong(world):
 def test_a_text_belongs_to_a_version_of_its_time(soak, world):
     texts, (a, b) = world
     name = soak.Name(a, [[a, 0.0, math.inf]])
-    client = soak.Client(SimpleNamespace(names={"n": name}, texts=texts), random.Random(0))
+    client = soak.Client(SimpleNamespace(names={"n": name}, texts=texts), random.Random(shifted(0)))
 
     async def right(folder, since):
         try:

@@ -73,7 +73,19 @@ INSTALLED = {
         "smoke.py",
     },
 }
-FOLDERS = {"adapters", "bases", "cli", "diagnostics", "integrations", "kernels", "modules", "ops", "serving", "testing"}
+FOLDERS = {
+    "adapters",
+    "bases",
+    "cli",
+    "diagnostics",
+    "integrations",
+    "kernels",
+    "modules",
+    "ops",
+    "rows",
+    "serving",
+    "testing",
+}
 
 
 def test_wheel_holds_nothing_that_only_development_needs(wheel):
