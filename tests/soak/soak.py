@@ -153,7 +153,7 @@ class World:
             until = math.inf if arguments.requests is not None else begin + arguments.minutes * 60 * share
             sampling = asyncio.create_task(self.sample())
             numbers = [f"{arguments.seed} {self.lives} {i}" for i in range(arguments.clients)]
-        draws = [random.Random(number) for number in numbers]
+            draws = [random.Random(number) for number in numbers]
             clients = [asyncio.create_task(Client(self, draw).work(requests, until)) for draw in draws]
             if share < 1:
                 await asyncio.wait(clients, return_when=asyncio.FIRST_COMPLETED)
