@@ -56,6 +56,9 @@ def pytest_report_header():
 
 
 def pytest_configure(config):
+    path = config.getoption("reliability")
+    if path and Path(path).resolve() == reliability.RESULTS and config.getoption("keyword"):
+        raise pytest.UsageError("--reliability: the page's own figures are of all experiments; -k needs another file")
     if not HAS_CUDA and _ASKED_FOR_A_GPU:
         raise pytest.UsageError("TRITON_INTERPRET=0 asks for a GPU, and there is none")
     if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
@@ -82,7 +85,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.kernel)
         if mark := item.get_closest_marker("experiment"):
             found = {"goal": mark.args[0], "what": mark.kwargs.get("what") or " ".join(item.function.__doc__.split())}
-            found |= {"test": item.originalname, "count": repetitions(item)}
+            found |= {"test": item.originalname, "file": item.path.stem, "count": repetitions(item)}
             item.user_properties.append(("experiment", found))
         if not HAS_CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

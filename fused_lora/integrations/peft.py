@@ -40,11 +40,12 @@ _installed: dict[str, Any] = {}  # empty, or the method that install() has repla
 def accelerate(model: nn.Module) -> nn.Module:
     """Make the LoRA linears of a PEFT model fast, in place. :func:`restore` takes it back.
 
-    Every exact ``peft.tuners.lora.Linear`` gets a subclass of itself as its class. Parameters, buffers, hooks,
-    state-dict keys, checkpoints and PEFT's own methods stay as they are. At every call the layer decides: plain LoRA
-    over a plain linear layer runs in one operator; over any other base layer (hooked, offloaded, sharded, of an unknown
-    class) the base runs as it is, and the adapters in one operator around it; anything else (merged, disabled, DoRA,
-    hooks on lora_A, ...) runs PEFT's own forward. Merging rounds once, and unmerging gives back the exact bits.
+    Every exact ``peft.tuners.lora.Linear`` gets a subclass of itself as its class, and the model two hooks that note
+    its calls. Parameters, buffers, other hooks, state-dict keys, checkpoints and PEFT's own methods stay. At every call
+    the layer decides: plain LoRA over a plain linear layer runs in one operator; over any other base layer (hooked,
+    offloaded, sharded, of an unknown class) the base runs as it is, and the adapters in one operator around it;
+    anything else (merged, disabled, DoRA, hooks on lora_A, ...) runs PEFT's own forward. Merging rounds once, and
+    unmerging gives back the exact bits.
 
     Layers that PEFT adds to a PeftModel later are accelerated too. After an injection into a bare model (a second
     ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``.

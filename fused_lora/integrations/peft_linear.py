@@ -1,7 +1,7 @@
 """PEFT's ``lora.Linear`` with a fused forward and an exact merge: the class that accelerated layers are given.
 
-It adds no parameter, buffer or state of its own while nothing is merged, so that changing ``module.__class__`` back
-and forth is all there is to switching. Whatever the fused operator does not cover goes to PEFT's own method.
+It adds no parameter and no buffer. Beside its class a layer gets what it remembers of its last calls, and while merged
+the record; ``restore`` removes both. Whatever the fused operator does not cover goes to PEFT's own method.
 """
 
 from __future__ import annotations

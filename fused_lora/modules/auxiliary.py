@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.mixed import rows_by_name
 from fused_lora.modules.offload import is_offloaded
 from fused_lora.modules.tree import named_modules, unwrapped
 from fused_lora.rows import same_rows
@@ -59,16 +60,10 @@ class Auxiliary(nn.Module):
             wait_for_change(self)
         if self.batch_adapter_names is None or self.disable_adapters:
             return self.run(self.in_effect(), *args, **kwargs)
-        names, x = self.batch_adapter_names, args[0]
-        if len(x) % len(names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
-                f"got {len(names)} and {len(x)} respectively."
-            )
-        names = [name if name in self.held else None for name in names for _ in range(len(x) // len(names))]
+        x: Any = args[0]
         result: Any = None
-        for chosen in dict.fromkeys(names):
-            rows = torch.tensor([i for i, name in enumerate(names) if name == chosen], device=x.device)
+        names = [name if name in self.held else None for name in self.batch_adapter_names]
+        for chosen, rows in rows_by_name(names, x, len(x)).items():
             y = self.run(chosen, x[rows], *args[1:], **kwargs)
             result = y.new_empty((len(x), *y.shape[1:])) if result is None else result
             result[rows] = y

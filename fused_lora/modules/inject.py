@@ -44,7 +44,7 @@ _HEADS = {
 
 
 class AdapterNotFound(KeyError):
-    """The model has no adapter of this name. The message lists those it has."""
+    """The model has no adapter of this name. The message names at most eight, those near the wrong name."""
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -134,7 +134,7 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         if CHANGING:
             wait_for_change(self)
         batch, names = self.mixed_batch, None
-        if batch is adapter_names is None:
+        if batch is None and adapter_names is None:
             y = self._remembered_forward(x)
             if y is not None:
                 return y

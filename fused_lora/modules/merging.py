@@ -14,6 +14,7 @@ from fused_lora.modules.auxiliary import SavedModule, TrainedTokens, auxiliary_m
 from fused_lora.modules.changes import alone, changing, unwatch
 from fused_lora.modules.inject import (
     AFTER_CHANGE,
+    CONFIGS,
     adapter_configs,
     as_list,
     check_module,
@@ -48,6 +49,9 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
         RuntimeError: the model has no LoRA layers, a lora_bias has no base bias to go to, or a weight also belongs to
             another module, whose output a merge would change.
             In every case all layers are back at the bits they had before the call.
+
+    A PEFT model is merged by its ``merge_adapter`` and keeps PEFT's rules: layers merged before an error stay merged,
+    and what is not finite is merged unless ``safe_merge`` is set.
     """
     layers = _mergeable(model)
     first = next(iter(layers.values()))  # a LoRA layer
@@ -158,7 +162,8 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     if untied:
         root.config.tie_word_embeddings = False
         warnings.warn("the two embeddings differ now: config.tie_word_embeddings is set to False", stacklevel=2)
-    del root._fused_lora_configs, root.peft_config
+    delattr(root, CONFIGS)
+    del root.peft_config
     for function in AFTER_CHANGE:
         function(root)
     return model

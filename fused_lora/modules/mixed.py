@@ -16,6 +16,23 @@ from fused_lora.rows import Entries, RowFinder, Running, checked_dim
 _finders: WeakKeyDictionary[nn.Module, RowFinder] = WeakKeyDictionary()
 
 
+def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> dict[Any, Tensor]:
+    """The numbers of each name's rows, int64: the names share out x's first dimension, which ``rows`` rows lie along.
+
+    Raises ValueError unless the length of x is a multiple of the number of names.
+    """
+    if not adapter_names or len(x) % len(adapter_names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
+            f"got {len(adapter_names)} and {len(x)} respectively."
+        )
+    each = rows // len(adapter_names)
+    found: dict[Any, list[int]] = {}
+    for i, name in enumerate(adapter_names):
+        found.setdefault(name, []).extend(range(i * each, (i + 1) * each))
+    return {name: torch.tensor(numbers, device=x.device) for name, numbers in found.items()}
+
+
 class MixedBatch:
     """One entered ``fused_lora.adapter_batch``.
 

@@ -19,8 +19,8 @@ from fused_lora.bases.base import why_not_plain_weight
 from fused_lora.bases.dense import Dense
 from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
-from fused_lora.modules.mixed import MixedBatch
-from fused_lora.ops.linear.op import Memory
+from fused_lora.modules.mixed import MixedBatch, rows_by_name
+from fused_lora.ops.linear.op import Memory, may_learn
 from fused_lora.ops.merge import op as merging
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
@@ -67,7 +67,7 @@ class FusedLoraBehaviour:
         """One operator for base and adapters."""
         base = self._modules["base_layer"]
         y = base_of(base).forward(base, x, self._adapters(names))
-        if not torch.compiler.is_compiling():
+        if may_learn(x):
             operands, memory = self._operands(), self.__dict__.get("_memory")
             if operands:
                 if memory is None:
@@ -177,7 +177,7 @@ class FusedLoraBehaviour:
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         if adapter_names is not None:
-            rows_of = _rows_by_name(adapter_names, x)
+            rows_of = rows_by_name(adapter_names, x, x.shape[:-1].numel())
         else:
             assert batch is not None
             rows_of = batch.rows(self, x)
@@ -368,20 +368,6 @@ class FusedLoraBehaviour:
         for name in names:
             found += A[name], B[name], dropout[name]
         return found
-
-
-def _rows_by_name(adapter_names: list[str], x: Tensor) -> dict[str, Tensor]:
-    """The rows of x [..., K] of each name, where the names belong to its first dimension."""
-    if not adapter_names or len(x) % len(adapter_names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
-            f"got {len(adapter_names)} and {len(x)} respectively."
-        )
-    each = x.shape[:-1].numel() // len(adapter_names)
-    found: dict[str, list[int]] = {}
-    for i, name in enumerate(adapter_names):
-        found.setdefault(name, []).extend(range(i * each, (i + 1) * each))
-    return {name: torch.tensor(rows, device=x.device) for name, rows in found.items()}
 
 
 def _factors_of(layer: FusedLoraBehaviour, names: list[str]) -> tuple[list[Tensor], list[Tensor], list[float]]:

@@ -4,7 +4,6 @@ import copy
 import errno
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import AdapterNotFound, adapter_configs, inject, lora_layers, set_adapter
 from fused_lora.modules.merging import merge, unmerge
 from fused_lora.testing.numeric import assert_close
+from helpers.alone import run_killed
 from helpers.seeds import shifted
 from helpers.waiting import HANG, wait_for
 
@@ -520,19 +520,6 @@ def test_everything_is_durable_before_it_is_visible(tmp_path, monkeypatch):
     staging.replace_directory(tmp_path / "t", write_pair(1))
     stage = next(name for name in log if "fused_lora_tmp" in name)
     assert sorted(log[:2]) == ["a.json", "b.bin"] and log[2:] == [stage, "exchange", tmp_path.name]
-
-
-def run_killed(work, wait):
-    """Run ``work`` in a forked child and kill it when ``wait()`` returns."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    wait()
-    os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

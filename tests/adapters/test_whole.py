@@ -14,6 +14,7 @@ import fused_lora
 from fused_lora import AdapterError, LoraConfig
 from fused_lora.testing.numeric import assert_close
 from helpers import processes, whole
+from helpers.wrapped import compiled, each_block
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -40,24 +41,11 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def compiled(module):
-    return torch.compile(module, backend="eager")
-
-
-def blocks(wrap):
-    def wrapped(model):
-        for i, block in enumerate(model.blocks):
-            model.blocks[i] = wrap(block)
-        return model
-
-    return wrapped
-
-
 WRAPS = {
     "compile": compiled,
-    "compiled blocks": blocks(compiled),
-    "checkpointed blocks": blocks(checkpoint_wrapper),
-    "both": lambda model: compiled(blocks(checkpoint_wrapper)(model)),
+    "compiled blocks": each_block(compiled),
+    "checkpointed blocks": each_block(checkpoint_wrapper),
+    "both": lambda model: compiled(each_block(checkpoint_wrapper)(model)),
 }
 
 

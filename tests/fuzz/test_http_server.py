@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fused_lora.serving.engine.continuous import check_transformers
+from helpers import serving
 from helpers.seeds import shifted
 from helpers.waiting import HANG
 
-for needed in ("openai", "httpx", "fastapi", "uvicorn", "transformers"):
-    pytest.importorskip(needed)
 pytest.importorskip("schemathesis", reason="schemathesis needs Python 3.11 or newer")
-try:
-    check_transformers()
-except RuntimeError as error:
-    pytest.skip(str(error), allow_module_level=True)
+serving.need_engine("openai", "httpx", "fastapi", "uvicorn")
 
 
 def test_every_answer_is_as_described():

@@ -1,4 +1,4 @@
-"""A test in a process of its own, with limits of memory and time."""
+"""Forked processes: a test in one of its own with limits of memory and time, and work that is killed."""
 
 from __future__ import annotations
 
@@ -35,6 +35,19 @@ def alone(test: Callable) -> Callable:
             assert status == 0, said.read() or f"the process ended with {status}"
 
     return inner
+
+
+def run_killed(work: Callable[[], None], wait: Callable[[], None]) -> None:
+    """Run ``work`` in a forked child and kill it when ``wait()`` returns."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    wait()
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
 def _run(writing: int, test: Callable[[], None]) -> None:

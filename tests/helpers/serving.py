@@ -9,14 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+from fused_lora.serving.engine.continuous import check_transformers
 from helpers.seeds import shifted
 from helpers.waiting import wait_for
 
 KEY = "base_model.model."  # before every path in PEFT's files
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def need_engine(*packages: str) -> None:
+    """Skip a test file where one of these packages, or a transformers that the engine was tested on, is missing."""
+    for package in (*packages, "transformers"):
+        pytest.importorskip(package)
+    try:
+        check_transformers()
+    except RuntimeError as error:
+        pytest.skip(str(error), allow_module_level=True)
 
 
 def write_tiny_llama(folder: Path, seed: int = 0) -> Path:

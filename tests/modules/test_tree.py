@@ -9,6 +9,7 @@ import fused_lora
 from fused_lora import LoraConfig, LoraLinear
 from fused_lora.modules.targets import match_targets
 from fused_lora.modules.tree import named_modules, own_path, parent_of, unwrapped
+from helpers.wrapped import compiled, each_block
 
 
 class Block(nn.Module):
@@ -33,19 +34,6 @@ class Net(nn.Module):
         return x
 
 
-def compiled(module):
-    return torch.compile(module, backend="eager")
-
-
-def regional(wrap):
-    def wrapped(model):
-        for i, block in enumerate(model.blocks):
-            model.blocks[i] = wrap(block)
-        return model
-
-    return wrapped
-
-
 class DeepSpeedEngine(nn.Module):
     def __init__(self, module):
         super().__init__()
@@ -55,12 +43,12 @@ class DeepSpeedEngine(nn.Module):
 WRAPS = {
     "none": lambda model: model,
     "compile": compiled,
-    "compiled blocks": regional(compiled),
+    "compiled blocks": each_block(compiled),
     "checkpoint": checkpoint_wrapper,
-    "checkpointed blocks": regional(checkpoint_wrapper),
+    "checkpointed blocks": each_block(checkpoint_wrapper),
     "data parallel": nn.DataParallel,
     "deepspeed": DeepSpeedEngine,
-    "all": lambda model: compiled(nn.DataParallel(regional(lambda b: compiled(checkpoint_wrapper(b)))(model))),
+    "all": lambda model: compiled(nn.DataParallel(each_block(lambda b: compiled(checkpoint_wrapper(b)))(model))),
 }
 each_wrap = pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 

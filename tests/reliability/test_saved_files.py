@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import signal
 import time
 
 import peft
@@ -14,6 +13,7 @@ from torch import nn
 
 from fused_lora import AdapterStore, LoraConfig, inject, load_adapter, save_adapter
 from fused_lora.adapters import AdapterError, read_adapter
+from helpers.alone import run_killed
 from helpers.seeds import shifted
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -71,15 +71,7 @@ def test_kills(tmp_path, count):
     for kill in range(20 * count):
         if kill >= count and seen == {4, 8} and left:
             break
-        child = os.fork()
-        if child == 0:
-            try:
-                loop()
-            finally:
-                os._exit(1)
-        time.sleep(0.003 + draw.uniform(0.1, 6) * cost)
-        os.kill(child, signal.SIGKILL)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        run_killed(loop, lambda: time.sleep(0.003 + draw.uniform(0.1, 6) * cost))
         seen.add(check(target, models))
         assert (target / "README.md").read_text() == "keep"
         left += len(leftovers(target.parent))
@@ -190,7 +182,7 @@ def answers(model, store, x):
 
 
 @pytest.mark.experiment("C5", full=5_000, quick=500)
-def test_bit_flips_in_a_file(tmp_path, count):
+def test_damaged_file(tmp_path, count):
     """A bit of a saved weights file is flipped: refused, or (in the name of the digest) the same tensors are read."""
     model = adapted(4)
     save_adapter(model, tmp_path / "a")

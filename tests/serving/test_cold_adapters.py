@@ -11,18 +11,14 @@ import torch
 import fused_lora
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.serving import StoreFull
-from fused_lora.serving.engine.continuous import check_transformers, continuous_batching
+from fused_lora.serving.engine.continuous import continuous_batching
 from fused_lora.serving.engine.failures import failure_of
 from fused_lora.serving.residency import refusal, registry
 from helpers import serving
 from helpers.serving import prompt, results
 from helpers.waiting import HANG, wait_for
 
-pytest.importorskip("transformers")
-try:
-    check_transformers()
-except RuntimeError as error:
-    pytest.skip(str(error), allow_module_level=True)
+serving.need_engine()
 
 from transformers import ContinuousBatchingConfig  # noqa: E402
 

@@ -9,23 +9,19 @@ import pytest
 import torch
 
 import fused_lora
-from fused_lora.serving.engine.continuous import check_transformers, continuous_batching, generate_batch
+from fused_lora.serving.engine.continuous import continuous_batching, generate_batch
 from fused_lora.serving.engine.failures import failure_of
 from helpers import serving
 from helpers.serving import prompt, results
 from helpers.waiting import wait_for
 
-pytest.importorskip("transformers")
-try:
-    check_transformers()
-except RuntimeError as error:
-    pytest.skip(str(error), allow_module_level=True)
+serving.need_engine()
 
 from transformers import ContinuousBatchingConfig  # noqa: E402
 
-from fused_lora.serving.engine import manager as continuous_manager
-from fused_lora.serving.engine import request as continuous_request
-from fused_lora.serving.engine import sampling as continuous_sampling
+from fused_lora.serving.engine import manager as continuous_manager  # noqa: E402
+from fused_lora.serving.engine import request as continuous_request  # noqa: E402
+from fused_lora.serving.engine import sampling as continuous_sampling  # noqa: E402
 
 RANKS = (4, 5, 8, 12, 16, 16, 20, 24, 31, 32, 33, 40, 48, 56, 63, 64)
 

@@ -10,18 +10,14 @@ import pytest
 import torch
 
 import fused_lora
-from fused_lora.serving.engine.continuous import check_transformers, continuous_batching, generate_batch
+from fused_lora.serving.engine.continuous import continuous_batching, generate_batch
 from fused_lora.serving.engine.failures import MAX_FAILED_STEPS, StepFailed, failure_of
 from helpers import serving
 from helpers.seeds import shifted
 from helpers.serving import prompt, results
 from helpers.waiting import wait_for
 
-pytest.importorskip("transformers")
-try:
-    check_transformers()
-except RuntimeError as error:
-    pytest.skip(str(error), allow_module_level=True)
+serving.need_engine()
 
 from transformers import ContinuousBatchingConfig  # noqa: E402
 

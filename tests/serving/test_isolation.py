@@ -5,16 +5,12 @@ import torch
 
 import fused_lora
 from fused_lora.serving import NonFiniteOutput
-from fused_lora.serving.engine.continuous import check_transformers, continuous_batching, generate_batch
+from fused_lora.serving.engine.continuous import continuous_batching, generate_batch
 from fused_lora.serving.engine.failures import failure_of
 from helpers import serving
 from helpers.serving import prompt, results
 
-pytest.importorskip("transformers")
-try:
-    check_transformers()
-except RuntimeError as error:
-    pytest.skip(str(error), allow_module_level=True)
+serving.need_engine()
 
 from transformers import ContinuousBatchingConfig  # noqa: E402
 

@@ -14,19 +14,13 @@ import threading
 
 import pytest
 
-from fused_lora.serving.engine.continuous import check_transformers
 from helpers import serving
 from helpers.server import Server
 from helpers.waiting import HANG, wait_for
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
-for needed in ("fastapi", "uvicorn", "transformers"):
-    pytest.importorskip(needed)
-try:
-    check_transformers()
-except RuntimeError as error:
-    pytest.skip(str(error), allow_module_level=True)
+serving.need_engine("fastapi", "uvicorn")
 
 from fused_lora.cli.serve import _bytes, parser  # noqa: E402
 from fused_lora.serving.http.api import ApiError  # noqa: E402

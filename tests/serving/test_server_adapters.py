@@ -10,16 +10,10 @@ import pytest
 import fused_lora
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules.inject import AdapterNotFound
-from fused_lora.serving.engine.continuous import check_transformers
 from helpers import serving
 from helpers.server import Server
 
-for needed in ("openai", "httpx", "fastapi", "uvicorn", "transformers"):
-    pytest.importorskip(needed)
-try:
-    check_transformers()
-except RuntimeError as error:
-    pytest.skip(str(error), allow_module_level=True)
+serving.need_engine("openai", "httpx", "fastapi", "uvicorn")
 
 
 @pytest.fixture(scope="module")

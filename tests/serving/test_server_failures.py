@@ -2,19 +2,13 @@
 
 import pytest
 
-from fused_lora.serving.engine.continuous import check_transformers
 from fused_lora.serving.engine.failures import MAX_FAILED_STEPS
 from helpers import serving
 from helpers.server import Server
 from helpers.waiting import wait_for
 
 openai = pytest.importorskip("openai")
-for needed in ("httpx", "fastapi", "uvicorn", "transformers"):
-    pytest.importorskip(needed)
-try:
-    check_transformers()
-except RuntimeError as error:
-    pytest.skip(str(error), allow_module_level=True)
+serving.need_engine("httpx", "fastapi", "uvicorn")
 
 MARK = "<end>"
 # the server as its command line starts it, over a model whose last layer raises when it meets the mark

@@ -7,16 +7,10 @@ import shutil
 
 import pytest
 
-from fused_lora.serving.engine.continuous import check_transformers
 from helpers import serving
 from helpers.server import Server
 
-for needed in ("openai", "httpx", "fastapi", "uvicorn", "transformers"):
-    pytest.importorskip(needed)
-try:
-    check_transformers()
-except RuntimeError as error:
-    pytest.skip(str(error), allow_module_level=True)
+serving.need_engine("openai", "httpx", "fastapi", "uvicorn")
 
 COMPLETION = dict(model="a", prompt="x", max_tokens=2)
 CHAT = dict(model="a", messages=[dict(role="user", content="x")], max_tokens=2)

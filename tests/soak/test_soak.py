@@ -13,18 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from fused_lora.serving.engine.continuous import check_transformers
 from helpers import serving
 from helpers.seeds import shifted
 from helpers.soak import Growth, Texts
 from helpers.waiting import HANG
 
-for needed in ("openai", "httpx", "fastapi", "uvicorn", "transformers"):
-    pytest.importorskip(needed)
-try:
-    check_transformers()
-except RuntimeError as error:
-    pytest.skip(str(error), allow_module_level=True)
+serving.need_engine("openai", "httpx", "fastapi", "uvicorn")
 if not Path("/proc/self/status").exists():
     pytest.skip("memory of another process is read from /proc", allow_module_level=True)
 

@@ -92,6 +92,11 @@ def _run(run, x, weight, bias, lora_A, lora_B, seeds) -> Tensor:
     return run(x, weight, bias, lora_A, lora_B, seeds)[0]
 
 
+def may_learn(x: Tensor) -> bool:
+    """Whether a call with this x can be learnt at all: under autocast every one would ask in vain."""
+    return not (torch.compiler.is_compiling() or _autocasts(x) or x.is_neg())
+
+
 class Memory:
     """What :func:`lora_linear` runs for the tensors of one layer, so that the next call with such tensors asks nothing.
 
@@ -123,9 +128,9 @@ class Memory:
         return _run(run, x, weight, bias, lora_A, lora_B, None)
 
     def learn(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> None:
-        """Of a call that has passed, where nobody but autograd looks on."""
+        """Of a call that has passed and :func:`may_learn`, where nobody but autograd looks on."""
         tensors = x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,))
-        if _autocasts(x) or x.is_neg() or not is_direct(*tensors):
+        if not is_direct(*tensors):
             return
         if self._kept is not plan.kept or len(self._by_numbers) > _NUMBERS:
             self._by_numbers, self._kept = {}, plan.kept
