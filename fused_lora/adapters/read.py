@@ -105,11 +105,11 @@ def _specs(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtyp
     layers = {}
     for path, tensors in adapter.layers.items():
         base: Any = base_layer_of(modules[path])
-        base_dtype = base.weight.dtype
-        wide = autocast_adapter_dtype and base_dtype in (torch.float16, torch.bfloat16)
+        own = base.weight.dtype
+        wide = not own.is_floating_point or (autocast_adapter_dtype and own in (torch.float16, torch.bfloat16))
         cast = {}
         for field, key in plan.slots[path].items():
-            dtype = torch.float32 if wide and field != "base_bias" else base_dtype
+            dtype = base.bias.dtype if field == "base_bias" else torch.float32 if wide else own
             cast[field] = _cast(plan, key, getattr(tensors, field), dtype)
         layers[path] = LayerSpec(*plan.ranks[path], LayerTensors(**cast))
     return layers

@@ -1,10 +1,11 @@
 """Base layers under LoRA: what each kind of module answers, one file a kind, found by the module's type.
 
-dense      nn.Linear and transformers' Conv1D: one operator for base and adapters
-foreign    any other module that maps [..., K] to [..., N]: it is called, and the terms are added to its output
+dense              nn.Linear and transformers' Conv1D: one operator for base and adapters
+bitsandbytes_4bit  Linear4bit: the same over a weight that is dequantised for each product
+foreign            any other module that maps [..., K] to [..., N]: it is called, and the terms are added to its output
 """
 
-from fused_lora.bases import dense, foreign
+from fused_lora.bases import bitsandbytes_4bit, dense, foreign
 from fused_lora.bases.base import Adapters, Base, base_of, register
 
-__all__ = ["Adapters", "Base", "base_of", "dense", "foreign", "register"]
+__all__ = ["Adapters", "Base", "base_of", "bitsandbytes_4bit", "dense", "foreign", "register"]

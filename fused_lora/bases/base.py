@@ -53,6 +53,15 @@ class Base:
         """The floating matrix that a merge adds to in place, with an exact way back; None where there is none."""
         raise NotImplementedError
 
+    def why_not_adapted(self, module: nn.Module) -> str | None:
+        """None when a LoRA layer may be built around ``module``, else the reason: the field and what it holds."""
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            return f"its weight is a {type(weight).__name__}"
+        if weight.dim() == 2 and weight.dtype in FLOAT_DTYPES and not hasattr(weight, "quant_state"):
+            return None
+        return f"its weight is a {type(weight).__name__} of {weight.dtype} {tuple(weight.shape)}"
+
 
 _OF_CLASS: dict[type[nn.Module], Base] = {}  # of the registered names, those that have been met
 _KINDS: dict[tuple[str, str] | None, Base] = {}  # (module, qualified name) of a class, None for all others

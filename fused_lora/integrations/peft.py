@@ -23,7 +23,15 @@ from torch import nn
 
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import Dense
-from fused_lora.integrations.peft_linear import AROUND, CALLS, FUSED, linear_class, why_around, why_not_fused
+from fused_lora.integrations.peft_linear import (
+    AROUND,
+    CALLS,
+    FUSED,
+    accelerated,
+    stock_classes,
+    why_around,
+    why_not_fused,
+)
 from fused_lora.modules.changes import alone, unwatch, watch
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.linear import LoraLinear
@@ -40,12 +48,12 @@ _installed: dict[str, Any] = {}  # empty, or the method that install() has repla
 def accelerate(model: nn.Module) -> nn.Module:
     """Make the LoRA linears of a PEFT model fast, in place. :func:`restore` takes it back.
 
-    Every exact ``peft.tuners.lora.Linear`` gets a subclass of itself as its class, and the model two hooks that note
-    its calls. Parameters, buffers, other hooks, state-dict keys, checkpoints and PEFT's own methods stay. At every call
-    the layer decides: plain LoRA over a plain linear layer runs in one operator; over any other base layer (hooked,
-    offloaded, sharded, of an unknown class) the base runs as it is, and the adapters in one operator around it;
-    anything else (merged, disabled, DoRA, hooks on lora_A, ...) runs PEFT's own forward. Merging rounds once, and
-    unmerging gives back the exact bits.
+    Every exact ``peft.tuners.lora.Linear`` or ``Linear4bit`` gets a subclass of itself as its class, and the model two
+    hooks that note its calls. Parameters, buffers, other hooks, state-dict keys, checkpoints and PEFT's own methods
+    stay. At every call the layer decides: plain LoRA over a plain or 4-bit linear layer runs in one operator; over any
+    other base layer (hooked, offloaded, sharded, of an unknown class) the base runs as it is, and the adapters in one
+    operator around it; anything else (merged, disabled, DoRA, hooks on lora_A, ...) runs PEFT's own forward. Merging
+    rounds once, and unmerging gives back the exact bits; over 4-bit layers both are PEFT's.
 
     Layers that PEFT adds to a PeftModel later are accelerated too. After an injection into a bare model (a second
     ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``.
@@ -95,9 +103,9 @@ def restore(model: nn.Module) -> nn.Module:
         TypeError: model is not a module. RuntimeError: the class of an accelerated layer was changed by someone else
             (``fully_shard`` on the layer itself). Nothing is changed.
     """
-    ours = linear_class() if _lora_layers(model) else None
-    layers = [(path, m) for path, m in model.named_modules() if ours is not None and isinstance(m, ours)]
-    changed = [path for path, module in layers if type(module) is not ours]
+    ours = _our_classes() if _lora_layers(model) else ()
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, ours)]
+    changed = [path for path, module in layers if type(module) not in ours]
     if changed:
         raise RuntimeError(f"model: the classes of {changed} were changed after accelerate; undo that first")
     for _, module in layers:
@@ -132,7 +140,7 @@ def install() -> Callable[[], dict[str, Any]]:
             module = build(*args, **kwargs)
             if not _installed:
                 return module
-            reason = None if type(_adopt(module)) is linear_class() else _of_peft(module)[0]
+            reason = None if type(_adopt(module)) in _our_classes() else _of_peft(module)[0]
             BUILT[ACCELERATED if reason is None else reason] += 1
             return module
 
@@ -271,22 +279,21 @@ def _is_tuner(module: nn.Module) -> Any:
     return tuners is not None and isinstance(module, tuners.BaseTuner)
 
 
-def _stock_class() -> type[nn.Module]:
-    from peft.tuners.lora import Linear
-
-    return Linear
+def _our_classes() -> tuple[type[nn.Module], ...]:
+    return tuple(accelerated(stock) for stock in stock_classes())
 
 
 def _adopt(module: nn.Module) -> nn.Module:
-    """Give an exact lora.Linear the accelerated class; anything else is left alone."""
-    stock, ours = _stock_class(), linear_class()
-    if type(module) is stock:
-        _change_class(module, stock, ours)
+    """Give an exact lora.Linear or lora.Linear4bit the accelerated class; anything else is left alone."""
+    stock = type(module)
+    if stock in stock_classes():
+        _change_class(module, stock, accelerated(stock))
     return module
 
 
 def _release(module: nn.Module) -> None:
-    _change_class(module, linear_class(), _stock_class())
+    ours = type(module)
+    _change_class(module, ours, next(stock for stock in stock_classes() if accelerated(stock) is ours))
     for own in ("merge_state", "_memory"):
         vars(module).pop(own, None)
 
@@ -337,8 +344,8 @@ def _of_ours(layer: LoraLinear) -> tuple[str | None, str | None]:
 
 
 def _of_peft(layer: nn.Module) -> tuple[str | None, str | None]:
-    if isinstance(layer, linear_class()):
+    if isinstance(layer, _our_classes()):
         return why_not_fused(layer, layer._present(layer.active_adapters)), why_around(layer)
-    if type(layer) is _stock_class():
+    if type(layer) in stock_classes():
         return "not accelerated: call fused_lora.accelerate(model)", None
     return f"{type(layer).__name__} has no fused form", None

@@ -1,5 +1,7 @@
 """PEFT's ``lora.Linear`` with a fused forward and an exact merge: the class that accelerated layers are given.
 
+``lora.Linear4bit``, over a 4-bit base of bitsandbytes, gets the same forward and keeps PEFT's merge.
+
 It adds no parameter and no buffer. Beside its class a layer gets what it remembers of its last calls, and while merged
 the record; ``restore`` removes both. Whatever the fused operator does not cover goes to PEFT's own method.
 """
@@ -7,6 +9,7 @@ the record; ``restore`` removes both. Whatever the fused operator does not cover
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fused_lora.bases import base_of
 from fused_lora.bases.base import why_not_plain_tensor, why_not_plain_weight
+from fused_lora.bases.bitsandbytes_4bit import is_repacked
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plain_dropout
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
@@ -80,13 +84,14 @@ class AcceleratedLinear(FusedLoraBehaviour):
         ours, and where the result is not finite and ``safe_merge`` is off.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as PEFT's.
+            TypeError, ValueError, RuntimeError: as PEFT's. RuntimeError: a 4-bit weight has been repacked for the CPU.
         """
         if not self.merged:
             self.merge_state = None  # someone emptied the list of merged adapters by hand
         if isinstance(adapter_names, Iterator):
             adapter_names = list(adapter_names)
         if not self._merges_exactly(adapter_names):
+            self._refuse_repacked("merged")
             return self._merge_by_peft(safe_merge, adapter_names)
         names = self._present(self._names_to_merge(adapter_names))
         if not names:
@@ -113,8 +118,17 @@ class AcceleratedLinear(FusedLoraBehaviour):
                 return super().unmerge()
             except RuntimeError as error:
                 warnings.warn(f"{error}; PEFT's unmerge subtracts the adapters instead", stacklevel=3)
+        if self.merged:
+            self._refuse_repacked("unmerged")
         self.merge_state = None
         super(FusedLoraBehaviour, self).unmerge()
+
+    def _refuse_repacked(self, what: str) -> None:
+        if is_repacked(self.get_base_layer()):
+            raise RuntimeError(
+                f"base_layer: a call in eval() without gradients has repacked its 4-bit weight for the CPU; PEFT would "
+                f"read it wrongly, so nothing was {what}. Load the model again and merge before such a call"
+            )
 
     @alone
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -191,16 +205,27 @@ def _is_mergeable(weight: object) -> bool:
 
 
 @functools.cache
-def linear_class() -> type[nn.Module]:
-    """The class of accelerated layers, a subclass of ``peft.tuners.lora.Linear`` with the same name."""
+def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
+    """The class of accelerated layers of PEFT's class ``stock``: a subclass of it with the same name."""
+    attributes = {"__module__": __name__, "__doc__": AcceleratedLinear.__doc__}
+    return type(stock.__name__, (AcceleratedLinear, stock), attributes)
+
+
+def stock_classes() -> tuple[type[nn.Module], ...]:
+    """The classes of PEFT that have an accelerated one: Linear, and Linear4bit where bitsandbytes was imported."""
     from peft.tuners.lora.layer import Linear
 
-    return type("Linear", (AcceleratedLinear, Linear), {"__module__": __name__, "__doc__": AcceleratedLinear.__doc__})
+    quantised = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
+    return (Linear,) if quantised is None else (Linear, quantised)
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    if name == "Linear":  # where pickle looks for the class of a layer
-        return linear_class()
+    if name == "Linear4bit":  # where pickle looks for the class of a layer
+        from peft.tuners.lora.bnb import Linear4bit
+
+        return accelerated(Linear4bit)
+    if name == "Linear":
+        return accelerated(stock_classes()[0])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -24,7 +24,7 @@ from fused_lora.modules.config import (
 from fused_lora.modules.mixed import MixedBatch
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 from fused_lora.modules.offload import execution_device
-from fused_lora.modules.targets import SUPPORTED, in_out_features, is_supported
+from fused_lora.modules.targets import SUPPORTED, in_out_features, why_not_supported
 
 
 class LoraLinear(FusedLoraBehaviour, nn.Module):
@@ -37,7 +37,8 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
     State-dict keys are PEFT's: ``base_layer.weight``, ``lora_A.<name>.weight``, ``lora_B.<name>.weight``.
 
     Args:
-        base_layer: nn.Linear, or transformers' Conv1D (weight stored [in, out]); it is frozen and kept, not copied.
+        base_layer: nn.Linear, transformers' Conv1D (weight stored [in, out]) or a quantised bitsandbytes Linear4bit; it
+            is frozen and kept, not copied.
         r: rank. lora_alpha: numerator of the scaling, lora_alpha / r.
         adapter_name: the first adapter's name. lora_dropout: probability in [0, 1].
         use_rslora: scaling is lora_alpha / sqrt(r). lora_bias: lora_B has a bias.
@@ -65,8 +66,9 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         tensors: LayerTensors | None = None,
     ):
         super().__init__()
-        if not is_supported(base_layer) or isinstance(base_layer, LoraLinear):
-            raise TypeError(f"base_layer: expected one of {SUPPORTED}, got {type(base_layer).__name__}")
+        reason = "LoRA over LoRA" if isinstance(base_layer, LoraLinear) else why_not_supported(base_layer)
+        if reason:
+            raise TypeError(f"base_layer: expected one of {SUPPORTED}, got {type(base_layer).__name__}: {reason}")
         self.base_layer = base_layer
         self.in_features, self.out_features = in_out_features(base_layer)
         self.fan_in_fan_out = is_conv1d(base_layer)
@@ -116,7 +118,8 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
         A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors)
         if tensors is None:
             # PEFT draws in fp32 and casts to the base's dtype before it goes back to fp32: the same bits here
-            A, B = A.to(device, weight.dtype), B.to(device, weight.dtype)
+            dtype = weight.dtype if weight.dtype.is_floating_point else None  # packed: as they were drawn
+            A, B = A.to(device, dtype), B.to(device, dtype)
             if autocast_adapter_dtype and weight.dtype in (torch.bfloat16, torch.float16):
                 A, B = A.float(), B.float()
         else:

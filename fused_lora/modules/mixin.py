@@ -52,7 +52,11 @@ class FusedLoraBehaviour:
             return base(x)
         if self._why_not_plain(names) or why_transformed():
             return self._composed_forward(base(x), x, names)
-        if base_of(base).why_not_fused(base):
+        kind = base_of(base)
+        if kind.why_not_fused(base):
+            return self._around_forward(x, names)[0]
+        # over a dense base the operator says what does not fit
+        if type(kind) is not Dense and kind.why_not_call(base, x, self.lora_B[names[0]].weight.shape[0]):
             return self._around_forward(x, names)[0]
         return self._fused_forward(x, names)
 

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from fused_lora.bases import base_of
@@ -21,9 +20,8 @@ from fused_lora.modules.config import LoraConfig, matches_end
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import named_modules, unwrapped
 
-SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
+SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D, bitsandbytes.nn.Linear4bit"
 ALL_LINEAR = "all-linear"
-BASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CLASSIFIER_HEADS = ("score", "classifier")
 
 
@@ -37,17 +35,17 @@ def base_layer_of(module: nn.Module) -> nn.Module:
     return module.get_submodule("base_layer") if is_lora_linear(module) else module
 
 
-def is_supported(module: nn.Module) -> bool:
-    """Whether ``module`` can get LoRA: a linear layer with a plain 2-D floating-point weight."""
+def why_not_supported(module: nn.Module) -> str | None:
+    """None when ``module`` can get LoRA: a linear layer whose weight its kind in ``bases/`` knows. Else the reason."""
     base = base_layer_of(module)
-    weight = getattr(base, "weight", None)
-    # quantised layers subclass nn.Linear but hold packed integers
-    return (
-        (isinstance(base, nn.Linear) or is_conv1d(base))
-        and isinstance(weight, torch.Tensor)
-        and weight.dim() == 2
-        and weight.dtype in BASE_DTYPES
-    )
+    if not (isinstance(base, nn.Linear) or is_conv1d(base)):
+        return "it is no linear layer"
+    return base_of(base).why_not_adapted(base)
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether ``module`` can get LoRA."""
+    return why_not_supported(module) is None
 
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:
@@ -89,11 +87,11 @@ def match_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     if not matched:
         raise ValueError(_no_match(config, modules))
     for name in matched:
-        if not is_supported(modules[name]):
+        if reason := why_not_supported(modules[name]):
             kind = type(base_layer_of(modules[name]))
             raise ValueError(
-                f"target_modules matches {name!r}, a {kind.__module__}.{kind.__qualname__}, which is not supported; "
-                f"supported are {SUPPORTED} with a floating-point weight"
+                f"target_modules matches {name!r}, a {kind.__module__}.{kind.__qualname__}, which is not supported: "
+                f"{reason}; supported are {SUPPORTED}"
             )
     return matched
 

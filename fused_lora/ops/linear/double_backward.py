@@ -31,7 +31,8 @@ def lora_linear_backward(
         dx = g W + sum_i D_i(dS_i A_i)   dA = dS^T D(x)   dB = s g^T S   dW = g^T x   db = sum g   dS = s g B + g_S
 
     g [M, N] and g_S [M, sum r_i] are the gradients of y and S, either may be None. S is D(x) A^T: with its history, or
-    without where x is given or needs no gradient. Without a weight: the gradients of the LoRA term, x of ``dtype``.
+    without where x is given or needs no gradient. Without a weight: the gradients of the LoRA term. dtype: x's, where
+    it is not the weight's.
 
     Raises:
         RuntimeError: S has no history, and x was not saved, because lora_A is frozen.
@@ -39,7 +40,7 @@ def lora_linear_backward(
     n, need_x = len(lora_A), needs[0]
     if x is None and need_x and any(needs[n + 1 : 2 * n + 1]) and torch.is_grad_enabled() and not S.requires_grad:
         raise RuntimeError("second derivatives need lora_A to require a gradient: with a frozen lora_A x is not kept")
-    like = S.new_empty(0, dtype=dtype) if weight is None else weight
+    like = weight if dtype is None else S.new_empty(0, dtype=dtype)
     shape, acc = (S.shape[0], lora_A[0].shape[1]), accumulate_dtype(like, lora_A)
     if g is not None:
         acc = torch.promote_types(acc, compute_dtype(g.dtype, g.device))

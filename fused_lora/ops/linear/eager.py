@@ -6,7 +6,8 @@ F.dropout).
 
 16-bit tensors on a CPU are computed in fp32 and rounded once: a bf16 or fp16 GEMM without hardware support is
 hundreds of times slower than the same GEMM in fp32. The weight is converted in blocks of rows, so that the copy stays
-small and no fp32 weight is ever kept.
+small and no fp32 weight is ever kept. The same blocks are those of a packed weight (``ops/linear/packed.py``), which
+stands here for a tensor: it has ``shape``, ``dtype`` and ``blocks``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fused_lora.ops import native
 from fused_lora.reference import dropout_lanes, dropout_lanes_on, dropout_threshold, keep_scale
 
 _MASK_ELEMENTS = 1 << 19  # row block of the mask and of the dropped input: 2 MiB of fp32
-_WEIGHT_ELEMENTS = 1 << 22  # row block of a 16-bit weight in fp32: 16 MiB
+_WEIGHT_ELEMENTS = 1 << 20  # row block of a 16-bit or packed weight in fp32: 4 MiB
 _FEW_ROWS = 8  # below it some BLAS code paths add each product to the result, at twice the rounding error of a sum
 
 
@@ -247,12 +248,20 @@ def _masked(seed, p: float, start: int, rows: torch.Tensor | None, term: torch.T
 
 def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Sequence | Iterator:
     """(start, stop, rows of the weight in ``dtype``); None, None, weight where it needs no conversion."""
-    return ((None, None, weight),) if weight.dtype is dtype else _converted_blocks(weight, dtype)
+    return ((None, None, weight),) if _is_ready(weight, dtype) else _converted_blocks(weight, dtype)
 
 
-def _converted_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _is_ready(weight, dtype: torch.dtype) -> bool:
+    return weight.dtype is dtype and isinstance(weight, torch.Tensor)  # else it is packed
+
+
+def _converted_blocks(weight, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
     N, K = weight.shape
     step = max(1, _WEIGHT_ELEMENTS // max(K, 1))
+    if not isinstance(weight, torch.Tensor):
+        for start, stop, block in weight.blocks(step):
+            yield start, stop, _as(block, dtype)
+        return
     for start in range(0, N, step):
         stop = min(start + step, N)
         yield start, stop, weight[start:stop].to(dtype)
@@ -260,9 +269,9 @@ def _converted_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tupl
 
 def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """rows W^T (+ bias) in the dtype of rows."""
-    if weight.dtype is rows.dtype:
+    if _is_ready(weight, rows.dtype):
         return linear(rows, weight, None if bias is None else _as(bias, rows.dtype))
     y = rows.new_empty((rows.shape[0], weight.shape[0]))
     for start, stop, block in _converted_blocks(weight, rows.dtype):
-        y[:, start:stop] = rows @ block.t()
+        torch.mm(rows, block.t(), out=y[:, start:stop])
     return y if bias is None else y.add_(bias.to(rows.dtype))

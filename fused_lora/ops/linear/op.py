@@ -262,10 +262,11 @@ def _by_operator(*arguments):
     return dx, rest[:n], rest[n:], dW, db
 
 
-def _all_gradients(ctx, g, g_S, gradients):
+def _all_gradients(ctx, g, g_S, gradients, packed=None, dtype: torch.dtype | None = None):
     """dx, dA, dB, dW, db with None for what is not needed, by ``gradients`` where nobody follows its operations.
 
-    g_S: gradient of S, which second derivatives have; either of g and g_S may be None.
+    g_S: gradient of S, which second derivatives have; either of g and g_S may be None. packed: the weight, where it is
+    not among the saved tensors, and dtype: that of x.
     """
     n, scaling, dropout, bias_dtype, needs = ctx.call
     x, weight, S, seeds, *adapters = ctx.saved_tensors
@@ -273,6 +274,8 @@ def _all_gradients(ctx, g, g_S, gradients):
     if ctx.idle is not None:
         weight, A, all_B = ctx.idle
         B = [B if saved is None else saved for B, saved in zip(all_B, B, strict=True)]
+    if packed is not None:
+        weight = packed
     if x is not None and x.dim() != 2:
         x = x.reshape(S.shape[0], weight.shape[1])
     if g_S is None and not (torch.is_grad_enabled() or _is_batched(g)):
@@ -282,7 +285,7 @@ def _all_gradients(ctx, g, g_S, gradients):
     # create_graph, or a batch of gradients
     with torch.autocast(S.device.type, enabled=False):
         found = double_backward.lora_linear_backward(
-            g, g_S, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs
+            g, g_S, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs, dtype
         )
     dx, *rest, dW, db = found
     return dx, rest[:n], rest[n:], dW, db

@@ -1,0 +1,172 @@
+"""bitsandbytes' Linear4bit (NF4 and FP4): base and adapters in one operator, which dequantises for each product.
+
+The weight has the values that the library's own forward multiplies with: code times scale in fp32, rounded to the
+compute dtype. In ``eval()`` without gradients the layer itself is called, whose kernels for few rows read 4 bits. On
+CPUs with AVX512-BF16 that call repacks the weight in place, and its scales to bf16. The library's own training then has
+no gradient, and its own merge reads other weights; the fused forward and backward read the new layout too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.bases.base import Adapters, Base, register, why_not_own_call, why_not_plain_bias
+from fused_lora.ops.linear import packed
+
+_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+_LARGEST = 1024  # values to a scale that bitsandbytes' fast loops for CPUs take
+_REPACKED_ROWS = 32  # whose values share memory in the layout for CPUs
+
+
+class Weight(packed.Packed):
+    """The tensors of a Params4bit as they are now: a later call of the layer may put others in their place."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        weight = module._parameters["weight"]
+        state, data = weight.quant_state, weight.data
+        self.shape, self.dtype, self.device = tuple(state.shape), dtype, data.device
+        self.quant_type, self.blocksize, self.repacked = state.quant_type, state.blocksize, is_repacked(module)
+        self.bytes = data.contiguous().view(torch.uint8).view(-1)
+        self.absmax, self.nested = state.absmax, None
+        if state.nested:
+            inner = state.state2
+            self.nested = inner.absmax, inner.code, inner.blocksize, state.offset
+
+    def scales(self) -> Tensor:
+        """fp32, one to each ``blocksize`` values in the order of the rows."""
+        if self.nested is not None:
+            absmax, code, blocksize, offset = self.nested
+            ops = torch.ops.bitsandbytes
+            return ops.dequantize_blockwise.default(self.absmax, absmax, code, blocksize, torch.float32) + offset
+        return (self.absmax.t() if self.repacked else self.absmax).float().reshape(-1)
+
+    def blocks(self, step: int) -> Iterator[tuple[int, int, Tensor]]:
+        """As :meth:`Packed.blocks`. Fewer rows than all only where each row begins with a scale of its own."""
+        (N, K), size, scales = self.shape, self.blocksize, self.scales()
+        if size > _LARGEST and self.device.type == "cpu":
+            scales, size = scales.repeat_interleave(size // _LARGEST), _LARGEST
+        if self.repacked:
+            step = max(_REPACKED_ROWS, step - step % _REPACKED_ROWS)
+        for start in range(0, N, step):
+            stop, values, own = min(start + step, N), self.bytes, scales
+            if stop - start < N:
+                values = values[start * K // 2 : stop * K // 2]
+                own = scales[start * K // size : stop * K // size]
+            if self.repacked:
+                values = _rows_of(values, K)
+            shape = stop - start, K
+            block = torch.ops.bitsandbytes.dequantize_4bit.default(
+                values, own, size, self.quant_type, shape, self.dtype
+            )
+            yield start, stop, block
+
+
+def _rows_of(repacked: Tensor, K: int) -> Tensor:
+    """The bytes of whole groups of 32 rows in the order of the rows, two values each.
+
+    In the layout for CPUs 32 bytes hold 64 values, the first 32 in their low halves: two neighbours of each row.
+    """
+    groups = repacked.view(-1, 32)
+    values = torch.cat((groups & 15, groups >> 4), 1).view(-1, K // 2, _REPACKED_ROWS, 2).transpose(1, 2)
+    return (values[..., 0] << 4 | values[..., 1]).reshape(-1)
+
+
+def is_repacked(module: nn.Module) -> bool:
+    """Whether a call in ``eval()`` without gradients has put the weight into the layout for CPUs."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def compute_dtype(module, x: Tensor) -> torch.dtype:
+    """What the layer's own call would multiply in; a layer without one takes that of its first input."""
+    own = module.compute_dtype
+    if own is None or not module.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
+        return x.dtype
+    return own
+
+
+class Linear4bit(Base):
+    """A Params4bit of [N, K] values and a bias [N] or None."""
+
+    def why_not_fused(self, module: nn.Module) -> str | None:
+        """None for a quantised weight of a known kind, and a call that nobody has changed."""
+        parameters = module._parameters
+        reason = why_not_own_call(module, "the base layer") or _why_not_known(module, parameters.get("weight"))
+        return reason or why_not_plain_bias(parameters, module.out_features)
+
+    def why_not_call(self, module: nn.Module, x: Tensor, outputs: int) -> str | None:
+        """None where x fits and a gradient may be wanted, or in training."""
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
+        if weight.device != x.device or (bias is not None and bias.device != x.device):
+            return "the base layer is on another device"
+        if x.dim() == 0 or x.shape[-1] != module.in_features or outputs != module.out_features:
+            return "shapes differ"
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return "torch.compile or a dispatch mode over a 4-bit base"
+        if not (module.training or torch.is_grad_enabled()):
+            return "inference over a 4-bit base"
+        if x.is_cpu:
+            # the operator computes in fp32; after the layer's call of a repacked weight there is no backward
+            native = compute_dtype(module, x) is torch.bfloat16 and getattr(module, "support_avx512bf16_for_cpu", False)
+            return "this CPU multiplies bf16 itself" if native and not is_repacked(module) else None
+        if torch.is_autocast_enabled(x.device.type):
+            return "float64 under autocast" if x.dtype is torch.float64 else None
+        fits = x.dtype is compute_dtype(module, x)
+        return None if fits else "the input has another dtype than the base layer computes in"
+
+    def forward(self, module: nn.Module, x: Tensor, adapters: Adapters) -> Tensor:
+        """x W^T + b and the terms, one rounding, in x's dtype."""
+        dtype = compute_dtype(module, x)
+        if not module.compute_type_is_set:
+            module.set_compute_type(x)  # as the layer's own first call does
+            module.compute_type_is_set = True
+        lora_A, lora_B, scaling, dropout, lora_bias = adapters
+        bias = module._parameters["bias"]
+        if lora_bias is not None:
+            bias = lora_bias if bias is None else bias + lora_bias  # of a 16-bit and an fp32 tensor: fp32
+        return packed.lora_linear(x, Weight(module, dtype), bias, lora_A, lora_B, scaling, dropout)
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """As the module has them: the packed weight has another shape."""
+        return module.in_features, module.out_features
+
+    def merge_weight(self, module: nn.Module) -> None:
+        """None: 4 bits hold no sum."""
+        return None
+
+    def why_not_adapted(self, module: nn.Module) -> str | None:
+        """None for a weight of a known kind whose scales are finite."""
+        reason = _why_not_known(module, module._parameters.get("weight"))
+        if reason is None and not torch.isfinite(Weight(module, torch.float32).scales()).all():
+            return "weight.quant_state.absmax has scales that are NaN or infinite"
+        return reason
+
+
+def _why_not_known(module, weight) -> str | None:
+    """None for a weight that :class:`Weight` reads, else which field is another one."""
+    if type(weight).__name__ != "Params4bit":
+        return f"a weight is a {type(weight).__name__}"
+    state, (N, K) = weight.quant_state, (module.out_features, module.in_features)
+    if state is None:
+        return "weight.quant_state is missing: the weight is quantised when the layer is moved to its device"
+    if state.quant_type not in ("nf4", "fp4"):
+        return f"weight.quant_state.quant_type is {state.quant_type!r}, expected 'nf4' or 'fp4'"
+    if state.blocksize not in _BLOCK_SIZES:
+        return f"weight.quant_state.blocksize is {state.blocksize}"
+    if state.shape is None or tuple(state.shape) != (N, K):
+        return f"weight.quant_state.shape is {state.shape}, expected {(N, K)}"
+    data = weight.data
+    if data.dtype not in _STORAGE:
+        return f"the weight is stored in {data.dtype}, expected one of {_STORAGE}"
+    if data.nbytes != -(-N * K // 2):
+        return f"the weight has {data.nbytes} bytes, expected {-(-N * K // 2)} for {(N, K)}"
+    # bitsandbytes' loops for CPUs take rows of other lengths for rows that begin with a scale
+    return "in_features is no multiple of the blocksize" if data.is_cpu and K % state.blocksize else None
+
+
+_CLASSES = "Linear4bit", "LinearNF4", "LinearFP4"  # the two others only fill in an argument
+register(Linear4bit(), *(f"bitsandbytes.nn.modules.{name}" for name in _CLASSES))
