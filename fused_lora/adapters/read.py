@@ -24,7 +24,14 @@ from fused_lora.modules.inject import (
     lora_layers,
 )
 from fused_lora.modules.names import mismatch, some
-from fused_lora.modules.targets import base_layer_of, candidates, in_out_features, is_supported, literal_targets
+from fused_lora.modules.targets import (
+    adapter_dtype,
+    base_layer_of,
+    candidates,
+    in_out_features,
+    is_supported,
+    literal_targets,
+)
 
 
 def load_adapter(
@@ -105,8 +112,8 @@ def _specs(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtyp
     layers = {}
     for path, tensors in adapter.layers.items():
         base: Any = base_layer_of(modules[path])
-        own = base.weight.dtype
-        wide = not own.is_floating_point or (autocast_adapter_dtype and own in (torch.float16, torch.bfloat16))
+        own = adapter_dtype(base)
+        wide = autocast_adapter_dtype and own in (torch.float16, torch.bfloat16)
         cast = {}
         for field, key in plan.slots[path].items():
             dtype = base.bias.dtype if field == "base_bias" else torch.float32 if wide else own

@@ -53,6 +53,10 @@ class Base:
         """The floating matrix that a merge adds to in place, with an exact way back; None where there is none."""
         raise NotImplementedError
 
+    def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
+        """What PEFT rounds new adapters to, before it may hold them in fp32; None: as they were drawn."""
+        return module.weight.dtype
+
     def why_not_adapted(self, module: nn.Module) -> str | None:
         """None when a LoRA layer may be built around ``module``, else the reason: the field and what it holds."""
         weight = getattr(module, "weight", None)

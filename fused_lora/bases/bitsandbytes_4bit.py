@@ -138,6 +138,10 @@ class Linear4bit(Base):
         """None: 4 bits hold no sum."""
         return None
 
+    def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
+        """The compute dtype, where it is set."""
+        return module.compute_dtype
+
     def why_not_adapted(self, module: nn.Module) -> str | None:
         """None for a weight of a known kind whose scales are finite."""
         reason = _why_not_known(module, module._parameters.get("weight"))

@@ -24,7 +24,7 @@ from fused_lora.modules.config import (
 from fused_lora.modules.mixed import MixedBatch
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 from fused_lora.modules.offload import execution_device
-from fused_lora.modules.targets import SUPPORTED, in_out_features, why_not_supported
+from fused_lora.modules.targets import SUPPORTED, adapter_dtype, in_out_features, why_not_supported
 
 
 class LoraLinear(FusedLoraBehaviour, nn.Module):
@@ -114,13 +114,12 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
             raise ValueError(f"adapter_name: {adapter_name!r} already exists in this layer")
         if hasattr(self.lora_A, adapter_name):
             raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ModuleDict, choose another name")
-        weight, device = self.base_layer.weight, execution_device(self.base_layer)
+        device, dtype = execution_device(self.base_layer), adapter_dtype(self.base_layer)
         A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors)
         if tensors is None:
             # PEFT draws in fp32 and casts to the base's dtype before it goes back to fp32: the same bits here
-            dtype = weight.dtype if weight.dtype.is_floating_point else None  # packed: as they were drawn
             A, B = A.to(device, dtype), B.to(device, dtype)
-            if autocast_adapter_dtype and weight.dtype in (torch.bfloat16, torch.float16):
+            if autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
                 A, B = A.float(), B.float()
         else:
             A, B = A.to(device), B.to(device)

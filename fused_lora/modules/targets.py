@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fused_lora.bases import base_of
@@ -52,6 +53,11 @@ def in_out_features(module: nn.Module) -> tuple[int, int]:
     """(K, N) of a supported module."""
     base: Any = base_layer_of(module)
     return base_of(base).features(base)
+
+
+def adapter_dtype(base: nn.Module) -> torch.dtype:
+    """The dtype of new adapters of the layer ``base`` before they may be held in fp32."""
+    return base_of(base).adapter_dtype(base) or torch.get_default_dtype()
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,52 @@
+"""4-bit layers of bitsandbytes for tests, and what they stand for in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def linear4bit(
+    N: int,
+    K: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
+    quant_type: str = "nf4",
+    nested: bool = True,
+    blocksize: int = 64,
+    storage: torch.dtype = torch.uint8,
+    bias: bool = True,
+) -> nn.Module:
+    """A quantised Linear4bit over random values of ``dtype``, in ``train()``."""
+    import bitsandbytes as bnb
+
+    settings = {"compress_statistics": nested, "quant_type": quant_type, "quant_storage": storage}
+    layer = bnb.nn.Linear4bit(K, N, bias=bias, compute_dtype=compute_dtype, **settings)
+    values = (torch.randn(N, K) * K**-0.5).to(dtype)
+    layer.weight = bnb.nn.Params4bit(values, requires_grad=False, blocksize=blocksize, module=layer, **settings)
+    if bias:
+        layer.bias = nn.Parameter(torch.randn(N).to(dtype), requires_grad=False)
+    return layer.to("cpu")
+
+
+def repack(layer: nn.Module) -> None:
+    """What a call in ``eval()`` without gradients does to the weight on CPUs with AVX512-BF16."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    layer.weight.data, _ = _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+
+
+def values_of(layer: nn.Module) -> Tensor:
+    """[N, K] in fp32 by the definition: code times scale. Of a weight that is not repacked."""
+    from bitsandbytes.functional import dequantize_blockwise, get_4bit_type
+
+    state = layer.weight.quant_state
+    N, K = state.shape
+    scales = state.absmax.float()
+    if state.nested:
+        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    packed = layer.weight.data.view(torch.uint8).view(-1)
+    code = get_4bit_type(state.quant_type, device="cpu")
+    numbers = torch.stack([packed >> 4, packed & 15], 1).view(-1)[: N * K].long()
+    return (code[numbers] * scales.repeat_interleave(state.blocksize)[: N * K]).view(N, K)
