@@ -82,6 +82,7 @@ setup(
             'transformers>=5.20,<5.22; python_version < "3.11"',
             "accelerate",
             "trl>=1,<2",
+            "bitsandbytes>=0.50,<0.51",
             "gguf",
             "jinja2",
             "fastapi",
@@ -99,6 +100,7 @@ setup(
             'schemathesis>=4.30,<5; python_version >= "3.11"',
         ],
         "quickstart": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
+        "bitsandbytes": ["bitsandbytes>=0.50,<0.51"],
         "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],
         # continuous batching reaches into transformers' engine, so it is pinned to the releases that were tested
         "serve": ["transformers>=5.22,<5.24", "accelerate", "jinja2", "fastapi", "pydantic>=2.8", "uvicorn"],

@@ -222,7 +222,10 @@ class FusedLoraBehaviour:
         if base_of(base).merge_weight(base) is None:
             # parametrized: computed anew at each use; a subclass: packed or sharded, written to by its library alone
             why = why_not_plain_weight(weight)
-            raise RuntimeError(f"base_layer: {why}; expected a plain floating matrix, so nothing was merged into it")
+            raise RuntimeError(
+                f"base_layer: {why}; expected a plain floating matrix, so nothing was merged into it"
+                "; serve it unmerged, or dequantise the model first"
+            )
         bias, old = self._check_bias_merge(names), self.merge_state
         state = _Merge(None) if old is None else replace(old, record=None)
         if bias is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fused_lora.modules.targets import adapter_dtype
 from fused_lora.rows import RowFinder, checked_dim
 from fused_lora.serving.batch.attach import Attachment, find_sites
 from fused_lora.serving.batch.batch import Batch
@@ -88,7 +89,7 @@ class AdapterStore(Registry):
         layer: Any = next(iter(sites.values())).module
         first: Tensor = layer.weight
         self.device = _device(first.device if device is None else device)
-        transfer = open_transfer(self.device, first.dtype, dtype, sites, max_resident)
+        transfer = open_transfer(self.device, adapter_dtype(layer), dtype, sites, max_resident)
         super().__init__(model, sites, transfer, capacity_bytes, grow, host_bytes, max_resident)
         self._prepared: dict[Any, Prepared] = {}
         self._siblings = Siblings()

@@ -387,3 +387,20 @@ def test_a_merge_is_refused_by_name():
     with pytest.raises(RuntimeError, match="0: base_layer: a weight is a Params4bit"):
         fused_lora.merge(model)
     assert not model[0].merged and torch.equal(values_of(model[0].base_layer), before)
+
+
+def test_a_store_over_a_quantised_model(tmp_path):
+    model = nn.Sequential(linear4bit(N, K, dtype=BF16, compute_dtype=F32))
+    plain = copy.deepcopy(model).eval()
+    fused_lora.inject(model, fused_lora.LoraConfig(r=4, target_modules=["0"]))
+    model[0].lora_B["default"].weight.data.normal_()
+    fused_lora.save_adapter(model, tmp_path, "default")
+    store = fused_lora.AdapterStore(plain, capacity_bytes=1 << 20)
+    store.load("a", tmp_path)
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        base, adapted = plain(x), model.eval()(x)
+        with store.batch(["a", None, "a"]):
+            y = plain(x)
+    assert_close(y[[0, 2]], adapted[[0, 2]], terms=K)
+    assert torch.equal(y[1], base[1])
