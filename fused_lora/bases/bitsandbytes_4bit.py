@@ -9,11 +9,13 @@ no gradient, and its own merge reads other weights; the fused forward and backwa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora.bases.base import Adapters, Base, register, why_not_own_call, why_not_plain_bias
+from fused_lora.ops.dequant import dequantise_4bit
 from fused_lora.ops.linear import packed
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -31,18 +33,25 @@ class Weight(packed.Packed):
         self.shape, self.dtype, self.device = tuple(state.shape), dtype, data.device
         self.quant_type, self.blocksize, self.repacked = state.quant_type, state.blocksize, is_repacked(module)
         self.bytes = data.contiguous().view(torch.uint8).view(-1)
-        self.absmax, self.nested = state.absmax, None
+        self.absmax, self.code, self.nested = state.absmax, state.code, None
         if state.nested:
             inner = state.state2
-            self.nested = inner.absmax, inner.code, inner.blocksize, state.offset
+            self.nested = inner.code, inner.absmax, inner.blocksize, state.offset
 
     def scales(self) -> Tensor:
         """fp32, one to each ``blocksize`` values in the order of the rows."""
         if self.nested is not None:
-            absmax, code, blocksize, offset = self.nested
+            code, absmax, blocksize, offset = self.nested
             ops = torch.ops.bitsandbytes
             return ops.dequantize_blockwise.default(self.absmax, absmax, code, blocksize, torch.float32) + offset
         return (self.absmax.t() if self.repacked else self.absmax).float().reshape(-1)
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """As :meth:`Packed.to`; on a GPU by one launch."""
+        if self.repacked:
+            return super().to(dtype)
+        kind = self.code, self.absmax, self.nested, self.blocksize, self.shape, self.dtype
+        return dequantise_4bit(self.bytes, *kind, lambda: super(Weight, self).to(self.dtype)).to(dtype)
 
     def blocks(self, step: int) -> Iterator[tuple[int, int, Tensor]]:
         """As :meth:`Packed.blocks`. Fewer rows than all only where each row begins with a scale of its own."""
@@ -81,7 +90,7 @@ def is_repacked(module: nn.Module) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def compute_dtype(module, x: Tensor) -> torch.dtype:
+def compute_dtype(module: Any, x: Tensor) -> torch.dtype:
     """What the layer's own call would multiply in; a layer without one takes that of its first input."""
     own = module.compute_dtype
     if own is None or not module.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):

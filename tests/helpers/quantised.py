@@ -50,3 +50,14 @@ def values_of(layer: nn.Module) -> Tensor:
     code = get_4bit_type(state.quant_type, device="cpu")
     numbers = torch.stack([packed >> 4, packed & 15], 1).view(-1)[: N * K].long()
     return (code[numbers] * scales.repeat_interleave(state.blocksize)[: N * K]).view(N, K)
+
+
+def dequant_case(N: int, K: int, blocksize: int, nested: bool, device="cpu") -> tuple:
+    """Random arguments of ``kernels.dequant_4bit`` but for the dtype; NF4 needs no more than 16 numbers."""
+    packed = torch.randint(0, 256, (-(-N * K // 2),), dtype=torch.uint8, device=device)
+    code, scales = torch.randn(16, device=device), -(-N * K // blocksize)
+    if not nested:
+        return packed, code, torch.rand(scales, device=device), None, blocksize, (N, K)
+    absmax = torch.randint(0, 256, (scales,), dtype=torch.uint8, device=device)
+    inner = torch.randn(256, device=device), torch.rand(-(-scales // 16), device=device), 16
+    return packed, code, absmax, (*inner, torch.rand((), device=device)), blocksize, (N, K)

@@ -40,6 +40,7 @@ LAUNCHES = {
     "merge_apply": 1,
     "unmerge_apply": 1,
     "dropout_mask": 1,
+    "dequant_4bit": 1,
 }
 # who launches: Triton itself, or a kept launch with what Triton passed before
 WAYS = {
@@ -119,6 +120,7 @@ def assert_alike(first, again):
 def launches(given: list[list]) -> dict[str, int]:
     """What the stub counts while each launcher runs; names as in LAUNCHES."""
     from fused_lora.kernels import merge
+    from fused_lora.kernels.dequant_4bit import dequant_4bit
     from fused_lora.kernels.dropout import dropout_mask
     from fused_lora.kernels.grouped_expand import grouped_expand
     from fused_lora.kernels.grouped_shrink import grouped_shrink
@@ -198,6 +200,8 @@ def launches(given: list[list]) -> dict[str, int]:
     for name in ("merge_apply", "unmerge_apply"):
         counted(name, getattr(merge, name), W, A, B)
     counted("dropout_mask", dropout_mask, torch.zeros(1, dtype=torch.int64), 40, 64, 0.1)
+    packed, code, absmax = torch.zeros(40 * 32, dtype=torch.uint8), torch.zeros(16), torch.zeros(40)
+    counted("dequant_4bit", dequant_4bit, packed, code, absmax, None, 64, (40, 64), bf16)
     return found
 
 

@@ -24,6 +24,7 @@ import torch
 
 from fused_lora.kernels import (
     delta,
+    dequant_4bit,
     dropout,
     grouped_shrink,
     lora_backward,
@@ -43,11 +44,12 @@ from fused_lora.testing.grouped import GroupedCase
 from fused_lora.testing.guards import guarded_allocations
 from fused_lora.testing.interpreter import checked, interpreting
 from fused_lora.testing.layers import LayerCase
+from helpers.quantised import dequant_case
 from helpers.seeds import shifted
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="mutants run in the interpreter alone")
 MODULES = [
-    delta, dropout, grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink,
+    delta, dequant_4bit, dropout, grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink,
     merge, sync, tiles,
 ]  # fmt: skip
 TILE_CALLS = ("load_tile", "store_tile")  # their arguments end with num_rows, num_cols, ROWS, COLS
@@ -121,6 +123,15 @@ def cases():
 
 def run_mask():
     return [dropout.dropout_mask(torch.tensor([7]), 19, 37, 0.5, BLOCK_M=16, BLOCK_K=32)]
+
+
+def run_dequant():
+    """A whole number of bytes and half of one more; scales in fp32 and double quantised."""
+    seen = []
+    for nested in (False, True):
+        case = dequant_case(27, 155, 64, nested)
+        seen.append(dequant_4bit.dequant_4bit(*case, torch.float32))
+    return seen
 
 
 def run_merge(R, K=300, dtype=torch.bfloat16):
@@ -208,7 +219,13 @@ LAYERS = [
 ]
 MERGES = [functools.partial(run_merge, 8), functools.partial(run_merge, 11, 299)]  # one turn of ranks, and a rest
 MERGES.append(functools.partial(run_merge, 3, dtype=torch.float32))
-SCENARIOS = {merge: MERGES, delta: MERGES, dropout: [run_mask], lora_backward: [run_passes]}
+SCENARIOS = {
+    dequant_4bit: [run_dequant],
+    merge: MERGES,
+    delta: MERGES,
+    dropout: [run_mask],
+    lora_backward: [run_passes],
+}
 SCENARIOS |= {grouped_shrink: GROUPED, lora_grouped: GROUPED}
 SOUND = {}
 

@@ -55,11 +55,12 @@ _BATCH = 24  # cases that a process compiles at a time: nvdisasm takes as long t
 def cases(capability: int, every_dtype: bool = False) -> list[CompileCase]:
     """The compilations for a chip, in a fixed order; ``every_dtype``: fp16 of training and merge on every chip, too."""
     from compile_report import cases as aot
+    from compile_report import dequant_cases as dequant_aot
     from compile_report import grouped_cases as grouped_aot
     from compile_report import merge_cases as merge_aot
 
     dtypes = aot.DTYPES if every_dtype else aot.dtypes_on(capability)
-    found = [case for module in (aot, merge_aot) for case in module.compile_cases(capability, dtypes)]
+    found = [case for module in (aot, merge_aot, dequant_aot) for case in module.compile_cases(capability, dtypes)]
     return [*found, *grouped_aot.compile_cases(capability)]
 
 

@@ -1,0 +1,83 @@
+"""A 4-bit weight of bitsandbytes (NF4, FP4) as a dense one, in one launch, to the bits that bitsandbytes gives.
+
+    W[i] = round(code[n_i] * scale[i // blocksize])         n_i: four bits, the first of two neighbours in the high half
+    scale[j] = absmax[j]                                     fp32, or, double quantised,
+    scale[j] = code8[absmax[j]] * absmax8[j // blocksize8] + offset
+
+Each product and sum is rounded to fp32, so nothing may be contracted to an fma. A program takes a run of bytes,
+whatever the rows are. The tables of 16 and 256 numbers stay in L1.
+
+Bytes: ``traffic``. N K / 2 packed ones are read and e N K written, so this is bound by what it writes.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import KEPT, Launch
+
+BYTES = 2048  # packed bytes of a program: 16 a thread
+OPTIONS = dict(num_warps=4, enable_fp_fusion=False)
+Nested = tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]  # code8 [256], absmax8, blocksize8, offset: fp32
+
+
+@triton.jit
+def _dequant_4bit_kernel(
+    packed_ptr, code_ptr, absmax_ptr, code8_ptr, absmax8_ptr, offset_ptr, out_ptr,
+    nbytes, numel, shift, shift8,
+    NESTED: tl.constexpr, EVEN: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """shift, shift8: log2 of the bytes to a scale, and of the scales to a scale of theirs. EVEN: nothing is masked."""
+    first = tl.program_id(0).to(tl.int64) * BYTES
+    at = first + tl.arange(0, BYTES)
+    inside = (at < nbytes) | EVEN
+    packed = tl.load(packed_ptr + at, mask=inside, other=0).to(tl.int32)
+    which = at >> shift
+    scale = tl.load(absmax_ptr + which, mask=inside, other=0)
+    if NESTED:
+        scale = tl.load(code8_ptr + scale.to(tl.int32))
+        scale = scale * tl.load(absmax8_ptr + (which >> shift8), mask=inside, other=0.0) + tl.load(offset_ptr)
+    left = tl.load(code_ptr + (packed >> 4)) * scale
+    right = tl.load(code_ptr + (packed & 15)) * scale
+    to = 2 * first + tl.arange(0, 2 * BYTES)
+    tl.store(out_ptr + to, tl.interleave(left, right).to(out_ptr.dtype.element_ty), mask=(to < numel) | EVEN)
+
+
+@lru_cache(maxsize=KEPT)
+def _launch(nbytes: int, numel: int, blocksize: int, blocksize8: int, nested: bool, *_) -> Launch:
+    """Arguments after ``nested``: what else a compiled kernel depends on."""
+    shift, shift8 = (blocksize // 2).bit_length() - 1, max(blocksize8, 1).bit_length() - 1
+    even = nbytes % BYTES == 0 and numel == 2 * nbytes
+    fixed = dict(NESTED=nested, EVEN=even, BYTES=BYTES, **OPTIONS)
+    return Launch((triton.cdiv(nbytes, BYTES),), nbytes, numel, shift, shift8, **fixed)
+
+
+def dequant_4bit(
+    packed: torch.Tensor,
+    code: torch.Tensor,
+    absmax: torch.Tensor,
+    nested: Nested | None,
+    blocksize: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weight [N, K] in ``dtype`` (fp32, bf16, fp16). One launch.
+
+    packed: uint8 [ceil(N K / 2)]. code: fp32 [16]. absmax: fp32, or with ``nested`` uint8, [ceil(N K / blocksize)].
+    blocksize: values to a scale; it and blocksize8 are powers of two. All tensors are contiguous.
+    """
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    if out.numel():
+        code8, absmax8, blocksize8, offset = nested or (None, None, 0, None)
+        key = packed.numel(), out.numel(), blocksize, blocksize8, nested is not None, absmax.dtype, dtype, out.device
+        _launch(*key)(_dequant_4bit_kernel, packed, code, absmax, code8, absmax8, offset, out)
+    return out
+
+
+def traffic(N: int, K: int, blocksize: int, dtype: torch.dtype, blocksize8: int = 0) -> dict[str, int]:
+    """``bytes`` to and from device memory, each operand once, which is the floor too. blocksize8: 0 for fp32 scales."""
+    scales = -(-N * K // blocksize)
+    held = scales + 4 * -(-scales // blocksize8) + 4 * 256 + 4 if blocksize8 else 4 * scales
+    return {"bytes": -(-N * K // 2) + held + 4 * 16 + dtype.itemsize * N * K}

@@ -1,0 +1,46 @@
+"""The kernel of 4-bit weights in every form that is launched, for a compiler without a GPU (see cases.py)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from compile_report.cases import _TRITON_NAMES, CompileCase, dtypes_on
+from fused_lora.kernels.dequant_4bit import BYTES, OPTIONS, _dequant_4bit_kernel
+
+
+def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iterator[CompileCase]:
+    """All compilations for a chip: scales in fp32 and double quantised, whole programs and others.
+
+    dtypes: of the dense weight, by default those of :func:`~.cases.dtypes_on`.
+    """
+    for dtype in dtypes or dtypes_on(capability):
+        for nested in (False, True):
+            for even in (True, False):
+                yield _case(dtype, nested, even)
+
+
+def _case(dtype: torch.dtype, nested: bool, even: bool) -> CompileCase:
+    short = _TRITON_NAMES[dtype]
+    types = dict(packed_ptr="*u8", code_ptr="*fp32", absmax_ptr="*u8" if nested else "*fp32", out_ptr=f"*{short}")
+    types |= dict(nbytes="i32", numel="i32", shift="i32", shift8="i32")
+    values: dict[str, Any] = dict(NESTED=nested, EVEN=even, BYTES=BYTES)
+    for name in ("code8_ptr", "absmax8_ptr", "offset_ptr"):
+        (types if nested else values)[name] = "*fp32" if nested else None
+    names = _dequant_4bit_kernel.arg_names
+    constexprs: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in values.items()}
+    return CompileCase(
+        label=f"dequant_4bit {short}{' nested' * nested}{'' if even else ' masked'}",
+        op="dequant_4bit",
+        config=None,
+        dtype=dtype,
+        kernel=_dequant_4bit_kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs=constexprs,
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in types
+            if name.endswith("_ptr") or name in ("nbytes", "numel")
+        },
+        options=OPTIONS,
+    )
