@@ -19,8 +19,12 @@ import triton.language as tl
 from .launch import KEPT, Launch
 
 BYTES = 2048  # packed bytes of a program: 16 a thread
-OPTIONS = dict(num_warps=4, enable_fp_fusion=False)
 Nested = tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]  # code8 [256], absmax8, blocksize8, offset: fp32
+
+
+def launch_options(nvidia: bool) -> dict[str, int | bool]:
+    """128 threads, in warps of 32 or 64, and no contraction."""
+    return dict(num_warps=4 if nvidia else 2, enable_fp_fusion=False)
 
 
 @triton.jit
@@ -50,7 +54,7 @@ def _launch(nbytes: int, numel: int, blocksize: int, blocksize8: int, nested: bo
     """Arguments after ``nested``: what else a compiled kernel depends on."""
     shift, shift8 = (blocksize // 2).bit_length() - 1, max(blocksize8, 1).bit_length() - 1
     even = nbytes % BYTES == 0 and numel == 2 * nbytes
-    fixed = dict(NESTED=nested, EVEN=even, BYTES=BYTES, **OPTIONS)
+    fixed = dict(NESTED=nested, EVEN=even, BYTES=BYTES, **launch_options(not torch.version.hip))
     return Launch((triton.cdiv(nbytes, BYTES),), nbytes, numel, shift, shift8, **fixed)
 
 

@@ -35,8 +35,16 @@ def dequantise_4bit(
     return run(packed, code, absmax, nested, blocksize, shape, dtype)
 
 
-def by_torch(packed, code, absmax, nested, blocksize, shape, dtype) -> Tensor:
-    """The definition: code times scale in fp32, rounded to ``dtype``."""
+def by_torch(
+    packed: Tensor,
+    code: Tensor,
+    absmax: Tensor,
+    nested: Any,
+    blocksize: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The definition: code times scale in fp32, rounded to ``dtype``. Arguments as above."""
     scales, numel = absmax, shape[0] * shape[1]
     if nested is not None:
         code8, absmax8, blocksize8, offset = nested

@@ -49,8 +49,8 @@ from helpers.seeds import shifted
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="mutants run in the interpreter alone")
 MODULES = [
-    delta, dequant_4bit, dropout, grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink,
-    merge, sync, tiles,
+    delta, dequant_4bit, dropout, grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped,
+    lora_linear, lora_shrink, merge, sync, tiles,
 ]  # fmt: skip
 TILE_CALLS = ("load_tile", "store_tile")  # their arguments end with num_rows, num_cols, ROWS, COLS
 MASK_NAMES = ("mask", "inside", "row_ok", "todo")

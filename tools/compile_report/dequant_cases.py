@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from compile_report.cases import _TRITON_NAMES, CompileCase, dtypes_on
-from fused_lora.kernels.dequant_4bit import BYTES, OPTIONS, _dequant_4bit_kernel
+from fused_lora.kernels.dequant_4bit import BYTES, _dequant_4bit_kernel, launch_options
 
 
 def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iterator[CompileCase]:
@@ -17,10 +17,10 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
     for dtype in dtypes or dtypes_on(capability):
         for nested in (False, True):
             for even in (True, False):
-                yield _case(dtype, nested, even)
+                yield _case(dtype, nested, even, capability)
 
 
-def _case(dtype: torch.dtype, nested: bool, even: bool) -> CompileCase:
+def _case(dtype: torch.dtype, nested: bool, even: bool, capability: int) -> CompileCase:
     short = _TRITON_NAMES[dtype]
     types = dict(packed_ptr="*u8", code_ptr="*fp32", absmax_ptr="*u8" if nested else "*fp32", out_ptr=f"*{short}")
     types |= dict(nbytes="i32", numel="i32", shift="i32", shift8="i32")
@@ -42,5 +42,5 @@ def _case(dtype: torch.dtype, nested: bool, even: bool) -> CompileCase:
             for name in types
             if name.endswith("_ptr") or name in ("nbytes", "numel")
         },
-        options=OPTIONS,
+        options=launch_options(capability > 0),
     )
