@@ -7,14 +7,18 @@ and imported by ``bases/__init__.py``. Names, not classes, so that nothing is im
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora.ops.checks import FLOAT_DTYPES
+from fused_lora.ops.merge import op as merging
 
 _TENSORS = (nn.Parameter, Tensor)  # exact types: subclasses (quantised, sharded, fake) bring their own arithmetic
+
+
+Factors = tuple[list[Tensor], list[Tensor], list[float]]  # lora_A, lora_B, scaling, one entry an adapter
 
 
 class Adapters(NamedTuple):
@@ -53,6 +57,31 @@ class Base:
         """The floating matrix that a merge adds to in place, with an exact way back; None where there is none."""
         raise NotImplementedError
 
+    def why_not_merged(self, module: nn.Module) -> str | None:
+        """None where :meth:`merge_` can write, else what the weight is instead."""
+        # parametrized: computed anew at each use; a subclass: packed or sharded, written to by its library alone
+        return why_not_plain_weight(module._parameters.get("weight")) if self.merge_weight(module) is None else None
+
+    def merge_(self, module: nn.Module, factors: Factors, fan_in_fan_out: bool) -> Any:
+        """Add the adapters to the weight; returns the record that the three below take.
+
+        Raises:
+            ValueError: the merged weight would not be finite. Nothing is changed.
+        """
+        return merging.merge_(_writable(module), *factors, fan_in_fan_out=fan_in_fan_out)
+
+    def unmerge_(self, module: nn.Module, record: Any) -> None:
+        """Give the weight the bits of before. Raises RuntimeError, and changes nothing, where it was changed since."""
+        merging.unmerge_(_writable(module), record)
+
+    def factors(self, record: Any, fan_in_fan_out: bool) -> Factors:
+        """The adapters that were merged, frozen."""
+        return merging.factors(record, fan_in_fan_out)
+
+    def delta_fidelity(self, module: nn.Module, record: Any) -> float:
+        """Share of the merged delta that rounding lost, ||(Wm - W) - D|| / ||D||."""
+        return merging.delta_fidelity(module._parameters["weight"], record)[1]
+
     def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
         """What PEFT rounds new adapters to, before it may hold them in fp32; None: as they were drawn."""
         return module.weight.dtype
@@ -65,6 +94,15 @@ class Base:
         if weight.dim() == 2 and weight.dtype in FLOAT_DTYPES and not hasattr(weight, "quant_state"):
             return None
         return f"its weight is a {type(weight).__name__} of {weight.dtype} {tuple(weight.shape)}"
+
+
+def _writable(module: nn.Module) -> Tensor:
+    """The weight; for a tensor made in inference mode, which torch lets nobody else write to, a twin."""
+    weight = module._parameters["weight"]
+    if not weight.is_inference():
+        return weight
+    twin = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    return twin.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
 
 
 _OF_CLASS: dict[type[nn.Module], Base] = {}  # of the registered names, those that have been met

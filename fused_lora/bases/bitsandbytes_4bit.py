@@ -9,12 +9,13 @@ no gradient, and its own merge reads other weights; the fused forward and backwa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_lora.bases.base import Adapters, Base, register, why_not_own_call, why_not_plain_bias
+from fused_lora.bases.base import Adapters, Base, Factors, register, why_not_own_call, why_not_plain_bias
 from fused_lora.ops.dequant import dequantise_4bit
 from fused_lora.ops.linear import packed
 
@@ -27,11 +28,12 @@ _REPACKED_ROWS = 32  # whose values share memory in the layout for CPUs
 class Weight(packed.Packed):
     """The tensors of a Params4bit as they are now: a later call of the layer may put others in their place."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype):
-        weight = module._parameters["weight"]
+    def __init__(self, module: nn.Module, dtype: torch.dtype, weight: Any = None):
+        weight = module._parameters["weight"] if weight is None else weight
         state, data = weight.quant_state, weight.data
         self.shape, self.dtype, self.device = tuple(state.shape), dtype, data.device
-        self.quant_type, self.blocksize, self.repacked = state.quant_type, state.blocksize, is_repacked(module)
+        self.quant_type, self.blocksize = state.quant_type, state.blocksize
+        self.repacked = bool(getattr(state, "packing_format_for_cpu", False))
         self.bytes = data.contiguous().view(torch.uint8).view(-1)
         self.absmax, self.code, self.nested = state.absmax, state.code, None
         if state.nested:
@@ -82,6 +84,29 @@ def _rows_of(repacked: Tensor, K: int) -> Tensor:
     groups = repacked.view(-1, 32)
     values = torch.cat((groups & 15, groups >> 4), 1).view(-1, K // 2, _REPACKED_ROWS, 2).transpose(1, 2)
     return (values[..., 0] << 4 | values[..., 1]).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge in force: the parameters before and after it, and copies of the adapters."""
+
+    before: Any
+    after: Any
+    factors: Factors
+    module_state: Any  # what the module had under ``quant_state``
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held: the packed weight and its scales (0.52 a value at blocksize 64) and the copies."""
+        state = self.before.quant_state
+        tensors = [self.before.data, state.absmax, *self.factors[0], *self.factors[1]]
+        tensors += [state.state2.absmax] if state.nested else []
+        return sum(t.nbytes for t in tensors)
+
+
+def _delta(factors: Factors) -> Tensor:
+    """sum_i (B_i A_i) s_i in fp32 or wider, each product as PEFT forms it."""
+    return sum((B.float() @ A.float()) * s for A, B, s in zip(*factors, strict=True))
 
 
 def is_repacked(module: nn.Module) -> bool:
@@ -144,8 +169,55 @@ class Linear4bit(Base):
         return module.in_features, module.out_features
 
     def merge_weight(self, module: nn.Module) -> None:
-        """None: 4 bits hold no sum."""
+        """None: 4 bits hold no sum. :meth:`merge_` makes another weight."""
         return None
+
+    def why_not_merged(self, module: nn.Module) -> str | None:
+        """None for a weight of a known kind."""
+        return _why_not_known(module, module._parameters.get("weight"))
+
+    def merge_(self, module: nn.Module, factors: Factors, fan_in_fan_out: bool) -> Merged:
+        """dequant(W) + D, quantised again as W was, as a new parameter; the old one is kept as it is."""
+        from bitsandbytes.functional import quantize_4bit
+        from bitsandbytes.nn import Params4bit
+
+        before, state = module._parameters["weight"], module._parameters["weight"].quant_state
+        frozen = tuple([part.clone() if isinstance(part, Tensor) else part for part in parts] for parts in factors)
+        dtype = getattr(state, "original_dtype", state.dtype)  # a repacked one has bf16 instead
+        merged = Weight(module, dtype).to(torch.float32) + _delta(frozen)
+        if not torch.isfinite(merged).all():
+            raise ValueError("NaNs or infinities detected in the merged weights: the adapter seems to be broken")
+        settings = dict(blocksize=state.blocksize, quant_type=state.quant_type)
+        nested = state.nested or getattr(state, "original_nested", False)
+        storage = before.quant_storage
+        data, new = quantize_4bit(merged, compress_statistics=nested, quant_storage=storage, **settings)
+        new.dtype = dtype
+        settings |= dict(compress_statistics=nested, quant_storage=storage, module=before.module, bnb_quantized=True)
+        after = Params4bit(data, requires_grad=False, quant_state=new, **settings)
+        record = Merged(before, after, frozen, module.__dict__.get("quant_state"))
+        # no call from here on: in one an interrupt would lose the record
+        module._parameters["weight"] = after
+        module.__dict__["quant_state"] = new
+        return record
+
+    def unmerge_(self, module: nn.Module, record: Merged) -> None:
+        """Put the old parameter back, whatever has become of the merged one."""
+        weight = module._parameters.get("weight")
+        if weight is not record.after or weight.device != record.before.device:
+            raise RuntimeError("weight: it was replaced or moved while merged; nothing was unmerged")
+        module._parameters["weight"] = record.before
+        module.__dict__["quant_state"] = record.module_state
+
+    def factors(self, record: Merged, fan_in_fan_out: bool) -> Factors:
+        """The adapters that were merged, frozen."""
+        return record.factors
+
+    def delta_fidelity(self, module: nn.Module, record: Merged) -> float:
+        """Share of the delta that requantisation lost; 0 for a delta of zeros."""
+        before, after = (Weight(module, torch.float32, which).to(torch.float32) for which in (record.before, None))
+        delta = _delta(record.factors)
+        wanted = delta.norm().item()
+        return (after - before - delta).norm().item() / wanted if wanted else 0.0
 
     def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
         """The compute dtype, where it is set."""
@@ -161,7 +233,7 @@ class Linear4bit(Base):
 
 def _why_not_known(module, weight) -> str | None:
     """None for a weight that :class:`Weight` reads, else which field is another one."""
-    if type(weight).__name__ != "Params4bit":
+    if type(weight).__name__ != "Params4bit":  # a pickled one is a Parameter until the layer's own first call
         return f"a weight is a {type(weight).__name__}"
     state, (N, K) = weight.quant_state, (module.out_features, module.in_features)
     if state is None:

@@ -1,6 +1,6 @@
 """PEFT's ``lora.Linear`` with a fused forward and an exact merge: the class that accelerated layers are given.
 
-``lora.Linear4bit``, over a 4-bit base of bitsandbytes, gets the same forward and keeps PEFT's merge.
+``lora.Linear4bit``, over a 4-bit base of bitsandbytes, gets the same.
 
 It adds no parameter and no buffer. Beside its class a layer gets what it remembers of its last calls, and while merged
 the record; ``restore`` removes both. Whatever the fused operator does not cover goes to PEFT's own method.
@@ -160,18 +160,26 @@ class AcceleratedLinear(FusedLoraBehaviour):
         if torch._C._len_torch_dispatch_stack():
             return False  # fake tensors have no numbers to check
         names = self._present(names)
-        weight = base_of(self.base_layer).merge_weight(self.base_layer)
-        if any(name in self.lora_variant for name in names) or not _is_mergeable(weight):
+        if any(name in self.lora_variant for name in names):
             return False
-        return all(self._delta_fits(name, weight) for name in names)
+        base = self.base_layer
+        kind, weight = base_of(base), base._parameters.get("weight")
+        if kind.why_not_merged(base) or weight.is_meta:
+            return False
+        packed = kind.merge_weight(base) is None
+        if not packed and not _is_mergeable(weight):
+            return False
+        K, N = kind.features(base)
+        shape = (N, K) if packed else tuple(weight.shape)
+        return all(self._delta_fits(name, shape, weight.device) for name in names)
 
-    def _delta_fits(self, name: str, weight: Tensor) -> bool:
+    def _delta_fits(self, name: str, weight: tuple[int, ...], device: torch.device) -> bool:
         """Whether one adapter's delta has the base weight's shape and device, and its lora_bias that of the bias."""
         A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        if any(why_not_plain_weight(w) or w.device != weight.device for w in (A, B)):
+        if any(why_not_plain_weight(w) or w.device != device for w in (A, B)):
             return False
         shape = (A.shape[1], B.shape[0]) if self.fan_in_fan_out else (B.shape[0], A.shape[1])
-        if shape != tuple(weight.shape) or A.shape[0] != B.shape[1] or not _is_number(self.scaling[name]):
+        if shape != weight or A.shape[0] != B.shape[1] or not _is_number(self.scaling[name]):
             return False
         bias, base = getattr(self.lora_B[name], "bias", None), getattr(self.base_layer, "bias", None)
         own = base is self.base_layer._parameters.get("bias")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_lora.bases import base_of
 from fused_lora.modules import of_peft
 from fused_lora.modules.auxiliary import SavedModule, TrainedTokens, auxiliary_modules, breaks_a_tie
 from fused_lora.modules.changes import alone, changing, unwatch
@@ -41,7 +42,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
         adapter_names: names to merge (default: the active ones). Layers without these adapters do not change.
         safe_merge: accepted as in PEFT. Every merge checks for NaN and infinity before it writes.
 
-    Warns where rounding to 16 bits takes more than half of the adapters, by a sample of rows.
+    Warns where rounding to 16 or 4 bits takes more than half of the adapters; of 16 bits by a sample of rows.
 
     Raises:
         TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
@@ -61,12 +62,15 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
     if names and all(name in m.merged_adapters for m in layers.values() for name in m._present(names)):
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
     before, path = snapshot(layers.values()), ""
+    packed: list[LoraLinear] = []
     samples: list[tuple[LoraLinear, list[str], Tensor]] = []
     try:
         for path, layer in layers.items():  # noqa: B007 - the error names it
             new = [name for name in layer._present(names) if name not in layer.merged_adapters]
             if new:
-                if layer.weight.dtype in (torch.bfloat16, torch.float16):
+                if base_of(layer.base_layer).merge_weight(layer.base_layer) is None:
+                    packed.append(layer)
+                elif layer.weight.dtype in (torch.bfloat16, torch.float16):
                     samples.append((layer, new, _sample(layer.weight, layer.fan_in_fan_out)))
                 layer.merge(safe_merge, new)
     except BaseException as error:
@@ -74,13 +78,15 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
         if isinstance(error, (ValueError, RuntimeError)):
             raise type(error)(f"{path}: {error}") from error
         raise
-    kept = [1.0 - min(1.0, _lost(*sample)) for sample in samples]
-    if kept and sum(kept) / len(kept) < LEAST_SURVIVING:
-        warnings.warn(
-            f"merge: 16-bit weights keep only {sum(kept) / len(kept):.0%} of the adapters {names} (of sampled rows), "
-            "rounding takes the rest: merge into float32, or do not merge",
-            stacklevel=4,
-        )
+    sampled, whole = [_lost(*sample) for sample in samples], [layer.delta_fidelity() for layer in packed]
+    for lost, bits, where in ((sampled, "16-bit", " (of sampled rows)"), (whole, "4-bit", "")):
+        kept = sum(1.0 - min(1.0, share) for share in lost) / max(len(lost), 1)
+        if lost and kept < LEAST_SURVIVING:
+            warnings.warn(
+                f"merge: {bits} weights keep only {kept:.0%} of the adapters {names}{where}, rounding takes the rest: "
+                "merge into float32, or do not merge",
+                stacklevel=4,
+            )
 
 
 def _sample(weight: Tensor, transposed: bool) -> Tensor:

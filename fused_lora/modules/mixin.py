@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fused_lora.bases import Adapters, base_of, foreign
-from fused_lora.bases.base import why_not_plain_weight
 from fused_lora.bases.dense import Dense
 from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
 from fused_lora.ops.linear.op import Memory, may_learn
-from fused_lora.ops.merge import op as merging
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
@@ -30,7 +29,7 @@ BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 class _Merge:
     """A merge in force: the weight's record, and the bias before and after where a lora_bias went into it."""
 
-    record: merging.MergeRecord | None
+    record: Any  # of the base's kind
     bias_before: Tensor | None = None
     bias_after: Tensor | None = None
 
@@ -219,9 +218,7 @@ class FusedLoraBehaviour:
         weight = base._parameters.get("weight")
         if weight is not None and weight.is_meta:
             raise RuntimeError("base_layer.weight is offloaded (meta device), so nothing can be merged into it")
-        if base_of(base).merge_weight(base) is None:
-            # parametrized: computed anew at each use; a subclass: packed or sharded, written to by its library alone
-            why = why_not_plain_weight(weight)
+        if why := base_of(base).why_not_merged(base):
             raise RuntimeError(
                 f"base_layer: {why}; expected a plain floating matrix, so nothing was merged into it"
                 "; serve it unmerged, or dequantise the model first"
@@ -251,33 +248,27 @@ class FusedLoraBehaviour:
             elif bias is not None:
                 self.base_layer.bias.data.copy_(bias)
 
-    def _merge_weight(self, names: list[str]) -> merging.MergeRecord:
+    def _merge_weight(self, names: list[str]) -> Any:
         """Beside what is merged already: all of it at once into the restored weight."""
         new, old = _factors_of(self, names), self.merge_state
         if old is None:
             return self._merge_factors(new, names)
-        frozen = merging.factors(old.record, self.fan_in_fan_out)
+        kind = base_of(self.base_layer)
+        frozen = kind.factors(old.record, self.fan_in_fan_out)
         both = tuple(a + b for a, b in zip(frozen, new, strict=True))
-        merging.unmerge_(self._writable_weight(), old.record)
+        kind.unmerge_(self.base_layer, old.record)
         try:
             return self._merge_factors(both, names)
         except BaseException:
-            self._merge_factors(frozen, names)  # the same factors give the same bits again
+            old.record = self._merge_factors(frozen, names)  # the same factors give the same bits again
             raise
 
-    def _merge_factors(self, factors, names: list[str]) -> merging.MergeRecord:
+    def _merge_factors(self, factors, names: list[str]) -> Any:
+        base = self.base_layer
         try:
-            return merging.merge_(self._writable_weight(), *factors, fan_in_fan_out=self.fan_in_fan_out)
+            return base_of(base).merge_(base, factors, self.fan_in_fan_out)
         except ValueError as error:
             raise ValueError(f"{error} (adapters {names}); nothing was merged") from None
-
-    def _writable_weight(self) -> Tensor:
-        """The base weight; for a tensor made in inference mode, which torch lets nobody else write to, a twin."""
-        weight = self.base_layer.weight
-        if not weight.is_inference():
-            return weight
-        twin = torch.empty(0, dtype=weight.dtype, device=weight.device)
-        return twin.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
 
     @alone
     def restore_merge(self, state: _Merge, names: list[str]) -> None:
@@ -285,7 +276,8 @@ class FusedLoraBehaviour:
         attributes, merged = self.__dict__, self.merged_adapters
         if state.bias_after is not None:
             self.base_layer.bias.data.copy_(state.bias_after)
-        self._merge_factors(merging.factors(state.record, self.fan_in_fan_out), names)
+        factors = base_of(self.base_layer).factors(state.record, self.fan_in_fan_out)
+        state.record = self._merge_factors(factors, names)
         attributes["merge_state"] = state
         merged += names
 
@@ -306,11 +298,11 @@ class FusedLoraBehaviour:
             bias is None or not torch.equal(bias.data, state.bias_after.to(bias.device))
         ):
             raise RuntimeError("base_layer.bias was changed while merged; nothing was unmerged")
-        attributes, merged, weight = self.__dict__, self.merged_adapters, self._writable_weight()
+        attributes, merged, kind = self.__dict__, self.merged_adapters, base_of(self.base_layer)
         try:
             if state.bias_before is not None:
                 bias.data.copy_(state.bias_before)
-            merging.unmerge_(weight, state.record)
+            kind.unmerge_(self.base_layer, state.record)
         except BaseException:
             if state.bias_before is not None:
                 bias.data.copy_(state.bias_after)
@@ -331,7 +323,7 @@ class FusedLoraBehaviour:
         """Share of the merged delta that rounding lost, ||(Wm - W) - D|| / ||D||. RuntimeError when not merged."""
         if self.merge_state is None:
             raise RuntimeError("delta_fidelity needs a merged layer")
-        return merging.delta_fidelity(self.base_layer.weight, self.merge_state.record)[1]
+        return base_of(self.base_layer).delta_fidelity(self.base_layer, self.merge_state.record)
 
     def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else adapter_names

@@ -1,6 +1,7 @@
 """Linear4bit of bitsandbytes as a base: its weight to the bit, its call, and which layers run around it."""
 
 import copy
+import itertools
 import random
 
 import pytest
@@ -378,15 +379,150 @@ def test_inject_save_and_load(storage, compute, tmp_path):
     assert torch.equal(fresh.train()(x), model.train()(x))
 
 
-def test_a_merge_is_refused_by_name():
+# ---- merging
+
+
+def contents(layer):
+    """Everything that a Linear4bit computes with, as bytes."""
+    state = layer.weight.quant_state
+    inner = [state.state2.absmax, state.offset] if state.nested else []
+    return [t.contiguous().view(-1).view(torch.uint8).clone() for t in (layer.weight.data, state.absmax, *inner)]
+
+
+def same_bits(left, right):
+    return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+MERGES = {
+    **SETTINGS,
+    "fp32 storage, double quantised": {"storage": F32},
+    "fp16": {"dtype": F16},
+    "bf16": {"dtype": BF16},
+}
+
+
+@pytest.mark.parametrize("settings", MERGES)
+@pytest.mark.filterwarnings("ignore:Merge lora module")
+def test_a_merge_has_the_bytes_of_peft_and_an_unmerge_those_of_before(settings):
+    """200 cycles change nothing; PEFT's own unmerge changes the weight at once."""
+    base = linear4bit(N, K, **MERGES[settings])
+    theirs = peft_layer(base)
+    theirs.lora_B["default"].weight.data.mul_(0.1)
+    ours = our_layer(theirs)
+    before, weight = contents(ours.base_layer), ours.base_layer.weight
+    theirs.merge()
+    x = torch.randn(M, K)
+    for _ in range(200):
+        ours.merge()
+        assert same_bits(contents(ours.base_layer), contents(theirs.base_layer))
+        ours.unmerge()
+        assert same_bits(contents(ours.base_layer), before) and ours.base_layer.weight is weight
+    ours.merge()
+    assert_close(ours(x), theirs(x), terms=K)
+    ours.lora_A["default"].weight.data.zero_()  # whatever happens to the adapter
+    ours.unmerge()
+    assert same_bits(contents(ours.base_layer), before)
+
+
+def test_what_a_merge_loses_is_said():
     model = nn.Sequential(linear4bit(N, K))
-    fused_lora.inject(model, fused_lora.LoraConfig(r=4, target_modules=["0"]))
-    before = values_of(model[0].base_layer)
-    with pytest.raises(RuntimeError, match="a weight is a Params4bit; expected a plain floating matrix"):
-        model[0].merge()
-    with pytest.raises(RuntimeError, match="0: base_layer: a weight is a Params4bit"):
+    fused_lora.inject(model, fused_lora.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    layer = model[0]
+    W = values_of(layer.base_layer)
+    delta = layer.get_delta_weight("default")
+    for size in (1e-3, 1.0):
+        layer.lora_B["default"].weight.data.mul_(size)
+        expected = layer.get_delta_weight("default")
+        if size < 1:
+            with pytest.warns(UserWarning, match="merge: 4-bit weights keep only"):
+                fused_lora.merge(model)
+        else:
+            layer.lora_B["default"].weight.data.mul_(1e5)
+            expected = layer.get_delta_weight("default")
+            fused_lora.merge(model)
+        lost = (values_of(layer.base_layer) - W - expected).norm() / expected.norm()
+        assert fused_lora.delta_fidelity(model)["0"] == pytest.approx(lost.item(), rel=1e-4)
+        fused_lora.unmerge(model)
+    assert torch.equal(values_of(layer.base_layer), W) and delta.shape == W.shape
+
+
+def test_two_adapters_are_quantised_once():
+    theirs = peft_layer(linear4bit(N, K), names=("a", "b"))
+    ours = our_layer(theirs)
+    W, before = values_of(ours.base_layer), contents(ours.base_layer)
+    delta = ours.get_delta_weight("a") + ours.get_delta_weight("b")
+    ours.merge(adapter_names=["a"])
+    with pytest.warns(UserWarning, match="additionally merging b"):
+        ours.merge(adapter_names=["b"])
+    layer = linear4bit(N, K)
+    together = bnb.nn.Params4bit(W + delta, compress_statistics=True, quant_type="nf4").to("cpu")
+    layer.weight = together
+    assert same_bits(contents(ours.base_layer), contents(layer))
+    ours.unmerge()
+    assert same_bits(contents(ours.base_layer), before)
+
+
+def test_a_merge_that_would_not_be_finite_changes_nothing():
+    model = nn.Sequential(linear4bit(N, K), linear4bit(N, K))
+    fused_lora.inject(model, fused_lora.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False))
+    before = [contents(layer.base_layer) for layer in model]
+    model[1].lora_A["default"].weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="1: NaNs or infinities detected in the merged weights"):
         fused_lora.merge(model)
-    assert not model[0].merged and torch.equal(values_of(model[0].base_layer), before)
+    assert all(same_bits(contents(layer.base_layer), old) for layer, old in zip(model, before, strict=True))
+    assert not any(layer.merged for layer in model)
+
+
+def test_a_weight_that_was_replaced_while_merged():
+    layer = our_layer(peft_layer(linear4bit(N, K)))
+    layer.merge()
+    layer.base_layer.weight = linear4bit(N, K).weight
+    with pytest.raises(RuntimeError, match="weight: it was replaced or moved while merged; nothing was unmerged"):
+        layer.unmerge()
+    assert layer.merged
+
+
+STEPS = {
+    "evaluate": lambda layer, x: layer.eval()(x),
+    "repack": lambda layer, x: is_repacked(layer.base_layer) or repack(layer.base_layer),
+    "train": lambda layer, x: layer.merged or layer.train()(x.clone().requires_grad_()).sum().backward(),
+    "merge": lambda layer, x: layer.merged or layer.merge(),
+    "unmerge": lambda layer, x: layer.unmerge() if layer.merged else None,
+    "cast": lambda layer, x: layer.to(BF16).to(F32),
+    "copy": lambda layer, x: copy.deepcopy(layer),
+    "save": lambda layer, x: layer.state_dict(),  # which takes the layout for CPUs back
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", STEPS)
+def test_any_order_of_calls(first):
+    """Three more calls after each: the layer computes W x + D x, whatever came before."""
+    start = our_layer(peft_layer(linear4bit(64, 64)))
+    for name in ("lora_A", "lora_B"):
+        weight = getattr(start, name)["default"].weight
+        weight.data.copy_(weight.bfloat16().float())
+    start.base_layer.bias.data.copy_(start.base_layer.bias.bfloat16().float())
+    W, x = values_of(start.base_layer), torch.randn(5, 64)
+    D = start.get_delta_weight("default")
+    exact = (x.double() @ (W + D).double().t() + start.base_layer.bias.double()).float()
+    requantised = linear4bit(64, 64)
+    requantised.weight = bnb.nn.Params4bit(W + D, compress_statistics=True, quant_type="nf4").to("cpu")
+    merged = x @ values_of(requantised).t() + start.base_layer.bias
+    for rest in itertools.product(STEPS, repeat=3):
+        layer = copy.deepcopy(start)
+        for step in (first, *rest):
+            with torch.set_grad_enabled(step == "train"):
+                found = STEPS[step](layer, x)
+            layer = found if step == "copy" else layer
+            y = layer.train()(x).detach()
+            right = merged if layer.merged else exact
+            # scales and x in bf16 once the weight is repacked, and a second quantisation of such scales
+            assert (y - right).norm() < (0.05 if layer.merged else 0.02) * right.norm(), (first, *rest, step)
+        if layer.merged:
+            layer.unmerge()
+        y = layer.train()(x).detach()
+        assert (y - exact).norm() < 0.02 * exact.norm(), (first, *rest)
 
 
 def test_a_store_over_a_quantised_model(tmp_path):
