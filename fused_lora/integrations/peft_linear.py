@@ -91,7 +91,6 @@ class AcceleratedLinear(FusedLoraBehaviour):
         if isinstance(adapter_names, Iterator):
             adapter_names = list(adapter_names)
         if not self._merges_exactly(adapter_names):
-            self._refuse_repacked("merged")
             return self._merge_by_peft(safe_merge, adapter_names)
         names = self._present(self._names_to_merge(adapter_names))
         if not names:
@@ -186,6 +185,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
         return bias is None or base is None or (own and base.shape == bias.shape == (B.shape[0],))
 
     def _merge_by_peft(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        self._refuse_repacked("merged")
         before = len(self.merged_adapters)
         try:
             super(FusedLoraBehaviour, self).merge(safe_merge, adapter_names)
