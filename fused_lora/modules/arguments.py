@@ -10,8 +10,9 @@ def check_int(name: str, value: Any, least: int | None = None, most: int | None 
     """``value`` as an int. Raises TypeError for another type or a bool, ValueError outside ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an int, got {value!r:.100}")
-    if least is not None and value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if most is not None and value > most:
-        raise ValueError(f"{name}: expected at most {most}, got {value!s:.100}")
-    return int(value)
+    number = int(value)
+    if least is not None and number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    if most is not None and number > most:
+        raise ValueError(f"{name}: expected at most {most}, got {number!s:.100}")
+    return number
