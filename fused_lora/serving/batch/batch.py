@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.modules.names import some
+from fused_lora.modules.outputs import main_output
 from fused_lora.rows import Call, Entries, RowFinder, Running
-from fused_lora.serving.batch.finite import bad_positions, main_output, unless_padding
+from fused_lora.serving.batch.finite import bad_positions, unless_padding
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
 from fused_lora.serving.batch.static import RowBuffers
@@ -159,7 +160,7 @@ class Batch:
             return
         for bad in self._bad_sums():
             self._unread.append(self._with_groups(unless_padding(bad, kwargs, call.sequences)))
-        found = main_output(output)
+        found = main_output(output, dims=2)  # a dimension for rows
         if found is not None and not (found.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._unread.append(self._with_groups(unless_padding(bad_positions(found), kwargs, call.sequences)))
         if found is None or not found.is_cuda:
