@@ -27,7 +27,7 @@ from fused_lora.adapters.tensorfile import (
 )
 from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.config import MAX_RANK, LayerTensors, LoraConfig
-from fused_lora.modules.tree import own_path
+from fused_lora.modules.tree import above, own_path
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -212,7 +212,7 @@ def _is_beside(name: str, config: LoraConfig) -> bool:
     if name.endswith(TOKENS_END):
         return config.trainable_token_indices is not None
     ends = tuple(config.modules_to_save or ())
-    return any(name[:i].endswith(ends) for i, character in enumerate(name) if character == ".")
+    return any(path.endswith(ends) for path in above(name))
 
 
 def _ranks(

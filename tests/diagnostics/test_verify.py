@@ -550,7 +550,7 @@ def test_errors_name_the_argument(ids):
         verify(model, "text")
     with pytest.raises(TypeError, match="reference: expected nn.Module or a mapping"):
         verify(model, ids, reference=3)
-    with pytest.raises(TypeError, match="seed: expected int, got float"):
+    with pytest.raises(TypeError, match="seed: expected an int, got"):
         verify(model, ids, seed=1.0)
     with pytest.raises(ValueError, match="max_rows: expected at least 1, got 0"):
         verify(model, ids, max_rows=0)
