@@ -18,6 +18,7 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.kinds import not_read
 from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.tensorfile import (
+    DTYPES,
     TensorEntry,
     open_regular,
     parse_json,
@@ -189,6 +190,9 @@ def _sort_keys(
             beside[name] = key
         else:
             unread.append(key)
+        dtype = entries[key].dtype
+        if not dtype.is_floating_point and (name not in beside or name.endswith(TOKENS_END)):
+            raise AdapterError(path, key, f"dtype {', '.join(DTYPES)}", str(dtype))
     # a layer without one of its parts is another layer, which nobody can mean
     parts = [key for key in unread if key.rpartition(".lora_")[0].removeprefix(KEY_PREFIX) in slots]
     if unread and (parts or not allow_partial or not slots):

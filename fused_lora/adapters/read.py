@@ -185,6 +185,9 @@ def _check_beside(model: nn.Module, plan: Plan, allow_partial: bool) -> Plan:
         expected, found = list(wanted[name].shape), list(plan.entries[key].shape)
         if found != expected:
             raise AdapterError(plan.weights, key, f"a shape {expected}", found)
+        own, dtype = wanted[name].dtype, plan.entries[key].dtype
+        if own != dtype and not (own.is_floating_point and dtype.is_floating_point):
+            raise AdapterError(plan.weights, key, f"dtype {own}", str(dtype))
     return plan._replace(beside=beside, left_out=(*plan.left_out, *(plan.beside[name] for name in sorted(unknown))))
 
 

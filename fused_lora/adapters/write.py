@@ -15,9 +15,9 @@ from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, SLOTS, WEIGH
 from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.read import other_biases
 from fused_lora.adapters.staging import replace_directory
-from fused_lora.adapters.tensorfile import DTYPES, write_tensors
+from fused_lora.adapters.tensorfile import DTYPES, KNOWN, write_tensors
 from fused_lora.adapters.whole import bias_shape, check_whole, gather, once
-from fused_lora.modules.auxiliary import saved_tensors
+from fused_lora.modules.auxiliary import TOKENS_END, saved_tensors
 from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import adapter_configs, adapter_parameters, check_adapter_name, check_names, lora_layers
@@ -54,8 +54,8 @@ def save_adapter(
     Raises:
         AdapterNotFound: the model has no adapter of that name.
         TypeError: adapter_name or base_model_name_or_path is not a str.
-        ValueError: a malformed name; a tensor with NaN or Inf; a dtype other than float32, float16 and bfloat16; or
-            an unsuitable ``directory``.
+        ValueError: a malformed name; a tensor with NaN or Inf; a dtype other than float32, float16, bfloat16
+            and, for buffers of ``modules_to_save``, integers; or an unsuitable ``directory``.
         RuntimeError: base biases cannot be saved while a layer is merged; a layer's rank or alpha differs from the
             config; or a parameter has not the shape of the whole layer, as under DeepSpeed ZeRO-3 and FSDP1. The
             message says how to gather it.
@@ -99,8 +99,9 @@ def write_adapter(
     flat, mesh = gather({place: tensor.detach() for place, tensor in tensors.items()})
     for (name, key), tensor in flat.items():
         what = key if name == WEIGHTS_NAME else f"{name}: {key}"
-        if tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{what} must be float32, float16 or bfloat16, got {tensor.dtype}")
+        kinds = DTYPES if key.endswith((*SLOTS, TOKENS_END)) else KNOWN
+        if tensor.dtype not in kinds.values():
+            raise ValueError(f"{what} must have a dtype of {', '.join(kinds)}, got {tensor.dtype}")
         if tensor.is_meta or not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{what} must hold finite values, got {'no data (meta)' if tensor.is_meta else 'NaN or Inf'}"

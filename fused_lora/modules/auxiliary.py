@@ -209,11 +209,12 @@ class TrainedTokens(Auxiliary):
         self.restore_merge(state, names)
 
     def unmerge(self) -> None:
-        """Give the base weight its own rows back. RuntimeError if a row was changed while merged."""
+        """Give the base weight its own rows back. RuntimeError if a row was changed or cast while merged."""
         weight, state = self._weight(), self.merge_state or {}
         for name, (_, after) in state.items():
-            if not torch.equal(weight[self._indices(name)], after.to(weight.device)):
-                raise RuntimeError("base_layer.weight was changed while merged; nothing was unmerged")
+            here = weight.dtype == after.dtype and max(self.token_indices[name]) < len(weight)
+            if not here or not torch.equal(weight[self._indices(name)], after.to(weight.device)):
+                raise RuntimeError("base_layer.weight was changed or cast while merged; nothing was unmerged")
         for name, (before, _) in state.items():
             weight.index_copy_(0, self._indices(name), before.to(weight.device))
         self.merge_state = None

@@ -66,7 +66,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
         for path, layer in layers.items():  # noqa: B007 - the error names it
             new = [name for name in layer._present(names) if name not in layer.merged_adapters]
             if new:
-                if layer.weight.dtype in (torch.bfloat16, torch.float16):
+                if isinstance(layer, LoraLinear) and layer.weight.dtype in (torch.bfloat16, torch.float16):
                     samples.append((layer, new, _sample(layer.weight, layer.fan_in_fan_out)))
                 layer.merge(safe_merge, new)
     except BaseException as error:

@@ -600,7 +600,7 @@ def test_a_model_that_cannot_be_saved_leaves_the_folder_alone(adapted, tmp_path)
     with torch.no_grad():
         weight[0, 0] = 0
     model.double()
-    with pytest.raises(ValueError, match="must be float32, float16 or bfloat16, got torch.float64"):
+    with pytest.raises(ValueError, match="must have a dtype of F32, F16, BF16, got torch.float64"):
         save_adapter(model, tmp_path / "a")
     model.float()
     adapter_configs(model)["default"].lora_alpha = 3
