@@ -123,7 +123,15 @@ def write_adapter(
 
 
 def config_text(entries: dict[str, Any]) -> str:
-    """adapter_config.json. Only its top level is sorted: the first key of rank_pattern that matches decides."""
+    """adapter_config.json. Only its top level is sorted: the first key of rank_pattern that matches decides.
+
+    Raises ValueError for half a surrogate pair, as in the name of a folder that is no UTF-8: no reader would take it.
+    """
+    for key, value in entries.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{key} must be text that UTF-8 can hold, got {value!r}") from None
     return json.dumps(dict(sorted(entries.items())), indent=2, allow_nan=False)
 
 
@@ -190,7 +198,17 @@ def _config_entries(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         entries["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         entries["target_modules"] = _shortest_names(model, adapter_name)
+    entries["alpha_pattern"] = _plain_alphas(model, adapter_name, config)
     return entries
+
+
+def _plain_alphas(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, float]:
+    """alpha_pattern, with a path for each layer where a key is an expression, which readers of a file must not run."""
+    table = PatternTable(config.alpha_pattern, config.lora_alpha)
+    alphas = {p: m.lora_alpha[adapter_name] for p, m in lora_layers(model).items() if adapter_name in m.lora_alpha}
+    if all(len(table.possible(path)) == 1 for path in alphas):
+        return config.alpha_pattern
+    return {"^" + path.replace(".", "\\."): a for path, a in alphas.items() if a != config.lora_alpha}
 
 
 def _shortest_names(model: nn.Module, adapter_name: str) -> list[str]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.mixed import rows_by_name
+from fused_lora.modules.names import some
 from fused_lora.modules.offload import is_offloaded
 from fused_lora.modules.tree import named_modules, unwrapped
 from fused_lora.rows import same_rows
@@ -293,6 +294,10 @@ def find(model: nn.Module, config: LoraConfig) -> Found:
         if not here:
             raise ValueError(f"trainable_token_indices: no module of the model has a path that ends in {name!r}")
         for path in here:
+            if tokens.get(path, list(indices)) != list(indices):
+                raise ValueError(
+                    f"trainable_token_indices: two of {some(wanted or ())} mean {path!r}, with other tokens"
+                )
             _check_tokens(path, modules[path], indices)
             tokens[path] = list(indices)
     for path in {*saved} & {*tokens}:

@@ -27,20 +27,12 @@ from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import check_places
 from fused_lora.modules.reads import FirstForward, why_never_called
-from fused_lora.modules.targets import base_layer_of, is_supported, match_targets, warn_unused
+from fused_lora.modules.targets import HEADS, base_layer_of, is_supported, match_targets, warn_unused
 from fused_lora.modules.tree import named_modules, own_path, parent_of, unwrapped
 
 CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
 # what the modules above this one do to a model that has got its first LoRA layers, further ones, or lost all
 AFTER_CHANGE: list[Callable[[nn.Module], None]] = []
-
-
-# PEFT's names for the heads of these tasks
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 class AdapterNotFound(KeyError):
@@ -114,7 +106,7 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     """
     config = as_lora_config(config)
     check_not_wrapped(model)
-    heads = [name for name in _HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
+    heads = [name for name in HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
     if heads:
         config = dataclasses.replace(config, modules_to_save=[*(config.modules_to_save or ()), *heads])
     layers, matched = {}, match_targets(model, config)
@@ -398,8 +390,9 @@ def check_adapter_name(name: str) -> str:
     """``name`` if it is 1 to 64 letters, digits, "_" or "-"; else ValueError (TypeError for another type)."""
     if not isinstance(name, str):
         raise TypeError(f"adapter_name must be a str, got {name!r}")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
-        raise ValueError(f"adapter_name must be 1 to 64 letters, digits, '_' or '-', got {name[:100]!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or name == BASE:
+        what = f"1 to 64 letters, digits, '_' or '-', and not {BASE!r}, the base model's name"
+        raise ValueError(f"adapter_name must be {what}, got {name[:100]!r}")
     return name
 
 

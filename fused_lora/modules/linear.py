@@ -110,8 +110,11 @@ class LoraLinear(FusedLoraBehaviour, nn.Module):
             check_bool(flag, value)
         if adapter_name in self.lora_A:
             raise ValueError(f"adapter_name: {adapter_name!r} already exists in this layer")
-        if hasattr(self.lora_A, adapter_name):
-            raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ModuleDict, choose another name")
+        for kind in (nn.ModuleDict, nn.ParameterDict):  # what trains beside this layer may be in one of these
+            if hasattr(kind(), adapter_name):
+                raise ValueError(
+                    f"adapter_name: {adapter_name!r} is an attribute of nn.{kind.__name__}, choose another"
+                )
         weight, device = self.base_layer.weight, execution_device(self.base_layer)
         A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors)
         if tensors is None:

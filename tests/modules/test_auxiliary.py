@@ -359,6 +359,10 @@ WRONG = {
     "no embedding": ({"trainable_token_indices": {"norm": [1]}}, "expected 'norm' to be an nn.Embedding"),
     "no such token": ({"trainable_token_indices": [VOCABULARY]}, f"has {VOCABULARY} tokens, got {VOCABULARY}"),
     "both": ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "expected one of them"),
+    "two names": (
+        {"trainable_token_indices": {"embed_tokens": [1], "tokens": [2]}},
+        "two of 'embed_tokens', 'tokens' mean 'embed_tokens', with other tokens",
+    ),
     "a list": ({"modules_to_save": ["blocks"]}, "is a ModuleList, which cannot be called"),
     "shared": ({"modules_to_save": ["twin"]}, "is used at several places"),
     "lora inside": ({"modules_to_save": ["other"], "target_modules": ["body"]}, "has LoRA layers of another adapter"),
@@ -377,6 +381,16 @@ def test_wrong_requests_change_nothing(case):
     with pytest.raises(ValueError, match=said):
         fused_lora.inject(net, LoraConfig(**{"r": 2, "target_modules": ["body"], **fields}))
     assert net.state_dict().keys() == before.keys() and [p.requires_grad for p in net.parameters()] == flags
+
+
+@pytest.mark.parametrize("name", ["get", "copy", "popitem", "_keys", "keys"])
+def test_names_that_the_containers_have_themselves_change_nothing(name):
+    net, _ = twins("net", "both", ("first",))
+    before, flags = net.state_dict(), [p.requires_grad for p in net.parameters()]
+    with pytest.raises(ValueError, match=f"adapter_name: '{name}' is an attribute of nn..*Dict, choose another"):
+        fused_lora.inject(net, LoraConfig(r=2, target_modules=["body"], trainable_token_indices=[1]), name)
+    assert net.state_dict().keys() == before.keys() and [p.requires_grad for p in net.parameters()] == flags
+    assert list(fused_lora.adapter_configs(net)) == ["first"]
 
 
 def test_merges_that_cannot_be_taken_back_are_refused():

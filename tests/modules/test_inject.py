@@ -827,6 +827,17 @@ def test_an_adapter_name_is_a_str(name):
     assert not fused_lora.lora_layers(model)
 
 
+def test_the_name_of_the_base_is_no_adapters():
+    model = toy()
+    with pytest.raises(
+        ValueError, match="adapter_name must be .* not '__base__', the base model's name, got '__base__'"
+    ):
+        fused_lora.inject(model, LoraConfig(target_modules=["0"]), "__base__")
+    with pytest.raises(ValueError, match="adapter_name must be .* not '__base__'"):
+        fused_lora.AdapterStore(model).load("__base__", {"0": (torch.ones(1, 8), torch.ones(12, 1), 1.0)})
+    assert not fused_lora.lora_layers(model)
+
+
 @pytest.mark.parametrize("field, value", [("bias", "some"), ("r", 0), ("lora_dropout", float("nan"))])
 def test_a_config_that_was_broken_by_hand_is_refused(field, value):
     model, config = toy(), LoraConfig(target_modules=["0"])

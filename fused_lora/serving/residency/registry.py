@@ -29,6 +29,9 @@ from fused_lora.serving.residency.transfer import Transfer
 Source = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor, float]] | nn.Module
 
 
+_REMEMBERED = 4096  # unloaded names whose versions are counted on
+
+
 class _Changed(Exception):
     """The files of a version have changed since it was loaded, and it must be read again."""
 
@@ -62,7 +65,8 @@ class Registry:
     ):
         self.model, self._sites, self._transfer = model, sites, transfer
         self._versions: dict[str, Version] = {}
-        self._counts: dict[str, int] = {}
+        self._unloaded: dict[str, int] = {}  # the last versions of names that have none now, latest last
+        self._forgotten = 0  # no version of a name that is in neither is above it
         self._pinned: set[str] = set()
         self._pool: ThreadPoolExecutor | None = None
         self._hits = self._misses = 0
@@ -94,7 +98,8 @@ class Registry:
                 tensors that are not of LoRA layers. At least one layer must fit, and each layer must be whole.
 
         Returns:
-            The version: 1 for the first load of a name. Each load increments it, even after an unload.
+            The version: 1 for the first load of a name. Each load increments it, even after an unload. Beyond 4,096
+            unloaded names the oldest are forgotten, and a new name begins above their versions.
 
         Raises:
             AdapterError: a file is damaged. ValueError: the adapter does not fit the model. StoreFull: no room beside
@@ -192,6 +197,10 @@ class Registry:
         with self._lock:
             version = self._find(name)
             del self._versions[name]
+            self._unloaded[name] = version.number
+            if len(self._unloaded) > _REMEMBERED:
+                oldest = next(iter(self._unloaded))
+                self._forgotten = max(self._forgotten, self._unloaded.pop(oldest))
             self._pinned.discard(name)
             self._residency.retire(version)
 
@@ -378,8 +387,9 @@ class Registry:
             if instead_of is not None and self._versions.get(name) is not instead_of:
                 self._residency.retire(version)
                 return version
-            version.number = self._counts[name] = self._counts.get(name, 0) + 1
             old = self._versions.get(name)
+            last = self._unloaded.pop(name, self._forgotten) if old is None else old.number
+            version.number = last + 1
             self._versions[name] = version
             if old is not None:
                 self._residency.retire(old)
