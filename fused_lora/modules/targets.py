@@ -108,7 +108,8 @@ def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) ->
     """Warn of what a config asks for and ``matched``, the paths that it adapts, do not get.
 
     That is: keys of rank_pattern and alpha_pattern and entries of target_modules, exclude_modules and modules_to_save
-    that match nothing, and, for "all-linear", the weights of routers and of packed experts, which are no linear layers.
+    that match nothing; places of a layer beside its first, the only one where it is replaced, as in PEFT; and, for
+    "all-linear", the weights of routers and of packed experts, which are no linear layers.
     """
     for name in ("rank_pattern", "alpha_pattern"):
         keys = [key for key in getattr(config, name) if not any(matches_end(key, path) for path in matched)]
@@ -130,6 +131,9 @@ def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) ->
             names = dict.fromkeys(path.rpartition(".")[2] for path in paths)
             text = f"no module matches {some(lacking)}; the model has {some(names, near=lacking[0])}"
             warnings.warn(f"{name}: {text}", stacklevel=4)
+    if further := _further_places(model, matched):
+        text = f"the model has adapted layers at further places, too, where they get no adapter: {some(further)}"
+        warnings.warn(f"target_modules: {text}", stacklevel=4)
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR and (left := _matrices_left(model)):
         text = (
@@ -140,6 +144,19 @@ def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) ->
             "models: wrap the model with PEFT and call fused_lora.accelerate to train these",
             stacklevel=4,
         )
+
+
+def _further_places(model: nn.Module, matched: Sequence[str]) -> list[str]:
+    """The paths at which the model has one of these layers, beside the one given."""
+    modules = dict(named_modules(model))
+    first = {id(base_layer_of(modules[path])): path for path in matched}
+    found = []
+    for path, parent in modules.items():
+        for name, child in parent._modules.items():
+            place = f"{path}.{name}" if path else name
+            if child is not None and not is_lora_linear(parent) and first.get(id(unwrapped(child)), place) != place:
+                found.append(place)
+    return found
 
 
 def _matrices_left(model: nn.Module) -> dict[str, str]:

@@ -265,6 +265,17 @@ def test_a_module_to_save_that_matches_nothing_is_told():
         assert not told(lambda config=config: fused_lora.inject(model(), config))
 
 
+def test_further_places_of_a_layer_are_told():
+    model = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(4, 4)}), "b": nn.ModuleDict({"k": nn.Linear(4, 4)})})
+    model["b"]["q"] = model["a"]["q"]
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q"]), copy.deepcopy(model))
+    assert type(theirs["b"]["q"]) is nn.Linear
+    for name in ("first", "second"):
+        with pytest.warns(UserWarning, match="target_modules: .* at further places, too, .* no adapter: 'b.q'"):
+            fused_lora.inject(model, LoraConfig(target_modules=["q"]), name)
+        assert not told(lambda name=name: fused_lora.inject(model, LoraConfig(target_modules=["k"]), f"{name}_k"))
+
+
 def test_targets_that_are_all_saved_whole_are_told():
     model = nn.ModuleDict({"body": nn.ModuleDict({"query": nn.Linear(4, 4)})})
     with pytest.raises(ValueError, match=r"no module matches target_modules=\['query'\], modules_to_save=\['body'\]"):
