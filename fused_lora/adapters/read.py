@@ -59,7 +59,7 @@ def load_adapter(
 
     Raises:
         AdapterError: a file is malformed, or does not fit the model.
-        TypeError: model is no module, adapter_name is no str, max_bytes no int, or allow_partial no bool.
+        TypeError: model is no module, adapter_name is no str, directory no path, max_bytes no int, or a flag no bool.
         ValueError: ``adapter_name`` is malformed or taken, or the model has PEFT's LoRA layers.
         RuntimeError: the checkpoint has base biases, and a layer of the model is merged.
     """
@@ -68,7 +68,9 @@ def load_adapter(
     check_new_name(model, name)
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
         raise TypeError(f"max_bytes: expected an int, got {max_bytes!r}")
-    check_bool("allow_partial", allow_partial)
+    flags = dict(is_trainable=is_trainable, autocast_adapter_dtype=autocast_adapter_dtype, allow_partial=allow_partial)
+    for flag, value in flags.items():
+        check_bool(flag, value)
     adapter, plan = read_checked(
         directory, max_bytes, lambda plan: check_model(model, plan, allow_partial), allow_partial=allow_partial
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, SLOTS, WEIGHTS_NAME
+from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, SLOTS, WEIGHTS_NAME, path_text
 from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.read import other_biases
 from fused_lora.adapters.staging import replace_directory
@@ -78,6 +78,7 @@ def write_adapter(
     """:func:`save_adapter` with ``further`` files of tensors. ``state_dict`` has tensors to write in place of the
     model's own, by their names in the model. ``here``: whether this process writes, when nothing is sharded."""
     check_names(model, [check_adapter_name(adapter_name)])
+    folder = path_text("directory", directory)
     if not isinstance(base_model_name_or_path, (str, type(None))):
         raise TypeError(f"base_model_name_or_path: expected a str or None, got {base_model_name_or_path!r}")
     config = adapter_configs(model)[adapter_name]
@@ -119,7 +120,7 @@ def write_adapter(
         return *write_files(stage, text, weights), *(further or ())
 
     if here or mesh is not None:
-        once(mesh, lambda: replace_directory(os.fsdecode(directory), write))
+        once(mesh, lambda: replace_directory(folder, write))
 
 
 def config_text(entries: dict[str, Any]) -> str:

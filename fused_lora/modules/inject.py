@@ -20,7 +20,7 @@ from torch import nn
 from fused_lora.modules import auxiliary, of_peft
 from fused_lora.modules.auxiliary import TrainedTokens, auxiliary_modules
 from fused_lora.modules.changes import alone, changing, undone_on_error, watch
-from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
+from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config, check_bool
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixed import MixedBatch
 from fused_lora.modules.mixin import BASE
@@ -240,6 +240,7 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
     """
     names = [adapter_names] if isinstance(adapter_names, str) else as_list(adapter_names)
     check_names(model, names)
+    check_bool("inference_mode", inference_mode)
     layers, wrappers = mergeable_layers(model), auxiliary_modules(model)
     for path, wrapper in wrappers.items():
         if len(wrapper._present(names)) > 1:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fused_lora.modules import of_peft
 from fused_lora.modules.auxiliary import SavedModule, TrainedTokens, auxiliary_modules, breaks_a_tie
 from fused_lora.modules.changes import alone, changing, undone_on_error, unwatch
+from fused_lora.modules.config import check_bool
 from fused_lora.modules.inject import (
     AFTER_CHANGE,
     CONFIGS,
@@ -155,6 +156,7 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
             model is as it was.
     """
     layers, modules = _layers(model), dict(named_modules(model))
+    check_bool("merge_adapters", merge_adapters)
     check_no_batch(model)
     wrappers = auxiliary_modules(model)
     untied = breaks_a_tie(model)

@@ -606,6 +606,13 @@ def test_expressions_for_alpha_are_written_as_paths(tmp_path):
     assert_close(output(theirs, x), output(ours, x), terms=300)
 
 
+@pytest.mark.parametrize("path", [None, 5, ["a"]], ids=repr)
+def test_a_directory_is_a_path(adapted, path):
+    for call in (lambda: save_adapter(adapted[0], path), lambda: read_adapter(path)):
+        with pytest.raises(TypeError, match="directory: expected a path, got"):
+            call()
+
+
 def test_a_name_that_is_no_utf8_is_not_written(adapted, tmp_path):
     model = adapted[0]
     model.name_or_path = os.fsdecode(b"/data/mod\xe8le")

@@ -827,6 +827,26 @@ def test_an_adapter_name_is_a_str(name):
     assert not fused_lora.lora_layers(model)
 
 
+FLAGS = {
+    "merge_adapters": lambda model, value: fused_lora.unload(model, merge_adapters=value),
+    "inference_mode": lambda model, value: fused_lora.set_adapter(model, "a", inference_mode=value),
+    "is_trainable": lambda model, value: fused_lora.load_adapter(model, "nowhere", "b", is_trainable=value),
+    "autocast_adapter_dtype": lambda model, value: fused_lora.load_adapter(
+        model, "nowhere", "b", autocast_adapter_dtype=value
+    ),
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("value", ["false", None, 0], ids=repr)
+def test_a_flag_is_a_bool(flag, value):
+    model = add(llama(), "a")
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=f"{flag} must be True or False, got"):
+        FLAGS[flag](model, value)
+    assert_unchanged(model, before)
+
+
 def test_the_name_of_the_base_is_no_adapters():
     model = toy()
     with pytest.raises(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fused_lora.adapters.checkpoint import path_text
 from fused_lora.modules.config import check_bool
 from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
 from fused_lora.modules.names import some
@@ -39,10 +40,10 @@ class _Changed(Exception):
         self.packed, self.files = packed, files
 
 
-def _absolute(folder: str | os.PathLike) -> str:
-    path = os.fsdecode(folder)
+def _absolute(folder: str | os.PathLike, name: str = "source") -> str:
+    path = path_text(name, folder)
     if not path or "\0" in path:
-        raise ValueError(f"source: expected the path of a folder, got {path!r}")
+        raise ValueError(f"{name}: expected the path of a folder, got {path!r}")
     return os.path.abspath(path)
 
 
@@ -109,7 +110,7 @@ class Registry:
         check_bool("allow_partial", allow_partial)
         self._check_attached()
         if isinstance(source, (str, os.PathLike)):
-            folder, root = _absolute(source), None if inside is None else _absolute(inside)
+            folder, root = _absolute(source), None if inside is None else _absolute(inside, "inside")
             packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype, root, allow_partial)
             version = Version(name, 0, folder, files=files, inside=root, allow_partial=allow_partial)
             return self._load_packed(version, packed).number
@@ -166,7 +167,7 @@ class Registry:
         self._check_attached()
         if not isinstance(source, (str, os.PathLike)):
             raise TypeError(f"source: expected a folder, got {type(source).__name__}")
-        root = None if inside is None else _absolute(inside)
+        root = None if inside is None else _absolute(inside, "inside")
         check_bool("allow_partial", allow_partial)
         version = Version(name, 0, _absolute(source), inside=root, allow_partial=allow_partial)
         return self._name(version).number
