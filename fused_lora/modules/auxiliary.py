@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.merged_state import MergedState
 from fused_lora.modules.mixed import rows_by_name
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import is_offloaded
@@ -121,7 +122,7 @@ class SavedModule(Auxiliary):
         return getattr(self.current(), name)
 
 
-class TrainedTokens(Auxiliary):
+class TrainedTokens(MergedState, Auxiliary):
     """An embedding, or a head that shares its weight, with rows of adapters in place of its own.
 
     Args:
