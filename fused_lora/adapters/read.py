@@ -13,7 +13,7 @@ from torch import nn
 from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules import auxiliary
-from fused_lora.modules.changes import changing
+from fused_lora.modules.changes import changing, undone_on_error
 from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
 from fused_lora.modules.inject import (
     LayerSpec,
@@ -81,7 +81,7 @@ def load_adapter(
     biases = other_biases(model, adapter.layers)
     values = {path: _cast(plan, plan.biases[path], t, biases[path].dtype) for path, t in adapter.biases.items()}
     beside = _beside(model, adapter, plan, autocast_adapter_dtype)
-    with changing(model):
+    with changing(model), undone_on_error(model):
         attach(model, name, adapter.config, layers, beside)
         with torch.no_grad():
             for path, value in values.items():

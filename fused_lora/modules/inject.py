@@ -364,7 +364,7 @@ def _restore(model: nn.Module, before: list[tuple[nn.Module, str, Any]]) -> None
 def _enter(model: nn.Module, layer: LoraLinear) -> None:
     """Put what was added to a model into the contexts that ``layer`` is in."""
     batch = layer.mixed_batch
-    inside = dict(disable_adapters=layer.disable_adapters, mixed_batch=batch)
+    inside: dict[str, Any] = dict(disable_adapters=layer.disable_adapters, mixed_batch=batch)
     inside["batch_adapter_names"] = None if batch is None else batch.names
     for part in (*lora_layers(model).values(), *auxiliary_modules(model).values()):
         for attribute in inside.keys() & vars(part).keys():

@@ -389,12 +389,17 @@ class Registry:
                 self._residency.retire(version)
                 return version
             old = self._versions.get(name)
-            last = self._unloaded.pop(name, self._forgotten) if old is None else old.number
-            version.number = last + 1
+            version.number = self._last_number(name) + 1
+            self._unloaded.pop(name, None)
             self._versions[name] = version
             if old is not None:
                 self._residency.retire(old)
             return version
+
+    def _last_number(self, name: str) -> int:
+        """The highest version that ``name`` may have had."""
+        version = self._versions.get(name)
+        return self._unloaded.get(name, self._forgotten) if version is None else version.number
 
     def _find(self, name: str) -> Version:
         if not isinstance(name, str):
