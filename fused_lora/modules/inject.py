@@ -156,6 +156,8 @@ def attach(
             raise ValueError(f"bias: {config.bias!r} trains biases, and {offloaded[0]!r} has no data (meta device)")
         _check_not_merged([m for m in map(modules.__getitem__, layers) if isinstance(m, LoraLinear)])
     found = auxiliary.find(model, config)
+    if found.tokens and hasattr(nn.ParameterDict(), adapter_name):
+        raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ParameterDict, choose another name")
     beside = {path: parent_of(modules, path) for path in (*found.saved, *found.tokens, *found.tied)}
     for path in layers:
         if any(f"{path}.".startswith(f"{other}.") for other in beside):

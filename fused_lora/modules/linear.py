@@ -111,11 +111,8 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
             check_bool(flag, value)
         if adapter_name in self.lora_A:
             raise ValueError(f"adapter_name: {adapter_name!r} already exists in this layer")
-        for kind in (nn.ModuleDict, nn.ParameterDict):  # what trains beside this layer may be in one of these
-            if hasattr(kind(), adapter_name):
-                raise ValueError(
-                    f"adapter_name: {adapter_name!r} is an attribute of nn.{kind.__name__}, choose another"
-                )
+        if hasattr(self.lora_A, adapter_name):
+            raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ModuleDict, choose another name")
         weight, device = self.base_layer.weight, execution_device(self.base_layer)
         A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors)
         if tensors is None:

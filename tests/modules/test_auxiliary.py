@@ -387,7 +387,7 @@ def test_wrong_requests_change_nothing(case):
 def test_names_that_the_containers_have_themselves_change_nothing(name):
     net, _ = twins("net", "both", ("first",))
     before, flags = net.state_dict(), [p.requires_grad for p in net.parameters()]
-    with pytest.raises(ValueError, match=f"adapter_name: '{name}' is an attribute of nn..*Dict, choose another"):
+    with pytest.raises(ValueError, match=f"adapter_name: '{name}' is an attribute of nn..*Dict, choose another name"):
         fused_lora.inject(net, LoraConfig(r=2, target_modules=["body"], trainable_token_indices=[1]), name)
     assert net.state_dict().keys() == before.keys() and [p.requires_grad for p in net.parameters()] == flags
     assert list(fused_lora.adapter_configs(net)) == ["first"]
