@@ -42,8 +42,7 @@ typedef struct {
     char *weight;
     const void *left, *right;                 /* [rows, ranks] and [ranks, columns], contiguous */
     const float *scaling;                     /* [ranks], multiplied into left, or into right if flipped */
-    int32_t *counts;                          /* [units] corrections of each */
-    int64_t *starts;                          /* [units] where they begin */
+    int64_t *counts, *starts;                 /* [units] corrections of each, and where they begin */
     uint64_t *checksums;                      /* [units] */
     uint8_t *merged;                          /* [units] whether a unit is merged now: kept by every call */
     uint8_t *corrections;                     /* [room, 2] */
@@ -122,7 +121,7 @@ typedef struct {
     int64_t stride, row, column, h, n, pitch;
 } Unit;
 
-/* d [GROUP, TILE], whose rows are `pitch` apart, += left [depth, GROUP] transposed times right [depth, TILE of WIDTH],
+/* d [GROUP, TILE], whose rows are `pitch` apart, += left [GROUP, depth of DEPTH] times right [depth, TILE of WIDTH],
  * one fused step after the other. Eight sums stay in registers: enough to hide a step's latency. */
 INLINE void add_products(const float *restrict left, const float *restrict right, int64_t depth, float *restrict d,
                          int64_t pitch) {
@@ -131,10 +130,10 @@ INLINE void add_products(const float *restrict left, const float *restrict right
         float s0 = d[j], s1 = d[pitch + j], s2 = d[2 * pitch + j], s3 = d[3 * pitch + j];
         float t0 = d[j + TILE / 2], t1 = d[pitch + j + TILE / 2], t2 = d[2 * pitch + j + TILE / 2], t3 = d[3 * pitch + j + TILE / 2];
         for (int64_t k = 0; k < depth; k++) {
-            const float *l = left + k * GROUP;
+            float l0 = left[k], l1 = left[DEPTH + k], l2 = left[2 * DEPTH + k], l3 = left[3 * DEPTH + k];
             float r = right[k * WIDTH + j], q = right[k * WIDTH + j + TILE / 2];
-            s0 = fmaf(l[0], r, s0), s1 = fmaf(l[1], r, s1), s2 = fmaf(l[2], r, s2), s3 = fmaf(l[3], r, s3);
-            t0 = fmaf(l[0], q, t0), t1 = fmaf(l[1], q, t1), t2 = fmaf(l[2], q, t2), t3 = fmaf(l[3], q, t3);
+            s0 = fmaf(l0, r, s0), s1 = fmaf(l1, r, s1), s2 = fmaf(l2, r, s2), s3 = fmaf(l3, r, s3);
+            t0 = fmaf(l0, q, t0), t1 = fmaf(l1, q, t1), t2 = fmaf(l2, q, t2), t3 = fmaf(l3, q, t3);
         }
         d[j] = s0, d[pitch + j] = s1, d[2 * pitch + j] = s2, d[3 * pitch + j] = s3;
         d[j + TILE / 2] = t0, d[pitch + j + TILE / 2] = t1, d[2 * pitch + j + TILE / 2] = t2, d[3 * pitch + j + TILE / 2] = t3;
@@ -150,7 +149,7 @@ INLINE void prefetch(const Unit *unit, int64_t first, int64_t rows, int64_t byte
 /* delta [h, n] of the unit; whole groups and tiles are written. Meanwhile the next unit comes into the cache. */
 INLINE void compute_delta(const Work *work, const Unit *unit, const Unit *next, float *delta) {
     int64_t pitch = unit->pitch, size = work->weight_type == FLOAT32 ? 4 : 2;
-    float right[DEPTH * WIDTH], line[DEPTH], left[DEPTH * GROUP];
+    float right[DEPTH * WIDTH], left[GROUP * DEPTH];
     memset(delta, 0, (unit->h + GROUP - 1) / GROUP * GROUP * pitch * sizeof(float));
     for (int64_t first = 0; first < work->ranks; first += DEPTH) {
         int64_t depth = work->ranks - first < DEPTH ? work->ranks - first : DEPTH;
@@ -166,8 +165,9 @@ INLINE void compute_delta(const Work *work, const Unit *unit, const Unit *next, 
             if (first == 0) prefetch(next, i, GROUP, size * next->n);
             for (int64_t m = 0; m < GROUP; m++) { /* behind the last row that row again, which nobody reads */
                 int64_t row = unit->row + (i + m < unit->h ? i + m : unit->h - 1);
-                to_floats_of(work->left_type, work->left, row * work->ranks + first, depth, line);
-                for (int64_t k = 0; k < depth; k++) left[k * GROUP + m] = work->flipped ? line[k] : line[k] * s[k];
+                float *to = left + m * DEPTH;
+                to_floats_of(work->left_type, work->left, row * work->ranks + first, depth, to);
+                for (int64_t k = 0; k < depth && !work->flipped; k++) to[k] *= s[k];
             }
             for (int64_t j = 0; j < pitch; j += TILE)
                 add_products(left, right + j, depth, delta + i * pitch + j, pitch);
@@ -248,23 +248,37 @@ INLINE uint32_t bits_of(const uint8_t *bytes) {
 #endif
 }
 
-/* The corrections of a unit into `pairs`; returns how many. Behind the last column `differs` is 0. */
+/* The corrections of a unit into `pairs`; returns how many. Behind the last column `differs` is 0. In two passes and
+ * four at a time, with what is too much written over: a branch for every correction would be guessed wrong. */
 INLINE int64_t encode(int type, const Unit *unit, const void *xors, const uint8_t *differs, uint8_t *pairs) {
+    uint16_t places[AREA + 4];
+    uint32_t values[AREA + 4];
     uint8_t *end = pairs;
-    int64_t last = -1;
+    int64_t count = 0, last = -1;
     for (int64_t i = 0; i < unit->h; i++) {
         for (int64_t first = 0; first < unit->n; first += 64) {
             uint64_t found = 0;
             int64_t at = i * unit->pitch + first, place = i * unit->n + first, stop = unit->pitch - first;
             for (int64_t j = 0; j < 64 && j < stop; j += 16) found |= (uint64_t)bits_of(differs + at + j) << j;
-            for (; found; found &= found - 1) {
-                int64_t j = __builtin_ctzll(found), gap = place + j - last;
-                uint32_t x = get(type, xors, at + j);
-                last = place + j;
-                for (; gap > 255; gap -= 255) *end++ = 255, *end++ = 0;
-                for (*end++ = (uint8_t)gap, *end++ = (uint8_t)x; x >>= 8;) *end++ = 0, *end++ = (uint8_t)x;
+            int64_t more = __builtin_popcountll(found);
+            for (int64_t k = count;; k += 4) {
+                for (int64_t m = 0; m < 4; m++, found &= found - 1) {
+                    int64_t j = __builtin_ctzll(found | (uint64_t)1 << 63);
+                    places[k + m] = (uint16_t)(place + j);
+                    values[k + m] = get(type, xors, at + j);
+                }
+                if (!found) break;
             }
+            count += more;
         }
+    }
+    for (int64_t i = 0; i < count; i++) {
+        int64_t gap = places[i] - last;
+        uint64_t x = values[i];
+        for (last = places[i]; gap > 255; gap -= 255) *end++ = 255, *end++ = 0;
+        uint64_t four = (uint64_t)gap | (x & 0xFF) << 8 | (x & 0xFF00) << 16 | (x & 0xFF0000) << 24 | (x & 0xFF000000) << 32;
+        memcpy(end, &four, 8);
+        end += 2 * ((39 - __builtin_clz((uint32_t)x)) / 8);
     }
     return (end - pairs) / 2;
 }
@@ -294,7 +308,7 @@ INLINE Unit unit_of(const Work *work, int64_t size, int64_t index) {
 INLINE int do_unit(int type, Work *work, int64_t index, int mode) {
     float delta[4 * AREA];
     uint32_t out[3 * AREA], xors[3 * AREA];
-    uint8_t differs[3 * AREA], pairs[2 * 5 * AREA];
+    uint8_t differs[3 * AREA], pairs[2 * 5 * AREA + 8];
     int64_t size = type == FLOAT32 ? 4 : 2;
     Unit unit = unit_of(work, size, index), next = unit_of(work, size, index + 1);
     int64_t stride = unit.stride, h = unit.h, n = unit.n, pitch = unit.pitch;
@@ -324,7 +338,7 @@ INLINE int do_unit(int type, Work *work, int64_t index, int mode) {
         { start = work->used; work->used += count; }
         if (start > work->room - count) return FULL;
         memcpy(work->corrections + 2 * start, pairs, 2 * count);
-        work->starts[index] = start, work->counts[index] = (int32_t)count;
+        work->starts[index] = start, work->counts[index] = count;
         work->checksums[index] = checksum(type, &unit);
     }
     for (int64_t i = 0; i < h; i++) memcpy(unit.lines + i * stride, result.lines + i * result.stride, n * size);

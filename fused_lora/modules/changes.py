@@ -37,6 +37,18 @@ _admitted: set[int] = set()  # threads whose forward waited for a change that ha
 FORWARDS: dict[tuple[int, int], tuple[nn.Module, FrameType]] = {}  # (watched module's id, thread): its outermost call
 
 
+def _ids(module: nn.Module) -> set[int]:
+    """Of a module and all that it holds; a merge of many small layers would notice the time of ``modules()``."""
+    found: set[int] = set()
+    waiting = [module]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in found:
+            found.add(id(one))
+            waiting += [child for child in one._modules.values() if child is not None]
+    return found
+
+
 class _Change:
     """One change and what it holds."""
 
@@ -52,7 +64,7 @@ class _Change:
     def claim(self, module: nn.Module) -> _Change | None:
         """Take all modules or none; returns the change that has one of them."""
         with _mutex:
-            self.modules = {id(m) for m in module.modules()}
+            self.modules = _ids(module)
             theirs = (CHANGING[m] for m in self.modules & CHANGING.keys())
             other = next((c for c in theirs if c.thread != self.thread), None)
             if other is None and not _admitted:
@@ -75,7 +87,7 @@ class _Change:
 
     def concerns(self, module: nn.Module) -> bool:
         """Whether it has a module of this one."""
-        return not self.modules.isdisjoint(map(id, module.modules()))
+        return not self.modules.isdisjoint(_ids(module))
 
     def end(self) -> None:
         """Does nothing the second time."""

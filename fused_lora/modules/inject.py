@@ -28,9 +28,8 @@ from fused_lora.modules.names import some
 from fused_lora.modules.offload import check_places
 from fused_lora.modules.reads import FirstForward, why_never_called
 from fused_lora.modules.targets import HEADS, base_layer_of, is_supported, match_targets, warn_unused
-from fused_lora.modules.tree import named_modules, own_path, parent_of, unwrapped
+from fused_lora.modules.tree import CONFIGS, named_modules, own_path, parent_of, unwrapped
 
-CONFIGS = "_fused_lora_configs"  # plain attribute of the model: adapter name -> LoraConfig
 # what the modules above this one do to a model that has got its first LoRA layers, further ones, or lost all
 AFTER_CHANGE: list[Callable[[nn.Module], None]] = []
 
@@ -210,7 +209,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     layers are PEFT's.
     """
     check_module(model)
-    found = {path: module for path, module in named_modules(model) if isinstance(module, LoraLinear)}
+    found = {path: module for path, module in named_modules(model, LoraLinear) if isinstance(module, LoraLinear)}
     if not found:
         of_peft.refuse(model, "lora_layers", "fused_lora.integrations.peft.layer_report(model) lists its layers")
     return found
@@ -218,9 +217,15 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 def mergeable_layers(model: nn.Module) -> dict[str, Any]:
     """What a merge changes: path -> :class:`LoraLinear` or wrapper of trained tokens."""
-    layers: dict[str, Any] = dict(lora_layers(model))
-    wrappers = auxiliary_modules(model).items()
-    return layers | {path: m for path, m in wrappers if isinstance(m, TrainedTokens) and m.owner is m}
+    layers: dict[str, Any] = {}
+    tokens: dict[str, Any] = {}
+    check_module(model)
+    for path, module in named_modules(model, LoraLinear):
+        if isinstance(module, LoraLinear):
+            layers[path] = module
+        elif isinstance(module, TrainedTokens) and module.owner is module:
+            tokens[path] = module
+    return {**(layers or lora_layers(model)), **tokens}  # the call says whose layers are there instead
 
 
 @of_peft.by_peft(of_peft.active_adapters)

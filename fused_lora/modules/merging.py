@@ -15,7 +15,6 @@ from fused_lora.modules.changes import alone, changing, undone_on_error, unwatch
 from fused_lora.modules.config import check_bool
 from fused_lora.modules.inject import (
     AFTER_CHANGE,
-    CONFIGS,
     adapter_configs,
     as_list,
     check_module,
@@ -27,7 +26,7 @@ from fused_lora.modules.inject import (
 from fused_lora.modules.linear import LoraLinear, go_back, snapshot, unmerge_all
 from fused_lora.modules.names import some
 from fused_lora.modules.reads import FirstForward
-from fused_lora.modules.tree import named_modules, parent_of, unwrapped
+from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, unwrapped
 
 LEAST_SURVIVING = 0.5  # share of an adapter that a merge should keep
 _SAMPLED_ROWS = 8
@@ -190,10 +189,13 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
 
 def _check_not_shared(model: nn.Module, layers: dict[str, Any]) -> None:
     """Raise RuntimeError when the weight of one of these layers is a parameter of a further module as well."""
-    owners, wrappers = parameter_owners(model), auxiliary_modules(model).values()
+    owners = parameter_owners(model)
     for path, layer in layers.items():
         base: Any = layer.base_layer
         shared = owners.get(memory_of(base.weight), [])
+        if len(shared) <= 1:
+            continue
+        wrappers = auxiliary_modules(model).values()
         tied = sum(isinstance(wrapper, TrainedTokens) and wrapper.owner is layer for wrapper in wrappers)
         if len(shared) > max(tied, 1):
             raise RuntimeError(f"{path}: the weight is shared by {shared}; a merge would change all of them")
@@ -208,23 +210,28 @@ def memory_of(tensor: Tensor) -> int:
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     """Names of the parameters in one memory (:func:`memory_of`), one for each place of their module in the model."""
     owners: dict[int, list[str]] = {}
-    places = [("", model)]
-    for path, parent in model.named_modules():  # a bare layer may have a further place, at another parent
-        places += [(f"{path}.{name}" if path else name, child) for name, child in parent._modules.items()]
+    places = [("", unwrapped(model))]
+    for path, parent in named_modules(model):  # a bare layer may have a further place, at another parent
+        for name, child in parent._modules.items():
+            module = None if child is None else unwrapped(child)
+            if module is not None and module._parameters:
+                places.append((f"{path}.{name}" if path else name, module))
     for path, module in places:
-        for name, parameter in () if module is None else module._parameters.items():
-            if parameter is not None and parameter.numel() and parameter.device.type != "meta":
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.numel() and not parameter.is_meta:
                 owners.setdefault(memory_of(parameter), []).append(f"{path}.{name}")
     return owners
 
 
 def _mergeable(model: nn.Module) -> dict[str, Any]:
-    _layers(model)
-    return mergeable_layers(model)
+    return _some_layers(model, mergeable_layers(model))
 
 
 def _layers(model: nn.Module) -> dict[str, LoraLinear]:
-    layers = lora_layers(model)
-    if not layers:
+    return _some_layers(model, lora_layers(model))
+
+
+def _some_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
+    if not any(isinstance(layer, LoraLinear) for layer in layers.values()):
         raise RuntimeError(f"model: expected LoRA layers, found none (adapters: {some(adapter_configs(model))})")
     return layers

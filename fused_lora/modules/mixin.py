@@ -211,7 +211,7 @@ class FusedLoraBehaviour:
             self._merge_names(names)
 
     def _merge_names(self, names: list[str]) -> None:
-        base = self.base_layer
+        base = self._modules["base_layer"]
         weight = base._parameters.get("weight")
         if weight is not None and weight.is_meta:
             raise RuntimeError("base_layer.weight is offloaded (meta device), so nothing can be merged into it")
@@ -224,7 +224,7 @@ class FusedLoraBehaviour:
         if bias is not None:
             state.bias_before = self.base_layer.bias.data.clone() if state.bias_before is None else state.bias_before
             state.bias_after = bias
-        self._write(state, self.base_layer.bias.data.clone() if bias is not None else None, names)
+        self._write(state, None if bias is None else self.base_layer.bias.data.clone(), names)
 
     def _write(self, state: _Merge, bias: Tensor | None, names: list[str]) -> None:
         """Write weight and bias (``bias``: what it holds now) and note it, or nothing.
@@ -266,7 +266,7 @@ class FusedLoraBehaviour:
 
     def _writable_weight(self) -> Tensor:
         """The base weight; for a tensor made in inference mode, which torch lets nobody else write to, a twin."""
-        weight = self.base_layer.weight
+        weight = self._modules["base_layer"].weight
         if not weight.is_inference():
             return weight
         twin = torch.empty(0, dtype=weight.dtype, device=weight.device)
@@ -345,7 +345,8 @@ class FusedLoraBehaviour:
 
     def _check_bias_merge(self, names: list[str]) -> Tensor | None:
         """The bias after the merge, or None where no lora_bias is involved."""
-        with_bias = [name for name in names if getattr(self.lora_B[name], "bias", None) is not None]
+        held = self._modules["lora_B"]._modules
+        with_bias = [name for name in names if getattr(held[name], "bias", None) is not None]
         if not with_bias:
             return None
         bias = getattr(self.base_layer, "bias", None)
@@ -371,11 +372,8 @@ class FusedLoraBehaviour:
 
 
 def _factors_of(layer: FusedLoraBehaviour, names: list[str]) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    return (
-        [layer.lora_A[name].weight for name in names],
-        [layer.lora_B[name].weight for name in names],
-        [float(layer.scaling[name]) for name in names],
-    )
+    parts, scaling = layer._parts(names), layer.scaling
+    return [A.weight for A in parts[::3]], [B.weight for B in parts[1::3]], [float(scaling[name]) for name in names]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

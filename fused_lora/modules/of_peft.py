@@ -9,14 +9,19 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
+from fused_lora.modules.tree import CONFIGS, named_modules, unwrapped
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def peft_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The first LoRA layer of PEFT's in a model: path and layer."""
-    for path, module in model.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A") and not hasattr(module, "mixed_batch"):
+    """The first LoRA layer of PEFT's in a model: path and layer. A model of ours has none."""
+    if CONFIGS in vars(unwrapped(model)):
+        return None
+    for path, module in named_modules(model):
+        parts = module._modules
+        if "base_layer" in parts and "lora_A" in parts and not hasattr(module, "mixed_batch"):
             return path, module
     return None
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+CONFIGS = "_fused_lora_configs"  # plain attribute of an injected model: adapter name -> LoraConfig
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # torch.compile, checkpoint_wrapper, FSDP1
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
@@ -19,29 +20,32 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """What torch's wrappers around ``module`` hold: compile, checkpoint_wrapper, FSDP1, (D)DP, DeepSpeed's engine."""
     while True:
         children = module._modules
-        name = next((name for name in _INNER if name in children), None)
-        if name is None and (isinstance(module, _PARALLEL) or type(module).__name__ == "DeepSpeedEngine"):
-            name = "module"
-        inner = children.get(name) if name else None
+        if "module" in children and (isinstance(module, _PARALLEL) or type(module).__name__ == "DeepSpeedEngine"):
+            inner = children["module"]
+        else:
+            inner = next((children[name] for name in _INNER if name in children), None) if children else None
         if inner is None:
             return module
         module = inner
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` under the model's own paths, each wrapper passed over for what it holds."""
-    seen: set[int] = set()
+def named_modules(model: nn.Module, closed: type[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` under the model's own paths, each wrapper passed over for what it holds.
 
-    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    What modules of the class ``closed`` hold is left out.
+    """
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
         module = unwrapped(module)
         if id(module) not in seen:
             seen.add(id(module))
             yield path, module
-            for name, child in module._modules.items():
-                if child is not None:
-                    yield from walk(f"{path}.{name}" if path else name, child)
-
-    yield from walk("", model)
+            if closed is not None and isinstance(module, closed):
+                continue
+            children = [(f"{path}.{name}" if path else name, c) for name, c in module._modules.items() if c is not None]
+            waiting += reversed(children)
 
 
 def parent_of(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:

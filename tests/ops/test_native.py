@@ -105,7 +105,7 @@ def test_c_and_torch_make_the_same_record_and_bits(shape, scale, dtype, variant,
     assert torch.equal(bits(in_torch)[numbers], bits(exact)[numbers])
     assert torch.equal(bits(in_c.contiguous()), bits(in_torch))
     for units, other in ((found, expected), (expected, found)):
-        assert torch.equal(units.checksums, other.checksums) and torch.equal(units.counts, other.counts)
+        assert torch.equal(units.notes[::2], other.notes[::2])
     assert torch.equal(unit_by_unit(found), unit_by_unit(expected))
     blocks._restore(blocks._InC, in_c, ours, expected)
     blocks._restore(blocks._InTorch, in_torch, ours, found)
@@ -116,7 +116,7 @@ def test_c_and_torch_make_the_same_record_and_bits(shape, scale, dtype, variant,
 
 def unit_by_unit(units):
     """The corrections in the order of the units: in C it depends on the threads."""
-    parts = [units.corrections[s : s + n] for s, n in zip(units.starts.tolist(), units.counts.tolist(), strict=True)]
+    parts = [units.corrections[start : start + n] for n, start, _ in units.notes.t().tolist()]
     return torch.cat(parts) if units.copy is None else units.copy
 
 
@@ -166,7 +166,7 @@ def test_a_merge_is_the_same_in_any_number_of_threads(dtype):
             torch.set_num_threads(n)
             W = before.clone()
             units = blocks.merge(W, ours)
-            found.append((bits(W).clone(), units.checksums, unit_by_unit(units)))
+            found.append((bits(W).clone(), units.notes[2], unit_by_unit(units)))
             torch.set_num_threads(5 - n)
             blocks.restore(W, ours, units)
             assert torch.equal(bits(W), bits(before))
@@ -195,11 +195,11 @@ def test_any_options_of_the_compiler_give_the_same_bits(options, tmp_path, monke
 
 
 DAMAGES = {
-    "counts": lambda units: units.counts.fill_(1 << 30),
-    "negative counts": lambda units: units.counts.fill_(-1),
-    "fewer counts": lambda units: units.counts.sub_(1),
-    "starts": lambda units: units.starts.fill_(1 << 50),
-    "starts that overflow": lambda units: (units.starts.fill_(2**63 - 1), units.counts.fill_(1)),
+    "counts": lambda units: units.notes[0].fill_(1 << 50),
+    "negative counts": lambda units: units.notes[0].fill_(-1),
+    "fewer counts": lambda units: units.notes[0].sub_(1),
+    "starts": lambda units: units.notes[1].fill_(1 << 50),
+    "starts that overflow": lambda units: (units.notes[1].fill_(2**63 - 1), units.notes[0].fill_(1)),
     "advances": lambda units: units.corrections[:, 0].fill_(255),
     "no advances": lambda units: units.corrections[:, 0].fill_(0),
     "other values": lambda units: units.corrections[:, 1].bitwise_xor_(1),
@@ -210,8 +210,8 @@ DAMAGES = {
     "narrow": lambda units: setattr(units, "width", 150),
     "too wide": lambda units: setattr(units, "width", 5000),
     "too high": lambda units: setattr(units, "height", 1000),
-    "checksums": lambda units: setattr(units, "checksums", units.checksums[:-1]),
-    "other checksums": lambda units: units.checksums.add_(1),
+    "checksums": lambda units: setattr(units, "notes", units.notes[:, :-1]),
+    "other checksums": lambda units: units.notes[2].add_(1),
 }
 
 

@@ -5,7 +5,7 @@ whose rows are contiguous; torch takes fp64, other strides, other devices, and e
 
 A unit is written after everything that can fail. If one fails, or an interrupt comes, the units before it are taken
 back: a weight is either merged whole or not touched. Memory: corrections of about 2 bytes for 1 to 3 % of the elements,
-20 bytes a unit of 4096 elements, and on the torch path temporary copies of a band of rows.
+25 bytes a unit of 4096 elements, and on the torch path temporary copies of a band of rows.
 """
 
 from __future__ import annotations
@@ -69,11 +69,9 @@ class Units:
 
     height: int
     width: int
-    counts: torch.Tensor  # int32 [units], corrections of each
-    starts: torch.Tensor  # int64 [units], where they begin
-    checksums: torch.Tensor  # int64 [units], of the original bits; with a copy, of the merged ones
+    notes: torch.Tensor  # int64 [3, units]: corrections of each, where they begin, checksum of the original bits
     corrections: torch.Tensor  # uint8 [n, 2], (advance, xor)
-    copy: torch.Tensor | None = None
+    copy: torch.Tensor | None = None  # with it, checksums are of the merged bits
 
     @classmethod
     def of(cls, W: torch.Tensor) -> Units:
@@ -84,25 +82,22 @@ class Units:
         height = max(1, min(rows, AREA // width, HEIGHT))
         height -= height % 8 if height > 8 else 0  # C computes 8 rows at a time
         units = -(-rows // height) * panels
-        starts, checksums = torch.zeros((2, units), dtype=torch.int64, device=W.device).unbind()
-        counts = starts.new_zeros(units, dtype=torch.int32)  # of its own: a view as another dtype cannot be pickled
-        return cls(height, width, counts, starts, checksums, counts.new_empty((0, 2), dtype=torch.uint8))
+        notes = torch.zeros((3, units), dtype=torch.int64, device=W.device)
+        return cls(height, width, notes, torch.empty((0, 2), dtype=torch.uint8, device=W.device))
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        found = [self.counts, self.starts, self.checksums, self.corrections]
-        return found if self.copy is None else [*found, self.copy]
+        return [self.notes, self.corrections, *([] if self.copy is None else [self.copy])]
 
     def fit(self, W: torch.Tensor) -> bool:
         """Whether these are notes of such a weight: a record that was stored may be damaged."""
         if not (0 < self.width <= WIDTH and 0 < self.height <= min(HEIGHT, AREA // self.width)):
             return False
-        units = -(-W.shape[0] // self.height) * -(-W.shape[1] // self.width)
-        kinds = [(torch.int32, (units,)), (torch.int64, (units,)), (torch.int64, (units,))]
-        kinds += [(torch.uint8, (len(self.corrections), 2)), (W.dtype, tuple(W.shape))]
+        notes = 3, -(-W.shape[0] // self.height) * -(-W.shape[1] // self.width)
+        kinds = [(torch.int64, notes), (torch.uint8, (*self.corrections.shape[:1], 2)), (W.dtype, W.shape)]
         return all(
-            (t.dtype, tuple(t.shape)) == kind and t.is_contiguous() and t.device == W.device
-            for t, kind in zip(self.tensors, kinds, strict=False)
+            t.dtype == dtype and t.shape == shape and t.is_contiguous() and t.device == W.device
+            for t, (dtype, shape) in zip(self.tensors, kinds, strict=False)
         )
 
 
@@ -111,15 +106,17 @@ class _InC:
 
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
         self.corrections = units.corrections if room == 0 else torch.empty((room, 2), dtype=torch.uint8, device="cpu")
-        self.merged = (ctypes.c_uint8 * len(units.counts))()
+        count, counts = units.notes.shape[1], units.notes.data_ptr()
+        self.merged = (ctypes.c_uint8 * count)()
         if room == 0:
-            ctypes.memset(self.merged, 1, len(units.counts))
+            ctypes.memset(self.merged, 1, count)
         left, right, scaling, flipped = self._held = factors
         self._work = native.Work(
-            *W.shape, W.stride(0), len(right), units.height, units.width,
-            *(native.TYPES[t.dtype] for t in (W, left, right)), flipped, 0, 0,
-            *(t.data_ptr() for t in (W, left, right, scaling, units.counts, units.starts, units.checksums)),
-            ctypes.addressof(self.merged), self.corrections.data_ptr(), len(self.corrections), 0,
+            *W.shape, W.stride(0), right.shape[0], units.height, units.width,
+            native.TYPES[W.dtype], native.TYPES[left.dtype], native.TYPES[right.dtype], flipped, 0, 0,
+            W.data_ptr(), left.data_ptr(), right.data_ptr(), scaling.data_ptr(),
+            counts, counts + 8 * count, counts + 16 * count,
+            ctypes.addressof(self.merged), self.corrections.data_ptr(), self.corrections.shape[0], 0,
         )  # fmt: skip
 
     def run(self, mode: int) -> int:
@@ -136,6 +133,7 @@ class _InTorch:
 
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
         self._W, self._units, self._room = W, units, room
+        self._counts, self._starts, self._checksum = units.notes.unbind()
         self._left, self._right = factors.scaled()
         self._panels = [(first, min(first + units.width, W.shape[1])) for first in range(0, W.shape[1], units.width)]
         whole = W.shape[0] // units.height * units.height
@@ -156,7 +154,7 @@ class _InTorch:
     def undo(self, mode: int) -> int:
         """Also where an interrupt came between the note that a band is written and its write."""
         for band in self._begun:
-            now, notes = self._checksums(self._W[slice(*band)]), self._notes(band, self._units.checksums)
+            now, notes = self._checksums(self._W[slice(*band)]), self._notes(band, self._checksum)
             self._merged[band] = not torch.equal(now, notes)
         return self._sweep(mode)
 
@@ -169,7 +167,7 @@ class _InTorch:
         return DONE
 
     def _do(self, band: tuple[int, int], mode: int) -> int:
-        w, checksums = self._W[slice(*band)], self._notes(band, self._units.checksums)
+        w, checksums = self._W[slice(*band)], self._notes(band, self._checksum)
         if mode == CHECKSUM:
             checksums.copy_(self._checksums(w))
             return DONE
@@ -189,8 +187,8 @@ class _InTorch:
                 return FULL
             self._pieces.append(pairs)
             checksums.copy_(self._checksums(w))
-            self._notes(band, self._units.counts).copy_(counts)
-            self._notes(band, self._units.starts).copy_(used + counts.cumsum(0) - counts)
+            self._notes(band, self._counts).copy_(counts)
+            self._notes(band, self._starts).copy_(used + counts.cumsum(0) - counts)
         self._begun.add(band)
         self._merged[band] = mode != UNMERGE
         w.copy_(out)
@@ -212,7 +210,7 @@ class _InTorch:
             yield slice(panel, None, len(self._panels)), slice(*columns), part
 
     def _checksums(self, rows: torch.Tensor) -> torch.Tensor:
-        found = self._units.checksums.new_empty(-(-len(rows) // self._units.height) * len(self._panels))
+        found = self._checksum.new_empty(-(-len(rows) // self._units.height) * len(self._panels))
         for units, _, part in self._by_unit(bits(rows)):
             words = _words(part).unflatten(1, (min(self._units.height, len(rows)), -1))
             sums = torch.zeros_like(words[:, 0])
@@ -224,7 +222,7 @@ class _InTorch:
 
     def _encode(self, difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [n, 2] and how many of them every unit has."""
-        counts = self._units.counts.new_empty(-(-len(difference) // self._units.height) * len(self._panels))
+        counts = self._counts.new_empty(-(-len(difference) // self._units.height) * len(self._panels))
         found, order = [], []
         for units, _, part in self._by_unit(difference):
             unit, at = part.nonzero(as_tuple=True)
@@ -243,7 +241,7 @@ class _InTorch:
 
     def _decode(self, band: tuple[int, int], rows: torch.Tensor) -> bool:
         """The corrections of the band's units applied to its bits; False where they cannot be of it."""
-        counts, starts = (self._notes(band, notes) for notes in (self._units.counts, self._units.starts))
+        counts, starts = (self._notes(band, notes) for notes in (self._counts, self._starts))
         pairs = torch.cat(self._pieces)
         if bool(((counts < 0) | (starts < 0) | (starts > len(pairs) - counts)).any()):
             return False
@@ -311,9 +309,9 @@ def _restore(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors, u
         raise RuntimeError(launch.CHANGED)
     if units.copy is None:
         return _sweep_back(sweeps(W, factors, units, 0))
-    now = replace(units, checksums=torch.empty_like(units.checksums))
+    now = replace(units, notes=units.notes.clone())
     sweeps(W, factors, now, 0).run(CHECKSUM)
-    if not torch.equal(now.checksums, units.checksums):
+    if not torch.equal(now.notes, units.notes):
         raise RuntimeError(launch.CHANGED)
     W.copy_(units.copy)
 

@@ -82,7 +82,7 @@ def merge_(
         raise RuntimeError("weight: expected numbers to add to, got a tensor on the meta device")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
-    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+    if 0 in weight.stride() and any(n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True) if step == 0):
         raise RuntimeError("weight: expected memory of its own for every number, got an expanded tensor")
     W = weight.detach()
     if launch.applies(W):
@@ -167,11 +167,8 @@ def _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> Factors:
             )
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = (_joined(parts, dim, weight.device, wide) for parts, dim in ((lora_A, 0), (lora_B, 1)))
-    per_rank = [
-        torch.full((A.shape[0],), float(s), dtype=wide, device=weight.device)
-        for A, s in zip(lora_A, scaling, strict=True)
-    ]
-    factors = Factors(B, A, per_rank[0] if len(per_rank) == 1 else torch.cat(per_rank), False)
+    per_rank = [s for A, scale in zip(lora_A, scaling, strict=True) for s in A.shape[0] * [float(scale)]]
+    factors = Factors(B, A, torch.tensor(per_rank, dtype=wide, device=weight.device), False)
     return factors.t() if fan_in_fan_out else factors
 
 
@@ -180,5 +177,8 @@ def _joined(parts: Sequence[torch.Tensor], dim: int, device: torch.device, wide:
     dtypes = {part.dtype for part in parts}
     dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16} else wide
     if len(parts) == 1:
-        return parts[0].detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        part = parts[0].detach()
+        if part.dtype == dtype and part.device == device:
+            return part.clone(memory_format=torch.contiguous_format)
+        return part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     return torch.cat([part.detach().to(device, dtype) for part in parts], dim)

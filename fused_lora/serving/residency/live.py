@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_lora.modules.config import check_init, is_neutral
-from fused_lora.modules.inject import CONFIGS
 from fused_lora.modules.names import some
+from fused_lora.modules.tree import CONFIGS
 
 Triples = dict[str, tuple[Tensor, Tensor, float]]
 _WRAPPERS = re.compile(r"^((_orig_mod|module|base_model\.model)\.)+")
