@@ -14,7 +14,7 @@ from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_B
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules import auxiliary
 from fused_lora.modules.arguments import check_int
-from fused_lora.modules.changes import changing
+from fused_lora.modules.changes import changing, undone_on_error
 from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
 from fused_lora.modules.inject import (
     LayerSpec,
@@ -60,7 +60,7 @@ def load_adapter(
 
     Raises:
         AdapterError: a file is malformed, or does not fit the model.
-        TypeError: model is no module, adapter_name is no str, max_bytes no int, or allow_partial no bool.
+        TypeError: model is no module, adapter_name is no str, directory no path, max_bytes no int, or a flag no bool.
         ValueError: ``adapter_name`` is malformed or taken, or the model has PEFT's LoRA layers.
         RuntimeError: the checkpoint has base biases, and a layer of the model is merged.
     """
@@ -68,7 +68,9 @@ def load_adapter(
     check_not_wrapped(model)
     check_new_name(model, name)
     check_int("max_bytes", max_bytes)
-    check_bool("allow_partial", allow_partial)
+    flags = dict(is_trainable=is_trainable, autocast_adapter_dtype=autocast_adapter_dtype, allow_partial=allow_partial)
+    for flag, value in flags.items():
+        check_bool(flag, value)
     adapter, plan = read_checked(
         directory, max_bytes, lambda plan: check_model(model, plan, allow_partial), allow_partial=allow_partial
     )
@@ -79,7 +81,7 @@ def load_adapter(
     biases = other_biases(model, adapter.layers)
     values = {path: _cast(plan, plan.biases[path], t, biases[path].dtype) for path, t in adapter.biases.items()}
     beside = _beside(model, adapter, plan, autocast_adapter_dtype)
-    with changing(model):
+    with changing(model), undone_on_error(model):
         attach(model, name, adapter.config, layers, beside)
         with torch.no_grad():
             for path, value in values.items():
@@ -184,7 +186,7 @@ def _check_names(
     plan: Plan, held: dict[str, str], wanted: Mapping[str, torch.Tensor], what: str, others: bool, fewer: bool = False
 ) -> tuple[dict[str, str], list[str]]:
     """(names of the model that the file holds, other keys). Raise AdapterError for a name that is not in both, unless
-    the file may hold ``others``, or ``fewer``; and for another shape."""
+    the file may hold ``others``, or ``fewer``; and for another shape or kind of numbers."""
     unknown, lacking = sorted(held.keys() - wanted.keys()), sorted(wanted.keys() - held.keys())
     for names, expected, found in (
         (unknown if not others else (), f"a {what} of the model", "no such name"),
@@ -197,6 +199,9 @@ def _check_names(
         expected, found = list(wanted[name].shape), list(plan.entries[key].shape)
         if found != expected:
             raise AdapterError(plan.weights, key, f"a shape {expected}", found)
+        own, dtype = wanted[name].dtype, plan.entries[key].dtype
+        if own != dtype and not (own.is_floating_point and dtype.is_floating_point):
+            raise AdapterError(plan.weights, key, f"dtype {own}", str(dtype))
     return both, [held[name] for name in unknown]
 
 
