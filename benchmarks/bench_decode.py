@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from layers import SCALING, no_worse
-from report import Candidate, Clock, Report, Table, interleaved, parser, run_points, settings, spread, summary
+from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
 from torch import nn
 
 import fused_lora
@@ -175,9 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--rows", type=int, help="rows of x (M)")
     arguments = options.parse_args(argv)
-    recorded = settings(arguments)
-    report = Report("decode", arguments.device, arguments.out, recorded, arguments.commit)
-    report.heading()
+    report = begin("decode", arguments)
     table = Table(COLUMNS)
     shapes = [(K, (N,)) for K, N in arguments.shapes] if arguments.shapes else LLAMA_3_8B
     decode = Decode(shapes, arguments.device)

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from report import ROOT, Report, Table, parser, run_points, settings
+from report import ROOT, Report, Table, begin, parser, run_points
 from torch import nn
 
 import fused_lora
@@ -231,9 +231,9 @@ def measure(step: Step | ModelStep, report: Report, table: Table, arguments) -> 
         table.row(str(step), name, f"{forward:.1f}", shown[0], f"{both:.1f}" if backward else None, shown[1])
 
 
-def add_bars(report: Report, stub: bool) -> None:
+def add_bars(report: Report) -> None:
     """Kernel route: forward at most 0.6, forward+backward at most 0.8 of PEFT's host time; CPU: 1.0 and 1.2."""
-    kernels = stub or report.device.type == "cuda"
+    kernels = report.settings["stub"] or report.device.type == "cuda"
     for row in report.rows:
         if row["provider"] not in OURS or row["adapters"] > 1 or (kernels and row["dropout"] is None):
             continue
@@ -281,8 +281,9 @@ def use_stub() -> None:
     guard.DEVICE, guard._drop = "cpu", failed
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = parser(__doc__)
+def run(name: str, argv: list[str] | None, script: str, description: str, columns, points, measure, add_bars) -> int:
+    """A benchmark of host time; with --stub ``script`` runs in a process of its own, whose libcuda does nothing."""
+    options = parser(description)
     options.add_argument("--stub", action="store_true", help="the kernel route without a GPU")
     arguments = options.parse_args(argv)
     sys.path.append(str(ROOT / "tools"))
@@ -292,20 +293,21 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             variables = environment(ROOT / "tests" / "kernels" / "stub_cuda.c", Path(folder))
             variables |= dict(FUSED_LORA_STUB="1", FUSED_LORA_CHECK="0")
-            command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
+            command = [sys.executable, script, *(sys.argv[1:] if argv is None else argv)]
             return subprocess.run(command, env=variables).returncode
-    recorded = settings(arguments)
     torch.set_num_threads(1)
     if arguments.stub:
         arguments.device = torch.device("cpu")
         use_stub()
-    name = "host-stub" if arguments.stub else "host"
-    report = Report(name, arguments.device, arguments.out, recorded, arguments.commit)
-    report.heading()
-    table = Table(COLUMNS)
-    run_points(steps(arguments), report, arguments.deadline, lambda step: measure(step, report, table, arguments))
-    add_bars(report, arguments.stub)
+    report = begin(f"{name}-stub" if arguments.stub else name, arguments)
+    table = Table(columns)
+    run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
+    add_bars(report)
     return report.finish()
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run("host", argv, __file__, __doc__, COLUMNS, steps, measure, add_bars)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from layers import ADAPTER, SCALING, Point, Weights, no_worse, plausible
-from report import Candidate, Clock, Report, Table, interleaved, parser, run_points, settings, spread, summary
+from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
 from torch import nn
 
 import fused_lora
@@ -415,9 +415,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--points", choices=POINTS, help="which layers (default on a GPU: first; bf16)")
     options.add_argument("--compile", action="store_true", help="PEFT through torch.compile, too; compiling takes long")
     arguments = options.parse_args(argv)
-    recorded = settings(arguments)
-    report = Report("linear", arguments.device, arguments.out, recorded, arguments.commit)
-    report.heading()
+    report = begin("linear", arguments)
     table = Table(COLUMNS)
     run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
     add_bars(report)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import peft
 import torch
 from bench_linear import LLAMA_3_8B
-from report import Report, Table, parser, run_points, settings
+from report import Report, Table, begin, parser, run_points
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -214,9 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--rows", type=int, help="rows of x: tokens (default: 8192)")
     arguments = options.parse_args(argv)
-    recorded = settings(arguments)
-    report = Report("memory", arguments.device, arguments.out, recorded, arguments.commit)
-    report.heading()
+    report = begin("memory", arguments)
     table = Table(COLUMNS)
     run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table))
     return report.finish()

@@ -29,7 +29,7 @@ from pathlib import Path
 import peft
 import torch
 from layers import SCALING, Point, Weights, no_worse, plausible
-from report import Candidate, Clock, Report, Table, interleaved, parser, run_points, settings, spread, summary
+from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
 
 import fused_lora
 from fused_lora.ops.merge import launch as merge_kernel
@@ -320,9 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--dtypes", type=lambda text: text.split(","), help="e.g. float32,bfloat16")
     options.add_argument("--relative", type=float, default=0.01, help="norm of the delta over that of the weight")
     arguments = options.parse_args(argv)
-    recorded = settings(arguments)
-    report = Report("merge", arguments.device, arguments.out, recorded, arguments.commit)
-    report.heading()
+    report = begin("merge", arguments)
     table = Table(COLUMNS)
     run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
     if arguments.device.type == "cpu" and not arguments.shapes:

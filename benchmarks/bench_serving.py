@@ -24,7 +24,7 @@ from pathlib import Path
 
 import serving_load
 import torch
-from report import ROOT, Candidate, Clock, Report, Table, interleaved, parser, run_points, settings, spread, summary
+from report import ROOT, Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
 from serving_steps import Adapters, Step, StepPoint, disagreement, steps
 from torch import nn
 
@@ -284,9 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.rounds = min(arguments.rounds, CPU_ROUNDS)
     arguments.peft_up_to = arguments.peft_up_to or PEFT_UP_TO[arguments.device.type]
     arguments.loop_up_to = arguments.loop_up_to or LOOP_UP_TO[arguments.device.type]
-    recorded = settings(arguments)
-    report = Report("serving", arguments.device, arguments.out, recorded, arguments.commit)
-    report.heading()
+    report = begin("serving", arguments)
     start, end, parts = time.monotonic(), arguments.deadline, arguments.parts
     if "step" in parts:
         # the grid is cut short in favour of the parts that follow

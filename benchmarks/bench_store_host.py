@@ -16,20 +16,16 @@ With --stub PEFT and the base model compute for real, and ours launches what com
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from bench_host import use_stub
+from bench_host import run
 from peft import LoraConfig, get_peft_model
-from report import ROOT, Report, Table, parser, run_points, settings
+from report import Report, Table
 from torch import nn
 
 import fused_lora
@@ -172,31 +168,10 @@ def add_bars(report: Report) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parser(__doc__)
-    options.add_argument("--stub", action="store_true", help="the kernel route without a GPU")
-    arguments = options.parse_args(argv)
-    sys.path.append(str(ROOT / "tools"))
-    if arguments.stub and "FUSED_LORA_STUB" not in os.environ:
-        from stub_driver import environment
+    def points(arguments) -> list[Point]:
+        return [Point(M, D) for M, D in ((8, 8), (32, 8), (8, 1))]
 
-        with tempfile.TemporaryDirectory() as folder:
-            variables = environment(ROOT / "tests" / "kernels" / "stub_cuda.c", Path(folder))
-            variables |= dict(FUSED_LORA_STUB="1", FUSED_LORA_CHECK="0")
-            command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
-            return subprocess.run(command, env=variables).returncode
-    recorded = settings(arguments)
-    torch.set_num_threads(1)
-    if arguments.stub:
-        arguments.device = torch.device("cpu")
-        use_stub()
-    name = "store-host-stub" if arguments.stub else "store-host"
-    report = Report(name, arguments.device, arguments.out, recorded, arguments.commit)
-    report.heading()
-    table = Table(COLUMNS)
-    points = [Point(M, D) for M, D in ((8, 8), (32, 8), (8, 1))]
-    run_points(points, report, arguments.deadline, lambda point: measure(point, report, table, arguments))
-    add_bars(report)
-    return report.finish()
+    return run("store-host", argv, __file__, __doc__, COLUMNS, points, measure, add_bars)
 
 
 if __name__ == "__main__":

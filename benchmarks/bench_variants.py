@@ -15,7 +15,7 @@ from collections.abc import Callable
 import bench_linear
 import torch
 from layers import SCALING, Point, Weights, no_worse
-from report import Candidate, Clock, Report, Table, interleaved, parser, run_points, settings, spread, summary
+from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
 
 import fused_lora
 from fused_lora.ops import guard
@@ -170,9 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--rows", type=int, help="rows of x (M)")
     arguments = options.parse_args(argv)
-    recorded = settings(arguments)
-    report = Report("variants", arguments.device, arguments.out, recorded, arguments.commit)
-    report.heading()
+    report = begin("variants", arguments)
     table = Table(COLUMNS)
     run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
     add_bars(report)

@@ -73,12 +73,13 @@ STAGES = (
     Stage("gpu_tests", 0.4, PYTEST.format("'gpu and not slow'", max(1, CORES // 4)) + GPU_TESTS,
           COLLECT.format("'gpu and not slow'") + GPU_TESTS, OF_TESTS),
     Stage("kernel_tests", 0.4, PYTEST.format("'not slow'", max(1, CORES // 2)) + KERNEL_TESTS,
-          COLLECT.format("'not slow'") + KERNEL_TESTS, OF_TESTS, beside=True),
+          COLLECT.format("'not slow'") + "tests/kernels/test_sync.py", OF_TESTS, beside=True),
     _bench("linear", 0.15, "--seconds 0.5", " --rows 8", OURS),
     _bench("merge", 0.08, "--seconds 0.5", "", OURS),
     _bench("decode", 0.12, "--seconds 0.5", " --rows 8", "|^M="),
     _bench("variants", 0.15, "--seconds 0.3", " --rows 8", r"| \*$"),
-    Stage("other_tests", 1.0, PYTEST.format("'not slow'", CORES) + REST, COLLECT.format("'not slow'") + REST, OF_TESTS),
+    Stage("other_tests", 1.0, PYTEST.format("'not slow'", CORES) + REST,
+          COLLECT.format("'not slow'") + "tests/test_reference.py", OF_TESTS),
 )  # fmt: skip
 
 

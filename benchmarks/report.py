@@ -322,8 +322,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     return found
 
 
-def settings(arguments: argparse.Namespace) -> dict:
-    """Defaults filled in, and the options as recorded with the results; sets ``deadline`` (time.monotonic)."""
+def begin(benchmark: str, arguments: argparse.Namespace) -> Report:
+    """The report of a run, its heading printed; fills in the defaults of ``arguments`` and their ``deadline``."""
     on_cpu = arguments.device.type == "cpu"
     if arguments.seconds is None:
         arguments.seconds = 4.0 if on_cpu else 0.3
@@ -331,7 +331,10 @@ def settings(arguments: argparse.Namespace) -> dict:
         arguments.budget = 2.0
     arguments.deadline = time.monotonic() + (arguments.budget * 60 if arguments.budget is not None else 1e9)
     private = ("out", "commit", "deadline", "device")
-    return {"device": arguments.device.type} | {k: v for k, v in vars(arguments).items() if k not in private}
+    settings = {"device": arguments.device.type} | {k: v for k, v in vars(arguments).items() if k not in private}
+    report = Report(benchmark, arguments.device, arguments.out, settings, arguments.commit)
+    report.heading()
+    return report
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:

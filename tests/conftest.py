@@ -61,8 +61,10 @@ def pytest_configure(config):
         raise pytest.UsageError("--reliability: the page's own figures are of all experiments; -k needs another file")
     if not HAS_CUDA and _ASKED_FOR_A_GPU:
         raise pytest.UsageError("TRITON_INTERPRET=0 asks for a GPU, and there is none")
-    if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    if config.getoption("numprocesses", None):
+        # each worker, and each process that it starts, has a core; where a test asks for threads, waiting ones sleep
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_runtest_logreport(report):

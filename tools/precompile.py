@@ -29,8 +29,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = "parts.jsonl"  # of each binary: its key, the parts of the key, the C source of its launcher
-KERNEL_TESTS = ["lora_linear", "lora_backward", "lora_grad", "lora_expand", "merge", "lora_grouped", "dropout"]
-SMALL_TESTS = ["sync", "descriptors"]
+# the tests of kernels that launch them by themselves
+TESTS = [
+    ROOT / "tests" / "kernels" / f"test_{name}.py"
+    for name in "lora_linear lora_backward lora_grad lora_expand merge grouped dropout sync descriptors".split()
+]
 MULTIPROCESSORS = 132
 
 
@@ -78,6 +81,7 @@ def install(capability: int) -> None:
     JITFunction.run, compiler.get_cache_key = compile_only, recorded
     from fused_lora.kernels import (
         config,
+        grouped_expand,
         grouped_shrink,
         launch,
         lora_backward,
@@ -86,11 +90,10 @@ def install(capability: int) -> None:
         lora_linear,
         lora_shrink,
     )
-    from fused_lora.kernels import grouped_expand as lora_grouped
     from fused_lora.ops import guard
 
     guard.DEVICE = "cpu"
-    launchers = grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped, lora_linear, lora_shrink
+    launchers = grouped_expand, grouped_shrink, lora_backward, lora_expand, lora_grad, lora_linear, lora_shrink
     for module in (config, *launchers):
         if hasattr(module, "capability"):
             module.capability = lambda device: capability
@@ -201,7 +204,7 @@ def fill_smoke() -> None:
     from fused_lora.testing import smoke
 
     torch.set_num_threads(1)
-    for part in (smoke.layers, smoke.merges):
+    for part in (smoke.layers, smoke.merges, smoke.grouped):
         with contextlib.suppress(AssertionError, RuntimeError):  # of a record that was not written
             for line in part("cpu"):
                 print(line)
@@ -210,13 +213,10 @@ def fill_smoke() -> None:
 def fill_tests(capability: int) -> None:
     """What the kernels' own tests launch."""
     environment = os.environ | {"PRECOMPILE_CAPABILITY": str(capability), "PYTHONPATH": _path()}
-    for name in [f"test_kernel_{n}" for n in KERNEL_TESTS] + [f"test_{n}" for n in SMALL_TESTS]:
-        path = ROOT / "tests" / f"{name}.py"
-        if not path.exists():
-            continue
+    for path in TESTS:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "precompile", "-p", "no:cacheprovider", str(path)]
         found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        print(name, (found.stdout or found.stderr).strip().splitlines()[-1], flush=True)
+        print(path.stem, (found.stdout or found.stderr).strip().splitlines()[-1], flush=True)
 
 
 def _path() -> str:

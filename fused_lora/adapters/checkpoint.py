@@ -18,6 +18,7 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.kinds import not_read
 from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.tensorfile import (
+    DTYPES,
     TensorEntry,
     open_regular,
     parse_json,
@@ -27,7 +28,7 @@ from fused_lora.adapters.tensorfile import (
 )
 from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.config import MAX_RANK, LayerTensors, LoraConfig
-from fused_lora.modules.tree import own_path
+from fused_lora.modules.tree import above, own_path
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -81,6 +82,13 @@ def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BY
     return read_checked(directory, max_bytes, lambda plan: plan)[0]
 
 
+def path_text(name: str, path: str | os.PathLike) -> str:
+    """A path as a str. TypeError for what is none."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(f"{name}: expected a path, got {path!r}")
+    return os.fsdecode(path)
+
+
 def read_checked(
     directory: str | os.PathLike,
     max_bytes: int,
@@ -95,7 +103,7 @@ def read_checked(
     ``check`` returns the plan, or one of fewer layers. Both files must lie in the folder ``inside``, if given, once all
     links are followed. ``allow_partial`` leaves out keys that are not read instead of refusing the file.
     """
-    folder = os.fsdecode(directory)
+    folder = path_text("directory", directory)
     with _folder(folder) as dir_fd:
         try:
             return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial)
@@ -189,6 +197,9 @@ def _sort_keys(
             beside[name] = key
         else:
             unread.append(key)
+        dtype = entries[key].dtype
+        if not dtype.is_floating_point and (name not in beside or name.endswith(TOKENS_END)):
+            raise AdapterError(path, key, f"dtype {', '.join(DTYPES)}", str(dtype))
     # a layer without one of its parts is another layer, which nobody can mean
     parts = [key for key in unread if key.rpartition(".lora_")[0].removeprefix(KEY_PREFIX) in slots]
     if unread and (parts or not allow_partial or not slots):
@@ -212,7 +223,7 @@ def _is_beside(name: str, config: LoraConfig) -> bool:
     if name.endswith(TOKENS_END):
         return config.trainable_token_indices is not None
     ends = tuple(config.modules_to_save or ())
-    return any(name[:i].endswith(ends) for i, character in enumerate(name) if character == ".")
+    return any(path.endswith(ends) for path in above(name))
 
 
 def _ranks(

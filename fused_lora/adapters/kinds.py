@@ -16,19 +16,14 @@ _KINDS = (  # the first that is found in the key
     (r"token_adapter|trainable_tokens", "trained tokens, which the config does not name (trainable_token_indices)"),
     (r"\.modules_to_save\.", "a module saved whole inside its wrapper: a state dict, no PEFT checkpoint"),
     (r"\.base_layer\.", "a parameter of the base model, which an adapter must not replace"),
+    (r"(^|\.)module\..*\.", "the name of a wrapper, 'module': save the model that is inside"),
+    (r"^(?!base_model\.model\.)", "another beginning"),
+    (r"\.lora_", "a kind of LoRA tensor that is not supported"),
+    ("", "a parameter saved whole that the config does not name in modules_to_save (a resized vocabulary?)"),
 )
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 
 
 def not_read(keys: Sequence[str], key: str, total: int) -> str:
     """What ``key`` is, and how many of the file's keys are not read."""
-    found = next((text for pattern, text in _KINDS if re.search(pattern, key)), None)
-    wrapper = next((name for name in key.split(".")[:-2] if name in _WRAPPERS), None)
-    if found is None and wrapper is not None:
-        found = f"the name of a wrapper, {wrapper!r}: save the model that is inside"
-    elif found is None and not key.startswith("base_model.model."):
-        found = "another beginning"
-    elif found is None and ".lora_" in key:
-        found = "a kind of LoRA tensor that is not supported"
-    found = found or "a parameter saved whole that the config does not name in modules_to_save (a resized vocabulary?)"
+    found = next(text for pattern, text in _KINDS if re.search(pattern, key))
     return f"{found}; {len(keys)} of {total} keys are not read: {some(keys)}"

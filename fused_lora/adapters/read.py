@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import nn
 from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules import auxiliary
-from fused_lora.modules.changes import changing
+from fused_lora.modules.arguments import check_int
+from fused_lora.modules.changes import changing, undone_on_error
 from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
 from fused_lora.modules.inject import (
     LayerSpec,
@@ -66,16 +67,17 @@ def load_adapter(
 
     Raises:
         AdapterError: a file is malformed, or does not fit the model.
-        TypeError: model is no module, adapter_name is no str, max_bytes no int, or allow_partial no bool.
+        TypeError: model is no module, adapter_name is no str, directory no path, max_bytes no int, or a flag no bool.
         ValueError: ``adapter_name`` is malformed or taken, or the model has PEFT's LoRA layers.
         RuntimeError: the checkpoint has base biases, and a layer of the model is merged.
     """
     name = check_adapter_name("default" if adapter_name is None else adapter_name)
     check_not_wrapped(model)
     check_new_name(model, name)
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
-        raise TypeError(f"max_bytes: expected an int, got {max_bytes!r}")
-    check_bool("allow_partial", allow_partial)
+    check_int("max_bytes", max_bytes)
+    flags = dict(is_trainable=is_trainable, autocast_adapter_dtype=autocast_adapter_dtype, allow_partial=allow_partial)
+    for flag, value in flags.items():
+        check_bool(flag, value)
     adapter, plan = read_checked(
         directory, max_bytes, lambda plan: check_model(model, plan, allow_partial), allow_partial=allow_partial
     )
@@ -86,7 +88,7 @@ def load_adapter(
     biases = other_biases(model, adapter.layers)
     values = {path: _cast(plan, plan.biases[path], t, biases[path].dtype) for path, t in adapter.biases.items()}
     beside = _beside(model, adapter, plan, autocast_adapter_dtype)
-    with changing(model):
+    with changing(model), undone_on_error(model):
         attach(model, name, adapter.config, layers, beside)
         with torch.no_grad():
             for path, value in values.items():
@@ -168,7 +170,11 @@ def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Pl
     left_out = [key for path, keys in plan.slots.items() if path not in fitting for key in keys.values()]
     plan = plan._replace(slots=slots, left_out=(*plan.left_out, *left_out))
     plan = _check_beside(model, plan, allow_partial)
-    return _check_biases(model, plan, allow_partial) if plan.config.bias == "all" else plan
+    if plan.config.bias != "all":
+        return plan
+    present = other_biases(model, plan.slots)
+    biases, left_out = _check_names(plan, plan.biases, present, "bias", allow_partial, allow_partial)
+    return plan._replace(biases=biases, left_out=(*plan.left_out, *left_out))
 
 
 def _check_beside(model: nn.Module, plan: Plan, allow_partial: bool) -> Plan:
@@ -179,20 +185,31 @@ def _check_beside(model: nn.Module, plan: Plan, allow_partial: bool) -> Plan:
         key = "modules_to_save" if "modules_to_save" in str(error) else "trainable_token_indices"
         config = os.path.join(os.path.dirname(plan.weights), CONFIG_NAME)
         raise AdapterError(config, key, "modules of the model that can train beside LoRA", str(error)) from None
-    unknown = plan.beside.keys() - wanted.keys()
+    beside, left_out = _check_names(plan, plan.beside, wanted, "tensor", allow_partial)
+    return plan._replace(beside=beside, left_out=(*plan.left_out, *left_out))
+
+
+def _check_names(
+    plan: Plan, held: dict[str, str], wanted: Mapping[str, torch.Tensor], what: str, others: bool, fewer: bool = False
+) -> tuple[dict[str, str], list[str]]:
+    """(names of the model that the file holds, other keys). Raise AdapterError for a name that is not in both, unless
+    the file may hold ``others``, or ``fewer``; and for another shape or kind of numbers."""
+    unknown, lacking = sorted(held.keys() - wanted.keys()), sorted(wanted.keys() - held.keys())
     for names, expected, found in (
-        (unknown if not allow_partial else (), "a tensor of the model", "no such name"),
-        (wanted.keys() - plan.beside.keys(), "a tensor in the file", "none"),
+        (unknown if not others else (), f"a {what} of the model", "no such name"),
+        (lacking if not fewer else (), f"a {what} in the file", "none"),
     ):
         if names:
-            key = f"{KEY_PREFIX}{min(names)}"
-            raise AdapterError(plan.weights, key, expected, f"{found}; so for {some(sorted(names))}")
-    beside = {name: key for name, key in plan.beside.items() if name in wanted}
-    for name, key in beside.items():
+            raise AdapterError(plan.weights, f"{KEY_PREFIX}{names[0]}", expected, f"{found}; so for {some(names)}")
+    both = {name: key for name, key in held.items() if name in wanted}
+    for name, key in both.items():
         expected, found = list(wanted[name].shape), list(plan.entries[key].shape)
         if found != expected:
             raise AdapterError(plan.weights, key, f"a shape {expected}", found)
-    return plan._replace(beside=beside, left_out=(*plan.left_out, *(plan.beside[name] for name in sorted(unknown))))
+        own, dtype = wanted[name].dtype, plan.entries[key].dtype
+        if own != dtype and not (own.is_floating_point and dtype.is_floating_point):
+            raise AdapterError(plan.weights, key, f"dtype {own}", str(dtype))
+    return both, [held[name] for name in unknown]
 
 
 def _check_layer(module: nn.Module, path: str, plan: Plan) -> None:
@@ -222,24 +239,6 @@ def _check_targets(plan: Plan, named: set[str]) -> None:
             raise AdapterError(
                 plan.weights, key, expected, f"{found}; so for {len(paths)} layers: {some(sorted(paths))}"
             )
-
-
-def _check_biases(model: nn.Module, plan: Plan, allow_partial: bool) -> Plan:
-    present = other_biases(model, plan.slots)
-    unknown = sorted(plan.biases.keys() - present.keys())
-    if unknown and not allow_partial:
-        found = f"no such parameter; so for {some(unknown)}"
-        raise AdapterError(plan.weights, plan.biases[unknown[0]], "a bias of the model", found)
-    if not allow_partial and (lacking := sorted(present.keys() - plan.biases.keys())):
-        raise AdapterError(
-            plan.weights, f"{KEY_PREFIX}{lacking[0]}", "a bias in the file", f"none; so for {some(lacking)}"
-        )
-    biases = {name: key for name, key in plan.biases.items() if name in present}
-    for name, key in biases.items():
-        expected, found = list(present[name].shape), list(plan.entries[key].shape)
-        if found != expected:
-            raise AdapterError(plan.weights, key, f"a shape {expected}", found)
-    return plan._replace(biases=biases, left_out=(*plan.left_out, *(plan.biases[name] for name in unknown)))
 
 
 def other_biases(model: nn.Module, layers: Container[str]) -> dict[str, nn.Parameter]:

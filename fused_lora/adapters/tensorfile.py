@@ -30,7 +30,10 @@ from fused_lora.adapters.errors import AdapterError
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 5  # of a convolution over volumes
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# of counters in modules that are saved whole, as BatchNorm's
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+KNOWN = {**DTYPES, **_INTEGERS}
+_NAMES = {dtype: name for name, dtype in KNOWN.items()}
 _METADATA = "__metadata__"
 _DIGEST = "fused_lora.sha256"
 _BLANK = "0" * 64
@@ -183,7 +186,7 @@ def read_tensors(path: str, file: io.FileIO, header: Header) -> dict[str, torch.
 
 
 def write_tensors(file: io.FileIO, tensors: dict[str, torch.Tensor]) -> None:
-    """Write ``tensors`` (float32, float16 or bfloat16, any device) as a safetensors file with a digest."""
+    """Write ``tensors`` (of ``KNOWN`` dtypes, on any device) as a safetensors file with a digest."""
     # widest dtype first keeps every tensor aligned to its element size
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     entries: dict[str, Any] = {_METADATA: {"format": "pt", _DIGEST: _BLANK}}
@@ -226,15 +229,15 @@ def _entry(path: str, name: str, value: Any) -> TensorEntry:
     if not (isinstance(value, dict) and set(value) == {"dtype", "shape", "data_offsets"}):
         raise AdapterError(path, name, "an entry with dtype, shape and data_offsets", value)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not (isinstance(dtype, str) and dtype in DTYPES):
-        raise AdapterError(path, name, f"dtype {', '.join(DTYPES)}", dtype)
-    if not (_integers(shape) and 1 <= len(shape) <= MAX_DIMENSIONS and min(shape) >= 1):
-        raise AdapterError(path, name, f"one to {MAX_DIMENSIONS} positive sizes as shape", shape)
+    if not (isinstance(dtype, str) and dtype in KNOWN):
+        raise AdapterError(path, name, f"dtype {', '.join(KNOWN)}", dtype)
+    if not (_integers(shape) and len(shape) <= MAX_DIMENSIONS and min(shape, default=1) >= 1):
+        raise AdapterError(path, name, f"at most {MAX_DIMENSIONS} positive sizes as shape", shape)
     if not (_integers(offsets) and len(offsets) == 2 and 0 <= offsets[0] <= offsets[1]):
         raise AdapterError(path, name, "two ascending data_offsets", offsets)
-    if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
+    if math.prod(shape) * KNOWN[dtype].itemsize != offsets[1] - offsets[0]:
         raise AdapterError(path, name, f"bytes for {dtype} {shape}", f"data_offsets {offsets}")
-    return TensorEntry(DTYPES[dtype], tuple(shape), *offsets)
+    return TensorEntry(KNOWN[dtype], tuple(shape), *offsets)
 
 
 def _integers(values: Any) -> bool:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, SLOTS, WEIGHTS_NAME
+from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, SLOTS, WEIGHTS_NAME, path_text
 from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.read import other_biases
 from fused_lora.adapters.staging import replace_directory
-from fused_lora.adapters.tensorfile import DTYPES, write_tensors
+from fused_lora.adapters.tensorfile import DTYPES, KNOWN, write_tensors
 from fused_lora.adapters.whole import bias_shape, check_whole, gather, once
-from fused_lora.modules.auxiliary import saved_tensors
+from fused_lora.modules.auxiliary import TOKENS_END, saved_tensors
 from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import adapter_configs, adapter_parameters, check_adapter_name, check_names, lora_layers
@@ -54,8 +54,8 @@ def save_adapter(
     Raises:
         AdapterNotFound: the model has no adapter of that name.
         TypeError: adapter_name or base_model_name_or_path is not a str.
-        ValueError: a malformed name; a tensor with NaN or Inf; a dtype other than float32, float16 and bfloat16; or
-            an unsuitable ``directory``.
+        ValueError: a malformed name; a tensor with NaN or Inf; a dtype other than float32, float16, bfloat16
+            and, for buffers of ``modules_to_save``, integers; or an unsuitable ``directory``.
         RuntimeError: base biases cannot be saved while a layer is merged; a layer's rank or alpha differs from the
             config; or a parameter has not the shape of the whole layer, as under DeepSpeed ZeRO-3 and FSDP1. The
             message says how to gather it.
@@ -78,6 +78,7 @@ def write_adapter(
     """:func:`save_adapter` with ``further`` files of tensors. ``state_dict`` has tensors to write in place of the
     model's own, by their names in the model. ``here``: whether this process writes, when nothing is sharded."""
     check_names(model, [check_adapter_name(adapter_name)])
+    folder = path_text("directory", directory)
     if not isinstance(base_model_name_or_path, (str, type(None))):
         raise TypeError(f"base_model_name_or_path: expected a str or None, got {base_model_name_or_path!r}")
     config = adapter_configs(model)[adapter_name]
@@ -99,8 +100,9 @@ def write_adapter(
     flat, mesh = gather({place: tensor.detach() for place, tensor in tensors.items()})
     for (name, key), tensor in flat.items():
         what = key if name == WEIGHTS_NAME else f"{name}: {key}"
-        if tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{what} must be float32, float16 or bfloat16, got {tensor.dtype}")
+        kinds = DTYPES if key.endswith((*SLOTS, TOKENS_END)) else KNOWN
+        if tensor.dtype not in kinds.values():
+            raise ValueError(f"{what} must have a dtype of {', '.join(kinds)}, got {tensor.dtype}")
         if tensor.is_meta or not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{what} must hold finite values, got {'no data (meta)' if tensor.is_meta else 'NaN or Inf'}"
@@ -118,11 +120,19 @@ def write_adapter(
         return *write_files(stage, text, weights), *(further or ())
 
     if here or mesh is not None:
-        once(mesh, lambda: replace_directory(os.fsdecode(directory), write))
+        once(mesh, lambda: replace_directory(folder, write))
 
 
 def config_text(entries: dict[str, Any]) -> str:
-    """adapter_config.json. Only its top level is sorted: the first key of rank_pattern that matches decides."""
+    """adapter_config.json. Only its top level is sorted: the first key of rank_pattern that matches decides.
+
+    Raises ValueError for half a surrogate pair, as in the name of a folder that is no UTF-8: no reader would take it.
+    """
+    for key, value in entries.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{key} must be text that UTF-8 can hold, got {value!r}") from None
     return json.dumps(dict(sorted(entries.items())), indent=2, allow_nan=False)
 
 
@@ -189,7 +199,17 @@ def _config_entries(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         entries["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         entries["target_modules"] = _shortest_names(model, adapter_name)
+    entries["alpha_pattern"] = _plain_alphas(model, adapter_name, config)
     return entries
+
+
+def _plain_alphas(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, float]:
+    """alpha_pattern, with a path for each layer where a key is an expression, which readers of a file must not run."""
+    table = PatternTable(config.alpha_pattern, config.lora_alpha)
+    alphas = {p: m.lora_alpha[adapter_name] for p, m in lora_layers(model).items() if adapter_name in m.lora_alpha}
+    if all(len(table.possible(path)) == 1 for path in alphas):
+        return config.alpha_pattern
+    return {"^" + path.replace(".", "\\."): a for path, a in alphas.items() if a != config.lora_alpha}
 
 
 def _shortest_names(model: nn.Module, adapter_name: str) -> list[str]:

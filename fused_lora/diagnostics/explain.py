@@ -6,21 +6,19 @@ print(fused_lora.explain(model))
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from fused_lora.diagnostics.tables import dtype_name, grouped, pattern, table
 from fused_lora.ops import guard
 from fused_lora.ops.linear.plan import Plan, plan
 
 if TYPE_CHECKING:
     from fused_lora.integrations.peft import LayerRow
     from fused_lora.kernels.config import LaunchConfig
-
-T = TypeVar("T")
-K = TypeVar("K")
 
 CHIPS = {  # NVIDIA chip -> 10 * major + minor of its compute capability
     "A100": 80, "A10": 86, "A40": 86, "RTX 3090": 86, "L4": 89, "L40S": 89, "RTX 4090": 89,
@@ -58,7 +56,7 @@ class Explanation:
     def __str__(self) -> str:
         head = ("", "variant", "launches", "MB", "of floor", "GFLOP", "of floor")
         rows = [_cells(cost) for cost in (self.forward, self.backward)]
-        lines = [self.title, *_table(head, rows)]
+        lines = [self.title, *table([head, *rows])]
         for cost in (self.forward, self.backward):
             lines += [f"{cost.name}, {name}: {_tile(config)}" for name, config in cost.configurations]
         return "\n".join([*lines, *self.notes])
@@ -77,7 +75,7 @@ class ModelExplanation:
         rows = [(path, str(len(members)), kind, runs) for (path, kind, runs), members in groups.items()]
         from fused_lora.integrations.peft import summary
 
-        return "\n".join([*_table(("layers", "n", "kind", "runs"), rows), summary(self.layers)])
+        return "\n".join([*table([("layers", "n", "kind", "runs"), *rows]), summary(self.layers)])
 
 
 @overload
@@ -148,8 +146,8 @@ def explain(
     plans = _plans(shape, capability)
     notes += _dropped(plans)
     of_adapters = "" if adapters == 1 else f" adapters={adapters}"
-    over = f" with {_name(adapter_dtype)} adapters" if upcast else ""
-    title = f"LoRA linear M={M} K={K} N={N} r={r}{of_adapters} dropout={dropout:g} {_name(dtype)}{over} on {place}"
+    over = f" with {dtype_name(adapter_dtype)} adapters" if upcast else ""
+    title = f"LoRA linear M={M} K={K} N={N} r={r}{of_adapters} dropout={dropout:g} {dtype_name(dtype)}{over} on {place}"
     return Explanation(title, _forward(plans[0], shape, capability), _backward(plans[1], shape, capability), notes)
 
 
@@ -289,25 +287,3 @@ def _tile(config: LaunchConfig) -> str:
     text = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} rank block {config.BLOCK_R}"
     text += f", {config.num_warps} warps, {config.num_stages} stages"
     return text + f", split {config.SPLIT_K}" * (config.SPLIT_K > 1) + ", tensor descriptors" * config.tma
-
-
-def pattern(path: str) -> str:
-    """The path of a layer with * for its numbers, which tell equal blocks apart."""
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
-
-
-def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """The items by their keys, in the order found."""
-    found: dict[K, list[T]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

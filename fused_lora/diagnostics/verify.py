@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from fused_lora.diagnostics.tables import grouped
 from fused_lora.diagnostics.verification import report
 from fused_lora.diagnostics.verification.judge import add_findings, holds_delta
 from fused_lora.diagnostics.verification.layers import Layer, check_state, find_layers
@@ -15,6 +16,7 @@ from fused_lora.diagnostics.verification.measure import check_layer, compare_out
 from fused_lora.diagnostics.verification.passes import Pass, check_inputs, restored, run
 from fused_lora.diagnostics.verification.reference import compare_weights
 from fused_lora.diagnostics.verification.report import Finding, Verification
+from fused_lora.modules.arguments import check_int
 from fused_lora.modules.changes import alone
 from fused_lora.modules.names import some
 
@@ -84,9 +86,7 @@ def verify(
     check_state(model)
     layers, skipped = find_layers(model)
     if not layers:
-        kinds: dict[str, list[str]] = {}
-        for path, reason in skipped.items():
-            kinds.setdefault(reason, []).append(path)
+        kinds = grouped(skipped, skipped.__getitem__)
         why = "; ".join(f"{reason} ({some(paths)})" for reason, paths in kinds.items()) or "the model has none"
         raise RuntimeError(f"model: expected LoRA layers with an active adapter that can be merged, found none: {why}")
     _check_finite(layers)
@@ -122,11 +122,8 @@ def _check_arguments(model, inputs, reference, seed, max_rows) -> None:
     check_inputs(inputs)
     if reference is not None and not isinstance(reference, (nn.Module, Mapping)):
         raise TypeError(f"reference: expected nn.Module or a mapping of tensors, got {type(reference).__name__}")
-    for name, value in (("seed", seed), ("max_rows", max_rows)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected int, got {type(value).__name__}")
-    if max_rows < 1:
-        raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
+    check_int("seed", seed)
+    check_int("max_rows", max_rows, 1)
 
 
 def _check_output(output: Tensor) -> None:

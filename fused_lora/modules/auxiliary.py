@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.merged_state import MergedState
 from fused_lora.modules.mixed import rows_by_name
+from fused_lora.modules.names import some
 from fused_lora.modules.offload import is_offloaded
 from fused_lora.modules.tree import named_modules, unwrapped
 from fused_lora.rows import same_rows
@@ -120,7 +122,7 @@ class SavedModule(Auxiliary):
         return getattr(self.current(), name)
 
 
-class TrainedTokens(Auxiliary):
+class TrainedTokens(MergedState, Auxiliary):
     """An embedding, or a head that shares its weight, with rows of adapters in place of its own.
 
     Args:
@@ -209,11 +211,12 @@ class TrainedTokens(Auxiliary):
         self.restore_merge(state, names)
 
     def unmerge(self) -> None:
-        """Give the base weight its own rows back. RuntimeError if a row was changed while merged."""
+        """Give the base weight its own rows back. RuntimeError if a row was changed or cast while merged."""
         weight, state = self._weight(), self.merge_state or {}
         for name, (_, after) in state.items():
-            if not torch.equal(weight[self._indices(name)], after.to(weight.device)):
-                raise RuntimeError("base_layer.weight was changed while merged; nothing was unmerged")
+            here = weight.dtype == after.dtype and max(self.token_indices[name]) < len(weight)
+            if not here or not torch.equal(weight[self._indices(name)], after.to(weight.device)):
+                raise RuntimeError("base_layer.weight was changed or cast while merged; nothing was unmerged")
         for name, (before, _) in state.items():
             weight.index_copy_(0, self._indices(name), before.to(weight.device))
         self.merge_state = None
@@ -292,6 +295,10 @@ def find(model: nn.Module, config: LoraConfig) -> Found:
         if not here:
             raise ValueError(f"trainable_token_indices: no module of the model has a path that ends in {name!r}")
         for path in here:
+            if tokens.get(path, list(indices)) != list(indices):
+                raise ValueError(
+                    f"trainable_token_indices: two of {some(wanted or ())} mean {path!r}, with other tokens"
+                )
             _check_tokens(path, modules[path], indices)
             tokens[path] = list(indices)
     for path in {*saved} & {*tokens}:

@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -135,6 +136,33 @@ def changing(module: nn.Module, forwards: bool = True) -> Iterator[None]:
             change.end()
         finally:  # an interrupt may have stopped the first
             change.end()
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """If the body raises, all modules of ``model`` have their classes, children, hooks and other attributes again, and
+    the parameters their ``requires_grad``. Nobody's code is called for that. Values of tensors are not kept."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = []
+    for module in model.modules():
+        attributes = dict(vars(module))
+        contents = [(held, held.copy()) for held in attributes.values() if type(held) in (dict, OrderedDict, list)]
+        before.append((module, type(module), attributes, contents))
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes, contents in before:
+            if type(module) is not kind:
+                object.__setattr__(module, "__class__", kind)
+            for held, content in contents:
+                held.clear()
+                (held.extend if isinstance(held, list) else held.update)(content)
+            vars(module).clear()
+            vars(module).update(attributes)
+        for parameter, flag in flags:
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
+        raise
 
 
 def alone(function: Callable[P, R]) -> Callable[P, R]:

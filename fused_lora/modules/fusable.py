@@ -43,7 +43,7 @@ def why_not_here() -> str | None:
     """None unless something follows the calls of every module, or traces, exports or transforms what they compute."""
     if torch.compiler.is_exporting():
         return "torch.export"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return "torch.jit.trace"
     return why_transformed() or ("a hook on all modules" if _has_any_global_hook() else None)
 

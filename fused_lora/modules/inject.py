@@ -19,27 +19,19 @@ from torch import nn
 
 from fused_lora.modules import auxiliary, of_peft
 from fused_lora.modules.auxiliary import TrainedTokens, auxiliary_modules
-from fused_lora.modules.changes import alone, changing, watch
-from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config
+from fused_lora.modules.changes import alone, changing, undone_on_error, watch
+from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config, check_bool
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixed import MixedBatch
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import check_places
 from fused_lora.modules.reads import FirstForward, why_never_called
-from fused_lora.modules.targets import base_layer_of, is_supported, match_targets, warn_unused
+from fused_lora.modules.targets import HEADS, base_layer_of, is_supported, match_targets, warn_unused
 from fused_lora.modules.tree import CONFIGS, named_modules, own_path, parent_of, unwrapped
 
 # what the modules above this one do to a model that has got its first LoRA layers, further ones, or lost all
 AFTER_CHANGE: list[Callable[[nn.Module], None]] = []
-
-
-# PEFT's names for the heads of these tasks
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 class AdapterNotFound(KeyError):
@@ -113,15 +105,15 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     """
     config = as_lora_config(config)
     check_not_wrapped(model)
-    heads = [name for name in _HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
+    heads = [name for name in HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
     if heads:
         config = dataclasses.replace(config, modules_to_save=[*(config.modules_to_save or ()), *heads])
     layers, matched = {}, match_targets(model, config)
     for path in matched:
         r, lora_alpha = config.layer_rank_alpha(path)
         layers[path] = LayerSpec(r, lora_alpha)
+    warn_unused(model, config, matched)  # first, for a warning may be an error
     attach(model, adapter_name, config, layers)
-    warn_unused(model, config, matched)
     return model
 
 
@@ -163,6 +155,8 @@ def attach(
             raise ValueError(f"bias: {config.bias!r} trains biases, and {offloaded[0]!r} has no data (meta device)")
         _check_not_merged([m for m in map(modules.__getitem__, layers) if isinstance(m, LoraLinear)])
     found = auxiliary.find(model, config)
+    if found.tokens and hasattr(nn.ParameterDict(), adapter_name):
+        raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ParameterDict, choose another name")
     beside = {path: parent_of(modules, path) for path in (*found.saved, *found.tokens, *found.tied)}
     for path in layers:
         if any(f"{path}.".startswith(f"{other}.") for other in beside):
@@ -170,29 +164,33 @@ def attach(
     parts = auxiliary.build(model, found, values or {})
     first, active = not configs, active_adapters(model)
     keep = set() if first else {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    built = _build(modules, adapter_name, config, layers)
-    for path, layer in built.items():
-        setattr(*parent_of(modules, path), layer)
-    auxiliary.attach_parts(beside, adapter_name, found, parts)
-    _load_base_biases(lora_layers(model), layers)
-    watch(root)
-    setattr(root, CONFIGS, {**configs, adapter_name: config})
-    setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
-    _freeze(model, config, list(layers), keep)
-    if not any(isinstance(hook, FirstForward) for hook in root._forward_pre_hooks.values()):
-        FirstForward(root, lora_layers)
-    if first:
-        set_adapter(model, adapter_name, inference_mode=config.inference_mode)
-    else:
-        for layer in built.values():
-            layer.set_adapter(active)
-        for wrapper in auxiliary_modules(model).values():
-            wrapper.active_adapter = next(iter(wrapper._present(active)), None)
-        if not config.inference_mode and any(spec.tensors for spec in layers.values()):
-            for parameter in adapter_parameters(model, adapter_name):
-                parameter.requires_grad_(True)
-    for function in AFTER_CHANGE:
-        function(root)
+    contexts = next(iter(lora_layers(model).values()), None)
+    with undone_on_error(model):
+        built = _build(modules, adapter_name, config, layers)
+        for path, layer in built.items():
+            setattr(*parent_of(modules, path), layer)
+        auxiliary.attach_parts(beside, adapter_name, found, parts)
+        watch(root)
+        setattr(root, CONFIGS, {**configs, adapter_name: config})
+        setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
+        _freeze(model, config, list(layers), keep)
+        if not any(isinstance(hook, FirstForward) for hook in root._forward_pre_hooks.values()):
+            FirstForward(root, lora_layers)
+        if first:
+            set_adapter(model, adapter_name, inference_mode=config.inference_mode)
+        else:
+            for layer in built.values():
+                layer.set_adapter(active)
+            for wrapper in auxiliary_modules(model).values():
+                wrapper.active_adapter = next(iter(wrapper._present(active)), None)
+            if not config.inference_mode and any(spec.tensors for spec in layers.values()):
+                for parameter in adapter_parameters(model, adapter_name):
+                    parameter.requires_grad_(True)
+        if contexts is not None:
+            _enter(model, contexts)
+        for function in AFTER_CHANGE:
+            function(root)
+        _load_base_biases(lora_layers(model), layers)
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
@@ -249,6 +247,7 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
     """
     names = [adapter_names] if isinstance(adapter_names, str) else as_list(adapter_names)
     check_names(model, names)
+    check_bool("inference_mode", inference_mode)
     layers, wrappers = mergeable_layers(model), auxiliary_modules(model)
     for path, wrapper in wrappers.items():
         if len(wrapper._present(names)) > 1:
@@ -269,23 +268,26 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
     Raises:
         AdapterNotFound: the model has no such adapter. ValueError: it is merged.
+        RuntimeError: an ``adapter_batch`` with it is open.
     """
     check_names(model, [adapter_name])
+    check_no_batch(model, adapter_name)
     layers, wrappers = lora_layers(model).values(), auxiliary_modules(model).values()
     if any(adapter_name in layer.merged_adapters for layer in mergeable_layers(model).values()):
         raise ValueError(f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.")
     configs = {name: config for name, config in adapter_configs(model).items() if name != adapter_name}
     rest = [name for name in active_adapters(model) if name != adapter_name] or sorted(configs)[:1]
     was_active = adapter_name in active_adapters(model)
-    for layer in layers:
-        if was_active:
-            layer.set_adapter(rest)
-        layer.delete_adapter(adapter_name)
-    for wrapper in wrappers:
-        wrapper.delete_adapter(adapter_name)
-        if was_active:
-            wrapper.set_adapter(rest)
-    setattr(unwrapped(model), CONFIGS, configs)
+    with undone_on_error(model):
+        for layer in layers:
+            if was_active:
+                layer.set_adapter(rest)
+            layer.delete_adapter(adapter_name)
+        for wrapper in wrappers:
+            wrapper.delete_adapter(adapter_name)
+            if was_active:
+                wrapper.set_adapter(rest)
+        setattr(unwrapped(model), CONFIGS, configs)
 
 
 @of_peft.by_peft(of_peft.disable_adapters)
@@ -333,7 +335,8 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None], *, dim:
         _check_not_merged(mergeable_layers(model).values())
         if dim != 0 and beside:
             raise ValueError(f"dim: expected 0 for a model with modules trained beside LoRA, {some(beside)}, got {dim}")
-        batch = MixedBatch(model, layers, names, dim)
+        around = next((layer.mixed_batch for layer in layers.values()), None)
+        batch = MixedBatch(model, layers, names, dim, around)
         batch.attach()
         before = [
             *_set_all(layers.values(), "mixed_batch", batch),
@@ -355,9 +358,33 @@ def _set_all(parts: Iterable[nn.Module], attribute: str, value: Any) -> list[tup
 
 
 def _restore(model: nn.Module, before: list[tuple[nn.Module, str, Any]]) -> None:
+    """Undo :func:`_set_all`, for parts that were added since, too."""
     with changing(model):
+        values = {attribute: value for _, attribute, value in before}
+        for part in (*lora_layers(model).values(), *auxiliary_modules(model).values()):
+            for attribute in values.keys() & vars(part).keys():
+                setattr(part, attribute, values[attribute])
         for part, attribute, value in before:
             setattr(part, attribute, value)
+
+
+def _enter(model: nn.Module, layer: LoraLinear) -> None:
+    """Put what was added to a model into the contexts that ``layer`` is in."""
+    batch = layer.mixed_batch
+    inside: dict[str, Any] = dict(disable_adapters=layer.disable_adapters, mixed_batch=batch)
+    inside["batch_adapter_names"] = None if batch is None else batch.names
+    for part in (*lora_layers(model).values(), *auxiliary_modules(model).values()):
+        for attribute in inside.keys() & vars(part).keys():
+            setattr(part, attribute, inside[attribute])
+
+
+def check_no_batch(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Raise RuntimeError inside of an ``adapter_batch`` (with this adapter): its rows would silently be the base."""
+    batch = next((layer.mixed_batch for layer in lora_layers(model).values()), None)
+    while batch is not None:
+        if adapter_name is None or adapter_name in batch.names:
+            raise RuntimeError(f"adapter_batch: a batch of {some(batch.names)} is open; leave its context first")
+        batch = batch.around
 
 
 def as_list(adapter_names: Iterable) -> list:
@@ -371,8 +398,9 @@ def check_adapter_name(name: str) -> str:
     """``name`` if it is 1 to 64 letters, digits, "_" or "-"; else ValueError (TypeError for another type)."""
     if not isinstance(name, str):
         raise TypeError(f"adapter_name must be a str, got {name!r}")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
-        raise ValueError(f"adapter_name must be 1 to 64 letters, digits, '_' or '-', got {name[:100]!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or name == BASE:
+        what = f"1 to 64 letters, digits, '_' or '-', and not {BASE!r}, the base model's name"
+        raise ValueError(f"adapter_name must be {what}, got {name[:100]!r}")
     return name
 
 
@@ -413,25 +441,16 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> dict[str, LoraLinear]:
-    """A new LoraLinear for each plain layer. Existing ones get the adapter, and lose it if a later layer fails."""
-    built, extended = {}, []
-    frozen = [(p, p.requires_grad) for path in layers for p in modules[path].parameters()]
-    try:
-        for path, spec in layers.items():
-            module = modules[path]
-            arguments = (spec.r, spec.lora_alpha)
-            options = (config.lora_dropout, config.use_rslora, config.init_lora_weights, config.lora_bias)
-            if isinstance(module, LoraLinear):
-                module.add_adapter(adapter_name, *arguments, *options, tensors=spec.tensors)
-                extended.append(module)
-            else:
-                built[path] = LoraLinear(module, *arguments, adapter_name, *options, tensors=spec.tensors)
-    except BaseException:
-        for module in extended:
-            module.delete_adapter(adapter_name)
-        for parameter, requires_grad in frozen:
-            parameter.requires_grad_(requires_grad)
-        raise
+    """A new LoraLinear for each plain layer. Existing ones get the adapter."""
+    built = {}
+    for path, spec in layers.items():
+        module = modules[path]
+        arguments = (spec.r, spec.lora_alpha)
+        options = (config.lora_dropout, config.use_rslora, config.init_lora_weights, config.lora_bias)
+        if isinstance(module, LoraLinear):
+            module.add_adapter(adapter_name, *arguments, *options, tensors=spec.tensors)
+        else:
+            built[path] = LoraLinear(module, *arguments, adapter_name, *options, tensors=spec.tensors)
     return built
 
 

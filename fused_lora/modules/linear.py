@@ -21,13 +21,14 @@ from fused_lora.modules.config import (
     check_rank,
     scaling,
 )
+from fused_lora.modules.merged_state import MergedState
 from fused_lora.modules.mixed import MixedBatch
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import SUPPORTED, adapter_dtype, in_out_features, why_not_supported
 
 
-class LoraLinear(FusedLoraBehaviour, nn.Module):
+class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
     """y = x W^T + b + sum over active adapters of scaling * D(x) lora_A^T lora_B^T.
 
     In ``train()`` mode the input of A goes through dropout (mask drawn anew per adapter and call, regenerated in the

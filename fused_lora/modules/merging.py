@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from fused_lora.bases import base_of
 from fused_lora.modules import of_peft
 from fused_lora.modules.auxiliary import SavedModule, TrainedTokens, auxiliary_modules, breaks_a_tie
-from fused_lora.modules.changes import alone, changing, unwatch
+from fused_lora.modules.changes import alone, changing, undone_on_error, unwatch
+from fused_lora.modules.config import check_bool
 from fused_lora.modules.inject import (
     AFTER_CHANGE,
     adapter_configs,
     as_list,
     check_module,
     check_names,
+    check_no_batch,
     lora_layers,
     mergeable_layers,
 )
@@ -58,7 +60,9 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
     names = list(first.active_adapters) if adapter_names is None else as_list(adapter_names)
     check_names(model, names)
     _check_not_shared(model, {path: layer for path, layer in layers.items() if layer._present(names)})
-    if names and all(name in m.merged_adapters for m in layers.values() for name in m._present(names)):
+    if not names:
+        warnings.warn("merge: no adapters are active or named, nothing to do", stacklevel=4)
+    elif all(name in m.merged_adapters for m in layers.values() for name in m._present(names)):
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
     before, path = snapshot(layers.values()), ""
     packed: list[LoraLinear] = []
@@ -67,16 +71,23 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
         for path, layer in layers.items():  # noqa: B007 - the error names it
             new = [name for name in layer._present(names) if name not in layer.merged_adapters]
             if new:
-                if base_of(layer.base_layer).merge_weight(layer.base_layer) is None:
+                if isinstance(layer, LoraLinear) and base_of(layer.base_layer).merge_weight(layer.base_layer) is None:
                     packed.append(layer)
-                elif layer.weight.dtype in (torch.bfloat16, torch.float16):
+                elif isinstance(layer, LoraLinear) and layer.weight.dtype in (torch.bfloat16, torch.float16):
                     samples.append((layer, new, _sample(layer.weight, layer.fan_in_fan_out)))
                 layer.merge(safe_merge, new)
+        _warn_of_rounding(names, samples, packed)
     except BaseException as error:
         go_back(before)
         if isinstance(error, (ValueError, RuntimeError)):
             raise type(error)(f"{path}: {error}") from error
         raise
+
+
+def _warn_of_rounding(
+    names: Sequence[str], samples: list[tuple[LoraLinear, list[str], Tensor]], packed: list[LoraLinear]
+) -> None:
+    """Warn where the weights lost more than half of the adapters: of rows as they were, or of whole packed layers."""
     sampled, whole = [_lost(*sample) for sample in samples], [layer.delta_fidelity() for layer in packed]
     for lost, bits, where in ((sampled, "16-bit", " (of sampled rows)"), (whole, "4-bit", "")):
         kept = sum(1.0 - min(1.0, share) for share in lost) / max(len(lost), 1)
@@ -84,7 +95,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
             warnings.warn(
                 f"merge: {bits} weights keep only {kept:.0%} of the adapters {names}{where}, rounding takes the rest: "
                 "merge into float32, or do not merge",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -147,30 +158,40 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
         ``model``, without adapters. Its parameters stay frozen as they were.
 
     Raises:
-        RuntimeError: the model has no LoRA layers, or a layer is compiled or wrapped for checkpointing by itself. With
-            ``merge_adapters`` also what :func:`merge` raises. The model is then as it was.
+        RuntimeError: the model has no LoRA layers, an ``adapter_batch`` is open, or a layer is compiled or wrapped for
+            checkpointing by itself. With ``merge_adapters`` also what :func:`merge` raises. If anything is raised, the
+            model is as it was.
     """
     layers, modules = _layers(model), dict(named_modules(model))
+    check_bool("merge_adapters", merge_adapters)
+    check_no_batch(model)
     wrappers = auxiliary_modules(model)
     untied = breaks_a_tie(model)
     places = {path: parent_of(modules, path) for path in (*layers, *wrappers)}
+    before = snapshot(mergeable_layers(model).values())
     if merge_adapters:
         merge(model)
-    for path, layer in layers.items():
-        setattr(*places[path], layer.base_layer)
-    for path, wrapper in wrappers.items():
-        setattr(*places[path], wrapper.current() if isinstance(wrapper, SavedModule) else wrapper.original)
     root: Any = unwrapped(model)
-    unwatch(root)
-    for hook in [hook for hook in root._forward_pre_hooks.values() if isinstance(hook, FirstForward)]:
-        hook.remove()
+    try:
+        with undone_on_error(model):
+            if untied:
+                warnings.warn("the two embeddings differ now: config.tie_word_embeddings is set to False", stacklevel=4)
+            for path, layer in layers.items():
+                setattr(*places[path], layer.base_layer)
+            for path, wrapper in wrappers.items():
+                setattr(*places[path], wrapper.current() if isinstance(wrapper, SavedModule) else wrapper.original)
+            unwatch(root)
+            for hook in [hook for hook in root._forward_pre_hooks.values() if isinstance(hook, FirstForward)]:
+                hook.remove()
+            delattr(root, CONFIGS)
+            del root.peft_config
+            for function in AFTER_CHANGE:
+                function(root)
+    except BaseException:
+        go_back(before)
+        raise
     if untied:
         root.config.tie_word_embeddings = False
-        warnings.warn("the two embeddings differ now: config.tie_word_embeddings is set to False", stacklevel=2)
-    delattr(root, CONFIGS)
-    del root.peft_config
-    for function in AFTER_CHANGE:
-        function(root)
     return model
 
 

@@ -38,13 +38,20 @@ class MixedBatch:
 
     Args:
         model: whose calls are batches. layers: its LoRA layers by path. names: the adapter of each entry.
-        dim: dimension of the model's inputs that holds the sequences.
+        dim: dimension of the model's inputs that holds the sequences. around: the batch that was open before.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], names: Sequence[str], dim: int):
-        self.names = list(names)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        names: Sequence[str],
+        dim: int,
+        around: MixedBatch | None = None,
+    ):
+        self.names, self.around = list(names), around
         finder = _finders.get(model)
-        if finder is None or finder.layers != dict(layers):
+        if finder is None or dict(finder.layers) != dict(layers):
             finder = _finders[model] = RowFinder(model, layers)
         self._finder, self._paths = finder, {layer: path for path, layer in layers.items()}
         self._entries = Entries(len(names), checked_dim(dim), uniform=len(set(names)) == 1)
@@ -89,6 +96,8 @@ class MixedBatch:
         Raises:
             ValueError: the rows are not known, or are not the batch's.
         """
+        if layer not in self._paths:  # added since: it has none of these adapters
+            return {}
         running, path = self._of_thread(), self._paths[layer]
         direct = running.call is None
         if direct:  # the layer itself was called

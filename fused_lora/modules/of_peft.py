@@ -66,7 +66,10 @@ def by_peft(do: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def merge(wrapper: Any, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-    """merge_adapter."""
+    """merge_adapter, which passes over unknown names."""
+    for name in adapter_names or ():
+        if not isinstance(adapter_names, str) and name not in wrapper.peft_config:
+            raise ValueError(f"Adapter {name} not found.")
     wrapper.merge_adapter(adapter_names, safe_merge)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fused_lora.modules.tree import above
+
 
 def execution_device(layer: Any) -> torch.device:
     """The device of ``layer.weight`` while the layer runs; meta where nobody says."""
@@ -31,8 +33,7 @@ def check_places(modules: Mapping[str, nn.Module], layers: Mapping[str, Any], fi
         filled: paths of those whose adapter has values, which must not be put on the meta device.
     """
     for path, layer in layers.items():
-        above = ["", *(path[:i] for i, letter in enumerate(path) if letter == ".")]
-        for parent in above:
+        for parent in ("", *above(path)):
             if any(
                 getattr(h, "offload", False) and getattr(h, "place_submodules", False) for h in _hooks(modules[parent])
             ):

@@ -5,6 +5,7 @@ torch's own attention does so, and Mamba's dt_proj, fused kernels over several l
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -149,6 +150,7 @@ class FirstForward:
         self._handle = model.register_forward_pre_hook(self)
         self._reads: Reads | None = None
         self._end: RemovableHandle | None = None
+        self._handled: BaseException | None = None  # what the caller was handling
 
     def remove(self) -> None:
         """Watch nothing: the model has no adapters any longer."""
@@ -160,16 +162,20 @@ class FirstForward:
         self._handle.remove()
         self._reads = Reads(module, self._layers(module), _base_layer)
         self._end = module.register_forward_hook(self._ended, always_call=True)
+        self._handled = sys.exc_info()[1]
         self._reads.start()
 
     def _ended(self, module: nn.Module, args: tuple, output: Any) -> None:
-        reads, end = self._reads, self._end
+        reads, end, failed = self._reads, self._end, sys.exc_info()[1] is not self._handled
         if reads is None or end is None:
             return
         end.remove()
         reads.finish()
         reads.stop()
-        self._reads = self._end = None
+        self._reads = self._end = self._handled = None
+        if failed:  # perhaps between the read and the call: the next forward tells
+            self._handle = module.register_forward_pre_hook(self)
+            return
         if reads.found:
             warnings.warn(
                 f"the model reads the weights of {some(reads.found)} without calling these layers, so their adapters "

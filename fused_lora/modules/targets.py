@@ -24,6 +24,12 @@ from fused_lora.modules.tree import named_modules, unwrapped
 SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D, bitsandbytes.nn.Linear4bit"
 ALL_LINEAR = "all-linear"
 _CLASSIFIER_HEADS = ("score", "classifier")
+# PEFT's names for the heads of these tasks
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def is_lora_linear(module: nn.Module) -> bool:
@@ -105,8 +111,9 @@ def match_targets(model: nn.Module, config: LoraConfig) -> list[str]:
 def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) -> None:
     """Warn of what a config asks for and ``matched``, the paths that it adapts, do not get.
 
-    That is: keys of rank_pattern and alpha_pattern and entries of target_modules and exclude_modules that match
-    nothing, and, for "all-linear", the weights of routers and of packed experts, which are no linear layers.
+    That is: keys of rank_pattern and alpha_pattern and entries of target_modules, exclude_modules and modules_to_save
+    that match nothing; places of a layer beside its first, the only one where it is replaced, as in PEFT; and, for
+    "all-linear", the weights of routers and of packed experts, which are no linear layers.
     """
     for name in ("rank_pattern", "alpha_pattern"):
         keys = [key for key in getattr(config, name) if not any(matches_end(key, path) for path in matched)]
@@ -115,9 +122,12 @@ def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) ->
             warnings.warn(f"The following {text}.", RuntimeWarning, stacklevel=4)
     paths = [path for path, _ in candidates(model)]
     ends = {path[i:] for path in paths for i, letter in enumerate(f".{path}") if letter == "."}
-    for name in ("target_modules", "exclude_modules"):
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
         value = getattr(config, name)
-        if isinstance(value, str):  # target_modules that match nothing are an error
+        if name == "modules_to_save":  # PEFT names two heads of which a model has one
+            heads = HEADS.get(config.task_type or "", ())
+            lacking = [key for key in value or () if key not in heads and not any(p.endswith(key) for p in paths)]
+        elif isinstance(value, str):  # target_modules that match nothing are an error
             lacking = [value] if name == "exclude_modules" and not any(re.fullmatch(value, p) for p in paths) else []
         else:
             lacking = sorted((value or set()) - ends)
@@ -125,6 +135,9 @@ def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) ->
             names = dict.fromkeys(path.rpartition(".")[2] for path in paths)
             text = f"no module matches {some(lacking)}; the model has {some(names, near=lacking[0])}"
             warnings.warn(f"{name}: {text}", stacklevel=4)
+    if further := _further_places(model, matched):
+        text = f"the model has adapted layers at further places, too, where they get no adapter: {some(further)}"
+        warnings.warn(f"target_modules: {text}", stacklevel=4)
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR and (left := _matrices_left(model)):
         text = (
@@ -135,6 +148,19 @@ def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) ->
             "models: wrap the model with PEFT and call fused_lora.accelerate to train these",
             stacklevel=4,
         )
+
+
+def _further_places(model: nn.Module, matched: Sequence[str]) -> list[str]:
+    """The paths at which the model has one of these layers, beside the one given."""
+    modules = dict(named_modules(model))
+    first = {id(base_layer_of(modules[path])): path for path in matched}
+    found = []
+    for path, parent in modules.items():
+        for name, child in parent._modules.items():
+            place = f"{path}.{name}" if path else name
+            if child is not None and not is_lora_linear(parent) and first.get(id(unwrapped(child)), place) != place:
+                found.append(place)
+    return found
 
 
 def _matrices_left(model: nn.Module) -> dict[str, str]:
@@ -240,7 +266,7 @@ def _no_match(config: LoraConfig, modules: dict[str, nn.Module]) -> str:
     linear = [name for name, module in modules.items() if is_supported(module)]
     asked = {
         key: value
-        for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
         if (value := getattr(config, key)) is not None
     }
     wanted = ", ".join(f"{k}={sorted(v) if isinstance(v, set) else v!r}" for k, v in asked.items())

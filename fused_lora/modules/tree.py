@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 CONFIGS = "_fused_lora_configs"  # plain attribute of an injected model: adapter name -> LoraConfig
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # torch.compile, checkpoint_wrapper, FSDP1
+_BEFORE = re.compile(r"^((module|base_model\.model)\.)+")  # DDP, PEFT
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def own_path(path: str) -> str:
     """``path`` without the names that torch.compile, checkpoint_wrapper and FSDP1 give to what they wrap."""
     return ".".join(part for part in path.split(".") if part not in _INNER) if "._" in f".{path}" else path
+
+
+def bare_path(path: str) -> str:
+    """:func:`own_path` without what DDP and PEFT put before it."""
+    return _BEFORE.sub("", own_path(path))
+
+
+def above(path: str) -> list[str]:
+    """The paths that lead to ``path``: "a" and "a.b" for "a.b.c"."""
+    return [path[:i] for i, letter in enumerate(path) if letter == "."]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -212,12 +213,14 @@ class RowFinder:
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]):
-        self.layers = dict(layers)
+        # weak: finders are kept by model, and must not keep it
+        self.layers = WeakValueDictionary(layers)
         modules = dict(model.named_modules(remove_duplicate=False))
         around = {path[:i] for path in layers for i, letter in enumerate(path) if letter == "."} | {""}
         self._around = {id(modules[path]): path for path in sorted(around) if path in modules}
         # a hook in each of the blocks of a list would cost every step of the model
-        self.callers = {p: modules[p] for p in sorted(around) if p in modules and not re.search(r"(^|\.)\d+(\.|$)", p)}
+        callers = [p for p in sorted(around) if p in modules and not re.search(r"(^|\.)\d+(\.|$)", p)]
+        self.callers = WeakValueDictionary({p: modules[p] for p in callers})
         self._exact: dict[tuple, Known] = {}
         self._general: dict[tuple, Known | None] = {}
         self._found: dict[Key, Layout | str] = {}  # of all calls that were followed

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fused_lora.modules.arguments import check_int
 from fused_lora.modules.targets import adapter_dtype
 from fused_lora.rows import RowFinder, checked_dim
 from fused_lora.serving.batch.attach import Attachment, find_sites
@@ -74,17 +75,10 @@ class AdapterStore(Registry):
         dtype: torch.dtype | None = None,
         max_resident: int = 1024,
     ):
-        sizes = dict(capacity_bytes=capacity_bytes, host_bytes=host_bytes, grow=grow, max_resident=max_resident)
-        for name, value in sizes.items():
-            if (value is not None or name == "max_resident") and (
-                isinstance(value, bool) or not isinstance(value, int)
-            ):
-                raise TypeError(f"{name}: expected an int or None, got {value!r}")
-            if value is not None and value < (name != "host_bytes"):
-                raise ValueError(f"{name}: expected a positive number, got {value}")
-            most = _MOST_RESIDENT if name == "max_resident" else _MOST_BYTES
-            if value is not None and value > most:
-                raise ValueError(f"{name}: expected at most {most}, got {value}")
+        check_int("max_resident", max_resident, 1, _MOST_RESIDENT)
+        for name, value in (("capacity_bytes", capacity_bytes), ("host_bytes", host_bytes), ("grow", grow)):
+            if value is not None:
+                check_int(name, value, int(name != "host_bytes"), _MOST_BYTES)
         sites = find_sites(model)
         layer: Any = next(iter(sites.values())).module
         first: Tensor = layer.weight
@@ -152,10 +146,7 @@ class AdapterStore(Registry):
         self._check_attached()
         sizes = dict(max_rows=max_rows, max_groups=max_groups, max_rank=max_rank, group_size=group_size)
         for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            check_int(name, value, 1)
         if self._transfer.tables is None:
             raise RuntimeError(f"row_buffers: the grouped kernels do not run on {self.device}")
         with self._lock:
@@ -169,10 +160,7 @@ class AdapterStore(Registry):
         Raises:
             TypeError, ValueError: not a positive int. RuntimeError: the store has no limit.
         """
-        if isinstance(nbytes, bool) or not isinstance(nbytes, int):
-            raise TypeError(f"nbytes: expected an int, got {nbytes!r}")
-        if nbytes <= 0:
-            raise ValueError(f"nbytes: expected a positive number, got {nbytes}")
+        check_int("nbytes", nbytes, 1)
         with self._lock:
             if self._residency.arena.capacity is None:
                 raise RuntimeError("grow: the store has no limit to raise")

@@ -588,6 +588,41 @@ def test_savers_wait_for_each_other(tmp_path):
     assert first == second and leftovers(tmp_path) == []
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_expressions_for_alpha_are_written_as_paths(tmp_path):
+    torch.manual_seed(shifted(0))
+    base, x = mlp()
+    pattern = {r"blocks\.[0-9]+": 3, "fc1|fc2": 6}
+    config = dict(target_modules=["fc1", "0", "1", "out"], r=4, lora_alpha=6, init_lora_weights=False)
+    ours = inject(copy.deepcopy(base), LoraConfig(**config, alpha_pattern=pattern))
+    shake(adapter_parameters(ours))
+    save_adapter(ours, tmp_path)
+    written = json.loads((tmp_path / FILES[0]).read_text())["alpha_pattern"]
+    assert written == {r"^blocks\.0": 3, r"^blocks\.1": 3}
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path)
+    assert torch.equal(output(again, x), output(ours, x))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_close(output(theirs, x), output(ours, x), terms=300)
+
+
+@pytest.mark.parametrize("path", [None, 5, ["a"]], ids=repr)
+def test_a_directory_is_a_path(adapted, path):
+    for call in (lambda: save_adapter(adapted[0], path), lambda: read_adapter(path)):
+        with pytest.raises(TypeError, match="directory: expected a path, got"):
+            call()
+
+
+def test_a_name_that_is_no_utf8_is_not_written(adapted, tmp_path):
+    model = adapted[0]
+    model.name_or_path = os.fsdecode(b"/data/mod\xe8le")
+    with pytest.raises(ValueError, match="base_model_name_or_path must be text that UTF-8 can hold, got '/data"):
+        save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    save_adapter(model, tmp_path / "a", base_model_name_or_path="model")
+    assert read_adapter(tmp_path / "a").config.base_model_name_or_path == "model"
+
+
 def test_a_model_that_cannot_be_saved_leaves_the_folder_alone(adapted, tmp_path):
     model = adapted[0]
     save_adapter(model, tmp_path / "a")
@@ -600,7 +635,7 @@ def test_a_model_that_cannot_be_saved_leaves_the_folder_alone(adapted, tmp_path)
     with torch.no_grad():
         weight[0, 0] = 0
     model.double()
-    with pytest.raises(ValueError, match="must be float32, float16 or bfloat16, got torch.float64"):
+    with pytest.raises(ValueError, match="must have a dtype of F32, F16, BF16, got torch.float64"):
         save_adapter(model, tmp_path / "a")
     model.float()
     adapter_configs(model)["default"].lora_alpha = 3

@@ -6,7 +6,9 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,7 +65,7 @@ def test_crash_and_failure_cost_one_stage(contact, tmp_path, capfd):
     assert capfd.readouterr().out.endswith(page + "\n")
 
 
-def test_hanging_stage_is_killed_with_its_children(contact, tmp_path):
+def test_hanging_stage_is_killed_with_its_children(contact, tmp_path, monkeypatch):
     child = (
         "import signal, time; signal.signal(signal.SIGABRT, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
     )
@@ -74,7 +76,13 @@ child.stdout.readline()
 print("shown", child.pid, flush=True)
 time.sleep(600)
 """
-    stages = dict(name="hang", command=python(code), share=0.03), dict(name="after", command=python(""))
+
+    def monotonic():  # the stage's minute is over once it has said what it started
+        log = tmp_path / "hang.log"
+        return time.monotonic() + 70 * (log.exists() and b"shown" in log.read_bytes())
+
+    monkeypatch.setattr(contact, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
+    stages = dict(name="hang", command=python(code), share=0.1), dict(name="after", command=python(""))
     code, results, page = run(contact, tmp_path, *stages)
     assert code == 1 and results["hang"]["status"] == "timed out" and results["after"]["status"] == "passed"
     shown, *rest = results["hang"]["lines"]
@@ -82,6 +90,14 @@ time.sleep(600)
     wait_for(lambda: not alive(pid))
     assert any('File "<string>", line 6' in line for line in rest)  # where it hung
     assert "timed out" in page
+
+
+def test_all_tests_belong_to_one_stage(contact):
+    """The dry run collects a file of each."""
+    given = {part for stage in contact.STAGES for part in stage.command.split() if part.startswith("tests")}
+    left_out = {part.removeprefix("--ignore=") for part in contact.REST.split()[1:]}
+    assert left_out == given - {"tests"} == {*contact.GPU_TESTS.split(), contact.KERNEL_TESTS}
+    assert all((ROOT / path).exists() for path in left_out)
 
 
 def test_nothing_starts_without_budget(contact, tmp_path):

@@ -16,6 +16,7 @@ from fused_lora.testing.numeric import DRAWS, assert_no_worse
 from helpers.seeds import shifted
 
 TOKENS, ROWS, LENGTH = 20, 4, 5
+K, N = 24, 17  # features of :func:`pair`'s layer
 
 
 class Net(nn.Module):
@@ -158,3 +159,16 @@ def copy_into(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Each value into its weight, in the weight's dtype."""
     for weight, value in zip(weights, values, strict=True):
         weight.copy_(value)
+
+
+def pair(
+    dtype: torch.dtype = torch.float32, adapters: Mapping | None = None, base: nn.Module | None = None, **fields: Any
+) -> SideBySide:
+    """One linear layer, or ``base``, as the only layer of the models."""
+    net = nn.Sequential(nn.Linear(K, N) if base is None else base).to(dtype).eval()
+    return SideBySide(wrap(net, adapters, **{"target_modules": ["0"], **fields}))
+
+
+def layers(both: SideBySide) -> list[Any]:
+    """The LoRA layer of each model of :func:`pair`."""
+    return [model.base_model.model[0] for model in both.models]

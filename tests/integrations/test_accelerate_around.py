@@ -17,29 +17,12 @@ import fused_lora
 from fused_lora.integrations import peft as integration
 from fused_lora.reference import bits
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
-from helpers.accelerated import SideBySide, wrap
+from helpers.accelerated import K, N, layers, pair, wrap
 from helpers.seeds import shifted
 from helpers.twins import share_dropout
 
-K, N, M = 24, 17, 9
+M = 9
 TERMS = 2 * K + N + M  # of the sums of a layer and its backward
-
-
-@pytest.fixture
-def report():
-    """The calls of accelerated layers in this test, by how they ran."""
-    calls = integration.install()
-    integration.uninstall()
-    return calls
-
-
-def pair(dtype=torch.float32, adapters=None, base=None, **fields):
-    net = nn.Sequential(nn.Linear(K, N) if base is None else base).to(dtype).eval()
-    return SideBySide(wrap(net, adapters, **{"target_modules": ["0"], **fields}))
-
-
-def layers(both):
-    return [model.base_model.model[0] for model in both.models]
 
 
 class Scaled(nn.Linear):

@@ -17,29 +17,10 @@ import fused_lora
 from fused_lora.integrations import peft as integration
 from fused_lora.ops.linear.op import lora_linear
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
-from helpers.accelerated import SideBySide, quiet, wrap
+from helpers.accelerated import K, N, layers, pair, quiet, wrap
 from helpers.seeds import shifted
 
 pytestmark = pytest.mark.numeric
-
-K, N = 24, 17
-
-
-@pytest.fixture
-def report():
-    """The calls of accelerated layers in this test: fused, and left to PEFT by reason."""
-    calls = integration.install()
-    integration.uninstall()
-    return calls
-
-
-def pair(dtype=torch.float32, adapters=None, base=None, **fields):
-    net = nn.Sequential(nn.Linear(K, N) if base is None else base).to(dtype).eval()
-    return SideBySide(wrap(net, adapters, **{"target_modules": ["0"], **fields}))
-
-
-def layers(both):
-    return [model.base_model.model[0] for model in both.models]
 
 
 def assert_like_peft(both, x, fused, draws=DRAWS):

@@ -10,6 +10,7 @@ from fused_lora.kernels.lora_shrink import lora_shrink
 from fused_lora.testing.interpreter import fixed_order_dot
 from fused_lora.testing.layers import LayerCase
 from fused_lora.testing.numeric import assert_close
+from helpers.kernels import each_pair
 
 TILES = {
     "planned": None,
@@ -45,16 +46,7 @@ def test_shapes_ranks_and_dropout(M, N, K, r, p, config, device, kernel_memory):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize(
-    "dtype, adapter_dtype",
-    [
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-    ],
-    ids=str,
-)
+@each_pair
 def test_dtypes(dtype, adapter_dtype, p, device, kernel_memory):
     check(LayerCase.make(65, 33, 100, [24], [p], dtype, adapter_dtype, device=device), TILES["split"])
 

@@ -8,6 +8,7 @@ from fused_lora.kernels.config import LaunchConfig
 from fused_lora.kernels.lora_expand import lora_expand
 from fused_lora.testing.layers import LayerCase
 from fused_lora.testing.numeric import assert_no_worse
+from helpers.kernels import each_pair, several_adapters
 
 TILES = [None, LaunchConfig("expand", 32, 64, 16, 16), LaunchConfig("expand", 64, 256, 16, 32, num_warps=8)]
 
@@ -40,21 +41,12 @@ def test_shapes_ranks_and_dropout(M, N, K, r, p, config, device, kernel_memory):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize(
-    "dtype, adapter_dtype",
-    [
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-    ],
-    ids=str,
-)
+@each_pair
 def test_dtypes(dtype, adapter_dtype, p, device, kernel_memory):
     check(LayerCase.make(65, 33, 100, [24], [p], dtype, adapter_dtype, device=device))
 
 
-@pytest.mark.parametrize("ranks, dropout", [([3, 24], [0.1, 0.5]), ([16, 16], [0.0, 0.9]), ([1, 2, 40], [0.0] * 3)])
+@several_adapters
 def test_several_adapters_with_masks_of_their_own(ranks, dropout, device, kernel_memory):
     check(LayerCase.make(65, 33, 100, ranks, dropout, device=device))
 

@@ -8,6 +8,7 @@ from fused_lora.kernels.lora_grad import lora_linear_weight_grad
 from fused_lora.testing.interpreter import fixed_order_dot
 from fused_lora.testing.layers import LayerCase
 from fused_lora.testing.numeric import assert_close
+from helpers.kernels import each_pair, several_adapters
 
 WHOLE = LaunchConfig("weight_grad", 64, 16, 64, 16)
 SPLIT = LaunchConfig("weight_grad", 64, 16, 32, 16, SPLIT_K=3)
@@ -46,22 +47,13 @@ def test_shapes_ranks_and_dropout(config, M, N, K, r, p, device, kernel_memory):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize(
-    "dtype, adapter_dtype",
-    [
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-    ],
-    ids=str,
-)
+@each_pair
 def test_dtypes(dtype, adapter_dtype, p, device, kernel_memory):
     """fp32 adapters over a 16-bit base get fp32 gradients: their products may not be rounded to 16 bits on the way."""
     check(LayerCase.make(65, 33, 100, [24], [p], dtype, adapter_dtype, device=device), SPLIT)
 
 
-@pytest.mark.parametrize("ranks, dropout", [([3, 24], [0.1, 0.5]), ([16, 16], [0.0, 0.9]), ([1, 2, 40], [0.0] * 3)])
+@several_adapters
 def test_several_adapters_with_masks_of_their_own(ranks, dropout, device, kernel_memory):
     check(LayerCase.make(65, 33, 100, ranks, dropout, device=device), SPLIT)
 

@@ -11,6 +11,7 @@ from fused_lora.kernels.lora_shrink import lora_shrink
 from fused_lora.testing.interpreter import fixed_order_dot
 from fused_lora.testing.layers import LayerCase
 from fused_lora.testing.numeric import assert_close
+from helpers.kernels import PAIRS, several_adapters
 
 SPLIT = LaunchConfig("split", 64, 64, 64, 16)
 RECOMPUTE = LaunchConfig("recompute", 64, 64, 64, 32)
@@ -48,22 +49,12 @@ def test_shapes_ranks_and_dropout(variant, M, N, K, r, p, device, kernel_memory)
 
 
 @pytest.mark.parametrize("variant, p", [("split", 0.0), ("split", 0.5), ("recompute", 0.0)])
-@pytest.mark.parametrize(
-    "dtype, adapter_dtype",
-    [
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-        (torch.float32, torch.bfloat16),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype, adapter_dtype", [*PAIRS, (torch.float32, torch.bfloat16)], ids=str)
 def test_dtypes(variant, dtype, adapter_dtype, p, device, kernel_memory):
     check(LayerCase.make(33, 65, 100, [24], [p], dtype, adapter_dtype, device=device), VARIANTS[variant])
 
 
-@pytest.mark.parametrize("ranks, dropout", [([3, 24], [0.1, 0.5]), ([16, 16], [0.0, 0.9]), ([1, 2, 40], [0.0] * 3)])
+@several_adapters
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_adapters_with_masks_of_their_own(ranks, dropout, dtype, device, kernel_memory):
     check(LayerCase.make(33, 65, 100, ranks, dropout, dtype, device=device), SPLIT)

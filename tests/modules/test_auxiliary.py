@@ -6,7 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
@@ -156,6 +156,77 @@ def test_merge_unmerge_and_unload_are_pefts(model, config, safe_merge):
         assert_close(output(plain), output(bare), terms=2000)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merges_of_16_bit_models_write_pefts_rows(dtype):
+    ours, theirs = (m.to(dtype) for m in twins("llama", "both"))
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    fused_lora.merge(ours)
+    theirs.merge_adapter()
+    rows = theirs.base_model.model.model.embed_tokens.token_adapter.get_base_layer().weight
+    assert torch.equal(auxiliary_modules(ours)["model.embed_tokens"].base_layer.weight, rows)
+    fused_lora.unmerge(ours)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+
+
+class Counting(nn.Module):
+    """A head with an integer buffer and a parameter without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4))
+        self.head.register_parameter("scale", nn.Parameter(torch.ones(())))
+
+    def forward(self, x):
+        return self.head(self.body(x)) * self.head.scale
+
+
+def test_heads_with_counters_and_scalars_go_both_ways(tmp_path):
+    torch.manual_seed(shifted(6))
+    fields = {"r": 2, "target_modules": ["body"], "modules_to_save": ["head"], "init_lora_weights": False}
+    base, x = Counting(), torch.randn(5, 8)
+    ours = fused_lora.inject(copy.deepcopy(base), LoraConfig(**fields))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields))
+    for model, head in ((ours, ours.head), (theirs, theirs.base_model.model.head)):
+        head.modules_to_save["default"].scale.data.fill_(3)
+        model(x)  # in train mode: the counter rises
+        model.eval()
+    fused_lora.save_adapter(ours, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert load_file(tmp_path / "ours" / "adapter_model.safetensors")[f"{PREFIX}head.0.num_batches_tracked"] == 1
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert_close(again(x), ours(x), terms=100)
+    again = copy.deepcopy(base)
+    fused_lora.load_adapter(again, tmp_path / "theirs")
+    assert again.head.modules_to_save["default"][0].num_batches_tracked == 1
+    assert_close(again(x), theirs(x), terms=100)
+
+
+@pytest.mark.parametrize("name, wrong", [("head.0.num_batches_tracked", torch.float32), ("head.scale", torch.int64)])
+def test_a_counter_is_no_weight(name, wrong, tmp_path):
+    fields = {"r": 2, "target_modules": ["body"], "modules_to_save": ["head"]}
+    fused_lora.save_adapter(fused_lora.inject(Counting(), LoraConfig(**fields)), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, PREFIX + name: tensors[PREFIX + name].to(wrong)}, file)
+    model = Counting()
+    with pytest.raises(AdapterError, match=f"{name}: expected dtype torch"):
+        fused_lora.load_adapter(model, tmp_path)
+    assert not auxiliary_modules(model) and not fused_lora.adapter_configs(model)
+
+
+@pytest.mark.parametrize("change", ["cast", "cut"])
+def test_an_embedding_that_was_changed_while_merged_is_not_unmerged(change):
+    ours, _ = twins("llama", "tokens")
+    fused_lora.merge(ours)
+    base = auxiliary_modules(ours)["model.embed_tokens"].base_layer
+    base.weight = nn.Parameter(base.weight.data.double() if change == "cast" else base.weight.data[:5].clone())
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    with pytest.raises(RuntimeError, match="embed_tokens: base_layer.weight was changed or cast while merged"):
+        fused_lora.unmerge(ours)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+
+
 @each_case
 def test_checkpoints_go_both_ways(model, config, tmp_path):
     ours, theirs = twins(model, config)
@@ -288,6 +359,10 @@ WRONG = {
     "no embedding": ({"trainable_token_indices": {"norm": [1]}}, "expected 'norm' to be an nn.Embedding"),
     "no such token": ({"trainable_token_indices": [VOCABULARY]}, f"has {VOCABULARY} tokens, got {VOCABULARY}"),
     "both": ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "expected one of them"),
+    "two names": (
+        {"trainable_token_indices": {"embed_tokens": [1], "tokens": [2]}},
+        "two of 'embed_tokens', 'tokens' mean 'embed_tokens', with other tokens",
+    ),
     "a list": ({"modules_to_save": ["blocks"]}, "is a ModuleList, which cannot be called"),
     "shared": ({"modules_to_save": ["twin"]}, "is used at several places"),
     "lora inside": ({"modules_to_save": ["other"], "target_modules": ["body"]}, "has LoRA layers of another adapter"),
@@ -308,6 +383,16 @@ def test_wrong_requests_change_nothing(case):
     assert net.state_dict().keys() == before.keys() and [p.requires_grad for p in net.parameters()] == flags
 
 
+@pytest.mark.parametrize("name", ["get", "copy", "popitem", "_keys", "keys"])
+def test_names_that_the_containers_have_themselves_change_nothing(name):
+    net, _ = twins("net", "both", ("first",))
+    before, flags = net.state_dict(), [p.requires_grad for p in net.parameters()]
+    with pytest.raises(ValueError, match=f"adapter_name: '{name}' is an attribute of nn..*Dict, choose another name"):
+        fused_lora.inject(net, LoraConfig(r=2, target_modules=["body"], trainable_token_indices=[1]), name)
+    assert net.state_dict().keys() == before.keys() and [p.requires_grad for p in net.parameters()] == flags
+    assert list(fused_lora.adapter_configs(net)) == ["first"]
+
+
 def test_merges_that_cannot_be_taken_back_are_refused():
     ours, _ = twins("llama", "tokens", ("a", "b"))
     fused_lora.merge(ours, ["a"])
@@ -323,7 +408,7 @@ def test_merges_that_cannot_be_taken_back_are_refused():
     assert not any(layer.merged for layer in fused_lora.lora_layers(ours).values())
     fused_lora.merge(ours, ["b"])
     embedding.base_layer.weight.data[TOKENS[0], 0] += 1
-    with pytest.raises(RuntimeError, match="was changed while merged"):
+    with pytest.raises(RuntimeError, match="was changed or cast while merged"):
         fused_lora.unmerge(ours)
     assert all(layer.merged for layer in fused_lora.lora_layers(ours).values())
 

@@ -40,8 +40,8 @@ class Stack(nn.Module):
         return x
 
 
-def ours():
-    model = Stack().eval()
+def ours(layers=4):
+    model = Stack(layers).eval()
     for name in NAMES:
         fused_lora.inject(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), name)
     return model
@@ -271,7 +271,7 @@ def test_an_interrupt_anywhere_lets_the_others_go_on(error):
 
     Python looks for signals where a function begins, and where one of C has ended.
     """
-    model, step = ours(), 0
+    model, step = ours(layers=2), 0  # one to be taken back when the other fails
     before = weights(model)
     with ThreadPoolExecutor(1) as pool:
         while True:

@@ -1,8 +1,10 @@
 """Whole models beside PEFT: injection, choice of adapters, mixed batches, merging, copies, and failures."""
 
 import copy
+import gc
 import importlib.util
 import warnings
+import weakref
 from pathlib import Path
 
 import peft
@@ -825,6 +827,37 @@ def test_an_adapter_name_is_a_str(name):
     assert not fused_lora.lora_layers(model)
 
 
+FLAGS = {
+    "merge_adapters": lambda model, value: fused_lora.unload(model, merge_adapters=value),
+    "inference_mode": lambda model, value: fused_lora.set_adapter(model, "a", inference_mode=value),
+    "is_trainable": lambda model, value: fused_lora.load_adapter(model, "nowhere", "b", is_trainable=value),
+    "autocast_adapter_dtype": lambda model, value: fused_lora.load_adapter(
+        model, "nowhere", "b", autocast_adapter_dtype=value
+    ),
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("value", ["false", None, 0], ids=repr)
+def test_a_flag_is_a_bool(flag, value):
+    model = add(llama(), "a")
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=f"{flag} must be True or False, got"):
+        FLAGS[flag](model, value)
+    assert_unchanged(model, before)
+
+
+def test_the_name_of_the_base_is_no_adapters():
+    model = toy()
+    with pytest.raises(
+        ValueError, match="adapter_name must be .* not '__base__', the base model's name, got '__base__'"
+    ):
+        fused_lora.inject(model, LoraConfig(target_modules=["0"]), "__base__")
+    with pytest.raises(ValueError, match="adapter_name must be .* not '__base__'"):
+        fused_lora.AdapterStore(model).load("__base__", {"0": (torch.ones(1, 8), torch.ones(12, 1), 1.0)})
+    assert not fused_lora.lora_layers(model)
+
+
 @pytest.mark.parametrize("field, value", [("bias", "some"), ("r", 0), ("lora_dropout", float("nan"))])
 def test_a_config_that_was_broken_by_hand_is_refused(field, value):
     model, config = toy(), LoraConfig(target_modules=["0"])
@@ -832,3 +865,155 @@ def test_a_config_that_was_broken_by_hand_is_refused(field, value):
     with pytest.raises(ValueError, match=field):
         fused_lora.inject(model, config)
     assert not fused_lora.lora_layers(model)
+
+
+# ---- all or nothing
+
+
+def add(model, name, **fields):
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **fields)
+    return fused_lora.inject(model, config, name)
+
+
+def state_of(model):
+    """All that a failed call must leave alone."""
+    modules = [
+        (path, id(m), type(m), {k: list(v) for k, v in vars(m).items() if "hooks" in k and v})
+        for path, m in model.named_modules()
+    ]
+    return modules, sorted(vars(model)), dict(fused_lora.adapter_configs(model)), fused_lora.active_adapters(model)
+
+
+WHOLE = {"modules_to_save": ["lm_head"], "trainable_token_indices": [3, 5]}
+CHANGES = {
+    "inject": (lambda model: model, lambda model: add(model, "new", **WHOLE)),
+    "inject one more": (lambda model: add(model, "old"), lambda model: add(model, "new", bias="lora_only")),
+    "unload": (lambda model: add(model, "old", **WHOLE), fused_lora.unload),
+    "merge and unload": (lambda model: add(model, "old", **WHOLE), lambda m: fused_lora.unload(m, merge_adapters=True)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_error_at_any_registration_changes_nothing(change):
+    before, call = CHANGES[change]
+    model, ids, failed = before(llama()).eval(), tokens(), 0
+    output(model, ids)  # hooks that the first call takes away are gone
+    expected, values, state = output(model, ids), snapshot(model), state_of(model)
+    for register in (
+        nn.modules.module.register_module_module_registration_hook,
+        nn.modules.module.register_module_parameter_registration_hook,
+    ):
+        for position in range(1000):
+            calls = iter(range(position, -1, -1))
+
+            def fail(module, name, value, calls=calls):
+                if next(calls, None) == 0:
+                    raise RuntimeError("a hook of the user's")
+
+            with register(fail):
+                try:
+                    call(model)
+                except RuntimeError as error:
+                    assert "a hook of the user's" in str(error)
+                else:
+                    break
+            failed += 1
+            assert_unchanged(model, values)
+            assert state_of(model) == state and torch.equal(output(model, ids), expected)
+        model = before(llama()).eval()
+        output(model, ids)
+        expected, values, state = output(model, ids), snapshot(model), state_of(model)
+    assert failed >= 6
+
+
+def narrow():
+    """A bf16 model whose merge keeps almost nothing of its adapter."""
+    model = fused_lora.inject(llama(torch.bfloat16), LoraConfig(r=2, target_modules=["q_proj"]))
+    randomize_adapters(model, std=1e-5)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, call, said",
+    [
+        (llama, lambda model: add(model, "a", rank_pattern={"nothing": 3}), "rank_pattern keys did not match"),
+        (narrow, fused_lora.merge, "16-bit weights keep only"),
+        (narrow, lambda model: fused_lora.unload(model, merge_adapters=True), "16-bit weights keep only"),
+        (
+            lambda: add(llama(tie_word_embeddings=True), "a", modules_to_save=["lm_head"]),
+            fused_lora.unload,
+            "tie_word_embeddings is set to False",
+        ),
+    ],
+    ids=["inject", "merge", "merge and unload", "unload"],
+)
+def test_a_warning_that_is_an_error_changes_nothing(make, call, said):
+    model = make()
+    values, state, tied = snapshot(model), state_of(model), model.config.tie_word_embeddings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((UserWarning, RuntimeWarning), match=said):
+            call(model)
+    assert_unchanged(model, values)
+    assert state_of(model) == state and not any(m.merged for m in fused_lora.lora_layers(model).values())
+    assert model.config.tie_word_embeddings is tied
+
+
+def test_an_open_mixed_batch_keeps_its_adapters():
+    ours, _ = twin_models(llama(), {**TWO, "three": TWO["two"]})
+    randomize_adapters(ours, std=0.3)
+    ids = tokens(2)
+    with fused_lora.adapter_batch(ours, ["one", None]):
+        expected = output(ours, ids)
+        with fused_lora.adapter_batch(ours, ["two", None]):
+            for name in ("one", "two"):
+                with pytest.raises(RuntimeError, match="adapter_batch: a batch of .* is open"):
+                    fused_lora.delete_adapter(ours, name)
+        with pytest.raises(RuntimeError, match="adapter_batch: a batch of .* is open"):
+            fused_lora.unload(ours)
+        fused_lora.delete_adapter(ours, "three")
+        assert torch.equal(output(ours, ids), expected)
+    fused_lora.delete_adapter(ours, "one")
+    assert list(fused_lora.adapter_configs(ours)) == ["two"]
+
+
+@pytest.mark.parametrize("context", [fused_lora.disable_adapters, lambda m: fused_lora.adapter_batch(m, ["one", None])])
+def test_an_adapter_that_is_added_inside_a_context_acts_after_it(context):
+    ours, _ = twin_models(llama(), TWO)
+    randomize_adapters(ours, std=0.3)
+    ids = tokens(2)
+    with context(ours):
+        expected = output(ours, ids)
+        with context(ours):
+            fused_lora.inject(ours, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False), "head")
+            fused_lora.set_adapter(ours, "head")
+            assert torch.equal(output(ours, ids), expected)
+        assert torch.equal(output(ours, ids), expected)
+    base = llama()
+    base.load_state_dict({k.replace("base_layer.", ""): v for k, v in ours.state_dict().items() if "lora_" not in k})
+    layer = ours.lm_head
+    hidden = base.model(ids).last_hidden_state
+    A, B = layer.lora_A["head"].weight, layer.lora_B["head"].weight
+    assert_close(output(ours, ids), base.lm_head(hidden) + layer.scaling["head"] * hidden @ A.T @ B.T, terms=1000)
+
+
+def test_a_mixed_batch_does_not_keep_the_model():
+    model, _ = twin_models(llama(), TWO)
+    with fused_lora.adapter_batch(model, ["one", None]):
+        output(model, tokens(2))
+    layer, whole = weakref.ref(next(iter(fused_lora.lora_layers(model).values()))), weakref.ref(model)
+    fused_lora.unload(model)
+    gc.collect()
+    assert layer() is None
+    del model
+    gc.collect()
+    assert whole() is None
+
+
+def test_a_merge_of_nothing_says_so():
+    model = add(llama(), "a")
+    fused_lora.set_adapter(model, [])
+    with pytest.warns(UserWarning, match="merge: no adapters are active or named, nothing to do"):
+        fused_lora.merge(model)
+    with pytest.warns(UserWarning, match="merge: no adapters are active or named, nothing to do"):
+        fused_lora.merge(model, [])

@@ -114,6 +114,12 @@ def test_what_cannot_be_done_names_pefts_call(models, call, instead, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_merge_of_an_unknown_adapter_is_no_silent_no_op(models):
+    with pytest.raises(ValueError, match="Adapter third not found"):
+        fused_lora.merge(models[0], ["first", "third"])
+    assert not any(m.merged for m in peft_layers(models[0]))
+
+
 def test_layers_without_a_peft_model_are_no_silent_no_op():
     model = peft.inject_adapter_in_model(peft.LoraConfig(**CONFIG), Net())
     for call in (fused_lora.merge, fused_lora.unmerge, fused_lora.active_adapters, fused_lora.unload):

@@ -97,6 +97,22 @@ def test_a_forward_that_fails_leaves_nothing(net):
     model = injected(net)
     with pytest.raises(ValueError, match="x: expected"):
         model(torch.randn(3, K + 1))
+    assert plain(model)
+    warned(lambda: model(torch.randn(3, K)))
+    assert plain(model) and not hooks(model)
+
+
+def test_a_forward_that_failed_between_read_and_call_tells_nothing(net):
+    model = injected(net)
+    handle = model.called.lora_A["default"].register_forward_pre_hook(lambda *_: 1 / 0)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(ZeroDivisionError):
+                model(torch.randn(3, K))
+    handle.remove()
+    with pytest.warns(UserWarning, match="reads the weights of 'read' without calling"):
+        model(torch.randn(3, K))
     assert plain(model) and not hooks(model)
 
 

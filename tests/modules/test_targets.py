@@ -253,6 +253,35 @@ def test_a_target_that_matches_nothing_is_told():
         fused_lora.inject(model, LoraConfig(target_modules=["querry", "value"]))
 
 
+def test_a_module_to_save_that_matches_nothing_is_told():
+    def model():
+        return nn.ModuleDict({"query": nn.Linear(4, 4), "score": nn.Linear(4, 4)})
+
+    with pytest.warns(UserWarning, match="modules_to_save: no module matches 'skore'; the model has 'query', 'score'"):
+        fused_lora.inject(model(), LoraConfig(target_modules=["query"], modules_to_save=["skore", "score"]))
+    # PEFT adds the names of all heads that such a model may have
+    peft_s = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS", modules_to_save=["classifier", "score"])
+    for config in (peft_s, LoraConfig(target_modules=["query"], task_type="SEQ_CLS")):
+        assert not told(lambda config=config: fused_lora.inject(model(), config))
+
+
+def test_further_places_of_a_layer_are_told():
+    model = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(4, 4)}), "b": nn.ModuleDict({"k": nn.Linear(4, 4)})})
+    model["b"]["q"] = model["a"]["q"]
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q"]), copy.deepcopy(model))
+    assert type(theirs["b"]["q"]) is nn.Linear
+    for name in ("first", "second"):
+        with pytest.warns(UserWarning, match="target_modules: .* at further places, too, .* no adapter: 'b.q'"):
+            fused_lora.inject(model, LoraConfig(target_modules=["q"]), name)
+        assert not told(lambda name=name: fused_lora.inject(model, LoraConfig(target_modules=["k"]), f"{name}_k"))
+
+
+def test_targets_that_are_all_saved_whole_are_told():
+    model = nn.ModuleDict({"body": nn.ModuleDict({"query": nn.Linear(4, 4)})})
+    with pytest.raises(ValueError, match=r"no module matches target_modules=\['query'\], modules_to_save=\['body'\]"):
+        fused_lora.inject(model, LoraConfig(target_modules=["query"], modules_to_save=["body"]))
+
+
 def test_all_linear_names_the_experts_and_routers_that_it_leaves_out():
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     config = transformers.MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **sizes)

@@ -8,7 +8,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import fused_lora
 from fused_lora import LoraConfig, LoraLinear
 from fused_lora.modules.targets import match_targets
-from fused_lora.modules.tree import named_modules, own_path, parent_of, unwrapped
+from fused_lora.modules.tree import above, bare_path, named_modules, own_path, parent_of, unwrapped
 from helpers.wrapped import compiled, each_block
 
 
@@ -108,3 +108,9 @@ def test_a_layer_that_is_wrapped_by_itself():
 def test_own_path():
     assert own_path("a._orig_mod.b._checkpoint_wrapped_module.c") == own_path("_fsdp_wrapped_module.a.b.c") == "a.b.c"
     assert own_path("module.a_orig_mod._x") == "module.a_orig_mod._x"
+
+
+def test_names_that_others_put_before_or_into_a_path():
+    assert bare_path("module.base_model.model._orig_mod.layers.0._checkpoint_wrapped_module.q") == "layers.0.q"
+    assert bare_path("layers.module.q") == "layers.module.q"
+    assert above("a.b.c") == ["a", "a.b"] and above("a") == []

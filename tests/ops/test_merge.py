@@ -410,7 +410,9 @@ def test_what_happens_to_the_adapter_while_merged_does_not_matter(misuse, dtype)
         lambda layer: layer.weight.data.add_(1e-2),
         lambda layer: layer.base_layer.to(torch.float64),
         lambda layer: layer.base_layer.weight.data.zero_(),
-        lambda layer: layer.load_state_dict({**layer.state_dict(), "base_layer.weight": torch.zeros(40, 24)}),
+        lambda layer: layer.base_layer.load_state_dict(
+            {**layer.base_layer.state_dict(), "weight": torch.zeros(40, 24)}
+        ),
     ],
     ids=["add", "cast", "zero", "load_state_dict"],
 )

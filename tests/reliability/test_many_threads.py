@@ -103,7 +103,7 @@ class Trial:
 
     def next_version(self, name):
         with self.store._lock:
-            return self.store._counts.get(name, 0) + 1
+            return self.store._last_number(name) + 1
 
     def serve(self, names):
         with self.store.batch(names) as batch:

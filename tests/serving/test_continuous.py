@@ -352,10 +352,10 @@ def test_draws_follow_the_distribution():
 
 
 def test_top_p_keeps_the_smallest_sufficient_set():
-    step = continuous_sampling.TopP(always=True)
+    step = continuous_sampling.TopP()
     scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4, 1)[:, [2, 0, 3, 1]]
     values = torch.tensor([0.5, 0.75, 0.01, 1.0])
-    kept = torch.isfinite(step(scores, values.view(torch.int32)))
+    kept = torch.isfinite(step.apply(scores, values))
     assert kept.tolist() == [
         [False, True, False, False],
         [False, True, False, True],
@@ -525,7 +525,7 @@ def test_adapters_may_come_and_go_while_requests_run(world, served, alone):
 
 @pytest.mark.slow
 def test_quickstart_model(tmp_path, monkeypatch):
-    """64 requests over 16 adapters of ranks 4 to 64 and the base, on SmolLM2-135M."""
+    """64 requests over 16 adapters of ranks 4 to 64 and the base, on 6 of the 30 layers of SmolLM2-135M."""
     import sys
     from pathlib import Path
 
@@ -535,6 +535,7 @@ def test_quickstart_model(tmp_path, monkeypatch):
     parts = importlib.import_module("quickstart_model")
     sys.modules.pop("quickstart_model")
     model, tokenizer = parts.load(None, torch.device("cpu"), torch.float32)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:6], 6
     plain = parts.share(model)
     adapters = {
         f"a{i}": serving.write_adapter(tmp_path / f"a{i}", plain, r, seed=i, std=0.02) for i, r in enumerate(RANKS)

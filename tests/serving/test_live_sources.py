@@ -88,6 +88,13 @@ def test_plain_adapters_are_served_as_peft_computes_them(base, fields):
     assert_served(base, wrapped(base, **fields))
 
 
+def test_what_compile_wraps_inside_the_model_goes_by_its_own_name(base):
+    live = wrapped(base)
+    blocks = live.base_model.model.model.layers
+    blocks[0] = torch.compile(blocks[0], backend="eager")
+    assert_served(base, live)
+
+
 def test_an_eva_adapter_is_served(base):
     live = peft.get_peft_model(
         copy.deepcopy(base),

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import threading
+import tracemalloc
 import weakref
 
 import numpy as np
@@ -369,6 +370,31 @@ def test_versions_and_identities(model, tmp_path):
             call("a")
     assert store.load("a", adapter(4, 4)) == 4
     assert (store.identity("a"), store.versions()) == ("a@4", {"a": 4, "b": 1})
+
+
+def test_names_that_were_unloaded_are_not_remembered_for_ever(model, monkeypatch):
+    monkeypatch.setattr(registry, "_REMEMBERED", 2)
+    store, tensors = AdapterStore(model), adapter(4, 1)
+    assert [store.load("a", tensors) for _ in range(5)] == [1, 2, 3, 4, 5]
+    seen = set()
+    for name in "abcabcdea":
+        seen.add(store.identity(name) if name in store else name)
+        store.load(name, tensors)
+        assert store.identity(name) not in seen
+        seen.add(store.identity(name))
+        store.unload(name)
+    tracemalloc.start()
+    try:
+        for i in range(600):
+            if i == 300:
+                gc.collect()
+                before = tracemalloc.get_traced_memory()[0]
+            store.load(f"{i:064}", tensors)
+            store.unload(f"{i:064}")
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - before < 300 * 64  # not even the names
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_running_batch_keeps_its_version(model):

@@ -55,6 +55,20 @@ def test_a_packed_cache_is_found_by_the_keys_of_another_folder(tmp_path):
     assert found.returncode != 0 and "compiled again" in found.stderr
 
 
+def test_the_kernels_own_tests_fill_the_cache(tmp_path):
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import precompile
+assert all(path.is_file() for path in precompile.TESTS)
+precompile.TESTS = [path for path in precompile.TESTS if path.stem == "test_sync"]
+precompile.fill_tests(90)
+"""
+    found = run("-c", code, str(TOOL.parent), cache=tmp_path)
+    assert found.returncode == 0 and "passed" in found.stdout, found.stdout + found.stderr
+    assert (tmp_path / "parts.jsonl").stat().st_size > 0
+
+
 def test_a_cache_of_another_release_is_refused(tmp_path):
     import io
     import json

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fused_lora.diagnostics.tables import dtype_name
 from fused_lora.diagnostics.verification import report
 from fused_lora.diagnostics.verification.layers import Layer
 from fused_lora.diagnostics.verification.report import Finding, LayerCheck, Verification
@@ -36,7 +37,7 @@ def add_findings(model: nn.Module, layers: list[Layer], result: Verification) ->
     lost = [check for check in result.layers if 1 - check.lost < LEAST_SURVIVING]
     if lost and not result.findings:
         kept = min(max(0.0, 1 - check.lost) for check in lost)
-        dtypes = ", ".join(sorted({str(check.dtype).removeprefix("torch.") for check in lost}))
+        dtypes = ", ".join(sorted({dtype_name(check.dtype) for check in lost}))
         text = (
             f"a merge into {dtypes} keeps only {kept:.0%} of the adapter in the worst of {len(lost)} layers, "
             f"below {LEAST_SURVIVING:.0%}: merge into float32, or do not merge"
@@ -54,8 +55,8 @@ def _why_broken(broken: list[Layer], checks: dict[str, LayerCheck]) -> Finding:
         return Finding(report.DOUBLE, "the merged weight holds the adapter once more than was merged", paths)
     for dtype in (torch.bfloat16, torch.float16):
         if all(layer.weight.dtype != dtype and _on_grid(layer.weight, dtype) for layer in broken):
-            name = str(dtype).removeprefix("torch.")
-            return Finding(report.QUANTISED, f"the merged weight was rounded to {name} after the merge", paths)
+            text = f"the merged weight was rounded to {dtype_name(dtype)} after the merge"
+            return Finding(report.QUANTISED, text, paths)
     return Finding(report.BASE, "the merged weight is not what the merge left, it was replaced since", paths)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.diagnostics.verification.layers import Layer
+from fused_lora.modules.outputs import main_output
 
 
 @dataclass
@@ -68,7 +69,12 @@ def run(
             handles.append(layer.module.register_forward_pre_hook(enter(layer)))
             handles.append(layer.module.register_forward_hook(leave(layer)))
         torch.manual_seed(seed)
-        found.output = output_of(_call(model, inputs)).detach().clone()
+        result = _call(model, inputs)
+        output = main_output(result)
+        if output is None:
+            wanted = "an output with a floating-point tensor"
+            raise TypeError(f"model: expected {wanted}, got {type(result).__name__}")
+        found.output = output.detach().clone()
     finally:
         for handle in handles:
             handle.remove()
@@ -83,25 +89,6 @@ def sample(tensor: Tensor, rows: int) -> Tensor:
     flat = tensor.detach().reshape(-1, tensor.shape[-1])
     step = max(1, -(-flat.shape[0] // rows))
     return flat[::step].clone()
-
-
-def output_of(result: object) -> Tensor:
-    """The tensor to compare in what a model returned: its logits, its last hidden state, or its first tensor.
-
-    Raises:
-        TypeError: there is no floating-point tensor.
-    """
-    if isinstance(result, Tensor) and result.is_floating_point():
-        return result
-    for name in ("logits", "last_hidden_state"):
-        value = getattr(result, name, None)
-        if isinstance(value, Tensor):
-            return value
-    parts = result.values() if isinstance(result, Mapping) else result if isinstance(result, (tuple, list)) else ()
-    for part in parts:
-        if isinstance(part, Tensor) and part.is_floating_point():
-            return part
-    raise TypeError(f"model: expected an output with a floating-point tensor, got {type(result).__name__}")
 
 
 def check_inputs(inputs: object) -> None:

@@ -13,14 +13,14 @@ from fused_lora.diagnostics.verification import report
 from fused_lora.diagnostics.verification.layers import Layer, find_layers
 from fused_lora.diagnostics.verification.report import Finding
 from fused_lora.diagnostics.verification.weights import Relation, relate
+from fused_lora.modules.tree import bare_path
 
-_WRAPPERS = re.compile(r"^((_orig_mod|module|base_model\.model)\.)+")
-_INNER = re.compile(r"\.(base_layer|modules_to_save\.[^.]+|_orig_mod)(?=\.)")
+_INNER = re.compile(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.)")
 
 
 def plain_name(name: str) -> str:
     """A parameter's name in the bare model: without PEFT's, DDP's and torch.compile's wrappers."""
-    return _INNER.sub("", _WRAPPERS.sub("", name))
+    return _INNER.sub("", bare_path(name))
 
 
 def compare_weights(

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fused_lora.diagnostics.tables import dtype_name, grouped, pattern, table
+from fused_lora.modules.names import some
+
 DROPOUT = "dropout left on"
 RANDOM = "not deterministic"
 DOUBLE = "double merge"
@@ -32,7 +35,7 @@ class Finding:
     layers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        where = f" [{_some(self.layers)}]" if self.layers else ""
+        where = f" [{some(self.layers)}]" if self.layers else ""
         return f"{self.cause}: {self.message}{where}"
 
 
@@ -141,13 +144,11 @@ class Verification:
 
     def __str__(self) -> str:
         head = ("layers, largest of each", "n", "dtype", "max |merged - unmerged|", "error / bound", "delta lost", "")
-        groups: dict[tuple[str, str, str], list[LayerCheck]] = {}
-        for check in self.layers:
-            path = (
-                ".".join("*" if part.isdigit() else part for part in check.path.split(".")) if check.ok else check.path
-            )
-            key = path, str(check.dtype).removeprefix("torch."), "rounding" if check.ok else "BUG"
-            groups.setdefault(key, []).append(check)
+
+        def kind(check: LayerCheck) -> tuple[str, str, str]:
+            judgement = "rounding" if check.ok else "BUG"
+            return pattern(check.path) if check.ok else check.path, dtype_name(check.dtype), judgement
+
         rows = [head] + [
             (
                 path,
@@ -158,13 +159,9 @@ class Verification:
                 f"{max(check.lost for check in checks):.2%}",
                 judgement,
             )
-            for (path, dtype, judgement), checks in groups.items()
+            for (path, dtype, judgement), checks in grouped(self.layers, kind).items()
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = []
-        for path, *cells in rows:
-            numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-            lines.append("  ".join([path.ljust(widths[0]), *numbers]).rstrip())
+        lines = table(rows, numbers=True)
         lines.append(f"output, merged against unmerged: {self.output}")
         if self.reference is not None:
             lines.append(f"output, this model against the reference: {self.reference}")
@@ -179,8 +176,3 @@ class Verification:
         }[self.verdict]
         lines.append(f"verdict: {said}; a merge keeps {self.survives:.1%} of the adapter")
         return "\n".join(lines)
-
-
-def _some(names: tuple[str, ...], most: int = 4) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_lora.diagnostics.tables import dtype_name
+
 CONFIDENCE = 10.0  # lambda of the bounds: exceeded with probability 2 n exp(-lambda^2 / 2), below 1e-17 for n = 16384
 _BLOCK_ELEMENTS = 1 << 21
 
@@ -184,7 +186,7 @@ def _grid(weight: Tensor, other: Tensor) -> str:
         for dtype in (torch.bfloat16, torch.float16):
             rounded = fine.to(dtype).to(torch.float64)
             if torch.equal(coarse.double(), rounded.to(coarse.device)) and not torch.equal(fine.double(), rounded):
-                return str(dtype).removeprefix("torch.")
+                return dtype_name(dtype)
         few, many = _distinct(coarse), _distinct(fine)
         if few <= 0.75 * many:
             return f"a grid of {few:.0f} values a row, the other has {many:.0f}"

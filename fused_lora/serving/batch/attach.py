@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fused_lora.modules.reads import Reads
 from fused_lora.modules.targets import candidates, in_out_features, is_supported
-from fused_lora.modules.tree import named_modules
+from fused_lora.modules.tree import above, named_modules
 from fused_lora.serving.batch.batch import running
 from fused_lora.serving.residency.packing import Site
 
@@ -63,7 +63,7 @@ class Attachment:
         """Watch which layers the model does not call, or has no longer."""
         model, modules = store.model, dict(named_modules(store.model))
         self._reads = Reads(model, {path: site.module for path, site in sites.items()})
-        paths = sorted({path[:end] for path in sites for end in (*_dots(path), len(path))})
+        paths = sorted({part for path in sites for part in (*above(path), path)})
         self._places = []  # path, the parent's modules, the name there, what was there
         for path in paths:
             parent, _, name = path.rpartition(".")
@@ -102,10 +102,6 @@ def _drop_ended(hooks: dict[int, Any], with_kwargs: dict[int, bool]) -> None:
     for key in [key for key, hook in hooks.items() if isinstance(hook, _Shared) and not hook.attached]:
         del hooks[key]
         with_kwargs.pop(key, None)
-
-
-def _dots(path: str) -> list[int]:
-    return [i for i, letter in enumerate(path) if letter == "."]
 
 
 class _Shared:

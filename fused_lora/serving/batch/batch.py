@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.modules.names import some
+from fused_lora.modules.outputs import main_output
 from fused_lora.rows import Call, Entries, RowFinder, Running
-from fused_lora.serving.batch.finite import bad_positions, main_output, unless_padding
+from fused_lora.serving.batch.finite import bad_positions, unless_padding
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
 from fused_lora.serving.batch.static import RowBuffers
@@ -133,7 +134,7 @@ class Batch:
         Raises:
             ValueError: the model's batch is not a multiple of the entries.
         """
-        trace = self._traces.get(threading.get_ident()) or self._trace()
+        trace = self._trace()
         if trace.running.call is None:
             trace.shared = None  # of a step that was broken off
             self._siblings.close(trace)
@@ -153,13 +154,13 @@ class Batch:
         On a GPU the check is queued. It is read at the model's next call or at the end of the batch, so that nothing
         waits for it. A graph that is being captured is not checked.
         """
-        trace = self._traces.get(threading.get_ident()) or self._trace()
+        trace = self._trace()
         call = trace.running.leave(module, output is not None)
         if call is None or output is None or not (self.check_outputs and self.groups):
             return
         for bad in self._bad_sums():
             self._unread.append(self._with_groups(unless_padding(bad, kwargs, call.sequences)))
-        found = main_output(output)
+        found = main_output(output, dims=2)  # a dimension for rows
         if found is not None and not (found.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._unread.append(self._with_groups(unless_padding(bad_positions(found), kwargs, call.sequences)))
         if found is None or not found.is_cuda:
@@ -171,7 +172,7 @@ class Batch:
         return sorted({row for bad in self._bad_sums() for row in bad.nonzero().view(-1).tolist()})
 
     def _bad_sums(self) -> list[Tensor]:
-        trace = self._traces.get(threading.get_ident()) or self._trace()
+        trace = self._trace()
         sums, trace.sums = trace.sums, {}
         return [torch.isfinite(found).logical_not_() for found in sums.values()]
 
@@ -202,7 +203,7 @@ class Batch:
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
         """y += the LoRA terms of x at this layer, in place."""
-        trace, index = self._traces.get(threading.get_ident()) or self._trace(), site.index
+        trace, index = self._trace(), site.index
         call = trace.running.call
         if call is None:  # the layer itself was called
             self._keep_rows(trace, trace.running.enter_layer(site.path, site.module, x))
@@ -238,7 +239,7 @@ class Batch:
             raise RuntimeError("batch: a graph would keep these adapters for ever; use row_buffers, or no graph")
         if site.index not in self._prepared.sites and self._buffers is None:
             return
-        trace = self._traces.get(threading.get_ident()) or self._trace()
+        trace = self._trace()
         before = trace.running.call
         trace.running.call = self._finder.in_compiled_code(site.path, site.module, x, self._entries)
         try:
@@ -279,7 +280,12 @@ class Batch:
         self._prepared.eager_(rows, index, flat, y)
 
     def _trace(self) -> Trace:
-        return self._traces.setdefault(threading.get_ident(), Trace(Running(self._finder, self._entries, self._before)))
+        """The calls of this thread."""
+        thread = threading.get_ident()
+        trace = self._traces.get(thread)
+        if trace is None:
+            trace = self._traces[thread] = Trace(Running(self._finder, self._entries, self._before))
+        return trace
 
     def _rows(self, trace: Trace, site: Site, x: Tensor) -> Rows:
         call = trace.running.call

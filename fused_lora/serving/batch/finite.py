@@ -9,16 +9,6 @@ import torch
 from torch import Tensor
 
 
-def main_output(output: Any) -> Tensor | None:
-    """The tensor that an answer is read from: logits or last hidden states of a transformers output, or the first
-    floating tensor with a dimension for rows."""
-    if isinstance(output, Mapping):
-        found = [output[name] for name in ("logits", "last_hidden_state") if name in output] or list(output.values())
-    else:
-        found = list(output) if isinstance(output, (tuple, list)) else [output]
-    return next((t for t in found if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 2), None)
-
-
 def bad_positions(output: Tensor) -> Tensor:
     """Bool [*output.shape[:-1]]: NaN or +inf somewhere in the last dimension, or -inf all over it (single tokens may be
     -inf)."""

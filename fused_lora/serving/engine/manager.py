@@ -32,6 +32,7 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.utils import stream_context
 
+from fused_lora.modules.arguments import check_int
 from fused_lora.serving.engine import request as continuous_request
 from fused_lora.serving.engine import sampling as continuous_sampling
 from fused_lora.serving.engine.admission import ADAPTER, SCHEDULER, VERSION, Admission, EngineCounters
@@ -91,8 +92,7 @@ class AdapterManager(ContinuousBatchingManager):
         self._in_step: list[RequestState] | None = None
         self._failures_in_a_row = 0
         super().__init__(model, greedy, _checked(config or default_config(model.device)))
-        keys = {ADAPTER: str, VERSION: str}
-        continuous_sampling.install(self.logit_processor, always=False, own_keys=keys)
+        continuous_sampling.install(self.logit_processor, {ADAPTER: str, VERSION: str})
         self.batch_processor = self._create_batch_processor()
         self.max_request_tokens = infer_max_single_request_tokens(self.batch_processor.cache)
         self._head, self._check = model.get_output_embeddings(), StepCheck(model)
@@ -144,7 +144,7 @@ class AdapterManager(ContinuousBatchingManager):
         if adapter is not None:
             self.store.identity(adapter)  # raises AdapterNotFound
         ids = continuous_request.token_ids(input_ids, self.model.config.get_text_config().vocab_size)
-        count = continuous_request.count("max_new_tokens", max_new_tokens)
+        count = check_int("max_new_tokens", max_new_tokens, 1)
         if len(ids) + count > self.max_request_tokens:
             raise ValueError(
                 f"input_ids: {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the cache's "

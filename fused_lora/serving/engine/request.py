@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
+
+from fused_lora.modules.arguments import check_int
 
 # below this the quotients leave float32's range, and the draw would be the arg max anyway
 SMALLEST_TEMPERATURE = 1e-5
@@ -24,18 +26,10 @@ def token_ids(ids: Any, vocabulary: int) -> list[int]:
         raise ValueError("input_ids: expected at least one token id, got none")
     for i, token in enumerate(found):
         if type(token) is not int:
-            _integer(f"input_ids[{i}]", token)
+            check_int(f"input_ids[{i}]", token)
         if not 0 <= token < vocabulary:
             raise ValueError(f"input_ids[{i}]: expected a token id in [0, {vocabulary}), got {token}")
     return list(map(int, found))
-
-
-def count(name: str, value: Any) -> int:
-    """``value`` as an int of at least 1. Raises TypeError, ValueError."""
-    value = _integer(name, value)
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value
 
 
 def ends(value: Any) -> int | list[int] | None:
@@ -43,8 +37,8 @@ def ends(value: Any) -> int | list[int] | None:
     if value is None:
         return None
     if isinstance(value, (list, tuple)):
-        return [_integer(f"eos_token_id[{i}]", token) for i, token in enumerate(value)]
-    return _integer("eos_token_id", value)
+        return [check_int(f"eos_token_id[{i}]", token) for i, token in enumerate(value)]
+    return check_int("eos_token_id", value)
 
 
 def sampling(temperature: Any, top_p: Any, seed: Any) -> dict[str, float | int]:
@@ -54,14 +48,8 @@ def sampling(temperature: Any, top_p: Any, seed: Any) -> dict[str, float | int]:
         raise ValueError(f"temperature: expected a number >= 0, got {temperature!r}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
-    drawn = {} if seed is None else {"seed": _integer("seed", seed)}
+    drawn = {} if seed is None else {"seed": check_int("seed", seed)}
     return {} if temperature < SMALLEST_TEMPERATURE else {"temperature": temperature, "top_p": top_p, **drawn}
-
-
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an int, got {value!r:.100}")
-    return int(value)
 
 
 def _number(name: str, value: Any) -> float:

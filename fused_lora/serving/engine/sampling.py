@@ -26,17 +26,14 @@ _MASK32 = 0xFFFFFFFF
 class PerRequest(ContinuousBatchingLogitsProcessor):
     """One number per request, carried to the device as a row of the engine's int32 inputs.
 
-    If no request of a batch differs from the default, the step is skipped. With ``always`` it is not: a captured graph
-    must contain it for later batches.
+    If no request of a batch differs from the default, the step is skipped.
     """
 
     supported_kwargs: dict[str, type]
     ignored_kwargs: tuple[str, ...] = ()
     default: float
     dtype: torch.dtype
-
-    def __init__(self, always: bool):
-        self.always = self.used = always
+    used = False
 
     def value(self, state: RequestState) -> float:
         """The request's number; ``default`` means no change."""
@@ -52,7 +49,7 @@ class PerRequest(ContinuousBatchingLogitsProcessor):
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
         values = [self.value(request.state) for request in requests_with_new_token]
-        self.used = self.always or any(value != self.default for value in values)
+        self.used = any(value != self.default for value in values)
         return torch.tensor(values, dtype=self.dtype).view(torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
@@ -116,9 +113,9 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def install(processors: ContinuousBatchingLogitsProcessorList, always: bool, own_keys: dict[str, type]) -> None:
+def install(processors: ContinuousBatchingLogitsProcessorList, own_keys: dict[str, type]) -> None:
     """Make ``processors`` the per-request ones; ``own_keys`` are further request arguments the engine shall accept."""
-    steps = [Temperature(always), TopP(always), Draw(always)]
+    steps = [Temperature(), TopP(), Draw()]
     processors.logits_processor = LogitsProcessorList(steps)
     processors.tensors_required = len(steps)
     processors.do_processing = True

@@ -18,7 +18,7 @@ from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.engine.admission import version_of
 from fused_lora.serving.engine.failures import StepFailed, failure_of
 from fused_lora.serving.engine.manager import AdapterManager
-from fused_lora.serving.http.api import ApiError, queue_full, too_slow, unknown_model
+from fused_lora.serving.http.api import ApiError, queue_full, too_slow, unexpected, unknown_model
 from fused_lora.serving.http.metrics import Metrics
 from fused_lora.serving.http.text import TextStream
 from fused_lora.serving.residency.refusal import NonFiniteOutput
@@ -280,7 +280,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, StepFailed):
         message = f"the model failed in a step with this request ({error.kind}); the server's log says more"
         return ApiError(500, message, code="step_failed")
-    return ApiError(500, f"{type(error).__name__} in the engine; its log says more")
+    return unexpected(error)
 
 
 def _load_error(error: Exception) -> ApiError:

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fused_lora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from fused_lora.serving.http.api import ApiError
 from fused_lora.serving.http.engine import Limits
 from fused_lora.serving.http.metrics import Metrics
 
 STARTED = "fused_lora.started"  # key of a scope: when its request began, by time.monotonic
 OPEN_PATHS = ("/health", "/metrics")
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _ROUTES = (*OPEN_PATHS, "/openapi.json") + tuple(
     f"/v1/{name}" for name in "completions chat/completions models load_lora_adapter unload_lora_adapter".split()
 )
@@ -35,7 +35,6 @@ class Guard:
             return
         # a label per path that somebody makes up would fill the memory
         route = scope["path"] if scope["path"] in _ROUTES else "other"
-
         scope[STARTED] = time.monotonic()
 
         async def counted(message: dict) -> None:
@@ -120,7 +119,7 @@ def allowed_adapter(root: Path, path: str) -> Path:
         root = root.resolve(strict=True)
         folder = (root / path).resolve()
         inside = folder.is_relative_to(root) and folder != root
-        files = [(folder / name).resolve() for name in _FILES] if inside else []
+        files = [(folder / name).resolve() for name in (CONFIG_NAME, WEIGHTS_NAME)] if inside else []
         there = all(file.is_file() for file in files)
     except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL byte, a name too long
         raise outside from None

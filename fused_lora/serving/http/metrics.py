@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 PREFIX = "fused_lora_"
@@ -24,14 +25,11 @@ class Histogram:
         self.counts[bisect.bisect_left(_SECONDS, seconds)] += 1
         self.total += seconds
 
-    def samples(self, name: str) -> Iterable[tuple[str, float]]:
-        """(name with labels, value) of each line."""
-        running = 0
-        for bound, count in zip((*map(str, _SECONDS), "+Inf"), self.counts, strict=True):
-            running += count
-            yield f'{name}_bucket{{le="{bound}"}}', running
-        yield f"{name}_sum", self.total
-        yield f"{name}_count", running
+    def samples(self) -> dict[str, float]:
+        """The value of each line by what comes after the name."""
+        bounds, counts = (*map(str, _SECONDS), "+Inf"), list(itertools.accumulate(self.counts))
+        found: dict[str, float] = {f'_bucket{{le="{b}"}}': n for b, n in zip(bounds, counts, strict=True)}
+        return {**found, "_sum": self.total, "_count": counts[-1]}
 
 
 class Rate:
@@ -63,25 +61,20 @@ class Metrics:
         """The whole page."""
         lines: list[str] = []
 
-        def put(kind: str, name: str, help_text: str, samples: Iterable[tuple[str, float]] | float) -> None:
+        def put(kind: str, name: str, help_text: str, samples: Mapping[str, float] | float) -> None:
             full = PREFIX + name
             lines.extend((f"# HELP {full} {help_text}", f"# TYPE {full} {kind}"))
-            pairs = [(full, samples)] if isinstance(samples, (int, float)) else samples
-            lines.extend(f"{key} {value}" for key, value in pairs)
+            by_label = samples if isinstance(samples, Mapping) else {"": samples}
+            lines.extend(f"{full}{label} {value}" for label, value in by_label.items())
 
         counters, stats = engine.counters, store.stats()
-        name = f"{PREFIX}requests_total"
-        requests = [
-            (f'{name}{{route="{route}",status="{status}"}}', count)
-            for (route, status), count in sorted(self.requests.items())
-        ]
+        requests = {f'{{route="{r}",status="{status}"}}': n for (r, status), n in sorted(self.requests.items())}
         put("counter", "requests_total", "Answers by route and status.", requests)
         running, waiting = engine.queue_lengths()
         put("gauge", "requests_running", "Requests with a place in the batch.", running)
         put("gauge", "requests_waiting", "Requests waiting for a place or for their adapter.", waiting)
         put("counter", "sequences_started_total", "Sequences given to the engine.", self.started)
-        name = f"{PREFIX}sequences_ended_total"
-        ended = ((f'{name}{{outcome="{outcome}"}}', count) for outcome, count in self.ended.items())
+        ended = {f'{{outcome="{outcome}"}}': count for outcome, count in self.ended.items()}
         put("counter", "sequences_ended_total", "Sequences by how they ended.", ended)
         put("counter", "prompt_tokens_total", "Tokens of accepted prompts.", self.prompt_tokens)
         put("counter", "generation_tokens_total", "Tokens generated.", counters.generated_tokens)
@@ -94,8 +87,7 @@ class Metrics:
         put("counter", "non_finite_requests_total", "Requests whose rows were not finite.", bad)
         put("counter", "step_requests_total", "Requests summed over forward passes.", counters.requests_in_steps)
         put("counter", "step_adapters_total", "Distinct adapters summed over passes.", counters.adapters_in_steps)
-        name = f"{PREFIX}step_rows_total"
-        rows = ((f'{name}{{kind="adapter"}}', counters.adapter_rows), (f'{name}{{kind="base"}}', counters.base_rows))
+        rows = {'{kind="adapter"}': counters.adapter_rows, '{kind="base"}': counters.base_rows}
         put("counter", "step_rows_total", "Token rows summed over forward passes.", rows)
         waits = counters.waits_for_adapters
         put("counter", "adapter_waits_total", "Times a request had to wait for room for its adapter.", waits)
@@ -106,7 +98,7 @@ class Metrics:
         put("gauge", "adapters_in_use", "Adapters that running requests hold on the device.", stats["in_use"])
         put("gauge", "adapters_refused", "Adapters that are not served at present.", len(store.refusals()))
         put("gauge", "adapters_known", "Adapters that requests can name.", stats["adapters"])
-        for key, what in (("first_token", "Seconds to the first token."), ("request_seconds", "Seconds of a request.")):
-            full = "time_to_first_token_seconds" if key == "first_token" else key
-            put("histogram", full, what, getattr(self, key).samples(PREFIX + full))
+        first = self.first_token.samples()
+        put("histogram", "time_to_first_token_seconds", "Seconds to the first token.", first)
+        put("histogram", "request_seconds", "Seconds of a request.", self.request_seconds.samples())
         return "\n".join(lines) + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +9,9 @@ from torch import Tensor, nn
 
 from fused_lora.modules.config import check_init, is_neutral
 from fused_lora.modules.names import some
-from fused_lora.modules.tree import CONFIGS
+from fused_lora.modules.tree import CONFIGS, above, bare_path
 
 Triples = dict[str, tuple[Tensor, Tensor, float]]
-_WRAPPERS = re.compile(r"^((_orig_mod|module|base_model\.model)\.)+")
 _PLAIN = ("lora_A", "lora_B")  # by adapter name, in a layer that is served
 # config entries for tensors beyond A and B, which adapters that are served beside others do not have
 _MORE = ("modules_to_save", "trainable_token_indices", "lora_bias", "use_dora", "alora_invocation_tokens")
@@ -31,7 +29,7 @@ def live_adapter(source: nn.Module, name: str, base: nn.Module) -> Triples:
             shape than ``base`` or trains parameters besides. The message names the first.
     """
     found: dict[str, Any] = {
-        _WRAPPERS.sub("", path): module
+        bare_path(path): module
         for path, module in source.named_modules()
         if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "base_layer")
     }
@@ -87,7 +85,7 @@ def _check_nothing_else(source: nn.Module, chosen: str, layers: Mapping[str, Any
     for path, module in source.named_modules():
         if not hasattr(module, "active_adapters"):
             continue
-        plain = _WRAPPERS.sub("", path)
+        plain = bare_path(path)
         for part, held in module._modules.items():
             if not isinstance(held, (nn.ModuleDict, nn.ParameterDict)) or part == "lora_dropout":
                 continue
@@ -105,9 +103,9 @@ def _check_parameters(source: nn.Module, base: nn.Module, kept: set[str]) -> Non
     beside what is ``kept`` under adapters' names and is not the base's own."""
     ours = dict(base.named_parameters())
     for full, parameter in source.named_parameters():
-        if any(full[:i] in kept for i, letter in enumerate(full) if letter == "."):
+        if any(path in kept for path in above(full)):
             continue
-        parts = _WRAPPERS.sub("", full).split(".")
+        parts = bare_path(full).split(".")
         path = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
         own = ours.get(path)
         if own is not None and parameter.is_floating_point() and own.shape != parameter.shape:  # quantised: packed

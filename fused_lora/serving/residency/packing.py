@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
+from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, WEIGHTS_NAME, Adapter, Plan, read_checked
 from fused_lora.adapters.read import check_model, warn_left_out
 from fused_lora.modules.config import MAX_RANK, scaling
 from fused_lora.modules.names import mismatch, some
 
 _ALIGNMENT = 64
+Signature = tuple[tuple[int, ...], ...]  # device, inode, size and times of each file
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,22 +65,16 @@ class Packed(NamedTuple):
             into_B_t.copy_(B.t())
 
 
-class Signature(NamedTuple):
-    """The state of an adapter's files. It changes when a file is replaced or written."""
-
-    files: tuple[tuple[int, ...], ...]
-
-
 def signature(folder: str) -> Signature | None:
-    """The state of the two files in ``folder``; None if they are not there."""
+    """The state of the two files in ``folder``, which changes when one is replaced or written; None without them."""
     found = []
     try:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
             info = os.stat(os.path.join(folder, name))
             found.append((info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
     except (OSError, ValueError):
         return None
-    return Signature(tuple(found))
+    return tuple(found)
 
 
 def from_folder(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fused_lora.adapters.checkpoint import path_text
 from fused_lora.modules.config import check_bool
 from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
 from fused_lora.modules.names import some
@@ -29,6 +30,9 @@ from fused_lora.serving.residency.transfer import Transfer
 Source = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor, float]] | nn.Module
 
 
+_REMEMBERED = 4096  # unloaded names whose versions are counted on
+
+
 class _Changed(Exception):
     """The files of a version have changed since it was loaded, and it must be read again."""
 
@@ -36,10 +40,10 @@ class _Changed(Exception):
         self.packed, self.files = packed, files
 
 
-def _absolute(folder: str | os.PathLike) -> str:
-    path = os.fsdecode(folder)
+def _absolute(folder: str | os.PathLike, name: str = "source") -> str:
+    path = path_text(name, folder)
     if not path or "\0" in path:
-        raise ValueError(f"source: expected the path of a folder, got {path!r}")
+        raise ValueError(f"{name}: expected the path of a folder, got {path!r}")
     return os.path.abspath(path)
 
 
@@ -62,7 +66,8 @@ class Registry:
     ):
         self.model, self._sites, self._transfer = model, sites, transfer
         self._versions: dict[str, Version] = {}
-        self._counts: dict[str, int] = {}
+        self._unloaded: dict[str, int] = {}  # the last versions of names that have none now, latest last
+        self._forgotten = 0  # no version of a name that is in neither is above it
         self._pinned: set[str] = set()
         self._pool: ThreadPoolExecutor | None = None
         self._hits = self._misses = 0
@@ -94,7 +99,8 @@ class Registry:
                 tensors that are not of LoRA layers. At least one layer must fit, and each layer must be whole.
 
         Returns:
-            The version: 1 for the first load of a name. Each load increments it, even after an unload.
+            The version: 1 for the first load of a name. Each load increments it, even after an unload. Beyond 4,096
+            unloaded names the oldest are forgotten, and a new name begins above their versions.
 
         Raises:
             AdapterError: a file is damaged. ValueError: the adapter does not fit the model. StoreFull: no room beside
@@ -104,7 +110,7 @@ class Registry:
         check_bool("allow_partial", allow_partial)
         self._check_attached()
         if isinstance(source, (str, os.PathLike)):
-            folder, root = _absolute(source), None if inside is None else _absolute(inside)
+            folder, root = _absolute(source), None if inside is None else _absolute(inside, "inside")
             packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype, root, allow_partial)
             version = Version(name, 0, folder, files=files, inside=root, allow_partial=allow_partial)
             return self._load_packed(version, packed).number
@@ -161,7 +167,7 @@ class Registry:
         self._check_attached()
         if not isinstance(source, (str, os.PathLike)):
             raise TypeError(f"source: expected a folder, got {type(source).__name__}")
-        root = None if inside is None else _absolute(inside)
+        root = None if inside is None else _absolute(inside, "inside")
         check_bool("allow_partial", allow_partial)
         version = Version(name, 0, _absolute(source), inside=root, allow_partial=allow_partial)
         return self._name(version).number
@@ -192,6 +198,10 @@ class Registry:
         with self._lock:
             version = self._find(name)
             del self._versions[name]
+            self._unloaded[name] = version.number
+            if len(self._unloaded) > _REMEMBERED:
+                oldest = next(iter(self._unloaded))
+                self._forgotten = max(self._forgotten, self._unloaded.pop(oldest))
             self._pinned.discard(name)
             self._residency.retire(version)
 
@@ -378,12 +388,18 @@ class Registry:
             if instead_of is not None and self._versions.get(name) is not instead_of:
                 self._residency.retire(version)
                 return version
-            version.number = self._counts[name] = self._counts.get(name, 0) + 1
             old = self._versions.get(name)
+            version.number = self._last_number(name) + 1
+            self._unloaded.pop(name, None)
             self._versions[name] = version
             if old is not None:
                 self._residency.retire(old)
             return version
+
+    def _last_number(self, name: str) -> int:
+        """The highest version that ``name`` may have had."""
+        version = self._versions.get(name)
+        return self._unloaded.get(name, self._forgotten) if version is None else version.number
 
     def _find(self, name: str) -> Version:
         if not isinstance(name, str):

@@ -1,0 +1,48 @@
+"""State dicts and merges: a weight that an adapter is merged into is neither overwritten nor taken for the base's own.
+
+Without this, loading a base over a merge drops the adapter, and loading merged weights into a model whose adapters are
+not merged adds it twice, both without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MERGED = "merged"  # in the metadata of a state dict, which torch.save keeps: names of the adapters
+_WEIGHT = "base_layer.weight"
+
+
+class MergedState:
+    """For a module with a ``base_layer`` and ``merged_adapters``."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        module: Any = super()
+        module._save_to_state_dict(destination, prefix, keep_vars)
+        names = self._names_merged()
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if names and metadata is not None:
+            metadata[_MERGED] = names
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
+    ) -> None:
+        new, names = state_dict.get(f"{prefix}{_WEIGHT}"), self._names_merged()
+        theirs = local_metadata.get(_MERGED, [])
+        if isinstance(new, Tensor) and names:
+            weight: Any = self.get_submodule("base_layer").weight  # type: ignore[attr-defined]
+            if new.is_meta or weight.is_meta or not torch.equal(new.to(weight.device), weight):
+                raise RuntimeError(f"{prefix}{_WEIGHT}: {names} are merged into it; unmerge before load_state_dict")
+        elif isinstance(new, Tensor) and theirs:
+            raise RuntimeError(
+                f"{prefix}{_WEIGHT}: the state was taken while {theirs} were merged, and would add them twice; unmerge "
+                "before state_dict"
+            )
+        module: Any = super()
+        module._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _names_merged(self) -> list[str]:
+        return list(getattr(self, "owner", self).merged_adapters)  # type: ignore[attr-defined]
