@@ -80,11 +80,13 @@ class Base:
 
     def delta_fidelity(self, module: nn.Module, record: Any) -> float:
         """Share of the merged delta that rounding lost, ||(Wm - W) - D|| / ||D||."""
-        return merging.delta_fidelity(module._parameters["weight"], record)[1]
+        weight: Any = module._parameters["weight"]
+        return merging.delta_fidelity(weight, record)[1]
 
     def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
         """What PEFT rounds new adapters to, before it may hold them in fp32; None: as they were drawn."""
-        return module.weight.dtype
+        weight: Any = module.weight
+        return weight.dtype
 
     def why_not_adapted(self, module: nn.Module) -> str | None:
         """None when a LoRA layer may be built around ``module``, else the reason: the field and what it holds."""
@@ -98,7 +100,7 @@ class Base:
 
 def _writable(module: nn.Module) -> Tensor:
     """The weight; for a tensor made in inference mode, which torch lets nobody else write to, a twin."""
-    weight = module._parameters["weight"]
+    weight: Any = module._parameters["weight"]
     if not weight.is_inference():
         return weight
     twin = torch.empty(0, dtype=weight.dtype, device=weight.device)

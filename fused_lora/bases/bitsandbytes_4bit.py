@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_lora.bases.base import Adapters, Base, Factors, register, why_not_own_call, why_not_plain_bias
 from fused_lora.ops.dequant import dequantise_4bit
@@ -28,7 +29,7 @@ _REPACKED_ROWS = 32  # whose values share memory in the layout for CPUs
 class Weight(packed.Packed):
     """The tensors of a Params4bit as they are now: a later call of the layer may put others in their place."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, weight: Any = None):
+    def __init__(self, module: Any, dtype: torch.dtype, weight: Any = None):
         weight = module._parameters["weight"] if weight is None else weight
         state, data = weight.quant_state, weight.data
         self.shape, self.dtype, self.device = tuple(state.shape), dtype, data.device
@@ -106,10 +107,10 @@ class Merged:
 
 def _delta(factors: Factors) -> Tensor:
     """sum_i (B_i A_i) s_i in fp32 or wider, each product as PEFT forms it."""
-    return sum((B.float() @ A.float()) * s for A, B, s in zip(*factors, strict=True))
+    return reduce(torch.add, [(B.float() @ A.float()) * s for A, B, s in zip(*factors, strict=True)])
 
 
-def is_repacked(module: nn.Module) -> bool:
+def is_repacked(module: Any) -> bool:
     """Whether a call in ``eval()`` without gradients has put the weight into the layout for CPUs."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
@@ -126,13 +127,13 @@ def compute_dtype(module: Any, x: Tensor) -> torch.dtype:
 class Linear4bit(Base):
     """A Params4bit of [N, K] values and a bias [N] or None."""
 
-    def why_not_fused(self, module: nn.Module) -> str | None:
+    def why_not_fused(self, module: Any) -> str | None:
         """None for a quantised weight of a known kind, and a call that nobody has changed."""
         parameters = module._parameters
         reason = why_not_own_call(module, "the base layer") or _why_not_known(module, parameters.get("weight"))
         return reason or why_not_plain_bias(parameters, module.out_features)
 
-    def why_not_call(self, module: nn.Module, x: Tensor, outputs: int) -> str | None:
+    def why_not_call(self, module: Any, x: Tensor, outputs: int) -> str | None:
         """None where x fits and a gradient may be wanted, or in training."""
         weight, bias = module._parameters["weight"], module._parameters["bias"]
         if weight.device != x.device or (bias is not None and bias.device != x.device):
@@ -152,7 +153,7 @@ class Linear4bit(Base):
         fits = x.dtype is compute_dtype(module, x)
         return None if fits else "the input has another dtype than the base layer computes in"
 
-    def forward(self, module: nn.Module, x: Tensor, adapters: Adapters) -> Tensor:
+    def forward(self, module: Any, x: Tensor, adapters: Adapters) -> Tensor:
         """x W^T + b and the terms, one rounding, in x's dtype."""
         dtype = compute_dtype(module, x)
         if not module.compute_type_is_set:
@@ -164,25 +165,26 @@ class Linear4bit(Base):
             bias = lora_bias if bias is None else bias + lora_bias  # of a 16-bit and an fp32 tensor: fp32
         return packed.lora_linear(x, Weight(module, dtype), bias, lora_A, lora_B, scaling, dropout)
 
-    def features(self, module: nn.Module) -> tuple[int, int]:
+    def features(self, module: Any) -> tuple[int, int]:
         """As the module has them: the packed weight has another shape."""
         return module.in_features, module.out_features
 
-    def merge_weight(self, module: nn.Module) -> None:
+    def merge_weight(self, module: Any) -> None:
         """None: 4 bits hold no sum. :meth:`merge_` makes another weight."""
         return None
 
-    def why_not_merged(self, module: nn.Module) -> str | None:
+    def why_not_merged(self, module: Any) -> str | None:
         """None for a weight of a known kind."""
         return _why_not_known(module, module._parameters.get("weight"))
 
-    def merge_(self, module: nn.Module, factors: Factors, fan_in_fan_out: bool) -> Merged:
+    def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> Merged:
         """dequant(W) + D, quantised again as W was, as a new parameter; the old one is kept as it is."""
         from bitsandbytes.functional import quantize_4bit
-        from bitsandbytes.nn import Params4bit
+        from bitsandbytes.nn.modules import Params4bit
 
         before, state = module._parameters["weight"], module._parameters["weight"].quant_state
-        frozen = tuple([part.clone() if isinstance(part, Tensor) else part for part in parts] for parts in factors)
+        lora_A, lora_B, scaling = factors
+        frozen = [t.clone() for t in lora_A], [t.clone() for t in lora_B], list(scaling)
         dtype = getattr(state, "original_dtype", state.dtype)  # a repacked one has bf16 instead
         merged = Weight(module, dtype).to(torch.float32) + _delta(frozen)
         if not torch.isfinite(merged).all():
@@ -193,14 +195,14 @@ class Linear4bit(Base):
         data, new = quantize_4bit(merged, compress_statistics=nested, quant_storage=storage, **settings)
         new.dtype = dtype
         settings |= dict(compress_statistics=nested, quant_storage=storage, module=before.module, bnb_quantized=True)
-        after = Params4bit(data, requires_grad=False, quant_state=new, **settings)
+        after: Any = Params4bit(data, **settings, requires_grad=False, quant_state=new)
         record = Merged(before, after, frozen, module.__dict__.get("quant_state"))
         # no call from here on: in one an interrupt would lose the record
         module._parameters["weight"] = after
         module.__dict__["quant_state"] = new
         return record
 
-    def unmerge_(self, module: nn.Module, record: Merged) -> None:
+    def unmerge_(self, module: Any, record: Merged) -> None:
         """Put the old parameter back, whatever has become of the merged one."""
         weight = module._parameters.get("weight")
         if weight is not record.after or weight.device != record.before.device:
@@ -212,18 +214,18 @@ class Linear4bit(Base):
         """The adapters that were merged, frozen."""
         return record.factors
 
-    def delta_fidelity(self, module: nn.Module, record: Merged) -> float:
+    def delta_fidelity(self, module: Any, record: Merged) -> float:
         """Share of the delta that requantisation lost; 0 for a delta of zeros."""
         before, after = (Weight(module, torch.float32, which).to(torch.float32) for which in (record.before, None))
         delta = _delta(record.factors)
         wanted = delta.norm().item()
         return (after - before - delta).norm().item() / wanted if wanted else 0.0
 
-    def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
+    def adapter_dtype(self, module: Any) -> torch.dtype | None:
         """The compute dtype, where it is set."""
         return module.compute_dtype
 
-    def why_not_adapted(self, module: nn.Module) -> str | None:
+    def why_not_adapted(self, module: Any) -> str | None:
         """None for a weight of a known kind whose scales are finite."""
         reason = _why_not_known(module, module._parameters.get("weight"))
         if reason is None and not torch.isfinite(Weight(module, torch.float32).scales()).all():
