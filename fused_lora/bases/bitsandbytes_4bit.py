@@ -195,7 +195,8 @@ class Linear4bit(Base):
         data, new = quantize_4bit(merged, compress_statistics=nested, quant_storage=storage, **settings)
         new.dtype = dtype
         settings |= dict(compress_statistics=nested, quant_storage=storage, module=before.module, bnb_quantized=True)
-        after: Any = Params4bit(data, **settings, requires_grad=False, quant_state=new)
+        new_parameter: Any = Params4bit  # it declares no arguments that pyright can read
+        after: Any = new_parameter(data, **settings, requires_grad=False, quant_state=new)
         record = Merged(before, after, frozen, module.__dict__.get("quant_state"))
         # no call from here on: in one an interrupt would lose the record
         module._parameters["weight"] = after
