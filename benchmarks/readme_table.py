@@ -57,8 +57,11 @@ def _machine_block(entry: dict) -> str:
     newest = max((entry[kind] for kind in entry), key=lambda content: content["date"])
     machine, versions = newest["machine"], newest["versions"]
     where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['threads']} threads"
-    commit = (newest["commit"] or "unknown")[:10]
-    head = f"{where}; torch {versions['torch']}, PEFT {versions['peft']}; {newest['date'][:10]}, commit {commit}."
+    commits: dict[str, list[str]] = {}
+    for kind, content in entry.items():
+        commits.setdefault((content["commit"] or "unknown")[:10], []).append(kind)
+    made = ", ".join(f"{commit} ({', '.join(kinds)})" for commit, kinds in commits.items())
+    head = f"{where}; torch {versions['torch']}, PEFT {versions['peft']}; {newest['date'][:10]}, commit {made}."
     lines = [head + " Median ms, all providers in turns in one run."]
     if "linear" in entry:
         lines += ["", *_linear_table(entry["linear"]["rows"])]

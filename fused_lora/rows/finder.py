@@ -317,6 +317,7 @@ class RowFinder:
         if trace is None or found is None:
             return
         trace.__exit__(None, None, None)
+        trace.forget()
         call.followed = None
         if not (complete and call.lasts):
             return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from contextvars import ContextVar
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_lora.rows.rules import Applied, rows_after
 from fused_lora.rows.state import Owned, State, Unknown
 
+_numbers = itertools.count()
 _current: ContextVar[RowTrace | None] = ContextVar("fused_lora_rows", default=None)
 
 
@@ -40,8 +43,9 @@ class RowTrace(TorchDispatchMode):
     def __init__(self, packed: bool):
         super().__init__()
         self._packed, self.paused = packed, False
-        # on the tensors, for a dict by id would take a new tensor for a freed one
-        self._key, self._token = "_fused_lora_rows", object()
+        # on the tensors, for a dict by id would take a new tensor for a freed one; other threads follow the same ones
+        self._key = f"_fused_lora_rows_{next(_numbers)}"
+        self._marked: list[ReferenceType[Tensor]] = []
 
     def state(self, tensor: Tensor) -> State:
         """What is known of a tensor. That of a view follows from its base, which may have been written to."""
@@ -56,7 +60,8 @@ class RowTrace(TorchDispatchMode):
 
     def mark(self, tensor: Tensor, state: State, view: tuple | None = None, length: int | None = None) -> None:
         """Note a tensor's state; view: how it was made from its base; length: it is arange(length)."""
-        vars(tensor)[self._key] = (self._token, (state, view, length))
+        vars(tensor)[self._key] = state, view, length
+        self._marked.append(ref(tensor))
 
     def known_range(self, tensor: Tensor) -> int | None:
         """n if the tensor is arange(n) in any shape, else None."""
@@ -73,9 +78,16 @@ class RowTrace(TorchDispatchMode):
         super().__exit__(*exception)
         _current.reset(self._outer)
 
+    def forget(self) -> None:
+        """Leave nothing on the tensors that were followed: inputs may live on."""
+        for reference in self._marked:
+            tensor = reference()
+            if tensor is not None:
+                vars(tensor).pop(self._key, None)
+        self._marked.clear()
+
     def _note(self, tensor: Tensor) -> tuple | None:
-        found = vars(tensor).get(self._key)
-        return found[1] if found is not None and found[0] is self._token else None
+        return vars(tensor).get(self._key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

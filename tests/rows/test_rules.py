@@ -1,5 +1,6 @@
 """What the rules say of an operator's result, compared with what happens when one sequence's input is changed."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,3 +188,15 @@ def test_nothing_of_a_followed_call_stays_alive():
         assert seen[0]() is None
     finally:
         gc.enable()
+
+
+def test_two_threads_may_follow_one_tensor():
+    x = torch.randn(3, 4)
+    first, second = RowTrace(packed=False), RowTrace(packed=False)
+    first.mark(x, Owned(0, np.arange(3)))
+    second.mark(x, Owned(1, np.arange(4)))
+    assert first.state(x).dim == 0 and second.state(x).dim == 1
+    first.forget()
+    assert first.state(x) is None and second.state(x).dim == 1
+    second.forget()
+    assert not vars(x)
