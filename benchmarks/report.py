@@ -241,7 +241,7 @@ class Report:
 
     @property
     def wrong(self) -> int:
-        return sum(not row["correct"] for row in self.rows)
+        return sum(not row.get("correct", True) for row in self.rows)
 
     def heading(self) -> None:
         m, gpu = self._machine, self._machine["gpu"]
