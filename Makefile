@@ -24,7 +24,7 @@ test-gpu: $(VENV)/.test
 
 # the experiments behind docs/reliability.md with their full counts, and its table: up to half an hour
 reliability: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m experiment --reliability docs/reliability.json $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m experiment --reliability=docs/reliability.json $(ARGS)
 
 # the kernels under another Triton: make test-triton TRITON=triton==3.4.0 VENV=.venv-triton
 test-triton: $(VENV)/.test

@@ -53,7 +53,7 @@ def table(content: dict) -> str:
     """The table in Markdown."""
     where = f"Python {content['python']}, torch {content['torch']}, {content['cores']} cores, {content['date'][:10]}"
     where += f", commit {(content['commit'] or 'unknown')[:10]}"
-    lines = [f"{where}. One row: `pytest -m experiment --reliability FILE -k NAME`, the name of the last column.", ""]
+    lines = [f"{where}. One row: `pytest -m experiment --reliability=FILE -k NAME`, the name of the last column.", ""]
     lines += ["| Goal | What is done and must hold | Times | Held | Seconds | Name |", "|---|---|---:|---|---:|---|"]
     for row in content["rows"]:
         held = "yes" if row["passed"] else "**no**"
