@@ -16,8 +16,6 @@ from fused_lora.ops.checks import FLOAT_DTYPES
 from fused_lora.ops.merge import op as merging
 
 _TENSORS = (nn.Parameter, Tensor)  # exact types: subclasses (quantised, sharded, fake) bring their own arithmetic
-
-
 Factors = tuple[list[Tensor], list[Tensor], list[float]]  # lora_A, lora_B, scaling, one entry an adapter
 
 
@@ -29,6 +27,12 @@ class Adapters(NamedTuple):
     scaling: Sequence[float]
     dropout: Sequence[float]
     bias: Tensor | None = None
+
+    def bias_with(self, bias: Tensor | None) -> Tensor | None:
+        """The bias of the base and these together; of a 16-bit and an fp32 one in fp32."""
+        if self.bias is None:
+            return bias
+        return self.bias if bias is None else bias + self.bias
 
 
 class Base:
@@ -184,6 +188,14 @@ def why_not_plain_bias(parameters: Mapping[str, object], N: int) -> str | None:
     if bias.dim() != 1 or bias.shape[0] != N:
         return "a bias is not a vector of out_features"
     return None if bias.dtype in FLOAT_DTYPES else f"a bias is {bias.dtype}"
+
+
+def why_not_fits(parameters: Mapping[str, Any], x: Tensor, K: int, N: int, outputs: int) -> str | None:
+    """None where weight and bias are on x's device, x is [..., K], and ``outputs``, the rows of lora_B, are N."""
+    weight, bias = parameters["weight"], parameters["bias"]
+    if weight.device != x.device or (bias is not None and bias.device != x.device):
+        return "the base layer is on another device"
+    return "shapes differ" if x.dim() == 0 or x.shape[-1] != K or outputs != N else None
 
 
 def why_not_plain_tensor(tensor: object, what: str = "the input") -> str | None:

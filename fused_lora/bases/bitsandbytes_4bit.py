@@ -16,8 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.bases.base import Adapters, Base, Factors, register, why_not_own_call, why_not_plain_bias
-from fused_lora.ops.dequant import dequantise_4bit
+from fused_lora.bases.base import (
+    Adapters,
+    Base,
+    Factors,
+    register,
+    why_not_fits,
+    why_not_own_call,
+    why_not_plain_bias,
+)
+from fused_lora.ops.dequant import FourBit, dequantise_4bit
 from fused_lora.ops.linear import packed
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -34,7 +42,7 @@ class Weight(packed.Packed):
         state, data = weight.quant_state, weight.data
         self.shape, self.dtype, self.device = tuple(state.shape), dtype, data.device
         self.quant_type, self.blocksize = state.quant_type, state.blocksize
-        self.repacked = bool(getattr(state, "packing_format_for_cpu", False))
+        self.repacked = _is_repacked(state)
         self.bytes = data.contiguous().view(torch.uint8).view(-1)
         self.absmax, self.code, self.nested = state.absmax, state.code, None
         if state.nested:
@@ -53,8 +61,8 @@ class Weight(packed.Packed):
         """As :meth:`Packed.to`; on a GPU by one launch."""
         if self.repacked:
             return super().to(dtype)
-        kind = self.code, self.absmax, self.nested, self.blocksize, self.shape, self.dtype
-        return dequantise_4bit(self.bytes, *kind, lambda: super(Weight, self).to(self.dtype)).to(dtype)
+        own = FourBit(self.bytes, self.code, self.absmax, self.nested, self.blocksize, self.shape, self.dtype)
+        return dequantise_4bit(own, lambda: super(Weight, self).to(self.dtype)).to(dtype)
 
     def blocks(self, step: int) -> Iterator[tuple[int, int, Tensor]]:
         """As :meth:`Packed.blocks`. Fewer rows than all only where each row begins with a scale of its own."""
@@ -112,7 +120,10 @@ def _delta(factors: Factors) -> Tensor:
 
 def is_repacked(module: Any) -> bool:
     """Whether a call in ``eval()`` without gradients has put the weight into the layout for CPUs."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return _is_repacked(getattr(getattr(module, "weight", None), "quant_state", None))
+
+
+def _is_repacked(state: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
@@ -135,11 +146,8 @@ class Linear4bit(Base):
 
     def why_not_call(self, module: Any, x: Tensor, outputs: int) -> str | None:
         """None where x fits and a gradient may be wanted, or in training."""
-        weight, bias = module._parameters["weight"], module._parameters["bias"]
-        if weight.device != x.device or (bias is not None and bias.device != x.device):
-            return "the base layer is on another device"
-        if x.dim() == 0 or x.shape[-1] != module.in_features or outputs != module.out_features:
-            return "shapes differ"
+        if reason := why_not_fits(module._parameters, x, module.in_features, module.out_features, outputs):
+            return reason
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return "torch.compile or a dispatch mode over a 4-bit base"
         if not (module.training or torch.is_grad_enabled()):
@@ -159,10 +167,8 @@ class Linear4bit(Base):
         if not module.compute_type_is_set:
             module.set_compute_type(x)  # as the layer's own first call does
             module.compute_type_is_set = True
-        lora_A, lora_B, scaling, dropout, lora_bias = adapters
-        bias = module._parameters["bias"]
-        if lora_bias is not None:
-            bias = lora_bias if bias is None else bias + lora_bias  # of a 16-bit and an fp32 tensor: fp32
+        lora_A, lora_B, scaling, dropout, _ = adapters
+        bias = adapters.bias_with(module._parameters["bias"])
         return packed.lora_linear(x, Weight(module, dtype), bias, lora_A, lora_B, scaling, dropout)
 
     def features(self, module: Any) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from fused_lora.bases.base import (
     Adapters,
     Base,
     register,
+    why_not_fits,
     why_not_own_call,
     why_not_plain_bias,
     why_not_plain_weight,
@@ -35,11 +36,9 @@ class Dense(Base):
     def why_not_call(self, module: nn.Module, x: Tensor, outputs: int) -> str | None:
         """None where x, weight and bias fit as in the module's own forward, and the adapters the weight."""
         weight, bias = module._parameters["weight"], module._parameters["bias"]
-        if weight.device != x.device or (bias is not None and bias.device != x.device):
-            return "the base layer is on another device"
         N, K = reversed(weight.shape) if self.transposed else weight.shape
-        if x.dim() == 0 or x.shape[-1] != K or outputs != N:
-            return "shapes differ"
+        if reason := why_not_fits(module._parameters, x, K, N, outputs):
+            return reason
         if torch.is_autocast_enabled(x.device.type):
             return "float64 under autocast" if torch.float64 in (x.dtype, weight.dtype) else None
         fits = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
@@ -49,9 +48,8 @@ class Dense(Base):
         """x W^T + b and the terms, one rounding."""
         parameters: Any = module._parameters
         weight, bias = parameters["weight"], parameters["bias"]
-        lora_A, lora_B, scaling, dropout, lora_bias = adapters
-        if lora_bias is not None:
-            bias = lora_bias if bias is None else bias + lora_bias  # of a 16-bit and an fp32 tensor: fp32
+        lora_A, lora_B, scaling, dropout, _ = adapters
+        bias = adapters.bias_with(bias)
         return lora_linear(x, weight.t() if self.transposed else weight, bias, lora_A, lora_B, scaling, dropout)
 
     def features(self, module: nn.Module) -> tuple[int, int]:

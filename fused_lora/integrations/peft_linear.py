@@ -163,13 +163,10 @@ class AcceleratedLinear(FusedLoraBehaviour):
             return False
         base = self.base_layer
         kind, weight = base_of(base), base._parameters.get("weight")
-        if kind.why_not_merged(base) or weight.is_meta:
-            return False
-        packed = kind.merge_weight(base) is None
-        if not packed and not _is_mergeable(weight):
+        if kind.why_not_merged(base) or weight.is_meta or not _has_own_memory(weight):
             return False
         K, N = kind.features(base)
-        shape = (N, K) if packed else tuple(weight.shape)
+        shape = (N, K) if kind.merge_weight(base) is None else tuple(weight.shape)
         return all(self._delta_fits(name, shape, weight.device) for name in names)
 
     def _delta_fits(self, name: str, weight: tuple[int, ...], device: torch.device) -> bool:
@@ -204,10 +201,8 @@ class AcceleratedLinear(FusedLoraBehaviour):
                 ) from None
 
 
-def _is_mergeable(weight: object) -> bool:
-    """Whether this is an ordinary matrix whose numbers can be written one by one."""
-    if why_not_plain_weight(weight) or weight.is_meta:
-        return False
+def _has_own_memory(weight: Tensor) -> bool:
+    """Whether the numbers of a matrix can be written one by one."""
     (inner, n), (outer, m) = sorted(zip(weight.stride(), weight.shape, strict=True))
     return (n <= 1 or inner > 0) and (m <= 1 or outer > inner * (n - 1))
 

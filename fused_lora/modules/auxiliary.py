@@ -21,7 +21,7 @@ from fused_lora.modules.merged_state import MergedState
 from fused_lora.modules.mixed import rows_by_name
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import is_offloaded
-from fused_lora.modules.tree import named_modules, unwrapped
+from fused_lora.modules.tree import named_modules, places, unwrapped
 from fused_lora.rows import same_rows
 
 TOKENS_END = ".token_adapter.trainable_tokens_delta"  # of a key in a checkpoint
@@ -280,7 +280,7 @@ def find(model: nn.Module, config: LoraConfig) -> Found:
     modules = dict(named_modules(model))
     inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, Auxiliary))
     paths = [path for path in modules if path and not path.startswith(inside)]
-    uses = Counter(id(unwrapped(child)) for m in modules.values() for child in m._modules.values() if child is not None)
+    uses = Counter(id(module) for _, _, module in places(model))
     saved: list[str] = []
     for path in paths:
         if path.endswith(tuple(config.modules_to_save or ())) and not path.startswith(tuple(f"{p}." for p in saved)):

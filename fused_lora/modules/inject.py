@@ -113,7 +113,8 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
         r, lora_alpha = config.layer_rank_alpha(path)
         layers[path] = LayerSpec(r, lora_alpha)
     warn_unused(model, config, matched)  # first, for a warning may be an error
-    attach(model, adapter_name, config, layers)
+    with undone_on_error(model):
+        attach(model, adapter_name, config, layers)
     return model
 
 
@@ -125,7 +126,7 @@ def attach(
     layers: dict[str, LayerSpec],
     values: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Add one adapter to the layers at these paths. If anything raises, the model is unchanged.
+    """Add one adapter to the layers at these paths, inside an :func:`~.changes.undone_on_error` of the caller.
 
     ``config`` is kept as the adapter's config and gives dropout, bias mode and init. Ranks, alphas and tensors come
     from ``layers``. ``values`` holds what the adapter trains beside LoRA, by the keys of a checkpoint without prefix;
@@ -165,32 +166,31 @@ def attach(
     first, active = not configs, active_adapters(model)
     keep = set() if first else {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     contexts = next(iter(lora_layers(model).values()), None)
-    with undone_on_error(model):
-        built = _build(modules, adapter_name, config, layers)
-        for path, layer in built.items():
-            setattr(*parent_of(modules, path), layer)
-        auxiliary.attach_parts(beside, adapter_name, found, parts)
-        watch(root)
-        setattr(root, CONFIGS, {**configs, adapter_name: config})
-        setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
-        _freeze(model, config, list(layers), keep)
-        if not any(isinstance(hook, FirstForward) for hook in root._forward_pre_hooks.values()):
-            FirstForward(root, lora_layers)
-        if first:
-            set_adapter(model, adapter_name, inference_mode=config.inference_mode)
-        else:
-            for layer in built.values():
-                layer.set_adapter(active)
-            for wrapper in auxiliary_modules(model).values():
-                wrapper.active_adapter = next(iter(wrapper._present(active)), None)
-            if not config.inference_mode and any(spec.tensors for spec in layers.values()):
-                for parameter in adapter_parameters(model, adapter_name):
-                    parameter.requires_grad_(True)
-        if contexts is not None:
-            _enter(model, contexts)
-        for function in AFTER_CHANGE:
-            function(root)
-        _load_base_biases(lora_layers(model), layers)
+    built = _build(modules, adapter_name, config, layers)
+    for path, layer in built.items():
+        setattr(*parent_of(modules, path), layer)
+    auxiliary.attach_parts(beside, adapter_name, found, parts)
+    watch(root)
+    setattr(root, CONFIGS, {**configs, adapter_name: config})
+    setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
+    _freeze(model, config, list(layers), keep)
+    if not any(isinstance(hook, FirstForward) for hook in root._forward_pre_hooks.values()):
+        FirstForward(root, lora_layers)
+    if first:
+        set_adapter(model, adapter_name, inference_mode=config.inference_mode)
+    else:
+        for layer in built.values():
+            layer.set_adapter(active)
+        for wrapper in auxiliary_modules(model).values():
+            wrapper.active_adapter = next(iter(wrapper._present(active)), None)
+        if not config.inference_mode and any(spec.tensors for spec in layers.values()):
+            for parameter in adapter_parameters(model, adapter_name):
+                parameter.requires_grad_(True)
+    if contexts is not None:
+        _enter(model, contexts)
+    for function in AFTER_CHANGE:
+        function(root)
+    _load_base_biases(lora_layers(model), layers)
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
@@ -360,10 +360,7 @@ def _set_all(parts: Iterable[nn.Module], attribute: str, value: Any) -> list[tup
 def _restore(model: nn.Module, before: list[tuple[nn.Module, str, Any]]) -> None:
     """Undo :func:`_set_all`, for parts that were added since, too."""
     with changing(model):
-        values = {attribute: value for _, attribute, value in before}
-        for part in (*lora_layers(model).values(), *auxiliary_modules(model).values()):
-            for attribute in values.keys() & vars(part).keys():
-                setattr(part, attribute, values[attribute])
+        _put(model, {attribute: value for _, attribute, value in before})
         for part, attribute, value in before:
             setattr(part, attribute, value)
 
@@ -373,9 +370,14 @@ def _enter(model: nn.Module, layer: LoraLinear) -> None:
     batch = layer.mixed_batch
     inside: dict[str, Any] = dict(disable_adapters=layer.disable_adapters, mixed_batch=batch)
     inside["batch_adapter_names"] = None if batch is None else batch.names
+    _put(model, inside)
+
+
+def _put(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Set these attributes of all LoRA layers, and of all modules trained beside them, that have them."""
     for part in (*lora_layers(model).values(), *auxiliary_modules(model).values()):
-        for attribute in inside.keys() & vars(part).keys():
-            setattr(part, attribute, inside[attribute])
+        for attribute in values.keys() & vars(part).keys():
+            setattr(part, attribute, values[attribute])
 
 
 def check_no_batch(model: nn.Module, adapter_name: str | None = None) -> None:

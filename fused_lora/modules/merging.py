@@ -27,7 +27,7 @@ from fused_lora.modules.inject import (
 from fused_lora.modules.linear import LoraLinear, go_back, snapshot, unmerge_all
 from fused_lora.modules.names import some
 from fused_lora.modules.reads import FirstForward
-from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, unwrapped
+from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, places, unwrapped
 
 LEAST_SURVIVING = 0.5  # share of an adapter that a merge should keep
 _SAMPLED_ROWS = 8
@@ -167,7 +167,7 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     check_no_batch(model)
     wrappers = auxiliary_modules(model)
     untied = breaks_a_tie(model)
-    places = {path: parent_of(modules, path) for path in (*layers, *wrappers)}
+    holders = {path: parent_of(modules, path) for path in (*layers, *wrappers)}
     before = snapshot(mergeable_layers(model).values())
     if merge_adapters:
         merge(model)
@@ -177,9 +177,9 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
             if untied:
                 warnings.warn("the two embeddings differ now: config.tie_word_embeddings is set to False", stacklevel=4)
             for path, layer in layers.items():
-                setattr(*places[path], layer.base_layer)
+                setattr(*holders[path], layer.base_layer)
             for path, wrapper in wrappers.items():
-                setattr(*places[path], wrapper.current() if isinstance(wrapper, SavedModule) else wrapper.original)
+                setattr(*holders[path], wrapper.current() if isinstance(wrapper, SavedModule) else wrapper.original)
             unwatch(root)
             for hook in [hook for hook in root._forward_pre_hooks.values() if isinstance(hook, FirstForward)]:
                 hook.remove()
@@ -218,13 +218,8 @@ def memory_of(tensor: Tensor) -> int:
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     """Names of the parameters in one memory (:func:`memory_of`), one for each place of their module in the model."""
     owners: dict[int, list[str]] = {}
-    places = [("", unwrapped(model))]
-    for path, parent in named_modules(model):  # a bare layer may have a further place, at another parent
-        for name, child in parent._modules.items():
-            module = None if child is None else unwrapped(child)
-            if module is not None and module._parameters:
-                places.append((f"{path}.{name}" if path else name, module))
-    for path, module in places:
+    # a bare layer may have a further place, at another parent
+    for path, _, module in (("", None, unwrapped(model)), *places(model)):
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.numel() and not parameter.is_meta:
                 owners.setdefault(memory_of(parameter), []).append(f"{path}.{name}")

@@ -19,7 +19,7 @@ from fused_lora.bases.dense import is_conv1d
 from fused_lora.modules.auxiliary import Auxiliary
 from fused_lora.modules.config import LoraConfig, matches_end
 from fused_lora.modules.names import some
-from fused_lora.modules.tree import named_modules, unwrapped
+from fused_lora.modules.tree import named_modules, places, unwrapped
 
 SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D, bitsandbytes.nn.Linear4bit"
 ALL_LINEAR = "all-linear"
@@ -154,13 +154,11 @@ def _further_places(model: nn.Module, matched: Sequence[str]) -> list[str]:
     """The paths at which the model has one of these layers, beside the one given."""
     modules = dict(named_modules(model))
     first = {id(base_layer_of(modules[path])): path for path in matched}
-    found = []
-    for path, parent in modules.items():
-        for name, child in parent._modules.items():
-            place = f"{path}.{name}" if path else name
-            if child is not None and not is_lora_linear(parent) and first.get(id(unwrapped(child)), place) != place:
-                found.append(place)
-    return found
+    return [
+        path
+        for path, parent, module in places(model)
+        if not is_lora_linear(parent) and first.get(id(module), path) != path
+    ]
 
 
 def _matrices_left(model: nn.Module) -> dict[str, str]:

@@ -60,6 +60,17 @@ def named_modules(model: nn.Module, closed: type[nn.Module] | None = None) -> It
             waiting += reversed(children)
 
 
+def places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(path, parent, module) of everything that ``model`` holds: a module that has several parents comes several times.
+
+    Parents are those of :func:`named_modules`, and wrappers are passed over as there.
+    """
+    for path, parent in named_modules(model):
+        for name, child in parent._modules.items():
+            if child is not None:
+                yield f"{path}.{name}" if path else name, parent, unwrapped(child)
+
+
 def parent_of(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
     """(module, attribute) that hold the module at ``path``; ``modules`` is ``dict(named_modules(model))``.
 

@@ -600,6 +600,14 @@ def test_serving_in_the_readme_table(load):
     ]
 
 
+def test_rows_that_check_nothing_are_no_wrong_results(load, tmp_path):
+    found = load("report").Report("merge", torch.device("cpu"), tmp_path, {})
+    found.rows += [dict(benchmark="first_merge"), dict(correct=True)]
+    assert found.finish() == 0
+    found.rows.append(dict(correct=False))
+    assert found.finish() == 1
+
+
 def test_readme_table_takes_the_newest_file_and_needs_its_markers(load, tmp_path):
     table = load("readme_table")
     row = dict(benchmark="merge", provider="fused_lora")

@@ -6,7 +6,7 @@ import torch
 from fused_lora.kernels import dequant_4bit as kernel
 from fused_lora.kernels.dequant_4bit import dequant_4bit, traffic
 from fused_lora.ops import guard
-from fused_lora.ops.dequant import by_torch, dequantise_4bit
+from fused_lora.ops.dequant import FourBit, by_torch, dequantise_4bit
 from helpers.quantised import dequant_case, linear4bit
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 )
 def test_the_bits_of_the_definition(N, K, blocksize, dtype, nested, device, kernel_memory):
     case = dequant_case(N, K, blocksize, nested, device)
-    assert torch.equal(dequant_4bit(*case, dtype), by_torch(*case, dtype))
+    assert torch.equal(dequant_4bit(*case, dtype), by_torch(FourBit(*case, dtype)))
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -41,9 +41,9 @@ def test_the_bits_of_bitsandbytes(dtype, quant_type, nested, device, kernels_on,
 
 def test_a_kernel_with_other_bits_is_dropped(device, kernels_on, monkeypatch):
     case = dequant_case(5, 64, 64, True, device)
-    monkeypatch.setattr(kernel, "dequant_4bit", lambda *args: by_torch(*args) * 1.0001)
+    monkeypatch.setattr(kernel, "dequant_4bit", lambda *args: by_torch(FourBit(*args)) * 1.0001)
     with pytest.warns(UserWarning, match="is dropped, the eager path takes over: a small weight has other bits"):
-        found = dequantise_4bit(*case, torch.float32, lambda: torch.full((5, 64), 7.0))
+        found = dequantise_4bit(FourBit(*case, torch.float32), lambda: torch.full((5, 64), 7.0))
     assert torch.equal(found, torch.full((5, 64), 7.0))
 
 

@@ -156,9 +156,14 @@ def _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> 
     if seeds is None and any(dropout):
         seeds = draw_seeds(len(dropout), x.device)
     # reshaped out here: the operator's own result is no view, so that it may be changed in place
-    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y, _ = _lora_linear(rows, weight, bias, list(lora_A), list(lora_B), list(scaling), list(dropout), seeds)
+    y, _ = _lora_linear(_rows(x), weight, bias, list(lora_A), list(lora_B), list(scaling), list(dropout), seeds)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[M, columns], the leading dimensions in one."""
+    shape = tensor.shape
+    return tensor if len(shape) == 2 else tensor.reshape(shape[:-1].numel(), shape[-1])
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:
@@ -328,6 +333,21 @@ def _register_autocast(device_type: str, key: str) -> None:
     _library.impl("lora_linear_backward", backward, key)
 
 
+def _outside_autocast(backward):
+    """The backward of an operator with the results y and S: nothing where neither has a gradient, and no autocast."""
+
+    def inner(ctx, g, g_S):
+        some = g_S if g is None else g
+        if some is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if not _autocasts(some):
+            return backward(ctx, g, g_S)
+        with torch.autocast(some.device.type, enabled=False):
+            return backward(ctx, g, g_S)
+
+    return inner
+
+
 class _Direct(torch.autograd.Function):
     """What :func:`_direct` does, differentiable; x of any number of dimensions.
 
@@ -344,13 +364,8 @@ class _Direct(torch.autograd.Function):
         return y, S
 
     @staticmethod
+    @_outside_autocast
     def backward(ctx, g, g_S):
-        some = g_S if g is None else g
-        if some is None:
-            return (None,) * (4 + 2 * ctx.call[0] + (0 if ctx.run.frozen else 2))
-        if _autocasts(some):
-            with torch.autocast(some.device.type, enabled=False):
-                return _Direct.backward(ctx, g, g_S)
         rows = ctx.run.rows
         if g is not None and rows is not None:
             g = g.reshape(rows[0], g.shape[-1])

@@ -18,9 +18,10 @@ from fused_lora.ops.linear.op import (
     _all_gradients,
     _as_autocast,
     _autocast_dtype,
-    _autocasts,
     _gradients,
     _keep,
+    _outside_autocast,
+    _rows,
     draw_seeds,
 )
 
@@ -90,7 +91,7 @@ def _differentiable(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) ->
 
 def _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[Tensor, Tensor]:
     """y [..., N], no view, so that it may be changed in place, and S [M, sum r_i]."""
-    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    rows = _rows(x)
     if x.device.type == guard.DEVICE:
         dense = weight.to(x.dtype)
         run = plan.forward(rows, dense, bias, lora_A, lora_B, scaling, dropout, seeds)
@@ -120,14 +121,8 @@ class _OverPacked(torch.autograd.Function):
         return y, S
 
     @staticmethod
+    @_outside_autocast
     def backward(ctx, g, g_S):
-        some = g_S if g is None else g
-        if some is None:
-            return (None,) * (7 + 2 * ctx.call[0])
-        if _autocasts(some):
-            with torch.autocast(some.device.type, enabled=False):
-                return _OverPacked.backward(ctx, g, g_S)
-        if g is not None and g.dim() != 2:
-            g = g.reshape(ctx.shape[:-1].numel(), g.shape[-1])
+        g = None if g is None else _rows(g)
         dx, dA, dB, _, db = _all_gradients(ctx, g, g_S, _gradients_over, ctx.packed, ctx.dtype)
         return None, None, None, None, None, None if dx is None else dx.reshape(ctx.shape), db, *dA, *dB

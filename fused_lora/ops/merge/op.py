@@ -82,7 +82,7 @@ def merge_(
         raise RuntimeError("weight: expected numbers to add to, got a tensor on the meta device")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
-    if 0 in weight.stride() and any(n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True) if step == 0):
+    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
         raise RuntimeError("weight: expected memory of its own for every number, got an expanded tensor")
     W = weight.detach()
     if launch.applies(W):
@@ -177,8 +177,5 @@ def _joined(parts: Sequence[torch.Tensor], dim: int, device: torch.device, wide:
     dtypes = {part.dtype for part in parts}
     dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16} else wide
     if len(parts) == 1:
-        part = parts[0].detach()
-        if part.dtype == dtype and part.device == device:
-            return part.clone(memory_format=torch.contiguous_format)
-        return part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        return parts[0].detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     return torch.cat([part.detach().to(device, dtype) for part in parts], dim)

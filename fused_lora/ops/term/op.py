@@ -17,7 +17,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_lora.ops.checks import check_term, refuse_transforms
 from fused_lora.ops.linear import double_backward, eager, flops
-from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _is_batched, draw_seeds, is_direct
+from fused_lora.ops.linear.op import (
+    _as_autocast,
+    _autocast_dtype,
+    _autocasts,
+    _is_batched,
+    _outside_autocast,
+    _rows,
+    draw_seeds,
+    is_direct,
+)
 from fused_lora.ops.term import plan
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
@@ -236,21 +245,10 @@ class _Direct(torch.autograd.Function):
         return out, S
 
     @staticmethod
+    @_outside_autocast
     def backward(ctx, g, g_S):
-        some = g_S if g is None else g
-        if some is None:
-            return (None,) * (7 + 2 * ctx.call[0])
-        if _autocasts(some):
-            with torch.autocast(some.device.type, enabled=False):
-                return _Direct.backward(ctx, g, g_S)
         dx, dA, dB, db = _all_gradients(ctx, None if g is None else _rows(g), g_S, _gradients)
         return g, None if dx is None else dx.reshape(ctx.shape), db, None, None, None, None, *dA, *dB
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """[M, columns], the leading dimensions in one."""
-    shape = tensor.shape
-    return tensor if len(shape) == 2 else tensor.reshape(shape[:-1].numel(), shape[-1])
 
 
 def _compute(y, x, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[Tensor, Tensor]:
