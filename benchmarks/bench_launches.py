@@ -52,7 +52,7 @@ def alternatives(op: str, chosen: LaunchConfig) -> list[LaunchConfig]:
         "backward_x": [
             (m, n, w, s, split)
             for m, n, w, s in (
-                (32, 128, 4, 4), (32, 64, 4, 4), (16, 128, 4, 4), (32, 256, 8, 3), (32, 64, 2, 4), (16, 64, 2, 4)
+                (32, 128, 4, 4), (32, 64, 4, 4), (16, 128, 4, 4), (32, 128, 8, 4), (32, 64, 2, 4), (32, 64, 4, 3)
             )
             for split in (4, 8, 16)
         ],

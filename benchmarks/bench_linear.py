@@ -1,8 +1,9 @@
 """Forward and forward+backward of one adapted linear layer in train mode: bare nn.Linear, PEFT, by hand, this package.
 
-    python benchmarks/bench_linear.py
+    python benchmarks/bench_linear.py [--base nf4]
 
 bare          the frozen nn.Linear: its forward, and the backward that gives dx; the floor
+              (with --base nf4: bitsandbytes' Linear4bit, and all others over it; the results are those of "quantised")
 PEFT          lora.Linear with adapters of the point's dtype
 PEFT default  over a 16-bit base: fp32 adapters under torch.autocast, as trainers run PEFT's default
 PEFT compiled PEFT through torch.compile (--compile)
@@ -123,9 +124,6 @@ def providers(
         return layer
 
     base, dtype = weights.base_layer(copy=False), weights.weight.dtype
-    by_hand = _ByHand(base, weights, dropout)
-    if mask is not None:
-        by_hand.dropout = _FixedMask(mask)
     layers = {"PEFT": peft(weights)}
     calls: dict[str, Callable] = {}
     if dtype.itemsize == 2:
@@ -136,7 +134,10 @@ def providers(
     if compiled:
         layers["PEFT compiled"] = peft(weights)
         calls["PEFT compiled"] = torch.compile(layers["PEFT compiled"], dynamic=False)
-    layers["addmm"] = by_hand
+    if weights.quantised is None:
+        layers["addmm"] = by_hand = _ByHand(base, weights, dropout)
+        if mask is not None:
+            by_hand.dropout = _FixedMask(mask)
     layers["fused_lora"] = weights.ours(weights.base_layer(copy=False), dropout)
     if dtype.itemsize == 2:
         layers["fused default"] = ours = wide.ours(weights.base_layer(copy=False), dropout)
@@ -354,6 +355,8 @@ def add_bars(report: Report) -> None:
 
 
 def _add_gpu_bars(report: Report, rows: list[dict]) -> None:
+    if any(row["base"] for row in rows):
+        return  # the goals are those of dense layers
     names = [field.name for field in fields(Point)]
     by_point = {Point(*(row[name] for name in names)): row for row in rows}
     large = LORAFUSION_POINTS[0]
@@ -379,6 +382,11 @@ def _add_gpu_bars(report: Report, rows: list[dict]) -> None:
 
 def points(arguments) -> list[Point]:
     """On a CPU: dropout before none, shapes in the order given. On a GPU: what papers report first, in bf16."""
+    base = getattr(arguments, "base", "")
+    return [replace(point, base=base) for point in _points(arguments)]
+
+
+def _points(arguments) -> list[Point]:
     rows, chosen = getattr(arguments, "rows", None), getattr(arguments, "points", None)
     if chosen is None and (arguments.shapes or arguments.device.type == "cpu"):
         dtype = "float32" if arguments.device.type == "cpu" else "bfloat16"
@@ -413,9 +421,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--rows", type=int, help="rows of x (M)")
     options.add_argument("--points", choices=POINTS, help="which layers (default on a GPU: first; bf16)")
+    options.add_argument("--base", choices=("", "nf4"), default="", help="nf4: over 4-bit weights of bitsandbytes")
     options.add_argument("--compile", action="store_true", help="PEFT through torch.compile, too; compiling takes long")
     arguments = options.parse_args(argv)
-    report = begin("linear", arguments)
+    report = begin("quantised" if arguments.base else "linear", arguments)
     table = Table(COLUMNS)
     run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
     add_bars(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class Point:
     dropout: float = 0.0
     M: int = 0
     relative: float = 0.01
+    base: str = ""  # "nf4": the base layer is bitsandbytes' Linear4bit, with double quantisation
 
     @property
     def shape(self) -> str:
@@ -40,7 +42,7 @@ class Point:
 
     def __str__(self) -> str:
         rows = f" M={self.M} p={self.dropout:g}" if self.M else ""
-        return f"{self.shape} r={self.r} {self.dtype}{rows}"
+        return f"{self.shape} r={self.r} {self.base + ' ' if self.base else ''}{self.dtype}{rows}"
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Weights:
     bias: torch.Tensor
     lora_A: torch.Tensor
     lora_B: torch.Tensor
+    quantised: nn.Module | None = None  # the layer whose 4-bit values ``weight`` holds
 
     @classmethod
     def draw(cls, point: Point, device: torch.device) -> Weights:
@@ -65,11 +68,18 @@ class Weights:
         norm = torch.einsum("ij,ij->", (B.double().T @ B.double()), (A.double() @ A.double().T)).sqrt()
         B *= point.relative * weight.norm() / (SCALING * norm)
         dtype, adapter_dtype = getattr(torch, point.dtype), getattr(torch, point.adapter_dtype)
-        bias = normal(point.outputs, std=1.0)
-        return cls(weight.to(dtype), bias.to(dtype), A.to(adapter_dtype), B.to(adapter_dtype))
+        bias, quantised = normal(point.outputs, std=1.0).to(dtype), None
+        if point.base:
+            from bitsandbytes.functional import dequantize_4bit
+
+            quantised = _linear_4bit(weight, bias, point.base)
+            weight = dequantize_4bit(quantised.weight.data, quantised.weight.quant_state)
+        return cls(weight.to(dtype), bias, A.to(adapter_dtype), B.to(adapter_dtype), quantised)
 
     def base_layer(self, copy: bool) -> nn.Linear:
-        """A frozen nn.Linear over this weight, or over a copy of it."""
+        """A frozen layer over this weight, or over a copy of it."""
+        if self.quantised is not None:
+            return deepcopy(self.quantised) if copy else self.quantised
         base = nn.Linear(*reversed(self.weight.shape), device="meta")
         base.weight = nn.Parameter(self.weight.clone() if copy else self.weight, requires_grad=False)
         base.bias = nn.Parameter(self.bias.clone() if copy else self.bias, requires_grad=False)
@@ -86,7 +96,7 @@ class Weights:
     def peft(self, base: nn.Linear, dropout: float) -> nn.Module:
         """peft.tuners.lora.Linear with this adapter, as get_peft_model makes it."""
         r, holder = len(self.lora_A), nn.Module()
-        holder.layer = base
+        holder.layer, holder.is_loaded_in_4bit = base, self.quantised is not None
         config = LoraConfig(r=r, lora_alpha=SCALING * r, lora_dropout=dropout, target_modules=["layer"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a model without a config: it has none
@@ -98,6 +108,16 @@ class Weights:
         r, fp32 = len(self.lora_A), self.lora_A.dtype == torch.float32
         options = dict(r=r, lora_alpha=SCALING * r, lora_dropout=dropout, autocast_adapter_dtype=fp32)
         return self._fill(fused_lora.LoraLinear(base, **options))
+
+
+def _linear_4bit(weight: torch.Tensor, bias: torch.Tensor, quant_type: str) -> nn.Module:
+    """A frozen Linear4bit that computes in the bias's dtype, its weight quantised twice."""
+    from bitsandbytes.nn import Linear4bit
+
+    N, K = weight.shape
+    layer = Linear4bit(K, N, compute_dtype=bias.dtype, quant_type=quant_type, compress_statistics=True)
+    layer.load_state_dict({"weight": weight.to(bias.dtype), "bias": bias})
+    return layer.to(bias.dtype).to(weight.device).requires_grad_(False)
 
 
 def no_worse(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, name: str) -> str | None:

@@ -352,18 +352,26 @@ INLINE int do_unit_of(Work *work, int64_t index, int mode) {
     return do_unit(FLOAT16, work, index, mode);
 }
 
-/* Philox4x64-10 (Salmon et al. 2011) at counters first + 1, ...: 16 lanes of 16 bits a block, lowest bits first. */
-INLINE void philox(uint64_t seed, uint64_t first, int64_t blocks, uint64_t *words) {
-    for (int64_t block = 0; block < blocks; block++) {
-        uint64_t c0 = first + (uint64_t)block + 1, c1 = 0, c2 = 0, c3 = 0, k0 = seed, k1 = 0;
+enum { BLOCKS = 128, SIDE = 16 }; /* blocks of a mask at a time, and blocks that are drawn side by side */
+
+/* Philox4x32-10 (Salmon et al. 2011) at counters (first, row), (first + 1, row), ...: 4 words of 32 bits a block.
+   blocks is rounded up to whole groups. */
+INLINE void philox(uint64_t seed, uint32_t row, uint32_t first, int64_t blocks, uint32_t *words) {
+    for (int64_t at = 0; at < blocks; at += SIDE) {
+        uint32_t c0[SIDE], c1[SIDE], c2[SIDE], c3[SIDE], k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+        for (int i = 0; i < SIDE; i++) c0[i] = first + (uint32_t)(at + i), c1[i] = row, c2[i] = c3[i] = 0;
         for (int round = 0; round < 10; round++) {
-            unsigned __int128 a = (unsigned __int128)0xD2E7470EE14C6C93u * c0;
-            unsigned __int128 b = (unsigned __int128)0xCA5A826395121157u * c2;
-            c0 = (uint64_t)(b >> 64) ^ c1 ^ k0, c1 = (uint64_t)b;
-            c2 = (uint64_t)(a >> 64) ^ c3 ^ k1, c3 = (uint64_t)a;
-            k0 += 0x9E3779B97F4A7C15u, k1 += 0xBB67AE8584CAA73Bu;
+            for (int i = 0; i < SIDE; i++) {
+                uint64_t a = (uint64_t)c0[i] * 0xD2511F53u, b = (uint64_t)c2[i] * 0xCD9E8D57u;
+                c0[i] = (uint32_t)(b >> 32) ^ c1[i] ^ k0, c1[i] = (uint32_t)b;
+                c2[i] = (uint32_t)(a >> 32) ^ c3[i] ^ k1, c3[i] = (uint32_t)a;
+            }
+            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
         }
-        words[4 * block] = c0, words[4 * block + 1] = c1, words[4 * block + 2] = c2, words[4 * block + 3] = c3;
+        for (int i = 0; i < SIDE; i++) {
+            uint32_t *to = words + 4 * (at + i);
+            to[0] = c0[i], to[1] = c1[i], to[2] = c2[i], to[3] = c3[i];
+        }
     }
 }
 
@@ -373,8 +381,6 @@ typedef struct {
     const void *x; /* [rows, columns] each, contiguous; x and out, or in_place, may be NULL */
     void *out, *in_place;
 } Mask;
-
-enum { BLOCKS = 64 }; /* of a mask at a time */
 
 /* x times 1 or 0, whose bits are made without a branch. */
 INLINE void select_floats(const float *x, const int16_t *lanes, int16_t cut, int64_t n, float *out) {
@@ -392,12 +398,12 @@ INLINE void select_doubles(const double *x, const int16_t *lanes, int16_t cut, i
 
 /* out = x * mask and in_place *= mask. */
 INLINE void mask_row(const Mask *mask, int64_t row) {
-    uint64_t words[4 * BLOCKS];
-    int16_t lanes[16 * BLOCKS], cut = (int16_t)mask->cut;
-    int64_t columns = mask->columns, blocks = (columns + 15) / 16, size = mask->is_double ? 8 : 4;
-    for (int64_t block = 0; block < blocks; block += BLOCKS) {
-        int64_t j = 16 * block, n = columns - j < 16 * BLOCKS ? columns - j : 16 * BLOCKS;
-        philox(mask->seed, (uint64_t)((mask->start + row) * blocks + block), (n + 15) / 16, words);
+    uint32_t words[4 * BLOCKS];
+    int16_t lanes[8 * BLOCKS], cut = (int16_t)mask->cut;
+    int64_t columns = mask->columns, size = mask->is_double ? 8 : 4;
+    for (int64_t j = 0; j < columns; j += 8 * BLOCKS) {
+        int64_t n = columns - j < 8 * BLOCKS ? columns - j : 8 * BLOCKS;
+        philox(mask->seed, (uint32_t)(mask->start + row), (uint32_t)(j / 8), (n + 7) / 8, words);
         memcpy(lanes, words, sizeof lanes);
         for (int part = 0; part < 2; part++) {
             const char *from = part ? mask->in_place : mask->x;

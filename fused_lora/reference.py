@@ -15,13 +15,12 @@ Everything is computed in ``dtype`` (float64 by default in the tests) and return
 the right answer is; the fast paths say how to get there. LoRA: Hu et al. 2021, arXiv:2106.09685.
 
 The dropout mask is part of the specification. Element (row, k) of a mask reads one 16-bit lane of the counter-based
-generator Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), which numpy runs at C
-speed and a GPU kernel can evaluate at any element:
+generator Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), the one of cuRAND and of
+torch on a GPU:
 
-    block = row * ceil(K / 16) + k // 16        lane = k % 16
-    four 64-bit words = Philox4x64-10(counter=(block + 1, 0, 0, 0), key=(seed, 0))
+    four 32-bit words = Philox4x32-10(counter=(k // 8, row, 0, 0), key=(low, high half of the seed))
     value = lane-th 16-bit piece of those words, lowest bits first, read as a signed integer in [-32768, 32767]
-    kept  = value >= threshold - 32768          threshold = p in units of 2^-16
+    lane  = k % 8        kept = value >= threshold - 32768        threshold = p in units of 2^-16
 
 so a mask depends on (seed, row, k, p) alone: not on tiles, grids, devices or the number of rows.
 """
@@ -34,7 +33,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-LANES = 16  # 16-bit lanes in one Philox4x64 block
+CPU = torch.device("cpu")
+LANES = 8  # 16-bit lanes in one block of Philox4x32
+# multipliers and Weyl increments of Philox4x32, from the paper
+PHILOX = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW32 = 0xFFFFFFFF
 
 
 @functools.lru_cache(maxsize=256)
@@ -54,54 +58,27 @@ def keep_scale(p: float) -> float:
     return 0.0 if threshold == 65536 else 65536.0 / (65536 - threshold)
 
 
-def dropout_lanes(seed: int, row: int, rows: int, K: int) -> np.ndarray:
-    """The signed 16-bit lanes of rows [row, row + rows): int16 [rows, ceil(K / 16) * 16], unused from column K on."""
-    blocks_per_row = -(-K // LANES)
-    if rows == 0 or K == 0:
-        return np.empty((rows, blocks_per_row * LANES), np.int16)
-    # numpy increments the counter before it generates: start at `first` to get block `first` at counter first + 1
-    first = row * blocks_per_row
-    philox = np.random.Philox(key=np.array([seed & (2**64 - 1), 0], np.uint64), counter=first)
-    words = philox.random_raw(rows * blocks_per_row * (LANES // 4))
-    return words.astype("<u8", copy=False).view("<i2").reshape(rows, blocks_per_row * LANES)
+def dropout_lanes(seed: int | torch.Tensor, row: int, rows: int, K: int, device: torch.device = CPU) -> torch.Tensor:
+    """The signed 16-bit lanes of rows [row, row + rows): int16 [rows, ceil(K / 8) * 8], unused from column K on.
 
-
-def dropout_lanes_on(device: torch.device, seed: int | torch.Tensor, M: int, K: int) -> torch.Tensor:
-    """The lanes of :func:`dropout_lanes` for rows [0, M) from torch operations: int16 [M, ceil(K / 16) * 16].
-
-    For devices that numpy does not reach: no transfer, no synchronisation. ``seed`` may be a tensor on the device.
+    From torch operations: on any device, without a transfer or a wait. ``seed`` may be a tensor on the device.
     """
-    blocks = M * -(-K // LANES)
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    c = [torch.arange(1, blocks + 1, dtype=torch.int64, device=device), zero, zero, zero]
-    k0 = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
-    k1 = torch.zeros_like(k0)
+    blocks = -(-K // LANES)
+    if not isinstance(seed, torch.Tensor):
+        seed = (int(seed) + 2**63) % 2**64 - 2**63  # as a signed integer
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
+    c1 = torch.arange(row, row + rows, dtype=torch.int64, device=device)[:, None] & _LOW32
+    c0 = torch.arange(blocks, dtype=torch.int64, device=device)[None, :]
+    c2 = c3 = torch.zeros((), dtype=torch.int64, device=device)
+    k0, k1 = seed & _LOW32, (seed >> 32) & _LOW32
     for _ in range(10):
-        (high0, low0), (high1, low1) = _multiply(c[0], PHILOX[0]), _multiply(c[2], PHILOX[1])
-        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
-        k0, k1 = k0 + _signed(WEYL[0]), k1 + _signed(WEYL[1])
-    words = torch.stack([word.expand(blocks) for word in c], 1)
-    lanes = words[:, :, None] >> torch.arange(0, 64, 16, device=device)
-    return lanes.to(torch.int16).reshape(M, -(-K // LANES) * LANES)  # the cast keeps the low 16 bits
-
-
-# multipliers and Weyl increments of Philox4x64, from the paper
-PHILOX = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
-WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
-_LOW32 = 0xFFFFFFFF
-
-
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
-
-
-def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 64 bits of the unsigned product, in int64 arithmetic that wraps."""
-    a0, a1, b0, b1 = a & _LOW32, (a >> 32) & _LOW32, b & _LOW32, b >> 32
-    p00, p01, p10 = a0 * b0, a0 * b1, a1 * b0
-    carry = ((p00 >> 32) & _LOW32) + (p01 & _LOW32) + (p10 & _LOW32)
-    high = a1 * b1 + ((p01 >> 32) & _LOW32) + ((p10 >> 32) & _LOW32) + ((carry >> 32) & _LOW32)
-    return high, a * _signed(b)
+        # the product of two 32-bit numbers fills the 64 bits of a signed one
+        a, b = c0 * PHILOX[0], c2 * PHILOX[1]
+        c0, c1 = ((b >> 32) & _LOW32) ^ c1 ^ k0, b & _LOW32
+        c2, c3 = ((a >> 32) & _LOW32) ^ c3 ^ k1, a & _LOW32
+        k0, k1 = (k0 + WEYL[0]) & _LOW32, (k1 + WEYL[1]) & _LOW32
+    words = torch.stack([word.expand(rows, blocks) for word in (c0, c1, c2, c3)], 2)
+    return words.to(torch.int32).view(torch.int16).reshape(rows, blocks * LANES)  # the cast keeps the low 32 bits
 
 
 def dropout_mask(
@@ -138,8 +115,8 @@ def dropout_mask(
     *leading, K = tuple(shape)
     M = int(np.prod(leading, dtype=np.int64))
     lanes = dropout_lanes(int(seed), 0, M, K)[:, :K]
-    mask = torch.from_numpy(np.greater_equal(lanes, dropout_threshold(p) - 32768))
-    return mask.reshape(tuple(shape)).to(device)
+    # as 32-bit numbers: 32768, for p = 1, has no 16-bit one
+    return lanes.int().ge(dropout_threshold(p) - 32768).reshape(tuple(shape)).to(device)
 
 
 def _dropped(x: torch.Tensor, p: float, seeds: torch.Tensor | None, i: int) -> torch.Tensor:

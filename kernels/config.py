@@ -6,7 +6,7 @@ fit any chip. Tile sizes follow from registers and shared memory (compiled ahead
 training on sm_90 from measurements (benchmarks/bench_launches.py).
 
 Rules that correctness rests on, not speed:
-    BLOCK_K of an operand with a mask is a multiple of 16, the elements of one mask draw;
+    BLOCK_K of an operand with a mask is a multiple of 8, the elements of one mask draw;
     operands converted in registers (``upcast``, and S and dS in the weight gradients) keep BLOCK_R below 64, so that no
     pipelined wgmma reads them (tiles.py says why).
 """

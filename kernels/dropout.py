@@ -1,12 +1,12 @@
-"""The dropout mask: Philox4x64-10, drawn in registers, sixteen elements a call.
+"""The dropout mask: Philox4x32-10, drawn in registers, eight elements a call.
 
-    block = row * ceil(K / 16) + k // 16        counter = (block + 1, 0, 0, 0)        key = (seed, 0)
-    kept(row, k) = (16-bit piece k % 16 of the four output words, signed) >= threshold - 32768
+    counter = (k // 8, row, 0, 0)        key = (low, high half of the seed)
+    kept(row, k) = (16-bit piece k % 8 of the four output words, signed) >= threshold - 32768
 
 A mask depends on (seed, row, k, p) alone: not on tiles, grids or the number of rows, so the forward, the input gradient
-and the weight gradient each draw it again instead of storing it, and numpy's Philox gives the same bits. One call costs
-20 64-bit multiplies of each half, 17 instructions an element: a pass over x nearly hides it, a GEMM that drew it in
-every column tile would not, so each launch draws an element's mask once wherever it can.
+and the weight gradient each draw it again instead of storing it. One call costs 20 multiplies of 32 bits, with the
+comparisons 8 instructions an element: a pass over x nearly hides it, a GEMM that drew it in every column tile would
+not, so each launch draws an element's mask once wherever it can.
 
 The seed is read from device memory: a captured CUDA graph sees a fresh one at every replay.
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
@@ -18,11 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-LANES = tl.constexpr(16)  # 16-bit lanes in one Philox4x64 block
-_M0 = tl.constexpr(0xD2E7470EE14C6C93)
-_M1 = tl.constexpr(0xCA5A826395121157)
-_W0 = tl.constexpr(0x9E3779B97F4A7C15)
-_W1 = tl.constexpr(0xBB67AE8584CAA73B)
+LANES = tl.constexpr(8)  # 16-bit lanes in one block of Philox4x32
+_M0 = tl.constexpr(0xD2511F53)
+_M1 = tl.constexpr(0xCD9E8D57)
+_W0 = tl.constexpr(0x9E3779B9)
+_W1 = tl.constexpr(0xBB67AE85)
+_TOPS = tl.constexpr(0x80008000)  # the highest bit of either 16-bit piece
 
 
 def threshold(p: float) -> int:
@@ -37,66 +38,70 @@ def keep_scale(p: float) -> float:
 
 
 @triton.jit
-def _philox_words(seed, block):
-    """The four 64-bit words of ``block`` (any shape, integer) under ``seed`` (int64 scalar)."""
-    c0 = block.to(tl.uint64) + 1
-    c1 = tl.zeros_like(c0)
+def _philox(seed, c0, c1):
+    """The four 32-bit words of counters (c0, c1, 0, 0), integers of shapes that fit, under ``seed`` (int64 scalar)."""
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c0, c1 = tl.broadcast(c0.to(tl.uint32), c1.to(tl.uint32))
     c2 = tl.zeros_like(c0)
     c3 = tl.zeros_like(c0)
-    k0 = seed.to(tl.uint64)
-    k1 = tl.zeros_like(k0)
     for _ in tl.static_range(10):
-        high0 = tl.umulhi(c0, tl.full(c0.shape, _M0, tl.uint64))
-        high1 = tl.umulhi(c2, tl.full(c2.shape, _M1, tl.uint64))
-        low0 = c0 * _M0
-        low1 = c2 * _M1
-        c0 = high1 ^ c1 ^ k0
-        c1 = low1
-        c2 = high0 ^ c3 ^ k1
-        c3 = low0
+        a = c0.to(tl.uint64) * _M0
+        b = c2.to(tl.uint64) * _M1
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = b.to(tl.uint32)
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = a.to(tl.uint32)
         k0 += _W0
         k1 += _W1
     return c0, c1, c2, c3
 
 
 @triton.jit
-def _kept(word, limit):
-    """Four bits: which of the 16-bit pieces of ``word`` reach limit / 2^16, a signed number."""
-    low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
-    # the lower piece of a half does not decide how the upper one compares
-    bits = (low << 16 >= limit).to(tl.int32) | ((low >= limit).to(tl.int32) << 1)
-    return bits | ((high << 16 >= limit).to(tl.int32) << 2) | ((high >= limit).to(tl.int32) << 3)
+def _kept(word, low, above):
+    """The highest bit of either 16-bit piece of ``word``: 1 where the signed piece + 2^15 is at least t. Else 0.
 
-
-@triton.jit
-def keep_bits(seed, bound, row0, col0, K, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """int32 [ROWS, COLS / 16]: bit b of word w says whether column 16 w + b of the tile at (row0, col0) is kept."""
-    rows = row0 + tl.arange(0, ROWS).to(tl.int64)
-    blocks = col0 // LANES + tl.arange(0, COLS // LANES)
-    block = rows[:, None] * tl.cdiv(K, LANES) + blocks[None, :]
-    w0, w1, w2, w3 = _philox_words(seed, block)
-    limit = bound << 16
-    low, high = _kept(w0, limit) | (_kept(w1, limit) << 4), (_kept(w2, limit) << 8) | (_kept(w3, limit) << 12)
-    # a sum inside a thread, over which the compiler moves no layout: else it draws the mask once for each reader's
-    bits = tl.sum(tl.permute(tl.join(low, high), (2, 0, 1)), 0)
-    return tl.where(bound < 32768, bits, 0)  # p = 1, whose limit is beyond 32 bits
-
-
-@triton.jit
-def keep_mask(seed, bound, row0, col0, K, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """True = kept: the tile [ROWS, COLS] at (row0, col0) of a mask of K columns, col0 a multiple of 16.
-
-    seed: int64 scalar; bound: threshold - 32768. Sixteen elements travel as one word to the threads that hold them.
+    low: the 15 low bits of t in both halves; above: ~t in both. A difference of 15 bits borrows from a 1 put above it.
     """
-    bits = keep_bits(seed, bound, row0, col0, K, ROWS, COLS)
-    lanes = (bits[:, :, None] >> tl.arange(0, LANES)[None, None, :]) & 1
+    difference = (word | _TOPS) - low
+    return ((~word & difference) | ((~word | difference) & above)) & _TOPS
+
+
+@triton.jit
+def keep_bits(seed, bound, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """uint32 [ROWS, COLS / 8]: word w holds columns 8 w ... of the tile at (row0, col0), in the bits of ``_bit_of``."""
+    rows = row0 + tl.arange(0, ROWS)
+    blocks = col0 // LANES + tl.arange(0, COLS // LANES)
+    w0, w1, w2, w3 = _philox(seed, blocks[None, :], rows[:, None])
+    both = (bound + 32768).to(tl.uint32) * 0x10001
+    low, above = both & 0x7FFF7FFF, ~both
+    first = (_kept(w0, low, above) >> 3) | (_kept(w1, low, above) >> 2)
+    second = (_kept(w2, low, above) >> 1) | _kept(w3, low, above)
+    # a sum inside a thread, over which the compiler moves no layout: else it draws the mask once for each reader's
+    bits = tl.sum(tl.permute(tl.join(first, second), (2, 0, 1)), 0)
+    return tl.where(bound < 32768, bits, 0)  # p = 1, whose threshold has 17 bits
+
+
+@triton.jit
+def _bit_of(lane):
+    return 12 + (lane >> 1) + 16 * (lane & 1)
+
+
+@triton.jit
+def keep_mask(seed, bound, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """True = kept: the tile [ROWS, COLS] at (row0, col0) of a mask, col0 a multiple of 8.
+
+    seed: int64 scalar; bound: threshold - 32768. Eight elements travel as one word to the threads that hold them.
+    """
+    bits = keep_bits(seed, bound, row0, col0, ROWS, COLS)
+    lanes = (bits[:, :, None] >> _bit_of(tl.arange(0, LANES))[None, None, :]) & 1
     return tl.reshape(lanes, (ROWS, COLS)) != 0
 
 
 @triton.jit
 def _dropout_mask_kernel(out_ptr, seed_ptr, bound, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     row0, col0 = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_K
-    keep = keep_mask(tl.load(seed_ptr), bound, row0, col0, K, BLOCK_M, BLOCK_K)
+    keep = keep_mask(tl.load(seed_ptr), bound, row0, col0, BLOCK_M, BLOCK_K)
     rows = row0 + tl.arange(0, BLOCK_M).to(tl.int64)
     cols = col0 + tl.arange(0, BLOCK_K)
     mask = (rows[:, None] < M) & (cols[None, :] < K)

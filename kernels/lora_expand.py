@@ -47,7 +47,7 @@ def lora_term(
             q = load_tile(q_ptr, r, n0, stride_qr, stride_qn, rank_ends[i], N, BLOCK_R, BLOCK_N)
             term = tl.dot(s.to(OPERAND), q.to(OPERAND), term, input_precision=PRECISION)
         if DROP:
-            keep = keep_mask(tl.load(seeds_ptr + i), bounds[i], m0, n0, N, BLOCK_M, BLOCK_N)
+            keep = keep_mask(tl.load(seeds_ptr + i), bounds[i], m0, n0, BLOCK_M, BLOCK_N)
             term = tl.where(keep, term, 0.0)
         acc += term * scales[i]
         begin = rank_ends[i]

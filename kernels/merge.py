@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 
 from .corrections import COLUMNS, SHIFT, Corrections
-from .delta import add_delta, zeros_like
+from .delta import add_delta, zeros_as_loaded
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _SHIFT = tl.constexpr(SHIFT)
@@ -155,7 +155,7 @@ def _merge_kernel(
         w_ptrs = w_unit + rows[:, None].to(tl.int64) * stride_wn + cols[None, :].to(tl.int64) * stride_wk
         w = tl.load(w_ptrs, mask=inside)
         d = add_delta(
-            zeros_like(w), a_ptr + first_col * stride_ak, b_ptr + first_row * stride_bn,
+            zeros_as_loaded(w_ptrs, R), a_ptr + first_col * stride_ak, b_ptr + first_row * stride_bn,
             cols.to(tl.int64) * stride_ak, rows.to(tl.int64) * stride_bn, col_ok, row_ok, R, stride_ar, stride_br,
         )  # fmt: skip
         new = (w.to(tl.float32) - d).to(w.dtype) if UNMERGE else (w.to(tl.float32) + d).to(w.dtype)

@@ -112,9 +112,9 @@ def contract(
         if SHRINK:
             p = load_tile(p_ptr, r0, k, stride_pr, stride_pk, r_end, K, BLOCK_R, BLOCK_K)
             if DROP and ROWS_ARE_K:
-                x = tl.where(keep_mask(seed, bound, k, m0, M, BLOCK_K, BLOCK_M), x, 0.0)
+                x = tl.where(keep_mask(seed, bound, k, m0, BLOCK_K, BLOCK_M), x, 0.0)
             elif DROP:
-                x = tl.where(keep_mask(seed, bound, m0, k, K, BLOCK_M, BLOCK_K), x, 0.0)
+                x = tl.where(keep_mask(seed, bound, m0, k, BLOCK_M, BLOCK_K), x, 0.0)
             OPERAND: tl.constexpr = tl.float32 if UPCAST else x.dtype
             x_t = x.to(OPERAND) if ROWS_ARE_K else tl.trans(x.to(OPERAND))  # [BLOCK_K, BLOCK_M]
             s = tl.dot(p.to(OPERAND), x_t, s, input_precision=PRECISION)

@@ -17,8 +17,9 @@ def linear4bit(
     blocksize: int = 64,
     storage: torch.dtype = torch.uint8,
     bias: bool = True,
+    device: str = "cpu",
 ) -> nn.Module:
-    """A quantised Linear4bit over random values of ``dtype``, in ``train()``."""
+    """A Linear4bit over random values of ``dtype``, quantised on ``device``, in ``train()``."""
     import bitsandbytes as bnb
 
     settings = {"compress_statistics": nested, "quant_type": quant_type, "quant_storage": storage}
@@ -27,7 +28,7 @@ def linear4bit(
     layer.weight = bnb.nn.Params4bit(values, requires_grad=False, blocksize=blocksize, module=layer, **settings)
     if bias:
         layer.bias = nn.Parameter(torch.randn(N).to(dtype), requires_grad=False)
-    return layer.to("cpu")
+    return layer.to(device)
 
 
 def repack(layer: nn.Module) -> None:
@@ -47,7 +48,7 @@ def values_of(layer: nn.Module) -> Tensor:
     if state.nested:
         scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
     packed = layer.weight.data.view(torch.uint8).view(-1)
-    code = get_4bit_type(state.quant_type, device="cpu")
+    code = get_4bit_type(state.quant_type, device=packed.device)
     numbers = torch.stack([packed >> 4, packed & 15], 1).view(-1)[: N * K].long()
     return (code[numbers] * scales.repeat_interleave(state.blocksize)[: N * K]).view(N, K)
 

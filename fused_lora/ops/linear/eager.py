@@ -1,8 +1,7 @@
 """The eager path of the LoRA linear and of the LoRA term: plain torch, fast on CPUs, correct on any device.
 
 One rule shapes it: nothing of size [M, K] is stored, neither the mask nor the dropped input. The mask is drawn again
-where it is needed, for a block of rows that fits the cache, in C or by numpy's Philox (5 times faster than
-F.dropout).
+where it is needed, for a block of rows that fits the cache, in C where the package was built with a compiler.
 
 16-bit tensors on a CPU are computed in fp32 and rounded once: a bf16 or fp16 GEMM without hardware support is
 hundreds of times slower than the same GEMM in fp32. The weight is converted in blocks of rows, so that the copy stays
@@ -20,7 +19,7 @@ import torch
 from torch.nn.functional import linear
 
 from fused_lora.ops import native
-from fused_lora.reference import dropout_lanes, dropout_lanes_on, dropout_threshold, keep_scale
+from fused_lora.reference import dropout_lanes, dropout_threshold, keep_scale
 
 _MASK_ELEMENTS = 1 << 19  # row block of the mask and of the dropped input: 2 MiB of fp32
 _WEIGHT_ELEMENTS = 1 << 21  # row block of a 16-bit or packed weight in fp32: 8 MiB
@@ -231,7 +230,7 @@ def _masked(seed, p: float, start: int, rows: torch.Tensor | None, term: torch.T
     """rows * mask, and term *= mask in place. Both [m, K] from row ``start`` of the mask, either may be None."""
     like, cut, out = term if rows is None else rows, dropout_threshold(p) - 32768, None
     if not like.is_cpu:  # there this path is the fallback, and drawing the mask whole costs the fewest launches
-        keep = dropout_lanes_on(like.device, seed, *like.shape)[:, : like.shape[1]] >= cut
+        keep = dropout_lanes(seed, 0, *like.shape, like.device)[:, : like.shape[1]] >= cut
         if term is not None:
             term.mul_(keep)
         return None if rows is None else rows * keep
@@ -242,7 +241,7 @@ def _masked(seed, p: float, start: int, rows: torch.Tensor | None, term: torch.T
         keep = dropout_lanes(seed, start, *like.shape)[:, : like.shape[1]] >= cut
         for source, target in ((rows, out), (term, term)):
             if source is not None:  # numpy's product with a bool is twice as fast as torch's
-                np.multiply(source.numpy(), keep, out=target.numpy())
+                np.multiply(source.numpy(), keep.numpy(), out=target.numpy())
     return out
 
 
