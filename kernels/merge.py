@@ -40,8 +40,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .config import capability
 from .corrections import COLUMNS, SHIFT, Corrections
-from .delta import add_delta, zeros_as_loaded
+from .delta import add_delta, zeros_like
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _SHIFT = tl.constexpr(SHIFT)
@@ -59,9 +60,11 @@ class MergeTile:
     num_warps: int = 4
 
 
-def default_tile(dtype: torch.dtype, recording: bool) -> MergeTile:
-    """16 elements a thread, and 32 of 16 bits where nothing is kept: more of them spill on some chip."""
-    return MergeTile() if recording or dtype == torch.float32 else MergeTile(ROWS=64)
+def default_tile(dtype: torch.dtype, recording: bool, capability: int) -> MergeTile:
+    """16 elements a thread, or 32 of 16 bits, which are faster, where they do not spill: on sm_90, and where nothing is
+    kept."""
+    many = dtype.itemsize == 2 and (not recording or capability == 90)
+    return MergeTile(ROWS=64 if many else 32)
 
 
 def launch_options(tile: MergeTile, nvidia: bool, dtype: torch.dtype, recording: bool) -> dict[str, int | bool]:
@@ -155,7 +158,7 @@ def _merge_kernel(
         w_ptrs = w_unit + rows[:, None].to(tl.int64) * stride_wn + cols[None, :].to(tl.int64) * stride_wk
         w = tl.load(w_ptrs, mask=inside)
         d = add_delta(
-            zeros_as_loaded(w_ptrs, R), a_ptr + first_col * stride_ak, b_ptr + first_row * stride_bn,
+            zeros_like(w), a_ptr + first_col * stride_ak, b_ptr + first_row * stride_bn,
             cols.to(tl.int64) * stride_ak, rows.to(tl.int64) * stride_bn, col_ok, row_ok, R, stride_ar, stride_br,
         )  # fmt: skip
         new = (w.to(tl.float32) - d).to(w.dtype) if UNMERGE else (w.to(tl.float32) + d).to(w.dtype)
@@ -246,15 +249,14 @@ def _launch(W, A, B, tile, record=None, *, UNMERGE=False, AGAIN=False) -> None:
         )  # fmt: skip
 
 
-def _tile_of(record: Corrections, tile: MergeTile | None, dtype: torch.dtype) -> MergeTile:
+def _tile_of(record: Corrections, tile: MergeTile | None) -> MergeTile:
     """The record's units by the program of ``tile``."""
-    tile = tile or default_tile(dtype, recording=True)
-    return MergeTile(*record.unit, tile.num_warps)
+    return MergeTile(*record.unit, (tile or MergeTile()).num_warps)
 
 
 def new_record(W: torch.Tensor, room: int, tile: MergeTile | None = None) -> Corrections:
     """Memory for a merge of W with up to ``room`` corrections. Until then an unmerge with it does nothing."""
-    tile = tile or default_tile(W.dtype, recording=True)
+    tile = tile or default_tile(W.dtype, True, capability(W.device))
     N, K = (W.t() if W.stride(0) < W.stride(1) else W).shape
     units = -(-N // tile.ROWS) * -(-K // tile.COLS)
     return Corrections(
@@ -274,7 +276,7 @@ def merge(
     If ``record.totals()`` then says that units were lost, or more corrections than there was room for, only some units
     are merged: :func:`unmerge` takes them back.
     """
-    _launch(*_along_rows(W, A, B), _tile_of(record, tile, W.dtype), record)
+    _launch(*_along_rows(W, A, B), _tile_of(record, tile), record)
 
 
 def unmerge(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None:
@@ -283,19 +285,19 @@ def unmerge(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None
     If ``record.refused`` is not 0 then, W is not what the merge left: :func:`merge_again` takes the others back.
     """
     record.refused.zero_()
-    _launch(*_along_rows(W, A, B), _tile_of(record, tile, W.dtype), record, UNMERGE=True)
+    _launch(*_along_rows(W, A, B), _tile_of(record, tile), record, UNMERGE=True)
 
 
 def merge_again(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None:
     """Undo the last :func:`unmerge`, to the bit."""
-    _launch(*_along_rows(W, A, B), _tile_of(record, tile, W.dtype), record, AGAIN=True)
+    _launch(*_along_rows(W, A, B), _tile_of(record, tile), record, AGAIN=True)
 
 
 def merge_apply(W, A, B, tile: MergeTile | None = None) -> None:
     """W <- round(W + B A) in place and nothing else: no check, no record, no way back to the bit."""
-    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype, recording=False))
+    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype, False, 0))
 
 
 def unmerge_apply(W, A, B, tile: MergeTile | None = None) -> None:
     """W <- round(W - B A) in place: most of the bits from before :func:`merge_apply`."""
-    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype, recording=False), UNMERGE=True)
+    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype, False, 0), UNMERGE=True)

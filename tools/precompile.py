@@ -89,12 +89,13 @@ def install(capability: int) -> None:
         lora_grad,
         lora_linear,
         lora_shrink,
+        merge,
     )
     from fused_lora.ops import guard
 
     guard.DEVICE = "cpu"
     launchers = grouped_expand, grouped_shrink, lora_backward, lora_expand, lora_grad, lora_linear, lora_shrink
-    for module in (config, *launchers):
+    for module in (config, merge, *launchers):
         if hasattr(module, "capability"):
             module.capability = lambda device: capability
         if hasattr(module, "processors"):

@@ -143,9 +143,8 @@ def relative(ours, exact):
 def kept_rows(case, start):
     """The mask of the rows from ``start`` on, without the mask of those before them."""
     M, K = case.x.shape
-    lanes = reference.dropout_lanes(int(case.seeds[0]), start, M - start, K)[:, :K]
-    cut = reference.dropout_threshold(case.dropout[0]) - 32768
-    return torch.from_numpy(lanes >= cut).to(case.x.device)
+    lanes = reference.dropout_lanes(case.seeds[0], start, M - start, K, case.x.device)[:, :K]
+    return lanes >= reference.dropout_threshold(case.dropout[0]) - 32768
 
 
 def test_x_beyond_2_31_elements(device, rows=2**31 // 4096 + 300, columns=4096):

@@ -5,6 +5,7 @@ import torch
 
 from fused_lora import reference
 from fused_lora.kernels import merge as kernel
+from fused_lora.kernels.config import capability
 from fused_lora.kernels.merge import MergeTile, default_tile
 from fused_lora.ops.merge import launch as merge_kernel
 from fused_lora.reference import bits
@@ -228,7 +229,8 @@ def test_chunks_that_would_lose_finite_elements_are_counted(dtype, device, kerne
     W, (A, B) = make_weight(40, 300, dtype, device), make_factors(40, 300, 3, device)
     B[3, 0], A[1, 7], A[2, 9] = float("inf"), float("nan"), 3e38
     expected = W.isfinite() & ~reference.merge(W, chain(A, B)).isfinite()
-    rows, cols = default_tile(dtype, True).ROWS, default_tile(dtype, True).COLS
+    tile = default_tile(dtype, True, capability(W.device))
+    rows, cols = tile.ROWS, tile.COLS
     units = (
         torch.nn.functional.pad(expected, (0, -300 % cols, 0, -40 % rows))
         .unflatten(0, (-1, rows))

@@ -372,7 +372,7 @@ def test_a_forked_child_merges(size):
         same = np.array_equal(masked(11).numpy(), lanes) if native.usable() else True
         os._exit(0 if changed and same and np.array_equal(W.numpy(), before) and torch.get_num_threads() == 2 else 1)
 
-    lanes = (reference.dropout_lanes(11, 3, 60, 1003)[:, :1003] >= -20000).astype(np.float32)
+    lanes = (reference.dropout_lanes(11, 3, 60, 1003)[:, :1003] >= -20000).float().numpy()
     torch.set_num_threads(2)
     try:
         merging.unmerge_(W, merging.merge_(W, [A], [B], [1.0]))
@@ -396,7 +396,7 @@ def test_masks_are_those_of_the_reference(shape, start, p, dtype, variant, monke
     rows = np.random.default_rng(shifted(0)).standard_normal(shape).astype(dtype)
     rows.reshape(-1)[:1] = -np.inf  # dropped, it is a NaN, as with F.dropout
     seed = -(2**63) + 12345
-    kept = reference.dropout_lanes(seed, start, *shape)[:, : shape[1]] >= cut
+    kept = (reference.dropout_lanes(seed, start, *shape)[:, : shape[1]] >= cut).numpy()
     with np.errstate(invalid="ignore"):
         exact = rows * kept
     out, other, alone = np.full_like(rows, np.nan), rows.copy(), rows.copy()
@@ -418,7 +418,7 @@ def masked(seed):
 
 @built
 def test_masks_are_drawn_beside_each_other_and_in_any_number_of_threads():
-    expected, before = torch.from_numpy(reference.dropout_lanes(11, 3, 60, 1003)[:, :1003] >= -20000).float(), 0
+    expected = (reference.dropout_lanes(11, 3, 60, 1003)[:, :1003] >= -20000).float()
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 4):

@@ -24,7 +24,7 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
     """
     for dtype in dtypes or dtypes_on(capability):
         for name, UNMERGE, RECORD, AGAIN in _PASSES:
-            tile = default_tile(dtype, recording=RECORD or AGAIN)
+            tile = default_tile(dtype, RECORD or AGAIN, capability)
             options = launch_options(tile, capability > 0, dtype, RECORD)
             for EVEN in (True, False):
                 yield _case(name, dtype, UNMERGE, RECORD, AGAIN, EVEN, tile, options)
