@@ -34,7 +34,7 @@ def describe(without_gpu: bool) -> None:
         return
     gpu, (free, total) = torch.cuda.get_device_properties(0), torch.cuda.mem_get_info()
     print(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} multiprocessors")
-    print(f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free; driver for CUDA {torch._C._cuda_getDriverVersion()}")
+    print(f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
     x = torch.eye(4096, device="cuda", dtype=torch.bfloat16)
     if not torch.equal(x @ x, x):
         raise RuntimeError("torch multiplies identity matrices wrongly on this GPU")

@@ -21,7 +21,9 @@ README = BENCHMARKS.parent / "README.md"
 BEGIN = "<!-- results: written by benchmarks/readme_table.py -->"
 END = "<!-- end of results -->"
 _SHORT = dict(float32="fp32", bfloat16="bf16", float16="fp16")
-_KINDS = dict(linear=("linear",), lorafusion=("linear",), merge=("merge",), serving=("step", "generate", "server"))
+_LINEAR = ("linear", "quantised", "lorafusion")  # kinds of files whose rows are those of bench_linear.py
+_KINDS = dict.fromkeys(_LINEAR, ("linear",)) | dict(train=("train",), merge=("merge",))
+_KINDS |= dict(serving=("step", "generate", "server"))
 _LLAMA = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))
 _STEPS = ((1, 1, 16), (8, 8, 16))  # T, D, r of the decode steps shown; the others are in the file
 _MERGERS = ("PEFT", "addmm", "fused_lora")
@@ -40,12 +42,18 @@ def load(folder: Path) -> dict[str, dict]:
             continue  # another kind of result
         entry = found.setdefault(content["machine"]["name"], {})
         for kind, benchmarks in _KINDS.items():
-            if (kind == "lorafusion") != (content.get("settings", {}).get("points") == "lorafusion"):
-                continue  # these points have a file of their own
+            if kind in _LINEAR and kind != _linear_kind(content.get("settings", {})):
+                continue
             has_rows = any(row["benchmark"] in benchmarks for row in content["rows"])
             if has_rows and (kind not in entry or entry[kind]["date"] < content["date"]):
                 entry[kind] = content
     return {name: entry for name, entry in sorted(found.items()) if entry}
+
+
+def _linear_kind(settings: dict) -> str:
+    if settings.get("base"):
+        return "quantised"
+    return "lorafusion" if settings.get("points") == "lorafusion" else "linear"
 
 
 def render(results: dict[str, dict]) -> str:
@@ -67,6 +75,11 @@ def _machine_block(entry: dict) -> str:
         lines += ["", *_linear_table(entry["linear"]["rows"])]
         if "lorafusion" in entry:
             lines[-1] += " " + _lorafusion(entry["lorafusion"]["rows"])
+    if "quantised" in entry:
+        lines += ["", *_linear_table(entry["quantised"]["rows"])]
+        lines[-1] += " The base layer is bitsandbytes' Linear4bit, NF4 with double quantisation."
+    if "train" in entry:
+        lines += ["", *_train_table(entry["train"]["rows"])]
     if "merge" in entry:
         lines += ["", *_merge_table(entry["merge"]["rows"])]
     if "serving" in entry:
@@ -117,11 +130,29 @@ def _lorafusion(rows: Sequence[dict]) -> str:
     own = [layer["fused_lora"] for layer in _layers(rows, "linear") if layer["fused_lora"].get("both_speedup")]
     speedups, steps = [row["both_speedup"] for row in own], [row["step_speedup"] for row in own]
     mean = statistics.geometric_mean(speedups)
-    text = f"{len(speedups)} layers of LoRAFusion's benchmark (K = N of 4096, 5120 and 8192, 2,048 to 8,192 rows): "
+    sizes = f"{min(row['M'] for row in own):,} to {max(row['M'] for row in own):,} rows"
+    text = f"{len(speedups)} layers of LoRAFusion's benchmark (K = N of 4096, 5120 and 8192, {sizes}): "
     text += f"{mean:.2f}x PEFT's speed on average, {min(speedups):.2f}x to {max(speedups):.2f}x. "
     slower = sum(step < 1 for step in steps)
     text += f"Run eagerly on this host, which takes longer than the device, {slower} of them are slower than PEFT's"
     return text + f", {min(steps):.2f}x at worst."
+
+
+def _train_table(rows: Sequence[dict]) -> list[str]:
+    """A line for each model and kind of adapters."""
+    lines = _head("training step", "base", "PEFT", "fused_lora", "over PEFT", "tokens/s", "peak, GiB")
+    for default in (False, True):
+        at = {row["provider"].partition(" ")[0]: row for row in rows if row["default"] is default}
+        if "fused_lora" not in at:
+            continue
+        own, both = at["fused_lora"], [at[name] for name in ("PEFT", "fused_lora") if name in at]
+        label = f"Llama {own['model']}, {own['layers']} layers, {own['batch']} x {own['tokens']:,} tokens, "
+        label += "fp32 adapters under autocast" if default else f"{_SHORT[own['dtype']]} adapters"
+        times = [_time(at.get(name), "ms") for name in ("base", "PEFT", "fused_lora")]
+        speeds = " -> ".join(f"{row['tokens_per_second']:,}" for row in both)
+        peaks = " -> ".join(f"{row['peak_GiB']:.3g}" for row in both)
+        lines.append(_line(label, *times, _over(at, "ms", faster=False), speeds, peaks))
+    return [*lines, "", "Rank 16 on all linear layers, p=0.1, forward, backward and AdamW; random weights and tokens."]
 
 
 def _merge_table(rows: Sequence[dict]) -> list[str]:

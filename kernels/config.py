@@ -85,13 +85,17 @@ def _shrink(M: int, K: int, r: int, dtype: torch.dtype, dropout: bool, upcast: b
         BLOCK_R = 32 if upcast else _rank_block(r, 16, 32, 64, 128)
         wide = 64 if upcast or BLOCK_R > 32 else 128 if dropout or BLOCK_R > 16 else 256
         # narrow row blocks, for enough programs where rows are few and for enough warps to draw a mask
-        tile = LaunchConfig("shrink", 32 if dropout and M >= 8192 and BLOCK_R < 64 else 16, 16, wide, BLOCK_R)
+        many = dropout and M >= 8192 and BLOCK_R < 64 and not upcast
+        tile = LaunchConfig("shrink", 32 if many else 16, 16, wide, BLOCK_R)
     return replace(tile, SPLIT_K=_split(_cdiv(M, tile.BLOCK_M) * _cdiv(r, tile.BLOCK_R), _cdiv(K, tile.BLOCK_K)))
 
 
 def _expand(r: int, dtype: torch.dtype, upcast: bool) -> LaunchConfig:
     BLOCK_M, BLOCK_N = (32, 64) if dtype == torch.float32 or upcast else (64, 128)
-    return LaunchConfig("expand", BLOCK_M, BLOCK_N, 16, _rank_block(r, 16, 32))
+    BLOCK_R = _rank_block(r, 16, 32)
+    if upcast and dtype != torch.float32 and BLOCK_R == 16:
+        BLOCK_N = 128  # the narrow tile spills beside a mask
+    return LaunchConfig("expand", BLOCK_M, BLOCK_N, 16, BLOCK_R)
 
 
 def _backward(

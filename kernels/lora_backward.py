@@ -42,9 +42,11 @@ def _lora_backward_kernel(
 ):  # fmt: skip
     """z [M, C], t [M, R], q [R, C]: grad = t^T z, and out = t q with EXPAND, else the planes of out = z q^T.
 
-    With EXPAND t is multiplied by out_scale as it is read: once a row instead of once an element of out.
+    With EXPAND out_scale is part of t, once a row instead of once an element of out, but for fp32 without a mask, whose
+    products take t from memory as it is.
     """
     OPERAND: tl.constexpr = tl.float32 if UPCAST else z_ptr.dtype.element_ty
+    EARLY: tl.constexpr = EXPAND and (DROP or z_ptr.dtype.element_ty != tl.float32)
     zero = tl.full((), 0, tl.int64)
     column, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c0 = column * BLOCK_C
@@ -59,12 +61,14 @@ def _lora_backward_kernel(
     for m in range(begin, end, BLOCK_M):
         z = load_tile(z_ptr, m, c0, stride_zm, stride_zc, M, C, BLOCK_M, BLOCK_C)
         t = load_tile(t_ptr, 0, m, 1, R, R, M, BLOCK_R, BLOCK_M)
-        t = (t * out_scale if EXPAND else t).to(OPERAND)
+        t = (t * out_scale if EARLY else t).to(OPERAND)
         if not EXPAND:
             out = tl.dot(q, tl.trans(z.to(OPERAND)), input_precision=PRECISION) * out_scale
             store_tile(out_ptr, out, 0, m, 1, R, R, M, BLOCK_R, BLOCK_M)
         else:
             out = tl.dot(tl.trans(t), q, input_precision=PRECISION)
+            if not EARLY:
+                out *= out_scale
             if DROP:
                 keep = keep_mask(seed, bound, m, c0, BLOCK_M, BLOCK_C)
                 out = tl.where(keep, out, 0.0)
@@ -159,7 +163,8 @@ def prepare_backward_x(
         return lambda x, dS, lora_A, seeds, planes: (x.new_empty((M, K)), lora_A.new_zeros((r, K))), 0
     config = config or pick("backward_x", M, K, 0, r, x.dtype, drop, capability(device), lora_A.dtype != x.dtype)
     q_strides, p = addressable(lora_A).stride(), dropout if drop else 0.0
-    launch, room, flags = _launch(x, lora_A, r, q_strides, (K, 1), True, p, scale, 1.0, config)
+    grad_scale = 1.0 if drop or x.dtype != torch.float32 else scale  # where dS has it already
+    launch, room, flags = _launch(x, lora_A, r, q_strides, (K, 1), True, p, scale, grad_scale, config)
     kernel, fit = _lora_backward_kernel, is_single([x]) and is_single([lora_A])
 
     def run(x, dS, lora_A, seeds, planes):

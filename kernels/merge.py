@@ -35,6 +35,7 @@ fp32.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -43,6 +44,7 @@ import triton.language as tl
 from .config import capability
 from .corrections import COLUMNS, SHIFT, Corrections
 from .delta import add_delta, zeros_like
+from .launch import KEPT, Launch
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _SHIFT = tl.constexpr(SHIFT)
@@ -236,17 +238,22 @@ def _launch(W, A, B, tile, record=None, *, UNMERGE=False, AGAIN=False) -> None:
     """One launch; W is [N, K] along rows."""
     if W.numel() == 0:
         return
-    (N, K), RECORD = W.shape, record is not None and not AGAIN
-    strips = -(-K // tile.COLS)
-    with torch.cuda.device_of(W):
-        _merge_kernel[(strips * -(-N // tile.ROWS),)](
-            W, A, B, record and record.table, record.places if RECORD else None, record.values if RECORD else None,
-            N, K, len(A), len(record.values) if RECORD else None,
-            *W.stride(), *A.stride(), *B.stride(),
-            UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, EVEN=N % tile.ROWS == 0 and K % tile.COLS == 0,
-            ROWS=tile.ROWS, COLS=tile.COLS,
-            **launch_options(tile, not torch.version.hip, W.dtype, RECORD),
-        )  # fmt: skip
+    RECORD = record is not None and not AGAIN
+    room = len(record.values) if RECORD and not UNMERGE else None
+    sizes = *W.shape, len(A), room, *W.stride(), *A.stride(), *B.stride()
+    launch = _prepared(sizes, tile, W.dtype, W.device, UNMERGE, RECORD, AGAIN)
+    places, values = (record.places, record.values) if RECORD else (None, None)
+    launch(_merge_kernel, W, A, B, record and record.table, places, values)
+
+
+@lru_cache(KEPT)
+def _prepared(sizes, tile, dtype, device, UNMERGE, RECORD, AGAIN) -> Launch:
+    N, K = sizes[:2]
+    return Launch(
+        (-(-K // tile.COLS) * -(-N // tile.ROWS),), *sizes,
+        UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, EVEN=N % tile.ROWS == 0 and K % tile.COLS == 0,
+        ROWS=tile.ROWS, COLS=tile.COLS, **launch_options(tile, not torch.version.hip, dtype, RECORD),
+    )  # fmt: skip
 
 
 def _tile_of(record: Corrections, tile: MergeTile | None) -> MergeTile:

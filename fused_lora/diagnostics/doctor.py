@@ -7,6 +7,7 @@ on a GPU compiles about a hundred kernels. Exit code: 1 if a result is wrong or 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -87,14 +88,21 @@ def gpu(device: torch.device) -> dict[str, object]:
         built = "torch finds no GPU" if torch.backends.cuda.is_built() else "torch is built without CUDA"
         return {"name": None, "why": "the CPU was asked for" if torch.cuda.is_available() else built}
     properties, (free, total) = torch.cuda.get_device_properties(device), torch.cuda.mem_get_info(device)
-    driver, cuda = torch._C._cuda_getDriverVersion(), torch.version.cuda  # pyright: ignore[reportAttributeAccessIssue]
+    cuda = torch.version.cuda
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "memory": f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
-        "driver": f"for CUDA {driver // 1000}.{driver % 1000 // 10}" if cuda else None,
+        "driver": f"for CUDA {driver_version()}" if cuda else None,
         "torch": f"for CUDA {cuda}" if cuda else f"for ROCm {torch.version.hip}",
     }
+
+
+def driver_version() -> str:
+    """The newest CUDA that the driver runs, "13.0". OSError where there is no driver for NVIDIA's GPUs."""
+    number = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
 def operators(device: torch.device) -> Iterator[str]:

@@ -30,7 +30,7 @@ from fused_lora.modules.reads import FirstForward
 from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, places, unwrapped
 
 LEAST_SURVIVING = 0.5  # share of an adapter that a merge should keep
-_SAMPLED_ROWS = 8
+_SAMPLED_LAYERS, _SAMPLED_ROWS = 32, 8
 
 
 @alone
@@ -68,12 +68,13 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
     packed: list[LoraLinear] = []
     samples: list[tuple[LoraLinear, list[str], Tensor]] = []
     try:
-        for path, layer in layers.items():  # noqa: B007 - the error names it
+        every = max(1, len(layers) // _SAMPLED_LAYERS)
+        for i, (path, layer) in enumerate(layers.items()):  # noqa: B007 - the error names it
             new = [name for name in layer._present(names) if name not in layer.merged_adapters]
             if new:
                 if isinstance(layer, LoraLinear) and base_of(layer.base_layer).merge_weight(layer.base_layer) is None:
                     packed.append(layer)
-                elif isinstance(layer, LoraLinear) and layer.weight.dtype in (torch.bfloat16, torch.float16):
+                elif isinstance(layer, LoraLinear) and layer.weight.dtype.itemsize == 2 and i % every == 0:
                     samples.append((layer, new, _sample(layer.weight, layer.fan_in_fan_out)))
                 layer.merge(safe_merge, new)
         _warn_of_rounding(names, samples, packed)
@@ -88,7 +89,15 @@ def _warn_of_rounding(
     names: Sequence[str], samples: list[tuple[LoraLinear, list[str], Tensor]], packed: list[LoraLinear]
 ) -> None:
     """Warn where the weights lost more than half of the adapters: of rows as they were, or of whole packed layers."""
-    sampled, whole = [_lost(*sample) for sample in samples], [layer.delta_fidelity() for layer in packed]
+    # (wanted, lost) of all layers of a device at once: on a GPU each number is a wait
+    norms: dict[torch.device, list[Tensor]] = {}
+    for sample in samples:
+        norms.setdefault(sample[-1].device, []).append(_norms(*sample))
+    pairs = [pair for found in norms.values() for pair in torch.stack(found).tolist()]
+    sampled, whole = (
+        [lost / max(wanted, 1e-300) for wanted, lost in pairs],
+        [layer.delta_fidelity() for layer in packed],
+    )
     for lost, bits, where in ((sampled, "16-bit", " (of sampled rows)"), (whole, "4-bit", "")):
         kept = sum(1.0 - min(1.0, share) for share in lost) / max(len(lost), 1)
         if lost and kept < LEAST_SURVIVING:
@@ -105,14 +114,13 @@ def _sample(weight: Tensor, transposed: bool) -> Tensor:
     return rows[:: max(1, len(rows) // _SAMPLED_ROWS)].double()
 
 
-def _lost(layer: LoraLinear, names: list[str], before: Tensor) -> float:
-    """||(Wm - W) - D|| / ||D|| of the sampled rows; 0 for a D of zeros."""
+def _norms(layer: LoraLinear, names: list[str], before: Tensor) -> Tensor:
+    """[||D||, ||(Wm - W) - D||] of the sampled rows, on the weight's device."""
     change, delta = _sample(layer.weight, layer.fan_in_fan_out) - before, torch.zeros_like(before)
     for name in names:
         A, B = (part[name].get_parameter("weight") for part in (layer.lora_A, layer.lora_B))
         delta += _sample(B, False) @ A.detach().double() * float(layer.scaling[name])
-    wanted = delta.norm().item()
-    return (change - delta).norm().item() / wanted if wanted else 0.0
+    return torch.stack((delta, change - delta)).norm(dim=(1, 2))
 
 
 @alone

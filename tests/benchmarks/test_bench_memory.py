@@ -104,6 +104,6 @@ def test_what_is_allocated_and_not_as_computed_is_wrong(bench, tmp_path, monkeyp
 def test_a_gpu_holds_what_was_computed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     code, content = run(importlib.import_module("bench_memory"), tmp_path, "cuda", "--rows", "1024")
-    assert code == 0 and not content["skipped"]
+    assert code == 0 and not content["skipped"], [row.get("wrong") for row in content["rows"] if not row["correct"]]
     single = [row for row in content["rows"] if row["copies"] == 1]
     assert all(row["peak_bytes"] > row["held_bytes"] > 0 for row in single)

@@ -103,6 +103,18 @@ def test_a_gpu_with_its_kernels_switched_off(capsys, monkeypatch):
     assert report["first uses"] == {"passed": 0, "dropped": 0}
 
 
+def test_the_driver_says_its_version_itself(monkeypatch):
+    class Library:
+        def __init__(self, name):
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, number):
+            number._obj.value = 13010
+
+    monkeypatch.setattr(doctor.ctypes, "CDLL", Library)
+    assert doctor.driver_version() == "13.1"
+
+
 @pytest.mark.parametrize("name", ["meta"] if torch.cuda.is_available() else ["meta", "cuda"])
 def test_a_device_that_is_not_here(name, capsys):
     with pytest.raises(SystemExit) as stop:

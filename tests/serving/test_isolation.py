@@ -202,3 +202,15 @@ def test_padding_and_unlikely_tokens_are_no_overflow(world, served):
         model.register_forward_hook(spoil_the_other, prepend=True)
         with pytest.raises(NonFiniteOutput, match="'b@1'"):
             model(ids, attention_mask=mask)
+
+
+def test_nothing_is_read_while_a_graph_is_captured(world, served, monkeypatch):
+    """A capture may not wait for the device. What was queued before it is read when it has ended."""
+    model, store = served()
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    tokens = torch.tensor([prompt(5)])
+    with pytest.raises(NonFiniteOutput, match="evil_q_proj@1"), torch.no_grad(), store.batch(["evil_q_proj"]):
+        model(tokens), model(tokens)
+        capturing[0] = False

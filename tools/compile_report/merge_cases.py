@@ -37,7 +37,7 @@ def _case(name, dtype, UNMERGE, RECORD, AGAIN, EVEN, tile, options) -> CompileCa
     if RECORD or AGAIN:
         types["table_ptr"] = "*i64"
     if RECORD:
-        types |= dict(places_ptr="*u16", values_ptr="*i32", room="i32")
+        types |= dict(places_ptr="*u16", values_ptr="*i32") | ({} if UNMERGE else dict(room="i32"))
     names = _merge_kernel.arg_names
     values = dict.fromkeys(n for n in (*names[:6], "room") if n not in types)
     values |= {"stride_wk": 1, "stride_ak": 1, "stride_br": 1}

@@ -42,7 +42,8 @@ def merge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
     from fused_lora.kernels import merge as kernels
 
     factors = right, left
-    room = int(weight.numel() * _share.get(weight.dtype, 1 / 16)) + 4096
+    step = weight.numel() // 64 + 4096  # few sizes: a launch is prepared for each
+    room = int(weight.numel() * _share.get(weight.dtype, 1 / 16)) // step * step + step
     while True:
         record = kernels.new_record(weight, room)
         kind = (weight.device, weight.dtype, weight.shape, weight.stride(), left.stride(), right.stride())

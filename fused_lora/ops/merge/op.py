@@ -86,7 +86,7 @@ def merge_(
         raise RuntimeError("weight: expected memory of its own for every number, got an expanded tensor")
     W = weight.detach()
     if launch.applies(W):
-        left, right = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out).scaled()
+        left, right = _scaled(weight, lora_A, lora_B, scaling, fan_in_fan_out)
         if W.stride(0) < W.stride(1):  # the kernel takes all three transposed
             left, right = left.t().contiguous().t(), right.t().contiguous().t()
         record = MergeRecord(Factors(left, right, None, fan_in_fan_out), W.dtype, False)
@@ -153,6 +153,26 @@ def factors(record: MergeRecord, fan_in_fan_out: bool) -> tuple[list[torch.Tenso
 
 def _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> Factors:
     """Copies: whatever happens to the adapter while merged, the same delta is taken away again."""
+    _check(weight, lora_A, lora_B, scaling, fan_in_fan_out)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    A, B = (_joined(parts, dim, weight.device, wide) for parts, dim in ((lora_A, 0), (lora_B, 1)))
+    per_rank = [s for A, scale in zip(lora_A, scaling, strict=True) for s in A.shape[0] * [float(scale)]]
+    factors = Factors(B, A, torch.tensor(per_rank, dtype=wide, device=weight.device), False)
+    return factors.t() if fan_in_fan_out else factors
+
+
+def _scaled(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies in fp32 with the scaling inside B, (left, right) of the delta as it is stored; no number travels to the
+    weight's device."""
+    _check(weight, lora_A, lora_B, scaling, fan_in_fan_out)
+    place = dict(device=weight.device, dtype=torch.float32, memory_format=torch.contiguous_format)
+    A = [part.detach().to(**place, copy=len(lora_A) == 1) for part in lora_A]
+    B = [part.detach().to(**place) * float(s) for part, s in zip(lora_B, scaling, strict=True)]
+    A, B = A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1)
+    return (A.t().contiguous(), B.t().contiguous()) if fan_in_fan_out else (B, A)
+
+
+def _check(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> None:
     rows, columns = (weight.shape[1], weight.shape[0]) if fan_in_fan_out else weight.shape
     if not (len(lora_A) == len(lora_B) == len(scaling)) or not lora_A:
         raise ValueError(
@@ -165,11 +185,6 @@ def _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> Factors:
                 f"adapter {i}: expected lora_A [r, {columns}] and lora_B [{rows}, r], "
                 f"got {tuple(A.shape)} and {tuple(B.shape)}"
             )
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    A, B = (_joined(parts, dim, weight.device, wide) for parts, dim in ((lora_A, 0), (lora_B, 1)))
-    per_rank = [s for A, scale in zip(lora_A, scaling, strict=True) for s in A.shape[0] * [float(scale)]]
-    factors = Factors(B, A, torch.tensor(per_rank, dtype=wide, device=weight.device), False)
-    return factors.t() if fan_in_fan_out else factors
 
 
 def _joined(parts: Sequence[torch.Tensor], dim: int, device: torch.device, wide: torch.dtype) -> torch.Tensor:

@@ -186,6 +186,8 @@ class Batch:
         return bad.view(-1), None
 
     def _read_checks(self) -> None:
+        if self._unread and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # nothing may wait for the device now; the next call or the end of the batch reads them
         hit: set[int] = set()
         for bad, groups in self._unread:
             if groups is not None:
