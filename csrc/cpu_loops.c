@@ -12,7 +12,7 @@
  * bytes (advance, xor). Decoding starts one place before the unit's first element: go `advance` places on and xor the
  * lowest byte there; an advance of 0 stays and xors the next higher byte. (255, 0) only bridges a long gap.
  * An unmerge computes C, applies the corrections, and writes the unit only if the checksum agrees. If a unit fails, the
- * units before it are taken back, so a call changes all of W or nothing. Python's signals wait until it returns.
+ * units before it are taken back, so a call changes all of its weights or nothing. Python's signals wait for its return.
  *
  * Build with -ffp-contract=off: the compiler must not fuse what is not written as fmaf.
  */
@@ -38,7 +38,7 @@ typedef uint16_t bits16 __attribute__((aligned(1), may_alias));
 typedef struct {
     int64_t rows, columns, row_stride, ranks; /* of W; its columns are contiguous */
     int64_t height, width;                    /* of a unit, at most AREA elements and WIDTH columns */
-    int64_t weight_type, left_type, right_type, flipped, threads, variant;
+    int64_t weight_type, left_type, right_type, flipped;
     char *weight;
     const void *left, *right;                 /* [rows, ranks] and [ranks, columns], contiguous */
     const float *scaling;                     /* [ranks], multiplied into left, or into right if flipped */
@@ -456,24 +456,28 @@ int fused_lora_openmp(void) {
 #endif
 }
 
-static int sweep(Work *work, int mode) {
-    int64_t count = (work->rows + work->height - 1) / work->height * ((work->columns + work->width - 1) / work->width);
+static int sweep(Work *const *works, int64_t n, int threads, int variant, int mode) {
     int result = DONE;
-#pragma omp parallel num_threads((int)work->threads)
+#pragma omp parallel num_threads(threads)
     {
         fenv_t environment; /* rounds to nearest and keeps subnormal numbers, whatever the caller's thread does */
         fegetenv(&environment);
         fesetenv(FE_DFL_ENV);
-#pragma omp for schedule(dynamic, 8)
-        for (int64_t index = 0; index < count; index++) {
-            int before, found = DONE;
+        for (int64_t i = 0; i < n; i++) { /* whoever has no more units of one weight goes on to the next */
+            Work *work = works[i];
+            int64_t panels = (work->columns + work->width - 1) / work->width;
+            int64_t count = (work->rows + work->height - 1) / work->height * panels;
+#pragma omp for schedule(dynamic, 8) nowait
+            for (int64_t index = 0; index < count; index++) {
+                int before, found = DONE;
 #pragma omp atomic read
-            before = result;
-            if (before == DONE && (mode == CHECKSUM || work->merged[index] == (mode == UNMERGE)))
-                found = units[work->variant](work, index, mode);
-            if (found != DONE) {
+                before = result;
+                if (before == DONE && (mode == CHECKSUM || work->merged[index] == (mode == UNMERGE)))
+                    found = units[variant](work, index, mode);
+                if (found != DONE) {
 #pragma omp atomic write
-                result = found;
+                    result = found;
+                }
             }
         }
         fesetenv(&environment);
@@ -481,12 +485,11 @@ static int sweep(Work *work, int mode) {
     return result;
 }
 
-/* All of W or nothing; see the enumerations at the top. TORN: W was changed meanwhile and is partly merged. */
-int fused_lora_run(Work *work, int mode) {
-    int result = sweep(work, mode);
-    if (result != DONE && mode == MERGE && sweep(work, UNMERGE) != DONE) return TORN;
-    if (result != DONE && mode == UNMERGE && sweep(work, MERGE_AGAIN) != DONE) return TORN;
-    return result;
+/* All of n weights or nothing; see the enumerations at the top. TORN: one was changed meanwhile and is partly merged. */
+int fused_lora_run(Work *const *works, int64_t n, int threads, int variant, int mode) {
+    int result = sweep(works, n, threads, variant, mode);
+    if (result == DONE || mode == MERGE_AGAIN || mode == CHECKSUM) return result;
+    return sweep(works, n, threads, variant, mode == MERGE ? UNMERGE : MERGE_AGAIN) == DONE ? result : TORN;
 }
 
 void fused_lora_mask(const Mask *mask) {

@@ -74,6 +74,16 @@ class Base:
         """
         return merging.merge_(_writable(module), *factors, fan_in_fan_out=fan_in_fan_out)
 
+    def merge_later(self, module: nn.Module, factors: Factors, fan_in_fan_out: bool) -> tuple[Any, Any] | None:
+        """What :meth:`merge_` would do as (record, sweep), to run with other layers; None where it must do it."""
+        if self.merge_weight(module) is None:
+            return None
+        return merging.merge_later(_writable(module), *factors, fan_in_fan_out=fan_in_fan_out)
+
+    def unmerge_later(self, module: nn.Module, record: Any) -> Any:
+        """What :meth:`unmerge_` would do as a sweep, or None."""
+        return None if self.merge_weight(module) is None else merging.unmerge_later(_writable(module), record)
+
     def unmerge_(self, module: nn.Module, record: Any) -> None:
         """Give the weight the bits of before. Raises RuntimeError, and changes nothing, where it was changed since."""
         merging.unmerge_(_writable(module), record)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +24,14 @@ from fused_lora.modules.config import (
 )
 from fused_lora.modules.merged_state import MergedState
 from fused_lora.modules.mixed import MixedBatch
-from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
+from fused_lora.modules.mixin import BASE, FusedLoraBehaviour, Later
 from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import SUPPORTED, adapter_dtype, in_out_features, why_not_supported
+from fused_lora.ops import native
+from fused_lora.ops.merge import blocks
+from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
+
+_AT_ONCE = 1 << 26  # bytes of weights in one call of the C loops: room for their corrections is held meanwhile
 
 
 class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
@@ -249,15 +255,60 @@ def unmerge_all(layers: Mapping[str, Any]) -> None:
         RuntimeError: a weight was changed while merged; the message begins with its layer's path.
     """
     before = snapshot(layers.values())
-    path = ""
+    merged = {path: layer for path, layer in layers.items() if layer.merged}
     try:
-        for path, layer in layers.items():  # noqa: B007 - the error names it
+        together({p: layer._unmerge_later for p, layer in merged.items() if isinstance(layer, LoraLinear)}, UNMERGE)
+        for path, layer in merged.items():
             if layer.merged:
-                layer.unmerge()
-    except BaseException as error:
+                with naming(path):
+                    layer.unmerge()
+    except BaseException:
         go_back(before)
-        if isinstance(error, RuntimeError):
-            raise RuntimeError(f"{path}: {error}") from error
+        raise
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """What goes wrong inside names the layer."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def together(prepare: Mapping[str, Callable[[], Later | None]], mode: int) -> None:
+    """Merge or unmerge many layers in a few calls of the C loops: Python is slow after each, for the caches are cold.
+
+    A layer that its function gives None for is not touched, nor are those of a call where a weight refuses. What their
+    own methods do then, or say.
+    """
+    jobs: dict[str, Later] = {}
+    for path, function in prepare.items():
+        with naming(path):
+            job = function()
+        if job is not None:
+            jobs[path] = job
+            if sum(job.sweep.W.nbytes for job in jobs.values()) >= _AT_ONCE:
+                _run(jobs, mode)
+                jobs = {}
+    if jobs:
+        _run(jobs, mode)
+
+
+def _run(jobs: Mapping[str, Later], mode: int) -> None:
+    try:
+        outcome = blocks.run_together([job.sweep for job in jobs.values()], mode)
+        if outcome == native.TORN:
+            raise RuntimeError(blocks.TORN_TEXT)
+        if outcome == native.DONE:
+            for job in jobs.values():
+                job.layer.__dict__["merge_state"] = job.state
+                job.layer.merged_adapters[:] = job.names
+    except BaseException:
+        back = UNMERGE if mode == MERGE else MERGE_AGAIN
+        for path, job in jobs.items():
+            if job.layer.__dict__.get("merge_state") is not job.state and job.sweep.undo(back) != native.DONE:
+                raise RuntimeError(f"{path}: {blocks.TORN_TEXT}") from None
         raise
 
 

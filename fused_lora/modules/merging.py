@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ from fused_lora.modules.inject import (
     lora_layers,
     mergeable_layers,
 )
-from fused_lora.modules.linear import LoraLinear, go_back, snapshot, unmerge_all
+from fused_lora.modules.linear import LoraLinear, go_back, naming, snapshot, together, unmerge_all
+from fused_lora.modules.mixin import Later
 from fused_lora.modules.names import some
 from fused_lora.modules.reads import FirstForward
 from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, places, unwrapped
+from fused_lora.ops.native import MERGE
 
 LEAST_SURVIVING = 0.5  # share of an adapter that a merge should keep
 _SAMPLED_LAYERS, _SAMPLED_ROWS = 32, 8
@@ -64,24 +67,29 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
         warnings.warn("merge: no adapters are active or named, nothing to do", stacklevel=4)
     elif all(name in m.merged_adapters for m in layers.values() for name in m._present(names)):
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
-    before, path = snapshot(layers.values()), ""
+    before = snapshot(layers.values())
     packed: list[LoraLinear] = []
     samples: list[tuple[LoraLinear, list[str], Tensor]] = []
     try:
         every = max(1, len(layers) // _SAMPLED_LAYERS)
-        for i, (path, layer) in enumerate(layers.items()):  # noqa: B007 - the error names it
+        linear: dict[str, Callable[[], Later | None]] = {}
+        for i, (path, layer) in enumerate(layers.items()):
+            new = [name for name in layer._present(names) if name not in layer.merged_adapters]
+            if new and isinstance(layer, LoraLinear):
+                linear[path] = functools.partial(layer._merge_later, new)
+                if base_of(layer.base_layer).merge_weight(layer.base_layer) is None:
+                    packed.append(layer)
+                elif layer.weight.dtype.itemsize == 2 and i % every == 0:
+                    samples.append((layer, new, _sample(layer.weight, layer.fan_in_fan_out)))
+        together(linear, MERGE)
+        for path, layer in layers.items():
             new = [name for name in layer._present(names) if name not in layer.merged_adapters]
             if new:
-                if isinstance(layer, LoraLinear) and base_of(layer.base_layer).merge_weight(layer.base_layer) is None:
-                    packed.append(layer)
-                elif isinstance(layer, LoraLinear) and layer.weight.dtype.itemsize == 2 and i % every == 0:
-                    samples.append((layer, new, _sample(layer.weight, layer.fan_in_fan_out)))
-                layer.merge(safe_merge, new)
+                with naming(path):
+                    layer.merge(safe_merge, new)
         _warn_of_rounding(names, samples, packed)
-    except BaseException as error:
+    except BaseException:
         go_back(before)
-        if isinstance(error, (ValueError, RuntimeError)):
-            raise type(error)(f"{path}: {error}") from error
         raise
 
 

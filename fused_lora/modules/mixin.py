@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,15 @@ class _Merge:
     record: Any  # of the base's kind
     bias_before: Tensor | None = None
     bias_after: Tensor | None = None
+
+
+class Later(NamedTuple):
+    """A merge or unmerge of a layer that is prepared, and what holds afterwards."""
+
+    layer: Any
+    state: _Merge | None
+    names: list[str]
+    sweep: Any
 
 
 class FusedLoraBehaviour:
@@ -230,6 +239,22 @@ class FusedLoraBehaviour:
             state.bias_after = bias
         self._write(state, None if bias is None else self.base_layer.bias.data.clone(), names)
 
+    def _merge_later(self, names: list[str]) -> Later | None:
+        """What :meth:`_merge_names` would do, to run with other layers; None where it must do that itself."""
+        base = self._modules["base_layer"]
+        if self.merged or self.merge_state is not None or self._with_bias(names) or base_of(base).why_not_merged(base):
+            return None
+        found = base_of(base).merge_later(base, _factors_of(self, names), self.fan_in_fan_out)
+        return None if found is None else Later(self, _Merge(found[0]), names, found[1])
+
+    def _unmerge_later(self) -> Later | None:
+        """The same of :meth:`unmerge`."""
+        base, state = self._modules["base_layer"], self.merge_state
+        if state is None or state.bias_after is not None:
+            return None
+        sweep = base_of(base).unmerge_later(base, state.record)
+        return None if sweep is None else Later(self, None, [], sweep)
+
     def _write(self, state: _Merge, bias: Tensor | None, names: list[str]) -> None:
         """Write weight and bias (``bias``: what it holds now) and note it, or nothing.
 
@@ -344,8 +369,7 @@ class FusedLoraBehaviour:
 
     def _check_bias_merge(self, names: list[str]) -> Tensor | None:
         """The bias after the merge, or None where no lora_bias is involved."""
-        held = self._modules["lora_B"]._modules
-        with_bias = [name for name in names if getattr(held[name], "bias", None) is not None]
+        with_bias = self._with_bias(names)
         if not with_bias:
             return None
         bias = getattr(self.base_layer, "bias", None)
@@ -359,6 +383,10 @@ class FusedLoraBehaviour:
         if not torch.isfinite(merged).all():
             raise ValueError(f"NaNs or infinities detected in the merged bias; the adapters {names} seem to be broken")
         return merged
+
+    def _with_bias(self, names: list[str]) -> list[str]:
+        held = self._modules["lora_B"]._modules
+        return [name for name in names if getattr(held[name], "bias", None) is not None]
 
     def _parts(self, names: list[str]) -> list[nn.Module]:
         """lora_A, lora_B and lora_dropout of each adapter."""

@@ -12,7 +12,7 @@ import functools
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ class Work(ctypes.Structure):
     """One weight, and what a merge notes of it: ``Work`` in C. Pointers are addresses."""
 
     _fields_ = _fields(
-        "rows columns row_stride ranks height width weight_type left_type right_type flipped threads variant "
+        "rows columns row_stride ranks height width weight_type left_type right_type flipped "
         "weight left right scaling counts starts checksums merged corrections room used"
     )
 
@@ -118,10 +118,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(work: Work, mode: int) -> int:
-    """Merge or unmerge all of a weight or nothing; returns how that ended. Python's signals wait until then."""
-    work.variant, work.threads = variant(), threads(work.rows * work.columns)
-    return _loaded()[0].fused_lora_run(ctypes.byref(work), mode)
+def run(works: Sequence[Work], mode: int) -> int:
+    """Merge or unmerge all of these weights or nothing; returns how that ended. Python's signals wait until then."""
+    pointers = struct.pack(f"{len(works)}P", *map(ctypes.addressof, works))
+    share = threads(sum(work.rows * work.columns for work in works))
+    return _loaded()[0].fused_lora_run(pointers, ctypes.c_int64(len(works)), share, variant(), mode)
 
 
 def multiply_by_mask(

@@ -256,7 +256,7 @@ def test_a_failure_among_many_units(dense):
 def test_a_weight_that_changes_meanwhile_is_said_to_be_torn(mode, monkeypatch):
     W, ours, run = torch.randn(600, 700), factors((600, 700), 3, 0.001), native.run
     units = blocks.merge(W, ours) if mode == native.UNMERGE else None
-    monkeypatch.setattr(native, "run", lambda work, what: run(work, what) and 0 or native.TORN)
+    monkeypatch.setattr(native, "run", lambda works, what: run(works, what) and 0 or native.TORN)
     with pytest.raises(RuntimeError, match="weight.*partly merged"):
         blocks.merge(W, ours) if units is None else blocks.restore(W, ours, units)
 

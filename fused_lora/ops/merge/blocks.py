@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ AREA, WIDTH, HEIGHT = 4096, 128, 256  # of a unit at most, as in C
 _BAND = 1 << 17  # elements that torch takes at a time: the temporaries stay in a cache
 
 _LOST_TEXT = "NaNs or infinities detected in the merged weights: the adapter seems to be broken"
-_TORN_TEXT = (
+TORN_TEXT = (
     "weight: it was changed while it was merged or unmerged, by another thread perhaps, and is partly merged now: load "
     "it again"
 )
@@ -105,25 +105,26 @@ class _InC:
     """Sweeps over a weight by the C loops."""
 
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
+        self.W, self.units = W, units
         self.corrections = units.corrections if room == 0 else torch.empty((room, 2), dtype=torch.uint8, device="cpu")
         count, counts = units.notes.shape[1], units.notes.data_ptr()
         self.merged = (ctypes.c_uint8 * count)()
         if room == 0:
             ctypes.memset(self.merged, 1, count)
         left, right, scaling, flipped = self._held = factors
-        self._work = native.Work(
+        self.work = native.Work(
             *W.shape, W.stride(0), right.shape[0], units.height, units.width,
-            native.TYPES[W.dtype], native.TYPES[left.dtype], native.TYPES[right.dtype], flipped, 0, 0,
+            native.TYPES[W.dtype], native.TYPES[left.dtype], native.TYPES[right.dtype], flipped,
             W.data_ptr(), left.data_ptr(), right.data_ptr(), scaling.data_ptr(),
             counts, counts + 8 * count, counts + 16 * count,
             ctypes.addressof(self.merged), self.corrections.data_ptr(), self.corrections.shape[0], 0,
         )  # fmt: skip
 
     def run(self, mode: int) -> int:
-        return native.run(self._work, mode)
+        return native.run([self.work], mode)
 
     def kept(self) -> torch.Tensor:
-        return self.corrections[: self._work.used].clone()
+        return self.corrections[: self.work.used].clone()
 
     undo = run  # what was not written is known: an interrupt waits for the end of a sweep
 
@@ -289,13 +290,13 @@ def _merge(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors) -> 
         elif outcome == DONE:
             units.corrections = sweep.kept()
         if outcome != DONE:
-            raise ValueError(_LOST_TEXT) if outcome == LOST else RuntimeError(_TORN_TEXT)
+            raise ValueError(_LOST_TEXT) if outcome == LOST else RuntimeError(TORN_TEXT)
         return units
     except BaseException:
         if units.copy is not None:
             W.copy_(units.copy)
         elif sweep.undo(UNMERGE) != DONE:
-            raise RuntimeError(_TORN_TEXT) from None
+            raise RuntimeError(TORN_TEXT) from None
         raise
 
 
@@ -316,14 +317,32 @@ def _restore(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors, u
     W.copy_(units.copy)
 
 
+def for_one_call(W: torch.Tensor, factors: Factors, units: Units | None = None) -> _InC | None:
+    """A merge of W, or with its ``units`` the unmerge, for :func:`run_together`; None where C does not do it."""
+    if not _in_c(W):
+        return None
+    if units is None:
+        return _InC(W, factors, Units.of(W), W.nbytes // 2)
+    return _InC(W, factors, units, 0) if units.copy is None and units.fit(W) else None
+
+
+def run_together(sweeps: Sequence[_InC], mode: int) -> int:
+    """Merge or unmerge all of them or none, in one call; returns how that ended. A merge's units are complete then."""
+    outcome = native.run([sweep.work for sweep in sweeps], mode)
+    if outcome == DONE and mode == MERGE:
+        for sweep in sweeps:
+            sweep.units.corrections = sweep.kept()
+    return outcome
+
+
 def _sweep_back(sweep: _InC | _InTorch) -> None:
     try:
         outcome = sweep.run(UNMERGE)
         if outcome != DONE:
-            raise RuntimeError(_TORN_TEXT if outcome == TORN else launch.CHANGED)
+            raise RuntimeError(TORN_TEXT if outcome == TORN else launch.CHANGED)
     except BaseException:
         if sweep.undo(MERGE_AGAIN) != DONE:
-            raise RuntimeError(_TORN_TEXT) from None
+            raise RuntimeError(TORN_TEXT) from None
         raise
 
 

@@ -76,14 +76,7 @@ def merge_(
         TypeError: weight is not fp64, fp32, bf16 or fp16. RuntimeError: it is on the meta device or
             an expanded tensor.
     """
-    if weight.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"weight: expected float64, float32, bfloat16 or float16, got {weight.dtype}")
-    if weight.is_meta:
-        raise RuntimeError("weight: expected numbers to add to, got a tensor on the meta device")
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
-    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
-        raise RuntimeError("weight: expected memory of its own for every number, got an expanded tensor")
+    _check(weight, lora_A, lora_B, scaling, fan_in_fan_out)
     W = weight.detach()
     if launch.applies(W):
         left, right = _scaled(weight, lora_A, lora_B, scaling, fan_in_fan_out)
@@ -95,13 +88,25 @@ def merge_(
     if native.needs_one_thread():
         with native.one_thread():
             return merge_(weight, lora_A, lora_B, scaling, fan_in_fan_out=fan_in_fan_out)
-    factors = _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out)
-    transposed = W.stride(0) < W.stride(1) and W.t().is_contiguous()
-    if transposed:  # rows of the storage are what a unit should hold
-        W, factors = W.t(), factors.t()
-    record = MergeRecord(factors, W.dtype, transposed)
-    record.units = blocks.merge(W, factors)  # no call from here on: in one an interrupt would lose the record
+    W, record = _begun(W, lora_A, lora_B, scaling, fan_in_fan_out)
+    record.units = blocks.merge(W, record.factors)  # no call from here on: in one an interrupt would lose the record
     return record
+
+
+def merge_later(weight, lora_A, lora_B, scaling, *, fan_in_fan_out: bool = False) -> tuple[MergeRecord, Any] | None:
+    """The same for :func:`fused_lora.ops.merge.blocks.run_together`, and the record that holds once it has run.
+
+    None where the C loops do not take it. Raises what :func:`merge_` does before it writes.
+    """
+    _check(weight, lora_A, lora_B, scaling, fan_in_fan_out)
+    if weight.device.type != "cpu" or weight.dtype not in native.TYPES or native.needs_one_thread():
+        return None
+    W, record = _begun(weight.detach(), lora_A, lora_B, scaling, fan_in_fan_out)
+    sweep = blocks.for_one_call(W, record.factors)
+    if sweep is None:
+        return None
+    record.units = sweep.units
+    return record, sweep
 
 
 def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
@@ -111,20 +116,21 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
         RuntimeError: the weight was changed, cast or moved since the merge, so that its original bits cannot be
             restored. Nothing is changed.
     """
-    W = weight.detach()
-    W = W.t() if record.transposed else W
-    factors = record.factors
-    place = ((len(factors.left), factors.right.shape[1]), record.dtype, factors.left.device)
-    if (tuple(W.shape), W.dtype, W.device) != place:
-        raise RuntimeError(
-            f"weight: expected shape, dtype and device as at merge, {place}, got {(tuple(W.shape), W.dtype, W.device)}"
-        )
+    W, factors = _merged(weight, record), record.factors
     if record.device_corrections is not None:
         return launch.unmerge(W, factors.left, factors.right, record.device_corrections)
     if native.needs_one_thread():
         with native.one_thread():
             return blocks.restore(W, factors, record.units)
     blocks.restore(W, factors, record.units)
+
+
+def unmerge_later(weight: torch.Tensor, record: MergeRecord) -> Any:
+    """The same for :func:`fused_lora.ops.merge.blocks.run_together`, or None where the C loops do not take it."""
+    W = _merged(weight, record)
+    if record.units is None or native.needs_one_thread():
+        return None
+    return blocks.for_one_call(W, record.factors, record.units)
 
 
 def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, float]:
@@ -151,9 +157,29 @@ def factors(record: MergeRecord, fan_in_fan_out: bool) -> tuple[list[torch.Tenso
     return [right], [left], [1.0]
 
 
+def _begun(W, lora_A, lora_B, scaling, fan_in_fan_out) -> tuple[torch.Tensor, MergeRecord]:
+    """The weight as it is stored, and a record without notes."""
+    factors = _factors(W, lora_A, lora_B, scaling, fan_in_fan_out)
+    transposed = W.stride(0) < W.stride(1) and W.t().is_contiguous()
+    if transposed:  # rows of the storage are what a unit should hold
+        W, factors = W.t(), factors.t()
+    return W, MergeRecord(factors, W.dtype, transposed)
+
+
+def _merged(weight: torch.Tensor, record: MergeRecord) -> torch.Tensor:
+    """The weight as it is stored; RuntimeError where it cannot be the one of the record."""
+    W, factors = weight.detach(), record.factors
+    W = W.t() if record.transposed else W
+    place = ((len(factors.left), factors.right.shape[1]), record.dtype, factors.left.device)
+    if (tuple(W.shape), W.dtype, W.device) != place:
+        raise RuntimeError(
+            f"weight: expected shape, dtype and device as at merge, {place}, got {(tuple(W.shape), W.dtype, W.device)}"
+        )
+    return W
+
+
 def _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> Factors:
     """Copies: whatever happens to the adapter while merged, the same delta is taken away again."""
-    _check(weight, lora_A, lora_B, scaling, fan_in_fan_out)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     A, B = (_joined(parts, dim, weight.device, wide) for parts, dim in ((lora_A, 0), (lora_B, 1)))
     per_rank = [s for A, scale in zip(lora_A, scaling, strict=True) for s in A.shape[0] * [float(scale)]]
@@ -164,7 +190,6 @@ def _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> Factors:
 def _scaled(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies in fp32 with the scaling inside B, (left, right) of the delta as it is stored; no number travels to the
     weight's device."""
-    _check(weight, lora_A, lora_B, scaling, fan_in_fan_out)
     place = dict(device=weight.device, dtype=torch.float32, memory_format=torch.contiguous_format)
     A = [part.detach().to(**place, copy=len(lora_A) == 1) for part in lora_A]
     B = [part.detach().to(**place) * float(s) for part, s in zip(lora_B, scaling, strict=True)]
@@ -173,6 +198,14 @@ def _scaled(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> tuple[torch.Tens
 
 
 def _check(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> None:
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"weight: expected float64, float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.is_meta:
+        raise RuntimeError("weight: expected numbers to add to, got a tensor on the meta device")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
+    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+        raise RuntimeError("weight: expected memory of its own for every number, got an expanded tensor")
     rows, columns = (weight.shape[1], weight.shape[0]) if fan_in_fan_out else weight.shape
     if not (len(lora_A) == len(lora_B) == len(scaling)) or not lora_A:
         raise ValueError(
