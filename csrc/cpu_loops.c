@@ -38,10 +38,9 @@ typedef uint16_t bits16 __attribute__((aligned(1), may_alias));
 typedef struct {
     int64_t rows, columns, row_stride, ranks; /* of W; its columns are contiguous */
     int64_t height, width;                    /* of a unit, at most AREA elements and WIDTH columns */
-    int64_t weight_type, left_type, right_type, flipped;
+    int64_t weight_type;
     char *weight;
-    const void *left, *right;                 /* [rows, ranks] and [ranks, columns], contiguous */
-    const float *scaling;                     /* [ranks], multiplied into left, or into right if flipped */
+    const float *left, *right;                /* [rows, ranks] and [ranks, columns], contiguous */
     int64_t *counts, *starts;                 /* [units] corrections of each, and where they begin */
     uint64_t *checksums;                      /* [units] */
     uint8_t *merged;                          /* [units] whether a unit is merged now: kept by every call */
@@ -102,35 +101,21 @@ INLINE uint32_t infinity_of(int type) { return type == FLOAT32 ? 0x7F800000 : ty
 
 INLINE uint32_t magnitude_of(int type, uint32_t bits) { return bits & (type == FLOAT32 ? 0x7FFFFFFF : 0x7FFF); }
 
-INLINE void to_floats(int type, const void *from, int64_t first, int64_t n, float *to) {
-    for (int64_t j = 0; j < n; j++) to[j] = value_of(type, get(type, from, first + j));
-}
-
-INLINE void to_floats_of(int64_t type, const void *from, int64_t first, int64_t n, float *to) {
-    if (type == FLOAT32)
-        to_floats(FLOAT32, from, first, n, to);
-    else if (type == BFLOAT16)
-        to_floats(BFLOAT16, from, first, n, to);
-    else
-        to_floats(FLOAT16, from, first, n, to);
-}
-
 /* A part of W: lines [h, n], `stride` bytes apart. In buffers they are `pitch` elements apart, whole tiles. */
 typedef struct {
     char *lines;
     int64_t stride, row, column, h, n, pitch;
 } Unit;
 
-/* d [GROUP, TILE], whose rows are `pitch` apart, += left [GROUP, depth of DEPTH] times right [depth, TILE of WIDTH],
- * one fused step after the other. Eight sums stay in registers: enough to hide a step's latency. */
-INLINE void add_products(const float *restrict left, const float *restrict right, int64_t depth, float *restrict d,
+/* d [GROUP, TILE], whose rows are `pitch` apart, += GROUP rows of left [depth] times right [depth, TILE of WIDTH], one fused step after the other. Eight sums stay in registers: enough to hide a step's latency. */
+INLINE void add_products(const float *const *left, const float *restrict right, int64_t depth, float *restrict d,
                          int64_t pitch) {
 #pragma omp simd
     for (int64_t j = 0; j < TILE / 2; j++) {
         float s0 = d[j], s1 = d[pitch + j], s2 = d[2 * pitch + j], s3 = d[3 * pitch + j];
         float t0 = d[j + TILE / 2], t1 = d[pitch + j + TILE / 2], t2 = d[2 * pitch + j + TILE / 2], t3 = d[3 * pitch + j + TILE / 2];
         for (int64_t k = 0; k < depth; k++) {
-            float l0 = left[k], l1 = left[DEPTH + k], l2 = left[2 * DEPTH + k], l3 = left[3 * DEPTH + k];
+            float l0 = left[0][k], l1 = left[1][k], l2 = left[2][k], l3 = left[3][k];
             float r = right[k * WIDTH + j], q = right[k * WIDTH + j + TILE / 2];
             s0 = fmaf(l0, r, s0), s1 = fmaf(l1, r, s1), s2 = fmaf(l2, r, s2), s3 = fmaf(l3, r, s3);
             t0 = fmaf(l0, q, t0), t1 = fmaf(l1, q, t1), t2 = fmaf(l2, q, t2), t3 = fmaf(l3, q, t3);
@@ -149,26 +134,20 @@ INLINE void prefetch(const Unit *unit, int64_t first, int64_t rows, int64_t byte
 /* delta [h, n] of the unit; whole groups and tiles are written. Meanwhile the next unit comes into the cache. */
 INLINE void compute_delta(const Work *work, const Unit *unit, const Unit *next, float *delta) {
     int64_t pitch = unit->pitch, size = work->weight_type == FLOAT32 ? 4 : 2;
-    float right[DEPTH * WIDTH], left[GROUP * DEPTH];
+    float right[DEPTH * WIDTH];
     memset(delta, 0, (unit->h + GROUP - 1) / GROUP * GROUP * pitch * sizeof(float));
     for (int64_t first = 0; first < work->ranks; first += DEPTH) {
         int64_t depth = work->ranks - first < DEPTH ? work->ranks - first : DEPTH;
-        const float *s = work->scaling + first;
         for (int64_t k = 0; k < depth; k++) {
             float *to = right + k * WIDTH;
-            to_floats_of(work->right_type, work->right, (first + k) * work->columns + unit->column, unit->n, to);
+            memcpy(to, work->right + (first + k) * work->columns + unit->column, unit->n * sizeof(float));
             for (int64_t j = unit->n; j < pitch; j++) to[j] = 0;
-            if (work->flipped)
-                for (int64_t j = 0; j < unit->n; j++) to[j] *= s[k];
         }
         for (int64_t i = 0; i < unit->h; i += GROUP) {
             if (first == 0) prefetch(next, i, GROUP, size * next->n);
-            for (int64_t m = 0; m < GROUP; m++) { /* behind the last row that row again, which nobody reads */
-                int64_t row = unit->row + (i + m < unit->h ? i + m : unit->h - 1);
-                float *to = left + m * DEPTH;
-                to_floats_of(work->left_type, work->left, row * work->ranks + first, depth, to);
-                for (int64_t k = 0; k < depth && !work->flipped; k++) to[k] *= s[k];
-            }
+            const float *left[GROUP];
+            for (int64_t m = 0; m < GROUP; m++) /* behind the last row that row again, which nobody reads */
+                left[m] = work->left + (unit->row + (i + m < unit->h ? i + m : unit->h - 1)) * work->ranks + first;
             for (int64_t j = 0; j < pitch; j += TILE)
                 add_products(left, right + j, depth, delta + i * pitch + j, pitch);
         }

@@ -283,14 +283,16 @@ def together(prepare: Mapping[str, Callable[[], Later | None]], mode: int) -> No
     own methods do then, or say.
     """
     jobs: dict[str, Later] = {}
+    held = 0
     for path, function in prepare.items():
         with naming(path):
             job = function()
         if job is not None:
             jobs[path] = job
-            if sum(job.sweep.W.nbytes for job in jobs.values()) >= _AT_ONCE:
-                _run(jobs, mode)
-                jobs = {}
+            held += job.sweep.W.nbytes
+        if held >= _AT_ONCE:
+            _run(jobs, mode)
+            jobs, held = {}, 0
     if jobs:
         _run(jobs, mode)
 

@@ -232,10 +232,15 @@ def memory_of(tensor: Tensor) -> int:
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the parameters in one memory (:func:`memory_of`), one for each place of their module in the model."""
+    """Names of the parameters in one memory (:func:`memory_of`), one for each place of their module in the model.
+
+    Without those of our adapters, which are most modules of a model and share nothing.
+    """
     owners: dict[int, list[str]] = {}
+    layers = [(f"{p}.base_layer", m) for p, m in named_modules(model, LoraLinear) if isinstance(m, LoraLinear)]
+    bases = [(path, None, unwrapped(layer.base_layer)) for path, layer in layers]
     # a bare layer may have a further place, at another parent
-    for path, _, module in (("", None, unwrapped(model)), *places(model)):
+    for path, _, module in (("", None, unwrapped(model)), *places(model, LoraLinear), *bases):
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.numel() and not parameter.is_meta:
                 owners.setdefault(memory_of(parameter), []).append(f"{path}.{name}")

@@ -60,12 +60,15 @@ def named_modules(model: nn.Module, closed: type[nn.Module] | None = None) -> It
             waiting += reversed(children)
 
 
-def places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+def places(model: nn.Module, closed: type[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """(path, parent, module) of everything that ``model`` holds: a module that has several parents comes several times.
 
-    Parents are those of :func:`named_modules`, and wrappers are passed over as there.
+    Parents are those of :func:`named_modules`, and wrappers are passed over as there. What modules of the class
+    ``closed`` hold is left out.
     """
-    for path, parent in named_modules(model):
+    for path, parent in named_modules(model, closed):
+        if closed is not None and isinstance(parent, closed):
+            continue
         for name, child in parent._modules.items():
             if child is not None:
                 yield f"{path}.{name}" if path else name, parent, unwrapped(child)

@@ -39,8 +39,8 @@ class Work(ctypes.Structure):
     """One weight, and what a merge notes of it: ``Work`` in C. Pointers are addresses."""
 
     _fields_ = _fields(
-        "rows columns row_stride ranks height width weight_type left_type right_type flipped "
-        "weight left right scaling counts starts checksums merged corrections room used"
+        "rows columns row_stride ranks height width weight_type "
+        "weight left right counts starts checksums merged corrections room used"
     )
 
 

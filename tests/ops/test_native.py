@@ -43,7 +43,7 @@ def weight(shape, dtype):
 
 def factors(shape, r, scale, dtype=torch.float32):
     left, right = torch.randn(shape[0], r).to(dtype), torch.randn(r, shape[1]).to(dtype)
-    return Factors(left, right, torch.full((r,), scale), False)
+    return Factors(left * scale, right)
 
 
 def exact_chain(left, right):
@@ -99,7 +99,7 @@ def test_c_and_torch_make_the_same_record_and_bits(shape, scale, dtype, variant,
     guarded = torch.full((shape[0] + 2, shape[1] + 3), 7.0, dtype=dtype)
     in_c, in_torch = guarded[1:-1, 2:-1].copy_(before), before.clone()
     found, expected = blocks._merge(blocks._InC, in_c, ours), blocks._merge(blocks._InTorch, in_torch, ours)
-    delta = chain(*ours.scaled())
+    delta = chain(*ours)
     exact = (before.float() + delta).to(dtype)
     numbers = ~before.isnan()
     assert torch.equal(bits(in_torch)[numbers], bits(exact)[numbers])
@@ -121,12 +121,9 @@ def unit_by_unit(units):
 
 
 @built
-@pytest.mark.parametrize("flipped", [False, True])
-@pytest.mark.parametrize("kinds", [(torch.bfloat16, torch.float16), (torch.float16, torch.float32)], ids=str)
 @pytest.mark.parametrize("r", [1, 7, 16, 33, 100])
-def test_any_rank_and_dtype_of_the_factors(r, kinds, flipped):
-    ours = factors((45, 331), r, 0.0, torch.float32)
-    ours = Factors(ours.left.to(kinds[0]), ours.right.to(kinds[1]), torch.rand(r) * 0.01, flipped)
+def test_any_rank(r):
+    ours = factors((45, 331), r, 0.01)
     before = weight((45, 331), torch.float32)
     in_c, in_torch = before.clone(), before.clone()
     found, expected = blocks._merge(blocks._InC, in_c, ours), blocks._merge(blocks._InTorch, in_torch, ours)
@@ -145,7 +142,7 @@ def test_every_number_of_16_bits_is_rounded_as_torch_does(dtype):
     W = torch.where(W.isfinite() & (W.abs() < torch.finfo(dtype).max / 2), W, 0.0)
     step = torch.finfo(dtype).eps * W.float().abs() + 2.0**-25
     for part in (0.26, 0.5, 0.74, 1.0, 1.5):
-        ours = Factors((step * part).contiguous(), torch.eye(256), torch.ones(256), False)  # D is step * part
+        ours = Factors((step * part).contiguous(), torch.eye(256))  # D is step * part
         in_c, in_torch = W.clone(), W.clone()
         blocks._merge(blocks._InC, in_c, ours)
         blocks._merge(blocks._InTorch, in_torch, ours)
@@ -237,7 +234,7 @@ def test_a_failure_among_many_units(dense):
     torch.set_num_threads(8)
     try:
         for _ in range(3):
-            units = blocks.merge(W, ours._replace(scaling=ours.scaling * 1e9) if dense else ours)
+            units = blocks.merge(W, ours._replace(left=ours.left * 1e9) if dense else ours)
             assert (units.copy is not None) == dense
             kept, changed = W.clone(), W
             changed[-1, -1] += 1
@@ -245,7 +242,7 @@ def test_a_failure_among_many_units(dense):
                 blocks.restore(changed, ours, units)
             assert torch.equal(changed[:-1], kept[:-1])
             changed[-1, -1] = kept[-1, -1]
-            blocks.restore(W, ours._replace(scaling=ours.scaling * 1e9) if dense else ours, units)
+            blocks.restore(W, ours._replace(left=ours.left * 1e9) if dense else ours, units)
             assert torch.equal(bits(W), bits(before))
     finally:
         torch.set_num_threads(threads)
@@ -312,7 +309,7 @@ def test_threads_that_flush_subnormal_numbers_change_nothing():
         "from fused_lora.reference import bits\n"
         "torch.manual_seed(0)\n"
         "torch.set_num_threads(3)\n"
-        "ours = blocks.Factors(torch.rand(600, 1) * 1e-39, torch.ones(1, 700), torch.ones(1), False)\n"
+        "ours = blocks.Factors(torch.rand(600, 1) * 1e-39, torch.ones(1, 700))\n"
         "W, merged, masked = torch.rand(600, 700) * 1e-38, set(), set()\n"
         "assert native.usable() and torch.set_flush_denormal(True)\n"
         "torch.rand(1000, 1000) + 1\n"
@@ -457,7 +454,7 @@ def test_loops_that_compute_something_else_are_not_used(name, fresh, monkeypatch
         if name == "_multiply":
             arguments[4][3, 5] += 1
         else:
-            native.ctypes.c_int64.from_address(arguments[0].checksums).value += 1
+            native.ctypes.c_int64.from_address(arguments[0][0].checksums).value += 1
         return result
 
     W, A, B = torch.randn(40, 50), torch.randn(2, 50), torch.randn(40, 2)

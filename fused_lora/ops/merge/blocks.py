@@ -36,31 +36,15 @@ TORN_TEXT = (
 
 
 class Factors(NamedTuple):
-    """The delta D = (left * scaling) @ right; ``flipped``: left @ (scaling[:, None] * right). B is the scaled one.
-
-    ``left`` [rows, R] and ``right`` [R, columns] are contiguous for :func:`merge`, in fp32 or 16 bits; ``scaling`` [R]
-    in fp32, None for 1. All are fp64 for an fp64 weight.
-    """
+    """The delta D = left @ right, of ``left`` [rows, R] and ``right`` [R, columns]: contiguous for :func:`merge`, and in
+    fp32, for an fp64 weight in fp64. The scaling is in the one that was lora_B."""
 
     left: torch.Tensor
     right: torch.Tensor
-    scaling: torch.Tensor | None
-    flipped: bool
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [t for t in self[:3] if t is not None]
 
     def t(self) -> Factors:
         """For the transposed weight."""
-        return Factors(self.right.t().contiguous(), self.left.t().contiguous(), self.scaling, not self.flipped)
-
-    def scaled(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both in the dtype of the scaling, which is multiplied in."""
-        if self.scaling is None:
-            return self.left, self.right
-        left, right = self.left.to(self.scaling.dtype), self.right.to(self.scaling.dtype)
-        return (left, right * self.scaling[:, None]) if self.flipped else (left * self.scaling, right)
+        return Factors(self.right.t().contiguous(), self.left.t().contiguous())
 
 
 @dataclass
@@ -111,11 +95,10 @@ class _InC:
         self.merged = (ctypes.c_uint8 * count)()
         if room == 0:
             ctypes.memset(self.merged, 1, count)
-        left, right, scaling, flipped = self._held = factors
+        left, right = self._held = factors
         self.work = native.Work(
             *W.shape, W.stride(0), right.shape[0], units.height, units.width,
-            native.TYPES[W.dtype], native.TYPES[left.dtype], native.TYPES[right.dtype], flipped,
-            W.data_ptr(), left.data_ptr(), right.data_ptr(), scaling.data_ptr(),
+            native.TYPES[W.dtype], W.data_ptr(), left.data_ptr(), right.data_ptr(),
             counts, counts + 8 * count, counts + 16 * count,
             ctypes.addressof(self.merged), self.corrections.data_ptr(), self.corrections.shape[0], 0,
         )  # fmt: skip
@@ -135,7 +118,7 @@ class _InTorch:
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
         self._W, self._units, self._room = W, units, room
         self._counts, self._starts, self._checksum = units.notes.unbind()
-        self._left, self._right = factors.scaled()
+        self._left, self._right = factors
         self._panels = [(first, min(first + units.width, W.shape[1])) for first in range(0, W.shape[1], units.width)]
         whole = W.shape[0] // units.height * units.height
         step = max(1, _BAND // max(1, units.height * W.shape[1])) * units.height
@@ -359,7 +342,7 @@ def _agree() -> bool:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=draw, device="cpu", dtype=torch.float32)
 
-    factors = Factors(normal(37, 3), normal(3, 333), normal(3) * 0.01, False)
+    factors = Factors(normal(37, 3) * 0.01, normal(3, 333))
     for dtype in native.TYPES:
         W = normal(37, 333).to(dtype)
         merged = W.clone(), W.clone()

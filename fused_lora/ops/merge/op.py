@@ -42,7 +42,7 @@ class MergeRecord:
 
     @property
     def nbytes(self) -> int:
-        tensors = [*self.factors.tensors, *(self.units.tensors if self.units else [])]
+        tensors = [*self.factors, *(self.units.tensors if self.units else [])]
         on_device = 0 if self.device_corrections is None else self.device_corrections.nbytes
         return on_device + sum(t.numel() * t.element_size() for t in tensors)
 
@@ -79,10 +79,10 @@ def merge_(
     _check(weight, lora_A, lora_B, scaling, fan_in_fan_out)
     W = weight.detach()
     if launch.applies(W):
-        left, right = _scaled(weight, lora_A, lora_B, scaling, fan_in_fan_out)
+        left, right = _factors(W, lora_A, lora_B, scaling, fan_in_fan_out)
         if W.stride(0) < W.stride(1):  # the kernel takes all three transposed
             left, right = left.t().contiguous().t(), right.t().contiguous().t()
-        record = MergeRecord(Factors(left, right, None, fan_in_fan_out), W.dtype, False)
+        record = MergeRecord(Factors(left, right), W.dtype, False)
         record.device_corrections = launch.merge(W, left, right)
         return record
     if native.needs_one_thread():
@@ -142,7 +142,7 @@ def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, fl
     original = weight.detach().clone()
     unmerge_(original, record)
     change = weight.detach().double() - original.double()
-    left, right = record.factors.scaled()
+    left, right = record.factors
     delta = left.double() @ right.double()
     delta = delta.t() if record.transposed else delta
     moved, lost, wanted = (t.square().sum().item() for t in (change, change - delta, delta))
@@ -151,8 +151,8 @@ def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, fl
 
 def factors(record: MergeRecord, fan_in_fan_out: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
     """The record's frozen adapters as one (lora_A [R, K], lora_B [N, R], scaling 1), to merge them again."""
-    left, right = record.factors.scaled()
-    if record.factors.flipped:
+    left, right = record.factors
+    if fan_in_fan_out != record.transposed:
         left, right = right.t(), left.t()
     return [right], [left], [1.0]
 
@@ -178,23 +178,15 @@ def _merged(weight: torch.Tensor, record: MergeRecord) -> torch.Tensor:
     return W
 
 
-def _factors(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> Factors:
-    """Copies: whatever happens to the adapter while merged, the same delta is taken away again."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    A, B = (_joined(parts, dim, weight.device, wide) for parts, dim in ((lora_A, 0), (lora_B, 1)))
-    per_rank = [s for A, scale in zip(lora_A, scaling, strict=True) for s in A.shape[0] * [float(scale)]]
-    factors = Factors(B, A, torch.tensor(per_rank, dtype=wide, device=weight.device), False)
-    return factors.t() if fan_in_fan_out else factors
-
-
-def _scaled(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies in fp32 with the scaling inside B, (left, right) of the delta as it is stored; no number travels to the
-    weight's device."""
-    place = dict(device=weight.device, dtype=torch.float32, memory_format=torch.contiguous_format)
+def _factors(W, lora_A, lora_B, scaling, fan_in_fan_out) -> Factors:
+    """Copies with the scaling inside B: whatever happens to the adapter while merged, the same delta is taken away
+    again. No number travels to the weight's device."""
+    wide = torch.float64 if W.dtype == torch.float64 else torch.float32
+    place = dict(device=W.device, dtype=wide, memory_format=torch.contiguous_format)
     A = [part.detach().to(**place, copy=len(lora_A) == 1) for part in lora_A]
     B = [part.detach().to(**place) * float(s) for part, s in zip(lora_B, scaling, strict=True)]
     A, B = A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1)
-    return (A.t().contiguous(), B.t().contiguous()) if fan_in_fan_out else (B, A)
+    return Factors(B, A).t() if fan_in_fan_out else Factors(B, A)
 
 
 def _check(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> None:
@@ -204,7 +196,9 @@ def _check(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> None:
         raise RuntimeError("weight: expected numbers to add to, got a tensor on the meta device")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
-    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+    if 0 in weight.stride() and any(
+        stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)
+    ):
         raise RuntimeError("weight: expected memory of its own for every number, got an expanded tensor")
     rows, columns = (weight.shape[1], weight.shape[0]) if fan_in_fan_out else weight.shape
     if not (len(lora_A) == len(lora_B) == len(scaling)) or not lora_A:
@@ -218,12 +212,3 @@ def _check(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> None:
                 f"adapter {i}: expected lora_A [r, {columns}] and lora_B [{rows}, r], "
                 f"got {tuple(A.shape)} and {tuple(B.shape)}"
             )
-
-
-def _joined(parts: Sequence[torch.Tensor], dim: int, device: torch.device, wide: torch.dtype) -> torch.Tensor:
-    """A copy in one dtype: the one of all parts if it has 16 bits, which is half the memory, else ``wide``."""
-    dtypes = {part.dtype for part in parts}
-    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16} else wide
-    if len(parts) == 1:
-        return parts[0].detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-    return torch.cat([part.detach().to(device, dtype) for part in parts], dim)
