@@ -36,8 +36,8 @@ TORN_TEXT = (
 
 
 class Factors(NamedTuple):
-    """The delta D = left @ right, of ``left`` [rows, R] and ``right`` [R, columns]: contiguous for :func:`merge`, and in
-    fp32, for an fp64 weight in fp64. The scaling is in the one that was lora_B."""
+    """The delta D = left @ right. ``left`` [rows, R] and ``right`` [R, columns] are contiguous for :func:`merge`, in
+    fp32, or in fp64 for an fp64 weight. The scaling is in the one that was lora_B."""
 
     left: torch.Tensor
     right: torch.Tensor
