@@ -304,13 +304,14 @@ def _run(jobs: Mapping[str, Later], mode: int) -> None:
             raise RuntimeError(blocks.TORN_TEXT)
         if outcome == native.DONE:
             for job in jobs.values():
-                job.layer.__dict__["merge_state"] = job.state
-                job.layer.merged_adapters[:] = job.names
+                # without a call, see FusedLoraBehaviour._write
+                job.layer.__dict__["merge_state"], job.layer.merged_adapters[:] = job.state, job.names
     except BaseException:
         back = UNMERGE if mode == MERGE else MERGE_AGAIN
-        for path, job in jobs.items():
-            if job.layer.__dict__.get("merge_state") is not job.state and job.sweep.undo(back) != native.DONE:
-                raise RuntimeError(f"{path}: {blocks.TORN_TEXT}") from None
+        open_jobs = {path: job for path, job in jobs.items() if job.layer.merge_state is not job.state}
+        torn = [path for path, job in open_jobs.items() if job.sweep.undo(back) != native.DONE]
+        if torn:
+            raise RuntimeError(f"{torn[0]}: {blocks.TORN_TEXT}") from None
         raise
 
 

@@ -31,17 +31,14 @@ _rejected: list[str] = []  # why the loops are not used although they are there
 _forked = False  # OpenMP would wait for the threads of the parent
 
 
-def _fields(names: str) -> list[tuple[str, type]]:
-    return [(name, ctypes.c_int64) for name in names.split()]
-
-
 class Work(ctypes.Structure):
     """One weight, and what a merge notes of it: ``Work`` in C. Pointers are addresses."""
 
-    _fields_ = _fields(
-        "rows columns row_stride ranks height width weight_type "
-        "weight left right counts starts checksums merged corrections room used"
-    )
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in "rows columns row_stride ranks height width weight_type weight left right counts starts checksums "
+        "merged corrections room used".split()
+    ]
 
 
 _mask = struct.Struct("11q").pack  # ``Mask`` in C: rows columns start cut is_double threads variant seed x out in_place

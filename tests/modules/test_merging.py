@@ -1,0 +1,160 @@
+"""Merge and unmerge of a model, whose layers share calls of the C loops."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fused_lora
+from fused_lora import LoraConfig
+from fused_lora.modules import linear
+from fused_lora.ops import native
+from fused_lora.ops.merge import blocks
+from fused_lora.reference import bits
+from helpers.seeds import shifted
+
+built = pytest.mark.skipif(not native.usable(), reason=native.describe())
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(shifted(11))
+
+
+def layers_of(dtypes):
+    net = nn.Sequential(*[nn.Linear(48, 40, dtype=dtype) for dtype in dtypes])
+    net[-1].weight = nn.Parameter(net[-1].weight.detach().t().contiguous().t())  # columns are contiguous
+    return fused_lora.inject(net, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+def weights(net):
+    return [layer.weight.detach().clone() for layer in net]
+
+
+def same_bits(found, expected):
+    return all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
+
+
+def counted(monkeypatch, run=native.run):
+    calls = []
+    monkeypatch.setattr(native, "run", lambda works, mode: calls.append(len(works)) or run(works, mode))
+    return calls
+
+
+@built
+def test_one_call_for_many_layers(monkeypatch):
+    assert blocks._agree()  # which calls C, too, once in a process
+    net, calls = layers_of([torch.float32] * 20), counted(monkeypatch)
+    fused_lora.merge(net)
+    assert calls == [20]
+    fused_lora.unmerge(net)
+    assert calls == [20, 20]
+    monkeypatch.setattr(linear, "_AT_ONCE", 3 * net[0].weight.nbytes)
+    fused_lora.merge(net)
+    assert calls[2:] == [3] * 6 + [2]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e9], ids=["corrections", "copy"])
+def test_the_bits_are_those_of_the_layers_own_merges(scale):
+    """Also where C does not take a layer, or a delta is so large that a copy of the weight is kept."""
+    net = layers_of(DTYPES)
+    net[0].scaling["default"] *= scale
+    alone, before = copy.deepcopy(net), weights(net)
+    fused_lora.merge(net)
+    for layer in alone:
+        layer.merge()
+    assert same_bits(weights(net), weights(alone))
+    for whole, own in zip(net, alone, strict=True):
+        assert whole.merge_state.record.nbytes == own.merge_state.record.nbytes
+        assert whole.merged_adapters == ["default"]
+    fused_lora.unmerge(net)
+    assert same_bits(weights(net), before)
+
+
+def test_a_layer_that_refuses_is_named_and_nothing_is_changed():
+    net = layers_of(DTYPES)
+    before = weights(net)
+    net[3].lora_A["default"].weight.data[1, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"^3: NaNs or infinities"):
+        fused_lora.merge(net)
+    assert same_bits(weights(net), before) and not any(layer.merged or layer.merge_state for layer in net)
+    net[3].lora_A["default"].weight.data[1, 2] = 0.0
+    fused_lora.merge(net)
+    net[4].weight.data[5, 6] += 1.0
+    merged, states = weights(net), [layer.merge_state for layer in net]
+    with pytest.raises(RuntimeError, match=r"^4: weight: it is not what the merge left"):
+        fused_lora.unmerge(net)
+    assert same_bits(weights(net), merged) and [layer.merge_state for layer in net] == states
+    net[4].weight.data = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match=r"^4: weight: expected shape"):
+        fused_lora.unmerge(net)
+    assert same_bits(weights(net)[:4], merged[:4]) and all(layer.merged for layer in net)
+
+
+@pytest.mark.parametrize("action", ["merge", "unmerge"])
+def test_an_interrupt_at_any_line(action, monkeypatch):
+    """All layers are merged or none, and each weight has the bits that its record says."""
+    net = layers_of([torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float16])
+    states = {False: weights(net)}
+    monkeypatch.setattr(linear, "_AT_ONCE", 2 * net[0].weight.nbytes)  # two calls
+    fused_lora.merge(net)
+    states[True] = weights(net)
+    if action == "unmerge":
+        fused_lora.unmerge(net)
+    lines = {"seen": 0, "stop": 0}
+    names = "together", "_run", "run_together", "kept", "unmerge_all", "merge"
+
+    def trace(frame, event, argument):
+        code = frame.f_code
+        files = linear.__file__, blocks.__file__, fused_lora.modules.merging.__file__
+        if code.co_filename not in files or code.co_name not in names:
+            return None
+        if event == "line":
+            lines["seen"] += 1
+            if lines["seen"] == lines["stop"]:
+                raise KeyboardInterrupt
+        return trace
+
+    while lines["seen"] >= lines["stop"]:
+        (fused_lora.unmerge if action == "merge" else fused_lora.merge)(net)
+        lines["seen"], lines["stop"] = 0, lines["stop"] + 1
+        outer = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            (fused_lora.merge if action == "merge" else fused_lora.unmerge)(net)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(outer)
+        merged = net[0].merged
+        assert all(layer.merged is merged for layer in net) and same_bits(weights(net), states[merged]), lines
+        (fused_lora.merge if action == "merge" else fused_lora.unmerge)(net) if merged is (action != "merge") else None
+    assert lines["stop"] > 40
+
+
+@built
+@pytest.mark.parametrize("mode", [native.MERGE, native.UNMERGE])
+def test_a_weight_that_changes_meanwhile_is_named(mode, monkeypatch):
+    net, run = layers_of([torch.float32] * 4), native.run
+    before = weights(net)
+    if mode == native.UNMERGE:
+        fused_lora.merge(net)
+        before = weights(net)
+
+    def changed_meanwhile(works, what):
+        outcome = run(works, what)
+        if len(works) > 1:
+            net[1].weight.data[0, 0] = float("inf") if what == native.UNMERGE else 7.0
+            net[1].weight.data[0, 1] = 3.4e38
+            return native.TORN
+        return native.TORN if outcome == native.DONE and works[0].weight == net[1].weight.data_ptr() else outcome
+
+    monkeypatch.setattr(native, "run", changed_meanwhile)
+    with pytest.raises(RuntimeError, match=r"^1: weight.*partly merged"):
+        (fused_lora.merge if mode == native.MERGE else fused_lora.unmerge)(net)
+    others = [0, 2, 3]
+    assert same_bits([weights(net)[i] for i in others], [before[i] for i in others])
+    assert all(net[i].merged is (mode == native.UNMERGE) for i in others)
