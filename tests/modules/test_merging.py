@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,15 @@ def seeded():
     torch.manual_seed(shifted(11))
 
 
-def layers_of(dtypes):
+@pytest.fixture(params=["C", "torch"])
+def loops(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native, "usable", lambda: False)
+    elif not native.usable():
+        pytest.skip(native.describe())
+
+
+def layers_of(dtypes) -> Any:
     net = nn.Sequential(*[nn.Linear(48, 40, dtype=dtype) for dtype in dtypes])
     net[-1].weight = nn.Parameter(net[-1].weight.detach().t().contiguous().t())  # columns are contiguous
     return fused_lora.inject(net, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
@@ -58,7 +67,7 @@ def test_one_call_for_many_layers(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e9], ids=["corrections", "copy"])
-def test_the_bits_are_those_of_the_layers_own_merges(scale):
+def test_the_bits_are_those_of_the_layers_own_merges(scale, loops):
     """Also where C does not take a layer, or a delta is so large that a copy of the weight is kept."""
     net = layers_of(DTYPES)
     net[0].scaling["default"] *= scale
@@ -74,7 +83,7 @@ def test_the_bits_are_those_of_the_layers_own_merges(scale):
     assert same_bits(weights(net), before)
 
 
-def test_a_layer_that_refuses_is_named_and_nothing_is_changed():
+def test_a_layer_that_refuses_is_named_and_nothing_is_changed(loops):
     net = layers_of(DTYPES)
     before = weights(net)
     net[3].lora_A["default"].weight.data[1, 2] = float("nan")
@@ -95,7 +104,7 @@ def test_a_layer_that_refuses_is_named_and_nothing_is_changed():
 
 
 @pytest.mark.parametrize("action", ["merge", "unmerge"])
-def test_an_interrupt_at_any_line(action, monkeypatch):
+def test_an_interrupt_at_any_line(action, monkeypatch, loops):
     """All layers are merged or none, and each weight has the bits that its record says."""
     net = layers_of([torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float16])
     states = {False: weights(net)}
@@ -132,7 +141,7 @@ def test_an_interrupt_at_any_line(action, monkeypatch):
         merged = net[0].merged
         assert all(layer.merged is merged for layer in net) and same_bits(weights(net), states[merged]), lines
         (fused_lora.merge if action == "merge" else fused_lora.unmerge)(net) if merged is (action != "merge") else None
-    assert lines["stop"] > 40
+    assert lines["stop"] > 30
 
 
 @built
