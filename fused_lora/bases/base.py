@@ -38,6 +38,8 @@ class Adapters(NamedTuple):
 class Base:
     """One kind of base layer. The methods take the module; a Base has no state of its own."""
 
+    quantised = False  # True: it has dense_weight and become_linear
+
     def why_not_fused(self, module: nn.Module) -> str | None:
         """None when :meth:`forward` may stand in for a call of ``module``, else the reason in a few words.
 
@@ -86,6 +88,18 @@ class Base:
         """Share of the merged delta that rounding lost, ||(Wm - W) - D|| / ||D||."""
         weight: Any = module._parameters["weight"]
         return merging.delta_fidelity(weight, record)[1]
+
+    def dense_weight(self, module: nn.Module, factors: Factors, dtype: torch.dtype) -> Tensor:
+        """dequant(W) + D as a dense [N, K] of ``dtype``: a sum in fp32, rounded once. Nothing is changed.
+
+        Raises:
+            ValueError: the sum would not be finite.
+        """
+        raise NotImplementedError
+
+    def become_linear(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        """Make ``module`` itself an nn.Linear with these tensors; its hooks, mode and places in the model stay."""
+        raise NotImplementedError
 
     def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
         """What PEFT rounds new adapters to, before it may hold them in fp32; None: as they were drawn."""

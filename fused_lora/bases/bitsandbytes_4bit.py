@@ -14,7 +14,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_lora.bases.base import (
     Adapters,
@@ -31,6 +31,9 @@ from fused_lora.ops.linear import packed
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _LARGEST = 1024  # values to a scale that bitsandbytes' fast loops for CPUs take
+_BLOCK_VALUES = 1 << 21  # of a weight that are in fp32 at a time
+# of a Linear4bit, beside those of an nn.Linear
+_ATTRIBUTES = ("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu")
 _REPACKED_ROWS = 32  # whose values share memory in the layout for CPUs
 
 
@@ -138,6 +141,8 @@ def compute_dtype(module: Any, x: Tensor) -> torch.dtype:
 class Linear4bit(Base):
     """A Params4bit of [N, K] values and a bias [N] or None."""
 
+    quantised = True
+
     def why_not_fused(self, module: Any) -> str | None:
         """None for a quantised weight of a known kind, and a call that nobody has changed."""
         parameters = module._parameters
@@ -227,6 +232,29 @@ class Linear4bit(Base):
         delta = _delta(record.factors)
         wanted = delta.norm().item()
         return (after - before - delta).norm().item() / wanted if wanted else 0.0
+
+    def dense_weight(self, module: Any, factors: Factors, dtype: torch.dtype) -> Tensor:
+        """As :meth:`Base.dense_weight`, from code times scale in fp32; on a CPU in blocks of rows."""
+        weight = Weight(module, torch.float32)
+        (N, K), (lora_A, lora_B, scaling) = weight.shape, factors
+        dense = torch.empty((N, K), dtype=dtype, device=weight.device)
+        on_cpu = weight.device.type == "cpu"
+        blocks = weight.blocks(max(1, _BLOCK_VALUES // K)) if on_cpu else [(0, N, weight.to(torch.float32))]
+        for start, stop, block in blocks:
+            rows = lora_A, [B[start:stop] for B in lora_B], scaling
+            dense[start:stop] = block + _delta(rows) if scaling else block
+        if not torch.isfinite(dense).all():
+            raise ValueError(f"the weight would hold NaN or infinity in {dtype}")
+        return dense
+
+    def become_linear(self, module: Any, weight: Tensor, bias: Tensor | None) -> None:
+        """As :meth:`Base.become_linear`."""
+        old = module._parameters["bias"]
+        for name in _ATTRIBUTES:
+            module.__dict__.pop(name, None)
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        module._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=old.requires_grad)
+        module.__class__ = nn.Linear
 
     def adapter_dtype(self, module: Any) -> torch.dtype | None:
         """The compute dtype, where it is set."""
