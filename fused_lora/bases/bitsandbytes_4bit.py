@@ -8,6 +8,7 @@ no gradient, and its own merge reads other weights; the fused forward and backwa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -20,6 +21,7 @@ from fused_lora.bases.base import (
     Adapters,
     Base,
     Factors,
+    Grid,
     register,
     why_not_fits,
     why_not_own_call,
@@ -255,6 +257,24 @@ class Linear4bit(Base):
         module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         module._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=old.requires_grad)
         module.__class__ = nn.Linear
+
+    def copy_weight(self, module: Any) -> None:
+        """A parameter over the same bytes with a state of its own: a call that repacks puts others in their place."""
+        weight = module._parameters["weight"]
+        own = copy.copy(weight)
+        own.quant_state = copy.copy(weight.quant_state)
+        module._parameters["weight"] = own
+
+    def grid(self, module: Any) -> Grid:
+        """As :meth:`Base.grid`."""
+        state = module._parameters["weight"].quant_state
+        nested = (state.state2.code, state.state2.blocksize) if state.nested else None
+        dtype = getattr(state, "original_dtype", state.dtype)
+        return Grid(state.quant_type, state.code, state.blocksize, dtype, nested, _is_repacked(state))
+
+    def operand_dtype(self, module: Any, x: Tensor) -> torch.dtype | None:
+        """The compute dtype; bf16 for a weight that was repacked."""
+        return torch.bfloat16 if is_repacked(module) else compute_dtype(module, x)
 
     def adapter_dtype(self, module: Any) -> torch.dtype | None:
         """The compute dtype, where it is set."""
