@@ -114,9 +114,9 @@ def dropout_mask(
         raise ValueError(f"shape: expected (..., K) with no negative size, got {tuple(shape)}")
     *leading, K = tuple(shape)
     M = int(np.prod(leading, dtype=np.int64))
-    lanes = dropout_lanes(int(seed), 0, M, K)[:, :K]
+    lanes = dropout_lanes(seed, 0, M, K, CPU if device is None else torch.device(device))[:, :K]
     # as 32-bit numbers: 32768, for p = 1, has no 16-bit one
-    return lanes.int().ge(dropout_threshold(p) - 32768).reshape(tuple(shape)).to(device)
+    return lanes.int().ge(dropout_threshold(p) - 32768).reshape(tuple(shape))
 
 
 def _dropped(x: torch.Tensor, p: float, seeds: torch.Tensor | None, i: int) -> torch.Tensor:

@@ -120,7 +120,7 @@ def test_an_interpreting_process_is_refused(tmp_path):
 def test_compiles_records_and_compares(tmp_path):
     """One kernel form on two chips: compiled once, not again, and a worse result than recorded is found."""
     path, page = tmp_path / "results" / "report.json", tmp_path / "docs" / "page.md"
-    what = ("--only", "unmerge bf16 32x64", "--chips", "sm_90", "gfx942", "--results", path, "--page", page)
+    what = ("--only", "unmerge fp32 32x64", "--chips", "sm_90", "gfx942", "--results", path, "--page", page)
     first = run_command(*map(str, what), cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     recorded = report.read_results(path)
