@@ -56,7 +56,7 @@ class Grid(NamedTuple):
 class Base:
     """One kind of base layer. The methods take the module; a Base has no state of its own."""
 
-    quantised = False  # True: it has dense_weight and become_linear
+    bits = 0  # of a quantised weight, which has dense_weight, become_linear and copy_weight
 
     def why_not_fused(self, module: nn.Module) -> str | None:
         """None when :meth:`forward` may stand in for a call of ``module``, else the reason in a few words.

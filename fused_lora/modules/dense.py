@@ -17,7 +17,7 @@ from fused_lora.ops.checks import FLOAT_DTYPES
 
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # what transformers notes on a quantised model, and on its config
-_ON_MODELS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit")
+_ON_MODELS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 _ON_CONFIGS = ("quantization_config", "_pre_quantization_dtype")
 
 Parts = dict[nn.Module, tuple[Tensor, Tensor | None]]  # a quantised module: the weight [N, K] and bias [N] to come
@@ -55,10 +55,10 @@ def dense_parts(model: nn.Module, merge_adapters: bool, dtype: torch.dtype | Non
             raise RuntimeError(
                 f"{path}: the layer stands in {held[id(module)]} places; a merge would change all of them"
             )
-        if base_of(module).quantised:
+        if base_of(module).bits:
             found[path] = module
     if not found:
-        raise ValueError(f"dtype: expected a model with 4-bit layers, found none: leave it out, got {dtype}")
+        raise ValueError(f"dtype: expected a model with quantised layers, found none: leave it out, got {dtype}")
     parts: Parts = {}
     for path, module in found.items():
         try:
@@ -101,7 +101,7 @@ def forget_quantisation(model: nn.Module) -> None:
 def lora_base(module: nn.Module) -> nn.Module | None:
     """The quantised layer under a LoRA layer, ours or PEFT's; None for any other module."""
     base = module._modules.get("base_layer")
-    return base if base is not None and "lora_A" in module._modules and base_of(base).quantised else None
+    return base if base is not None and "lora_A" in module._modules and base_of(base).bits else None
 
 
 def _parts_of(module: Any, layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -113,12 +113,12 @@ def _parts_of(module: Any, layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 def _why_not_dense(module: nn.Module, layer: Any) -> str | None:
     """None for a module without a quantised weight, and where its LoRA layer, if any, can be merged."""
-    if not base_of(module).quantised:
+    if not base_of(module).bits:
         other = [p for p in module._parameters.values() if p is not None and p.dtype not in FLOAT_DTYPES]
         other += [p for p in module._parameters.values() if hasattr(p, "quant_state")]
         if other:
             kind = f"{type(module).__name__} with a {type(other[0]).__name__} of {other[0].dtype}"
-            return f"a {kind} cannot be dequantised here, only bitsandbytes' Linear4bit"
+            return f"a {kind} cannot be dequantised here, only Linear4bit and Linear8bitLt of bitsandbytes"
         return None
     if why := base_of(module).why_not_merged(module):
         return why
@@ -128,7 +128,8 @@ def _why_not_dense(module: nn.Module, layer: Any) -> str | None:
     if layer is None:
         return None
     if layer.merged_adapters:
-        return f"adapters {some(layer.merged_adapters)} are merged into 4 bits: call fused_lora.unmerge(model) first"
+        where = f"adapters {some(layer.merged_adapters)} are merged into {base_of(module).bits} bits"
+        return f"{where}: call fused_lora.unmerge(model) first"
     if not isinstance(layer, FusedLoraBehaviour):
         return f"a {type(layer).__name__} of PEFT's; call fused_lora.accelerate(model) first"
     variants = [name for name in layer._present(layer.active_adapters) if name in getattr(layer, "lora_variant", ())]

@@ -44,7 +44,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
         adapter_names: names to merge (default: the active ones). Layers without these adapters do not change.
         safe_merge: accepted as in PEFT. Every merge checks for NaN and infinity before it writes.
 
-    Warns where rounding to 16 or 4 bits takes more than half of the adapters; of 16 bits by a sample of rows.
+    Warns where rounding to 16, 8 or 4 bits takes more than half of the adapters; of 16 bits by a sample of rows.
 
     Raises:
         TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
@@ -105,17 +105,17 @@ def _warn_of_rounding(
     for sample in samples:
         norms.setdefault(sample[-1].device, []).append(_norms(*sample))
     pairs = [pair for found in norms.values() for pair in torch.stack(found).tolist()]
-    sampled, whole = (
-        [lost / max(wanted, 1e-300) for wanted, lost in pairs],
-        [layer.delta_fidelity() for layer in packed],
-    )
-    for lost, bits, where in ((sampled, "16-bit", " (of sampled rows)"), (whole, "4-bit", "")):
+    shares = {16: [lost / max(wanted, 1e-300) for wanted, lost in pairs]}
+    for layer in packed:
+        shares.setdefault(base_of(layer.base_layer).bits, []).append(layer.delta_fidelity())
+    for bits, lost in shares.items():
+        where = " (of sampled rows)" if bits == 16 else ""
         kept = sum(1.0 - min(1.0, share) for share in lost) / max(len(lost), 1)
+        wider = "merge into float32" if bits == 16 else "unload(model, merge_adapters=True, dtype=...)"
         if lost and kept < LEAST_SURVIVING:
             warnings.warn(
-                f"merge: {bits} weights keep only {kept:.0%} of the adapters {names}{where}, rounding takes the rest: "
-                f"{'merge into float32' if bits == '16-bit' else 'unload(model, merge_adapters=True, dtype=...)'}, "
-                "or do not merge",
+                f"merge: {bits}-bit weights keep only {kept:.0%} of the adapters {names}{where}, rounding takes the "
+                f"rest: {wider}, or do not merge",
                 stacklevel=6,
             )
 
@@ -173,9 +173,9 @@ def unload(model: nn.Module, merge_adapters: bool = False, dtype: torch.dtype | 
         model: a model with LoRA layers.
         merge_adapters: merge the active adapters first, beside those that are merged already. Without it adapters
             that are not merged are dropped. Call :func:`unmerge` first to drop merged ones too.
-        dtype: bf16, fp16 or fp32: with ``merge_adapters`` each 4-bit layer of the model, adapted or not, becomes an
+        dtype: bf16, fp16 or fp32: with ``merge_adapters`` each quantised layer of the model, adapted or not, becomes an
             nn.Linear of this dtype. Its weight is dequant(W) + D, a sum in fp32 that is rounded once. Other layers
-            keep their dtype, with a warning where it differs. A PEFT model must be accelerated. None: 4 bits stay.
+            keep their dtype, with a warning where it differs. A PEFT model must be accelerated. None: they stay.
 
     Returns:
         ``model``, without adapters. Its parameters stay frozen as they were.
@@ -183,7 +183,7 @@ def unload(model: nn.Module, merge_adapters: bool = False, dtype: torch.dtype | 
     Raises:
         RuntimeError: the model has no LoRA layers, an ``adapter_batch`` is open, or a layer is compiled or wrapped for
             checkpointing by itself. With ``merge_adapters`` also what :func:`merge` raises.
-        TypeError, ValueError: dtype is none of the three, comes without ``merge_adapters``, or no layer is in 4 bits.
+        TypeError, ValueError: dtype is none of the three, comes without ``merge_adapters``, or none is quantised.
         RuntimeError: with ``dtype``: a quantised layer is merged already, is of another kind, or has DoRA.
             If anything is raised, the model is as it was.
     """

@@ -115,7 +115,7 @@ def test_blocks_of_rows_have_the_bits_of_the_whole(monkeypatch):
     model = injected()
     other = copy.deepcopy(model)
     whole = fused_lora.unload(model, merge_adapters=True, dtype=F32).state_dict()
-    monkeypatch.setattr(bitsandbytes_4bit, "_BLOCK_VALUES", 5 * K)
+    monkeypatch.setattr(bitsandbytes_4bit, "BLOCK_VALUES", 5 * K)
     parts = fused_lora.unload(other, merge_adapters=True, dtype=F32).state_dict()
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
@@ -256,8 +256,16 @@ def test_an_accelerated_model_of_pefts(targets):
 # ---- refusals
 
 
-def eight_bits(model):
-    model.further = bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False).to("cpu")
+class Subclass(bnb.nn.Linear4bit):
+    """Of which nobody knows what else it does."""
+
+
+def unknown(model):
+    model.further = Subclass(K, N).to("cpu")
+
+
+def in_fp16(model):
+    model.further = bnb.nn.Linear8bitLt(K, N, has_fp16_weights=True)
 
 
 def replaced(model):
@@ -286,7 +294,13 @@ REFUSED = {
         ValueError,
         "dtype: expected None without merge_adapters=True, got torch.float16",
     ),
-    "8 bits": (eight_bits, {}, RuntimeError, "further: a Linear8bitLt with a Int8Params of torch.int8 cannot be"),
+    "unknown": (
+        unknown,
+        {},
+        RuntimeError,
+        "further: a Subclass with a Params4bit of torch.uint8 cannot be dequantised",
+    ),
+    "not quantised": (in_fp16, {}, RuntimeError, "further: the weight is stored in torch.float32, expected torch.int8"),
     "forward": (replaced, {}, RuntimeError, "rest: the base layer has its forward replaced"),
     "merged": (fused_lora.merge, {}, RuntimeError, r"up: adapters .*default.* are merged into 4 bits: call fused_lora"),
     "infinite": (broken, {}, ValueError, "down: the weight would hold NaN or infinity in torch.float16; nothing was"),
@@ -315,7 +329,7 @@ def test_a_refusal_changes_nothing(name):
 def test_a_model_without_4_bit_layers():
     model = fused_lora.inject(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
     before = state_of(model)
-    with pytest.raises(ValueError, match="dtype: expected a model with 4-bit layers, found none: leave it out"):
+    with pytest.raises(ValueError, match="dtype: expected a model with quantised layers, found none: leave it out"):
         fused_lora.unload(model, merge_adapters=True, dtype=BF16)
     assert_unchanged(model, before)
 

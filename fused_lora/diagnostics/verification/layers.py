@@ -34,7 +34,7 @@ class Layer:
     def weight(self) -> Tensor:
         """[N, K] as it is now, dequantised in fp32 if it is quantised."""
         base = self.module.base_layer
-        if base_of(base).quantised:
+        if base_of(base).bits:
             return base_of(base).dense_weight(base, ([], [], []), torch.float32)
         weight = self.module.base_layer.weight.data
         return weight.t() if getattr(self.module, "fan_in_fan_out", False) else weight
@@ -67,14 +67,14 @@ class Layer:
         with unchanged(base) as put_back:
             try:
                 if merged != self.merged:
-                    if merged or not kind.quantised:  # the record of a quantised merge knows the parameter itself
+                    if merged or not kind.bits:  # the record of a quantised merge knows the parameter itself
                         _copy(base)
                     self._switch(merged)
                     if not merged and self.broken:  # the same way in every pass, or the model would look random
                         put_back()
                         _copy(base)
                         self._take_away()
-                if kind.quantised:  # whose calls may repack the weight
+                if kind.bits:  # whose calls may repack the weight
                     kind.copy_weight(base)
                 _activate(self.module, self.names)
                 yield
@@ -105,7 +105,7 @@ class Layer:
 
         A quantised one stays as it is: the finding says that it was replaced.
         """
-        if not base_of(self.module.base_layer).quantised:
+        if not base_of(self.module.base_layer).bits:
             left, right = self.delta_factors()
             self.weight.copy_(self.weight.double() - left @ right)
         for _, _, s, bias in self.factors():
@@ -184,7 +184,7 @@ def _unfit(module: Any, names: list[str]) -> str:
         return "DoRA or another variant, which is not x W^T + s x A^T B^T"
     if weight is None or weight.dim() != 2 or not hasattr(base, "bias"):
         return f"{type(base).__name__} has no plain 2-D weight"
-    if base_of(base).quantised:
+    if base_of(base).bits:
         return _unfit_quantised(module, names)
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or not weight.is_floating_point():
         return f"its weight is a {type(weight).__name__} of {weight.dtype}: quantised or distributed"
@@ -200,6 +200,8 @@ def _unfit_quantised(module: Any, names: list[str]) -> str:
     weight = base._parameters["weight"]
     if why := base_of(base).why_not_adapted(base):
         return why
+    if base_of(base).bits == 8:
+        return "its call rounds the input to 8 bits, too: no bound is known"
     if base.in_features % weight.quant_state.blocksize:
         return "in_features is no multiple of the blocksize"
     exactly = hasattr(module, "merge_state")  # what PEFT's own class merges keeps nothing of the weight before

@@ -31,13 +31,13 @@ def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
     with layer.shown(False):
         weight = used = layer.weight
         bias, operand, before = layer.bias, None, kind.grid(base)
-        if kind.quantised:  # a call may repack it with narrower scales, for this call and later ones
+        if kind.bits:  # a call may repack it with narrower scales, for this call and later ones
             layer.module(x)
             used, operand = layer.weight, kind.operand_dtype(base, x)
     with layer.shown(True):
         merged_weight, merged_bias, grid = layer.weight, layer.bias, kind.grid(base)
         ym = layer.module(x).reshape(y.shape)
-        used_merged = layer.weight if kind.quantised else merged_weight
+        used_merged = layer.weight if kind.bits else merged_weight
     if grid is not None and before is not None:
         grid = grid._replace(dtype=before.dtype)
     adapters = [layer.module.lora_A[name].weight for name in layer.names]

@@ -116,7 +116,7 @@ def restored(*models: nn.Module, besides: Set[nn.Module] = frozenset()) -> Itera
     buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
     devices = {p.device for model in models for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     with ExitStack() as stack:
-        for base in {module for model in models for module in model.modules() if base_of(module).quantised} - besides:
+        for base in {module for model in models for module in model.modules() if base_of(module).bits} - besides:
             stack.enter_context(unchanged(base))
             base_of(base).copy_weight(base)  # calls may repack it
         stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU generator

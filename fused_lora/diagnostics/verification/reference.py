@@ -140,7 +140,7 @@ def _by_plain_name(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor
 
 def _quantised(source: nn.Module | Mapping[str, Tensor]) -> list[tuple[str, nn.Module]]:
     found = source.named_modules() if isinstance(source, nn.Module) else []
-    return [(path, m) for path, m in found if base_of(m).quantised and not base_of(m).why_not_adapted(m)]
+    return [(path, m) for path, m in found if base_of(m).bits and not base_of(m).why_not_adapted(m)]
 
 
 def _grids(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Any]:
