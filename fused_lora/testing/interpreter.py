@@ -31,11 +31,13 @@ _REPLACED = {
     ),
     "GridExecutor": "__call__ _init_args_hst",
 }
+_FUNCTIONS = "_patch_lang", "_patch_lang_tensor", "_get_np_dtype"
 
 
 class _State:
     installed = False
     fixed_order = False
+    patched: frozenset[str] = frozenset()  # modules that the running launch has made ready
 
 
 def interpreting() -> bool:
@@ -54,7 +56,7 @@ def _require_internals() -> None:
                 f"triton {_triton_version()} has no triton.runtime.interpreter.{owner}.{missing[0]}: "
                 "fused_lora.testing.interpreter knows triton 3.4 to 3.9 and has to be adapted"
             )
-    for name in ("TensorHandle", "_implicit_cvt", "_patch_lang_tensor"):
+    for name in ("TensorHandle", "_implicit_cvt", *_FUNCTIONS):
         if not hasattr(interpreter, name):
             raise RuntimeError(f"triton {_triton_version()} has no triton.runtime.interpreter.{name}")
 
@@ -165,7 +167,35 @@ def _create_dot(builder, a, b, d, input_precision, max_num_imprecise_acc):
 def _locked_call(executor, *args, **kwargs):
     # no GPU warns of an overflow or of an invalid operation
     with _LAUNCH_LOCK, np.errstate(all="ignore"):
+        _State.patched = frozenset()
         return _ORIGINAL["__call__"](executor, *args, **kwargs)
+
+
+class _Nothing:
+    """What is to be restored where nothing was replaced."""
+
+    def restore(self) -> None:
+        pass
+
+
+def _patch_lang(fn):
+    """Triton's own does it anew for every call of a helper, which was a fifth of the time of a test."""
+    modules = frozenset(module.__name__ for module in fn.__globals__.values() if module is tl or module is tl.core)
+    if modules and modules <= _State.patched:
+        return _Nothing()
+    _State.patched |= modules
+    return _ORIGINAL["_patch_lang"](fn)
+
+
+def _get_np_dtype(dtype) -> np.dtype:
+    """As the interpreter's, which makes its table anew at every call."""
+    scalar = dtype.scalar
+    if isinstance(scalar, tl.pointer_type):
+        return _ORIGINAL["_get_np_dtype"](scalar)
+    found = _NP_DTYPES.get(scalar.name)
+    if found is None:
+        found = _NP_DTYPES[scalar.name] = _ORIGINAL["_get_np_dtype"](scalar)
+    return found
 
 
 def _patch_lang_tensor(tensor, *scope):
@@ -184,6 +214,7 @@ _SHIM = {
     "create_dot": _create_dot,
 }
 _ORIGINAL: dict = {}
+_NP_DTYPES: dict[str, np.dtype] = {}
 
 
 def install_shim() -> None:
@@ -204,9 +235,11 @@ def install_shim() -> None:
     _ORIGINAL["__call__"] = interpreter.GridExecutor.__call__
     for name, method in _SHIM.items():
         setattr(builder, name, method)
-    _ORIGINAL["_patch_lang_tensor"] = interpreter._patch_lang_tensor
     interpreter.GridExecutor.__call__ = _locked_call
-    interpreter._patch_lang_tensor = _patch_lang_tensor
+    for name in _FUNCTIONS:
+        _ORIGINAL[name] = getattr(interpreter, name)
+    interpreter._patch_lang, interpreter._patch_lang_tensor = _patch_lang, _patch_lang_tensor
+    interpreter._get_np_dtype = _get_np_dtype
     _State.installed = True
 
 
@@ -217,7 +250,8 @@ def uninstall_shim() -> None:
     for name in _SHIM:
         setattr(interpreter.InterpreterBuilder, name, _ORIGINAL[name])
     interpreter.GridExecutor.__call__ = _ORIGINAL["__call__"]
-    interpreter._patch_lang_tensor = _ORIGINAL["_patch_lang_tensor"]
+    for name in _FUNCTIONS:
+        setattr(interpreter, name, _ORIGINAL[name])
     _State.installed = False
 
 
