@@ -24,6 +24,7 @@ _M1 = tl.constexpr(0xCD9E8D57)
 _W0 = tl.constexpr(0x9E3779B9)
 _W1 = tl.constexpr(0xBB67AE85)
 _TOPS = tl.constexpr(0x80008000)  # the highest bit of either 16-bit piece
+_ALL = tl.constexpr(0xFFFFFFFF)
 
 
 def threshold(p: float) -> int:
@@ -64,7 +65,8 @@ def _kept(word, low, above):
     low: the 15 low bits of t in both halves; above: ~t in both. A difference of 15 bits borrows from a 1 put above it.
     """
     difference = (word | _TOPS) - low
-    return ((~word & difference) | ((~word | difference) & above)) & _TOPS
+    flipped = word ^ _ALL  # no ~: older interpreters have none for unsigned numbers
+    return ((flipped & difference) | ((flipped | difference) & above)) & _TOPS
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def keep_bits(seed, bound, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
     blocks = col0 // LANES + tl.arange(0, COLS // LANES)
     w0, w1, w2, w3 = _philox(seed, blocks[None, :], rows[:, None])
     both = (bound + 32768).to(tl.uint32) * 0x10001
-    low, above = both & 0x7FFF7FFF, ~both
+    low, above = both & 0x7FFF7FFF, both ^ _ALL
     first = (_kept(w0, low, above) >> 3) | (_kept(w1, low, above) >> 2)
     second = (_kept(w2, low, above) >> 1) | _kept(w3, low, above)
     # a sum inside a thread, over which the compiler moves no layout: else it draws the mask once for each reader's

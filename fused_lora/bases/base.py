@@ -35,8 +35,28 @@ class Adapters(NamedTuple):
         return self.bias if bias is None else bias + self.bias
 
 
+class Grid(NamedTuple):
+    """A quantised weight: codes times a scale for each ``blocksize`` values of a row.
+
+    name: such as "nf4". code: [16]. dtype: what its values are rounded to before a merge adds to them. nested: code and
+    block size of the scales where they are quantised, too. repacked: a call has rounded the scales since.
+    """
+
+    name: str
+    code: Tensor
+    blocksize: int
+    dtype: torch.dtype
+    nested: tuple[Tensor, int] | None
+    repacked: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} in blocks of {self.blocksize}" + ", double quantised" * (self.nested is not None)
+
+
 class Base:
     """One kind of base layer. The methods take the module; a Base has no state of its own."""
+
+    bits = 0  # of a quantised weight, which has dense_weight, become_linear and copy_weight
 
     def why_not_fused(self, module: nn.Module) -> str | None:
         """None when :meth:`forward` may stand in for a call of ``module``, else the reason in a few words.
@@ -96,6 +116,31 @@ class Base:
         """Share of the merged delta that rounding lost, ||(Wm - W) - D|| / ||D||."""
         weight: Any = module._parameters["weight"]
         return merging.delta_fidelity(weight, record)[1]
+
+    def dense_weight(self, module: nn.Module, factors: Factors, dtype: torch.dtype) -> Tensor:
+        """dequant(W) + D as a dense [N, K] of ``dtype``: a sum in fp32, rounded once. Nothing is changed.
+
+        Raises:
+            ValueError: the sum would not be finite.
+        """
+        raise NotImplementedError
+
+    def become_linear(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        """Make ``module`` itself an nn.Linear with these tensors; its hooks, mode and places in the model stay."""
+        raise NotImplementedError
+
+    def copy_weight(self, module: nn.Module) -> None:
+        """Put a copy of the numbers in place of the weight's: calls and merges may change it, and it is put back."""
+        weight: Any = module._parameters["weight"]
+        weight.data = weight.data.clone()
+
+    def grid(self, module: nn.Module) -> Grid | None:
+        """How the weight is quantised; None where it is not."""
+        return None
+
+    def operand_dtype(self, module: nn.Module, x: Tensor) -> torch.dtype | None:
+        """What a call with ``x`` rounds x and the weight's values to; None: nothing is rounded."""
+        return None
 
     def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
         """What PEFT rounds new adapters to, before it may hold them in fp32; None: as they were drawn."""

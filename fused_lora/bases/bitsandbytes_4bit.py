@@ -8,9 +8,8 @@ no gradient, and its own merge reads other weights; the fused forward and backwa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -18,13 +17,14 @@ from torch import Tensor
 
 from fused_lora.bases.base import (
     Adapters,
-    Base,
     Factors,
+    Grid,
     register,
     why_not_fits,
     why_not_own_call,
     why_not_plain_bias,
 )
+from fused_lora.bases.requantised import BLOCK_VALUES, Requantised, summed_delta
 from fused_lora.ops.dequant import FourBit, dequantise_4bit
 from fused_lora.ops.linear import packed
 
@@ -95,29 +95,6 @@ def _rows_of(repacked: Tensor, K: int) -> Tensor:
     return (values[..., 0] << 4 | values[..., 1]).reshape(-1)
 
 
-@dataclass(frozen=True)
-class Merged:
-    """A merge in force: the parameters before and after it, and copies of the adapters."""
-
-    before: Any
-    after: Any
-    factors: Factors
-    module_state: Any  # what the module had under ``quant_state``
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are held: the packed weight and its scales (0.52 a value at blocksize 64) and the copies."""
-        state = self.before.quant_state
-        tensors = [self.before.data, state.absmax, *self.factors[0], *self.factors[1]]
-        tensors += [state.state2.absmax] if state.nested else []
-        return sum(t.nbytes for t in tensors)
-
-
-def _delta(factors: Factors) -> Tensor:
-    """sum_i (B_i A_i) s_i in fp32 or wider, each product as PEFT forms it."""
-    return reduce(torch.add, [(B.float() @ A.float()) * s for A, B, s in zip(*factors, strict=True)])
-
-
 def is_repacked(module: Any) -> bool:
     """Whether a call in ``eval()`` without gradients has put the weight into the layout for CPUs."""
     return _is_repacked(getattr(getattr(module, "weight", None), "quant_state", None))
@@ -135,8 +112,18 @@ def compute_dtype(module: Any, x: Tensor) -> torch.dtype:
     return own
 
 
-class Linear4bit(Base):
+class Linear4bit(Requantised):
     """A Params4bit of [N, K] values and a bias [N] or None."""
+
+    bits = 4
+    state_name = "quant_state"
+    own_attributes = (
+        "compute_dtype",
+        "compute_type_is_set",
+        "quant_state",
+        "quant_storage",
+        "support_avx512bf16_for_cpu",
+    )
 
     def why_not_fused(self, module: Any) -> str | None:
         """None for a quantised weight of a known kind, and a call that nobody has changed."""
@@ -171,28 +158,29 @@ class Linear4bit(Base):
         bias = adapters.bias_with(module._parameters["bias"])
         return packed.lora_linear(x, Weight(module, dtype), bias, lora_A, lora_B, scaling, dropout)
 
-    def features(self, module: Any) -> tuple[int, int]:
-        """As the module has them: the packed weight has another shape."""
-        return module.in_features, module.out_features
-
-    def merge_weight(self, module: Any) -> None:
-        """None: 4 bits hold no sum. :meth:`merge_` makes another weight."""
-        return None
-
     def why_not_merged(self, module: Any) -> str | None:
         """None for a weight of a known kind."""
         return _why_not_known(module, module._parameters.get("weight"))
 
-    def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> Merged:
-        """dequant(W) + D, quantised again as W was, as a new parameter; the old one is kept as it is."""
+    def values(self, module: Any, weight: Any, state: Any) -> Tensor:
+        """Code times scale."""
+        return Weight(module, torch.float32, weight).to(torch.float32)
+
+    def blocks(self, module: Any) -> Iterator[tuple[int, int, Tensor]]:
+        """On a CPU; a GPU dequantises all rows by one launch."""
+        weight = Weight(module, torch.float32)
+        if weight.device.type == "cpu":
+            return weight.blocks(max(1, BLOCK_VALUES // module.in_features))
+        return iter([(0, module.out_features, weight.to(torch.float32))])
+
+    def requantised(self, module: Any, factors: Factors) -> tuple[Any, Any]:
+        """As PEFT does it: values in the dtype that was quantised, the sum in fp32."""
         from bitsandbytes.functional import quantize_4bit
         from bitsandbytes.nn.modules import Params4bit
 
         before, state = module._parameters["weight"], module._parameters["weight"].quant_state
-        lora_A, lora_B, scaling = factors
-        frozen = [t.clone() for t in lora_A], [t.clone() for t in lora_B], list(scaling)
         dtype = getattr(state, "original_dtype", state.dtype)  # a repacked one has bf16 instead
-        merged = Weight(module, dtype).to(torch.float32) + _delta(frozen)
+        merged = Weight(module, dtype).to(torch.float32) + summed_delta(factors)
         if not torch.isfinite(merged).all():
             raise ValueError("NaNs or infinities detected in the merged weights: the adapter seems to be broken")
         settings = dict(blocksize=state.blocksize, quant_type=state.quant_type)
@@ -202,31 +190,25 @@ class Linear4bit(Base):
         new.dtype = dtype
         settings |= dict(compress_statistics=nested, quant_storage=storage, module=before.module, bnb_quantized=True)
         new_parameter: Any = Params4bit  # it declares no arguments that pyright can read
-        after: Any = new_parameter(data, **settings, requires_grad=False, quant_state=new)
-        record = Merged(before, after, frozen, module.__dict__.get("quant_state"))
-        # no call from here on: in one an interrupt would lose the record
-        module._parameters["weight"] = after
-        module.__dict__["quant_state"] = new
-        return record
+        return new_parameter(data, **settings, requires_grad=False, quant_state=new), new
 
-    def unmerge_(self, module: Any, record: Merged) -> None:
-        """Put the old parameter back, whatever has become of the merged one."""
-        weight = module._parameters.get("weight")
-        if weight is not record.after or weight.device != record.before.device:
-            raise RuntimeError("weight: it was replaced or moved while merged; nothing was unmerged")
-        module._parameters["weight"] = record.before
-        module.__dict__["quant_state"] = record.module_state
+    def copy_weight(self, module: Any) -> None:
+        """A parameter over the same bytes with a state of its own: a call that repacks puts others in their place."""
+        weight = module._parameters["weight"]
+        own = copy.copy(weight)
+        own.quant_state = copy.copy(weight.quant_state)
+        module._parameters["weight"] = own
 
-    def factors(self, record: Merged, fan_in_fan_out: bool) -> Factors:
-        """The adapters that were merged, frozen."""
-        return record.factors
+    def grid(self, module: Any) -> Grid:
+        """As :meth:`Base.grid`."""
+        state = module._parameters["weight"].quant_state
+        nested = (state.state2.code, state.state2.blocksize) if state.nested else None
+        dtype = getattr(state, "original_dtype", state.dtype)
+        return Grid(state.quant_type, state.code, state.blocksize, dtype, nested, _is_repacked(state))
 
-    def delta_fidelity(self, module: Any, record: Merged) -> float:
-        """Share of the delta that requantisation lost; 0 for a delta of zeros."""
-        before, after = (Weight(module, torch.float32, which).to(torch.float32) for which in (record.before, None))
-        delta = _delta(record.factors)
-        wanted = delta.norm().item()
-        return (after - before - delta).norm().item() / wanted if wanted else 0.0
+    def operand_dtype(self, module: Any, x: Tensor) -> torch.dtype | None:
+        """The compute dtype; bf16 for a weight that was repacked."""
+        return torch.bfloat16 if is_repacked(module) else compute_dtype(module, x)
 
     def adapter_dtype(self, module: Any) -> torch.dtype | None:
         """The compute dtype, where it is set."""

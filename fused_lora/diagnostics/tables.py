@@ -31,6 +31,6 @@ def table(rows: Sequence[Sequence[str]], numbers: bool = False) -> list[str]:
     return ["  ".join(a(c, w) for a, c, w in zip(aligned, row, widths, strict=True)).rstrip() for row in rows]
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Such as "bfloat16"."""
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Such as "bfloat16"; a name stays as it is."""
     return str(dtype).removeprefix("torch.")

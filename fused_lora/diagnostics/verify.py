@@ -16,6 +16,7 @@ from fused_lora.diagnostics.verification.measure import check_layer, compare_out
 from fused_lora.diagnostics.verification.passes import Pass, check_inputs, restored, run
 from fused_lora.diagnostics.verification.reference import compare_weights
 from fused_lora.diagnostics.verification.report import Finding, Verification
+from fused_lora.diagnostics.verification.weights import Relation
 from fused_lora.modules.arguments import check_int
 from fused_lora.modules.changes import alone
 from fused_lora.modules.names import some
@@ -62,8 +63,10 @@ def verify(
     It runs in eval mode, without gradients, and is deterministic for a ``seed``. Nothing changes: a layer is put into
     its other state on a copy of its weight, one layer at a time. Training flags, buffers, RNG states and hooks are
     restored. It takes merged and unmerged models of ``fused_lora.inject`` and of PEFT, accelerated or not. Layers that
-    cannot be merged here (DoRA, quantised bases, ...) are listed in ``skipped``, and the
-    result is not ok.
+    cannot be merged here (DoRA, other quantised bases, ...) are listed in ``skipped``, and the result is not ok.
+
+    Over a 4-bit layer of bitsandbytes W and Wm are the dequantised weights. Wm must be W + D quantised once: the
+    distance to the nearest code times the block's largest magnitude, and the error of the stored scale, are the bound.
 
     Args:
         model: a model with LoRA layers.
@@ -91,7 +94,10 @@ def verify(
         raise RuntimeError(f"model: expected LoRA layers with an active adapter that can be merged, found none: {why}")
     _check_finite(layers)
     findings, notes = _training_flags(model)
-    with restored(model, *([reference] if isinstance(reference, nn.Module) else [])):
+    others = [reference] if isinstance(reference, nn.Module) else []
+    with restored(model, *others, besides={layer.module.base_layer for layer in layers}):
+        # first: calls may repack quantised weights
+        compared = None if reference is None else compare_weights(model, layers, reference)
         findings += _stubborn(model)
         unmerged = run(model, inputs, layers, False, seed, max_rows)
         _check_output(unmerged.output)
@@ -104,7 +110,7 @@ def verify(
         result = Verification(checks, compare_outputs(merged.output, unmerged.output, noise), findings, notes, skipped)
         result.was_merged = any(layer.merged for layer in layers)
         add_findings(model, layers, result)
-        covered = set() if reference is None else _compare_weights(result, model, layers, reference)
+        covered = set() if compared is None else _add_comparison(result, *compared)
         if holds_delta([c for c in checks if c.path not in covered and not _is_broken(layers, c.path)]):
             text = "the base weight already holds the adapter, as after a merge, and it acts once more beside it"
             result.findings.append(Finding(report.DOUBLE, text, tuple(c.path for c in checks)))
@@ -208,9 +214,10 @@ def _is_broken(layers: list[Layer], path: str) -> bool:
     return any(layer.broken for layer in layers if layer.path == path)
 
 
-def _compare_weights(result: Verification, model: nn.Module, layers: list[Layer], reference) -> set[str]:
+def _add_comparison(
+    result: Verification, findings: list[Finding], notes: list[str], relations: dict[str, Relation]
+) -> set[str]:
     """Add what the reference's weights say; returns the layers whose base weight it has."""
-    findings, notes, relations = compare_weights(model, layers, reference)
     result.findings += findings
     result.notes += notes
     result.reference_merged = any(relation.times == -1 for relation in relations.values())

@@ -1,6 +1,6 @@
 """PEFT's ``lora.Linear`` with a fused forward and an exact merge: the class that accelerated layers are given.
 
-``lora.Linear4bit``, over a 4-bit base of bitsandbytes, gets the same.
+``lora.Linear4bit`` and ``lora.Linear8bitLt``, over quantised bases of bitsandbytes, get the same.
 
 It adds no parameter and no buffer. Beside its class a layer gets what it remembers of its last calls, and while merged
 the record; ``restore`` removes both. Whatever the fused operator does not cover goes to PEFT's own method.
@@ -26,6 +26,7 @@ from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plain_dropout
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 
+_QUANTISED = ("Linear4bit", "Linear8bitLt")  # PEFT's classes over layers of bitsandbytes
 FUSED, AROUND = "fused", "fused around the base: "
 _OF_VARIANTS = ("adapter_names", "alora_offsets")  # arguments that PEFT keeps from the base layer
 _WRAPPED = (
@@ -215,18 +216,18 @@ def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def stock_classes() -> tuple[type[nn.Module], ...]:
-    """The classes of PEFT that have an accelerated one: Linear, and Linear4bit where bitsandbytes was imported."""
+    """The classes of PEFT that have an accelerated one: Linear, and the two quantised ones, if they were imported."""
     from peft.tuners.lora.layer import Linear
 
-    quantised = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
-    return (Linear,) if quantised is None else (Linear, quantised)
+    found = vars(sys.modules["peft.tuners.lora.bnb"]) if "peft.tuners.lora.bnb" in sys.modules else {}
+    return (Linear, *(found[name] for name in _QUANTISED if name in found))
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    if name == "Linear4bit":  # where pickle looks for the class of a layer
-        from peft.tuners.lora.bnb import Linear4bit
+    if name in _QUANTISED:  # where pickle looks for the class of a layer
+        from peft.tuners.lora import bnb
 
-        return accelerated(Linear4bit)
+        return accelerated(getattr(bnb, name))
     if name == "Linear":
         return accelerated(stock_classes()[0])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from fused_lora.modules import of_peft
 from fused_lora.modules.auxiliary import SavedModule, TrainedTokens, auxiliary_modules, breaks_a_tie
 from fused_lora.modules.changes import alone, changing, undone_on_error, unwatch
 from fused_lora.modules.config import check_bool
+from fused_lora.modules.dense import become_dense, dense_parts, forget_quantisation, warn_of_other_dtypes
 from fused_lora.modules.inject import (
     AFTER_CHANGE,
     adapter_configs,
@@ -46,7 +47,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
         adapter_names: names to merge (default: the active ones). Layers without these adapters do not change.
         safe_merge: accepted as in PEFT. Every merge checks for NaN and infinity before it writes.
 
-    Warns where rounding to 16 or 4 bits takes more than half of the adapters; of 16 bits by a sample of rows.
+    Warns where rounding to 16, 8 or 4 bits takes more than half of the adapters; of 16 bits by a sample of rows.
 
     Raises:
         TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
@@ -59,14 +60,24 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
     and what is not finite is merged unless ``safe_merge`` is set.
     """
     layers = _mergeable(model)
+    _merge(layers, _checked_names(model, layers, adapter_names), safe_merge)
+
+
+def _checked_names(model: nn.Module, layers: Mapping[str, Any], adapter_names: Sequence[str] | None) -> list[str]:
+    """The adapters to merge; the errors and warnings that need no number."""
     first = next(iter(layers.values()))  # a LoRA layer
     names = list(first.active_adapters) if adapter_names is None else as_list(adapter_names)
     check_names(model, names)
     _check_not_shared(model, {path: layer for path, layer in layers.items() if layer._present(names)})
     if not names:
-        warnings.warn("merge: no adapters are active or named, nothing to do", stacklevel=4)
+        warnings.warn("merge: no adapters are active or named, nothing to do", stacklevel=5)
     elif all(name in m.merged_adapters for m in layers.values() for name in m._present(names)):
-        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=5)
+    return names
+
+
+def _merge(layers: Mapping[str, Any], names: list[str], safe_merge: bool = False) -> None:
+    """:func:`merge` for some of a model's layers."""
     before = snapshot(layers.values())
     packed: list[LoraLinear] = []
     samples: list[tuple[LoraLinear, list[str], Tensor]] = []
@@ -102,17 +113,18 @@ def _warn_of_rounding(
     for sample in samples:
         norms.setdefault(sample[-1].device, []).append(_norms(*sample))
     pairs = [pair for found in norms.values() for pair in torch.stack(found).tolist()]
-    sampled, whole = (
-        [lost / max(wanted, 1e-300) for wanted, lost in pairs],
-        [layer.delta_fidelity() for layer in packed],
-    )
-    for lost, bits, where in ((sampled, "16-bit", " (of sampled rows)"), (whole, "4-bit", "")):
+    shares = {16: [lost / max(wanted, 1e-300) for wanted, lost in pairs]}
+    for layer in packed:
+        shares.setdefault(base_of(layer.base_layer).bits, []).append(layer.delta_fidelity())
+    for bits, lost in shares.items():
+        where = " (of sampled rows)" if bits == 16 else ""
         kept = sum(1.0 - min(1.0, share) for share in lost) / max(len(lost), 1)
+        wider = "merge into float32" if bits == 16 else "unload(model, merge_adapters=True, dtype=...)"
         if lost and kept < LEAST_SURVIVING:
             warnings.warn(
-                f"merge: {bits} weights keep only {kept:.0%} of the adapters {names}{where}, rounding takes the rest: "
-                "merge into float32, or do not merge",
-                stacklevel=5,
+                f"merge: {bits}-bit weights keep only {kept:.0%} of the adapters {names}{where}, rounding takes the "
+                f"rest: {wider}, or do not merge",
+                stacklevel=6,
             )
 
 
@@ -159,7 +171,7 @@ def delta_fidelity(model: nn.Module) -> dict[str, float]:
 
 @alone
 @of_peft.by_peft(of_peft.unload)
-def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
+def unload(model: nn.Module, merge_adapters: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
     """Put the plain base layers back in place of the LoRA layers. What is merged stays merged, as in PEFT.
 
     So does a module that the active adapter trained as a whole (``modules_to_save``): its copy takes the original's
@@ -169,14 +181,19 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
         model: a model with LoRA layers.
         merge_adapters: merge the active adapters first, beside those that are merged already. Without it adapters
             that are not merged are dropped. Call :func:`unmerge` first to drop merged ones too.
+        dtype: bf16, fp16 or fp32: with ``merge_adapters`` each quantised layer of the model, adapted or not, becomes an
+            nn.Linear of this dtype. Its weight is dequant(W) + D, a sum in fp32 that is rounded once. Other layers
+            keep their dtype, with a warning where it differs. A PEFT model must be accelerated. None: they stay.
 
     Returns:
         ``model``, without adapters. Its parameters stay frozen as they were.
 
     Raises:
         RuntimeError: the model has no LoRA layers, an ``adapter_batch`` is open, or a layer is compiled or wrapped for
-            checkpointing by itself. With ``merge_adapters`` also what :func:`merge` raises. If anything is raised, the
-            model is as it was.
+            checkpointing by itself. With ``merge_adapters`` also what :func:`merge` raises.
+        TypeError, ValueError: dtype is none of the three, comes without ``merge_adapters``, or none is quantised.
+        RuntimeError: with ``dtype``: a quantised layer is merged already, is of another kind, or has DoRA.
+            If anything is raised, the model is as it was.
     """
     layers, modules = _layers(model), dict(named_modules(model))
     check_bool("merge_adapters", merge_adapters)
@@ -185,13 +202,17 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
     untied = breaks_a_tie(model)
     holders = {path: parent_of(modules, path) for path in (*layers, *wrappers)}
     before = snapshot(mergeable_layers(model).values())
+    dense = dense_parts(model, merge_adapters, dtype)
     if merge_adapters:
-        merge(model)
+        mergeable = _mergeable(model)
+        names = _checked_names(model, mergeable, None)
+        _merge({path: layer for path, layer in mergeable.items() if layer.base_layer not in dense}, names)
     root: Any = unwrapped(model)
     try:
         with undone_on_error(model):
             if untied:
                 warnings.warn("the two embeddings differ now: config.tie_word_embeddings is set to False", stacklevel=4)
+            become_dense(model, dense)
             for path, layer in layers.items():
                 setattr(*holders[path], layer.base_layer)
             for path, wrapper in wrappers.items():
@@ -203,9 +224,13 @@ def unload(model: nn.Module, merge_adapters: bool = False) -> nn.Module:
             del root.peft_config
             for function in AFTER_CHANGE:
                 function(root)
+            if dtype is not None:
+                warn_of_other_dtypes(model, dtype)
     except BaseException:
         go_back(before)
         raise
+    if dtype is not None:
+        forget_quantisation(model)
     if untied:
         root.config.tie_word_embeddings = False
     return model

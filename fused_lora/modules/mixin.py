@@ -350,6 +350,22 @@ class FusedLoraBehaviour:
             raise RuntimeError("delta_fidelity needs a merged layer")
         return base_of(self.base_layer).delta_fidelity(self.base_layer, self.merge_state.record)
 
+    def dense_parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight [N, K] and bias [N] of an nn.Linear of ``dtype`` that does what base and active adapters do.
+
+        Only over a quantised base. Nothing is changed.
+
+        Raises:
+            ValueError: a number would not be finite.
+            RuntimeError: an adapter has a lora_bias and the base layer no bias.
+        """
+        names, base = self._present(self.active_adapters), self.base_layer
+        bias = self._check_bias_merge(names, dtype)
+        if bias is None and base.bias is not None:
+            bias = base.bias.data.to(dtype)
+        with torch.no_grad():
+            return base_of(base).dense_weight(base, _factors_of(self, names), dtype), bias
+
     def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else adapter_names
         if isinstance(names, str):
@@ -367,8 +383,8 @@ class FusedLoraBehaviour:
                 warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
         return names
 
-    def _check_bias_merge(self, names: list[str]) -> Tensor | None:
-        """The bias after the merge, or None where no lora_bias is involved."""
+    def _check_bias_merge(self, names: list[str], dtype: torch.dtype | None = None) -> Tensor | None:
+        """The bias after the merge, in its own dtype or in ``dtype``; None where no lora_bias is involved."""
         with_bias = self._with_bias(names)
         if not with_bias:
             return None
@@ -379,7 +395,7 @@ class FusedLoraBehaviour:
         for name in with_bias:
             term = self.lora_B[name].bias.data
             total = total + term.to(_wide(term.dtype)) * float(self.scaling[name])
-        merged = total.to(bias.dtype)
+        merged = total.to(dtype or bias.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"NaNs or infinities detected in the merged bias; the adapters {names} seem to be broken")
         return merged

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
+from fused_lora.modules.changes import undone_on_error
+from fused_lora.modules.dense import become_dense, dense_parts, forget_quantisation, warn_of_other_dtypes
 from fused_lora.modules.tree import CONFIGS, named_modules, unwrapped
 
 P = ParamSpec("P")
@@ -78,9 +81,17 @@ def unmerge(wrapper: Any) -> None:
     wrapper.unmerge_adapter()
 
 
-def unload(wrapper: Any, merge_adapters: bool = False) -> nn.Module:
-    """merge_and_unload, or unload; returns the base model."""
-    return wrapper.merge_and_unload() if merge_adapters else wrapper.unload()
+def unload(wrapper: Any, merge_adapters: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
+    """merge_and_unload, or unload; with ``dtype`` 4-bit layers become dense first. Returns the base model."""
+    dense = dense_parts(wrapper, merge_adapters, dtype)
+    if dtype is None:
+        return wrapper.merge_and_unload() if merge_adapters else wrapper.unload()
+    with undone_on_error(wrapper):
+        become_dense(wrapper, dense)
+        plain = wrapper.merge_and_unload()  # all others
+        warn_of_other_dtypes(plain, dtype)
+    forget_quantisation(plain)
+    return plain
 
 
 def active_adapters(wrapper: Any) -> list[str]:

@@ -21,7 +21,7 @@ from fused_lora.modules.config import LoraConfig, matches_end
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import named_modules, places, unwrapped
 
-SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D, bitsandbytes.nn.Linear4bit"
+SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D, bitsandbytes.nn.Linear4bit and Linear8bitLt"
 ALL_LINEAR = "all-linear"
 _CLASSIFIER_HEADS = ("score", "classifier")
 # PEFT's names for the heads of these tasks

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fused_lora
 from helpers import serving
 from helpers.seeds import shifted
 
@@ -58,7 +59,43 @@ def test_the_examples(tiny, tmp_path, capsys):
     assert "layers run fused" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["accelerate_peft", "train", "merge", "serve"])
+def test_qlora(tmp_path, capsys):
+    """Trained over 4 bits and reloaded from the files, it predicts what the exported model predicts."""
+    pytest.importorskip("bitsandbytes")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(shifted(0))
+    # rows of whole blocks of 64 values
+    tiny = str(serving.write_tiny_llama(tmp_path / "tiny", intermediate_size=128))
+    adapter, merged = str(tmp_path / "sql"), str(tmp_path / "merged")
+    losses = load("qlora").main(tiny, adapter, merged)
+    assert losses[-1] < 0.9 * losses[0]
+    assert "14 of 14 layers run fused" in capsys.readouterr().out
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    options = {"quantization_config": four_bits, "device_map": "cpu", "dtype": torch.float32}
+    trained = transformers.AutoModelForCausalLM.from_pretrained(tiny, **options)
+    fused_lora.load_adapter(trained, adapter, "sql", is_trainable=True)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(merged)
+    assert dense.dtype is torch.bfloat16 and not hasattr(dense.config, "quantization_config")
+    ids = torch.arange(8)[None]
+    with torch.no_grad(), fused_lora.disable_adapters(trained):
+        base = trained.train()(ids).logits
+    fused_lora.unload(trained, merge_adapters=True, dtype=torch.float32)
+    with torch.no_grad():
+        logits = trained(ids).logits
+        rounded = dense.float()(ids).logits
+    assert (rounded - logits).norm() < 0.1 * (logits - base).norm()
+
+
+def test_qlora_without_bitsandbytes(monkeypatch):
+    example = load("qlora")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="needs bitsandbytes: pip install"):
+        example.main("no model")
+
+
+@pytest.mark.parametrize("name", ["accelerate_peft", "train", "merge", "serve", "qlora"])
 def test_an_example_stays_short(name):
     """Without its docstring, imports and blank lines."""
     lines = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").split("import fused_lora\n")[1].splitlines()

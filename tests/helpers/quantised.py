@@ -62,3 +62,29 @@ def dequant_case(N: int, K: int, blocksize: int, nested: bool, device="cpu") -> 
     absmax = torch.randint(0, 256, (scales,), dtype=torch.uint8, device=device)
     inner = torch.randn(256, device=device), torch.rand(-(-scales // 16), device=device), 16
     return packed, code, absmax, (*inner, torch.rand((), device=device)), blocksize, (N, K)
+
+
+def linear8bit(
+    N: int,
+    K: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    threshold: float = 0.0,
+    bias: bool = True,
+    device: str = "cpu",
+) -> nn.Module:
+    """A Linear8bitLt over random values of ``dtype``, quantised on ``device``, in ``train()``."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear8bitLt(K, N, bias=bias, has_fp16_weights=False, threshold=threshold)
+    values = (torch.randn(N, K) * K**-0.5).to(dtype)
+    layer.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False)
+    if bias:
+        layer.bias = nn.Parameter(torch.randn(N).to(dtype), requires_grad=False)
+    return layer.to(device)
+
+
+def values_of_8bit(layer: nn.Module) -> Tensor:
+    """[N, K] in fp64 by the definition: code times the row's largest magnitude over 127."""
+    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+    return layer.weight.data.double() * scales.double()[:, None] / 127

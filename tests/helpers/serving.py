@@ -31,7 +31,7 @@ def need_engine(*packages: str) -> None:
         pytest.skip(str(error), allow_module_level=True)
 
 
-def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
+def write_tiny_llama(folder: Path, seed: int = 0, intermediate_size: int = 160) -> Path:
     """A random two-layer Llama over bytes, with a tokenizer and a chat template, as transformers saves them."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -45,7 +45,7 @@ def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
     config = transformers.LlamaConfig(
         vocab_size=len(fast),
         hidden_size=64,
-        intermediate_size=160,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

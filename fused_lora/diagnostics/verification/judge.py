@@ -38,9 +38,11 @@ def add_findings(model: nn.Module, layers: list[Layer], result: Verification) ->
     if lost and not result.findings:
         kept = min(max(0.0, 1 - check.lost) for check in lost)
         dtypes = ", ".join(sorted({dtype_name(check.dtype) for check in lost}))
+        packed = any(isinstance(check.dtype, str) for check in lost)
+        wider = "unload(model, merge_adapters=True, dtype=...)" if packed else "merge into float32"
         text = (
             f"a merge into {dtypes} keeps only {kept:.0%} of the adapter in the worst of {len(lost)} layers, "
-            f"below {LEAST_SURVIVING:.0%}: merge into float32, or do not merge"
+            f"below {LEAST_SURVIVING:.0%}: {wider}, or do not merge"
         )
         result.findings.append(Finding(report.LOST, text, tuple(check.path for check in lost)))
     result.findings += _shared(model, layers)

@@ -7,13 +7,15 @@ never written. This works for every class with PEFT's attributes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fused_lora.bases import base_of
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -30,7 +32,10 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """[N, K] as it is now."""
+        """[N, K] as it is now, dequantised in fp32 if it is quantised."""
+        base = self.module.base_layer
+        if base_of(base).bits:
+            return base_of(base).dense_weight(base, ([], [], []), torch.float32)
         weight = self.module.base_layer.weight.data
         return weight.t() if getattr(self.module, "fan_in_fan_out", False) else weight
 
@@ -58,28 +63,25 @@ class Layer:
     def shown(self, merged: bool) -> Iterator[None]:
         """A context in which the layer is merged, or unmerged. Afterwards weight, bias and state are restored."""
         base, kept = self.module.base_layer, _attributes(self.module)
-        weight, bias = base.weight.data, None if base.bias is None else base.bias.data
-        try:
-            if merged != self.merged:
-                self._copy(weight, bias)
-                self._switch(merged)
-                if not merged and self.broken:  # the same way in every pass, or the model would look random
-                    self._copy(weight, bias)
-                    self._take_away()
-            _activate(self.module, self.names)
-            yield
-        finally:
-            base.weight.data = weight
-            if bias is not None:
-                base.bias.data = bias
-            for name in set(vars(self.module)) - _MODULE_ATTRIBUTES - set(kept):
-                delattr(self.module, name)
-            vars(self.module).update(kept)
-
-    def _copy(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.module.base_layer.weight.data = weight.clone()
-        if bias is not None:
-            self.module.base_layer.bias.data = bias.clone()
+        kind = base_of(base)
+        with unchanged(base) as put_back:
+            try:
+                if merged != self.merged:
+                    if merged or not kind.bits:  # the record of a quantised merge knows the parameter itself
+                        _copy(base)
+                    self._switch(merged)
+                    if not merged and self.broken:  # the same way in every pass, or the model would look random
+                        put_back()
+                        _copy(base)
+                        self._take_away()
+                if kind.bits:  # whose calls may repack the weight
+                    kind.copy_weight(base)
+                _activate(self.module, self.names)
+                yield
+            finally:
+                for name in set(vars(self.module)) - _MODULE_ATTRIBUTES - set(kept):
+                    delattr(self.module, name)
+                vars(self.module).update(kept)
 
     def _switch(self, merged: bool) -> None:
         if not merged and self.broken:
@@ -99,9 +101,13 @@ class Layer:
             self.broken = str(doubts[0].message)
 
     def _take_away(self) -> None:
-        """Subtract D from the copy if the layer's own unmerge refuses: the best estimate of the original weight."""
-        left, right = self.delta_factors()
-        self.weight.copy_(self.weight.double() - left @ right)
+        """Subtract D from the copy if the layer's own unmerge refuses: the best estimate of the original weight.
+
+        A quantised one stays as it is: the finding says that it was replaced.
+        """
+        if not base_of(self.module.base_layer).bits:
+            left, right = self.delta_factors()
+            self.weight.copy_(self.weight.double() - left @ right)
         for _, _, s, bias in self.factors():
             if bias is not None:
                 own = self.module.base_layer.bias.data
@@ -109,6 +115,36 @@ class Layer:
         self.module.merged_adapters = []
         if hasattr(self.module, "merge_state"):
             self.module.merge_state = None
+
+
+@contextmanager
+def unchanged(base: Any) -> Iterator[Callable[[], None]]:
+    """A context after which a base layer's weight, bias and attributes are those of before.
+
+    It gives a function that puts them back at once.
+    """
+    parameters = base._parameters.copy()
+    attributes = {name: value for name, value in vars(base).items() if name not in _MODULE_ATTRIBUTES}
+    data = {name: parameter.data for name, parameter in parameters.items() if parameter is not None}
+
+    def put_back() -> None:
+        base._parameters.update(parameters)
+        for name, numbers in data.items():
+            base._parameters[name].data = numbers
+        for name in set(vars(base)) - _MODULE_ATTRIBUTES - set(attributes):
+            delattr(base, name)
+        vars(base).update(attributes)
+
+    try:
+        yield put_back
+    finally:
+        put_back()
+
+
+def _copy(base: Any) -> None:
+    base_of(base).copy_weight(base)
+    if base.bias is not None:
+        base.bias.data = base.bias.data.clone()
 
 
 def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
@@ -144,17 +180,34 @@ def _unfit(module: Any, names: list[str]) -> str:
     if not len(module.lora_A):
         return f"{type(module).__name__} over {type(base).__name__} is no linear layer"
     weight = getattr(base, "_parameters", {}).get("weight")
+    if any(name in getattr(module, "lora_variant", {}) for name in names):
+        return "DoRA or another variant, which is not x W^T + s x A^T B^T"
     if weight is None or weight.dim() != 2 or not hasattr(base, "bias"):
         return f"{type(base).__name__} has no plain 2-D weight"
+    if base_of(base).bits:
+        return _unfit_quantised(module, names)
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or not weight.is_floating_point():
         return f"its weight is a {type(weight).__name__} of {weight.dtype}: quantised or distributed"
     if weight.device.type == "meta":
         return "its weight is on the meta device"
-    if any(name in getattr(module, "lora_variant", {}) for name in names):
-        return "DoRA or another variant, which is not x W^T + s x A^T B^T"
     if base.bias is None and any(module.lora_B[name].bias is not None for name in names):
         return "its lora_bias has no base bias to be merged into"
     return ""
+
+
+def _unfit_quantised(module: Any, names: list[str]) -> str:
+    base = module.base_layer
+    weight = base._parameters["weight"]
+    if why := base_of(base).why_not_adapted(base):
+        return why
+    if base_of(base).bits == 8:
+        return "its call rounds the input to 8 bits, too: no bound is known"
+    if base.in_features % weight.quant_state.blocksize:
+        return "in_features is no multiple of the blocksize"
+    exactly = hasattr(module, "merge_state")  # what PEFT's own class merges keeps nothing of the weight before
+    if module.merged_adapters and not (exactly and module.merge_state):
+        return "PEFT merged it into 4 bits, the weight of before is gone"
+    return "" if exactly or len(names) == 1 else "PEFT quantises again for each adapter; accelerate the model first"
 
 
 def _attributes(module: nn.Module) -> dict:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fused_lora.bases import base_of
 from fused_lora.diagnostics.verification.layers import Layer
 from fused_lora.diagnostics.verification.passes import Pass, run
 from fused_lora.diagnostics.verification.report import LayerCheck, OutputCheck
@@ -25,23 +26,33 @@ from fused_lora.diagnostics.verification.weights import (
 def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
     """Replay the kept rows of one layer in float64 and measure its three errors against their bounds."""
     x, y = unmerged.x[layer.path], unmerged.y[layer.path]
+    base = layer.module.base_layer
+    kind = base_of(base)
     with layer.shown(False):
-        weight, bias = layer.weight, layer.bias
+        weight = used = layer.weight
+        bias, operand, before = layer.bias, None, kind.grid(base)
+        if kind.bits:  # a call may repack it with narrower scales, for this call and later ones
+            layer.module(x)
+            used, operand = layer.weight, kind.operand_dtype(base, x)
     with layer.shown(True):
-        merged_weight, merged_bias, ym = layer.weight, layer.bias, layer.module(x).reshape(y.shape)
+        merged_weight, merged_bias, grid = layer.weight, layer.bias, kind.grid(base)
+        ym = layer.module(x).reshape(y.shape)
+        used_merged = layer.weight if kind.bits else merged_weight
+    if grid is not None and before is not None:
+        grid = grid._replace(dtype=before.dtype)
     adapters = [layer.module.lora_A[name].weight for name in layer.names]
-    units = Units.of(x, y, weight, adapters)
+    units = Units.of(x, y, weight, adapters, operand)
     rows, factors = x.double(), layer.factors()
-    scan = scan_merge(weight, merged_weight, *layer.delta_factors(), rows, units.form, len(layer.names))
+    scan = scan_merge(weight, merged_weight, *layer.delta_factors(), rows, units.form, len(layer.names), grid)
     plain = folded = base_size = term_size = 0.0
     for start, stop in blocks(weight):
         part = slice(start, stop)
-        W, b = weight[part].double(), None if bias is None else bias[part].double()
+        W, b = used[part].double(), None if bias is None else bias[part].double()
         mine = [(A, B[part], s, None if c is None else c[part]) for A, B, s, c in factors]
         got = y[:, part].double()
         error = got - _exact(rows, W, b, mine)
         plain = max(plain, ratio(error, unmerged_bound(units, rows, W, b, mine, got)))
-        Wm, bm = merged_weight[part].double(), None if merged_bias is None else merged_bias[part].double()
+        Wm, bm = used_merged[part].double(), None if merged_bias is None else merged_bias[part].double()
         got = ym[:, part].double()
         error = got - _exact(rows, Wm, bm, [])
         folded = max(folded, ratio(error, merged_bound(units, rows, Wm, bm, got)))
@@ -55,8 +66,9 @@ def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
     expected = math.hypot(rms(scan.shift) if scan.ratio <= 1 else 0.0, 2 * units.result * rms(y) + sums + narrow)
     difference = ym.double() - y.double()
     largest = difference.abs().max().item() if difference.numel() else 0.0
+    name = weight.dtype if grid is None else grid.name
     return LayerCheck(
-        layer.path, weight.dtype, tuple(layer.names), largest, rms(difference), expected, plain, scan.ratio, folded,
+        layer.path, name, tuple(layer.names), largest, rms(difference), expected, plain, scan.ratio, folded,
         scan.lost, scan.inside, scan.inside_std,
     )  # fmt: skip
 

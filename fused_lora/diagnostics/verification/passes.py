@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.diagnostics.verification.layers import Layer
+from fused_lora.bases import base_of
+from fused_lora.diagnostics.verification.layers import Layer, unchanged
 from fused_lora.modules.outputs import main_output
 
 
@@ -46,8 +47,7 @@ def run(
             if threading.get_ident() != me:
                 return  # a forward of another thread, which waits for the end of the verification
             state = ExitStack()
-            if merged is not None:
-                state.enter_context(layer.shown(merged))
+            state.enter_context(layer.shown(layer.merged if merged is None else merged))
             open_states[layer.path].append(state)
 
         return hook
@@ -105,8 +105,10 @@ def _call(model: nn.Module, inputs: Any) -> object:
 
 
 @contextmanager
-def restored(*models: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients. Afterwards training flags, buffers and RNG states are restored.
+def restored(*models: nn.Module, besides: Set[nn.Module] = frozenset()) -> Iterator[None]:
+    """Eval mode without gradients. Afterwards training flags, buffers, quantised weights and RNG states are restored.
+
+    ``besides``: base layers whose weights are left to ``Layer.shown``.
 
     Compiled modules run eagerly inside, because hooks do not work in compiled code.
     """
@@ -114,6 +116,9 @@ def restored(*models: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
     devices = {p.device for model in models for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     with ExitStack() as stack:
+        for base in {module for model in models for module in model.modules() if base_of(module).bits} - besides:
+            stack.enter_context(unchanged(base))
+            base_of(base).copy_weight(base)  # calls may repack it
         stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU generator
         for kind in sorted({device.type for device in devices}):
             indices = list(range(torch.get_device_module(kind).device_count()))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_lora.bases import base_of
 from fused_lora.bases.base import why_not_plain_weight
 from fused_lora.diagnostics.verification import report
-from fused_lora.diagnostics.verification.layers import Layer, find_layers
+from fused_lora.diagnostics.verification.layers import Layer, find_layers, unchanged
 from fused_lora.diagnostics.verification.report import Finding
 from fused_lora.diagnostics.verification.weights import Relation, relate
 from fused_lora.modules.tree import bare_path
@@ -36,6 +39,7 @@ def compare_weights(
     if not _without_adapters(theirs) & _without_adapters(ours):
         raise ValueError(f"reference: expected parameters named as in the model, got {sorted(theirs)[:3]}")
     relations, seen = {}, set()
+    grids = _grids(reference)
     for layer in layers:
         stem = plain_name(f"{layer.path}.")[:-1]
         seen |= {n for n in ours if n.startswith(f"{stem}.")}
@@ -43,14 +47,14 @@ def compare_weights(
         if other is None:
             continue
         with layer.shown(False):
-            weight = layer.weight
+            weight, grid = layer.weight, base_of(layer.module.base_layer).grid(layer.module.base_layer)
         why = why_not_plain_weight(other)
         if why:
             raise ValueError(f"reference: {stem}.weight: {why}; expected a whole floating matrix, dequantised")
         other = other.t() if getattr(layer.module, "fan_in_fan_out", False) else other
         if other.shape != weight.shape:
             raise ValueError(f"reference: expected {stem}.weight {tuple(weight.shape)}, got {tuple(other.shape)}")
-        relations[layer.path] = relate(weight, other, *layer.delta_factors())
+        relations[layer.path] = relate(weight, other, *layer.delta_factors(), grid, grids.get(stem))
     findings, notes = _judge_base(relations)
     unmerged = _unmerged_paths(reference)
     taken = {path: r for path, r in relations.items() if r.times == -1 and plain_name(path) in unmerged}
@@ -81,7 +85,7 @@ def _judge_base(relations: dict[str, Relation]) -> tuple[list[Finding], list[str
 
     findings, notes = [], []
     here, there = those(lambda r: r.times == 1 and not r.grid), those(lambda r: r.times == -2 and not r.grid)
-    grid = those(lambda r: r.grid and r.times in (None, 0) and r.changed)
+    grid = those(lambda r: r.grid and r.changed)
     wrong = those(lambda r: r.times is None and not r.grid)
     drift = those(lambda r: r.times == 0 and not r.grid and r.changed)
     if here:
@@ -120,8 +124,28 @@ def _judge_adapters(layers: Sequence[Layer], theirs: dict[str, Tensor]) -> list[
 
 
 def _by_plain_name(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    items = source.state_dict() if isinstance(source, nn.Module) else source
+    """Tensors by plain names, quantised weights as their values."""
+    quantised = _quantised(source)
+    with ExitStack() as stack:
+        for _, module in quantised:
+            stack.enter_context(unchanged(module))
+            base_of(module).copy_weight(module)  # state_dict takes a repacked weight back, in place
+        items = source.state_dict() if isinstance(source, nn.Module) else source
+    for path, module in quantised:
+        own = [name for name in items if name.startswith(f"{path}.weight")]
+        items = {name: tensor for name, tensor in items.items() if name not in own}
+        items[f"{path}.weight"] = base_of(module).dense_weight(module, ([], [], []), torch.float32)
     return {plain_name(n): t for n, t in items.items() if isinstance(t, Tensor) and ".original_module." not in n}
+
+
+def _quantised(source: nn.Module | Mapping[str, Tensor]) -> list[tuple[str, nn.Module]]:
+    found = source.named_modules() if isinstance(source, nn.Module) else []
+    return [(path, m) for path, m in found if base_of(m).bits and not base_of(m).why_not_adapted(m)]
+
+
+def _grids(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Any]:
+    """How the quantised layers of a reference are quantised, by their plain paths."""
+    return {plain_name(f"{path}.")[:-1]: base_of(module).grid(module) for path, module in _quantised(source)}
 
 
 def _without_adapters(names: Mapping[str, Tensor]) -> set[str]:

@@ -51,7 +51,7 @@ class LayerCheck:
     """
 
     path: str
-    dtype: torch.dtype
+    dtype: torch.dtype | str  # of the weight; "nf4" or "fp4" where it is quantised
     adapters: tuple[str, ...]
     difference: float  # largest |merged - unmerged|
     difference_rms: float

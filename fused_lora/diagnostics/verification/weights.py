@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,13 @@ class Units:
     partial: float = 0.0  # cuBLAS may round the parts of a split sum to 16 bits
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, weight: Tensor, adapters: list[Tensor]) -> Units:
-        """The roundoffs that apply to a layer with input x and output y under the current autocast and TF32 modes."""
+    def of(
+        cls, x: Tensor, y: Tensor, weight: Tensor, adapters: list[Tensor], narrow: torch.dtype | None = None
+    ) -> Units:
+        """The roundoffs that apply to a layer with input x and output y under the current autocast and TF32 modes.
+
+        ``narrow``: what the base layer rounds operands and result to by itself.
+        """
         kind, operand, partial = x.device.type, 0.0, 0.0
         widths = [_unit(t.dtype) for t in adapters]
         if kind != "cpu":  # the adapters' term may be formed with operands of the input's width
@@ -39,9 +45,12 @@ class Units:
         elif kind == "cuda" and weight.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
             operand = 2.0**-11
             widths.append(operand)
+        result = max(_unit(y.dtype), _unit(x.dtype))
+        if narrow is not None and narrow.itemsize == 2:
+            operand, result = max(operand, _unit(narrow)), max(result, _unit(narrow))
         double = {x.dtype, weight.dtype, y.dtype} == {torch.float64}
         accumulate = _unit(torch.float64 if double else torch.float32)
-        return cls(max(_unit(y.dtype), _unit(x.dtype)), max(widths), accumulate, operand, partial)
+        return cls(result, max(widths), accumulate, operand, partial)
 
     @property
     def form(self) -> float:
@@ -120,22 +129,33 @@ class MergeScan:
 
 
 def scan_merge(
-    weight: Tensor, merged: Tensor, left: Tensor, right: Tensor, x: Tensor, unit: float, count: int
+    weight: Tensor,
+    merged: Tensor,
+    left: Tensor,
+    right: Tensor,
+    x: Tensor,
+    unit: float,
+    count: int,
+    grid: Any = None,
 ) -> MergeScan:
     """Compare Wm with W + D, D = left @ right, all [N, K], in float64 and by blocks of rows.
 
     The bound of an element: (count + 1) u (|W| + |left||right|), the roundings of ``count`` adapters added in turn and
     of D itself to the weight's dtype, and (lambda sqrt(R) + 3) u' |left||right| for D formed with roundoff ``unit``.
+    A merge that quantises again (``grid``: a ``bases.base.Grid``) has the bound of :func:`_quantised_bound` instead.
     """
-    u, rank = _unit(weight.dtype), right.shape[0]
+    u, rank = _unit(weight.dtype if grid is None else grid.dtype), right.shape[0]
     form = (CONFIDENCE * math.sqrt(rank) + 3) * unit
     worst = lost = wanted = inner = size = 0.0
     shifts = []
+    scale_errors = weight if grid is None else _scale_errors(weight, left, right, grid)  # unused without a grid
     for start, stop in blocks(weight):
         W, Wm, part = weight[start:stop].double(), merged[start:stop].double(), left[start:stop]
         D, magnitude = part @ right, part.abs() @ right.abs()
         error = Wm - W - D
         bound = (count + 1) * u * (W.abs() + magnitude) + form * magnitude + tiny(u)
+        if grid is not None:
+            bound = _quantised_bound(W + D, bound, grid, scale_errors[start:stop])
         worst = max(worst, ratio(error, bound))
         lost, wanted = lost + _dot(error, error), wanted + _dot(D, D)
         inner, size = inner + _dot(W, D), size + _dot(W, W)
@@ -144,6 +164,42 @@ def scan_merge(
     std = math.sqrt(size / max(weight.numel(), 1) / wanted) if wanted else math.inf
     inside = inner / wanted if wanted else 0.0
     return MergeScan(worst, fidelity, inside, std, torch.cat(shifts, 1))
+
+
+def _scale_errors(weight: Tensor, left: Tensor, right: Tensor, grid: Any) -> Tensor:
+    """Bound on the error of each scale of W + D as it is stored: [N, K / blocksize]. It is 0 where scales are fp32.
+
+    Scales that are quantised, too, are codes of (scale - mean) / largest in a block of scales.
+    """
+    parts = []
+    for start, stop in blocks(weight):
+        target = weight[start:stop].double() + left[start:stop] @ right
+        parts.append(target.view(stop - start, -1, grid.blocksize).abs().amax(2))
+    scales = torch.cat(parts)
+    if grid.nested is None:
+        return torch.zeros_like(scales)
+    code, blocksize = grid.nested
+    gap = code.double().sort().values.diff().max() + 2.0**-13  # bitsandbytes finds the nearest code to about 2^-15
+    around = (scales - scales.mean()).abs().flatten()
+    padded = torch.nn.functional.pad(around, (0, -len(around) % blocksize)).view(-1, blocksize)
+    largest = padded.amax(1, keepdim=True).expand_as(padded).flatten()[: len(around)]
+    return (largest * gap / 2 + 16 * _unit(torch.float32) * scales.max()).view_as(scales)
+
+
+def _quantised_bound(target: Tensor, before: Tensor, grid: Any, scale_errors: Tensor) -> Tensor:
+    """Bound on |Wm - target| for ``target`` = W + D [rows, K] that is known to ``before`` and then quantised.
+
+    distance of target to the nearest code times its block's largest magnitude, as a quantisation must leave it
+    + 2 before + (largest before in the block)      the target that was quantised is another one, and so is the scale
+    + the error of the stored scale                 times a code, at most 1
+    + 16 u_fp32 largest                             the decision between two codes, the product of code and scale
+    """
+    shape, code = target.shape, grid.code.double().sort().values
+    values, before = (t.view(shape[0], -1, grid.blocksize) for t in (target, before))
+    largest = values.abs().amax(2, keepdim=True)
+    nearest = torch.bucketize(values / largest.clamp_min(1e-300), (code[1:] + code[:-1]) / 2)
+    bound = (code[nearest] * largest - values).abs() + 2 * before + before.amax(2, keepdim=True)
+    return (bound + scale_errors[..., None] + 16 * _unit(torch.float32) * largest).view(shape)
 
 
 @dataclass
@@ -160,8 +216,13 @@ class Relation:
     changed: int
 
 
-def relate(weight: Tensor, other: Tensor, left: Tensor, right: Tensor) -> Relation:
-    """Explain ``weight`` [N, K] by ``other`` [N, K] and D = left @ right; any two floating dtypes."""
+def relate(
+    weight: Tensor, other: Tensor, left: Tensor, right: Tensor, grid: Any = None, other_grid: Any = None
+) -> Relation:
+    """Explain ``weight`` [N, K] by ``other`` [N, K] and D = left @ right; any two floating dtypes.
+
+    ``grid`` and ``other_grid``: how the two are quantised, a ``bases.base.Grid``, or None.
+    """
     unit = max(_unit(weight.dtype), _unit(other.dtype))
     fits = dict.fromkeys((0, -1, 1, -2), 0.0)
     moved = size = 0.0
@@ -177,7 +238,27 @@ def relate(weight: Tensor, other: Tensor, left: Tensor, right: Tensor) -> Relati
         changed += int((W != R).sum())
     distance = math.sqrt(moved / size) if size else math.inf
     times = next((k for k, worst in fits.items() if worst <= 1.0), None)
-    return Relation(times, _grid(weight, other) if changed else "", distance, changed)
+    if not changed or grid is None and other_grid is None:
+        return Relation(times, _grid(weight, other) if changed else "", distance, changed)
+    if grid is not None and other_grid is not None:
+        differ = f"{grid} here, {other_grid} there" if str(grid) != str(other_grid) else ""
+        return Relation(times, differ, distance, changed)
+    coarse, fine, own, k = (weight, other, grid, -1) if other_grid is None else (other, weight, other_grid, 1)
+    for found, delta in ((0, 0 * left), (-1, k * left)):  # of the two the reference may hold the adapter
+        if times is None and not own.repacked and _is_quantised(fine, coarse, delta, right, own):
+            return Relation(found, str(own), distance, changed)
+    return Relation(times, "", distance, changed)
+
+
+def _is_quantised(fine: Tensor, coarse: Tensor, left: Tensor, right: Tensor, grid: Any) -> bool:
+    """Whether ``coarse`` is ``fine`` + left @ right, quantised."""
+    scale_errors, worst = _scale_errors(fine, left, right, grid), 0.0
+    for start, stop in blocks(fine):
+        target = fine[start:stop].to(coarse.device).double() + left[start:stop] @ right
+        magnitude = fine[start:stop].double().abs() + left[start:stop].abs() @ right.abs()
+        bound = _quantised_bound(target, 2 * _unit(fine.dtype) * magnitude, grid, scale_errors[start:stop])
+        worst = max(worst, ratio(coarse[start:stop].double() - target, bound))
+    return worst <= 1.0
 
 
 def _grid(weight: Tensor, other: Tensor) -> str:

@@ -1,0 +1,112 @@
+"""What bitsandbytes' quantised bases share: a merge makes a new parameter, and keeps the old one as the record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.bases.base import Base, Factors
+
+BLOCK_VALUES = 1 << 21  # of a weight that are in fp32 at a time
+
+
+@dataclass
+class Merged:
+    """A merge in force: the parameters before and after it, copies of the adapters, and the module's state before."""
+
+    before: Any
+    after: Any
+    factors: Factors
+    state: Any
+
+
+def summed_delta(factors: Factors) -> Tensor:
+    """sum_i (B_i A_i) s_i in fp32, each product as PEFT forms it."""
+    return reduce(torch.add, [(B.float() @ A.float()) * s for A, B, s in zip(*factors, strict=True)])
+
+
+class Requantised(Base):
+    """A packed [N, K] of ``bits`` bits and a bias [N] or None.
+
+    state_name: the module's attribute that goes with the parameter. own_attributes: those that an nn.Linear has not.
+    """
+
+    state_name: str
+    own_attributes: tuple[str, ...]
+
+    def values(self, module: Any, weight: Any, state: Any) -> Tensor:
+        """[N, K] in fp32 of one parameter, as the library dequantises it."""
+        raise NotImplementedError
+
+    def blocks(self, module: Any) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, rows start to stop in fp32) of the weight as it is now, about ``BLOCK_VALUES`` at a time."""
+        raise NotImplementedError
+
+    def requantised(self, module: Any, factors: Factors) -> tuple[Any, Any]:
+        """W + D as a new parameter, and the module's state that goes with it. Raises ValueError: not finite."""
+        raise NotImplementedError
+
+    def features(self, module: Any) -> tuple[int, int]:
+        """As the module has them: a packed weight may have another shape."""
+        return module.in_features, module.out_features
+
+    def merge_weight(self, module: Any) -> None:
+        """None: so few bits hold no sum. :meth:`merge_` makes another weight."""
+        return None
+
+    def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> Merged:
+        """dequant(W) + D, quantised again as W was, as a new parameter; the old one is kept as it is."""
+        lora_A, lora_B, scaling = factors
+        frozen = [t.clone() for t in lora_A], [t.clone() for t in lora_B], list(scaling)
+        after, state = self.requantised(module, frozen)
+        record = Merged(module._parameters["weight"], after, frozen, module.__dict__.get(self.state_name))
+        # no call from here on: in one an interrupt would lose the record
+        module._parameters["weight"] = after
+        module.__dict__[self.state_name] = state
+        return record
+
+    def unmerge_(self, module: Any, record: Merged) -> None:
+        """Put the old parameter back, whatever has become of the merged one."""
+        weight = module._parameters.get("weight")
+        if weight is not record.after or weight.device != record.before.device:
+            raise RuntimeError("weight: it was replaced or moved while merged; nothing was unmerged")
+        module._parameters["weight"] = record.before
+        module.__dict__[self.state_name] = record.state
+
+    def factors(self, record: Merged, fan_in_fan_out: bool) -> Factors:
+        """The adapters that were merged, frozen."""
+        return record.factors
+
+    def delta_fidelity(self, module: Any, record: Merged) -> float:
+        """Share of the delta that requantisation lost; 0 for a delta of zeros."""
+        before = self.values(module, record.before, record.state)
+        after = self.values(module, module._parameters["weight"], module.__dict__.get(self.state_name))
+        delta = summed_delta(record.factors)
+        wanted = delta.norm().item()
+        return (after - before - delta).norm().item() / wanted if wanted else 0.0
+
+    def dense_weight(self, module: Any, factors: Factors, dtype: torch.dtype) -> Tensor:
+        """As :meth:`Base.dense_weight`."""
+        lora_A, lora_B, scaling = factors
+        K, N = self.features(module)
+        dense = torch.empty((N, K), dtype=dtype, device=module._parameters["weight"].device)
+        for start, stop, block in self.blocks(module):
+            rows = lora_A, [B[start:stop] for B in lora_B], scaling
+            dense[start:stop] = block + summed_delta(rows) if scaling else block
+        if not torch.isfinite(dense).all():
+            raise ValueError(f"the weight would hold NaN or infinity in {dtype}")
+        return dense
+
+    def become_linear(self, module: Any, weight: Tensor, bias: Tensor | None) -> None:
+        """As :meth:`Base.become_linear`."""
+        old = module._parameters["bias"]
+        for name in self.own_attributes:
+            module.__dict__.pop(name, None)
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        module._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=old.requires_grad)
+        module.__class__ = nn.Linear

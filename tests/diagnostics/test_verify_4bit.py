@@ -1,0 +1,282 @@
+"""verify over 4-bit layers of bitsandbytes: requantisation has its own bound, bugs their names, and nothing changes."""
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import fused_lora
+from fused_lora import LoraConfig, verify
+from fused_lora.bases.bitsandbytes_4bit import is_repacked
+from fused_lora.diagnostics.verification import report
+from helpers.quantised import linear4bit, repack, values_of
+
+bnb = pytest.importorskip("bitsandbytes")
+peft = pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings("ignore:Merge lora module", "ignore:merge. 4-bit weights"),
+]
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+K, H, N, M = 128, 256, 192, 7
+KINDS = ["fused_lora", "peft", "accelerated"]
+
+
+class Net(nn.Module):
+    """Two 4-bit layers that take adapters, one that does not, and a dense head that does."""
+
+    is_loaded_in_4bit = True
+
+    def __init__(self, **settings):
+        super().__init__()
+        dtype = settings.get("compute_dtype") or F32
+        self.up, self.down = linear4bit(H, K, **settings), linear4bit(N, H, bias=False, **settings)
+        self.rest, self.head = linear4bit(K, N, **settings | {"blocksize": 64}), nn.Linear(K, 8).to(dtype)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.rest(torch.tanh(self.down(torch.tanh(self.up(x)))))))
+
+
+def make(kind, names=("default",), **settings):
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["up", "down", "head"], "init_lora_weights": False}
+    model = Net(**settings)
+    if kind == "fused_lora":
+        for name in names:
+            fused_lora.inject(model, LoraConfig(**fields), name)
+        fused_lora.set_adapter(model, list(names))
+        return model.eval()
+    model = peft.get_peft_model(model, peft.LoraConfig(**fields), names[0])
+    for name in names[1:]:
+        model.add_adapter(name, peft.LoraConfig(**fields))
+    model.base_model.set_adapter(list(names))
+    return (fused_lora.accelerate(model) if kind == "accelerated" else model).eval()
+
+
+def lora_layers(model):
+    return {path: m for path, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+
+
+def contents(model):
+    """Objects and bytes of all weights, what the quantised ones know of themselves, and the modules' attributes."""
+    found = []
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.append((path, name, id(parameter), parameter.dtype, parameter.data.clone()))
+                state = getattr(parameter, "quant_state", None)
+                found += [] if state is None else [(path, state.dtype, state.nested, state.absmax.clone())]
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, str, torch.dtype, type(None)))}
+        found.append((path, plain, list(getattr(module, "merged_adapters", ()))))
+    return found
+
+
+def same(left, right):
+    def equal(a, b):
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    return len(left) == len(right) and all(
+        len(a) == len(b) and all(map(equal, a, b)) for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_healthy_model_differs_by_requantisation(kind, merged):
+    """And the check leaves everything as it was, on CPUs that repack in a call, too."""
+    model = make(kind)
+    if merged:
+        fused_lora.merge(model)
+    before, x = contents(model), torch.randn(M, K)
+    result = verify(model, x)
+    assert same(contents(model), before)
+    if kind == "peft" and merged:
+        assert result.skipped.keys() == {path for path in lora_layers(model) if not path.endswith("head")}
+        assert all("PEFT merged it into 4 bits" in why for why in result.skipped.values()) and not result.ok
+        return
+    assert result.ok and result.verdict == "rounding" and not result.findings and not result.skipped, str(result)
+    assert result.was_merged == merged and [check.dtype for check in result.layers] == ["nf4", "nf4", F32]
+    for check in result.layers[:2]:
+        assert check.ok and check.lost > 0.05 and check.difference_rms < 4 * check.expected_rms
+    fidelity = (
+        {} if kind == "peft" else (None if merged else fused_lora.merge(model)) or fused_lora.delta_fidelity(model)
+    )
+    for path, lost in fidelity.items():
+        found = next(check.lost for check in result.layers if check.path.endswith(path))
+        assert found == pytest.approx(lost, rel=1e-3, abs=1e-6)
+
+
+def test_no_false_alarm_over_random_layers():
+    """Settings, dtypes and sizes of adapters at random: the bound of requantisation holds."""
+    for _ in range(40):
+        dtype, compute = random.choice([(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)])
+        settings = {
+            "dtype": dtype,
+            "compute_dtype": compute,
+            "quant_type": random.choice(["nf4", "fp4"]),
+            "nested": random.random() < 0.7,
+            "blocksize": random.choice([64, 128]),
+            "storage": random.choice([torch.uint8, BF16]),
+        }
+        names = random.choice([("one",), ("one", "two")])
+        model = make(random.choice(["fused_lora", "accelerated"]), names, **settings)
+        for layer in lora_layers(model).values():
+            for name in names:
+                layer.lora_B[name].weight.data.mul_(10 ** random.uniform(-1, 1))
+        if random.random() < 0.5:
+            fused_lora.merge(model)
+        if random.random() < 0.5:  # no layer repacks, as on CPUs without bf16
+            for module in model.modules():
+                if type(module) is bnb.nn.Linear4bit:
+                    module.support_avx512bf16_for_cpu = False
+        result = verify(model, torch.randn(M, K).to(compute))
+        assert not result.findings or [f.cause for f in result.findings] == [report.LOST], (settings, str(result))
+        assert all(check.ok for check in result.layers) and not result.skipped, (settings, str(result))
+
+
+def test_a_layer_that_was_repacked_before():
+    model = make("fused_lora")
+    repack(model.up.base_layer)
+    before = contents(model)
+    result = verify(model, torch.randn(M, K))
+    assert result.ok and same(contents(model), before) and is_repacked(model.up.base_layer), str(result)
+
+
+def test_an_adapter_that_four_bits_lose():
+    model = make("fused_lora")
+    for layer in lora_layers(model).values():
+        layer.lora_B["default"].weight.data.mul_(1e-3)
+    result = verify(model, torch.randn(M, K))
+    assert result.verdict == "lost" and not result.ok
+    [finding] = result.findings
+    assert finding.cause == report.LOST and finding.layers == ("up", "down")
+    assert "a merge into nf4 keeps only" in finding.message and "unload(model, merge_adapters" in finding.message
+
+
+def test_an_adapter_trained_while_merged_is_stale():
+    """Also where the change is far smaller than the distance between two codes."""
+    model = make("fused_lora")
+    fused_lora.merge(model)
+    model.up.lora_B["default"].weight.data.mul_(1.02)
+    result = verify(model, torch.randn(M, K))
+    assert [(f.cause, f.layers) for f in result.findings] == [(report.STALE, ("up",))], str(result)
+
+
+@pytest.mark.parametrize("kind", ["fused_lora", "accelerated"])
+def test_a_merged_weight_that_was_replaced(kind):
+    model = make(kind)
+    fused_lora.merge(model)
+    path, layer = next(iter(lora_layers(model).items()))
+    layer.base_layer.weight = linear4bit(H, K).weight
+    before = contents(model)
+    result = verify(model, torch.randn(M, K))
+    assert [(f.cause, f.layers) for f in result.findings] == [(report.BASE, (path,))], str(result)
+    assert same(contents(model), before)
+
+
+def test_a_merge_that_quantises_wrongly(monkeypatch):
+    """One code off in one element of a thousand; or scales that are 1 % too large."""
+    from bitsandbytes import functional
+
+    real = functional.quantize_4bit
+    for spoil in ("codes", "scales"):
+
+        def quantise(*args, spoil=spoil, **kwargs):
+            data, state = real(*args, **kwargs)
+            if spoil == "codes":
+                data.view(-1)[::500] ^= 16
+            else:
+                state.absmax = state.absmax * 1.01
+            return data, state
+
+        model = make("fused_lora", nested=False)
+        monkeypatch.setattr(functional, "quantize_4bit", quantise)
+        result = verify(model, torch.randn(M, K))
+        assert [(f.cause, f.layers) for f in result.findings] == [(report.MERGE, ("up", "down"))], str(result)
+        monkeypatch.undo()
+
+
+def test_an_adapter_on_top_of_its_own_merge():
+    """W of the layer is W + D of before, quantised."""
+    model = make("fused_lora")
+    merged = copy.deepcopy(model)
+    fused_lora.merge(merged)
+    for path, layer in lora_layers(model).items():
+        layer.base_layer.weight = lora_layers(merged)[path].base_layer.weight
+    result = verify(model, torch.randn(M, K))
+    assert report.DOUBLE in [f.cause for f in result.findings], str(result)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_dense_reference(merged, nested):
+    """The weights of 16 bits that were quantised: with the adapter in them, too, as some serve it."""
+    model = Net(nested=nested)
+    original = {}
+    for name in ("up", "down"):
+        layer = getattr(model, name)
+        original[f"{name}.weight"] = (torch.randn(*layer.weight.quant_state.shape) * 0.1).bfloat16()
+        settings = {"compress_statistics": nested, "quant_type": "nf4"}
+        layer.weight = bnb.nn.Params4bit(original[f"{name}.weight"].clone(), **settings).to("cpu")
+    fused_lora.inject(model, LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False))
+    if merged:
+        for name in ("up", "down"):
+            delta = getattr(model, name).get_delta_weight("default")
+            original[f"{name}.weight"] = original[f"{name}.weight"].float() + delta
+    x = torch.randn(M, K)
+    result = verify(model.eval(), x, reference=original)
+    assert [(f.cause, f.layers) for f in result.findings] == [(report.QUANTISED, ("up", "down"))], str(result)
+    assert "nf4 in blocks of 64" in result.findings[0].message and result.reference_merged == merged
+    exact = {f"{name}.weight": values_of(getattr(model, name).base_layer) for name in ("up", "down")}
+    result = verify(model, x, reference=exact)
+    assert result.ok and not result.findings, str(result)
+    result = verify(model, x, reference={"up.weight": torch.randn(H, K)})
+    assert [(f.cause, f.layers) for f in result.findings] == [(report.BASE, ("up",))], str(result)
+
+
+def test_a_quantised_reference():
+    """The same one, one with other settings, and one of other weights."""
+    model = make("fused_lora")
+    repack(model.down.base_layer)
+    reference, x = copy.deepcopy(model), torch.randn(M, K)
+    before = contents(reference)
+    result = verify(model, x, reference=reference)
+    assert result.ok and not result.findings and result.reference is not None, str(result)
+    assert same(contents(reference), before)
+    for quant_type, cause in (("fp4", report.QUANTISED), ("nf4", report.BASE)):
+        reference.up.base_layer.weight = linear4bit(H, K, quant_type=quant_type).weight
+        result = verify(model, x, reference=reference)
+        assert [(f.cause, f.layers) for f in result.findings] == [(cause, ("up",))], str(result)
+    assert "nf4 in blocks of 64, double quantised here, fp4 in" in str(
+        verify(model, x, reference=_with_weight(reference, quant_type="fp4"))
+    )
+
+
+def _with_weight(model, **settings):
+    model.up.base_layer.weight = linear4bit(H, K, **settings).weight
+    return model
+
+
+REASONS = {
+    "weight.quant_state is missing": lambda base: setattr(base.weight, "quant_state", None),
+    "weight.quant_state.absmax has scales that are NaN": lambda base: base.weight.quant_state.state2.absmax.fill_(
+        float("nan")
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_weights_of_an_unknown_kind_are_listed(reason):
+    model = make("fused_lora")
+    model.forward = lambda x: model.head(x)  # a call of the layer would raise
+    REASONS[reason](model.up.base_layer)
+    result = verify(model, torch.randn(M, K))
+    assert result.skipped["up"].startswith(reason) and not result.ok
+
+
+def test_several_adapters_of_pefts_own_class():
+    """Which quantises again after each."""
+    result = verify(make("peft", ("one", "two")), torch.randn(M, K))
+    assert len(result.skipped) == 2 and all("PEFT quantises again" in why for why in result.skipped.values())
