@@ -98,7 +98,7 @@ class Base:
         """What :meth:`merge_` would do as (record, sweep), to run with other layers; None where it must do it."""
         if self.merge_weight(module) is None:
             return None
-        return merging.merge_later(_writable(module), *factors, fan_in_fan_out=fan_in_fan_out)
+        return merging.merge_later(_writable(module), factors, fan_in_fan_out)
 
     def unmerge_later(self, module: nn.Module, record: Any) -> Any:
         """What :meth:`unmerge_` would do as a sweep, or None."""
