@@ -107,7 +107,8 @@ typedef struct {
     int64_t stride, row, column, h, n, pitch;
 } Unit;
 
-/* d [GROUP, TILE], whose rows are `pitch` apart, += GROUP rows of left [depth] times right [depth, TILE of WIDTH], one fused step after the other. Eight sums stay in registers: enough to hide a step's latency. */
+/* d [GROUP, TILE], whose rows are `pitch` apart, += GROUP rows of left [depth] times right [depth, TILE of WIDTH], one
+ * fused step after the other. Eight sums stay in registers: enough to hide a step's latency. */
 INLINE void add_products(const float *const *left, const float *restrict right, int64_t depth, float *restrict d,
                          int64_t pitch) {
 #pragma omp simd
