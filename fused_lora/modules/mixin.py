@@ -242,7 +242,10 @@ class FusedLoraBehaviour:
     def _merge_later(self, names: list[str]) -> Later | None:
         """What :meth:`_merge_names` would do, to run with other layers; None where it must do that itself."""
         base = self._modules["base_layer"]
+        weight = base._parameters.get("weight")
         if self.merged or self.merge_state is not None or self._with_bias(names) or base_of(base).why_not_merged(base):
+            return None
+        if weight is not None and weight.is_meta:
             return None
         found = base_of(base).merge_later(base, _factors_of(self, names), self.fan_in_fan_out)
         return None if found is None else Later(self, _Merge(found[0]), names, found[1])
