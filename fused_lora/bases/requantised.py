@@ -25,6 +25,14 @@ class Merged:
     state: Any
 
 
+def rounded_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A copy in another dtype. ValueError: a number would not be finite."""
+    found = None if bias is None else bias.detach().to(dtype, copy=True)
+    if found is not None and not torch.isfinite(found).all():
+        raise ValueError(f"the bias would not be finite in {dtype}")
+    return found
+
+
 def summed_delta(factors: Factors) -> Tensor:
     """sum_i (B_i A_i) s_i in fp32, each product as PEFT forms it."""
     return reduce(torch.add, [(B.float() @ A.float()) * s for A, B, s in zip(*factors, strict=True)])
@@ -62,7 +70,7 @@ class Requantised(Base):
     def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> Merged:
         """dequant(W) + D, quantised again as W was, as a new parameter; the old one is kept as it is."""
         lora_A, lora_B, scaling = factors
-        frozen = [t.clone() for t in lora_A], [t.clone() for t in lora_B], list(scaling)
+        frozen = [t.detach().clone() for t in lora_A], [t.detach().clone() for t in lora_B], list(scaling)
         after, state = self.requantised(module, frozen)
         record = Merged(module._parameters["weight"], after, frozen, module.__dict__.get(self.state_name))
         # no call from here on: in one an interrupt would lose the record
@@ -105,7 +113,7 @@ class Requantised(Base):
     def become_linear(self, module: Any, weight: Tensor, bias: Tensor | None) -> None:
         """As :meth:`Base.become_linear`."""
         old = module._parameters["bias"]
-        for name in self.own_attributes:
+        for name in (*self.own_attributes, "forward"):  # its own forward, as accelerate's hooks leave it behind
             module.__dict__.pop(name, None)
         module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         module._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=old.requires_grad)

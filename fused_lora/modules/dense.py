@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import base_of
+from fused_lora.bases.requantised import rounded_bias
 from fused_lora.modules.mixin import FusedLoraBehaviour
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import named_modules, places
@@ -107,8 +108,7 @@ def lora_base(module: nn.Module) -> nn.Module | None:
 def _parts_of(module: Any, layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if layer is not None:
         return layer.dense_parts(dtype)
-    bias = module.bias
-    return base_of(module).dense_weight(module, ([], [], []), dtype), None if bias is None else bias.data.to(dtype)
+    return base_of(module).dense_weight(module, ([], [], []), dtype), rounded_bias(module.bias, dtype)
 
 
 def _why_not_dense(module: nn.Module, layer: Any) -> str | None:

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from fused_lora.bases import Adapters, base_of, foreign
 from fused_lora.bases.dense import Dense
+from fused_lora.bases.requantised import rounded_bias
 from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
@@ -364,8 +365,8 @@ class FusedLoraBehaviour:
         """
         names, base = self._present(self.active_adapters), self.base_layer
         bias = self._check_bias_merge(names, dtype)
-        if bias is None and base.bias is not None:
-            bias = base.bias.data.to(dtype)
+        if bias is None:
+            bias = rounded_bias(base.bias, dtype)
         with torch.no_grad():
             return base_of(base).dense_weight(base, _factors_of(self, names), dtype), bias
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from fused_lora.modules.changes import undone_on_error
 from fused_lora.modules.dense import become_dense, dense_parts, forget_quantisation, warn_of_other_dtypes
+from fused_lora.modules.linear import go_back, snapshot
+from fused_lora.modules.mixin import FusedLoraBehaviour
 from fused_lora.modules.tree import CONFIGS, named_modules, unwrapped
 
 P = ParamSpec("P")
@@ -86,10 +88,15 @@ def unload(wrapper: Any, merge_adapters: bool = False, dtype: torch.dtype | None
     dense = dense_parts(wrapper, merge_adapters, dtype)
     if dtype is None:
         return wrapper.merge_and_unload() if merge_adapters else wrapper.unload()
+    before = snapshot(module for _, module in named_modules(wrapper) if isinstance(module, FusedLoraBehaviour))
     with undone_on_error(wrapper):
-        become_dense(wrapper, dense)
-        plain = wrapper.merge_and_unload()  # all others
-        warn_of_other_dtypes(plain, dtype)
+        try:
+            become_dense(wrapper, dense)
+            plain = wrapper.merge_and_unload()  # all others
+            warn_of_other_dtypes(plain, dtype)
+        except BaseException:
+            go_back(before)  # the weights, before the layers forget what was merged
+            raise
     forget_quantisation(plain)
     return plain
 

@@ -1,6 +1,7 @@
 """unload(model, merge_adapters=True, dtype=...): 4-bit layers become nn.Linear with dequant(W) + D, rounded once."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -367,3 +368,55 @@ def test_models_of_pefts_that_only_peft_can_merge():
         assert_unchanged(model, before)
     with pytest.raises(ValueError, match="dtype: expected None without merge_adapters=True"):
         fused_lora.unload(wrapped(), dtype=BF16)
+
+
+def test_an_error_after_a_merge_by_peft_gives_the_dense_weights_back():
+    """The warning about the dense layer's dtype comes when it is merged already."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = bnb.nn.Linear4bit(64, 48, compute_dtype=torch.float32).to("cpu")
+            self.d = nn.Linear(64, 16)
+
+    config = peft.LoraConfig(target_modules=["a", "d"], init_lora_weights=False)
+    model = fused_lora.accelerate(peft.get_peft_model(Model(), config))
+    layer = model.base_model.model.d
+    before = layer.base_layer.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="unload: layers that were not quantised")
+        with pytest.raises(UserWarning, match="keep their dtype"):
+            fused_lora.unload(model, merge_adapters=True, dtype=torch.bfloat16)
+    assert model.base_model.model.d is layer and torch.equal(layer.base_layer.weight, before)
+    assert layer.merged_adapters == [] and layer.merge_state is None
+
+
+def test_a_forward_of_its_own_goes_with_the_class():
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32).to("cpu"))
+    fused_lora.inject(model, fused_lora.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    base = model[0].base_layer
+    base.forward = base.forward  # as accelerate's hooks leave it when they are taken off
+    fused_lora.unload(model, merge_adapters=True, dtype=torch.float32)
+    assert type(model[0]) is nn.Linear and model(torch.randn(2, 64)).shape == (2, 64)
+
+
+def test_a_bias_beyond_the_dtype_is_refused():
+    model = nn.Sequential(*(bnb.nn.Linear4bit(64, 64).to("cpu") for _ in range(2)))
+    fused_lora.inject(model, fused_lora.LoraConfig(r=2, target_modules=["1"]))
+    for base in (model[0], model[1].base_layer):
+        base.bias.data[0] = 1e6
+        with pytest.raises(ValueError, match="bias would not be finite"):
+            fused_lora.unload(model, merge_adapters=True, dtype=torch.float16)
+        base.bias.data[0] = 0
+
+
+def test_a_model_that_is_merged_into_4_bits_can_be_copied():
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 64).to("cpu"))
+    fused_lora.inject(model, fused_lora.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what four bits lose
+        fused_lora.merge(model)
+    again = copy.deepcopy(model)
+    for one in (model, again):
+        fused_lora.unmerge(one)
+    assert torch.equal(model[0].base_layer.weight.data, again[0].base_layer.weight.data)

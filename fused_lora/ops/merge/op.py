@@ -184,7 +184,8 @@ def _factors(W, lora_A, lora_B, scaling, fan_in_fan_out) -> Factors:
     wide = torch.float64 if W.dtype == torch.float64 else torch.float32
     place = dict(device=W.device, dtype=wide, memory_format=torch.contiguous_format)
     A = [part.detach().to(**place, copy=len(lora_A) == 1) for part in lora_A]
-    B = [part.detach().to(**place) * float(s) for part, s in zip(lora_B, scaling, strict=True)]
+    # a product keeps the strides of a transposed B, as tied embeddings have it
+    B = [(part.detach().to(**place) * float(s)).contiguous() for part, s in zip(lora_B, scaling, strict=True)]
     A, B = A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1)
     return Factors(B, A).t() if fan_in_fan_out else Factors(B, A)
 
