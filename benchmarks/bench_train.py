@@ -86,12 +86,9 @@ def adapt(model: nn.Module, default: bool) -> nn.Module:
 
 
 def stepper(model: nn.Module, tokens: torch.Tensor, autocast: torch.dtype | None) -> Callable[[], torch.Tensor]:
-    """A training step; without adapters a forward and the backward down to the embeddings."""
+    """A training step; without adapters a forward and a backward."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=tokens.is_cuda) if trained else None
-    handle = None
-    if not trained:
-        handle = model.get_input_embeddings().register_forward_hook(lambda _, __, y: y.requires_grad_())
 
     def step() -> torch.Tensor:
         with torch.autocast(tokens.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
@@ -102,7 +99,6 @@ def stepper(model: nn.Module, tokens: torch.Tensor, autocast: torch.dtype | None
             optimizer.zero_grad()
         return loss.detach()
 
-    step.remove = handle.remove if handle else lambda: None
     return step
 
 
@@ -164,9 +160,9 @@ def measure(point: Point, report: Report, table: Table, arguments) -> None:
     model = build(point, device)
     tokens = torch.randint(0, model.config.vocab_size, (point.batch, point.tokens), device=device)
     autocast = dtype if point.default else None
-    base = stepper(model, tokens, autocast)
-    found = rounds({"base": (lambda: None, base)}, arguments)
-    base.remove()
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, y: y.requires_grad_())
+    found = rounds({"base": (lambda: None, stepper(model, tokens, autocast))}, arguments)
+    handle.remove()
     peft_model = adapt(model, point.default).train()
     theirs = gradients(peft_model, tokens, autocast)
     with warnings.catch_warnings():

@@ -104,8 +104,9 @@ def dropout_mask(
     if not all(isinstance(size, (int, np.integer)) and not isinstance(size, bool) for size in shape):
         raise TypeError(f"shape: expected a sequence of ints, got {tuple(shape)}")
     if isinstance(seed, torch.Tensor):
-        if seed.numel() != 1 or seed.is_floating_point():
-            raise TypeError(f"seed: expected one integer, got {seed.dtype} {tuple(seed.shape)}")
+        odd = seed.is_floating_point() or seed.is_complex() or seed.dtype is torch.bool
+        if seed.numel() != 1 or odd or seed.is_meta and torch.device(device or CPU).type != "meta":
+            raise TypeError(f"seed: expected one integer, got {seed.dtype} {tuple(seed.shape)} on {seed.device}")
     elif isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise TypeError(f"seed: expected one integer, got {seed!r}")
     if isinstance(p, bool) or not isinstance(p, (int, float)):

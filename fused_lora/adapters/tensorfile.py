@@ -241,4 +241,4 @@ def _entry(path: str, name: str, value: Any) -> TensorEntry:
 
 
 def _integers(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    return isinstance(values, list) and {*map(type, values)} <= {int}  # of JSON; a bool is no integer

@@ -84,7 +84,7 @@ def unmerge(wrapper: Any) -> None:
 
 
 def unload(wrapper: Any, merge_adapters: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
-    """merge_and_unload, or unload; with ``dtype`` 4-bit layers become dense first. Returns the base model."""
+    """merge_and_unload, or unload; with ``dtype`` quantised layers become dense first. Returns the base model."""
     dense = dense_parts(wrapper, merge_adapters, dtype)
     if dtype is None:
         return wrapper.merge_and_unload() if merge_adapters else wrapper.unload()

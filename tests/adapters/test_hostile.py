@@ -75,7 +75,7 @@ def watch(tmp_path_factory):
     WATCH.on = False
 
 
-def refused(folder, match=None, seconds=10.0, name=None, dtype=torch.float32):
+def refused(folder, match=None, seconds=2.0, name=None, dtype=torch.float32):
     torch.manual_seed(shifted(0))
     model = Net().to(dtype)
     tensors, modules = state(model)

@@ -175,6 +175,39 @@ def test_bench_variants_with_kernels(load, tmp_path, device, kernels_on, monkeyp
     assert sum(row["chosen"] for row in content["rows"]) == 2
 
 
+def test_bench_linear_over_4_bits(load, tmp_path):
+    """A file of its own, without the provider that reads a dense weight."""
+    pytest.importorskip("bitsandbytes")
+    code, content = run(load("bench_linear"), tmp_path, "--base", "nf4", "--shapes", "64x48", "--device", "cpu")
+    assert content["benchmark"] == "quantised" and all(row["correct"] for row in content["rows"])
+    assert {(row["provider"], row["base"]) for row in content["rows"]} == {
+        (name, "nf4") for name in ("bare", "PEFT", "fused_lora")
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*merge lora module")
+def test_bench_train(load, tmp_path, monkeypatch):
+    """PEFT and ours take turns over one model; an accelerated model that computes something else gets no time."""
+    bench = load("bench_train")
+    code, content = run(bench, tmp_path / "right", "--device", "cpu", "--rounds", "1")
+    assert code == 0 and [row["provider"] for row in content["rows"]] == ["base", "PEFT", "fused_lora"]
+    for row in content["rows"]:
+        assert row["correct"] and row["tokens_per_second"] == round(32 / row["ms"]["median"] * 1e3)
+    accelerate = bench.fused_lora.accelerate
+
+    def wrong(model):
+        for module in accelerate(model).modules():
+            if "lora_A" in module._modules:
+                module.scaling["default"] = 3.0
+        return model
+
+    monkeypatch.setattr(bench.fused_lora, "accelerate", wrong)
+    code, content = run(bench, tmp_path / "wrong", "--device", "cpu", "--rounds", "1")
+    assert code == 1 and [(row["provider"], row["correct"]) for row in content["rows"]] == [
+        ("fused_lora", False), ("base", True), ("PEFT", True),
+    ]  # fmt: skip
+
+
 def test_bench_launches(load, tmp_path, device, kernels_on, monkeypatch):
     """Every launch of a layer, one configuration that is wrong among them."""
     bench = load("bench_launches")

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -167,3 +168,17 @@ def test_a_weight_that_changes_meanwhile_is_named(mode, monkeypatch):
     others = [0, 2, 3]
     assert same_bits([weights(net)[i] for i in others], [before[i] for i in others])
     assert all(net[i].merged is (mode == native.UNMERGE) for i in others)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)], ids=str)
+def test_a_layer_without_weights_merges(shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about numbers to initialise that are none
+        model = nn.ModuleDict({"empty": nn.Linear(*shape), "other": nn.Linear(4, 4)})
+        config = fused_lora.LoraConfig(r=2, target_modules=["empty", "other"], init_lora_weights=False)
+        fused_lora.inject(model, config)
+    before = model["other"].base_layer.weight.detach().clone()
+    fused_lora.merge(model)
+    assert model["empty"].merged and not torch.equal(model["other"].base_layer.weight, before)
+    fused_lora.unmerge(model)
+    assert torch.equal(model["other"].base_layer.weight, before) and not model["empty"].merged

@@ -61,8 +61,8 @@ class Units:
     def of(cls, W: torch.Tensor) -> Units:
         """For a merge of W [rows, columns]."""
         rows, columns = W.shape
-        panels = max(1, -(-columns // WIDTH))
-        width = min(max(columns, 1), -(-columns // panels // 32) * 32)  # of equal panels, whole tiles of C wide
+        panels = -(-columns // WIDTH)
+        width = max(1, min(columns, -(-columns // max(1, panels) // 32) * 32))  # of equal panels, whole tiles of C wide
         height = max(1, min(rows, AREA // width, HEIGHT))
         height -= height % 8 if height > 8 else 0  # C computes 8 rows at a time
         units = -(-rows // height) * panels
