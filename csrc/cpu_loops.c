@@ -24,7 +24,7 @@
 #include <emmintrin.h>
 #endif
 
-enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32 };
+enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32, STRIP = 8 };
 /* elements and columns of a unit; ranks, rows and columns of a step of the delta */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { MERGE, UNMERGE, MERGE_AGAIN, CHECKSUM };            /* MERGE_AGAIN keeps nothing */
@@ -83,19 +83,23 @@ INLINE float value_of(int type, uint32_t bits) {
     return as_float(as_bits(as_float(magnitude) * 0x1p112f) | special | (bits & 0x8000) << 16);
 }
 
-/* To the nearest, ties to even; NaN becomes infinity. */
-INLINE uint32_t rounded(int type, float value) {
+/* To the nearest, ties to even; NaN becomes infinity. What is not `careful` is below limit_of. */
+INLINE uint32_t rounded(int type, int careful, float value) {
     uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
     if (type == FLOAT32) return bits;
     if (type == BFLOAT16) {
+        if (!careful) return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
         magnitude = choose(magnitude < 0x7F800000, magnitude, 0x7F800000);
         return sign | (magnitude + 0x7FFF + (magnitude >> 16 & 1)) >> 16;
     }
     uint32_t normal = (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13;
     uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3F000000; /* the sum rounds at 2^-24 */
     uint32_t half = choose(magnitude < 0x38800000, subnormal, normal);
-    return sign | choose(half < 0x7C00, half, 0x7C00);
+    return sign | (careful ? choose(half < 0x7C00, half, 0x7C00) : half);
 }
+
+/* The least magnitude of an fp32, as bits, that becomes infinity. */
+INLINE uint32_t limit_of(int type) { return type == FLOAT32 ? 0x7F800000 : type == BFLOAT16 ? 0x7F7F8000 : 0x477FF000; }
 
 INLINE uint32_t infinity_of(int type) { return type == FLOAT32 ? 0x7F800000 : type == BFLOAT16 ? 0x7F80 : 0x7C00; }
 
@@ -107,91 +111,110 @@ typedef struct {
     int64_t stride, row, column, h, n, pitch;
 } Unit;
 
-/* d [GROUP, TILE], whose rows are `pitch` apart, += GROUP rows of left [depth] times right [depth, TILE of WIDTH], one
- * fused step after the other. Eight sums stay in registers: enough to hide a step's latency. */
-INLINE void add_products(const float *const *left, const float *restrict right, int64_t depth, float *restrict d,
-                         int64_t pitch) {
+/* d [GROUP, TILE], whose rows are `pitch` apart, = GROUP rows of left [depth] times right [depth, TILE of WIDTH], one
+ * fused step after the other; += where `more`. Eight sums stay in registers: enough to hide a step's latency. */
+INLINE void add_products(const float *const *left, const float *restrict right, int64_t depth, int more,
+                         float *restrict d, int64_t pitch) {
 #pragma omp simd
     for (int64_t j = 0; j < TILE / 2; j++) {
-        float s0 = d[j], s1 = d[pitch + j], s2 = d[2 * pitch + j], s3 = d[3 * pitch + j];
-        float t0 = d[j + TILE / 2], t1 = d[pitch + j + TILE / 2], t2 = d[2 * pitch + j + TILE / 2], t3 = d[3 * pitch + j + TILE / 2];
-        for (int64_t k = 0; k < depth; k++) {
-            float l0 = left[0][k], l1 = left[1][k], l2 = left[2][k], l3 = left[3][k];
-            float r = right[k * WIDTH + j], q = right[k * WIDTH + j + TILE / 2];
-            s0 = fmaf(l0, r, s0), s1 = fmaf(l1, r, s1), s2 = fmaf(l2, r, s2), s3 = fmaf(l3, r, s3);
-            t0 = fmaf(l0, q, t0), t1 = fmaf(l1, q, t1), t2 = fmaf(l2, q, t2), t3 = fmaf(l3, q, t3);
+        float s[GROUP], t[GROUP];
+#pragma GCC unroll 4
+        for (int m = 0; m < GROUP; m++) {
+            s[m] = more ? d[m * pitch + j] : 0;
+            t[m] = more ? d[m * pitch + j + TILE / 2] : 0;
         }
-        d[j] = s0, d[pitch + j] = s1, d[2 * pitch + j] = s2, d[3 * pitch + j] = s3;
-        d[j + TILE / 2] = t0, d[pitch + j + TILE / 2] = t1, d[2 * pitch + j + TILE / 2] = t2, d[3 * pitch + j + TILE / 2] = t3;
+        for (int64_t k = 0; k < depth; k++) {
+            float r = right[k * WIDTH + j], q = right[k * WIDTH + j + TILE / 2];
+#pragma GCC unroll 4
+            for (int m = 0; m < GROUP; m++) s[m] = fmaf(left[m][k], r, s[m]), t[m] = fmaf(left[m][k], q, t[m]);
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < GROUP; m++) d[m * pitch + j] = s[m], d[m * pitch + j + TILE / 2] = t[m];
     }
 }
 
-/* Asks for `rows` lines of a unit, which will be read and written: memory takes longer than the sums of the one before. */
-INLINE void prefetch(const Unit *unit, int64_t first, int64_t rows, int64_t bytes) {
-    for (int64_t i = first; i < first + rows && i < unit->h; i++)
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(unit->lines + i * unit->stride + at, 1);
+/* Asks for a tile of a unit, which will be read and written: memory takes longer than the sums of the one before. */
+INLINE void prefetch(const Unit *unit, int64_t row, int64_t column, int64_t size) {
+    for (int64_t i = row; i < row + GROUP && i < unit->h; i++)
+        for (int64_t at = 0; at < TILE * size && column * size + at < unit->n * size; at += 64)
+            __builtin_prefetch(unit->lines + i * unit->stride + column * size + at, 0, 2);
 }
 
-/* delta [h, n] of the unit; whole groups and tiles are written. Meanwhile the next unit comes into the cache. */
-INLINE void compute_delta(const Work *work, const Unit *unit, const Unit *next, float *delta) {
-    int64_t pitch = unit->pitch, size = work->weight_type == FLOAT32 ? 4 : 2;
-    float right[DEPTH * WIDTH];
-    memset(delta, 0, (unit->h + GROUP - 1) / GROUP * GROUP * pitch * sizeof(float));
-    for (int64_t first = 0; first < work->ranks; first += DEPTH) {
-        int64_t depth = work->ranks - first < DEPTH ? work->ranks - first : DEPTH;
-        for (int64_t k = 0; k < depth; k++) {
-            float *to = right + k * WIDTH;
-            memcpy(to, work->right + (first + k) * work->columns + unit->column, unit->n * sizeof(float));
-            for (int64_t j = unit->n; j < pitch; j++) to[j] = 0;
-        }
-        for (int64_t i = 0; i < unit->h; i += GROUP) {
-            if (first == 0) prefetch(next, i, GROUP, size * next->n);
+/* right [depth, n] of a unit from rank `first` on, with 0 behind its last column. */
+INLINE void pack_right(const Work *work, const Unit *unit, int64_t first, int64_t depth, float *right) {
+    for (int64_t k = 0; k < depth; k++) {
+        float *to = right + k * WIDTH;
+        memcpy(to, work->right + (first + k) * work->columns + unit->column, unit->n * sizeof(float));
+        for (int64_t j = unit->n; j < unit->pitch; j++) to[j] = 0;
+    }
+}
+
+/* delta [h, n] of a strip of a unit; whole groups and tiles are written. `right` is the unit's where it has room. */
+INLINE void compute_delta(const Work *work, const Unit *strip, const Unit *next, float *right, float *delta) {
+    int64_t pitch = strip->pitch, ranks = work->ranks, size = work->weight_type == FLOAT32 ? 4 : 2;
+    for (int64_t first = 0; first == 0 || first < ranks; first += DEPTH) { /* without ranks it is 0 */
+        int64_t depth = ranks - first < DEPTH ? ranks - first : DEPTH;
+        if (ranks > DEPTH) pack_right(work, strip, first, depth, right);
+        for (int64_t i = 0; i < strip->h; i += GROUP) {
             const float *left[GROUP];
             for (int64_t m = 0; m < GROUP; m++) /* behind the last row that row again, which nobody reads */
-                left[m] = work->left + (unit->row + (i + m < unit->h ? i + m : unit->h - 1)) * work->ranks + first;
+                left[m] = work->left + (strip->row + (i + m < strip->h ? i + m : strip->h - 1)) * ranks + first;
             for (int64_t j = 0; j < pitch; j += TILE)
-                add_products(left, right + j, depth, delta + i * pitch + j, pitch);
+                if (first == 0) {
+                    prefetch(next, i, j, size);
+                    add_products(left, right + j, depth, 0, delta + i * pitch + j, pitch);
+                } else
+                    add_products(left, right + j, depth, 1, delta + i * pitch + j, pitch);
         }
     }
 }
 
 /* Down each column of the unit sum <- rotated(sum ^ bits) * odd, and then the sum of (column's sum) * (j + 1) c, modulo
  * 2^64. Every step can be undone, so no change of one element is lost, and others all but never. */
-INLINE uint64_t checksum(int type, const Unit *unit) {
-    uint32_t sums[WIDTH] = {0};
+INLINE uint32_t checksum_step(uint32_t sum, uint32_t bits) {
+    sum ^= bits;
+    return (sum << 13 | sum >> 19) * 0x85EBCA6Bu;
+}
+
+INLINE uint64_t checksum_of(const uint32_t *sums, int64_t n) {
     uint64_t total = 0;
-    for (int64_t i = 0; i < unit->h; i++) {
-        const char *line = unit->lines + i * unit->stride;
-        for (int64_t j = 0; j < unit->n; j++) {
-            uint32_t sum = sums[j] ^ get(type, line, j);
-            sums[j] = (sum << 13 | sum >> 19) * 0x85EBCA6Bu;
-        }
-    }
-    for (int64_t j = 0; j < unit->n; j++) total += (uint64_t)sums[j] * ((uint32_t)(j + 1) * 0x9E3779B1u);
+    for (int64_t j = 0; j < n; j++) total += (uint64_t)sums[j] * ((uint32_t)(j + 1) * 0x9E3779B1u);
     return total;
 }
 
-/* out <- Wm, xors <- bits of C ^ bits of W, differs <- 255 where they are not 0; returns the largest magnitude among W
- * and Wm. NaN stays as it is, which only the careful loop sees to. */
-INLINE uint32_t merge_lines(int type, int careful, const Unit *unit, const float *delta, void *out, void *xors,
-                            uint8_t *differs) {
+INLINE uint64_t checksum(int type, const Unit *unit) {
+    uint32_t sums[WIDTH] = {0};
+    for (int64_t i = 0; i < unit->h; i++) {
+        const char *line = unit->lines + i * unit->stride;
+        for (int64_t j = 0; j < unit->n; j++) sums[j] = checksum_step(sums[j], get(type, line, j));
+    }
+    return checksum_of(sums, unit->n);
+}
+
+/* out <- Wm, xors <- bits of C ^ bits of W, sums <- the next of the checksum; whether all of it was below limit_of.
+ * What was not is done again by the careful loop, which leaves NaN and sums as they are. */
+INLINE int merge_lines(int type, int careful, const Unit *unit, const float *delta, void *out, void *xors,
+                       uint8_t *restrict differs, uint32_t *restrict sums) {
     uint32_t largest = 0;
     for (int64_t i = 0; i < unit->h; i++) {
         const char *line = unit->lines + i * unit->stride;
         int64_t at = i * unit->pitch;
         for (int64_t j = 0; j < unit->n; j++) {
-            uint32_t w = get(type, line, j), merged = rounded(type, value_of(type, w) + delta[at + j]);
-            uint32_t candidate = rounded(type, value_of(type, merged) - delta[at + j]);
-            uint32_t a = magnitude_of(type, w), b = magnitude_of(type, merged), nan = careful && a > infinity_of(type);
+            uint32_t w = get(type, line, j), nan = careful && magnitude_of(type, w) > infinity_of(type);
+            float value = value_of(type, w), sum = value + delta[at + j];
+            uint32_t merged = rounded(type, careful, sum);
+            uint32_t x = rounded(type, careful, value_of(type, merged) - delta[at + j]) ^ w;
+            uint32_t a = as_bits(value) & 0x7FFFFFFF, b = as_bits(sum) & 0x7FFFFFFF;
             largest = a > largest ? a : largest;
             largest = b > largest ? b : largest;
             put(type, out, at + j, careful ? choose(nan, w, merged) : merged);
-            uint32_t x = careful ? choose(nan, 0, candidate ^ w) : candidate ^ w;
+            x = careful ? choose(nan, 0, x) : x;
             put(type, xors, at + j, x);
             differs[at + j] = (uint8_t)-(x != 0);
+            if (!careful) sums[j] = checksum_step(sums[j], w);
         }
     }
-    return largest;
+    return largest < limit_of(type);
 }
 
 INLINE int loses_an_element(int type, const Unit *unit, const void *out) {
@@ -203,17 +226,23 @@ INLINE int loses_an_element(int type, const Unit *unit, const void *out) {
     return 0;
 }
 
-/* out <- C. */
-INLINE void unmerge_lines(int type, const Unit *unit, const float *delta, void *out) {
+/* out <- C; whether all of it was below limit_of. */
+INLINE int unmerge_lines(int type, int careful, const Unit *unit, const float *delta, void *out) {
+    uint32_t largest = 0;
     for (int64_t i = 0; i < unit->h; i++) {
         const char *line = unit->lines + i * unit->stride;
         int64_t at = i * unit->pitch;
         for (int64_t j = 0; j < unit->n; j++) {
-            uint32_t w = get(type, line, j), nan = magnitude_of(type, w) > infinity_of(type);
-            uint32_t candidate = rounded(type, value_of(type, w) - delta[at + j]);
-            put(type, out, at + j, choose(nan, w, candidate));
+            uint32_t w = get(type, line, j), nan = careful && magnitude_of(type, w) > infinity_of(type);
+            float value = value_of(type, w), difference = value - delta[at + j];
+            uint32_t candidate = rounded(type, careful, difference);
+            uint32_t a = as_bits(value) & 0x7FFFFFFF, b = as_bits(difference) & 0x7FFFFFFF;
+            largest = a > largest ? a : largest;
+            largest = b > largest ? b : largest;
+            put(type, out, at + j, careful ? choose(nan, w, candidate) : candidate);
         }
     }
+    return largest < limit_of(type);
 }
 
 /* 16 bytes that are 0 or 255 to bits. */
@@ -228,39 +257,39 @@ INLINE uint32_t bits_of(const uint8_t *bytes) {
 #endif
 }
 
-/* The corrections of a unit into `pairs`; returns how many. Behind the last column `differs` is 0. In two passes and
- * four at a time, with what is too much written over: a branch for every correction would be guessed wrong. */
-INLINE int64_t encode(int type, const Unit *unit, const void *xors, const uint8_t *differs, uint8_t *pairs) {
-    uint16_t places[AREA + 4];
-    uint32_t values[AREA + 4];
-    uint8_t *end = pairs;
-    int64_t count = 0, last = -1;
-    for (int64_t i = 0; i < unit->h; i++) {
-        for (int64_t first = 0; first < unit->n; first += 64) {
+/* Where the corrections of a unit end so far, and the place of the last one. */
+typedef struct {
+    uint8_t *end;
+    int64_t last;
+} Pairs;
+
+/* The corrections of a strip, whose first element is the unit's number `start`. Behind the last column `differs` is 0.
+ * Four at a time, those that are too many written over: a branch for every correction would be guessed wrong. */
+INLINE Pairs encode(int type, const Unit *strip, int64_t start, const void *xors, const uint8_t *differs, Pairs pairs) {
+    uint8_t *end = pairs.end;
+    int64_t last = pairs.last;
+    for (int64_t i = 0; i < strip->h; i++) {
+        for (int64_t first = 0; first < strip->n; first += 64) {
             uint64_t found = 0;
-            int64_t at = i * unit->pitch + first, place = i * unit->n + first, stop = unit->pitch - first;
+            int64_t at = i * strip->pitch + first, place = start + i * strip->n + first, stop = strip->pitch - first;
             for (int64_t j = 0; j < 64 && j < stop; j += 16) found |= (uint64_t)bits_of(differs + at + j) << j;
-            int64_t more = __builtin_popcountll(found);
-            for (int64_t k = count;; k += 4) {
+            while (found) {
+#pragma GCC unroll 4
                 for (int64_t m = 0; m < 4; m++, found &= found - 1) {
-                    int64_t j = __builtin_ctzll(found | (uint64_t)1 << 63);
-                    places[k + m] = (uint16_t)(place + j);
-                    values[k + m] = get(type, xors, at + j);
+                    int64_t j = __builtin_ctzll(found | (uint64_t)1 << 63), gap = place + j - last;
+                    uint32_t x = get(type, xors, at + j);
+                    if (__builtin_expect((gap | x) > 255, 0) && found) {
+                        for (; gap > 255; gap -= 255) *end++ = 255, *end++ = 0;
+                        for (; x > 255; x >>= 8, gap = 0) *end++ = (uint8_t)gap, *end++ = (uint8_t)x;
+                    }
+                    end[0] = (uint8_t)gap, end[1] = (uint8_t)x;
+                    end += found ? 2 : 0;
+                    last = found ? place + j : last;
                 }
-                if (!found) break;
             }
-            count += more;
         }
     }
-    for (int64_t i = 0; i < count; i++) {
-        int64_t gap = places[i] - last;
-        uint64_t x = values[i];
-        for (last = places[i]; gap > 255; gap -= 255) *end++ = 255, *end++ = 0;
-        uint64_t four = (uint64_t)gap | (x & 0xFF) << 8 | (x & 0xFF00) << 16 | (x & 0xFF0000) << 24 | (x & 0xFF000000) << 32;
-        memcpy(end, &four, 8);
-        end += 2 * ((39 - __builtin_clz((uint32_t)x)) / 8);
-    }
-    return (end - pairs) / 2;
+    return (Pairs){end, last};
 }
 
 /* Corrections applied to C; whether all of them lie in the unit. */
@@ -285,41 +314,62 @@ INLINE Unit unit_of(const Work *work, int64_t size, int64_t index) {
     return (Unit){work->weight + row * stride + column * size, stride, row, column, h, n, (n + TILE - 1) / TILE * TILE};
 }
 
+/* `rows` of a unit's lines from `first` on. */
+INLINE Unit strip_of(const Unit *unit, int64_t first, int64_t rows) {
+    Unit strip = *unit;
+    strip.lines += first * unit->stride, strip.row += first;
+    strip.h = unit->h - first < rows ? unit->h - first : rows;
+    return strip;
+}
+
 INLINE int do_unit(int type, Work *work, int64_t index, int mode) {
-    float delta[4 * AREA];
-    uint32_t out[3 * AREA], xors[3 * AREA];
-    uint8_t differs[3 * AREA], pairs[2 * 5 * AREA + 8];
+    _Alignas(64) float delta[STRIP * WIDTH];
+    _Alignas(64) float right[DEPTH * WIDTH];
+    _Alignas(64) uint32_t out[3 * AREA];
+    _Alignas(64) uint32_t xors[STRIP * WIDTH];
+    _Alignas(64) uint32_t sums[WIDTH] = {0};
+    _Alignas(64) uint8_t differs[STRIP * WIDTH];
+    uint8_t pairs[2 * 5 * AREA + 8];
     int64_t size = type == FLOAT32 ? 4 : 2;
     Unit unit = unit_of(work, size, index), next = unit_of(work, size, index + 1);
     int64_t stride = unit.stride, h = unit.h, n = unit.n, pitch = unit.pitch;
     Unit result = {(char *)out, pitch * size, unit.row, unit.column, h, n, pitch};
+    Pairs found = {pairs, -1};
 
     if (mode == CHECKSUM) {
         work->checksums[index] = checksum(type, &unit);
         return DONE;
     }
-    compute_delta(work, &unit, &next, delta);
+    if (work->ranks <= DEPTH) pack_right(work, &unit, 0, work->ranks, right);
+    memset(differs, 0, sizeof differs);
+    for (int64_t first = 0; first < h; first += STRIP) {
+        Unit strip = strip_of(&unit, first, STRIP);
+        char *to = (char *)out + first * pitch * size;
+        Unit then = strip_of(&next, first, STRIP);
+        compute_delta(work, &strip, &then, right, delta);
+        if (mode == UNMERGE) {
+            if (!unmerge_lines(type, 0, &strip, delta, to)) unmerge_lines(type, 1, &strip, delta, to);
+            continue;
+        }
+        if (!merge_lines(type, 0, &strip, delta, to, xors, differs, sums)) {
+            merge_lines(type, 1, &strip, delta, to, xors, differs, sums);
+            if (loses_an_element(type, &strip, to)) return LOST;
+        }
+        if (mode == MERGE) found = encode(type, &strip, first * n, xors, differs, found);
+    }
     if (mode == UNMERGE) {
         int64_t start = work->starts[index], count = work->counts[index];
-        unmerge_lines(type, &unit, delta, out);
         if (start < 0 || count < 0 || start > work->room - count) return CHANGED;
         if (!decode(type, &unit, out, work->corrections + 2 * start, count)) return CHANGED;
         if (checksum(type, &result) != work->checksums[index]) return CHANGED;
-    } else {
-        memset(differs, 0, h * pitch);
-        if (merge_lines(type, 0, &unit, delta, out, xors, differs) >= infinity_of(type)) {
-            merge_lines(type, 1, &unit, delta, out, xors, differs);
-            if (loses_an_element(type, &unit, out)) return LOST;
-        }
-    }
-    if (mode == MERGE) {
-        int64_t start, count = encode(type, &unit, xors, differs, pairs);
+    } else if (mode == MERGE) {
+        int64_t start, count = (found.end - pairs) / 2;
 #pragma omp atomic capture
         { start = work->used; work->used += count; }
         if (start > work->room - count) return FULL;
         memcpy(work->corrections + 2 * start, pairs, 2 * count);
         work->starts[index] = start, work->counts[index] = count;
-        work->checksums[index] = checksum(type, &unit);
+        work->checksums[index] = checksum_of(sums, n);
     }
     for (int64_t i = 0; i < h; i++) memcpy(unit.lines + i * stride, result.lines + i * result.stride, n * size);
     work->merged[index] = mode != UNMERGE;
