@@ -154,13 +154,14 @@ def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upc
 def _gemm_4bit(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upcast: bool) -> LaunchConfig:
     """Tiles of "linear_4bit", without the split over K; BLOCK_K is a multiple of 64, see tiles.py."""
     if dtype == torch.float32:
-        return LaunchConfig(variant, 16, 32, 64, 32, num_stages=1)
+        return LaunchConfig(variant, 16, 32, 64, 16 if variant == "recompute" else 32, num_stages=2)
     BLOCK_M = 16 if M <= DECODE_ROWS else 64
     if capability < 80:
         return LaunchConfig(variant, BLOCK_M, 64, 64, 32, num_stages=2)
-    if upcast:
-        return LaunchConfig(variant, BLOCK_M, 32, 64, 32, num_stages=2)
-    return LaunchConfig(variant, BLOCK_M, 64, 64, _rank_block(r, 16, 64) if BLOCK_M == 16 else 32, num_stages=4)
+    if upcast and variant == "recompute":
+        return LaunchConfig(variant, BLOCK_M, 32, 64, 16, num_stages=4)
+    BLOCK_R = 32 if upcast or BLOCK_M == 64 else _rank_block(r, 16, 64)
+    return LaunchConfig(variant, BLOCK_M, 64, 64, BLOCK_R, num_stages=4)
 
 
 def without_tma(config: LaunchConfig) -> LaunchConfig:
@@ -169,16 +170,17 @@ def without_tma(config: LaunchConfig) -> LaunchConfig:
 
 
 def variants(
-    M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool = False, adapters: int = 1
+    M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool = False, adapters: int = 1, four_bit: bool = False
 ) -> tuple[str, ...]:  # fmt: skip
-    """The variants of "linear" worth having at this shape, the preferred one last; "split" always can.
+    """The variants of "linear", or of "linear_4bit", worth having at this shape, the preferred one last; "split" always can.
 
     "recompute" for small M, where launches and occupancy count; not where x has a mask that many programs would draw
-    again. An fp32 LoRA product costs several times a 16-bit one: only decode, which waits for the weight, repeats it.
+    again. An fp32 LoRA product costs several times a 16-bit one: only decode, which waits for the weight, repeats it;
+    and beside the dequantisation there are registers for 16 ranks of it.
     """
     decode = M <= DECODE_ROWS
     if upcast or dtype == torch.float32:
-        recompute = r <= 32 and decode
+        recompute = r <= (16 if four_bit else 32) and decode
     else:
         recompute = M <= SHORT_ROWS and r <= (64 if decode else 32)
     return ("split", "recompute") if recompute and adapters == 1 and not dropout else ("split",)
@@ -209,7 +211,7 @@ def pick(
         return _backward(op, M, N, r, dtype, dropout, upcast, capability)
     if op == "weight_grad":
         return _weight_grad(M, N, K, r, dtype, dropout, upcast, capability)
-    variant = variant or variants(M, r, dtype, dropout, upcast, adapters)[-1]
+    variant = variant or variants(M, r, dtype, dropout, upcast, adapters, op == "linear_4bit")[-1]
     gemm = _gemm_4bit if op == "linear_4bit" else _gemm
     config = gemm(variant, M, r, dtype, capability, upcast)
     if variant == "recompute":
@@ -233,7 +235,7 @@ def candidates(op: str, dtype: torch.dtype, capability: int) -> Iterator[tuple[L
     for dropout, upcast, M, r, K in grid:
         if dropout and op in _WITHOUT_MASK or op.startswith("backward") and r > PASS_RANKS:
             continue
-        for variant in {"split", variants(M, r, dtype, dropout, upcast)[-1]}:
+        for variant in {"split", variants(M, r, dtype, dropout, upcast, four_bit=op == "linear_4bit")[-1]}:
             config = pick(op, M, 16, K, r, dtype, dropout, capability, upcast, 1, variant)
             config = replace(config, SPLIT_K=min(config.SPLIT_K, 2))
             seen |= {(config, dropout, upcast)} | ({(without_tma(config), dropout, upcast)} if config.tma else set())

@@ -90,7 +90,7 @@ def choose(
         return "eager"  # untried chips keep to the library
     if op == "backward":
         return "passes" if whole and adapters == 1 and r <= PASS_RANKS else "library"
-    variant = variants(M, r, dtype, dropout, upcast, adapters)[-1]
+    variant = variants(M, r, dtype, dropout, upcast, adapters, op == "linear_4bit")[-1]
     if variant == "recompute" or op == "linear_4bit":
         return variant
     fused = capability == 90 and dtype.itemsize == 2 and not upcast and K <= _LONG and M >= _FUSED_ROWS
