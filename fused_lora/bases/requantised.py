@@ -1,4 +1,4 @@
-"""What bitsandbytes' quantised bases share: a merge makes a new parameter, and keeps the old one as the record."""
+"""What quantised bases share: a merge makes a new parameter, and keeps the old one as the record."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ def summed_delta(factors: Factors) -> Tensor:
 class Requantised(Base):
     """A packed [N, K] of ``bits`` bits and a bias [N] or None.
 
-    state_name: the module's attribute that goes with the parameter. own_attributes: those that an nn.Linear has not.
+    state_name: the module's attribute that goes with the parameter, if any. own_attributes: those that an nn.Linear has
+    not.
     """
 
-    state_name: str
+    state_name: str | None
     own_attributes: tuple[str, ...]
 
     def values(self, module: Any, weight: Any, state: Any) -> Tensor:
@@ -75,7 +76,8 @@ class Requantised(Base):
         record = Merged(module._parameters["weight"], after, frozen, module.__dict__.get(self.state_name))
         # no call from here on: in one an interrupt would lose the record
         module._parameters["weight"] = after
-        module.__dict__[self.state_name] = state
+        if self.state_name is not None:
+            module.__dict__[self.state_name] = state
         return record
 
     def unmerge_(self, module: Any, record: Merged) -> None:
@@ -84,7 +86,8 @@ class Requantised(Base):
         if weight is not record.after or weight.device != record.before.device:
             raise RuntimeError("weight: it was replaced or moved while merged; nothing was unmerged")
         module._parameters["weight"] = record.before
-        module.__dict__[self.state_name] = record.state
+        if self.state_name is not None:
+            module.__dict__[self.state_name] = record.state
 
     def factors(self, record: Merged, fan_in_fan_out: bool) -> Factors:
         """The adapters that were merged, frozen."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fused_lora.bases import base_of
 from fused_lora.bases.requantised import rounded_bias
+from fused_lora.bases.torchao import is_of_torchao
 from fused_lora.modules.mixin import FusedLoraBehaviour
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import named_modules, places
@@ -115,12 +116,13 @@ def _why_not_dense(module: nn.Module, layer: Any) -> str | None:
     """None for a module without a quantised weight, and where its LoRA layer, if any, can be merged."""
     if not base_of(module).bits:
         other = [p for p in module._parameters.values() if p is not None and p.dtype not in FLOAT_DTYPES]
-        other += [p for p in module._parameters.values() if hasattr(p, "quant_state")]
+        other += [p for p in module._parameters.values() if hasattr(p, "quant_state") or is_of_torchao(p)]
+        other += [b for name, b in module._buffers.items() if name == "qweight" and b is not None]  # GPTQ, AWQ
         if other:
             kind = f"{type(module).__name__} with a {type(other[0]).__name__} of {other[0].dtype}"
-            return f"a {kind} cannot be dequantised here, only Linear4bit and Linear8bitLt of bitsandbytes"
+            return f"a {kind} cannot be dequantised here, only bitsandbytes' and torchao's weights of 4 and 8 bits"
         return None
-    if why := base_of(module).why_not_merged(module):
+    if why := base_of(module).why_not_dense(module):
         return why
     own = vars(module).get("forward")
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:

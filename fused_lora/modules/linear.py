@@ -44,8 +44,8 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
     State-dict keys are PEFT's: ``base_layer.weight``, ``lora_A.<name>.weight``, ``lora_B.<name>.weight``.
 
     Args:
-        base_layer: nn.Linear, transformers' Conv1D (weight stored [in, out]) or a quantised Linear4bit or Linear8bitLt
-            of bitsandbytes; it is frozen and kept, not copied.
+        base_layer: nn.Linear, transformers' Conv1D (weight stored [in, out]), a quantised Linear4bit or Linear8bitLt
+            of bitsandbytes, or an nn.Linear over a tensor of torchao; it is frozen and kept, not copied.
         r: rank. lora_alpha: numerator of the scaling, lora_alpha / r.
         adapter_name: the first adapter's name. lora_dropout: probability in [0, 1].
         use_rslora: scaling is lora_alpha / sqrt(r). lora_bias: lora_B has a bias.
