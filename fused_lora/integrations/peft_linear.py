@@ -194,6 +194,9 @@ class AcceleratedLinear(FusedLoraBehaviour):
         before = len(self.merged_adapters)
         try:
             super(FusedLoraBehaviour, self).merge(safe_merge, adapter_names)
+        except NotImplementedError as error:
+            why = base_of(self.base_layer).why_not_merged(self.base_layer)
+            raise NotImplementedError(str(error) or f"base_layer: {why}, so nothing was merged into it") from error
         finally:
             if len(self.merged_adapters) > before:
                 self.merge_state = None  # what PEFT has added, only PEFT can take away
