@@ -86,6 +86,10 @@ class Base:
         # parametrized: computed anew at each use; a subclass: packed or sharded, written to by its library alone
         return why_not_plain_weight(module._parameters.get("weight")) if self.merge_weight(module) is None else None
 
+    def why_not_dense(self, module: nn.Module) -> str | None:
+        """None where :meth:`dense_weight` and :meth:`become_linear` work, else what the weight is instead."""
+        return self.why_not_merged(module)
+
     def merge_(self, module: nn.Module, factors: Factors, fan_in_fan_out: bool) -> Any:
         """Add the adapters to the weight; returns the record that the three below take.
 
@@ -166,14 +170,15 @@ def _writable(module: nn.Module) -> Tensor:
     return twin.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
 
 
-_OF_CLASS: dict[type[nn.Module], Base] = {}  # of the registered names, those that have been met
+_OF_CLASS: dict[type, Base] = {}  # of the registered names, those that have been met
 _KINDS: dict[tuple[str, str] | None, Base] = {}  # (module, qualified name) of a class, None for all others
 
 
 def register(base: Base, *names: str) -> Base:
     """Let ``base`` answer for modules of exactly these classes ("package.module.Class"); without names for all others.
 
-    A class that two files claim goes to the later one. Subclasses are classes of their own.
+    A class of tensors stands for nn.Linear with such a weight. A class that two files claim goes to the later one.
+    Subclasses are classes of their own.
 
     Returns:
         ``base``.
@@ -190,14 +195,22 @@ def register(base: Base, *names: str) -> Base:
 def base_of(module: nn.Module) -> Base:
     """What answers for ``module``."""
     kind = type(module)
+    if kind is nn.Linear:
+        weight = type(module._parameters.get("weight"))
+        if weight not in _TENSORS and (found := _registered(weight)) is not None:
+            return found
+    return _registered(kind) or _KINDS[None]
+
+
+def _registered(kind: type) -> Base | None:
+    """What is registered for a class."""
     if torch.compiler.is_compiling():  # what is kept below would be a guard, and a class that is met a new compilation
-        return _KINDS.get((kind.__module__, kind.__qualname__), _KINDS[None])
+        return _KINDS.get((kind.__module__, kind.__qualname__))
     found = _OF_CLASS.get(kind)
     if found is None:
         found = _KINDS.get((kind.__module__, kind.__qualname__))
-        if found is None:
-            return _KINDS[None]
-        _OF_CLASS[kind] = found
+        if found is not None:
+            _OF_CLASS[kind] = found
     return found
 
 
