@@ -10,8 +10,8 @@ fused_lora   LoraLinear, which reads the 4 bits inside its K loop on a GPU
 
 All are in eval() without gradients and take turns in one run, issued one by one ("eager") and in a CUDA graph
 ("graph"). Outputs are checked against float64 of the dequantised weight first: the RMS error may be 1.1 times that of
-``dequantised`` plus an ulp, and bitsandbytes' own kernels, which round otherwise, must be plausible. A wrong one gets no
-time. `of 4 bits` is the time over that of reading the packed weight once at the bandwidth of a device copy.
+``dequantised`` plus an ulp, and bitsandbytes' own kernels, which round otherwise, must be plausible. A wrong one gets
+no time. `of 4 bits` is the time over that of reading the packed weight once at the bandwidth of a device copy.
 """
 
 from __future__ import annotations

@@ -151,8 +151,8 @@ def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upc
     return LaunchConfig(variant, 128, BLOCK_N, 64, 32, num_warps=8, num_stages=num_stages, tma=True)
 
 
-def _gemm_4bit(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upcast: bool) -> LaunchConfig:
-    """Tiles of "linear_4bit", without the split over K; BLOCK_K is a multiple of 64, see tiles.py."""
+def _gemm_4bit(variant: str, M: int, dtype: torch.dtype, capability: int, upcast: bool) -> LaunchConfig:
+    """Tiles of "linear_4bit", without the split over K; BLOCK_K is a multiple of SCALE_GROUP."""
     if dtype == torch.float32:
         return LaunchConfig(variant, 16, 32, 64, 16 if variant == "recompute" else 32, num_stages=2)
     BLOCK_M = 16 if M <= DECODE_ROWS else 64
@@ -160,8 +160,7 @@ def _gemm_4bit(variant: str, M: int, r: int, dtype: torch.dtype, capability: int
         return LaunchConfig(variant, BLOCK_M, 64, 64, 32, num_stages=2)
     if upcast and variant == "recompute":
         return LaunchConfig(variant, BLOCK_M, 32, 64, 16, num_stages=4)
-    BLOCK_R = 32 if upcast or BLOCK_M == 64 else _rank_block(r, 16, 64)
-    return LaunchConfig(variant, BLOCK_M, 64, 64, BLOCK_R, num_stages=4)
+    return LaunchConfig(variant, BLOCK_M, 64, 64, 32, num_stages=4)
 
 
 def without_tma(config: LaunchConfig) -> LaunchConfig:
@@ -172,17 +171,17 @@ def without_tma(config: LaunchConfig) -> LaunchConfig:
 def variants(
     M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool = False, adapters: int = 1, four_bit: bool = False
 ) -> tuple[str, ...]:  # fmt: skip
-    """The variants of "linear", or of "linear_4bit", worth having at this shape, the preferred one last; "split" always can.
+    """The variants of "linear" worth having at this shape, the preferred one last; "split" always can.
 
     "recompute" for small M, where launches and occupancy count; not where x has a mask that many programs would draw
-    again. An fp32 LoRA product costs several times a 16-bit one: only decode, which waits for the weight, repeats it;
-    and beside the dequantisation there are registers for 16 ranks of it.
+    again. An fp32 LoRA product costs several times a 16-bit one: only decode, which waits for the weight, repeats it.
+    four_bit: of "linear_4bit": beside a dequantisation there are registers for fewer ranks.
     """
     decode = M <= DECODE_ROWS
     if upcast or dtype == torch.float32:
         recompute = r <= (16 if four_bit else 32) and decode
     else:
-        recompute = M <= SHORT_ROWS and r <= (64 if decode else 32)
+        recompute = M <= SHORT_ROWS and r <= (64 if decode and not four_bit else 32)
     return ("split", "recompute") if recompute and adapters == 1 and not dropout else ("split",)
 
 
@@ -212,8 +211,10 @@ def pick(
     if op == "weight_grad":
         return _weight_grad(M, N, K, r, dtype, dropout, upcast, capability)
     variant = variant or variants(M, r, dtype, dropout, upcast, adapters, op == "linear_4bit")[-1]
-    gemm = _gemm_4bit if op == "linear_4bit" else _gemm
-    config = gemm(variant, M, r, dtype, capability, upcast)
+    if op == "linear_4bit":
+        config = _gemm_4bit(variant, M, dtype, capability, upcast)
+    else:
+        config = _gemm(variant, M, r, dtype, capability, upcast)
     if variant == "recompute":
         config = replace(config, BLOCK_R=max(config.BLOCK_R, 1 << (r - 1).bit_length()))  # forced, too, it holds all
     if M <= SHORT_ROWS and (variant == "recompute" or op == "linear_4bit"):

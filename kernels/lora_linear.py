@@ -9,7 +9,12 @@ Variants, by how a tile of Y gets its S:
                 Linear in S, so K can be split over programs, the last of which sums their planes in order. For one
                 adapter whose rank fits BLOCK_R, without dropout: many programs would draw the same mask.
     split       two launches. The shrink reads X once, draws the mask once and leaves S in memory; the GEMM starts its
-                accumulator from S B^T. For any number of adapters, each with its own mask, and any rank.
+                accumulator from S B^T, or that of one plane, where K is split. For any number of adapters, each with
+                its own mask, and any rank.
+
+A weight of 4 bits (``FourBit``) is read as 4 bits, for few rows: the K loop dequantises its tiles to the values that
+``dequant_4bit`` would write. N K / 2 bytes and the scales take the place of e N K, where a dequantisation moves
+(1/2 + e) N K more; each block of rows reads them anew.
 
 Bytes (e = size of an element) against the floor of the base GEMM, e (M K + K N + M N): all add A and B, e R (K + N),
 and S, 4 M R; split reads X once more, e M K, and S once. Flops: base 2 M K N; split + 2 M R (K + N), recompute
@@ -170,9 +175,9 @@ def lora_linear_forward(
     """y = x W^T + b + sum_i s_i S_i B_i^T [M, N] and S_i = D_i(x) A_i^T, fp32 [M, sum of ranks], unscaled.
 
     x [M, K], weight [N, K] of x's dtype, any strides; bias [N]; lora_A_i [r_i, K], lora_B_i [N, r_i]; seeds int64, one
-    for each adapter, on x's device. A weight of 4 bits is the arguments of ``dequant_4bit`` as a named tuple (``FourBit``
-    of fused_lora/ops/dequant.py) of x's dtype. Arguments are checked by the op above, not here; ValueError for a mask
-    with the variant "recompute", and for 4 bits whose rows or scales do not fit the tiles.
+    for each adapter, on x's device. A weight of 4 bits is the arguments of ``dequant_4bit``, x's dtype the last, as a
+    named tuple (``FourBit`` of fused_lora/ops/dequant.py). Arguments are checked by the op above, not here; ValueError
+    for a mask with the variant "recompute", and for 4 bits whose rows or scales do not fit the tiles.
     """
     arguments = x, weight, bias, lora_A, lora_B
     drop = seeds is not None and any(dropout)

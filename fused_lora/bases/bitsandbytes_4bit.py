@@ -1,10 +1,10 @@
 """bitsandbytes' Linear4bit (NF4 and FP4): base and adapters in one operator, which dequantises for each product.
 
 The weight has the values that the library's own forward multiplies with: code times scale in fp32, rounded to the
-compute dtype. On a GPU a product of few rows reads the 4 bits as they are. In ``eval()`` without gradients the layer
-itself is called for more rows than that, and on a CPU, where it has kernels that read 4 bits. On
-CPUs with AVX512-BF16 that call repacks the weight in place, and its scales to bf16. The library's own training then has
-no gradient, and its own merge reads other weights; the fused forward and backward read the new layout too.
+compute dtype. A forward of few rows on a GPU reads the 4 bits themselves. Otherwise, in ``eval()`` without gradients,
+the layer itself is called. On CPUs with AVX512-BF16 that call repacks the weight in place, and its scales to bf16. The
+library's own training then has no gradient, and its own merge reads other weights; the fused forward and backward read
+the new layout too.
 """
 
 from __future__ import annotations

@@ -57,7 +57,10 @@ def small_case(shape: tuple[int, int], nested: bool, dtype: torch.dtype, device:
     code = torch.cos(torch.arange(16, device=device).float())
     if not nested:
         return FourBit(packed, code, scales, None, blocksize, shape, dtype)
-    absmax, absmax8 = (line[: len(scales)] * 11 % 256).to(torch.uint8), torch.sin(line[: -(-len(scales) // inner)] + 1.0)
+    absmax, absmax8 = (
+        (line[: len(scales)] * 11 % 256).to(torch.uint8),
+        torch.sin(line[: -(-len(scales) // inner)] + 1.0),
+    )
     code8 = torch.cos(torch.arange(256, device=device).float())
     quantised = code8, absmax8, inner, torch.tensor(0.3, device=device)
     return FourBit(packed, code, absmax, quantised, blocksize, shape, dtype)

@@ -249,7 +249,9 @@ def test_another_weight_of_the_same_kind_takes_the_same_launch(device, kernels_o
         weight = FourBits(40, 64, F32, x.device)
         with torch.no_grad():
             found.append(lora_linear(x, weight, bias, A, B, s, p))
-        assert_close(found[-1], reference.lora_linear(x, by_torch(weight.four_bit), bias, A, B, s, p, None)[0], terms=100)
+        assert_close(
+            found[-1], reference.lora_linear(x, by_torch(weight.four_bit), bias, A, B, s, p, None)[0], terms=100
+        )
     assert not torch.equal(*found) and sum("linear_4bit" in key for key in guard.verdicts()) == 1
 
 

@@ -56,21 +56,18 @@ def _case(label, op, config, dtype, kernel, types: dict[str, Any], values: dict[
     return CompileCase(label, op, config, dtype, kernel, signature, constexprs, attrs, options)
 
 
-def _linear_case(
-    config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str, four_bit: tuple[str, ...] = ()
-):
-    """four_bit: the pointers of a 4-bit weight, six if it is double quantised."""
+def _linear_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str, four_bit=()):
+    """four_bit: the types of a 4-bit weight's pointers, six if it is double quantised."""
     x, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
     split = config.SPLIT_K > 1
     types = {
         **dict(x_ptr=x, w_ptr=four_bit or x, bias_ptr=x, a_ptr=adapter, b_ptr=adapter, s_ptr="*fp32", y_ptr=x),
-        **dict(rank_ends=("i32",), scales=("fp32",), M="i32", N="i32", K="i32", R="i32"),
+        **dict(rank_ends=("i32",), scales=("fp32",), M="i32", N="i32", K="i32", R="i32", shift="i32", shift8="i32"),
         **dict(stride_xm="i32", stride_wn="i32", stride_ar="i32", stride_bn="i32"),
     }
-    for name in ("shift", "shift8"):
-        types[name] = "i32"
     values = dict(
-        FOUR_BIT=bool(four_bit), NESTED=len(four_bit) > 3, stride_xk=1, stride_wk=1, stride_ak=1, stride_br=1, NUM_ADAPTERS=1, VARIANT=config.variant, HAS_BIAS=True,
+        FOUR_BIT=bool(four_bit), NESTED=len(four_bit) > 3, stride_xk=1, stride_wk=1,
+        stride_ak=1, stride_br=1, NUM_ADAPTERS=1, VARIANT=config.variant, HAS_BIAS=True,
         UPCAST=upcast, PRECISION=precision, TMA=config.tma, W_IS_NK=True, SPLIT=split, BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
     )  # fmt: skip

@@ -104,7 +104,7 @@ def _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[
     """y [..., N], no view, so that it may be changed in place, and S [M, sum r_i]."""
     rows = _rows(x)
     if x.device.type == guard.DEVICE:
-        run = plan.forward_packed(rows, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+        run = plan.forward_packed(rows, weight, bias, lora_A, lora_B, scaling, dropout)
     else:
         run = eager.lora_linear
     y, S = run(rows, weight, bias, lora_A, lora_B, scaling, dropout, seeds)

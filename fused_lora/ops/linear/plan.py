@@ -2,8 +2,8 @@
 
 ``choose`` and ``plan`` are pure functions of shape, dtype and chip, so every run of a program makes the same choice:
 one launch for few rows; else a shrink and the library's GEMM, which adds to the LoRA term, or on sm_90 a fused GEMM
-where that was measured to be faster (docs/performance.md). The input gradient is the library's GEMM at every size. Few rows read a
-4-bit weight as it is; for more it is dequantised first.
+where that was measured to be faster (docs/performance.md). The input gradient is the library's GEMM at every size. A
+4-bit weight is read as it is for few rows, and dequantised first for more.
 
 ``forward`` and ``backward`` find what a call runs under one key: shapes, strides, dtypes and devices of its tensors,
 scaling and dropout. What depends on these alone is done when a key is new: checks of the arguments, the plan, the
@@ -218,9 +218,8 @@ def forward_packed(
     lora_B: Sequence[torch.Tensor],
     scaling: Sequence[float],
     dropout: Sequence[float],
-    seeds: torch.Tensor | None = None,
 ) -> Callable:
-    """The function of these arguments, x [M, K], that returns (y, S); they have been checked."""
+    """The function of these arguments and the seeds, x [M, K], that returns (y, S); they have been checked."""
     own = weight.four_bit
     if own is None or own.dtype is not x.dtype:
         return _dequantised
