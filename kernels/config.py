@@ -154,13 +154,14 @@ def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upc
 def _gemm_4bit(variant: str, M: int, dtype: torch.dtype, capability: int, upcast: bool) -> LaunchConfig:
     """Tiles of "linear_4bit", without the split over K; BLOCK_K is a multiple of SCALE_GROUP."""
     if dtype == torch.float32:
-        return LaunchConfig(variant, 16, 32, 64, 16 if variant == "recompute" else 32, num_stages=2)
+        BLOCK_R, num_stages = 16 if variant == "recompute" else 32, 2 if capability in _WARPGROUP_MMA else 1
+        return LaunchConfig(variant, 16, 32, 64, BLOCK_R, num_stages=num_stages)
     BLOCK_M = 16 if M <= DECODE_ROWS else 64
     if capability < 80:
         return LaunchConfig(variant, BLOCK_M, 64, 64, 32, num_stages=2)
     if upcast and variant == "recompute":
         return LaunchConfig(variant, BLOCK_M, 32, 64, 16, num_stages=4)
-    return LaunchConfig(variant, BLOCK_M, 64, 64, 32, num_stages=4)
+    return LaunchConfig(variant, BLOCK_M, 64, 64, 32, num_stages=3 if upcast else 4)
 
 
 def without_tma(config: LaunchConfig) -> LaunchConfig:
