@@ -39,7 +39,8 @@ class Grid(NamedTuple):
     """A quantised weight: codes times a scale for each ``blocksize`` values of a row.
 
     name: such as "nf4". code: [16]. dtype: what its values are rounded to before a merge adds to them. nested: code and
-    block size of the scales where they are quantised, too. repacked: a call has rounded the scales since.
+    block size of the scales where they are quantised, too. repacked: a call has rounded the scales since. rounding:
+    absolute, of a block's largest magnitude, by scales that may be subnormal.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Grid(NamedTuple):
     dtype: torch.dtype
     nested: tuple[Tensor, int] | None
     repacked: bool
+    rounding: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.name} in blocks of {self.blocksize}" + ", double quantised" * (self.nested is not None)
@@ -144,6 +146,10 @@ class Base:
 
     def operand_dtype(self, module: nn.Module, x: Tensor) -> torch.dtype | None:
         """What a call with ``x`` rounds x and the weight's values to; None: nothing is rounded."""
+        return None
+
+    def input_step(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """[rows, 1]: how far a call moves an element of x [rows, K] at most to quantise it; None: it does not."""
         return None
 
     def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
