@@ -214,23 +214,22 @@ def register(base: Base, *names: str) -> Base:
 
 def base_of(module: nn.Module) -> Base:
     """What answers for ``module``."""
+    # written out: this runs several times in every call
     kind = type(module)
-    if kind is nn.Linear:
-        weight = type(module._parameters.get("weight"))
-        if weight not in _TENSORS and (found := _registered(weight)) is not None:
-            return found
-    return _registered(kind) or _KINDS[None]
+    if torch.compiler.is_compiling():  # what is kept below would be a guard, and a class that is met a new compilation
+        found = _KINDS.get((kind.__module__, kind.__qualname__), _KINDS[None])
+    else:
+        found = _OF_CLASS.get(kind) or _registered(kind) or _KINDS[None]
+    if kind is not nn.Linear or (weight := type(module._parameters.get("weight"))) in _TENSORS:
+        return found
+    return _registered(weight) or found
 
 
 def _registered(kind: type) -> Base | None:
     """What is registered for a class."""
-    if torch.compiler.is_compiling():  # what is kept below would be a guard, and a class that is met a new compilation
-        return _KINDS.get((kind.__module__, kind.__qualname__))
-    found = _OF_CLASS.get(kind)
-    if found is None:
-        found = _KINDS.get((kind.__module__, kind.__qualname__))
-        if found is not None:
-            _OF_CLASS[kind] = found
+    found = _KINDS.get((kind.__module__, kind.__qualname__))
+    if found is not None and not torch.compiler.is_compiling():
+        _OF_CLASS[kind] = found
     return found
 
 
