@@ -1,7 +1,8 @@
 """Read PEFT adapter checkpoints: adapter_config.json + adapter_model.safetensors, with every entry checked.
 
-All checks against the config and the model come before the model is changed. Nothing in a file is run: no pickle, no
-import, no regular expression. The layers are those that have tensors, and a tensor's shape gives the rank.
+All checks against the config and the model come before the model is changed. Nothing in a file is run: no pickle and no
+import. The layers are those that have tensors, and a tensor's shape gives the rank. An alpha_pattern is applied in a
+bounded number of steps (``patterns``).
 """
 
 from __future__ import annotations
@@ -255,8 +256,8 @@ def _ranks(
             raise AdapterError(path, keys["lora_A"], f"the rank of the config, {sorted(possible)}", f"rank {r}")
         alphas = alpha_table.possible(name)
         if len(alphas) > 1:
-            literal = f"keys of plain module names, to know the alpha of {name}"
-            raise AdapterError(config_path, "alpha_pattern", literal, list(config.alpha_pattern))
+            plain = f"keys of module names or short expressions, to know the alpha of {name}"
+            raise AdapterError(config_path, "alpha_pattern", plain, list(config.alpha_pattern))
         ranks[name] = (r, alphas.pop())
     return ranks
 
