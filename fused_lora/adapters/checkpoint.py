@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from fused_lora.adapters.tensorfile import (
     read_tensors,
 )
 from fused_lora.modules.auxiliary import TOKENS_END
-from fused_lora.modules.config import MAX_RANK, LayerTensors, LoraConfig
+from fused_lora.modules.config import MAX_RANK, FieldError, LayerTensors, LoraConfig
 from fused_lora.modules.tree import above, own_path
 
 CONFIG_NAME = "adapter_config.json"
@@ -154,20 +153,9 @@ def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfi
     entries = parse_json(path, bytes(raw))
     try:
         return LoraConfig.from_dict(entries)
-    except (ValueError, TypeError) as error:
-        # messages of LoraConfig begin with the name of the entry
-        key = re.split(r"[\[ ]", str(error))[0].strip("'\"")
-        raise AdapterError(path, key, _expected(str(error)), entries.get(key, "no such entry")) from None
-
-
-def _expected(message: str) -> str:
-    """What a message of LoraConfig's, "KEY must be WANTED, got VALUE", says about what was wanted."""
-    text = re.sub(r", got .*?(; |$)", r"\1", message, count=1, flags=re.DOTALL)
-    if " is not supported" in text:
-        return f"null, false or empty: {text}"
-    if " is missing" in text:
-        return "an entry"
-    return re.sub(r"^.*? must be ", "", text, count=1, flags=re.DOTALL)
+    except FieldError as error:
+        found = entries.get(error.field, "no such entry")
+        raise AdapterError(path, error.field, error.expected, found) from None
 
 
 def _sort_keys(
