@@ -228,8 +228,8 @@ class LoraConfig:
             if not indices or len(set(indices)) != len(indices) or (isinstance(tokens, dict) and not name):
                 raise FieldValueError("trainable_token_indices", "different tokens, at least one", tokens)
         if self.bias == "all" and (names or tokens):
-            others = "modules_to_save and trainable_token_indices"
-            raise FieldValueError("bias", f"none or lora_only with {others}", self.bias)
+            expected = "none or lora_only with modules_to_save or trainable_token_indices"
+            raise FieldValueError("bias", expected, self.bias)
 
     def _validate_extra(self) -> None:
         if not isinstance(self.extra, dict):
