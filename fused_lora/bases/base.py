@@ -39,7 +39,8 @@ class Grid(NamedTuple):
     """A quantised weight: codes times a scale for each ``blocksize`` values of a row.
 
     name: such as "nf4". code: [16]. dtype: what its values are rounded to before a merge adds to them. nested: code and
-    block size of the scales where they are quantised, too. repacked: a call has rounded the scales since.
+    block size of the scales where they are quantised, too. repacked: a call has rounded the scales since. rounding:
+    absolute, of a block's largest magnitude, by scales that may be subnormal.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Grid(NamedTuple):
     dtype: torch.dtype
     nested: tuple[Tensor, int] | None
     repacked: bool
+    rounding: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.name} in blocks of {self.blocksize}" + ", double quantised" * (self.nested is not None)
@@ -85,6 +87,10 @@ class Base:
         """None where :meth:`merge_` can write, else what the weight is instead."""
         # parametrized: computed anew at each use; a subclass: packed or sharded, written to by its library alone
         return why_not_plain_weight(module._parameters.get("weight")) if self.merge_weight(module) is None else None
+
+    def why_not_dense(self, module: nn.Module) -> str | None:
+        """None where :meth:`dense_weight` and :meth:`become_linear` work, else what the weight is instead."""
+        return self.why_not_merged(module)
 
     def merge_(self, module: nn.Module, factors: Factors, fan_in_fan_out: bool) -> Any:
         """Add the adapters to the weight; returns the record that the three below take.
@@ -142,6 +148,10 @@ class Base:
         """What a call with ``x`` rounds x and the weight's values to; None: nothing is rounded."""
         return None
 
+    def input_step(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """[rows, 1]: how far a call moves an element of x [rows, K] at most to quantise it; None: it does not."""
+        return None
+
     def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
         """What PEFT rounds new adapters to, before it may hold them in fp32; None: as they were drawn."""
         weight: Any = module.weight
@@ -166,14 +176,15 @@ def _writable(module: nn.Module) -> Tensor:
     return twin.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
 
 
-_OF_CLASS: dict[type[nn.Module], Base] = {}  # of the registered names, those that have been met
+_OF_CLASS: dict[type, Base] = {}  # of the registered names, those that have been met
 _KINDS: dict[tuple[str, str] | None, Base] = {}  # (module, qualified name) of a class, None for all others
 
 
 def register(base: Base, *names: str) -> Base:
     """Let ``base`` answer for modules of exactly these classes ("package.module.Class"); without names for all others.
 
-    A class that two files claim goes to the later one. Subclasses are classes of their own.
+    A class of tensors stands for nn.Linear with such a weight. A class that two files claim goes to the later one.
+    Subclasses are classes of their own.
 
     Returns:
         ``base``.
@@ -190,14 +201,22 @@ def register(base: Base, *names: str) -> Base:
 def base_of(module: nn.Module) -> Base:
     """What answers for ``module``."""
     kind = type(module)
+    if kind is nn.Linear:
+        weight = type(module._parameters.get("weight"))
+        if weight not in _TENSORS and (found := _registered(weight)) is not None:
+            return found
+    return _registered(kind) or _KINDS[None]
+
+
+def _registered(kind: type) -> Base | None:
+    """What is registered for a class."""
     if torch.compiler.is_compiling():  # what is kept below would be a guard, and a class that is met a new compilation
-        return _KINDS.get((kind.__module__, kind.__qualname__), _KINDS[None])
+        return _KINDS.get((kind.__module__, kind.__qualname__))
     found = _OF_CLASS.get(kind)
     if found is None:
         found = _KINDS.get((kind.__module__, kind.__qualname__))
-        if found is None:
-            return _KINDS[None]
-        _OF_CLASS[kind] = found
+        if found is not None:
+            _OF_CLASS[kind] = found
     return found
 
 

@@ -44,8 +44,9 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
     State-dict keys are PEFT's: ``base_layer.weight``, ``lora_A.<name>.weight``, ``lora_B.<name>.weight``.
 
     Args:
-        base_layer: nn.Linear, transformers' Conv1D (weight stored [in, out]) or a quantised Linear4bit or Linear8bitLt
-            of bitsandbytes; it is frozen and kept, not copied.
+        base_layer: nn.Linear, transformers' Conv1D (weight stored [in, out]), a quantised Linear4bit or Linear8bitLt
+            of bitsandbytes, an nn.Linear over a tensor of torchao, FP8Linear of transformers, or a packed layer of GPTQ
+            or AWQ; it is frozen and kept, not copied.
         r: rank. lora_alpha: numerator of the scaling, lora_alpha / r.
         adapter_name: the first adapter's name. lora_dropout: probability in [0, 1].
         use_rslora: scaling is lora_alpha / sqrt(r). lora_bias: lora_B has a bias.
@@ -127,7 +128,7 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         if tensors is None:
             # PEFT draws in fp32 and casts to the base's dtype before it goes back to fp32: the same bits here
             A, B = A.to(device, dtype), B.to(device, dtype)
-            if autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
+            if autocast_adapter_dtype and dtype.itemsize == 2 or dtype.itemsize == 1:  # nothing multiplies in fp8
                 A, B = A.float(), B.float()
         else:
             A, B = A.to(device), B.to(device)

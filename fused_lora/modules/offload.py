@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fused_lora.bases.foreign import stored_weight
 from fused_lora.modules.tree import above
 
 
 def execution_device(layer: Any) -> torch.device:
-    """The device of ``layer.weight`` while the layer runs; meta where nobody says."""
-    weight = layer.weight
+    """The device of the layer's weight while the layer runs; meta where nobody says."""
+    weight = stored_weight(layer)
     devices = (getattr(hook, "execution_device", None) for hook in _hooks(layer)) if weight.is_meta else ()
     return next((torch.device(device) for device in devices if device is not None), weight.device)
 
