@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,8 @@ class Adapter(NamedTuple):
 
 class Plan(NamedTuple):
     """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha;
-    the keys of what trained beside LoRA, by key without prefix; and the keys that ``allow_partial`` leaves out."""
+    the keys of what trained beside LoRA, by key without prefix; the keys that ``allow_partial`` leaves out; and how the
+    base was quantised, by path."""
 
     config: LoraConfig
     weights: str
@@ -66,6 +68,7 @@ class Plan(NamedTuple):
     ranks: dict[str, tuple[int, float]]
     beside: dict[str, str]
     left_out: tuple[str, ...] = ()
+    base: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
 
 def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BYTES) -> Adapter:
@@ -135,7 +138,7 @@ def _read_once(
         header = read_header(path, file, size)
         slots, biases, beside, left_out = _sort_keys(path, header.entries, config, allow_partial)
         ranks = _ranks(folder, path, header.entries, slots, config)
-        plan = check(Plan(config, path, header.entries, slots, biases, ranks, beside, left_out))
+        plan = check(Plan(config, path, header.entries, slots, biases, ranks, beside, left_out, header.base))
         if not with_tensors:
             return Adapter(config, {}, {}, {}), plan
         tensors = read_tensors(path, file, header)

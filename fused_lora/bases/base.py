@@ -144,6 +144,20 @@ class Base:
         """How the weight is quantised; None where it is not."""
         return None
 
+    def settings(self, module: nn.Module) -> dict[str, str]:
+        """How the weight is quantised and computed with, in words by topic; empty where it is not quantised.
+
+        A topic that is not known now is left out: a call may set the compute dtype, and repack the scales.
+        """
+        grid = self.grid(module)
+        if grid is None:
+            return {}
+        found = {"weight": f"{grid.name} in blocks of {grid.blocksize}"}
+        if self.bits == 4 and not grid.repacked:
+            found["scales"] = "single quantised" if grid.nested is None else "double quantised"
+        compute = getattr(module, "compute_dtype", None)
+        return found if compute is None else found | {"product": f"computed in {compute}".replace("torch.", "")}
+
     def operand_dtype(self, module: nn.Module, x: Tensor) -> torch.dtype | None:
         """What a call with ``x`` rounds x and the weight's values to; None: nothing is rounded."""
         return None

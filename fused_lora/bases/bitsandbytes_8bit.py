@@ -93,6 +93,10 @@ class Linear8bit(Requantised):
         code = torch.arange(-127, 128, device=data.device) / 127
         return Grid("int8", code, module.in_features, torch.float16, None, False)
 
+    def settings(self, module: Any) -> dict[str, str]:
+        """As :meth:`Base.settings`."""
+        return {"weight": "int8 by rows", "product": f"outliers from {module.state.threshold}"}
+
     def operand_dtype(self, module: Any, x: Tensor) -> torch.dtype:
         """fp16, before x is quantised; columns with outliers are multiplied in x's dtype."""
         return torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float16

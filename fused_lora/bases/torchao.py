@@ -135,6 +135,15 @@ class Torchao(Requantised):
         weight = module._parameters["weight"]
         module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
 
+    def settings(self, module: Any) -> dict[str, str]:
+        """As :meth:`Base.settings`."""
+        weight = module._parameters["weight"]
+        kind = getattr(weight, "target_dtype", weight.qdata.dtype)
+        found = {"weight": f"{kind} in blocks of {tuple(weight.block_size)}", "product": f"computed in {weight.dtype}"}
+        if _changes_input(weight):
+            found["product"] += ", of a quantised input"
+        return {topic: text.replace("torch.", "") for topic, text in found.items()}
+
     def operand_dtype(self, module: Any, x: Tensor) -> torch.dtype:
         """The tensor's: a call may round the scales to it, too."""
         return module._parameters["weight"].dtype

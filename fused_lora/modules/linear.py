@@ -26,7 +26,7 @@ from fused_lora.modules.merged_state import MergedState
 from fused_lora.modules.mixed import Context, MixedBatch
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour, Later
 from fused_lora.modules.offload import execution_device
-from fused_lora.modules.targets import SUPPORTED, adapter_dtype, in_out_features, why_not_supported
+from fused_lora.modules.targets import SUPPORTED, adapter_dtype, drawn_dtype, in_out_features, why_not_supported
 from fused_lora.ops import native
 from fused_lora.ops.merge import blocks
 from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
@@ -127,8 +127,9 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors)
         if tensors is None:
             # PEFT draws in fp32 and casts to the base's dtype before it goes back to fp32: the same bits here
-            A, B = A.to(device, dtype), B.to(device, dtype)
-            if autocast_adapter_dtype and dtype.itemsize == 2 or dtype.itemsize == 1:  # nothing multiplies in fp8
+            drawn = drawn_dtype(self.base_layer)
+            A, B = A.to(device, drawn).to(dtype), B.to(device, drawn).to(dtype)
+            if autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
                 A, B = A.float(), B.float()
         else:
             A, B = A.to(device), B.to(device)
