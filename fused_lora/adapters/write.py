@@ -214,7 +214,7 @@ def _config_entries(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
 
 
 def _plain_alphas(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, float]:
-    """alpha_pattern, with a path for each layer where a key is an expression, which readers of a file must not run."""
+    """alpha_pattern, or a path for each layer if a key is an expression that the reader of a file does not decide."""
     table = PatternTable(config.alpha_pattern, config.lora_alpha)
     alphas = {p: m.lora_alpha[adapter_name] for p, m in lora_layers(model).items() if adapter_name in m.lora_alpha}
     if all(len(table.possible(path)) == 1 for path in alphas):

@@ -23,7 +23,7 @@ from fused_lora.modules.config import (
     scaling,
 )
 from fused_lora.modules.merged_state import MergedState
-from fused_lora.modules.mixed import MixedBatch
+from fused_lora.modules.mixed import Context, MixedBatch
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour, Later
 from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import SUPPORTED, adapter_dtype, drawn_dtype, in_out_features, why_not_supported
@@ -86,6 +86,7 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
+        self.context: Context | None = None  # set for the duration of fused_lora.disable_adapters
         self.mixed_batch: MixedBatch | None = None  # set for the duration of fused_lora.adapter_batch
         options = (lora_dropout, use_rslora, init_lora_weights, lora_bias, autocast_adapter_dtype)
         self.add_adapter(adapter_name, r, lora_alpha, *options, tensors=tensors)
