@@ -258,7 +258,7 @@ def relate(
         return Relation(times, differ, distance, changed)
     coarse, fine, own, k = (weight, other, grid, -1) if other_grid is None else (other, weight, other_grid, 1)
     for found, delta in ((0, 0 * left), (-1, k * left)):  # of the two the reference may hold the adapter
-        if times is None and not own.repacked and _is_quantised(fine, coarse, delta, right, own):
+        if times is None and _is_quantised(fine, coarse, delta, right, own):
             return Relation(found, str(own), distance, changed)
     return Relation(times, "", distance, changed)
 
@@ -266,12 +266,17 @@ def relate(
 def _is_quantised(fine: Tensor, coarse: Tensor, left: Tensor, right: Tensor, grid: Any) -> bool:
     """Whether ``coarse`` is ``fine`` + left @ right, quantised."""
     scale_errors, worst = _scale_errors(fine, left, right, grid), 0.0
+    if grid.repacked:  # whether its scales were quantised is not known any more: codes are at most 2^-6 apart
+        scale_errors = scale_errors + 2.0**-7 * coarse.abs().max().double()
     for start, stop in blocks(fine):
         target = fine[start:stop].to(coarse.device).double() + left[start:stop] @ right
         magnitude = fine[start:stop].double().abs() + left[start:stop].abs() @ right.abs()
         unit = max(_unit(fine.dtype), _unit(grid.dtype))  # int8 is quantised from fp16
         bound = _quantised_bound(target, 2 * unit * magnitude, grid, scale_errors[start:stop])
-        worst = max(worst, ratio(coarse[start:stop].double() - target, bound))
+        found = coarse[start:stop].double()
+        if grid.repacked:  # its scales were rounded to bf16 after it was quantised
+            bound = bound + 2 * _unit(torch.bfloat16) * found.abs()
+        worst = max(worst, ratio(found - target, bound))
     return worst <= 1.0
 
 
