@@ -39,7 +39,8 @@ class Grid(NamedTuple):
     """A quantised weight: codes times a scale for each ``blocksize`` values of a row.
 
     name: such as "nf4". code: [16]. dtype: what its values are rounded to before a merge adds to them. nested: code and
-    block size of the scales where they are quantised, too. repacked: a call has rounded the scales since.
+    block size of the scales where they are quantised, too. repacked: a call has rounded the scales since. rounding:
+    absolute, of a block's largest magnitude, by scales that may be subnormal.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Grid(NamedTuple):
     dtype: torch.dtype
     nested: tuple[Tensor, int] | None
     repacked: bool
+    rounding: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.name} in blocks of {self.blocksize}" + ", double quantised" * (self.nested is not None)
@@ -142,8 +144,26 @@ class Base:
         """How the weight is quantised; None where it is not."""
         return None
 
+    def settings(self, module: nn.Module) -> dict[str, str]:
+        """How the weight is quantised and computed with, in words by topic; empty where it is not quantised.
+
+        A topic that is not known now is left out: a call may set the compute dtype, and repack the scales.
+        """
+        grid = self.grid(module)
+        if grid is None:
+            return {}
+        found = {"weight": f"{grid.name} in blocks of {grid.blocksize}"}
+        if self.bits == 4 and not grid.repacked:
+            found["scales"] = "single quantised" if grid.nested is None else "double quantised"
+        compute = getattr(module, "compute_dtype", None)
+        return found if compute is None else found | {"product": f"computed in {compute}".replace("torch.", "")}
+
     def operand_dtype(self, module: nn.Module, x: Tensor) -> torch.dtype | None:
         """What a call with ``x`` rounds x and the weight's values to; None: nothing is rounded."""
+        return None
+
+    def input_step(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """[rows, 1]: how far a call moves an element of x [rows, K] at most to quantise it; None: it does not."""
         return None
 
     def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
@@ -194,23 +214,22 @@ def register(base: Base, *names: str) -> Base:
 
 def base_of(module: nn.Module) -> Base:
     """What answers for ``module``."""
+    # written out: this runs several times in every call
     kind = type(module)
-    if kind is nn.Linear:
-        weight = type(module._parameters.get("weight"))
-        if weight not in _TENSORS and (found := _registered(weight)) is not None:
-            return found
-    return _registered(kind) or _KINDS[None]
+    if torch.compiler.is_compiling():  # what is kept below would be a guard, and a class that is met a new compilation
+        found = _KINDS.get((kind.__module__, kind.__qualname__), _KINDS[None])
+    else:
+        found = _OF_CLASS.get(kind) or _registered(kind) or _KINDS[None]
+    if kind is not nn.Linear or (weight := type(module._parameters.get("weight"))) in _TENSORS:
+        return found
+    return _registered(weight) or found
 
 
 def _registered(kind: type) -> Base | None:
     """What is registered for a class."""
-    if torch.compiler.is_compiling():  # what is kept below would be a guard, and a class that is met a new compilation
-        return _KINDS.get((kind.__module__, kind.__qualname__))
-    found = _OF_CLASS.get(kind)
-    if found is None:
-        found = _KINDS.get((kind.__module__, kind.__qualname__))
-        if found is not None:
-            _OF_CLASS[kind] = found
+    found = _KINDS.get((kind.__module__, kind.__qualname__))
+    if found is not None and not torch.compiler.is_compiling():
+        _OF_CLASS[kind] = found
     return found
 
 

@@ -57,6 +57,13 @@ class Foreign(Base):
         """As :meth:`Base.adapter_dtype`; over a packed weight None."""
         return None if has_packed_weight(module) else super().adapter_dtype(module)
 
+    def settings(self, module: nn.Module) -> dict[str, str]:
+        """As :meth:`Base.settings`; of a packed weight the numbers that its class keeps."""
+        if not has_packed_weight(module):
+            return {}
+        numbers = {name: getattr(module, name, None) for name in ("bits", "group_size")}
+        return {"weight": "packed, " + ", ".join(f"{name} {n}" for name, n in numbers.items() if isinstance(n, int))}
+
     def _sizes(self, module: nn.Module) -> tuple[Any, Any]:
         return getattr(module, "in_features", None), getattr(module, "out_features", None)
 

@@ -42,7 +42,16 @@ class Weight(packed.Packed):
         for start in range(0, N, step):
             stop = min(start + step, N)
             part = self.tensor if stop - start == N else self.tensor[start:stop]
-            yield start, stop, part.dequantize()
+            yield start, stop, _dequantised(part)
+
+
+def _dequantised(tensor: Any) -> Tensor:
+    """``tensor.dequantize()``, to the bit; on a CPU with half of its passes and copies."""
+    zeros = getattr(tensor, "zero_point", None)
+    if not tensor.is_cpu or tensor.block_size[0] != 1 or (zeros is not None and zeros.any()):
+        return tensor.dequantize()
+    values = tensor.qdata.float().view(tensor.shape[0], -1, tensor.block_size[1])
+    return values.mul_(tensor.scale.float().unsqueeze(-1)).view(tensor.shape).to(tensor.dtype)
 
 
 class Torchao(Requantised):
@@ -56,7 +65,7 @@ class Torchao(Requantised):
         """None for a weight that is quantised alone, and a call that nobody has changed."""
         parameters = module._parameters
         reason = why_not_own_call(module, "the base layer") or _why_not_known(parameters["weight"])
-        if reason is None and any(getattr(parameters["weight"], name, None) is not None for name in _INPUT):
+        if reason is None and _changes_input(parameters["weight"]):
             return "its call quantises or scales the input, too"
         return reason or why_not_plain_bias(parameters, module.out_features)
 
@@ -135,19 +144,37 @@ class Torchao(Requantised):
         weight = module._parameters["weight"]
         module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
 
+    def settings(self, module: Any) -> dict[str, str]:
+        """As :meth:`Base.settings`."""
+        weight = module._parameters["weight"]
+        kind = getattr(weight, "target_dtype", weight.qdata.dtype)
+        found = {"weight": f"{kind} in blocks of {tuple(weight.block_size)}", "product": f"computed in {weight.dtype}"}
+        if _changes_input(weight):
+            found["product"] += ", of a quantised input"
+        return {topic: text.replace("torch.", "") for topic, text in found.items()}
+
+    def operand_dtype(self, module: Any, x: Tensor) -> torch.dtype:
+        """The tensor's: a call may round the scales to it, too."""
+        return module._parameters["weight"].dtype
+
     def grid(self, module: Any) -> Grid | None:
         """Where each row, or part of a row, has a scale of its own, and the weight can be merged."""
         weight = module._parameters["weight"]
-        if self.why_not_merged(module) or weight.block_size[0] != 1:
+        if self.why_not_merged(module) or weight.block_size[0] != 1 or _changes_input(weight):
             return None
-        kind = weight.qdata.dtype
+        kind, dtype, most = weight.qdata.dtype, weight.dtype, 127.5
         if kind is torch.int8:
-            code = torch.arange(-128, 128, device=weight.device) / 127.5
+            code = torch.arange(-128, 128, device=weight.device)
         else:
             code = torch.arange(256, dtype=torch.uint8, device=weight.device).view(kind).float()
-            code = code[torch.isfinite(code)] / torch.finfo(kind).max
-        name = str(kind).removeprefix("torch.")
-        return Grid(name, code, weight.block_size[1], weight.dtype, None, False)
+            code, most = code[torch.isfinite(code)], torch.finfo(kind).max
+        # a scale is formed in the tensor's dtype, of which fp16 has large subnormals
+        rounding = most * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+        return Grid(str(kind).removeprefix("torch."), code / most, weight.block_size[1], dtype, None, False, rounding)
+
+
+def _changes_input(weight: Any) -> bool:
+    return any(getattr(weight, name, None) is not None for name in _INPUT)
 
 
 def _granularity(weight: Any) -> Any:

@@ -85,6 +85,12 @@ class Fp8Linear(Requantised):
         scales = inverse.to(old.dtype).view(old.shape)
         return nn.Parameter(weight, requires_grad=False), nn.Parameter(scales, requires_grad=False)
 
+    def settings(self, module: Any) -> dict[str, str]:
+        """As :meth:`Base.settings`."""
+        rows, columns = block_size(module)
+        scales = str(module._parameters["weight_scale_inv"].dtype).removeprefix("torch.")
+        return {"weight": f"fp8 in blocks of ({rows}, {columns})", "scales": f"scales of {scales}"}
+
     def become_linear(self, module: Any, weight: Tensor, bias: Tensor | None) -> None:
         """As :meth:`Base.become_linear`."""
         super().become_linear(module, weight, bias)

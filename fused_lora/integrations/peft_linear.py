@@ -25,6 +25,7 @@ from fused_lora.bases.bitsandbytes_4bit import is_repacked
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plain_dropout
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
+from fused_lora.modules.offload import refuse_sharded
 
 # PEFT's classes that have an accelerated one, by their modules in peft.tuners.lora
 _STOCK = {
@@ -120,6 +121,8 @@ class AcceleratedLinear(FusedLoraBehaviour):
         A weight that was itself changed, cast or moved since the merge is unmerged by PEFT's subtraction, with a
         warning.
         """
+        if self.merged:
+            refuse_sharded(self, "unmerged")
         if self.merged and self.merge_state is not None:
             try:
                 return super().unmerge()
@@ -191,6 +194,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
 
     def _merge_by_peft(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         self._refuse_repacked("merged")
+        refuse_sharded(self, "merged")
         before = len(self.merged_adapters)
         try:
             super(FusedLoraBehaviour, self).merge(safe_merge, adapter_names)

@@ -23,10 +23,10 @@ from fused_lora.modules.config import (
     scaling,
 )
 from fused_lora.modules.merged_state import MergedState
-from fused_lora.modules.mixed import MixedBatch
+from fused_lora.modules.mixed import Context, MixedBatch
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour, Later
 from fused_lora.modules.offload import execution_device
-from fused_lora.modules.targets import SUPPORTED, adapter_dtype, in_out_features, why_not_supported
+from fused_lora.modules.targets import SUPPORTED, adapter_dtype, drawn_dtype, in_out_features, why_not_supported
 from fused_lora.ops import native
 from fused_lora.ops.merge import blocks
 from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
@@ -86,6 +86,7 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
+        self.context: Context | None = None  # set for the duration of fused_lora.disable_adapters
         self.mixed_batch: MixedBatch | None = None  # set for the duration of fused_lora.adapter_batch
         options = (lora_dropout, use_rslora, init_lora_weights, lora_bias, autocast_adapter_dtype)
         self.add_adapter(adapter_name, r, lora_alpha, *options, tensors=tensors)
@@ -126,8 +127,9 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors)
         if tensors is None:
             # PEFT draws in fp32 and casts to the base's dtype before it goes back to fp32: the same bits here
-            A, B = A.to(device, dtype), B.to(device, dtype)
-            if autocast_adapter_dtype and dtype.itemsize == 2 or dtype.itemsize == 1:  # nothing multiplies in fp8
+            drawn = drawn_dtype(self.base_layer)
+            A, B = A.to(device, drawn).to(dtype), B.to(device, drawn).to(dtype)
+            if autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
                 A, B = A.float(), B.float()
         else:
             A, B = A.to(device), B.to(device)

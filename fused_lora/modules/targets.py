@@ -70,9 +70,21 @@ def weight_device(base: nn.Module) -> torch.device:
     return stored_weight(base).device
 
 
-def adapter_dtype(base: nn.Module) -> torch.dtype:
-    """The dtype of new adapters of the layer ``base`` before they may be held in fp32."""
+def drawn_dtype(base: nn.Module) -> torch.dtype:
+    """What new adapters of the layer ``base`` are rounded to."""
     return base_of(base).adapter_dtype(base) or torch.get_default_dtype()
+
+
+def adapter_dtype(base: nn.Module) -> torch.dtype:
+    """The dtype of adapters of the layer ``base`` before they may be held in fp32. Nothing multiplies in fp8."""
+    dtype = drawn_dtype(base)
+    return torch.float32 if dtype.itemsize == 1 else dtype
+
+
+def base_settings(module: nn.Module) -> dict[str, str]:
+    """How the weight of a supported module is quantised, in words by topic; empty where it is not."""
+    base = base_layer_of(module)
+    return base_of(base).settings(base)
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

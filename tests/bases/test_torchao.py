@@ -12,7 +12,7 @@ from torch import nn
 import fused_lora
 from fused_lora import LoraConfig
 from fused_lora.bases import Adapters, base_of, dense
-from fused_lora.bases.torchao import Torchao, parts
+from fused_lora.bases.torchao import Torchao, Weight, parts
 from fused_lora.integrations.peft import layer_report
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse, ulp
 from helpers.quantised import torchao_linear
@@ -131,6 +131,19 @@ def test_a_layer_is_no_less_exact_than_peft_over_torchao(kind, dtype, no_native_
             mine, theirs, right = (torch.stack([draw[j][i] for draw in draws]) for j in (which, 2, 3))
             assert mine.dtype is theirs.dtype
             assert_no_worse(mine, theirs, right, draws=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_have_the_bits_of_dequantize(kind):
+    """Random shapes and steps, also where zero points are not zero."""
+    for _ in range(20):
+        rows, columns, step = (int(n) for n in torch.randint(1, 40, (3,)))
+        for dtype in (F32, BF16, F16):
+            weight = torchao_linear(rows, 32 * (columns % 5 + 1), KINDS[kind], dtype=dtype).weight
+            if columns % 2 and getattr(weight, "zero_point", None) is not None:
+                weight.zero_point[...] = columns % 7
+            found = torch.cat([block for _, _, block in Weight(weight).blocks(step)])
+            assert found.dtype is dtype and torch.equal(found, weight.dequantize())
 
 
 def test_an_int8_layer_is_no_less_exact_than_torchao_over_code_times_scale(no_native_bf16):
