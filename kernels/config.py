@@ -142,7 +142,7 @@ def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upc
         num_stages = 4 if capability in _WARPGROUP_MMA else 3
         return LaunchConfig(variant, 16, 64 if BLOCK_R == 16 else 32, BLOCK_K, BLOCK_R, num_stages=num_stages)
     if variant == "recompute":
-        BLOCK_R = _rank_block(r, 16, 32)
+        BLOCK_R = 32 if capability in (100, 103) else _rank_block(r, 16, 32)  # 16 spill there
         return LaunchConfig(variant, 64, 64, 64, BLOCK_R, num_stages=5 if capability in _WARPGROUP_MMA else 3)
     if capability not in _WARPGROUP_MMA:
         return LaunchConfig(variant, 64 if upcast else 128, 128, 32, 32, num_warps=8, num_stages=4)
@@ -154,14 +154,14 @@ def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upc
 def _gemm_4bit(variant: str, M: int, dtype: torch.dtype, capability: int, upcast: bool) -> LaunchConfig:
     """Tiles of "linear_4bit", without the split over K; BLOCK_K is a multiple of SCALE_GROUP."""
     if dtype == torch.float32:
-        BLOCK_R, num_stages = 16 if variant == "recompute" else 32, 2 if capability in _WARPGROUP_MMA else 1
-        return LaunchConfig(variant, 16, 32, 64, BLOCK_R, num_stages=num_stages)
+        return LaunchConfig(variant, 16, 32, 64, 16 if variant == "recompute" else 32, num_stages=1)
     BLOCK_M = 16 if M <= DECODE_ROWS else 64
     if capability < 80:
         return LaunchConfig(variant, BLOCK_M, 64, 64, 32, num_stages=2)
-    if upcast and variant == "recompute":
-        return LaunchConfig(variant, BLOCK_M, 32, 64, 16, num_stages=4)
-    return LaunchConfig(variant, BLOCK_M, 64, 64, 32, num_stages=3 if upcast else 4)
+    if upcast:
+        BLOCK_R, num_stages = (16, 4) if variant == "recompute" else (32, 3)
+        return LaunchConfig(variant, BLOCK_M, 32, 64, BLOCK_R, num_stages=num_stages)
+    return LaunchConfig(variant, BLOCK_M, 64, 64, 32, num_stages=4)
 
 
 def without_tma(config: LaunchConfig) -> LaunchConfig:

@@ -195,8 +195,7 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize("ranks, dropout", [((3,), (0.0,)), ((3, 20), (0.0, 0.5))], ids=str)
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested, ranks, dropout", [(False, (3,), (0.0,)), (True, (3, 20), (0.0, 0.5))], ids=str)
 @pytest.mark.parametrize("kind, few", FEW, ids=str)
 def test_few_rows_read_4_bits(kind, few, nested, ranks, dropout, device, kernels_on, kernel_memory):
     (M, K, blocksize, x_dtype, dtype), N = kind, 40
