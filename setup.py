@@ -83,6 +83,7 @@ setup(
             "accelerate",
             "trl>=1,<2",
             "bitsandbytes>=0.50,<0.51",
+            "torchao>=0.18,<0.19",
             "gguf",
             "jinja2",
             "fastapi",
@@ -101,6 +102,7 @@ setup(
         ],
         "quickstart": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
         "bitsandbytes": ["bitsandbytes>=0.50,<0.51"],
+        "torchao": ["torchao>=0.18,<0.19"],
         "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],
         # continuous batching reaches into transformers' engine, so it is pinned to the releases that were tested
         "serve": ["transformers>=5.22,<5.24", "accelerate", "jinja2", "fastapi", "pydantic>=2.8", "uvicorn"],

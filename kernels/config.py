@@ -17,10 +17,11 @@ from itertools import product
 
 import torch
 
-OPS = ("linear", "shrink", "expand", "weight_grad", "backward_g", "backward_x")
-_WITHOUT_MASK = ("linear", "backward_g")  # launches that never draw one
+OPS = ("linear", "shrink", "expand", "weight_grad", "backward_g", "backward_x", "linear_4bit")
+_WITHOUT_MASK = ("linear", "backward_g", "linear_4bit")  # launches that never draw one
 PASS_RANKS = 32  # ranks up to which one pass over g, or x, forms both of its results
 DECODE_ROWS, SHORT_ROWS = 16, 64  # rows up to which a GEMM is decode, and up to which one launch is best
+SCALE_GROUP = 64  # values of a row with one scale in a 4-bit weight of any blocksize from here on, if K is a multiple
 _WARPGROUP_MMA = (90, 100, 103)  # accumulators by warp groups and 228 KiB of shared memory: room for wide tiles
 
 
@@ -141,7 +142,7 @@ def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upc
         num_stages = 4 if capability in _WARPGROUP_MMA else 3
         return LaunchConfig(variant, 16, 64 if BLOCK_R == 16 else 32, BLOCK_K, BLOCK_R, num_stages=num_stages)
     if variant == "recompute":
-        BLOCK_R = _rank_block(r, 16, 32)
+        BLOCK_R = 32 if capability in (100, 103) else _rank_block(r, 16, 32)  # 16 spill there
         return LaunchConfig(variant, 64, 64, 64, BLOCK_R, num_stages=5 if capability in _WARPGROUP_MMA else 3)
     if capability not in _WARPGROUP_MMA:
         return LaunchConfig(variant, 64 if upcast else 128, 128, 32, 32, num_warps=8, num_stages=4)
@@ -150,24 +151,38 @@ def _gemm(variant: str, M: int, r: int, dtype: torch.dtype, capability: int, upc
     return LaunchConfig(variant, 128, BLOCK_N, 64, 32, num_warps=8, num_stages=num_stages, tma=True)
 
 
+def _gemm_4bit(variant: str, M: int, dtype: torch.dtype, capability: int, upcast: bool) -> LaunchConfig:
+    """Tiles of "linear_4bit", without the split over K; BLOCK_K is a multiple of SCALE_GROUP."""
+    if dtype == torch.float32:
+        return LaunchConfig(variant, 16, 32, 64, 16 if variant == "recompute" else 32, num_stages=1)
+    BLOCK_M = 16 if M <= DECODE_ROWS else 64
+    if capability < 80:
+        return LaunchConfig(variant, BLOCK_M, 64, 64, 32, num_stages=2)
+    if upcast:
+        BLOCK_R, num_stages = (16, 4) if variant == "recompute" else (32, 3)
+        return LaunchConfig(variant, BLOCK_M, 32, 64, BLOCK_R, num_stages=num_stages)
+    return LaunchConfig(variant, BLOCK_M, 64, 64, 32, num_stages=4)
+
+
 def without_tma(config: LaunchConfig) -> LaunchConfig:
     """The same with pointers, whose registers a smaller tile pays for."""
     return replace(config, tma=False, BLOCK_M=64, BLOCK_N=128, num_stages=3)
 
 
 def variants(
-    M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool = False, adapters: int = 1
+    M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool = False, adapters: int = 1, four_bit: bool = False
 ) -> tuple[str, ...]:  # fmt: skip
     """The variants of "linear" worth having at this shape, the preferred one last; "split" always can.
 
     "recompute" for small M, where launches and occupancy count; not where x has a mask that many programs would draw
     again. An fp32 LoRA product costs several times a 16-bit one: only decode, which waits for the weight, repeats it.
+    four_bit: of "linear_4bit": beside a dequantisation there are registers for fewer ranks.
     """
     decode = M <= DECODE_ROWS
     if upcast or dtype == torch.float32:
-        recompute = r <= 32 and decode
+        recompute = r <= (16 if four_bit else 32) and decode
     else:
-        recompute = M <= SHORT_ROWS and r <= (64 if decode else 32)
+        recompute = M <= SHORT_ROWS and r <= (64 if decode and not four_bit else 32)
     return ("split", "recompute") if recompute and adapters == 1 and not dropout else ("split",)
 
 
@@ -196,13 +211,16 @@ def pick(
         return _backward(op, M, N, r, dtype, dropout, upcast, capability)
     if op == "weight_grad":
         return _weight_grad(M, N, K, r, dtype, dropout, upcast, capability)
-    variant = variant or variants(M, r, dtype, dropout, upcast, adapters)[-1]
-    config = _gemm(variant, M, r, dtype, capability, upcast)
+    variant = variant or variants(M, r, dtype, dropout, upcast, adapters, op == "linear_4bit")[-1]
+    if op == "linear_4bit":
+        config = _gemm_4bit(variant, M, dtype, capability, upcast)
+    else:
+        config = _gemm(variant, M, r, dtype, capability, upcast)
     if variant == "recompute":
         config = replace(config, BLOCK_R=max(config.BLOCK_R, 1 << (r - 1).bit_length()))  # forced, too, it holds all
-        if M <= SHORT_ROWS:
-            programs = _cdiv(M, config.BLOCK_M) * _cdiv(N, config.BLOCK_N)
-            config = replace(config, SPLIT_K=_split(programs, _cdiv(K, config.BLOCK_K), wanted=256))
+    if M <= SHORT_ROWS and (variant == "recompute" or op == "linear_4bit"):
+        programs = _cdiv(M, config.BLOCK_M) * _cdiv(N, config.BLOCK_N)
+        config = replace(config, SPLIT_K=_split(programs, _cdiv(K, config.BLOCK_K), wanted=256))
     return config
 
 
@@ -219,7 +237,7 @@ def candidates(op: str, dtype: torch.dtype, capability: int) -> Iterator[tuple[L
     for dropout, upcast, M, r, K in grid:
         if dropout and op in _WITHOUT_MASK or op.startswith("backward") and r > PASS_RANKS:
             continue
-        for variant in {"split", variants(M, r, dtype, dropout, upcast)[-1]}:
+        for variant in {"split", variants(M, r, dtype, dropout, upcast, four_bit=op == "linear_4bit")[-1]}:
             config = pick(op, M, 16, K, r, dtype, dropout, capability, upcast, 1, variant)
             config = replace(config, SPLIT_K=min(config.SPLIT_K, 2))
             seen |= {(config, dropout, upcast)} | ({(without_tma(config), dropout, upcast)} if config.tma else set())
@@ -238,8 +256,11 @@ def traffic(
     upcast: bool = False,
     adapters: int = 1,
     variant: str | None = None,
+    weight: int | None = None,
 ) -> dict[str, int]:
     """What one call of ``op`` costs with the configuration that :func:`pick` gives; ``r`` is the sum of equal ranks.
+
+    weight: bytes that are held of W, if it is not dense; "linear_4bit" reads them once for each block of rows.
 
     Returns:
         bytes: to and from device memory, every operand once a launch (tiles that neighbours read come from L2);
@@ -267,8 +288,11 @@ def traffic(
         floor = e * M * (K + N) + 2 * S + e_adapter * r * (K + N), 2 * M * r * (K + N)
         cost.update(bytes=floor[0] + planes * r * (K + N), flops=floor[1], mask_elements=M * K * rank_blocks)
     else:
-        floor = e * (M * K + K * N + M * N) + e_adapter * r * (K + N) + S, 2 * M * (K * N + r * (K + N))
+        W = e * K * N if weight is None else weight
+        floor = e * (M * K + M * N) + W + e_adapter * r * (K + N) + S, 2 * M * (K * N + r * (K + N))
         cost.update(bytes=floor[0] + planes * M * (N + r), flops=floor[1])
+        if op == "linear_4bit":
+            cost["bytes"] += W * (_cdiv(M, config.BLOCK_M) - 1)
         cost["mask_elements"] = M * K * adapters
         if config.variant == "recompute":
             cost["flops"] += 2 * M * K * r * (_cdiv(N, config.BLOCK_N) - 1)

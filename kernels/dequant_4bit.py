@@ -7,7 +7,8 @@
 Each product and sum is rounded to fp32, so nothing may be contracted to an fma. A program takes a run of bytes,
 whatever the rows are. The tables of 16 and 256 numbers stay in L1.
 
-Bytes: ``traffic``. N K / 2 packed ones are read and e N K written, so this is bound by what it writes.
+Bytes: ``traffic``. N K / 2 packed ones are read and e N K written, so this is bound by what it writes. Few rows need no
+dense weight: ``tiles.contract`` reads the same bytes by tiles, with the same two steps to a scale.
 """
 
 from functools import lru_cache
@@ -28,6 +29,24 @@ def launch_options(nvidia: bool) -> dict[str, int | bool]:
 
 
 @triton.jit
+def load_absmax(absmax_ptr, absmax8_ptr, which, inside, shift8, NESTED: tl.constexpr):
+    """What is stored of the scales ``which``: (absmax, and double quantised the absmax8 of each)."""
+    absmax = tl.load(absmax_ptr + which, mask=inside, other=0)
+    absmax8 = absmax
+    if NESTED:
+        absmax8 = tl.load(absmax8_ptr + (which >> shift8), mask=inside, other=0.0)
+    return absmax, absmax8
+
+
+@triton.jit
+def scale_of(absmax, absmax8, code8_ptr, offset_ptr, NESTED: tl.constexpr):
+    """The fp32 scales, to the bit where nothing is contracted to an fma."""
+    if NESTED:
+        absmax = tl.load(code8_ptr + absmax.to(tl.int32)) * absmax8 + tl.load(offset_ptr)
+    return absmax
+
+
+@triton.jit
 def _dequant_4bit_kernel(
     packed_ptr, code_ptr, absmax_ptr, code8_ptr, absmax8_ptr, offset_ptr, out_ptr,
     nbytes, numel, shift, shift8,
@@ -38,11 +57,8 @@ def _dequant_4bit_kernel(
     at = first + tl.arange(0, BYTES)
     inside = (at < nbytes) | EVEN
     packed = tl.load(packed_ptr + at, mask=inside, other=0).to(tl.int32)
-    which = at >> shift
-    scale = tl.load(absmax_ptr + which, mask=inside, other=0)
-    if NESTED:
-        scale = tl.load(code8_ptr + scale.to(tl.int32))
-        scale = scale * tl.load(absmax8_ptr + (which >> shift8), mask=inside, other=0.0) + tl.load(offset_ptr)
+    absmax, absmax8 = load_absmax(absmax_ptr, absmax8_ptr, at >> shift, inside, shift8, NESTED)
+    scale = scale_of(absmax, absmax8, code8_ptr, offset_ptr, NESTED)
     left = tl.load(code_ptr + (packed >> 4)) * scale
     right = tl.load(code_ptr + (packed & 15)) * scale
     to = 2 * first + tl.arange(0, 2 * BYTES)
@@ -80,8 +96,23 @@ def dequant_4bit(
     return out
 
 
+def shifts(blocksize: int, nested: Nested | None) -> tuple[int, int]:
+    """log2 of the values to a scale, and of the scales to a scale of theirs (0 without one)."""
+    return blocksize.bit_length() - 1, nested[2].bit_length() - 1 if nested else 0
+
+
+def tensors_of(packed: torch.Tensor, code: torch.Tensor, absmax: torch.Tensor, nested: Nested | None) -> tuple:
+    """The ``w`` of ``tiles.load_4bit_tile``."""
+    return (packed, code, absmax, nested[0], nested[1], nested[3]) if nested else (packed, code, absmax)
+
+
+def held(N: int, K: int, blocksize: int, blocksize8: int = 0) -> int:
+    """Bytes of a packed weight with its scales and tables. blocksize8: 0 for fp32 scales."""
+    scales = -(-N * K // blocksize)
+    nested = scales + 4 * -(-scales // blocksize8) + 4 * 256 + 4 if blocksize8 else 4 * scales
+    return -(-N * K // 2) + nested + 4 * 16
+
+
 def traffic(N: int, K: int, blocksize: int, dtype: torch.dtype, blocksize8: int = 0) -> dict[str, int]:
     """``bytes`` to and from device memory, each operand once, which is the floor too. blocksize8: 0 for fp32 scales."""
-    scales = -(-N * K // blocksize)
-    held = scales + 4 * -(-scales // blocksize8) + 4 * 256 + 4 if blocksize8 else 4 * scales
-    return {"bytes": -(-N * K // 2) + held + 4 * 16 + dtype.itemsize * N * K}
+    return {"bytes": held(N, K, blocksize, blocksize8) + dtype.itemsize * N * K}

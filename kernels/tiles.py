@@ -19,7 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .config import SCALE_GROUP
+from .dequant_4bit import load_absmax, scale_of
 from .dropout import keep_mask
+
+GROUP = tl.constexpr(SCALE_GROUP)
 
 
 @triton.jit
@@ -71,6 +75,35 @@ def addressable(matrix: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def load_absmax_tile(
+    w, row0, col0, num_rows, num_cols, shift, shift8, NESTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """What is stored of the scales of a tile: one for each GROUP of a row, [ROWS * COLS // GROUP]."""
+    GROUPS: tl.constexpr = COLS // GROUP
+    at = tl.arange(0, ROWS * GROUPS)
+    row, col = at // GROUPS, col0 + at % GROUPS * GROUP
+    which = ((tl.full((), 0, tl.int64) + row0) * num_cols + (row * num_cols + col)) >> shift
+    inside = (row < num_rows - row0) & (col < num_cols)
+    return load_absmax(w[2], w[4] if NESTED else None, which, inside, shift8, NESTED)
+
+
+@triton.jit
+def load_4bit_tile(
+    w, code, absmax, absmax8, row0, col0, num_rows, num_cols,
+    NESTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The tile at (row0, col0) of a num_rows x num_cols matrix of 4 bits, dequantised to fp32; zero outside of it.
+
+    w: packed, code, absmax, and of a double quantised one code8, absmax8, offset, as in dequant_4bit.py. code: all of
+    its 16 values: a gather finds them in shared memory, where a load from global memory would be pipelined as data is.
+    """
+    packed = load_tile(w[0], row0, col0 // 2, num_cols // 2, 1, num_rows, num_cols // 2, ROWS, COLS // 2).to(tl.int32)
+    values = tl.gather(code, tl.reshape(tl.interleave(packed >> 4, packed & 15), (ROWS * COLS,)), 0)
+    scale = scale_of(absmax, absmax8, w[3] if NESTED else None, w[5] if NESTED else None, NESTED)
+    return tl.reshape(tl.reshape(values, (ROWS * COLS // GROUP, GROUP)) * scale[:, None], (ROWS, COLS))
+
+
+@triton.jit
 def contract(
     acc, s,
     x_src, w_src, p_ptr,
@@ -84,6 +117,7 @@ def contract(
     BASE: tl.constexpr, SHRINK: tl.constexpr, DROP: tl.constexpr, ROWS_ARE_K: tl.constexpr,
     TMA: tl.constexpr, W_IS_NK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    shift=0, shift8=0, FOUR_BIT: tl.constexpr = False, NESTED: tl.constexpr = False,
 ):  # fmt: skip
     """Run over k in [k_begin, k_end), a range that starts at a multiple of BLOCK_K and ends at one or at K.
 
@@ -93,7 +127,14 @@ def contract(
     ROWS_ARE_K: the contraction runs over the rows of the stored matrix, X^T in the formula (weight gradients);
     stride_xm and stride_xk keep their meaning in the formula, the mask belongs to the stored matrix.
     UPCAST: form the LoRA product in fp32, for adapters that are not of x's dtype.
+    FOUR_BIT, NESTED: w_src is the ``w`` of ``load_4bit_tile``, [N, K], K a multiple of GROUP; it is dequantised to x's
+    dtype, tile by tile. shift, shift8: log2 of the values to a scale, and of the scales to a scale of theirs.
     """
+    if FOUR_BIT:
+        code = tl.load(w_src[1] + tl.arange(0, 16))
+        next_absmax, next_absmax8 = load_absmax_tile(
+            w_src, n0, k_begin, N, K, shift, shift8, NESTED, BLOCK_N, BLOCK_K
+        )  # fmt: skip
     for k in range(k_begin, k_end, BLOCK_K):
         if TMA:
             x = x_src.load([m0, k])
@@ -102,7 +143,15 @@ def contract(
         else:
             x = load_tile(x_src, m0, k, stride_xm, stride_xk, M, K, BLOCK_M, BLOCK_K)
         if BASE:
-            if not TMA:
+            if FOUR_BIT:
+                # one tile ahead: loads this narrow are not pipelined
+                absmax, absmax8 = next_absmax, next_absmax8
+                next_absmax, next_absmax8 = load_absmax_tile(
+                    w_src, n0, k + BLOCK_K, N, K, shift, shift8, NESTED, BLOCK_N, BLOCK_K
+                )  # fmt: skip
+                w = load_4bit_tile(w_src, code, absmax, absmax8, n0, k, N, K, NESTED, BLOCK_N, BLOCK_K)
+                w = tl.trans(w.to(x.dtype))
+            elif not TMA:
                 w = load_tile(w_src, k, n0, stride_wk, stride_wn, K, N, BLOCK_K, BLOCK_N)
             elif W_IS_NK:
                 w = tl.trans(w_src.load([n0, k]))

@@ -1,15 +1,16 @@
 """Read PEFT adapter checkpoints: adapter_config.json + adapter_model.safetensors, with every entry checked.
 
-All checks against the config and the model come before the model is changed. Nothing in a file is run: no pickle, no
-import, no regular expression. The layers are those that have tensors, and a tensor's shape gives the rank.
+All checks against the config and the model come before the model is changed. Nothing in a file is run: no pickle and no
+import. The layers are those that have tensors, and a tensor's shape gives the rank. An alpha_pattern is applied in a
+bounded number of steps (``patterns``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from fused_lora.adapters.tensorfile import (
     read_tensors,
 )
 from fused_lora.modules.auxiliary import TOKENS_END
-from fused_lora.modules.config import MAX_RANK, LayerTensors, LoraConfig
+from fused_lora.modules.config import MAX_RANK, FieldError, LayerTensors, LoraConfig
 from fused_lora.modules.tree import above, own_path
 
 CONFIG_NAME = "adapter_config.json"
@@ -56,7 +57,8 @@ class Adapter(NamedTuple):
 
 class Plan(NamedTuple):
     """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha;
-    the keys of what trained beside LoRA, by key without prefix; and the keys that ``allow_partial`` leaves out."""
+    the keys of what trained beside LoRA, by key without prefix; the keys that ``allow_partial`` leaves out; and how the
+    base was quantised, by path."""
 
     config: LoraConfig
     weights: str
@@ -66,6 +68,7 @@ class Plan(NamedTuple):
     ranks: dict[str, tuple[int, float]]
     beside: dict[str, str]
     left_out: tuple[str, ...] = ()
+    base: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
 
 def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BYTES) -> Adapter:
@@ -135,7 +138,7 @@ def _read_once(
         header = read_header(path, file, size)
         slots, biases, beside, left_out = _sort_keys(path, header.entries, config, allow_partial)
         ranks = _ranks(folder, path, header.entries, slots, config)
-        plan = check(Plan(config, path, header.entries, slots, biases, ranks, beside, left_out))
+        plan = check(Plan(config, path, header.entries, slots, biases, ranks, beside, left_out, header.base))
         if not with_tensors:
             return Adapter(config, {}, {}, {}), plan
         tensors = read_tensors(path, file, header)
@@ -153,20 +156,9 @@ def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfi
     entries = parse_json(path, bytes(raw))
     try:
         return LoraConfig.from_dict(entries)
-    except (ValueError, TypeError) as error:
-        # messages of LoraConfig begin with the name of the entry
-        key = re.split(r"[\[ ]", str(error))[0].strip("'\"")
-        raise AdapterError(path, key, _expected(str(error)), entries.get(key, "no such entry")) from None
-
-
-def _expected(message: str) -> str:
-    """What a message of LoraConfig's, "KEY must be WANTED, got VALUE", says about what was wanted."""
-    text = re.sub(r", got .*?(; |$)", r"\1", message, count=1, flags=re.DOTALL)
-    if " is not supported" in text:
-        return f"null, false or empty: {text}"
-    if " is missing" in text:
-        return "an entry"
-    return re.sub(r"^.*? must be ", "", text, count=1, flags=re.DOTALL)
+    except FieldError as error:
+        found = entries.get(error.field, "no such entry")
+        raise AdapterError(path, error.field, error.expected, found) from None
 
 
 def _sort_keys(
@@ -255,8 +247,8 @@ def _ranks(
             raise AdapterError(path, keys["lora_A"], f"the rank of the config, {sorted(possible)}", f"rank {r}")
         alphas = alpha_table.possible(name)
         if len(alphas) > 1:
-            literal = f"keys of plain module names, to know the alpha of {name}"
-            raise AdapterError(config_path, "alpha_pattern", literal, list(config.alpha_pattern))
+            plain = f"keys of module names or short expressions, to know the alpha of {name}"
+            raise AdapterError(config_path, "alpha_pattern", plain, list(config.alpha_pattern))
         ranks[name] = (r, alphas.pop())
     return ranks
 

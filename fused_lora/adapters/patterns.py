@@ -1,68 +1,151 @@
-"""Apply rank_pattern and alpha_pattern of an untrusted config without running the file's regular expressions.
+"""Apply rank_pattern and alpha_pattern of an untrusted config: PEFT's choice, in a bounded number of steps.
 
-PEFT takes the first key with ``re.match(rf"(.*\\.)?({key})$", name)``. This module decides keys made of
-ordinary characters, ``.`` (any character), ``\\.``, one leading ``^``, one trailing ``$`` and ``|`` between such
-parts. Each part has a fixed length and is compared character by character. Other keys stay undecided: an expression
-from a file can take exponential time.
+PEFT takes the first key with ``re.match(rf"(.*\\.)?({key})$", name)``. Python's ``re`` goes back and tries again, which
+can take exponential time. Here a step of the expression maps all positions in the name where the text before it can end
+to those where it can end itself, so that nothing is tried twice. What follows is understood; a key with anything else
+stays undecided: characters, ``.``, classes, ``\\d \\w \\s``, groups, ``|``, repetitions, ``^`` and ``$``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
-_SPECIAL = set("\\.^$*+?{}[]|()")
-_ANY = ""  # the token of an unescaped dot
+Step = Callable[[str, set[int]], set[int]]  # name, positions before -> positions after
+
+_MAX_STEPS = 2_000_000  # positions that are followed for one table
+_REPETITION = 4  # what one more repetition costs of these
+_MAX_DEPTH = 50  # of groups in groups
+# one or more characters that stand for themselves, the last of them not repeated
+_TEXT = re.compile(r"(?:\\[\W_]|[^\\.^$*+?{}\[\]()|])+(?![*+?{])")
+# one character of a kind; a class has no "[" and no doubled sign inside, which later versions of Python may read anew
+_ONE = re.compile(r"\.|\\[dDwWsS\W_]|[^\\.^$*+?{}\[\]()|]|\[\^?\]?(?:\\[dDwWsS\W_]|(?!([-&|~])\1)[^\\\[\]])*\]")
+_GROUP = re.compile(r"\((?!\?)|\(\?:")
+_REPEATED = re.compile(r"(?:([*+?])|\{([0-9]{1,3})\}|\{([0-9]{1,3}),([0-9]{0,3})\})\??(?![*+?{])")
+_RANGES = {"*": (0, -1), "+": (1, -1), "?": (0, 1)}  # least and most, -1: any number
 
 
 class PatternTable(Generic[Value]):
     """PEFT's choice among the values of ``pattern``, or ``default`` where no key matches."""
 
     def __init__(self, pattern: Mapping[str, Value], default: Value):
-        self._rows = [(_Key(key), value) for key, value in pattern.items()]
+        self._left = [_MAX_STEPS]
+        self._rows = [(_expression(key, self._left), value) for key, value in pattern.items()]
         self._default = default
 
     def possible(self, name: str) -> set[Value]:
         """The values PEFT's rule can give for ``name``: one unless an undecided key comes before the first match."""
+        starts = {0, *(i for i, letter in enumerate(name, 1) if letter == ".")}
         values = set()
-        for key, value in self._rows:
-            matched = key.matches(name)
+        for expression, value in self._rows:
+            matched = self._matches(expression, name, starts)
             if matched is not False:
                 values.add(value)
             if matched:
                 return values
         return values | {self._default}
 
-
-class _Key:
-    def __init__(self, key: str):
-        # cut at "|" first: a bracket around one leaves a special character on both sides
-        parts = [(part.startswith("^"), _tokens(part.removeprefix("^").removesuffix("$"))) for part in key.split("|")]
-        plain = [(anchored, tokens) for anchored, tokens in parts if tokens is not None]
-        self._parts = plain if len(plain) == len(parts) else None
-
-    def matches(self, name: str) -> bool | None:
-        """Whether PEFT's ``re.match`` would succeed; None when only running it could tell."""
-        return None if self._parts is None else any(_ends(tokens, anchored, name) for anchored, tokens in self._parts)
-
-
-def _ends(tokens: list[str], anchored: bool, name: str) -> bool:
-    start = len(name) - len(tokens)
-    if start < 0 or (start > 0 and (anchored or name[start - 1] != ".")):
-        return False
-    return all(token in (_ANY, character) for token, character in zip(tokens, name[start:], strict=True))
-
-
-def _tokens(text: str) -> list[str] | None:
-    tokens, rest = [], iter(text)
-    for character in rest:
-        if character == ".":
-            tokens.append(_ANY)
-        elif character == "\\" and next(rest, None) == ".":
-            tokens.append(".")
-        elif character in _SPECIAL:
+    def _matches(self, expression: Step | None, name: str, starts: set[int]) -> bool | None:
+        if expression is None or "\n" in name:  # before which "$" matches, too
             return None
+        try:
+            return len(name) in expression(name, starts)
+        except _UndecidedError:
+            return None
+
+
+class _UndecidedError(Exception):
+    """Only running the expression could tell."""
+
+
+def _expression(key: str, left: list[int]) -> Step | None:
+    try:
+        step, end = _alternatives(key, 0, 0, left)
+    except (_UndecidedError, re.error):
+        return None
+    return step if end == len(key) else None
+
+
+def _alternatives(key: str, at: int, depth: int, left: list[int]) -> tuple[Step, int]:
+    """The step of ``key`` from ``at`` to its end or an unmatched bracket, and where that is."""
+    if depth > _MAX_DEPTH:
+        raise _UndecidedError
+    sequences: list[list[Step]] = [[]]
+    while at < len(key) and key[at] != ")":
+        if key[at] == "|":
+            sequences.append([])
+            at += 1
         else:
-            tokens.append(character)
-    return tokens
+            step, at = _one_step(key, at, depth, left)
+            sequences[-1].append(step)
+
+    def run(name: str, before: set[int]) -> set[int]:
+        after = set()
+        for steps in sequences:
+            here = before
+            for step in steps:
+                here = step(name, here)
+                left[0] -= len(here)
+                if not here:
+                    break
+            left[0] -= 1
+            if left[0] < 0:
+                raise _UndecidedError
+            after |= here
+        return after
+
+    return run, at
+
+
+def _one_step(key: str, at: int, depth: int, left: list[int]) -> tuple[Step, int]:
+    """The step that begins at ``key[at]``, with its repetition, and where it ends."""
+    if found := _TEXT.match(key, at):
+        text = re.sub(r"\\(.)", r"\1", found[0], flags=re.DOTALL)
+        return lambda name, before: {i + len(text) for i in before if name.startswith(text, i)}, found.end()
+    if key[at] == "^":
+        return lambda name, before: before & {0}, _not_repeated(key, at + 1)
+    if key[at] == "$":
+        return lambda name, before: before & {len(name)}, _not_repeated(key, at + 1)
+    if found := _GROUP.match(key, at):
+        step, at = _alternatives(key, found.end(), depth + 1, left)
+        if key[at : at + 1] != ")":
+            raise _UndecidedError
+        at += 1
+    elif found := _ONE.match(key, at):
+        one = re.compile(found[0])  # one character: there is nothing to try again
+        step, at = lambda name, before: {i + 1 for i in before if one.match(name, i)}, found.end()
+    else:
+        raise _UndecidedError
+    if found := _REPEATED.match(key, at):
+        sign, exactly, least, most = found.groups()
+        low, high = _RANGES[sign] if sign else (int(exactly or least), int(exactly or most or -1))
+        if -1 < high < low:
+            raise _UndecidedError
+        return _repeat(step, low, high, left), found.end()
+    return step, _not_repeated(key, at)
+
+
+def _not_repeated(key: str, at: int) -> int:
+    if key[at : at + 1] in ("*", "+", "?", "{"):
+        raise _UndecidedError
+    return at
+
+
+def _repeat(step: Step, low: int, high: int, left: list[int]) -> Step:
+    def run(name: str, before: set[int]) -> set[int]:
+        for _ in range(low):
+            left[0] -= _REPETITION
+            before = step(name, before)
+            if not before:
+                break
+        found, new, further = set(before), before, 0
+        while new and (high < 0 or further < high - low):
+            left[0] -= _REPETITION
+            new = step(name, new) - found
+            found |= new
+            further += 1
+        return found
+
+    return run

@@ -28,6 +28,7 @@ from fused_lora.modules.names import mismatch, some
 from fused_lora.modules.targets import (
     adapter_dtype,
     base_layer_of,
+    base_settings,
     candidates,
     in_out_features,
     is_supported,
@@ -96,6 +97,7 @@ def load_adapter(
         if not is_trainable:
             model.eval()
     warn_left_out(plan)
+    warn_of_another_base(model, plan)
     return adapter.config
 
 
@@ -106,6 +108,22 @@ def warn_left_out(plan: Plan) -> None:
             f"{plan.weights}: {len(plan.left_out)} of {len(plan.entries)} tensors are left out: {some(plan.left_out)}"
         )
         warnings.warn(text, stacklevel=3)
+
+
+def warn_of_another_base(model: nn.Module, plan: Plan) -> None:
+    """Warn where the adapter was saved over layers that were quantised in another way. Only its own files say how."""
+    modules, differ = dict(candidates(model)), {}
+    for path in plan.slots:
+        there, here = plan.base.get(path, {}), base_settings(modules[path])
+        topics = [topic for topic, text in there.items() if not here or here.get(topic, text) != text]
+        if topics:
+            found = ", ".join(here[topic] for topic in topics) if here else "not quantised"
+            differ.setdefault((", ".join(there[topic] for topic in topics), found), []).append(path)
+    for (there, here), paths in differ.items():
+        text = (
+            f"{plan.weights}: the adapter was saved over another base, {there:.200}; here it is {here}. Outputs differ"
+        )
+        warnings.warn(f"{text} by what quantisation changes in {len(paths)} layers: {some(paths)}", stacklevel=3)
 
 
 def _specs(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtype: bool) -> dict[str, LayerSpec]:

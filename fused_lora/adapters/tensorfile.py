@@ -36,6 +36,7 @@ KNOWN = {**DTYPES, **_INTEGERS}
 _NAMES = {dtype: name for name, dtype in KNOWN.items()}
 _METADATA = "__metadata__"
 _DIGEST = "fused_lora.sha256"
+_BASE = "fused_lora.quantised_base"
 _BLANK = "0" * 64
 
 
@@ -51,11 +52,15 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: the tensors in the order of their bytes, the header's raw bytes and the digest, if any."""
+    """A checked header: the tensors in the order of their bytes, the header's raw bytes and the digest, if any.
+
+    base: how layers of the base model were quantised when the file was written, by path and topic.
+    """
 
     entries: dict[str, TensorEntry]
     raw: bytes
     digest: str | None
+    base: dict[str, dict[str, str]]
 
 
 @contextlib.contextmanager
@@ -153,7 +158,8 @@ def read_header(path: str, file: io.FileIO, size: int) -> Header:
     raw = bytearray(length)
     read_exactly(path, file, raw)
     parsed = parse_json(path, bytes(raw))
-    digest = _digest_of(path, parsed.pop(_METADATA, {}))
+    metadata = parsed.pop(_METADATA, {})
+    digest, base = _digest_of(path, metadata), _base_of(path, metadata.get(_BASE, "{}"))
     entries = {name: _entry(path, name, value) for name, value in parsed.items()}
     entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
     position = 0
@@ -163,7 +169,7 @@ def read_header(path: str, file: io.FileIO, size: int) -> Header:
         position = entry.end
     if position != size - 8 - length:
         raise AdapterError(path, "data", f"{position} bytes of tensors", f"{size - 8 - length} bytes")
-    return Header(entries, bytes(prefix + raw), digest)
+    return Header(entries, bytes(prefix + raw), digest, base)
 
 
 def read_tensors(path: str, file: io.FileIO, header: Header) -> dict[str, torch.Tensor]:
@@ -185,11 +191,19 @@ def read_tensors(path: str, file: io.FileIO, header: Header) -> dict[str, torch.
     return tensors
 
 
-def write_tensors(file: io.FileIO, tensors: dict[str, torch.Tensor]) -> None:
-    """Write ``tensors`` (of ``KNOWN`` dtypes, on any device) as a safetensors file with a digest."""
+def write_tensors(
+    file: io.FileIO, tensors: dict[str, torch.Tensor], base: dict[str, dict[str, str]] | None = None
+) -> None:
+    """Write ``tensors`` (of ``KNOWN`` dtypes, on any device) as a safetensors file with a digest.
+
+    base: as of a :class:`Header`.
+    """
     # widest dtype first keeps every tensor aligned to its element size
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    entries: dict[str, Any] = {_METADATA: {"format": "pt", _DIGEST: _BLANK}}
+    metadata = {"format": "pt", _DIGEST: _BLANK}
+    if base:
+        metadata[_BASE] = json.dumps(base)
+    entries: dict[str, Any] = {_METADATA: metadata}
     position = 0
     for name in order:
         tensor = tensors[name]
@@ -223,6 +237,14 @@ def _digest_of(path: str, metadata: Any) -> str | None:
     if digest is not None and (len(digest) != 64 or set(digest) - set("0123456789abcdef")):
         raise AdapterError(path, _DIGEST, "64 hexadecimal digits", digest)
     return digest
+
+
+def _base_of(path: str, text: str) -> dict[str, dict[str, str]]:
+    found = parse_json(path, text.encode("utf-8", "surrogatepass"))
+    for topics in found.values():
+        if not (isinstance(topics, dict) and all(isinstance(value, str) for value in topics.values())):
+            raise AdapterError(path, _BASE, "an object of objects of strings", topics)
+    return found
 
 
 def _entry(path: str, name: str, value: Any) -> TensorEntry:

@@ -22,7 +22,7 @@ from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import adapter_configs, adapter_parameters, check_adapter_name, check_names, lora_layers
 from fused_lora.modules.of_peft import refuse
-from fused_lora.modules.targets import base_layer_of, candidates
+from fused_lora.modules.targets import base_layer_of, base_settings, candidates
 from fused_lora.modules.tree import named_modules, own_path, unwrapped
 
 _ENDS = {field: end for end, field in SLOTS.items()}
@@ -111,13 +111,18 @@ def write_adapter(
     if base_model_name_or_path is not None:
         entries["base_model_name_or_path"] = base_model_name_or_path
     text = config_text(entries)
+    base = {
+        own_path(path): settings
+        for path, layer in lora_layers(model).items()
+        if adapter_name in layer.lora_A and (settings := base_settings(layer))
+    }
 
     def write(stage: str) -> tuple[str, ...]:
         for name in further or ():
             with open(os.path.join(stage, name), "xb", buffering=0) as file:
                 write_tensors(file, {key: tensor for (of, key), tensor in flat.items() if of == name})
         weights = {key: tensor for (of, key), tensor in flat.items() if of == WEIGHTS_NAME}
-        return *write_files(stage, text, weights), *(further or ())
+        return *write_files(stage, text, weights, base), *(further or ())
 
     if here or mesh is not None:
         once(mesh, lambda: replace_directory(folder, write))
@@ -136,10 +141,15 @@ def config_text(entries: dict[str, Any]) -> str:
     return json.dumps(dict(sorted(entries.items())), indent=2, allow_nan=False)
 
 
-def write_files(folder: str, config: str, tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
+def write_files(
+    folder: str,
+    config: str,
+    tensors: dict[str, torch.Tensor],
+    base: dict[str, dict[str, str]] | None = None,
+) -> tuple[str, str]:
     """Write both files of a checkpoint into ``folder``, where they must not be yet; their names."""
     with open(os.path.join(folder, WEIGHTS_NAME), "xb", buffering=0) as file:
-        write_tensors(file, tensors)
+        write_tensors(file, tensors, base)
     with open(os.path.join(folder, CONFIG_NAME), "x", encoding="utf-8") as file:
         file.write(config)
     return CONFIG_NAME, WEIGHTS_NAME
@@ -204,7 +214,7 @@ def _config_entries(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
 
 
 def _plain_alphas(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, float]:
-    """alpha_pattern, with a path for each layer where a key is an expression, which readers of a file must not run."""
+    """alpha_pattern, or a path for each layer if a key is an expression that the reader of a file does not decide."""
     table = PatternTable(config.alpha_pattern, config.lora_alpha)
     alphas = {p: m.lora_alpha[adapter_name] for p, m in lora_layers(model).items() if adapter_name in m.lora_alpha}
     if all(len(table.possible(path)) == 1 for path in alphas):

@@ -39,7 +39,8 @@ class Grid(NamedTuple):
     """A quantised weight: codes times a scale for each ``blocksize`` values of a row.
 
     name: such as "nf4". code: [16]. dtype: what its values are rounded to before a merge adds to them. nested: code and
-    block size of the scales where they are quantised, too. repacked: a call has rounded the scales since.
+    block size of the scales where they are quantised, too. repacked: a call has rounded the scales since. rounding:
+    absolute, of a block's largest magnitude, by scales that may be subnormal.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Grid(NamedTuple):
     dtype: torch.dtype
     nested: tuple[Tensor, int] | None
     repacked: bool
+    rounding: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.name} in blocks of {self.blocksize}" + ", double quantised" * (self.nested is not None)
@@ -85,6 +87,10 @@ class Base:
         """None where :meth:`merge_` can write, else what the weight is instead."""
         # parametrized: computed anew at each use; a subclass: packed or sharded, written to by its library alone
         return why_not_plain_weight(module._parameters.get("weight")) if self.merge_weight(module) is None else None
+
+    def why_not_dense(self, module: nn.Module) -> str | None:
+        """None where :meth:`dense_weight` and :meth:`become_linear` work, else what the weight is instead."""
+        return self.why_not_merged(module)
 
     def merge_(self, module: nn.Module, factors: Factors, fan_in_fan_out: bool) -> Any:
         """Add the adapters to the weight; returns the record that the three below take.
@@ -138,8 +144,26 @@ class Base:
         """How the weight is quantised; None where it is not."""
         return None
 
+    def settings(self, module: nn.Module) -> dict[str, str]:
+        """How the weight is quantised and computed with, in words by topic; empty where it is not quantised.
+
+        A topic that is not known now is left out: a call may set the compute dtype, and repack the scales.
+        """
+        grid = self.grid(module)
+        if grid is None:
+            return {}
+        found = {"weight": f"{grid.name} in blocks of {grid.blocksize}"}
+        if self.bits == 4 and not grid.repacked:
+            found["scales"] = "single quantised" if grid.nested is None else "double quantised"
+        compute = getattr(module, "compute_dtype", None)
+        return found if compute is None else found | {"product": f"computed in {compute}".replace("torch.", "")}
+
     def operand_dtype(self, module: nn.Module, x: Tensor) -> torch.dtype | None:
         """What a call with ``x`` rounds x and the weight's values to; None: nothing is rounded."""
+        return None
+
+    def input_step(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """[rows, 1]: how far a call moves an element of x [rows, K] at most to quantise it; None: it does not."""
         return None
 
     def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
@@ -166,14 +190,15 @@ def _writable(module: nn.Module) -> Tensor:
     return twin.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
 
 
-_OF_CLASS: dict[type[nn.Module], Base] = {}  # of the registered names, those that have been met
+_OF_CLASS: dict[type, Base] = {}  # of the registered names, those that have been met
 _KINDS: dict[tuple[str, str] | None, Base] = {}  # (module, qualified name) of a class, None for all others
 
 
 def register(base: Base, *names: str) -> Base:
     """Let ``base`` answer for modules of exactly these classes ("package.module.Class"); without names for all others.
 
-    A class that two files claim goes to the later one. Subclasses are classes of their own.
+    A class of tensors stands for nn.Linear with such a weight. A class that two files claim goes to the later one.
+    Subclasses are classes of their own.
 
     Returns:
         ``base``.
@@ -189,14 +214,21 @@ def register(base: Base, *names: str) -> Base:
 
 def base_of(module: nn.Module) -> Base:
     """What answers for ``module``."""
+    # written out: this runs several times in every call
     kind = type(module)
     if torch.compiler.is_compiling():  # what is kept below would be a guard, and a class that is met a new compilation
-        return _KINDS.get((kind.__module__, kind.__qualname__), _KINDS[None])
-    found = _OF_CLASS.get(kind)
-    if found is None:
-        found = _KINDS.get((kind.__module__, kind.__qualname__))
-        if found is None:
-            return _KINDS[None]
+        found = _KINDS.get((kind.__module__, kind.__qualname__), _KINDS[None])
+    else:
+        found = _OF_CLASS.get(kind) or _registered(kind) or _KINDS[None]
+    if kind is not nn.Linear or (weight := type(module._parameters.get("weight"))) in _TENSORS:
+        return found
+    return _registered(weight) or found
+
+
+def _registered(kind: type) -> Base | None:
+    """What is registered for a class."""
+    found = _KINDS.get((kind.__module__, kind.__qualname__))
+    if found is not None and not torch.compiler.is_compiling():
         _OF_CLASS[kind] = found
     return found
 

@@ -1,9 +1,10 @@
 """bitsandbytes' Linear4bit (NF4 and FP4): base and adapters in one operator, which dequantises for each product.
 
 The weight has the values that the library's own forward multiplies with: code times scale in fp32, rounded to the
-compute dtype. In ``eval()`` without gradients the layer itself is called, whose kernels for few rows read 4 bits. On
-CPUs with AVX512-BF16 that call repacks the weight in place, and its scales to bf16. The library's own training then has
-no gradient, and its own merge reads other weights; the fused forward and backward read the new layout too.
+compute dtype. A forward of few rows on a GPU reads the 4 bits themselves. Otherwise, in ``eval()`` without gradients,
+the layer itself is called. On CPUs with AVX512-BF16 that call repacks the weight in place, and its scales to bf16. The
+library's own training then has no gradient, and its own merge reads other weights; the fused forward and backward read
+the new layout too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fused_lora.bases.base import (
 )
 from fused_lora.bases.requantised import BLOCK_VALUES, Requantised, summed_delta
 from fused_lora.ops.dequant import FourBit, dequantise_4bit
-from fused_lora.ops.linear import packed
+from fused_lora.ops.linear import packed, plan
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -48,6 +49,9 @@ class Weight(packed.Packed):
         if state.nested:
             inner = state.state2
             self.nested = inner.code, inner.absmax, inner.blocksize, state.offset
+        if not self.repacked:
+            own = self.bytes, self.code, self.absmax, self.nested, self.blocksize, self.shape, self.dtype
+            self.four_bit = FourBit(*own)
 
     def scales(self) -> Tensor:
         """fp32, one to each ``blocksize`` values in the order of the rows."""
@@ -59,10 +63,9 @@ class Weight(packed.Packed):
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """As :meth:`Packed.to`; on a GPU by one launch."""
-        if self.repacked:
+        if self.four_bit is None:
             return super().to(dtype)
-        own = FourBit(self.bytes, self.code, self.absmax, self.nested, self.blocksize, self.shape, self.dtype)
-        return dequantise_4bit(own, lambda: super(Weight, self).to(self.dtype)).to(dtype)
+        return dequantise_4bit(self.four_bit, lambda: super(Weight, self).to(self.dtype)).to(dtype)
 
     def blocks(self, step: int) -> Iterator[tuple[int, int, Tensor]]:
         """As :meth:`Packed.blocks`. Fewer rows than all only where each row begins with a scale of its own."""
@@ -112,6 +115,15 @@ def compute_dtype(module: Any, x: Tensor) -> torch.dtype:
     return own
 
 
+def _reads_4_bits(module: Any, x: Tensor) -> bool:
+    """Whether the fused product of x would read the weight as it is."""
+    K, weight = module.in_features, module._parameters["weight"]
+    dtype = packed.operand_dtype(x)
+    if dtype is not compute_dtype(module, x) or _is_repacked(weight.quant_state):
+        return False
+    return plan.reads_4_bits(x.numel() // K, K, weight.quant_state.blocksize, dtype, x.device)
+
+
 class Linear4bit(Requantised):
     """A Params4bit of [N, K] values and a bias [N] or None."""
 
@@ -132,12 +144,12 @@ class Linear4bit(Requantised):
         return reason or why_not_plain_bias(parameters, module.out_features)
 
     def why_not_call(self, module: Any, x: Tensor, outputs: int) -> str | None:
-        """None where x fits and a gradient may be wanted, or in training."""
+        """None where x fits and a gradient may be wanted, in training, or for few rows on a GPU."""
         if reason := why_not_fits(module._parameters, x, module.in_features, module.out_features, outputs):
             return reason
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return "torch.compile or a dispatch mode over a 4-bit base"
-        if not (module.training or torch.is_grad_enabled()):
+        if not (module.training or torch.is_grad_enabled() or _reads_4_bits(module, x)):
             return "inference over a 4-bit base"
         if x.is_cpu:
             # the operator computes in fp32; after the layer's call of a repacked weight there is no backward

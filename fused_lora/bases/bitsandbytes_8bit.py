@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.bases.base import Factors, register
+from fused_lora.bases.base import Factors, Grid, register
 from fused_lora.bases.requantised import BLOCK_VALUES, Requantised
 
 
@@ -86,6 +86,27 @@ class Linear8bit(Requantised):
             key for key, hook in hooks.items() if "maybe_rearrange_weight" in repr(getattr(hook, "hook", hook))
         ]:
             del hooks[key]
+
+    def grid(self, module: Any) -> Grid:
+        """A scale for each row; what is quantised was rounded to fp16."""
+        data = module._parameters["weight"].data
+        code = torch.arange(-127, 128, device=data.device) / 127
+        return Grid("int8", code, module.in_features, torch.float16, None, False)
+
+    def settings(self, module: Any) -> dict[str, str]:
+        """As :meth:`Base.settings`."""
+        return {"weight": "int8 by rows", "product": f"outliers from {module.state.threshold}"}
+
+    def operand_dtype(self, module: Any, x: Tensor) -> torch.dtype:
+        """fp16, before x is quantised; columns with outliers are multiplied in x's dtype."""
+        return torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float16
+
+    def input_step(self, module: Any, x: Tensor) -> Tensor:
+        """Half a step of 127 to the largest of each row that is no outlier."""
+        threshold, size = module.state.threshold, x.abs().float()
+        if threshold > 0.0:  # of x in fp16
+            size = size.masked_fill(size >= threshold * (1 + 2.0**-10), 0.0)
+        return size.amax(1, keepdim=True) / 254
 
     def copy_weight(self, module: Any) -> None:
         """A parameter over the same bytes and a state of its own: a call moves the scales from one to the other."""

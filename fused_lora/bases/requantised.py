@@ -1,4 +1,4 @@
-"""What bitsandbytes' quantised bases share: a merge makes a new parameter, and keeps the old one as the record."""
+"""What quantised bases share: a merge makes a new parameter, and keeps the old one as the record."""
 
 from __future__ import annotations
 
@@ -41,11 +41,16 @@ def summed_delta(factors: Factors) -> Tensor:
 class Requantised(Base):
     """A packed [N, K] of ``bits`` bits and a bias [N] or None.
 
-    state_name: the module's attribute that goes with the parameter. own_attributes: those that an nn.Linear has not.
+    state_name: of what goes with the parameter in ``held(module)``, if anything does. own_attributes: those that an
+    nn.Linear has not.
     """
 
-    state_name: str
+    state_name: str | None
     own_attributes: tuple[str, ...]
+
+    def held(self, module: Any) -> dict[str, Any]:
+        """Where the state is: the module's attributes."""
+        return module.__dict__
 
     def values(self, module: Any, weight: Any, state: Any) -> Tensor:
         """[N, K] in fp32 of one parameter, as the library dequantises it."""
@@ -72,10 +77,12 @@ class Requantised(Base):
         lora_A, lora_B, scaling = factors
         frozen = [t.detach().clone() for t in lora_A], [t.detach().clone() for t in lora_B], list(scaling)
         after, state = self.requantised(module, frozen)
-        record = Merged(module._parameters["weight"], after, frozen, module.__dict__.get(self.state_name))
+        held: dict[Any, Any] = self.held(module)
+        record = Merged(module._parameters["weight"], after, frozen, held.get(self.state_name))
         # no call from here on: in one an interrupt would lose the record
         module._parameters["weight"] = after
-        module.__dict__[self.state_name] = state
+        if self.state_name is not None:
+            held[self.state_name] = state
         return record
 
     def unmerge_(self, module: Any, record: Merged) -> None:
@@ -83,8 +90,10 @@ class Requantised(Base):
         weight = module._parameters.get("weight")
         if weight is not record.after or weight.device != record.before.device:
             raise RuntimeError("weight: it was replaced or moved while merged; nothing was unmerged")
+        held = self.held(module)
         module._parameters["weight"] = record.before
-        module.__dict__[self.state_name] = record.state
+        if self.state_name is not None:
+            held[self.state_name] = record.state
 
     def factors(self, record: Merged, fan_in_fan_out: bool) -> Factors:
         """The adapters that were merged, frozen."""
@@ -92,8 +101,9 @@ class Requantised(Base):
 
     def delta_fidelity(self, module: Any, record: Merged) -> float:
         """Share of the delta that requantisation lost; 0 for a delta of zeros."""
+        held: dict[Any, Any] = self.held(module)
         before = self.values(module, record.before, record.state)
-        after = self.values(module, module._parameters["weight"], module.__dict__.get(self.state_name))
+        after = self.values(module, module._parameters["weight"], held.get(self.state_name))
         delta = summed_delta(record.factors)
         wanted = delta.norm().item()
         return (after - before - delta).norm().item() / wanted if wanted else 0.0

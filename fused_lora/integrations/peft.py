@@ -48,12 +48,12 @@ _installed: dict[str, Any] = {}  # empty, or the method that install() has repla
 def accelerate(model: nn.Module) -> nn.Module:
     """Make the LoRA linears of a PEFT model fast, in place. :func:`restore` takes it back.
 
-    Every exact ``peft.tuners.lora.Linear``, ``Linear4bit`` or ``Linear8bitLt`` gets a subclass of itself, and the model
-    two hooks that note its calls. Parameters, buffers, other hooks, state-dict keys, checkpoints and PEFT's own methods
-    stay. At every call the layer decides: plain LoRA over a plain or 4-bit linear layer runs in one operator; over any
-    other base layer (hooked, offloaded, sharded, of an unknown class) the base runs as it is, and the adapters in one
-    operator around it; anything else (merged, disabled, DoRA, hooks on lora_A, ...) runs PEFT's own forward. Merging
-    rounds once, and unmerging gives back the exact bits.
+    Every exact ``peft.tuners.lora.Linear`` gets a subclass of itself, and so do PEFT's classes over layers of
+    bitsandbytes, torchao, GPTQ and AWQ; the model gets two hooks that note its calls. Parameters, buffers, other hooks,
+    state-dict keys, checkpoints and PEFT's own methods stay. At every call the layer decides: plain LoRA over a plain,
+    4-bit or torchao linear layer runs in one operator; over any other base layer (hooked, offloaded, sharded, of an
+    unknown class) the base runs as it is, and the adapters in one operator around it; anything else (merged, disabled,
+    DoRA, hooks on lora_A, ...) runs PEFT's own forward. Merging rounds once, and unmerging gives back the exact bits.
 
     Layers that PEFT adds to a PeftModel later are accelerated too. After an injection into a bare model (a second
     ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``.
@@ -284,7 +284,7 @@ def _our_classes() -> tuple[type[nn.Module], ...]:
 
 
 def _adopt(module: nn.Module) -> nn.Module:
-    """Give an exact lora.Linear, Linear4bit or Linear8bitLt the accelerated class; anything else is left alone."""
+    """Give an exact layer of one of the stock classes the accelerated class; anything else is left alone."""
     stock = type(module)
     if stock in stock_classes():
         _change_class(module, stock, accelerated(stock))

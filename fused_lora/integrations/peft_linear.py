@@ -1,6 +1,6 @@
 """PEFT's ``lora.Linear`` with a fused forward and an exact merge: the class that accelerated layers are given.
 
-``lora.Linear4bit`` and ``lora.Linear8bitLt``, over quantised bases of bitsandbytes, get the same.
+Its classes over quantised bases of bitsandbytes, torchao, GPTQ and AWQ get the same.
 
 It adds no parameter and no buffer. Beside its class a layer gets what it remembers of its last calls, and while merged
 the record; ``restore`` removes both. Whatever the fused operator does not cover goes to PEFT's own method.
@@ -25,8 +25,16 @@ from fused_lora.bases.bitsandbytes_4bit import is_repacked
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plain_dropout
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
+from fused_lora.modules.offload import refuse_sharded
 
-_QUANTISED = ("Linear4bit", "Linear8bitLt")  # PEFT's classes over layers of bitsandbytes
+# PEFT's classes that have an accelerated one, by their modules in peft.tuners.lora
+_STOCK = {
+    "layer": ("Linear",),
+    "bnb": ("Linear4bit", "Linear8bitLt"),  # exists where bitsandbytes does
+    "torchao": ("TorchaoLoraLinear",),
+    "gptq": ("GPTQLoraLinear",),
+    "awq": ("AwqLoraLinear",),
+}
 FUSED, AROUND = "fused", "fused around the base: "
 _OF_VARIANTS = ("adapter_names", "alora_offsets")  # arguments that PEFT keeps from the base layer
 _WRAPPED = (
@@ -113,6 +121,8 @@ class AcceleratedLinear(FusedLoraBehaviour):
         A weight that was itself changed, cast or moved since the merge is unmerged by PEFT's subtraction, with a
         warning.
         """
+        if self.merged:
+            refuse_sharded(self, "unmerged")
         if self.merged and self.merge_state is not None:
             try:
                 return super().unmerge()
@@ -184,9 +194,13 @@ class AcceleratedLinear(FusedLoraBehaviour):
 
     def _merge_by_peft(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         self._refuse_repacked("merged")
+        refuse_sharded(self, "merged")
         before = len(self.merged_adapters)
         try:
             super(FusedLoraBehaviour, self).merge(safe_merge, adapter_names)
+        except NotImplementedError as error:
+            why = base_of(self.base_layer).why_not_merged(self.base_layer)
+            raise NotImplementedError(str(error) or f"base_layer: {why}, so nothing was merged into it") from error
         finally:
             if len(self.merged_adapters) > before:
                 self.merge_state = None  # what PEFT has added, only PEFT can take away
@@ -216,20 +230,19 @@ def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def stock_classes() -> tuple[type[nn.Module], ...]:
-    """The classes of PEFT that have an accelerated one: Linear, and the two quantised ones, if they were imported."""
-    from peft.tuners.lora.layer import Linear
+    """The classes of PEFT that have an accelerated one, of those modules that were imported."""
+    import peft.tuners.lora
 
-    found = vars(sys.modules["peft.tuners.lora.bnb"]) if "peft.tuners.lora.bnb" in sys.modules else {}
-    return (Linear, *(found[name] for name in _QUANTISED if name in found))
+    package = peft.tuners.lora.__name__
+    modules = {name: sys.modules.get(f"{package}.{name}") for name in _STOCK}
+    return tuple(getattr(modules[name], own) for name in _STOCK if modules[name] is not None for own in _STOCK[name])
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    if name in _QUANTISED:  # where pickle looks for the class of a layer
-        from peft.tuners.lora import bnb
-
-        return accelerated(getattr(bnb, name))
-    if name == "Linear":
-        return accelerated(stock_classes()[0])
+    if any(name in names for names in _STOCK.values()):  # where pickle looks for the class of a layer
+        if name in _STOCK["bnb"]:
+            import peft.tuners.lora.bnb  # noqa: F401
+        return accelerated(next(stock for stock in stock_classes() if stock.__name__ == name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

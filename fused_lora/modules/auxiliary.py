@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.merged_state import MergedState
-from fused_lora.modules.mixed import rows_by_name
+from fused_lora.modules.mixed import Context, MixedBatch, rows_by_name
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import is_offloaded
 from fused_lora.modules.tree import named_modules, places, unwrapped
@@ -35,7 +35,8 @@ class Auxiliary(nn.Module):
         super().__init__()
         self.active_adapter: str | None = None
         self.disable_adapters = False
-        self.batch_adapter_names: list[str] | None = None  # set for the duration of fused_lora.adapter_batch
+        self.context: Context | None = None  # set for the duration of fused_lora.disable_adapters
+        self.mixed_batch: MixedBatch | None = None  # set for the duration of fused_lora.adapter_batch
         self.train(original.training)
 
     @property
@@ -60,11 +61,11 @@ class Auxiliary(nn.Module):
         """Call the part of the adapter in effect. In a mixed batch each row has its own; args[0] is [rows, ...]."""
         if CHANGING:
             wait_for_change(self)
-        if self.batch_adapter_names is None or self.disable_adapters:
+        if self.mixed_batch is None or self.disable_adapters:
             return self.run(self.in_effect(), *args, **kwargs)
         x: Any = args[0]
         result: Any = None
-        names = [name if name in self.held else None for name in self.batch_adapter_names]
+        names = [name if name in self.held else None for name in self.mixed_batch.names]
         for chosen, rows in rows_by_name(names, x, len(x)).items():
             y = self.run(chosen, x[rows], *args[1:], **kwargs)
             result = y.new_empty((len(x), *y.shape[1:])) if result is None else result

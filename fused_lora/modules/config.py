@@ -52,6 +52,32 @@ class LayerTensors:
     base_bias: torch.Tensor | None = None
 
 
+class FieldError(Exception):
+    """A field of a LoraConfig, or an argument like one, is refused: a FieldTypeError or a FieldValueError.
+
+    Attributes:
+        field: its name.
+        expected: what it must be, as text.
+        found: what it is, or the part of it at fault.
+        part: what of the field, as ``['q_proj']`` of a dict, or "".
+    """
+
+    def __init__(self, field: str, expected: str, found: Any, part: str = ""):
+        super().__init__(field, expected, found, part)
+        self.field, self.expected, self.found, self.part = field, expected, found, part
+
+    def __str__(self) -> str:
+        return f"{self.field}{self.part} must be {self.expected}, got {self.found!r}"
+
+
+class FieldTypeError(FieldError, TypeError):
+    """A field of the wrong type. A TypeError."""
+
+
+class FieldValueError(FieldError, ValueError):
+    """A field whose value is out of range or not supported. A ValueError."""
+
+
 def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     """lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``, as PEFT computes it in Python floats."""
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
@@ -133,14 +159,14 @@ class LoraConfig:
             check_bool(name, getattr(self, name))
         for name in ("base_model_name_or_path", "revision", "task_type"):
             if not isinstance(getattr(self, name), (str, type(None))):
-                raise TypeError(f"{name} must be a str or None, got {getattr(self, name)!r}")
+                raise FieldTypeError(name, "a str or None", getattr(self, name))
         if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ValueError(f"task_type must be one of {', '.join(TASK_TYPES)} or None, got {self.task_type!r}")
+            raise FieldValueError("task_type", f"one of {', '.join(TASK_TYPES)} or None", self.task_type)
         check_rank("r", self.r)
         check_alpha("lora_alpha", self.lora_alpha)
         check_dropout("lora_dropout", self.lora_dropout)
         if self.bias not in BIAS_MODES:
-            raise ValueError(f"bias must be one of {', '.join(BIAS_MODES)}, got {self.bias!r}")
+            raise FieldValueError("bias", f"one of {', '.join(BIAS_MODES)}", self.bias)
         self._validate_init()
         self._validate_targets()
         self._validate_patterns()
@@ -151,7 +177,7 @@ class LoraConfig:
         init = self.init_lora_weights
         check_init(init)
         if self.lora_bias and not isinstance(init, bool):
-            raise ValueError(f"lora_bias=True needs init_lora_weights=True or False, got {init!r}")
+            raise FieldValueError("init_lora_weights", "True or False with lora_bias=True", init)
 
     def _validate_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -159,7 +185,7 @@ class LoraConfig:
             if isinstance(value, (list, tuple, set, frozenset)):
                 _check_items(name, value, str)
             elif not isinstance(value, (str, type(None))):
-                raise TypeError(f"{name} must be a list of names, one regular expression or None, got {value!r}")
+                raise FieldTypeError(name, "a list of names, one regular expression or None", value)
         layers, pattern = self.layers_to_transform, self.layers_pattern
         if isinstance(layers, (list, tuple)):
             _check_items("layers_to_transform", layers, int)
@@ -170,50 +196,51 @@ class LoraConfig:
         elif pattern is not None:
             _check_items("layers_pattern", [pattern], str)
         if isinstance(self.target_modules, str) and layers is not None:
-            raise ValueError("layers_to_transform cannot be used when target_modules is a str")
+            raise FieldValueError("layers_to_transform", "None when target_modules is a str", layers)
         if isinstance(self.target_modules, str) and pattern is not None:
-            raise ValueError("layers_pattern cannot be used when target_modules is a str")
+            raise FieldValueError("layers_pattern", "None when target_modules is a str", pattern)
         if pattern and layers is None:
-            raise ValueError("layers_pattern needs layers_to_transform")
+            raise FieldValueError("layers_pattern", "None without layers_to_transform", pattern)
 
     def _validate_patterns(self) -> None:
         for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
             pattern = getattr(self, name)
             if not isinstance(pattern, dict):
-                raise TypeError(f"{name} must be a dict, got {pattern!r}")
+                raise FieldTypeError(name, "a dict", pattern)
             for key, value in pattern.items():
                 if not isinstance(key, str):
-                    raise TypeError(f"{name} must have str keys, got {key!r}")
-                check(f"{name}[{key!r}]", value)
+                    raise FieldTypeError(name, "a dict with str keys", key)
+                check(name, value, f"[{key!r}]")
 
     def _validate_saved(self) -> None:
         names, tokens = self.modules_to_save, self.trainable_token_indices
         if not isinstance(names, (list, tuple, type(None))):
-            raise TypeError(f"modules_to_save must be a list of names or None, got {names!r}")
+            raise FieldTypeError("modules_to_save", "a list of names or None", names)
         _check_items("modules_to_save", names or (), str)
         if not all(names or ()):
-            raise ValueError(f"modules_to_save must hold names that are not empty, got {names!r}")
+            raise FieldValueError("modules_to_save", "a list of names that are not empty", names)
         for name, indices in (tokens if isinstance(tokens, dict) else {"": tokens}).items():
             if tokens is None:
                 break
             if not isinstance(name, str) or not isinstance(indices, (list, tuple)):
-                raise TypeError(f"trainable_token_indices must be a list of integers or a dict of them, got {tokens!r}")
+                raise FieldTypeError("trainable_token_indices", "a list of integers or a dict of them", tokens)
             _check_items("trainable_token_indices", indices, int)
             if not indices or len(set(indices)) != len(indices) or (isinstance(tokens, dict) and not name):
-                raise ValueError(f"trainable_token_indices must hold different tokens, at least one, got {tokens!r}")
+                raise FieldValueError("trainable_token_indices", "different tokens, at least one", tokens)
         if self.bias == "all" and (names or tokens):
-            raise ValueError("bias='all' is not supported with modules_to_save and trainable_token_indices")
+            expected = "none or lora_only with modules_to_save or trainable_token_indices"
+            raise FieldValueError("bias", expected, self.bias)
 
     def _validate_extra(self) -> None:
         if not isinstance(self.extra, dict):
-            raise TypeError(f"extra must be a dict, got {self.extra!r}")
+            raise FieldTypeError("extra", "a dict", self.extra)
         for key, value in self.extra.items():
             if key in _FIELDS or key in ("peft_type", "extra"):
-                raise ValueError(f"extra must not hold {key!r}: it is a field of LoraConfig")
+                raise FieldValueError("extra", f"without {key!r}, a field of LoraConfig", self.extra)
             if key in _INERT and isinstance(value, _INERT[key]) and not isinstance(value, bool):
                 continue
             if not is_neutral(value):
-                raise ValueError(f"{key!r} is not supported by fused_lora, got {value!r}")
+                raise FieldValueError(key, "null, false or empty: it is not supported by fused_lora", value)
 
     def layer_rank_alpha(self, name: str) -> tuple[int, float]:
         """(r, lora_alpha) of the module at path ``name``, by PEFT's rule.
@@ -242,10 +269,10 @@ class LoraConfig:
         if not isinstance(entries, Mapping):
             raise TypeError(f"expected the entries of an adapter_config.json as a dict, got {type(entries).__name__}")
         if entries.get("peft_type") != "LORA":
-            raise ValueError(f"peft_type must be 'LORA', got {entries.get('peft_type')!r}")
+            raise FieldValueError("peft_type", "'LORA'", entries.get("peft_type"))
         for key in ("r", "lora_alpha"):
             if key not in entries:
-                raise ValueError(f"{key!r} is missing")
+                raise FieldValueError(key, "an entry of adapter_config.json", None)
         known = {key: copy.deepcopy(value) for key, value in entries.items() if key in _FIELDS}
         other = {key: copy.deepcopy(value) for key, value in entries.items() if key not in {*_FIELDS, "peft_type"}}
         return cls(**known, extra=other)
@@ -272,8 +299,8 @@ def as_lora_config(config: Any) -> LoraConfig:
         entries[name] = getattr(entries[name], "value", entries[name])
     try:
         return LoraConfig.from_dict(entries)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"config: {error}") from None
+    except FieldError as error:
+        raise type(error)(f"config: {error.field}", error.expected, error.found, error.part) from None
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra")
@@ -291,51 +318,53 @@ def matches_end(key: str, name: str) -> bool:
 def _check_items(name: str, values: Any, kind: type) -> None:
     for value in values:
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise TypeError(f"{name} must hold {kind.__name__} values only, got {value!r}")
+            raise FieldTypeError(name, f"made of {kind.__name__} values only", value)
         if kind is int and value < 0:
-            raise ValueError(f"{name} must not be negative, got {value!r}")
+            raise FieldValueError(name, "made of numbers that are not negative", value)
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise TypeError unless ``value`` is an int or a float."""
+def check_number(name: str, value: Any, part: str = "") -> None:
+    """Raise FieldTypeError unless ``value`` is an int or a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise FieldTypeError(name, "a number", value, part)
 
 
-def check_rank(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless ``value`` is an int from 1 to MAX_RANK."""
+def check_rank(name: str, value: Any, part: str = "") -> None:
+    """Raise FieldTypeError or FieldValueError unless ``value`` is an int from 1 to MAX_RANK."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a positive integer, got {value!r}")
+        raise FieldTypeError(name, "a positive integer", value, part)
     if not 1 <= value <= MAX_RANK:
-        raise ValueError(f"{name} must be a positive integer, at most {MAX_RANK}, got {value!r}")
+        raise FieldValueError(name, f"a positive integer, at most {MAX_RANK}", value, part)
 
 
-def check_alpha(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless ``value`` is a number of at most MAX_ALPHA in size."""
-    check_number(name, value)
+def check_alpha(name: str, value: Any, part: str = "") -> None:
+    """Raise FieldTypeError or FieldValueError unless ``value`` is a number of at most MAX_ALPHA in size."""
+    check_number(name, value, part)
     # comparison first: an int of any size compares exactly, NaN compares false
     if not -MAX_ALPHA <= value <= MAX_ALPHA:
-        raise ValueError(f"{name} must be finite and at most {MAX_ALPHA:.0f} in size, got {value!r}")
+        raise FieldValueError(name, f"finite and at most {MAX_ALPHA:.0f} in size", value, part)
 
 
 def check_dropout(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless ``value`` is a number in [0, 1]."""
+    """Raise FieldTypeError or FieldValueError unless ``value`` is a number in [0, 1]."""
     check_number(name, value)
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+        raise FieldValueError(name, "in [0, 1]", value)
 
 
 def check_bool(name: str, value: Any) -> None:
-    """Raise TypeError unless ``value`` is True or False."""
+    """Raise FieldTypeError unless ``value`` is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise FieldTypeError(name, "True or False", value)
 
 
 def check_init(value: Any) -> None:
-    """Raise ValueError unless ``value`` is an init_lora_weights that leaves the base weights and the forward alone."""
+    """Raise FieldValueError unless ``value`` is an init_lora_weights that leaves base weights and forward alone."""
     if not (isinstance(value, bool) or (isinstance(value, str) and value in ("gaussian", "orthogonal", "eva"))):
-        raise ValueError(
-            f"init_lora_weights must be True, False, 'gaussian', 'orthogonal' or 'eva' (files only), got {value!r}; "
-            "other initialisations of PEFT are not supported (most rewrite the base weights; PEFT's save_pretrained "
-            "with path_initial_model_for_weight_conversion writes a plain adapter)"
+        raise FieldValueError(
+            "init_lora_weights",
+            "True, False, 'gaussian', 'orthogonal' or 'eva' (files only). Other initialisations of PEFT are not "
+            "supported: most rewrite the base weights. PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion writes a plain adapter",
+            value,
         )

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import base_of
+from fused_lora.bases.foreign import has_packed_weight
 from fused_lora.bases.requantised import rounded_bias
+from fused_lora.bases.torchao import is_of_torchao
 from fused_lora.modules.mixin import FusedLoraBehaviour
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import named_modules, places
@@ -111,16 +113,17 @@ def _parts_of(module: Any, layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tens
     return base_of(module).dense_weight(module, ([], [], []), dtype), rounded_bias(module.bias, dtype)
 
 
-def _why_not_dense(module: nn.Module, layer: Any) -> str | None:
+def _why_not_dense(module: Any, layer: Any) -> str | None:
     """None for a module without a quantised weight, and where its LoRA layer, if any, can be merged."""
     if not base_of(module).bits:
         other = [p for p in module._parameters.values() if p is not None and p.dtype not in FLOAT_DTYPES]
-        other += [p for p in module._parameters.values() if hasattr(p, "quant_state")]
+        other += [p for p in module._parameters.values() if hasattr(p, "quant_state") or is_of_torchao(p)]
+        other += [module.qweight] if has_packed_weight(module) else []
         if other:
             kind = f"{type(module).__name__} with a {type(other[0]).__name__} of {other[0].dtype}"
-            return f"a {kind} cannot be dequantised here, only Linear4bit and Linear8bitLt of bitsandbytes"
+            return f"a {kind} cannot be dequantised here, only bitsandbytes', torchao's and block-scaled fp8 weights"
         return None
-    if why := base_of(module).why_not_merged(module):
+    if why := base_of(module).why_not_dense(module):
         return why
     own = vars(module).get("forward")
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:

@@ -22,7 +22,7 @@ from fused_lora.modules.auxiliary import TrainedTokens, auxiliary_modules
 from fused_lora.modules.changes import alone, changing, undone_on_error, watch
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config, check_bool
 from fused_lora.modules.linear import LoraLinear, unmerge_all
-from fused_lora.modules.mixed import MixedBatch
+from fused_lora.modules.mixed import Context, MixedBatch, check_eval
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import check_places
@@ -301,7 +301,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     with changing(model):
         unmerge_all(mergeable_layers(model))
         parts = [*lora_layers(model).values(), *auxiliary_modules(model).values()]
-        before = _set_all(parts, "disable_adapters", True)
+        before = [*_set_all(parts, "disable_adapters", True), *_set_all(parts, "context", Context("disable_adapters"))]
     try:
         yield
     finally:
@@ -328,8 +328,7 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None], *, dim:
     if not names:
         raise ValueError("adapter_names: expected one entry per row, got none")
     check_names(model, [name for name in names if name != BASE])
-    if model.training:
-        raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
+    check_eval(model)
     with changing(model):
         layers, beside = lora_layers(model), auxiliary_modules(model)
         _check_not_merged(mergeable_layers(model).values())
@@ -338,10 +337,7 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None], *, dim:
         around = next((layer.mixed_batch for layer in layers.values()), None)
         batch = MixedBatch(model, layers, names, dim, around)
         batch.attach()
-        before = [
-            *_set_all(layers.values(), "mixed_batch", batch),
-            *_set_all(beside.values(), "batch_adapter_names", names),
-        ]
+        before = _set_all([*layers.values(), *beside.values()], "mixed_batch", batch)
     try:
         yield
     finally:
@@ -367,17 +363,14 @@ def _restore(model: nn.Module, before: list[tuple[nn.Module, str, Any]]) -> None
 
 def _enter(model: nn.Module, layer: LoraLinear) -> None:
     """Put what was added to a model into the contexts that ``layer`` is in."""
-    batch = layer.mixed_batch
-    inside: dict[str, Any] = dict(disable_adapters=layer.disable_adapters, mixed_batch=batch)
-    inside["batch_adapter_names"] = None if batch is None else batch.names
-    _put(model, inside)
+    _put(model, {name: getattr(layer, name) for name in ("disable_adapters", "context", "mixed_batch")})
 
 
 def _put(model: nn.Module, values: Mapping[str, Any]) -> None:
-    """Set these attributes of all LoRA layers, and of all modules trained beside them, that have them."""
+    """Set these attributes of all LoRA layers, and of all modules trained beside them."""
     for part in (*lora_layers(model).values(), *auxiliary_modules(model).values()):
-        for attribute in values.keys() & vars(part).keys():
-            setattr(part, attribute, values[attribute])
+        for attribute, value in values.items():
+            setattr(part, attribute, value)
 
 
 def check_no_batch(model: nn.Module, adapter_name: str | None = None) -> None:

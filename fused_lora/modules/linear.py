@@ -23,10 +23,10 @@ from fused_lora.modules.config import (
     scaling,
 )
 from fused_lora.modules.merged_state import MergedState
-from fused_lora.modules.mixed import MixedBatch
+from fused_lora.modules.mixed import Context, MixedBatch
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour, Later
 from fused_lora.modules.offload import execution_device
-from fused_lora.modules.targets import SUPPORTED, adapter_dtype, in_out_features, why_not_supported
+from fused_lora.modules.targets import SUPPORTED, adapter_dtype, drawn_dtype, in_out_features, why_not_supported
 from fused_lora.ops import native
 from fused_lora.ops.merge import blocks
 from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
@@ -44,8 +44,9 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
     State-dict keys are PEFT's: ``base_layer.weight``, ``lora_A.<name>.weight``, ``lora_B.<name>.weight``.
 
     Args:
-        base_layer: nn.Linear, transformers' Conv1D (weight stored [in, out]) or a quantised Linear4bit or Linear8bitLt
-            of bitsandbytes; it is frozen and kept, not copied.
+        base_layer: nn.Linear, transformers' Conv1D (weight stored [in, out]), a quantised Linear4bit or Linear8bitLt
+            of bitsandbytes, an nn.Linear over a tensor of torchao, FP8Linear of transformers, or a packed layer of GPTQ
+            or AWQ; it is frozen and kept, not copied.
         r: rank. lora_alpha: numerator of the scaling, lora_alpha / r.
         adapter_name: the first adapter's name. lora_dropout: probability in [0, 1].
         use_rslora: scaling is lora_alpha / sqrt(r). lora_bias: lora_B has a bias.
@@ -85,6 +86,7 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
+        self.context: Context | None = None  # set for the duration of fused_lora.disable_adapters
         self.mixed_batch: MixedBatch | None = None  # set for the duration of fused_lora.adapter_batch
         options = (lora_dropout, use_rslora, init_lora_weights, lora_bias, autocast_adapter_dtype)
         self.add_adapter(adapter_name, r, lora_alpha, *options, tensors=tensors)
@@ -125,7 +127,8 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors)
         if tensors is None:
             # PEFT draws in fp32 and casts to the base's dtype before it goes back to fp32: the same bits here
-            A, B = A.to(device, dtype), B.to(device, dtype)
+            drawn = drawn_dtype(self.base_layer)
+            A, B = A.to(device, drawn).to(dtype), B.to(device, drawn).to(dtype)
             if autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
                 A, B = A.float(), B.float()
         else:

@@ -12,8 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_lora.bases import torchao
+
 _MERGED = "merged"  # in the metadata of a state dict, which torch.save keeps: names of the adapters
 _WEIGHT = "base_layer.weight"
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    mine, theirs = torchao.parts(left), torchao.parts(right)  # torch.equal takes no tensor of torchao's
+    return mine.keys() == theirs.keys() and all(torch.equal(part, theirs[name]) for name, part in mine.items())
 
 
 class MergedState:
@@ -34,7 +41,7 @@ class MergedState:
         theirs = local_metadata.get(_MERGED, [])
         if isinstance(new, Tensor) and names:
             weight: Any = self.get_submodule("base_layer").weight  # type: ignore[attr-defined]
-            if new.is_meta or weight.is_meta or not torch.equal(new.to(weight.device), weight):
+            if new.is_meta or weight.is_meta or not _equal(new.to(weight.device), weight):
                 raise RuntimeError(f"{prefix}{_WEIGHT}: {names} are merged into it; unmerge before load_state_dict")
         elif isinstance(new, Tensor) and theirs:
             raise RuntimeError(

@@ -241,7 +241,8 @@ def _check_not_shared(model: nn.Module, layers: dict[str, Any]) -> None:
     owners = parameter_owners(model)
     for path, layer in layers.items():
         base: Any = layer.base_layer
-        shared = owners.get(memory_of(base.weight), [])
+        weight = base._parameters.get("weight")
+        shared = [] if weight is None else owners.get(memory_of(weight), [])
         if len(shared) <= 1:
             continue
         wrappers = auxiliary_modules(model).values()

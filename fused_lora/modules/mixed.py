@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,6 +15,12 @@ from fused_lora.rows import Entries, RowFinder, Running, checked_dim
 
 # finders by model: what one has found holds for the next batch
 _finders: WeakKeyDictionary[nn.Module, RowFinder] = WeakKeyDictionary()
+
+
+def check_eval(model: nn.Module) -> None:
+    """Raise RuntimeError if ``model`` trains, as PEFT does for a mixed batch."""
+    if model.training:
+        raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
 
 
 def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> dict[Any, Tensor]:
@@ -33,7 +40,23 @@ def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> d
     return {name: torch.tensor(numbers, device=x.device) for name, numbers in found.items()}
 
 
-class MixedBatch:
+class Context:
+    """What a layer holds inside of a context, which a copy of the layer would hold for ever: copies are refused.
+
+    Args:
+        call: the function that opened the context.
+    """
+
+    def __init__(self, call: str):
+        self._call = call
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"{self._call}: a model cannot be copied, pickled or saved whole inside of this context; leave it first"
+        )
+
+
+class MixedBatch(Context):
     """One entered ``fused_lora.adapter_batch``.
 
     Args:
@@ -49,6 +72,7 @@ class MixedBatch:
         dim: int,
         around: MixedBatch | None = None,
     ):
+        super().__init__("adapter_batch")
         self.names, self.around = list(names), around
         finder = _finders.get(model)
         if finder is None or dict(finder.layers) != dict(layers):
@@ -63,7 +87,7 @@ class MixedBatch:
     def attach(self) -> None:
         """Note the calls of the model and of what is in it."""
         for path, module in self._finder.callers.items():
-            self._handles.append(module.register_forward_pre_hook(self._before(path), with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(partial(self._before, path), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._after, always_call=True))
 
     def detach(self) -> None:
@@ -71,12 +95,9 @@ class MixedBatch:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, path: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if self._acts():
-                self._of_thread().enter(path, module, args, kwargs)
-
-        return hook
+    def _before(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._acts():
+            self._of_thread().enter(path, module, args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._acts():
@@ -95,7 +116,9 @@ class MixedBatch:
 
         Raises:
             ValueError: the rows are not known, or are not the batch's.
+            RuntimeError: the model is in training mode.
         """
+        check_eval(self._finder.callers[""])
         if layer not in self._paths:  # added since: it has none of these adapters
             return {}
         running, path = self._of_thread(), self._paths[layer]

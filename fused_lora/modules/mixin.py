@@ -21,6 +21,7 @@ from fused_lora.bases.requantised import rounded_bias
 from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
+from fused_lora.modules.offload import is_sharded, refuse_sharded
 from fused_lora.ops.linear.op import Memory, may_learn
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
@@ -224,6 +225,7 @@ class FusedLoraBehaviour:
             self._merge_names(names)
 
     def _merge_names(self, names: list[str]) -> None:
+        refuse_sharded(self, "merged")
         base = self._modules["base_layer"]
         weight = base._parameters.get("weight")
         if weight is not None and weight.is_meta:
@@ -246,7 +248,7 @@ class FusedLoraBehaviour:
         weight = base._parameters.get("weight")
         if self.merged or self.merge_state is not None or self._with_bias(names) or base_of(base).why_not_merged(base):
             return None
-        if weight is not None and weight.is_meta:
+        if (weight is not None and weight.is_meta) or is_sharded(self):
             return None
         found = base_of(base).merge_later(base, _factors_of(self, names), self.fan_in_fan_out)
         return None if found is None else Later(self, _Merge(found[0]), names, found[1])
@@ -254,7 +256,7 @@ class FusedLoraBehaviour:
     def _unmerge_later(self) -> Later | None:
         """The same of :meth:`unmerge`."""
         base, state = self._modules["base_layer"], self.merge_state
-        if state is None or state.bias_after is not None:
+        if state is None or state.bias_after is not None or is_sharded(self):
             return None
         sweep = base_of(base).unmerge_later(base, state.record)
         return None if sweep is None else Later(self, None, [], sweep)
@@ -320,6 +322,7 @@ class FusedLoraBehaviour:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
             return
+        refuse_sharded(self, "unmerged")
         state, bias = self.merge_state, getattr(self.base_layer, "bias", None)
         if state is None:
             raise RuntimeError("merged_adapters names adapters that this layer has not merged itself")

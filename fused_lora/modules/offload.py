@@ -1,4 +1,4 @@
-"""Layers whose weights are elsewhere until they run: on the CPU or on disk, fetched by the hooks of accelerate."""
+"""Layers whose weights are elsewhere until they run: kept by hooks of accelerate, or sharded by DeepSpeed ZeRO-3."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fused_lora.bases.foreign import stored_weight
 from fused_lora.modules.tree import above
 
 
 def execution_device(layer: Any) -> torch.device:
-    """The device of ``layer.weight`` while the layer runs; meta where nobody says."""
-    weight = layer.weight
+    """The device of the layer's weight while the layer runs; meta where nobody says."""
+    weight = stored_weight(layer)
     devices = (getattr(hook, "execution_device", None) for hook in _hooks(layer)) if weight.is_meta else ()
     return next((torch.device(device) for device in devices if device is not None), weight.device)
 
@@ -22,6 +23,20 @@ def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps a parameter of ``module``, or of a module inside, elsewhere."""
     hooks = (hook for part in module.modules() for hook in _hooks(part))
     return any(p.is_meta for p in module.parameters()) and any(getattr(hook, "offload", False) for hook in hooks)
+
+
+def is_sharded(layer: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 keeps only a part of a parameter of ``layer`` here, outside of its calls."""
+    return any(p.shape != getattr(p, "ds_shape", p.shape) for p in layer.parameters())
+
+
+def refuse_sharded(layer: nn.Module, done: str) -> None:
+    """Raise RuntimeError if the layer :func:`is_sharded`, so that nothing can be ``done``: merged or unmerged."""
+    if is_sharded(layer):
+        raise RuntimeError(
+            f"the layer is sharded by DeepSpeed ZeRO-3, so nothing was {done}. Make the call inside "
+            "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0), in all processes"
+        )
 
 
 def check_places(modules: Mapping[str, nn.Module], layers: Mapping[str, Any], filled: Iterable[str]) -> None:

@@ -16,12 +16,16 @@ from torch import nn
 
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import is_conv1d
+from fused_lora.bases.foreign import has_packed_weight, stored_weight
 from fused_lora.modules.auxiliary import Auxiliary
 from fused_lora.modules.config import LoraConfig, matches_end
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import named_modules, places, unwrapped
 
-SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D, bitsandbytes.nn.Linear4bit and Linear8bitLt"
+SUPPORTED = (
+    "torch.nn.Linear, transformers.pytorch_utils.Conv1D, bitsandbytes.nn.Linear4bit and Linear8bitLt, FP8Linear of "
+    "transformers, packed layers of GPTQ and AWQ"
+)
 ALL_LINEAR = "all-linear"
 _CLASSIFIER_HEADS = ("score", "classifier")
 # PEFT's names for the heads of these tasks
@@ -45,7 +49,7 @@ def base_layer_of(module: nn.Module) -> nn.Module:
 def why_not_supported(module: nn.Module) -> str | None:
     """None when ``module`` can get LoRA: a linear layer whose weight its kind in ``bases/`` knows. Else the reason."""
     base = base_layer_of(module)
-    if not (isinstance(base, nn.Linear) or is_conv1d(base)):
+    if not (isinstance(base, nn.Linear) or is_conv1d(base) or has_packed_weight(base)):
         return "it is no linear layer"
     return base_of(base).why_not_adapted(base)
 
@@ -61,9 +65,26 @@ def in_out_features(module: nn.Module) -> tuple[int, int]:
     return base_of(base).features(base)
 
 
-def adapter_dtype(base: nn.Module) -> torch.dtype:
-    """The dtype of new adapters of the layer ``base`` before they may be held in fp32."""
+def weight_device(base: nn.Module) -> torch.device:
+    """Where the weight of the layer ``base`` is."""
+    return stored_weight(base).device
+
+
+def drawn_dtype(base: nn.Module) -> torch.dtype:
+    """What new adapters of the layer ``base`` are rounded to."""
     return base_of(base).adapter_dtype(base) or torch.get_default_dtype()
+
+
+def adapter_dtype(base: nn.Module) -> torch.dtype:
+    """The dtype of adapters of the layer ``base`` before they may be held in fp32. Nothing multiplies in fp8."""
+    dtype = drawn_dtype(base)
+    return torch.float32 if dtype.itemsize == 1 else dtype
+
+
+def base_settings(module: nn.Module) -> dict[str, str]:
+    """How the weight of a supported module is quantised, in words by topic; empty where it is not."""
+    base = base_layer_of(module)
+    return base_of(base).settings(base)
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

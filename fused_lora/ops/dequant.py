@@ -31,7 +31,7 @@ def dequantise_4bit(weight: FourBit, otherwise: Callable[[], Tensor]) -> Tensor:
     from fused_lora.kernels.dequant_4bit import dequant_4bit
 
     def check() -> str | None:
-        small = _small_case(device, weight.code, nested, dtype)
+        small = small_case((21, 407), nested, dtype, device)
         return None if torch.equal(dequant_4bit(*small), by_torch(small)) else "a small weight has other bits"
 
     return guard.guarded(("dequant_4bit", dtype, nested), dequant_4bit, lambda *_: otherwise(), check)(*weight)
@@ -49,15 +49,18 @@ def by_torch(weight: FourBit) -> Tensor:
     return (values * scales.repeat_interleave(blocksize)[:numel]).to(dtype).view(shape)
 
 
-def _small_case(device: torch.device, code: Tensor, nested: bool, dtype: torch.dtype) -> FourBit:
-    """Three programs, the last in part, with rows that share a scale; no generator is touched."""
-    N, K, blocksize = 21, 407, 64
-    line = torch.arange((N * K + 1) // 2, device=device)
-    scales = torch.sin(line[: -(-N * K // blocksize)].float())
-    packed = (line * 37 % 256).to(torch.uint8)
+def small_case(shape: tuple[int, int], nested: bool, dtype: torch.dtype, device: torch.device) -> FourBit:
+    """A weight to try kernels on; (21, 407) has rows that share a scale. No generator is touched."""
+    blocksize, inner, numel = 64, 128, shape[0] * shape[1]
+    line = torch.arange((numel + 1) // 2, device=device)
+    scales, packed = torch.sin(line[: -(-numel // blocksize)].float()), (line * 37 % 256).to(torch.uint8)
+    code = torch.cos(torch.arange(16, device=device).float())
     if not nested:
-        return FourBit(packed, code, scales, None, blocksize, (N, K), dtype)
+        return FourBit(packed, code, scales, None, blocksize, shape, dtype)
+    absmax, absmax8 = (
+        (line[: len(scales)] * 11 % 256).to(torch.uint8),
+        torch.sin(line[: -(-len(scales) // inner)] + 1.0),
+    )
     code8 = torch.cos(torch.arange(256, device=device).float())
-    quantised, inner = (line[: scales.numel()] * 11 % 256).to(torch.uint8), torch.sin(line[:2].float() + 1)
-    inner = code8, inner, 128, torch.tensor(0.3, device=device)
-    return FourBit(packed, code, quantised, inner, blocksize, (N, K), dtype)
+    quantised = code8, absmax8, inner, torch.tensor(0.3, device=device)
+    return FourBit(packed, code, absmax, quantised, blocksize, shape, dtype)

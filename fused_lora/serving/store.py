@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.modules.arguments import check_int
-from fused_lora.modules.targets import adapter_dtype
+from fused_lora.modules.targets import adapter_dtype, weight_device
 from fused_lora.rows import RowFinder, checked_dim
 from fused_lora.serving.batch.attach import Attachment, find_sites
 from fused_lora.serving.batch.batch import Batch
@@ -81,8 +81,7 @@ class AdapterStore(Registry):
                 check_int(name, value, int(name != "host_bytes"), _MOST_BYTES)
         sites = find_sites(model)
         layer: Any = next(iter(sites.values())).module
-        first: Tensor = layer.weight
-        self.device = _device(first.device if device is None else device)
+        self.device = _device(weight_device(layer) if device is None else device)
         transfer = open_transfer(self.device, adapter_dtype(layer), dtype, sites, max_resident)
         super().__init__(model, sites, transfer, capacity_bytes, grow, host_bytes, max_resident)
         self._prepared: dict[Any, Prepared] = {}

@@ -234,7 +234,9 @@ CONFIG_CASES = {
     "rank_pattern type": {"rank_pattern": [["fc2", 8]]},
     "rank_pattern zero": {"rank_pattern": {"nothing": 0}},
     "alpha_pattern value": {"alpha_pattern": {"fc2": "8"}},
-    "alpha_pattern regex": {"alpha_pattern": {"fc[12]": 16}},
+    "alpha_pattern undecided": {"alpha_pattern": {"(?=fc)fc1": 16}},
+    "alpha_pattern too long": {"alpha_pattern": {"((x?){999}){999}fc1": 16}},
+    "alpha_pattern broken": {"alpha_pattern": {"fc(1": 16}},
     "lora_bias without": {"lora_bias": True},
     "bias without": {"bias": "lora_only"},
     "all biases without": {"bias": "all"},
@@ -261,7 +263,7 @@ EVIL = "([a-z0-9_.]+)+!"
 @pytest.mark.parametrize(
     "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
 )
-def test_no_expression_of_the_file_is_run(tmp_path, field):
+def test_expressions_of_a_file_take_bounded_time(tmp_path, field):
     config = {
         "target_modules": EVIL,
         "exclude_modules": EVIL,

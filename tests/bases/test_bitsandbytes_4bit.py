@@ -245,6 +245,25 @@ def test_inference_is_the_layer_s_own_call():
     assert kind.why_not_call(layer.base_layer.eval(), x, N) is None
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_inference_of_few_rows_on_a_gpu_is_fused(dtype, device, kernels_on, monkeypatch):
+    layer = our_layer(peft_layer(linear4bit(N, K, dtype=dtype, compute_dtype=dtype))).to(device).eval()
+    base, weight = layer.base_layer, Weight(layer.base_layer, dtype).to(F64)
+    base.support_avx512bf16_for_cpu = False  # a GPU never repacks
+    kind, A, B = base_of(base), layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    monkeypatch.setattr(type(base), "forward", None)
+    reason, other = "inference over a 4-bit base", F16 if dtype is F32 else F32
+    with torch.no_grad():
+        x = torch.randn(2, 3, K, device=device).to(dtype)
+        exact = x.double() @ weight.t() + base.bias.double() + x.double() @ A.double().t() @ B.double().t() * 1.5
+        y = layer(x)
+        assert y.dtype is dtype
+        assert (y.double() - exact).abs().max() <= max(2 * torch.finfo(dtype).eps, 4e-5) * exact.abs().max()
+        for rows, of, expected in ((64, dtype, dtype is F32), (65, dtype, True), (3, other, True)):
+            found = kind.why_not_call(base, torch.randn(rows, K, device=device).to(of), N)
+            assert found == (reason if expected else None), (rows, of)
+
+
 def test_compiled_layers_call_the_base():
     layer = our_layer(peft_layer(linear4bit(N, K)))
     x, g = torch.randn(M, K), torch.randn(M, N)

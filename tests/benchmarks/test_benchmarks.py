@@ -185,6 +185,21 @@ def test_bench_linear_over_4_bits(load, tmp_path):
     }
 
 
+def test_bench_quantised(load, tmp_path, monkeypatch):
+    """Who is wrong gets no time, and the others do."""
+    pytest.importorskip("bitsandbytes")
+    bench = load("bench_quantised")
+    arguments = bench, tmp_path, "--shapes", "64x48", "--rows", "3", "--device", "cpu"
+    _, content = run(*arguments)
+    assert {row["provider"] for row in content["rows"] if row["correct"]} == {
+        "bare", "dense", "PEFT", "fused_lora", "dequantised"
+    }  # fmt: skip
+    original = bench.providers
+    monkeypatch.setattr(bench, "providers", lambda w: (f := original(w)) | {"fused_lora": lambda x: f["dense"](x)})
+    code, content = run(*arguments)
+    assert code == 1 and [row["provider"] for row in content["rows"] if not row["correct"]] == ["fused_lora"]
+
+
 @pytest.mark.filterwarnings("ignore:.*merge lora module")
 def test_bench_train(load, tmp_path, monkeypatch):
     """PEFT and ours take turns over one model; an accelerated model that computes something else gets no time."""

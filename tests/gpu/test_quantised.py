@@ -8,8 +8,12 @@ import torch
 
 import fused_lora
 from fused_lora import reference
+from fused_lora.bases import base_of
 from fused_lora.bases.bitsandbytes_4bit import Weight
-from fused_lora.ops.linear.op import draw_seeds
+from fused_lora.ops import guard
+from fused_lora.ops.linear import packed, plan
+from fused_lora.ops.linear.op import draw_seeds, lora_linear
+from fused_lora.testing.graphs import capture
 from fused_lora.testing.numeric import DRAWS, assert_no_worse
 from helpers.quantised import linear4bit, values_of
 from helpers.seeds import shifted
@@ -37,6 +41,48 @@ def test_the_kernel_has_the_bits_of_bitsandbytes(quant_type, nested, blocksize, 
         layer = linear4bit(N, K, dtype=dtype, device="cuda", **kind)
         ours = Weight(layer, dtype).to(dtype)
         assert torch.equal(ours, bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+
+
+@pytest.mark.parametrize("adapters", [[16], [64], [8, 16]], ids=str)
+@pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, FP32)])
+@pytest.mark.parametrize("M", [1, 16, 64])
+def test_few_rows_are_as_exact_over_4_bits_as_over_the_dequantised_weight(M, dtype, adapter_dtype, adapters):
+    """In eval() without gradients, by launches that have passed their first use."""
+    M = min(M, 16) if dtype is FP32 else M
+    for (N, K), kind in zip(((4096, 4096), (1000, 704), (14336, 4096)), (KINDS[0], KINDS[4], KINDS[11]), strict=True):
+        quant_type, nested, blocksize = kind
+        layer = linear4bit(
+            N, K, dtype=dtype, compute_dtype=dtype, quant_type=quant_type, nested=nested, blocksize=blocksize,
+            device="cuda",
+        )  # fmt: skip
+        found = [], [], []
+        for _ in range(DRAWS):
+            x = torch.randn(M, K, device="cuda").to(dtype)
+            A = [(torch.randn(r, K, device="cuda") * K**-0.5).to(adapter_dtype) for r in adapters]
+            B = [torch.randn(N, r, device="cuda").to(adapter_dtype) for r in adapters]
+            scaling, none, weight = [0.5] * len(A), [0.0] * len(A), Weight(layer, dtype)
+            assert plan.reads_4_bits(M, K, blocksize, dtype, x.device)
+            with torch.no_grad():
+                found[0].append(packed.lora_linear(x, weight, layer.bias, A, B, scaling, none))
+            dense = weight.to(dtype)
+            found[1].append(lora_linear(x, dense, layer.bias, A, B, scaling))
+            found[2].append(reference.lora_linear(x, dense, layer.bias, A, B, scaling, none, None)[0])
+        assert_no_worse(*(torch.stack(part) for part in found), draws=True)
+    assert any(key[0] == "linear_4bit" for key in guard.verdicts())
+
+
+def test_decoding_runs_fused_and_in_a_graph():
+    base = linear4bit(512, 1024, dtype=BF16, compute_dtype=BF16, device="cuda")
+    layer = fused_lora.LoraLinear(base, r=16, lora_alpha=6, autocast_adapter_dtype=False).eval()
+    layer.lora_B["default"].weight.data.normal_()
+    x = torch.randn(4, 1, 1024, device="cuda").to(BF16)
+    with torch.no_grad():
+        assert base_of(base).why_not_call(base, x, 512) is None
+        expected = layer(x)
+        graph, result = capture(lambda: layer(x))
+        result.zero_()
+        graph.replay()
+    assert torch.equal(result, expected)
 
 
 def layers(N, K, r, p, dtype, adapter_dtype):

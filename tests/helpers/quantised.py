@@ -88,3 +88,12 @@ def values_of_8bit(layer: nn.Module) -> Tensor:
     """[N, K] in fp64 by the definition: code times the row's largest magnitude over 127."""
     scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
     return layer.weight.data.double() * scales.double()[:, None] / 127
+
+
+def torchao_linear(N: int, K: int, settings, *, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Module:
+    """An nn.Linear over random values, quantised by a configuration of torchao, in ``train()``."""
+    from torchao.quantization import quantize_
+
+    layer = nn.Linear(K, N, bias=bias, dtype=dtype).requires_grad_(False)
+    quantize_(layer, settings)
+    return layer

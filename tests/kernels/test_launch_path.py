@@ -41,6 +41,8 @@ LAUNCHES = {
     "unmerge_apply": 1,
     "dropout_mask": 1,
     "dequant_4bit": 1,
+    "forward, 4 bits": 1,
+    "forward, 4 bits, double quantised": 1,
 }
 # who launches: Triton itself, or a kept launch with what Triton passed before
 WAYS = {
@@ -129,6 +131,7 @@ def launches(given: list[list]) -> dict[str, int]:
     from fused_lora.kernels.lora_grad import prepare_weight_grad
     from fused_lora.kernels.lora_linear import prepare_linear
     from fused_lora.kernels.lora_shrink import prepare_shrink
+    from fused_lora.ops.dequant import FourBit
     from fused_lora.testing.grouped import GroupedCase
     from fused_lora.testing.layers import LayerCase
 
@@ -202,6 +205,14 @@ def launches(given: list[list]) -> dict[str, int]:
     counted("dropout_mask", dropout_mask, torch.zeros(1, dtype=torch.int64), 40, 64, 0.1)
     packed, code, absmax = torch.zeros(40 * 32, dtype=torch.uint8), torch.zeros(16), torch.zeros(40)
     counted("dequant_4bit", dequant_4bit, packed, code, absmax, None, 64, (40, 64), bf16)
+    for name, scales, inner in (
+        ("forward, 4 bits", absmax, None),
+        ("forward, 4 bits, double quantised", absmax.byte(), (torch.zeros(256), torch.zeros(1), 256, torch.zeros(()))),
+    ):
+        case = LayerCase.make(4, 40, 64, [8], [0.0], bf16)
+        weight = FourBit(packed, code, scales, inner, 64, (40, 64), bf16)
+        tensors = case.x, weight, case.bias, case.lora_A, case.lora_B
+        counted(name, prepare_linear(*tensors, case.scaling, [0.0], False), *tensors, None)
     return found
 
 

@@ -39,6 +39,7 @@ from fused_lora.kernels import (
 from fused_lora.kernels import grouped_expand as lora_grouped
 from fused_lora.kernels.config import LaunchConfig
 from fused_lora.kernels.grouped_tables import ExpandConfig
+from fused_lora.ops.dequant import FourBit
 from fused_lora.testing.bounds import AccessError
 from fused_lora.testing.grouped import GroupedCase
 from fused_lora.testing.guards import guarded_allocations
@@ -170,6 +171,14 @@ def run_layer(variant, p, split_k=1, ranks=(3,)):
     return [y, S, dx, onto, *dA, *dB]
 
 
+def run_4bit(nested, variant, split_k, ranks):
+    """A last tile of K in part, and of N."""
+    case = LayerCase.make(5, 35, 192, ranks, [0.0] * len(ranks))
+    weight = FourBit(*dequant_case(35, 192, 64, nested), torch.float32)
+    config = LaunchConfig(variant, 16, 32, 128, 16, SPLIT_K=split_k)
+    return lora_linear.lora_linear_forward(case.x, weight, case.bias, *case.adapters, config=config)
+
+
 def run_shrink():
     """K split over programs, two adapters, ragged in rows and ranks."""
     case = LayerCase.make(21, 35, 37, [3, 18], [0.25, 0.0])
@@ -216,6 +225,8 @@ LAYERS = [
     lambda: run_layer("recompute", 0.0),
     lambda: run_layer("recompute", 0.0, split_k=2),
     run_passes,
+    lambda: run_4bit(True, "recompute", 1, [3]),
+    lambda: run_4bit(False, "split", 2, [3, 18]),
 ]
 MERGES = [functools.partial(run_merge, 8), functools.partial(run_merge, 11, 299)]  # one turn of ranks, and a rest
 MERGES.append(functools.partial(run_merge, 3, dtype=torch.float32))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pickle
 import re
 
 import peft
@@ -10,7 +11,7 @@ import pytest
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from fused_lora.modules.config import LoraConfig, as_lora_config, is_neutral, scaling
+from fused_lora.modules.config import FieldTypeError, LoraConfig, as_lora_config, is_neutral, scaling
 
 
 def peft_file(tmp_path, **kwargs):
@@ -64,7 +65,7 @@ def test_every_other_field_of_peft_is_refused_by_name(tmp_path):
     assert "use_dora" in unsupported and "layer_replication" in unsupported and len(unsupported) >= 15
     for key in unsupported:
         for value in (True, {"a": 1}, [1], "x", 1, 0):
-            with pytest.raises(ValueError, match=f"'{key}' is not supported"):
+            with pytest.raises(ValueError, match=f"{key} must be null, false or empty: it is not supported"):
                 LoraConfig.from_dict({**entries, key: value})
         for value in (None, False, [], {}, ""):
             assert LoraConfig.from_dict({**entries, key: value}).extra[key] == value
@@ -79,7 +80,7 @@ def test_other_initialisations_are_refused(tmp_path, init):
 def test_unknown_entries_need_neutral_values(tmp_path):
     entries = peft_file(tmp_path)
     assert LoraConfig.from_dict({**entries, "use_superlora": False}).to_dict()["use_superlora"] is False
-    with pytest.raises(ValueError, match="'use_superlora' is not supported"):
+    with pytest.raises(ValueError, match="use_superlora must be null, false or empty"):
         LoraConfig.from_dict({**entries, "use_superlora": 3})
     with pytest.raises(ValueError, match="peft_type must be 'LORA', got 'IA3'"):
         LoraConfig.from_dict({**entries, "peft_type": "IA3"})
@@ -172,9 +173,9 @@ def test_validate_catches_a_later_change():
     with pytest.raises(ValueError, match="lora_alpha"):
         config.validate()
     for field, value in (("layers_to_transform", 1), ("layers_pattern", ["h"])):
-        with pytest.raises(ValueError, match=f"{field} cannot be used when target_modules is a str"):
+        with pytest.raises(ValueError, match=f"{field} must be None when target_modules is a str"):
             LoraConfig(target_modules="all-linear", **{field: value})
-    with pytest.raises(ValueError, match="lora_bias=True needs init_lora_weights"):
+    with pytest.raises(ValueError, match="init_lora_weights must be True or False with lora_bias=True"):
         LoraConfig(lora_bias=True, init_lora_weights="gaussian")
 
 
@@ -236,9 +237,17 @@ def test_pefts_config_is_converted(fields, tmp_path):
 @pytest.mark.parametrize(
     "config, error, message",
     [
-        (peft.LoraConfig(use_dora=True), ValueError, "config: 'use_dora' is not supported by fused_lora, got True"),
-        (peft.LoraConfig(modules_to_save=[""]), ValueError, "config: modules_to_save must hold names"),
-        (peft.LoraConfig(target_parameters=["w"]), ValueError, "config: 'target_parameters' is not supported"),
+        (
+            peft.LoraConfig(use_dora=True),
+            ValueError,
+            "config: use_dora must be null, false or empty: it is not",
+        ),
+        (peft.LoraConfig(modules_to_save=[""]), ValueError, "config: modules_to_save must be a list of names that"),
+        (
+            peft.LoraConfig(target_parameters=["w"]),
+            ValueError,
+            "config: target_parameters must be null, false or empty",
+        ),
         (peft.LoraConfig(init_lora_weights="pissa"), ValueError, "config: init_lora_weights must be"),
         (peft.LoraConfig(r=2.5), TypeError, "config: r must be a positive integer"),
         (peft.IA3Config(), TypeError, "config: expected fused_lora.LoraConfig or peft.LoraConfig, got IA3Config"),
@@ -260,3 +269,15 @@ def test_registered_layers_and_fields_changed_by_hand_are_refused():
     ours.r = 0
     with pytest.raises(ValueError, match="r must be a positive integer"):
         as_lora_config(ours)
+
+
+@pytest.mark.parametrize("part", ["", "['q']"])
+def test_a_refusal_says_which_field_in_parts(part):
+    config = {"alpha_pattern": {"q": None}} if part else {"lora_alpha": None}
+    with pytest.raises(FieldTypeError) as caught:
+        LoraConfig(**config)
+    error = caught.value
+    assert (error.field, error.part, error.expected, error.found) == (*config, part, "a number", None)
+    assert str(error) == f"{error.field}{part} must be a number, got None"
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is FieldTypeError and str(again) == str(error)

@@ -3,6 +3,8 @@
 import copy
 import gc
 import importlib.util
+import io
+import pickle
 import warnings
 import weakref
 from pathlib import Path
@@ -769,6 +771,51 @@ def test_copies(how, merged, tmp_path):
     assert all(layer.merged == (merged and "one" in layer.lora_A) for layer in fused_lora.lora_layers(ours).values())
     fused_lora.set_adapter(other, "two")
     assert fused_lora.active_adapters(ours) == ["one"] and fused_lora.active_adapters(other) == ["two"]
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "torch.save": lambda module: torch.save(module, io.BytesIO()),
+}
+CONTEXTS = {
+    "disable_adapters": fused_lora.disable_adapters,
+    "adapter_batch": lambda model: fused_lora.adapter_batch(model, ["one", None]),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_copy_inside_a_context_is_refused(context, how):
+    model = fused_lora.inject(llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "one").eval()
+    parts = [model, model.model.layers[0], next(iter(fused_lora.lora_layers(model).values())), model.lm_head]
+    ids = tokens(2)
+    with CONTEXTS[context](model):
+        inside = output(model, ids)
+        for part in parts:
+            with pytest.raises(TypeError, match=f"{context}: a model cannot be copied, pickled or saved whole inside"):
+                COPIES[how](part)
+        assert torch.equal(output(model, ids), inside)
+        assert model.state_dict()  # which has nothing of the context
+    for part in parts:
+        COPIES[how](part)
+
+
+def test_a_mixed_batch_of_a_model_that_trains_is_refused_as_in_peft():
+    ours, theirs = twin_models(llama(), TWO)
+    ids = tokens(2)
+    with fused_lora.adapter_batch(ours, ["one", "two"]):
+        expected = output(ours, ids)
+        ours.train()
+        theirs.train()
+        with pytest.raises(ValueError, match="in training mode"):
+            theirs(input_ids=ids, adapter_names=["one", "two"])
+        with pytest.raises(RuntimeError, match=r"adapter_batch needs model\.eval\(\)"):
+            ours(ids)
+        with pytest.raises(RuntimeError, match=r"adapter_batch needs model\.eval\(\)"):
+            ours.model.layers[0].self_attn.q_proj(torch.randn(2, 4, ours.config.hidden_size))
+        ours.eval()
+        assert torch.equal(output(ours, ids), expected)
 
 
 def test_state_dicts_of_whole_models_go_both_ways():

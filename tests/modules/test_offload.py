@@ -1,7 +1,8 @@
-"""Adapters on models whose weights accelerate keeps on the CPU or on disk: made where the layer runs, or refused."""
+"""Adapters on models whose weights are elsewhere between calls: made where the layer runs, or refused."""
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -129,3 +130,50 @@ def test_the_execution_device():
     assert execution_device(meta).type == "meta"
     accelerate.cpu_offload(layer, execution_device="cpu")
     assert layer.weight.is_meta and execution_device(layer) == torch.device("cpu")
+
+
+@pytest.fixture
+def sharded():
+    """Takes and gives back a layer's data, as DeepSpeed ZeRO-3 does (tests/integrations/zero3.py has the real one)."""
+    kept = {}
+
+    def take(module):
+        for parameter in module.parameters():
+            kept[parameter], parameter.ds_shape = parameter.data, parameter.shape
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+    def give(module):
+        for parameter in module.parameters():
+            parameter.data = kept[parameter]
+
+    return take, give
+
+
+@pytest.mark.parametrize("which", ["", "0.base_layer", "1.lora_A"])
+@pytest.mark.parametrize("kind", ["inject", "accelerate"])
+def test_what_zero3_keeps_elsewhere_is_not_merged_and_not_unmerged(sharded, kind, which):
+    take, give = sharded
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    fields = dict(r=2, target_modules=["0", "1"], init_lora_weights=False)
+    if kind == "inject":
+        model, inner = fused_lora.inject(net, fused_lora.LoraConfig(**fields)).eval(), net
+        merge, unmerge = fused_lora.merge, fused_lora.unmerge
+    else:
+        model = fused_lora.accelerate(peft.get_peft_model(net, peft.LoraConfig(**fields))).eval()
+        inner, merge, unmerge = model.base_model.model, lambda m: m.merge_adapter(), lambda m: m.unmerge_adapter()
+    part, x = inner.get_submodule(which), torch.randn(3, 6)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    y = model(x)
+    for call, done in ((merge, "merged"), (unmerge, "unmerged")):
+        take(part)
+        with pytest.raises(
+            RuntimeError, match=rf"ZeRO-3, so nothing was {done}\. .*GatheredParameters.*modifier_rank=0"
+        ):
+            call(model)
+        give(part)
+        assert torch.allclose(model(x), y, atol=1e-6)
+        if kind == "accelerate":  # PEFT goes layer by layer, the first may be done
+            {"merged": unmerge, "unmerged": merge}[done](model)
+        call(model)
+        assert all(layer.merged is (done == "merged") for layer in (inner[0], inner[1]))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -1,16 +1,21 @@
 """The LoRA linear over a packed weight: the dense operator's results, in blocks, and no weight kept."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
 
 from fused_lora import reference
+from fused_lora.ops import guard
+from fused_lora.ops.dequant import FourBit, by_torch
 from fused_lora.ops.linear import eager
+from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.ops.linear.op import lora_linear as dense_lora_linear
 from fused_lora.ops.linear.packed import Packed, lora_linear
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
+from helpers.quantised import dequant_case
 from helpers.seeds import shifted
 
 pytestmark = pytest.mark.numeric
@@ -162,6 +167,91 @@ def test_kernels(dropout, device, kernels_on, kernel_memory):
     ours, theirs = run(lora_linear, 2, *call, g), run(dense_lora_linear, 2, call[0], call[1].to(F32), *call[2:], g)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert call[1].asked == [48] * 3  # forward, backward, and the line above
+
+
+class FourBits(Packed):
+    """A random 4-bit weight; counts how often it was dequantised."""
+
+    def __init__(self, N, K, dtype, device, blocksize=64, nested=True):
+        packed, code, absmax, inner, *kind = dequant_case(N, K, blocksize, nested, device)
+        self.four_bit = FourBit(packed, code / 8, absmax, inner, *kind, dtype)
+        self.shape, self.dtype, self.device, self.dequantised = (N, K), dtype, packed.device, 0
+
+    def blocks(self, step):
+        self.dequantised += 1
+        yield 0, self.shape[0], by_torch(self.four_bit)
+
+
+# rows, K, blocksize, dtype of x and of the weight; is a forward to read 4 bits
+FEW = [
+    ((1, 64, 64, BF16, BF16), True),
+    ((64, 128, 4096, F16, F16), True),
+    ((16, 192, 128, F32, F32), True),
+    ((65, 64, 64, BF16, BF16), False),
+    ((17, 64, 64, F32, F32), False),
+    ((4, 96, 64, BF16, BF16), False),
+    ((4, 64, 32, BF16, BF16), False),
+    ((0, 64, 64, BF16, BF16), False),
+]
+
+
+@pytest.mark.parametrize("nested, ranks, dropout", [(False, (3,), (0.0,)), (True, (3, 20), (0.0, 0.5))], ids=str)
+@pytest.mark.parametrize("kind, few", FEW, ids=str)
+def test_few_rows_read_4_bits(kind, few, nested, ranks, dropout, device, kernels_on, kernel_memory):
+    (M, K, blocksize, x_dtype, dtype), N = kind, 40
+    x, _, bias, A, B, s, p = arguments(N, K, M, x_dtype, dtype, ranks, dropout, device=device)
+    A, B = ([t.detach().to(dtype).requires_grad_() for t in part] for part in (A, B))
+    weight = FourBits(N, K, dtype, x.device, blocksize, nested)
+    g = torch.randn(M, N, device=device).to(x_dtype)
+    torch.manual_seed(shifted(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a dropped kernel would warn
+        y = lora_linear(x, weight, bias, A, B, s, p)
+        assert weight.dequantised == (0 if few else 1)
+        found = torch.autograd.grad(y, [x, *A, *B, bias], g)
+    assert weight.dequantised == (1 if few else 2)  # the backward's
+    torch.manual_seed(shifted(3))
+    seeds = draw_seeds(len(A), x.device)
+    data = [t.detach() for t in A], [t.detach() for t in B], s, p, seeds
+    dense = by_torch(weight.four_bit)
+    exact, _ = reference.lora_linear(x.detach(), dense, bias.detach(), *data)
+    dx, dA, dB, _, db = reference.lora_linear_backward(g, x.detach(), dense, *data)
+    eps = max(4 * torch.finfo(dtype).eps, 4e-5)
+    for ours, right in zip((y, *found), (exact, dx, *dA, *dB, db), strict=True):
+        assert ours.shape == right.shape
+        if right.numel():
+            assert (ours.double() - right).abs().max() <= eps * right.abs().max()
+
+
+def test_a_kernel_of_4_bits_that_is_wrong_is_dropped(device, kernels_on, monkeypatch):
+    original = kernel.lora_linear
+
+    def wrong(chosen, x, weight, *others):
+        run = original(chosen, x, weight, *others)
+        return (lambda *args: (run(*args)[0] * 1.5, run(*args)[1])) if isinstance(weight, FourBit) else run
+
+    monkeypatch.setattr(kernel, "lora_linear", wrong)
+    x, _, bias, A, B, s, p = arguments(40, 64, 3, ranks=(3,), dropout=(0.0,), device=device)
+    weight = FourBits(40, 64, F32, x.device)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="linear_4bit.*is dropped, the eager path takes over"):
+            y = lora_linear(x, weight, bias, A, B, s, p)
+        again = lora_linear(x, weight, bias, A, B, s, p)
+    assert weight.dequantised == 2 and torch.equal(y, again)
+    assert_close(y, reference.lora_linear(x, by_torch(weight.four_bit), bias, A, B, s, p, None)[0], terms=100)
+
+
+def test_another_weight_of_the_same_kind_takes_the_same_launch(device, kernels_on):
+    x, _, bias, A, B, s, p = arguments(40, 64, 3, ranks=(3,), dropout=(0.0,), device=device)
+    found = []
+    for _ in range(2):
+        weight = FourBits(40, 64, F32, x.device)
+        with torch.no_grad():
+            found.append(lora_linear(x, weight, bias, A, B, s, p))
+        assert_close(
+            found[-1], reference.lora_linear(x, by_torch(weight.four_bit), bias, A, B, s, p, None)[0], terms=100
+        )
+    assert not torch.equal(*found) and sum("linear_4bit" in key for key in guard.verdicts()) == 1
 
 
 def test_arguments_that_do_not_fit():

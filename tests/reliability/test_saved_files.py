@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import time
+import warnings
 
 import peft
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 from fused_lora import AdapterStore, LoraConfig, inject, load_adapter, save_adapter
 from fused_lora.adapters import AdapterError, read_adapter
+from fused_lora.testing.numeric import assert_close
 from helpers.alone import run_killed
 from helpers.seeds import shifted
 
@@ -203,3 +205,57 @@ def test_damaged_file(tmp_path, count):
             assert torch.equal(layer.lora_A, model.get_submodule(name).lora_A["default"].weight)
             assert torch.equal(layer.lora_B, model.get_submodule(name).lora_B["default"].weight)
     assert accepted < 0.05 * count
+
+
+def same_bits(one, other):
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def random_adapter(draw):
+    """A model with an adapter of a random kind, and what to build it again."""
+    seed, names = draw.randrange(1 << 30), ["0", "2", "3"]
+    dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
+    fields = {
+        "r": draw.randint(1, 9),
+        "lora_alpha": draw.choice([1, 4, 7.5, -2]),
+        "target_modules": sorted(draw.sample(names, draw.randint(1, 3))),
+        "use_rslora": draw.random() < 0.3,
+        "lora_bias": draw.random() < 0.3,
+        "bias": draw.choice(["none", "none", "lora_only", "all"]),
+        "rank_pattern": draw.choice([{}, {"^2$": 3}, {"[03]": 5, "0": 2}]),
+        "alpha_pattern": draw.choice([{}, {"0|3": 2.5}, {r"\d": 3}]),
+        "init_lora_weights": False,
+    }
+
+    def base():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8), nn.Linear(8, 4)).to(dtype).eval()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a key of a pattern may name a layer that is no target
+        model = inject(base(), LoraConfig(**fields))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    return base, model, torch.randn(5, 6, dtype=dtype)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.experiment("C4", full=1_000, quick=30)
+def test_random_adapters(tmp_path, count):
+    """A random adapter is saved and loaded here and by PEFT: every bit of its tensors is back, and outputs agree."""
+    draw = random.Random(shifted(0))
+    for i in range(count):
+        base, model, x = random_adapter(draw)
+        save_adapter(model, tmp_path / "a")
+        written, again = load_file(tmp_path / "a" / FILES[1]), base()
+        load_adapter(again, tmp_path / "a")
+        theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "a").eval()
+        save_adapter(again, tmp_path / "again")
+        theirs.save_pretrained(tmp_path / "theirs")
+        for folder in ("again", "theirs"):
+            found = load_file(tmp_path / folder / FILES[1])
+            assert found.keys() == written.keys(), i
+            assert all(same_bits(found[key], tensor) for key, tensor in written.items()), i
+        with torch.no_grad():
+            assert_close(again(x), theirs(x), terms=300)

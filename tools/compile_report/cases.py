@@ -18,9 +18,10 @@ from fused_lora.kernels.dropout import _dropout_mask_kernel
 from fused_lora.kernels.lora_backward import _lora_backward_kernel
 from fused_lora.kernels.lora_expand import _lora_expand_kernel
 from fused_lora.kernels.lora_grad import _lora_weight_grad_kernel
-from fused_lora.kernels.lora_linear import _lora_linear_kernel
+from fused_lora.kernels.lora_linear import _lora_linear_kernel, launch_options
 from fused_lora.kernels.lora_shrink import _lora_shrink_kernel
 
+_ANY_NUMBER = "bounds", "bound", "shift", "shift8"  # no multiples of 16
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -46,24 +47,27 @@ def _case(label, op, config, dtype, kernel, types: dict[str, Any], values: dict[
     attrs = {}
     for i, name in enumerate(names):
         # the triton launcher specialises pointers and integers that are multiples of 16
-        path = (i, 0) if isinstance(signature[name], tuple) else (i,)
-        kind = signature[name][0] if isinstance(signature[name], tuple) else signature[name]
-        if (kind.startswith("*") or kind == "i32") and name not in ("bounds", "bound"):
-            attrs[path] = [["tt.divisibility", 16]]
+        kinds = signature[name]
+        paths = [((i, j), kind) for j, kind in enumerate(kinds)] if isinstance(kinds, tuple) else [((i,), kinds)]
+        for path, kind in paths:
+            if (kind.startswith("*") or kind == "i32") and name not in _ANY_NUMBER:
+                attrs[path] = [["tt.divisibility", 16]]
     constexprs = {(names.index(name),): value for name, value in values.items()}
     return CompileCase(label, op, config, dtype, kernel, signature, constexprs, attrs, options)
 
 
-def _linear_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
+def _linear_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str, four_bit=()):
+    """four_bit: the types of a 4-bit weight's pointers, six if it is double quantised."""
     x, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
     split = config.SPLIT_K > 1
     types = {
-        **dict(x_ptr=x, w_ptr=x, bias_ptr=x, a_ptr=adapter, b_ptr=adapter, s_ptr="*fp32", y_ptr=x),
-        **dict(rank_ends=("i32",), scales=("fp32",), M="i32", N="i32", K="i32", R="i32"),
+        **dict(x_ptr=x, w_ptr=four_bit or x, bias_ptr=x, a_ptr=adapter, b_ptr=adapter, s_ptr="*fp32", y_ptr=x),
+        **dict(rank_ends=("i32",), scales=("fp32",), M="i32", N="i32", K="i32", R="i32", shift="i32", shift8="i32"),
         **dict(stride_xm="i32", stride_wn="i32", stride_ar="i32", stride_bn="i32"),
     }
     values = dict(
-        stride_xk=1, stride_wk=1, stride_ak=1, stride_br=1, NUM_ADAPTERS=1, VARIANT=config.variant, HAS_BIAS=True,
+        FOUR_BIT=bool(four_bit), NESTED=len(four_bit) > 3, stride_xk=1, stride_wk=1,
+        stride_ak=1, stride_br=1, NUM_ADAPTERS=1, VARIANT=config.variant, HAS_BIAS=True,
         UPCAST=upcast, PRECISION=precision, TMA=config.tma, W_IS_NK=True, SPLIT=split, BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
     )  # fmt: skip
@@ -149,6 +153,8 @@ def _weight_grad_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, u
     return _lora_weight_grad_kernel, types, values
 
 
+# the weight's pointers: packed, code, absmax, and double quantised code8, absmax8, offset
+_FOUR_BIT = {"": ("*u8", "*fp32", "*fp32"), "nested": ("*u8", "*fp32", "*u8", "*fp32", "*fp32", "*fp32")}
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -177,16 +183,21 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
             for config, dropout, upcast in candidates(op, dtype, capability):
                 if upcast and dtype == torch.float32:
                     continue  # 16-bit adapters of an fp32 layer: the same tiles with half the bytes of A and B
-                built = [("", builders[op](config, dtype, dropout, upcast, precision))]
+                if op == "linear_4bit":
+                    arguments = config, dtype, dropout, upcast, precision
+                    built = [(kind, _linear_case(*arguments, pointers)) for kind, pointers in _FOUR_BIT.items()]
+                else:
+                    built = [("", builders[op](config, dtype, dropout, upcast, precision))]
                 if op == "expand" and not dropout:
                     built.append(("onto-y", _expand_case(config, dtype, dropout, upcast, precision, base=True)))
-                for onto, (fn, types, values) in built:
-                    tags = [op, config.variant * (config.variant != op), onto, _TRITON_NAMES[dtype]]
+                for kind, (fn, types, values) in built:
+                    tags = [op, config.variant * (config.variant != op), kind, _TRITON_NAMES[dtype]]
                     tags += ["mask" * dropout, "fp32-adapter" * upcast]
                     tiles = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} r{config.BLOCK_R}"
                     tiles += f" w{config.num_warps} s{config.num_stages}"
                     tags += [tiles, "tma" * config.tma, "split-k" * (config.SPLIT_K > 1)]
-                    case = _case(" ".join(filter(None, tags)), op, config, dtype, fn, types, values, config.options())
+                    options = launch_options(config, kind == "nested")
+                    case = _case(" ".join(filter(None, tags)), op, config, dtype, fn, types, values, options)
                     key = repr((case.kernel.__name__, case.signature, case.constexprs, case.attrs, case.options))
                     if key not in seen:
                         seen.add(key)

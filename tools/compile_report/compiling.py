@@ -69,9 +69,9 @@ def required(case: CompileCase, capability: int) -> list[str]:
     needed = ["copy16"] if case.op != "mask" else []
     if case.config is not None and case.config.tma:
         needed.append("TMA")
-    if case.op in ("linear", "backward_g", "backward_x") and case.dtype.itemsize == 2:
+    if case.op in ("linear", "linear_4bit", "backward_g", "backward_x") and case.dtype.itemsize == 2:
         # the passes of the backward multiply 16 or 32 ranks: too few rows for a warp group
-        large = case.op == "linear" and case.config.BLOCK_M >= 64
+        large = case.op.startswith("linear") and case.config.BLOCK_M >= 64
         wide = {90: "HGMMA", 100: "tcgen05"}.get(capability) if large else None
         needed.append(wide or ("HMMA" if capability else "MFMA"))
     if case.op.startswith("grouped") and case.dtype.itemsize == 2:

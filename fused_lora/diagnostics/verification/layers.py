@@ -128,6 +128,7 @@ def unchanged(base: Any) -> Iterator[Callable[[], None]]:
     data = {name: parameter.data for name, parameter in parameters.items() if parameter is not None}
 
     def put_back() -> None:
+        base._parameters.clear()  # for the order: a merge of PEFT's may register the weight anew
         base._parameters.update(parameters)
         for name, numbers in data.items():
             base._parameters[name].data = numbers
@@ -197,16 +198,17 @@ def _unfit(module: Any, names: list[str]) -> str:
 
 def _unfit_quantised(module: Any, names: list[str]) -> str:
     base = module.base_layer
-    weight = base._parameters["weight"]
-    if why := base_of(base).why_not_adapted(base):
+    kind = base_of(base)
+    if why := kind.why_not_adapted(base) or kind.why_not_merged(base):
         return why
-    if base_of(base).bits == 8:
-        return "its call rounds the input to 8 bits, too: no bound is known"
-    if base.in_features % weight.quant_state.blocksize:
+    grid = kind.grid(base)
+    if grid is None:
+        return "no bound is known for its arithmetic"
+    if base.in_features % grid.blocksize:
         return "in_features is no multiple of the blocksize"
     exactly = hasattr(module, "merge_state")  # what PEFT's own class merges keeps nothing of the weight before
     if module.merged_adapters and not (exactly and module.merge_state):
-        return "PEFT merged it into 4 bits, the weight of before is gone"
+        return f"PEFT merged it into {kind.bits} bits, the weight of before is gone"
     return "" if exactly or len(names) == 1 else "PEFT quantises again for each adapter; accelerate the model first"
 
 

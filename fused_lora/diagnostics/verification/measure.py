@@ -41,10 +41,10 @@ def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
     if grid is not None and before is not None:
         grid = grid._replace(dtype=before.dtype)
     adapters = [layer.module.lora_A[name].weight for name in layer.names]
-    units = Units.of(x, y, weight, adapters, operand)
+    units = Units.of(x, y, weight, adapters, operand, kind.input_step(base, x))
     rows, factors = x.double(), layer.factors()
     scan = scan_merge(weight, merged_weight, *layer.delta_factors(), rows, units.form, len(layer.names), grid)
-    plain = folded = base_size = term_size = 0.0
+    plain = folded = base_size = term_size = moved = 0.0
     for start, stop in blocks(weight):
         part = slice(start, stop)
         W, b = used[part].double(), None if bias is None else bias[part].double()
@@ -58,12 +58,15 @@ def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
         folded = max(folded, ratio(error, merged_bound(units, rows, Wm, bm, got)))
         base, term = spread(rows, W, Wm, mine)
         base_size, term_size = base_size + base.sum().item(), term_size + term.sum().item()
+        moved += (units.step**2 * (Wm - W).square().sum(1) / 3).sum().item() if units.step is not None else 0.0
     # the weight's rounding as it acts on these rows, two roundings of the result, half of sqrt(K) in the sums
     count = max(y.numel(), 1)
     sums = math.sqrt(x.shape[-1]) * units.accumulate / 2 + 2 * units.operand + units.partial
     sums *= math.sqrt((base_size + term_size) / count)
     narrow = units.adapter * math.sqrt(term_size / count)
-    expected = math.hypot(rms(scan.shift) if scan.ratio <= 1 else 0.0, 2 * units.result * rms(y) + sums + narrow)
+    shift = rms(scan.shift) if scan.ratio <= 1 else 0.0
+    # an input that is quantised meets another weight
+    expected = math.hypot(shift, math.sqrt(moved / count), 2 * units.result * rms(y) + sums + narrow)
     difference = ym.double() - y.double()
     largest = difference.abs().max().item() if difference.numel() else 0.0
     name = weight.dtype if grid is None else grid.name

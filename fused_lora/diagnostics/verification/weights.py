@@ -18,21 +18,31 @@ _BLOCK_ELEMENTS = 1 << 21
 
 @dataclass
 class Units:
-    """Unit roundoffs of one layer's arithmetic: result, adapters, accumulation, operands, partial sums (0: none)."""
+    """Unit roundoffs of one layer's arithmetic: result, adapters, accumulation, operands, partial sums (0: none).
+
+    ``step`` is absolute, [rows, 1] in float64: the most that an element of the input is moved when it is quantised.
+    """
 
     result: float
     adapter: float
     accumulate: float
     operand: float = 0.0  # TF32 and autocast round what is multiplied
     partial: float = 0.0  # cuBLAS may round the parts of a split sum to 16 bits
+    step: Tensor | None = None
 
     @classmethod
     def of(
-        cls, x: Tensor, y: Tensor, weight: Tensor, adapters: list[Tensor], narrow: torch.dtype | None = None
+        cls,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        adapters: list[Tensor],
+        narrow: torch.dtype | None = None,
+        step: Tensor | None = None,
     ) -> Units:
         """The roundoffs that apply to a layer with input x and output y under the current autocast and TF32 modes.
 
-        ``narrow``: what the base layer rounds operands and result to by itself.
+        ``narrow``: what the base layer rounds operands and result to by itself. ``step``: how it quantises x.
         """
         kind, operand, partial = x.device.type, 0.0, 0.0
         widths = [_unit(t.dtype) for t in adapters]
@@ -50,7 +60,7 @@ class Units:
             operand, result = max(operand, _unit(narrow)), max(result, _unit(narrow))
         double = {x.dtype, weight.dtype, y.dtype} == {torch.float64}
         accumulate = _unit(torch.float64 if double else torch.float32)
-        return cls(result, max(widths), accumulate, operand, partial)
+        return cls(result, max(widths), accumulate, operand, partial, None if step is None else step.double())
 
     @property
     def form(self) -> float:
@@ -73,6 +83,7 @@ def unmerged_bound(
                                                            x, S, S B^T and s S B^T each rounded to the adapters' dtype
     + tiny_adapter sum_i |s_i| (1 + |B_i| 1)               of which S and S B^T may be subnormal
     + (2 lambda u_operand + 4 u_partial) sqrt(x^2 (W^2)^T) rounding of operands and of partial sums, where it happens
+    + step min(lambda |W|_2, |W|_1) by rows of W           quantisation of x, where it happens
     + 2 u (|y| + |x W^T + b| + adapters' magnitude)        base result and sum rounded to the layer's dtype
 
     lambda sqrt(n) u in place of Higham's n u / (1 - n u): Higham and Mary, "A new approach to probabilistic rounding
@@ -102,6 +113,8 @@ def _product_bound(units: Units, x: Tensor, weight: Tensor, bias: Tensor | None,
     if units.operand or units.partial:
         size = (x.square() @ weight.square().t()).sqrt()
         bound += (2 * CONFIDENCE * units.operand + 4 * units.partial) * size
+    if units.step is not None:
+        bound += units.step * torch.minimum(CONFIDENCE * weight.norm(dim=1), weight.abs().sum(1))
     return bound
 
 
@@ -167,7 +180,7 @@ def scan_merge(
 
 
 def _scale_errors(weight: Tensor, left: Tensor, right: Tensor, grid: Any) -> Tensor:
-    """Bound on the error of each scale of W + D as it is stored: [N, K / blocksize]. It is 0 where scales are fp32.
+    """Bound on the error of each scale of W + D as it is stored: [N, K / blocksize]. ``rounding`` where it is a float.
 
     Scales that are quantised, too, are codes of (scale - mean) / largest in a block of scales.
     """
@@ -177,7 +190,7 @@ def _scale_errors(weight: Tensor, left: Tensor, right: Tensor, grid: Any) -> Ten
         parts.append(target.view(stop - start, -1, grid.blocksize).abs().amax(2))
     scales = torch.cat(parts)
     if grid.nested is None:
-        return torch.zeros_like(scales)
+        return torch.full_like(scales, grid.rounding)
     code, blocksize = grid.nested
     gap = code.double().sort().values.diff().max() + 2.0**-13  # bitsandbytes finds the nearest code to about 2^-15
     around = (scales - scales.mean()).abs().flatten()
@@ -245,7 +258,7 @@ def relate(
         return Relation(times, differ, distance, changed)
     coarse, fine, own, k = (weight, other, grid, -1) if other_grid is None else (other, weight, other_grid, 1)
     for found, delta in ((0, 0 * left), (-1, k * left)):  # of the two the reference may hold the adapter
-        if times is None and not own.repacked and _is_quantised(fine, coarse, delta, right, own):
+        if times is None and _is_quantised(fine, coarse, delta, right, own):
             return Relation(found, str(own), distance, changed)
     return Relation(times, "", distance, changed)
 
@@ -253,11 +266,17 @@ def relate(
 def _is_quantised(fine: Tensor, coarse: Tensor, left: Tensor, right: Tensor, grid: Any) -> bool:
     """Whether ``coarse`` is ``fine`` + left @ right, quantised."""
     scale_errors, worst = _scale_errors(fine, left, right, grid), 0.0
+    if grid.repacked:  # whether its scales were quantised is not known any more: codes are at most 2^-6 apart
+        scale_errors = scale_errors + 2.0**-7 * coarse.abs().max().double()
     for start, stop in blocks(fine):
         target = fine[start:stop].to(coarse.device).double() + left[start:stop] @ right
         magnitude = fine[start:stop].double().abs() + left[start:stop].abs() @ right.abs()
-        bound = _quantised_bound(target, 2 * _unit(fine.dtype) * magnitude, grid, scale_errors[start:stop])
-        worst = max(worst, ratio(coarse[start:stop].double() - target, bound))
+        unit = max(_unit(fine.dtype), _unit(grid.dtype))  # int8 is quantised from fp16
+        bound = _quantised_bound(target, 2 * unit * magnitude, grid, scale_errors[start:stop])
+        found = coarse[start:stop].double()
+        if grid.repacked:  # its scales were rounded to bf16 after it was quantised
+            bound = bound + 2 * _unit(torch.bfloat16) * found.abs()
+        worst = max(worst, ratio(found - target, bound))
     return worst <= 1.0
 
 

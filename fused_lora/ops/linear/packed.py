@@ -1,7 +1,8 @@
 """The LoRA linear over a packed weight: quantised values that are dequantised for each product, and never kept.
 
 Saved for the backward are x, S and the seeds, as over a dense weight, and the packed weight itself. A CPU dequantises
-it in blocks of rows, in the forward and again in the backward; a GPU whole, into memory that the next layer reuses.
+it in blocks of rows, in the forward and again in the backward; a GPU whole, into memory that the next layer reuses, but
+for a forward of few rows over 4 bits, which its kernel reads by tiles.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fused_lora.ops import guard
 from fused_lora.ops.checks import check_linear
+from fused_lora.ops.dequant import FourBit
 from fused_lora.ops.linear import eager, plan
 from fused_lora.ops.linear.op import (
     _all_gradients,
@@ -27,11 +29,15 @@ from fused_lora.ops.linear.op import (
 
 
 class Packed:
-    """A weight [N, K] that is dequantised where it is used; ``dtype`` is what its values are rounded to."""
+    """A weight [N, K] that is dequantised where it is used; ``dtype`` is what its values are rounded to.
+
+    four_bit: what a kernel reads in its place, where there is one.
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    four_bit: FourBit | None = None
 
     def blocks(self, step: int) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, rows start to stop as a dense tensor of ``dtype``), about ``step`` rows at a time."""
@@ -81,6 +87,11 @@ def lora_linear(
     return y.to(x.dtype)
 
 
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """The autocast dtype, else that of x."""
+    return _autocast_dtype(x) or x.dtype
+
+
 def _differentiable(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
     if torch.is_grad_enabled():
         for tensor in (x, *lora_A, *lora_B, bias):
@@ -93,11 +104,10 @@ def _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[
     """y [..., N], no view, so that it may be changed in place, and S [M, sum r_i]."""
     rows = _rows(x)
     if x.device.type == guard.DEVICE:
-        dense = weight.to(x.dtype)
-        run = plan.forward(rows, dense, bias, lora_A, lora_B, scaling, dropout, seeds)
-        y, S = run(rows, dense, bias, lora_A, lora_B, seeds)
+        run = plan.forward_packed(rows, weight, bias, lora_A, lora_B, scaling, dropout)
     else:
-        y, S = eager.lora_linear(rows, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+        run = eager.lora_linear
+    y, S = run(rows, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     return y.resize_((*x.shape[:-1], y.shape[-1])), S
 
 

@@ -2,7 +2,8 @@
 
 ``choose`` and ``plan`` are pure functions of shape, dtype and chip, so every run of a program makes the same choice:
 one launch for few rows; else a shrink and the library's GEMM, which adds to the LoRA term, or on sm_90 a fused GEMM
-where that was measured to be faster (docs/performance.md). The input gradient is the library's GEMM at every size.
+where that was measured to be faster (docs/performance.md). The input gradient is the library's GEMM at every size. A
+4-bit weight is read as it is for few rows, and dequantised first for more.
 
 ``forward`` and ``backward`` find what a call runs under one key: shapes, strides, dtypes and devices of its tensors,
 scaling and dropout. What depends on these alone is done when a key is new: checks of the arguments, the plan, the
@@ -26,12 +27,15 @@ from fused_lora import reference
 from fused_lora.ops import guard
 from fused_lora.ops.alike import Alike
 from fused_lora.ops.checks import check_linear
+from fused_lora.ops.dequant import FourBit, by_torch
+from fused_lora.ops.dequant import small_case as small_weight
 from fused_lora.ops.linear import eager
 from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear.launch import Plan
 
 if TYPE_CHECKING:
     from fused_lora.kernels.config import LaunchConfig
+    from fused_lora.ops.linear.packed import Packed
 
 _KEPT = 4096  # keys, the oldest of which is forgotten for a new one
 kept: dict[tuple, Callable] = {}
@@ -53,6 +57,7 @@ class Case(NamedTuple):
     bias: torch.dtype | None
     x_by_rows: bool = True
     weight_by_rows: bool = True
+    nested: bool | None = None  # of a 4-bit weight: whether its scales are quantised, too; None for a dense one
 
 
 def choose(
@@ -67,7 +72,7 @@ def choose(
     capability: int,
     whole: bool = True,
 ) -> str:
-    """The variant of ``op`` ("linear" or "backward") at M rows and a contraction of K.
+    """The variant of ``op`` ("linear", "linear_4bit" or "backward") at M rows and a contraction of K.
 
     capability: 10 * major + minor of an NVIDIA chip, 0 for any other. upcast: adapters wider than x. whole: all
     gradients of x and of the adapters are wanted.
@@ -75,6 +80,7 @@ def choose(
     Returns:
         "linear": "recompute" (one launch), "split" (shrink, then a GEMM with the expand in it), "library" (shrink,
         expand, then the library's GEMM adds to it) or "eager".
+        "linear_4bit", for the few rows of :func:`reads_4_bits`: "recompute", "split" or "eager".
         "backward": "passes" (one over g, one over x, then the library's GEMM), "library" (shrink, expand, the library's
         GEMM, weight gradients) or "eager".
     """
@@ -84,8 +90,9 @@ def choose(
         return "eager"  # untried chips keep to the library
     if op == "backward":
         return "passes" if whole and adapters == 1 and r <= PASS_RANKS else "library"
-    if variants(M, r, dtype, dropout, upcast, adapters)[-1] == "recompute":
-        return "recompute"
+    variant = variants(M, r, dtype, dropout, upcast, adapters, op == "linear_4bit")[-1]
+    if variant == "recompute" or op == "linear_4bit":
+        return variant
     fused = capability == 90 and dtype.itemsize == 2 and not upcast and K <= _LONG and M >= _FUSED_ROWS
     return "split" if fused else "library"
 
@@ -188,6 +195,55 @@ def forward(
     return found
 
 
+def reads_4_bits(rows: int, K: int, blocksize: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a product over a 4-bit weight of rows of K values reads its codes; else the weight is dequantised first.
+
+    Every block of rows reads and dequantises the weight anew: about N K / 2 bytes, where a dequantisation and a dense
+    product move (1/2 + 2 e) N K. In bytes 4 bits would win up to 8 blocks in bf16. There is arithmetic for each value,
+    too, so the limit is one block: 64 rows, 16 in fp32, whose products use no tensor cores.
+    """
+    if not rows or not guard.usable(device) or dtype not in guard.DTYPES:
+        return False
+    from fused_lora.kernels.config import DECODE_ROWS, SCALE_GROUP, SHORT_ROWS, capability
+
+    few = rows <= (DECODE_ROWS if dtype == torch.float32 else SHORT_ROWS)
+    return few and K % SCALE_GROUP == 0 and blocksize >= SCALE_GROUP and capability(device) >= 80
+
+
+def forward_packed(
+    x: torch.Tensor,
+    weight: Packed,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+) -> Callable:
+    """The function of these arguments and the seeds, x [M, K], that returns (y, S); they have been checked."""
+    own = weight.four_bit
+    if own is None or own.dtype is not x.dtype:
+        return _dequantised
+    kind = own.blocksize, own.nested is not None and own.nested[2], own.shape
+    key = layout(x, own.packed, *lora_A, *lora_B), kind, bias is None or _kind(bias), *scaling, *dropout
+    found = kept.get(key)
+    if found is None:
+        few = reads_4_bits(len(x), own.shape[1], own.blocksize, x.dtype, x.device)
+        found = _forward(x, own, bias, lora_A, lora_B, scaling, dropout) if few else _dequantised
+        keep(key, found)
+    return found
+
+
+def _dequantised(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
+    dense = weight.to(x.dtype)
+    run = forward(x, dense, bias, lora_A, lora_B, scaling, dropout, seeds)
+    return run(x, dense, bias, lora_A, lora_B, seeds)
+
+
+def _prepare_4bit(chosen, x, weight, *others) -> Callable:
+    run = kernel.lora_linear(chosen, x, weight.four_bit, *others)
+    return lambda x, weight, *others: run(x, weight.four_bit, *others)
+
+
 def backward(
     g: torch.Tensor,
     x: torch.Tensor,
@@ -247,6 +303,7 @@ def keep(key: tuple, found: Callable) -> Callable:
 
 def _case_of(x, weight, bias, lora_A, lora_B, dropout) -> Case:
     """All that a plan depends on; ``x`` is the gradient of y in the backward."""
+    four_bit = isinstance(weight, FourBit)
     return Case(
         x.shape[0],
         *weight.shape,
@@ -256,24 +313,28 @@ def _case_of(x, weight, bias, lora_A, lora_B, dropout) -> Case:
         tuple(dropout),
         None if bias is None else bias.dtype,
         x.stride(1) == 1,
-        weight.stride(1) == 1,
+        four_bit or weight.stride(1) == 1,
+        weight.nested is not None if four_bit else None,
     )
 
 
 def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout) -> Callable:
     call = _case_of(x, weight, bias, lora_A, lora_B, dropout)
-    chosen = planned("linear", call, call.outputs, call.inputs)
+    op, prepare, otherwise = "linear", kernel.lora_linear, eager.lora_linear
+    if call.nested is not None:
+        op, prepare, otherwise = "linear_4bit", _prepare_4bit, _dequantised
+    chosen = planned(op, call, call.outputs, call.inputs)
     if chosen.variant == "eager":
-        return eager.lora_linear
+        return otherwise
     case = small_case_of(chosen, call)
 
     def check() -> str | None:
-        args = small_case(case)
-        exact = reference.lora_linear(*args)
+        x, W, *others = args = small_case(case)
+        exact = reference.lora_linear(x, by_torch(W) if isinstance(W, FourBit) else W, *others)
         ours = kernel.lora_linear(chosen, *args)(*args)
         return guard.compare(ours, exact, case.dtype, chosen.variant in kernel.LIBRARY)
 
-    return prepared(("linear", chosen, case), kernel.lora_linear, eager.lora_linear, check)
+    return prepared((op, chosen, case), prepare, otherwise, check)
 
 
 def _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs) -> Callable:
@@ -333,9 +394,12 @@ def small_case(case: Case) -> tuple:
     bias = None if case.bias is None else numbers(case.outputs, dtype=case.bias)
     seeds = torch.arange(7, 7 + len(A), device=case.device) if any(case.dropout) else None
     x = numbers(case.rows, case.inputs, dtype=case.dtype)
-    W = numbers(case.outputs, case.inputs, dtype=case.dtype, scale=0.2)
     x = x if case.x_by_rows else x.t().contiguous().t()
-    W = W if case.weight_by_rows else W.t().contiguous().t()
+    if case.nested is None:
+        W = numbers(case.outputs, case.inputs, dtype=case.dtype, scale=0.2)
+        W = W if case.weight_by_rows else W.t().contiguous().t()
+    else:
+        W = small_weight((case.outputs, case.inputs), case.nested, case.dtype, case.device)
     return x, W, bias, A, B, [0.5] * len(A), list(case.dropout), seeds
 
 
@@ -352,12 +416,11 @@ def small_case_of(chosen: Plan, call: Case) -> Case:
         if weight_grad is not None:
             rows = max(rows, weight_grad.BLOCK_K)
             outputs, inputs = max(contraction, weight_grad.BLOCK_M), max(columns, weight_grad.BLOCK_M)
-    return call._replace(
-        rows=_small(call.rows, rows), outputs=_small(call.outputs, outputs), inputs=_small(call.inputs, inputs)
-    )
+    inputs = _small(call.inputs, inputs, (16, 8) if call.nested is None else (64,))  # of 4 bits a multiple of 64
+    return call._replace(rows=_small(call.rows, rows), outputs=_small(call.outputs, outputs), inputs=inputs)
 
 
-def _small(size: int, block: int) -> int:
+def _small(size: int, block: int, classes: tuple[int, ...] = (16, 8)) -> int:
     """Beyond one tile, and compiled as ``size`` is: Triton specialises 1 and multiples of 16, 16-bit rows of a multiple
     of 8 have descriptors."""
-    return 1 if size == 1 else block + next((n for n in (16, 8) if size % n == 0), 13)
+    return 1 if size == 1 else block + next((n for n in classes if size % n == 0), 13)

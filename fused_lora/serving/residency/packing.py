@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, WEIGHTS_NAME, Adapter, Plan, read_checked
-from fused_lora.adapters.read import check_model, warn_left_out
+from fused_lora.adapters.read import check_model, warn_left_out, warn_of_another_base
 from fused_lora.modules.config import MAX_RANK, scaling
 from fused_lora.modules.names import mismatch, some
 
@@ -102,6 +102,7 @@ def from_folder(
         raise ValueError(f"source: {folder!r} changed while it was read, 5 times")
     _check_served(folder, plan)
     warn_left_out(plan)
+    warn_of_another_base(model, plan)
     layers = {}
     for path, tensors in adapter.layers.items():
         r, alpha = plan.ranks[path]

@@ -1,0 +1,198 @@
+"""Layers with a packed ``qweight``, as those of GPTQ and AWQ: around their own call; merges are refused by name.
+
+The packages are compiled for GPUs. Stand-ins have their attributes and stand where PEFT looks for their classes.
+"""
+
+import copy
+import enum
+import pickle
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import fused_lora
+from fused_lora import LoraConfig
+from fused_lora.integrations.peft import layer_report
+from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
+
+peft = pytest.importorskip("peft")
+pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore:Merge lora module")]
+
+N, K, M = 24, 32, 9
+
+
+class Method(enum.Enum):
+    GPTQ = "gptq"
+    AWQ = "awq"
+
+
+class BaseQuantLinear(nn.Module):
+    """4-bit integers, eight to an int32 along K, with a scale for each group of 16 and each output; zeros are 8."""
+
+    SUPPORTS_METHODS = [Method.GPTQ]
+    bits, group_size = 4, 16
+
+    def __init__(self, in_features, out_features, bias=True, dtype=torch.float32):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        numbers = torch.randint(-(2**31), 2**31 - 1, (in_features // 8, out_features)).int()
+        self.register_buffer("qweight", numbers)
+        self.register_buffer("scales", torch.rand(in_features // 16, out_features).to(dtype) / 8)
+        self.register_buffer("bias", torch.randn(out_features).to(dtype) if bias else None)
+
+    def dense(self):
+        shifts = torch.arange(0, 32, 4)
+        codes = (self.qweight[:, None] >> shifts[:, None] & 15).view(self.in_features, self.out_features)
+        return ((codes - 8) * self.scales.repeat_interleave(16, 0)).t()
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dense().to(x.dtype), self.bias)
+
+
+class TorchQuantLinear(BaseQuantLinear):
+    pass
+
+
+class AwqTorchQuantLinear(BaseQuantLinear):
+    SUPPORTS_METHODS = [Method.AWQ]
+
+
+@pytest.fixture(autouse=True)
+def package(monkeypatch):
+    """PEFT finds the stand-ins' base class where it looks for gptqmodel's."""
+    for name in ("gptqmodel", "gptqmodel.nn_modules", "gptqmodel.nn_modules.qlinear"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["gptqmodel.nn_modules.qlinear"].BaseQuantLinear = BaseQuantLinear
+    for module in ("peft.tuners.lora.gptq", "peft.tuners.lora.awq", "peft.utils.other"):
+        monkeypatch.setattr(sys.modules[module], "is_gptqmodel_available", lambda: True)
+
+
+class Net(nn.Module):
+    def __init__(self, kind, **settings):
+        super().__init__()
+        self.up, self.down = kind(K, N, **settings), nn.Linear(N, 8)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+KINDS = {TorchQuantLinear: "GPTQLoraLinear", AwqTorchQuantLinear: "AwqLoraLinear"}
+
+
+def pair(kind, **settings):
+    """A model of PEFT's, and ours with the same numbers: accelerated, and injected."""
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["up"], "init_lora_weights": False}
+    base = Net(kind, **settings)
+    injected = copy.deepcopy(base)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**fields)).train()
+    assert type(theirs.base_model.model.up).__name__ == KINDS[kind]
+    fused_lora.inject(injected, LoraConfig(**fields))
+    other = theirs.base_model.model.up
+    for part in ("lora_A", "lora_B"):
+        mine = getattr(injected.up, part)["default"].weight
+        assert mine.dtype is getattr(other, part)["default"].weight.dtype is torch.float32
+        mine.data.copy_(getattr(other, part)["default"].weight.data)
+    return fused_lora.accelerate(copy.deepcopy(theirs)), injected.train(), theirs
+
+
+def layer_of(model):
+    return (model.base_model.model if hasattr(model, "base_model") else model).up
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_its_own_call_and_the_terms(kind, dtype, training):
+    draws = []
+    for _ in range(DRAWS):
+        models, x, g = pair(kind, dtype=dtype), torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+        results = []
+        for model in models:
+            layer, own = layer_of(model.train(training)), x.clone().requires_grad_()
+            y = layer(own)
+            A, B = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+            results.append([y.detach(), *torch.autograd.grad(y, [own, A, B], g)])
+        own, A, B = x.double().requires_grad_(), A.detach().double(), B.detach().double()
+        A.requires_grad_(), B.requires_grad_()
+        y = layer.base_layer(x).double() + 1.5 * own @ A.t() @ B.t()
+        exact = [y.detach(), *torch.autograd.grad(y, [own, A, B], g.double())]
+        exact[1] = exact[1] + g.double() @ layer.base_layer.dense().to(dtype).double()
+        draws.append([*results, exact])
+    for which in range(2):
+        for i in range(4):
+            mine, theirs, right = (torch.stack([draw[j][i] for draw in draws]) for j in (which, 2, 3))
+            assert mine.dtype is theirs.dtype
+            assert_no_worse(mine, theirs, right, draws=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_runs_how_is_said(kind):
+    ours, injected, theirs = pair(kind)
+    why = f"fused around the base: the base layer is a {kind.__name__}, its weight is packed"
+    assert str(layer_report(ours)[0]) == str(layer_report(injected)[0]) == why
+    assert list(ours.state_dict()) == list(theirs.state_dict()) and repr(ours) == repr(theirs)
+    layer = layer_of(ours)
+    assert type(pickle.loads(pickle.dumps(layer))) is type(copy.deepcopy(layer)) is type(layer)
+    fused_lora.restore(ours)
+    assert type(layer_of(ours)) is type(layer_of(theirs))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_adapters_and_disabled_ones(kind):
+    ours, _, theirs = pair(kind)
+    x = torch.randn(M, K)
+    for model in (ours, theirs):
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["up"]))
+    for step in (
+        lambda m: m.set_adapter("second"),
+        lambda m: m.base_model.set_adapter(["default", "second"]),
+        lambda m: m.base_model.disable_adapter_layers(),
+    ):
+        for model in (ours, theirs):
+            step(model)
+        assert_close(ours(x), theirs(x), terms=K + N)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merges_are_refused_by_name_and_change_nothing(kind):
+    ours, injected, theirs = pair(kind)
+    x = torch.randn(M, K)
+    before = injected(x)
+    with pytest.raises(RuntimeError, match="up: base_layer: the weight is packed in qweight; .*nothing was merged"):
+        fused_lora.merge(injected)
+    with pytest.raises(RuntimeError, match=f"up: a {kind.__name__} with a Tensor of torch.int32 cannot be dequant"):
+        fused_lora.unload(injected, merge_adapters=True, dtype=torch.float32)
+    with pytest.raises(NotImplementedError):
+        theirs.merge_adapter()
+    with pytest.raises(NotImplementedError, match="base_layer: the weight is packed in qweight, so nothing was merged"):
+        ours.merge_adapter()
+    assert torch.equal(injected(x), before) and not ours.base_model.model.up.merged
+
+
+def test_files_and_the_store(tmp_path):
+    """An adapter that was trained over a packed layer, loaded again and served."""
+    _, model, _ = pair(TorchQuantLinear)
+    x, base = torch.randn(3, M, K), copy.deepcopy(model)
+    plain = fused_lora.unload(base).eval()
+    fused_lora.save_adapter(model, tmp_path)
+    again = copy.deepcopy(plain)
+    fused_lora.load_adapter(again, tmp_path)
+    with torch.no_grad():
+        wanted = model.eval()(x)
+        assert torch.equal(again(x), wanted)
+        store = fused_lora.AdapterStore(plain, capacity_bytes=1 << 20)
+        store.load("packed", tmp_path)
+        with store.batch(["packed", None, "packed"]):
+            served = plain(x)
+        assert_close(served[0], wanted[0], terms=K + N)
+        assert_close(served[1], plain(x[1:2])[0], terms=K + N)
+
+
+def test_a_packed_layer_without_sizes_is_refused_by_name():
+    model = Net(TorchQuantLinear)
+    del model.up.in_features
+    with pytest.raises(ValueError, match="'up', .*TorchQuantLinear.*it has no in_features or out_features"):
+        fused_lora.inject(model, LoraConfig(target_modules=["up"]))

@@ -1,0 +1,111 @@
+"""Train, save, merge and unmerge under DeepSpeed's own ZeRO-3, which the tests imitate. It needs no GPU:
+
+    pip install deepspeed
+    DS_ACCELERATOR=cpu torchrun --nproc-per-node 2 tests/integrations/zero3.py
+
+Losses are PEFT's. What needs whole parameters is refused by name outside of GatheredParameters and right inside.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed
+import peft
+import torch
+from torch import distributed, nn
+
+import fused_lora
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from helpers.training import tiny_llama
+
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 2,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+}
+FIELDS = {"r": 4, "target_modules": "all-linear"}
+
+
+def injected() -> nn.Module:
+    """A model of inject."""
+    return fused_lora.inject(tiny_llama(), fused_lora.LoraConfig(**FIELDS))
+
+
+def wrapped() -> nn.Module:
+    """A model of PEFT's."""
+    return peft.get_peft_model(tiny_llama(), peft.LoraConfig(**FIELDS))
+
+
+def train(make: Callable[[], nn.Module]) -> tuple[nn.Module, torch.Tensor, list[float]]:
+    """The model after five steps, this process's tokens, and the losses."""
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)[0]
+    tokens = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(distributed.get_rank()))
+    losses = []
+    for _ in range(5):
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    model.eval()
+    assert not any(p.numel() for p in model.parameters())  # all of them are sharded
+    return model, tokens, losses
+
+
+def refused(call: Callable, *args: object) -> None:
+    """The call must name DeepSpeed's context."""
+    try:
+        call(*args)
+    except RuntimeError as error:
+        assert "GatheredParameters" in str(error), error
+    else:
+        raise AssertionError("not refused")
+
+
+@torch.no_grad()
+def check_merges(model: nn.Module, tokens: torch.Tensor, merge: Callable, unmerge: Callable) -> None:
+    """Merge and unmerge, outside and inside of the context."""
+    before = model(input_ids=tokens).logits
+    for change, exact in ((merge, False), (unmerge, True)):
+        refused(change, model)
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+            change(model)
+        after = model(input_ids=tokens).logits
+        assert torch.equal(after, before) if exact else torch.allclose(after, before, atol=1e-5)
+
+
+def main() -> None:
+    """All checks."""
+    deepspeed.init_distributed("gloo" if deepspeed.get_accelerator().device_name() == "cpu" else None)
+    _, _, expected = train(wrapped)
+    model, tokens, losses = train(lambda: fused_lora.accelerate(wrapped()))
+    torch.testing.assert_close(losses, expected)
+    check_merges(model, tokens, lambda m: m.merge_adapter(), lambda m: m.unmerge_adapter())
+
+    model, tokens, losses = train(injected)
+    torch.testing.assert_close(losses, expected)
+    check_merges(model, tokens, fused_lora.merge, fused_lora.unmerge)
+    folder = [tempfile.mkdtemp()]
+    distributed.broadcast_object_list(folder)
+    saved = Path(folder[0], "adapter")
+    refused(fused_lora.save_adapter, model, saved)
+    assert not saved.exists()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        fused_lora.save_adapter(model, saved)
+    distributed.barrier()
+    again = peft.PeftModel.from_pretrained(tiny_llama(), saved).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    print(f"process {distributed.get_rank()}: right")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
