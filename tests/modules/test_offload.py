@@ -171,7 +171,7 @@ def test_what_zero3_keeps_elsewhere_is_not_merged_and_not_unmerged(sharded, kind
         ):
             call(model)
         give(part)
-        assert torch.allclose(model(x), y, atol=1e-6)
+        assert_close(model(x), y, terms=1000)
         if kind == "accelerate":  # PEFT goes layer by layer, the first may be done
             {"merged": unmerge, "unmerged": merge}[done](model)
         call(model)

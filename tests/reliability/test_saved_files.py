@@ -213,7 +213,7 @@ def same_bits(one, other):
 
 def random_adapter(draw):
     """A model with an adapter of a random kind, and what to build it again."""
-    seed, names = draw.randrange(1 << 30), ["0", "2", "3"]
+    number, names = draw.randrange(1 << 30), ["0", "2", "3"]
     dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
     fields = {
         "r": draw.randint(1, 9),
@@ -228,7 +228,7 @@ def random_adapter(draw):
     }
 
     def base():
-        torch.manual_seed(seed)
+        torch.manual_seed(number)
         return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8), nn.Linear(8, 4)).to(dtype).eval()
 
     with warnings.catch_warnings():
