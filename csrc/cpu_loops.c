@@ -152,7 +152,8 @@ INLINE void pack_right(const Work *work, const Unit *unit, int64_t first, int64_
 /* delta [h, n] of a strip of a unit; whole groups and tiles are written. `right` is the unit's where it has room. */
 INLINE void compute_delta(const Work *work, const Unit *strip, const Unit *next, float *right, float *delta) {
     int64_t pitch = strip->pitch, ranks = work->ranks, size = work->weight_type == FLOAT32 ? 4 : 2;
-    for (int64_t first = 0; first == 0 || first < ranks; first += DEPTH) { /* without ranks it is 0 */
+    if (ranks == 0) memset(delta, 0, STRIP * WIDTH * sizeof(float));
+    for (int64_t first = 0; first < ranks; first += DEPTH) {
         int64_t depth = ranks - first < DEPTH ? ranks - first : DEPTH;
         if (ranks > DEPTH) pack_right(work, strip, first, depth, right);
         for (int64_t i = 0; i < strip->h; i += GROUP) {
