@@ -8,6 +8,8 @@
  *   Wm[i,j] = round(W[i,j] + D[i,j])                                 a sum in fp32, then a rounding to W's dtype
  *   C[i,j]  = round(Wm[i,j] - D[i,j])                                W again for 97 to 99.8 % of the elements
  *
+ * An element that is not finite stays as it is, whatever D: NaNs of arithmetic have no bits to rely on.
+ *
  * A unit is a part of W, [height, width]. It keeps a checksum of W's bits, and a correction where C is not W: pairs of
  * bytes (advance, xor). Decoding starts one place before the unit's first element: go `advance` places on and xor the
  * lowest byte there; an advance of 0 stays and xors the next higher byte. (255, 0) only bridges a long gap.
@@ -193,7 +195,7 @@ INLINE uint64_t checksum(int type, const Unit *unit) {
 }
 
 /* out <- Wm, xors <- bits of C ^ bits of W, sums <- the next of the checksum; whether all of it was below limit_of.
- * What was not is done again by the careful loop, which leaves NaN and sums as they are. */
+ * What was not is done again by the careful loop, which leaves NaN, infinity and sums as they are. */
 INLINE int merge_lines(int type, int careful, const Unit *unit, const float *delta, void *out, void *xors,
                        uint8_t *restrict differs, uint32_t *restrict sums) {
     uint32_t largest = 0;
@@ -201,15 +203,15 @@ INLINE int merge_lines(int type, int careful, const Unit *unit, const float *del
         const char *line = unit->lines + i * unit->stride;
         int64_t at = i * unit->pitch;
         for (int64_t j = 0; j < unit->n; j++) {
-            uint32_t w = get(type, line, j), nan = careful && magnitude_of(type, w) > infinity_of(type);
+            uint32_t w = get(type, line, j), kept = careful && magnitude_of(type, w) >= infinity_of(type);
             float value = value_of(type, w), sum = value + delta[at + j];
             uint32_t merged = rounded(type, careful, sum);
             uint32_t x = rounded(type, careful, value_of(type, merged) - delta[at + j]) ^ w;
             uint32_t a = as_bits(value) & 0x7FFFFFFF, b = as_bits(sum) & 0x7FFFFFFF;
             largest = a > largest ? a : largest;
             largest = b > largest ? b : largest;
-            put(type, out, at + j, careful ? choose(nan, w, merged) : merged);
-            x = careful ? choose(nan, 0, x) : x;
+            put(type, out, at + j, careful ? choose(kept, w, merged) : merged);
+            x = careful ? choose(kept, 0, x) : x;
             put(type, xors, at + j, x);
             differs[at + j] = (uint8_t)-(x != 0);
             if (!careful) sums[j] = checksum_step(sums[j], w);
@@ -234,13 +236,13 @@ INLINE int unmerge_lines(int type, int careful, const Unit *unit, const float *d
         const char *line = unit->lines + i * unit->stride;
         int64_t at = i * unit->pitch;
         for (int64_t j = 0; j < unit->n; j++) {
-            uint32_t w = get(type, line, j), nan = careful && magnitude_of(type, w) > infinity_of(type);
+            uint32_t w = get(type, line, j), kept = careful && magnitude_of(type, w) >= infinity_of(type);
             float value = value_of(type, w), difference = value - delta[at + j];
             uint32_t candidate = rounded(type, careful, difference);
             uint32_t a = as_bits(value) & 0x7FFFFFFF, b = as_bits(difference) & 0x7FFFFFFF;
             largest = a > largest ? a : largest;
             largest = b > largest ? b : largest;
-            put(type, out, at + j, careful ? choose(nan, w, candidate) : candidate);
+            put(type, out, at + j, careful ? choose(kept, w, candidate) : candidate);
         }
     }
     return largest < limit_of(type);

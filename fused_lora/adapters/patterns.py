@@ -17,6 +17,8 @@ Step = Callable[[str, set[int]], set[int]]  # name, positions before -> position
 
 _MAX_STEPS = 2_000_000  # positions that are followed for one table
 _REPETITION = 4  # what one more repetition costs of these
+_STARTS = 8  # positions of which one more costs one of these, though none leads on: a usual name has no more
+_READ, _CLASS = 10, 50  # what a step of a key costs to read, and a class to compile
 _MAX_DEPTH = 50  # of groups in groups
 # one or more characters that stand for themselves, the last of them not repeated
 _TEXT = re.compile(r"(?:\\[\W_]|[^\\.^$*+?{}\[\]()|])+(?![*+?{])")
@@ -60,6 +62,12 @@ class _UndecidedError(Exception):
     """Only running the expression could tell."""
 
 
+def _spend(left: list[int], cost: int) -> None:
+    left[0] -= cost
+    if left[0] < 0:
+        raise _UndecidedError
+
+
 def _expression(key: str, left: list[int]) -> Step | None:
     try:
         step, end = _alternatives(key, 0, 0, left)
@@ -86,13 +94,12 @@ def _alternatives(key: str, at: int, depth: int, left: list[int]) -> tuple[Step,
         for steps in sequences:
             here = before
             for step in steps:
+                _spend(left, len(here) // _STARTS)
                 here = step(name, here)
-                left[0] -= len(here)
+                _spend(left, len(here))
                 if not here:
                     break
-            left[0] -= 1
-            if left[0] < 0:
-                raise _UndecidedError
+            _spend(left, 1)
             after |= here
         return after
 
@@ -101,6 +108,7 @@ def _alternatives(key: str, at: int, depth: int, left: list[int]) -> tuple[Step,
 
 def _one_step(key: str, at: int, depth: int, left: list[int]) -> tuple[Step, int]:
     """The step that begins at ``key[at]``, with its repetition, and where it ends."""
+    _spend(left, _CLASS if key[at] == "[" else _READ)
     if found := _TEXT.match(key, at):
         text = re.sub(r"\\(.)", r"\1", found[0], flags=re.DOTALL)
         return lambda name, before: {i + len(text) for i in before if name.startswith(text, i)}, found.end()

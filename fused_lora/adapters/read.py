@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
-from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.errors import AdapterError, short
 from fused_lora.modules import auxiliary
 from fused_lora.modules.arguments import check_int
 from fused_lora.modules.changes import changing, undone_on_error
@@ -120,9 +120,7 @@ def warn_of_another_base(model: nn.Module, plan: Plan) -> None:
             found = ", ".join(here[topic] for topic in topics) if here else "not quantised"
             differ.setdefault((", ".join(there[topic] for topic in topics), found), []).append(path)
     for (there, here), paths in differ.items():
-        text = (
-            f"{plan.weights}: the adapter was saved over another base, {there:.200}; here it is {here}. Outputs differ"
-        )
+        text = f"{plan.weights}: the adapter was saved over another base, {short(there, 200)}; here it is {here}. Outputs differ"
         warnings.warn(f"{text} by what quantisation changes in {len(paths)} layers: {some(paths)}", stacklevel=3)
 
 

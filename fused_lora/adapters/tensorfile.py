@@ -240,7 +240,10 @@ def _digest_of(path: str, metadata: Any) -> str | None:
 
 
 def _base_of(path: str, text: str) -> dict[str, dict[str, str]]:
-    found = parse_json(path, text.encode("utf-8", "surrogatepass"))
+    try:
+        found = parse_json(path, text.encode("utf-8", "surrogatepass"))
+    except AdapterError as error:
+        raise AdapterError(path, _BASE, error.expected, error.found) from None
     for topics in found.values():
         if not (isinstance(topics, dict) and all(isinstance(value, str) for value in topics.values())):
             raise AdapterError(path, _BASE, "an object of objects of strings", topics)

@@ -25,7 +25,7 @@ from fused_lora.bases.base import (
     why_not_own_call,
     why_not_plain_bias,
 )
-from fused_lora.bases.requantised import BLOCK_VALUES, Requantised, summed_delta
+from fused_lora.bases.requantised import BLOCK_VALUES, FLOATS, Requantised, summed_delta, why_no_numbers
 from fused_lora.ops.dequant import FourBit, dequantise_4bit
 from fused_lora.ops.linear import packed, plan
 
@@ -172,7 +172,7 @@ class Linear4bit(Requantised):
 
     def why_not_merged(self, module: Any) -> str | None:
         """None for a weight of a known kind."""
-        return _why_not_known(module, module._parameters.get("weight"))
+        return _why_not_read(module, module._parameters.get("weight"))
 
     def values(self, module: Any, weight: Any, state: Any) -> Tensor:
         """Code times scale."""
@@ -228,7 +228,7 @@ class Linear4bit(Requantised):
 
     def why_not_adapted(self, module: Any) -> str | None:
         """None for a weight of a known kind whose scales are finite."""
-        reason = _why_not_known(module, module._parameters.get("weight"))
+        reason = _why_not_read(module, module._parameters.get("weight"))
         if reason is None and not torch.isfinite(Weight(module, torch.float32).scales()).all():
             return "weight.quant_state.absmax has scales that are NaN or infinite"
         return reason
@@ -254,6 +254,33 @@ def _why_not_known(module, weight) -> str | None:
         return f"the weight has {data.nbytes} bytes, expected {-(-N * K // 2)} for {(N, K)}"
     # bitsandbytes' loops for CPUs take rows of other lengths for rows that begin with a scale
     return "in_features is no multiple of the blocksize" if data.is_cpu and K % state.blocksize else None
+
+
+def _why_not_read(module, weight) -> str | None:
+    """As :func:`_why_not_known`, of every field: somebody may have made or changed the state by hand."""
+    name, state = "weight.quant_state", getattr(weight, "quant_state", None)
+    if state is not None:
+        for field in ("quant_type", "blocksize", "shape", "dtype", "nested", "absmax", "code"):
+            if getattr(state, field, None) is None:
+                return f"{name}.{field} is missing"
+        if not isinstance(state.shape, (tuple, list)):
+            return f"{name}.shape is {state.shape!r:.100}, expected out_features and in_features"
+    if reason := _why_not_known(module, weight):
+        return reason
+    inner, count = (
+        state.state2 if state.nested else None,
+        -(-module.out_features * module.in_features // state.blocksize),
+    )
+    reason = why_no_numbers(state.absmax, f"{name}.absmax", count, FLOATS if inner is None else (torch.uint8,))
+    reason = reason or why_no_numbers(state.code, f"{name}.code", 16)
+    if reason or not state.nested:
+        return reason
+    size = getattr(inner, "blocksize", None)
+    if type(size) is not int or size < 1:
+        return f"{name}.state2.blocksize is {size!r:.100}, expected a positive integer"
+    reason = why_no_numbers(getattr(inner, "absmax", None), f"{name}.state2.absmax", -(-count // size))
+    reason = reason or why_no_numbers(getattr(inner, "code", None), f"{name}.state2.code", 256)
+    return reason or why_no_numbers(state.offset, f"{name}.offset", 1)
 
 
 _CLASSES = "Linear4bit", "LinearNF4", "LinearFP4"  # the two others only fill in an argument

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.bases.base import Factors, Grid, register
-from fused_lora.bases.requantised import BLOCK_VALUES, Requantised
+from fused_lora.bases.requantised import BLOCK_VALUES, Requantised, why_no_numbers
 
 
 class Linear8bit(Requantised):
@@ -42,9 +42,13 @@ class Linear8bit(Requantised):
             return f"the weight has shape {tuple(weight.shape)}, expected {shape}"
         if weight.is_meta:
             return "the weight is on the meta device"
+        if module.state is None:
+            return "state is missing"
         scales = _scales(module)
         if scales is None:
             return "weight.SCB and state.SCB are missing"
+        if reason := why_no_numbers(scales, "SCB", getattr(scales, "numel", int)(), (torch.float32,)):
+            return reason
         return None if scales.shape == shape[:1] else f"SCB has shape {tuple(scales.shape)}, expected {shape[:1]}"
 
     def why_not_adapted(self, module: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fused_lora.bases.base import Base, Factors
 
 BLOCK_VALUES = 1 << 21  # of a weight that are in fp32 at a time
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -31,6 +32,20 @@ def rounded_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if found is not None and not torch.isfinite(found).all():
         raise ValueError(f"the bias would not be finite in {dtype}")
     return found
+
+
+def why_no_numbers(part: Any, name: str, count: int, dtypes: Sequence[torch.dtype] = FLOATS) -> str | None:
+    """None for a tensor of ``count`` numbers of one of these dtypes, else what the field ``name`` is instead.
+
+    Libraries read these fields by address: too short ones, or of another dtype, would be other numbers.
+    """
+    if not isinstance(part, Tensor):
+        return f"{name} is a {type(part).__name__}, expected a tensor"
+    if part.is_meta:
+        return f"{name} is on the meta device"
+    if part.dtype not in dtypes:
+        return f"{name} is {part.dtype}, expected one of {tuple(dtypes)}"
+    return None if part.numel() == count else f"{name} has shape {tuple(part.shape)}, expected {count} numbers"
 
 
 def summed_delta(factors: Factors) -> Tensor:

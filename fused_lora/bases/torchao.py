@@ -22,11 +22,11 @@ from fused_lora.bases.base import (
     why_not_own_call,
     why_not_plain_bias,
 )
-from fused_lora.bases.requantised import BLOCK_VALUES, Requantised
+from fused_lora.bases.requantised import BLOCK_VALUES, FLOATS, Requantised, why_no_numbers
 from fused_lora.ops.linear import packed
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _INPUT = ("act_quant_kwargs", "act_pre_scale", "activation_quantization")  # what changes the input in a call
 
 
@@ -92,12 +92,12 @@ class Torchao(Requantised):
 
     def why_not_dense(self, module: Any) -> str | None:
         """None for a weight that this file can read."""
-        return _why_not_known(module._parameters["weight"])
+        return _why_not_read(module._parameters["weight"])
 
     def why_not_merged(self, module: Any) -> str | None:
         """None for a weight that says all about how it was quantised."""
         weight = module._parameters["weight"]
-        if reason := _why_not_known(weight):
+        if reason := _why_not_read(weight):
             return reason
         if hasattr(weight, "target_dtype"):
             return f"a {type(weight).__name__} does not say how its scales were chosen"
@@ -109,7 +109,7 @@ class Torchao(Requantised):
     def why_not_adapted(self, module: Any) -> str | None:
         """None for such a weight with finite scales."""
         weight = module._parameters["weight"]
-        reason = _why_not_known(weight)
+        reason = _why_not_read(weight)
         if reason is None and not torch.isfinite(weight.scale).all():
             return "weight.scale has values that are NaN or infinite"
         return reason
@@ -200,7 +200,7 @@ def parts(tensor: Any) -> dict[str, Tensor]:
 
 def _why_not_known(weight: Any) -> str | None:
     """None for a weight that :class:`Weight` reads, else which field is another one."""
-    if weight.dim() != 2 or weight.dtype not in _FLOATS:
+    if weight.dim() != 2 or weight.dtype not in FLOATS:
         return f"the weight is a {weight.dtype} of {weight.dim()} dimensions"
     if weight.is_meta:
         return "the weight is on the meta device"
@@ -210,6 +210,33 @@ def _why_not_known(weight: Any) -> str | None:
     if len(block) != 2 or block[0] not in (1, weight.shape[0]) or (block[0] > 1 and block[1] != weight.shape[1]):
         return f"weight.block_size is {block}"
     return None
+
+
+def _why_not_read(weight: Any) -> str | None:
+    """As :func:`_why_not_known`, of every field: somebody may have made or changed the tensor by hand."""
+    kinds = [f"{optional}tensor_{kind}_names" for optional in ("", "optional_") for kind in ("data", "attribute")]
+    missing = [name for kind in kinds for name in getattr(weight, kind, ()) if not hasattr(weight, name)]
+    if missing:
+        return f"weight.{missing[0]} is missing"
+    if not isinstance(weight.qdata, Tensor):
+        return f"weight.qdata is a {type(weight.qdata).__name__}, expected a tensor"
+    block = weight.block_size
+    if not isinstance(block, (tuple, list)) or not all(type(size) is int and size > 0 for size in block):
+        return f"weight.block_size is {block!r:.100}, expected two positive integers"
+    if reason := _why_not_known(weight):
+        return reason
+    if weight.qdata.is_meta:
+        return "weight.qdata is on the meta device"
+    (N, K), (rows, columns), zeros = weight.shape, block, getattr(weight, "zero_point", None)
+    if K % columns:
+        return f"weight.block_size is {block}, expected parts of a row of {K}"
+    count = N // rows * (K // columns)
+    reason = why_no_numbers(weight.scale, "weight.scale", count, (*FLOATS, torch.float64))
+    if reason is None and rows == 1 and tuple(weight.scale.shape) != (N, K // columns):
+        return f"weight.scale has shape {tuple(weight.scale.shape)}, expected {(N, K // columns)}"
+    if reason or zeros is None:
+        return reason
+    return why_no_numbers(zeros, "weight.zero_point", count, (*FLOATS, torch.float64, *_INTEGERS))
 
 
 _CLASSES = "Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor"

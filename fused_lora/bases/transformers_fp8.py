@@ -39,13 +39,20 @@ class Fp8Linear(Requantised):
         if weight is None or weight.dtype is not _FP8 or tuple(weight.shape) != shape:
             found = None if weight is None else (weight.dtype, tuple(weight.shape))
             return f"the weight is {found}, expected {_FP8} {shape}"
-        scales = module._parameters.get("weight_scale_inv")
+        scales, block = module._parameters.get("weight_scale_inv"), getattr(module, "block_size", ())
+        sizes = block is None or (isinstance(block, (tuple, list)) and [type(n) for n in block] == [int, int])
+        if not sizes or min(block or (1,)) < 1:
+            return f"block_size is {block!r:.100}, expected two positive integers or None"
         rows, columns = block_size(module)
         wanted = (-(-shape[0] // rows), -(-shape[1] // columns))
         if scales is None or scales.numel() != wanted[0] * wanted[1]:
             found = None if scales is None else tuple(scales.shape)
             return f"weight_scale_inv has shape {found}, expected {wanted}"
-        return "the weight is on the meta device" if weight.is_meta or scales.is_meta else None
+        if not scales.is_floating_point():
+            return f"weight_scale_inv is {scales.dtype}, expected floating numbers"
+        if scales.is_meta and not weight.is_meta:
+            return "weight_scale_inv is on the meta device"
+        return "the weight is on the meta device" if weight.is_meta else None
 
     def why_not_adapted(self, module: Any) -> str | None:
         """None for such a weight with finite scales."""

@@ -82,9 +82,10 @@ def adapter_dtype(base: nn.Module) -> torch.dtype:
 
 
 def base_settings(module: nn.Module) -> dict[str, str]:
-    """How the weight of a supported module is quantised, in words by topic; empty where it is not."""
+    """How the weight of a supported module is quantised, in words by topic; empty where it is not, or is broken."""
     base = base_layer_of(module)
-    return base_of(base).settings(base)
+    kind = base_of(base)
+    return {} if kind.bits and kind.why_not_dense(base) else kind.settings(base)
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

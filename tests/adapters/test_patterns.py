@@ -63,8 +63,10 @@ def test_usual_expressions_are_decided(key, name):
         "(" * 9999,
         "|" * 99999,
         "(.*.*.*)*!",
+        ".?" * 100000,
+        "".join(f"[{chr(0x4E00 + i)}a]" for i in range(20000)),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_hostile_expressions_end(key):
     start = time.process_time()

@@ -120,10 +120,10 @@ def test_adapters_over_fp8_keep_their_numbers(tmp_path):
         assert mine.dtype is torch.float32 and torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"0": 1}', '{"0": {"weight": 2}}', '{"0": {}, "0": {}}', "\ud800"])
-def test_what_is_no_description_is_refused(text, tmp_path):
-    saved(nn.Linear(K, N), tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
+def described(folder, text):
+    """A file of ours over a dense layer whose description of the base is ``text``."""
+    saved(nn.Linear(K, N), folder)
+    file = folder / "adapter_model.safetensors"
     raw = file.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
@@ -131,5 +131,40 @@ def test_what_is_no_description_is_refused(text, tmp_path):
     new = json.dumps(header).encode()
     new += b" " * (-len(new) % 8)
     file.write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + length :])
-    with pytest.raises(AdapterError):
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"0": 1}', '{"0": {"weight": 2}}', '{"0": {}, "0": {}}', "\ud800"])
+def test_what_is_no_description_is_refused(text, tmp_path):
+    described(tmp_path, text)
+    with pytest.raises(AdapterError) as caught:
+        fused_lora.load_adapter(nn.Sequential(nn.Linear(K, N)), tmp_path)
+    # half a surrogate pair is no text of the file either
+    assert caught.value.key == (None if text == "\ud800" else "fused_lora.quantised_base")
+
+
+def test_a_description_cannot_write_on_a_terminal(tmp_path):
+    described(tmp_path, json.dumps({"0": {"weight": "\x1b[31m\r\n" + "x" * 5000}}))
+    with pytest.warns(UserWarning, match="saved over another base") as caught:
+        fused_lora.load_adapter(nn.Sequential(nn.Linear(K, N)), tmp_path)
+    text = str(caught[0].message)
+    assert text.isprintable() and "x1b" in text and len(text) < 1000
+
+
+@pytest.mark.parametrize("kind", [linear4bit, linear8bit, fp8, int8_of_torchao])
+def test_an_adapter_over_a_broken_base_is_saved_without_a_description(kind, tmp_path):
+    layer = {linear4bit: lambda: linear4bit(N, K), linear8bit: lambda: linear8bit(N, K), fp8: lambda: fp8((16, 16))}
+    model = nn.Sequential(layer.get(kind, kind)())
+    fused_lora.inject(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    base = model[0].base_layer
+    if kind is linear4bit:
+        base.weight.quant_state = None
+    elif kind is linear8bit:
+        base.state = None
+    elif kind is fp8:
+        base.weight_scale_inv = None
+    else:
+        del base.weight.scale
+    fused_lora.save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         fused_lora.load_adapter(nn.Sequential(nn.Linear(K, N)), tmp_path)

@@ -134,6 +134,29 @@ def test_any_rank(r):
 
 @built
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 64, 129])
+def test_a_weight_that_is_not_finite_stays_under_any_delta(columns, dtype):
+    """What C notes is undone by torch and the other way round, though NaNs of arithmetic have many bits."""
+    W = torch.tensor([float("inf"), -float("inf"), float("nan")]).to(dtype).repeat(4)[:, None].repeat(1, columns)
+    bits(W)[2] |= 1
+    wrong = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, 0x7F800000, -(1 << 23)], dtype=torch.int32)
+    left = wrong.view(torch.float32).repeat(2)[:, None]
+    W, left = torch.cat([W, torch.full((1, columns), 3.0, dtype=dtype)]), torch.cat([left, torch.zeros(1, 1)])
+    ours = Factors(left.contiguous(), torch.ones(1, columns))
+    found = []
+    for kind, other in ((blocks._InC, blocks._InTorch), (blocks._InTorch, blocks._InC)):
+        merged = W.clone()
+        found.append(blocks._merge(kind, merged, ours))
+        assert torch.equal(bits(merged), bits(W))
+        blocks._restore(other, merged, ours, found[-1])
+        assert torch.equal(bits(merged), bits(W))
+    assert torch.equal(found[0].notes[::2], found[1].notes[::2])
+    with pytest.raises(ValueError, match="NaNs or infinities"):
+        blocks.merge(W, ours._replace(left=left.roll(1, 0)))
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_number_of_16_bits_is_rounded_as_torch_does(dtype):
     """All of them as weights, each moved by a few parts of its spacing."""
     if dtype.itemsize != 2:

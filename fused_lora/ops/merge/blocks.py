@@ -179,7 +179,7 @@ class _InTorch:
         return DONE
 
     def _round(self, w: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        return torch.where(w.isnan(), w, total.to(w.dtype)).contiguous()
+        return torch.where(w.isfinite(), total.to(w.dtype), w).contiguous()
 
     def _notes(self, band: tuple[int, int], notes: torch.Tensor) -> torch.Tensor:
         """Those of the band's units."""
