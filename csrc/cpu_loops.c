@@ -120,17 +120,14 @@ INLINE void add_products(const float *const *left, const float *restrict right, 
 #pragma omp simd
     for (int64_t j = 0; j < TILE / 2; j++) {
         float s[GROUP], t[GROUP];
-#pragma GCC unroll 4
         for (int m = 0; m < GROUP; m++) {
             s[m] = more ? d[m * pitch + j] : 0;
             t[m] = more ? d[m * pitch + j + TILE / 2] : 0;
         }
         for (int64_t k = 0; k < depth; k++) {
             float r = right[k * WIDTH + j], q = right[k * WIDTH + j + TILE / 2];
-#pragma GCC unroll 4
             for (int m = 0; m < GROUP; m++) s[m] = fmaf(left[m][k], r, s[m]), t[m] = fmaf(left[m][k], q, t[m]);
         }
-#pragma GCC unroll 4
         for (int m = 0; m < GROUP; m++) d[m * pitch + j] = s[m], d[m * pitch + j + TILE / 2] = t[m];
     }
 }
@@ -163,7 +160,7 @@ INLINE void compute_delta(const Work *work, const Unit *strip, const Unit *next,
             for (int64_t m = 0; m < GROUP; m++) /* behind the last row that row again, which nobody reads */
                 left[m] = work->left + (strip->row + (i + m < strip->h ? i + m : strip->h - 1)) * ranks + first;
             for (int64_t j = 0; j < pitch; j += TILE)
-                if (first == 0) {
+                if (first == 0) { /* two calls: gcc vectorises no sums that may or may not begin at 0 */
                     prefetch(next, i, j, size);
                     add_products(left, right + j, depth, 0, delta + i * pitch + j, pitch);
                 } else
@@ -277,7 +274,6 @@ INLINE Pairs encode(int type, const Unit *strip, int64_t start, const void *xors
             int64_t at = i * strip->pitch + first, place = start + i * strip->n + first, stop = strip->pitch - first;
             for (int64_t j = 0; j < 64 && j < stop; j += 16) found |= (uint64_t)bits_of(differs + at + j) << j;
             while (found) {
-#pragma GCC unroll 4
                 for (int64_t m = 0; m < 4; m++, found &= found - 1) {
                     int64_t j = __builtin_ctzll(found | (uint64_t)1 << 63), gap = place + j - last;
                     uint32_t x = get(type, xors, at + j);

@@ -68,10 +68,10 @@ def _dequant_4bit_kernel(
 @lru_cache(maxsize=KEPT)
 def _launch(nbytes: int, numel: int, blocksize: int, blocksize8: int, nested: bool, *_) -> Launch:
     """Arguments after ``nested``: what else a compiled kernel depends on."""
-    shift, shift8 = (blocksize // 2).bit_length() - 1, max(blocksize8, 1).bit_length() - 1
+    shift, shift8 = shifts(blocksize, blocksize8)
     even = nbytes % BYTES == 0 and numel == 2 * nbytes
     fixed = dict(NESTED=nested, EVEN=even, BYTES=BYTES, **launch_options(not torch.version.hip))
-    return Launch((triton.cdiv(nbytes, BYTES),), nbytes, numel, shift, shift8, **fixed)
+    return Launch((triton.cdiv(nbytes, BYTES),), nbytes, numel, shift - 1, shift8, **fixed)  # two values to a byte
 
 
 def dequant_4bit(
@@ -96,9 +96,9 @@ def dequant_4bit(
     return out
 
 
-def shifts(blocksize: int, nested: Nested | None) -> tuple[int, int]:
+def shifts(blocksize: int, blocksize8: int) -> tuple[int, int]:
     """log2 of the values to a scale, and of the scales to a scale of theirs (0 without one)."""
-    return blocksize.bit_length() - 1, nested[2].bit_length() - 1 if nested else 0
+    return blocksize.bit_length() - 1, max(blocksize8, 1).bit_length() - 1
 
 
 def tensors_of(packed: torch.Tensor, code: torch.Tensor, absmax: torch.Tensor, nested: Nested | None) -> tuple:

@@ -222,7 +222,8 @@ def prepare_linear(
     one_A, one_B = is_single(lora_A), is_single(B_t)
     rows, A, B = addressable(x), addressable(stack(lora_A)), addressable(stack(B_t))
     if four_bit:
-        nested, log2s, stride_w = weight.nested is not None, shifts(weight.blocksize, weight.nested), (1, K)
+        nested, stride_w = weight.nested is not None, (1, K)
+        log2s = shifts(weight.blocksize, weight.nested[2] if nested else 0)
     else:
         w = addressable(weight).t()
         nested, log2s, stride_w = False, (0, 0), w.stride()

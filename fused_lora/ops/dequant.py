@@ -61,6 +61,5 @@ def small_case(shape: tuple[int, int], nested: bool, dtype: torch.dtype, device:
         (line[: len(scales)] * 11 % 256).to(torch.uint8),
         torch.sin(line[: -(-len(scales) // inner)] + 1.0),
     )
-    code8 = torch.cos(torch.arange(256, device=device).float())
-    quantised = code8, absmax8, inner, torch.tensor(0.3, device=device)
-    return FourBit(packed, code, absmax, quantised, blocksize, shape, dtype)
+    code8, offset = torch.cos(torch.arange(256, device=device).float()), torch.tensor(0.3, device=device)
+    return FourBit(packed, code, absmax, (code8, absmax8, inner, offset), blocksize, shape, dtype)

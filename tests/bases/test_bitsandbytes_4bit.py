@@ -15,6 +15,7 @@ from fused_lora.bases import base_of
 from fused_lora.bases.bitsandbytes_4bit import Weight, compute_dtype, is_repacked
 from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
+from helpers.over_quantised import same
 from helpers.quantised import linear4bit, repack, values_of
 from helpers.seeds import shifted
 from helpers.twins import ExportedDropout
@@ -408,10 +409,6 @@ def contents(layer):
     return [t.contiguous().view(-1).view(torch.uint8).clone() for t in (layer.weight.data, state.absmax, *inner)]
 
 
-def same_bits(left, right):
-    return len(left) == len(right) and all(map(torch.equal, left, right))
-
-
 MERGES = {
     **SETTINGS,
     "fp32 storage, double quantised": {"storage": F32},
@@ -433,14 +430,14 @@ def test_a_merge_has_the_bytes_of_peft_and_an_unmerge_those_of_before(settings):
     x = torch.randn(M, K)
     for _ in range(200):
         ours.merge()
-        assert same_bits(contents(ours.base_layer), contents(theirs.base_layer))
+        assert same(contents(ours.base_layer), contents(theirs.base_layer))
         ours.unmerge()
-        assert same_bits(contents(ours.base_layer), before) and ours.base_layer.weight is weight
+        assert same(contents(ours.base_layer), before) and ours.base_layer.weight is weight
     ours.merge()
     assert_close(ours(x), theirs(x), terms=K)
     ours.lora_A["default"].weight.data.zero_()  # whatever happens to the adapter
     ours.unmerge()
-    assert same_bits(contents(ours.base_layer), before)
+    assert same(contents(ours.base_layer), before)
 
 
 def test_what_a_merge_loses_is_said():
@@ -476,9 +473,9 @@ def test_two_adapters_are_quantised_once():
     layer = linear4bit(N, K)
     together = bnb.nn.Params4bit(W + delta, compress_statistics=True, quant_type="nf4").to("cpu")
     layer.weight = together
-    assert same_bits(contents(ours.base_layer), contents(layer))
+    assert same(contents(ours.base_layer), contents(layer))
     ours.unmerge()
-    assert same_bits(contents(ours.base_layer), before)
+    assert same(contents(ours.base_layer), before)
 
 
 def test_a_merge_that_would_not_be_finite_changes_nothing():
@@ -488,7 +485,7 @@ def test_a_merge_that_would_not_be_finite_changes_nothing():
     model[1].lora_A["default"].weight.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match="1: NaNs or infinities detected in the merged weights"):
         fused_lora.merge(model)
-    assert all(same_bits(contents(layer.base_layer), old) for layer, old in zip(model, before, strict=True))
+    assert all(same(contents(layer.base_layer), old) for layer, old in zip(model, before, strict=True))
     assert not any(layer.merged for layer in model)
 
 

@@ -13,7 +13,8 @@ import fused_lora
 from fused_lora import LoraConfig
 from fused_lora.bases import base_of
 from fused_lora.integrations.peft import layer_report
-from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse, ulp
+from fused_lora.testing.numeric import DRAWS, assert_close, ulp
+from helpers.over_quantised import assert_no_worse_than_peft, layers, results, same, three_models
 from helpers.quantised import linear8bit, values_of_8bit
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -39,29 +40,7 @@ class Net(nn.Module):
 
 
 def pair(names=("first",), **settings):
-    """A model of PEFT's, and ours with the same numbers: accelerated, and injected."""
-    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"], "init_lora_weights": False}
-    base = Net(**settings)
-    injected = copy.deepcopy(base)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(**fields), names[0]).train()
-    for name in names[1:]:
-        theirs.add_adapter(name, peft.LoraConfig(**fields))
-    for name in names:
-        fused_lora.inject(injected, LoraConfig(**fields), name)
-    theirs.base_model.set_adapter(list(names))
-    fused_lora.set_adapter(injected, list(names))
-    for path, layer in fused_lora.lora_layers(injected).items():
-        other = theirs.base_model.model.get_submodule(path)
-        for name in names:
-            assert layer.lora_A[name].weight.dtype is other.lora_A[name].weight.dtype is F32
-            layer.lora_A[name].weight.data.copy_(other.lora_A[name].weight.data)
-            layer.lora_B[name].weight.data.copy_(other.lora_B[name].weight.data)
-    return fused_lora.accelerate(copy.deepcopy(theirs)), injected.train(), theirs
-
-
-def layers(model):
-    inner = model.base_model.model if hasattr(model, "base_model") else model
-    return inner.up, inner.down
+    return three_models(Net(**settings), names, target_modules=["up", "down"])
 
 
 def contents(layer):
@@ -69,10 +48,6 @@ def contents(layer):
     weight, state = layer.weight, layer.state
     held = [weight.data, weight.CB, weight.SCB, state.CB, state.SCB]
     return [None if t is None else t.clone() for t in held]
-
-
-def same_bits(left, right):
-    return all(a is b is None or torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -85,24 +60,13 @@ def test_a_layer_is_its_own_call_and_the_terms(dtype, threshold, training):
         models = pair(names, dtype=dtype, threshold=threshold)
         x, g = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
         x[2, 5] = 10.0
-        results = []
         for model in models:
-            layer, own = layers(model.train(training))[0], x.clone().requires_grad_()
-            y = layer(own)
-            factors = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
-            results.append([y.detach(), *torch.autograd.grad(y, [own, *factors], g)])
+            model.train(training)
+        layer = layers(models[-1])[0]
         with torch.no_grad():
             y = layer.base_layer(x).double()
-        own, factors = (x.double().requires_grad_(), [f.detach().double().requires_grad_() for f in factors])
-        y = y + 1.5 * (own @ factors[0].t() @ factors[1].t() + own @ factors[2].t() @ factors[3].t())
-        exact = [y.detach(), *torch.autograd.grad(y, [own, *factors], g.double())]
-        exact[1] = exact[1] + g.double() @ values_of_8bit(layer.base_layer)
-        draws.append([*results, exact])
-    for kind in range(2):
-        for i in range(6):
-            mine, theirs, right = (torch.stack([draw[which][i] for draw in draws]) for which in (kind, 2, 3))
-            assert mine.dtype is theirs.dtype
-            assert_no_worse(mine, theirs, right, draws=True)
+        draws.append(results(models, x, g, names, y, values_of_8bit(layer.base_layer)))
+    assert_no_worse_than_peft(draws)
 
 
 def test_what_runs_how_is_said():
@@ -136,7 +100,7 @@ def test_a_merge_has_the_bytes_of_peft_and_an_unmerge_those_of_before(called):
             assert_close(model(x), theirs(x), terms=1)
             fused_lora.unmerge(model)
             for layer, held in zip(layers(model), before, strict=True):
-                assert same_bits(contents(layer.base_layer), held)
+                assert same(contents(layer.base_layer), held)
 
 
 def test_what_a_merge_loses_is_said():
@@ -274,7 +238,7 @@ def test_a_merge_that_would_not_be_finite_changes_nothing():
         before = [contents(layer.base_layer) for layer in layers(model)]
         with pytest.raises(ValueError, match="down: the weight would hold NaN or infinity in torch.float16"):
             fused_lora.merge(model)
-        assert all(same_bits(contents(m.base_layer), held) for m, held in zip(layers(model), before, strict=True))
+        assert all(same(contents(m.base_layer), held) for m, held in zip(layers(model), before, strict=True))
         assert not any(layer.merged for layer in layers(model))
 
 

@@ -16,7 +16,8 @@ from torch import nn
 import fused_lora
 from fused_lora import LoraConfig
 from fused_lora.integrations.peft import layer_report
-from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
+from fused_lora.testing.numeric import DRAWS, assert_close
+from helpers.over_quantised import assert_no_worse_than_peft, layers, results, three_models
 
 peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore:Merge lora module")]
@@ -83,23 +84,13 @@ KINDS = {TorchQuantLinear: "GPTQLoraLinear", AwqTorchQuantLinear: "AwqLoraLinear
 
 
 def pair(kind, **settings):
-    """A model of PEFT's, and ours with the same numbers: accelerated, and injected."""
-    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["up"], "init_lora_weights": False}
-    base = Net(kind, **settings)
-    injected = copy.deepcopy(base)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(**fields)).train()
-    assert type(theirs.base_model.model.up).__name__ == KINDS[kind]
-    fused_lora.inject(injected, LoraConfig(**fields))
-    other = theirs.base_model.model.up
-    for part in ("lora_A", "lora_B"):
-        mine = getattr(injected.up, part)["default"].weight
-        assert mine.dtype is getattr(other, part)["default"].weight.dtype is torch.float32
-        mine.data.copy_(getattr(other, part)["default"].weight.data)
-    return fused_lora.accelerate(copy.deepcopy(theirs)), injected.train(), theirs
+    models = three_models(Net(kind, **settings), target_modules=["up"])
+    assert type(layer_of(models[-1])).__name__ == KINDS[kind]
+    return models
 
 
 def layer_of(model):
-    return (model.base_model.model if hasattr(model, "base_model") else model).up
+    return layers(model)[0]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -109,23 +100,11 @@ def test_a_layer_is_its_own_call_and_the_terms(kind, dtype, training):
     draws = []
     for _ in range(DRAWS):
         models, x, g = pair(kind, dtype=dtype), torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
-        results = []
+        base = layer_of(models[-1]).base_layer
         for model in models:
-            layer, own = layer_of(model.train(training)), x.clone().requires_grad_()
-            y = layer(own)
-            A, B = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
-            results.append([y.detach(), *torch.autograd.grad(y, [own, A, B], g)])
-        own, A, B = x.double().requires_grad_(), A.detach().double(), B.detach().double()
-        A.requires_grad_(), B.requires_grad_()
-        y = layer.base_layer(x).double() + 1.5 * own @ A.t() @ B.t()
-        exact = [y.detach(), *torch.autograd.grad(y, [own, A, B], g.double())]
-        exact[1] = exact[1] + g.double() @ layer.base_layer.dense().to(dtype).double()
-        draws.append([*results, exact])
-    for which in range(2):
-        for i in range(4):
-            mine, theirs, right = (torch.stack([draw[j][i] for draw in draws]) for j in (which, 2, 3))
-            assert mine.dtype is theirs.dtype
-            assert_no_worse(mine, theirs, right, draws=True)
+            model.train(training)
+        draws.append(results(models, x, g, ["default"], base(x).double(), base.dense().to(dtype)))
+    assert_no_worse_than_peft(draws)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,6 +15,7 @@ from fused_lora.bases import Adapters, base_of, dense
 from fused_lora.bases.torchao import Torchao, Weight, parts
 from fused_lora.integrations.peft import layer_report
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse, ulp
+from helpers.over_quantised import assert_no_worse_than_peft, layers, results, same, three_models
 from helpers.quantised import torchao_linear
 
 pytest.importorskip("torchao")
@@ -66,37 +67,11 @@ class Quantizer:
 
 
 def pair(names=("first",), kind="int8", fields=(), **settings):
-    """A model of PEFT's, and ours with the same numbers: accelerated, and injected."""
-    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"], "init_lora_weights": False, **dict(fields)}
-    base = Net(kind, **settings)
-    injected = copy.deepcopy(base)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(**fields), names[0]).train()
-    for name in names[1:]:
-        theirs.add_adapter(name, peft.LoraConfig(**fields))
-    for name in names:
-        fused_lora.inject(injected, LoraConfig(**fields), name)
-    theirs.base_model.set_adapter(list(names))
-    fused_lora.set_adapter(injected, list(names))
-    for path, layer in fused_lora.lora_layers(injected).items():
-        other = theirs.base_model.model.get_submodule(path)
-        for name in names:
-            assert layer.lora_A[name].weight.dtype is other.lora_A[name].weight.dtype is F32
-            layer.lora_A[name].weight.data.copy_(other.lora_A[name].weight.data)
-            layer.lora_B[name].weight.data.copy_(other.lora_B[name].weight.data)
-    return fused_lora.accelerate(copy.deepcopy(theirs)), injected.train(), theirs
-
-
-def layers(model):
-    inner = model.base_model.model if hasattr(model, "base_model") else model
-    return inner.up, inner.down
+    return three_models(Net(kind, **settings), names, target_modules=["up", "down"], **dict(fields))
 
 
 def contents(layer):
     return [t.clone() for t in parts(layer.weight).values()]
-
-
-def same_bits(left, right):
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 CASES = [
@@ -114,23 +89,10 @@ def test_a_layer_is_no_less_exact_than_peft_over_torchao(kind, dtype, no_native_
     for _ in range(DRAWS):
         models = pair(names, kind, dtype=dtype)
         x, g = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
-        results = []
-        for model in models:
-            layer, own = layers(model)[0], x.clone().requires_grad_()
-            y = layer(own)
-            factors = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
-            results.append([y.detach(), *torch.autograd.grad(y, [own, *factors], g)])
-        W, b = layer.base_layer.weight.dequantize().double(), layer.base_layer.bias.double()
-        own, factors = x.double().requires_grad_(), [f.detach().double().requires_grad_() for f in factors]
-        y = nn.functional.linear(own, W, b)
-        y = y + 1.5 * (own @ factors[0].t() @ factors[1].t() + own @ factors[2].t() @ factors[3].t())
-        exact = [y.detach(), *torch.autograd.grad(y, [own, *factors], g.double())]
-        draws.append([*results, exact])
-    for which in range(2):
-        for i in range(6):
-            mine, theirs, right = (torch.stack([draw[j][i] for draw in draws]) for j in (which, 2, 3))
-            assert mine.dtype is theirs.dtype
-            assert_no_worse(mine, theirs, right, draws=True)
+        base = layers(models[-1])[0].base_layer
+        W = base.weight.dequantize().double()
+        draws.append(results(models, x, g, names, nn.functional.linear(x.double(), W, base.bias.double()), W))
+    assert_no_worse_than_peft(draws)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,7 +198,7 @@ def test_an_int8_layer_whose_call_quantises_the_input():
     mine.merge()
     assert mine.base_layer.weight.act_quant_kwargs == layer.weight.act_quant_kwargs
     mine.unmerge()
-    assert same_bits(contents(mine.base_layer), contents(layer))
+    assert same(contents(mine.base_layer), contents(layer))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -252,13 +214,13 @@ def test_a_merge_has_the_numbers_of_peft_and_an_unmerge_those_of_before(kind, dt
                 warnings.simplefilter("error")
                 fused_lora.merge(model)
             for mine, other in zip(layers(model), layers(theirs), strict=True):
-                assert same_bits(contents(mine.base_layer), contents(other.base_layer))
+                assert same(contents(mine.base_layer), contents(other.base_layer))
                 assert type(mine.base_layer.weight) is type(other.base_layer.weight)
                 assert mine.base_layer.weight.dtype is dtype
             assert torch.equal(model(x), theirs(x))
             fused_lora.unmerge(model)
             for layer, held in zip(layers(model), before, strict=True):
-                assert same_bits(contents(layer.base_layer), held)
+                assert same(contents(layer.base_layer), held)
 
 
 def test_without_a_configuration_ours_merge_where_peft_refuses():
@@ -430,7 +392,7 @@ def test_peft_merges_what_ours_cannot():
         for model in (ours, theirs):
             getattr(model, call)()
         for mine, other in zip(layers(ours), layers(theirs), strict=True):
-            assert same_bits(contents(mine.base_layer), contents(other.base_layer))
+            assert same(contents(mine.base_layer), contents(other.base_layer))
 
 
 def int4_of_gpus():
@@ -462,7 +424,7 @@ def test_a_merge_that_would_not_be_finite_changes_nothing():
         before = [contents(layer.base_layer) for layer in layers(model)]
         with pytest.raises(ValueError, match="down: the weight would hold NaN or infinity in torch.float16"):
             fused_lora.merge(model)
-        assert all(same_bits(contents(m.base_layer), held) for m, held in zip(layers(model), before, strict=True))
+        assert all(same(contents(m.base_layer), held) for m, held in zip(layers(model), before, strict=True))
         assert not any(layer.merged for layer in layers(model))
 
 

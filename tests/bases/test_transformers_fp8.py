@@ -3,8 +3,6 @@
 Its kernels need a GPU. Here its product is computed as they do: the input rounded to fp8 with a scale for each row.
 """
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +11,8 @@ import fused_lora
 from fused_lora import LoraConfig
 from fused_lora.bases import base_of
 from fused_lora.integrations.peft import layer_report
-from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse, ulp
+from fused_lora.testing.numeric import DRAWS, assert_close, ulp
+from helpers.over_quantised import assert_no_worse_than_peft, layers, results, three_models
 from helpers.seeds import shifted
 
 peft = pytest.importorskip("peft")
@@ -82,24 +81,8 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-def pair(seed=0, init=False, **settings):
-    """A model of PEFT's, and ours with the same numbers: accelerated, and injected."""
-    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"], "init_lora_weights": init}
-    base = Net(**settings)
-    injected = copy.deepcopy(base)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(**fields)).train()
-    fused_lora.inject(injected, LoraConfig(**fields))
-    if not init:
-        for path, layer in fused_lora.lora_layers(injected).items():
-            other = theirs.base_model.model.get_submodule(path)
-            for part in ("lora_A", "lora_B"):
-                getattr(layer, part)["default"].weight.data.copy_(getattr(other, part)["default"].weight.data)
-    return fused_lora.accelerate(copy.deepcopy(theirs)), injected.train(), theirs
-
-
-def layers(model):
-    inner = model.base_model.model if hasattr(model, "base_model") else model
-    return inner.up, inner.down
+def pair(**settings):
+    return three_models(Net(**settings), target_modules=["up", "down"])
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -108,23 +91,9 @@ def test_a_layer_is_its_own_call_and_the_terms(dtype):
     draws = []
     for _ in range(DRAWS):
         models, x, g = pair(), torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
-        results = []
-        for model in models:
-            layer, own = layers(model)[0], x.clone().requires_grad_()
-            y = layer(own)
-            A, B = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
-            results.append([y.detach(), *torch.autograd.grad(y, [own, A, B], g)])
-        own, A, B = x.double().requires_grad_(), A.detach().double(), B.detach().double()
-        A.requires_grad_(), B.requires_grad_()
-        y = layer.base_layer(x).double() + 1.5 * own @ A.t() @ B.t()
-        exact = [y.detach(), *torch.autograd.grad(y, [own, A, B], g.double())]
-        exact[1] = exact[1] + g.double() @ values_of(layer.base_layer)
-        draws.append([*results, exact])
-    for which in range(2):
-        for i in range(4):
-            mine, theirs, right = (torch.stack([draw[j][i] for draw in draws]) for j in (which, 2, 3))
-            assert mine.dtype is theirs.dtype
-            assert_no_worse(mine, theirs, right, draws=True)
+        base = layers(models[-1])[0].base_layer
+        draws.append(results(models, x, g, ["default"], base(x).double(), values_of(base)))
+    assert_no_worse_than_peft(draws)
 
 
 def test_what_runs_how_is_said_and_new_adapters_are_drawn_as_peft_draws_them():

@@ -11,6 +11,7 @@ import fused_lora
 from fused_lora import LoraConfig, verify
 from fused_lora.bases.bitsandbytes_4bit import is_repacked
 from fused_lora.diagnostics.verification import report
+from helpers.over_quantised import KINDS, lora_layers, same, with_adapters
 from helpers.quantised import linear4bit, repack, values_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -22,7 +23,7 @@ pytestmark = [
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 K, H, N, M = 128, 256, 192, 7
-KINDS = ["fused_lora", "peft", "accelerated"]
+TARGETS = ["up", "down", "head"]
 
 
 class Net(nn.Module):
@@ -41,22 +42,7 @@ class Net(nn.Module):
 
 
 def make(kind, names=("default",), **settings):
-    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["up", "down", "head"], "init_lora_weights": False}
-    model = Net(**settings)
-    if kind == "fused_lora":
-        for name in names:
-            fused_lora.inject(model, LoraConfig(**fields), name)
-        fused_lora.set_adapter(model, list(names))
-        return model.eval()
-    model = peft.get_peft_model(model, peft.LoraConfig(**fields), names[0])
-    for name in names[1:]:
-        model.add_adapter(name, peft.LoraConfig(**fields))
-    model.base_model.set_adapter(list(names))
-    return (fused_lora.accelerate(model) if kind == "accelerated" else model).eval()
-
-
-def lora_layers(model):
-    return {path: m for path, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    return with_adapters(Net(**settings), kind, names, target_modules=TARGETS)
 
 
 def contents(model):
@@ -65,21 +51,12 @@ def contents(model):
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found.append((path, name, id(parameter), parameter.dtype, parameter.data.clone()))
+                found += [path, name, id(parameter), parameter.dtype, parameter.data.clone()]
                 state = getattr(parameter, "quant_state", None)
-                found += [] if state is None else [(path, state.dtype, state.nested, state.absmax.clone())]
+                found += [] if state is None else [path, state.dtype, state.nested, state.absmax.clone()]
         plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, str, torch.dtype, type(None)))}
-        found.append((path, plain, list(getattr(module, "merged_adapters", ()))))
+        found += [path, plain, list(getattr(module, "merged_adapters", ()))]
     return found
-
-
-def same(left, right):
-    def equal(a, b):
-        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-    return len(left) == len(right) and all(
-        len(a) == len(b) and all(map(equal, a, b)) for a, b in zip(left, right, strict=True)
-    )
 
 
 @pytest.mark.parametrize("merged", [False, True])

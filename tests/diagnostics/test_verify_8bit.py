@@ -11,6 +11,7 @@ import fused_lora
 from fused_lora import LoraConfig, verify
 from fused_lora.bases.torchao import parts
 from fused_lora.diagnostics.verification import report
+from helpers.over_quantised import KINDS, lora_layers, same, with_adapters
 from helpers.quantised import linear8bit, torchao_linear
 
 peft = pytest.importorskip("peft")
@@ -24,7 +25,7 @@ K, H, N, M = 128, 96, 64, 7
 LIBRARIES = {"int8": "bitsandbytes", "outliers": "bitsandbytes", "ao int8": "torchao", "ao groups": "torchao"}
 LIBRARIES |= {"ao float8": "torchao", "ao e5m2": "torchao"}
 NAMES = {"ao float8": "float8_e4m3fn", "ao e5m2": "float8_e5m2"}
-KINDS = ["fused_lora", "peft", "accelerated"]
+TARGETS = ["up", "down", "head"]
 
 
 def settings_of(base):
@@ -73,22 +74,7 @@ class Net(nn.Module):
 
 def make(kind="fused_lora", base="int8", names=("default",), dtype=F32):
     pytest.importorskip(LIBRARIES.get(base, "torchao"))
-    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["up", "down", "head"], "init_lora_weights": False}
-    model = Net(base, dtype)
-    if kind == "fused_lora":
-        for name in names:
-            fused_lora.inject(model, LoraConfig(**fields), name)
-        fused_lora.set_adapter(model, list(names))
-        return model.eval()
-    model = peft.get_peft_model(model, peft.LoraConfig(**fields), names[0])
-    for name in names[1:]:
-        model.add_adapter(name, peft.LoraConfig(**fields))
-    model.base_model.set_adapter(list(names))
-    return (fused_lora.accelerate(model) if kind == "accelerated" else model).eval()
-
-
-def lora_layers(model):
-    return {path: m for path, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    return with_adapters(Net(base, dtype), kind, names, target_modules=TARGETS)
 
 
 def contents(model):
@@ -104,13 +90,6 @@ def contents(model):
             found += [id(state), *(None if t is None else t.clone() for t in scales)]
         found.append(list(getattr(module, "merged_adapters", ())))
     return found
-
-
-def same(left, right):
-    def equal(a, b):
-        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-    return len(left) == len(right) and all(map(equal, left, right))
 
 
 @pytest.mark.parametrize("merged", [False, True])
