@@ -120,8 +120,10 @@ def warn_of_another_base(model: nn.Module, plan: Plan) -> None:
             found = ", ".join(here[topic] for topic in topics) if here else "not quantised"
             differ.setdefault((", ".join(there[topic] for topic in topics), found), []).append(path)
     for (there, here), paths in differ.items():
-        text = f"{plan.weights}: the adapter was saved over another base, {short(there, 200)}; here it is {here}. Outputs differ"
-        warnings.warn(f"{text} by what quantisation changes in {len(paths)} layers: {some(paths)}", stacklevel=3)
+        text = f"{plan.weights}: the adapter was saved over another base, {short(there, 200)}; here it is {here}"
+        warnings.warn(
+            f"{text}. Outputs differ by what quantisation changes in {len(paths)} layers: {some(paths)}", stacklevel=3
+        )
 
 
 def _specs(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtype: bool) -> dict[str, LayerSpec]:

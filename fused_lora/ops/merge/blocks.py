@@ -257,7 +257,10 @@ def _weights(device: torch.device) -> torch.Tensor:
 
 
 def merge(W: torch.Tensor, factors: Factors) -> Units:
-    """W [rows, columns] <- round(W + D) in place, or ValueError and W as it was: a finite weight would not stay so."""
+    """W [rows, columns] <- round(W + D) in place, or ValueError and W as it was: a finite weight would not stay so.
+
+    A weight that is not finite stays as it is.
+    """
     return _merge(_InC if _in_c(W) else _InTorch, W, factors)
 
 
