@@ -267,10 +267,8 @@ def _why_not_read(module, weight) -> str | None:
             return f"{name}.shape is {state.shape!r:.100}, expected out_features and in_features"
     if reason := _why_not_known(module, weight):
         return reason
-    inner, count = (
-        state.state2 if state.nested else None,
-        -(-module.out_features * module.in_features // state.blocksize),
-    )
+    inner = state.state2 if state.nested else None
+    count = -(-module.out_features * module.in_features // state.blocksize)
     reason = why_no_numbers(state.absmax, f"{name}.absmax", count, FLOATS if inner is None else (torch.uint8,))
     reason = reason or why_no_numbers(state.code, f"{name}.code", 16)
     if reason or not state.nested:

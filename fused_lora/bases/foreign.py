@@ -51,11 +51,8 @@ class Foreign(Base):
         """As :meth:`Base.why_not_adapted`; a packed weight need not be known."""
         if not has_packed_weight(module):
             return super().why_not_adapted(module)
-        return (
-            None
-            if all(type(n) is int and n > 0 for n in self._sizes(module))
-            else "it has no in_features or out_features"
-        )
+        known = all(type(n) is int and n > 0 for n in self._sizes(module))
+        return None if known else "it has no in_features or out_features"
 
     def adapter_dtype(self, module: nn.Module) -> torch.dtype | None:
         """As :meth:`Base.adapter_dtype`; over a packed weight None."""

@@ -57,9 +57,7 @@ def small_case(shape: tuple[int, int], nested: bool, dtype: torch.dtype, device:
     code = torch.cos(torch.arange(16, device=device).float())
     if not nested:
         return FourBit(packed, code, scales, None, blocksize, shape, dtype)
-    absmax, absmax8 = (
-        (line[: len(scales)] * 11 % 256).to(torch.uint8),
-        torch.sin(line[: -(-len(scales) // inner)] + 1.0),
-    )
+    absmax = (line[: len(scales)] * 11 % 256).to(torch.uint8)
+    absmax8 = torch.sin(line[: -(-len(scales) // inner)] + 1.0)
     code8, offset = torch.cos(torch.arange(256, device=device).float()), torch.tensor(0.3, device=device)
     return FourBit(packed, code, absmax, (code8, absmax8, inner, offset), blocksize, shape, dtype)
