@@ -4,6 +4,7 @@ inject / LoraConfig / LoraLinear          LoRA on a model or a layer, PEFT's nam
 save_adapter / load_adapter               PEFT checkpoints, both ways
 set_adapter / delete_adapter / disable_adapters / adapter_batch
 merge / unmerge / delta_fidelity / unload
+merge_checkpoint / unmerge_checkpoint     the same for a model's files, without a model
 dropout_mask                              the mask that a call used
 accelerate / restore                      an existing PEFT model, fast in place and back
 explain                                   what runs and what it costs, of a shape or of a model
@@ -14,6 +15,7 @@ functional                                the operators, for layers of your own
 from fused_lora import functional
 from fused_lora._version import __version__
 from fused_lora.adapters import AdapterError, load_adapter, save_adapter
+from fused_lora.checkpoints import merge_checkpoint, unmerge_checkpoint
 from fused_lora.diagnostics.explain import explain
 from fused_lora.diagnostics.verify import verify
 from fused_lora.integrations.peft import accelerate, restore
@@ -60,10 +62,12 @@ __all__ = [
     "load_adapter",
     "lora_layers",
     "merge",
+    "merge_checkpoint",
     "restore",
     "save_adapter",
     "set_adapter",
     "unload",
     "unmerge",
+    "unmerge_checkpoint",
     "verify",
 ]

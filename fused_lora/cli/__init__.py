@@ -27,7 +27,21 @@ def run(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-COMMANDS = {"doctor": doctor, "run": run, "serve": serve}
+def merge(arguments: Sequence[str]) -> int:
+    """merge adapters into a model's files, without a model"""
+    from fused_lora.cli.merge import merge as main
+
+    return main(arguments)
+
+
+def unmerge(arguments: Sequence[str]) -> int:
+    """write the files from before a merge with --record"""
+    from fused_lora.cli.merge import unmerge as main
+
+    return main(arguments)
+
+
+COMMANDS = {"doctor": doctor, "merge": merge, "run": run, "serve": serve, "unmerge": unmerge}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
