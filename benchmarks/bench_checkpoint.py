@@ -48,13 +48,11 @@ def write_base(folder: Path, layers: int, vocabulary: int, hidden: int, shards: 
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     shapes |= {f"{path}.weight": (n, k) for path, (k, n) in linear.items()}
     block = memoryview(torch.randn(_BLOCK).mul_(0.02).bfloat16().view(torch.uint8).numpy().data)
-    total, names = sum(2 * n * k for n, k in shapes.values()), {}
-    parts: list[list[str]] = [[] for _ in range(shards)]
-    done = 0
-    for name, (n, k) in shapes.items():
-        parts[min(shards - 1, done * shards // total)].append(name)
-        done += 2 * n * k
-    parts = [part for part in parts if part]
+    rest, names = [name for name in shapes if "layers" in name], {}
+    parts = [
+        list(shapes)[:1],
+        *(rest[len(rest) * i // (shards - 1) : len(rest) * (i + 1) // (shards - 1)] for i in range(shards - 1)),
+    ]
     for i, part in enumerate(parts):
         file = f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
         names |= dict.fromkeys(part, file)
@@ -178,14 +176,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--vocabulary", type=int, default=32000, help="rows of the embedding (default: 32000)")
     options.add_argument("--shards", type=int, default=4, help="files (default: 4)")
     options.add_argument("--limit", type=float, default=0, metavar="GB", help="address space of the process; 0: any")
-    options.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
+    options.add_argument("--folder", help="where the files go (default: a temporary folder)")
     options.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = options.parse_args(arguments)
     if options.child:
         child(*options.child, options.limit)
         return 0
+    parent = vars(options).pop("folder")
     report = begin("checkpoint", options)
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+    with tempfile.TemporaryDirectory(dir=parent) as name:
         folder = Path(name)
         base, adapter = folder / "base", folder / "adapter"
         linear = write_base(base, options.layers, options.vocabulary, options.hidden, options.shards)
