@@ -309,7 +309,7 @@ def test_a_damaged_record_is_seen(what, device):
 @pytest.mark.experiment("A2", full=200, quick=4)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cycles_of_the_kernel(dtype, count, device, kernel_memory):
-    """Merge and unmerge by the kernels of random adapters, every tile, ragged shapes; accesses checked: all bits back"""
+    """Merge and unmerge by the kernels, random adapters, tiles and ragged shapes, accesses checked: all bits back"""
     for i in range(count):
         N, K, R = random.randint(1, 40), random.randint(1, 150), random.randint(1, 5)
         W, tiles = make_weight(N, K, dtype, device), [None, *TILES]
