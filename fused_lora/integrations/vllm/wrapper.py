@@ -99,7 +99,7 @@ class Grouped:
     ) -> None:
         """y [rows, sum of N] += B A x, one output beside the other."""
         if not add_inputs:  # y has a stream of its own, and the caller adds it to the base output
-            y.zero_()
+            self._clear(y)
         self._add("linear", y, x, lora_b_stacked[0], scale)
 
     def add_shrink(
@@ -128,7 +128,7 @@ class Grouped:
     ) -> None:
         """y [rows, columns] += B x of each output, from the column ``offset_start`` on; x: [outputs, rows, rank]."""
         if not add_inputs:
-            y.narrow(-1, offset_start, sum(output_slices)).zero_()
+            self._clear(y.narrow(-1, offset_start, sum(output_slices)))
         x = x if isinstance(x, Tensor) else torch.stack(x)
         self._add("expand", y, x, lora_b_stacked[0], offset=offset_start)
 
@@ -137,7 +137,7 @@ class Grouped:
     ) -> None:
         """y [rows, N] += B x; x: [rows, rank], the rows of A that the tokens have."""
         if not add_inputs:
-            y.zero_()
+            self._clear(y)
         self._add("embedding", y, x, lora_b_stacked)
 
     def add_lora_logits(
@@ -145,6 +145,10 @@ class Grouped:
     ) -> None:
         """y [sampled rows, N or more] += B A x."""
         self._add("logits", y, x, lora_b_stacked, scale)
+
+    def _clear(self, y: Tensor) -> None:
+        """Zero the rows that have adapters."""
+        y.masked_fill_((self._token_lora_indices[: len(y)] >= 0).unsqueeze(1), 0)
 
     def _add(
         self, kind: str, y: Tensor | tuple[Tensor, ...], x: Tensor, key: Tensor, scale: float = 1.0, offset: int = 0
