@@ -60,11 +60,11 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def write_adapter(folder: Path, seed: int, r: int, targets: tuple[str, ...], **changes) -> Path:
-    """A PEFT checkpoint with lora_alpha = 2 r. changes: of its config."""
+def write_adapter(folder: Path, seed: int, r: int, targets: tuple[str, ...], sizes=SIZES, **changes) -> Path:
+    """A PEFT checkpoint with lora_alpha = 2 r. sizes: (in, out) of the targets. changes: of its config."""
     generator, tensors = torch.Generator().manual_seed(shifted(seed)), {}
     for target in targets:
-        K, N = SIZES.get(target, (HIDDEN, VOCAB))
+        K, N = sizes.get(target, (HIDDEN, VOCAB))
         paths = [target] if target == "lm_head" else [f"model.layers.{i}.{target}" for i in range(LAYERS)]
         for path in paths:
             A, B = torch.randn(r, K, generator=generator), torch.randn(N, r, generator=generator)

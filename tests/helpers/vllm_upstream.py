@@ -1,4 +1,4 @@
-"""A pytest plug-in for vLLM's own tests on a CPU: our wrapper in the place of vLLM's, and what a checkout lacks there."""
+"""A pytest plug-in for vLLM's own tests on a CPU: our wrapper in the place of vLLM's, and what they lack there."""
 
 import sys
 import types

@@ -18,6 +18,11 @@ def register() -> None:
 
     ``FUSED_LORA_VLLM=0`` leaves vLLM as it is, and so does ``VLLM_PLUGINS`` without ``fused_lora``. Of another version
     than ``VERSIONS``, or on another platform, vLLM keeps its own wrapper, and its log has one warning.
+
+    ``FUSED_LORA_ADAPTERS`` is a folder in which vLLM's server looks for adapters by name.
+
+    Raises:
+        ValueError: that folder does not exist.
     """
     if os.environ.get("FUSED_LORA_VLLM") == "0":
         return
@@ -44,3 +49,7 @@ def register() -> None:
         return
     path = f"{__name__}.{name}"
     type(current_platform).get_punica_wrapper = classmethod(lambda cls: path)
+    if root := os.environ.get("FUSED_LORA_ADAPTERS"):
+        from fused_lora.integrations.vllm.resolver import register_resolver
+
+        register_resolver(root, log)

@@ -23,7 +23,7 @@ class GroupedWrapperGPU(Grouped, PunicaWrapperGPU):
         return KernelTerms(len(self._token_lora_indices), self.lora_config.max_loras, torch.device(self.device))
 
     def update_own(self, mapping: Any, lora_index_to_id: list, max_loras: int, vocab_size: int, **kwargs: Any) -> None:
-        """What vLLM's own wrapper does for a step; without the sorts that wait for the device if no layer needs them."""
+        """What vLLM's wrapper does for a step, without the sorts that wait for the device if no layer needs them."""
         if self.leaves_some:
             super().update_own(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         else:

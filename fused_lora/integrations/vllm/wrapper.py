@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA, LoRAMapping, VocabParallelEmbeddingWithLoRA
+from vllm.lora.model_manager import LoRAModelManager
 
 from fused_lora._version import __version__
 from fused_lora.integrations.vllm.slots import Slots
@@ -42,7 +43,7 @@ class Grouped:
         self._tokens, self._prompts = self.new_terms(), self.new_terms()
         self._number = next(_numbers)
         _wrappers[self._number] = self
-        _call_adopt()
+        _hook_vllm()
         log.info_once("fused_lora %s computes the LoRA terms: %s, %s", __version__, type(self).__name__, self.kernels)
 
     kernels: str  # what computes the terms, for the log
@@ -191,9 +192,10 @@ def _slots_of(mapping: Sequence[int], slots: dict[int, int]) -> np.ndarray:
 
 
 @functools.cache  # once
-def _call_adopt() -> None:
-    """vLLM tells each layer its wrapper, and no wrapper its layers: from now on ``set_mapping`` does."""
-    set_mapping = BaseLayerWithLoRA.set_mapping
+def _hook_vllm() -> None:
+    """vLLM tells each layer its wrapper, and no wrapper its layers: from now on ``set_mapping`` does. And an adapter of
+    which a layer refuses its part is forgotten, where vLLM 0.32 would go on with the layers before it."""
+    set_mapping, activate = BaseLayerWithLoRA.set_mapping, LoRAModelManager.activate_adapter
 
     @functools.wraps(set_mapping)
     def and_adopt(self: BaseLayerWithLoRA, punica_wrapper: Any) -> None:
@@ -201,7 +203,15 @@ def _call_adopt() -> None:
         if isinstance(punica_wrapper, Grouped):
             punica_wrapper.adopt(self)
 
-    BaseLayerWithLoRA.set_mapping = and_adopt
+    @functools.wraps(activate)
+    def or_forget(self: LoRAModelManager, lora_id: int) -> bool:
+        try:
+            return activate(self, lora_id)
+        except Exception:
+            self.remove_adapter(lora_id)
+            raise
+
+    BaseLayerWithLoRA.set_mapping, LoRAModelManager.activate_adapter = and_adopt, or_forget
 
 
 def _replace(layer: BaseLayerWithLoRA, adapter_dtype: Any) -> Slots:
@@ -217,6 +227,8 @@ def _replace(layer: BaseLayerWithLoRA, adapter_dtype: Any) -> Slots:
 
     @functools.wraps(set_lora)
     def set_lora_and_rank(index: int, lora_a: Any, lora_b: Any) -> None:
+        if several and getattr(layer, "tp_size", 1) == 1:  # vLLM takes the shards of what is whole
+            _check(layer, slots, *(_parts(side) for side in (lora_a, lora_b)))
         set_lora(index, lora_a, lora_b)
         slots.set_ranks(index, _ranks(lora_b, len(B)))
 
@@ -229,7 +241,26 @@ def _replace(layer: BaseLayerWithLoRA, adapter_dtype: Any) -> Slots:
     return slots
 
 
+def _check(layer: BaseLayerWithLoRA, slots: Slots, A: list[Tensor | None], B: list[Tensor | None]) -> None:
+    """ValueError for an adapter of other sizes, of which vLLM would copy what fits."""
+    K, where = slots.A[0].shape[3], getattr(layer.base_layer, "prefix", type(layer).__name__)
+    for a in A:
+        if a is not None and a.shape[1] != K:
+            raise ValueError(f"{where}: expected lora_A [r, {K}], got {list(a.shape)}: is it of another base model?")
+    rows = [None if b is None else b.shape[0] for b in B]
+    if len(rows) == len(slots.N):
+        fits = all(n in (None, size) for n, size in zip(rows, slots.N, strict=True))
+    else:  # one B of several outputs
+        fits = None in rows or sum(rows) == sum(slots.N)
+    if not fits:
+        raise ValueError(f"{where}: expected lora_B of {slots.N} rows, got {rows}: is it of another base model?")
+
+
 def _ranks(lora_b: Tensor | Iterable[Tensor | None], outputs: int) -> list[int]:
     """The rank at each output. One tensor may be of several outputs, and one B of a list, too."""
-    ranks = [0 if b is None else b.shape[-1] for b in ([lora_b] if isinstance(lora_b, Tensor) else lora_b)]
+    ranks = [0 if b is None else b.shape[1] for b in _parts(lora_b)]
     return ranks if len(ranks) == outputs else [max(ranks)] * outputs
+
+
+def _parts(side: Tensor | Iterable[Tensor | None]) -> list[Tensor | None]:
+    return [side] if isinstance(side, Tensor) else list(side)

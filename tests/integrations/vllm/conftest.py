@@ -36,5 +36,6 @@ def adapters(model) -> dict[str, Path]:
     from helpers import tiny_vllm as tiny
 
     return {
-        name: tiny.write_adapter(model.parent / name, seed, *kind) for seed, (name, kind) in enumerate(tiny.KINDS.items())
+        name: tiny.write_adapter(model.parent / name, seed, *kind)
+        for seed, (name, kind) in enumerate(tiny.KINDS.items())
     }

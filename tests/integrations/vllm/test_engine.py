@@ -47,7 +47,9 @@ def request(name, adapters, number=None, **kind):
 
 def run(engine, prompts, requests):
     prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return [list(o.outputs[0].token_ids) for o in engine.generate(prompts, GREEDY, lora_request=requests, use_tqdm=False)]
+    return [
+        list(o.outputs[0].token_ids) for o in engine.generate(prompts, GREEDY, lora_request=requests, use_tqdm=False)
+    ]
 
 
 def test_the_engine_has_our_wrapper_and_ranks(engine, adapters):
@@ -67,9 +69,10 @@ def test_tokens_are_those_of_each_request_alone_with_its_adapter_merged(engine, 
         for name, prompt, found in zip(names, prompts, tokens, strict=True):
             alone = tiny.merged(model, name and adapters[name])
             assert (wrong := tiny.differs(found, prompt, alone)) is None, f"{name}, {wrong}"
-            others = [other for other in (*adapters, None) if other not in (name, "all_1")]
-            wrong = [tiny.differs(found, prompt, tiny.merged(model, other and adapters[other])) for other in others]
-            assert None not in wrong, f"{name} looks like {others[wrong.index(None)]}"
+    for name, prompt, found in zip(names[:9], prompts, tokens, strict=False):
+        others = [other for other in (*adapters, None) if other not in (name, "all_1")]
+        wrong = [tiny.differs(found, prompt, tiny.merged(model, other and adapters[other])) for other in others]
+        assert None not in wrong, f"{name} looks like {others[wrong.index(None)]}"
     base = [found for name, found in zip(names, tokens, strict=True) if name is None]
     assert base == run(engine, prompts[8::9], None)
 
@@ -106,12 +109,17 @@ def test_adapters_are_loaded_reloaded_in_place_and_removed_while_requests_run(en
     [
         (dict(r=32, targets=tiny.ALL), "rank"),
         (dict(r=4, targets=("self_attn.q_proj",), use_dora=True), "(?i)dora"),
+        (dict(r=4, targets=("mlp.no_such",), sizes={"mlp.no_such": (128, 128)}), "expected target modules"),
+        (dict(r=4, targets=("self_attn.o_proj",), sizes={"self_attn.o_proj": (64, 128)}), r"lora_A \[r, 128\], got"),
+        (dict(r=4, targets=("self_attn.v_proj",), sizes={"self_attn.v_proj": (128, 32)}), "of another base model"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_bad_adapter_is_refused_and_the_engine_goes_on(engine, model, adapters, tmp_path, kind, error):
     bad = {"bad": tiny.write_adapter(tmp_path / "bad", 7, **kind)}
     with pytest.raises(ValueError, match=error):
         engine.llm_engine.add_lora(request("bad", bad, 60))
+    assert 60 not in engine.llm_engine.list_loras()
     tokens = run(engine, [SHARED, SHARED], [request("all_3", adapters), None])
     assert tiny.differs(tokens[0], SHARED, tiny.merged(model, adapters["all_3"])) is None
     assert tiny.differs(tokens[1], SHARED, tiny.merged(model, None)) is None
