@@ -13,12 +13,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CHECKED := fused_lora kernels benchmarks examples tests tools setup.py
 TYPED := $(shell find fused_lora -name '*.py') pyproject.toml
 
-.PHONY: quickstart test reliability fuzz soak test-gpu test-triton test-vllm lint clean
+.PHONY: quickstart test test-all reliability fuzz soak test-gpu test-triton test-vllm lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not thorough" $(ARGS)
+
+# with the cases that are much like others: half as long again
+test-all: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/.test

@@ -172,7 +172,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
         names = self._present(names)
         if any(name in self.lora_variant for name in names):
             return False
-        base = self.base_layer
+        base = self._modules["base_layer"]
         kind, weight = base_of(base), base._parameters.get("weight")
         if kind.why_not_merged(base) or weight.is_meta or not _has_own_memory(weight):
             return False
