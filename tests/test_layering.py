@@ -24,7 +24,7 @@ ALLOWED = {
     "modules": {"bases", "ops", "reference", "rows"},
     "adapters": {"modules", "reference"},
     "checkpoints": {"adapters", "modules", "ops"},
-    "integrations": {"adapters", "modules", "bases", "ops", "reference"},
+    "integrations": {"adapters", "modules", "bases", "ops", "kernels", "reference"},
     "serving": {"adapters", "modules", "rows", "ops", "kernels", "reference"},
     "testing": {"kernels", "ops", "reference"},
     "diagnostics": {"integrations", "modules", "bases", "ops", "kernels", "reference", "testing"},
@@ -40,7 +40,7 @@ THIRD_PARTY = {
     "modules": {"torch"},
     "adapters": {"torch", "safetensors", "numpy"},
     "checkpoints": {"torch"},
-    "integrations": {"torch"},
+    "integrations": {"torch", "numpy"},
     "serving": {"torch", "numpy"},
     "testing": {"torch", "numpy", "triton"},
     "diagnostics": {"torch"},
@@ -49,8 +49,9 @@ THIRD_PARTY = {
 # these stand above the layers: the public names, the version, and where the kernels are found
 ABOVE = {"__init__.py", "_version.py", "kernels.py"}
 
-# files of the extras, imported only where an engine or a server is asked for
+# files of the extras, imported only where an engine or a server is asked for, or by vLLM itself
 EXTRAS = {
+    "fused_lora/integrations/vllm/": {"vllm"},
     "fused_lora/serving/engine/": {"transformers"},
     "fused_lora/serving/http/": {"fastapi", "starlette", "pydantic", "annotated_types"},
 }
