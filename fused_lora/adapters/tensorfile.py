@@ -19,7 +19,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -220,25 +220,34 @@ def write_tensors(
     """
     # widest dtype first keeps every tensor aligned to its element size
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order]
+    write_each(file, entries, (tensors[name] for name in order), base)
+
+
+def write_each(
+    file: io.FileIO,
+    entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[torch.Tensor],
+    base: dict[str, dict[str, str]] | None = None,
+) -> None:
+    """The same of tensors that come one by one, in the order of their (name, dtype, shape) in ``entries``."""
     metadata = {"format": "pt", _DIGEST: _BLANK}
     if base:
         metadata[_BASE] = json.dumps(base)
-    header = header_bytes([(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order], metadata)
+    header = header_bytes(entries, metadata)
     digest = hashlib.sha256(header)
     write_all(file, header)
-    for name in order:
+    for tensor in tensors:
         # of a copy: torch never resizes a storage again that numpy has seen, and FSDP1 resizes
-        data = tensors[name].detach().cpu().reshape(-1).clone().view(torch.uint8).numpy().data
+        data = tensor.detach().cpu().reshape(-1).clone().view(torch.uint8).numpy().data
         digest.update(data)
         write_all(file, data)
     file.seek(header.index(_BLANK.encode()))
     write_all(file, digest.hexdigest().encode())
 
 
-def header_bytes(
-    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str], length: int = 0
-) -> bytes:
-    """The header of a file with these (name, dtype, shape), their data in this order; at least ``length`` bytes."""
+def header_bytes(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file with these (name, dtype, shape), their data in this order."""
     entries: dict[str, Any] = {METADATA: metadata} if metadata else {}
     position = 0
     for name, dtype, shape in tensors:
@@ -246,7 +255,7 @@ def header_bytes(
         entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * max(length - 8 - len(header), -len(header) % 8)
+    header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header
 
 

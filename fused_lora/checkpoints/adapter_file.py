@@ -41,10 +41,10 @@ class AdapterFile:
         read_exactly(self.plan.weights, self._file, data.numpy())
         return data.view(entry.dtype).view(entry.shape)
 
-    def scaling(self, path: str) -> float:
-        """What lora_B lora_A of a layer is multiplied by, the adapter's weight included."""
+    def scaling(self, path: str, weighted: bool = True) -> float:
+        """What lora_B lora_A of a layer is multiplied by, with the adapter's weight or without."""
         r, alpha = self.plan.ranks[path]
-        return scaling(r, alpha, self.plan.config.use_rslora) * self.weight
+        return scaling(r, alpha, self.plan.config.use_rslora) * (self.weight if weighted else 1.0)
 
     def describe(self) -> dict[str, Any]:
         """Which adapter it is, for a report and for the merged files."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from fused_lora.diagnostics.tables import table
 
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def merge(arguments: Sequence[str] | None = None) -> int:
@@ -32,16 +32,13 @@ def merge(arguments: Sequence[str] | None = None) -> int:
     )
     found.add_argument("--out", metavar="DIR", help="the new folder")
     found.add_argument("--in-place", action="store_true", help="instead of --out: replace the base when all is written")
-    found.add_argument("--dtype", choices=_DTYPES, help="of all floating tensors (default: as in the base)")
+    found.add_argument("--dtype", choices=DTYPES, help="of all floating tensors (default: as in the base)")
     found.add_argument("--device", default="cpu", help="where sums are computed (default: cpu)")
     found.add_argument("--record", metavar="DIR", help="a new folder for what `fused-lora unmerge` needs")
-    found.add_argument(
-        "--rename", action="append", default=[], type=_rename, metavar="OLD=NEW", help="beginnings of module names"
-    )
+    renaming(found)
     found.add_argument("--dry-run", action="store_true", help="check and tell what changes; write nothing")
     found.add_argument("--verify", action="store_true", help="read the result again and compare it with sums in fp64")
-    _common(found)
-    options = found.parse_args(arguments)
+    options = common(found).parse_args(arguments)
     import torch
 
     from fused_lora.checkpoints import merge_checkpoint
@@ -72,8 +69,7 @@ def unmerge(arguments: Sequence[str] | None = None) -> int:
     found.add_argument("--merged", required=True, metavar="DIR_OR_FILE", help="what `fused-lora merge` wrote")
     found.add_argument("--record", required=True, metavar="DIR", help="what `fused-lora merge --record` wrote")
     found.add_argument("--out", required=True, metavar="DIR", help="the new folder")
-    _common(found)
-    options = found.parse_args(arguments)
+    options = common(found).parse_args(arguments)
 
     from fused_lora.checkpoints import unmerge_checkpoint
 
@@ -131,8 +127,17 @@ def _rename(text: str) -> tuple[str, str]:
     return old, new
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def renaming(parser: argparse.ArgumentParser) -> None:
+    """Add --rename."""
+    parser.add_argument(
+        "--rename", action="append", default=[], type=_rename, metavar="OLD=NEW", help="beginnings of module names"
+    )
+
+
+def common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what all commands on files have."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
 
 
 def _tell(report: Any, dry: bool) -> None:
