@@ -205,7 +205,6 @@ def probe(store: Any, names: Sequence[str], stopping: threading.Event | None = N
         stopping: pause after each adapter, and end early when it is set. base: name or folder of the base model; an
             adapter whose config names another one is logged.
     """
-    from fused_lora.adapters.checkpoint import of_another_base
     from fused_lora.modules.inject import AdapterNotFound
 
     for name in names:
@@ -215,8 +214,8 @@ def probe(store: Any, names: Sequence[str], stopping: threading.Event | None = N
             continue
         if error is not None:
             _log.warning("adapter %r is refused until its files change: %s", name, error)
-        elif base is not None and of_another_base(trained_on := store.trained_on(name), base):
-            _log.warning("adapter %r says that its base model is %r, and it is served over %r", name, trained_on, base)
+        elif base is not None and (other := store.other_base(name, base)):
+            _log.warning("adapter %r says that its base model is %r, and it is served over %r", name, other, base)
         if stopping is not None and stopping.wait(_PROBE_PAUSE_SECONDS):
             return
 

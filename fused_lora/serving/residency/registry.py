@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fused_lora.adapters.checkpoint import path_text
+from fused_lora.adapters.checkpoint import of_another_base, path_text
 from fused_lora.modules.config import check_bool
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.modules.names import some
@@ -201,10 +201,14 @@ class Registry:
         with self._lock:
             return self._find(name).folder
 
-    def trained_on(self, name: str) -> str | None:
-        """The base model that the adapter's config names, once :meth:`probe` has read it. Raises AdapterNotFound."""
+    def other_base(self, name: str, model: str) -> str | None:
+        """The base model that the adapter's config names, if it is another than ``model``, a folder or a hub name.
+
+        :meth:`probe` has read it; None before that. Raises AdapterNotFound.
+        """
         with self._lock:
-            return self._find(name).trained_on
+            found = self._find(name).trained_on
+        return found if of_another_base(found, model) else None
 
     def unload(self, name: str) -> None:
         """Remove an adapter. Its memory is freed when no batch uses it any more. Raises AdapterNotFound."""
