@@ -215,6 +215,7 @@ def measure_engine(report: Report, table: Table, arguments) -> None:
                         found = engine.ask(adapters=adapters, prompt=arguments.prompt, tokens=arguments.tokens)
                         if timed >= 0:
                             answers.setdefault((mix, name), []).append(found)
+                            print(f"  round {timed}, {mix}, {name}: {found['tokens_per_s']:.3g} tokens/s", flush=True)
         finally:
             for engine in engines.values():
                 engine.close()
