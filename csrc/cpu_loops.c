@@ -264,31 +264,44 @@ typedef struct {
 } Pairs;
 
 /* The corrections of a strip, whose first element is the unit's number `start`. Behind the last column `differs` is 0.
- * Four at a time, those that are too many written over: a branch for every correction would be guessed wrong. */
+ * Their places are taken four at a time, those that are too many written over: a branch for each would be guessed wrong.
+ */
 INLINE Pairs encode(int type, const Unit *strip, int64_t start, const void *xors, const uint8_t *differs, Pairs pairs) {
-    uint8_t *end = pairs.end;
-    int64_t last = pairs.last;
+    int32_t places[1 + STRIP * WIDTH + 4]; /* before them the place of the last strip's last */
+    uint32_t changes[1 + STRIP * WIDTH + 4], all = 0;
+    int64_t count = 1;
+    places[0] = (int32_t)pairs.last;
     for (int64_t i = 0; i < strip->h; i++) {
         for (int64_t first = 0; first < strip->n; first += 64) {
             uint64_t found = 0;
             int64_t at = i * strip->pitch + first, place = start + i * strip->n + first, stop = strip->pitch - first;
             for (int64_t j = 0; j < 64 && j < stop; j += 16) found |= (uint64_t)bits_of(differs + at + j) << j;
-            while (found) {
+            int64_t next = count;
+            count += __builtin_popcountll(found);
+            do {
                 for (int64_t m = 0; m < 4; m++, found &= found - 1) {
-                    int64_t j = __builtin_ctzll(found | (uint64_t)1 << 63), gap = place + j - last;
-                    uint32_t x = get(type, xors, at + j);
-                    if (__builtin_expect((gap | x) > 255, 0) && found) {
-                        for (; gap > 255; gap -= 255) *end++ = 255, *end++ = 0;
-                        for (; x > 255; x >>= 8, gap = 0) *end++ = (uint8_t)gap, *end++ = (uint8_t)x;
-                    }
-                    end[0] = (uint8_t)gap, end[1] = (uint8_t)x;
-                    end += found ? 2 : 0;
-                    last = found ? place + j : last;
+                    int64_t j = __builtin_ctzll(found | (uint64_t)1 << 63);
+                    places[next + m] = (int32_t)(place + j), changes[next + m] = get(type, xors, at + j);
                 }
-            }
+                next += 4;
+            } while (next < count);
         }
     }
-    return (Pairs){end, last};
+    uint8_t *end = pairs.end;
+    for (int64_t m = 1; m < count; m++) {
+        int32_t gap = places[m] - places[m - 1];
+        end[2 * m - 2] = (uint8_t)gap, end[2 * m - 1] = (uint8_t)changes[m];
+        all |= (uint32_t)gap | changes[m];
+    }
+    if (all <= 255) return (Pairs){end + 2 * count - 2, places[count - 1]};
+    for (int64_t m = 1; m < count; m++) {
+        int32_t gap = places[m] - places[m - 1];
+        uint32_t x = changes[m];
+        for (; gap > 255; gap -= 255) *end++ = 255, *end++ = 0;
+        for (; x > 255; x >>= 8, gap = 0) *end++ = (uint8_t)gap, *end++ = (uint8_t)x;
+        *end++ = (uint8_t)gap, *end++ = (uint8_t)x;
+    }
+    return (Pairs){end, places[count - 1]};
 }
 
 /* Corrections applied to C; whether all of them lie in the unit. */
