@@ -30,7 +30,7 @@ from fused_lora.modules.offload import refuse_sharded
 
 # PEFT's classes that have an accelerated one, by their modules in peft.tuners.lora
 _STOCK = {
-    "layer": ("Linear",),
+    "layer": ("Linear", "ParamWrapper"),
     "bnb": ("Linear4bit", "Linear8bitLt"),  # exists where bitsandbytes does
     "torchao": ("TorchaoLoraLinear",),
     "gptq": ("GPTQLoraLinear",),
@@ -252,8 +252,12 @@ def _has_own_memory(weight: Tensor) -> bool:
 @functools.cache
 def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
     """The class of accelerated layers of PEFT's class ``stock``: a subclass of it with the same name."""
-    attributes = {"__module__": __name__, "__doc__": AcceleratedLinear.__doc__}
-    return type(stock.__name__, (AcceleratedLinear, stock), attributes)
+    behaviour = AcceleratedLinear
+    if stock.__name__ == "ParamWrapper":
+        from fused_lora.integrations.peft_experts import (
+            AcceleratedExperts as behaviour,  # which has this file's as base
+        )
+    return type(stock.__name__, (behaviour, stock), {"__module__": __name__, "__doc__": behaviour.__doc__})
 
 
 def stock_classes() -> tuple[type[nn.Module], ...]:
@@ -283,6 +287,8 @@ def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] |
 
     None when the adapters run fused: with the base layer, or around it where :func:`why_around` has a reason.
     """
+    if hasattr(layer, "parameter_name"):
+        return layer.why_not_fused()
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
@@ -319,6 +325,8 @@ def _is_dora(layer: nn.Module, name: str) -> bool:
 
 def why_around(layer: nn.Module) -> str | None:
     """Why the base layer of a layer that runs fused is called by itself; None when it is in the operator."""
+    if hasattr(layer, "parameter_name"):
+        return None
     return base_of(layer.base_layer).why_not_fused(layer.base_layer)
 
 

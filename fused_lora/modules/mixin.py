@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fused_lora.bases import Adapters, base_of, foreign
+from fused_lora.bases import Adapters, Base, base_of, foreign
 from fused_lora.bases.dense import Dense
 from fused_lora.bases.requantised import rounded_bias
 from fused_lora.modules import variants
@@ -226,21 +226,24 @@ class FusedLoraBehaviour:
         if names:
             self._merge_names(names)
 
+    def _merge_place(self) -> tuple[nn.Module, Base]:
+        """The module with the weight that a merge changes, and what answers for it."""
+        base = self._modules["base_layer"]
+        return base, base_of(base)
+
     def _merge_names(self, names: list[str]) -> None:
         refuse_sharded(self, "merged")
-        base = self._modules["base_layer"]
+        base, kind = self._merge_place()
         weight = base._parameters.get("weight")
         if weight is not None and weight.is_meta:
             raise RuntimeError("base_layer.weight is offloaded (meta device), so nothing can be merged into it")
-        if why := base_of(base).why_not_merged(base):
+        if why := kind.why_not_merged(base):
             raise RuntimeError(
                 f"base_layer: {why}; expected a plain floating matrix, so nothing was merged into it"
                 "; serve it unmerged, or dequantise the model first"
             )
-        if base_of(base).bits and variants.has_magnitude(self, names):
-            raise RuntimeError(
-                f"base_layer: DoRA of {names} cannot be merged into {base_of(base).bits} bits; dequantise first"
-            )
+        if kind.bits and variants.has_magnitude(self, names):
+            raise RuntimeError(f"base_layer: DoRA of {names} cannot be merged into {kind.bits} bits; dequantise first")
         bias, old = self._check_bias_merge(names), self.merge_state
         state = _Merge(None) if old is None else replace(old, record=None)
         if bias is not None:
@@ -292,9 +295,9 @@ class FusedLoraBehaviour:
         old = self.merge_state
         if old is None:
             return self._merge_factors(variants.factors(self, names), names)
-        kind = base_of(self.base_layer)
+        base, kind = self._merge_place()
         frozen = kind.factors(old.record, self.fan_in_fan_out)
-        kind.unmerge_(self.base_layer, old.record)
+        kind.unmerge_(base, old.record)
         try:
             return self._merge_factors(variants.factors(self, names, frozen), names)
         except BaseException:
@@ -302,9 +305,9 @@ class FusedLoraBehaviour:
             raise
 
     def _merge_factors(self, factors, names: list[str]) -> Any:
-        base = self._modules["base_layer"]
+        base, kind = self._merge_place()
         try:
-            return base_of(base).merge_(base, factors, self.fan_in_fan_out)
+            return kind.merge_(base, factors, self.fan_in_fan_out)
         except ValueError as error:
             raise ValueError(f"{error} (adapters {names}); nothing was merged") from None
 
@@ -314,7 +317,7 @@ class FusedLoraBehaviour:
         attributes, merged = self.__dict__, self.merged_adapters
         if state.bias_after is not None:
             self.base_layer.bias.data.copy_(state.bias_after)
-        factors = base_of(self.base_layer).factors(state.record, self.fan_in_fan_out)
+        factors = self._merge_place()[1].factors(state.record, self.fan_in_fan_out)
         state.record = self._merge_factors(factors, names)
         attributes["merge_state"] = state
         merged += names
@@ -337,11 +340,11 @@ class FusedLoraBehaviour:
             bias is None or not torch.equal(bias.data, state.bias_after.to(bias.device))
         ):
             raise RuntimeError("base_layer.bias was changed while merged; nothing was unmerged")
-        attributes, merged, kind = self.__dict__, self.merged_adapters, base_of(self.base_layer)
+        attributes, merged, (base, kind) = self.__dict__, self.merged_adapters, self._merge_place()
         try:
             if state.bias_before is not None:
                 bias.data.copy_(state.bias_before)
-            kind.unmerge_(self.base_layer, state.record)
+            kind.unmerge_(base, state.record)
         except BaseException:
             if state.bias_before is not None:
                 bias.data.copy_(state.bias_after)
@@ -362,7 +365,8 @@ class FusedLoraBehaviour:
         """Share of the merged delta that rounding lost, ||(Wm - W) - D|| / ||D||. RuntimeError when not merged."""
         if self.merge_state is None:
             raise RuntimeError("delta_fidelity needs a merged layer")
-        return base_of(self.base_layer).delta_fidelity(self.base_layer, self.merge_state.record)
+        base, kind = self._merge_place()
+        return kind.delta_fidelity(base, self.merge_state.record)
 
     def dense_parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight [N, K] and bias [N] of an nn.Linear of ``dtype`` that does what base and active adapters do.
