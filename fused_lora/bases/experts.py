@@ -148,8 +148,9 @@ class Experts(Base):
         """As :meth:`Base.merge_`; all experts or none. One record an expert."""
         matrices = self._matrices(module)
         each = [Factors(*parts) for parts in _by_expert(factors, len(matrices))]
-        found = [merging.merge_later(W, own, self.transposed) for W, own in zip(matrices, each, strict=True)]
-        if all(found) and blocks.run_together([sweep for _, sweep in found], MERGE) == DONE:
+        jobs = [merging.merge_later(W, own, self.transposed) for W, own in zip(matrices, each, strict=True)]
+        found = [job for job in jobs if job is not None]
+        if len(found) == len(jobs) and blocks.run_together([sweep for _, sweep in found], MERGE) == DONE:
             return [record for record, _ in found]
         records = []
         try:

@@ -30,7 +30,7 @@ from fused_lora.modules.offload import refuse_sharded
 
 # PEFT's classes that have an accelerated one, by their modules in peft.tuners.lora
 _STOCK = {
-    "layer": ("Linear", "ParamWrapper"),
+    "layer": ("Linear", "ParamWrapper", "Embedding", "Conv1d", "Conv2d", "Conv3d"),
     "bnb": ("Linear4bit", "Linear8bitLt"),  # exists where bitsandbytes does
     "torchao": ("TorchaoLoraLinear",),
     "gptq": ("GPTQLoraLinear",),
@@ -252,12 +252,11 @@ def _has_own_memory(weight: Tensor) -> bool:
 @functools.cache
 def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
     """The class of accelerated layers of PEFT's class ``stock``: a subclass of it with the same name."""
-    behaviour = AcceleratedLinear
-    if stock.__name__ == "ParamWrapper":
-        from fused_lora.integrations.peft_experts import (
-            AcceleratedExperts as behaviour,  # which has this file's as base
-        )
-    return type(stock.__name__, (behaviour, stock), {"__module__": __name__, "__doc__": behaviour.__doc__})
+    from fused_lora.integrations import peft_experts, peft_others  # whose classes have this file's as base
+
+    others = {"ParamWrapper": peft_experts.AcceleratedExperts, **peft_others.BEHAVIOURS}
+    own = others.get(stock.__name__, AcceleratedLinear)
+    return type(stock.__name__, (own, stock), {"__module__": __name__, "__doc__": own.__doc__})
 
 
 def stock_classes() -> tuple[type[nn.Module], ...]:
@@ -287,7 +286,7 @@ def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] |
 
     None when the adapters run fused: with the base layer, or around it where :func:`why_around` has a reason.
     """
-    if hasattr(layer, "parameter_name"):
+    if hasattr(layer, "why_not_fused"):
         return layer.why_not_fused()
     if layer.disable_adapters:
         return "adapters are disabled"
@@ -325,7 +324,7 @@ def _is_dora(layer: nn.Module, name: str) -> bool:
 
 def why_around(layer: nn.Module) -> str | None:
     """Why the base layer of a layer that runs fused is called by itself; None when it is in the operator."""
-    if hasattr(layer, "parameter_name"):
+    if hasattr(layer, "why_not_fused"):
         return None
     return base_of(layer.base_layer).why_not_fused(layer.base_layer)
 
