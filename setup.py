@@ -103,11 +103,16 @@ setup(
         "quickstart": ["peft>=0.21,<0.22", "transformers>=5,<6", "accelerate", "gguf", "tqdm"],
         "bitsandbytes": ["bitsandbytes>=0.50,<0.51"],
         "torchao": ["torchao>=0.18,<0.19"],
+        # the plug-in reaches into vLLM's LoRA layers, so it is pinned to the releases that were read
+        "vllm": ["vllm>=0.32,<0.34"],
         "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],
         # continuous batching reaches into transformers' engine, so it is pinned to the releases that were tested
         "serve": ["transformers>=5.22,<5.24", "accelerate", "jinja2", "fastapi", "pydantic>=2.8", "uvicorn"],
     },
-    entry_points={"console_scripts": ["fused-lora = fused_lora.cli:main"]},
+    entry_points={
+        "console_scripts": ["fused-lora = fused_lora.cli:main"],
+        "vllm.general_plugins": ["fused_lora = fused_lora.integrations.vllm:register"],
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

@@ -23,7 +23,7 @@ ALLOWED = {
     "rows": set(),
     "modules": {"bases", "ops", "reference", "rows"},
     "adapters": {"modules", "reference"},
-    "integrations": {"adapters", "modules", "bases", "ops", "reference"},
+    "integrations": {"adapters", "modules", "bases", "ops", "kernels", "reference"},
     "serving": {"adapters", "modules", "rows", "ops", "kernels", "reference"},
     "testing": {"kernels", "ops", "reference"},
     "diagnostics": {"integrations", "modules", "bases", "ops", "kernels", "reference", "testing"},
@@ -38,7 +38,7 @@ THIRD_PARTY = {
     "rows": {"torch", "numpy"},
     "modules": {"torch"},
     "adapters": {"torch", "safetensors", "numpy"},
-    "integrations": {"torch"},
+    "integrations": {"torch", "numpy"},
     "serving": {"torch", "numpy"},
     "testing": {"torch", "numpy", "triton"},
     "diagnostics": {"torch"},
@@ -47,8 +47,9 @@ THIRD_PARTY = {
 # these stand above the layers: the public names, the version, and where the kernels are found
 ABOVE = {"__init__.py", "_version.py", "kernels.py"}
 
-# files of the extras, imported only where an engine or a server is asked for
+# files of the extras, imported only where an engine or a server is asked for, or by vLLM itself
 EXTRAS = {
+    "fused_lora/integrations/vllm/": {"vllm"},
     "fused_lora/serving/engine/": {"transformers"},
     "fused_lora/serving/http/": {"fastapi", "starlette", "pydantic", "annotated_types"},
 }

@@ -197,7 +197,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
         names = self._present(names)
         if any(name in self.lora_variant and not _is_dora(self, name) for name in names):
             return False
-        base = self.base_layer
+        base = self._modules["base_layer"]
         if variants.has_magnitude(self, names) and (base_of(base).bits or variants.why_not_dora(self, names)):
             return False
         kind, weight = base_of(base), base._parameters.get("weight")

@@ -18,6 +18,7 @@ from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.over_quantised import same
 from helpers.quantised import linear4bit, repack, values_of
 from helpers.seeds import shifted
+from helpers.thorough import sampled
 from helpers.twins import ExportedDropout
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -134,9 +135,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["fp32 products", "bf16 products"])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings, dtypes, native", sampled(itertools.product(SETTINGS, DTYPES, [False, True]), 5))
 def test_as_exact_as_peft(settings, dtypes, native):
     x_dtype, compute, quantised = dtypes
     p, names, found = 0.3, ["default", "other"], ([], [], [])

@@ -148,6 +148,7 @@ def test_which_dtypes_are_compiled():
     assert all(set(dtypes_on(capability)) == both for capability in CAPABILITIES if capability != 90)
 
 
+@pytest.mark.thorough
 def test_an_fp16_kernel_is_the_bf16_kernel_under_another_name():
     """In Triton's IR, from which every chip's binary is made, and for every case of every chip."""
     code = """

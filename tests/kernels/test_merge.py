@@ -1,5 +1,7 @@
 """The merge kernel: one rounding, the same bits for every tile, and every bit of W back."""
 
+import random
+
 import pytest
 import torch
 
@@ -304,14 +306,18 @@ def test_a_damaged_record_is_seen(what, device):
             assert torch.equal(bits(W), bits(merged))
 
 
-def test_many_merge_cycles_restore_the_bits(device):
-    W = make_weight(16, 64, torch.bfloat16, device)
-    original = W.clone()
-    for i in range(42):
-        A, B = make_factors(16, 64, 1 + i % 3, device, size=10.0 ** (i % 7 - 4))
-        _, record = merge(W, A, B)
-        unmerge(W, A, B, record)
-        assert torch.equal(bits(W), bits(original))
+@pytest.mark.experiment("A2", full=200, quick=4)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cycles_of_the_kernel(dtype, count, device, kernel_memory):
+    """Merge and unmerge by the kernels, random adapters, tiles and ragged shapes, accesses checked: all bits back"""
+    for i in range(count):
+        N, K, R = random.randint(1, 40), random.randint(1, 150), random.randint(1, 5)
+        W, tiles = make_weight(N, K, dtype, device), [None, *TILES]
+        original = W.clone()
+        factors = make_factors(N, K, R, device, size=10.0 ** random.randint(-4, 2))
+        _, record = merge(W, *factors, random.choice(tiles))
+        unmerge(W, *factors, record, random.choice(tiles))
+        assert torch.equal(bits(W), bits(original)), (N, K, R, i)
 
 
 @pytest.mark.parametrize(("size", "most"), [(0.001, 0.04), (0.01, 0.11), (0.1, 0.48)])

@@ -63,6 +63,15 @@ def served(world):
     return model, store
 
 
+@pytest.fixture(scope="module")
+def idle(world):
+    """(engine, model, store) for requests that must not come through: it is never started."""
+    model = serving.load_model(world[0])
+    store = fused_lora.AdapterStore(model)
+    store.register("a0", str(world[2]["a0"]))
+    return continuous_batching(model, store, config()), model, store
+
+
 def config(**changes):
     """Small pages and steps: prompts of a few dozen tokens share pages and are prefilled in chunks."""
     sizes = dict(page_size=8, num_blocks=512, max_batch_tokens=48, max_requests_per_batch=32)
@@ -430,8 +439,8 @@ NAN, INF = float("nan"), float("inf")
         (dict(eos_token_id=[1, "x"]), TypeError, r"eos_token_id\[1\]"),
     ],
 )
-def test_malformed_requests_are_refused(served, request_, error, named):
-    engine = continuous_batching(*served, config())
+def test_malformed_requests_are_refused(idle, request_, error, named):
+    engine, *served = idle
     with pytest.raises(error, match=named):
         engine.add_request(**{"input_ids": [1], **request_})
     if issubclass(error, (TypeError, ValueError)):
@@ -525,7 +534,7 @@ def test_adapters_may_come_and_go_while_requests_run(world, served, alone):
 
 @pytest.mark.slow
 def test_quickstart_model(tmp_path, monkeypatch):
-    """64 requests over 16 adapters of ranks 4 to 64 and the base, on 6 of the 30 layers of SmolLM2-135M."""
+    """34 requests over 16 adapters of ranks 4 to 64 and the base, on 2 of the 30 layers of SmolLM2-135M."""
     import sys
     from pathlib import Path
 
@@ -535,7 +544,7 @@ def test_quickstart_model(tmp_path, monkeypatch):
     parts = importlib.import_module("quickstart_model")
     sys.modules.pop("quickstart_model")
     model, tokenizer = parts.load(None, torch.device("cpu"), torch.float32)
-    model.model.layers, model.config.num_hidden_layers = model.model.layers[:6], 6
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     plain = parts.share(model)
     adapters = {
         f"a{i}": serving.write_adapter(tmp_path / f"a{i}", plain, r, seed=i, std=0.02) for i, r in enumerate(RANKS)
@@ -543,8 +552,8 @@ def test_quickstart_model(tmp_path, monkeypatch):
     text = parts.texts()["docs"][1]
     ids = tokenizer(text[:20_000])["input_ids"]
     lengths = (5, 40, 12, 90, 20, 33, 8)
-    prompts = [ids[:24] if i % 5 == 0 else ids[50 * i : 50 * i + lengths[i % 7]] for i in range(64)]
-    requests = [([None, *adapters][i % 17], prompts[i]) for i in range(64)]
+    prompts = [ids[:24] if i % 5 == 0 else ids[50 * i : 50 * i + lengths[i % 7]] for i in range(34)]
+    requests = [([None, *adapters][i % 17], prompts[i]) for i in range(34)]
     store = fused_lora.AdapterStore(model)
     for name, path in adapters.items():
         store.register(name, str(path))

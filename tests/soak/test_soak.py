@@ -49,6 +49,7 @@ def said(texts, folder, count):
     return texts.tokenizer.decode(texts._tokens(folder, "The")[:count], skip_special_tokens=True)
 
 
+@pytest.mark.thorough
 def test_a_short_run(tmp_path):
     command = [sys.executable, str(SCRIPT), *"--requests 120 --adapters 60 --room 10".split()]
     command += ["--seed", str(shifted(0)), "--out", str(tmp_path)]

@@ -19,17 +19,25 @@ MAX_RANK = 512
 
 def prepare(
     joint: AdapterTables, each: Sequence[AdapterTables], rows: RowGroups, x_dtype: torch.dtype, device: torch.device
-) -> tuple[Callable[[Tensor], Sequence[Tensor] | None], Callable[[Sequence[Tensor], int, Tensor], bool]] | None:
+) -> (
+    tuple[
+        Callable[[Tensor], Sequence[Tensor] | None],
+        Callable[[Sequence[Tensor], int, Tensor | tuple[Tensor, ...]], bool],
+    ]
+    | None
+):
     """y_g[m] += sum_i weight_i scaling_gi * B_gi (A_gi x[m]) over the members of the row's group, in place, as two
     functions for any x [M, K] and y_g [M, N_g] of one dtype.
 
     Args:
-        joint: tables of the G layers that read x, together. each: of each layer alone. rows: their groups.
+        joint: tables of the G layers that read x, together. each: of each layer alone; or ``joint`` alone, for one
+            expand of all. rows: their groups.
 
     Returns:
         None for dtypes and ranks that the kernels do not have; else
         ``shrink(x)``: for each output g its S, by one launch that reads x once; None where the kernels failed;
-        ``expand(S, g, y)``: adds to y; False, and nothing done, for a y of another dtype and where the kernels failed.
+        ``expand(S, g, y)``: adds to y, a tuple where ``each[g]`` has several outputs; False, and nothing done, for a y
+        of another dtype and where the kernels failed.
         What an adapter computes for a row depends on no other row. Nothing waits for the device.
     """
     if not ({x_dtype, joint.dtype} <= set(DTYPES) and joint.max_rank <= MAX_RANK and guard.usable(device)):
@@ -40,17 +48,26 @@ def prepare(
     def shrink(x: Tensor) -> Sequence[Tensor]:
         return grouped_shrink(x, joint, rows).chunk(len(each), dim=1)
 
-    def expand(S: Sequence[Tensor], g: int, y: Tensor) -> bool:
-        if y.dtype == x_dtype:
-            grouped_expand(S[g], (y,), each[g], rows)
-        return y.dtype == x_dtype
+    def expand(S: Sequence[Tensor], g: int, y: Tensor | tuple[Tensor, ...]) -> bool:
+        outputs = (y,) if isinstance(y, Tensor) else y
+        fits = outputs[0].dtype == x_dtype
+        if fits:
+            grouped_expand(S[g], outputs, each[g], rows)
+        return fits
 
-    shared = ("shared",) if len(each) > 1 else ()
+    shared = ("shared",) if len(joint.rank) > 1 else ()
     key = ("grouped", *shared, x_dtype, joint.dtype, -(-joint.max_rank // 64), *rows.form[1:3], device.index)
+
+    def check() -> str | None:
+        return _check(joint, rows, x_dtype, device)
+
+    def check_expand() -> str | None:  # the same, for an expand may come without its shrink
+        return None if guard.passes(key, check) else "the check of both failed"
+
+    # a key for each, so that only one thread loads it
     return (
-        guard.guarded(key, shrink, lambda x: None, lambda: _check(joint, rows, x_dtype, device)),
-        # tried with the shrink; a key of its own, so that only one thread loads it
-        guard.guarded((*key, "expand"), expand, lambda S, g, y: False, lambda: None),
+        guard.guarded(key, shrink, lambda x: None, check),
+        guard.guarded((*key, "expand"), expand, lambda S, g, y: False, check_expand),
     )
 
 

@@ -82,6 +82,37 @@ class GroupLayout:
         )
 
 
+class RowTables:
+    """The tables of a step's rows on the device, at addresses that never change: what a captured CUDA graph reads.
+
+    Args:
+        layout: the largest step. device: of the rows.
+
+    Attributes:
+        layout: the same. groups: the tables, with room for the largest step.
+    """
+
+    def __init__(self, layout: GroupLayout, device: torch.device):
+        self.layout = layout
+        self._buffer = torch.zeros(layout.size, dtype=torch.int32, device=device)
+        self.groups = layout.views(self._buffer)
+        # two, so that one can be filled while the copy of the other may still be under way
+        self._staging = [torch.zeros_like(self._buffer, device="cpu", pin_memory=device.type == "cuda") for _ in "ab"]
+        self._copied: list[torch.Event | None] = [None, None]
+        self._turn = 0
+
+    def fill(self, group_of_row: np.ndarray, groups: Sequence[Sequence[tuple[int, float]]]) -> None:
+        """Describe the next step, as :func:`build_metadata` does: one copy on the current stream, and nothing waits."""
+        self._turn ^= 1
+        staging, copied = self._staging[self._turn], self._copied[self._turn]
+        if copied is not None:
+            copied.synchronize()
+        build_metadata(self.layout, group_of_row, groups, staging.numpy())
+        self._buffer.copy_(staging, non_blocking=True)
+        if self._buffer.is_cuda:
+            self._copied[self._turn] = torch.cuda.current_stream(self._buffer.device).record_event()
+
+
 def build_metadata(
     layout: GroupLayout,
     group_of_row: np.ndarray | Sequence[int],

@@ -8,7 +8,7 @@ there are, and whether the layer is computed alone or together with others that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -78,13 +78,16 @@ def form_terms(x: Tensor, layout: RowLayout, joint: Joint) -> Products | None:
     return chunks[0].products(joint, x.dtype).run(x) if len(chunks) == 1 else None
 
 
-def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms | Joint) -> Tensor:
+def lora_grouped_(
+    y: Tensor | Sequence[Tensor], x: Tensor, layout: RowLayout, terms: Terms | Joint
+) -> Tensor | Sequence[Tensor]:
     """y[m] += sum_i scale_i * (x[m] A_i^T) B_i^T over the factors of the row's group, in place.
 
     Args:
-        y: [M, N], fp64, fp32, bf16 or fp16; rows without factors keep their bits.
-        x: [M, K], floating. layout: which row is in which group. terms: the factors of the groups; as the
-            :class:`Joint` of one layer, what is worked out from them is kept for the next call.
+        y: [M, N], fp64, fp32, bf16 or fp16; rows without factors keep their bits. For a :class:`Joint` of several
+            layers a sequence, the output of each.
+        x: [M, K], floating. layout: which row is in which group. terms: the factors of the groups; as a
+            :class:`Joint`, what is worked out from them is kept for the next call.
 
     Returns:
         y. The sum is taken in fp32, or in fp64 if x or the factors are, and rounded into y once.
@@ -92,9 +95,13 @@ def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms | Joint)
     Raises:
         ValueError: x, y and the layout differ in their rows.
     """
-    if not len(x) == len(y) == layout.rows:
-        raise ValueError(f"x, y: expected {layout.rows} rows as in the layout, got {len(x)} and {len(y)}")
+    outputs = [y] if isinstance(y, Tensor) else y
+    for output in outputs:
+        if not len(x) == len(output) == layout.rows:
+            raise ValueError(f"x, y: expected {layout.rows} rows as in the layout, got {len(x)} and {len(output)}")
     joint = terms if isinstance(terms, Joint) else Joint([terms])
     for chunk in layout.chunks(joint.groups):
-        chunk.products(joint, x.dtype, keep=joint is terms).run(x).add(0, y)
+        products = chunk.products(joint, x.dtype, keep=joint is terms).run(x)
+        for layer, output in enumerate(outputs):
+            products.add(layer, output)
     return y

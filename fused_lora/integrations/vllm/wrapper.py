@@ -1,0 +1,266 @@
+"""The wrapper that the LoRA layers of vLLM 0.32 and 0.33 call.
+
+vLLM calls ``update_metadata`` before a step, and its layers call the ``add_`` methods. In a compiled model each of
+these calls is one custom operator, so that the rows of the step are looked up when the graph runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA, LoRAMapping, VocabParallelEmbeddingWithLoRA
+from vllm.lora.model_manager import LoRAModelManager
+
+from fused_lora._version import __version__
+from fused_lora.integrations.vllm.slots import Slots
+from fused_lora.integrations.vllm.terms import EagerTerms, KernelTerms
+
+log = init_logger("vllm.fused_lora")
+_numbers = itertools.count()
+_wrappers: weakref.WeakValueDictionary[int, Grouped] = weakref.WeakValueDictionary()  # by the number in a graph
+
+
+class Grouped:
+    """What the wrappers of all platforms share. The other base class is vLLM's own wrapper of the platform, which
+    computes what :meth:`adopt` leaves to it.
+
+    Attributes:
+        leaves_some: whether a layer needs vLLM's own tables of the rows.
+    """
+
+    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
+        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
+        self._slots: dict[int, Slots] = {}  # by the address of a layer's first A and of its first B
+        self.leaves_some, self._samples = False, False
+        self._tokens, self._prompts = self.new_terms(), self.new_terms()
+        self._number = next(_numbers)
+        _wrappers[self._number] = self
+        _hook_vllm()
+        log.info_once("fused_lora %s computes the LoRA terms: %s, %s", __version__, type(self).__name__, self.kernels)
+
+    kernels: str  # what computes the terms, for the log
+
+    def new_terms(self) -> EagerTerms | KernelTerms:
+        """The terms of one kind of rows."""
+        raise NotImplementedError
+
+    def update_own(self, *args: Any, **kwargs: Any) -> None:
+        """What vLLM's own wrapper does for a step."""
+        super().update_metadata(*args, **kwargs)
+
+    def adopt(self, layer: BaseLayerWithLoRA) -> None:
+        """Take over the adapters of a layer: its A and B are replaced, once, by those of a :class:`Slots`, and each
+        adapter that it loads says its rank. Experts stay vLLM's, and so do whole heads of classifiers."""
+        name = type(layer).__name__
+        if isinstance(layer, FusedMoEWithLoRA) or "full_weight_stacked" in vars(layer):
+            self.leaves_some = True
+            what = "the adapters" if isinstance(layer, FusedMoEWithLoRA) else "whole heads"
+            log.info_once("fused_lora leaves %s of %s to vLLM's own operators", what, name)
+        if isinstance(layer, FusedMoEWithLoRA):
+            return
+        slots = vars(layer).get("fused_lora_slots")
+        if slots is None:
+            slots = layer.fused_lora_slots = _replace(layer, self.adapter_dtype)
+        self._samples |= not isinstance(layer.lora_b_stacked, tuple) or "full_weight_stacked" in vars(layer)
+        self._slots.update({side[0].data_ptr(): slots for side in (slots.A, slots.B) if side})
+
+    def adapter_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What adapters of this dtype are held in."""
+        return dtype
+
+    def update_metadata(
+        self, mapping: LoRAMapping, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
+    ) -> None:
+        """The adapters of the next step: of each token and of each sampled row, 0 for the base model."""
+        self.update_own(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
+        slots = {lora: slot for slot, lora in enumerate(lora_index_to_id) if lora is not None} | {0: -1}
+        self._tokens.step(_slots_of(mapping.index_mapping, slots))
+        if self._samples:
+            self._prompts.step(_slots_of(mapping.prompt_mapping, slots))
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """y [rows, sum of N] += B A x, one output beside the other."""
+        if not add_inputs:  # y has a stream of its own, and the caller adds it to the base output
+            self._clear(y)
+        self._add("linear", y, x, lora_b_stacked[0], scale)
+
+    def add_shrink(
+        self,
+        y: tuple[Tensor, ...] | Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """y [outputs, rows, rank] += A x, in fp32."""
+        if not torch.compiler.is_compiling() and lora_a_stacked[0].data_ptr() not in self._slots:
+            super().add_shrink(y, x, lora_a_stacked, scale, **kwargs)  # a whole head
+        else:
+            self._add("shrink", y, x, lora_a_stacked[0], scale)
+
+    def add_expand(
+        self,
+        y: Tensor,
+        x: tuple[Tensor, ...] | Tensor,
+        lora_b_stacked: tuple[Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """y [rows, columns] += B x of each output, from the column ``offset_start`` on; x: [outputs, rows, rank]."""
+        if not add_inputs:
+            self._clear(y.narrow(-1, offset_start, sum(output_slices)))
+        x = x if isinstance(x, Tensor) else torch.stack(x)
+        self._add("expand", y, x, lora_b_stacked[0], offset=offset_start)
+
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
+    ) -> None:
+        """y [rows, N] += B x; x: [rows, rank], the rows of A that the tokens have."""
+        if not add_inputs:
+            self._clear(y)
+        self._add("embedding", y, x, lora_b_stacked)
+
+    def add_lora_logits(
+        self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **kwargs: Any
+    ) -> None:
+        """y [sampled rows, N or more] += B A x."""
+        self._add("logits", y, x, lora_b_stacked, scale)
+
+    def _clear(self, y: Tensor) -> None:
+        """Zero the rows that have adapters."""
+        y.masked_fill_((self._token_lora_indices[: len(y)] >= 0).unsqueeze(1), 0)
+
+    def _add(
+        self, kind: str, y: Tensor | tuple[Tensor, ...], x: Tensor, key: Tensor, scale: float = 1.0, offset: int = 0
+    ) -> None:
+        if scale != 1.0:
+            raise ValueError(f"scale: expected 1.0, for vLLM multiplies B by an adapter's scaling, got {scale}")
+        if torch.compiler.is_compiling():
+            torch.ops.fused_lora.vllm_lora_(y, x, key, self._number, kind, offset)
+        else:
+            self.run(kind, y, x, key, offset)
+
+    def run(self, kind: str, y: Tensor | tuple[Tensor, ...], x: Tensor, key: Tensor, offset: int) -> None:
+        """Add the terms of the layer that has ``key`` as its first A or B."""
+        slots, terms = self._slots[key.data_ptr()], self._prompts if kind == "logits" else self._tokens
+        if kind == "shrink":
+            terms.shrink_(list(y), x.view(-1, x.shape[-1]), slots)
+            return
+        y = y.view(-1, y.shape[-1])
+        if offset + sum(slots.N) > y.shape[1]:
+            raise ValueError(f"y: expected {offset + sum(slots.N)} columns or more, got {y.shape[1]}")
+        outputs = y[:, offset : offset + sum(slots.N)].split(slots.N, dim=1)
+        if kind == "expand":
+            terms.expand_(outputs, x.unbind(0), slots)
+        else:
+            terms.linear_(outputs, x.view(-1, x.shape[-1]), slots, "expand" if kind == "embedding" else "linear")
+
+
+@torch.library.custom_op("fused_lora::vllm_lora_", mutates_args=["y"])
+def _vllm_lora_(y: Tensor, x: Tensor, key: Tensor, wrapper: int, kind: str, offset: int) -> None:
+    _wrappers[wrapper].run(kind, y, x, key, offset)
+
+
+@_vllm_lora_.register_fake
+def _(y: Tensor, x: Tensor, key: Tensor, wrapper: int, kind: str, offset: int) -> None:
+    return None
+
+
+def _slots_of(mapping: Sequence[int], slots: dict[int, int]) -> np.ndarray:
+    return np.fromiter((slots[lora] for lora in mapping), np.int32, len(mapping))
+
+
+@functools.cache  # once
+def _hook_vllm() -> None:
+    """vLLM tells each layer its wrapper, and no wrapper its layers: from now on ``set_mapping`` does. And an adapter of
+    which a layer refuses its part is forgotten, where vLLM 0.32 would go on with the layers before it."""
+    set_mapping, activate = BaseLayerWithLoRA.set_mapping, LoRAModelManager.activate_adapter
+
+    @functools.wraps(set_mapping)
+    def and_adopt(self: BaseLayerWithLoRA, punica_wrapper: Any) -> None:
+        set_mapping(self, punica_wrapper)
+        if isinstance(punica_wrapper, Grouped):
+            punica_wrapper.adopt(self)
+
+    @functools.wraps(activate)
+    def or_forget(self: LoRAModelManager, lora_id: int) -> bool:
+        try:
+            return activate(self, lora_id)
+        except Exception:
+            self.remove_adapter(lora_id)
+            raise
+
+    BaseLayerWithLoRA.set_mapping, LoRAModelManager.activate_adapter = and_adopt, or_forget
+
+
+def _replace(layer: BaseLayerWithLoRA, adapter_dtype: Any) -> Slots:
+    """Put the memory of a new Slots into the layer, which then tells it the rank of what it loads."""
+    B, several = layer.lora_b_stacked, isinstance(layer.lora_b_stacked, tuple)
+    A = () if isinstance(layer, VocabParallelEmbeddingWithLoRA) else layer.lora_a_stacked
+    A, B = (side if isinstance(side, tuple) else (side,) for side in (A, B))
+    slots = Slots(A, B, adapter_dtype(B[0].dtype))
+    if A:
+        layer.lora_a_stacked = tuple(slots.A) if several else slots.A[0]
+    layer.lora_b_stacked = tuple(slots.B) if several else slots.B[0]
+    set_lora, reset_lora = layer.set_lora, layer.reset_lora
+
+    @functools.wraps(set_lora)
+    def set_lora_and_rank(index: int, lora_a: Any, lora_b: Any) -> None:
+        if several and getattr(layer, "tp_size", 1) == 1:  # vLLM takes the shards of what is whole
+            _check(layer, slots, *(_parts(side) for side in (lora_a, lora_b)))
+        set_lora(index, lora_a, lora_b)
+        slots.set_ranks(index, _ranks(lora_b, len(B)))
+
+    @functools.wraps(reset_lora)
+    def reset_lora_and_rank(index: int) -> None:
+        reset_lora(index)
+        slots.set_ranks(index, [0] * len(B))
+
+    layer.set_lora, layer.reset_lora = set_lora_and_rank, reset_lora_and_rank
+    return slots
+
+
+def _check(layer: BaseLayerWithLoRA, slots: Slots, A: list[Tensor | None], B: list[Tensor | None]) -> None:
+    """ValueError for an adapter of other sizes, of which vLLM would copy what fits."""
+    K, where = slots.A[0].shape[3], getattr(layer.base_layer, "prefix", type(layer).__name__)
+    for a in A:
+        if a is not None and a.shape[1] != K:
+            raise ValueError(f"{where}: expected lora_A [r, {K}], got {list(a.shape)}: is it of another base model?")
+    rows = [None if b is None else b.shape[0] for b in B]
+    if len(rows) == len(slots.N):
+        fits = all(n in (None, size) for n, size in zip(rows, slots.N, strict=True))
+    else:  # one B of several outputs
+        fits = None in rows or sum(rows) == sum(slots.N)
+    if not fits:
+        raise ValueError(f"{where}: expected lora_B of {slots.N} rows, got {rows}: is it of another base model?")
+
+
+def _ranks(lora_b: Tensor | Iterable[Tensor | None], outputs: int) -> list[int]:
+    """The rank at each output. One tensor may be of several outputs, and one B of a list, too."""
+    ranks = [0 if b is None else b.shape[1] for b in _parts(lora_b)]
+    return ranks if len(ranks) == outputs else [max(ranks)] * outputs
+
+
+def _parts(side: Tensor | Iterable[Tensor | None]) -> list[Tensor | None]:
+    return [side] if isinstance(side, Tensor) else list(side)
