@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fused_lora.bases import Base, experts
 from fused_lora.bases.base import why_not_own_call, why_not_plain_tensor, why_not_plain_weight
-from fused_lora.integrations.peft_linear import FUSED, AcceleratedLinear, _count, _is_number
+from fused_lora.integrations.peft_linear import BEHAVIOURS, FUSED, AcceleratedLinear, _count, _is_number
 from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.fusable import why_transformed
 from fused_lora.modules.mixin import FusedLoraBehaviour
@@ -122,3 +122,6 @@ def _why_not_call(x: Any, args: tuple, kwargs: dict) -> str | None:
         return "shapes differ"
     hooked = "a hook on all modules" if _has_any_global_hook() else None
     return why_not_plain_tensor(x) or why_transformed() or hooked
+
+
+BEHAVIOURS["ParamWrapper"] = AcceleratedExperts

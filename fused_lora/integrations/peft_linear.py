@@ -243,6 +243,10 @@ class AcceleratedLinear(FusedLoraBehaviour):
                 ) from None
 
 
+# of PEFT's classes that are no linear layers; the files that have them add them (``integrations/peft.py`` imports all)
+BEHAVIOURS: dict[str, type[AcceleratedLinear]] = {}
+
+
 def _has_own_memory(weight: Tensor) -> bool:
     """Whether the numbers of a matrix can be written one by one."""
     (inner, n), (outer, m) = sorted(zip(weight.stride(), weight.shape, strict=True))
@@ -252,10 +256,7 @@ def _has_own_memory(weight: Tensor) -> bool:
 @functools.cache
 def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
     """The class of accelerated layers of PEFT's class ``stock``: a subclass of it with the same name."""
-    from fused_lora.integrations import peft_experts, peft_others  # whose classes have this file's as base
-
-    others = {"ParamWrapper": peft_experts.AcceleratedExperts, **peft_others.BEHAVIOURS}
-    own = others.get(stock.__name__, AcceleratedLinear)
+    own = BEHAVIOURS.get(stock.__name__, AcceleratedLinear)
     return type(stock.__name__, (own, stock), {"__module__": __name__, "__doc__": own.__doc__})
 
 

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from fused_lora.bases import Base
 from fused_lora.bases.base import why_not_own_call, why_not_plain_tensor
 from fused_lora.bases.matrices import CONVOLUTION, EMBEDDING
-from fused_lora.integrations.peft_linear import FUSED, AcceleratedLinear, _count, _has_own_memory, _is_number
+from fused_lora.integrations.peft_linear import (
+    BEHAVIOURS,
+    FUSED,
+    AcceleratedLinear,
+    _count,
+    _has_own_memory,
+    _is_number,
+)
 from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.fusable import why_not_here
 from fused_lora.modules.mixin import FusedLoraBehaviour
@@ -149,4 +156,5 @@ class AcceleratedConvolution(_ExactMerges):
         return self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1)
 
 
-BEHAVIOURS = {"Embedding": AcceleratedEmbedding} | dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), AcceleratedConvolution)
+BEHAVIOURS["Embedding"] = AcceleratedEmbedding
+BEHAVIOURS |= dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), AcceleratedConvolution)
