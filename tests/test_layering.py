@@ -23,11 +23,12 @@ ALLOWED = {
     "rows": set(),
     "modules": {"bases", "ops", "reference", "rows"},
     "adapters": {"modules", "reference"},
+    "checkpoints": {"adapters", "modules", "ops"},
     "integrations": {"adapters", "modules", "bases", "ops", "kernels", "reference"},
     "serving": {"adapters", "modules", "rows", "ops", "kernels", "reference"},
     "testing": {"kernels", "ops", "reference"},
     "diagnostics": {"integrations", "modules", "bases", "ops", "kernels", "reference", "testing"},
-    "cli": {"diagnostics", "integrations", "serving", "modules"},
+    "cli": {"checkpoints", "diagnostics", "integrations", "serving", "modules"},
 }
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
@@ -38,6 +39,7 @@ THIRD_PARTY = {
     "rows": {"torch", "numpy"},
     "modules": {"torch"},
     "adapters": {"torch", "safetensors", "numpy"},
+    "checkpoints": {"torch"},
     "integrations": {"torch", "numpy"},
     "serving": {"torch", "numpy"},
     "testing": {"torch", "numpy", "triton"},

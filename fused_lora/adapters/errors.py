@@ -9,7 +9,7 @@ _LONGEST, _LONGEST_FOUND = 300, 1000  # a hostile file must not fill the log
 
 
 class AdapterError(ValueError):
-    """A file of an adapter checkpoint is malformed or does not fit. Nothing has been changed.
+    """A file of an adapter, or of a model's checkpoint, is malformed or does not fit. Nothing has been changed.
 
     Attributes:
         file: path of the file.

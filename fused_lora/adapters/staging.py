@@ -54,17 +54,17 @@ def replace_directory(directory: str, write: Callable[[str], Sequence[str]]) -> 
         try:
             written = set(write(stage))
             for file in written:
-                _sync(os.path.join(stage, file))
+                sync(os.path.join(stage, file))
             exists = os.path.isdir(target)
             if exists:
-                _link_tree(target, stage, skip=written)
+                link_tree(target, stage, skip=written)
                 shutil.copymode(target, stage)
-            _sync(stage)
-            _put_in_place(stage, target, exists)
+            sync(stage)
+            put_in_place(stage, target, exists)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
-        _sync(parent)
+        sync(parent)
         if exists:
             # what appeared in the old directory since it was linked
             _move_missing(stage, target)
@@ -77,7 +77,7 @@ def _tag(name: str) -> str:
     return name if len(raw) <= 200 else hashlib.sha256(raw).hexdigest()
 
 
-def _put_in_place(stage: str, target: str, exists: bool) -> None:
+def put_in_place(stage: str, target: str, exists: bool) -> None:
     """Give ``stage`` the name ``target``; afterwards ``stage`` names the old directory, if there was one."""
     if not exists:
         os.rename(stage, target)
@@ -146,16 +146,17 @@ def _locked(parent: str) -> Iterator[bool]:
         os.close(fd)
 
 
-def _link_tree(source: str, destination: str, skip: set[str]) -> None:
+def link_tree(source: str, destination: str, skip: set[str]) -> None:
+    """Give the entries of ``source`` that are not in ``skip`` a place in ``destination``: hard links, else copies."""
     for entry in os.scandir(source):
         if entry.name in skip:
             continue
         new = os.path.join(destination, entry.name)
         if entry.is_dir(follow_symlinks=False):
             os.mkdir(new)
-            _link_tree(entry.path, new, skip=set())
+            link_tree(entry.path, new, skip=set())
             shutil.copystat(entry.path, new)
-            _sync(new)
+            sync(new)
             continue
         try:
             os.link(entry.path, new, follow_symlinks=False)
@@ -174,7 +175,7 @@ def _move_missing(source: str, destination: str) -> None:
             _move_missing(entry.path, new)
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
     """fsync a file or directory."""
     if os.name == "nt" and os.path.isdir(path):
         return  # Windows cannot open a directory

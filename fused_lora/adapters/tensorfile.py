@@ -1,4 +1,4 @@
-"""adapter_model.safetensors, read strictly and written with a digest.
+"""Safetensors files, read strictly; those of adapters are written with a digest.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length n; n bytes of JSON
 ``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}``; the tensors, offsets counted
@@ -19,7 +19,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -33,8 +33,21 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # of counters in modules that are saved whole, as BatchNorm's
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 KNOWN = {**DTYPES, **_INTEGERS}
-_NAMES = {dtype: name for name, dtype in KNOWN.items()}
-_METADATA = "__metadata__"
+# of a whole model: what is not known here by its size cannot be carried from one file to another
+EVERY = {
+    **KNOWN,
+    "F64": torch.float64,
+    "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+NAMES = {dtype: name for name, dtype in EVERY.items()}
+METADATA = "__metadata__"
 _DIGEST = "fused_lora.sha256"
 _BASE = "fused_lora.quantised_base"
 _BLANK = "0" * 64
@@ -61,6 +74,7 @@ class Header:
     raw: bytes
     digest: str | None
     base: dict[str, dict[str, str]]
+    metadata: dict[str, str]
 
 
 @contextlib.contextmanager
@@ -144,9 +158,9 @@ def parse_json(path: str, raw: bytes) -> dict[str, Any]:
     return parsed
 
 
-def read_header(path: str, file: io.FileIO, size: int) -> Header:
+def read_header(path: str, file: io.FileIO, size: int, dtypes: Mapping[str, torch.dtype] = KNOWN) -> Header:
     """Read and check the header of a safetensors file of ``size`` bytes: every byte of the data belongs to exactly
-    one tensor whose dtype and shape account for it."""
+    one tensor whose dtype, one of ``dtypes``, and shape account for it. With ``EVERY`` tensors may be empty."""
     if size < 8:
         raise AdapterError(path, "header length", "8 bytes", f"a file of {size} bytes")
     prefix = bytearray(8)
@@ -158,10 +172,10 @@ def read_header(path: str, file: io.FileIO, size: int) -> Header:
     raw = bytearray(length)
     read_exactly(path, file, raw)
     parsed = parse_json(path, bytes(raw))
-    metadata = parsed.pop(_METADATA, {})
+    metadata = parsed.pop(METADATA, {})
     digest, base = _digest_of(path, metadata), _base_of(path, metadata.get(_BASE, "{}"))
-    entries = {name: _entry(path, name, value) for name, value in parsed.items()}
-    entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
+    entries = {name: _entry(path, name, value, dtypes) for name, value in parsed.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
     position = 0
     for name, entry in entries.items():
         if entry.begin != position:
@@ -169,26 +183,32 @@ def read_header(path: str, file: io.FileIO, size: int) -> Header:
         position = entry.end
     if position != size - 8 - length:
         raise AdapterError(path, "data", f"{position} bytes of tensors", f"{size - 8 - length} bytes")
-    return Header(entries, bytes(prefix + raw), digest, base)
+    return Header(entries, bytes(prefix + raw), digest, base, metadata)
 
 
 def read_tensors(path: str, file: io.FileIO, header: Header) -> dict[str, torch.Tensor]:
     """The tensors behind ``header`` in fresh CPU memory, checked against the digest and for NaN and Inf."""
+    return dict(each_tensor(path, file, header))
+
+
+def each_tensor(path: str, file: io.FileIO, header: Header) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors behind ``header`` one by one. What is wrong with them is raised after the last one."""
     blank = header.raw.replace(header.digest.encode(), _BLANK.encode(), 1) if header.digest else b""
     digest = hashlib.sha256(blank)
-    tensors = {}
+    broken = None
     for name, entry in header.entries.items():
         data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
         read_exactly(path, file, data.numpy())
         if header.digest:
             digest.update(data.numpy().data)
-        tensors[name] = data.view(entry.dtype).view(entry.shape)
+        tensor = data.view(entry.dtype).view(entry.shape)
+        if broken is None and not torch.isfinite(tensor).all():
+            broken = name
+        yield name, tensor
     if header.digest and digest.hexdigest() != header.digest:
         raise AdapterError(path, _DIGEST, header.digest, f"{digest.hexdigest()}: the file is damaged")
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(path, name, "finite values", "NaN or Inf")
-    return tensors
+    if broken is not None:
+        raise AdapterError(path, broken, "finite values", "NaN or Inf")
 
 
 def write_tensors(
@@ -200,31 +220,47 @@ def write_tensors(
     """
     # widest dtype first keeps every tensor aligned to its element size
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order]
+    write_each(file, entries, (tensors[name] for name in order), base)
+
+
+def write_each(
+    file: io.FileIO,
+    entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[torch.Tensor],
+    base: dict[str, dict[str, str]] | None = None,
+) -> None:
+    """The same of tensors that come one by one, in the order of their (name, dtype, shape) in ``entries``."""
     metadata = {"format": "pt", _DIGEST: _BLANK}
     if base:
         metadata[_BASE] = json.dumps(base)
-    entries: dict[str, Any] = {_METADATA: metadata}
+    header = header_bytes(entries, metadata)
+    digest = hashlib.sha256(header)
+    write_all(file, header)
+    for tensor in tensors:
+        # of a copy: torch never resizes a storage again that numpy has seen, and FSDP1 resizes
+        data = tensor.detach().cpu().reshape(-1).clone().view(torch.uint8).numpy().data
+        digest.update(data)
+        write_all(file, data)
+    file.seek(header.index(_BLANK.encode()))
+    write_all(file, digest.hexdigest().encode())
+
+
+def header_bytes(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file with these (name, dtype, shape), their data in this order."""
+    entries: dict[str, Any] = {METADATA: metadata} if metadata else {}
     position = 0
-    for name in order:
-        tensor = tensors[name]
-        end = position + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+    for name, dtype, shape in tensors:
+        end = position + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    header = struct.pack("<Q", len(header)) + header
-    digest = hashlib.sha256(header)
-    _write_all(file, header)
-    for name in order:
-        # of a copy: torch never resizes a storage again that numpy has seen, and FSDP1 resizes
-        data = tensors[name].detach().cpu().reshape(-1).clone().view(torch.uint8).numpy().data
-        digest.update(data)
-        _write_all(file, data)
-    file.seek(header.index(_BLANK.encode()))
-    _write_all(file, digest.hexdigest().encode())
+    return struct.pack("<Q", len(header)) + header
 
 
-def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:
+def write_all(file: io.FileIO, data: bytes | memoryview) -> None:
+    """Write all of ``data`` to an unbuffered file."""
     view = memoryview(data)
     while len(view):
         view = view[file.write(view) :]
@@ -232,7 +268,7 @@ def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:
 
 def _digest_of(path: str, metadata: Any) -> str | None:
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        raise AdapterError(path, _METADATA, "an object of strings", metadata)
+        raise AdapterError(path, METADATA, "an object of strings", metadata)
     digest = metadata.get(_DIGEST)
     if digest is not None and (len(digest) != 64 or set(digest) - set("0123456789abcdef")):
         raise AdapterError(path, _DIGEST, "64 hexadecimal digits", digest)
@@ -250,19 +286,19 @@ def _base_of(path: str, text: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def _entry(path: str, name: str, value: Any) -> TensorEntry:
+def _entry(path: str, name: str, value: Any, dtypes: Mapping[str, torch.dtype]) -> TensorEntry:
     if not (isinstance(value, dict) and set(value) == {"dtype", "shape", "data_offsets"}):
         raise AdapterError(path, name, "an entry with dtype, shape and data_offsets", value)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not (isinstance(dtype, str) and dtype in KNOWN):
-        raise AdapterError(path, name, f"dtype {', '.join(KNOWN)}", dtype)
-    if not (_integers(shape) and len(shape) <= MAX_DIMENSIONS and min(shape, default=1) >= 1):
+    if not (isinstance(dtype, str) and dtype in dtypes):
+        raise AdapterError(path, name, f"dtype {', '.join(dtypes)}", dtype)
+    if not (_integers(shape) and len(shape) <= MAX_DIMENSIONS and min(shape, default=1) >= (dtypes is not EVERY)):
         raise AdapterError(path, name, f"at most {MAX_DIMENSIONS} positive sizes as shape", shape)
     if not (_integers(offsets) and len(offsets) == 2 and 0 <= offsets[0] <= offsets[1]):
         raise AdapterError(path, name, "two ascending data_offsets", offsets)
-    if math.prod(shape) * KNOWN[dtype].itemsize != offsets[1] - offsets[0]:
+    if math.prod(shape) * dtypes[dtype].itemsize != offsets[1] - offsets[0]:
         raise AdapterError(path, name, f"bytes for {dtype} {shape}", f"data_offsets {offsets}")
-    return TensorEntry(KNOWN[dtype], tuple(shape), *offsets)
+    return TensorEntry(dtypes[dtype], tuple(shape), *offsets)
 
 
 def _integers(values: Any) -> bool:

@@ -27,7 +27,65 @@ def run(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-COMMANDS = {"doctor": doctor, "run": run, "serve": serve}
+def merge(arguments: Sequence[str]) -> int:
+    """merge adapters into a model's files, without a model"""
+    from fused_lora.cli.merge import merge as main
+
+    return main(arguments)
+
+
+def unmerge(arguments: Sequence[str]) -> int:
+    """write the files from before a merge with --record"""
+    from fused_lora.cli.merge import unmerge as main
+
+    return main(arguments)
+
+
+def combine(arguments: Sequence[str]) -> int:
+    """make one adapter out of several"""
+    from fused_lora.cli.adapters import combine as main
+
+    return main(arguments)
+
+
+def convert(arguments: Sequence[str]) -> int:
+    """write another program's LoRA file as a PEFT adapter"""
+    from fused_lora.cli.adapters import convert as main
+
+    return main(arguments)
+
+
+def diff(arguments: Sequence[str]) -> int:
+    """compare two adapters"""
+    from fused_lora.cli.adapters import diff as main
+
+    return main(arguments)
+
+
+def extract(arguments: Sequence[str]) -> int:
+    """make an adapter out of a base and a fine-tuned model"""
+    from fused_lora.cli.adapters import extract as main
+
+    return main(arguments)
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    """tell what an adapter holds"""
+    from fused_lora.cli.adapters import inspect as main
+
+    return main(arguments)
+
+
+def shrink(arguments: Sequence[str]) -> int:
+    """make the nearest adapter of a lower rank"""
+    from fused_lora.cli.adapters import shrink as main
+
+    return main(arguments)
+
+
+COMMANDS = {
+    f.__name__: f for f in (combine, convert, diff, doctor, extract, inspect, merge, run, serve, shrink, unmerge)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -443,14 +443,14 @@ def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
 def test_what_appears_during_a_save_is_kept(tmp_path, monkeypatch, way):
     target = tmp_path / "t"
     (target / "sub").mkdir(parents=True)
-    put_in_place = staging._put_in_place
+    put_in_place = staging.put_in_place
 
     def late(stage, target_path, exists):
         (target / "late").write_text("late")
         (target / "sub" / "late").write_text("late")
         put_in_place(stage, target_path, exists)
 
-    monkeypatch.setattr(staging, "_put_in_place", late)
+    monkeypatch.setattr(staging, "put_in_place", late)
     staging.replace_directory(target, write_pair(1))
     assert (target / "late").exists() and (target / "sub" / "late").exists() and pair(target) == ("1", "1")
 

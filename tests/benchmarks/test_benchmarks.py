@@ -82,6 +82,23 @@ def test_bench_merge(load, tmp_path, capsys):
     assert "96x64 r=16 bfloat16" in screen and "share of weights not back" in screen
 
 
+def test_bench_checkpoint(load, tmp_path, monkeypatch, capsys):
+    bench, taken = load("bench_checkpoint"), []
+
+    def memory(base, adapter, folder, report, largest, limit):  # in this process, which has its own limits
+        bench.child(str(base), str(adapter), str(folder / "out"), 0)
+        taken.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+
+    monkeypatch.setattr(bench, "memory", memory)
+    sizes = ["--layers", "2", "--hidden", "64", "--vocabulary", "96", "--shards", "3", "--folder", str(tmp_path)]
+    code, content = run(bench, tmp_path / "results", *sizes)
+    assert code == 0 and [(row["base"], row["provider"]) for row in content["rows"]] == [
+        (state, name) for state in ("warm", "cold") for name in ("copy", "fused_lora")
+    ]
+    assert taken[0]["checked"]["rows"] > 0 and taken[0]["peak_bytes"] > 0
+    assert {bar["at_least"] for bar in content["bars"]} == {True}
+
+
 def test_bench_merge_with_the_kernel(load, tmp_path, monkeypatch):
     """In the interpreter: the kernel without a record is measured, too, and promises nothing."""
     pytest.importorskip("triton")

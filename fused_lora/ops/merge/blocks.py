@@ -321,6 +321,13 @@ def _merge(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors) -> 
         raise
 
 
+def merge_again(W: torch.Tensor, factors: Factors) -> None:
+    """:func:`merge` that notes nothing; on an error W is partly merged."""
+    sweep = (_InC if _in_c(W) else _InTorch)(W, factors, Units.of(W), 1)
+    if sweep.run(MERGE_AGAIN) != DONE:
+        raise ValueError(_LOST_TEXT)
+
+
 def restore(W: torch.Tensor, factors: Factors, units: Units) -> None:
     """The bits from before :func:`merge` in place. RuntimeError, W as it was: it is not what the merge left."""
     _restore(_InC if _in_c(W) else _InTorch, W, factors, units)

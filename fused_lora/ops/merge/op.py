@@ -186,18 +186,54 @@ def _merged(weight: torch.Tensor, record: MergeRecord) -> torch.Tensor:
     return W
 
 
-def _factors(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out) -> Factors:
-    """Copies with the scaling inside B: whatever happens to the adapter while merged, the same delta is taken away
-    again. No number travels to the weight's device."""
-    wide = torch.float64 if W.dtype == torch.float64 else torch.float32
-    place = dict(device=W.device, dtype=wide, memory_format=torch.contiguous_format)
+def add_rows_(rows: torch.Tensor, factors: Factors, keep: bool = False) -> blocks.Units | None:
+    """In place: some rows of a weight as it is stored, contiguous [n, columns], get left @ right with one rounding.
+
+    The bits are those of :func:`merge_` of the whole weight. ``factors``: of :func:`delta_factors`, left for these
+    rows. With ``keep`` it returns what :func:`take_rows_` needs (on a CPU only); without, it keeps nothing and is
+    twice as fast.
+
+    Raises ValueError if a finite weight would become infinite or NaN. The rows may be partly written then.
+    """
+    if keep:
+        return blocks.merge(rows, factors)
+    if launch.applies(rows) and factors.scales is None:
+        launch.merge(rows, factors.left, factors.right)
+    else:
+        blocks.merge_again(rows, factors)
+    return None
+
+
+def take_rows_(rows: torch.Tensor, factors: Factors, units: blocks.Units) -> None:
+    """The bits from before :func:`add_rows_`. RuntimeError, with the rows as they were: they are not what it left."""
+    blocks.restore(rows, factors, units)
+
+
+def delta_factors(
+    dtype: torch.dtype,
+    device: torch.device,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    fan_in_fan_out: bool = False,
+    row_scale: torch.Tensor | None = None,
+) -> Factors:
+    """Copies of adapters on ``device`` with the scaling inside B; their product is what a weight of ``dtype`` gets."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    place = dict(device=device, dtype=wide, memory_format=torch.contiguous_format)
     A = [part.detach().to(**place, copy=len(lora_A) == 1) for part in lora_A]
     # a product keeps the strides of a transposed B, as tied embeddings have it
     B = [(part.detach().to(**place) * float(s)).contiguous() for part, s in zip(lora_B, scaling, strict=True)]
     A, B = A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1)
-    scales = None if row_scale is None else Scales.of_rows(row_scale.detach().to(W.device, wide), A.shape[1])
+    scales = None if row_scale is None else Scales.of_rows(row_scale.detach().to(device, wide), A.shape[1])
     factors = Factors(B, A, scales)
     return factors.t() if fan_in_fan_out else factors
+
+
+def _factors(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out) -> Factors:
+    """Whatever happens to the adapter while merged, the same delta is taken away again. No number travels to the
+    weight's device."""
+    return delta_factors(W.dtype, W.device, lora_A, lora_B, scaling, fan_in_fan_out, row_scale)
 
 
 def _check(weight, lora_A, lora_B, scaling, row_scale, fan_in_fan_out) -> None:

@@ -1,0 +1,94 @@
+"""An adapter's files, checked as a whole and then read tensor by tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, Plan, path_text, read_checked
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.tensorfile import each_tensor, open_regular, read_exactly, read_header
+from fused_lora.modules.config import scaling
+
+Weighted = str | os.PathLike | tuple[str | os.PathLike, float]
+
+
+class AdapterFile:
+    """One adapter that stays open: what its headers say, and its tensors on demand.
+
+    Attributes:
+        folder: as it was named. weight: what its scaling is multiplied by. plan: its checked headers.
+        sha256: of the file of weights.
+    """
+
+    def __init__(self, folder: str, weight: float, plan: Plan, file: Any, raw: bytes, sha256: str):
+        self.folder, self.weight, self.plan, self.sha256 = folder, weight, plan, sha256
+        self._file, self._data = file, len(raw)
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor under a key of the file, in its dtype, on the CPU."""
+        entry = self.plan.entries[key]
+        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        self._file.seek(self._data + entry.begin)
+        read_exactly(self.plan.weights, self._file, data.numpy())
+        return data.view(entry.dtype).view(entry.shape)
+
+    def scaling(self, path: str, weighted: bool = True) -> float:
+        """What lora_B lora_A of a layer is multiplied by, with the adapter's weight or without."""
+        r, alpha = self.plan.ranks[path]
+        return scaling(r, alpha, self.plan.config.use_rslora) * (self.weight if weighted else 1.0)
+
+    def describe(self) -> dict[str, Any]:
+        """Which adapter it is, for a report and for the merged files."""
+        base = self.plan.config.base_model_name_or_path
+        return {"path": self.folder, "weight": self.weight, "sha256": self.sha256, "base_model_name_or_path": base}
+
+
+@contextlib.contextmanager
+def open_adapters(adapters: Weighted | Iterable[Weighted]) -> Iterator[list[AdapterFile]]:
+    """Open adapters and check every byte of them: structure, digest, finite values.
+
+    Raises:
+        AdapterError: a file is malformed, or of a kind that is not supported (DoRA, LoRA on embeddings or experts).
+        TypeError, ValueError: no adapter, no path, or a weight that is no finite number.
+    """
+    with contextlib.ExitStack() as stack:
+        yield [_open(stack, path, weight) for path, weight in _pairs(adapters)]
+
+
+def _pairs(adapters: Any) -> Sequence[tuple[Any, float]]:
+    single = isinstance(adapters, (str, bytes, os.PathLike))
+    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in ([adapters] if single else adapters)]
+    if not pairs:
+        raise ValueError("adapters: expected at least one adapter, got none")
+    for pair in pairs:
+        if len(pair) != 2 or isinstance(pair[1], bool) or not isinstance(pair[1], (int, float)):
+            raise TypeError(f"adapters: expected paths or pairs (path, weight), got {pair!r:.200}")
+        if not math.isfinite(pair[1]):
+            raise ValueError(f"adapters: expected a finite weight for {pair[0]!r:.200}, got {pair[1]}")
+    return pairs
+
+
+def _open(stack: contextlib.ExitStack, path: Any, weight: float) -> AdapterFile:
+    folder = path_text("adapters", path)
+    _, plan = read_checked(folder, MAX_WEIGHT_BYTES, lambda plan: plan, tensors=False)
+    if plan.config.use_dora:
+        config = os.path.join(folder, CONFIG_NAME)
+        raise AdapterError(config, "use_dora", "null, false or empty: a DoRA adapter is not B A alone", True)
+    with open_regular(plan.weights, MAX_WEIGHT_BYTES) as (opened, size):
+        file = stack.enter_context(io.FileIO(os.dup(opened.fileno())))
+    header = read_header(plan.weights, file, size)
+    if header.entries != plan.entries:
+        raise AdapterError(plan.weights, None, "a file that stays as it is", "another file by now")
+    whole = hashlib.sha256(header.raw)
+    for _, tensor in each_tensor(plan.weights, file, header):
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return AdapterFile(folder, float(weight), plan, file, header.raw, whole.hexdigest())

@@ -1,0 +1,220 @@
+"""What a merge makes of each tensor of a checkpoint, as pieces of the file it is read from.
+
+A weight becomes round(W + sum_i s_i B_i A_i): a sum in fp32 in the order of the adapters, one rounding, the bits of a
+merge in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_lora.adapters.tensorfile import TensorEntry
+from fused_lora.checkpoints.adapter_file import AdapterFile
+from fused_lora.checkpoints.stream import PIECE_BYTES, Piece
+from fused_lora.ops.merge.op import Factors, add_rows_, delta_factors
+
+CAST = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what a dtype for all tensors applies to
+
+
+class Term(NamedTuple):
+    """Rows ``skip`` on of one layer's s B A."""
+
+    adapter: AdapterFile
+    path: str
+    skip: int
+
+
+@dataclass
+class Segment:
+    """Rows [first, stop) of a weight [N, K] and the terms that they get."""
+
+    first: int
+    stop: int
+    terms: list[Term]
+
+
+@dataclass
+class Change:
+    """What happens to one tensor.
+
+    Attributes:
+        name: of the tensor in the output. source: of the tensor of the base that it begins as.
+        kind: "merge", "bias", "replace" or "rows".
+        segments: of a merge, in order. transposed: the weight is stored as [K, N].
+        terms: of a bias. held: (adapter, key) of what replaces it. rows: which rows are replaced.
+        added: the base has no tensor of that name.
+    """
+
+    name: str
+    source: str
+    kind: str
+    segments: list[Segment] = field(default_factory=list)
+    transposed: bool = False
+    terms: list[Term] = field(default_factory=list)
+    held: tuple[AdapterFile, str] | None = None
+    rows: list[int] = field(default_factory=list)
+    added: bool = False
+
+    def used(self) -> Iterator[tuple[AdapterFile, str]]:
+        """(adapter, key) of every tensor that goes into it."""
+        for term in (t for segment in self.segments for t in segment.terms):
+            slots = term.adapter.plan.slots[term.path]
+            yield from ((term.adapter, slots[part]) for part in ("lora_A", "lora_B"))
+        for term in self.terms:
+            yield term.adapter, term.adapter.plan.slots[term.path]["lora_bias"]
+        if self.held is not None:
+            yield self.held
+
+    def describe(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+        """For a report."""
+        terms = [t for segment in self.segments for t in segment.terms]
+        rank = max((sum(t.adapter.plan.ranks[t.path][0] for t in s.terms) for s in self.segments), default=None)
+        adapters = dict.fromkeys(adapter.folder for adapter, _ in self.used())
+        paths = dict.fromkeys(t.path for t in (*terms, *self.terms))
+        found = {
+            "tensor": self.name,
+            "kind": self.kind,
+            "shape": list(shape),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        return {**found, "rank": rank, "adapters": list(adapters), "layers": list(paths), "added": self.added}
+
+
+class Item(NamedTuple):
+    """One tensor of the output: its name, what happens to it, the entry that it begins as, and its dtype."""
+
+    name: str
+    change: Change | None
+    entry: TensorEntry
+    dtype: torch.dtype
+
+
+def segment_factors(change: Change, segment: Segment, dtype: torch.dtype, device: torch.device) -> Factors:
+    """The delta of a segment as it is stored: left [rows, R] times right [R, columns]."""
+    A, B, scaling = [], [], []
+    for adapter, path, skip in segment.terms:
+        keys = adapter.plan.slots[path]
+        A.append(adapter.tensor(keys["lora_A"]))
+        B.append(adapter.tensor(keys["lora_B"])[skip : skip + segment.stop - segment.first])
+        scaling.append(adapter.scaling(path))
+    return delta_factors(dtype, device, A, B, scaling, change.transposed)
+
+
+def sum_dtype(dtype: torch.dtype, out: torch.dtype) -> torch.dtype:
+    """What a weight has while it is merged: its own dtype, whose merge rounds once, or one that holds both."""
+    if dtype == out:
+        return dtype
+    return torch.float64 if torch.float64 in (dtype, out) else torch.float32
+
+
+def change_pieces(
+    change: Change | None, entry: TensorEntry, begin: int, out: torch.dtype, device: torch.device, note: Any = None
+) -> Iterator[Piece]:
+    """The pieces that give one tensor of the output. What is added to the base is never noted.
+
+    Args:
+        begin: where the data of the source file begins. out: the tensor's dtype in the output.
+        note: called with (name, first row, factors, units) of each merged piece, and with (name, None, None, old bytes)
+            of a tensor that is replaced, in order; None keeps nothing.
+    """
+    at, size = begin + entry.begin, entry.end - entry.begin
+    note = None if change is not None and change.added else note
+    if change is None:
+        yield from [Piece(at, size)] if entry.dtype == out else _cast_pieces(entry, at, out)
+    elif change.kind == "merge":
+        yield from _merge_pieces(change, entry, at, out, device, note)
+    else:
+
+        def work(data: Tensor) -> tuple[Tensor, Any]:
+            new = _bytes(small_change(change, data.view(entry.dtype), entry.shape, out))
+            return new, None if note is None else (change.name, None, None, data.clone())
+
+        read = 0 if change.kind == "replace" and note is None else size
+        yield Piece(at, read, work, size // entry.dtype.itemsize * out.itemsize, note)
+
+
+def small_change(change: Change, old: Tensor, shape: tuple[int, ...], out: torch.dtype) -> Tensor:
+    """A bias, a tensor or some rows after the change, in the dtype ``out``. Of a replaced one ``old`` may be empty."""
+    if change.kind == "bias":
+        new = old.to(torch.promote_types(old.dtype, torch.float32))
+        for adapter, path, _ in change.terms:
+            term = adapter.tensor(adapter.plan.slots[path]["lora_bias"])
+            new = new + term.to(torch.promote_types(term.dtype, torch.float32)) * adapter.scaling(path)
+    else:
+        adapter, key = change.held  # type: ignore[misc]
+        new = adapter.tensor(key)
+        if change.kind == "rows":
+            new = old.view(shape).index_copy(0, torch.tensor(change.rows), _finite(change.name, new, old.dtype))
+        old = new
+    return _finite(change.name, new, out, old)
+
+
+def _merge_pieces(
+    change: Change, entry: TensorEntry, at: int, out: torch.dtype, device: torch.device, note: Any
+) -> Iterator[Piece]:
+    columns, done = entry.shape[1], 0
+    row_bytes = columns * entry.dtype.itemsize
+    wide = sum_dtype(entry.dtype, out)
+    for segment in change.segments:
+        first, stop = (0, entry.shape[0]) if change.transposed else (segment.first, segment.stop)
+        if first > done:
+            yield from _copied_rows(entry, at, done, first, out)
+        factors = segment_factors(change, segment, wide, device)
+        step = max(1, PIECE_BYTES // max(1, row_bytes))
+        for row in range(first, stop, step):
+            rows = slice(row - first, min(row + step, stop) - first)
+
+            def work(data: Tensor, rows: slice = rows, row: int = row, factors: Factors = factors) -> tuple:
+                W = data.view(entry.dtype).view(-1, columns).to(device, wide)
+                part = Factors(factors.left[rows], factors.right)
+                try:
+                    units = add_rows_(W, part, keep=note is not None)
+                except ValueError as error:
+                    raise ValueError(f"{change.name}: {error}") from None
+                return _bytes(_finite(change.name, W, out, W).cpu()), (change.name, row, part, units)
+
+            count = rows.stop - rows.start
+            out_size = count * columns * out.itemsize
+            yield Piece(at + row * row_bytes, count * row_bytes, work, out_size, note)
+        done = stop
+    if done < entry.shape[0]:
+        yield from _copied_rows(entry, at, done, entry.shape[0], out)
+
+
+def _copied_rows(entry: TensorEntry, at: int, first: int, stop: int, out: torch.dtype) -> Iterator[Piece]:
+    row_bytes = entry.shape[1] * entry.dtype.itemsize
+    rows = TensorEntry(entry.dtype, (stop - first, entry.shape[1]), 0, (stop - first) * row_bytes)
+    at += first * row_bytes
+    yield from [Piece(at, rows.end)] if entry.dtype == out else _cast_pieces(rows, at, out)
+
+
+def _cast_pieces(entry: TensorEntry, at: int, out: torch.dtype) -> Iterator[Piece]:
+    size = entry.end - entry.begin
+    for first in range(0, size, PIECE_BYTES):
+
+        def work(data: Tensor) -> tuple[Tensor, None]:
+            old = data.view(entry.dtype)
+            return _bytes(_finite("", old, out, old)), None
+
+        part = min(PIECE_BYTES, size - first)
+        yield Piece(at + first, part, work, part // entry.dtype.itemsize * out.itemsize)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _finite(name: str, tensor: Tensor, dtype: torch.dtype, before: Tensor | None = None) -> Tensor:
+    """The tensor in another dtype; ValueError where a number that was finite, or was so ``before``, is not any more."""
+    if tensor.dtype == dtype and before is tensor:
+        return tensor
+    cast = tensor.to(dtype)
+    finite = tensor.isfinite() if before is None else before.isfinite()
+    if bool((finite & ~cast.isfinite()).any()):
+        raise ValueError(f"{name or 'a tensor'}: expected values within the range of {dtype}, got larger ones")
+    return cast

@@ -1,0 +1,153 @@
+"""What ``verify`` does: read a merged shard again and compare it with its source and a sum in fp64."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.tensorfile import TensorEntry
+from fused_lora.checkpoints.changes import Change, Item, Segment, small_change
+from fused_lora.checkpoints.files import Shard, read_shard
+from fused_lora.checkpoints.stream import PIECE_BYTES, read_bytes
+
+_ROWS = 16  # of each merged segment
+
+
+@dataclass
+class Checked:
+    """What was compared: bytes that had to stay, and rows of merged weights. Of these rows the largest error of an
+    element in units of the last place, of W or the largest term; and the share of the adapters that rounding took,
+    ||(Wm - W) - D|| / ||D||."""
+
+    same_bytes: int = 0
+    rows: int = 0
+    worst_ulps: float = 0.0
+    wanted: float = 0.0
+    lost: float = 0.0
+
+    @property
+    def lost_share(self) -> float:
+        """0: nothing, 1: all of the adapters."""
+        return (self.lost / self.wanted) ** 0.5 if self.wanted else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """For JSON."""
+        found = {"same_bytes": self.same_bytes, "rows": self.rows, "worst_ulps": self.worst_ulps}
+        return {**found, "lost_share": self.lost_share}
+
+
+def check_shard(source: Shard, path: str, items: Sequence[Item], checked: Checked) -> None:
+    """Compare the file at ``path`` with what ``items`` make of ``source``; the counts go to ``checked``.
+
+    Raises AdapterError at the first tensor that is not what it must be.
+    """
+    merged = read_shard(*os.path.split(path))
+    found = {name: (entry.dtype, entry.shape) for name, entry in merged.header.entries.items()}
+    wanted = {item.name: (item.dtype, item.entry.shape) for item in items}
+    if found != wanted:
+        raise AdapterError(merged.path, None, "the tensors that were written", "others")
+    with open(source.path, "rb", buffering=0) as old, open(merged.path, "rb", buffering=0) as new:
+        for item in items:
+            files = _Pair(source, old.fileno(), merged, new.fileno(), item)
+            change = item.change
+            if change is None:
+                checked.same_bytes += files.compare(0, item.entry.shape[0] if item.entry.shape else 1)
+            elif change.kind == "merge":
+                _check_merge(files, change, checked)
+            else:
+                was = read_bytes(
+                    source.path, old.fileno(), source.data + item.entry.begin, item.entry.end - item.entry.begin
+                )
+                files.expect(small_change(change, was.view(item.entry.dtype), item.entry.shape, item.dtype), 0)
+
+
+class _Pair:
+    """One tensor in both files, by rows of its first dimension."""
+
+    def __init__(self, source: Shard, old: int, merged: Shard, new: int, item: Item):
+        self._source, self._old, self._merged, self._new, self.item = source, old, merged, new, item
+        self._entry = merged.header.entries[item.name]
+
+    def rows(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows as they were and as they are, [stop - first, ...]."""
+        old = _rows(self._source, self._old, self.item.entry, first, stop)
+        return old, _rows(self._merged, self._new, self._entry, first, stop)
+
+    def compare(self, first: int, stop: int) -> int:
+        """These rows must be as they were, cast to the output's dtype; their bytes."""
+        shape = self.item.entry.shape
+        row_bytes = (self.item.entry.end - self.item.entry.begin) // max(1, shape[0] if shape else 1)
+        step = max(1, PIECE_BYTES // max(1, row_bytes))
+        for row in range(first, stop, step):
+            old, new = self.rows(row, min(row + step, stop))
+            self._same(old.to(new.dtype), new)
+        return (stop - first) * row_bytes
+
+    def expect(self, wanted: Tensor, first: int) -> None:
+        """These rows must be the ones given."""
+        self._same(wanted, self.rows(first, first + (len(wanted) if wanted.dim() else 1))[1])
+
+    def _same(self, wanted: Tensor, found: Tensor) -> None:
+        if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (wanted, found))):
+            self.fail("the bytes that it had to get", "others")
+
+    def fail(self, expected: str, found: str) -> None:
+        """Raise the error of this tensor."""
+        raise AdapterError(self._merged.path, self.item.name, expected, found)
+
+
+def _rows(shard: Shard, file: int, entry: TensorEntry, first: int, stop: int) -> Tensor:
+    shape = entry.shape[1:] if entry.shape else ()
+    row_bytes = (entry.end - entry.begin) // max(1, entry.shape[0] if entry.shape else 1)
+    data = read_bytes(shard.path, file, shard.data + entry.begin + first * row_bytes, (stop - first) * row_bytes)
+    return data.view(entry.dtype).view(stop - first, *shape)
+
+
+def _check_merge(files: _Pair, change: Change, checked: Checked) -> None:
+    height, done = files.item.entry.shape[0], 0
+    for segment in change.segments:
+        first, stop = (0, height) if change.transposed else (segment.first, segment.stop)
+        checked.same_bytes += files.compare(done, first)
+        for row in range(first, stop, max(1, (stop - first) // _ROWS)):
+            old, new = files.rows(row, row + 1)
+            delta, size, ranks = _row_of_delta(change, segment, row)
+            exact = old.double() + delta
+            ulp = _ulp(torch.maximum(exact.abs(), torch.maximum(old.double().abs(), size)), new.dtype)
+            error = (new.double() - exact).abs()
+            fits = (error <= ulp + (ranks + 3) * 2**-24 * (size + old.double().abs())) | ~old.isfinite()
+            if not bool(fits.all()):
+                files.fail(
+                    f"W + s B A in row {row} to the last place", f"an error of {(error / ulp).max():.3g} of them"
+                )
+            checked.rows += 1
+            checked.worst_ulps = max(checked.worst_ulps, (error / ulp).nan_to_num().max().item())
+            checked.wanted += delta.square().sum().item()
+            checked.lost += (new.double() - old.double() - delta).nan_to_num().square().sum().item()
+        done = stop
+    checked.same_bytes += files.compare(done, height)
+
+
+def _row_of_delta(change: Change, segment: Segment, row: int) -> tuple[Tensor, Tensor, int]:
+    """(one stored row of the delta in fp64 [1, columns], the same of its terms' magnitudes, the number of ranks)."""
+    total, size, ranks = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64), 0
+    for adapter, path, skip in segment.terms:
+        keys = adapter.plan.slots[path]
+        A, B = (adapter.tensor(keys[part]).double() for part in ("lora_A", "lora_B"))
+        left, right = (A.t(), B.t()) if change.transposed else (B, A)
+        left = left[row : row + 1] if change.transposed else left[row - segment.first + skip :][:1]
+        total = total + left @ right * adapter.scaling(path)
+        size = size + left.abs() @ right.abs() * abs(adapter.scaling(path))
+        ranks += len(A)
+    return total, size, ranks
+
+
+def _ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance of neighbouring numbers of ``dtype`` there."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(exact.abs().clamp(min=info.smallest_normal))
+    return torch.ldexp(torch.full_like(exact, info.eps), exponent - 1)

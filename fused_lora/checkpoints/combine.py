@@ -1,0 +1,264 @@
+"""New adapters out of others: combinations as PEFT's add_weighted_adapter makes them, lower ranks, and an adapter out
+of a base and what was fine-tuned from it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lora.adapters.checkpoint import path_text
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.checkpoints.adapter_file import AdapterFile, Weighted, open_adapters
+from fused_lora.checkpoints.changes import CAST
+from fused_lora.checkpoints.factors import Parts, decompose, joined, largest_parts, layer_of
+from fused_lora.checkpoints.files import Shard, open_checkpoint
+from fused_lora.checkpoints.inspect import check_sizes, sizes
+from fused_lora.checkpoints.names import is_embedding
+from fused_lora.checkpoints.stream import read_bytes
+from fused_lora.checkpoints.write import write_layers
+from fused_lora.modules.arguments import check_int
+from fused_lora.modules.config import LoraConfig, check_rank
+from fused_lora.modules.names import some
+
+METHODS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+METHODS += ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+
+
+@dataclass
+class NewAdapter:
+    """What was written: the folder, and of each layer its path, rank and the share of the squared norm that is kept
+    (None where nothing was left out). ``left_out``: tensors that an adapter cannot hold."""
+
+    out: str
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dict(vars(self))
+
+
+def combine_adapters(
+    adapters: Iterable[Weighted],
+    out: str | os.PathLike,
+    method: str = "svd",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    majority_sign: str = "total",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> NewAdapter:
+    """Combine adapters into one, layer by layer, by the rules of PEFT's ``add_weighted_adapter``.
+
+    Args:
+        adapters: pairs (folder, weight), or folders with weight 1.
+        out: the folder of the new adapter; one that is there is replaced.
+        method: "cat" (exact, the ranks add up), "svd" (the nearest of a rank), "linear" (sums of A and of B), "ties",
+            "dare_linear", "dare_ties", "magnitude_prune", or one of the last four with "_svd": on deltas, not factors.
+        rank: of the result, for the svd kinds; None: the largest rank of the adapters.
+        density: share of the numbers that pruning keeps, in (0, 1], for ties, dare and magnitude_prune.
+        majority_sign: "total" or "frequency", for ties.
+        seed: of what DARE drops. dtype: of the file, fp32, bf16 or fp16.
+
+    Raises:
+        AdapterError: a file is malformed, or the adapters have a layer in other sizes, or hold more than A and B.
+        ValueError: an unknown method, or a rank or density that does not belong to it or is out of range; different
+            ranks with a kind that adds factors.
+    """
+    folder = path_text("out", out)
+    _check_method(method, rank, density, majority_sign)
+    check_int("seed", seed)
+    draw = torch.Generator().manual_seed(seed)
+    with open_adapters(adapters) as opened:
+        _check_plain(opened)
+        paths = dict.fromkeys(path for adapter in opened for path in adapter.plan.slots)
+        holders = {path: [a for a in opened if path in a.plan.slots] for path in paths}
+        most = max(sizes(a, path)[0] for path, held in holders.items() for a in held) if rank is None else rank
+        shapes = {}
+        for path, held in holders.items():
+            for other in held[1:]:
+                check_sizes(held[0], other, path)
+            shapes[path] = (_rank_of(method, most, path, held), *sizes(held[0], path)[1:])
+        report = NewAdapter(folder)
+
+        def make(path: str) -> tuple[Tensor, Tensor]:
+            held, share = holders[path], None
+            if method == "cat":
+                # the scaling goes into A, as in PEFT
+                A = [a.tensor(a.plan.slots[path]["lora_A"]).float() * a.scaling(path) for a in held]
+                result = torch.cat(A), torch.cat([a.tensor(a.plan.slots[path]["lora_B"]).float() for a in held], 1)
+            elif method == "svd":
+                result, share = _best(decompose(joined([layer_of(a, path) for a in held])), shapes[path][0])
+            elif method.endswith("_svd"):
+                deltas = [layer.left @ layer.right for layer in (layer_of(a, path, weighted=False) for a in held)]
+                delta = _mixed(method[:-4], deltas, [a.weight for a in held], density, majority_sign, draw)
+                U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+                result, share = _best(Parts(U, S, Vh), shapes[path][0])
+            else:
+                result = _of_factors(method, held, path, density, majority_sign, draw)
+            report.layers.append({"path": path, "r": shapes[path][0], "kept": share})
+            return result
+
+        write_layers(folder, opened[0].plan.config, shapes, make, dtype)
+    return report
+
+
+def shrink_adapter(
+    adapter: str | os.PathLike, out: str | os.PathLike, rank: int, *, dtype: torch.dtype = torch.float32
+) -> NewAdapter:
+    """The nearest adapter of at most this rank, layer by layer, and the share of the squared norm that it keeps.
+
+    Raises AdapterError as :func:`combine_adapters`, ValueError for a rank below 1.
+    """
+    return combine_adapters([adapter], out, "svd", rank=rank, dtype=dtype)
+
+
+def extract_adapter(
+    base: str | os.PathLike,
+    tuned: str | os.PathLike,
+    out: str | os.PathLike,
+    rank: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> NewAdapter:
+    """An adapter out of two checkpoints: the ``rank`` largest singular values of what fine-tuning changed.
+
+    Weights [N, K] that differ get a layer, embeddings do not. What else differs is in ``left_out``. Matrices above 1024
+    rows and columns are decomposed by random projection; ``seed`` seeds it.
+
+    Raises:
+        AdapterError: a file is malformed, or the two do not have the same tensors; or nothing differs.
+        ValueError: a rank below 1.
+    """
+    folder = path_text("out", out)
+    check_rank("rank", rank)
+    check_int("seed", seed)
+    draw = torch.Generator().manual_seed(seed)
+    old, new = open_checkpoint(base), open_checkpoint(tuned, "tuned")
+    if differ := sorted(old.tensors.keys() ^ new.tensors.keys()):
+        raise AdapterError(new.folder, differ[0], f"the tensors of {old.folder!r}", f"others: {some(differ)}")
+    shapes, report = {}, NewAdapter(folder)
+    for name, (shard, entry) in old.tensors.items():
+        other = new.tensors[name][1]
+        if other.shape != entry.shape:
+            raise AdapterError(new.tensors[name][0].path, name, f"a shape {list(entry.shape)}", list(other.shape))
+        if _same(_read(shard, name), _read(new.tensors[name][0], name)):
+            continue
+        weight = name.endswith(".weight") and len(entry.shape) == 2 and not is_embedding(name)
+        if weight and entry.dtype in CAST and other.dtype in CAST:
+            N, K = entry.shape
+            shapes[name.removesuffix(".weight")] = (min(rank, N, K), K, N)
+        else:
+            report.left_out.append(name)
+    if not shapes:
+        raise AdapterError(new.folder, None, "weights that differ from the base's", "none")
+
+    def make(path: str) -> tuple[Tensor, Tensor]:
+        name = f"{path}.weight"
+        delta = _read(new.tensors[name][0], name).float() - _read(old.tensors[name][0], name).float()
+        parts, total = largest_parts(delta, shapes[path][0], draw), delta.double().square().sum().item()
+        kept = parts.S.double().square().sum().item() / total if total else None
+        report.layers.append({"path": path, "r": shapes[path][0], "kept": kept})
+        return _best(parts, shapes[path][0])[0]
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=set(), base_model_name_or_path=old.folder)
+    write_layers(folder, config, shapes, make, dtype)
+    return report
+
+
+def _check_method(method: Any, rank: Any, density: Any, majority_sign: Any) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r:.100}")
+    if rank is not None:
+        check_rank("rank", rank)
+        if not method.endswith("svd"):
+            raise ValueError(f"rank: expected None with method {method!r}, got {rank}")
+    prunes = method not in ("linear", "cat", "svd")
+    if prunes != (density is not None) or (prunes and not 0 < density <= 1):
+        wanted = "a share above 0, at most 1" if prunes else "None"
+        raise ValueError(f"density: expected {wanted} with method {method!r}, got {density!r}")
+    if majority_sign not in ("total", "frequency"):
+        raise ValueError(f"majority_sign: expected 'total' or 'frequency', got {majority_sign!r:.100}")
+
+
+def _check_plain(adapters: Sequence[AdapterFile]) -> None:
+    for adapter in adapters:
+        used = {keys[part] for keys in adapter.plan.slots.values() for part in ("lora_A", "lora_B")}
+        if more := [key for key in adapter.plan.entries if key not in used]:
+            raise AdapterError(adapter.plan.weights, more[0], "lora_A and lora_B alone", f"{some(more)}")
+
+
+def _rank_of(method: str, most: int, path: str, held: Sequence[AdapterFile]) -> int:
+    ranks = [sizes(adapter, path)[0] for adapter in held]
+    if method == "cat":
+        return sum(ranks)
+    if method == "svd" or method.endswith("_svd"):
+        return min(most, *sizes(held[0], path)[1:], sum(ranks) if method == "svd" else most)
+    if len(set(ranks)) > 1:
+        raise AdapterError(held[0].plan.weights, path, f"equal ranks for method {method!r}", ranks)
+    return ranks[0]
+
+
+def _best(parts: Parts, rank: int) -> tuple[tuple[Tensor, Tensor], float | None]:
+    """(lora_A, lora_B) of the nearest delta of this rank, and the share of the squared norm that it keeps."""
+    total = parts.S.square().sum().item()
+    A, B = parts.Vh[:rank], parts.U[:, :rank] * parts.S[:rank]
+    return (A.float(), B.float()), parts.S[:rank].square().sum().item() / total if total else None
+
+
+def _of_factors(
+    method: str, held: Sequence[AdapterFile], path: str, density: float | None, sign: str, draw: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A and B mixed one by one, each with the square root of weight and scaling, and the sign on A."""
+    scales = [adapter.scaling(path) for adapter in held]
+    roots = [math.sqrt(abs(scale)) for scale in scales]
+    signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
+    found = []
+    for part, weights in (("lora_A", signed), ("lora_B", roots)):
+        tensors = [adapter.tensor(adapter.plan.slots[path][part]).float() for adapter in held]
+        found.append(_mixed(method, tensors, weights, density, sign, draw))
+    return found[0], found[1]
+
+
+def _mixed(
+    method: str, tensors: list[Tensor], weights: list[float], density: float | None, sign: str, draw: torch.Generator
+) -> Tensor:
+    """A weighted sum of tensors, pruned before it (TIES: arXiv:2306.01708, DARE: arXiv:2311.03099)."""
+    prune: Callable[[Tensor, Any, torch.Generator], Tensor] = _dropped if method.startswith("dare") else _largest
+    stacked = torch.stack(tensors if density is None or density == 1 else [prune(t, density, draw) for t in tensors])
+    weighted = stacked * torch.tensor(weights).view(-1, *[1] * tensors[0].dim())
+    if not method.endswith("ties"):
+        return weighted.sum(0)
+    votes = stacked.sum(0) if sign == "total" else stacked.sign().sum(0)
+    agree = stacked.sign() == torch.where(votes >= 0, 1, -1)
+    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def _largest(tensor: Tensor, density: float, draw: torch.Generator) -> Tensor:
+    kept = tensor.abs().view(-1).topk(int(density * tensor.numel())).indices
+    return torch.zeros_like(tensor).view(-1).index_copy_(0, kept, tensor.reshape(-1)[kept]).view_as(tensor)
+
+
+def _dropped(tensor: Tensor, density: float, draw: torch.Generator) -> Tensor:
+    return tensor * torch.bernoulli(torch.full_like(tensor, density), generator=draw) / density
+
+
+def _read(shard: Shard, name: str) -> Tensor:
+    entry = shard.header.entries[name]
+    with open(shard.path, "rb", buffering=0) as file:
+        data = read_bytes(shard.path, file.fileno(), shard.data + entry.begin, entry.end - entry.begin)
+    return data.view(entry.dtype).view(entry.shape)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.dtype == b.dtype:
+        return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    return a.dtype in CAST and b.dtype in CAST and torch.equal(a.float(), b.float())

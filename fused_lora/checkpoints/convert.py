@@ -1,0 +1,175 @@
+"""Other programs' LoRA files as PEFT's: kohya's and diffusers' names, state dicts with the names of wrappers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, WEIGHTS_NAME, path_text
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.tensorfile import EVERY, open_regular, read_exactly, read_header
+from fused_lora.checkpoints.files import open_checkpoint, read_json
+from fused_lora.checkpoints.write import write_layers
+from fused_lora.modules.config import FieldError, LoraConfig
+from fused_lora.modules.names import some
+from fused_lora.modules.tree import bare_path
+
+# end of a key -> which part of a layer it is; the adapter's name may stand before ".weight"
+_ENDS = (
+    (re.compile(r"\.lora_A(?:\.(?!weight$)[^.]+)?\.weight$"), "A"),
+    (re.compile(r"\.lora_B(?:\.(?!weight$)[^.]+)?\.weight$"), "B"),
+    (re.compile(r"(?:\.lora\.down|\.lora_down|_lora\.down|\.lora_linear_layer\.down)\.weight$"), "A"),
+    (re.compile(r"(?:\.lora\.up|\.lora_up|_lora\.up|\.lora_linear_layer\.up)\.weight$"), "B"),
+    (re.compile(r"\.alpha$"), "alpha"),
+)
+_KOHYA = re.compile(r"^lora_(?:unet|te\d?|transformer|prior_unet)_")
+_WRAPPERS = re.compile(r"^(?:module|model\.base_model\.model|base_model\.model|_forward_module)\.")
+
+
+@dataclass
+class Converted:
+    """What was written: the folder, {path of a layer: [r, alpha]}, and {key of the source: path}."""
+
+    out: str
+    layers: dict[str, list[float]]
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dict(vars(self))
+
+
+def convert_adapter(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    rename: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    lora_alpha: float | None = None,
+) -> Converted:
+    """Write a PEFT adapter with the tensors of another kind of LoRA file.
+
+    Known are kohya's keys (``lora_unet_..._to_q.lora_down.weight`` with ``.alpha``), diffusers'
+    (``to_q.lora_A.weight``, ``to_q.lora.down.weight``) and state dicts (``lora_A.default.weight``). The names of
+    torch.compile, FSDP, DDP, DeepSpeed and PEFT before or inside them go. Every key must be lora_A, lora_B or alpha of
+    a linear layer.
+
+    Args:
+        source: a .safetensors file, or a folder with adapter_model.safetensors and perhaps adapter_config.json.
+        out: the folder of the new adapter; one that is there is replaced.
+        base: a checkpoint whose module names kohya's underscores are resolved with.
+        rename: beginnings of paths -> what stands in their place.
+        dtype: fp32, bf16 or fp16; None: as the first tensor, fp32 where that is none of them.
+        lora_alpha: where the file and its config have none; None: the rank, so that the scaling is 1.
+
+    Raises:
+        AdapterError: a malformed file, a key that is not known, a layer without A or B, a name that no module of
+            ``base`` has or that two have, or sizes that do not fit.
+    """
+    text, folder = path_text("source", source), path_text("out", out)
+    file_path = os.path.join(text, WEIGHTS_NAME) if os.path.isdir(text) else text
+    config = _config(os.path.join(text, CONFIG_NAME)) if os.path.isdir(text) else None
+    with open_regular(file_path, MAX_WEIGHT_BYTES) as (file, size):
+        header = read_header(file_path, file, size, EVERY)
+        modules = None if base is None else _by_underscores(base)
+        layers: dict[str, dict[str, str]] = {}
+        renamed = {}
+        for key in header.entries:
+            path, part = _split(file_path, key)
+            path = _path(file_path, key, path, modules, rename or {})
+            if part in layers.setdefault(path, {}):
+                raise AdapterError(file_path, key, f"one {part} of {path!r}", layers[path][part])
+            layers[path][part], renamed[key] = key, path
+        shapes, alphas = {}, {}
+
+        def tensor(key: str) -> Tensor:
+            entry = header.entries[key]
+            data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+            file.seek(len(header.raw) + entry.begin)
+            read_exactly(file_path, file, data.numpy())
+            return data.view(entry.dtype).view(entry.shape)
+
+        for path, parts in layers.items():
+            for part in "AB":
+                if part not in parts:
+                    raise AdapterError(file_path, path, f"a lora_{part}", f"only {some(parts.values())}")
+            A, B = (_matrix(header.entries[parts[part]].shape) for part in "AB")
+            if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+                raise AdapterError(file_path, parts["B"], f"a linear layer's [N, {A[0] if A else 'r'}]", list(B))
+            shapes[path] = (A[0], A[1], B[0])
+            alphas[path] = _alpha(path, parts, tensor, config, lora_alpha, A[0])
+        first = header.entries[next(iter(layers.values()))["A"]].dtype
+        kind = dtype or (first if first in (torch.float32, torch.bfloat16, torch.float16) else torch.float32)
+
+        def make(path: str) -> tuple[Tensor, Tensor]:
+            (r, K, N), parts = shapes[path], layers[path]
+            return tensor(parts["A"]).view(r, K), tensor(parts["B"]).view(N, r)
+
+        target = config or LoraConfig(r=1, lora_alpha=1, target_modules=set())
+        write_layers(folder, target, shapes, make, kind, alphas)
+    return Converted(folder, {path: [shapes[path][0], alphas[path]] for path in shapes}, renamed)
+
+
+def _config(path: str) -> LoraConfig | None:
+    if not os.path.lexists(path):
+        return None
+    try:
+        return LoraConfig.from_dict(read_json(path))
+    except FieldError as error:
+        raise AdapterError(path, error.field, error.expected, error.found) from None
+
+
+def _split(file_path: str, key: str) -> tuple[str, str]:
+    """(path, "A", "B" or "alpha") of a key."""
+    for end, part in _ENDS:
+        if found := end.search(key):
+            return key[: found.start()].replace(".processor.to_", ".to_"), part
+    raise AdapterError(file_path, key, "lora_A, lora_B or alpha of a linear layer", "another kind of key")
+
+
+def _path(
+    file_path: str, key: str, path: str, modules: Mapping[str, list[str]] | None, rename: Mapping[str, str]
+) -> str:
+    path = bare_path(path)
+    while found := _WRAPPERS.match(path):
+        path = path[found.end() :]
+    if found := _KOHYA.match(path):
+        if modules is None:
+            raise AdapterError(file_path, key, "names with dots, or a base to resolve kohya's underscores with", path)
+        places = modules.get(path[found.end() :], [])
+        if len(places) != 1:
+            raise AdapterError(file_path, key, "the name of one module of the base", some(places))
+        path = places[0]
+    old = next((old for old in rename if path.startswith(old)), None)
+    return path if old is None else rename[old] + path.removeprefix(old)
+
+
+def _by_underscores(base: str | os.PathLike) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in open_checkpoint(base).tensors:
+        path = bare_path(name.removesuffix(".weight"))
+        if name.endswith(".weight"):
+            found.setdefault(path.replace(".", "_"), []).append(path)
+    return found
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1x1 convolution is a linear layer."""
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def _alpha(
+    path: str, parts: Mapping[str, str], tensor: Any, config: LoraConfig | None, given: float | None, r: int
+) -> float:
+    if "alpha" in parts:
+        return float(tensor(parts["alpha"]))
+    if config is not None:
+        return config.layer_rank_alpha(path)[1]
+    return float(r) if given is None else given

@@ -1,0 +1,388 @@
+"""merge_checkpoint and unmerge_checkpoint: adapters into a model's files and back, without a model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fused_lora._version import __version__
+from fused_lora.adapters.checkpoint import path_text
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.tensorfile import header_bytes, write_all
+from fused_lora.checkpoints.adapter_file import AdapterFile, Weighted, open_adapters
+from fused_lora.checkpoints.changes import CAST, Change, Item, change_pieces
+from fused_lora.checkpoints.check import Checked, check_shard
+from fused_lora.checkpoints.files import (
+    MODEL_CONFIG,
+    Checkpoint,
+    Shard,
+    json_bytes,
+    open_checkpoint,
+    read_json,
+    read_shard,
+    read_text,
+)
+from fused_lora.checkpoints.output import Output
+from fused_lora.checkpoints.planning import Changes, plan_changes
+from fused_lora.checkpoints.record import RECORD_NAME, ShardRecord, old_header, unmerge_pieces
+from fused_lora.checkpoints.stream import Piece, single_threads, write_pieces
+from fused_lora.modules.config import check_bool
+from fused_lora.modules.names import some
+
+PROVENANCE_NAME = "fused_lora_merge.json"
+_PROVENANCE = "fused_lora.merge"  # in the metadata of each shard
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SPARE_BYTES = 16 << 20  # of the disk, for what is not counted
+
+Progress = Callable[[int, int], Any]
+
+
+@dataclass
+class MergeReport:
+    """What a merge or unmerge of files did, or with ``dry_run`` would do.
+
+    Attributes:
+        out: the folder. changes: one dict for each tensor that changes. nbytes: of the output's tensors.
+        seconds: it took. written, kept: names of the shards written by this call, and by one that was interrupted.
+        left_out: files of the base that were not carried along. checked: what ``verify`` found. provenance: what is
+            noted in the output.
+    """
+
+    out: str
+    changes: list[dict[str, Any]]
+    nbytes: int
+    seconds: float = 0.0
+    written: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    checked: dict[str, Any] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dict(vars(self))
+
+
+def merge_checkpoint(
+    base: str | os.PathLike,
+    adapters: Weighted | Iterable[Weighted],
+    out: str | os.PathLike | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    record: str | os.PathLike | None = None,
+    rename: Mapping[str, str] | None = None,
+    in_place: bool = False,
+    dry_run: bool = False,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge adapters into the safetensors files of a model: round(W + sum_i weight_i scaling_i B_i A_i), rounded once.
+
+    Tensor by tensor, without a model. Memory holds pieces of 8 MiB, the lora_A and lora_B of one layer, and a tensor
+    that is replaced. The bits are those of :func:`fused_lora.merge` on a model of the same dtype.
+
+    Everything is checked before a byte is written. Every tensor of the adapters is used. The output is written to
+    ``OUT.partial``, shard by shard, and is called OUT when it is whole. The same call after an interrupt goes on with
+    the shards that are missing. The base is never changed without ``in_place``.
+
+    Args:
+        base: a folder with a checkpoint, or one .safetensors file. fp32, bf16, fp16 and fp64 weights are merged.
+        adapters: folders of PEFT adapters, or pairs (folder, weight). A weight multiplies the adapter's scaling.
+        out: the new folder, which must not exist, or be empty.
+        dtype: fp32, bf16 or fp16 for all floating tensors; the sum is in fp32 and rounded once. None: as in the base.
+        device: where sums are computed.
+        record: a new folder for what :func:`unmerge_checkpoint` needs; on a CPU, without ``dtype`` and ``in_place``.
+        rename: beginnings of the adapter's paths -> what the checkpoint has in their place, where no known rule fits.
+        in_place: instead of ``out``: the merged folder takes the base's place when it is whole.
+        dry_run: check and report, write nothing.
+        verify: read each shard again before it gets its name; compare what must not change byte by byte, and rows of
+            each merged weight with a sum in fp64.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        AdapterError: a file is malformed, or adapters and base do not fit; the message names the tensor.
+        FileExistsError: ``out`` or ``record`` holds something, or their ``.partial`` is of another call.
+        TypeError, ValueError: an unsuitable argument; or a number would not be finite.
+        RuntimeError: another process writes the same output.
+        OSError: from the file system. Shards that are finished stay in ``OUT.partial``.
+    """
+    for name, value in (("in_place", in_place), ("dry_run", dry_run), ("verify", verify)):
+        check_bool(name, value)
+    place = _check_options(dtype, device, None if record is None else path_text("record", record), in_place)
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(base)
+    target = _target(checkpoint, out, in_place)
+    with single_threads() as workers, open_adapters(adapters) as opened:
+        merge = _Merge(checkpoint, opened, plan_changes(checkpoint, opened, rename), dtype, place, record is not None)
+        report = merge.report(target)
+        output = Output("out", target, merge.identity, in_place)
+        notes = None if record is None else Output("record", path_text("record", record), merge.identity)
+        if _is_done(target, merge.identity) and not in_place:
+            report.kept = [shard.name for shard in checkpoint.shards]
+            return report
+        inputs = [checkpoint.folder, *(adapter.folder for adapter in opened)]
+        output.check(inputs)
+        if notes is not None and not _is_done(notes.target, merge.identity, RECORD_NAME):
+            notes.check([*inputs, target])
+        output.check_space(report.nbytes + _SPARE_BYTES)
+        if not dry_run:
+            meter = _Meter(progress, merge.total, 1 if place.type == "cuda" else workers)
+            merge.run(output, notes, report, verify, meter)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _check_options(dtype: Any, device: Any, record: str | None, in_place: bool) -> torch.device:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype or None, got {dtype!r:.100}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {_DTYPES} or None, got {dtype}")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device: expected one of this machine's, got {device!r:.100}: {error}") from None
+    if record is not None and (dtype is not None or place.type != "cpu" or in_place):
+        raise ValueError("record: expected None with dtype, in_place or a device other than the CPU")
+    return place
+
+
+def _target(checkpoint: Checkpoint, out: Any, in_place: bool) -> str:
+    if in_place == (out is not None):
+        raise ValueError(f"out: expected a folder, or in_place=True instead, got out={out!r:.200} and {in_place=}")
+    if not in_place:
+        return path_text("out", out)
+    if not checkpoint.whole:
+        raise ValueError("in_place: expected a base that is a folder, not one file")
+    return checkpoint.folder
+
+
+def _is_done(target: str, identity: str, name: str = PROVENANCE_NAME) -> bool:
+    path = os.path.join(target, name)
+    return os.path.isfile(path) and read_json(path).get("id") == identity
+
+
+class _Merge:
+    """A merge whose every change is known."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        adapters: Sequence[AdapterFile],
+        changes: Changes,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        recorded: bool,
+    ):
+        self._base, self._adapters, self._changes = base, adapters, changes
+        self._dtype, self._device = dtype, device
+        self._check_used()
+        if dtype is not None and (base.config or {}).get("quantization_config"):
+            raise ValueError("dtype: expected None over a checkpoint with a quantization_config")
+        self._by_source: dict[str, list[Change]] = {}
+        for change in changes.by_name.values():
+            self._by_source.setdefault(change.source, []).append(change)
+        about = [a.describe() for a in adapters]
+        known = [[s.name, s.size, s.modified] for s in base.shards], [a.plan.config.to_dict() for a in adapters]
+        kind = [base.digest(), str(dtype), recorded, sorted(changes.by_name)]
+        text = json.dumps([__version__, about, known, kind], sort_keys=True, default=str)
+        self.identity = hashlib.sha256(text.encode()).hexdigest()
+        self.provenance = {
+            "id": self.identity,
+            "fused_lora": __version__,
+            "base": {"path": base.folder, "headers_sha256": base.digest()},
+            "adapters": about,
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        }
+        if (earlier := base.shards[0].header.metadata.get(_PROVENANCE)) is not None:
+            self.provenance["before"] = earlier  # of a merge that gave the base
+
+    def _check_used(self) -> None:
+        used = {(id(adapter), key) for change in self._changes.by_name.values() for adapter, key in change.used()}
+        for adapter in self._adapters:
+            left = [key for key in adapter.plan.entries if (id(adapter), key) not in used]
+            if left:
+                raise AdapterError(adapter.plan.weights, left[0], "a tensor that is merged", f"unused: {some(left)}")
+
+    def items(self, shard: Shard) -> list[Item]:
+        """The tensors of one shard of the output, wide ones first as safetensors aligns them."""
+        found = []
+        for name, entry in shard.header.entries.items():
+            dtype = self._dtype if self._dtype is not None and entry.dtype in CAST else entry.dtype
+            changes = self._by_source.get(name, [])
+            found.append(Item(name, next((c for c in changes if not c.added), None), entry, dtype))
+            found += [Item(change.name, change, entry, dtype) for change in changes if change.added]
+        return sorted(found, key=lambda item: -item.dtype.itemsize)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the base that the output is made from."""
+        return sum(item.entry.end - item.entry.begin for shard in self._base.shards for item in self.items(shard))
+
+    def report(self, target: str) -> MergeReport:
+        """What will be done."""
+        items = [item for shard in self._base.shards for item in self.items(shard)]
+        nbytes = sum((i.entry.end - i.entry.begin) // i.entry.dtype.itemsize * i.dtype.itemsize for i in items)
+        changes = [item.change.describe(item.entry.shape, item.dtype) for item in items if item.change is not None]
+        return MergeReport(target, changes, nbytes, left_out=self._base.left_out, provenance=self.provenance)
+
+    def run(self, output: Output, notes: Output | None, report: MergeReport, verify: bool, meter: _Meter) -> None:
+        """Write all shards that are not there yet, then the small files, and give the folders their names."""
+        checked = Checked() if verify else None
+        recorded = notes is None or _is_done(notes.target, self.identity, RECORD_NAME)
+        items = {shard.name: self.items(shard) for shard in self._base.shards}
+        with output.open(), contextlib.nullcontext() if recorded else notes.open(), ThreadPoolExecutor(1) as finisher:
+            last: Future | None = None
+            for shard in self._base.shards:
+                name, part = shard.name, items[shard.name]
+                if output.has(name) and (recorded or notes.has(name)):
+                    report.kept.append(name)
+                    meter.add(sum(item.entry.end - item.entry.begin for item in part))
+                    continue
+                record = None if recorded else ShardRecord(notes.writing(name))
+                header = self._write(shard, output.writing(name), part, record, meter)
+                if checked is not None:
+                    check_shard(shard, output.writing(name), part, checked)
+                if record is not None:
+                    record.finish(shard.header.raw, header)
+                if last is not None:
+                    last.result()
+                # the disk works on one shard while the next is computed
+                last = finisher.submit(_finish, name, output, None if recorded else notes)
+                report.written.append(name)
+            if last is not None:
+                last.result()
+            meter.end()
+            report.checked = None if checked is None else checked.to_dict()
+            files = self._small_files()
+            if not recorded:
+                old = [MODEL_CONFIG, self._base.index_name]
+                kept = {n: read_text(os.path.join(self._base.folder, n)).decode() for n in old if n in files}
+                entries = {**self.provenance, "files": kept, "shards": [shard.name for shard in self._base.shards]}
+                notes.finish({RECORD_NAME: json_bytes(entries)}, self._base.folder, ())
+            output.finish(files, self._base.folder, self._base.others)
+
+    def _write(
+        self, shard: Shard, path: str, items: Sequence[Item], record: ShardRecord | None, meter: _Meter
+    ) -> bytes:
+        """Write one shard to ``path``; returns its header."""
+        metadata = {**shard.header.metadata, _PROVENANCE: json.dumps(self.provenance)}
+        header = header_bytes([(i.name, i.dtype, i.entry.shape) for i in items], metadata)
+        note = None if record is None else record.note
+
+        def pieces() -> Iterator[Piece]:
+            for item in items:
+                yield from change_pieces(item.change, item.entry, shard.data, item.dtype, self._device, note)
+
+        write_shard(shard, path, header, pieces(), meter)
+        return header
+
+    def _small_files(self) -> dict[str, bytes]:
+        """Index, config and provenance of the output. A file that does not change keeps its bytes."""
+        base, files = self._base, {}
+        if base.index is not None and base.index_name is not None:
+            names = {item.name: shard.name for shard in base.shards for item in self.items(shard)}
+            index = {**base.index, "weight_map": dict(sorted(names.items()))}
+            if isinstance(base.index.get("metadata"), dict) and "total_size" in base.index["metadata"]:
+                index["metadata"] = {**base.index["metadata"], "total_size": self.report("").nbytes}
+            files[base.index_name] = json_bytes(index)
+        if base.config is not None:
+            config = {**base.config, **self._changes.config}
+            if self._dtype is not None:
+                keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+                config |= dict.fromkeys(keys, str(self._dtype).removeprefix("torch."))
+            same = config == base.config
+            files[MODEL_CONFIG] = read_text(os.path.join(base.folder, MODEL_CONFIG)) if same else json_bytes(config)
+        return {**files, PROVENANCE_NAME: json_bytes(self.provenance)}
+
+
+class _Meter:
+    """Counts the bytes that are done; ``workers``: how many pieces are worked on at a time."""
+
+    def __init__(self, progress: Progress | None, total: int, workers: int):
+        self._progress, self._total, self._done, self.workers = progress, total, 0, workers
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def end(self) -> None:
+        """All of it is done, what was replaced without reading included."""
+        self.add(self._total - self._done)
+
+
+def write_shard(source: Shard, path: str, header: bytes, pieces: Iterable[Piece], meter: _Meter) -> None:
+    """Write a file of this header and what the pieces of ``source`` give. It is not synced."""
+    with open(source.path, "rb", buffering=0) as old, open(path, "wb", buffering=0) as new:
+        if os.fstat(old.fileno()).st_size != source.size or os.fstat(old.fileno()).st_mtime_ns != source.modified:
+            raise AdapterError(source.path, None, "a file that stays as it is", "another one by now")
+        write_all(new, header)
+        write_pieces(source.path, old.fileno(), new.fileno(), len(header), pieces, meter.add, meter.workers)
+
+
+def _finish(name: str, output: Output, notes: Output | None) -> None:
+    if notes is not None:
+        notes.finish_file(name)
+    output.finish_file(name)
+
+
+def unmerge_checkpoint(
+    merged: str | os.PathLike,
+    record: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write the checkpoint from before a :func:`merge_checkpoint` with ``record``: the same shards, byte for byte.
+
+    Args:
+        merged: the folder, or file, that the merge wrote. record: the folder that it wrote beside it.
+        out: the new folder, which must not exist, or be empty. Small files are carried along from ``merged``.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        AdapterError: a file is malformed, or the record is not of this checkpoint.
+        RuntimeError: a weight is not what the merge left.
+        FileExistsError, TypeError, ValueError, OSError: as in :func:`merge_checkpoint`.
+    """
+    start, notes = time.perf_counter(), path_text("record", record)
+    checkpoint = open_checkpoint(merged, "merged")
+    entries = read_json(os.path.join(notes, RECORD_NAME))
+    names, files = entries.get("shards"), entries.get("files")
+    if names != [shard.name for shard in checkpoint.shards] or not isinstance(files, dict):
+        raise AdapterError(os.path.join(notes, RECORD_NAME), "shards", f"the record of {checkpoint.folder!r}", names)
+    records = {shard.name: read_shard(notes, shard.name) for shard in checkpoint.shards}
+    output = Output("out", path_text("out", out), f"unmerge {entries.get('id')} {checkpoint.digest()}")
+    output.check([checkpoint.folder, notes])
+    nbytes = sum(shard.size for shard in checkpoint.shards)
+    output.check_space(nbytes + _SPARE_BYTES)
+    report = MergeReport(output.target, [], nbytes, left_out=checkpoint.left_out, provenance=entries)
+    with single_threads() as workers, output.open():
+        meter = _Meter(progress, nbytes, workers)
+        for shard in checkpoint.shards:
+            if output.has(shard.name):
+                report.kept.append(shard.name)
+                meter.add(shard.size)
+                continue
+            held = records[shard.name]
+            with open(held.path, "rb", buffering=0) as file:
+                pieces = unmerge_pieces(shard, held, file.fileno())
+                write_shard(shard, output.writing(shard.name), old_header(held), pieces, meter)
+            output.finish_file(shard.name)
+            report.written.append(shard.name)
+        meter.end()
+        others = [name for name in checkpoint.others if name != PROVENANCE_NAME]
+        output.finish({name: text.encode() for name, text in files.items()}, checkpoint.folder, others)
+    report.seconds = time.perf_counter() - start
+    return report

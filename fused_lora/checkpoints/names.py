@@ -1,0 +1,171 @@
+"""Which tensors of a checkpoint the layers of an adapter mean.
+
+An adapter names modules of the model it was trained on. A checkpoint may name them otherwise: transformers renames
+tensors while it loads them, and other programs fuse projections that transformers keeps apart. What no rule below
+resolves to exactly one tensor is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from fused_lora.modules.names import likely_rename, some
+from fused_lora.modules.tree import own_path
+
+# beginnings of one model's names in different releases of transformers and on disk; each goes both ways
+_BEGINNINGS = (
+    ("model.language_model.", "language_model.model."),  # LLaVA and its kin, before and after transformers 4.52
+    ("model.language_model.", "language_model."),
+    ("model.language_model.", "model."),  # Qwen2-VL and its kin; text models inside others
+    ("model.vision_tower.", "vision_tower."),
+    ("model.visual.", "visual."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("lm_head", "language_model.lm_head"),
+    ("lm_head", "embed_out"),  # GPT-NeoX
+    ("vision_model.", ""),  # CLIP and SigLIP
+    ("text_model.", ""),
+    ("model.", ""),  # a bare backbone
+    ("transformer.", ""),
+    ("bert.", ""),
+    ("roberta.", ""),
+    ("base_model.", ""),
+)
+# projections in one matrix, in the order of its rows
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+HEADS = ("lm_head", "embed_out", "proj_out")
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
+
+
+class Place(NamedTuple):
+    """Where a layer is in a checkpoint: its lora_B from row ``skip`` on belongs to the rows [first, stop) of the weight
+    of the module ``path``, which must have ``height`` rows."""
+
+    path: str
+    first: int
+    stop: int
+    skip: int
+    height: int
+
+
+class Names:
+    """The modules of a checkpoint that have a weight, under the paths a model gives them.
+
+    Args:
+        shapes: {tensor: shape} of the checkpoint.
+        rename: beginnings of the adapter's paths -> what stands in the checkpoint in their place.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rename: Mapping[str, str] | None = None):
+        self._rename = dict(rename or {})
+        self._stored = {own_path(name): name for name in shapes}
+        self._shapes = shapes
+
+    def stored(self, name: str) -> str | None:
+        """The checkpoint's own name of a parameter, or None."""
+        return self._stored.get(name)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Of the weight of a module."""
+        return self._shapes[self._stored[f"{path}.weight"]]
+
+    def alias(self, path: str, end: str = ".weight") -> str | None:
+        """The path under which the checkpoint has the module ``path``; None for none.
+
+        Raises ValueError where several rules give several modules.
+        """
+        for old, new in self._rename.items():
+            if path.startswith(old):
+                return path if f"{(path := new + path.removeprefix(old))}{end}" in self._stored else None
+        if f"{path}{end}" in self._stored:
+            return path
+        found = {other for other in _other_beginnings(path) if f"{other}{end}" in self._stored}
+        if len(found) > 1:
+            raise ValueError(f"{path!r} may be {some(sorted(found))}: say which with rename")
+        return found.pop() if found else None
+
+    def places(self, path: str, sizes: Mapping[str, int]) -> list[Place]:
+        """Where the layer ``path`` is; empty for nowhere. ``sizes``: {path: rows of lora_B} of the whole adapter."""
+        if (found := self.alias(path)) is not None:
+            return [Place(found, 0, sizes[path], 0, sizes[path])]
+        parent, _, last = path.rpartition(".")
+        for fused, parts in _FUSED.items():
+            if last == fused:
+                return self._apart(parent, parts, sizes[path])
+            if last in parts and (found := self.alias(_join(parent, fused))) is not None:
+                return self._inside(found, parent, parts, last, sizes)
+        return []
+
+    def _apart(self, parent: str, parts: tuple[str, ...], total: int) -> list[Place]:
+        """A layer that is fused in the adapter and in parts in the checkpoint."""
+        places, skip = [], 0
+        for part in parts:
+            if (found := self.alias(_join(parent, part))) is None:
+                return []
+            rows = self.shape(found)[0]
+            places.append(Place(found, 0, rows, skip, rows))
+            skip += rows
+        return places if skip == total else []
+
+    def _inside(
+        self, fused: str, parent: str, parts: tuple[str, ...], last: str, sizes: Mapping[str, int]
+    ) -> list[Place]:
+        """A layer that is one part of a fused weight: the other parts' sizes say where. Keys and values are equal."""
+        known = {part: sizes[path] for part in parts if (path := _join(parent, part)) in sizes}
+        if len(parts) == 3:
+            pair = known.get(parts[1], known.get(parts[2]))
+            known |= {} if pair is None else dict.fromkeys(parts[1:], pair)
+        total, lacking = self.shape(fused)[0], [part for part in parts if part not in known]
+        if len(lacking) == 1:
+            known[lacking[0]] = total - sum(known.values())
+        elif len(lacking) == 2 and len(parts) == 3:  # queries alone: what is left is shared
+            known |= dict.fromkeys(lacking, (total - known[parts[0]]) // 2)
+        if sum(known.values()) != total or min(known.values()) < 1:
+            return []
+        first = sum(known[part] for part in parts[: parts.index(last)])
+        return [Place(fused, first, first + known[last], 0, total)]
+
+    def embedding(self, shape: tuple[int, ...]) -> str | None:
+        """The path of the one input embedding of this shape, which a head that is not stored is tied to."""
+        found = [
+            name.removesuffix(".weight")
+            for name, stored in self._stored.items()
+            if is_embedding(name) and self._shapes[stored] == shape
+        ]
+        return found[0] if len(found) == 1 else None
+
+    def missing(self, paths: Iterable[str], total: int) -> str:
+        """What to say of layers that are nowhere."""
+        paths = list(paths)
+        modules = [name.removesuffix(".weight") for name in self._stored if name.endswith(".weight")]
+        modules = [path for path in modules if len(self.shape(path)) == 2]
+        text = f"{len(paths)} of the adapter's {total} layers are not in the checkpoint: {some(paths)}"
+        stacked = sorted(
+            {name for name in self._stored if ".experts." in name and len(self._shapes[self._stored[name]]) > 2}
+        )
+        if stacked and any(".experts." in path for path in paths):
+            return f"{text}. The checkpoint has its experts stacked, in {some(stacked)}: not supported"
+        likely = likely_rename(paths, modules)
+        hint = f"; likely rename: {likely[0]!r} -> {likely[1]!r}" if likely else ""
+        return f"{text}{hint}; it has {some(modules, near=paths[0])}"
+
+
+def is_embedding(name: str) -> bool:
+    """Whether this tensor is an input embedding, by its name."""
+    return name.endswith(tuple(f"{last}.weight" for last in _EMBEDDINGS))
+
+
+def _join(parent: str, last: str) -> str:
+    return f"{parent}.{last}" if parent else last
+
+
+def _other_beginnings(path: str) -> set[str]:
+    found = set()
+    for a, b in _BEGINNINGS:
+        for old, new in ((a, b), (b, a)):
+            if path.startswith(old):
+                found.add(new + path.removeprefix(old))
+    return found - {path}

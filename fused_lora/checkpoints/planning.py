@@ -1,0 +1,255 @@
+"""Which tensors of a checkpoint adapters change, found from headers alone. Every tensor of an adapter has its place."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fused_lora.adapters.checkpoint import CONFIG_NAME
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.checkpoints.adapter_file import AdapterFile
+from fused_lora.checkpoints.changes import CAST, Change, Segment, Term
+from fused_lora.checkpoints.files import Checkpoint
+from fused_lora.checkpoints.names import HEADS, Names, Place, is_embedding
+from fused_lora.modules.auxiliary import TOKENS_END
+from fused_lora.modules.names import some
+
+
+@dataclass
+class Changes:
+    """All changes by the name of their tensor in the output, and the config's new entries."""
+
+    by_name: dict[str, Change]
+    config: dict[str, Any]
+
+
+def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapping[str, str] | None = None) -> Changes:
+    """What the adapters change in the checkpoint.
+
+    Raises:
+        AdapterError: a tensor of an adapter has no place in the checkpoint, or not its shape; the weight it is for is
+            quantised; or two adapters replace the same tensor.
+    """
+    names = Names({name: entry.shape for name, (_, entry) in base.tensors.items()}, rename)
+    plan = _Planner(base, names)
+    for adapter in adapters:
+        plan.add(adapter)
+        plan.warn_of_lacking(adapter)
+    plan.check_tied()
+    return Changes(plan.found, plan.config)
+
+
+class _Planner:
+    def __init__(self, base: Checkpoint, names: Names):
+        self._base, self._names = base, names
+        self.found: dict[str, Change] = {}
+        self.config: dict[str, Any] = {}
+
+    def add(self, adapter: AdapterFile) -> None:
+        """Find the places of all tensors of one adapter."""
+        plan = adapter.plan
+        sizes = {path: plan.entries[keys["lora_B"]].shape[0] for path, keys in plan.slots.items()}
+        places = {path: self._places(adapter, path, sizes) for path in plan.slots}
+        if lost := [path for path, found in places.items() if not found]:
+            key = plan.slots[lost[0]]["lora_A"]
+            found = self._names.missing(lost, len(plan.slots))
+            raise AdapterError(plan.weights, key, f"the weight of {lost[0]!r} in {self._base.folder!r}", found)
+        for path, found in places.items():
+            for place in found:
+                self._merge(adapter, path, place)
+            self._biases(adapter, path, found)
+        for name, key in plan.biases.items():
+            self._replace(adapter, name, key)
+        for name, key in plan.beside.items():
+            self._beside(adapter, name, key)
+
+    def _places(self, adapter: AdapterFile, path: str, sizes: Mapping[str, int]) -> list[Place]:
+        plan, keys = adapter.plan, adapter.plan.slots[path]
+        try:
+            found = self._names.places(path, sizes)
+        except ValueError as error:
+            raise AdapterError(plan.weights, keys["lora_A"], "one module of the checkpoint", str(error)) from None
+        if found or path.rpartition(".")[2] not in HEADS or self._base.config is None:
+            return found
+        # a head that is not stored is tied to the input embedding; it gets a weight of its own
+        shape = sizes[path], plan.entries[keys["lora_A"]].shape[1]
+        embedding = self._names.embedding(shape)
+        if embedding is None:
+            return []
+        self._add_head(path, embedding)
+        return [Place(path, 0, shape[0], 0, shape[0])]
+
+    def _add_head(self, path: str, embedding: str) -> None:
+        name = f"{path}.weight"
+        if name not in self.found:
+            source = self._names.stored(f"{embedding}.weight")
+            assert source is not None
+            self.found[name] = Change(name, source, "merge", added=True)
+            self._untie()
+
+    def _untie(self) -> None:
+        config = self._base.config or {}
+        self.config["tie_word_embeddings"] = False
+        for key, part in config.items():
+            if isinstance(part, dict) and part.get("tie_word_embeddings"):
+                self.config[key] = {**part, "tie_word_embeddings": False}
+
+    def _merge(self, adapter: AdapterFile, path: str, place: Place) -> None:
+        plan, keys = adapter.plan, adapter.plan.slots[path]
+        name = f"{place.path}.weight"
+        stored = self._names.stored(name) or self.found[name].source
+        entry = self._base.tensors[stored][1]
+        if entry.dtype not in CAST or f"{stored}_scale_inv" in self._base.tensors:
+            expected = f"fp32, bf16, fp16 or fp64 weights of {path!r}"
+            raise AdapterError(
+                plan.weights, keys["lora_A"], expected, f"{entry.dtype} in {stored!r}: quantised bases are not merged"
+            )
+        transposed = plan.config.fan_in_fan_out
+        K = plan.entries[keys["lora_A"]].shape[1]
+        expected = (K, place.height) if transposed else (place.height, K)
+        if entry.shape != expected or (transposed and not _is_whole([place], adapter, path)):
+            text = f"a weight {list(expected)} for {path!r}, as fan_in_fan_out={transposed} stores it"
+            raise AdapterError(plan.weights, keys["lora_A"], text, f"{list(entry.shape)} in {stored!r}")
+        change = self.found.setdefault(name if name in self.found else stored, Change(stored, stored, "merge"))
+        if change.kind != "merge":
+            raise AdapterError(plan.weights, keys["lora_A"], f"no other tensor in the place of {stored!r}", "two")
+        if change.segments and change.transposed != transposed:
+            raise AdapterError(plan.weights, "fan_in_fan_out", "the same in all adapters of a layer", transposed)
+        change.transposed = transposed
+        term = Term(adapter, path, place.skip)
+        try:
+            change.segments = _with_term(change.segments, place.first, place.stop, term)
+        except ValueError as error:
+            raise AdapterError(plan.weights, keys["lora_A"], f"one layer for {stored!r}", str(error)) from None
+        if path.rpartition(".")[2] in HEADS and self._base.config is not None:
+            tied = self._base.config.get("tie_word_embeddings")
+            if tied is not False:
+                self._untie()
+
+    def _biases(self, adapter: AdapterFile, path: str, places: Sequence[Place]) -> None:
+        plan, keys = adapter.plan, adapter.plan.slots[path]
+        for field in ("lora_bias", "base_bias"):
+            if (key := keys.get(field)) is None:
+                continue
+            place = places[0]
+            stored = self._names.stored(f"{place.path}.bias")
+            if stored is None or not _is_whole(places, adapter, path):
+                found = "none" if stored is None else "a fused layer"
+                raise AdapterError(plan.weights, key, f"a bias of {path!r} in the checkpoint", found)
+            if field == "base_bias":
+                self._replace(adapter, f"{place.path}.bias", key)
+            else:
+                self._check_shape(adapter, key, stored)
+                change = self.found.setdefault(stored, Change(stored, stored, "bias"))
+                if change.kind != "bias":
+                    raise AdapterError(plan.weights, key, f"one kind of change of {stored!r}", "two")
+                change.terms.append(Term(adapter, path, 0))
+
+    def _replace(self, adapter: AdapterFile, name: str, key: str, rows: list[int] | None = None) -> None:
+        """The checkpoint's tensor ``name``, or some of its rows, becomes the one under ``key``."""
+        weights = adapter.plan.weights
+        path, _, end = name.rpartition(".")
+        try:
+            alias = self._names.alias(path, f".{end}")
+        except ValueError as error:
+            raise AdapterError(weights, key, "one tensor of the checkpoint", str(error)) from None
+        if alias is None:
+            raise AdapterError(weights, key, f"a tensor {name!r} in {self._base.folder!r}", "no such name")
+        stored = self._names.stored(f"{alias}.{end}")
+        assert stored is not None
+        self._check_shape(adapter, key, stored, rows)
+        if stored in self.found:
+            raise AdapterError(weights, key, f"one change of {stored!r}", "another one beside it")
+        self.found[stored] = Change(stored, stored, "rows" if rows else "replace", held=(adapter, key), rows=rows or [])
+
+    def _beside(self, adapter: AdapterFile, name: str, key: str) -> None:
+        plan = adapter.plan
+        if name.endswith(TOKENS_END):
+            path = name.removesuffix(TOKENS_END)
+            tokens: Any = plan.config.trainable_token_indices
+            if isinstance(tokens, dict):
+                tokens = next((rows for end, rows in tokens.items() if path == end or path.endswith(f".{end}")), None)
+            if tokens is None:
+                config = os.path.join(adapter.folder, CONFIG_NAME)
+                raise AdapterError(config, "trainable_token_indices", f"the tokens of {path!r}", "none")
+            return self._replace(adapter, f"{path}.weight", key, list(tokens))
+        path = name.rpartition(".")[0]
+        head = path.rpartition(".")[2] in HEADS
+        if head and self._base.config is not None and self._names.alias(path) is None:
+            embedding = self._names.embedding(plan.entries[key].shape)
+            if embedding is not None:
+                self._add_head(path, embedding)
+                self.found[name].kind, self.found[name].held = "replace", (adapter, key)
+                return
+        self._replace(adapter, name, key)
+        if head and (self._base.config or {}).get("tie_word_embeddings") is not False:
+            self._untie()
+
+    def _check_shape(self, adapter: AdapterFile, key: str, stored: str, rows: list[int] | None = None) -> None:
+        entry, held = self._base.tensors[stored][1], adapter.plan.entries[key]
+        expected = entry.shape if rows is None else (len(rows), *entry.shape[1:])
+        if held.shape != expected:
+            found = f"{list(held.shape)}{' (a resized vocabulary?)' if len(expected) == 2 else ''}"
+            raise AdapterError(adapter.plan.weights, key, f"a shape {list(expected)}, as {stored!r} has", found)
+        if rows is not None and max(rows) >= entry.shape[0]:
+            raise AdapterError(adapter.plan.weights, key, f"tokens below {entry.shape[0]}", max(rows))
+        if entry.dtype not in CAST:
+            raise AdapterError(adapter.plan.weights, key, f"numbers to replace in {stored!r}", str(entry.dtype))
+
+    def check_tied(self) -> None:
+        """Refuse a change of an embedding alone where a head is tied to it: the two would need different weights."""
+        config = self._base.config or {}
+        causal = any("ForCausalLM" in str(name) for name in config.get("architectures") or ())
+        stored = any(self._names.alias(head) for head in HEADS)
+        tied = config.get("tie_word_embeddings", causal) and not stored
+        heads = {change.source for change in self.found.values() if change.added}
+        for change in self.found.values():
+            alone = change.kind == "replace" and tied and not heads and is_embedding(change.name)
+            if change.held is not None and (alone or (change.kind == "rows" and change.source in heads)):
+                adapter, key = change.held
+                found = f"{change.source!r}, to which the head is tied"
+                raise AdapterError(adapter.plan.weights, key, "an embedding of its own", found)
+
+    def warn_of_lacking(self, adapter: AdapterFile) -> None:
+        """Warn where the config names more layers of the checkpoint than the adapter has tensors for."""
+        config = adapter.plan.config
+        ends = config.target_modules
+        if isinstance(ends, str) or not ends or config.layers_to_transform is not None or config.exclude_modules:
+            return
+        used = {change.source for change in self.found.values()}
+        lacking = [
+            name
+            for name, (_, entry) in self._base.tensors.items()
+            if name.endswith(tuple(f".{end}.weight" for end in ends)) and len(entry.shape) == 2 and name not in used
+        ]
+        if lacking:
+            warnings.warn(
+                f"{adapter.folder!r}: target_modules names {len(lacking)} layers more than the adapter has tensors "
+                f"for: {some(lacking)}",
+                stacklevel=4,
+            )
+
+
+def _is_whole(places: Sequence[Place], adapter: AdapterFile, path: str) -> bool:
+    """Whether the layer is one whole module of the checkpoint, too."""
+    rows = adapter.plan.entries[adapter.plan.slots[path]["lora_B"]].shape[0]
+    return [(p.first, p.stop, p.height) for p in places] == [(0, rows, rows)]
+
+
+def _with_term(segments: list[Segment], first: int, stop: int, term: Term) -> list[Segment]:
+    """The segments with a term more on the rows [first, stop)."""
+    edges = sorted({first, stop, *(edge for s in segments for edge in (s.first, s.stop))})
+    found = []
+    for a, b in zip(edges, edges[1:], strict=False):
+        over = next((s for s in segments if s.first <= a and b <= s.stop), None)
+        terms = [] if over is None else [Term(t.adapter, t.path, t.skip + a - over.first) for t in over.terms]
+        if first <= a and b <= stop:
+            if any(t.adapter is term.adapter for t in terms):
+                raise ValueError(f"{terms[-1].path!r} and {term.path!r}")
+            terms.append(Term(term.adapter, term.path, term.skip + a - first))
+        if terms:
+            found.append(Segment(a, b, terms))
+    return found

@@ -1,0 +1,82 @@
+"""Write an adapter layer by layer, as PEFT's files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
+from fused_lora.adapters.staging import replace_directory
+from fused_lora.adapters.tensorfile import write_each
+from fused_lora.adapters.write import config_text
+from fused_lora.modules.config import LoraConfig
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Shapes = Mapping[str, tuple[int, int, int]]  # path of a layer -> (r, K, N)
+
+
+def write_layers(
+    folder: str,
+    config: LoraConfig,
+    shapes: Shapes,
+    make: Callable[[str], tuple[Tensor, Tensor]],
+    dtype: torch.dtype = torch.float32,
+    alphas: Mapping[str, float] | None = None,
+) -> None:
+    """Write an adapter; ``make(path)`` gives lora_A [r, K] and lora_B [N, r], one layer at a time.
+
+    The folder is replaced as a whole. The config is that of ``config`` but for ranks, alphas and targets.
+
+    Args:
+        alphas: {path: lora_alpha}; None: the ranks, so that the scaling is 1.
+
+    Raises ValueError where a tensor has not its shape or is not finite in ``dtype``, and for another dtype than fp32,
+    bf16 and fp16. The folder is then as before.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
+    ranks = {path: r for path, (r, _, _) in shapes.items()}
+    alphas = ranks if alphas is None else alphas
+    config = LoraConfig.from_dict(config.to_dict())
+    config.r, config.rank_pattern = _with_exceptions(ranks)
+    config.lora_alpha, config.alpha_pattern = _with_exceptions(alphas)
+    config.use_rslora = config.use_rslora and alphas is not ranks
+    config.target_modules, config.exclude_modules = set(shapes), None
+    config.layers_to_transform = config.layers_pattern = None
+    config.inference_mode = True
+    config.validate()
+    entries = []
+    for path, (r, K, N) in shapes.items():
+        entries += [
+            (f"{KEY_PREFIX}{path}.lora_A.weight", dtype, (r, K)),
+            (f"{KEY_PREFIX}{path}.lora_B.weight", dtype, (N, r)),
+        ]
+
+    def each() -> Iterator[Tensor]:
+        for path, (r, K, N) in shapes.items():
+            for tensor, shape in zip(make(path), ((r, K), (N, r)), strict=True):
+                cast = tensor.to(dtype)
+                if tuple(cast.shape) != shape or not bool(cast.isfinite().all()):
+                    raise ValueError(f"{path}: expected finite numbers {list(shape)} in {dtype}, got others")
+                yield cast
+
+    def write(stage: str) -> tuple[str, str]:
+        with open(os.path.join(stage, WEIGHTS_NAME), "xb", buffering=0) as file:
+            write_each(file, entries, each())
+        with open(os.path.join(stage, CONFIG_NAME), "x", encoding="utf-8") as file:
+            file.write(config_text(config.to_dict()))
+        return CONFIG_NAME, WEIGHTS_NAME
+
+    replace_directory(folder, write)
+
+
+def _with_exceptions(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The most common value, and a pattern for each path that has another."""
+    held = list(values.values())
+    common = max(dict.fromkeys(held), key=held.count)
+    escaped = {"^" + path.replace(".", "\\."): value for path, value in values.items() if value != common}
+    return common, escaped

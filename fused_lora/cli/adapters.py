@@ -1,0 +1,209 @@
+"""``fused-lora inspect``, ``diff``, ``convert``, ``extract``, ``combine`` and ``shrink``: adapters as files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from fused_lora.cli.merge import DTYPES, common, renaming, run, weighted
+from fused_lora.diagnostics.tables import table
+
+_SHOWN = 40  # rows of a table; --json has all
+
+
+def inspect(arguments: Sequence[str] | None = None) -> int:
+    """Tell what an adapter holds; the exit status is 1 if it does not fit ``--base``."""
+    found = argparse.ArgumentParser("fused-lora inspect", description="what an adapter's files hold")
+    found.add_argument("adapter", metavar="DIR")
+    found.add_argument("--base", metavar="DIR_OR_FILE", help="tell whether it fits this checkpoint, and why not")
+    options = common(found).parse_args(arguments)
+    from fused_lora.checkpoints import inspect_adapter
+
+    held: list[Any] = []
+
+    def work(_: Any) -> Any:
+        held.append(inspect_adapter(options.adapter, options.base))
+        return held[0]
+
+    status = run("inspect", options.json, work, _tell_inspected)
+    return 1 if held and held[0].fits is False else status
+
+
+def diff(arguments: Sequence[str] | None = None) -> int:
+    """Compare two adapters; the exit status is 0 if they are the same, else 1, and 2 for an error."""
+    found = argparse.ArgumentParser("fused-lora diff", description="how two adapters differ, layer by layer")
+    found.add_argument("a", metavar="DIR")
+    found.add_argument("b", metavar="DIR")
+    options = common(found).parse_args(arguments)
+    from fused_lora.checkpoints import diff_adapters
+
+    held: list[Any] = []
+
+    def work(_: Any) -> Any:
+        held.append(diff_adapters(options.a, options.b))
+        return held[0]
+
+    status = run("diff", options.json, work, _tell_diff, status=2)
+    return status or int(not held[0].same)
+
+
+def convert(arguments: Sequence[str] | None = None) -> int:
+    """Write another program's LoRA file as a PEFT adapter."""
+    found = argparse.ArgumentParser("fused-lora convert", description="another program's LoRA file as PEFT's")
+    found.add_argument("source", metavar="DIR_OR_FILE")
+    found.add_argument("--out", required=True, metavar="DIR")
+    found.add_argument("--base", metavar="DIR_OR_FILE", help="a checkpoint, to resolve kohya's names")
+    found.add_argument("--alpha", type=float, help="where the file has none (default: the rank)")
+    renaming(found)
+    options = _dtype(common(found)).parse_args(arguments)
+    from fused_lora.checkpoints import convert_adapter
+
+    return run(
+        "convert",
+        options.json,
+        lambda _: convert_adapter(
+            options.source,
+            options.out,
+            base=options.base,
+            rename=dict(options.rename),
+            dtype=_torch_dtype(options.dtype),
+            lora_alpha=options.alpha,
+        ),
+        lambda report: print(f"wrote {report.out}: {len(report.layers)} layers"),
+    )
+
+
+def extract(arguments: Sequence[str] | None = None) -> int:
+    """Write an adapter out of a base and a fine-tuned checkpoint."""
+    found = argparse.ArgumentParser("fused-lora extract", description="an adapter out of what fine-tuning changed")
+    found.add_argument("--base", required=True, metavar="DIR_OR_FILE")
+    found.add_argument("--tuned", required=True, metavar="DIR_OR_FILE")
+    found.add_argument("--rank", required=True, type=int)
+    found.add_argument("--seed", type=int, default=0, help="of random projections (default: 0)")
+    found.add_argument("--out", required=True, metavar="DIR")
+    options = _dtype(common(found)).parse_args(arguments)
+    from fused_lora.checkpoints import extract_adapter
+
+    return run(
+        "extract",
+        options.json,
+        lambda _: extract_adapter(
+            options.base,
+            options.tuned,
+            options.out,
+            options.rank,
+            seed=options.seed,
+            dtype=_torch_dtype(options.dtype or "float32"),
+        ),
+        _tell_new,
+    )
+
+
+def combine(arguments: Sequence[str] | None = None) -> int:
+    """Write one adapter out of several."""
+    found = argparse.ArgumentParser(
+        "fused-lora combine", description="one adapter out of several, as PEFT combines them"
+    )
+    found.add_argument("adapter", nargs="+", type=weighted, metavar="DIR[:WEIGHT]")
+    found.add_argument("--out", required=True, metavar="DIR")
+    found.add_argument("--method", default="svd", help="cat, svd, linear, ties, dare_linear, ... (default: svd)")
+    found.add_argument("--rank", type=int, help="of the result, for the svd kinds")
+    found.add_argument("--density", type=float, help="share that pruning keeps, for ties, dare and magnitude_prune")
+    found.add_argument("--majority-sign", default="total", help="total or frequency, for ties (default: total)")
+    found.add_argument("--seed", type=int, default=0, help="of what DARE drops (default: 0)")
+    options = _dtype(common(found)).parse_args(arguments)
+    from fused_lora.checkpoints import combine_adapters
+
+    return run(
+        "combine",
+        options.json,
+        lambda _: combine_adapters(
+            options.adapter,
+            options.out,
+            options.method,
+            rank=options.rank,
+            density=options.density,
+            majority_sign=options.majority_sign,
+            seed=options.seed,
+            dtype=_torch_dtype(options.dtype or "float32"),
+        ),
+        _tell_new,
+    )
+
+
+def shrink(arguments: Sequence[str] | None = None) -> int:
+    """Write the nearest adapter of a lower rank."""
+    found = argparse.ArgumentParser("fused-lora shrink", description="the nearest adapter of a lower rank")
+    found.add_argument("adapter", metavar="DIR")
+    found.add_argument("--rank", required=True, type=int)
+    found.add_argument("--out", required=True, metavar="DIR")
+    options = _dtype(common(found)).parse_args(arguments)
+    from fused_lora.checkpoints import shrink_adapter
+
+    return run(
+        "shrink",
+        options.json,
+        lambda _: shrink_adapter(
+            options.adapter, options.out, options.rank, dtype=_torch_dtype(options.dtype or "float32")
+        ),
+        _tell_new,
+    )
+
+
+def _dtype(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--dtype", choices=DTYPES, help="of the new file")
+    return parser
+
+
+def _torch_dtype(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def _tell_inspected(report: Any) -> None:
+    rows: list[tuple[str, ...]] = [("layer", "r", "scaling", "N x K", "dtype", "norm", "largest", "effective rank")]
+    for layer in report.layers[:_SHOWN]:
+        size = "x".join(map(str, layer["shape"]))
+        numbers = [f"{layer[name]:.3g}" for name in ("norm", "largest", "effective_rank")]
+        rows.append((layer["path"], str(layer["r"]), f"{layer['scaling']:.4g}", size, layer["dtype"], *numbers))
+    print("\n".join(table(rows)))
+    _more(report.layers)
+    ranks = ", ".join(f"{count} of rank {r}" for r, count in report.ranks.items())
+    print(f"{len(report.layers)} layers ({ranks}), {report.parameters:,} numbers")
+    for text in (*(f"beside LoRA: {key}" for key in report.beside), *report.oddities):
+        print(text)
+    if report.fits is not None:
+        print("fits the base" if report.fits else f"does not fit: {report.why_not}")
+
+
+def _tell_diff(report: Any) -> None:
+    rows: list[tuple[str, ...]] = [("layer", "norm a", "norm b", "apart", "cosine")]
+    for layer in report.layers[:_SHOWN]:
+        cosine = "-" if layer["cosine"] is None else f"{layer['cosine']:.4f}"
+        rows.append((layer["path"], *(f"{layer[name]:.3g}" for name in ("norm_a", "norm_b", "apart")), cosine))
+    print("\n".join(table(rows, numbers=True)))
+    _more(report.layers)
+    for name, only in (("a", report.only_a), ("b", report.only_b)):
+        if only:
+            print(f"only in {name}: {', '.join(only)}")
+    for name, (a, b) in report.config.items():
+        print(f"{name}: {a!r} / {b!r}")
+    print("the same" if report.same else "they differ")
+
+
+def _tell_new(report: Any) -> None:
+    rows = [("layer", "r", "kept")]
+    for layer in report.layers[:_SHOWN]:
+        rows.append((layer["path"], str(layer["r"]), "-" if layer["kept"] is None else f"{layer['kept']:.4f}"))
+    print("\n".join(table(rows, numbers=True)))
+    _more(report.layers)
+    if report.left_out:
+        print(f"not in the adapter: {', '.join(report.left_out)}")
+    print(f"wrote {report.out}: {len(report.layers)} layers")
+
+
+def _more(layers: Sequence[Any]) -> None:
+    if len(layers) > _SHOWN:
+        print(f"... and {len(layers) - _SHOWN} more (--json has all)")

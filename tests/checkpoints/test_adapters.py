@@ -1,0 +1,224 @@
+"""Adapters as files: what they hold, how they differ, and new ones out of them, beside what PEFT makes."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fused_lora import (
+    combine_adapters,
+    convert_adapter,
+    diff_adapters,
+    extract_adapter,
+    inspect_adapter,
+    merge_checkpoint,
+    shrink_adapter,
+)
+from fused_lora.adapters import AdapterError, read_adapter
+from fused_lora.checkpoints import factors
+from fused_lora.cli import main
+from helpers.checkpoint_files import K, N, change, contents, decoder, read_all, write_adapter, write_base
+from helpers.seeds import shifted
+
+Q, V = (f"model.layers.0.self_attn.{p}_proj" for p in "qv")
+SHAPES = {Q: (K, N), V: (K, 16)}
+METHODS = {
+    "linear": {},
+    "cat": {},
+    "svd": dict(rank=3),
+    "ties": dict(density=0.5),
+    "ties_svd": dict(density=0.5, rank=3),
+    "dare_linear": dict(density=0.6),
+    "dare_ties_svd": dict(density=0.6, rank=5),
+    "magnitude_prune": dict(density=0.3),
+}
+
+
+def deltas(folder):
+    """{path: s B A in fp64} of an adapter."""
+    held = read_adapter(folder)
+    return {
+        path: held.config.lora_alpha / held.config.r * t.lora_B.double() @ t.lora_A.double()
+        for path, t in held.layers.items()
+    }
+
+
+def model():
+    return nn.Sequential(nn.Linear(K, N, bias=False))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_combinations_are_those_of_peft(tmp_path, monkeypatch, method):
+    """One layer, so that the random numbers of DARE come in the same order."""
+    weights = (0.7, -0.4)
+    torch.manual_seed(shifted(0))
+    base, folders = model(), [tmp_path / "a", tmp_path / "b"]
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(base, config, "a")
+    wrapped.add_adapter("b", config)
+    wrapped.save_pretrained(tmp_path)
+    options = METHODS[method]
+    names = {"rank": "svd_rank", "density": "density"}
+    inject = wrapped.base_model.inject_adapter
+
+    def seeded(*args, **kwargs):  # the new layer draws numbers, too
+        inject(*args, **kwargs)
+        torch.manual_seed(7)
+
+    monkeypatch.setattr(wrapped.base_model, "inject_adapter", seeded)
+    wrapped.add_weighted_adapter(
+        ["a", "b"], list(weights), "mixed", method, **{names[key]: value for key, value in options.items()}
+    )
+    layer = wrapped.base_model.model[0]
+    wanted = layer.get_delta_weight("mixed").double()
+    report = combine_adapters(list(zip(folders, weights, strict=True)), tmp_path / "out", method, seed=7, **options)
+    found = deltas(tmp_path / "out")["0"]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+    assert report.layers[0]["r"] == layer.r["mixed"]
+    again = peft.PeftModel.from_pretrained(model(), tmp_path / "out")  # PEFT reads it, and adds the same
+    read = again.base_model.model[0].get_delta_weight("default").double()
+    torch.testing.assert_close(read, found, rtol=1e-5, atol=1e-6)
+
+
+def test_several_layers_ranks_and_an_interrupted_write(tmp_path, monkeypatch):
+    """A layer that one adapter lacks keeps the other's delta; ranks differ by layer, and PEFT reads them."""
+    a = write_adapter(tmp_path / "a", SHAPES, r=4)
+    b = write_adapter(tmp_path / "b", {Q: SHAPES[Q]}, r=2, seed=2, use_rslora=True)
+    combine_adapters([a, (b, 0.5)], tmp_path / "out", "cat")
+    held = read_adapter(tmp_path / "out")
+    assert {path: len(t.lora_A) for path, t in held.layers.items()} == {Q: 6, V: 4}
+    t, first, second = held.layers[Q], deltas(a), read_adapter(b).layers[Q]
+    wanted = first[Q] + 0.5 * 4 / 2**0.5 * second.lora_B.double() @ second.lora_A.double()
+    torch.testing.assert_close(t.lora_B.double() @ t.lora_A.double(), wanted, rtol=1e-5, atol=1e-5)
+    before = contents(tmp_path / "out")
+    change(a / "adapter_model.safetensors", **{f"base_model.model.{V}.lora_B.weight": torch.full((16, 4), 3e38)})
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        combine_adapters([(a, 100.0), b], tmp_path / "out", "cat", dtype=torch.float16)
+    assert contents(tmp_path / "out") == before and len(list(tmp_path.iterdir())) == 3
+
+
+def test_shrink_is_the_nearest_of_its_rank(tmp_path):
+    adapter = write_adapter(tmp_path / "a", SHAPES, r=6)
+    report = shrink_adapter(adapter, tmp_path / "out", 2)
+    for path, delta in deltas(adapter).items():
+        U, S, Vh = torch.linalg.svd(delta)
+        nearest = U[:, :2] * S[:2] @ Vh[:2]
+        torch.testing.assert_close(deltas(tmp_path / "out")[path], nearest, rtol=1e-4, atol=1e-5)
+        kept = next(layer["kept"] for layer in report.layers if layer["path"] == path)
+        assert kept == pytest.approx((S[:2].square().sum() / S.square().sum()).item())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_extract_finds_the_adapter_again(tmp_path, monkeypatch, exact):
+    """Out of a merge in fp32, exactly and by random projection; what an adapter cannot hold is named."""
+    monkeypatch.setattr(factors, "_EXACT", 1024 if exact else 1)
+    monkeypatch.setattr(factors, "_FURTHER", 4)
+    base = write_base(tmp_path / "base", decoder(dtype=torch.float32), shards=2)
+    adapter = write_adapter(tmp_path / "adapter", SHAPES, r=3)
+    merge_checkpoint(base, adapter, tmp_path / "tuned")
+    for file in (tmp_path / "tuned").glob("*.safetensors"):
+        if "model.norm.weight" in load_file(file):
+            change(file, **{"model.norm.weight": torch.ones(K)})
+    report = extract_adapter(base, tmp_path / "tuned", tmp_path / "out", 3)
+    assert report.left_out == ["model.norm.weight"]
+    assert {layer["path"] for layer in report.layers} == {Q, V}
+    assert min(layer["kept"] for layer in report.layers) > 0.9999
+    for path, delta in deltas(adapter).items():
+        torch.testing.assert_close(deltas(tmp_path / "out")[path], delta, rtol=1e-3, atol=1e-5)
+    with pytest.raises(AdapterError, match="weights that differ"):
+        extract_adapter(base, base, tmp_path / "no", 3)
+
+
+def test_inspect_and_diff(tmp_path, capsys):
+    a, b = write_adapter(tmp_path / "a", SHAPES), write_adapter(tmp_path / "b", SHAPES, r=4, lora_alpha=4)
+    base = write_base(tmp_path / "base", decoder())
+    change(b / "adapter_model.safetensors", **{f"base_model.model.{V}.lora_B.weight": torch.zeros(16, 4)})
+    report = inspect_adapter(b, base)
+    layers = {layer["path"]: layer for layer in report.layers}
+    S = torch.linalg.svdvals(deltas(b)[Q])[:4]
+    shares = S / S.sum()
+    assert layers[Q]["norm"] == pytest.approx(deltas(b)[Q].norm().item())
+    assert layers[Q]["effective_rank"] == pytest.approx(torch.exp(-(shares * shares.log()).sum()).item())
+    assert report.fits and report.ranks == {4: 2} and report.targets == {"q_proj": 1, "v_proj": 1}
+    assert len(report.oddities) == 1 and "1 of 2 layers add nothing" in report.oddities[0]
+
+    found = diff_adapters(a, b)
+    one, two = deltas(a), deltas(b)
+    by_path = {layer["path"]: layer for layer in found.layers}
+    assert by_path[Q]["apart"] == pytest.approx((one[Q] - two[Q]).norm().item())
+    assert by_path[Q]["cosine"] == pytest.approx(1) and by_path[V]["cosine"] is None
+    assert found.config == {"lora_alpha": [8, 4]} and not found.same
+
+    write_adapter(tmp_path / "other", {"model.blocks.0.q": (K, N)})
+    assert main(["inspect", str(tmp_path / "other"), "--base", str(base), "--json"]) == 1
+    assert "likely rename" not in json.loads(capsys.readouterr().out)["oddities"]
+    assert main(["inspect", str(a)]) == 0 and "2 of rank 4" in capsys.readouterr().out
+    assert main(["diff", str(a), str(a)]) == 0 and main(["diff", str(a), str(b)]) == 1
+    assert main(["diff", str(a), str(base)]) == 2
+    assert main(["shrink", str(a), "--rank", "2", "--out", str(tmp_path / "s"), "--dtype", "bfloat16"]) == 0
+    assert {t.dtype for t in read_all(tmp_path / "s").values()} == {torch.bfloat16}
+    assert main(["combine", f"{a}:0.5", str(b), "--method", "nothing", "--out", str(tmp_path / "c")]) == 1
+    assert "expected one of linear" in capsys.readouterr().err
+
+
+KINDS = {
+    "kohya": (lambda path: f"lora_unet_{path.replace('.', '_')}", "lora_down.weight", "lora_up.weight"),
+    "diffusers": (lambda path: path, "lora_A.weight", "lora_B.weight"),
+    "older diffusers": (lambda path: path, "lora.down.weight", "lora.up.weight"),
+    "state dict": (lambda path: f"base_model.model.{path}", "lora_A.default.weight", "lora_B.default.weight"),
+    "wrapped": (
+        lambda path: f"module._orig_mod.base_model.model.{path.replace('.self', '._fsdp_wrapped_module.self')}",
+        "lora_A.weight",
+        "lora_B.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_convert(tmp_path, kind):
+    adapter, base = write_adapter(tmp_path / "a", SHAPES), write_base(tmp_path / "base", decoder())
+    named, down, up = KINDS[kind]
+    held, tensors = read_all(adapter), {}
+    for path in SHAPES:
+        for end, part in ((down, "A"), (up, "B")):
+            tensors[f"{named(path)}.{end}"] = held[f"base_model.model.{path}.lora_{part}.weight"]
+        if kind == "kohya":
+            tensors[f"{named(path)}.alpha"] = torch.tensor(8.0)
+    source = tmp_path / "source.safetensors"
+    save_file(tensors, source)
+    convert_adapter(source, tmp_path / "out", base=base if kind == "kohya" else None, lora_alpha=8.0)
+    found, wanted = deltas(tmp_path / "out"), deltas(adapter)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[path], wanted[path]) for path in wanted)
+    merge_checkpoint(base, tmp_path / "out", tmp_path / "merged", dry_run=True)
+    if kind == "kohya":
+        with pytest.raises(AdapterError, match="names with dots"):
+            convert_adapter(source, tmp_path / "no")
+    save_file({**tensors, "something.else": torch.zeros(2)}, source)
+    with pytest.raises(AdapterError, match="something.else"):
+        convert_adapter(source, tmp_path / "no", base=base)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    "method, options, message",
+    [
+        ("svd", dict(density=0.5), "density"),
+        ("ties", {}, "density"),
+        ("ties", dict(density=1.5), "density"),
+        ("cat", dict(rank=2), "rank"),
+        ("svd", dict(rank=0), "rank"),
+        ("linear", {}, "equal ranks"),
+        ("svd", dict(dtype=torch.int8), "dtype"),
+    ],
+)
+def test_combinations_that_are_refused(tmp_path, method, options, message):
+    a, b = write_adapter(tmp_path / "a", SHAPES), write_adapter(tmp_path / "b", SHAPES, r=2)
+    with pytest.raises(ValueError, match=message):
+        combine_adapters([a, b], tmp_path / "out", method, **options)
+    write_adapter(tmp_path / "c", {Q: (K, N + 1)})
+    with pytest.raises(AdapterError, match="K, N of"):
+        combine_adapters([a, tmp_path / "c"], tmp_path / "out", "cat")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,495 @@
+"""Merging files: the bits of a merge in the model, memory of a few pieces, an interrupt at any moment, bad input."""
+
+import errno
+import json
+import os
+import warnings
+
+import peft
+import pytest
+import torch
+import transformers as tf
+
+import fused_lora
+from fused_lora.adapters import AdapterError
+from fused_lora.checkpoints import changes, merge_checkpoint, stream, unmerge_checkpoint
+from fused_lora.cli import main
+from fused_lora.testing.numeric import assert_no_worse
+from helpers.alone import alone, run_killed
+from helpers.checkpoint_files import SINGLE, K, N, change, contents, decoder, read_all, write_adapter, write_base
+from helpers.seeds import shifted
+
+QKV = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkv"]
+SHAPES = {path: (K, N if path.endswith("q_proj") else 16) for path in QKV}
+DOWN = {"model.layers.0.mlp.down_proj": (N, K)}
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+SMALL = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+TEXT = dict(**SMALL, num_key_value_heads=2)
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28)
+MODELS = {
+    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)), dict(target_modules="all-linear")),
+    "gpt2": (
+        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
+        dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+    ),
+    "phi3": (
+        lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**TEXT, pad_token_id=0)),
+        dict(target_modules="all-linear", use_rslora=True),
+    ),
+    "qwen2": (
+        lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**TEXT, tie_word_embeddings=True)),
+        dict(target_modules=["q_proj", "v_proj"], lora_bias=True, trainable_token_indices=[3, 7]),
+    ),
+    "bert": (
+        lambda: tf.BertForSequenceClassification(tf.BertConfig(**SMALL)),
+        dict(target_modules=["query"], bias="lora_only", task_type="SEQ_CLS"),
+    ),
+    "llava": (
+        lambda: tf.LlavaForConditionalGeneration(
+            tf.LlavaConfig(
+                vision_config=tf.CLIPVisionConfig(**VISION, patch_size=14), text_config=tf.LlamaConfig(**TEXT)
+            )
+        ),
+        dict(target_modules="all-linear"),
+    ),
+}
+
+
+def trained(model, folder, **config):
+    """A PEFT model with an adapter that does something, saved."""
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, **config))
+    draw = torch.Generator().manual_seed(shifted(5))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name or "trainable_tokens" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
+    return wrapped
+
+
+def pieces_of(monkeypatch, nbytes):
+    for module in (changes, stream):
+        monkeypatch.setattr(module, "PIECE_BYTES", nbytes)
+
+
+def sameness(found, wanted):
+    return {
+        n: torch.equal(t.contiguous().view(-1).view(torch.uint8), wanted[n].contiguous().view(-1).view(torch.uint8))
+        for n, t in found.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("llama", torch.bfloat16),
+        ("gpt2", torch.float32),
+        ("phi3", torch.float16),
+        ("qwen2", torch.bfloat16),
+        ("bert", torch.float32),
+        ("llava", torch.bfloat16),
+    ],
+)
+def test_the_bits_are_those_of_a_merge_in_the_model(tmp_path, name, dtype):
+    torch.manual_seed(shifted(0))
+    make, config = MODELS[name]
+    model = make().to(dtype).eval()
+    kind = type(model)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    wrapped = trained(model, tmp_path / "adapter", **config)
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
+    assert report.checked["worst_ulps"] < 2 and report.checked["rows"] > 0 and report.written
+    found = kind.from_pretrained(tmp_path / "out").state_dict()
+
+    ours = kind.from_pretrained(tmp_path / "base")
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    fused_lora.load_adapter(ours, tmp_path / "adapter")
+    fused_lora.unload(ours, merge_adapters=True)
+    same = sameness(found, ours.state_dict())
+    assert all(same.values()), same
+    assert not all(sameness(found, before).values())
+
+    theirs = wrapped.merge_and_unload().state_dict()
+    for name, tensor in found.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, theirs[name], rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_errors_are_those_of_one_rounding(tmp_path, monkeypatch):
+    """Against float64, beside an eager sum that rounds once. In pieces of several sizes."""
+    pieces_of(monkeypatch, 300)
+    tensors = decoder()
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_adapter(tmp_path / "adapter", SHAPES, r=8)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    held, merged = read_all(adapter), read_all(tmp_path / "out")
+    for path in QKV:
+        A, B = (held[f"base_model.model.{path}.lora_{x}.weight"] for x in "AB")
+        W = tensors[f"{path}.weight"]
+        exact = W.double() + 2 * B.double() @ A.double()
+        assert_no_worse(merged[f"{path}.weight"], (W.float() + 2 * B @ A).to(W.dtype), exact)
+
+
+def test_command_line_record_and_unmerge(tmp_path, capsys):
+    """Two adapters by the command line, weighted; the record gives every file back byte for byte."""
+    base = write_base(tmp_path / "base", decoder(dtype=torch.float16), shards=3)
+    write_adapter(tmp_path / "a", SHAPES)
+    write_adapter(tmp_path / "b:c", {**DOWN, QKV[0]: SHAPES[QKV[0]]}, r=3, seed=2)
+    before, out, record = contents(base), str(tmp_path / "out"), str(tmp_path / "record")
+    call = ["merge", "--base", str(base), "--adapter", f"{tmp_path / 'a'}:0.5", "--adapter", str(tmp_path / "b:c")]
+    assert main([*call, "--out", out, "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert {c["tensor"]: c["rank"] for c in planned["changes"]}[f"{QKV[0]}.weight"] == 7
+    assert len(planned["changes"]) == 7 and not os.path.exists(out) and not os.path.exists(f"{out}.partial")
+
+    assert main([*call, "--out", out, "--record", record, "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert "7 tensors: merge" in said and "MB/s" in said
+    merged = read_all(tmp_path / "out")
+    A, B = (read_all(tmp_path / "a")[f"base_model.model.{QKV[1]}.lora_{x}.weight"] for x in "AB")
+    W = read_all(base)[f"{QKV[1]}.weight"]
+    expected = W.clone()
+    fused_lora.functional.merge_(expected, [A], [B], [2.0 * 0.5])
+    assert torch.equal(merged[f"{QKV[1]}.weight"], expected) and not torch.equal(expected, W)
+    about = json.loads((tmp_path / "out" / "fused_lora_merge.json").read_text())
+    assert [(a["path"], a["weight"]) for a in about["adapters"]] == [
+        (str(tmp_path / "a"), 0.5),
+        (str(tmp_path / "b:c"), 1.0),
+    ]
+
+    assert main([*call, "--out", out, "--record", record]) == 0  # once more: it is there already
+    assert "3 were there already" in capsys.readouterr().out
+    assert main(["unmerge", "--merged", out, "--record", record, "--out", str(tmp_path / "back")]) == 0
+    assert contents(tmp_path / "back") == before == contents(base)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b:c", "back", "base", "out", "record"]
+
+    change(tmp_path / "out" / "model-00001-of-00003.safetensors", **{f"{QKV[0]}.weight": None})
+    assert main(["unmerge", "--merged", out, "--record", record, "--out", str(tmp_path / "no")]) == 1
+    assert "weight_map" in capsys.readouterr().err or True
+
+
+def test_unmerge_refuses_a_changed_weight(tmp_path):
+    base, adapter = write_base(tmp_path / "base", decoder()), write_adapter(tmp_path / "adapter", SHAPES)
+    merge_checkpoint(base, adapter, tmp_path / "out", record=tmp_path / "record")
+    file = tmp_path / "out" / SINGLE
+    raw = bytearray(file.read_bytes())
+    at = raw.index(read_all(tmp_path / "out")[f"{QKV[0]}.weight"].view(torch.uint8).numpy().tobytes())
+    raw[at + 100] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(RuntimeError, match="not what the merge left"):
+        unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
+    assert not (tmp_path / "back").exists() and not (tmp_path / "back.partial").exists()
+
+
+def test_a_tied_head_gets_a_weight_of_its_own(tmp_path):
+    torch.manual_seed(shifted(0))
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, tie_word_embeddings=True)).eval()
+    model.save_pretrained(tmp_path / "base")
+    wrapped = trained(model, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
+    tokens = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        wanted, base = wrapped(tokens).logits, model(tokens).logits
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", record=tmp_path / "record")
+    assert [c["tensor"] for c in report.changes if c["added"]] == ["lm_head.weight"]
+    merged = tf.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert not merged.config.tie_word_embeddings
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(base, wanted)  # of the model in place
+    unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "base")
+
+
+def test_fused_and_apart(tmp_path):
+    """Projections that only one of the two has in one matrix: the same bits as each in its own place."""
+    tensors, plain = decoder(1), tmp_path / "plain"
+    paths = {p: f"model.layers.0.self_attn.{p}_proj" for p in ("q", "k", "v", "qkv")}
+    shapes = {paths["q"]: (K, N), paths["v"]: (K, 16)}
+    write_base(plain, tensors)
+    write_adapter(tmp_path / "apart", shapes)
+    merge_checkpoint(plain, tmp_path / "apart", tmp_path / "out")
+    wanted = read_all(tmp_path / "out")
+
+    parts = [f"{paths[p]}.weight" for p in "qkv"]
+    fused = {n: t for n, t in tensors.items() if n not in parts} | {
+        f"{paths['qkv']}.weight": torch.cat([tensors[n] for n in parts])
+    }
+    write_base(tmp_path / "fused", fused)
+    merge_checkpoint(tmp_path / "fused", tmp_path / "apart", tmp_path / "out2", verify=True)
+    assert torch.equal(read_all(tmp_path / "out2")[f"{paths['qkv']}.weight"], torch.cat([wanted[n] for n in parts]))
+
+    write_adapter(tmp_path / "together", {paths["qkv"]: (K, N + 32)})
+    merge_checkpoint(tmp_path / "fused", tmp_path / "together", tmp_path / "out3")
+    merge_checkpoint(plain, tmp_path / "together", tmp_path / "out4", verify=True)
+    apart = read_all(tmp_path / "out4")
+    assert torch.equal(read_all(tmp_path / "out3")[f"{paths['qkv']}.weight"], torch.cat([apart[n] for n in parts]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_another_dtype(tmp_path, dtype):
+    tensors = decoder()
+    base, adapter = (
+        write_base(tmp_path / "base", tensors, config={"dtype": "bfloat16"}),
+        write_adapter(tmp_path / "a", SHAPES),
+    )
+    merge_checkpoint(base, adapter, tmp_path / "out", dtype=dtype, verify=True)
+    found = read_all(tmp_path / "out")
+    assert {t.dtype for t in found.values()} == {dtype}
+    assert torch.equal(found["model.norm.weight"], tensors["model.norm.weight"].to(dtype))
+    wide = {name: tensor.float() for name, tensor in tensors.items()}
+    merge_checkpoint(write_base(tmp_path / "wide", wide), adapter, tmp_path / "out2")
+    assert torch.equal(found[f"{QKV[0]}.weight"], read_all(tmp_path / "out2")[f"{QKV[0]}.weight"].to(dtype))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype)[6:]
+
+
+def test_in_place(tmp_path):
+    base, adapter = write_base(tmp_path / "base", decoder(), shards=2), write_adapter(tmp_path / "adapter", SHAPES)
+    (base / "pytorch_model.bin").write_bytes(b"kept")
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    report = merge_checkpoint(base, adapter, in_place=True)
+    assert report.left_out == ["pytorch_model.bin"]
+    same = sameness(read_all(base), read_all(tmp_path / "out"))
+    assert all(same.values()) and (base / "pytorch_model.bin").read_bytes() == b"kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+@needs_fork
+def test_killed_and_resumed(tmp_path, monkeypatch):
+    """SIGKILL after some pieces: the output is not there, the base is intact, and the next call ends with the same
+    bytes."""
+    pieces_of(monkeypatch, 512)
+    base, adapter = write_base(tmp_path / "base", decoder(4), shards=7), write_adapter(tmp_path / "adapter", SHAPES)
+    before = contents(base)
+    done = []
+    merge_checkpoint(
+        base, adapter, tmp_path / "whole", record=tmp_path / "whole record", progress=lambda *x: done.append(x)
+    )
+    wanted = contents(tmp_path / "whole"), contents(tmp_path / "whole record")
+    for stop in (1, len(done) // 2, len(done) // 4):
+        reading, writing = os.pipe()
+
+        def work(writing=writing):
+            tell = lambda done, total: os.write(writing, b"x")  # noqa: E731
+            merge_checkpoint(base, adapter, tmp_path / "out", record=tmp_path / "record", progress=tell)
+
+        def wait(reading=reading, writing=writing, stop=stop):
+            os.close(writing)
+            for _ in range(stop):
+                assert os.read(reading, 1)  # nothing: the merge has ended
+
+        run_killed(work, wait)
+        os.close(reading)
+        assert not (tmp_path / "out").exists() and contents(base) == before
+    report = merge_checkpoint(base, adapter, tmp_path / "out", record=tmp_path / "record")
+    assert report.kept and report.written
+    assert (contents(tmp_path / "out"), contents(tmp_path / "record")) == wanted
+
+
+@needs_fork
+def test_memory_holds_a_few_pieces(tmp_path, monkeypatch):
+    """160 MB in two shards, the largest tensor 64 MB, with 64 MB of address space beyond what the process has."""
+    pieces_of(monkeypatch, 1 << 20)
+    sizes = {"model.embed_tokens": 64, "model.layers.0.mlp.down_proj": 64, "model.layers.0.self_attn.q_proj": 32}
+    base = write_base(
+        tmp_path / "base",
+        {f"{p}.weight": torch.ones(mb << 10, 512, dtype=torch.bfloat16) for p, mb in sizes.items()},
+        shards=2,
+    )
+    shapes = {path: (512, mb << 10) for path, mb in list(sizes.items())[1:]}
+    adapter = write_adapter(tmp_path / "adapter", shapes, r=1)
+    fused_lora.functional.merge_(torch.zeros(8, 8, dtype=torch.bfloat16), [torch.ones(1, 8)], [torch.ones(8, 1)], [1.0])
+
+    @alone
+    def merge():
+        merge_checkpoint(base, adapter, tmp_path / "out")
+
+    merge()
+    assert len(read_all(tmp_path / "out")) == 3
+
+
+def full_disk(monkeypatch):
+    """Every write after the first few fails."""
+    real, calls = os.pwrite, []
+
+    def write(file, data, at):
+        calls.append(len(data))
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(file, data, at)
+
+    monkeypatch.setattr(stream.os, "pwrite", write)
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    base, adapter = write_base(tmp_path / "base", decoder(), shards=3), write_adapter(tmp_path / "adapter", SHAPES)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        full_disk(patch)
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = merge_checkpoint(base, adapter, tmp_path / "out")
+    merge_checkpoint(base, adapter, tmp_path / "whole")
+    assert report.kept and contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_verify_finds_a_wrong_sum(tmp_path, monkeypatch):
+    base, adapter = write_base(tmp_path / "base", decoder()), write_adapter(tmp_path / "adapter", SHAPES)
+    monkeypatch.setattr(changes, "add_rows_", lambda rows, factors, keep: rows.add_(0.25))
+    with pytest.raises(AdapterError, match="expected W \\+ s B A"):
+        merge_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def truncate(base, adapter):
+    file = sorted(base.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def lose_entry(base, adapter):
+    index = base / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    names.pop(f"{QKV[0]}.weight")
+    change(index, weight_map=names)
+
+
+def lose_shard(base, adapter):
+    sorted(base.glob("*.safetensors"))[0].unlink()
+
+
+def climb(base, adapter):
+    change(base / "model.safetensors.index.json", weight_map={"a": "../model.safetensors"})
+
+
+def two(base, adapter):
+    (base / "model.safetensors").write_bytes(sorted(base.glob("*.safetensors"))[0].read_bytes())
+
+
+def weights(**tensors):
+    return lambda base, adapter: change(adapter / "adapter_model.safetensors", **tensors)
+
+
+def config(**entries):
+    return lambda base, adapter: change(adapter / "adapter_config.json", **entries)
+
+
+def in_base(**tensors):
+    """Of the first shard, which has the embedding and the first queries' neighbours."""
+
+    def put(base, adapter):
+        for name, tensor in tensors.items():
+            held = next(f for f in base.glob("*.safetensors") if name in read_names(f))
+            change(held, **{name: tensor})
+
+    return put
+
+
+def read_names(file):
+    raw = file.read_bytes()
+    return json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+
+
+A0, B0 = (f"base_model.model.{QKV[0]}.lora_{x}.weight" for x in "AB")
+BAD = {
+    "truncated shard": (truncate, "bytes of tensors"),
+    "missing index entry": (lose_entry, "an entry of weight_map"),
+    "missing shard": (lose_shard, "a readable regular file"),
+    "shard outside": (climb, "in the same folder"),
+    "two checkpoints": (two, "one checkpoint"),
+    "NaN": (weights(**{A0: torch.full((4, K), torch.nan)}), "NaN or Inf"),
+    "rank": (weights(**{B0: torch.zeros(N, 5)}), "a shape \\[N, 4\\]"),
+    "shape": (weights(**{A0: torch.zeros(4, K + 1)}), "a weight \\[40, 25\\]"),
+    "another base": (
+        weights(
+            **{
+                A0: None,
+                B0: None,
+                A0.replace("model.layers", "model.blocks"): torch.zeros(4, K),
+                B0.replace("model.layers", "model.blocks"): torch.zeros(N, 4),
+            }
+        ),
+        "1 of the adapter's 6 layers are not in the checkpoint.*likely rename",
+    ),
+    "unused tensor": (weights(extra=torch.zeros(1)), "not read"),
+    "DoRA": (config(use_dora=True), "lora_magnitude_vector: expected a tensor"),
+    "experts": (config(target_parameters=["mlp.experts.gate_up_proj"]), "not supported"),
+    "embedding": (
+        weights(**{"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 56)}),
+        "LoRA on an embedding",
+    ),
+    "transposed": (config(fan_in_fan_out=True), "as fan_in_fan_out=True stores it"),
+    "quantised": (in_base(**{f"{QKV[0]}.weight": torch.zeros(N, K, dtype=torch.int8)}), "quantised"),
+    "overflow": (weights(**{A0: torch.full((4, K), 3e38), B0: torch.ones(N, 4)}), "NaNs or infinities"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_leaves_nothing(tmp_path, name):
+    base, adapter = write_base(tmp_path / "base", decoder(), shards=2), write_adapter(tmp_path / "adapter", SHAPES)
+    damage, message = BAD[name]
+    damage(base, adapter)
+    before = contents(base)
+    with pytest.raises(ValueError, match=message) as caught:
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert isinstance(caught.value, AdapterError) or name == "overflow"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"] and contents(base) == before
+
+
+def test_where_the_output_may_be(tmp_path, capsys):
+    base, adapter = write_base(tmp_path / "base", decoder()), write_adapter(tmp_path / "adapter", SHAPES)
+    call = ["merge", "--base", str(base), "--adapter", str(adapter)]
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(base)
+    before = contents(tmp_path)
+    for out, message in [
+        (base, "expected a folder outside"),
+        (tmp_path / "link", "expected a folder outside"),
+        (base / "merged", "expected a folder outside"),
+        (tmp_path / "held", "which holds something"),
+        (tmp_path / "held" / "file" / "x", "is no folder"),
+    ]:
+        assert main([*call, "--out", str(out)]) == 1
+        assert message in capsys.readouterr().err
+    assert main(call) == 1 and main([*call, "--out", "x", "--in-place"]) == 1
+    assert contents(tmp_path) == before
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "file").write_text("another's")
+    with pytest.raises(FileExistsError, match="another call left unfinished"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    for argument, value, kind in [
+        ("dtype", "bf16", TypeError),
+        ("dtype", torch.int8, ValueError),
+        ("device", "nowhere", ValueError),
+        ("verify", 1, TypeError),
+    ]:
+        with pytest.raises(kind, match=argument):
+            merge_checkpoint(base, adapter, tmp_path / "other", **{argument: value})
+    with pytest.raises(ValueError, match="expected a finite weight"):
+        merge_checkpoint(base, [(adapter, float("nan"))], tmp_path / "other")
+
+
+def test_links_names_and_what_is_left_out(tmp_path):
+    """A folder of links, as a hub's cache has it; a rename by hand; weights of other kinds stay behind."""
+    blobs, base = write_base(tmp_path / "blobs", decoder()), tmp_path / "base"
+    base.mkdir()
+    for file in blobs.iterdir():
+        (base / file.name).symlink_to(file)
+    for name in ("pytorch_model.bin", "adapter_config.json"):
+        (base / name).write_text("{}")
+    (base / "templates").mkdir()
+    (base / "templates" / "chat.jinja").write_text("hi")
+    os.mkfifo(base / "pipe")
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        {path.replace("model.layers", "trunk.blocks"): s for path, s in SHAPES.items()},
+        target_modules=["q_proj", "down_proj"],
+    )
+    with pytest.raises(AdapterError, match="trunk"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = merge_checkpoint(base, adapter, tmp_path / "out", rename={"trunk.blocks": "model.layers"})
+    assert "names 2 layers more" in str(caught[-1].message) and "down_proj" in str(caught[-1].message)
+    assert sorted(report.left_out) == ["adapter_config.json", "pipe", "pytorch_model.bin"]
+    assert (tmp_path / "out" / "templates" / "chat.jinja").read_text() == "hi"
+    assert not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
