@@ -86,6 +86,11 @@ def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BY
     return read_checked(directory, max_bytes, lambda plan: plan)[0]
 
 
+def of_another_base(trained_on: str | None, model: str) -> bool:
+    """Whether an adapter's config names another base than ``model``. Both may be folders: their last parts count."""
+    return bool(trained_on) and os.path.basename(trained_on.rstrip("/")) != os.path.basename(model.rstrip("/"))
+
+
 def path_text(name: str, path: str | os.PathLike) -> str:
     """A path as a str. TypeError for what is none."""
     if not isinstance(path, (str, bytes, os.PathLike)):

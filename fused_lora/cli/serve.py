@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import math
 import os
@@ -25,6 +26,14 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser("fused-lora serve", description="OpenAI-compatible server for many adapters")
     found.add_argument("--model", required=True, help="folder or hub name of the base model")
     found.add_argument("--adapters", type=Path, metavar="DIR", help="each folder in it with an adapter is served")
+    found.add_argument(
+        "--lora-modules",
+        nargs="+",
+        type=_lora_module,
+        default=[],
+        metavar="NAME=PATH",
+        help='adapters by name, from any folder; or JSON as for vLLM: \'{"name": "sql", "path": "adapters/sql"}\'',
+    )
     found.add_argument("--served-model-name", metavar="NAME", help="what requests call the base model")
     found.add_argument("--host", default="127.0.0.1")
     found.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
@@ -115,7 +124,8 @@ def build(options: argparse.Namespace) -> Any:
     with torch.no_grad():  # one token: which layers the model never calls is known before an adapter has them
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
     known = [] if options.adapters is None else register_folder(store, options.adapters, name, options.allow_partial)
-    probe(store, known[:_PROBED_FIRST])
+    probe(store, known[:_PROBED_FIRST], base=options.model)
+    probe_named(store, options.lora_modules, name, options)
     manager = continuous_batching(model, store, _engine_config(options, device))
     limits = Limits(
         max_queue=options.max_queue,
@@ -125,14 +135,16 @@ def build(options: argparse.Namespace) -> Any:
         body_bytes=options.max_body,
     )
     engine = AsyncEngine(manager, tokenizer, limits, Metrics())
-    settings = Settings(name, options.adapters, options.allow_load, options.api_key, options.allow_partial)
+    settings = Settings(
+        name, options.adapters, options.allow_load, options.api_key, options.allow_partial, options.model
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         manager.start()
         stopping = threading.Event()
         # one at a time, with pauses: Python that runs beside the engine's own slows every step
-        rest = threading.Thread(target=probe, args=(store, known[_PROBED_FIRST:], stopping), daemon=True)
+        rest = threading.Thread(target=probe, args=(store, known[_PROBED_FIRST:], stopping, options.model), daemon=True)
         rest.start()
         _log.info("serving %s with %d adapters on %s", name, len(store.names()), device)
         try:
@@ -146,36 +158,52 @@ def build(options: argparse.Namespace) -> Any:
 
 
 def register_folder(store: Any, folder: Path, base_name: str, allow_partial: bool = False) -> list[str]:
-    """Register every adapter in ``folder`` under its folder's name. Others are logged and left out.
+    """Register every adapter in ``folder`` under its folder's name, and those one folder below as ``org/adapter``.
+    Others are logged and left out.
 
     Returns:
         The names, in order.
     """
-    from fused_lora.modules.inject import check_adapter_name
     from fused_lora.serving.http.api import ApiError
     from fused_lora.serving.http.guard import allowed_adapter
+    from fused_lora.serving.residency.naming import check_served_name
 
     names = []
-    for entry in sorted(folder.iterdir()):
+    for path in sorted([*folder.glob("*/adapter_config.json"), *folder.glob("*/*/adapter_config.json")]):
+        name = path.parent.relative_to(folder).as_posix()
         try:
-            if not (entry / "adapter_config.json").exists():
-                continue
-            check_adapter_name(entry.name)
-            if entry.name == base_name:
+            check_served_name(name)
+            if name == base_name:
                 raise ValueError("it has the base model's name")
-            path = str(allowed_adapter(folder, entry.name))
-            store.register(entry.name, path, inside=str(folder), allow_partial=allow_partial)
-            names.append(entry.name)
+            store.register(name, str(allowed_adapter(folder, name)), inside=str(folder), allow_partial=allow_partial)
+            names.append(name)
         except (ApiError, OSError, ValueError) as error:
-            _log.warning("adapter %r is left out: %s", entry.name, error)
+            _log.warning("adapter %r is left out: %s", name, error)
     return names
 
 
-def probe(store: Any, names: Sequence[str], stopping: threading.Event | None = None) -> None:
+def probe_named(store: Any, modules: Sequence[tuple[str, str]], base_name: str, options: argparse.Namespace) -> None:
+    """Register and check the adapters of ``--lora-modules``. SystemExit for one that cannot be served."""
+    for name, path in modules:
+        try:
+            if name == base_name:
+                raise ValueError("it has the base model's name")
+            if name in store:
+                raise ValueError("there is another adapter of this name")
+            store.register(name, path, allow_partial=options.allow_partial)
+            probe(store, [name], base=options.model)
+            if (error := store.refusal(name)) is not None:
+                raise error
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--lora-modules: {name}: {error}") from None
+
+
+def probe(store: Any, names: Sequence[str], stopping: threading.Event | None = None, base: str | None = None) -> None:
     """Check config and header of these adapters. Those that do not fit are logged, and refused until they change.
 
     Args:
-        stopping: pause after each adapter, and end early when it is set.
+        stopping: pause after each adapter, and end early when it is set. base: name or folder of the base model; an
+            adapter whose config names another one is logged.
     """
     from fused_lora.modules.inject import AdapterNotFound
 
@@ -186,6 +214,8 @@ def probe(store: Any, names: Sequence[str], stopping: threading.Event | None = N
             continue
         if error is not None:
             _log.warning("adapter %r is refused until its files change: %s", name, error)
+        elif base is not None and (other := store.other_base(name, base)):
+            _log.warning("adapter %r says that its base model is %r, and it is served over %r", name, other, base)
         if stopping is not None and stopping.wait(_PROBE_PAUSE_SECONDS):
             return
 
@@ -204,6 +234,26 @@ def _engine_config(options: argparse.Namespace, device: Any) -> Any:
     if options.cache_tokens:
         changes["num_blocks"] = -(-options.cache_tokens // config.page_size)
     return replace(config, **changes)
+
+
+def _lora_module(text: str) -> tuple[str, str]:
+    """(name, path) of ``name=path`` or of vLLM's JSON."""
+    from fused_lora.serving.residency.naming import check_served_name
+
+    try:
+        found = (
+            json.loads(text) if text.startswith("{") else dict(zip(("name", "path"), text.split("=", 1), strict=False))
+        )
+        if unknown := found.keys() - {"name", "path", "base_model_name"}:
+            raise ValueError(f"unknown keys {sorted(unknown)}")
+        name, path = check_served_name(found["name"]), found["path"]
+        if not (isinstance(path, str) and path):
+            raise ValueError(f"expected a folder, got {path!r}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=PATH, or JSON with name and path, got {text!r}: {error}"
+        ) from None
+    return name, path
 
 
 def _count(text: str) -> int:

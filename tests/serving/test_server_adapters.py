@@ -30,6 +30,8 @@ def adapters(plain, tmp_path_factory):
         serving.write_adapter(root / "adapters" / name, plain[1], 4, seed=i)
     serving.write_adapter(root / "outside", plain[1], 4, seed=9)
     serving.write_overflowing_adapter(root / "adapters" / "evil", plain[1], "v_proj")
+    serving.write_adapter(root / "adapters" / "org" / "name.v1", plain[1], 4, seed=10)
+    edit(root / "adapters" / "org" / "name.v1", base_model_name_or_path="somebody/else")
     edit(root / "adapters" / "dora", use_dora=True)
     edit(root / "adapters" / "biased", bias="all")
     edit(root / "adapters" / "other_base", target_modules=["c_attn"])
@@ -40,7 +42,9 @@ def adapters(plain, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(plain, adapters, tmp_path_factory):
-    with Server(plain[0], adapters, tmp_path_factory.mktemp("log") / "log", "--allow-load") as found:
+    named = json.dumps(dict(name="json", path=str(adapters / "a"), base_model_name="tiny"))
+    options = ("--allow-load", "--lora-modules", f"named={adapters.parent / 'outside'}", named)
+    with Server(plain[0], adapters, tmp_path_factory.mktemp("log") / "log", *options) as found:
         yield found
 
 
@@ -60,13 +64,57 @@ def offered(server):
 
 
 def test_adapters_that_cannot_be_served_are_not_offered(server):
-    assert offered(server) == ["tiny", "a", "b", "evil", "moved"]  # nobody can tell evil by its header
+    # nobody can tell evil by its header
+    assert offered(server) == ["tiny", "a", "b", "evil", "json", "moved", "named", "org/name.v1"]
     said = dict(dora="lora_magnitude_vector", biased="bias='all'", other_base="c_attn", cut="bytes")
     for name, what in said.items():
         status, body = ask(server, name)
         assert (status, body["error"]["code"]) == (422, "invalid_adapter") and what in body["error"]["message"], body
         assert "/" not in body["error"]["message"]
         assert f"adapter '{name}' is refused until its files change: " in server.log.read_text()
+
+
+def test_names_are_those_of_the_hub_and_each_model_has_a_card(server, plain, adapters):
+    roots = dict(tiny=plain[0], a=adapters / "a", named=adapters.parent / "outside", json=adapters / "a")
+    for name, root in (*roots.items(), ("org/name.v1", adapters / "org" / "name.v1")):
+        card = server.client.models.retrieve(name)
+        assert (card.id, card.root, card.parent) == (name, str(root), None if name == "tiny" else "tiny")
+        assert card.model_dump() in [model.model_dump() for model in server.client.models.list()]
+        assert ask(server, name)[0] == 200
+    assert server.http.get("/v1/models/none").status_code == 404
+    assert server.http.get("/v1/models/dora").status_code == 422
+    warned = "adapter 'org/name.v1' says that its base model is 'somebody/else', and it is served over "
+    assert server.log.read_text().count(warned) == 1
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        ("sql", "expected NAME=PATH"),
+        ("a/b/c=x", "adapter_name must be"),
+        ("../up=x", "adapter_name must be"),
+        ('{"name": "sql"}', "'path'"),
+        ('{"name": "sql", "path": 5}', "expected a folder"),
+        ('{"name": "sql", "path": "x", "more": 1}', "unknown keys"),
+    ],
+)
+def test_lora_modules_that_are_malformed_are_refused_at_once(module, message, capsys):
+    serve = importlib.import_module("fused_lora.cli.serve")
+    with pytest.raises(SystemExit):
+        serve.main(["--model", "none", "--lora-modules", module])
+    assert message in capsys.readouterr().err
+
+
+def test_lora_modules_that_cannot_be_served_end_the_start(plain, adapters):
+    serve = importlib.import_module("fused_lora.cli.serve")
+    store = fused_lora.AdapterStore(plain[1])
+    options = serve.parser().parse_args(["--model", "tiny"])
+    serve.probe_named(store, [("fine", str(adapters / "a"))], "tiny", options)
+    for name, path, why in [("tiny", "a", "base model"), ("fine", "a", "another"), ("x", "none", "no such folder"),
+                            ("y", "dora", "use_dora")]:  # fmt: skip
+        with pytest.raises(SystemExit, match=f"--lora-modules: {name}: .*{why}"):
+            serve.probe_named(store, [(name, str(adapters / path))], "tiny", options)
+    store.detach()
 
 
 def test_one_that_overflows_is_refused_by_name_and_others_are_served(server, adapters):

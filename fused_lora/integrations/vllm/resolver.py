@@ -9,7 +9,7 @@ from logging import Logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, read_checked
+from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, of_another_base, read_checked
 from fused_lora.adapters.errors import AdapterError
 
 
@@ -36,7 +36,7 @@ class StrictResolver(LoRAResolver):
             self._log.warning("fused_lora: adapter %s: not served: %s", lora_name, error)
             return None
         trained_on = plan.config.base_model_name_or_path
-        if trained_on and os.path.basename(trained_on) != os.path.basename(base_model_name):
+        if of_another_base(trained_on, base_model_name):
             self._log.warning("fused_lora: adapter %s says %s is its base model", lora_name, trained_on)
         return LoRARequest(lora_name, 1, folder)  # vLLM gives it another number
 

@@ -1,6 +1,7 @@
 """``fused-lora serve``: an OpenAI-compatible HTTP server for one model and a folder of adapters.
 
-    /v1/completions  /v1/chat/completions  /v1/models      ``model`` names the adapter, or the base model
+    /v1/completions  /v1/chat/completions                  ``model`` names the adapter, or the base model
+    /v1/models  /v1/models/{id}                            what there is
     /v1/load_lora_adapter  /v1/unload_lora_adapter         as vLLM has them, with --allow-load, from --adapters
     /health  /metrics                                      without the API key
     /openapi.json                                          the description of all of these
@@ -25,7 +26,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
+from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.http.api import (
     Answer,
     ApiError,
@@ -48,26 +49,29 @@ from fused_lora.serving.http.openapi import (
     ChatCompletion,
     Completion,
     Health,
+    ModelCard,
     ModelList,
     answers,
     describe,
 )
 from fused_lora.serving.http.prompts import PromptReader
 from fused_lora.serving.http.streams import merged, unless_gone
+from fused_lora.serving.residency.naming import check_served_name
 
 _log = logging.getLogger("fused_lora.serve")
 
 
 @dataclass
 class Settings:
-    """Settings of one server: the name of its model, where adapters may come from, the key, and whether adapters are
-    loaded without the tensors that do not fit the model."""
+    """Settings of one server: the name of its model, where adapters may come from, the key, whether adapters are loaded
+    without the tensors that do not fit the model, and where the model is from."""
 
     base_name: str
     adapters: Path | None = None
     allow_load: bool = False
     api_key: str | None = None
     allow_partial: bool = False
+    base_path: str | None = None
 
 
 class Service:
@@ -177,19 +181,26 @@ class Service:
     def models(self) -> dict[str, Any]:
         """What /v1/models answers: the base model, and the adapters that are not refused at present."""
         store = self.engine.store
-        refused = store.refusals()
-        card = {"object": "model", "created": self.started, "owned_by": "fused_lora"}
-        base = self.settings.base_name
-        cards = [{"id": base, **card, "root": base, "parent": None}]
-        cards += [{"id": name, **card, "root": name, "parent": base} for name in store.names() if name not in refused]
+        refused, cards = store.refusals(), [self.model(self.settings.base_name)]
+        for name in store.names():
+            if name not in refused:
+                with contextlib.suppress(ApiError):  # unloaded or refused meanwhile
+                    cards.append(self.model(name))
         return {"object": "list", "data": cards}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """What /v1/models/{id} answers. Raises ApiError for a name that cannot be served."""
+        adapter, base = self.adapter(name), self.settings.base_name
+        root = self.settings.base_path if adapter is None else self.engine.store.folder(adapter)
+        card = {"id": name, "object": "model", "created": self.started, "owned_by": "fused_lora"}
+        return card | {"root": root or name, "parent": None if adapter is None else base}
 
     def check_may_load(self, name: str) -> Path:
         """The folder of the adapters. Raises ApiError unless adapters may be changed and ``name`` is one for them."""
         if not self.settings.allow_load or self.settings.adapters is None:
             raise ApiError(403, "This server does not load adapters on request; start it with --allow-load.")
         try:
-            check_adapter_name(name)
+            check_served_name(name)
         except ValueError as error:
             raise ApiError(400, str(error).replace("adapter_name", "lora_name", 1), "lora_name") from None
         if name == self.settings.base_name:
@@ -217,6 +228,10 @@ def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) ->
     @app.get("/v1/models", **answers(ModelList, 401))
     async def models() -> Response:
         return JSONResponse(await asyncio.to_thread(service.models))
+
+    @app.get("/v1/models/{name:path}", **answers(ModelCard, 401, 404, 422))
+    async def model(name: str) -> Response:
+        return JSONResponse(service.model(name))
 
     @app.post("/v1/load_lora_adapter", **answers(None, *CHANGES_ADAPTERS, kind="text/plain"))
     async def load_lora_adapter(request: LoadRequest) -> Response:

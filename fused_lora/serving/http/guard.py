@@ -34,7 +34,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         # a label per path that somebody makes up would fill the memory
-        route = scope["path"] if scope["path"] in _ROUTES else "other"
+        path = "/v1/models" if scope["path"].startswith("/v1/models/") else scope["path"]
+        route = path if path in _ROUTES else "other"
         scope[STARTED] = time.monotonic()
 
         async def counted(message: dict) -> None:

@@ -110,12 +110,12 @@ def from_folder(
     return _pack(sites, layers, dtype), before
 
 
-def check_folder(model: nn.Module, folder: str, inside: str | None = None, allow_partial: bool = False) -> list[str]:
-    """The paths of the layers of a checkpoint. Raises what :func:`from_folder` would for the config and the header of
-    the weights; no tensor is read."""
+def check_folder(model: nn.Module, folder: str, inside: str | None = None, allow_partial: bool = False) -> Plan:
+    """What the config and the header of the weights say. Raises what :func:`from_folder` would for them; no tensor is
+    read."""
     plan = _read(model, folder, inside, allow_partial, tensors=False)[1]
     _check_served(folder, plan)
-    return list(plan.slots)
+    return plan
 
 
 def _read(

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fused_lora.adapters.checkpoint import path_text
+from fused_lora.adapters.checkpoint import of_another_base, path_text
 from fused_lora.modules.config import check_bool
-from fused_lora.modules.inject import AdapterNotFound, check_adapter_name
+from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.modules.names import some
 from fused_lora.serving.residency.lease import Lease
 from fused_lora.serving.residency.live import live_adapter
+from fused_lora.serving.residency.naming import check_served_name
 from fused_lora.serving.residency.packing import (
     Packed,
     Site,
@@ -91,7 +92,7 @@ class Registry:
         of what does not fit.
 
         Args:
-            name: 1 to 64 letters, digits, "_" or "-".
+            name: ``adapter`` or ``org/adapter``, of letters, digits, "_", "-" and ".", at most 256 characters.
             source: a folder with a PEFT checkpoint; or ``{path of a layer: (A [r, K], B [N, r], scaling)}``, copied; or
                 a model with LoRA layers, whose adapter ``name`` (or its only adapter) is copied.
             inside: a folder. Files outside it are refused at every read, with all links followed.
@@ -106,7 +107,7 @@ class Registry:
             AdapterError: a file is damaged. ValueError: the adapter does not fit the model. StoreFull: no room beside
             what is pinned or in use. TypeError: ``source`` is none of the above.
         """
-        check_adapter_name(name)
+        check_served_name(name)
         check_bool("allow_partial", allow_partial)
         self._check_attached()
         if isinstance(source, (str, os.PathLike)):
@@ -163,7 +164,7 @@ class Registry:
         Returns:
             The version, as for :meth:`load`.
         """
-        check_adapter_name(name)
+        check_served_name(name)
         self._check_attached()
         if not isinstance(source, (str, os.PathLike)):
             raise TypeError(f"source: expected a folder, got {type(source).__name__}")
@@ -187,11 +188,27 @@ class Registry:
             return None
         before = signature(version.folder)
         try:
-            self._check_reached(check_folder(self.model, version.folder, version.inside, version.allow_partial))
+            plan = check_folder(self.model, version.folder, version.inside, version.allow_partial)
+            version.trained_on = plan.config.base_model_name_or_path
+            self._check_reached(plan.slots)
         except (OSError, ValueError) as error:
             version.refusal = Refusal(error.with_traceback(None), version.folder, before, for_good=True)
             return error
         return None
+
+    def folder(self, name: str) -> str | None:
+        """Where the files of an adapter are; None if it came from tensors. Raises AdapterNotFound."""
+        with self._lock:
+            return self._find(name).folder
+
+    def other_base(self, name: str, model: str) -> str | None:
+        """The base model that the adapter's config names, if it is another than ``model``, a folder or a hub name.
+
+        :meth:`probe` has read it; None before that. Raises AdapterNotFound.
+        """
+        with self._lock:
+            found = self._find(name).trained_on
+        return found if of_another_base(found, model) else None
 
     def unload(self, name: str) -> None:
         """Remove an adapter. Its memory is freed when no batch uses it any more. Raises AdapterNotFound."""

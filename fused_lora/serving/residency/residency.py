@@ -32,7 +32,7 @@ class Version:
 
     folder: where its files are, or None. held: how many batches use it. retired: its name has a newer version or was
     unloaded. refusal: why it is not served, or None. inside: the folder that its files must be in, or None.
-    allow_partial: whether its files may hold more than the model takes.
+    allow_partial: whether its files may hold more than the model takes. trained_on: the base that its config names.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Version:
     refusal: Refusal | None = None
     inside: str | None = None
     allow_partial: bool = False
+    trained_on: str | None = None
 
     @property
     def identity(self) -> str:
