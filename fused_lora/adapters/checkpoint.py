@@ -208,6 +208,8 @@ def _sort_keys(
         )
     if not slots:
         raise AdapterError(path, None, "tensors of at least one layer", "none")
+    if config.use_dora and not any("lora_magnitude" in keys for keys in slots.values()):
+        raise AdapterError(path, "use_dora", "a lora_magnitude_vector for each layer", "none")
     for name, keys in slots.items():
         for field in wanted:
             if field not in keys:

@@ -66,7 +66,7 @@ def offered(server):
 def test_adapters_that_cannot_be_served_are_not_offered(server):
     # nobody can tell evil by its header
     assert offered(server) == ["tiny", "a", "b", "evil", "json", "moved", "named", "org/name.v1"]
-    said = dict(dora="lora_magnitude_vector", biased="bias='all'", other_base="c_attn", cut="bytes")
+    said = dict(dora="use_dora", biased="bias='all'", other_base="c_attn", cut="bytes")
     for name, what in said.items():
         status, body = ask(server, name)
         assert (status, body["error"]["code"]) == (422, "invalid_adapter") and what in body["error"]["message"], body
