@@ -3,7 +3,7 @@
 inject / LoraConfig / LoraLinear          LoRA on a model or a layer, PEFT's names and rules
 save_adapter / load_adapter               PEFT checkpoints, both ways
 set_adapter / delete_adapter / disable_adapters / adapter_batch
-merge / unmerge / delta_fidelity / unload
+merge / unmerge / switch / merged / delta_fidelity / unload
 merge_checkpoint / unmerge_checkpoint     the same for a model's files, without a model
 inspect_adapter / diff_adapters / convert_adapter / combine_adapters / shrink_adapter / extract_adapter
 dropout_mask                              the mask that a call used
@@ -42,7 +42,7 @@ from fused_lora.modules.inject import (
     set_adapter,
 )
 from fused_lora.modules.linear import LoraLinear
-from fused_lora.modules.merging import delta_fidelity, merge, unload, unmerge
+from fused_lora.modules.merging import delta_fidelity, merge, merged, switch, unload, unmerge
 from fused_lora.reference import dropout_mask
 from fused_lora.serving.residency.lease import Lease
 from fused_lora.serving.residency.residency import StoreFull
@@ -78,10 +78,12 @@ __all__ = [
     "lora_layers",
     "merge",
     "merge_checkpoint",
+    "merged",
     "restore",
     "save_adapter",
     "set_adapter",
     "shrink_adapter",
+    "switch",
     "unload",
     "unmerge",
     "unmerge_checkpoint",

@@ -49,7 +49,12 @@ class AdapterFile:
     def describe(self) -> dict[str, Any]:
         """Which adapter it is, for a report and for the merged files."""
         base = self.plan.config.base_model_name_or_path
-        return {"path": self.folder, "weight": self.weight, "sha256": self.sha256, "base_model_name_or_path": base}
+        return {
+            "path": os.path.abspath(self.folder),
+            "weight": self.weight,
+            "sha256": self.sha256,
+            "base_model_name_or_path": base,
+        }
 
 
 @contextlib.contextmanager

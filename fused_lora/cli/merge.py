@@ -99,10 +99,14 @@ def run(command: str, as_json: bool, work: Callable[[Any], Any], tell: Callable[
         return status
     for warning in caught:
         print(f"fused-lora {command}: warning: {warning.message}", file=sys.stderr)
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=1))
-    else:
-        tell(report)
+    try:
+        if as_json:
+            print(json.dumps(report.to_dict(), indent=1))
+        else:
+            tell(report)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; Python must not flush again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,19 +41,27 @@ _SAMPLED_LAYERS, _SAMPLED_ROWS = 32, 8
 
 @alone
 @of_peft.by_peft(of_peft.merge)
-def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+def merge(
+    model: nn.Module,
+    adapter_names: Sequence[str] | None = None,
+    safe_merge: bool = False,
+    weights: Sequence[float] | None = None,
+) -> None:
     """Add adapters to the base weights in place, with one rounding. :func:`unmerge` restores the original bits.
 
     Args:
         model: a model with LoRA layers.
         adapter_names: names to merge (default: the active ones). Layers without these adapters do not change.
         safe_merge: accepted as in PEFT. Every merge checks for NaN and infinity before it writes.
+        weights: one finite number for each of these names, which its scaling is multiplied by; None: 1. The adapters
+            themselves do not change.
 
     Warns where rounding to 16, 8 or 4 bits takes more than half of the adapters; of 16 bits by a sample of rows.
 
     Raises:
         TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
-        ValueError: a merged weight would not be finite, or two adapters train the same token.
+        ValueError: a merged weight would not be finite, or two adapters train the same token; or the weights do not
+            belong to the names. A PEFT model takes no weights.
         RuntimeError: the model has no LoRA layers, a lora_bias has no base bias to go to, or a weight also belongs to
             another module, whose output a merge would change.
             In every case all layers are back at the bits they had before the call.
@@ -60,7 +70,104 @@ def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_mer
     and what is not finite is merged unless ``safe_merge`` is set.
     """
     layers = _mergeable(model)
-    _merge(layers, _checked_names(model, layers, adapter_names), safe_merge)
+    names = _checked_names(model, layers, adapter_names)
+    with _weighted(layers, names, _checked_weights(names, weights)):
+        _merge(layers, names, safe_merge)
+
+
+@alone
+def switch(
+    model: nn.Module, adapter_names: Sequence[str], weights: Sequence[float] | None = None, safe_merge: bool = False
+) -> None:
+    """Merge these adapters in the place of those that are merged now: all layers hold the new ones, or the old ones.
+
+    The bits are those of an :func:`unmerge` and a :func:`merge`, so a later unmerge still restores the original.
+
+    Args:
+        model: a model of ``inject``, merged or not. adapter_names, weights, safe_merge: as in :func:`merge`.
+
+    Raises what :func:`merge` and :func:`unmerge` raise; every layer then has the bits that it had before the call.
+    RuntimeError also for a PEFT model, whose own calls undo nothing.
+    """
+    of_peft.refuse(model, "switch", "call unmerge_adapter and merge_adapter")
+    layers = _mergeable(model)
+    names = as_list(adapter_names)
+    check_names(model, names)
+    factors = _checked_weights(names, weights)
+    before = snapshot(layers.values())
+    try:
+        unmerge_all(layers)
+        with _weighted(layers, _checked_names(model, layers, names), factors):
+            _merge(layers, names, safe_merge)
+    except BaseException:
+        go_back(before)
+        raise
+
+
+@contextlib.contextmanager
+def merged(
+    model: nn.Module, adapter_names: Sequence[str] | None = None, weights: Sequence[float] | None = None
+) -> Iterator[nn.Module]:
+    """Adapters are merged inside, and the base has its original bits behind, whatever is raised inside.
+
+    For loops that send merged weights elsewhere, as to an engine that generates rollouts.
+
+    Args:
+        model: a model of ``inject``, or an accelerated PEFT model. Nothing may be merged yet.
+        adapter_names, weights: as in :func:`merge`.
+
+    Yields:
+        ``model``. An :func:`unmerge` inside is no error.
+
+    Raises:
+        RuntimeError: something is merged already; or, behind, a weight was changed inside, so that its bits cannot come
+            back, and all layers stay merged. Also what :func:`merge` raises.
+    """
+    check_module(model)
+    if held := _merged_paths(model):
+        raise RuntimeError(f"merged: {some(held)} are merged already; call fused_lora.unmerge(model) first")
+    if of_peft.peft_layer(model) and not any(hasattr(layer, "merge_state") for _, layer in named_modules(model)):
+        raise RuntimeError("merged: PEFT's unmerge changes the base; call fused_lora.accelerate(model) first")
+    try:
+        merge(model, adapter_names, weights=weights)
+        yield model
+    finally:
+        if _merged_paths(model):
+            unmerge(model)
+
+
+def _merged_paths(model: nn.Module) -> list[str]:
+    return [path for path, layer in named_modules(model) if getattr(layer, "merged_adapters", None)]
+
+
+def _checked_weights(names: Sequence[str], weights: Any) -> list[float] | None:
+    if weights is None:
+        return None
+    found = list(weights) if isinstance(weights, (list, tuple)) else weights
+    numbers = isinstance(found, list) and all(isinstance(w, (int, float)) and not isinstance(w, bool) for w in found)
+    if not numbers:
+        raise TypeError(f"weights: expected a list of numbers or None, got {weights!r:.200}")
+    if len(found) != len(names) or not all(map(math.isfinite, found)):
+        raise ValueError(f"weights: expected one finite number for each of {some(names)}, got {found!r:.200}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"weights: expected different adapters, got {some(names)}")
+    return found
+
+
+@contextlib.contextmanager
+def _weighted(layers: Mapping[str, Any], names: Sequence[str], weights: Sequence[float] | None) -> Iterator[None]:
+    """The layers' scalings times the weights inside; a merge freezes its own copies of what it adds."""
+    before = []
+    try:
+        for layer in layers.values() if weights is not None else ():
+            for name, weight in zip(names, weights or (), strict=True):
+                if isinstance(layer, LoraLinear) and name in layer.scaling:
+                    before.append((layer.scaling, name, layer.scaling[name]))
+                    layer.scaling[name] = layer.scaling[name] * weight
+        yield
+    finally:
+        for scaling, name, value in before:
+            scaling[name] = value
 
 
 def _checked_names(model: nn.Module, layers: Mapping[str, Any], adapter_names: Sequence[str] | None) -> list[str]:

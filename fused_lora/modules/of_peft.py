@@ -70,8 +70,15 @@ def by_peft(do: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]
     return decorate
 
 
-def merge(wrapper: Any, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+def merge(
+    wrapper: Any,
+    adapter_names: Sequence[str] | None = None,
+    safe_merge: bool = False,
+    weights: Sequence[float] | None = None,
+) -> None:
     """merge_adapter, which passes over unknown names."""
+    if weights is not None:  # PEFT's unmerge would subtract the unweighted delta
+        raise ValueError(f"weights: expected None for a PEFT model, got {weights!r:.200}; call set_scale of its layers")
     for name in adapter_names or ():
         if not isinstance(adapter_names, str) and name not in wrapper.peft_config:
             raise ValueError(f"Adapter {name} not found.")

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import random
+import shutil
 import warnings
 
 import peft
@@ -255,35 +257,39 @@ def test_in_place(tmp_path):
 
 
 @needs_fork
-def test_killed_and_resumed(tmp_path, monkeypatch):
-    """SIGKILL after some pieces: the output is not there, the base is intact, and the next call ends with the same
-    bytes."""
+@pytest.mark.experiment("C6", full=20, quick=4)
+def test_killed_and_resumed(tmp_path, monkeypatch, count):
+    """SIGKILL at a random moment of a merge of files, and of the call that goes on: no output is there, and the base is
+    intact. The next call ends with the same bytes as one that was not killed, record included."""
     pieces_of(monkeypatch, 512)
     base, adapter = write_base(tmp_path / "base", decoder(4), shards=7), write_adapter(tmp_path / "adapter", SHAPES)
-    before = contents(base)
-    done = []
+    before, done, draw, kept = contents(base), [], random.Random(shifted(3)), 0
     merge_checkpoint(
         base, adapter, tmp_path / "whole", record=tmp_path / "whole record", progress=lambda *x: done.append(x)
     )
     wanted = contents(tmp_path / "whole"), contents(tmp_path / "whole record")
-    for stop in (1, len(done) // 2, len(done) // 4):
+    for kill in range(count):
         reading, writing = os.pipe()
 
         def work(writing=writing):
             tell = lambda done, total: os.write(writing, b"x")  # noqa: E731
             merge_checkpoint(base, adapter, tmp_path / "out", record=tmp_path / "record", progress=tell)
 
-        def wait(reading=reading, writing=writing, stop=stop):
+        def wait(reading=reading, writing=writing):
             os.close(writing)
-            for _ in range(stop):
+            for _ in range(draw.randint(len(done) // 4, len(done) // 3)):
                 assert os.read(reading, 1)  # nothing: the merge has ended
 
         run_killed(work, wait)
         os.close(reading)
         assert not (tmp_path / "out").exists() and contents(base) == before
-    report = merge_checkpoint(base, adapter, tmp_path / "out", record=tmp_path / "record")
-    assert report.kept and report.written
-    assert (contents(tmp_path / "out"), contents(tmp_path / "record")) == wanted
+        if kill % 2:  # killed twice
+            report = merge_checkpoint(base, adapter, tmp_path / "out", record=tmp_path / "record")
+            kept += len(report.kept)
+            assert report.written and (contents(tmp_path / "out"), contents(tmp_path / "record")) == wanted
+            shutil.rmtree(tmp_path / "out")
+            shutil.rmtree(tmp_path / "record")
+    assert kept
 
 
 @needs_fork

@@ -5,6 +5,7 @@ import sys
 import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -182,3 +183,92 @@ def test_a_layer_without_weights_merges(shape):
     assert model["empty"].merged and not torch.equal(model["other"].base_layer.weight, before)
     fused_lora.unmerge(model)
     assert torch.equal(model["other"].base_layer.weight, before) and not model["empty"].merged
+
+
+def two_adapters(dtypes=(torch.bfloat16, torch.float32)):
+    """A model with the adapters "a" and "b", and another whose scalings are set to 0.5 and -2 times them."""
+    net = layers_of(list(dtypes))
+    config = LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+    net = fused_lora.unload(net)
+    for name in "ab":
+        fused_lora.inject(net, config, name)
+    scaled = copy.deepcopy(net)
+    for layer in scaled:
+        layer.set_scale("a", 0.5)
+        layer.set_scale("b", -2.0)
+    return net, scaled
+
+
+def test_weights_of_a_merge(loops):
+    """As if the scalings were others; the adapters themselves are not changed, and the unmerge knows."""
+    net, scaled = two_adapters()
+    before, scalings = weights(net), [dict(layer.scaling) for layer in net]
+    fused_lora.merge(net, ["a", "b"], weights=[0.5, -2.0])
+    fused_lora.merge(scaled, ["a", "b"])
+    assert same_bits(weights(net), weights(scaled)) and not same_bits(weights(net), before)
+    assert [dict(layer.scaling) for layer in net] == scalings
+    fused_lora.unmerge(net)
+    assert same_bits(weights(net), before)
+    for bad, kind in (
+        ([1.0], ValueError),
+        ([1.0, float("inf")], ValueError),
+        ("12", TypeError),
+        ([1, True], TypeError),
+    ):
+        with pytest.raises(kind, match="weights"):
+            fused_lora.merge(net, ["a", "b"], weights=bad)
+    with pytest.raises(ValueError, match="weights"):
+        fused_lora.merge(net, ["a", "a"], weights=[1.0, 1.0])
+    assert same_bits(weights(net), before)
+
+
+def test_switch_is_one_or_the_other(loops):
+    net, scaled = two_adapters()
+    before = weights(net)
+    fused_lora.merge(net, ["a"])
+    merged = weights(net)
+    fused_lora.switch(net, ["b"], weights=[-2.0])
+    fused_lora.merge(scaled, ["b"])
+    assert same_bits(weights(net), weights(scaled)) and all(layer.merged_adapters == ["b"] for layer in net)
+    fused_lora.switch(net, ["a"])
+    assert same_bits(weights(net), merged)
+    with torch.no_grad():
+        net[-1].lora_B["b"].weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="infinit"):
+        fused_lora.switch(net, ["b"])
+    assert same_bits(weights(net), merged) and all(layer.merged_adapters == ["a"] for layer in net)
+    with pytest.raises(fused_lora.AdapterNotFound):
+        fused_lora.switch(net, ["c"])
+    fused_lora.unmerge(net)
+    assert same_bits(weights(net), before)
+
+
+@pytest.mark.parametrize("kind", ["ours", "accelerated"])
+def test_merged_restores_the_bits(kind):
+    """500 other adapters, each merged and left by an exception now and then: no bit changes."""
+    linear = nn.Linear(24, 40, dtype=torch.bfloat16)
+    if kind == "ours":
+        net = fused_lora.inject(nn.Sequential(linear), LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    else:
+        config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        net = peft.get_peft_model(nn.Sequential(linear), config)
+        with pytest.raises(RuntimeError, match="call fused_lora.accelerate"), fused_lora.merged(net):
+            pass
+        fused_lora.accelerate(net)
+    B = next(p for n, p in net.named_parameters() if "lora_B" in n)
+    before = linear.weight.detach().clone()
+    for i in range(500):
+        B.data.normal_(std=0.1)
+        try:
+            with fused_lora.merged(net) as inside:
+                assert inside is net and not torch.equal(linear.weight, before)
+                if i % 7 == 0:
+                    raise KeyError(i)
+        except KeyError:
+            assert i % 7 == 0
+        assert torch.equal(bits(linear.weight.detach()), bits(before))
+    with pytest.raises(RuntimeError, match="merged already"), fused_lora.merged(net), fused_lora.merged(net):
+        pass
+    with fused_lora.merged(net):
+        fused_lora.unmerge(net)
+    assert torch.equal(bits(linear.weight.detach()), bits(before))
