@@ -496,6 +496,9 @@ int fused_lora_variant(void) {
 #endif
 }
 
+/* Of the layout that Python must have, too: an older library beside newer code would read wrong addresses. */
+int fused_lora_work_bytes(void) { return (int)sizeof(Work); }
+
 int fused_lora_openmp(void) {
 #ifdef _OPENMP
     return 1;

@@ -52,6 +52,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(LIBRARY))
         variant = library.fused_lora_variant()
+        if library.fused_lora_work_bytes() != ctypes.sizeof(Work):
+            return None, f"{LIBRARY.name} is of another version: build it again"
     except (OSError, AttributeError) as error:
         return None, f"{LIBRARY.name} cannot be loaded: {error}"
     if variant < 0:
