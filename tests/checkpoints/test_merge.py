@@ -430,7 +430,7 @@ BAD = {
         "1 of the adapter's 6 layers are not in the checkpoint.*likely rename",
     ),
     "unused tensor": (weights(extra=torch.zeros(1)), "not read"),
-    "DoRA": (config(use_dora=True), "not supported"),
+    "DoRA": (config(use_dora=True), "use_dora: expected a lora_magnitude_vector"),
     "experts": (config(target_parameters=["mlp.experts.gate_up_proj"]), "not supported"),
     "embedding": (
         weights(**{"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 56)}),
