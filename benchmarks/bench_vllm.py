@@ -73,10 +73,13 @@ class Layer(BaseLayerWithLoRA):
         self.lora_a_stacked, self.lora_b_stacked = (tuple(torch.zeros_like(t) for t in side) for side in (A, B))
         self.base_layer = torch.nn.Identity()
 
-    def set_lora(self, index: int, lora_a: list[Tensor], lora_b: list[Tensor]) -> None:
+    def set_lora(self, index: int, lora_a: list[Tensor | None], lora_b: list[Tensor | None]) -> None:
+        """As vLLM's layers with several outputs do."""
         for stacked, side in ((self.lora_a_stacked, lora_a), (self.lora_b_stacked, lora_b)):
             for memory, matrix in zip(stacked, side, strict=True):
-                memory[index, 0].copy_(matrix)
+                memory[index].zero_()
+                if matrix is not None:
+                    memory[index, 0, : matrix.shape[0], : matrix.shape[1]].copy_(matrix)
 
     def reset_lora(self, index: int) -> None:
         raise NotImplementedError
@@ -233,7 +236,7 @@ def measure_engine(report: Report, table: Table, arguments) -> None:
     report.write()
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Both parts; the exit code: 1 when a result was wrong."""
     options = parser(__doc__)
     options.add_argument("--parts", nargs="+", choices=("operator", "engine"), default=["operator", "engine"])
@@ -245,7 +248,7 @@ def main() -> int:
     options.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     options.add_argument("--tokens", type=int, default=32, help="of an answer")
     options.add_argument("--engine-rounds", type=int, default=3)
-    arguments = options.parse_args()
+    arguments = options.parse_args(arguments)
     report = begin("vllm", arguments)
     if "operator" in arguments.parts:
         table = Table(COLUMNS)

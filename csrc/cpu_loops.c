@@ -8,6 +8,11 @@
  *   Wm[i,j] = round(W[i,j] + D[i,j])                                 a sum in fp32, then a rounding to W's dtype
  *   C[i,j]  = round(Wm[i,j] - D[i,j])                                W again for 97 to 99.8 % of the elements
  *
+ * A weight whose rows or columns are scaled beside it (DoRA) has, with the factors u, and 1 / u, of its row and column,
+ *
+ *   Wm[i,j] = round(W[i,j] u[i] u'[j] + D[i,j])              each product and sum in fp32
+ *   C[i,j]  = round((Wm[i,j] - D[i,j]) / u[i] / u'[j])       by products with the reciprocals, which are given
+ *
  * An element that is not finite stays as it is, whatever D: NaNs of arithmetic have no bits to rely on.
  *
  * A unit is a part of W, [height, width]. It keeps a checksum of W's bits, and a correction where C is not W: pairs of
@@ -43,6 +48,7 @@ typedef struct {
     int64_t weight_type;
     char *weight;
     const float *left, *right;                /* [rows, ranks] and [ranks, columns], contiguous */
+    const float *row_scale, *column_scale;    /* [2, rows] and [2, columns], scales and their reciprocals, or NULL both */
     int64_t *counts, *starts;                 /* [units] corrections of each, and where they begin */
     uint64_t *checksums;                      /* [units] */
     uint8_t *merged;                          /* [units] whether a unit is merged now: kept by every call */
@@ -193,18 +199,22 @@ INLINE uint64_t checksum(int type, const Unit *unit) {
 
 /* out <- Wm, xors <- bits of C ^ bits of W, sums <- the next of the checksum; whether all of it was below limit_of.
  * What was not is done again by the careful loop, which leaves NaN, infinity and sums as they are. */
-INLINE int merge_lines(int type, int careful, const Unit *unit, const float *delta, void *out, void *xors,
-                       uint8_t *restrict differs, uint32_t *restrict sums) {
+INLINE int merge_lines(int type, int scaled, int careful, const Work *work, const Unit *unit, const float *delta,
+                       void *out, void *xors, uint8_t *restrict differs, uint32_t *restrict sums) {
     uint32_t largest = 0;
+    const float *u = scaled ? work->column_scale + unit->column : 0, *v = scaled ? u + work->columns : 0;
     for (int64_t i = 0; i < unit->h; i++) {
         const char *line = unit->lines + i * unit->stride;
-        int64_t at = i * unit->pitch;
+        int64_t at = i * unit->pitch, row = unit->row + i;
+        float scale = scaled ? work->row_scale[row] : 1, back = scaled ? work->row_scale[work->rows + row] : 1;
         for (int64_t j = 0; j < unit->n; j++) {
             uint32_t w = get(type, line, j), kept = careful && magnitude_of(type, w) >= infinity_of(type);
-            float value = value_of(type, w), sum = value + delta[at + j];
+            float value = value_of(type, w), sum = (scaled ? value * scale * u[j] : value) + delta[at + j];
             uint32_t merged = rounded(type, careful, sum);
-            uint32_t x = rounded(type, careful, value_of(type, merged) - delta[at + j]) ^ w;
-            uint32_t a = as_bits(value) & 0x7FFFFFFF, b = as_bits(sum) & 0x7FFFFFFF;
+            float difference = value_of(type, merged) - delta[at + j];
+            if (scaled) difference = difference * back * v[j];
+            uint32_t x = rounded(type, careful, difference) ^ w;
+            uint32_t a = as_bits(scaled ? difference : value) & 0x7FFFFFFF, b = as_bits(sum) & 0x7FFFFFFF;
             largest = a > largest ? a : largest;
             largest = b > largest ? b : largest;
             put(type, out, at + j, careful ? choose(kept, w, merged) : merged);
@@ -227,14 +237,18 @@ INLINE int loses_an_element(int type, const Unit *unit, const void *out) {
 }
 
 /* out <- C; whether all of it was below limit_of. */
-INLINE int unmerge_lines(int type, int careful, const Unit *unit, const float *delta, void *out) {
+INLINE int unmerge_lines(int type, int scaled, int careful, const Work *work, const Unit *unit, const float *delta,
+                         void *out) {
     uint32_t largest = 0;
+    const float *v = scaled ? work->column_scale + work->columns + unit->column : 0;
     for (int64_t i = 0; i < unit->h; i++) {
         const char *line = unit->lines + i * unit->stride;
         int64_t at = i * unit->pitch;
+        float back = scaled ? work->row_scale[work->rows + unit->row + i] : 1;
         for (int64_t j = 0; j < unit->n; j++) {
             uint32_t w = get(type, line, j), kept = careful && magnitude_of(type, w) >= infinity_of(type);
             float value = value_of(type, w), difference = value - delta[at + j];
+            if (scaled) difference = difference * back * v[j];
             uint32_t candidate = rounded(type, careful, difference);
             uint32_t a = as_bits(value) & 0x7FFFFFFF, b = as_bits(difference) & 0x7FFFFFFF;
             largest = a > largest ? a : largest;
@@ -334,7 +348,7 @@ INLINE Unit strip_of(const Unit *unit, int64_t first, int64_t rows) {
     return strip;
 }
 
-INLINE int do_unit(int type, Work *work, int64_t index, int mode) {
+INLINE int do_unit(int type, int scaled, Work *work, int64_t index, int mode) {
     _Alignas(64) float delta[STRIP * WIDTH];
     _Alignas(64) float right[DEPTH * WIDTH];
     _Alignas(64) uint32_t out[3 * AREA];
@@ -360,11 +374,12 @@ INLINE int do_unit(int type, Work *work, int64_t index, int mode) {
         Unit then = strip_of(&next, first, STRIP);
         compute_delta(work, &strip, &then, right, delta);
         if (mode == UNMERGE) {
-            if (!unmerge_lines(type, 0, &strip, delta, to)) unmerge_lines(type, 1, &strip, delta, to);
+            if (!unmerge_lines(type, scaled, 0, work, &strip, delta, to))
+                unmerge_lines(type, scaled, 1, work, &strip, delta, to);
             continue;
         }
-        if (!merge_lines(type, 0, &strip, delta, to, xors, differs, sums)) {
-            merge_lines(type, 1, &strip, delta, to, xors, differs, sums);
+        if (!merge_lines(type, scaled, 0, work, &strip, delta, to, xors, differs, sums)) {
+            merge_lines(type, scaled, 1, work, &strip, delta, to, xors, differs, sums);
             if (loses_an_element(type, &strip, to)) return LOST;
         }
         if (mode == MERGE) found = encode(type, &strip, first * n, xors, differs, found);
@@ -388,10 +403,10 @@ INLINE int do_unit(int type, Work *work, int64_t index, int mode) {
     return DONE;
 }
 
-INLINE int do_unit_of(Work *work, int64_t index, int mode) {
-    if (work->weight_type == FLOAT32) return do_unit(FLOAT32, work, index, mode);
-    if (work->weight_type == BFLOAT16) return do_unit(BFLOAT16, work, index, mode);
-    return do_unit(FLOAT16, work, index, mode);
+INLINE int do_unit_of(int scaled, Work *work, int64_t index, int mode) {
+    if (work->weight_type == FLOAT32) return do_unit(FLOAT32, scaled, work, index, mode);
+    if (work->weight_type == BFLOAT16) return do_unit(BFLOAT16, scaled, work, index, mode);
+    return do_unit(FLOAT16, scaled, work, index, mode);
 }
 
 enum { BLOCKS = 128, SIDE = 16 }; /* blocks of a mask at a time, and blocks that are drawn side by side */
@@ -462,7 +477,11 @@ INLINE void mask_row(const Mask *mask, int64_t row) {
 
 /* The functions above for several instruction sets, which a processor is asked for; all give the same bits. */
 #define VARIANT(name, options)                                                                                      \
-    options static int unit_##name(Work *work, int64_t index, int mode) { return do_unit_of(work, index, mode); }   \
+    options static int plain_##name(Work *work, int64_t index, int mode) { return do_unit_of(0, work, index, mode); } \
+    options static int scaled_##name(Work *work, int64_t index, int mode) { return do_unit_of(1, work, index, mode); } \
+    static int unit_##name(Work *work, int64_t index, int mode) {                                                   \
+        return work->row_scale ? scaled_##name(work, index, mode) : plain_##name(work, index, mode);                \
+    }                                                                                                               \
     options static void mask_##name(const Mask *mask, int64_t row) { mask_row(mask, row); }
 
 VARIANT(plain, )
@@ -489,6 +508,9 @@ int fused_lora_variant(void) {
     return -1;
 #endif
 }
+
+/* Of the layout that Python must have, too: an older library beside newer code would read wrong addresses. */
+int fused_lora_work_bytes(void) { return (int)sizeof(Work); }
 
 int fused_lora_openmp(void) {
 #ifdef _OPENMP

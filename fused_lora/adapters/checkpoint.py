@@ -41,6 +41,7 @@ SLOTS = {  # end of a key -> field of LayerTensors
     ".lora_B.weight": "lora_B",
     ".lora_B.bias": "lora_bias",
     ".base_layer.bias": "base_bias",
+    ".lora_magnitude_vector": "lora_magnitude",
 }
 _MAX_PATTERN_CHECKS = 2_000_000
 
@@ -175,7 +176,7 @@ def _sort_keys(
     biases: dict[str, str] = {}
     beside: dict[str, str] = {}
     unread: list[str] = []
-    wanted = ["lora_A", "lora_B"] + ["lora_bias"] * config.lora_bias
+    wanted = ["lora_A", "lora_B"] + ["lora_bias"] * config.lora_bias + ["lora_magnitude"] * config.use_dora
     named: dict[str, str] = {}
     for key in entries:
         name = own_path(key)  # older savers wrote the names of torch's wrappers, too
@@ -207,6 +208,8 @@ def _sort_keys(
         )
     if not slots:
         raise AdapterError(path, None, "tensors of at least one layer", "none")
+    if config.use_dora and not any("lora_magnitude" in keys for keys in slots.values()):
+        raise AdapterError(path, "use_dora", "a lora_magnitude_vector for each layer", "none")
     for name, keys in slots.items():
         for field in wanted:
             if field not in keys:
@@ -244,7 +247,7 @@ def _ranks(
         if len(shape_B) != 2 or shape_B[1] != r:
             swapped = "; lora_A and lora_B seem to be swapped" * (shape_A[1] == shape_B[0])
             raise AdapterError(path, keys["lora_B"], f"a shape [N, {r}]", f"{list(shape_B)}{swapped}")
-        for field in ("lora_bias", "base_bias"):
+        for field in ("lora_bias", "base_bias", "lora_magnitude"):
             if field in keys and entries[keys[field]].shape != shape_B[:1]:
                 raise AdapterError(path, keys[field], f"a shape [{shape_B[0]}]", list(entries[keys[field]].shape))
         possible = rank_table.possible(name)

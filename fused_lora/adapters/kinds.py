@@ -9,7 +9,7 @@ from fused_lora.modules.names import some
 
 _KINDS = (  # the first that is found in the key
     (r"^lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.|\.alpha$", "the names of kohya's scripts: convert the file"),
-    (r"\.lora_magnitude_vector", "a DoRA magnitude: DoRA is not supported, PEFT computes it"),
+    (r"\.lora_magnitude_vector", "a DoRA magnitude, which the config does not name (use_dora)"),
     (r"\.lora_embedding_[AB]", "LoRA on an embedding, which is not supported"),
     (r"\.lora_[AB]\.(?!weight$|bias$)[^.]+\.", "an adapter's name inside the key: a state dict, no PEFT checkpoint"),
     (r"\.lora_B\.bias$", "a bias of lora_B, which the config does not have (lora_bias)"),

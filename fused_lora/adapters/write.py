@@ -187,10 +187,13 @@ def adapter_parts(
         if has[0] not in ranks.possible(path) or has[1] not in alphas.possible(path):
             raise RuntimeError(f"layer {path!r} has (r, lora_alpha) = {has}, which the config does not give it")
         r, K, N = has[0], layer.in_features, layer.out_features
+        magnitudes = layer.lora_magnitude_vector
+        magnitude = magnitudes[adapter_name].weight if adapter_name in magnitudes else None
         parts = {
             "lora_A": (layer.lora_A[adapter_name].weight, (r, K)),
             "lora_B": (layer.lora_B[adapter_name].weight, (N, r)),
             "lora_bias": (layer.lora_B[adapter_name].bias, (N,)),
+            "lora_magnitude": (magnitude, (N,)),
             "base_bias": (layer.base_layer.bias if config.bias != "none" else None, (N,)),
         }
         tensors |= {f"{path}{_ENDS[k]}": part for k, part in parts.items() if part[0] is not None}

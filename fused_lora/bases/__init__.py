@@ -5,10 +5,11 @@ bitsandbytes_4bit  Linear4bit: the same over a weight that is dequantised for ea
 bitsandbytes_8bit  Linear8bitLt: its own call, the terms added to its output; a merge quantises again
 transformers_fp8   FP8Linear of transformers: as Linear8bitLt
 torchao            nn.Linear whose weight is a quantised tensor of torchao: as 4 bits
+experts            stacked experts of transformers: grouped products, and merges expert by expert
 foreign            any other module that maps [..., K] to [..., N]: it is called, and the terms are added to its output
 """
 
-from fused_lora.bases import bitsandbytes_4bit, bitsandbytes_8bit, dense, foreign, torchao, transformers_fp8
+from fused_lora.bases import bitsandbytes_4bit, bitsandbytes_8bit, dense, experts, foreign, torchao, transformers_fp8
 from fused_lora.bases.base import Adapters, Base, base_of, register
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "bitsandbytes_4bit",
     "bitsandbytes_8bit",
     "dense",
+    "experts",
     "foreign",
     "register",
     "torchao",

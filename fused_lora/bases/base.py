@@ -13,23 +13,37 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.ops.checks import FLOAT_DTYPES
+from fused_lora.ops.dora import op as dora
 from fused_lora.ops.merge import op as merging
 
 _TENSORS = (nn.Parameter, Tensor)  # exact types: subclasses (quantised, sharded, fake) bring their own arithmetic
-Factors = tuple[list[Tensor], list[Tensor], list[float]]  # lora_A, lora_B, scaling, one entry an adapter
+
+
+class Factors(NamedTuple):
+    """What a merge adds, one entry an adapter, and what it multiplies the rows [N] of the weight by before (DoRA)."""
+
+    lora_A: list[Tensor]
+    lora_B: list[Tensor]
+    scaling: list[float]
+    row_scale: Tensor | None = None
 
 
 class Adapters(NamedTuple):
-    """The active adapters of one call: one entry each, ``bias`` the sum of scaling_i * lora_bias_i [N], or None."""
+    """The active adapters of one call: one entry each, ``bias`` the sum of scaling_i * lora_bias_i [N], or None.
+
+    base_bias: whether the base layer's own bias is added, too.
+    """
 
     lora_A: Sequence[Tensor]
     lora_B: Sequence[Tensor]
     scaling: Sequence[float]
     dropout: Sequence[float]
     bias: Tensor | None = None
+    base_bias: bool = True
 
     def bias_with(self, bias: Tensor | None) -> Tensor | None:
         """The bias of the base and these together; of a 16-bit and an fp32 one in fp32."""
+        bias = bias if self.base_bias else None
         if self.bias is None:
             return bias
         return self.bias if bias is None else bias + self.bias
@@ -116,7 +130,7 @@ class Base:
 
     def factors(self, record: Any, fan_in_fan_out: bool) -> Factors:
         """The adapters that were merged, frozen."""
-        return merging.factors(record, fan_in_fan_out)
+        return Factors(*merging.factors(record, fan_in_fan_out))
 
     def delta_fidelity(self, module: nn.Module, record: Any) -> float:
         """Share of the merged delta that rounding lost, ||(Wm - W) - D|| / ||D||."""
@@ -134,6 +148,25 @@ class Base:
     def become_linear(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
         """Make ``module`` itself an nn.Linear with these tensors; its hooks, mode and places in the model stay."""
         raise NotImplementedError
+
+    def row_norms(
+        self, module: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, fan_in_fan_out: bool
+    ) -> Tensor:
+        """||W_j + scaling (B A)_j|| for each output j, [N], without a gradient. Where :meth:`why_not_dense` is None."""
+        return dora.row_norms(self._rows(module, fan_in_fan_out), lora_A, lora_B, scaling)
+
+    def product(self, module: nn.Module, x: Tensor, fan_in_fan_out: bool) -> Tensor:
+        """x W^T in x's dtype, differentiable in x; W is frozen. Where :meth:`why_not_dense` is None."""
+        weight = self._rows(module, fan_in_fan_out)
+        if weight.dtype is x.dtype:
+            with torch.autocast(x.device.type, enabled=False):
+                return nn.functional.linear(x, weight)
+        return dora.product(x, lambda: dora.row_blocks(weight), len(weight))
+
+    def _rows(self, module: nn.Module, fan_in_fan_out: bool) -> Tensor:
+        """The weight as [N, K]."""
+        weight: Any = self.merge_weight(module)
+        return weight.detach().t() if fan_in_fan_out else weight.detach()
 
     def copy_weight(self, module: nn.Module) -> None:
         """Put a copy of the numbers in place of the weight's: calls and merges may change it, and it is put back."""

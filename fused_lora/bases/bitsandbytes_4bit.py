@@ -166,7 +166,7 @@ class Linear4bit(Requantised):
         if not module.compute_type_is_set:
             module.set_compute_type(x)  # as the layer's own first call does
             module.compute_type_is_set = True
-        lora_A, lora_B, scaling, dropout, _ = adapters
+        lora_A, lora_B, scaling, dropout, *_ = adapters
         bias = adapters.bias_with(module._parameters["bias"])
         return packed.lora_linear(x, Weight(module, dtype), bias, lora_A, lora_B, scaling, dropout)
 

@@ -48,7 +48,7 @@ class Dense(Base):
         """x W^T + b and the terms, one rounding."""
         parameters: Any = module._parameters
         weight, bias = parameters["weight"], parameters["bias"]
-        lora_A, lora_B, scaling, dropout, _ = adapters
+        lora_A, lora_B, scaling, dropout, *_ = adapters
         bias = adapters.bias_with(bias)
         return lora_linear(x, weight.t() if self.transposed else weight, bias, lora_A, lora_B, scaling, dropout)
 

@@ -87,7 +87,7 @@ def forward_around(
     reason = why_not_added(y, x, adapters)
     if reason:
         return y, reason
-    lora_A, lora_B, scaling, dropout, bias = adapters
+    lora_A, lora_B, scaling, dropout, bias, _ = adapters
     return lora_term(y, x, lora_A, lora_B, scaling, dropout, bias=bias), None
 
 

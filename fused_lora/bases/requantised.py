@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases.base import Base, Factors
+from fused_lora.ops.dora import op as dora
 
 BLOCK_VALUES = 1 << 21  # of a weight that are in fp32 at a time
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,7 +51,7 @@ def why_no_numbers(part: Any, name: str, count: int, dtypes: Sequence[torch.dtyp
 
 def summed_delta(factors: Factors) -> Tensor:
     """sum_i (B_i A_i) s_i in fp32, each product as PEFT forms it."""
-    return reduce(torch.add, [(B.float() @ A.float()) * s for A, B, s in zip(*factors, strict=True)])
+    return reduce(torch.add, [(B.float() @ A.float()) * s for A, B, s in zip(*factors[:3], strict=True)])
 
 
 class Requantised(Base):
@@ -89,8 +90,8 @@ class Requantised(Base):
 
     def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> Merged:
         """dequant(W) + D, quantised again as W was, as a new parameter; the old one is kept as it is."""
-        lora_A, lora_B, scaling = factors
-        frozen = [t.detach().clone() for t in lora_A], [t.detach().clone() for t in lora_B], list(scaling)
+        lora_A, lora_B, scaling = factors[:3]
+        frozen = Factors([t.detach().clone() for t in lora_A], [t.detach().clone() for t in lora_B], list(scaling))
         after, state = self.requantised(module, frozen)
         held: dict[Any, Any] = self.held(module)
         record = Merged(module._parameters["weight"], after, frozen, held.get(self.state_name))
@@ -125,15 +126,23 @@ class Requantised(Base):
 
     def dense_weight(self, module: Any, factors: Factors, dtype: torch.dtype) -> Tensor:
         """As :meth:`Base.dense_weight`."""
-        lora_A, lora_B, scaling = factors
+        lora_A, lora_B, scaling = factors[:3]
         K, N = self.features(module)
         dense = torch.empty((N, K), dtype=dtype, device=module._parameters["weight"].device)
         for start, stop, block in self.blocks(module):
-            rows = lora_A, [B[start:stop] for B in lora_B], scaling
+            rows = Factors(lora_A, [B[start:stop] for B in lora_B], scaling)
             dense[start:stop] = block + summed_delta(rows) if scaling else block
         if not torch.isfinite(dense).all():
             raise ValueError(f"the weight would hold NaN or infinity in {dtype}")
         return dense
+
+    def row_norms(self, module: Any, lora_A: Tensor, lora_B: Tensor, scaling: float, fan_in_fan_out: bool) -> Tensor:
+        """As :meth:`Base.row_norms`, of the dequantised weight."""
+        return dora.norms_of_blocks(self.blocks(module), lora_A, lora_B, scaling)
+
+    def product(self, module: Any, x: Tensor, fan_in_fan_out: bool) -> Tensor:
+        """As :meth:`Base.product`."""
+        return dora.product(x, lambda: self.blocks(module), self.features(module)[1])
 
     def become_linear(self, module: Any, weight: Tensor, bias: Tensor | None) -> None:
         """As :meth:`Base.become_linear`."""

@@ -86,7 +86,7 @@ class Torchao(Requantised):
 
     def forward(self, module: Any, x: Tensor, adapters: Adapters) -> Tensor:
         """x W^T + b and the terms, one rounding, in x's dtype."""
-        lora_A, lora_B, scaling, dropout, _ = adapters
+        lora_A, lora_B, scaling, dropout, *_ = adapters
         bias = adapters.bias_with(module._parameters["bias"])
         return packed.lora_linear(x, Weight(module._parameters["weight"]), bias, lora_A, lora_B, scaling, dropout)
 

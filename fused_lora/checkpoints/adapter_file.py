@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Plan, path_text, read_checked
+from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, Plan, path_text, read_checked
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import each_tensor, open_regular, read_exactly, read_header
 from fused_lora.modules.config import scaling
@@ -85,6 +85,9 @@ def _pairs(adapters: Any) -> Sequence[tuple[Any, float]]:
 def _open(stack: contextlib.ExitStack, path: Any, weight: float) -> AdapterFile:
     folder = path_text("adapters", path)
     _, plan = read_checked(folder, MAX_WEIGHT_BYTES, lambda plan: plan, tensors=False)
+    if plan.config.use_dora:
+        config = os.path.join(folder, CONFIG_NAME)
+        raise AdapterError(config, "use_dora", "null, false or empty: a DoRA adapter is not B A alone", True)
     with open_regular(plan.weights, MAX_WEIGHT_BYTES) as (opened, size):
         file = stack.enter_context(io.FileIO(os.dup(opened.fileno())))
     header = read_header(plan.weights, file, size)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from fused_lora.modules.names import some
 PROVENANCE_NAME = "fused_lora_merge.json"
 _PROVENANCE = "fused_lora.merge"  # in the metadata of each shard
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_LOST = 0.5  # share of the adapters that rounding may take without a warning
 _SPARE_BYTES = 16 << 20  # of the disk, for what is not counted
 
 Progress = Callable[[int, int], Any]
@@ -206,6 +208,8 @@ class _Merge:
         }
         if (earlier := base.shards[0].header.metadata.get(_PROVENANCE)) is not None:
             self.provenance["before"] = earlier  # of a merge that gave the base
+            if again := [adapter["path"] for adapter in about if adapter["sha256"] in earlier]:
+                warnings.warn(f"base: {some(again)} are merged into it already, and now once more", stacklevel=4)
 
     def _check_used(self) -> None:
         used = {(id(adapter), key) for change in self._changes.by_name.values() for adapter, key in change.used()}
@@ -263,7 +267,11 @@ class _Merge:
             if last is not None:
                 last.result()
             meter.end()
-            report.checked = None if checked is None else checked.to_dict()
+            if checked is not None:
+                report.checked = checked.to_dict()
+                if checked.lost_share > _MOST_LOST:
+                    text = f"verify: rounding took {checked.lost_share:.0%} of the adapters; use a wider dtype"
+                    warnings.warn(text, stacklevel=4)
             files = self._small_files()
             if not recorded:
                 old = [MODEL_CONFIG, self._base.index_name]

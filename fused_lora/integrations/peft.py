@@ -23,6 +23,7 @@ from torch import nn
 
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import Dense
+from fused_lora.integrations import peft_experts, peft_others  # noqa: F401 - they add their classes
 from fused_lora.integrations.peft_linear import (
     AROUND,
     CALLS,

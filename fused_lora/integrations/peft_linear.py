@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_lora.bases import base_of
-from fused_lora.bases.base import why_not_plain_tensor, why_not_plain_weight
+from fused_lora.bases.base import why_not_own_call, why_not_plain_tensor, why_not_plain_weight
 from fused_lora.bases.bitsandbytes_4bit import is_repacked
+from fused_lora.modules import variants
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plain_dropout
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
@@ -29,7 +30,7 @@ from fused_lora.modules.offload import refuse_sharded
 
 # PEFT's classes that have an accelerated one, by their modules in peft.tuners.lora
 _STOCK = {
-    "layer": ("Linear",),
+    "layer": ("Linear", "ParamWrapper", "Embedding", "Conv1d", "Conv2d", "Conv3d"),
     "bnb": ("Linear4bit", "Linear8bitLt"),  # exists where bitsandbytes does
     "torchao": ("TorchaoLoraLinear",),
     "gptq": ("GPTQLoraLinear",),
@@ -74,12 +75,32 @@ class AcceleratedLinear(FusedLoraBehaviour):
         outputs = self._modules["lora_B"]._modules[names[0]]._parameters["weight"].shape[0]
         around = "further arguments" if args or further else None
         around = around or kind.why_not_fused(base) or kind.why_not_call(base, x, outputs)
+        if variants.has_magnitude(self, names):
+            _count(FUSED if around is None else AROUND + around)
+            return variants.dora_forward(self, x, names, around is None, *args, **further)
         if around is None:
             _count(FUSED)
             return self._fused_forward(x, names)
         y, reason = self._around_forward(x, names, *args, **further)
         _count(reason or AROUND + around)
         return y
+
+    def _row_norms(self, name: str) -> Tensor:
+        """As PEFT's, kept in inference while its DoraCaching is on."""
+        from peft.tuners.lora import dora
+
+        held: Any = self.lora_magnitude_vector[name]
+        if not dora.ENABLE_DORA_CACHING or held.training:
+            held._cache_clear()
+            return super()._row_norms(name)
+        key = f"weight-norm-{name}"
+        if held._cache_get(key, None) is None:
+            held._cache_store(key, super()._row_norms(name))
+        return held._cache_get(key, None)
+
+    def _note_norms(self, name: str, norms: Tensor) -> None:
+        """Where PEFT's own unmerge looks for it."""
+        self._cache_store(f"{name}-weight_norm", norms.to(self.lora_magnitude_vector[name].weight.dtype))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """PEFT's: scaling * B A of one adapter, as the base weight is stored, in the adapter's dtype."""
@@ -125,7 +146,11 @@ class AcceleratedLinear(FusedLoraBehaviour):
             refuse_sharded(self, "unmerged")
         if self.merged and self.merge_state is not None:
             try:
-                return super().unmerge()
+                names = list(self.merged_adapters)
+                super().unmerge()
+                for name in names:
+                    self._caches.pop(f"{name}-weight_norm", None)
+                return
             except RuntimeError as error:
                 warnings.warn(f"{error}; PEFT's unmerge subtracts the adapters instead", stacklevel=3)
         if self.merged:
@@ -170,9 +195,11 @@ class AcceleratedLinear(FusedLoraBehaviour):
         if torch._C._len_torch_dispatch_stack():
             return False  # fake tensors have no numbers to check
         names = self._present(names)
-        if any(name in self.lora_variant for name in names):
+        if any(name in self.lora_variant and not _is_dora(self, name) for name in names):
             return False
         base = self._modules["base_layer"]
+        if variants.has_magnitude(self, names) and (base_of(base).bits or variants.why_not_dora(self, names)):
+            return False
         kind, weight = base_of(base), base._parameters.get("weight")
         if kind.why_not_merged(base) or weight.is_meta or not _has_own_memory(weight):
             return False
@@ -216,6 +243,10 @@ class AcceleratedLinear(FusedLoraBehaviour):
                 ) from None
 
 
+# of PEFT's classes that are no linear layers; the files that have them add them (``integrations/peft.py`` imports all)
+BEHAVIOURS: dict[str, type[AcceleratedLinear]] = {}
+
+
 def _has_own_memory(weight: Tensor) -> bool:
     """Whether the numbers of a matrix can be written one by one."""
     (inner, n), (outer, m) = sorted(zip(weight.stride(), weight.shape, strict=True))
@@ -225,8 +256,8 @@ def _has_own_memory(weight: Tensor) -> bool:
 @functools.cache
 def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
     """The class of accelerated layers of PEFT's class ``stock``: a subclass of it with the same name."""
-    attributes = {"__module__": __name__, "__doc__": AcceleratedLinear.__doc__}
-    return type(stock.__name__, (AcceleratedLinear, stock), attributes)
+    own = BEHAVIOURS.get(stock.__name__, AcceleratedLinear)
+    return type(stock.__name__, (own, stock), {"__module__": __name__, "__doc__": own.__doc__})
 
 
 def stock_classes() -> tuple[type[nn.Module], ...]:
@@ -256,6 +287,8 @@ def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] |
 
     None when the adapters run fused: with the base layer, or around it where :func:`why_around` has a reason.
     """
+    if hasattr(layer, "why_not_fused"):
+        return layer.why_not_fused()
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
@@ -265,7 +298,7 @@ def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] |
     if not names:
         return "no active adapter in this layer"
     for name in names:
-        if name in layer.lora_variant:
+        if name in layer.lora_variant and not _is_dora(layer, name):
             return f"{type(layer.lora_variant[name]).__name__}"
     for name, A, B, dropout in _parts(layer, names):
         reason = why_not_plain(A) or why_not_plain(B) or why_not_plain_dropout(dropout)
@@ -277,11 +310,23 @@ def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] |
             return "lora_A and lora_B differ in dtype"
         if not _is_number(layer.scaling[name]):
             return "the scaling is no number"
-    return None
+    if not variants.has_magnitude(layer, names):
+        return None
+    return "DoRA in a mixed batch" if adapter_names is not None else variants.why_not_dora(layer, names)
+
+
+def _is_dora(layer: nn.Module, name: str) -> bool:
+    """Whether this adapter is PEFT's own DoRA, and nobody follows the calls of its magnitude."""
+    held = layer._modules["lora_magnitude_vector"]._modules
+    if type(layer.lora_variant[name]).__name__ != "DoraLinearVariant" or name not in held:
+        return False
+    return type(held[name]).__name__ == "DoraLinearLayer" and why_not_own_call(held[name], "the magnitude") is None
 
 
 def why_around(layer: nn.Module) -> str | None:
     """Why the base layer of a layer that runs fused is called by itself; None when it is in the operator."""
+    if hasattr(layer, "why_not_fused"):
+        return None
     return base_of(layer.base_layer).why_not_fused(layer.base_layer)
 
 

@@ -44,12 +44,14 @@ class LayerTensors:
         lora_B: [N, r].
         lora_bias: [N], the bias of lora_B (``lora_bias=True``), or None.
         base_bias: [N], the trained bias of the base layer (``bias="lora_only"`` or ``"all"``), or None.
+        lora_magnitude: [N], the magnitude of DoRA (``use_dora=True``), or None.
     """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     lora_bias: torch.Tensor | None = None
     base_bias: torch.Tensor | None = None
+    lora_magnitude: torch.Tensor | None = None
 
 
 class FieldError(Exception):
@@ -110,6 +112,7 @@ class LoraConfig:
             decides.
         trainable_token_indices: tokens whose rows of the input embedding train and are saved with the adapter, or
             {end of a path: tokens}. A head that the model's config ties to the embedding follows.
+        use_dora: DoRA: W + scaling B A, its rows scaled to a trained magnitude. Not with lora_bias.
         lora_bias: give lora_B a bias.
         base_model_name_or_path, revision, task_type, inference_mode: recorded for PEFT.
         extra: other keys of an adapter_config.json, kept for writing it again. Accepted are neutral values (None,
@@ -135,6 +138,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    use_dora: bool = False
     lora_bias: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -155,7 +159,7 @@ class LoraConfig:
 
     def validate(self) -> None:
         """Check every field. The constructor calls it; call it again after you change a field."""
-        for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"):
+        for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "use_dora", "inference_mode"):
             check_bool(name, getattr(self, name))
         for name in ("base_model_name_or_path", "revision", "task_type"):
             if not isinstance(getattr(self, name), (str, type(None))):
@@ -178,6 +182,8 @@ class LoraConfig:
         check_init(init)
         if self.lora_bias and not isinstance(init, bool):
             raise FieldValueError("init_lora_weights", "True or False with lora_bias=True", init)
+        if self.lora_bias and self.use_dora:
+            raise FieldValueError("use_dora", "False with lora_bias=True", self.use_dora)
 
     def _validate_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -264,7 +270,8 @@ class LoraConfig:
         Raises:
             TypeError: ``entries`` is not a mapping, or an entry has the wrong type.
             ValueError: peft_type is not LORA, r or lora_alpha is missing, a value is out of range, or an entry asks for
-                something that is not supported (use_dora, ...): an unknown entry is accepted only with a neutral value.
+                something that is not supported (megatron_config, ...): an unknown entry is accepted only with a neutral
+                value.
         """
         if not isinstance(entries, Mapping):
             raise TypeError(f"expected the entries of an adapter_config.json as a dict, got {type(entries).__name__}")

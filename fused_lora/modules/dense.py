@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import base_of
+from fused_lora.bases.base import Factors
 from fused_lora.bases.foreign import has_packed_weight
 from fused_lora.bases.requantised import rounded_bias
 from fused_lora.bases.torchao import is_of_torchao
 from fused_lora.modules.mixin import FusedLoraBehaviour
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import named_modules, places
+from fused_lora.modules.variants import has_magnitude
 from fused_lora.ops.checks import FLOAT_DTYPES
 
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -110,7 +112,7 @@ def lora_base(module: nn.Module) -> nn.Module | None:
 def _parts_of(module: Any, layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if layer is not None:
         return layer.dense_parts(dtype)
-    return base_of(module).dense_weight(module, ([], [], []), dtype), rounded_bias(module.bias, dtype)
+    return base_of(module).dense_weight(module, Factors([], [], []), dtype), rounded_bias(module.bias, dtype)
 
 
 def _why_not_dense(module: Any, layer: Any) -> str | None:
@@ -135,5 +137,9 @@ def _why_not_dense(module: Any, layer: Any) -> str | None:
         return f"{where}: call fused_lora.unmerge(model) first"
     if not isinstance(layer, FusedLoraBehaviour):
         return f"a {type(layer).__name__} of PEFT's; call fused_lora.accelerate(model) first"
-    variants = [name for name in layer._present(layer.active_adapters) if name in getattr(layer, "lora_variant", ())]
+    variants = [
+        name
+        for name in layer._present(layer.active_adapters)
+        if has_magnitude(layer, [name]) or name in getattr(layer, "lora_variant", ())
+    ]
     return f"adapters {some(variants)} are DoRA or another variant, which is not W + s B A" if variants else None

@@ -442,10 +442,11 @@ def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, Lay
         module = modules[path]
         arguments = (spec.r, spec.lora_alpha)
         options = (config.lora_dropout, config.use_rslora, config.init_lora_weights, config.lora_bias)
+        further: dict[str, Any] = dict(tensors=spec.tensors, use_dora=config.use_dora)
         if isinstance(module, LoraLinear):
-            module.add_adapter(adapter_name, *arguments, *options, tensors=spec.tensors)
+            module.add_adapter(adapter_name, *arguments, *options, **further)
         else:
-            built[path] = LoraLinear(module, *arguments, adapter_name, *options, tensors=spec.tensors)
+            built[path] = LoraLinear(module, *arguments, adapter_name, *options, **further)
     return built
 
 
@@ -484,8 +485,9 @@ def _freeze(model: nn.Module, config: LoraConfig, paths: list[str], keep: set[in
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
-    """The parameters of one adapter or of all: lora_A, lora_B, and what trains beside them."""
-    parts = [part for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B)]
+    """The parameters of one adapter or of all: lora_A, lora_B, magnitudes, and what trains beside them."""
+    layers = lora_layers(model).values()
+    parts = [part for layer in layers for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)]
     held = [module for part in parts for name, module in part.items() if adapter_name in (None, name)]
     return [p for module in held for p in module.parameters()] + auxiliary.parameters_beside(model, adapter_name)
 

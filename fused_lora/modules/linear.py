@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_lora.bases import base_of
 from fused_lora.bases.dense import is_conv1d
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.config import (
@@ -27,6 +28,7 @@ from fused_lora.modules.mixed import Context, MixedBatch
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour, Later
 from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import SUPPORTED, adapter_dtype, drawn_dtype, in_out_features, why_not_supported
+from fused_lora.modules.variants import Magnitude
 from fused_lora.ops import native
 from fused_lora.ops.merge import blocks
 from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
@@ -53,7 +55,8 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), "orthogonal"
             (even ranks), or False (both as nn.Linear draws them). Same seed, same draws as PEFT.
         autocast_adapter_dtype: hold adapters in fp32 over a 16-bit base (PEFT's default), else in the base's dtype.
-        tensors: A, B and the bias of B instead of drawn ones.
+        tensors: A, B, the bias of B and the magnitude instead of drawn ones.
+        use_dora: DoRA: the rows of W + s B A are scaled to a trained magnitude, which starts as their norms.
 
     Raises:
         TypeError: base_layer is not a supported linear layer, or an argument has the wrong type.
@@ -72,6 +75,7 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         lora_bias: bool = False,
         autocast_adapter_dtype: bool = True,
         tensors: LayerTensors | None = None,
+        use_dora: bool = False,
     ):
         super().__init__()
         reason = "LoRA over LoRA" if isinstance(base_layer, LoraLinear) else why_not_supported(base_layer)
@@ -81,7 +85,7 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         self.in_features, self.out_features = in_out_features(base_layer)
         self.fan_in_fan_out = is_conv1d(base_layer)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
-        self.lora_dropout = nn.ModuleDict()
+        self.lora_dropout, self.lora_magnitude_vector = nn.ModuleDict(), nn.ModuleDict()
         self.r, self.lora_alpha, self.scaling, self.use_rslora = {}, {}, {}, {}
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
@@ -89,7 +93,7 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         self.context: Context | None = None  # set for the duration of fused_lora.disable_adapters
         self.mixed_batch: MixedBatch | None = None  # set for the duration of fused_lora.adapter_batch
         options = (lora_dropout, use_rslora, init_lora_weights, lora_bias, autocast_adapter_dtype)
-        self.add_adapter(adapter_name, r, lora_alpha, *options, tensors=tensors)
+        self.add_adapter(adapter_name, r, lora_alpha, *options, tensors=tensors, use_dora=use_dora)
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
         self.set_adapter(adapter_name)
@@ -106,10 +110,14 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         lora_bias: bool = False,
         autocast_adapter_dtype: bool = True,
         tensors: LayerTensors | None = None,
+        use_dora: bool = False,
     ) -> None:
         """Add an adapter, inactive and frozen until :meth:`set_adapter`. Arguments as for the class.
 
-        ``tensors`` gives A [r, in], B [out, r] and the bias of B [out] instead of drawing them; their dtype stays.
+        ``tensors`` gives A [r, in], B [out, r], the bias of B [out] and the magnitude [out] instead of drawing them;
+        their dtype stays.
+
+        Raises RuntimeError for DoRA while an adapter is merged: the magnitude starts from the weight's own norms.
         """
         _check_name(adapter_name)
         check_rank("r", r)
@@ -117,14 +125,16 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         check_dropout("lora_dropout", lora_dropout)
         check_init(init_lora_weights)
         flags = {"use_rslora": use_rslora, "lora_bias": lora_bias, "autocast_adapter_dtype": autocast_adapter_dtype}
-        for flag, value in flags.items():
+        for flag, value in {**flags, "use_dora": use_dora}.items():
             check_bool(flag, value)
+        if use_dora:
+            self._check_dora(lora_bias)
         if adapter_name in self.lora_A:
             raise ValueError(f"adapter_name: {adapter_name!r} already exists in this layer")
         if hasattr(self.lora_A, adapter_name):
             raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ModuleDict, choose another name")
         device, dtype = execution_device(self.base_layer), adapter_dtype(self.base_layer)
-        A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors)
+        A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors, use_dora)
         if tensors is None:
             # PEFT draws in fp32 and casts to the base's dtype before it goes back to fp32: the same bits here
             drawn = drawn_dtype(self.base_layer)
@@ -140,6 +150,19 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.use_rslora[adapter_name] = use_rslora
         self.scaling[adapter_name] = scaling(r, lora_alpha, use_rslora)
+        if use_dora:
+            magnitude = None if tensors is None else tensors.lora_magnitude
+            if magnitude is None:  # rounded as A and B are
+                magnitude = self._row_norms(adapter_name).to(drawn_dtype(self.base_layer)).to(A.weight.dtype)
+            self.lora_magnitude_vector[adapter_name] = Magnitude(magnitude.to(device)).requires_grad_(False)
+
+    def _check_dora(self, lora_bias: bool) -> None:
+        if lora_bias:
+            raise ValueError("use_dora: expected False with lora_bias=True")
+        if why := base_of(self.base_layer).why_not_dense(self.base_layer):
+            raise ValueError(f"use_dora: the norms of the base weight cannot be read, {why}")
+        if self.merged_adapters:
+            raise RuntimeError(f"adapters {self.merged_adapters} are merged: unmerge before DoRA is added")
 
     def forward(self, x: Tensor, *, adapter_names: Sequence[str | None] | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]. ``adapter_names`` names one adapter per row (None: base)."""
@@ -182,7 +205,8 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         """Make these adapters active and trainable (unless ``inference_mode``), freeze all others."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in self.lora_A:
-            for part in (self.lora_A[name], self.lora_B[name]):
+            magnitude = self.lora_magnitude_vector
+            for part in (self.lora_A[name], self.lora_B[name], *([magnitude[name]] if name in magnitude else [])):
                 part.requires_grad_(name in names and not inference_mode)
         self.active_adapters = names
 
@@ -198,7 +222,7 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
         numbers = (self.r, self.lora_alpha, self.scaling, self.use_rslora)
-        for part in (self.lora_A, self.lora_B, self.lora_dropout, *numbers):
+        for part in (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector, *numbers):
             if adapter_name in part:
                 del part[adapter_name]
         if adapter_name in self.active_adapters:
@@ -318,17 +342,21 @@ def _run(jobs: Mapping[str, Later], mode: int) -> None:
         raise
 
 
-def _draw(K: int, N: int, r: int, init: bool | str, lora_bias: bool, tensors: LayerTensors | None):
+def _draw(
+    K: int, N: int, r: int, init: bool | str, lora_bias: bool, tensors: LayerTensors | None, use_dora: bool
+) -> tuple[nn.Linear, nn.Linear]:
     """lora_A and lora_B as modules, drawn in PEFT's order (both default draws come before A's own)."""
     if tensors is not None:
         if not isinstance(tensors, LayerTensors):
             raise TypeError(f"tensors: expected LayerTensors, got {type(tensors).__name__}")
         A, B = (nn.Linear(*shape, bias=b, device="meta") for shape, b in (((K, r), False), ((r, N), lora_bias)))
-        wanted = ((r, K), (N, r), (N,) if lora_bias else None)
-        got = tuple(None if t is None else tuple(t.shape) for t in (tensors.lora_A, tensors.lora_B, tensors.lora_bias))
+        wanted = ((r, K), (N, r), (N,) if lora_bias else None, (N,) if use_dora else None)
+        parts = tensors.lora_A, tensors.lora_B, tensors.lora_bias, tensors.lora_magnitude
+        got = tuple(None if t is None else tuple(t.shape) for t in parts)
         if got != wanted:
-            raise ValueError(f"tensors: expected shapes of lora_A, lora_B, lora_bias {wanted}, got {got}")
-        kinds = [t.dtype for t in (tensors.lora_A, tensors.lora_B, tensors.lora_bias) if t is not None]
+            names = "lora_A, lora_B, lora_bias, lora_magnitude"
+            raise ValueError(f"tensors: expected shapes of {names} {wanted}, got {got}")
+        kinds = [t.dtype for t in parts if t is not None]
         if not all(dtype.is_floating_point for dtype in kinds):
             raise TypeError(f"tensors: expected floating tensors, got {kinds}")
         A.weight, B.weight = nn.Parameter(tensors.lora_A), nn.Parameter(tensors.lora_B)

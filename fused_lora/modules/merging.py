@@ -33,6 +33,7 @@ from fused_lora.modules.mixin import Later
 from fused_lora.modules.names import some
 from fused_lora.modules.reads import FirstForward
 from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, places, unwrapped
+from fused_lora.modules.variants import has_magnitude
 from fused_lora.ops.native import MERGE
 
 LEAST_SURVIVING = 0.5  # share of an adapter that a merge should keep
@@ -197,7 +198,7 @@ def _merge(layers: Mapping[str, Any], names: list[str], safe_merge: bool = False
                 linear[path] = functools.partial(layer._merge_later, new)
                 if base_of(layer.base_layer).merge_weight(layer.base_layer) is None:
                     packed.append(layer)
-                elif layer.weight.dtype.itemsize == 2 and i % every == 0:
+                elif layer.weight.dtype.itemsize == 2 and i % every == 0 and not has_magnitude(layer, new):
                     samples.append((layer, new, _sample(layer.weight, layer.fan_in_fan_out)))
         together(linear, MERGE)
         for path, layer in layers.items():

@@ -1,8 +1,9 @@
 """What a LoRA linear does, for any class with PEFT's attributes: fused forward, mixed batches, exact merge and unmerge.
 
-The class that mixes this in brings ``base_layer``, ``lora_A``, ``lora_B``, ``lora_dropout`` (ModuleDicts by adapter
-name), ``scaling`` (dict), ``active_adapters``, ``merged_adapters`` (lists), ``merged``, ``disable_adapters`` and
-``fan_in_fan_out``. Rules and names follow PEFT's ``tuners/lora/layer.py``.
+The class that mixes this in brings ``base_layer``, ``lora_A``, ``lora_B``, ``lora_dropout``, ``lora_magnitude_vector``
+(ModuleDicts by adapter name; the last has DoRA adapters only), ``scaling`` (dict), ``active_adapters``,
+``merged_adapters`` (lists), ``merged``, ``disable_adapters`` and ``fan_in_fan_out``. Rules and names follow PEFT's
+``tuners/lora/layer.py``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fused_lora.bases import Adapters, base_of, foreign
+from fused_lora.bases import Adapters, Base, base_of, foreign
 from fused_lora.bases.dense import Dense
 from fused_lora.bases.requantised import rounded_bias
+from fused_lora.modules import variants
 from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
@@ -61,14 +63,15 @@ class FusedLoraBehaviour:
         if not names:
             return base(x)
         if self._why_not_plain(names) or why_transformed():
-            return self._composed_forward(base(x), x, names)
+            return variants.composed_forward(self, base(x), x, names)
         kind = base_of(base)
-        if kind.why_not_fused(base):
-            return self._around_forward(x, names)[0]
+        fused = kind.why_not_fused(base) is None
         # over a dense base the operator says what does not fit
-        if type(kind) is not Dense and kind.why_not_call(base, x, self.lora_B[names[0]].weight.shape[0]):
-            return self._around_forward(x, names)[0]
-        return self._fused_forward(x, names)
+        if type(kind) is not Dense and fused:
+            fused = kind.why_not_call(base, x, self.lora_B[names[0]].weight.shape[0]) is None
+        if variants.has_magnitude(self, names):
+            return variants.dora_forward(self, x, names, fused)
+        return self._fused_forward(x, names) if fused else self._around_forward(x, names)[0]
 
     def _why_not_plain(self, names: list[str]) -> str | None:
         """Why the modules of these adapters cannot run in one operator; None when they can."""
@@ -108,7 +111,7 @@ class FusedLoraBehaviour:
         modules, lora_A, lora_B, scaling, dropout = self._modules, [], [], [], []
         base, scales = modules["base_layer"], self.scaling
         kind, parts = base_of(base), [base]
-        if type(kind) is not Dense:
+        if type(kind) is not Dense or modules["lora_magnitude_vector"]._modules:
             return None
         A, B, drops = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
         for name in self.active_adapters:
@@ -151,7 +154,7 @@ class FusedLoraBehaviour:
         """The base layer's own call and one operator for all adapters; (y, why the adapters' modules were called)."""
         base = self._modules["base_layer"]
         y, reason = foreign.forward_around(base, x, self._adapters(names), *args, **kwargs)
-        return (self._composed_forward(y, x, names) if reason else y), reason
+        return (variants.composed_forward(self, y, x, names) if reason else y), reason
 
     def _adapters(self, names: list[str]) -> Adapters:
         """What the operators take of them. A scaling may be a 0-d tensor, which is read on its device only."""
@@ -171,15 +174,12 @@ class FusedLoraBehaviour:
             dropout.append(drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0)
         return Adapters(lora_A, lora_B, scaling, dropout, bias)
 
-    def _composed_forward(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
-        """PEFT's own sequence of module calls after that of the base layer, whose output is ``result``."""
-        dtype = result.dtype
-        for name in names:
-            A, B = self.lora_A[name], self.lora_B[name]
-            if getattr(self, "cast_input_dtype_enabled", True):  # PEFT's switch
-                x = x.to(A.weight.dtype)
-            result = result + B(A(self.lora_dropout[name](x))) * self.scaling[name]
-        return result.to(dtype)
+    def _row_norms(self, name: str) -> Tensor:
+        """What the magnitude of a DoRA adapter is divided by."""
+        return variants.row_norms(self, name)
+
+    def _note_norms(self, name: str, norms: Tensor) -> None:
+        """Of a DoRA adapter that is about to be merged."""
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str] | None, batch: MixedBatch | None) -> Tensor:
         """Rows of one batch under different adapters: base once for all, each adapter's term for its rows only.
@@ -195,6 +195,8 @@ class FusedLoraBehaviour:
         else:
             assert batch is not None
             rows_of = batch.rows(self, x)
+        if variants.has_magnitude(self, self._present(list(rows_of))):
+            raise ValueError("Cannot pass `adapter_names` when DoRA is enabled.")
         result = self.base_layer(x)
         flat_x, flat = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
         for name in self._present(list(rows_of)):
@@ -224,17 +226,24 @@ class FusedLoraBehaviour:
         if names:
             self._merge_names(names)
 
+    def _merge_place(self) -> tuple[nn.Module, Base]:
+        """The module with the weight that a merge changes, and what answers for it."""
+        base = self._modules["base_layer"]
+        return base, base_of(base)
+
     def _merge_names(self, names: list[str]) -> None:
         refuse_sharded(self, "merged")
-        base = self._modules["base_layer"]
+        base, kind = self._merge_place()
         weight = base._parameters.get("weight")
         if weight is not None and weight.is_meta:
             raise RuntimeError("base_layer.weight is offloaded (meta device), so nothing can be merged into it")
-        if why := base_of(base).why_not_merged(base):
+        if why := kind.why_not_merged(base):
             raise RuntimeError(
                 f"base_layer: {why}; expected a plain floating matrix, so nothing was merged into it"
                 "; serve it unmerged, or dequantise the model first"
             )
+        if kind.bits and variants.has_magnitude(self, names):
+            raise RuntimeError(f"base_layer: DoRA of {names} cannot be merged into {kind.bits} bits; dequantise first")
         bias, old = self._check_bias_merge(names), self.merge_state
         state = _Merge(None) if old is None else replace(old, record=None)
         if bias is not None:
@@ -250,7 +259,9 @@ class FusedLoraBehaviour:
             return None
         if (weight is not None and weight.is_meta) or is_sharded(self):
             return None
-        found = base_of(base).merge_later(base, _factors_of(self, names), self.fan_in_fan_out)
+        if base_of(base).bits and variants.has_magnitude(self, names):
+            return None
+        found = base_of(base).merge_later(base, variants.factors(self, names), self.fan_in_fan_out)
         return None if found is None else Later(self, _Merge(found[0]), names, found[1])
 
     def _unmerge_later(self) -> Later | None:
@@ -281,23 +292,22 @@ class FusedLoraBehaviour:
 
     def _merge_weight(self, names: list[str]) -> Any:
         """Beside what is merged already: all of it at once into the restored weight."""
-        new, old = _factors_of(self, names), self.merge_state
+        old = self.merge_state
         if old is None:
-            return self._merge_factors(new, names)
-        kind = base_of(self.base_layer)
+            return self._merge_factors(variants.factors(self, names), names)
+        base, kind = self._merge_place()
         frozen = kind.factors(old.record, self.fan_in_fan_out)
-        both = tuple(a + b for a, b in zip(frozen, new, strict=True))
-        kind.unmerge_(self.base_layer, old.record)
+        kind.unmerge_(base, old.record)
         try:
-            return self._merge_factors(both, names)
+            return self._merge_factors(variants.factors(self, names, frozen), names)
         except BaseException:
             old.record = self._merge_factors(frozen, names)  # the same factors give the same bits again
             raise
 
     def _merge_factors(self, factors, names: list[str]) -> Any:
-        base = self._modules["base_layer"]
+        base, kind = self._merge_place()
         try:
-            return base_of(base).merge_(base, factors, self.fan_in_fan_out)
+            return kind.merge_(base, factors, self.fan_in_fan_out)
         except ValueError as error:
             raise ValueError(f"{error} (adapters {names}); nothing was merged") from None
 
@@ -307,7 +317,7 @@ class FusedLoraBehaviour:
         attributes, merged = self.__dict__, self.merged_adapters
         if state.bias_after is not None:
             self.base_layer.bias.data.copy_(state.bias_after)
-        factors = base_of(self.base_layer).factors(state.record, self.fan_in_fan_out)
+        factors = self._merge_place()[1].factors(state.record, self.fan_in_fan_out)
         state.record = self._merge_factors(factors, names)
         attributes["merge_state"] = state
         merged += names
@@ -330,11 +340,11 @@ class FusedLoraBehaviour:
             bias is None or not torch.equal(bias.data, state.bias_after.to(bias.device))
         ):
             raise RuntimeError("base_layer.bias was changed while merged; nothing was unmerged")
-        attributes, merged, kind = self.__dict__, self.merged_adapters, base_of(self.base_layer)
+        attributes, merged, (base, kind) = self.__dict__, self.merged_adapters, self._merge_place()
         try:
             if state.bias_before is not None:
                 bias.data.copy_(state.bias_before)
-            kind.unmerge_(self.base_layer, state.record)
+            kind.unmerge_(base, state.record)
         except BaseException:
             if state.bias_before is not None:
                 bias.data.copy_(state.bias_after)
@@ -355,7 +365,8 @@ class FusedLoraBehaviour:
         """Share of the merged delta that rounding lost, ||(Wm - W) - D|| / ||D||. RuntimeError when not merged."""
         if self.merge_state is None:
             raise RuntimeError("delta_fidelity needs a merged layer")
-        return base_of(self.base_layer).delta_fidelity(self.base_layer, self.merge_state.record)
+        base, kind = self._merge_place()
+        return kind.delta_fidelity(base, self.merge_state.record)
 
     def dense_parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight [N, K] and bias [N] of an nn.Linear of ``dtype`` that does what base and active adapters do.
@@ -371,7 +382,7 @@ class FusedLoraBehaviour:
         if bias is None:
             bias = rounded_bias(base.bias, dtype)
         with torch.no_grad():
-            return base_of(base).dense_weight(base, _factors_of(self, names), dtype), bias
+            return base_of(base).dense_weight(base, variants.factors(self, names), dtype), bias
 
     def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -419,11 +430,6 @@ class FusedLoraBehaviour:
         for name in names:
             found += A[name], B[name], dropout[name]
         return found
-
-
-def _factors_of(layer: FusedLoraBehaviour, names: list[str]) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    parts, scaling = layer._parts(names), layer.scaling
-    return [A.weight for A in parts[::3]], [B.weight for B in parts[1::3]], [float(scaling[name]) for name in names]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

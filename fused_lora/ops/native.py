@@ -36,8 +36,8 @@ class Work(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in "rows columns row_stride ranks height width weight_type weight left right counts starts checksums "
-        "merged corrections room used".split()
+        for name in "rows columns row_stride ranks height width weight_type weight left right row_scale column_scale "
+        "counts starts checksums merged corrections room used".split()
     ]
 
 
@@ -52,6 +52,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(LIBRARY))
         variant = library.fused_lora_variant()
+        if library.fused_lora_work_bytes() != ctypes.sizeof(Work):
+            return None, f"{LIBRARY.name} is of another version: build it again"
     except (OSError, AttributeError) as error:
         return None, f"{LIBRARY.name} cannot be loaded: {error}"
     if variant < 0:

@@ -250,7 +250,7 @@ def test_config(tmp_path, case):
     error = refused(write(tmp_path / "a", CONFIG_CASES[case]))
     assert error.key
     if (
-        not case.startswith(("targets", "r other", "rank_pattern", "lora_bias", "bias without", "all biases"))
+        not case.startswith(("targets", "r other", "rank_pattern", "lora_bias", "dora", "bias without", "all biases"))
         or "type" in case
     ):
         assert error.file.endswith("adapter_config.json")

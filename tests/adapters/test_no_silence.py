@@ -93,6 +93,7 @@ CALLERS = {
     "adapters/checkpoint.py:read_adapter",  # tensors alone
     "adapters/checkpoint.py:read_checked",
     "adapters/read.py:load_adapter",
+    "checkpoints/adapter_file.py:_open",  # files to files
     "serving/residency/packing.py:_read",  # of from_folder and check_folder
     "serving/residency/registry.py:load",
     "serving/residency/registry.py:probe",

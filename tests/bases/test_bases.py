@@ -169,7 +169,7 @@ def test_a_kind_of_base_is_one_class(kinds):
             return None if x.shape[-1] == K else "shapes differ"
 
         def forward(self, module, x, given):
-            A, B, s, p, bias = given
+            A, B, s, p, bias, _ = given
             assert bias is None
             return fused_lora.functional.lora_linear(x, (module.packed.to(x.dtype) / 9), None, A, B, s, p)
 

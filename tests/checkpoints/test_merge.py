@@ -275,9 +275,12 @@ def test_killed_and_resumed(tmp_path, monkeypatch, count):
             tell = lambda done, total: os.write(writing, b"x")  # noqa: E731
             merge_checkpoint(base, adapter, tmp_path / "out", record=tmp_path / "record", progress=tell)
 
-        def wait(reading=reading, writing=writing):
+        # far enough for a finished shard, and then not to the end
+        stop = draw.randint(len(done) // 4, len(done) // 3) if kill % 2 else draw.randint(len(done) // 2, len(done) - 8)
+
+        def wait(reading=reading, writing=writing, stop=stop):
             os.close(writing)
-            for _ in range(draw.randint(len(done) // 4, len(done) // 3)):
+            for _ in range(stop):
                 assert os.read(reading, 1)  # nothing: the merge has ended
 
         run_killed(work, wait)
@@ -336,6 +339,17 @@ def test_a_full_disk(tmp_path, monkeypatch):
     report = merge_checkpoint(base, adapter, tmp_path / "out")
     merge_checkpoint(base, adapter, tmp_path / "whole")
     assert report.kept and contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_warnings_of_a_second_merge_and_of_what_rounding_takes(tmp_path):
+    base, adapter = write_base(tmp_path / "base", decoder()), write_adapter(tmp_path / "adapter", SHAPES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    with pytest.warns(UserWarning, match="'.*adapter' are merged into it already"):
+        merge_checkpoint(tmp_path / "out", adapter, tmp_path / "twice")
+    with pytest.warns(UserWarning, match="rounding took"):
+        merge_checkpoint(base, [(adapter, 1e-4)], tmp_path / "small", verify=True)
 
 
 def test_verify_finds_a_wrong_sum(tmp_path, monkeypatch):
@@ -416,7 +430,7 @@ BAD = {
         "1 of the adapter's 6 layers are not in the checkpoint.*likely rename",
     ),
     "unused tensor": (weights(extra=torch.zeros(1)), "not read"),
-    "DoRA": (config(use_dora=True), "not supported"),
+    "DoRA": (config(use_dora=True), "use_dora: expected a lora_magnitude_vector"),
     "experts": (config(target_parameters=["mlp.experts.gate_up_proj"]), "not supported"),
     "embedding": (
         weights(**{"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 56)}),

@@ -214,7 +214,9 @@ CASES: dict[str, Case] = {
     "token indices, unsaid": more(
         {f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, K)}, "trained tokens"
     ),
-    "DoRA": more({f"{PATH0}.lora_magnitude_vector": torch.ones(K)}, "use_dora.*not supported", False, use_dora=True),
+    "DoRA, of one layer": more(
+        {f"{PATH0}.lora_magnitude_vector": torch.ones(K)}, "lora_magnitude_vector.*no such key", False, use_dora=True
+    ),
     "DoRA, unsaid": more({f"{PATH0}.lora_magnitude_vector": torch.ones(K)}, "a DoRA magnitude", False),
     "bias of B, unsaid": more({f"{PATH0}.lora_B.bias": torch.ones(K)}, "a bias of lora_B.*lora_bias", False),
     "base weight": more({f"{PATH0}.base_layer.weight": torch.ones(K, K)}, "a parameter of the base model"),

@@ -326,7 +326,7 @@ def test_run_a_script_as_it_is(way, tmp_path):
     assert "1 LoRA calls ran fused, 1 in PEFT's own way\n           1 merged: the base layer alone" in out.stderr
 
 
-@pytest.mark.parametrize("fields, reason", [({"use_dora": True}, "DoraLinearVariant"), ({}, None)])
+@pytest.mark.parametrize("fields, reason", [({"init_lora_weights": "mica"}, "MiCALinearVariant"), ({}, None)])
 def test_accelerate_says_when_nothing_runs_fused(fields, reason):
     model = peft.get_peft_model(
         nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config(target_modules=["0", "1"], **fields)

@@ -365,9 +365,8 @@ def test_disabled_and_absent_adapters(report):
     assert report()["fallback"] == {"adapters are disabled": 1, "no active adapter in this layer": 1}
 
 
-@pytest.mark.parametrize("fields", [{"use_dora": True}, {"init_lora_weights": "mica"}], ids=str)
-def test_variants_fall_back_whole(fields, report):
-    both = pair(adapters={"a": fields, "b": {}}, base=Scaled(K, N))
+def test_variants_fall_back_whole(report):
+    both = pair(adapters={"a": {"init_lora_weights": "mica"}, "b": {}}, base=Scaled(K, N))
     x = torch.randn(M, K)
     assert torch.equal(layers(both)[0](x), layers(both)[1](x))
     assert not report()["around"] and len(report()["fallback"]) == 1

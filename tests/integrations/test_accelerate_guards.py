@@ -740,11 +740,11 @@ def test_layer_report_names_what_to_do():
         )
     rows = integration.layer_report(model)
     assert [(row.path, row.kind, row.why_not) for row in rows] == [
-        ("base_model.model.0", "peft lora.Embedding", "Embedding has no fused form"),
+        ("base_model.model.0", "peft lora.Embedding", "not accelerated: call fused_lora.accelerate(model)"),
         ("base_model.model.1", "peft lora.Linear", "not accelerated: call fused_lora.accelerate(model)"),
     ]
     fused_lora.accelerate(model)
-    assert [row.fused for row in integration.layer_report(model)] == [False, True]
+    assert [row.fused for row in integration.layer_report(model)] == [True, True]
     model.merge_adapter()
     assert integration.layer_report(model)[1].why_not == "merged: the base layer alone"
     assert integration.layer_report(nn.Linear(2, 2)) == []

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import types
 
 import pytest
 import torch
@@ -413,3 +414,30 @@ def test_logits_and_gradients_are_as_close_to_float64_as_pefts(route, dtype):
     exact, theirs, ours = run("peft", torch.float64), run("peft", None), run(route, None)
     for name in exact:
         assert_no_worse(*(torch.stack(found[name]) for found in (ours, theirs, exact)), name=name, draws=True)
+
+
+def test_trl_syncs_to_an_engine_leave_the_base_alone():
+    """TRL's own merge, send and unmerge, with an engine that fails once. No bit of the base changes in 20 syncs, and
+    what was sent is merged."""
+    generation = pytest.importorskip("trl.generation.vllm_generation")
+    linear = torch.nn.Linear(24, 40, dtype=torch.bfloat16)
+    config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = fused_lora.accelerate(peft.get_peft_model(torch.nn.Sequential(linear), config))
+    before = linear.weight.detach().clone()
+    B = next(p for n, p in model.named_parameters() if "lora_B" in n)
+    sync = generation.VLLMGeneration.__new__(generation.VLLMGeneration)
+    sync.model = model
+    sync._dist = types.SimpleNamespace(gather_params=lambda parameters: contextlib.nullcontext(), is_fsdp=False)
+    for i in range(20):
+        B.data.normal_(std=0.1)
+        for name, weight in sync._iter_named_params():
+            if name == "0.weight":
+                assert weight.shape == linear.weight.shape and not torch.equal(weight, before)
+                if i == 10:
+                    break  # the engine's failure ends the loop between merge and unmerge
+        if i == 10:
+            with pytest.warns(UserWarning, match="already merged"):
+                model.merge_adapter()
+            B.data.normal_()
+            fused_lora.unmerge(model)
+        assert torch.equal(linear.weight.detach().view(torch.int16), before.view(torch.int16))

@@ -41,6 +41,7 @@ LAUNCHES = {
     "unmerge_apply": 1,
     "dropout_mask": 1,
     "dequant_4bit": 1,
+    "row_norms": 1,
     "forward, 4 bits": 1,
     "forward, 4 bits, double quantised": 1,
 }
@@ -131,6 +132,7 @@ def launches(given: list[list]) -> dict[str, int]:
     from fused_lora.kernels.lora_grad import prepare_weight_grad
     from fused_lora.kernels.lora_linear import prepare_linear
     from fused_lora.kernels.lora_shrink import prepare_shrink
+    from fused_lora.kernels.row_norms import row_norms
     from fused_lora.ops.dequant import FourBit
     from fused_lora.testing.grouped import GroupedCase
     from fused_lora.testing.layers import LayerCase
@@ -205,6 +207,7 @@ def launches(given: list[list]) -> dict[str, int]:
     counted("dropout_mask", dropout_mask, torch.zeros(1, dtype=torch.int64), 40, 64, 0.1)
     packed, code, absmax = torch.zeros(40 * 32, dtype=torch.uint8), torch.zeros(16), torch.zeros(40)
     counted("dequant_4bit", dequant_4bit, packed, code, absmax, None, 64, (40, 64), bf16)
+    counted("row_norms", row_norms, W, A, B, 2.0)
     for name, scales, inner in (
         ("forward, 4 bits", absmax, None),
         ("forward, 4 bits, double quantised", absmax.byte(), (torch.zeros(256), torch.zeros(1), 256, torch.zeros(()))),

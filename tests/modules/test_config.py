@@ -28,7 +28,7 @@ def test_defaults_and_order_are_pefts():
     recorded = ["task_type", "base_model_name_or_path", "revision", "inference_mode"]  # PEFT inherits these
     own = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra"]
     assert [n for n in own if n not in recorded] == [n for n in shared if n not in recorded]
-    assert len(own) == 20
+    assert len(own) == 21
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,9 @@ def test_defaults_and_order_are_pefts():
         {"target_modules": ["q"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
         {"rank_pattern": {"^a.q": 2}, "alpha_pattern": {"a.v": 3.5}, "init_lora_weights": "gaussian"},
         {"bias": "lora_only", "lora_bias": True, "task_type": "CAUSAL_LM", "init_lora_weights": False},
+        {"target_modules": ["q"], "use_dora": True},
     ],
-    ids=["defaults", "lists", "regex", "layers", "patterns", "biases"],
+    ids=["defaults", "lists", "regex", "layers", "patterns", "biases", "dora"],
 )
 def test_reads_and_rewrites_pefts_file(tmp_path, kwargs):
     entries = peft_file(tmp_path, **kwargs)
@@ -62,7 +63,7 @@ def test_every_other_field_of_peft_is_refused_by_name(tmp_path):
     inert = {"auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "eva_config", "peft_type"}
     own = {f.name for f in dataclasses.fields(LoraConfig)}
     unsupported = sorted(set(entries) - own - inert)
-    assert "use_dora" in unsupported and "layer_replication" in unsupported and len(unsupported) >= 15
+    assert "target_parameters" in unsupported and "layer_replication" in unsupported and len(unsupported) >= 14
     for key in unsupported:
         for value in (True, {"a": 1}, [1], "x", 1, 0):
             with pytest.raises(ValueError, match=f"{key} must be null, false or empty: it is not supported"):
@@ -156,7 +157,7 @@ def test_unknown_entries_need_neutral_values(tmp_path):
         ("revision", 1, TypeError),
         ("base_model_name_or_path", ["x"], TypeError),
         ("extra", ["x"], TypeError),
-        ("extra", {"use_dora": True}, ValueError),
+        ("extra", {"use_qalora": True}, ValueError),
         ("extra", {"auto_mapping": "os"}, ValueError),
         ("extra", {"qalora_group_size": True}, ValueError),
     ],
@@ -238,9 +239,9 @@ def test_pefts_config_is_converted(fields, tmp_path):
     "config, error, message",
     [
         (
-            peft.LoraConfig(use_dora=True),
+            peft.LoraConfig(alora_invocation_tokens=[1]),
             ValueError,
-            "config: use_dora must be null, false or empty: it is not",
+            "config: alora_invocation_tokens must be null, false or empty: it is not",
         ),
         (peft.LoraConfig(modules_to_save=[""]), ValueError, "config: modules_to_save must be a list of names that"),
         (

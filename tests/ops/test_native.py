@@ -91,18 +91,21 @@ def test_a_sum_that_fp64_rounds_to_a_tie(sign):
 @built
 @pytest.mark.parametrize("variant", range(3))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-4, 0.02])
+@pytest.mark.parametrize("scale, scaled", [(0.0, False), (1e-6, False), (1e-4, False), (0.02, False), (1e-4, True)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_c_and_torch_make_the_same_record_and_bits(shape, scale, dtype, variant, monkeypatch):
+def test_c_and_torch_make_the_same_record_and_bits(shape, scale, scaled, dtype, variant, monkeypatch):
     if variant > native.variant():
         pytest.skip("this processor has not these instructions")
     monkeypatch.setattr(native, "variant", lambda: variant)
-    before, ours = weight(shape, dtype), factors(shape, 3, scale)
+    before, ours, rows = weight(shape, dtype), factors(shape, 3, scale), torch.ones(shape[0])
+    if scaled:
+        rows = torch.rand(shape[0]) * 0.5 + 0.5
+        ours = ours._replace(scales=blocks.Scales.of_rows(rows, shape[1]))
     guarded = torch.full((shape[0] + 2, shape[1] + 3), 7.0, dtype=dtype)
     in_c, in_torch = guarded[1:-1, 2:-1].copy_(before), before.clone()
     found, expected = blocks._merge(blocks._InC, in_c, ours), blocks._merge(blocks._InTorch, in_torch, ours)
-    delta = chain(*ours)
-    exact = (before.float() + delta).to(dtype)
+    delta = chain(ours.left, ours.right)
+    exact = (before.float() * rows[:, None] + delta).to(dtype)
     numbers = ~before.isnan()
     assert torch.equal(bits(in_torch)[numbers], bits(exact)[numbers])
     assert torch.equal(bits(in_c.contiguous()), bits(in_torch))
@@ -293,12 +296,12 @@ def test_a_record_survives_a_file_and_a_layout():
     assert torch.equal(bits(W.contiguous()), bits(before))
 
 
-@pytest.mark.parametrize("variant", ["avx2", "avx512"])
+@pytest.mark.parametrize("variant", ["plain_avx2", "plain_avx512", "scaled_avx2", "scaled_avx512"])
 def test_the_sums_are_vectorised(variant):
     """Where the compiler no longer does it, a merge takes several times as long and no number changes."""
     if not native.LIBRARY.exists() or platform.machine() != "x86_64" or not shutil.which("objdump"):
         pytest.skip("needs the loops of x86-64 and objdump")
-    command = ["objdump", "-d", "--no-show-raw-insn", f"--disassemble=unit_{variant}", str(native.LIBRARY)]
+    command = ["objdump", "-d", "--no-show-raw-insn", f"--disassemble={variant}", str(native.LIBRARY)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert set(re.findall(r"\bvfn?m(?:add|sub)\d+([ps])s\b", text)) == {"p"}
 

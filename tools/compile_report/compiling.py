@@ -58,9 +58,11 @@ def cases(capability: int, every_dtype: bool = False) -> list[CompileCase]:
     from compile_report import dequant_cases as dequant_aot
     from compile_report import grouped_cases as grouped_aot
     from compile_report import merge_cases as merge_aot
+    from compile_report import row_norms_cases as norms_aot
 
     dtypes = aot.DTYPES if every_dtype else aot.dtypes_on(capability)
-    found = [case for module in (aot, merge_aot, dequant_aot) for case in module.compile_cases(capability, dtypes)]
+    modules = aot, merge_aot, dequant_aot, norms_aot
+    found = [case for module in modules for case in module.compile_cases(capability, dtypes)]
     return [*found, *grouped_aot.compile_cases(capability)]
 
 

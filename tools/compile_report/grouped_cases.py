@@ -27,9 +27,9 @@ _MANY = 1 << 20  # more tiles than any rule asks about
 def compile_cases(capability: int) -> Iterator[CompileCase]:
     """All compilations for a chip (0: not NVIDIA): unit column strides, sizes and row strides multiples of 16.
 
-    For one output, which is what the operator launches, with as many parts of a split as there can be. A split needs no
-    code of its own in the shrink; the expand unrolls it. In bf16 with any ranks without a split, too, and for three
-    outputs: the same code with less, and with more, to choose from.
+    For one output, which is what the store launches, with as many parts of a split as there can be. A split needs no
+    code of its own in the shrink; the expand unrolls it. In bf16 for three outputs, too, as vLLM's q, k and v, and with
+    any ranks without a split.
     """
     most = chunks(10**6)[0]
     for dtype, adapter_dtype in _DTYPES:
@@ -39,7 +39,7 @@ def compile_cases(capability: int) -> Iterator[CompileCase]:
                 config = pick_shrink(_MANY, block_m, 4096, max_rank, *kind)
                 yield _shrink_case(config, *kind, 1, max_rank)
             for max_rank, group_size in ((16, 1), (32, 1), (64, 1), (64, 2)):
-                more = [(1, 1), (3, most)] if adapter_dtype == torch.bfloat16 and group_size > 1 else []
+                more = [(1, 1)] * (group_size > 1) + [(3, most)] if adapter_dtype == torch.bfloat16 else []
                 for outputs, planes in [(1, most), *more]:
                     config = pick_expand(_MANY, block_m, [1024] * outputs, max_rank, group_size, dtype, capability)
                     yield _expand_case(config, *kind, outputs, planes)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import base_of
+from fused_lora.bases.base import Factors
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -35,7 +36,7 @@ class Layer:
         """[N, K] as it is now, dequantised in fp32 if it is quantised."""
         base = self.module.base_layer
         if base_of(base).bits:
-            return base_of(base).dense_weight(base, ([], [], []), torch.float32)
+            return base_of(base).dense_weight(base, Factors([], [], []), torch.float32)
         weight = self.module.base_layer.weight.data
         return weight.t() if getattr(self.module, "fan_in_fan_out", False) else weight
 
@@ -181,7 +182,7 @@ def _unfit(module: Any, names: list[str]) -> str:
     if not len(module.lora_A):
         return f"{type(module).__name__} over {type(base).__name__} is no linear layer"
     weight = getattr(base, "_parameters", {}).get("weight")
-    if any(name in getattr(module, "lora_variant", {}) for name in names):
+    if any(name in getattr(module, "lora_variant", {}) or name in module.lora_magnitude_vector for name in names):
         return "DoRA or another variant, which is not x W^T + s x A^T B^T"
     if weight is None or weight.dim() != 2 or not hasattr(base, "bias"):
         return f"{type(base).__name__} has no plain 2-D weight"

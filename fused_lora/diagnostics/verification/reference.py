@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import base_of
-from fused_lora.bases.base import why_not_plain_weight
+from fused_lora.bases.base import Factors, why_not_plain_weight
 from fused_lora.diagnostics.verification import report
 from fused_lora.diagnostics.verification.layers import Layer, find_layers, unchanged
 from fused_lora.diagnostics.verification.report import Finding
@@ -134,7 +134,7 @@ def _by_plain_name(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor
     for path, module in quantised:
         own = [name for name in items if name.startswith(f"{path}.weight")]
         items = {name: tensor for name, tensor in items.items() if name not in own}
-        items[f"{path}.weight"] = base_of(module).dense_weight(module, ([], [], []), torch.float32)
+        items[f"{path}.weight"] = base_of(module).dense_weight(module, Factors([], [], []), torch.float32)
     return {plain_name(n): t for n, t in items.items() if isinstance(t, Tensor) and ".original_module." not in n}
 
 

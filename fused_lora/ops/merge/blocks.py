@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -35,16 +36,38 @@ TORN_TEXT = (
 )
 
 
+class Scales(NamedTuple):
+    """What a weight is multiplied by beside the delta: ``rows`` [2, rows] and ``columns`` [2, columns], scales and the
+    reciprocals that undo them."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    @classmethod
+    def of_rows(cls, scale: torch.Tensor, columns: int) -> Scales:
+        """``scale`` [rows] alone. 0 has no reciprocal: its elements all get corrections, or the weight a copy."""
+        inverse = scale.reciprocal()
+        inverse = torch.where(inverse.isfinite(), inverse, 0)
+        return cls(torch.stack([scale, inverse]), scale.new_ones((2, columns)))
+
+
 class Factors(NamedTuple):
     """The delta D = left @ right. ``left`` [rows, R] and ``right`` [R, columns] are contiguous for :func:`merge`, in
-    fp32, or in fp64 for an fp64 weight. The scaling is in the one that was lora_B."""
+    fp32, or in fp64 for an fp64 weight. The scaling is in the one that was lora_B. scales: of the weight itself."""
 
     left: torch.Tensor
     right: torch.Tensor
+    scales: Scales | None = None
 
     def t(self) -> Factors:
         """For the transposed weight."""
-        return Factors(self.right.t().contiguous(), self.left.t().contiguous())
+        scales = None if self.scales is None else Scales(self.scales.columns, self.scales.rows)
+        return Factors(self.right.t().contiguous(), self.left.t().contiguous(), scales)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is held."""
+        return [self.left, self.right, *(self.scales or ())]
 
 
 @dataclass
@@ -95,10 +118,12 @@ class _InC:
         self.merged = (ctypes.c_uint8 * count)()
         if room == 0:
             ctypes.memset(self.merged, 1, count)
-        left, right = self._held = factors
+        self._held = factors
+        left, right, scales = factors
         self.work = native.Work(
             *W.shape, W.stride(0), right.shape[0], units.height, units.width,
             native.TYPES[W.dtype], W.data_ptr(), left.data_ptr(), right.data_ptr(),
+            *((0, 0) if scales is None else (scales.rows.data_ptr(), scales.columns.data_ptr())),
             counts, counts + 8 * count, counts + 16 * count,
             ctypes.addressof(self.merged), self.corrections.data_ptr(), self.corrections.shape[0], 0,
         )  # fmt: skip
@@ -118,7 +143,7 @@ class _InTorch:
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
         self._W, self._units, self._room = W, units, room
         self._counts, self._starts, self._checksum = units.notes.unbind()
-        self._left, self._right = factors
+        self._left, self._right, self._scales = factors
         self._panels = [(first, min(first + units.width, W.shape[1])) for first in range(0, W.shape[1], units.width)]
         whole = W.shape[0] // units.height * units.height
         step = max(1, _BAND // max(1, units.height * W.shape[1])) * units.height
@@ -157,15 +182,16 @@ class _InTorch:
             return DONE
         delta = chain(self._left[slice(*band)], self._right)
         if mode == UNMERGE:
-            out = self._round(w, w.to(delta.dtype) - delta)
+            out = self._round(w, self._unscaled(band, w.to(delta.dtype) - delta))
             if not self._decode(band, bits(out)) or not torch.equal(self._checksums(out), checksums):
                 return CHANGED
         else:
-            out = self._round(w, w.to(delta.dtype) + delta)
+            out = self._round(w, self._scaled(band, w.to(delta.dtype)) + delta)
             if bool((w.isfinite() & ~out.isfinite()).any()):
                 return LOST
         if mode == MERGE:
-            pairs, counts = self._encode(bits(self._round(w, out.to(delta.dtype) - delta)) ^ bits(w.contiguous()))
+            back = self._round(w, self._unscaled(band, out.to(delta.dtype) - delta))
+            pairs, counts = self._encode(bits(back) ^ bits(w.contiguous()))
             used = sum(map(len, self._pieces))
             if used + len(pairs) > self._room:
                 return FULL
@@ -177,6 +203,15 @@ class _InTorch:
         self._merged[band] = mode != UNMERGE
         w.copy_(out)
         return DONE
+
+    def _scaled(self, band: tuple[int, int], values: torch.Tensor, which: int = 0) -> torch.Tensor:
+        if self._scales is None:
+            return values
+        rows, columns = self._scales
+        return values * rows[which, slice(*band), None] * columns[which]
+
+    def _unscaled(self, band: tuple[int, int], values: torch.Tensor) -> torch.Tensor:
+        return self._scaled(band, values, 1)
 
     def _round(self, w: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         return torch.where(w.isfinite(), total.to(w.dtype), w).contiguous()
@@ -352,8 +387,9 @@ def _agree() -> bool:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=draw, device="cpu", dtype=torch.float32)
 
-    factors = Factors(normal(37, 3) * 0.01, normal(3, 333))
-    for dtype in native.TYPES:
+    plain = Factors(normal(37, 3) * 0.01, normal(3, 333))
+    scaled = plain._replace(scales=Scales.of_rows(1 + normal(37) * 0.1, 333))
+    for dtype, factors in itertools.product(native.TYPES, (plain, scaled)):
         W = normal(37, 333).to(dtype)
         merged = W.clone(), W.clone()
         try:

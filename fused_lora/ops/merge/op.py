@@ -24,7 +24,7 @@ import torch
 from fused_lora.ops import native
 from fused_lora.ops.checks import FLOAT_DTYPES
 from fused_lora.ops.merge import blocks, launch
-from fused_lora.ops.merge.blocks import Factors
+from fused_lora.ops.merge.blocks import Factors, Scales
 
 
 @dataclass
@@ -42,7 +42,7 @@ class MergeRecord:
 
     @property
     def nbytes(self) -> int:
-        tensors = [*self.factors, *(self.units.tensors if self.units else [])]
+        tensors = [*self.factors.tensors, *(self.units.tensors if self.units else [])]
         on_device = 0 if self.device_corrections is None else self.device_corrections.nbytes
         return on_device + sum(t.numel() * t.element_size() for t in tensors)
 
@@ -59,14 +59,18 @@ def merge_(
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
     scaling: Sequence[float],
+    row_scale: torch.Tensor | None = None,
     *,
     fan_in_fan_out: bool = False,
 ) -> MergeRecord:
     """In place: weight <- round(weight + sum_i scaling_i * lora_B_i @ lora_A_i), one rounding for all adapters.
 
+    With ``row_scale`` u: weight <- round(u_j weight_j + sum_i ...) for each output j, as a merge of DoRA needs it.
+
     Args:
         weight: [N, K], or [K, N] with ``fan_in_fan_out``; fp64, fp32, bf16 or fp16, any strides, any device.
         lora_A: [r_i, K] each; lora_B: [N, r_i] each; any floating dtype. scaling: one float each.
+        row_scale: [N], finite, or None.
 
     Returns:
         The record that :func:`unmerge_` needs. Later changes of lora_A, lora_B or scaling do not affect it.
@@ -76,10 +80,10 @@ def merge_(
         TypeError: weight is not fp64, fp32, bf16 or fp16. RuntimeError: it is on the meta device or
             an expanded tensor.
     """
-    _check(weight, lora_A, lora_B, scaling, fan_in_fan_out)
+    _check(weight, lora_A, lora_B, scaling, row_scale, fan_in_fan_out)
     W = weight.detach()
-    if launch.applies(W):
-        left, right = _factors(W, lora_A, lora_B, scaling, fan_in_fan_out)
+    if row_scale is None and launch.applies(W):
+        left, right, _ = _factors(W, lora_A, lora_B, scaling, None, fan_in_fan_out)
         if W.stride(0) < W.stride(1):  # the kernel takes all three transposed
             left, right = left.t().contiguous().t(), right.t().contiguous().t()
         record = MergeRecord(Factors(left, right), W.dtype, False)
@@ -87,8 +91,8 @@ def merge_(
         return record
     if native.needs_one_thread():
         with native.one_thread():
-            return merge_(weight, lora_A, lora_B, scaling, fan_in_fan_out=fan_in_fan_out)
-    W, record = _begun(W, lora_A, lora_B, scaling, fan_in_fan_out)
+            return merge_(weight, lora_A, lora_B, scaling, row_scale, fan_in_fan_out=fan_in_fan_out)
+    W, record = _begun(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out)
     record.units = blocks.merge(W, record.factors)  # no call from here on: in one an interrupt would lose the record
     return record
 
@@ -142,24 +146,28 @@ def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, fl
     original = weight.detach().clone()
     unmerge_(original, record)
     change = weight.detach().double() - original.double()
-    left, right = record.factors
+    left, right, scales = record.factors
     delta = left.double() @ right.double()
+    if scales is not None:
+        W = original.double().t() if record.transposed else original.double()
+        delta += W * (scales.rows[0, :, None].double() * scales.columns[0].double() - 1)
     delta = delta.t() if record.transposed else delta
     moved, lost, wanted = (t.square().sum().item() for t in (change, change - delta, delta))
     return math.sqrt(moved), math.sqrt(lost / wanted) if wanted else 0.0
 
 
-def factors(record: MergeRecord, fan_in_fan_out: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
-    """The record's frozen adapters as one (lora_A [R, K], lora_B [N, R], scaling 1), to merge them again."""
-    left, right = record.factors
-    if fan_in_fan_out != record.transposed:
-        left, right = right.t(), left.t()
-    return [right], [left], [1.0]
+def factors(
+    record: MergeRecord, fan_in_fan_out: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float], torch.Tensor | None]:
+    """The record's frozen adapters as one (lora_A [R, K], lora_B [N, R], scaling 1, row_scale), to merge them again."""
+    swapped = fan_in_fan_out != record.transposed
+    left, right, scales = record.factors.t() if swapped else record.factors
+    return [right], [left], [1.0], None if scales is None else scales.rows[0]
 
 
-def _begun(W, lora_A, lora_B, scaling, fan_in_fan_out) -> tuple[torch.Tensor, MergeRecord]:
+def _begun(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out) -> tuple[torch.Tensor, MergeRecord]:
     """The weight as it is stored, and a record without notes."""
-    factors = _factors(W, lora_A, lora_B, scaling, fan_in_fan_out)
+    factors = _factors(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out)
     transposed = W.stride(0) < W.stride(1) and W.t().is_contiguous()
     if transposed:  # rows of the storage are what a unit should hold
         W, factors = W.t(), factors.t()
@@ -189,8 +197,8 @@ def add_rows_(rows: torch.Tensor, factors: Factors, keep: bool = False) -> block
     """
     if keep:
         return blocks.merge(rows, factors)
-    if launch.applies(rows):
-        launch.merge(rows, *factors)
+    if launch.applies(rows) and factors.scales is None:
+        launch.merge(rows, factors.left, factors.right)
     else:
         blocks.merge_again(rows, factors)
     return None
@@ -208,6 +216,7 @@ def delta_factors(
     lora_B: Sequence[torch.Tensor],
     scaling: Sequence[float],
     fan_in_fan_out: bool = False,
+    row_scale: torch.Tensor | None = None,
 ) -> Factors:
     """Copies of adapters on ``device`` with the scaling inside B; their product is what a weight of ``dtype`` gets."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -216,16 +225,18 @@ def delta_factors(
     # a product keeps the strides of a transposed B, as tied embeddings have it
     B = [(part.detach().to(**place) * float(s)).contiguous() for part, s in zip(lora_B, scaling, strict=True)]
     A, B = A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1)
-    return Factors(B, A).t() if fan_in_fan_out else Factors(B, A)
+    scales = None if row_scale is None else Scales.of_rows(row_scale.detach().to(device, wide), A.shape[1])
+    factors = Factors(B, A, scales)
+    return factors.t() if fan_in_fan_out else factors
 
 
-def _factors(W, lora_A, lora_B, scaling, fan_in_fan_out) -> Factors:
+def _factors(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out) -> Factors:
     """Whatever happens to the adapter while merged, the same delta is taken away again. No number travels to the
     weight's device."""
-    return delta_factors(W.dtype, W.device, lora_A, lora_B, scaling, fan_in_fan_out)
+    return delta_factors(W.dtype, W.device, lora_A, lora_B, scaling, fan_in_fan_out, row_scale)
 
 
-def _check(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> None:
+def _check(weight, lora_A, lora_B, scaling, row_scale, fan_in_fan_out) -> None:
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight: expected float64, float32, bfloat16 or float16, got {weight.dtype}")
     if weight.is_meta:
@@ -241,6 +252,10 @@ def _check(weight, lora_A, lora_B, scaling, fan_in_fan_out) -> None:
         raise ValueError(
             f"lora_A, lora_B, scaling: expected as many of each and at least one, "
             f"got {len(lora_A)}, {len(lora_B)} and {len(scaling)}"
+        )
+    if row_scale is not None and (row_scale.shape != (rows,) or not torch.isfinite(row_scale).all()):
+        raise ValueError(
+            f"row_scale: expected {rows} finite numbers, got {tuple(row_scale.shape)}, some perhaps not finite"
         )
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
         if A.dim() != 2 or A.shape[1] != columns or B.dim() != 2 or tuple(B.shape) != (rows, A.shape[0]):

@@ -128,11 +128,10 @@ def _read(
 
 
 def _check_served(folder: str, plan: Plan) -> None:
-    if plan.config.bias != "none" or plan.config.lora_bias:
-        raise ValueError(
-            f"source: {folder!r} has bias={plan.config.bias!r}, lora_bias={plan.config.lora_bias}; adapters that are "
-            "served beside others bring A and B only"
-        )
+    if plan.config.bias != "none" or plan.config.lora_bias or plan.config.use_dora:
+        more = {name: getattr(plan.config, name) for name in ("bias", "lora_bias", "use_dora")}
+        said = ", ".join(f"{name}={value!r}" for name, value in more.items())
+        raise ValueError(f"source: {folder!r} has {said}; adapters that are served beside others bring A and B only")
     if plan.beside:
         raise ValueError(
             f"source: {folder!r} has modules_to_save or trainable_token_indices, {next(iter(plan.beside))!r} for one; "

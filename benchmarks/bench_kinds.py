@@ -1,0 +1,106 @@
+"""DoRA layers and mixtures of experts beside LoRA: a training step of ours, PEFT's, and what it cannot go below.
+
+    python benchmarks/bench_kinds.py
+
+dora     a linear layer, 512 x 2048 x 2048, r=16, fp32, forward and backward, without and with dropout, against our LoRA
+experts  a Qwen3-MoE of 2 layers and 64 experts, 256 tokens, r=8: ours against the frozen model with grouped_mm
+
+Outputs are compared with PEFT's first: the RMS difference may be 1e-5 of the output. All take turns in one run.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+
+import peft
+import torch
+from report import Candidate, Clock, Report, Table, begin, interleaved, parser, spread, summary
+from torch import nn
+
+import fused_lora
+
+COLUMNS = [("case", 24), ("provider", 12), ("ms", 26), ("over floor", 10), ("over PEFT", 10)]
+FLOORS = {"dora": "our LoRA", "experts": "frozen"}
+
+
+def dora(p: float) -> dict[str, Callable[[], torch.Tensor]]:
+    """{provider: one forward and backward}, p the dropout."""
+    K, M = 2048, 512
+
+    def layer(ours: bool, use_dora: bool) -> nn.Module:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=16, target_modules=["0"], init_lora_weights=False, use_dora=use_dora, lora_dropout=p)
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(K, K)), config)
+        return fused_lora.accelerate(model) if ours else model
+
+    x, g = torch.randn(M, K, requires_grad=True), torch.randn(M, K)
+    models = {"our LoRA": layer(True, False), "fused_lora": layer(True, True), "PEFT": layer(False, True)}
+
+    def step(model: nn.Module) -> torch.Tensor:
+        y = model(x)
+        y.backward(g)
+        x.grad = None
+        model.zero_grad()
+        return y
+
+    return {name: lambda model=model: step(model) for name, model in models.items()}
+
+
+def experts() -> dict[str, Callable[[], torch.Tensor]]:
+    """The same of a small mixture of experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=256, hidden_size=512, intermediate_size=512, moe_intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=64, num_experts=64, num_experts_per_tok=4,
+        decoder_sparse_step=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    frozen = Qwen3MoeForCausalLM(config).requires_grad_(False)
+    frozen.enable_input_require_grads()
+    frozen.config._experts_implementation = "grouped_mm"
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = peft.LoraConfig(r=8, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(frozen), lora)
+    models = {"frozen": frozen, "fused_lora": fused_lora.accelerate(copy.deepcopy(theirs)), "PEFT": theirs}
+    ids = torch.randint(0, 256, (1, 256))
+
+    def step(model: nn.Module) -> torch.Tensor:
+        logits = model(input_ids=ids).logits
+        logits.square().mean().backward()
+        model.zero_grad()
+        return logits
+
+    return {name: lambda model=model: step(model) for name, model in models.items()}
+
+
+def measure(case: str, floor: str, steps: dict[str, Callable], report: Report, table: Table, arguments) -> None:
+    """Check, time and add the rows of one case."""
+    ours, theirs = steps["fused_lora"]().detach(), steps["PEFT"]().detach()
+    off = ((ours - theirs).norm() / theirs.norm()).item()
+    if not (off < 1e-5 or "p=0.1" in case):  # masks are drawn by other generators
+        raise RuntimeError(f"{case}: the output differs from PEFT's by {off:.1e}")
+    candidates = [Candidate(name, [run]) for name, run in steps.items()]
+    times = interleaved(candidates, Clock(arguments.device), arguments.seconds, arguments.rounds, arguments.deadline)
+    ms = {name: summary([t[0] for t in rounds]) for name, rounds in times.items()}
+    for name, found in ms.items():
+        over = {other: round(found["median"] / ms[other]["median"], 4) for other in (floor, "PEFT")}
+        report.rows.append(
+            dict(benchmark="kinds", case=case, provider=name, ms=found, to_floor=over[floor], to_peft=over["PEFT"])
+        )
+        table.row(case, name, spread(found), f"{over[floor]:.2f}", f"{over['PEFT']:.2f}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__).parse_args(argv)
+    report, table = begin("kinds", arguments), Table(COLUMNS)
+    for p in (0.0, 0.1):
+        measure(f"dora, p={p}", FLOORS["dora"], dora(p), report, table, arguments)
+    measure("experts", FLOORS["experts"], experts(), report, table, arguments)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

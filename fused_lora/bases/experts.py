@@ -1,0 +1,203 @@
+"""Stacked experts as transformers keeps them, [experts, out, in] or [experts, in, out]: forward and merge of LoRA.
+
+An adapter of one such parameter is PEFT's (``target_parameters``): lora_A [experts * r, in], whose slowest part is the
+expert, and lora_B [out, r * experts], whose fastest part is the expert. The forward never forms W + s B A. Rows are
+sorted by expert as in transformers' "grouped_mm", and two more grouped products add the terms to each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.bases.base import Base, Factors, why_not_own_call
+from fused_lora.ops.checks import FLOAT_DTYPES
+from fused_lora.ops.merge import blocks
+from fused_lora.ops.merge import op as merging
+from fused_lora.ops.native import DONE, MERGE, UNMERGE
+
+NAMES = ("gate_up_proj", "up_proj", "down_proj")
+IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")  # of one arithmetic: which experts a row goes through
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts", "_is_expert_parallel")
+
+
+class ExpertTerm(NamedTuple):
+    """One adapter of one stacked parameter: lora_A [experts * r, in], lora_B [out, r * experts], scaling."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+
+def why_not_fused(experts: Any, name: str) -> str | None:
+    """None when :func:`experts_forward` may stand in for a call of ``experts`` with adapters of its ``name``."""
+    kind = type(experts).__name__
+    if not all(hasattr(experts, flag) for flag in (*_FLAGS, "_apply_gate", "config")):
+        return f"{kind} is not in transformers' registry of experts"
+    if name not in NAMES:
+        return f"{name} is not one of {', '.join(NAMES)}"
+    if experts._is_expert_parallel:
+        return "experts are spread over processes"
+    implementation = getattr(experts.config, "_experts_implementation", None)
+    if implementation not in IMPLEMENTATIONS:
+        return f"the experts implementation is {implementation!r}"
+    held = experts._parameters
+    for own in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
+        if why := why_not_stacked(held.get(own)):
+            return f"{own} is {why}"
+        if held[own].dtype is torch.float64:
+            return "float64 experts have no grouped product"
+    return why_not_own_call(experts, "the experts")
+
+
+def why_not_stacked(weight: Any) -> str | None:
+    """None for an ordinary floating parameter of three dimensions, else what it is instead."""
+    if type(weight) is not nn.Parameter:  # parametrized: computed anew at each use
+        return "not a parameter of its own" if weight is None else f"a {type(weight).__name__}"
+    if weight.dim() != 3 or weight.dtype not in FLOAT_DTYPES or weight.layout is not torch.strided:
+        return f"{weight.dtype} of {weight.dim()} dimensions"
+    return "on the meta device" if weight.is_meta else None
+
+
+def experts_forward(
+    experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, terms: Mapping[str, Sequence[ExpertTerm]]
+) -> Tensor:
+    """hidden [tokens, K] through the top_k experts of each token, [tokens, K]: transformers' "grouped_mm" with terms.
+
+    Deterministic: a token's results are summed in the order of its experts' places, with no atomics.
+
+    Args:
+        top_k_index, top_k_weights: [tokens, top_k]. terms: of each adapted parameter, by its name.
+    """
+    from transformers.integrations.moe import _grouped_linear
+
+    tokens, top_k = top_k_index.shape
+    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    rows_of_experts = torch.bincount(ids, minlength=experts.num_experts)
+    offsets = rows_of_experts.cumsum(0, dtype=torch.int32)
+
+    def project(x: Tensor, name: str) -> Tensor:
+        bias = getattr(experts, f"{name}_bias")[ids] if experts.has_bias else None
+        y = _grouped_linear(x, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed)
+        return add_terms(y, x, terms.get(name, ()), offsets)
+
+    y = project(hidden[order // top_k], "gate_up_proj" if experts.has_gate else "up_proj")
+    y = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
+    y = project(y, "down_proj")
+    if experts.has_post_expert_norm:
+        y = experts.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[order, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return y[back].view(tokens, top_k, -1).sum(1).to(hidden.dtype)
+
+
+def add_terms(y: Tensor, x: Tensor, terms: Sequence[ExpertTerm], offsets: Tensor) -> Tensor:
+    """y + sum_i s_i x A_i^T B_i^T with the A and B of each row's expert, rounded once to y's dtype.
+
+    y: [rows, N], x: [rows, K], sorted by expert. offsets: int32 [experts], where the rows of each end.
+    """
+    if not terms:
+        return y
+    wide = torch.float32 if y.is_cpu else y.dtype  # tensor cores sum 16-bit products in fp32 anyway
+    total = y
+    with torch.autocast(x.device.type, enabled=False):
+        for lora_A, lora_B, s in terms:
+            dtype = torch.promote_types(wide, y.dtype if y.dtype is torch.float64 else wide)
+            A, B = unpacked(lora_A.to(dtype), lora_B.to(dtype), len(offsets))
+            S = _grouped_product(x.to(dtype), A, offsets)
+            total = torch.add(total, _grouped_product(S, B, offsets), alpha=s)
+        return total.to(y.dtype)
+
+
+def _grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """x W_e^T for the expert of each row; weight [experts, N, K]."""
+    from transformers.integrations.moe import _grouped_mm
+
+    return _grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
+def unpacked(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """lora_A [experts, r, in] and lora_B [experts, out, r] of PEFT's packing, r padded to whole 16 bytes."""
+    A = lora_A.reshape(experts, -1, lora_A.shape[1])
+    B = lora_B.reshape(lora_B.shape[0], -1, experts).permute(2, 0, 1)
+    missing = -A.shape[1] % (16 // A.element_size())  # grouped products want rows that begin at 16 bytes
+    if missing:
+        A, B = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
+    return A.contiguous(), B.contiguous()
+
+
+class Experts(Base):
+    """One stacked parameter of a module, for merges: every expert is a matrix of its own.
+
+    transposed: the stack is [experts, in, out]; what a layer says with ``fan_in_fan_out`` is not asked.
+    """
+
+    def __init__(self, name: str, transposed: bool):
+        self.name, self.transposed = name, transposed
+
+    def why_not_merged(self, module: Any) -> str | None:
+        """None for an ordinary stack of matrices."""
+        why = why_not_stacked(module._parameters.get(self.name))
+        return why and f"{self.name} is {why}"
+
+    def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> list[merging.MergeRecord]:
+        """As :meth:`Base.merge_`; all experts or none. One record an expert."""
+        matrices = self._matrices(module)
+        each = [Factors(*parts) for parts in _by_expert(factors, len(matrices))]
+        jobs = [merging.merge_later(W, own, self.transposed) for W, own in zip(matrices, each, strict=True)]
+        found = [job for job in jobs if job is not None]
+        if len(found) == len(jobs) and blocks.run_together([sweep for _, sweep in found], MERGE) == DONE:
+            return [record for record, _ in found]
+        records = []
+        try:
+            for W, own in zip(matrices, each, strict=True):
+                records.append(merging.merge_(W, *own, fan_in_fan_out=self.transposed))
+        except BaseException:
+            for W, own in zip(matrices, records, strict=False):
+                merging.unmerge_(W, own)
+            raise
+        return records
+
+    def unmerge_(self, module: Any, record: list[merging.MergeRecord]) -> None:
+        """As :meth:`Base.unmerge_`; all experts or none."""
+        matrices = self._matrices(module)
+        if len(matrices) != len(record):
+            raise RuntimeError(f"{self.name}: it has {len(matrices)} experts and had {len(record)} when it was merged")
+        sweeps = [merging.unmerge_later(W, own) for W, own in zip(matrices, record, strict=True)]
+        if all(sweeps) and blocks.run_together(sweeps, UNMERGE) == DONE:
+            return
+        done = 0
+        try:
+            for W, own in zip(matrices, record, strict=True):
+                merging.unmerge_(W, own)
+                done += 1
+        except BaseException:
+            for i in range(done):  # the same factors give the same bits again
+                record[i] = merging.merge_(matrices[i], *merging.factors(record[i], False))
+            raise
+
+    def factors(self, record: list[merging.MergeRecord], fan_in_fan_out: bool) -> Factors:
+        """The adapters that were merged, frozen, as one in PEFT's packing."""
+        parts = [merging.factors(own, self.transposed) for own in record]
+        A, B = torch.cat([A for [A], *_ in parts]), torch.stack([B for _, [B], *_ in parts], 2)
+        return Factors([A], [B.reshape(B.shape[0], -1)], [1.0])
+
+    def delta_fidelity(self, module: Any, record: list[merging.MergeRecord]) -> float:
+        """As :meth:`Base.delta_fidelity`, of the expert that lost most."""
+        lost = [merging.delta_fidelity(W, own)[1] for W, own in zip(self._matrices(module), record, strict=True)]
+        return max(lost)
+
+    def _matrices(self, module: Any) -> list[Tensor]:
+        return list(module._parameters[self.name].detach().unbind(0))
+
+
+def _by_expert(factors: Factors, experts: int) -> list[tuple[list[Tensor], list[Tensor], list[float]]]:
+    """lora_A [r, in], lora_B [out, r] and scaling of each expert."""
+    lora_A, lora_B, scaling, _ = factors
+    A = [t.detach().reshape(experts, -1, t.shape[1]) for t in lora_A]
+    B = [t.detach().reshape(t.shape[0], -1, experts) for t in lora_B]
+    return [([a[e] for a in A], [b[..., e] for b in B], list(scaling)) for e in range(experts)]

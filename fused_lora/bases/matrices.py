@@ -1,0 +1,49 @@
+"""Embeddings and convolutions, for merges: the weight is a matrix, transposed or with its last dimensions in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.bases.base import Base, Factors, why_not_plain_weight
+from fused_lora.ops.merge import op as merging
+
+
+class AsMatrix(Base):
+    """A weight [N, ...] as [N, K], or where ``transposed`` a weight [K, N]: lora_A is [r, K], lora_B [N, r]."""
+
+    def __init__(self, transposed: bool):
+        self.transposed = transposed
+
+    def why_not_merged(self, module: Any) -> str | None:
+        """None for an ordinary contiguous weight."""
+        weight = module._parameters.get("weight")
+        if type(weight) is not nn.Parameter:
+            return why_not_plain_weight(weight) or "a weight is no parameter"
+        if weight.layout is not torch.strided or not weight.is_contiguous():
+            return "a weight is not contiguous"
+        return why_not_plain_weight(weight.detach().flatten(1)) if weight.dim() > 1 else "a weight is no matrix"
+
+    def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> merging.MergeRecord:
+        """As :meth:`Base.merge_`, whatever the layer's fan_in_fan_out is."""
+        return merging.merge_(self._matrix(module), *factors, fan_in_fan_out=self.transposed)
+
+    def unmerge_(self, module: Any, record: merging.MergeRecord) -> None:
+        """As :meth:`Base.unmerge_`."""
+        merging.unmerge_(self._matrix(module), record)
+
+    def factors(self, record: merging.MergeRecord, fan_in_fan_out: bool) -> Factors:
+        """As :meth:`Base.factors`."""
+        return Factors(*merging.factors(record, self.transposed))
+
+    def delta_fidelity(self, module: Any, record: merging.MergeRecord) -> float:
+        """As :meth:`Base.delta_fidelity`."""
+        return merging.delta_fidelity(self._matrix(module), record)[1]
+
+    def _matrix(self, module: Any) -> Tensor:
+        return module._parameters["weight"].detach().flatten(1)  # a view: the weight is contiguous
+
+
+EMBEDDING, CONVOLUTION = AsMatrix(transposed=True), AsMatrix(transposed=False)

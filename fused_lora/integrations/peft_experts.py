@@ -1,0 +1,127 @@
+"""PEFT's ``ParamWrapper`` (``target_parameters``) over stacked experts: LoRA that is never folded into their weights.
+
+PEFT nests one wrapper for each parameter around the experts. Each call of it parametrises the stack: W + s B A of all
+experts is formed, whichever of them have rows. Here the outermost wrapper computes the experts with the terms of all
+wrappers inside; where one of them or the experts are out of the ordinary, PEFT's own forward runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fused_lora.bases import Base, experts
+from fused_lora.bases.base import why_not_own_call, why_not_plain_tensor, why_not_plain_weight
+from fused_lora.integrations.peft_linear import BEHAVIOURS, FUSED, AcceleratedLinear, _count, _is_number
+from fused_lora.modules.changes import CHANGING, wait_for_change
+from fused_lora.modules.fusable import why_transformed
+from fused_lora.modules.mixin import FusedLoraBehaviour
+
+
+class AcceleratedExperts(AcceleratedLinear):
+    """Forward, merge and unmerge of a ``lora.ParamWrapper``, for a class that has PEFT's as its next base."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the experts' own: (hidden [tokens, K], top_k_index, top_k_weights [tokens, top_k]) -> [tokens, K]."""
+        if CHANGING:
+            wait_for_change(self)
+        reason = self.why_not_fused() or _why_not_call(x, args, kwargs)
+        if reason:
+            _count(reason)
+            return super(FusedLoraBehaviour, self).forward(x, *args, **kwargs)
+        _count(FUSED)
+        terms = {w.parameter_name: w._terms() for w in _wrappers(self)}
+        return experts.experts_forward(self.get_base_layer(), x, *args, terms)
+
+    def why_not_fused(self) -> str | None:
+        """Why a call runs PEFT's own forward; None where it does not."""
+        base, active = self.get_base_layer(), False
+        for wrapper in _wrappers(self):
+            if type(wrapper) is not type(self):
+                return "not accelerated: call fused_lora.accelerate(model)"
+            if wrapper.disable_adapters:
+                return "adapters are disabled"
+            if wrapper.merged:
+                return "merged: the base layer alone"
+            if wrapper is not self and (why := why_not_own_call(wrapper, "a wrapper inside")):
+                return why
+            if why := experts.why_not_fused(base, wrapper.parameter_name) or wrapper._why_not_terms():
+                return why
+            active = active or bool(wrapper._present(wrapper.active_adapters))
+        return None if active else "no active adapter in this layer"
+
+    def _why_not_terms(self) -> str | None:
+        if self._transposed() != bool(self.get_base_layer().is_transposed):
+            return "the adapter's orientation is not that of the experts"
+        for name in self._present(self.active_adapters):
+            for part in (self.lora_A[name], self.lora_B[name]):
+                if why := why_not_plain_weight(part._parameters.get("weight")):
+                    return why
+            if name in self.lora_variant:
+                return type(self.lora_variant[name]).__name__
+            if not _is_number(self.scaling[name]):
+                return "the scaling is no number"
+        return None
+
+    def _terms(self) -> list[experts.ExpertTerm]:
+        parts = ((self.lora_A[n].weight, self.lora_B[n].weight, n) for n in self._present(self.active_adapters))
+        return [experts.ExpertTerm(A, B, float(self.scaling[n])) for A, B, n in parts]
+
+    def _transposed(self) -> bool:
+        return not self._did_swap_in_out_features
+
+    def _merge_place(self) -> tuple[nn.Module, Base]:
+        return self.get_base_layer(), _kind(self.parameter_name, self._transposed())
+
+    def _merges_exactly(self, adapter_names: list[str] | None) -> bool:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if isinstance(names, str) or (self.merged and self.merge_state is None):
+            return False
+        if torch._C._len_torch_dispatch_stack():
+            return False  # fake tensors have no numbers to check
+        base, kind = self._merge_place()
+        if kind.why_not_merged(base):
+            return False
+        weight = base._parameters[self.parameter_name]
+        shape = weight.shape[:1] + (weight.shape[:0:-1] if self._transposed() else weight.shape[1:])
+        return all(self._stack_fits(name, tuple(shape), weight.device) for name in self._present(names))
+
+    def _stack_fits(self, name: str, shape: tuple[int, ...], device: torch.device) -> bool:
+        """Whether one adapter has matrices for a stack [experts, out, in]."""
+        A, B, r = self.lora_A[name].weight, self.lora_B[name].weight, self.r[name] * shape[0]
+        if any(why_not_plain_weight(w) or w.device != device for w in (A, B)) or name in self.lora_variant:
+            return False
+        fits = A.shape[1] == shape[2] and B.shape[0] == shape[1] and A.shape[0] == B.shape[1] and r == A.shape[0]
+        return fits and _is_number(self.scaling[name])
+
+
+@functools.cache
+def _kind(name: str, transposed: bool) -> experts.Experts:
+    return experts.Experts(name, transposed)
+
+
+def _wrappers(outermost: Any) -> Iterator[Any]:
+    """PEFT's wrappers around one module, from the outside in."""
+    module = outermost
+    while hasattr(module, "parameter_name"):
+        yield module
+        module = module._modules["base_layer"]
+
+
+def _why_not_call(x: Any, args: tuple, kwargs: dict) -> str | None:
+    if kwargs or len(args) != 2 or not all(isinstance(a, Tensor) and a.dim() == 2 for a in args):
+        return "further arguments"
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return "torch.compile or a dispatch mode over experts"
+    if x.dim() != 2 or args[0].shape != args[1].shape or len(args[0]) != len(x):
+        return "shapes differ"
+    hooked = "a hook on all modules" if _has_any_global_hook() else None
+    return why_not_plain_tensor(x) or why_transformed() or hooked
+
+
+BEHAVIOURS["ParamWrapper"] = AcceleratedExperts

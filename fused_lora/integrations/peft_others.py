@@ -1,0 +1,160 @@
+"""PEFT's ``Embedding`` and convolutions: exact merges for both, and a shorter forward for embeddings."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.bases import Base
+from fused_lora.bases.base import why_not_own_call, why_not_plain_tensor
+from fused_lora.bases.matrices import CONVOLUTION, EMBEDDING
+from fused_lora.integrations.peft_linear import (
+    BEHAVIOURS,
+    FUSED,
+    AcceleratedLinear,
+    _count,
+    _has_own_memory,
+    _is_number,
+)
+from fused_lora.modules.changes import CHANGING, wait_for_change
+from fused_lora.modules.fusable import why_not_here
+from fused_lora.modules.mixin import FusedLoraBehaviour
+
+
+class _Factor(NamedTuple):
+    """lora_A or lora_B as a matrix under the name that a linear layer has for it."""
+
+    weight: Tensor
+
+
+class _ExactMerges(AcceleratedLinear):
+    """Merge and unmerge of a layer whose weight is another matrix than a linear layer's."""
+
+    kind: Base
+    fan_in_fan_out = False  # convolutions have no such attribute
+
+    def why_not_fused(self) -> str | None:
+        """Why a call runs PEFT's own forward; None where it does not."""
+        raise NotImplementedError
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """lora_A [r, K] and lora_B [N, r] of one adapter."""
+        raise NotImplementedError
+
+    def _parts(self, names: list[str]) -> list[Any]:
+        return [part for name in names for part in (*map(_Factor, self._pair(name)), self.lora_dropout[name])]
+
+    def _merge_place(self) -> tuple[nn.Module, Base]:
+        return self.get_base_layer(), self.kind
+
+    def _why_not_merged(self) -> str | None:
+        return self.kind.why_not_merged(self.get_base_layer())
+
+    def _with_bias(self, names: list[str]) -> list[str]:
+        return []
+
+    def _merges_exactly(self, adapter_names: list[str] | None) -> bool:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if isinstance(names, str) or (self.merged and self.merge_state is None):
+            return False
+        if torch._C._len_torch_dispatch_stack() or self._why_not_merged():
+            return False
+        weight = self.get_base_layer()._parameters["weight"]
+        if weight.is_meta or not _has_own_memory(weight.detach().flatten(1)):
+            return False
+        return all(self._fits(name, weight) for name in self._present(names))
+
+    def _fits(self, name: str, weight: Tensor) -> bool:
+        if name in self.lora_variant or self.lora_bias.get(name) or not _is_number(self.scaling[name]):
+            return False
+        A, B = self._pair(name)
+        shape = (A.shape[1], B.shape[0]) if self.kind is EMBEDDING else (B.shape[0], A.shape[1])
+        plain = all(why_not_plain_tensor(t) is None and t.device == weight.device for t in (A, B))
+        return plain and shape == tuple(weight.flatten(1).shape) and A.shape[0] == B.shape[1]
+
+
+class AcceleratedEmbedding(_ExactMerges):
+    """Forward, merge and unmerge of a ``lora.Embedding``, for a class that has PEFT's as its next base."""
+
+    kind = EMBEDDING
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward: base(x) + sum over active adapters of scaling * A^T[x] B^T. It ignores dropout."""
+        if CHANGING:
+            wait_for_change(self)
+        reason = self.why_not_fused() or ("further arguments" if args or kwargs else None) or why_not_here()
+        if reason:
+            _count(reason)
+            return super(FusedLoraBehaviour, self).forward(x, *args, **kwargs)
+        _count(FUSED)
+        y = self.base_layer(x)
+        dtype, embed_scale = y.dtype, self._get_embed_scale()
+        total = y.reshape(-1, y.shape[-1])
+        for name in self._present(self.active_adapters):
+            A, B = self._pair(name)
+            rows = self._embed(x, A.t()).reshape(-1, A.shape[0])
+            rows = rows if embed_scale is None else rows * embed_scale.to(rows.dtype)
+            wide = torch.promote_types(torch.promote_types(total.dtype, A.dtype), torch.float32)
+            with torch.autocast(x.device.type, enabled=False):
+                total = torch.addmm(total.to(wide), rows.to(wide), B.to(wide).t(), alpha=float(self.scaling[name]))
+        return total.to(dtype).reshape(y.shape)
+
+    def why_not_fused(self) -> str | None:
+        """Why a call runs PEFT's own forward; None where it does not."""
+        if self.disable_adapters:
+            return "adapters are disabled"
+        if self.merged:
+            return "merged: the base layer alone"
+        names = self._present(self.active_adapters)
+        if not names:
+            return "no active adapter in this layer"
+        if self.tp_layer is not None:
+            return "tensor parallel"
+        base = self.get_base_layer()
+        if base.max_norm is not None or why_not_own_call(base, "the base layer"):
+            return why_not_own_call(base, "the base layer") or "max_norm changes rows"
+        for name in names:
+            if name in self.lora_variant:
+                return type(self.lora_variant[name]).__name__
+            for part in self._pair(name):
+                if why := why_not_plain_tensor(part, "a part of the adapter"):
+                    return why
+            if not _is_number(self.scaling[name]):
+                return "the scaling is no number"
+        return None
+
+    def _present(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.lora_embedding_A]
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
+
+
+class AcceleratedConvolution(_ExactMerges):
+    """Merge and unmerge of a ``lora.Conv1d``, ``Conv2d`` or ``Conv3d``; the forward is PEFT's."""
+
+    kind = CONVOLUTION
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's own."""
+        if CHANGING:
+            wait_for_change(self)
+        _count(self.why_not_fused())
+        return super(FusedLoraBehaviour, self).forward(x, *args, **kwargs)
+
+    def why_not_fused(self) -> str:
+        """Always a reason: two convolutions are two calls of the library."""
+        return "a convolution runs PEFT's own forward"
+
+    def _why_not_merged(self) -> str | None:
+        base = self.get_base_layer()
+        return super()._why_not_merged() if base.groups == 1 else "a convolution in groups"
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1)
+
+
+BEHAVIOURS["Embedding"] = AcceleratedEmbedding
+BEHAVIOURS |= dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), AcceleratedConvolution)

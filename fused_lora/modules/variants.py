@@ -1,0 +1,159 @@
+"""DoRA adapters in the forward of a LoRA layer: PEFT's loop over the active adapters, with as few roundings as it has.
+
+    c_i = m_i / ||W + s_i B_i A_i||, by rows        the norm has no gradient
+    y <- y + s_i D_i(x) A_i^T B_i^T                                     for LoRA
+    y <- c_i (y - b + s_i x A_i^T B_i^T) + b                            for DoRA without dropout, as in eval()
+    y <- y + (c_i - 1) D_i(x) W^T + c_i s_i D_i(x) A_i^T B_i^T          for DoRA with dropout in training
+
+So the adapters before the first DoRA adapter, and it, are one call of the LoRA operator and a scale of its columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.bases import base_of
+from fused_lora.bases.base import Factors
+from fused_lora.bases.foreign import why_not_added
+from fused_lora.ops.dora.op import dropped, scale_columns
+from fused_lora.ops.linear.op import draw_seeds
+from fused_lora.ops.term.op import lora_term
+
+
+class Magnitude(nn.Module):
+    """The magnitude m [N] of one DoRA adapter, trained beside A and B."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def has_magnitude(layer: Any, names: list[str]) -> bool:
+    """Whether one of these adapters is a DoRA adapter."""
+    held = layer._modules["lora_magnitude_vector"]._modules
+    return bool(held) and any(name in held for name in names)
+
+
+def why_not_dora(layer: Any, names: list[str]) -> str | None:
+    """Why the DoRA adapters among these run in PEFT's own way; None when they do not."""
+    held, base = layer._modules["lora_magnitude_vector"]._modules, layer._modules["base_layer"]
+    if why := base_of(base).why_not_dense(base):
+        return f"DoRA over this base layer: {why}"
+    if any(p is not None and p.requires_grad for name, p in base._parameters.items() if name != "bias"):
+        return "DoRA over a base weight that trains"
+    N = base_of(base).features(base)[1]
+    for name in names:
+        magnitude = held[name]._parameters.get("weight") if name in held else None
+        if name in held and (type(magnitude) is not nn.Parameter or magnitude.shape != (N,)):
+            return "the magnitude is no vector of out_features"
+    return None
+
+
+def dora_forward(layer: Any, x: Tensor, names: list[str], fused: bool, *args: Any, **kwargs: Any) -> Tensor:
+    """The layer's output under these adapters, in the dtype of its base's.
+
+    fused: the base layer and adapters may be one operator; otherwise the base is called, with ``args`` and ``kwargs``.
+    """
+    base, held = layer._modules["base_layer"], layer._modules["lora_magnitude_vector"]._modules
+    first = next(i for i, name in enumerate(names) if name in held)
+    rest, bias = names, getattr(base, "bias", None)
+    if fused and not _drops(layer, names[first]):
+        adapters = layer._adapters(names[: first + 1])._replace(base_bias=False)
+        y = base_of(base).forward(base, x, adapters)
+        dtype, rest = y.dtype, names[first + 1 :]
+        y = scale_columns(y, column_scale(layer, names[first]), bias)
+    else:
+        y = base(x, *args, **kwargs)
+        dtype, adapters = y.dtype, layer._adapters(names)
+        if why_not_added(y, x, adapters):
+            return composed_forward(layer, y, x, names)
+        y = y.to(torch.promote_types(dtype, torch.float32))
+    for name in rest:
+        y = _add(layer, y, x, name, bias)
+    return y.to(dtype)
+
+
+def _add(layer: Any, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
+    """One more adapter onto y, which is fp32 or wider."""
+    A, B, s, p, lora_bias, _ = layer._adapters([name])
+    if name not in layer._modules["lora_magnitude_vector"]._modules:
+        return lora_term(y, x, A, B, s, p, bias=lora_bias)
+    c = column_scale(layer, name)
+    if not _drops(layer, name):
+        return scale_columns(lora_term(y if bias is None else y - bias, x, A, B, s), c, bias)
+    seeds = draw_seeds(1, x.device)
+    y = y + _base_product(layer, dropped(_rows_to_drop(x, A[0]), seeds, p[0])) * (c - 1)
+    return lora_term(y, x, A, [B[0] * c[:, None]], s, p, seeds=seeds)
+
+
+def _rows_to_drop(x: Tensor, A: Tensor) -> Tensor:
+    """x in the dtype of the product with W: on a GPU what the operands have, on a CPU fp32 or wider."""
+    if x.is_cpu:
+        return x.to(torch.promote_types(torch.promote_types(x.dtype, A.dtype), torch.float32))
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def _base_product(layer: Any, x: Tensor) -> Tensor:
+    base = layer._modules["base_layer"]
+    return base_of(base).product(base, x, layer.fan_in_fan_out)
+
+
+def column_scale(layer: Any, name: str) -> Tensor:
+    """m / ||W + s B A|| of a DoRA adapter: [N], fp32 or wider, differentiable in m."""
+    magnitude = layer._modules["lora_magnitude_vector"]._modules[name]._parameters["weight"]
+    norms = layer._row_norms(name)
+    return magnitude.to(norms.dtype) / norms
+
+
+def row_norms(layer: Any, name: str) -> Tensor:
+    """||W + s B A|| of the base weight as it is now, which must hold no merge."""
+    base = layer._modules["base_layer"]
+    A, B, s, *_ = layer._adapters([name])
+    return base_of(base).row_norms(base, A[0], B[0], s[0], layer.fan_in_fan_out)
+
+
+def composed_forward(layer: Any, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
+    """PEFT's sequence of module calls after that of the base layer, whose output is ``result``."""
+    dtype, held = result.dtype, layer._modules["lora_magnitude_vector"]._modules
+    bias = getattr(layer._modules["base_layer"], "bias", None)
+    for name in names:
+        A, B, drop, s = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
+        if getattr(layer, "cast_input_dtype_enabled", True):  # PEFT's switch
+            x = x.to(A.weight.dtype)
+        kept = drop(x)
+        term = B(A(kept)) * s
+        if name in held:
+            c = column_scale(layer, name)
+            own = _base_product(layer, kept) if _drops(layer, name) else result if bias is None else result - bias
+            term = (c - 1) * own + c * term
+        result = result + term
+    return result.to(dtype)
+
+
+def _drops(layer: Any, name: str) -> bool:
+    """Whether PEFT computes the base product of the dropped input: in training, with a dropout that is not 0."""
+    return layer.training and not isinstance(layer._modules["lora_dropout"]._modules[name], nn.Identity)
+
+
+def factors(layer: Any, names: list[str], onto: Factors | None = None) -> Factors:
+    """What a merge of these adapters, in this order, does to the base weight, which holds none of them.
+
+    onto: what was merged before. A DoRA adapter scales the rows of all of it: W <- c (W + s B A).
+    """
+    lora_A, lora_B, scaling, rows = ([], [], [], None) if onto is None else (list(onto[0]), *onto[1:])
+    scaling = list(scaling)
+    parts, held = layer._parts(names), layer._modules["lora_magnitude_vector"]._modules
+    for name, A, B in zip(names, parts[::3], parts[1::3], strict=True):
+        lora_A, lora_B = [*lora_A, A.weight], [*lora_B, B.weight]
+        scaling.append(float(layer.scaling[name]))
+        if name in held:
+            with torch.no_grad():
+                norms = layer._row_norms(name)
+                c = held[name].weight.to(norms.dtype) / norms
+                lora_B = [c[:, None] * part for part in lora_B]
+            rows = c if rows is None else c * rows
+            layer._note_norms(name, norms)
+    return Factors(lora_A, lora_B, scaling, rows)

@@ -1,0 +1,162 @@
+"""DoRA beside the LoRA operators: norms of the adapted rows, the scale of the columns, the base under dropout.
+
+    n_j = ||W_j + s (B A)_j||, no gradient      c = m / n      m [N] the magnitude
+    y   = c (x W^T + s x A^T B^T) + b                                              without dropout
+    y   = x W^T + b + (c - 1) D(x) W^T + c s D(x) A^T B^T                          in training with dropout
+
+as PEFT has it. The norms take one pass over W, a block of rows at a time, and W + s B A is never whole in memory. What
+is differentiable is made of differentiable operations, so derivatives of any order exist. DoRA: arXiv:2402.09353.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fused_lora.ops import guard
+from fused_lora.ops.linear import eager
+from fused_lora.reference import keep_scale
+
+Blocks = Callable[[], Iterator[tuple[int, int, Tensor]]]  # (start, stop, rows start to stop) of a weight [N, K]
+_BLOCK_ELEMENTS = 1 << 17  # of W + s B A at a time: 512 KiB of fp32
+
+
+def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """||W_j + scaling (B A)_j|| for each row j: [N], fp32 or wider, without a gradient.
+
+    Args:
+        weight: [N, K], fp64, fp32, bf16 or fp16, any strides. lora_A: [r, K]; lora_B: [N, r], any floating dtype.
+    """
+    if torch.compiler.is_compiling():
+        return _row_norms(weight.detach(), lora_A.detach(), lora_B.detach(), scaling)
+    return _find_norms(weight, lora_A, lora_B, scaling)
+
+
+@torch.library.custom_op("fused_lora::row_norms", mutates_args=())
+def _row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return _find_norms(weight, lora_A, lora_B, scaling)
+
+
+@_row_norms.register_fake
+def _(weight, lora_A, lora_B, scaling):
+    return weight.new_empty(weight.shape[0], dtype=_wide(weight, lora_A, lora_B))
+
+
+@torch.no_grad()
+def _find_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    tensors = weight, lora_A, lora_B
+    if not guard.usable(weight.device) or not guard.DTYPES.issuperset(t.dtype for t in tensors):
+        return _eager_norms(*tensors, scaling)
+    from fused_lora.kernels.row_norms import row_norms as kernel
+
+    key = ("row_norms", *(t.dtype for t in tensors))
+    check = lambda: _check(kernel, *(t.dtype for t in tensors), weight.device)  # noqa: E731
+    return guard.guarded(key, kernel, _eager_norms, check)(*tensors, scaling)
+
+
+def _eager_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return norms_of_blocks(row_blocks(weight), lora_A, lora_B, scaling)
+
+
+def row_blocks(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, rows start to stop) of a weight [N, K]."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, len(weight), step):
+        stop = min(start + step, len(weight))
+        yield start, stop, weight[start:stop]
+
+
+@torch.no_grad()
+def norms_of_blocks(
+    blocks: Iterator[tuple[int, int, Tensor]], lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """:func:`row_norms` of a weight that comes in blocks of rows."""
+    found = memory = None
+    with torch.autocast(lora_A.device.type, enabled=False):
+        for start, stop, block in blocks:
+            if memory is None:  # for all blocks: the first is the largest
+                dtype = _wide(block, lora_A, lora_B)
+                memory, found = block.new_empty(block.shape, dtype=dtype), block.new_empty(len(lora_B), dtype=dtype)
+                lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+            rows = memory[: stop - start].copy_(block).addmm_(lora_B[start:stop], lora_A, alpha=scaling)
+            found[start:stop] = torch.linalg.vector_norm(rows, dim=1)
+    return lora_B.new_empty(0, dtype=_wide(lora_A, lora_B)) if found is None else found
+
+
+def _check(kernel: Callable, weight_dtype, A_dtype, B_dtype, device: torch.device) -> str | None:
+    N, K, r = 37, 150, 5
+    line = torch.arange(N * K, device=device, dtype=torch.float32)
+    W = torch.sin(line * 12.9898).reshape(N, K).to(weight_dtype)
+    A, B = torch.sin(line[: r * K]).reshape(r, K).to(A_dtype), torch.cos(line[: N * r]).reshape(N, r).to(B_dtype)
+    exact = (W.double() + 1.5 * B.double() @ A.double()).norm(dim=1)
+    return guard.compare([kernel(W, A, B, 1.5)], [exact], torch.float32)
+
+
+def scale_columns(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """scale * y + bias, differentiable in all three. y: [..., N]; scale, bias: [N]; in the widest dtype."""
+    return y * scale if bias is None else torch.addcmul(bias, y, scale)
+
+
+@torch.library.custom_op("fused_lora::dropped", mutates_args=())
+def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """D(x) for x [..., K] and the mask of (seed int64 [1], p). Differentiable, any order.
+
+    x is fp32 or fp64 on a CPU, any floating dtype on a GPU.
+    """
+    if p == 1.0:
+        return torch.zeros_like(x)
+    [number] = eager._numbers(seed)
+    kept = eager._masked(number, p, 0, x.reshape(-1, x.shape[-1]), None)
+    return kept.mul_(keep_scale(p)).reshape(x.shape)
+
+
+@dropped.register_fake
+def _(x, seed, p):
+    return torch.empty_like(x)
+
+
+def _keep_seed(ctx, inputs, output) -> None:
+    _, ctx.seed, ctx.p = inputs
+
+
+dropped.register_autograd(lambda ctx, g: (dropped(g, ctx.seed, ctx.p), None, None), setup_context=_keep_seed)
+
+
+def product(x: Tensor, blocks: Blocks, N: int) -> Tensor:
+    """x W^T in x's dtype, differentiable in x, for a frozen weight that comes in blocks of rows: it is never whole."""
+    return _Product.apply(x, blocks, N, True)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, or g W where not ``transposed``: each is the other's gradient."""
+
+    @staticmethod
+    def forward(ctx, x, blocks, N, transposed):
+        ctx.weight = blocks, N, transposed
+        rows = x.reshape(-1, x.shape[-1])
+        out = None
+        with torch.autocast(x.device.type, enabled=False):
+            for start, stop, block in blocks():
+                block = block.to(x.dtype)
+                if out is None:
+                    size = N if transposed else block.shape[1]
+                    out = x.new_zeros((len(rows), size))
+                if transposed:
+                    out[:, start:stop] = rows @ block.t()
+                else:
+                    out.addmm_(rows[:, start:stop], block)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx, g):
+        blocks, N, transposed = ctx.weight
+        return _Product.apply(g, blocks, N, not transposed), None, None, None
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

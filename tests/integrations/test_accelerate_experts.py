@@ -1,0 +1,205 @@
+"""PEFT's target_parameters over transformers' stacked experts: unfolded, next to PEFT, on every architecture."""
+
+import copy
+import importlib
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import fused_lora
+from fused_lora.bases import experts
+from fused_lora.reference import bits
+from helpers.accelerated import ROWS, TOKENS, SideBySide, wrap
+
+HIDDEN, INTER, EXPERTS, TOP_K = 16, 24, 6, 2
+# architecture -> the class of its experts, the class of its config, and how the config calls the numbers
+ARCHITECTURES = {
+    "qwen3_moe": ("Qwen3Moe", dict(num_experts=EXPERTS)),
+    "mixtral": ("Mixtral", dict(num_local_experts=EXPERTS)),
+    "olmoe": ("Olmoe", dict(num_experts=EXPERTS)),
+    "deepseek_v3": ("DeepseekV3", dict(n_routed_experts=EXPERTS)),
+    "gpt_oss": ("GptOss", dict(num_local_experts=EXPERTS)),
+    "glm4_moe": ("Glm4Moe", dict(n_routed_experts=EXPERTS)),
+}
+BOTH = dict(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"], lora_alpha=6)
+
+
+class Block(nn.Module):
+    """Embeddings through experts, whose routing follows the token alone."""
+
+    def __init__(self, name="qwen3_moe", dtype=torch.float32, implementation="eager"):
+        super().__init__()
+        prefix, numbers = ARCHITECTURES[name]
+        config = getattr(transformers, f"{prefix}Config")(
+            hidden_size=HIDDEN, intermediate_size=INTER, moe_intermediate_size=INTER, **numbers
+        )
+        config._experts_implementation = implementation
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        self.emb = nn.Embedding(TOKENS, HIDDEN)
+        self.experts = getattr(module, f"{prefix}Experts")(config)
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        self.to(dtype)
+
+    def forward(self, ids):
+        ids = ids.reshape(-1)
+        index = torch.stack([ids % EXPERTS, (ids // 3 + ids + 1) % (EXPERTS - 1)], 1)
+        weights = torch.softmax(torch.stack([ids, ids * 0], 1).to(self.emb.weight.dtype) / TOKENS, 1)
+        return self.experts(self.emb(ids), index, weights)
+
+
+class InOrder(SideBySide):
+    """PEFT's forward registers a parameter anew, behind the biases of its module. Ours leaves it where it is."""
+
+    def assert_same_state(self):
+        for name, module in self.ours.named_modules():
+            for other in (self.theirs, self.exact):
+                held = other.get_submodule(name)._parameters
+                held |= {key: held.pop(key) for key in module._parameters}
+        super().assert_same_state()
+
+
+def rows(model):
+    return fused_lora.integrations.peft.layer_report(model)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture(name):
+    both = InOrder(wrap(Block(name), **BOTH))
+    assert all(row.fused for row in rows(both.ours)) and len(rows(both.ours)) == 2
+    both.assert_same_results()
+    both.do(lambda m: m.merge_adapter())
+    both.assert_same_results(ulps=2)
+    both.do(lambda m: m.unmerge_adapter())
+    both.do(lambda m: m.eval())
+    both.assert_same_results(draws=17)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_16_bit(dtype, autocast_adapter_dtype):
+    net = wrap(Block(dtype=dtype), **BOTH)
+    if not autocast_adapter_dtype:
+        net.to(dtype)
+    SideBySide(net).assert_same_results()
+
+
+@pytest.mark.numeric
+def test_several_adapters_scales_and_one_parameter():
+    adapters = {"a": {}, "b": {"r": 3, "use_rslora": True}}
+    both = InOrder(wrap(Block("gpt_oss"), adapters, **BOTH))
+    for names in (["a", "b"], ["b"]):
+        both.do(lambda m, names=names: m.base_model.set_adapter(names))
+        both.assert_same_results(draws=17)
+    for layer in (m for model in both.models for m in model.modules() if hasattr(m, "parameter_name")):
+        layer.scale_layer(0.5)
+    both.assert_same_results(draws=17)
+    one = SideBySide(wrap(Block(implementation="batched_mm"), **{**BOTH, "target_parameters": ["experts.down_proj"]}))
+    assert [row.fused for row in rows(one.ours)] == [True]
+    one.assert_same_results(draws=17)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_merges_and_back_to_the_bit(name, dtype):
+    both = InOrder(wrap(Block(name, dtype).eval(), {"a": {}, "b": {"r": 2}}, **BOTH))
+    before = {n: bits(p.detach().clone()) for n, p in both.ours.named_parameters()}
+    for _ in range(500):
+        both.ours.merge_adapter()
+        both.ours.unmerge_adapter()
+    both.do(lambda m: m.merge_adapter())
+    both.do(lambda m: m.merge_adapter(["b"]))
+    if dtype is torch.float32:
+        both.assert_same_results(ulps=2, draws=17)
+    both.do(lambda m: m.unmerge_adapter())
+    for n, parameter in both.ours.named_parameters():
+        assert torch.equal(bits(parameter), before[n]), n
+
+
+def test_a_broken_adapter_changes_no_expert():
+    model = fused_lora.accelerate(wrap(Block(), **BOTH))
+    outer = model.base_model.model.experts
+    before = [bits(p.detach().clone()) for p in outer.get_base_layer().parameters()]
+    outer.lora_B["default"].weight.data[0, -1] = float("inf")  # of the last expert
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+        outer.merge(safe_merge=True)
+    assert all(torch.equal(bits(p), b) for p, b in zip(outer.get_base_layer().parameters(), before, strict=True))
+    outer.lora_B["default"].weight.data.zero_()
+    outer.merge()
+    outer.get_param().data[-1, 0, 0] += 1
+    with pytest.warns(UserWarning, match="PEFT's unmerge subtracts the adapters instead"):
+        outer.unmerge()
+
+
+def test_merge_and_unload_and_files(tmp_path):
+    """PEFT's packing: its own delta weights, expert by expert, and its files read back."""
+    model = fused_lora.accelerate(wrap(Block(), **BOTH))
+    for wrapper in (m for m in model.modules() if hasattr(m, "parameter_name")):
+        A, B = (part["default"].weight.detach() for part in (wrapper.lora_A, wrapper.lora_B))
+        A, B = experts.unpacked(A, B, EXPERTS)
+        torch.testing.assert_close(B @ A * wrapper.scaling["default"], wrapper.get_delta_weight("default").detach())
+    ids = torch.arange(ROWS)
+    expected = model(ids)
+    model.save_pretrained(tmp_path)
+    plain = copy.deepcopy(model).unload()
+    again = fused_lora.accelerate(peft.PeftModel.from_pretrained(plain, tmp_path))
+    assert torch.equal(again(ids), expected)
+    torch.testing.assert_close(model.merge_and_unload()(ids), expected)
+
+
+def test_what_runs_in_pefts_own_way():
+    def reasons(model):
+        return {row.why_not for row in rows(model)}
+
+    model = fused_lora.accelerate(wrap(Block(implementation="sonicmoe"), **BOTH))
+    assert reasons(model) == {"the experts implementation is 'sonicmoe'"}
+    model.base_model.model.experts.get_base_layer().config._experts_implementation = "grouped_mm"
+    assert reasons(model) == {None}
+    handle = model.base_model.model.experts.get_base_layer().register_forward_hook(lambda *_: None)
+    assert reasons(model) == {"a hook on the experts"}
+    ids = torch.arange(ROWS)
+    unhooked = model(ids)
+    handle.remove()
+    torch.testing.assert_close(model(ids), unhooked)
+    with model.disable_adapter():
+        assert reasons(model) == {"adapters are disabled"}
+        torch.testing.assert_close(model(ids), copy.deepcopy(model).unload()(ids))
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.experts = nn.Embedding(TOKENS, 8), nn.Module()
+            self.experts.w = nn.Parameter(torch.randn(3, 8, 8))
+            self.experts.forward = lambda x: x @ self.experts.w.sum(0)
+
+        def forward(self, ids):
+            return self.experts(self.emb(ids))
+
+    own = wrap(Own(), target_modules=[], target_parameters=["experts.w"])
+    with pytest.warns(UserWarning, match="1 do not: Module is not in transformers' registry of experts"):
+        fused_lora.accelerate(own)
+
+
+def test_no_tensor_of_the_size_of_all_experts():
+    config = transformers.Qwen3MoeConfig(hidden_size=64, moe_intermediate_size=64, num_experts=32)
+    module = importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe").Qwen3MoeExperts(config)
+    config._experts_implementation = "grouped_mm"
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    holder = nn.ModuleDict({"experts": module})
+    model = fused_lora.accelerate(wrap(holder, r=2, **{k: v for k, v in BOTH.items() if k != "lora_alpha"}))
+    stack = module.gate_up_proj.nbytes
+    hidden, index = torch.randn(16, 64, requires_grad=True), torch.randint(0, 32, (16, 2))
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model.base_model.model["experts"](hidden, index, torch.rand(16, 2)).sum().backward()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 0 < peak < stack

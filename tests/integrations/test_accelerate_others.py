@@ -1,0 +1,113 @@
+"""Embeddings and convolutions of PEFT models: outputs, gradients, exact merges, files, what stays PEFT's."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+import fused_lora
+from fused_lora.reference import bits
+from helpers.accelerated import TOKENS, SideBySide, quiet, wrap
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Net(nn.Module):
+    """An embedding, convolutions of one and two dimensions, and a linear layer."""
+
+    def __init__(self, dtype=torch.float32, embedding=None):
+        super().__init__()
+        self.emb = nn.Embedding(TOKENS, 8, padding_idx=3) if embedding is None else embedding
+        self.one, self.two = nn.Conv1d(8, 6, 3, padding=1), nn.Conv2d(1, 4, (3, 1), padding=(1, 0))
+        self.head = nn.Linear(6, 5)
+        self.to(dtype)
+
+    def forward(self, ids):
+        hidden = torch.tanh(self.one(self.emb(ids).transpose(1, 2)))
+        return self.head(self.two(hidden[:, None]).mean(1).transpose(1, 2))
+
+
+ALL = dict(target_modules=["emb", "one", "two", "head"], r=2)
+
+
+def fill(model):
+    for name, parameter in model.named_parameters():
+        if "lora_embedding" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def kinds(model):
+    return {row.path.rpartition(".")[2]: row.why_not for row in fused_lora.integrations.peft.layer_report(model)}
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_and_gradients(dtype):
+    both = SideBySide(fill(wrap(Net(dtype), {"a": {}, "b": {"use_rslora": True}}, lora_dropout=0.0, **ALL)))
+    conv = "a convolution runs PEFT's own forward"
+    assert kinds(both.ours) == dict(emb=None, one=conv, two=conv, head=None)
+    for names in (["a"], ["a", "b"]):
+        both.do(lambda m, names=names: m.base_model.set_adapter(names))
+        both.assert_same_results(draws=17)
+
+
+def test_scaled_embeddings_and_tokens_beside():
+    config = Gemma3TextConfig(vocab_size=TOKENS, hidden_size=8)
+    scaled = Gemma3TextScaledWordEmbedding(TOKENS, 8, config.pad_token_id, embed_scale=2.5)
+    SideBySide(fill(wrap(Net(embedding=scaled), target_modules=["emb"], r=2))).assert_same_results(draws=17)
+    both = SideBySide(wrap(Net(), target_modules=["head"], r=2, trainable_token_indices={"emb": [1, 2]}))
+    both.assert_same_results(draws=17)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merges_and_back_to_the_bit(dtype):
+    both = SideBySide(fill(wrap(Net(dtype).eval(), {"a": {}, "b": {}}, **ALL)))
+    exact = [f"base_model.model.{n}.base_layer.weight" for n in ("emb", "one", "two", "head")]
+    before = {n: bits(p.detach().clone()) for n, p in both.ours.named_parameters()}
+    for _ in range(500):
+        both.ours.base_model.model.emb.merge()
+        both.ours.base_model.model.emb.unmerge()
+    both.do(lambda m: m.merge_adapter())
+    both.do(lambda m: m.merge_adapter(["b"]))
+    if dtype is torch.float32:
+        both.assert_same_results(ulps=2, draws=17)
+    both.do(lambda m: m.unmerge_adapter())
+    parameters = dict(both.ours.named_parameters())
+    for name in exact:
+        assert torch.equal(bits(parameters[name]), before[name]), name
+
+
+def test_a_tied_head_and_files(tmp_path):
+    """The head reads the same memory, so a merge reaches it as PEFT's does, with PEFT's warning."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=TOKENS, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    with quiet():
+        both = SideBySide(fill(wrap(LlamaForCausalLM(config).eval(), target_modules=["embed_tokens", "q_proj"])))
+    both.assert_same_results(draws=17)
+    both.do(lambda m: m.merge_adapter())
+    assert both.ours.lm_head.weight is both.ours.get_input_embeddings().weight
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(both.ours(ids).logits, both.theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    both.do(lambda m: m.unmerge_adapter())
+    both.ours.save_pretrained(tmp_path, save_embedding_layers=False)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(both.ours).unload(), tmp_path)
+    assert torch.equal(fused_lora.accelerate(again)(ids).logits, both.ours(ids).logits)
+
+
+def test_what_stays_pefts():
+    net = Net(embedding=nn.Embedding(TOKENS, 8, max_norm=1.0))
+    model = fused_lora.accelerate(wrap(net, target_modules=["emb", "head"]))
+    assert kinds(model)["emb"] == "max_norm changes rows"
+    with quiet():
+        dora = fused_lora.accelerate(wrap(Net(), target_modules=["emb", "head"], use_dora=True))
+    assert kinds(dora)["emb"] == "DoraEmbeddingVariant"
+    fused_lora.restore(dora)
+    assert type(dora.base_model.model.emb) is peft.tuners.lora.Embedding

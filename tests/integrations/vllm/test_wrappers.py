@@ -1,0 +1,104 @@
+"""The wrappers of both platforms side by side over vLLM's own layers; that of CUDA with its kernels interpreted."""
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper import punica_gpu
+
+from fused_lora.integrations.vllm.cpu import GroupedWrapperCPU
+from fused_lora.integrations.vllm.cuda import GroupedWrapperGPU, grouped_wrapper_gpu
+from fused_lora.ops import guard
+
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+ROWS, SLOTS, RANK, K, N, VOCAB = 24, 3, 16, 40, (48, 16, 16), 50
+CONFIG = SimpleNamespace(max_loras=SLOTS, max_lora_rank=RANK, lora_dtype=torch.float32, specialize_active_lora=False)
+IDS = [7, None, 9]  # of the adapters in the slots
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("bench_vllm")
+
+
+@pytest.fixture
+def no_sorts(monkeypatch):
+    """vLLM's tables for its own kernels are made by Triton's side of vLLM, which a CPU lacks; nothing may fill them."""
+
+    class Meta:
+        @classmethod
+        def make(cls, *args, **kwargs):
+            return cls()
+
+    monkeypatch.setattr(punica_gpu, "LoRAKernelMeta", Meta, raising=False)
+    monkeypatch.setattr(punica_gpu, "get_captured_lora_counts", lambda *args: [], raising=False)
+
+
+def adopted(bench, wrapper, seed):
+    """A layer of three outputs whose adapters have ranks 4 and 16, the second without the first output."""
+    draw = torch.Generator().manual_seed(seed)
+    A = [torch.zeros(SLOTS, 1, RANK, K) for _ in N]
+    B = [torch.zeros(SLOTS, 1, n, RANK) for n in N]
+    layer = bench.Layer(A, B)
+    layer.set_mapping(wrapper)
+    for slot, r in ((0, 4), (2, 16)):
+        pairs = [(torch.randn(r, K, generator=draw), torch.randn(n, r, generator=draw)) for n in N]
+        if slot == 2:
+            pairs[0] = (None, None)
+        layer.set_lora(slot, *map(list, zip(*pairs, strict=True)))
+    return layer
+
+
+def test_the_cuda_wrapper_adds_what_the_cpu_wrapper_adds(bench, no_sorts, device, kernels_on):
+    wrappers = [cls(64, 8, device, lora_config=CONFIG) for cls in (GroupedWrapperCPU, GroupedWrapperGPU)]
+    layers = [adopted(bench, wrapper, seed=3) for wrapper in wrappers]
+    logits = [bench.Layer([torch.zeros(SLOTS, 1, RANK, K)], [torch.zeros(SLOTS, 1, VOCAB, RANK)]) for _ in wrappers]
+    for layer, wrapper in zip(logits, wrappers, strict=True):
+        layer.lora_a_stacked, layer.lora_b_stacked = layer.lora_a_stacked[0], layer.lora_b_stacked[0]
+        layer.set_lora = lambda index, a, b, layer=layer: (
+            layer.lora_a_stacked[index, 0].copy_(a), layer.lora_b_stacked[index, 0].copy_(b)
+        )  # fmt: skip
+        layer.set_mapping(wrapper)
+        layer.set_lora(2, torch.ones(RANK, K) / 9, torch.ones(VOCAB, RANK) / 7)
+    for tokens, prompts in (([7] * 5 + [0] * 3 + [9] * 9, [7, 0, 9]), ([9, 9, 0, 7], [9, 9, 0, 7])):
+        x, rows = torch.randn(ROWS, K), len(prompts)
+        found = []
+        for wrapper, layer, head in zip(wrappers, layers, logits, strict=True):
+            wrapper.update_metadata(LoRAMapping(tokens, prompts, is_prefill=True), IDS, SLOTS, VOCAB)
+            y, z = torch.zeros(ROWS, sum(N)), torch.ones(rows, VOCAB + 6)  # padded logits
+            wrapper.add_lora_linear(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, N)
+            buffers = torch.zeros(3, ROWS, RANK)
+            wrapper.add_shrink(buffers, x, layer.lora_a_stacked, 1.0)
+            again = torch.zeros_like(y)
+            wrapper.add_expand(again, buffers, layer.lora_b_stacked, N)
+            torch.testing.assert_close(again, y, rtol=1e-5, atol=1e-4)
+            wrapper.add_lora_logits(z, x[:rows], head.lora_a_stacked, head.lora_b_stacked, 1.0)
+            wrapper.add_lora_embedding(embedded := torch.zeros(ROWS, VOCAB), x[:, :RANK], head.lora_b_stacked)
+            found.append((y, z, embedded))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+        y, z, _ = found[1]
+        assert y[:2].any() and not y[len(tokens) :].any() and (z[:, VOCAB:] == 1).all()
+    assert all(guard.verdicts().values()) and guard.verdicts()
+
+
+def test_where_the_kernels_cannot_run_vllm_keeps_its_wrapper_on_a_gpu(no_sorts, monkeypatch, device, kernels_on):
+    ranks = SimpleNamespace(**vars(CONFIG) | dict(max_lora_rank=1024))
+    assert type(grouped_wrapper_gpu(64, 8, device, lora_config=CONFIG)) is GroupedWrapperGPU
+    assert type(grouped_wrapper_gpu(64, 8, device, lora_config=ranks)) is punica_gpu.PunicaWrapperGPU
+    monkeypatch.setenv("FUSED_LORA_PLAN", "eager")
+    assert type(grouped_wrapper_gpu(64, 8, device, lora_config=CONFIG)) is punica_gpu.PunicaWrapperGPU
+
+
+def test_the_benchmark_of_operators_is_complete_and_right(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "GRID", [(16, 2, 4, 32, (24, 8), True), (4, 4, 4, 32, (24, 8), False)])
+    options = ["--parts", "operator", "--device", "cpu", "--seconds", "0", "--rounds", "2", "--out", str(tmp_path)]
+    assert bench.main(options) == 0
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 2 * 2 * 3 and all(row["correct"] and row["ms"]["median"] > 0 for row in rows)

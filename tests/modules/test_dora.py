@@ -1,0 +1,249 @@
+"""DoRA next to PEFT's: outputs, gradients, dropout, merges to the bit, files, what refuses it, memory."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from peft.helpers import DoraCaching
+from torch import nn
+
+import fused_lora
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.bases import base_of
+from fused_lora.checkpoints.adapter_file import open_adapters
+from fused_lora.ops.dora import op
+from fused_lora.reference import bits
+from fused_lora.testing.numeric import DRAWS, assert_no_worse
+from helpers.accelerated import Net, SideBySide, layers, pair, wrap
+from helpers.quantised import linear4bit
+from helpers.seeds import shifted
+from helpers.twins import share_dropout, twin_layers
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SETS = [["v"], ["plain", "v"], ["v", "plain", "w"], ["w", "v"]]
+ADAPTERS = {"v": {"use_dora": True}, "plain": {}, "w": {"use_dora": True, "r": 3, "use_rslora": True}}
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_and_gradients_are_no_worse_than_pefts(dtype):
+    both = SideBySide(wrap(Net(dtype).eval(), ADAPTERS))
+    assert all(row.fused for row in fused_lora.integrations.peft.layer_report(both.ours))
+    for names in SETS:
+        both.do(lambda m, names=names: m.base_model.set_adapter(names))
+        both.assert_same_results()
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.25, 1.0])
+def test_dropout_is_pefts(dtype, p):
+    """In training the base product of the dropped input is scaled, and that of the input itself is not."""
+    both = pair(dtype, adapters={"v": {"use_dora": True}}, lora_dropout=p)
+    found = {"ours": [], "theirs": [], "exact": []}
+    for draw in range(DRAWS if p < 1 else 1):
+        x, g = torch.randn(4, 24).to(dtype), torch.randn(4, 17).to(dtype)
+        for (name, kept), model, layer in zip(found.items(), both.models, layers(both), strict=True):
+            model.train()
+            own = x.to(layer.base_layer.weight.dtype).requires_grad_()
+            if name != "ours":
+                share_dropout(layer, ["v"], p, draw)
+            torch.manual_seed(shifted(draw))
+            y = layer(own)
+            parts = [own, layer.lora_A["v"].weight, layer.lora_B["v"].weight, layer.lora_magnitude_vector["v"].weight]
+            kept.append([y.detach(), *torch.autograd.grad(y, parts, g.to(y.dtype))])
+    names = ["y", "dx", "dA", "dB", "dm"]
+    for name, *tensors in zip(
+        names, *(map(torch.stack, zip(*kept, strict=True)) for kept in found.values()), strict=True
+    ):
+        assert_no_worse(*tensors, name=name, draws=p < 1)
+
+
+def test_second_derivatives_and_compilation():
+    for p in (0.0, 0.5):
+        layer = fused_lora.LoraLinear(nn.Linear(6, 5), r=2, use_dora=True, lora_dropout=p, init_lora_weights=False)
+        layer = layer.double()
+        parts = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        parts += (layer.lora_magnitude_vector["default"].weight,)
+        x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+        c = [t.detach() for t in (op.row_norms(layer.weight, *parts[:2], layer.scaling["default"]),)]
+        layer._row_norms = lambda name, norms=c[0]: norms  # the norm has no gradient: differences must not see it move
+
+        def call(x, *parts, layer=layer):
+            torch.manual_seed(shifted(7))
+            return layer(x)
+
+        torch.autograd.gradcheck(call, (x, *parts))
+        torch.autograd.gradgradcheck(call, (x, *parts))
+    layer = fused_lora.LoraLinear(nn.Linear(6, 5), r=2, use_dora=True, lora_dropout=0.5, init_lora_weights=False)
+    x = torch.randn(3, 6)
+    for _ in range(2):
+        expected = layer(x) if not layer.training else None
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        assert expected is None or torch.equal(expected, compiled)
+        layer.eval()
+    torch.library.opcheck(torch.ops.fused_lora.dropped.default, (x, torch.tensor([3]), 0.5))
+    torch.library.opcheck(
+        torch.ops.fused_lora.row_norms.default, (torch.randn(5, 6), torch.randn(2, 6), torch.randn(5, 2), 2.0)
+    )
+
+
+@pytest.mark.numeric
+def test_ours_is_pefts():
+    """Seeds, magnitudes and results of LoraLinear over nn.Linear and Conv1D, hooks on lora_A, other bases, autocast."""
+    ours, theirs = twin_layers(nn.Linear(24, 17), {"a": {"use_dora": True}, "b": {}}, active=["a", "b"])
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x = torch.randn(DRAWS, 4, 24)
+    exact = copy.deepcopy(theirs).double()
+
+    def compare(factor_of=lambda layer: layer, x=x):
+        found = [
+            torch.stack([factor_of(m)(part) for part in x.to(m.base_layer.weight.dtype)]) for m in (ours, theirs, exact)
+        ]
+        assert_no_worse(*found, draws=True)
+
+    compare()
+    handles = [layer.lora_A["a"].register_forward_hook(lambda *_: None) for layer in (ours, theirs, exact)]
+    compare()
+    for handle in handles:
+        handle.remove()
+    for layer in (ours, theirs, exact):
+        layer.base_layer.register_forward_hook(lambda module, args, y: y * 2)
+    compare()
+    with pytest.raises(ValueError, match="DoRA is enabled"):
+        ours.eval()(x[0], adapter_names=["a"] * 4)
+    torch.manual_seed(shifted(3))
+    drawn = fused_lora.LoraLinear(nn.Linear(9, 8).bfloat16(), use_dora=True, init_lora_weights=True)
+    torch.manual_seed(shifted(3))
+    net = nn.Sequential(nn.Linear(9, 8).bfloat16())
+    peft_layer = peft.get_peft_model(net, peft.LoraConfig(target_modules=["0"], use_dora=True)).base_model.model[0]
+    mine, own = drawn.lora_magnitude_vector["default"].weight, peft_layer.lora_magnitude_vector["default"].weight
+    assert mine.dtype == own.dtype and torch.equal(drawn.lora_A["default"].weight, peft_layer.lora_A["default"].weight)
+    torch.testing.assert_close(mine, own, rtol=2**-8, atol=0)
+
+
+def test_autocast_and_cached_norms():
+    both = pair(adapters={"v": {"use_dora": True}})
+    ours, theirs, _ = (layer.eval() for layer in layers(both))
+    x = torch.randn(4, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(x).dtype == theirs(x).dtype == torch.bfloat16
+        torch.testing.assert_close(ours(x), theirs(x), rtol=2**-6, atol=2**-5)
+    with DoraCaching(), torch.no_grad():
+        before = ours(x)
+        ours.lora_magnitude_vector["v"]._cache_get("weight-norm-v", None).mul_(2)
+        assert not torch.allclose(ours(x), before)  # it is the kept one that is read
+    torch.testing.assert_close(ours(x), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merges_like_peft_and_back_to_the_bit(dtype):
+    both = SideBySide(wrap(Net(dtype).eval(), ADAPTERS))
+    before = {name: bits(p.detach().clone()) for name, p in both.ours.named_parameters()}
+
+    def assert_back():
+        for name, parameter in both.ours.named_parameters():
+            assert torch.equal(bits(parameter), before[name]), name
+
+    for names in SETS:
+        both.do(lambda m, names=names: m.base_model.set_adapter(names))
+        both.do(lambda m: m.merge_adapter())
+        both.assert_same_results(ulps=2)
+        both.do(lambda m: m.unmerge_adapter())
+        assert_back()
+    for _ in range(500):
+        both.ours.merge_adapter()
+        both.ours.unmerge_adapter()
+    assert_back()
+    both.do(lambda m: m.base_model.set_adapter("plain"))
+    both.do(lambda m: m.merge_adapter())
+    both.do(lambda m: m.merge_adapter(["v"]))
+    both.assert_same_results(ulps=2)
+    fused_lora.restore(both.ours)  # PEFT's own unmerge finds the norms that it needs
+    both.ours.unmerge_adapter()
+    assert not any(getattr(m, "merged_adapters", []) for m in both.ours.modules())
+
+
+def test_magnitudes_of_zero_and_records(tmp_path):
+    layer = fused_lora.LoraLinear(nn.Linear(64, 48), use_dora=True, init_lora_weights=False)
+    layer.lora_magnitude_vector["default"].weight.data[3] = 0.0
+    before = layer.weight.detach().clone()
+    layer.eval().merge()
+    assert not layer.weight[3].any()
+    layer.unmerge()
+    assert torch.equal(bits(layer.weight), bits(before))
+    layer.lora_magnitude_vector["default"].weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="row_scale: expected 48 finite numbers"):
+        layer.merge()
+    assert torch.equal(bits(layer.weight), bits(before)) and not layer.merged
+
+
+def test_files_both_ways(tmp_path):
+    torch.manual_seed(shifted(0))
+    theirs = wrap(Net().eval(), use_dora=True, target_modules=["lin0", "conv1d"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = copy.deepcopy(theirs).unload()
+    fused_lora.load_adapter(ours, tmp_path / "theirs")
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(ours(ids), theirs(ids))
+    fused_lora.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs).unload(), tmp_path / "ours")
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(parameter, dict(again.named_parameters())[name]), name
+    store = fused_lora.AdapterStore(Net().eval(), capacity_bytes=1 << 20)
+    for source in (str(tmp_path / "ours"), theirs):
+        with pytest.raises(ValueError, match="use_dora=True"):
+            store.load("dora", source)
+    with pytest.raises(AdapterError, match="use_dora: expected null.*a DoRA adapter is not B A alone"):
+        with open_adapters(tmp_path / "ours"):
+            pass
+    fused_lora.set_adapter(ours, "default")
+    fused_lora.merge(ours)
+    torch.testing.assert_close(ours(ids), theirs(ids))
+    fused_lora.unmerge(ours)
+    plain = fused_lora.unload(ours, merge_adapters=True)
+    torch.testing.assert_close(plain(ids), theirs(ids))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_quantised_base(p):
+    layer = fused_lora.LoraLinear(linear4bit(32, 64), use_dora=True, lora_dropout=p, init_lora_weights=False)
+    dense = nn.Linear(64, 32).requires_grad_(False)
+    dense.weight.data = torch.cat([block for _, _, block in base_of(layer.base_layer).blocks(layer.base_layer)])
+    dense.bias.data = layer.base_layer.bias.detach().float() if layer.base_layer.bias is not None else torch.zeros(32)
+    twin = fused_lora.LoraLinear(dense, use_dora=True, lora_dropout=p)
+    twin.load_state_dict({n: t for n, t in layer.state_dict().items() if "lora_" in n}, strict=False)
+    x = torch.randn(5, 64)
+    torch.manual_seed(shifted(1))
+    found = layer(x)
+    torch.manual_seed(shifted(1))
+    torch.testing.assert_close(found, twin(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="DoRA of .'default'. cannot be merged into 4 bits"):
+        layer.merge()
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="use_dora"):
+        fused_lora.LoraConfig(target_modules=["lin0"], use_dora=True, lora_bias=True)
+    layer = fused_lora.LoraLinear(nn.Linear(8, 8), adapter_name="a", init_lora_weights=False)
+    layer.merge()
+    with pytest.raises(RuntimeError, match="are merged: unmerge before DoRA is added"):
+        layer.add_adapter("b", use_dora=True)
+    layer.unmerge()
+    with pytest.raises(ValueError, match="use_dora: expected False with lora_bias"):
+        layer.add_adapter("b", use_dora=True, lora_bias=True)
+
+
+def test_the_adapted_weight_is_never_whole():
+    """Norms allocate less than a tenth of the weight."""
+    N = K = 2048
+    W, A, B = torch.randn(N, K), torch.randn(16, K), torch.randn(N, 16)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        op.row_norms(W, A, B, 1.0)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 0 < peak <= 0.1 * W.nbytes
