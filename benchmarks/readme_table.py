@@ -44,7 +44,7 @@ def load(folder: Path) -> dict[str, dict]:
         for kind, benchmarks in _KINDS.items():
             if kind in _LINEAR and kind != _linear_kind(content.get("settings", {})):
                 continue
-            has_rows = any(row["benchmark"] in benchmarks for row in content["rows"])
+            has_rows = any(row.get("benchmark") in benchmarks for row in content["rows"])
             if has_rows and (kind not in entry or entry[kind]["date"] < content["date"]):
                 entry[kind] = content
     return {name: entry for name, entry in sorted(found.items()) if entry}

@@ -77,18 +77,24 @@ def write_adapter(
 ) -> None:
     """:func:`save_adapter` with ``further`` files of tensors. ``state_dict`` has tensors to write in place of the
     model's own, by their names in the model. ``here``: whether this process writes, when nothing is sharded."""
-    check_names(model, [check_adapter_name(adapter_name)])
+    check_adapter_name(adapter_name)
     folder = path_text("directory", directory)
     if not isinstance(base_model_name_or_path, (str, type(None))):
         raise TypeError(f"base_model_name_or_path: expected a str or None, got {base_model_name_or_path!r}")
-    config = adapter_configs(model)[adapter_name]
     with changing(model, forwards=False):
-        files = {WEIGHTS_NAME: adapter_parts(model, adapter_name, config)}
+        check_names(model, [adapter_name])
+        files = {WEIGHTS_NAME: adapter_parts(model, adapter_name, adapter_configs(model)[adapter_name])}
+        _warn_of_others(model, [parameter for parameter, _ in files[WEIGHTS_NAME].values()])
+        root = unwrapped(model)
+        names = {id(held): own_path(name) for name, held in (*root.named_parameters(), *root.named_buffers())}
+        entries = _config_entries(model, adapter_name, adapter_configs(model)[adapter_name])
+        base = {
+            own_path(path): settings
+            for path, layer in lora_layers(model).items()
+            if adapter_name in layer.lora_A and (settings := base_settings(layer))
+        }
     files |= {name: {key: (t, None) for key, t in tensors.items()} for name, tensors in (further or {}).items()}
     parts = {(name, key): part for name, keys in files.items() for key, part in keys.items()}
-    _warn_of_others(model, [parameter for parameter, _ in files[WEIGHTS_NAME].values()])
-    root = unwrapped(model)
-    names = {id(held): own_path(name) for name, held in (*root.named_parameters(), *root.named_buffers())}
     given = None if state_dict is None else {own_path(name): tensor for name, tensor in state_dict.items()}
     tensors = {}
     for place, (parameter, shape) in parts.items():
@@ -107,15 +113,9 @@ def write_adapter(
             raise ValueError(
                 f"{what} must hold finite values, got {'no data (meta)' if tensor.is_meta else 'NaN or Inf'}"
             )
-    entries = _config_entries(model, adapter_name, config)
     if base_model_name_or_path is not None:
         entries["base_model_name_or_path"] = base_model_name_or_path
     text = config_text(entries)
-    base = {
-        own_path(path): settings
-        for path, layer in lora_layers(model).items()
-        if adapter_name in layer.lora_A and (settings := base_settings(layer))
-    }
 
     def write(stage: str) -> tuple[str, ...]:
         for name in further or ():

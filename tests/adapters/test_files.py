@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fused_lora.adapters import AdapterError, load_adapter, read_adapter, save_adapter, staging
+from fused_lora.adapters import AdapterError, load_adapter, read_adapter, save_adapter, staging, write
+from fused_lora.modules.changes import CHANGING
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import AdapterNotFound, adapter_configs, inject, lora_layers, set_adapter
 from fused_lora.modules.merging import merge, unmerge
@@ -642,3 +643,13 @@ def test_a_model_that_cannot_be_saved_leaves_the_folder_alone(adapted, tmp_path)
     with pytest.raises(RuntimeError, match=r"has \(r, lora_alpha\) = \(4, 8\), which the config does not give"):
         save_adapter(model, tmp_path / "a")
     assert [(tmp_path / "a" / name).read_bytes() for name in FILES] == before
+
+
+def test_a_save_walks_the_model_alone(tmp_path, monkeypatch):
+    """Another thread may add or delete an adapter at any moment."""
+    model, walked = inject(mlp()[0], LoraConfig(r=2, target_modules=["fc1"]), "a"), []
+    for name in ("named_modules", "lora_layers", "adapter_configs", "unwrapped", "base_settings"):
+        inner = getattr(write, name)
+        monkeypatch.setattr(write, name, lambda *a, _inner=inner: [walked.append(id(model) in CHANGING), _inner(*a)][1])
+    save_adapter(model, tmp_path / "a", "a")
+    assert len(walked) >= 5 and all(walked)
