@@ -92,7 +92,7 @@ def experts_forward(
     y = y * top_k_weights.reshape(-1)[order, None]
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return y[back].view(tokens, top_k, -1).sum(1).to(hidden.dtype)
+    return y[back].view(tokens, top_k, y.shape[-1]).sum(1).to(hidden.dtype)
 
 
 def add_terms(y: Tensor, x: Tensor, terms: Sequence[ExpertTerm], offsets: Tensor) -> Tensor:

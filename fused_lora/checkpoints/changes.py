@@ -112,20 +112,19 @@ def sum_dtype(dtype: torch.dtype, out: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in (dtype, out) else torch.float32
 
 
-def change_pieces(
-    change: Change | None, entry: TensorEntry, begin: int, out: torch.dtype, device: torch.device, note: Any = None
-) -> Iterator[Piece]:
+def change_pieces(item: Item, begin: int, device: torch.device, note: Any = None) -> Iterator[Piece]:
     """The pieces that give one tensor of the output. What is added to the base is never noted.
 
     Args:
-        begin: where the data of the source file begins. out: the tensor's dtype in the output.
+        begin: where the data of the source file begins.
         note: called with (name, first row, factors, units) of each merged piece, and with (name, None, None, old bytes)
             of a tensor that is replaced, in order; None keeps nothing.
     """
+    name, change, entry, out = item
     at, size = begin + entry.begin, entry.end - entry.begin
     note = None if change is not None and change.added else note
     if change is None:
-        yield from [Piece(at, size)] if entry.dtype == out else _cast_pieces(entry, at, out)
+        yield from [Piece(at, size)] if entry.dtype == out else _cast_pieces(name, entry, at, out)
     elif change.kind == "merge":
         yield from _merge_pieces(change, entry, at, out, device, note)
     else:
@@ -163,7 +162,7 @@ def _merge_pieces(
     for segment in change.segments:
         first, stop = (0, entry.shape[0]) if change.transposed else (segment.first, segment.stop)
         if first > done:
-            yield from _copied_rows(entry, at, done, first, out)
+            yield from _copied_rows(change.name, entry, at, done, first, out)
         factors = segment_factors(change, segment, wide, device)
         step = max(1, PIECE_BYTES // max(1, row_bytes))
         for row in range(first, stop, step):
@@ -183,23 +182,23 @@ def _merge_pieces(
             yield Piece(at + row * row_bytes, count * row_bytes, work, out_size, note)
         done = stop
     if done < entry.shape[0]:
-        yield from _copied_rows(entry, at, done, entry.shape[0], out)
+        yield from _copied_rows(change.name, entry, at, done, entry.shape[0], out)
 
 
-def _copied_rows(entry: TensorEntry, at: int, first: int, stop: int, out: torch.dtype) -> Iterator[Piece]:
+def _copied_rows(name: str, entry: TensorEntry, at: int, first: int, stop: int, out: torch.dtype) -> Iterator[Piece]:
     row_bytes = entry.shape[1] * entry.dtype.itemsize
     rows = TensorEntry(entry.dtype, (stop - first, entry.shape[1]), 0, (stop - first) * row_bytes)
     at += first * row_bytes
-    yield from [Piece(at, rows.end)] if entry.dtype == out else _cast_pieces(rows, at, out)
+    yield from [Piece(at, rows.end)] if entry.dtype == out else _cast_pieces(name, rows, at, out)
 
 
-def _cast_pieces(entry: TensorEntry, at: int, out: torch.dtype) -> Iterator[Piece]:
+def _cast_pieces(name: str, entry: TensorEntry, at: int, out: torch.dtype) -> Iterator[Piece]:
     size = entry.end - entry.begin
     for first in range(0, size, PIECE_BYTES):
 
         def work(data: Tensor) -> tuple[Tensor, None]:
             old = data.view(entry.dtype)
-            return _bytes(_finite("", old, out, old)), None
+            return _bytes(_finite(name, old, out, old)), None
 
         part = min(PIECE_BYTES, size - first)
         yield Piece(at + first, part, work, part // entry.dtype.itemsize * out.itemsize)
@@ -216,5 +215,5 @@ def _finite(name: str, tensor: Tensor, dtype: torch.dtype, before: Tensor | None
     cast = tensor.to(dtype)
     finite = tensor.isfinite() if before is None else before.isfinite()
     if bool((finite & ~cast.isfinite()).any()):
-        raise ValueError(f"{name or 'a tensor'}: expected values within the range of {dtype}, got larger ones")
+        raise ValueError(f"{name}: expected values within the range of {dtype}, got larger ones")
     return cast

@@ -34,11 +34,13 @@ _WRAPPERS = re.compile(r"^(?:module|model\.base_model\.model|base_model\.model|_
 
 @dataclass
 class Converted:
-    """What was written: the folder, {path of a layer: [r, alpha]}, and {key of the source: path}."""
+    """What was written: the folder, {path of a layer: [r, alpha]}, {key of the source: path}, and whether a layer got
+    its rank as alpha because nothing said another."""
 
     out: str
     layers: dict[str, list[float]]
     renamed: dict[str, str] = field(default_factory=dict)
+    assumed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -62,7 +64,8 @@ def convert_adapter(
     a linear layer.
 
     Args:
-        source: a .safetensors file, or a folder with adapter_model.safetensors and perhaps adapter_config.json.
+        source: a .safetensors file, or a folder with adapter_model.safetensors. An adapter_config.json beside a file of
+            that name is read.
         out: the folder of the new adapter; one that is there is replaced.
         base: a checkpoint whose module names kohya's underscores are resolved with.
         rename: beginnings of paths -> what stands in their place.
@@ -75,7 +78,8 @@ def convert_adapter(
     """
     text, folder = path_text("source", source), path_text("out", out)
     file_path = os.path.join(text, WEIGHTS_NAME) if os.path.isdir(text) else text
-    config = _config(os.path.join(text, CONFIG_NAME)) if os.path.isdir(text) else None
+    beside = os.path.basename(file_path) == WEIGHTS_NAME  # PEFT's pair: without the config the scaling is lost
+    config = _config(os.path.join(os.path.dirname(file_path), CONFIG_NAME)) if beside else None
     with open_regular(file_path, MAX_WEIGHT_BYTES) as (file, size):
         header = read_header(file_path, file, size, EVERY)
         modules = None if base is None else _by_underscores(base)
@@ -114,7 +118,8 @@ def convert_adapter(
 
         target = config or LoraConfig(r=1, lora_alpha=1, target_modules=set())
         write_layers(folder, target, shapes, make, kind, alphas)
-    return Converted(folder, {path: [shapes[path][0], alphas[path]] for path in shapes}, renamed)
+    assumed = lora_alpha is None and config is None and any("alpha" not in parts for parts in layers.values())
+    return Converted(folder, {path: [shapes[path][0], alphas[path]] for path in shapes}, renamed, assumed)
 
 
 def _config(path: str) -> LoraConfig | None:

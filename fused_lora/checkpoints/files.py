@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from fused_lora.modules.names import some
 
 MODEL_CONFIG = "config.json"
 _INDEX_END = ".safetensors.index.json"
+_PART = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
 _MAX_JSON_BYTES = 64 << 20
 _MAX_SHARD_BYTES = 1 << 50
@@ -108,6 +110,8 @@ def open_checkpoint(path: str | os.PathLike, argument: str = "base") -> Checkpoi
         if single and "model.safetensors" in single and "model.safetensors" not in shard_names:
             raise AdapterError(folder, None, "one checkpoint", f"{found[0]!r} and 'model.safetensors'")
     elif single:
+        if (part := _PART.search(single[0])) and int(part[1]) > 1:
+            raise AdapterError(folder, None, f"an index and all {int(part[1])} shards", f"only {single[0]!r}")
         shard_names = single
     else:
         pickled = [name for name in names if name.endswith(_WEIGHTS)]

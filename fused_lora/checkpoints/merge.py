@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -107,8 +108,8 @@ def merge_checkpoint(
         rename: beginnings of the adapter's paths -> what the checkpoint has in their place, where no known rule fits.
         in_place: instead of ``out``: the merged folder takes the base's place when it is whole.
         dry_run: check and report, write nothing.
-        verify: read each shard again before it gets its name; compare what must not change byte by byte, and rows of
-            each merged weight with a sum in fp64.
+        verify: read each shard again before it gets its name, and those of an earlier call; compare what must not
+            change byte by byte, and rows of each merged weight with a sum in fp64.
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -130,10 +131,13 @@ def merge_checkpoint(
         output = Output("out", target, merge.identity, in_place)
         notes = None if record is None else Output("record", path_text("record", record), merge.identity)
         if _is_done(target, merge.identity) and not in_place:
-            report.kept = [shard.name for shard in checkpoint.shards]
+            if notes is not None and not _is_done(notes.target, merge.identity, RECORD_NAME):
+                text = f"record: {target!r} is merged already, without its record in {notes.target!r}; delete it first"
+                raise FileExistsError(errno.EEXIST, text)
+            merge.check_done(target, report, verify)
             return report
         inputs = [checkpoint.folder, *(adapter.folder for adapter in opened)]
-        output.check(inputs)
+        output.check(inputs if notes is None else [*inputs, notes.target])
         if notes is not None and not _is_done(notes.target, merge.identity, RECORD_NAME):
             notes.check([*inputs, target])
         output.check_space(report.nbytes + _SPARE_BYTES)
@@ -240,6 +244,18 @@ class _Merge:
         changes = [item.change.describe(item.entry.shape, item.dtype) for item in items if item.change is not None]
         return MergeReport(target, changes, nbytes, left_out=self._base.left_out, provenance=self.provenance)
 
+    def check_done(self, folder: str, report: MergeReport, verify: bool) -> None:
+        """All shards of an output that has its name must be there and whole; with ``verify`` their tensors, too."""
+        checked = Checked()
+        for shard in self._base.shards:
+            if verify:
+                check_shard(shard, os.path.join(folder, shard.name), self.items(shard), checked)
+            else:
+                read_shard(folder, shard.name)
+            report.kept.append(shard.name)
+        if verify:
+            _note_checked(report, checked)
+
     def run(self, output: Output, notes: Output | None, report: MergeReport, verify: bool, meter: _Meter) -> None:
         """Write all shards that are not there yet, then the small files, and give the folders their names."""
         checked = Checked() if verify else None
@@ -250,6 +266,8 @@ class _Merge:
             for shard in self._base.shards:
                 name, part = shard.name, items[shard.name]
                 if output.has(name) and (recorded or notes.has(name)):
+                    if checked is not None:
+                        check_shard(shard, os.path.join(output.stage, name), part, checked)
                     report.kept.append(name)
                     meter.add(sum(item.entry.end - item.entry.begin for item in part))
                     continue
@@ -268,10 +286,7 @@ class _Merge:
                 last.result()
             meter.end()
             if checked is not None:
-                report.checked = checked.to_dict()
-                if checked.lost_share > _MOST_LOST:
-                    text = f"verify: rounding took {checked.lost_share:.0%} of the adapters; use a wider dtype"
-                    warnings.warn(text, stacklevel=4)
+                _note_checked(report, checked)
             files = self._small_files()
             if not recorded:
                 old = [MODEL_CONFIG, self._base.index_name]
@@ -290,7 +305,7 @@ class _Merge:
 
         def pieces() -> Iterator[Piece]:
             for item in items:
-                yield from change_pieces(item.change, item.entry, shard.data, item.dtype, self._device, note)
+                yield from change_pieces(item, shard.data, self._device, note)
 
         write_shard(shard, path, header, pieces(), meter)
         return header
@@ -312,6 +327,13 @@ class _Merge:
             same = config == base.config
             files[MODEL_CONFIG] = read_text(os.path.join(base.folder, MODEL_CONFIG)) if same else json_bytes(config)
         return {**files, PROVENANCE_NAME: json_bytes(self.provenance)}
+
+
+def _note_checked(report: MergeReport, checked: Checked) -> None:
+    report.checked = checked.to_dict()
+    if checked.lost_share > _MOST_LOST:
+        text = f"verify: rounding took {checked.lost_share:.0%} of the adapters; use a wider dtype"
+        warnings.warn(text, stacklevel=4)
 
 
 class _Meter:

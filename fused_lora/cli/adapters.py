@@ -70,7 +70,10 @@ def convert(arguments: Sequence[str] | None = None) -> int:
             dtype=_torch_dtype(options.dtype),
             lora_alpha=options.alpha,
         ),
-        lambda report: print(f"wrote {report.out}: {len(report.layers)} layers"),
+        lambda report: print(
+            f"wrote {report.out}: {len(report.layers)} layers"
+            + ("\nno alpha in the file: the scaling is 1 (--alpha sets another)" if report.assumed else "")
+        ),
     )
 
 

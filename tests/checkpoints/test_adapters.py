@@ -202,6 +202,15 @@ def test_convert(tmp_path, kind):
     assert not (tmp_path / "no").exists()
 
 
+def test_convert_reads_the_config_beside_the_file(tmp_path):
+    adapter = write_adapter(tmp_path / "a", SHAPES)
+    assert not convert_adapter(adapter / "adapter_model.safetensors", tmp_path / "out").assumed
+    found, wanted = deltas(tmp_path / "out"), deltas(adapter)
+    assert all(torch.equal(found[path], wanted[path]) for path in wanted)
+    (adapter / "adapter_config.json").unlink()
+    assert convert_adapter(adapter, tmp_path / "out").assumed
+
+
 @pytest.mark.parametrize(
     "method, options, message",
     [

@@ -168,7 +168,7 @@ def test_command_line_record_and_unmerge(tmp_path, capsys):
 
     change(tmp_path / "out" / "model-00001-of-00003.safetensors", **{f"{QKV[0]}.weight": None})
     assert main(["unmerge", "--merged", out, "--record", record, "--out", str(tmp_path / "no")]) == 1
-    assert "weight_map" in capsys.readouterr().err or True
+    assert "the record of another file" in capsys.readouterr().err
 
 
 def test_unmerge_refuses_a_changed_weight(tmp_path):
@@ -352,6 +352,40 @@ def test_warnings_of_a_second_merge_and_of_what_rounding_takes(tmp_path):
         merge_checkpoint(base, [(adapter, 1e-4)], tmp_path / "small", verify=True)
 
 
+def test_a_second_call_looks_at_what_the_first_left(tmp_path, monkeypatch):
+    """``record`` and ``verify`` hold for shards that are there already, too."""
+    base, adapter = write_base(tmp_path / "base", decoder(), shards=3), write_adapter(tmp_path / "adapter", SHAPES)
+
+    def again(**options):
+        return merge_checkpoint(base, adapter, tmp_path / "out", **options)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        full_disk(patch)
+        again(record=tmp_path / "record")
+    first = again(record=tmp_path / "record", verify=True)
+    assert first.kept and first.checked == again(record=tmp_path / "record", verify=True).checked
+
+    shard = next(f for f in (tmp_path / "out").glob("*.safetensors") if f"{QKV[0]}.weight" in read_names(f))
+    whole = shard.read_bytes()
+    change(shard, **{f"{QKV[0]}.weight": read_all(tmp_path / "out")[f"{QKV[0]}.weight"] * 2})
+    with pytest.raises(AdapterError, match="expected W \\+ s B A"):
+        again(record=tmp_path / "record", verify=True)
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(AdapterError, match="bytes of tensors"):
+        again(record=tmp_path / "record")
+    shard.write_bytes(whole)
+    shutil.rmtree(tmp_path / "record")
+    with pytest.raises(FileExistsError, match="record: .* without its record"):
+        again(record=tmp_path / "record")
+
+
+def test_a_cast_that_overflows_names_its_tensor(tmp_path):
+    base = write_base(tmp_path / "base", {**decoder(), "model.norm.weight": torch.full((K,), 1e6)})
+    adapter = write_adapter(tmp_path / "adapter", SHAPES)
+    with pytest.raises(ValueError, match="model.norm.weight: expected values within the range of torch.float16"):
+        merge_checkpoint(base, adapter, tmp_path / "out", dtype=torch.float16)
+
+
 def test_verify_finds_a_wrong_sum(tmp_path, monkeypatch):
     base, adapter = write_base(tmp_path / "base", decoder()), write_adapter(tmp_path / "adapter", SHAPES)
     monkeypatch.setattr(changes, "add_rows_", lambda rows, factors, keep: rows.add_(0.25))
@@ -373,6 +407,11 @@ def lose_entry(base, adapter):
 
 
 def lose_shard(base, adapter):
+    sorted(base.glob("*.safetensors"))[0].unlink()
+
+
+def lone_shard(base, adapter):
+    (base / "model.safetensors.index.json").unlink()
     sorted(base.glob("*.safetensors"))[0].unlink()
 
 
@@ -413,6 +452,7 @@ BAD = {
     "truncated shard": (truncate, "bytes of tensors"),
     "missing index entry": (lose_entry, "an entry of weight_map"),
     "missing shard": (lose_shard, "a readable regular file"),
+    "lone shard": (lone_shard, "an index and all 2 shards"),
     "shard outside": (climb, "in the same folder"),
     "two checkpoints": (two, "one checkpoint"),
     "NaN": (weights(**{A0: torch.full((4, K), torch.nan)}), "NaN or Inf"),
@@ -467,8 +507,9 @@ def test_where_the_output_may_be(tmp_path, capsys):
         (base / "merged", "expected a folder outside"),
         (tmp_path / "held", "which holds something"),
         (tmp_path / "held" / "file" / "x", "is no folder"),
+        (tmp_path / "record" / "x", "expected a folder outside"),
     ]:
-        assert main([*call, "--out", str(out)]) == 1
+        assert main([*call, "--out", str(out), "--record", str(tmp_path / "record")]) == 1
         assert message in capsys.readouterr().err
     assert main(call) == 1 and main([*call, "--out", "x", "--in-place"]) == 1
     assert contents(tmp_path) == before

@@ -13,6 +13,7 @@ import fused_lora
 from fused_lora.bases import experts
 from fused_lora.reference import bits
 from helpers.accelerated import ROWS, TOKENS, SideBySide, wrap
+from helpers.thorough import sampled
 
 HIDDEN, INTER, EXPERTS, TOP_K = 16, 24, 6, 2
 # architecture -> the class of its experts, the class of its config, and how the config calls the numbers
@@ -20,8 +21,8 @@ ARCHITECTURES = {
     "qwen3_moe": ("Qwen3Moe", dict(num_experts=EXPERTS)),
     "mixtral": ("Mixtral", dict(num_local_experts=EXPERTS)),
     "olmoe": ("Olmoe", dict(num_experts=EXPERTS)),
-    "deepseek_v3": ("DeepseekV3", dict(n_routed_experts=EXPERTS)),
     "gpt_oss": ("GptOss", dict(num_local_experts=EXPERTS)),
+    "deepseek_v3": ("DeepseekV3", dict(n_routed_experts=EXPERTS)),
     "glm4_moe": ("Glm4Moe", dict(n_routed_experts=EXPERTS)),
 }
 BOTH = dict(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"], lora_alpha=6)
@@ -67,13 +68,13 @@ def rows(model):
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", sampled(ARCHITECTURES, 3))  # gpt-oss has biases and its weights transposed
 def test_every_architecture(name):
     both = InOrder(wrap(Block(name), **BOTH))
     assert all(row.fused for row in rows(both.ours)) and len(rows(both.ours)) == 2
-    both.assert_same_results()
+    both.assert_same_results(draws=17)
     both.do(lambda m: m.merge_adapter())
-    both.assert_same_results(ulps=2)
+    both.assert_same_results(ulps=2, draws=17)
     both.do(lambda m: m.unmerge_adapter())
     both.do(lambda m: m.eval())
     both.assert_same_results(draws=17)
@@ -86,7 +87,7 @@ def test_16_bit(dtype, autocast_adapter_dtype):
     net = wrap(Block(dtype=dtype), **BOTH)
     if not autocast_adapter_dtype:
         net.to(dtype)
-    SideBySide(net).assert_same_results()
+    SideBySide(net).assert_same_results(draws=17)
 
 
 @pytest.mark.numeric
@@ -104,18 +105,21 @@ def test_several_adapters_scales_and_one_parameter():
     one.assert_same_results(draws=17)
 
 
+@pytest.mark.experiment("A1", full=500, quick=5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_merges_and_back_to_the_bit(name, dtype):
+def test_experts_come_back(name, dtype, count):
+    """Merge and unmerge of adapters of stacked experts, two at once and one after another: every bit is back."""
     both = InOrder(wrap(Block(name, dtype).eval(), {"a": {}, "b": {"r": 2}}, **BOTH))
     before = {n: bits(p.detach().clone()) for n, p in both.ours.named_parameters()}
-    for _ in range(500):
+    for _ in range(count):
         both.ours.merge_adapter()
         both.ours.unmerge_adapter()
     both.do(lambda m: m.merge_adapter())
     both.do(lambda m: m.merge_adapter(["b"]))
     if dtype is torch.float32:
-        both.assert_same_results(ulps=2, draws=17)
+        ids = torch.arange(ROWS)
+        torch.testing.assert_close(both.ours(ids), both.theirs(ids))
     both.do(lambda m: m.unmerge_adapter())
     for n, parameter in both.ours.named_parameters():
         assert torch.equal(bits(parameter), before[n]), n
@@ -145,6 +149,7 @@ def test_merge_and_unload_and_files(tmp_path):
         torch.testing.assert_close(B @ A * wrapper.scaling["default"], wrapper.get_delta_weight("default").detach())
     ids = torch.arange(ROWS)
     expected = model(ids)
+    assert model(ids[:0]).shape == (0, HIDDEN)  # no token for any expert
     model.save_pretrained(tmp_path)
     plain = copy.deepcopy(model).unload()
     again = fused_lora.accelerate(peft.PeftModel.from_pretrained(plain, tmp_path))

@@ -64,14 +64,16 @@ def test_scaled_embeddings_and_tokens_beside():
     both.assert_same_results(draws=17)
 
 
+@pytest.mark.experiment("A1", full=500, quick=5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merges_and_back_to_the_bit(dtype):
+def test_embeddings_and_convolutions_come_back(dtype, count):
+    """Merge and unmerge of embeddings and convolutions of an accelerated model: every bit is back."""
     both = SideBySide(fill(wrap(Net(dtype).eval(), {"a": {}, "b": {}}, **ALL)))
     exact = [f"base_model.model.{n}.base_layer.weight" for n in ("emb", "one", "two", "head")]
     before = {n: bits(p.detach().clone()) for n, p in both.ours.named_parameters()}
-    for _ in range(500):
-        both.ours.base_model.model.emb.merge()
-        both.ours.base_model.model.emb.unmerge()
+    for _ in range(count):
+        both.ours.merge_adapter()
+        both.ours.unmerge_adapter()
     both.do(lambda m: m.merge_adapter())
     both.do(lambda m: m.merge_adapter(["b"]))
     if dtype is torch.float32:
