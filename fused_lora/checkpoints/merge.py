@@ -106,7 +106,8 @@ def merge_checkpoint(
         device: where sums are computed.
         record: a new folder for what :func:`unmerge_checkpoint` needs; on a CPU, without ``dtype`` and ``in_place``.
         rename: beginnings of the adapter's paths -> what the checkpoint has in their place, where no known rule fits.
-        in_place: instead of ``out``: the merged folder takes the base's place when it is whole.
+        in_place: instead of ``out``: the merged folder takes the base's place when it is whole. Not over a base that
+            one of the adapters is merged into already.
         dry_run: check and report, write nothing.
         verify: read each shard again before it gets its name, and those of an earlier call; compare what must not
             change byte by byte, and rows of each merged weight with a sum in fp64.
@@ -126,7 +127,8 @@ def merge_checkpoint(
     checkpoint = open_checkpoint(base)
     target = _target(checkpoint, out, in_place)
     with single_threads() as workers, open_adapters(adapters) as opened:
-        merge = _Merge(checkpoint, opened, plan_changes(checkpoint, opened, rename), dtype, place, record is not None)
+        changes = plan_changes(checkpoint, opened, rename)
+        merge = _Merge(checkpoint, opened, changes, dtype, place, record is not None, in_place)
         report = merge.report(target)
         output = Output("out", target, merge.identity, in_place)
         notes = None if record is None else Output("record", path_text("record", record), merge.identity)
@@ -189,6 +191,7 @@ class _Merge:
         dtype: torch.dtype | None,
         device: torch.device,
         recorded: bool,
+        in_place: bool,
     ):
         self._base, self._adapters, self._changes = base, adapters, changes
         self._dtype, self._device = dtype, device
@@ -213,6 +216,11 @@ class _Merge:
         if (earlier := base.shards[0].header.metadata.get(_PROVENANCE)) is not None:
             self.provenance["before"] = earlier  # of a merge that gave the base
             if again := [adapter["path"] for adapter in about if adapter["sha256"] in earlier]:
+                if in_place:  # most likely the same command, run once more
+                    raise ValueError(
+                        f"in_place: {some(again)} are merged into {base.folder!r} already, so nothing was done; to add "
+                        "them once more, write to another folder"
+                    )
                 warnings.warn(f"base: {some(again)} are merged into it already, and now once more", stacklevel=4)
 
     def _check_used(self) -> None:

@@ -348,6 +348,10 @@ def test_warnings_of_a_second_merge_and_of_what_rounding_takes(tmp_path):
         merge_checkpoint(base, adapter, tmp_path / "out", verify=True)
     with pytest.warns(UserWarning, match="'.*adapter' are merged into it already"):
         merge_checkpoint(tmp_path / "out", adapter, tmp_path / "twice")
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="in_place: '.*adapter' are merged into .* already, so nothing was done"):
+        merge_checkpoint(tmp_path / "out", adapter, in_place=True)
+    assert contents(tmp_path / "out") == before
     with pytest.warns(UserWarning, match="rounding took"):
         merge_checkpoint(base, [(adapter, 1e-4)], tmp_path / "small", verify=True)
 
