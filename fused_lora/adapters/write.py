@@ -77,12 +77,12 @@ def write_adapter(
 ) -> None:
     """:func:`save_adapter` with ``further`` files of tensors. ``state_dict`` has tensors to write in place of the
     model's own, by their names in the model. ``here``: whether this process writes, when nothing is sharded."""
-    check_adapter_name(adapter_name)
+    check_names(model, [check_adapter_name(adapter_name)])
     folder = path_text("directory", directory)
     if not isinstance(base_model_name_or_path, (str, type(None))):
         raise TypeError(f"base_model_name_or_path: expected a str or None, got {base_model_name_or_path!r}")
     with changing(model, forwards=False):
-        check_names(model, [adapter_name])
+        check_names(model, [adapter_name])  # again: it may have been deleted meanwhile
         files = {WEIGHTS_NAME: adapter_parts(model, adapter_name, adapter_configs(model)[adapter_name])}
         _warn_of_others(model, [parameter for parameter, _ in files[WEIGHTS_NAME].values()])
         root = unwrapped(model)

@@ -20,6 +20,7 @@ from fused_lora import (
 from fused_lora.adapters import AdapterError, read_adapter
 from fused_lora.checkpoints import factors
 from fused_lora.cli import main
+from fused_lora.testing.numeric import assert_close
 from helpers.checkpoint_files import K, N, change, contents, decoder, read_all, write_adapter, write_base
 from helpers.seeds import shifted
 
@@ -35,6 +36,11 @@ METHODS = {
     "dare_ties_svd": dict(density=0.6, rank=5),
     "magnitude_prune": dict(density=0.3),
 }
+
+
+def agree(ours, theirs):
+    """Products of what was stored in fp32, formed in any dtype; a decomposition rounds more often than a sum."""
+    assert_close(ours.float(), theirs.float(), terms=10_000)
 
 
 def deltas(folder):
@@ -66,7 +72,7 @@ def test_combinations_are_those_of_peft(tmp_path, monkeypatch, method):
 
     def seeded(*args, **kwargs):  # the new layer draws numbers, too
         inject(*args, **kwargs)
-        torch.manual_seed(7)
+        torch.manual_seed(shifted(7))
 
     monkeypatch.setattr(wrapped.base_model, "inject_adapter", seeded)
     wrapped.add_weighted_adapter(
@@ -76,11 +82,11 @@ def test_combinations_are_those_of_peft(tmp_path, monkeypatch, method):
     wanted = layer.get_delta_weight("mixed").double()
     report = combine_adapters(list(zip(folders, weights, strict=True)), tmp_path / "out", method, seed=7, **options)
     found = deltas(tmp_path / "out")["0"]
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+    agree(found, wanted)
     assert report.layers[0]["r"] == layer.r["mixed"]
     again = peft.PeftModel.from_pretrained(model(), tmp_path / "out")  # PEFT reads it, and adds the same
     read = again.base_model.model[0].get_delta_weight("default").double()
-    torch.testing.assert_close(read, found, rtol=1e-5, atol=1e-6)
+    agree(read, found)
 
 
 def test_several_layers_ranks_and_an_interrupted_write(tmp_path, monkeypatch):
@@ -92,7 +98,7 @@ def test_several_layers_ranks_and_an_interrupted_write(tmp_path, monkeypatch):
     assert {path: len(t.lora_A) for path, t in held.layers.items()} == {Q: 6, V: 4}
     t, first, second = held.layers[Q], deltas(a), read_adapter(b).layers[Q]
     wanted = first[Q] + 0.5 * 4 / 2**0.5 * second.lora_B.double() @ second.lora_A.double()
-    torch.testing.assert_close(t.lora_B.double() @ t.lora_A.double(), wanted, rtol=1e-5, atol=1e-5)
+    agree(t.lora_B.double() @ t.lora_A.double(), wanted)
     before = contents(tmp_path / "out")
     change(a / "adapter_model.safetensors", **{f"base_model.model.{V}.lora_B.weight": torch.full((16, 4), 3e38)})
     with pytest.raises(ValueError, match="expected finite numbers"):
@@ -106,7 +112,7 @@ def test_shrink_is_the_nearest_of_its_rank(tmp_path):
     for path, delta in deltas(adapter).items():
         U, S, Vh = torch.linalg.svd(delta)
         nearest = U[:, :2] * S[:2] @ Vh[:2]
-        torch.testing.assert_close(deltas(tmp_path / "out")[path], nearest, rtol=1e-4, atol=1e-5)
+        agree(deltas(tmp_path / "out")[path], nearest)
         kept = next(layer["kept"] for layer in report.layers if layer["path"] == path)
         assert kept == pytest.approx((S[:2].square().sum() / S.square().sum()).item())
 
@@ -127,7 +133,7 @@ def test_extract_finds_the_adapter_again(tmp_path, monkeypatch, exact):
     assert {layer["path"] for layer in report.layers} == {Q, V}
     assert min(layer["kept"] for layer in report.layers) > 0.9999
     for path, delta in deltas(adapter).items():
-        torch.testing.assert_close(deltas(tmp_path / "out")[path], delta, rtol=1e-3, atol=1e-5)
+        agree(deltas(tmp_path / "out")[path], delta)
     with pytest.raises(AdapterError, match="weights that differ"):
         extract_adapter(base, base, tmp_path / "no", 3)
 

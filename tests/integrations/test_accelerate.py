@@ -256,8 +256,8 @@ def test_install_makes_every_new_layer_ours_and_counts_calls():
     model(IDS)
     second = integration.install()
     assert report() == {
-        "fused": 2, "around": {},
-        "fallback": {"no active adapter in this layer": 4, "merged: the base layer alone": 2},
+        "fused": 3, "around": {},
+        "fallback": {"no active adapter in this layer": 4, "merged: the base layer alone": 3},
     } and second() == {"fused": 0, "around": {}, "fallback": {}}  # fmt: skip
     integration.uninstall()
     integration.uninstall()

@@ -11,7 +11,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import fused_lora
 from fused_lora.reference import bits
+from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import TOKENS, SideBySide, quiet, wrap
+from helpers.seeds import shifted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -86,7 +88,7 @@ def test_embeddings_and_convolutions_come_back(dtype, count):
 
 def test_a_tied_head_and_files(tmp_path):
     """The head reads the same memory, so a merge reaches it as PEFT's does, with PEFT's warning."""
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     config = LlamaConfig(
         vocab_size=TOKENS, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=True,
@@ -97,7 +99,7 @@ def test_a_tied_head_and_files(tmp_path):
     both.do(lambda m: m.merge_adapter())
     assert both.ours.lm_head.weight is both.ours.get_input_embeddings().weight
     ids = torch.arange(6)[None]
-    torch.testing.assert_close(both.ours(ids).logits, both.theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    assert_close(both.ours(ids).logits, both.theirs(ids).logits, terms=1000)
     both.do(lambda m: m.unmerge_adapter())
     both.ours.save_pretrained(tmp_path, save_embedding_layers=False)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(both.ours).unload(), tmp_path)

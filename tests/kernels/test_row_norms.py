@@ -7,7 +7,7 @@ from fused_lora.kernels import row_norms as kernel
 from fused_lora.kernels.row_norms import row_norms, traffic
 from fused_lora.ops import guard
 from fused_lora.ops.dora import op
-from fused_lora.testing.numeric import assert_no_worse
+from fused_lora.testing.numeric import assert_close, assert_no_worse
 
 
 def case(N, K, r, dtype, adapter_dtype, device):
@@ -33,12 +33,12 @@ def test_norms_are_as_exact_as_a_dense_sum(N, K, r, dtype, adapter_dtype, device
 def test_the_operator_launches_it_and_drops_a_wrong_one(device, kernels_on, monkeypatch):
     W, A, B = case(40, 70, 4, torch.bfloat16, torch.float32, device)
     eager = op._eager_norms(W, A, B, 2.0)
-    torch.testing.assert_close(op.row_norms(W, A, B, 2.0), eager, rtol=1e-6, atol=0)
+    assert_close(op.row_norms(W, A, B, 2.0), eager, terms=1000)
     assert guard.verdicts()[("row_norms", torch.bfloat16, torch.float32, torch.float32)]
     monkeypatch.setattr(kernel, "row_norms", lambda *args: op._eager_norms(*args) * 1.001)
     with pytest.warns(UserWarning, match="row_norms.*is dropped, the eager path takes over: result 0 is off"):
         found = op.row_norms(W.float(), A, B, 2.0)
-    torch.testing.assert_close(found, eager, rtol=1e-6, atol=0)
+    assert_close(found, eager, terms=1000)
 
 
 def test_bytes_of_a_launch(device):

@@ -14,7 +14,7 @@ from fused_lora.bases import base_of
 from fused_lora.checkpoints.adapter_file import open_adapters
 from fused_lora.ops.dora import op
 from fused_lora.reference import bits
-from fused_lora.testing.numeric import DRAWS, assert_no_worse
+from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.accelerated import Net, SideBySide, layers, pair, wrap
 from helpers.quantised import linear4bit
 from helpers.seeds import shifted
@@ -120,7 +120,7 @@ def test_ours_is_pefts():
     peft_layer = peft.get_peft_model(net, peft.LoraConfig(target_modules=["0"], use_dora=True)).base_model.model[0]
     mine, own = drawn.lora_magnitude_vector["default"].weight, peft_layer.lora_magnitude_vector["default"].weight
     assert mine.dtype == own.dtype and torch.equal(drawn.lora_A["default"].weight, peft_layer.lora_A["default"].weight)
-    torch.testing.assert_close(mine, own, rtol=2**-8, atol=0)
+    assert_close(mine, own, terms=1000)
 
 
 def test_autocast_and_cached_norms():
@@ -129,12 +129,12 @@ def test_autocast_and_cached_norms():
     x = torch.randn(4, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ours(x).dtype == theirs(x).dtype == torch.bfloat16
-        torch.testing.assert_close(ours(x), theirs(x), rtol=2**-6, atol=2**-5)
+        assert_close(ours(x), theirs(x), terms=1000)
     with DoraCaching(), torch.no_grad():
         before = ours(x)
         ours.lora_magnitude_vector["v"]._cache_get("weight-norm-v", None).mul_(2)
         assert not torch.allclose(ours(x), before)  # it is the kept one that is read
-    torch.testing.assert_close(ours(x), before)
+    assert_close(ours(x), before, terms=1000)
 
 
 @pytest.mark.experiment("A1", full=500, quick=5)
@@ -188,7 +188,7 @@ def test_files_both_ways(tmp_path):
     ours = copy.deepcopy(theirs).unload()
     fused_lora.load_adapter(ours, tmp_path / "theirs")
     ids = torch.arange(6)[None]
-    torch.testing.assert_close(ours(ids), theirs(ids))
+    assert_close(ours(ids), theirs(ids), terms=1000)
     fused_lora.save_adapter(ours, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs).unload(), tmp_path / "ours")
     for name, parameter in theirs.named_parameters():
@@ -202,10 +202,10 @@ def test_files_both_ways(tmp_path):
             pass
     fused_lora.set_adapter(ours, "default")
     fused_lora.merge(ours)
-    torch.testing.assert_close(ours(ids), theirs(ids))
+    assert_close(ours(ids), theirs(ids), terms=1000)
     fused_lora.unmerge(ours)
     plain = fused_lora.unload(ours, merge_adapters=True)
-    torch.testing.assert_close(plain(ids), theirs(ids))
+    assert_close(plain(ids), theirs(ids), terms=1000)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
@@ -220,7 +220,7 @@ def test_a_quantised_base(p):
     torch.manual_seed(shifted(1))
     found = layer(x)
     torch.manual_seed(shifted(1))
-    torch.testing.assert_close(found, twin(x), rtol=1e-4, atol=1e-4)
+    assert_close(found, twin(x), terms=1000)
     with pytest.raises(RuntimeError, match="DoRA of .'default'. cannot be merged into 4 bits"):
         layer.merge()
 

@@ -322,7 +322,7 @@ def test_values_beyond_the_dtype_of_the_store_are_refused(model):
         store.load("a", tensors)
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../up", "a/b", "x" * 65, "a\n"])
+@pytest.mark.parametrize("name", ["", "a b", "../up", "a/b/c", "a/..", "x" * 257, "a\n"])
 def test_malformed_adapter_names_are_refused(model, name):
     store = AdapterStore(model)
     with pytest.raises(ValueError):

@@ -76,6 +76,7 @@ INSTALLED = {
 FOLDERS = {
     "adapters",
     "bases",
+    "checkpoints",
     "cli",
     "diagnostics",
     "integrations",
