@@ -101,6 +101,24 @@ def test_a_row_has_the_same_bits_alone_in_any_step(kind, device, kernels_on):
     assert torch.equal(run(everywhere), together[np.tile(np.arange(30), 6)])
 
 
+@pytest.mark.parametrize("broken", [float("nan"), 3e38], ids=["nan", "overflow"])
+@pytest.mark.parametrize("kind", ["eager", "kernels"])
+def test_an_adapter_that_is_not_finite_reaches_its_own_rows_alone(kind, broken, device, kernels_on):
+    layer, slot_of_row = Layer(FP32, FP32), mixed(21)
+    slot_of_row[5] = 4  # whatever was drawn
+    x, y, terms = torch.randn(21, K), torch.randn(21, sum(N)), made(kind, 32, device)
+    terms.step(slot_of_row)
+    found = []
+    for _ in range(2):
+        found.append(y.clone())
+        terms.linear_(found[-1].split(N, 1), x, layer.slots)
+        for A, B in zip(layer.slots.A, layer.slots.B, strict=True):
+            A[4] = B[4] = broken
+    own = torch.from_numpy(slot_of_row == 4)
+    assert not found[1][own].isfinite().any()
+    assert torch.equal(found[0][~own], found[1][~own])
+
+
 @pytest.mark.parametrize("kind", ["eager", "kernels"])
 def test_shrink_then_expand_is_linear(kind, device, kernels_on):
     """Fully sharded LoRA: half of each adapter's ranks here, the other half elsewhere, gathered in fp32."""
