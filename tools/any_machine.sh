@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The numeric tests under every code path that this CPU has: vector widths of ATen, MKL and oneDNN, threads, seeds, load.
 # One line a setting; exits with 1 if one failed.   usage: tools/any_machine.sh [SETTING...]   e.g. MKL_CBWR=AVX2 seed=3
-# It runs what is marked numeric, without what is marked slow or thorough. PYTHON (default .venv/bin/python) runs pytest;
-# TESTS (default: all that have the mark) chooses files; LOGS (default a new folder) keeps the output; ARGS go to pytest.
+# It runs what is marked numeric, without slow and thorough. PYTHON (default .venv/bin/python) runs pytest; TESTS
+# (default: all that have the mark) chooses files; LOGS (default a new folder) keeps the output; ARGS go to pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
