@@ -45,6 +45,7 @@ class EngineCounters:
     waits_for_adapters: int = 0
     failed_steps: int = 0
     failed_requests: int = 0
+    cached_tokens: int = 0
     non_finite_requests: int = 0
 
 
@@ -92,7 +93,8 @@ class Admission:
             try:
                 started = self._start(state, name, blocked_since)
             except Exception as error:  # a name that is gone, a file that is damaged: the request fails, not the engine
-                _log.warning("adapter %r: %s: %s", name, type(error).__name__, error)
+                what = f"adapter {name!r}: {type(error).__name__}: {error}"
+                _log.warning("request %s: %s", state.request_id, what)
                 self.fail(state, error)
                 continue
             if started:

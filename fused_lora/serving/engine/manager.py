@@ -234,7 +234,7 @@ class AdapterManager(ContinuousBatchingManager):
         processor = super()._create_batch_processor()
         if processor is not known:
             processor.scheduler.admission = self.admission
-            PrefixNamespaces(processor)
+            PrefixNamespaces(processor, self.counters)
         return processor
 
     def _run_generation_loop(self) -> None:
@@ -259,10 +259,11 @@ class AdapterManager(ContinuousBatchingManager):
 
     def _fail_step(self, processor: ContinuousBatchProcessor, error: Exception) -> None:
         """End the requests of the step that raised ``error``. Raises if the engine must stop too."""
-        _log.error("a step of the engine failed", exc_info=error)
         scheduler = processor.scheduler
         # before the forward nobody knows whose fault it was; what the scheduler has begun for active ones is lost
         states = list(scheduler.active_requests.values()) if self._in_step is None else self._in_step
+        names = ", ".join(state.request_id for state in states)
+        _log.error("a step of the engine failed with the requests %s", names, exc_info=error)
         waiting = scheduler.waiting_requests
         scheduler.waiting_requests_order = deque(i for i in scheduler.waiting_requests_order if i in waiting)
         for state in states:
@@ -302,7 +303,7 @@ class AdapterManager(ContinuousBatchingManager):
         self._count(futures, leases)
         for state, error in ended:
             self.counters.non_finite_requests += 1
-            _log.error("%s", error)
+            _log.error("request %s: %s", state.request_id, error)
             self._fail(state, error)
 
     def _without_non_finite(

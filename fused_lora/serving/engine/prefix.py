@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.cache_allocators import CacheAl
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.requests import RequestState
 
-from fused_lora.serving.engine.admission import version_of
+from fused_lora.serving.engine.admission import EngineCounters, version_of
 from fused_lora.serving.engine.logprobs import first_missing
 
 
@@ -23,8 +23,8 @@ class PrefixNamespaces:
     and values with another adapter, so the version is the key of the hash.
     """
 
-    def __init__(self, processor: ContinuousBatchProcessor):
-        self.scheduler, cache = processor.scheduler, processor.cache
+    def __init__(self, processor: ContinuousBatchProcessor, counters: EngineCounters):
+        self.scheduler, self.counters, cache = processor.scheduler, counters, processor.cache
         self.secret, self.key = secrets.token_bytes(32), b""
         self.search, self.mark = cache.search_prefix_match, cache.mark_complete_blocks
         cache.search_prefix_match, cache.mark_complete_blocks = self._search, self._mark
@@ -40,7 +40,9 @@ class PrefixNamespaces:
         if first_missing(state) < len(state.initial_tokens):
             return 0  # log probabilities of the prompt come from its rows
         self._use(state)
-        return self.search(request_id, prompt_ids)
+        found = self.search(request_id, prompt_ids)
+        self.counters.cached_tokens += found
+        return found
 
     def _mark(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
         self._use(state)
