@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import (
@@ -87,7 +86,7 @@ def _check_parts(model: Any, store: Any, config: Any) -> None:
 class AdapterManager(ContinuousBatchingManager):
     """transformers' ContinuousBatchingManager with ``adapter=`` on every request; see ``continuous_batching``."""
 
-    def __init__(self, model: nn.Module, store: AdapterStore, config: ContinuousBatchingConfig | None = None):
+    def __init__(self, model: Any, store: AdapterStore, config: ContinuousBatchingConfig | None = None):
         _check_parts(model, store, config)
         source = model.generation_config
         eos = -1 if source.eos_token_id is None else source.eos_token_id
@@ -106,7 +105,7 @@ class AdapterManager(ContinuousBatchingManager):
         slices = self.batch_processor.model_runner.supports_logits_to_keep(model)
         self._slices_logits = slices and self._check.sees_all_rows
 
-    def switch_to_cb_friendly_attn(self, model: PreTrainedModel, auto_switch_to_flash: bool = True) -> None:
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Choose an implementation as transformers does. Then replace sdpa and eager by those of attention.py."""
         own = model.config._attn_implementation
         if is_by_request(own):

@@ -6,6 +6,7 @@ import hashlib
 import secrets
 from array import array
 from functools import partial
+from typing import Any
 
 from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
@@ -52,17 +53,19 @@ class PrefixNamespaces:
 
     def _match_blocks(self, allocator: CacheAllocator, prompt_ids: list[int]) -> list[int]:
         size, parent, found = allocator.tokens_per_page, b"", []
+        ledger: Any = allocator.ledger  # transformers' keys are numbers, ours are digests
         # the last token is always computed: its logits are what the request is there for
         for start in range(0, (len(prompt_ids) - 1) // size * size, size):
             parent = self._hash(parent, prompt_ids[start : start + size])
-            block = allocator.ledger.hash_to_block.get(parent)
+            block = ledger.hash_to_block.get(parent)
             if block is None:
                 break
             found.append(block)
         return found
 
     def _mark_blocks(self, allocator: CacheAllocator, request_id: str, token_ids: list[int], count: int) -> None:
-        size, ledger, parent = allocator.tokens_per_page, allocator.ledger, b""
+        size, parent = allocator.tokens_per_page, b""
+        ledger: Any = allocator.ledger
         table = allocator.block_table.get(request_id, [])  # gone if the request failed during the step
         for i, block in enumerate(table):
             known = ledger.block_to_hash.get(block)
