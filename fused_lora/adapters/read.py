@@ -114,17 +114,14 @@ def check_copies(model: nn.Module, adapter: Adapter, plan: Plan) -> None:
     """
     modules = dict(candidates(model))
     for path, held in adapter.copies.items():
-        weight = base_layer_of(modules[path]).weight.detach()
+        base: Any = base_layer_of(modules[path])
+        weight = base.weight.detach()
         wide = torch.promote_types(weight.dtype, held.dtype)
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[wide.itemsize]
         differ = int((weight.to(wide).cpu().view(bits) != held.to(wide).view(bits)).sum())
         if differ:
-            found = (
-                f"{differ} of {held.numel()} elements differ; the adapter was trained over another base, or trained it"
-            )
-            raise AdapterError(
-                plan.weights, plan.copies[path], "the weight of the model's own layer, bit for bit", found
-            )
+            found = f"{differ} of {held.numel()} elements differ: another base, or a weight that trained"
+            raise AdapterError(plan.weights, plan.copies[path], "the weight of the model's layer, bit for bit", found)
 
 
 def warn_left_out(plan: Plan) -> None:
