@@ -70,7 +70,9 @@ def open_adapters(adapters: Weighted | Iterable[Weighted], dora: bool = False) -
 
 
 def _pairs(adapters: Any) -> Sequence[tuple[Any, float]]:
-    single = isinstance(adapters, (str, bytes, os.PathLike))
+    single = isinstance(adapters, (str, bytes, os.PathLike)) or (
+        isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float))
+    )
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in ([adapters] if single else adapters)]
     if not pairs:
         raise ValueError("adapters: expected at least one adapter, got none")

@@ -204,7 +204,7 @@ def test_dora_that_is_refused(tmp_path, config, weight, message):
         merge_checkpoint(base, (adapter, weight), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(AdapterError, match="use_dora"):  # its delta is not B A alone
-        fused_lora.shrink_adapter(adapter, 1, tmp_path / "small")
+        fused_lora.shrink_adapter(adapter, tmp_path / "small", 1)
 
 
 def test_command_line_record_and_unmerge(tmp_path, capsys):
