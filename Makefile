@@ -1,4 +1,4 @@
-# make quickstart: the whole story on a real model.   make test: everything that CI checks.
+# make quickstart: the whole story on a real model.   make test: lint, types and tests.
 # Both create their own virtual environment; Python 3.10+ and make are all they need.
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +22,7 @@ quickstart: $(VENV)/.quickstart
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not thorough" $(ARGS)
 
-# with the cases that are much like others: half as long again
+# with the cases that are much like others, marked thorough
 test-all: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
@@ -43,7 +43,7 @@ test-gptq: $(VENV)/.test
 	$(PIP) --no-deps "$(GPTQ)" optimum defuser device-smi logbar pypcre tokenicer threadpoolctl pillow dill requests
 	$(BIN)/python -m pytest tests/bases/test_gptqmodel.py $(ARGS)
 
-# the plug-in inside vLLM, which pins torch and transformers and so has an environment of its own (4 GB): ten minutes.
+# the plug-in inside vLLM, which pins torch and transformers and so has an environment of its own (4 GB): 5-15 minutes.
 # Where pip does not find torch 2.13.0+cpu: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-vllm
 test-vllm: $(VLLM_VENV)/.test
 	$(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm $(ARGS)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fused_lora.cli import COMMANDS
 from helpers.waiting import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +148,16 @@ def test_imports_point_down(layer, path):
             assert first in THIRD_PARTY[layer] | extras or not top, (
                 f"{path.name} ({layer}) must not import {name} at the top"
             )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_point_down(command):
+    """They are imported by name, which :func:`imports` does not see."""
+    module, _, function = COMMANDS[command][0].partition(":")
+    layer, _, rest = module.partition(".")
+    assert layer == "cli" or layer in ALLOWED["cli"]
+    tree = ast.parse((PACKAGE / layer / f"{rest}.py").read_text(encoding="utf-8"))
+    assert function in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
 
 
 def test_circles_are_found():

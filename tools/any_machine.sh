@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The numeric tests under every code path that this CPU has: vector widths of ATen, MKL and oneDNN, threads, seeds, load.
 # One line a setting; exits with 1 if one failed.   usage: tools/any_machine.sh [SETTING...]   e.g. MKL_CBWR=AVX2 seed=3
-# PYTHON (default .venv/bin/python) runs pytest; TESTS (default the files marked numeric) chooses files; LOGS (default a
-# new folder) keeps the output; ARGS go to pytest.
+# It runs what is marked numeric, without slow and thorough. PYTHON (default .venv/bin/python) runs pytest; TESTS
+# (default: all that have the mark) chooses files; LOGS (default a new folder) keeps the output; ARGS go to pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -27,7 +27,9 @@ needs() {
     esac
 }
 
-mapfile -t FILES < <(tr ' ' '\n' <<<"${TESTS:-$(grep -rlE '^pytestmark = pytest.mark.numeric' tests)}")
+MARKS="numeric and not (slow or thorough)"
+# a decorator, or in the file's list of marks
+mapfile -t FILES < <(tr ' ' '\n' <<<"${TESTS:-$(grep -rlE --include='test_*.py' 'pytest\.mark\.numeric' tests)}")
 
 status=0
 for setting in ${*:-$ALL}; do
@@ -50,7 +52,7 @@ for setting in ${*:-$ALL}; do
     esac
     start=$SECONDS log="$LOGS/${setting//[^A-Za-z0-9_]/-}.log"
     # shellcheck disable=SC2086 # ARGS are several words
-    env "${environment[@]}" "$PYTHON" -m pytest -q -m "not slow" "${FILES[@]}" ${ARGS:-} >"$log" 2>&1
+    env "${environment[@]}" "$PYTHON" -m pytest -q -m "$MARKS" "${FILES[@]}" ${ARGS:-} >"$log" 2>&1
     code=$?
     [ ${#busy[@]} -eq 0 ] || { kill "${busy[@]}" && wait "${busy[@]}"; } 2>/dev/null
     summary=$(grep -E '(passed|failed|error).* in ' "$log" | tail -1 | tr -d =)

@@ -92,7 +92,7 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Merge adapters into the safetensors files of a model: round(W + sum_i weight_i scaling_i B_i A_i), rounded once.
 
-    Tensor by tensor, without a model. Memory holds pieces of 8 MiB, the lora_A and lora_B of one layer, and a tensor
+    Tensor by tensor, without a model. Memory holds pieces of 4 MiB, the lora_A and lora_B of one layer, and a tensor
     that is replaced. The bits are those of :func:`fused_lora.merge` on a model of the same dtype.
 
     Everything is checked before a byte is written. Every tensor of the adapters is used. The output is written to

@@ -2,89 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
-
-def doctor(arguments: Sequence[str]) -> int:
-    """check that this machine computes right results, and how fast"""
-    from fused_lora.diagnostics.doctor import main
-
-    return main(arguments)
-
-
-def serve(arguments: Sequence[str]) -> int:
-    """answer OpenAI's API for a model and a folder of adapters"""
-    from fused_lora.cli.serve import main
-
-    return main(arguments)
-
-
-def run(arguments: Sequence[str]) -> int:
-    """run a script with every LoRA layer that PEFT builds in it accelerated"""
-    from fused_lora.cli.run import main
-
-    return main(arguments)
-
-
-def merge(arguments: Sequence[str]) -> int:
-    """merge adapters into a model's files, without a model"""
-    from fused_lora.cli.merge import merge as main
-
-    return main(arguments)
-
-
-def unmerge(arguments: Sequence[str]) -> int:
-    """write the files from before a merge with --record"""
-    from fused_lora.cli.merge import unmerge as main
-
-    return main(arguments)
-
-
-def combine(arguments: Sequence[str]) -> int:
-    """make one adapter out of several"""
-    from fused_lora.cli.adapters import combine as main
-
-    return main(arguments)
-
-
-def convert(arguments: Sequence[str]) -> int:
-    """write another program's LoRA file as a PEFT adapter"""
-    from fused_lora.cli.adapters import convert as main
-
-    return main(arguments)
-
-
-def diff(arguments: Sequence[str]) -> int:
-    """compare two adapters"""
-    from fused_lora.cli.adapters import diff as main
-
-    return main(arguments)
-
-
-def extract(arguments: Sequence[str]) -> int:
-    """make an adapter out of a base and a fine-tuned model"""
-    from fused_lora.cli.adapters import extract as main
-
-    return main(arguments)
-
-
-def inspect(arguments: Sequence[str]) -> int:
-    """tell what an adapter holds"""
-    from fused_lora.cli.adapters import inspect as main
-
-    return main(arguments)
-
-
-def shrink(arguments: Sequence[str]) -> int:
-    """make the nearest adapter of a lower rank"""
-    from fused_lora.cli.adapters import shrink as main
-
-    return main(arguments)
-
-
+# name -> where its function is, below fused_lora, and what it does
 COMMANDS = {
-    f.__name__: f for f in (combine, convert, diff, doctor, extract, inspect, merge, run, serve, shrink, unmerge)
+    "combine": ("cli.adapters:combine", "make one adapter out of several"),
+    "convert": ("cli.adapters:convert", "write another program's LoRA file as a PEFT adapter"),
+    "diff": ("cli.adapters:diff", "compare two adapters"),
+    "doctor": ("diagnostics.doctor:main", "check that this machine computes right results, and how fast"),
+    "extract": ("cli.adapters:extract", "make an adapter out of a base and a fine-tuned model"),
+    "inspect": ("cli.adapters:inspect", "tell what an adapter holds"),
+    "merge": ("cli.merge:merge", "merge adapters into a model's files, without a model"),
+    "run": ("cli.run:main", "run a script with every LoRA layer that PEFT builds in it accelerated"),
+    "serve": ("cli.serve:main", "answer OpenAI's API for a model and a folder of adapters"),
+    "shrink": ("cli.adapters:shrink", "make the nearest adapter of a lower rank"),
+    "unmerge": ("cli.merge:unmerge", "write the files from before a merge with --record"),
 }
 
 
@@ -92,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit status, 2 for an unknown one."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] not in COMMANDS:
-        known = "\n".join(f"  {name:16} {command.__doc__}" for name, command in COMMANDS.items())
+        known = "\n".join(f"  {name:16} {text}" for name, (_, text) in COMMANDS.items())
         print(f"usage: fused-lora COMMAND ...\n\ncommands:\n{known}", file=sys.stderr)
         return 0 if arguments in (["-h"], ["--help"]) else 2
-    return COMMANDS[arguments[0]](arguments[1:])
+    module, _, function = COMMANDS[arguments[0]][0].partition(":")
+    return getattr(importlib.import_module(f"fused_lora.{module}"), function)(arguments[1:])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fused_lora.cli.merge import DTYPES, common, renaming, run, weighted
@@ -20,14 +21,13 @@ def inspect(arguments: Sequence[str] | None = None) -> int:
     options = common(found).parse_args(arguments)
     from fused_lora.checkpoints import inspect_adapter
 
-    held: list[Any] = []
-
-    def work(_: Any) -> Any:
-        held.append(inspect_adapter(options.adapter, options.base))
-        return held[0]
-
-    status = run("inspect", options.json, work, _tell_inspected)
-    return 1 if held and held[0].fits is False else status
+    return run(
+        "inspect",
+        options.json,
+        lambda _: inspect_adapter(options.adapter, options.base),
+        _tell_inspected,
+        judge=lambda report: int(report.fits is False),
+    )
 
 
 def diff(arguments: Sequence[str] | None = None) -> int:
@@ -38,14 +38,14 @@ def diff(arguments: Sequence[str] | None = None) -> int:
     options = common(found).parse_args(arguments)
     from fused_lora.checkpoints import diff_adapters
 
-    held: list[Any] = []
-
-    def work(_: Any) -> Any:
-        held.append(diff_adapters(options.a, options.b))
-        return held[0]
-
-    status = run("diff", options.json, work, _tell_diff, status=2)
-    return status or int(not held[0].same)
+    return run(
+        "diff",
+        options.json,
+        lambda _: diff_adapters(options.a, options.b),
+        _tell_diff,
+        status=2,
+        judge=lambda report: int(not report.same),
+    )
 
 
 def convert(arguments: Sequence[str] | None = None) -> int:
@@ -88,19 +88,8 @@ def extract(arguments: Sequence[str] | None = None) -> int:
     options = _dtype(common(found)).parse_args(arguments)
     from fused_lora.checkpoints import extract_adapter
 
-    return run(
-        "extract",
-        options.json,
-        lambda _: extract_adapter(
-            options.base,
-            options.tuned,
-            options.out,
-            options.rank,
-            seed=options.seed,
-            dtype=_torch_dtype(options.dtype or "float32"),
-        ),
-        _tell_new,
-    )
+    paths = options.base, options.tuned, options.out
+    return _make("extract", options, partial(extract_adapter, *paths, options.rank, seed=options.seed))
 
 
 def combine(arguments: Sequence[str] | None = None) -> int:
@@ -118,21 +107,9 @@ def combine(arguments: Sequence[str] | None = None) -> int:
     options = _dtype(common(found)).parse_args(arguments)
     from fused_lora.checkpoints import combine_adapters
 
-    return run(
-        "combine",
-        options.json,
-        lambda _: combine_adapters(
-            options.adapter,
-            options.out,
-            options.method,
-            rank=options.rank,
-            density=options.density,
-            majority_sign=options.majority_sign,
-            seed=options.seed,
-            dtype=_torch_dtype(options.dtype or "float32"),
-        ),
-        _tell_new,
-    )
+    method = dict(rank=options.rank, density=options.density, majority_sign=options.majority_sign, seed=options.seed)
+    work = partial(combine_adapters, options.adapter, options.out, options.method, **method)
+    return _make("combine", options, work)
 
 
 def shrink(arguments: Sequence[str] | None = None) -> int:
@@ -144,14 +121,13 @@ def shrink(arguments: Sequence[str] | None = None) -> int:
     options = _dtype(common(found)).parse_args(arguments)
     from fused_lora.checkpoints import shrink_adapter
 
-    return run(
-        "shrink",
-        options.json,
-        lambda _: shrink_adapter(
-            options.adapter, options.out, options.rank, dtype=_torch_dtype(options.dtype or "float32")
-        ),
-        _tell_new,
-    )
+    return _make("shrink", options, partial(shrink_adapter, options.adapter, options.out, options.rank))
+
+
+def _make(command: str, options: argparse.Namespace, work: Callable[..., Any]) -> int:
+    """Run what computes a new adapter, by default in fp32."""
+    dtype = _torch_dtype(options.dtype or "float32")
+    return run(command, options.json, lambda _: work(dtype=dtype), _tell_new)
 
 
 def _dtype(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

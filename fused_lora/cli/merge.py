@@ -81,8 +81,16 @@ def unmerge(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-def run(command: str, as_json: bool, work: Callable[[Any], Any], tell: Callable[[Any], Any], status: int = 1) -> int:
-    """Run ``work`` with a progress bar and print its report. Errors become one line and the exit ``status``."""
+def run(
+    command: str,
+    as_json: bool,
+    work: Callable[[Any], Any],
+    tell: Callable[[Any], Any],
+    status: int = 1,
+    judge: Callable[[Any], int] = lambda report: 0,
+) -> int:
+    """Run ``work`` with a progress bar and print its report; ``judge`` makes the exit status of it. Errors become one
+    line and the exit ``status``."""
     bar = _Bar()
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -107,7 +115,7 @@ def run(command: str, as_json: bool, work: Callable[[Any], Any], tell: Callable[
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough; Python must not flush again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return judge(report)
 
 
 def weighted(text: str) -> tuple[str, float]:

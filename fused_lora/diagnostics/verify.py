@@ -63,7 +63,7 @@ def verify(
     It runs in eval mode, without gradients, and is deterministic for a ``seed``. Nothing changes: a layer is put into
     its other state on a copy of its weight, one layer at a time. Training flags, buffers, RNG states and hooks are
     restored. It takes merged and unmerged models of ``fused_lora.inject`` and of PEFT, accelerated or not. Layers that
-    cannot be merged here (DoRA, packed bases, ...) are listed in ``skipped``, and the result is not ok.
+    it does not compare (DoRA and other variants, packed bases, ...) are listed in ``skipped``; the result is not ok.
 
     Over a quantised layer of bitsandbytes or torchao W and Wm are the dequantised weights. Wm must be W + D quantised
     once: the distance to the nearest code times the block's largest magnitude, and the error of the stored scale, are

@@ -78,18 +78,13 @@ class AcceleratedExperts(AcceleratedLinear):
     def _merge_place(self) -> tuple[nn.Module, Base]:
         return self.get_base_layer(), _kind(self.parameter_name, self._transposed())
 
-    def _merges_exactly(self, adapter_names: list[str] | None) -> bool:
-        names = self.active_adapters if adapter_names is None else adapter_names
-        if isinstance(names, str) or (self.merged and self.merge_state is None):
-            return False
-        if torch._C._len_torch_dispatch_stack():
-            return False  # fake tensors have no numbers to check
+    def _fits_exactly(self, names: list[str]) -> bool:
         base, kind = self._merge_place()
         if kind.why_not_merged(base):
             return False
         weight = base._parameters[self.parameter_name]
         shape = weight.shape[:1] + (weight.shape[:0:-1] if self._transposed() else weight.shape[1:])
-        return all(self._stack_fits(name, tuple(shape), weight.device) for name in self._present(names))
+        return all(self._stack_fits(name, tuple(shape), weight.device) for name in names)
 
     def _stack_fits(self, name: str, shape: tuple[int, ...], device: torch.device) -> bool:
         """Whether one adapter has matrices for a stack [experts, out, in]."""

@@ -194,7 +194,10 @@ class AcceleratedLinear(FusedLoraBehaviour):
             return False
         if torch._C._len_torch_dispatch_stack():
             return False  # fake tensors have no numbers to check
-        names = self._present(names)
+        return self._fits_exactly(self._present(names))
+
+    def _fits_exactly(self, names: list[str]) -> bool:
+        """Whether our merge covers these adapters over the base layer as it is."""
         if any(name in self.lora_variant and not _is_dora(self, name) for name in names):
             return False
         base = self._modules["base_layer"]

@@ -55,16 +55,13 @@ class _ExactMerges(AcceleratedLinear):
     def _with_bias(self, names: list[str]) -> list[str]:
         return []
 
-    def _merges_exactly(self, adapter_names: list[str] | None) -> bool:
-        names = self.active_adapters if adapter_names is None else adapter_names
-        if isinstance(names, str) or (self.merged and self.merge_state is None):
-            return False
-        if torch._C._len_torch_dispatch_stack() or self._why_not_merged():
+    def _fits_exactly(self, names: list[str]) -> bool:
+        if self._why_not_merged():
             return False
         weight = self.get_base_layer()._parameters["weight"]
         if weight.is_meta or not _has_own_memory(weight.detach().flatten(1)):
             return False
-        return all(self._fits(name, weight) for name in self._present(names))
+        return all(self._fits(name, weight) for name in names)
 
     def _fits(self, name: str, weight: Tensor) -> bool:
         if name in self.lora_variant or self.lora_bias.get(name) or not _is_number(self.scaling[name]):

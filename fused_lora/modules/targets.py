@@ -161,7 +161,7 @@ def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) ->
         text = f"the model has adapted layers at further places, too, where they get no adapter: {some(further)}"
         warnings.warn(f"target_modules: {text}", stacklevel=4)
     targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR and (left := _matrices_left(model)):
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR and (left := matrices_left(model)):
         text = (
             f"{len(left)} weights of the model are in neither and get no adapter: {some(dict.fromkeys(left.values()))}"
         )
@@ -183,7 +183,7 @@ def _further_places(model: nn.Module, matched: Sequence[str]) -> list[str]:
     ]
 
 
-def _matrices_left(model: nn.Module) -> dict[str, str]:
+def matrices_left(model: nn.Module) -> dict[str, str]:
     """Parameters that hold matrices to multiply with and belong to no linear layer: of packed experts [n, N, K], and
     the ``weight`` [N, K] of a module of the model's own, as routers have; path -> path with "*" for numbers."""
     left = {}

@@ -154,6 +154,24 @@ class SideBySide:
             assert_no_worse(*results, name=name, draws=True, ulps=ulps)
 
 
+def merge_and_back(both: SideBySide, cycles: int, compare: Callable[[], Any] | None = None) -> None:
+    """Adapters "a" and "b" into a model and out again: a alone ``cycles`` times, then a and b one after another.
+
+    Every bit of every parameter is back. ``compare`` is called while both are merged.
+    """
+    before = {n: bits(p.detach().clone()) for n, p in both.ours.named_parameters()}
+    for _ in range(cycles):
+        both.ours.merge_adapter()
+        both.ours.unmerge_adapter()
+    both.do(lambda m: m.merge_adapter())
+    both.do(lambda m: m.merge_adapter(["b"]))
+    if compare is not None:
+        compare()
+    both.do(lambda m: m.unmerge_adapter())
+    for n, parameter in both.ours.named_parameters():
+        assert torch.equal(bits(parameter), before[n]), n
+
+
 @torch.no_grad()
 def copy_into(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Each value into its weight, in the weight's dtype."""

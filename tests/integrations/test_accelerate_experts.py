@@ -13,7 +13,7 @@ import fused_lora
 from fused_lora.bases import experts
 from fused_lora.reference import bits
 from fused_lora.testing.numeric import assert_close
-from helpers.accelerated import ROWS, TOKENS, SideBySide, wrap
+from helpers.accelerated import ROWS, TOKENS, SideBySide, merge_and_back, wrap
 from helpers.thorough import sampled
 
 HIDDEN, INTER, EXPERTS, TOP_K = 16, 24, 6, 2
@@ -112,18 +112,13 @@ def test_several_adapters_scales_and_one_parameter():
 def test_experts_come_back(name, dtype, count):
     """Merge and unmerge of adapters of stacked experts, two at once and one after another: every bit is back."""
     both = InOrder(wrap(Block(name, dtype).eval(), {"a": {}, "b": {"r": 2}}, **BOTH))
-    before = {n: bits(p.detach().clone()) for n, p in both.ours.named_parameters()}
-    for _ in range(count):
-        both.ours.merge_adapter()
-        both.ours.unmerge_adapter()
-    both.do(lambda m: m.merge_adapter())
-    both.do(lambda m: m.merge_adapter(["b"]))
-    if dtype is torch.float32:
-        ids = torch.arange(ROWS)
-        assert_close(both.ours(ids), both.theirs(ids), terms=1000)
-    both.do(lambda m: m.unmerge_adapter())
-    for n, parameter in both.ours.named_parameters():
-        assert torch.equal(bits(parameter), before[n]), n
+    ids = torch.arange(ROWS)
+
+    def compare():
+        if dtype is torch.float32:
+            assert_close(both.ours(ids), both.theirs(ids), terms=1000)
+
+    merge_and_back(both, count, compare)
 
 
 def test_a_broken_adapter_changes_no_expert():

@@ -10,9 +10,8 @@ from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import fused_lora
-from fused_lora.reference import bits
 from fused_lora.testing.numeric import assert_close
-from helpers.accelerated import TOKENS, SideBySide, quiet, wrap
+from helpers.accelerated import TOKENS, SideBySide, merge_and_back, quiet, wrap
 from helpers.seeds import shifted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -71,19 +70,12 @@ def test_scaled_embeddings_and_tokens_beside():
 def test_embeddings_and_convolutions_come_back(dtype, count):
     """Merge and unmerge of embeddings and convolutions of an accelerated model: every bit is back."""
     both = SideBySide(fill(wrap(Net(dtype).eval(), {"a": {}, "b": {}}, **ALL)))
-    exact = [f"base_model.model.{n}.base_layer.weight" for n in ("emb", "one", "two", "head")]
-    before = {n: bits(p.detach().clone()) for n, p in both.ours.named_parameters()}
-    for _ in range(count):
-        both.ours.merge_adapter()
-        both.ours.unmerge_adapter()
-    both.do(lambda m: m.merge_adapter())
-    both.do(lambda m: m.merge_adapter(["b"]))
-    if dtype is torch.float32:
-        both.assert_same_results(ulps=2, draws=17)
-    both.do(lambda m: m.unmerge_adapter())
-    parameters = dict(both.ours.named_parameters())
-    for name in exact:
-        assert torch.equal(bits(parameters[name]), before[name]), name
+
+    def compare():
+        if dtype is torch.float32:
+            both.assert_same_results(ulps=2, draws=17)
+
+    merge_and_back(both, count, compare)
 
 
 def test_a_tied_head_and_files(tmp_path):

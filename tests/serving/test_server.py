@@ -25,7 +25,6 @@ serving.need_engine("fastapi", "uvicorn")
 from fused_lora.cli.serve import _bytes, parser  # noqa: E402
 from fused_lora.serving.http.api import ApiError  # noqa: E402
 from fused_lora.serving.http.guard import allowed_adapter  # noqa: E402
-from fused_lora.serving.http.text import TextStream  # noqa: E402
 
 KEY = "right-key"
 
@@ -184,7 +183,7 @@ def test_stop_strings(server, alone):
         (dict(model="nobody"), 404, "nobody"),
         (dict(model="escape"), 404, "escape"),
         (dict(model="../outside/secret"), 404, "does not exist"),
-        (dict(logprobs=0), 400, "logprobs is not supported"),
+        (dict(suffix="x"), 400, "suffix is not supported"),
         (dict(presence_penalty=0.5), 400, "presence_penalty"),
         (dict(extra_body={"min_p": 0.1}), 400, "Unrecognized request argument: min_p"),
         (dict(temperature=2.5), 400, "temperature"),
@@ -518,47 +517,6 @@ def test_command_line_refuses_nonsense(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit, match="--device: "):
             main(["serve", "--model", "m", "--device", device])
     assert [_bytes(t) for t in ("10", "1k", "1.5M", "2G")] == [10, 1024, 3 << 19, 2 << 30]
-
-
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    def decode(self, tokens, skip_special_tokens):
-        assert skip_special_tokens
-        return bytes(tokens).decode("utf-8", errors="replace")
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_text_comes_in_whole_characters(size):
-    tokens = list("aé日🙂z\n🙂🙂 end é".encode())
-    stream = TextStream(Bytes())
-    pieces = [stream.add(tokens[i : i + size]) for i in range(0, len(tokens), size)]
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert "".join(pieces) + stream.flush() == bytes(tokens).decode()
-
-
-def test_incomplete_character_comes_with_the_flush():
-    stream = TextStream(Bytes())
-    assert stream.add(list("a🙂".encode())[:-1]) == "a"
-    assert stream.flush() == "\ufffd"
-
-
-@pytest.mark.parametrize("stops", [["END"], ["D", "END"], ["xENDING", "EN"], ["nope"], ["s", "NDI"]])
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_stop_string_ends_the_text_wherever_it_is_cut(stops, size):
-    text = "EN EE xEND ENDING s"
-    stream = TextStream(Bytes(), stops)
-    out = ""
-    for i in range(0, len(text), size):
-        out += stream.add(list(text[i : i + size].encode()))
-        assert not any(stop in out for stop in stops)
-        if stream.stopped:
-            break
-    out += stream.flush()
-    ends = [text.index(stop) for stop in stops if stop in text]
-    # the earliest to be complete wins, so a longer one that starts before may lose
-    first_done = min((text.index(s) + len(s), text.index(s)) for s in stops if s in text)[1] if ends else len(text)
-    assert out == text[:first_done] and stream.stopped == bool(ends)
 
 
 def test_error_that_nobody_thought_of_ends_the_stream_with_an_event():

@@ -69,7 +69,9 @@ def refused(answer, status, param, *said):
         ("stop", [5, [5], [None], {}, True, "", [""], ["x"] * 17, "y" * 257, ["x", "y" * 257]]),
         ("stream", ["yes", "true", 0, 1, [], {}]),
         ("stream_options", [5, True, [], {}, {"include_usage": True}]),
-        *((name, [1]) for name in ("echo", "suffix", "logprobs", "best_of_all", "ü" * 90, "__proto__", "prompt_ids")),
+        ("logprobs", [-1, 6, 1.5, "1", True, [], NAN]),
+        ("echo", [1, 0, "true", []]),
+        *((name, [1]) for name in ("top_logprobs", "suffix", "best_of_all", "ü" * 90, "__proto__", "prompt_ids")),
     ],
 )
 def test_completions(server, field, values):

@@ -38,6 +38,14 @@ class Net(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
+class Experts(nn.Module):
+    """All experts' weights in one parameter, as transformers has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.ones(4, K, H))
+
+
 @pytest.fixture
 def model():
     return Net().eval()
@@ -655,8 +663,10 @@ def test_a_store_wants_a_plain_model(model):
         AdapterStore(model)
     with pytest.raises(ValueError, match="LoRA layers already"):
         AdapterStore(fused_lora.inject(Net(), fused_lora.LoraConfig(target_modules=["up"])))
-    with pytest.raises(ValueError, match="no linear layer"):
+    with pytest.raises(ValueError, match="the Sequential has no linear layer"):
         AdapterStore(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match="experts and routers are not served.*'mlp.experts.down_proj'"):
+        AdapterStore(nn.ModuleDict({"mlp": nn.ModuleDict({"experts": Experts()})}))
     with pytest.raises(TypeError, match="expected an nn.Module"):
         AdapterStore("model")
     for options in (dict(capacity_bytes=0), dict(host_bytes=-1), dict(grow=0), dict(max_resident=0)):

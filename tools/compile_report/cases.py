@@ -40,7 +40,9 @@ class CompileCase:
     options: dict[str, int]
 
 
-def _case(label, op, config, dtype, kernel, types: dict[str, Any], values: dict[str, Any], options) -> CompileCase:
+def make_case(
+    label, op, config, dtype, kernel, types: dict[str, Any], values: dict[str, Any], options, any_number=_ANY_NUMBER
+) -> CompileCase:
     """types: the run-time arguments, a tuple for one value per adapter; values: the arguments fixed at compile time."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
@@ -50,7 +52,7 @@ def _case(label, op, config, dtype, kernel, types: dict[str, Any], values: dict[
         kinds = signature[name]
         paths = [((i, j), kind) for j, kind in enumerate(kinds)] if isinstance(kinds, tuple) else [((i,), kinds)]
         for path, kind in paths:
-            if (kind.startswith("*") or kind == "i32") and name not in _ANY_NUMBER:
+            if (kind.startswith("*") or kind == "i32") and name not in any_number:
                 attrs[path] = [["tt.divisibility", 16]]
     constexprs = {(names.index(name),): value for name, value in values.items()}
     return CompileCase(label, op, config, dtype, kernel, signature, constexprs, attrs, options)
@@ -197,11 +199,11 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
                     tiles += f" w{config.num_warps} s{config.num_stages}"
                     tags += [tiles, "tma" * config.tma, "split-k" * (config.SPLIT_K > 1)]
                     options = launch_options(config, kind == "nested")
-                    case = _case(" ".join(filter(None, tags)), op, config, dtype, fn, types, values, options)
+                    case = make_case(" ".join(filter(None, tags)), op, config, dtype, fn, types, values, options)
                     key = repr((case.kernel.__name__, case.signature, case.constexprs, case.attrs, case.options))
                     if key not in seen:
                         seen.add(key)
                         yield case
     types = dict(out_ptr="*u8", seed_ptr="*i64", bound="i32", M="i32", K="i32")
     values = dict(BLOCK_M=32, BLOCK_K=128)
-    yield _case("dropout_mask", "mask", None, torch.uint8, _dropout_mask_kernel, types, values, {})
+    yield make_case("dropout_mask", "mask", None, torch.uint8, _dropout_mask_kernel, types, values, {})

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from compile_report.cases import _TRITON_NAMES, CompileCase, dtypes_on
+from compile_report.cases import _TRITON_NAMES, CompileCase, dtypes_on, make_case
 from fused_lora.kernels.row_norms import BLOCK_K, BLOCK_N, BLOCK_R, _row_norms_kernel
 
 
@@ -26,19 +26,6 @@ def _case(dtype: torch.dtype, adapter_dtype: torch.dtype) -> CompileCase:
     types |= {name: "i32" for name in ("N", "K", "R", "stride_wn", "stride_ar", "stride_bn")}
     values: dict[str, Any] = dict(UPCAST=upcast, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R)
     values |= dict(stride_wk=1, stride_ak=1, stride_br=1)
-    names = _row_norms_kernel.arg_names
-    return CompileCase(
-        label=f"row_norms {short}{' fp32 adapters' * (upcast and dtype != torch.float32)}",
-        op="row_norms",
-        config=None,
-        dtype=dtype,
-        kernel=_row_norms_kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in values.items()},
-        attrs={
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name in types
-            if name.endswith("_ptr") or name in ("N", "K", "stride_wn", "stride_ar", "stride_bn")
-        },
-        options=dict(num_warps=4, num_stages=2),
-    )
+    label = f"row_norms {short}{' fp32 adapters' * (upcast and dtype != torch.float32)}"
+    options = dict(num_warps=4, num_stages=2)
+    return make_case(label, "row_norms", None, dtype, _row_norms_kernel, types, values, options, any_number=("R",))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fused_lora.bases import base_of
 from fused_lora.bases.base import Factors
+from fused_lora.modules.names import some
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -182,8 +183,9 @@ def _unfit(module: Any, names: list[str]) -> str:
     if not len(module.lora_A):
         return f"{type(module).__name__} over {type(base).__name__} is no linear layer"
     weight = getattr(base, "_parameters", {}).get("weight")
-    if any(name in getattr(module, "lora_variant", {}) or name in module.lora_magnitude_vector for name in names):
-        return "DoRA or another variant, which is not x W^T + s x A^T B^T"
+    variants = getattr(module, "lora_variant", {})
+    if other := [name for name in names if name in variants or name in module.lora_magnitude_vector]:
+        return f"adapters {some(other)} are DoRA or another variant: verify compares plain LoRA, x W^T + s x A^T B^T"
     if weight is None or weight.dim() != 2 or not hasattr(base, "bias"):
         return f"{type(base).__name__} has no plain 2-D weight"
     if base_of(base).bits:

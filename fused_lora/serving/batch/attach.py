@@ -10,8 +10,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from fused_lora.modules.names import some
 from fused_lora.modules.reads import Reads
-from fused_lora.modules.targets import candidates, in_out_features, is_supported
+from fused_lora.modules.targets import candidates, in_out_features, is_supported, matrices_left
 from fused_lora.modules.tree import above, named_modules
 from fused_lora.serving.batch.batch import running
 from fused_lora.serving.residency.packing import Site
@@ -21,7 +22,8 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     """The linear layers of a plain model by path.
 
     Raises:
-        TypeError: model is not a module. ValueError: it has LoRA layers already, or no linear layer.
+        TypeError: model is not a module. ValueError: it has LoRA layers already, or no linear layer; experts, which are
+            no linear layers, are named.
         RuntimeError: a store is attached to it.
     """
     if not isinstance(model, nn.Module):
@@ -35,7 +37,11 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
         if is_supported(module):
             sites[path] = Site(len(sites), path, module, *in_out_features(module))
     if not sites:
-        raise ValueError(f"model: the {type(model).__name__} has no linear layer")
+        kind, left = type(model).__name__, dict.fromkeys(matrices_left(model).values())
+        text = f"the {kind} has no linear layer"
+        if left:
+            text = f"adapters of experts and routers are not served, and the {kind} has no other layer: {some(left)}"
+        raise ValueError(f"model: {text}")
     return sites
 
 

@@ -19,6 +19,9 @@ class StepCheck:
 
     Args:
         model: a transformers model with an output layer.
+
+    Attributes:
+        keep_logits: whether ``logits`` are those of the step, [1, rows, V], until the next one.
     """
 
     def __init__(self, model: nn.Module):
@@ -27,6 +30,8 @@ class StepCheck:
         self._thread = 0
         self._hidden: Tensor | None = None
         self._logits: Tensor | None = None
+        self.keep_logits = False
+        self.logits: Tensor | None = None
 
     @property
     def sees_all_rows(self) -> bool:
@@ -35,7 +40,7 @@ class StepCheck:
 
     def __enter__(self) -> StepCheck:
         self._thread = threading.get_ident()
-        self._hidden = self._logits = None
+        self._hidden = self._logits = self.logits = None
         if self.sees_all_rows:
             self._handles.append(self._decoder.register_forward_hook(self._see_hidden))
         self._handles.append(self._model.register_forward_hook(self._see_logits))
@@ -56,6 +61,7 @@ class StepCheck:
         # the largest is NaN if one is, and infinite if one is or all are: some may be -inf, tokens that are never taken
         if threading.get_ident() == self._thread:
             self._logits = torch.isfinite(output.logits.amax(-1)).view(-1)
+            self.logits = output.logits if self.keep_logits else None
 
     def bad_rows(self, rows: int, ends: Sequence[int] | None) -> set[int]:
         """The rows of the step, 0 to ``rows`` - 1, that are not finite.

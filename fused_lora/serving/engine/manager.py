@@ -7,6 +7,7 @@ Where it reaches into transformers' engine, and why:
 * its own scheduler decides before every step which versions are leased and which requests may start;
 * ``_generation_step`` runs inside ``store.batch_rows`` and attends request by request (attention.py). Requests with
   rows that are not finite (finite.py) leave the step before the processor sees its result;
+* log probabilities of each request (logprobs.py) are taken from the logits of a step and kept in ``RequestState``;
 * ``_generation_loop_body`` ends the requests of a step that raised, where transformers' own would end the engine;
 * the block hashes of the prefix cache are keyed by the adapter's version.
 """
@@ -39,6 +40,7 @@ from fused_lora.serving.engine.admission import ADAPTER, SCHEDULER, VERSION, Adm
 from fused_lora.serving.engine.attention import by_request, is_by_request, spans_of
 from fused_lora.serving.engine.failures import MAX_FAILED_STEPS, StepFailed
 from fused_lora.serving.engine.finite import StepCheck
+from fused_lora.serving.engine.logprobs import LOGPROBS, PROMPT_LOGPROBS, need_all_rows, record
 from fused_lora.serving.engine.prefix import PrefixNamespaces
 from fused_lora.serving.residency.refusal import NonFiniteOutput
 from fused_lora.serving.store import AdapterStore, Lease
@@ -62,7 +64,10 @@ def _checked(config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
         if any(value) if isinstance(value, tuple) else value:
             raise ValueError(f"config.{name}: not supported with adapters, got {value!r}")
     if config.default_compile_level or config.return_logprobs:
-        raise ValueError("config: default_compile_level and return_logprobs are not supported with adapters")
+        raise ValueError(
+            "config: default_compile_level and return_logprobs are not supported with adapters; "
+            "add_request takes logprobs"
+        )
     if config.scheduler_type != "fifo":
         raise ValueError(f"config.scheduler_type: expected 'fifo', got {config.scheduler_type!r}")
     return replace(config, use_cuda_graph=False, use_async_batching=False, scheduler_type=SCHEDULER)
@@ -92,7 +97,9 @@ class AdapterManager(ContinuousBatchingManager):
         self._in_step: list[RequestState] | None = None
         self._failures_in_a_row = 0
         super().__init__(model, greedy, _checked(config or default_config(model.device)))
-        continuous_sampling.install(self.logit_processor, {ADAPTER: str, VERSION: str})
+        continuous_sampling.install(
+            self.logit_processor, {ADAPTER: str, VERSION: str, LOGPROBS: int, PROMPT_LOGPROBS: bool}
+        )
         self.batch_processor = self._create_batch_processor()
         self.max_request_tokens = infer_max_single_request_tokens(self.batch_processor.cache)
         self._head, self._check = model.get_output_embeddings(), StepCheck(model)
@@ -131,14 +138,26 @@ class AdapterManager(ContinuousBatchingManager):
         top_p: float = 1.0,
         seed: int | None = None,
         eos_token_id: int | list[int] | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: bool = False,
     ) -> None:
         """Raise what ``add_request`` would for these arguments: TypeError, ValueError or AdapterNotFound."""
-        self._parsed(input_ids, adapter, max_new_tokens, temperature, top_p, seed, eos_token_id)
+        told = logprobs, prompt_logprobs
+        self._parsed(input_ids, adapter, max_new_tokens, temperature, top_p, seed, eos_token_id, *told)
 
     def _parsed(
-        self, input_ids: Any, adapter: Any, max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any, eos: Any
-    ) -> tuple[list[int], int, int | list[int] | None, dict[str, float | int]]:
-        """Token ids, number of new ones, where to end, and the arguments of the draw."""
+        self,
+        input_ids: Any,
+        adapter: Any,
+        max_new_tokens: Any,
+        temperature: Any,
+        top_p: Any,
+        seed: Any,
+        eos: Any,
+        logprobs: Any,
+        prompt_logprobs: Any,
+    ) -> tuple[list[int], int, int | list[int] | None, dict[str, float | int], dict[str, Any]]:
+        """Token ids, number of new ones, where to end, the arguments of the draw, and of log probabilities."""
         if adapter is not None and not isinstance(adapter, str):
             raise TypeError(f"adapter: expected a name or None, got {adapter!r:.100}")
         if adapter is not None:
@@ -151,7 +170,8 @@ class AdapterManager(ContinuousBatchingManager):
                 f"{self.max_request_tokens} tokens"
             )
         drawn = continuous_request.sampling(temperature, top_p, seed)
-        return ids, count, continuous_request.ends(eos), drawn
+        told = continuous_request.logprobs(logprobs, prompt_logprobs)
+        return ids, count, continuous_request.ends(eos), drawn, told
 
     def add_request(
         self,
@@ -166,6 +186,8 @@ class AdapterManager(ContinuousBatchingManager):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: bool = False,
     ) -> str:
         """Queue a request under ``adapter`` (None is the base model); returns its id.
 
@@ -174,16 +196,20 @@ class AdapterManager(ContinuousBatchingManager):
         Args:
             input_ids: a list of token ids, or a one-dimensional tensor or array.
             request_id: by default the engine makes one.
+            logprobs: the output's ``logprobs`` are the ``TokenLogprob`` of the generated tokens, each with so many of
+                the likeliest tokens (0 to 20). None: there are none.
+            prompt_logprobs: those of the prompt's tokens, from the second on, come before them. The prompt is then
+                computed in full, with nothing of the prefix cache.
 
         Raises:
             TypeError, ValueError: an argument does not fit, or another request has this id. The message names it.
             AdapterNotFound: unknown adapter. RuntimeError: the engine does not run.
         """
-        ids, count, ends, drawn = self._parsed(
-            input_ids, adapter, max_new_tokens, temperature, top_p, seed, eos_token_id
+        ids, count, ends, drawn, own = self._parsed(
+            input_ids, adapter, max_new_tokens, temperature, top_p, seed, eos_token_id, logprobs, prompt_logprobs
         )
         self._check_id(request_id)
-        own: dict[str, Any] = {} if adapter is None else {ADAPTER: adapter}
+        own |= {} if adapter is None else {ADAPTER: adapter}
         if drawn:
             own |= {"seed": secrets.randbits(63), **drawn}
         queued = super().add_request(ids, request_id, count, streaming, record_timestamps, ends, **own)
@@ -260,7 +286,8 @@ class AdapterManager(ContinuousBatchingManager):
         # where the output layer has an adapter it must see all rows, not those alone that a token is taken from
         runner = self.batch_processor.model_runner
         on_head = any(lease.adapts(self._head) for lease in set(leases) - {None})
-        runner._model_supports_logits_to_keep = self._slices_logits and not on_head
+        runner._model_supports_logits_to_keep = self._slices_logits and not on_head and not need_all_rows(futures)
+        self._check.keep_logits = any(LOGPROBS in future.state.logit_processor_kwargs for future in futures)
         rows = [future.query_length for future in futures]
         # on a GPU the engine computes on a stream of its own, and what the store notes is noted on the current one
         with stream_context(inputs.compute_stream), self.store.batch_rows(leases, rows) as batch:
@@ -269,6 +296,9 @@ class AdapterManager(ContinuousBatchingManager):
                 super()._generation_step()
             of_terms = batch.bad_rows()
         with stream_context(inputs.compute_stream):
+            if self._check.logits is not None:
+                every_row = not runner._model_supports_logits_to_keep
+                record(futures, self._check.logits, every_row, inputs.output_ids[0])
             ended = self._without_non_finite(inputs, leases, of_terms)
         self._count(futures, leases)
         for state, error in ended:

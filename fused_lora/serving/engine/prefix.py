@@ -12,6 +12,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.requests import RequestState
 
 from fused_lora.serving.engine.admission import version_of
+from fused_lora.serving.engine.logprobs import first_missing
 
 
 class PrefixNamespaces:
@@ -34,7 +35,10 @@ class PrefixNamespaces:
         self.key = hashlib.blake2b(version_of(state).encode(), digest_size=32, key=self.secret).digest()
 
     def _search(self, request_id: str, prompt_ids: list[int]) -> int:
-        self._use(self.scheduler.waiting_requests[request_id])
+        state = self.scheduler.waiting_requests[request_id]
+        if first_missing(state) < len(state.initial_tokens):
+            return 0  # log probabilities of the prompt come from its rows
+        self._use(state)
         return self.search(request_id, prompt_ids)
 
     def _mark(self, state: RequestState, complete_blocks: dict[str, int]) -> None:

@@ -8,6 +8,8 @@ from numbers import Real
 from typing import Any
 
 from fused_lora.modules.arguments import check_int
+from fused_lora.modules.config import check_bool
+from fused_lora.serving.engine.logprobs import LOGPROBS, MAX_LOGPROBS, PROMPT_LOGPROBS
 
 # below this the quotients leave float32's range, and the draw would be the arg max anyway
 SMALLEST_TEMPERATURE = 1e-5
@@ -50,6 +52,16 @@ def sampling(temperature: Any, top_p: Any, seed: Any) -> dict[str, float | int]:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
     drawn = {} if seed is None else {"seed": check_int("seed", seed)}
     return {} if temperature < SMALLEST_TEMPERATURE else {"temperature": temperature, "top_p": top_p, **drawn}
+
+
+def logprobs(count: Any, prompt: Any) -> dict[str, Any]:
+    """The arguments of log probabilities, none if there are to be none. Raises TypeError, ValueError."""
+    check_bool("prompt_logprobs", prompt)
+    if count is None:
+        if prompt:
+            raise ValueError(f"prompt_logprobs: expected logprobs=0 to {MAX_LOGPROBS} beside it, got None")
+        return {}
+    return {LOGPROBS: check_int("logprobs", count, 0, MAX_LOGPROBS), PROMPT_LOGPROBS: prompt}
 
 
 def _number(name: str, value: Any) -> float:

@@ -16,6 +16,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from annotated_types import MaxLen
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
+from fused_lora.serving.http.logprobs import MOST_OF_CHATS, MOST_OF_COMPLETIONS, Scored, Speller
+
 # parameter -> the values with which it asks for nothing
 _NEUTRAL: dict[str, tuple] = {
     "best_of": (None, 1),
@@ -24,7 +26,6 @@ _NEUTRAL: dict[str, tuple] = {
     "function_call": (None, "none"),
     "functions": (None, []),
     "logit_bias": (None, {}),
-    "logprobs": (None, False),
     "modalities": (None, ["text"]),
     "presence_penalty": (None, 0, 0.0),
     "response_format": (None, {"type": "text"}),
@@ -168,7 +169,7 @@ class GenerateRequest(Checked):
                 continue
             if name not in _NEUTRAL:
                 raise ApiError(400, f"Unrecognized request argument: {name[:100]}", name[:100])
-            # by type too: logprobs=0 asks for something, logprobs=False does not
+            # by type too: JSON's true is not 1, nor false 0
             if not any(value == neutral and type(value) is type(neutral) for neutral in _NEUTRAL[name]):
                 raise ApiError(400, f"{name} is not supported by this server", name, "unsupported_parameter")
         if len(self.stops()) > MAX_STOPS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stops()):
@@ -189,7 +190,15 @@ class GenerateRequest(Checked):
 class CompletionRequest(GenerateRequest):
     input_name = "prompt"
     prompt: str | Many[int] | Few[str] | Few[Many[int]]
-    max_tokens: int | None = Field(default=16, ge=1)
+    max_tokens: int | None = Field(default=16, ge=0)
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_OF_COMPLETIONS)
+    echo: bool | None = None
+
+    def check(self) -> None:
+        """As for all requests."""
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens: expected at least 1, or 0 with echo=true", "max_tokens")
 
     def prompts(self) -> list[str | list[int]]:
         """Every prompt of the request, as text or token ids."""
@@ -222,10 +231,14 @@ class ChatRequest(GenerateRequest):
     messages: Many[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_OF_CHATS)
 
     def check(self) -> None:
         """As for all requests. A message may hold nothing that would be left out of the prompt."""
         super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs: only with logprobs=true", "top_logprobs")
         for i, message in enumerate(self.messages):
             for name, value in (message.model_extra or {}).items():
                 if name not in _IN_MESSAGES and value not in (None, []):
@@ -266,10 +279,10 @@ class Usage:
 
 
 class Answer:
-    """Builds the JSON of one answer, whole or in chunks."""
+    """Builds the JSON of one answer, whole or in chunks, with log probabilities if there is a ``speller``."""
 
-    def __init__(self, model: str, chat: bool):
-        self.chat = chat
+    def __init__(self, model: str, chat: bool, speller: Speller | None = None):
+        self.chat, self.speller = chat, speller
         self.head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",
@@ -277,30 +290,35 @@ class Answer:
             "model": model,
         }
 
-    def whole(self, texts: list[str], reasons: list[str], usage: Usage) -> dict[str, Any]:
+    def whole(self, texts: list[str], reasons: list[str], scored: list[list[Scored]], usage: Usage) -> dict[str, Any]:
         """The answer to a request without streaming."""
         choices = []
-        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
+        for index, (text, reason, tokens) in enumerate(zip(texts, reasons, scored, strict=True)):
             body = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            choices.append({"index": index, **body, "logprobs": None, "finish_reason": reason})
+            choices.append({"index": index, **body, "logprobs": self._logprobs(tokens), "finish_reason": reason})
         return {**self.head, "choices": choices, "usage": usage.json()}
 
     def opening(self, count: int) -> list[dict[str, Any]]:
         """The chunks before the first token: a chat names the role of each choice."""
         return [self._chunk(i, {"role": "assistant", "content": ""}, None) for i in range(count)] if self.chat else []
 
-    def piece(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        """A chunk with further text of choice ``index``, its last one with a reason."""
-        return self._chunk(index, {"content": text} if self.chat else text, reason)
+    def piece(self, index: int, text: str, reason: str | None, scored: list[Scored]) -> dict[str, Any]:
+        """A chunk with further text and tokens of choice ``index``, its last one with a reason."""
+        return self._chunk(index, {"content": text} if self.chat else text, reason, self._logprobs(scored))
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """The chunk that ``stream_options.include_usage`` asks for."""
         return {**self._stream_head(), "choices": [], "usage": usage.json()}
 
+    def _logprobs(self, scored: list[Scored]) -> dict[str, Any] | None:
+        if self.speller is None:
+            return None
+        return self.speller.of_chat(scored) if self.chat else self.speller.of_completion(scored)
+
     def _stream_head(self) -> dict[str, Any]:
         return {**self.head, "object": "chat.completion.chunk"} if self.chat else self.head
 
-    def _chunk(self, index: int, body: Any, reason: str | None) -> dict[str, Any]:
+    def _chunk(self, index: int, body: Any, reason: str | None, logprobs: Any = None) -> dict[str, Any]:
         key = "delta" if self.chat else "text"
-        choice = {"index": index, key: body, "logprobs": None, "finish_reason": reason}
+        choice = {"index": index, key: body, "logprobs": logprobs, "finish_reason": reason}
         return {**self._stream_head(), "choices": [choice]}

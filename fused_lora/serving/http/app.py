@@ -43,6 +43,7 @@ from fused_lora.serving.http.api import (
 )
 from fused_lora.serving.http.engine import AsyncEngine, Job, as_api_error
 from fused_lora.serving.http.guard import OPEN_PATHS, STARTED, Guard, allowed_adapter
+from fused_lora.serving.http.logprobs import Scored, Speller
 from fused_lora.serving.http.openapi import (
     CHANGES_ADAPTERS,
     GENERATES,
@@ -83,6 +84,7 @@ class Service:
         longest = getattr(manager.model.config.get_text_config(), "max_position_embeddings", None)
         self.context = min(longest or manager.max_request_tokens, manager.max_request_tokens)
         self._prompts = PromptReader(engine.tokenizer, self.context)
+        self._speller = Speller(engine.tokenizer)
         self._reading = 0  # requests whose prompts are being tokenised: they wait as much as those in the engine
 
     def adapter(self, model: str) -> str | None:
@@ -104,8 +106,10 @@ class Service:
         if isinstance(request, ChatRequest):
             prompts, limit = [[m.plain() for m in request.messages]], "max_completion_tokens"
             limit = "max_tokens" if request.max_completion_tokens is None else limit
+            echo, logprobs = False, (request.top_logprobs or 0) if request.logprobs else None
         else:
             prompts, limit = request.prompts(), "max_tokens"
+            echo, logprobs = request.echo, request.logprobs
         wanted, n = getattr(request, limit), request.n or 1
         if not 0 < len(prompts) * n <= limits.max_choices:
             message = f"prompts x n: expected 1 to {limits.max_choices}, got {len(prompts)} x {n}"
@@ -118,9 +122,11 @@ class Service:
         for prompt in prompts:
             ids = await self._prompts.encode(prompt, name)
             budget = self._budget(len(ids), wanted, name)
+            echoed = await self._prompts.echo(prompt, ids) if echo else None
             for choice in range(n):
                 seed = None if request.seed is None else request.seed + choice * 0x9E3779B9
-                jobs.append(Job(ids, adapter, budget, temperature, top_p, seed, request.stops(), name))
+                drawn = temperature, top_p, seed
+                jobs.append(Job(ids, adapter, budget, *drawn, request.stops(), name, logprobs, echoed))
         self.engine.check(jobs)
         return jobs
 
@@ -144,7 +150,8 @@ class Service:
             self._reading -= 1
         for job in jobs:
             job.deadline = since + seconds
-        answer = Answer(request.model, chat=isinstance(request, ChatRequest))
+        speller = self._speller if any(job.logprobs is not None for job in jobs) else None
+        answer = Answer(request.model, isinstance(request, ChatRequest), speller)
         usage = Usage(prompt_tokens=sum(len(job.prompt) for job in jobs[:: request.n or 1]))
         if request.stream:
             chunks = self._chunks(answer, jobs, usage, request.include_usage)
@@ -153,12 +160,14 @@ class Service:
 
     async def _whole(self, answer: Answer, jobs: list[Job], usage: Usage) -> dict[str, Any]:
         texts, reasons = [""] * len(jobs), ["length"] * len(jobs)
+        scored: list[list[Scored]] = [[] for _ in jobs]
         async with contextlib.aclosing(merged(self.engine, jobs)) as pieces:
             async for index, piece in pieces:
                 texts[index] += piece.text
                 usage.completion_tokens += piece.tokens
                 reasons[index] = piece.reason or reasons[index]
-        return answer.whole(texts, reasons, usage)
+                scored[index] += piece.scored
+        return answer.whole(texts, reasons, scored, usage)
 
     async def _chunks(
         self, answer: Answer, jobs: list[Job], usage: Usage, with_usage: bool
@@ -169,8 +178,8 @@ class Service:
             async with contextlib.aclosing(merged(self.engine, jobs)) as pieces:
                 async for index, piece in pieces:
                     usage.completion_tokens += piece.tokens
-                    if piece.text or piece.reason:
-                        yield _event(answer.piece(index, piece.text, piece.reason))
+                    if piece.text or piece.reason or piece.scored:
+                        yield _event(answer.piece(index, piece.text, piece.reason, piece.scored))
         except ApiError as error:  # the status has been sent; clients look for this object in the stream
             yield _event(error.body())
             return

@@ -17,8 +17,10 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.engine.admission import version_of
 from fused_lora.serving.engine.failures import StepFailed, failure_of
+from fused_lora.serving.engine.logprobs import TokenLogprob
 from fused_lora.serving.engine.manager import AdapterManager
 from fused_lora.serving.http.api import ApiError, queue_full, too_slow, unexpected, unknown_model
+from fused_lora.serving.http.logprobs import Scored
 from fused_lora.serving.http.metrics import Metrics
 from fused_lora.serving.http.text import TextStream
 from fused_lora.serving.residency.refusal import NonFiniteOutput
@@ -43,8 +45,15 @@ class Limits:
 
 @dataclass
 class Job:
-    """One sequence to generate; ``source`` is the request's parameter that the prompt came from, ``deadline`` when it
-    ends (``time.monotonic``), or the server's time for a request after it has begun, whichever is first."""
+    """One sequence to generate.
+
+    Attributes:
+        max_tokens: 0 is for a job with ``echo`` that wants nothing more.
+        source: the request's parameter that the prompt came from.
+        logprobs: so many of the likeliest tokens come with each token; None: no log probabilities.
+        echo: the prompt's text and where its tokens begin in it, which come before the new text.
+        deadline: when it ends (``time.monotonic``); the server's time for a request, once it has begun, may be earlier.
+    """
 
     prompt: Sequence[int]
     adapter: str | None
@@ -54,16 +63,20 @@ class Job:
     seed: int | None
     stops: Sequence[str]
     source: str = "prompt"
+    logprobs: int | None = None
+    echo: tuple[str, list[int]] | None = None
     deadline: float = math.inf
 
 
 @dataclass
 class Piece:
-    """New text of a job and the tokens behind it; the last one has a reason."""
+    """New text of a job, how many tokens were generated for it, and those that begin in it; the last one has a
+    reason."""
 
     text: str
     tokens: int
     reason: str | None = None
+    scored: list[Scored] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -124,7 +137,7 @@ class AsyncEngine:
             raise queue_full()
         for job in jobs:
             try:
-                self.manager.check(job.prompt, job.adapter, job.max_tokens, job.temperature, job.top_p)
+                self.manager.check(job.prompt, job.adapter, max(job.max_tokens, 1), job.temperature, job.top_p)
             except AdapterNotFound:
                 raise unknown_model(str(job.adapter)) from None
             except (TypeError, ValueError) as error:
@@ -162,6 +175,9 @@ class AsyncEngine:
 
     async def _pieces(self, job: Job, running: _Running, start: float) -> AsyncGenerator[Piece, None]:
         text, seen = TextStream(self.tokenizer, job.stops), 0
+        echo = len(job.echo[0]) if job.echo else 0
+        behind = len(job.prompt) - 1 if job.echo and job.logprobs is not None else 0  # of the prompt, in logprobs
+        scored: list[Scored] = []
         deadline = min(job.deadline, start + self.limits.request_seconds)
         while not running.finished:
             output = await self._next(running.outputs, deadline)
@@ -171,17 +187,27 @@ class AsyncEngine:
             new = output.generated_tokens[seen:]
             if new and not seen:
                 self.metrics.first_token.observe(time.monotonic() - start)
-            seen += len(new)
+                if job.echo:
+                    yield _echoed(job, output.logprobs[:behind])
+                    if not job.max_tokens:
+                        return
             certain = text.add(new)
             if running.finished and not text.stopped:
                 certain += text.flush()
+            told = zip(output.logprobs[behind + seen :], text.offsets[seen:], strict=False)
+            scored += [Scored(entry, echo + offset) for entry, offset in told]
+            seen += len(new)
+            reason = "stop" if text.stopped else None
+            if running.finished and not text.stopped:
+                reason = "stop" if output.generated_tokens[-1] in self._ends() else "length"
+            # a token comes with its text; what begins behind a stop string does not come
+            last = math.inf if reason and not text.stopped else echo + text.released
+            ready = [entry for entry in scored if entry.offset < last]
+            scored = scored[len(ready) :]
+            if new or reason:
+                yield Piece(certain, len(new), reason, ready)
             if text.stopped:
-                yield Piece(certain, len(new), "stop")
                 return
-            if running.finished:
-                yield Piece(certain, len(new), "stop" if output.generated_tokens[-1] in self._ends() else "length")
-            elif new:
-                yield Piece(certain, len(new))
 
     def _submit(self, request_id: str, job: Job, outputs: asyncio.Queue) -> None:
         self.manager.register_result_handler(request_id, outputs.put_nowait)
@@ -189,12 +215,14 @@ class AsyncEngine:
             self.manager.add_request(
                 list(job.prompt),
                 request_id,
-                job.max_tokens,
+                max(job.max_tokens, 1),
                 streaming=True,
                 adapter=job.adapter,
                 temperature=job.temperature,
                 top_p=job.top_p,
                 seed=job.seed,
+                logprobs=job.logprobs,
+                prompt_logprobs=job.logprobs is not None and job.echo is not None,
             )
         except ValueError as error:
             raise ApiError(400, str(error)) from None
@@ -263,6 +291,14 @@ class AsyncEngine:
         known = scheduler.active_requests, scheduler.waiting_requests
         state = next((found for requests in known if (found := requests.get(running.request_id))), None)
         return version_of(state) if state is not None else ""
+
+
+def _echoed(job: Job, told: list[TokenLogprob]) -> Piece:
+    """The prompt as a first piece; the first token has nothing before it that would make it likely."""
+    text, starts = job.echo or ("", [])
+    known = [] if job.logprobs is None else [TokenLogprob(job.prompt[0], None), *told]
+    scored = [Scored(*pair) for pair in zip(known, starts, strict=False)]
+    return Piece(text, 0, None if job.max_tokens else "length", scored)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -53,14 +53,36 @@ class TokenCounts(_Answer):
     total_tokens: int
 
 
+class TextLogprobs(_Answer):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TokenLogprobs(_Answer):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprobs(TokenLogprobs):
+    top_logprobs: list[TokenLogprobs]
+
+
+class ChatLogprobs(_Answer):
+    content: list[ContentLogprobs]
+    refusal: None
+
+
 class _Choice(_Answer):
     index: int
-    logprobs: None
     finish_reason: Literal["stop", "length"]
 
 
 class TextChoice(_Choice):
     text: str
+    logprobs: TextLogprobs | None
 
 
 class ChatAnswer(_Answer):
@@ -70,6 +92,7 @@ class ChatAnswer(_Answer):
 
 class ChatChoice(_Choice):
     message: ChatAnswer
+    logprobs: ChatLogprobs | None
 
 
 class _Generated(_Answer):

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fused_lora.serving.http.api import ApiError
+from fused_lora.serving.http.text import TextStream
 
 SHORT_CHARACTERS = 16 << 10
 _THREADS = 2  # for short texts, and as many for long ones
@@ -64,6 +65,19 @@ class PromptReader:
                 f"more than {2 * self.context} tokens in its first {8 * self.context} characters", name
             )
         return list(ids)
+
+    async def echo(self, prompt: Any, ids: list[int]) -> tuple[str, list[int]]:
+        """(text of a prompt, a text or ids, where each of its tokens begins in the text, in characters)."""
+        tokenizer, pool = self._short if len(ids) <= SHORT_CHARACTERS // 4 else self._long
+
+        def work() -> tuple[str, list[int]]:
+            if isinstance(prompt, str) and getattr(tokenizer, "is_fast", False):
+                return prompt, [start for start, _ in tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]]
+            stream = TextStream(tokenizer)
+            text = stream.add(ids) + stream.flush()
+            return (prompt if isinstance(prompt, str) else text), stream.offsets
+
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     def _too_long(self, what: str, name: str) -> ApiError:
         message = f"This server's maximum context length is {self.context} tokens; the request's {name} has {what}."

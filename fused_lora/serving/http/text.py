@@ -13,11 +13,17 @@ class TextStream:
 
     ``add`` takes new tokens and returns the text that is now certain. If a stop string was found, ``stopped`` is True
     and the text ends before it. ``flush`` returns the rest.
+
+    Attributes:
+        offsets: for each token, how long the text before it is, in characters. Those after a stop string have none.
+        released: length of the text that was returned.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         self.stopped = False
+        self.offsets: list[int] = []
+        self.released = 0
         self._tokens: list[int] = []
         self._start = self._read = 0  # text of tokens [start, read) is already in ``_pending`` or given out
         self._pending = ""
@@ -28,6 +34,7 @@ class TextStream:
             if self.stopped:
                 break
             self._tokens.append(token)
+            self.offsets.append(self.released + len(self._pending))
             self._take(self._decoded(unfinished=False))
         return self._release(len(self._pending) - self._held_back())
 
@@ -67,4 +74,5 @@ class TextStream:
 
     def _release(self, length: int) -> str:
         text, self._pending = self._pending[:length], self._pending[length:]
+        self.released += len(text)
         return text
