@@ -91,7 +91,7 @@ $(VLLM_VENV)/.test: setup.py csrc/cpu_loops.c
 	$(VLLM_VENV)/bin/python -m pip install --quiet tblib setuptools-rust setuptools-scm cmake ninja packaging wheel
 	@touch $@
 
-# half a minute; again only after a change of the package
+# about a minute; again only after a change of the package
 $(VENV)/.typed: $(VENV)/.test $(TYPED)
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	@touch $@

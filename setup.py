@@ -88,6 +88,7 @@ setup(
             "jinja2",
             "fastapi",
             "uvicorn",
+            "prometheus-client",
             "openai>=2",
             "httpx",
             "matplotlib",
@@ -107,7 +108,15 @@ setup(
         "vllm": ["vllm>=0.32,<0.34"],
         "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],
         # continuous batching reaches into transformers' engine, so it is pinned to the releases that were tested
-        "serve": ["transformers>=5.22,<5.24", "accelerate", "jinja2", "fastapi", "pydantic>=2.8", "uvicorn"],
+        "serve": [
+            "transformers>=5.22,<5.24",
+            "accelerate",
+            "jinja2",
+            "fastapi",
+            "pydantic>=2.8",
+            "uvicorn",
+            "prometheus-client",
+        ],
     },
     entry_points={
         "console_scripts": ["fused-lora = fused_lora.cli:main"],

@@ -54,7 +54,7 @@ ABOVE = {"__init__.py", "_version.py", "kernels.py"}
 EXTRAS = {
     "fused_lora/integrations/vllm/": {"vllm"},
     "fused_lora/serving/engine/": {"transformers"},
-    "fused_lora/serving/http/": {"fastapi", "starlette", "pydantic", "annotated_types"},
+    "fused_lora/serving/http/": {"fastapi", "starlette", "pydantic", "annotated_types", "prometheus_client"},
 }
 
 

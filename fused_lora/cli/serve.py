@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on a CPU")
     found.add_argument("--capacity", type=_bytes, metavar="BYTES", help="adapters on the device at most, e.g. 512M")
     found.add_argument("--host-capacity", type=_bytes, metavar="BYTES", help="adapters kept in host memory at most")
+    found.add_argument("--no-access-log", action="store_true", help="no line in the log for each request")
     engine = found.add_argument_group("engine")
     engine.add_argument("--max-requests", type=_count, metavar="N", help="requests in one step at most")
     engine.add_argument("--max-step-tokens", type=_count, metavar="N", help="tokens in one step at most")
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until a signal ends it; returns the exit status."""
     options = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    _log_with_ids(options.no_access_log)
     if options.allow_load and options.adapters is None:
         raise SystemExit("--allow-load: needs --adapters DIR, the folder that adapters may come from")
     if options.adapters is not None and not options.adapters.is_dir():
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.api_key = key
     try:
         import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
         import transformers  # noqa: F401
         import uvicorn
     except ImportError as error:
@@ -85,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         port=options.port,
         log_level="info",
         access_log=False,
+        log_config=None,
         timeout_graceful_shutdown=math.ceil(options.drain_timeout),
         server_header=False,
     )
@@ -94,6 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run()
     return 0
+
+
+def _log_with_ids(no_access_log: bool) -> None:
+    """Log to stderr, each line with the id of its request."""
+    from fused_lora.serving.http.record import AddRequestId
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(AddRequestId())
+    if no_access_log:
+        logging.getLogger("fused_lora.access").setLevel(logging.WARNING)
 
 
 def build(options: argparse.Namespace) -> Any:

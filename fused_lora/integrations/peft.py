@@ -79,6 +79,7 @@ def accelerate(model: nn.Module) -> nn.Module:
             "fused_lora.inject(model, config), which needs no PEFT"
         )
     watch(model)
+    module: Any
     for module in model.modules():
         if _is_tuner(module):
             watch(module.model)  # which generate calls
@@ -188,7 +189,8 @@ def register(config: Any) -> Any:
 
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected peft.LoraConfig, got {type(config).__name__}")
-    config._register_custom_module({nn.Linear: _build_accelerated, Conv1D: _build_accelerated})
+    builders: Any = {nn.Linear: _build_accelerated, Conv1D: _build_accelerated}  # PEFT's type says classes
+    config._register_custom_module(builders)
     return config
 
 
@@ -239,6 +241,7 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
 def _gathered(model: nn.Module) -> Iterator[None]:
     """Inside, a parameter that ``fully_shard`` makes whole for each call has its whole shape, on the meta device."""
     before = []
+    module: Any
     try:
         for module in model.modules():
             state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
@@ -280,7 +283,7 @@ def _is_tuner(module: nn.Module) -> Any:
     return tuners is not None and isinstance(module, tuners.BaseTuner)
 
 
-def _our_classes() -> tuple[type[nn.Module], ...]:
+def _our_classes() -> tuple[type[Any], ...]:
     return tuple(accelerated(stock) for stock in stock_classes())
 
 
@@ -299,7 +302,7 @@ def _release(module: nn.Module) -> None:
         vars(module).pop(own, None)
 
 
-def _change_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+def _change_class(module: Any, old: type[nn.Module], new: type[nn.Module]) -> None:
     module.__class__ = new
     # accelerate's hooks keep the bound forward of the class that the module had when they were attached
     hooked = vars(module).get("_old_forward")
@@ -329,7 +332,8 @@ def _build_accelerated(target: nn.Module, adapter_name: str, **kwargs: Any) -> n
     plain = isinstance(kind, Dense) and kind.merge_weight(target) is not None
     if not plain or kwargs.get("parameter_name") is not None:
         return None
-    return _adopt(dispatch_default(target, adapter_name, **kwargs))
+    built = dispatch_default(target, adapter_name, **kwargs)
+    return None if built is None else _adopt(built)
 
 
 def _of_ours(layer: LoraLinear) -> tuple[str | None, str | None]:
@@ -344,7 +348,7 @@ def _of_ours(layer: LoraLinear) -> tuple[str | None, str | None]:
     return layer._why_not_plain(names), why_around(layer)
 
 
-def _of_peft(layer: nn.Module) -> tuple[str | None, str | None]:
+def _of_peft(layer: Any) -> tuple[str | None, str | None]:
     if isinstance(layer, _our_classes()):
         return why_not_fused(layer, layer._present(layer.active_adapters)), why_around(layer)
     if type(layer) in stock_classes():

@@ -36,7 +36,7 @@ class AcceleratedExperts(AcceleratedLinear):
             return super(FusedLoraBehaviour, self).forward(x, *args, **kwargs)
         _count(FUSED)
         terms = {w.parameter_name: w._terms() for w in _wrappers(self)}
-        return experts.experts_forward(self.get_base_layer(), x, *args, terms)
+        return experts.experts_forward(self.get_base_layer(), x, args[0], args[1], terms)
 
     def why_not_fused(self) -> str | None:
         """Why a call runs PEFT's own forward; None where it does not."""

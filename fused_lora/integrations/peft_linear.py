@@ -285,7 +285,7 @@ def _count(call: str) -> None:
         CALLS[call] += 1
 
 
-def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] | None = None) -> str | None:
+def why_not_fused(layer: Any, names: list[str], adapter_names: list[str] | None = None) -> str | None:
     """Why the layer in its present state runs PEFT's own forward for these adapters.
 
     None when the adapters run fused: with the base layer, or around it where :func:`why_around` has a reason.
@@ -318,7 +318,7 @@ def why_not_fused(layer: nn.Module, names: list[str], adapter_names: list[str] |
     return "DoRA in a mixed batch" if adapter_names is not None else variants.why_not_dora(layer, names)
 
 
-def _is_dora(layer: nn.Module, name: str) -> bool:
+def _is_dora(layer: Any, name: str) -> bool:
     """Whether this adapter is PEFT's own DoRA, and nobody follows the calls of its magnitude."""
     held = layer._modules["lora_magnitude_vector"]._modules
     if type(layer.lora_variant[name]).__name__ != "DoraLinearVariant" or name not in held:
@@ -326,7 +326,7 @@ def _is_dora(layer: nn.Module, name: str) -> bool:
     return type(held[name]).__name__ == "DoraLinearLayer" and why_not_own_call(held[name], "the magnitude") is None
 
 
-def why_around(layer: nn.Module) -> str | None:
+def why_around(layer: Any) -> str | None:
     """Why the base layer of a layer that runs fused is called by itself; None when it is in the operator."""
     if hasattr(layer, "why_not_fused"):
         return None
@@ -339,13 +339,13 @@ def _is_number(scale: Any) -> bool:
     return isinstance(scale, (int, float)) and scale == scale
 
 
-def _parts(layer: nn.Module, names: list[str]) -> list[tuple[str, nn.Module, nn.Module, nn.Module]]:
+def _parts(layer: Any, names: list[str]) -> list[tuple[str, nn.Module, nn.Module, nn.Module]]:
     # past nn.Module's __getattr__, which takes longer than the checks: they run in every call
     A, B, dropout = (layer._modules[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
     return [(name, A[name], B[name], dropout[name]) for name in names]
 
 
-def _why_not_call(layer: nn.Module, names: list[str], x: Tensor, kwargs: dict) -> str | None:
+def _why_not_call(layer: Any, names: list[str], x: Tensor, kwargs: dict) -> str | None:
     """Why this one call runs PEFT's own forward, in a layer whose adapters can run fused."""
     if kwargs.get("adapter_names") is not None and len(kwargs["adapter_names"]) != len(x):
         return "as many adapter names as rows are needed"

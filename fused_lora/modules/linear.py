@@ -63,6 +63,8 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         ValueError: r, lora_alpha, lora_dropout or the adapter's name is out of range, or tensors do not fit.
     """
 
+    base_layer: Any
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -360,7 +362,7 @@ def _draw(
         if not all(dtype.is_floating_point for dtype in kinds):
             raise TypeError(f"tensors: expected floating tensors, got {kinds}")
         A.weight, B.weight = nn.Parameter(tensors.lora_A), nn.Parameter(tensors.lora_B)
-        if lora_bias:
+        if tensors.lora_bias is not None:
             B.bias = nn.Parameter(tensors.lora_bias)
         return A, B
     if init == "eva":

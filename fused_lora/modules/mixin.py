@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,18 @@ from fused_lora.modules.offload import is_sharded, refuse_sharded
 from fused_lora.ops.linear.op import Memory, may_learn
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+
+if TYPE_CHECKING:
+
+    class _Layer(nn.Module):
+        """What the class that mixes the behaviour in is otherwise; PEFT gives its attributes no types."""
+
+        _modules: dict[str, Any]
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    _Layer = object
 
 
 @dataclass
@@ -47,7 +59,7 @@ class Later(NamedTuple):
     sweep: Any
 
 
-class FusedLoraBehaviour:
+class FusedLoraBehaviour(_Layer):
     """Forward, merge and unmerge of a LoRA layer over one linear base layer."""
 
     merge_state: _Merge | None = None

@@ -39,7 +39,8 @@ class Alike:
         """``answer`` for tensors like these; any_rows: whatever the leading sizes and the strides of the first are."""
         if _Guards is None:
             return
-        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        sizes: list[list[int | None]] = [[*t.shape] for t in tensors]
+        strides: list[list[int | None]] = [[*t.stride()] for t in tensors]
         if any_rows:
             sizes[0][:-1], strides[0] = [None] * (len(sizes[0]) - 1), [None] * len(sizes[0])
         same = _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check

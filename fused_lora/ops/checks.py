@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -12,7 +13,7 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def check_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Any,
     bias: torch.Tensor | None,
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
@@ -23,8 +24,8 @@ def check_linear(
 ) -> None:
     """Raise ValueError (shapes, values) or TypeError (dtypes) when the arguments of a LoRA linear do not fit.
 
-    seeds: None for seeds that are still to be drawn. autocast: the dtype that x and weight are about to be cast to, if
-    any; they may then differ.
+    weight: a tensor, or a packed weight with ``shape``, ``dtype`` and ``dim()``. seeds: None for seeds that are still
+    to be drawn. autocast: the dtype that x and weight are about to be cast to, if any; they may then differ.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")

@@ -65,7 +65,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 def _masks_agree() -> bool:
     # rows by numpy: torch's default dtype may be another
     rows, cut = torch.from_numpy(np.linspace(-1, 1, 40 * 999, dtype=np.float32).reshape(40, 999)), -20000
-    out, mask = torch.empty_like(rows), dropout_lanes(7, 2, *rows.shape)[:, :999] >= cut
+    out, mask = torch.empty_like(rows), dropout_lanes(7, 2, 40, 999)[:, :999] >= cut
     _multiply(7, 2, cut, rows, out, None)
     if not np.array_equal(out.numpy(), rows.numpy() * mask.numpy()):
         reject("a dropout mask differs")

@@ -13,7 +13,7 @@ from helpers.seeds import shifted
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 if not BENCHMARKS.is_dir():
     pytest.skip("benchmarks/ is not beside tests/", allow_module_level=True)
-serving.need_engine("peft", "fastapi", "uvicorn", "httpx")
+serving.need_engine("peft", "fastapi", "uvicorn", "prometheus_client", "httpx")
 
 GRID = "--layers 2 --rows 1,4 --distinct 1,3,T --ranks 4 --seconds 0 --rounds 2 --tokens 6 --device cpu".split()
 SHAPES = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64))  # of a layer of the tiny model

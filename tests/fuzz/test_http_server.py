@@ -12,7 +12,7 @@ from helpers.seeds import shifted
 from helpers.waiting import HANG
 
 pytest.importorskip("schemathesis", reason="schemathesis needs Python 3.11 or newer")
-serving.need_engine("openai", "httpx", "fastapi", "uvicorn")
+serving.need_engine("openai", "httpx", "fastapi", "uvicorn", "prometheus_client")
 
 
 def test_every_answer_is_as_described():

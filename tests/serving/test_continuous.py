@@ -159,7 +159,7 @@ def test_prefixes_are_shared_within_an_adapter_only(served, alone, monkeypatch):
     assert answers == wanted
     assert rows[0] == rows[1] == 45 + 7 and rows[2] <= 45 + 7 - 5 * 8
     # transformers' own hashing, without the adapter in it, answers with the other adapter's keys and values
-    monkeypatch.setattr(continuous_manager, "PrefixNamespaces", lambda processor: None)
+    monkeypatch.setattr(continuous_manager, "PrefixNamespaces", lambda *_: None)
     answers, rows = two_adapters_one_prompt(served)
     assert answers[0] == wanted[0] and answers[1] != wanted[1] and rows[1] < rows[0]
 

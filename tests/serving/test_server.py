@@ -19,8 +19,11 @@ from helpers.server import Server
 from helpers.waiting import HANG, wait_for
 
 openai = pytest.importorskip("openai")
+pytest.importorskip("prometheus_client")
 httpx = pytest.importorskip("httpx")
-serving.need_engine("fastapi", "uvicorn")
+serving.need_engine("fastapi", "uvicorn", "prometheus_client")
+
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
 from fused_lora.cli.serve import _bytes, parser  # noqa: E402
 from fused_lora.serving.http.api import ApiError  # noqa: E402
@@ -203,7 +206,8 @@ def test_stop_strings(server, alone):
 def test_unsupported_parameters_are_refused_by_name(server, changes, status, named, stream):
     request = {**dict(model="tiny", prompt="x", max_tokens=4, stream=stream), **changes}
     got, body = status_of(lambda: server.client.completions.create(**request))
-    assert got == status and named in body["message"] and set(body) == {"message", "type", "param", "code"}
+    assert got == status and named in body["message"] and body["param"] != ""
+    assert set(body) == {"message", "type", "param", "code", "request_id"}
 
 
 def test_neutral_values_are_accepted(server):
@@ -386,19 +390,110 @@ def test_client_that_hangs_up_frees_its_place(server):
     assert server.metric("generation_tokens_total") < before + 1000  # nothing like the 8,000 that were asked for
 
 
+def families(server):
+    """{name: family} of the page, as Prometheus' own parser reads it."""
+    page = server.http.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain; version=")
+    return {family.name: family for family in text_string_to_metric_families(page.text)}
+
+
 def test_metrics(server):
-    server.say("a0", "x", 3)
+    before = server.metric("inter_token_seconds_count"), server.metric("prompt_tokens_cached_total")
+    for _ in range(2):
+        server.say("a0", "x" * 100, 3)
+    assert server.metric("inter_token_seconds_count") == before[0] + 4
+    assert before[1] + 64 <= server.metric("prompt_tokens_cached_total") <= before[1] + 99
+    assert 0 < server.metric("cache_used_ratio") < 1
+    known = families(server)
+    for name in ("time_to_first_token", "inter_token", "request"):
+        family = known[f"fused_lora_{name}_seconds"]
+        buckets = [sample.value for sample in family.samples if sample.name.endswith("_bucket")]
+        (count,) = (sample.value for sample in family.samples if sample.name.endswith("_count"))
+        (total,) = (sample.value for sample in family.samples if sample.name.endswith("_sum"))
+        assert family.type == "histogram" and buckets == sorted(buckets) and buckets[-1] == count > 0 < total
     page = server.http.get("/metrics").text
     numbers = "generation_tokens_per_second steps_total adapters_known adapter_bytes_used adapter_evictions_total"
     for name in numbers.split():
         assert re.search(rf"^fused_lora_{name} [0-9.e+-]+$", page, re.MULTILINE), name
     assert server.metric("adapter_loads_total") >= 1 and server.metric("adapter_hits_total") >= 1
     assert server.metric('step_rows_total{kind="adapter"}') >= 3
-    buckets = re.findall(r"^fused_lora_time_to_first_token_seconds_bucket\{.*\} (\d+)$", page, re.MULTILINE)
-    counts = list(map(int, buckets))
-    assert counts == sorted(counts) and counts[-1] == server.metric("time_to_first_token_seconds_count") > 0
     names = re.findall(r"^# TYPE (\S+)", page, re.MULTILINE)
     assert len(names) == len(set(names))
+
+
+def by_adapter(server, what):
+    """{adapter: count}"""
+    return {s.labels["adapter"]: s.value for s in families(server)[f"fused_lora_adapter_{what}"].samples}
+
+
+def test_adapters_are_counted_while_they_are_loaded(server):
+    load = {"lora_name": "org/counted.v1", "lora_path": "a3"}
+    assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
+    base = by_adapter(server, "sequences").get("", 0)
+    server.say("org/counted.v1", ["one", "three"], 5, n=2)
+    server.say("tiny", "x", 2)
+    found = {what: by_adapter(server, what) for what in ("sequences", "prompt_tokens", "generation_tokens")}
+    name = "org/counted.v1"
+    assert [found[what][name] for what in found] == [4, 16, 20] and found["sequences"][""] == base + 1
+    assert server.http.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
+    assert name not in by_adapter(server, "sequences")
+    assert status_of(lambda: server.say(name, "x", 2))[0] == 404
+    assert name not in by_adapter(server, "sequences")  # who asks for it does not bring it back
+
+
+def log_line(server, request_id):
+    """The fields of this request's line in the access log."""
+    found, line = [], re.compile(rf"fused_lora.access .*? (id={request_id} .*)")
+    wait_for(lambda: found.extend(line.findall(server.log.read_text())) or found)
+    assert len(found) == 1
+    return dict(field.split("=", 1) for field in found[0].split())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_request_ids_and_the_access_log(server, stream):
+    given = f"mine/{stream}:1"
+    headers = {"x-request-id": given}
+    answer = server.client.completions.with_raw_response.create(
+        model="a1", prompt="Nobody reads this", max_tokens=6, temperature=0, stream=stream, extra_headers=headers
+    )
+    assert answer.headers["x-request-id"] == given
+    list(answer.parse()) if stream else answer.parse()
+    line = log_line(server, given)
+    said = [line[key] for key in ("method", "route", "status", "model", "error")]
+    assert said == ["POST", "/v1/completions", "200", "a1", "-"]
+    assert (line["tokens_in"], line["tokens_out"]) == ("17", "6")
+    assert 0 < float(line["first_token_s"]) <= float(line["seconds"]) < HANG
+    assert "Nobody reads" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("given", [None, "", "two words", "x" * 129, "ü", "a\tb"])
+def test_ids_are_made_where_none_is_given_that_fits_in_a_line(server, given):
+    headers = {} if given is None else {"x-request-id": given.encode()}
+    made = server.http.get("/v1/models", headers=headers).headers["x-request-id"]
+    assert re.fullmatch("[0-9a-f]{32}", made)
+    assert log_line(server, made)["model"] == "-"
+
+
+def test_errors_say_which_request(server):
+    answer = server.http.post(
+        "/v1/completions", json={"model": "a\nid=x", "prompt": "x"}, headers={"x-request-id": "e1"}
+    )
+    assert answer.status_code == 404 and answer.json()["error"]["request_id"] == "e1"
+    line = log_line(server, "e1")
+    assert (line["status"], line["error"], line["model"]) == ("404", "model_not_found", "-")
+    with pytest.raises(openai.NotFoundError) as caught:
+        server.say("nobody", "x")
+    assert caught.value.request_id == caught.value.body["request_id"]
+    made = server.http.get("/any%0Aid=x").headers["x-request-id"]
+    assert (log_line(server, made)["route"], log_line(server, made)["status"]) == ("other", "404")
+
+
+def test_a_client_that_hangs_up_is_logged_as_that(server):
+    body = {"model": "a5", "prompt": "Go on", "max_tokens": 1000, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body, headers={"x-request-id": "left"}) as answer:
+        next(answer.iter_lines())
+    line = log_line(server, "left")
+    assert (line["status"], line["error"]) == ("200", "disconnected") and 0 < int(line["tokens_out"]) < 1000
 
 
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x"])

@@ -13,7 +13,7 @@ from fused_lora.modules.inject import AdapterNotFound
 from helpers import serving
 from helpers.server import Server
 
-serving.need_engine("openai", "httpx", "fastapi", "uvicorn")
+serving.need_engine("openai", "httpx", "fastapi", "uvicorn", "prometheus_client")
 
 
 @pytest.fixture(scope="module")

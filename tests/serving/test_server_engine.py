@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-for needed in ("fastapi", "transformers"):
+for needed in ("fastapi", "transformers", "prometheus_client"):
     pytest.importorskip(needed)
 
 from fused_lora.serving.http import engine as engines  # noqa: E402
+from fused_lora.serving.http.metrics import Metrics  # noqa: E402
 
 
 class Store(dict):
@@ -32,6 +33,8 @@ class Engine(engines.AsyncEngine):
         self.store, self.limits, self._loading = Store(x=1), SimpleNamespace(drain_seconds=drain_seconds), []
         self.running = engines._Running("1", "x")
         self._jobs = {"1": self.running}
+        self.metrics = Metrics()
+        self.metrics.of("x").sequences += 1
 
     def _version(self, running):
         return "x@1"
@@ -65,6 +68,7 @@ def test_a_change_waits_for_the_jobs_of_the_old_version(change):
         assert not changing.done() and engine.running.outputs.empty()
         engine.running.ended = True
         await changing
+        assert engine.metrics.of("x").sequences == (change == "load")  # of an unloaded one nothing is left
 
     asyncio.run(run())
 

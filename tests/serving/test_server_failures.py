@@ -8,7 +8,7 @@ from helpers.server import Server
 from helpers.waiting import wait_for
 
 openai = pytest.importorskip("openai")
-serving.need_engine("httpx", "fastapi", "uvicorn")
+serving.need_engine("httpx", "fastapi", "uvicorn", "prometheus_client")
 
 MARK = "<end>"
 # the server as its command line starts it, over a model whose last layer raises when it meets the mark

@@ -10,7 +10,7 @@ from helpers import serving
 from helpers.server import Server
 
 openai = pytest.importorskip("openai")
-serving.need_engine("fastapi", "uvicorn")
+serving.need_engine("fastapi", "uvicorn", "prometheus_client")
 
 from fused_lora.serving.engine.logprobs import TokenLogprob  # noqa: E402
 from fused_lora.serving.http.logprobs import Scored, Speller  # noqa: E402

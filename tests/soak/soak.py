@@ -102,8 +102,8 @@ class World:
         self.texts = Texts(self.tiny, MOST_TOKENS)
         for i in range(arguments.adapters):
             self._write(f"a{i}", RANKS[i % len(RANKS)], i)
-        # in a folder of their own, so that they have no names
-        self.variants = [self._write(f"variants/v{i}", RANKS[i % len(RANKS)], 10_000 + i) for i in range(VARIANTS)]
+        # two folders below, where the server takes no names from
+        self.variants = [self._write(f"of/variants/v{i}", RANKS[i % len(RANKS)], 10_000 + i) for i in range(VARIANTS)]
         self.torn = self._write("torn", max(RANKS), 20_000) / "adapter_model.safetensors"
         serving.write_overflowing_adapter(self.adapters / "evil", self.texts.model, "v_proj")
         self.room = arguments.room * self.torn.stat().st_size

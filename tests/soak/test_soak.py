@@ -18,7 +18,7 @@ from helpers.seeds import shifted
 from helpers.soak import Growth, Texts
 from helpers.waiting import HANG
 
-serving.need_engine("openai", "httpx", "fastapi", "uvicorn")
+serving.need_engine("openai", "httpx", "fastapi", "uvicorn", "prometheus_client")
 if not Path("/proc/self/status").exists():
     pytest.skip("memory of another process is read from /proc", allow_module_level=True)
 

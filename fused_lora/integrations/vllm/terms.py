@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ class KernelTerms:
         if not self._acts:
             return
         x = x.to(torch.promote_types(x.dtype, outputs[0].dtype))  # logits may be fp32 over 16-bit rows
-        launches = self._launches(kind, x, x.dtype, slots)
+        launches: Any = self._launches(kind, x, x.dtype, slots)
         S = launches and launches[0](x)
         if not (S and launches[1](S, 0, tuple(outputs))):
             self._refuse_capture()

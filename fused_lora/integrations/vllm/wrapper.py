@@ -37,7 +37,8 @@ class Grouped:
     """
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
-        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
+        wrapper: Any = super()  # vLLM's
+        wrapper.__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         self._slots: dict[int, Slots] = {}  # by the address of a layer's first A and of its first B
         self.leaves_some, self._samples = False, False
         self._tokens, self._prompts = self.new_terms(), self.new_terms()
@@ -217,7 +218,7 @@ def _hook_vllm() -> None:
 def _replace(layer: BaseLayerWithLoRA, adapter_dtype: Any) -> Slots:
     """Put the memory of a new Slots into the layer, which then tells it the rank of what it loads."""
     B, several = layer.lora_b_stacked, isinstance(layer.lora_b_stacked, tuple)
-    A = () if isinstance(layer, VocabParallelEmbeddingWithLoRA) else layer.lora_a_stacked
+    A: Any = () if isinstance(layer, VocabParallelEmbeddingWithLoRA) else layer.lora_a_stacked
     A, B = (side if isinstance(side, tuple) else (side,) for side in (A, B))
     slots = Slots(A, B, adapter_dtype(B[0].dtype))
     if A:
@@ -251,7 +252,7 @@ def _check(layer: BaseLayerWithLoRA, slots: Slots, A: list[Tensor | None], B: li
     if len(rows) == len(slots.N):
         fits = all(n in (None, size) for n, size in zip(rows, slots.N, strict=True))
     else:  # one B of several outputs
-        fits = None in rows or sum(rows) == sum(slots.N)
+        fits = None in rows or sum(n or 0 for n in rows) == sum(slots.N)
     if not fits:
         raise ValueError(f"{where}: expected lora_B of {slots.N} rows, got {rows}: is it of another base model?")
 

@@ -11,6 +11,7 @@ is differentiable is made of differentiable operations, so derivatives of any or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +52,9 @@ def _find_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
         return _eager_norms(*tensors, scaling)
     from fused_lora.kernels.row_norms import row_norms as kernel
 
-    key = ("row_norms", *(t.dtype for t in tensors))
-    check = lambda: _check(kernel, *(t.dtype for t in tensors), weight.device)  # noqa: E731
-    return guard.guarded(key, kernel, _eager_norms, check)(*tensors, scaling)
+    dtypes = weight.dtype, lora_A.dtype, lora_B.dtype
+    check = lambda: _check(kernel, *dtypes, weight.device)  # noqa: E731
+    return guard.guarded(("row_norms", *dtypes), kernel, _eager_norms, check)(*tensors, scaling)
 
 
 def _eager_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -73,7 +74,8 @@ def norms_of_blocks(
     blocks: Iterator[tuple[int, int, Tensor]], lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
     """:func:`row_norms` of a weight that comes in blocks of rows."""
-    found = memory = None
+    found: Any = None
+    memory: Any = None
     with torch.autocast(lora_A.device.type, enabled=False):
         for start, stop, block in blocks:
             if memory is None:  # for all blocks: the first is the largest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,5 +109,5 @@ def _check(tables: AdapterTables, rows: RowGroups, x_dtype: torch.dtype, device:
         for g, group in enumerate(members)
     }
     # float64, which no setting of torch computes in less
-    exact = lora_grouped_(before.double(), inputs.double(), RowLayout(group_of_row, device), Terms(factors))
+    exact: Any = lora_grouped_(before.double(), inputs.double(), RowLayout(group_of_row, device), Terms(factors))
     return guard.compare(results, [exact] * outputs, x_dtype)

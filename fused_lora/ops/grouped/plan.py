@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,8 +75,8 @@ class Target:
         elif len(rows) < batch_rows:
             self._span = slice(int(rows[0]), int(rows[-1]) + 1)
 
-    def add(self, y: Tensor, results: Tensor | None) -> None:
-        """y [rows, N] += the layer's share of ``results``, in one rounding."""
+    def add(self, y: Tensor, results: Any) -> None:
+        """y [rows, N] += the layer's share of ``results``, in one rounding; None where it has none."""
         if self._empty:
             return
         term = results[self._even] if self._places is None else results.index_select(0, self._places)

@@ -4,6 +4,7 @@ at equal distances in one memory, so that a strided view over them is no copy.""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -51,7 +52,7 @@ class Joint:
                 layers = [i for i, t in enumerate(terms) if g in t.factors]
                 self.across[g] = _runs(layers, [terms[i].places[g] for i in layers])
         factors = [f for t in terms for g in t.groups[:1] for f in t.factors[g][:1]]
-        self.dtype = factors[0][0].dtype if factors else None
+        self.dtype: Any = factors[0][0].dtype if factors else None
         self.K = factors[0][0].shape[0] if factors else 0
         self.N = tuple(next((f[0][1].shape[1] for f in t.factors.values()), 0) for t in terms)
         self.signature = self.N, tuple((t.runs, *t.ranks.items()) for t in terms), tuple(self.across.items())

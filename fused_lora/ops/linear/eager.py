@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,7 @@ def _dropped_shrink(rows: torch.Tensor, A: torch.Tensor, p: float, seed) -> torc
         return rows.new_zeros((rows.shape[0], A.shape[0]), dtype=A.dtype)
     parts = []
     for start, stop in _row_blocks(rows):
-        kept = _masked(seed, p, start, rows[start:stop] if stop - start < rows.shape[0] else rows, None)
+        kept: Any = _masked(seed, p, start, rows[start:stop] if stop - start < rows.shape[0] else rows, None)
         parts.append(linear(_as(kept, A.dtype), A))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).mul_(_keep_scale(p, A.dtype))
 
@@ -103,7 +104,7 @@ def _keep_scale(p: float, dtype: torch.dtype) -> torch.Tensor:
 def lora_linear_backward(
     g: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor | None,
+    weight: Any,
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
     S: torch.Tensor,
@@ -118,15 +119,18 @@ def lora_linear_backward(
 ) -> tuple[torch.Tensor | None, list, list, torch.Tensor | None, torch.Tensor | None]:
     """dx [M, K], dA and dB lists, dW [N, K], db [N]; None where the matching ``need`` is False. g, x are 2-D.
 
-    Without a weight dx is the LoRA term alone, and g may have another dtype than x.
+    weight: a tensor [N, K], a packed weight, or None. Without one dx is the LoRA term alone, and g may have another
+    dtype than x.
     """
-    g_rows, rows, n, seeds = _wide(g), _wide(x), len(lora_A), _numbers(seeds)
+    g_rows, rows, n, numbers = _wide(g), _wide(x), len(lora_A), _numbers(seeds)
     acc = _widest(rows.dtype, lora_A)
     if g_rows.dtype is not acc:
         acc = torch.promote_types(acc, g_rows.dtype)
     g_acc, S = _as(g_rows, acc), _as(S, acc)
     parts = (S,) if n == 1 else S.split([B.shape[1] for B in lora_B], 1)
-    dx, dA, dB = None, [None] * n, [None] * n
+    dx: Any = None  # a tensor from the first adapter on, where it is needed
+    dA: list[torch.Tensor | None] = [None] * n
+    dB: list[torch.Tensor | None] = [None] * n
     for i, (A, B, part, s, p) in enumerate(zip(lora_A, lora_B, parts, scaling, dropout, strict=True)):
         B_acc = _as(B, acc)
         if need_B[i]:
@@ -136,7 +140,7 @@ def lora_linear_backward(
             continue
         dS = _scaled(g_acc, B_acc, s * keep_scale(p), part)  # both factors, one rounding
         if p:
-            dx, dA[i] = _dropped_input_side(dS, rows, A, p, seeds[i], dx, need_x, need_A[i])
+            dx, dA[i] = _dropped_input_side(dS, rows, A, p, numbers[i], dx, need_x, need_A[i])
             continue
         if need_x:
             A_acc = _as(A, acc)
@@ -165,7 +169,8 @@ def _dropped_input_side(dS, rows, A, p: float, seed, dx, need_x: bool, need_A: b
         if need_x and dx is None:
             dx = rows.new_zeros(rows.shape, dtype=acc)
         return dx, A.new_zeros(A.shape) if need_A else None
-    blocks, given, A_acc, term = _row_blocks(rows), dx, _as(A, acc), None
+    blocks, given, A_acc = _row_blocks(rows), dx, _as(A, acc)
+    term: Any = None
     if need_x and given is None and len(blocks) > 1:
         dx = rows.new_empty(rows.shape, dtype=acc)
     for start, stop in blocks:
@@ -174,7 +179,7 @@ def _dropped_input_side(dS, rows, A, p: float, seed, dx, need_x: bool, need_A: b
             source, dS_rows = rows[start:stop], dS[start:stop]
         if need_x:  # into dx, where nothing is there yet
             term = torch.mm(dS_rows, A_acc, out=None if dx is given else dx[start:stop])
-        kept = _masked(seed, p, start, _as(source, acc) if need_A else None, term)
+        kept: Any = _masked(seed, p, start, _as(source, acc) if need_A else None, term)
         if need_A:
             dA = torch.mm(dS_rows.t(), kept) if dA is None else dA.addmm_(dS_rows.t(), kept)
         if need_x and given is not None:
@@ -213,8 +218,8 @@ def _scaled(left: torch.Tensor, right: torch.Tensor, s: float, like: torch.Tenso
     return torch.addmm(like, left, right, beta=0, alpha=s)
 
 
-def _numbers(seeds: torch.Tensor | None) -> Sequence | None:
-    """The seeds as numbers where nothing has to wait for them."""
+def _numbers(seeds: torch.Tensor | None) -> Any:
+    """The seeds as a list of numbers where nothing has to wait for them, else as they are."""
     return seeds.tolist() if seeds is not None and seeds.is_cpu else seeds
 
 
@@ -227,11 +232,12 @@ def _row_blocks(rows: torch.Tensor) -> Sequence[tuple[int, int]]:
     return [(start, min(start + step, M)) for start in range(0, M, step)]
 
 
-def _masked(seed, p: float, start: int, rows: torch.Tensor | None, term: torch.Tensor | None) -> torch.Tensor | None:
+def _masked(seed, p: float, start: int, rows: torch.Tensor | None, term: Any) -> torch.Tensor | None:
     """rows * mask, and term *= mask in place. Both [m, K] from row ``start`` of the mask, either may be None."""
     like, cut, out = term if rows is None else rows, dropout_threshold(p) - 32768, None
     if not like.is_cpu:  # there this path is the fallback, and drawing the mask whole costs the fewest launches
-        keep = dropout_lanes(seed, 0, *like.shape, like.device)[:, : like.shape[1]] >= cut
+        M, K = like.shape
+        keep = dropout_lanes(seed, 0, M, K, like.device)[:, :K] >= cut
         if term is not None:
             term.mul_(keep)
         return None if rows is None else rows * keep
@@ -239,7 +245,8 @@ def _masked(seed, p: float, start: int, rows: torch.Tensor | None, term: torch.T
         rows = rows.contiguous()
         out = torch.empty_like(rows)
     if not native.multiply_by_mask(seed, start, cut, rows, out, term):
-        keep = dropout_lanes(seed, start, *like.shape)[:, : like.shape[1]] >= cut
+        M, K = like.shape
+        keep = dropout_lanes(seed, start, M, K)[:, :K] >= cut
         for source, target in ((rows, out), (term, term)):
             if source is not None:  # numpy's product with a bool is twice as fast as torch's
                 np.multiply(source.numpy(), keep.numpy(), out=target.numpy())

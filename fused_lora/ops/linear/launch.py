@@ -99,12 +99,13 @@ def lora_linear_backward(
         over_x, room_x = prepare_backward_x(x, lora_A[0], dropout[0], drop, chosen.product)
         room = max(room_g, room_x)
 
-        def adapters(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, *_):
+        def passes(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, *_):
             planes = S.new_empty(room)
             dS, dB = over_g(g, S, lora_B[0], planes)
             dx, dA = over_x(x, dS, lora_A[0], seeds, planes)
             return dx if weight is None else dx.addmm_(g, weight), [dA], [dB], None, None
 
+        adapters = passes
     else:
         none, scales = [0.0] * count, [keep_scale(p) for p in dropout]
         shrink = expand = weight_grad = None
@@ -117,7 +118,7 @@ def lora_linear_backward(
             ranks, dtype = [A.shape[0] for A in lora_A], torch.promote_types(lora_A[0].dtype, lora_B[0].dtype)
             weight_grad = prepare_weight_grad(g, x, scaling, dropout, drop, ranks, dtype, chosen.weight_grad)
 
-        def adapters(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, *_):
+        def each(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, *_):
             dx, dA, dB = None, [None] * count, [None] * count
             dS = shrink(g, lora_B, None) if shrink else torch.zeros_like(S)
             if expand:
@@ -130,6 +131,7 @@ def lora_linear_backward(
                 dB = [_own(t, B, count) if need else None for t, B, need in zip(dB, lora_B, need_B, strict=True)]
             return dx, dA, dB, None, None
 
+        adapters = each
     if not need_weight and not need_bias:
         return adapters
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from fused_lora.ops.linear.packed import Packed
 
 _KEPT = 4096  # keys, the oldest of which is forgotten for a new one
-kept: dict[tuple, Callable] = {}
+kept: dict[tuple, Any] = {}  # functions, and a Forward for a whole call of the operator
 _lock = threading.Lock()
+Kept = TypeVar("Kept", bound=Callable)
 # contraction up to which the fused GEMM loses less to the library's than a pass over y costs, and rows from which
 _LONG, _FUSED_ROWS = 4096, 2048
 
@@ -292,7 +293,7 @@ def _kind(tensor: torch.Tensor) -> tuple:
     return tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device
 
 
-def keep(key: tuple, found: Callable) -> Callable:
+def keep(key: tuple, found: Kept) -> Kept:
     """``found`` in ``kept`` from now on."""
     with _lock:
         if len(kept) >= _KEPT:
@@ -303,10 +304,11 @@ def keep(key: tuple, found: Callable) -> Callable:
 
 def _case_of(x, weight, bias, lora_A, lora_B, dropout) -> Case:
     """All that a plan depends on; ``x`` is the gradient of y in the backward."""
-    four_bit = isinstance(weight, FourBit)
+    four_bit, (N, K) = isinstance(weight, FourBit), weight.shape
     return Case(
         x.shape[0],
-        *weight.shape,
+        N,
+        K,
         x.device,
         x.dtype,
         tuple([(A.shape[0], A.dtype, B.dtype) for A, B in zip(lora_A, lora_B, strict=True)]),

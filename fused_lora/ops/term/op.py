@@ -143,9 +143,10 @@ def _(g, x, lora_A, lora_B, S, scaling, dropout, seeds, dtype, bias_dtype, needs
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
-    _, *tensors = inputs
+    _, x, bias, lora_A, lora_B, scaling, dropout, seeds = inputs
     _, need_x, need_bias, *rest = ctx.needs_input_grad
-    _keep(ctx, [need_x, *rest[: 2 * len(inputs[3])], need_bias], *tensors, output[1])
+    needs = [need_x, *rest[: 2 * len(lora_A)], need_bias]
+    _keep(ctx, needs, x, bias, lora_A, lora_B, scaling, dropout, seeds, output[1])
 
 
 def _keep(ctx, needs, x, bias, lora_A, lora_B, scaling, dropout, seeds, S) -> None:

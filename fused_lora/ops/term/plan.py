@@ -74,10 +74,10 @@ def _forward(call: Case) -> Callable:
     case = plan.small_case_of(chosen, call)
 
     def check() -> str | None:
-        x, W, bias, *adapters = plan.small_case(case)
+        x, W, bias, A, B, scaling, p, seeds = plan.small_case(case)
         y = reference.lora_linear(x, W, None, [], [], [], [])[0].to(x.dtype)
-        exact = reference.lora_term(y, x, *adapters, bias)
-        args = y, x, bias, *adapters
+        exact = reference.lora_term(y, x, A, B, scaling, p, seeds, bias)
+        args = y, x, bias, A, B, scaling, p, seeds
         return guard.compare(kernel.lora_term(chosen, *args)(*args), exact, case.dtype)
 
     return plan.prepared(("term", chosen, case), kernel.lora_term, eager.lora_term, check)
@@ -90,14 +90,13 @@ def _backward(call: Case, whole: bool) -> Callable:
     case = plan.small_case_of(chosen, call)
 
     def check() -> str | None:
-        x, W, _, *adapters = plan.small_case(case)
-        A, B, *rest = adapters
-        y, S = reference.lora_linear(x, W, None, *adapters)
+        x, W, _, A, B, scaling, p, seeds = plan.small_case(case)
+        y, S = reference.lora_linear(x, W, None, A, B, scaling, p, seeds)
         g, needed = y.to(x.dtype), [True] * len(A)
         # with W: the terms of the small layer cancel, and dS rounded to 16 bits would be most of dx
-        args = g, x, W, A, B, S.float(), *rest, True, needed, needed, False, False
+        args = g, x, W, A, B, S.float(), scaling, p, seeds, True, needed, needed, False, False
         dx, dA, dB, _, _ = kernel.lora_linear_backward(chosen, *args)(*args)
-        exact_dx, exact_dA, exact_dB, _, _ = reference.lora_linear_backward(g, x, W, *adapters)
+        exact_dx, exact_dA, exact_dB, _, _ = reference.lora_linear_backward(g, x, W, A, B, scaling, p, seeds)
         return guard.compare([dx, *dA, *dB], [exact_dx, *exact_dA, *exact_dB], x.dtype, library=True)
 
     key = "term backward", chosen, case

@@ -45,6 +45,7 @@ class EngineCounters:
     waits_for_adapters: int = 0
     failed_steps: int = 0
     failed_requests: int = 0
+    cached_tokens: int = 0
     non_finite_requests: int = 0
 
 
@@ -85,13 +86,15 @@ class Admission:
         self.admitted = set()
         blocked_since = None
         for state in waiting:
-            if adapter_of(state) is None or version_of(state):
+            name = adapter_of(state)
+            if name is None or version_of(state):
                 self.admitted.add(state.request_id)
                 continue
             try:
-                started = self._start(state, blocked_since)
+                started = self._start(state, name, blocked_since)
             except Exception as error:  # a name that is gone, a file that is damaged: the request fails, not the engine
-                _log.warning("adapter %r: %s: %s", adapter_of(state), type(error).__name__, error)
+                what = f"adapter {name!r}: {type(error).__name__}: {error}"
+                _log.warning("request %s: %s", state.request_id, what)
                 self.fail(state, error)
                 continue
             if started:
@@ -100,9 +103,8 @@ class Admission:
                 blocked_since = state.created_time
                 self.counters.waits_for_adapters += 1
 
-    def _start(self, state: RequestState, blocked_since: float | None) -> bool | None:
-        """Lease the current version of the request's adapter. False if it waits for room, None if for its files."""
-        name = adapter_of(state)
+    def _start(self, state: RequestState, name: str, blocked_since: float | None) -> bool | None:
+        """Lease the current version of its adapter ``name``. False if the request waits for room, None if for files."""
         version = self.store.identity(name)
         refused = self.store.refusal(name)
         if refused is not None:

@@ -72,6 +72,9 @@ def spans_of(futures: Sequence[Any], cache: Any) -> Iterator[None]:
         _running.reset(token)
 
 
+_paged_eager: Any = eager_paged_attention_forward  # transformers' decorator hides its type
+
+
 class _Given:
     """Stands for the cache where keys and values are complete already."""
 
@@ -89,7 +92,7 @@ def _eager(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
         mask = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril_(keys - rows)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    return eager_paged_attention_forward(module, q, k, v, mask, cache=_Given(), **options)[0]
+    return _paged_eager(module, q, k, v, mask, cache=_Given(), **options)[0]
 
 
 def _by_request(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:

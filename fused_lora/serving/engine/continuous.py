@@ -116,7 +116,7 @@ def generate_batch(
             except (TypeError, ValueError) as error:
                 raise type(error)(f"inputs[{i}]: {error}") from None
         names = [
-            engine.add_request(ids, max_new_tokens=max_new_tokens, adapter=adapter, **request)
+            engine.add_request(list(ids), max_new_tokens=max_new_tokens, adapter=adapter, **request)
             for ids, adapter in zip(inputs, adapters, strict=True)
         ]
         found: dict[str, Any] = {}

@@ -24,12 +24,12 @@ class StepCheck:
         keep_logits: whether ``logits`` are those of the step, [1, rows, V], until the next one.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self._model, self._decoder = model, model.get_decoder()
         self._handles: list[Any] = []
         self._thread = 0
         self._hidden: Tensor | None = None
-        self._logits: Tensor | None = None
+        self._logits: Any = None  # a tensor from the first call on
         self.keep_logits = False
         self.logits: Tensor | None = None
 
@@ -70,6 +70,7 @@ class StepCheck:
             ends: the rows that the first logits belong to, where the model computed those alone; None: all rows.
         """
         ends = range(rows) if ends is None else ends
+        seen: list[tuple[Sequence[int], Tensor]]
         seen = [] if self._hidden is None else [(range(rows), self._hidden)]
         seen.append((ends, self._logits[: len(ends)]))
         return {row for index, finite in seen for row, good in zip(index, finite.tolist(), strict=True) if not good}

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import (
@@ -87,7 +86,7 @@ def _check_parts(model: Any, store: Any, config: Any) -> None:
 class AdapterManager(ContinuousBatchingManager):
     """transformers' ContinuousBatchingManager with ``adapter=`` on every request; see ``continuous_batching``."""
 
-    def __init__(self, model: nn.Module, store: AdapterStore, config: ContinuousBatchingConfig | None = None):
+    def __init__(self, model: Any, store: AdapterStore, config: ContinuousBatchingConfig | None = None):
         _check_parts(model, store, config)
         source = model.generation_config
         eos = -1 if source.eos_token_id is None else source.eos_token_id
@@ -106,7 +105,7 @@ class AdapterManager(ContinuousBatchingManager):
         slices = self.batch_processor.model_runner.supports_logits_to_keep(model)
         self._slices_logits = slices and self._check.sees_all_rows
 
-    def switch_to_cb_friendly_attn(self, model: PreTrainedModel, auto_switch_to_flash: bool = True) -> None:
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Choose an implementation as transformers does. Then replace sdpa and eager by those of attention.py."""
         own = model.config._attn_implementation
         if is_by_request(own):
@@ -235,7 +234,7 @@ class AdapterManager(ContinuousBatchingManager):
         processor = super()._create_batch_processor()
         if processor is not known:
             processor.scheduler.admission = self.admission
-            PrefixNamespaces(processor)
+            PrefixNamespaces(processor, self.counters)
         return processor
 
     def _run_generation_loop(self) -> None:
@@ -260,10 +259,11 @@ class AdapterManager(ContinuousBatchingManager):
 
     def _fail_step(self, processor: ContinuousBatchProcessor, error: Exception) -> None:
         """End the requests of the step that raised ``error``. Raises if the engine must stop too."""
-        _log.error("a step of the engine failed", exc_info=error)
         scheduler = processor.scheduler
         # before the forward nobody knows whose fault it was; what the scheduler has begun for active ones is lost
         states = list(scheduler.active_requests.values()) if self._in_step is None else self._in_step
+        names = ", ".join(state.request_id for state in states)
+        _log.error("a step of the engine failed with the requests %s", names, exc_info=error)
         waiting = scheduler.waiting_requests
         scheduler.waiting_requests_order = deque(i for i in scheduler.waiting_requests_order if i in waiting)
         for state in states:
@@ -303,7 +303,7 @@ class AdapterManager(ContinuousBatchingManager):
         self._count(futures, leases)
         for state, error in ended:
             self.counters.non_finite_requests += 1
-            _log.error("%s", error)
+            _log.error("request %s: %s", state.request_id, error)
             self._fail(state, error)
 
     def _without_non_finite(

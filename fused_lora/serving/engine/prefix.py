@@ -6,12 +6,13 @@ import hashlib
 import secrets
 from array import array
 from functools import partial
+from typing import Any
 
 from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.requests import RequestState
 
-from fused_lora.serving.engine.admission import version_of
+from fused_lora.serving.engine.admission import EngineCounters, version_of
 from fused_lora.serving.engine.logprobs import first_missing
 
 
@@ -22,8 +23,8 @@ class PrefixNamespaces:
     and values with another adapter, so the version is the key of the hash.
     """
 
-    def __init__(self, processor: ContinuousBatchProcessor):
-        self.scheduler, cache = processor.scheduler, processor.cache
+    def __init__(self, processor: ContinuousBatchProcessor, counters: EngineCounters):
+        self.scheduler, self.counters, cache = processor.scheduler, counters, processor.cache
         self.secret, self.key = secrets.token_bytes(32), b""
         self.search, self.mark = cache.search_prefix_match, cache.mark_complete_blocks
         cache.search_prefix_match, cache.mark_complete_blocks = self._search, self._mark
@@ -39,7 +40,9 @@ class PrefixNamespaces:
         if first_missing(state) < len(state.initial_tokens):
             return 0  # log probabilities of the prompt come from its rows
         self._use(state)
-        return self.search(request_id, prompt_ids)
+        found = self.search(request_id, prompt_ids)
+        self.counters.cached_tokens += found
+        return found
 
     def _mark(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
         self._use(state)
@@ -50,17 +53,19 @@ class PrefixNamespaces:
 
     def _match_blocks(self, allocator: CacheAllocator, prompt_ids: list[int]) -> list[int]:
         size, parent, found = allocator.tokens_per_page, b"", []
+        ledger: Any = allocator.ledger  # transformers' keys are numbers, ours are digests
         # the last token is always computed: its logits are what the request is there for
         for start in range(0, (len(prompt_ids) - 1) // size * size, size):
             parent = self._hash(parent, prompt_ids[start : start + size])
-            block = allocator.ledger.hash_to_block.get(parent)
+            block = ledger.hash_to_block.get(parent)
             if block is None:
                 break
             found.append(block)
         return found
 
     def _mark_blocks(self, allocator: CacheAllocator, request_id: str, token_ids: list[int], count: int) -> None:
-        size, ledger, parent = allocator.tokens_per_page, allocator.ledger, b""
+        size, parent = allocator.tokens_per_page, b""
+        ledger: Any = allocator.ledger
         table = allocator.block_table.get(request_id, [])  # gone if the request failed during the step
         for i, block in enumerate(table):
             known = ledger.block_to_hash.get(block)

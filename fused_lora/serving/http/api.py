@@ -17,6 +17,7 @@ from annotated_types import MaxLen
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from fused_lora.serving.http.logprobs import MOST_OF_CHATS, MOST_OF_COMPLETIONS, Scored, Speller
+from fused_lora.serving.http.record import request_id
 
 # parameter -> the values with which it asks for nothing
 _NEUTRAL: dict[str, tuple] = {
@@ -97,9 +98,15 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
 
+    @property
+    def name(self) -> str:
+        """Its code, or its type if it has none."""
+        return self.code or self.kind
+
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        """The JSON of the answer, with the id of the request that runs."""
+        what = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": {**what, "request_id": request_id.get()}}
 
 
 def unknown_model(name: str) -> ApiError:

@@ -41,9 +41,10 @@ from fused_lora.serving.http.api import (
     unexpected,
     unknown_model,
 )
-from fused_lora.serving.http.engine import AsyncEngine, Job, as_api_error
-from fused_lora.serving.http.guard import OPEN_PATHS, STARTED, Guard, allowed_adapter
+from fused_lora.serving.http.engine import AsyncEngine, Job, Piece, as_api_error
+from fused_lora.serving.http.guard import OPEN_PATHS, Guard, allowed_adapter
 from fused_lora.serving.http.logprobs import Scored, Speller
+from fused_lora.serving.http.metrics import MEDIA_TYPE
 from fused_lora.serving.http.openapi import (
     CHANGES_ADAPTERS,
     GENERATES,
@@ -56,6 +57,7 @@ from fused_lora.serving.http.openapi import (
     describe,
 )
 from fused_lora.serving.http.prompts import PromptReader
+from fused_lora.serving.http.record import RECORD, Record
 from fused_lora.serving.http.streams import merged, unless_gone
 from fused_lora.serving.residency.naming import check_served_name
 
@@ -140,7 +142,10 @@ class Service:
 
     async def answer(self, http: Request, request: GenerateRequest) -> Response:
         """The whole answer, or the stream of its chunks."""
-        since, seconds = http.scope[STARTED], self.engine.limits.request_seconds
+        record: Record = http.scope[RECORD]
+        since, seconds = record.started, self.engine.limits.request_seconds
+        if request.model == self.settings.base_name or request.model in self.engine.store:
+            record.model = request.model
         if self.engine.in_flight + self._reading >= self.engine.limits.max_queue:
             raise queue_full()
         self._reading += 1
@@ -149,38 +154,48 @@ class Service:
         finally:
             self._reading -= 1
         for job in jobs:
-            job.deadline = since + seconds
+            job.since, job.deadline = since, since + seconds
         speller = self._speller if any(job.logprobs is not None for job in jobs) else None
         answer = Answer(request.model, isinstance(request, ChatRequest), speller)
         usage = Usage(prompt_tokens=sum(len(job.prompt) for job in jobs[:: request.n or 1]))
+        record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, 0
         if request.stream:
-            chunks = self._chunks(answer, jobs, usage, request.include_usage)
+            chunks = self._chunks(answer, jobs, usage, request.include_usage, record)
             return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        return JSONResponse(await unless_gone(http, self._whole(answer, jobs, usage)))
+        return JSONResponse(await unless_gone(http, self._whole(answer, jobs, usage, record)))
 
-    async def _whole(self, answer: Answer, jobs: list[Job], usage: Usage) -> dict[str, Any]:
-        texts, reasons = [""] * len(jobs), ["length"] * len(jobs)
-        scored: list[list[Scored]] = [[] for _ in jobs]
+    async def _pieces(self, jobs: list[Job], usage: Usage, record: Record) -> AsyncGenerator[tuple[int, Piece], None]:
+        """The pieces of all jobs, their tokens counted."""
         async with contextlib.aclosing(merged(self.engine, jobs)) as pieces:
             async for index, piece in pieces:
-                texts[index] += piece.text
                 usage.completion_tokens += piece.tokens
+                record.completion_tokens = usage.completion_tokens
+                if piece.tokens:
+                    record.note_token()
+                yield index, piece
+
+    async def _whole(self, answer: Answer, jobs: list[Job], usage: Usage, record: Record) -> dict[str, Any]:
+        texts, reasons = [""] * len(jobs), ["length"] * len(jobs)
+        scored: list[list[Scored]] = [[] for _ in jobs]
+        async with contextlib.aclosing(self._pieces(jobs, usage, record)) as pieces:
+            async for index, piece in pieces:
+                texts[index] += piece.text
                 reasons[index] = piece.reason or reasons[index]
                 scored[index] += piece.scored
         return answer.whole(texts, reasons, scored, usage)
 
     async def _chunks(
-        self, answer: Answer, jobs: list[Job], usage: Usage, with_usage: bool
+        self, answer: Answer, jobs: list[Job], usage: Usage, with_usage: bool, record: Record
     ) -> AsyncGenerator[str, None]:
         for chunk in answer.opening(len(jobs)):
             yield _event(chunk)
         try:
-            async with contextlib.aclosing(merged(self.engine, jobs)) as pieces:
+            async with contextlib.aclosing(self._pieces(jobs, usage, record)) as pieces:
                 async for index, piece in pieces:
-                    usage.completion_tokens += piece.tokens
                     if piece.text or piece.reason or piece.scored:
                         yield _event(answer.piece(index, piece.text, piece.reason, piece.scored))
         except ApiError as error:  # the status has been sent; clients look for this object in the stream
+            record.error = error.name
             yield _event(error.body())
             return
         if with_usage:
@@ -265,7 +280,7 @@ def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) ->
     @app.get("/metrics", **answers(None, kind="text/plain"))
     async def metrics() -> Response:
         text = engine.metrics.text(engine, engine.store)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        return Response(text, media_type=MEDIA_TYPE)
 
     _answer_errors(app)
     describe(app, settings.api_key is not None, OPEN_PATHS)
@@ -275,24 +290,25 @@ def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) ->
 def _answer_errors(app: FastAPI) -> None:
     """Every error in OpenAI's shape."""
 
-    def answer(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    def answer(http: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        http.scope[RECORD].error = error.name
         again = {"Retry-After": "1"} if error.status in (429, 503) else {}
         return JSONResponse(error.body(), error.status, {**again, **(headers or {})})
 
     @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
-        return answer(error)
+    async def api_error(http: Request, error: ApiError) -> Response:
+        return answer(http, error)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
+    async def http_error(http: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # the only one of FastAPI's own: bytes that are no text, or nested too deeply
-            return answer(ApiError(400, "body: no JSON that can be read"))
-        return answer(ApiError(error.status_code, str(error.detail)), error.headers)  # a 405 says what is allowed
+            return answer(http, ApiError(400, "body: no JSON that can be read"))
+        return answer(http, ApiError(error.status_code, str(error.detail)), error.headers)  # a 405 says what is allowed
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return answer(malformed(error.errors()))
+    async def invalid(http: Request, error: RequestValidationError) -> Response:
+        return answer(http, malformed(error.errors()))
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:
-        return answer(unexpected(error))
+    async def failed(http: Request, error: Exception) -> Response:
+        return answer(http, unexpected(error))

@@ -21,7 +21,8 @@ from fused_lora.serving.engine.logprobs import TokenLogprob
 from fused_lora.serving.engine.manager import AdapterManager
 from fused_lora.serving.http.api import ApiError, queue_full, too_slow, unexpected, unknown_model
 from fused_lora.serving.http.logprobs import Scored
-from fused_lora.serving.http.metrics import Metrics
+from fused_lora.serving.http.metrics import Counts, Metrics
+from fused_lora.serving.http.record import request_id
 from fused_lora.serving.http.text import TextStream
 from fused_lora.serving.residency.refusal import NonFiniteOutput
 from fused_lora.serving.residency.residency import StoreFull
@@ -52,6 +53,7 @@ class Job:
         source: the request's parameter that the prompt came from.
         logprobs: so many of the likeliest tokens come with each token; None: no log probabilities.
         echo: the prompt's text and where its tokens begin in it, which come before the new text.
+        since: when its request began (``time.monotonic``).
         deadline: when it ends (``time.monotonic``); the server's time for a request, once it has begun, may be earlier.
     """
 
@@ -65,6 +67,7 @@ class Job:
     source: str = "prompt"
     logprobs: int | None = None
     echo: tuple[str, list[int]] | None = None
+    since: float = field(default_factory=time.monotonic)
     deadline: float = math.inf
 
 
@@ -119,6 +122,11 @@ class AsyncEngine:
         running = min(len(processor.scheduler.active_requests), self.in_flight) if processor else 0
         return running, self.in_flight - running
 
+    def cache_used(self) -> float:
+        """Share of the cache that has keys and values, of requests or kept for equal prefixes."""
+        processor = self.manager.batch_processor
+        return 1.0 - processor.cache.compute_free_capacity() if processor else 0.0
+
     def healthy(self) -> bool:
         """Whether the engine runs and takes requests."""
         return self.manager.is_running() and self.manager.background_thread_status.can_accept_new_requests() is None
@@ -149,15 +157,19 @@ class AsyncEngine:
         """The pieces of a job as they come. Closing it early cancels the job. Raises ApiError."""
         start = time.monotonic()
         self._next_id += 1
-        request_id = f"http_{self._next_id}"
+        engine_id = f"{request_id.get()}#{self._next_id}"  # a client may send one id twice
         self.in_flight += 1
-        running = self._jobs[request_id] = _Running(request_id, job.adapter)
+        running = self._jobs[engine_id] = _Running(engine_id, job.adapter)
         self.metrics.started += 1
+        counts = self.metrics.of(job.adapter) if job.adapter is None or job.adapter in self.store else Counts()
+        counts.sequences += 1
         outcome = "cancelled"  # unless something else ends it, its client has gone
         try:
-            self._submit(request_id, job, running.outputs)
+            self._submit(engine_id, job, running.outputs)
             self.metrics.prompt_tokens += len(job.prompt)
+            counts.prompt_tokens += len(job.prompt)
             async for piece in self._pieces(job, running, start):
+                counts.generation_tokens += piece.tokens
                 yield piece
             outcome = "finished"
         except ApiError:
@@ -167,17 +179,18 @@ class AsyncEngine:
             self.metrics.ended[outcome] += 1
             running.ended = True
             if not running.finished:
-                self.manager.cancel_request(request_id)
-            self._forget(request_id)
-            del self._jobs[request_id]
+                self.manager.cancel_request(engine_id)
+            self._forget(engine_id)
+            del self._jobs[engine_id]
             self.in_flight -= 1
-            self.metrics.request_seconds.observe(time.monotonic() - start)
+            self.metrics.request_seconds.observe(time.monotonic() - job.since)
 
     async def _pieces(self, job: Job, running: _Running, start: float) -> AsyncGenerator[Piece, None]:
         text, seen = TextStream(self.tokenizer, job.stops), 0
         echo = len(job.echo[0]) if job.echo else 0
         behind = len(job.prompt) - 1 if job.echo and job.logprobs is not None else 0  # of the prompt, in logprobs
         scored: list[Scored] = []
+        last = 0.0  # when the last token came
         deadline = min(job.deadline, start + self.limits.request_seconds)
         while not running.finished:
             output = await self._next(running.outputs, deadline)
@@ -185,8 +198,12 @@ class AsyncEngine:
             if failure := failure_of(output):
                 raise as_api_error(failure) if self.healthy() else self.stopped()
             new = output.generated_tokens[seen:]
+            if new:
+                now = time.monotonic()
+                since, seconds = (last, self.metrics.next_token) if seen else (job.since, self.metrics.first_token)
+                seconds.observe(now - since)
+                last = now
             if new and not seen:
-                self.metrics.first_token.observe(time.monotonic() - start)
                 if job.echo:
                     yield _echoed(job, output.logprobs[:behind])
                     if not job.max_tokens:
@@ -201,20 +218,20 @@ class AsyncEngine:
             if running.finished and not text.stopped:
                 reason = "stop" if output.generated_tokens[-1] in self._ends() else "length"
             # a token comes with its text; what begins behind a stop string does not come
-            last = math.inf if reason and not text.stopped else echo + text.released
-            ready = [entry for entry in scored if entry.offset < last]
+            end = math.inf if reason and not text.stopped else echo + text.released
+            ready = [entry for entry in scored if entry.offset < end]
             scored = scored[len(ready) :]
             if new or reason:
                 yield Piece(certain, len(new), reason, ready)
             if text.stopped:
                 return
 
-    def _submit(self, request_id: str, job: Job, outputs: asyncio.Queue) -> None:
-        self.manager.register_result_handler(request_id, outputs.put_nowait)
+    def _submit(self, engine_id: str, job: Job, outputs: asyncio.Queue) -> None:
+        self.manager.register_result_handler(engine_id, outputs.put_nowait)
         try:
             self.manager.add_request(
                 list(job.prompt),
-                request_id,
+                engine_id,
                 max(job.max_tokens, 1),
                 streaming=True,
                 adapter=job.adapter,
@@ -242,10 +259,10 @@ class AsyncEngine:
         eos = self.manager.generation_config.eos_token_id
         return set(eos) if isinstance(eos, list) else {eos}
 
-    def _forget(self, request_id: str) -> None:
+    def _forget(self, engine_id: str) -> None:
         router = self.manager.output_router
         with router._lock:
-            router.result_handlers.pop(request_id, None)
+            router.result_handlers.pop(engine_id, None)
 
     async def load(self, name: str, path: Path, replace: bool, **options: Any) -> None:
         """``store.load`` with these options in a thread; with ``replace`` also of a name that is there. Raises
@@ -265,6 +282,8 @@ class AsyncEngine:
         if name not in self.store:
             raise ApiError(404, f"The lora adapter {name!r} does not exist.", "lora_name", "adapter_not_found")
         await self._change(self.store.unload, name)
+        if name not in self.store:  # not loaded anew meanwhile
+            self.metrics.forget(name)
 
     async def _change(self, work: Callable[..., Any], name: str, *more: str) -> None:
         try:

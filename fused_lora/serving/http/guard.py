@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import hmac
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from fused_lora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from fused_lora.serving.http.api import ApiError
 from fused_lora.serving.http.engine import Limits
 from fused_lora.serving.http.metrics import Metrics
+from fused_lora.serving.http.record import HEADER, RECORD, Record, request_id, taken_or_made
 
-STARTED = "fused_lora.started"  # key of a scope: when its request began, by time.monotonic
 OPEN_PATHS = ("/health", "/metrics")
 _ROUTES = (*OPEN_PATHS, "/openapi.json") + tuple(
     f"/v1/{name}" for name in "completions chat/completions models load_lora_adapter unload_lora_adapter".split()
@@ -23,7 +22,7 @@ _ROUTES = (*OPEN_PATHS, "/openapi.json") + tuple(
 
 
 class Guard:
-    """ASGI middleware: refuses without the key, reads bodies within their limits, counts answers."""
+    """ASGI middleware: refuses without the key, reads bodies within their limits, counts and logs answers."""
 
     def __init__(self, app: Any, limits: Limits, api_key: str | None, metrics: Metrics):
         self.app, self.limits, self.metrics = app, limits, metrics
@@ -36,20 +35,32 @@ class Guard:
         # a label per path that somebody makes up would fill the memory
         path = "/v1/models" if scope["path"].startswith("/v1/models/") else scope["path"]
         route = path if path in _ROUTES else "other"
-        scope[STARTED] = time.monotonic()
+        record = scope[RECORD] = Record(taken_or_made(scope["headers"]), scope["method"], route)
+        request_id.set(record.request_id)
+        ended = False
 
-        async def counted(message: dict) -> None:
+        async def noted(message: dict) -> None:
+            nonlocal ended
             if message["type"] == "http.response.start":
+                record.status = message["status"]
                 self.metrics.requests[route, message["status"]] += 1
+                message["headers"] = [*message.get("headers", ()), (HEADER, record.request_id.encode())]
+            elif not message.get("more_body"):
+                ended = True
             await send(message)
 
         try:
-            self._check_key(scope)
-            body = await self._body(scope, receive)
-        except ApiError as error:
-            await _refuse(counted, error)
-            return
-        await self.app(scope, _replay(body, receive), counted)
+            try:
+                self._check_key(scope)
+                body = await self._body(scope, receive)
+            except ApiError as error:
+                record.error = error.name
+                await _refuse(noted, error)
+                return
+            await self.app(scope, _replay(body, receive), noted)
+        finally:
+            record.error = record.error or (None if ended else "disconnected")
+            record.write()
 
     def _check_key(self, scope: dict) -> None:
         if self._key is None or scope["path"] in OPEN_PATHS:

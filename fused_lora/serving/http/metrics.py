@@ -1,4 +1,4 @@
-"""Counters and histograms in the Prometheus text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+"""Counters and histograms of the server; prometheus-client writes the page."""
 
 from __future__ import annotations
 
@@ -6,30 +6,40 @@ import bisect
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
 PREFIX = "fused_lora_"
+MEDIA_TYPE = CONTENT_TYPE_LATEST
+MOST_ADAPTERS = 1000  # with a label of their own
+OTHERS = "*"  # the label of the rest: no adapter has this name
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _WINDOW = 10.0
 
 
 class Histogram:
     """Seconds in fixed buckets."""
 
-    def __init__(self) -> None:
-        self.counts, self.total = [0] * (len(_SECONDS) + 1), 0.0
+    def __init__(self, bounds: tuple[float, ...] = _SECONDS) -> None:
+        self.bounds, self.counts, self.total = bounds, [0] * (len(bounds) + 1), 0.0
 
     def observe(self, seconds: float) -> None:
         """Count one value."""
-        self.counts[bisect.bisect_left(_SECONDS, seconds)] += 1
+        self.counts[bisect.bisect_left(self.bounds, seconds)] += 1
         self.total += seconds
 
-    def samples(self) -> dict[str, float]:
-        """The value of each line by what comes after the name."""
-        bounds, counts = (*map(str, _SECONDS), "+Inf"), list(itertools.accumulate(self.counts))
-        found: dict[str, float] = {f'_bucket{{le="{b}"}}': n for b, n in zip(bounds, counts, strict=True)}
-        return {**found, "_sum": self.total, "_count": counts[-1]}
+    def family(self, name: str, help_text: str) -> Metric:
+        """As prometheus-client takes it."""
+        found = HistogramMetricFamily(name, help_text)
+        bounds = (*map(str, self.bounds), "+Inf")
+        found.add_metric([], list(zip(bounds, itertools.accumulate(self.counts), strict=True)), self.total)
+        return found
 
 
 class Rate:
@@ -47,6 +57,15 @@ class Rate:
         return (value - first) / (now - start) if now > start else 0.0
 
 
+@dataclass
+class Counts:
+    """Of one adapter."""
+
+    sequences: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+
+
 class Metrics:
     """Counters of the server. The engine's and the store's numbers are read for each page."""
 
@@ -55,50 +74,93 @@ class Metrics:
         self.started, self.ended = 0, Counter(finished=0, failed=0, cancelled=0)
         self.prompt_tokens = 0
         self.first_token, self.request_seconds = Histogram(), Histogram()
+        self.next_token = Histogram(_TOKEN_SECONDS)
+        self._of: dict[str, Counts] = {}
         self._rate = Rate()
 
-    def text(self, engine: Any, store: Any) -> str:
+    def of(self, adapter: str | None) -> Counts:
+        """The counts of an adapter, or of the base model; those of adapters beyond the first 1,000 are counted as one.
+
+        They stay its own until ``forget``: what a request counts after that is lost, not a label for ever.
+        """
+        name = adapter or ""
+        if name not in self._of and len(self._of) > MOST_ADAPTERS:
+            name = OTHERS
+        return self._of.setdefault(name, Counts())
+
+    def forget(self, adapter: str) -> None:
+        """The adapter was unloaded: its label goes."""
+        self._of.pop(adapter, None)
+
+    def text(self, engine: Any, store: Any) -> bytes:
         """The whole page."""
-        lines: list[str] = []
+        return generate_latest(_Page(self, engine, store))
 
-        def put(kind: str, name: str, help_text: str, samples: Mapping[str, float] | float) -> None:
-            full = PREFIX + name
-            lines.extend((f"# HELP {full} {help_text}", f"# TYPE {full} {kind}"))
-            by_label = samples if isinstance(samples, Mapping) else {"": samples}
-            lines.extend(f"{full}{label} {value}" for label, value in by_label.items())
 
-        counters, stats = engine.counters, store.stats()
-        requests = {f'{{route="{r}",status="{status}"}}': n for (r, status), n in sorted(self.requests.items())}
-        put("counter", "requests_total", "Answers by route and status.", requests)
-        running, waiting = engine.queue_lengths()
-        put("gauge", "requests_running", "Requests with a place in the batch.", running)
-        put("gauge", "requests_waiting", "Requests waiting for a place or for their adapter.", waiting)
-        put("counter", "sequences_started_total", "Sequences given to the engine.", self.started)
-        ended = {f'{{outcome="{outcome}"}}': count for outcome, count in self.ended.items()}
-        put("counter", "sequences_ended_total", "Sequences by how they ended.", ended)
-        put("counter", "prompt_tokens_total", "Tokens of accepted prompts.", self.prompt_tokens)
-        put("counter", "generation_tokens_total", "Tokens generated.", counters.generated_tokens)
-        rate = self._rate(counters.generated_tokens)
-        put("gauge", "generation_tokens_per_second", "Tokens per second over the last ten seconds of scrapes.", rate)
-        put("counter", "steps_total", "Forward passes.", counters.steps)
-        put("counter", "failed_steps_total", "Forward passes that raised an error.", counters.failed_steps)
-        put("counter", "failed_requests_total", "Requests that the engine failed.", counters.failed_requests)
+class _Page(Collector):
+    """What prometheus-client collects for a page."""
+
+    def __init__(self, metrics: Metrics, engine: Any, store: Any):
+        self.metrics, self.engine, self.store = metrics, engine, store
+
+    def collect(self) -> Iterator[Metric]:
+        own, counters, stats = self.metrics, self.engine.counters, self.store.stats()
+        running, waiting = self.engine.queue_lengths()
+        requests = {(route, str(status)): count for (route, status), count in sorted(own.requests.items())}
+        yield _counter("requests", "Answers by route and status.", requests, "route", "status")
+        yield _gauge("requests_running", "Requests with a place in the batch.", running)
+        yield _gauge("requests_waiting", "Requests waiting for a place or for their adapter.", waiting)
+        yield _counter("sequences_started", "Sequences given to the engine.", own.started)
+        ended = {(outcome,): count for outcome, count in own.ended.items()}
+        yield _counter("sequences_ended", "Sequences by how they ended.", ended, "outcome")
+        yield _counter("prompt_tokens", "Tokens of accepted prompts.", own.prompt_tokens)
+        yield _counter("prompt_tokens_cached", "Prompt tokens that the prefix cache had.", counters.cached_tokens)
+        yield _counter("generation_tokens", "Tokens generated.", counters.generated_tokens)
+        rate = own._rate(counters.generated_tokens)
+        yield _gauge("generation_tokens_per_second", "Tokens per second over the last ten seconds of scrapes.", rate)
+        yield _counter("steps", "Forward passes.", counters.steps)
+        yield _counter("failed_steps", "Forward passes that raised an error.", counters.failed_steps)
+        yield _counter("failed_requests", "Requests that the engine failed.", counters.failed_requests)
         bad = counters.non_finite_requests
-        put("counter", "non_finite_requests_total", "Requests whose rows were not finite.", bad)
-        put("counter", "step_requests_total", "Requests summed over forward passes.", counters.requests_in_steps)
-        put("counter", "step_adapters_total", "Distinct adapters summed over passes.", counters.adapters_in_steps)
-        rows = {'{kind="adapter"}': counters.adapter_rows, '{kind="base"}': counters.base_rows}
-        put("counter", "step_rows_total", "Token rows summed over forward passes.", rows)
+        yield _counter("non_finite_requests", "Requests whose rows were not finite.", bad)
+        yield _counter("step_requests", "Requests summed over forward passes.", counters.requests_in_steps)
+        yield _counter("step_adapters", "Distinct adapters summed over passes.", counters.adapters_in_steps)
+        rows = {("adapter",): counters.adapter_rows, ("base",): counters.base_rows}
+        yield _counter("step_rows", "Token rows summed over forward passes.", rows, "kind")
+        used = self.engine.cache_used()
+        yield _gauge("cache_used_ratio", "Share of the cache with keys and values, kept prefixes among them.", used)
+        for what, help_text in (
+            ("sequences", "Sequences given to the engine"),
+            ("prompt_tokens", "Prompt tokens"),
+            ("generation_tokens", "Tokens generated"),
+        ):
+            by_name = {(name,): getattr(counts, what) for name, counts in own._of.items()}
+            text = f"{help_text}, by adapter; the base model's is empty, '{OTHERS}' are those beyond {MOST_ADAPTERS}."
+            yield _counter(f"adapter_{what}", text, by_name, "adapter")
         waits = counters.waits_for_adapters
-        put("counter", "adapter_waits_total", "Times a request had to wait for room for its adapter.", waits)
+        yield _counter("adapter_waits", "Times a request had to wait for room for its adapter.", waits)
         for key in ("hits", "loads", "evictions"):
-            put("counter", f"adapter_{key}_total", f"Adapter {key} of the store.", stats[key])
-        put("gauge", "adapter_bytes_used", "Bytes of adapters on the device.", stats["bytes_used"])
-        put("gauge", "adapter_bytes_capacity", "Byte budget of adapters on the device.", stats["capacity"] or 0)
-        put("gauge", "adapters_in_use", "Adapters that running requests hold on the device.", stats["in_use"])
-        put("gauge", "adapters_refused", "Adapters that are not served at present.", len(store.refusals()))
-        put("gauge", "adapters_known", "Adapters that requests can name.", stats["adapters"])
-        first = self.first_token.samples()
-        put("histogram", "time_to_first_token_seconds", "Seconds to the first token.", first)
-        put("histogram", "request_seconds", "Seconds of a request.", self.request_seconds.samples())
-        return "\n".join(lines) + "\n"
+            yield _counter(f"adapter_{key}", f"Adapter {key} of the store.", stats[key])
+        yield _gauge("adapter_bytes_used", "Bytes of adapters on the device.", stats["bytes_used"])
+        yield _gauge("adapter_bytes_capacity", "Byte budget of adapters on the device.", stats["capacity"] or 0)
+        yield _gauge("adapters_in_use", "Adapters that running requests hold on the device.", stats["in_use"])
+        yield _gauge("adapters_refused", "Adapters that are not served at present.", len(self.store.refusals()))
+        yield _gauge("adapters_known", "Adapters that requests can name.", stats["adapters"])
+        name = f"{PREFIX}time_to_first_token_seconds"
+        yield own.first_token.family(name, "Seconds from a request's first byte to a sequence's first token.")
+        name = f"{PREFIX}inter_token_seconds"
+        yield own.next_token.family(name, "Seconds from a token of a sequence to the next.")
+        name = f"{PREFIX}request_seconds"
+        yield own.request_seconds.family(name, "Seconds from a request's first byte to a sequence's end.")
+
+
+def _counter(name: str, help_text: str, value: float | Mapping[Any, float], *labels: str) -> Metric:
+    """With labels ``value`` has a number for each tuple of theirs."""
+    found = CounterMetricFamily(PREFIX + name, help_text, labels=labels)
+    for at, count in value.items() if isinstance(value, Mapping) else [((), value)]:
+        found.add_metric(list(at), count)
+    return found
+
+
+def _gauge(name: str, help_text: str, value: float) -> Metric:
+    return GaugeMetricFamily(PREFIX + name, help_text, value=value)

@@ -39,6 +39,7 @@ class ErrorEntry(_Answer):
     type: str
     param: str | None
     code: str | None
+    request_id: str
 
 
 class Error(_Answer):
