@@ -280,10 +280,10 @@ def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
         return linear(rows, weight, None if bias is None else _as(bias, rows.dtype))
     y = rows.new_empty((rows.shape[0], weight.shape[0]))
     bias = None if bias is None else _as(bias, rows.dtype)
-    joined = bias is not None and rows.shape[0] >= _FEW_ROWS  # saves a pass over y
+    joined = bias if rows.shape[0] >= _FEW_ROWS else None  # saves a pass over y
     for start, stop, block in _converted_blocks(weight, rows.dtype):
-        if joined:
-            torch.addmm(bias[start:stop], rows, block.t(), out=y[:, start:stop])
-        else:
+        if joined is None:
             torch.mm(rows, block.t(), out=y[:, start:stop])
-    return y if joined or bias is None else y.add_(bias)
+        else:
+            torch.addmm(joined[start:stop], rows, block.t(), out=y[:, start:stop])
+    return y if bias is None or joined is not None else y.add_(bias)
