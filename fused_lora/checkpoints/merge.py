@@ -43,6 +43,7 @@ from fused_lora.modules.names import some
 PROVENANCE_NAME = "fused_lora_merge.json"
 _PROVENANCE = "fused_lora.merge"  # in the metadata of each shard
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_UNQUANTISED = (*CAST, torch.int64, torch.bool)  # with the counters and masks of whole models
 _MOST_LOST = 0.5  # share of the adapters that rounding may take without a warning
 _SPARE_BYTES = 16 << 20  # of the disk, for what is not counted
 
@@ -199,8 +200,7 @@ class _Merge:
         self._base, self._adapters, self._changes = base, adapters, changes
         self._dtype, self._device = dtype, device
         self._check_used()
-        if dtype is not None and (base.config or {}).get("quantization_config"):
-            raise ValueError("dtype: expected None over a checkpoint with a quantization_config")
+        self._check_quantised()
         self._by_source: dict[str, list[Change]] = {}
         for change in changes.by_name.values():
             self._by_source.setdefault(change.source, []).append(change)
@@ -232,6 +232,18 @@ class _Merge:
             left = [key for key in adapter.plan.entries if (id(adapter), key) not in used]
             if left:
                 raise AdapterError(adapter.plan.weights, left[0], "a tensor that is merged", f"unused: {some(left)}")
+
+    def _check_quantised(self) -> None:
+        """A loader would quantise floating weights by such a config, and with them lose most of the adapters."""
+        quantised = (self._base.config or {}).get("quantization_config")
+        if not quantised:
+            return
+        if self._dtype is not None:
+            raise ValueError("dtype: expected None over a checkpoint with a quantization_config")
+        if all(entry.dtype in _UNQUANTISED for _, entry in self._base.tensors.values()):
+            path = os.path.join(self._base.folder, MODEL_CONFIG)
+            expected = "no such entry, for no weight is quantised, and a loader would quantise the merged ones"
+            raise AdapterError(path, "quantization_config", expected, quantised)
 
     def items(self, shard: Shard) -> list[Item]:
         """The tensors of one shard of the output, wide ones first as safetensors aligns them."""

@@ -572,6 +572,22 @@ def test_bad_input_leaves_nothing(tmp_path, name):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"] and contents(base) == before
 
 
+def test_a_config_that_would_quantise_the_merged_weights_is_refused(tmp_path):
+    """Over floating weights alone; beside quantised ones the entry says how those are read, and stays."""
+    entry = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    adapter = write_adapter(tmp_path / "adapter", SHAPES)
+    base = write_base(tmp_path / "base", {**decoder(), "steps": torch.zeros(2).long()}, shards=2, config=entry)
+    before = contents(tmp_path)
+    for dry_run in (False, True):
+        with pytest.raises(AdapterError, match="config.json: quantization_config: expected no.*load_in_4bit"):
+            merge_checkpoint(base, adapter, tmp_path / "out", dry_run=dry_run)
+    assert contents(tmp_path) == before
+    codes = {"model.other.weight": torch.zeros(8, 8, dtype=torch.float8_e4m3fn)}
+    mixed = write_base(tmp_path / "mixed", {**decoder(), **codes}, config=entry)
+    merge_checkpoint(mixed, adapter, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).items() >= entry.items()
+
+
 def test_where_the_output_may_be(tmp_path, capsys):
     base, adapter = write_base(tmp_path / "base", decoder()), write_adapter(tmp_path / "adapter", SHAPES)
     call = ["merge", "--base", str(base), "--adapter", str(adapter)]
