@@ -1,0 +1,98 @@
+"""The two products of SGLang's torch-native LoRA backend, by the grouped operators.
+
+They take the place of ``sgemm_lora_a_fwd`` and ``sgemm_lora_b_fwd`` of ``sglang.srt.lora.torch_ops.lora_ops``
+(docs/serving.md says how). Segments of one adapter share a product, and what lies between the two stays in fp32, so
+that an output is rounded once. Nothing here needs SGLang.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_lora.ops.grouped.op import Joint, RowLayout, Terms, lora_grouped_
+
+
+def sgemm_lora_a_fwd(
+    inputs: Tensor,
+    weights: Tensor,
+    weight_indices: Tensor,
+    seg_len_tensor: Tensor,
+    lora_ranks: Tensor,
+    scaling_tensor: Tensor,
+    num_slices: int = 1,
+) -> Tensor:
+    """scaling * A x of each row's adapter, for all slices of a stacked layer.
+
+    Args:
+        inputs: x [T, K], floating. weights: A [slots, num_slices * max_rank, K]; a slot of rank r fills its first
+            num_slices * r rows, r for each slice.
+        weight_indices: slot of each segment; seg_len_tensor: its rows. Both on the host, as the next two are.
+        lora_ranks: r of each slot, 0 for the base model. scaling_tensor: of each slot.
+
+    Returns:
+        [T, num_slices * max_rank] in fp32 (fp64 for fp64 inputs); the columns that a rank leaves, and base rows, are 0.
+    """
+    width, ranks = weights.shape[1], lora_ranks.tolist()
+    layout = _layout(tuple(weight_indices.tolist()), tuple(seg_len_tensor.tolist()), tuple(ranks), inputs.device)
+    S = inputs.new_zeros(len(inputs), width, dtype=torch.promote_types(inputs.dtype, torch.float32))
+    one = torch.eye(width, dtype=weights.dtype, device=weights.device)
+    sizes = {slot: num_slices * r for slot, r in enumerate(ranks) if r and slot in layout.groups}
+    scales = scaling_tensor.tolist()
+    factors = {slot: [(weights[slot, :n].t(), one[:n], scales[slot])] for slot, n in sizes.items()}
+    if factors:
+        lora_grouped_(S, inputs, layout, Terms(factors))
+    return S
+
+
+def sgemm_lora_b_fwd(
+    inputs: Tensor,
+    weights: Tensor,
+    weight_indices: Tensor,
+    seg_len_tensor: Tensor,
+    lora_ranks: Tensor,
+    slice_offsets: Tensor,
+    base_output: Tensor | None = None,
+) -> Tensor:
+    """base_output + B S of each row's adapter, slice by slice, in place.
+
+    Args:
+        inputs: S [T, num_slices * max_rank] of :func:`sgemm_lora_a_fwd`. weights: B [slots, N, max_rank].
+        slice_offsets: where each slice begins in the N columns, and N; on the host.
+        base_output: [T, N], whose base rows keep their bits; None: zeros in the dtype of ``weights``.
+    """
+    ranks, ends = lora_ranks.tolist(), slice_offsets.tolist()
+    y = base_output
+    if y is None:
+        y = weights.new_zeros(len(inputs), ends[-1])
+    layout = _layout(tuple(weight_indices.tolist()), tuple(seg_len_tensor.tolist()), tuple(ranks), inputs.device)
+    if not layout.groups:
+        return y
+    one = torch.eye(inputs.shape[1], dtype=weights.dtype, device=weights.device)
+    terms = []
+    for g, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        # the rows of S are packed by rank: slice g of an adapter of rank r begins at column g * r
+        terms.append(
+            Terms({s: [(one[:, g * r :][:, :r], weights[s, start:end, :r].t(), 1.0)] for s, r in _used(layout, ranks)})
+        )
+    outputs = [y[:, start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    for output, own in zip(outputs, terms, strict=True):
+        lora_grouped_(output, inputs, layout, Joint([own]))
+    return y
+
+
+def _used(layout: RowLayout, ranks: list[int]) -> list[tuple[int, int]]:
+    """(slot, rank) of the slots that have rows."""
+    return [(slot, ranks[slot]) for slot in layout.groups]
+
+
+@lru_cache(maxsize=16)
+def _layout(
+    slots: tuple[int, ...], lengths: tuple[int, ...], ranks: tuple[int, ...], device: torch.device
+) -> RowLayout:
+    """The rows of a batch, of which all layers have the same."""
+    of_segment = np.array([slot if ranks[slot] else -1 for slot in slots], np.int32)
+    return RowLayout(np.repeat(of_segment, np.array(lengths, np.int64)), device)
