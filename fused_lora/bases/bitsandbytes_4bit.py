@@ -49,9 +49,12 @@ class Weight(packed.Packed):
         if state.nested:
             inner = state.state2
             self.nested = inner.code, inner.absmax, inner.blocksize, state.offset
-        if not self.repacked:
-            own = self.bytes, self.code, self.absmax, self.nested, self.blocksize, self.shape, self.dtype
-            self.four_bit = FourBit(*own)
+
+    @property
+    def four_bit(self) -> FourBit | None:
+        """As :class:`Packed`; made when a kernel asks."""
+        own = self.bytes, self.code, self.absmax, self.nested, self.blocksize, self.shape, self.dtype
+        return None if self.repacked else FourBit(*own)
 
     def scales(self) -> Tensor:
         """fp32, one to each ``blocksize`` values in the order of the rows."""
@@ -63,9 +66,10 @@ class Weight(packed.Packed):
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """As :meth:`Packed.to`; on a GPU by one launch."""
-        if self.four_bit is None:
+        four_bit = self.four_bit
+        if four_bit is None:
             return super().to(dtype)
-        return dequantise_4bit(self.four_bit, lambda: super(Weight, self).to(self.dtype)).to(dtype)
+        return dequantise_4bit(four_bit, lambda: super(Weight, self).to(self.dtype)).to(dtype)
 
     def blocks(self, step: int) -> Iterator[tuple[int, int, Tensor]]:
         """As :meth:`Packed.blocks`. Fewer rows than all only where each row begins with a scale of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from fused_lora.ops.dora import op as dora
 
 BLOCK_VALUES = 1 << 21  # of a weight that are in fp32 at a time
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS_OF_8_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass
@@ -47,6 +48,20 @@ def why_no_numbers(part: Any, name: str, count: int, dtypes: Sequence[torch.dtyp
     if part.dtype not in dtypes:
         return f"{name} is {part.dtype}, expected one of {tuple(dtypes)}"
     return None if part.numel() == count else f"{name} has shape {tuple(part.shape)}, expected {count} numbers"
+
+
+def values_of_codes(codes: Tensor) -> Tensor:
+    """Numbers of 8 bits in fp32. On a CPU fp8 by a table: a quarter of the time of torch's conversion."""
+    if not codes.is_cpu or codes.dtype not in FLOATS_OF_8_BITS:
+        return codes.float()
+    numbers = codes.reshape(-1).view(torch.uint8).int()
+    return _every_number(codes.dtype).index_select(0, numbers).view(codes.shape)
+
+
+@cache
+def _every_number(dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float()
 
 
 def summed_delta(factors: Factors) -> Tensor:

@@ -22,10 +22,16 @@ from fused_lora.bases.base import (
     why_not_own_call,
     why_not_plain_bias,
 )
-from fused_lora.bases.requantised import BLOCK_VALUES, FLOATS, Requantised, why_no_numbers
+from fused_lora.bases.requantised import (
+    BLOCK_VALUES,
+    FLOATS,
+    FLOATS_OF_8_BITS,
+    Requantised,
+    values_of_codes,
+    why_no_numbers,
+)
 from fused_lora.ops.linear import packed
 
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _INPUT = ("act_quant_kwargs", "act_pre_scale", "activation_quantization")  # what changes the input in a call
 
@@ -50,7 +56,7 @@ def _dequantised(tensor: Any) -> Tensor:
     zeros = getattr(tensor, "zero_point", None)
     if not tensor.is_cpu or tensor.block_size[0] != 1 or (zeros is not None and zeros.any()):
         return tensor.dequantize()
-    values = tensor.qdata.float().view(tensor.shape[0], -1, tensor.block_size[1])
+    values = values_of_codes(tensor.qdata).view(tensor.shape[0], -1, tensor.block_size[1])
     return values.mul_(tensor.scale.float().unsqueeze(-1)).view(tensor.shape).to(tensor.dtype)
 
 
@@ -205,7 +211,7 @@ def _why_not_known(weight: Any) -> str | None:
     if weight.is_meta:
         return "the weight is on the meta device"
     data, block = weight.qdata, weight.block_size
-    if tuple(data.shape) != tuple(weight.shape) or data.dtype not in (torch.int8, *_FLOAT8):
+    if tuple(data.shape) != tuple(weight.shape) or data.dtype not in (torch.int8, *FLOATS_OF_8_BITS):
         return f"weight.qdata is {data.dtype} {tuple(data.shape)}, expected a number for each of {tuple(weight.shape)}"
     if len(block) != 2 or block[0] not in (1, weight.shape[0]) or (block[0] > 1 and block[1] != weight.shape[1]):
         return f"weight.block_size is {block}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases.base import Factors, register
-from fused_lora.bases.requantised import BLOCK_VALUES, Requantised
+from fused_lora.bases.requantised import BLOCK_VALUES, Requantised, values_of_codes
 
 _FP8 = torch.float8_e4m3fn
 
@@ -116,7 +116,7 @@ def _values(weight: Tensor, scales: Tensor, block: tuple[int, int], start: int, 
     rows, columns = block
     scales = scales.float().view(-1, -(-weight.shape[1] // columns))[start // rows : -(-stop // rows)]
     scales = scales.repeat_interleave(rows, 0)[: stop - start].repeat_interleave(columns, 1)[:, : weight.shape[1]]
-    return weight[start:stop].float() * scales
+    return values_of_codes(weight[start:stop]) * scales
 
 
 register(Fp8Linear(), "transformers.integrations.finegrained_fp8.FP8Linear")

@@ -43,6 +43,7 @@ from fused_lora.modules.names import some
 PROVENANCE_NAME = "fused_lora_merge.json"
 _PROVENANCE = "fused_lora.merge"  # in the metadata of each shard
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_UNQUANTISED = (*CAST, torch.int64, torch.bool)  # with the counters and masks of whole models
 _MOST_LOST = 0.5  # share of the adapters that rounding may take without a warning
 _SPARE_BYTES = 16 << 20  # of the disk, for what is not counted
 
@@ -92,7 +93,9 @@ def merge_checkpoint(
     """Merge adapters into the safetensors files of a model: round(W + sum_i weight_i scaling_i B_i A_i), rounded once.
 
     Tensor by tensor, without a model. Memory holds pieces of 4 MiB, the lora_A and lora_B of one layer, and a tensor
-    that is replaced. The bits are those of :func:`fused_lora.merge` on a model of the same dtype.
+    that is replaced. The bits are those of :func:`fused_lora.merge` on a model of the same dtype. A DoRA adapter scales
+    the rows of W, and of the adapters before it, to its magnitude; where the norms of the rows are summed in another
+    order its scale may differ from the model's in the last place.
 
     Everything is checked before a byte is written. Every tensor of the adapters is used. The output is written to
     ``OUT.partial``, shard by shard, and is called OUT when it is whole. The same call after an interrupt goes on with
@@ -100,7 +103,8 @@ def merge_checkpoint(
 
     Args:
         base: a folder with a checkpoint, or one .safetensors file. fp32, bf16, fp16 and fp64 weights are merged.
-        adapters: folders of PEFT adapters, or pairs (folder, weight). A weight multiplies the adapter's scaling.
+        adapters: folders of PEFT adapters, or pairs (folder, weight). A weight multiplies the adapter's scaling; one of
+            DoRA must be 1.
         out: the new folder, which must not exist, or be empty.
         dtype: fp32, bf16 or fp16 for all floating tensors; the sum is in fp32 and rounded once. None: as in the base.
         device: where sums are computed.
@@ -126,7 +130,7 @@ def merge_checkpoint(
     start = time.perf_counter()
     checkpoint = open_checkpoint(base)
     target = _target(checkpoint, out, in_place)
-    with single_threads() as workers, open_adapters(adapters) as opened:
+    with single_threads() as workers, open_adapters(adapters, dora=True) as opened:
         changes = plan_changes(checkpoint, opened, rename)
         merge = _Merge(checkpoint, opened, changes, dtype, place, record is not None, in_place)
         report = merge.report(target)
@@ -196,8 +200,7 @@ class _Merge:
         self._base, self._adapters, self._changes = base, adapters, changes
         self._dtype, self._device = dtype, device
         self._check_used()
-        if dtype is not None and (base.config or {}).get("quantization_config"):
-            raise ValueError("dtype: expected None over a checkpoint with a quantization_config")
+        self._check_quantised()
         self._by_source: dict[str, list[Change]] = {}
         for change in changes.by_name.values():
             self._by_source.setdefault(change.source, []).append(change)
@@ -229,6 +232,18 @@ class _Merge:
             left = [key for key in adapter.plan.entries if (id(adapter), key) not in used]
             if left:
                 raise AdapterError(adapter.plan.weights, left[0], "a tensor that is merged", f"unused: {some(left)}")
+
+    def _check_quantised(self) -> None:
+        """A loader would quantise floating weights by such a config, and with them lose most of the adapters."""
+        quantised = (self._base.config or {}).get("quantization_config")
+        if not quantised:
+            return
+        if self._dtype is not None:
+            raise ValueError("dtype: expected None over a checkpoint with a quantization_config")
+        if all(entry.dtype in _UNQUANTISED for _, entry in self._base.tensors.values()):
+            path = os.path.join(self._base.folder, MODEL_CONFIG)
+            expected = "no such entry, for no weight is quantised, and a loader would quantise the merged ones"
+            raise AdapterError(path, "quantization_config", expected, quantised)
 
     def items(self, shard: Shard) -> list[Item]:
         """The tensors of one shard of the output, wide ones first as safetensors aligns them."""

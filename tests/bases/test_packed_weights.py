@@ -1,6 +1,6 @@
 """Layers with a packed ``qweight``, as those of GPTQ and AWQ: around their own call; merges are refused by name.
 
-The packages are compiled for GPUs. Stand-ins have their attributes and stand where PEFT looks for their classes.
+Stand-ins have the attributes of its classes, and stand where PEFT looks for them. ``test_gptqmodel.py`` has those.
 """
 
 import copy

@@ -12,6 +12,7 @@ from torch import nn
 import fused_lora
 from fused_lora import LoraConfig
 from fused_lora.bases import Adapters, base_of, dense
+from fused_lora.bases.requantised import FLOATS_OF_8_BITS, values_of_codes
 from fused_lora.bases.torchao import Torchao, Weight, parts
 from fused_lora.integrations.peft import layer_report
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse, ulp
@@ -93,6 +94,12 @@ def test_a_layer_is_no_less_exact_than_peft_over_torchao(kind, dtype, no_native_
         W = base.weight.dequantize().double()
         draws.append(results(models, x, g, names, nn.functional.linear(x.double(), W, base.bias.double()), W))
     assert_no_worse_than_peft(draws)
+
+
+@pytest.mark.parametrize("dtype", FLOATS_OF_8_BITS, ids=str)
+def test_every_number_of_8_bits_is_what_torch_converts_it_to(dtype):
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).view(16, 16).t()
+    assert torch.equal(values_of_codes(codes).nan_to_num(0.3), codes.float().nan_to_num(0.3))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, WEIGHTS_NAME, Adapter, Plan, read_checked
-from fused_lora.adapters.read import check_model, warn_left_out, warn_of_another_base
+from fused_lora.adapters.read import check_copies, check_model, warn_left_out, warn_of_another_base
 from fused_lora.modules.config import MAX_RANK, scaling
 from fused_lora.modules.names import mismatch, some
 
@@ -101,6 +101,7 @@ def from_folder(
     else:
         raise ValueError(f"source: {folder!r} changed while it was read, 5 times")
     _check_served(folder, plan)
+    check_copies(model, adapter, plan)
     warn_left_out(plan)
     warn_of_another_base(model, plan)
     layers = {}
@@ -124,7 +125,8 @@ def _read(
     def check(plan: Plan) -> Plan:
         return check_model(model, plan, allow_partial)
 
-    return read_checked(folder, MAX_WEIGHT_BYTES, check, inside=inside, tensors=tensors, allow_partial=allow_partial)
+    options = dict(inside=inside, tensors=tensors, allow_partial=allow_partial, copies=True)
+    return read_checked(folder, MAX_WEIGHT_BYTES, check, **options)
 
 
 def _check_served(folder: str, plan: Plan) -> None:
