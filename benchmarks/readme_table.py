@@ -51,7 +51,7 @@ def load(folder: Path) -> dict[str, dict]:
 
 
 def _linear_kind(settings: dict) -> str:
-    if settings.get("base"):
+    if settings.get("base") or settings.get("bases"):
         return "quantised"
     return "lorafusion" if settings.get("points") == "lorafusion" else "linear"
 
@@ -76,7 +76,8 @@ def _machine_block(entry: dict) -> str:
         if "lorafusion" in entry:
             lines[-1] += " " + _lorafusion(entry["lorafusion"]["rows"])
     if "quantised" in entry:
-        lines += ["", *_linear_table(entry["quantised"]["rows"])]
+        rows = [row for row in entry["quantised"]["rows"] if row.get("base") == "nf4"]  # the file has the others
+        lines += ["", *_linear_table(rows)]
         lines[-1] += " The base layer is bitsandbytes' Linear4bit, NF4 with double quantisation."
     if "train" in entry:
         lines += ["", *_train_table(entry["train"]["rows"])]
