@@ -10,7 +10,7 @@ fused_lora   LoraLinear
 
 ``layers.QUANTISED`` has the kinds. Training is what ``bench_linear.py`` measures: forward and backward with dropout,
 and the bytes kept between them. Decoding is in eval() without gradients, issued one by one ("eager") and in a CUDA
-graph ("graph"); ``of packed`` is the time over that of reading the packed weight once at the bandwidth of a device copy.
+graph ("graph"); ``of packed`` is the time over that of reading the packed weight once, at the speed of a device copy.
 ``not back`` is the share of the packed bytes that merge and unmerge have changed.
 
 All providers take turns in one run. Outputs are checked against float64 of the dequantised weight first: where a call
