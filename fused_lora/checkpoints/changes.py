@@ -1,7 +1,7 @@
 """What a merge makes of each tensor of a checkpoint, as pieces of the file it is read from.
 
 A weight becomes round(W + sum_i s_i B_i A_i): a sum in fp32 in the order of the adapters, one rounding, the bits of a
-merge in the model.
+merge in the model. A DoRA adapter scales the rows of W and of all terms so far by m / ||W + s B A||, m its magnitude.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch import Tensor
 from fused_lora.adapters.tensorfile import TensorEntry
 from fused_lora.checkpoints.adapter_file import AdapterFile
 from fused_lora.checkpoints.stream import PIECE_BYTES, Piece
+from fused_lora.ops.dora.op import row_norms
 from fused_lora.ops.merge.op import Factors, add_rows_, delta_factors
 
+_MERGED = ("lora_A", "lora_B", "lora_magnitude")
 CAST = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what a dtype for all tensors applies to
 
 
@@ -28,6 +30,16 @@ class Term(NamedTuple):
     path: str
     skip: int
 
+    def part(self, name: str) -> Tensor | None:
+        """One tensor of the layer, "lora_A" for example; None where it has none."""
+        key = self.adapter.plan.slots[self.path].get(name)
+        return None if key is None else self.adapter.tensor(key)
+
+    @property
+    def dora(self) -> bool:
+        """Whether it has a magnitude."""
+        return "lora_magnitude" in self.adapter.plan.slots[self.path]
+
 
 @dataclass
 class Segment:
@@ -36,6 +48,12 @@ class Segment:
     first: int
     stop: int
     terms: list[Term]
+
+    def rows(self, term: Term, name: str) -> Tensor:
+        """The rows of a tensor of the layer, lora_B or lora_magnitude, that belong to the segment."""
+        tensor = term.part(name)
+        assert tensor is not None
+        return tensor[term.skip : term.skip + self.stop - self.first]
 
 
 @dataclass
@@ -64,7 +82,7 @@ class Change:
         """(adapter, key) of every tensor that goes into it."""
         for term in (t for segment in self.segments for t in segment.terms):
             slots = term.adapter.plan.slots[term.path]
-            yield from ((term.adapter, slots[part]) for part in ("lora_A", "lora_B"))
+            yield from ((term.adapter, slots[part]) for part in _MERGED if part in slots)
         for term in self.terms:
             yield term.adapter, term.adapter.plan.slots[term.path]["lora_bias"]
         if self.held is not None:
@@ -94,15 +112,33 @@ class Item(NamedTuple):
     dtype: torch.dtype
 
 
-def segment_factors(change: Change, segment: Segment, dtype: torch.dtype, device: torch.device) -> Factors:
-    """The delta of a segment as it is stored: left [rows, R] times right [R, columns]."""
-    A, B, scaling = [], [], []
-    for adapter, path, skip in segment.terms:
-        keys = adapter.plan.slots[path]
-        A.append(adapter.tensor(keys["lora_A"]))
-        B.append(adapter.tensor(keys["lora_B"])[skip : skip + segment.stop - segment.first])
-        scaling.append(adapter.scaling(path))
-    return delta_factors(dtype, device, A, B, scaling, change.transposed)
+class Sum:
+    """What a segment of a weight gets, read once: the tensors of its terms on ``device``.
+
+    dtype: of the sum, fp32 or fp64, or that of a weight whose merge rounds once.
+    """
+
+    def __init__(self, change: Change, segment: Segment, dtype: torch.dtype, device: torch.device):
+        terms = segment.terms
+        self._A = [t.part("lora_A").to(device) for t in terms]  # type: ignore[union-attr]
+        self._B = [segment.rows(t, "lora_B").to(device) for t in terms]
+        self._scaling = [t.adapter.scaling(t.path) for t in terms]
+        self._magnitudes = [segment.rows(t, "lora_magnitude").to(device) if t.dora else None for t in terms]
+        self._factors = delta_factors(dtype, device, self._A, self._B, self._scaling, change.transposed)
+
+    def factors(self, W: Tensor, rows: slice) -> Factors:
+        """The delta of these stored rows, which are ``W`` now: left [rows, R] times right [R, columns]."""
+        if not any(m is not None for m in self._magnitudes):
+            return Factors(self._factors.left[rows], self._factors.right)
+        B, scale = [], None
+        for A, whole, s, m in zip(self._A, self._B, self._scaling, self._magnitudes, strict=True):
+            B.append(whole[rows])
+            if m is not None:  # as fused_lora.modules.variants.factors
+                norms = row_norms(W, A, whole[rows], s)
+                c = m[rows].to(norms.dtype) / norms
+                B, scale = [c[:, None] * part for part in B], c if scale is None else c * scale
+        parts = delta_factors(W.dtype, W.device, self._A, B, self._scaling, row_scale=scale)
+        return parts._replace(right=self._factors.right)  # one for all pieces
 
 
 def sum_dtype(dtype: torch.dtype, out: torch.dtype) -> torch.dtype:
@@ -163,14 +199,14 @@ def _merge_pieces(
         first, stop = (0, entry.shape[0]) if change.transposed else (segment.first, segment.stop)
         if first > done:
             yield from _copied_rows(change.name, entry, at, done, first, out)
-        factors = segment_factors(change, segment, wide, device)
+        total = Sum(change, segment, wide, device)
         step = max(1, PIECE_BYTES // max(1, row_bytes))
         for row in range(first, stop, step):
             rows = slice(row - first, min(row + step, stop) - first)
 
-            def work(data: Tensor, rows: slice = rows, row: int = row, factors: Factors = factors) -> tuple:
+            def work(data: Tensor, rows: slice = rows, row: int = row, total: Sum = total) -> tuple:
                 W = data.view(entry.dtype).view(-1, columns).to(device, wide)
-                part = Factors(factors.left[rows], factors.right)
+                part = total.factors(W, rows)
                 try:
                     units = add_rows_(W, part, keep=note is not None)
                 except ValueError as error:

@@ -115,7 +115,7 @@ def _check_merge(files: _Pair, change: Change, checked: Checked) -> None:
         checked.same_bytes += files.compare(done, first)
         for row in range(first, stop, max(1, (stop - first) // _ROWS)):
             old, new = files.rows(row, row + 1)
-            delta, size, ranks = _row_of_delta(change, segment, row)
+            delta, size, ranks = _row_of_delta(change, segment, row, old.double())
             exact = old.double() + delta
             ulp = _ulp(torch.maximum(exact.abs(), torch.maximum(old.double().abs(), size)), new.dtype)
             error = (new.double() - exact).abs()
@@ -132,18 +132,22 @@ def _check_merge(files: _Pair, change: Change, checked: Checked) -> None:
     checked.same_bytes += files.compare(done, height)
 
 
-def _row_of_delta(change: Change, segment: Segment, row: int) -> tuple[Tensor, Tensor, int]:
-    """(one stored row of the delta in fp64 [1, columns], the same of its terms' magnitudes, the number of ranks)."""
-    total, size, ranks = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64), 0
-    for adapter, path, skip in segment.terms:
-        keys = adapter.plan.slots[path]
-        A, B = (adapter.tensor(keys[part]).double() for part in ("lora_A", "lora_B"))
+def _row_of_delta(change: Change, segment: Segment, row: int, old: Tensor) -> tuple[Tensor, Tensor, int]:
+    """What one stored row, which was ``old`` [1, columns], gets in fp64; the magnitudes of its terms, and how many are
+    added up."""
+    total, size, count = torch.zeros_like(old), torch.zeros_like(old), 0
+    for term in segment.terms:
+        A, B = (term.adapter.tensor(term.adapter.plan.slots[term.path][part]).double() for part in ("lora_A", "lora_B"))
         left, right = (A.t(), B.t()) if change.transposed else (B, A)
-        left = left[row : row + 1] if change.transposed else left[row - segment.first + skip :][:1]
-        total = total + left @ right * adapter.scaling(path)
-        size = size + left.abs() @ right.abs() * abs(adapter.scaling(path))
-        ranks += len(A)
-    return total, size, ranks
+        at = row if change.transposed else row - segment.first + term.skip
+        s = term.adapter.scaling(term.path)
+        delta = left[at : at + 1] @ right * s
+        total, size, count = total + delta, size + left[at : at + 1].abs() @ right.abs() * abs(s), count + len(A)
+        if term.dora:
+            scale = segment.rows(term, "lora_magnitude")[row - segment.first].double() / (old + delta).norm()
+            total, size = (old + total) * scale - old, size * scale.abs() + old.abs() * scale.abs()
+            count += old.numel()
+    return total, size, count
 
 
 def _ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:

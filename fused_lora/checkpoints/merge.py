@@ -93,7 +93,9 @@ def merge_checkpoint(
     """Merge adapters into the safetensors files of a model: round(W + sum_i weight_i scaling_i B_i A_i), rounded once.
 
     Tensor by tensor, without a model. Memory holds pieces of 4 MiB, the lora_A and lora_B of one layer, and a tensor
-    that is replaced. The bits are those of :func:`fused_lora.merge` on a model of the same dtype.
+    that is replaced. The bits are those of :func:`fused_lora.merge` on a model of the same dtype. A DoRA adapter scales
+    the rows of W, and of the adapters before it, to its magnitude; where the norms of the rows are summed in another
+    order its scale may differ from the model's in the last place.
 
     Everything is checked before a byte is written. Every tensor of the adapters is used. The output is written to
     ``OUT.partial``, shard by shard, and is called OUT when it is whole. The same call after an interrupt goes on with
@@ -101,7 +103,8 @@ def merge_checkpoint(
 
     Args:
         base: a folder with a checkpoint, or one .safetensors file. fp32, bf16, fp16 and fp64 weights are merged.
-        adapters: folders of PEFT adapters, or pairs (folder, weight). A weight multiplies the adapter's scaling.
+        adapters: folders of PEFT adapters, or pairs (folder, weight). A weight multiplies the adapter's scaling; one of
+            DoRA must be 1.
         out: the new folder, which must not exist, or be empty.
         dtype: fp32, bf16 or fp16 for all floating tensors; the sum is in fp32 and rounded once. None: as in the base.
         device: where sums are computed.
@@ -127,7 +130,7 @@ def merge_checkpoint(
     start = time.perf_counter()
     checkpoint = open_checkpoint(base)
     target = _target(checkpoint, out, in_place)
-    with single_threads() as workers, open_adapters(adapters) as opened:
+    with single_threads() as workers, open_adapters(adapters, dora=True) as opened:
         changes = plan_changes(checkpoint, opened, rename)
         merge = _Merge(checkpoint, opened, changes, dtype, place, record is not None, in_place)
         report = merge.report(target)

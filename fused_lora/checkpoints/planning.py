@@ -118,6 +118,8 @@ class _Planner:
             raise AdapterError(plan.weights, keys["lora_A"], f"no other tensor in the place of {stored!r}", "two")
         if change.segments and change.transposed != transposed:
             raise AdapterError(plan.weights, "fan_in_fan_out", "the same in all adapters of a layer", transposed)
+        if "lora_magnitude" in keys:
+            self._check_dora(adapter, keys["lora_magnitude"])
         change.transposed = transposed
         term = Term(adapter, path, place.skip)
         try:
@@ -128,6 +130,14 @@ class _Planner:
             tied = self._base.config.get("tie_word_embeddings")
             if tied is not False:
                 self._untie()
+
+    def _check_dora(self, adapter: AdapterFile, key: str) -> None:
+        if adapter.weight != 1:
+            expected = f"a weight of 1 for {adapter.folder!r}: the magnitude of DoRA does not grow with it"
+            raise AdapterError(adapter.plan.weights, key, expected, adapter.weight)
+        if adapter.plan.config.fan_in_fan_out:
+            expected = "fan_in_fan_out=False: the rows that DoRA scales must be rows of the file"
+            raise AdapterError(adapter.plan.weights, key, expected, True)
 
     def _biases(self, adapter: AdapterFile, path: str, places: Sequence[Place]) -> None:
         plan, keys = adapter.plan, adapter.plan.slots[path]

@@ -1,8 +1,8 @@
 """The record of a merge of files: what it takes to get the old files back, to the bit.
 
 A folder with one safetensors file for each shard, and ``record.json``. For every merged piece of a weight a file holds
-the factors of its delta, checksums of the old bits and corrections (``ops/merge``), for a tensor that was replaced its
-old bytes, and in its metadata the shard's old header as it was.
+the factors of its delta, DoRA's scale of its rows, checksums of the old bits and corrections (``ops/merge``), for a
+tensor that was replaced its old bytes, and in its metadata the shard's old header as it was.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import METADATA, TensorEntry, header_bytes, parse_json, write_all
 from fused_lora.checkpoints.files import Shard
 from fused_lora.checkpoints.stream import Piece, read_bytes, write_pieces
-from fused_lora.ops.merge.blocks import Units
+from fused_lora.ops.merge.blocks import Scales, Units
 from fused_lora.ops.merge.op import Factors, take_rows_
 
 RECORD_NAME = "record.json"
@@ -53,6 +53,8 @@ class ShardRecord:
         parts = (factors.left, *kept.tensors)
         for part, tensor in zip(_PARTS, parts, strict=False):
             self._add(f"{at}.{part}", tensor)
+        if factors.scales is not None:
+            self._add(f"{at}.scale", factors.scales.rows[0])
 
     def finish(self, old_header: bytes, merged_header: bytes) -> None:
         """Write and sync the file; not yet under its last name."""
@@ -142,8 +144,9 @@ def _work(record: Shard, file: int, entry: TensorEntry, at: int, right: int, hei
         other = tensor(f"{right}.right")
         if left is None or other is None or notes is None or corrections is None:
             raise AdapterError(record.path, f"{at}", "factors, checksums and corrections", "not all of them")
-        units = Units(height, width, notes, corrections, copy)
-        take_rows_(data.view(entry.dtype).view(-1, entry.shape[1]), Factors(left, other), units)
+        units, scale = Units(height, width, notes, corrections, copy), tensor(f"{at}.scale")
+        scales = None if scale is None else Scales.of_rows(scale, entry.shape[1])
+        take_rows_(data.view(entry.dtype).view(-1, entry.shape[1]), Factors(left, other, scales), units)
         return data, None
 
     return work
