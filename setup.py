@@ -109,7 +109,7 @@ setup(
         "bench": ["fused_lora[quickstart,serve]", "matplotlib", "httpx"],
         # continuous batching reaches into transformers' engine, so it is pinned to the releases that were tested
         "serve": [
-            "transformers>=5.22,<5.24",
+            "transformers>=5.22,<5.25",
             "accelerate",
             "jinja2",
             "fastapi",

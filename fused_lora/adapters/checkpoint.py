@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ SLOTS = {  # end of a key -> field of LayerTensors
     ".base_layer.bias": "base_bias",
     ".lora_magnitude_vector": "lora_magnitude",
 }
+_EMBEDDING_SLOTS = {".lora_embedding_A": "lora_A", ".lora_embedding_B": "lora_B"}
 _MAX_PATTERN_CHECKS = 2_000_000
 
 
@@ -61,7 +62,8 @@ class Adapter(NamedTuple):
 class Plan(NamedTuple):
     """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha;
     the keys of what trained beside LoRA, by key without prefix; the keys that ``allow_partial`` leaves out; how the
-    base was quantised, by path; and the keys of copies of the base's weights, by path."""
+    base was quantised, by path; the keys of copies of the base's weights, by path; and the paths that are embeddings,
+    whose lora_A is [r, num_embeddings] and lora_B [embedding_dim, r]."""
 
     config: LoraConfig
     weights: str
@@ -73,6 +75,7 @@ class Plan(NamedTuple):
     left_out: tuple[str, ...] = ()
     base: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     copies: Mapping[str, str] = MappingProxyType({})
+    embeddings: Set[str] = frozenset()
 
 
 def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BYTES) -> Adapter:
@@ -110,23 +113,24 @@ def read_checked(
     tensors: bool = True,
     allow_partial: bool = False,
     copies: bool = False,
+    embeddings: bool = False,
 ) -> tuple[Adapter, Plan]:
     """``read_adapter`` with a check of the headers before any tensor is read; without ``tensors`` that is all.
 
     ``check`` returns the plan, or one of fewer layers. Both files must lie in the folder ``inside``, if given, once all
-    links are followed. ``allow_partial`` leaves out keys that are not read instead of refusing the file. ``copies``:
-    the file may hold the weights of layers that it has LoRA for, as PEFT writes them for an output layer; whoever asks
-    for it compares them with the model's.
+    links are followed. ``allow_partial`` leaves out keys that are not read, copies too, instead of refusing the file.
+    ``copies``: the file may hold the weights of layers that it has LoRA for, as PEFT writes them for an output layer;
+    whoever asks for it compares them with the model's. ``embeddings``: it may have LoRA on embeddings.
     """
     folder = path_text("directory", directory)
     with _folder(folder) as dir_fd:
         try:
-            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial, copies)
+            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial, copies, embeddings)
         except AdapterError:
             # a save that replaced the folder meanwhile has deleted the one that is being read
             if tries == 1 or not _replaced(folder, dir_fd):
                 raise
-    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors, allow_partial, copies)
+    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors, allow_partial, copies, embeddings)
 
 
 def _read_once(
@@ -138,6 +142,7 @@ def _read_once(
     with_tensors: bool,
     allow_partial: bool,
     may_copy: bool,
+    may_embed: bool,
 ) -> tuple[Adapter, Plan]:
     config = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd, inside)
     path = os.path.join(folder, WEIGHTS_NAME)
@@ -149,9 +154,13 @@ def _read_once(
         raise AdapterError(path, None, "a safetensors file", found)
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         header = read_header(path, file, size)
-        slots, biases, beside, left_out, copies = _sort_keys(path, header.entries, config, allow_partial, may_copy)
+        ends = SLOTS | _EMBEDDING_SLOTS if may_embed else SLOTS
+        found = _sort_keys(path, header.entries, config, ends, allow_partial, may_copy)
+        slots, biases, beside, left_out, copies, embeddings = found
         ranks = _ranks(folder, path, header.entries, slots, config)
-        plan = check(Plan(config, path, header.entries, slots, biases, ranks, beside, left_out, header.base, copies))
+        plan = check(
+            Plan(config, path, header.entries, slots, biases, ranks, beside, left_out, header.base, copies, embeddings)
+        )
         if not with_tensors:
             return Adapter(config, {}, {}, {}), plan
         tensors = read_tensors(path, file, header)
@@ -175,27 +184,36 @@ def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfi
 
 
 def _sort_keys(
-    path: str, entries: dict[str, TensorEntry], config: LoraConfig, allow_partial: bool, may_copy: bool
-) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], tuple[str, ...], dict[str, str]]:
+    path: str,
+    entries: dict[str, TensorEntry],
+    config: LoraConfig,
+    slot_ends: dict[str, str],
+    allow_partial: bool,
+    may_copy: bool,
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], tuple[str, ...], dict[str, str], set[str]]:
     """Keys of each module path by field of LayerTensors, keys of other biases by parameter path, keys of what trained
-    beside LoRA, keys left out, and keys of copied weights by module path."""
+    beside LoRA, keys left out, keys of copied weights by module path, and the paths of embeddings."""
     slots: dict[str, dict[str, str]] = {}
     biases: dict[str, str] = {}
     beside: dict[str, str] = {}
     unread: list[str] = []
     wanted = ["lora_A", "lora_B"] + ["lora_bias"] * config.lora_bias + ["lora_magnitude"] * config.use_dora
     named: dict[str, str] = {}
+    embedded: dict[str, str] = {}
+    plain: dict[str, str] = {}
     for key in entries:
         name = own_path(key)  # older savers wrote the names of torch's wrappers, too
-        end = next((end for end in SLOTS if name.endswith(end)), "")
-        field = SLOTS.get(end)
+        end = next((end for end in slot_ends if name.endswith(end)), "")
+        field = slot_ends.get(end)
         if name in named:
             raise AdapterError(path, key, f"one tensor for {name}", f"a second one beside {named[name]}")
         named[name] = key
         prefixed = name.startswith(KEY_PREFIX)
         name = name.removeprefix(KEY_PREFIX)
         if prefixed and (field in wanted or (field == "base_bias" and config.bias != "none")):
-            slots.setdefault(name.removesuffix(end), {})[field] = key
+            layer = name.removesuffix(end)
+            slots.setdefault(layer, {})[field] = key
+            (embedded if end in _EMBEDDING_SLOTS else plain)[layer] = key
         elif prefixed and field is None and config.bias == "all" and (name == "bias" or name.endswith(".bias")):
             biases[name] = key
         elif prefixed and field is None and _is_beside(name, config):
@@ -205,7 +223,11 @@ def _sort_keys(
         dtype = entries[key].dtype
         if not dtype.is_floating_point and (name not in beside or name.endswith(TOKENS_END)):
             raise AdapterError(path, key, f"dtype {', '.join(DTYPES)}", str(dtype))
-    weights = {key: own_path(key).removeprefix(KEY_PREFIX).removesuffix(".weight") for key in unread if may_copy}
+    weights = {
+        key: own_path(key).removeprefix(KEY_PREFIX).removesuffix(".weight")
+        for key in unread
+        if may_copy and not allow_partial
+    }
     layers = {key: layer.removesuffix(".base_layer") for key, layer in weights.items() if key.endswith(".weight")}
     copies = {layer: key for key, layer in layers.items() if layer in slots}
     unread = [key for key in unread if key not in copies.values()]
@@ -221,12 +243,16 @@ def _sort_keys(
         raise AdapterError(path, None, "tensors of at least one layer", "none")
     if config.use_dora and not any("lora_magnitude" in keys for keys in slots.values()):
         raise AdapterError(path, "use_dora", "a lora_magnitude_vector for each layer", "none")
+    for name in embedded:
+        if name in plain:  # of an embedding alone these are a bias or a magnitude
+            raise AdapterError(path, plain[name], "lora_embedding_A and lora_embedding_B alone of an embedding", "more")
     for name, keys in slots.items():
         for field in wanted:
             if field not in keys:
-                end = next(end for end, f in SLOTS.items() if f == field)
+                table = {**_EMBEDDING_SLOTS, **SLOTS} if name in embedded else SLOTS
+                end = next(end for end, f in table.items() if f == field)
                 raise AdapterError(path, f"{KEY_PREFIX}{name}{end}", "a tensor", "no such key")
-    return slots, biases, beside, tuple(unread), copies
+    return slots, biases, beside, tuple(unread), copies, set(embedded)
 
 
 def _is_beside(name: str, config: LoraConfig) -> bool:

@@ -34,6 +34,7 @@ from fused_lora.modules.targets import (
     is_supported,
     literal_targets,
 )
+from fused_lora.reference import bits
 
 
 def load_adapter(
@@ -114,17 +115,18 @@ def check_copies(model: nn.Module, adapter: Adapter, plan: Plan) -> None:
     """
     modules = dict(candidates(model))
     for path, held in adapter.copies.items():
-        weight = base_layer_of(modules[path]).weight.detach()
-        wide = torch.promote_types(weight.dtype, held.dtype)
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[wide.itemsize]
-        differ = int((weight.to(wide).cpu().view(bits) != held.to(wide).view(bits)).sum())
-        if differ:
-            found = (
-                f"{differ} of {held.numel()} elements differ; the adapter was trained over another base, or trained it"
-            )
-            raise AdapterError(
-                plan.weights, plan.copies[path], "the weight of the model's own layer, bit for bit", found
-            )
+        weight: Any = base_layer_of(modules[path]).weight
+        check_same(plan, path, weight.detach(), held)
+
+
+def check_same(plan: Plan, path: str, weight: torch.Tensor, held: torch.Tensor) -> None:
+    """Raise AdapterError unless a weight of the base and the file's copy of it are the same, bit for bit."""
+    wide = torch.promote_types(weight.dtype, held.dtype)
+    differ = int((bits(weight.to(wide).cpu()) != bits(held.to(wide))).sum())
+    if differ:
+        found = f"a parameter of the base model, which an adapter must not replace: {differ} of {held.numel()} elements"
+        found += " differ; it was trained over another base, or trained the weight"
+        raise AdapterError(plan.weights, plan.copies[path], f"the weight of the base's own {path}, bit for bit", found)
 
 
 def warn_left_out(plan: Plan) -> None:

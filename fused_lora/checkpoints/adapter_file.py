@@ -58,22 +58,23 @@ class AdapterFile:
 
 
 @contextlib.contextmanager
-def open_adapters(adapters: Weighted | Iterable[Weighted], dora: bool = False) -> Iterator[list[AdapterFile]]:
-    """Open adapters and check every byte of them: structure, digest, finite values. ``dora``: such adapters, too.
+def open_adapters(adapters: Weighted | Iterable[Weighted], merging: bool = False) -> Iterator[list[AdapterFile]]:
+    """Open adapters and check every byte of them: structure, digest, finite values.
+
+    merging: for a merge, which takes DoRA, embeddings, and copies of the base's weights, too.
 
     Raises:
-        AdapterError: a file is malformed, or of a kind that is not supported (LoRA on embeddings or experts).
+        AdapterError: a file is malformed, or of a kind that is not supported (LoRA on experts).
         TypeError, ValueError: no adapter, no path, or a weight that is no finite number.
     """
     with contextlib.ExitStack() as stack:
-        yield [_open(stack, path, weight, dora) for path, weight in _pairs(adapters)]
+        yield [_open(stack, path, weight, merging) for path, weight in _pairs(adapters)]
 
 
 def _pairs(adapters: Any) -> Sequence[tuple[Any, float]]:
-    single = isinstance(adapters, (str, bytes, os.PathLike)) or (
-        isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float))
-    )
-    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in ([adapters] if single else adapters)]
+    lone = isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float))
+    several: Any = [adapters] if lone or isinstance(adapters, (str, bytes, os.PathLike)) else adapters
+    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in several]
     if not pairs:
         raise ValueError("adapters: expected at least one adapter, got none")
     for pair in pairs:
@@ -84,10 +85,12 @@ def _pairs(adapters: Any) -> Sequence[tuple[Any, float]]:
     return pairs
 
 
-def _open(stack: contextlib.ExitStack, path: Any, weight: float, dora: bool) -> AdapterFile:
+def _open(stack: contextlib.ExitStack, path: Any, weight: float, merging: bool) -> AdapterFile:
     folder = path_text("adapters", path)
-    _, plan = read_checked(folder, MAX_WEIGHT_BYTES, lambda plan: plan, tensors=False)
-    if plan.config.use_dora and not dora:
+    _, plan = read_checked(
+        folder, MAX_WEIGHT_BYTES, lambda plan: plan, tensors=False, copies=merging, embeddings=merging
+    )
+    if plan.config.use_dora and not merging:
         config = os.path.join(folder, CONFIG_NAME)
         raise AdapterError(config, "use_dora", "null, false or empty: a DoRA adapter is not B A alone", True)
     with open_regular(plan.weights, MAX_WEIGHT_BYTES) as (opened, size):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,18 +75,15 @@ class _Pair:
 
     def rows(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows as they were and as they are, [stop - first, ...]."""
-        old = _rows(self._source, self._old, self.item.entry, first, stop)
-        return old, _rows(self._merged, self._new, self._entry, first, stop)
+        old = read_rows(self._source, self._old, self.item.entry, first, stop)
+        return old, read_rows(self._merged, self._new, self._entry, first, stop)
 
     def compare(self, first: int, stop: int) -> int:
         """These rows must be as they were, cast to the output's dtype; their bytes."""
-        shape = self.item.entry.shape
-        row_bytes = (self.item.entry.end - self.item.entry.begin) // max(1, shape[0] if shape else 1)
-        step = max(1, PIECE_BYTES // max(1, row_bytes))
-        for row in range(first, stop, step):
-            old, new = self.rows(row, min(row + step, stop))
+        for rows in row_steps(self.item.entry, first, stop):
+            old, new = self.rows(*rows)
             self._same(old.to(new.dtype), new)
-        return (stop - first) * row_bytes
+        return (stop - first) * _row_bytes(self.item.entry)
 
     def expect(self, wanted: Tensor, first: int) -> None:
         """These rows must be the ones given."""
@@ -101,11 +98,23 @@ class _Pair:
         raise AdapterError(self._merged.path, self.item.name, expected, found)
 
 
-def _rows(shard: Shard, file: int, entry: TensorEntry, first: int, stop: int) -> Tensor:
+def row_steps(entry: TensorEntry, first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """These rows of a tensor in pieces."""
+    step = max(1, PIECE_BYTES // max(1, _row_bytes(entry)))
+    for row in range(first, stop, step):
+        yield row, min(row + step, stop)
+
+
+def read_rows(shard: Shard, file: int, entry: TensorEntry, first: int, stop: int) -> Tensor:
+    """Rows of a tensor of an open shard, [stop - first, ...]."""
     shape = entry.shape[1:] if entry.shape else ()
-    row_bytes = (entry.end - entry.begin) // max(1, entry.shape[0] if entry.shape else 1)
+    row_bytes = _row_bytes(entry)
     data = read_bytes(shard.path, file, shard.data + entry.begin + first * row_bytes, (stop - first) * row_bytes)
     return data.view(entry.dtype).view(stop - first, *shape)
+
+
+def _row_bytes(entry: TensorEntry) -> int:
+    return (entry.end - entry.begin) // max(1, entry.shape[0] if entry.shape else 1)
 
 
 def _check_merge(files: _Pair, change: Change, checked: Checked) -> None:

@@ -130,7 +130,7 @@ def merge_checkpoint(
     start = time.perf_counter()
     checkpoint = open_checkpoint(base)
     target = _target(checkpoint, out, in_place)
-    with single_threads() as workers, open_adapters(adapters, dora=True) as opened:
+    with single_threads() as workers, open_adapters(adapters, merging=True) as opened:
         changes = plan_changes(checkpoint, opened, rename)
         merge = _Merge(checkpoint, opened, changes, dtype, place, record is not None, in_place)
         report = merge.report(target)
@@ -229,7 +229,8 @@ class _Merge:
     def _check_used(self) -> None:
         used = {(id(adapter), key) for change in self._changes.by_name.values() for adapter, key in change.used()}
         for adapter in self._adapters:
-            left = [key for key in adapter.plan.entries if (id(adapter), key) not in used]
+            held = adapter.plan.copies.values()
+            left = [key for key in adapter.plan.entries if (id(adapter), key) not in used and key not in held]
             if left:
                 raise AdapterError(adapter.plan.weights, left[0], "a tensor that is merged", f"unused: {some(left)}")
 

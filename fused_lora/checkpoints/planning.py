@@ -10,8 +10,10 @@ from typing import Any
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME
 from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.read import check_same
 from fused_lora.checkpoints.adapter_file import AdapterFile
 from fused_lora.checkpoints.changes import CAST, Change, Segment, Term
+from fused_lora.checkpoints.check import read_rows, row_steps
 from fused_lora.checkpoints.files import Checkpoint
 from fused_lora.checkpoints.names import HEADS, Names, Place, is_embedding
 from fused_lora.modules.auxiliary import TOKENS_END
@@ -60,6 +62,8 @@ class _Planner:
         for path, found in places.items():
             for place in found:
                 self._merge(adapter, path, place)
+                if path in plan.copies:
+                    self._check_copy(adapter, path, place)
             self._biases(adapter, path, found)
         for name, key in plan.biases.items():
             self._replace(adapter, name, key)
@@ -107,11 +111,12 @@ class _Planner:
             raise AdapterError(
                 plan.weights, keys["lora_A"], expected, f"{entry.dtype} in {stored!r}: quantised bases are not merged"
             )
-        transposed = plan.config.fan_in_fan_out
+        transposed = plan.config.fan_in_fan_out or path in plan.embeddings
         K = plan.entries[keys["lora_A"]].shape[1]
         expected = (K, place.height) if transposed else (place.height, K)
         if entry.shape != expected or (transposed and not _is_whole([place], adapter, path)):
-            text = f"a weight {list(expected)} for {path!r}, as fan_in_fan_out={transposed} stores it"
+            how = "an embedding" if path in plan.embeddings else f"fan_in_fan_out={transposed}"
+            text = f"a weight {list(expected)} for {path!r}, as {how} stores it"
             raise AdapterError(plan.weights, keys["lora_A"], text, f"{list(entry.shape)} in {stored!r}")
         change = self.found.setdefault(name if name in self.found else stored, Change(stored, stored, "merge"))
         if change.kind != "merge":
@@ -130,6 +135,20 @@ class _Planner:
             tied = self._base.config.get("tie_word_embeddings")
             if tied is not False:
                 self._untie()
+
+    def _check_copy(self, adapter: AdapterFile, path: str, place: Place) -> None:
+        """PEFT saves the base's weight beside the LoRA of embeddings and heads. It must be the base's to the bit."""
+        plan, name = adapter.plan, f"{place.path}.weight"
+        shard, entry = self._base.tensors[self._names.stored(name) or self.found[name].source]
+        key = plan.copies[path]
+        if not _is_whole([place], adapter, path) or plan.entries[key].shape != entry.shape:
+            expected = f"a shape {list(entry.shape)}, as the base has {path!r}"
+            raise AdapterError(plan.weights, key, expected, f"{list(plan.entries[key].shape)} (a resized vocabulary?)")
+        held = adapter.tensor(key)
+        with open(shard.path, "rb", buffering=0) as file:
+            for first, stop in row_steps(entry, 0, entry.shape[0]):
+                rows = read_rows(shard, file.fileno(), entry, first, stop)
+                check_same(plan, path, rows, held[first:stop])
 
     def _check_dora(self, adapter: AdapterFile, key: str) -> None:
         if adapter.weight != 1:
@@ -217,7 +236,12 @@ class _Planner:
         tied = config.get("tie_word_embeddings", causal) and not stored
         heads = {change.source for change in self.found.values() if change.added}
         for change in self.found.values():
-            alone = change.kind == "replace" and tied and not heads and is_embedding(change.name)
+            alone = change.kind in ("replace", "merge") and tied and not heads and is_embedding(change.name)
+            if alone and change.kind == "merge":
+                [segment] = change.segments
+                adapter, path, _ = segment.terms[0]
+                key, found = adapter.plan.slots[path]["lora_A"], f"{change.source!r}, to which the head is tied"
+                raise AdapterError(adapter.plan.weights, key, "an embedding of its own", found)
             if change.held is not None and (alone or (change.kind == "rows" and change.source in heads)):
                 adapter, key = change.held
                 found = f"{change.source!r}, to which the head is tied"

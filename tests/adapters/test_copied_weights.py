@@ -1,4 +1,4 @@
-"""Adapters of an output layer, as PEFT writes them: with the base's own weight, which must be the model's to the bit."""
+"""Adapters of an output layer as PEFT writes them, with the base's own weight: it must be the model's to the bit."""
 
 import json
 

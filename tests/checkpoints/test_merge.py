@@ -142,6 +142,55 @@ def test_errors_are_those_of_one_rounding(tmp_path, monkeypatch):
         assert_no_worse(merged[f"{path}.weight"], (W.float() + 2 * B @ A).to(W.dtype), exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("record", [False, True])
+def test_embeddings_and_heads_with_their_copies(tmp_path, monkeypatch, dtype, record):
+    """PEFT's files of LoRA on an embedding and a head hold the base's weights, too. Against PEFT's own merge, fp64."""
+    pieces_of(monkeypatch, 300)
+    torch.manual_seed(shifted(4))
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)).to(dtype)
+    model.save_pretrained(tmp_path / "base")
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"], init_lora_weights=False)
+    )
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert any("base_layer" in key for key in read_all(tmp_path / "adapter"))
+    exact = {name: t.double() for name, t in read_all(tmp_path / "base").items()}
+    for path in ("model.embed_tokens", "lm_head"):
+        layer = wrapped.get_submodule(f"base_model.model.{path}")
+        parts = (layer.lora_embedding_A, layer.lora_embedding_B) if "embed" in path else (layer.lora_A, layer.lora_B)
+        A, B = (getattr(p["default"], "weight", p["default"]).detach().double() for p in parts)
+        exact[f"{path}.weight"] += (B @ A).t() * 2 if "embed" in path else B @ A * 2
+    options = dict(record=tmp_path / "record") if record else dict(verify=True)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", **options)
+    theirs, merged = wrapped.merge_and_unload().state_dict(), read_all(tmp_path / "out")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert_no_worse(merged[name], theirs[name], exact[name])
+    if record:
+        unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
+        assert contents(tmp_path / "back")["model.safetensors"] == contents(tmp_path / "base")["model.safetensors"]
+
+
+def test_copies_of_another_base_and_tied_embeddings_are_refused(tmp_path):
+    torch.manual_seed(shifted(4))
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "base")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["embed_tokens"]))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="to which the head is tied"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    held = read_all(tmp_path / "adapter")[key]
+    held[3, 5] += 1
+    change(tmp_path / "adapter" / "adapter_model.safetensors", **{key: held})
+    with pytest.raises(AdapterError, match="1 of 2880 elements differ"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    change(tmp_path / "adapter" / "adapter_model.safetensors", **{key: held[1:]})
+    with pytest.raises(AdapterError, match="a resized vocabulary"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def dora_adapter(folder, shapes, **options):
     """An adapter of write_adapter with magnitudes."""
     adapter = write_adapter(folder, shapes, use_dora=True, **options)
@@ -552,7 +601,7 @@ BAD = {
     "experts": (config(target_parameters=["mlp.experts.gate_up_proj"]), "not supported"),
     "embedding": (
         weights(**{"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 56)}),
-        "LoRA on an embedding",
+        "embed_tokens.lora_embedding_B: expected a tensor",
     ),
     "transposed": (config(fan_in_fan_out=True), "as fan_in_fan_out=True stores it"),
     "quantised": (in_base(**{f"{QKV[0]}.weight": torch.zeros(N, K, dtype=torch.int8)}), "quantised"),

@@ -374,9 +374,9 @@ def test_top_p_keeps_the_smallest_sufficient_set():
 
 
 def test_other_transformers_are_refused(monkeypatch, served):
-    for version in ("5.21.1", "5.24.0", "4.57.0", "6.0"):
+    for version in ("5.21.1", "5.25.0", "4.57.0", "6.0"):
         monkeypatch.setattr(importlib.metadata, "version", lambda name, found=version: found)
-        with pytest.raises(RuntimeError, match=rf"5\.22\.x, 5\.23\.x; found {version}"):
+        with pytest.raises(RuntimeError, match=rf"5\.22\.x, 5\.23\.x, 5\.24\.x; found {version}"):
             continuous_batching(*served)
 
 

@@ -33,11 +33,13 @@ class Spans:
     Attributes:
         queries: query rows of each request, in the order of the step. keys: of each attention type, keys of each.
         windows: of each attention type, how many keys a row sees at most; None: all before it.
+        types: the attention type of each layer, by its number.
     """
 
     queries: Sequence[int]
     keys: dict[str, Sequence[int]]
     windows: dict[str, int | None]
+    types: dict[int, str]
     _masks: dict[tuple, Tensor | None] = field(default_factory=dict)
 
     def mask(self, layer_type: str, rows: int, keys: int, device: torch.device) -> Tensor | None:
@@ -65,7 +67,8 @@ def spans_of(futures: Sequence[Any], cache: Any) -> Iterator[None]:
             for future in futures
         ]
         windows[layer_type] = getattr(allocator, "sliding_window", None)
-    token = _running.set(Spans(queries, keys, windows))
+    types = {layer: allocator.layer_type for layer, allocator in cache.layer_to_allocator.items()}
+    token = _running.set(Spans(queries, keys, windows, types))
     try:
         yield
     finally:
@@ -101,10 +104,12 @@ def _by_request(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, No
     ) -> tuple[Tensor, None]:
         """transformers' attention interface: query [1, H, rows, D], key and value [1, H_kv, rows, D]."""
         cache, spans = options.pop("cache", None), _running.get()
-        if cache is None or spans is None:
+        if spans is None:
             return attend(module, query, key, value, attention_mask, **options), None
-        layer_type = cache.layer_to_allocator[module.layer_idx].layer_type
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options)
+        layer: Any = module.layer_idx
+        layer_type = spans.types[layer]
+        if cache is not None:  # from transformers 5.24 on the model has done it
+            key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=options)
         options = {name: value for name, value in options.items() if name in ("dropout", "scaling", "softcap")}
         lengths = spans.queries, spans.keys[layer_type]
         parts = zip(query.split(lengths[0], 2), key.split(lengths[1], 2), value.split(lengths[1], 2), strict=True)

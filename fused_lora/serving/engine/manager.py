@@ -237,9 +237,9 @@ class AdapterManager(ContinuousBatchingManager):
             PrefixNamespaces(processor, self.counters)
         return processor
 
-    def _run_generation_loop(self) -> None:
+    def _run_generation_loop(self, **options: bool) -> None:
         try:
-            super()._run_generation_loop()
+            super()._run_generation_loop(**options)  # from transformers 5.24 on with use_inference_mode
         finally:
             self.admission.release_all()
 

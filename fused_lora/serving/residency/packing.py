@@ -125,8 +125,9 @@ def _read(
     def check(plan: Plan) -> Plan:
         return check_model(model, plan, allow_partial)
 
-    options = dict(inside=inside, tensors=tensors, allow_partial=allow_partial, copies=True)
-    return read_checked(folder, MAX_WEIGHT_BYTES, check, **options)
+    return read_checked(
+        folder, MAX_WEIGHT_BYTES, check, inside=inside, tensors=tensors, allow_partial=allow_partial, copies=True
+    )
 
 
 def _check_served(folder: str, plan: Plan) -> None:
