@@ -4,6 +4,7 @@
 
 bare          the frozen nn.Linear: its forward, and the backward that gives dx; the floor
               (with --base nf4: bitsandbytes' Linear4bit, and all others over it; the results are those of "quantised")
+dense         with --base: nn.Linear over the dequantised weight
 PEFT          lora.Linear with adapters of the point's dtype
 PEFT default  over a 16-bit base: fp32 adapters under torch.autocast, as trainers run PEFT's default
 PEFT compiled PEFT through torch.compile (--compile)
@@ -26,11 +27,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
-from layers import ADAPTER, SCALING, Point, Weights, no_worse, plausible
+from layers import ADAPTER, QUANTISED, SCALING, Point, Weights, no_worse, plausible
 from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
 from torch import nn
 
 import fused_lora
+from fused_lora.bases.torchao import parts
 from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.reference import keep_scale
 from fused_lora.testing.graphs import capture
@@ -143,6 +145,9 @@ def providers(
         layers["fused default"] = ours = wide.ours(weights.base_layer(copy=False), dropout)
         calls["fused default"] = autocast(ours)
     found = {"bare": Provider("bare", base, [], list(base.parameters()))}
+    if weights.quantised is not None:
+        dense = weights.dense()
+        found["dense"] = Provider("dense", dense, [], list(dense.parameters()))
     for name, layer in layers.items():
         parts = (layer.lora_A, layer.lora_B)
         trained = [part[ADAPTER].weight if isinstance(part, nn.ModuleDict) else part for part in parts]
@@ -193,9 +198,9 @@ def check(
     for name, provider in providers(weights, point.dropout, mask, compiled).items():
         torch.manual_seed(_SEED)
         got = results(provider, x, g)
-        if name in ("bare", "PEFT", "PEFT default"):
+        if name in ("bare", "dense", "PEFT", "PEFT default"):
             yardsticks[name] = got
-            expected = exact_bare if name == "bare" else exact
+            expected = exact_bare if name in ("bare", "dense") else exact
             # under autocast gradients of fp32 adapters are 16-bit products
             found[name] = _first(
                 plausible(got[k].to(x.dtype) if name == "PEFT default" else got[k], expected[k], terms[k], k)
@@ -218,14 +223,15 @@ def saved_bytes(provider: Provider, x: torch.Tensor) -> tuple[int, int]:
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
+        for part in parts(tensor).values():
+            storage = part.untyped_storage()
+            kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = provider.call(x)
-    for parameter in provider.parameters:
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    for part in (part for parameter in provider.parameters for part in parts(parameter.data).values()):
+        kept.pop(part.untyped_storage().data_ptr(), None)
     sizes = {pointer: storage.nbytes() for pointer, storage in kept.items()}
     del y
     total = sum(sizes.values())
@@ -421,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--rows", type=int, help="rows of x (M)")
     options.add_argument("--points", choices=POINTS, help="which layers (default on a GPU: first; bf16)")
-    options.add_argument("--base", choices=("", "nf4"), default="", help="nf4: over 4-bit weights of bitsandbytes")
+    options.add_argument("--base", choices=("", *QUANTISED), default="", help="nf4: over 4-bit weights of bitsandbytes")
     options.add_argument("--compile", action="store_true", help="PEFT through torch.compile, too; compiling takes long")
     arguments = options.parse_args(argv)
     report = begin("quantised" if arguments.base else "linear", arguments)

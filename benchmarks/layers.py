@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import fused_lora
+from fused_lora.bases import base_of
+from fused_lora.bases.base import Factors
 from fused_lora.testing.numeric import errors, ulp
 
 ADAPTER = "default"
@@ -29,7 +33,7 @@ class Point:
     dropout: float = 0.0
     M: int = 0
     relative: float = 0.01
-    base: str = ""  # "nf4": the base layer is bitsandbytes' Linear4bit, with double quantisation
+    base: str = ""  # a name in QUANTISED; else dense
 
     @property
     def shape(self) -> str:
@@ -53,7 +57,8 @@ class Weights:
     bias: torch.Tensor
     lora_A: torch.Tensor
     lora_B: torch.Tensor
-    quantised: nn.Module | None = None  # the layer whose 4-bit values ``weight`` holds
+    quantised: nn.Module | None = None  # the layer whose values ``weight`` holds
+    base: str = ""
 
     @classmethod
     def draw(cls, point: Point, device: torch.device) -> Weights:
@@ -70,11 +75,13 @@ class Weights:
         dtype, adapter_dtype = getattr(torch, point.dtype), getattr(torch, point.adapter_dtype)
         bias, quantised = normal(point.outputs, std=1.0).to(dtype), None
         if point.base:
-            from bitsandbytes.functional import dequantize_4bit
+            quantised = QUANTISED[point.base](weight.to(dtype), bias)
+            weight = base_of(quantised).dense_weight(quantised, Factors([], [], []), dtype)
+        return cls(weight.to(dtype), bias, A.to(adapter_dtype), B.to(adapter_dtype), quantised, point.base)
 
-            quantised = _linear_4bit(weight, bias, point.base)
-            weight = dequantize_4bit(quantised.weight.data, quantised.weight.quant_state)
-        return cls(weight.to(dtype), bias, A.to(adapter_dtype), B.to(adapter_dtype), quantised)
+    def dense(self) -> nn.Linear:
+        """A frozen nn.Linear over the same values."""
+        return replace(self, quantised=None).base_layer(copy=False)
 
     def base_layer(self, copy: bool) -> nn.Linear:
         """A frozen layer over this weight, or over a copy of it."""
@@ -96,7 +103,11 @@ class Weights:
     def peft(self, base: nn.Linear, dropout: float) -> nn.Module:
         """peft.tuners.lora.Linear with this adapter, as get_peft_model makes it."""
         r, holder = len(self.lora_A), nn.Module()
-        holder.layer, holder.is_loaded_in_4bit = base, self.quantised is not None
+        holder.layer = base
+        holder.is_loaded_in_4bit, holder.is_loaded_in_8bit = self.base in ("nf4", "fp4"), self.base == "int8"
+        if self.base in _TORCHAO:  # where transformers leaves what PEFT's merge quantises by
+            config = SimpleNamespace(get_apply_tensor_subclass=_TORCHAO[self.base])
+            holder.hf_quantizer = SimpleNamespace(quantization_config=config)
         config = LoraConfig(r=r, lora_alpha=SCALING * r, lora_dropout=dropout, target_modules=["layer"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a model without a config: it has none
@@ -110,14 +121,82 @@ class Weights:
         return self._fill(fused_lora.LoraLinear(base, **options))
 
 
-def _linear_4bit(weight: torch.Tensor, bias: torch.Tensor, quant_type: str) -> nn.Module:
-    """A frozen Linear4bit that computes in the bias's dtype, its weight quantised twice."""
-    from bitsandbytes.nn import Linear4bit
+def _linear_4bit(quant_type: str) -> Callable[[torch.Tensor, torch.Tensor], nn.Module]:
+    """A Linear4bit that computes in the bias's dtype, its weight quantised twice."""
+
+    def make(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
+        from bitsandbytes.nn import Linear4bit
+
+        N, K = weight.shape
+        layer = Linear4bit(K, N, compute_dtype=bias.dtype, quant_type=quant_type, compress_statistics=True)
+        return _loaded(layer, weight, bias).to(bias.dtype).to(weight.device)
+
+    return make
+
+
+def _linear_8bit(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
+    from bitsandbytes.nn import Linear8bitLt
 
     N, K = weight.shape
-    layer = Linear4bit(K, N, compute_dtype=bias.dtype, quant_type=quant_type, compress_statistics=True)
-    layer.load_state_dict({"weight": weight.to(bias.dtype), "bias": bias})
-    return layer.to(bias.dtype).to(weight.device).requires_grad_(False)
+    return _loaded(Linear8bitLt(K, N, has_fp16_weights=False, threshold=6.0), weight, bias).to(weight.device)
+
+
+def _loaded(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer.requires_grad_(False)
+
+
+def _of_torchao(config: Callable[[], object]) -> Callable[[torch.Tensor, torch.Tensor], nn.Module]:
+    def make(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
+        from torchao.quantization import quantize_
+
+        layer = nn.Linear(*reversed(weight.shape), device="meta")
+        layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+        holder = nn.Sequential(layer)
+        quantize_(holder, config())
+        return holder[0].requires_grad_(False)
+
+    return make
+
+
+def _int8() -> object:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig()
+
+
+def _int4() -> object:
+    """In a byte each: torchao packs two in one for kernels of GPUs alone, whose tensors nobody can dequantise."""
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+
+
+def _fp8() -> object:
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    return Float8WeightOnlyConfig()
+
+
+def _fp8_blocks(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
+    """transformers' FP8Linear with a scale for each 128 x 128 values. Its call needs a GPU."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    (N, K), size = weight.shape, 128
+    layer = FP8Linear(K, N, (size, size), has_bias=True).to(weight.device)
+    padded = nn.functional.pad(weight.float(), (0, -K % size, 0, -N % size))
+    tiles = padded.view(-(-N // size), size, -(-K // size), size)
+    scales = tiles.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+    codes = (tiles / scales[:, None, :, None]).to(torch.float8_e4m3fn).view(padded.shape)[:N, :K].contiguous()
+    layer.weight.data, layer.weight_scale_inv.data, layer.bias.data = codes, scales, bias.clone()
+    return layer.requires_grad_(False)
+
+
+_TORCHAO = {"torchao int8": _int8, "torchao int4": _int4, "torchao fp8": _fp8}
+# what makes a frozen layer of weight [N, K] and bias, which has the dtype that is computed in
+QUANTISED = {"nf4": _linear_4bit("nf4"), "fp4": _linear_4bit("fp4"), "int8": _linear_8bit}
+QUANTISED |= {name: _of_torchao(config) for name, config in _TORCHAO.items()} | {"fp8 blocks": _fp8_blocks}
 
 
 def no_worse(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, name: str) -> str | None:

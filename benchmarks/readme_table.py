@@ -51,7 +51,7 @@ def load(folder: Path) -> dict[str, dict]:
 
 
 def _linear_kind(settings: dict) -> str:
-    if settings.get("base"):
+    if settings.get("base") or settings.get("bases"):
         return "quantised"
     return "lorafusion" if settings.get("points") == "lorafusion" else "linear"
 
@@ -64,7 +64,8 @@ def render(results: dict[str, dict]) -> str:
 def _machine_block(entry: dict) -> str:
     newest = max((entry[kind] for kind in entry), key=lambda content: content["date"])
     machine, versions = newest["machine"], newest["versions"]
-    where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['threads']} threads"
+    threads = " or ".join(sorted({str(content["machine"]["threads"]) for content in entry.values()}))
+    where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {threads} threads"
     commits: dict[str, list[str]] = {}
     for kind, content in entry.items():
         commits.setdefault((content["commit"] or "unknown")[:10], []).append(kind)
@@ -76,7 +77,9 @@ def _machine_block(entry: dict) -> str:
         if "lorafusion" in entry:
             lines[-1] += " " + _lorafusion(entry["lorafusion"]["rows"])
     if "quantised" in entry:
-        lines += ["", *_linear_table(entry["quantised"]["rows"])]
+        rows = [row for row in entry["quantised"]["rows"] if row.get("base") == "nf4"]  # the file has the others
+        lines += ["", *_linear_table(rows)]
+        lines += [] if machine["gpu"] else ["", f"Threads: {entry['quantised']['machine']['threads']}."]
         lines[-1] += " The base layer is bitsandbytes' Linear4bit, NF4 with double quantisation."
     if "train" in entry:
         lines += ["", *_train_table(entry["train"]["rows"])]

@@ -12,10 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import fused_lora
 
 
-def main(
-    name: str = "HuggingFaceTB/SmolLM2-135M-Instruct", adapter: str = "adapters/qlora", merged: str = "merged"
-) -> list[float]:
-    """The losses of ten steps on one sentence."""
+def main(name: str = "HuggingFaceTB/SmolLM2-135M-Instruct", adapter: str = "qlora", merged: str = "merged") -> list:
+    """The losses of thirty steps on one sentence."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SystemExit('examples/qlora.py needs bitsandbytes: pip install ".[bitsandbytes]"')
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -29,7 +27,7 @@ def main(
     batch = AutoTokenizer.from_pretrained(name)(["SELECT name FROM users"], return_tensors="pt").to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(10):
+    for _ in range(30):
         loss = model(**batch, labels=batch["input_ids"]).loss
         loss.backward()
         optimizer.step()
@@ -39,6 +37,7 @@ def main(
 
     again = AutoModelForCausalLM.from_pretrained(name, **options)
     fused_lora.load_adapter(again, adapter, "sql")
+    print(fused_lora.verify(again, batch, reference=model))  # the same predictions, layer by layer
     fused_lora.unload(again, merge_adapters=True, dtype=torch.bfloat16)  # dequantised, merged, rounded once
     again.save_pretrained(merged)  # a plain model
     return losses

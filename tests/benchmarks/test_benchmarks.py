@@ -198,23 +198,40 @@ def test_bench_linear_over_4_bits(load, tmp_path):
     code, content = run(load("bench_linear"), tmp_path, "--base", "nf4", "--shapes", "64x48", "--device", "cpu")
     assert content["benchmark"] == "quantised" and all(row["correct"] for row in content["rows"])
     assert {(row["provider"], row["base"]) for row in content["rows"]} == {
-        (name, "nf4") for name in ("bare", "PEFT", "fused_lora")
+        (name, "nf4") for name in ("bare", "dense", "PEFT", "fused_lora")
     }
 
 
 def test_bench_quantised(load, tmp_path, monkeypatch):
-    """Who is wrong gets no time, and the others do."""
-    pytest.importorskip("bitsandbytes")
+    """Every kind of base in training, decoding and merges; who is wrong gets no time, and the others do."""
+    for package in ("bitsandbytes", "torchao", "transformers"):
+        pytest.importorskip(package)
     bench = load("bench_quantised")
-    arguments = bench, tmp_path, "--shapes", "64x48", "--rows", "3", "--device", "cpu"
-    _, content = run(*arguments)
-    assert {row["provider"] for row in content["rows"] if row["correct"]} == {
-        "bare", "dense", "PEFT", "fused_lora", "dequantised"
-    }  # fmt: skip
+    arguments = "--shapes", "64x96", "--rows", "9", "--device", "cpu"
+    code, content = run(bench, tmp_path / "right", *arguments)
+    assert code == 0 and content["benchmark"] == "quantised"
+    found = {}
+    for row in content["rows"]:
+        assert row["correct"]
+        found.setdefault((row["benchmark"], row["base"]), set()).add(row["provider"])
+    called = {"nf4", "fp4", "int8", "torchao int8", "torchao int4", "torchao fp8"}
+    own = {"bare", "dense", "PEFT", "fused_lora"}
+    assert {base: names for (kind, base), names in found.items() if kind == "linear"} == dict.fromkeys(called, own)
+    decoded = {base: names for (kind, base), names in found.items() if kind == "decode_quantised"}
+    assert decoded == dict.fromkeys(called, own) | dict.fromkeys(("nf4", "fp4"), own | {"dequantised"})
+    merged = {base: names for (kind, base), names in found.items() if kind == "merge_quantised"}
+    both = {"PEFT", "fused_lora"}
+    expected = dict.fromkeys(called - {"torchao int4"}, both)
+    assert merged == expected | {"torchao int4": {"PEFT"}, "fp8 blocks": {"fused_lora"}}
+    assert all(r["changed"] == 0 for r in content["rows"] if r["provider"] == "fused_lora" and "changed" in r)
+    assert len(content["skipped"]) == 3 and "needs a GPU" in content["skipped"][0]
+
     original = bench.providers
     monkeypatch.setattr(bench, "providers", lambda w: (f := original(w)) | {"fused_lora": lambda x: f["dense"](x)})
-    code, content = run(*arguments)
-    assert code == 1 and [row["provider"] for row in content["rows"] if not row["correct"]] == ["fused_lora"]
+    code, content = run(bench, tmp_path / "wrong", *arguments, "--bases", "nf4,int8")
+    assert code == 1 and [(row["provider"], row["base"]) for row in content["rows"] if not row["correct"]] == [
+        ("fused_lora", "nf4"), ("fused_lora", "int8"),
+    ]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*merge lora module")

@@ -19,6 +19,7 @@ import fused_lora  # noqa: E402
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse  # noqa: E402
 from helpers import training  # noqa: E402
 from helpers.training import ROUTES, built, counted_calls, counting_texts, largest_relative, train  # noqa: E402
+from helpers.wrapped import INDUCTOR  # noqa: E402
 
 PEFT_DOORS = ("accelerate", "install")
 os.environ.setdefault("WANDB_DISABLED", "true")
@@ -174,6 +175,7 @@ def test_compile_of_the_whole_model(route, p):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(INDUCTOR != "inductor", reason="inductor needs a C++ compiler here")
 @pytest.mark.parametrize("route", ["accelerate", "inject"])
 def test_inductor_uses_one_mask_in_forward_and_backward(route):
     """Its random numbers are not eager's, but (c A, B / c) is the same layer, so <dA, A> = <dB, B> under one mask."""

@@ -15,6 +15,7 @@ from fused_lora.ops.linear.op import _lora_linear, _lora_linear_backward, draw_s
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
 from helpers.thorough import sampled
+from helpers.wrapped import INDUCTOR
 
 pytestmark = pytest.mark.numeric
 
@@ -221,7 +222,7 @@ def test_torch_compile_fullgraph(p):
         return lora_linear(x, W, b, A, B, [2.0], [p], seeds if p else None).relu()
 
     grads = []
-    for run in (f, torch.compile(f, fullgraph=True)):
+    for run in (f, torch.compile(f, fullgraph=True, backend=INDUCTOR)):
         y = run(x)
         grads.append([y.detach(), *torch.autograd.grad(y.sum(), (x, *A, *B))])
     for eager, compiled in zip(*grads, strict=True):

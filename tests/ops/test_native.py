@@ -315,6 +315,7 @@ def test_no_rank_at_all():
     assert torch.equal(W, before)
 
 
+@built
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("dtype, shape", [(torch.float32, (512, 520)), (torch.bfloat16, (1000, 777))], ids=str)
 def test_a_merge_takes_a_tenth_of_the_weight(dtype, shape):

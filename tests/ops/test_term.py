@@ -20,6 +20,7 @@ from fused_lora.ops.term import plan
 from fused_lora.ops.term.op import _lora_term, _lora_term_backward
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
+from helpers.wrapped import INDUCTOR
 
 pytestmark = pytest.mark.numeric
 
@@ -211,7 +212,7 @@ def test_torch_compile_fullgraph(p):
         return lora_term(y, x, A, B, [2.0], [p], seeds if p else None, b).relu()
 
     grads = []
-    for run in (f, torch.compile(f, fullgraph=True)):
+    for run in (f, torch.compile(f, fullgraph=True, backend=INDUCTOR)):
         out = run(y, x)
         grads.append([out.detach(), *torch.autograd.grad(out.sum(), (y, x, *A, *B, b))])
     for plain, compiled in zip(*grads, strict=True):
