@@ -1,6 +1,7 @@
 """verify over int8 layers of bitsandbytes and tensors of torchao: bounds that hold, bugs by their names."""
 
 import copy
+import functools
 import random
 
 import pytest
@@ -42,8 +43,17 @@ def settings_of(base):
     }[base]()
 
 
+@functools.cache
+def int8_products_are_exact():
+    """oneDNN saturates sums of 16 bits on processors without VNNI: the base layer is then another than x W^T."""
+    x, W = (torch.full(shape, 127, dtype=torch.int8) for shape in ((M, K), (K, N)))
+    return bool((torch._int_mm(x, W) == K * 127**2).all())
+
+
 def quantised(base, N, K, **settings):
     if LIBRARIES.get(base) == "bitsandbytes":
+        if not int8_products_are_exact():
+            pytest.skip("int8 products are not exact on this processor")
         return linear8bit(N, K, threshold=2.5 if base == "outliers" else 0.0, **settings)
     return torchao_linear(N, K, settings_of(base), **settings)
 
