@@ -48,7 +48,7 @@ def main() -> None:
             if status or (found := wrong(server, before)):
                 raise SystemExit(f"{(folder / 'log').read_text()[-4000:]}\n{status or found}")
             page = server.http.get("/metrics").text
-    counts = re.findall(r'^fused_lora_requests_total\{route="(.*)",status="(\d+)"\} (\d+)$', page, re.MULTILINE)
+    counts = re.findall(r'^fused_lora_requests_total\{route="(.*)",status="(\d+)"\} (\d+)\.0$', page, re.MULTILINE)
     print("\n".join(f"{route} {status}: {count}" for route, status, count in counts))
 
 
