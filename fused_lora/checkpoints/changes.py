@@ -30,10 +30,9 @@ class Term(NamedTuple):
     path: str
     skip: int
 
-    def part(self, name: str) -> Tensor | None:
-        """One tensor of the layer, "lora_A" for example; None where it has none."""
-        key = self.adapter.plan.slots[self.path].get(name)
-        return None if key is None else self.adapter.tensor(key)
+    def part(self, name: str) -> Tensor:
+        """One tensor of the layer, "lora_A" for example."""
+        return self.adapter.tensor(self.adapter.plan.slots[self.path][name])
 
     @property
     def dora(self) -> bool:
@@ -51,9 +50,7 @@ class Segment:
 
     def rows(self, term: Term, name: str) -> Tensor:
         """The rows of a tensor of the layer, lora_B or lora_magnitude, that belong to the segment."""
-        tensor = term.part(name)
-        assert tensor is not None
-        return tensor[term.skip : term.skip + self.stop - self.first]
+        return term.part(name)[term.skip : term.skip + self.stop - self.first]
 
 
 @dataclass
@@ -88,6 +85,12 @@ class Change:
         if self.held is not None:
             yield self.held
 
+    def embedded(self) -> tuple[AdapterFile, str] | None:
+        """(adapter, key) of a term that is of LoRA on an embedding; None where no term is."""
+        terms = (term for segment in self.segments for term in segment.terms)
+        found = next((term for term in terms if term.path in term.adapter.plan.embeddings), None)
+        return None if found is None else (found.adapter, found.adapter.plan.slots[found.path]["lora_A"])
+
     def describe(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
         """For a report."""
         terms = [t for segment in self.segments for t in segment.terms]
@@ -120,7 +123,7 @@ class Sum:
 
     def __init__(self, change: Change, segment: Segment, dtype: torch.dtype, device: torch.device):
         terms = segment.terms
-        self._A = [t.part("lora_A").to(device) for t in terms]  # type: ignore[union-attr]
+        self._A = [t.part("lora_A").to(device) for t in terms]
         self._B = [segment.rows(t, "lora_B").to(device) for t in terms]
         self._scaling = [t.adapter.scaling(t.path) for t in terms]
         self._magnitudes = [segment.rows(t, "lora_magnitude").to(device) if t.dora else None for t in terms]
@@ -177,9 +180,9 @@ def small_change(change: Change, old: Tensor, shape: tuple[int, ...], out: torch
     """A bias, a tensor or some rows after the change, in the dtype ``out``. Of a replaced one ``old`` may be empty."""
     if change.kind == "bias":
         new = old.to(torch.promote_types(old.dtype, torch.float32))
-        for adapter, path, _ in change.terms:
-            term = adapter.tensor(adapter.plan.slots[path]["lora_bias"])
-            new = new + term.to(torch.promote_types(term.dtype, torch.float32)) * adapter.scaling(path)
+        for term in change.terms:
+            bias = term.part("lora_bias")
+            new = new + bias.to(torch.promote_types(bias.dtype, torch.float32)) * term.adapter.scaling(term.path)
     else:
         adapter, key = change.held  # type: ignore[misc]
         new = adapter.tensor(key)

@@ -236,14 +236,10 @@ class _Planner:
         tied = config.get("tie_word_embeddings", causal) and not stored
         heads = {change.source for change in self.found.values() if change.added}
         for change in self.found.values():
-            alone = change.kind in ("replace", "merge") and tied and not heads and is_embedding(change.name)
-            if alone and change.kind == "merge":
-                [segment] = change.segments
-                adapter, path, _ = segment.terms[0]
-                key, found = adapter.plan.slots[path]["lora_A"], f"{change.source!r}, to which the head is tied"
-                raise AdapterError(adapter.plan.weights, key, "an embedding of its own", found)
-            if change.held is not None and (alone or (change.kind == "rows" and change.source in heads)):
-                adapter, key = change.held
+            held = change.held if change.kind != "merge" else change.embedded()
+            alone = change.kind != "rows" and tied and not heads and is_embedding(change.name)
+            if held is not None and (alone or (change.kind == "rows" and change.source in heads)):
+                adapter, key = held
                 found = f"{change.source!r}, to which the head is tied"
                 raise AdapterError(adapter.plan.weights, key, "an embedding of its own", found)
 

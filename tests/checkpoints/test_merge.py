@@ -191,6 +191,16 @@ def test_copies_of_another_base_and_tied_embeddings_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_linear_layer_with_an_embeddings_name_is_merged_beside_tied_ones(tmp_path):
+    path, draw = "model.layers.0.mlp.shared", torch.Generator().manual_seed(shifted(6))
+    tensors = {"model.embed_tokens.weight": torch.randn(56, K, generator=draw)}
+    tensors[f"{path}.weight"] = torch.randn(N, K, generator=draw)
+    config = dict(architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
+    base = write_base(tmp_path / "base", tensors, config=config)
+    report = merge_checkpoint(base, write_adapter(tmp_path / "adapter", {path: (K, N)}), tmp_path / "out", verify=True)
+    assert [change["tensor"] for change in report.changes] == [f"{path}.weight"]
+
+
 def dora_adapter(folder, shapes, **options):
     """An adapter of write_adapter with magnitudes."""
     adapter = write_adapter(folder, shapes, use_dora=True, **options)
