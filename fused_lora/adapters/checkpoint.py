@@ -223,13 +223,11 @@ def _sort_keys(
         dtype = entries[key].dtype
         if not dtype.is_floating_point and (name not in beside or name.endswith(TOKENS_END)):
             raise AdapterError(path, key, f"dtype {', '.join(DTYPES)}", str(dtype))
-    weights = {
-        key: own_path(key).removeprefix(KEY_PREFIX).removesuffix(".weight")
-        for key in unread
-        if may_copy and not allow_partial
-    }
-    layers = {key: layer.removesuffix(".base_layer") for key, layer in weights.items() if key.endswith(".weight")}
-    copies = {layer: key for key, layer in layers.items() if layer in slots}
+    copies: dict[str, str] = {}
+    for key in unread if may_copy and not allow_partial else ():
+        layer = own_path(key).removeprefix(KEY_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
+        if key.endswith(".weight") and layer in slots:
+            copies[layer] = key
     unread = [key for key in unread if key not in copies.values()]
     # a layer without one of its parts is another layer, which nobody can mean
     parts = [key for key in unread if key.rpartition(".lora_")[0].removeprefix(KEY_PREFIX) in slots]

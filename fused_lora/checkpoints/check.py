@@ -146,7 +146,7 @@ def _row_of_delta(change: Change, segment: Segment, row: int, old: Tensor) -> tu
     added up."""
     total, size, count = torch.zeros_like(old), torch.zeros_like(old), 0
     for term in segment.terms:
-        A, B = (term.adapter.tensor(term.adapter.plan.slots[term.path][part]).double() for part in ("lora_A", "lora_B"))
+        A, B = term.part("lora_A").double(), term.part("lora_B").double()
         left, right = (A.t(), B.t()) if change.transposed else (B, A)
         at = row if change.transposed else row - segment.first + term.skip
         s = term.adapter.scaling(term.path)

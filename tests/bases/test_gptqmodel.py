@@ -12,7 +12,14 @@ from torch import nn
 import fused_lora
 from fused_lora.integrations.peft import layer_report
 from fused_lora.testing.numeric import DRAWS, assert_close
-from helpers.over_quantised import assert_no_worse_than_peft, layers, results, three_models
+from helpers.over_quantised import (
+    assert_chosen_alike,
+    assert_merges_refused,
+    assert_no_worse_than_peft,
+    layers,
+    results,
+    three_models,
+)
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("gptqmodel", reason="gptqmodel is not installed: make test-gptq")
@@ -93,14 +100,7 @@ def test_what_runs_how_is_said(kind):
 def test_adapters_are_chosen_and_disabled_as_in_peft(kind):
     ours, _, theirs = three(kind, torch.float16, ["default", "second"])
     x = torch.randn(M, K).half()
-    for step in (
-        lambda m: m.set_adapter("second"),
-        lambda m: m.base_model.set_adapter(["default", "second"]),
-        lambda m: m.base_model.disable_adapter_layers(),
-    ):
-        for model in (ours, theirs):
-            step(model)
-        assert_close(ours(x), theirs(x), terms=K + N)
+    assert_chosen_alike(ours, theirs, x, terms=K + N)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,14 +129,7 @@ def test_training_moves_the_adapter_alone(kind):
 def test_merges_are_refused_by_name_and_change_nothing(kind):
     ours, injected, _ = three(kind, torch.float16)
     x = torch.randn(M, K).half()
-    before = injected(x)
-    with pytest.raises(RuntimeError, match="up: base_layer: the weight is packed in qweight; .*nothing was merged"):
-        fused_lora.merge(injected)
-    with pytest.raises(RuntimeError, match=f"up: a {kind.__name__} with a .* cannot be dequant"):
-        fused_lora.unload(injected, merge_adapters=True, dtype=torch.float32)
-    with pytest.raises(NotImplementedError, match="base_layer: the weight is packed in qweight, so nothing was merged"):
-        ours.merge_adapter()
-    assert torch.equal(injected(x), before) and not layers(ours)[0].merged
+    assert_merges_refused(ours, injected, x, f"up: a {kind.__name__} with a .* cannot be dequant")
 
 
 @pytest.mark.parametrize("kind", KINDS)

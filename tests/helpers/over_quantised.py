@@ -6,11 +6,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import fused_lora
-from fused_lora.testing.numeric import assert_no_worse
+from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.twins import run_layer
 
 FIELDS = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}  # scaling 1.5
@@ -92,3 +93,27 @@ def same(left: Sequence[Any], right: Sequence[Any]) -> bool:
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
         for a, b in zip(left, right, strict=True)
     )
+
+
+def assert_chosen_alike(ours: nn.Module, theirs: nn.Module, x: Tensor, terms: int) -> None:
+    """Adapters "default" and "second" of an accelerated model: one, both and none give what PEFT's give."""
+    for step in (
+        lambda m: m.set_adapter("second"),
+        lambda m: m.base_model.set_adapter(["default", "second"]),
+        lambda m: m.base_model.disable_adapter_layers(),
+    ):
+        for model in (ours, theirs):
+            step(model)
+        assert_close(ours(x), theirs(x), terms=terms)
+
+
+def assert_merges_refused(ours: nn.Module, injected: nn.Module, x: Tensor, why_not_dense: str) -> None:
+    """A model with a packed layer ``up``, accelerated and ours: merges are refused by name and change nothing."""
+    before = injected(x)
+    with pytest.raises(RuntimeError, match="up: base_layer: the weight is packed in qweight; .*nothing was merged"):
+        fused_lora.merge(injected)
+    with pytest.raises(RuntimeError, match=why_not_dense):
+        fused_lora.unload(injected, merge_adapters=True, dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="base_layer: the weight is packed in qweight, so nothing was merged"):
+        ours.merge_adapter()
+    assert torch.equal(injected(x), before) and not layers(ours)[0].merged
