@@ -86,6 +86,44 @@ def test_a_batch_of_the_base_model_alone():
     assert not S.any() and torch.equal(found, y)
 
 
+A_BAD = {
+    "inputs: expected floating": dict(inputs=torch.zeros(55, K, dtype=torch.int64)),
+    "inputs: expected 2 dimensions": dict(inputs=torch.zeros(55)),
+    f"inputs: expected {K} columns": dict(inputs=torch.zeros(55, K - 1)),
+    "weights: expected 3 dimensions": dict(weights=torch.zeros(MAX_RANK, K)),
+    "weight_indices: expected slots 0 to 3": dict(weight_indices=torch.tensor([0, 2, 0, 1, 3, -1])),
+    "seg_len_tensor: expected 6 numbers of rows, 55 in all": dict(seg_len_tensor=torch.tensor([5, 1, 3, 4, 2, 39])),
+    "lora_ranks: expected at most 4 ranks, each 0 to 8": dict(lora_ranks=torch.tensor([4, 0, 9, 3])),
+    "scaling_tensor: expected 4": dict(scaling_tensor=torch.ones(3)),
+}
+B_BAD = {
+    "inputs: expected floating": dict(inputs=torch.zeros(55, MAX_RANK, dtype=torch.int64)),
+    "weight_indices: expected slots": dict(weight_indices=torch.tensor([0, 2, 0, 1, 3, 4])),
+    "seg_len_tensor: expected 6": dict(seg_len_tensor=torch.tensor([55])),
+    "lora_ranks: expected at most 4 ranks, each 0 to 7": dict(inputs=torch.zeros(55, MAX_RANK - 1)),
+    "slice_offsets: expected rising numbers from 0 to 48": dict(slice_offsets=torch.tensor([0, 40])),
+    "base_output: expected shape": dict(base_output=torch.ones(55, 49)),
+}
+
+
+@pytest.mark.parametrize(
+    "text, bad", [*A_BAD.items(), *B_BAD.items()], ids=lambda value: value if type(value) is str else ""
+)
+def test_bad_arguments_are_named_and_nothing_is_written(text, bad):
+    x, A, B, y, (slots, lengths, ranks) = drawn(torch.float32, (0, 48), seed=5)
+    shared = dict(weight_indices=slots, seg_len_tensor=lengths, lora_ranks=ranks)
+    before = y.clone()
+    with pytest.raises((TypeError, ValueError), match=text):
+        if text in A_BAD and bad is A_BAD[text]:
+            sglang.sgemm_lora_a_fwd(
+                **{**dict(inputs=x, weights=A, scaling_tensor=torch.tensor(SCALES)), **shared, **bad}
+            )
+        else:
+            given = dict(inputs=torch.ones(55, MAX_RANK), weights=B, slice_offsets=torch.tensor([0, 48]), base_output=y)
+            sglang.sgemm_lora_b_fwd(**{**given, **shared, **bad})
+    assert torch.equal(y, before)
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_parameters_are_sglangs(name):
     assert [*inspect.signature(getattr(sglang, name)).parameters] == SIGNATURES[name].split()
