@@ -97,8 +97,12 @@ def merge_(
     return record
 
 
-def merge_later(weight: torch.Tensor, adapters: tuple, fan_in_fan_out: bool) -> tuple[MergeRecord, Any] | None:
-    """The same of (lora_A, lora_B, scaling) for :func:`blocks.run_together`, and the record that holds once it has run.
+def merge_later(
+    weight: torch.Tensor,
+    adapters: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[float], torch.Tensor | None],
+    fan_in_fan_out: bool,
+) -> tuple[MergeRecord, Any] | None:
+    """The same of (lora_A, lora_B, scaling, row_scale) for :func:`blocks.run_together`, and the record that then holds.
 
     None where the C loops do not take it. Raises what :func:`merge_` does before it writes.
     """
@@ -123,6 +127,7 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
     W, factors = _merged(weight, record), record.factors
     if record.device_corrections is not None:
         return launch.unmerge(W, factors.left, factors.right, record.device_corrections)
+    assert record.units is not None
     if native.needs_one_thread():
         with native.one_thread():
             return blocks.restore(W, factors, record.units)
@@ -220,10 +225,10 @@ def delta_factors(
 ) -> Factors:
     """Copies of adapters on ``device`` with the scaling inside B; their product is what a weight of ``dtype`` gets."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    place = dict(device=device, dtype=wide, memory_format=torch.contiguous_format)
-    A = [part.detach().to(**place, copy=len(lora_A) == 1) for part in lora_A]
+    alone = len(lora_A) == 1  # else torch.cat copies them
+    A = [part.detach().to(device, wide, copy=alone, memory_format=torch.contiguous_format) for part in lora_A]
     # a product keeps the strides of a transposed B, as tied embeddings have it
-    B = [(part.detach().to(**place) * float(s)).contiguous() for part, s in zip(lora_B, scaling, strict=True)]
+    B = [(part.detach().to(device, wide) * float(s)).contiguous() for part, s in zip(lora_B, scaling, strict=True)]
     A, B = A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1)
     scales = None if row_scale is None else Scales.of_rows(row_scale.detach().to(device, wide), A.shape[1])
     factors = Factors(B, A, scales)
