@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Set
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,10 +47,21 @@ _EMBEDDING_SLOTS = {".lora_embedding_A": "lora_A", ".lora_embedding_B": "lora_B"
 _MAX_PATTERN_CHECKS = 2_000_000
 
 
+class Stacked(NamedTuple):
+    """A stacked parameter of experts that an adapter is for: its path, and how many experts it has."""
+
+    path: str
+    experts: int
+
+
+# of a model, by the path that a file has for it; asked with the config of the file
+Stacks = Callable[[LoraConfig], Mapping[str, Stacked]]
+
+
 class Adapter(NamedTuple):
     """A checkpoint: its config, the tensors of each module path, with ``bias="all"`` the biases of other modules by
     parameter path, what trained beside LoRA (modules_to_save, trainable_token_indices) by key without prefix, and
-    copies of the base's weights by module path."""
+    copies of the base's weights by module path. Of stacked experts the path is that of the parameter."""
 
     config: LoraConfig
     layers: dict[str, LayerTensors]
@@ -62,8 +73,8 @@ class Adapter(NamedTuple):
 class Plan(NamedTuple):
     """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha;
     the keys of what trained beside LoRA, by key without prefix; the keys that ``allow_partial`` leaves out; how the
-    base was quantised, by path; the keys of copies of the base's weights, by path; and the paths that are embeddings,
-    whose lora_A is [r, num_embeddings] and lora_B [embedding_dim, r]."""
+    base was quantised, by path; the keys of copies of the base's weights, by path; the paths that are embeddings,
+    whose lora_A is [r, num_embeddings] and lora_B [embedding_dim, r]; and, of stacked experts, how many by path."""
 
     config: LoraConfig
     weights: str
@@ -76,6 +87,7 @@ class Plan(NamedTuple):
     base: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     copies: Mapping[str, str] = MappingProxyType({})
     embeddings: Set[str] = frozenset()
+    stacks: Mapping[str, int] = MappingProxyType({})
 
 
 def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BYTES) -> Adapter:
@@ -114,23 +126,26 @@ def read_checked(
     allow_partial: bool = False,
     copies: bool = False,
     embeddings: bool = False,
+    stacks: Stacks | None = None,
 ) -> tuple[Adapter, Plan]:
     """``read_adapter`` with a check of the headers before any tensor is read; without ``tensors`` that is all.
 
     ``check`` returns the plan, or one of fewer layers. Both files must lie in the folder ``inside``, if given, once all
     links are followed. ``allow_partial`` leaves out keys that are not read, copies too, instead of refusing the file.
     ``copies``: the file may hold the weights of layers that it has LoRA for, as PEFT writes them for an output layer;
-    whoever asks for it compares them with the model's. ``embeddings``: it may have LoRA on embeddings.
+    whoever asks for it compares them with the model's. ``embeddings``: it may have LoRA on embeddings. ``stacks``: it
+    may have LoRA on stacked experts; it says which parameters they are, for a file alone does not.
     """
     folder = path_text("directory", directory)
+    options: tuple[Any, ...] = (inside, tensors, allow_partial, copies, embeddings, stacks)
     with _folder(folder) as dir_fd:
         try:
-            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial, copies, embeddings)
+            return _read_once(folder, dir_fd, max_bytes, check, *options)
         except AdapterError:
             # a save that replaced the folder meanwhile has deleted the one that is being read
             if tries == 1 or not _replaced(folder, dir_fd):
                 raise
-    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors, allow_partial, copies, embeddings)
+    return read_checked(directory, max_bytes, check, tries - 1, *options)
 
 
 def _read_once(
@@ -143,6 +158,7 @@ def _read_once(
     allow_partial: bool,
     may_copy: bool,
     may_embed: bool,
+    stacks_of: Stacks | None,
 ) -> tuple[Adapter, Plan]:
     config = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd, inside)
     path = os.path.join(folder, WEIGHTS_NAME)
@@ -157,10 +173,12 @@ def _read_once(
         ends = SLOTS | _EMBEDDING_SLOTS if may_embed else SLOTS
         found = _sort_keys(path, header.entries, config, ends, allow_partial, may_copy)
         slots, biases, beside, left_out, copies, embeddings = found
-        ranks = _ranks(folder, path, header.entries, slots, config)
-        plan = check(
-            Plan(config, path, header.entries, slots, biases, ranks, beside, left_out, header.base, copies, embeddings)
-        )
+        stacks = _stacks(os.path.join(folder, CONFIG_NAME), config, stacks_of)
+        slots = {stacks[name].path if name in stacks else name: keys for name, keys in slots.items()}
+        experts = {stack.path: stack.experts for stack in stacks.values() if stack.path in slots}
+        ranks = _ranks(folder, path, header.entries, slots, config, experts)
+        found = (biases, ranks, beside, left_out, header.base, copies, embeddings, experts)
+        plan = check(Plan(config, path, header.entries, slots, *found))
         if not with_tensors:
             return Adapter(config, {}, {}, {}), plan
         tensors = read_tensors(path, file, header)
@@ -261,10 +279,29 @@ def _is_beside(name: str, config: LoraConfig) -> bool:
     return any(path.endswith(ends) for path in above(name))
 
 
+def _stacks(config_path: str, config: LoraConfig, stacks_of: Stacks | None) -> Mapping[str, Stacked]:
+    """The stacked parameters that the config names, by the paths of the file."""
+    if not config.target_parameters:
+        return {}
+    if stacks_of is None:
+        expected = "null or empty: stacked experts are read with the model that they are for"
+        raise AdapterError(config_path, "target_parameters", expected, config.target_parameters)
+    try:
+        return stacks_of(config)
+    except ValueError as error:
+        expected = "stacked experts of the model"
+        raise AdapterError(config_path, "target_parameters", expected, str(error)) from None
+
+
 def _ranks(
-    folder: str, path: str, entries: dict[str, TensorEntry], slots: dict[str, dict[str, str]], config: LoraConfig
+    folder: str,
+    path: str,
+    entries: dict[str, TensorEntry],
+    slots: dict[str, dict[str, str]],
+    config: LoraConfig,
+    experts: Mapping[str, int],
 ) -> dict[str, tuple[int, float]]:
-    """(r, lora_alpha) of each module path: the rank of its tensors, and the alpha the config gives it."""
+    """(r, lora_alpha) of each path: the rank of its tensors, in each expert, and the alpha the config gives it."""
     patterns = len(config.rank_pattern) + len(config.alpha_pattern)
     config_path = os.path.join(folder, CONFIG_NAME)
     if patterns * len(slots) > _MAX_PATTERN_CHECKS:
@@ -276,12 +313,14 @@ def _ranks(
     ranks = {}
     for name, keys in slots.items():
         shape_A, shape_B = entries[keys["lora_A"]].shape, entries[keys["lora_B"]].shape
-        if len(shape_A) != 2 or shape_A[0] > MAX_RANK:
-            raise AdapterError(path, keys["lora_A"], f"a shape [r, K], r at most {MAX_RANK}", list(shape_A))
-        r = shape_A[0]
-        if len(shape_B) != 2 or shape_B[1] != r:
+        each = experts.get(name, 1)
+        if len(shape_A) != 2 or shape_A[0] > MAX_RANK * each or shape_A[0] % each:
+            wanted = "[r, K]" if each == 1 else f"[{each} experts * r, K]"
+            raise AdapterError(path, keys["lora_A"], f"a shape {wanted}, r at most {MAX_RANK}", list(shape_A))
+        if len(shape_B) != 2 or shape_B[1] != shape_A[0]:
             swapped = "; lora_A and lora_B seem to be swapped" * (shape_A[1] == shape_B[0])
-            raise AdapterError(path, keys["lora_B"], f"a shape [N, {r}]", f"{list(shape_B)}{swapped}")
+            raise AdapterError(path, keys["lora_B"], f"a shape [N, {shape_A[0]}]", f"{list(shape_B)}{swapped}")
+        r = shape_A[0] // each
         for field in ("lora_bias", "base_bias", "lora_magnitude"):
             if field in keys and entries[keys[field]].shape != shape_B[:1]:
                 raise AdapterError(path, keys[field], f"a shape [{shape_B[0]}]", list(entries[keys[field]].shape))
