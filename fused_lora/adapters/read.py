@@ -297,7 +297,7 @@ def _check_layer(modules: Mapping[str, nn.Module], path: str, plan: Plan) -> Non
             wanted, found = "lora_embedding_A and lora_embedding_B", "lora_A and lora_B"
             if path in plan.embeddings:
                 wanted, found = found, wanted
-            raise AdapterError(plan.weights, keys["lora_A"], f"{wanted} for a {type(base).__name__}", found)
+            raise AdapterError(plan.weights, keys["lora_A"], f"{wanted} for {type(base).__name__}", found)
     else:
         K, N = stack.K, stack.N
     shapes = {field: plan.entries[keys[field]].shape for field in ("lora_A", "lora_B")}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_lora.bases.base import Base, Factors, why_not_own_call
+from fused_lora.bases.base import Base, Factors, why_not_own_call, why_replaced
 from fused_lora.ops.checks import FLOAT_DTYPES
 from fused_lora.ops.merge import blocks
 from fused_lora.ops.merge import op as merging
@@ -70,14 +70,21 @@ def why_not_adapted(experts: Any, name: str) -> str | None:
     return None
 
 
-def why_not_fused(experts: Any, name: str) -> str | None:
-    """None when :func:`experts_forward` may stand in for a call of ``experts`` with adapters of its ``name``."""
+def why_not_fused(experts: Any, name: str, own_hooks: int = 0) -> str | None:
+    """None when :func:`experts_forward` may stand in for a call of ``experts`` with adapters of its ``name``.
+
+    own_hooks: forward hooks of the experts that know of it.
+    """
     if why := why_not_adapted(experts, name):
         return why
     implementation = getattr(experts.config, "_experts_implementation", None)
     if implementation not in IMPLEMENTATIONS:
         return f"the experts implementation is {implementation!r}"
-    return why_not_own_call(experts, "the experts")
+    if not own_hooks:
+        return why_not_own_call(experts, "the experts")
+    before = experts._forward_pre_hooks or experts._backward_hooks or experts._backward_pre_hooks
+    hooked = before or len(experts._forward_hooks) > own_hooks
+    return "a hook on the experts" if hooked else why_replaced(experts, "the experts")
 
 
 def why_not_stacked(weight: Any) -> str | None:

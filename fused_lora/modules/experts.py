@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import Base, experts
+from fused_lora.bases.experts import StackedTerm, replace_rows, why_not_fused
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
 from fused_lora.modules.fusable import why_not_here
@@ -22,6 +23,19 @@ from fused_lora.modules.merged_state import MergedState
 from fused_lora.modules.mixed import MixedBatch
 from fused_lora.modules.targets import base_layer_of, candidates
 
+__all__ = [
+    "LoraExperts",
+    "LoraStack",
+    "Stack",
+    "StackedTerm",
+    "file_paths",
+    "match_parameters",
+    "place_of",
+    "replace_rows",
+    "stack_at",
+    "stacks_of",
+    "why_not_fused",
+]
 RANDOM = (True, False, "gaussian")  # init_lora_weights that draw for experts
 
 
@@ -75,6 +89,11 @@ def stack_at(modules: Mapping[str, nn.Module], path: str) -> Stack | None:
     place, _, name = path.rpartition(".")
     base = base_layer_of(modules[place]) if place in modules else None
     return None if base is None or experts.why_not_adapted(base, name) else _stack(base, place, name)
+
+
+def stacks_of(module: Any, place: str) -> list[Stack]:
+    """The stacked parameters of a plain module that can get LoRA."""
+    return [_stack(module, place, name) for name in module._parameters if not experts.why_not_adapted(module, name)]
 
 
 def _stack(module: Any, place: str, name: str) -> Stack:

@@ -384,9 +384,9 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     Without those of our adapters, which are most modules of a model and share nothing.
     """
     owners: dict[int, list[str]] = {}
-    closed = (m for m in named_modules(model, LoraLayer) if isinstance(m[1], LoraLayer))
-    layers = [(f"{p}.base_layer", m) for p, m in closed if not isinstance(m, LoraStack)]  # its experts stand beside it
-    bases = [(path, None, unwrapped(layer.base_layer)) for path, layer in layers]
+    closed = ((path, m) for path, m in named_modules(model, LoraLayer) if isinstance(m, LoraLayer))
+    held = [(f"{path}.base_layer", m) for path, m in closed if not isinstance(m, LoraStack)]
+    bases = [(path, None, unwrapped(layer.base_layer)) for path, layer in held]
     # a bare layer may have a further place, at another parent
     for path, _, module in (("", None, unwrapped(model)), *places(model, LoraLayer), *bases):
         for name, parameter in module._parameters.items():

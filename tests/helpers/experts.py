@@ -45,3 +45,12 @@ class Block(nn.Module):
         index = torch.stack([ids % EXPERTS, (ids // 3 + ids + 1) % (EXPERTS - 1)], 1)
         weights = torch.softmax(torch.stack([ids, ids * 0], 1).to(self.emb.weight.dtype) / TOKENS, 1)
         return self.experts(self.emb(ids), index, weights)
+
+
+def moe() -> nn.Module:
+    """A language model of two layers with 4 experts each."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=TOKENS, hidden_size=HIDDEN, intermediate_size=24, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return transformers.Qwen3MoeForCausalLM(config).eval()

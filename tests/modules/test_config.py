@@ -28,7 +28,7 @@ def test_defaults_and_order_are_pefts():
     recorded = ["task_type", "base_model_name_or_path", "revision", "inference_mode"]  # PEFT inherits these
     own = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra"]
     assert [n for n in own if n not in recorded] == [n for n in shared if n not in recorded]
-    assert len(own) == 21
+    assert len(own) == 22
 
 
 @pytest.mark.parametrize(

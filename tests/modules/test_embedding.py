@@ -93,8 +93,8 @@ def test_outputs_and_gradients_are_no_worse_than_pefts(dtype):
 def test_a_scaled_embedding_scales_the_terms(tmp_path):
     """Gemma multiplies its rows by the root of the width; PEFT's files hold a copy of the weight."""
     config = Gemma3TextConfig(
-        vocab_size=TOKENS, hidden_size=DIM, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
-        num_key_value_heads=1, tie_word_embeddings=False,
+        vocab_size=TOKENS, hidden_size=DIM, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        head_dim=8, num_key_value_heads=1, tie_word_embeddings=False,
     )  # fmt: skip
     ours, theirs = twins(Gemma3ForCausalLM(config), target_modules=["embed_tokens", "q_proj"])
     ids = torch.randint(1, TOKENS, (2, 5))
@@ -125,7 +125,7 @@ def test_files_both_ways(tmp_path):
     assert_close(back(ids), ours(ids), terms=100)
     linear = nn.Module()
     linear.emb, linear.lin = nn.Linear(TOKENS, DIM), nn.Linear(DIM, 7)
-    with pytest.raises(AdapterError, match="lora_A and lora_B for a Linear, found lora_embedding_A"):
+    with pytest.raises(AdapterError, match="lora_A and lora_B for Linear, found lora_embedding_A"):
         fused_lora.load_adapter(linear, tmp_path / "ours")
     assert not fused_lora.lora_layers(copy.deepcopy(base))
 
