@@ -7,8 +7,8 @@ merge in the model. A DoRA adapter scales the rows of W and of all terms so far 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_lora.adapters.tensorfile import TensorEntry
 from fused_lora.checkpoints.adapter_file import AdapterFile
+from fused_lora.checkpoints.quantised import Packed
 from fused_lora.checkpoints.stream import PIECE_BYTES, Piece
 from fused_lora.ops.dora.op import row_norms
 from fused_lora.ops.merge.op import Factors, add_rows_, delta_factors
@@ -112,12 +113,57 @@ class Change:
 
 
 class Item(NamedTuple):
-    """One tensor of the output: its name, what happens to it, the entry that it begins as, and its dtype."""
+    """One tensor of the output: its name, what happens to it, the entry that it begins as, its dtype, and how the entry
+    is dequantised."""
 
     name: str
     change: Change | None
     entry: TensorEntry
     dtype: torch.dtype
+    packed: Packed | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the output's tensor."""
+        return self.entry.shape if self.packed is None else self.packed.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the output's tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def read_bytes(self) -> int:
+        """Of the base's."""
+        return self.entry.end - self.entry.begin
+
+
+class Rows(NamedTuple):
+    """A tensor of the base as a matrix: a stack of matrices below each other, a vector as one column.
+
+    values: from the bytes of whole rows and the first of them to [rows, columns] in ``dtype``.
+    """
+
+    height: int
+    columns: int
+    row_bytes: int
+    dtype: torch.dtype
+    values: Callable[[Tensor, int], Tensor]
+
+    @property
+    def step(self) -> int:
+        """How many rows are a piece."""
+        return max(1, PIECE_BYTES // (self.columns * self.dtype.itemsize))
+
+
+def rows_of(item: Item) -> Rows:
+    """The tensor that ``item`` begins as. Of a quantised one the tensors beside it are read."""
+    entry, packed = item.entry, item.packed
+    if packed is not None:
+        return Rows(*packed.shape, packed.row_bytes, torch.float32, packed.reader())
+    columns = max(1, entry.shape[-1]) if len(entry.shape) > 1 else 1
+    height, row_bytes = math.prod(entry.shape) // columns, columns * entry.dtype.itemsize
+    return Rows(height, columns, row_bytes, entry.dtype, lambda data, _: data.view(entry.dtype).view(-1, columns))
 
 
 class Sum:
@@ -164,13 +210,16 @@ def change_pieces(item: Item, begin: int, device: torch.device, note: Any = None
         note: called with (name, first row, factors, units) of each merged piece, and with (name, None, None, old bytes)
             of a tensor that is replaced, in order; None keeps nothing.
     """
-    name, change, entry, out = item
+    name, change, entry, out, packed = item
     at, size = begin + entry.begin, entry.end - entry.begin
     note = None if change is not None and change.added else note
-    if change is None:
-        yield from [Piece(at, size)] if entry.dtype == out else _cast_pieces(name, entry, at, out)
+    if change is None and entry.dtype == out and packed is None:
+        yield Piece(at, size)
+    elif change is None:
+        rows = rows_of(item)
+        yield from _cast_rows(name, rows, at, 0, rows.height, out)
     elif change.kind == "merge":
-        yield from _merge_pieces(change, entry, at, out, device, note)
+        yield from _merge_pieces(change, rows_of(item), at, out, device, note, packed is None)
     else:
 
         def work(data: Tensor) -> tuple[Tensor, Any]:
@@ -198,62 +247,49 @@ def small_change(change: Change, old: Tensor, shape: tuple[int, ...], out: torch
 
 
 def _merge_pieces(
-    change: Change, entry: TensorEntry, at: int, out: torch.dtype, device: torch.device, note: Any
+    change: Change, rows: Rows, at: int, out: torch.dtype, device: torch.device, note: Any, plain: bool
 ) -> Iterator[Piece]:
-    entry, done = as_matrix(entry), 0
-    columns = entry.shape[1]
-    row_bytes = columns * entry.dtype.itemsize
-    wide = sum_dtype(entry.dtype, out)
+    wide, done = sum_dtype(rows.dtype, out), 0
+
+    def kept(first: int, stop: int) -> Iterator[Piece]:
+        if plain and rows.dtype == out:
+            return iter([Piece(at + first * rows.row_bytes, (stop - first) * rows.row_bytes)])
+        return _cast_rows(change.name, rows, at, first, stop, out)
+
     for segment in change.segments:
         first, stop = segment.first, segment.stop
         if first > done:
-            yield from _copied_rows(change.name, entry, at, done, first, out)
+            yield from kept(done, first)
         total = Sum(change, segment, wide, device)
-        step = max(1, PIECE_BYTES // max(1, row_bytes))
-        for row in range(first, stop, step):
-            rows = slice(row - first, min(row + step, stop) - first)
+        for row in range(first, stop, rows.step):
+            part = slice(row - first, min(row + rows.step, stop) - first)
 
-            def work(data: Tensor, rows: slice = rows, row: int = row, total: Sum = total) -> tuple:
-                W = data.view(entry.dtype).view(-1, columns).to(device, wide)
-                part = total.factors(W, rows)
+            def work(data: Tensor, part: slice = part, row: int = row, total: Sum = total) -> tuple:
+                W = rows.values(data, row).to(device, wide)
+                factors = total.factors(W, part)
                 try:
-                    units = add_rows_(W, part, keep=note is not None)
+                    units = add_rows_(W, factors, keep=note is not None)
                 except ValueError as error:
                     raise ValueError(f"{change.name}: {error}") from None
-                return _bytes(_finite(change.name, W, out, W).cpu()), (change.name, row, part, units)
+                return _bytes(_finite(change.name, W, out, W).cpu()), (change.name, row, factors, units)
 
-            count = rows.stop - rows.start
-            out_size = count * columns * out.itemsize
-            yield Piece(at + row * row_bytes, count * row_bytes, work, out_size, note)
+            count = part.stop - part.start
+            out_size = count * rows.columns * out.itemsize
+            yield Piece(at + row * rows.row_bytes, count * rows.row_bytes, work, out_size, note)
         done = stop
-    if done < entry.shape[0]:
-        yield from _copied_rows(change.name, entry, at, done, entry.shape[0], out)
+    if done < rows.height:
+        yield from kept(done, rows.height)
 
 
-def as_matrix(entry: TensorEntry) -> TensorEntry:
-    """A stack of matrices as one, below each other."""
-    if len(entry.shape) == 2:
-        return entry
-    return replace(entry, shape=(math.prod(entry.shape[:-1]), entry.shape[-1]))
+def _cast_rows(name: str, rows: Rows, at: int, first: int, stop: int, out: torch.dtype) -> Iterator[Piece]:
+    for row in range(first, stop, rows.step):
 
-
-def _copied_rows(name: str, entry: TensorEntry, at: int, first: int, stop: int, out: torch.dtype) -> Iterator[Piece]:
-    row_bytes = entry.shape[1] * entry.dtype.itemsize
-    rows = TensorEntry(entry.dtype, (stop - first, entry.shape[1]), 0, (stop - first) * row_bytes)
-    at += first * row_bytes
-    yield from [Piece(at, rows.end)] if entry.dtype == out else _cast_pieces(name, rows, at, out)
-
-
-def _cast_pieces(name: str, entry: TensorEntry, at: int, out: torch.dtype) -> Iterator[Piece]:
-    size = entry.end - entry.begin
-    for first in range(0, size, PIECE_BYTES):
-
-        def work(data: Tensor) -> tuple[Tensor, None]:
-            old = data.view(entry.dtype)
+        def work(data: Tensor, row: int = row) -> tuple[Tensor, None]:
+            old = rows.values(data, row)
             return _bytes(_finite(name, old, out, old)), None
 
-        part = min(PIECE_BYTES, size - first)
-        yield Piece(at + first, part, work, part // entry.dtype.itemsize * out.itemsize)
+        count = min(rows.step, stop - row)
+        yield Piece(at + row * rows.row_bytes, count * rows.row_bytes, work, count * rows.columns * out.itemsize)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -156,6 +156,8 @@ class Names:
         )
         if stacked and any(".experts." in path for path in paths):
             return f"{text}. The checkpoint has its experts stacked, in {some(stacked)}: not for LoRA of single experts"
+        if packed := [path for path in paths if f"{path}.qweight" in self._stored]:
+            return f"{text}. The checkpoint has {packed[0]}.qweight, of GPTQ or AWQ: these cannot be dequantised here"
         likely = likely_rename(paths, modules)
         hint = f"; likely rename: {likely[0]!r} -> {likely[1]!r}" if likely else ""
         return f"{text}{hint}; it has {some(modules, near=paths[0])}"

@@ -12,21 +12,24 @@ from fused_lora.adapters.checkpoint import CONFIG_NAME
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.read import check_same
 from fused_lora.checkpoints.adapter_file import AdapterFile
-from fused_lora.checkpoints.changes import CAST, Change, Segment, Term
-from fused_lora.checkpoints.check import read_rows, row_steps
+from fused_lora.checkpoints.changes import CAST, Change, Item, Segment, Term, rows_of
+from fused_lora.checkpoints.check import read_rows
 from fused_lora.checkpoints.experts import Adapted, adapted_stacks
 from fused_lora.checkpoints.files import Checkpoint
 from fused_lora.checkpoints.names import HEADS, Names, Place, is_embedding
+from fused_lora.checkpoints.quantised import Packed, find_quantised
 from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.names import some
 
 
 @dataclass
 class Changes:
-    """All changes by the name of their tensor in the output, and the config's new entries."""
+    """All changes by the name of their tensor in the output, the config's new entries, and the quantised weights of
+    the base where one of them changes: all of them become dense then."""
 
     by_name: dict[str, Change]
     config: dict[str, Any]
+    packed: dict[str, Packed]
 
 
 def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapping[str, str] | None = None) -> Changes:
@@ -34,20 +37,22 @@ def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapp
 
     Raises:
         AdapterError: a tensor of an adapter has no place in the checkpoint, or not its shape; the weight it is for is
-            quantised; or two adapters replace the same tensor.
+            quantised in an unknown way; or two adapters replace the same tensor.
     """
-    names = Names({name: entry.shape for name, (_, entry) in base.tensors.items()}, rename)
-    plan = _Planner(base, names)
+    packed = find_quantised(base)
+    shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
+    plan = _Planner(base, Names(shapes | {name: p.shape for name, p in packed.items()}, rename), packed)
     for adapter in adapters:
         plan.add(adapter)
         plan.warn_of_lacking(adapter)
     plan.check_tied()
-    return Changes(plan.found, plan.config)
+    dense = any(change.source in packed for change in plan.found.values())
+    return Changes(plan.found, plan.config, packed if dense else {})
 
 
 class _Planner:
-    def __init__(self, base: Checkpoint, names: Names):
-        self._base, self._names = base, names
+    def __init__(self, base: Checkpoint, names: Names, packed: Mapping[str, Packed]):
+        self._base, self._names, self._packed = base, names, packed
         self.found: dict[str, Change] = {}
         self.config: dict[str, Any] = {}
 
@@ -110,18 +115,18 @@ class _Planner:
         plan, keys = adapter.plan, adapter.plan.slots[path]
         name = f"{place.path}.weight"
         stored = self._names.stored(name) or self.found[name].source
-        entry = self._base.tensors[stored][1]
+        shape = self._names.shape_of(stored)
         transposed = plan.config.fan_in_fan_out or path in plan.embeddings
         K = plan.entries[keys["lora_A"]].shape[1]
         expected = (K, place.height) if transposed else (place.height, K)
-        if entry.shape != expected or (transposed and not _is_whole([place], adapter, path)):
+        if shape != expected or (transposed and not _is_whole([place], adapter, path)):
             how = "an embedding" if path in plan.embeddings else f"fan_in_fan_out={transposed}"
             text = f"a weight {list(expected)} for {path!r}, as {how} stores it"
-            raise AdapterError(plan.weights, keys["lora_A"], text, f"{list(entry.shape)} in {stored!r}")
+            raise AdapterError(plan.weights, keys["lora_A"], text, f"{list(shape)} in {stored!r}")
         change = self._change_of(adapter, path, stored, transposed, name)
         if "lora_magnitude" in keys:
             self._check_dora(adapter, keys["lora_magnitude"])
-        rows = (0, entry.shape[0]) if transposed else (place.first, place.stop)
+        rows = (0, shape[0]) if transposed else (place.first, place.stop)
         self._add_term(change, *rows, Term(adapter, path, place.skip))
         if path.rpartition(".")[2] in HEADS and self._base.config is not None:
             tied = self._base.config.get("tie_word_embeddings")
@@ -147,9 +152,11 @@ class _Planner:
         """The merge of a stored weight, of which a layer may be a part; ``name``: of a tensor added to the base."""
         key, entry = adapter.plan.slots[path]["lora_A"], self._base.tensors[stored][1]
         weights = adapter.plan.weights
-        if entry.dtype not in CAST or f"{stored}_scale_inv" in self._base.tensors:
-            expected = f"fp32, bf16, fp16 or fp64 weights of {path!r}"
-            raise AdapterError(weights, key, expected, f"{entry.dtype} in {stored!r}: quantised bases are not merged")
+        if stored in self._packed and transposed:
+            raise AdapterError(weights, key, f"a delta as {stored!r} is stored, for it is quantised", "transposed")
+        if stored not in self._packed and (entry.dtype not in CAST or f"{stored}_scale_inv" in self._base.tensors):
+            expected = f"fp32, bf16, fp16 or fp64 weights of {path!r}, or those of bitsandbytes or block-scaled fp8"
+            raise AdapterError(weights, key, expected, f"{entry.dtype} in {stored!r}, which cannot be dequantised")
         place = name if name in self.found else stored
         change = self.found.setdefault(place, Change(stored, stored, "merge", transposed=transposed))
         if change.kind != "merge":
@@ -179,9 +186,11 @@ class _Planner:
             raise AdapterError(plan.weights, key, expected, f"{list(plan.entries[key].shape)} (a resized vocabulary?)")
         held = adapter.tensor(key)
         with open(shard.path, "rb", buffering=0) as file:
-            for first, stop in row_steps(entry, 0, entry.shape[0]):
-                rows = read_rows(shard, file.fileno(), entry, first, stop)
-                check_same(plan, path, rows, held[first:stop])
+            rows = rows_of(Item(name, None, entry, entry.dtype))
+            for first in range(0, rows.height, rows.step):
+                stop = min(first + rows.step, rows.height)
+                own = read_rows(shard.path, file.fileno(), shard.data + entry.begin, rows, first, stop)
+                check_same(plan, path, own, held[first:stop])
 
     def _check_dora(self, adapter: AdapterFile, key: str) -> None:
         if adapter.weight != 1:
