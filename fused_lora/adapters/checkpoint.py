@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,8 +62,10 @@ class Adapter(NamedTuple):
 class Plan(NamedTuple):
     """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha;
     the keys of what trained beside LoRA, by key without prefix; the keys that ``allow_partial`` leaves out; how the
-    base was quantised, by path; the keys of copies of the base's weights, by path; and the paths that are embeddings,
-    whose lora_A is [r, num_embeddings] and lora_B [embedding_dim, r]."""
+    base was quantised, by path; the keys of copies of the base's weights, by path; the paths that are embeddings,
+    whose lora_A is [r, num_embeddings] and lora_B [embedding_dim, r]; and the paths that are PEFT's wrappers of
+    parameters (target_parameters), with the names that the parameter may have. Of these the rank is not known yet:
+    lora_A [experts * r, K] and lora_B [N, r * experts] do not tell it."""
 
     config: LoraConfig
     weights: str
@@ -76,6 +78,7 @@ class Plan(NamedTuple):
     base: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     copies: Mapping[str, str] = MappingProxyType({})
     embeddings: Set[str] = frozenset()
+    stacks: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BYTES) -> Adapter:
@@ -113,24 +116,25 @@ def read_checked(
     tensors: bool = True,
     allow_partial: bool = False,
     copies: bool = False,
-    embeddings: bool = False,
+    all_kinds: bool = False,
 ) -> tuple[Adapter, Plan]:
     """``read_adapter`` with a check of the headers before any tensor is read; without ``tensors`` that is all.
 
     ``check`` returns the plan, or one of fewer layers. Both files must lie in the folder ``inside``, if given, once all
     links are followed. ``allow_partial`` leaves out keys that are not read, copies too, instead of refusing the file.
     ``copies``: the file may hold the weights of layers that it has LoRA for, as PEFT writes them for an output layer;
-    whoever asks for it compares them with the model's. ``embeddings``: it may have LoRA on embeddings.
+    whoever asks for it compares them with the model's. ``all_kinds``: it may have LoRA on embeddings and on parameters
+    (``target_parameters``), too.
     """
     folder = path_text("directory", directory)
     with _folder(folder) as dir_fd:
         try:
-            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial, copies, embeddings)
+            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial, copies, all_kinds)
         except AdapterError:
             # a save that replaced the folder meanwhile has deleted the one that is being read
             if tries == 1 or not _replaced(folder, dir_fd):
                 raise
-    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors, allow_partial, copies, embeddings)
+    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors, allow_partial, copies, all_kinds)
 
 
 def _read_once(
@@ -142,9 +146,9 @@ def _read_once(
     with_tensors: bool,
     allow_partial: bool,
     may_copy: bool,
-    may_embed: bool,
+    all_kinds: bool,
 ) -> tuple[Adapter, Plan]:
-    config = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd, inside)
+    config, parameters = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd, inside, all_kinds)
     path = os.path.join(folder, WEIGHTS_NAME)
     if not _exists(path, dir_fd):
         pickled = _exists(os.path.join(folder, "adapter_model.bin"), dir_fd)
@@ -154,13 +158,15 @@ def _read_once(
         raise AdapterError(path, None, "a safetensors file", found)
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         header = read_header(path, file, size)
-        ends = SLOTS | _EMBEDDING_SLOTS if may_embed else SLOTS
+        ends = SLOTS | _EMBEDDING_SLOTS if all_kinds else SLOTS
         found = _sort_keys(path, header.entries, config, ends, allow_partial, may_copy)
         slots, biases, beside, left_out, copies, embeddings = found
-        ranks = _ranks(folder, path, header.entries, slots, config)
-        plan = check(
-            Plan(config, path, header.entries, slots, biases, ranks, beside, left_out, header.base, copies, embeddings)
-        )
+        stacks = {name: found for name in slots if (found := _parameters_of(name, parameters))}
+        if parameters and not stacks:
+            raise AdapterError(path, "target_parameters", f"tensors for {list(parameters)}", "none")
+        ranks = _ranks(folder, path, header.entries, slots, config, stacks)
+        others = beside, left_out, header.base, copies, embeddings, stacks
+        plan = check(Plan(config, path, header.entries, slots, biases, ranks, *others))
         if not with_tensors:
             return Adapter(config, {}, {}, {}), plan
         tensors = read_tensors(path, file, header)
@@ -171,13 +177,19 @@ def _read_once(
     return Adapter(config, layers, *others), plan
 
 
-def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfig:
+def _read_config(
+    path: str, dir_fd: int | None, inside: str | None, all_kinds: bool
+) -> tuple[LoraConfig, Sequence[str]]:
+    """The config and, with ``all_kinds``, its target_parameters, which a LoraConfig refuses."""
     with open_regular(path, MAX_CONFIG_BYTES, dir_fd, inside) as (file, size):
         raw = bytearray(size)
         read_exactly(path, file, raw)
     entries = parse_json(path, bytes(raw))
+    parameters: Any = (entries.pop("target_parameters", None) if all_kinds else None) or ()
+    if not isinstance(parameters, (list, tuple)) or not all(isinstance(n, str) and n for n in parameters):
+        raise AdapterError(path, "target_parameters", "a list of names that are not empty", parameters)
     try:
-        return LoraConfig.from_dict(entries)
+        return LoraConfig.from_dict(entries), parameters
     except FieldError as error:
         found = entries.get(error.field, "no such entry")
         raise AdapterError(path, error.field, error.expected, found) from None
@@ -261,8 +273,56 @@ def _is_beside(name: str, config: LoraConfig) -> bool:
     return any(path.endswith(ends) for path in above(name))
 
 
+def bare_module(path: str) -> str:
+    """The module that one of PEFT's wrappers of its parameters is around: they are nested, one for each parameter."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
+
+
+def _parameters_of(path: str, parameters: Sequence[str]) -> tuple[str, ...]:
+    """The names of the parameters that ``target_parameters`` means in this module, if it means any."""
+    module, found = bare_module(path), []
+    for name in parameters:
+        end, _, last = name.rpartition(".")
+        end = end or "experts"  # PEFT takes the last name alone, too
+        if module == end or module.endswith(f".{end}"):
+            found.append(last)
+    return tuple(dict.fromkeys(found))
+
+
+class RankTable:
+    """The rank and alpha that an adapter's config gives its modules and parameters. A path costs bounded time."""
+
+    def __init__(self, folder: str, weights: str, config: LoraConfig):
+        self._config, self._weights, self._folder = config, weights, folder
+        self._ranks = PatternTable(config.rank_pattern, config.r)
+        self._alphas = PatternTable(config.alpha_pattern, config.lora_alpha)
+
+    def may_be(self, name: str, r: int) -> bool:
+        """Whether the config may give ``name`` the rank r."""
+        return r in self._ranks.possible(name)
+
+    def of(self, name: str, r: int, key: str) -> tuple[int, float]:
+        """(r, lora_alpha) of ``name``, whose tensor under ``key`` has rank r; AdapterError: the config has another."""
+        possible = self._ranks.possible(name)
+        if r not in possible:
+            raise AdapterError(self._weights, key, f"the rank of the config, {sorted(possible)}", f"rank {r}")
+        alphas = self._alphas.possible(name)
+        if len(alphas) > 1:
+            plain, found = f"keys of module names or short expressions, to know the alpha of {name}", self._config
+            path = os.path.join(self._folder, CONFIG_NAME)
+            raise AdapterError(path, "alpha_pattern", plain, list(found.alpha_pattern))
+        return r, alphas.pop()
+
+
 def _ranks(
-    folder: str, path: str, entries: dict[str, TensorEntry], slots: dict[str, dict[str, str]], config: LoraConfig
+    folder: str,
+    path: str,
+    entries: dict[str, TensorEntry],
+    slots: dict[str, dict[str, str]],
+    config: LoraConfig,
+    stacks: Container[str],
 ) -> dict[str, tuple[int, float]]:
     """(r, lora_alpha) of each module path: the rank of its tensors, and the alpha the config gives it."""
     patterns = len(config.rank_pattern) + len(config.alpha_pattern)
@@ -271,12 +331,10 @@ def _ranks(
         raise AdapterError(
             config_path, "rank_pattern, alpha_pattern", "fewer keys", f"{patterns} for {len(slots)} layers"
         )
-    rank_table = PatternTable(config.rank_pattern, config.r)
-    alpha_table = PatternTable(config.alpha_pattern, config.lora_alpha)
-    ranks = {}
+    table, ranks = RankTable(folder, path, config), {}
     for name, keys in slots.items():
         shape_A, shape_B = entries[keys["lora_A"]].shape, entries[keys["lora_B"]].shape
-        if len(shape_A) != 2 or shape_A[0] > MAX_RANK:
+        if len(shape_A) != 2 or (shape_A[0] > MAX_RANK and name not in stacks):
             raise AdapterError(path, keys["lora_A"], f"a shape [r, K], r at most {MAX_RANK}", list(shape_A))
         r = shape_A[0]
         if len(shape_B) != 2 or shape_B[1] != r:
@@ -285,14 +343,8 @@ def _ranks(
         for field in ("lora_bias", "base_bias", "lora_magnitude"):
             if field in keys and entries[keys[field]].shape != shape_B[:1]:
                 raise AdapterError(path, keys[field], f"a shape [{shape_B[0]}]", list(entries[keys[field]].shape))
-        possible = rank_table.possible(name)
-        if r not in possible:
-            raise AdapterError(path, keys["lora_A"], f"the rank of the config, {sorted(possible)}", f"rank {r}")
-        alphas = alpha_table.possible(name)
-        if len(alphas) > 1:
-            plain = f"keys of module names or short expressions, to know the alpha of {name}"
-            raise AdapterError(config_path, "alpha_pattern", plain, list(config.alpha_pattern))
-        ranks[name] = (r, alphas.pop())
+        if name not in stacks:
+            ranks[name] = table.of(name, r, keys["lora_A"])
     return ranks
 
 

@@ -6,8 +6,9 @@ merge in the model. A DoRA adapter scales the rows of W and of all terms so far 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +25,17 @@ CAST = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what a d
 
 
 class Term(NamedTuple):
-    """Rows ``skip`` on of one layer's s B A."""
+    """Rows ``skip`` on of one layer's s B A; of one ``expert`` where the layer is a stack of them."""
 
     adapter: AdapterFile
     path: str
     skip: int
+    expert: int | None = None
 
     def part(self, name: str) -> Tensor:
         """One tensor of the layer, "lora_A" for example."""
+        if self.expert is not None:
+            return self.adapter.of_expert(self.path, name, self.expert)
         return self.adapter.tensor(self.adapter.plan.slots[self.path][name])
 
     @property
@@ -42,7 +46,7 @@ class Term(NamedTuple):
 
 @dataclass
 class Segment:
-    """Rows [first, stop) of a weight [N, K] and the terms that they get."""
+    """Rows [first, stop) of a weight as it is stored, and the terms that they get."""
 
     first: int
     stop: int
@@ -60,7 +64,8 @@ class Change:
     Attributes:
         name: of the tensor in the output. source: of the tensor of the base that it begins as.
         kind: "merge", "bias", "replace" or "rows".
-        segments: of a merge, in order. transposed: the weight is stored as [K, N].
+        segments: of a merge, in order; of a stack of experts [experts, ...] one for each of its matrices.
+        transposed: what a segment gets is A^T B^T, of whole terms: the weight, or each expert's, is stored as [K, N].
         terms: of a bias. held: (adapter, key) of what replaces it. rows: which rows are replaced.
         added: the base has no tensor of that name.
     """
@@ -124,7 +129,7 @@ class Sum:
     def __init__(self, change: Change, segment: Segment, dtype: torch.dtype, device: torch.device):
         terms = segment.terms
         self._A = [t.part("lora_A").to(device) for t in terms]
-        self._B = [segment.rows(t, "lora_B").to(device) for t in terms]
+        self._B = [(t.part("lora_B") if change.transposed else segment.rows(t, "lora_B")).to(device) for t in terms]
         self._scaling = [t.adapter.scaling(t.path) for t in terms]
         self._magnitudes = [segment.rows(t, "lora_magnitude").to(device) if t.dora else None for t in terms]
         self._factors = delta_factors(dtype, device, self._A, self._B, self._scaling, change.transposed)
@@ -195,11 +200,12 @@ def small_change(change: Change, old: Tensor, shape: tuple[int, ...], out: torch
 def _merge_pieces(
     change: Change, entry: TensorEntry, at: int, out: torch.dtype, device: torch.device, note: Any
 ) -> Iterator[Piece]:
-    columns, done = entry.shape[1], 0
+    entry, done = as_matrix(entry), 0
+    columns = entry.shape[1]
     row_bytes = columns * entry.dtype.itemsize
     wide = sum_dtype(entry.dtype, out)
     for segment in change.segments:
-        first, stop = (0, entry.shape[0]) if change.transposed else (segment.first, segment.stop)
+        first, stop = segment.first, segment.stop
         if first > done:
             yield from _copied_rows(change.name, entry, at, done, first, out)
         total = Sum(change, segment, wide, device)
@@ -222,6 +228,13 @@ def _merge_pieces(
         done = stop
     if done < entry.shape[0]:
         yield from _copied_rows(change.name, entry, at, done, entry.shape[0], out)
+
+
+def as_matrix(entry: TensorEntry) -> TensorEntry:
+    """A stack of matrices as one, below each other."""
+    if len(entry.shape) == 2:
+        return entry
+    return replace(entry, shape=(math.prod(entry.shape[:-1]), entry.shape[-1]))
 
 
 def _copied_rows(name: str, entry: TensorEntry, at: int, first: int, stop: int, out: torch.dtype) -> Iterator[Piece]:

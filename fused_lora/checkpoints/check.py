@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import TensorEntry
-from fused_lora.checkpoints.changes import Change, Item, Segment, small_change
+from fused_lora.checkpoints.changes import Change, Item, Segment, as_matrix, small_change
 from fused_lora.checkpoints.files import Shard, read_shard
 from fused_lora.checkpoints.stream import PIECE_BYTES, read_bytes
 
@@ -72,6 +72,9 @@ class _Pair:
     def __init__(self, source: Shard, old: int, merged: Shard, new: int, item: Item):
         self._source, self._old, self._merged, self._new, self.item = source, old, merged, new, item
         self._entry = merged.header.entries[item.name]
+        if item.change is not None and item.change.kind == "merge":
+            self.item = item._replace(entry=as_matrix(item.entry))
+            self._entry = as_matrix(self._entry)
 
     def rows(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows as they were and as they are, [stop - first, ...]."""
@@ -120,7 +123,7 @@ def _row_bytes(entry: TensorEntry) -> int:
 def _check_merge(files: _Pair, change: Change, checked: Checked) -> None:
     height, done = files.item.entry.shape[0], 0
     for segment in change.segments:
-        first, stop = (0, height) if change.transposed else (segment.first, segment.stop)
+        first, stop = segment.first, segment.stop
         checked.same_bytes += files.compare(done, first)
         for row in range(first, stop, max(1, (stop - first) // _ROWS)):
             old, new = files.rows(row, row + 1)
@@ -148,7 +151,7 @@ def _row_of_delta(change: Change, segment: Segment, row: int, old: Tensor) -> tu
     for term in segment.terms:
         A, B = term.part("lora_A").double(), term.part("lora_B").double()
         left, right = (A.t(), B.t()) if change.transposed else (B, A)
-        at = row if change.transposed else row - segment.first + term.skip
+        at = row - segment.first + term.skip
         s = term.adapter.scaling(term.path)
         delta = left[at : at + 1] @ right * s
         total, size, count = total + delta, size + left[at : at + 1].abs() @ right.abs() * abs(s), count + len(A)

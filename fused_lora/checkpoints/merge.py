@@ -205,7 +205,8 @@ class _Merge:
         for change in changes.by_name.values():
             self._by_source.setdefault(change.source, []).append(change)
         about = [a.describe() for a in adapters]
-        known = [[s.name, s.size, s.modified] for s in base.shards], [a.plan.config.to_dict() for a in adapters]
+        configs = [[a.plan.config.to_dict(), dict(a.plan.stacks)] for a in adapters]
+        known = [[s.name, s.size, s.modified] for s in base.shards], configs
         kind = [base.digest(), str(dtype), recorded, sorted(changes.by_name)]
         text = json.dumps([__version__, about, known, kind], sort_keys=True, default=str)
         self.identity = hashlib.sha256(text.encode()).hexdigest()

@@ -14,6 +14,7 @@ from fused_lora.adapters.read import check_same
 from fused_lora.checkpoints.adapter_file import AdapterFile
 from fused_lora.checkpoints.changes import CAST, Change, Segment, Term
 from fused_lora.checkpoints.check import read_rows, row_steps
+from fused_lora.checkpoints.experts import Adapted, adapted_stacks
 from fused_lora.checkpoints.files import Checkpoint
 from fused_lora.checkpoints.names import HEADS, Names, Place, is_embedding
 from fused_lora.modules.auxiliary import TOKENS_END
@@ -53,8 +54,10 @@ class _Planner:
     def add(self, adapter: AdapterFile) -> None:
         """Find the places of all tensors of one adapter."""
         plan = adapter.plan
-        sizes = {path: plan.entries[keys["lora_B"]].shape[0] for path, keys in plan.slots.items()}
-        places = {path: self._places(adapter, path, sizes) for path in plan.slots}
+        stacks = adapted_stacks(plan, self._names)
+        layers = [path for path in plan.slots if path not in plan.stacks]
+        sizes = {path: plan.entries[plan.slots[path]["lora_B"]].shape[0] for path in layers}
+        places = {path: self._places(adapter, path, sizes) for path in layers}
         if lost := [path for path, found in places.items() if not found]:
             key = plan.slots[lost[0]]["lora_A"]
             found = self._names.missing(lost, len(plan.slots))
@@ -65,6 +68,8 @@ class _Planner:
                 if path in plan.copies:
                     self._check_copy(adapter, path, place)
             self._biases(adapter, path, found)
+        for adapted in stacks:
+            self._merge_stack(adapter, adapted)
         for name, key in plan.biases.items():
             self._replace(adapter, name, key)
         for name, key in plan.beside.items():
@@ -106,11 +111,6 @@ class _Planner:
         name = f"{place.path}.weight"
         stored = self._names.stored(name) or self.found[name].source
         entry = self._base.tensors[stored][1]
-        if entry.dtype not in CAST or f"{stored}_scale_inv" in self._base.tensors:
-            expected = f"fp32, bf16, fp16 or fp64 weights of {path!r}"
-            raise AdapterError(
-                plan.weights, keys["lora_A"], expected, f"{entry.dtype} in {stored!r}: quantised bases are not merged"
-            )
         transposed = plan.config.fan_in_fan_out or path in plan.embeddings
         K = plan.entries[keys["lora_A"]].shape[1]
         expected = (K, place.height) if transposed else (place.height, K)
@@ -118,23 +118,56 @@ class _Planner:
             how = "an embedding" if path in plan.embeddings else f"fan_in_fan_out={transposed}"
             text = f"a weight {list(expected)} for {path!r}, as {how} stores it"
             raise AdapterError(plan.weights, keys["lora_A"], text, f"{list(entry.shape)} in {stored!r}")
-        change = self.found.setdefault(name if name in self.found else stored, Change(stored, stored, "merge"))
-        if change.kind != "merge":
-            raise AdapterError(plan.weights, keys["lora_A"], f"no other tensor in the place of {stored!r}", "two")
-        if change.segments and change.transposed != transposed:
-            raise AdapterError(plan.weights, "fan_in_fan_out", "the same in all adapters of a layer", transposed)
+        change = self._change_of(adapter, path, stored, transposed, name)
         if "lora_magnitude" in keys:
             self._check_dora(adapter, keys["lora_magnitude"])
-        change.transposed = transposed
-        term = Term(adapter, path, place.skip)
-        try:
-            change.segments = _with_term(change.segments, place.first, place.stop, term)
-        except ValueError as error:
-            raise AdapterError(plan.weights, keys["lora_A"], f"one layer for {stored!r}", str(error)) from None
+        rows = (0, entry.shape[0]) if transposed else (place.first, place.stop)
+        self._add_term(change, *rows, Term(adapter, path, place.skip))
         if path.rpartition(".")[2] in HEADS and self._base.config is not None:
             tied = self._base.config.get("tie_word_embeddings")
             if tied is not False:
                 self._untie()
+
+    def _merge_stack(self, adapter: AdapterFile, adapted: Adapted) -> None:
+        """The delta of each expert goes to its rows of a stack, or to its own tensors."""
+        (path, stack, transposed), (experts, height, _) = adapted, adapted.stack.shape
+        for stored, expert, skip, rows in stack.matrices:
+            change = self._change_of(adapter, path, stored, transposed)
+            if expert is not None:
+                self._add_term(change, 0, rows, Term(adapter, path, skip, expert))
+                continue
+            if not change.segments:
+                change.segments = [Segment(e * height, (e + 1) * height, []) for e in range(experts)]
+            for e, segment in enumerate(change.segments):
+                segment.terms.append(Term(adapter, path, 0, e))
+
+    def _change_of(
+        self, adapter: AdapterFile, path: str, stored: str, transposed: bool, name: str | None = None
+    ) -> Change:
+        """The merge of a stored weight, of which a layer may be a part; ``name``: of a tensor added to the base."""
+        key, entry = adapter.plan.slots[path]["lora_A"], self._base.tensors[stored][1]
+        weights = adapter.plan.weights
+        if entry.dtype not in CAST or f"{stored}_scale_inv" in self._base.tensors:
+            expected = f"fp32, bf16, fp16 or fp64 weights of {path!r}"
+            raise AdapterError(weights, key, expected, f"{entry.dtype} in {stored!r}: quantised bases are not merged")
+        place = name if name in self.found else stored
+        change = self.found.setdefault(place, Change(stored, stored, "merge", transposed=transposed))
+        if change.kind != "merge":
+            raise AdapterError(weights, key, f"no other tensor in the place of {stored!r}", "two")
+        if not change.segments:
+            change.transposed = transposed
+        elif change.transposed != transposed:
+            expected = f"the orientation of the other adapters of {stored!r}"
+            raise AdapterError(weights, key, expected, "transposed" if transposed else "not transposed")
+        return change
+
+    def _add_term(self, change: Change, first: int, stop: int, term: Term) -> None:
+        try:
+            change.segments = _with_term(change.segments, first, stop, term)
+        except ValueError as error:
+            plan = term.adapter.plan
+            expected = f"one layer for {change.source!r}"
+            raise AdapterError(plan.weights, plan.slots[term.path]["lora_A"], expected, str(error)) from None
 
     def _check_copy(self, adapter: AdapterFile, path: str, place: Place) -> None:
         """PEFT saves the base's weight beside the LoRA of embeddings and heads. It must be the base's to the bit."""
@@ -275,11 +308,11 @@ def _with_term(segments: list[Segment], first: int, stop: int, term: Term) -> li
     found = []
     for a, b in zip(edges, edges[1:], strict=False):
         over = next((s for s in segments if s.first <= a and b <= s.stop), None)
-        terms = [] if over is None else [Term(t.adapter, t.path, t.skip + a - over.first) for t in over.terms]
+        terms = [] if over is None else [t._replace(skip=t.skip + a - over.first) for t in over.terms]
         if first <= a and b <= stop:
             if any(t.adapter is term.adapter for t in terms):
                 raise ValueError(f"{terms[-1].path!r} and {term.path!r}")
-            terms.append(Term(term.adapter, term.path, term.skip + a - first))
+            terms.append(term._replace(skip=term.skip + a - first))
         if terms:
             found.append(Segment(a, b, terms))
     return found

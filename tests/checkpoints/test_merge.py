@@ -608,7 +608,7 @@ BAD = {
     ),
     "unused tensor": (weights(extra=torch.zeros(1)), "not read"),
     "DoRA": (config(use_dora=True), "use_dora: expected a lora_magnitude_vector"),
-    "experts": (config(target_parameters=["mlp.experts.gate_up_proj"]), "not supported"),
+    "experts": (config(target_parameters=["mlp.experts.gate_up_proj"]), "target_parameters: expected tensors for"),
     "embedding": (
         weights(**{"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 56)}),
         "embed_tokens.lora_embedding_B: expected a tensor",
