@@ -64,7 +64,7 @@ class Change:
 
     Attributes:
         name: of the tensor in the output. source: of the tensor of the base that it begins as.
-        kind: "merge", "bias", "replace" or "rows".
+        kind: "merge", "bias", "replace", "rows", or "copy" of a tensor that is added as the source is.
         segments: of a merge, in order; of a stack of experts [experts, ...] one for each of its matrices.
         transposed: what a segment gets is A^T B^T, of whole terms: the weight, or each expert's, is stored as [K, N].
         terms: of a bias. held: (adapter, key) of what replaces it. rows: which rows are replaced.
@@ -211,6 +211,7 @@ def change_pieces(item: Item, begin: int, device: torch.device, note: Any = None
             of a tensor that is replaced, in order; None keeps nothing.
     """
     name, change, entry, out, packed = item
+    change = None if change is not None and change.kind == "copy" else change
     at, size = begin + entry.begin, entry.end - entry.begin
     note = None if change is not None and change.added else note
     if change is None and entry.dtype == out and packed is None:

@@ -54,7 +54,7 @@ def check_shard(source: Shard, path: str, items: Sequence[Item], checked: Checke
         for item in items:
             files = _Pair(source, old.fileno(), merged, new.fileno(), item)
             change = item.change
-            if change is None:
+            if change is None or change.kind == "copy":
                 checked.same_bytes += files.compare(0, files.old.height)
             elif change.kind == "merge":
                 _check_merge(files, change, checked)

@@ -45,7 +45,7 @@ def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapp
     for adapter in adapters:
         plan.add(adapter)
         plan.warn_of_lacking(adapter)
-    plan.check_tied()
+    plan.untie()
     dense = any(change.source in packed for change in plan.found.values())
     return Changes(plan.found, plan.config, packed if dense else {})
 
@@ -270,20 +270,26 @@ class _Planner:
         if entry.dtype not in CAST:
             raise AdapterError(adapter.plan.weights, key, f"numbers to replace in {stored!r}", str(entry.dtype))
 
-    def check_tied(self) -> None:
-        """Refuse a change of an embedding alone where a head is tied to it: the two would need different weights."""
+    def untie(self) -> None:
+        """Where an embedding changes alone and a head is tied to it, the head keeps the old weight, as a tensor of its
+        own: the adapted model computes with it. Refused where the head's name is not known."""
         config = self._base.config or {}
         causal = any("ForCausalLM" in str(name) for name in config.get("architectures") or ())
         stored = any(self._names.alias(head) for head in HEADS)
         tied = config.get("tie_word_embeddings", causal) and not stored
         heads = {change.source for change in self.found.values() if change.added}
-        for change in self.found.values():
+        for change in list(self.found.values()):
             held = change.held if change.kind != "merge" else change.embedded()
             alone = change.kind != "rows" and tied and not heads and is_embedding(change.name)
-            if held is not None and (alone or (change.kind == "rows" and change.source in heads)):
+            if held is None or not (alone or (change.kind == "rows" and change.source in heads)):
+                continue
+            if not (alone and causal):
                 adapter, key = held
                 found = f"{change.source!r}, to which the head is tied"
                 raise AdapterError(adapter.plan.weights, key, "an embedding of its own", found)
+            name = f"{HEADS[0]}.weight"
+            self.found[name] = Change(name, change.source, "copy", added=True)
+            self._untie()
 
     def warn_of_lacking(self, adapter: AdapterFile) -> None:
         """Warn where the config names more layers of the checkpoint than the adapter has tensors for."""
