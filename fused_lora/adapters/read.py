@@ -124,7 +124,7 @@ def of_model(model: nn.Module) -> dict[str, Any]:
         found = match_parameters(model, config)
         return {name: Stacked(path, found[path].experts) for path, name in file_paths(found).items()}
 
-    return dict(copies=True, embeddings=True, stacks=stacks)
+    return dict(copies=True, all_kinds=True, stacks=stacks)
 
 
 def check_copies(model: nn.Module, adapter: Adapter, plan: Plan) -> None:
@@ -161,7 +161,7 @@ def warn_left_out(plan: Plan) -> None:
 def warn_of_another_base(model: nn.Module, plan: Plan) -> None:
     """Warn where the adapter was saved over layers that were quantised in another way. Only its own files say how."""
     modules, differ = dict(candidates(model)), {}
-    for path in plan.slots.keys() - plan.stacks.keys():
+    for path in plan.slots.keys() - plan.experts.keys():
         there, here = plan.base.get(path, {}), base_settings(modules[path])
         topics = [topic for topic, text in there.items() if not here or here.get(topic, text) != text]
         if topics:
@@ -179,7 +179,7 @@ def _specs(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtyp
     modules = dict(candidates(model))
     layers = {}
     for path, tensors in adapter.layers.items():
-        stack = stack_at(modules, path) if path in plan.stacks else None
+        stack = stack_at(modules, path) if path in plan.experts else None
         base: Any = base_layer_of(modules[path]) if stack is None else None
         own = adapter_dtype(base) if stack is None else stack.parameter.dtype
         wide = autocast_adapter_dtype and own in (torch.float16, torch.bfloat16)
@@ -221,7 +221,7 @@ def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Pl
     named = literal_targets(model, plan.config)
     if named is not None and plan.config.target_parameters:
         named += match_parameters(model, plan.config)
-    fitting = {path for path in plan.slots if path in plan.stacks or path in modules and is_supported(modules[path])}
+    fitting = {path for path in plan.slots if path in plan.experts or path in modules and is_supported(modules[path])}
     missing = [path for path in plan.slots if path not in fitting]
     if missing and (not allow_partial or not fitting):
         path = missing[0]
@@ -288,8 +288,8 @@ def _check_names(
 
 def _check_layer(modules: Mapping[str, nn.Module], path: str, plan: Plan) -> None:
     """Raise AdapterError unless the tensors of one layer fit it."""
-    r, keys = plan.ranks[path][0] * plan.stacks.get(path, 1), plan.slots[path]
-    base, stack = None, stack_at(modules, path) if path in plan.stacks else None
+    r, keys = plan.ranks[path][0] * plan.experts.get(path, 1), plan.slots[path]
+    base, stack = None, stack_at(modules, path) if path in plan.experts else None
     if stack is None:
         base = base_layer_of(modules[path])
         K, N = in_out_features(base)

@@ -56,7 +56,7 @@ class RowLayout:
     def chunks(self, groups: tuple[int, ...]) -> list[Chunk]:
         """The rows of ``groups`` (ascending; those without rows are left out) in pieces of about ``_CHUNK``."""
         if groups not in self._chunks:
-            self._chunks[groups] = [Chunk(pieces, self.rows, self._device) for pieces in self._cut(groups)]
+            self._chunks[groups] = [Chunk(pieces, self._device) for pieces in self._cut(groups)]
         return self._chunks[groups]
 
     def _cut(self, groups: tuple[int, ...]) -> Iterator[list[tuple[int, np.ndarray]]]:
