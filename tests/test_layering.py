@@ -24,7 +24,7 @@ ALLOWED = {
     "rows": set(),
     "modules": {"bases", "ops", "reference", "rows"},
     "adapters": {"modules", "reference"},
-    "checkpoints": {"adapters", "modules", "ops"},
+    "checkpoints": {"adapters", "modules", "bases", "ops"},
     "integrations": {"adapters", "modules", "bases", "ops", "kernels", "reference"},
     "serving": {"adapters", "modules", "rows", "ops", "kernels", "reference"},
     "testing": {"kernels", "ops", "reference"},

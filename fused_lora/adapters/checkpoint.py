@@ -8,14 +8,16 @@ bounded number of steps (``patterns``).
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.expert_files import LAYOUT, LAYOUTS, Stacked, Stacks, as_peft
 from fused_lora.adapters.kinds import not_read
 from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.tensorfile import (
@@ -50,7 +52,7 @@ _MAX_PATTERN_CHECKS = 2_000_000
 class Adapter(NamedTuple):
     """A checkpoint: its config, the tensors of each module path, with ``bias="all"`` the biases of other modules by
     parameter path, what trained beside LoRA (modules_to_save, trainable_token_indices) by key without prefix, and
-    copies of the base's weights by module path."""
+    copies of the base's weights by module path. Of stacked experts the path is that of the parameter."""
 
     config: LoraConfig
     layers: dict[str, LayerTensors]
@@ -62,8 +64,11 @@ class Adapter(NamedTuple):
 class Plan(NamedTuple):
     """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha;
     the keys of what trained beside LoRA, by key without prefix; the keys that ``allow_partial`` leaves out; how the
-    base was quantised, by path; the keys of copies of the base's weights, by path; and the paths that are embeddings,
-    whose lora_A is [r, num_embeddings] and lora_B [embedding_dim, r]."""
+    base was quantised, by path; the keys of copies of the base's weights, by path; the paths that are embeddings,
+    whose lora_A is [r, num_embeddings] and lora_B [embedding_dim, r]; of stacked experts, how many by the parameter's
+    path; and the paths that are PEFT's wrappers of parameters (target_parameters), with the names that the parameter
+    may have, where no model says which. Of these the rank is not known yet: lora_A [experts * r, K] and lora_B
+    [N, r * experts] do not tell it."""
 
     config: LoraConfig
     weights: str
@@ -76,6 +81,8 @@ class Plan(NamedTuple):
     base: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     copies: Mapping[str, str] = MappingProxyType({})
     embeddings: Set[str] = frozenset()
+    experts: Mapping[str, int] = MappingProxyType({})
+    stacks: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 def read_adapter(directory: str | os.PathLike, *, max_bytes: int = MAX_WEIGHT_BYTES) -> Adapter:
@@ -113,24 +120,27 @@ def read_checked(
     tensors: bool = True,
     allow_partial: bool = False,
     copies: bool = False,
-    embeddings: bool = False,
+    all_kinds: bool = False,
+    stacks: Stacks | None = None,
 ) -> tuple[Adapter, Plan]:
     """``read_adapter`` with a check of the headers before any tensor is read; without ``tensors`` that is all.
 
     ``check`` returns the plan, or one of fewer layers. Both files must lie in the folder ``inside``, if given, once all
     links are followed. ``allow_partial`` leaves out keys that are not read, copies too, instead of refusing the file.
     ``copies``: the file may hold the weights of layers that it has LoRA for, as PEFT writes them for an output layer;
-    whoever asks for it compares them with the model's. ``embeddings``: it may have LoRA on embeddings.
+    whoever asks for it compares them with the model's. ``all_kinds``: it may have LoRA on embeddings and on parameters
+    (``target_parameters``), too. ``stacks``: which parameters of the model these are.
     """
     folder = path_text("directory", directory)
+    options: tuple[Any, ...] = (inside, tensors, allow_partial, copies, all_kinds, stacks)
     with _folder(folder) as dir_fd:
         try:
-            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial, copies, embeddings)
+            return _read_once(folder, dir_fd, max_bytes, check, *options)
         except AdapterError:
             # a save that replaced the folder meanwhile has deleted the one that is being read
             if tries == 1 or not _replaced(folder, dir_fd):
                 raise
-    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors, allow_partial, copies, embeddings)
+    return read_checked(directory, max_bytes, check, tries - 1, *options)
 
 
 def _read_once(
@@ -142,9 +152,12 @@ def _read_once(
     with_tensors: bool,
     allow_partial: bool,
     may_copy: bool,
-    may_embed: bool,
+    all_kinds: bool,
+    stacks_of: Stacks | None,
 ) -> tuple[Adapter, Plan]:
-    config = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd, inside)
+    config_path = os.path.join(folder, CONFIG_NAME)
+    config, layout = _read_config(config_path, dir_fd, inside)
+    stacks_of = stacks_of and functools.partial(_stacks, config_path, stacks_of)
     path = os.path.join(folder, WEIGHTS_NAME)
     if not _exists(path, dir_fd):
         pickled = _exists(os.path.join(folder, "adapter_model.bin"), dir_fd)
@@ -154,16 +167,23 @@ def _read_once(
         raise AdapterError(path, None, "a safetensors file", found)
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         header = read_header(path, file, size)
-        ends = SLOTS | _EMBEDDING_SLOTS if may_embed else SLOTS
-        found = _sort_keys(path, header.entries, config, ends, allow_partial, may_copy)
+        ends = SLOTS | _EMBEDDING_SLOTS if all_kinds else SLOTS
+        entries, config, convert = as_peft(path, header.entries, config, layout, KEY_PREFIX, stacks_of)
+        found = _sort_keys(path, entries, config, ends, allow_partial, may_copy)
         slots, biases, beside, left_out, copies, embeddings = found
-        ranks = _ranks(folder, path, header.entries, slots, config)
-        plan = check(
-            Plan(config, path, header.entries, slots, biases, ranks, beside, left_out, header.base, copies, embeddings)
-        )
+        known = _known(config_path, config, stacks_of, all_kinds)
+        slots = {known[name].path if name in known else name: keys for name, keys in slots.items()}
+        experts = {stack.path: stack.experts for stack in known.values() if stack.path in slots}
+        names = () if stacks_of is not None else config.target_parameters or ()
+        stacks = {name: found for name in slots if (found := _parameters_of(name, names))}
+        if names and not stacks:
+            raise AdapterError(path, "target_parameters", f"tensors for {list(names)}", "none")
+        ranks = _ranks(folder, path, entries, slots, config, experts, stacks)
+        others = beside, left_out, header.base, copies, embeddings, experts, stacks
+        plan = check(Plan(config, path, entries, slots, biases, ranks, *others))
         if not with_tensors:
             return Adapter(config, {}, {}, {}), plan
-        tensors = read_tensors(path, file, header)
+        tensors = convert(read_tensors(path, file, header))
     layers = {
         name: LayerTensors(**{field: tensors[k] for field, k in keys.items()}) for name, keys in plan.slots.items()
     }
@@ -171,13 +191,17 @@ def _read_once(
     return Adapter(config, layers, *others), plan
 
 
-def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfig:
+def _read_config(path: str, dir_fd: int | None, inside: str | None) -> tuple[LoraConfig, str | None]:
+    """The config, and how it says that lora_B of stacked experts is packed."""
     with open_regular(path, MAX_CONFIG_BYTES, dir_fd, inside) as (file, size):
         raw = bytearray(size)
         read_exactly(path, file, raw)
     entries = parse_json(path, bytes(raw))
+    layout: Any = entries.pop(LAYOUT, None)
+    if layout not in (None, *LAYOUTS):
+        raise AdapterError(path, LAYOUT, f"one of {', '.join(LAYOUTS)}", layout)
     try:
-        return LoraConfig.from_dict(entries)
+        return LoraConfig.from_dict(entries), layout
     except FieldError as error:
         found = entries.get(error.field, "no such entry")
         raise AdapterError(path, error.field, error.expected, found) from None
@@ -261,38 +285,100 @@ def _is_beside(name: str, config: LoraConfig) -> bool:
     return any(path.endswith(ends) for path in above(name))
 
 
+def _stacks(config_path: str, stacks_of: Stacks, config: LoraConfig | None) -> Mapping[str, Stacked]:
+    """What the model answers; what it does not have is the file's fault."""
+    try:
+        return stacks_of(config)
+    except ValueError as error:
+        raise AdapterError(config_path, "target_parameters", "stacked experts of the model", str(error)) from None
+
+
+def _known(config_path: str, config: LoraConfig, stacks_of: Stacks | None, all_kinds: bool) -> Mapping[str, Stacked]:
+    """The stacked parameters that the config names, by the paths of the file, where a model says which they are."""
+    if not config.target_parameters or (stacks_of is None and all_kinds):
+        return {}
+    if stacks_of is None:
+        expected = "null or empty: stacked experts are read with the model that they are for"
+        raise AdapterError(config_path, "target_parameters", expected, config.target_parameters)
+    return stacks_of(config)
+
+
+def bare_module(path: str) -> str:
+    """The module that one of PEFT's wrappers of its parameters is around: they are nested, one for each parameter."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
+
+
+def _parameters_of(path: str, parameters: Sequence[str]) -> tuple[str, ...]:
+    """The names of the parameters that ``target_parameters`` means in this module, if it means any."""
+    module, found = bare_module(path), []
+    for name in parameters:
+        end, _, last = name.rpartition(".")
+        end = end or "experts"  # PEFT takes the last name alone, too
+        if module == end or module.endswith(f".{end}"):
+            found.append(last)
+    return tuple(dict.fromkeys(found))
+
+
+class RankTable:
+    """The rank and alpha that an adapter's config gives its modules and parameters. A path costs bounded time."""
+
+    def __init__(self, folder: str, weights: str, config: LoraConfig):
+        self._config, self._weights, self._folder = config, weights, folder
+        self._ranks = PatternTable(config.rank_pattern, config.r)
+        self._alphas = PatternTable(config.alpha_pattern, config.lora_alpha)
+
+    def may_be(self, name: str, r: int) -> bool:
+        """Whether the config may give ``name`` the rank r."""
+        return r in self._ranks.possible(name)
+
+    def of(self, name: str, r: int, key: str) -> tuple[int, float]:
+        """(r, lora_alpha) of ``name``, whose tensor under ``key`` has rank r; AdapterError: the config has another."""
+        possible = self._ranks.possible(name)
+        if r not in possible:
+            raise AdapterError(self._weights, key, f"the rank of the config, {sorted(possible)}", f"rank {r}")
+        alphas = self._alphas.possible(name)
+        if len(alphas) > 1:
+            plain, found = f"keys of module names or short expressions, to know the alpha of {name}", self._config
+            path = os.path.join(self._folder, CONFIG_NAME)
+            raise AdapterError(path, "alpha_pattern", plain, list(found.alpha_pattern))
+        return r, alphas.pop()
+
+
 def _ranks(
-    folder: str, path: str, entries: dict[str, TensorEntry], slots: dict[str, dict[str, str]], config: LoraConfig
+    folder: str,
+    path: str,
+    entries: dict[str, TensorEntry],
+    slots: dict[str, dict[str, str]],
+    config: LoraConfig,
+    experts: Mapping[str, int],
+    stacks: Container[str],
 ) -> dict[str, tuple[int, float]]:
-    """(r, lora_alpha) of each module path: the rank of its tensors, and the alpha the config gives it."""
+    """(r, lora_alpha) of each path: the rank of its tensors, in each expert, and the alpha the config gives it."""
     patterns = len(config.rank_pattern) + len(config.alpha_pattern)
     config_path = os.path.join(folder, CONFIG_NAME)
     if patterns * len(slots) > _MAX_PATTERN_CHECKS:
         raise AdapterError(
             config_path, "rank_pattern, alpha_pattern", "fewer keys", f"{patterns} for {len(slots)} layers"
         )
-    rank_table = PatternTable(config.rank_pattern, config.r)
-    alpha_table = PatternTable(config.alpha_pattern, config.lora_alpha)
-    ranks = {}
+    table, ranks = RankTable(folder, path, config), {}
     for name, keys in slots.items():
         shape_A, shape_B = entries[keys["lora_A"]].shape, entries[keys["lora_B"]].shape
-        if len(shape_A) != 2 or shape_A[0] > MAX_RANK:
-            raise AdapterError(path, keys["lora_A"], f"a shape [r, K], r at most {MAX_RANK}", list(shape_A))
-        r = shape_A[0]
-        if len(shape_B) != 2 or shape_B[1] != r:
+        each = experts.get(name, 1)
+        rows = shape_A[0] if len(shape_A) == 2 else 0
+        if not rows or (rows > MAX_RANK * each and name not in stacks) or rows % each:
+            wanted = "[r, K]" if each == 1 else f"[{each} experts * r, K]"
+            raise AdapterError(path, keys["lora_A"], f"a shape {wanted}, r at most {MAX_RANK}", list(shape_A))
+        if len(shape_B) != 2 or shape_B[1] != rows:
             swapped = "; lora_A and lora_B seem to be swapped" * (shape_A[1] == shape_B[0])
-            raise AdapterError(path, keys["lora_B"], f"a shape [N, {r}]", f"{list(shape_B)}{swapped}")
+            raise AdapterError(path, keys["lora_B"], f"a shape [N, {rows}]", f"{list(shape_B)}{swapped}")
+        r = rows // each
         for field in ("lora_bias", "base_bias", "lora_magnitude"):
             if field in keys and entries[keys[field]].shape != shape_B[:1]:
                 raise AdapterError(path, keys[field], f"a shape [{shape_B[0]}]", list(entries[keys[field]].shape))
-        possible = rank_table.possible(name)
-        if r not in possible:
-            raise AdapterError(path, keys["lora_A"], f"the rank of the config, {sorted(possible)}", f"rank {r}")
-        alphas = alpha_table.possible(name)
-        if len(alphas) > 1:
-            plain = f"keys of module names or short expressions, to know the alpha of {name}"
-            raise AdapterError(config_path, "alpha_pattern", plain, list(config.alpha_pattern))
-        ranks[name] = (r, alphas.pop())
+        if name not in stacks:
+            ranks[name] = table.of(name, r, keys["lora_A"])
     return ranks
 
 

@@ -29,8 +29,8 @@ from fused_lora.bases.requantised import BLOCK_VALUES, FLOATS, Requantised, summ
 from fused_lora.ops.dequant import FourBit, dequantise_4bit
 from fused_lora.ops.linear import packed, plan
 
-_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _LARGEST = 1024  # values to a scale that bitsandbytes' fast loops for CPUs take
 _REPACKED_ROWS = 32  # whose values share memory in the layout for CPUs
 
@@ -69,9 +69,7 @@ class Weight(packed.Packed):
     def scales(self) -> Tensor:
         """fp32, one to each ``blocksize`` values in the order of the rows."""
         if self.nested is not None:
-            code, absmax, blocksize, offset = self.nested
-            ops = torch.ops.bitsandbytes
-            return ops.dequantize_blockwise.default(self.absmax, absmax, code, blocksize, torch.float32) + offset
+            return nested_scales(self.absmax, *self.nested)
         return (self.absmax.t() if self.repacked else self.absmax).float().reshape(-1)
 
     def to(self, dtype: torch.dtype) -> Tensor:
@@ -84,8 +82,6 @@ class Weight(packed.Packed):
     def blocks(self, step: int) -> Iterator[tuple[int, int, Tensor]]:
         """As :meth:`Packed.blocks`. Fewer rows than all only where each row begins with a scale of its own."""
         (N, K), size, scales = self.shape, self.blocksize, self.scales()
-        if size > _LARGEST and self.device.type == "cpu":
-            scales, size = scales.repeat_interleave(size // _LARGEST), _LARGEST
         if self.repacked:
             step = max(_REPACKED_ROWS, step - step % _REPACKED_ROWS)
         for start in range(0, N, step):
@@ -95,11 +91,30 @@ class Weight(packed.Packed):
                 own = scales[start * K // size : stop * K // size]
             if self.repacked:
                 values = _rows_of(values, K)
-            shape = stop - start, K
-            block = torch.ops.bitsandbytes.dequantize_4bit.default(
-                values, own, size, self.quant_type, shape, self.dtype
-            )
-            yield start, stop, block
+            yield start, stop, values_of_rows(values, own, size, self.quant_type, (stop - start, K), self.dtype)
+
+
+def is_installed() -> bool:
+    """Whether bitsandbytes can be imported. Its operators are there from then on."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def nested_scales(codes: Tensor, code: Tensor, absmax: Tensor, blocksize: int, offset: Any) -> Tensor:
+    """fp32, of scales that are quantised themselves."""
+    return torch.ops.bitsandbytes.dequantize_blockwise.default(codes, absmax, code, blocksize, torch.float32) + offset
+
+
+def values_of_rows(
+    packed: Tensor, scales: Tensor, blocksize: int, quant_type: str, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """``shape`` in ``dtype``: whole rows of a weight, from their bytes and the scale of each block, in fp32."""
+    if blocksize > _LARGEST and packed.is_cpu:
+        scales, blocksize = scales.repeat_interleave(blocksize // _LARGEST), _LARGEST
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, blocksize, quant_type, shape, dtype)
 
 
 def _rows_of(repacked: Tensor, K: int) -> Tensor:
@@ -276,13 +291,13 @@ def _why_not_known(module, weight) -> str | None:
         return "weight.quant_state is missing: the weight is quantised when the layer is moved to its device"
     if state.quant_type not in ("nf4", "fp4"):
         return f"weight.quant_state.quant_type is {state.quant_type!r}, expected 'nf4' or 'fp4'"
-    if state.blocksize not in _BLOCK_SIZES:
+    if state.blocksize not in BLOCK_SIZES:
         return f"weight.quant_state.blocksize is {state.blocksize}"
     if state.shape is None or tuple(state.shape) != (N, K):
         return f"weight.quant_state.shape is {state.shape}, expected {(N, K)}"
     data = weight.data
-    if data.dtype not in _STORAGE:
-        return f"the weight is stored in {data.dtype}, expected one of {_STORAGE}"
+    if data.dtype not in STORAGE:
+        return f"the weight is stored in {data.dtype}, expected one of {STORAGE}"
     if data.nbytes != -(-N * K // 2):
         return f"the weight has {data.nbytes} bytes, expected {-(-N * K // 2)} for {(N, K)}"
     # bitsandbytes' loops for CPUs take rows of other lengths for rows that begin with a scale

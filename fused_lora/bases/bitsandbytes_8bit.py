@@ -63,7 +63,7 @@ class Linear8bit(Requantised):
 
     def values(self, module: Any, weight: Any, state: Any) -> Tensor:
         """Code times scale over 127."""
-        return _values(weight.data, state.SCB if weight.SCB is None else weight.SCB)
+        return values_of_rows(weight.data, state.SCB if weight.SCB is None else weight.SCB)
 
     def blocks(self, module: Any) -> Iterator[tuple[int, int, Tensor]]:
         """Rows of the whole."""
@@ -71,7 +71,7 @@ class Linear8bit(Requantised):
         step = max(1, BLOCK_VALUES // module.in_features)
         for start in range(0, len(data), step):
             stop = min(start + step, len(data))
-            yield start, stop, _values(data[start:stop], scales[start:stop])
+            yield start, stop, values_of_rows(data[start:stop], scales[start:stop])
 
     def requantised(self, module: Any, factors: Factors) -> tuple[Any, Any]:
         """As PEFT does it: the sum in fp32, rounded to fp16, which the library quantises."""
@@ -132,8 +132,8 @@ def _scales(module: Any) -> Any:
     return module.state.SCB if own is None else own
 
 
-def _values(data: Tensor, scales: Tensor) -> Tensor:
-    """fp32, with the library's bits."""
+def values_of_rows(data: Tensor, scales: Tensor) -> Tensor:
+    """Rows in fp32, from their codes and scales, with the library's bits."""
     return torch.ops.bitsandbytes.int8_vectorwise_dequant.default(data, scales)
 
 

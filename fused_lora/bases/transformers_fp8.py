@@ -63,16 +63,15 @@ class Fp8Linear(Requantised):
 
     def values(self, module: Any, weight: Any, state: Any) -> Tensor:
         """Code times the scale of its block."""
-        return _values(weight.data, state.data, block_size(module), 0, module.out_features)
+        return values_of_rows(weight.data, state.data, block_size(module))
 
     def blocks(self, module: Any) -> Iterator[tuple[int, int, Tensor]]:
-        """Rows of whole blocks."""
+        """Rows of the whole."""
         weight, scales = (module._parameters[name].data for name in ("weight", "weight_scale_inv"))
-        rows = block_size(module)[0]
-        step = max(rows, BLOCK_VALUES // module.in_features // rows * rows)
+        step = max(1, BLOCK_VALUES // module.in_features)
         for start in range(0, module.out_features, step):
             stop = min(start + step, module.out_features)
-            yield start, stop, _values(weight, scales, block_size(module), start, stop)
+            yield start, stop, values_of_rows(weight[start:stop], scales, block_size(module), start)
 
     def requantised(self, module: Any, factors: Factors) -> tuple[Any, Any]:
         """With the largest magnitude of each block at fp8's largest number, as transformers quantises."""
@@ -111,12 +110,13 @@ def block_size(module: Any) -> tuple[int, int]:
     return rows, columns
 
 
-def _values(weight: Tensor, scales: Tensor, block: tuple[int, int], start: int, stop: int) -> Tensor:
-    """fp32, rows start to stop; ``start`` begins a block."""
+def values_of_rows(codes: Tensor, scales: Tensor, block: tuple[int, int], first: int = 0) -> Tensor:
+    """Rows ``first`` on of a weight in fp32, from their codes and the scales of the whole."""
     rows, columns = block
-    scales = scales.float().view(-1, -(-weight.shape[1] // columns))[start // rows : -(-stop // rows)]
-    scales = scales.repeat_interleave(rows, 0)[: stop - start].repeat_interleave(columns, 1)[:, : weight.shape[1]]
-    return values_of_codes(weight[start:stop]) * scales
+    K = codes.shape[1]
+    of_row = torch.arange(first, first + len(codes), device=codes.device) // rows
+    own = scales.float().view(-1, -(-K // columns))[of_row]
+    return values_of_codes(codes) * own.repeat_interleave(columns, 1)[:, :K]
 
 
 register(Fp8Linear(), "transformers.integrations.finegrained_fp8.FP8Linear")

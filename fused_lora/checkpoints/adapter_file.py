@@ -18,6 +18,8 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import each_tensor, open_regular, read_exactly, read_header
 from fused_lora.modules.config import scaling
 
+_STACKS = 4  # lora_A and lora_B of two stacks, whose experts may take turns in a file
+
 Weighted = str | os.PathLike | tuple[str | os.PathLike, float]
 
 
@@ -32,6 +34,7 @@ class AdapterFile:
     def __init__(self, folder: str, weight: float, plan: Plan, file: Any, raw: bytes, sha256: str):
         self.folder, self.weight, self.plan, self.sha256 = folder, weight, plan, sha256
         self._file, self._data = file, len(raw)
+        self._stacks: dict[str, Tensor] = {}  # the last few that were asked for
 
     def tensor(self, key: str) -> Tensor:
         """The tensor under a key of the file, in its dtype, on the CPU."""
@@ -40,6 +43,17 @@ class AdapterFile:
         self._file.seek(self._data + entry.begin)
         read_exactly(self.plan.weights, self._file, data.numpy())
         return data.view(entry.dtype).view(entry.shape)
+
+    def of_expert(self, path: str, field: str, expert: int) -> Tensor:
+        """lora_A [r, K] or lora_B [N, r] of one expert, from PEFT's packing, [experts * r, K] and [N, r * experts]."""
+        key, r = self.plan.slots[path][field], self.plan.ranks[path][0]
+        if key not in self._stacks:
+            while len(self._stacks) >= _STACKS:
+                del self._stacks[next(iter(self._stacks))]
+            whole = self.tensor(key)
+            by_expert = whole.view(-1, r, whole.shape[1]) if field == "lora_A" else whole.view(len(whole), r, -1)
+            self._stacks[key] = by_expert if field == "lora_A" else by_expert.permute(2, 0, 1).contiguous()
+        return self._stacks[key][expert]
 
     def scaling(self, path: str, weighted: bool = True) -> float:
         """What lora_B lora_A of a layer is multiplied by, with the adapter's weight or without."""
@@ -61,10 +75,11 @@ class AdapterFile:
 def open_adapters(adapters: Weighted | Iterable[Weighted], merging: bool = False) -> Iterator[list[AdapterFile]]:
     """Open adapters and check every byte of them: structure, digest, finite values.
 
-    merging: for a merge, which takes DoRA, embeddings, and copies of the base's weights, too.
+    merging: for a merge, which takes DoRA, embeddings, parameters (``target_parameters``), and copies of the base's
+        weights, too.
 
     Raises:
-        AdapterError: a file is malformed, or of a kind that is not supported (LoRA on experts).
+        AdapterError: a file is malformed, or of a kind that is not supported.
         TypeError, ValueError: no adapter, no path, or a weight that is no finite number.
     """
     with contextlib.ExitStack() as stack:
@@ -88,7 +103,7 @@ def _pairs(adapters: Any) -> Sequence[tuple[Any, float]]:
 def _open(stack: contextlib.ExitStack, path: Any, weight: float, merging: bool) -> AdapterFile:
     folder = path_text("adapters", path)
     _, plan = read_checked(
-        folder, MAX_WEIGHT_BYTES, lambda plan: plan, tensors=False, copies=merging, embeddings=merging
+        folder, MAX_WEIGHT_BYTES, lambda plan: plan, tensors=False, copies=merging, all_kinds=merging
     )
     if plan.config.use_dora and not merging:
         config = os.path.join(folder, CONFIG_NAME)

@@ -6,7 +6,8 @@ merge in the model. A DoRA adapter scales the rows of W and of all terms so far 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fused_lora.adapters.tensorfile import TensorEntry
 from fused_lora.checkpoints.adapter_file import AdapterFile
+from fused_lora.checkpoints.quantised import Packed
 from fused_lora.checkpoints.stream import PIECE_BYTES, Piece
 from fused_lora.ops.dora.op import row_norms
 from fused_lora.ops.merge.op import Factors, add_rows_, delta_factors
@@ -24,14 +26,17 @@ CAST = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what a d
 
 
 class Term(NamedTuple):
-    """Rows ``skip`` on of one layer's s B A."""
+    """Rows ``skip`` on of one layer's s B A; of one ``expert`` where the layer is a stack of them."""
 
     adapter: AdapterFile
     path: str
     skip: int
+    expert: int | None = None
 
     def part(self, name: str) -> Tensor:
         """One tensor of the layer, "lora_A" for example."""
+        if self.expert is not None:
+            return self.adapter.of_expert(self.path, name, self.expert)
         return self.adapter.tensor(self.adapter.plan.slots[self.path][name])
 
     @property
@@ -42,7 +47,7 @@ class Term(NamedTuple):
 
 @dataclass
 class Segment:
-    """Rows [first, stop) of a weight [N, K] and the terms that they get."""
+    """Rows [first, stop) of a weight as it is stored, and the terms that they get."""
 
     first: int
     stop: int
@@ -59,8 +64,9 @@ class Change:
 
     Attributes:
         name: of the tensor in the output. source: of the tensor of the base that it begins as.
-        kind: "merge", "bias", "replace" or "rows".
-        segments: of a merge, in order. transposed: the weight is stored as [K, N].
+        kind: "merge", "bias", "replace", "rows", or "copy" of a tensor that is added as the source is.
+        segments: of a merge, in order; of a stack of experts [experts, ...] one for each of its matrices.
+        transposed: what a segment gets is A^T B^T, of whole terms: the weight, or each expert's, is stored as [K, N].
         terms: of a bias. held: (adapter, key) of what replaces it. rows: which rows are replaced.
         added: the base has no tensor of that name.
     """
@@ -107,12 +113,57 @@ class Change:
 
 
 class Item(NamedTuple):
-    """One tensor of the output: its name, what happens to it, the entry that it begins as, and its dtype."""
+    """One tensor of the output: its name, what happens to it, the entry that it begins as, its dtype, and how the entry
+    is dequantised."""
 
     name: str
     change: Change | None
     entry: TensorEntry
     dtype: torch.dtype
+    packed: Packed | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the output's tensor."""
+        return self.entry.shape if self.packed is None else self.packed.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the output's tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def read_bytes(self) -> int:
+        """Of the base's."""
+        return self.entry.end - self.entry.begin
+
+
+class Rows(NamedTuple):
+    """A tensor of the base as a matrix: a stack of matrices below each other, a vector as one column.
+
+    values: from the bytes of whole rows and the first of them to [rows, columns] in ``dtype``.
+    """
+
+    height: int
+    columns: int
+    row_bytes: int
+    dtype: torch.dtype
+    values: Callable[[Tensor, int], Tensor]
+
+    @property
+    def step(self) -> int:
+        """How many rows are a piece."""
+        return max(1, PIECE_BYTES // (self.columns * self.dtype.itemsize))
+
+
+def rows_of(item: Item) -> Rows:
+    """The tensor that ``item`` begins as. Of a quantised one the tensors beside it are read."""
+    entry, packed = item.entry, item.packed
+    if packed is not None:
+        return Rows(*packed.shape, packed.row_bytes, torch.float32, packed.reader())
+    columns = max(1, entry.shape[-1]) if len(entry.shape) > 1 else 1
+    height, row_bytes = math.prod(entry.shape) // columns, columns * entry.dtype.itemsize
+    return Rows(height, columns, row_bytes, entry.dtype, lambda data, _: data.view(entry.dtype).view(-1, columns))
 
 
 class Sum:
@@ -124,7 +175,7 @@ class Sum:
     def __init__(self, change: Change, segment: Segment, dtype: torch.dtype, device: torch.device):
         terms = segment.terms
         self._A = [t.part("lora_A").to(device) for t in terms]
-        self._B = [segment.rows(t, "lora_B").to(device) for t in terms]
+        self._B = [(t.part("lora_B") if change.transposed else segment.rows(t, "lora_B")).to(device) for t in terms]
         self._scaling = [t.adapter.scaling(t.path) for t in terms]
         self._magnitudes = [segment.rows(t, "lora_magnitude").to(device) if t.dora else None for t in terms]
         self._factors = delta_factors(dtype, device, self._A, self._B, self._scaling, change.transposed)
@@ -159,13 +210,17 @@ def change_pieces(item: Item, begin: int, device: torch.device, note: Any = None
         note: called with (name, first row, factors, units) of each merged piece, and with (name, None, None, old bytes)
             of a tensor that is replaced, in order; None keeps nothing.
     """
-    name, change, entry, out = item
+    name, change, entry, out, packed = item
+    change = None if change is not None and change.kind == "copy" else change
     at, size = begin + entry.begin, entry.end - entry.begin
     note = None if change is not None and change.added else note
-    if change is None:
-        yield from [Piece(at, size)] if entry.dtype == out else _cast_pieces(name, entry, at, out)
+    if change is None and entry.dtype == out and packed is None:
+        yield Piece(at, size)
+    elif change is None:
+        rows = rows_of(item)
+        yield from _cast_rows(name, rows, at, 0, rows.height, out)
     elif change.kind == "merge":
-        yield from _merge_pieces(change, entry, at, out, device, note)
+        yield from _merge_pieces(change, rows_of(item), at, out, device, note, packed is None)
     else:
 
         def work(data: Tensor) -> tuple[Tensor, Any]:
@@ -193,54 +248,49 @@ def small_change(change: Change, old: Tensor, shape: tuple[int, ...], out: torch
 
 
 def _merge_pieces(
-    change: Change, entry: TensorEntry, at: int, out: torch.dtype, device: torch.device, note: Any
+    change: Change, rows: Rows, at: int, out: torch.dtype, device: torch.device, note: Any, plain: bool
 ) -> Iterator[Piece]:
-    columns, done = entry.shape[1], 0
-    row_bytes = columns * entry.dtype.itemsize
-    wide = sum_dtype(entry.dtype, out)
-    for segment in change.segments:
-        first, stop = (0, entry.shape[0]) if change.transposed else (segment.first, segment.stop)
-        if first > done:
-            yield from _copied_rows(change.name, entry, at, done, first, out)
-        total = Sum(change, segment, wide, device)
-        step = max(1, PIECE_BYTES // max(1, row_bytes))
-        for row in range(first, stop, step):
-            rows = slice(row - first, min(row + step, stop) - first)
+    wide, done = sum_dtype(rows.dtype, out), 0
 
-            def work(data: Tensor, rows: slice = rows, row: int = row, total: Sum = total) -> tuple:
-                W = data.view(entry.dtype).view(-1, columns).to(device, wide)
-                part = total.factors(W, rows)
+    def kept(first: int, stop: int) -> Iterator[Piece]:
+        if plain and rows.dtype == out:
+            return iter([Piece(at + first * rows.row_bytes, (stop - first) * rows.row_bytes)])
+        return _cast_rows(change.name, rows, at, first, stop, out)
+
+    for segment in change.segments:
+        first, stop = segment.first, segment.stop
+        if first > done:
+            yield from kept(done, first)
+        total = Sum(change, segment, wide, device)
+        for row in range(first, stop, rows.step):
+            part = slice(row - first, min(row + rows.step, stop) - first)
+
+            def work(data: Tensor, part: slice = part, row: int = row, total: Sum = total) -> tuple:
+                W = rows.values(data, row).to(device, wide)
+                factors = total.factors(W, part)
                 try:
-                    units = add_rows_(W, part, keep=note is not None)
+                    units = add_rows_(W, factors, keep=note is not None)
                 except ValueError as error:
                     raise ValueError(f"{change.name}: {error}") from None
-                return _bytes(_finite(change.name, W, out, W).cpu()), (change.name, row, part, units)
+                return _bytes(_finite(change.name, W, out, W).cpu()), (change.name, row, factors, units)
 
-            count = rows.stop - rows.start
-            out_size = count * columns * out.itemsize
-            yield Piece(at + row * row_bytes, count * row_bytes, work, out_size, note)
+            count = part.stop - part.start
+            out_size = count * rows.columns * out.itemsize
+            yield Piece(at + row * rows.row_bytes, count * rows.row_bytes, work, out_size, note)
         done = stop
-    if done < entry.shape[0]:
-        yield from _copied_rows(change.name, entry, at, done, entry.shape[0], out)
+    if done < rows.height:
+        yield from kept(done, rows.height)
 
 
-def _copied_rows(name: str, entry: TensorEntry, at: int, first: int, stop: int, out: torch.dtype) -> Iterator[Piece]:
-    row_bytes = entry.shape[1] * entry.dtype.itemsize
-    rows = TensorEntry(entry.dtype, (stop - first, entry.shape[1]), 0, (stop - first) * row_bytes)
-    at += first * row_bytes
-    yield from [Piece(at, rows.end)] if entry.dtype == out else _cast_pieces(name, rows, at, out)
+def _cast_rows(name: str, rows: Rows, at: int, first: int, stop: int, out: torch.dtype) -> Iterator[Piece]:
+    for row in range(first, stop, rows.step):
 
-
-def _cast_pieces(name: str, entry: TensorEntry, at: int, out: torch.dtype) -> Iterator[Piece]:
-    size = entry.end - entry.begin
-    for first in range(0, size, PIECE_BYTES):
-
-        def work(data: Tensor) -> tuple[Tensor, None]:
-            old = data.view(entry.dtype)
+        def work(data: Tensor, row: int = row) -> tuple[Tensor, None]:
+            old = rows.values(data, row)
             return _bytes(_finite(name, old, out, old)), None
 
-        part = min(PIECE_BYTES, size - first)
-        yield Piece(at + first, part, work, part // entry.dtype.itemsize * out.itemsize)
+        count = min(rows.step, stop - row)
+        yield Piece(at + row * rows.row_bytes, count * rows.row_bytes, work, count * rows.columns * out.itemsize)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fused_lora.adapters.errors import AdapterError
-from fused_lora.adapters.tensorfile import TensorEntry
-from fused_lora.checkpoints.changes import Change, Item, Segment, small_change
+from fused_lora.checkpoints.changes import Change, Item, Rows, Segment, rows_of, small_change
 from fused_lora.checkpoints.files import Shard, read_shard
-from fused_lora.checkpoints.stream import PIECE_BYTES, read_bytes
+from fused_lora.checkpoints.stream import read_bytes
 
 _ROWS = 16  # of each merged segment
 
@@ -48,46 +47,52 @@ def check_shard(source: Shard, path: str, items: Sequence[Item], checked: Checke
     """
     merged = read_shard(*os.path.split(path))
     found = {name: (entry.dtype, entry.shape) for name, entry in merged.header.entries.items()}
-    wanted = {item.name: (item.dtype, item.entry.shape) for item in items}
+    wanted = {item.name: (item.dtype, item.shape) for item in items}
     if found != wanted:
         raise AdapterError(merged.path, None, "the tensors that were written", "others")
     with open(source.path, "rb", buffering=0) as old, open(merged.path, "rb", buffering=0) as new:
         for item in items:
             files = _Pair(source, old.fileno(), merged, new.fileno(), item)
             change = item.change
-            if change is None:
-                checked.same_bytes += files.compare(0, item.entry.shape[0] if item.entry.shape else 1)
+            if change is None or change.kind == "copy":
+                checked.same_bytes += files.compare(0, files.old.height)
             elif change.kind == "merge":
                 _check_merge(files, change, checked)
             else:
                 was = read_bytes(
                     source.path, old.fileno(), source.data + item.entry.begin, item.entry.end - item.entry.begin
                 )
-                files.expect(small_change(change, was.view(item.entry.dtype), item.entry.shape, item.dtype), 0)
+                files.expect(small_change(change, was.view(item.entry.dtype), item.entry.shape, item.dtype))
 
 
 class _Pair:
-    """One tensor in both files, by rows of its first dimension."""
+    """One tensor in both files, as a matrix."""
 
     def __init__(self, source: Shard, old: int, merged: Shard, new: int, item: Item):
-        self._source, self._old, self._merged, self._new, self.item = source, old, merged, new, item
+        self._source, self._file, self._merged, self._merged_file = source, old, merged, new
+        self.item, self._at = item, source.data + item.entry.begin
         self._entry = merged.header.entries[item.name]
+        self.old = rows_of(item)
+        self.new = rows_of(Item(item.name, None, self._entry, item.dtype))
 
     def rows(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Rows as they were and as they are, [stop - first, ...]."""
-        old = read_rows(self._source, self._old, self.item.entry, first, stop)
-        return old, read_rows(self._merged, self._new, self._entry, first, stop)
+        """Rows as they were and as they are, [stop - first, columns]."""
+        begin = self._merged.data + self._entry.begin
+        return (
+            read_rows(self._source.path, self._file, self._at, self.old, first, stop),
+            read_rows(self._merged.path, self._merged_file, begin, self.new, first, stop),
+        )
 
     def compare(self, first: int, stop: int) -> int:
         """These rows must be as they were, cast to the output's dtype; their bytes."""
-        for rows in row_steps(self.item.entry, first, stop):
-            old, new = self.rows(*rows)
+        for row in range(first, stop, self.old.step):
+            old, new = self.rows(row, min(row + self.old.step, stop))
             self._same(old.to(new.dtype), new)
-        return (stop - first) * _row_bytes(self.item.entry)
+        return (stop - first) * self.new.row_bytes
 
-    def expect(self, wanted: Tensor, first: int) -> None:
-        """These rows must be the ones given."""
-        self._same(wanted, self.rows(first, first + (len(wanted) if wanted.dim() else 1))[1])
+    def expect(self, wanted: Tensor) -> None:
+        """All of it must be as given."""
+        self._same(wanted, self.rows(0, self.new.height)[1])
 
     def _same(self, wanted: Tensor, found: Tensor) -> None:
         if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (wanted, found))):
@@ -98,29 +103,16 @@ class _Pair:
         raise AdapterError(self._merged.path, self.item.name, expected, found)
 
 
-def row_steps(entry: TensorEntry, first: int, stop: int) -> Iterator[tuple[int, int]]:
-    """These rows of a tensor in pieces."""
-    step = max(1, PIECE_BYTES // max(1, _row_bytes(entry)))
-    for row in range(first, stop, step):
-        yield row, min(row + step, stop)
-
-
-def read_rows(shard: Shard, file: int, entry: TensorEntry, first: int, stop: int) -> Tensor:
-    """Rows of a tensor of an open shard, [stop - first, ...]."""
-    shape = entry.shape[1:] if entry.shape else ()
-    row_bytes = _row_bytes(entry)
-    data = read_bytes(shard.path, file, shard.data + entry.begin + first * row_bytes, (stop - first) * row_bytes)
-    return data.view(entry.dtype).view(stop - first, *shape)
-
-
-def _row_bytes(entry: TensorEntry) -> int:
-    return (entry.end - entry.begin) // max(1, entry.shape[0] if entry.shape else 1)
+def read_rows(path: str, file: int, at: int, rows: Rows, first: int, stop: int) -> Tensor:
+    """Rows of a tensor of an open file whose bytes begin ``at``."""
+    data = read_bytes(path, file, at + first * rows.row_bytes, (stop - first) * rows.row_bytes)
+    return rows.values(data, first)
 
 
 def _check_merge(files: _Pair, change: Change, checked: Checked) -> None:
-    height, done = files.item.entry.shape[0], 0
+    height, done = files.old.height, 0
     for segment in change.segments:
-        first, stop = (0, height) if change.transposed else (segment.first, segment.stop)
+        first, stop = segment.first, segment.stop
         checked.same_bytes += files.compare(done, first)
         for row in range(first, stop, max(1, (stop - first) // _ROWS)):
             old, new = files.rows(row, row + 1)
@@ -148,7 +140,7 @@ def _row_of_delta(change: Change, segment: Segment, row: int, old: Tensor) -> tu
     for term in segment.terms:
         A, B = term.part("lora_A").double(), term.part("lora_B").double()
         left, right = (A.t(), B.t()) if change.transposed else (B, A)
-        at = row if change.transposed else row - segment.first + term.skip
+        at = row - segment.first + term.skip
         s = term.adapter.scaling(term.path)
         delta = left[at : at + 1] @ right * s
         total, size, count = total + delta, size + left[at : at + 1].abs() @ right.abs() * abs(s), count + len(A)

@@ -35,6 +35,7 @@ from fused_lora.checkpoints.files import (
 )
 from fused_lora.checkpoints.output import Output
 from fused_lora.checkpoints.planning import Changes, plan_changes
+from fused_lora.checkpoints.quantised import check_dequantised
 from fused_lora.checkpoints.record import RECORD_NAME, ShardRecord, old_header, unmerge_pieces
 from fused_lora.checkpoints.stream import Piece, single_threads, write_pieces
 from fused_lora.modules.config import check_bool
@@ -97,18 +98,22 @@ def merge_checkpoint(
     the rows of W, and of the adapters before it, to its magnitude; where the norms of the rows are summed in another
     order its scale may differ from the model's in the last place.
 
+    Where an adapter is for a quantised weight (bitsandbytes, block-scaled fp8), all of them become dense.
+
     Everything is checked before a byte is written. Every tensor of the adapters is used. The output is written to
     ``OUT.partial``, shard by shard, and is called OUT when it is whole. The same call after an interrupt goes on with
     the shards that are missing. The base is never changed without ``in_place``.
 
     Args:
-        base: a folder with a checkpoint, or one .safetensors file. fp32, bf16, fp16 and fp64 weights are merged.
+        base: a folder with a checkpoint, or one .safetensors file, of fp32, bf16, fp16, fp64 or quantised weights.
         adapters: folders of PEFT adapters, or pairs (folder, weight). A weight multiplies the adapter's scaling; one of
             DoRA must be 1.
         out: the new folder, which must not exist, or be empty.
-        dtype: fp32, bf16 or fp16 for all floating tensors; the sum is in fp32 and rounded once. None: as in the base.
+        dtype: fp32, bf16 or fp16 for all floating tensors; the sum is in fp32 and rounded once. None: as in the base;
+            what was quantised gets the dtype of the base's config.
         device: where sums are computed.
-        record: a new folder for what :func:`unmerge_checkpoint` needs; on a CPU, without ``dtype`` and ``in_place``.
+        record: a new folder for what :func:`unmerge_checkpoint` needs; on a CPU, without ``dtype`` and ``in_place``,
+            and not over quantised weights.
         rename: beginnings of the adapter's paths -> what the checkpoint has in their place, where no known rule fits.
         in_place: instead of ``out``: the merged folder takes the base's place when it is whole. Not over a base that
             one of the adapters is merged into already.
@@ -198,14 +203,17 @@ class _Merge:
         in_place: bool,
     ):
         self._base, self._adapters, self._changes = base, adapters, changes
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._packed = dtype, device, changes.packed
+        self._parts = {part for weight in self._packed.values() for part in weight.parts}
         self._check_used()
-        self._check_quantised()
+        self._check_quantised(recorded)
+        self._dense_dtype = self._dtype_of_dense()
         self._by_source: dict[str, list[Change]] = {}
         for change in changes.by_name.values():
             self._by_source.setdefault(change.source, []).append(change)
         about = [a.describe() for a in adapters]
-        known = [[s.name, s.size, s.modified] for s in base.shards], [a.plan.config.to_dict() for a in adapters]
+        configs = [[a.plan.config.to_dict(), dict(a.plan.stacks)] for a in adapters]
+        known = [[s.name, s.size, s.modified] for s in base.shards], configs
         kind = [base.digest(), str(dtype), recorded, sorted(changes.by_name)]
         text = json.dumps([__version__, about, known, kind], sort_keys=True, default=str)
         self.identity = hashlib.sha256(text.encode()).hexdigest()
@@ -234,38 +242,57 @@ class _Merge:
             if left:
                 raise AdapterError(adapter.plan.weights, left[0], "a tensor that is merged", f"unused: {some(left)}")
 
-    def _check_quantised(self) -> None:
+    def _check_quantised(self, recorded: bool) -> None:
         """A loader would quantise floating weights by such a config, and with them lose most of the adapters."""
+        if self._packed:
+            if recorded:
+                raise ValueError(
+                    "record: expected None over quantised weights: the output is another, dense checkpoint"
+                )
+            return check_dequantised(self._base, self._packed, _UNQUANTISED)
         quantised = (self._base.config or {}).get("quantization_config")
         if not quantised:
-            return
+            return None
         if self._dtype is not None:
             raise ValueError("dtype: expected None over a checkpoint with a quantization_config")
         if all(entry.dtype in _UNQUANTISED for _, entry in self._base.tensors.values()):
             path = os.path.join(self._base.folder, MODEL_CONFIG)
             expected = "no such entry, for no weight is quantised, and a loader would quantise the merged ones"
             raise AdapterError(path, "quantization_config", expected, quantised)
+        return None
+
+    def _dtype_of_dense(self) -> torch.dtype | None:
+        """Of weights that were quantised."""
+        config = self._base.config or {}
+        found = self._dtype or getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)
+        if self._packed and found not in _DTYPES:
+            raise ValueError(f"dtype: expected one of {_DTYPES} over quantised weights: the base's config names none")
+        return found if self._packed else None
 
     def items(self, shard: Shard) -> list[Item]:
         """The tensors of one shard of the output, wide ones first as safetensors aligns them."""
         found = []
         for name, entry in shard.header.entries.items():
+            if name in self._parts:
+                continue
+            packed = self._packed.get(name)
             dtype = self._dtype if self._dtype is not None and entry.dtype in CAST else entry.dtype
+            dtype = dtype if packed is None or self._dense_dtype is None else self._dense_dtype
             changes = self._by_source.get(name, [])
-            found.append(Item(name, next((c for c in changes if not c.added), None), entry, dtype))
-            found += [Item(change.name, change, entry, dtype) for change in changes if change.added]
+            found.append(Item(name, next((c for c in changes if not c.added), None), entry, dtype, packed))
+            found += [Item(change.name, change, entry, dtype, packed) for change in changes if change.added]
         return sorted(found, key=lambda item: -item.dtype.itemsize)
 
     @property
     def total(self) -> int:
         """Bytes of the base that the output is made from."""
-        return sum(item.entry.end - item.entry.begin for shard in self._base.shards for item in self.items(shard))
+        return sum(item.read_bytes for shard in self._base.shards for item in self.items(shard))
 
     def report(self, target: str) -> MergeReport:
         """What will be done."""
         items = [item for shard in self._base.shards for item in self.items(shard)]
-        nbytes = sum((i.entry.end - i.entry.begin) // i.entry.dtype.itemsize * i.dtype.itemsize for i in items)
-        changes = [item.change.describe(item.entry.shape, item.dtype) for item in items if item.change is not None]
+        nbytes = sum(item.nbytes for item in items)
+        changes = [item.change.describe(item.shape, item.dtype) for item in items if item.change is not None]
         return MergeReport(target, changes, nbytes, left_out=self._base.left_out, provenance=self.provenance)
 
     def check_done(self, folder: str, report: MergeReport, verify: bool) -> None:
@@ -293,7 +320,7 @@ class _Merge:
                     if checked is not None:
                         check_shard(shard, os.path.join(output.stage, name), part, checked)
                     report.kept.append(name)
-                    meter.add(sum(item.entry.end - item.entry.begin for item in part))
+                    meter.add(sum(item.read_bytes for item in part))
                     continue
                 record = None if recorded else ShardRecord(notes.writing(name))
                 header = self._write(shard, output.writing(name), part, record, meter)
@@ -324,7 +351,7 @@ class _Merge:
     ) -> bytes:
         """Write one shard to ``path``; returns its header."""
         metadata = {**shard.header.metadata, _PROVENANCE: json.dumps(self.provenance)}
-        header = header_bytes([(i.name, i.dtype, i.entry.shape) for i in items], metadata)
+        header = header_bytes([(i.name, i.dtype, i.shape) for i in items], metadata)
         note = None if record is None else record.note
 
         def pieces() -> Iterator[Piece]:
@@ -345,12 +372,23 @@ class _Merge:
             files[base.index_name] = json_bytes(index)
         if base.config is not None:
             config = {**base.config, **self._changes.config}
+            if self._packed:
+                config = _without(config, "quantization_config")
             if self._dtype is not None:
                 keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
                 config |= dict.fromkeys(keys, str(self._dtype).removeprefix("torch."))
             same = config == base.config
             files[MODEL_CONFIG] = read_text(os.path.join(base.folder, MODEL_CONFIG)) if same else json_bytes(config)
         return {**files, PROVENANCE_NAME: json_bytes(self.provenance)}
+
+
+def _without(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """The config of a model, and those of its parts, without an entry."""
+    kept = {name: value for name, value in config.items() if name != key}
+    return {
+        n: {k: v for k, v in value.items() if k != key} if isinstance(value, dict) else value
+        for n, value in kept.items()
+    }
 
 
 def _note_checked(report: MergeReport, checked: Checked) -> None:

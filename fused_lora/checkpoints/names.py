@@ -72,6 +72,14 @@ class Names:
         """Of the weight of a module."""
         return self._shapes[self._stored[f"{path}.weight"]]
 
+    def shape_of(self, stored: str) -> tuple[int, ...]:
+        """Of a tensor under the checkpoint's own name."""
+        return self._shapes[stored]
+
+    def near(self, path: str) -> str:
+        """Tensors of the checkpoint, those whose names are like ``path`` first."""
+        return f"it has {some(list(self._stored), near=path)}"
+
     def alias(self, path: str, end: str = ".weight") -> str | None:
         """The path under which the checkpoint has the module ``path``; None for none.
 
@@ -147,7 +155,9 @@ class Names:
             {name for name in self._stored if ".experts." in name and len(self._shapes[self._stored[name]]) > 2}
         )
         if stacked and any(".experts." in path for path in paths):
-            return f"{text}. The checkpoint has its experts stacked, in {some(stacked)}: not supported"
+            return f"{text}. The checkpoint has its experts stacked, in {some(stacked)}: not for LoRA of single experts"
+        if packed := [path for path in paths if f"{path}.qweight" in self._stored]:
+            return f"{text}. The checkpoint has {packed[0]}.qweight, of GPTQ or AWQ: these cannot be dequantised here"
         likely = likely_rename(paths, modules)
         hint = f"; likely rename: {likely[0]!r} -> {likely[1]!r}" if likely else ""
         return f"{text}{hint}; it has {some(modules, near=paths[0])}"

@@ -12,20 +12,24 @@ from fused_lora.adapters.checkpoint import CONFIG_NAME
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.read import check_same
 from fused_lora.checkpoints.adapter_file import AdapterFile
-from fused_lora.checkpoints.changes import CAST, Change, Segment, Term
-from fused_lora.checkpoints.check import read_rows, row_steps
+from fused_lora.checkpoints.changes import CAST, Change, Item, Segment, Term, rows_of
+from fused_lora.checkpoints.check import read_rows
+from fused_lora.checkpoints.experts import Adapted, adapted_stacks
 from fused_lora.checkpoints.files import Checkpoint
 from fused_lora.checkpoints.names import HEADS, Names, Place, is_embedding
+from fused_lora.checkpoints.quantised import Packed, find_quantised
 from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.names import some
 
 
 @dataclass
 class Changes:
-    """All changes by the name of their tensor in the output, and the config's new entries."""
+    """All changes by the name of their tensor in the output, the config's new entries, and the quantised weights of
+    the base where one of them changes: all of them become dense then."""
 
     by_name: dict[str, Change]
     config: dict[str, Any]
+    packed: dict[str, Packed]
 
 
 def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapping[str, str] | None = None) -> Changes:
@@ -33,28 +37,32 @@ def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapp
 
     Raises:
         AdapterError: a tensor of an adapter has no place in the checkpoint, or not its shape; the weight it is for is
-            quantised; or two adapters replace the same tensor.
+            quantised in an unknown way; or two adapters replace the same tensor.
     """
-    names = Names({name: entry.shape for name, (_, entry) in base.tensors.items()}, rename)
-    plan = _Planner(base, names)
+    packed = find_quantised(base)
+    shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
+    plan = _Planner(base, Names(shapes | {name: p.shape for name, p in packed.items()}, rename), packed)
     for adapter in adapters:
         plan.add(adapter)
         plan.warn_of_lacking(adapter)
-    plan.check_tied()
-    return Changes(plan.found, plan.config)
+    plan.untie()
+    dense = any(change.source in packed for change in plan.found.values())
+    return Changes(plan.found, plan.config, packed if dense else {})
 
 
 class _Planner:
-    def __init__(self, base: Checkpoint, names: Names):
-        self._base, self._names = base, names
+    def __init__(self, base: Checkpoint, names: Names, packed: Mapping[str, Packed]):
+        self._base, self._names, self._packed = base, names, packed
         self.found: dict[str, Change] = {}
         self.config: dict[str, Any] = {}
 
     def add(self, adapter: AdapterFile) -> None:
         """Find the places of all tensors of one adapter."""
         plan = adapter.plan
-        sizes = {path: plan.entries[keys["lora_B"]].shape[0] for path, keys in plan.slots.items()}
-        places = {path: self._places(adapter, path, sizes) for path in plan.slots}
+        stacks = adapted_stacks(plan, self._names)
+        layers = [path for path in plan.slots if path not in plan.stacks]
+        sizes = {path: plan.entries[plan.slots[path]["lora_B"]].shape[0] for path in layers}
+        places = {path: self._places(adapter, path, sizes) for path in layers}
         if lost := [path for path, found in places.items() if not found]:
             key = plan.slots[lost[0]]["lora_A"]
             found = self._names.missing(lost, len(plan.slots))
@@ -65,6 +73,8 @@ class _Planner:
                 if path in plan.copies:
                     self._check_copy(adapter, path, place)
             self._biases(adapter, path, found)
+        for adapted in stacks:
+            self._merge_stack(adapter, adapted)
         for name, key in plan.biases.items():
             self._replace(adapter, name, key)
         for name, key in plan.beside.items():
@@ -105,36 +115,66 @@ class _Planner:
         plan, keys = adapter.plan, adapter.plan.slots[path]
         name = f"{place.path}.weight"
         stored = self._names.stored(name) or self.found[name].source
-        entry = self._base.tensors[stored][1]
-        if entry.dtype not in CAST or f"{stored}_scale_inv" in self._base.tensors:
-            expected = f"fp32, bf16, fp16 or fp64 weights of {path!r}"
-            raise AdapterError(
-                plan.weights, keys["lora_A"], expected, f"{entry.dtype} in {stored!r}: quantised bases are not merged"
-            )
+        shape = self._names.shape_of(stored)
         transposed = plan.config.fan_in_fan_out or path in plan.embeddings
         K = plan.entries[keys["lora_A"]].shape[1]
         expected = (K, place.height) if transposed else (place.height, K)
-        if entry.shape != expected or (transposed and not _is_whole([place], adapter, path)):
+        if shape != expected or (transposed and not _is_whole([place], adapter, path)):
             how = "an embedding" if path in plan.embeddings else f"fan_in_fan_out={transposed}"
             text = f"a weight {list(expected)} for {path!r}, as {how} stores it"
-            raise AdapterError(plan.weights, keys["lora_A"], text, f"{list(entry.shape)} in {stored!r}")
-        change = self.found.setdefault(name if name in self.found else stored, Change(stored, stored, "merge"))
-        if change.kind != "merge":
-            raise AdapterError(plan.weights, keys["lora_A"], f"no other tensor in the place of {stored!r}", "two")
-        if change.segments and change.transposed != transposed:
-            raise AdapterError(plan.weights, "fan_in_fan_out", "the same in all adapters of a layer", transposed)
+            raise AdapterError(plan.weights, keys["lora_A"], text, f"{list(shape)} in {stored!r}")
+        change = self._change_of(adapter, path, stored, transposed, name)
         if "lora_magnitude" in keys:
             self._check_dora(adapter, keys["lora_magnitude"])
-        change.transposed = transposed
-        term = Term(adapter, path, place.skip)
-        try:
-            change.segments = _with_term(change.segments, place.first, place.stop, term)
-        except ValueError as error:
-            raise AdapterError(plan.weights, keys["lora_A"], f"one layer for {stored!r}", str(error)) from None
+        rows = (0, shape[0]) if transposed else (place.first, place.stop)
+        self._add_term(change, *rows, Term(adapter, path, place.skip))
         if path.rpartition(".")[2] in HEADS and self._base.config is not None:
             tied = self._base.config.get("tie_word_embeddings")
             if tied is not False:
                 self._untie()
+
+    def _merge_stack(self, adapter: AdapterFile, adapted: Adapted) -> None:
+        """The delta of each expert goes to its rows of a stack, or to its own tensors."""
+        (path, stack, transposed), (experts, height, _) = adapted, adapted.stack.shape
+        for stored, expert, skip, rows in stack.matrices:
+            change = self._change_of(adapter, path, stored, transposed)
+            if expert is not None:
+                self._add_term(change, 0, rows, Term(adapter, path, skip, expert))
+                continue
+            if not change.segments:
+                change.segments = [Segment(e * height, (e + 1) * height, []) for e in range(experts)]
+            for e, segment in enumerate(change.segments):
+                segment.terms.append(Term(adapter, path, 0, e))
+
+    def _change_of(
+        self, adapter: AdapterFile, path: str, stored: str, transposed: bool, name: str | None = None
+    ) -> Change:
+        """The merge of a stored weight, of which a layer may be a part; ``name``: of a tensor added to the base."""
+        key, entry = adapter.plan.slots[path]["lora_A"], self._base.tensors[stored][1]
+        weights = adapter.plan.weights
+        if stored in self._packed and transposed:
+            raise AdapterError(weights, key, f"a delta as {stored!r} is stored, for it is quantised", "transposed")
+        if stored not in self._packed and (entry.dtype not in CAST or f"{stored}_scale_inv" in self._base.tensors):
+            expected = f"fp32, bf16, fp16 or fp64 weights of {path!r}, or those of bitsandbytes or block-scaled fp8"
+            raise AdapterError(weights, key, expected, f"{entry.dtype} in {stored!r}, which cannot be dequantised")
+        place = name if name in self.found else stored
+        change = self.found.setdefault(place, Change(stored, stored, "merge", transposed=transposed))
+        if change.kind != "merge":
+            raise AdapterError(weights, key, f"no other tensor in the place of {stored!r}", "two")
+        if not change.segments:
+            change.transposed = transposed
+        elif change.transposed != transposed:
+            expected = f"the orientation of the other adapters of {stored!r}"
+            raise AdapterError(weights, key, expected, "transposed" if transposed else "not transposed")
+        return change
+
+    def _add_term(self, change: Change, first: int, stop: int, term: Term) -> None:
+        try:
+            change.segments = _with_term(change.segments, first, stop, term)
+        except ValueError as error:
+            plan = term.adapter.plan
+            expected = f"one layer for {change.source!r}"
+            raise AdapterError(plan.weights, plan.slots[term.path]["lora_A"], expected, str(error)) from None
 
     def _check_copy(self, adapter: AdapterFile, path: str, place: Place) -> None:
         """PEFT saves the base's weight beside the LoRA of embeddings and heads. It must be the base's to the bit."""
@@ -146,9 +186,11 @@ class _Planner:
             raise AdapterError(plan.weights, key, expected, f"{list(plan.entries[key].shape)} (a resized vocabulary?)")
         held = adapter.tensor(key)
         with open(shard.path, "rb", buffering=0) as file:
-            for first, stop in row_steps(entry, 0, entry.shape[0]):
-                rows = read_rows(shard, file.fileno(), entry, first, stop)
-                check_same(plan, path, rows, held[first:stop])
+            rows = rows_of(Item(name, None, entry, entry.dtype))
+            for first in range(0, rows.height, rows.step):
+                stop = min(first + rows.step, rows.height)
+                own = read_rows(shard.path, file.fileno(), shard.data + entry.begin, rows, first, stop)
+                check_same(plan, path, own, held[first:stop])
 
     def _check_dora(self, adapter: AdapterFile, key: str) -> None:
         if adapter.weight != 1:
@@ -228,20 +270,26 @@ class _Planner:
         if entry.dtype not in CAST:
             raise AdapterError(adapter.plan.weights, key, f"numbers to replace in {stored!r}", str(entry.dtype))
 
-    def check_tied(self) -> None:
-        """Refuse a change of an embedding alone where a head is tied to it: the two would need different weights."""
+    def untie(self) -> None:
+        """Where an embedding changes alone and a head is tied to it, the head keeps the old weight, as a tensor of its
+        own: the adapted model computes with it. Refused where the head's name is not known."""
         config = self._base.config or {}
         causal = any("ForCausalLM" in str(name) for name in config.get("architectures") or ())
         stored = any(self._names.alias(head) for head in HEADS)
         tied = config.get("tie_word_embeddings", causal) and not stored
         heads = {change.source for change in self.found.values() if change.added}
-        for change in self.found.values():
+        for change in list(self.found.values()):
             held = change.held if change.kind != "merge" else change.embedded()
             alone = change.kind != "rows" and tied and not heads and is_embedding(change.name)
-            if held is not None and (alone or (change.kind == "rows" and change.source in heads)):
+            if held is None or not (alone or (change.kind == "rows" and change.source in heads)):
+                continue
+            if not (alone and causal):
                 adapter, key = held
                 found = f"{change.source!r}, to which the head is tied"
                 raise AdapterError(adapter.plan.weights, key, "an embedding of its own", found)
+            name = f"{HEADS[0]}.weight"
+            self.found[name] = Change(name, change.source, "copy", added=True)
+            self._untie()
 
     def warn_of_lacking(self, adapter: AdapterFile) -> None:
         """Warn where the config names more layers of the checkpoint than the adapter has tensors for."""
@@ -275,11 +323,11 @@ def _with_term(segments: list[Segment], first: int, stop: int, term: Term) -> li
     found = []
     for a, b in zip(edges, edges[1:], strict=False):
         over = next((s for s in segments if s.first <= a and b <= s.stop), None)
-        terms = [] if over is None else [Term(t.adapter, t.path, t.skip + a - over.first) for t in over.terms]
+        terms = [] if over is None else [t._replace(skip=t.skip + a - over.first) for t in over.terms]
         if first <= a and b <= stop:
             if any(t.adapter is term.adapter for t in terms):
                 raise ValueError(f"{terms[-1].path!r} and {term.path!r}")
-            terms.append(Term(term.adapter, term.path, term.skip + a - first))
+            terms.append(term._replace(skip=term.skip + a - first))
         if terms:
             found.append(Segment(a, b, terms))
     return found

@@ -118,7 +118,7 @@ def _old_tensor(
             begin = end
             continue
         rows, right, height, width = rest
-        row_bytes = entry.shape[1] * entry.dtype.itemsize
+        row_bytes = entry.shape[-1] * entry.dtype.itemsize
         first = merged.data + entry.begin + row * row_bytes
         yield Piece(begin, first - begin)
         work = _work(record, file, entry, at, right, height, width)
@@ -145,8 +145,8 @@ def _work(record: Shard, file: int, entry: TensorEntry, at: int, right: int, hei
         if left is None or other is None or notes is None or corrections is None:
             raise AdapterError(record.path, f"{at}", "factors, checksums and corrections", "not all of them")
         units, scale = Units(height, width, notes, corrections, copy), tensor(f"{at}.scale")
-        scales = None if scale is None else Scales.of_rows(scale, entry.shape[1])
-        take_rows_(data.view(entry.dtype).view(-1, entry.shape[1]), Factors(left, other, scales), units)
+        scales = None if scale is None else Scales.of_rows(scale, entry.shape[-1])
+        take_rows_(data.view(entry.dtype).view(-1, entry.shape[-1]), Factors(left, other, scales), units)
         return data, None
 
     return work

@@ -171,14 +171,17 @@ def test_embeddings_and_heads_with_their_copies(tmp_path, monkeypatch, dtype, re
         assert contents(tmp_path / "back")["model.safetensors"] == contents(tmp_path / "base")["model.safetensors"]
 
 
-def test_copies_of_another_base_and_tied_embeddings_are_refused(tmp_path):
+def test_copies_of_another_base_and_unknown_tied_heads_are_refused(tmp_path):
     torch.manual_seed(shifted(4))
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, tie_word_embeddings=True))
     model.save_pretrained(tmp_path / "base")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["embed_tokens"]))
     wrapped.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="to which the head is tied"):
+    kind = json.loads((tmp_path / "base" / "config.json").read_text())["architectures"]
+    change(tmp_path / "base" / "config.json", architectures=["LlavaForConditionalGeneration"])
+    with pytest.raises(AdapterError, match="to which the head is tied"):  # of which the name is not known
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    change(tmp_path / "base" / "config.json", architectures=kind)
     key = "base_model.model.model.embed_tokens.base_layer.weight"
     held = read_all(tmp_path / "adapter")[key]
     held[3, 5] += 1
@@ -332,6 +335,32 @@ def test_a_tied_head_gets_a_weight_of_its_own(tmp_path):
     with torch.no_grad():
         assert_close(merged(tokens).logits, wanted, terms=1000)
     assert torch.equal(base, wanted)  # of the model in place
+    unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "base")
+
+
+@pytest.mark.parametrize("config", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_an_embedding_alone_is_untied_from_its_head(tmp_path, config):
+    """The merged files compute what the adapted model does. PEFT's merge would change the head, too."""
+    torch.manual_seed(shifted(0))
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, tie_word_embeddings=True)).eval()
+    model.save_pretrained(tmp_path / "base")
+    before = model.lm_head.weight.detach().clone()
+    lora = peft.LoraConfig(**{"target_modules": ["q_proj"], **config}, r=4, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, lora).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    tokens = torch.arange(1, 30)[None]
+    options = dict(record=tmp_path / "record", verify=True)
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", **options)
+    assert [(c["tensor"], c["kind"]) for c in report.changes if c["added"]] == [("lm_head.weight", "copy")]
+    merged = tf.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert not merged.config.tie_word_embeddings and torch.equal(merged.lm_head.weight, before)
+    with torch.no_grad():
+        assert_close(merged(tokens).logits, wrapped(tokens).logits, terms=1000)
     unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tmp_path / "base")
 
@@ -608,7 +637,7 @@ BAD = {
     ),
     "unused tensor": (weights(extra=torch.zeros(1)), "not read"),
     "DoRA": (config(use_dora=True), "use_dora: expected a lora_magnitude_vector"),
-    "experts": (config(target_parameters=["mlp.experts.gate_up_proj"]), "not supported"),
+    "experts": (config(target_parameters=["mlp.experts.gate_up_proj"]), "target_parameters: expected tensors for"),
     "embedding": (
         weights(**{"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 56)}),
         "embed_tokens.lora_embedding_B: expected a tensor",

@@ -15,6 +15,7 @@ serving.need_engine()
 
 from transformers import ContinuousBatchingConfig  # noqa: E402
 
+from fused_lora.serving.engine import logprobs  # noqa: E402
 from fused_lora.serving.engine.continuous import continuous_batching, generate_batch  # noqa: E402
 from fused_lora.serving.engine.logprobs import LEAST, TokenLogprob, record  # noqa: E402
 
@@ -68,8 +69,9 @@ def check(exact, name, output, count, with_prompt):
 
 
 @pytest.mark.numeric
-def test_prompts_in_chunks_beside_requests_that_ask_for_nothing(world):
+def test_prompts_in_chunks_beside_requests_that_ask_for_nothing(world, monkeypatch):
     model, store, exact = world
+    monkeypatch.setattr(logprobs, "_ROWS", 7)  # so that a step of a prompt takes several pieces
     asked = [(None, 130, 3, True), ("a0", 70, 0, True), ("a1", 20, 2, False), ("head", 60, 1, True), ("a1", 1, 1, True)]
     with continuous_batching(model, store, config()) as engine:
         others = [engine.add_request(prompt(30, i), adapter="a0", max_new_tokens=9) for i in range(3)]

@@ -18,6 +18,7 @@ from fused_lora.ops.grouped.invariant import LEAST, row_tiles, stacks
 from fused_lora.ops.grouped.terms import Joint
 
 _COUNTS = (8, 4, 2, 1)  # tiles of a group in one product: few numbers, for each is tried on its first use
+_PIECE = 16  # rows that pieces of a layer's rows have on average, if they are added one by one
 _STACKED = 16  # rows of a group up to which it shares a product: above, each fills one of its own
 Item = tuple[int, int]  # number of a layer among those that share an input, group
 
@@ -50,7 +51,6 @@ class Target:
         steps: Sequence[Step],
         layer: int,
         rows_of: Mapping[int, np.ndarray],
-        batch_rows: int,
         device: torch.device,
     ):
         rows, places = [], []
@@ -59,37 +59,44 @@ class Target:
                 if i == layer:
                     rows.append(rows_of[g])
                     places.append(step.places(k)[: len(rows_of[g])])
-        self._empty, self._even, self._places, self._rows, self._span = not rows, None, None, None, None
+        self._pieces: list[tuple[slice, slice]] | None = []  # rows of y and where their terms lie
         if not rows:
             return
         rows, places = np.concatenate(rows), np.concatenate(places)
         order = np.argsort(rows)
         rows, places = rows[order], places[order]
         strides = np.unique(np.diff(places))
-        if len(strides) <= 1 and (strides > 0).all():
-            self._even = slice(int(places[0]), int(places[-1]) + 1, int((*strides, 1)[0]))
-        else:
-            self._places = torch.from_numpy(places).to(device)
-        if rows[-1] + 1 - rows[0] != len(rows):
-            self._rows = torch.from_numpy(rows).to(device)
-        elif len(rows) < batch_rows:
-            self._span = slice(int(rows[0]), int(rows[-1]) + 1)
+        even = len(strides) <= 1 and (strides > 0).all()
+        ends = np.flatnonzero((np.diff(rows) != 1) | (False if even else np.diff(places) != 1)) + 1
+        if len(ends) * _PIECE <= len(rows):
+            step = int((*strides, 1)[0]) if even else 1
+            firsts, lasts = [0, *ends.tolist()], [*(ends - 1).tolist(), -1]
+            self._pieces = [
+                (_span(rows[a], rows[b]), _span(places[a], places[b], step)) for a, b in zip(firsts, lasts, strict=True)
+            ]
+            return
+        self._pieces, self._rows = None, torch.from_numpy(rows).to(device)
+        self._places = _span(places[0], places[-1], int(strides[0])) if even else torch.from_numpy(places).to(device)
 
     def add(self, y: Tensor, results: Any) -> None:
         """y [rows, N] += the layer's share of ``results``, in one rounding; None where it has none."""
-        if self._empty:
+        if self._pieces is not None:
+            for rows, places in self._pieces:
+                part, term = y[rows], results[places]
+                if y.dtype == term.dtype:
+                    part.add_(term)
+                else:
+                    part.copy_(part + term)
             return
-        term = results[self._even] if self._places is None else results.index_select(0, self._places)
-        if self._rows is None:
-            y = y if self._span is None else y[self._span]
-            if y.dtype == term.dtype:
-                y.add_(term)
-            else:
-                y.copy_(y + term)
-        elif y.dtype == term.dtype:
+        term = results[self._places] if isinstance(self._places, slice) else results.index_select(0, self._places)
+        if y.dtype == term.dtype:
             y.index_add_(0, self._rows, term)
         else:
             y.index_copy_(0, self._rows, (y.index_select(0, self._rows) + term).to(y.dtype))
+
+
+def _span(first: Any, last: Any, step: int = 1) -> slice:
+    return slice(int(first), int(last) + 1, step)
 
 
 def filled(rows: int) -> int:

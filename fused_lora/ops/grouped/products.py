@@ -20,30 +20,35 @@ from fused_lora.ops.grouped.terms import Joint, stacked
 _KEEP = 64  # chunks of at most this many rows keep their products for the next time
 
 
-class _Workspace:
-    """Buffers that products of several layers take in turn; ``turn`` says whose results are in them."""
+class _Workspace(threading.local):
+    """Buffers that all products of a thread take in turn; ``turn`` says whose results are in them. They are kept, for
+    fresh memory costs more than what is written to it: as large as the largest chunk needed."""
 
     def __init__(self):
         self.turn = 0
         self._buffers: dict[tuple, Tensor] = {}
 
     def buffer(self, side: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        key = side, rows, columns, dtype
-        if key not in self._buffers:
-            self._buffers[key] = aligned(rows, columns, dtype=dtype, device=device)
-        return self._buffers[key]
+        # an inference tensor cannot be written outside that mode
+        key = side, columns, dtype, device, torch.is_inference_mode_enabled()
+        found = self._buffers.get(key)
+        if found is None or len(found) < rows:
+            found = self._buffers[key] = aligned(rows, columns, dtype=dtype, device=device)
+        return found[:rows]
+
+
+_workspace = _Workspace()
 
 
 class Chunk:
     """Some rows by group, each group filled up to whole tiles.
 
     Args:
-        pieces: the group and its row numbers. rows: how many rows the batch has.
+        pieces: the group and its row numbers.
     """
 
-    def __init__(self, pieces: Sequence[tuple[int, np.ndarray]], rows: int, device: torch.device):
+    def __init__(self, pieces: Sequence[tuple[int, np.ndarray]], device: torch.device):
         self.rows, self.device = dict(pieces), device
-        self.batch_rows = rows
         self.heights = {g: filled(len(numbers)) for g, numbers in pieces}
         self.height = sum(self.heights.values())
         # the last row of a group fills it up
@@ -52,7 +57,6 @@ class Chunk:
         self._plans: dict[tuple, tuple[tuple[Step, ...], list[Target]]] = {}
         self._frames: dict[tuple, _Frame] = {}
         self._products: dict[tuple, Products] = {}
-        self._workspaces: dict[tuple, _Workspace] = {}
 
     def products(self, joint: Joint, dtype: torch.dtype, keep: bool = True) -> Products:
         """The products of these layers for these rows, on inputs of this dtype; small ones are made once.
@@ -78,14 +82,13 @@ class Chunk:
             steps = tuple(steps_of(self.heights, joint, (dtype, self.device, mine[-1])))
             plan = self._plans[sizes] = (
                 steps,
-                [Target(steps, i, self.rows, self.batch_rows, self.device) for i in range(len(joint.terms))],
+                [Target(steps, i, self.rows, self.device) for i in range(len(joint.terms))],
             )
         if self.height > _KEEP:
-            return _Frame(self, joint, *plan, dtype, _Workspace())
+            return _Frame(self, joint, *plan, dtype)
         key = *sizes, *mine
         if key not in self._frames:
-            workspace = self._workspaces.setdefault(mine, _Workspace())
-            self._frames[key] = _Frame(self, joint, *plan, dtype, workspace)
+            self._frames[key] = _Frame(self, joint, *plan, dtype)
         return self._frames[key]
 
 
@@ -99,15 +102,14 @@ class _Frame:
         steps: Sequence[Step],
         targets: list[Target],
         dtype: torch.dtype,
-        workspace: _Workspace,
     ):
-        self.steps, self.targets, self.dtype, self.workspace = steps, targets, dtype, workspace
+        self.steps, self.targets, self.dtype = steps, targets, dtype
         self.gather = chunk.gather
-        self.inputs = workspace.buffer("x", chunk.height, joint.K, dtype, chunk.device)
+        self.inputs = _workspace.buffer("x", chunk.height, joint.K, dtype, chunk.device)
         ends = dict.fromkeys(joint.N, 0)
         for step in steps:
             ends[joint.N[step.items[0][0]]] += len(step.items) * step.height
-        widths = {n: workspace.buffer("y", rows, n, dtype, chunk.device) for n, rows in ends.items() if rows}
+        widths = {n: _workspace.buffer("y", rows, n, dtype, chunk.device) for n, rows in ends.items() if rows}
         self.tiles = [self._views(step, widths[joint.N[step.items[0][0]]]) for step in steps]
         self.results = [widths.get(n) for n in joint.N]
 
@@ -167,13 +169,13 @@ class Products:
             if self._convert:
                 A_t, B_t = A_t.to(self._dtype), B_t.to(self._dtype)
             torch.baddbmm(b, torch.bmm(a, A_t), B_t, beta=beta, alpha=scale, out=b)
-        frame.workspace.turn += 1
-        self.turn = frame.workspace.turn
+        _workspace.turn += 1
+        self.turn = _workspace.turn
         return self
 
     def hold(self, turn: int) -> bool:
         """Whether the terms of that run are still there."""
-        return self.turn == turn == self._frame.workspace.turn
+        return self.turn == turn == _workspace.turn
 
     def add(self, layer: int, y: Tensor) -> None:
         """y [rows, N] += the terms of the layer of this number."""

@@ -27,6 +27,7 @@ class TokenLogprob(NamedTuple):
 
 
 LEAST = -9999.0  # JSON has no -inf
+_ROWS = 128  # whose fp32 copies are in memory at a time: 0.5 MB each for a vocabulary of 128k
 
 
 def first_missing(state: Any) -> int:
@@ -66,7 +67,9 @@ def record(futures: Sequence[Any], logits: Tensor, every_row: bool, new_tokens: 
             tokens = state.initial_tokens[positions[0] : end + 1]
             if future.has_new_token:
                 tokens.append(int(new_tokens[taken]))
-            state.logprobs.extend(_of_rows(logits[0, rows], tokens, state.logit_processor_kwargs[LOGPROBS]))
+            count = state.logit_processor_kwargs[LOGPROBS]
+            for i, part in enumerate(logits[0, rows].split(_ROWS)):
+                state.logprobs.extend(_of_rows(part, tokens[i * _ROWS :][: len(part)], count))
         first += future.query_length
         taken += future.has_new_token
 

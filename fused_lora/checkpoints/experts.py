@@ -1,0 +1,157 @@
+"""Where a checkpoint has the parameters that PEFT's ``target_parameters`` adapts: a stack of experts, or each expert's.
+
+transformers stacks the experts of a layer as it loads them, [experts, out, in], gate above up. On disk they may be
+single matrices under other names. PEFT nests one wrapper for each parameter around a module, and the file does not say
+which is whose: their shapes must.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import NamedTuple
+
+from fused_lora.adapters.checkpoint import CONFIG_NAME, Plan, RankTable, bare_module
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.checkpoints.names import Names
+from fused_lora.modules.names import some
+
+# a stacked parameter -> what its rows may be called where each expert has matrices of its own, from top to bottom
+_OF_ONE_EXPERT = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3")),
+    "up_proj": (("up_proj",),),
+    "down_proj": (("down_proj",), ("w2",), ("fc2",)),
+}
+_PARENTS = ((".mlp.experts", ".block_sparse_moe.experts"),)  # in the model and on disk
+
+
+class Matrix(NamedTuple):
+    """One tensor of a stack: rows ``first`` on of an expert, or, without one, all experts below each other."""
+
+    stored: str
+    expert: int | None = None
+    first: int = 0
+    rows: int = 0
+
+
+class Stack(NamedTuple):
+    """A parameter as the checkpoint has it: [experts, rows, columns] in these tensors. ``whole``: in one."""
+
+    name: str
+    shape: tuple[int, int, int]
+    matrices: list[Matrix]
+    whole: bool
+
+
+class Adapted(NamedTuple):
+    """A wrapper of PEFT's and its parameter. transposed: lora_B lora_A of an expert is [columns, rows]."""
+
+    path: str
+    stack: Stack
+    transposed: bool
+
+
+def find_stack(names: Names, name: str) -> Stack | None:
+    """Where the parameter ``name`` is; None for nowhere. Raises ValueError where it may be in several places."""
+    if (found := names.alias(name, "")) is not None and (stored := names.stored(found)) is not None:
+        shape = names.shape_of(stored)
+        if len(shape) not in (2, 3):
+            return None
+        experts, rows, columns = shape if len(shape) == 3 else (1, *shape)
+        return Stack(name, (experts, rows, columns), [Matrix(stored)], True)
+    module, _, last = name.rpartition(".")
+    found = [
+        stack
+        for parent in dict.fromkeys((module, *(module.replace(a, b) for a, b in _PARENTS)))
+        for parts in _OF_ONE_EXPERT.get(last, ())
+        if (stack := _of_single_experts(names, name, parent, parts)) is not None
+    ]
+    if len(found) > 1:
+        raise ValueError(f"{name!r} may be {some([stack.matrices[0].stored for stack in found])}")
+    return found[0] if found else None
+
+
+def _of_single_experts(names: Names, name: str, parent: str, parts: tuple[str, ...]) -> Stack | None:
+    matrices, heights, columns = [], [], 0
+    for expert in itertools.count():
+        paths = [names.alias(f"{parent}.{expert}.{part}") for part in parts]
+        if None in paths:
+            break
+        shapes = [names.shape(path) for path in paths if path is not None]
+        if any(len(shape) != 2 for shape in shapes):
+            return None
+        if not expert:
+            heights, columns = [shape[0] for shape in shapes], shapes[0][1]
+        if shapes != [(height, columns) for height in heights]:
+            return None
+        first = 0
+        for path, height in zip(paths, heights, strict=True):
+            stored = names.stored(f"{path}.weight")
+            assert stored is not None
+            matrices.append(Matrix(stored, expert, first, height))
+            first += height
+    return Stack(name, (expert, sum(heights), columns), matrices, False) if matrices else None
+
+
+def adapted_stacks(plan: Plan, names: Names) -> list[Adapted]:
+    """The parameter of each wrapper in the file, by shapes. The ranks that follow from them go to ``plan.ranks``.
+
+    Raises AdapterError where none, or more than one, fits.
+    """
+    table = RankTable(os.path.dirname(plan.weights), plan.weights, plan.config)
+    modules: dict[str, list[str]] = {}
+    for path in sorted(plan.stacks, key=len):  # the outermost wrapper has the shortest path
+        modules.setdefault(bare_module(path), []).append(path)
+    if modules and plan.config.fan_in_fan_out:
+        config = os.path.join(os.path.dirname(plan.weights), CONFIG_NAME)
+        raise AdapterError(config, "fan_in_fan_out", "False with target_parameters, as in PEFT", True)
+    found = []
+    for module, paths in modules.items():
+        for adapted in _assigned(plan, names, table, module, paths):
+            key = plan.slots[adapted.path]["lora_A"]
+            if adapted.transposed and not adapted.stack.whole:
+                expected = f"lora_A [experts * r, in] for the matrices [out, in] of {adapted.stack.name!r}"
+                raise AdapterError(plan.weights, key, expected, "in and out exchanged, as an older PEFT had them")
+            rank = plan.entries[key].shape[0] // adapted.stack.shape[0]
+            plan.ranks[adapted.path] = table.of(adapted.stack.name, rank, key)
+            found.append(adapted)
+    return found
+
+
+def _assigned(plan: Plan, names: Names, table: RankTable, module: str, paths: list[str]) -> list[Adapted]:
+    """Which wrapper around ``module`` is of which of its parameters, and how it is turned."""
+    key, parameters = plan.slots[paths[0]]["lora_A"], plan.stacks[paths[0]]
+    try:
+        stacks = [s for name in parameters if (s := find_stack(names, f"{module}.{name}")) is not None]
+    except ValueError as error:
+        raise AdapterError(plan.weights, key, "one parameter of the checkpoint", str(error)) from None
+    if len(stacks) < len(paths):
+        found = f"{some([s.name for s in stacks])}; {names.near(module)}" if stacks else names.near(module)
+        expected = f"{len(paths)} of the parameters {some(parameters)} of {module!r}, stacked or of single experts"
+        raise AdapterError(plan.weights, key, expected, found)
+    ways = []
+    for order in itertools.permutations(stacks, len(paths)):
+        turns = [_orientations(plan, table, path, stack) for path, stack in zip(paths, order, strict=True)]
+        ways += [
+            [Adapted(*each, turned) for each in zip(paths, order, strict=True)]
+            for turned in (False, True)
+            if all(turned in possible for possible in turns)
+        ]
+    if len(ways) == 1:
+        return ways[0]
+    has = {stack.name: list(stack.shape) for stack in stacks}
+    held = [[list(plan.entries[plan.slots[path][part]].shape) for part in ("lora_A", "lora_B")] for path in paths]
+    if not ways:
+        raise AdapterError(plan.weights, key, f"[experts * r, in] and [out, r * experts] for {has}", held)
+    expected = f"shapes that tell which of {has} an adapter is of, and whether it is transposed"
+    raise AdapterError(plan.weights, key, expected, f"{held}, which fit in {len(ways)} ways")
+
+
+def _orientations(plan: Plan, table: RankTable, path: str, stack: Stack) -> set[bool]:
+    """Whether the adapter's delta may be as the stack is stored (False), or transposed (True)."""
+    keys, (experts, rows, columns) = plan.slots[path], stack.shape
+    A, B = (plan.entries[keys[part]].shape for part in ("lora_A", "lora_B"))
+    if A[0] % experts or not table.may_be(stack.name, A[0] // experts):
+        return set()
+    turns = (False, True) if experts > 1 else (False,)  # of a matrix PEFT turns nothing
+    return {t for t in turns if (B[0], A[1]) == ((columns, rows) if t else (rows, columns))}
