@@ -101,7 +101,7 @@ def keep_mask(seed, bound, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def lanes(seed, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
+def all_lanes(seed, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
     """uint32 [ROWS, COLS]: the 16 bits of each element of the tile at (row0, col0), col0 a multiple of 8."""
     rows = row0 + tl.arange(0, ROWS)
     blocks = col0 // LANES + tl.arange(0, COLS // LANES)

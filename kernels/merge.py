@@ -44,7 +44,7 @@ import triton.language as tl
 from .config import capability
 from .corrections import COLUMNS, SHIFT, Corrections
 from .delta import add_delta, zeros_like
-from .dropout import lanes
+from .dropout import all_lanes
 from .launch import KEPT, Launch
 
 _COLUMNS = tl.constexpr(COLUMNS)
@@ -124,7 +124,7 @@ def _store_corrections(w_unit, places_ptr, values_ptr, count, cols, COLS: tl.con
 @triton.jit
 def _dithered(total, dtype: tl.constexpr, seed, row0, col0):
     """fp32 [ROWS, COLS] rounded to 16 bits at random, the bits of ``blocks.dithered``; col0 is a multiple of 8."""
-    chance = lanes(seed, row0, col0, total.shape[0], total.shape[1])
+    chance = all_lanes(seed, row0, col0, total.shape[0], total.shape[1])
     pattern = total.to(tl.uint32, bitcast=True)
     sign, magnitude = pattern >> 16 & 0x8000, tl.minimum(pattern & 0x7FFFFFFF, 0x7F800000)
     if dtype == tl.bfloat16:

@@ -47,10 +47,21 @@ _EMBEDDING_SLOTS = {".lora_embedding_A": "lora_A", ".lora_embedding_B": "lora_B"
 _MAX_PATTERN_CHECKS = 2_000_000
 
 
+class Stacked(NamedTuple):
+    """A stacked parameter of experts that an adapter is for: its path, and how many experts it has."""
+
+    path: str
+    experts: int
+
+
+# of a model, by the path that a file has for it; asked with the config of the file
+Stacks = Callable[[LoraConfig], Mapping[str, Stacked]]
+
+
 class Adapter(NamedTuple):
     """A checkpoint: its config, the tensors of each module path, with ``bias="all"`` the biases of other modules by
     parameter path, what trained beside LoRA (modules_to_save, trainable_token_indices) by key without prefix, and
-    copies of the base's weights by module path."""
+    copies of the base's weights by module path. Of stacked experts the path is that of the parameter."""
 
     config: LoraConfig
     layers: dict[str, LayerTensors]
@@ -63,9 +74,10 @@ class Plan(NamedTuple):
     """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha;
     the keys of what trained beside LoRA, by key without prefix; the keys that ``allow_partial`` leaves out; how the
     base was quantised, by path; the keys of copies of the base's weights, by path; the paths that are embeddings,
-    whose lora_A is [r, num_embeddings] and lora_B [embedding_dim, r]; and the paths that are PEFT's wrappers of
-    parameters (target_parameters), with the names that the parameter may have. Of these the rank is not known yet:
-    lora_A [experts * r, K] and lora_B [N, r * experts] do not tell it."""
+    whose lora_A is [r, num_embeddings] and lora_B [embedding_dim, r]; of stacked experts, how many by the parameter's
+    path; and the paths that are PEFT's wrappers of parameters (target_parameters), with the names that the parameter
+    may have, where no model says which. Of these the rank is not known yet: lora_A [experts * r, K] and lora_B
+    [N, r * experts] do not tell it."""
 
     config: LoraConfig
     weights: str
@@ -78,6 +90,7 @@ class Plan(NamedTuple):
     base: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     copies: Mapping[str, str] = MappingProxyType({})
     embeddings: Set[str] = frozenset()
+    experts: Mapping[str, int] = MappingProxyType({})
     stacks: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
@@ -117,6 +130,7 @@ def read_checked(
     allow_partial: bool = False,
     copies: bool = False,
     all_kinds: bool = False,
+    stacks: Stacks | None = None,
 ) -> tuple[Adapter, Plan]:
     """``read_adapter`` with a check of the headers before any tensor is read; without ``tensors`` that is all.
 
@@ -124,17 +138,18 @@ def read_checked(
     links are followed. ``allow_partial`` leaves out keys that are not read, copies too, instead of refusing the file.
     ``copies``: the file may hold the weights of layers that it has LoRA for, as PEFT writes them for an output layer;
     whoever asks for it compares them with the model's. ``all_kinds``: it may have LoRA on embeddings and on parameters
-    (``target_parameters``), too.
+    (``target_parameters``), too. ``stacks``: which parameters of the model these are.
     """
     folder = path_text("directory", directory)
+    options: tuple[Any, ...] = (inside, tensors, allow_partial, copies, all_kinds, stacks)
     with _folder(folder) as dir_fd:
         try:
-            return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial, copies, all_kinds)
+            return _read_once(folder, dir_fd, max_bytes, check, *options)
         except AdapterError:
             # a save that replaced the folder meanwhile has deleted the one that is being read
             if tries == 1 or not _replaced(folder, dir_fd):
                 raise
-    return read_checked(directory, max_bytes, check, tries - 1, inside, tensors, allow_partial, copies, all_kinds)
+    return read_checked(directory, max_bytes, check, tries - 1, *options)
 
 
 def _read_once(
@@ -147,8 +162,10 @@ def _read_once(
     allow_partial: bool,
     may_copy: bool,
     all_kinds: bool,
+    stacks_of: Stacks | None,
 ) -> tuple[Adapter, Plan]:
-    config, parameters = _read_config(os.path.join(folder, CONFIG_NAME), dir_fd, inside, all_kinds)
+    config_path = os.path.join(folder, CONFIG_NAME)
+    config = _read_config(config_path, dir_fd, inside)
     path = os.path.join(folder, WEIGHTS_NAME)
     if not _exists(path, dir_fd):
         pickled = _exists(os.path.join(folder, "adapter_model.bin"), dir_fd)
@@ -161,11 +178,15 @@ def _read_once(
         ends = SLOTS | _EMBEDDING_SLOTS if all_kinds else SLOTS
         found = _sort_keys(path, header.entries, config, ends, allow_partial, may_copy)
         slots, biases, beside, left_out, copies, embeddings = found
-        stacks = {name: found for name in slots if (found := _parameters_of(name, parameters))}
-        if parameters and not stacks:
-            raise AdapterError(path, "target_parameters", f"tensors for {list(parameters)}", "none")
-        ranks = _ranks(folder, path, header.entries, slots, config, stacks)
-        others = beside, left_out, header.base, copies, embeddings, stacks
+        known = _stacks(config_path, config, stacks_of, all_kinds)
+        slots = {known[name].path if name in known else name: keys for name, keys in slots.items()}
+        experts = {stack.path: stack.experts for stack in known.values() if stack.path in slots}
+        names = () if stacks_of is not None else config.target_parameters or ()
+        stacks = {name: found for name in slots if (found := _parameters_of(name, names))}
+        if names and not stacks:
+            raise AdapterError(path, "target_parameters", f"tensors for {list(names)}", "none")
+        ranks = _ranks(folder, path, header.entries, slots, config, experts, stacks)
+        others = beside, left_out, header.base, copies, embeddings, experts, stacks
         plan = check(Plan(config, path, header.entries, slots, biases, ranks, *others))
         if not with_tensors:
             return Adapter(config, {}, {}, {}), plan
@@ -177,19 +198,13 @@ def _read_once(
     return Adapter(config, layers, *others), plan
 
 
-def _read_config(
-    path: str, dir_fd: int | None, inside: str | None, all_kinds: bool
-) -> tuple[LoraConfig, Sequence[str]]:
-    """The config and, with ``all_kinds``, its target_parameters, which a LoraConfig refuses."""
+def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfig:
     with open_regular(path, MAX_CONFIG_BYTES, dir_fd, inside) as (file, size):
         raw = bytearray(size)
         read_exactly(path, file, raw)
     entries = parse_json(path, bytes(raw))
-    parameters: Any = (entries.pop("target_parameters", None) if all_kinds else None) or ()
-    if not isinstance(parameters, (list, tuple)) or not all(isinstance(n, str) and n for n in parameters):
-        raise AdapterError(path, "target_parameters", "a list of names that are not empty", parameters)
     try:
-        return LoraConfig.from_dict(entries), parameters
+        return LoraConfig.from_dict(entries)
     except FieldError as error:
         found = entries.get(error.field, "no such entry")
         raise AdapterError(path, error.field, error.expected, found) from None
@@ -273,6 +288,20 @@ def _is_beside(name: str, config: LoraConfig) -> bool:
     return any(path.endswith(ends) for path in above(name))
 
 
+def _stacks(config_path: str, config: LoraConfig, stacks_of: Stacks | None, all_kinds: bool) -> Mapping[str, Stacked]:
+    """The stacked parameters that the config names, by the paths of the file, where a model says which they are."""
+    if not config.target_parameters or (stacks_of is None and all_kinds):
+        return {}
+    if stacks_of is None:
+        expected = "null or empty: stacked experts are read with the model that they are for"
+        raise AdapterError(config_path, "target_parameters", expected, config.target_parameters)
+    try:
+        return stacks_of(config)
+    except ValueError as error:
+        expected = "stacked experts of the model"
+        raise AdapterError(config_path, "target_parameters", expected, str(error)) from None
+
+
 def bare_module(path: str) -> str:
     """The module that one of PEFT's wrappers of its parameters is around: they are nested, one for each parameter."""
     while path.endswith(".base_layer"):
@@ -322,9 +351,10 @@ def _ranks(
     entries: dict[str, TensorEntry],
     slots: dict[str, dict[str, str]],
     config: LoraConfig,
+    experts: Mapping[str, int],
     stacks: Container[str],
 ) -> dict[str, tuple[int, float]]:
-    """(r, lora_alpha) of each module path: the rank of its tensors, and the alpha the config gives it."""
+    """(r, lora_alpha) of each path: the rank of its tensors, in each expert, and the alpha the config gives it."""
     patterns = len(config.rank_pattern) + len(config.alpha_pattern)
     config_path = os.path.join(folder, CONFIG_NAME)
     if patterns * len(slots) > _MAX_PATTERN_CHECKS:
@@ -334,12 +364,15 @@ def _ranks(
     table, ranks = RankTable(folder, path, config), {}
     for name, keys in slots.items():
         shape_A, shape_B = entries[keys["lora_A"]].shape, entries[keys["lora_B"]].shape
-        if len(shape_A) != 2 or (shape_A[0] > MAX_RANK and name not in stacks):
-            raise AdapterError(path, keys["lora_A"], f"a shape [r, K], r at most {MAX_RANK}", list(shape_A))
-        r = shape_A[0]
-        if len(shape_B) != 2 or shape_B[1] != r:
+        each = experts.get(name, 1)
+        rows = shape_A[0] if len(shape_A) == 2 else 0
+        if not rows or (rows > MAX_RANK * each and name not in stacks) or rows % each:
+            wanted = "[r, K]" if each == 1 else f"[{each} experts * r, K]"
+            raise AdapterError(path, keys["lora_A"], f"a shape {wanted}, r at most {MAX_RANK}", list(shape_A))
+        if len(shape_B) != 2 or shape_B[1] != rows:
             swapped = "; lora_A and lora_B seem to be swapped" * (shape_A[1] == shape_B[0])
-            raise AdapterError(path, keys["lora_B"], f"a shape [N, {r}]", f"{list(shape_B)}{swapped}")
+            raise AdapterError(path, keys["lora_B"], f"a shape [N, {rows}]", f"{list(shape_B)}{swapped}")
+        r = rows // each
         for field in ("lora_bias", "base_bias", "lora_magnitude"):
             if field in keys and entries[keys[field]].shape != shape_B[:1]:
                 raise AdapterError(path, keys[field], f"a shape [{shape_B[0]}]", list(entries[keys[field]].shape))

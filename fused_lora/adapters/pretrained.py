@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fused_lora.adapters.checkpoint import CONFIG_NAME
 from fused_lora.adapters.write import write_adapter
 from fused_lora.modules.auxiliary import SavedModule, auxiliary_modules, breaks_a_tie
+from fused_lora.modules.experts import place_of
 from fused_lora.modules.inject import (
     AFTER_CHANGE,
     active_adapters,
@@ -93,7 +94,7 @@ def _new(plain: type, *args: Any) -> Any:
 def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """``model.state_dict()`` (or these tensors under the same names) as the same model without adapters names it."""
     tensors = {own_path(name): tensor for name, tensor in (state_dict or model.state_dict()).items()}
-    used = {path: "base_layer." for path in lora_layers(model)}
+    used = {place_of(path, layer): "base_layer." for path, layer in lora_layers(model).items()}
     for path, wrapper in auxiliary_modules(model).items():
         saved = wrapper.in_effect() if isinstance(wrapper, SavedModule) else None
         original = "original_module." if isinstance(wrapper, SavedModule) else "base_layer."

@@ -10,12 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
+from fused_lora.adapters.checkpoint import (
+    CONFIG_NAME,
+    KEY_PREFIX,
+    MAX_WEIGHT_BYTES,
+    Adapter,
+    Plan,
+    Stacked,
+    read_checked,
+)
 from fused_lora.adapters.errors import AdapterError, short
 from fused_lora.modules import auxiliary
 from fused_lora.modules.arguments import check_int
 from fused_lora.modules.changes import changing, undone_on_error
 from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
+from fused_lora.modules.experts import file_paths, match_parameters, stack_at
 from fused_lora.modules.inject import (
     LayerSpec,
     attach,
@@ -33,6 +42,7 @@ from fused_lora.modules.targets import (
     in_out_features,
     is_supported,
     literal_targets,
+    why_not_linear,
 )
 from fused_lora.reference import bits
 
@@ -85,7 +95,7 @@ def load_adapter(
         max_bytes,
         lambda plan: check_model(model, plan, allow_partial),
         allow_partial=allow_partial,
-        copies=True,
+        **of_model(model),
     )
     check_copies(model, adapter, plan)
     if adapter.config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):
@@ -105,6 +115,16 @@ def load_adapter(
     warn_left_out(plan)
     warn_of_another_base(model, plan)
     return adapter.config
+
+
+def of_model(model: nn.Module) -> dict[str, Any]:
+    """What ``read_checked`` may find in a file that is for ``model``: all kinds of layers."""
+
+    def stacks(config: LoraConfig) -> dict[str, Stacked]:
+        found = match_parameters(model, config)
+        return {name: Stacked(path, found[path].experts) for path, name in file_paths(found).items()}
+
+    return dict(copies=True, all_kinds=True, stacks=stacks)
 
 
 def check_copies(model: nn.Module, adapter: Adapter, plan: Plan) -> None:
@@ -141,7 +161,7 @@ def warn_left_out(plan: Plan) -> None:
 def warn_of_another_base(model: nn.Module, plan: Plan) -> None:
     """Warn where the adapter was saved over layers that were quantised in another way. Only its own files say how."""
     modules, differ = dict(candidates(model)), {}
-    for path in plan.slots:
+    for path in plan.slots.keys() - plan.experts.keys():
         there, here = plan.base.get(path, {}), base_settings(modules[path])
         topics = [topic for topic, text in there.items() if not here or here.get(topic, text) != text]
         if topics:
@@ -159,8 +179,9 @@ def _specs(model: nn.Module, adapter: Adapter, plan: Plan, autocast_adapter_dtyp
     modules = dict(candidates(model))
     layers = {}
     for path, tensors in adapter.layers.items():
-        base: Any = base_layer_of(modules[path])
-        own = adapter_dtype(base)
+        stack = stack_at(modules, path) if path in plan.experts else None
+        base: Any = base_layer_of(modules[path]) if stack is None else None
+        own = adapter_dtype(base) if stack is None else stack.parameter.dtype
         wide = autocast_adapter_dtype and own in (torch.float16, torch.bfloat16)
         cast = {}
         for field, key in plan.slots[path].items():
@@ -190,24 +211,27 @@ def _cast(plan: Plan, key: str, tensor: torch.Tensor, dtype: torch.dtype) -> tor
 
 
 def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Plan:
-    """Raise AdapterError unless every path is a linear layer of ``model`` that the tensors fit, and every layer that
-    the config names has tensors.
+    """Raise AdapterError unless every path is a layer of ``model`` that the tensors fit, and every layer that the
+    config names has tensors.
 
     Returns:
         ``plan``, with ``allow_partial`` without the layers that the model does not have.
     """
     modules = dict(candidates(model))
     named = literal_targets(model, plan.config)
-    fitting = {path for path in plan.slots if path in modules and is_supported(modules[path])}
+    if named is not None and plan.config.target_parameters:
+        named += match_parameters(model, plan.config)
+    fitting = {path for path in plan.slots if path in plan.experts or path in modules and is_supported(modules[path])}
     missing = [path for path in plan.slots if path not in fitting]
     if missing and (not allow_partial or not fitting):
         path = missing[0]
         kind = f"a {type(base_layer_of(modules[path])).__name__}" if path in modules else "no module of that name"
-        linear = [name for name, module in modules.items() if is_supported(module)]
+        linear = [name for name, module in modules.items() if why_not_linear(module) is None]
+        what = "an embedding" if path in plan.embeddings else "a linear layer"
         found = f"{kind}. {mismatch(missing, len(plan.slots), linear)}"
-        raise AdapterError(plan.weights, plan.slots[path]["lora_A"], f"a linear layer {path!r} in the model", found)
+        raise AdapterError(plan.weights, plan.slots[path]["lora_A"], f"{what} {path!r} in the model", found)
     for path in fitting:
-        _check_layer(modules[path], path, plan)
+        _check_layer(modules, path, plan)
     if named is not None:
         if not allow_partial or fitting.isdisjoint(named):
             _check_targets(plan, set(named))
@@ -262,16 +286,26 @@ def _check_names(
     return both, [held[name] for name in unknown]
 
 
-def _check_layer(module: nn.Module, path: str, plan: Plan) -> None:
+def _check_layer(modules: Mapping[str, nn.Module], path: str, plan: Plan) -> None:
     """Raise AdapterError unless the tensors of one layer fit it."""
-    K, N = in_out_features(module)
-    r, keys = plan.ranks[path][0], plan.slots[path]
+    r, keys = plan.ranks[path][0] * plan.experts.get(path, 1), plan.slots[path]
+    base, stack = None, stack_at(modules, path) if path in plan.experts else None
+    if stack is None:
+        base = base_layer_of(modules[path])
+        K, N = in_out_features(base)
+        if isinstance(base, nn.Embedding) != (path in plan.embeddings):
+            wanted, found = "lora_embedding_A and lora_embedding_B", "lora_A and lora_B"
+            if path in plan.embeddings:
+                wanted, found = found, wanted
+            raise AdapterError(plan.weights, keys["lora_A"], f"{wanted} for {type(base).__name__}", found)
+    else:
+        K, N = stack.K, stack.N
     shapes = {field: plan.entries[keys[field]].shape for field in ("lora_A", "lora_B")}
     for field, shape in (("lora_A", (r, K)), ("lora_B", (N, r))):
         if shapes[field] != shape:
             found = list(shapes[field])
             raise AdapterError(plan.weights, keys[field], f"a shape {list(shape)} for the layer {path!r}", found)
-    if plan.config.bias != "none" and (base_layer_of(module).bias is None) == ("base_bias" in keys):
+    if plan.config.bias != "none" and (getattr(base, "bias", None) is None) == ("base_bias" in keys):
         has, brings = ("no bias", "a bias") if "base_bias" in keys else ("a bias", "none")
         key = f"{KEY_PREFIX}{path}.base_layer.bias"
         raise AdapterError(plan.weights, key, f"a base bias exactly if the layer has one; it has {has}", brings)

@@ -20,12 +20,12 @@ from fused_lora.adapters.whole import bias_shape, check_whole, gather, once
 from fused_lora.modules.auxiliary import TOKENS_END, saved_tensors
 from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.experts import LoraStack, file_paths, match_parameters
 from fused_lora.modules.inject import adapter_configs, adapter_parameters, check_adapter_name, check_names, lora_layers
+from fused_lora.modules.layer import LoraLayer
 from fused_lora.modules.of_peft import refuse
 from fused_lora.modules.targets import base_layer_of, base_settings, candidates
 from fused_lora.modules.tree import named_modules, own_path, unwrapped
-
-_ENDS = {field: end for end, field in SLOTS.items()}
 
 
 def save_adapter(
@@ -91,7 +91,9 @@ def write_adapter(
         base = {
             own_path(path): settings
             for path, layer in lora_layers(model).items()
-            if adapter_name in layer.lora_A and (settings := base_settings(layer))
+            if adapter_name in layer.adapters
+            and not isinstance(layer, LoraStack)
+            and (settings := base_settings(layer))
         }
     files |= {name: {key: (t, None) for key, t in tensors.items()} for name, tensors in (further or {}).items()}
     parts = {(name, key): part for name, keys in files.items() for key, part in keys.items()}
@@ -155,6 +157,10 @@ def write_files(
     return CONFIG_NAME, WEIGHTS_NAME
 
 
+def _settings(layer: LoraLayer) -> dict[str, str]:
+    return {} if isinstance(layer, LoraStack) else base_settings(layer)
+
+
 def _warn_of_others(model: nn.Module, saved: list[torch.Tensor]) -> None:
     """Warn of parameters that train and are in no adapter."""
     known = {id(parameter) for parameter in (*saved, *adapter_parameters(model))}
@@ -176,7 +182,8 @@ def adapter_parts(
     model: nn.Module, adapter_name: str, config: LoraConfig
 ) -> dict[str, tuple[torch.Tensor, tuple[int, ...] | None]]:
     """The parameters of a checkpoint under PEFT's keys, each with its shape when whole (None: not known)."""
-    layers = {path: layer for path, layer in lora_layers(model).items() if adapter_name in layer.lora_A}
+    layers = {path: layer for path, layer in lora_layers(model).items() if adapter_name in layer.adapters}
+    names = file_paths(match_parameters(model, config))
     if config.bias != "none" and any(layer.merged_adapters for layer in lora_layers(model).values()):
         raise RuntimeError(f"bias={config.bias!r} saves biases of the base model: unmerge before saving")
     ranks = PatternTable(config.rank_pattern, config.r)
@@ -186,17 +193,11 @@ def adapter_parts(
         has = (layer.r[adapter_name], layer.lora_alpha[adapter_name])
         if has[0] not in ranks.possible(path) or has[1] not in alphas.possible(path):
             raise RuntimeError(f"layer {path!r} has (r, lora_alpha) = {has}, which the config does not give it")
-        r, K, N = has[0], layer.in_features, layer.out_features
-        magnitudes = layer.lora_magnitude_vector
-        magnitude = magnitudes[adapter_name].weight if adapter_name in magnitudes else None
-        parts = {
-            "lora_A": (layer.lora_A[adapter_name].weight, (r, K)),
-            "lora_B": (layer.lora_B[adapter_name].weight, (N, r)),
-            "lora_bias": (layer.lora_B[adapter_name].bias, (N,)),
-            "lora_magnitude": (magnitude, (N,)),
-            "base_bias": (layer.base_layer.bias if config.bias != "none" else None, (N,)),
-        }
-        tensors |= {f"{path}{_ENDS[k]}": part for k, part in parts.items() if part[0] is not None}
+        parts = layer.file_tensors(adapter_name)
+        if config.bias != "none":
+            parts[".base_layer.bias"] = (getattr(layer.base_layer, "bias", None), (layer.out_features,))
+        place = names[path] if isinstance(layer, LoraStack) else path
+        tensors |= {f"{place}{end}": part for end, part in parts.items() if part[0] is not None}
     if config.bias == "all":
         modules = dict(named_modules(model))
         for name, bias in other_biases(model, layers).items():
@@ -227,6 +228,7 @@ def _plain_alphas(model: nn.Module, adapter_name: str, config: LoraConfig) -> di
 
 def _shortest_names(model: nn.Module, adapter_name: str) -> list[str]:
     """Names that pick exactly the adapted modules: the last part of a path where that is unambiguous, else the path."""
-    targets = {path for path, layer in lora_layers(model).items() if adapter_name in layer.lora_A}
+    held = (path for path, layer in lora_layers(model).items() if adapter_name in layer.adapters)
+    targets = {path for path in held if path in dict(candidates(model))}
     others = {path.rpartition(".")[2] for path, _ in candidates(model) if path not in targets}
     return sorted({path if (last := path.rpartition(".")[2]) in others else last for path in targets})

@@ -274,7 +274,12 @@ def why_not_own_call(module: nn.Module, what: str) -> str | None:
     own = module.__dict__  # past nn.Module's __getattr__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return f"a hook on {what}"
-    own = own.get("forward")
+    return why_replaced(module, what)
+
+
+def why_replaced(module: nn.Module, what: str) -> str | None:
+    """None where a module's forward is its class's."""
+    own = module.__dict__.get("forward")
     # accelerate leaves the class's own method there when it takes a hook away
     replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
     return f"{what} has its forward replaced" if replaced else None

@@ -7,13 +7,14 @@ sorted by expert as in transformers' "grouped_mm", and two more grouped products
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fused_lora.bases.base import Base, Factors, why_not_own_call
+from fused_lora.bases.base import Base, Factors, why_not_own_call, why_replaced
 from fused_lora.ops.checks import FLOAT_DTYPES
 from fused_lora.ops.merge import blocks
 from fused_lora.ops.merge import op as merging
@@ -31,9 +32,28 @@ class ExpertTerm(NamedTuple):
     lora_B: Tensor
     scaling: float
 
+    def stacks(self, experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """lora_A [experts, r, in] and lora_B [experts, out, r] in ``dtype``, r padded to whole 16 bytes."""
+        return unpacked(self.lora_A.to(dtype), self.lora_B.to(dtype), experts)
 
-def why_not_fused(experts: Any, name: str) -> str | None:
-    """None when :func:`experts_forward` may stand in for a call of ``experts`` with adapters of its ``name``."""
+
+class StackedTerm(NamedTuple):
+    """The same with lora_A [experts, r, in] and lora_B [experts, out, r], r of whole 16 bytes already."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+    def stacks(self, experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both in ``dtype``."""
+        return self.lora_A.to(dtype), self.lora_B.to(dtype)
+
+
+Term = ExpertTerm | StackedTerm
+
+
+def why_not_adapted(experts: Any, name: str) -> str | None:
+    """None when adapters of the parameter ``name`` of ``experts`` can be computed, else the reason."""
     kind = type(experts).__name__
     if not all(hasattr(experts, flag) for flag in (*_FLAGS, "_apply_gate", "config")):
         return f"{kind} is not in transformers' registry of experts"
@@ -41,16 +61,30 @@ def why_not_fused(experts: Any, name: str) -> str | None:
         return f"{name} is not one of {', '.join(NAMES)}"
     if experts._is_expert_parallel:
         return "experts are spread over processes"
-    implementation = getattr(experts.config, "_experts_implementation", None)
-    if implementation not in IMPLEMENTATIONS:
-        return f"the experts implementation is {implementation!r}"
     held = experts._parameters
     for own in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
         if why := why_not_stacked(held.get(own)):
             return f"{own} is {why}"
         if held[own].dtype is torch.float64:
             return "float64 experts have no grouped product"
-    return why_not_own_call(experts, "the experts")
+    return None
+
+
+def why_not_fused(experts: Any, name: str, own_hooks: int = 0) -> str | None:
+    """None when :func:`experts_forward` may stand in for a call of ``experts`` with adapters of its ``name``.
+
+    own_hooks: forward hooks of the experts that know of it.
+    """
+    if why := why_not_adapted(experts, name):
+        return why
+    implementation = getattr(experts.config, "_experts_implementation", None)
+    if implementation not in IMPLEMENTATIONS:
+        return f"the experts implementation is {implementation!r}"
+    if not own_hooks:
+        return why_not_own_call(experts, "the experts")
+    before = experts._forward_pre_hooks or experts._backward_hooks or experts._backward_pre_hooks
+    hooked = before or len(experts._forward_hooks) > own_hooks
+    return "a hook on the experts" if hooked else why_replaced(experts, "the experts")
 
 
 def why_not_stacked(weight: Any) -> str | None:
@@ -63,7 +97,7 @@ def why_not_stacked(weight: Any) -> str | None:
 
 
 def experts_forward(
-    experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, terms: Mapping[str, Sequence[ExpertTerm]]
+    experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, terms: Mapping[str, Sequence[Term]]
 ) -> Tensor:
     """hidden [tokens, K] through the top_k experts of each token, [tokens, K]: transformers' "grouped_mm" with terms.
 
@@ -95,7 +129,25 @@ def experts_forward(
     return y[back].view(tokens, top_k, y.shape[-1]).sum(1).to(hidden.dtype)
 
 
-def add_terms(y: Tensor, x: Tensor, terms: Sequence[ExpertTerm], offsets: Tensor) -> Tensor:
+def replace_rows(
+    experts: Any,
+    y: Tensor,
+    call: tuple[Tensor, Tensor, Tensor],
+    groups: Sequence[tuple[Tensor, Mapping[str, Sequence[Term]]]],
+) -> None:
+    """Put into y [tokens, K], what the experts gave for a call, the results under adapters of some of its tokens.
+
+    The other rows keep their bits. Between the two products of an expert is a gate, so nothing can be added behind.
+
+    Args:
+        call: hidden, top_k_index and top_k_weights. groups: numbers of tokens, int64, and the terms that they have.
+    """
+    hidden, index, weights = call
+    for rows, terms in groups:
+        y[rows] = experts_forward(experts, hidden[rows], index[rows], weights[rows], terms).to(y.dtype)
+
+
+def add_terms(y: Tensor, x: Tensor, terms: Sequence[Term], offsets: Tensor) -> Tensor:
     """y + sum_i s_i x A_i^T B_i^T with the A and B of each row's expert, rounded once to y's dtype.
 
     y: [rows, N], x: [rows, K], sorted by expert. offsets: int32 [experts], where the rows of each end.
@@ -105,11 +157,11 @@ def add_terms(y: Tensor, x: Tensor, terms: Sequence[ExpertTerm], offsets: Tensor
     wide = torch.float32 if y.is_cpu else y.dtype  # tensor cores sum 16-bit products in fp32 anyway
     total = y
     with torch.autocast(x.device.type, enabled=False):
-        for lora_A, lora_B, s in terms:
-            dtype = torch.promote_types(wide, y.dtype if y.dtype is torch.float64 else wide)
-            A, B = unpacked(lora_A.to(dtype), lora_B.to(dtype), len(offsets))
+        dtype = torch.promote_types(wide, y.dtype if y.dtype is torch.float64 else wide)
+        for term in terms:
+            A, B = term.stacks(len(offsets), dtype)
             S = _grouped_product(x.to(dtype), A, offsets)
-            total = torch.add(total, _grouped_product(S, B, offsets), alpha=s)
+            total = torch.add(total, _grouped_product(S, B, offsets), alpha=term.scaling)
         return total.to(y.dtype)
 
 
@@ -128,6 +180,12 @@ def unpacked(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tens
     if missing:
         A, B = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
     return A.contiguous(), B.contiguous()
+
+
+@functools.cache
+def kind(name: str, transposed: bool) -> Experts:
+    """What answers for a stacked parameter."""
+    return Experts(name, transposed)
 
 
 class Experts(Base):

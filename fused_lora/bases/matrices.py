@@ -26,6 +26,20 @@ class AsMatrix(Base):
             return "a weight is not contiguous"
         return why_not_plain_weight(weight.detach().flatten(1)) if weight.dim() > 1 else "a weight is no matrix"
 
+    def features(self, module: Any) -> tuple[int, int]:
+        """(K, N): the weight's shape, turned where it is not ``transposed``."""
+        N, K = module.weight.flatten(1).shape
+        return (N, K) if self.transposed else (K, N)
+
+    def merge_weight(self, module: Any) -> Tensor | None:
+        """The weight, which is no matrix [N, K]: its own methods write it."""
+        return None if self.why_not_merged(module) else module._parameters["weight"]
+
+    def why_not_adapted(self, module: Any) -> str | None:
+        """As :meth:`Base.why_not_adapted`; and an embedding must not change its rows in its forward."""
+        changes = getattr(module, "max_norm", None) is not None
+        return "max_norm changes rows in the forward" if changes else super().why_not_adapted(module)
+
     def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> merging.MergeRecord:
         """As :meth:`Base.merge_`, whatever the layer's fan_in_fan_out is."""
         return merging.merge_(self._matrix(module), *factors, fan_in_fan_out=self.transposed)

@@ -35,7 +35,7 @@ from fused_lora.integrations.peft_linear import (
 )
 from fused_lora.modules.changes import alone, unwatch, watch
 from fused_lora.modules.inject import check_module
-from fused_lora.modules.linear import LoraLinear
+from fused_lora.modules.layer import LoraLayer
 
 _log = logging.getLogger("fused_lora")
 ACCELERATED = "accelerated"
@@ -72,7 +72,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         TypeError: model is not a module. ValueError: it has no PEFT LoRA layer.
     """
     if not _lora_layers(model):
-        if any(isinstance(module, LoraLinear) for module in model.modules()):
+        if any(isinstance(module, LoraLayer) for module in model.modules()):
             raise ValueError("model: its LoRA layers are fused_lora's own, they need no accelerate")
         raise ValueError(
             "model: expected PEFT LoRA layers, found none. Wrap it first (peft.get_peft_model), or use "
@@ -230,8 +230,8 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
     rows = []
     with _gathered(model):
         for path, module in model.named_modules():
-            if isinstance(module, LoraLinear):
-                rows.append(LayerRow(path, "LoraLinear", *_of_ours(module)))
+            if isinstance(module, LoraLayer):
+                rows.append(LayerRow(path, type(module).__name__, *_of_ours(module)))
             elif path in peft_layers:
                 rows.append(LayerRow(path, f"peft {repr(module).partition('(')[0]}", *_of_peft(module)))
     return rows
@@ -336,7 +336,7 @@ def _build_accelerated(target: nn.Module, adapter_name: str, **kwargs: Any) -> n
     return None if built is None else _adopt(built)
 
 
-def _of_ours(layer: LoraLinear) -> tuple[str | None, str | None]:
+def _of_ours(layer: Any) -> tuple[str | None, str | None]:
     """(why not fused, why around the base)."""
     if layer.disable_adapters:
         return "adapters are disabled", None
@@ -345,7 +345,8 @@ def _of_ours(layer: LoraLinear) -> tuple[str | None, str | None]:
     names = layer._present(layer.active_adapters)
     if not names:
         return "no active adapter in this layer", None
-    return layer._why_not_plain(names), why_around(layer)
+    own = hasattr(layer, "why_not_fused")
+    return layer.why_not_fused() if own else layer._why_not_plain(names), why_around(layer)
 
 
 def _of_peft(layer: Any) -> tuple[str | None, str | None]:

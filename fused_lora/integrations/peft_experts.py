@@ -7,7 +7,6 @@ wrappers inside; where one of them or the experts are out of the ordinary, PEFT'
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,7 +75,7 @@ class AcceleratedExperts(AcceleratedLinear):
         return not self._did_swap_in_out_features
 
     def _merge_place(self) -> tuple[nn.Module, Base]:
-        return self.get_base_layer(), _kind(self.parameter_name, self._transposed())
+        return self.get_base_layer(), experts.kind(self.parameter_name, self._transposed())
 
     def _fits_exactly(self, names: list[str]) -> bool:
         base, kind = self._merge_place()
@@ -93,11 +92,6 @@ class AcceleratedExperts(AcceleratedLinear):
             return False
         fits = A.shape[1] == shape[2] and B.shape[0] == shape[1] and A.shape[0] == B.shape[1] and r == A.shape[0]
         return fits and _is_number(self.scaling[name])
-
-
-@functools.cache
-def _kind(name: str, transposed: bool) -> experts.Experts:
-    return experts.Experts(name, transposed)
 
 
 def _wrappers(outermost: Any) -> Iterator[Any]:

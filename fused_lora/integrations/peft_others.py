@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import Base
@@ -19,14 +18,9 @@ from fused_lora.integrations.peft_linear import (
     _is_number,
 )
 from fused_lora.modules.changes import CHANGING, wait_for_change
+from fused_lora.modules.embedding import EmbeddingBehaviour, Factor
 from fused_lora.modules.fusable import why_not_here
 from fused_lora.modules.mixin import FusedLoraBehaviour
-
-
-class _Factor(NamedTuple):
-    """lora_A or lora_B as a matrix under the name that a linear layer has for it."""
-
-    weight: Tensor
 
 
 class _ExactMerges(AcceleratedLinear):
@@ -44,7 +38,7 @@ class _ExactMerges(AcceleratedLinear):
         raise NotImplementedError
 
     def _parts(self, names: list[str]) -> list[Any]:
-        return [part for name in names for part in (*map(_Factor, self._pair(name)), self.lora_dropout[name])]
+        return [part for name in names for part in (*map(Factor, self._pair(name)), self.lora_dropout[name])]
 
     def _merge_place(self) -> tuple[nn.Module, Base]:
         return self.get_base_layer(), self.kind
@@ -72,7 +66,7 @@ class _ExactMerges(AcceleratedLinear):
         return plain and shape == tuple(weight.flatten(1).shape) and A.shape[0] == B.shape[1]
 
 
-class AcceleratedEmbedding(_ExactMerges):
+class AcceleratedEmbedding(EmbeddingBehaviour, _ExactMerges):
     """Forward, merge and unmerge of a ``lora.Embedding``, for a class that has PEFT's as its next base."""
 
     kind = EMBEDDING
@@ -86,17 +80,7 @@ class AcceleratedEmbedding(_ExactMerges):
             _count(reason)
             return super(FusedLoraBehaviour, self).forward(x, *args, **kwargs)
         _count(FUSED)
-        y = self.base_layer(x)
-        dtype, embed_scale = y.dtype, self._get_embed_scale()
-        total = y.reshape(-1, y.shape[-1])
-        for name in self._present(self.active_adapters):
-            A, B = self._pair(name)
-            rows = self._embed(x, A.t()).reshape(-1, A.shape[0])
-            rows = rows if embed_scale is None else rows * embed_scale.to(rows.dtype)
-            wide = torch.promote_types(torch.promote_types(total.dtype, A.dtype), torch.float32)
-            with torch.autocast(x.device.type, enabled=False):
-                total = torch.addmm(total.to(wide), rows.to(wide), B.to(wide).t(), alpha=float(self.scaling[name]))
-        return total.to(dtype).reshape(y.shape)
+        return self._with_terms(self.base_layer(x), x, self._present(self.active_adapters))
 
     def why_not_fused(self) -> str | None:
         """Why a call runs PEFT's own forward; None where it does not."""
@@ -121,12 +105,6 @@ class AcceleratedEmbedding(_ExactMerges):
             if not _is_number(self.scaling[name]):
                 return "the scaling is no number"
         return None
-
-    def _present(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.lora_embedding_A]
-
-    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
 
 class AcceleratedConvolution(_ExactMerges):

@@ -110,6 +110,8 @@ class LoraConfig:
         layers_to_transform, layers_pattern: restrict a list of names to these layer numbers.
         rank_pattern, alpha_pattern: regular expression for the end of a path -> its rank or alpha. The first match
             decides.
+        target_parameters: paths of stacked parameters of experts, or their last parts, as ["experts.gate_up_proj"].
+            Without dropout, bias, fan_in_fan_out, lora_bias and DoRA, as in PEFT; target_modules may be None then.
         trainable_token_indices: tokens whose rows of the input embedding train and are saved with the adapter, or
             {end of a path: tokens}. A head that the model's config ties to the embedding follows.
         use_dora: DoRA: W + scaling B A, its rows scaled to a trained magnitude. Not with lora_bias.
@@ -140,6 +142,7 @@ class LoraConfig:
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_dora: bool = False
     lora_bias: bool = False
+    target_parameters: list[str] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     task_type: str | None = None
@@ -152,6 +155,8 @@ class LoraConfig:
             if isinstance(value, (list, tuple, set, frozenset)):
                 _check_items(name, value, str)
                 setattr(self, name, set(value))
+        if isinstance(self.target_parameters, (set, frozenset, tuple)):
+            self.target_parameters = sorted(self.target_parameters)
         for name in ("rank_pattern", "alpha_pattern", "extra"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
@@ -175,6 +180,7 @@ class LoraConfig:
         self._validate_targets()
         self._validate_patterns()
         self._validate_saved()
+        self._validate_parameters()
         self._validate_extra()
 
     def _validate_init(self) -> None:
@@ -236,6 +242,19 @@ class LoraConfig:
         if self.bias == "all" and (names or tokens):
             expected = "none or lora_only with modules_to_save or trainable_token_indices"
             raise FieldValueError("bias", expected, self.bias)
+
+    def _validate_parameters(self) -> None:
+        names = self.target_parameters
+        if not isinstance(names, (list, type(None))):
+            raise FieldTypeError("target_parameters", "a list of names or None", names)
+        _check_items("target_parameters", names or (), str)
+        if not all(names or ()):
+            raise FieldValueError("target_parameters", "a list of names that are not empty", names)
+        # the product with the dropped input of a stack, and its norms, are not what PEFT computes
+        plain = dict(lora_dropout=0.0, fan_in_fan_out=False, lora_bias=False, use_dora=False, bias="none")
+        for name, value in plain.items() if names else ():
+            if getattr(self, name) != value:
+                raise FieldValueError(name, f"{value!r} with target_parameters", getattr(self, name))
 
     def _validate_extra(self) -> None:
         if not isinstance(self.extra, dict):

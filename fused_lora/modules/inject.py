@@ -21,6 +21,9 @@ from fused_lora.modules import auxiliary, of_peft
 from fused_lora.modules.auxiliary import TrainedTokens, auxiliary_modules
 from fused_lora.modules.changes import alone, changing, undone_on_error, watch
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config, check_bool
+from fused_lora.modules.embedding import LoraEmbedding
+from fused_lora.modules.experts import LoraExperts, LoraStack, Stack, match_parameters, stack_at
+from fused_lora.modules.layer import LoraLayer
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixed import Context, MixedBatch, check_eval
 from fused_lora.modules.mixin import BASE
@@ -79,6 +82,7 @@ class LayerSpec:
 def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "default") -> nn.Module:
     """Add a LoRA adapter to every layer that ``config`` targets, in place. All other parameters are frozen.
 
+    Layers are linear layers and embeddings; ``target_parameters`` adds stacked parameters of transformers' experts.
     Modules of ``modules_to_save`` and tokens of ``trainable_token_indices`` train beside it. As in PEFT, the task types
     SEQ_CLS, TOKEN_CLS and QUESTION_ANS add the head of the model to ``modules_to_save``.
 
@@ -88,7 +92,8 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     Warns of names and keys of ``config`` that match nothing, and of weights that "all-linear" does not cover.
 
     Args:
-        model: any nn.Module. Its target layers are replaced by :class:`LoraLinear` around the same weights.
+        model: any nn.Module. Its target layers are replaced by :class:`LoraLinear`, LoraEmbedding and LoraExperts
+            around the same weights.
         config: a :class:`LoraConfig`, or a ``peft.LoraConfig``, which is converted.
         adapter_name: 1 to 64 letters, digits, "_" or "-".
 
@@ -97,7 +102,7 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
 
     Raises:
         TypeError: model is not a module, config is not a LoraConfig, or the name is not a str.
-        ValueError: the name is taken or malformed; no layer matches; a match is not a linear layer; torch's own
+        ValueError: the name is taken or malformed; no layer matches; a match is no layer of these kinds; torch's own
             attention or encoder module would read the weight of a match without calling the layer; a module of
             ``modules_to_save`` or ``trainable_token_indices`` cannot train beside LoRA; or a ``peft.LoraConfig`` sets
             a field that is not supported. The message names it.
@@ -108,7 +113,7 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     heads = [name for name in HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
     if heads:
         config = dataclasses.replace(config, modules_to_save=[*(config.modules_to_save or ()), *heads])
-    layers, matched = {}, match_targets(model, config)
+    layers, matched = {}, [*match_targets(model, config), *match_parameters(model, config)]
     for path in matched:
         r, lora_alpha = config.layer_rank_alpha(path)
         layers[path] = LayerSpec(r, lora_alpha)
@@ -142,19 +147,25 @@ def attach(
     if biased and config.bias != "none":
         raise ValueError(f"bias: only one adapter may train biases, and {biased[0]!r} does, got bias={config.bias!r}")
     root, modules = unwrapped(model), dict(named_modules(model))
+    stacks = {path: stack for path in layers if (stack := stack_at(modules, path)) is not None}
     for path in layers:
-        if path not in modules or not is_supported(modules[path]):
-            raise ValueError(f"layers: {path!r} is not a linear layer of the model")
-        _check_called(path, modules[path.rpartition(".")[0]])
-        if not isinstance(modules[path], LoraLinear):
-            parent_of(modules, path)
-    bases = {path: base_layer_of(modules[path]) for path in layers}
+        if path in stacks:
+            place = stacks[path].place
+        elif path in modules and is_supported(modules[path]):
+            place = path
+            _check_called(path, modules[path.rpartition(".")[0]])
+            _check_embedding(path, base_layer_of(modules[path]), config)
+        else:
+            raise ValueError(f"layers: {path!r} is no linear layer, embedding or stack of experts of the model")
+        if not isinstance(modules[place], (LoraLayer, LoraExperts)):
+            parent_of(modules, place)
+    bases = {path: stacks[path].parameter if path in stacks else base_layer_of(modules[path]) for path in layers}
     check_places(modules, bases, [path for path, spec in layers.items() if spec.tensors is not None])
     if config.bias != "none":
         offloaded = [own_path(n) for n, p in root.named_parameters() if n.endswith("bias") and p.is_meta]
         if offloaded:
             raise ValueError(f"bias: {config.bias!r} trains biases, and {offloaded[0]!r} has no data (meta device)")
-        _check_not_merged([m for m in map(modules.__getitem__, layers) if isinstance(m, LoraLinear)])
+        _check_not_merged([m for path in layers if isinstance(m := modules.get(path), LoraLayer)])
     found = auxiliary.find(model, config)
     if found.tokens and hasattr(nn.ParameterDict(), adapter_name):
         raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ParameterDict, choose another name")
@@ -166,16 +177,16 @@ def attach(
     first, active = not configs, active_adapters(model)
     keep = set() if first else {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     contexts = next(iter(lora_layers(model).values()), None)
-    built = _build(modules, adapter_name, config, layers)
-    for path, layer in built.items():
-        setattr(*parent_of(modules, path), layer)
+    built, placed = _build(modules, adapter_name, config, layers, stacks)
+    for path, module in placed.items():
+        setattr(*parent_of(modules, path), module)
     auxiliary.attach_parts(beside, adapter_name, found, parts)
     watch(root)
     setattr(root, CONFIGS, {**configs, adapter_name: config})
     setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
     if not any(isinstance(hook, FirstForward) for hook in root._forward_pre_hooks.values()):
-        FirstForward(root, lora_layers)
+        FirstForward(root, _called_layers)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
     else:
@@ -202,26 +213,28 @@ def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
     return dict(getattr(root, CONFIGS, {}))
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The LoRA layers of a model: path -> layer, in ``named_modules()`` order.
 
-    Paths are the model's own, also under torch.compile, checkpoint_wrapper, DDP and FSDP. Raises RuntimeError if the
-    layers are PEFT's.
+    That is a LoraLinear, a LoraEmbedding, or a LoraStack, whose path is that of the stacked parameter. Paths are the
+    model's own, also under torch.compile, checkpoint_wrapper, DDP and FSDP.
+
+    Raises RuntimeError if the layers are PEFT's.
     """
     check_module(model)
-    found = {path: module for path, module in named_modules(model, LoraLinear) if isinstance(module, LoraLinear)}
+    found = {path: module for path, module in named_modules(model, LoraLayer) if isinstance(module, LoraLayer)}
     if not found:
         of_peft.refuse(model, "lora_layers", "fused_lora.integrations.peft.layer_report(model) lists its layers")
     return found
 
 
 def mergeable_layers(model: nn.Module) -> dict[str, Any]:
-    """What a merge changes: path -> :class:`LoraLinear` or wrapper of trained tokens."""
+    """What a merge changes: path -> LoRA layer or wrapper of trained tokens."""
     layers: dict[str, Any] = {}
     tokens: dict[str, Any] = {}
     check_module(model)
-    for path, module in named_modules(model, LoraLinear):
-        if isinstance(module, LoraLinear):
+    for path, module in named_modules(model, LoraLayer):
+        if isinstance(module, LoraLayer):
             layers[path] = module
         elif isinstance(module, TrainedTokens) and module.owner is module:
             tokens[path] = module
@@ -361,7 +374,7 @@ def _restore(model: nn.Module, before: list[tuple[nn.Module, str, Any]]) -> None
             setattr(part, attribute, value)
 
 
-def _enter(model: nn.Module, layer: LoraLinear) -> None:
+def _enter(model: nn.Module, layer: LoraLayer) -> None:
     """Put what was added to a model into the contexts that ``layer`` is in."""
     _put(model, {name: getattr(layer, name) for name in ("disable_adapters", "context", "mixed_batch")})
 
@@ -435,19 +448,53 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
             raise AdapterNotFound(f"adapter {name[:100]!r} not found; adapters of the model: {some(known, near=name)}")
 
 
-def _build(modules, adapter_name: str, config: LoraConfig, layers: dict[str, LayerSpec]) -> dict[str, LoraLinear]:
-    """A new LoraLinear for each plain layer. Existing ones get the adapter."""
-    built = {}
+def _called_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Those that are modules of the model: of a parameter nobody makes a call."""
+    return {path: layer for path, layer in lora_layers(model).items() if not isinstance(layer, LoraStack)}
+
+
+def _build(
+    modules: Mapping[str, nn.Module],
+    adapter_name: str,
+    config: LoraConfig,
+    layers: Mapping[str, LayerSpec],
+    stacks: Mapping[str, Stack],
+) -> tuple[dict[str, LoraLayer], dict[str, nn.Module]]:
+    """(new layers by path, what comes into the model by its place). Layers that are there get the adapter."""
+    built: dict[str, LoraLayer] = {}
+    placed: dict[str, nn.Module] = {}
     for path, spec in layers.items():
-        module = modules[path]
-        arguments = (spec.r, spec.lora_alpha)
-        options = (config.lora_dropout, config.use_rslora, config.init_lora_weights, config.lora_bias)
-        further: dict[str, Any] = dict(tensors=spec.tensors, use_dora=config.use_dora)
-        if isinstance(module, LoraLinear):
-            module.add_adapter(adapter_name, *arguments, *options, **further)
+        numbers = (spec.r, spec.lora_alpha)
+        options: dict[str, Any] = dict(
+            use_rslora=config.use_rslora, init_lora_weights=config.init_lora_weights, tensors=spec.tensors
+        )
+        module: Any = modules.get(path)
+        if path in stacks:
+            if not isinstance(module, LoraStack):
+                built[path] = module = _new_stack(modules, placed, stacks[path])
+            module.add_adapter(adapter_name, *numbers, **options)
+            if path in built:
+                module.set_adapter(adapter_name)
+            continue
+        options["lora_dropout"] = config.lora_dropout
+        kind: Any = LoraEmbedding if isinstance(base_layer_of(modules[path]), nn.Embedding) else LoraLinear
+        if kind is LoraLinear:
+            options |= dict(lora_bias=config.lora_bias, use_dora=config.use_dora)
+        if isinstance(module, LoraLayer):
+            module.add_adapter(adapter_name, *numbers, **options)
         else:
-            built[path] = LoraLinear(module, *arguments, adapter_name, *options, **further)
-    return built
+            built[path] = placed[path] = kind(module, *numbers, adapter_name=adapter_name, **options)
+    return built, placed
+
+
+def _new_stack(modules: Mapping[str, nn.Module], placed: dict[str, nn.Module], stack: Stack) -> LoraStack:
+    """A layer for a parameter that has none, in what stands around its experts; a new one goes into ``placed``."""
+    around = modules[stack.place] if isinstance(modules[stack.place], LoraExperts) else placed.get(stack.place)
+    if around is None:
+        around = placed[stack.place] = LoraExperts(stack.module)
+    layer = LoraStack(stack)
+    setattr(around, stack.name, layer)
+    return layer
 
 
 def _check_called(path: str, parent: nn.Module) -> None:
@@ -462,7 +509,14 @@ def _check_called(path: str, parent: nn.Module) -> None:
         )
 
 
-def _load_base_biases(layers: dict[str, LoraLinear], specs: dict[str, LayerSpec]) -> None:
+def _check_embedding(path: str, base: nn.Module, config: LoraConfig) -> None:
+    """Raise ValueError for what an embedding does not get."""
+    for field in ("use_dora", "lora_bias"):
+        if isinstance(base, nn.Embedding) and getattr(config, field):
+            raise ValueError(f"{field}: expected False for an embedding, {path!r}: exclude it, got True")
+
+
+def _load_base_biases(layers: Mapping[str, LoraLayer], specs: dict[str, LayerSpec]) -> None:
     for path, spec in specs.items():
         if spec.tensors is not None and spec.tensors.base_bias is not None:
             layer: Any = layers[path]
@@ -486,10 +540,13 @@ def _freeze(model: nn.Module, config: LoraConfig, paths: list[str], keep: set[in
 
 def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
     """The parameters of one adapter or of all: lora_A, lora_B, magnitudes, and what trains beside them."""
-    layers = lora_layers(model).values()
-    parts = [part for layer in layers for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)]
-    held = [module for part in parts for name, module in part.items() if adapter_name in (None, name)]
-    return [p for module in held for p in module.parameters()] + auxiliary.parameters_beside(model, adapter_name)
+    held: list[nn.Module | nn.Parameter] = []
+    for kind in ("lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B"):
+        for layer in lora_layers(model).values():
+            if kind in layer.kinds_of_parts:
+                held += [part for name, part in getattr(layer, kind).items() if adapter_name in (None, name)]
+    found = [p for part in held for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())]
+    return found + auxiliary.parameters_beside(model, adapter_name)
 
 
 def _check_not_merged(layers: Iterable[Any]) -> None:

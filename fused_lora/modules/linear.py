@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,20 +13,11 @@ from torch import Tensor, nn
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import is_conv1d
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
-from fused_lora.modules.config import (
-    LayerTensors,
-    check_alpha,
-    check_bool,
-    check_dropout,
-    check_init,
-    check_rank,
-    scaling,
-)
-from fused_lora.modules.merged_state import MergedState
-from fused_lora.modules.mixed import Context, MixedBatch
-from fused_lora.modules.mixin import BASE, FusedLoraBehaviour, Later
+from fused_lora.modules.config import LayerTensors, check_bool
+from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
+from fused_lora.modules.mixin import BASE, Later
 from fused_lora.modules.offload import execution_device
-from fused_lora.modules.targets import SUPPORTED, adapter_dtype, drawn_dtype, in_out_features, why_not_supported
+from fused_lora.modules.targets import LINEAR, adapter_dtype, in_out_features, why_not_linear
 from fused_lora.modules.variants import Magnitude
 from fused_lora.ops import native
 from fused_lora.ops.merge import blocks
@@ -36,7 +26,7 @@ from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
 _AT_ONCE = 1 << 26  # bytes of weights in one call of the C loops: room for their corrections is held meanwhile
 
 
-class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
+class LoraLinear(LoraLayer):
     """y = x W^T + b + sum over active adapters of scaling * D(x) lora_A^T lora_B^T.
 
     In ``train()`` mode the input of A goes through dropout (mask drawn anew per adapter and call, regenerated in the
@@ -64,6 +54,7 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
     """
 
     base_layer: Any
+    kinds_of_parts = ("lora_A", "lora_B", "lora_magnitude_vector")
 
     def __init__(
         self,
@@ -80,20 +71,14 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
         use_dora: bool = False,
     ):
         super().__init__()
-        reason = "LoRA over LoRA" if isinstance(base_layer, LoraLinear) else why_not_supported(base_layer)
+        reason = "LoRA over LoRA" if isinstance(base_layer, LoraLayer) else why_not_linear(base_layer)
         if reason:
-            raise TypeError(f"base_layer: expected one of {SUPPORTED}, got {type(base_layer).__name__}: {reason}")
+            raise TypeError(f"base_layer: expected one of {LINEAR}, got {type(base_layer).__name__}: {reason}")
         self.base_layer = base_layer
         self.in_features, self.out_features = in_out_features(base_layer)
         self.fan_in_fan_out = is_conv1d(base_layer)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
-        self.lora_dropout, self.lora_magnitude_vector = nn.ModuleDict(), nn.ModuleDict()
-        self.r, self.lora_alpha, self.scaling, self.use_rslora = {}, {}, {}, {}
-        self.active_adapters: list[str] = []
-        self.merged_adapters: list[str] = []
-        self.disable_adapters = False
-        self.context: Context | None = None  # set for the duration of fused_lora.disable_adapters
-        self.mixed_batch: MixedBatch | None = None  # set for the duration of fused_lora.adapter_batch
+        self._start()
         options = (lora_dropout, use_rslora, init_lora_weights, lora_bias, autocast_adapter_dtype)
         self.add_adapter(adapter_name, r, lora_alpha, *options, tensors=tensors, use_dora=use_dora)
         base_layer.requires_grad_(False)
@@ -121,41 +106,26 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
 
         Raises RuntimeError for DoRA while an adapter is merged: the magnitude starts from the weight's own norms.
         """
-        _check_name(adapter_name)
-        check_rank("r", r)
-        check_alpha("lora_alpha", lora_alpha)
-        check_dropout("lora_dropout", lora_dropout)
-        check_init(init_lora_weights)
+        check_options(r, lora_alpha, lora_dropout, init_lora_weights)
         flags = {"use_rslora": use_rslora, "lora_bias": lora_bias, "autocast_adapter_dtype": autocast_adapter_dtype}
         for flag, value in {**flags, "use_dora": use_dora}.items():
             check_bool(flag, value)
         if use_dora:
             self._check_dora(lora_bias)
-        if adapter_name in self.lora_A:
-            raise ValueError(f"adapter_name: {adapter_name!r} already exists in this layer")
-        if hasattr(self.lora_A, adapter_name):
-            raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ModuleDict, choose another name")
+        self._check_new(adapter_name)
         device, dtype = execution_device(self.base_layer), adapter_dtype(self.base_layer)
-        A, B = _draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors, use_dora)
-        if tensors is None:
-            # PEFT draws in fp32 and casts to the base's dtype before it goes back to fp32: the same bits here
-            drawn = drawn_dtype(self.base_layer)
-            A, B = A.to(device, drawn).to(dtype), B.to(device, drawn).to(dtype)
-            if autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
-                A, B = A.float(), B.float()
-        else:
-            A, B = A.to(device), B.to(device)
+        A, B = draw(self.in_features, self.out_features, r, init_lora_weights, lora_bias, tensors, use_dora)
+        A = self._placed(A, device, dtype, autocast_adapter_dtype, tensors is None)
+        B = self._placed(B, device, dtype, autocast_adapter_dtype, tensors is None)
         self.lora_A[adapter_name] = A.requires_grad_(False)
         self.lora_B[adapter_name] = B.requires_grad_(False)
-        self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout > 0.0 else nn.Identity()
-        self.lora_dropout[adapter_name].train(self.training)
-        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
-        self.use_rslora[adapter_name] = use_rslora
-        self.scaling[adapter_name] = scaling(r, lora_alpha, use_rslora)
+        self._note(adapter_name, r, lora_alpha, lora_dropout, use_rslora)
         if use_dora:
-            magnitude = None if tensors is None else tensors.lora_magnitude
+            magnitude: Any = None if tensors is None else tensors.lora_magnitude
             if magnitude is None:  # rounded as A and B are
-                magnitude = self._row_norms(adapter_name).to(drawn_dtype(self.base_layer)).to(A.weight.dtype)
+                magnitude = (
+                    self._row_norms(adapter_name).to(self._drawn_dtype()).to(self.lora_A[adapter_name].weight.dtype)
+                )
             self.lora_magnitude_vector[adapter_name] = Magnitude(magnitude.to(device)).requires_grad_(False)
 
     def _check_dora(self, lora_bias: bool) -> None:
@@ -187,73 +157,16 @@ class LoraLinear(FusedLoraBehaviour, MergedState, nn.Module):
             return self._mixed_forward(x, names, batch)
         return self.base_layer(x) if self.merged_adapters else self._active_forward(x)
 
-    @property
-    def merged(self) -> bool:
-        """Whether an adapter is merged into the base weight."""
-        return bool(self.merged_adapters)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base_layer.bias
-
-    @alone
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters active and trainable (unless ``inference_mode``), freeze all others."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name in self.lora_A:
-            magnitude = self.lora_magnitude_vector
-            for part in (self.lora_A[name], self.lora_B[name], *([magnitude[name]] if name in magnitude else [])):
-                part.requires_grad_(name in names and not inference_mode)
-        self.active_adapters = names
-
-    @alone
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. Of an active one's place the other active adapters, or the first by name, take over.
-
-        Raises:
-            ValueError: the adapter is merged.
-        """
-        if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
-            )
-        numbers = (self.r, self.lora_alpha, self.scaling, self.use_rslora)
-        for part in (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector, *numbers):
-            if adapter_name in part:
-                del part[adapter_name]
-        if adapter_name in self.active_adapters:
-            rest = [name for name in self.active_adapters if name != adapter_name]
-            if not rest and len(self.lora_A):
-                rest = [min(self.lora_A)]
-                warnings.warn(
-                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {rest[0]}.",
-                    stacklevel=3,
-                )
-            self.set_adapter(rest)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """scaling[adapter] = ``scale`` times its initial value; ignored when the layer lacks the adapter."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._initial_scaling(adapter)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scaling of all active adapters."""
-        for name in self._present(self.active_adapters):
-            self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of all active adapters by ``scale``; None resets it to its initial value."""
-        for name in self._present(self.active_adapters):
-            self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
-
-    def _initial_scaling(self, name: str) -> float:
-        return scaling(self.r[name], self.lora_alpha[name], self.use_rslora[name])
+    def file_tensors(self, name: str) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        """Of one adapter: end of its key in a file -> (tensor, shape of the whole)."""
+        r, K, N, held = self.r[name], self.in_features, self.out_features, self.lora_magnitude_vector
+        magnitude: Any = held[name].weight if name in held else None
+        return {
+            ".lora_A.weight": (self.lora_A[name].weight, (r, K)),
+            ".lora_B.weight": (self.lora_B[name].weight, (N, r)),
+            ".lora_B.bias": (self.lora_B[name].bias, (N,)),
+            ".lora_magnitude_vector": (magnitude, (N,)),
+        }
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, active={self.active_adapters}"
@@ -286,7 +199,7 @@ def unmerge_all(layers: Mapping[str, Any]) -> None:
     before = snapshot(layers.values())
     merged = {path: layer for path, layer in layers.items() if layer.merged}
     try:
-        together({p: layer._unmerge_later for p, layer in merged.items() if isinstance(layer, LoraLinear)}, UNMERGE)
+        together({p: layer._unmerge_later for p, layer in merged.items() if isinstance(layer, LoraLayer)}, UNMERGE)
         for path, layer in merged.items():
             if layer.merged:
                 with naming(path):
@@ -344,23 +257,23 @@ def _run(jobs: Mapping[str, Later], mode: int) -> None:
         raise
 
 
-def _draw(
-    K: int, N: int, r: int, init: bool | str, lora_bias: bool, tensors: LayerTensors | None, use_dora: bool
+def draw(
+    K: int,
+    N: int,
+    r: int,
+    init: bool | str,
+    lora_bias: bool = False,
+    tensors: LayerTensors | None = None,
+    use_dora: bool = False,
+    experts: int = 1,
 ) -> tuple[nn.Linear, nn.Linear]:
-    """lora_A and lora_B as modules, drawn in PEFT's order (both default draws come before A's own)."""
+    """lora_A and lora_B as modules, drawn in PEFT's order (both default draws come before A's own).
+
+    r: of all ``experts`` together, where the weight is a stack of matrices.
+    """
     if tensors is not None:
-        if not isinstance(tensors, LayerTensors):
-            raise TypeError(f"tensors: expected LayerTensors, got {type(tensors).__name__}")
         A, B = (nn.Linear(*shape, bias=b, device="meta") for shape, b in (((K, r), False), ((r, N), lora_bias)))
-        wanted = ((r, K), (N, r), (N,) if lora_bias else None, (N,) if use_dora else None)
-        parts = tensors.lora_A, tensors.lora_B, tensors.lora_bias, tensors.lora_magnitude
-        got = tuple(None if t is None else tuple(t.shape) for t in parts)
-        if got != wanted:
-            names = "lora_A, lora_B, lora_bias, lora_magnitude"
-            raise ValueError(f"tensors: expected shapes of {names} {wanted}, got {got}")
-        kinds = [t.dtype for t in parts if t is not None]
-        if not all(dtype.is_floating_point for dtype in kinds):
-            raise TypeError(f"tensors: expected floating tensors, got {kinds}")
+        check_tensors(tensors, (r, K), (N, r), (N,) if lora_bias else None, (N,) if use_dora else None)
         A.weight, B.weight = nn.Parameter(tensors.lora_A), nn.Parameter(tensors.lora_B)
         if tensors.lora_bias is not None:
             B.bias = nn.Parameter(tensors.lora_bias)
@@ -370,7 +283,9 @@ def _draw(
             "init_lora_weights: 'eva' draws lora_A from data; let peft.initialize_lora_eva_weights draw it, save the "
             "PEFT model, and load the folder with fused_lora.load_adapter"
         )
-    if init == "orthogonal" and r % 2:
+    if init == "orthogonal" and (r % 2 or experts > 1):
+        if experts > 1:
+            raise ValueError("init_lora_weights: expected True, False or 'gaussian' for experts, got 'orthogonal'")
         raise ValueError(f"init_lora_weights: 'orthogonal' needs an even rank, got {r}")
     A, B = nn.Linear(K, r, bias=False), nn.Linear(r, N, bias=lora_bias)
     if init is False:
@@ -381,17 +296,10 @@ def _draw(
         B.weight = nn.Parameter((torch.randn(r // 2, N).T.mm(Q[1::2]) / 10.0).contiguous())
         return A, B
     if init == "gaussian":
-        nn.init.normal_(A.weight, std=1 / r)
+        nn.init.normal_(A.weight, std=experts / r)
     else:
         nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
     nn.init.zeros_(B.weight)
     if lora_bias:
         nn.init.zeros_(B.bias)
     return A, B
-
-
-def _check_name(name: str) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"adapter_name must be a str, got {name!r}")
-    if not name or "." in name or name == BASE:
-        raise ValueError(f"adapter_name: expected a non-empty str without a dot and not {BASE!r}, got {name!r}")

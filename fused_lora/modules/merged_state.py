@@ -15,7 +15,6 @@ from torch import Tensor
 from fused_lora.bases import torchao
 
 _MERGED = "merged"  # in the metadata of a state dict, which torch.save keeps: names of the adapters
-_WEIGHT = "base_layer.weight"
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:
@@ -26,10 +25,14 @@ def _equal(left: Tensor, right: Tensor) -> bool:
 class MergedState:
     """For a module with a ``base_layer`` and ``merged_adapters``."""
 
+    def _merged_weights(self) -> list[tuple[str, Any, list[str]]]:
+        """Weights that merges change: end of the key in a state dict, who has it as ``weight``, adapters in it."""
+        return [("base_layer.weight", self, list(getattr(self, "owner", self).merged_adapters))]  # type: ignore[attr-defined]
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         module: Any = super()
         module._save_to_state_dict(destination, prefix, keep_vars)
-        names = self._names_merged()
+        names = list(dict.fromkeys(name for *_, merged in self._merged_weights() for name in merged))
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if names and metadata is not None:
             metadata[_MERGED] = names
@@ -37,19 +40,18 @@ class MergedState:
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
     ) -> None:
-        new, names = state_dict.get(f"{prefix}{_WEIGHT}"), self._names_merged()
         theirs = local_metadata.get(_MERGED, [])
-        if isinstance(new, Tensor) and names:
-            weight: Any = self.get_submodule("base_layer").weight  # type: ignore[attr-defined]
-            if new.is_meta or weight.is_meta or not _equal(new.to(weight.device), weight):
-                raise RuntimeError(f"{prefix}{_WEIGHT}: {names} are merged into it; unmerge before load_state_dict")
-        elif isinstance(new, Tensor) and theirs:
-            raise RuntimeError(
-                f"{prefix}{_WEIGHT}: the state was taken while {theirs} were merged, and would add them twice; unmerge "
-                "before state_dict"
-            )
+        for end, holder, names in self._merged_weights():
+            key = f"{prefix}{end}"
+            new = state_dict.get(key)
+            if isinstance(new, Tensor) and names:
+                weight = holder.weight
+                if new.is_meta or weight.is_meta or not _equal(new.to(weight.device), weight):
+                    raise RuntimeError(f"{key}: {names} are merged into it; unmerge before load_state_dict")
+            elif isinstance(new, Tensor) and theirs:
+                raise RuntimeError(
+                    f"{key}: the state was taken while {theirs} were merged, and would add them twice; unmerge before "
+                    "state_dict"
+                )
         module: Any = super()
         module._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-
-    def _names_merged(self) -> list[str]:
-        return list(getattr(self, "owner", self).merged_adapters)  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from fused_lora.modules.auxiliary import SavedModule, TrainedTokens, auxiliary_m
 from fused_lora.modules.changes import alone, changing, undone_on_error, unwatch
 from fused_lora.modules.config import check_bool
 from fused_lora.modules.dense import become_dense, dense_parts, forget_quantisation, warn_of_other_dtypes
+from fused_lora.modules.experts import LoraStack, place_of
 from fused_lora.modules.inject import (
     AFTER_CHANGE,
     adapter_configs,
@@ -28,7 +29,8 @@ from fused_lora.modules.inject import (
     lora_layers,
     mergeable_layers,
 )
-from fused_lora.modules.linear import LoraLinear, go_back, naming, snapshot, together, unmerge_all
+from fused_lora.modules.layer import LoraLayer
+from fused_lora.modules.linear import go_back, naming, snapshot, together, unmerge_all
 from fused_lora.modules.mixin import Later
 from fused_lora.modules.names import some
 from fused_lora.modules.reads import FirstForward
@@ -166,7 +168,7 @@ def _weighted(layers: Mapping[str, Any], names: Sequence[str], weights: Sequence
     try:
         for layer in layers.values() if weights is not None else ():
             for name, weight in zip(names, weights or (), strict=True):
-                if isinstance(layer, LoraLinear) and name in layer.scaling:
+                if isinstance(layer, LoraLayer) and name in layer.scaling:
                     before.append((layer.scaling, name, layer.scaling[name]))
                     layer.scaling[name] = layer.scaling[name] * weight
         yield
@@ -183,11 +185,18 @@ def _seeded(layers: Mapping[str, Any], names: list[str], seed: Any) -> Iterator[
         return
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"stochastic: expected an int or None, got {seed!r:.100}")
-    adapted = {p: layer for p, layer in layers.items() if isinstance(layer, LoraLinear) and layer._present(names)}
+    adapted = {p: layer for p, layer in layers.items() if isinstance(layer, LoraLayer) and layer._present(names)}
     for path, layer in adapted.items():
-        weight = base_of(layer.base_layer).merge_weight(layer.base_layer)
-        if weight is None or weight.dtype.itemsize != 2:
-            found = "a packed weight" if weight is None else f"{weight.dtype}"
+        weight = layer.base_layer._parameters.get("weight")
+        if (
+            isinstance(layer, LoraStack)
+            or weight is None
+            or base_of(layer.base_layer).bits
+            or weight.dtype.itemsize != 2
+        ):
+            found = (
+                "stacked experts" if isinstance(layer, LoraStack) else f"a {type(weight).__name__} of {weight.dtype}"
+            )
             raise ValueError(f"stochastic: expected None, for {path} has {found}: only 16 bits are rounded at random")
     try:
         for path, layer in adapted.items():
@@ -214,19 +223,19 @@ def _checked_names(model: nn.Module, layers: Mapping[str, Any], adapter_names: S
 def _merge(layers: Mapping[str, Any], names: list[str], safe_merge: bool = False) -> None:
     """:func:`merge` for some of a model's layers."""
     before = snapshot(layers.values())
-    packed: list[LoraLinear] = []
-    samples: list[tuple[LoraLinear, list[str], Tensor]] = []
+    packed: list[LoraLayer] = []
+    samples: list[tuple[LoraLayer, list[str], Tensor]] = []
     try:
         every = max(1, len(layers) // _SAMPLED_LAYERS)
         linear: dict[str, Callable[[], Later | None]] = {}
         for i, (path, layer) in enumerate(layers.items()):
             new = [name for name in layer._present(names) if name not in layer.merged_adapters]
-            if new and isinstance(layer, LoraLinear):
+            if new and isinstance(layer, LoraLayer):
                 linear[path] = functools.partial(layer._merge_later, new)
-                if base_of(layer.base_layer).merge_weight(layer.base_layer) is None:
+                if layer._merge_place()[1].bits:
                     packed.append(layer)
                 elif layer.weight.dtype.itemsize == 2 and i % every == 0 and not has_magnitude(layer, new):
-                    samples.append((layer, new, _sample(layer.weight, layer.fan_in_fan_out)))
+                    samples.append((layer, new, _sample(*_matrix(layer))))
         together(linear, MERGE)
         for path, layer in layers.items():
             new = [name for name in layer._present(names) if name not in layer.merged_adapters]
@@ -240,7 +249,7 @@ def _merge(layers: Mapping[str, Any], names: list[str], safe_merge: bool = False
 
 
 def _warn_of_rounding(
-    names: Sequence[str], samples: list[tuple[LoraLinear, list[str], Tensor]], packed: list[LoraLinear]
+    names: Sequence[str], samples: list[tuple[LoraLayer, list[str], Tensor]], packed: list[LoraLayer]
 ) -> None:
     """Warn where the weights lost more than half of the adapters: of rows as they were, or of whole packed layers."""
     # (wanted, lost) of all layers of a device at once: on a GPU each number is a wait
@@ -269,11 +278,21 @@ def _sample(weight: Tensor, transposed: bool) -> Tensor:
     return rows[:: max(1, len(rows) // _SAMPLED_ROWS)].double()
 
 
-def _norms(layer: LoraLinear, names: list[str], before: Tensor) -> Tensor:
+def _matrix(layer: Any) -> tuple[Tensor, bool]:
+    """The weight and whether it is [K, N]; of experts that of the first."""
+    if isinstance(layer, LoraStack):
+        return layer.weight[0], bool(layer.base_layer.is_transposed)
+    return layer.weight, layer.fan_in_fan_out
+
+
+def _norms(layer: Any, names: list[str], before: Tensor) -> Tensor:
     """[||D||, ||(Wm - W) - D||] of the sampled rows, on the weight's device."""
-    change, delta = _sample(layer.weight, layer.fan_in_fan_out) - before, torch.zeros_like(before)
+    change, delta = _sample(*_matrix(layer)) - before, torch.zeros_like(before)
     for name in names:
-        A, B = (part[name].get_parameter("weight") for part in (layer.lora_A, layer.lora_B))
+        if isinstance(layer, LoraStack):
+            A, B = layer.of_expert(0, name)
+        else:
+            A, B = (part.weight for part in layer._parts([name])[:2])
         delta += _sample(B, False) @ A.detach().double() * float(layer.scaling[name])
     return torch.stack((delta, change - delta)).norm(dim=(1, 2))
 
@@ -335,7 +354,8 @@ def unload(model: nn.Module, merge_adapters: bool = False, dtype: torch.dtype | 
     check_no_batch(model)
     wrappers = auxiliary_modules(model)
     untied = breaks_a_tie(model)
-    holders = {path: parent_of(modules, path) for path in (*layers, *wrappers)}
+    bases = {place_of(path, layer): layer.base_layer for path, layer in layers.items()}
+    holders = {path: parent_of(modules, path) for path in (*bases, *wrappers)}
     before = snapshot(mergeable_layers(model).values())
     dense = dense_parts(model, merge_adapters, dtype)
     if merge_adapters:
@@ -348,8 +368,8 @@ def unload(model: nn.Module, merge_adapters: bool = False, dtype: torch.dtype | 
             if untied:
                 warnings.warn("the two embeddings differ now: config.tie_word_embeddings is set to False", stacklevel=4)
             become_dense(model, dense)
-            for path, layer in layers.items():
-                setattr(*holders[path], layer.base_layer)
+            for path, base in bases.items():
+                setattr(*holders[path], base)
             for path, wrapper in wrappers.items():
                 setattr(*holders[path], wrapper.current() if isinstance(wrapper, SavedModule) else wrapper.original)
             unwatch(root)
@@ -376,7 +396,7 @@ def _check_not_shared(model: nn.Module, layers: dict[str, Any]) -> None:
     owners = parameter_owners(model)
     for path, layer in layers.items():
         base: Any = layer.base_layer
-        weight = base._parameters.get("weight")
+        weight = base._parameters.get(getattr(layer, "parameter_name", "weight"))
         shared = [] if weight is None else owners.get(memory_of(weight), [])
         if len(shared) <= 1:
             continue
@@ -398,10 +418,11 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     Without those of our adapters, which are most modules of a model and share nothing.
     """
     owners: dict[int, list[str]] = {}
-    layers = [(f"{p}.base_layer", m) for p, m in named_modules(model, LoraLinear) if isinstance(m, LoraLinear)]
-    bases = [(path, None, unwrapped(layer.base_layer)) for path, layer in layers]
+    closed = ((path, m) for path, m in named_modules(model, LoraLayer) if isinstance(m, LoraLayer))
+    held = [(f"{path}.base_layer", m) for path, m in closed if not isinstance(m, LoraStack)]
+    bases = [(path, None, unwrapped(layer.base_layer)) for path, layer in held]
     # a bare layer may have a further place, at another parent
-    for path, _, module in (("", None, unwrapped(model)), *places(model, LoraLinear), *bases):
+    for path, _, module in (("", None, unwrapped(model)), *places(model, LoraLayer), *bases):
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.numel() and not parameter.is_meta:
                 owners.setdefault(memory_of(parameter), []).append(f"{path}.{name}")
@@ -412,11 +433,11 @@ def _mergeable(model: nn.Module) -> dict[str, Any]:
     return _some_layers(model, mergeable_layers(model))
 
 
-def _layers(model: nn.Module) -> dict[str, LoraLinear]:
+def _layers(model: nn.Module) -> dict[str, LoraLayer]:
     return _some_layers(model, lora_layers(model))
 
 
 def _some_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
-    if not any(isinstance(layer, LoraLinear) for layer in layers.values()):
+    if not any(isinstance(layer, LoraLayer) for layer in layers.values()):
         raise RuntimeError(f"model: expected LoRA layers, found none (adapters: {some(adapter_configs(model))})")
     return layers

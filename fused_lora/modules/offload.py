@@ -14,8 +14,8 @@ from fused_lora.modules.tree import above
 
 
 def execution_device(layer: Any) -> torch.device:
-    """The device of the layer's weight while the layer runs; meta where nobody says."""
-    weight = stored_weight(layer)
+    """The device of the layer's weight (or of a parameter) while the layer runs; meta where nobody says."""
+    weight = layer if isinstance(layer, torch.Tensor) else stored_weight(layer)
     devices = (getattr(hook, "execution_device", None) for hook in _hooks(layer)) if weight.is_meta else ()
     return next((torch.device(device) for device in devices if device is not None), weight.device)
 
@@ -47,7 +47,7 @@ def check_places(modules: Mapping[str, nn.Module], layers: Mapping[str, Any], fi
 
     Args:
         modules: all modules of the model by path.
-        layers: the base layers that get LoRA, by path.
+        layers: the base layers or parameters that get LoRA, by path.
         filled: paths of those whose adapter has values, which must not be put on the meta device.
     """
     for path, layer in layers.items():
@@ -63,7 +63,7 @@ def check_places(modules: Mapping[str, nn.Module], layers: Mapping[str, Any], fi
             raise ValueError(f"layers: the weight of {path!r} has no data (meta device); load the weights first")
 
 
-def _hooks(module: nn.Module) -> list[Any]:
+def _hooks(module: Any) -> list[Any]:
     """What accelerate runs around the module's forward."""
     hook = vars(module).get("_hf_hook")
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))

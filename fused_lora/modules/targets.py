@@ -8,24 +8,27 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fused_lora.bases import base_of
+from fused_lora.bases import Base, base_of
 from fused_lora.bases.dense import is_conv1d
 from fused_lora.bases.foreign import has_packed_weight, stored_weight
+from fused_lora.bases.matrices import EMBEDDING
 from fused_lora.modules.auxiliary import Auxiliary
 from fused_lora.modules.config import LoraConfig, matches_end
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import named_modules, places, unwrapped
 
-SUPPORTED = (
+LINEAR = (
     "torch.nn.Linear, transformers.pytorch_utils.Conv1D, bitsandbytes.nn.Linear4bit and Linear8bitLt, FP8Linear of "
     "transformers, packed layers of GPTQ and AWQ"
 )
+SUPPORTED = f"{LINEAR}, torch.nn.Embedding"
+OWN = ("LoraLinear", "LoraEmbedding", "LoraExperts")  # what stands in a model in place of an adapted module
 ALL_LINEAR = "all-linear"
 _CLASSIFIER_HEADS = ("score", "classifier")
 # PEFT's names for the heads of these tasks
@@ -36,22 +39,33 @@ HEADS = {
 }
 
 
-def is_lora_linear(module: nn.Module) -> bool:
-    """Whether ``module`` already is a LoRA layer of this package (recognised by name, PEFT's convention)."""
-    return type(module).__name__ == "LoraLinear" and hasattr(module, "base_layer")
+def is_lora_layer(module: nn.Module) -> bool:
+    """Whether ``module`` already has LoRA of this package (recognised by name, PEFT's convention)."""
+    return type(module).__name__ in OWN and hasattr(module, "base_layer")
 
 
 def base_layer_of(module: nn.Module) -> nn.Module:
     """The layer that carries W: ``module.base_layer`` of a LoRA layer, else the module itself."""
-    return module.get_submodule("base_layer") if is_lora_linear(module) else module
+    return module.get_submodule("base_layer") if is_lora_layer(module) else module
 
 
-def why_not_supported(module: nn.Module) -> str | None:
-    """None when ``module`` can get LoRA: a linear layer whose weight its kind in ``bases/`` knows. Else the reason."""
+def kind_of(base: nn.Module) -> Base:
+    """What answers for a module that can get LoRA."""
+    return EMBEDDING if isinstance(base, nn.Embedding) else base_of(base)
+
+
+def why_not_linear(module: nn.Module) -> str | None:
+    """None when ``module`` is a linear layer whose weight its kind in ``bases/`` knows. Else the reason."""
     base = base_layer_of(module)
     if not (isinstance(base, nn.Linear) or is_conv1d(base) or has_packed_weight(base)):
         return "it is no linear layer"
     return base_of(base).why_not_adapted(base)
+
+
+def why_not_supported(module: nn.Module) -> str | None:
+    """None when ``module`` can get LoRA: a linear layer or an embedding. Else the reason."""
+    base = base_layer_of(module)
+    return EMBEDDING.why_not_adapted(base) if isinstance(base, nn.Embedding) else why_not_linear(base)
 
 
 def is_supported(module: nn.Module) -> bool:
@@ -62,7 +76,7 @@ def is_supported(module: nn.Module) -> bool:
 def in_out_features(module: nn.Module) -> tuple[int, int]:
     """(K, N) of a supported module."""
     base: Any = base_layer_of(module)
-    return base_of(base).features(base)
+    return kind_of(base).features(base)
 
 
 def weight_device(base: nn.Module) -> torch.device:
@@ -72,7 +86,7 @@ def weight_device(base: nn.Module) -> torch.device:
 
 def drawn_dtype(base: nn.Module) -> torch.dtype:
     """What new adapters of the layer ``base`` are rounded to."""
-    return base_of(base).adapter_dtype(base) or torch.get_default_dtype()
+    return kind_of(base).adapter_dtype(base) or torch.get_default_dtype()
 
 
 def adapter_dtype(base: nn.Module) -> torch.dtype:
@@ -94,7 +108,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in named_modules(model):
         if not name or name.startswith(inside):
             continue
-        if is_lora_linear(module) or isinstance(module, Auxiliary):
+        if is_lora_layer(module) or isinstance(module, Auxiliary):
             inside += (f"{name}.",)
         yield name, module
 
@@ -110,15 +124,15 @@ def match_targets(model: nn.Module, config: LoraConfig) -> list[str]:
         ValueError: target_modules is None or not a regular expression, nothing matches, or a matched module is not
             supported.
     """
-    if config.target_modules is None:
+    if config.target_modules is None and not config.target_parameters:
         raise ValueError("target_modules is None: name the modules to adapt, or pass target_modules='all-linear'")
     _check_expressions(config)
     modules = dict(candidates(model))
-    targets = config.target_modules
+    targets = config.target_modules or ()
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = all_linear(model, config)
     matched = [name for name in modules if not _excluded(config, name) and _targeted(config, targets, name)]
-    if not matched:
+    if not matched and not config.target_parameters:
         raise ValueError(_no_match(config, modules))
     for name in matched:
         if reason := why_not_supported(modules[name]):
@@ -133,9 +147,10 @@ def match_targets(model: nn.Module, config: LoraConfig) -> list[str]:
 def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) -> None:
     """Warn of what a config asks for and ``matched``, the paths that it adapts, do not get.
 
-    That is: keys of rank_pattern and alpha_pattern and entries of target_modules, exclude_modules and modules_to_save
-    that match nothing; places of a layer beside its first, the only one where it is replaced, as in PEFT; and, for
-    "all-linear", the weights of routers and of packed experts, which are no linear layers.
+    matched has the paths of stacked parameters, too. That is: keys of rank_pattern and alpha_pattern and entries of
+    target_modules, exclude_modules and modules_to_save that match nothing; places of a layer beside its first, the only
+    one where it is replaced, as in PEFT; and, for "all-linear", the weights of routers and of packed experts, which are
+    no linear layers.
     """
     for name in ("rank_pattern", "alpha_pattern"):
         keys = [key for key in getattr(config, name) if not any(matches_end(key, path) for path in matched)]
@@ -161,13 +176,13 @@ def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) ->
         text = f"the model has adapted layers at further places, too, where they get no adapter: {some(further)}"
         warnings.warn(f"target_modules: {text}", stacklevel=4)
     targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR and (left := matrices_left(model)):
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR and (left := _left(model, matched)):
         text = (
             f"{len(left)} weights of the model are in neither and get no adapter: {some(dict.fromkeys(left.values()))}"
         )
         warnings.warn(
-            f"target_modules='all-linear' means nn.Linear and Conv1D; {text}. PEFT adapts experts and routers of some "
-            "models: wrap the model with PEFT and call fused_lora.accelerate to train these",
+            f"target_modules='all-linear' means nn.Linear and Conv1D; {text}. Name stacked experts in "
+            "target_parameters; PEFT adapts routers, too: wrap the model with PEFT and call fused_lora.accelerate",
             stacklevel=4,
         )
 
@@ -175,12 +190,16 @@ def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) ->
 def _further_places(model: nn.Module, matched: Sequence[str]) -> list[str]:
     """The paths at which the model has one of these layers, beside the one given."""
     modules = dict(named_modules(model))
-    first = {id(base_layer_of(modules[path])): path for path in matched}
+    first = {id(base_layer_of(modules[path])): path for path in matched if path in modules}
     return [
         path
         for path, parent, module in places(model)
-        if not is_lora_linear(parent) and first.get(id(module), path) != path
+        if not is_lora_layer(parent) and first.get(id(module), path) != path
     ]
+
+
+def _left(model: nn.Module, matched: Sequence[str]) -> dict[str, str]:
+    return {path: pattern for path, pattern in matrices_left(model).items() if path not in matched}
 
 
 def matrices_left(model: nn.Module) -> dict[str, str]:
@@ -188,7 +207,7 @@ def matrices_left(model: nn.Module) -> dict[str, str]:
     the ``weight`` [N, K] of a module of the model's own, as routers have; path -> path with "*" for numbers."""
     left = {}
     for path, module in candidates(model):
-        if is_lora_linear(module) or isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module):
+        if is_lora_layer(module) or isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module):
             continue
         if type(module).__module__.startswith("torch.nn."):
             continue
@@ -204,9 +223,14 @@ def matrices_left(model: nn.Module) -> dict[str, str]:
 def all_linear(model: nn.Module, config: LoraConfig) -> set[str]:
     """What "all-linear" stands for: every linear layer except the output embedding of a transformers model, or its
     classification head when task_type is SEQ_CLS."""
-    linear = {n for n, m in candidates(model) if is_lora_linear(m) or isinstance(m, nn.Linear) or is_conv1d(m)}
+    linear = {n for n, m in candidates(model) if isinstance(m, nn.Linear) or is_conv1d(m) or _has_linear(m)}
     head = _output_layer(model, config)
     return linear - {name for name, module in named_modules(model) if module is head and head is not None}
+
+
+def _has_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is LoRA of this package over a linear layer."""
+    return is_lora_layer(module) and why_not_linear(module) is None
 
 
 def _output_layer(model: Any, config: LoraConfig) -> nn.Module | None:
@@ -225,13 +249,13 @@ def literal_targets(model: nn.Module, config: LoraConfig) -> list[str] | None:
 
     For configs from files: their expressions can take exponential time.
     """
-    targets = config.target_modules
+    targets = config.target_modules or (() if config.target_parameters else None)
     if targets is None or isinstance(targets, str) or isinstance(config.exclude_modules, str) or config.layers_pattern:
         return None
     return [name for name, _ in candidates(model) if not _excluded(config, name) and _targeted(config, targets, name)]
 
 
-def _listed(name: str, keys: set[str]) -> bool:
+def _listed(name: str, keys: Collection[str]) -> bool:
     """Whether one of ``keys`` is the path ``name`` or its last parts."""
     return name in keys or any(name[i + 1 :] in keys for i, c in enumerate(name) if c == ".")
 
@@ -260,7 +284,7 @@ def _excluded(config: LoraConfig, name: str) -> bool:
     return _listed(name, exclude)
 
 
-def _targeted(config: LoraConfig, targets: set[str] | str, name: str) -> bool:
+def _targeted(config: LoraConfig, targets: Collection[str], name: str) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     if name in targets:
@@ -283,7 +307,7 @@ def _in_layers(config: LoraConfig, name: str) -> bool:
 
 
 def _no_match(config: LoraConfig, modules: dict[str, nn.Module]) -> str:
-    linear = [name for name, module in modules.items() if is_supported(module)]
+    linear = [name for name, module in modules.items() if why_not_linear(module) is None]
     asked = {
         key: value
         for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")

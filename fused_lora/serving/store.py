@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.modules.arguments import check_int
-from fused_lora.modules.targets import adapter_dtype, weight_device
 from fused_lora.rows import RowFinder, checked_dim
-from fused_lora.serving.batch.attach import Attachment, find_sites
+from fused_lora.serving.batch.attach import Attachment, find_sites, weight_of
 from fused_lora.serving.batch.batch import Batch
 from fused_lora.serving.batch.entries import parse_entry, rows_to_entries
 from fused_lora.serving.batch.prepared import Group, Prepared
@@ -43,6 +42,8 @@ class AdapterStore(Registry):
 
     For rows with adapters a layer's output becomes y[row] += sum_i weight_i * scaling_i * B_i A_i x[row], in place,
     summed in fp32 and rounded once. Base rows keep their bits. The model, its weights and its state dict do not change.
+    So it is for embeddings. Rows with adapters of stacked experts go through these experts a second time, with their
+    terms inside, and take that result.
     All methods may be called from several threads.
 
     Adapters lie at their exact rank in one arena on the device. The least recently used ones make room for others.
@@ -80,14 +81,14 @@ class AdapterStore(Registry):
             if value is not None:
                 check_int(name, value, int(name != "host_bytes"), _MOST_BYTES)
         sites = find_sites(model)
-        layer: Any = next(iter(sites.values())).module
-        self.device = _device(weight_device(layer) if device is None else device)
-        transfer = open_transfer(self.device, adapter_dtype(layer), dtype, sites, max_resident)
+        here, model_dtype = weight_of(next(iter(sites.values())))
+        self.device = _device(here if device is None else device)
+        transfer = open_transfer(self.device, model_dtype, dtype, sites, max_resident)
         super().__init__(model, sites, transfer, capacity_bytes, grow, host_bytes, max_resident)
         self._prepared: dict[Any, Prepared] = {}
         self._siblings = Siblings()
         self._open_batches = 0
-        self._rows = RowFinder(model, {path: site.module for path, site in sites.items()})
+        self._rows = RowFinder(model, {site.place: site.module for site in sites.values()})
         self._attachment = Attachment(self._rows.callers, sites, self)
 
     def batch(self, names: Sequence[Any], *, dim: int = 0) -> AbstractContextManager[Batch]:
@@ -140,7 +141,7 @@ class AdapterStore(Registry):
 
         Raises:
             RuntimeError: the kernels do not run on this device. ValueError: a size is not positive, or an adapter of a
-            larger rank is loaded.
+            larger rank, of an embedding or of experts is loaded.
         """
         self._check_attached()
         sizes = dict(max_rows=max_rows, max_groups=max_groups, max_rank=max_rank, group_size=group_size)
@@ -149,6 +150,9 @@ class AdapterStore(Registry):
         if self._transfer.tables is None:
             raise RuntimeError(f"row_buffers: the grouped kernels do not run on {self.device}")
         with self._lock:
+            for version in self._residency.resident:
+                if other := [part.site.path for part in version.parts if part.site.kind != "linear"]:
+                    raise ValueError(f"row_buffers: {version.identity!r} has {other[0]!r}, which is no linear layer")
             buffers = RowBuffers(max_rows, max_groups, max_rank, group_size, self._transfer.tables)
             self._transfer.tables.limit(max_rank)
             return buffers

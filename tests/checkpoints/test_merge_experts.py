@@ -130,7 +130,7 @@ def stacks(tmp_path, shapes, adapted, E=2, r=3, **config):
         ({"down_proj": (8, 4)}, {"": (4, 8), ".base_layer": (4, 8)}, {}, "2 of the parameters 'down_proj'"),
         ({"down_proj": (8, 4)}, {"": (4, 8)}, {"fan_in_fan_out": True}, "fan_in_fan_out: expected False"),
         ({"down_proj": (8, 4)}, {"": (4, 8)}, {"rank_pattern": {"down_proj": 2}}, "experts \\* r, in"),
-        ({"down_proj": (8, 4)}, {"": (4, 8)}, {"use_dora": True}, "lora_magnitude"),
+        ({"down_proj": (8, 4)}, {"": (4, 8)}, {"use_dora": True}, "use_dora: expected False with target_parameters"),
         (
             {"down_proj": (8, 4)},
             {".other": (4, 8)},

@@ -135,9 +135,20 @@ UNET = "lora_unet_down_blocks_0_attentions_0_to_q"
 KOHYA = {f"{UNET}.lora_down.weight": torch.ones(R, K), f"{UNET}.lora_up.weight": torch.ones(K, R)}
 KOHYA |= {f"{UNET}.alpha": torch.ones(1)}
 
+EMBEDDING = {
+    f"{P}model.embed_tokens.lora_embedding_{side}": torch.ones(shape)
+    for side, shape in (("A", (R, VOCAB)), ("B", (K, R)))
+}
+
 CASES: dict[str, Case] = {
     # ---- sound, however they were saved
     "plain": Case(good_tensors()),
+    "embedding": Case({**good_tensors(), **EMBEDDING}, {"target_modules": [*TARGETS, "embed_tokens"]}),
+    "experts packed": Case(
+        pair(f"{P}model.layers.0.mlp.experts", K, 2 * MIDDLE, 4 * R),
+        {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
+        model=mixtral,
+    ),
     "bf16": Case(cast(torch.bfloat16, torch.bfloat16)),
     "fp16": Case(cast(torch.float16, torch.float16)),
     "fp16 and fp32": Case(cast(torch.float16, torch.float32)),
@@ -184,10 +195,16 @@ CASES: dict[str, Case] = {
     "experts one by one": Case(
         EXPERTS, {"target_modules": ["w1"]}, r"4 of the adapter's 4 layers.*experts\.\*\.w1", model=mixtral
     ),
-    "experts packed": Case(
-        pair(f"{P}model.layers.0.mlp.experts", K, 2 * MIDDLE, 4 * R),
+    "experts packed, in another number": Case(
+        pair(f"{P}model.layers.0.mlp.experts", K, 2 * MIDDLE, 4 * R + 2),
         {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
-        "target_parameters.*not supported",
+        r"expected a shape \[4 experts \* r, K\]",
+        model=mixtral,
+    ),
+    "experts packed, with dropout": Case(
+        pair(f"{P}model.layers.0.mlp.experts", K, 2 * MIDDLE, 4 * R),
+        {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"], "lora_dropout": 0.1},
+        "lora_dropout: expected 0.0 with target_parameters",
         model=mixtral,
     ),
     "experts packed, unsaid": Case(
@@ -204,12 +221,12 @@ CASES: dict[str, Case] = {
         {f"{P}{name}.weight": torch.ones(VOCAB + 6, K) for name in ("model.embed_tokens", "lm_head")},
         r"resized vocabulary.*2 of 10 keys.*embed_tokens\.weight",
     ),
-    "embedding": more(
-        {
-            f"{P}model.embed_tokens.lora_embedding_{s}": torch.ones(shape)
-            for s, shape in (("A", (R, VOCAB)), ("B", (K, R)))
-        },
-        "lora_embedding_A.*LoRA on an embedding.*2 of 10 keys",
+    "embedding, unsaid": more(EMBEDDING, "embed_tokens.*expected a module that target_modules names"),
+    "embedding as a linear layer": more(
+        pair(f"{P}model.embed_tokens", VOCAB, K),
+        "lora_embedding_A and lora_embedding_B for Embedding, found lora_A and lora_B",
+        False,
+        target_modules=[*TARGETS, "embed_tokens"],
     ),
     "token indices, unsaid": more(
         {f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, K)}, "trained tokens"

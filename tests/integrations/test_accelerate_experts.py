@@ -14,43 +14,8 @@ from fused_lora.bases import experts
 from fused_lora.reference import bits
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ROWS, TOKENS, SideBySide, merge_and_back, wrap
+from helpers.experts import ARCHITECTURES, BOTH, EXPERTS, HIDDEN, Block
 from helpers.thorough import sampled
-
-HIDDEN, INTER, EXPERTS, TOP_K = 16, 24, 6, 2
-# architecture -> the class of its experts, the class of its config, and how the config calls the numbers
-ARCHITECTURES = {
-    "qwen3_moe": ("Qwen3Moe", dict(num_experts=EXPERTS)),
-    "mixtral": ("Mixtral", dict(num_local_experts=EXPERTS)),
-    "olmoe": ("Olmoe", dict(num_experts=EXPERTS)),
-    "gpt_oss": ("GptOss", dict(num_local_experts=EXPERTS)),
-    "deepseek_v3": ("DeepseekV3", dict(n_routed_experts=EXPERTS)),
-    "glm4_moe": ("Glm4Moe", dict(n_routed_experts=EXPERTS)),
-}
-BOTH = dict(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"], lora_alpha=6)
-
-
-class Block(nn.Module):
-    """Embeddings through experts, whose routing follows the token alone."""
-
-    def __init__(self, name="qwen3_moe", dtype=torch.float32, implementation="eager"):
-        super().__init__()
-        prefix, numbers = ARCHITECTURES[name]
-        config = getattr(transformers, f"{prefix}Config")(
-            hidden_size=HIDDEN, intermediate_size=INTER, moe_intermediate_size=INTER, **numbers
-        )
-        config._experts_implementation = implementation
-        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-        self.emb = nn.Embedding(TOKENS, HIDDEN)
-        self.experts = getattr(module, f"{prefix}Experts")(config)
-        for parameter in self.experts.parameters():
-            nn.init.normal_(parameter, std=0.2)
-        self.to(dtype)
-
-    def forward(self, ids):
-        ids = ids.reshape(-1)
-        index = torch.stack([ids % EXPERTS, (ids // 3 + ids + 1) % (EXPERTS - 1)], 1)
-        weights = torch.softmax(torch.stack([ids, ids * 0], 1).to(self.emb.weight.dtype) / TOKENS, 1)
-        return self.experts(self.emb(ids), index, weights)
 
 
 class InOrder(SideBySide):

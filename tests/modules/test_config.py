@@ -28,7 +28,7 @@ def test_defaults_and_order_are_pefts():
     recorded = ["task_type", "base_model_name_or_path", "revision", "inference_mode"]  # PEFT inherits these
     own = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra"]
     assert [n for n in own if n not in recorded] == [n for n in shared if n not in recorded]
-    assert len(own) == 21
+    assert len(own) == 22
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_every_other_field_of_peft_is_refused_by_name(tmp_path):
     inert = {"auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "eva_config", "peft_type"}
     own = {f.name for f in dataclasses.fields(LoraConfig)}
     unsupported = sorted(set(entries) - own - inert)
-    assert "target_parameters" in unsupported and "layer_replication" in unsupported and len(unsupported) >= 14
+    assert "arrow_config" in unsupported and "layer_replication" in unsupported and len(unsupported) >= 13
     for key in unsupported:
         for value in (True, {"a": 1}, [1], "x", 1, 0):
             with pytest.raises(ValueError, match=f"{key} must be null, false or empty: it is not supported"):
@@ -245,9 +245,9 @@ def test_pefts_config_is_converted(fields, tmp_path):
         ),
         (peft.LoraConfig(modules_to_save=[""]), ValueError, "config: modules_to_save must be a list of names that"),
         (
-            peft.LoraConfig(target_parameters=["w"]),
+            peft.LoraConfig(layer_replication=[(0, 2)]),
             ValueError,
-            "config: target_parameters must be null, false or empty",
+            "config: layer_replication must be null, false or empty",
         ),
         (peft.LoraConfig(init_lora_weights="pissa"), ValueError, "config: init_lora_weights must be"),
         (peft.LoraConfig(r=2.5), TypeError, "config: r must be a positive integer"),

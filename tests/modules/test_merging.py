@@ -294,7 +294,9 @@ def test_rounding_at_random(loops):
     assert not any(same_bits([a], [b]) for other in found[2:] for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("seed, kind, message", [(1, ValueError, "2 has torch.float32"), (True, TypeError, "an int")])
+@pytest.mark.parametrize(
+    "seed, kind, message", [(1, ValueError, "2 has a Parameter of torch.float32"), (True, TypeError, "an int")]
+)
 def test_rounding_at_random_that_is_refused(seed, kind, message):
     net = layers_of([torch.bfloat16, torch.bfloat16, torch.float32])
     before = weights(net)

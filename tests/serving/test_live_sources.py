@@ -50,7 +50,6 @@ def assert_served(base, live, name="x"):
 
 
 MORE = {
-    "lora_embedding_A at 'model.embed_tokens'": dict(target_modules=["q_proj", "embed_tokens"]),
     r"modules_to_save=\['lm_head'\]": dict(modules_to_save=["lm_head"]),
     "bias='lora_only'": dict(bias="lora_only"),
     "bias='all'": dict(bias="all"),
@@ -69,7 +68,7 @@ def test_more_than_lora_on_linear_layers_is_refused_by_name(base, message):
     store = AdapterStore(base)
     with pytest.raises(ValueError, match=f"source: adapter 'default' .*{message}"):
         store.load("x", live)
-    with pytest.raises(ValueError, match=message.partition(" at ")[0]):
+    with pytest.raises(ValueError, match=message):
         store.load_async("x", torch.nn.Sequential(live)).result()  # as it is inside of another wrapper
     assert store.names() == []
 
@@ -82,7 +81,13 @@ def test_what_a_config_does_not_say_is_found_in_the_modules(base):
 
 
 @pytest.mark.parametrize(
-    "fields", [dict(use_rslora=True), dict(init_lora_weights="orthogonal"), dict(rank_pattern={"1.*q_proj": 2})]
+    "fields",
+    [
+        dict(use_rslora=True),
+        dict(init_lora_weights="orthogonal"),
+        dict(rank_pattern={"1.*q_proj": 2}),
+        dict(target_modules=["q_proj", "embed_tokens"]),
+    ],
 )
 def test_plain_adapters_are_served_as_peft_computes_them(base, fields):
     assert_served(base, wrapped(base, **fields))

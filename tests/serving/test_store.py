@@ -665,7 +665,7 @@ def test_a_store_wants_a_plain_model(model):
         AdapterStore(fused_lora.inject(Net(), fused_lora.LoraConfig(target_modules=["up"])))
     with pytest.raises(ValueError, match="the Sequential has no linear layer"):
         AdapterStore(nn.Sequential(nn.ReLU()))
-    with pytest.raises(ValueError, match="experts and routers are not served.*'mlp.experts.down_proj'"):
+    with pytest.raises(ValueError, match="of no layer that is served.*'mlp.experts.down_proj'"):
         AdapterStore(nn.ModuleDict({"mlp": nn.ModuleDict({"experts": Experts()})}))
     with pytest.raises(TypeError, match="expected an nn.Module"):
         AdapterStore("model")

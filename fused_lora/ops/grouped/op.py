@@ -48,6 +48,11 @@ class RowLayout:
         self._rows = {g: order[end - n : end] for g, n, end in zip(self.groups, counts, ends, strict=True)}
         self._chunks: dict[tuple[int, ...], list[Chunk]] = {}
 
+    def rows_of(self, group: int) -> Tensor | None:
+        """The numbers of a group's rows, int64; None where it has none."""
+        rows = self._rows.get(group)
+        return None if rows is None else torch.from_numpy(rows).to(self._device)
+
     def chunks(self, groups: tuple[int, ...]) -> list[Chunk]:
         """The rows of ``groups`` (ascending; those without rows are left out) in pieces of about ``_CHUNK``."""
         if groups not in self._chunks:

@@ -3,46 +3,68 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from fused_lora.modules.experts import stacks_of
 from fused_lora.modules.names import some
 from fused_lora.modules.reads import Reads
-from fused_lora.modules.targets import candidates, in_out_features, is_supported, matrices_left
+from fused_lora.modules.targets import (
+    adapter_dtype,
+    candidates,
+    in_out_features,
+    is_lora_layer,
+    is_supported,
+    matrices_left,
+    weight_device,
+)
 from fused_lora.modules.tree import above, named_modules
 from fused_lora.serving.batch.batch import running
-from fused_lora.serving.residency.packing import Site
+from fused_lora.serving.residency.packing import Site, why_not_experts
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
-    """The linear layers of a plain model by path.
+    """What adapters of a plain model may target, by path: linear layers first, then embeddings and stacked experts.
 
     Raises:
-        TypeError: model is not a module. ValueError: it has LoRA layers already, or no linear layer; experts, which are
-            no linear layers, are named.
+        TypeError: model is not a module. ValueError: it has LoRA layers already, or nothing to target; parameters that
+            are no linear layers are named.
         RuntimeError: a store is attached to it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    sites: dict[str, Site] = {}
+    linear, others = [], []
     for path, module in candidates(model):
-        if hasattr(module, "lora_A"):
+        if hasattr(module, "lora_A") or is_lora_layer(module):
             raise ValueError(f"model: expected a plain model, {path!r} has LoRA layers already; unload them first")
         if any(isinstance(hook, _Hook) and hook.attached for hook in module._forward_hooks.values()):
             raise RuntimeError("model: another store is attached to it; call its detach() first")
         if is_supported(module):
-            sites[path] = Site(len(sites), path, module, *in_out_features(module))
+            embeds = isinstance(module, nn.Embedding)
+            fields = (path, module, *in_out_features(module), "embedding" if embeds else "linear")
+            (others if embeds else linear).append(fields)
+        for stack in stacks_of(module, path):
+            others.append((stack.path, module, stack.K, stack.N, "experts", stack.experts))
+    sites = {fields[0]: Site(index, *fields) for index, fields in enumerate(linear + others)}
     if not sites:
         kind, left = type(model).__name__, dict.fromkeys(matrices_left(model).values())
         text = f"the {kind} has no linear layer"
         if left:
-            text = f"adapters of experts and routers are not served, and the {kind} has no other layer: {some(left)}"
+            text = f"these parameters are of no layer that is served, and the {kind} has no other: {some(left)}"
         raise ValueError(f"model: {text}")
     return sites
+
+
+def weight_of(site: Site) -> tuple[torch.device, torch.dtype]:
+    """Where the weight of a site is, and the dtype of its adapters in the model."""
+    if site.kind == "experts":
+        weight: Any = site.module._parameters[site.path.rpartition(".")[2]]
+        return weight.device, weight.dtype
+    return weight_device(site.module), adapter_dtype(site.module)
 
 
 class Attachment:
@@ -59,17 +81,21 @@ class Attachment:
             self._hooks += before, after
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+        at: dict[str, list[Site]] = {}
         for site in sites.values():
-            hook = _Hook(store, site)
+            at.setdefault(site.place, []).append(site)
+        for held in at.values():
+            hook = (_ExpertsHook if held[0].kind == "experts" else _Hook)(store, tuple(held))
             self._hooks.append(hook)
-            self._handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+            self._handles.append(held[0].module.register_forward_hook(hook, with_kwargs=True))
         self._watch(store, sites)
 
     def _watch(self, store: Any, sites: dict[str, Site]) -> None:
         """Watch which layers the model does not call, or has no longer."""
         model, modules = store.model, dict(named_modules(store.model))
-        self._reads = Reads(model, {path: site.module for path, site in sites.items()})
-        paths = sorted({part for path in sites for part in (*above(path), path)})
+        self._experts = {path: site for path, site in sites.items() if site.kind == "experts"}
+        self._reads = Reads(model, {path: s.module for path, s in sites.items() if s.kind != "experts"})
+        paths = sorted({part for site in sites.values() for part in (*above(site.place), site.place)})
         self._places = []  # path, the parent's modules, the name there, what was there
         for path in paths:
             parent, _, name = path.rpartition(".")
@@ -81,8 +107,12 @@ class Attachment:
         self._handles.append(model.register_forward_hook(end))
 
     def unreached(self, paths: Iterable[str]) -> str | None:
-        """Why the hook of one of these layers is not reached: the model reads its weight instead of calling it, or has
-        another module in its place."""
+        """Why the hook of one of these layers is not reached, or cannot act: the model reads its weight instead of
+        calling it, or has another module in its place, or its experts run in a way that is not known."""
+        paths = list(paths)
+        for site in (self._experts[path] for path in paths if path in self._experts):
+            if why := why_not_experts(site):
+                return f"the parameter {site.path!r}: {why}"
         replaced = [path for path, held, name, module in self._places if held.get(name) is not module]
         if not (replaced or self._reads.found):
             return None
@@ -194,30 +224,48 @@ class _EndHook(_ReadsHook):
 
 
 class _Hook(_Shared):
-    """After a linear layer: add the LoRA terms of the running batch to its output."""
+    """After a linear layer or an embedding: add the LoRA terms of the running batch to its output."""
 
-    def __init__(self, store: Any, site: Site | None = None):
+    def __init__(self, store: Any, sites: tuple[Site, ...] = ()):
         super().__init__(store)
-        self._site, self._number = site, next(_numbers)
+        self._sites, self._number = sites, next(_numbers)
         _hooks[self._number] = self
 
     def end(self) -> None:
         super().end()
-        self._site = None  # it holds the layer of the first model
+        self._sites = ()  # they hold the layer of the first model
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if torch.compiler.is_compiling():
+            _store_terms(output, [x], self._number)
+            return
+        batch = running(self._store)
+        if batch is not None and batch.acts and self._sites:
+            batch.add(self._sites[0], x, output)
+
+    def add_compiled(self, inputs: Sequence[Tensor], y: Tensor) -> None:
+        """What a call adds, from compiled code."""
+        batch = running(self._store)
+        if batch is not None and batch.acts and self._sites:
+            batch.add_compiled(self._sites[0], inputs[0], y)
+
+
+class _ExpertsHook(_Hook):
+    """After experts: put the results under the adapters of the running batch into their output."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         if torch.compiler.is_compiling():
-            _store_terms(output, args[0] if args else next(iter(kwargs.values())), self._number)
+            _store_terms(output, [*args, *kwargs.values()], self._number)
             return
-        batch, site = running(self._store), self._site
-        if batch is not None and batch.acts and site is not None:
-            batch.add(site, args[0] if args else next(iter(kwargs.values())), output)
+        batch = running(self._store)
+        if batch is not None and batch.acts and self._sites:
+            batch.add_experts(self._sites, (*args, *kwargs.values()), output)
 
-    def add_compiled(self, x: Tensor, y: Tensor) -> None:
-        """What a call adds, from compiled code."""
-        batch, site = running(self._store), self._site
-        if batch is not None and batch.acts and site is not None:
-            batch.add_compiled(site, x, y)
+    def add_compiled(self, inputs: Sequence[Tensor], y: Tensor) -> None:
+        batch = running(self._store)
+        if batch is not None and batch.acts and self._sites:
+            batch.add_experts_compiled(self._sites, inputs, y)
 
 
 _numbers = itertools.count()
@@ -225,11 +273,11 @@ _hooks: WeakValueDictionary[int, _Hook] = WeakValueDictionary()
 
 
 @torch.library.custom_op("fused_lora::store_terms_", mutates_args=("y",))
-def _store_terms(y: Tensor, x: Tensor, number: int) -> None:
-    """y += the terms of x in the batch that runs then, which a graph knows nothing of. number: of the layer's hook."""
-    _hooks[number].add_compiled(x, y)
+def _store_terms(y: Tensor, inputs: Sequence[Tensor], number: int) -> None:
+    """y += the terms of the batch that runs then, which a graph knows nothing of. number: of the layer's hook."""
+    _hooks[number].add_compiled(inputs, y)
 
 
 @_store_terms.register_fake
-def _(y: Tensor, x: Tensor, number: int) -> None:
+def _(y: Tensor, inputs: Sequence[Tensor], number: int) -> None:
     return None

@@ -6,8 +6,9 @@ with different adapters at the same time.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,7 +23,7 @@ from fused_lora.serving.batch.finite import bad_positions, unless_padding
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
 from fused_lora.serving.batch.static import RowBuffers
-from fused_lora.serving.residency.packing import Site
+from fused_lora.serving.residency.packing import Site, why_not_experts
 from fused_lora.serving.residency.refusal import NonFiniteOutput
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
@@ -204,20 +205,20 @@ class Batch:
             )
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
-        """y += the LoRA terms of x at this layer, in place."""
+        """y += the LoRA terms of x at this layer, in place. x of an embedding: its tokens."""
+        call = self._trace().running.call
+        x = x.unsqueeze(-1) if site.kind == "embedding" else x
+        if call is None:
+            return self._called_alone(site, x, functools.partial(self._add_in, site, x, y))
+        self._add_in(site, x, y, call)
+
+    def _add_in(self, site: Site, x: Tensor, y: Tensor, call: Call) -> None:
         trace, index = self._trace(), site.index
-        call = trace.running.call
-        if call is None:  # the layer itself was called
-            self._keep_rows(trace, trace.running.enter_layer(site.path, site.module, x))
-            try:
-                return self.add(site, x, y)
-            finally:
-                trace.running.leave(site.module, True)
         if call.followed is not None:
-            call.note(site.path, x, y)
-        if trace.seen or index not in self._siblings.settled:
+            call.note(site.place, x, y)
+        if site.kind == "linear" and (trace.seen or index not in self._siblings.settled):
             self._siblings.watch(trace, site, x)
-        if index not in self._prepared.sites and self._buffers is None:
+        if not self._acts_at((site,)):
             return
         call.pause(True)
         try:
@@ -231,30 +232,100 @@ class Batch:
         finally:
             call.pause(False)
 
+    def add_experts(self, sites: tuple[Site, ...], inputs: Sequence[Tensor], y: Tensor) -> None:
+        """Put the experts' results under adapters into y [tokens, K], in place; base rows keep their bits.
+
+        inputs: hidden [tokens, K], top_k_index and top_k_weights [tokens, top_k].
+
+        Raises:
+            RuntimeError: the experts run in a way that is not known. ValueError: other inputs, or unknown rows.
+        """
+        call = self._trace().running.call
+        if call is None:
+            return self._called_alone(sites[0], inputs[0], functools.partial(self._experts_in, sites, inputs, y))
+        self._experts_in(sites, inputs, y, call)
+
+    def _experts_in(self, sites: tuple[Site, ...], inputs: Sequence[Tensor], y: Tensor, call: Call) -> None:
+        site, x = sites[0], inputs[0]
+        if call.followed is not None:
+            call.note(site.place, x, y)
+        if not self._acts_at(sites):
+            return
+        self._check_gradients(y)
+        if len(inputs) != 3:
+            raise ValueError(f"batch: expected 3 inputs of the experts {site.place!r}, got {len(inputs)}")
+        for each in sites:
+            if why := why_not_experts(each):
+                raise RuntimeError(f"batch: the adapters of {each.path!r} cannot be computed: {why}")
+        call.pause(True)
+        try:
+            trace = self._trace()
+            for arrival in self._arriving:
+                for each in sites:
+                    arrival.wait(each.index)
+            rows = trace.rows.get((site.index, x.shape)) or self._rows(trace, site, x)
+            self._prepared.experts_(rows, sites, inputs, y)
+            if not y.is_cuda:
+                trace.look(y)
+        finally:
+            call.pause(False)
+
     def add_compiled(self, site: Site, x: Tensor, y: Tensor) -> None:
         """:meth:`add` from compiled code, where the model's own call is not seen.
 
         Raises:
             ValueError: the rows of the layer are not known. RuntimeError: a graph without buffers is being captured.
         """
+        self._compiled((site,), x, lambda: self.add(site, x, y))
+
+    def add_experts_compiled(self, sites: tuple[Site, ...], inputs: Sequence[Tensor], y: Tensor) -> None:
+        """:meth:`add_experts` from compiled code; it raises what :meth:`add_compiled` does, too."""
+        self._compiled(sites, inputs[0], lambda: self.add_experts(sites, inputs, y))
+
+    def _compiled(self, sites: tuple[Site, ...], x: Tensor, add: Callable[[], None]) -> None:
         if x.is_cuda and self._buffers is None and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("batch: a graph would keep these adapters for ever; use row_buffers, or no graph")
-        if site.index not in self._prepared.sites and self._buffers is None:
+        if not self._acts_at(sites):
             return
-        trace = self._trace()
-        before = trace.running.call
-        trace.running.call = self._finder.in_compiled_code(site.path, site.module, x, self._entries)
+        trace, site = self._trace(), sites[0]
+        before, rows = trace.running.call, x.unsqueeze(-1) if site.kind == "embedding" else x
+        trace.running.call = self._finder.in_compiled_code(site.place, site.module, rows, self._entries)
         try:
             self._keep_rows(trace, trace.running.call)
-            self.add(site, x, y)
+            add()
         finally:
             trace.running.call = before
+
+    def _acts_at(self, sites: tuple[Site, ...]) -> bool:
+        """Whether adapters change one of these; in a graph's buffers those of linear layers alone may."""
+        held = self._prepared.sites
+        return any(s.index in held for s in sites) or (self._buffers is not None and sites[0].kind == "linear")
+
+    def _called_alone(self, site: Site, x: Tensor, add: Callable[[Call], None]) -> None:
+        """``add`` in a call of the layer by itself."""
+        trace = self._trace()
+        call = trace.running.enter_layer(site.place, site.module, x)
+        self._keep_rows(trace, call)
+        try:
+            add(call)
+        finally:
+            trace.running.leave(site.module, True)
+
+    @staticmethod
+    def _check_gradients(y: Tensor) -> None:
+        if y.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
 
     def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace, dtype: torch.dtype) -> None:
         """dtype: that x takes first, as in the base layer."""
         index = site.index
-        if y.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
+        self._check_gradients(y)
+        if site.kind == "embedding":
+            for arrival in self._arriving:
+                arrival.wait(index)
+            rows = trace.rows.get((index, x.shape)) or self._rows(trace, site, x)
+            self._prepared.embed_(rows, site, x.reshape(-1), y.view(-1, site.N))
+            return
         y, shared = y.view(-1, site.N), trace.shared
         if shared is not None:
             trace.shared = None
@@ -292,7 +363,7 @@ class Batch:
     def _rows(self, trace: Trace, site: Site, x: Tensor) -> Rows:
         call = trace.running.call
         assert call is not None
-        layout = call.layout(site.path, x)
+        layout = call.layout(site.place, x)
         rows = trace.arranged.get((layout, x.shape))
         if rows is None:
             if layout is None:

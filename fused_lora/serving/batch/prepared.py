@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.grouped_tables import RowGroups
+from fused_lora.modules.embedding import embed_scale
+from fused_lora.modules.experts import StackedTerm, replace_rows
 from fused_lora.ops.grouped.launch import prepare
 from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
 from fused_lora.ops.grouped.op import Joint, RowLayout, Terms, form_terms, lora_grouped_
 from fused_lora.serving.batch.static import RowBuffers
+from fused_lora.serving.residency.packing import Site
 from fused_lora.serving.residency.residency import Version
-from fused_lora.serving.residency.tables import SlotTables
+from fused_lora.serving.residency.tables import SlotTables, linear
 
 _ROWS = 4  # most arrangements of rows that are kept
 
@@ -46,11 +49,18 @@ class Rows:
     def __init__(self, group_of_row: np.ndarray, groups: Sequence[Group], device: torch.device):
         self._group_of_row, self._groups, self._device = group_of_row, groups, device
         self.steps: dict[tuple, Step | None] = {}
+        self._alone: dict[int, RowLayout] = {}
 
     @functools.cached_property
     def layout(self) -> RowLayout:
         """For the eager path."""
         return RowLayout(self._group_of_row, self._device)
+
+    def alone(self, g: int) -> RowLayout:
+        """The same rows as if those of other groups were the base model's."""
+        if g not in self._alone:
+            self._alone[g] = RowLayout(np.where(self._group_of_row == g, g, -1), self._device)
+        return self._alone[g]
 
     @functools.cached_property
     def groups(self) -> RowGroups:
@@ -79,13 +89,14 @@ class Prepared:
         self.sites = frozenset().union(*(version.factors for version in self._versions))
         self._terms: dict[int, Terms] = {}
         self._joints: dict[tuple[int, ...], Joint] = {}
+        self._of_columns: dict[tuple[int, int], Terms] = {}
         self._rows: dict[tuple, Rows] = {}
         self._lock = threading.Lock()
 
     @functools.cached_property
     def max_rank(self) -> int:
         """Of the adapters; 0 if there are none."""
-        return max((part.r for version in self._versions for part in version.parts), default=0)
+        return max((part.r for version in self._versions for part in linear(version.parts)), default=0)
 
     def rows(self, group_of_row: np.ndarray, device: torch.device) -> Rows:
         """Rows with these groups (-1: the base model). On a GPU they belong to the stream that they were made on."""
@@ -136,6 +147,39 @@ class Prepared:
         _refuse_capture(x)
         lora_grouped_(y, x, rows.layout, self._joint((site,)))
 
+    def embed_(self, rows: Rows, site: Site, tokens: Tensor, y: Tensor) -> None:
+        """y [n, dim] += the terms of an embedding's tokens [n]: their columns of each A, then one product with B."""
+        _refuse_capture(y)
+        terms, scale = self._terms_of(site.index), embed_scale(site.module)
+        for g, members in terms.factors.items():
+            here = rows.layout.rows_of(g)
+            if here is None:
+                continue
+            columns = [A_t[tokens[here]] for A_t, _, _ in members]
+            x = y.new_zeros((len(y), sum(c.shape[1] for c in columns)), dtype=columns[0].dtype)
+            x[here] = torch.cat(columns, 1) if scale is None else torch.cat(columns, 1) * scale.to(x.dtype)
+            lora_grouped_(y, x, rows.alone(g), self._columns(site.index, g, members))
+
+    def _columns(self, site: int, g: int, members: Sequence[tuple]) -> Terms:
+        """The factors of a group at an embedding whose columns of A stand in x beside each other."""
+        if (site, g) not in self._of_columns:
+            ranks = [B_t.shape[0] for _, B_t, _ in members]
+            parts = torch.eye(sum(ranks), dtype=members[0][1].dtype, device=members[0][1].device).split(ranks, 1)
+            found = [(part.contiguous(), B_t, s) for part, (_, B_t, s) in zip(parts, members, strict=True)]
+            self._of_columns[site, g] = Terms({g: found})
+        return self._of_columns[site, g]
+
+    def experts_(self, rows: Rows, sites: Sequence[Site], inputs: Sequence[Tensor], y: Tensor) -> None:
+        """The results of experts under adapters in place of those in y [tokens, K]."""
+        _refuse_capture(y)
+        found = []
+        for g, group in enumerate(self._groups):
+            here = rows.layout.rows_of(g)
+            terms = {site.path.rpartition(".")[2]: _stacked_terms(site, group) for site in sites}
+            if here is not None and any(terms.values()):
+                found.append((here, terms))
+        replace_rows(sites[0].module, y, (inputs[0], inputs[1], inputs[2]), found)
+
     def _joint(self, sites: tuple[int, ...]) -> Joint:
         found = self._joints.get(sites)
         if found is None:
@@ -152,6 +196,17 @@ class Prepared:
             found = {g: [(A_t, B_t, scale * w) for (A_t, B_t, scale), w in group] for g, group in enumerate(members)}
             found = self._terms[site] = Terms(found)
         return found
+
+
+def _stacked_terms(site: Site, group: Group) -> list[StackedTerm]:
+    """What a group adds at one stacked parameter."""
+    found = []
+    for version, weight in group:
+        if site.index in version.factors:
+            A_t, B_t, scale = version.factors[site.index]
+            A, B = A_t.t().unflatten(0, (site.experts, -1)), B_t.unflatten(0, (site.experts, -1)).transpose(1, 2)
+            found.append(StackedTerm(A, B, scale * weight))
+    return found
 
 
 def _form(layout: RowLayout, joint: Joint, x: Tensor) -> tuple | None:

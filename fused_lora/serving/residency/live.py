@@ -1,4 +1,4 @@
-"""An adapter of a live model, PEFT's or ours: A and B of linear layers, and a refusal by name for anything more."""
+"""An adapter of a live model, PEFT's or ours: A and B of its layers, and a refusal by name for anything more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fused_lora.modules.names import some
 from fused_lora.modules.tree import CONFIGS, above, bare_path
 
 Triples = dict[str, tuple[Tensor, Tensor, float]]
-_PLAIN = ("lora_A", "lora_B")  # by adapter name, in a layer that is served
+_PLAIN = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # by adapter name, in a layer that is served
 # config entries for tensors beyond A and B, which adapters that are served beside others do not have
 _MORE = ("modules_to_save", "trainable_token_indices", "lora_bias", "use_dora", "alora_invocation_tokens")
 
@@ -24,16 +24,16 @@ def live_adapter(source: nn.Module, name: str, base: nn.Module) -> Triples:
         base: the model that the adapter is to be served on.
 
     Raises:
-        ValueError: no LoRA layers; several adapters and none called ``name``; or the adapter is more than A and B of
-            linear layers, its initialisation has changed the base weights, or ``source`` has parameters of another
-            shape than ``base`` or trains parameters besides. The message names the first.
+        ValueError: no LoRA layers; several adapters and none called ``name``; or the adapter is more than A and B, its
+            initialisation has changed the base weights, or ``source`` has parameters of another shape than ``base`` or
+            trains parameters besides. The message names the first.
     """
     found: dict[str, Any] = {
-        bare_path(path): module
+        _target(path, module): module
         for path, module in source.named_modules()
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "base_layer")
+        if hasattr(module, "base_layer") and any(isinstance(part, nn.Module) for part in _pairs(module))
     }
-    names = sorted({key for module in found.values() for key in module.lora_A})
+    names = sorted({key for module in found.values() for key in _pairs(module)[0]})
     if not names:
         raise ValueError(f"source: the {type(source).__name__} has no LoRA layers with an adapter")
     chosen = name if name in names else names[0]
@@ -42,16 +42,36 @@ def live_adapter(source: nn.Module, name: str, base: nn.Module) -> Triples:
     _check_config(source, chosen)
     layers: Triples = {}
     for path, module in found.items():
-        if chosen in module.lora_A:
-            if chosen in getattr(module, "lora_variant", {}) or module.lora_B[chosen].bias is not None:
+        lora_A, lora_B = _pairs(module)
+        if chosen in lora_A:
+            A, B = lora_A[chosen], lora_B[chosen]
+            if chosen in getattr(module, "lora_variant", {}) or getattr(B, "bias", None) is not None:
                 raise ValueError(
                     f"source: adapter {chosen!r} is more than A and B at {path!r} (DoRA or another variant, a bias of "
                     "lora_B), which is not served"
                 )
-            A, B = module.lora_A[chosen].weight, module.lora_B[chosen].weight
+            A, B = (part if isinstance(part, Tensor) else part.weight for part in (A, B))
             layers[path] = (A, B, float(module.scaling[chosen]))
     _check_parameters(source, base, _check_nothing_else(source, chosen, layers))
     return layers
+
+
+def _pairs(module: Any) -> tuple[Any, Any]:
+    """lora_A and lora_B of a layer by adapter name: of an embedding those that it has as parameters."""
+    parts = module._modules
+    if parts.get("lora_embedding_A"):
+        return parts["lora_embedding_A"], parts["lora_embedding_B"]
+    return parts.get("lora_A", {}), parts.get("lora_B", {})
+
+
+def _target(path: str, module: Any) -> str:
+    """The path of a layer's base, or of the parameter that a ParamWrapper of PEFT adapts, one around another."""
+    path = bare_path(path)
+    if type(module).__name__ != "ParamWrapper":
+        return path
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return f"{path}.{module.parameter_name}"
 
 
 def _check_config(source: nn.Module, chosen: str) -> None:
@@ -85,7 +105,7 @@ def _check_nothing_else(source: nn.Module, chosen: str, layers: Mapping[str, Any
     for path, module in source.named_modules():
         if not hasattr(module, "active_adapters"):
             continue
-        plain = bare_path(path)
+        plain = _target(path, module)
         for part, held in module._modules.items():
             if not isinstance(held, (nn.ModuleDict, nn.ParameterDict)) or part == "lora_dropout":
                 continue
@@ -93,7 +113,7 @@ def _check_nothing_else(source: nn.Module, chosen: str, layers: Mapping[str, Any
             if chosen in held and (part not in _PLAIN or plain not in layers):
                 raise ValueError(
                     f"source: adapter {chosen!r} has {part} at {plain!r}; adapters that are served beside others bring "
-                    "A and B of linear layers only"
+                    "A and B only"
                 )
     return kept
 

@@ -1,7 +1,8 @@
 """Read an adapter from files, tensors or a model, check it against the model, and lay it out as one run of bytes.
 
 For each layer the bytes hold A [r, K] and then B^T [r, N], contiguous, at the exact rank. Each starts at a multiple of
-64 bytes. B is transposed because its rows have r elements, so that their loads would not be aligned.
+64 bytes. B is transposed because its rows have r elements, so that their loads would not be aligned. Of stacked experts
+r counts the rows of all, expert after expert, and that of each is filled up to whole 16 bytes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, WEIGHTS_NAME, Adapter, Plan, read_checked
-from fused_lora.adapters.read import check_copies, check_model, warn_left_out, warn_of_another_base
+from fused_lora.adapters.read import check_copies, check_model, of_model, warn_left_out, warn_of_another_base
 from fused_lora.modules.config import MAX_RANK, scaling
+from fused_lora.modules.experts import why_not_fused
 from fused_lora.modules.names import mismatch, some
 
 _ALIGNMENT = 64
@@ -25,13 +27,29 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Site(NamedTuple):
-    """A linear layer of the model that adapters may target: its number, path, module, K and N."""
+    """What adapters of the model may target: its number, path, module, K and N.
+
+    kind: "linear", "embedding", whose K are its tokens, or "experts", a stacked parameter of ``experts`` matrices,
+    whose module is called at the path ``place``.
+    """
 
     index: int
     path: str
     module: nn.Module
     K: int
     N: int
+    kind: str = "linear"
+    experts: int = 1
+
+    @property
+    def place(self) -> str:
+        """The path of the module."""
+        return self.path.rpartition(".")[0] if self.kind == "experts" else self.path
+
+
+def why_not_experts(site: Site) -> str | None:
+    """None where adapters of a stacked parameter can be computed as the experts are now, with the store's one hook."""
+    return why_not_fused(site.module, site.path.rpartition(".")[2], own_hooks=1)
 
 
 class Part(NamedTuple):
@@ -125,9 +143,8 @@ def _read(
     def check(plan: Plan) -> Plan:
         return check_model(model, plan, allow_partial)
 
-    return read_checked(
-        folder, MAX_WEIGHT_BYTES, check, inside=inside, tensors=tensors, allow_partial=allow_partial, copies=True
-    )
+    options: dict[str, Any] = dict(tensors=tensors, allow_partial=allow_partial, **of_model(model))
+    return read_checked(folder, MAX_WEIGHT_BYTES, check, inside=inside, **options)
 
 
 def _check_served(folder: str, plan: Plan) -> None:
@@ -147,6 +164,8 @@ def from_tensors(
 ) -> Packed:
     """An adapter of ``{path: (A [r, K], B [N, r], scaling)}``; ``allow_partial`` leaves out paths that are no site.
 
+    Of stacked experts A and B are in PEFT's packing.
+
     Raises:
         ValueError: no layers; a path that is not a linear layer of the model; a shape or rank that does not fit; or a
             value that is not finite in ``dtype``. TypeError: an entry is not such a triple.
@@ -155,7 +174,8 @@ def from_tensors(
         raise ValueError("source: expected at least one layer, got an empty mapping")
     missing = [str(path) for path in layers if path not in sites]
     if missing and (not allow_partial or len(missing) == len(layers)):
-        raise ValueError(f"source: {mismatch(missing, len(layers), sites)}")
+        linear = [path for path, site in sites.items() if site.kind == "linear"]
+        raise ValueError(f"source: {mismatch(missing, len(layers), linear)}")
     if missing:
         warnings.warn(f"source: {len(missing)} of {len(layers)} layers are left out: {some(missing)}", stacklevel=3)
         layers = {path: entry for path, entry in layers.items() if path in sites}
@@ -175,9 +195,11 @@ def _check_entry(site: Site, entry: Any) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"source[{site.path!r}]: expected a number as scaling, got {scale!r}")
     shapes = tuple(A.shape), tuple(B.shape)
-    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != site.K or B.shape[0] != site.N:
-        raise ValueError(f"source[{site.path!r}]: expected A [r, {site.K}] and B [{site.N}, r], got {shapes}")
-    if A.shape[0] != B.shape[1] or not 1 <= A.shape[0] <= MAX_RANK:
+    each = site.experts
+    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != site.K or B.shape[0] != site.N or A.shape[0] % each:
+        r = "r" if each == 1 else f"{each} experts * r"
+        raise ValueError(f"source[{site.path!r}]: expected A [{r}, {site.K}] and B [{site.N}, {r}], got {shapes}")
+    if A.shape[0] != B.shape[1] or not 1 <= A.shape[0] // each <= MAX_RANK:
         raise ValueError(f"source[{site.path!r}]: expected one rank of 1 to {MAX_RANK} in A and B, got {shapes}")
 
 
@@ -197,12 +219,26 @@ def _pack(sites: Mapping[str, Site], layers: Mapping[str, Any], dtype: torch.dty
         for name, tensor in (("A", A), ("B", B)):
             if not torch.isfinite(tensor.to(dtype)).all():
                 raise ValueError(f"source[{path!r}]: {name} has values that are not finite in {dtype}")
+        if site.kind == "experts":
+            A, B = by_expert(A, B, site.experts, dtype)
         r = A.shape[0]
         B_t = _aligned(end + r * site.K * dtype.itemsize)
         parts.append(Part(site, r, float(scale), end, B_t))
         tensors.append((A, B))
         end = _aligned(B_t + r * site.N * dtype.itemsize)
     return Packed(tuple(parts), end, tuple(tensors))
+
+
+def by_expert(lora_A: Tensor, lora_B: Tensor, experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """lora_A [experts * r, K] and lora_B [N, experts * r] of PEFT's packing with the expert slowest in both.
+
+    r is filled up with zeros to whole 16 bytes of ``dtype``, as grouped products want it.
+    """
+    A = lora_A.reshape(experts, -1, lora_A.shape[1])
+    B = lora_B.reshape(len(lora_B), -1, experts).transpose(1, 2)
+    missing = -A.shape[1] % (16 // dtype.itemsize)
+    A, B = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
+    return A.flatten(0, 1), B.flatten(1, 2)
 
 
 def _aligned(offset: int) -> int:

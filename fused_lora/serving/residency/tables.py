@@ -14,6 +14,8 @@ from fused_lora.serving.residency.packing import Part
 class SlotTables:
     """Tables [sites, slots] at fixed addresses, so that a captured graph reads what is written to them later.
 
+    They are about linear layers, which have the first numbers of all sites.
+
     Args:
         sites, slots: how many. device, dtype: of the adapters.
 
@@ -50,7 +52,10 @@ class SlotTables:
 
     def check(self, parts: Sequence[Part]) -> None:
         """Raise ValueError for a rank beyond the limit."""
-        rank = max(part.r for part in parts)
+        other = next((part.site.path for part in parts if part.site.kind != "linear"), None)
+        if self._limit is not None and other is not None:
+            raise ValueError(f"source: {other!r} is no linear layer, and the store's row buffers are for those alone")
+        rank = max((part.r for part in linear(parts)), default=0)
         if self._limit is not None and rank > self._limit:
             raise ValueError(f"source: rank {rank}; the store's row buffers are made for {self._limit} at most")
 
@@ -62,13 +67,18 @@ class SlotTables:
             for table in (*self._pointers, self._rank, self._scaling)
         ]
         start = block.memory.data_ptr()
-        for part in parts:
+        for part in linear(parts):
             for column, value in zip(columns, (start + part.A, start + part.B_t, part.r, part.scaling), strict=True):
                 column[part.site.index] = value
-        self.max_rank = max(self.max_rank, *(part.r for part in parts))
+        self.max_rank = max([self.max_rank, *(part.r for part in linear(parts))])
         for table, column in zip((*self._pointers, self._rank, self._scaling), columns, strict=True):
             table[:, slot].copy_(column, non_blocking=True)
 
     def clear(self, slot: int) -> None:
         """Set rank 0 everywhere: rows that still use the slot get no LoRA term."""
         self._rank[:, slot].zero_()
+
+
+def linear(parts: Sequence[Part]) -> list[Part]:
+    """Those of linear layers."""
+    return [part for part in parts if part.site.kind == "linear"]

@@ -32,7 +32,8 @@ def open_transfer(
         dtype = torch.promote_types(model_dtype, torch.float32) if device.type == "cpu" else model_dtype
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected one of {FLOAT_DTYPES}, got {dtype!r}")
-    tables = SlotTables(len(sites), slots, device, dtype) if guard.usable(device) else None
+    linear = sum(site.kind == "linear" for site in sites.values())
+    tables = SlotTables(max(linear, 1), slots, device, dtype) if guard.usable(device) else None
     return (CudaTransfer if device.type == "cuda" else Transfer)(device, dtype, tables)
 
 
@@ -103,7 +104,7 @@ class Transfer:
         """Wait until all work with the arena's memory is done."""
 
     def factors(self, parts: Sequence[Part], block: Block) -> dict[int, tuple[Tensor, Tensor, float]]:
-        """A^T [K, r], B^T [r, N] and scaling by site: views of the block."""
+        """A^T [K, r], B^T [r, N] and scaling by site: views of the block, r of all experts where there are some."""
         found = {}
         for part in parts:
             A, B_t = part.views(block.memory, self.dtype)

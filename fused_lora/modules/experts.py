@@ -1,0 +1,312 @@
+"""Experts with LoRA: one layer for each stacked parameter [experts, out, in] that ``target_parameters`` names.
+
+A :class:`LoraExperts` stands in place of the experts. It has a :class:`LoraStack` under the name of each adapted
+parameter, whose path is the parameter's. Files have PEFT's names: see :func:`file_paths`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.bases import Base, experts
+from fused_lora.bases.experts import StackedTerm, replace_rows, why_not_fused
+from fused_lora.modules.changes import CHANGING, alone, wait_for_change
+from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
+from fused_lora.modules.fusable import why_not_here
+from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
+from fused_lora.modules.linear import draw
+from fused_lora.modules.merged_state import MergedState
+from fused_lora.modules.mixed import MixedBatch
+from fused_lora.modules.targets import base_layer_of, candidates
+
+__all__ = [
+    "LoraExperts",
+    "LoraStack",
+    "Stack",
+    "StackedTerm",
+    "file_paths",
+    "match_parameters",
+    "place_of",
+    "replace_rows",
+    "stack_at",
+    "stacks_of",
+    "why_not_fused",
+]
+RANDOM = (True, False, "gaussian")  # init_lora_weights that draw for experts
+
+
+class Stack(NamedTuple):
+    """A stacked parameter of a model: the path of its module, its name there, the module, experts, K and N."""
+
+    place: str
+    name: str
+    module: Any
+    experts: int
+    K: int
+    N: int
+
+    @property
+    def path(self) -> str:
+        """Of the parameter."""
+        return f"{self.place}.{self.name}"
+
+    @property
+    def parameter(self) -> Tensor:
+        """[experts, N, K], or [experts, K, N] where the module says ``is_transposed``."""
+        return self.module._parameters[self.name]
+
+
+def match_parameters(model: nn.Module, config: LoraConfig) -> dict[str, Stack]:
+    """The parameters that ``config.target_parameters`` names, by path: whole paths or their last parts, as in PEFT.
+
+    Raises:
+        ValueError: nothing matches, or a match is no stacked parameter of experts that transformers registers.
+    """
+    targets = set(config.target_parameters or ())
+    if not targets:
+        return {}
+    found: dict[str, Stack] = {}
+    for place, module in candidates(model):
+        base = base_layer_of(module)
+        for name in base._parameters:
+            path = f"{place}.{name}"
+            if path in targets or any(path.endswith(f".{target}") for target in targets):
+                if why := experts.why_not_adapted(base, name):
+                    raise ValueError(f"target_parameters matches {path!r}, which is not supported: {why}")
+                found[path] = _stack(base, place, name)
+    lacking = [t for t in sorted(targets) if not any(path == t or path.endswith(f".{t}") for path in found)]
+    if lacking:
+        raise ValueError(f"target_parameters: no parameter of the model is named {', '.join(map(repr, lacking))}")
+    return found
+
+
+def stack_at(modules: Mapping[str, nn.Module], path: str) -> Stack | None:
+    """The stacked parameter at this path, if that is one which can get LoRA."""
+    place, _, name = path.rpartition(".")
+    base = base_layer_of(modules[place]) if place in modules else None
+    return None if base is None or experts.why_not_adapted(base, name) else _stack(base, place, name)
+
+
+def stacks_of(module: Any, place: str) -> list[Stack]:
+    """The stacked parameters of a plain module that can get LoRA."""
+    return [_stack(module, place, name) for name in module._parameters if not experts.why_not_adapted(module, name)]
+
+
+def _stack(module: Any, place: str, name: str) -> Stack:
+    E, first, second = module._parameters[name].shape
+    K, N = (first, second) if module.is_transposed else (second, first)
+    return Stack(place, name, module, E, K, N)
+
+
+def file_paths(stacks: Mapping[str, Stack]) -> dict[str, str]:
+    """The path that PEFT's files have for each parameter: it wraps one after another around their module.
+
+    The last is ``experts``, the one before ``experts.base_layer``, and so on, in the module's own order.
+    """
+    held: dict[str, list[str]] = {}
+    for path, stack in stacks.items():
+        held.setdefault(stack.place, []).append(path)
+    return {
+        path: place + ".base_layer" * (len(paths) - 1 - i)
+        for place, paths in held.items()
+        for i, path in enumerate(paths)
+    }
+
+
+class LoraStack(LoraLayer):
+    """The adapters of one stacked parameter: lora_A [experts * r, K], lora_B [N, r * experts], in PEFT's packing.
+
+    Its :class:`LoraExperts` computes with it. Dropout, lora_bias and DoRA are refused, as by PEFT.
+    """
+
+    kinds_of_parts = ("lora_A", "lora_B")
+    fan_in_fan_out = False
+
+    def __init__(self, stack: Stack):
+        super().__init__()
+        self._of = [stack.module]  # in a list it is no submodule, and has no second set of keys
+        self.parameter_name, self.experts = stack.name, stack.experts
+        self.in_features, self.out_features = stack.K, stack.N
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self._start()
+        self.train(stack.module.training)
+
+    @property
+    def base_layer(self) -> Any:
+        """The experts' module."""
+        return self._of[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The stacked parameter."""
+        return self.base_layer._parameters[self.parameter_name]
+
+    @property
+    def bias(self) -> None:
+        """Biases of experts are not adapted."""
+        return None
+
+    @alone
+    def add_adapter(
+        self,
+        adapter_name: str,
+        r: int = 8,
+        lora_alpha: float = 8,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        autocast_adapter_dtype: bool = True,
+        tensors: LayerTensors | None = None,
+    ) -> None:
+        """Add an adapter of rank r in each expert, inactive and frozen until :meth:`set_adapter`.
+
+        ``tensors`` gives A [experts * r, K] and B [N, r * experts] instead of drawing them; their dtype stays.
+        """
+        check_options(r, lora_alpha, 0.0, init_lora_weights)
+        check_bool("use_rslora", use_rslora)
+        check_bool("autocast_adapter_dtype", autocast_adapter_dtype)
+        self._check_new(adapter_name)
+        K, N, rows = self.in_features, self.out_features, r * self.experts
+        if tensors is not None:
+            check_tensors(tensors, (rows, K), (N, rows), None, None)
+        elif init_lora_weights not in RANDOM:
+            raise ValueError(f"init_lora_weights: expected one of {RANDOM} for experts, got {init_lora_weights!r}")
+        A, B = draw(K, N, rows, init_lora_weights, tensors=tensors, experts=self.experts)
+        device, dtype = self.weight.device, self.weight.dtype
+        for held, part in ((self.lora_A, A), (self.lora_B, B)):
+            placed = self._placed(part, device, dtype, autocast_adapter_dtype, tensors is None)
+            held[adapter_name] = placed.requires_grad_(False)
+        self._note(adapter_name, r, lora_alpha, 0.0, use_rslora)
+
+    def _drawn_dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def terms(self, names: list[str]) -> list[experts.ExpertTerm]:
+        """What these adapters add."""
+        pairs = ((self.lora_A[n].weight, self.lora_B[n].weight, n) for n in self._present(names))
+        return [experts.ExpertTerm(A, B, float(self.scaling[n])) for A, B, n in pairs]
+
+    def of_expert(self, expert: int, name: str) -> tuple[Tensor, Tensor]:
+        """lora_A [r, K] and lora_B [N, r] of one expert."""
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        r = self.r[name]
+        return A[expert * r : (expert + 1) * r], B[:, expert :: self.experts]
+
+    def file_tensors(self, name: str) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        """Of one adapter: end of its key in a file -> (tensor, shape of the whole)."""
+        rows = self.r[name] * self.experts
+        return {
+            ".lora_A.weight": (self.lora_A[name].weight, (rows, self.in_features)),
+            ".lora_B.weight": (self.lora_B[name].weight, (self.out_features, rows)),
+        }
+
+    def why_not_fused(self) -> str | None:
+        """Why a call raises, as the experts are now; None where it does not."""
+        return experts.why_not_fused(self.base_layer, self.parameter_name)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s B_e A_e of each expert, laid out as the parameter, in the adapter's dtype."""
+        A, B = (part[adapter].weight for part in (self.lora_A, self.lora_B))
+        A, B = experts.unpacked(A.float(), B.float(), self.experts)
+        delta = (B @ A * self.scaling[adapter]).to(self.lora_B[adapter].weight.dtype)
+        return delta.transpose(1, 2) if self.base_layer.is_transposed else delta
+
+    def _merge_place(self) -> tuple[nn.Module, Base]:
+        return self.base_layer, experts.kind(self.parameter_name, bool(self.base_layer.is_transposed))
+
+    def _merge_later(self, names: list[str]) -> None:
+        return None
+
+    def _unmerge_later(self) -> None:
+        return None
+
+    def _merged_weights(self) -> list[tuple[str, Any, list[str]]]:
+        return []  # the experts around it have the key
+
+    def forward(self, *args: Any) -> None:
+        """Nobody calls a parameter."""
+        raise RuntimeError(f"{self.parameter_name} is a parameter: call the experts around it")
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, in={self.in_features}, out={self.out_features}, active={self.active_adapters}"
+
+
+def place_of(path: str, layer: nn.Module) -> str:
+    """Where the module with a LoRA layer's weight stands: of a stacked parameter its experts' path."""
+    return path.rpartition(".")[0] if isinstance(layer, LoraStack) else path
+
+
+class LoraExperts(MergedState, nn.Module):
+    """Experts, and a :class:`LoraStack` under the name of each adapted parameter. The experts are kept, not copied."""
+
+    base_layer: Any
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.train(base_layer.training)
+
+    def stacks(self) -> dict[str, LoraStack]:
+        """The layers, by the name of the parameter."""
+        return {name: part for name, part in self._modules.items() if isinstance(part, LoraStack)}
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden [tokens, K] through the top_k experts of each token, [tokens, K]: the experts' own, and the terms.
+
+        top_k_index, top_k_weights: [tokens, top_k].
+
+        Raises:
+            RuntimeError: with active adapters, where the experts are out of the ordinary: hooked, of an implementation
+                of other arithmetic, spread over processes. Nothing is computed.
+        """
+        if CHANGING:
+            wait_for_change(self)
+        call, stacks = (hidden, top_k_index, top_k_weights), self.stacks()
+        for stack in stacks.values():
+            if stack.disable_adapters and stack.merged:
+                stack.unmerge()
+        if any(stack.disable_adapters for stack in stacks.values()):
+            return self.base_layer(*call)
+        batch = next((s.mixed_batch for s in stacks.values() if s.mixed_batch is not None), None)
+        if batch is not None:
+            return self._mixed_forward(call, stacks, batch)
+        terms = {n: s.terms(s.active_adapters) for n, s in stacks.items() if not s.merged}
+        if not any(terms.values()):
+            return self.base_layer(*call)
+        self._check_call(terms)
+        return experts.experts_forward(self.base_layer, *call, terms)
+
+    def _merged_weights(self) -> list[tuple[str, Any, list[str]]]:
+        return [(f"base_layer.{name}", stack, list(stack.merged_adapters)) for name, stack in self.stacks().items()]
+
+    def _mixed_forward(
+        self, call: tuple[Tensor, Tensor, Tensor], stacks: Mapping[str, LoraStack], batch: MixedBatch
+    ) -> Tensor:
+        """Tokens of one batch under different adapters; base rows keep the experts' bits."""
+        if any(stack.merged for stack in stacks.values()):
+            raise ValueError("adapter_batch: an adapter of the experts is merged; unmerge first")
+        rows_of = batch.rows(next(iter(stacks.values())), call[0])
+        y = self.base_layer(*call)
+        groups = [(rows, {n: s.terms([name]) for n, s in stacks.items()}) for name, rows in rows_of.items()]
+        groups = [(rows, terms) for rows, terms in groups if any(terms.values()) and len(rows)]
+        if groups:
+            self._check_call({n: s.terms(s.adapters) for n, s in stacks.items()})
+            experts.replace_rows(self.base_layer, y, call, groups)
+        return y
+
+    def _check_call(self, terms: Mapping[str, Any]) -> None:
+        reasons = (experts.why_not_fused(self.base_layer, name) for name, own in terms.items() if own)
+        why = next((reason for reason in reasons if reason), None) or why_not_here()
+        if why:
+            raise RuntimeError(f"experts with LoRA: {why}; expected the experts' own call, so nothing was computed")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self.__dict__.get("_modules", ()):
+                raise
+        return getattr(self.base_layer, name)

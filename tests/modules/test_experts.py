@@ -1,0 +1,271 @@
+"""target_parameters of inject over stacked experts, next to PEFT: draws, results, merges, files, refusals."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Qwen3MoeForCausalLM
+
+import fused_lora
+from fused_lora.adapters.errors import AdapterError
+from fused_lora.reference import bits
+from fused_lora.testing.numeric import assert_close, assert_no_worse
+from helpers.accelerated import ROWS, TOKENS, quiet, wrap
+from helpers.experts import ARCHITECTURES, BOTH, EXPERTS, HIDDEN, Block, moe
+from helpers.seeds import shifted
+from helpers.thorough import sampled
+
+PARTS = {"gate_up_proj": "base_layer.", "down_proj": ""}  # a parameter, and what PEFT's names have in its place
+FILE = "adapter_model.safetensors"
+
+
+def of_peft(name):
+    """The name that PEFT has for a parameter of ours."""
+    for part, inner in PARTS.items():
+        name = name.replace(f"experts.{part}.lora_", f"experts.{inner}lora_")
+    return "base_model.model." + name.replace("experts.base_layer.", "experts.base_layer.base_layer.").replace(
+        "base_layer.base_layer.lora_", "base_layer.lora_"
+    )
+
+
+def twins(base=None, adapters=None, **fields):
+    """Ours and PEFT's around the same weights, with the same random adapters."""
+    base = (base or Block()).eval()
+    ours, theirs = copy.deepcopy(base), wrap(base, adapters, **{**BOTH, "r": 4, **fields}).eval()
+    for name, own in (adapters or {"default": {}}).items():
+        fused_lora.inject(ours, fused_lora.LoraConfig(**{**BOTH, "r": 4, **fields, **own}), name)
+    held = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(held[of_peft(name)].data)
+    return ours, theirs
+
+
+def run(model, ids, g, names):
+    y = model(ids)
+    model.zero_grad()
+    y.backward(g.to(y.dtype))
+    held = dict(model.named_parameters())
+    return {"y": y.detach(), **{name: held[own].grad for name, own in names.items()}}
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+def test_draws_are_pefts(init):
+    base = Block(dtype=torch.bfloat16)
+    theirs, config = copy.deepcopy(base), {**BOTH, "r": 3, "init_lora_weights": init}
+    torch.manual_seed(shifted(1))
+    fused_lora.inject(base, peft.LoraConfig(**config))
+    torch.manual_seed(shifted(1))
+    held = dict(peft.get_peft_model(theirs, peft.LoraConfig(**config)).named_parameters())
+    for name, parameter in base.named_parameters():
+        other = held[of_peft(name)]
+        assert parameter.dtype == other.dtype and parameter.requires_grad == other.requires_grad, name
+        assert torch.equal(bits(parameter.detach()), bits(other.detach())), name
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("name", sampled(ARCHITECTURES, 3))
+def test_outputs_and_gradients_are_no_worse_than_pefts(name):
+    found = {"ours": {}, "theirs": {}, "exact": {}}
+    for draw in range(17):
+        torch.manual_seed(shifted(draw))
+        ours, theirs = twins(Block(name), {"a": {}, "b": {"r": 3, "use_rslora": True}})
+        fused_lora.set_adapter(ours, ["a", "b"])
+        theirs.base_model.set_adapter(["a", "b"])
+        names = {n: n for n, p in ours.named_parameters() if p.requires_grad}
+        assert len(names) == 8
+        ids, g = torch.randint(0, TOKENS, (ROWS, 5)), torch.randn(ROWS * 5, HIDDEN)
+        found_ours = run(ours, ids, g, names)
+        theirs_names = {n: of_peft(n) for n in names}
+        results = (found_ours, *(run(m, ids, g, theirs_names) for m in (theirs, copy.deepcopy(theirs).double())))
+        for kept, result in zip(found.values(), results, strict=True):
+            for key, tensor in result.items():
+                kept.setdefault(key, []).append(tensor)
+    for key in found["ours"]:
+        assert_no_worse(*(torch.stack(kept[key]) for kept in found.values()), name=key, draws=True)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_files_both_ways(tmp_path, name):
+    """PEFT's packing and names: equal files, PEFT's load of ours, our load of PEFT's; its delta weights."""
+    fields = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {r"experts\.gate_up_proj": 3}}
+    ours, theirs = twins(Block(name), **fields)
+    base, ids = Block(name), torch.arange(ROWS * 5)
+    base.load_state_dict(fused_lora.unload(copy.deepcopy(ours)).state_dict())
+    for part, inner in PARTS.items():
+        wrapper, layer = theirs.base_model.model.experts, ours.experts.get_submodule(part)
+        wrapper = wrapper.base_layer if inner else wrapper
+        assert layer.r == wrapper.r and layer.scaling == wrapper.scaling
+        assert_close(layer.get_delta_weight("default"), wrapper.get_delta_weight("default").detach(), terms=10)
+    fused_lora.save_adapter(ours, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    mine, other = (load_file(tmp_path / folder / FILE) for folder in ("ours", "theirs"))
+    assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    fresh = copy.deepcopy(base)
+    fused_lora.load_adapter(fresh, tmp_path / "theirs")
+    assert torch.equal(fresh(ids), ours(ids))
+    assert_close(back(ids), ours(ids), terms=1000)
+    fused_lora.save_adapter(fresh, tmp_path / "again")
+    assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / "ours" / FILE).read_bytes()
+
+
+@pytest.mark.parametrize("targets", [["experts.down_proj"], ["gate_up_proj"]])
+def test_one_parameter_alone(tmp_path, targets):
+    ours, theirs = twins(target_parameters=targets) if targets == ["experts.down_proj"] else (None, None)
+    if ours is None:  # PEFT's wrapper stands where the outer one of two does
+        ours = fused_lora.inject(Block().eval(), fused_lora.LoraConfig(**{**BOTH, "target_parameters": targets}))
+        theirs = peft.get_peft_model(copy.deepcopy(fused_lora.unload(copy.deepcopy(ours))), peft.LoraConfig(
+            **{**BOTH, "target_parameters": targets}
+        ))  # fmt: skip
+        for (_, a), (_, b) in zip(
+            ((n, p) for n, p in ours.named_parameters() if "lora_" in n),
+            ((n, p) for n, p in theirs.named_parameters() if "lora_" in n),
+            strict=True,
+        ):
+            b.data.copy_(a.data.normal_(std=0.2))
+    fused_lora.save_adapter(ours, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    mine, other = (load_file(tmp_path / folder / FILE) for folder in ("ours", "theirs"))
+    assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
+    ids = torch.arange(ROWS)
+    assert_close(ours(ids), theirs.eval()(ids), terms=1000)
+
+
+def test_a_whole_model_with_linear_layers_and_experts(tmp_path):
+    """Beside each other in one adapter; saved by the model itself, merged, unloaded."""
+    ours, theirs = twins(moe(), target_modules=["q_proj", "v_proj"])
+    ids = torch.randint(0, TOKENS, (2, 6))
+    logits = ours(ids).logits
+    assert_close(logits, theirs(ids).logits, terms=1000)
+    assert len(fused_lora.lora_layers(ours)) == 8
+    assert all(row.fused for row in fused_lora.integrations.peft.layer_report(ours))
+    theirs.save_pretrained(tmp_path / "theirs")
+    fresh = fused_lora.unload(copy.deepcopy(ours))
+    fused_lora.load_adapter(fresh, tmp_path / "theirs")
+    assert torch.equal(fresh(ids).logits, logits)
+    ours.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["target_parameters"]
+    with fused_lora.merged(ours):
+        ours.save_pretrained(tmp_path / "merged")
+        assert_close(ours(ids).logits, logits, terms=1000)
+    again = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert_close(again(ids).logits, logits, terms=1000)
+    assert torch.equal(ours(ids).logits, logits)
+    assert_close(fused_lora.unload(ours, merge_adapters=True)(ids).logits, logits, terms=1000)
+    assert not any("lora" in name or "base_layer" in name for name in ours.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_merges_come_back(name, dtype):
+    ours, theirs = twins(Block(name, dtype), {"a": {}, "b": {"r": 2}})
+    before = {n: bits(p.detach().clone()) for n, p in ours.named_parameters()}
+    for _ in range(3):
+        fused_lora.merge(ours, ["a"])
+        fused_lora.unmerge(ours)
+    fused_lora.merge(ours, ["a", "b"])
+    if dtype is torch.float32:
+        theirs.base_model.set_adapter(["a", "b"])
+        theirs.merge_adapter()
+        base = theirs.base_model.model.experts.get_base_layer()
+        for part in PARTS:
+            assert_close(ours.experts.get_submodule(part).weight, base.get_parameter(part), terms=100)
+        with pytest.raises(RuntimeError, match=r"experts\.base_layer\.gate_up_proj: \['a', 'b'\] are merged"):
+            key = "experts.base_layer.gate_up_proj"
+            ours.load_state_dict({key: torch.zeros_like(ours.get_parameter(key))}, strict=False)
+    fused_lora.unmerge(ours)
+    for n, parameter in ours.named_parameters():
+        assert torch.equal(bits(parameter), before[n]), n
+
+
+def test_a_broken_adapter_merges_nowhere():
+    ours, _ = twins()
+    ours.experts.down_proj.lora_B["default"].weight.data[0, -1] = float("inf")  # of the last expert
+    before = [bits(p.detach().clone()) for p in ours.parameters()]
+    with pytest.raises(ValueError, match="experts.down_proj: .*nothing was merged"):
+        fused_lora.merge(ours)
+    assert all(torch.equal(bits(p), b) for p, b in zip(ours.parameters(), before, strict=True))
+
+
+def test_a_16_bit_merge_that_loses_the_adapter_warns():
+    ours, _ = twins(Block(dtype=torch.bfloat16))
+    for layer in fused_lora.lora_layers(ours).values():
+        layer.lora_B["default"].weight.data.mul_(1e-4)
+    with pytest.warns(UserWarning, match="16-bit weights keep only"):
+        fused_lora.merge(ours)
+
+
+def test_a_batch_of_several_adapters():
+    """Each token's rows are those of its adapter alone, and base rows have the base's bits."""
+    ours, _ = twins(moe(), {"a": {}, "b": {"r": 2}}, target_modules=["q_proj"])
+    ids, names = torch.randint(0, TOKENS, (5, 6)), ["a", None, "b", "a", None]
+    with torch.no_grad():
+        with fused_lora.disable_adapters(ours):
+            base = ours(ids).logits
+        with fused_lora.adapter_batch(ours, names):
+            mixed = ours(ids).logits
+        for name, rows in (("a", [0, 3]), ("b", [2])):
+            fused_lora.set_adapter(ours, name)
+            assert_close(mixed[rows], ours(ids).logits[rows], terms=1000)
+    assert torch.equal(bits(mixed[[1, 4]]), bits(base[[1, 4]]))
+
+
+def test_adapters_of_other_parameters_come_and_go(tmp_path):
+    """Unlike in PEFT two adapters may target different parameters; files are those of each alone."""
+    base, ids = Block().eval(), torch.arange(ROWS)
+    alone = {}
+    model = copy.deepcopy(base)
+    for name, targets in (("gate", ["gate_up_proj"]), ("down", ["down_proj"]), ("both", ["gate_up_proj", "down_proj"])):
+        config = fused_lora.LoraConfig(target_parameters=targets, init_lora_weights=False)
+        fused_lora.inject(model, config, name)
+        fused_lora.save_adapter(model, tmp_path / name, name)
+        fresh = copy.deepcopy(base)
+        fused_lora.load_adapter(fresh, tmp_path / name)
+        alone[name] = fresh(ids)
+    for name, expected in alone.items():
+        fused_lora.set_adapter(model, name)
+        assert torch.equal(model(ids), expected)
+    fused_lora.delete_adapter(model, "both")
+    assert fused_lora.active_adapters(model) == ["down"] and torch.equal(model(ids), alone["down"])
+    with fused_lora.disable_adapters(model):
+        assert torch.equal(model(ids), base(ids))
+
+
+def test_what_is_refused(tmp_path):
+    for fields, text in (
+        ({"lora_dropout": 0.1}, "lora_dropout must be 0.0 with target_parameters, got 0.1"),
+        ({"use_dora": True}, "use_dora must be False with target_parameters"),
+        ({"bias": "all"}, "bias must be 'none' with target_parameters"),
+        ({"target_parameters": ["gate_up"]}, "target_parameters: no parameter of the model is named 'gate_up'"),
+        ({"target_parameters": ["emb.weight"]}, "matches 'emb.weight', which is not supported: Embedding is not in"),
+        ({"init_lora_weights": "orthogonal"}, "init_lora_weights: expected one of .* for experts, got 'orthogonal'"),
+    ):
+        net = Block()
+        with pytest.raises(ValueError, match=text):
+            fused_lora.inject(net, fused_lora.LoraConfig(**{**BOTH, **fields}))
+        assert type(net.experts).__name__ == "Qwen3MoeExperts"
+    ours, _ = twins()
+    ours.experts.base_layer.config._experts_implementation = "sonicmoe"
+    with pytest.raises(RuntimeError, match="the experts implementation is 'sonicmoe'.*nothing was computed"):
+        ours(torch.arange(ROWS))
+    ours.experts.base_layer.config._experts_implementation = "eager"
+    fused_lora.save_adapter(ours, tmp_path / "a")
+    with pytest.raises(AdapterError, match="target_parameters.*no parameter of the model is named"):
+        fused_lora.load_adapter(nn.Sequential(nn.Linear(3, 3)), tmp_path / "a")
+    for read in (fused_lora.adapters.read_adapter, fused_lora.checkpoints.inspect_adapter):
+        with pytest.raises(AdapterError, match="target_parameters.*read with the model that they are for"):
+            read(tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / FILE)
+    key = "base_model.model.experts.lora_A.weight"
+    for broken, text in (
+        (tensors[key][1:], rf"\[{EXPERTS} experts \* r, K\]"),
+        (tensors[key][:, 1:], r"a shape \[24, 24\] for the layer 'experts.down_proj'"),
+    ):
+        save_file({**tensors, key: broken.contiguous()}, tmp_path / "a" / FILE)
+        with pytest.raises(AdapterError, match=text), quiet():
+            fused_lora.load_adapter(Block(), tmp_path / "a")

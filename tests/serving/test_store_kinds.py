@@ -1,0 +1,196 @@
+"""Embeddings and stacked experts in the store: mixed with other adapters in one batch, and what is refused at load."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import fused_lora
+from fused_lora.reference import bits
+from fused_lora.serving.residency.packing import Part, Site, by_expert
+from fused_lora.serving.residency.tables import SlotTables
+from fused_lora.serving.store import AdapterStore
+from fused_lora.testing.numeric import assert_close
+from helpers.accelerated import TOKENS, wrap
+from helpers.experts import moe
+from helpers.seeds import shifted
+
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+ADAPTERS = {
+    "lin": {"target_modules": ["q_proj", "v_proj"], "r": 3},
+    "emb": {"target_modules": ["embed_tokens"], "r": 5},
+    "moe": {"target_modules": [], "target_parameters": PARAMETERS, "r": 2},
+    "down": {"target_modules": [], "target_parameters": PARAMETERS[1:], "r": 4},
+    "all": {"target_modules": ["embed_tokens", "q_proj"], "target_parameters": PARAMETERS, "r": 3},
+}
+IDS = torch.arange(1, 43).reshape(7, 6) % TOKENS
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The adapters as PEFT saves them, each with what PEFT computes with it."""
+    torch.manual_seed(shifted(5))
+    base, root, expected = moe(), tmp_path_factory.mktemp("kinds"), {}
+    for name, fields in ADAPTERS.items():
+        live = wrap(copy.deepcopy(base), **fields).eval()
+        for key, parameter in live.named_parameters():
+            if "lora_embedding" in key:
+                parameter.data.normal_(std=0.2)
+        live.save_pretrained(root / name)
+        with torch.no_grad():
+            expected[name] = live(IDS).logits
+    return base, root, expected
+
+
+def store_with(base, root, names=ADAPTERS, **options):
+    store = AdapterStore(copy.deepcopy(base), **options)
+    for name in names:
+        store.load(name, root / name)
+    return store
+
+
+@torch.no_grad()
+def run(store, names, ids=IDS):
+    with store.batch(names):
+        return store.model(ids).logits
+
+
+def test_all_kinds_in_one_batch(folders):
+    base, root, expected = folders
+    store, names = store_with(base, root), ["lin", None, "emb", "moe", "down", "all", None]
+    with torch.no_grad():
+        plain = base(IDS).logits
+    for _ in range(3):  # the first two calls are followed
+        mixed = run(store, names)
+        for row, name in enumerate(names):
+            if name is None:
+                assert torch.equal(bits(mixed[row]), bits(plain[row]))
+            else:
+                assert_close(mixed[row], expected[name][row], terms=2000)
+    shorter = run(store, names, IDS[:, :4])  # other sizes
+    assert torch.equal(bits(shorter[1]), bits(base(IDS[:, :4]).logits.detach()[1]))
+    assert_close(shorter[5], expected["all"][5, :4], terms=2000)  # causal
+    assert torch.equal(bits(base.state_dict()["lm_head.weight"]), bits(store.model.state_dict()["lm_head.weight"]))
+
+
+def test_weights_of_several_adapters(folders):
+    base, root, _ = folders
+    store = store_with(base, root)
+    found = run(store, [{"all": 0.5, "moe": -1.5, "emb": 2.0}] * 7)
+    ours = copy.deepcopy(base)
+    for name in ("all", "moe", "emb"):
+        fused_lora.load_adapter(ours, root / name, name)
+    fused_lora.merge(ours, ["all", "moe", "emb"], weights=[0.5, -1.5, 2.0])
+    with torch.no_grad():
+        assert_close(found, ours(IDS).logits, terms=2000)
+
+
+def test_an_embeddings_rows_do_not_depend_on_their_neighbours(folders):
+    base, root, _ = folders
+    store = store_with(base, root, ["emb", "all"])
+    embedding, ids = store.model.get_input_embeddings(), torch.arange(1, 33).reshape(16, 2) % TOKENS
+    with torch.no_grad():
+        with store.batch(["emb"] + [None, "all", "emb"] * 5):
+            many = embedding(ids)
+        with store.batch(["emb"]):
+            alone = embedding(ids[:1])
+    assert torch.equal(bits(many[0]), bits(alone[0]))
+
+
+def test_generate_and_eviction(folders):
+    base, root, _ = folders
+    store, names = store_with(base, root, max_resident=2), ["moe", "emb", "moe"]
+    tokens = {}
+    for name in ("moe", "emb"):
+        ours = copy.deepcopy(base)
+        fused_lora.load_adapter(ours, root / name)
+        tokens[name] = ours.generate(IDS[:3], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for _ in range(2):
+        with store.batch(names):
+            found = store.model.generate(IDS[:3], max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert all(torch.equal(found[row], tokens[name][row]) for row, name in enumerate(names))
+        run(store, ["lin", "all"] + [None] * 5)  # takes both places
+    assert store.stats()["evictions"] > 0
+
+
+def test_sources_that_are_no_files(folders):
+    """A live model of PEFT's, one of inject, and a mapping in PEFT's packing."""
+    base, root, expected = folders
+    store = AdapterStore(copy.deepcopy(base))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), root / "all")
+    ours = copy.deepcopy(base)
+    fused_lora.load_adapter(ours, root / "all")
+    store.load("theirs", theirs)
+    store.load("ours", ours)
+    layers = fused_lora.lora_layers(ours)
+    place = "model.layers.0.mlp.experts.down_proj"
+    stack = layers[place]
+    entry = stack.lora_A["default"].weight, stack.lora_B["default"].weight, stack.scaling["default"]
+    store.load("mapping", {place: entry})
+    rows = run(store, ["theirs", "ours", "mapping", "theirs", "ours", "mapping", None])
+    for row in (0, 1, 3, 4):
+        assert_close(rows[row], expected["all"][row], terms=2000)
+    assert not torch.equal(rows[2], base(IDS).logits[2])
+    with pytest.raises(ValueError, match=r"expected A \[4 experts \* r, 24\] and B \[16, 4 experts \* r\]"):
+        store.load("mapping", {place: (entry[0][1:], *entry[1:])})
+
+
+def test_compiled_models_give_the_same(folders):
+    base, root, _ = folders
+    store, names = store_with(base, root, ["all", "emb"]), ["all", None, "emb", "all", None, None, "emb"]
+    eager = run(store, names)
+    plain = base(IDS).logits
+    embedding = store.model.get_input_embeddings()
+    compiled = torch.compile(embedding, backend="eager", fullgraph=True)
+    with torch.no_grad(), store.batch(names):
+        assert torch.equal(compiled(IDS), embedding(IDS))
+    assert torch.equal(bits(eager[1]), bits(plain[1].detach()))
+
+
+def test_what_cannot_be_served_is_refused_at_load(folders):
+    base, root, _ = folders
+    store = AdapterStore(copy.deepcopy(base))
+    experts = store.model.model.layers[1].mlp.experts
+    experts.config._experts_implementation = "sonicmoe"
+    text = "cannot be served: the parameter 'model.layers.0.mlp.experts.gate_up_proj': the experts implementation"
+    for name in ("moe", "all"):
+        with pytest.raises(ValueError, match=text):
+            store.load(name, root / name)
+    store.load("emb", root / "emb")
+    experts.config._experts_implementation = None
+    store.load("moe", root / "moe")
+    handle = experts.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj.*a hook on the experts"):
+        store.load("down", root / "down")
+    with store.batch(["moe"]), pytest.raises(RuntimeError, match="cannot be computed: a hook on the experts"):
+        store.model(IDS[:1])
+    handle.remove()
+    assert store.names() == ["emb", "moe"]
+
+
+def test_tables_of_the_kernels_know_linear_layers_alone():
+    linear, other = nn.Linear(8, 4), nn.Embedding(8, 4)
+    parts = (
+        Part(Site(0, "lin", linear, 8, 4), 2, 1.0, 0, 64),
+        Part(Site(1, "emb", other, 8, 4, "embedding"), 99, 1.0, 0, 64),
+    )
+    tables = SlotTables(1, 16, torch.device("cpu"), torch.float32)
+    tables.check(parts)
+    tables.limit(16)
+    with pytest.raises(ValueError, match="'emb' is no linear layer, and the store's row buffers are for those alone"):
+        tables.check(parts)
+    tables.check(parts[:1])
+
+
+@pytest.mark.parametrize("dtype, whole", [(torch.float32, 4), (torch.bfloat16, 8)])
+def test_experts_are_laid_out_one_after_another(dtype, whole):
+    A, B = torch.randn(3 * 5, 7), torch.randn(6, 5 * 3)
+    packed_A, packed_B = by_expert(A, B, 3, dtype)
+    rows = -(-5 // whole) * whole
+    assert packed_A.shape == (3 * rows, 7) and packed_B.shape == (6, 3 * rows)
+    for e in range(3):
+        own = slice(e * rows, e * rows + 5)
+        assert torch.equal(packed_A[own], A[5 * e : 5 * e + 5]) and torch.equal(packed_B[:, own], B[:, e::3])
+        assert not packed_A[e * rows + 5 : (e + 1) * rows].any()
