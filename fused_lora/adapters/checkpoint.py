@@ -8,6 +8,7 @@ bounded number of steps (``patterns``).
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.expert_files import LAYOUT, LAYOUTS, Stacked, Stacks, as_peft
 from fused_lora.adapters.kinds import not_read
 from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.tensorfile import (
@@ -45,17 +47,6 @@ SLOTS = {  # end of a key -> field of LayerTensors
 }
 _EMBEDDING_SLOTS = {".lora_embedding_A": "lora_A", ".lora_embedding_B": "lora_B"}
 _MAX_PATTERN_CHECKS = 2_000_000
-
-
-class Stacked(NamedTuple):
-    """A stacked parameter of experts that an adapter is for: its path, and how many experts it has."""
-
-    path: str
-    experts: int
-
-
-# of a model, by the path that a file has for it; asked with the config of the file
-Stacks = Callable[[LoraConfig], Mapping[str, Stacked]]
 
 
 class Adapter(NamedTuple):
@@ -165,7 +156,8 @@ def _read_once(
     stacks_of: Stacks | None,
 ) -> tuple[Adapter, Plan]:
     config_path = os.path.join(folder, CONFIG_NAME)
-    config = _read_config(config_path, dir_fd, inside)
+    config, layout = _read_config(config_path, dir_fd, inside)
+    stacks_of = stacks_of and functools.partial(_stacks, config_path, stacks_of)
     path = os.path.join(folder, WEIGHTS_NAME)
     if not _exists(path, dir_fd):
         pickled = _exists(os.path.join(folder, "adapter_model.bin"), dir_fd)
@@ -176,21 +168,22 @@ def _read_once(
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         header = read_header(path, file, size)
         ends = SLOTS | _EMBEDDING_SLOTS if all_kinds else SLOTS
-        found = _sort_keys(path, header.entries, config, ends, allow_partial, may_copy)
+        entries, config, convert = as_peft(path, header.entries, config, layout, KEY_PREFIX, stacks_of)
+        found = _sort_keys(path, entries, config, ends, allow_partial, may_copy)
         slots, biases, beside, left_out, copies, embeddings = found
-        known = _stacks(config_path, config, stacks_of, all_kinds)
+        known = _known(config_path, config, stacks_of, all_kinds)
         slots = {known[name].path if name in known else name: keys for name, keys in slots.items()}
         experts = {stack.path: stack.experts for stack in known.values() if stack.path in slots}
         names = () if stacks_of is not None else config.target_parameters or ()
         stacks = {name: found for name in slots if (found := _parameters_of(name, names))}
         if names and not stacks:
             raise AdapterError(path, "target_parameters", f"tensors for {list(names)}", "none")
-        ranks = _ranks(folder, path, header.entries, slots, config, experts, stacks)
+        ranks = _ranks(folder, path, entries, slots, config, experts, stacks)
         others = beside, left_out, header.base, copies, embeddings, experts, stacks
-        plan = check(Plan(config, path, header.entries, slots, biases, ranks, *others))
+        plan = check(Plan(config, path, entries, slots, biases, ranks, *others))
         if not with_tensors:
             return Adapter(config, {}, {}, {}), plan
-        tensors = read_tensors(path, file, header)
+        tensors = convert(read_tensors(path, file, header))
     layers = {
         name: LayerTensors(**{field: tensors[k] for field, k in keys.items()}) for name, keys in plan.slots.items()
     }
@@ -198,13 +191,17 @@ def _read_once(
     return Adapter(config, layers, *others), plan
 
 
-def _read_config(path: str, dir_fd: int | None, inside: str | None) -> LoraConfig:
+def _read_config(path: str, dir_fd: int | None, inside: str | None) -> tuple[LoraConfig, str | None]:
+    """The config, and how it says that lora_B of stacked experts is packed."""
     with open_regular(path, MAX_CONFIG_BYTES, dir_fd, inside) as (file, size):
         raw = bytearray(size)
         read_exactly(path, file, raw)
     entries = parse_json(path, bytes(raw))
+    layout: Any = entries.pop(LAYOUT, None)
+    if layout not in (None, *LAYOUTS):
+        raise AdapterError(path, LAYOUT, f"one of {', '.join(LAYOUTS)}", layout)
     try:
-        return LoraConfig.from_dict(entries)
+        return LoraConfig.from_dict(entries), layout
     except FieldError as error:
         found = entries.get(error.field, "no such entry")
         raise AdapterError(path, error.field, error.expected, found) from None
@@ -288,18 +285,22 @@ def _is_beside(name: str, config: LoraConfig) -> bool:
     return any(path.endswith(ends) for path in above(name))
 
 
-def _stacks(config_path: str, config: LoraConfig, stacks_of: Stacks | None, all_kinds: bool) -> Mapping[str, Stacked]:
+def _stacks(config_path: str, stacks_of: Stacks, config: LoraConfig | None) -> Mapping[str, Stacked]:
+    """What the model answers; what it does not have is the file's fault."""
+    try:
+        return stacks_of(config)
+    except ValueError as error:
+        raise AdapterError(config_path, "target_parameters", "stacked experts of the model", str(error)) from None
+
+
+def _known(config_path: str, config: LoraConfig, stacks_of: Stacks | None, all_kinds: bool) -> Mapping[str, Stacked]:
     """The stacked parameters that the config names, by the paths of the file, where a model says which they are."""
     if not config.target_parameters or (stacks_of is None and all_kinds):
         return {}
     if stacks_of is None:
         expected = "null or empty: stacked experts are read with the model that they are for"
         raise AdapterError(config_path, "target_parameters", expected, config.target_parameters)
-    try:
-        return stacks_of(config)
-    except ValueError as error:
-        expected = "stacked experts of the model"
-        raise AdapterError(config_path, "target_parameters", expected, str(error)) from None
+    return stacks_of(config)
 
 
 def bare_module(path: str) -> str:

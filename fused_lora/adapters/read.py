@@ -16,15 +16,15 @@ from fused_lora.adapters.checkpoint import (
     MAX_WEIGHT_BYTES,
     Adapter,
     Plan,
-    Stacked,
     read_checked,
 )
 from fused_lora.adapters.errors import AdapterError, short
+from fused_lora.adapters.expert_files import Stacked
 from fused_lora.modules import auxiliary
 from fused_lora.modules.arguments import check_int
 from fused_lora.modules.changes import changing, undone_on_error
 from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
-from fused_lora.modules.experts import file_paths, match_parameters, stack_at
+from fused_lora.modules.experts import Stack, all_parameters, file_paths, match_parameters, stack_at
 from fused_lora.modules.inject import (
     LayerSpec,
     attach,
@@ -120,11 +120,18 @@ def load_adapter(
 def of_model(model: nn.Module) -> dict[str, Any]:
     """What ``read_checked`` may find in a file that is for ``model``: all kinds of layers."""
 
-    def stacks(config: LoraConfig) -> dict[str, Stacked]:
-        found = match_parameters(model, config)
-        return {name: Stacked(path, found[path].experts) for path, name in file_paths(found).items()}
+    def stacks(config: LoraConfig | None) -> dict[str, Stacked]:
+        found = all_parameters(model) if config is None else match_parameters(model, config)
+        names = {path: path for path in found} if config is None else file_paths(found)
+        return {name: _stacked(found[path]) for path, name in names.items()}
 
     return dict(copies=True, all_kinds=True, stacks=stacks)
+
+
+def _stacked(stack: Stack) -> Stacked:
+    """What files are read with."""
+    interleaved = not getattr(stack.module, "is_concatenated", True)
+    return Stacked(stack.path, stack.experts, stack.K, stack.N, bool(stack.module.is_transposed), interleaved)
 
 
 def check_copies(model: nn.Module, adapter: Adapter, plan: Plan) -> None:

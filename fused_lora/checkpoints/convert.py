@@ -15,7 +15,7 @@ from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, WEIGHT
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import EVERY, open_regular, read_exactly, read_header
 from fused_lora.checkpoints.files import open_checkpoint, read_json
-from fused_lora.checkpoints.write import write_layers
+from fused_lora.checkpoints.write import write_layers, write_stacked
 from fused_lora.modules.config import FieldError, LoraConfig
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import bare_path
@@ -35,12 +35,13 @@ _WRAPPERS = re.compile(r"^(?:module|model\.base_model\.model|base_model\.model|_
 @dataclass
 class Converted:
     """What was written: the folder, {path of a layer: [r, alpha]}, {key of the source: path}, and whether a layer got
-    its rank as alpha because nothing said another."""
+    its rank as alpha because nothing said another. stacked: paths of the parameters that single experts went into."""
 
     out: str
     layers: dict[str, list[float]]
     renamed: dict[str, str] = field(default_factory=dict)
     assumed: bool = False
+    stacked: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -55,6 +56,7 @@ def convert_adapter(
     rename: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     lora_alpha: float | None = None,
+    stack_experts: bool = False,
 ) -> Converted:
     """Write a PEFT adapter with the tensors of another kind of LoRA file.
 
@@ -71,6 +73,8 @@ def convert_adapter(
         rename: beginnings of paths -> what stands in their place.
         dtype: fp32, bf16 or fp16; None: as the first tensor, fp32 where that is none of them.
         lora_alpha: where the file and its config have none; None: the rank, so that the scaling is 1.
+        stack_experts: layers of single experts (``experts.3.gate_proj``, ``experts.3.w1``) become adapters of the
+            stacked parameters that transformers 5 has (``target_parameters``), gate and up of one.
 
     Raises:
         AdapterError: a malformed file, a key that is not known, a layer without A or B, a name that no module of
@@ -117,9 +121,12 @@ def convert_adapter(
             return tensor(parts["A"]).view(r, K), tensor(parts["B"]).view(N, r)
 
         target = config or LoraConfig(r=1, lora_alpha=1, target_modules=set())
-        write_layers(folder, target, shapes, make, kind, alphas)
+        found = shapes, make, kind, alphas
+        stacked = write_stacked(folder, target, *found) if stack_experts else write_layers(folder, target, *found)
     assumed = lora_alpha is None and config is None and any("alpha" not in parts for parts in layers.values())
-    return Converted(folder, {path: [shapes[path][0], alphas[path]] for path in shapes}, renamed, assumed)
+    return Converted(
+        folder, {path: [shapes[path][0], alphas[path]] for path in shapes}, renamed, assumed, stacked or []
+    )
 
 
 def _config(path: str) -> LoraConfig | None:

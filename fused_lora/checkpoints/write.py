@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
+from fused_lora.adapters.expert_files import as_peft, stacks_of_layers
 from fused_lora.adapters.staging import replace_directory
-from fused_lora.adapters.tensorfile import write_each
-from fused_lora.adapters.write import config_text
+from fused_lora.adapters.tensorfile import TensorEntry, write_each
+from fused_lora.adapters.write import config_text, write_files
 from fused_lora.modules.config import LoraConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,24 +38,8 @@ def write_layers(
     Raises ValueError where a tensor has not its shape or is not finite in ``dtype``, and for another dtype than fp32,
     bf16 and fp16. The folder is then as before.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
-    ranks = {path: r for path, (r, _, _) in shapes.items()}
-    alphas = ranks if alphas is None else alphas
-    config = LoraConfig.from_dict(config.to_dict())
-    config.r, config.rank_pattern = _with_exceptions(ranks)
-    config.lora_alpha, config.alpha_pattern = _with_exceptions(alphas)
-    config.use_rslora = config.use_rslora and alphas is not ranks
-    config.target_modules, config.exclude_modules = set(shapes), None
-    config.layers_to_transform = config.layers_pattern = None
-    config.inference_mode = True
-    config.validate()
-    entries = []
-    for path, (r, K, N) in shapes.items():
-        entries += [
-            (f"{KEY_PREFIX}{path}.lora_A.weight", dtype, (r, K)),
-            (f"{KEY_PREFIX}{path}.lora_B.weight", dtype, (N, r)),
-        ]
+    config = _config(config, shapes, alphas)
+    entries = _entries(shapes, dtype)
 
     def each() -> Iterator[Tensor]:
         for path, (r, K, N) in shapes.items():
@@ -72,6 +57,67 @@ def write_layers(
         return CONFIG_NAME, WEIGHTS_NAME
 
     replace_directory(folder, write)
+
+
+def write_stacked(
+    folder: str,
+    config: LoraConfig,
+    shapes: Shapes,
+    make: Callable[[str], tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+    alphas: Mapping[str, float],
+) -> list[str]:
+    """:func:`write_layers`, but layers of single experts go into stacked parameters as transformers 5 has them.
+
+    Returns:
+        The paths of these parameters, none where no layer is an expert's.
+
+    Raises AdapterError where the parts of a parameter do not belong together.
+    """
+    sizes = {path: (K, N) for path, (_, K, N) in shapes.items()}
+    entries = {key: TensorEntry(kind, shape, 0, 0) for key, kind, shape in _entries(shapes, dtype)}
+    stacks = stacks_of_layers(sizes)
+    found = as_peft(folder, entries, _config(config, shapes, alphas), None, KEY_PREFIX, stacks)
+    if not stacks(None):
+        write_layers(folder, config, shapes, make, dtype, alphas)
+        return []
+    tensors = {}
+    for path in shapes:
+        tensors |= dict(zip((f"{KEY_PREFIX}{path}.lora_{side}.weight" for side in "AB"), make(path), strict=True))
+    tensors = {key: tensor.to(dtype) for key, tensor in found.convert(tensors).items()}
+    for key, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{key}: expected finite numbers in {dtype}, got others")
+    text = config_text(found.config.to_dict())
+    replace_directory(folder, lambda stage: write_files(stage, text, tensors))
+    return sorted(stack.path for stack in stacks(None).values())
+
+
+def _entries(shapes: Shapes, dtype: torch.dtype) -> list[tuple[str, torch.dtype, tuple[int, int]]]:
+    """(key, dtype, shape) of all tensors."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
+    entries = []
+    for path, (r, K, N) in shapes.items():
+        entries += [
+            (f"{KEY_PREFIX}{path}.lora_A.weight", dtype, (r, K)),
+            (f"{KEY_PREFIX}{path}.lora_B.weight", dtype, (N, r)),
+        ]
+    return entries
+
+
+def _config(config: LoraConfig, shapes: Shapes, alphas: Mapping[str, float] | None) -> LoraConfig:
+    ranks = {path: r for path, (r, _, _) in shapes.items()}
+    alphas = ranks if alphas is None else alphas
+    config = LoraConfig.from_dict(config.to_dict())
+    config.r, config.rank_pattern = _with_exceptions(ranks)
+    config.lora_alpha, config.alpha_pattern = _with_exceptions(alphas)
+    config.use_rslora = config.use_rslora and alphas is not ranks
+    config.target_modules, config.exclude_modules = set(shapes), None
+    config.layers_to_transform = config.layers_pattern = None
+    config.inference_mode = True
+    config.validate()
+    return config
 
 
 def _with_exceptions(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:

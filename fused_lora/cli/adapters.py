@@ -55,6 +55,7 @@ def convert(arguments: Sequence[str] | None = None) -> int:
     found.add_argument("--out", required=True, metavar="DIR")
     found.add_argument("--base", metavar="DIR_OR_FILE", help="a checkpoint, to resolve kohya's names")
     found.add_argument("--alpha", type=float, help="where the file has none (default: the rank)")
+    found.add_argument("--stack-experts", action="store_true", help="single experts to transformers 5's stacks")
     renaming(found)
     options = _dtype(common(found)).parse_args(arguments)
     from fused_lora.checkpoints import convert_adapter
@@ -69,9 +70,11 @@ def convert(arguments: Sequence[str] | None = None) -> int:
             rename=dict(options.rename),
             dtype=_torch_dtype(options.dtype),
             lora_alpha=options.alpha,
+            stack_experts=options.stack_experts,
         ),
         lambda report: print(
             f"wrote {report.out}: {len(report.layers)} layers"
+            + f", experts in {len(report.stacked)} stacked parameters" * bool(report.stacked)
             + ("\nno alpha in the file: the scaling is 1 (--alpha sets another)" if report.assumed else "")
         ),
     )

@@ -28,6 +28,7 @@ __all__ = [
     "LoraStack",
     "Stack",
     "StackedTerm",
+    "all_parameters",
     "file_paths",
     "match_parameters",
     "place_of",
@@ -82,6 +83,11 @@ def match_parameters(model: nn.Module, config: LoraConfig) -> dict[str, Stack]:
     if lacking:
         raise ValueError(f"target_parameters: no parameter of the model is named {', '.join(map(repr, lacking))}")
     return found
+
+
+def all_parameters(model: nn.Module) -> dict[str, Stack]:
+    """The stacked parameters of a model that can get LoRA, by path."""
+    return {s.path: s for place, module in candidates(model) for s in stacks_of(base_layer_of(module), place)}
 
 
 def stack_at(modules: Mapping[str, nn.Module], path: str) -> Stack | None:

@@ -126,9 +126,10 @@ def swapped() -> dict[str, Tensor]:
 
 
 EXPERTS = {
-    f"{P}model.layers.0.block_sparse_moe.experts.{i}.w1.lora_{side}.weight": torch.ones(shape)
+    f"{P}model.layers.0.block_sparse_moe.experts.{i}.{name}.lora_{side}.weight": torch.ones(shape)
     for i in range(4)
-    for side, shape in (("A", (R, K)), ("B", (MIDDLE, R)))
+    for name in ("w1", "w3", "w2")
+    for side, shape in (("A", (R, MIDDLE if name == "w2" else K)), ("B", (K if name == "w2" else MIDDLE, R)))
 }
 ROUTER = pair(f"{P}model.layers.0.block_sparse_moe.gate", K, 4)
 UNET = "lora_unet_down_blocks_0_attentions_0_to_q"
@@ -144,6 +145,7 @@ CASES: dict[str, Case] = {
     # ---- sound, however they were saved
     "plain": Case(good_tensors()),
     "embedding": Case({**good_tensors(), **EMBEDDING}, {"target_modules": [*TARGETS, "embed_tokens"]}),
+    "experts one by one": Case(EXPERTS, {"target_modules": ["w1", "w3", "w2"]}, model=mixtral),
     "experts packed": Case(
         pair(f"{P}model.layers.0.mlp.experts", K, 2 * MIDDLE, 4 * R),
         {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
@@ -192,8 +194,8 @@ CASES: dict[str, Case] = {
     "router of transformers 4": Case(
         ROUTER, {"target_modules": ["gate"]}, "block_sparse_moe.gate.*no module of that name", model=mixtral
     ),
-    "experts one by one": Case(
-        EXPERTS, {"target_modules": ["w1"]}, r"4 of the adapter's 4 layers.*experts\.\*\.w1", model=mixtral
+    "experts one by one, of another model": Case(
+        EXPERTS, {"target_modules": ["w1", "w3", "w2"]}, r"12 of the adapter's 12 layers.*experts\.\*\.w1"
     ),
     "experts packed, in another number": Case(
         pair(f"{P}model.layers.0.mlp.experts", K, 2 * MIDDLE, 4 * R + 2),
