@@ -112,6 +112,8 @@ def as_peft(
     rest = {key: entry for key, entry in entries.items() if key not in used and key not in turned}
     made: dict[str, Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]] = {}
     for stack, pieces in found.items():
+        if (key := f"{prefix}{names[stack.path]}.lora_A.weight") in rest or key in turned:
+            raise AdapterError(path, key, f"experts of {stack.path!r} in one layout", f"{pieces[0].A} beside it")
         made[f"{prefix}{names[stack.path]}"] = lambda tensors, s=stack, p=pieces: _stacked(tensors, s, p, ranks[s])
         _add(rest, f"{prefix}{names[stack.path]}", entries[pieces[0].A].dtype, stack, ranks[stack])
     for key in turned:
@@ -179,6 +181,8 @@ def _one_by_one(
         if len(possible) > 1:
             raise AdapterError(path, "alpha_pattern", f"one alpha of {places[where]}", sorted(possible))
         shape = entries[keys["A"]].shape
+        if len(shape) not in (2, 3):
+            raise AdapterError(path, keys["A"], f"a matrix, or one for each expert of {stack.path!r}", list(shape))
         r = shape[-2] if len(shape) == 3 or expert is not None else shape[0] // stack.experts
         scale = scaling(max(r, 1), possible.pop(), config.use_rslora)
         pieces.setdefault(stack, []).append(Piece(half, expert, keys["A"], keys["B"], scale))
@@ -236,7 +240,7 @@ def _rank(path: str, entries: Mapping[str, TensorEntry], stack: Stacked, pieces:
             r = A[0] // stack.experts
             wanted = (stack.experts * r, stack.K), (N, stack.experts * r)
         else:
-            r = A[-2] if len(A) >= 2 else 0
+            r = A[-2]
             lead = (stack.experts,) if all_of else ()
             wanted = (*lead, r, stack.K), (*lead, N, r)
         for key, got, shape in ((piece.A, A, wanted[0]), (piece.B, B, wanted[1])):
@@ -248,7 +252,7 @@ def _rank(path: str, entries: Mapping[str, TensorEntry], stack: Stacked, pieces:
 
 def _stacked(tensors: Mapping[str, Tensor], stack: Stacked, pieces: list[Piece], rank: int) -> tuple[Tensor, Tensor]:
     """lora_A and lora_B of the parameter in PEFT's packing: experts and halves without a piece are zero."""
-    dtype, middle = tensors[pieces[0].A].dtype, stack.N // 2
+    dtype, middle, scale = tensors[pieces[0].A].dtype, stack.N // 2, _scaling(pieces)
     A = torch.zeros(stack.experts, rank, stack.K, dtype=dtype)
     B = torch.zeros(stack.experts, stack.N, rank, dtype=dtype)
     starts: dict[int | None, int] = {}
@@ -261,10 +265,15 @@ def _stacked(tensors: Mapping[str, Tensor], stack: Stacked, pieces: list[Piece],
             own = slice(piece.half * middle, (piece.half + 1) * middle)
             rows = slice(piece.half, None, 2) if stack.interleaved else own
         for expert, a, b in _experts(tensors, stack, piece):
-            ratio = piece.scaling / pieces[0].scaling if pieces[0].scaling else 1.0
+            ratio = piece.scaling / scale if scale else 1.0
             A[expert, first : first + len(a)] = a.to(dtype)
             B[expert, rows, first : first + len(a)] = (b if ratio == 1.0 else b.float() * ratio).to(dtype)
     return pack(A, B)
+
+
+def _scaling(pieces: list[Piece]) -> float:
+    """Of the stacked parameter's adapter: the first that is not 0, for the others go into B as multiples of it."""
+    return next((piece.scaling for piece in pieces if piece.scaling), 0.0)
 
 
 def _experts(tensors: Mapping[str, Tensor], stack: Stacked, piece: Piece) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -297,7 +306,7 @@ def _config(
     if not found:
         return changed
     keys = {stack: "^" + stack.path.replace(".", "\\.") for stack in found}
-    scales = {stack: pieces[0].scaling for stack, pieces in found.items()}
+    scales = {stack: _scaling(pieces) for stack, pieces in found.items()}
     alphas = {s: scales[s] * (math.sqrt(ranks[s]) if config.use_rslora else ranks[s]) for s in found}
     targets = config.target_modules
     if isinstance(targets, set):  # names of experts alone are those of no module any more

@@ -114,7 +114,9 @@ def values_of_rows(
     """``shape`` in ``dtype``: whole rows of a weight, from their bytes and the scale of each block, in fp32."""
     if blocksize > _LARGEST and packed.is_cpu:
         scales, blocksize = scales.repeat_interleave(blocksize // _LARGEST), _LARGEST
-    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, blocksize, quant_type, shape, dtype)
+    # a CPU gives no float64: what was in memory
+    own = torch.float32 if dtype is torch.float64 else dtype
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, blocksize, quant_type, shape, own).to(dtype)
 
 
 def _rows_of(repacked: Tensor, K: int) -> Tensor:

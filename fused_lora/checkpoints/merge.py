@@ -221,7 +221,8 @@ class _Merge:
         about = [a.describe() for a in adapters]
         configs = [[a.plan.config.to_dict(), dict(a.plan.stacks)] for a in adapters]
         known = [[s.name, s.size, s.modified] for s in base.shards], configs
-        kind = [base.digest(), str(dtype), recorded, sorted(changes.by_name), stochastic]
+        places = sorted([name, [key for _, key in change.used()]] for name, change in changes.by_name.items())
+        kind = [base.digest(), str(dtype), recorded, places, stochastic]
         text = json.dumps([__version__, about, known, kind], sort_keys=True, default=str)
         self.identity = hashlib.sha256(text.encode()).hexdigest()
         self.provenance = {
@@ -259,11 +260,9 @@ class _Merge:
                 )
             return check_dequantised(self._base, self._packed, _UNQUANTISED)
         quantised = (self._base.config or {}).get("quantization_config")
-        if not quantised:
-            return None
-        if self._dtype is not None:
-            raise ValueError("dtype: expected None over a checkpoint with a quantization_config")
-        if all(entry.dtype in _UNQUANTISED for _, entry in self._base.tensors.values()):
+        if self._dtype is not None and (quantised or self._changes.stays_quantised):
+            raise ValueError("dtype: expected None over a checkpoint with a quantization_config or quantised weights")
+        if quantised and all(entry.dtype in _UNQUANTISED for _, entry in self._base.tensors.values()):
             path = os.path.join(self._base.folder, MODEL_CONFIG)
             expected = "no such entry, for no weight is quantised, and a loader would quantise the merged ones"
             raise AdapterError(path, "quantization_config", expected, quantised)

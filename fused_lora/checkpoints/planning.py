@@ -25,11 +25,12 @@ from fused_lora.modules.names import some
 @dataclass
 class Changes:
     """All changes by the name of their tensor in the output, the config's new entries, and the quantised weights of
-    the base where one of them changes: all of them become dense then."""
+    the base where one of them changes: all of them become dense then, else they stay as they are."""
 
     by_name: dict[str, Change]
     config: dict[str, Any]
     packed: dict[str, Packed]
+    stays_quantised: bool
 
 
 def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapping[str, str] | None = None) -> Changes:
@@ -47,7 +48,7 @@ def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapp
         plan.warn_of_lacking(adapter)
     plan.untie()
     dense = any(change.source in packed for change in plan.found.values())
-    return Changes(plan.found, plan.config, packed if dense else {})
+    return Changes(plan.found, plan.config, packed if dense else {}, bool(packed) and not dense)
 
 
 class _Planner:

@@ -115,6 +115,18 @@ def test_gate_and_up_become_one(tmp_path, name):
         assert_close(found, expected, terms=10)
 
 
+def test_an_alpha_of_0_silences_its_own_expert_alone(tmp_path):
+    """The first of the file: what the others are scaled by must not come from it."""
+    A, B = factors(INTER, HIDDEN)
+    tensors, _ = layouts(A, B)["one by one"]
+    model = Block()
+    folder = write(tmp_path / "a", tensors, target_modules=["down_proj"], alpha_pattern={"0.down_proj": 0})
+    fused_lora.load_adapter(model, folder)
+    delta = fused_lora.lora_layers(model)["experts.down_proj"].get_delta_weight("default")
+    assert not delta[0].any()
+    assert_close(delta[1:], (B @ A * 2.0)[1:], terms=10)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_old_checkpoints_are_read_as_peft_reads_them(tmp_path, kind):
@@ -184,6 +196,12 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         ),
         "half": ({k: t for k, t in one.items() if k != key}, config, "a lora_B beside it"),
         "shape": ({**one, key: B[1][1:]}, config, rf"a shape \[{HIDDEN}, 3\] for 'experts.down_proj'"),
+        "vector": ({**one, key.replace("lora_B", "lora_A"): A[1, 0]}, config, rf"lora_A.weight: .* found \[{INTER}\]"),
+        "two layouts": (
+            {**one, **layouts(A, B)["PEFT"][0]},
+            {"target_modules": ["down_proj"], **STACK},
+            "experts.lora_A.weight: expected experts of 'experts.down_proj' in one layout, found .*0.down_proj.lora_A",
+        ),
         "twice": ({**one, key.replace("down_proj", "w2"): B[1]}, config, "one lora_B of it"),
         "DoRA": (
             {**one, f"{P}experts.1.down_proj.lora_magnitude_vector": B[1, :, 0]},

@@ -51,6 +51,16 @@ def test_the_weight_has_the_bits_of_bitsandbytes():
         assert torch.equal(weight.to(dtype), theirs) and torch.equal(torch.cat([b for *_, b in parts]), theirs), case
 
 
+def test_float64_has_the_values_of_fp32():
+    """Asked for float64 itself, a CPU gives what was in memory."""
+    layer = linear4bit(N, K)
+    exact, x = values_of(layer).double(), torch.randn(M, K, dtype=F64)
+    for step in (N, 7):
+        assert torch.equal(torch.cat([block for *_, block in Weight(layer, F64).blocks(step)]), exact)
+    wanted = x @ exact.t() + layer.bias.double()  # B is 0
+    assert_close(fused_lora.LoraLinear(layer)(x), wanted, terms=K)
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_weight_that_was_repacked_for_the_cpu(nested, quant_type):

@@ -751,6 +751,16 @@ def test_where_the_output_may_be(tmp_path, capsys):
         merge_checkpoint(base, [(adapter, float("nan"))], tmp_path / "other")
 
 
+def test_the_same_call_with_another_rename_is_another_call(tmp_path):
+    base = write_base(tmp_path / "base", {f"m.{i}.weight": torch.zeros(8, 8) for i in range(2)})
+    adapter = write_adapter(tmp_path / "adapter", {"x": (8, 8), "y": (8, 8)})
+    one, other = {"x": "m.0", "y": "m.1"}, {"x": "m.1", "y": "m.0"}
+    merge_checkpoint(base, adapter, tmp_path / "out", rename=one)
+    assert merge_checkpoint(base, adapter, tmp_path / "out", rename=one).kept
+    with pytest.raises(FileExistsError, match="out: expected a new or empty folder"):
+        merge_checkpoint(base, adapter, tmp_path / "out", rename=other)
+
+
 def test_links_names_and_what_is_left_out(tmp_path):
     """A folder of links, as a hub's cache has it; a rename by hand; weights of other kinds stay behind."""
     blobs, base = write_base(tmp_path / "blobs", decoder()), tmp_path / "base"

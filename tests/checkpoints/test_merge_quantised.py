@@ -12,7 +12,7 @@ from fused_lora.adapters import AdapterError
 from fused_lora.checkpoints import changes, merge_checkpoint, stream
 from fused_lora.testing.numeric import assert_no_worse
 from helpers.checkpoint_files import SINGLE, change, contents, read_all, write_adapter, write_base
-from helpers.quantised import values_of, values_of_8bit
+from helpers.quantised import linear4bit, values_of, values_of_8bit
 from helpers.seeds import shifted
 
 SMALL = dict(vocab_size=90, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
@@ -125,6 +125,18 @@ def test_layers_that_are_not_quantised_leave_the_checkpoint_as_it_is(tmp_path):
     found = read_all(tmp_path / "out")
     assert found["model.q_proj.weight"].dtype is FP8 and found.keys() == tensors.keys()
     assert "quantization_config" in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_no_dtype_for_quantised_weights_that_stay(tmp_path):
+    """Without a config, too: the codes of 4 bits in bf16 storage are no numbers to cast."""
+    layer = linear4bit(64, 64, storage=torch.bfloat16, bias=False)
+    tensors = {f"model.q_proj.{key}": tensor for key, tensor in layer.state_dict().items()}
+    base = write_base(tmp_path / "base", {**tensors, "model.o_proj.weight": torch.ones(8, 8)})
+    adapter = write_adapter(tmp_path / "adapter", {"model.o_proj": (8, 8)})
+    with pytest.raises(ValueError, match="dtype: expected None over .* quantised weights"):
+        merge_checkpoint(base, adapter, tmp_path / "out", dtype=torch.float32)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    assert all(torch.equal(read_all(tmp_path / "out")[name], tensor) for name, tensor in tensors.items())
 
 
 def test_without_bitsandbytes(tmp_path, monkeypatch):
