@@ -7,7 +7,9 @@ Every merge is checked against float64 first (RMS error at most 1.1 times PEFT's
 nothing kept, so it cannot be undone to the bit. Only a device that runs our kernels has it.
 All providers take turns in one run, each on its own copies of the weight, set back to the same bits before every turn.
 On a CPU a turn merges four such layers one after another, as merging a model does, then unmerges them; the times are
-those of one layer. (The copying between the turns leaves torch's threads spinning for milliseconds.)
+those of one layer. (The copying between the turns leaves torch's threads spinning for milliseconds.) Then come whole
+models: 120 small layers, and a decoder layer of Llama-3-8B in bf16. Of that `sync` is a merge and the way back, and
+`switch` puts another adapter in the place of the merged one. `bench_checkpoint.py` has merges of files.
 `floor` is the time of the bytes that a merge must move (W read and written, A and B read) at the copy's bandwidth;
 `host us` the time in which the host issues a merge on a GPU, where it need not wait for the device;
 `changed` the share of weights whose bits differ after merge and unmerge; `extra` the peak memory of one merge beyond
@@ -40,6 +42,8 @@ DTYPES = {"cpu": ["float32", "bfloat16", "float16"], "cuda": ["bfloat16", "float
 _LAYERS = {"cpu": 4, "cuda": 1}  # in a turn
 _MEASURABLE_BYTES = 1 << 20  # below, pages and arenas outweigh the weight
 _SMALL = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+_DECODER = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096)}  # of Llama-3-8B
+_DECODER |= {"gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096)}
 _FIRST = """
 import json, time, torch, fused_lora
 W, A, B = torch.randn(4096, 4096), torch.randn(16, 4096), torch.randn(4096, 16) * 1e-3
@@ -268,6 +272,58 @@ def measure_model(report: Report, arguments) -> None:
         report.bar(f"{call} of a model of 120 layers: times PEFT's speed", speedup, least, True)
 
 
+def measure_decoder(report: Report, arguments) -> None:
+    """A decoder layer of Llama-3-8B in bf16: merged and taken back, as a training loop sends weights to an engine; and
+    one adapter in the place of another."""
+    torch.manual_seed(arguments.seed if hasattr(arguments, "seed") else 0)
+    bare = torch.nn.ModuleDict({n: torch.nn.Linear(*s, bias=False, dtype=torch.bfloat16) for n, s in _DECODER.items()})
+    config = peft.LoraConfig(r=16, target_modules=list(_DECODER), init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(bare), config, "a")
+    theirs.add_adapter("b", config)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(0.02)
+    ours = fused_lora.inject(bare, config, "a")
+    fused_lora.inject(ours, config, "b")
+    ours.load_state_dict({name.removeprefix("base_model.model."): t for name, t in theirs.state_dict().items()})
+    before = [layer.base_layer.weight.clone() for layer in fused_lora.lora_layers(ours).values()]
+
+    def sync() -> None:
+        with fused_lora.merged(ours, ["a"]):
+            pass
+
+    steps = {
+        "PEFT": [
+            lambda: (theirs.merge_adapter(["a"]), theirs.unmerge_adapter()),
+            lambda: theirs.merge_adapter(["a"]),
+            lambda: (theirs.unmerge_adapter(), theirs.merge_adapter(["b"])),
+            theirs.unmerge_adapter,
+        ],
+        "fused_lora": [
+            sync,
+            lambda: fused_lora.merge(ours, ["a"]),
+            lambda: fused_lora.switch(ours, ["b"]),
+            lambda: fused_lora.unmerge(ours),
+        ],
+    }
+    clock = Clock(arguments.device)
+    candidates = [Candidate(name, calls) for name, calls in steps.items()]
+    times = interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline)
+    after = [layer.base_layer.weight for layer in fused_lora.lora_layers(ours).values()]
+    report.bar(
+        "decoder layer, merged, switched and back: all bits", float(all(map(torch.equal, before, after))), 1, True
+    )
+    found = {n: [summary([turn[i] for turn in times[n]]) for i in range(4)] for n in steps}
+    for name, (there_and_back, merge, switch, unmerge) in found.items():
+        row = dict(sync_ms=there_and_back, merge_ms=merge, switch_ms=switch, unmerge_ms=unmerge)
+        report.rows.append(dict(benchmark="merge_decoder", provider=name, dtype="bfloat16", **row))
+        parts = [f"{what[:-3]} {spread(value)}" for what, value in row.items()]
+        print(f"decoder layer of Llama-3-8B, bf16, {name}: {', '.join(parts)} ms")
+    for i, call in ((0, "sync"), (2, "switch")):
+        speedup = found["PEFT"][i]["median"] / found["fused_lora"][i]["median"]
+        report.bar(f"{call} of a decoder layer: times PEFT's speed", speedup, 1.0, True)
+
+
 def measure_first(report: Report) -> None:
     """The first merge of a fresh process against its next."""
     seconds = json.loads(subprocess.run([sys.executable, "-c", _FIRST], capture_output=True, check=True).stdout)
@@ -325,6 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
     if arguments.device.type == "cpu" and not arguments.shapes:
         measure_model(report, arguments)
+        measure_decoder(report, arguments)
         measure_first(report)
     add_bars(report)
     return report.finish()

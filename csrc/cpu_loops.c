@@ -13,6 +13,10 @@
  *   Wm[i,j] = round(W[i,j] u[i] u'[j] + D[i,j])              each product and sum in fp32
  *   C[i,j]  = round((Wm[i,j] - D[i,j]) / u[i] / u'[j])       by products with the reciprocals, which are given
  *
+ * A weight of 16 bits may be rounded at random instead: Wm is the neighbour of W + D towards 0 or the other one, each
+ * with the probability that the expectation is W + D. The 16 bits of chance of element (i, j) are lane j % 8 of Philox
+ * at counter (j / 8, i) under the weight's seed, as in a dropout mask. C is rounded to the nearest as ever.
+ *
  * An element that is not finite stays as it is, whatever D: NaNs of arithmetic have no bits to rely on.
  *
  * A unit is a part of W, [height, width]. It keeps a checksum of W's bits, and a correction where C is not W: pairs of
@@ -54,6 +58,8 @@ typedef struct {
     uint8_t *merged;                          /* [units] whether a unit is merged now: kept by every call */
     uint8_t *corrections;                     /* [room, 2] */
     int64_t room, used;
+    int64_t dithered, first_row;              /* whether sums are rounded at random; the number of the first row there */
+    uint64_t seed;
 } Work;
 
 INLINE float as_float(uint32_t bits) {
@@ -106,8 +112,25 @@ INLINE uint32_t rounded(int type, int careful, float value) {
     return sign | (careful ? choose(half < 0x7C00, half, 0x7C00) : half);
 }
 
-/* The least magnitude of an fp32, as bits, that becomes infinity. */
-INLINE uint32_t limit_of(int type) { return type == FLOAT32 ? 0x7F800000 : type == BFLOAT16 ? 0x7F7F8000 : 0x477FF000; }
+/* Towards 0 after `chance`, 16 bits, was added behind the last place; NaN becomes infinity. Of 16 bits only. */
+INLINE uint32_t dithered(int type, int careful, float value, uint32_t chance) {
+    uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+    if (type == BFLOAT16) {
+        if (careful) magnitude = choose(magnitude < 0x7F800000, magnitude, 0x7F800000);
+        return sign | (magnitude + chance) >> 16;
+    }
+    uint32_t small = choose(magnitude < 0x38800000, magnitude, 0); /* in units of 2^-24, with 14 bits behind or more */
+    float units = as_float(small) * 0x1p24f + (float)(int32_t)chance * 0x1p-16f;
+    uint32_t normal = (magnitude - 0x38000000 + (chance >> 3)) >> 13;
+    uint32_t half = choose(magnitude < 0x38800000, (uint32_t)(int32_t)units, normal);
+    return sign | (careful ? choose(half < 0x7C00, half, 0x7C00) : half);
+}
+
+/* The least magnitude of an fp32, as bits, that becomes infinity, or with `chance` may. */
+INLINE uint32_t limit_of(int type, int chance) {
+    if (type == FLOAT32) return 0x7F800000;
+    return type == BFLOAT16 ? (chance ? 0x7F7F0000 : 0x7F7F8000) : chance ? 0x477FE000 : 0x477FF000;
+}
 
 INLINE uint32_t infinity_of(int type) { return type == FLOAT32 ? 0x7F800000 : type == BFLOAT16 ? 0x7F80 : 0x7C00; }
 
@@ -197,10 +220,43 @@ INLINE uint64_t checksum(int type, const Unit *unit) {
     return checksum_of(sums, unit->n);
 }
 
+enum { BLOCKS = 128, SIDE = 16 }; /* blocks of a mask at a time, and blocks that are drawn side by side */
+
+/* Philox4x32-10 (Salmon et al. 2011) at counters (first, row), (first + 1, row), ...: 4 words of 32 bits a block.
+   blocks is rounded up to whole groups. */
+INLINE void philox(uint64_t seed, uint32_t row, uint32_t first, int64_t blocks, uint32_t *words) {
+    for (int64_t at = 0; at < blocks; at += SIDE) {
+        uint32_t c0[SIDE], c1[SIDE], c2[SIDE], c3[SIDE], k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+        for (int i = 0; i < SIDE; i++) c0[i] = first + (uint32_t)(at + i), c1[i] = row, c2[i] = c3[i] = 0;
+        for (int round = 0; round < 10; round++) {
+            for (int i = 0; i < SIDE; i++) {
+                uint64_t a = (uint64_t)c0[i] * 0xD2511F53u, b = (uint64_t)c2[i] * 0xCD9E8D57u;
+                c0[i] = (uint32_t)(b >> 32) ^ c1[i] ^ k0, c1[i] = (uint32_t)b;
+                c2[i] = (uint32_t)(a >> 32) ^ c3[i] ^ k1, c3[i] = (uint32_t)a;
+            }
+            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+        }
+        for (int i = 0; i < SIDE; i++) {
+            uint32_t *to = words + 4 * (at + i);
+            to[0] = c0[i], to[1] = c1[i], to[2] = c2[i], to[3] = c3[i];
+        }
+    }
+}
+
+/* chance [h, pitch] of a strip: the lanes of Philox, whose first is a multiple of 8 columns on. */
+INLINE void draw_chance(const Work *work, const Unit *strip, uint16_t *chance) {
+    uint32_t words[4 * SIDE]; /* 8 * SIDE lanes, no fewer than a unit has columns */
+    for (int64_t i = 0; i < strip->h; i++) {
+        philox(work->seed, (uint32_t)(work->first_row + strip->row + i), (uint32_t)(strip->column / 8), 1, words);
+        memcpy(chance + i * strip->pitch, words, strip->pitch * sizeof *chance);
+    }
+}
+
 /* out <- Wm, xors <- bits of C ^ bits of W, sums <- the next of the checksum; whether all of it was below limit_of.
  * What was not is done again by the careful loop, which leaves NaN, infinity and sums as they are. */
-INLINE int merge_lines(int type, int scaled, int careful, const Work *work, const Unit *unit, const float *delta,
-                       void *out, void *xors, uint8_t *restrict differs, uint32_t *restrict sums) {
+INLINE int merge_lines(int type, int scaled, int random, int careful, const Work *work, const Unit *unit,
+                       const float *delta, const uint16_t *chance, void *out, void *xors, uint8_t *restrict differs,
+                       uint32_t *restrict sums) {
     uint32_t largest = 0;
     const float *u = scaled ? work->column_scale + unit->column : 0, *v = scaled ? u + work->columns : 0;
     for (int64_t i = 0; i < unit->h; i++) {
@@ -210,7 +266,7 @@ INLINE int merge_lines(int type, int scaled, int careful, const Work *work, cons
         for (int64_t j = 0; j < unit->n; j++) {
             uint32_t w = get(type, line, j), kept = careful && magnitude_of(type, w) >= infinity_of(type);
             float value = value_of(type, w), sum = (scaled ? value * scale * u[j] : value) + delta[at + j];
-            uint32_t merged = rounded(type, careful, sum);
+            uint32_t merged = random ? dithered(type, careful, sum, chance[at + j]) : rounded(type, careful, sum);
             float difference = value_of(type, merged) - delta[at + j];
             if (scaled) difference = difference * back * v[j];
             uint32_t x = rounded(type, careful, difference) ^ w;
@@ -224,7 +280,7 @@ INLINE int merge_lines(int type, int scaled, int careful, const Work *work, cons
             if (!careful) sums[j] = checksum_step(sums[j], w);
         }
     }
-    return largest < limit_of(type);
+    return largest < limit_of(type, random);
 }
 
 INLINE int loses_an_element(int type, const Unit *unit, const void *out) {
@@ -256,7 +312,7 @@ INLINE int unmerge_lines(int type, int scaled, int careful, const Work *work, co
             put(type, out, at + j, careful ? choose(kept, w, candidate) : candidate);
         }
     }
-    return largest < limit_of(type);
+    return largest < limit_of(type, 0);
 }
 
 /* 16 bytes that are 0 or 255 to bits. */
@@ -348,13 +404,14 @@ INLINE Unit strip_of(const Unit *unit, int64_t first, int64_t rows) {
     return strip;
 }
 
-INLINE int do_unit(int type, int scaled, Work *work, int64_t index, int mode) {
+INLINE int do_unit(int type, int scaled, int random, Work *work, int64_t index, int mode) {
     _Alignas(64) float delta[STRIP * WIDTH];
     _Alignas(64) float right[DEPTH * WIDTH];
     _Alignas(64) uint32_t out[3 * AREA];
     _Alignas(64) uint32_t xors[STRIP * WIDTH];
     _Alignas(64) uint32_t sums[WIDTH] = {0};
     _Alignas(64) uint8_t differs[STRIP * WIDTH];
+    _Alignas(64) uint16_t chance[STRIP * WIDTH];
     uint8_t pairs[2 * 5 * AREA + 8];
     int64_t size = type == FLOAT32 ? 4 : 2;
     Unit unit = unit_of(work, size, index), next = unit_of(work, size, index + 1);
@@ -378,8 +435,9 @@ INLINE int do_unit(int type, int scaled, Work *work, int64_t index, int mode) {
                 unmerge_lines(type, scaled, 1, work, &strip, delta, to);
             continue;
         }
-        if (!merge_lines(type, scaled, 0, work, &strip, delta, to, xors, differs, sums)) {
-            merge_lines(type, scaled, 1, work, &strip, delta, to, xors, differs, sums);
+        if (random) draw_chance(work, &strip, chance);
+        if (!merge_lines(type, scaled, random, 0, work, &strip, delta, chance, to, xors, differs, sums)) {
+            merge_lines(type, scaled, random, 1, work, &strip, delta, chance, to, xors, differs, sums);
             if (loses_an_element(type, &strip, to)) return LOST;
         }
         if (mode == MERGE) found = encode(type, &strip, first * n, xors, differs, found);
@@ -403,33 +461,10 @@ INLINE int do_unit(int type, int scaled, Work *work, int64_t index, int mode) {
     return DONE;
 }
 
-INLINE int do_unit_of(int scaled, Work *work, int64_t index, int mode) {
-    if (work->weight_type == FLOAT32) return do_unit(FLOAT32, scaled, work, index, mode);
-    if (work->weight_type == BFLOAT16) return do_unit(BFLOAT16, scaled, work, index, mode);
-    return do_unit(FLOAT16, scaled, work, index, mode);
-}
-
-enum { BLOCKS = 128, SIDE = 16 }; /* blocks of a mask at a time, and blocks that are drawn side by side */
-
-/* Philox4x32-10 (Salmon et al. 2011) at counters (first, row), (first + 1, row), ...: 4 words of 32 bits a block.
-   blocks is rounded up to whole groups. */
-INLINE void philox(uint64_t seed, uint32_t row, uint32_t first, int64_t blocks, uint32_t *words) {
-    for (int64_t at = 0; at < blocks; at += SIDE) {
-        uint32_t c0[SIDE], c1[SIDE], c2[SIDE], c3[SIDE], k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-        for (int i = 0; i < SIDE; i++) c0[i] = first + (uint32_t)(at + i), c1[i] = row, c2[i] = c3[i] = 0;
-        for (int round = 0; round < 10; round++) {
-            for (int i = 0; i < SIDE; i++) {
-                uint64_t a = (uint64_t)c0[i] * 0xD2511F53u, b = (uint64_t)c2[i] * 0xCD9E8D57u;
-                c0[i] = (uint32_t)(b >> 32) ^ c1[i] ^ k0, c1[i] = (uint32_t)b;
-                c2[i] = (uint32_t)(a >> 32) ^ c3[i] ^ k1, c3[i] = (uint32_t)a;
-            }
-            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-        }
-        for (int i = 0; i < SIDE; i++) {
-            uint32_t *to = words + 4 * (at + i);
-            to[0] = c0[i], to[1] = c1[i], to[2] = c2[i], to[3] = c3[i];
-        }
-    }
+INLINE int do_unit_of(int scaled, int random, Work *work, int64_t index, int mode) {
+    if (work->weight_type == FLOAT32) return do_unit(FLOAT32, scaled, 0, work, index, mode);
+    if (work->weight_type == BFLOAT16) return do_unit(BFLOAT16, scaled, random, work, index, mode);
+    return do_unit(FLOAT16, scaled, random, work, index, mode);
 }
 
 typedef struct {
@@ -476,11 +511,19 @@ INLINE void mask_row(const Mask *mask, int64_t row) {
 }
 
 /* The functions above for several instruction sets, which a processor is asked for; all give the same bits. */
+#define KIND(name, kind, scaled, random, options)                                                                   \
+    options static int kind##_##name(Work *work, int64_t index, int mode) {                                         \
+        return do_unit_of(scaled, random, work, index, mode);                                                       \
+    }
 #define VARIANT(name, options)                                                                                      \
-    options static int plain_##name(Work *work, int64_t index, int mode) { return do_unit_of(0, work, index, mode); } \
-    options static int scaled_##name(Work *work, int64_t index, int mode) { return do_unit_of(1, work, index, mode); } \
+    KIND(name, plain, 0, 0, options)                                                                                \
+    KIND(name, scaled, 1, 0, options)                                                                               \
+    KIND(name, random, 0, 1, options)                                                                               \
+    KIND(name, scaled_random, 1, 1, options)                                                                        \
     static int unit_##name(Work *work, int64_t index, int mode) {                                                   \
-        return work->row_scale ? scaled_##name(work, index, mode) : plain_##name(work, index, mode);                \
+        int random = work->dithered && mode != UNMERGE && mode != CHECKSUM;                                         \
+        if (work->row_scale) return (random ? scaled_random_##name : scaled_##name)(work, index, mode);             \
+        return (random ? random_##name : plain_##name)(work, index, mode);                                          \
     }                                                                                                               \
     options static void mask_##name(const Mask *mask, int64_t row) { mask_row(mask, row); }
 

@@ -18,12 +18,14 @@ class Corrections:
     unmerge refused.
     places (uint16) and values (int32): numbers and contents of the words that the corrections restore. Those of a unit
     lie together in the order of their numbers; which unit's come first is chance, and the table says where they are.
+    seed: int64 [2], the seed and the first row's number of a merge that rounded at random.
     """
 
     table: torch.Tensor
     places: torch.Tensor
     values: torch.Tensor
     unit: tuple[int, int]
+    seed: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:

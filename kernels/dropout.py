@@ -101,6 +101,17 @@ def keep_mask(seed, bound, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def all_lanes(seed, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """uint32 [ROWS, COLS]: the 16 bits of each element of the tile at (row0, col0), col0 a multiple of 8."""
+    rows = row0 + tl.arange(0, ROWS)
+    blocks = col0 // LANES + tl.arange(0, COLS // LANES)
+    w0, w1, w2, w3 = _philox(seed, blocks[None, :], rows[:, None])
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., 2 (w0 or w2), 2 (or w1 and w3)]: in order of the words
+    words = tl.reshape(words, (ROWS, COLS // 2))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, COLS))
+
+
+@triton.jit
 def _dropout_mask_kernel(out_ptr, seed_ptr, bound, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     row0, col0 = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_K
     keep = keep_mask(tl.load(seed_ptr), bound, row0, col0, BLOCK_M, BLOCK_K)

@@ -44,6 +44,7 @@ import triton.language as tl
 from .config import capability
 from .corrections import COLUMNS, SHIFT, Corrections
 from .delta import add_delta, zeros_like
+from .dropout import all_lanes
 from .launch import KEPT, Launch
 
 _COLUMNS = tl.constexpr(COLUMNS)
@@ -62,10 +63,10 @@ class MergeTile:
     num_warps: int = 4
 
 
-def default_tile(dtype: torch.dtype, recording: bool, capability: int) -> MergeTile:
+def default_tile(dtype: torch.dtype, recording: bool, capability: int, random: bool = False) -> MergeTile:
     """16 elements a thread, or 32 of 16 bits, which are faster, where they do not spill: on sm_90, and where nothing is
-    kept."""
-    many = dtype.itemsize == 2 and (not recording or capability == 90)
+    kept or drawn."""
+    many = dtype.itemsize == 2 and (not recording or (capability == 90 and not random))
     return MergeTile(ROWS=64 if many else 32)
 
 
@@ -121,15 +122,31 @@ def _store_corrections(w_unit, places_ptr, values_ptr, count, cols, COLS: tl.con
 
 
 @triton.jit
+def _dithered(total, dtype: tl.constexpr, seed, row0, col0):
+    """fp32 [ROWS, COLS] rounded to 16 bits at random, the bits of ``blocks.dithered``; col0 is a multiple of 8."""
+    chance = all_lanes(seed, row0, col0, total.shape[0], total.shape[1])
+    pattern = total.to(tl.uint32, bitcast=True)
+    sign, magnitude = pattern >> 16 & 0x8000, tl.minimum(pattern & 0x7FFFFFFF, 0x7F800000)
+    if dtype == tl.bfloat16:
+        half = magnitude + chance >> 16
+    else:
+        small = magnitude < 0x38800000
+        units = tl.where(small, tl.abs(total), 0.0) * 16777216.0 + chance.to(tl.int32).to(tl.float32) * (1 / 65536)
+        normal = tl.minimum(tl.maximum(magnitude, 0x38800000) - 0x38000000 + (chance >> 3) >> 13, 0x7C00)
+        half = tl.where(small, units.to(tl.int32).to(tl.uint32), normal)
+    return (sign | half).to(tl.uint16).to(dtype, bitcast=True)
+
+
+@triton.jit
 def _merge_kernel(
-    w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr,
+    w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr, seed_ptr,
     N, K, R, room,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    UNMERGE: tl.constexpr, RECORD: tl.constexpr, AGAIN: tl.constexpr, EVEN: tl.constexpr,
+    UNMERGE: tl.constexpr, RECORD: tl.constexpr, AGAIN: tl.constexpr, EVEN: tl.constexpr, RANDOM: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """RECORD: a merge keeps what its unmerge needs, an unmerge uses it. AGAIN: only what the last unmerge got through.
-    EVEN: ROWS divides N and COLS divides K, nothing is masked."""
+    EVEN: ROWS divides N and COLS divides K, nothing is masked. RANDOM: a merge rounds at random."""
     WORDS: tl.constexpr = COLS * w_ptr.dtype.element_ty.primitive_bitwidth // 32  # in a row of a unit
     strips = tl.cdiv(K, COLS)
     unit_rows = tl.cdiv(N, ROWS)
@@ -163,7 +180,12 @@ def _merge_kernel(
             zeros_like(w), a_ptr + first_col * stride_ak, b_ptr + first_row * stride_bn,
             cols.to(tl.int64) * stride_ak, rows.to(tl.int64) * stride_bn, col_ok, row_ok, R, stride_ar, stride_br,
         )  # fmt: skip
-        new = (w.to(tl.float32) - d).to(w.dtype) if UNMERGE else (w.to(tl.float32) + d).to(w.dtype)
+        if RANDOM and not UNMERGE:
+            row0 = tl.load(seed_ptr + 1) + first_row
+            new = _dithered(w.to(tl.float32) + d, w.dtype, tl.load(seed_ptr), row0, strip * COLS)
+            new = tl.where(tl.abs(w.to(tl.float32)) < float("inf"), new, w)
+        else:
+            new = (w.to(tl.float32) - d).to(w.dtype) if UNMERGE else (w.to(tl.float32) + d).to(w.dtype)
         if not RECORD:
             tl.store(w_ptrs, new, mask=inside)
         else:
@@ -241,17 +263,18 @@ def _launch(W, A, B, tile, record=None, *, UNMERGE=False, AGAIN=False) -> None:
     RECORD = record is not None and not AGAIN
     room = len(record.values) if RECORD and not UNMERGE else None
     sizes = *W.shape, len(A), room, *W.stride(), *A.stride(), *B.stride()
-    launch = _prepared(sizes, tile, W.dtype, W.device, UNMERGE, RECORD, AGAIN)
+    seed = None if record is None or UNMERGE else record.seed
+    launch = _prepared(sizes, tile, W.dtype, W.device, UNMERGE, RECORD, AGAIN, seed is not None)
     places, values = (record.places, record.values) if RECORD else (None, None)
-    launch(_merge_kernel, W, A, B, record and record.table, places, values)
+    launch(_merge_kernel, W, A, B, record and record.table, places, values, seed)
 
 
 @lru_cache(KEPT)
-def _prepared(sizes, tile, dtype, device, UNMERGE, RECORD, AGAIN) -> Launch:
+def _prepared(sizes, tile, dtype, device, UNMERGE, RECORD, AGAIN, RANDOM) -> Launch:
     N, K = sizes[:2]
     return Launch(
         (-(-K // tile.COLS) * -(-N // tile.ROWS),), *sizes,
-        UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, EVEN=N % tile.ROWS == 0 and K % tile.COLS == 0,
+        UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, RANDOM=RANDOM, EVEN=N % tile.ROWS == 0 and K % tile.COLS == 0,
         ROWS=tile.ROWS, COLS=tile.COLS, **launch_options(tile, not torch.version.hip, dtype, RECORD),
     )  # fmt: skip
 
@@ -261,9 +284,14 @@ def _tile_of(record: Corrections, tile: MergeTile | None) -> MergeTile:
     return MergeTile(*record.unit, (tile or MergeTile()).num_warps)
 
 
-def new_record(W: torch.Tensor, room: int, tile: MergeTile | None = None) -> Corrections:
-    """Memory for a merge of W with up to ``room`` corrections. Until then an unmerge with it does nothing."""
-    tile = tile or default_tile(W.dtype, True, capability(W.device))
+def new_record(
+    W: torch.Tensor, room: int, tile: MergeTile | None = None, dither: tuple[int, int] | None = None
+) -> Corrections:
+    """Memory for a merge of W with up to ``room`` corrections. Until then an unmerge with it does nothing.
+
+    dither: (seed, number of the first row as W is stored): the merge rounds to 16 bits at random.
+    """
+    tile = tile or default_tile(W.dtype, True, capability(W.device), dither is not None)
     N, K = (W.t() if W.stride(0) < W.stride(1) else W).shape
     units = -(-N // tile.ROWS) * -(-K // tile.COLS)
     return Corrections(
@@ -271,6 +299,7 @@ def new_record(W: torch.Tensor, room: int, tile: MergeTile | None = None) -> Cor
         torch.empty(room, dtype=torch.uint16, device=W.device),
         torch.empty(room, dtype=torch.int32, device=W.device),
         (tile.ROWS, tile.COLS),
+        None if dither is None else torch.tensor(dither, dtype=torch.int64, device=W.device),
     )
 
 

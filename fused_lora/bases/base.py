@@ -20,12 +20,14 @@ _TENSORS = (nn.Parameter, Tensor)  # exact types: subclasses (quantised, sharded
 
 
 class Factors(NamedTuple):
-    """What a merge adds, one entry an adapter, and what it multiplies the rows [N] of the weight by before (DoRA)."""
+    """What a merge adds, one entry an adapter, what it multiplies the rows [N] of the weight by before (DoRA), and the
+    seed of a rounding at random."""
 
     lora_A: list[Tensor]
     lora_B: list[Tensor]
     scaling: list[float]
     row_scale: Tensor | None = None
+    seed: int | None = None
 
 
 class Adapters(NamedTuple):

@@ -255,7 +255,7 @@ class Experts(Base):
 
 def _by_expert(factors: Factors, experts: int) -> list[tuple[list[Tensor], list[Tensor], list[float]]]:
     """lora_A [r, in], lora_B [out, r] and scaling of each expert."""
-    lora_A, lora_B, scaling, _ = factors
+    lora_A, lora_B, scaling = factors[:3]
     A = [t.detach().reshape(experts, -1, t.shape[1]) for t in lora_A]
     B = [t.detach().reshape(t.shape[0], -1, experts) for t in lora_B]
     return [([a[e] for a in A], [b[..., e] for b in B], list(scaling)) for e in range(experts)]

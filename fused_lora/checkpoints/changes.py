@@ -19,7 +19,8 @@ from fused_lora.checkpoints.adapter_file import AdapterFile
 from fused_lora.checkpoints.quantised import Packed
 from fused_lora.checkpoints.stream import PIECE_BYTES, Piece
 from fused_lora.ops.dora.op import row_norms
-from fused_lora.ops.merge.op import Factors, add_rows_, delta_factors
+from fused_lora.ops.merge.blocks import Dither
+from fused_lora.ops.merge.op import Factors, add_rows_, delta_factors, dither_of
 
 _MERGED = ("lora_A", "lora_B", "lora_magnitude")
 CAST = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what a dtype for all tensors applies to
@@ -113,14 +114,15 @@ class Change:
 
 
 class Item(NamedTuple):
-    """One tensor of the output: its name, what happens to it, the entry that it begins as, its dtype, and how the entry
-    is dequantised."""
+    """One tensor of the output: its name, what happens to it, the entry that it begins as, its dtype, how the entry is
+    dequantised, and the seed of a merge that rounds at random."""
 
     name: str
     change: Change | None
     entry: TensorEntry
     dtype: torch.dtype
     packed: Packed | None = None
+    seed: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -210,7 +212,7 @@ def change_pieces(item: Item, begin: int, device: torch.device, note: Any = None
         note: called with (name, first row, factors, units) of each merged piece, and with (name, None, None, old bytes)
             of a tensor that is replaced, in order; None keeps nothing.
     """
-    name, change, entry, out, packed = item
+    name, change, entry, out, packed, seed = item
     change = None if change is not None and change.kind == "copy" else change
     at, size = begin + entry.begin, entry.end - entry.begin
     note = None if change is not None and change.added else note
@@ -220,7 +222,7 @@ def change_pieces(item: Item, begin: int, device: torch.device, note: Any = None
         rows = rows_of(item)
         yield from _cast_rows(name, rows, at, 0, rows.height, out)
     elif change.kind == "merge":
-        yield from _merge_pieces(change, rows_of(item), at, out, device, note, packed is None)
+        yield from _merge_pieces(change, rows_of(item), at, out, device, note, packed is None, dither_of(seed))
     else:
 
         def work(data: Tensor) -> tuple[Tensor, Any]:
@@ -248,7 +250,14 @@ def small_change(change: Change, old: Tensor, shape: tuple[int, ...], out: torch
 
 
 def _merge_pieces(
-    change: Change, rows: Rows, at: int, out: torch.dtype, device: torch.device, note: Any, plain: bool
+    change: Change,
+    rows: Rows,
+    at: int,
+    out: torch.dtype,
+    device: torch.device,
+    note: Any,
+    plain: bool,
+    dither: Dither | None,
 ) -> Iterator[Piece]:
     wide, done = sum_dtype(rows.dtype, out), 0
 
@@ -268,6 +277,8 @@ def _merge_pieces(
             def work(data: Tensor, part: slice = part, row: int = row, total: Sum = total) -> tuple:
                 W = rows.values(data, row).to(device, wide)
                 factors = total.factors(W, part)
+                if dither is not None:
+                    factors = factors._replace(dither=dither._replace(row=row))
                 try:
                     units = add_rows_(W, factors, keep=note is not None)
                 except ValueError as error:

@@ -40,6 +40,7 @@ from fused_lora.checkpoints.record import RECORD_NAME, ShardRecord, old_header, 
 from fused_lora.checkpoints.stream import Piece, single_threads, write_pieces
 from fused_lora.modules.config import check_bool
 from fused_lora.modules.names import some
+from fused_lora.ops.merge.op import seed_of
 
 PROVENANCE_NAME = "fused_lora_merge.json"
 _PROVENANCE = "fused_lora.merge"  # in the metadata of each shard
@@ -89,6 +90,7 @@ def merge_checkpoint(
     in_place: bool = False,
     dry_run: bool = False,
     verify: bool = False,
+    stochastic: int | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge adapters into the safetensors files of a model: round(W + sum_i weight_i scaling_i B_i A_i), rounded once.
@@ -120,6 +122,8 @@ def merge_checkpoint(
         dry_run: check and report, write nothing.
         verify: read each shard again before it gets its name, and those of an earlier call; compare what must not
             change byte by byte, and rows of each merged weight with a sum in fp64.
+        stochastic: a seed: sums are rounded at random, as by :func:`fused_lora.merge` with it. For merged weights of
+            bf16 and fp16 that keep their dtype.
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -137,7 +141,7 @@ def merge_checkpoint(
     target = _target(checkpoint, out, in_place)
     with single_threads() as workers, open_adapters(adapters, merging=True) as opened:
         changes = plan_changes(checkpoint, opened, rename)
-        merge = _Merge(checkpoint, opened, changes, dtype, place, record is not None, in_place)
+        merge = _Merge(checkpoint, opened, changes, dtype, place, record is not None, in_place, stochastic)
         report = merge.report(target)
         output = Output("out", target, merge.identity, in_place)
         notes = None if record is None else Output("record", path_text("record", record), merge.identity)
@@ -201,20 +205,23 @@ class _Merge:
         device: torch.device,
         recorded: bool,
         in_place: bool,
+        stochastic: int | None,
     ):
+        self._seed = stochastic
         self._base, self._adapters, self._changes = base, adapters, changes
         self._dtype, self._device, self._packed = dtype, device, changes.packed
         self._parts = {part for weight in self._packed.values() for part in weight.parts}
         self._check_used()
         self._check_quantised(recorded)
         self._dense_dtype = self._dtype_of_dense()
+        self._check_random()
         self._by_source: dict[str, list[Change]] = {}
         for change in changes.by_name.values():
             self._by_source.setdefault(change.source, []).append(change)
         about = [a.describe() for a in adapters]
         configs = [[a.plan.config.to_dict(), dict(a.plan.stacks)] for a in adapters]
         known = [[s.name, s.size, s.modified] for s in base.shards], configs
-        kind = [base.digest(), str(dtype), recorded, sorted(changes.by_name)]
+        kind = [base.digest(), str(dtype), recorded, sorted(changes.by_name), stochastic]
         text = json.dumps([__version__, about, known, kind], sort_keys=True, default=str)
         self.identity = hashlib.sha256(text.encode()).hexdigest()
         self.provenance = {
@@ -223,6 +230,7 @@ class _Merge:
             "base": {"path": base.folder, "headers_sha256": base.digest()},
             "adapters": about,
             "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            **({} if stochastic is None else {"stochastic": stochastic}),
         }
         if (earlier := base.shards[0].header.metadata.get(_PROVENANCE)) is not None:
             self.provenance["before"] = earlier  # of a merge that gave the base
@@ -261,6 +269,21 @@ class _Merge:
             raise AdapterError(path, "quantization_config", expected, quantised)
         return None
 
+    def _check_random(self) -> None:
+        """Sums are rounded at random from fp32 in one step: not in another dtype first."""
+        if self._seed is None:
+            return
+        if isinstance(self._seed, bool) or not isinstance(self._seed, int):
+            raise TypeError(f"stochastic: expected an int or None, got {self._seed!r:.100}")
+        if self._dtype is not None or self._packed:
+            raise ValueError("stochastic: expected None with a dtype, and over quantised weights")
+        for change in self._changes.by_name.values():
+            dtype = self._base.tensors[change.source][1].dtype
+            if change.kind == "merge" and dtype.itemsize != 2:
+                raise ValueError(
+                    f"stochastic: expected None, for {change.name} has {dtype}: only 16 bits are rounded at random"
+                )
+
     def _dtype_of_dense(self) -> torch.dtype | None:
         """Of weights that were quantised."""
         config = self._base.config or {}
@@ -279,9 +302,15 @@ class _Merge:
             dtype = self._dtype if self._dtype is not None and entry.dtype in CAST else entry.dtype
             dtype = dtype if packed is None or self._dense_dtype is None else self._dense_dtype
             changes = self._by_source.get(name, [])
-            found.append(Item(name, next((c for c in changes if not c.added), None), entry, dtype, packed))
-            found += [Item(change.name, change, entry, dtype, packed) for change in changes if change.added]
+            parts = [
+                (name, next((c for c in changes if not c.added), None)),
+                *((c.name, c) for c in changes if c.added),
+            ]
+            found += [Item(n, change, entry, dtype, packed, self._seed_of(n)) for n, change in parts]
         return sorted(found, key=lambda item: -item.dtype.itemsize)
+
+    def _seed_of(self, name: str) -> int | None:
+        return None if self._seed is None else seed_of(self._seed, name)
 
     @property
     def total(self) -> int:

@@ -38,6 +38,7 @@ def merge(arguments: Sequence[str] | None = None) -> int:
     renaming(found)
     found.add_argument("--dry-run", action="store_true", help="check and tell what changes; write nothing")
     found.add_argument("--verify", action="store_true", help="read the result again and compare it with sums in fp64")
+    found.add_argument("--stochastic", type=int, metavar="SEED", help="round sums to 16 bits at random, unbiased")
     options = common(found).parse_args(arguments)
     import torch
 
@@ -57,6 +58,7 @@ def merge(arguments: Sequence[str] | None = None) -> int:
             in_place=options.in_place,
             dry_run=options.dry_run,
             verify=options.verify,
+            stochastic=options.stochastic,
             progress=progress,
         ),
         lambda report: _tell(report, options.dry_run),

@@ -36,6 +36,7 @@ from fused_lora.modules.names import some
 from fused_lora.modules.reads import FirstForward
 from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, places, unwrapped
 from fused_lora.modules.variants import has_magnitude
+from fused_lora.ops.merge.op import seed_of
 from fused_lora.ops.native import MERGE
 
 LEAST_SURVIVING = 0.5  # share of an adapter that a merge should keep
@@ -49,6 +50,7 @@ def merge(
     adapter_names: Sequence[str] | None = None,
     safe_merge: bool = False,
     weights: Sequence[float] | None = None,
+    stochastic: int | None = None,
 ) -> None:
     """Add adapters to the base weights in place, with one rounding. :func:`unmerge` restores the original bits.
 
@@ -58,13 +60,15 @@ def merge(
         safe_merge: accepted as in PEFT. Every merge checks for NaN and infinity before it writes.
         weights: one finite number for each of these names, which its scaling is multiplied by; None: 1. The adapters
             themselves do not change.
+        stochastic: a seed: sums are rounded to bf16 or fp16 at random, so that the expectation of each weight is its
+            sum. The same seed gives the same bits. :func:`unmerge` restores all bits as ever. None: to the nearest.
 
     Warns where rounding to 16, 8 or 4 bits takes more than half of the adapters; of 16 bits by a sample of rows.
 
     Raises:
         TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
         ValueError: a merged weight would not be finite, or two adapters train the same token; or the weights do not
-            belong to the names. A PEFT model takes no weights.
+            belong to the names. A PEFT model takes no weights and no seed, and weights that are not of 16 bits no seed.
         RuntimeError: the model has no LoRA layers, a lora_bias has no base bias to go to, or a weight also belongs to
             another module, whose output a merge would change.
             In every case all layers are back at the bits they had before the call.
@@ -74,7 +78,7 @@ def merge(
     """
     layers = _mergeable(model)
     names = _checked_names(model, layers, adapter_names)
-    with _weighted(layers, names, _checked_weights(names, weights)):
+    with _weighted(layers, names, _checked_weights(names, weights)), _seeded(layers, names, stochastic):
         _merge(layers, names, safe_merge)
 
 
@@ -171,6 +175,36 @@ def _weighted(layers: Mapping[str, Any], names: Sequence[str], weights: Sequence
     finally:
         for scaling, name, value in before:
             scaling[name] = value
+
+
+@contextlib.contextmanager
+def _seeded(layers: Mapping[str, Any], names: list[str], seed: Any) -> Iterator[None]:
+    """The layers round at random inside, each by a seed of its own."""
+    if seed is None:
+        yield
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"stochastic: expected an int or None, got {seed!r:.100}")
+    adapted = {p: layer for p, layer in layers.items() if isinstance(layer, LoraLayer) and layer._present(names)}
+    for path, layer in adapted.items():
+        weight = layer.base_layer._parameters.get("weight")
+        if (
+            isinstance(layer, LoraStack)
+            or weight is None
+            or base_of(layer.base_layer).bits
+            or weight.dtype.itemsize != 2
+        ):
+            found = (
+                "stacked experts" if isinstance(layer, LoraStack) else f"a {type(weight).__name__} of {weight.dtype}"
+            )
+            raise ValueError(f"stochastic: expected None, for {path} has {found}: only 16 bits are rounded at random")
+    try:
+        for path, layer in adapted.items():
+            layer.rounding_seed = seed_of(seed, f"{path}.weight")
+        yield
+    finally:
+        for layer in adapted.values():
+            layer.__dict__.pop("rounding_seed", None)
 
 
 def _checked_names(model: nn.Module, layers: Mapping[str, Any], adapter_names: Sequence[str] | None) -> list[str]:

@@ -63,6 +63,7 @@ class FusedLoraBehaviour(_Layer):
     """Forward, merge and unmerge of a LoRA layer over one linear base layer."""
 
     merge_state: _Merge | None = None
+    rounding_seed: int | None = None  # of a merge under way that rounds at random
 
     def _present(self, names: list[str]) -> list[str]:
         held = self._modules["lora_A"]._modules

@@ -75,8 +75,13 @@ def merge(
     adapter_names: Sequence[str] | None = None,
     safe_merge: bool = False,
     weights: Sequence[float] | None = None,
+    stochastic: int | None = None,
 ) -> None:
     """merge_adapter, which passes over unknown names."""
+    if stochastic is not None:
+        raise ValueError(
+            f"stochastic: expected None for a PEFT model, whose merges have no seed, got {stochastic!r:.100}"
+        )
     if weights is not None:  # PEFT's unmerge would subtract the unweighted delta
         raise ValueError(f"weights: expected None for a PEFT model, got {weights!r:.200}; call set_scale of its layers")
     for name in adapter_names or ():

@@ -143,7 +143,8 @@ def factors(layer: Any, names: list[str], onto: Factors | None = None) -> Factor
 
     onto: what was merged before. A DoRA adapter scales the rows of all of it: W <- c (W + s B A).
     """
-    lora_A, lora_B, scaling, rows = ([], [], [], None) if onto is None else (list(onto[0]), *onto[1:])
+    lora_A, lora_B, scaling, rows, seed = ([], [], [], None, None) if onto is None else (list(onto[0]), *onto[1:])
+    seed = seed if layer.rounding_seed is None else layer.rounding_seed
     scaling = list(scaling)
     parts, held = layer._parts(names), layer._modules["lora_magnitude_vector"]._modules
     for name, A, B in zip(names, parts[::3], parts[1::3], strict=True):
@@ -156,4 +157,4 @@ def factors(layer: Any, names: list[str], onto: Factors | None = None) -> Factor
                 lora_B = [c[:, None] * part for part in lora_B]
             rows = c if rows is None else c * rows
             layer._note_norms(name, norms)
-    return Factors(lora_A, lora_B, scaling, rows)
+    return Factors(lora_A, lora_B, scaling, rows, seed)

@@ -142,6 +142,46 @@ def test_errors_are_those_of_one_rounding(tmp_path, monkeypatch):
         assert_no_worse(merged[f"{path}.weight"], (W.float() + 2 * B @ A).to(W.dtype), exact)
 
 
+def test_rounding_at_random(tmp_path, monkeypatch):
+    """The bits of ``merge(stochastic=...)`` in the model, in any pieces; all bytes come back; another seed is another
+    call."""
+    torch.manual_seed(shifted(0))
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)).to(torch.bfloat16).eval()
+    model.save_pretrained(tmp_path / "base")
+    trained(model, tmp_path / "adapter", target_modules="all-linear")
+    options = dict(record=tmp_path / "record", stochastic=shifted(7), verify=True)
+    with monkeypatch.context() as patch:
+        pieces_of(patch, 300)
+        report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", **options)
+    assert report.provenance["stochastic"] == shifted(7) and report.checked["worst_ulps"] > 0.6
+    ours = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    fused_lora.load_adapter(ours, tmp_path / "adapter")
+    fused_lora.merge(ours, stochastic=shifted(7))
+    same = sameness(
+        tf.LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(), fused_lora.unload(ours).state_dict()
+    )
+    assert all(same.values()), same
+    with pytest.raises(FileExistsError, match="holds something"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", stochastic=shifted(8))
+    unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    "dtype, options, kind, message",
+    [
+        (torch.float32, {}, ValueError, "_proj.weight has torch.float32"),
+        (torch.bfloat16, {"dtype": torch.float16}, ValueError, "None with a dtype"),
+        (torch.bfloat16, {"stochastic": 1.5}, TypeError, "an int or None"),
+    ],
+)
+def test_rounding_at_random_that_is_refused(tmp_path, dtype, options, kind, message):
+    base, adapter = write_base(tmp_path / "base", decoder(dtype=dtype)), write_adapter(tmp_path / "adapter", SHAPES)
+    with pytest.raises(kind, match=f"stochastic: expected .*{message}"):
+        merge_checkpoint(base, adapter, tmp_path / "out", **{"stochastic": 1, **options})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("record", [False, True])
 def test_embeddings_and_heads_with_their_copies(tmp_path, monkeypatch, dtype, record):

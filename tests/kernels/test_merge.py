@@ -10,6 +10,8 @@ from fused_lora.kernels import merge as kernel
 from fused_lora.kernels.config import capability
 from fused_lora.kernels.merge import MergeTile, default_tile
 from fused_lora.ops.merge import launch as merge_kernel
+from fused_lora.ops.merge import op as merging
+from fused_lora.ops.merge.blocks import Dither, dithered
 from fused_lora.reference import bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -349,12 +351,23 @@ def test_too_little_memory_for_corrections_costs_a_second_merge(share, device, k
     W, (A, B) = make_weight(96, 128, torch.float32, device), make_factors(96, 128, 2, device, size=1e6)
     original, merges = W.clone(), []
     launch = kernel.merge
-    monkeypatch.setattr(merge_kernel, "_share", {W.dtype: share})
+    monkeypatch.setattr(merge_kernel, "_share", {(W.dtype, False): share})
     monkeypatch.setattr(kernel, "merge", lambda *args: merges.append(args) or launch(*args))
     record = merge_kernel.merge(W, B, A)
     assert len(merges) == (1 if share else 2) and len(record.values) > 4096
     assert record.nbytes <= 6 * len(record.values) + record.table.nbytes + 6 * (W.numel() // 64 + 4096)
     merge_kernel.unmerge(W, B, A, record)
+    assert torch.equal(bits(W), bits(original))
+
+
+def test_a_merge_at_random_by_the_operator(device, kernels_on):
+    W, (A, B) = make_weight(70, 300, torch.bfloat16, device), make_factors(70, 300, 3, device)
+    original = W.clone()
+    record = merging.merge_(W, [A], [B], [1.0], seed=-5)
+    assert record.device_corrections is not None
+    expected = torch.where(original.isfinite(), dithered(original.float() + chain(A, B), W.dtype, Dither(-5)), original)
+    assert torch.equal(bits(W), bits(expected))
+    merging.unmerge_(W, record)
     assert torch.equal(bits(W), bits(original))
 
 
@@ -393,3 +406,25 @@ def test_more_than_2_31_elements():
     assert torch.equal(W[-3:], expected)
     unmerge(W, A, B, record)
     assert torch.equal(bits(W[-3:]), bits(corner))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("N", "K", "R"), SHAPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rounding_at_random(N, K, R, dtype, transposed, device, kernel_memory):
+    """The specification's bits, for every tile; all of them come back; undoing an unmerge gives the same ones again."""
+    W, (A, B) = make_weight(N, K, dtype, device), make_factors(N, K, R, device)
+    original, dither = W.clone(), Dither(-(2**62) - 5, 2**31 + 3)
+    rounded = dithered(W.float() + chain(A, B), dtype, dither)
+    expected = torch.where(W.isfinite(), rounded, W)
+    if transposed:
+        W = W.t().contiguous().t()
+        expected = torch.where(W.t().isfinite(), dithered(W.t().float() + chain(A, B).t(), dtype, dither), W.t()).t()
+    tile = TILES[0] if transposed else None
+    record = kernel.new_record(W, W.numel(), tile, dither)
+    kernel.merge(W, A, B, record, tile)
+    assert record.totals()[1] == 0 and torch.equal(bits(W.contiguous()), bits(expected.contiguous()))
+    unmerge(W, A, B, record, tile)
+    assert torch.equal(bits(W.contiguous()), bits(original))
+    kernel.merge_again(W, A, B, record, tile)
+    assert torch.equal(bits(W.contiguous()), bits(expected.contiguous()))

@@ -1,6 +1,8 @@
 """Merge and unmerge of a model, whose layers share calls of the C loops."""
 
 import copy
+import io
+import pickle
 import sys
 import warnings
 from typing import Any
@@ -272,3 +274,77 @@ def test_merged_restores_the_bits(kind):
     with fused_lora.merged(net):
         fused_lora.unmerge(net)
     assert torch.equal(bits(linear.weight.detach()), bits(before))
+
+
+def test_rounding_at_random(loops):
+    """Reproducible, another draw in each layer, further adapters on top, and all bits back."""
+    net = layers_of([torch.bfloat16, torch.float16, torch.bfloat16])
+    net[1].base_layer.weight.data.copy_(net[0].base_layer.weight)
+    fused_lora.inject(net, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), "other")
+    before, found = weights(net), []
+    for seed in (3, 3, 4, None):
+        fused_lora.merge(net, stochastic=seed)
+        found.append(weights(net))
+        assert "rounding_seed" not in vars(net[0])
+        fused_lora.merge(net, ["other"])  # keeps the seed of what is merged already
+        found[-1] += weights(net)
+        fused_lora.unmerge(net)
+        assert same_bits(weights(net), before)
+    assert same_bits(found[0], found[1])
+    assert not any(same_bits([a], [b]) for other in found[2:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "seed, kind, message", [(1, ValueError, "2 has a Parameter of torch.float32"), (True, TypeError, "an int")]
+)
+def test_rounding_at_random_that_is_refused(seed, kind, message):
+    net = layers_of([torch.bfloat16, torch.bfloat16, torch.float32])
+    before = weights(net)
+    with pytest.raises(kind, match=f"stochastic: expected .*{message}"):
+        fused_lora.merge(net, stochastic=seed)
+    assert same_bits(weights(net), before)
+    wrapped = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="stochastic: expected None for a PEFT model"):
+        fused_lora.merge(wrapped, stochastic=1)
+
+
+def torch_saved(net):
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def state_there_and_back(net):
+    net.load_state_dict({name: tensor.clone() for name, tensor in net.state_dict().items()})
+    return net
+
+
+CARRIED = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+    "torch.save": torch_saved,
+    "state_dict": state_there_and_back,
+    "to": lambda net: net.to("cpu", torch.float32).to("cpu"),
+}
+
+
+@pytest.mark.parametrize("how", CARRIED)
+@pytest.mark.parametrize("stochastic", [None, 9])
+def test_the_record_of_a_merge_goes_with_the_model(loops, how, stochastic):
+    """What was merged before comes back to the bit behind it, from frozen factors; the original is its own."""
+    net = layers_of([torch.float32, torch.float32] if how == "to" else [torch.bfloat16, torch.float16])
+    before = weights(net)
+    fused_lora.merge(net, stochastic=None if how == "to" else stochastic)
+    merged = weights(net)
+    carried = CARRIED[how](net)
+    assert same_bits(weights(carried), merged) and all(layer.merged for layer in carried)
+    with torch.no_grad():
+        for layer in carried:
+            layer.lora_B["default"].weight.zero_()  # an adapter may change meanwhile
+    fused_lora.unmerge(carried)
+    assert same_bits(weights(carried), before)
+    if carried is not net:
+        assert same_bits(weights(net), merged)
+        fused_lora.unmerge(net)
+        assert same_bits(weights(net), before)

@@ -23,7 +23,7 @@ from fused_lora.ops import native
 from fused_lora.ops.merge import launch
 from fused_lora.ops.merge.delta import chain
 from fused_lora.ops.native import CHANGED, CHECKSUM, DONE, FULL, LOST, MERGE, MERGE_AGAIN, TORN, UNMERGE
-from fused_lora.reference import bits
+from fused_lora.reference import bits, dropout_lanes
 
 _LOW = 0xFFFFFFFF
 AREA, WIDTH, HEIGHT = 4096, 128, 256  # of a unit at most, as in C
@@ -51,18 +51,27 @@ class Scales(NamedTuple):
         return cls(torch.stack([scale, inverse]), scale.new_ones((2, columns)))
 
 
+class Dither(NamedTuple):
+    """Sums of 16 bits are rounded at random: the seed, a signed integer of 64 bits, and the number of the first row."""
+
+    seed: int
+    row: int = 0
+
+
 class Factors(NamedTuple):
     """The delta D = left @ right. ``left`` [rows, R] and ``right`` [R, columns] are contiguous for :func:`merge`, in
-    fp32, or in fp64 for an fp64 weight. The scaling is in the one that was lora_B. scales: of the weight itself."""
+    fp32, or in fp64 for an fp64 weight. The scaling is in the one that was lora_B. scales: of the weight itself.
+    dither: None rounds to the nearest."""
 
     left: torch.Tensor
     right: torch.Tensor
     scales: Scales | None = None
+    dither: Dither | None = None
 
     def t(self) -> Factors:
-        """For the transposed weight."""
+        """For the transposed weight; its elements are numbered as the weight is stored."""
         scales = None if self.scales is None else Scales(self.scales.columns, self.scales.rows)
-        return Factors(self.right.t().contiguous(), self.left.t().contiguous(), scales)
+        return Factors(self.right.t().contiguous(), self.left.t().contiguous(), scales, self.dither)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -119,13 +128,14 @@ class _InC:
         if room == 0:
             ctypes.memset(self.merged, 1, count)
         self._held = factors
-        left, right, scales = factors
+        left, right, scales, dither = factors
         self.work = native.Work(
             *W.shape, W.stride(0), right.shape[0], units.height, units.width,
             native.TYPES[W.dtype], W.data_ptr(), left.data_ptr(), right.data_ptr(),
             *((0, 0) if scales is None else (scales.rows.data_ptr(), scales.columns.data_ptr())),
             counts, counts + 8 * count, counts + 16 * count,
             ctypes.addressof(self.merged), self.corrections.data_ptr(), self.corrections.shape[0], 0,
+            *((0, 0, 0) if dither is None else (1, dither.row, dither.seed)),
         )  # fmt: skip
 
     def run(self, mode: int) -> int:
@@ -143,7 +153,7 @@ class _InTorch:
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
         self._W, self._units, self._room = W, units, room
         self._counts, self._starts, self._checksum = units.notes.unbind()
-        self._left, self._right, self._scales = factors
+        self._left, self._right, self._scales, self._dither = factors
         self._panels = [(first, min(first + units.width, W.shape[1])) for first in range(0, W.shape[1], units.width)]
         whole = W.shape[0] // units.height * units.height
         step = max(1, _BAND // max(1, units.height * W.shape[1])) * units.height
@@ -186,7 +196,7 @@ class _InTorch:
             if not self._decode(band, bits(out)) or not torch.equal(self._checksums(out), checksums):
                 return CHANGED
         else:
-            out = self._round(w, self._scaled(band, w.to(delta.dtype)) + delta)
+            out = self._round(w, self._scaled(band, w.to(delta.dtype)) + delta, band)
             if bool((w.isfinite() & ~out.isfinite()).any()):
                 return LOST
         if mode == MERGE:
@@ -213,8 +223,13 @@ class _InTorch:
     def _unscaled(self, band: tuple[int, int], values: torch.Tensor) -> torch.Tensor:
         return self._scaled(band, values, 1)
 
-    def _round(self, w: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        return torch.where(w.isfinite(), total.to(w.dtype), w).contiguous()
+    def _round(self, w: torch.Tensor, total: torch.Tensor, band: tuple[int, int] | None = None) -> torch.Tensor:
+        """``band``: of a sum that may be rounded at random."""
+        if self._dither is None or band is None:
+            rounded = total.to(w.dtype)
+        else:
+            rounded = dithered(total, w.dtype, Dither(self._dither.seed, self._dither.row + band[0]))
+        return torch.where(w.isfinite(), rounded, w).contiguous()
 
     def _notes(self, band: tuple[int, int], notes: torch.Tensor) -> torch.Tensor:
         """Those of the band's units."""
@@ -279,6 +294,24 @@ class _InTorch:
             change.index_add_(0, unit * part.shape[1] + at, xor << (8 * byte))
             rows[:, columns] ^= change.to(rows.dtype).view(len(rows), -1)
         return True
+
+
+def dithered(total: torch.Tensor, dtype: torch.dtype, dither: Dither) -> torch.Tensor:
+    """fp32 [rows, columns] in bf16 or fp16, rounded at random so that the expectation is the sum, as ``dithered`` in C.
+
+    Of fp16 below 2^-14 the expectation may be off by 2^-15 of a last place. NaN becomes infinity.
+    """
+    lanes = dropout_lanes(dither.seed, dither.row, *total.shape, total.device)[:, : total.shape[1]]
+    chance, pattern = lanes.int() & 0xFFFF, total.view(torch.int32)
+    sign, magnitude = pattern >> 16 & 0x8000, (pattern & 0x7FFFFFFF).clamp(max=0x7F800000)
+    if dtype is torch.bfloat16:
+        half = magnitude + chance >> 16
+    else:
+        small = magnitude < 0x38800000
+        units = torch.where(small, total.abs(), 0.0) * 2.0**24 + chance.float() * 2.0**-16
+        normal = (magnitude - 0x38000000 + (chance >> 3) >> 13).clamp(max=0x7C00)
+        half = torch.where(small, units.int(), normal)
+    return (sign | half).to(torch.int16).view(dtype)
 
 
 def _words(integers: torch.Tensor) -> torch.Tensor:
@@ -389,7 +422,10 @@ def _agree() -> bool:
 
     plain = Factors(normal(37, 3) * 0.01, normal(3, 333))
     scaled = plain._replace(scales=Scales.of_rows(1 + normal(37) * 0.1, 333))
-    for dtype, factors in itertools.product(native.TYPES, (plain, scaled)):
+    dithers = [factors._replace(dither=Dither(7, 2)) for factors in (plain, scaled)]
+    for dtype, factors in itertools.product(native.TYPES, (plain, scaled, *dithers)):
+        if factors.dither is not None and dtype is torch.float32:
+            continue
         W = normal(37, 333).to(dtype)
         merged = W.clone(), W.clone()
         try:

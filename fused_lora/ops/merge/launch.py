@@ -20,9 +20,9 @@ CHANGED = (
     "nothing was changed"
 )
 
-# Memory for corrections, in numbers a weight: a quarter more than the last merge of this dtype needed. A wrong guess
-# costs the way back and a second merge, of a known size.
-_share: dict[torch.dtype, float] = {}
+# Memory for corrections, in numbers a weight: a quarter more than the last such merge of this dtype needed. A wrong
+# guess costs the way back and a second merge, of a known size.
+_share: dict[tuple[torch.dtype, bool], float] = {}
 _way_back: set[tuple] = set()
 
 
@@ -34,8 +34,10 @@ def applies(weight: torch.Tensor) -> bool:
     return guard.passes(("merge", device, dtype), lambda: _check(device, dtype))
 
 
-def merge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
+def merge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dither: Any = None) -> Any:
     """weight <- round(weight + left @ right) in place; returns the kernel's corrections.
+
+    dither: the seed and first row of a rounding at random, as ``blocks.Dither``; kept with what is returned.
 
     Raises ValueError, with the weight as it was, when a finite weight would not stay finite.
     """
@@ -43,9 +45,10 @@ def merge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
 
     factors = right, left
     step = weight.numel() // 64 + 4096  # few sizes: a launch is prepared for each
-    room = int(weight.numel() * _share.get(weight.dtype, 1 / 16)) // step * step + step
+    how = weight.dtype, dither is not None
+    room = int(weight.numel() * _share.get(how, 1 / 16 if dither is None else 1 / 2)) // step * step + step
     while True:
-        record = kernels.new_record(weight, room)
+        record = kernels.new_record(weight, room, dither=dither)
         kind = (weight.device, weight.dtype, weight.shape, weight.stride(), left.stride(), right.stride())
         if kind not in _way_back:  # compiled and loaded before it is needed; it finds nothing to take back
             kernels.unmerge(weight, *factors, record)
@@ -57,7 +60,7 @@ def merge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
             kernels.unmerge(weight, *factors, record)
             raise
         if not lost and found <= room:
-            _share[weight.dtype] = 1.25 * found / max(weight.numel(), 1)
+            _share[how] = 1.25 * found / max(weight.numel(), 1)
             return record.trimmed(found, slack=weight.numel() // 64 + 4096)
         kernels.unmerge(weight, *factors, record)  # what was merged before a program met the reason not to
         if lost:

@@ -14,6 +14,7 @@ Traffic per weight element: one read and one write of W.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from fused_lora.ops import native
 from fused_lora.ops.checks import FLOAT_DTYPES
 from fused_lora.ops.merge import blocks, launch
-from fused_lora.ops.merge.blocks import Factors, Scales
+from fused_lora.ops.merge.blocks import Dither, Factors, Scales
 
 
 @dataclass
@@ -60,6 +61,7 @@ def merge_(
     lora_B: Sequence[torch.Tensor],
     scaling: Sequence[float],
     row_scale: torch.Tensor | None = None,
+    seed: int | None = None,
     *,
     fan_in_fan_out: bool = False,
 ) -> MergeRecord:
@@ -71,37 +73,42 @@ def merge_(
         weight: [N, K], or [K, N] with ``fan_in_fan_out``; fp64, fp32, bf16 or fp16, any strides, any device.
         lora_A: [r_i, K] each; lora_B: [N, r_i] each; any floating dtype. scaling: one float each.
         row_scale: [N], finite, or None.
+        seed: 64 bits: sums are rounded to bf16 or fp16 at random, so that the expectation of a weight is its sum. The
+            same seed gives the same bits. None: to the nearest.
 
     Returns:
         The record that :func:`unmerge_` needs. Later changes of lora_A, lora_B or scaling do not affect it.
 
     Raises:
-        ValueError: shapes do not fit, or a finite weight would become infinite or NaN. The weight is unchanged.
-        TypeError: weight is not fp64, fp32, bf16 or fp16. RuntimeError: it is on the meta device or
+        ValueError: shapes do not fit, a finite weight would become infinite or NaN, or a seed is for a weight of more
+            than 16 bits. The weight is unchanged.
+        TypeError: weight is not fp64, fp32, bf16 or fp16, or seed no int. RuntimeError: it is on the meta device or
             an expanded tensor.
     """
-    _check(weight, lora_A, lora_B, scaling, row_scale, fan_in_fan_out)
+    _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
     W = weight.detach()
     if row_scale is None and launch.applies(W):
-        left, right, _ = _factors(W, lora_A, lora_B, scaling, None, fan_in_fan_out)
+        left, right, *_ = _factors(W, lora_A, lora_B, scaling, None, fan_in_fan_out)
         if W.stride(0) < W.stride(1):  # the kernel takes all three transposed
             left, right = left.t().contiguous().t(), right.t().contiguous().t()
-        record = MergeRecord(Factors(left, right), W.dtype, False)
-        record.device_corrections = launch.merge(W, left, right)
+        record = MergeRecord(Factors(left, right, None, dither_of(seed)), W.dtype, False)
+        record.device_corrections = launch.merge(W, left, right, record.factors.dither)
         return record
     if native.needs_one_thread():
         with native.one_thread():
-            return merge_(weight, lora_A, lora_B, scaling, row_scale, fan_in_fan_out=fan_in_fan_out)
-    W, record = _begun(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out)
+            return merge_(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
+    W, record = _begun(W, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
     record.units = blocks.merge(W, record.factors)  # no call from here on: in one an interrupt would lose the record
     return record
 
 
 def merge_later(weight: torch.Tensor, adapters: tuple, fan_in_fan_out: bool) -> tuple[MergeRecord, Any] | None:
-    """The same of (lora_A, lora_B, scaling) for :func:`blocks.run_together`, and the record that holds once it has run.
+    """The same of (lora_A, lora_B, scaling, row_scale, seed) for :func:`blocks.run_together`, and the record that holds
+    once it has run.
 
     None where the C loops do not take it. Raises what :func:`merge_` does before it writes.
     """
+    adapters = (*adapters, None, None)[:5]
     _check(weight, *adapters, fan_in_fan_out)
     if weight.device.type != "cpu" or weight.dtype not in native.TYPES or native.needs_one_thread():
         return None
@@ -146,7 +153,7 @@ def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, fl
     original = weight.detach().clone()
     unmerge_(original, record)
     change = weight.detach().double() - original.double()
-    left, right, scales = record.factors
+    left, right, scales, _ = record.factors
     delta = left.double() @ right.double()
     if scales is not None:
         W = original.double().t() if record.transposed else original.double()
@@ -158,16 +165,28 @@ def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, fl
 
 def factors(
     record: MergeRecord, fan_in_fan_out: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float], torch.Tensor | None]:
-    """The record's frozen adapters as one (lora_A [R, K], lora_B [N, R], scaling 1, row_scale), to merge them again."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float], torch.Tensor | None, int | None]:
+    """The record's frozen adapters as one (lora_A [R, K], lora_B [N, R], scaling 1, row_scale, seed), to merge them
+    again."""
     swapped = fan_in_fan_out != record.transposed
-    left, right, scales = record.factors.t() if swapped else record.factors
-    return [right], [left], [1.0], None if scales is None else scales.rows[0]
+    left, right, scales, dither = record.factors.t() if swapped else record.factors
+    rows, seed = None if scales is None else scales.rows[0], None if dither is None else dither.seed
+    return [right], [left], [1.0], rows, seed
 
 
-def _begun(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out) -> tuple[torch.Tensor, MergeRecord]:
+def seed_of(seed: int, name: str) -> int:
+    """The seed of one weight, from the seed of a whole merge and the weight's name."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")
+
+
+def dither_of(seed: int | None) -> Dither | None:
+    """Random rounding of a whole weight by a seed of 64 bits; None to the nearest."""
+    return None if seed is None else Dither((int(seed) + 2**63) % 2**64 - 2**63)  # as a signed integer
+
+
+def _begun(W, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> tuple[torch.Tensor, MergeRecord]:
     """The weight as it is stored, and a record without notes."""
-    factors = _factors(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out)
+    factors = _factors(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out)._replace(dither=dither_of(seed))
     transposed = W.stride(0) < W.stride(1) and W.t().is_contiguous()
     if transposed:  # rows of the storage are what a unit should hold
         W, factors = W.t(), factors.t()
@@ -198,7 +217,7 @@ def add_rows_(rows: torch.Tensor, factors: Factors, keep: bool = False) -> block
     if keep:
         return blocks.merge(rows, factors)
     if launch.applies(rows) and factors.scales is None:
-        launch.merge(rows, factors.left, factors.right)
+        launch.merge(rows, factors.left, factors.right, factors.dither)
     else:
         blocks.merge_again(rows, factors)
     return None
@@ -236,9 +255,13 @@ def _factors(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out) -> Factors:
     return delta_factors(W.dtype, W.device, lora_A, lora_B, scaling, fan_in_fan_out, row_scale)
 
 
-def _check(weight, lora_A, lora_B, scaling, row_scale, fan_in_fan_out) -> None:
+def _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> None:
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight: expected float64, float32, bfloat16 or float16, got {weight.dtype}")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed: expected an int or None, got {seed!r:.100}")
+    if seed is not None and weight.dtype.itemsize != 2:
+        raise ValueError(f"seed: expected None for a weight of {weight.dtype}: only 16 bits are rounded at random")
     if weight.is_meta:
         raise RuntimeError("weight: expected numbers to add to, got a tensor on the meta device")
     if weight.dim() != 2:
