@@ -12,7 +12,7 @@ and with a Triton or a backend whose calls are not known here.
 import copy
 from collections.abc import Callable, Sequence
 from functools import reduce
-from operator import is_, or_
+from operator import is_, itemgetter, or_
 from typing import NamedTuple
 
 import torch
@@ -24,12 +24,15 @@ from triton.runtime.jit import JITFunction
 from .descriptors import descriptor_memory
 
 KEPT = 4096  # launches of one kernel, the least recently used of which is forgotten for a new one
+_data_ptr = torch.Tensor.data_ptr
 _KNOWN = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
 
 class _Ready(NamedTuple):
     """What the launch of a compiled kernel needs."""
 
+    present: Callable  # of the launch's tensors those that are there, one after the other
+    order: Callable  # of their addresses and a None what the kernel takes
     run: Callable  # of the head, the stream, the middle, and what the kernel takes
     head: tuple
     middle: tuple
@@ -47,7 +50,7 @@ class Launch:
 
     grid: up to three numbers of programs; arguments: the kernel's, after the tensors; fixed: its constexprs and
     Triton's options. Whoever keeps a Launch keeps it for tensors of the same dtypes on the same device, None in the
-    same places.
+    same places. Where a microsecond counts, keep its ``__call__``: Python takes a detour through C to call an object.
     """
 
     __slots__ = ("_arguments", "_fixed", "_grid", "_ready")
@@ -61,22 +64,15 @@ class Launch:
 
         tensors: of each parameter a tensor, None, or the tensors of a tuple.
         """
-        ready, pointers, together = self._ready, [], 0
+        ready = self._ready
         if ready is None:
             return self._by_triton(kernel, tensors)
-        for tensor in tensors:
-            if tensor is None:
-                pointer = None
-            elif type(tensor) is tuple:
-                pointer = tuple([t.data_ptr() for t in tensor])
-                together |= reduce(or_, pointer)
-            else:
-                pointer = tensor.data_ptr()
-                together |= pointer
-            pointers.append(pointer)
-        run, head, middle, arguments, nested, scratch, device, current_device, current_stream, _ = ready
-        if together % 16 or current_device() != device or _watched(kernel):
+        present, order, run, head, middle, arguments, nested, scratch, device, current_device, current_stream, _ = ready
+        found = [*map(_data_ptr, present(tensors))]
+        if reduce(or_, found) % 16 or current_device() != device or _watched(kernel):
             return self._by_triton(kernel, tensors)
+        found.append(None)
+        pointers = order(found)
         stream = current_stream(device)
         if nested:
             run(*head, stream, *middle, (*pointers, *arguments))
@@ -87,16 +83,17 @@ class Launch:
             run(*head, stream, *middle, *pointers, *arguments)
 
     def _by_triton(self, kernel, tensors) -> None:
-        flat = [t for group in tensors for t in (group if type(group) is tuple else (group,)) if t is not None]
+        flat = _present(tensors)
         with torch.cuda.device_of(flat[0]), descriptor_memory():
             binary = kernel[self._grid](*tensors, *self._arguments, **self._fixed)
             if self._ready is None and _KNOWN and type(kernel) is JITFunction and not _watched(kernel):
                 if all(t.data_ptr() % 16 == 0 for t in flat):
-                    self._ready = self._prepare(kernel, len(tensors), binary)
+                    self._ready = self._prepare(kernel, tensors, binary)
 
-    def _prepare(self, kernel, count: int, binary) -> _Ready | None:
+    def _prepare(self, kernel, tensors, binary) -> _Ready | None:
         if binary is None or binary.metadata.target.backend != "cuda":
             return None
+        count = len(tensors)
         names = kernel.arg_names[count + len(self._arguments) :]
         arguments = *self._arguments, *(self._fixed[name] for name in names)
         active, scratch = driver.active, binary.metadata.global_scratch_size > 0
@@ -105,7 +102,7 @@ class Launch:
         if not scratch and not getattr(binary.metadata, "profile_scratch_size", 0):
             run, head, middle, nested = _inner(run, head, middle, (*[None] * count, *arguments))
         device = active.get_current_device, active.get_current_stream
-        return _Ready(run, head, middle, arguments, nested, scratch, device[0](), *device, binary)
+        return _Ready(*_ordering(tensors), run, head, middle, arguments, nested, scratch, device[0](), *device, binary)
 
 
 def _inner(run, head: tuple, middle: tuple, arguments: tuple) -> tuple[Callable, tuple, tuple, bool]:
@@ -123,6 +120,19 @@ def _inner(run, head: tuple, middle: tuple, arguments: tuple) -> tuple[Callable,
             if tail is arguments or (type(tail) is tuple and len(tail) == n and all(map(is_, tail, arguments))):
                 return run.launch, given[:at], given[at + 1 : -1 if nested else -n], nested
     return run, head, middle, False
+
+
+def _present(tensors) -> list[torch.Tensor]:
+    return [t for group in tensors for t in (group if type(group) is tuple else (group,)) if t is not None]
+
+
+def _ordering(tensors) -> tuple[Callable, Callable]:
+    """(present, order) of :class:`_Ready`, without a loop of Python's where no tuple is among the tensors."""
+    rest = iter(range(len(_present(tensors))))
+    shape = [[next(rest) for _ in t] if type(t) is tuple else -1 if t is None else next(rest) for t in tensors]
+    if not any(type(at) is list for at in shape):
+        return itemgetter(*[i for i, t in enumerate(tensors) if t is not None]), itemgetter(*shape)
+    return _present, lambda found: [tuple([found[i] for i in at]) if type(at) is list else found[at] for at in shape]
 
 
 def _watched(kernel: JITFunction) -> bool:

@@ -96,7 +96,7 @@ def _launch(
         M, C, R, *addressable(z).stride(), *q_strides, *grad_strides,
         EXPAND=expand, DROP=dropout > 0, UPCAST=q.dtype != z.dtype, PRECISION=precision(z.dtype),
         BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_N, BLOCK_R=config.BLOCK_R, **config.options(),
-    )  # fmt: skip
+    ).__call__  # fmt: skip
     return launch, chunks * R * C, columns
 
 

@@ -134,7 +134,7 @@ def prepare_expand(
         UPCAST=upcast, PRECISION=precision(dtype),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
         **config.options(),
-    )  # fmt: skip
+    ).__call__  # fmt: skip
     kernel = _lora_expand_kernel
 
     def run(S, Q, seeds, bias, base=None):

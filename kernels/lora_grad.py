@@ -144,7 +144,7 @@ def prepare_weight_grad(
             M, N, K, R, blocks, *addressable(x).stride(), *addressable(g).stride(), stride,
             NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(x.dtype), SPLIT=split,
             BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
-        )  # fmt: skip
+        ).__call__  # fmt: skip
     kernel = _lora_weight_grad_kernel
 
     def run(g, x, S, dS, seeds):

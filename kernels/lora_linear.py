@@ -241,7 +241,7 @@ def prepare_linear(
         TMA=config.tma, W_IS_NK=stride_w[0] == 1, SPLIT=splits > 1, FOUR_BIT=four_bit, NESTED=nested,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
         GROUP_M=config.GROUP_M, **launch_options(config, nested),
-    )  # fmt: skip
+    ).__call__  # fmt: skip
     kernel, size, f32 = _lora_linear_kernel, (M, N), torch.float32
 
     def run(x, weight, bias, lora_A, lora_B, seeds):

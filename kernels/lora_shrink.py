@@ -155,7 +155,7 @@ def prepare_shrink(
         ends, bounds, tuple(map(float, scales)), M, K, sum(ranks), blocks, *addressable(x).stride(), *p.stride(),
         NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(x.dtype), SPLIT=splits > 1,
         BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
-    )  # fmt: skip
+    ).__call__  # fmt: skip
     kernel = _lora_shrink_kernel
 
     def run(x, P, seeds):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fused_lora.ops.checks import FLOAT_DTYPES
 from fused_lora.ops.dora import op as dora
+from fused_lora.ops.linear.packed import Packed
 from fused_lora.ops.merge import op as merging
 
 _TENSORS = (nn.Parameter, Tensor)  # exact types: subclasses (quantised, sharded, fake) bring their own arithmetic
@@ -90,6 +91,14 @@ class Base:
     def forward(self, module: nn.Module, x: Tensor, adapters: Adapters) -> Tensor:
         """Product and terms in one operator: x [..., K] -> [..., N]. Only where both answers above are None."""
         raise NotImplementedError
+
+    def operand(self, module: nn.Module, x: Tensor) -> Packed | None:
+        """What :meth:`forward` would multiply with, for a call whose tensors are like those of an earlier one.
+
+        With it neither question above is asked, so it asks what they do, besides hooks and whether tensors fit.
+        None: the call takes its usual way.
+        """
+        return None
 
     def features(self, module: nn.Module) -> tuple[int, int]:
         """(K, N): in_features and out_features."""
@@ -249,12 +258,23 @@ def register(base: Base, *names: str) -> Base:
 
 def base_of(module: nn.Module) -> Base:
     """What answers for ``module``."""
-    # written out: this runs several times in every call
+    if not torch.compiler.is_compiling():
+        return base_in_eager(module)
+    # what is kept below would be a guard, and a class that is met a new compilation
     kind = type(module)
-    if torch.compiler.is_compiling():  # what is kept below would be a guard, and a class that is met a new compilation
-        found = _KINDS.get((kind.__module__, kind.__qualname__), _KINDS[None])
-    else:
-        found = _OF_CLASS.get(kind) or _registered(kind) or _KINDS[None]
+    return _of_weight(module, kind, _KINDS.get((kind.__module__, kind.__qualname__), _KINDS[None]))
+
+
+def base_in_eager(module: nn.Module) -> Base:
+    """:func:`base_of` for whoever has asked whether torch compiles."""
+    kind = type(module)  # written out: this runs several times in every call
+    found = _OF_CLASS.get(kind) or _registered(kind) or _KINDS[None]
+    if kind is not nn.Linear or type(module._parameters.get("weight")) in _TENSORS:
+        return found
+    return _of_weight(module, kind, found)
+
+
+def _of_weight(module: nn.Module, kind: type, found: Base) -> Base:
     if kind is not nn.Linear or (weight := type(module._parameters.get("weight"))) in _TENSORS:
         return found
     return _registered(weight) or found

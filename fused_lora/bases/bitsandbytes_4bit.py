@@ -50,11 +50,21 @@ class Weight(packed.Packed):
             inner = state.state2
             self.nested = inner.code, inner.absmax, inner.blocksize, state.offset
 
+    def data_ptr(self) -> int:
+        """As :meth:`Packed.data_ptr`."""
+        return self.bytes.data_ptr()
+
     @property
     def four_bit(self) -> FourBit | None:
         """As :class:`Packed`; made when a kernel asks."""
         own = self.bytes, self.code, self.absmax, self.nested, self.blocksize, self.shape, self.dtype
         return None if self.repacked else FourBit(*own)
+
+    @property
+    def kind(self) -> tuple:
+        """As :class:`Packed`."""
+        nested = self.nested is not None and self.nested[2]
+        return self.dtype, self.quant_type, self.blocksize, nested, self.shape, self.repacked
 
     def scales(self) -> Tensor:
         """fp32, one to each ``blocksize`` values in the order of the rows."""
@@ -168,16 +178,21 @@ class Linear4bit(Requantised):
             return reason
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return "torch.compile or a dispatch mode over a 4-bit base"
-        if not (module.training or torch.is_grad_enabled() or _reads_4_bits(module, x)):
-            return "inference over a 4-bit base"
+        if reason := self._why_not_now(module, x):
+            return reason
         if x.is_cpu:
-            # the operator computes in fp32; after the layer's call of a repacked weight there is no backward
-            native = compute_dtype(module, x) is torch.bfloat16 and getattr(module, "support_avx512bf16_for_cpu", False)
-            return "this CPU multiplies bf16 itself" if native and not is_repacked(module) else None
+            return None
         if torch.is_autocast_enabled(x.device.type):
             return "float64 under autocast" if x.dtype is torch.float64 else None
         fits = x.dtype is compute_dtype(module, x)
         return None if fits else "the input has another dtype than the base layer computes in"
+
+    def _why_not_now(self, module: Any, x: Tensor) -> str | None:
+        if not (module.training or torch.is_grad_enabled() or _reads_4_bits(module, x)):
+            return "inference over a 4-bit base"
+        # the operator computes in fp32; after the layer's call of a repacked weight there is no backward
+        native = x.is_cpu and getattr(module, "support_avx512bf16_for_cpu", False) and not is_repacked(module)
+        return "this CPU multiplies bf16 itself" if native and compute_dtype(module, x) is torch.bfloat16 else None
 
     def forward(self, module: Any, x: Tensor, adapters: Adapters) -> Tensor:
         """x W^T + b and the terms, one rounding, in x's dtype."""
@@ -188,6 +203,20 @@ class Linear4bit(Requantised):
         lora_A, lora_B, scaling, dropout, *_ = adapters
         bias = adapters.bias_with(module._parameters["bias"])
         return packed.lora_linear(x, Weight(module, dtype), bias, lora_A, lora_B, scaling, dropout)
+
+    def operand(self, module: Any, x: Tensor) -> Weight | None:
+        """As :meth:`Base.operand`. The fields of a state are compared with those of an earlier call, not looked into.
+
+        Every attribute of a Params4bit takes microseconds, for it is a subclass of a tensor.
+        """
+        own, state = module.__dict__, getattr(module._parameters.get("weight"), "quant_state", None)
+        shape = getattr(state, "shape", None)
+        if type(shape) is not torch.Size or shape != (own["out_features"], own["in_features"]):
+            return None
+        if not own["compute_type_is_set"] or self._why_not_now(module, x):
+            return None
+        dtype = compute_dtype(module, x)
+        return Weight(module, dtype) if x.is_cpu or x.dtype is dtype else None
 
     def why_not_merged(self, module: Any) -> str | None:
         """None for a weight of a known kind."""

@@ -81,13 +81,18 @@ class Torchao(Requantised):
             return reason
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return "torch.compile or a dispatch mode over a quantised base"
-        if not (module.training or torch.is_grad_enabled()):
-            return "inference over a quantised base"
+        if reason := self._why_not_now(module, x):
+            return reason
         kind, dtype = x.device.type, module._parameters["weight"].dtype
         if x.dtype is not dtype or torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not dtype:
             return "the input has another dtype than the base layer computes in"
+        return None
+
+    def _why_not_now(self, module: Any, x: Tensor) -> str | None:
+        if not (module.training or torch.is_grad_enabled()):
+            return "inference over a quantised base"
         # the operator computes in fp32, which takes several times as long there
-        native = x.is_cpu and dtype is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+        native = x.is_cpu and x.dtype is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
         return "this CPU multiplies bf16 itself" if native else None
 
     def forward(self, module: Any, x: Tensor, adapters: Adapters) -> Tensor:
@@ -95,6 +100,13 @@ class Torchao(Requantised):
         lora_A, lora_B, scaling, dropout, *_ = adapters
         bias = adapters.bias_with(module._parameters["bias"])
         return packed.lora_linear(x, Weight(module._parameters["weight"]), bias, lora_A, lora_B, scaling, dropout)
+
+    def operand(self, module: Any, x: Tensor) -> Weight | None:
+        """As :meth:`Base.operand`."""
+        weight = module._parameters["weight"]
+        if _why_not_known(weight) or _changes_input(weight) or self._why_not_now(module, x):
+            return None
+        return Weight(weight)
 
     def why_not_dense(self, module: Any) -> str | None:
         """None for a weight that this file can read."""

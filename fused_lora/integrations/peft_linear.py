@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _of_torch
 
 from fused_lora.bases import base_of
 from fused_lora.bases.base import why_not_own_call, why_not_plain_tensor, why_not_plain_weight
@@ -43,6 +43,8 @@ _WRAPPED = (
     "further adapter, peft_model.add_adapter(adapter_name, config) starts one, and peft_model.merge_and_unload() "
     "returns a plain model to start anew"
 )
+# what torch's own _has_any_global_hook asks, in a third of the time
+_GLOBAL_HOOKS = tuple(getattr(_of_torch, name) for name in _of_torch._has_any_global_hook.__code__.co_names)
 # FUSED, AROUND and the reason, or the reason why PEFT's own forward ran -> calls in this process
 CALLS: Counter[str] = Counter()
 
@@ -54,9 +56,12 @@ class AcceleratedLinear(FusedLoraBehaviour):
         """PEFT's forward: base(x) + sum over active adapters of scaling * B(A(dropout(x))), in the dtype of base(x)."""
         if CHANGING:
             wait_for_change(self)
-        if not (args or kwargs or self.lora_variant or _has_any_global_hook()) and self.cast_input_dtype_enabled:
+        own = self.__dict__  # past PEFT's properties and nn.Module's __getattr__, which slow every attribute down
+        simple = not (args or kwargs or own["lora_variant"] or any(_GLOBAL_HOOKS)) and own["cast_input_dtype_enabled"]
+        if simple and not own["_disable_adapters"]:
+            names = own["_active_adapter"]
             try:
-                y = self._remembered_forward(x)
+                y = self._remembered_forward(x, (names,) if isinstance(names, str) else names)
             except BaseException:  # a call all the same: recomputing for a checkpoint stops inside the last layer
                 _count(FUSED)
                 raise

@@ -140,9 +140,10 @@ class LoraLinear(LoraLayer):
         """x [..., in_features] -> [..., out_features]. ``adapter_names`` names one adapter per row (None: base)."""
         if CHANGING:
             wait_for_change(self)
-        batch, names = self.mixed_batch, None
-        if batch is None and adapter_names is None:
-            y = self._remembered_forward(x)
+        own, names = self.__dict__, None  # past nn.Module's __getattr__, which slows every attribute down
+        batch = own["mixed_batch"]
+        if batch is None and adapter_names is None and not own["disable_adapters"]:
+            y = self._remembered_forward(x, own["active_adapters"])
             if y is not None:
                 return y
         if adapter_names is not None:

@@ -9,6 +9,7 @@ The class that mixes this in brings ``base_layer``, ``lora_A``, ``lora_B``, ``lo
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fused_lora.bases import Adapters, Base, base_of, foreign
+from fused_lora.bases.base import base_in_eager
 from fused_lora.bases.dense import Dense
 from fused_lora.bases.requantised import rounded_bias
 from fused_lora.modules import variants
@@ -98,57 +100,62 @@ class FusedLoraBehaviour(_Layer):
         base = self._modules["base_layer"]
         y = base_of(base).forward(base, x, self._adapters(names))
         if may_learn(x):
-            operands, memory = self._operands(), self.__dict__.get("_memory")
+            operands, memory = self._operands(x, names), self.__dict__.get("_memory")
             if operands:
                 if memory is None:
                     memory = self.__dict__["_memory"] = Memory()
                 memory.learn(x, *operands)
         return y
 
-    def _remembered_forward(self, x: Tensor) -> Tensor | None:
-        """What :meth:`_fused_forward` has found for a call like this one before; None where a question is open."""
-        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    def _remembered_forward(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
+        """What :meth:`_fused_forward` has found for a call like this one before; None where a question is open.
+
+        names: the active adapters.
+        """
+        if torch.compiler.is_dynamo_compiling():  # whatever else traces is seen in the tensors
             return None
-        memory = self.__dict__.get("_memory")
-        if memory is None or self.disable_adapters or self.merged_adapters:
+        own = self.__dict__
+        memory = own.get("_memory")
+        if memory is None or own["merged_adapters"] or forward_ad._current_level >= 0:
             return None
-        operands = self._operands()
+        operands = self._operands(x, names)
         return None if operands is None else memory.recall(x, *operands)
 
-    def _operands(self) -> tuple | None:
-        """Weight, bias, lora_A, lora_B, scaling, dropout of a layer whose parts run their class's forward, no hooks.
+    def _operands(self, x: Tensor, names: Sequence[str]) -> tuple | None:
+        """What :meth:`Memory.recall` takes, of a layer whose parts run their class's forward, no hooks.
 
         None where they do not, and where the answer is not as simple as that. Nothing is asked of the tensors.
         """
-        # written out, past nn.Module's __getattr__: this runs in every call
-        modules, lora_A, lora_B, scaling, dropout = self._modules, [], [], [], []
-        base, scales = modules["base_layer"], self.scaling
-        kind, parts = base_of(base), [base]
-        if type(kind) is not Dense or modules["lora_magnitude_vector"]._modules:
+        # written out, and past nn.Module's __getattr__, which slows every attribute down: this runs in every call
+        own, lora_A, lora_B, scaling, dropout = self.__dict__, [], [], [], []
+        modules, scales = own["_modules"], own["scaling"]
+        base = modules["base_layer"]
+        kind, parts = base_in_eager(base), [base.__dict__]
+        if modules["lora_magnitude_vector"]._modules:
             return None
         A, B, drops = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
-        for name in self.active_adapters:
+        for name in names:
             a = A.get(name)
             if a is None:
                 continue
             b, drop, s = B[name], drops[name], scales[name]
-            parts += a, b, drop
             if type(a) is not nn.Linear or type(b) is not nn.Linear or type(s) is not float:
                 return None
-            if type(drop) is nn.Dropout and not drop.inplace:
-                dropout.append(drop.p if drop.training else 0.0)
+            of_a, of_b, of_drop = a.__dict__, b.__dict__, drop.__dict__
+            if type(drop) is nn.Dropout and not of_drop["inplace"]:
+                dropout.append(of_drop["p"] if of_drop["training"] else 0.0)
             elif type(drop) is nn.Identity:
                 dropout.append(0.0)
             else:
                 return None
-            a, b = a._parameters, b._parameters
+            parts += of_a, of_b, of_drop
+            a, b = of_a["_parameters"], of_b["_parameters"]
             if a.get("bias") is not None or b.get("bias") is not None:
                 return None
             lora_A.append(a.get("weight"))
             lora_B.append(b.get("weight"))
             scaling.append(s)
-        for part in parts:
-            own = part.__dict__
+        for own in parts:
             if (
                 own["_forward_hooks"]
                 or own["_forward_pre_hooks"]
@@ -157,11 +164,19 @@ class FusedLoraBehaviour(_Layer):
                 or "forward" in own
             ):
                 return None
-        base = base._parameters
-        weight = base.get("weight")
-        if kind.transposed and weight is not None:
-            weight = weight.t()
-        return (weight, base.get("bias"), lora_A, lora_B, scaling, dropout) if lora_A else None
+        if not lora_A:
+            return None
+        parameters = parts[0]["_parameters"]
+        seen, bias, further = parameters.get("weight"), parameters.get("bias"), ()
+        weight = seen
+        if type(kind) is not Dense:
+            weight = kind.operand(base, x)
+            if weight is None:
+                return None
+            further = weight.kind
+        elif kind.transposed and seen is not None:
+            weight = seen = seen.t()
+        return (bias is None, *scaling, *dropout, *further), seen, weight, bias, lora_A, lora_B, scaling, dropout
 
     def _around_forward(self, x: Tensor, names: list[str], *args, **kwargs) -> tuple[Tensor, str | None]:
         """The base layer's own call and one operator for all adapters; (y, why the adapters' modules were called)."""

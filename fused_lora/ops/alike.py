@@ -16,22 +16,22 @@ from torch import Tensor
 
 _Guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _Guards = getattr(_Guards, "TensorGuards", None)
-_modes = torch._C._len_torch_dispatch_stack
+modes = torch._C._len_torch_dispatch_stack
 _KEPT = 8  # sets of tensors: in training and not, of two and of three dimensions, some shapes
 
 
 class Alike:
     """Answers by tensors, the newest first. It holds no tensor."""
 
-    __slots__ = ("_entries",)
+    __slots__ = ("entries",)
 
     def __init__(self):
-        self._entries: tuple = ()
+        self.entries: tuple = ()  # (whether tensors are like those, the answer)
 
     def find(self, *tensors: Tensor) -> Any:
         """The answer for tensors like these; None where there is none, and where one of them comes twice."""
-        for same, answer in self._entries:
-            if same(*tensors) and not _modes():  # some modes of torch's own show in no tensor
+        for same, answer in self.entries:
+            if same(*tensors) and not modes():  # some modes of torch's own show in no tensor
                 return answer
         return None
 
@@ -44,4 +44,4 @@ class Alike:
         if any_rows:
             sizes[0][:-1], strides[0] = [None] * (len(sizes[0]) - 1), [None] * len(sizes[0])
         same = _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-        self._entries = (same, answer), *self._entries[: _KEPT - 1]
+        self.entries = (same, answer), *self.entries[: _KEPT - 1]

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_lora.ops.alike import Alike
+from fused_lora.ops import guard
+from fused_lora.ops.alike import Alike, modes
 from fused_lora.ops.checks import check_linear, refuse_tangents, refuse_transforms
 from fused_lora.ops.linear import double_backward, flops, plan
 from fused_lora.ops.linear import eager as cpu
@@ -88,7 +90,8 @@ def _run(run, x, weight, bias, lora_A, lora_B, seeds) -> Tensor:
         seeds = draw_seeds(len(lora_A), x.device)
     if run.grad and torch.is_grad_enabled():
         frozen, free = ((weight, bias), ()) if run.frozen else (None, (weight, bias))
-        return _apply(run, seeds, frozen, x, *lora_A, *lora_B, *free)[0]
+        found = _apply(run, seeds, frozen, x, *lora_A, *lora_B, *free)
+        return found if run.keeps_x else found[0]
     return run(x, weight, bias, lora_A, lora_B, seeds)[0]
 
 
@@ -111,30 +114,39 @@ class Memory:
     def __reduce__(self):  # copies and files of a layer hold None instead
         return type(None), ()
 
-    def recall(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> Tensor | None:
-        """The result, differentiable; None when no such call was learnt."""
-        alike = self._by_numbers.get((bias is None, *scaling, *dropout))
+    def recall(self, x, key, seen, weight, bias, lora_A, lora_B, scaling, dropout) -> Tensor | None:
+        """The result, differentiable; None when no such call was learnt.
+
+        key: all that the call depends on besides tensors. seen: a tensor that stands for a packed weight.
+        """
+        alike = self._by_numbers.get(key)
         if alike is None or self._kept is not plan.kept:  # all plans are made anew
             return None
-        runs = alike.find(x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,)))
+        tensors = (x, seen, *lora_A, *lora_B) if bias is None else (x, seen, *lora_A, *lora_B, bias)
+        runs = None
+        for same, answer in alike.entries:  # as Alike.find, written out
+            if same(*tensors) and not modes():
+                runs = answer
+                break
         if runs is None:
             return None
-        key = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16
-        run = runs.get(key)
+        layout = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16
+        run = runs.get(layout)
         if run is None:
             if len(runs) >= _RUNS:
                 runs.clear()
-            run = runs[key] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout)
+            run = runs[layout] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout)
         return _run(run, x, weight, bias, lora_A, lora_B, None)
 
-    def learn(self, x, weight, bias, lora_A, lora_B, scaling, dropout) -> None:
+    def learn(self, x, key, seen, weight, bias, lora_A, lora_B, *_) -> None:
         """Of a call that has passed and :func:`may_learn`, where nobody but autograd looks on."""
-        tensors = x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,))
-        if not is_direct(*tensors):
+        tensors: Any = x, *lora_A, *lora_B, *(() if bias is None else (bias,))
+        if not is_direct(*tensors, *((weight,) if seen is weight else ())):
             return
+        tensors = x, seen, *tensors[1:]
         if self._kept is not plan.kept or len(self._by_numbers) > _NUMBERS:
             self._by_numbers, self._kept = {}, plan.kept
-        alike = self._by_numbers.setdefault((bias is None, *scaling, *dropout), Alike())
+        alike = self._by_numbers.setdefault(key, Alike())
         alike.keep({}, tensors, any_rows=True)
 
 
@@ -182,9 +194,8 @@ def _lora_linear(
     dropout: Sequence[float],
     seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)(
-        x, weight, bias, lora_A, lora_B, seeds
-    )
+    run = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    return run(x, weight, bias, lora_A, lora_B, seeds)
 
 
 @_lora_linear.register_fake
@@ -194,11 +205,20 @@ def _(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
 
 
 def _gradients(alike, g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
-    """dx, dA, dB, dW, db with None for what is not needed; ``needs`` as for :func:`_keep`."""
+    """dx, dA, dB, dW, db with None for what is not needed; ``needs`` as for :func:`_keep`.
+
+    alike: of the :class:`plan.Forward` that this is the backward of, None for another's.
+    """
     n = len(lora_A)
     need_x, need_A, need_B = needs[0], needs[1 : n + 1], needs[n + 1 : -2]
+    if not isinstance(weight, Tensor) and g.device.type == guard.DEVICE:
+        weight = weight.to(g.dtype)
     rows = g.new_empty((g.shape[0], weight.shape[1])) if x is None else x
-    run = plan.backward(g, rows, weight, lora_A, lora_B, scaling, dropout, tuple(needs), alike)
+    run = None
+    if alike is not None and alike.entries and (g.data_ptr() | rows.data_ptr()) % 16 == 0:
+        run = alike.find(g, rows, weight, *lora_A, *lora_B)
+    if run is None:
+        run = plan.backward(g, rows, weight, lora_A, lora_B, scaling, dropout, tuple(needs), alike)
     found = run(g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, *needs[-2:])
     return found if found[-1] is None else (*found[:-1], found[-1].to(bias_dtype))
 
@@ -242,10 +262,11 @@ def _keep(ctx, call, x, weight, lora_A, lora_B, seeds, S) -> None:
     """For the backward; ``call`` ends with one flag per tensor: x, n times lora_A, n times lora_B, weight, bias."""
     n, needs = call[0], call[-1]
     ctx.call, ctx.materialize_grads = call, False
-    keep_x = x if needs[1] or needs[-2] or any(needs[2 : n + 1]) else None  # only dA and dW read it
+    keep_x = x if plan.keeps_x(n, needs) else None
     if needs[0]:
-        ctx.idle = None
-        ctx.save_for_backward(keep_x, weight, S, seeds, *lora_A, *lora_B)
+        tensor = isinstance(weight, Tensor)  # else packed
+        ctx.idle = None if tensor else (weight, None, None)
+        ctx.save_for_backward(keep_x, weight if tensor else None, S, seeds, *lora_A, *lora_B)
     else:  # W, A and unused B have a shape to give only: what is saved must not change, and hooks may copy it
         ctx.idle = weight, lora_A, lora_B
         used = [B if need else None for B, need in zip(lora_B, needs[1 : n + 1], strict=True)]
@@ -267,20 +288,19 @@ def _by_operator(*arguments):
     return dx, rest[:n], rest[n:], dW, db
 
 
-def _all_gradients(ctx, g, g_S, gradients, packed=None, dtype: torch.dtype | None = None):
+def _all_gradients(ctx, g, g_S, gradients, dtype: torch.dtype | None = None):
     """dx, dA, dB, dW, db with None for what is not needed, by ``gradients`` where nobody follows its operations.
 
-    g_S: gradient of S, which second derivatives have; either of g and g_S may be None. packed: the weight, where it is
-    not among the saved tensors, and dtype: that of x.
+    g_S: gradient of S, which second derivatives have; either of g and g_S may be None. dtype: as of
+    :class:`plan.Forward`.
     """
     n, scaling, dropout, bias_dtype, needs = ctx.call
     x, weight, S, seeds, *adapters = ctx.saved_tensors
     A, B = adapters[:n], adapters[n:]
     if ctx.idle is not None:
-        weight, A, all_B = ctx.idle
-        B = [B if saved is None else saved for B, saved in zip(all_B, B, strict=True)]
-    if packed is not None:
-        weight = packed
+        weight, all_A, all_B = ctx.idle
+        if all_A is not None:
+            A, B = all_A, [B if saved is None else saved for B, saved in zip(all_B, B, strict=True)]
     if x is not None and x.dim() != 2:
         x = x.reshape(S.shape[0], weight.shape[1])
     if g_S is None and not (torch.is_grad_enabled() or _is_batched(g)):
@@ -336,7 +356,7 @@ def _register_autocast(device_type: str, key: str) -> None:
 def _outside_autocast(backward):
     """The backward of an operator with the results y and S: nothing where neither has a gradient, and no autocast."""
 
-    def inner(ctx, g, g_S):
+    def inner(ctx, g, g_S=None):
         some = g_S if g is None else g
         if some is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -351,28 +371,29 @@ def _outside_autocast(backward):
 class _Direct(torch.autograd.Function):
     """What :func:`_direct` does, differentiable; x of any number of dimensions.
 
-    S is a result, so that second derivatives reach x and A through it.
+    Where x is not kept, S is a result, so that second derivatives reach x and A through it.
     """
 
     @staticmethod
     def forward(ctx, run, seeds, frozen, x, *others):
         n = run.call[0]
         A, B, (weight, bias) = others[:n], others[n : 2 * n], frozen or others[2 * n :]
-        y, S = run(x, weight, bias, A, B, seeds)
+        y, S = run.compute(x, weight, bias, A, B, run.call[1], run.call[2], seeds)
         _keep(ctx, run.call, x, weight, A, B, seeds, S)
         ctx.run = run
-        return y, S
+        return y if run.keeps_x else (y, S)
 
     @staticmethod
     @_outside_autocast
-    def backward(ctx, g, g_S):
-        rows = ctx.run.rows
+    def backward(ctx, g, g_S=None):
+        run = ctx.run
+        rows = run.rows
         if g is not None and rows is not None:
             g = g.reshape(rows[0], g.shape[-1])
-        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, partial(_gradients, ctx.run.alike))
+        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, partial(_gradients, run.alike), run.dtype)
         if dx is not None and rows is not None:
-            dx = dx.reshape(*ctx.run.shape[:-1], rows[1])
-        return None, None, None, dx, *dA, *dB, *(() if ctx.run.frozen else (dW, db))
+            dx = dx.reshape(*run.shape[:-1], rows[1])
+        return (None, None, None, dx, *dA, *dB) if run.frozen else (None, None, None, dx, *dA, *dB, dW, db)
 
 
 def _is_batched(g: Tensor) -> bool:

@@ -16,30 +16,25 @@ from torch import Tensor
 from fused_lora.ops import guard
 from fused_lora.ops.checks import check_linear
 from fused_lora.ops.dequant import FourBit
-from fused_lora.ops.linear import eager, plan
-from fused_lora.ops.linear.op import (
-    _all_gradients,
-    _as_autocast,
-    _autocast_dtype,
-    _autocasts,
-    _gradients,
-    _keep,
-    _outside_autocast,
-    _rows,
-    draw_seeds,
-)
+from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _direct
 
 
 class Packed:
     """A weight [N, K] that is dequantised where it is used; ``dtype`` is what its values are rounded to.
 
-    four_bit: what a kernel reads in its place, where there is one.
+    four_bit: what a kernel reads in its place, where there is one. kind: all that a launch depends on besides tensors.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
     four_bit: FourBit | None = None
+    kind: tuple = ()
+    requires_grad = False
+
+    def data_ptr(self) -> int:
+        """Where the packed values begin, of whose alignment a kernel's launch depends; 0 where no kernel reads them."""
+        return 0
 
     def blocks(self, step: int) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, rows start to stop as a dense tensor of ``dtype``), about ``step`` rows at a time."""
@@ -77,9 +72,7 @@ def lora_linear(
         ValueError, TypeError: the arguments do not fit.
     """
     check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, None, weight.dtype)
-    if x.is_neg():  # a kernel would not see the sign
-        x = x.resolve_neg()
-    seeds, inside = draw_seeds(len(lora_A), x.device) if any(dropout) else None, x
+    inside = x
     if x.device.type == guard.DEVICE:
         autocast = _autocast_dtype(x)
         inside = x.to(autocast or weight.dtype)
@@ -87,60 +80,9 @@ def lora_linear(
     # entering it takes as long as a small product
     outside = torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
     with outside:
-        y = _differentiable(inside, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-    return y.to(x.dtype)
+        return _direct(inside, weight, bias, lora_A, lora_B, scaling, dropout, None).to(x.dtype)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
     """The autocast dtype, else that of x."""
     return _autocast_dtype(x) or x.dtype
-
-
-def _differentiable(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
-    if torch.is_grad_enabled():
-        for tensor in (x, *lora_A, *lora_B, bias):
-            if tensor is not None and tensor.requires_grad:
-                return _apply(weight, seeds, scaling, dropout, len(lora_A), x, bias, *lora_A, *lora_B)[0]
-    return _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)[0]
-
-
-def _compute(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[Tensor, Tensor]:
-    """y [..., N], no view, so that it may be changed in place, and S [M, sum r_i]."""
-    rows = _rows(x)
-    if x.device.type == guard.DEVICE:
-        run = plan.forward_packed(rows, weight, bias, lora_A, lora_B, scaling, dropout)
-    else:
-        run = eager.lora_linear
-    y, S = run(rows, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-    return y.resize_((*x.shape[:-1], y.shape[-1])), S
-
-
-def _gradients_over(g, x, weight, *rest):
-    if g.device.type == guard.DEVICE:
-        weight = weight.to(g.dtype)
-    return _gradients(None, g, x, weight, *rest)
-
-
-class _OverPacked(torch.autograd.Function):
-    """S is a result, so that second derivatives reach x and A through it."""
-
-    @staticmethod
-    def forward(ctx, weight, seeds, scaling, dropout, n, x, bias, *adapters):
-        A, B = adapters[:n], adapters[n:]
-        y, S = _compute(x, weight, bias, A, B, scaling, dropout, seeds)
-        _, _, _, _, _, need_x, need_bias, *needs = ctx.needs_input_grad
-        call = n, scaling, dropout, None if bias is None else bias.dtype, (need_x, *needs, False, need_bias)
-        _keep(ctx, call, x, None, A, B, seeds, S)
-        ctx.packed, ctx.shape, ctx.dtype = weight, x.shape, x.dtype
-        return y, S
-
-    @staticmethod
-    @_outside_autocast
-    def backward(ctx, g, g_S):
-        g = None if g is None else _rows(g)
-        dx, dA, dB, _, db = _all_gradients(ctx, g, g_S, _gradients_over, ctx.packed, ctx.dtype)
-        return None, None, None, None, None, None if dx is None else dx.reshape(ctx.shape), db, *dA, *dB
-
-
-# past a wrapper that looks for torch.func, inside which no layer takes this way
-_apply = super(torch.autograd.Function, _OverPacked).apply

@@ -142,38 +142,47 @@ def _pick(*arguments) -> LaunchConfig:
     return pick(*arguments)
 
 
+def keeps_x(adapters: int, needs: Sequence[bool]) -> bool:
+    """Whether a backward with these ``needs`` (:attr:`Forward.call`) reads x, for dA or dW."""
+    return any(needs[1 : adapters + 1]) or needs[-2]
+
+
 class Forward:
     """What the calls of one key share: a function of their tensors that returns (y, S), and what the backward needs.
 
+    compute: the same of all arguments and seeds, as the eager path takes them.
     grad: one of the tensors wants a gradient; frozen: neither weight nor bias does. call: what the backward knows of a
-    call besides its tensors; it ends with which of x, each lora_A, each lora_B, weight and bias want a gradient.
+    call besides its tensors; it ends with which of x, each lora_A, each lora_B, weight and bias want a gradient. dtype:
+    x's, where that of a packed weight does not tell it.
     """
 
-    __slots__ = ("alike", "call", "frozen", "grad", "masked", "rows", "shape", "_run")
+    __slots__ = ("alike", "call", "compute", "dtype", "frozen", "grad", "keeps_x", "masked", "rows", "shape", "_run")
 
     def __init__(self, x, weight, bias, lora_A, lora_B, scaling: Sequence[float], dropout: Sequence[float]):
-        leading, N = x.shape[:-1], weight.shape[0]
-        self.rows = None if len(leading) == 1 else (leading.numel(), weight.shape[1])
+        leading, (N, K), packed = x.shape[:-1], weight.shape, not isinstance(weight, torch.Tensor)
+        self.rows = None if len(leading) == 1 else (leading.numel(), K)
         self.shape, self.masked, self.alike = (*leading, N), any(dropout), Alike()
+        self.dtype = x.dtype if packed else None
         needs = tuple([t is not None and t.requires_grad for t in (x, *lora_A, *lora_B, weight, bias)])
         numbers = tuple(scaling), tuple(dropout)
-        self.grad, self.frozen = any(needs), not any(needs[-2:])
+        self.grad, self.frozen, self.keeps_x = any(needs), not any(needs[-2:]), keeps_x(len(lora_A), needs)
         self.call = len(lora_A), *numbers, None if bias is None else bias.dtype, needs
         rows = x if self.rows is None else x.reshape(self.rows)
-        self._run = _forward(rows, weight, bias, lora_A, lora_B, *numbers)
+        self._run = (_forward_packed if packed else _forward)(rows, weight, bias, lora_A, lora_B, *numbers)
+        self.compute = self._run if self.rows is None else self._reshaped
 
     def __call__(self, x, weight, bias, lora_A, lora_B, seeds) -> tuple[torch.Tensor, torch.Tensor]:
         """y [..., N], no view, so that it may be changed in place, and S [M, sum r_i]."""
-        _, scaling, dropout, *_ = self.call
-        if self.rows is None:
-            return self._run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-        y, S = self._run(x.reshape(self.rows), weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+        return self.compute(x, weight, bias, lora_A, lora_B, self.call[1], self.call[2], seeds)
+
+    def _reshaped(self, x, *others):
+        y, S = self._run(x.reshape(self.rows), *others)
         return y.resize_(self.shape), S
 
 
 def forward(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Packed,
     bias: torch.Tensor | None,
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
@@ -181,11 +190,13 @@ def forward(
     dropout: Sequence[float],
     seeds: torch.Tensor | None = None,
 ) -> Forward:
-    """What these arguments run. Seeds that are None are still to be drawn.
+    """What these arguments run. Seeds that are None are still to be drawn. Over a packed weight they have been checked.
 
     Raises:
         ValueError, TypeError: the arguments do not fit.
     """
+    if not isinstance(weight, torch.Tensor):
+        return Forward(x, weight, bias, lora_A, lora_B, scaling, dropout)
     key = layout(x, weight, *lora_A, *lora_B), len(lora_A), bias is None or _kind(bias), *scaling, *dropout
     if seeds is not None:
         key += _kind(seeds)
@@ -211,21 +222,13 @@ def reads_4_bits(rows: int, K: int, blocksize: int, dtype: torch.dtype, device: 
     return few and K % SCALE_GROUP == 0 and blocksize >= SCALE_GROUP and capability(device) >= 80
 
 
-def forward_packed(
-    x: torch.Tensor,
-    weight: Packed,
-    bias: torch.Tensor | None,
-    lora_A: Sequence[torch.Tensor],
-    lora_B: Sequence[torch.Tensor],
-    scaling: Sequence[float],
-    dropout: Sequence[float],
-) -> Callable:
-    """The function of these arguments and the seeds, x [M, K], that returns (y, S); they have been checked."""
+def _forward_packed(x, weight: Packed, bias, lora_A, lora_B, scaling, dropout) -> Callable:
+    if x.device.type != guard.DEVICE:
+        return eager.lora_linear
     own = weight.four_bit
     if own is None or own.dtype is not x.dtype:
         return _dequantised
-    kind = own.blocksize, own.nested is not None and own.nested[2], own.shape
-    key = layout(x, own.packed, *lora_A, *lora_B), kind, bias is None or _kind(bias), *scaling, *dropout
+    key = layout(x, own.packed, *lora_A, *lora_B), weight.kind, bias is None or _kind(bias), *scaling, *dropout
     found = kept.get(key)
     if found is None:
         few = reads_4_bits(len(x), own.shape[1], own.blocksize, x.dtype, x.device)
@@ -258,16 +261,12 @@ def backward(
 ) -> Callable:
     """What computes (dx, dA, dB, dW, db), with the signature of ``eager.lora_linear_backward``.
 
-    g [M, N], x [M, K]; needs: one flag for x, each lora_A, each lora_B, weight and bias. alike: of the :class:`Forward`
-    that this is the backward of; the other arguments are then the same at every call.
+    g [M, N], x [M, K]; needs: one flag for x, each lora_A, each lora_B, weight and bias. alike: keeps what is found for
+    tensors at multiples of 16 bytes.
     """
     if g.device.type != guard.DEVICE:
         return eager.lora_linear_backward
     tensors = g, x, weight, *lora_A, *lora_B
-    if alike is not None and (g.data_ptr() | x.data_ptr()) % 16 == 0:
-        found = alike.find(*tensors)
-        if found is not None:
-            return found
     key = layout(*tensors), needs, *scaling, *dropout
     found = kept.get(key)
     if found is None:
@@ -359,7 +358,7 @@ def _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs) -> Callable
     return prepared(("backward", chosen, case), kernel.lora_linear_backward, eager.lora_linear_backward, check)
 
 
-def prepared(key: tuple, prepare: Callable, eager_run: Callable, check: Callable[[], str | None]) -> guard.guarded:
+def prepared(key: tuple, prepare: Callable, eager_run: Callable, check: Callable[[], str | None]) -> Callable:
     """What ``prepare`` makes of the plan ``key[1]`` and the first arguments, where it passes ``check``."""
 
     def first(*args):
@@ -367,7 +366,7 @@ def prepared(key: tuple, prepare: Callable, eager_run: Callable, check: Callable
         return found.run(*args)
 
     found = guard.guarded(key, first, eager_run, check)
-    return found
+    return found.__call__  # past a detour of Python's through C
 
 
 def planned(op: str, call: Case, N: int, K: int, whole: bool = True) -> Plan:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from fused_lora.ops import native
@@ -27,6 +28,7 @@ from fused_lora.reference import bits, dropout_lanes
 
 _LOW = 0xFFFFFFFF
 AREA, WIDTH, HEIGHT = 4096, 128, 256  # of a unit at most, as in C
+_HUGE_PAGES = 1 << 22  # bytes from which numpy asks for pages of 2 MiB, which count whole
 _BAND = 1 << 17  # elements that torch takes at a time: the temporaries stay in a cache
 
 _LOST_TEXT = "NaNs or infinities detected in the merged weights: the adapter seems to be broken"
@@ -122,7 +124,11 @@ class _InC:
 
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
         self.W, self.units = W, units
-        self.corrections = units.corrections if room == 0 else torch.empty((room, 2), dtype=torch.uint8, device="cpu")
+        self._room = np.empty((room, 2), np.uint8) if 0 < 2 * room < _HUGE_PAGES else None
+        if self._room is not None:
+            self.corrections = torch.from_numpy(self._room)
+        else:
+            self.corrections = units.corrections if room == 0 else torch.empty((room, 2), dtype=torch.uint8)
         count, counts = units.notes.shape[1], units.notes.data_ptr()
         self.merged = (ctypes.c_uint8 * count)()
         if room == 0:
@@ -142,9 +148,18 @@ class _InC:
         return native.run([self.work], mode)
 
     def kept(self) -> torch.Tensor:
-        return self.corrections[: self.work.used].clone()
+        if self._room is None:
+            return self.corrections[: self.work.used].clone()
+        # in place: beside small weights a copy is a hundredth of what a merge may hold
+        del self.corrections
+        self._room.resize((self.work.used, 2), refcheck=False)
+        return torch.from_numpy(self._room)
 
-    undo = run  # what was not written is known: an interrupt waits for the end of a sweep
+    def undo(self, mode: int) -> int:
+        """What was not written is known: an interrupt waits for the end of a sweep."""
+        if self._room is not None:
+            self.work.corrections = self._room.ctypes.data  # :meth:`kept` may have moved them
+        return self.run(mode)
 
 
 class _InTorch:
@@ -301,7 +316,8 @@ def dithered(total: torch.Tensor, dtype: torch.dtype, dither: Dither) -> torch.T
 
     Of fp16 below 2^-14 the expectation may be off by 2^-15 of a last place. NaN becomes infinity.
     """
-    lanes = dropout_lanes(dither.seed, dither.row, *total.shape, total.device)[:, : total.shape[1]]
+    rows, columns = total.shape
+    lanes = dropout_lanes(dither.seed, dither.row, rows, columns, total.device)[:, :columns]
     chance, pattern = lanes.int() & 0xFFFF, total.view(torch.int32)
     sign, magnitude = pattern >> 16 & 0x8000, (pattern & 0x7FFFFFFF).clamp(max=0x7F800000)
     if dtype is torch.bfloat16:

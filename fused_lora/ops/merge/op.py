@@ -108,11 +108,12 @@ def merge_later(weight: torch.Tensor, adapters: tuple, fan_in_fan_out: bool) -> 
 
     None where the C loops do not take it. Raises what :func:`merge_` does before it writes.
     """
-    adapters = (*adapters, None, None)[:5]
-    _check(weight, *adapters, fan_in_fan_out)
+    lora_A, lora_B, scaling, *rest = adapters
+    row_scale, seed = (*rest, None, None)[:2]
+    _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
     if weight.device.type != "cpu" or weight.dtype not in native.TYPES or native.needs_one_thread():
         return None
-    W, record = _begun(weight.detach(), *adapters, fan_in_fan_out)
+    W, record = _begun(weight.detach(), lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
     sweep = blocks.for_one_call(W, record.factors)
     if sweep is None:
         return None
@@ -130,6 +131,7 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
     W, factors = _merged(weight, record), record.factors
     if record.device_corrections is not None:
         return launch.unmerge(W, factors.left, factors.right, record.device_corrections)
+    assert record.units is not None
     if native.needs_one_thread():
         with native.one_thread():
             return blocks.restore(W, factors, record.units)
@@ -239,10 +241,10 @@ def delta_factors(
 ) -> Factors:
     """Copies of adapters on ``device`` with the scaling inside B; their product is what a weight of ``dtype`` gets."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    place = dict(device=device, dtype=wide, memory_format=torch.contiguous_format)
-    A = [part.detach().to(**place, copy=len(lora_A) == 1) for part in lora_A]
+    alone = len(lora_A) == 1  # else torch.cat copies them
+    A = [part.detach().to(device, wide, copy=alone, memory_format=torch.contiguous_format) for part in lora_A]
     # a product keeps the strides of a transposed B, as tied embeddings have it
-    B = [(part.detach().to(**place) * float(s)).contiguous() for part, s in zip(lora_B, scaling, strict=True)]
+    B = [(part.detach().to(device, wide) * float(s)).contiguous() for part, s in zip(lora_B, scaling, strict=True)]
     A, B = A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1)
     scales = None if row_scale is None else Scales.of_rows(row_scale.detach().to(device, wide), A.shape[1])
     factors = Factors(B, A, scales)
