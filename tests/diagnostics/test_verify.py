@@ -13,6 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import fused_lora
 from fused_lora import verify
 from fused_lora.diagnostics.verification import report, weights
+from helpers.accelerated import TOKENS
+from helpers.experts import Block
 from helpers.hooks import hooks
 from helpers.seeds import shifted
 from helpers.twins import randomize_adapters, twin_models
@@ -490,14 +492,48 @@ def test_layers_without_a_plain_merge_are_listed(ids):
     assert skipped.startswith("adapters 'default' are DoRA") and f": {skipped}" in str(result)
 
 
-def test_embeddings_and_layers_that_are_not_called_are_listed(ids):
-    fields = {**ADAPTER, "target_modules": ["q_proj", "embed_tokens"]}
+def test_layers_that_are_not_called_are_listed(ids):
+    fields = {**ADAPTER, "target_modules": ["q_proj"]}
     model = peft.get_peft_model(llama(), peft.LoraConfig(**fields)).eval()
     randomize_adapters(model)
     model.spare = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
     result = verify(model, ids)
     assert result.verdict == "incomplete" and len(result.layers) == 2
-    assert sorted(result.skipped.values()) == ["Embedding over Embedding is no linear layer", "it was not called"]
+    assert list(result.skipped.values()) == ["it was not called"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["inject", "PEFT", "accelerated"])
+def test_embeddings_are_compared(ids, kind, dtype):
+    fields = {**ADAPTER, "target_modules": ["q_proj", "embed_tokens"]}
+    base = llama(dtype)
+    if kind == "inject":
+        model = fused_lora.inject(base, fused_lora.LoraConfig(**fields)).eval()
+    else:
+        model = peft.get_peft_model(base, peft.LoraConfig(**fields)).eval()
+        model = fused_lora.accelerate(model) if kind == "accelerated" else model
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = verify(model, ids)
+    assert result.ok and not result.skipped and len(result.layers) == 3, str(result)
+    assert any(check.path.endswith("embed_tokens") and 0 < check.unmerged < 1 for check in result.layers)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    embedding = next(m for m in model.modules() if getattr(m, "lora_embedding_A", None))
+    own = embedding.get_delta_weight
+    embedding.get_delta_weight = lambda name: own(name) * 1.5
+    if kind == "PEFT":  # whose merge asks for it
+        assert [finding.cause for finding in verify(model, ids).findings] == [report.MERGE]
+
+
+def test_stacked_experts_are_listed(ids):
+    fields = {"target_modules": ["emb"], "target_parameters": ["experts.down_proj"], "init_lora_weights": False}
+    model = fused_lora.inject(Block(), fused_lora.LoraConfig(**fields)).eval()
+    result = verify(model, ids % TOKENS)
+    assert result.verdict == "incomplete" and [check.path for check in result.layers] == ["emb"]
+    assert list(result.skipped.values()) == ["adapters of the stacked experts' down_proj are not compared"]
 
 
 def test_a_layer_that_is_called_twice_and_a_weight_of_several_blocks(monkeypatch):

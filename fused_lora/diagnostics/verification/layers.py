@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fused_lora.bases import base_of
 from fused_lora.bases.base import Factors
+from fused_lora.modules.embedding import embed_scale
 from fused_lora.modules.names import some
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -33,24 +34,45 @@ class Layer:
     broken: str = ""  # why its own unmerge refused, or could not restore what was there
 
     @property
+    def embeds(self) -> bool:
+        """Whether it is an embedding: its weight is [K, N] for K tokens, its input their numbers."""
+        return isinstance(self.module.base_layer, nn.Embedding)
+
+    @property
     def weight(self) -> Tensor:
         """[N, K] as it is now, dequantised in fp32 if it is quantised."""
         base = self.module.base_layer
         if base_of(base).bits:
             return base_of(base).dense_weight(base, Factors([], [], []), torch.float32)
         weight = self.module.base_layer.weight.data
-        return weight.t() if getattr(self.module, "fan_in_fan_out", False) else weight
+        return weight.t() if self.embeds or getattr(self.module, "fan_in_fan_out", False) else weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias as it is now."""
-        bias = self.module.base_layer.bias
+        bias = getattr(self.module.base_layer, "bias", None)
         return None if bias is None else bias.data
+
+    def rows(self, x: Tensor, y: Tensor) -> Tensor:
+        """The rows [n, K] that the weight is multiplied with in a call with x; for tokens x [n, 1] in y's dtype.
+
+        A token is a row with one number: 1, or what the embedding scales its rows with.
+        """
+        if not self.embeds:
+            return x
+        scale = embed_scale(self.module.base_layer)
+        one = 1.0 if scale is None else scale.to(self.module.base_layer.weight.dtype).item()
+        empty = torch.zeros(len(x), self.weight.shape[1], dtype=y.dtype, device=x.device)
+        return empty.scatter_(1, x.long(), one)
 
     def factors(self) -> list[tuple[Tensor, Tensor, float, Tensor | None]]:
         """(lora_A [r, K], lora_B [N, r], scaling, lora_bias [N] or None) of every adapter, in float64."""
         found = []
         for name in self.names:
+            if self.embeds:
+                A, B = (part[name].data.double() for part in _held(self.module))
+                found.append((A, B, float(self.module.scaling[name]), None))
+                continue
             A, B = self.module.lora_A[name].weight.data, self.module.lora_B[name]
             bias = None if B.bias is None else B.bias.data.double()
             found.append((A.double(), B.weight.data.double(), float(self.module.scaling[name]), bias))
@@ -146,7 +168,7 @@ def unchanged(base: Any) -> Iterator[Callable[[], None]]:
 
 def _copy(base: Any) -> None:
     base_of(base).copy_weight(base)
-    if base.bias is not None:
+    if getattr(base, "bias", None) is not None:
         base.bias.data = base.bias.data.clone()
 
 
@@ -155,10 +177,10 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
     layers, skipped = [], {}
     module: Any
     for path, module in model.named_modules():
-        if not all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "merged_adapters")):
+        if not all(hasattr(module, name) for name in ("base_layer", "merged_adapters", "active_adapters", "scaling")):
             continue
-        merged = bool(module.merged_adapters)
-        names = [n for n in (module.merged_adapters if merged else module.active_adapters) if n in module.lora_A]
+        merged, held = bool(module.merged_adapters), _held(module)[0]
+        names = [n for n in (module.merged_adapters if merged else module.active_adapters) if n in held]
         why = _unfit(module, names)
         if why:
             skipped[path] = why
@@ -180,13 +202,16 @@ def check_state(model: nn.Module) -> None:
 
 def _unfit(module: Any, names: list[str]) -> str:
     base = module.base_layer
-    if not len(module.lora_A):
+    if not len(_held(module)[0]):
         return f"{type(module).__name__} over {type(base).__name__} is no linear layer"
+    if hasattr(module, "parameter_name") and module.parameter_name != "weight":
+        return f"adapters of the stacked experts' {module.parameter_name} are not compared"
     weight = getattr(base, "_parameters", {}).get("weight")
     variants = getattr(module, "lora_variant", {})
     if other := [name for name in names if name in variants or name in module.lora_magnitude_vector]:
         return f"adapters {some(other)} are DoRA or another variant: verify compares plain LoRA, x W^T + s x A^T B^T"
-    if weight is None or weight.dim() != 2 or not hasattr(base, "bias"):
+    embeds = isinstance(base, nn.Embedding)
+    if weight is None or weight.dim() != 2 or not (embeds or hasattr(base, "bias")):
         return f"{type(base).__name__} has no plain 2-D weight"
     if base_of(base).bits:
         return _unfit_quantised(module, names)
@@ -194,9 +219,25 @@ def _unfit(module: Any, names: list[str]) -> str:
         return f"its weight is a {type(weight).__name__} of {weight.dtype}: quantised or distributed"
     if weight.device.type == "meta":
         return "its weight is on the meta device"
+    if embeds:
+        return "max_norm changes its rows" if base.max_norm is not None else ""
     if base.bias is None and any(module.lora_B[name].bias is not None for name in names):
         return "its lora_bias has no base bias to be merged into"
     return ""
+
+
+def _held(module: Any) -> tuple[Any, Any]:
+    """lora_A and lora_B by adapter name: of an embedding those that it has as parameters."""
+    parts = module._modules
+    if parts.get("lora_embedding_A"):
+        return parts["lora_embedding_A"], parts["lora_embedding_B"]
+    return parts.get("lora_A", {}), parts.get("lora_B", {})
+
+
+def adapter_weights(layer: Layer) -> list[Tensor]:
+    """lora_A of each adapter."""
+    held = _held(layer.module)[0]
+    return [part if isinstance(part, Tensor) else part.weight for part in (held[name] for name in layer.names)]
 
 
 def _unfit_quantised(module: Any, names: list[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import base_of
-from fused_lora.diagnostics.verification.layers import Layer
+from fused_lora.diagnostics.verification.layers import Layer, adapter_weights
 from fused_lora.diagnostics.verification.passes import Pass, run
 from fused_lora.diagnostics.verification.report import LayerCheck, OutputCheck
 from fused_lora.diagnostics.verification.weights import (
@@ -36,12 +36,12 @@ def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
             used, operand = layer.weight, kind.operand_dtype(base, x)
     with layer.shown(True):
         merged_weight, merged_bias, grid = layer.weight, layer.bias, kind.grid(base)
-        ym = layer.module(x).reshape(y.shape)
+        ym = layer.module(x[:, 0] if layer.embeds else x).reshape(y.shape)
         used_merged = layer.weight if kind.bits else merged_weight
     if grid is not None and before is not None:
         grid = grid._replace(dtype=before.dtype)
-    adapters = [layer.module.lora_A[name].weight for name in layer.names]
-    units = Units.of(x, y, weight, adapters, operand, kind.input_step(base, x))
+    step, x = kind.input_step(base, x), layer.rows(x, y)
+    units = Units.of(x, y, weight, adapter_weights(layer), operand, step)
     rows, factors = x.double(), layer.factors()
     scan = scan_merge(weight, merged_weight, *layer.delta_factors(), rows, units.form, len(layer.names), grid)
     plain = folded = base_size = term_size = moved = 0.0

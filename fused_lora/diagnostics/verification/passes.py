@@ -58,7 +58,8 @@ def run(
                 return None
             open_states[layer.path].pop().close()
             if rows and layer.path not in found.x and args:
-                found.x[layer.path], found.y[layer.path] = sample(args[0], rows), sample(y, rows)
+                x = args[0].unsqueeze(-1) if layer.embeds else args[0]
+                found.x[layer.path], found.y[layer.path] = sample(x, rows), sample(y, rows)
             return y if change is None else change(layer.path, y)
 
         return hook

@@ -51,7 +51,7 @@ def compare_weights(
         why = why_not_plain_weight(other)
         if why:
             raise ValueError(f"reference: {stem}.weight: {why}; expected a whole floating matrix, dequantised")
-        other = other.t() if getattr(layer.module, "fan_in_fan_out", False) else other
+        other = other.t() if layer.embeds or getattr(layer.module, "fan_in_fan_out", False) else other
         if other.shape != weight.shape:
             raise ValueError(f"reference: expected {stem}.weight {tuple(weight.shape)}, got {tuple(other.shape)}")
         relations[layer.path] = relate(weight, other, *layer.delta_factors(), grid, grids.get(stem))
@@ -112,10 +112,11 @@ def _judge_adapters(layers: Sequence[Layer], theirs: dict[str, Tensor]) -> list[
     for layer in layers:
         stem = plain_name(f"{layer.path}.")[:-1]
         for name in layer.names:
-            for part in ("lora_A", "lora_B"):
-                key = f"{stem}.{part}.{name}.weight"
-                other = theirs.get(key, theirs.get(f"{stem}.{part}.weight"))  # a checkpoint leaves the name out
-                if other is not None and not _equal(getattr(layer.module, part)[name].weight.data, other):
+            for part in ("lora_embedding_A", "lora_embedding_B") if layer.embeds else ("lora_A", "lora_B"):
+                end, held = "" if layer.embeds else ".weight", getattr(layer.module, part)[name]
+                key = f"{stem}.{part}.{name}{end}"
+                other = theirs.get(key, theirs.get(f"{stem}.{part}{end}"))  # a checkpoint leaves the name out
+                if other is not None and not _equal((held if layer.embeds else held.weight).data, other):
                     differ.append(key)
     if not differ:
         return []
