@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, Plan, path_text, read_checked
 from fused_lora.adapters.errors import AdapterError
-from fused_lora.adapters.tensorfile import each_tensor, open_regular, read_exactly, read_header
+from fused_lora.adapters.tensorfile import each_tensor, open_regular, read_header
+from fused_lora.checkpoints.stream import read_bytes
 from fused_lora.modules.config import scaling
 
 _STACKS = 4  # lora_A and lora_B of two stacks, whose experts may take turns in a file
@@ -37,11 +38,11 @@ class AdapterFile:
         self._stacks: dict[str, Tensor] = {}  # the last few that were asked for
 
     def tensor(self, key: str) -> Tensor:
-        """The tensor under a key of the file, in its dtype, on the CPU."""
+        """The tensor under a key of the file, in its dtype, on the CPU. Safe in several threads."""
         entry = self.plan.entries[key]
-        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-        self._file.seek(self._data + entry.begin)
-        read_exactly(self.plan.weights, self._file, data.numpy())
+        begin, size = self._data + entry.begin, entry.end - entry.begin
+        # no seek: pieces of a merge are computed, and read from here, in several threads
+        data = read_bytes(self.plan.weights, self._file.fileno(), begin, size)
         return data.view(entry.dtype).view(entry.shape)
 
     def of_expert(self, path: str, field: str, expert: int) -> Tensor:

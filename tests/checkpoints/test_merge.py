@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -15,6 +16,7 @@ import transformers as tf
 import fused_lora
 from fused_lora.adapters import AdapterError
 from fused_lora.checkpoints import changes, merge_checkpoint, stream, unmerge_checkpoint
+from fused_lora.checkpoints.adapter_file import open_adapters
 from fused_lora.cli import main
 from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.alone import alone, run_killed
@@ -749,6 +751,15 @@ def test_where_the_output_may_be(tmp_path, capsys):
             merge_checkpoint(base, adapter, tmp_path / "other", **{argument: value})
     with pytest.raises(ValueError, match="expected a finite weight"):
         merge_checkpoint(base, [(adapter, float("nan"))], tmp_path / "other")
+
+
+def test_an_adapter_is_read_by_several_threads(tmp_path):
+    """As a merge reads its biases while it opens the next layer."""
+    shapes = {f"m.{i}": (8, 8) for i in range(16)}
+    with open_adapters(write_adapter(tmp_path / "adapter", shapes)) as [adapter], ThreadPoolExecutor(4) as threads:
+        keys = list(adapter.plan.entries)
+        exact, wanted = read_all(tmp_path / "adapter"), keys * 200
+        assert all(torch.equal(t, exact[k]) for k, t in zip(wanted, threads.map(adapter.tensor, wanted), strict=True))
 
 
 def test_the_same_call_with_another_rename_is_another_call(tmp_path):
