@@ -259,8 +259,8 @@ class LoraExperts(MergedState, nn.Module):
         """The layers, by the name of the parameter."""
         return {name: part for name, part in self._modules.items() if isinstance(part, LoraStack)}
 
-    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden [tokens, K] through the top_k experts of each token, [tokens, K]: the experts' own, and the terms.
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [tokens, K] through the top_k experts of each token, [tokens, K]: their own output and the terms.
 
         top_k_index, top_k_weights: [tokens, top_k].
 
@@ -270,7 +270,7 @@ class LoraExperts(MergedState, nn.Module):
         """
         if CHANGING:
             wait_for_change(self)
-        call, stacks = (hidden, top_k_index, top_k_weights), self.stacks()
+        call, stacks = (hidden_states, top_k_index, top_k_weights), self.stacks()
         for stack in stacks.values():
             if stack.disable_adapters and stack.merged:
                 stack.unmerge()

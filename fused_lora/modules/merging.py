@@ -188,15 +188,10 @@ def _seeded(layers: Mapping[str, Any], names: list[str], seed: Any) -> Iterator[
     adapted = {p: layer for p, layer in layers.items() if isinstance(layer, LoraLayer) and layer._present(names)}
     for path, layer in adapted.items():
         weight = layer.base_layer._parameters.get("weight")
-        if (
-            isinstance(layer, LoraStack)
-            or weight is None
-            or base_of(layer.base_layer).bits
-            or weight.dtype.itemsize != 2
-        ):
-            found = (
-                "stacked experts" if isinstance(layer, LoraStack) else f"a {type(weight).__name__} of {weight.dtype}"
-            )
+        if isinstance(layer, LoraStack):
+            raise ValueError(f"stochastic: expected None, for {path} is a stack of experts, which round to the nearest")
+        if weight is None or base_of(layer.base_layer).bits or weight.dtype.itemsize != 2:
+            found = f"a {type(weight).__name__} of {weight.dtype}"
             raise ValueError(f"stochastic: expected None, for {path} has {found}: only 16 bits are rounded at random")
     try:
         for path, layer in adapted.items():

@@ -75,6 +75,19 @@ def test_all_kinds_in_one_batch(folders):
     assert torch.equal(bits(base.state_dict()["lm_head.weight"]), bits(store.model.state_dict()["lm_head.weight"]))
 
 
+@torch.no_grad()
+def test_experts_that_are_called_by_name(folders):
+    base, root, _ = folders
+    store = store_with(base, root, ["moe"])
+    experts = store.model.model.layers[0].mlp.experts
+    hidden = torch.randn(5, base.config.hidden_size)
+    index, weights = torch.tensor([[0, 1], [1, 2], [2, 0], [1, 0], [0, 2]]), torch.rand(5, 2)
+    with store.batch_rows(["moe", None], [3, 2]):
+        by_place = experts(hidden, index, weights)
+        by_name = experts(top_k_weights=weights, hidden_states=hidden, top_k_index=index)
+    assert torch.equal(by_name, by_place) and not torch.equal(by_name, experts(hidden, index, weights))
+
+
 def test_weights_of_several_adapters(folders):
     base, root, _ = folders
     store = store_with(base, root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -255,12 +256,14 @@ class _ExpertsHook(_Hook):
     """After experts: put the results under the adapters of the running batch into their output."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if kwargs:  # in the order of the forward's arguments, not of the call
+            args = inspect.signature(module.forward).bind(*args, **kwargs).args
         if torch.compiler.is_compiling():
-            _store_terms(output, [*args, *kwargs.values()], self._number)
+            _store_terms(output, args, self._number)
             return
         batch = running(self._store)
         if batch is not None and batch.acts and self._sites:
-            batch.add_experts(self._sites, (*args, *kwargs.values()), output)
+            batch.add_experts(self._sites, args, output)
 
     def add_compiled(self, inputs: Sequence[Tensor], y: Tensor) -> None:
         batch = running(self._store)
