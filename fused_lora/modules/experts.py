@@ -260,7 +260,7 @@ class LoraExperts(MergedState, nn.Module):
         return {name: part for name, part in self._modules.items() if isinstance(part, LoraStack)}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [tokens, K] through the top_k experts of each token, [tokens, K]: their own output and the terms.
+        """hidden_states [tokens, K] through the top_k experts of each token, [tokens, K]: their output and the terms.
 
         top_k_index, top_k_weights: [tokens, top_k].
 
