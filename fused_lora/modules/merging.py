@@ -227,7 +227,7 @@ def _merge(layers: Mapping[str, Any], names: list[str], safe_merge: bool = False
             new = [name for name in layer._present(names) if name not in layer.merged_adapters]
             if new and isinstance(layer, LoraLayer):
                 linear[path] = functools.partial(layer._merge_later, new)
-                if layer._merge_place()[1].bits:
+                if layer._merge_place()[1].bits or getattr(layer, "weight", None) is None:
                     packed.append(layer)
                 elif layer.weight.dtype.itemsize == 2 and i % every == 0 and not has_magnitude(layer, new):
                     samples.append((layer, new, _sample(*_matrix(layer))))

@@ -110,10 +110,11 @@ class Attachment:
     def unreached(self, paths: Iterable[str]) -> str | None:
         """Why the hook of one of these layers is not reached, or cannot act: the model reads its weight instead of
         calling it, or has another module in its place, or its experts run in a way that is not known."""
-        paths = list(paths)
-        for site in (self._experts[path] for path in paths if path in self._experts):
-            if why := why_not_experts(site):
-                return f"the parameter {site.path!r}: {why}"
+        if self._experts:  # of other models nothing is asked, for a batch comes here at its end
+            paths = list(paths)
+            for site in (self._experts[path] for path in paths if path in self._experts):
+                if why := why_not_experts(site):
+                    return f"the parameter {site.path!r}: {why}"
         replaced = [path for path, held, name, module in self._places if held.get(name) is not module]
         if not (replaced or self._reads.found):
             return None

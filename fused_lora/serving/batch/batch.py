@@ -6,7 +6,6 @@ with different adapters at the same time.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -206,19 +205,16 @@ class Batch:
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
         """y += the LoRA terms of x at this layer, in place. x of an embedding: its tokens."""
-        call = self._trace().running.call
-        x = x.unsqueeze(-1) if site.kind == "embedding" else x
+        trace, linear, index = self._trace(), site.kind == "linear", site.index
+        call = trace.running.call
+        given, x = x, x.unsqueeze(-1) if site.kind == "embedding" else x
         if call is None:
-            return self._called_alone(site, x, functools.partial(self._add_in, site, x, y))
-        self._add_in(site, x, y, call)
-
-    def _add_in(self, site: Site, x: Tensor, y: Tensor, call: Call) -> None:
-        trace, index = self._trace(), site.index
+            return self._called_alone(site, x, lambda: self.add(site, given, y))
         if call.followed is not None:
             call.note(site.place, x, y)
-        if site.kind == "linear" and (trace.seen or index not in self._siblings.settled):
+        if linear and (trace.seen or index not in self._siblings.settled):
             self._siblings.watch(trace, site, x)
-        if not self._acts_at((site,)):
+        if index not in self._prepared.sites and (self._buffers is None or not linear):
             return
         call.pause(True)
         try:
@@ -242,10 +238,7 @@ class Batch:
         """
         call = self._trace().running.call
         if call is None:
-            return self._called_alone(sites[0], inputs[0], functools.partial(self._experts_in, sites, inputs, y))
-        self._experts_in(sites, inputs, y, call)
-
-    def _experts_in(self, sites: tuple[Site, ...], inputs: Sequence[Tensor], y: Tensor, call: Call) -> None:
+            return self._called_alone(sites[0], inputs[0], lambda: self.add_experts(sites, inputs, y))
         site, x = sites[0], inputs[0]
         if call.followed is not None:
             call.note(site.place, x, y)
@@ -301,13 +294,13 @@ class Batch:
         held = self._prepared.sites
         return any(s.index in held for s in sites) or (self._buffers is not None and sites[0].kind == "linear")
 
-    def _called_alone(self, site: Site, x: Tensor, add: Callable[[Call], None]) -> None:
+    def _called_alone(self, site: Site, x: Tensor, add: Callable[[], None]) -> None:
         """``add`` in a call of the layer by itself."""
         trace = self._trace()
         call = trace.running.enter_layer(site.place, site.module, x)
         self._keep_rows(trace, call)
         try:
-            add(call)
+            add()
         finally:
             trace.running.leave(site.module, True)
 
