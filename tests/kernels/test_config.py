@@ -178,7 +178,8 @@ for capability in (90, 80, 100, 120, 0):
         fp16 = list(module.compile_cases(capability, (torch.float16,)))
         assert len(fp16) == len(bf16)
         for case in fp16:
-            if case.op != "mask" and (case.label, capability > 0) not in done:
+            other = case.op == "mask" or "at random" in case.op  # each rounds at random in its own way
+            if not other and (case.label, capability > 0) not in done:
                 done.add((case.label, capability > 0))
                 assert text(case, target) == text(bf16[case.label.replace("fp16", "bf16")], target), case.label
 print(len(done))

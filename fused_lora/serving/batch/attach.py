@@ -244,13 +244,15 @@ class _Hook(_Shared):
             return
         batch = running(self._store)
         if batch is not None and batch.acts and self._sites:
-            batch.add(self._sites[0], x, output)
+            site = self._sites[0]
+            batch.add(site, x.unsqueeze(-1) if site.kind == "embedding" else x, output)
 
     def add_compiled(self, inputs: Sequence[Tensor], y: Tensor) -> None:
         """What a call adds, from compiled code."""
         batch = running(self._store)
         if batch is not None and batch.acts and self._sites:
-            batch.add_compiled(self._sites[0], inputs[0], y)
+            site, x = self._sites[0], inputs[0]
+            batch.add_compiled(site, x.unsqueeze(-1) if site.kind == "embedding" else x, y)
 
 
 class _ExpertsHook(_Hook):

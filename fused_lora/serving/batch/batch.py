@@ -204,12 +204,11 @@ class Batch:
             )
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
-        """y += the LoRA terms of x at this layer, in place. x of an embedding: its tokens."""
+        """y += the LoRA terms of x at this layer, in place. x of an embedding: its tokens [..., 1]."""
         trace, linear, index = self._trace(), site.kind == "linear", site.index
         call = trace.running.call
-        given, x = x, x.unsqueeze(-1) if site.kind == "embedding" else x
         if call is None:
-            return self._called_alone(site, x, lambda: self.add(site, given, y))
+            return self._called_alone(site, x, lambda: self.add(site, x, y))
         if call.followed is not None:
             call.note(site.place, x, y)
         if linear and (trace.seen or index not in self._siblings.settled):
@@ -281,8 +280,8 @@ class Batch:
         if not self._acts_at(sites):
             return
         trace, site = self._trace(), sites[0]
-        before, rows = trace.running.call, x.unsqueeze(-1) if site.kind == "embedding" else x
-        trace.running.call = self._finder.in_compiled_code(site.place, site.module, rows, self._entries)
+        before = trace.running.call
+        trace.running.call = self._finder.in_compiled_code(site.place, site.module, x, self._entries)
         try:
             self._keep_rows(trace, trace.running.call)
             add()
