@@ -128,9 +128,10 @@ def _present(tensors) -> list[torch.Tensor]:
 
 def _ordering(tensors) -> tuple[Callable, Callable]:
     """(present, order) of :class:`_Ready`, without a loop of Python's where no tuple is among the tensors."""
-    rest = iter(range(len(_present(tensors))))
+    count = len(_present(tensors))
+    rest = iter(range(count))
     shape = [[next(rest) for _ in t] if type(t) is tuple else -1 if t is None else next(rest) for t in tensors]
-    if not any(type(at) is list for at in shape):
+    if count > 1 and not any(type(at) is list for at in shape):  # of one an itemgetter gives no tuple
         return itemgetter(*[i for i, t in enumerate(tensors) if t is not None]), itemgetter(*shape)
     return _present, lambda found: [tuple([found[i] for i in at]) if type(at) is list else found[at] for at in shape]
 

@@ -39,7 +39,7 @@ _KEYS = tuple(
 )
 _HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}  # of gate_up_proj
 _WHOLE = {"gate_up_proj": "gate_up_proj", "down_proj": "down_proj", "w2": "down_proj", "up_proj": "up_proj"}
-_OLD_PLACES = {".block_sparse_moe.experts": ".mlp.experts"}  # of Mixtral before transformers 5
+OLD_PLACES = {".block_sparse_moe.experts": ".mlp.experts"}  # of Mixtral before transformers 5
 _TURNED_UNTIL = (0, 19, 1)  # the first release of PEFT that reads [experts, N, K] as N outputs
 
 
@@ -221,7 +221,7 @@ def stacks_of_layers(sizes: Mapping[str, tuple[int, int]]) -> Stacks:
 
 
 def _renamed(place: str) -> str:
-    return next((place.replace(old, new) for old, new in _OLD_PLACES.items() if old in place), place)
+    return next((place.replace(old, new) for old, new in OLD_PLACES.items() if old in place), place)
 
 
 def _match(name: str) -> re.Match[str] | None:

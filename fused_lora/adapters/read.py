@@ -10,14 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_lora.adapters.checkpoint import (
-    CONFIG_NAME,
-    KEY_PREFIX,
-    MAX_WEIGHT_BYTES,
-    Adapter,
-    Plan,
-    read_checked,
-)
+from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_BYTES, Adapter, Plan, read_checked
 from fused_lora.adapters.errors import AdapterError, short
 from fused_lora.adapters.expert_files import Stacked
 from fused_lora.modules import auxiliary

@@ -22,7 +22,6 @@ from fused_lora.modules.changes import changing
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.experts import LoraStack, file_paths, match_parameters
 from fused_lora.modules.inject import adapter_configs, adapter_parameters, check_adapter_name, check_names, lora_layers
-from fused_lora.modules.layer import LoraLayer
 from fused_lora.modules.of_peft import refuse
 from fused_lora.modules.targets import base_layer_of, base_settings, candidates
 from fused_lora.modules.tree import named_modules, own_path, unwrapped
@@ -157,10 +156,6 @@ def write_files(
     return CONFIG_NAME, WEIGHTS_NAME
 
 
-def _settings(layer: LoraLayer) -> dict[str, str]:
-    return {} if isinstance(layer, LoraStack) else base_settings(layer)
-
-
 def _warn_of_others(model: nn.Module, saved: list[torch.Tensor]) -> None:
     """Warn of parameters that train and are in no adapter."""
     known = {id(parameter) for parameter in (*saved, *adapter_parameters(model))}
@@ -228,7 +223,8 @@ def _plain_alphas(model: nn.Module, adapter_name: str, config: LoraConfig) -> di
 
 def _shortest_names(model: nn.Module, adapter_name: str) -> list[str]:
     """Names that pick exactly the adapted modules: the last part of a path where that is unambiguous, else the path."""
-    held = (path for path, layer in lora_layers(model).items() if adapter_name in layer.adapters)
-    targets = {path for path in held if path in dict(candidates(model))}
-    others = {path.rpartition(".")[2] for path, _ in candidates(model) if path not in targets}
+    held = {path for path, layer in lora_layers(model).items() if adapter_name in layer.adapters}
+    modules = {path for path, _ in candidates(model)}
+    targets = held & modules  # the others are parameters
+    others = {path.rpartition(".")[2] for path in modules - targets}
     return sorted({path if (last := path.rpartition(".")[2]) in others else last for path in targets})

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME, Plan, RankTable, bare_module
 from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.expert_files import OLD_PLACES
 from fused_lora.checkpoints.names import Names
 from fused_lora.modules.names import some
 
@@ -22,7 +23,6 @@ _OF_ONE_EXPERT = {
     "up_proj": (("up_proj",),),
     "down_proj": (("down_proj",), ("w2",), ("fc2",)),
 }
-_PARENTS = ((".mlp.experts", ".block_sparse_moe.experts"),)  # in the model and on disk
 
 
 class Matrix(NamedTuple):
@@ -62,7 +62,7 @@ def find_stack(names: Names, name: str) -> Stack | None:
     module, _, last = name.rpartition(".")
     found = [
         stack
-        for parent in dict.fromkeys((module, *(module.replace(a, b) for a, b in _PARENTS)))
+        for parent in dict.fromkeys((module, *(module.replace(a, b) for b, a in OLD_PLACES.items())))
         for parts in _OF_ONE_EXPERT.get(last, ())
         if (stack := _of_single_experts(names, name, parent, parts)) is not None
     ]

@@ -28,7 +28,28 @@ TOKENS_END = ".token_adapter.trainable_tokens_delta"  # of a key in a checkpoint
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-class Auxiliary(nn.Module):
+class InPlaceOf(nn.Module):
+    """A module that also has the attributes of the one in whose place it stands.
+
+    ``stands_for``: the submodule that must be there for that.
+    """
+
+    stands_for = "base_layer"
+
+    def current(self) -> nn.Module:
+        """The module whose attributes it has."""
+        return self.get_submodule(self.stands_for)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if self.stands_for not in self.__dict__.get("_modules", ()):
+                raise
+        return getattr(self.current(), name)
+
+
+class Auxiliary(InPlaceOf):
     """One module of the model and what adapters have in its place."""
 
     def __init__(self, original: nn.Module):
@@ -93,6 +114,8 @@ class Auxiliary(nn.Module):
 class SavedModule(Auxiliary):
     """A module that adapters train as a whole, each its own copy: an entry of ``modules_to_save``."""
 
+    stands_for = "original_module"
+
     def __init__(self, original_module: nn.Module):
         super().__init__(original_module)
         self.original_module = original_module.requires_grad_(False)
@@ -113,14 +136,6 @@ class SavedModule(Auxiliary):
 
     def run(self, name: str | None, *args: Any, **kwargs: Any) -> Any:
         return (self.original_module if name is None else self.modules_to_save[name])(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "original_module" not in self.__dict__.get("_modules", ()):
-                raise
-        return getattr(self.current(), name)
 
 
 class TrainedTokens(MergedState, Auxiliary):
@@ -237,14 +252,6 @@ class TrainedTokens(MergedState, Auxiliary):
     def _indices(self, name: str) -> Tensor:
         device = self.get_submodule("base_layer").get_parameter("weight").device
         return torch.tensor(self.owner.token_indices[name], device=device)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base_layer" not in self.__dict__.get("_modules", ()):
-                raise
-        return getattr(self.base_layer, name)
 
 
 class Found(NamedTuple):

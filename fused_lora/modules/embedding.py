@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fused_lora.bases import Base
 from fused_lora.bases.matrices import EMBEDDING
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
-from fused_lora.modules.config import LayerTensors, check_bool
+from fused_lora.modules.config import LayerTensors
 from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
@@ -137,9 +137,8 @@ class LoraEmbedding(EmbeddingBehaviour, LoraLayer):
         tensors: LayerTensors | None = None,
     ) -> None:
         """Add an adapter, inactive and frozen until :meth:`set_adapter`. Arguments as for the class."""
-        check_options(r, lora_alpha, lora_dropout, init_lora_weights)
-        check_bool("use_rslora", use_rslora)
-        check_bool("autocast_adapter_dtype", autocast_adapter_dtype)
+        flags = dict(use_rslora=use_rslora, autocast_adapter_dtype=autocast_adapter_dtype)
+        check_options(r, lora_alpha, lora_dropout, init_lora_weights, **flags)
         self._check_new(adapter_name)
         K, N = self.in_features, self.out_features
         if tensors is not None:

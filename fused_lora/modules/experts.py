@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fused_lora.bases import Base, experts
 from fused_lora.bases.experts import StackedTerm, replace_rows, why_not_fused
+from fused_lora.modules.auxiliary import InPlaceOf
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
-from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
+from fused_lora.modules.config import LayerTensors, LoraConfig
 from fused_lora.modules.fusable import why_not_here
 from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
 from fused_lora.modules.linear import draw
@@ -171,9 +172,8 @@ class LoraStack(LoraLayer):
 
         ``tensors`` gives A [experts * r, K] and B [N, r * experts] instead of drawing them; their dtype stays.
         """
-        check_options(r, lora_alpha, 0.0, init_lora_weights)
-        check_bool("use_rslora", use_rslora)
-        check_bool("autocast_adapter_dtype", autocast_adapter_dtype)
+        flags = dict(use_rslora=use_rslora, autocast_adapter_dtype=autocast_adapter_dtype)
+        check_options(r, lora_alpha, 0.0, init_lora_weights, **flags)
         self._check_new(adapter_name)
         K, N, rows = self.in_features, self.out_features, r * self.experts
         if tensors is not None:
@@ -245,7 +245,7 @@ def place_of(path: str, layer: nn.Module) -> str:
     return path.rpartition(".")[0] if isinstance(layer, LoraStack) else path
 
 
-class LoraExperts(MergedState, nn.Module):
+class LoraExperts(MergedState, InPlaceOf):
     """Experts, and a :class:`LoraStack` under the name of each adapted parameter. The experts are kept, not copied."""
 
     base_layer: Any
@@ -308,11 +308,3 @@ class LoraExperts(MergedState, nn.Module):
         why = next((reason for reason in reasons if reason), None) or why_not_here()
         if why:
             raise RuntimeError(f"experts with LoRA: {why}; expected the experts' own call, so nothing was computed")
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base_layer" not in self.__dict__.get("_modules", ()):
-                raise
-        return getattr(self.base_layer, name)

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.modules.changes import alone
-from fused_lora.modules.config import LayerTensors, check_alpha, check_dropout, check_init, check_rank, scaling
+from fused_lora.modules.config import (
+    LayerTensors,
+    check_alpha,
+    check_bool,
+    check_dropout,
+    check_init,
+    check_rank,
+    scaling,
+)
 from fused_lora.modules.merged_state import MergedState
 from fused_lora.modules.mixed import Context, MixedBatch
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
@@ -156,12 +164,14 @@ class LoraLayer(FusedLoraBehaviour, MergedState, nn.Module):
         return scaling(self.r[name], self.lora_alpha[name], self.use_rslora[name])
 
 
-def check_options(r: Any, lora_alpha: Any, lora_dropout: Any, init_lora_weights: Any) -> None:
-    """Raise TypeError or ValueError unless the numbers of a new adapter are in range."""
+def check_options(r: Any, lora_alpha: Any, lora_dropout: Any, init_lora_weights: Any, **flags: Any) -> None:
+    """Raise TypeError or ValueError unless the numbers of a new adapter are in range, and the flags bool."""
     check_rank("r", r)
     check_alpha("lora_alpha", lora_alpha)
     check_dropout("lora_dropout", lora_dropout)
     check_init(init_lora_weights)
+    for name, value in flags.items():
+        check_bool(name, value)
 
 
 def check_tensors(tensors: Any, *wanted: tuple[int, ...] | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fused_lora.bases import base_of
 from fused_lora.bases.dense import is_conv1d
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
-from fused_lora.modules.config import LayerTensors, check_bool
+from fused_lora.modules.config import LayerTensors
 from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
 from fused_lora.modules.mixin import BASE, Later
 from fused_lora.modules.offload import execution_device
@@ -106,10 +106,8 @@ class LoraLinear(LoraLayer):
 
         Raises RuntimeError for DoRA while an adapter is merged: the magnitude starts from the weight's own norms.
         """
-        check_options(r, lora_alpha, lora_dropout, init_lora_weights)
-        flags = {"use_rslora": use_rslora, "lora_bias": lora_bias, "autocast_adapter_dtype": autocast_adapter_dtype}
-        for flag, value in {**flags, "use_dora": use_dora}.items():
-            check_bool(flag, value)
+        flags = dict(use_rslora=use_rslora, lora_bias=lora_bias, autocast_adapter_dtype=autocast_adapter_dtype)
+        check_options(r, lora_alpha, lora_dropout, init_lora_weights, **flags, use_dora=use_dora)
         if use_dora:
             self._check_dora(lora_bias)
         self._check_new(adapter_name)

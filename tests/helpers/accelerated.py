@@ -14,6 +14,7 @@ import fused_lora
 from fused_lora.reference import bits
 from fused_lora.testing.numeric import DRAWS, assert_no_worse
 from helpers.seeds import shifted
+from helpers.unchanged import assert_bits, parameter_bits
 
 TOKENS, ROWS, LENGTH = 20, 4, 5
 K, N = 24, 17  # features of :func:`pair`'s layer
@@ -159,7 +160,7 @@ def merge_and_back(both: SideBySide, cycles: int, compare: Callable[[], Any] | N
 
     Every bit of every parameter is back. ``compare`` is called while both are merged.
     """
-    before = {n: bits(p.detach().clone()) for n, p in both.ours.named_parameters()}
+    before = parameter_bits(both.ours)
     for _ in range(cycles):
         both.ours.merge_adapter()
         both.ours.unmerge_adapter()
@@ -168,8 +169,7 @@ def merge_and_back(both: SideBySide, cycles: int, compare: Callable[[], Any] | N
     if compare is not None:
         compare()
     both.do(lambda m: m.unmerge_adapter())
-    for n, parameter in both.ours.named_parameters():
-        assert torch.equal(bits(parameter), before[n]), n
+    assert_bits(both.ours, before)
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ from torch import nn
 
 import fused_lora
 from fused_lora.bases import experts
-from fused_lora.reference import bits
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ROWS, TOKENS, SideBySide, merge_and_back, wrap
 from helpers.experts import ARCHITECTURES, BOTH, EXPERTS, HIDDEN, Block
 from helpers.thorough import sampled
+from helpers.unchanged import assert_bits, parameter_bits
 
 
 class InOrder(SideBySide):
@@ -89,11 +89,11 @@ def test_experts_come_back(name, dtype, count):
 def test_a_broken_adapter_changes_no_expert():
     model = fused_lora.accelerate(wrap(Block(), **BOTH))
     outer = model.base_model.model.experts
-    before = [bits(p.detach().clone()) for p in outer.get_base_layer().parameters()]
+    before = parameter_bits(outer.get_base_layer())
     outer.lora_B["default"].weight.data[0, -1] = float("inf")  # of the last expert
     with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
         outer.merge(safe_merge=True)
-    assert all(torch.equal(bits(p), b) for p, b in zip(outer.get_base_layer().parameters(), before, strict=True))
+    assert_bits(outer.get_base_layer(), before)
     outer.lora_B["default"].weight.data.zero_()
     outer.merge()
     outer.get_param().data[-1, 0, 0] += 1

@@ -19,6 +19,7 @@ from helpers.accelerated import Net, SideBySide, layers, pair, wrap
 from helpers.quantised import linear4bit
 from helpers.seeds import shifted
 from helpers.twins import share_dropout, twin_layers
+from helpers.unchanged import assert_bits, parameter_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SETS = [["v"], ["plain", "v"], ["v", "plain", "w"], ["w", "v"]]
@@ -142,22 +143,17 @@ def test_autocast_and_cached_norms():
 def test_dora_comes_back(dtype, count):
     """Merge and unmerge of DoRA adapters, alone and beside others: PEFT's results, and every bit is back."""
     both = SideBySide(wrap(Net(dtype).eval(), ADAPTERS))
-    before = {name: bits(p.detach().clone()) for name, p in both.ours.named_parameters()}
-
-    def assert_back():
-        for name, parameter in both.ours.named_parameters():
-            assert torch.equal(bits(parameter), before[name]), name
-
+    before = parameter_bits(both.ours)
     for names in SETS:
         both.do(lambda m, names=names: m.base_model.set_adapter(names))
         both.do(lambda m: m.merge_adapter())
         both.assert_same_results(ulps=2, draws=17)
         both.do(lambda m: m.unmerge_adapter())
-        assert_back()
+        assert_bits(both.ours, before)
     for _ in range(count):
         both.ours.merge_adapter()
         both.ours.unmerge_adapter()
-    assert_back()
+    assert_bits(both.ours, before)
     both.do(lambda m: m.base_model.set_adapter("plain"))
     both.do(lambda m: m.merge_adapter())
     both.do(lambda m: m.merge_adapter(["v"]))

@@ -16,6 +16,7 @@ from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.accelerated import TOKENS, quiet
 from helpers.seeds import shifted
 from helpers.twins import twin_models
+from helpers.unchanged import assert_bits, parameter_bits
 
 DIM = 16
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -133,7 +134,7 @@ def test_files_both_ways(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merges_come_back(dtype):
     ours, theirs = twins(Net(dtype), ADAPTERS)
-    before = {n: bits(p.detach().clone()) for n, p in ours.named_parameters()}
+    before = parameter_bits(ours)
     for _ in range(5):
         fused_lora.merge(ours, ["a"])
         fused_lora.unmerge(ours)
@@ -146,17 +147,16 @@ def test_merges_come_back(dtype):
         with pytest.raises(RuntimeError, match=r"emb\.base_layer\.weight: \['a', 'b'\] are merged into it"):
             ours.load_state_dict({n: torch.zeros_like(p) for n, p in ours.state_dict().items()})
     fused_lora.unmerge(ours)
-    for name, parameter in ours.named_parameters():
-        assert torch.equal(bits(parameter), before[name]), name
+    assert_bits(ours, before)
 
 
 def test_a_broken_adapter_merges_nowhere():
     ours, _ = twins()
     ours.emb.lora_embedding_B["default"].data[0, 0] = float("inf")
-    before = [bits(p.detach().clone()) for p in ours.parameters()]
+    before = parameter_bits(ours)
     with pytest.raises(ValueError, match="emb: .*nothing was merged"):
         fused_lora.merge(ours)
-    assert all(torch.equal(bits(p), b) for p, b in zip(ours.parameters(), before, strict=True))
+    assert_bits(ours, before)
     assert not ours.emb.merged and not ours.lin.merged
 
 

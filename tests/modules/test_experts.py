@@ -18,6 +18,7 @@ from helpers.accelerated import ROWS, TOKENS, quiet, wrap
 from helpers.experts import ARCHITECTURES, BOTH, EXPERTS, HIDDEN, Block, moe
 from helpers.seeds import shifted
 from helpers.thorough import sampled
+from helpers.unchanged import assert_bits, parameter_bits
 
 PARTS = {"gate_up_proj": "base_layer.", "down_proj": ""}  # a parameter, and what PEFT's names have in its place
 FILE = "adapter_model.safetensors"
@@ -164,7 +165,7 @@ def test_a_whole_model_with_linear_layers_and_experts(tmp_path):
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_merges_come_back(name, dtype):
     ours, theirs = twins(Block(name, dtype), {"a": {}, "b": {"r": 2}})
-    before = {n: bits(p.detach().clone()) for n, p in ours.named_parameters()}
+    before = parameter_bits(ours)
     for _ in range(3):
         fused_lora.merge(ours, ["a"])
         fused_lora.unmerge(ours)
@@ -179,17 +180,16 @@ def test_merges_come_back(name, dtype):
             key = "experts.base_layer.gate_up_proj"
             ours.load_state_dict({key: torch.zeros_like(ours.get_parameter(key))}, strict=False)
     fused_lora.unmerge(ours)
-    for n, parameter in ours.named_parameters():
-        assert torch.equal(bits(parameter), before[n]), n
+    assert_bits(ours, before)
 
 
 def test_a_broken_adapter_merges_nowhere():
     ours, _ = twins()
     ours.experts.down_proj.lora_B["default"].weight.data[0, -1] = float("inf")  # of the last expert
-    before = [bits(p.detach().clone()) for p in ours.parameters()]
+    before = parameter_bits(ours)
     with pytest.raises(ValueError, match="experts.down_proj: .*nothing was merged"):
         fused_lora.merge(ours)
-    assert all(torch.equal(bits(p), b) for p, b in zip(ours.parameters(), before, strict=True))
+    assert_bits(ours, before)
 
 
 def test_a_16_bit_merge_that_loses_the_adapter_warns():

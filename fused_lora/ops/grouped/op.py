@@ -47,11 +47,13 @@ class RowLayout:
         self.groups, ends = tuple(present.tolist()), np.cumsum(counts)
         self._rows = {g: order[end - n : end] for g, n, end in zip(self.groups, counts, ends, strict=True)}
         self._chunks: dict[tuple[int, ...], list[Chunk]] = {}
+        self._numbers: dict[int, Tensor] = {}
 
     def rows_of(self, group: int) -> Tensor | None:
         """The numbers of a group's rows, int64; None where it has none."""
-        rows = self._rows.get(group)
-        return None if rows is None else torch.from_numpy(rows).to(self._device)
+        if group not in self._numbers and group in self._rows:
+            self._numbers[group] = torch.from_numpy(self._rows[group]).to(self._device)
+        return self._numbers.get(group)
 
     def chunks(self, groups: tuple[int, ...]) -> list[Chunk]:
         """The rows of ``groups`` (ascending; those without rows are left out) in pieces of about ``_CHUNK``."""

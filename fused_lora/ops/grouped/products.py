@@ -21,16 +21,21 @@ _KEEP = 64  # chunks of at most this many rows keep their products for the next 
 
 
 class _Workspace(threading.local):
-    """Buffers that all products of a thread take in turn; ``turn`` says whose results are in them. They are kept, for
-    fresh memory costs more than what is written to it: as large as the largest chunk needed."""
+    """Buffers that all products of a thread take in turn; ``turn`` says whose results are in them.
+
+    On a CPU they are kept, as large as the largest chunk needed: fresh memory costs more than what is written to it. On
+    a GPU torch keeps memory itself, and knows of streams and of graphs that hold it.
+    """
 
     def __init__(self):
         self.turn = 0
         self._buffers: dict[tuple, Tensor] = {}
 
     def buffer(self, side: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if device.type != "cpu":
+            return aligned(rows, columns, dtype=dtype, device=device)
         # an inference tensor cannot be written outside that mode
-        key = side, columns, dtype, device, torch.is_inference_mode_enabled()
+        key = side, columns, dtype, torch.is_inference_mode_enabled()
         found = self._buffers.get(key)
         if found is None or len(found) < rows:
             found = self._buffers[key] = aligned(rows, columns, dtype=dtype, device=device)

@@ -102,18 +102,16 @@ def merge_(
     return record
 
 
-def merge_later(weight: torch.Tensor, adapters: tuple, fan_in_fan_out: bool) -> tuple[MergeRecord, Any] | None:
+def merge_later(weight: torch.Tensor, adapters: Any, fan_in_fan_out: bool) -> tuple[MergeRecord, Any] | None:
     """The same of (lora_A, lora_B, scaling, row_scale, seed) for :func:`blocks.run_together`, and the record that holds
     once it has run.
 
     None where the C loops do not take it. Raises what :func:`merge_` does before it writes.
     """
-    lora_A, lora_B, scaling, *rest = adapters
-    row_scale, seed = (*rest, None, None)[:2]
-    _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
+    _check(weight, *adapters, fan_in_fan_out)
     if weight.device.type != "cpu" or weight.dtype not in native.TYPES or native.needs_one_thread():
         return None
-    W, record = _begun(weight.detach(), lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
+    W, record = _begun(weight.detach(), *adapters, fan_in_fan_out)
     sweep = blocks.for_one_call(W, record.factors)
     if sweep is None:
         return None

@@ -175,8 +175,10 @@ class Prepared:
         found = []
         for g, group in enumerate(self._groups):
             here = rows.layout.rows_of(g)
+            if here is None:
+                continue
             terms = {site.path.rpartition(".")[2]: _stacked_terms(site, group) for site in sites}
-            if here is not None and any(terms.values()):
+            if any(terms.values()):
                 found.append((here, terms))
         replace_rows(sites[0].module, y, (inputs[0], inputs[1], inputs[2]), found)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fused_lora.adapters.checkpoint import bare_module
 from fused_lora.modules.config import check_init, is_neutral
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import CONFIGS, above, bare_path
@@ -69,9 +70,7 @@ def _target(path: str, module: Any) -> str:
     path = bare_path(path)
     if type(module).__name__ != "ParamWrapper":
         return path
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return f"{path}.{module.parameter_name}"
+    return f"{bare_module(path)}.{module.parameter_name}"
 
 
 def _check_config(source: nn.Module, chosen: str) -> None:
