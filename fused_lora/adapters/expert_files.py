@@ -35,7 +35,7 @@ LAYOUTS = ("rank_major", GROUPED)  # the first is PEFT's
 _SIDE = r"\.lora_(?P<side>[AB])(?:\.weight)?$"
 _KEYS = tuple(
     re.compile(rf"^(?P<place>(?:.+\.)?experts)\.{middle}{_SIDE}")
-    for middle in (r"(?P<expert>\d+)\.(?P<leaf>\w+)", r"(?P<leaf>\w+)s\.(?P<expert>\d+)", r"(?P<leaf>\w+)")
+    for middle in (r"(?P<expert>\d{1,4})\.(?P<leaf>\w+)", r"(?P<leaf>\w+)s\.(?P<expert>\d{1,4})", r"(?P<leaf>\w+)")
 )
 _HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}  # of gate_up_proj
 _WHOLE = {"gate_up_proj": "gate_up_proj", "down_proj": "down_proj", "w2": "down_proj", "up_proj": "up_proj"}

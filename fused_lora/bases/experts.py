@@ -105,12 +105,19 @@ def experts_forward(
 
     Args:
         top_k_index, top_k_weights: [tokens, top_k]. terms: of each adapted parameter, by its name.
+
+    Raises:
+        ValueError: hidden, top_k_index and top_k_weights differ in their tokens, or an expert is not there.
+        TypeError: hidden is not floating, or top_k_index no integers.
     """
     from transformers.integrations.moe import _grouped_linear
 
+    _check_call(hidden, top_k_index, top_k_weights)
     tokens, top_k = top_k_index.shape
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
     rows_of_experts = torch.bincount(ids, minlength=experts.num_experts)
+    if not torch.compiler.is_compiling() and len(rows_of_experts) != experts.num_experts:
+        raise ValueError(f"top_k_index: expected experts below {experts.num_experts}, got {len(rows_of_experts) - 1}")
     offsets = rows_of_experts.cumsum(0, dtype=torch.int32)
 
     def project(x: Tensor, name: str) -> Tensor:
@@ -127,6 +134,19 @@ def experts_forward(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return y[back].view(tokens, top_k, y.shape[-1]).sum(1).to(hidden.dtype)
+
+
+def _check_call(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden_states: expected a floating dtype, got {hidden.dtype}")
+    if top_k_index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"top_k_index: expected int32 or int64, got {top_k_index.dtype}")
+    shape, weights = tuple(top_k_index.shape), tuple(top_k_weights.shape)
+    if len(shape) != 2 or shape != weights or hidden.dim() != 2 or len(hidden) != shape[0]:
+        raise ValueError(
+            f"hidden_states, top_k_index, top_k_weights: expected [tokens, K] and twice [tokens, top_k], "
+            f"got {tuple(hidden.shape)}, {shape} and {weights}"
+        )
 
 
 def replace_rows(

@@ -90,6 +90,8 @@ def open_adapters(adapters: Weighted | Iterable[Weighted], merging: bool = False
 def _pairs(adapters: Any) -> Sequence[tuple[Any, float]]:
     lone = isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float))
     several: Any = [adapters] if lone or isinstance(adapters, (str, bytes, os.PathLike)) else adapters
+    if not isinstance(several, Iterable):
+        raise TypeError(f"adapters: expected paths or pairs (path, weight), got {adapters!r:.200}")
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in several]
     if not pairs:
         raise ValueError("adapters: expected at least one adapter, got none")

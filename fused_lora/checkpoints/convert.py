@@ -16,7 +16,7 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import EVERY, open_regular, read_exactly, read_header
 from fused_lora.checkpoints.files import open_checkpoint, read_json
 from fused_lora.checkpoints.write import write_layers, write_stacked
-from fused_lora.modules.config import FieldError, LoraConfig
+from fused_lora.modules.config import FieldError, LoraConfig, check_alpha, check_bool
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import bare_path
 
@@ -79,8 +79,12 @@ def convert_adapter(
     Raises:
         AdapterError: a malformed file, a key that is not known, a layer without A or B, a name that no module of
             ``base`` has or that two have, or sizes that do not fit.
+        TypeError, ValueError: stack_experts is no bool, or lora_alpha no finite number.
     """
     text, folder = path_text("source", source), path_text("out", out)
+    check_bool("stack_experts", stack_experts)
+    if lora_alpha is not None:
+        check_alpha("lora_alpha", lora_alpha)
     file_path = os.path.join(text, WEIGHTS_NAME) if os.path.isdir(text) else text
     beside = os.path.basename(file_path) == WEIGHTS_NAME  # PEFT's pair: without the config the scaling is lost
     config = _config(os.path.join(os.path.dirname(file_path), CONFIG_NAME)) if beside else None
@@ -95,6 +99,8 @@ def convert_adapter(
             if part in layers.setdefault(path, {}):
                 raise AdapterError(file_path, key, f"one {part} of {path!r}", layers[path][part])
             layers[path][part], renamed[key] = key, path
+        if not layers:
+            raise AdapterError(file_path, None, "at least one layer", "no tensors")
         shapes, alphas = {}, {}
 
         def tensor(key: str) -> Tensor:
@@ -108,6 +114,8 @@ def convert_adapter(
             for part in "AB":
                 if part not in parts:
                     raise AdapterError(file_path, path, f"a lora_{part}", f"only {some(parts.values())}")
+                if not (kind := header.entries[parts[part]].dtype).is_floating_point:
+                    raise AdapterError(file_path, parts[part], "a floating dtype", kind)
             A, B = (_matrix(header.entries[parts[part]].shape) for part in "AB")
             if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
                 raise AdapterError(file_path, parts["B"], f"a linear layer's [N, {A[0] if A else 'r'}]", list(B))
@@ -122,7 +130,10 @@ def convert_adapter(
 
         target = config or LoraConfig(r=1, lora_alpha=1, target_modules=set())
         found = shapes, make, kind, alphas
-        stacked = write_stacked(folder, target, *found) if stack_experts else write_layers(folder, target, *found)
+        if stack_experts:
+            stacked = write_stacked(folder, target, *found, source=file_path)
+        else:
+            stacked = write_layers(folder, target, *found)
     assumed = lora_alpha is None and config is None and any("alpha" not in parts for parts in layers.values())
     return Converted(
         folder, {path: [shapes[path][0], alphas[path]] for path in shapes}, renamed, assumed, stacked or []

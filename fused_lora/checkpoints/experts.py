@@ -151,7 +151,7 @@ def _orientations(plan: Plan, table: RankTable, path: str, stack: Stack) -> set[
     """Whether the adapter's delta may be as the stack is stored (False), or transposed (True)."""
     keys, (experts, rows, columns) = plan.slots[path], stack.shape
     A, B = (plan.entries[keys[part]].shape for part in ("lora_A", "lora_B"))
-    if A[0] % experts or not table.may_be(stack.name, A[0] // experts):
+    if not experts or A[0] % experts or not table.may_be(stack.name, A[0] // experts):
         return set()
     turns = (False, True) if experts > 1 else (False,)  # of a matrix PEFT turns nothing
     return {t for t in turns if (B[0], A[1]) == ((columns, rows) if t else (rows, columns))}

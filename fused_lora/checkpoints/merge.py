@@ -170,8 +170,8 @@ def _check_options(dtype: Any, device: Any, record: str | None, in_place: bool) 
         raise ValueError(f"dtype: expected one of {_DTYPES} or None, got {dtype}")
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, TypeError) as error:
+        torch.empty(0, device=place).tolist()  # of the meta device nothing can be read
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise ValueError(f"device: expected one of this machine's, got {device!r:.100}: {error}") from None
     if record is not None and (dtype is not None or place.type != "cpu" or in_place):
         raise ValueError("record: expected None with dtype, in_place or a device other than the CPU")
@@ -182,6 +182,8 @@ def _target(checkpoint: Checkpoint, out: Any, in_place: bool) -> str:
     if in_place == (out is not None):
         raise ValueError(f"out: expected a folder, or in_place=True instead, got out={out!r:.200} and {in_place=}")
     if not in_place:
+        if not path_text("out", out):
+            raise ValueError("out: expected a folder, got an empty path")
         return path_text("out", out)
     if not checkpoint.whole:
         raise ValueError("in_place: expected a base that is a folder, not one file")

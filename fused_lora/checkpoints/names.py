@@ -60,6 +60,8 @@ class Names:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], rename: Mapping[str, str] | None = None):
+        if rename is not None and not isinstance(rename, Mapping):
+            raise TypeError(f"rename: expected a mapping of names to names, got {rename!r:.100}")
         self._rename = dict(rename or {})
         self._stored = {own_path(name): name for name in shapes}
         self._shapes = shapes

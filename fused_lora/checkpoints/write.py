@@ -66,8 +66,11 @@ def write_stacked(
     make: Callable[[str], tuple[Tensor, Tensor]],
     dtype: torch.dtype,
     alphas: Mapping[str, float],
+    source: str,
 ) -> list[str]:
     """:func:`write_layers`, but layers of single experts go into stacked parameters as transformers 5 has them.
+
+    source: the file that they are from, for errors.
 
     Returns:
         The paths of these parameters, none where no layer is an expert's.
@@ -77,7 +80,7 @@ def write_stacked(
     sizes = {path: (K, N) for path, (_, K, N) in shapes.items()}
     entries = {key: TensorEntry(kind, shape, 0, 0) for key, kind, shape in _entries(shapes, dtype)}
     stacks = stacks_of_layers(sizes)
-    found = as_peft(folder, entries, _config(config, shapes, alphas), None, KEY_PREFIX, stacks)
+    found = as_peft(source, entries, _config(config, shapes, alphas), None, KEY_PREFIX, stacks)
     if not stacks(None):
         write_layers(folder, config, shapes, make, dtype, alphas)
         return []

@@ -63,12 +63,14 @@ def merge(
         stochastic: a seed: sums are rounded to bf16 or fp16 at random, so that the expectation of each weight is its
             sum. The same seed gives the same bits. :func:`unmerge` restores all bits as ever. None: to the nearest.
 
-    Warns where rounding to 16, 8 or 4 bits takes more than half of the adapters; of 16 bits by a sample of rows.
+    Warns where rounding to 16, 8 or 4 bits takes more than half of the adapters; of 16 bits by a sample of rows, and
+    not where they are rounded at random.
 
     Raises:
         TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
         ValueError: a merged weight would not be finite, or two adapters train the same token; or the weights do not
-            belong to the names. A PEFT model takes no weights and no seed, and weights that are not of 16 bits no seed.
+            belong to the names. A PEFT model takes no weights and no seed. Weights that are not of 16 bits and
+            stacks of experts take no seed.
         RuntimeError: the model has no LoRA layers, a lora_bias has no base bias to go to, or a weight also belongs to
             another module, whose output a merge would change.
             In every case all layers are back at the bits they had before the call.
@@ -229,7 +231,9 @@ def _merge(layers: Mapping[str, Any], names: list[str], safe_merge: bool = False
                 linear[path] = functools.partial(layer._merge_later, new)
                 if layer._merge_place()[1].bits or getattr(layer, "weight", None) is None:
                     packed.append(layer)
-                elif layer.weight.dtype.itemsize == 2 and i % every == 0 and not has_magnitude(layer, new):
+                elif layer.weight.dtype.itemsize != 2 or layer.rounding_seed is not None:
+                    continue  # at random a weight may be off by more than its delta, and their mean is right
+                elif i % every == 0 and not has_magnitude(layer, new):
                     samples.append((layer, new, _sample(*_matrix(layer))))
         together(linear, MERGE)
         for path, layer in layers.items():

@@ -33,7 +33,7 @@ def mismatch(missing: Iterable[str], total: int, present: Iterable[str]) -> str:
     missing, present = list(missing), list(present)
     known = {_pattern(path) for path in present}
     lacking = dict.fromkeys(path if _pattern(path) in known else ".".join(_pattern(path)) for path in missing)
-    text = f"{len(missing)} of the adapter's {total} layers are not linear layers of the model: {some(lacking)}"
+    text = f"{len(missing)} of the adapter's {total} layers are no layers of the model that take LoRA: {some(lacking)}"
     rename = likely_rename(missing, present)
     if rename is not None:
         old, new, fitting = rename

@@ -228,6 +228,36 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         fused_lora.load_adapter(Block(), write(tmp_path / "dropout", one, **config))
 
 
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda A, B: (A.to(torch.complex64), B), "expected a floating dtype, found torch.complex64"),
+        (lambda A, B: (A, B.bool()), "expected a floating dtype, found torch.bool"),
+        (lambda A, B: (A[:, 1:], B), r"a/adapter_model.safetensors.*down_proj.*a shape"),
+        (None, "expected at least one layer"),
+    ],
+)
+def test_convert_refuses_by_the_name_of_the_source(tmp_path, change, text):
+    tensors = {}
+    for e in range(2) if change else ():
+        A, B = (t[0] for t in factors(MIDDLE, K, experts=1, seed=e))
+        A, B = change(A, B) if e else (A, B)
+        tensors |= under(f"mlp.experts.{e}.down_proj", {"lora_A.weight": A.contiguous(), "lora_B.weight": B})
+    folder = write(tmp_path / "a", tensors, target_modules=["down_proj"])
+    with pytest.raises(AdapterError, match=text):
+        fused_lora.checkpoints.convert_adapter(folder, tmp_path / "b", stack_experts=True)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_number_that_no_model_has_is_no_expert(tmp_path):
+    """Else a small file asks for the memory of all experts before it."""
+    A, B = (t[0] for t in factors(MIDDLE, K, experts=1))
+    place = "mlp.experts.999999999.down_proj"
+    folder = write(tmp_path / "a", under(place, {"lora_A.weight": A, "lora_B.weight": B}), target_modules=["down_proj"])
+    report = fused_lora.checkpoints.convert_adapter(folder, tmp_path / "b", stack_experts=True)
+    assert report.stacked == [] and list(report.layers) == [place]
+
+
 @pytest.mark.parametrize("leaves", ["w1 w3 w2", "gate_proj up_proj down_proj", "up_proj down_proj"])
 def test_convert_stacks_experts(tmp_path, leaves):
     """Without a model: the file alone says how many experts there are, and which halves."""
@@ -261,5 +291,11 @@ def test_convert_stacks_experts(tmp_path, leaves):
     else:
         saved = load_file(tmp_path / "b/adapter_model.safetensors")
         assert f"{P}model.layers.0.mlp.experts.base_layer.lora_A.weight" in saved  # the first of two parameters
+    for options, kind, text in (
+        ({"stack_experts": "no"}, TypeError, "stack_experts"),
+        ({"lora_alpha": float("nan")}, ValueError, "lora_alpha"),
+    ):
+        with pytest.raises(kind, match=text):
+            fused_lora.checkpoints.convert_adapter(folder, tmp_path / "d", **options)
     plain = fused_lora.checkpoints.convert_adapter(folder, tmp_path / "c")
     assert plain.stacked == [] and load_file(tmp_path / "c/adapter_model.safetensors").keys() == tensors.keys()

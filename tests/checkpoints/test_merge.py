@@ -745,12 +745,18 @@ def test_where_the_output_may_be(tmp_path, capsys):
         ("dtype", "bf16", TypeError),
         ("dtype", torch.int8, ValueError),
         ("device", "nowhere", ValueError),
+        ("device", "meta", ValueError),
+        ("rename", ["x"], TypeError),
         ("verify", 1, TypeError),
     ]:
         with pytest.raises(kind, match=argument):
             merge_checkpoint(base, adapter, tmp_path / "other", **{argument: value})
     with pytest.raises(ValueError, match="expected a finite weight"):
         merge_checkpoint(base, [(adapter, float("nan"))], tmp_path / "other")
+    with pytest.raises(TypeError, match="adapters: expected paths"):
+        merge_checkpoint(base, None, tmp_path / "other")
+    with pytest.raises(ValueError, match="out: expected a folder, got an empty path"):
+        merge_checkpoint(base, adapter, "")
 
 
 def test_an_adapter_is_read_by_several_threads(tmp_path):

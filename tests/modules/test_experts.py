@@ -236,6 +236,26 @@ def test_adapters_of_other_parameters_come_and_go(tmp_path):
         assert torch.equal(model(ids), base(ids))
 
 
+@pytest.mark.parametrize(
+    "change, kind, text",
+    [
+        (lambda h, i, w: (h, i[:3], w[:3]), ValueError, "top_k_index, top_k_weights: expected"),
+        (lambda h, i, w: (h, i, w[:3]), ValueError, "top_k_weights: expected"),
+        (lambda h, i, w: (h, i[:, 0], w[:, 0]), ValueError, "top_k_index"),
+        (lambda h, i, w: (h, i + EXPERTS, w), ValueError, f"top_k_index: expected experts below {EXPERTS}"),
+        (lambda h, i, w: (h, i.float(), w), TypeError, "top_k_index: expected int32 or int64"),
+        (lambda h, i, w: (h.int(), i, w), TypeError, "hidden_states: expected a floating dtype"),
+        (lambda h, i, w: (h.to(torch.complex64), i, w), TypeError, "hidden_states: expected a floating dtype"),
+    ],
+)
+def test_calls_that_do_not_fit_are_refused_by_name(change, kind, text):
+    ours, _ = twins()
+    call = torch.randn(4, HIDDEN), torch.arange(8).reshape(4, 2) % EXPERTS, torch.rand(4, 2)
+    assert ours.experts(*call).shape == (4, HIDDEN)
+    with pytest.raises(kind, match=text):
+        ours.experts(*change(*call))
+
+
 def test_what_is_refused(tmp_path):
     for fields, text in (
         ({"lora_dropout": 0.1}, "lora_dropout must be 0.0 with target_parameters, got 0.1"),

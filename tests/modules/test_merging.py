@@ -294,6 +294,19 @@ def test_rounding_at_random(loops):
     assert not any(same_bits([a], [b]) for other in found[2:] for a, b in zip(found[0], other, strict=True))
 
 
+def test_rounding_at_random_is_no_loss_to_warn_of():
+    net = layers_of([torch.bfloat16] * 2)
+    for layer in net:
+        layer.lora_B["default"].weight.data.mul_(1e-3)
+    with pytest.warns(UserWarning, match="16-bit weights keep only"):
+        fused_lora.merge(net)
+    fused_lora.unmerge(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused_lora.merge(net, stochastic=1)
+    fused_lora.unmerge(net)
+
+
 @pytest.mark.parametrize(
     "seed, kind, message", [(1, ValueError, "2 has a Parameter of torch.float32"), (True, TypeError, "an int")]
 )

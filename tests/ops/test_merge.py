@@ -365,6 +365,12 @@ def test_arguments_are_checked():
         merging.merge_(W.to(torch.int32), [A], [B], [1.0])
     with pytest.raises(RuntimeError, match="weight: .*expanded"):
         merging.merge_(torch.zeros(1, 9).expand(8, 9), [A], [B], [1.0])
+    before = W.clone()
+    for dtype in (torch.complex64, torch.int32, torch.bool):
+        for factors in (([A.to(dtype)], [B]), ([A], [B.to(dtype)])):
+            with pytest.raises(TypeError, match=f"adapter 0: expected floating lora_A and lora_B.*{dtype}"):
+                merging.merge_(W, *factors, [1.0])
+    assert torch.equal(W, before)
     record = merging.merge_(W, [A], [B], [1.0])
     for wrong in (W[:4], W.to(torch.bfloat16)):
         with pytest.raises(RuntimeError, match="weight"):

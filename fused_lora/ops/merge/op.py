@@ -82,8 +82,8 @@ def merge_(
     Raises:
         ValueError: shapes do not fit, a finite weight would become infinite or NaN, or a seed is for a weight of more
             than 16 bits. The weight is unchanged.
-        TypeError: weight is not fp64, fp32, bf16 or fp16, or seed no int. RuntimeError: it is on the meta device or
-            an expanded tensor.
+        TypeError: weight is not fp64, fp32, bf16 or fp16, an adapter is not floating, or seed no int. RuntimeError:
+            weight is on the meta device or an expanded tensor.
     """
     _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
     W = weight.detach()
@@ -108,10 +108,10 @@ def merge_later(weight: torch.Tensor, adapters: Any, fan_in_fan_out: bool) -> tu
 
     None where the C loops do not take it. Raises what :func:`merge_` does before it writes.
     """
-    _check(weight, *adapters, fan_in_fan_out)
+    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
     if weight.device.type != "cpu" or weight.dtype not in native.TYPES or native.needs_one_thread():
         return None
-    W, record = _begun(weight.detach(), *adapters, fan_in_fan_out)
+    W, record = _begun(weight.detach(), *adapters, fan_in_fan_out=fan_in_fan_out)
     sweep = blocks.for_one_call(W, record.factors)
     if sweep is None:
         return None
@@ -281,6 +281,8 @@ def _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> 
             f"row_scale: expected {rows} finite numbers, got {tuple(row_scale.shape)}, some perhaps not finite"
         )
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        if not (A.is_floating_point() and B.is_floating_point()):
+            raise TypeError(f"adapter {i}: expected floating lora_A and lora_B, got {A.dtype} and {B.dtype}")
         if A.dim() != 2 or A.shape[1] != columns or B.dim() != 2 or tuple(B.shape) != (rows, A.shape[0]):
             raise ValueError(
                 f"adapter {i}: expected lora_A [r, {columns}] and lora_B [{rows}, r], "
