@@ -111,7 +111,8 @@ class LoraConfig:
         rank_pattern, alpha_pattern: regular expression for the end of a path -> its rank or alpha. The first match
             decides.
         target_parameters: paths of stacked parameters of experts, or their last parts, as ["experts.gate_up_proj"].
-            Without dropout, bias, fan_in_fan_out, lora_bias and DoRA, as in PEFT; target_modules may be None then.
+            Without dropout, fan_in_fan_out, lora_bias and DoRA, as in PEFT, and without bias; target_modules may be
+            None then.
         trainable_token_indices: tokens whose rows of the input embedding train and are saved with the adapter, or
             {end of a path: tokens}. A head that the model's config ties to the embedding follows.
         use_dora: DoRA: W + scaling B A, its rows scaled to a trained magnitude. Not with lora_bias.

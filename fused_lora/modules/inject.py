@@ -138,7 +138,7 @@ def attach(
     without them it begins as the model's own.
 
     Raises:
-        ValueError: the name is malformed or taken, a path is not a linear layer, or the tensors do not fit.
+        ValueError: the name is malformed or taken, a path is no layer that takes LoRA, or the tensors do not fit.
         RuntimeError: one of torch's wrappers holds the layer itself.
     """
     check_not_wrapped(model)
