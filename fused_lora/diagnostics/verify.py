@@ -42,8 +42,8 @@ def verify(
         merged output    |ym - (x Wm^T + b)|               within the rounding of its dtype and sum
 
     A DoRA adapter multiplies all that was there before by c = m / ||W + s B A||, by rows of W: D, and outputs without
-    the bias. A stacked parameter of experts has a check of its own, with W, Wm and D of all experts; its outputs are those
-    of the experts' whole call, in float64, whose bound goes through the gate (decision 59).
+    the bias. A stacked parameter of experts has a check of its own, of W, Wm and D of all experts. Its outputs are
+    those of the experts' whole call, in float64, whose bound goes through the gate (decision 59).
 
     If all three are within their bounds (derived in ``verification.weights``), rounding is the only difference of the
     layer. It may be large: in bf16 most of a small D is lost, which ``lost`` reports. At the model's output the

@@ -19,7 +19,6 @@ from helpers.unchanged import assert_bits, parameter_bits
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["inject", "PEFT", "accelerated"]
 DORA = {"v": {"use_dora": True}, "plain": {}, "w": {"use_dora": True, "r": 3, "use_rslora": True}}
-SETS = [["v"], ["plain", "v"], ["v", "plain", "w"]]
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
@@ -88,17 +87,16 @@ def assert_healthy(model, count, dtype, merged, paths):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_dora_differs_by_rounding(kind, dtype, merged):
-    for names in SETS[:1] if kind == "PEFT" and merged else SETS:
-        assert_healthy(dora(kind, dtype, names), 4, dtype, merged, ["lin0", "lin1", "conv1d", "head"])
+    names = ["v"] if kind == "PEFT" and merged else ["v", "plain", "w"]
+    assert_healthy(dora(kind, dtype, names), 4, dtype, merged, ["lin0", "lin1", "conv1d", "head"])
 
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_differ_by_rounding(kind, dtype, merged):
-    for name in ("qwen3_moe", "gpt_oss"):  # halves and turns, [experts, N, K] and [experts, K, N]
-        for names in (["a"], ["a", "b"]):
-            assert_healthy(experts(kind, dtype, name, names), 2, dtype, merged, STACKS)
+    name = "qwen3_moe" if dtype is torch.float32 else "gpt_oss"  # halves, [experts, N, K]; turns, [experts, K, N]
+    assert_healthy(experts(kind, dtype, name, ["a", "b"]), 2, dtype, merged, STACKS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
