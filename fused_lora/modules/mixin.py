@@ -71,6 +71,10 @@ class FusedLoraBehaviour(_Layer):
         held = self._modules["lora_A"]._modules
         return [name for name in names if name in held]
 
+    def _activated(self, names: list[str]) -> list[str]:
+        """Those of the adapters that change the rows from their invocation on alone (aLoRA)."""
+        return []
+
     def _active_forward(self, x: Tensor) -> Tensor:
         """Base and all active adapters in one operator; around the base, or part by part, where others have a say."""
         names = self._present(self.active_adapters)
