@@ -57,7 +57,7 @@ def load_adapter(
     The first adapter of a model becomes active. A later one stays inactive until ``set_adapter``.
 
     Args:
-        model: any module. Target layers that have no LoRA yet become LoraLinear.
+        model: any module. Target layers that have no LoRA yet get LoRA layers.
         directory, max_bytes: as in ``read_adapter``.
         adapter_name: 1 to 64 letters, digits, "_" or "-"; default "default".
         is_trainable: whether A and B (and trained biases) require gradients. Without it the model is put into eval

@@ -102,6 +102,8 @@ def open_regular(
             raise AdapterError(path, None, f"at most {max_bytes} bytes", f"{info.st_size} bytes")
         yield io.FileIO(fd, "r", closefd=False), info.st_size
     except OSError as error:
+        if error.filename is not None:  # of another file, which the caller opened meanwhile
+            raise
         raise AdapterError(path, None, "a readable regular file", str(error)) from None
     finally:
         os.close(fd)

@@ -15,6 +15,7 @@ from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, WEIGHT
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import EVERY, open_regular, read_exactly, read_header
 from fused_lora.checkpoints.files import open_checkpoint, read_json
+from fused_lora.checkpoints.names import Rename
 from fused_lora.checkpoints.write import write_layers, write_stacked
 from fused_lora.modules.config import FieldError, LoraConfig, check_alpha, check_bool
 from fused_lora.modules.names import some
@@ -79,7 +80,8 @@ def convert_adapter(
     Raises:
         AdapterError: a malformed file, a key that is not known, a layer without A or B, a name that no module of
             ``base`` has or that two have, or sizes that do not fit.
-        TypeError, ValueError: stack_experts is no bool, or lora_alpha no finite number.
+        TypeError, ValueError: stack_experts is no bool, lora_alpha no finite number, rename no mapping of names, or no
+            path begins with one of its entries.
     """
     text, folder = path_text("source", source), path_text("out", out)
     check_bool("stack_experts", stack_experts)
@@ -92,13 +94,14 @@ def convert_adapter(
         header = read_header(file_path, file, size, EVERY)
         modules = None if base is None else _by_underscores(base)
         layers: dict[str, dict[str, str]] = {}
-        renamed = {}
+        renamed, beginnings = {}, Rename(rename)
         for key in header.entries:
             path, part = _split(file_path, key)
-            path = _path(file_path, key, path, modules, rename or {})
+            path = _path(file_path, key, path, modules, beginnings)
             if part in layers.setdefault(path, {}):
                 raise AdapterError(file_path, key, f"one {part} of {path!r}", layers[path][part])
             layers[path][part], renamed[key] = key, path
+        beginnings.check_used()
         if not layers:
             raise AdapterError(file_path, None, "at least one layer", "no tensors")
         shapes, alphas = {}, {}
@@ -157,9 +160,7 @@ def _split(file_path: str, key: str) -> tuple[str, str]:
     raise AdapterError(file_path, key, "lora_A, lora_B or alpha of a linear layer", "another kind of key")
 
 
-def _path(
-    file_path: str, key: str, path: str, modules: Mapping[str, list[str]] | None, rename: Mapping[str, str]
-) -> str:
+def _path(file_path: str, key: str, path: str, modules: Mapping[str, list[str]] | None, rename: Rename) -> str:
     path = bare_path(path)
     while found := _WRAPPERS.match(path):
         path = path[found.end() :]
@@ -170,8 +171,8 @@ def _path(
         if len(places) != 1:
             raise AdapterError(file_path, key, "the name of one module of the base", some(places))
         path = places[0]
-    old = next((old for old in rename if path.startswith(old)), None)
-    return path if old is None else rename[old] + path.removeprefix(old)
+    renamed = rename(path)
+    return path if renamed is None else renamed
 
 
 def _by_underscores(base: str | os.PathLike) -> dict[str, list[str]]:

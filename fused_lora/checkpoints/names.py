@@ -51,6 +51,30 @@ class Place(NamedTuple):
     height: int
 
 
+class Rename:
+    """Beginnings of paths -> what stands in their place; the first that fits is taken. TypeError for other things."""
+
+    def __init__(self, pairs: Mapping[str, str] | None):
+        if pairs is not None and not (
+            isinstance(pairs, Mapping) and all(isinstance(name, str) for pair in pairs.items() for name in pair)
+        ):
+            raise TypeError(f"rename: expected a mapping of names to names, got {pairs!r:.100}")
+        self._pairs, self._used = dict(pairs or {}), set()
+
+    def __call__(self, path: str) -> str | None:
+        """The path with its new beginning; None where none fits."""
+        old = next((old for old in self._pairs if path.startswith(old)), None)
+        if old is None:
+            return None
+        self._used.add(old)
+        return self._pairs[old] + path.removeprefix(old)
+
+    def check_used(self) -> None:
+        """ValueError for a beginning that no path had."""
+        if unused := [old for old in self._pairs if old not in self._used]:
+            raise ValueError(f"rename: no path of the adapter begins with {some(unused)}")
+
+
 class Names:
     """The modules of a checkpoint that have a weight, under the paths a model gives them.
 
@@ -60,9 +84,7 @@ class Names:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], rename: Mapping[str, str] | None = None):
-        if rename is not None and not isinstance(rename, Mapping):
-            raise TypeError(f"rename: expected a mapping of names to names, got {rename!r:.100}")
-        self._rename = dict(rename or {})
+        self.rename = Rename(rename)
         self._stored = {own_path(name): name for name in shapes}
         self._shapes = shapes
 
@@ -87,9 +109,8 @@ class Names:
 
         Raises ValueError where several rules give several modules.
         """
-        for old, new in self._rename.items():
-            if path.startswith(old):
-                return path if f"{(path := new + path.removeprefix(old))}{end}" in self._stored else None
+        if (other := self.rename(path)) is not None:
+            return other if f"{other}{end}" in self._stored else None
         if f"{path}{end}" in self._stored:
             return path
         found = {other for other in _other_beginnings(path) if f"{other}{end}" in self._stored}

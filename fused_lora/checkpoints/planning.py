@@ -39,6 +39,7 @@ def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapp
     Raises:
         AdapterError: a tensor of an adapter has no place in the checkpoint, or not its shape; the weight it is for is
             quantised in an unknown way; or two adapters replace the same tensor.
+        ValueError: an entry of ``rename`` fits no path of the adapters.
     """
     packed = find_quantised(base)
     shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
@@ -46,6 +47,7 @@ def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapp
     for adapter in adapters:
         plan.add(adapter)
         plan.warn_of_lacking(adapter)
+    plan.names.rename.check_used()
     plan.untie()
     dense = any(change.source in packed for change in plan.found.values())
     return Changes(plan.found, plan.config, packed if dense else {}, bool(packed) and not dense)
@@ -53,20 +55,20 @@ def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapp
 
 class _Planner:
     def __init__(self, base: Checkpoint, names: Names, packed: Mapping[str, Packed]):
-        self._base, self._names, self._packed = base, names, packed
+        self._base, self.names, self._packed = base, names, packed
         self.found: dict[str, Change] = {}
         self.config: dict[str, Any] = {}
 
     def add(self, adapter: AdapterFile) -> None:
         """Find the places of all tensors of one adapter."""
         plan = adapter.plan
-        stacks = adapted_stacks(plan, self._names)
+        stacks = adapted_stacks(plan, self.names)
         layers = [path for path in plan.slots if path not in plan.stacks]
         sizes = {path: plan.entries[plan.slots[path]["lora_B"]].shape[0] for path in layers}
         places = {path: self._places(adapter, path, sizes) for path in layers}
         if lost := [path for path, found in places.items() if not found]:
             key = plan.slots[lost[0]]["lora_A"]
-            found = self._names.missing(lost, len(plan.slots))
+            found = self.names.missing(lost, len(plan.slots))
             raise AdapterError(plan.weights, key, f"the weight of {lost[0]!r} in {self._base.folder!r}", found)
         for path, found in places.items():
             for place in found:
@@ -84,14 +86,14 @@ class _Planner:
     def _places(self, adapter: AdapterFile, path: str, sizes: Mapping[str, int]) -> list[Place]:
         plan, keys = adapter.plan, adapter.plan.slots[path]
         try:
-            found = self._names.places(path, sizes)
+            found = self.names.places(path, sizes)
         except ValueError as error:
             raise AdapterError(plan.weights, keys["lora_A"], "one module of the checkpoint", str(error)) from None
         if found or path.rpartition(".")[2] not in HEADS or self._base.config is None:
             return found
         # a head that is not stored is tied to the input embedding; it gets a weight of its own
         shape = sizes[path], plan.entries[keys["lora_A"]].shape[1]
-        embedding = self._names.embedding(shape)
+        embedding = self.names.embedding(shape)
         if embedding is None:
             return []
         self._add_head(path, embedding)
@@ -100,7 +102,7 @@ class _Planner:
     def _add_head(self, path: str, embedding: str) -> None:
         name = f"{path}.weight"
         if name not in self.found:
-            source = self._names.stored(f"{embedding}.weight")
+            source = self.names.stored(f"{embedding}.weight")
             assert source is not None
             self.found[name] = Change(name, source, "merge", added=True)
             self._untie()
@@ -115,8 +117,8 @@ class _Planner:
     def _merge(self, adapter: AdapterFile, path: str, place: Place) -> None:
         plan, keys = adapter.plan, adapter.plan.slots[path]
         name = f"{place.path}.weight"
-        stored = self._names.stored(name) or self.found[name].source
-        shape = self._names.shape_of(stored)
+        stored = self.names.stored(name) or self.found[name].source
+        shape = self.names.shape_of(stored)
         transposed = plan.config.fan_in_fan_out or path in plan.embeddings
         K = plan.entries[keys["lora_A"]].shape[1]
         expected = (K, place.height) if transposed else (place.height, K)
@@ -180,7 +182,7 @@ class _Planner:
     def _check_copy(self, adapter: AdapterFile, path: str, place: Place) -> None:
         """PEFT saves the base's weight beside the LoRA of embeddings and heads. It must be the base's to the bit."""
         plan, name = adapter.plan, f"{place.path}.weight"
-        shard, entry = self._base.tensors[self._names.stored(name) or self.found[name].source]
+        shard, entry = self._base.tensors[self.names.stored(name) or self.found[name].source]
         key = plan.copies[path]
         if not _is_whole([place], adapter, path) or plan.entries[key].shape != entry.shape:
             expected = f"a shape {list(entry.shape)}, as the base has {path!r}"
@@ -207,7 +209,7 @@ class _Planner:
             if (key := keys.get(field)) is None:
                 continue
             place = places[0]
-            stored = self._names.stored(f"{place.path}.bias")
+            stored = self.names.stored(f"{place.path}.bias")
             if stored is None or not _is_whole(places, adapter, path):
                 found = "none" if stored is None else "a fused layer"
                 raise AdapterError(plan.weights, key, f"a bias of {path!r} in the checkpoint", found)
@@ -225,12 +227,12 @@ class _Planner:
         weights = adapter.plan.weights
         path, _, end = name.rpartition(".")
         try:
-            alias = self._names.alias(path, f".{end}")
+            alias = self.names.alias(path, f".{end}")
         except ValueError as error:
             raise AdapterError(weights, key, "one tensor of the checkpoint", str(error)) from None
         if alias is None:
             raise AdapterError(weights, key, f"a tensor {name!r} in {self._base.folder!r}", "no such name")
-        stored = self._names.stored(f"{alias}.{end}")
+        stored = self.names.stored(f"{alias}.{end}")
         assert stored is not None
         self._check_shape(adapter, key, stored, rows)
         if stored in self.found:
@@ -250,8 +252,8 @@ class _Planner:
             return self._replace(adapter, f"{path}.weight", key, list(tokens))
         path = name.rpartition(".")[0]
         head = path.rpartition(".")[2] in HEADS
-        if head and self._base.config is not None and self._names.alias(path) is None:
-            embedding = self._names.embedding(plan.entries[key].shape)
+        if head and self._base.config is not None and self.names.alias(path) is None:
+            embedding = self.names.embedding(plan.entries[key].shape)
             if embedding is not None:
                 self._add_head(path, embedding)
                 self.found[name].kind, self.found[name].held = "replace", (adapter, key)
@@ -276,7 +278,7 @@ class _Planner:
         own: the adapted model computes with it. Refused where the head's name is not known."""
         config = self._base.config or {}
         causal = any("ForCausalLM" in str(name) for name in config.get("architectures") or ())
-        stored = any(self._names.alias(head) for head in HEADS)
+        stored = any(self.names.alias(head) for head in HEADS)
         tied = config.get("tie_word_embeddings", causal) and not stored
         heads = {change.source for change in self.found.values() if change.added}
         for change in list(self.found.values()):

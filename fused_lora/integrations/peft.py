@@ -54,7 +54,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     state-dict keys, checkpoints and PEFT's own methods stay. At every call the layer decides: plain LoRA over a plain,
     4-bit or torchao linear layer runs in one operator; over any other base layer (hooked, offloaded, sharded, of an
     unknown class) the base runs as it is, and the adapters in one operator around it; anything else (merged, disabled,
-    DoRA, hooks on lora_A, ...) runs PEFT's own forward. Merging rounds once, and unmerging gives back the exact bits.
+    hooks on lora_A, ...) runs PEFT's own forward. Merging rounds once, and unmerging gives back the exact bits.
 
     Layers that PEFT adds to a PeftModel later are accelerated too. After an injection into a bare model (a second
     ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``.

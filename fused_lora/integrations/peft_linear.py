@@ -23,6 +23,7 @@ from fused_lora.bases import base_of
 from fused_lora.bases.base import why_not_own_call, why_not_plain_tensor, why_not_plain_weight
 from fused_lora.bases.bitsandbytes_4bit import is_repacked
 from fused_lora.modules import variants
+from fused_lora.modules.activated import BEFORE, activated_forward, changed_rows, why_no_rows
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plain_dropout
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
@@ -71,10 +72,19 @@ class AcceleratedLinear(FusedLoraBehaviour):
         adapter_names = kwargs.get("adapter_names")
         names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
         reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, kwargs)
+        activated, rows = self._activated(names), None
+        if activated and reason is None:
+            reason = why_no_rows(x, kwargs.get("alora_offsets"))
         if reason:
             _count(reason)
             return super().forward(x, *args, **kwargs)
         further = {key: value for key, value in kwargs.items() if key not in _OF_VARIANTS}
+        if activated:
+            rows = changed_rows(x, kwargs.get("alora_offsets"))
+        if rows is not None:
+            y, reason = activated_forward(self, x, names, activated, rows, *args, **further)
+            _count(reason or AROUND + BEFORE)
+            return y
         base = self._modules["base_layer"]
         kind = base_of(base)
         outputs = self._modules["lora_B"]._modules[names[0]]._parameters["weight"].shape[0]
@@ -89,6 +99,11 @@ class AcceleratedLinear(FusedLoraBehaviour):
         y, reason = self._around_forward(x, names, *args, **further)
         _count(reason or AROUND + around)
         return y
+
+    def _activated(self, names: list[str]) -> list[str]:
+        """Those of the adapters that are aLoRA."""
+        held = self.lora_variant
+        return [name for name in names if name in held and _is_activated(held[name])] if held else []
 
     def _row_norms(self, name: str) -> Tensor:
         """As PEFT's, kept in inference while its DoraCaching is on."""
@@ -306,7 +321,7 @@ def why_not_fused(layer: Any, names: list[str], adapter_names: list[str] | None 
     if not names:
         return "no active adapter in this layer"
     for name in names:
-        if name in layer.lora_variant and not _is_dora(layer, name):
+        if name in layer.lora_variant and not (_is_activated(layer.lora_variant[name]) or _is_dora(layer, name)):
             return f"{type(layer.lora_variant[name]).__name__}"
     for name, A, B, dropout in _parts(layer, names):
         reason = why_not_plain(A) or why_not_plain(B) or why_not_plain_dropout(dropout)
@@ -320,7 +335,14 @@ def why_not_fused(layer: Any, names: list[str], adapter_names: list[str] | None 
             return "the scaling is no number"
     if not variants.has_magnitude(layer, names):
         return None
-    return "DoRA in a mixed batch" if adapter_names is not None else variants.why_not_dora(layer, names)
+    if adapter_names is not None or layer._activated(names):
+        return "DoRA in a mixed batch" if adapter_names is not None else "DoRA beside aLoRA"
+    return variants.why_not_dora(layer, names)
+
+
+def _is_activated(variant: Any) -> bool:
+    """Whether this is PEFT's own aLoRA."""
+    return type(variant).__name__ == "ALoraLinearVariant"
 
 
 def _is_dora(layer: Any, name: str) -> bool:
@@ -335,6 +357,8 @@ def why_around(layer: Any) -> str | None:
     """Why the base layer of a layer that runs fused is called by itself; None when it is in the operator."""
     if hasattr(layer, "why_not_fused"):
         return None
+    if layer._activated(layer._present(layer.active_adapters)):
+        return BEFORE
     return base_of(layer.base_layer).why_not_fused(layer.base_layer)
 
 

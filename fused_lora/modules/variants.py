@@ -10,6 +10,7 @@ So the adapters before the first DoRA adapter, and it, are one call of the LoRA 
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -115,14 +116,29 @@ def row_norms(layer: Any, name: str) -> Tensor:
     return base_of(base).row_norms(base, A[0], B[0], s[0], layer.fan_in_fan_out)
 
 
-def composed_forward(layer: Any, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
-    """PEFT's sequence of module calls after that of the base layer, whose output is ``result``."""
+def composed_forward(
+    layer: Any,
+    result: Tensor,
+    x: Tensor,
+    names: list[str],
+    activated: Container[str] = (),
+    rows: Tensor | None = None,
+) -> Tensor:
+    """PEFT's sequence of module calls after that of the base layer, whose output is ``result``.
+
+    activated: those of the adapters that change these rows alone; None: all rows.
+    """
     dtype, held = result.dtype, layer._modules["lora_magnitude_vector"]._modules
     bias = getattr(layer._modules["base_layer"], "bias", None)
     for name in names:
         A, B, drop, s = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
         if getattr(layer, "cast_input_dtype_enabled", True):  # PEFT's switch
             x = x.to(A.weight.dtype)
+        if name in activated and rows is not None:
+            flat = result.reshape(-1, result.shape[-1])
+            term = B(A(drop(x.reshape(-1, x.shape[-1])[rows]))) * s
+            result = flat.index_copy(0, rows, (flat[rows] + term).to(flat.dtype)).reshape(result.shape)
+            continue
         kept = drop(x)
         term = B(A(kept)) * s
         if name in held:

@@ -54,7 +54,7 @@ class AdapterStore(Registry):
         model: a model without LoRA layers.
         capacity_bytes: bytes that adapters may take on the device. None: no limit.
         host_bytes: bytes that copies of adapters may take in host memory. None: no limit.
-        device: of the arena and of the model's linear layers. Default: that of the first layer.
+        device: of the arena and of the model's layers that take LoRA. Default: that of the first layer.
         grow: allocate the memory in steps of so many bytes instead of at once.
         dtype: of the adapters on the device. Default: float32 on a CPU (float64 for a float64 model), the model's
             dtype on a GPU.

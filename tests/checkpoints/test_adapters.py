@@ -217,6 +217,17 @@ def test_convert_reads_the_config_beside_the_file(tmp_path):
     assert convert_adapter(adapter, tmp_path / "out").assumed
 
 
+def test_what_convert_cannot_do_names_the_argument(tmp_path):
+    adapter = write_adapter(tmp_path / "a", SHAPES)
+    for rename, kind in ((["x"], TypeError), ({"nowhere": "x"}, ValueError)):
+        with pytest.raises(kind, match="rename: "):
+            convert_adapter(adapter, tmp_path / "out", rename=rename)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="/file'"):
+        convert_adapter(adapter, tmp_path / "file" / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "method, options, message",
     [

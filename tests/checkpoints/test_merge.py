@@ -747,6 +747,8 @@ def test_where_the_output_may_be(tmp_path, capsys):
         ("device", "nowhere", ValueError),
         ("device", "meta", ValueError),
         ("rename", ["x"], TypeError),
+        ("rename", {"x": 1}, TypeError),
+        ("rename", {"nowhere": "x"}, ValueError),
         ("verify", 1, TypeError),
     ]:
         with pytest.raises(kind, match=argument):

@@ -277,10 +277,7 @@ def test_other_layers_stay_with_peft(fields):
 
 @pytest.mark.parametrize(
     "fields, variant",
-    [
-        ({"alora_invocation_tokens": [1]}, "ALoraLinearVariant"),
-        ({"init_lora_weights": "mica"}, "MiCALinearVariant"),
-    ],
+    [({"init_lora_weights": "mica"}, "MiCALinearVariant")],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_variants_stay_with_peft(fields, variant):

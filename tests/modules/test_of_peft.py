@@ -131,6 +131,6 @@ def test_accelerate_says_how_many_layers_run_fused_and_why_the_others_do_not(cap
     with caplog.at_level(logging.INFO, logger="fused_lora"):
         fused_lora.accelerate(peft.get_peft_model(Net(), peft.LoraConfig(**CONFIG)))
         assert [r.getMessage() for r in caplog.records] == ["accelerate: 2 of 2 layers run fused"]
-    alora = peft.get_peft_model(Net(), peft.LoraConfig(**CONFIG, alora_invocation_tokens=[1]))
-    with pytest.warns(UserWarning, match="accelerate: 0 of 2 layers run fused; 2 do not: ALoraLinearVariant"):
-        fused_lora.accelerate(alora)
+    mica = peft.get_peft_model(Net(), peft.LoraConfig(**{**CONFIG, "init_lora_weights": "mica"}))
+    with pytest.warns(UserWarning, match="accelerate: 0 of 2 layers run fused; 2 do not: MiCALinearVariant"):
+        fused_lora.accelerate(mica)

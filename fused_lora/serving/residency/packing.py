@@ -167,8 +167,8 @@ def from_tensors(
     Of stacked experts A and B are in PEFT's packing.
 
     Raises:
-        ValueError: no layers; a path that is not a linear layer of the model; a shape or rank that does not fit; or a
-            value that is not finite in ``dtype``. TypeError: an entry is not such a triple.
+        ValueError: no layers; a path that is no layer of the model that takes LoRA; a shape or rank that does not fit;
+            or a value that is not finite in ``dtype``. TypeError: an entry is not such a triple.
     """
     if not layers:
         raise ValueError("source: expected at least one layer, got an empty mapping")
