@@ -207,7 +207,7 @@ def _unfit(module: Any, names: list[str]) -> str:
     if hasattr(module, "parameter_name") and module.parameter_name != "weight":
         return f"adapters of the stacked experts' {module.parameter_name} are not compared"
     weight = getattr(base, "_parameters", {}).get("weight")
-    variants = getattr(module, "lora_variant", {})
+    variants = {**getattr(module, "lora_variant", {}), **getattr(module, "activated", {})}
     if other := [name for name in names if name in variants or name in module.lora_magnitude_vector]:
         return f"adapters {some(other)} are DoRA or another variant: verify compares plain LoRA, x W^T + s x A^T B^T"
     embeds = isinstance(base, nn.Embedding)
