@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fused_lora.diagnostics.tables import grouped
 from fused_lora.diagnostics.verification import report
+from fused_lora.diagnostics.verification.find import check_state, find_layers
 from fused_lora.diagnostics.verification.judge import add_findings, holds_delta
-from fused_lora.diagnostics.verification.layers import Layer, check_state, find_layers
+from fused_lora.diagnostics.verification.layers import Layer
 from fused_lora.diagnostics.verification.measure import check_layer, compare_outputs, output_noise
 from fused_lora.diagnostics.verification.passes import Pass, check_inputs, restored, run
 from fused_lora.diagnostics.verification.reference import compare_weights
@@ -40,6 +41,10 @@ def verify(
         merged weight    |Wm - (W + D)|                    within the roundings of one merge
         merged output    |ym - (x Wm^T + b)|               within the rounding of its dtype and sum
 
+    A DoRA adapter multiplies all that was there before by c = m / ||W + s B A||, by rows of W: D, and outputs without
+    the bias. A stacked parameter of experts has a check of its own, of W, Wm and D of all experts. Its outputs are
+    those of the experts' whole call, in float64, whose bound goes through the gate (decision 59).
+
     If all three are within their bounds (derived in ``verification.weights``), rounding is the only difference of the
     layer. It may be large: in bf16 most of a small D is lost, which ``lost`` reports. At the model's output the
     expected effect of rounding is measured: two further passes add random changes of that size to each layer.
@@ -63,7 +68,7 @@ def verify(
     It runs in eval mode, without gradients, and is deterministic for a ``seed``. Nothing changes: a layer is put into
     its other state on a copy of its weight, one layer at a time. Training flags, buffers, RNG states and hooks are
     restored. It takes merged and unmerged models of ``fused_lora.inject`` and of PEFT, accelerated or not. Layers that
-    it does not compare (DoRA and other variants, packed bases, ...) are listed in ``skipped``; the result is not ok.
+    it does not compare (other variants, DoRA over packed bases, ...) are listed in ``skipped``; the result is not ok.
 
     Over a quantised layer of bitsandbytes or torchao W and Wm are the dequantised weights. Wm must be W + D quantised
     once: the distance to the nearest code times the block's largest magnitude, and the error of the stored scale, are
@@ -97,7 +102,7 @@ def verify(
     _check_finite(layers)
     findings, notes = _training_flags(model)
     others = [reference] if isinstance(reference, nn.Module) else []
-    with restored(model, *others, besides={layer.module.base_layer for layer in layers}):
+    with restored(model, *others, besides={layer.base for layer in layers}):
         # first: calls may repack quantised weights
         compared = None if reference is None else compare_weights(model, layers, reference)
         findings += _stubborn(model)
@@ -105,8 +110,8 @@ def verify(
         _check_output(unmerged.output)
         random = _randomness(model, inputs, layers, unmerged, seed, max_rows)
         findings += random or _uncalled(model, inputs, layers, unmerged, seed)
-        checks = [check_layer(layer, unmerged) for layer in layers if layer.path in unmerged.x]
-        skipped |= {layer.path: "it was not called" for layer in layers if layer.path not in unmerged.x}
+        checks = [c for layer in layers if layer.path in unmerged.x for c in check_layer(layer, unmerged)]
+        skipped |= {path: "it was not called" for la in layers if la.path not in unmerged.x for path in la.paths}
         merged = run(model, inputs, layers, True, seed)
         noise = output_noise(model, inputs, layers, checks, unmerged, seed)
         result = Verification(checks, compare_outputs(merged.output, unmerged.output, noise), findings, notes, skipped)
@@ -143,7 +148,7 @@ def _check_output(output: Tensor) -> None:
 
 def _check_finite(layers: list[Layer]) -> None:
     for layer in layers:
-        parts = {"base weight": [layer.weight], "adapter": [t for A, B, *_ in layer.factors() for t in (A, B)]}
+        parts = {"base weight": layer.weights().values(), "adapter": layer.parts().values()}
         for what, tensors in parts.items():
             if not all(torch.isfinite(t).all() for t in tensors):
                 raise ValueError(f"model: the {what} of {layer.path} holds NaN or infinity")
@@ -203,7 +208,7 @@ def _uncalled(model, inputs, layers: list[Layer], unmerged: Pass, seed: int) -> 
         Finding(
             report.UNCALLED,
             f"{text}, which moves the output by up to {distance:.1e}",
-            tuple(layer.path for layer in uncalled),
+            tuple(path for layer in uncalled for path in layer.paths),
         )
     ]
 
@@ -213,7 +218,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_broken(layers: list[Layer], path: str) -> bool:
-    return any(layer.broken for layer in layers if layer.path == path)
+    return any(layer.broken for layer in layers if path in layer.paths)
 
 
 def _add_comparison(

@@ -192,7 +192,7 @@ def test_merges_are_refused_and_change_nothing(both, ids):
             call()
         assert all(torch.equal(parameter, before[name]) for name, parameter in ours.named_parameters())
         assert not any(layer.merged for layer in fused_lora.lora_layers(ours).values())
-    with pytest.raises(RuntimeError, match="'default' are DoRA or another variant"):
+    with pytest.raises(RuntimeError, match="'default' are another variant"):
         fused_lora.verify(ours, ids)
     fused_lora.unload(ours)
     assert ours(ids).logits.shape == (5, 9, 40) and not any(map(_is_ours, ours._forward_pre_hooks.values()))

@@ -21,9 +21,9 @@ def add_findings(model: nn.Module, layers: list[Layer], result: Verification) ->
     if broken:
         result.findings.append(_why_broken(broken, checks))
     known = {path for finding in result.findings for path in finding.layers}
-    merged = {layer.path for layer in layers if layer.merged}
+    merged = {path for layer in layers if layer.merged for path in layer.paths}
     rules = (
-        (report.FORWARD, lambda c: c.unmerged > 1, "the output is not x W^T + b + s x A^T B^T"),
+        (report.FORWARD, lambda c: c.unmerged > 1, "the output is not that of the weight and its adapters"),
         (report.STALE, lambda c: c.weight > 1 and c.path in merged, "the merged weight is not W + D of this adapter"),
         (report.MERGE, lambda c: c.weight > 1 and c.path not in merged, "merging does not give W + D"),
         (report.MERGED_FORWARD, lambda c: c.merged > 1, "the merged layer's output is not x Wm^T + b"),
@@ -46,17 +46,18 @@ def add_findings(model: nn.Module, layers: list[Layer], result: Verification) ->
         )
         result.findings.append(Finding(report.LOST, text, tuple(check.path for check in lost)))
     result.findings += _shared(model, layers)
-    if all(not B.any() for layer in layers for _, B, *_ in layer.factors()):
+    if not any(adapter.lora_B.any() for layer in layers for adapter in layer.adapters()):
         result.notes.append("every lora_B is zero: the adapter changes nothing (new, or not loaded)")
 
 
 def _why_broken(broken: list[Layer], checks: dict[str, LayerCheck]) -> Finding:
     """The finding for weights that their correction records do not match: merged again, rounded, or replaced."""
-    paths = tuple(layer.path for layer in broken)
+    paths = tuple(path for layer in broken for path in layer.paths)
     if holds_delta([checks[path] for path in paths if path in checks]):
         return Finding(report.DOUBLE, "the merged weight holds the adapter once more than was merged", paths)
     for dtype in (torch.bfloat16, torch.float16):
-        if all(layer.weight.dtype != dtype and _on_grid(layer.weight, dtype) for layer in broken):
+        weights = [weight for layer in broken for weight in layer.weights().values()]
+        if all(weight.dtype != dtype and _on_grid(weight, dtype) for weight in weights):
             text = f"the merged weight was rounded to {dtype_name(dtype)} after the merge"
             return Finding(report.QUANTISED, text, paths)
     return Finding(report.BASE, "the merged weight is not what the merge left, it was replaced since", paths)
@@ -79,6 +80,7 @@ def holds_delta(checks: list[LayerCheck]) -> bool:
 
 def _shared(model: nn.Module, layers: list[Layer]) -> list[Finding]:
     owners = parameter_owners(model)
-    found = tuple(layer.path for layer in layers if len(owners.get(memory_of(layer.module.base_layer.weight), ())) > 1)
+    weights = [(path, weight) for layer in layers for path, weight in layer.parameters.items()]
+    found = tuple(path for path, weight in weights if len(owners.get(memory_of(weight), ())) > 1)
     text = "the base weight also belongs to another module, whose output a merge would change"
     return [Finding(report.SHARED, text, found)] if found else []

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from fused_lora.bases import base_of
 from fused_lora.bases.base import Factors
+from fused_lora.diagnostics.verification.weights import Adapter
 from fused_lora.modules.embedding import embed_scale
-from fused_lora.modules.names import some
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 @dataclass
 class Layer:
-    """A layer, its active adapters, and whether it was merged."""
+    """A layer that is called, its active adapters, and whether it was merged."""
 
     path: str
     module: Any  # a LoRA layer of this package or of PEFT: the attributes that they share
@@ -34,24 +34,61 @@ class Layer:
     broken: str = ""  # why its own unmerge refused, or could not restore what was there
 
     @property
+    def paths(self) -> list[str]:
+        """Of its checks: one for each weight."""
+        return [self.path]
+
+    @property
     def embeds(self) -> bool:
         """Whether it is an embedding: its weight is [K, N] for K tokens, its input their numbers."""
-        return isinstance(self.module.base_layer, nn.Embedding)
+        return isinstance(self.base, nn.Embedding)
+
+    @property
+    def base(self) -> Any:
+        """The module with the weight."""
+        return self.module.base_layer
+
+    @property
+    def holders(self) -> list[tuple[Any, list[str]]]:
+        """The LoRA layers that merge and unmerge, and the adapters of each."""
+        return [(self.module, self.names)]
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The weights as they are stored, by the paths of their checks."""
+        return {self.path: self.base.weight}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The same as they are now, dequantised in fp32 where they are quantised."""
+        if base_of(self.base).bits:
+            return {self.path: base_of(self.base).dense_weight(self.base, Factors([], [], []), torch.float32)}
+        return {path: parameter.data for path, parameter in self.parameters.items()}
+
+    def matrices(self, weight: Tensor) -> list[Tensor]:
+        """A weight, as it is stored or as a checkpoint has it, as matrices [N, K]."""
+        return [weight.t() if self.embeds or getattr(self.module, "fan_in_fan_out", False) else weight]
 
     @property
     def weight(self) -> Tensor:
-        """[N, K] as it is now, dequantised in fp32 if it is quantised."""
-        base = self.module.base_layer
-        if base_of(base).bits:
-            return base_of(base).dense_weight(base, Factors([], [], []), torch.float32)
-        weight = self.module.base_layer.weight.data
-        return weight.t() if self.embeds or getattr(self.module, "fan_in_fan_out", False) else weight
+        """[N, K] as it is now."""
+        return self.matrices(self.weights()[self.path])[0]
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias as it is now."""
-        bias = getattr(self.module.base_layer, "bias", None)
+        bias = getattr(self.base, "bias", None)
         return None if bias is None else bias.data
+
+    def kept(self, args: tuple, kwargs: dict) -> Tensor | None:
+        """What is kept of a call's input, [..., K]; of tokens [..., 1]. None where it has none."""
+        if not args:
+            return None
+        return args[0].unsqueeze(-1) if self.embeds else args[0]
+
+    def call(self, x: Tensor) -> Tensor:
+        """The layer's output for rows that were kept, [n, N]."""
+        y = self.module(x[:, 0] if self.embeds else x)
+        return y.reshape(len(x), y.shape[-1])
 
     def rows(self, x: Tensor, y: Tensor) -> Tensor:
         """The rows [n, K] that the weight is multiplied with in a call with x; for tokens x [n, 1] in y's dtype.
@@ -60,52 +97,65 @@ class Layer:
         """
         if not self.embeds:
             return x
-        scale = embed_scale(self.module.base_layer)
-        one = 1.0 if scale is None else scale.to(self.module.base_layer.weight.dtype).item()
+        scale = embed_scale(self.base)
+        one = 1.0 if scale is None else scale.to(self.base.weight.dtype).item()
         empty = torch.zeros(len(x), self.weight.shape[1], dtype=y.dtype, device=x.device)
         return empty.scatter_(1, x.long(), one)
 
-    def factors(self) -> list[tuple[Tensor, Tensor, float, Tensor | None]]:
-        """(lora_A [r, K], lora_B [N, r], scaling, lora_bias [N] or None) of every adapter, in float64."""
-        found = []
-        for name in self.names:
-            if self.embeds:
-                A, B = (part[name].data.double() for part in _held(self.module))
-                found.append((A, B, float(self.module.scaling[name]), None))
-                continue
-            A, B = self.module.lora_A[name].weight.data, self.module.lora_B[name]
-            bias = None if B.bias is None else B.bias.data.double()
-            found.append((A.double(), B.weight.data.double(), float(self.module.scaling[name]), bias))
-        return found
+    def adapters(self) -> list[Adapter]:
+        """Every adapter, in float64."""
+        return [_adapter(self.module, name, self.embeds) for name in self.names]
 
-    def delta_factors(self) -> tuple[Tensor, Tensor]:
-        """left [N, R] and right [R, K] in float64, left @ right = D = sum_i s_i B_i A_i."""
-        factors = self.factors()
-        return torch.cat([B * s for _, B, s, _ in factors], 1), torch.cat([A for A, *_ in factors])
+    def changes(self) -> dict[str, list[list[Adapter]]]:
+        """What changes each weight, by the path of its check: the adapters of each of its matrices."""
+        return {self.path: [self.adapters()]}
+
+    def parts(self) -> dict[str, Tensor]:
+        """The adapters' tensors as they are, by the ends of their names in a state dict."""
+        if self.embeds:
+            held = zip(("lora_embedding_A", "lora_embedding_B"), held_parts(self.module), strict=True)
+            return {f"{kind}.{name}": parts[name].data for kind, parts in held for name in self.names}
+        found = {}
+        for name in self.names:
+            for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
+                if name in (parts := getattr(self.module, kind)):
+                    found[f"{kind}.{name}.weight"] = parts[name].weight.data
+        return found
 
     @contextmanager
     def shown(self, merged: bool) -> Iterator[None]:
         """A context in which the layer is merged, or unmerged. Afterwards weight, bias and state are restored."""
-        base, kept = self.module.base_layer, _attributes(self.module)
+        base, kept = self.base, [(module, _attributes(module)) for module, _ in self.holders]
         kind = base_of(base)
         with unchanged(base) as put_back:
             try:
                 if merged != self.merged:
                     if merged or not kind.bits:  # the record of a quantised merge knows the parameter itself
-                        _copy(base)
+                        self._copy()
                     self._switch(merged)
                     if not merged and self.broken:  # the same way in every pass, or the model would look random
                         put_back()
-                        _copy(base)
-                        self._take_away()
+                        self._copy()
+                        self._take_away(kept[0][1].get("merge_state"))
+                        for module, _ in self.holders:
+                            module.merged_adapters = []
+                            if hasattr(module, "merge_state"):
+                                module.merge_state = None
                 if kind.bits:  # whose calls may repack the weight
                     kind.copy_weight(base)
-                _activate(self.module, self.names)
+                for module, names in self.holders:
+                    _activate(module, names)
                 yield
             finally:
-                for name in set(vars(self.module)) - _MODULE_ATTRIBUTES - set(kept):
-                    delattr(self.module, name)
-                vars(self.module).update(kept)
+                for module, attributes in kept:
+                    for name in set(vars(module)) - _MODULE_ATTRIBUTES - set(attributes):
+                        delattr(module, name)
+                    vars(module).update(attributes)
+
+    def _copy(self) -> None:
+        base_of(self.base).copy_weight(self.base)
+        if getattr(self.base, "bias", None) is not None:
+            self.base.bias.data = self.base.bias.data.clone()
 
     def _switch(self, merged: bool) -> None:
         if not merged and self.broken:
@@ -113,10 +163,8 @@ class Layer:
         with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always")
             try:
-                if merged:
-                    self.module.merge(adapter_names=list(self.names))
-                else:
-                    self.module.unmerge()
+                for module, names in self.holders:
+                    module.merge(adapter_names=list(names)) if merged else module.unmerge()
             except (ValueError, RuntimeError) as error:
                 if merged:
                     raise type(error)(f"model: {self.path} cannot be merged: {error}") from error
@@ -124,21 +172,38 @@ class Layer:
         if doubts and not merged and not self.broken:  # unmerged, but not to the weight that was merged into
             self.broken = str(doubts[0].message)
 
-    def _take_away(self) -> None:
-        """Subtract D from the copy if the layer's own unmerge refuses: the best estimate of the original weight.
+    def _take_away(self, state: Any) -> None:
+        """Take D from the copy if the layer's own unmerge refuses: the best estimate of the original weight.
 
-        A quantised one stays as it is: the finding says that it was replaced.
+        A quantised one stays as it is: the finding says that it was replaced. state: of the merge.
         """
-        if not base_of(self.module.base_layer).bits:
-            left, right = self.delta_factors()
-            self.weight.copy_(self.weight.double() - left @ right)
-        for _, _, s, bias in self.factors():
-            if bias is not None:
-                own = self.module.base_layer.bias.data
-                own.copy_(own.double() - s * bias)
-        self.module.merged_adapters = []
-        if hasattr(self.module, "merge_state"):
-            self.module.merge_state = None
+        adapters = self.adapters()
+        if not base_of(self.base).bits:
+            W, scale = self.weight.double(), None
+            parts = [(a.lora_A, a.lora_B, a.scaling) for a in adapters]
+            if any(a.magnitude is not None for a in adapters):  # whose c depends on the weight that is not there
+                A, B, s, scale, _ = base_of(self.base).factors(state.record, self.module.fan_in_fan_out)
+                parts = list(zip(A, B, s, strict=True))
+            for A, B, s in parts:
+                W = W - s * (B.double() @ A.double())
+            self.weight.copy_(W if scale is None else W / scale.double()[:, None])
+        for a in adapters:
+            if a.bias is not None:
+                own = self.base.bias.data
+                own.copy_(own.double() - a.scaling * a.bias)
+
+
+def _adapter(module: Any, name: str, embeds: bool = False) -> Adapter:
+    """lora_A [r, K], lora_B [N, r], scaling, lora_bias [N] and magnitude [N] of an adapter, in float64."""
+    scaling = float(module.scaling[name])
+    if embeds:
+        A, B = (part[name].data.double() for part in held_parts(module))
+        return Adapter(A, B, scaling)
+    A, B = module.lora_A[name].weight.data, module.lora_B[name]
+    bias = None if B.bias is None else B.bias.data.double()
+    held = module.lora_magnitude_vector
+    magnitude = held[name].weight.data.double() if name in held else None
+    return Adapter(A.double(), B.weight.data.double(), scaling, bias, magnitude)
 
 
 @contextmanager
@@ -166,94 +231,12 @@ def unchanged(base: Any) -> Iterator[Callable[[], None]]:
         put_back()
 
 
-def _copy(base: Any) -> None:
-    base_of(base).copy_weight(base)
-    if getattr(base, "bias", None) is not None:
-        base.bias.data = base.bias.data.clone()
-
-
-def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
-    """LoRA layers that can be verified, and those that cannot: path -> why."""
-    layers, skipped = [], {}
-    module: Any
-    for path, module in model.named_modules():
-        if not all(hasattr(module, name) for name in ("base_layer", "merged_adapters", "active_adapters", "scaling")):
-            continue
-        merged, held = bool(module.merged_adapters), _held(module)[0]
-        names = [n for n in (module.merged_adapters if merged else module.active_adapters) if n in held]
-        why = _unfit(module, names)
-        if why:
-            skipped[path] = why
-        elif names:
-            layers.append(Layer(path, module, names, merged))
-    return layers, skipped
-
-
-def check_state(model: nn.Module) -> None:
-    """Raise RuntimeError where merged and unmerged cannot be compared at all."""
-    for path, module in model.named_modules():
-        if getattr(module, "merged_adapters", None) is None or not hasattr(module, "base_layer"):
-            continue
-        if getattr(module, "disable_adapters", False) is True:
-            raise RuntimeError(f"model: its adapters are disabled ({path}), so there is nothing to verify")
-        if getattr(module, "mixed_batch", None) is not None:
-            raise RuntimeError("model: verify inside adapter_batch cannot compare with a merged model")
-
-
-def _unfit(module: Any, names: list[str]) -> str:
-    base = module.base_layer
-    if not len(_held(module)[0]):
-        return f"{type(module).__name__} over {type(base).__name__} is no linear layer"
-    if hasattr(module, "parameter_name") and module.parameter_name != "weight":
-        return f"adapters of the stacked experts' {module.parameter_name} are not compared"
-    weight = getattr(base, "_parameters", {}).get("weight")
-    variants = {**getattr(module, "lora_variant", {}), **getattr(module, "activated", {})}
-    if other := [name for name in names if name in variants or name in module.lora_magnitude_vector]:
-        return f"adapters {some(other)} are DoRA or another variant: verify compares plain LoRA, x W^T + s x A^T B^T"
-    embeds = isinstance(base, nn.Embedding)
-    if weight is None or weight.dim() != 2 or not (embeds or hasattr(base, "bias")):
-        return f"{type(base).__name__} has no plain 2-D weight"
-    if base_of(base).bits:
-        return _unfit_quantised(module, names)
-    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or not weight.is_floating_point():
-        return f"its weight is a {type(weight).__name__} of {weight.dtype}: quantised or distributed"
-    if weight.device.type == "meta":
-        return "its weight is on the meta device"
-    if embeds:
-        return "max_norm changes its rows" if base.max_norm is not None else ""
-    if base.bias is None and any(module.lora_B[name].bias is not None for name in names):
-        return "its lora_bias has no base bias to be merged into"
-    return ""
-
-
-def _held(module: Any) -> tuple[Any, Any]:
+def held_parts(module: Any) -> tuple[Any, Any]:
     """lora_A and lora_B by adapter name: of an embedding those that it has as parameters."""
     parts = module._modules
     if parts.get("lora_embedding_A"):
         return parts["lora_embedding_A"], parts["lora_embedding_B"]
     return parts.get("lora_A", {}), parts.get("lora_B", {})
-
-
-def adapter_weights(layer: Layer) -> list[Tensor]:
-    """lora_A of each adapter."""
-    held = _held(layer.module)[0]
-    return [part if isinstance(part, Tensor) else part.weight for part in (held[name] for name in layer.names)]
-
-
-def _unfit_quantised(module: Any, names: list[str]) -> str:
-    base = module.base_layer
-    kind = base_of(base)
-    if why := kind.why_not_adapted(base) or kind.why_not_merged(base):
-        return why
-    grid = kind.grid(base)
-    if grid is None:
-        return "no bound is known for its arithmetic"
-    if base.in_features % grid.blocksize:
-        return "in_features is no multiple of the blocksize"
-    exactly = hasattr(module, "merge_state")  # what PEFT's own class merges keeps nothing of the weight before
-    if module.merged_adapters and not (exactly and module.merge_state):
-        return f"PEFT merged it into {kind.bits} bits, the weight of before is gone"
-    return "" if exactly or len(names) == 1 else "PEFT quantises again for each adapter; accelerate the model first"
 
 
 def _attributes(module: nn.Module) -> dict:

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import base_of
-from fused_lora.diagnostics.verification.layers import Layer, adapter_weights
+from fused_lora.diagnostics.verification.experts import ExpertsLayer, replay, units_of
+from fused_lora.diagnostics.verification.layers import Layer
 from fused_lora.diagnostics.verification.passes import Pass, run
 from fused_lora.diagnostics.verification.report import LayerCheck, OutputCheck
 from fused_lora.diagnostics.verification.weights import (
+    MergeScan,
     Units,
     blocks,
     merged_bound,
+    product,
     ratio,
     rms,
     scan_merge,
@@ -23,38 +26,40 @@ from fused_lora.diagnostics.verification.weights import (
 )
 
 
-def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
-    """Replay the kept rows of one layer in float64 and measure its three errors against their bounds."""
+def check_layer(layer: Layer, unmerged: Pass) -> list[LayerCheck]:
+    """Replay the kept rows of one layer in float64 and measure its three errors against their bounds, a weight each."""
+    if isinstance(layer, ExpertsLayer):
+        return _check_experts(layer, unmerged)
     x, y = unmerged.x[layer.path], unmerged.y[layer.path]
-    base = layer.module.base_layer
+    base = layer.base
     kind = base_of(base)
     with layer.shown(False):
         weight = used = layer.weight
         bias, operand, before = layer.bias, None, kind.grid(base)
         if kind.bits:  # a call may repack it with narrower scales, for this call and later ones
-            layer.module(x)
+            layer.call(x)
             used, operand = layer.weight, kind.operand_dtype(base, x)
     with layer.shown(True):
         merged_weight, merged_bias, grid = layer.weight, layer.bias, kind.grid(base)
-        ym = layer.module(x[:, 0] if layer.embeds else x).reshape(y.shape)
+        ym = layer.call(x)
         used_merged = layer.weight if kind.bits else merged_weight
     if grid is not None and before is not None:
         grid = grid._replace(dtype=before.dtype)
     step, x = kind.input_step(base, x), layer.rows(x, y)
-    units = Units.of(x, y, weight, adapter_weights(layer), operand, step)
-    rows, factors = x.double(), layer.factors()
-    scan = scan_merge(weight, merged_weight, *layer.delta_factors(), rows, units.form, len(layer.names), grid)
+    units = Units.of(x, y, weight, list(layer.parts().values()), operand, step)
+    rows, adapters = x.double(), layer.adapters()
+    scan = scan_merge(weight, merged_weight, adapters, rows, units, grid)
     plain = folded = base_size = term_size = moved = 0.0
     for start, stop in blocks(weight):
         part = slice(start, stop)
         W, b = used[part].double(), None if bias is None else bias[part].double()
-        mine = [(A, B[part], s, None if c is None else c[part]) for A, B, s, c in factors]
+        mine = [a.rows(part) for a in adapters]
         got = y[:, part].double()
-        error = got - _exact(rows, W, b, mine)
+        error = got - product(rows, W, b, mine)
         plain = max(plain, ratio(error, unmerged_bound(units, rows, W, b, mine, got)))
         Wm, bm = used_merged[part].double(), None if merged_bias is None else merged_bias[part].double()
         got = ym[:, part].double()
-        error = got - _exact(rows, Wm, bm, [])
+        error = got - product(rows, Wm, bm, [])
         folded = max(folded, ratio(error, merged_bound(units, rows, Wm, bm, got)))
         base, term = spread(rows, W, Wm, mine)
         base_size, term_size = base_size + base.sum().item(), term_size + term.sum().item()
@@ -70,25 +75,53 @@ def check_layer(layer: Layer, unmerged: Pass) -> LayerCheck:
     difference = ym.double() - y.double()
     largest = difference.abs().max().item() if difference.numel() else 0.0
     name = weight.dtype if grid is None else grid.name
-    return LayerCheck(
-        layer.path, name, tuple(layer.names), largest, rms(difference), expected, plain, scan.ratio, folded,
-        scan.lost, scan.inside, scan.inside_std,
-    )  # fmt: skip
+    return [
+        LayerCheck(
+            layer.path, name, tuple(layer.names), largest, rms(difference), expected, plain, scan.ratio, folded,
+            scan.lost, scan.inside, scan.inside_std,
+        )
+    ]  # fmt: skip
 
 
-def _exact(x: Tensor, weight: Tensor, bias: Tensor | None, factors: list) -> Tensor:
-    y = torch.nn.functional.linear(x, weight, bias)
-    for A, B, s, lora_bias in factors:
-        term = (x @ A.t()) @ B.t()
-        y = y + s * (term if lora_bias is None else term + lora_bias)
-    return y
+def _check_experts(layer: ExpertsLayer, unmerged: Pass) -> list[LayerCheck]:
+    """One call of all experts, whose outputs are compared once; the merge of each parameter."""
+    x, y = unmerged.x[layer.path], unmerged.y[layer.path].double()
+    changes = layer.changes()
+    with layer.shown(False):
+        weights, units = layer.weights(), units_of(layer, x, unmerged.y[layer.path])
+        exact, bound = replay(layer, x, weights, changes, units)
+    with layer.shown(True):
+        merged, units = layer.weights(), units_of(layer, x, unmerged.y[layer.path])
+        exact_merged, bound_merged = replay(layer, x, merged, {}, units)
+        ym = layer.call(x).double()
+    difference = ym - y
+    largest = difference.abs().max().item() if difference.numel() else 0.0
+    plain, folded = ratio(y - exact, bound), ratio(ym - exact_merged, bound_merged)
+    scans: dict[str, MergeScan] = {}
+    for path, stored in weights.items():
+        for W, Wm, own in zip(layer.matrices(stored), layer.matrices(merged[path]), changes[path], strict=True):
+            scan = scan_merge(W, Wm, own, x.new_zeros(0, W.shape[1]), units)
+            scans[path] = scans[path].with_(scan) if path in scans else scan
+    # the weights' rounding as it acts on these rows, and that of both calls, each where it is rounding
+    right = all(scan.ratio <= 1 for scan in scans.values())
+    parts = ((exact_merged - exact, right), (y - exact, plain <= 1), (ym - exact_merged, folded <= 1))
+    expected = math.hypot(*(rms(error) for error, rounds in parts if rounds))
+    return [
+        LayerCheck(
+            stack.path, weights[stack.path].dtype, tuple(stack.names), largest, rms(difference), expected,
+            plain, scans[stack.path].ratio, folded,
+            scans[stack.path].lost, scans[stack.path].inside, scans[stack.path].inside_std,
+        )
+        for stack in layer.stacks
+    ]  # fmt: skip
 
 
 def output_noise(
     model: nn.Module, inputs: object, layers: list[Layer], checks: list[LayerCheck], unmerged: Pass, seed: int
 ) -> float:
     """How far the output moves (RMS, the larger of two passes) when every LoRA layer's output is off by rounding."""
-    size = {check.path: check.expected_rms for check in checks}
+    expected = {check.path: check.expected_rms for check in checks}
+    size = {layer.path: expected[layer.paths[0]] for layer in layers if layer.paths[0] in expected}
 
     def change(path: str, y: Tensor) -> Tensor:
         noise = torch.randn(y.shape, dtype=torch.float64, device=y.device) * size.get(path, 0.0)

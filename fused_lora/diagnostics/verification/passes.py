@@ -53,12 +53,12 @@ def run(
         return hook
 
     def leave(layer: Layer):
-        def hook(module, args, y):
+        def hook(module, args, kwargs, y):
             if threading.get_ident() != me:
                 return None
             open_states[layer.path].pop().close()
-            if rows and layer.path not in found.x and args:
-                x = args[0].unsqueeze(-1) if layer.embeds else args[0]
+            x = layer.kept(args, kwargs) if rows and layer.path not in found.x else None
+            if x is not None:
                 found.x[layer.path], found.y[layer.path] = sample(x, rows), sample(y, rows)
             return y if change is None else change(layer.path, y)
 
@@ -68,7 +68,7 @@ def run(
     try:
         for layer in layers:
             handles.append(layer.module.register_forward_pre_hook(enter(layer)))
-            handles.append(layer.module.register_forward_hook(leave(layer)))
+            handles.append(layer.module.register_forward_hook(leave(layer), with_kwargs=True))
         torch.manual_seed(seed)
         result = _call(model, inputs)
         output = main_output(result)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from fused_lora.bases import base_of
 from fused_lora.bases.base import Factors, why_not_plain_weight
 from fused_lora.diagnostics.verification import report
-from fused_lora.diagnostics.verification.layers import Layer, find_layers, unchanged
+from fused_lora.diagnostics.verification.experts import ExpertsLayer
+from fused_lora.diagnostics.verification.find import find_layers
+from fused_lora.diagnostics.verification.layers import Layer, unchanged
 from fused_lora.diagnostics.verification.report import Finding
-from fused_lora.diagnostics.verification.weights import Relation, relate
+from fused_lora.diagnostics.verification.weights import Adapter, Relation, relate
 from fused_lora.modules.tree import bare_path
 
 _INNER = re.compile(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.)")
@@ -34,27 +36,26 @@ def compare_weights(
     Raises:
         ValueError: the reference has no parameter of any name that the model has, or a shape differs.
     """
-    theirs = _by_plain_name(reference)
-    ours = _by_plain_name(model)
+    stacks = {plain_name(f"{s.path}."): s for layer in layers if isinstance(layer, ExpertsLayer) for s in layer.stacks}
+    names = {bare_path(f"{stack.file_path}.lora_"): f"{path}lora_" for path, stack in stacks.items()}
+    theirs, ours = _by_plain_name(reference, names), _by_plain_name(model, names)
     if not _without_adapters(theirs) & _without_adapters(ours):
         raise ValueError(f"reference: expected parameters named as in the model, got {sorted(theirs)[:3]}")
     relations, seen = {}, set()
     grids = _grids(reference)
     for layer in layers:
-        stem = plain_name(f"{layer.path}.")[:-1]
-        seen |= {n for n in ours if n.startswith(f"{stem}.")}
-        other = theirs.get(f"{stem}.weight")
-        if other is None:
-            continue
         with layer.shown(False):
-            weight, grid = layer.weight, base_of(layer.module.base_layer).grid(layer.module.base_layer)
-        why = why_not_plain_weight(other)
-        if why:
-            raise ValueError(f"reference: {stem}.weight: {why}; expected a whole floating matrix, dequantised")
-        other = other.t() if layer.embeds or getattr(layer.module, "fan_in_fan_out", False) else other
-        if other.shape != weight.shape:
-            raise ValueError(f"reference: expected {stem}.weight {tuple(weight.shape)}, got {tuple(other.shape)}")
-        relations[layer.path] = relate(weight, other, *layer.delta_factors(), grid, grids.get(stem))
+            weights, grid = layer.weights(), base_of(layer.base).grid(layer.base)
+        changes = layer.changes()
+        for path, weight in weights.items():
+            stem = plain_name(f"{path}.")[:-1]
+            key = stem if isinstance(layer, ExpertsLayer) else f"{stem}.weight"
+            seen |= {n for n in ours if n == key or n.startswith(f"{stem}.")}
+            other = theirs.get(key)
+            if other is None:
+                continue
+            other_grid = grids.get(stem)
+            relations[path] = _relate(key, layer, weight, other, changes[path], grid, other_grid)
     findings, notes = _judge_base(relations)
     unmerged = _unmerged_paths(reference)
     taken = {path: r for path, r in relations.items() if r.times == -1 and plain_name(path) in unmerged}
@@ -69,10 +70,31 @@ def compare_weights(
     return findings, notes, relations
 
 
+def _relate(
+    key: str, layer: Layer, weight: Tensor, other: Tensor, changes: list[list[Adapter]], grid: Any, other_grid: Any
+) -> Relation:
+    """How a weight, as it is stored, relates to the reference's: of experts what holds for all of them."""
+    why = None if weight.dim() == other.dim() == 3 else why_not_plain_weight(other)
+    if why:
+        raise ValueError(f"reference: {key}: {why}; expected a whole floating matrix, dequantised")
+    ours, theirs = layer.matrices(weight), layer.matrices(other)
+    shapes = [(len(found), *found[0].shape)[len(weight.shape) == 2 :] for found in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"reference: expected {key} {shapes[0]}, got {shapes[1]}")
+    found = [relate(W, R, own, grid, other_grid) for W, R, own in zip(ours, theirs, changes, strict=True)]
+    times = {relation.times for relation in found if relation.changed}
+    return Relation(
+        0 if not times else times.pop() if len(times) == 1 else None,
+        next((relation.grid for relation in found if relation.grid), ""),
+        max(relation.distance for relation in found),
+        sum(relation.changed for relation in found),
+    )
+
+
 def _unmerged_paths(reference: nn.Module | Mapping[str, Tensor]) -> set[str]:
     """LoRA layers of the reference whose adapters are not merged."""
     layers = find_layers(reference)[0] if isinstance(reference, nn.Module) else []
-    return {plain_name(layer.path) for layer in layers if not layer.merged}
+    return {plain_name(path) for layer in layers if not layer.merged for path in layer.paths}
 
 
 def _judge_base(relations: dict[str, Relation]) -> tuple[list[Finding], list[str]]:
@@ -111,21 +133,23 @@ def _judge_adapters(layers: Sequence[Layer], theirs: dict[str, Tensor]) -> list[
     differ = []
     for layer in layers:
         stem = plain_name(f"{layer.path}.")[:-1]
-        for name in layer.names:
-            for part in ("lora_embedding_A", "lora_embedding_B") if layer.embeds else ("lora_A", "lora_B"):
-                end, held = "" if layer.embeds else ".weight", getattr(layer.module, part)[name]
-                key = f"{stem}.{part}.{name}{end}"
-                other = theirs.get(key, theirs.get(f"{stem}.{part}{end}"))  # a checkpoint leaves the name out
-                if other is not None and not _equal((held if layer.embeds else held.weight).data, other):
-                    differ.append(key)
+        for end, held in layer.parts().items():
+            key = f"{stem}.{end}"
+            of_file = re.sub(r"\.(lora_\w+)\.[^.]+", r".\1", key)  # a checkpoint leaves the name out
+            other = next((theirs[k] for k in (key, of_file, of_file.removesuffix(".weight")) if k in theirs), None)
+            if other is not None and not _equal(held, other):
+                differ.append(key)
     if not differ:
         return []
     text = "adapter weights are not the reference's (loaded from elsewhere, or not at all)"
     return [Finding(report.ADAPTER, text, tuple(differ))]
 
 
-def _by_plain_name(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by plain names, quantised weights as their values."""
+def _by_plain_name(source: nn.Module | Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors by plain names, quantised weights as their values.
+
+    names: of PEFT's adapters of stacked parameters, how their names begin -> how those of this model begin.
+    """
     quantised = _quantised(source)
     with ExitStack() as stack:
         for _, module in quantised:
@@ -136,7 +160,14 @@ def _by_plain_name(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor
         own = [name for name in items if name.startswith(f"{path}.weight")]
         items = {name: tensor for name, tensor in items.items() if name not in own}
         items[f"{path}.weight"] = base_of(module).dense_weight(module, Factors([], [], []), torch.float32)
-    return {plain_name(n): t for n, t in items.items() if isinstance(t, Tensor) and ".original_module." not in n}
+    found = {n: t for n, t in items.items() if isinstance(t, Tensor) and ".original_module." not in n}
+    return {_of_stack(bare_path(n), names) or plain_name(n): t for n, t in found.items()}
+
+
+def _of_stack(name: str, names: Mapping[str, str]) -> str | None:
+    start, lora, end = name.partition(".lora_")
+    own = names.get(start + lora)
+    return None if own is None else own + end
 
 
 def _quantised(source: nn.Module | Mapping[str, Tensor]) -> list[tuple[str, nn.Module]]:

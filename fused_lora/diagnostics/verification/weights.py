@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,90 @@ from fused_lora.diagnostics.tables import dtype_name
 
 CONFIDENCE = 10.0  # lambda of the bounds: exceeded with probability 2 n exp(-lambda^2 / 2), below 1e-17 for n = 16384
 _BLOCK_ELEMENTS = 1 << 21
+
+
+class Adapter(NamedTuple):
+    """One adapter of a weight [N, K] in float64. With a magnitude it is DoRA: W <- c (W + s B A), and so the output.
+
+    lora_A: [r, K]. lora_B: [N, r]. bias: lora_bias [N]. magnitude: [N].
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+
+    def rows(self, part: slice) -> Adapter:
+        """Of these rows of the weight."""
+        bias, magnitude = (None if t is None else t[part] for t in (self.bias, self.magnitude))
+        return self._replace(lora_B=self.lora_B[part], bias=bias, magnitude=magnitude)
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        """All of its tensors."""
+        return [t for t in (self.lora_A, self.lora_B, self.bias, self.magnitude) if t is not None]
+
+
+class Column(NamedTuple):
+    """What a DoRA adapter multiplies outputs by: c = m / ||W + s B A|| [N], by rows, and how much worse it is known.
+
+    doubt: ||(|W| + |s| |B| |A|)|| / ||W + s B A|| [N], 1 where nothing cancels.
+    """
+
+    scale: Tensor
+    doubt: Tensor
+
+
+def columns(weight: Tensor, adapters: Sequence[Adapter]) -> list[Column | None]:
+    """The scale of each adapter for rows [n, K] of the unmerged weight, in float64; None for one without."""
+    found: list[Column | None] = []
+    for a in adapters:
+        if a.magnitude is None:
+            found.append(None)
+            continue
+        norm = (weight + a.scaling * (a.lora_B @ a.lora_A)).norm(dim=1)
+        size = (weight.abs() + abs(a.scaling) * (a.lora_B.abs() @ a.lora_A.abs())).norm(dim=1)
+        found.append(Column(a.magnitude / norm, size / norm))
+    return found
+
+
+def _scale_error(units: Units, K: int, doubt: Tensor) -> Tensor:
+    """Bound on the relative error of c: rounded parts of the sum, a norm of K positive terms, two roundings."""
+    return (4 * units.form + math.sqrt(K) * units.accumulate) * doubt
+
+
+class Change(NamedTuple):
+    """What adapters make of rows W [n, K]: ``scale`` W + ``part``, ``part`` in sums of size ``low``; D by how much.
+
+    doubt: of the scales, [n, 1] as in :class:`Column`, summed over the adapters; None without DoRA, as scale.
+    """
+
+    part: Tensor
+    low: Tensor
+    scale: Tensor | None
+    doubt: Tensor | None
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """D = ``scale`` W + ``part`` - W."""
+        return self.part if self.scale is None else self.part + (self.scale - 1) * weight
+
+    def size(self, weight: Tensor) -> Tensor:
+        """The magnitude of the sum."""
+        return (weight if self.scale is None else self.scale * weight).abs() + self.low
+
+
+def change(weight: Tensor, adapters: Sequence[Adapter]) -> Change:
+    """Of rows of the unmerged weight, in float64; the adapters' rows are those of the weight."""
+    part, low, scale, doubt = torch.zeros_like(weight), torch.zeros_like(weight), None, None
+    for a, column in zip(adapters, columns(weight, adapters), strict=True):
+        part = part + (a.lora_B * a.scaling) @ a.lora_A
+        low = low + (a.lora_B * a.scaling).abs() @ a.lora_A.abs()
+        if column is not None:
+            c, worse = column.scale[:, None], column.doubt[:, None]
+            part, low = c * part, c.abs() * low
+            scale, doubt = (c, worse) if scale is None or doubt is None else (c * scale, doubt + worse)
+    return Change(part, low, scale, doubt)
 
 
 @dataclass
@@ -45,22 +129,26 @@ class Units:
         ``narrow``: what the base layer rounds operands and result to by itself. ``step``: how it quantises x.
         """
         kind, operand, partial = x.device.type, 0.0, 0.0
-        widths = [_unit(t.dtype) for t in adapters]
+        widths = [unit_of(t.dtype) for t in adapters]
         if kind != "cpu":  # the adapters' term may be formed with operands of the input's width
-            widths.append(_unit(x.dtype))
-            partial = _unit(y.dtype) if y.dtype in (torch.bfloat16, torch.float16) else 0.0
+            widths.append(unit_of(x.dtype))
+            partial = unit_of(y.dtype) if y.dtype in (torch.bfloat16, torch.float16) else 0.0
         if torch.is_autocast_enabled(kind):
-            operand = _unit(torch.get_autocast_dtype(kind))
+            operand = unit_of(torch.get_autocast_dtype(kind))
             widths.append(operand)
         elif kind == "cuda" and weight.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
             operand = 2.0**-11
             widths.append(operand)
-        result = max(_unit(y.dtype), _unit(x.dtype))
+        result = max(unit_of(y.dtype), unit_of(x.dtype))
         if narrow is not None and narrow.itemsize == 2:
-            operand, result = max(operand, _unit(narrow)), max(result, _unit(narrow))
+            operand, result = max(operand, unit_of(narrow)), max(result, unit_of(narrow))
         double = {x.dtype, weight.dtype, y.dtype} == {torch.float64}
-        accumulate = _unit(torch.float64 if double else torch.float32)
+        accumulate = unit_of(torch.float64 if double else torch.float32)
         return cls(result, max(widths), accumulate, operand, partial, None if step is None else step.double())
+
+    def folded(self, unit: float) -> Units:
+        """Where W + D is formed in the weight's dtype for each call: operands and adapters are rounded to it."""
+        return replace(self, adapter=max(self.adapter, unit), operand=max(self.operand, unit))
 
     @property
     def form(self) -> float:
@@ -68,13 +156,19 @@ class Units:
         return max(self.adapter, self.accumulate)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
+    """x W^T + b under the adapters, [rows, N]; all arguments float64."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    for a, column in zip(adapters, columns(weight, adapters), strict=True):
+        term = (x @ a.lora_A.t()) @ a.lora_B.t()
+        y = y + a.scaling * (term if a.bias is None else term + a.bias)
+        if column is not None:
+            y = column.scale * y if bias is None else column.scale * (y - bias) + bias
+    return y
+
+
 def unmerged_bound(
-    units: Units,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    factors: Sequence[tuple[Tensor, Tensor, float, Tensor | None]],
-    y: Tensor,
+    units: Units, x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], y: Tensor
 ) -> Tensor:
     """Bound on |y - (x W^T + b + sum_i s_i (x A_i^T) B_i^T)|, elementwise [rows, N]; all arguments float64.
 
@@ -88,18 +182,32 @@ def unmerged_bound(
 
     lambda sqrt(n) u in place of Higham's n u / (1 - n u): Higham and Mary, "A new approach to probabilistic rounding
     error analysis", SIAM J. Sci. Comput. 41 (2019), theorem 2.4, roundings being independent of mean zero.
+
+    A DoRA adapter multiplies what there is by c, and so the bound, and adds
+
+    2 u |c - 1| (|z| + |z + b|) + error of c |c| (|x||W|^T + ...)      z = y - b, formed and rounded before
     """
     base = x @ weight.t() + (0.0 if bias is None else bias)
-    term, floor = torch.zeros_like(base), torch.zeros_like(base[:1])
-    rank = 0
-    for A, B, s, lora_bias in factors:
-        part = (x.abs() @ A.abs().t()) @ B.abs().t()
-        term += abs(s) * (part if lora_bias is None else part + lora_bias.abs())
-        floor += abs(s) * tiny(units.adapter) * (1 + B.abs().sum(1))
-        rank += A.shape[0]
+    rank = sum(a.lora_A.shape[0] for a in adapters)
     chain = CONFIDENCE * math.sqrt(x.shape[1] + rank) * units.accumulate
-    bound = _product_bound(units, x, weight, bias, x.shape[1] + rank) + (chain + 4 * units.adapter) * term + floor
-    return bound + 2 * units.result * (y.abs() + base.abs() + term) + tiny(units.result)
+    bound = _product_bound(units, x, weight, bias, x.shape[1] + rank) + 2 * units.result * base.abs()
+    scaled = columns(weight, adapters)
+    dora = any(column is not None for column in scaled)
+    z, size = (base if bias is None else base - bias, x.abs() @ weight.abs().t()) if dora else (base, base)
+    for a, column in zip(adapters, scaled, strict=True):
+        s, part = abs(a.scaling), (x.abs() @ a.lora_A.abs().t()) @ a.lora_B.abs().t()
+        term = s * (part if a.bias is None else part + a.bias.abs())
+        bound = bound + (chain + 4 * units.adapter + 2 * units.result) * term
+        bound = bound + s * tiny(units.adapter) * (1 + a.lora_B.abs().sum(1))
+        if dora:
+            z, size = z + a.scaling * ((x @ a.lora_A.t()) @ a.lora_B.t()), size + term
+        if column is not None:
+            c = column.scale
+            rounded = (z if bias is None else z + bias).abs() + z.abs()
+            bound = c.abs() * (bound + _scale_error(units, x.shape[1], column.doubt) * size)
+            bound = bound + 2 * units.result * (c - 1).abs() * rounded
+            z, size = c * z, c.abs() * size
+    return bound + 2 * units.result * y.abs() + tiny(units.result)
 
 
 def merged_bound(units: Units, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
@@ -118,75 +226,116 @@ def _product_bound(units: Units, x: Tensor, weight: Tensor, bias: Tensor | None,
     return bound
 
 
-def spread(
-    x: Tensor, weight: Tensor, merged: Tensor, factors: Sequence[tuple[Tensor, Tensor, float, Tensor | None]]
-) -> tuple[Tensor, Tensor]:
+def spread(x: Tensor, weight: Tensor, merged: Tensor, adapters: Sequence[Adapter]) -> tuple[Tensor, Tensor]:
     """Squared size of x W^T and x Wm^T together, and of the adapters' term, were all signs independent: [rows, N]."""
     squares = x.square()
     base = squares @ (weight.square() + merged.square()).t()
     term = torch.zeros_like(base)
-    for A, B, s, _ in factors:
-        term += s * s * ((squares @ A.square().t()) @ B.square().t())
+    for a, column in zip(adapters, columns(weight, adapters), strict=True):
+        term += a.scaling**2 * ((squares @ a.lora_A.square().t()) @ a.lora_B.square().t())
+        if column is not None:
+            base, term = base * column.scale.square().clamp_min(1), term * column.scale.square()
     return base, term
 
 
 @dataclass
 class MergeScan:
-    """A merge checked element by element. ``shift`` is x (Wm - W - D)^T, the effect of rounding the weight."""
+    """A merge checked element by element: the largest |Wm - (W + D)| over its bound, and sums over all elements.
 
-    ratio: float  # largest |Wm - (W + D)| over its bound
-    lost: float
-    inside: float
-    inside_std: float
+    ``shift`` is x (Wm - W - D)^T, the effect of rounding the weight. ``inner`` and ``part`` are <W, P> and <P, P>, P
+    what the adapters add to W beside DoRA's scales of its rows. ``normed``: whether the rows of W have the norms that a
+    merge of the last adapter leaves, the magnitude; None where that is no DoRA adapter, False where others are.
+    """
+
+    ratio: float
+    error: float
+    wanted: float
+    inner: float
+    part: float
+    size: float
+    count: int
     shift: Tensor
+    normed: bool | None = None
+
+    @property
+    def lost(self) -> float:
+        """||Wm - W - D|| / ||D||."""
+        return math.sqrt(self.error / self.wanted) if self.wanted else 0.0
+
+    @property
+    def inside(self) -> float:
+        """How many times W itself seems to hold P. With DoRA, which scales P by what W was, 0 or 1."""
+        found = self.inner / self.part if self.part else 0.0
+        return found if self.normed is None else float(self.normed and found > 0)
+
+    @property
+    def inside_std(self) -> float:
+        """Its standard deviation for a W that knows nothing of P."""
+        if not self.part or (self.normed is not None and not self.inside):
+            return math.inf
+        std = math.sqrt(self.size / max(self.count, 1) / self.part)
+        return std if self.normed is None else std * self.part / self.inner
+
+    def with_(self, other: MergeScan) -> MergeScan:
+        """Both as one."""
+        names = ("error", "wanted", "inner", "part", "size", "count")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return MergeScan(max(self.ratio, other.ratio), shift=torch.cat([self.shift, other.shift], 1), **sums)
 
 
 def scan_merge(
-    weight: Tensor,
-    merged: Tensor,
-    left: Tensor,
-    right: Tensor,
-    x: Tensor,
-    unit: float,
-    count: int,
-    grid: Any = None,
+    weight: Tensor, merged: Tensor, adapters: Sequence[Adapter], x: Tensor, units: Units, grid: Any = None
 ) -> MergeScan:
-    """Compare Wm with W + D, D = left @ right, all [N, K], in float64 and by blocks of rows.
+    """Compare Wm with W + D, both [N, K], in float64 and by blocks of rows. D: what the adapters change, in turn.
 
-    The bound of an element: (count + 1) u (|W| + |left||right|), the roundings of ``count`` adapters added in turn and
-    of D itself to the weight's dtype, and (lambda sqrt(R) + 3) u' |left||right| for D formed with roundoff ``unit``.
+    The bound of an element: (count + 1) u (|W| + |s||B||A|), the roundings of ``count`` adapters added in turn and of
+    D itself to the weight's dtype, and (lambda sqrt(R) + 3) u' |s||B||A| for D formed with roundoff u'. With DoRA W and
+    D are scaled by c, whose error adds, and two more roundings each.
     A merge that quantises again (``grid``: a ``bases.base.Grid``) has the bound of :func:`_quantised_bound` instead.
     """
-    u, rank = _unit(weight.dtype if grid is None else grid.dtype), right.shape[0]
-    form = (CONFIDENCE * math.sqrt(rank) + 3) * unit
-    worst = lost = wanted = inner = size = 0.0
-    shifts = []
-    scale_errors = weight if grid is None else _scale_errors(weight, left, right, grid)  # unused without a grid
+    u = unit_of(weight.dtype if grid is None else grid.dtype)
+    count = len(adapters) + 1 + 4 * sum(a.magnitude is not None for a in adapters)
+    form = (CONFIDENCE * math.sqrt(sum(a.lora_A.shape[0] for a in adapters)) + 3) * units.form
+    worst = lost = wanted = inner = part = size = 0.0
+    shifts, normed = [], None
+    scale_errors = weight if grid is None else _scale_errors(weight, adapters, 1, grid)  # unused without a grid
     for start, stop in blocks(weight):
-        W, Wm, part = weight[start:stop].double(), merged[start:stop].double(), left[start:stop]
-        D, magnitude = part @ right, part.abs() @ right.abs()
+        W, Wm = weight[start:stop].double(), merged[start:stop].double()
+        mine = [a.rows(slice(start, stop)) for a in adapters]
+        made = change(W, mine)
+        if made.scale is not None:
+            normed = normed is not False and _is_normed(W, mine[-1].magnitude, u, units)
+        D = made.delta(W)
         error = Wm - W - D
-        bound = (count + 1) * u * (W.abs() + magnitude) + form * magnitude + tiny(u)
+        bound = count * u * made.size(W) + form * made.low + tiny(u)
+        if made.doubt is not None:
+            bound = bound + _scale_error(units, W.shape[1], made.doubt) * made.size(W)
         if grid is not None:
             bound = _quantised_bound(W + D, bound, grid, scale_errors[start:stop])
         worst = max(worst, ratio(error, bound))
         lost, wanted = lost + _dot(error, error), wanted + _dot(D, D)
-        inner, size = inner + _dot(W, D), size + _dot(W, W)
+        inner, part, size = inner + _dot(W, made.part), part + _dot(made.part, made.part), size + _dot(W, W)
         shifts.append(x @ error.t())
-    fidelity = math.sqrt(lost / wanted) if wanted else 0.0
-    std = math.sqrt(size / max(weight.numel(), 1) / wanted) if wanted else math.inf
-    inside = inner / wanted if wanted else 0.0
-    return MergeScan(worst, fidelity, inside, std, torch.cat(shifts, 1))
+    return MergeScan(worst, lost, wanted, inner, part, size, weight.numel(), torch.cat(shifts, 1), normed)
 
 
-def _scale_errors(weight: Tensor, left: Tensor, right: Tensor, grid: Any) -> Tensor:
-    """Bound on the error of each scale of W + D as it is stored: [N, K / blocksize]. ``rounding`` where it is a float.
+def _is_normed(weight: Tensor, magnitude: Tensor | None, u: float, units: Units) -> bool:
+    """Whether the rows of a weight, stored with unit roundoff u, have these norms."""
+    if magnitude is None:
+        return False
+    error = (weight.norm(dim=1) - magnitude.abs()).abs()
+    return bool((error <= 4 * u * magnitude.abs() + _scale_error(units, weight.shape[1], magnitude.abs())).all())
+
+
+def _scale_errors(weight: Tensor, adapters: Sequence[Adapter], times: int, grid: Any) -> Tensor:
+    """Bound on the error of each scale of W + times D as it is stored: [N, K / blocksize]; ``rounding`` of a float.
 
     Scales that are quantised, too, are codes of (scale - mean) / largest in a block of scales.
     """
     parts = []
     for start, stop in blocks(weight):
-        target = weight[start:stop].double() + left[start:stop] @ right
+        W = weight[start:stop].double()
+        target = W + times * change(W, [a.rows(slice(start, stop)) for a in adapters]).delta(W)
         parts.append(target.view(stop - start, -1, grid.blocksize).abs().amax(2))
     scales = torch.cat(parts)
     if grid.nested is None:
@@ -196,7 +345,7 @@ def _scale_errors(weight: Tensor, left: Tensor, right: Tensor, grid: Any) -> Ten
     around = (scales - scales.mean()).abs().flatten()
     padded = torch.nn.functional.pad(around, (0, -len(around) % blocksize)).view(-1, blocksize)
     largest = padded.amax(1, keepdim=True).expand_as(padded).flatten()[: len(around)]
-    return (largest * gap / 2 + 16 * _unit(torch.float32) * scales.max()).view_as(scales)
+    return (largest * gap / 2 + 16 * unit_of(torch.float32) * scales.max()).view_as(scales)
 
 
 def _quantised_bound(target: Tensor, before: Tensor, grid: Any, scale_errors: Tensor) -> Tensor:
@@ -212,7 +361,7 @@ def _quantised_bound(target: Tensor, before: Tensor, grid: Any, scale_errors: Te
     largest = values.abs().amax(2, keepdim=True)
     nearest = torch.bucketize(values / largest.clamp_min(1e-300), (code[1:] + code[:-1]) / 2)
     bound = (code[nearest] * largest - values).abs() + 2 * before + before.amax(2, keepdim=True)
-    return (bound + scale_errors[..., None] + 16 * _unit(torch.float32) * largest).view(shape)
+    return (bound + scale_errors[..., None] + 16 * unit_of(torch.float32) * largest).view(shape)
 
 
 @dataclass
@@ -230,23 +379,30 @@ class Relation:
 
 
 def relate(
-    weight: Tensor, other: Tensor, left: Tensor, right: Tensor, grid: Any = None, other_grid: Any = None
+    weight: Tensor, other: Tensor, adapters: Sequence[Adapter], grid: Any = None, other_grid: Any = None
 ) -> Relation:
-    """Explain ``weight`` [N, K] by ``other`` [N, K] and D = left @ right; any two floating dtypes.
+    """Explain ``weight`` [N, K] by ``other`` [N, K] and what the adapters make of a weight; any two floating dtypes.
 
     ``grid`` and ``other_grid``: how the two are quantised, a ``bases.base.Grid``, or None.
     """
-    unit = max(_unit(weight.dtype), _unit(other.dtype))
-    fits = dict.fromkeys((0, -1, 1, -2), 0.0)
+    unit = max(unit_of(weight.dtype), unit_of(other.dtype))
+    fits: dict[int, float] = dict.fromkeys((0, -1, 1, -2), 0.0)
     moved = size = 0.0
     changed = 0
     for start, stop in blocks(weight):
         W, R = weight[start:stop].double(), other[start:stop].to(weight.device).double()
-        part = left[start:stop]
-        D, magnitude = part @ right, part.abs() @ right.abs()
-        bound = 3 * unit * (W.abs() + R.abs() + magnitude) + tiny(unit)
-        for k in fits:
-            fits[k] = max(fits[k], ratio(W - R - k * D, bound))
+        mine = [a.rows(slice(start, stop)) for a in adapters]
+        once = change(W, mine)
+        bound = 3 * unit * (W.abs() + R.abs() + once.low) + tiny(unit)
+        if once.scale is None:
+            errors = {k: W - R - k * once.part for k in fits}
+        else:  # the scales depend on the weight: that of the reference for k = 1, twice for k = -2
+            D, back = once.delta(W), change(R, mine)
+            twice = D + change(W + D, mine).delta(W + D)
+            errors = {0: W - R, -1: W - R + D, 1: W - R - back.delta(R), -2: W - R + twice}
+            bound = bound + 9 * unit * (once.size(W) + back.size(R))
+        for k, error in errors.items():
+            fits[k] = max(fits[k], ratio(error, bound))
         moved, size = moved + _dot(W - R, W - R), size + _dot(R, R)
         changed += int((W != R).sum())
     distance = math.sqrt(moved / size) if size else math.inf
@@ -257,25 +413,26 @@ def relate(
         differ = f"{grid} here, {other_grid} there" if str(grid) != str(other_grid) else ""
         return Relation(times, differ, distance, changed)
     coarse, fine, own, k = (weight, other, grid, -1) if other_grid is None else (other, weight, other_grid, 1)
-    for found, delta in ((0, 0 * left), (-1, k * left)):  # of the two the reference may hold the adapter
-        if times is None and _is_quantised(fine, coarse, delta, right, own):
+    for found, delta in ((0, 0), (-1, k)):  # of the two the reference may hold the adapter
+        if times is None and _is_quantised(fine, coarse, adapters, delta, own):
             return Relation(found, str(own), distance, changed)
     return Relation(times, "", distance, changed)
 
 
-def _is_quantised(fine: Tensor, coarse: Tensor, left: Tensor, right: Tensor, grid: Any) -> bool:
-    """Whether ``coarse`` is ``fine`` + left @ right, quantised."""
-    scale_errors, worst = _scale_errors(fine, left, right, grid), 0.0
+def _is_quantised(fine: Tensor, coarse: Tensor, adapters: Sequence[Adapter], times: int, grid: Any) -> bool:
+    """Whether ``coarse`` is ``fine`` + times D, quantised."""
+    scale_errors, worst = _scale_errors(fine, adapters, times, grid), 0.0
     if grid.repacked:  # whether its scales were quantised is not known any more: codes are at most 2^-6 apart
         scale_errors = scale_errors + 2.0**-7 * coarse.abs().max().double()
     for start, stop in blocks(fine):
-        target = fine[start:stop].to(coarse.device).double() + left[start:stop] @ right
-        magnitude = fine[start:stop].double().abs() + left[start:stop].abs() @ right.abs()
-        unit = max(_unit(fine.dtype), _unit(grid.dtype))  # int8 is quantised from fp16
-        bound = _quantised_bound(target, 2 * unit * magnitude, grid, scale_errors[start:stop])
+        W = fine[start:stop].to(coarse.device).double()
+        made = change(W, [a.rows(slice(start, stop)) for a in adapters])
+        target = W + times * made.delta(W)
+        unit = max(unit_of(fine.dtype), unit_of(grid.dtype))  # int8 is quantised from fp16
+        bound = _quantised_bound(target, 2 * unit * (W.abs() + abs(times) * made.low), grid, scale_errors[start:stop])
         found = coarse[start:stop].double()
         if grid.repacked:  # its scales were rounded to bf16 after it was quantised
-            bound = bound + 2 * _unit(torch.bfloat16) * found.abs()
+            bound = bound + 2 * unit_of(torch.bfloat16) * found.abs()
         worst = max(worst, ratio(found - target, bound))
     return worst <= 1.0
 
@@ -312,12 +469,13 @@ def rms(tensor: Tensor) -> float:
 
 def tiny(unit: float) -> float:
     """Room for the subnormals of the dtype with this unit roundoff, which have no relative error bound."""
-    dtype = next((d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16) if _unit(d) == unit), None)
+    dtype = next((d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16) if unit_of(d) == unit), None)
     info = torch.finfo(dtype or torch.float16)
     return 8 * info.smallest_normal * info.eps
 
 
-def _unit(dtype: torch.dtype) -> float:
+def unit_of(dtype: torch.dtype) -> float:
+    """Unit roundoff."""
     return torch.finfo(dtype).eps / 2
 
 
