@@ -255,8 +255,8 @@ def _check_activated(wanted: Sequence[Group], rows: Any) -> None:
             if version.invocation and len(group) > 1:
                 raise ValueError(f"names[{i}]: {version.name!r} is an aLoRA adapter, which is not added to others")
             if version.invocation and isinstance(rows, list | tuple):
-                wanted = "a tensor with the entry of each row, -1 before the invocation"
-                raise ValueError(f"rows: expected {wanted}, for {version.name!r}, an aLoRA adapter")
+                expected = "a tensor with the entry of each row, -1 before the invocation"
+                raise ValueError(f"rows: expected {expected}, for {version.name!r}, an aLoRA adapter")
 
 
 def _device(device: torch.device | str) -> torch.device:
