@@ -81,7 +81,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict, tuple[str, ...]]] = {
     "nn.Linear": (lambda: nn.Linear(K, K), _X, tuple(VARIANTS)),
     "Conv1D of transformers": (_conv1d, _X, ("LoRA", "DoRA")),
     "Linear4bit of bitsandbytes": (_linear4bit, _X, ("LoRA", "DoRA")),
-    "stacked experts": (_experts, _STACK, ("LoRA", "rsLoRA")),
+    "stacked experts": (_experts, _STACK, ("LoRA", "rsLoRA", "dropout")),
     "nn.Embedding": (lambda: nn.Embedding(K, K), _X, ("LoRA", "DoRA")),
     "nn.Conv2d": (lambda: nn.Conv2d(2, 2, 3), _X, ("LoRA", "DoRA")),
     "nn.MultiheadAttention": (lambda: nn.MultiheadAttention(K, 2), _X, ("LoRA",)),
@@ -104,8 +104,11 @@ def row(layer: str, variant: str) -> tuple[str, ...]:
     """One line of the table."""
     make, targets, _ = LAYERS[layer]
     config = peft.LoraConfig(r=2, **targets, **{"init_lora_weights": False} | VARIANTS[variant])
-    model = fused_lora.accelerate(peft.get_peft_model(Net(make()), config).train())
-    runs = how(model)
+    try:
+        model = fused_lora.accelerate(peft.get_peft_model(Net(make()), config).train())
+        runs = how(model)
+    except ValueError as error:  # PEFT has no such layer; merges are those of ours
+        model, runs = fused_lora.inject(Net(make()), config), f"{refused(error)} by PEFT"
     injected, files, serves = _injected(make, config)
     return layer, variant, runs, _merges(model.eval()), injected, files, serves
 
@@ -114,9 +117,9 @@ def _merges(model: nn.Module) -> str:
     # of a quantised layer the parameter is replaced, and put back
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
     try:
-        model.merge_adapter()
+        fused_lora.merge(model)
         ours = all(getattr(m, "merge_state", None) for m in model.modules() if getattr(m, "merged_adapters", []))
-        model.unmerge_adapter()
+        fused_lora.unmerge(model)
     except Exception as error:  # noqa: BLE001 - what it is is the result
         return refused(error)
     same = all(torch.equal(bits(p), bits(before[n])) for n, p in model.named_parameters() if n in before)

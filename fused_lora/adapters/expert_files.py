@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -312,8 +311,6 @@ def _config(
     if isinstance(targets, set):  # names of experts alone are those of no module any more
         rest = [own_path(key).removeprefix(prefix).rpartition(".lora_")[0] for key in entries if key not in used]
         targets = {name for name in targets if any(p == name or p.endswith(f".{name}") for p in rest)}
-    if config.lora_dropout:
-        warnings.warn(f"lora_dropout={config.lora_dropout} is read as 0: stacked experts have none", stacklevel=3)
     try:
         return dataclasses.replace(
             changed,
@@ -321,7 +318,6 @@ def _config(
             target_parameters=sorted({*(config.target_parameters or ()), *(stack.path for stack in found)}),
             rank_pattern={**{keys[s]: ranks[s] for s in found}, **config.rank_pattern},
             alpha_pattern={**{keys[s]: alphas[s] for s in found}, **config.alpha_pattern},
-            lora_dropout=0.0,
         )
     except FieldError as error:
         raise AdapterError(path, error.field, f"{error.expected}, for LoRA on experts", error.found) from None

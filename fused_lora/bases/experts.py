@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fused_lora.bases.base import Base, Factors, why_not_own_call, why_replaced
 from fused_lora.ops.checks import FLOAT_DTYPES
+from fused_lora.ops.dora.op import dropped
+from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.ops.merge import blocks
 from fused_lora.ops.merge import op as merging
 from fused_lora.ops.native import DONE, MERGE, UNMERGE
@@ -26,11 +28,12 @@ _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_
 
 
 class ExpertTerm(NamedTuple):
-    """One adapter of one stacked parameter: lora_A [experts * r, in], lora_B [out, r * experts], scaling."""
+    """One adapter of one stacked parameter: lora_A [experts * r, in], lora_B [out, r * experts], scaling, dropout."""
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+    dropout: float = 0.0
 
     def stacks(self, experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """lora_A [experts, r, in] and lora_B [experts, out, r] in ``dtype``, r padded to whole 16 bytes."""
@@ -43,6 +46,7 @@ class StackedTerm(NamedTuple):
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+    dropout: float = 0.0
 
     def stacks(self, experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Both in ``dtype``."""
@@ -101,7 +105,9 @@ def experts_forward(
 ) -> Tensor:
     """hidden [tokens, K] through the top_k experts of each token, [tokens, K]: transformers' "grouped_mm" with terms.
 
-    Deterministic: a token's results are summed in the order of its experts' places, with no atomics.
+    Deterministic: a token's results are summed in the order of its experts' places, with no atomics. A mask of dropout
+    has a row for each place of a token, token * top_k + place, whatever its expert is; each projection and adapter
+    draws one of its own.
 
     Args:
         top_k_index, top_k_weights: [tokens, top_k]. terms: of each adapted parameter, by its name.
@@ -123,7 +129,7 @@ def experts_forward(
     def project(x: Tensor, name: str) -> Tensor:
         bias = getattr(experts, f"{name}_bias")[ids] if experts.has_bias else None
         y = _grouped_linear(x, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed)
-        return add_terms(y, x, terms.get(name, ()), offsets)
+        return add_terms(y, x, terms.get(name, ()), offsets, order)
 
     y = project(hidden[order // top_k], "gate_up_proj" if experts.has_gate else "up_proj")
     y = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
@@ -131,9 +137,7 @@ def experts_forward(
     if experts.has_post_expert_norm:
         y = experts.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order, None]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return y[back].view(tokens, top_k, y.shape[-1]).sum(1).to(hidden.dtype)
+    return y[_back(order)].view(tokens, top_k, y.shape[-1]).sum(1).to(hidden.dtype)
 
 
 def _check_call(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
@@ -167,10 +171,18 @@ def replace_rows(
         y[rows] = experts_forward(experts, hidden[rows], index[rows], weights[rows], terms).to(y.dtype)
 
 
-def add_terms(y: Tensor, x: Tensor, terms: Sequence[Term], offsets: Tensor) -> Tensor:
-    """y + sum_i s_i x A_i^T B_i^T with the A and B of each row's expert, rounded once to y's dtype.
+def _back(order: Tensor) -> Tensor:
+    """Where each row of before is now: the inverse of a permutation."""
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return back
 
-    y: [rows, N], x: [rows, K], sorted by expert. offsets: int32 [experts], where the rows of each end.
+
+def add_terms(y: Tensor, x: Tensor, terms: Sequence[Term], offsets: Tensor, order: Tensor | None = None) -> Tensor:
+    """y + sum_i s_i D_i(x) A_i^T B_i^T with the A and B of each row's expert, rounded once to y's dtype.
+
+    y: [rows, N], x: [rows, K], sorted by expert. offsets: int32 [experts], where the rows of each end. order: int64
+    [rows], which of the rows by token and place among its experts each is; for dropout, whose mask has these rows.
     """
     if not terms:
         return y
@@ -180,7 +192,11 @@ def add_terms(y: Tensor, x: Tensor, terms: Sequence[Term], offsets: Tensor) -> T
         dtype = torch.promote_types(wide, y.dtype if y.dtype is torch.float64 else wide)
         for term in terms:
             A, B = term.stacks(len(offsets), dtype)
-            S = _grouped_product(x.to(dtype), A, offsets)
+            kept = x.to(dtype)
+            if term.dropout:
+                assert order is not None
+                kept = dropped(kept[_back(order)], draw_seeds(1, x.device), term.dropout)[order]
+            S = _grouped_product(kept, A, offsets)
             total = torch.add(total, _grouped_product(S, B, offsets), alpha=term.scaling)
         return total.to(y.dtype)
 

@@ -21,6 +21,7 @@ import torch
 
 MAX_RANK = 65536
 MAX_ALPHA = 2.0**20  # far above any use; larger values only overflow 16-bit weights
+DROPOUT = "lora_dropout_with_target_parameters"  # an entry of adapter_config.json
 BIAS_MODES = ("none", "all", "lora_only")
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -111,8 +112,8 @@ class LoraConfig:
         rank_pattern, alpha_pattern: regular expression for the end of a path -> its rank or alpha. The first match
             decides.
         target_parameters: paths of stacked parameters of experts, or their last parts, as ["experts.gate_up_proj"].
-            Without dropout, fan_in_fan_out, lora_bias and DoRA, as in PEFT, and without bias; target_modules may be
-            None then.
+            Without fan_in_fan_out, lora_bias and DoRA, as in PEFT, and without bias; target_modules may be None then.
+            A key of rank_pattern may name one expert, as "experts.down_proj.3": a rank of at most the parameter's.
         trainable_token_indices: tokens whose rows of the input embedding train and are saved with the adapter, or
             {end of a path: tokens}. A head that the model's config ties to the embedding follows.
         use_dora: DoRA: W + scaling B A, its rows scaled to a trained magnitude. Not with lora_bias.
@@ -255,9 +256,8 @@ class LoraConfig:
         _check_items("target_parameters", names or (), str)
         if not all(names or ()):
             raise FieldValueError("target_parameters", "a list of names that are not empty", names)
-        # the product with the dropped input of a stack, and its norms, are not what PEFT computes
-        plain: dict[str, Any] = dict(lora_dropout=0.0, fan_in_fan_out=False, lora_bias=False, use_dora=False)
-        plain |= dict(bias="none", alora_invocation_tokens=None)
+        plain: dict[str, Any] = dict(fan_in_fan_out=False, lora_bias=False, use_dora=False, bias="none")
+        plain["alora_invocation_tokens"] = None
         for name, value in plain.items() if names else ():
             if getattr(self, name) != value:
                 raise FieldValueError(name, f"{value!r} with target_parameters", getattr(self, name))
@@ -292,10 +292,31 @@ class LoraConfig:
         rank = _first_match(self.rank_pattern, name, self.r)
         return rank, _first_match(self.alpha_pattern, name, self.lora_alpha)
 
+    def expert_ranks(self, name: str, experts: int) -> list[int] | None:
+        """The rank of each expert of the stacked parameter at path ``name``; None where all have the parameter's.
+
+        rank_pattern decides, asked for ``name`` and the expert's number, as "experts.down_proj.3".
+
+        Raises:
+            ValueError: an expert's rank is above that of the parameter.
+        """
+        r = self.layer_rank_alpha(name)[0]
+        ranks = [_first_match(self.rank_pattern, f"{name}.{e}", r) for e in range(experts)] if self.rank_pattern else []
+        if above := [e for e, rank in enumerate(ranks) if rank > r]:
+            raise FieldValueError(
+                "rank_pattern", f"at most {r}, the rank of {name!r}, for its expert {above[0]}", ranks[above[0]]
+            )
+        return ranks if any(rank != r for rank in ranks) else None
+
     def to_dict(self) -> dict[str, Any]:
-        """The entries of PEFT's adapter_config.json: fields, ``extra`` and peft_type; sets become sorted lists."""
+        """The entries of PEFT's adapter_config.json: fields, ``extra`` and peft_type; sets become sorted lists.
+
+        PEFT reads no adapter of parameters with a dropout: it has the name lora_dropout_with_target_parameters then.
+        """
         entries = {name: copy.deepcopy(getattr(self, name)) for name in _FIELDS}
         entries = {key: sorted(value) if isinstance(value, set) else value for key, value in entries.items()}
+        if self.target_parameters and self.lora_dropout:  # PEFT would not read the adapter
+            entries |= {"lora_dropout": 0.0, DROPOUT: self.lora_dropout}
         return {**copy.deepcopy(self.extra), "peft_type": "LORA", **entries}
 
     @classmethod
@@ -317,6 +338,8 @@ class LoraConfig:
                 raise FieldValueError(key, "an entry of adapter_config.json", None)
         known = {key: copy.deepcopy(value) for key, value in entries.items() if key in _FIELDS}
         other = {key: copy.deepcopy(value) for key, value in entries.items() if key not in {*_FIELDS, "peft_type"}}
+        if not is_neutral(dropout := other.pop(DROPOUT, None)):
+            known["lora_dropout"] = dropout
         return cls(**known, extra=other)
 
 

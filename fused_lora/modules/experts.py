@@ -6,7 +6,7 @@ parameter, whose path is the parameter's. Files have PEFT's names: see :func:`fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from fused_lora.bases.experts import StackedTerm, replace_rows, why_not_fused
 from fused_lora.modules.auxiliary import InPlaceOf
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.config import LayerTensors, LoraConfig
-from fused_lora.modules.fusable import why_not_here
+from fused_lora.modules.fusable import why_not_here, why_not_plain_dropout
 from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
 from fused_lora.modules.linear import draw
 from fused_lora.modules.merged_state import MergedState
@@ -127,7 +127,8 @@ def file_paths(stacks: Mapping[str, Stack]) -> dict[str, str]:
 class LoraStack(LoraLayer):
     """The adapters of one stacked parameter: lora_A [experts * r, K], lora_B [N, r * experts], in PEFT's packing.
 
-    Its :class:`LoraExperts` computes with it. Dropout, lora_bias and DoRA are refused, as by PEFT.
+    Its :class:`LoraExperts` computes with it. lora_bias and DoRA are refused, as by PEFT; dropout, which PEFT refuses,
+    draws a mask of a row for each token and place among its experts.
     """
 
     kinds_of_parts = ("lora_A", "lora_B")
@@ -163,17 +164,22 @@ class LoraStack(LoraLayer):
         adapter_name: str,
         r: int = 8,
         lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         autocast_adapter_dtype: bool = True,
         tensors: LayerTensors | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         """Add an adapter of rank r in each expert, inactive and frozen until :meth:`set_adapter`.
 
         ``tensors`` gives A [experts * r, K] and B [N, r * experts] instead of drawing them; their dtype stays.
+        ``ranks`` of single experts are at most r: beyond them A and B are drawn as zeros, which have no gradient.
         """
         flags = dict(use_rslora=use_rslora, autocast_adapter_dtype=autocast_adapter_dtype)
-        check_options(r, lora_alpha, 0.0, init_lora_weights, **flags)
+        check_options(r, lora_alpha, lora_dropout, init_lora_weights, **flags)
+        if ranks is not None and (len(ranks) != self.experts or not all(1 <= rank <= r for rank in ranks)):
+            raise ValueError(f"ranks: expected {self.experts} ranks from 1 to {r}, got {list(ranks)}")
         self._check_new(adapter_name)
         K, N, rows = self.in_features, self.out_features, r * self.experts
         if tensors is not None:
@@ -181,11 +187,14 @@ class LoraStack(LoraLayer):
         elif init_lora_weights not in RANDOM:
             raise ValueError(f"init_lora_weights: expected one of {RANDOM} for experts, got {init_lora_weights!r}")
         A, B = draw(K, N, rows, init_lora_weights, tensors=tensors, experts=self.experts)
+        for e, rank in enumerate(ranks or ()) if tensors is None else ():
+            A.weight.data.view(self.experts, r, K)[e, rank:] = 0
+            B.weight.data.view(N, r, self.experts)[:, rank:, e] = 0
         device, dtype = self.weight.device, self.weight.dtype
         for held, part in ((self.lora_A, A), (self.lora_B, B)):
             placed = self._placed(part, device, dtype, autocast_adapter_dtype, tensors is None)
             held[adapter_name] = placed.requires_grad_(False)
-        self._note(adapter_name, r, lora_alpha, 0.0, use_rslora)
+        self._note(adapter_name, r, lora_alpha, lora_dropout, use_rslora)
 
     def _drawn_dtype(self) -> torch.dtype:
         return self.weight.dtype
@@ -193,7 +202,11 @@ class LoraStack(LoraLayer):
     def terms(self, names: list[str]) -> list[experts.ExpertTerm]:
         """What these adapters add."""
         pairs = ((self.lora_A[n].weight, self.lora_B[n].weight, n) for n in self._present(names))
-        return [experts.ExpertTerm(A, B, float(self.scaling[n])) for A, B, n in pairs]
+        return [experts.ExpertTerm(A, B, float(self.scaling[n]), self._dropout(n)) for A, B, n in pairs]
+
+    def _dropout(self, name: str) -> float:
+        drop: Any = self.lora_dropout[name]
+        return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
 
     def of_expert(self, expert: int, name: str) -> tuple[Tensor, Tensor]:
         """lora_A [r, K] and lora_B [N, r] of one expert."""
@@ -211,7 +224,9 @@ class LoraStack(LoraLayer):
 
     def why_not_fused(self) -> str | None:
         """Why a call raises, as the experts are now; None where it does not."""
-        return experts.why_not_fused(self.base_layer, self.parameter_name)
+        dropouts = (why_not_plain_dropout(self.lora_dropout[name]) for name in self._present(self.active_adapters))
+        why = experts.why_not_fused(self.base_layer, self.parameter_name)
+        return why or next((reason for reason in dropouts if reason), None)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s B_e A_e of each expert, laid out as the parameter, in the adapter's dtype."""
@@ -304,7 +319,8 @@ class LoraExperts(MergedState, InPlaceOf):
         return y
 
     def _check_call(self, terms: Mapping[str, Any]) -> None:
-        reasons = (experts.why_not_fused(self.base_layer, name) for name, own in terms.items() if own)
+        stacks = self.stacks()
+        reasons = (stacks[name].why_not_fused() for name, own in terms.items() if own)
         why = next((reason for reason in reasons if reason), None) or why_not_here()
         if why:
             raise RuntimeError(f"experts with LoRA: {why}; expected the experts' own call, so nothing was computed")

@@ -72,11 +72,12 @@ class NotForPeft(dict):
 
 @dataclass
 class LayerSpec:
-    """One layer's new adapter: rank, alpha and tensors (None: drawn at random)."""
+    """One layer's new adapter: rank, alpha and tensors (None: drawn at random); ranks of single experts, if any."""
 
     r: int
     lora_alpha: float
     tensors: LayerTensors | None = None
+    ranks: list[int] | None = None
 
 
 @alone
@@ -114,11 +115,17 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     heads = [name for name in HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
     if heads:
         config = dataclasses.replace(config, modules_to_save=[*(config.modules_to_save or ()), *heads])
-    layers, matched = {}, [*match_targets(model, config), *match_parameters(model, config)]
+    stacks = match_parameters(model, config)
+    layers, matched = {}, [*match_targets(model, config), *stacks]
     for path in matched:
         r, lora_alpha = config.layer_rank_alpha(path)
-        layers[path] = LayerSpec(r, lora_alpha)
-    warn_unused(model, config, matched)  # first, for a warning may be an error
+        layers[path] = LayerSpec(
+            r, lora_alpha, ranks=config.expert_ranks(path, stacks[path].experts) if path in stacks else None
+        )
+    experts = (
+        [f"{path}.{e}" for path, stack in stacks.items() for e in range(stack.experts)] if config.rank_pattern else []
+    )
+    warn_unused(model, config, matched, experts)  # first, for a warning may be an error
     with undone_on_error(model):
         attach(model, adapter_name, config, layers)
     return model
@@ -478,17 +485,17 @@ def _build(
     for path, spec in layers.items():
         numbers = (spec.r, spec.lora_alpha)
         options: dict[str, Any] = dict(
-            use_rslora=config.use_rslora, init_lora_weights=config.init_lora_weights, tensors=spec.tensors
-        )
+            lora_dropout=config.lora_dropout, use_rslora=config.use_rslora,
+            init_lora_weights=config.init_lora_weights, tensors=spec.tensors,
+        )  # fmt: skip
         module: Any = modules.get(path)
         if path in stacks:
             if not isinstance(module, LoraStack):
                 built[path] = module = _new_stack(modules, placed, stacks[path])
-            module.add_adapter(adapter_name, *numbers, **options)
+            module.add_adapter(adapter_name, *numbers, **options, ranks=spec.ranks)
             if path in built:
                 module.set_adapter(adapter_name)
             continue
-        options["lora_dropout"] = config.lora_dropout
         kind: Any = LoraEmbedding if isinstance(base_layer_of(modules[path]), nn.Embedding) else LoraLinear
         if kind is LoraLinear:
             options |= dict(lora_bias=config.lora_bias, use_dora=config.use_dora)

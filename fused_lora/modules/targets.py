@@ -144,16 +144,17 @@ def match_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     return matched
 
 
-def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str]) -> None:
+def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str], experts: Sequence[str] = ()) -> None:
     """Warn of what a config asks for and ``matched``, the paths that it adapts, do not get.
 
-    matched has the paths of stacked parameters, too. That is: keys of rank_pattern and alpha_pattern and entries of
-    target_modules, exclude_modules and modules_to_save that match nothing; places of a layer beside its first, the only
-    one where it is replaced, as in PEFT; and, for "all-linear", the weights of routers and of packed experts, which are
-    no linear layers.
+    matched has the paths of stacked parameters, too, experts those of their experts, which may have ranks of their own.
+    That is: keys of rank_pattern and alpha_pattern and entries of target_modules, exclude_modules and modules_to_save
+    that match nothing; places of a layer beside its first, the only one where it is replaced, as in PEFT; and, for
+    "all-linear", the weights of routers and of packed experts, which are no linear layers.
     """
     for name in ("rank_pattern", "alpha_pattern"):
-        keys = [key for key in getattr(config, name) if not any(matches_end(key, path) for path in matched)]
+        known = [*matched, *experts] if name == "rank_pattern" else matched
+        keys = [key for key in getattr(config, name) if not any(matches_end(key, path) for path in known)]
         if keys:
             text = f"{name} keys did not match any targeted module and were ignored: {some(keys)}"
             warnings.warn(f"The following {text}.", RuntimeWarning, stacklevel=4)

@@ -12,10 +12,11 @@ from transformers import Qwen3MoeForCausalLM
 
 import fused_lora
 from fused_lora.adapters.errors import AdapterError
-from fused_lora.reference import bits
+from fused_lora.ops.linear.op import draw_seeds
+from fused_lora.reference import bits, dropout_mask, keep_scale
 from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.accelerated import ROWS, TOKENS, quiet, wrap
-from helpers.experts import ARCHITECTURES, BOTH, EXPERTS, HIDDEN, Block, moe
+from helpers.experts import ARCHITECTURES, BOTH, EXPERTS, HIDDEN, TOP_K, Block, moe
 from helpers.seeds import shifted
 from helpers.thorough import sampled
 from helpers.unchanged import assert_bits, parameter_bits
@@ -88,6 +89,125 @@ def test_outputs_and_gradients_are_no_worse_than_pefts(name):
                 kept.setdefault(key, []).append(tensor)
     for key in found["ours"]:
         assert_no_worse(*(torch.stack(kept[key]) for kept in found.values()), name=key, draws=True)
+
+
+def with_dropout(model, ids, seeds, p):
+    """The block's output under its one adapter by a loop over tokens and places, with the masks of these seeds."""
+    base, rows = model.experts.base_layer, len(ids)
+    index = torch.stack([ids % EXPERTS, (ids // 3 + ids + 1) % (EXPERTS - 1)], 1)
+    weights = torch.softmax(torch.stack([ids, ids * 0], 1).to(model.emb.weight.dtype) / TOKENS, 1)
+    hidden, sums = model.emb(ids), []
+    sizes = {"gate_up_proj": HIDDEN, "down_proj": base.down_proj.shape[-1]}
+    masks = {
+        name: dropout_mask(seed, (rows * TOP_K, sizes[name]), p) * keep_scale(p)
+        for name, seed in zip(sizes, seeds, strict=True)
+    }
+
+    def project(x, name, e, row):
+        layer, r = model.experts.get_submodule(name), model.experts.get_submodule(name).r["default"]
+        A, B = layer.lora_A["default"].weight[e * r : (e + 1) * r], layer.lora_B["default"].weight[:, e::EXPERTS]
+        return layer.weight[e] @ x + layer.scaling["default"] * (B @ (A @ (x * masks[name][row])))
+
+    for token in range(rows):
+        parts = []
+        for place in range(TOP_K):
+            e, row = int(index[token, place]), token * TOP_K + place
+            gate, up = project(hidden[token], "gate_up_proj", e, row).chunk(2)
+            parts.append(project(base.act_fn(gate) * up, "down_proj", e, row) * weights[token, place])
+        sums.append(torch.stack(parts).sum(0))
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_dropout_has_a_mask_by_token_and_place(p):
+    """Output and gradients against a loop in float64 with the exported masks; none in eval(), and by the seed."""
+    torch.manual_seed(shifted(2))
+    config = fused_lora.LoraConfig(**BOTH, r=3, init_lora_weights=False, lora_dropout=p)
+    ours = fused_lora.inject(Block(), config).train()
+    ours.emb.requires_grad_(True)
+    exact, ids = copy.deepcopy(ours).double(), torch.randint(0, TOKENS, (ROWS * 5,))
+    ids[1] = ids[0]  # the same expert and input in other places: another mask
+    g = torch.randn(len(ids), HIDDEN, dtype=torch.float64)
+    torch.manual_seed(shifted(4))
+    seeds = draw_seeds(1, torch.device("cpu")), draw_seeds(1, torch.device("cpu"))
+    torch.manual_seed(shifted(4))
+    y, other = ours(ids), with_dropout(exact, ids, seeds, p)
+    y.backward(g.float())
+    other.backward(g)
+    assert_close(y, other.to(y), terms=1000)
+    assert p == 1.0 or not torch.equal(y[0], y[1])
+    theirs = dict(exact.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is None) == (theirs[name].grad is None), name
+        if parameter.grad is not None:
+            assert_close(parameter.grad, theirs[name].grad.to(parameter.grad), terms=4000)
+    torch.manual_seed(shifted(4))
+    assert torch.equal(ours(ids), y)
+    ours.eval()
+    plain = fused_lora.LoraConfig(**BOTH, r=3)
+    without = fused_lora.inject(fused_lora.unload(copy.deepcopy(ours)), plain).eval()
+    without.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(ids), without(ids)) and not torch.equal(ours(ids), y)
+
+
+def test_dropout_of_several_adapters_and_of_files(tmp_path):
+    """Each active adapter has its own; PEFT reads the file, whose experts have none there."""
+    base = moe()
+    ours = copy.deepcopy(base)
+    fields = {**BOTH, "target_modules": ["q_proj"], "r": 2, "init_lora_weights": False}
+    for name, p in (("a", 0.5), ("b", 0.0)):
+        fused_lora.inject(ours, fused_lora.LoraConfig(**fields, lora_dropout=p), name)
+    stack = ours.get_submodule("model.layers.0.mlp.experts.down_proj")
+    assert [t.dropout for t in stack.train().terms(["a", "b"])] == [0.5, 0.0]
+    assert [t.dropout for t in stack.eval().terms(["a", "b"])] == [0.0, 0.0]
+    fused_lora.save_adapter(ours, tmp_path / "a", "a")
+    entries = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert entries["lora_dropout"] == 0.0 and entries["lora_dropout_with_target_parameters"] == 0.5
+    again = copy.deepcopy(base)
+    fused_lora.load_adapter(again, tmp_path / "a")
+    assert fused_lora.adapter_configs(again)["default"].lora_dropout == 0.5
+    fused_lora.save_adapter(again, tmp_path / "again")
+    assert json.loads((tmp_path / "again/adapter_config.json").read_text()) == entries
+    with pytest.warns(UserWarning, match="lora_dropout_with_target_parameters"):
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval()
+    fused_lora.set_adapter(ours.eval(), "a")
+    ids = torch.randint(0, TOKENS, (2, 6))
+    assert_close(ours(ids).logits, theirs(ids).logits, terms=1000)
+    stack.lora_dropout["a"] = nn.AlphaDropout(0.1)
+    with pytest.raises(RuntimeError, match="experts with LoRA: .*nothing was computed"):
+        ours(ids)
+
+
+@pytest.mark.parametrize("init", [True, False])
+def test_single_experts_may_have_smaller_ranks(tmp_path, init):
+    """Zeros beyond a rank have no gradient and stay; PEFT reads, trains and saves the same."""
+    ranks = {r"experts\.down_proj\.[0-2]": 2, "gate_up_proj.3": 1, "down_proj": 5}
+    config = fused_lora.LoraConfig(**BOTH, r=4, rank_pattern=ranks, init_lora_weights=init)
+    base = Block()
+    ours = fused_lora.inject(copy.deepcopy(base), config)
+    wanted = {"down_proj": [2, 2, 2, 5, 5, 5], "gate_up_proj": [4, 4, 4, 1, 4, 4]}
+    fused_lora.save_adapter(ours, tmp_path / "before")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "before", is_trainable=True)
+    ids = torch.randint(0, TOKENS, (ROWS * 5,))
+    target = torch.randn(len(ids), HIDDEN)
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(ids) - target).square().mean().backward()
+            optimizer.step()
+    assert_close(ours(ids), theirs(ids), terms=100_000)
+    for name, own in wanted.items():
+        stack = ours.experts.get_submodule(name)
+        for e, rank in enumerate(own):
+            A, B = stack.of_expert(e, "default")
+            assert A[:rank].any(1).all() and B[:, :rank].any(0).all() and not A[rank:].any() and not B[:, rank:].any()
+    fused_lora.save_adapter(ours, tmp_path / "after")
+    again = copy.deepcopy(base)
+    fused_lora.load_adapter(again, tmp_path / "after")
+    assert torch.equal(again(ids), ours(ids))
+    with pytest.raises(ValueError, match="ranks: expected 6 ranks from 1 to 4"):
+        ours.experts.down_proj.add_adapter("c", 4, ranks=[4, 4, 4, 4, 4, 5])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -258,7 +378,10 @@ def test_calls_that_do_not_fit_are_refused_by_name(change, kind, text):
 
 def test_what_is_refused(tmp_path):
     for fields, text in (
-        ({"lora_dropout": 0.1}, "lora_dropout must be 0.0 with target_parameters, got 0.1"),
+        (
+            {"rank_pattern": {"down_proj.2": 9}},
+            r"rank_pattern.*at most 8, the rank of 'experts.down_proj', for its exp",
+        ),
         ({"use_dora": True}, "use_dora must be False with target_parameters"),
         ({"bias": "all"}, "bias must be 'none' with target_parameters"),
         ({"target_parameters": ["gate_up"]}, "target_parameters: no parameter of the model is named 'gate_up'"),
