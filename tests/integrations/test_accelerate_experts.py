@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 import fused_lora
 from fused_lora.bases import experts
