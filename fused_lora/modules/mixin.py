@@ -231,12 +231,34 @@ class FusedLoraBehaviour(_Layer):
             raise ValueError("Cannot pass `adapter_names` when DoRA is enabled.")
         result = self.base_layer(x)
         flat_x, flat = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
-        for name in self._present(list(rows_of)):
+        names = self._present(list(rows_of))
+        plain = self._plain_factors(flat, flat_x, names)
+        for i, name in enumerate(names):
             rows = rows_of[name]
+            if plain:
+                A, B, s = (each[i] for each in plain)
+                S = torch.mm(flat_x.index_select(0, rows), A.t())
+                flat.index_add_(0, rows, torch.mm(S, B.t()), alpha=s)
+                continue
             A, B = self.lora_A[name], self.lora_B[name]
             term = B(A(self.lora_dropout[name](flat_x[rows].to(A.weight.dtype)))) * self.scaling[name]
             flat[rows] = (flat[rows] + term).to(result.dtype)  # summed in the wider dtype, rounded once
         return flat.view(result.shape)
+
+    def _plain_factors(self, flat: Tensor, x: Tensor, names: list[str]) -> tuple | None:
+        """A, B and scaling of each adapter, where two products and a sum in place are all; it takes half the time.
+
+        None where something learns, listens or drops, and where dtypes differ.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or why_transformed():
+            return None
+        operands = self._operands(x, names)
+        if operands is None or any(operands[-1]):
+            return None
+        lora_A, lora_B, scaling, _ = operands[4:]
+        parts = flat, x, *lora_A, *lora_B
+        plain = all(type(t) in (Tensor, nn.Parameter) and t.dtype is flat.dtype for t in parts)
+        return (lora_A, lora_B, scaling) if plain else None
 
     @alone
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -765,8 +765,15 @@ def test_a_computed_base_weight_is_not_merged():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", [linear, conv1d])
 @pytest.mark.parametrize("rank", [2, 3])
-def test_mixed_batch(rank, make, dtype):
-    ours, theirs = twin_layers(make(dtype, training=False), {"a": {"r": 3}, "b": {"lora_bias": True}, "c": {}})
+@pytest.mark.parametrize("biased, grad", [(True, True), (True, False), (False, False)])
+def test_mixed_batch(biased, grad, rank, make, dtype):
+    kinds = {"a": {"r": 3}, "b": {"lora_bias": True} if biased else {"lora_alpha": 5}, "c": {}}
+    ours, theirs = twin_layers(make(dtype, training=False), kinds)
+    with torch.set_grad_enabled(grad):
+        check_mixed_batch(ours, theirs, rank, dtype)
+
+
+def check_mixed_batch(ours, theirs, rank, dtype):
     names = ["b", "__base__", "a", "b", "missing", "c", "__base__"] * 8
     x = torch.randn(len(names), *([5] if rank == 3 else []), K).to(dtype)
     mine, other = ours(x, adapter_names=names), theirs(x, adapter_names=names)
