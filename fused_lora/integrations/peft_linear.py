@@ -72,17 +72,16 @@ class AcceleratedLinear(FusedLoraBehaviour):
         adapter_names = kwargs.get("adapter_names")
         names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
         reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, kwargs)
-        activated, rows = self._activated(names), None
+        activated = self._activated(names)
         if activated and reason is None:
             reason = why_no_rows(x, kwargs.get("alora_offsets"))
         if reason:
             _count(reason)
             return super().forward(x, *args, **kwargs)
         further = {key: value for key, value in kwargs.items() if key not in _OF_VARIANTS}
-        if activated:
-            rows = changed_rows(x, kwargs.get("alora_offsets"))
+        rows = changed_rows(x, kwargs.get("alora_offsets")) if activated else None
         if rows is not None:
-            y, reason = activated_forward(self, x, names, activated, rows, *args, **further)
+            y, reason = activated_forward(self, x, names, dict.fromkeys(activated, rows), *args, **further)
             _count(reason or AROUND + BEFORE)
             return y
         base = self._modules["base_layer"]
