@@ -111,6 +111,10 @@ def _open(stack: contextlib.ExitStack, path: Any, weight: float, merging: bool) 
     if plan.config.use_dora and not merging:
         config = os.path.join(folder, CONFIG_NAME)
         raise AdapterError(config, "use_dora", "null, false or empty: a DoRA adapter is not B A alone", True)
+    if plan.config.alora_invocation_tokens:
+        config = os.path.join(folder, CONFIG_NAME)
+        expected = "null or empty: the rows before an invocation are the base's, which no weight has"
+        raise AdapterError(config, "alora_invocation_tokens", expected, plan.config.alora_invocation_tokens)
     with open_regular(plan.weights, MAX_WEIGHT_BYTES) as (opened, size):
         file = stack.enter_context(io.FileIO(os.dup(opened.fileno())))
     header = read_header(plan.weights, file, size)

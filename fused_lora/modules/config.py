@@ -117,6 +117,8 @@ class LoraConfig:
         trainable_token_indices: tokens whose rows of the input embedding train and are saved with the adapter, or
             {end of a path: tokens}. A head that the model's config ties to the embedding follows.
         use_dora: DoRA: W + scaling B A, its rows scaled to a trained magnitude. Not with lora_bias.
+        alora_invocation_tokens: aLoRA: of each sequence the adapter changes the rows from the last place of these
+            tokens on, the rows before are the base's. Not with DoRA, experts, embeddings or merges.
         lora_bias: give lora_B a bias.
         base_model_name_or_path, revision, task_type, inference_mode: recorded for PEFT.
         extra: other keys of an adapter_config.json, kept for writing it again. Accepted are neutral values (None,
@@ -143,6 +145,7 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_dora: bool = False
+    alora_invocation_tokens: list[int] | None = None
     lora_bias: bool = False
     target_parameters: list[str] | None = None
     base_model_name_or_path: str | None = None
@@ -183,6 +186,7 @@ class LoraConfig:
         self._validate_patterns()
         self._validate_saved()
         self._validate_parameters()
+        self._validate_invocation()
         self._validate_extra()
 
     def _validate_init(self) -> None:
@@ -252,10 +256,21 @@ class LoraConfig:
         _check_items("target_parameters", names or (), str)
         if not all(names or ()):
             raise FieldValueError("target_parameters", "a list of names that are not empty", names)
-        plain = dict(fan_in_fan_out=False, lora_bias=False, use_dora=False, bias="none")
+        plain: dict[str, Any] = dict(fan_in_fan_out=False, lora_bias=False, use_dora=False, bias="none")
+        plain["alora_invocation_tokens"] = None
         for name, value in plain.items() if names else ():
             if getattr(self, name) != value:
                 raise FieldValueError(name, f"{value!r} with target_parameters", getattr(self, name))
+
+    def _validate_invocation(self) -> None:
+        tokens = self.alora_invocation_tokens
+        if not isinstance(tokens, (list, tuple, type(None))):
+            raise FieldTypeError("alora_invocation_tokens", "a list of token ids or None", tokens)
+        _check_items("alora_invocation_tokens", tokens or (), int)
+        if tokens and self.use_dora:
+            raise FieldValueError("use_dora", "False with alora_invocation_tokens", self.use_dora)
+        if tokens and self.task_type not in (None, "CAUSAL_LM"):
+            raise FieldValueError("task_type", "CAUSAL_LM or None with alora_invocation_tokens", self.task_type)
 
     def _validate_extra(self) -> None:
         if not isinstance(self.extra, dict):

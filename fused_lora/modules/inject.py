@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fused_lora.modules import auxiliary, of_peft
+from fused_lora.modules.activated import Activation
 from fused_lora.modules.auxiliary import TrainedTokens, auxiliary_modules
 from fused_lora.modules.changes import alone, changing, undone_on_error, watch
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config, check_bool
@@ -173,6 +174,10 @@ def attach(
         if offloaded:
             raise ValueError(f"bias: {config.bias!r} trains biases, and {offloaded[0]!r} has no data (meta device)")
         _check_not_merged([m for path in layers if isinstance(m := modules.get(path), LoraLayer)])
+    if config.alora_invocation_tokens and getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            "alora_invocation_tokens: expected None for an encoder-decoder model, whose tokens are of two texts"
+        )
     found = auxiliary.find(model, config)
     if found.tokens and hasattr(nn.ParameterDict(), adapter_name):
         raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ParameterDict, choose another name")
@@ -190,6 +195,13 @@ def attach(
     auxiliary.attach_parts(beside, adapter_name, found, parts)
     watch(root)
     setattr(root, CONFIGS, {**configs, adapter_name: config})
+    if config.alora_invocation_tokens:
+        held = (hook for hook in root._forward_pre_hooks.values())
+        found = next((owner for hook in held if isinstance(owner := getattr(hook, "__self__", None), Activation)), None)
+        found = found or Activation(root)
+        for layer in lora_layers(model).values():
+            if adapter_name in layer.adapters:
+                layer.activated[adapter_name] = found
     setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
     if not any(isinstance(hook, FirstForward) for hook in root._forward_pre_hooks.values()):
@@ -518,9 +530,11 @@ def _check_called(path: str, parent: nn.Module) -> None:
 
 def _check_embedding(path: str, base: nn.Module, config: LoraConfig) -> None:
     """Raise ValueError for what an embedding does not get."""
-    for field in ("use_dora", "lora_bias"):
+    for field, neutral in (("use_dora", False), ("lora_bias", False), ("alora_invocation_tokens", None)):
         if isinstance(base, nn.Embedding) and getattr(config, field):
-            raise ValueError(f"{field}: expected False for an embedding, {path!r}: exclude it, got True")
+            raise ValueError(
+                f"{field}: expected {neutral} for an embedding, {path!r}: exclude it, got {getattr(config, field)}"
+            )
 
 
 def _load_base_biases(layers: Mapping[str, LoraLayer], specs: dict[str, LayerSpec]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fused_lora.modules.activated import Activation
 from fused_lora.modules.changes import alone
 from fused_lora.modules.config import (
     LayerTensors,
@@ -52,6 +53,7 @@ class LoraLayer(FusedLoraBehaviour, MergedState, nn.Module):
         self.disable_adapters = False
         self.context: Context | None = None  # set for the duration of fused_lora.disable_adapters
         self.mixed_batch: MixedBatch | None = None  # set for the duration of fused_lora.adapter_batch
+        self.activated: dict[str, Activation] = {}  # aLoRA adapters: what knows where they begin to act
 
     @property
     def adapters(self) -> list[str]:
@@ -95,6 +97,13 @@ class LoraLayer(FusedLoraBehaviour, MergedState, nn.Module):
         self.use_rslora[name] = use_rslora
         self.scaling[name] = scaling(r, lora_alpha, use_rslora)
 
+    def _activated(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.activated] if self.activated else []
+
+    def _changed_rows(self, x: Tensor, names: list[str]) -> dict[str, Tensor]:
+        names = self._activated(names)
+        return self.activated[names[0]].rows(self, x, names) if names else {}
+
     @property
     def merged(self) -> bool:
         """Whether an adapter is merged into the base weight."""
@@ -130,7 +139,7 @@ class LoraLayer(FusedLoraBehaviour, MergedState, nn.Module):
             raise ValueError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
-        numbers = (self.r, self.lora_alpha, self.scaling, self.use_rslora)
+        numbers = (self.r, self.lora_alpha, self.scaling, self.use_rslora, self.activated)
         parts = (getattr(self, kind) for kind in (*self.kinds_of_parts, "lora_dropout"))
         for part in (*parts, *numbers):
             if adapter_name in part:

@@ -140,7 +140,7 @@ class LoraLinear(LoraLayer):
             wait_for_change(self)
         own, names = self.__dict__, None  # past nn.Module's __getattr__, which slows every attribute down
         batch = own["mixed_batch"]
-        if batch is None and adapter_names is None and not own["disable_adapters"]:
+        if batch is None and adapter_names is None and not (own["disable_adapters"] or own["activated"]):
             y = self._remembered_forward(x, own["active_adapters"])
             if y is not None:
                 return y

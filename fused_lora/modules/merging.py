@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fused_lora.bases import base_of
 from fused_lora.modules import of_peft
+from fused_lora.modules.activated import Activation
 from fused_lora.modules.auxiliary import SavedModule, TrainedTokens, auxiliary_modules, breaks_a_tie
 from fused_lora.modules.changes import alone, changing, undone_on_error, unwatch
 from fused_lora.modules.config import check_bool
@@ -373,8 +374,10 @@ def unload(model: nn.Module, merge_adapters: bool = False, dtype: torch.dtype | 
             for path, wrapper in wrappers.items():
                 setattr(*holders[path], wrapper.current() if isinstance(wrapper, SavedModule) else wrapper.original)
             unwatch(root)
-            for hook in [hook for hook in root._forward_pre_hooks.values() if isinstance(hook, FirstForward)]:
-                hook.remove()
+            for hook in list(root._forward_pre_hooks.values()):
+                owner = getattr(hook, "__self__", hook)
+                if isinstance(owner, (FirstForward, Activation)):
+                    owner.remove()
             delattr(root, CONFIGS)
             del root.peft_config
             for function in AFTER_CHANGE:

@@ -21,7 +21,7 @@ from fused_lora.bases import Adapters, Base, base_of, foreign
 from fused_lora.bases.base import base_in_eager
 from fused_lora.bases.dense import Dense
 from fused_lora.bases.requantised import rounded_bias
-from fused_lora.modules import variants
+from fused_lora.modules import activated, variants
 from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
@@ -75,12 +75,19 @@ class FusedLoraBehaviour(_Layer):
         """Those of the adapters that change the rows from their invocation on alone (aLoRA)."""
         return []
 
+    def _changed_rows(self, x: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """Of those that change some of x's rows only: the numbers of these."""
+        return {}
+
     def _active_forward(self, x: Tensor) -> Tensor:
         """Base and all active adapters in one operator; around the base, or part by part, where others have a say."""
         names = self._present(self.active_adapters)
         base = self._modules["base_layer"]
         if not names:
             return base(x)
+        rows = self._changed_rows(x, names)
+        if rows:
+            return activated.activated_forward(self, x, names, rows)[0]
         if self._why_not_plain(names) or why_transformed():
             return variants.composed_forward(self, base(x), x, names)
         kind = base_of(base)
@@ -227,14 +234,16 @@ class FusedLoraBehaviour(_Layer):
         else:
             assert batch is not None
             rows_of = batch.rows(self, x)
-        if variants.has_magnitude(self, self._present(list(rows_of))):
+        names = self._present(list(rows_of))
+        if variants.has_magnitude(self, names):
             raise ValueError("Cannot pass `adapter_names` when DoRA is enabled.")
+        changed = self._changed_rows(x, names)
         result = self.base_layer(x)
         flat_x, flat = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
-        names = self._present(list(rows_of))
         plain = self._plain_factors(flat, flat_x, names)
         for i, name in enumerate(names):
             rows = rows_of[name]
+            rows = rows[torch.isin(rows, changed[name])] if name in changed else rows
             if plain:
                 A, B, s = (each[i] for each in plain)
                 S = torch.mm(flat_x.index_select(0, rows), A.t())

@@ -10,7 +10,8 @@ So the adapters before the first DoRA adapter, and it, are one call of the LoRA 
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from fused_lora.bases.foreign import why_not_added
 from fused_lora.ops.dora.op import dropped, scale_columns
 from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.ops.term.op import lora_term
+
+_NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Magnitude(nn.Module):
@@ -121,12 +124,11 @@ def composed_forward(
     result: Tensor,
     x: Tensor,
     names: list[str],
-    activated: Container[str] = (),
-    rows: Tensor | None = None,
+    rows: Mapping[str, Tensor] = _NONE,
 ) -> Tensor:
     """PEFT's sequence of module calls after that of the base layer, whose output is ``result``.
 
-    activated: those of the adapters that change these rows alone; None: all rows.
+    rows: of those adapters that change some rows only, their numbers.
     """
     dtype, held = result.dtype, layer._modules["lora_magnitude_vector"]._modules
     bias = getattr(layer._modules["base_layer"], "bias", None)
@@ -134,10 +136,10 @@ def composed_forward(
         A, B, drop, s = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
         if getattr(layer, "cast_input_dtype_enabled", True):  # PEFT's switch
             x = x.to(A.weight.dtype)
-        if name in activated and rows is not None:
-            flat = result.reshape(-1, result.shape[-1])
-            term = B(A(drop(x.reshape(-1, x.shape[-1])[rows]))) * s
-            result = flat.index_copy(0, rows, (flat[rows] + term).to(flat.dtype)).reshape(result.shape)
+        if name in rows:
+            here, flat = rows[name], result.reshape(-1, result.shape[-1])
+            term = B(A(drop(x.reshape(-1, x.shape[-1])[here]))) * s
+            result = flat.index_copy(0, here, (flat[here] + term).to(flat.dtype)).reshape(result.shape)
             continue
         kept = drop(x)
         term = B(A(kept)) * s
@@ -158,7 +160,13 @@ def factors(layer: Any, names: list[str], onto: Factors | None = None) -> Factor
     """What a merge of these adapters, in this order, does to the base weight, which holds none of them.
 
     onto: what was merged before. A DoRA adapter scales the rows of all of it: W <- c (W + s B A).
+
+    Raises RuntimeError for an aLoRA adapter.
     """
+    if activated := layer._activated(names):
+        raise RuntimeError(
+            f"adapters {activated} are aLoRA: rows before an invocation are the base's, no weight has that"
+        )
     lora_A, lora_B, scaling, rows, seed = ([], [], [], None, None) if onto is None else (list(onto[0]), *onto[1:])
     seed = seed if layer.rounding_seed is None else layer.rounding_seed
     scaling = list(scaling)

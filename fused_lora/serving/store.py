@@ -101,6 +101,9 @@ class AdapterStore(Registry):
         rows are not known is refused, as an expert is that gets some tokens only. Where all entries are the same, any
         rows may come.
 
+        Of a sequence under an aLoRA adapter the rows before its invocation are the base's. The tokens are looked for in
+        the model's ``input_ids``, and what has been found is noted at ``past_key_values``.
+
         Args:
             names: for each sequence a name, a :class:`Lease`, None (the base model), or a dict of names and weights
                 whose terms are added up.
@@ -121,7 +124,7 @@ class AdapterStore(Registry):
         Args:
             names: entries as for :meth:`batch`.
             rows: a list with the number of rows of each entry, in order, or an integer tensor with the entry of each
-                row (-1: the base model).
+                row (-1: the base model). The rows of an aLoRA adapter are those from its invocation on: a tensor.
             buffers: of :meth:`row_buffers`, for a step in a CUDA graph. Run two steps, capture one, and replay the
                 graph inside other batches with the same buffers. Layers get ``max_rows`` rows, base rows last.
         """
@@ -212,6 +215,7 @@ class AdapterStore(Registry):
                 held[key] = self._hold(key)
             wanted = [tuple((held[key], weight) for key, weight in entry if weight) for entry in entries]
             self._check_weights(wanted)
+            _check_activated(wanted, rows)
             # adapters of one shape that lie side by side in the arena are computed together
             groups = sorted({group for group in wanted if group}, key=lambda group: (len(group), group[0][0].place))
             numbers = {group: i for i, group in enumerate(groups)}
@@ -242,6 +246,17 @@ class AdapterStore(Registry):
             for older in list(self._prepared.values())[:-_WITH_BUFFERS]:
                 older.drop_rows()
             return found
+
+
+def _check_activated(wanted: Sequence[Group], rows: Any) -> None:
+    """Raise ValueError for an aLoRA adapter in a sum, or in packed rows that it would have all of."""
+    for i, group in enumerate(wanted):
+        for version, _ in group:
+            if version.invocation and len(group) > 1:
+                raise ValueError(f"names[{i}]: {version.name!r} is an aLoRA adapter, which is not added to others")
+            if version.invocation and isinstance(rows, list | tuple):
+                expected = "a tensor with the entry of each row, -1 before the invocation"
+                raise ValueError(f"rows: expected {expected}, for {version.name!r}, an aLoRA adapter")
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -206,7 +206,7 @@ CONFIG_CASES = {
     "bias mode": {"bias": "everything"},
     "dora": {"use_dora": True},
     "qalora": {"use_qalora": 1},
-    "alora": {"alora_invocation_tokens": [1, 2]},
+    "alora": {"alora_invocation_tokens": [1, 2.5]},
     "bdlora": {"use_bdlora": {"target_modules_bd_a": []}},
     "arrow": {"arrow_config": {"top_k": 3}},
     "target_parameters": {"target_parameters": ["w"]},

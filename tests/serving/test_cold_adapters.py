@@ -174,7 +174,7 @@ class Loads:
 
 
 class Held:
-    identity, released = "young@1", False
+    identity, released, invocation = "young@1", False, ()
 
     def release(self):
         self.released = True

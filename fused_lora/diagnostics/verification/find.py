@@ -75,7 +75,8 @@ def _unfit(module: Any, names: list[str]) -> str:
 
 def _unfit_variants(module: Any, names: list[str], embeds: bool) -> str:
     """LoRA and DoRA of a linear layer are compared; DoRA where a merge is exact, and scales no lora_bias."""
-    variants, dora = getattr(module, "lora_variant", {}), [n for n in names if n in module.lora_magnitude_vector]
+    variants = {**getattr(module, "lora_variant", {}), **getattr(module, "activated", {})}  # PEFT's, and our aLoRA
+    dora = [n for n in names if n in module.lora_magnitude_vector]
     kinds = {name: type(variants[name]).__name__ for name in names if name in variants}
     if other := [name for name in names if kinds.get(name, "DoraLinearVariant") != "DoraLinearVariant"]:
         return f"adapters {some(other)} are another variant: verify compares LoRA and DoRA"

@@ -35,9 +35,10 @@ class StrictResolver(LoRAResolver):
         except AdapterError as error:
             self._log.warning("fused_lora: adapter %s: not served: %s", lora_name, error)
             return None
-        if plan.config.use_dora:
-            self._log.warning("fused_lora: adapter %s: not served: use_dora", lora_name)
-            return None
+        for field in ("use_dora", "alora_invocation_tokens"):
+            if getattr(plan.config, field):
+                self._log.warning("fused_lora: adapter %s: not served: %s", lora_name, field)
+                return None
         trained_on = plan.config.base_model_name_or_path
         if of_another_base(trained_on, base_model_name):
             self._log.warning("fused_lora: adapter %s says %s is its base model", lora_name, trained_on)

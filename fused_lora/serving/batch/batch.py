@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fused_lora.modules.activated import note_offsets, offsets_of, token_ids
 from fused_lora.modules.names import some
 from fused_lora.modules.outputs import main_output
-from fused_lora.rows import Call, Entries, RowFinder, Running
+from fused_lora.rows import Call, Entries, Layout, RowFinder, Running
 from fused_lora.serving.batch.finite import bad_positions, unless_padding
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
@@ -81,7 +82,10 @@ class Batch:
             self._fill(buffers, entry_of_row)
         # a graph is replayed with other groups, so one group does not make it uniform
         groups_of_rows = group_of_entry if entry_of_row is None else self._group_of_row()
-        uniform = buffers is None and len(set(groups_of_rows.tolist())) <= 1
+        self._invocations = {v.identity: v.invocation for group in groups for v, _ in group if v.invocation}
+        if entry_of_row is not None:  # the rows before are the base's already
+            self._invocations = {}
+        uniform = buffers is None and not self._invocations and len(set(groups_of_rows.tolist())) <= 1
         count = len(group_of_entry) if self._entry_of_row is None else len(self._entry_of_row)
         self._finder, self._entries = finder, Entries(count, dim, self._entry_of_row is not None, uniform)
         self._before = () if uniform else finder.calls_under_way()
@@ -141,12 +145,32 @@ class Batch:
             self._read_checks()
         call = trace.running.enter(path, module, args, kwargs)
         if call is not None:
+            if self._invocations:
+                self._find_invocations(trace, call, args, kwargs)
             self._keep_rows(trace, call)
+
+    def _find_invocations(self, trace: Trace, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Which rows of this call the aLoRA adapters change."""
+        ids = token_ids(args, kwargs)
+        if ids is None or len(ids) != call.sequences:
+            return
+        trace.offsets = offsets_of(ids, self._invocations, kwargs.get("past_key_values"))
+        trace.tokens = ids.shape[1]
+        offsets = [self._offsets_of_group(trace, g) for g in range(len(self.groups))]
+        trace.changed = tuple(
+            trace.tokens if g < 0 or offsets[g] is None else min(offsets[g][i] or 0, trace.tokens)
+            for i, g in enumerate(self._group_of_sequence(call.sequences).tolist())
+        )
+
+    def _offsets_of_group(self, trace: Trace, group: int) -> Any:
+        """Of a group that is an aLoRA; None of another."""
+        return trace.offsets.get(self.groups[group][0][0].identity)
 
     def _keep_rows(self, trace: Trace, call: Call) -> None:
         """Keep what is known of the rows if it holds for this call, too."""
-        if call.case != trace.case or len(trace.rows) >= _INPUTS:
-            trace.case, trace.rows, trace.arranged = call.case, {}, {}
+        case = call.case, trace.tokens, trace.changed
+        if case != trace.case or len(trace.rows) >= _INPUTS:
+            trace.case, trace.rows, trace.arranged = case, {}, {}
 
     def returned(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
         """After it: raise NonFiniteOutput if rows under adapters are not finite. output: None after an exception.
@@ -156,6 +180,10 @@ class Batch:
         """
         trace = self._trace()
         call = trace.running.leave(module, output is not None)
+        if call is not None and trace.tokens:
+            if output is not None:
+                note_offsets(kwargs, output, trace.offsets)
+            trace.offsets, trace.tokens, trace.changed = {}, 0, ()
         if call is None or output is None or not (self.check_outputs and self.groups):
             return
         for bad in self._bad_sums():
@@ -362,10 +390,28 @@ class Batch:
                 one = self._group_of_sequence(len(self._group_of_entry))[:1]
                 groups = np.repeat(one, x.shape[:-1].numel())
             else:
-                groups = self._group_of_sequence(call.sequences)[layout.sequence_of_row(x.shape, call.sequences)]
+                sequences = layout.sequence_of_row(x.shape, call.sequences)
+                groups = self._group_of_sequence(call.sequences)[sequences]
+                if self._invocations:
+                    groups = np.where(self._changed(trace, site, layout, x.shape, sequences), groups, -1)
             rows = trace.arranged[layout, x.shape] = self._prepared.rows(groups, x.device)
         trace.rows[site.index, x.shape] = rows
         return rows
+
+    def _changed(self, trace: Trace, site: Site, layout: Layout, shape: Sequence[int], of: np.ndarray) -> np.ndarray:
+        """Whether an adapter changes each row of a layer's input [sequences, tokens, K] or [sequences * tokens, K].
+
+        of: the sequence of each. The tokens may be the last ones of the call alone.
+        """
+        tokens = layout.inner * int(np.prod(shape[1:-1]))
+        if layout.dim or layout.outer > 1 or not (len(shape) == 2 or len(shape) == 3 and layout.inner == 1):
+            tokens = 0
+        if not 0 < tokens <= trace.tokens:
+            raise ValueError(
+                f"batch: {site.path!r} got an input of shape {tuple(shape)}; for {some([*self._invocations])}, aLoRA, "
+                "expected [sequences, tokens, features] in a call of the model with token ids"
+            )
+        return np.arange(len(of)) % tokens >= tokens - np.array(trace.changed)[of]
 
     def _group_of_sequence(self, sequences: int) -> np.ndarray:
         """The group of each sequence of the model's batch, or of each row of a packed one."""

@@ -53,6 +53,9 @@ class Trace:
         shared: what the next layers may use. seen: the layers called last, as far as they had one input. running: the
             call of the model. case: of the last call. rows: by a layer's number and the shape of its input.
             arranged: by the layout of an input and its shape.
+        offsets: in this call: an aLoRA's identity -> of each sequence, how many rows at its end are the adapter's.
+        tokens: of each sequence in this call, if there are such. changed: of each sequence, how many of them an adapter
+            changes.
         sums: of the values in each row of the layers' outputs, by the number of rows: not finite if one of them is not.
     """
 
@@ -66,6 +69,9 @@ class Trace:
         self.rows: dict[tuple, Rows] = {}
         self.arranged: dict[tuple, Rows] = {}
         self.sums: dict[int, Tensor] = {}
+        self.offsets: dict[str, list[int | None]] = {}
+        self.tokens = 0
+        self.changed: tuple[int, ...] = ()
 
     def look(self, y: Tensor) -> None:
         """Keep what tells whether the rows of a layer's output y [rows, N] are finite, layer by layer."""

@@ -8,17 +8,20 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import torch
 from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
+from fused_lora.modules.activated import starts_of
 from fused_lora.serving.residency.residency import StoreFull
 from fused_lora.serving.store import AdapterStore, Lease
 
 _log = logging.getLogger("fused_lora.serving")
 
 # keys in a request's logit_processor_kwargs
-ADAPTER, VERSION = "adapter", "adapter_version"
+ADAPTER, VERSION, START = "adapter", "adapter_version", "adapter_start"
 SCHEDULER = "fused_lora"
+_NEVER = 1 << 62
 PATIENCE_SECONDS = 2.0
 
 
@@ -30,6 +33,11 @@ def adapter_of(state: RequestState) -> str | None:
 def version_of(state: RequestState) -> str:
     """The identity of the version a request started with. Empty for the base model and before the start."""
     return state.logit_processor_kwargs.get(VERSION, "")
+
+
+def start_of(state: RequestState) -> int:
+    """The position where an aLoRA of a started request begins to act; 0 for other adapters."""
+    return state.logit_processor_kwargs.get(START, 0)
 
 
 @dataclass
@@ -135,6 +143,10 @@ class Admission:
         elif blocked_since is not None and time.perf_counter() - blocked_since > PATIENCE_SECONDS:
             return False
         state.logit_processor_kwargs[VERSION] = version
+        invocation = self.leases[version].invocation
+        if invocation:  # looked for in the prompt alone, also after the request has lost its cache
+            [start] = starts_of(torch.tensor([state.initial_tokens]), invocation)
+            state.logit_processor_kwargs[START] = _NEVER if start is None else start
         return True
 
     def _fetch(self, name: str, version: str) -> Lease | None:

@@ -35,7 +35,15 @@ from transformers.generation.continuous_batching.utils import stream_context
 from fused_lora.modules.arguments import check_int
 from fused_lora.serving.engine import request as continuous_request
 from fused_lora.serving.engine import sampling as continuous_sampling
-from fused_lora.serving.engine.admission import ADAPTER, SCHEDULER, VERSION, Admission, EngineCounters
+from fused_lora.serving.engine.admission import (
+    ADAPTER,
+    SCHEDULER,
+    START,
+    VERSION,
+    Admission,
+    EngineCounters,
+    start_of,
+)
 from fused_lora.serving.engine.attention import by_request, is_by_request, spans_of
 from fused_lora.serving.engine.failures import MAX_FAILED_STEPS, StepFailed
 from fused_lora.serving.engine.finite import StepCheck
@@ -83,6 +91,17 @@ def _check_parts(model: Any, store: Any, config: Any) -> None:
         raise TypeError(f"config: expected a ContinuousBatchingConfig, got {type(config).__name__}")
 
 
+def _rows_of(futures: list) -> list[int] | np.ndarray:
+    """The rows of each request, or the request of each row, where those before an aLoRA's start are -1."""
+    counts, starts = [f.query_length for f in futures], [start_of(f.state) for f in futures]
+    if not any(starts):
+        return counts
+    ends = [f.state.position_offset for f in futures]
+    positions = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+    request = np.repeat(np.arange(len(futures)), counts)
+    return np.where(positions < np.array(starts)[request], -1, request)
+
+
 class AdapterManager(ContinuousBatchingManager):
     """transformers' ContinuousBatchingManager with ``adapter=`` on every request; see ``continuous_batching``."""
 
@@ -97,7 +116,7 @@ class AdapterManager(ContinuousBatchingManager):
         self._failures_in_a_row = 0
         super().__init__(model, greedy, _checked(config or default_config(model.device)))
         continuous_sampling.install(
-            self.logit_processor, {ADAPTER: str, VERSION: str, LOGPROBS: int, PROMPT_LOGPROBS: bool}
+            self.logit_processor, {ADAPTER: str, VERSION: str, START: int, LOGPROBS: int, PROMPT_LOGPROBS: bool}
         )
         self.batch_processor = self._create_batch_processor()
         self.max_request_tokens = infer_max_single_request_tokens(self.batch_processor.cache)
@@ -288,7 +307,7 @@ class AdapterManager(ContinuousBatchingManager):
         on_head = any(lease.adapts(self._head) for lease in set(leases) - {None})
         runner._model_supports_logits_to_keep = self._slices_logits and not on_head and not need_all_rows(futures)
         self._check.keep_logits = any(LOGPROBS in future.state.logit_processor_kwargs for future in futures)
-        rows = [future.query_length for future in futures]
+        rows = _rows_of(futures)
         # on a GPU the engine computes on a stream of its own, and what the store notes is noted on the current one
         with stream_context(inputs.compute_stream), self.store.batch_rows(leases, rows) as batch:
             batch.check_outputs = False  # one request's rows are to end that request alone
@@ -300,7 +319,7 @@ class AdapterManager(ContinuousBatchingManager):
                 every_row = not runner._model_supports_logits_to_keep
                 record(futures, self._check.logits, every_row, inputs.output_ids[0])
             ended = self._without_non_finite(inputs, leases, of_terms)
-        self._count(futures, leases)
+        self._count(futures, leases, rows)
         for state, error in ended:
             self.counters.non_finite_requests += 1
             _log.error("request %s: %s", state.request_id, error)
@@ -361,7 +380,7 @@ class AdapterManager(ContinuousBatchingManager):
             return False
         return not self._check.bad_rows(len(tokens), [len(tokens) - 1] if last else None)
 
-    def _count(self, futures: list, leases: list[Lease | None]) -> None:
+    def _count(self, futures: list, leases: list[Lease | None], rows: list[int] | np.ndarray) -> None:
         counters = self.counters
         counters.steps += 1
         counters.requests_in_steps += len(futures)
@@ -369,8 +388,9 @@ class AdapterManager(ContinuousBatchingManager):
         kept = self.batch_processor.inputs_and_outputs.requests_in_batch
         counters.generated_tokens += sum(future.has_new_token for future in kept)
         base = sum(f.query_length for f, lease in zip(futures, leases, strict=True) if lease is None)
-        counters.base_rows += base
-        counters.adapter_rows += sum(f.query_length for f in futures) - base
+        base += sum(rows == -1) if isinstance(rows, np.ndarray) else 0
+        counters.base_rows += int(base)
+        counters.adapter_rows += sum(f.query_length for f in futures) - int(base)
 
     def _fail_waiting(self, state: RequestState, error: Exception) -> None:
         """End a waiting request with ``error``."""

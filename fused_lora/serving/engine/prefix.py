@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.cache_allocators import CacheAl
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.requests import RequestState
 
-from fused_lora.serving.engine.admission import EngineCounters, version_of
+from fused_lora.serving.engine.admission import EngineCounters, start_of, version_of
 from fused_lora.serving.engine.logprobs import first_missing
 
 
@@ -20,12 +20,14 @@ class PrefixNamespaces:
     """Gives each adapter version its own namespace in the prefix cache of a processor.
 
     The cache identifies a block by the hash of its tokens and of the blocks before it. The same tokens have other keys
-    and values with another adapter, so the version is the key of the hash.
+    and values with another adapter, so the version is the key of the hash. Those before an aLoRA's start are the base
+    model's, so blocks that end before it have the base's key.
     """
 
     def __init__(self, processor: ContinuousBatchProcessor, counters: EngineCounters):
         self.scheduler, self.counters, cache = processor.scheduler, counters, processor.cache
-        self.secret, self.key = secrets.token_bytes(32), b""
+        self.secret, self.key, self.start = secrets.token_bytes(32), b"", 0
+        self.base_key = self._key_of("")
         self.search, self.mark = cache.search_prefix_match, cache.mark_complete_blocks
         cache.search_prefix_match, cache.mark_complete_blocks = self._search, self._mark
         for allocator in cache.cache_allocators.values():
@@ -33,7 +35,10 @@ class PrefixNamespaces:
             allocator.mark_complete_blocks = partial(self._mark_blocks, allocator)
 
     def _use(self, state: RequestState) -> None:
-        self.key = hashlib.blake2b(version_of(state).encode(), digest_size=32, key=self.secret).digest()
+        self.key, self.start = self._key_of(version_of(state)), start_of(state)
+
+    def _key_of(self, version: str) -> bytes:
+        return hashlib.blake2b(version.encode(), digest_size=32, key=self.secret).digest()
 
     def _search(self, request_id: str, prompt_ids: list[int]) -> int:
         state = self.scheduler.waiting_requests[request_id]
@@ -48,15 +53,16 @@ class PrefixNamespaces:
         self._use(state)
         self.mark(state, complete_blocks)
 
-    def _hash(self, parent: bytes, tokens: list[int]) -> bytes:
-        return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16, key=self.key).digest()
+    def _hash(self, parent: bytes, tokens: list[int], begin: int) -> bytes:
+        key = self.base_key if begin + len(tokens) <= self.start else self.key
+        return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16, key=key).digest()
 
     def _match_blocks(self, allocator: CacheAllocator, prompt_ids: list[int]) -> list[int]:
         size, parent, found = allocator.tokens_per_page, b"", []
         ledger: Any = allocator.ledger  # transformers' keys are numbers, ours are digests
         # the last token is always computed: its logits are what the request is there for
         for start in range(0, (len(prompt_ids) - 1) // size * size, size):
-            parent = self._hash(parent, prompt_ids[start : start + size])
+            parent = self._hash(parent, prompt_ids[start : start + size], start)
             block = ledger.hash_to_block.get(parent)
             if block is None:
                 break
@@ -74,7 +80,7 @@ class PrefixNamespaces:
                 if count == 0 or len(tokens) < size:
                     break
                 count -= 1
-                known = self._hash(parent, tokens)
+                known = self._hash(parent, tokens, i * size)
                 twin = ledger.register_new_hash(block, known)
                 if twin is not None:
                     ledger.acquire(twin)

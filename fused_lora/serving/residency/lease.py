@@ -10,8 +10,8 @@ from fused_lora.serving.residency.residency import Residency, Version
 class Lease:
     """One version of one adapter, held on the device until the release, through loads and unloads of its name.
 
-    A batch takes it in place of a name. ``identity``, ``name`` and ``version`` say which version it is. Release it,
-    or use it as a context manager.
+    A batch takes it in place of a name. ``identity``, ``name`` and ``version`` say which version it is, and
+    ``invocation`` the tokens that an aLoRA begins at. Release it, or use it as a context manager.
 
     Args:
         version: already held by the caller; the lease takes the hold over. residency: the residency it belongs to.
@@ -21,6 +21,7 @@ class Lease:
         self.held: Version | None = version
         self._residency = residency
         self.name, self.version, self.identity = version.name, version.number, version.identity
+        self.invocation = version.invocation
 
     def adapts(self, layer: nn.Module) -> bool:
         """Whether the adapter changes the output of this layer. Raises RuntimeError after the release."""

@@ -15,11 +15,12 @@ from fused_lora.modules.tree import CONFIGS, above, bare_path
 Triples = dict[str, tuple[Tensor, Tensor, float]]
 _PLAIN = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # by adapter name, in a layer that is served
 # config entries for tensors beyond A and B, which adapters that are served beside others do not have
-_MORE = ("modules_to_save", "trainable_token_indices", "lora_bias", "use_dora", "alora_invocation_tokens")
+_MORE = ("modules_to_save", "trainable_token_indices", "lora_bias", "use_dora")
 
 
-def live_adapter(source: nn.Module, name: str, base: nn.Module) -> Triples:
-    """``{path: (A [r, K], B [N, r], scaling)}`` of the adapter ``name`` of ``source``, or of its only one.
+def live_adapter(source: nn.Module, name: str, base: nn.Module) -> tuple[Triples, tuple[int, ...]]:
+    """``{path: (A [r, K], B [N, r], scaling)}`` of the adapter ``name`` of ``source``, or of its only one, and the
+    invocation tokens of an aLoRA.
 
     Args:
         base: the model that the adapter is to be served on.
@@ -40,13 +41,15 @@ def live_adapter(source: nn.Module, name: str, base: nn.Module) -> Triples:
     chosen = name if name in names else names[0]
     if name not in names and len(names) > 1:
         raise ValueError(f"source: the model has several adapters, {some(names)}, and none is called {name!r}")
-    _check_config(source, chosen)
+    invocation = _check_config(source, chosen)
     layers: Triples = {}
     for path, module in found.items():
         lora_A, lora_B = _pairs(module)
         if chosen in lora_A:
             A, B = lora_A[chosen], lora_B[chosen]
-            if chosen in getattr(module, "lora_variant", {}) or getattr(B, "bias", None) is not None:
+            variant = getattr(module, "lora_variant", {}).get(chosen)
+            other = variant is not None and not (invocation and type(variant).__name__ == "ALoraLinearVariant")
+            if other or getattr(B, "bias", None) is not None:
                 raise ValueError(
                     f"source: adapter {chosen!r} is more than A and B at {path!r} (DoRA or another variant, a bias of "
                     "lora_B), which is not served"
@@ -54,7 +57,7 @@ def live_adapter(source: nn.Module, name: str, base: nn.Module) -> Triples:
             A, B = (part if isinstance(part, Tensor) else part.weight for part in (A, B))
             layers[path] = (A, B, float(module.scaling[chosen]))
     _check_parameters(source, base, _check_nothing_else(source, chosen, layers))
-    return layers
+    return layers, invocation
 
 
 def _pairs(module: Any) -> tuple[Any, Any]:
@@ -73,15 +76,15 @@ def _target(path: str, module: Any) -> str:
     return f"{bare_module(path)}.{module.parameter_name}"
 
 
-def _check_config(source: nn.Module, chosen: str) -> None:
-    """Refuse by its config what a checkpoint of the adapter would be refused for."""
+def _check_config(source: nn.Module, chosen: str) -> tuple[int, ...]:
+    """Refuse by its config what a checkpoint of the adapter would be refused for. Returns its invocation tokens."""
     config: Any = None
     for module in source.modules():  # PEFT's and ours, under whatever wraps the model
         for configs in (vars(module).get("peft_config"), vars(module).get(CONFIGS)):
             if isinstance(configs, Mapping):
                 config = config or configs.get(chosen)
     if config is None:
-        return  # layers without a config: their modules are looked at
+        return ()  # layers without a config: their modules are looked at
     if config.bias != "none":
         raise ValueError(f"source: adapter {chosen!r} has bias={config.bias!r}: trained base biases are not served")
     for entry in _MORE:
@@ -92,6 +95,7 @@ def _check_config(source: nn.Module, chosen: str) -> None:
         check_init(config.init_lora_weights)
     except ValueError as error:
         raise ValueError(f"source: adapter {chosen!r} may not fit the store's base weights: {error}") from None
+    return tuple(getattr(config, "alora_invocation_tokens", None) or ())
 
 
 def _check_nothing_else(source: nn.Module, chosen: str, layers: Mapping[str, Any]) -> set[str]:

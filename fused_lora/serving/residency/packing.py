@@ -69,11 +69,15 @@ class Part(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """An adapter laid out: its parts in the order of the sites, their bytes, and the tensors (A, B) of each part."""
+    """An adapter laid out: its parts in the order of the sites, their bytes, and the tensors (A, B) of each part.
+
+    invocation: of an aLoRA, whose rows begin at these tokens.
+    """
 
     parts: tuple[Part, ...]
     nbytes: int
     tensors: tuple[tuple[Tensor, Tensor], ...]
+    invocation: tuple[int, ...] = ()
 
     def write(self, memory: Tensor, dtype: torch.dtype) -> None:
         """Fill ``memory``, uint8 of at least ``nbytes``, with the tensors in ``dtype``."""
@@ -126,7 +130,8 @@ def from_folder(
     for path, tensors in adapter.layers.items():
         r, alpha = plan.ranks[path]
         layers[path] = (tensors.lora_A, tensors.lora_B, scaling(r, alpha, plan.config.use_rslora))
-    return _pack(sites, layers, dtype), before
+    invocation = tuple(plan.config.alora_invocation_tokens or ())
+    return _pack(sites, layers, dtype)._replace(invocation=invocation), before
 
 
 def check_folder(model: nn.Module, folder: str, inside: str | None = None, allow_partial: bool = False) -> Plan:
@@ -152,6 +157,10 @@ def _check_served(folder: str, plan: Plan) -> None:
         more = {name: getattr(plan.config, name) for name in ("bias", "lora_bias", "use_dora")}
         said = ", ".join(f"{name}={value!r}" for name, value in more.items())
         raise ValueError(f"source: {folder!r} has {said}; adapters that are served beside others bring A and B only")
+    if plan.config.alora_invocation_tokens and plan.embeddings:
+        raise ValueError(
+            f"source: {folder!r} has alora_invocation_tokens and adapts the embedding {min(plan.embeddings)!r}"
+        )
     if plan.beside:
         raise ValueError(
             f"source: {folder!r} has modules_to_save or trainable_token_indices, {next(iter(plan.beside))!r} for one; "

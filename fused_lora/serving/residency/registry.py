@@ -115,11 +115,12 @@ class Registry:
             packed, files = from_folder(self.model, self._sites, folder, self._transfer.dtype, root, allow_partial)
             version = Version(name, 0, folder, files=files, inside=root, allow_partial=allow_partial)
             return self._load_packed(version, packed).number
+        invocation: tuple[int, ...] = ()
         if isinstance(source, nn.Module):
-            source = live_adapter(source, name, self.model)
+            source, invocation = live_adapter(source, name, self.model)
         if not isinstance(source, Mapping):
             raise TypeError(f"source: expected a folder, a mapping or a model, got {type(source).__name__}")
-        packed = from_tensors(self._sites, source, self._transfer.dtype, allow_partial)
+        packed = from_tensors(self._sites, source, self._transfer.dtype, allow_partial)._replace(invocation=invocation)
         return self._load_packed(Version(name, 0, None), packed).number
 
     def lease_async(self, name: str) -> Future[Lease]:

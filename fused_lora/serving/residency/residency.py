@@ -33,6 +33,7 @@ class Version:
     folder: where its files are, or None. held: how many batches use it. retired: its name has a newer version or was
     unloaded. refusal: why it is not served, or None. inside: the folder that its files must be in, or None.
     allow_partial: whether its files may hold more than the model takes. trained_on: the base that its config names.
+    invocation: the tokens that an aLoRA begins at.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Version:
     inside: str | None = None
     allow_partial: bool = False
     trained_on: str | None = None
+    invocation: tuple[int, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -133,7 +135,7 @@ class Residency:
 
     def _place(self, version: Version, packed: Packed | None) -> None:
         if packed is not None:
-            version.parts, version.nbytes = packed.parts, packed.nbytes
+            version.parts, version.nbytes, version.invocation = packed.parts, packed.nbytes, packed.invocation
         if self.transfer.tables is not None:
             self.transfer.tables.check(version.parts)
         host = version.host
