@@ -121,10 +121,9 @@ def experts_forward(
     _check_call(hidden, top_k_index, top_k_weights)
     tokens, top_k = top_k_index.shape
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    rows_of_experts = torch.bincount(ids, minlength=experts.num_experts)
-    if not torch.compiler.is_compiling() and len(rows_of_experts) != experts.num_experts:
-        raise ValueError(f"top_k_index: expected experts below {experts.num_experts}, got {len(rows_of_experts) - 1}")
-    offsets = rows_of_experts.cumsum(0, dtype=torch.int32)
+    _check_experts(ids, experts.num_experts)
+    # of a size that does not depend on numbers, so that it compiles
+    offsets = torch.searchsorted(ids, torch.arange(experts.num_experts, device=ids.device), right=True, out_int32=True)
 
     def project(x: Tensor, name: str) -> Tensor:
         bias = getattr(experts, f"{name}_bias")[ids] if experts.has_bias else None
@@ -151,6 +150,15 @@ def _check_call(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> N
             f"hidden_states, top_k_index, top_k_weights: expected [tokens, K] and twice [tokens, top_k], "
             f"got {tuple(hidden.shape)}, {shape} and {weights}"
         )
+
+
+def _check_experts(ids: Tensor, experts: int) -> None:
+    """Raise ValueError unless sorted numbers of experts are all there. Compiled code cannot ask."""
+    if torch.compiler.is_compiling() or not len(ids):
+        return
+    first, last = ids[0].item(), ids[-1].item()
+    if first < 0 or last >= experts:
+        raise ValueError(f"top_k_index: expected experts below {experts}, got {first if first < 0 else last}")
 
 
 def replace_rows(
