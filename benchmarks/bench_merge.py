@@ -48,7 +48,7 @@ _MEASURABLE_BYTES = 1 << 20  # below, pages and arenas outweigh the weight
 _SMALL = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 _DECODER = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096)}  # of Llama-3-8B
 _DECODER |= {"down": (14336, 4096)}  # and not all of the MLP: a CPU must be done in two minutes
-_FILES = dict(layers=1, hidden=2048, vocabulary=8000, shards=3, limit=0, rounds=3)
+_FILES = dict(layers=1, hidden=2048, vocabulary=8000, shards=3, rounds=3)
 _ROUNDS = 4  # of the decoder layer, whose round takes PEFT seconds
 _FIRST = """
 import json, time, torch, fused_lora
@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
         measure_model(report, arguments)
         measure_decoder(report, arguments)
         measure_first(report)
-        bench_checkpoint.measure(report, Namespace(**(vars(arguments) | _FILES)))
+        bench_checkpoint.measure(report, Namespace(**(vars(arguments) | _FILES)), goals=False)
     add_bars(report)
     code = report.finish()
     report.figure("merge_figure")

@@ -39,6 +39,8 @@ def _numbers(row: dict) -> int:
 def _panel(axis, rows: Sequence[dict]) -> None:
     for provider, colour in COLOURS.items():
         own = [row for row in rows if row["provider"] == provider]
+        if not own:
+            continue  # only a device that runs the kernels has one without a record
         for call, line in (("merge_ms", "-"), ("unmerge_ms", ":")):
             label = provider if call == "merge_ms" else None
             times = [row[call]["median"] for row in own]

@@ -92,8 +92,7 @@ def test_bench_merge_of_models_and_files(load, tmp_path, monkeypatch):
     bench = load("bench_merge")
     monkeypatch.setattr(bench, "SHAPES", {"cpu": [(31, 17)]})
     monkeypatch.setattr(bench, "_DECODER", {"q": (48, 40), "down": (56, 48)})
-    monkeypatch.setattr(bench, "_FILES", dict(layers=2, hidden=64, vocabulary=96, shards=3, limit=0, rounds=3))
-    monkeypatch.setattr(bench.bench_checkpoint, "memory", lambda *_: None)
+    monkeypatch.setattr(bench, "_FILES", dict(layers=2, hidden=64, vocabulary=96, shards=3, rounds=3))
     code, content = run(bench, tmp_path)
     found = {(row["benchmark"], row["provider"]) for row in content["rows"]}
     assert code == 0 and found >= {("merge_decoder", name) for name in ("PEFT", "fused_lora", "two calls")}
