@@ -38,6 +38,7 @@ _STOCK = {
     "awq": ("AwqLoraLinear",),
 }
 FUSED, AROUND = "fused", "fused around the base: "
+SEVERAL = "a batch of several adapters"
 _OF_VARIANTS = ("adapter_names", "alora_offsets")  # arguments that PEFT keeps from the base layer
 _WRAPPED = (
     "the model is wrapped by PEFT already. peft_model.load_adapter(path, adapter_name, is_trainable=True) loads a "
@@ -72,6 +73,10 @@ class AcceleratedLinear(FusedLoraBehaviour):
         adapter_names = kwargs.get("adapter_names")
         names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
         reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, kwargs)
+        if reason == SEVERAL and not args and kwargs.keys() == {"adapter_names"} and not self.lora_variant:
+            self._check_forward_args(x, **kwargs)
+            _count(AROUND + SEVERAL)
+            return self._mixed_forward(x, adapter_names, None)
         activated = self._activated(names)
         if activated and reason is None:
             reason = why_no_rows(x, kwargs.get("alora_offsets"))
@@ -316,7 +321,7 @@ def why_not_fused(layer: Any, names: list[str], adapter_names: list[str] | None 
     if layer.merged:
         return "merged: the base layer alone"
     if adapter_names is not None and (len(names) != 1 or BASE in adapter_names or len(set(adapter_names)) != 1):
-        return "a batch of several adapters"
+        return SEVERAL
     if not names:
         return "no active adapter in this layer"
     for name in names:

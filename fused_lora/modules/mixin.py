@@ -234,9 +234,9 @@ class FusedLoraBehaviour(_Layer):
         else:
             assert batch is not None
             rows_of = batch.rows(self, x)
-        if variants.has_magnitude(self, self._present(list(rows_of))):
-            raise ValueError("Cannot pass `adapter_names` when DoRA is enabled.")
         names = self._present(list(rows_of))
+        if variants.has_magnitude(self, names):
+            raise ValueError("Cannot pass `adapter_names` when DoRA is enabled.")
         changed = self._changed_rows(x, names)
         result = self.base_layer(x)
         flat_x, flat = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])

@@ -534,14 +534,15 @@ def full_disk(monkeypatch):
     monkeypatch.setattr(stream.os, "pwrite", write)
 
 
-def test_a_full_disk(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stochastic", [None, 7])
+def test_a_full_disk(tmp_path, monkeypatch, stochastic):
     base, adapter = write_base(tmp_path / "base", decoder(), shards=3), write_adapter(tmp_path / "adapter", SHAPES)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         full_disk(patch)
-        merge_checkpoint(base, adapter, tmp_path / "out")
+        merge_checkpoint(base, adapter, tmp_path / "out", stochastic=stochastic)
     assert not (tmp_path / "out").exists()
-    report = merge_checkpoint(base, adapter, tmp_path / "out")
-    merge_checkpoint(base, adapter, tmp_path / "whole")
+    report = merge_checkpoint(base, adapter, tmp_path / "out", stochastic=stochastic)
+    merge_checkpoint(base, adapter, tmp_path / "whole", stochastic=stochastic)
     assert report.kept and contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -344,15 +344,19 @@ def test_merge_into_a_class_that_nobody_knows_is_pefts():
 
 
 @pytest.mark.parametrize("names", [["a", "b", "__base__"], ["a"] * 3, ["__base__"] * 3], ids="-".join)
-def test_mixed_batches(names, report):
-    both = pair(adapters=TWO, base=Scaled(K, N))
+@pytest.mark.parametrize("kind", [Scaled, nn.Linear])
+@pytest.mark.parametrize("grad", [True, False])
+def test_mixed_batches(grad, kind, names, report):
+    both = pair(adapters=TWO, base=kind(K, N))
+    if not grad:
+        both.do(lambda m: m.eval())
     x = torch.randn(3, K)
-    ours, theirs = (layer(x, adapter_names=names) for layer in layers(both)[:2])
+    with torch.set_grad_enabled(grad):
+        ours, theirs = (layer(x, adapter_names=names) for layer in layers(both)[:2])
     assert_close(ours, theirs, terms=TERMS)
     one = len(set(names)) == 1 and "__base__" not in names
-    assert report()["around" if one else "fallback"] == {
-        "the base layer is a Scaled" if one else "a batch of several adapters": 1
-    }
+    why = "a batch of several adapters" if not one else "the base layer is a Scaled" if kind is Scaled else None
+    assert report() == {"fused": int(why is None), "around": {why: 1} if why else {}, "fallback": {}}
 
 
 def test_disabled_and_absent_adapters(report):
