@@ -121,10 +121,9 @@ def experts_forward(
     _check_call(hidden, top_k_index, top_k_weights)
     tokens, top_k = top_k_index.shape
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    rows_of_experts = torch.bincount(ids, minlength=experts.num_experts)
-    if not torch.compiler.is_compiling() and len(rows_of_experts) != experts.num_experts:
-        raise ValueError(f"top_k_index: expected experts below {experts.num_experts}, got {len(rows_of_experts) - 1}")
-    offsets = rows_of_experts.cumsum(0, dtype=torch.int32)
+    _check_experts(ids, experts.num_experts)
+    # of a size that does not depend on numbers, so that it compiles
+    offsets = torch.searchsorted(ids, torch.arange(experts.num_experts, device=ids.device), right=True, out_int32=True)
 
     def project(x: Tensor, name: str) -> Tensor:
         bias = getattr(experts, f"{name}_bias")[ids] if experts.has_bias else None
@@ -151,6 +150,15 @@ def _check_call(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> N
             f"hidden_states, top_k_index, top_k_weights: expected [tokens, K] and twice [tokens, top_k], "
             f"got {tuple(hidden.shape)}, {shape} and {weights}"
         )
+
+
+def _check_experts(ids: Tensor, experts: int) -> None:
+    """Raise ValueError unless sorted numbers of experts are all there. Compiled code cannot ask."""
+    if torch.compiler.is_compiling() or not len(ids):
+        return
+    first, last = ids[0].item(), ids[-1].item()
+    if first < 0 or last >= experts:
+        raise ValueError(f"top_k_index: expected experts below {experts}, got {first if first < 0 else last}")
 
 
 def replace_rows(
@@ -242,10 +250,8 @@ class Experts(Base):
         """As :meth:`Base.merge_`; all experts or none. One record an expert."""
         matrices = self._matrices(module)
         each = [Factors(*parts) for parts in _by_expert(factors, len(matrices))]
-        jobs = [merging.merge_later(W, own, self.transposed) for W, own in zip(matrices, each, strict=True)]
-        found = [job for job in jobs if job is not None]
-        if len(found) == len(jobs) and blocks.run_together([sweep for _, sweep in found], MERGE) == DONE:
-            return [record for record, _ in found]
+        if records := self._together(matrices, each, [None] * len(matrices)):
+            return records
         records = []
         try:
             for W, own in zip(matrices, each, strict=True):
@@ -256,11 +262,39 @@ class Experts(Base):
             raise
         return records
 
+    def _together(self, matrices: list[Tensor], each: list[Factors], old: list[Any]) -> list[merging.MergeRecord]:
+        """The records of merges, or of switches, in one call of the C loops; empty where they do not do it."""
+        every = zip(matrices, each, old, strict=True)
+        jobs = [merging.merge_later(W, own, self.transposed, before) for W, own, before in every]
+        found = [job for job in jobs if job is not None]
+        done = len(found) == len(jobs) and blocks.run_together([sweep for _, sweep in found], MERGE) == DONE
+        return [record for record, _ in found] if done else []
+
+    def switch_(
+        self, module: Any, record: list[merging.MergeRecord], factors: Factors, fan_in_fan_out: bool
+    ) -> list[merging.MergeRecord]:
+        """As :meth:`Base.switch_`; all experts or none. In one pass by the C loops only."""
+        matrices = self._matrices(module)
+        self._check_experts(matrices, record)
+        each = [Factors(*parts) for parts in _by_expert(factors, len(matrices))]
+        if records := self._together(matrices, each, record):
+            return records
+        frozen = self.factors(record, fan_in_fan_out)
+        self.unmerge_(module, record)
+        try:
+            return self.merge_(module, factors, fan_in_fan_out)
+        except BaseException:
+            record[:] = self.merge_(module, frozen, fan_in_fan_out)  # the same factors give the same bits again
+            raise
+
+    def _check_experts(self, matrices: list[Tensor], record: list[merging.MergeRecord]) -> None:
+        if len(matrices) != len(record):
+            raise RuntimeError(f"{self.name}: it has {len(matrices)} experts and had {len(record)} when it was merged")
+
     def unmerge_(self, module: Any, record: list[merging.MergeRecord]) -> None:
         """As :meth:`Base.unmerge_`; all experts or none."""
         matrices = self._matrices(module)
-        if len(matrices) != len(record):
-            raise RuntimeError(f"{self.name}: it has {len(matrices)} experts and had {len(record)} when it was merged")
+        self._check_experts(matrices, record)
         sweeps = [merging.unmerge_later(W, own) for W, own in zip(matrices, record, strict=True)]
         if all(sweeps) and blocks.run_together(sweeps, UNMERGE) == DONE:
             return

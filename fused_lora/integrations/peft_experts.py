@@ -105,8 +105,8 @@ def _wrappers(outermost: Any) -> Iterator[Any]:
 def _why_not_call(x: Any, args: tuple, kwargs: dict) -> str | None:
     if kwargs or len(args) != 2 or not all(isinstance(a, Tensor) and a.dim() == 2 for a in args):
         return "further arguments"
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return "torch.compile or a dispatch mode over experts"
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode over experts"
     if x.dim() != 2 or args[0].shape != args[1].shape or len(args[0]) != len(x):
         return "shapes differ"
     hooked = "a hook on all modules" if _has_any_global_hook() else None

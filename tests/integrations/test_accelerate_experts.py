@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 import fused_lora
 from fused_lora.bases import experts
@@ -169,3 +170,44 @@ def test_no_tensor_of_the_size_of_all_experts():
             held += event.nbytes()
             peak = max(peak, held)
     assert 0 < peak < stack
+
+
+class Llama4(nn.Module):
+    """Every token through every expert, as Llama4TextMoe calls them: no rows are chosen."""
+
+    def __init__(self):
+        super().__init__()
+        config = transformers.Llama4TextConfig(hidden_size=HIDDEN, intermediate_size=24, num_local_experts=EXPERTS)
+        self.emb, self.experts = nn.Embedding(TOKENS, HIDDEN), Llama4TextExperts(config)
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=0.2)
+
+    def forward(self, ids):
+        x = self.emb(ids.reshape(-1))
+        return self.experts(x.repeat(EXPERTS, 1)).view(EXPERTS, *x.shape).sum(0)
+
+
+def test_llama_4_runs_in_pefts_own_way_and_merges_exactly():
+    """Its experts are no part of transformers' registry: explain names the class, and inject refuses it by name."""
+    theirs = wrap(Llama4(), **BOTH)
+    ours = copy.deepcopy(theirs)
+    with pytest.warns(UserWarning, match="2 do not: Llama4TextExperts is not in transformers' registry of experts"):
+        fused_lora.accelerate(ours)
+    assert "Llama4TextExperts is not in transformers' registry of experts" in str(fused_lora.explain(ours))
+    ids = torch.randint(0, TOKENS, (ROWS, 5))
+    found = []
+    for model in (ours, theirs):
+        y = model(ids)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == 5 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    before = parameter_bits(ours)
+    for _ in range(3):
+        ours.merge_adapter()
+        assert_close(ours(ids), found[0][0], terms=1000)
+        ours.unmerge_adapter()
+    assert_bits(ours, before)
+    net = Llama4()
+    with pytest.raises(ValueError, match="not supported: Llama4TextExperts is not in transformers' registry"):
+        fused_lora.inject(net, fused_lora.LoraConfig(**BOTH))
+    assert type(net.experts) is Llama4TextExperts

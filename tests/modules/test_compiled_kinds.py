@@ -1,0 +1,77 @@
+"""torch.compile of models with experts, DoRA layers and embeddings: one graph, and what eager computes."""
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import fused_lora
+from fused_lora.testing.numeric import assert_close
+from helpers.accelerated import TOKENS, Net, wrap
+from helpers.experts import BOTH, Block, moe
+from helpers.seeds import shifted
+from helpers.thorough import sampled
+
+KINDS = {
+    "experts": (Block, {**BOTH}),
+    "a whole model": (moe, {**BOTH, "target_modules": ["q_proj"]}),
+    "DoRA": (Net, {"target_modules": ["lin0", "conv1d"], "use_dora": True}),
+    "embeddings": (Net, {"target_modules": ["lin0", "emb"]}),
+}
+
+
+def build(kind, name, **fields):
+    make, targets = KINDS[name]
+    if kind == "inject":
+        config = fused_lora.LoraConfig(r=4, **targets, **fields)
+        model = fused_lora.inject(make(), config)
+    else:
+        model = fused_lora.accelerate(wrap(make(), **targets, **fields))
+    for path, parameter in model.named_parameters():
+        if "lora_" in path and "magnitude" not in path:
+            parameter.data.normal_(std=0.2)
+    return model
+
+
+def run(model, call, ids):
+    torch.manual_seed(shifted(3))
+    y = call(ids)
+    y = getattr(y, "logits", y)
+    model.zero_grad()
+    y.square().sum().backward()
+    return {"y": y.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+
+CASES = [  # each second one in make test
+    ("inject", "experts", 0.3, True),
+    ("inject", "a whole model", 0.3, True),
+    ("accelerate", "experts", 0.0, True),
+    ("accelerate", "a whole model", 0.0, True),
+    ("inject", "experts", 0.0, False),
+    ("accelerate", "experts", 0.0, False),
+    ("inject", "DoRA", 0.3, True),
+    ("inject", "DoRA", 0.0, True),
+    ("accelerate", "DoRA", 0.0, False),
+    ("accelerate", "DoRA", 0.3, True),
+    ("accelerate", "embeddings", 0.0, True),
+    ("inject", "embeddings", 0.0, False),
+]
+
+
+@pytest.mark.parametrize("kind, name, p, training", sampled(CASES, 2))
+def test_one_graph_and_eagers_results(kind, name, p, training, monkeypatch):
+    """No graph break, no recompilation, and PEFT's folded forward never runs."""
+    monkeypatch.setattr(peft.tuners.lora.layer.ParamWrapper, "_activate_lora", nn.Module.forward)  # raises
+    model = build(kind, name, lora_dropout=p).train(training)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        ids = torch.randint(0, TOKENS, (5, 6))
+        ours, eager = run(model, compiled, ids), run(model, model, ids)
+        assert ours.keys() == eager.keys() and len(ours) > 2
+        for part, tensor in ours.items():
+            assert_close(tensor, eager[part], terms=1000)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    torch._dynamo.reset()
