@@ -142,7 +142,9 @@ def speed(base: Path, adapter: Path, folder: Path, report: Report, table: Table,
         for name, times in medians.items():
             share = medians["copy"]["median"] / times["median"]
             rate = nbytes / times["median"] / 1e3
-            row = dict(base=state, provider=name, ms=times, nbytes=nbytes, mb_per_s=round(rate, 1))
+            row = dict(
+                benchmark="checkpoint", base=state, provider=name, ms=times, nbytes=nbytes, mb_per_s=round(rate, 1)
+            )
             report.rows.append({**row, "of_copy": round(share, 3)})
             table.row(state, name, f"{times['median'] / 1e3:.2f}", f"{rate:.0f}", f"{share:.2f}")
         share = medians["copy"]["median"] / medians["fused_lora"]["median"]
@@ -157,14 +159,31 @@ def memory(base: Path, adapter: Path, folder: Path, report: Report, largest: int
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
-        report.rows.append(dict(provider="fused_lora", limit_gb=limit, correct=False, wrong=done.stderr[-400:]))
+        wrong = dict(correct=False, wrong=done.stderr[-400:])
+        report.rows.append(dict(benchmark="memory", provider="fused_lora", limit_gb=limit) | wrong)
         return
     found = json.loads(done.stdout.splitlines()[-1])
-    report.rows.append(dict(provider="fused_lora", limit_gb=limit, largest_tensor_bytes=largest, correct=True, **found))
+    row = dict(benchmark="memory", provider="fused_lora", limit_gb=limit, largest_tensor_bytes=largest, correct=True)
+    report.rows.append(row | found)
     held, most = found["peak_bytes"], MOST_TENSORS * largest + MOST_FURTHER
     space = f", {found['address_space_bytes'] / 1e9:.2f} GB of address space" if found["address_space_bytes"] else ""
     print(f"memory: {held / 1e6:.0f} MB resident at most{space}; the largest tensor has {largest / 1e6:.0f} MB")
     report.bar("resident memory, of 2.2 largest tensors and 200 MB", held / most, 1, False)
+
+
+def measure(report: Report, arguments: argparse.Namespace, parent: str | None = None) -> None:
+    """Write a checkpoint and an adapter, then merge: the memory, and the speed. ``arguments``: as of :func:`main`."""
+    with tempfile.TemporaryDirectory(dir=parent) as name:
+        folder = Path(name)
+        base, adapter = folder / "base", folder / "adapter"
+        linear = write_base(base, arguments.layers, arguments.vocabulary, arguments.hidden, arguments.shards)
+        write_adapter(adapter, linear, 16)
+        files = list(base.glob("*.safetensors"))
+        gigabytes = sum(file.stat().st_size for file in files) / 1e9
+        print(f"{gigabytes:.2f} GB in {len(files)} shards, bf16, rank 16 on {len(linear)} layers")
+        largest = 2 * max(arguments.vocabulary * arguments.hidden, *(k * n for k, n in linear.values()))
+        memory(base, adapter, folder, report, largest, arguments.limit)
+        speed(base, adapter, folder, report, Table(COLUMNS), arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,17 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     parent = vars(options).pop("folder")
     report = begin("checkpoint", options)
-    with tempfile.TemporaryDirectory(dir=parent) as name:
-        folder = Path(name)
-        base, adapter = folder / "base", folder / "adapter"
-        linear = write_base(base, options.layers, options.vocabulary, options.hidden, options.shards)
-        write_adapter(adapter, linear, 16)
-        files = list(base.glob("*.safetensors"))
-        gigabytes = sum(file.stat().st_size for file in files) / 1e9
-        print(f"{gigabytes:.2f} GB in {len(files)} shards, bf16, rank 16 on {len(linear)} layers")
-        largest = 2 * max(options.vocabulary * options.hidden, *(k * n for k, n in linear.values()))
-        memory(base, adapter, folder, report, largest, options.limit)
-        speed(base, adapter, folder, report, Table(COLUMNS), options)
+    measure(report, options, parent)
     return report.finish()
 
 

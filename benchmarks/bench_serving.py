@@ -300,20 +300,8 @@ def main(argv: list[str] | None = None) -> int:
         serve(report, arguments)
     add_bars(report)
     code = report.finish()
-    draw(report)
+    report.figure("serving_figure", report.settings.get("model"))
     return code
-
-
-def draw(report: Report) -> None:
-    """The figure beside the results file, where matplotlib is installed."""
-    try:
-        import serving_figure
-    except ImportError as error:
-        print(f"no figure: {error}")
-        return
-    path = serving_figure.draw(report.rows, report.settings.get("model"), report.path.with_suffix(".png"))
-    if path is not None:
-        print(f"figure: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import importlib.metadata
 import json
 import os
@@ -274,6 +275,17 @@ class Report:
         text = re.sub(r"(?<![\w.])/(?:[^/\s\"']+/)+", "", json.dumps(content, indent=1))
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, self.path)
+
+    def figure(self, module: str, *arguments: object) -> None:
+        """The figure beside the results, by the module's ``draw(rows, *arguments, path)``, if matplotlib is there."""
+        try:
+            draw = importlib.import_module(module).draw
+        except ImportError as error:
+            print(f"no figure: {error}")
+            return
+        path = draw(self.rows, *arguments, self.path.with_suffix(".png"))
+        if path is not None:
+            print(f"figure: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name}")
 
     def finish(self) -> int:
         """Write, print bars and what was left out; the exit code: 1 when a result was wrong."""

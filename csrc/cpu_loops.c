@@ -25,6 +25,8 @@
  * An unmerge computes C, applies the corrections, and writes the unit only if the checksum agrees. If a unit fails, the
  * units before it are taken back, so a call changes all of its weights or nothing. Python's signals wait for its return.
  *
+ * A switch takes an old merge off and merges anew, unit by unit: of a weight in memory it is one read and one write.
+ *
  * Build with -ffp-contract=off: the compiler must not fuse what is not written as fmaf.
  */
 #include <fenv.h>
@@ -46,7 +48,7 @@ typedef uint16_t bits16 __attribute__((aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
-typedef struct {
+typedef struct Work {
     int64_t rows, columns, row_stride, ranks; /* of W; its columns are contiguous */
     int64_t height, width;                    /* of a unit, at most AREA elements and WIDTH columns */
     int64_t weight_type;
@@ -60,6 +62,7 @@ typedef struct {
     int64_t room, used;
     int64_t dithered, first_row;              /* whether sums are rounded at random; the number of the first row there */
     uint64_t seed;
+    struct Work *old;                         /* what a switch takes off, of the same weight and units, or NULL */
 } Work;
 
 INLINE float as_float(uint32_t bits) {
@@ -563,6 +566,18 @@ int fused_lora_openmp(void) {
 #endif
 }
 
+/* One unit. In a switch it has an old merge before it is merged, and again once that is taken back. */
+static int step(Work *work, int64_t index, int variant, int mode) {
+    Work *old = work->old;
+    int found = DONE;
+    if (old && mode == MERGE && old->merged[index]) found = units[variant](old, index, UNMERGE);
+    if (found == DONE && (mode == CHECKSUM || work->merged[index] == (mode == UNMERGE)))
+        found = units[variant](work, index, mode);
+    if (found == DONE && old && mode == UNMERGE && !old->merged[index])
+        found = units[variant](old, index, MERGE_AGAIN);
+    return found;
+}
+
 static int sweep(Work *const *works, int64_t n, int threads, int variant, int mode) {
     int result = DONE;
 #pragma omp parallel num_threads(threads)
@@ -579,8 +594,7 @@ static int sweep(Work *const *works, int64_t n, int threads, int variant, int mo
                 int before, found = DONE;
 #pragma omp atomic read
                 before = result;
-                if (before == DONE && (mode == CHECKSUM || work->merged[index] == (mode == UNMERGE)))
-                    found = units[variant](work, index, mode);
+                if (before == DONE) found = step(work, index, variant, mode);
                 if (found != DONE) {
 #pragma omp atomic write
                     result = found;

@@ -12,12 +12,13 @@ A program holds a unit of W in registers and decides about it before it writes i
     merge          refuses a unit that would lose a finite element, or whose corrections find no room
     unmerge        refuses a unit whose sums are not those of the merge
     merge_again    merges the units that the last unmerge got through
+    switch         unmerges a unit and, unless that is refused, merges it anew
 
 A refusal is of the whole weight. The caller sees it in one number and takes back the units that were written: unmerge
-after merge, merge_again after unmerge. Either gives the exact bits, needs no memory, and skips what was not written, so
-the weight is again as it was before the caller goes on. A check of the whole weight in a pass of its own would read W
-once more and compute D once more, and the host would have to wait between the passes: 1.5 times the bytes, twice the
-chain, for a case that ends in an exception.
+after merge, merge_again after unmerge, both after switch. Either gives the exact bits, needs no memory, and skips what
+was not written, so the weight is again as it was before the caller goes on. A check of the whole weight in a pass of
+its own would read W once more and compute D once more, and the host would have to wait between the passes: 1.5 times
+the bytes, twice the chain, for a case that ends in an exception.
 
 What is kept and summed are words of 32 bits, one element of fp32 or two neighbours in a row: half the work for 16-bit
 weights, where the instructions for each element and not the bytes set the time. With u the words of a unit and i their
@@ -29,9 +30,9 @@ numbers from 1 on, the sums are
 
 A change of one word is (u - v) i, and of two that change places (u - v) (i - j): below 2^64, and not 0.
 
-Bytes: 2 e N K with e bytes an element, 6 a correction, 48 a unit, and the factors, which stay in L2. Instructions an
-element on sm_90 at rank 16, of which the chain is 22 to 27: bare 31, unmerge 71, merge 91 in 16 bits; 40, 70 and 95 in
-fp32.
+Bytes: 2 e N K with e bytes an element, also of a switch, whose unit is in the L1 or L2 cache when it is merged; 6 a
+correction of each record, 48 a unit, and the factors, which stay in L2. Instructions an element on sm_90 at rank 16, of
+which the chain is 22 to 27: bare 31, unmerge 71, merge 91 in 16 bits; 40, 70 and 95 in fp32.
 """
 
 from dataclasses import dataclass
@@ -70,14 +71,16 @@ def default_tile(dtype: torch.dtype, recording: bool, capability: int, random: b
     return MergeTile(ROWS=64 if many else 32)
 
 
-def launch_options(tile: MergeTile, nvidia: bool, dtype: torch.dtype, recording: bool) -> dict[str, int | bool]:
-    """No contraction but the written fma, because D's bits are a contract; registers for 16 warps a multiprocessor, or
-    for 12 with 32 elements a thread and where 16 words a thread are kept."""
+def launch_options(
+    tile: MergeTile, nvidia: bool, dtype: torch.dtype, recording: bool, masked_switch: bool = False
+) -> dict[str, int | bool]:
+    """No contraction but the written fma, because D's bits are a contract; registers for 16 warps a multiprocessor, for
+    12 with 32 elements a thread and where 16 words a thread are kept, or for 8 with 32 elements and masks in a switch.
+    """
     elements = tile.ROWS * tile.COLS // (32 * tile.num_warps)
     many = elements >= 32 or (recording and elements * dtype.itemsize >= 64)
-    return dict(num_warps=tile.num_warps, enable_fp_fusion=False) | (
-        dict(maxnreg=168 if many else 128) if nvidia else {}
-    )
+    registers = 192 if masked_switch and elements >= 32 else 168 if many else 128
+    return dict(num_warps=tile.num_warps, enable_fp_fusion=False) | (dict(maxnreg=registers) if nvidia else {})
 
 
 @triton.jit
@@ -138,15 +141,14 @@ def _dithered(total, dtype: tl.constexpr, seed, row0, col0):
 
 
 @triton.jit
-def _merge_kernel(
+def _do_unit(
     w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr, seed_ptr,
     N, K, R, room,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     UNMERGE: tl.constexpr, RECORD: tl.constexpr, AGAIN: tl.constexpr, EVEN: tl.constexpr, RANDOM: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """RECORD: a merge keeps what its unmerge needs, an unmerge uses it. AGAIN: only what the last unmerge got through.
-    EVEN: ROWS divides N and COLS divides K, nothing is masked. RANDOM: a merge rounds at random."""
+    """The program's unit; False where an unmerge refuses it."""
     WORDS: tl.constexpr = COLS * w_ptr.dtype.element_ty.primitive_bitwidth // 32  # in a row of a unit
     strips = tl.cdiv(K, COLS)
     unit_rows = tl.cdiv(N, ROWS)
@@ -169,6 +171,7 @@ def _merge_kernel(
             tl.store(entry + 5, 0)
     else:
         todo = True
+    fits = todo | (strip >= 0)
     if todo:
         first_row = unit_row.to(tl.int64) * ROWS
         row_ok = (rows < N - unit_row * ROWS) | EVEN
@@ -204,6 +207,7 @@ def _merge_kernel(
                 kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count)
                 same = (tl.load(entry + 2) == sum_merged) & (tl.load(entry + 3) == sum_back)
                 same &= tl.load(entry + 4) == kept
+                fits = same
                 tl.store(entry + 5, same.to(tl.int64))
                 if same:
                     tl.store(w_ptrs, new, mask=inside)
@@ -249,6 +253,41 @@ def _merge_kernel(
                     tl.store(entry + 2, sum_merged)
                     tl.store(entry + 3, sum_back)
                     tl.store(entry + 4, kept)
+    return fits
+
+
+@triton.jit
+def _merge_kernel(
+    w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr, seed_ptr,
+    old_a_ptr, old_b_ptr, old_table_ptr, old_places_ptr, old_values_ptr,
+    N, K, R, room,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    OLD_R, stride_old_ar, stride_old_ak, stride_old_bn, stride_old_br,
+    UNMERGE: tl.constexpr, RECORD: tl.constexpr, AGAIN: tl.constexpr, EVEN: tl.constexpr, RANDOM: tl.constexpr,
+    SWITCH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """RECORD: a merge keeps what its unmerge needs, an unmerge uses it. AGAIN: only what the last unmerge got through.
+    EVEN: ROWS divides N and COLS divides K, nothing is masked. RANDOM: a merge rounds at random. SWITCH: an old merge
+    is taken off first; the unit then comes from the L1 or L2 cache."""
+    if SWITCH:
+        fits = _do_unit(
+            w_ptr, old_a_ptr, old_b_ptr, old_table_ptr, old_places_ptr, old_values_ptr, seed_ptr, N, K, OLD_R, room,
+            stride_wn, stride_wk, stride_old_ar, stride_old_ak, stride_old_bn, stride_old_br,
+            True, True, False, EVEN, False, ROWS, COLS,
+        )  # fmt: skip
+        tl.debug_barrier()  # corrections are stored by other threads than load the unit
+        if fits:
+            _do_unit(
+                w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr, seed_ptr, N, K, R, room,
+                stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+                False, True, False, EVEN, RANDOM, ROWS, COLS,
+            )  # fmt: skip
+    else:
+        _do_unit(
+            w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr, seed_ptr, N, K, R, room,
+            stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+            UNMERGE, RECORD, AGAIN, EVEN, RANDOM, ROWS, COLS,
+        )  # fmt: skip
 
 
 def _along_rows(W, A, B):
@@ -256,26 +295,31 @@ def _along_rows(W, A, B):
     return (W.t(), B.t(), A.t()) if W.stride(0) < W.stride(1) else (W, A, B)
 
 
-def _launch(W, A, B, tile, record=None, *, UNMERGE=False, AGAIN=False) -> None:
-    """One launch; W is [N, K] along rows."""
+def _launch(W, A, B, tile, record=None, old=(None, None, None), *, UNMERGE=False, AGAIN=False) -> None:
+    """One launch; W is [N, K] along rows. old: A, B and the record of what a switch takes off."""
     if W.numel() == 0:
         return
     RECORD = record is not None and not AGAIN
     room = len(record.values) if RECORD and not UNMERGE else None
-    sizes = *W.shape, len(A), room, *W.stride(), *A.stride(), *B.stride()
+    old_A, old_B, before = old
+    taken = (None,) * 5 if old_A is None else (len(old_A), *old_A.stride(), *old_B.stride())
+    sizes = *W.shape, len(A), room, *W.stride(), *A.stride(), *B.stride(), *taken
     seed = None if record is None or UNMERGE else record.seed
     launch = _prepared(sizes, tile, W.dtype, W.device, UNMERGE, RECORD, AGAIN, seed is not None)
     places, values = (record.places, record.values) if RECORD else (None, None)
-    launch(_merge_kernel, W, A, B, record and record.table, places, values, seed)
+    held = (None, None, None) if before is None else (before.table, before.places, before.values)
+    launch(_merge_kernel, W, A, B, record and record.table, places, values, seed, old_A, old_B, *held)
 
 
 @lru_cache(KEPT)
 def _prepared(sizes, tile, dtype, device, UNMERGE, RECORD, AGAIN, RANDOM) -> Launch:
     N, K = sizes[:2]
+    SWITCH, EVEN = sizes[-1] is not None, N % tile.ROWS == 0 and K % tile.COLS == 0
     return Launch(
         (-(-K // tile.COLS) * -(-N // tile.ROWS),), *sizes,
-        UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, RANDOM=RANDOM, EVEN=N % tile.ROWS == 0 and K % tile.COLS == 0,
-        ROWS=tile.ROWS, COLS=tile.COLS, **launch_options(tile, not torch.version.hip, dtype, RECORD),
+        UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, EVEN=EVEN, RANDOM=RANDOM, SWITCH=SWITCH,
+        ROWS=tile.ROWS, COLS=tile.COLS,
+        **launch_options(tile, not torch.version.hip, dtype, RECORD, SWITCH and not EVEN),
     )  # fmt: skip
 
 
@@ -324,9 +368,27 @@ def unmerge(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None
     _launch(*_along_rows(W, A, B), _tile_of(record, tile), record, UNMERGE=True)
 
 
+def switch(
+    W: torch.Tensor,
+    old: tuple[torch.Tensor, torch.Tensor, Corrections],
+    new: tuple[torch.Tensor, torch.Tensor, Corrections],
+    tile: MergeTile | None = None,
+) -> None:
+    """:func:`unmerge` with old's (A, B, record) and :func:`merge` with new's, unit by unit. One launch.
+
+    The records have the same units. A unit that the unmerge refuses stays as it is, one that the merge refuses is
+    unmerged: :func:`unmerge` with new's and then :func:`merge_again` with old's take everything back.
+    """
+    before, (A, B, record) = old[2], new
+    before.refused.zero_()
+    _, *factors = _along_rows(W, *old[:2])
+    _launch(*_along_rows(W, A, B), _tile_of(record, tile), record, (*factors, before))
+
+
 def merge_again(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None:
-    """Undo the last :func:`unmerge`, to the bit."""
+    """Undo the last :func:`unmerge`, to the bit, once."""
     _launch(*_along_rows(W, A, B), _tile_of(record, tile), record, AGAIN=True)
+    record.table[:, 5].zero_()
 
 
 def merge_apply(W, A, B, tile: MergeTile | None = None) -> None:

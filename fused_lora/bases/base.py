@@ -76,6 +76,7 @@ class Base:
     """One kind of base layer. The methods take the module; a Base has no state of its own."""
 
     bits = 0  # of a quantised weight, which has dense_weight, become_linear and copy_weight
+    in_one_pass = True  # whether it has switch_
 
     def why_not_fused(self, module: nn.Module) -> str | None:
         """None when :meth:`forward` may stand in for a call of ``module``, else the reason in a few words.
@@ -125,11 +126,18 @@ class Base:
         """
         return merging.merge_(_writable(module), *factors, fan_in_fan_out=fan_in_fan_out)
 
-    def merge_later(self, module: nn.Module, factors: Factors, fan_in_fan_out: bool) -> tuple[Any, Any] | None:
-        """What :meth:`merge_` would do as (record, sweep), to run with other layers; None where it must do it."""
+    def switch_(self, module: nn.Module, record: Any, factors: Factors, fan_in_fan_out: bool) -> Any:
+        """:meth:`unmerge_` and :meth:`merge_`; what either raises, with the weight and ``record`` as they were."""
+        return merging.switch_(_writable(module), record, *factors, fan_in_fan_out=fan_in_fan_out)
+
+    def merge_later(
+        self, module: nn.Module, factors: Factors, fan_in_fan_out: bool, old: Any = None
+    ) -> tuple[Any, Any] | None:
+        """What :meth:`merge_`, or with an ``old`` record :meth:`switch_`, would do as (record, sweep), to run with
+        other layers; None where it must do it."""
         if self.merge_weight(module) is None:
             return None
-        return merging.merge_later(_writable(module), factors, fan_in_fan_out)
+        return merging.merge_later(_writable(module), factors, fan_in_fan_out, old)
 
     def unmerge_later(self, module: nn.Module, record: Any) -> Any:
         """What :meth:`unmerge_` would do as a sweep, or None."""

@@ -250,10 +250,8 @@ class Experts(Base):
         """As :meth:`Base.merge_`; all experts or none. One record an expert."""
         matrices = self._matrices(module)
         each = [Factors(*parts) for parts in _by_expert(factors, len(matrices))]
-        jobs = [merging.merge_later(W, own, self.transposed) for W, own in zip(matrices, each, strict=True)]
-        found = [job for job in jobs if job is not None]
-        if len(found) == len(jobs) and blocks.run_together([sweep for _, sweep in found], MERGE) == DONE:
-            return [record for record, _ in found]
+        if records := self._together(matrices, each, [None] * len(matrices)):
+            return records
         records = []
         try:
             for W, own in zip(matrices, each, strict=True):
@@ -264,11 +262,39 @@ class Experts(Base):
             raise
         return records
 
+    def _together(self, matrices: list[Tensor], each: list[Factors], old: list[Any]) -> list[merging.MergeRecord]:
+        """The records of merges, or of switches, in one call of the C loops; empty where they do not do it."""
+        every = zip(matrices, each, old, strict=True)
+        jobs = [merging.merge_later(W, own, self.transposed, before) for W, own, before in every]
+        found = [job for job in jobs if job is not None]
+        done = len(found) == len(jobs) and blocks.run_together([sweep for _, sweep in found], MERGE) == DONE
+        return [record for record, _ in found] if done else []
+
+    def switch_(
+        self, module: Any, record: list[merging.MergeRecord], factors: Factors, fan_in_fan_out: bool
+    ) -> list[merging.MergeRecord]:
+        """As :meth:`Base.switch_`; all experts or none. In one pass by the C loops only."""
+        matrices = self._matrices(module)
+        self._check_experts(matrices, record)
+        each = [Factors(*parts) for parts in _by_expert(factors, len(matrices))]
+        if records := self._together(matrices, each, record):
+            return records
+        frozen = self.factors(record, fan_in_fan_out)
+        self.unmerge_(module, record)
+        try:
+            return self.merge_(module, factors, fan_in_fan_out)
+        except BaseException:
+            record[:] = self.merge_(module, frozen, fan_in_fan_out)  # the same factors give the same bits again
+            raise
+
+    def _check_experts(self, matrices: list[Tensor], record: list[merging.MergeRecord]) -> None:
+        if len(matrices) != len(record):
+            raise RuntimeError(f"{self.name}: it has {len(matrices)} experts and had {len(record)} when it was merged")
+
     def unmerge_(self, module: Any, record: list[merging.MergeRecord]) -> None:
         """As :meth:`Base.unmerge_`; all experts or none."""
         matrices = self._matrices(module)
-        if len(matrices) != len(record):
-            raise RuntimeError(f"{self.name}: it has {len(matrices)} experts and had {len(record)} when it was merged")
+        self._check_experts(matrices, record)
         sweeps = [merging.unmerge_later(W, own) for W, own in zip(matrices, record, strict=True)]
         if all(sweeps) and blocks.run_together(sweeps, UNMERGE) == DONE:
             return

@@ -14,6 +14,8 @@ from fused_lora.ops.merge import op as merging
 class AsMatrix(Base):
     """A weight [N, ...] as [N, K], or where ``transposed`` a weight [K, N]: lora_A is [r, K], lora_B [N, r]."""
 
+    in_one_pass = False  # a model has few of them
+
     def __init__(self, transposed: bool):
         self.transposed = transposed
 

@@ -99,6 +99,8 @@ class Requantised(Base):
         """As the module has them: a packed weight may have another shape."""
         return module.in_features, module.out_features
 
+    in_one_pass = False  # the old packed weight is put back as it is
+
     def merge_weight(self, module: Any) -> None:
         """None: so few bits hold no sum. :meth:`merge_` makes another weight."""
         return None

@@ -204,7 +204,7 @@ class LoraEmbedding(EmbeddingBehaviour, LoraLayer):
         A, B = self._pair(adapter)
         return ((B.float() @ A.float()).t() * self.scaling[adapter]).to(B.dtype)
 
-    def _merge_later(self, names: list[str]) -> None:
+    def _merge_later(self, names: list[str], old: object = None) -> None:
         return None
 
     def _unmerge_later(self) -> None:

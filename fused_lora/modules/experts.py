@@ -238,7 +238,7 @@ class LoraStack(LoraLayer):
     def _merge_place(self) -> tuple[nn.Module, Base]:
         return self.base_layer, experts.kind(self.parameter_name, bool(self.base_layer.is_transposed))
 
-    def _merge_later(self, names: list[str]) -> None:
+    def _merge_later(self, names: list[str], old: object = None) -> None:
         return None
 
     def _unmerge_later(self) -> None:

@@ -32,7 +32,7 @@ from fused_lora.modules.inject import (
 )
 from fused_lora.modules.layer import LoraLayer
 from fused_lora.modules.linear import go_back, naming, snapshot, together, unmerge_all
-from fused_lora.modules.mixin import Later
+from fused_lora.modules.mixin import Later, _Merge
 from fused_lora.modules.names import some
 from fused_lora.modules.reads import FirstForward
 from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, places, unwrapped
@@ -42,6 +42,7 @@ from fused_lora.ops.native import MERGE
 
 LEAST_SURVIVING = 0.5  # share of an adapter that a merge should keep
 _SAMPLED_LAYERS, _SAMPLED_ROWS = 32, 8
+_NOTHING: Mapping[str, _Merge] = {}
 
 
 @alone
@@ -91,7 +92,9 @@ def switch(
 ) -> None:
     """Merge these adapters in the place of those that are merged now: all layers hold the new ones, or the old ones.
 
-    The bits are those of an :func:`unmerge` and a :func:`merge`, so a later unmerge still restores the original.
+    The bits are those of an :func:`unmerge` and a :func:`merge`, so a later unmerge still restores the original. Linear
+    layers and stacks of experts are read and written once. The two calls one after the other run where they must:
+    for DoRA, whose norms ask for the base weight, a lora_bias, embeddings, convolutions and quantised layers.
 
     Args:
         model: a model of ``inject``, merged or not. adapter_names, weights, safe_merge: as in :func:`merge`.
@@ -104,14 +107,21 @@ def switch(
     names = as_list(adapter_names)
     check_names(model, names)
     factors = _checked_weights(names, weights)
-    before = snapshot(layers.values())
+    before, sampled = snapshot(layers.values()), _to_sample(layers)
+    old = {p: layer.merge_state for p, layer in layers.items() if _in_one_pass(layer, names, p in sampled)}
     try:
-        unmerge_all(layers)
-        with _weighted(layers, _checked_names(model, layers, names), factors):
-            _merge(layers, names, safe_merge)
+        unmerge_all({path: layer for path, layer in layers.items() if path not in old})
+        with _weighted(layers, _checked_names(model, layers, names, switching=True), factors):
+            _merge(layers, names, safe_merge, old)
     except BaseException:
         go_back(before)
         raise
+
+
+def _in_one_pass(layer: Any, names: list[str], sampled: bool) -> bool:
+    if not isinstance(layer, LoraLayer) or not layer._switches(layer._present(names)):
+        return False
+    return not sampled or layer.merge_state.rows_before is not None
 
 
 @contextlib.contextmanager
@@ -205,7 +215,9 @@ def _seeded(layers: Mapping[str, Any], names: list[str], seed: Any) -> Iterator[
             layer.__dict__.pop("rounding_seed", None)
 
 
-def _checked_names(model: nn.Module, layers: Mapping[str, Any], adapter_names: Sequence[str] | None) -> list[str]:
+def _checked_names(
+    model: nn.Module, layers: Mapping[str, Any], adapter_names: Sequence[str] | None, switching: bool = False
+) -> list[str]:
     """The adapters to merge; the errors and warnings that need no number."""
     first = next(iter(layers.values()))  # a LoRA layer
     names = list(first.active_adapters) if adapter_names is None else as_list(adapter_names)
@@ -213,35 +225,57 @@ def _checked_names(model: nn.Module, layers: Mapping[str, Any], adapter_names: S
     _check_not_shared(model, {path: layer for path, layer in layers.items() if layer._present(names)})
     if not names:
         warnings.warn("merge: no adapters are active or named, nothing to do", stacklevel=5)
-    elif all(name in m.merged_adapters for m in layers.values() for name in m._present(names)):
+    elif not switching and all(name in m.merged_adapters for m in layers.values() for name in m._present(names)):
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=5)
     return names
 
 
-def _merge(layers: Mapping[str, Any], names: list[str], safe_merge: bool = False) -> None:
-    """:func:`merge` for some of a model's layers."""
-    before = snapshot(layers.values())
+def _quantised(layer: LoraLayer) -> bool:
+    return layer._merge_place()[1].bits > 0 or getattr(layer, "weight", None) is None
+
+
+def _to_sample(layers: Mapping[str, Any]) -> set[str]:
+    """Paths of layers of 16 bits whose rows are compared with what they were."""
+    some = list(layers.items())[:: max(1, len(layers) // _SAMPLED_LAYERS)]
+    linear = [(path, layer) for path, layer in some if isinstance(layer, LoraLayer) and not _quantised(layer)]
+    return {path for path, layer in linear if layer.weight.dtype.itemsize == 2}
+
+
+def _merge(
+    layers: Mapping[str, Any], names: list[str], safe_merge: bool = False, old: Mapping[str, _Merge] = _NOTHING
+) -> None:
+    """:func:`merge` for some of a model's layers. old: merges by path that go, in one pass with the new ones."""
+    before, sampled = snapshot(layers.values()), _to_sample(layers)
     packed: list[LoraLayer] = []
     samples: list[tuple[LoraLayer, list[str], Tensor]] = []
+    rows_before: dict[LoraLayer, Tensor] = {}
     try:
-        every = max(1, len(layers) // _SAMPLED_LAYERS)
         linear: dict[str, Callable[[], Later | None]] = {}
-        for i, (path, layer) in enumerate(layers.items()):
-            new = [name for name in layer._present(names) if name not in layer.merged_adapters]
+        for path, layer in layers.items():
+            new = [name for name in layer._present(names) if path in old or name not in layer.merged_adapters]
             if new and isinstance(layer, LoraLayer):
-                linear[path] = functools.partial(layer._merge_later, new)
-                if layer._merge_place()[1].bits or getattr(layer, "weight", None) is None:
+                state = old.get(path)
+                linear[path] = functools.partial(layer._merge_later, new, state)
+                if _quantised(layer):
                     packed.append(layer)
-                elif layer.weight.dtype.itemsize != 2 or layer.rounding_seed is not None:
-                    continue  # at random a weight may be off by more than its delta, and their mean is right
-                elif i % every == 0 and not has_magnitude(layer, new):
-                    samples.append((layer, new, _sample(*_matrix(layer))))
+                elif path in sampled:
+                    rows = None if state is None else state.rows_before
+                    rows = _sample(*_matrix(layer)) if rows is None else rows
+                    if state is not None or not layer.merged:
+                        rows_before[layer] = rows
+                    # at random a weight may be off by more than its delta, and their mean is right
+                    if layer.rounding_seed is None and not has_magnitude(layer, new):
+                        samples.append((layer, new, rows))
         together(linear, MERGE)
         for path, layer in layers.items():
-            new = [name for name in layer._present(names) if name not in layer.merged_adapters]
-            if new:
-                with naming(path):
+            new = layer._present(names)
+            with naming(path):
+                if path in old and layer.merge_state is old[path]:
+                    layer._switch(new)
+                elif new := [name for name in new if name not in layer.merged_adapters]:
                     layer.merge(safe_merge, new)
+        for layer, rows in rows_before.items():
+            layer.merge_state.rows_before = rows
         _warn_of_rounding(names, samples, packed)
     except BaseException:
         go_back(before)
@@ -273,9 +307,9 @@ def _warn_of_rounding(
 
 
 def _sample(weight: Tensor, transposed: bool) -> Tensor:
-    """Some rows of a weight [N, K], as a copy in fp64."""
+    """Some rows of a weight [N, K], as a copy."""
     rows = weight.detach().t() if transposed else weight.detach()
-    return rows[:: max(1, len(rows) // _SAMPLED_ROWS)].double()
+    return rows[:: max(1, len(rows) // _SAMPLED_ROWS)].clone()
 
 
 def _matrix(layer: Any) -> tuple[Tensor, bool]:
@@ -287,13 +321,14 @@ def _matrix(layer: Any) -> tuple[Tensor, bool]:
 
 def _norms(layer: Any, names: list[str], before: Tensor) -> Tensor:
     """[||D||, ||(Wm - W) - D||] of the sampled rows, on the weight's device."""
-    change, delta = _sample(*_matrix(layer)) - before, torch.zeros_like(before)
+    change = _sample(*_matrix(layer)).double() - before.double()
+    delta = torch.zeros_like(change)
     for name in names:
         if isinstance(layer, LoraStack):
             A, B = layer.of_expert(0, name)
         else:
             A, B = (part.weight for part in layer._parts([name])[:2])
-        delta += _sample(B, False) @ A.detach().double() * float(layer.scaling[name])
+        delta += _sample(B, False).double() @ A.detach().double() * float(layer.scaling[name])
     return torch.stack((delta, change - delta)).norm(dim=(1, 2))
 
 

@@ -50,6 +50,7 @@ class _Merge:
     record: Any  # of the base's kind
     bias_before: Tensor | None = None
     bias_after: Tensor | None = None
+    rows_before: Tensor | None = None  # some of the weight's, by which a merge of a model judges what rounding loses
 
 
 class Later(NamedTuple):
@@ -314,18 +315,39 @@ class FusedLoraBehaviour(_Layer):
             state.bias_after = bias
         self._write(state, None if bias is None else self.base_layer.bias.data.clone(), names)
 
-    def _merge_later(self, names: list[str]) -> Later | None:
-        """What :meth:`_merge_names` would do, to run with other layers; None where it must do that itself."""
+    def _merge_later(self, names: list[str], old: _Merge | None = None) -> Later | None:
+        """What :meth:`_merge_names`, or in place of an ``old`` merge :meth:`_switch`, would do, to run with other
+        layers; None where it must do that itself."""
         base = self._modules["base_layer"]
         weight = base._parameters.get("weight")
-        if self.merged or self.merge_state is not None or self._with_bias(names) or base_of(base).why_not_merged(base):
+        if self.merge_state is not old or bool(self.merged) != (old is not None):
+            return None
+        if self._with_bias(names) or base_of(base).why_not_merged(base):
             return None
         if (weight is not None and weight.is_meta) or is_sharded(self):
             return None
         if base_of(base).bits and variants.has_magnitude(self, names):
             return None
-        found = base_of(base).merge_later(base, variants.factors(self, names), self.fan_in_fan_out)
+        record = None if old is None else old.record
+        found = base_of(base).merge_later(base, variants.factors(self, names), self.fan_in_fan_out, record)
         return None if found is None else Later(self, _Merge(found[0]), names, found[1])
+
+    def _switches(self, names: list[str]) -> bool:
+        """Whether :meth:`_switch` can merge these in the place of what is merged."""
+        state, (base, kind) = self.merge_state, self._merge_place()
+        if not self.merged or state is None or state.bias_after is not None or not names:
+            return False
+        if not kind.in_one_pass or kind.why_not_merged(base) or is_sharded(self):
+            return False
+        return not self._with_bias(names) and not variants.has_magnitude(self, names)  # norms of the base weight
+
+    def _switch(self, names: list[str]) -> None:
+        """These in the place of what is merged, in one pass over the weight, or nothing."""
+        assert self.merge_state is not None
+        attributes, merged, state = self.__dict__, self.merged_adapters, _Merge(None)
+        state.record = self._merge_factors(variants.factors(self, names), names, self.merge_state.record)
+        attributes["merge_state"] = state  # no call from here to the end: see _write
+        merged[:] = names
 
     def _unmerge_later(self) -> Later | None:
         """The same of :meth:`unmerge`."""
@@ -367,9 +389,12 @@ class FusedLoraBehaviour(_Layer):
             old.record = self._merge_factors(frozen, names)  # the same factors give the same bits again
             raise
 
-    def _merge_factors(self, factors, names: list[str]) -> Any:
+    def _merge_factors(self, factors, names: list[str], old: Any = None) -> Any:
+        """old: the record of what is merged now, and goes."""
         base, kind = self._merge_place()
         try:
+            if old is not None:
+                return kind.switch_(base, old, factors, self.fan_in_fan_out)
             return kind.merge_(base, factors, self.fan_in_fan_out)
         except ValueError as error:
             raise ValueError(f"{error} (adapters {names}); nothing was merged") from None

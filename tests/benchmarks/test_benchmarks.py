@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-import importlib
+import importlib.util
 import json
 import math
 import statistics
@@ -80,6 +80,31 @@ def test_bench_merge(load, tmp_path, capsys):
     assert all(row["merge_host_us"] is None for row in rows if row["provider"] != "copy")
     screen = capsys.readouterr().out
     assert "96x64 r=16 bfloat16" in screen and "share of weights not back" in screen
+    if importlib.util.find_spec("matplotlib") is None:
+        assert "no figure: No module named 'matplotlib'" in screen
+    else:
+        (figure,) = tmp_path.glob("*-merge.png")
+        assert figure.read_bytes().startswith(b"\x89PNG") and f"figure: {figure.name}" in screen
+
+
+def test_bench_merge_of_models_and_files(load, tmp_path, monkeypatch):
+    """What follows the single layers by default, small: PEFT, one pass and two calls; a process of its own; files."""
+    bench = load("bench_merge")
+    monkeypatch.setattr(bench, "SHAPES", {"cpu": [(31, 17)]})
+    monkeypatch.setattr(bench, "_DECODER", {"q": (48, 40), "down": (56, 48)})
+    monkeypatch.setattr(bench, "_FILES", dict(layers=2, hidden=64, vocabulary=96, shards=3, limit=0, rounds=3))
+    monkeypatch.setattr(bench.bench_checkpoint, "memory", lambda *_: None)
+    code, content = run(bench, tmp_path)
+    found = {(row["benchmark"], row["provider"]) for row in content["rows"]}
+    assert code == 0 and found >= {("merge_decoder", name) for name in ("PEFT", "fused_lora", "two calls")}
+    assert found >= {("checkpoint", "copy"), ("checkpoint", "fused_lora"), ("first_merge", "fused_lora")}
+    for row in content["rows"]:
+        if row["benchmark"] == "merge_decoder":
+            for step in ("sync", "merge", "switch", "unmerge"):
+                assert_times(row[f"{step}_ms"], 3)
+    bars = {bar["name"]: bar["passed"] for bar in content["bars"]}
+    assert bars["decoder layer, merged, switched and back: all bits"] and bars["model of 120 layers: all bits back"]
+    assert "switch of a decoder layer: times the speed of two calls" in bars
 
 
 def test_bench_checkpoint(load, tmp_path, monkeypatch, capsys):

@@ -37,6 +37,7 @@ LAUNCHES = {
     "merge": 1,
     "unmerge": 1,
     "merge_again": 1,
+    "switch": 1,
     "merge_apply": 1,
     "unmerge_apply": 1,
     "dropout_mask": 1,
@@ -202,6 +203,7 @@ def launches(given: list[list]) -> dict[str, int]:
     record = merge.new_record(W, 8)
     for name in ("merge", "unmerge", "merge_again"):
         counted(name, getattr(merge, name), W, A, B, record)
+    counted("switch", merge.switch, W, (A, B, record), (A, B, merge.new_record(W, 8)))
     for name in ("merge_apply", "unmerge_apply"):
         counted(name, getattr(merge, name), W, A, B)
     counted("dropout_mask", dropout_mask, torch.zeros(1, dtype=torch.int64), 40, 64, 0.1)

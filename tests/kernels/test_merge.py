@@ -346,14 +346,18 @@ def test_unmerge_of_a_zero_delta_restores_the_bits(device, kernel_memory):
     assert torch.equal(bits(W), bits(original))
 
 
+@pytest.mark.parametrize("switching", [False, True])
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_too_little_memory_for_corrections_costs_a_second_merge(share, device, kernels_on, monkeypatch):
+def test_too_little_memory_for_corrections_costs_a_second_merge(share, switching, device, kernels_on, monkeypatch):
     W, (A, B) = make_weight(96, 128, torch.float32, device), make_factors(96, 128, 2, device, size=1e6)
-    original, merges = W.clone(), []
-    launch = kernel.merge
+    original, merges, old = W.clone(), [], None
+    if switching:
+        old = -B, A, merge_kernel.merge(W, -B, A)
+    name = "switch" if switching else "merge"
+    launch = getattr(kernel, name)
     monkeypatch.setattr(merge_kernel, "_share", {(W.dtype, False): share})
-    monkeypatch.setattr(kernel, "merge", lambda *args: merges.append(args) or launch(*args))
-    record = merge_kernel.merge(W, B, A)
+    monkeypatch.setattr(kernel, name, lambda *args: merges.append(args) or launch(*args))
+    record = merge_kernel.merge(W, B, A, old=old)
     assert len(merges) == (1 if share else 2) and len(record.values) > 4096
     assert record.nbytes <= 6 * len(record.values) + record.table.nbytes + 6 * (W.numel() // 64 + 4096)
     merge_kernel.unmerge(W, B, A, record)
@@ -379,6 +383,7 @@ def test_an_interrupt_leaves_the_weight_as_it_was(device, kernels_on, monkeypatc
     for name, call, before in [
         ("unmerge", lambda: merge_kernel.unmerge(W, B, A, record), merged),
         ("merge", lambda: merge_kernel.merge(W, B, A), original),
+        ("switch", lambda: merge_kernel.merge(W, B * 2, A, old=(B, A, record)), merged),
     ]:
         W.copy_(before)
         launch, reached = getattr(kernel, name), []
@@ -394,6 +399,55 @@ def test_an_interrupt_leaves_the_weight_as_it_was(device, kernels_on, monkeypatc
             with pytest.raises(KeyboardInterrupt):
                 call()
         assert not torch.equal(bits(reached[0]), bits(before)) and torch.equal(bits(W), bits(before))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "K", "R"), [(1, 1, 1), (33, 65, 16), (32, 128, 2)])
+@pytest.mark.parametrize("layout", ["rows", "transposed", "at random"])
+def test_a_switch_is_an_unmerge_and_a_merge(N, K, R, layout, dtype, device, kernel_memory):
+    """The same bits and the same record, of adapters with different ranks."""
+    if layout == "at random" and dtype is torch.float32:
+        pytest.skip("fp32 is not rounded")
+    dither = Dither(5, 3) if layout == "at random" else None
+    W, tile = make_weight(N, K, dtype, device), TILES[0]
+    W = W.t().contiguous().t() if layout == "transposed" else W
+    (A, B), new = make_factors(N, K, R, device), make_factors(N, K, R + 1, device)
+    original, expected = W.clone(), W.clone()
+    records = [kernel.new_record(W, W.numel(), tile, dither) for _ in range(3)]
+    kernel.merge(W, A, B, records[0], tile)
+    kernel.switch(W, (A, B, records[0]), (*new, records[1]), tile)
+    kernel.merge(expected, *new, records[2], tile)
+    assert records[0].refused == 0 and records[1].totals() == records[2].totals()
+    assert torch.equal(bits(W.contiguous()), bits(expected.contiguous()))
+    shape = (W.t() if layout == "transposed" else W).shape
+    ours, theirs = (corrections_of(record, *shape, dtype) for record in records[1:])
+    assert all(map(torch.equal, ours, theirs))
+    assert torch.equal(records[1].table[:, 2:5], records[2].table[:, 2:5])
+    unmerge(W, *new, records[1], tile)
+    assert torch.equal(bits(W.contiguous()), bits(original.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("why", ["changed", "infinity"])
+def test_a_refused_switch_by_the_operator(why, dtype, device, kernels_on, monkeypatch):
+    """Some units are new then, some old, some neither: all of them are old again."""
+    W, (A, B) = make_weight(70, 300, dtype, device), make_factors(70, 300, 3, device)
+    new = make_factors(70, 300, 2, device)
+    original, record = W.clone(), merging.merge_(W, [A], [B], [1.0])
+    switches, launch = [], kernel.switch
+    monkeypatch.setattr(kernel, "switch", lambda *args: switches.append(args[0].clone()) or launch(*args))
+    merged = W.clone()
+    if why == "changed":
+        bits(W)[69, 299] ^= 1 << 5
+    else:
+        new[1][69, 0] = float("inf")
+    before, error = W.clone(), RuntimeError if why == "changed" else ValueError
+    with pytest.raises(error, match="not what the merge left" if why == "changed" else "merged weights"):
+        merging.switch_(W, record, [new[0]], [new[1]], [1.0])
+    assert len(switches) == 1 and torch.equal(bits(W), bits(before))
+    W.copy_(merged)
+    merging.unmerge_(W, record)
+    assert torch.equal(bits(W), bits(original))
 
 
 @pytest.mark.gpu

@@ -150,6 +150,12 @@ def run_merge(R, K=300, dtype=torch.bfloat16):
             step(ours, A, B, record, tile)
             ours[20, -1] += 1
         seen += [ours, record.table, record.places, record.values]
+    for changed in (0, 1):
+        ours, old, new = W.clone(), merge.new_record(W, W.numel(), tile), merge.new_record(W, W.numel(), tile)
+        merge.merge(ours, A, B, old, tile)
+        ours[20, -1] += changed
+        merge.switch(ours, (A, B, old), (A * 0.5, B, new), tile)
+        seen += [ours, old.table, new.table, new.places, new.values]
     for step in (merge.merge_apply, merge.unmerge_apply):
         step(W, A, B, tile)
         seen.append(W.clone())

@@ -12,6 +12,7 @@ from transformers import Qwen3MoeForCausalLM
 
 import fused_lora
 from fused_lora.adapters.errors import AdapterError
+from fused_lora.ops import native
 from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.reference import bits, dropout_mask, keep_scale
 from fused_lora.testing.numeric import assert_close, assert_no_worse
@@ -299,6 +300,29 @@ def test_merges_come_back(name, dtype):
         with pytest.raises(RuntimeError, match=r"experts\.base_layer\.gate_up_proj: \['a', 'b'\] are merged"):
             key = "experts.base_layer.gate_up_proj"
             ours.load_state_dict({key: torch.zeros_like(ours.get_parameter(key))}, strict=False)
+    fused_lora.unmerge(ours)
+    assert_bits(ours, before)
+
+
+@pytest.mark.parametrize("loops", ["C", "torch"])
+def test_a_switch_of_stacks(loops, monkeypatch):
+    """The bits of an unmerge and a merge; in C one call for the experts of a stack; refused, nothing is changed."""
+    if loops == "torch":
+        monkeypatch.setattr(native, "usable", lambda: False)
+    ours, _ = twins(Block(dtype=torch.bfloat16), {"a": {}, "b": {"r": 2}})
+    before, two, run, calls = parameter_bits(ours), copy.deepcopy(ours), native.run, []
+    fused_lora.merge(ours, ["a"])
+    monkeypatch.setattr(native, "run", lambda works, mode: calls.append(mode) or run(works, mode))
+    fused_lora.switch(ours, ["b"])
+    assert calls == ([native.MERGE] * len(PARTS) if loops == "C" else [])
+    fused_lora.merge(two, ["b"])
+    assert_bits(ours, parameter_bits(two))
+    ours.experts.down_proj.lora_B["a"].weight.data[0, -1] = float("inf")
+    broken = parameter_bits(ours)
+    with pytest.raises(ValueError, match="experts.down_proj: .*nothing was merged"):
+        fused_lora.switch(ours, ["a"])
+    assert_bits(ours, broken)
+    ours.experts.down_proj.lora_B["a"].weight.data.copy_(two.experts.down_proj.lora_B["a"].weight)
     fused_lora.unmerge(ours)
     assert_bits(ours, before)
 

@@ -5,6 +5,7 @@ import io
 import pickle
 import sys
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -17,6 +18,7 @@ from fused_lora import LoraConfig
 from fused_lora.modules import linear
 from fused_lora.ops import native
 from fused_lora.ops.merge import blocks
+from fused_lora.ops.merge import op as merging
 from fused_lora.reference import bits
 from helpers.seeds import shifted
 
@@ -68,6 +70,9 @@ def test_one_call_for_many_layers(monkeypatch):
     monkeypatch.setattr(linear, "_AT_ONCE", 3 * net[0].weight.nbytes)
     fused_lora.merge(net)
     assert calls[2:] == [3] * 6 + [2]
+    calls.clear()
+    fused_lora.switch(net, ["default"])
+    assert calls == [3] * 6 + [2]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e9], ids=["corrections", "copy"])
@@ -243,6 +248,100 @@ def test_switch_is_one_or_the_other(loops):
         fused_lora.switch(net, ["c"])
     fused_lora.unmerge(net)
     assert same_bits(weights(net), before)
+
+
+class Kinds(nn.Module):
+    """A linear layer of each dtype, one stored by columns, and what a switch leaves to an unmerge and a merge."""
+
+    def __init__(self):
+        super().__init__()
+        dtypes = [*DTYPES, torch.bfloat16]
+        self.linear = nn.ModuleList([nn.Linear(24, 40, dtype=dtype) for dtype in dtypes])
+        self.linear[-1].weight = nn.Parameter(self.linear[-1].weight.detach().t().contiguous().t())
+        self.dora, self.biased, self.embedding = nn.Linear(24, 40), nn.Linear(24, 40), nn.Embedding(50, 24)
+        plain = LoraConfig(r=4, init_lora_weights=False)
+        more = {"dora": dict(use_dora=True), "biased": dict(lora_bias=True)}
+        fused_lora.inject(self, replace(plain, target_modules=r"linear\.\d|embedding"), "a")
+        fused_lora.inject(self, replace(plain, target_modules=r"linear\.[1-5]|embedding", r=2), "b")
+        for name, options in more.items():
+            own = LoraConfig(r=3, target_modules=[name], init_lora_weights=False, **options)
+            fused_lora.inject(self, own, name)
+
+    def weights(self):
+        return [layer.weight.detach().clone() for layer in fused_lora.lora_layers(self).values()]
+
+
+STEPS = [["b"], ["a", "dora"], ["a", "b", "biased"], ["dora", "biased"], ["b"]]
+
+
+def test_a_switch_of_every_kind_of_layer(loops):
+    """Bit for bit an unmerge and a merge, also of layers that lose or get their only adapter, and of adapters that have
+    been trained meanwhile."""
+    net = Kinds()
+    before = net.weights()
+    two = copy.deepcopy(net)
+    for model in (net, two):
+        fused_lora.merge(model, ["a"])
+    for names in STEPS:
+        for model in (net, two):
+            for name, parameter in model.named_parameters():
+                if name.endswith(("lora_B.a.weight", "lora_B.b.weight")):
+                    parameter.data.mul_(1.25)
+        fused_lora.switch(net, names)
+        fused_lora.unmerge(two)
+        fused_lora.merge(two, names)
+        assert same_bits(net.weights(), two.weights())
+        pairs = zip(fused_lora.lora_layers(net).values(), fused_lora.lora_layers(two).values(), strict=True)
+        assert all(ours.merged_adapters == theirs.merged_adapters for ours, theirs in pairs)
+    fused_lora.unmerge(net)
+    assert same_bits(net.weights(), before)
+
+
+def test_a_switch_goes_through_each_weight_once(loops, monkeypatch):
+    """No layer is unmerged by itself, also where C does not run."""
+    assert blocks._agree()
+    net, calls = layers_of([torch.bfloat16, torch.float64, torch.float32]), []
+    fused_lora.inject(net, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), "other")
+    fused_lora.merge(net, ["default"])
+    for name in ("merge_", "unmerge_"):
+        monkeypatch.setattr(merging, name, lambda *args, name=name, **more: calls.append(name))
+    fused_lora.switch(net, ["other"])
+    assert not calls and all(layer.merged_adapters == ["other"] for layer in net)
+
+
+def test_a_switch_of_a_changed_model_is_refused(loops):
+    """All layers go back, also those that another call of the C loops has switched before."""
+    net, _ = two_adapters()
+    fused_lora.merge(net, ["a"])
+    merged, path = weights(net), list(fused_lora.lora_layers(net))[-1]
+    with torch.no_grad():
+        net[-1].base_layer.weight[3, 4] += 1
+    changed = weights(net)
+    with pytest.raises(RuntimeError, match=f"^{path}: weight: it is not what the merge left"):
+        fused_lora.switch(net, ["b"])
+    assert same_bits(weights(net), changed) and all(layer.merged_adapters == ["a"] for layer in net)
+    with torch.no_grad():
+        net[-1].base_layer.weight.copy_(merged[-1])
+    fused_lora.switch(net, ["b"])
+
+
+@pytest.mark.parametrize("first", [None, 3], ids=["nearest", "at random"])
+def test_a_switch_warns_as_a_merge_does(first, loops):
+    """Of what rounding takes from the new adapter, measured against the base and not against the old merge."""
+    net = layers_of([torch.bfloat16] * 2)
+    fused_lora.inject(net, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), "small")
+    for layer in net:
+        layer.lora_B["small"].weight.data.mul_(1e-3)
+    fused_lora.merge(net, ["default"], stochastic=first)
+    with pytest.warns(UserWarning, match="16-bit weights keep only"):
+        fused_lora.switch(net, ["small"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused_lora.switch(net, ["default"])
+    fused_lora.unmerge(net)
+    net[0].merge(adapter_names=["default"])  # whose rows before nobody has kept
+    with pytest.warns(UserWarning, match="16-bit weights keep only"):
+        fused_lora.switch(net, ["small"])
 
 
 @pytest.mark.parametrize("kind", ["ours", "accelerated"])

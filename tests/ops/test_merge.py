@@ -266,13 +266,24 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(blocks, "_BAND", 512)
 
 
+def acting(action, W, before, merged, A, B, record):
+    """What changes W, W before it, and W after it."""
+    if action != "switch":
+        act = {"merge": lambda: merging.merge_(W, [A], [B], [1.0]), "unmerge": lambda: merging.unmerge_(W, record)}
+        return act[action], *((before, merged) if action == "merge" else (merged, before))
+    other, switched = ([A * 0.9], [B], [-0.5]), before.clone()
+    merging.merge_(switched, *other)
+    return lambda: merging.switch_(W, record, *other), merged, switched
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("action", ["merge", "unmerge"])
+@pytest.mark.parametrize("action", ["merge", "unmerge", "switch"])
 def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, monkeypatch, small_pieces, loops):
     W, A, B = case(64, 64, 4, dtype)
     before = W.clone()
     record = merging.merge_(W, [A], [B], [1.0])
     merged = W.clone()
+    act, old, _ = acting(action, W, before, merged, A, B, record)
     ran = []
     in_torch = [(blocks, "chain"), (blocks._InTorch, "_checksums"), (blocks._InTorch, "_encode")]
     in_c = [(native, "run"), (blocks._InC, "kept")]
@@ -286,22 +297,19 @@ def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, mon
             return step(*args, **kwargs)
 
         for k in range(1, 9):
-            W.copy_(before if action == "merge" else merged)
+            W.copy_(old)
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, failing)
                 calls["left"] = k
                 try:
-                    if action == "merge":
-                        merging.merge_(W, [A], [B], [1.0])
-                    else:
-                        merging.unmerge_(W, record)
+                    act()
                 except OSError as e:
                     assert str(e) == "injected"
                     ran.append(name)
                 else:
                     assert calls["left"] > 0  # there are fewer such steps
                     break
-            assert same_bits(W, before if action == "merge" else merged)
+            assert same_bits(W, old)
     assert ran.count("run" if loops == "C" else "chain") == (1 if loops == "C" else 8)
     assert len(ran) >= (1 if loops == "C" else 16)
     W.copy_(merged)
@@ -310,7 +318,7 @@ def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("action", ["merge", "unmerge"])
+@pytest.mark.parametrize("action", ["merge", "unmerge", "switch"])
 @pytest.mark.parametrize("relative", [0.01, 100.0], ids=["corrections", "copy"])
 def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_state(relative, action, dtype, small_pieces, loops):
     """Between the write of a block and the note of it, too."""
@@ -318,7 +326,8 @@ def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_state(relative, acti
     before = W.clone()
     record = merging.merge_(W, [A], [B], [1.0])
     merged = W.clone()
-    names = "merge", "restore", "_merge", "_restore", "_sweep_back", "run", "_sweep", "_do", "kept"
+    act, old, new = acting(action, W, before, merged, A, B, record)
+    names = "merge", "restore", "switch", "_merge", "_restore", "_switch", "_sweep_back", "run", "_sweep", "_do", "kept"
     lines = {"seen": 0, "stop": 0}
 
     def trace(frame, event, argument):
@@ -333,16 +342,12 @@ def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_state(relative, acti
 
     whole = 0
     while lines["seen"] >= lines["stop"]:
-        old, new = (before, merged) if action == "merge" else (merged, before)
         W.copy_(old)
         lines["seen"], lines["stop"] = 0, lines["stop"] + 1
         outer = sys.gettrace()
         sys.settrace(trace)
         try:
-            if action == "merge":
-                merging.merge_(W, [A], [B], [1.0])
-            else:
-                merging.unmerge_(W, record)
+            act()
         except KeyboardInterrupt:
             assert same_bits(W, old), f"after {lines['seen']} lines, at {lines['at']}"
         else:

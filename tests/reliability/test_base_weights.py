@@ -29,16 +29,11 @@ def eight_layers():
     return net
 
 
-def switch(net):
-    fused_lora.unmerge(net)
-    fused_lora.merge(net, ["two"])
-
-
 ACTIONS = {
     "merge": ([], lambda net: fused_lora.merge(net, ["one"])),
     "merge another": (["one"], lambda net: fused_lora.merge(net, ["two"])),
     "unmerge": (["one"], fused_lora.unmerge),
-    "switch": (["one"], switch),
+    "switch": (["one"], lambda net: fused_lora.switch(net, ["two"])),
 }
 
 

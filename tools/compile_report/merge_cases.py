@@ -7,15 +7,17 @@ import torch
 from compile_report.cases import CompileCase, dtypes_on
 from fused_lora.kernels.merge import _merge_kernel, default_tile, launch_options
 
-# what is launched: name, UNMERGE, RECORD, AGAIN, RANDOM
+# what is launched: name, UNMERGE, RECORD, AGAIN, RANDOM, SWITCH
 _PASSES = (
-    ("merge", False, True, False, False),
-    ("merge bare", False, False, False, False),
-    ("merge again", False, False, True, False),
-    ("unmerge", True, True, False, False),
-    ("unmerge bare", True, False, False, False),
-    ("merge at random", False, True, False, True),
-    ("merge again at random", False, False, True, True),
+    ("merge", False, True, False, False, False),
+    ("merge bare", False, False, False, False, False),
+    ("merge again", False, False, True, False, False),
+    ("unmerge", True, True, False, False, False),
+    ("unmerge bare", True, False, False, False, False),
+    ("merge at random", False, True, False, True, False),
+    ("merge again at random", False, False, True, True, False),
+    ("switch", False, True, False, False, True),
+    ("switch at random", False, True, False, True, True),
 )
 
 
@@ -25,16 +27,16 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
     dtypes: of W, by default those of :func:`~.cases.dtypes_on`.
     """
     for dtype in dtypes or dtypes_on(capability):
-        for name, UNMERGE, RECORD, AGAIN, RANDOM in _PASSES:
+        for name, UNMERGE, RECORD, AGAIN, RANDOM, SWITCH in _PASSES:
             if RANDOM and dtype.itemsize > 2:
                 continue
             tile = default_tile(dtype, RECORD or AGAIN, capability, RANDOM)
-            options = launch_options(tile, capability > 0, dtype, RECORD)
             for EVEN in (True, False):
-                yield _case(name, dtype, UNMERGE, RECORD, AGAIN, RANDOM, EVEN, tile, options)
+                options = launch_options(tile, capability > 0, dtype, RECORD, SWITCH and not EVEN)
+                yield _case(name, dtype, UNMERGE, RECORD, AGAIN, RANDOM, SWITCH, EVEN, tile, options)
 
 
-def _case(name, dtype, UNMERGE, RECORD, AGAIN, RANDOM, EVEN, tile, options) -> CompileCase:
+def _case(name, dtype, UNMERGE, RECORD, AGAIN, RANDOM, SWITCH, EVEN, tile, options) -> CompileCase:
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     types = dict(w_ptr=f"*{short}", a_ptr="*fp32", b_ptr="*fp32", N="i32", K="i32", R="i32", stride_wn="i32")
     types |= dict(stride_ar="i32", stride_bn="i32")
@@ -44,12 +46,17 @@ def _case(name, dtype, UNMERGE, RECORD, AGAIN, RANDOM, EVEN, tile, options) -> C
         types |= dict(places_ptr="*u16", values_ptr="*i32") | ({} if UNMERGE else dict(room="i32"))
     if RANDOM:
         types["seed_ptr"] = "*i64"
+    if SWITCH:
+        types |= dict(old_a_ptr="*fp32", old_b_ptr="*fp32", old_table_ptr="*i64", old_places_ptr="*u16")
+        types |= dict(old_values_ptr="*i32", OLD_R="i32", stride_old_ar="i32", stride_old_bn="i32")
     names = _merge_kernel.arg_names
-    values = dict.fromkeys(n for n in (*names[:7], "room") if n not in types)
+    optional = [n for n in names if n.endswith("_ptr") or n == "room" or "old" in n.lower()]
+    values = dict.fromkeys(n for n in optional if n not in types)
     values |= {"stride_wk": 1, "stride_ak": 1, "stride_br": 1}
-    values |= dict(UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, RANDOM=RANDOM, EVEN=EVEN)
+    values |= {"stride_old_ak": 1, "stride_old_br": 1} if SWITCH else {}
+    values |= dict(UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, RANDOM=RANDOM, SWITCH=SWITCH, EVEN=EVEN)
     values |= dict(ROWS=tile.ROWS, COLS=tile.COLS)
-    multiples_of_16 = [n for n in types if n.endswith("_ptr") or n in ("K", "stride_wn", "stride_ar")]
+    multiples_of_16 = [n for n in types if n.endswith("_ptr") or n in ("K", "stride_wn", "stride_ar", "stride_old_ar")]
     return CompileCase(
         label=f"{name} {short} {tile.ROWS}x{tile.COLS}{'' if EVEN else ' masked'}",
         op=name,

@@ -15,7 +15,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -122,7 +122,7 @@ class Units:
 class _InC:
     """Sweeps over a weight by the C loops."""
 
-    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
+    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int, old: _InC | None = None):
         self.W, self.units = W, units
         self._room = np.empty((room, 2), np.uint8) if 0 < 2 * room < _HUGE_PAGES else None
         if self._room is not None:
@@ -133,7 +133,7 @@ class _InC:
         self.merged = (ctypes.c_uint8 * count)()
         if room == 0:
             ctypes.memset(self.merged, 1, count)
-        self._held = factors
+        self._held = factors, old
         left, right, scales, dither = factors
         self.work = native.Work(
             *W.shape, W.stride(0), right.shape[0], units.height, units.width,
@@ -142,6 +142,7 @@ class _InC:
             counts, counts + 8 * count, counts + 16 * count,
             ctypes.addressof(self.merged), self.corrections.data_ptr(), self.corrections.shape[0], 0,
             *((0, 0, 0) if dither is None else (1, dither.row, dither.seed)),
+            0 if old is None else ctypes.addressof(old.work),
         )  # fmt: skip
 
     def run(self, mode: int) -> int:
@@ -165,8 +166,8 @@ class _InC:
 class _InTorch:
     """The same sweeps in torch, a band of rows at a time."""
 
-    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
-        self._W, self._units, self._room = W, units, room
+    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int, old: _InTorch | None = None):
+        self._W, self.units, self._room, self._old = W, units, room, old
         self._counts, self._starts, self._checksum = units.notes.unbind()
         self._left, self._right, self._scales, self._dither = factors
         self._panels = [(first, min(first + units.width, W.shape[1])) for first in range(0, W.shape[1], units.width)]
@@ -187,17 +188,29 @@ class _InTorch:
 
     def undo(self, mode: int) -> int:
         """Also where an interrupt came between the note that a band is written and its write."""
-        for band in self._begun:
-            now, notes = self._checksums(self._W[slice(*band)]), self._notes(band, self._checksum)
-            self._merged[band] = not torch.equal(now, notes)
+        self._look(self._begun)
+        if self._old is not None:
+            self._old._look(self._old._begun - self._begun)
         return self._sweep(mode)
 
+    def _look(self, bands: set[tuple[int, int]]) -> None:
+        for band in bands:
+            now, notes = self._checksums(self._W[slice(*band)]), self._notes(band, self._checksum)
+            self._merged[band] = not torch.equal(now, notes)
+
     def _sweep(self, mode: int) -> int:
+        old = self._old
         for band, merged in self._merged.items():
-            if mode == CHECKSUM or merged == (mode == UNMERGE):
+            outcome = DONE
+            if old is not None and mode == MERGE and old._merged[band]:
+                outcome = old._do(band, UNMERGE)
+            if outcome == DONE and (mode == CHECKSUM or merged == (mode == UNMERGE)):
                 outcome = self._do(band, mode)
-                if outcome != DONE:
-                    return outcome
+            if outcome == DONE and old is not None and mode == UNMERGE and not old._merged[band]:
+                self._begun.discard(band)  # from here on the old merge says what the band holds
+                outcome = old._do(band, MERGE_AGAIN)
+            if outcome != DONE:
+                return outcome
         return DONE
 
     def _do(self, band: tuple[int, int], mode: int) -> int:
@@ -248,20 +261,20 @@ class _InTorch:
 
     def _notes(self, band: tuple[int, int], notes: torch.Tensor) -> torch.Tensor:
         """Those of the band's units."""
-        first, stop = (-(-row // self._units.height) * len(self._panels) for row in band)
+        first, stop = (-(-row // self.units.height) * len(self._panels) for row in band)
         return notes[first:stop]
 
     def _by_unit(self, rows: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """For every panel: which of the rows' units lie in it, its columns, and their elements [units, elements]."""
-        height = min(self._units.height, len(rows))
+        height = min(self.units.height, len(rows))
         for panel, columns in enumerate(self._panels):
             part = rows[:, slice(*columns)].reshape(len(rows) // height, height * (columns[1] - columns[0]))
             yield slice(panel, None, len(self._panels)), slice(*columns), part
 
     def _checksums(self, rows: torch.Tensor) -> torch.Tensor:
-        found = self._checksum.new_empty(-(-len(rows) // self._units.height) * len(self._panels))
+        found = self._checksum.new_empty(-(-len(rows) // self.units.height) * len(self._panels))
         for units, _, part in self._by_unit(bits(rows)):
-            words = _words(part).unflatten(1, (min(self._units.height, len(rows)), -1))
+            words = _words(part).unflatten(1, (min(self.units.height, len(rows)), -1))
             sums = torch.zeros_like(words[:, 0])
             for row in words.unbind(1):
                 sums = sums ^ row
@@ -271,7 +284,7 @@ class _InTorch:
 
     def _encode(self, difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [n, 2] and how many of them every unit has."""
-        counts = self._counts.new_empty(-(-len(difference) // self._units.height) * len(self._panels))
+        counts = self._counts.new_empty(-(-len(difference) // self.units.height) * len(self._panels))
         found, order = [], []
         for units, _, part in self._by_unit(difference):
             unit, at = part.nonzero(as_tuple=True)
@@ -340,6 +353,9 @@ def _weights(device: torch.device) -> torch.Tensor:
     return torch.arange(1, WIDTH + 1, dtype=torch.int64, device=device) * 0x9E3779B1 & _LOW
 
 
+Held = tuple[Factors, Units]  # of a merge
+
+
 def merge(W: torch.Tensor, factors: Factors) -> Units:
     """W [rows, columns] <- round(W + D) in place, or ValueError and W as it was: a finite weight would not stay so.
 
@@ -348,9 +364,53 @@ def merge(W: torch.Tensor, factors: Factors) -> Units:
     return _merge(_InC if _in_c(W) else _InTorch, W, factors)
 
 
+def switch(W: torch.Tensor, factors: Factors, old: Held) -> Units | None:
+    """:func:`restore` of an ``old`` merge and :func:`merge`, unit by unit in one pass. On an error W is as it was.
+
+    None, with W as it was, where that takes two: an old copy of W, other units, or too many corrections.
+    """
+    return _switch(_InC if _in_c(W) else _InTorch, W, factors, old)
+
+
+def _switch(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors, old: Held) -> Units | None:
+    sweep = _prepared(sweeps, W, factors, old)
+    if sweep is None:
+        return None
+    try:
+        outcome = sweep.run(MERGE)
+        if outcome == FULL:
+            return None
+        if outcome != DONE:
+            raise _error(outcome)
+        sweep.units.corrections = sweep.kept()
+        return sweep.units
+    except BaseException:
+        if sweep.undo(UNMERGE) != DONE:
+            raise RuntimeError(TORN_TEXT) from None
+        raise
+
+
+def _prepared(sweeps: Any, W: torch.Tensor, factors: Factors, old: Held | None = None) -> Any:
+    """The sweep of a merge, or of a switch; None where that takes two passes."""
+    units, before = Units.of(W), None
+    if old is not None:
+        theirs = old[1]
+        alike = (theirs.height, theirs.width) == (units.height, units.width)
+        if not alike or theirs.copy is not None or not theirs.fit(W):
+            return None
+        before = sweeps(W, *old, 0)
+    return sweeps(W, factors, units, W.nbytes // 2, before)
+
+
+def _error(outcome: int) -> Exception:
+    if outcome == LOST:
+        return ValueError(_LOST_TEXT)
+    return RuntimeError(launch.CHANGED if outcome == CHANGED else TORN_TEXT)
+
+
 def _merge(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors) -> Units:
-    units = Units.of(W)
-    sweep = sweeps(W, factors, units, W.nbytes // 2)
+    sweep = _prepared(sweeps, W, factors)
+    units = sweep.units
     try:
         outcome = sweep.run(MERGE)
         if outcome == FULL:  # a copy is no larger
@@ -360,7 +420,7 @@ def _merge(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors) -> 
         elif outcome == DONE:
             units.corrections = sweep.kept()
         if outcome != DONE:
-            raise ValueError(_LOST_TEXT) if outcome == LOST else RuntimeError(TORN_TEXT)
+            raise _error(outcome)
         return units
     except BaseException:
         if units.copy is not None:
@@ -394,17 +454,19 @@ def _restore(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors, u
     W.copy_(units.copy)
 
 
-def for_one_call(W: torch.Tensor, factors: Factors, units: Units | None = None) -> _InC | None:
-    """A merge of W, or with its ``units`` the unmerge, for :func:`run_together`; None where C does not do it."""
+def for_one_call(W: torch.Tensor, factors: Factors, units: Units | None = None, old: Held | None = None) -> _InC | None:
+    """A merge of W, with its ``units`` the unmerge, or with an ``old`` merge the switch, for :func:`run_together`;
+    None where C does not do it in one pass."""
     if not _in_c(W):
         return None
     if units is None:
-        return _InC(W, factors, Units.of(W), W.nbytes // 2)
+        return _prepared(_InC, W, factors, old)
     return _InC(W, factors, units, 0) if units.copy is None and units.fit(W) else None
 
 
 def run_together(sweeps: Sequence[_InC], mode: int) -> int:
-    """Merge or unmerge all of them or none, in one call; returns how that ended. A merge's units are complete then."""
+    """Merge, unmerge or switch all of them or none, in one call; returns how that ended. A merge's units are then
+    complete."""
     outcome = native.run([sweep.work for sweep in sweeps], mode)
     if outcome == DONE and mode == MERGE:
         for sweep in sweeps:
@@ -416,7 +478,7 @@ def _sweep_back(sweep: _InC | _InTorch) -> None:
     try:
         outcome = sweep.run(UNMERGE)
         if outcome != DONE:
-            raise RuntimeError(TORN_TEXT if outcome == TORN else launch.CHANGED)
+            raise _error(outcome)
     except BaseException:
         if sweep.undo(MERGE_AGAIN) != DONE:
             raise RuntimeError(TORN_TEXT) from None
@@ -447,6 +509,8 @@ def _agree() -> bool:
         try:
             in_c, in_torch = (_merge(k, m, factors) for k, m in zip(_SWEEPS, merged, strict=True))
             same = all(map(torch.equal, in_c.tensors, in_torch.tensors)) and torch.equal(*map(bits, merged))
+            switched = _switch(_InC, merged[0], factors, (factors, in_torch))
+            same = same and switched is not None and all(map(torch.equal, switched.tensors, in_torch.tensors))
             _restore(_InC, merged[0], factors, in_torch)
         except (RuntimeError, ValueError) as error:
             native.reject(f"a merge in {dtype}: {error}")

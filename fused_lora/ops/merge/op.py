@@ -88,11 +88,9 @@ def merge_(
     _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
     W = weight.detach()
     if row_scale is None and launch.applies(W):
-        left, right, *_ = _factors(W, lora_A, lora_B, scaling, None, fan_in_fan_out)
-        if W.stride(0) < W.stride(1):  # the kernel takes all three transposed
-            left, right = left.t().contiguous().t(), right.t().contiguous().t()
-        record = MergeRecord(Factors(left, right, None, dither_of(seed)), W.dtype, False)
-        record.device_corrections = launch.merge(W, left, right, record.factors.dither)
+        record = _begun_on_device(W, lora_A, lora_B, scaling, seed, fan_in_fan_out)
+        left, right, _, dither = record.factors
+        record.device_corrections = launch.merge(W, left, right, dither)
         return record
     if native.needs_one_thread():
         with native.one_thread():
@@ -102,17 +100,77 @@ def merge_(
     return record
 
 
-def merge_later(weight: torch.Tensor, adapters: Any, fan_in_fan_out: bool) -> tuple[MergeRecord, Any] | None:
-    """The same of (lora_A, lora_B, scaling, row_scale, seed) for :func:`blocks.run_together`, and the record that holds
-    once it has run.
+def switch_(
+    weight: torch.Tensor,
+    record: MergeRecord,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    row_scale: torch.Tensor | None = None,
+    seed: int | None = None,
+    *,
+    fan_in_fan_out: bool = False,
+) -> MergeRecord:
+    """In place: the bits and the record of :func:`unmerge_` with ``record`` and :func:`merge_` with the rest.
 
-    None where the C loops do not take it. Raises what :func:`merge_` does before it writes.
+    One read and one write of a weight in memory: each part of it is unmerged and merged while it is in a cache. Two
+    passes where the weight was or will be kept as a copy, and where ``row_scale`` lets only one of the merges run in
+    the kernel.
+
+    Args:
+        record: of the merge that ``weight`` holds. The others: as for :func:`merge_`.
+
+    Raises what :func:`unmerge_` and :func:`merge_` raise; the weight is unchanged then, and ``record`` holds on.
+    """
+    _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
+    held, W = _merged(weight, record), weight.detach()
+    if native.needs_one_thread():
+        with native.one_thread():
+            return switch_(weight, record, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
+    on_device, old = row_scale is None and launch.applies(W), record.device_corrections
+    if on_device and old is not None:
+        new = _begun_on_device(W, lora_A, lora_B, scaling, seed, fan_in_fan_out)
+        (left, right, _, dither), before = new.factors, (*record.factors[:2], old)
+        new.device_corrections = launch.merge(W, left, right, dither, before)
+        if new.device_corrections is not None:
+            return new
+    elif not on_device and record.units is not None:
+        W, new = _begun(W, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
+        if new.transposed == record.transposed:
+            new.units = blocks.switch(W, new.factors, (record.factors, record.units))
+            if new.units is not None:
+                return new
+    unmerge_(weight, record)
+    try:
+        return merge_(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
+    except BaseException:  # the same factors give the same bits, so the record holds again
+        if old is None:
+            blocks.merge_again(held, record.factors)
+        else:
+            launch.merge_again(held, record.factors.left, record.factors.right, old)
+        raise
+
+
+def merge_later(
+    weight: torch.Tensor, adapters: Any, fan_in_fan_out: bool, old: MergeRecord | None = None
+) -> tuple[MergeRecord, Any] | None:
+    """The same of (lora_A, lora_B, scaling, row_scale, seed) for :func:`blocks.run_together`, and the record that holds
+    once it has run; in place of an ``old`` merge, :func:`switch_`.
+
+    None where the C loops do not take it in one pass. Raises what :func:`merge_` does before it writes.
     """
     _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
+    if old is not None:
+        _merged(weight, old)
     if weight.device.type != "cpu" or weight.dtype not in native.TYPES or native.needs_one_thread():
         return None
     W, record = _begun(weight.detach(), *adapters, fan_in_fan_out=fan_in_fan_out)
-    sweep = blocks.for_one_call(W, record.factors)
+    held = None
+    if old is not None:
+        if old.units is None or old.transposed != record.transposed:
+            return None
+        held = old.factors, old.units
+    sweep = blocks.for_one_call(W, record.factors, old=held)
     if sweep is None:
         return None
     record.units = sweep.units
@@ -182,6 +240,14 @@ def seed_of(seed: int, name: str) -> int:
 def dither_of(seed: int | None) -> Dither | None:
     """Random rounding of a whole weight by a seed of 64 bits; None to the nearest."""
     return None if seed is None else Dither((int(seed) + 2**63) % 2**64 - 2**63)  # as a signed integer
+
+
+def _begun_on_device(W, lora_A, lora_B, scaling, seed, fan_in_fan_out) -> MergeRecord:
+    """The record of a merge by the kernel, without corrections."""
+    left, right, *_ = _factors(W, lora_A, lora_B, scaling, None, fan_in_fan_out)
+    if W.stride(0) < W.stride(1):  # the kernel takes all three transposed
+        left, right = left.t().contiguous().t(), right.t().contiguous().t()
+    return MergeRecord(Factors(left, right, None, dither_of(seed)), W.dtype, False)
 
 
 def _begun(W, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> tuple[torch.Tensor, MergeRecord]:
