@@ -5,7 +5,8 @@
 dora     a linear layer, 512 x 2048 x 2048, r=16, fp32, forward and backward, without and with dropout, against our LoRA
 experts  a Qwen3-MoE of 2 layers and 64 experts, 256 tokens, r=8: ours against the frozen model with grouped_mm
 
-Outputs are compared with PEFT's first: the RMS difference may be 1e-5 of the output. All take turns in one run.
+Outputs are compared with PEFT's first: the RMS difference may be 1e-5 of the output. All take turns in one run. The
+result goes to benchmarks/results/<machine>-kinds.json, with bars over the shortest times.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ import fused_lora
 
 COLUMNS = [("case", 24), ("provider", 12), ("ms", 26), ("over floor", 10), ("over PEFT", 10)]
 FLOORS = {"dora": "our LoRA", "experts": "frozen"}
+BARS = {"dora, p=0.0": (1.25, 1.5), "experts": (1.4, 1.8)}  # times the floor's time at most, PEFT's speed at least
+K, M = 2048, 512  # of DoRA
+MOE = dict(
+    vocab_size=256, hidden_size=512, intermediate_size=512, moe_intermediate_size=256, num_hidden_layers=2,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=64, num_experts=64, num_experts_per_tok=4,
+    decoder_sparse_step=1,
+)  # fmt: skip
+TOKENS = 256  # of a step of the mixture
 
 
 def dora(p: float) -> dict[str, Callable[[], torch.Tensor]]:
     """{provider: one forward and backward}, p the dropout."""
-    K, M = 2048, 512
 
     def layer(ours: bool, use_dora: bool) -> nn.Module:
         torch.manual_seed(0)
@@ -52,20 +60,15 @@ def experts() -> dict[str, Callable[[], torch.Tensor]]:
     """The same of a small mixture of experts."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
-        vocab_size=256, hidden_size=512, intermediate_size=512, moe_intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=64, num_experts=64, num_experts_per_tok=4,
-        decoder_sparse_step=1,
-    )  # fmt: skip
     torch.manual_seed(0)
-    frozen = Qwen3MoeForCausalLM(config).requires_grad_(False)
+    frozen = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE)).requires_grad_(False)
     frozen.enable_input_require_grads()
     frozen.config._experts_implementation = "grouped_mm"
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     lora = peft.LoraConfig(r=8, target_modules=[], target_parameters=targets, init_lora_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(frozen), lora)
     models = {"frozen": frozen, "fused_lora": fused_lora.accelerate(copy.deepcopy(theirs)), "PEFT": theirs}
-    ids = torch.randint(0, 256, (1, 256))
+    ids = torch.randint(0, MOE["vocab_size"], (1, TOKENS))
 
     def step(model: nn.Module) -> torch.Tensor:
         logits = model(input_ids=ids).logits
@@ -91,6 +94,12 @@ def measure(case: str, floor: str, steps: dict[str, Callable], report: Report, t
             dict(benchmark="kinds", case=case, provider=name, ms=found, to_floor=over[floor], to_peft=over["PEFT"])
         )
         table.row(case, name, spread(found), f"{over[floor]:.2f}", f"{over['PEFT']:.2f}")
+    if case in BARS:
+        least = {name: found["min"] for name, found in ms.items()}
+        report.bar(
+            f"{case}: times the time of {floor}, minima", least["fused_lora"] / least[floor], BARS[case][0], False
+        )
+        report.bar(f"{case}: times PEFT's speed, minima", least["PEFT"] / least["fused_lora"], BARS[case][1], True)
 
 
 def main(argv: list[str] | None = None) -> int:

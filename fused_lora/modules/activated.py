@@ -78,14 +78,19 @@ def activated_forward(
     if reason:
         return variants.composed_forward(layer, y, x, names, rows), reason
     dtype, everywhere = y.dtype, [name for name in names if name not in rows]
-    on = {id(rows[name]): rows[name] for name in names if name in rows}
-    if len(on) + bool(everywhere) > 1:  # rounded once, at the end
+    alike: list[list[str]] = []  # names with one tensor of rows; no dict by id, which torch.compile would guard
+    for name in (name for name in names if name in rows):
+        known = next((each for each in alike if rows[each[0]] is rows[name]), None)
+        if known is None:
+            alike.append([name])
+        else:
+            known.append(name)
+    if len(alike) + bool(everywhere) > 1:  # rounded once, at the end
         y = y.to(torch.promote_types(dtype, torch.float32))
     if everywhere:
         y = _add(lora_term, y, x, layer._adapters(everywhere))
-    for numbers in on.values():
-        adapters = layer._adapters([name for name in names if rows.get(name) is numbers])
-        y = _add(functools.partial(lora_term_on_rows, rows=numbers), y, x, adapters)
+    for each in alike:
+        y = _add(functools.partial(lora_term_on_rows, rows=rows[each[0]]), y, x, layer._adapters(each))
     return y.to(dtype), None
 
 
@@ -210,10 +215,9 @@ class Activation:
         """
         call = self._calls.get(threading.get_ident())
         if call is None and torch._C._current_graph_task_id() != -1:  # checkpointing
-            call = self._last
-            if self._trained > 1:
+            call, (pending, self._trained) = self._last, (self._trained, 0)
+            if pending > 1:
                 raise RuntimeError("aLoRA with checkpointing: call backward after each forward of the model")
-            self._trained = 0
         if call is None:
             raise RuntimeError(f"aLoRA {some(names)}: call the model itself, it knows where the invocations are")
         if isinstance(call, str):

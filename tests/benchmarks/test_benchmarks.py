@@ -226,6 +226,31 @@ def test_bench_linear_over_4_bits(load, tmp_path):
     }
 
 
+def test_bench_kinds(load, tmp_path, monkeypatch):
+    bench = load("bench_kinds")
+    monkeypatch.setattr(bench, "K", 48)
+    monkeypatch.setattr(bench, "M", 8)
+    monkeypatch.setattr(bench, "TOKENS", 12)
+    small = dict(hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_experts=4, head_dim=8)
+    monkeypatch.setattr(bench, "MOE", bench.MOE | small | dict(num_attention_heads=4, num_key_value_heads=2))
+    code, content = run(bench, tmp_path)
+    assert code == 0
+    assert_complete(content, "kinds")
+    rows = content["rows"]
+    cases = {"dora, p=0.0": "our LoRA", "dora, p=0.1": "our LoRA", "experts": "frozen"}
+    assert [(row["case"], row["provider"]) for row in rows] == [
+        (case, name) for case, floor in cases.items() for name in (floor, "fused_lora", "PEFT")
+    ]
+    for row in rows:
+        assert_times(row["ms"], 3)
+        assert row["to_floor"] > 0 and row["to_peft"] > 0
+    ms = {row["case"]: row["ms"]["min"] for row in rows if row["provider"] == "fused_lora"}
+    floors = {row["case"]: row["ms"]["min"] for row in rows if row["provider"] in ("our LoRA", "frozen")}
+    assert [bar["limit"] for bar in content["bars"]] == [1.25, 1.5, 1.4, 1.8]
+    for bar, case in zip(content["bars"][::2], ("dora, p=0.0", "experts"), strict=True):
+        assert bar["value"] == pytest.approx(ms[case] / floors[case], abs=1e-4) and not bar["at_least"]
+
+
 def test_bench_quantised(load, tmp_path, monkeypatch):
     """Every kind of base in training, decoding and merges; who is wrong gets no time, and the others do."""
     for package in ("bitsandbytes", "torchao", "transformers"):

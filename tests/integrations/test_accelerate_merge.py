@@ -233,7 +233,8 @@ def test_a_weight_changed_while_merged_is_unmerged_by_subtraction():
         both.ours.unmerge_adapter()
     both.theirs.unmerge_adapter()
     both.exact.unmerge_adapter()
-    assert_weights_no_worse(both)
+    for mine, exact in zip(both.ours.parameters(), both.exact.parameters(), strict=True):
+        assert_close(mine, exact, terms=16)  # both round twice, and the first error is doubled
     both.do(lambda m: m.merge_adapter())
     both.do(lambda m: m.unmerge_adapter())
 
