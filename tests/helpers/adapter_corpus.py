@@ -203,10 +203,10 @@ CASES: dict[str, Case] = {
         r"expected a shape \[4 experts \* r, K\]",
         model=mixtral,
     ),
-    "experts packed, with dropout": Case(
+    "experts packed, with a bias of lora_B": Case(
         pair(f"{P}model.layers.0.mlp.experts", K, 2 * MIDDLE, 4 * R),
-        {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"], "lora_dropout": 0.1},
-        "lora_dropout: expected 0.0 with target_parameters",
+        {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"], "lora_bias": True},
+        "lora_bias: expected False with target_parameters",
         model=mixtral,
     ),
     "experts packed, unsaid": Case(
