@@ -1,5 +1,6 @@
 """The merge kernel: one rounding, the same bits for every tile, and every bit of W back."""
 
+import itertools
 import random
 
 import pytest
@@ -13,6 +14,7 @@ from fused_lora.ops.merge import launch as merge_kernel
 from fused_lora.ops.merge import op as merging
 from fused_lora.ops.merge.blocks import Dither, dithered
 from fused_lora.reference import bits
+from helpers.thorough import sampled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # N, K, R: one element, ragged tiles and segments, ranks that are no power of two
@@ -427,8 +429,7 @@ def test_a_switch_is_an_unmerge_and_a_merge(N, K, R, layout, dtype, device, kern
     assert torch.equal(bits(W.contiguous()), bits(original.contiguous()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("why", ["changed", "infinity"])
+@pytest.mark.parametrize("dtype, why", sampled([*itertools.product(DTYPES, ["changed", "infinity"])], 3), ids=str)
 def test_a_refused_switch_by_the_operator(why, dtype, device, kernels_on, monkeypatch):
     """Some units are new then, some old, some neither: all of them are old again."""
     W, (A, B) = make_weight(70, 300, dtype, device), make_factors(70, 300, 3, device)
@@ -462,10 +463,13 @@ def test_more_than_2_31_elements():
     assert torch.equal(bits(W[-3:]), bits(corner))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize(("N", "K", "R"), SHAPES)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_rounding_at_random(N, K, R, dtype, transposed, device, kernel_memory):
+@pytest.mark.parametrize(
+    "shape, dtype, transposed",
+    sampled([*itertools.product([p.values for p in SHAPES], DTYPES[1:], [False, True])], 3),
+    ids=str,
+)
+def test_rounding_at_random(shape, dtype, transposed, device, kernel_memory):
+    N, K, R = shape
     """The specification's bits, for every tile; all of them come back; undoing an unmerge gives the same ones again."""
     W, (A, B) = make_weight(N, K, dtype, device), make_factors(N, K, R, device)
     original, dither = W.clone(), Dither(-(2**62) - 5, 2**31 + 3)
