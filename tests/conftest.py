@@ -45,6 +45,18 @@ def pytest_pycollect_makemodule(module_path, parent):
         return _WithoutTriton.from_parent(parent, path=module_path)
 
 
+@pytest.fixture(params=["C", "torch"])
+def loops(request, monkeypatch):
+    """What uses it holds with the C loops and without them."""
+    from fused_lora.ops import native
+
+    if request.param == "torch":
+        monkeypatch.setattr(native, "usable", lambda: False)
+    elif not native.usable():
+        pytest.skip(native.describe())
+    return request.param
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--reliability", metavar="FILE", help="experiments with their full counts; their figures are written to FILE"

@@ -156,7 +156,7 @@ def _check_experts(ids: Tensor, experts: int) -> None:
     """Raise ValueError unless sorted numbers of experts are all there. Compiled code cannot ask."""
     if torch.compiler.is_compiling() or not len(ids):
         return
-    first, last = ids[0].item(), ids[-1].item()
+    first, last = torch.stack((ids[0], ids[-1])).tolist()  # one wait for the device
     if first < 0 or last >= experts:
         raise ValueError(f"top_k_index: expected experts below {experts}, got {first if first < 0 else last}")
 

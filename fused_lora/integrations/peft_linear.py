@@ -23,7 +23,7 @@ from fused_lora.bases import base_of
 from fused_lora.bases.base import why_not_own_call, why_not_plain_tensor, why_not_plain_weight
 from fused_lora.bases.bitsandbytes_4bit import is_repacked
 from fused_lora.modules import variants
-from fused_lora.modules.activated import BEFORE, activated_forward, changed_rows, why_no_rows
+from fused_lora.modules.activated import BEFORE, activated_forward, changed_rows, is_pefts, why_no_rows
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plain_dropout
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
@@ -73,7 +73,8 @@ class AcceleratedLinear(FusedLoraBehaviour):
         adapter_names = kwargs.get("adapter_names")
         names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
         reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, kwargs)
-        if reason == SEVERAL and not args and kwargs.keys() == {"adapter_names"} and not self.lora_variant:
+        plain = not (args or self.lora_variant) and kwargs.keys() == {"adapter_names"}
+        if reason == SEVERAL and plain and not why_not_here():
             self._check_forward_args(x, **kwargs)
             _count(AROUND + SEVERAL)
             return self._mixed_forward(x, adapter_names, None)
@@ -107,7 +108,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
     def _activated(self, names: list[str]) -> list[str]:
         """Those of the adapters that are aLoRA."""
         held = self.lora_variant
-        return [name for name in names if name in held and _is_activated(held[name])] if held else []
+        return [name for name in names if name in held and is_pefts(held[name])] if held else []
 
     def _row_norms(self, name: str) -> Tensor:
         """As PEFT's, kept in inference while its DoraCaching is on."""
@@ -325,7 +326,7 @@ def why_not_fused(layer: Any, names: list[str], adapter_names: list[str] | None 
     if not names:
         return "no active adapter in this layer"
     for name in names:
-        if name in layer.lora_variant and not (_is_activated(layer.lora_variant[name]) or _is_dora(layer, name)):
+        if name in layer.lora_variant and not (is_pefts(layer.lora_variant[name]) or _is_dora(layer, name)):
             return f"{type(layer.lora_variant[name]).__name__}"
     for name, A, B, dropout in _parts(layer, names):
         reason = why_not_plain(A) or why_not_plain(B) or why_not_plain_dropout(dropout)
@@ -342,11 +343,6 @@ def why_not_fused(layer: Any, names: list[str], adapter_names: list[str] | None 
     if adapter_names is not None or layer._activated(names):
         return "DoRA in a mixed batch" if adapter_names is not None else "DoRA beside aLoRA"
     return variants.why_not_dora(layer, names)
-
-
-def _is_activated(variant: Any) -> bool:
-    """Whether this is PEFT's own aLoRA."""
-    return type(variant).__name__ == "ALoraLinearVariant"
 
 
 def _is_dora(layer: Any, name: str) -> bool:

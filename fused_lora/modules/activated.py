@@ -7,6 +7,7 @@ the first token of the adapter's invocation tokens. None: the sequence has no in
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,11 @@ BEFORE = "rows before an aLoRA's invocation are the base's"
 Rows = Mapping[str, Tensor]  # of adapters that do not change all rows: the numbers of those that they do
 _KEPT = 16  # offsets whose rows are kept: all layers of a call have the same
 _STARTED = "_fused_lora_started"  # attribute of a model's cache: adapter -> which sequences have its invocation
+
+
+def is_pefts(variant: Any) -> bool:
+    """Whether a layer's variant is PEFT's own aLoRA."""
+    return type(variant).__name__ == "ALoraLinearVariant"
 
 
 def why_no_rows(x: Tensor, offsets: Sequence[int | None] | None) -> str | None:
@@ -116,6 +122,13 @@ def token_ids(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     return ids if fits else None
 
 
+def _checked(offsets: Any) -> list[int | None]:
+    try:
+        return [None if n is None else operator.index(n) for n in offsets]
+    except TypeError:
+        raise TypeError(f"alora_offsets: expected an int or None for each sequence, got {offsets!r:.100}") from None
+
+
 def offsets_of(ids: Tensor, held: Mapping[str, Sequence[int]], cache: Any) -> dict[str, list[int | None]]:
     """The offsets of each adapter in a call of a model. held: its invocation tokens. cache: of the call, or None.
 
@@ -189,8 +202,8 @@ class Activation:
         held = {n: c.alora_invocation_tokens for n, c in configs.items() if c.alora_invocation_tokens}
         ids = token_ids(args, kwargs)
         if given is not None:
-            tokens = 0 if ids is None else ids.shape[1]
-            call: _Call | str = _Call(len(given), tokens, dict.fromkeys(held, list(given)))
+            offsets, tokens = _checked(given), 0 if ids is None else ids.shape[1]
+            call: _Call | str = _Call(len(offsets), tokens, dict.fromkeys(held, offsets))
         elif ids is None:
             call = "expected token ids [sequences, tokens] as input_ids or the first argument, or alora_offsets="
         else:

@@ -32,7 +32,7 @@ from fused_lora.modules.names import some
 from fused_lora.modules.offload import check_places
 from fused_lora.modules.reads import FirstForward, why_never_called
 from fused_lora.modules.targets import HEADS, base_layer_of, is_supported, match_targets, warn_unused
-from fused_lora.modules.tree import CONFIGS, named_modules, own_path, parent_of, unwrapped
+from fused_lora.modules.tree import CONFIGS, named_modules, own_path, parent_of, unwrapped, watchers
 
 # what the modules above this one do to a model that has got its first LoRA layers, further ones, or lost all
 AFTER_CHANGE: list[Callable[[nn.Module], None]] = []
@@ -196,15 +196,13 @@ def attach(
     watch(root)
     setattr(root, CONFIGS, {**configs, adapter_name: config})
     if config.alora_invocation_tokens:
-        held = (hook for hook in root._forward_pre_hooks.values())
-        found = next((owner for hook in held if isinstance(owner := getattr(hook, "__self__", None), Activation)), None)
-        found = found or Activation(root)
+        activation = next(iter(watchers(root, Activation)), None) or Activation(root)
         for layer in lora_layers(model).values():
             if adapter_name in layer.adapters:
-                layer.activated[adapter_name] = found
+                layer.activated[adapter_name] = activation
     setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
-    if not any(isinstance(hook, FirstForward) for hook in root._forward_pre_hooks.values()):
+    if not watchers(root, FirstForward):
         FirstForward(root, _called_layers)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)

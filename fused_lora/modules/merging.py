@@ -35,7 +35,7 @@ from fused_lora.modules.linear import go_back, naming, snapshot, together, unmer
 from fused_lora.modules.mixin import Later, _Merge
 from fused_lora.modules.names import some
 from fused_lora.modules.reads import FirstForward
-from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, places, unwrapped
+from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, places, unwrapped, watchers
 from fused_lora.modules.variants import has_magnitude
 from fused_lora.ops.merge.op import seed_of
 from fused_lora.ops.native import MERGE
@@ -409,10 +409,8 @@ def unload(model: nn.Module, merge_adapters: bool = False, dtype: torch.dtype | 
             for path, wrapper in wrappers.items():
                 setattr(*holders[path], wrapper.current() if isinstance(wrapper, SavedModule) else wrapper.original)
             unwatch(root)
-            for hook in list(root._forward_pre_hooks.values()):
-                owner = getattr(hook, "__self__", hook)
-                if isinstance(owner, (FirstForward, Activation)):
-                    owner.remove()
+            for watcher in (*watchers(root, FirstForward), *watchers(root, Activation)):
+                watcher.remove()
             delattr(root, CONFIGS)
             del root.peft_config
             for function in AFTER_CHANGE:

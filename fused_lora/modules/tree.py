@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
+_T = TypeVar("_T")
 CONFIGS = "_fused_lora_configs"  # plain attribute of an injected model: adapter name -> LoraConfig
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # torch.compile, checkpoint_wrapper, FSDP1
 _BEFORE = re.compile(r"^((module|base_model\.model)\.)+")  # DDP, PEFT
@@ -26,6 +28,12 @@ def bare_path(path: str) -> str:
 def above(path: str) -> list[str]:
     """The paths that lead to ``path``: "a" and "a.b" for "a.b.c"."""
     return [path[:i] for i, letter in enumerate(path) if letter == "."]
+
+
+def watchers(module: nn.Module, kind: type[_T]) -> list[_T]:
+    """The objects of a class that watch a module's forwards by a pre-hook."""
+    owners: list[Any] = [getattr(hook, "__self__", hook) for hook in module._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, kind)]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -31,6 +31,21 @@ KINDS = {  # name: rank and targets
     "head": (8, ("lm_head", "self_attn.o_proj")),
 }
 
+SHARED = [(7 * j) % 150 + 1 for j in range(40)]  # the start of all prompts: prefixes are cached, and differ by adapter
+ENGINE = dict(  # four slots for eight adapters; prompts longer than a step: prefills are cut and mixed with decodes
+    dtype="float32",
+    enforce_eager=True,
+    max_model_len=128,
+    max_num_seqs=8,
+    max_num_batched_tokens=48,
+    enable_chunked_prefill=True,
+    enable_prefix_caching=True,
+    enable_lora=True,
+    max_loras=4,
+    max_cpu_loras=8,
+    max_lora_rank=MAX_RANK,
+)
+
 
 def write_model(folder: Path) -> Path:
     """A Llama of two layers in fp32, with a tokenizer that knows every byte."""

@@ -13,9 +13,9 @@ from fused_lora.modules.activated import BEFORE, changed_rows
 from fused_lora.reference import bits
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import LENGTH, ROWS, Net, SideBySide, layers, pair, quiet, wrap
+from helpers.invocation import INVOCATION, prompts
 from helpers.seeds import shifted
 
-INVOCATION = [7, 9]
 ALORA = {"alora_invocation_tokens": INVOCATION}
 OFFSETS = [[2, None, LENGTH, 0], [1, 1, 1, 1], [None] * ROWS, [LENGTH, 99, LENGTH, LENGTH + 1], [-2, 3, 2, None]]
 assert all(len(offsets) == ROWS for offsets in OFFSETS)
@@ -183,11 +183,7 @@ def llama(base, **adapters):
 
 @pytest.fixture
 def ids():
-    """Invocations in the middle, at the end, at the start, none, and two of which the last counts."""
-    found = torch.randint(10, 40, (5, 9))
-    for row, at in ((0, 3), (1, 7), (2, 0), (4, 1), (4, 5)):
-        found[row, at : at + 2] = torch.tensor(INVOCATION)
-    return found
+    return prompts()
 
 
 def step(model, ids, **kwargs):

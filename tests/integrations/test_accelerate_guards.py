@@ -568,6 +568,22 @@ def test_a_hook_on_all_modules_sees_the_parts(report):
     assert report()["fallback"] == {"a hook on all modules": 1}
 
 
+def test_a_hook_on_all_modules_sees_the_parts_of_a_mixed_batch(report):
+    both, seen, found = pair(adapters={"a": {}, "b": {}}), [], []
+    both.do(lambda m: m.eval())
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(type(m).__name__))
+    try:
+        for model in both.models[:2]:
+            seen.clear()
+            with torch.no_grad():
+                model(torch.ones(2, K), adapter_names=["a", "b"])
+            found.append([*seen])
+    finally:
+        handle.remove()
+    assert found[0] == found[1] and found[0].count("Linear") == 6  # the layer, its base, two of A and B
+    assert report()["fallback"] == {"a batch of several adapters": 1}
+
+
 def test_transforms_tracing_and_export(report):
     both, x = pair(), torch.randn(3, K)
     ours, theirs, _ = layers(both)

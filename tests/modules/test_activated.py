@@ -14,9 +14,8 @@ from fused_lora.modules.config import LoraConfig
 from fused_lora.reference import bits
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ROWS, Net
+from helpers.invocation import INVOCATION, prompts
 from helpers.seeds import shifted
-
-INVOCATION = [7, 9]
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +44,7 @@ def both(base, tmp_path):
 
 @pytest.fixture
 def ids():
-    """Invocations in the middle, at the end, at the start, none, and two of which the last counts."""
-    found = torch.randint(10, 40, (5, 9))
-    for row, at in ((0, 3), (1, 7), (2, 0), (4, 1), (4, 5)):
-        found[row, at : at + 2] = torch.tensor(INVOCATION)
-    return found
+    return prompts()
 
 
 STARTS = [3, 7, 0, None, 5]
@@ -130,6 +125,9 @@ def test_offsets_may_be_given(both, ids):
         assert torch.equal(found, wanted)
         with pytest.raises(ValueError, match="expected token ids .* or alora_offsets="):
             ours(inputs_embeds=embeds)
+        for wrong in ("ab", 3, [1.5]):
+            with pytest.raises(TypeError, match="alora_offsets: expected an int or None for each sequence"):
+                ours(inputs_embeds=embeds, alora_offsets=wrong)
         with fused_lora.disable_adapters(ours):
             ours(inputs_embeds=embeds)
 

@@ -31,14 +31,6 @@ def seeded():
     torch.manual_seed(shifted(11))
 
 
-@pytest.fixture(params=["C", "torch"])
-def loops(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(native, "usable", lambda: False)
-    elif not native.usable():
-        pytest.skip(native.describe())
-
-
 def layers_of(dtypes) -> Any:
     net = nn.Sequential(*[nn.Linear(48, 40, dtype=dtype) for dtype in dtypes])
     net[-1].weight = nn.Parameter(net[-1].weight.detach().t().contiguous().t())  # columns are contiguous

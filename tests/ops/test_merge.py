@@ -19,7 +19,7 @@ from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
 from helpers.waiting import HANG
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("loops")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (17, 129), (64, 64), (1000, 33), (300, 256)]
@@ -36,16 +36,6 @@ def case(N, K, r, dtype, relative=0.01, special=True):
         flat = W.view(-1)
         flat[: min(7, flat.numel())] = values[: flat.numel()]
     return W.to(dtype), A, B
-
-
-@pytest.fixture(autouse=True, params=["C", "torch"])
-def loops(request, monkeypatch):
-    """Everything here holds with the C loops and without them."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "usable", lambda: False)
-    elif not native.usable():
-        pytest.skip(native.describe())
-    return request.param
 
 
 def same_bits(a, b):
@@ -375,6 +365,14 @@ def test_arguments_are_checked():
         for factors in (([A.to(dtype)], [B]), ([A], [B.to(dtype)])):
             with pytest.raises(TypeError, match=f"adapter 0: expected floating lora_A and lora_B.*{dtype}"):
                 merging.merge_(W, *factors, [1.0])
+    for name, arguments in {
+        "weight": ([[1.0]], [A], [B], [1.0]),
+        "lora_A": (W, None, [B], [1.0]),
+        "lora_B": (W, [A], [[1.0]], [1.0]),
+        "scaling": (W, [A], [B], ["1"]),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name}: expected"):
+            merging.merge_(*arguments)
     assert torch.equal(W, before)
     record = merging.merge_(W, [A], [B], [1.0])
     for wrong in (W[:4], W.to(torch.bfloat16)):

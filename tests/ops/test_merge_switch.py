@@ -12,20 +12,16 @@ from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
 from fused_lora.reference import bits
 from helpers.seeds import shifted
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 1), (17, 129), (300, 256), (1000, 33)]
 LAYOUTS = ["rows", "transposed", "strided", "fan_in_fan_out"]
 
 
-@pytest.fixture(autouse=True, params=["C", "torch"])
-def loops(request, monkeypatch):
-    """Everything here holds with the C loops and without them."""
+@pytest.fixture(autouse=True)
+def seeded():
     torch.manual_seed(shifted(3))
-    if request.param == "torch":
-        monkeypatch.setattr(native, "usable", lambda: False)
-    elif not native.usable():
-        pytest.skip(native.describe())
-    return request.param
 
 
 def same_bits(a, b):
@@ -153,6 +149,11 @@ def test_records_that_do_not_fit():
         switch_(W[:20], record, *adapters(20, 40))
     with pytest.raises(ValueError, match="adapter 0"):
         switch_(W, record, *adapters(30, 41))
+    for none in (None, {}):
+        with pytest.raises(TypeError, match="record: expected the MergeRecord"):
+            switch_(W, none, *adapters(30, 40))
+        with pytest.raises(TypeError, match="record: expected the MergeRecord"):
+            unmerge_(W, none)
     record.units.height += 1
     with pytest.raises(RuntimeError, match="not what the merge left"):
         switch_(W, record, *adapters(30, 40))

@@ -11,12 +11,12 @@ import fused_lora
 from fused_lora.reference import bits
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import quiet
+from helpers.invocation import INVOCATION, prompts
 from helpers.seeds import shifted
 from helpers.serving import need_engine
 
 need_engine()
 
-INVOCATION = [7, 9]
 ADAPTERS = {"a": INVOCATION, "b": [11], "plain": None}
 
 
@@ -59,9 +59,7 @@ def served(world):
 
 @pytest.fixture
 def ids():
-    found = torch.randint(12, 40, (6, 9))
-    for row, at in ((0, 3), (1, 7), (2, 0), (4, 1), (4, 5)):
-        found[row, at : at + 2] = torch.tensor(INVOCATION)
+    found = prompts(12, 6)
     found[3, 4] = 11
     return found
 

@@ -61,15 +61,15 @@ def merge(
         if old is not None and old[2].unit != record.unit:
             return None
         kind = (weight.device, weight.dtype, weight.shape, weight.stride(), left.stride(), right.stride())
+        kind += () if old is None else (old[0].stride(), old[1].stride())
         if kind not in _way_back:  # compiled and loaded before it is needed; it finds nothing to take back
-            kernels.unmerge(weight, *factors, record)
+            _take_back(weight, factors, record, None if old is None else (*old[:2], record))
             _way_back.add(kind)
         refused = 0
         try:
             if old is None:
                 kernels.merge(weight, *factors, record)
             else:
-                kernels.merge_again(weight, old[1], old[0], kernels.new_record(weight, 0))  # compiled, does nothing
                 kernels.switch(weight, (old[1], old[0], old[2]), (*factors, record))
                 refused = old[2].refused.item()
             found, lost = record.totals()
@@ -99,15 +99,14 @@ def unmerge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, recor
     """The original bits back in place. Raises RuntimeError, with the weight as it was, if it was changed since."""
     from fused_lora.kernels import merge as kernels
 
-    factors = right, left
     try:
-        kernels.unmerge(weight, *factors, record)
+        kernels.unmerge(weight, right, left, record)
         refused = record.refused.item()
     except BaseException:
-        kernels.merge_again(weight, *factors, record)
+        merge_again(weight, left, right, record)
         raise
     if refused:
-        kernels.merge_again(weight, *factors, record)
+        merge_again(weight, left, right, record)
         raise RuntimeError(CHANGED)
 
 

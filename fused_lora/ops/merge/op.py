@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,8 +83,8 @@ def merge_(
     Raises:
         ValueError: shapes do not fit, a finite weight would become infinite or NaN, or a seed is for a weight of more
             than 16 bits. The weight is unchanged.
-        TypeError: weight is not fp64, fp32, bf16 or fp16, an adapter is not floating, or seed no int. RuntimeError:
-            weight is on the meta device or an expanded tensor.
+        TypeError: weight is not fp64, fp32, bf16 or fp16, an adapter is not floating, seed no int, or no list came.
+        RuntimeError: weight is on the meta device or an expanded tensor.
     """
     _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
     W = weight.detach()
@@ -260,7 +261,9 @@ def _begun(W, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> tuple
 
 
 def _merged(weight: torch.Tensor, record: MergeRecord) -> torch.Tensor:
-    """The weight as it is stored; RuntimeError where it cannot be the one of the record."""
+    """The weight as it is stored; RuntimeError where it cannot be the one of the record, TypeError without one."""
+    if not isinstance(record, MergeRecord):
+        raise TypeError(f"record: expected the MergeRecord that merge_ returned, got {record!r:.100}")
     W, factors = weight.detach(), record.factors
     W = W.t() if record.transposed else W
     place = ((len(factors.left), factors.right.shape[1]), record.dtype, factors.left.device)
@@ -322,6 +325,14 @@ def _factors(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out) -> Factors:
 
 
 def _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> None:
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"weight: expected a tensor, got {weight!r:.100}")
+    kinds = (torch.Tensor,), (torch.Tensor,), (numbers.Real, torch.Tensor)
+    for name, parts, kind in zip(("lora_A", "lora_B", "scaling"), (lora_A, lora_B, scaling), kinds, strict=True):
+        if isinstance(parts, torch.Tensor) or not isinstance(parts, Sequence):
+            raise TypeError(f"{name}: expected a list with an entry for each adapter, got {parts!r:.100}")
+        if wrong := [part for part in parts if not isinstance(part, kind)]:
+            raise TypeError(f"{name}: expected {'numbers' if name == 'scaling' else 'tensors'}, got {wrong[0]!r:.100}")
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight: expected float64, float32, bfloat16 or float16, got {weight.dtype}")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):

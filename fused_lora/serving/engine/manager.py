@@ -388,9 +388,9 @@ class AdapterManager(ContinuousBatchingManager):
         kept = self.batch_processor.inputs_and_outputs.requests_in_batch
         counters.generated_tokens += sum(future.has_new_token for future in kept)
         base = sum(f.query_length for f, lease in zip(futures, leases, strict=True) if lease is None)
-        base += sum(rows == -1) if isinstance(rows, np.ndarray) else 0
-        counters.base_rows += int(base)
-        counters.adapter_rows += sum(f.query_length for f in futures) - int(base)
+        base += int((rows == -1).sum()) if isinstance(rows, np.ndarray) else 0
+        counters.base_rows += base
+        counters.adapter_rows += sum(f.query_length for f in futures) - base
 
     def _fail_waiting(self, state: RequestState, error: Exception) -> None:
         """End a waiting request with ``error``."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_lora.adapters.checkpoint import bare_module
+from fused_lora.modules.activated import is_pefts
 from fused_lora.modules.config import check_init, is_neutral
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import CONFIGS, above, bare_path
@@ -48,7 +49,7 @@ def live_adapter(source: nn.Module, name: str, base: nn.Module) -> tuple[Triples
         if chosen in lora_A:
             A, B = lora_A[chosen], lora_B[chosen]
             variant = getattr(module, "lora_variant", {}).get(chosen)
-            other = variant is not None and not (invocation and type(variant).__name__ == "ALoraLinearVariant")
+            other = variant is not None and not (invocation and is_pefts(variant))
             if other or getattr(B, "bias", None) is not None:
                 raise ValueError(
                     f"source: adapter {chosen!r} is more than A and B at {path!r} (DoRA or another variant, a bias of "

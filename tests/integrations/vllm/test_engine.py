@@ -10,26 +10,12 @@ from fused_lora.integrations.vllm.cpu import GroupedWrapperCPU
 from helpers import tiny_vllm as tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
-SHARED = [(7 * j) % 150 + 1 for j in range(40)]  # the start of all prompts: prefixes are cached, and differ by adapter
 
 
 @pytest.fixture(scope="module")
 def engine(model):
     """Four slots for eight adapters; prompts longer than a step, so that prefills are cut and mixed with decodes."""
-    return LLM(
-        model=str(model),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=128,
-        max_num_seqs=8,
-        max_num_batched_tokens=48,
-        enable_chunked_prefill=True,
-        enable_prefix_caching=True,
-        enable_lora=True,
-        max_loras=4,
-        max_cpu_loras=8,
-        max_lora_rank=tiny.MAX_RANK,
-    )
+    return LLM(model=str(model), **tiny.ENGINE)
 
 
 def wrapper(engine):
@@ -55,7 +41,7 @@ def run(engine, prompts, requests):
 def test_the_engine_has_our_wrapper_and_ranks(engine, adapters):
     ours = wrapper(engine)
     assert type(ours) is GroupedWrapperCPU
-    run(engine, [SHARED], [request("keys", adapters)])
+    run(engine, [tiny.SHARED], [request("keys", adapters)])
     qkv = next(s for s in ours._slots.values() if len(s.N) == 3)
     assert sorted(max(slot) for slot in zip(*qkv.ranks, strict=True)) == [0, 0, 0, 5]
     assert {r for r in zip(*qkv.ranks, strict=True) if any(r)} == {(0, 5, 5)}  # q has no term, not one of zeros
@@ -63,7 +49,7 @@ def test_the_engine_has_our_wrapper_and_ranks(engine, adapters):
 
 def test_tokens_are_those_of_each_request_alone_with_its_adapter_merged(engine, model, adapters):
     names = [*adapters, None] * 3
-    prompts = [[*SHARED, *((11 * i + 5 * j) % 150 + 1 for j in range(3 + 5 * (i % 4)))] for i in range(len(names))]
+    prompts = [[*tiny.SHARED, *((11 * i + 5 * j) % 150 + 1 for j in range(3 + 5 * (i % 4)))] for i in range(len(names))]
     for _ in range(2):  # the second time every prefix is cached
         tokens = run(engine, prompts, [request(name, adapters) for name in names])
         for name, prompt, found in zip(names, prompts, tokens, strict=True):
@@ -78,7 +64,7 @@ def test_tokens_are_those_of_each_request_alone_with_its_adapter_merged(engine, 
 
 
 def test_adapters_are_loaded_reloaded_in_place_and_removed_while_requests_run(engine, model, adapters, tmp_path):
-    core, prompt = engine.llm_engine, SHARED[:20]
+    core, prompt = engine.llm_engine, tiny.SHARED[:20]
     moving = {"moving": tiny.write_adapter(tmp_path / "moving", 100, 8, tiny.ALL)}
     core.add_lora(request("moving", moving, 50))
     long = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
@@ -120,15 +106,15 @@ def test_a_bad_adapter_is_refused_and_the_engine_goes_on(engine, model, adapters
     with pytest.raises(ValueError, match=error):
         engine.llm_engine.add_lora(request("bad", bad, 60))
     assert 60 not in engine.llm_engine.list_loras()
-    tokens = run(engine, [SHARED, SHARED], [request("all_3", adapters), None])
-    assert tiny.differs(tokens[0], SHARED, tiny.merged(model, adapters["all_3"])) is None
-    assert tiny.differs(tokens[1], SHARED, tiny.merged(model, None)) is None
+    tokens = run(engine, [tiny.SHARED, tiny.SHARED], [request("all_3", adapters), None])
+    assert tiny.differs(tokens[0], tiny.SHARED, tiny.merged(model, adapters["all_3"])) is None
+    assert tiny.differs(tokens[1], tiny.SHARED, tiny.merged(model, None)) is None
 
 
 def test_a_compiled_model_calls_the_custom_operator(engine, adapters):
     """torch.compile keeps one opaque operator in the place of a call, and looks the rows up when it runs."""
     ours = wrapper(engine)
-    run(engine, [SHARED], [request("all_8", adapters)])
+    run(engine, [tiny.SHARED], [request("all_8", adapters)])
     slots = next(s for s in ours._slots.values() if len(s.N) == 3)
     A, B, K = tuple(slots.A), tuple(slots.B), slots.A[0].shape[3]
 
@@ -148,7 +134,7 @@ def test_a_compiled_model_calls_the_custom_operator(engine, adapters):
 def test_terms_alone_leave_base_rows_as_they_are(engine, adapters):
     """add_inputs=False, which vLLM asks for where the base product runs beside on another stream."""
     ours = wrapper(engine)
-    run(engine, [SHARED], [request("all_8", adapters)])
+    run(engine, [tiny.SHARED], [request("all_8", adapters)])
     slots = next(s for s in ours._slots.values() if len(s.N) == 3)
     slot = max(range(4), key=lambda s: slots.ranks[0][s])
     mapping = [slot + 1, 0, slot + 1]

@@ -10,21 +10,6 @@ import pytest
 
 from helpers import tiny_vllm as tiny
 
-SHARED = [(7 * j) % 150 + 1 for j in range(40)]
-ENGINE = dict(
-    dtype="float32",
-    enforce_eager=True,
-    max_model_len=128,
-    max_num_seqs=8,
-    max_num_batched_tokens=48,
-    enable_chunked_prefill=True,
-    enable_prefix_caching=True,
-    enable_lora=True,
-    max_loras=4,
-    max_cpu_loras=8,
-    max_lora_rank=tiny.MAX_RANK,
-    disable_log_stats=False,
-)
 TWO = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
 NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1)
 
@@ -36,10 +21,10 @@ NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prom
 )
 def test_tokens_are_those_of_each_adapter_merged_alone(model, adapters, kind, tmp_path):
     names = [*adapters, None] * 2
-    prompts = [[*SHARED, *((11 * i + 5 * j) % 150 + 1 for j in range(3 + 5 * (i % 4)))] for i in range(len(names))]
+    prompts = [[*tiny.SHARED, *((11 * i + 5 * j) % 150 + 1 for j in range(3 + 5 * (i % 4)))] for i in range(len(names))]
     numbers = {name: i for i, name in enumerate(adapters, start=1)}
     given = dict(
-        engine=ENGINE | dict(model=str(model)) | kind,
+        engine=tiny.ENGINE | dict(model=str(model), disable_log_stats=False) | kind,
         new_tokens=16,
         prompts=prompts,
         adapters=[name and (name, numbers[name], str(adapters[name])) for name in names],
