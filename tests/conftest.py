@@ -49,7 +49,10 @@ def pytest_pycollect_makemodule(module_path, parent):
 def loops(request, monkeypatch):
     """What uses it holds with the C loops and without them."""
     from fused_lora.ops import native
+    from fused_lora.ops.merge import blocks
 
+    if native.usable():
+        blocks._agree()  # merges small weights, once in a process: a test may count calls
     if request.param == "torch":
         monkeypatch.setattr(native, "usable", lambda: False)
     elif not native.usable():
