@@ -52,5 +52,5 @@ class Corrections:
 def totals_of(records: Sequence[Corrections]) -> list[tuple[int, int, int]]:
     """Of each merge the :meth:`Corrections.totals`, and what its last unmerge ``refused``. One wait for all."""
     last = [record.table[-1] for record in records]
-    rows = (torch.stack(last) if len(last) > 1 else last[0][None]).tolist()
+    rows = torch.stack(last).tolist() if len(last) > 1 else [last[0].tolist()]
     return [(packed & ((1 << SHIFT) - 1), packed >> SHIFT, refused) for packed, *_, refused in rows]

@@ -372,14 +372,17 @@ def _is_even(N: int, K: int, tile: MergeTile) -> bool:
     return N % tile.ROWS == 0 and K % tile.COLS == 0
 
 
+Merge = tuple[torch.Tensor, torch.Tensor, Corrections]  # A, B and the record
+
+
 class Member(NamedTuple):
-    """One weight of :func:`launch_group`: as for :func:`merge`, with ``old`` (A, B, record) as for :func:`switch`."""
+    """One weight of :func:`launch_group`: as for :func:`merge`, or with ``old`` as for :func:`switch`."""
 
     W: torch.Tensor
     A: torch.Tensor
     B: torch.Tensor
     record: Corrections
-    old: tuple[torch.Tensor, torch.Tensor, Corrections] | None = None
+    old: Merge | None = None
 
 
 def launch_group(members: Sequence[Member], UNMERGE: bool = False) -> None:
@@ -388,7 +391,8 @@ def launch_group(members: Sequence[Member], UNMERGE: bool = False) -> None:
     All have the same :func:`group_of`, an old merge or none, and round at random or not. The caller keeps their tensors
     until it has waited for the launch.
     """
-    record, SWITCH = members[0].record, members[0].old is not None
+    *_, record, old = members[0]
+    SWITCH = old is not None
     RANDOM, tile = record.seed is not None and not UNMERGE, MergeTile(*record.unit)
     rows, units, EVEN = [], 0, True
     for W, A, B, record, old in members:
@@ -458,13 +462,13 @@ def new_records(
     """:func:`new_record` of each (W, room, dither) on one device, with one launch and no wait."""
     records = []
     for W, room, dither in weights:
-        unit = unit_of(W, dither is not None) if tile is None else (tile.ROWS, tile.COLS)
-        units = _units(*(W.t() if W.stride(0) < W.stride(1) else W).shape, MergeTile(*unit))
+        form = tile or default_tile(W.dtype, True, capability(W.device), dither is not None)
+        units = _units(*(W.t() if W.stride(0) < W.stride(1) else W).shape, form)
         table = torch.empty((units + 1, COLUMNS), dtype=torch.int64, device=W.device)
         places = torch.empty(room, dtype=torch.uint16, device=W.device)
         values = torch.empty(room, dtype=torch.int32, device=W.device)
         seed = None if dither is None else torch.tensor(dither, dtype=torch.int64).to(W.device, non_blocking=True)
-        records.append(Corrections(table, places, values, unit, seed))
+        records.append(Corrections(table, places, values, (form.ROWS, form.COLS), seed))
     torch._foreach_zero_([record.table for record in records])
     return records
 
@@ -491,8 +495,8 @@ def unmerge(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None
 
 def switch(
     W: torch.Tensor,
-    old: tuple[torch.Tensor, torch.Tensor, Corrections],
-    new: tuple[torch.Tensor, torch.Tensor, Corrections],
+    old: Merge,
+    new: Merge,
     tile: MergeTile | None = None,
 ) -> None:
     """:func:`unmerge` with old's (A, B, record) and :func:`merge` with new's, unit by unit. One launch.

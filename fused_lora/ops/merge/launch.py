@@ -8,12 +8,14 @@ first use in a process is tried on small weights, in both directions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from fused_lora.kernels.corrections import totals_of
 from fused_lora.ops import guard
 from fused_lora.ops.native import CHANGED, DONE, LOST, MERGE, MERGE_AGAIN, UNMERGE
 from fused_lora.reference import bits
@@ -29,6 +31,14 @@ CHANGED_TEXT = (
 _share: dict[tuple[torch.dtype, bool], float] = {}
 _way_back: set[tuple] = set()
 Old = tuple[torch.Tensor, torch.Tensor, Any]  # left, right and corrections of a merge
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Not at the top: Triton may be missing."""
+    from fused_lora.kernels import merge
+
+    return merge
 
 
 def applies(weight: torch.Tensor) -> bool:
@@ -60,8 +70,7 @@ class Sweep:
 
     def undo(self, mode: int) -> int:
         """Take back, by ``mode``, what was written. It finds nothing where nothing was."""
-        from fused_lora.kernels import merge as kernels
-
+        kernels = _kernels()
         if mode == MERGE_AGAIN:
             merge_again(self.W, self.left, self.right, self.corrections)
         elif self.corrections is not None:
@@ -73,8 +82,7 @@ class Sweep:
 
 def for_one_launch(sweep: Sweep) -> Sweep | None:
     """``sweep`` for :func:`run_together` with others of its kind; None where it is launched by itself."""
-    from fused_lora.kernels import merge as kernels
-
+    kernels = _kernels()
     pairs, random = [(sweep.right, sweep.left)], sweep.dither is not None
     how, unit = "merge", kernels.unit_of(sweep.W, random)
     if sweep.corrections is not None:
@@ -131,16 +139,13 @@ def _parts(sweeps: Sequence[Sweep]) -> Iterator[list[Sweep]]:
 
 
 def _unmerge(sweeps: Sequence[Sweep]) -> int:
-    from fused_lora.kernels.corrections import totals_of
-
     _launch(sweeps, unmerging=True)
-    return CHANGED if any(refused for *_, refused in totals_of([sweep.corrections for sweep in sweeps])) else DONE
+    totals = totals_of([sweep.corrections for sweep in sweeps])
+    return CHANGED if any(refused for *_, refused in totals) else DONE
 
 
 def _merge(sweeps: Sequence[Sweep]) -> int:
-    from fused_lora.kernels import merge as kernels
-    from fused_lora.kernels.corrections import totals_of
-
+    kernels = _kernels()
     how = sweeps[0].W.dtype, sweeps[0].dither is not None
     share = _share.get(how, 1 / 2 if how[1] else 1 / 16)
     steps = [sweep.W.numel() // 64 + 4096 for sweep in sweeps]  # few sizes: a launch is prepared for each
@@ -179,19 +184,20 @@ def _compile_way_back(sweep: Sweep) -> None:
 
 
 def _launch(sweeps: Sequence[Sweep], unmerging: bool = False) -> None:
-    from fused_lora.kernels import merge as kernels
-
-    olds = [s.old and (s.old[1], s.old[0], s.old[2]) for s in sweeps]
-    members = [kernels.Member(s.W, s.right, s.left, s.corrections, old) for s, old in zip(sweeps, olds, strict=True)]
-    if len(members) > 1:
+    kernels = _kernels()
+    olds = [None if s.old is None else (s.old[1], s.old[0], s.old[2]) for s in sweeps]
+    if len(sweeps) > 1:
+        pairs = zip(sweeps, olds, strict=True)
+        members = [kernels.Member(s.W, s.right, s.left, s.corrections, old) for s, old in pairs]
         return kernels.launch_group(members, unmerging)
-    ((W, A, B, record, old),) = members
+    (sweep,), (old,) = sweeps, olds
+    new = sweep.right, sweep.left, sweep.corrections
     if unmerging:
-        kernels.unmerge(W, A, B, record)
+        kernels.unmerge(sweep.W, *new)
     elif old is None:
-        kernels.merge(W, A, B, record)
+        kernels.merge(sweep.W, *new)
     else:
-        kernels.switch(W, old, (A, B, record))
+        kernels.switch(sweep.W, old, new)
 
 
 def error(outcome: int) -> Exception:
@@ -215,8 +221,7 @@ def merge(
     Raises ValueError, with the weight as it was, when a finite weight would not stay finite; with ``old`` also what
     :func:`unmerge` raises.
     """
-    from fused_lora.kernels import merge as kernels
-
+    kernels = _kernels()
     if old is not None and old[2].unit != kernels.unit_of(weight, dither is not None):
         return None
     sweep = Sweep(weight, left, right, dither, old)
@@ -235,8 +240,7 @@ def unmerge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, recor
 
 def merge_again(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, record: Any) -> None:
     """Undo the :func:`unmerge` with this record, to the bit."""
-    from fused_lora.kernels import merge as kernels
-
+    kernels = _kernels()
     kernels.merge_again(weight, right, left, record)
 
 
