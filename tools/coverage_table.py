@@ -66,6 +66,16 @@ def _experts() -> nn.Module:
     return module
 
 
+def _llama4_experts() -> nn.Module:
+    from transformers import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+
+    module = Llama4TextExperts(Llama4TextConfig(hidden_size=K, intermediate_size=K, num_local_experts=4))
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
 _X = {"target_modules": ["x"]}
 _STACK = {"target_modules": [], "target_parameters": ["x.gate_up_proj", "x.down_proj"]}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -82,6 +92,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict, tuple[str, ...]]] = {
     "Conv1D of transformers": (_conv1d, _X, ("LoRA", "DoRA")),
     "Linear4bit of bitsandbytes": (_linear4bit, _X, ("LoRA", "DoRA")),
     "stacked experts": (_experts, _STACK, ("LoRA", "rsLoRA", "dropout")),
+    "experts of Llama-4": (_llama4_experts, _STACK, ("LoRA", "dropout")),
     "nn.Embedding": (lambda: nn.Embedding(K, K), _X, ("LoRA", "DoRA")),
     "nn.Conv2d": (lambda: nn.Conv2d(2, 2, 3), _X, ("LoRA", "DoRA")),
     "nn.MultiheadAttention": (lambda: nn.MultiheadAttention(K, 2), _X, ("LoRA",)),

@@ -10,6 +10,7 @@ and lora_B [N, r * experts], whose fastest part is the expert. Others are:
     lora_B_layout                  an entry of the config: "grouped_by_expert" where lora_B has the expert slowest
 
 An adapter of gate and up apart has rank 2 r in gate_up_proj: A of both below each other, B of both on a diagonal.
+Experts may multiply with W^T of PEFT's W, as Llama-4's do. Then A and B of others are PEFT's B^T and A^T.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ _TURNED_UNTIL = (0, 19, 1)  # the first release of PEFT that reads [experts, N, 
 class Stacked(NamedTuple):
     """A stacked parameter of experts: its path, how many experts, K and N of each.
 
-    transposed: it is [experts, K, N]. interleaved: rows of gate and up take turns, where it has both.
+    transposed: it is [experts, K, N]. interleaved: rows of gate and up take turns, where it has both. turned: the
+    experts multiply with W^T of PEFT's W [N, K], so that other trainers' lora_A is [r, N].
     """
 
     path: str
@@ -54,6 +56,11 @@ class Stacked(NamedTuple):
     N: int
     transposed: bool = False
     interleaved: bool = False
+    turned: bool = False
+
+    def as_called(self) -> Stacked:
+        """The same with the K and N of what the experts multiply with."""
+        return self._replace(K=self.N, N=self.K) if self.turned else self
 
 
 # of a model: with a config what it targets, by the path that PEFT's files have for it; with None all, by their paths
@@ -231,6 +238,7 @@ def _match(name: str) -> re.Match[str] | None:
 
 def _rank(path: str, entries: Mapping[str, TensorEntry], stack: Stacked, pieces: list[Piece]) -> int:
     """Of the stacked parameter's adapter: the sum over halves of the largest rank of an expert."""
+    stack = stack.as_called()
     ranks: dict[int | None, int] = {}
     for piece in pieces:
         A, B = entries[piece.A].shape, entries[piece.B].shape
@@ -251,6 +259,7 @@ def _rank(path: str, entries: Mapping[str, TensorEntry], stack: Stacked, pieces:
 
 def _stacked(tensors: Mapping[str, Tensor], stack: Stacked, pieces: list[Piece], rank: int) -> tuple[Tensor, Tensor]:
     """lora_A and lora_B of the parameter in PEFT's packing: experts and halves without a piece are zero."""
+    stack, turned = stack.as_called(), stack.turned
     dtype, middle, scale = tensors[pieces[0].A].dtype, stack.N // 2, _scaling(pieces)
     A = torch.zeros(stack.experts, rank, stack.K, dtype=dtype)
     B = torch.zeros(stack.experts, stack.N, rank, dtype=dtype)
@@ -267,7 +276,7 @@ def _stacked(tensors: Mapping[str, Tensor], stack: Stacked, pieces: list[Piece],
             ratio = piece.scaling / scale if scale else 1.0
             A[expert, first : first + len(a)] = a.to(dtype)
             B[expert, rows, first : first + len(a)] = (b if ratio == 1.0 else b.float() * ratio).to(dtype)
-    return pack(A, B)
+    return pack(B.transpose(1, 2), A.transpose(1, 2)) if turned else pack(A, B)
 
 
 def _scaling(pieces: list[Piece]) -> float:

@@ -17,7 +17,7 @@ from fused_lora.modules import auxiliary
 from fused_lora.modules.arguments import check_int
 from fused_lora.modules.changes import changing, undone_on_error
 from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
-from fused_lora.modules.experts import Stack, all_parameters, file_paths, match_parameters, stack_at
+from fused_lora.modules.experts import Stack, all_parameters, file_paths, form_of, match_parameters, stack_at
 from fused_lora.modules.inject import (
     LayerSpec,
     attach,
@@ -123,8 +123,8 @@ def of_model(model: nn.Module) -> dict[str, Any]:
 
 def _stacked(stack: Stack) -> Stacked:
     """What files are read with."""
-    interleaved = not getattr(stack.module, "is_concatenated", True)
-    return Stacked(stack.path, stack.experts, stack.K, stack.N, bool(stack.module.is_transposed), interleaved)
+    interleaved, turned = not getattr(stack.module, "is_concatenated", True), form_of(stack.module).turned
+    return Stacked(stack.path, stack.experts, stack.K, stack.N, stack.transposed, interleaved, turned)
 
 
 def check_copies(model: nn.Module, adapter: Adapter, plan: Plan) -> None:

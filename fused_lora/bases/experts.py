@@ -1,76 +1,51 @@
-"""Stacked experts as transformers keeps them, [experts, out, in] or [experts, in, out]: forward and merge of LoRA.
+"""Stacked experts of transformers: may they be adapted, their call with LoRA, and merges expert by expert.
 
-An adapter of one such parameter is PEFT's (``target_parameters``): lora_A [experts * r, in], whose slowest part is the
-expert, and lora_B [out, r * experts], whose fastest part is the expert. The forward never forms W + s B A. Rows are
-sorted by expert as in transformers' "grouped_mm", and two more grouped products add the terms to each.
+``expert_forms`` has what classes of experts differ in, ``expert_terms`` what adapters add to each of their products.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora.bases.base import Base, Factors, why_not_own_call, why_replaced
+from fused_lora.bases.expert_forms import Form, Terms, find_form, form_of
+from fused_lora.bases.expert_terms import ExpertTerm, StackedTerm, unpacked
 from fused_lora.ops.checks import FLOAT_DTYPES
-from fused_lora.ops.dora.op import dropped
-from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.ops.merge import op as merging
 from fused_lora.ops.native import DONE, MERGE, UNMERGE
 
+__all__ = [
+    "ExpertTerm",
+    "Experts",
+    "Form",
+    "StackedTerm",
+    "experts_forward",
+    "form_of",
+    "kind",
+    "replace_rows",
+    "unpacked",
+    "why_not_adapted",
+    "why_not_fused",
+]
 NAMES = ("gate_up_proj", "up_proj", "down_proj")
-IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")  # of one arithmetic: which experts a row goes through
-_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts", "_is_expert_parallel")
-
-
-class ExpertTerm(NamedTuple):
-    """One adapter of one stacked parameter: lora_A [experts * r, in], lora_B [out, r * experts], scaling, dropout."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    dropout: float = 0.0
-
-    def stacks(self, experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """lora_A [experts, r, in] and lora_B [experts, out, r] in ``dtype``, r padded to whole 16 bytes."""
-        return unpacked(self.lora_A.to(dtype), self.lora_B.to(dtype), experts)
-
-
-class StackedTerm(NamedTuple):
-    """The same with lora_A [experts, r, in] and lora_B [experts, out, r], r of whole 16 bytes already."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    dropout: float = 0.0
-
-    def stacks(self, experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Both in ``dtype``."""
-        return self.lora_A.to(dtype), self.lora_B.to(dtype)
-
-
-Term = ExpertTerm | StackedTerm
 
 
 def why_not_adapted(experts: Any, name: str) -> str | None:
     """None when adapters of the parameter ``name`` of ``experts`` can be computed, else the reason."""
-    kind = type(experts).__name__
-    if not all(hasattr(experts, flag) for flag in (*_FLAGS, "_apply_gate", "config")):
-        return f"{kind} is not in transformers' registry of experts"
+    form = find_form(experts)
+    if form is None:
+        return f"{type(experts).__name__} is not in transformers' registry of experts"
     if name not in NAMES:
         return f"{name} is not one of {', '.join(NAMES)}"
-    if experts._is_expert_parallel:
-        return "experts are spread over processes"
-    held = experts._parameters
-    for own in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
-        if why := why_not_stacked(held.get(own)):
+    for own in form.parameters(experts):
+        if why := why_not_stacked(experts._parameters.get(own)):
             return f"{own} is {why}"
-        if held[own].dtype is torch.float64:
-            return "float64 experts have no grouped product"
-    return None
+    return form.why_not_adapted(experts)
 
 
 def why_not_fused(experts: Any, name: str, own_hooks: int = 0) -> str | None:
@@ -78,11 +53,8 @@ def why_not_fused(experts: Any, name: str, own_hooks: int = 0) -> str | None:
 
     own_hooks: forward hooks of the experts that know of it.
     """
-    if why := why_not_adapted(experts, name):
+    if why := why_not_adapted(experts, name) or form_of(experts).why_not_fused(experts):
         return why
-    implementation = getattr(experts.config, "_experts_implementation", None)
-    if implementation not in IMPLEMENTATIONS:
-        return f"the experts implementation is {implementation!r}"
     if not own_hooks:
         return why_not_own_call(experts, "the experts")
     before = experts._forward_pre_hooks or experts._backward_hooks or experts._backward_pre_hooks
@@ -99,130 +71,35 @@ def why_not_stacked(weight: Any) -> str | None:
     return "on the meta device" if weight.is_meta else None
 
 
-def experts_forward(
-    experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, terms: Mapping[str, Sequence[Term]]
-) -> Tensor:
-    """hidden [tokens, K] through the top_k experts of each token, [tokens, K]: transformers' "grouped_mm" with terms.
-
-    Deterministic: a token's results are summed in the order of its experts' places, with no atomics. A mask of dropout
-    has a row for each place of a token, token * top_k + place, whatever its expert is; each projection and adapter
-    draws one of its own.
+def experts_forward(experts: Any, call: Sequence[Tensor], terms: Terms) -> Tensor:
+    """What ``experts`` give for a call, with the terms of adapters added to each of their products.
 
     Args:
-        top_k_index, top_k_weights: [tokens, top_k]. terms: of each adapted parameter, by its name.
+        call: the tensors that the experts' form names (``inputs``), as hidden [tokens, K], top_k_index and
+            top_k_weights [tokens, top_k]. terms: of each adapted parameter, by its name.
 
     Raises:
-        ValueError: hidden, top_k_index and top_k_weights differ in their tokens, or an expert is not there.
+        ValueError: not as many tensors, their shapes do not belong together, or an expert is not there.
         TypeError: hidden is not floating, or top_k_index no integers.
     """
-    from transformers.integrations.moe import _grouped_linear
-
-    _check_call(hidden, top_k_index, top_k_weights)
-    tokens, top_k = top_k_index.shape
-    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    _check_experts(ids, experts.num_experts)
-    # of a size that does not depend on numbers, so that it compiles
-    offsets = torch.searchsorted(ids, torch.arange(experts.num_experts, device=ids.device), right=True, out_int32=True)
-
-    def project(x: Tensor, name: str) -> Tensor:
-        bias = getattr(experts, f"{name}_bias")[ids] if experts.has_bias else None
-        y = _grouped_linear(x, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed)
-        return add_terms(y, x, terms.get(name, ()), offsets, order)
-
-    y = project(hidden[order // top_k], "gate_up_proj" if experts.has_gate else "up_proj")
-    y = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
-    y = project(y, "down_proj")
-    if experts.has_post_expert_norm:
-        y = experts.post_expert_norm(y)
-    y = y * top_k_weights.reshape(-1)[order, None]
-    return y[_back(order)].view(tokens, top_k, y.shape[-1]).sum(1).to(hidden.dtype)
+    form = form_of(experts)
+    if len(call) != len(form.inputs):
+        raise ValueError(f"{type(experts).__name__}: expected {', '.join(form.inputs)}, got {len(call)} tensors")
+    if fault := form.fault(experts, call):
+        raise fault
+    return form.forward(experts, call, terms)
 
 
-def _check_call(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-    if not hidden.is_floating_point():
-        raise TypeError(f"hidden_states: expected a floating dtype, got {hidden.dtype}")
-    if top_k_index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"top_k_index: expected int32 or int64, got {top_k_index.dtype}")
-    shape, weights = tuple(top_k_index.shape), tuple(top_k_weights.shape)
-    if len(shape) != 2 or shape != weights or hidden.dim() != 2 or len(hidden) != shape[0]:
-        raise ValueError(
-            f"hidden_states, top_k_index, top_k_weights: expected [tokens, K] and twice [tokens, top_k], "
-            f"got {tuple(hidden.shape)}, {shape} and {weights}"
-        )
-
-
-def _check_experts(ids: Tensor, experts: int) -> None:
-    """Raise ValueError unless sorted numbers of experts are all there. Compiled code cannot ask."""
-    if torch.compiler.is_compiling() or not len(ids):
-        return
-    first, last = torch.stack((ids[0], ids[-1])).tolist()  # one wait for the device
-    if first < 0 or last >= experts:
-        raise ValueError(f"top_k_index: expected experts below {experts}, got {first if first < 0 else last}")
-
-
-def replace_rows(
-    experts: Any,
-    y: Tensor,
-    call: tuple[Tensor, Tensor, Tensor],
-    groups: Sequence[tuple[Tensor, Mapping[str, Sequence[Term]]]],
-) -> None:
-    """Put into y [tokens, K], what the experts gave for a call, the results under adapters of some of its tokens.
+def replace_rows(experts: Any, y: Tensor, call: Sequence[Tensor], groups: Sequence[tuple[Tensor, Terms]]) -> None:
+    """Put into y [rows, K], what the experts gave for a call, the results under adapters of some of its rows.
 
     The other rows keep their bits. Between the two products of an expert is a gate, so nothing can be added behind.
 
     Args:
-        call: hidden, top_k_index and top_k_weights. groups: numbers of tokens, int64, and the terms that they have.
+        call: as of :func:`experts_forward`. groups: numbers of rows, int64, and the terms that they have.
     """
-    hidden, index, weights = call
     for rows, terms in groups:
-        y[rows] = experts_forward(experts, hidden[rows], index[rows], weights[rows], terms).to(y.dtype)
-
-
-def _back(order: Tensor) -> Tensor:
-    """Where each row of before is now: the inverse of a permutation."""
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return back
-
-
-def add_terms(y: Tensor, x: Tensor, terms: Sequence[Term], offsets: Tensor, order: Tensor | None = None) -> Tensor:
-    """y + sum_i s_i D_i(x) A_i^T B_i^T with the A and B of each row's expert, rounded once to y's dtype.
-
-    y: [rows, N], x: [rows, K], sorted by expert. offsets: int32 [experts], where the rows of each end. order: int64
-    [rows], which of the rows by token and place among its experts each is; for dropout, whose mask has these rows.
-    """
-    if not terms:
-        return y
-    wide = torch.float32 if y.is_cpu else y.dtype  # tensor cores sum 16-bit products in fp32 anyway
-    total = y
-    with torch.autocast(x.device.type, enabled=False):
-        dtype = torch.promote_types(wide, y.dtype if y.dtype is torch.float64 else wide)
-        for term in terms:
-            A, B = term.stacks(len(offsets), dtype)
-            kept = x.to(dtype)
-            if term.dropout:
-                assert order is not None
-                kept = dropped(kept[_back(order)], draw_seeds(1, x.device), term.dropout)[order]
-            S = _grouped_product(kept, A, offsets)
-            total = torch.add(total, _grouped_product(S, B, offsets), alpha=term.scaling)
-        return total.to(y.dtype)
-
-
-def _grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """x W_e^T for the expert of each row; weight [experts, N, K]."""
-    from transformers.integrations.moe import _grouped_mm
-
-    return _grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-
-
-def unpacked(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """lora_A [experts, r, in] and lora_B [experts, out, r] of PEFT's packing, r padded to whole 16 bytes."""
-    A = lora_A.reshape(experts, -1, lora_A.shape[1])
-    B = lora_B.reshape(lora_B.shape[0], -1, experts).permute(2, 0, 1)
-    missing = -A.shape[1] % (16 // A.element_size())  # grouped products want rows that begin at 16 bytes
-    if missing:
-        A, B = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
-    return A.contiguous(), B.contiguous()
+        y[rows] = experts_forward(experts, [t[rows] for t in call], terms).to(y.dtype)
 
 
 @functools.cache

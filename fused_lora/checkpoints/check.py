@@ -13,8 +13,11 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.checkpoints.changes import Change, Item, Rows, Segment, rows_of, small_change
 from fused_lora.checkpoints.files import Shard, read_shard
 from fused_lora.checkpoints.stream import read_bytes
+from fused_lora.ops.merge import exact
+from fused_lora.ops.merge.exact import Adapter
 
 _ROWS = 16  # of each merged segment
+_UNIT = 2.0**-24  # unit roundoff of sums
 
 
 @dataclass
@@ -116,39 +119,38 @@ def _check_merge(files: _Pair, change: Change, checked: Checked) -> None:
         checked.same_bytes += files.compare(done, first)
         for row in range(first, stop, max(1, (stop - first) // _ROWS)):
             old, new = files.rows(row, row + 1)
-            delta, size, ranks = _row_of_delta(change, segment, row, old.double())
-            exact = old.double() + delta
-            ulp = _ulp(torch.maximum(exact.abs(), torch.maximum(old.double().abs(), size)), new.dtype)
-            error = (new.double() - exact).abs()
-            fits = (error <= ulp + (ranks + 3) * 2**-24 * (size + old.double().abs())) | ~old.isfinite()
-            if not bool(fits.all()):
-                files.fail(
-                    f"W + s B A in row {row} to the last place", f"an error of {(error / ulp).max():.3g} of them"
-                )
+            W, adapters = old.double(), _adapters_of_row(change, segment, row)
+            made = exact.change(W, adapters)
+            delta, size = made.delta(W), made.size(W)
+            error = new.double() - W - delta
+            largest = torch.maximum(W.abs(), made.low if made.scale is None else size)
+            ulp = _ulp(torch.maximum((W + delta).abs(), largest), new.dtype)
+            roundings = sum(len(a.lora_A) + 4 * (a.magnitude is not None) for a in adapters) + 3
+            bound = ulp + roundings * _UNIT * size
+            if made.doubt is not None:
+                bound = bound + exact.scale_error(W.shape[1], made.doubt, _UNIT, _UNIT) * size
+            if not bool(((error.abs() <= bound) | ~old.isfinite()).all()):
+                what = "W + s B A" if made.doubt is None else "W + s B A, scaled to the magnitude,"
+                found = f"an error of {(error / ulp).abs().max():.3g} of them"
+                files.fail(f"{what} in row {row} to the last place", found)
             checked.rows += 1
-            checked.worst_ulps = max(checked.worst_ulps, (error / ulp).nan_to_num().max().item())
+            checked.worst_ulps = max(checked.worst_ulps, (error / ulp).abs().nan_to_num().max().item())
             checked.wanted += delta.square().sum().item()
-            checked.lost += (new.double() - old.double() - delta).nan_to_num().square().sum().item()
+            checked.lost += error.nan_to_num().square().sum().item()
         done = stop
     checked.same_bytes += files.compare(done, height)
 
 
-def _row_of_delta(change: Change, segment: Segment, row: int, old: Tensor) -> tuple[Tensor, Tensor, int]:
-    """What one stored row, which was ``old`` [1, columns], gets in fp64; the magnitudes of its terms, and how many are
-    added up."""
-    total, size, count = torch.zeros_like(old), torch.zeros_like(old), 0
+def _adapters_of_row(change: Change, segment: Segment, row: int) -> list[Adapter]:
+    """What one stored row gets, as adapters of a weight of this row alone."""
+    found = []
     for term in segment.terms:
-        A, B = term.part("lora_A").double(), term.part("lora_B").double()
+        A, B, at = term.part("lora_A"), term.part("lora_B"), row - segment.first + term.skip
         left, right = (A.t(), B.t()) if change.transposed else (B, A)
-        at = row - segment.first + term.skip
-        s = term.adapter.scaling(term.path)
-        delta = left[at : at + 1] @ right * s
-        total, size, count = total + delta, size + left[at : at + 1].abs() @ right.abs() * abs(s), count + len(A)
-        if term.dora:
-            scale = segment.rows(term, "lora_magnitude")[row - segment.first].double() / (old + delta).norm()
-            total, size = (old + total) * scale - old, size * scale.abs() + old.abs() * scale.abs()
-            count += old.numel()
-    return total, size, count
+        magnitude = term.part("lora_magnitude")[at : at + 1].double() if term.dora else None
+        scaling = term.adapter.scaling(term.path)
+        found.append(Adapter(right.double(), left[at : at + 1].double(), scaling, magnitude=magnitude))
+    return found
 
 
 def _ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:

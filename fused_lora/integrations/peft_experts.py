@@ -26,16 +26,16 @@ class AcceleratedExperts(AcceleratedLinear):
     """Forward, merge and unmerge of a ``lora.ParamWrapper``, for a class that has PEFT's as its next base."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the experts' own: (hidden [tokens, K], top_k_index, top_k_weights [tokens, top_k]) -> [tokens, K]."""
+        """As the experts' own, such as (hidden [tokens, K], top_k_index, top_k_weights [tokens, top_k])."""
         if CHANGING:
             wait_for_change(self)
-        reason = self.why_not_fused() or _why_not_call(x, args, kwargs)
+        reason = self.why_not_fused() or _why_not_call(self.get_base_layer(), (x, *args), kwargs)
         if reason:
             _count(reason)
             return super(FusedLoraBehaviour, self).forward(x, *args, **kwargs)
         _count(FUSED)
         terms = {w.parameter_name: w._terms() for w in _wrappers(self)}
-        return experts.experts_forward(self.get_base_layer(), x, args[0], args[1], terms)
+        return experts.experts_forward(self.get_base_layer(), (x, *args), terms)
 
     def why_not_fused(self) -> str | None:
         """Why a call runs PEFT's own forward; None where it does not."""
@@ -55,7 +55,8 @@ class AcceleratedExperts(AcceleratedLinear):
         return None if active else "no active adapter in this layer"
 
     def _why_not_terms(self) -> str | None:
-        if self._transposed() != bool(self.get_base_layer().is_transposed):
+        base = self.get_base_layer()
+        if self._transposed() != experts.form_of(base).is_transposed(base):
             return "the adapter's orientation is not that of the experts"
         for name in self._present(self.active_adapters):
             for part in (self.lora_A[name], self.lora_B[name]):
@@ -102,13 +103,14 @@ def _wrappers(outermost: Any) -> Iterator[Any]:
         module = module._modules["base_layer"]
 
 
-def _why_not_call(x: Any, args: tuple, kwargs: dict) -> str | None:
-    if kwargs or len(args) != 2 or not all(isinstance(a, Tensor) and a.dim() == 2 for a in args):
+def _why_not_call(base: Any, call: tuple, kwargs: dict) -> str | None:
+    form, x = experts.form_of(base), call[0]
+    if kwargs or len(call) != len(form.inputs) or not all(isinstance(t, Tensor) and t.dim() == 2 for t in call):
         return "further arguments"
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         return "a dispatch mode over experts"
-    if x.dim() != 2 or args[0].shape != args[1].shape or len(args[0]) != len(x):
-        return "shapes differ"
+    if form.fault(base, call):
+        return "shapes or dtypes do not belong together"
     hooked = "a hook on all modules" if _has_any_global_hook() else None
     return why_not_plain_tensor(x) or why_transformed() or hooked
 

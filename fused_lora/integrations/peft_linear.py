@@ -12,7 +12,7 @@ import functools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,16 +59,21 @@ class AcceleratedLinear(FusedLoraBehaviour):
         if CHANGING:
             wait_for_change(self)
         own = self.__dict__  # past PEFT's properties and nn.Module's __getattr__, which slow every attribute down
-        simple = not (args or kwargs or own["lora_variant"] or any(_GLOBAL_HOOKS)) and own["cast_input_dtype_enabled"]
-        if simple and not own["_disable_adapters"]:
-            names = own["_active_adapter"]
+        simple = not (args or own["_disable_adapters"] or any(_GLOBAL_HOOKS)) and own["cast_input_dtype_enabled"]
+        if simple:
+            names, rows = own["_active_adapter"], None
+            names = (names,) if isinstance(names, str) else names
+            if kwargs or own["lora_variant"]:
+                simple = self._has_offsets(x, names, kwargs)
+                rows = changed_rows(x, kwargs["alora_offsets"]) if simple else None
+            call = FUSED if rows is None else AROUND + BEFORE
             try:
-                y = self._remembered_forward(x, (names,) if isinstance(names, str) else names)
+                y = self._remembered_forward(x, names, rows) if simple else None
             except BaseException:  # a call all the same: recomputing for a checkpoint stops inside the last layer
-                _count(FUSED)
+                _count(call)
                 raise
             if y is not None:
-                CALLS[FUSED] += 1
+                CALLS[call] += 1
                 return y
         adapter_names = kwargs.get("adapter_names")
         names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
@@ -85,16 +90,18 @@ class AcceleratedLinear(FusedLoraBehaviour):
             _count(reason)
             return super().forward(x, *args, **kwargs)
         further = {key: value for key, value in kwargs.items() if key not in _OF_VARIANTS}
-        rows = changed_rows(x, kwargs.get("alora_offsets")) if activated else None
-        if rows is not None:
-            y, reason = activated_forward(self, x, names, dict.fromkeys(activated, rows), *args, **further)
-            _count(reason or AROUND + BEFORE)
-            return y
         base = self._modules["base_layer"]
         kind = base_of(base)
         outputs = self._modules["lora_B"]._modules[names[0]]._parameters["weight"].shape[0]
         around = "further arguments" if args or further else None
         around = around or kind.why_not_fused(base) or kind.why_not_call(base, x, outputs)
+        rows = changed_rows(x, kwargs.get("alora_offsets")) if activated else None
+        if rows is not None:
+            y, reason = activated_forward(self, x, names, dict.fromkeys(activated, rows), *args, **further)
+            if reason is None and around is None:
+                self._learn(x, names)
+            _count(reason or AROUND + BEFORE)
+            return y
         if variants.has_magnitude(self, names):
             _count(FUSED if around is None else AROUND + around)
             return variants.dora_forward(self, x, names, around is None, *args, **further)
@@ -105,7 +112,13 @@ class AcceleratedLinear(FusedLoraBehaviour):
         _count(reason or AROUND + around)
         return y
 
-    def _activated(self, names: list[str]) -> list[str]:
+    def _has_offsets(self, x: Tensor, names: Sequence[str], kwargs: dict) -> bool:
+        """Whether all of these are aLoRA, and a call brings offsets for x and nothing else."""
+        if kwargs.keys() != {"alora_offsets"} or torch.compiler.is_compiling():
+            return False
+        return len(self._activated(names)) == len(names) and why_no_rows(x, kwargs["alora_offsets"]) is None
+
+    def _activated(self, names: Sequence[str]) -> list[str]:
         """Those of the adapters that are aLoRA."""
         held = self.lora_variant
         return [name for name in names if name in held and is_pefts(held[name])] if held else []

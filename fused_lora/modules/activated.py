@@ -46,8 +46,8 @@ def changed_rows(x: Tensor, offsets: Sequence[int | None] | None) -> Tensor | No
     x: as :func:`why_no_rows` has it, at least one row. offsets: None where none of the sequences has one.
     """
     tokens = x.shape[1] if x.dim() == 3 else 1
-    kept = tuple(max(0, min(int(n or 0), tokens)) for n in ([None] * len(x) if offsets is None else offsets))
-    if all(n == tokens for n in kept):
+    kept = tuple([max(0, min(int(n or 0), tokens)) for n in ([None] * len(x) if offsets is None else offsets)])
+    if kept == (tokens,) * len(kept):
         return None
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return _numbers(kept, tokens, x.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import Base, experts
-from fused_lora.bases.experts import StackedTerm, replace_rows, why_not_fused
+from fused_lora.bases.experts import StackedTerm, form_of, replace_rows, why_not_fused
 from fused_lora.modules.auxiliary import InPlaceOf
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.config import LayerTensors, LoraConfig
@@ -31,6 +31,7 @@ __all__ = [
     "StackedTerm",
     "all_parameters",
     "file_paths",
+    "form_of",
     "match_parameters",
     "place_of",
     "replace_rows",
@@ -58,8 +59,13 @@ class Stack(NamedTuple):
 
     @property
     def parameter(self) -> Tensor:
-        """[experts, N, K], or [experts, K, N] where the module says ``is_transposed``."""
+        """[experts, N, K], or [experts, K, N] where it is ``transposed``."""
         return self.module._parameters[self.name]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether PEFT takes the parameter for [experts, K, N]."""
+        return form_of(self.module).is_transposed(self.module)
 
 
 def match_parameters(model: nn.Module, config: LoraConfig) -> dict[str, Stack]:
@@ -105,7 +111,7 @@ def stacks_of(module: Any, place: str) -> list[Stack]:
 
 def _stack(module: Any, place: str, name: str) -> Stack:
     E, first, second = module._parameters[name].shape
-    K, N = (first, second) if module.is_transposed else (second, first)
+    K, N = (first, second) if form_of(module).is_transposed(module) else (second, first)
     return Stack(place, name, module, E, K, N)
 
 
@@ -128,7 +134,7 @@ class LoraStack(LoraLayer):
     """The adapters of one stacked parameter: lora_A [experts * r, K], lora_B [N, r * experts], in PEFT's packing.
 
     Its :class:`LoraExperts` computes with it. lora_bias and DoRA are refused, as by PEFT; dropout, which PEFT refuses,
-    draws a mask of a row for each token and place among its experts.
+    draws a mask of a row for each token and place among its experts, or for each row that Llama-4's experts get.
     """
 
     kinds_of_parts = ("lora_A", "lora_B")
@@ -152,6 +158,11 @@ class LoraStack(LoraLayer):
     def weight(self) -> Tensor:
         """The stacked parameter."""
         return self.base_layer._parameters[self.parameter_name]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is [experts, K, N]."""
+        return form_of(self.base_layer).is_transposed(self.base_layer)
 
     @property
     def bias(self) -> None:
@@ -233,10 +244,10 @@ class LoraStack(LoraLayer):
         A, B = (part[adapter].weight for part in (self.lora_A, self.lora_B))
         A, B = experts.unpacked(A.float(), B.float(), self.experts)
         delta = (B @ A * self.scaling[adapter]).to(self.lora_B[adapter].weight.dtype)
-        return delta.transpose(1, 2) if self.base_layer.is_transposed else delta
+        return delta.transpose(1, 2) if self.transposed else delta
 
     def _merge_place(self) -> tuple[nn.Module, Base]:
-        return self.base_layer, experts.kind(self.parameter_name, bool(self.base_layer.is_transposed))
+        return self.base_layer, experts.kind(self.parameter_name, self.transposed)
 
     def _merge_later(self, names: list[str], old: object = None) -> None:
         return None
@@ -274,10 +285,12 @@ class LoraExperts(MergedState, InPlaceOf):
         """The layers, by the name of the parameter."""
         return {name: part for name, part in self._modules.items() if isinstance(part, LoraStack)}
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """hidden_states [tokens, K] through the top_k experts of each token, [tokens, K]: their output and the terms.
 
-        top_k_index, top_k_weights: [tokens, top_k].
+        top_k_index, top_k_weights: [tokens, top_k]. Llama-4's experts get hidden_states [experts * tokens, K] alone.
 
         Raises:
             RuntimeError: with active adapters, where the experts are out of the ordinary: hooked, of an implementation
@@ -285,7 +298,8 @@ class LoraExperts(MergedState, InPlaceOf):
         """
         if CHANGING:
             wait_for_change(self)
-        call, stacks = (hidden_states, top_k_index, top_k_weights), self.stacks()
+        call = tuple(t for t in (hidden_states, top_k_index, top_k_weights) if t is not None)
+        stacks = self.stacks()
         for stack in stacks.values():
             if stack.disable_adapters and stack.merged:
                 stack.unmerge()
@@ -298,18 +312,17 @@ class LoraExperts(MergedState, InPlaceOf):
         if not any(terms.values()):
             return self.base_layer(*call)
         self._check_call(terms)
-        return experts.experts_forward(self.base_layer, *call, terms)
+        return experts.experts_forward(self.base_layer, call, terms)
 
     def _merged_weights(self) -> list[tuple[str, Any, list[str]]]:
         return [(f"base_layer.{name}", stack, list(stack.merged_adapters)) for name, stack in self.stacks().items()]
 
-    def _mixed_forward(
-        self, call: tuple[Tensor, Tensor, Tensor], stacks: Mapping[str, LoraStack], batch: MixedBatch
-    ) -> Tensor:
+    def _mixed_forward(self, call: tuple[Tensor, ...], stacks: Mapping[str, LoraStack], batch: MixedBatch) -> Tensor:
         """Tokens of one batch under different adapters; base rows keep the experts' bits."""
         if any(stack.merged for stack in stacks.values()):
             raise ValueError("adapter_batch: an adapter of the experts is merged; unmerge first")
-        rows_of = batch.rows(next(iter(stacks.values())), call[0])
+        alone = form_of(self.base_layer).why_not_alone(self.base_layer)
+        rows_of = batch.rows(next(iter(stacks.values())), call[0], alone)
         y = self.base_layer(*call)
         groups = [(rows, {n: s.terms([name]) for n, s in stacks.items()}) for name, rows in rows_of.items()]
         groups = [(rows, terms) for rows, terms in groups if any(terms.values()) and len(rows)]

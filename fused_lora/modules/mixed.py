@@ -111,8 +111,10 @@ class MixedBatch(Context):
     def _of_thread(self) -> Running:
         return self._running.setdefault(threading.get_ident(), Running(self._finder, self._entries, self._under_way))
 
-    def rows(self, layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    def rows(self, layer: nn.Module, x: Tensor, why_not_alone: str | None = None) -> dict[str, Tensor]:
         """The rows of x [..., K] that each adapter has, int64, counted over all dimensions but the last.
+
+        why_not_alone: why they are not known where the layer itself is called, if they are not.
 
         Raises:
             ValueError: the rows are not known, or are not the batch's.
@@ -124,7 +126,7 @@ class MixedBatch(Context):
         running, path = self._of_thread(), self._paths[layer]
         direct = running.call is None
         if direct:  # the layer itself was called
-            running.enter_layer(path, layer, x)
+            running.enter_layer(path, layer, x, why_not_alone)
         try:
             call = running.call
             assert call is not None

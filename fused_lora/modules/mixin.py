@@ -27,6 +27,8 @@ from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
 from fused_lora.ops.linear.op import Memory, may_learn
+from fused_lora.ops.term.op import known_term
+from fused_lora.ops.term.rows import lora_term_on_rows
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
@@ -111,18 +113,22 @@ class FusedLoraBehaviour(_Layer):
         """One operator for base and adapters."""
         base = self._modules["base_layer"]
         y = base_of(base).forward(base, x, self._adapters(names))
+        self._learn(x, names)
+        return y
+
+    def _learn(self, x: Tensor, names: list[str]) -> None:
+        """Of a call that one operator may compute: the next one like it is asked nothing."""
         if may_learn(x):
             operands, memory = self._operands(x, names), self.__dict__.get("_memory")
             if operands:
                 if memory is None:
                     memory = self.__dict__["_memory"] = Memory()
                 memory.learn(x, *operands)
-        return y
 
-    def _remembered_forward(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
+    def _remembered_forward(self, x: Tensor, names: Sequence[str], rows: Tensor | None = None) -> Tensor | None:
         """What :meth:`_fused_forward` has found for a call like this one before; None where a question is open.
 
-        names: the active adapters.
+        names: the active adapters. rows: the numbers of those that they change; None: of all.
         """
         if torch.compiler.is_dynamo_compiling():  # whatever else traces is seen in the tensors
             return None
@@ -131,7 +137,15 @@ class FusedLoraBehaviour(_Layer):
         if memory is None or own["merged_adapters"] or forward_ad._current_level >= 0:
             return None
         operands = self._operands(x, names)
-        return None if operands is None else memory.recall(x, *operands)
+        if operands is None or rows is None:
+            return None if operands is None else memory.recall(x, *operands)
+        if memory.runs(x, *operands) is None:
+            return None
+        y = own["_modules"]["base_layer"](x)
+        if not (len(rows) or torch.is_grad_enabled()):
+            return y
+        _, _, _, _, A, B, scaling, dropout = operands
+        return lora_term_on_rows(y, x, rows, A, B, scaling, dropout, term=known_term)
 
     def _operands(self, x: Tensor, names: Sequence[str]) -> tuple | None:
         """What :meth:`Memory.recall` takes, of a layer whose parts run their class's forward, no hooks.

@@ -271,21 +271,29 @@ class RowFinder:
         return found
 
     def begin_at_layer(
-        self, path: str, layer: nn.Module, x: Tensor, entries: Entries, before: Iterable[int]
+        self,
+        path: str,
+        layer: nn.Module,
+        x: Tensor,
+        entries: Entries,
+        before: Iterable[int],
+        why_not: str | None = None,
     ) -> tuple[Call, tuple]:
         """The start of a call of a layer by itself. before: calls that were under way before the batch.
 
+        why_not: why the rows of its input are not the batch's in their order, if they are not.
+
         Raises:
             ValueError: as :meth:`begin`; or a module around the layer was called from outside that is none of
-            ``callers``.
+            ``callers``; or ``why_not``.
         """
         calls = {} if entries.uniform else self.calls_under_way()
         around = [found for frame, found in calls.items() if frame not in before and found != path]
         if around:
-            raise ValueError(
-                f"batch: {path!r} got an input of shape {tuple(x.shape)}; expected a call of the model: "
-                f"{around[-1]!r} was called by itself, and what led to its input was not seen"
-            )
+            why_not = f"{around[-1]!r} was called by itself, and what led to its input was not seen"
+        if why_not and not entries.uniform:
+            text = f"batch: {path!r} got an input of shape {tuple(x.shape)}; expected a call of the model"
+            raise ValueError(f"{text}: {why_not}")
         return self.begin(path, layer, (x,), {}, entries)
 
     def in_compiled_code(self, path: str, layer: nn.Module, x: Tensor, entries: Entries) -> Call:
@@ -360,9 +368,9 @@ class Running:
         self.call, self._ending = self._finder.begin(path, module, args, kwargs, self._entries)
         return self.call
 
-    def enter_layer(self, path: str, layer: nn.Module, x: Tensor) -> Call:
+    def enter_layer(self, path: str, layer: nn.Module, x: Tensor, why_not: str | None = None) -> Call:
         """Before a layer that is called by itself. Raises ValueError as :meth:`RowFinder.begin_at_layer`."""
-        self.call, self._ending = self._finder.begin_at_layer(path, layer, x, self._entries, self._before)
+        self.call, self._ending = self._finder.begin_at_layer(path, layer, x, self._entries, self._before, why_not)
         return self.call
 
     def leave(self, module: nn.Module, complete: bool) -> Call | None:

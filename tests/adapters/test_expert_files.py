@@ -160,6 +160,39 @@ def test_old_checkpoints_are_read_as_peft_reads_them(tmp_path, kind):
         assert_close(again(ids).logits, theirs, terms=3000)
 
 
+@pytest.mark.parametrize("layout", list(layouts(*factors(INTER, HIDDEN))))
+@pytest.mark.filterwarnings("ignore:lora_dropout")
+def test_every_layout_of_llama_4(tmp_path, layout):
+    """It multiplies with W^T of PEFT's W: the lora_A of other trainers meets its input, PEFT's its output."""
+    A, B = factors(INTER, HIDDEN)
+    tensors, config = layouts(A, B)[layout]
+    if layout.startswith("PEFT") or layout == "expert slowest":  # of W [N, K] as PEFT takes it
+        tensors, config = layouts(B.transpose(1, 2), A.transpose(1, 2))[layout]
+    model = Block("llama4")
+    fused_lora.load_adapter(model, write(tmp_path / "a", tensors, **config))
+    layer = fused_lora.lora_layers(model)["experts.down_proj"]
+    assert_close(layer.get_delta_weight("default"), (B @ A * 2.0).transpose(1, 2), terms=10)
+    fused_lora.save_adapter(model, tmp_path / "b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = peft.PeftModel.from_pretrained(Block("llama4"), tmp_path / "b")
+    found = again.base_model.model.experts.get_delta_weight("default").detach()
+    assert_close(found, layer.get_delta_weight("default"), terms=10)
+
+
+def test_gate_and_up_of_llama_4_become_one(tmp_path):
+    gate, up = factors(N=INTER, r=2), factors(N=INTER, r=4, seed=1)
+    tensors = {}
+    for leaf, (A, B) in (("gate_proj", gate), ("up_proj", up)):
+        for e in range(EXPERTS):
+            tensors |= under(f"experts.{e}.{leaf}", {"lora_A.weight": A[e], "lora_B.weight": B[e]})
+    folder = write(tmp_path / "a", tensors, r=2, target_modules=["gate_proj", "up_proj"], rank_pattern={"up_proj": 4})
+    fused_lora.load_adapter(model := Block("llama4"), folder)
+    delta = fused_lora.lora_layers(model)["experts.gate_up_proj"].get_delta_weight("default")
+    for found, (A, B), scale in zip(delta.chunk(2, 2), (gate, up), (3.0, 1.5), strict=True):
+        assert_close(found, (B @ A * scale).transpose(1, 2), terms=10)
+
+
 def test_square_stacks_go_by_the_version(tmp_path):
     """Where in and out are equal, only the version of PEFT tells which is which; a saved adapter has none."""
 

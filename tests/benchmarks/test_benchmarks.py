@@ -91,6 +91,8 @@ def test_bench_merge_of_models_and_files(load, tmp_path, monkeypatch):
     """What follows the single layers by default, small: PEFT, one pass and two calls; a process of its own; files."""
     bench = load("bench_merge")
     monkeypatch.setattr(bench, "SHAPES", {"cpu": [(31, 17)]})
+    monkeypatch.setattr(bench, "_SMALL", [(48, 40), (56, 48)])
+    monkeypatch.setattr(bench, "_FIRST", bench._FIRST.replace("4096", "64"))
     monkeypatch.setattr(bench, "_DECODER", {"q": (48, 40), "down": (56, 48)})
     monkeypatch.setattr(bench, "_FILES", dict(layers=2, hidden=64, vocabulary=96, shards=3, rounds=3))
     code, content = run(bench, tmp_path)

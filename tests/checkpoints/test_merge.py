@@ -267,7 +267,7 @@ def test_dora_beside_lora_and_back(tmp_path, monkeypatch, dtype):
     base = write_base(tmp_path / "base", decoder(dtype=dtype), shards=2)
     one, other = write_adapter(tmp_path / "lora", SHAPES), dora_adapter(tmp_path / "dora", SHAPES, r=3, seed=2)
     report = merge_checkpoint(base, [(one, 0.5), other], tmp_path / "out", record=tmp_path / "record", verify=True)
-    assert report.checked["worst_ulps"] < 2
+    assert report.checked["worst_ulps"] < (4 if dtype is torch.float32 else 2)  # there the scale's roundings count
     tensors, merged, lora, dora = (read_all(folder) for folder in (base, tmp_path / "out", one, other))
     for path in QKV:
         W, parts = tensors[f"{path}.weight"], []
@@ -298,6 +298,59 @@ def test_dora_of_parts_in_a_fused_weight(tmp_path):
     a, b = read_all(tmp_path / "a"), read_all(tmp_path / "b")
     whole = torch.cat([a[f"{path}.weight"] for path in shapes])
     assert_close(b["model.layers.0.self_attn.qkv_proj.weight"], whole, terms=32)
+
+
+LARGE = {f"model.layers.0.self_attn.{p}_proj": (1024, 24) for p in "qk"}
+
+
+def large_dora(tmp_path, dtype=torch.float32):
+    """Rows of 1,024 numbers, whose sums have errors of their own. The first of k_proj is nearly cancelled."""
+    draw, [_, path] = torch.Generator().manual_seed(shifted(3)), LARGE
+    tensors = {f"{name}.weight": torch.randn(n, k, generator=draw) for name, (k, n) in LARGE.items()}
+    adapter = dora_adapter(tmp_path / "adapter", LARGE)
+    A, B = (read_all(adapter)[f"base_model.model.{path}.lora_{x}.weight"] for x in "AB")
+    tensors[f"{path}.weight"][0] = -1.9999 * (B @ A)[0]
+    return write_base(tmp_path / "base", {name: t.to(dtype) for name, t in tensors.items()}), adapter
+
+
+@pytest.mark.parametrize("dtype, wrong", [(torch.float32, 2e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_verify_of_dora_finds_a_wrong_magnitude(tmp_path, monkeypatch, dtype, wrong):
+    """By a few units in the last place of the weights; a row whose norm is known badly is no alarm."""
+    base, adapter = large_dora(tmp_path, dtype)
+    report = merge_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    assert report.checked["rows"] == 48 and report.checked["lost_share"] < 0.01
+    own = changes.Segment.rows
+
+    def scaled(segment, term, name):
+        return own(segment, term, name) * (1 + wrong * (name == "lora_magnitude"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(changes.Segment, "rows", scaled)
+        with pytest.raises(
+            AdapterError, match=r"k_proj.weight: expected W \+ s B A, scaled to the magnitude, in row [01] "
+        ):
+            merge_checkpoint(base, adapter, tmp_path / "again", verify=True)
+    assert not (tmp_path / "again").exists()
+
+
+def test_verify_of_dora_finds_a_changed_byte(tmp_path, capsys):
+    """Of a merged weight and of one that had to stay, by the command line."""
+    base, adapter = write_base(tmp_path / "base", decoder(dtype=torch.float16)), dora_adapter(tmp_path / "a", SHAPES)
+    call = ["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(tmp_path / "out"), "--verify"]
+    assert main(call) == 0
+    assert "6 tensors: merge" in (said := capsys.readouterr().out) and "verified 104 rows of merged weights" in said
+    file = tmp_path / "out" / SINGLE
+    whole = file.read_bytes()
+    for name, text in ((f"{QKV[4]}.weight", "scaled to the magnitude, in row 2"), ("model.norm.weight", "the bytes")):
+        raw = bytearray(whole)
+        at = raw.index(read_all(tmp_path / "out")[name].view(torch.uint8).numpy().tobytes())
+        row = 2 * K if "proj" in name else 0
+        raw[at + 2 * row + 1] ^= 1  # of the exponent, or of a sign's neighbour
+        file.write_bytes(raw)
+        assert main(call) == 1
+        assert f"{name}: expected" in (said := capsys.readouterr().err) and text in said
+        file.write_bytes(whole)
+    assert main(call) == 0
 
 
 @pytest.mark.parametrize("config, weight, message", [({}, 0.5, "a weight of 1"), ({"fan_in_fan_out": True}, 1, "rows")])

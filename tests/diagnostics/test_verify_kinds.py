@@ -13,7 +13,7 @@ import fused_lora
 from fused_lora import verify
 from fused_lora.diagnostics.verification import report
 from helpers.accelerated import TOKENS, Net, wrap
-from helpers.experts import BOTH, Block, moe
+from helpers.experts import BOTH, Block, llama4, moe
 from helpers.unchanged import assert_bits, parameter_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -95,7 +95,8 @@ def test_dora_differs_by_rounding(kind, dtype, merged):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_differ_by_rounding(kind, dtype, merged):
-    name = "qwen3_moe" if dtype is torch.float32 else "gpt_oss"  # halves, [experts, N, K]; turns, [experts, K, N]
+    # halves, [experts, N, K]; turns, [experts, K, N]; turned, of all tokens
+    name = {torch.float32: "qwen3_moe", torch.bfloat16: "gpt_oss", torch.float16: "llama4"}[dtype]
     assert_healthy(experts(kind, dtype, name, ["a", "b"]), 2, dtype, merged, STACKS)
 
 
@@ -128,10 +129,11 @@ def test_no_false_alarm_over_random_dora_layers(dtype):
         assert result.verdict in ("rounding", "lost"), f"{(K, N, fields, wide, names)}: {result.layers[0]}\n{result}"
 
 
+@pytest.mark.parametrize("make", [moe, llama4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_model_and_its_references(kind, tmp_path):
+def test_a_whole_model_and_its_references(kind, make, tmp_path):
     """Experts beside linear layers against a copy, the base, the merged model, and the adapter's file."""
-    base = moe()
+    base, place = make(), "mlp" if make is moe else "feed_forward"
     original = copy.deepcopy(base)
     model = experts(kind, base=base, target_modules=["q_proj"])
     tokens = torch.randint(0, TOKENS, (2, 6))
@@ -151,11 +153,11 @@ def test_a_whole_model_and_its_references(kind, tmp_path):
     file = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert sum(".experts." in key for key in file) == 8
     assert verify(model, tokens, reference=file).ok
-    key = next(key for key in file if "layers.1.mlp.experts.base_layer.lora_B" in key)  # PEFT's name of gate_up_proj
+    key = next(key for key in file if f"layers.1.{place}.experts.base_layer.lora_B" in key)  # PEFT's gate_up_proj
     file[key] += 1.0
     result = verify(model, tokens, reference=file)
     assert result.causes == [report.ADAPTER], str(result)
-    assert result.findings[0].layers == ("model.layers.1.mlp.experts.gate_up_proj.lora_B.a.weight",)
+    assert result.findings[0].layers == (f"model.layers.1.{place}.experts.gate_up_proj.lora_B.a.weight",)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -212,7 +214,11 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("place, build", [("conv1d", dora), ("gate_up_proj", experts)])
+def turned_experts(kind):
+    return experts(kind, name="llama4")
+
+
+@pytest.mark.parametrize("place, build", [("conv1d", dora), ("gate_up_proj", experts), ("down_proj", turned_experts)])
 @pytest.mark.parametrize("bug, kind", [(bug, kind) for bug, (*_, kinds) in BUGS.items() for kind in kinds])
 def test_a_bug_is_named_with_its_layer(bug, kind, place, build):
     model = build(kind)
@@ -228,7 +234,7 @@ def test_a_bug_is_named_with_its_layer(bug, kind, place, build):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("place, build", [("lin0", dora), ("down_proj", experts)])
+@pytest.mark.parametrize("place, build", [("lin0", dora), ("down_proj", experts), ("gate_up_proj", turned_experts)])
 def test_a_base_that_is_not_the_references(kind, place, build):
     """The merged weight as the base, one changed element, a grid: the parameter is named, of experts, too."""
     model = build(kind)

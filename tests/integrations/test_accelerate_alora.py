@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fused_lora
+from fused_lora.integrations import peft_linear
 from fused_lora.integrations.peft import layer_report
 from fused_lora.integrations.peft_linear import AROUND, CALLS, FUSED
 from fused_lora.modules.activated import BEFORE, changed_rows
@@ -61,6 +62,31 @@ def test_calls_and_report_say_what_runs():
         before = CALLS[reason]
         both.ours(ids, alora_offsets=offsets)
         assert CALLS[reason] == before + 4
+
+
+@torch.no_grad()
+def test_a_decode_step_is_remembered(monkeypatch):
+    """The second call asks nothing, whichever rows it changes, and is counted; other calls are asked about anew."""
+    [ours, *_] = layers(pair(torch.float32, {"a": ALORA}))
+    x, found, asked = torch.randn(ROWS, 1, 24), {}, []
+    steps = {(1, None, 1, 1): AROUND + BEFORE, (1, 1, 1, 1): FUSED, (None,) * ROWS: AROUND + BEFORE}
+    for offsets in steps:
+        found[offsets] = ours(x, alora_offsets=list(offsets))
+    ask = peft_linear.why_not_fused
+    monkeypatch.setattr(peft_linear, "why_not_fused", lambda *given: asked.append(given) or ask(*given))
+    for offsets, reason in steps.items():
+        before = CALLS[reason]
+        assert torch.equal(bits(ours(x, alora_offsets=list(offsets))), bits(found[offsets]))
+        assert CALLS[reason] == before + 1 and not asked
+    assert torch.equal(bits(found[(None,) * ROWS]), bits(ours.base_layer(x)))
+    with pytest.raises(IndexError):  # too few
+        ours(x, alora_offsets=[1, 1])
+    ours(x)  # none
+    assert len(asked) == 2
+    handle = ours.base_layer.register_forward_hook(lambda m, args, y: y * 2)
+    doubled = ours(x, alora_offsets=[1, None, 1, 1])
+    assert len(asked) == 3 and torch.equal(doubled[1], 2 * found[1, None, 1, 1][1])
+    handle.remove()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -14,6 +14,7 @@ from helpers.thorough import sampled
 
 KINDS = {
     "experts": (Block, {**BOTH}),
+    "Llama-4": (lambda: Block("llama4"), {**BOTH}),
     "a whole model": (moe, {**BOTH, "target_modules": ["q_proj"]}),
     "DoRA": (Net, {"target_modules": ["lin0", "conv1d"], "use_dora": True}),
     "embeddings": (Net, {"target_modules": ["lin0", "emb"]}),
@@ -55,6 +56,9 @@ CASES = [  # each second one in make test
     ("accelerate", "DoRA", 0.3, True),
     ("accelerate", "embeddings", 0.0, True),
     ("inject", "embeddings", 0.0, False),
+    ("inject", "Llama-4", 0.3, True),
+    ("accelerate", "Llama-4", 0.0, False),
+    ("accelerate", "Llama-4", 0.0, True),
 ]
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Qwen3MoeForCausalLM
 
 import fused_lora
 from fused_lora.adapters.errors import AdapterError
@@ -17,7 +16,7 @@ from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.reference import bits, dropout_mask, keep_scale
 from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.accelerated import ROWS, TOKENS, quiet, wrap
-from helpers.experts import ARCHITECTURES, BOTH, EXPERTS, HIDDEN, TOP_K, Block, moe
+from helpers.experts import ARCHITECTURES, BOTH, EXPERTS, HIDDEN, TOP_K, Block, llama4, moe
 from helpers.seeds import shifted
 from helpers.thorough import sampled
 from helpers.unchanged import assert_bits, parameter_bits
@@ -258,9 +257,11 @@ def test_one_parameter_alone(tmp_path, targets):
     assert_close(ours(ids), theirs.eval()(ids), terms=1000)
 
 
-def test_a_whole_model_with_linear_layers_and_experts(tmp_path):
+@pytest.mark.parametrize("make", [moe, llama4])
+def test_a_whole_model_with_linear_layers_and_experts(tmp_path, make):
     """Beside each other in one adapter; saved by the model itself, merged, unloaded."""
-    ours, theirs = twins(moe(), target_modules=["q_proj", "v_proj"])
+    ours, theirs = twins(make(), target_modules=["q_proj", "v_proj"])
+    kind = type(ours)
     ids = torch.randint(0, TOKENS, (2, 6))
     logits = ours(ids).logits
     assert_close(logits, theirs(ids).logits, terms=1000)
@@ -275,7 +276,7 @@ def test_a_whole_model_with_linear_layers_and_experts(tmp_path):
     with fused_lora.merged(ours):
         ours.save_pretrained(tmp_path / "merged")
         assert_close(ours(ids).logits, logits, terms=1000)
-    again = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    again = kind.from_pretrained(tmp_path / "merged").eval()
     assert_close(again(ids).logits, logits, terms=1000)
     assert torch.equal(ours(ids).logits, logits)
     assert_close(fused_lora.unload(ours, merge_adapters=True)(ids).logits, logits, terms=1000)
@@ -283,7 +284,7 @@ def test_a_whole_model_with_linear_layers_and_experts(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])
 def test_merges_come_back(name, dtype):
     ours, theirs = twins(Block(name, dtype), {"a": {}, "b": {"r": 2}})
     before = parameter_bits(ours)
@@ -370,9 +371,10 @@ def test_a_16_bit_merge_that_loses_the_adapter_warns():
         fused_lora.merge(ours)
 
 
-def test_a_batch_of_several_adapters():
+@pytest.mark.parametrize("make", [moe, llama4])
+def test_a_batch_of_several_adapters(make):
     """Each token's rows are those of its adapter alone, and base rows have the base's bits."""
-    ours, _ = twins(moe(), {"a": {}, "b": {"r": 2}}, target_modules=["q_proj"])
+    ours, _ = twins(make(), {"a": {}, "b": {"r": 2}}, target_modules=["q_proj"])
     ids, names = torch.randint(0, TOKENS, (5, 6)), ["a", None, "b", "a", None]
     with torch.no_grad():
         with fused_lora.disable_adapters(ours):
@@ -424,6 +426,85 @@ def test_calls_that_do_not_fit_are_refused_by_name(change, kind, text):
     assert ours.experts(*call).shape == (4, HIDDEN)
     with pytest.raises(kind, match=text):
         ours.experts(*change(*call))
+
+
+LLAMA4 = pytest.mark.parametrize(
+    "change, kind, text",
+    [
+        (lambda h: (h[:-1],), ValueError, rf"hidden_states: expected \[{EXPERTS} experts \* tokens, {HIDDEN}\], got"),
+        (lambda h: (h[:, 1:],), ValueError, "hidden_states: expected"),
+        (lambda h: (h[None],), ValueError, "hidden_states: expected"),
+        (lambda h: (h.int(),), TypeError, "hidden_states: expected a floating dtype"),
+        (lambda h: (h, h), ValueError, "Llama4TextExperts: expected hidden_states, got 2 tensors"),
+    ],
+)
+
+
+@LLAMA4
+def test_calls_of_llama_4_that_do_not_fit(change, kind, text):
+    ours, _ = twins(Block("llama4"))
+    hidden = torch.randn(4 * EXPERTS, HIDDEN)
+    assert ours.experts(hidden).shape == hidden.shape and ours.experts(hidden[:0]).shape == (0, HIDDEN)
+    with pytest.raises(kind, match=text):
+        ours.experts(*change(hidden))
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_dropout_of_llama_4_has_a_mask_by_row(p):
+    """Output and gradients against W + s B A's products with the exported masks, in float64."""
+    torch.manual_seed(shifted(2))
+    config = fused_lora.LoraConfig(**BOTH, r=3, init_lora_weights=False, lora_dropout=p)
+    ours = fused_lora.inject(Block("llama4"), config).train()
+    exact, hidden = copy.deepcopy(ours).double(), torch.randn(5 * EXPERTS, HIDDEN)
+    torch.manual_seed(shifted(4))
+    seeds = draw_seeds(1, torch.device("cpu")), draw_seeds(1, torch.device("cpu"))
+    torch.manual_seed(shifted(4))
+    y, base, results = ours.experts(hidden), exact.experts.base_layer, []
+    masks = [dropout_mask(s, (len(hidden), n), p) * keep_scale(p) for s, n in zip(seeds, (HIDDEN, 24), strict=True)]
+    for e in range(EXPERTS):
+        rows = slice(5 * e, 5 * e + 5)
+        x = hidden[rows].double()
+        for name, mask in zip(("gate_up_proj", "down_proj"), masks, strict=True):
+            layer = exact.experts.get_submodule(name)
+            A, B = layer.of_expert(e, "default")
+            x = x @ layer.weight[e] + layer.scaling["default"] * ((x * mask[rows]) @ B @ A)
+            if name == "gate_up_proj":
+                gate, up = x.chunk(2, 1)
+                x = up * base.act_fn(gate)
+        results.append(x)
+    g, other = torch.randn_like(y), torch.cat(results)
+    y.backward(g)
+    other.backward(g.double())
+    assert_close(y, other.to(y), terms=1000)
+    theirs, count = dict(exact.named_parameters()), 0
+    for name, parameter in ours.named_parameters():
+        if parameter.grad is not None:
+            assert_close(parameter.grad, theirs[name].grad.to(parameter.grad), terms=4000)
+            count += 1
+    assert count == 4
+
+
+def test_float64_experts_of_llama_4():
+    """Their products are batched, of any dtype."""
+    ours, theirs = twins(Block("llama4", torch.float64))
+    ids = torch.arange(ROWS * 5)
+    assert ours(ids).dtype is torch.float64
+    assert_close(ours(ids), theirs(ids), terms=1000)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_llama_4s_experts_alone_in_a_batch_are_refused():
+    """Called by themselves, nobody says which of their rows are whose."""
+    ours, _ = twins(llama4(), {"a": {}, "b": {"r": 2}})
+    experts = ours.model.layers[0].feed_forward.experts
+    hidden = torch.randn(8, HIDDEN)
+    with torch.no_grad():
+        with fused_lora.adapter_batch(ours, ["a", "b"]), pytest.raises(ValueError, match="a call of the model"):
+            experts(hidden)
+        with fused_lora.adapter_batch(ours, ["b"]):
+            found = experts(hidden)
+        fused_lora.set_adapter(ours, "b")
+        assert torch.equal(found, experts(hidden))
 
 
 def test_what_is_refused(tmp_path):

@@ -13,18 +13,21 @@ from helpers.quantised import linear4bit
 from helpers.seeds import shifted
 
 N, K = 64, 128  # whole blocks of 4 bits
+OFFSETS = [1, None, 1, 1, 0]  # of an aLoRA adapter: it changes some rows
 
 
 def model(base: str, kind: str) -> nn.Module:
     torch.manual_seed(shifted(3))
     given = nn.ModuleDict({"up": nn.Linear(K, N) if base == "dense" else linear4bit(N, K, compute_dtype=torch.float32)})
     fields = {"target_modules": ["up"], "lora_dropout": 0.3}
+    if kind == "aLoRA":
+        kind, fields["alora_invocation_tokens"] = "accelerated", [1]
     return with_adapters(given, kind, ["default", "second"], **fields).train()
 
 
 def outcome(layer, x: torch.Tensor) -> list[torch.Tensor | None]:
     torch.manual_seed(shifted(4))
-    y = layer(x)
+    y = layer(x, alora_offsets=OFFSETS) if getattr(layer, "lora_variant", None) else layer(x)
     leaves = [p for p in (x, *layer.parameters()) if p.requires_grad]
     return [y.detach(), *torch.autograd.grad(y.sum(), leaves, allow_unused=True)]
 
@@ -76,11 +79,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kind", ["fused_lora", "accelerated"])
+@pytest.mark.parametrize("kind", ["fused_lora", "accelerated", "aLoRA"])
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_a_call_after_a_change_is_that_of_a_copy(base, kind, change, monkeypatch):
-    recalled, recall = [], Memory.recall
-    monkeypatch.setattr(Memory, "recall", lambda *given: recalled.append(recall(*given)) or recalled[-1])
+    recalled, runs = [], Memory.runs
+    monkeypatch.setattr(Memory, "runs", lambda *given: recalled.append(runs(*given)) or recalled[-1])
     changed = model(base, kind)
     layer = layers(changed)[0]
     x = torch.randn(5, K, requires_grad=True)

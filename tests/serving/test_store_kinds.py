@@ -14,7 +14,7 @@ from fused_lora.serving.residency.tables import SlotTables
 from fused_lora.serving.store import AdapterStore
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import TOKENS, wrap
-from helpers.experts import moe
+from helpers.experts import HIDDEN, llama4, moe
 from helpers.seeds import shifted
 
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -126,6 +126,63 @@ def test_generate_and_eviction(folders):
         assert all(torch.equal(found[row], tokens[name][row]) for row, name in enumerate(names))
         run(store, ["lin", "all"] + [None] * 5)  # takes both places
     assert store.stats()["evictions"] > 0
+
+
+@torch.no_grad()
+def test_experts_that_get_the_rows_of_all_tokens(tmp_path):
+    """Llama-4's: the rows of a sequence lie apart, expert by expert. Called by themselves they are refused."""
+    torch.manual_seed(shifted(6))
+    base, expected = llama4(), {}
+    for name in ("moe", "down", "lin"):
+        live = wrap(copy.deepcopy(base), **ADAPTERS[name]).eval()
+        live.save_pretrained(tmp_path / name)
+        expected[name] = live(IDS).logits
+    store, names = store_with(base, tmp_path, list(expected)), ["moe", None, "down", "lin", "moe", None, "down"]
+    plain = base(IDS).logits
+    for _ in range(3):
+        mixed = run(store, names)
+        for row, name in enumerate(names):
+            if name is None:
+                assert torch.equal(bits(mixed[row]), bits(plain[row]))
+            else:
+                assert_close(mixed[row], expected[name][row], terms=2000)
+    shorter = run(store, names, IDS[:, :4])
+    assert torch.equal(bits(shorter[1]), bits(base(IDS[:, :4]).logits[1]))
+    assert_close(shorter[4], expected["moe"][4, :4], terms=2000)
+    assert_close(run(store, ["moe"] * 7), expected["moe"], terms=2000)
+    experts, hidden = store.model.model.layers[0].feed_forward.experts, torch.randn(8, base.config.hidden_size)
+    with store.batch(["moe", None]), pytest.raises(ValueError, match="Llama4TextExperts gets the rows of all"):
+        experts(hidden)
+    with store.batch(["moe"]):
+        assert not torch.equal(experts(hidden), base.model.layers[0].feed_forward.experts(hidden))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_a_linear_layer_that_returns_a_tuple():
+    """Llama-4's router: nothing can be added to it, in eager and in compiled code; other adapters are served."""
+    base = llama4()
+    router, query = "model.layers.0.feed_forward.router", "model.layers.0.self_attn.q_proj"
+    tensors = torch.randn(2, HIDDEN), torch.randn(4, 2), 1.0
+    for compiled in (False, True):
+        store = AdapterStore(copy.deepcopy(base))
+        store.load("query", {query: (torch.randn(2, HIDDEN), torch.randn(HIDDEN, 2), 1.0)})
+        store.load("router", {router: tensors})
+        module = store.model.get_submodule(router)
+        call = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
+        x = torch.randn(3, HIDDEN)
+        expected = base.get_submodule(router)(x)
+        with (
+            store.batch(["router"]),
+            pytest.raises(RuntimeError, match=f"{router}' cannot be added: the layer returns"),
+        ):
+            call(x)
+        with store.batch(["query"]):
+            assert all(torch.equal(a, b) for a, b in zip(call(x), expected, strict=True))
+        if not compiled:
+            with pytest.raises(ValueError, match=f"'{router}' returns a tuple, to which nothing can be added"):
+                store.load("again", {router: tensors})
+            assert torch.equal(run(store, [None] * 7), base(IDS).logits)
 
 
 def test_sources_that_are_no_files(folders):

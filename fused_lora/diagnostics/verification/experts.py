@@ -13,9 +13,7 @@ from fused_lora.bases import experts
 from fused_lora.diagnostics.verification.layers import Layer
 from fused_lora.diagnostics.verification.weights import (
     CONFIDENCE,
-    Adapter,
     Units,
-    change,
     product,
     tiny,
     unit_of,
@@ -23,8 +21,7 @@ from fused_lora.diagnostics.verification.weights import (
 )
 from fused_lora.modules.experts import LoraExperts, file_paths, stacks_of
 from fused_lora.modules.names import some
-
-_CALL = ("hidden_states", "top_k_index", "top_k_weights")
+from fused_lora.ops.merge.exact import Adapter, change
 
 
 class Stack(NamedTuple):
@@ -58,7 +55,7 @@ class ExpertsLayer(Layer):
     """Experts, of which several parameters may have adapters: one call, one check for each parameter."""
 
     stacks: list[Stack] = field(default_factory=list)
-    dtypes: tuple[torch.dtype, ...] = ()  # of a call's hidden, top_k_index and top_k_weights
+    dtypes: tuple[torch.dtype, ...] = ()  # of a call's tensors
 
     @classmethod
     def of(cls, place: str, module: nn.Module, stacks: list[Stack]) -> ExpertsLayer:
@@ -80,7 +77,7 @@ class ExpertsLayer(Layer):
                 return f"adapters {some(stack.names)} are another variant: verify compares LoRA"
             if why := experts.why_not_fused(base, stack.module.parameter_name):
                 return why
-        return "a norm follows its experts" if base.has_post_expert_norm else ""
+        return "a norm follows its experts" if getattr(base, "has_post_expert_norm", False) else ""
 
     @property
     def paths(self) -> list[str]:
@@ -99,6 +96,11 @@ class ExpertsLayer(Layer):
         return module.get_base_layer() if hasattr(module, "get_base_layer") else module.base_layer
 
     @property
+    def form(self) -> experts.Form:
+        """How they run."""
+        return experts.form_of(self.base)
+
+    @property
     def holders(self) -> list[tuple[Any, list[str]]]:
         """As of :class:`Layer`: one for each parameter."""
         return [(stack.module, stack.names) for stack in self.stacks]
@@ -114,11 +116,11 @@ class ExpertsLayer(Layer):
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
         """The [N, K] of each expert."""
-        return list((weight.transpose(1, 2) if self.base.is_transposed else weight).unbind(0))
+        return list((weight.transpose(1, 2) if self.form.is_transposed(self.base) else weight).unbind(0))
 
     def changes(self) -> dict[str, list[list[Adapter]]]:
         """As of :class:`Layer`: the adapters of each expert."""
-        E = self.base.num_experts
+        E = self.form.count(self.base)
         return {
             stack.path: [[_of_expert(stack.module, name, e, E) for name in stack.names] for e in range(E)]
             for stack in self.stacks
@@ -138,24 +140,26 @@ class ExpertsLayer(Layer):
         }
 
     def kept(self, args: tuple, kwargs: dict) -> Tensor | None:
-        """hidden [tokens, K], top_k_index and top_k_weights [tokens, top_k] beside each other, in float64."""
-        call = [*args, *(kwargs[name] for name in _CALL[len(args) :] if name in kwargs)]
-        if len(call) != 3:
+        """As of :class:`Layer`: the call's tensors beside each other, a row for each token, in float64."""
+        names = self.form.inputs
+        call = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+        if len(call) != len(names):
             return None
         self.dtypes = tuple(t.dtype for t in call)
-        return torch.cat([t.double() for t in call], 1)
+        return self.form.by_token(self.base, call)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`kept` put together."""
-        K = self.base.hidden_dim if hasattr(self.base, "hidden_dim") else self.base.hidden_size
-        top_k = (x.shape[1] - K) // 2
-        parts = x.split([K, top_k, top_k], 1)
-        hidden, index, weights = (t.to(dtype) for t, dtype in zip(parts, self.dtypes, strict=True))
-        return hidden, index, weights
+        parts = self.form.of_tokens(self.base, x)
+        return tuple(t.to(dtype) for t, dtype in zip(parts, self.dtypes, strict=True))
+
+    def results(self, y: Tensor) -> Tensor:
+        """As of :class:`Layer`."""
+        return self.form.results_by_token(self.base, y)
 
     def call(self, x: Tensor) -> Tensor:
         """As of :class:`Layer`."""
-        return self.module(*self.split(x))
+        return self.results(self.module(*self.split(x)))
 
     def folds(self) -> bool:
         """Whether a call, as the layer is shown, runs with W + D in the weight's dtype, as PEFT's own forward does."""
@@ -197,15 +201,16 @@ def replay(
     Args:
         weights: of the adapted parameters, by path. changes: their adapters; empty for merged ones.
     """
-    base, (hidden, index, scores) = layer.base, layer.split(x)
+    base, form, call = layer.base, layer.form, layer.split(x)
     own = {stack.module.parameter_name: stack.path for stack in layer.stacks}
 
     def project(name: str, e: int, rows: Tensor, off: Tensor | None) -> tuple[Tensor, Tensor]:
         path = own.get(name, "")
-        stored = (weights[path] if path else base._parameters[name].data)[e]
-        W = (stored.t() if base.is_transposed else stored).double()
-        bias = getattr(base, f"{name}_bias")[e].double() if base.has_bias else None
+        W = layer.matrices(weights[path] if path else base._parameters[name].data)[e].double()
+        bias = getattr(base, f"{name}_bias")[e].double() if getattr(base, "has_bias", False) else None
         adapters = changes[path][e] if path in changes else []
+        if form.turned:
+            W, adapters = W.t(), [a.turned() for a in adapters]
         y = product(rows, W, bias, adapters)
         bound = unmerged_bound(units, rows, W, bias, adapters, y)
         if off is not None:
@@ -214,26 +219,24 @@ def replay(
         return y, bound
 
     rounding = 2 * units.result
-    total = torch.zeros(len(x), hidden.shape[1], dtype=torch.float64, device=x.device)
-    size, bound = torch.zeros_like(total), torch.zeros_like(total)
-    for e in index.unique().tolist():
-        tokens, places = torch.where(index == e)
-        y, off = project("gate_up_proj" if base.has_gate else "up_proj", e, hidden[tokens].double(), None)
-        h = _activated(base, y)
-        off = 2 * _moved(base, y, h, off) + 8 * rounding * h.abs() + tiny(units.result)
-        y, off = project("down_proj", e, h, off)
-        score = scores[tokens, places, None].double()
-        total.index_add_(0, tokens, y * score)
-        size.index_add_(0, tokens, (y * score).abs())
-        bound.index_add_(0, tokens, off * score.abs())
-    return total, bound + (index.shape[1] + 1) * rounding * size + rounding * total.abs() + tiny(units.result)
+    total = torch.zeros(call[0].shape, dtype=torch.float64, device=x.device)
+    size, bound, times = torch.zeros_like(total), torch.zeros_like(total), total.new_zeros(len(total), 1)
+    up, down = form.parameters(base)
+    for e, rows, hidden, score in form.routes(base, call):
+        y, off = project(up, e, hidden.double(), None)
+        h = form.activated(base, y)
+        off = 2 * _moved(layer, y, h, off) + 8 * rounding * h.abs() + tiny(units.result)
+        y, off = project(down, e, h, off)
+        score = score.double() if isinstance(score, Tensor) else score
+        total.index_add_(0, rows, y * score)
+        size.index_add_(0, rows, (y * score).abs())
+        bound.index_add_(0, rows, off * abs(score))
+        times[rows] += 1
+    bound = bound + (times + 1) * rounding * size + rounding * total.abs() + tiny(units.result)
+    return layer.results(total), layer.results(bound)
 
 
-def _activated(base: Any, y: Tensor) -> Tensor:
-    return base._apply_gate(y) if base.has_gate else base.act_fn(y)
-
-
-def _moved(base: Any, y: Tensor, h: Tensor, off: Tensor) -> Tensor:
+def _moved(layer: ExpertsLayer, y: Tensor, h: Tensor, off: Tensor) -> Tensor:
     """The most that h moves when gate and up move by ``off``, together or against each other, in halves or in turns."""
     N = y.shape[1]
     turns = torch.ones(N, dtype=y.dtype, device=y.device)
@@ -242,7 +245,7 @@ def _moved(base: Any, y: Tensor, h: Tensor, off: Tensor) -> Tensor:
     found = torch.zeros_like(h)
     for signs in (torch.ones_like(turns), turns, halves):
         for side in (signs, -signs):
-            found = torch.maximum(found, (_activated(base, y + side * off) - h).abs())
+            found = torch.maximum(found, (layer.form.activated(layer.base, y + side * off) - h).abs())
     return found
 
 

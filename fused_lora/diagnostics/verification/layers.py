@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fused_lora.bases import base_of
 from fused_lora.bases.base import Factors
-from fused_lora.diagnostics.verification.weights import Adapter
 from fused_lora.modules.embedding import embed_scale
+from fused_lora.ops.merge.exact import Adapter
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -84,6 +84,10 @@ class Layer:
         if not args:
             return None
         return args[0].unsqueeze(-1) if self.embeds else args[0]
+
+    def results(self, y: Tensor) -> Tensor:
+        """A call's output with the rows of what is kept of its input."""
+        return y
 
     def call(self, x: Tensor) -> Tensor:
         """The layer's output for rows that were kept, [n, N]."""

@@ -59,7 +59,7 @@ def run(
             open_states[layer.path].pop().close()
             x = layer.kept(args, kwargs) if rows and layer.path not in found.x else None
             if x is not None:
-                found.x[layer.path], found.y[layer.path] = sample(x, rows), sample(y, rows)
+                found.x[layer.path], found.y[layer.path] = sample(x, rows), sample(layer.results(y), rows)
             return y if change is None else change(layer.path, y)
 
         return hook

@@ -17,8 +17,9 @@ from fused_lora.diagnostics.verification.experts import ExpertsLayer
 from fused_lora.diagnostics.verification.find import find_layers
 from fused_lora.diagnostics.verification.layers import Layer, unchanged
 from fused_lora.diagnostics.verification.report import Finding
-from fused_lora.diagnostics.verification.weights import Adapter, Relation, relate
+from fused_lora.diagnostics.verification.weights import Relation, relate
 from fused_lora.modules.tree import bare_path
+from fused_lora.ops.merge.exact import Adapter
 
 _INNER = re.compile(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.)")
 

@@ -119,15 +119,7 @@ class Memory:
 
         key: all that the call depends on besides tensors. seen: a tensor that stands for a packed weight.
         """
-        alike = self._by_numbers.get(key)
-        if alike is None or self._kept is not plan.kept:  # all plans are made anew
-            return None
-        tensors = (x, seen, *lora_A, *lora_B) if bias is None else (x, seen, *lora_A, *lora_B, bias)
-        runs = None
-        for same, answer in alike.entries:  # as Alike.find, written out
-            if same(*tensors) and not modes():
-                runs = answer
-                break
+        runs = self.runs(x, key, seen, weight, bias, lora_A, lora_B)
         if runs is None:
             return None
         layout = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16
@@ -137,6 +129,17 @@ class Memory:
                 runs.clear()
             run = runs[layout] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout)
         return _run(run, x, weight, bias, lora_A, lora_B, None)
+
+    def runs(self, x, key, seen, weight, bias, lora_A, lora_B, *_) -> dict | None:
+        """What such calls run, by layouts of x, as yet perhaps nothing; None when no such call was learnt."""
+        alike = self._by_numbers.get(key)
+        if alike is None or self._kept is not plan.kept:  # all plans are made anew
+            return None
+        tensors = (x, seen, *lora_A, *lora_B) if bias is None else (x, seen, *lora_A, *lora_B, bias)
+        for same, answer in alike.entries:  # as Alike.find, written out
+            if same(*tensors) and not modes():
+                return answer
+        return None
 
     def learn(self, x, key, seen, weight, bias, lora_A, lora_B, *_) -> None:
         """Of a call that has passed and :func:`may_learn`, where nobody but autograd looks on."""

@@ -83,6 +83,22 @@ def lora_term(
     return out if y.dim() == 2 else out.reshape(y.shape)
 
 
+def known_term(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seeds: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`lora_term` of tensors like those of a call that has passed, which are not asked again."""
+    if seeds is None and any(dropout):
+        seeds = draw_seeds(len(dropout), x.device)
+    return _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
+
+
 @torch.library.custom_op("fused_lora::lora_term", mutates_args=())
 def _lora_term(
     y: Tensor,

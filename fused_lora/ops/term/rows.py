@@ -8,7 +8,7 @@ of the result itself, no copy of it; so there is no operator of its own, and der
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,17 +27,24 @@ def lora_term_on_rows(
     scaling: Sequence[float],
     dropout: Sequence[float] | None = None,
     bias: Tensor | None = None,
+    term: Callable[..., Tensor] = lora_term,
 ) -> Tensor:
     """:func:`lora_term` for the rows of y [..., N] with these numbers; the others, and their bits, are y's.
 
     Args:
         rows: int64 [n], different numbers of rows, counted over all dimensions of y but the last. Without any, the
             gradients of the adapters are zeros. The rest as for :func:`lora_term`; the dropout mask is that of x[rows].
+        term: ``known_term``, where a call with such tensors has passed.
     """
     flat = _rows(y)
+    put = _Put.apply if torch.is_grad_enabled() else _put
     # the gradient of y[rows] goes to y by _Put, as a part of that of all rows
-    new = lora_term(flat.detach()[rows], _rows(x)[rows], lora_A, lora_B, scaling, dropout, bias=bias)
-    return _Put.apply(flat, rows, new).reshape(y.shape)
+    old, own = flat.detach().index_select(0, rows), _rows(x).index_select(0, rows)
+    return put(flat, rows, term(old, own, lora_A, lora_B, scaling, dropout, bias=bias)).reshape(y.shape)
+
+
+def _put(y: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    return y.index_copy(0, rows, new)
 
 
 class _Put(torch.autograd.Function):
@@ -46,7 +53,7 @@ class _Put(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, rows: Tensor, new: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
-        return y.index_copy(0, rows, new)
+        return _put(y, rows, new)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor | None]:

@@ -85,8 +85,9 @@ class Attachment:
         at: dict[str, list[Site]] = {}
         for site in sites.values():
             at.setdefault(site.place, []).append(site)
+        self._odd: dict[str, str] = {}  # layer -> the class of what it gives, where that is no tensor
         for held in at.values():
-            hook = (_ExpertsHook if held[0].kind == "experts" else _Hook)(store, tuple(held))
+            hook = (_ExpertsHook if held[0].kind == "experts" else _Hook)(store, tuple(held), self._odd)
             self._hooks.append(hook)
             self._handles.append(held[0].module.register_forward_hook(hook, with_kwargs=True))
         self._watch(store, sites)
@@ -116,9 +117,11 @@ class Attachment:
                 if why := why_not_experts(site):
                     return f"the parameter {site.path!r}: {why}"
         replaced = [path for path, held, name, module in self._places if held.get(name) is not module]
-        if not (replaced or self._reads.found):
+        if not (replaced or self._odd or self._reads.found):
             return None
         for path in paths:
+            if path in self._odd:
+                return f"the layer {path!r} returns a {self._odd[path]}, to which nothing can be added"
             if path in self._reads.found:
                 return f"the layer {path!r} {self._reads.found[path]}"
             if any(f"{path}.".startswith(f"{other}.") for other in replaced):
@@ -226,10 +229,14 @@ class _EndHook(_ReadsHook):
 
 
 class _Hook(_Shared):
-    """After a linear layer or an embedding: add the LoRA terms of the running batch to its output."""
+    """After a linear layer or an embedding: add the LoRA terms of the running batch to its output.
 
-    def __init__(self, store: Any, sites: tuple[Site, ...] = ()):
+    odd: gets the class of what the layer gives, where that is no tensor, as of Llama-4's routers.
+    """
+
+    def __init__(self, store: Any, sites: tuple[Site, ...] = (), odd: dict[str, str] | None = None):
         super().__init__(store)
+        self._odd = odd
         self._sites, self._number = sites, next(_numbers)
         _hooks[self._number] = self
 
@@ -237,8 +244,12 @@ class _Hook(_Shared):
         super().end()
         self._sites = ()  # they hold the layer of the first model
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(output, Tensor):
+            if self._sites and self._odd is not None and not torch.compiler.is_compiling():
+                self._odd[self._sites[0].path] = type(output).__name__
+            output = x.new_empty(0)  # adapters of the layer are refused
         if torch.compiler.is_compiling():
             _store_terms(output, [x], self._number)
             return

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.modules.activated import note_offsets, offsets_of, token_ids
+from fused_lora.modules.experts import form_of
 from fused_lora.modules.names import some
 from fused_lora.modules.outputs import main_output
 from fused_lora.rows import Call, Entries, Layout, RowFinder, Running
@@ -232,7 +233,10 @@ class Batch:
             )
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
-        """y += the LoRA terms of x at this layer, in place. x of an embedding: its tokens [..., 1]."""
+        """y += the LoRA terms of x at this layer, in place. x of an embedding: its tokens [..., 1].
+
+        y: [..., N], or an empty tensor where the layer gives something else, to which nothing can be added.
+        """
         trace, linear, index = self._trace(), site.kind == "linear", site.index
         call = trace.running.call
         if call is None:
@@ -242,6 +246,10 @@ class Batch:
         if linear and (trace.seen or index not in self._siblings.settled):
             self._siblings.watch(trace, site, x)
         if index not in self._prepared.sites and (self._buffers is None or not linear):
+            return
+        if y.shape[-1] != site.N:
+            if index in self._prepared.sites:
+                raise RuntimeError(f"batch: the adapters of {site.path!r} cannot be added: the layer returns no tensor")
             return
         call.pause(True)
         try:
@@ -256,24 +264,22 @@ class Batch:
             call.pause(False)
 
     def add_experts(self, sites: tuple[Site, ...], inputs: Sequence[Tensor], y: Tensor) -> None:
-        """Put the experts' results under adapters into y [tokens, K], in place; base rows keep their bits.
+        """Put the experts' results under adapters into y [rows, K], in place; base rows keep their bits.
 
-        inputs: hidden [tokens, K], top_k_index and top_k_weights [tokens, top_k].
+        inputs: of the experts, such as hidden [tokens, K], top_k_index and top_k_weights [tokens, top_k].
 
         Raises:
             RuntimeError: the experts run in a way that is not known. ValueError: other inputs, or unknown rows.
         """
-        call = self._trace().running.call
+        call, (site, x) = self._trace().running.call, (sites[0], inputs[0])
         if call is None:
-            return self._called_alone(sites[0], inputs[0], lambda: self.add_experts(sites, inputs, y))
-        site, x = sites[0], inputs[0]
+            why_not = form_of(site.module).why_not_alone(site.module)
+            return self._called_alone(site, x, lambda: self.add_experts(sites, inputs, y), why_not)
         if call.followed is not None:
             call.note(site.place, x, y)
         if not self._acts_at(sites):
             return
         self._check_gradients(y)
-        if len(inputs) != 3:
-            raise ValueError(f"batch: expected 3 inputs of the experts {site.place!r}, got {len(inputs)}")
         for each in sites:
             if why := why_not_experts(each):
                 raise RuntimeError(f"batch: the adapters of {each.path!r} cannot be computed: {why}")
@@ -321,10 +327,10 @@ class Batch:
         held = self._prepared.sites
         return any(s.index in held for s in sites) or (self._buffers is not None and sites[0].kind == "linear")
 
-    def _called_alone(self, site: Site, x: Tensor, add: Callable[[], None]) -> None:
-        """``add`` in a call of the layer by itself."""
+    def _called_alone(self, site: Site, x: Tensor, add: Callable[[], None], why_not: str | None = None) -> None:
+        """``add`` in a call of the layer by itself. why_not: why its rows are not the batch's in their order."""
         trace = self._trace()
-        call = trace.running.enter_layer(site.place, site.module, x)
+        call = trace.running.enter_layer(site.place, site.module, x, why_not)
         self._keep_rows(trace, call)
         try:
             add()

@@ -170,7 +170,7 @@ class Prepared:
         return self._of_columns[site, g]
 
     def experts_(self, rows: Rows, sites: Sequence[Site], inputs: Sequence[Tensor], y: Tensor) -> None:
-        """The results of experts under adapters in place of those in y [tokens, K]."""
+        """The results of experts under adapters in place of those in y [rows, K]."""
         _refuse_capture(y)
         found = []
         for g, group in enumerate(self._groups):
@@ -180,7 +180,7 @@ class Prepared:
             terms = {site.path.rpartition(".")[2]: _stacked_terms(site, group) for site in sites}
             if any(terms.values()):
                 found.append((here, terms))
-        replace_rows(sites[0].module, y, (inputs[0], inputs[1], inputs[2]), found)
+        replace_rows(sites[0].module, y, inputs, found)
 
     def _joint(self, sites: tuple[int, ...]) -> Joint:
         found = self._joints.get(sites)

@@ -1,0 +1,263 @@
+"""How classes of stacked experts run: what their parameters are, and a call with the terms of adapters.
+
+Registered  all of transformers' registry of experts: each token through the experts that it was routed to
+Llama4      Llama4TextExperts: rows in as many parts as there are experts, one for each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_lora.bases.expert_terms import Even, Routed, Term, add_terms, back
+
+IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")  # of one arithmetic: which experts a row goes through
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts", "_is_expert_parallel")
+Terms = Mapping[str, Sequence[Term]]  # of each adapted parameter, by its name
+
+
+class Route(NamedTuple):
+    """Rows of a call's output that an expert adds to, its inputs [n, K], and what its results [n, N] are weighed by."""
+
+    expert: int
+    rows: Tensor
+    x: Tensor
+    weight: Tensor | float
+
+
+class Form:
+    """How one kind of experts is called. The methods take the module; a Form has no state of its own.
+
+    inputs: the names of a call's tensors, whose first dimension is that of its rows. turned: PEFT's lora_A and lora_B
+    are of W [experts, N, K] as x W reads it, so that x meets lora_B first.
+    """
+
+    inputs: tuple[str, ...] = ()
+    turned = False
+
+    def parameters(self, experts: Any) -> tuple[str, ...]:
+        """The names of the stacks that a call multiplies with, in this order."""
+        raise NotImplementedError
+
+    def is_transposed(self, experts: Any) -> bool:
+        """Whether PEFT takes a stack for [experts, K, N], not for [experts, N, K]."""
+        raise NotImplementedError
+
+    def count(self, experts: Any) -> int:
+        """How many experts there are."""
+        raise NotImplementedError
+
+    def why_not_adapted(self, experts: Any) -> str | None:
+        """None where :meth:`forward` knows what a call does, besides its parameters; else the reason."""
+        return None
+
+    def why_not_fused(self, experts: Any) -> str | None:
+        """The same for what may change from call to call."""
+        return None
+
+    def fault(self, experts: Any, call: Sequence[Tensor]) -> Exception | None:
+        """None where these tensors, as many as ``inputs``, are a call's; else the ValueError or TypeError to raise."""
+        raise NotImplementedError
+
+    def why_not_alone(self, experts: Any) -> str | None:
+        """None where rows of a call are the rows of a batch in their order, as if the experts were a linear layer."""
+        return None
+
+    def forward(self, experts: Any, call: Sequence[Tensor], terms: Terms) -> Tensor:
+        """What the experts give for a call, with the terms."""
+        raise NotImplementedError
+
+    def activated(self, experts: Any, y: Tensor) -> Tensor:
+        """What stands between the two products of an expert."""
+        raise NotImplementedError
+
+    def by_token(self, experts: Any, call: Sequence[Tensor]) -> Tensor:
+        """A call as one tensor in float64, a row for each token."""
+        raise NotImplementedError
+
+    def of_tokens(self, experts: Any, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The call that :meth:`by_token` made this of, in float64."""
+        raise NotImplementedError
+
+    def results_by_token(self, experts: Any, y: Tensor) -> Tensor:
+        """A call's output with a row for each token."""
+        return y
+
+    def routes(self, experts: Any, call: Sequence[Tensor]) -> Iterator[Route]:
+        """Through which experts the rows of a call go."""
+        raise NotImplementedError
+
+
+class Registered(Form):
+    """transformers' registry of experts: hidden [tokens, K], top_k_index and top_k_weights [tokens, top_k].
+
+    The forward is transformers' "grouped_mm": rows sorted by expert. Deterministic: a token's results are summed in the
+    order of its experts' places, with no atomics. A mask of dropout has a row for each place of a token,
+    token * top_k + place, whatever its expert is; each projection and adapter draws one of its own.
+    """
+
+    inputs = ("hidden_states", "top_k_index", "top_k_weights")
+
+    def parameters(self, experts: Any) -> tuple[str, ...]:
+        return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+
+    def is_transposed(self, experts: Any) -> bool:
+        return bool(experts.is_transposed)
+
+    def count(self, experts: Any) -> int:
+        return experts.num_experts
+
+    def why_not_adapted(self, experts: Any) -> str | None:
+        if experts._is_expert_parallel:
+            return "experts are spread over processes"
+        dtypes = [getattr(experts._parameters.get(name), "dtype", None) for name in self.parameters(experts)]
+        return "float64 experts have no grouped product" if torch.float64 in dtypes else None
+
+    def why_not_fused(self, experts: Any) -> str | None:
+        implementation = getattr(experts.config, "_experts_implementation", None)
+        return None if implementation in IMPLEMENTATIONS else f"the experts implementation is {implementation!r}"
+
+    def fault(self, experts: Any, call: Sequence[Tensor]) -> Exception | None:
+        hidden, index, weights = call
+        if not hidden.is_floating_point():
+            return TypeError(f"hidden_states: expected a floating dtype, got {hidden.dtype}")
+        if index.dtype not in (torch.int32, torch.int64):
+            return TypeError(f"top_k_index: expected int32 or int64, got {index.dtype}")
+        shape = tuple(index.shape)
+        if len(shape) != 2 or shape != tuple(weights.shape) or hidden.dim() != 2 or len(hidden) != shape[0]:
+            return ValueError(
+                f"hidden_states, top_k_index, top_k_weights: expected [tokens, K] and twice [tokens, top_k], "
+                f"got {tuple(hidden.shape)}, {shape} and {tuple(weights.shape)}"
+            )
+        return None
+
+    def forward(self, experts: Any, call: Sequence[Tensor], terms: Terms) -> Tensor:
+        from transformers.integrations.moe import _grouped_linear
+
+        hidden, index, weights = call
+        tokens, top_k = index.shape
+        ids, order = torch.sort(index.reshape(-1), stable=True)
+        _check_experts(ids, experts.num_experts)
+        # of a size that does not depend on numbers, so that it compiles
+        numbers = torch.arange(experts.num_experts, device=ids.device)
+        rows = Routed(torch.searchsorted(ids, numbers, right=True, out_int32=True), order)
+
+        def project(x: Tensor, name: str) -> Tensor:
+            bias = getattr(experts, f"{name}_bias")[ids] if experts.has_bias else None
+            W, turned = getattr(experts, name), experts.is_transposed
+            y = _grouped_linear(x, W, rows.offsets, bias=bias, is_transposed=turned)
+            return add_terms(y, x, terms.get(name, ()), rows)
+
+        up, down = self.parameters(experts)
+        y = project(self.activated(experts, project(hidden[order // top_k], up)), down)
+        if experts.has_post_expert_norm:
+            y = experts.post_expert_norm(y)
+        y = y * weights.reshape(-1)[order, None]
+        return y[back(order)].view(tokens, top_k, y.shape[-1]).sum(1).to(hidden.dtype)
+
+    def activated(self, experts: Any, y: Tensor) -> Tensor:
+        return experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
+
+    def by_token(self, experts: Any, call: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t.double() for t in call], 1)
+
+    def of_tokens(self, experts: Any, tokens: Tensor) -> tuple[Tensor, ...]:
+        K = experts.hidden_dim if hasattr(experts, "hidden_dim") else experts.hidden_size
+        top_k = (tokens.shape[1] - K) // 2
+        return tokens.split([K, top_k, top_k], 1)
+
+    def routes(self, experts: Any, call: Sequence[Tensor]) -> Iterator[Route]:
+        hidden, index, weights = call
+        for e in index.unique().tolist():
+            tokens, places = torch.where(index == e)
+            yield Route(e, tokens, hidden[tokens], weights[tokens, places, None])
+
+
+class Llama4(Form):
+    """Llama4TextExperts: hidden [experts * tokens, K], the rows of an expert after those of the one before.
+
+    Its stacks are [experts, in, out] and do not say so: PEFT reads in as N and out as K. A mask of dropout has the rows
+    of hidden; each projection and adapter draws one of its own.
+    """
+
+    inputs = ("hidden_states",)
+    turned = True
+
+    def parameters(self, experts: Any) -> tuple[str, ...]:
+        return ("gate_up_proj", "down_proj")
+
+    def is_transposed(self, experts: Any) -> bool:
+        return False
+
+    def count(self, experts: Any) -> int:
+        return experts.num_experts
+
+    def fault(self, experts: Any, call: Sequence[Tensor]) -> Exception | None:
+        [hidden], E, K = call, experts.num_experts, experts.hidden_size
+        if not hidden.is_floating_point():
+            return TypeError(f"hidden_states: expected a floating dtype, got {hidden.dtype}")
+        if hidden.dim() != 2 or hidden.shape[1] != K or len(hidden) % E:
+            return ValueError(f"hidden_states: expected [{E} experts * tokens, {K}], got {tuple(hidden.shape)}")
+        return None
+
+    def why_not_alone(self, experts: Any) -> str | None:
+        return f"{type(experts).__name__} gets the rows of all sequences for one expert after the other"
+
+    def forward(self, experts: Any, call: Sequence[Tensor], terms: Terms) -> Tensor:
+        [hidden], rows = call, Even(experts.num_experts, self.turned)
+
+        def project(x: Tensor, name: str) -> Tensor:
+            y = torch.bmm(x.unflatten(0, (rows.experts, -1)), getattr(experts, name)).flatten(0, 1)
+            return add_terms(y, x, terms.get(name, ()), rows)
+
+        up, down = self.parameters(experts)
+        return project(self.activated(experts, project(hidden, up)), down)
+
+    def activated(self, experts: Any, y: Tensor) -> Tensor:
+        gate, up = y.chunk(2, -1)
+        return up * experts.act_fn(gate)
+
+    def by_token(self, experts: Any, call: Sequence[Tensor]) -> Tensor:
+        return self.results_by_token(experts, call[0].double())
+
+    def of_tokens(self, experts: Any, tokens: Tensor) -> tuple[Tensor, ...]:
+        return (tokens.unflatten(1, (experts.num_experts, -1)).transpose(0, 1).flatten(0, 1),)
+
+    def results_by_token(self, experts: Any, y: Tensor) -> Tensor:
+        return y.unflatten(0, (experts.num_experts, -1)).transpose(0, 1).flatten(1)
+
+    def routes(self, experts: Any, call: Sequence[Tensor]) -> Iterator[Route]:
+        [hidden], rows = call, torch.arange(len(call[0]), device=call[0].device)
+        for e, own in enumerate(rows.unflatten(0, (experts.num_experts, -1))):
+            yield Route(e, own, hidden[own], 1.0)
+
+
+_REGISTERED = Registered()
+_BY_CLASS = {("transformers.models.llama4.modeling_llama4", "Llama4TextExperts"): Llama4()}
+
+
+def find_form(experts: Any) -> Form | None:
+    """How these experts run; None for a class that is not known. A subclass of Llama-4's is a class of its own."""
+    if all(hasattr(experts, flag) for flag in (*_FLAGS, "_apply_gate", "config")):
+        return _REGISTERED
+    kind = type(experts)
+    return _BY_CLASS.get((kind.__module__, kind.__qualname__))
+
+
+def form_of(experts: Any) -> Form:
+    """The same of a class that is known."""
+    form = find_form(experts)
+    assert form is not None, f"{type(experts).__name__} is not in transformers' registry of experts"
+    return form
+
+
+def _check_experts(ids: Tensor, experts: int) -> None:
+    """Raise ValueError unless sorted numbers of experts are all there. Compiled code cannot ask."""
+    if torch.compiler.is_compiling() or not len(ids):
+        return
+    first, last = torch.stack((ids[0], ids[-1])).tolist()  # one wait for the device
+    if first < 0 or last >= experts:
+        raise ValueError(f"top_k_index: expected experts below {experts}, got {first if first < 0 else last}")
