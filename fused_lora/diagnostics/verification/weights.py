@@ -107,6 +107,7 @@ def unmerged_bound(
     A DoRA adapter multiplies what there is by c, and so the bound, and adds
 
     2 u |c - 1| (|z| + |z + b|) + error of c |c| (|x||W|^T + ...)      z = y - b, formed and rounded before
+    + 2 u |c z|                                                        or with a bias c z + b, of a rounded z
     """
     base = x @ weight.t() + (0.0 if bias is None else bias)
     rank = sum(a.lora_A.shape[0] for a in adapters)
@@ -127,6 +128,8 @@ def unmerged_bound(
             rounded = (z if bias is None else z + bias).abs() + z.abs()
             bound = c.abs() * (bound + _scale_error(units, x.shape[1], column.doubt) * size)
             bound = bound + 2 * units.result * (c - 1).abs() * rounded
+            if bias is not None:
+                bound = bound + 2 * units.result * (c * z).abs()
             z, size = c * z, c.abs() * size
     return bound + 2 * units.result * y.abs() + tiny(units.result)
 
