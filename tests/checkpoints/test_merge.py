@@ -799,11 +799,12 @@ def test_where_the_output_may_be(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main([*call, *place])
         assert message in capsys.readouterr().err
+    new = str(tmp_path / "new")
     for options, message in [
-        (["--in-place", "--record", "x"], "--record: expected none with another dtype, in place, or on a device"),
-        (["--out", "x", "--adapter", f"{adapter}:0.5"], "error: --adapter: expected each folder once"),
-        (["--out", "x", "--adapter", f"{tmp_path / 'other'}:0"], "error: --adapter: expected a weight other than 0"),
-        (["--out", "x", "--rename", "no=x"], "error: --rename: no path of the adapter begins with"),
+        (["--in-place", "--record", new], "--record: expected none with another dtype, in place, or on a device"),
+        (["--out", new, "--adapter", f"{adapter}:0.5"], "error: --adapter: expected each folder once"),
+        (["--out", new, "--adapter", f"{tmp_path / 'other'}:0"], "error: --adapter: expected a weight other than 0"),
+        (["--out", new, "--rename", "no=x"], "error: --rename: no path of the adapter begins with"),
         (["--out", str(tmp_path / "held")], f"error: --out: expected a new or empty folder, got '{tmp_path}"),
     ]:
         assert main([*call, *options]) == 1

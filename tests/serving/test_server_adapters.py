@@ -234,7 +234,7 @@ def test_help_has_the_engines_defaults():
 
     text = " ".join(importlib.import_module("fused_lora.cli.serve").parser().format_help().split())
     sizes = default_config(torch.device("cpu"))
-    numbers = sizes.max_requests_per_batch, sizes.max_batch_tokens, sizes.num_blocks * sizes.page_size
-    for number in numbers:
+    assert sizes.num_blocks is not None
+    for number in (sizes.max_requests_per_batch, sizes.max_batch_tokens, sizes.num_blocks * sizes.page_size):
         assert f"(default: {number}; on a GPU by its memory)" in text
     assert text.count("(default: no limit)") == 2 and "default: 127.0.0.1" in text
