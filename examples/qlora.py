@@ -25,7 +25,7 @@ def main(name: str = "HuggingFaceTB/SmolLM2-135M-Instruct", adapter: str = "qlor
     print(fused_lora.explain(model))
 
     batch = AutoTokenizer.from_pretrained(name)(["SELECT name FROM users"], return_tensors="pt").to(device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(30):
         loss = model(**batch, labels=batch["input_ids"]).loss

@@ -19,7 +19,7 @@ def main(name: str = "HuggingFaceTB/SmolLM2-135M-Instruct", folder: str = "adapt
     fused_lora.inject(model, config, "sql")  # in place; everything but the adapter is frozen
 
     batch = tokenizer(["SELECT name FROM users"], return_tensors="pt")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     for _ in range(5):
         loss = model(**batch, labels=batch["input_ids"]).loss

@@ -1,5 +1,6 @@
 """What a merge leaves behind so that its unmerge gives back the exact bits: data only, the kernels are in merge.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +15,8 @@ class Corrections:
 
     A unit is a rectangle of ``unit`` = (rows, columns) elements that one program merges, its words (32 bits: 1 element
     or 2) numbered by rows from 1 on. table: int64 [units + 1, COLUMNS], one row a unit; the last row is about all
-    units: corrections and, shifted, units where finite elements would become infinite or NaN; units that the last
-    unmerge refused.
+    units: corrections and, shifted, units where finite elements would become infinite or NaN; in the last column units
+    that the last unmerge refused.
     places (uint16) and values (int32): numbers and contents of the words that the corrections restore. Those of a unit
     lie together in the order of their numbers; which unit's come first is chance, and the table says where they are.
     seed: int64 [2], the seed and the first row's number of a merge that rounded at random.
@@ -33,13 +34,12 @@ class Corrections:
 
     def totals(self) -> tuple[int, int]:
         """How many corrections the merge found, and units that would lose finite elements. Waits for the merge."""
-        packed = self.table[-1, 0].item()
-        return packed & ((1 << SHIFT) - 1), packed >> SHIFT
+        return totals_of([self])[0][:2]
 
     @property
     def refused(self) -> torch.Tensor:
         """int64 [1], on W's device: units that the last unmerge left as they were, because they had been changed."""
-        return self.table[-1, 1:2]
+        return self.table[-1, 5:]
 
     def trimmed(self, corrections: int, slack: int) -> "Corrections":
         """The same with memory for ``corrections``, or for up to ``slack`` more where that saves a copy."""
@@ -47,3 +47,10 @@ class Corrections:
         if len(self.values) - corrections > slack:
             places, values = places.clone(), values.clone()
         return replace(self, places=places, values=values)
+
+
+def totals_of(records: Sequence[Corrections]) -> list[tuple[int, int, int]]:
+    """Of each merge the :meth:`Corrections.totals`, and what its last unmerge ``refused``. One wait for all."""
+    last = [record.table[-1] for record in records]
+    rows = torch.stack(last).tolist() if len(last) > 1 else [last[0].tolist()]
+    return [(packed & ((1 << SHIFT) - 1), packed >> SHIFT, refused) for packed, *_, refused in rows]

@@ -35,8 +35,10 @@ correction of each record, 48 a unit, and the factors, which stay in L2. Instruc
 which the chain is 22 to 27: bare 31, unmerge 71, merge 91 in 16 bits; 40, 70 and 95 in fp32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -46,12 +48,14 @@ from .config import capability
 from .corrections import COLUMNS, SHIFT, Corrections
 from .delta import add_delta, zeros_like
 from .dropout import all_lanes
+from .grouped_shrink import TL_DTYPES, matrix_of
 from .launch import KEPT, Launch
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _SHIFT = tl.constexpr(SHIFT)
 _LOW = tl.constexpr((1 << SHIFT) - 1)
 _INFINITY = tl.constexpr(0x7F800000)  # of fp32; NaN is above it
+_FIELDS = tl.constexpr(19)  # of a weight in the table of a group
 
 
 @dataclass(frozen=True)
@@ -141,19 +145,34 @@ def _dithered(total, dtype: tl.constexpr, seed, row0, col0):
 
 
 @triton.jit
+def _corrections_of(row, places_ptr, values_ptr, GROUP: tl.constexpr, FIRST: tl.constexpr):
+    """Places and values; of a group they are loaded where they are used, for held before they would cost registers."""
+    if GROUP is not None:
+        places_ptr, values_ptr = matrix_of(row, FIRST + 3, tl.uint16), matrix_of(row, FIRST + 4, tl.int32)
+    return places_ptr, values_ptr
+
+
+@triton.jit
 def _do_unit(
-    w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr, seed_ptr,
+    unit, row, w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr, seed_ptr,
     N, K, R, room,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     UNMERGE: tl.constexpr, RECORD: tl.constexpr, AGAIN: tl.constexpr, EVEN: tl.constexpr, RANDOM: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """The program's unit; False where an unmerge refuses it."""
+    """One unit of W; False where an unmerge refuses it. FIRST: the field of A in the row of a group."""
+    if GROUP is not None:
+        w_ptr, seed_ptr = matrix_of(row, 1, GROUP), matrix_of(row, 2, tl.int64)
+        N, K = tl.load(row + 3).to(tl.int32), tl.multiple_of(tl.load(row + 4).to(tl.int32), 16)
+        stride_wn, room = tl.multiple_of(tl.load(row + 5), 16), tl.load(row + 6)
+        a_ptr, b_ptr = matrix_of(row, FIRST, tl.float32), matrix_of(row, FIRST + 1, tl.float32)
+        table_ptr, R = matrix_of(row, FIRST + 2, tl.int64), tl.load(row + FIRST + 5).to(tl.int32)
+        stride_ar, stride_bn = K, R
     WORDS: tl.constexpr = COLS * w_ptr.dtype.element_ty.primitive_bitwidth // 32  # in a row of a unit
     strips = tl.cdiv(K, COLS)
     unit_rows = tl.cdiv(N, ROWS)
-    strip = tl.program_id(0) % strips
-    unit_row = tl.program_id(0) // strips
+    strip = unit % strips
+    unit_row = unit // strips
     if RECORD:
         totals = table_ptr + unit_rows.to(tl.int64) * strips * _COLUMNS
     cols = tl.arange(0, COLS)
@@ -203,8 +222,9 @@ def _do_unit(
             sum_merged = tl.sum(merged_words.to(tl.uint64) * number.to(tl.uint64)).to(tl.int64)
             sum_back = tl.sum(back_words * (2 * number + 1)).to(tl.int64)
             if UNMERGE:
+                places, values = _corrections_of(row, places_ptr, values_ptr, GROUP, FIRST)
                 begin, count = tl.load(entry) - 1, tl.load(entry + 1).to(tl.int32)
-                kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count)
+                kept = _sum_of_corrections(places + begin, values + begin, count)
                 same = (tl.load(entry + 2) == sum_merged) & (tl.load(entry + 3) == sum_back)
                 same &= tl.load(entry + 4) == kept
                 fits = same
@@ -214,8 +234,8 @@ def _do_unit(
                     tl.debug_barrier()  # candidates are stored by other threads than the corrections over them
                     _store_corrections(
                         w_unit,
-                        places_ptr + begin,
-                        values_ptr + begin,
+                        places + begin,
+                        values + begin,
                         count,
                         K - strip * COLS,
                         WORDS,
@@ -223,7 +243,7 @@ def _do_unit(
                         stride_wk,
                     )
                 else:
-                    tl.atomic_add(totals + 1, 1, sem="relaxed")
+                    tl.atomic_add(totals + 5, 1, sem="relaxed")
             else:
                 # 1 or 0 by arithmetic: of predicates the compiler makes bit masks, and those it takes apart again
                 wrong = back_words ^ old_words
@@ -236,18 +256,19 @@ def _do_unit(
                 place = tl.cumsum(wrong, 1).to(tl.uint32)
                 begin = tl.atomic_add(totals, count.to(tl.int64) + (lost.to(tl.int64) << _SHIFT), sem="relaxed")
                 begin = begin & _LOW
+                places, values = _corrections_of(row, places_ptr, values_ptr, GROUP, FIRST)
                 if (begin + count <= room) & (lost == 0):
                     # Addresses called contiguous, which they are not, keep the stores in w's layout; the mask, of
                     # which the compiler knows nothing, splits them into stores of one word.
-                    to = (places_ptr + begin + before_row)[:, None] + place
+                    to = (places + begin + before_row)[:, None] + place
                     to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, 4])
                     tl.store(to, number.to(tl.uint16), mask=wrong != 0)
-                    to = (values_ptr + begin + before_row)[:, None] + place
+                    to = (values + begin + before_row)[:, None] + place
                     to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, 4])
                     tl.store(to, old_words.to(tl.int32, bitcast=True), mask=wrong != 0)
                     tl.store(w_ptrs, new, mask=inside)
                     tl.debug_barrier()  # they are read by other threads than stored them
-                    kept = _sum_of_corrections(places_ptr + begin, values_ptr + begin, count)
+                    kept = _sum_of_corrections(places + begin, values + begin, count)
                     tl.store(entry, begin + 1)
                     tl.store(entry + 1, count.to(tl.int64))
                     tl.store(entry + 2, sum_merged)
@@ -257,36 +278,53 @@ def _do_unit(
 
 
 @triton.jit
+def _weight_of(group_ptr, unit, num_weights):
+    """The row of the table of a group that has this unit: the last one whose first unit is not above it."""
+    low, high = unit * 0, unit * 0 + num_weights
+    while high - low > 1:
+        middle = (low + high) // 2
+        after = tl.load(group_ptr + middle.to(tl.int64) * _FIELDS) > unit
+        low, high = tl.where(after, low, middle), tl.where(after, middle, high)
+    return group_ptr + low.to(tl.int64) * _FIELDS
+
+
+@triton.jit(do_not_specialize=["num_weights"])
 def _merge_kernel(
     w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr, seed_ptr,
-    old_a_ptr, old_b_ptr, old_table_ptr, old_places_ptr, old_values_ptr,
+    old_a_ptr, old_b_ptr, old_table_ptr, old_places_ptr, old_values_ptr, group_ptr,
     N, K, R, room,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    OLD_R, stride_old_ar, stride_old_ak, stride_old_bn, stride_old_br,
+    OLD_R, stride_old_ar, stride_old_ak, stride_old_bn, stride_old_br, num_weights,
     UNMERGE: tl.constexpr, RECORD: tl.constexpr, AGAIN: tl.constexpr, EVEN: tl.constexpr, RANDOM: tl.constexpr,
-    SWITCH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SWITCH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """RECORD: a merge keeps what its unmerge needs, an unmerge uses it. AGAIN: only what the last unmerge got through.
     EVEN: ROWS divides N and COLS divides K, nothing is masked. RANDOM: a merge rounds at random. SWITCH: an old merge
-    is taken off first; the unit then comes from the L1 or L2 cache."""
+    is taken off first; the unit then comes from the L1 or L2 cache. GROUP: None, or the type of W's elements: addresses
+    and sizes are those of the weight that has the program's unit, from its row of the table (:func:`launch_group`)."""
+    unit = tl.program_id(0)
+    if GROUP is not None:
+        group_ptr = _weight_of(group_ptr, unit, num_weights)
+        unit -= tl.load(group_ptr).to(tl.int32)
     if SWITCH:
         fits = _do_unit(
-            w_ptr, old_a_ptr, old_b_ptr, old_table_ptr, old_places_ptr, old_values_ptr, seed_ptr, N, K, OLD_R, room,
+            unit, group_ptr, w_ptr, old_a_ptr, old_b_ptr, old_table_ptr, old_places_ptr, old_values_ptr, seed_ptr,
+            N, K, OLD_R, room,
             stride_wn, stride_wk, stride_old_ar, stride_old_ak, stride_old_bn, stride_old_br,
-            True, True, False, EVEN, False, ROWS, COLS,
+            True, True, False, EVEN, False, ROWS, COLS, GROUP, 13,
         )  # fmt: skip
         tl.debug_barrier()  # corrections are stored by other threads than load the unit
         if fits:
             _do_unit(
-                w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr, seed_ptr, N, K, R, room,
+                unit, group_ptr, w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr, seed_ptr, N, K, R, room,
                 stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-                False, True, False, EVEN, RANDOM, ROWS, COLS,
+                False, True, False, EVEN, RANDOM, ROWS, COLS, GROUP, 7,
             )  # fmt: skip
     else:
         _do_unit(
-            w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr, seed_ptr, N, K, R, room,
+            unit, group_ptr, w_ptr, a_ptr, b_ptr, table_ptr, places_ptr, values_ptr, seed_ptr, N, K, R, room,
             stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-            UNMERGE, RECORD, AGAIN, EVEN, RANDOM, ROWS, COLS,
+            UNMERGE, RECORD, AGAIN, EVEN, RANDOM, ROWS, COLS, GROUP, 7,
         )  # fmt: skip
 
 
@@ -303,29 +341,108 @@ def _launch(W, A, B, tile, record=None, old=(None, None, None), *, UNMERGE=False
     room = len(record.values) if RECORD and not UNMERGE else None
     old_A, old_B, before = old
     taken = (None,) * 5 if old_A is None else (len(old_A), *old_A.stride(), *old_B.stride())
-    sizes = *W.shape, len(A), room, *W.stride(), *A.stride(), *B.stride(), *taken
+    sizes = *W.shape, len(A), room, *W.stride(), *A.stride(), *B.stride(), *taken, None
     seed = None if record is None or UNMERGE else record.seed
     launch = _prepared(sizes, tile, W.dtype, W.device, UNMERGE, RECORD, AGAIN, seed is not None)
     places, values = (record.places, record.values) if RECORD else (None, None)
     held = (None, None, None) if before is None else (before.table, before.places, before.values)
-    launch(_merge_kernel, W, A, B, record and record.table, places, values, seed, old_A, old_B, *held)
+    launch(_merge_kernel, W, A, B, record and record.table, places, values, seed, old_A, old_B, *held, None)
 
 
 @lru_cache(KEPT)
-def _prepared(sizes, tile, dtype, device, UNMERGE, RECORD, AGAIN, RANDOM) -> Launch:
-    N, K = sizes[:2]
-    SWITCH, EVEN = sizes[-1] is not None, N % tile.ROWS == 0 and K % tile.COLS == 0
+def _prepared(
+    sizes, tile, dtype, device, UNMERGE, RECORD, AGAIN, RANDOM, group: tuple[int, bool] | None = None
+) -> Launch:
+    """group: units of all its weights, and EVEN."""
+    SWITCH = sizes[-2] is not None
+    units, EVEN = group or (_units(*sizes[:2], tile), _is_even(*sizes[:2], tile))
     return Launch(
-        (-(-K // tile.COLS) * -(-N // tile.ROWS),), *sizes,
+        (units,), *sizes,
         UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, EVEN=EVEN, RANDOM=RANDOM, SWITCH=SWITCH,
-        ROWS=tile.ROWS, COLS=tile.COLS,
+        GROUP=TL_DTYPES[dtype] if group else None, ROWS=tile.ROWS, COLS=tile.COLS,
         **launch_options(tile, not torch.version.hip, dtype, RECORD, SWITCH and not EVEN),
     )  # fmt: skip
+
+
+def _units(N: int, K: int, tile: MergeTile) -> int:
+    return -(-N // tile.ROWS) * -(-K // tile.COLS)
+
+
+def _is_even(N: int, K: int, tile: MergeTile) -> bool:
+    return N % tile.ROWS == 0 and K % tile.COLS == 0
+
+
+Merge = tuple[torch.Tensor, torch.Tensor, Corrections]  # A, B and the record
+
+
+class Member(NamedTuple):
+    """One weight of :func:`launch_group`: as for :func:`merge`, or with ``old`` as for :func:`switch`."""
+
+    W: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    record: Corrections
+    old: Merge | None = None
+
+
+def launch_group(members: Sequence[Member], UNMERGE: bool = False) -> None:
+    """:func:`merge`, :func:`switch` or :func:`unmerge` of many weights: the upload of a table, and one launch.
+
+    All have the same :func:`group_of`, an old merge or none, and round at random or not. The caller keeps their tensors
+    until it has waited for the launch.
+    """
+    *_, record, old = members[0]
+    SWITCH = old is not None
+    RANDOM, tile = record.seed is not None and not UNMERGE, MergeTile(*record.unit)
+    rows, units, EVEN = [], 0, True
+    for W, A, B, record, old in members:
+        along, *factors = _along_rows(W, A, B)
+        merges = _fields(*factors, record)
+        merges += [0] * 6 if old is None else _fields(*_along_rows(W, *old[:2])[1:], old[2])
+        seed = 0 if record.seed is None else record.seed.data_ptr()
+        rows.append([units, along.data_ptr(), seed, *along.shape, along.stride(0), len(record.values), *merges])
+        units += _units(*along.shape, tile)
+        EVEN = EVEN and _is_even(*along.shape, tile)
+    # a copy from pageable memory is staged, so nobody waits for it
+    table = torch.tensor(rows, dtype=torch.int64).to(W.device, non_blocking=True)
+    unit = 1 if SWITCH else None
+    sizes = *(None,) * 4, None, 1, None, 1, None, 1, None, None, unit, None, unit, len(rows)
+    launch = _prepared(sizes, tile, W.dtype, W.device, UNMERGE, True, False, RANDOM, (units, EVEN))
+    launch(_merge_kernel, *(None,) * 12, table)
+
+
+def _fields(A, B, record: Corrections) -> list[int]:
+    return [*(t.data_ptr() for t in (A, B, record.table, record.places, record.values)), len(A)]
+
+
+def group_of(
+    W: torch.Tensor, factors: Sequence[tuple[torch.Tensor, torch.Tensor]], unit: tuple[int, int]
+) -> tuple[MergeTile, torch.dtype, torch.device, bool] | None:
+    """What the weights of a group have in common: tile, dtype, device, and whether the tile divides them.
+
+    None: W has a launch of its own. In a group rows are contiguous, and their length, their distance and all addresses
+    are multiples of 16, so that 16 bytes are loaded at a time.
+
+    factors: (A, B), and those of an old merge. unit: of the records.
+    """
+    tile, tensors = MergeTile(*unit), [t for A, B in factors for t in _along_rows(W, A, B)[1:]]
+    W = W.t() if W.stride(0) < W.stride(1) else W
+    plain = W.stride(1) == 1 and all(t.is_contiguous() for t in tensors)
+    multiples = [W.shape[1], W.stride(0), *[t.data_ptr() for t in (W, *tensors)]]
+    if W.numel() == 0 or not plain or any(n % 16 for n in multiples):
+        return None
+    return tile, W.dtype, W.device, _is_even(*W.shape, tile)
 
 
 def _tile_of(record: Corrections, tile: MergeTile | None) -> MergeTile:
     """The record's units by the program of ``tile``."""
     return MergeTile(*record.unit, (tile or MergeTile()).num_warps)
+
+
+def unit_of(W: torch.Tensor, random: bool) -> tuple[int, int]:
+    """The unit of a new record."""
+    tile = default_tile(W.dtype, True, capability(W.device), random)
+    return tile.ROWS, tile.COLS
 
 
 def new_record(
@@ -335,16 +452,25 @@ def new_record(
 
     dither: (seed, number of the first row as W is stored): the merge rounds to 16 bits at random.
     """
-    tile = tile or default_tile(W.dtype, True, capability(W.device), dither is not None)
-    N, K = (W.t() if W.stride(0) < W.stride(1) else W).shape
-    units = -(-N // tile.ROWS) * -(-K // tile.COLS)
-    return Corrections(
-        torch.zeros((units + 1, COLUMNS), dtype=torch.int64, device=W.device),
-        torch.empty(room, dtype=torch.uint16, device=W.device),
-        torch.empty(room, dtype=torch.int32, device=W.device),
-        (tile.ROWS, tile.COLS),
-        None if dither is None else torch.tensor(dither, dtype=torch.int64, device=W.device),
-    )
+    (record,) = new_records([(W, room, dither)], tile)
+    return record
+
+
+def new_records(
+    weights: Sequence[tuple[torch.Tensor, int, tuple[int, int] | None]], tile: MergeTile | None = None
+) -> list[Corrections]:
+    """:func:`new_record` of each (W, room, dither) on one device, with one launch and no wait."""
+    records = []
+    for W, room, dither in weights:
+        form = tile or default_tile(W.dtype, True, capability(W.device), dither is not None)
+        units = _units(*(W.t() if W.stride(0) < W.stride(1) else W).shape, form)
+        table = torch.empty((units + 1, COLUMNS), dtype=torch.int64, device=W.device)
+        places = torch.empty(room, dtype=torch.uint16, device=W.device)
+        values = torch.empty(room, dtype=torch.int32, device=W.device)
+        seed = None if dither is None else torch.tensor(dither, dtype=torch.int64).to(W.device, non_blocking=True)
+        records.append(Corrections(table, places, values, (form.ROWS, form.COLS), seed))
+    torch._foreach_zero_([record.table for record in records])
+    return records
 
 
 def merge(
@@ -364,14 +490,13 @@ def unmerge(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None
 
     If ``record.refused`` is not 0 then, W is not what the merge left: :func:`merge_again` takes the others back.
     """
-    record.refused.zero_()
     _launch(*_along_rows(W, A, B), _tile_of(record, tile), record, UNMERGE=True)
 
 
 def switch(
     W: torch.Tensor,
-    old: tuple[torch.Tensor, torch.Tensor, Corrections],
-    new: tuple[torch.Tensor, torch.Tensor, Corrections],
+    old: Merge,
+    new: Merge,
     tile: MergeTile | None = None,
 ) -> None:
     """:func:`unmerge` with old's (A, B, record) and :func:`merge` with new's, unit by unit. One launch.
@@ -380,7 +505,6 @@ def switch(
     unmerged: :func:`unmerge` with new's and then :func:`merge_again` with old's take everything back.
     """
     before, (A, B, record) = old[2], new
-    before.refused.zero_()
     _, *factors = _along_rows(W, *old[:2])
     _launch(*_along_rows(W, A, B), _tile_of(record, tile), record, (*factors, before))
 
@@ -388,7 +512,7 @@ def switch(
 def merge_again(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None:
     """Undo the last :func:`unmerge`, to the bit, once."""
     _launch(*_along_rows(W, A, B), _tile_of(record, tile), record, AGAIN=True)
-    record.table[:, 5].zero_()
+    record.table[:, 5].zero_()  # also what was refused
 
 
 def merge_apply(W, A, B, tile: MergeTile | None = None) -> None:

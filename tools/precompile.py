@@ -32,7 +32,9 @@ PARTS = "parts.jsonl"  # of each binary: its key, the parts of the key, the C so
 # the tests of kernels that launch them by themselves
 TESTS = [
     ROOT / "tests" / "kernels" / f"test_{name}.py"
-    for name in "lora_linear lora_backward lora_grad lora_expand merge grouped dropout sync descriptors".split()
+    for name in (
+        "lora_linear lora_backward lora_grad lora_expand merge merge_group grouped dropout sync descriptors".split()
+    )
 ]
 MULTIPROCESSORS = 132
 

@@ -50,8 +50,8 @@ def replace_directory(directory: str, write: Callable[[str], Sequence[str]]) -> 
         if alone:
             _clean(parent, name)
         stage = os.path.join(parent, f".{_tag(name)}.{secrets.token_hex(8)}.fused_lora_tmp")
-        os.mkdir(stage)
         try:
+            os.mkdir(stage)
             written = set(write(stage))
             for file in written:
                 sync(os.path.join(stage, file))
@@ -61,8 +61,11 @@ def replace_directory(directory: str, write: Callable[[str], Sequence[str]]) -> 
                 shutil.copymode(target, stage)
             sync(stage)
             put_in_place(stage, target, exists)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(stage, ignore_errors=True)
+            # the stage's name says nothing to the user; a full disk has no name at all
+            if isinstance(error, OSError) and error.errno and str(error.filename or stage).startswith(stage):
+                raise OSError(error.errno, error.strerror, directory) from error
             raise
         sync(parent)
         if exists:

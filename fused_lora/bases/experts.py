@@ -16,7 +16,6 @@ from fused_lora.bases.base import Base, Factors, why_not_own_call, why_replaced
 from fused_lora.bases.expert_forms import Form, Terms, find_form, form_of
 from fused_lora.bases.expert_terms import ExpertTerm, StackedTerm, unpacked
 from fused_lora.ops.checks import FLOAT_DTYPES
-from fused_lora.ops.merge import blocks
 from fused_lora.ops.merge import op as merging
 from fused_lora.ops.native import DONE, MERGE, UNMERGE
 
@@ -140,17 +139,17 @@ class Experts(Base):
         return records
 
     def _together(self, matrices: list[Tensor], each: list[Factors], old: list[Any]) -> list[merging.MergeRecord]:
-        """The records of merges, or of switches, in one call of the C loops; empty where they do not do it."""
+        """The records of merges, or of switches, of all experts at once; empty where that cannot be."""
         every = zip(matrices, each, old, strict=True)
         jobs = [merging.merge_later(W, own, self.transposed, before) for W, own, before in every]
         found = [job for job in jobs if job is not None]
-        done = len(found) == len(jobs) and blocks.run_together([sweep for _, sweep in found], MERGE) == DONE
+        done = len(found) == len(jobs) and _all_at_once([sweep for _, sweep in found], MERGE)
         return [record for record, _ in found] if done else []
 
     def switch_(
         self, module: Any, record: list[merging.MergeRecord], factors: Factors, fan_in_fan_out: bool
     ) -> list[merging.MergeRecord]:
-        """As :meth:`Base.switch_`; all experts or none. In one pass by the C loops only."""
+        """As :meth:`Base.switch_`; all experts or none. In one pass where all go at once."""
         matrices = self._matrices(module)
         self._check_experts(matrices, record)
         each = [Factors(*parts) for parts in _by_expert(factors, len(matrices))]
@@ -173,7 +172,7 @@ class Experts(Base):
         matrices = self._matrices(module)
         self._check_experts(matrices, record)
         sweeps = [merging.unmerge_later(W, own) for W, own in zip(matrices, record, strict=True)]
-        if all(sweeps) and blocks.run_together(sweeps, UNMERGE) == DONE:
+        if all(sweeps) and _all_at_once(sweeps, UNMERGE):
             return
         done = 0
         try:
@@ -198,6 +197,11 @@ class Experts(Base):
 
     def _matrices(self, module: Any) -> list[Tensor]:
         return list(module._parameters[self.name].detach().unbind(0))
+
+
+def _all_at_once(sweeps: list[Any], mode: int) -> bool:
+    """Whether it was done."""
+    return len({sweep.kind for sweep in sweeps}) == 1 and merging.run_together(sweeps, mode) == DONE
 
 
 def _by_expert(factors: Factors, experts: int) -> list[tuple[list[Tensor], list[Tensor], list[float]]]:

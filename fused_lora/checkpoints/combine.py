@@ -20,6 +20,7 @@ from fused_lora.checkpoints.factors import Parts, decompose, joined, largest_par
 from fused_lora.checkpoints.files import Shard, open_checkpoint
 from fused_lora.checkpoints.inspect import check_sizes, sizes
 from fused_lora.checkpoints.names import is_embedding
+from fused_lora.checkpoints.output import check_new
 from fused_lora.checkpoints.stream import read_bytes
 from fused_lora.checkpoints.write import write_layers
 from fused_lora.modules.arguments import check_int
@@ -59,7 +60,7 @@ def combine_adapters(
 
     Args:
         adapters: pairs (folder, weight), or folders with weight 1.
-        out: the folder of the new adapter; one that is there is replaced.
+        out: the new folder, which must not exist, or be empty.
         method: "cat" (exact, the ranks add up), "svd" (the nearest of a rank), "linear" (sums of A and of B), "ties",
             "dare_linear", "dare_ties", "magnitude_prune", or one of the last four with "_svd": on deltas, not factors.
         rank: of the result, for the svd kinds; None: the largest rank of the adapters.
@@ -70,13 +71,15 @@ def combine_adapters(
     Raises:
         AdapterError: a file is malformed, or the adapters have a layer in other sizes, or hold more than A and B.
         ValueError: an unknown method, or a rank or density that does not belong to it or is out of range; different
-            ranks with a kind that adds factors.
+            ranks with a kind that adds factors; or ``out`` lies in an adapter.
+        FileExistsError: ``out`` holds something.
     """
     folder = path_text("out", out)
     _check_method(method, rank, density, majority_sign)
     check_int("seed", seed)
     draw = torch.Generator().manual_seed(seed)
     with open_adapters(adapters) as opened:
+        check_new("out", folder, [adapter.folder for adapter in opened])
         _check_plain(opened)
         paths = dict.fromkeys(path for adapter in opened for path in adapter.plan.slots)
         holders = {path: [a for a in opened if path in a.plan.slots] for path in paths}
@@ -115,7 +118,7 @@ def shrink_adapter(
 ) -> NewAdapter:
     """The nearest adapter of at most this rank, layer by layer, and the share of the squared norm that it keeps.
 
-    Raises AdapterError as :func:`combine_adapters`, ValueError for a rank below 1.
+    Raises as :func:`combine_adapters`, and ValueError for a rank below 1.
     """
     return combine_adapters([adapter], out, "svd", rank=rank, dtype=dtype)
 
@@ -136,13 +139,15 @@ def extract_adapter(
 
     Raises:
         AdapterError: a file is malformed, or the two do not have the same tensors; or nothing differs.
-        ValueError: a rank below 1.
+        ValueError: a rank below 1, or ``out`` lies in a checkpoint.
+        FileExistsError: ``out`` holds something.
     """
     folder = path_text("out", out)
     check_rank("rank", rank)
     check_int("seed", seed)
     draw = torch.Generator().manual_seed(seed)
     old, new = open_checkpoint(base), open_checkpoint(tuned, "tuned")
+    check_new("out", folder, [model.folder for model in (old, new) if model.whole])
     if differ := sorted(old.tensors.keys() ^ new.tensors.keys()):
         raise AdapterError(new.folder, differ[0], f"the tensors of {old.folder!r}", f"others: {some(differ)}")
     shapes, report = {}, NewAdapter(folder)
@@ -180,10 +185,10 @@ def _check_method(method: Any, rank: Any, density: Any, majority_sign: Any) -> N
     if rank is not None:
         check_rank("rank", rank)
         if not method.endswith("svd"):
-            raise ValueError(f"rank: expected None with method {method!r}, got {rank}")
+            raise ValueError(f"rank: expected none with method {method!r}, got {rank}")
     prunes = method not in ("linear", "cat", "svd")
     if prunes != (density is not None) or (prunes and not 0 < density <= 1):
-        wanted = "a share above 0, at most 1" if prunes else "None"
+        wanted = "a share above 0, at most 1" if prunes else "none"
         raise ValueError(f"density: expected {wanted} with method {method!r}, got {density!r}")
     if majority_sign not in ("total", "frequency"):
         raise ValueError(f"majority_sign: expected 'total' or 'frequency', got {majority_sign!r:.100}")

@@ -16,6 +16,7 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import EVERY, open_regular, read_exactly, read_header
 from fused_lora.checkpoints.files import open_checkpoint, read_json
 from fused_lora.checkpoints.names import Rename
+from fused_lora.checkpoints.output import check_new
 from fused_lora.checkpoints.write import write_layers, write_stacked
 from fused_lora.modules.config import FieldError, LoraConfig, check_alpha, check_bool
 from fused_lora.modules.names import some
@@ -69,7 +70,7 @@ def convert_adapter(
     Args:
         source: a .safetensors file, or a folder with adapter_model.safetensors. An adapter_config.json beside a file of
             that name is read.
-        out: the folder of the new adapter; one that is there is replaced.
+        out: the new folder, which must not exist, or be empty.
         base: a checkpoint whose module names kohya's underscores are resolved with.
         rename: beginnings of paths -> what stands in their place.
         dtype: fp32, bf16 or fp16; None: as the first tensor, fp32 where that is none of them.
@@ -81,12 +82,14 @@ def convert_adapter(
         AdapterError: a malformed file, a key that is not known, a layer without A or B, a name that no module of
             ``base`` has or that two have, or sizes that do not fit.
         TypeError, ValueError: stack_experts is no bool, lora_alpha no finite number, rename no mapping of names, or no
-            path begins with one of its entries.
+            path begins with one of its entries; or ``out`` lies in the source or base.
+        FileExistsError: ``out`` holds something.
     """
     text, folder = path_text("source", source), path_text("out", out)
     check_bool("stack_experts", stack_experts)
     if lora_alpha is not None:
         check_alpha("lora_alpha", lora_alpha)
+    check_new("out", folder, [os.fspath(held) for held in (text, base) if held is not None and os.path.isdir(held)])
     file_path = os.path.join(text, WEIGHTS_NAME) if os.path.isdir(text) else text
     beside = os.path.basename(file_path) == WEIGHTS_NAME  # PEFT's pair: without the config the scaling is lost
     config = _config(os.path.join(os.path.dirname(file_path), CONFIG_NAME)) if beside else None

@@ -174,7 +174,7 @@ def _check_options(dtype: Any, device: Any, record: str | None, in_place: bool) 
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise ValueError(f"device: expected one of this machine's, got {device!r:.100}: {error}") from None
     if record is not None and (dtype is not None or place.type != "cpu" or in_place):
-        raise ValueError("record: expected None with dtype, in_place or a device other than the CPU")
+        raise ValueError("record: expected none with another dtype, in place, or on a device other than the CPU")
     return place
 
 
@@ -258,12 +258,12 @@ class _Merge:
         if self._packed:
             if recorded:
                 raise ValueError(
-                    "record: expected None over quantised weights: the output is another, dense checkpoint"
+                    "record: expected none over quantised weights: the output is another, dense checkpoint"
                 )
             return check_dequantised(self._base, self._packed, _UNQUANTISED)
         quantised = (self._base.config or {}).get("quantization_config")
         if self._dtype is not None and (quantised or self._changes.stays_quantised):
-            raise ValueError("dtype: expected None over a checkpoint with a quantization_config or quantised weights")
+            raise ValueError("dtype: expected none over a checkpoint with a quantization_config or quantised weights")
         if quantised and all(entry.dtype in _UNQUANTISED for _, entry in self._base.tensors.values()):
             path = os.path.join(self._base.folder, MODEL_CONFIG)
             expected = "no such entry, for no weight is quantised, and a loader would quantise the merged ones"
@@ -277,12 +277,12 @@ class _Merge:
         if isinstance(self._seed, bool) or not isinstance(self._seed, int):
             raise TypeError(f"stochastic: expected an int or None, got {self._seed!r:.100}")
         if self._dtype is not None or self._packed:
-            raise ValueError("stochastic: expected None with a dtype, and over quantised weights")
+            raise ValueError("stochastic: expected none with a dtype, and over quantised weights")
         for change in self._changes.by_name.values():
             dtype = self._base.tensors[change.source][1].dtype
             if change.kind == "merge" and dtype.itemsize != 2:
                 raise ValueError(
-                    f"stochastic: expected None, for {change.name} has {dtype}: only 16 bits are rounded at random"
+                    f"stochastic: expected none, for {change.name} has {dtype}: only 16 bits are rounded at random"
                 )
 
     def _dtype_of_dense(self) -> torch.dtype | None:
@@ -475,7 +475,7 @@ def unmerge_checkpoint(
 
     Raises:
         AdapterError: a file is malformed, or the record is not of this checkpoint.
-        RuntimeError: a weight is not what the merge left.
+        RuntimeError: a weight is not what the merge left; the message names the file and the tensor.
         FileExistsError, TypeError, ValueError, OSError: as in :func:`merge_checkpoint`.
     """
     start, notes = time.perf_counter(), path_text("record", record)

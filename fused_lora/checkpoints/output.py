@@ -37,13 +37,8 @@ class Output:
 
         Raises FileExistsError, NotADirectoryError, ValueError or PermissionError. Nothing is changed.
         """
-        for folder in map(os.path.realpath, inputs):
-            if os.path.join(self.target, "").startswith(os.path.join(folder, "")) and not self._instead:
-                raise ValueError(f"{self._argument}: expected a folder outside {folder!r}, got {self.target!r}")
-        if not self._instead and os.path.lexists(self.target):
-            if not os.path.isdir(self.target) or os.listdir(self.target):
-                text = f"{self._argument}: expected a new or empty folder, got {self.target!r}, which holds something"
-                raise FileExistsError(errno.EEXIST, text)
+        if not self._instead:
+            check_new(self._argument, self.target, inputs)
         if os.path.ismount(self.target):
             raise ValueError(f"{self._argument}: {self.target!r} is a mount point; name a folder inside")
         if [n for n in _list(self.stage) if not _unfinished(n)] and self._found() != self._identity:
@@ -124,6 +119,17 @@ class Output:
     def _found(self) -> str | None:
         mark = os.path.join(self.stage, _MARK)
         return read_text(mark).decode(errors="replace") if os.path.isfile(mark) else None
+
+
+def check_new(argument: str, folder: str, inputs: Iterable[str]) -> None:
+    """FileExistsError unless a folder for output is new or empty, ValueError where it is an input or lies in one."""
+    target = os.path.realpath(folder)
+    for source in map(os.path.realpath, inputs):
+        if os.path.join(target, "").startswith(os.path.join(source, "")):
+            raise ValueError(f"{argument}: expected a folder outside {source!r}, got {target!r}")
+    if os.path.lexists(target) and (not os.path.isdir(target) or os.listdir(target)):
+        text = f"{argument}: expected a new or empty folder, got {target!r}, which holds something"
+        raise FileExistsError(errno.EEXIST, text)
 
 
 def _unfinished(name: str) -> bool:

@@ -89,7 +89,7 @@ def unmerge_pieces(merged: Shard, record: Shard, file: int) -> Iterator[Piece]:
     """The pieces of a merged shard that give the old one. ``file``: the open file of the record.
 
     Raises AdapterError where the record is not of this shard, or is damaged; a piece whose weights are not those of
-    the merge raises RuntimeError.
+    the merge raises RuntimeError with the file and the tensor.
     """
     if record.header.metadata.get(_MERGED) != hashlib.sha256(merged.header.raw).hexdigest():
         raise AdapterError(record.path, _MERGED, f"the record of {merged.path!r}", "the record of another file")
@@ -101,15 +101,15 @@ def unmerge_pieces(merged: Shard, record: Shard, file: int) -> Iterator[Piece]:
         old.pop(METADATA, None)
         order = sorted(old, key=lambda name: old[name]["data_offsets"])
         for name in order:
-            entry = merged.header.entries[name]
-            yield from _old_tensor(merged, record, file, entry, by_name.get(name, []))
+            yield from _old_tensor(merged, record, file, name, by_name.get(name, []))
     except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
         raise AdapterError(record.path, None, "a whole record of a merge", f"{type(error).__name__}: {error}") from None
 
 
 def _old_tensor(
-    merged: Shard, record: Shard, file: int, entry: TensorEntry, pieces: list[tuple[int, list[Any]]]
+    merged: Shard, record: Shard, file: int, name: str, pieces: list[tuple[int, list[Any]]]
 ) -> Iterator[Piece]:
+    entry = merged.header.entries[name]
     begin, end = merged.data + entry.begin, merged.data + entry.end
     for at, (_, row, *rest) in pieces:
         if row is None:
@@ -121,7 +121,7 @@ def _old_tensor(
         row_bytes = entry.shape[-1] * entry.dtype.itemsize
         first = merged.data + entry.begin + row * row_bytes
         yield Piece(begin, first - begin)
-        work = _work(record, file, entry, at, right, height, width)
+        work = _work(f"{merged.path}: {name}", record, file, entry, at, right, height, width)
         yield Piece(first, rows * row_bytes, work, rows * row_bytes)
         begin = first + rows * row_bytes
     yield Piece(begin, end - begin)
@@ -131,7 +131,9 @@ def _held(record: Shard, file: int, entry: TensorEntry) -> Any:
     return lambda _: (read_bytes(record.path, file, record.data + entry.begin, entry.end - entry.begin), None)
 
 
-def _work(record: Shard, file: int, entry: TensorEntry, at: int, right: int, height: int, width: int) -> Any:
+def _work(
+    where: str, record: Shard, file: int, entry: TensorEntry, at: int, right: int, height: int, width: int
+) -> Any:
     def tensor(key: str) -> Tensor | None:
         held = record.header.entries.get(key)
         if held is None:
@@ -146,7 +148,10 @@ def _work(record: Shard, file: int, entry: TensorEntry, at: int, right: int, hei
             raise AdapterError(record.path, f"{at}", "factors, checksums and corrections", "not all of them")
         units, scale = Units(height, width, notes, corrections, copy), tensor(f"{at}.scale")
         scales = None if scale is None else Scales.of_rows(scale, entry.shape[-1])
-        take_rows_(data.view(entry.dtype).view(-1, entry.shape[-1]), Factors(left, other, scales), units)
+        try:
+            take_rows_(data.view(entry.dtype).view(-1, entry.shape[-1]), Factors(left, other, scales), units)
+        except RuntimeError as error:
+            raise RuntimeError(f"{where}: {str(error).removeprefix('weight: ')}") from None
         return data, None
 
     return work

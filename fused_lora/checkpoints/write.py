@@ -30,7 +30,7 @@ def write_layers(
 ) -> None:
     """Write an adapter; ``make(path)`` gives lora_A [r, K] and lora_B [N, r], one layer at a time.
 
-    The folder is replaced as a whole. The config is that of ``config`` but for ranks, alphas and targets.
+    The folder appears as a whole. The config is that of ``config`` but for ranks, alphas and targets.
 
     Args:
         alphas: {path: lora_alpha}; None: the ranks, so that the scaling is 1.

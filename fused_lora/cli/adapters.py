@@ -23,7 +23,7 @@ def inspect(arguments: Sequence[str] | None = None) -> int:
 
     return run(
         "inspect",
-        options.json,
+        options,
         lambda _: inspect_adapter(options.adapter, options.base),
         _tell_inspected,
         judge=lambda report: int(report.fits is False),
@@ -40,7 +40,7 @@ def diff(arguments: Sequence[str] | None = None) -> int:
 
     return run(
         "diff",
-        options.json,
+        options,
         lambda _: diff_adapters(options.a, options.b),
         _tell_diff,
         status=2,
@@ -62,7 +62,7 @@ def convert(arguments: Sequence[str] | None = None) -> int:
 
     return run(
         "convert",
-        options.json,
+        options,
         lambda _: convert_adapter(
             options.source,
             options.out,
@@ -100,7 +100,7 @@ def combine(arguments: Sequence[str] | None = None) -> int:
     found = argparse.ArgumentParser(
         "fused-lora combine", description="one adapter out of several, as PEFT combines them"
     )
-    found.add_argument("adapter", nargs="+", type=weighted, metavar="DIR[:WEIGHT]")
+    found.add_argument("adapters", nargs="+", type=weighted, metavar="DIR[:WEIGHT]")
     found.add_argument("--out", required=True, metavar="DIR")
     found.add_argument("--method", default="svd", help="cat, svd, linear, ties, dare_linear, ... (default: svd)")
     found.add_argument("--rank", type=int, help="of the result, for the svd kinds")
@@ -111,7 +111,7 @@ def combine(arguments: Sequence[str] | None = None) -> int:
     from fused_lora.checkpoints import combine_adapters
 
     method = dict(rank=options.rank, density=options.density, majority_sign=options.majority_sign, seed=options.seed)
-    work = partial(combine_adapters, options.adapter, options.out, options.method, **method)
+    work = partial(combine_adapters, options.adapters, options.out, options.method, **method)
     return _make("combine", options, work)
 
 
@@ -130,7 +130,7 @@ def shrink(arguments: Sequence[str] | None = None) -> int:
 def _make(command: str, options: argparse.Namespace, work: Callable[..., Any]) -> int:
     """Run what computes a new adapter, by default in fp32."""
     dtype = _torch_dtype(options.dtype or "float32")
-    return run(command, options.json, lambda _: work(dtype=dtype), _tell_new)
+    return run(command, options, lambda _: work(dtype=dtype), _tell_new)
 
 
 def _dtype(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

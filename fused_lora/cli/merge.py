@@ -16,6 +16,7 @@ from typing import Any
 from fused_lora.diagnostics.tables import table
 
 DTYPES = ("float32", "bfloat16", "float16")
+_OPTIONS = {"adapters": "adapter", "lora_alpha": "alpha"}  # parameters whose option has another name
 
 
 def merge(arguments: Sequence[str] | None = None) -> int:
@@ -30,8 +31,9 @@ def merge(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR[:WEIGHT]",
         help="a PEFT adapter; WEIGHT multiplies its scaling. May be repeated",
     )
-    found.add_argument("--out", metavar="DIR", help="the new folder")
-    found.add_argument("--in-place", action="store_true", help="instead of --out: replace the base when all is written")
+    place = found.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", metavar="DIR", help="the new folder")
+    place.add_argument("--in-place", action="store_true", help="instead of --out: replace the base when all is written")
     found.add_argument("--dtype", choices=DTYPES, help="of all floating tensors (default: as in the base)")
     found.add_argument("--device", default="cpu", help="where sums are computed (default: cpu)")
     found.add_argument("--record", metavar="DIR", help="a new folder for what `fused-lora unmerge` needs")
@@ -46,7 +48,7 @@ def merge(arguments: Sequence[str] | None = None) -> int:
 
     return run(
         "merge",
-        options.json,
+        options,
         lambda progress: merge_checkpoint(
             options.base,
             options.adapter,
@@ -77,7 +79,7 @@ def unmerge(arguments: Sequence[str] | None = None) -> int:
 
     return run(
         "unmerge",
-        options.json,
+        options,
         lambda progress: unmerge_checkpoint(options.merged, options.record, options.out, progress=progress),
         lambda report: print(_written(report)),
     )
@@ -85,7 +87,7 @@ def unmerge(arguments: Sequence[str] | None = None) -> int:
 
 def run(
     command: str,
-    as_json: bool,
+    options: argparse.Namespace,
     work: Callable[[Any], Any],
     tell: Callable[[Any], Any],
     status: int = 1,
@@ -105,12 +107,12 @@ def run(
         return 130
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         bar.end()
-        print(f"fused-lora {command}: error: {error}", file=sys.stderr)
+        print(f"fused-lora {command}: error: {_in_words_of(options, error)}", file=sys.stderr)
         return status
     for warning in caught:
-        print(f"fused-lora {command}: warning: {warning.message}", file=sys.stderr)
+        print(f"fused-lora {command}: warning: {_in_words_of(options, warning.message)}", file=sys.stderr)
     try:
-        if as_json:
+        if options.json:
             print(json.dumps(report.to_dict(), indent=1))
         else:
             tell(report)
@@ -118,6 +120,16 @@ def run(
     except BrokenPipeError:  # the reader has seen enough; Python must not flush again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return judge(report)
+
+
+def _in_words_of(options: argparse.Namespace, message: Exception | str) -> str:
+    """The message without an error's number, its first word as the option where it is a parameter's name."""
+    text = str(message)
+    if isinstance(message, OSError) and message.strerror:
+        text = message.strerror + (f": {os.fspath(message.filename)!r}" if message.filename is not None else "")
+    name, colon, rest = text.partition(":")
+    name = _OPTIONS.get(name, name)
+    return f"--{name.replace('_', '-')}:{rest}" if colon and name in vars(options) else text
 
 
 def weighted(text: str) -> tuple[str, float]:

@@ -24,7 +24,7 @@ from fused_lora.modules.changes import alone, changing, undone_on_error, watch
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config, check_bool
 from fused_lora.modules.embedding import LoraEmbedding
 from fused_lora.modules.experts import LoraExperts, LoraStack, Stack, match_parameters, stack_at
-from fused_lora.modules.layer import LoraLayer
+from fused_lora.modules.layer import LoraLayer, deleted_active
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixed import Context, MixedBatch, check_eval
 from fused_lora.modules.mixin import BASE
@@ -294,7 +294,8 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter from all layers.
 
-    If it was active, the other active adapters stay; if none is left, the alphabetically first becomes active.
+    If it was active, the other active adapters stay; if none is left, the alphabetically first becomes active, with a
+    warning.
 
     Raises:
         AdapterNotFound: the model has no such adapter. ValueError: it is merged.
@@ -306,8 +307,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if any(adapter_name in layer.merged_adapters for layer in mergeable_layers(model).values()):
         raise ValueError(f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.")
     configs = {name: config for name, config in adapter_configs(model).items() if name != adapter_name}
-    rest = [name for name in active_adapters(model) if name != adapter_name] or sorted(configs)[:1]
-    was_active = adapter_name in active_adapters(model)
+    active = active_adapters(model)
+    was_active, rest = adapter_name in active, [name for name in active if name != adapter_name] or sorted(configs)[:1]
     with undone_on_error(model):
         for layer in layers:
             if was_active:
@@ -318,6 +319,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             if was_active:
                 wrapper.set_adapter(rest)
         setattr(unwrapped(model), CONFIGS, configs)
+    if active == [adapter_name] and rest:
+        warnings.warn(deleted_active(adapter_name, rest[0]), stacklevel=4)
 
 
 @of_peft.by_peft(of_peft.disable_adapters)

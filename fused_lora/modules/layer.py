@@ -148,10 +148,7 @@ class LoraLayer(FusedLoraBehaviour, MergedState, nn.Module):
             rest = [name for name in self.active_adapters if name != adapter_name]
             if not rest and self.adapters:
                 rest = [min(self.adapters)]
-                warnings.warn(
-                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {rest[0]}.",
-                    stacklevel=3,
-                )
+                warnings.warn(deleted_active(adapter_name, rest[0]), stacklevel=3)
             self.set_adapter(rest)
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -171,6 +168,11 @@ class LoraLayer(FusedLoraBehaviour, MergedState, nn.Module):
 
     def _initial_scaling(self, name: str) -> float:
         return scaling(self.r[name], self.lora_alpha[name], self.use_rslora[name])
+
+
+def deleted_active(name: str, now: str) -> str:
+    """What is said when the only active adapter was deleted."""
+    return f"Adapter {name} was active which is now deleted. Setting active adapter to {now}."
 
 
 def check_options(r: Any, lora_alpha: Any, lora_dropout: Any, init_lora_weights: Any, **flags: Any) -> None:

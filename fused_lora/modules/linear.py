@@ -21,9 +21,8 @@ from fused_lora.modules.targets import LINEAR, adapter_dtype, in_out_features, w
 from fused_lora.modules.variants import Magnitude
 from fused_lora.ops import native
 from fused_lora.ops.merge import blocks
+from fused_lora.ops.merge import op as merging
 from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
-
-_AT_ONCE = 1 << 26  # bytes of weights in one call of the C loops: room for their corrections is held meanwhile
 
 
 class LoraLinear(LoraLayer):
@@ -218,29 +217,31 @@ def naming(path: str) -> Iterator[None]:
 
 
 def together(prepare: Mapping[str, Callable[[], Later | None]], mode: int) -> None:
-    """Merge or unmerge many layers in a few calls of the C loops: Python is slow after each, for the caches are cold.
+    """Merge or unmerge many layers in a few calls of the C loops, or launches of the kernel.
 
-    A layer that its function gives None for is not touched, nor are those of a call where a weight refuses. What their
-    own methods do then, or say.
+    Python is slow after each call, for the caches are cold, and waits after each launch. A layer that its function
+    gives None for is not touched, nor are those of a call where a weight refuses. What their own methods do then, or
+    say.
     """
-    jobs: dict[str, Later] = {}
-    held = 0
+    kinds: dict[tuple, dict[str, Later]] = {}
+    held: dict[tuple, int] = {}
     for path, function in prepare.items():
         with naming(path):
             job = function()
         if job is not None:
-            jobs[path] = job
-            held += job.sweep.W.nbytes
-        if held >= _AT_ONCE:
-            _run(jobs, mode)
-            jobs, held = {}, 0
-    if jobs:
+            kind = job.sweep.kind
+            kinds.setdefault(kind, {})[path] = job
+            held[kind] = held.get(kind, 0) + job.sweep.W.nbytes
+            if held[kind] >= job.sweep.at_once:
+                _run(kinds.pop(kind), mode)
+                held[kind] = 0
+    for jobs in kinds.values():
         _run(jobs, mode)
 
 
 def _run(jobs: Mapping[str, Later], mode: int) -> None:
     try:
-        outcome = blocks.run_together([job.sweep for job in jobs.values()], mode)
+        outcome = merging.run_together([job.sweep for job in jobs.values()], mode)
         if outcome == native.TORN:
             raise RuntimeError(blocks.TORN_TEXT)
         if outcome == native.DONE:

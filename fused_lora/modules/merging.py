@@ -335,12 +335,15 @@ def _norms(layer: Any, names: list[str], before: Tensor) -> Tensor:
 @alone
 @of_peft.by_peft(of_peft.unmerge)
 def unmerge(model: nn.Module) -> None:
-    """Give every base weight back the bits it had before :func:`merge`. Does nothing where nothing is merged.
+    """Give every base weight back the bits it had before :func:`merge`. Warns, as PEFT does, where nothing is merged.
 
     Raises:
         RuntimeError: a weight was changed while merged. All layers are left merged.
     """
-    unmerge_all(_mergeable(model))
+    layers = _mergeable(model)
+    if not any(layer.merged for layer in layers.values()):
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
+    unmerge_all(layers)
 
 
 @of_peft.by_peft(of_peft.delta_fidelity)

@@ -18,6 +18,7 @@ import torch
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 DEVICE = "cuda"  # type of the devices that kernels run on
+_EAGER = "the eager path takes over"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _state: dict[tuple, bool] = {}  # what was used -> whether it passed
 _drops = 0  # how often something was dropped
@@ -30,21 +31,23 @@ def usable(device: torch.device) -> bool:
     return device.type == DEVICE and HAS_TRITON and os.environ.get("FUSED_LORA_PLAN") != "eager"
 
 
-def passes(key: tuple, check: Callable[[], str | None]) -> bool:
+def passes(key: tuple, check: Callable[[], str | None], instead: str = _EAGER) -> bool:
     """Whether ``key`` may run: ``check`` returned None (else it says what is wrong) the first time, in this process.
+
+    instead: what the warning says of a ``key`` that may not.
 
     An out-of-memory error is no reason to drop anything and passes through.
     """
     passed = _state.get(key)
     if passed is None:
         with _first_use:
-            passed = _try(key, check)
+            passed = _try(key, check, instead)
             if passed:
                 _state[key] = True
     return passed
 
 
-def _try(key: tuple, check: Callable[[], str | None]) -> bool:
+def _try(key: tuple, check: Callable[[], str | None], instead: str = _EAGER) -> bool:
     if key in _state or os.environ.get("FUSED_LORA_CHECK") == "0":
         return _state.get(key, True)
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -57,7 +60,7 @@ def _try(key: tuple, check: Callable[[], str | None]) -> bool:
     except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
         wrong = _text(error)
     if wrong is not None:
-        _drop(key, wrong)
+        _drop(key, wrong, instead)
     return wrong is None
 
 
@@ -113,11 +116,11 @@ class guarded:  # a function to its callers
         return self._eager(*args)
 
 
-def _drop(key: tuple, wrong: str) -> None:
+def _drop(key: tuple, wrong: str, instead: str = _EAGER) -> None:
     global _drops
     _state[key] = False
     _drops += 1
-    warnings.warn(f"fused_lora: {key} is dropped, the eager path takes over: {wrong}", stacklevel=3)
+    warnings.warn(f"fused_lora: {key} is dropped, {instead}: {wrong}", stacklevel=3)
 
 
 def _text(error: Exception) -> str:

@@ -1,6 +1,8 @@
 """Adapters as files: what they hold, how they differ, and new ones out of them, beside what PEFT makes."""
 
+import errno
 import json
+import os
 
 import peft
 import pytest
@@ -17,7 +19,7 @@ from fused_lora import (
     merge_checkpoint,
     shrink_adapter,
 )
-from fused_lora.adapters import AdapterError, read_adapter
+from fused_lora.adapters import AdapterError, read_adapter, staging, tensorfile
 from fused_lora.checkpoints import factors
 from fused_lora.cli import main
 from fused_lora.testing.numeric import assert_close
@@ -99,11 +101,55 @@ def test_several_layers_ranks_and_an_interrupted_write(tmp_path, monkeypatch):
     t, first, second = held.layers[Q], deltas(a), read_adapter(b).layers[Q]
     wanted = first[Q] + 0.5 * 4 / 2**0.5 * second.lora_B.double() @ second.lora_A.double()
     agree(t.lora_B.double() @ t.lora_A.double(), wanted)
-    before = contents(tmp_path / "out")
     change(a / "adapter_model.safetensors", **{f"base_model.model.{V}.lora_B.weight": torch.full((16, 4), 3e38)})
     with pytest.raises(ValueError, match="expected finite numbers"):
-        combine_adapters([(a, 100.0), b], tmp_path / "out", "cat", dtype=torch.float16)
-    assert contents(tmp_path / "out") == before and len(list(tmp_path.iterdir())) == 3
+        combine_adapters([(a, 100.0), b], tmp_path / "new", "cat", dtype=torch.float16)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "out"]
+
+
+@pytest.mark.parametrize("command", ["combine", "shrink", "extract", "convert"])
+def test_output_that_holds_something_or_lies_in_an_input_is_refused(tmp_path, capsys, command):
+    """Whatever is written; an empty folder is taken."""
+    a, base = write_adapter(tmp_path / "a", SHAPES), write_base(tmp_path / "base", decoder(), shards=2)
+    tuned = write_base(tmp_path / "tuned", decoder(seed=1))
+    (tmp_path / "link").symlink_to(a)
+    (tmp_path / "empty").mkdir()
+    call = {
+        "combine": ["combine", str(a), f"{a}:0.5"],
+        "shrink": ["shrink", str(a), "--rank", "2"],
+        "extract": ["extract", "--base", str(base), "--tuned", str(tuned), "--rank", "2"],
+        "convert": ["convert", str(a), "--base", str(base)],
+    }[command]
+    outer = (base if command == "extract" else a) / "new"
+    before = contents(tmp_path)
+    for out in (a, base, tuned, tmp_path / "link", a / "adapter_config.json", outer):
+        assert main([*call, "--out", str(out)]) == 1
+        said = capsys.readouterr().err
+        assert "out: expected a" in said and str(out.resolve()) in said
+    assert contents(tmp_path) == before
+    assert main([*call, "--out", str(tmp_path / "empty")]) == 0
+    assert "adapter_model.safetensors" in contents(tmp_path / "empty")
+
+
+def test_what_the_system_refuses_names_the_folder_asked_for(tmp_path, capsys, monkeypatch):
+    """Not the temporary one beside it; a full disk names nothing at all."""
+    call = ["shrink", str(write_adapter(tmp_path / "a", SHAPES)), "--rank", "2", "--out", str(tmp_path / "new")]
+
+    def full(file, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def denied(folder, *mode):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+
+    for owner, name, refuse, said in (
+        (tensorfile, "write_all", full, "No space left on device"),
+        (staging.os, "mkdir", denied, "Permission denied"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            assert main(call) == 1
+        assert capsys.readouterr().err == f"fused-lora shrink: error: {said}: '{tmp_path / 'new'}'\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_shrink_is_the_nearest_of_its_rank(tmp_path):
@@ -214,7 +260,7 @@ def test_convert_reads_the_config_beside_the_file(tmp_path):
     found, wanted = deltas(tmp_path / "out"), deltas(adapter)
     assert all(torch.equal(found[path], wanted[path]) for path in wanted)
     (adapter / "adapter_config.json").unlink()
-    assert convert_adapter(adapter, tmp_path / "out").assumed
+    assert convert_adapter(adapter, tmp_path / "new").assumed
 
 
 def test_what_convert_cannot_do_names_the_argument(tmp_path):

@@ -410,7 +410,7 @@ def test_unmerge_refuses_a_changed_weight(tmp_path):
     at = raw.index(read_all(tmp_path / "out")[f"{QKV[0]}.weight"].view(torch.uint8).numpy().tobytes())
     raw[at + 100] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(RuntimeError, match="not what the merge left"):
+    with pytest.raises(RuntimeError, match=f"/out/{SINGLE}: {QKV[0]}.weight: it is not what the merge left"):
         unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
     assert not (tmp_path / "back").exists() and not (tmp_path / "back.partial").exists()
 
@@ -789,7 +789,18 @@ def test_where_the_output_may_be(tmp_path, capsys):
     ]:
         assert main([*call, "--out", str(out), "--record", str(tmp_path / "record")]) == 1
         assert message in capsys.readouterr().err
-    assert main(call) == 1 and main([*call, "--out", "x", "--in-place"]) == 1
+    for place, message in (([], "--out --in-place is required"), (["--out", "x", "--in-place"], "not allowed with")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*call, *place])
+        assert message in capsys.readouterr().err
+    for options, message in [
+        (["--in-place", "--record", "x"], "--record: expected none with another dtype, in place, or on a device"),
+        (["--out", "x", "--rename", "no=x"], "error: --rename: no path of the adapter begins with"),
+        (["--out", str(tmp_path / "held")], f"error: --out: expected a new or empty folder, got '{tmp_path}"),
+    ]:
+        assert main([*call, *options]) == 1
+        said = capsys.readouterr().err
+        assert message in said and "Errno" not in said
     assert contents(tmp_path) == before
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "file").write_text("another's")

@@ -133,7 +133,7 @@ def test_no_dtype_for_quantised_weights_that_stay(tmp_path):
     tensors = {f"model.q_proj.{key}": tensor for key, tensor in layer.state_dict().items()}
     base = write_base(tmp_path / "base", {**tensors, "model.o_proj.weight": torch.ones(8, 8)})
     adapter = write_adapter(tmp_path / "adapter", {"model.o_proj": (8, 8)})
-    with pytest.raises(ValueError, match="dtype: expected None over .* quantised weights"):
+    with pytest.raises(ValueError, match="dtype: expected none over .* quantised weights"):
         merge_checkpoint(base, adapter, tmp_path / "out", dtype=torch.float32)
     merge_checkpoint(base, adapter, tmp_path / "out")
     assert all(torch.equal(read_all(tmp_path / "out")[name], tensor) for name, tensor in tensors.items())
@@ -165,7 +165,7 @@ def tensors(**held):
         (tensors(model__other=torch.ones(2, 2, dtype=torch.int8)), {}, "model.other: expected a tensor that is not"),
         (tensors(model__q_proj__weight=None, model__q_proj__qweight=torch.ones(2, 2).int()), {}, "of GPTQ or AWQ"),
         (lambda base: change(base / "config.json", dtype=None), {}, "dtype: expected one of"),
-        (lambda base: None, {"record": "record"}, "record: expected None over quantised"),
+        (lambda base: None, {"record": "record"}, "record: expected none over quantised"),
     ],
 )
 def test_what_is_refused(tmp_path, damage, options, message):

@@ -1,10 +1,12 @@
 """On a GPU: layers of real size against float64, bit-equal repeats, launches by the profiler, 64-bit offsets."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 
+import fused_lora
 from fused_lora import reference
 from fused_lora.kernels import config, sync
 from fused_lora.kernels.lora_backward import lora_backward_g
@@ -225,6 +227,42 @@ def test_merge_and_unmerge(dtype, fan_in_fan_out, device):
     W[7, 9] += 1
     with pytest.raises(RuntimeError, match="weight"):
         merge.unmerge_(W, changed)
+
+
+def test_a_model_merges_in_one_launch_and_one_wait(device):
+    """The bits of its layers' own merges; then a switch, and everything back."""
+    shapes = [(4096, 4096), (1024, 4096), (4096, 1024), (576, 1536)] * 2
+    net = torch.nn.Sequential(*(torch.nn.Linear(K, N, dtype=BF16, device=device) for N, K in shapes))
+    config_ = fused_lora.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+    for name in ("default", "other"):
+        fused_lora.inject(net, config_, name)
+    alone, before = copy.deepcopy(net), [layer.weight.detach().clone() for layer in net]
+    for layer in alone:
+        layer.merge()
+    fused_lora.merge(net)  # compiled and tried
+    fused_lora.switch(net, ["other"])
+    fused_lora.unmerge(net)
+
+    def counted(call):
+        """Launches of the kernel and waits; one more for the sample of what rounding loses."""
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    call()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                torch.cuda.synchronize()
+        waits = [str(w.message) for w in found if "called a synchronizing CUDA operation" in str(w.message)]
+        return sum(e.name.startswith("_merge_kernel") for e in profile.events()), len(waits)
+
+    assert counted(lambda: fused_lora.merge(net)) == (1, 2)
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(net, alone, strict=True))
+    assert counted(lambda: fused_lora.switch(net, ["other"])) == (1, 2)
+    assert counted(lambda: fused_lora.unmerge(net)) == (1, 1)
+    assert all(torch.equal(a.weight, b) for a, b in zip(net, before, strict=True))
 
 
 def test_eager_switch_disables_all_kernels(device, monkeypatch):

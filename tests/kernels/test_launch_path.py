@@ -5,6 +5,7 @@ The interpreter takes another way: what binds or packs an argument wrongly shows
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -38,6 +39,9 @@ LAUNCHES = {
     "unmerge": 1,
     "merge_again": 1,
     "switch": 1,
+    "merge, group": 1,
+    "unmerge, group": 1,
+    "switch, group": 1,
     "merge_apply": 1,
     "unmerge_apply": 1,
     "dropout_mask": 1,
@@ -46,6 +50,9 @@ LAUNCHES = {
     "forward, 4 bits": 1,
     "forward, 4 bits, double quantised": 1,
 }
+# of a model with six layers that has been merged before: launches, and waits of the host, one of a merge for the sample
+# of what rounding to the nearest loses
+MODEL = {"merge": [1, 2], "switch": [1, 2], "unmerge": [1, 1], "merge at random": [1, 1]}
 # who launches: Triton itself, or a kept launch with what Triton passed before
 WAYS = {
     "again": ["triton", "kept", "kept"],
@@ -72,6 +79,7 @@ def test_every_launcher_launches(tmp_path):
     found = json.loads(done.stdout)
     assert found["launches"] == LAUNCHES
     assert found["ways"] == WAYS
+    assert found["model"] == MODEL
 
 
 def record(run, prepare) -> tuple[list[str], list[list]]:
@@ -204,6 +212,13 @@ def launches(given: list[list]) -> dict[str, int]:
     for name in ("merge", "unmerge", "merge_again"):
         counted(name, getattr(merge, name), W, A, B, record)
     counted("switch", merge.switch, W, (A, B, record), (A, B, merge.new_record(W, 8)))
+    wide = torch.zeros(33, 80, dtype=bf16), torch.zeros(4, 80), torch.zeros(33, 4)
+    tall = torch.zeros(48, 21, dtype=bf16).t(), torch.zeros(48, 2).t(), torch.zeros(2, 21).t()
+    members = [merge.Member(*tensors, merge.new_record(tensors[0], 8)) for tensors in (wide, tall)]
+    counted("merge, group", merge.launch_group, members)
+    counted("unmerge, group", merge.launch_group, members, True)
+    later = [m._replace(record=merge.new_record(m.W, 8), old=(m.A, m.B, m.record)) for m in members]
+    counted("switch, group", merge.launch_group, later)
     for name in ("merge_apply", "unmerge_apply"):
         counted(name, getattr(merge, name), W, A, B)
     counted("dropout_mask", dropout_mask, torch.zeros(1, dtype=torch.int64), 40, 64, 0.1)
@@ -218,6 +233,39 @@ def launches(given: list[list]) -> dict[str, int]:
         weight = FourBit(packed, code, scales, inner, 64, (40, 64), bf16)
         tensors = case.x, weight, case.bias, case.lora_A, case.lora_B
         counted(name, prepare_linear(*tensors, case.scaling, [0.0], False), *tensors, None)
+    return found
+
+
+def model() -> dict[str, list[int]]:
+    """Launches and waits of MODEL. Whatever asks for a number waits on a GPU."""
+    import warnings
+
+    import fused_lora
+    from fused_lora.ops import guard
+
+    guard.DEVICE = "cpu"
+    os.environ["FUSED_LORA_CHECK"] = "0"  # nothing is computed
+    warnings.simplefilter("ignore")
+    count, waits, found = ctypes.CDLL("libcuda.so.1").stub_launches, [], {}
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+        method = getattr(torch.Tensor, name)
+        setattr(torch.Tensor, name, lambda self, *a, method=method: waits.append(1) or method(self, *a))
+
+    def counted(name, call):
+        launches = count()
+        waits.clear()
+        call()
+        found[name] = [count() - launches, len(waits)]
+
+    shapes = (64, 48), (32, 80), (96, 64), (48, 48), (64, 48), (16, 5)
+    net = torch.nn.Sequential(*(torch.nn.Linear(*shape, dtype=torch.bfloat16) for shape in shapes))
+    fused_lora.inject(net, fused_lora.LoraConfig(r=4, target_modules="all-linear"))
+    for _ in range(2):
+        counted("merge", lambda: fused_lora.merge(net))
+        counted("switch", lambda: fused_lora.switch(net, ["default"]))
+        counted("unmerge", lambda: fused_lora.unmerge(net))
+        counted("merge at random", lambda: fused_lora.merge(net, stochastic=3))
+        fused_lora.unmerge(net)
     return found
 
 
@@ -297,4 +345,4 @@ if __name__ == "__main__":
 
     stub_driver.use_stub_driver()
     who, given = record(JITFunction.run, CudaLauncher.__init__)
-    print(json.dumps({"launches": launches(given), "ways": ways(who, given)}))
+    print(json.dumps({"launches": launches(given), "ways": ways(who, given), "model": model()}))

@@ -14,6 +14,7 @@ from fused_lora.ops.merge import launch as merge_kernel
 from fused_lora.ops.merge import op as merging
 from fused_lora.ops.merge.blocks import Dither, dithered
 from fused_lora.reference import bits
+from helpers.merges import corrections_of, make_factors, make_weight
 from helpers.thorough import sampled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,25 +33,6 @@ TILES = [
 ]
 
 
-def make_weight(N, K, dtype, device, *, special=True):
-    """Normal weights with signed zeros, subnormals, very large values, infinities and NaN payloads among them."""
-    W = (torch.randn(N, K) * 0.02).to(dtype)
-    if special and W.numel() >= 100:
-        info = torch.finfo(dtype)
-        values = [0.0, -0.0, info.smallest_normal / 2, -info.smallest_normal / 4, info.max / 2, -info.max / 2]
-        values += [float("inf"), -float("inf"), float("nan")]
-        for i, value in enumerate(values):
-            W.view(-1)[i::101] = value
-        bits(W).view(-1)[11::101] = bits(torch.tensor([float("nan")], dtype=dtype)) + 5
-    return W.to(device)
-
-
-def make_factors(N, K, R, device, *, size=0.1):
-    """A [R, K] and B [N, R] with a delta of about ``size`` times the weights of make_weight."""
-    A, B = torch.randn(R, K), torch.randn(N, R)
-    return A.to(device), (B * (0.02 * size / R**0.5)).to(device)
-
-
 def merge(W, A, B, tile=None, room=None):
     """The merge, with room for every element; returns the totals and the corrections."""
     record = kernel.new_record(W, W.numel() if room is None else room, tile)
@@ -62,24 +44,6 @@ def merge(W, A, B, tile=None, room=None):
 def unmerge(W, A, B, record, tile=None):
     kernel.unmerge(W, A, B, record, tile)
     assert record.refused == 0
-
-
-def corrections_of(record, N, K, dtype):
-    """All corrections: row, first column and content of a word, in the order of the weight's words."""
-    rows, cols = record.unit
-    each = 1 if dtype == torch.float32 else 2
-    strips, words = -(-K // cols), cols // each
-    found = []
-    for unit, (begin, count) in enumerate(record.table[:-1, :2].tolist()):
-        assert begin > 0
-        part = slice(begin - 1, begin - 1 + count)
-        number = record.places[part].long() - 1
-        assert (number.diff() > 0).all()
-        row, col = unit // strips * rows + number // words, unit % strips * cols + number % words * each
-        found.append(torch.stack([row * K + col, record.values[part].long()]))
-    number, value = torch.cat(found, 1)
-    order = number.argsort()
-    return number[order] // K, number[order] % K, value[order]
 
 
 def words_of(W):

@@ -328,6 +328,32 @@ def test_a_switch_of_stacks(loops, monkeypatch):
     assert_bits(ours, before)
 
 
+def test_experts_in_one_launch(device, kernels_on, monkeypatch):
+    """Of the parameter whose rows are whole 16 bytes; the other's experts are launched one by one."""
+    from fused_lora.kernels import merge as kernel
+    from fused_lora.ops.merge import launch
+
+    ours, _ = twins(Block(dtype=torch.bfloat16).to(device), {"a": {}, "b": {"r": 2}})
+    before, alone, launches, run = parameter_bits(ours), copy.deepcopy(ours), [], kernel.launch_group
+    monkeypatch.setattr(launch.guard, "passes", lambda *_: True)  # the trials are over
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "for_one_launch", lambda sweep: None)
+        fused_lora.merge(alone, ["b"])
+    monkeypatch.setattr(kernel, "launch_group", lambda members, *a: launches.append(len(members)) or run(members, *a))
+    fused_lora.merge(ours, ["a"])
+    fused_lora.switch(ours, ["b"])
+    assert_bits(ours, parameter_bits(alone))
+    broken = ours.experts.gate_up_proj.lora_B["a"].weight.data
+    held, broken[0, -1] = broken[0, -1].item(), float("inf")
+    with pytest.raises(ValueError, match="experts.gate_up_proj: .*nothing was merged"):
+        fused_lora.switch(ours, ["a"])
+    broken[0, -1] = held
+    assert_bits(ours, parameter_bits(alone))
+    fused_lora.unmerge(ours)
+    assert_bits(ours, before)
+    assert launches == [EXPERTS] * 7  # a merge, a switch, four until the refused switch was undone, an unmerge
+
+
 def test_a_broken_adapter_merges_nowhere():
     ours, _ = twins()
     ours.experts.down_proj.lora_B["default"].weight.data[0, -1] = float("inf")  # of the last expert

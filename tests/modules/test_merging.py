@@ -59,7 +59,7 @@ def test_one_call_for_many_layers(monkeypatch):
     assert calls == [20]
     fused_lora.unmerge(net)
     assert calls == [20, 20]
-    monkeypatch.setattr(linear, "_AT_ONCE", 3 * net[0].weight.nbytes)
+    monkeypatch.setattr(blocks._InC, "at_once", 3 * net[0].weight.nbytes)
     fused_lora.merge(net)
     assert calls[2:] == [3] * 6 + [2]
     calls.clear()
@@ -109,7 +109,7 @@ def test_an_interrupt_at_any_line(action, monkeypatch, loops):
     """All layers are merged or none, and each weight has the bits that its record says."""
     net = layers_of([torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float16])
     states = {False: weights(net)}
-    monkeypatch.setattr(linear, "_AT_ONCE", 2 * net[0].weight.nbytes)  # two calls
+    monkeypatch.setattr(blocks._InC, "at_once", 2 * net[0].weight.nbytes)  # two calls
     fused_lora.merge(net)
     states[True] = weights(net)
     if action == "unmerge":
@@ -298,6 +298,49 @@ def test_a_switch_goes_through_each_weight_once(loops, monkeypatch):
         monkeypatch.setattr(merging, name, lambda *args, name=name, **more: calls.append(name))
     fused_lora.switch(net, ["other"])
     assert not calls and all(layer.merged_adapters == ["other"] for layer in net)
+
+
+@pytest.fixture
+def group_launches(kernels_on, monkeypatch):
+    """How many weights each launch for several layers has; the trials of the first use are over."""
+    from fused_lora.kernels import merge as kernel
+    from fused_lora.ops.merge import launch
+
+    monkeypatch.setattr(launch.guard, "passes", lambda *_: True)
+    found, run = [], kernel.launch_group
+    monkeypatch.setattr(kernel, "launch_group", lambda members, *a: found.append(len(members)) or run(members, *a))
+    return found
+
+
+def test_one_launch_for_many_layers(device, group_launches):
+    """Of each dtype; layers of odd sizes or in fp64 go by themselves. Bits, records and names are the layers' own."""
+    shapes = [(16, 33), (48, 64), (80, 5), (30, 40), (32, 32), (16, 33)]
+    dtypes = [torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16, torch.float64, torch.float32]
+    net: Any = nn.Sequential(*[nn.Linear(*s, dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=True)])
+    net[2].weight = nn.Parameter(torch.randn(80, 16, dtype=torch.bfloat16, device=device).t())
+    for name in ("a", "b"):
+        fused_lora.inject(net, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), name)
+    alone, before = copy.deepcopy(net), weights(net)
+    fused_lora.merge(net, ["a"])
+    assert sorted(group_launches) == [2, 2]
+    for layer in alone:
+        layer.merge(adapter_names=["a"])
+    assert same_bits(weights(net), weights(alone)) and all(layer.merged_adapters == ["a"] for layer in net)
+    fused_lora.switch(net, ["b"])
+    assert sorted(group_launches) == [2] * 4
+    net[0].weight.data[3, 4] += 1
+    merged = weights(net)
+    with pytest.raises(RuntimeError, match="^0: weight: it is not what the merge left"):
+        fused_lora.unmerge(net)
+    assert same_bits(weights(net), merged) and all(layer.merged_adapters == ["b"] for layer in net)
+    for layer in alone:
+        layer.unmerge()
+        layer.merge(adapter_names=["b"])
+    net[0].weight.data.copy_(alone[0].weight)
+    assert same_bits(weights(net), weights(alone))
+    group_launches.clear()
+    fused_lora.unmerge(net)
+    assert sorted(group_launches) == [2, 2] and same_bits(weights(net), before)
 
 
 def test_a_switch_of_a_changed_model_is_refused(loops):

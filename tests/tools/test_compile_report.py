@@ -118,13 +118,13 @@ def test_an_interpreting_process_is_refused(tmp_path):
 
 
 def test_compiles_records_and_compares(tmp_path):
-    """One kernel form on two chips: compiled once, not again, and a worse result than recorded is found."""
+    """One kernel in two forms on two chips: compiled once, not again, and a worse result than recorded is found."""
     path, page = tmp_path / "results" / "report.json", tmp_path / "docs" / "page.md"
     what = ("--only", "unmerge fp32 32x64", "--chips", "sm_90", "gfx942", "--results", path, "--page", page)
     first = run_command(*map(str, what), cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     recorded = report.read_results(path)
-    assert {chip: len(records) for chip, records in recorded.items()} == {"sm_90": 2, "gfx942": 2}
+    assert {chip: len(records) for chip, records in recorded.items()} == {"sm_90": 4, "gfx942": 4}
     for record in recorded["sm_90"].values():
         assert record["spills"] == 0 and 32 <= record["registers"] <= 255 and record["copy16"] >= 1
     assert "| unmerge |" in page.read_text()

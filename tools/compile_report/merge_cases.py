@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from compile_report.cases import CompileCase, dtypes_on
+from fused_lora.kernels.grouped_shrink import TL_DTYPES
 from fused_lora.kernels.merge import _merge_kernel, default_tile, launch_options
 
 # what is launched: name, UNMERGE, RECORD, AGAIN, RANDOM, SWITCH
@@ -21,6 +22,9 @@ _PASSES = (
 )
 
 
+_GROUPED = ("merge", "unmerge", "merge at random", "switch", "switch at random")  # also of many weights at once
+
+
 def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iterator[CompileCase]:
     """All compilations for a chip (0: not NVIDIA): contiguous W, A and B, sizes that the tile divides and others.
 
@@ -33,10 +37,11 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
             tile = default_tile(dtype, RECORD or AGAIN, capability, RANDOM)
             for EVEN in (True, False):
                 options = launch_options(tile, capability > 0, dtype, RECORD, SWITCH and not EVEN)
-                yield _case(name, dtype, UNMERGE, RECORD, AGAIN, RANDOM, SWITCH, EVEN, tile, options)
+                for grouped in (False, True) if name in _GROUPED else (False,):
+                    yield _case(name, dtype, UNMERGE, RECORD, AGAIN, RANDOM, SWITCH, EVEN, grouped, tile, options)
 
 
-def _case(name, dtype, UNMERGE, RECORD, AGAIN, RANDOM, SWITCH, EVEN, tile, options) -> CompileCase:
+def _case(name, dtype, UNMERGE, RECORD, AGAIN, RANDOM, SWITCH, EVEN, grouped, tile, options) -> CompileCase:
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     types = dict(w_ptr=f"*{short}", a_ptr="*fp32", b_ptr="*fp32", N="i32", K="i32", R="i32", stride_wn="i32")
     types |= dict(stride_ar="i32", stride_bn="i32")
@@ -49,17 +54,18 @@ def _case(name, dtype, UNMERGE, RECORD, AGAIN, RANDOM, SWITCH, EVEN, tile, optio
     if SWITCH:
         types |= dict(old_a_ptr="*fp32", old_b_ptr="*fp32", old_table_ptr="*i64", old_places_ptr="*u16")
         types |= dict(old_values_ptr="*i32", OLD_R="i32", stride_old_ar="i32", stride_old_bn="i32")
+    if grouped:
+        types = dict(group_ptr="*i64", num_weights="i32")
     names = _merge_kernel.arg_names
-    optional = [n for n in names if n.endswith("_ptr") or n == "room" or "old" in n.lower()]
-    values = dict.fromkeys(n for n in optional if n not in types)
+    values = dict.fromkeys(n for n in names if n not in types)
     values |= {"stride_wk": 1, "stride_ak": 1, "stride_br": 1}
     values |= {"stride_old_ak": 1, "stride_old_br": 1} if SWITCH else {}
     values |= dict(UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, RANDOM=RANDOM, SWITCH=SWITCH, EVEN=EVEN)
-    values |= dict(ROWS=tile.ROWS, COLS=tile.COLS)
+    values |= dict(GROUP=TL_DTYPES[dtype] if grouped else None, ROWS=tile.ROWS, COLS=tile.COLS)
     multiples_of_16 = [n for n in types if n.endswith("_ptr") or n in ("K", "stride_wn", "stride_ar", "stride_old_ar")]
     return CompileCase(
-        label=f"{name} {short} {tile.ROWS}x{tile.COLS}{'' if EVEN else ' masked'}",
-        op=name,
+        label=f"{name} {short} {tile.ROWS}x{tile.COLS}{'' if EVEN else ' masked'}{' group' * grouped}",
+        op=f"{name}{', group' * grouped}",
         config=None,
         dtype=dtype,
         kernel=_merge_kernel,

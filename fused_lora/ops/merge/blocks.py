@@ -31,7 +31,6 @@ AREA, WIDTH, HEIGHT = 4096, 128, 256  # of a unit at most, as in C
 _HUGE_PAGES = 1 << 22  # bytes from which numpy asks for pages of 2 MiB, which count whole
 _BAND = 1 << 17  # elements that torch takes at a time: the temporaries stay in a cache
 
-_LOST_TEXT = "NaNs or infinities detected in the merged weights: the adapter seems to be broken"
 TORN_TEXT = (
     "weight: it was changed while it was merged or unmerged, by another thread perhaps, and is partly merged now: load "
     "it again"
@@ -121,6 +120,9 @@ class Units:
 
 class _InC:
     """Sweeps over a weight by the C loops."""
+
+    kind = ()  # any two can be in one call
+    at_once = 1 << 26  # bytes of weights in one call: room for their corrections is held meanwhile
 
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int, old: _InC | None = None):
         self.W, self.units = W, units
@@ -403,9 +405,7 @@ def _prepared(sweeps: Any, W: torch.Tensor, factors: Factors, old: Held | None =
 
 
 def _error(outcome: int) -> Exception:
-    if outcome == LOST:
-        return ValueError(_LOST_TEXT)
-    return RuntimeError(launch.CHANGED if outcome == CHANGED else TORN_TEXT)
+    return RuntimeError(TORN_TEXT) if outcome == TORN else launch.error(outcome)
 
 
 def _merge(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors) -> Units:
@@ -434,7 +434,7 @@ def merge_again(W: torch.Tensor, factors: Factors) -> None:
     """:func:`merge` that notes nothing; on an error W is partly merged."""
     sweep = (_InC if _in_c(W) else _InTorch)(W, factors, Units.of(W), 1)
     if sweep.run(MERGE_AGAIN) != DONE:
-        raise ValueError(_LOST_TEXT)
+        raise launch.error(LOST)
 
 
 def restore(W: torch.Tensor, factors: Factors, units: Units) -> None:
@@ -444,13 +444,13 @@ def restore(W: torch.Tensor, factors: Factors, units: Units) -> None:
 
 def _restore(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors, units: Units) -> None:
     if not units.fit(W):
-        raise RuntimeError(launch.CHANGED)
+        raise launch.error(CHANGED)
     if units.copy is None:
         return _sweep_back(sweeps(W, factors, units, 0))
     now = replace(units, notes=units.notes.clone())
     sweeps(W, factors, now, 0).run(CHECKSUM)
     if not torch.equal(now.notes, units.notes):
-        raise RuntimeError(launch.CHANGED)
+        raise launch.error(CHANGED)
     W.copy_(units.copy)
 
 

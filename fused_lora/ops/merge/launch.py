@@ -1,21 +1,27 @@
 """Merge and exact unmerge by the Triton kernel: the same contract as ``ops/merge.py``, one pass each way.
 
 The kernel's delta is a chain of fused multiply-adds in a fixed order, so merge and unmerge see the same bits whatever
-tiles they use. Either is one launch and one wait: every program checks what it holds before it writes it, and if one of
-them refuses, a second launch takes back what the others wrote, to the bit. The first use in a process is tried on a
-small weight, in both directions.
+tiles they use. Either is one launch and one wait, for one weight or for many: every program checks what it holds before
+it writes it, and if one of them refuses, a launch for each weight takes back what the others wrote, to the bit. The
+first use in a process is tried on small weights, in both directions.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from fused_lora.kernels.corrections import totals_of
 from fused_lora.ops import guard
+from fused_lora.ops.native import CHANGED, DONE, LOST, MERGE, MERGE_AGAIN, UNMERGE
 from fused_lora.reference import bits
 
-CHANGED = (
+LOST_TEXT = "NaNs or infinities detected in the merged weights: the adapter seems to be broken"
+CHANGED_TEXT = (
     "weight: it is not what the merge left (changed, cast or loaded since), so the original bits cannot be restored; "
     "nothing was changed"
 )
@@ -24,6 +30,15 @@ CHANGED = (
 # guess costs the way back and a second merge, of a known size.
 _share: dict[tuple[torch.dtype, bool], float] = {}
 _way_back: set[tuple] = set()
+Old = tuple[torch.Tensor, torch.Tensor, Any]  # left, right and corrections of a merge
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Not at the top: Triton may be missing."""
+    from fused_lora.kernels import merge
+
+    return merge
 
 
 def applies(weight: torch.Tensor) -> bool:
@@ -34,102 +49,247 @@ def applies(weight: torch.Tensor) -> bool:
     return guard.passes(("merge", device, dtype), lambda: _check(device, dtype))
 
 
+@dataclass
+class Sweep:
+    """A merge, unmerge or switch of one weight, for :func:`run_together`.
+
+    W <- round(W + left @ right), with ``dither``, the seed and the first row, at random. old: of a switch. corrections:
+    of an unmerge; of the others what the run leaves, which ``record`` then has, too. kind: what the weights of a launch
+    have in common.
+    """
+
+    W: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    dither: tuple[int, int] | None = None
+    old: Old | None = None
+    corrections: Any = None
+    record: Any = None
+    kind: tuple = ()
+    at_once = 1 << 28  # bytes of weights a launch: room for their corrections is held meanwhile
+
+    def undo(self, mode: int) -> int:
+        """Take back, by ``mode``, what was written. It finds nothing where nothing was."""
+        kernels = _kernels()
+        if mode == MERGE_AGAIN:
+            merge_again(self.W, self.left, self.right, self.corrections)
+        elif self.corrections is not None:
+            kernels.unmerge(self.W, self.right, self.left, self.corrections)
+            if self.old is not None:
+                merge_again(self.W, *self.old)
+        return DONE
+
+
+def for_one_launch(sweep: Sweep) -> Sweep | None:
+    """``sweep`` for :func:`run_together` with others of its kind; None where it is launched by itself."""
+    kernels = _kernels()
+    pairs, random = [(sweep.right, sweep.left)], sweep.dither is not None
+    how, unit = "merge", kernels.unit_of(sweep.W, random)
+    if sweep.corrections is not None:
+        how, unit = "unmerge", sweep.corrections.unit
+    elif sweep.old is not None:
+        how, (left, right, corrections) = "switch", sweep.old
+        pairs.append((right, left))
+        if corrections.unit != unit:
+            return None
+    group = kernels.group_of(sweep.W, pairs, unit)
+    if group is None:
+        return None
+    sweep.kind = how, random, *group
+    key = f"{how} of many weights", *sweep.kind[1:]
+    passed = guard.passes(key, lambda: _check_together(*sweep.kind), "launches one by one take over")
+    return sweep if passed else None
+
+
+def run_together(sweeps: Sequence[Sweep], mode: int) -> int:
+    """Merge, unmerge or switch all of these or none, which are of one kind; returns how that ended.
+
+    One launch and one wait for each ``at_once`` bytes. A merge without room for its corrections is taken back, and done
+    in a further launch with others like it.
+    """
+    begun: list[Sweep] = []
+    finished = False
+    try:
+        for part in _parts(sweeps):
+            begun += part
+            outcome = _unmerge(part) if mode == UNMERGE else _merge(part)
+            if outcome != DONE:
+                return outcome
+        for sweep in sweeps if mode == MERGE else ():
+            if sweep.record is not None:
+                sweep.record.device_corrections = sweep.corrections
+        finished = True
+        return DONE
+    finally:
+        if not finished:
+            for sweep in begun:
+                sweep.undo(MERGE_AGAIN if mode == UNMERGE else UNMERGE)
+
+
+def _parts(sweeps: Sequence[Sweep]) -> Iterator[list[Sweep]]:
+    part, held = [], 0
+    for sweep in sweeps:
+        part.append(sweep)
+        held += sweep.W.nbytes
+        if held >= sweep.at_once:
+            yield part
+            part, held = [], 0
+    if part:
+        yield part
+
+
+def _unmerge(sweeps: Sequence[Sweep]) -> int:
+    _launch(sweeps, unmerging=True)
+    totals = totals_of([sweep.corrections for sweep in sweeps])
+    return CHANGED if any(refused for *_, refused in totals) else DONE
+
+
+def _merge(sweeps: Sequence[Sweep]) -> int:
+    kernels = _kernels()
+    how = sweeps[0].W.dtype, sweeps[0].dither is not None
+    share = _share.get(how, 1 / 2 if how[1] else 1 / 16)
+    steps = [sweep.W.numel() // 64 + 4096 for sweep in sweeps]  # few sizes: a launch is prepared for each
+    todo = [(s, int(s.W.numel() * share) // step * step + step) for s, step in zip(sweeps, steps, strict=True)]
+    while todo:
+        records = kernels.new_records([(sweep.W, room, sweep.dither) for sweep, room in todo])
+        for (sweep, _), record in zip(todo, records, strict=True):
+            sweep.corrections = record
+            _compile_way_back(sweep)
+        _launch([sweep for sweep, _ in todo])
+        totals = totals_of([*records, *[sweep.old[2] for sweep, _ in todo if sweep.old is not None]])
+        if any(refused for *_, refused in totals):
+            return CHANGED
+        if any(lost for _, lost, _ in totals):
+            return LOST
+        more, shares = [], []
+        for (sweep, room), (found, *_) in zip(todo, totals, strict=False):
+            shares.append(found / max(sweep.W.numel(), 1))
+            if found <= room:
+                sweep.corrections = sweep.corrections.trimmed(found, slack=sweep.W.numel() // 64 + 4096)
+            else:
+                sweep.undo(UNMERGE)
+                more.append((sweep, found))
+        _share[how], todo = 1.25 * max(shares), more
+    return DONE
+
+
+def _compile_way_back(sweep: Sweep) -> None:
+    """It is compiled and loaded before it is needed, and finds nothing to take back."""
+    record, old, weight = sweep.corrections, sweep.old, sweep.W
+    kind = (weight.device, weight.dtype, weight.shape, weight.stride(), sweep.left.stride(), sweep.right.stride())
+    kind += () if old is None else (old[0].stride(), old[1].stride())
+    if kind not in _way_back:
+        replace(sweep, old=None if old is None else (*old[:2], record)).undo(UNMERGE)
+        _way_back.add(kind)
+
+
+def _launch(sweeps: Sequence[Sweep], unmerging: bool = False) -> None:
+    kernels = _kernels()
+    olds = [None if s.old is None else (s.old[1], s.old[0], s.old[2]) for s in sweeps]
+    if len(sweeps) > 1:
+        pairs = zip(sweeps, olds, strict=True)
+        members = [kernels.Member(s.W, s.right, s.left, s.corrections, old) for s, old in pairs]
+        return kernels.launch_group(members, unmerging)
+    (sweep,), (old,) = sweeps, olds
+    new = sweep.right, sweep.left, sweep.corrections
+    if unmerging:
+        kernels.unmerge(sweep.W, *new)
+    elif old is None:
+        kernels.merge(sweep.W, *new)
+    else:
+        kernels.switch(sweep.W, old, new)
+
+
+def error(outcome: int) -> Exception:
+    """What a refused merge or unmerge raises; the weight is as it was."""
+    return ValueError(LOST_TEXT) if outcome == LOST else RuntimeError(CHANGED_TEXT)
+
+
 def merge(
     weight: torch.Tensor,
     left: torch.Tensor,
     right: torch.Tensor,
-    dither: Any = None,
-    old: tuple[torch.Tensor, torch.Tensor, Any] | None = None,
+    dither: tuple[int, int] | None = None,
+    old: Old | None = None,
 ) -> Any:
     """weight <- round(weight + left @ right) in place; returns the kernel's corrections.
 
     dither: the seed and first row of a rounding at random, as ``blocks.Dither``; kept with what is returned.
-    old: (left, right, corrections) of a merge that the same launch takes off before. Then None, with the weight as it
-    was, says that the two have other units and need a launch each.
+    old: of a merge that the same launch takes off before. Then None, with the weight as it was, says that the two have
+    other units and need a launch each.
 
     Raises ValueError, with the weight as it was, when a finite weight would not stay finite; with ``old`` also what
     :func:`unmerge` raises.
     """
-    from fused_lora.kernels import merge as kernels
-
-    factors = right, left
-    step = weight.numel() // 64 + 4096  # few sizes: a launch is prepared for each
-    how = weight.dtype, dither is not None
-    room = int(weight.numel() * _share.get(how, 1 / 16 if dither is None else 1 / 2)) // step * step + step
-    while True:
-        record = kernels.new_record(weight, room, dither=dither)
-        if old is not None and old[2].unit != record.unit:
-            return None
-        kind = (weight.device, weight.dtype, weight.shape, weight.stride(), left.stride(), right.stride())
-        kind += () if old is None else (old[0].stride(), old[1].stride())
-        if kind not in _way_back:  # compiled and loaded before it is needed; it finds nothing to take back
-            _take_back(weight, factors, record, None if old is None else (*old[:2], record))
-            _way_back.add(kind)
-        refused = 0
-        try:
-            if old is None:
-                kernels.merge(weight, *factors, record)
-            else:
-                kernels.switch(weight, (old[1], old[0], old[2]), (*factors, record))
-                refused = old[2].refused.item()
-            found, lost = record.totals()
-        except BaseException:
-            _take_back(weight, factors, record, old)
-            raise
-        if not lost and not refused and found <= room:
-            _share[how] = 1.25 * found / max(weight.numel(), 1)
-            return record.trimmed(found, slack=weight.numel() // 64 + 4096)
-        _take_back(weight, factors, record, old)  # what was merged before a program met the reason not to
-        if refused:
-            raise RuntimeError(CHANGED)
-        if lost:
-            raise ValueError("NaNs or infinities detected in the merged weights: the adapter seems to be broken")
-        room = found
-
-
-def _take_back(weight: torch.Tensor, factors: tuple, record: Any, old: Any) -> None:
-    from fused_lora.kernels import merge as kernels
-
-    kernels.unmerge(weight, *factors, record)
-    if old is not None:
-        merge_again(weight, *old)
+    kernels = _kernels()
+    if old is not None and old[2].unit != kernels.unit_of(weight, dither is not None):
+        return None
+    sweep = Sweep(weight, left, right, dither, old)
+    outcome = run_together([sweep], MERGE)
+    if outcome != DONE:
+        raise error(outcome)
+    return sweep.corrections
 
 
 def unmerge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, record: Any) -> None:
     """The original bits back in place. Raises RuntimeError, with the weight as it was, if it was changed since."""
-    from fused_lora.kernels import merge as kernels
-
-    try:
-        kernels.unmerge(weight, right, left, record)
-        refused = record.refused.item()
-    except BaseException:
-        merge_again(weight, left, right, record)
-        raise
-    if refused:
-        merge_again(weight, left, right, record)
-        raise RuntimeError(CHANGED)
+    outcome = run_together([Sweep(weight, left, right, corrections=record)], UNMERGE)
+    if outcome != DONE:
+        raise error(outcome)
 
 
 def merge_again(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, record: Any) -> None:
     """Undo the :func:`unmerge` with this record, to the bit."""
-    from fused_lora.kernels import merge as kernels
-
+    kernels = _kernels()
     kernels.merge_again(weight, right, left, record)
 
 
 def _check(device: torch.device, dtype: torch.dtype) -> str | None:
-    rows, columns, r = 65, 300, 5
-    line = torch.arange(rows * columns, device=device, dtype=torch.float32)
-    W = (torch.sin(line * 12.9898) * 0.1).reshape(rows, columns).to(dtype)
-    first = (torch.sin(line[: rows * r] * 7.1) * 0.05).reshape(rows, r)
-    right = torch.sin(line[: r * columns] * 3.3).reshape(r, columns)
-    merged, old = W.clone(), None
-    for left in (first, first * -0.5):  # the second in the place of the first
+    small, old = _small((65, 300), dtype, device), None
+    W, right, merged = small.W, small.right, small.W.clone()
+    for left in (small.left, small.left * -0.5):  # the second in the place of the first
         record = merge(merged, left, right, old=old)
         exact = W.double() + left.double() @ right.double()
-        summed = torch.finfo(torch.float32).eps * r * (left.abs() @ right.abs())  # what the fp32 sums may be off by
+        summed = 2.0**-23 * len(right) * (left.abs() @ right.abs())  # what the fp32 sums may be off by
         if ((merged.double() - exact).abs() > torch.finfo(dtype).eps * exact.abs() + summed + 1e-7).any():
             return "a small weight was merged wrongly"
         old = left, right, record
     unmerge(merged, left, right, record)
     return None if torch.equal(bits(merged), bits(W)) else "a small weight did not come back to the bit"
+
+
+def _check_together(
+    how: str, random: bool, tile: Any, dtype: torch.dtype, device: torch.device, even: bool
+) -> str | None:
+    """Two weights of different shapes in one launch, and in a launch each."""
+    rows, columns = tile.ROWS, tile.COLS
+    shapes = [(rows, 2 * columns), (2 * rows, columns)] if even else [(rows + 1, columns + 16), (5, 2 * columns + 48)]
+    found = []
+    for at_once in (2, 1):
+        sweeps = [_small(shape, dtype, device, (7, 2) if random else None) for shape in shapes]
+        originals = [sweep.W.clone() for sweep in sweeps]
+        if how != "merge":
+            for sweep in sweeps:
+                run_together([sweep], MERGE)
+        if how == "switch":
+            olds = [(sweep.left, sweep.right, sweep.corrections) for sweep in sweeps]
+            sweeps = [replace(s, left=s.left * -0.5, old=old) for s, old in zip(sweeps, olds, strict=True)]
+        for i in range(0, 2, at_once):
+            if run_together(sweeps[i : i + at_once], UNMERGE if how == "unmerge" else MERGE) != DONE:
+                return "two small weights were refused"
+        found += [[bits(s.W.clone()), s.corrections.table[:, 1:5]] for s in sweeps]
+        for sweep in sweeps if how != "unmerge" else ():
+            run_together([sweep], UNMERGE)
+        if not all(torch.equal(bits(s.W), bits(W)) for s, W in zip(sweeps, originals, strict=True)):
+            return "two small weights did not come back to the bit"
+    first, second, *alone = found
+    same = all(map(torch.equal, first + second, alone[0] + alone[1]))
+    return None if same else "two small weights were merged otherwise than one by one"
+
+
+def _small(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, dither: Any = None) -> Sweep:
+    (rows, columns), r = shape, 5
+    line = torch.arange(rows * columns, device=device, dtype=torch.float32)
+    W = (torch.sin(line * 12.9898) * 0.1).reshape(rows, columns).to(dtype)
+    left = (torch.sin(line[: rows * r] * 7.1) * 0.05).reshape(rows, r)
+    return Sweep(W, left, torch.sin(line[: r * columns] * 3.3).reshape(r, columns), dither)

@@ -155,17 +155,28 @@ def switch_(
 def merge_later(
     weight: torch.Tensor, adapters: Any, fan_in_fan_out: bool, old: MergeRecord | None = None
 ) -> tuple[MergeRecord, Any] | None:
-    """The same of (lora_A, lora_B, scaling, row_scale, seed) for :func:`blocks.run_together`, and the record that holds
-    once it has run; in place of an ``old`` merge, :func:`switch_`.
+    """The same of (lora_A, lora_B, scaling, row_scale, seed) for :func:`run_together`, and the record that holds once
+    it has run; in place of an ``old`` merge, :func:`switch_`.
 
-    None where the C loops do not take it in one pass. Raises what :func:`merge_` does before it writes.
+    None where neither the C loops nor the kernel take it in one pass with others. Raises what :func:`merge_` does
+    before it writes.
     """
     _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
     if old is not None:
         _merged(weight, old)
-    if weight.device.type != "cpu" or weight.dtype not in native.TYPES or native.needs_one_thread():
+    W, (lora_A, lora_B, scaling, row_scale, seed) = weight.detach(), adapters
+    if row_scale is None and launch.applies(W):
+        record, held = _begun_on_device(W, lora_A, lora_B, scaling, seed, fan_in_fan_out), None
+        if old is not None:
+            if old.device_corrections is None:
+                return None
+            held = *old.factors[:2], old.device_corrections
+        left, right, _, dither = record.factors
+        sweep = launch.for_one_launch(launch.Sweep(W, left, right, dither, held, record=record))
+        return None if sweep is None else (record, sweep)
+    if W.device.type != "cpu" or W.dtype not in native.TYPES or native.needs_one_thread():
         return None
-    W, record = _begun(weight.detach(), *adapters, fan_in_fan_out=fan_in_fan_out)
+    W, record = _begun(W, *adapters, fan_in_fan_out=fan_in_fan_out)
     held = None
     if old is not None:
         if old.units is None or old.transposed != record.transposed:
@@ -176,6 +187,11 @@ def merge_later(
         return None
     record.units = sweep.units
     return record, sweep
+
+
+def run_together(sweeps: Sequence[Any], mode: int) -> int:
+    """Merge, unmerge or switch all of these, which are of one ``kind``, or none; returns how that ended."""
+    return (launch if isinstance(sweeps[0], launch.Sweep) else blocks).run_together(sweeps, mode)
 
 
 def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
@@ -196,8 +212,11 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
 
 
 def unmerge_later(weight: torch.Tensor, record: MergeRecord) -> Any:
-    """The same for :func:`fused_lora.ops.merge.blocks.run_together`, or None where the C loops do not take it."""
+    """The same for :func:`run_together`, or None as for :func:`merge_later`."""
     W = _merged(weight, record)
+    if record.device_corrections is not None:
+        sweep = launch.Sweep(W, record.factors.left, record.factors.right, corrections=record.device_corrections)
+        return launch.for_one_launch(sweep)
     if record.units is None or native.needs_one_thread():
         return None
     return blocks.for_one_call(W, record.factors, record.units)
