@@ -156,6 +156,9 @@ def _read_once(
     stacks_of: Stacks | None,
 ) -> tuple[Adapter, Plan]:
     config_path = os.path.join(folder, CONFIG_NAME)
+    if not _exists(config_path, dir_fd):
+        found = "a model's folder, with config.json" if _exists(os.path.join(folder, "config.json"), dir_fd) else "none"
+        raise AdapterError(folder, None, f"an adapter's folder, with {CONFIG_NAME}", found)
     config, layout = _read_config(config_path, dir_fd, inside)
     stacks_of = stacks_of and functools.partial(_stacks, config_path, stacks_of)
     path = os.path.join(folder, WEIGHTS_NAME)

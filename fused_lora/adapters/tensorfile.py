@@ -91,9 +91,11 @@ def open_regular(
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         fd = os.open(path if dir_fd is None else os.path.basename(path), flags, dir_fd=dir_fd)
     except (OSError, ValueError) as error:
-        raise AdapterError(path, None, "a readable regular file", str(error)) from None
+        raise AdapterError(path, None, "a readable regular file", _reason(error)) from None
     try:
         info = os.fstat(fd)
+        if stat.S_ISDIR(info.st_mode):
+            raise AdapterError(path, None, "a regular file", "a folder")
         if not stat.S_ISREG(info.st_mode):
             raise AdapterError(path, None, "a regular file", f"a file of mode {stat.filemode(info.st_mode)}")
         if inside is not None and not _lies_in(fd, path, inside):
@@ -104,9 +106,13 @@ def open_regular(
     except OSError as error:
         if error.filename is not None:  # of another file, which the caller opened meanwhile
             raise
-        raise AdapterError(path, None, "a readable regular file", str(error)) from None
+        raise AdapterError(path, None, "a readable regular file", _reason(error)) from None
     finally:
         os.close(fd)
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _lies_in(fd: int, path: str, folder: str) -> bool:
@@ -169,6 +175,10 @@ def read_header(path: str, file: io.FileIO, size: int, dtypes: Mapping[str, torc
     read_exactly(path, file, prefix)
     (length,) = struct.unpack("<Q", prefix)
     if length > min(MAX_HEADER_BYTES, size - 8):
+        if prefix.startswith((b"PK", b"\x80")):  # torch.save's zip archive, and pickle before it
+            raise AdapterError(
+                path, None, "a safetensors file", "a pickle, which is not read; save it with safetensors"
+            )
         limit = f"at most {min(MAX_HEADER_BYTES, size - 8)} bytes in a file of {size} bytes"
         raise AdapterError(path, "header length", limit, f"{length} bytes")
     raw = bytearray(length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, WEIGHTS_NAME, path_text
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import EVERY, open_regular, read_exactly, read_header
+from fused_lora.checkpoints.changes import CAST
 from fused_lora.checkpoints.files import open_checkpoint, read_json
 from fused_lora.checkpoints.names import Rename
 from fused_lora.checkpoints.output import check_new
@@ -71,31 +72,34 @@ def convert_adapter(
         source: a .safetensors file, or a folder with adapter_model.safetensors. An adapter_config.json beside a file of
             that name is read.
         out: the new folder, which must not exist, or be empty.
-        base: a checkpoint whose module names kohya's underscores are resolved with.
+        base: a checkpoint whose module names kohya's underscores are resolved with, and whose sizes must fit.
         rename: beginnings of paths -> what stands in their place.
         dtype: fp32, bf16 or fp16; None: as the first tensor, fp32 where that is none of them.
-        lora_alpha: where the file and its config have none; None: the rank, so that the scaling is 1.
+        lora_alpha: where the file and its config have none, not 0; None: the rank, so that the scaling is 1.
         stack_experts: layers of single experts (``experts.3.gate_proj``, ``experts.3.w1``) become adapters of the
             stacked parameters that transformers 5 has (``target_parameters``), gate and up of one.
 
     Raises:
         AdapterError: a malformed file, a key that is not known, a layer without A or B, a name that no module of
             ``base`` has or that two have, or sizes that do not fit.
-        TypeError, ValueError: stack_experts is no bool, lora_alpha no finite number, rename no mapping of names, or no
-            path begins with one of its entries; or ``out`` lies in the source or base.
+        TypeError, ValueError: stack_experts is no bool, lora_alpha no finite number or 0, rename no mapping of names,
+            or no path begins with one of its entries; or ``out`` lies in the source or base.
         FileExistsError: ``out`` holds something.
     """
     text, folder = path_text("source", source), path_text("out", out)
     check_bool("stack_experts", stack_experts)
     if lora_alpha is not None:
         check_alpha("lora_alpha", lora_alpha)
+        if lora_alpha == 0:
+            raise ValueError("lora_alpha: expected another number than 0, with which the adapter has no effect")
     check_new("out", folder, [os.fspath(held) for held in (text, base) if held is not None and os.path.isdir(held)])
     file_path = os.path.join(text, WEIGHTS_NAME) if os.path.isdir(text) else text
     beside = os.path.basename(file_path) == WEIGHTS_NAME  # PEFT's pair: without the config the scaling is lost
     config = _config(os.path.join(os.path.dirname(file_path), CONFIG_NAME)) if beside else None
     with open_regular(file_path, MAX_WEIGHT_BYTES) as (file, size):
         header = read_header(file_path, file, size, EVERY)
-        modules = None if base is None else _by_underscores(base)
+        weights = {} if base is None else open_checkpoint(base).tensors
+        modules = None if base is None else _by_underscores(weights)
         layers: dict[str, dict[str, str]] = {}
         renamed, beginnings = {}, Rename(rename)
         for key in header.entries:
@@ -126,6 +130,11 @@ def convert_adapter(
             if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
                 raise AdapterError(file_path, parts["B"], f"a linear layer's [N, {A[0] if A else 'r'}]", list(B))
             shapes[path] = (A[0], A[1], B[0])
+            wide = weights.get(f"{path}.weight", (None, None))[1]
+            # of floating weights alone: what is quantised has another shape; transposed as in GPT-2
+            if wide is not None and wide.dtype in CAST and _matrix(wide.shape) not in ((B[0], A[1]), (A[1], B[0])):
+                text = f"sizes of {path!r} as in the base, {list(wide.shape)}"
+                raise AdapterError(file_path, parts["B"], text, [B[0], A[1]])
             alphas[path] = _alpha(path, parts, tensor, config, lora_alpha, A[0])
         first = header.entries[next(iter(layers.values()))["A"]].dtype
         kind = dtype or (first if first in (torch.float32, torch.bfloat16, torch.float16) else torch.float32)
@@ -178,9 +187,9 @@ def _path(file_path: str, key: str, path: str, modules: Mapping[str, list[str]] 
     return path if renamed is None else renamed
 
 
-def _by_underscores(base: str | os.PathLike) -> dict[str, list[str]]:
+def _by_underscores(tensors: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for name in open_checkpoint(base).tensors:
+    for name in tensors:
         path = bare_path(name.removesuffix(".weight"))
         if name.endswith(".weight"):
             found.setdefault(path.replace(".", "_"), []).append(path)

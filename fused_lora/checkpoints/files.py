@@ -101,6 +101,9 @@ def open_checkpoint(path: str | os.PathLike, argument: str = "base") -> Checkpoi
     single = [n for n in names if n.endswith(".safetensors") and n != WEIGHTS_NAME]
     if "model.safetensors" in single and not found:
         single = ["model.safetensors"]  # what from_pretrained takes
+    if not found and (parts := [n for n in single if (part := _PART.search(n)) and int(part[1]) > 1]):
+        index_name = _PART.sub(_INDEX_END, parts[0])
+        raise AdapterError(folder, None, f"{index_name}, the index of its shards", f"no such file beside {some(parts)}")
     if len(found) > 1 or (not found and len(single) > 1):
         raise AdapterError(folder, None, "one checkpoint; name the .safetensors file", some(found or single))
     index = None
@@ -110,8 +113,6 @@ def open_checkpoint(path: str | os.PathLike, argument: str = "base") -> Checkpoi
         if single and "model.safetensors" in single and "model.safetensors" not in shard_names:
             raise AdapterError(folder, None, "one checkpoint", f"{found[0]!r} and 'model.safetensors'")
     elif single:
-        if (part := _PART.search(single[0])) and int(part[1]) > 1:
-            raise AdapterError(folder, None, f"an index and all {int(part[1])} shards", f"only {single[0]!r}")
         shard_names = single
     else:
         pickled = [name for name in names if name.endswith(_WEIGHTS)]

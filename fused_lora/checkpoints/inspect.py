@@ -7,6 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.checkpoints.adapter_file import AdapterFile, open_adapters
 from fused_lora.checkpoints.factors import decompose, effective_rank, layer_of, norm, product
@@ -54,8 +57,10 @@ class AdapterDiff:
 
     Attributes:
         a, b: their folders. only_a, only_b: layers that one of them has. config: entries that differ, {name: [a, b]}.
+        beside: keys that are not lora_A and lora_B of a layer, where the tensors differ or one has none.
         layers: of each common layer: path, norms of both deltas and of their difference, and the cosine between them.
-        same: whether no layer and no entry differs.
+        same: whether the two add the same: the deltas up to 1e-6 of a layer's norm, tensors beside them to the bit.
+            Entries of the config do not count, but for ``trainable_token_indices``, the rows of such tensors.
     """
 
     a: str
@@ -64,6 +69,7 @@ class AdapterDiff:
     only_b: list[str]
     config: dict[str, list[Any]]
     layers: list[dict[str, Any]]
+    beside: list[str]
     same: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,7 +87,6 @@ def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None =
     """
     with open_adapters(adapter) as (opened,):
         layers = [_describe(opened, path) for path in opened.plan.slots]
-        keys = {keys[part] for keys in opened.plan.slots.values() for part in ("lora_A", "lora_B")}
         report = AdapterReport(
             opened.folder,
             opened.sha256,
@@ -90,7 +95,7 @@ def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None =
             dict(Counter(path.rpartition(".")[2] for path in opened.plan.slots)),
             dict(Counter(layer["r"] for layer in layers)),
             sum((e.end - e.begin) // e.dtype.itemsize for e in opened.plan.entries.values()),
-            [key for key in opened.plan.entries if key not in keys],
+            _beside(opened),
             _oddities(layers),
         )
         if base is not None:
@@ -121,8 +126,11 @@ def diff_adapters(a: str | os.PathLike, b: str | os.PathLike) -> AdapterDiff:
         differ = {n: [e.get(n) for e in entries] for n in {**entries[0], **entries[1]}}
         differ = {name: values for name, values in differ.items() if values[0] != values[1]}
         only = [[p for p in x.plan.slots if p not in y.plan.slots] for x, y in ((first, second), (second, first))]
-        same = not differ and not any(only) and all(layer["apart"] <= 1e-6 * layer["norm_a"] for layer in layers)
-        return AdapterDiff(first.folder, second.folder, only[0], only[1], differ, layers, same)
+        others = [{key: x.tensor(key) for key in _beside(x)} for x in (first, second)]
+        beside = [k for k in {**others[0], **others[1]} if not _same_tensor(*(held.get(k) for held in others))]
+        same = not (beside or any(only) or "trainable_token_indices" in differ)
+        same = same and all(layer["apart"] <= 1e-6 * layer["norm_a"] for layer in layers)
+        return AdapterDiff(first.folder, second.folder, only[0], only[1], differ, layers, beside, same)
 
 
 def sizes(adapter: AdapterFile, path: str) -> tuple[int, int, int]:
@@ -138,6 +146,16 @@ def check_sizes(first: AdapterFile, other: AdapterFile, path: str) -> None:
     if wanted != found:
         key = other.plan.slots[path]["lora_A"]
         raise AdapterError(other.plan.weights, key, f"K, N of {list(wanted)} as in {first.folder!r}", list(found))
+
+
+def _beside(adapter: AdapterFile) -> list[str]:
+    """Keys that are not lora_A and lora_B of a layer."""
+    used = {keys[part] for keys in adapter.plan.slots.values() for part in ("lora_A", "lora_B")}
+    return [key for key in adapter.plan.entries if key not in used]
+
+
+def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
 
 
 def _describe(adapter: AdapterFile, path: str) -> dict[str, Any]:

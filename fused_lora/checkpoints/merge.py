@@ -108,8 +108,8 @@ def merge_checkpoint(
 
     Args:
         base: a folder with a checkpoint, or one .safetensors file, of fp32, bf16, fp16, fp64 or quantised weights.
-        adapters: folders of PEFT adapters, or pairs (folder, weight). A weight multiplies the adapter's scaling; one of
-            DoRA must be 1.
+        adapters: folders of PEFT adapters, or pairs (folder, weight). A weight multiplies the adapter's scaling; it is
+            not 0, and 1 for DoRA. No folder comes twice.
         out: the new folder, which must not exist, or be empty.
         dtype: fp32, bf16 or fp16 for all floating tensors; the sum is in fp32 and rounded once. None: as in the base;
             what was quantised gets the dtype of the base's config.
@@ -140,6 +140,7 @@ def merge_checkpoint(
     checkpoint = open_checkpoint(base)
     target = _target(checkpoint, out, in_place)
     with single_threads() as workers, open_adapters(adapters, merging=True) as opened:
+        _check_effects(opened)
         changes = plan_changes(checkpoint, opened, rename)
         merge = _Merge(checkpoint, opened, changes, dtype, place, record is not None, in_place, stochastic)
         report = merge.report(target)
@@ -176,6 +177,15 @@ def _check_options(dtype: Any, device: Any, record: str | None, in_place: bool) 
     if record is not None and (dtype is not None or place.type != "cpu" or in_place):
         raise ValueError("record: expected none with another dtype, in place, or on a device other than the CPU")
     return place
+
+
+def _check_effects(adapters: Sequence[AdapterFile]) -> None:
+    folders = [os.path.realpath(adapter.folder) for adapter in adapters]
+    for adapter, folder in zip(adapters, folders, strict=True):
+        if adapter.weight == 0:
+            raise ValueError(f"adapters: expected a weight other than 0 for {adapter.folder!r}, which has no effect")
+        if folders.count(folder) > 1:
+            raise ValueError(f"adapters: expected each folder once, got {adapter.folder!r} more often; add its weights")
 
 
 def _target(checkpoint: Checkpoint, out: Any, in_place: bool) -> str:

@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fused_lora._version import __version__
+
 # name -> where its function is, below fused_lora, and what it does
 COMMANDS = {
     "combine": ("cli.adapters:combine", "make one adapter out of several"),
@@ -25,9 +27,16 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit status, 2 for an unknown one."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"fused-lora {__version__}")
+        return 0
     if not arguments or arguments[0] not in COMMANDS:
         known = "\n".join(f"  {name:16} {text}" for name, (_, text) in COMMANDS.items())
         print(f"usage: fused-lora COMMAND ...\n\ncommands:\n{known}", file=sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
+        if arguments in (["-h"], ["--help"]):
+            return 0
+        if arguments:
+            print(f"\nfused-lora: unknown command {arguments[0]!r}", file=sys.stderr)
+        return 2
     module, _, function = COMMANDS[arguments[0]][0].partition(":")
     return getattr(importlib.import_module(f"fused_lora.{module}"), function)(arguments[1:])

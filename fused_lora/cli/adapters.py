@@ -31,7 +31,7 @@ def inspect(arguments: Sequence[str] | None = None) -> int:
 
 
 def diff(arguments: Sequence[str] | None = None) -> int:
-    """Compare two adapters; the exit status is 0 if they are the same, else 1, and 2 for an error."""
+    """Compare two adapters; the exit status is 0 if they add the same, else 1, and 2 for an error."""
     found = argparse.ArgumentParser("fused-lora diff", description="how two adapters differ, layer by layer")
     found.add_argument("a", metavar="DIR")
     found.add_argument("b", metavar="DIR")
@@ -172,7 +172,9 @@ def _tell_diff(report: Any) -> None:
             print(f"only in {name}: {', '.join(only)}")
     for name, (a, b) in report.config.items():
         print(f"{name}: {a!r} / {b!r}")
-    print("the same" if report.same else "they differ")
+    if report.beside:
+        print(f"beside LoRA, not the same in both: {', '.join(report.beside)}")
+    print("they add the same" if report.same else "they do not add the same")
 
 
 def _tell_new(report: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import traceback
 import types
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run a script or module as ``python`` would, then report on stderr how many LoRA layers and calls were fused.
 
     Returns:
-        0 if the script ends, 2 for a wrong command line. What the script raises passes through, SystemExit too.
+        0 if the script ends, 2 for a wrong command line, or where there is no such module. What the script raises
+        passes through, SystemExit too.
     """
     arguments = list(arguments)
     as_module = arguments[:1] == ["-m"]
@@ -36,11 +38,19 @@ def main(arguments: Sequence[str]) -> int:
     sys.argv = arguments[int(as_module) :]
     sys.path.insert(0, os.getcwd() if as_module else str(Path(target[0]).resolve().parent))
     sys.modules["__mp_main__"] = _main_of_children()
+    ran = True
     try:
         if as_module:
             runpy.run_module(target[0], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(target[0], run_name="__main__")
+    except ImportError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        ran = frame.f_globals.get("__name__") != "runpy"  # which found no such module
+        if ran:
+            raise
+        print(f"fused-lora run: {error}", file=sys.stderr)
+        return 2
     finally:
         sys.argv, sys.path[:] = argv, path
         if before is None:
@@ -48,7 +58,8 @@ def main(arguments: Sequence[str]) -> int:
         else:
             sys.modules["__mp_main__"] = before
         uninstall()
-        _tell(report, BUILT - built)
+        if ran:
+            _tell(report, BUILT - built)
     return 0
 
 

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         help='adapters by name, from any folder; or JSON as for vLLM: \'{"name": "sql", "path": "adapters/sql"}\'',
     )
     found.add_argument("--served-model-name", metavar="NAME", help="what requests call the base model")
-    found.add_argument("--host", default="127.0.0.1")
+    found.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     found.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
     found.add_argument("--api-key", help=f"clients must send it; {KEY_VARIABLE} in the environment does the same")
     found.add_argument("--allow-load", action="store_true", help="/v1/load_lora_adapter and unload, from DIR only")
@@ -44,13 +44,32 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--device", help="default: cuda if there is one, else cpu")
     found.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on a CPU")
-    found.add_argument("--capacity", type=_bytes, metavar="BYTES", help="adapters on the device at most, e.g. 512M")
-    found.add_argument("--host-capacity", type=_bytes, metavar="BYTES", help="adapters kept in host memory at most")
+    found.add_argument(
+        "--capacity", type=_bytes, metavar="BYTES", help="adapters on the device at most, e.g. 512M (default: no limit)"
+    )
+    found.add_argument(
+        "--host-capacity", type=_bytes, metavar="BYTES", help="adapters kept in host memory at most (default: no limit)"
+    )
     found.add_argument("--no-access-log", action="store_true", help="no line in the log for each request")
     engine = found.add_argument_group("engine")
-    engine.add_argument("--max-requests", type=_count, metavar="N", help="requests in one step at most")
-    engine.add_argument("--max-step-tokens", type=_count, metavar="N", help="tokens in one step at most")
-    engine.add_argument("--cache-tokens", type=_count, metavar="N", help="tokens of keys and values kept")
+    engine.add_argument(
+        "--max-requests",
+        type=_count,
+        metavar="N",
+        help="requests in one step at most (default: 64; on a GPU by its memory)",
+    )
+    engine.add_argument(
+        "--max-step-tokens",
+        type=_count,
+        metavar="N",
+        help="tokens in one step at most (default: 256; on a GPU by its memory)",
+    )
+    engine.add_argument(
+        "--cache-tokens",
+        type=_count,
+        metavar="N",
+        help="tokens of keys and values kept (default: 16384; on a GPU by its memory)",
+    )
     engine.add_argument("--no-prefix-sharing", action="store_true", help="compute equal prefixes again")
     limits = found.add_argument_group("limits")
     limits.add_argument("--max-queue", type=_count, default=256, help="sequences running and waiting (default: 256)")

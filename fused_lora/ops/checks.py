@@ -68,7 +68,13 @@ def check_term(
 
 def _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, **others: torch.Tensor | None) -> None:
     """``others``: what must be on x's device, too."""
-    counts = {len(lora_A), len(lora_B), len(scaling), len(dropout)}
+    try:
+        counts = {len(lora_A), len(lora_B), len(scaling), len(dropout)}
+    except TypeError:  # asked for beforehand it would cost each call
+        lists = dict(lora_A=lora_A, lora_B=lora_B, scaling=scaling, dropout=dropout)
+        name, value = next((name, value) for name, value in lists.items() if not hasattr(value, "__len__"))
+        kind = type(value).__name__
+        raise TypeError(f"{name}: expected a list with an entry for each adapter, got {kind}") from None
     if len(counts) != 1:
         raise ValueError(
             "lora_A, lora_B, scaling, dropout: expected one entry per adapter in each, got "

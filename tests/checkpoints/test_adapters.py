@@ -216,6 +216,27 @@ def test_inspect_and_diff(tmp_path, capsys):
     assert "expected one of linear" in capsys.readouterr().err
 
 
+def test_diff_judges_what_is_added(tmp_path, capsys):
+    """Another base, alpha beside other factors: the same. Tensors beside LoRA and the rows they are for count."""
+    a = write_adapter(tmp_path / "a", SHAPES)
+    change(write_adapter(tmp_path / "b", SHAPES) / "adapter_config.json", base_model_name_or_path="other", lora_alpha=4)
+    held = read_all(tmp_path / "b")
+    change(tmp_path / "b" / "adapter_model.safetensors", **{k: t * 2 for k, t in held.items() if "lora_B" in k})
+    assert main(["diff", str(a), str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "base_model_name_or_path: None / 'other'" in said and "they add the same" in said
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    for name, value, rows in (("c", 0.0, [3]), ("d", 1.0, [3]), ("e", 0.0, [5])):
+        held = write_adapter(tmp_path / name, SHAPES)
+        change(held / "adapter_model.safetensors", **{key: torch.full((1, K), value)})
+        change(held / "adapter_config.json", trainable_token_indices=rows)
+    assert diff_adapters(tmp_path / "c", tmp_path / "c").same
+    assert diff_adapters(a, tmp_path / "c").beside == diff_adapters(tmp_path / "c", tmp_path / "d").beside == [key]
+    for other in "ade":
+        assert main(["diff", str(tmp_path / "c"), str(tmp_path / other)]) == 1
+        assert "they do not add the same" in capsys.readouterr().out
+
+
 KINDS = {
     "kohya": (lambda path: f"lora_unet_{path.replace('.', '_')}", "lora_down.weight", "lora_up.weight"),
     "diffusers": (lambda path: path, "lora_A.weight", "lora_B.weight"),
@@ -271,6 +292,41 @@ def test_what_convert_cannot_do_names_the_argument(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="/file'"):
         convert_adapter(adapter, tmp_path / "file" / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_convert_compares_sizes_with_the_base(tmp_path, quantised):
+    """Codes have another shape than the weight, and say nothing."""
+    adapter, tensors = write_adapter(tmp_path / "a", SHAPES), decoder()
+    tensors[f"{Q}.weight"] = torch.zeros(N, K // 2, dtype=torch.uint8 if quantised else torch.float32)
+    base = write_base(tmp_path / "base", tensors)
+    if quantised:
+        assert convert_adapter(adapter, tmp_path / "out", base=base).layers
+        return
+    with pytest.raises(AdapterError, match=f"sizes of '{Q}' as in the base, \\[40, 12\\], found \\[40, 24\\]"):
+        convert_adapter(adapter, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_adapter_is_refused_in_plain_words(tmp_path, capsys):
+    base, pickled = write_base(tmp_path / "base", decoder()), tmp_path / "lora.pt"
+    torch.save({"a": torch.zeros(2)}, pickled)
+    (tmp_path / "older.pt").write_bytes(b"\x80\x02}q\x00" + b"x" * 20)
+    (tmp_path / "empty").mkdir()
+    a, out = write_adapter(tmp_path / "a", SHAPES), ["--out", str(tmp_path / "out")]
+    for call, message in [
+        (["convert", pickled, *out], "found a pickle, which is not read"),
+        (["convert", tmp_path / "older.pt", *out], "found a pickle, which is not read"),
+        (["convert", tmp_path / "none.safetensors", *out], "expected a readable regular file, found No such file"),
+        (["convert", tmp_path / "empty", *out], "found No such file"),
+        (["convert", a, "--alpha", "0", *out], "error: --alpha: expected another number than 0"),
+        (["inspect", base], "an adapter's folder, with adapter_config.json, found a model's folder"),
+        (["inspect", tmp_path / "empty"], "an adapter's folder, with adapter_config.json, found none"),
+    ]:
+        assert main([str(word) for word in call]) == 1
+        said = capsys.readouterr().err
+        assert message in said and "Errno" not in said
     assert not (tmp_path / "out").exists()
 
 

@@ -173,7 +173,7 @@ def test_rounding_at_random(tmp_path, monkeypatch):
     "dtype, options, kind, message",
     [
         (torch.float32, {}, ValueError, "_proj.weight has torch.float32"),
-        (torch.bfloat16, {"dtype": torch.float16}, ValueError, "None with a dtype"),
+        (torch.bfloat16, {"dtype": torch.float16}, ValueError, "none with a dtype"),
         (torch.bfloat16, {"stochastic": 1.5}, TypeError, "an int or None"),
     ],
 )
@@ -677,6 +677,10 @@ def lone_shard(base, adapter):
     sorted(base.glob("*.safetensors"))[0].unlink()
 
 
+def lose_index(base, adapter):
+    (base / "model.safetensors.index.json").unlink()
+
+
 def climb(base, adapter):
     change(base / "model.safetensors.index.json", weight_map={"a": "../model.safetensors"})
 
@@ -714,7 +718,8 @@ BAD = {
     "truncated shard": (truncate, "bytes of tensors"),
     "missing index entry": (lose_entry, "an entry of weight_map"),
     "missing shard": (lose_shard, "a readable regular file"),
-    "lone shard": (lone_shard, "an index and all 2 shards"),
+    "lone shard": (lone_shard, "model.safetensors.index.json, the index of its shards, found no such file"),
+    "lost index": (lose_index, "model.safetensors.index.json, the index of its shards, found no such file"),
     "shard outside": (climb, "in the same folder"),
     "two checkpoints": (two, "one checkpoint"),
     "NaN": (weights(**{A0: torch.full((4, K), torch.nan)}), "NaN or Inf"),
@@ -778,6 +783,7 @@ def test_where_the_output_may_be(tmp_path, capsys):
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "file").write_text("mine")
     (tmp_path / "link").symlink_to(base)
+    write_adapter(tmp_path / "other", DOWN)
     before = contents(tmp_path)
     for out, message in [
         (base, "expected a folder outside"),
@@ -795,6 +801,8 @@ def test_where_the_output_may_be(tmp_path, capsys):
         assert message in capsys.readouterr().err
     for options, message in [
         (["--in-place", "--record", "x"], "--record: expected none with another dtype, in place, or on a device"),
+        (["--out", "x", "--adapter", f"{adapter}:0.5"], "error: --adapter: expected each folder once"),
+        (["--out", "x", "--adapter", f"{tmp_path / 'other'}:0"], "error: --adapter: expected a weight other than 0"),
         (["--out", "x", "--rename", "no=x"], "error: --rename: no path of the adapter begins with"),
         (["--out", str(tmp_path / "held")], f"error: --out: expected a new or empty folder, got '{tmp_path}"),
     ]:
@@ -817,7 +825,7 @@ def test_where_the_output_may_be(tmp_path, capsys):
         ("verify", 1, TypeError),
     ]:
         with pytest.raises(kind, match=argument):
-            merge_checkpoint(base, adapter, tmp_path / "other", **{argument: value})
+            merge_checkpoint(base, adapter, tmp_path / "new", **{argument: value})
     with pytest.raises(ValueError, match="expected a finite weight"):
         merge_checkpoint(base, [(adapter, float("nan"))], tmp_path / "other")
     with pytest.raises(TypeError, match="adapters: expected paths"):

@@ -379,10 +379,20 @@ def test_run_a_script_with_processes_of_its_own(way, tmp_path):
     assert out.stdout.splitlines() == ["Row(x=3) Row(x=4)"] * 2, out.stderr
 
 
-def test_run_says_how_to_call_it(capsys, monkeypatch):
+def test_run_says_how_to_call_it(tmp_path, capsys, monkeypatch):
     for arguments in ([], ["--verbose"], ["-m"], ["nowhere.py"]):
         assert main(["run", *arguments]) == 2
         assert "fused-lora run" in capsys.readouterr().err
+    for module in ("nosuchmod", "json.nosuchmod", "nosuchmod.inner", "json"):
+        assert main(["run", "-m", module]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("fused-lora run: ") and module.split(".")[0] in said and said.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fails.py").write_text("import nosuchmod")
+    with pytest.raises(ModuleNotFoundError, match="nosuchmod"):  # the module's own error
+        main(["run", "-m", "fails"])
+    assert main(["nosuch"]) == 2 and "unknown command 'nosuch'" in capsys.readouterr().err
+    assert main(["--version"]) == 0 and fused_lora.__version__ in capsys.readouterr().out
     assert not integration._installed
 
 

@@ -6,6 +6,7 @@ import shutil
 import threading
 
 import pytest
+import torch
 
 import fused_lora
 from fused_lora.adapters.errors import AdapterError
@@ -244,3 +245,14 @@ def test_the_first_adapters_are_probed_at_once_and_the_others_while_serving(plai
     serve.probe(fresh, serve.register_folder(fresh, adapters, "tiny")[1:], stopping)
     assert len(fresh.refusals()) <= 1
     store.detach()
+
+
+def test_help_has_the_engines_defaults():
+    from fused_lora.serving.engine.manager import default_config
+
+    text = " ".join(importlib.import_module("fused_lora.cli.serve").parser().format_help().split())
+    sizes = default_config(torch.device("cpu"))
+    numbers = sizes.max_requests_per_batch, sizes.max_batch_tokens, sizes.num_blocks * sizes.page_size
+    for number in numbers:
+        assert f"(default: {number}; on a GPU by its memory)" in text
+    assert text.count("(default: no limit)") == 2 and "default: 127.0.0.1" in text
