@@ -179,7 +179,8 @@ def build(options: argparse.Namespace) -> Any:
         # one at a time, with pauses: Python that runs beside the engine's own slows every step
         rest = threading.Thread(target=probe, args=(store, known[_PROBED_FIRST:], stopping, options.model), daemon=True)
         rest.start()
-        _log.info("serving %s with %d adapters on %s", name, len(store.names()), device)
+        refused = len(store.refusals())
+        _log.info("serving %s with %d adapters on %s; %d refused", name, len(store.names()) - refused, device, refused)
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent import futures
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -151,6 +152,68 @@ def test_a_store_that_is_full_inside_a_forward_ends_the_requests_of_that_step(mo
             assert failure_of(output) is None and len(output.generated_tokens) == 4
     finally:
         handle.remove()
+
+
+class Steps:
+    """An admission of ``store`` step by step; each ends when its loads have ended. No request is patient any more."""
+
+    def __init__(self, store):
+        self.failed, counters = [], admission.EngineCounters()
+        fail = lambda state, error: self.failed.append((state.request_id, error))  # noqa: E731
+        self.admission = admission.Admission(store, fail, lambda: None, counters)
+
+    def request(self, name):
+        created = time.perf_counter() - 2 * admission.PATIENCE_SECONDS
+        return SimpleNamespace(
+            logit_processor_kwargs={admission.ADAPTER: name}, request_id=name, created_time=created, initial_tokens=[1]
+        )
+
+    def __call__(self, active, waiting):
+        self.admission.update(active, waiting)
+        futures.wait(self.admission.loading.values(), HANG)
+        return self.admission.admitted
+
+
+def test_a_load_that_found_no_room_is_tried_again_when_the_room_is_free(store):
+    """Both requests that held it have ended before the engine reads that there was none."""
+    step = Steps(store)
+    *two, other = map(step.request, ("hot", "cold", "other"))
+    step([], two)
+    assert step([], two) == {"hot", "cold"}
+    assert step(two, [other]) == set()
+    (load,) = step.admission.loading.values()
+    assert isinstance(load.exception(), StoreFull)
+    step([], [other])
+    step([], [other])
+    assert step([], [other]) == {"other"} and not step.failed
+    step.admission.release_all()
+
+
+@pytest.mark.parametrize("patience", [0.0, 1000.0])
+def test_room_that_others_hold_is_waited_for_from_when_the_engine_holds_none(store, patience, monkeypatch):
+    monkeypatch.setattr(admission, "PATIENCE_SECONDS", patience)
+    step = Steps(store)
+    hot, other = map(step.request, ("hot", "other"))
+    with store.lease("hot"), store.lease("cold"):
+        assert step([], [hot]) == {"hot"}
+        step([hot], [other])
+        for _ in range(4):
+            step([], [other] if not step.failed else [])
+    assert [name for name, _ in step.failed] == ([] if patience else ["other"])
+    step.admission.release_all()
+
+
+def test_what_can_never_fit_fails_while_others_run(model, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(admission, "PATIENCE_SECONDS", 1000.0)
+    store.register("big", str(serving.write_adapter(tmp_path / "big", model, 16, seed=3)))
+    step = Steps(store)
+    hot, big = step.request("hot"), step.request("big")
+    assert step([], [hot]) == {"hot"}
+    step([hot], [big])
+    step([hot], [big])
+    ((name, error),) = step.failed
+    assert name == "big" and isinstance(error, StoreFull)
+    step.admission.release_all()
 
 
 class Loads:

@@ -25,10 +25,12 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(plain, tmp_path_factory):
-    """A folder with good adapters (a, b, moved), and ones of each kind that cannot be served."""
+    """A folder with good adapters (a, b, moved), one larger than the capacity (big), and ones of each kind that
+    cannot be served."""
     root = tmp_path_factory.mktemp("served")
     for i, name in enumerate(("a", "b", "moved", "dora", "biased", "other_base", "cut")):
         serving.write_adapter(root / "adapters" / name, plain[1], 4, seed=i)
+    serving.write_adapter(root / "adapters" / "big", plain[1], 64, seed=8)
     serving.write_adapter(root / "outside", plain[1], 4, seed=9)
     serving.write_overflowing_adapter(root / "adapters" / "evil", plain[1], "v_proj")
     serving.write_adapter(root / "adapters" / "org" / "name.v1", plain[1], 4, seed=10)
@@ -44,7 +46,7 @@ def adapters(plain, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(plain, adapters, tmp_path_factory):
     named = json.dumps(dict(name="json", path=str(adapters / "a"), base_model_name="tiny"))
-    options = ("--allow-load", "--lora-modules", f"named={adapters.parent / 'outside'}", named)
+    options = ("--allow-load", "--capacity", "512K", "--lora-modules", f"named={adapters.parent / 'outside'}", named)
     with Server(plain[0], adapters, tmp_path_factory.mktemp("log") / "log", *options) as found:
         yield found
 
@@ -66,13 +68,29 @@ def offered(server):
 
 def test_adapters_that_cannot_be_served_are_not_offered(server):
     # nobody can tell evil by its header
-    assert offered(server) == ["tiny", "a", "b", "evil", "json", "moved", "named", "org/name.v1"]
+    assert offered(server) == ["tiny", "a", "b", "big", "evil", "json", "moved", "named", "org/name.v1"]
     said = dict(dora="use_dora", biased="bias='all'", other_base="c_attn", cut="bytes")
     for name, what in said.items():
         status, body = ask(server, name)
         assert (status, body["error"]["code"]) == (422, "invalid_adapter") and what in body["error"]["message"], body
         assert "/" not in body["error"]["message"]
         assert f"adapter '{name}' is refused until its files change: " in server.log.read_text()
+
+
+def test_the_start_counts_what_is_served(server):
+    assert "serving tiny with 8 adapters on cpu; 4 refused\n" in server.log.read_text()
+
+
+def test_one_that_can_never_fit_is_refused_by_name(server):
+    status, body = ask(server, "big")
+    assert (status, body["error"]["code"], body["error"]["param"]) == (422, "store_full", "model")
+    assert "'big' needs" in body["error"]["message"]
+    for name in ("new", "a"):
+        load = dict(lora_name=name, lora_path="big", load_inplace=True)
+        answer = server.http.post("/v1/load_lora_adapter", json=load)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "store_full")
+        assert "retry-after" not in answer.headers
+    assert ask(server, "new")[0] == 404 and ask(server, "a")[0] == 200
 
 
 def test_names_are_those_of_the_hub_and_each_model_has_a_card(server, plain, adapters):

@@ -6,10 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
+import fused_lora
+from fused_lora.serving.residency.residency import StoreFull
+from helpers import serving
+
 for needed in ("fastapi", "transformers", "prometheus_client"):
     pytest.importorskip(needed)
 
 from fused_lora.serving.http import engine as engines  # noqa: E402
+from fused_lora.serving.http.api import ApiError  # noqa: E402
 from fused_lora.serving.http.metrics import Metrics  # noqa: E402
 
 
@@ -86,3 +91,51 @@ def test_after_the_drain_time_it_ends_them(change):
         await changing
 
     asyncio.run(run())
+
+
+@pytest.fixture
+def full(tmp_path):
+    """An engine without jobs over a store with room for one adapter of rank 4, its lease, and a folder of files."""
+    model = serving.load_model(serving.write_tiny_llama(tmp_path / "tiny"))
+    for i, (name, r) in enumerate(dict(a=4, b=4, big=16, torn=4).items()):
+        serving.write_adapter(tmp_path / name, model, r, seed=i)
+    weights = tmp_path / "torn" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    measure = fused_lora.AdapterStore(model)
+    measure.load("a", str(tmp_path / "a"))
+    size = measure.stats()["bytes_used"]
+    measure.detach()
+    engine = Engine(math.inf)
+    engine.store, engine._jobs = fused_lora.AdapterStore(model, capacity_bytes=size), {}
+    engine.store.load("a", str(tmp_path / "a"))
+    with engine.store.lease("a") as lease:
+        yield engine, lease, tmp_path
+    engine.store.detach()
+
+
+@pytest.mark.parametrize("name", ["a", "new"])
+def test_a_load_while_all_room_is_in_use_counts_at_once(full, name):
+    """The adapter comes to the device when there is room."""
+    engine, lease, root = full
+    before = engine.store.versions().get(name, 0)
+    asyncio.run(engine.load(name, root / "b", replace=name == "a"))
+    assert engine.store.versions()[name] == before + 1 and engine.store.folder(name) == str(root / "b")
+    lease.release()
+    with engine.store.lease(name) as now:
+        assert now.identity == f"{name}@{before + 1}"
+
+
+@pytest.mark.parametrize("path, code", [("big", "store_full"), ("torn", "invalid_adapter")])
+def test_a_load_that_cannot_be_served_changes_nothing_while_all_room_is_in_use(full, path, code):
+    engine, _, root = full
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(engine.load("a", root / path, replace=True))
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, "lora_path", code)
+    assert engine.store.versions() == {"a": 1} and engine._loading == []
+
+
+def test_what_a_generation_cannot_have_is_named():
+    gone = engines.as_api_error(fused_lora.AdapterNotFound("adapter not found"), "poet")
+    assert (gone.status, gone.code) == (404, "model_not_found") and "'poet'" in gone.message
+    never = engines.as_api_error(StoreFull("adapter 'poet' needs 5 bytes", in_use=False), "poet")
+    assert (never.status, never.param, never.code) == (422, "model", "store_full")

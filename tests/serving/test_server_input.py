@@ -95,7 +95,7 @@ def test_completions(server, field, values):
         ([dict(role="assistant", content="x", tool_calls=[{}])], "messages.0.tool_calls"),
         ([dict(role="tool", content="x", tool_call_id="1")], "messages.0.tool_call_id"),
         ([dict(role="user", content=SURROGATE)], "messages"),
-        ([dict(role=SURROGATE, content="x")], "messages"),
+        *(([dict(role=role, content="x")], "messages.0.role") for role in (SURROGATE, "wizard", "", "User", None)),
         ([dict(role="user", content="x" * 1100)], "messages"),
     ],
 )
@@ -218,7 +218,9 @@ def test_unusual_but_valid_requests_are_served(server):
     for changes in (dict(temperature=1e-300), dict(temperature=1e-40), dict(top_p=1e-300), dict(stop=[SURROGATE, "ü"])):
         answer = post(server, "completions", {**COMPLETION, "temperature": 0, **changes})
         assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == greedy, changes
-    for messages in ([dict(role="wizard", content="")], [dict(role="user", content=[], name="me", tool_calls=None)]):
+    known = ("system", "developer", "user", "assistant", "tool", "function")
+    several = [dict(role=role, content="") for role in known]
+    for messages in (several, [dict(role="user", content=[], name="me", tool_calls=None)]):
         assert post(server, "chat/completions", {**CHAT, "messages": messages}).status_code == 200
 
 

@@ -473,14 +473,43 @@ def test_adapters_in_use_or_pinned_are_never_evicted(model):
     x = torch.randn(1, K)
     with store.batch(["used"]):
         before, stats = model(x), store.stats()
-        with pytest.raises(StoreFull, match=r"pinned or in use: \['pinned', 'used'\]"):
+        with pytest.raises(StoreFull, match=r"pinned or in use: \['pinned', 'used'\]") as full:
             store.load("other", adapter(4, 3))
-        assert store.stats() == stats
+        assert full.value.in_use and store.stats() == stats
+        with pytest.raises(StoreFull) as full:
+            store.load("big", adapter(12, 3))
+        assert not full.value.in_use  # not even in the empty store
         assert torch.equal(model(x), before)
     assert store.load("other", adapter(4, 3)) == 1
+    store.pin("other")
+    with pytest.raises(StoreFull) as full:
+        store.load("third", adapter(4, 4))
+    assert not full.value.in_use  # only an unpin helps
+    store.unpin("other")
     assert store.stats()["host_bytes_used"] > 0  # "used" came from tensors: nowhere else to go
     store.unpin("pinned")
     assert_serves(model, x, answers(store, model, x, ["used"]), [(adapter(4, 1), 1)])
+
+
+def test_room_that_a_load_has_taken_is_in_use(model, monkeypatch):
+    store = AdapterStore(model, capacity_bytes=nbytes(4))
+    taken, go, send = threading.Event(), threading.Event(), store._transfer.send
+
+    def slow(*arguments):
+        taken.set()
+        assert go.wait(HANG)
+        return send(*arguments)
+
+    monkeypatch.setattr(store._transfer, "send", slow)
+    loading = store.load_async("a", adapter(4, 1))
+    assert taken.wait(HANG)
+    try:
+        with pytest.raises(StoreFull) as full:
+            store.load("b", adapter(4, 2))
+        assert full.value.in_use
+    finally:
+        go.set()
+    assert loading.result(HANG) == 1
 
 
 def test_an_adapter_without_files_is_not_lost(model):

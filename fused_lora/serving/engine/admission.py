@@ -61,8 +61,9 @@ class Admission:
     """Leases the adapters of started requests, and starts waiting requests while their adapters fit.
 
     A request keeps the version it started with. Requests start by age. If an adapter does not fit, younger requests
-    may not load further adapters. After ``PATIENCE_SECONDS`` they may not start at all, so that room is made. Files
-    are read in the store's threads while steps go on.
+    may not load further adapters. After ``PATIENCE_SECONDS`` they may not start at all, so that room is made. A request
+    fails with StoreFull if its adapter can never fit, or if others hold the room for ``PATIENCE_SECONDS`` while the
+    engine holds none. Files are read in the store's threads while steps go on.
 
     Args:
         fail: ends a waiting request with an error. wake: called from another thread when a load has ended.
@@ -80,6 +81,7 @@ class Admission:
         self.admitted: set[str] = set()
         self.loading: dict[str, Future[Lease]] = {}
         self._full: set[str] = set()  # versions that found no room the last time
+        self._held_at = 0.0  # when the engine last held room; what failed before that says nothing of the room now
 
     def lease_of(self, state: RequestState) -> Lease | None:
         """The lease of a started request. None for the base model."""
@@ -88,6 +90,8 @@ class Admission:
     def update(self, active: Iterable[RequestState], waiting: Iterable[RequestState]) -> None:
         """Before a step: release the leases that no request needs, and choose the requests that may start."""
         waiting = list(waiting)
+        if self.leases or len(self.loading) > 1:
+            self._held_at = time.perf_counter()
         # a request that lost its cache waits again, and goes on with the version it started with
         self.release(keep={version_of(state) for state in (*active, *waiting)})
         self._abandon(keep={adapter_of(state) for state in waiting})
@@ -127,9 +131,10 @@ class Admission:
                     return False
             try:
                 lease = self._fetch(name, version)
-            except StoreFull:
+            except StoreFull as error:
                 self._full.add(version)
-                if self.leases or self.loading or time.perf_counter() - state.created_time < PATIENCE_SECONDS:
+                alone = time.perf_counter() - max(state.created_time, self._held_at)
+                if error.in_use and (self.leases or self.loading or alone < PATIENCE_SECONDS):
                     return False
                 raise
             if lease is None:

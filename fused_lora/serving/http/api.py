@@ -224,7 +224,7 @@ class Message(Checked):
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_describe_message)
 
-    role: str
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Many[TextPart]
 
     def plain(self) -> dict[str, str]:

@@ -98,7 +98,7 @@ class Service:
         except AdapterNotFound:
             raise unknown_model(model) from None
         if refused is not None:
-            raise as_api_error(refused)
+            raise as_api_error(refused, model)
         return model
 
     async def jobs(self, request: GenerateRequest) -> list[Job]:

@@ -196,7 +196,7 @@ class AsyncEngine:
             output = await self._next(running.outputs, deadline)
             running.finished = output.is_finished()
             if failure := failure_of(output):
-                raise as_api_error(failure) if self.healthy() else self.stopped()
+                raise as_api_error(failure, job.adapter) if self.healthy() else self.stopped()
             new = output.generated_tokens[seen:]
             if new:
                 now = time.monotonic()
@@ -244,7 +244,7 @@ class AsyncEngine:
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         except Exception as error:
-            raise as_api_error(error) from error
+            raise as_api_error(error, job.adapter) from error
 
     async def _next(self, outputs: asyncio.Queue, deadline: float) -> Any:
         try:
@@ -265,17 +265,25 @@ class AsyncEngine:
             router.result_handlers.pop(engine_id, None)
 
     async def load(self, name: str, path: Path, replace: bool, **options: Any) -> None:
-        """``store.load`` with these options in a thread; with ``replace`` also of a name that is there. Raises
-        ApiError."""
+        """``store.load`` with these options in a thread; with ``replace`` also of a name that is there. If all room is
+        in use, its first request brings it to the device. Raises ApiError."""
         if name in self.store and not replace:
             raise ApiError(400, f"The lora adapter {name!r} has already been loaded.", "lora_name")
         if name in self._loading and not replace:
             raise ApiError(409, f"The lora adapter {name!r} is being loaded.", "lora_name", "adapter_loading")
         self._loading.append(name)
         try:
-            await self._change(functools.partial(self.store.load, **options), name, str(path))
+            await self._change(functools.partial(self._load, **options), name, str(path))
         finally:
             self._loading.remove(name)
+
+    def _load(self, name: str, path: str, **options: Any) -> None:
+        try:
+            self.store.load(name, path, **options)
+        except StoreFull as error:  # its files have been checked in full by then
+            if not error.in_use:
+                raise
+            self.store.register(name, path, **options)
 
     async def unload(self, name: str) -> None:
         """Unload an adapter. Raises ApiError."""
@@ -289,7 +297,7 @@ class AsyncEngine:
         try:
             await asyncio.to_thread(work, name, *more)
         except Exception as error:
-            raise _load_error(error) from error
+            raise _load_error(error, name) from error
         now = self.store.identity(name) if name in self.store else None
         older = [running for running in self._jobs.values() if running.adapter == name]
         deadline = time.monotonic() + self.limits.drain_seconds
@@ -320,29 +328,32 @@ def _echoed(job: Job, told: list[TokenLogprob]) -> Piece:
     return Piece(text, 0, None if job.max_tokens else "length", scored)
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """The error for the client of a generation. A server error does not show paths or other internals."""
+def as_api_error(error: Exception, adapter: str | None) -> ApiError:
+    """The error for the client of a generation under ``adapter``. A server error does not show paths or other
+    internals."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, AdapterNotFound):
-        return ApiError(404, "The model does not exist any more", "model", "model_not_found")
+        return unknown_model(str(adapter))
     if isinstance(error, ValueError):  # of the store: the client named an adapter whose files do not fit
         return ApiError(422, f"the adapter cannot be served: {_of_files(error)}", "model", "invalid_adapter")
     if isinstance(error, NonFiniteOutput):
         return ApiError(422 if error.identities else 500, str(error), "model", "not_finite")
     if isinstance(error, StoreFull):
-        return ApiError(503, str(error), "model", "store_full")
+        return ApiError(422, str(error), "model", "store_full")
     if isinstance(error, StepFailed):
         message = f"the model failed in a step with this request ({error.kind}); the server's log says more"
         return ApiError(500, message, code="step_failed")
     return unexpected(error)
 
 
-def _load_error(error: Exception) -> ApiError:
+def _load_error(error: Exception, name: str) -> ApiError:
     """The error for the client that asked for a load. Most are about its files."""
     if isinstance(error, ValueError):
         return ApiError(400, f"lora_path: {_of_files(error)}", "lora_path", "invalid_adapter")
-    return as_api_error(error)
+    if isinstance(error, StoreFull):
+        return ApiError(400, f"lora_path: {error}", "lora_path", "store_full")
+    return as_api_error(error, name)
 
 
 def _of_files(error: ValueError) -> str:

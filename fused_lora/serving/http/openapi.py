@@ -19,15 +19,15 @@ _STATUS = {
     408: "The body did not come in time.",
     409: "The adapter was changed while the request ran, or is being loaded.",
     413: "The body is too large.",
-    422: "The adapter cannot be served, or its answer is not finite.",
+    422: "The adapter cannot be served, or can never fit into the store, or its answer is not finite.",
     429: "As many requests run and wait as the server takes.",
     500: "The model failed in a step with this request, or the server has an error; its log says more.",
-    503: "The engine has stopped, or the adapter does not fit into the store.",
+    503: "The engine has stopped.",
     504: "The request took too long.",
 }
 _READING = (400, 401, 408, 413)  # of every route with a body
 GENERATES = (*_READING, 404, 409, 422, 429, 500, 503, 504)
-CHANGES_ADAPTERS = (*_READING, 403, 404, 409, 500, 503)
+CHANGES_ADAPTERS = (*_READING, 403, 404, 409, 500)
 
 
 class _Answer(BaseModel):

@@ -23,7 +23,16 @@ from fused_lora.serving.residency.transfer import Arrival, Transfer
 
 
 class StoreFull(RuntimeError):
-    """An adapter does not fit beside those that are pinned or in use. Nothing has changed."""
+    """An adapter does not fit beside those that are pinned or in use. Nothing has changed.
+
+    Attributes:
+        in_use: whether it may fit when batches, leases or loads have ended. False: only an unpin or a larger budget
+            helps.
+    """
+
+    def __init__(self, message: str, in_use: bool = True):
+        super().__init__(message)
+        self.in_use = in_use
 
 
 @dataclass(eq=False)
@@ -209,9 +218,11 @@ class Residency:
 
     def _full(self, version: Version) -> StoreFull:
         stay = sorted({v.name for v in self.resident if not self._may_leave(v)})
+        others = any(v.held for v in self.resident) or self._moving > version.moving
         return StoreFull(
             f"adapter {version.name!r} needs {version.nbytes} bytes; {self.arena.used} of {self.arena.capacity} are "
-            f"taken, pinned or in use: [{some(stay)}]"
+            f"taken, pinned or in use: [{some(stay)}]",
+            in_use=others and self.arena.fits(version.nbytes),
         )
 
     def _may_leave(self, version: Version) -> bool:
