@@ -305,11 +305,8 @@ def test_merges_come_back(name, dtype):
     assert_bits(ours, before)
 
 
-@pytest.mark.parametrize("loops", ["C", "torch"])
 def test_a_switch_of_stacks(loops, monkeypatch):
     """The bits of an unmerge and a merge; in C one call for the experts of a stack; refused, nothing is changed."""
-    if loops == "torch":
-        monkeypatch.setattr(native, "usable", lambda: False)
     ours, _ = twins(Block(dtype=torch.bfloat16), {"a": {}, "b": {"r": 2}})
     before, two, run, calls = parameter_bits(ours), copy.deepcopy(ours), native.run, []
     fused_lora.merge(ours, ["a"])
