@@ -23,6 +23,7 @@ from fused_lora.ops.merge.blocks import Factors
 from fused_lora.ops.merge.delta import chain
 from fused_lora.reference import bits
 from helpers.seeds import shifted
+from helpers.thorough import sampled
 
 DTYPES = list(native.TYPES)
 SHAPES = [(1, 1), (7, 9), (64, 64), (130, 1021), (33, 2048), (2, 5000), (40, 4097), (9000, 1)]
@@ -201,7 +202,7 @@ def test_a_merge_is_the_same_in_any_number_of_threads(dtype):
 
 
 @built
-@pytest.mark.parametrize("options", ["-O0", "-O2 -ffp-contract=off", "-O3 -ffp-contract=off -march=native"])
+@pytest.mark.parametrize("options", sampled(["-O0", "-O2 -ffp-contract=off", "-O3 -ffp-contract=off -march=native"], 2))
 def test_any_options_of_the_compiler_give_the_same_bits(options, tmp_path, monkeypatch):
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
