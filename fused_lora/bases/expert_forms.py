@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_lora.bases.expert_terms import Even, Routed, Term, add_terms, back
+from fused_lora.bases.expert_terms import Even, ExpertTerm, Routed, add_terms, back
 
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")  # of one arithmetic: which experts a row goes through
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts", "_is_expert_parallel")
-Terms = Mapping[str, Sequence[Term]]  # of each adapted parameter, by its name
+Terms = Mapping[str, Sequence[ExpertTerm]]  # of each adapted parameter, by its name
 
 
 class Route(NamedTuple):

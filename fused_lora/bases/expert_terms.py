@@ -30,20 +30,12 @@ class ExpertTerm(NamedTuple):
         return unpacked(self.lora_A.to(dtype), self.lora_B.to(dtype), experts)
 
 
-class StackedTerm(NamedTuple):
+class StackedTerm(ExpertTerm):
     """The same with lora_A [experts, r, K] and lora_B [experts, N, r], r of whole 16 bytes already."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    dropout: float = 0.0
 
     def stacks(self, experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Both in ``dtype``."""
         return self.lora_A.to(dtype), self.lora_B.to(dtype)
-
-
-Term = ExpertTerm | StackedTerm
 
 
 class Routed(NamedTuple):
@@ -91,7 +83,7 @@ class Even(NamedTuple):
         return dropped(x, draw_seeds(1, x.device), p)
 
 
-def add_terms(y: Tensor, x: Tensor, terms: Sequence[Term], rows: Routed | Even) -> Tensor:
+def add_terms(y: Tensor, x: Tensor, terms: Sequence[ExpertTerm], rows: Routed | Even) -> Tensor:
     """y + sum_i s_i D_i(x) A_i^T B_i^T with the A and B of each row's expert, rounded once to y's dtype.
 
     y: [rows, N], x: [rows, K], sorted by expert as ``rows`` says.

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_lists(kind: type = Sized, **lists: Any) -> None:
+    """Raise TypeError for what is not of this ``kind`` of list."""
+    for name, value in lists.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a list with an entry for each adapter, got {value!r:.100}")
 
 
 def check_linear(
@@ -68,13 +75,7 @@ def check_term(
 
 def _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, **others: torch.Tensor | None) -> None:
     """``others``: what must be on x's device, too."""
-    try:
-        counts = {len(lora_A), len(lora_B), len(scaling), len(dropout)}
-    except TypeError:  # asked for beforehand it would cost each call
-        lists = dict(lora_A=lora_A, lora_B=lora_B, scaling=scaling, dropout=dropout)
-        name, value = next((name, value) for name, value in lists.items() if not hasattr(value, "__len__"))
-        kind = type(value).__name__
-        raise TypeError(f"{name}: expected a list with an entry for each adapter, got {kind}") from None
+    counts = {len(lora_A), len(lora_B), len(scaling), len(dropout)}
     if len(counts) != 1:
         raise ValueError(
             "lora_A, lora_B, scaling, dropout: expected one entry per adapter in each, got "

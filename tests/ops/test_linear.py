@@ -292,6 +292,10 @@ def test_bad_dtypes_name_the_argument():
             lora_linear(*bad, b, A, B, s, p, seeds)
     with pytest.raises(TypeError, match="adapter 0"):
         lora_linear(x, W, b, [A[0].int(), A[1]], B, s, p, seeds)
+    lists = ((A, B, 2.0), "scaling"), ((A, None, s), "lora_B"), ((None, B, s), "lora_A"), ((A, B, s, 0.1), "dropout")
+    for bad, name in lists:
+        with pytest.raises(TypeError, match=f"^{name}: expected a list with an entry for each adapter, got"):
+            lora_linear(x, W, b, *bad)
 
 
 def test_bf16_never_runs_a_bf16_product_on_the_cpu():

@@ -364,7 +364,8 @@ def test_bad_types_name_the_argument():
             lora_term(*bad, A, B, s, p, seeds)
     with pytest.raises(TypeError, match="adapter 0"):
         lora_term(y, x, [A[0].int(), A[1]], B, s, p, seeds)
-    for bad, name in (((A, B, 2.0), "scaling"), ((A, None, s), "lora_B")):
+    lists = ((A, B, 2.0), "scaling"), ((A, None, s), "lora_B"), ((None, B, s), "lora_A"), ((A, B, s, 0.1), "dropout")
+    for bad, name in lists:
         with pytest.raises(TypeError, match=f"^{name}: expected a list with an entry for each adapter, got"):
             lora_term(y, x, *bad)
 

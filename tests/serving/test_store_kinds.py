@@ -57,18 +57,22 @@ def run(store, names, ids=IDS):
         return store.model(ids).logits
 
 
+def assert_rows(mixed, names, plain, expected):
+    """Rows of the base have its bits, the others the results of their adapters."""
+    for row, name in enumerate(names):
+        if name is None:
+            assert torch.equal(bits(mixed[row]), bits(plain[row]))
+        else:
+            assert_close(mixed[row], expected[name][row], terms=2000)
+
+
 def test_all_kinds_in_one_batch(folders):
     base, root, expected = folders
     store, names = store_with(base, root), ["lin", None, "emb", "moe", "down", "all", None]
     with torch.no_grad():
         plain = base(IDS).logits
     for _ in range(3):  # the first two calls are followed
-        mixed = run(store, names)
-        for row, name in enumerate(names):
-            if name is None:
-                assert torch.equal(bits(mixed[row]), bits(plain[row]))
-            else:
-                assert_close(mixed[row], expected[name][row], terms=2000)
+        assert_rows(run(store, names), names, plain, expected)
     shorter = run(store, names, IDS[:, :4])  # other sizes
     assert torch.equal(bits(shorter[1]), bits(base(IDS[:, :4]).logits.detach()[1]))
     assert_close(shorter[5], expected["all"][5, :4], terms=2000)  # causal
@@ -140,12 +144,7 @@ def test_experts_that_get_the_rows_of_all_tokens(tmp_path):
     store, names = store_with(base, tmp_path, list(expected)), ["moe", None, "down", "lin", "moe", None, "down"]
     plain = base(IDS).logits
     for _ in range(3):
-        mixed = run(store, names)
-        for row, name in enumerate(names):
-            if name is None:
-                assert torch.equal(bits(mixed[row]), bits(plain[row]))
-            else:
-                assert_close(mixed[row], expected[name][row], terms=2000)
+        assert_rows(run(store, names), names, plain, expected)
     shorter = run(store, names, IDS[:, :4])
     assert torch.equal(bits(shorter[1]), bits(base(IDS[:, :4]).logits[1]))
     assert_close(shorter[4], expected["moe"][4, :4], terms=2000)

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from fused_lora.ops import guard
 from fused_lora.ops.alike import Alike, modes
-from fused_lora.ops.checks import check_linear, refuse_tangents, refuse_transforms
+from fused_lora.ops.checks import check_linear, check_lists, refuse_tangents, refuse_transforms
 from fused_lora.ops.linear import double_backward, flops, plan
 from fused_lora.ops.linear import eager as cpu
 
@@ -54,6 +54,7 @@ def lora_linear(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    check_lists(lora_A=lora_A, lora_B=lora_B, scaling=scaling, dropout=() if dropout is None else dropout)
     if not lora_A:
         return torch.nn.functional.linear(x, weight, bias)
     dropout = [0.0] * len(lora_A) if dropout is None else dropout

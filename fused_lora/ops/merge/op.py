@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fused_lora.ops import native
-from fused_lora.ops.checks import FLOAT_DTYPES
+from fused_lora.ops.checks import FLOAT_DTYPES, check_lists
 from fused_lora.ops.merge import blocks, launch
 from fused_lora.ops.merge.blocks import Dither, Factors, Scales
 
@@ -348,8 +348,7 @@ def _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> 
         raise TypeError(f"weight: expected a tensor, got {weight!r:.100}")
     kinds = (torch.Tensor,), (torch.Tensor,), (numbers.Real, torch.Tensor)
     for name, parts, kind in zip(("lora_A", "lora_B", "scaling"), (lora_A, lora_B, scaling), kinds, strict=True):
-        if isinstance(parts, torch.Tensor) or not isinstance(parts, Sequence):
-            raise TypeError(f"{name}: expected a list with an entry for each adapter, got {parts!r:.100}")
+        check_lists(Sequence, **{name: parts})
         if wrong := [part for part in parts if not isinstance(part, kind)]:
             raise TypeError(f"{name}: expected {'numbers' if name == 'scaling' else 'tensors'}, got {wrong[0]!r:.100}")
     if weight.dtype not in FLOAT_DTYPES:

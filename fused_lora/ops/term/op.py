@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_lora.ops.checks import check_term, refuse_transforms
+from fused_lora.ops.checks import check_lists, check_term, refuse_transforms
 from fused_lora.ops.linear import double_backward, eager, flops
 from fused_lora.ops.linear.op import (
     _as_autocast,
@@ -65,6 +65,7 @@ def lora_term(
     for name, tensor in (("y", y), ("x", x)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    check_lists(lora_A=lora_A, lora_B=lora_B, scaling=scaling, dropout=() if dropout is None else dropout)
     dropout = [0.0] * len(lora_A) if dropout is None else list(dropout)
     if seeds is None and any(dropout):
         seeds = draw_seeds(len(dropout), x.device)
