@@ -2,11 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 SHIFT = 40  # of the lost units, above the corrections
 COLUMNS = 6  # of the table: begin + 1 (0: not merged), corrections, three sums, 1 where the last unmerge got through
+
+
+class Form(NamedTuple):
+    """How the elements of a weight are counted: ``unit`` and ``transposed`` of :class:`Corrections`."""
+
+    unit: tuple[int, int]
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,7 @@ class Corrections:
     places (uint16) and values (int32): numbers and contents of the words that the corrections restore. Those of a unit
     lie together in the order of their numbers; which unit's come first is chance, and the table says where they are.
     seed: int64 [2], the seed and the first row's number of a merge that rounded at random.
+    transposed: whether units and words are those of W^T, whose rows were contiguous at the merge.
     """
 
     table: torch.Tensor
@@ -27,6 +36,11 @@ class Corrections:
     values: torch.Tensor
     unit: tuple[int, int]
     seed: torch.Tensor | None = None
+    transposed: bool = False
+
+    @property
+    def form(self) -> Form:
+        return Form(self.unit, self.transposed)
 
     @property
     def nbytes(self) -> int:

@@ -32,7 +32,7 @@ A change of one word is (u - v) i, and of two that change places (u - v) (i - j)
 
 Bytes: 2 e N K with e bytes an element, also of a switch, whose unit is in the L1 or L2 cache when it is merged; 6 a
 correction of each record, 48 a unit, and the factors, which stay in L2. Instructions an element on sm_90 at rank 16, of
-which the chain is 22 to 27: bare 31, unmerge 71, merge 91 in 16 bits; 40, 70 and 95 in fp32.
+which the chain is 22 to 27: bare 31, unmerge 71, merge 93 in 16 bits; 40, 70 and 97 in fp32.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ import triton
 import triton.language as tl
 
 from .config import capability
-from .corrections import COLUMNS, SHIFT, Corrections
+from .corrections import COLUMNS, SHIFT, Corrections, Form
 from .delta import add_delta, zeros_like
 from .dropout import all_lanes
 from .grouped_shrink import TL_DTYPES, matrix_of
@@ -96,6 +96,14 @@ def _words(x):
         left, right = tl.split(tl.reshape(x.to(tl.uint16, bitcast=True), [x.shape[0], x.shape[1] // 2, 2]))
         words = left.to(tl.uint32) | (right.to(tl.uint32) << 16)
     return words
+
+
+@triton.jit
+def _fourth(x, PART: tl.constexpr):
+    """x[:, PART::4]; a thread has neighbours of each row, four or eight, so nothing moves."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 4, 2, 2]))
+    first, second = tl.split(odd if PART % 2 else even)
+    return second if PART // 2 else first
 
 
 @triton.jit
@@ -173,7 +181,7 @@ def _do_unit(
     unit_rows = tl.cdiv(N, ROWS)
     strip = unit % strips
     unit_row = unit // strips
-    if RECORD:
+    if RECORD or AGAIN:
         totals = table_ptr + unit_rows.to(tl.int64) * strips * _COLUMNS
     cols = tl.arange(0, COLS)
     rows = tl.arange(0, ROWS)
@@ -184,6 +192,7 @@ def _do_unit(
         entry = table_ptr + (unit_row.to(tl.int64) * strips + strip) * _COLUMNS
     if AGAIN:
         todo = tl.load(entry + 5) != 0
+        tl.store(totals + 5, 0, mask=unit == 0)  # what was refused
     elif UNMERGE and RECORD:
         todo = tl.load(entry) != 0
         if not todo:
@@ -210,6 +219,9 @@ def _do_unit(
             new = (w.to(tl.float32) - d).to(w.dtype) if UNMERGE else (w.to(tl.float32) + d).to(w.dtype)
         if not RECORD:
             tl.store(w_ptrs, new, mask=inside)
+            if AGAIN:
+                tl.debug_barrier()  # other threads may not have read it
+                tl.store(entry + 5, 0)
         else:
             if not EVEN:
                 w = tl.where(inside, w, 0.0)
@@ -258,14 +270,11 @@ def _do_unit(
                 begin = begin & _LOW
                 places, values = _corrections_of(row, places_ptr, values_ptr, GROUP, FIRST)
                 if (begin + count <= room) & (lost == 0):
-                    # Addresses called contiguous, which they are not, keep the stores in w's layout; the mask, of
-                    # which the compiler knows nothing, splits them into stores of one word.
-                    to = (places + begin + before_row)[:, None] + place
-                    to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, 4])
-                    tl.store(to, number.to(tl.uint16), mask=wrong != 0)
-                    to = (values + begin + before_row)[:, None] + place
-                    to = tl.max_contiguous(tl.multiple_of(to, [1, 16]), [1, 4])
-                    tl.store(to, old_words.to(tl.int32, bitcast=True), mask=wrong != 0)
+                    for part in tl.static_range(4):  # a word of each thread at a time, in w's layout
+                        at = begin + _fourth(before_row[:, None] + place, part)
+                        mask = _fourth(wrong, part) != 0
+                        tl.store(places + at, _fourth(number, part).to(tl.uint16), mask=mask)
+                        tl.store(values + at, _fourth(old_words, part).to(tl.int32, bitcast=True), mask=mask)
                     tl.store(w_ptrs, new, mask=inside)
                     tl.debug_barrier()  # they are read by other threads than stored them
                     kept = _sum_of_corrections(places + begin, values + begin, count)
@@ -298,7 +307,7 @@ def _merge_kernel(
     UNMERGE: tl.constexpr, RECORD: tl.constexpr, AGAIN: tl.constexpr, EVEN: tl.constexpr, RANDOM: tl.constexpr,
     SWITCH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """RECORD: a merge keeps what its unmerge needs, an unmerge uses it. AGAIN: only what the last unmerge got through.
+    """RECORD: a merge keeps what its unmerge needs, an unmerge uses it. AGAIN: once what the last unmerge got through.
     EVEN: ROWS divides N and COLS divides K, nothing is masked. RANDOM: a merge rounds at random. SWITCH: an old merge
     is taken off first; the unit then comes from the L1 or L2 cache. GROUP: None, or the type of W's elements: addresses
     and sizes are those of the weight that has the program's unit, from its row of the table (:func:`launch_group`)."""
@@ -328,9 +337,16 @@ def _merge_kernel(
         )  # fmt: skip
 
 
-def _along_rows(W, A, B):
-    """The same merge with W's contiguous dimension last: a transposed W (fan_in_fan_out) swaps the factors' roles."""
-    return (W.t(), B.t(), A.t()) if W.stride(0) < W.stride(1) else (W, A, B)
+def _is_transposed(W) -> bool:
+    return W.stride(0) < W.stride(1)
+
+
+def _along_rows(W, A, B, transposed: bool):
+    """The same merge with W's contiguous dimension last: a transposed W (fan_in_fan_out) swaps the factors' roles.
+
+    Of a record it is what W was when it was merged: the units are counted along those rows, whatever W's strides are.
+    """
+    return (W.t(), B.t(), A.t()) if transposed else (W, A, B)
 
 
 def _launch(W, A, B, tile, record=None, old=(None, None, None), *, UNMERGE=False, AGAIN=False) -> None:
@@ -396,15 +412,15 @@ def launch_group(members: Sequence[Member], UNMERGE: bool = False) -> None:
     RANDOM, tile = record.seed is not None and not UNMERGE, MergeTile(*record.unit)
     rows, units, EVEN = [], 0, True
     for W, A, B, record, old in members:
-        along, *factors = _along_rows(W, A, B)
+        along, *factors = _along_rows(W, A, B, record.transposed)
         merges = _fields(*factors, record)
-        merges += [0] * 6 if old is None else _fields(*_along_rows(W, *old[:2])[1:], old[2])
+        merges += [0] * 6 if old is None else _fields(*_along_rows(W, *old[:2], record.transposed)[1:], old[2])
         seed = 0 if record.seed is None else record.seed.data_ptr()
         rows.append([units, along.data_ptr(), seed, *along.shape, along.stride(0), len(record.values), *merges])
         units += _units(*along.shape, tile)
         EVEN = EVEN and _is_even(*along.shape, tile)
     # a copy from pageable memory is staged, so nobody waits for it
-    table = torch.tensor(rows, dtype=torch.int64).to(W.device, non_blocking=True)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(W.device, non_blocking=True)
     unit = 1 if SWITCH else None
     sizes = *(None,) * 4, None, 1, None, 1, None, 1, None, None, unit, None, unit, len(rows)
     launch = _prepared(sizes, tile, W.dtype, W.device, UNMERGE, True, False, RANDOM, (units, EVEN))
@@ -416,17 +432,17 @@ def _fields(A, B, record: Corrections) -> list[int]:
 
 
 def group_of(
-    W: torch.Tensor, factors: Sequence[tuple[torch.Tensor, torch.Tensor]], unit: tuple[int, int]
+    W: torch.Tensor, factors: Sequence[tuple[torch.Tensor, torch.Tensor]], form: Form
 ) -> tuple[MergeTile, torch.dtype, torch.device, bool] | None:
     """What the weights of a group have in common: tile, dtype, device, and whether the tile divides them.
 
     None: W has a launch of its own. In a group rows are contiguous, and their length, their distance and all addresses
     are multiples of 16, so that 16 bytes are loaded at a time.
 
-    factors: (A, B), and those of an old merge. unit: of the records.
+    factors: (A, B), and those of an old merge. form: of the records.
     """
-    tile, tensors = MergeTile(*unit), [t for A, B in factors for t in _along_rows(W, A, B)[1:]]
-    W = W.t() if W.stride(0) < W.stride(1) else W
+    tile, tensors = MergeTile(*form.unit), [t for A, B in factors for t in _along_rows(W, A, B, form.transposed)[1:]]
+    W = W.t() if form.transposed else W
     plain = W.stride(1) == 1 and all(t.is_contiguous() for t in tensors)
     multiples = [W.shape[1], W.stride(0), *[t.data_ptr() for t in (W, *tensors)]]
     if W.numel() == 0 or not plain or any(n % 16 for n in multiples):
@@ -439,10 +455,10 @@ def _tile_of(record: Corrections, tile: MergeTile | None) -> MergeTile:
     return MergeTile(*record.unit, (tile or MergeTile()).num_warps)
 
 
-def unit_of(W: torch.Tensor, random: bool) -> tuple[int, int]:
-    """The unit of a new record."""
+def form_of(W: torch.Tensor, random: bool) -> Form:
+    """Of a new record."""
     tile = default_tile(W.dtype, True, capability(W.device), random)
-    return tile.ROWS, tile.COLS
+    return Form((tile.ROWS, tile.COLS), _is_transposed(W))
 
 
 def new_record(
@@ -462,13 +478,15 @@ def new_records(
     """:func:`new_record` of each (W, room, dither) on one device, with one launch and no wait."""
     records = []
     for W, room, dither in weights:
-        form = tile or default_tile(W.dtype, True, capability(W.device), dither is not None)
-        units = _units(*(W.t() if W.stride(0) < W.stride(1) else W).shape, form)
+        own = tile or default_tile(W.dtype, True, capability(W.device), dither is not None)
+        transposed = _is_transposed(W)
+        units = _units(*(W.t() if transposed else W).shape, own)
         table = torch.empty((units + 1, COLUMNS), dtype=torch.int64, device=W.device)
         places = torch.empty(room, dtype=torch.uint16, device=W.device)
         values = torch.empty(room, dtype=torch.int32, device=W.device)
-        seed = None if dither is None else torch.tensor(dither, dtype=torch.int64).to(W.device, non_blocking=True)
-        records.append(Corrections(table, places, values, (form.ROWS, form.COLS), seed))
+        seed = None if dither is None else torch.tensor(dither, dtype=torch.int64, device="cpu")
+        seed = None if seed is None else seed.to(W.device, non_blocking=True)
+        records.append(Corrections(table, places, values, (own.ROWS, own.COLS), seed, transposed))
     torch._foreach_zero_([record.table for record in records])
     return records
 
@@ -482,7 +500,7 @@ def merge(
     If ``record.totals()`` then says that units were lost, or more corrections than there was room for, only some units
     are merged: :func:`unmerge` takes them back.
     """
-    _launch(*_along_rows(W, A, B), _tile_of(record, tile), record)
+    _launch(*_along_rows(W, A, B, record.transposed), _tile_of(record, tile), record)
 
 
 def unmerge(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None:
@@ -490,7 +508,7 @@ def unmerge(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None
 
     If ``record.refused`` is not 0 then, W is not what the merge left: :func:`merge_again` takes the others back.
     """
-    _launch(*_along_rows(W, A, B), _tile_of(record, tile), record, UNMERGE=True)
+    _launch(*_along_rows(W, A, B, record.transposed), _tile_of(record, tile), record, UNMERGE=True)
 
 
 def switch(
@@ -501,25 +519,24 @@ def switch(
 ) -> None:
     """:func:`unmerge` with old's (A, B, record) and :func:`merge` with new's, unit by unit. One launch.
 
-    The records have the same units. A unit that the unmerge refuses stays as it is, one that the merge refuses is
+    The records have the same form. A unit that the unmerge refuses stays as it is, one that the merge refuses is
     unmerged: :func:`unmerge` with new's and then :func:`merge_again` with old's take everything back.
     """
     before, (A, B, record) = old[2], new
-    _, *factors = _along_rows(W, *old[:2])
-    _launch(*_along_rows(W, A, B), _tile_of(record, tile), record, (*factors, before))
+    _, *factors = _along_rows(W, *old[:2], record.transposed)
+    _launch(*_along_rows(W, A, B, record.transposed), _tile_of(record, tile), record, (*factors, before))
 
 
 def merge_again(W, A, B, record: Corrections, tile: MergeTile | None = None) -> None:
-    """Undo the last :func:`unmerge`, to the bit, once."""
-    _launch(*_along_rows(W, A, B), _tile_of(record, tile), record, AGAIN=True)
-    record.table[:, 5].zero_()  # also what was refused
+    """Undo the last :func:`unmerge`, to the bit; another call finds nothing to undo. One launch."""
+    _launch(*_along_rows(W, A, B, record.transposed), _tile_of(record, tile), record, AGAIN=True)
 
 
 def merge_apply(W, A, B, tile: MergeTile | None = None) -> None:
     """W <- round(W + B A) in place and nothing else: no check, no record, no way back to the bit."""
-    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype, False, 0))
+    _launch(*_along_rows(W, A, B, _is_transposed(W)), tile or default_tile(W.dtype, False, 0))
 
 
 def unmerge_apply(W, A, B, tile: MergeTile | None = None) -> None:
     """W <- round(W - B A) in place: most of the bits from before :func:`merge_apply`."""
-    _launch(*_along_rows(W, A, B), tile or default_tile(W.dtype, False, 0), UNMERGE=True)
+    _launch(*_along_rows(W, A, B, _is_transposed(W)), tile or default_tile(W.dtype, False, 0), UNMERGE=True)

@@ -143,8 +143,9 @@ class Experts(Base):
         every = zip(matrices, each, old, strict=True)
         jobs = [merging.merge_later(W, own, self.transposed, before) for W, own, before in every]
         found = [job for job in jobs if job is not None]
+        records = [record for record, _ in found]
         done = len(found) == len(jobs) and _all_at_once([sweep for _, sweep in found], MERGE)
-        return [record for record, _ in found] if done else []
+        return records if done else []  # no call or loop since: an interrupt in one would lose the records
 
     def switch_(
         self, module: Any, record: list[merging.MergeRecord], factors: Factors, fan_in_fan_out: bool

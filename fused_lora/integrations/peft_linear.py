@@ -189,6 +189,8 @@ class AcceleratedLinear(FusedLoraBehaviour):
                 for name in names:
                     self._caches.pop(f"{name}-weight_norm", None)
                 return
+            except torch.OutOfMemoryError:  # says nothing of the weight
+                raise
             except RuntimeError as error:
                 warnings.warn(f"{error}; PEFT's unmerge subtracts the adapters instead", stacklevel=3)
         if self.merged:

@@ -1,6 +1,7 @@
 """Triton's interpreter with correct bf16 and checked memory accesses, so that a CPU can test a kernel.
 
-    install_shim()            bf16 dots, casts and arithmetic as the hardware rounds them; one launch at a time
+    install_shim()            bf16 dots, casts and arithmetic as the hardware rounds them; one launch at a time;
+                              what multiple_of says of a number, and max_contiguous of a block, has to be so
     fixed_order_dot()         tl.dot as a plain loop over k: a row's bits cannot depend on its neighbours
     checked()                 every active lane of every access inside its own argument, no two programs in conflict
 
@@ -164,6 +165,23 @@ def _create_dot(builder, a, b, d, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(acc.astype(d.data.dtype, copy=False), d.dtype.scalar)
 
 
+def _set_attr(handle, name, values):
+    """A hint of a kernel, which the interpreter ignores and a compiler believes: triton 3.9 takes the addresses of
+    neighbours from the first one's, also where a mask splits their access."""
+    data = np.asarray(handle.data)
+    if name == "tt.divisibility" and data.size == 1 and data.item() % values[0]:
+        raise ValueError(f"multiple_of: {data.item()} is no multiple of {values[0]}")
+    if name == "tt.contiguity" and data.ndim == len(values):
+        scalar = handle.dtype.scalar
+        step = scalar.element_ty.primitive_bitwidth // 8 if isinstance(scalar, tl.pointer_type) else 1
+        for axis, run in enumerate(values):
+            steps = np.diff(data.astype(np.int64), axis=axis)
+            within = np.arange(1, data.shape[axis]) % run != 0
+            if (steps.compress(within, axis) != step).any():
+                raise ValueError(f"max_contiguous: dimension {axis} has no runs of {run} neighbours")
+    _ORIGINAL["set_attr"](handle, name, values)
+
+
 def _locked_call(executor, *args, **kwargs):
     # no GPU warns of an overflow or of an invalid operation
     with _LAUNCH_LOCK, np.errstate(all="ignore"):
@@ -236,6 +254,7 @@ def install_shim() -> None:
     for name, method in _SHIM.items():
         setattr(builder, name, method)
     interpreter.GridExecutor.__call__ = _locked_call
+    _ORIGINAL["set_attr"], interpreter.TensorHandle.set_attr = interpreter.TensorHandle.set_attr, _set_attr
     for name in _FUNCTIONS:
         _ORIGINAL[name] = getattr(interpreter, name)
     interpreter._patch_lang, interpreter._patch_lang_tensor = _patch_lang, _patch_lang_tensor
@@ -250,6 +269,7 @@ def uninstall_shim() -> None:
     for name in _SHIM:
         setattr(interpreter.InterpreterBuilder, name, _ORIGINAL[name])
     interpreter.GridExecutor.__call__ = _ORIGINAL["__call__"]
+    interpreter.TensorHandle.set_attr = _ORIGINAL["set_attr"]
     for name in _FUNCTIONS:
         setattr(interpreter, name, _ORIGINAL[name])
     _State.installed = False

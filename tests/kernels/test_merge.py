@@ -367,6 +367,85 @@ def test_an_interrupt_leaves_the_weight_as_it_was(device, kernels_on, monkeypatc
         assert not torch.equal(bits(reached[0]), bits(before)) and torch.equal(bits(W), bits(before))
 
 
+@pytest.fixture
+def trusted(kernels_on, monkeypatch):
+    """The trials of the first use are over, and nothing is compiled yet."""
+    monkeypatch.setattr(merge_kernel.guard, "passes", lambda *_: True)
+    monkeypatch.setattr(merge_kernel, "_way_back", set())
+
+
+@pytest.mark.parametrize("dither", [None, (5, 3)])
+def test_an_unmerge_is_taken_back_once(dither, device, kernel_memory):
+    """By whoever tries again after an interrupt. Torch lets nobody write to the record of a merge in inference mode."""
+    W, (A, B) = make_weight(70, 300, torch.bfloat16, device), make_factors(70, 300, 3, device, size=1.0)
+    with torch.inference_mode():
+        record = kernel.new_record(W, W.numel(), TILES[0], dither)
+        kernel.merge(W, A, B, record, TILES[0])
+    bits(W)[69, 299] ^= 1 << 5
+    before = W.clone()
+    kernel.unmerge(W, A, B, record, TILES[0])
+    assert record.refused == 1 and not torch.equal(bits(W), bits(before))
+    for _ in range(2):
+        kernel.merge_again(W, A, B, record, TILES[0])
+        assert record.refused == 0 and torch.equal(bits(W), bits(before))
+
+
+@pytest.mark.parametrize("action", ["unmerge", "switch"])
+def test_a_fidelity_is_no_unmerge(action, device, trusted, monkeypatch):
+    """What goes wrong before a later launch takes nothing back."""
+    W, (A, B) = make_weight(70, 300, torch.bfloat16, device), make_factors(70, 300, 3, device, size=1.0)
+    record = merging.merge_(W, [A], [B], [1.0])
+    merging.delta_fidelity(W, record)
+    merged, calls = W.clone(), []
+
+    def no_memory(*args, **options):
+        calls.append(args)
+        raise torch.OutOfMemoryError("no memory for the launch")
+
+    monkeypatch.setattr(merge_kernel, "_launch", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        merging.unmerge_(W, record) if action == "unmerge" else merging.switch_(W, record, [A], [B], [0.5])
+    assert calls and torch.equal(bits(W), bits(merged))
+
+
+@pytest.mark.parametrize("shape", [(70, 304), (304, 70), (64, 64), (1, 70)], ids=str)
+def test_a_weight_that_is_laid_out_anew_while_merged(shape, device, trusted):
+    """Its units are counted as at the merge, also in a switch, whose record is of the new rows."""
+    W, (A, B) = make_weight(*shape, torch.bfloat16, device), make_factors(*shape, 3, device, size=1.0)
+    original, W = W.clone(), W.t().contiguous().t()
+    record = merging.merge_(W, [A], [B], [1.0])
+    W = W.contiguous()
+    record = merging.switch_(W, record, [A], [B], [0.5])
+    W = W.t().contiguous().t()
+    merging.unmerge_(W, record)
+    assert torch.equal(bits(W.contiguous()), bits(original))
+
+
+def test_the_way_back_is_compiled_first(device, trusted, monkeypatch):
+    """Of each mode, and of units of each size."""
+    W, (A, B) = make_weight(33, 80, torch.bfloat16, device), make_factors(33, 80, 2, device)
+    calls = []
+    for name in ("merge", "unmerge", "merge_again", "switch"):
+        run = getattr(kernel, name)
+        monkeypatch.setattr(kernel, name, lambda *args, name=name, run=run: calls.append(name) or run(*args))
+    for dither in (None, (7, 0)):
+        for _ in range(2):
+            record = merge_kernel.merge(W, B, A, dither)
+            merge_kernel.unmerge(W, B, A, record)
+        assert calls == ["unmerge", "merge", "merge_again", "unmerge", "merge", "unmerge"]
+        calls.clear()
+    record = merge_kernel.merge(W, B, A)
+    merge_kernel.merge(W, B * 2, A, old=(B, A, record))
+    assert calls == ["merge", "unmerge", "merge_again", "switch"]
+
+
+def test_a_merge_kernel_whose_way_back_is_wrong_is_dropped(device, kernels_on, monkeypatch):
+    run = kernel.merge_again
+    monkeypatch.setattr(kernel, "merge_again", lambda W, A, B, record: run(W, A * 2, B, record))
+    with pytest.warns(UserWarning, match="merge.* is dropped, the eager path takes over: .*back"):
+        assert not merge_kernel.applies(torch.zeros(2, 2, device=device))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("N", "K", "R"), [(1, 1, 1), (33, 65, 16), (32, 128, 2)])
 @pytest.mark.parametrize("layout", ["rows", "transposed", "at random"])

@@ -1,5 +1,6 @@
 """Merge, unmerge and switch of many weights in one launch: bits and records of launches one by one, or nothing."""
 
+import dataclasses
 import itertools
 import warnings
 
@@ -73,8 +74,8 @@ def test_a_group_is_its_launches_one_by_one(how, even, dtype, device, guards):
     dither = -5 if random else None
     with guarded_allocations():
         members = members_of(even, dtype, device, guards, dither)
-        assert len({kernel.group_of(m.W, [(m.A, m.B)], m.record.unit) for m in members}) == 1
-        assert kernel.group_of(members[0].W, [(members[0].A, members[0].B)], (16, 64))[-1] is even
+        assert len({kernel.group_of(m.W, [(m.A, m.B)], m.record.form)[1:] for m in members}) == 1
+        assert kernel.group_of(members[0].W, [(members[0].A, members[0].B)], members[0].record.form)[-1] is even
         original = [m.W.clone() for m in members]
         if how != "merge":
             one_by_one(members, "merge")
@@ -104,7 +105,7 @@ def test_a_group_is_its_launches_one_by_one(how, even, dtype, device, guards):
 
 def copied(record):
     values = {name: getattr(record, name).clone() for name in ("table", "places", "values")}
-    return type(record)(**values, unit=record.unit, seed=record.seed)
+    return dataclasses.replace(record, **values)
 
 
 def units(member):
@@ -246,6 +247,37 @@ def test_an_interrupt_leaves_all_as_they_were(how, device, launched, monkeypatch
     assert reached == [False] and same(layers, before)
 
 
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_switch_is_taken_back_once(meanwhile, device, launched, monkeypatch):
+    """To an adapter with the same numbers; by the group, by whoever called it, and after an interrupt of that."""
+    layers = layers_of(torch.bfloat16, device, MASKED)
+    original = [W.clone() for W, _ in layers]
+    records, sweeps = prepared(layers)
+    assert merging.run_together(sweeps, MERGE) == DONE
+    merged, (_, sweeps), unmerge, calls = [W.clone() for W, _ in layers], prepared(layers, records), kernel.unmerge, []
+    no_room = torch.OutOfMemoryError("no room for the totals")
+    monkeypatch.setattr(launch, "totals_of", lambda _: (_ for _ in ()).throw(no_room))
+
+    def interrupted(*args):
+        calls.append(args)
+        if meanwhile and len(calls) == 5:  # of the way back the second, after three that compile
+            raise KeyboardInterrupt
+        unmerge(*args)
+
+    monkeypatch.setattr(launch, "_way_back", set())
+    monkeypatch.setattr(kernel, "unmerge", interrupted)
+    with pytest.raises(KeyboardInterrupt if meanwhile else torch.OutOfMemoryError):
+        merging.run_together(sweeps, MERGE)
+    assert same(layers, merged) and len(calls) == 6 + meanwhile
+    for sweep in sweeps:
+        sweep.undo(UNMERGE)
+    assert same(layers, merged)
+    monkeypatch.undo()
+    for (W, _), record in zip(layers, records, strict=True):
+        kernel.unmerge(W, record.factors.right, record.factors.left, record.device_corrections)
+    assert same(layers, original)
+
+
 def layers_again(layers):
     return [(W, ([A * 0.5], [B], [1.0], None, None)) for W, ([A], [B], *_) in layers]
 
@@ -259,11 +291,14 @@ def test_what_needs_a_launch_of_its_own(device, kernels_on, monkeypatch):
     for W in weights:
         A, B = make_factors(*W.shape, 2, device)
         assert merging.merge_later(W, ([A], [B], [1.0], None, None), False) is None
+    turned = torch.zeros(80, 48, dtype=torch.bfloat16, device=device)
+    A, B = make_factors(48, 80, 2, device)
+    assert merging.merge_later(turned, ([A], [B], [1.0], None, None), True) is not None  # as Conv1D has it
     monkeypatch.setattr(kernel, "capability", lambda _: 90)  # whose units at random are smaller
     W = make_weight(33, 80, torch.bfloat16, device)
     A, B = make_factors(*W.shape, 2, device)
     record = merging.merge_(W, [A], [B], [1.0], seed=3)
-    assert record.device_corrections.unit != kernel.unit_of(W, False)
+    assert record.device_corrections.form != kernel.form_of(W, False)
     assert merging.merge_later(W, ([A], [B], [1.0], None, None), False, record) is None
     assert merging.merge_later(W, ([A], [B], [1.0], None, 4), False, record) is not None
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import peft
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fused_lora
+from fused_lora import bases
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.ops import native
 from fused_lora.ops.linear.op import draw_seeds
@@ -349,6 +351,23 @@ def test_experts_in_one_launch(device, kernels_on, monkeypatch):
     fused_lora.unmerge(ours)
     assert_bits(ours, before)
     assert launches == [EXPERTS] * 7  # a merge, a switch, four until the refused switch was undone, an unmerge
+
+
+def test_no_call_follows_a_merge_of_experts():
+    """An interrupt in one would lose the records, and with them the weights."""
+    ours, _ = twins(Block(dtype=torch.bfloat16))
+    called, outer = [], sys.gettrace()
+
+    def trace(frame, event, argument):
+        if frame.f_back is not None and frame.f_back.f_code is bases.experts.Experts._together.__code__:
+            called.append(frame.f_code.co_name)
+
+    sys.settrace(trace)
+    try:
+        fused_lora.merge(ours)
+    finally:
+        sys.settrace(outer)
+    assert called[-1] == "_all_at_once"
 
 
 def test_a_broken_adapter_merges_nowhere():

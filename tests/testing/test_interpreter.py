@@ -68,6 +68,13 @@ def _copy_kernel(x_ptr, y_ptr, size, shift, LOAD_MASK: tl.constexpr, STORE_MASK:
 
 
 @triton.jit
+def _hint_kernel(x_ptr, y_ptr, places_ptr, first, BLOCK: tl.constexpr):
+    place = tl.load(places_ptr + tl.arange(0, BLOCK))
+    to = tl.max_contiguous(y_ptr + place, 4)
+    tl.store(to, tl.load(x_ptr + tl.multiple_of(first, 8) + tl.arange(0, BLOCK)))
+
+
+@triton.jit
 def _copy_2d_kernel(x_ptr, y_ptr, rows, cols, stride, BLOCK: tl.constexpr):
     r, c = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     mask = (r < rows) & (c < cols)
@@ -391,3 +398,18 @@ def test_allocations_are_guarded_for_the_named_packages_alone():
     with pytest.raises(AssertionError, match="overwritten"), guarded_allocations(packages=(__name__,)):
         _copy(torch.zeros(200), torch.empty(100), store_mask=False)
     assert torch.empty.__name__ == "empty"
+
+
+@pytest.mark.parametrize("first, places, message", [
+    (8, [4, 5, 6, 7, 0, 1, 2, 3], None),
+    (12, [4, 5, 6, 7, 0, 1, 2, 3], "multiple_of: 12 is no multiple of 8"),
+    (8, [4, 5, 6, 7, 0, 2, 1, 3], "max_contiguous: dimension 0 has no runs of 4 neighbours"),
+])  # fmt: skip
+def test_hints_of_a_kernel_have_to_be_so(first, places, message):
+    """A compiler believes them, so what the interpreter computes without them proves nothing."""
+    x, y = torch.arange(24.0), torch.zeros(8)
+    error = harness.interpreter.InterpreterError
+    expected = contextlib.nullcontext() if message is None else pytest.raises(error, match=message)
+    with checked(), expected:
+        _hint_kernel[(1,)](x, y, torch.tensor(places), first, BLOCK=8)
+    assert message or torch.equal(y[torch.tensor(places)], x[first : first + 8])

@@ -69,14 +69,15 @@ class Sweep:
     at_once = 1 << 28  # bytes of weights a launch: room for their corrections is held meanwhile
 
     def undo(self, mode: int) -> int:
-        """Take back, by ``mode``, what was written. It finds nothing where nothing was."""
-        kernels = _kernels()
+        """Take back, by ``mode``, what was written, once. It finds nothing where nothing was."""
         if mode == MERGE_AGAIN:
             merge_again(self.W, self.left, self.right, self.corrections)
-        elif self.corrections is not None:
-            kernels.unmerge(self.W, self.right, self.left, self.corrections)
-            if self.old is not None:
-                merge_again(self.W, *self.old)
+            return DONE
+        if self.corrections is not None:
+            _kernels().unmerge(self.W, self.right, self.left, self.corrections)
+            self.corrections = None  # a second time it may be the old merge that has these bits
+        if self.old is not None:
+            merge_again(self.W, *self.old)
         return DONE
 
 
@@ -84,15 +85,15 @@ def for_one_launch(sweep: Sweep) -> Sweep | None:
     """``sweep`` for :func:`run_together` with others of its kind; None where it is launched by itself."""
     kernels = _kernels()
     pairs, random = [(sweep.right, sweep.left)], sweep.dither is not None
-    how, unit = "merge", kernels.unit_of(sweep.W, random)
+    how, form = "merge", kernels.form_of(sweep.W, random)
     if sweep.corrections is not None:
-        how, unit = "unmerge", sweep.corrections.unit
+        how, form = "unmerge", sweep.corrections.form
     elif sweep.old is not None:
         how, (left, right, corrections) = "switch", sweep.old
         pairs.append((right, left))
-        if corrections.unit != unit:
+        if corrections.form != form:
             return None
-    group = kernels.group_of(sweep.W, pairs, unit)
+    group = kernels.group_of(sweep.W, pairs, form)
     if group is None:
         return None
     sweep.kind = how, random, *group
@@ -122,8 +123,18 @@ def run_together(sweeps: Sequence[Sweep], mode: int) -> int:
         return DONE
     finally:
         if not finished:
-            for sweep in begun:
-                sweep.undo(MERGE_AGAIN if mode == UNMERGE else UNMERGE)
+            _take_back(begun, MERGE_AGAIN if mode == UNMERGE else UNMERGE)
+
+
+def _take_back(sweeps: Sequence[Sweep], mode: int) -> None:
+    """Also if an interrupt comes meanwhile."""
+    try:
+        for sweep in sweeps:
+            sweep.undo(mode)
+    except BaseException:
+        for sweep in sweeps:
+            sweep.undo(mode)
+        raise
 
 
 def _parts(sweeps: Sequence[Sweep]) -> Iterator[list[Sweep]]:
@@ -139,6 +150,8 @@ def _parts(sweeps: Sequence[Sweep]) -> Iterator[list[Sweep]]:
 
 
 def _unmerge(sweeps: Sequence[Sweep]) -> int:
+    for sweep in sweeps:
+        _compile_way_back(sweep, MERGE_AGAIN)
     _launch(sweeps, unmerging=True)
     totals = totals_of([sweep.corrections for sweep in sweeps])
     return CHANGED if any(refused for *_, refused in totals) else DONE
@@ -154,7 +167,7 @@ def _merge(sweeps: Sequence[Sweep]) -> int:
         records = kernels.new_records([(sweep.W, room, sweep.dither) for sweep, room in todo])
         for (sweep, _), record in zip(todo, records, strict=True):
             sweep.corrections = record
-            _compile_way_back(sweep)
+            _compile_way_back(sweep, UNMERGE)
         _launch([sweep for sweep, _ in todo])
         totals = totals_of([*records, *[sweep.old[2] for sweep, _ in todo if sweep.old is not None]])
         if any(refused for *_, refused in totals):
@@ -173,13 +186,17 @@ def _merge(sweeps: Sequence[Sweep]) -> int:
     return DONE
 
 
-def _compile_way_back(sweep: Sweep) -> None:
+def _compile_way_back(sweep: Sweep, mode: int) -> None:
     """It is compiled and loaded before it is needed, and finds nothing to take back."""
     record, old, weight = sweep.corrections, sweep.old, sweep.W
-    kind = (weight.device, weight.dtype, weight.shape, weight.stride(), sweep.left.stride(), sweep.right.stride())
-    kind += () if old is None else (old[0].stride(), old[1].stride())
+    kind = (mode, weight.device, weight.dtype, weight.shape, weight.stride(), record.form, record.seed is None)
+    factors = [sweep.left, sweep.right]
+    if old is not None:
+        factors, kind = [*factors, *old[:2]], (*kind, old[2].seed is None)
+        old = *old[:2], replace(record, seed=old[2].seed)
+    kind += tuple((t.shape, t.stride()) for t in factors)
     if kind not in _way_back:
-        replace(sweep, old=None if old is None else (*old[:2], record)).undo(UNMERGE)
+        replace(sweep, old=old).undo(mode)
         _way_back.add(kind)
 
 
@@ -216,13 +233,13 @@ def merge(
 
     dither: the seed and first row of a rounding at random, as ``blocks.Dither``; kept with what is returned.
     old: of a merge that the same launch takes off before. Then None, with the weight as it was, says that the two have
-    other units and need a launch each.
+    other forms and need a launch each.
 
     Raises ValueError, with the weight as it was, when a finite weight would not stay finite; with ``old`` also what
     :func:`unmerge` raises.
     """
     kernels = _kernels()
-    if old is not None and old[2].unit != kernels.unit_of(weight, dither is not None):
+    if old is not None and old[2].form != kernels.form_of(weight, dither is not None):
         return None
     sweep = Sweep(weight, left, right, dither, old)
     outcome = run_together([sweep], MERGE)
@@ -254,6 +271,12 @@ def _check(device: torch.device, dtype: torch.dtype) -> str | None:
         if ((merged.double() - exact).abs() > torch.finfo(dtype).eps * exact.abs() + summed + 1e-7).any():
             return "a small weight was merged wrongly"
         old = left, right, record
+    changed = merged.clone()
+    changed[-1, -1] += 1
+    before = changed.clone()
+    refused = run_together([Sweep(changed, left, right, corrections=record)], UNMERGE) == CHANGED
+    if not refused or not torch.equal(bits(changed), bits(before)):
+        return "the way back of a small changed weight was wrong"
     unmerge(merged, left, right, record)
     return None if torch.equal(bits(merged), bits(W)) else "a small weight did not come back to the bit"
 

@@ -18,7 +18,7 @@ import hashlib
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -228,7 +228,9 @@ def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, fl
     The second number is the share of the delta that rounding lost: 0 is perfect, 0.8 means that the weights' precision
     is too coarse for this adapter. Reads the merged weight and the record, changes nothing.
     """
-    original = weight.detach().clone()
+    original, held = weight.detach().clone(), record.device_corrections
+    if held is not None:  # in its table an unmerge notes what a way back would merge again, and this is none of W
+        record = replace(record, device_corrections=replace(held, table=held.table.clone()))
     unmerge_(original, record)
     change = weight.detach().double() - original.double()
     left, right, scales, _ = record.factors
@@ -267,6 +269,8 @@ def _begun_on_device(W, lora_A, lora_B, scaling, seed, fan_in_fan_out) -> MergeR
     left, right, *_ = _factors(W, lora_A, lora_B, scaling, None, fan_in_fan_out)
     if W.stride(0) < W.stride(1):  # the kernel takes all three transposed
         left, right = left.t().contiguous().t(), right.t().contiguous().t()
+    else:  # of a weight [K, N] they are transposed
+        left, right = left.contiguous(), right.contiguous()
     return MergeRecord(Factors(left, right, None, dither_of(seed)), W.dtype, False)
 
 
