@@ -100,8 +100,8 @@ def _words(x):
 
 @triton.jit
 def _fourth(x, PART: tl.constexpr):
-    """x[:, PART::4]; a thread has neighbours of each row, four or eight, so nothing moves."""
-    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 4, 2, 2]))
+    """x[:, PART::4] in one dimension; a thread has neighbours of each row, four or eight, so nothing moves."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0] * x.shape[1] // 4, 2, 2]))
     first, second = tl.split(odd if PART % 2 else even)
     return second if PART // 2 else first
 
