@@ -118,6 +118,25 @@ def adapted_stacks(plan: Plan, names: Names) -> list[Adapted]:
     return found
 
 
+def ranks_by_config(plan: Plan) -> None:
+    """What :func:`adapted_stacks` finds for ``plan.ranks``, without a checkpoint.
+
+    Raises AdapterError where the config's patterns give the parameters of one module several ranks or alphas.
+    """
+    table = RankTable(os.path.dirname(plan.weights), plan.weights, plan.config)
+    for path, parameters in plan.stacks.items():
+        if path in plan.ranks:
+            continue
+        key, found = plan.slots[path]["lora_A"], set()
+        rows, names = plan.entries[key].shape[0], [f"{bare_module(path)}.{name}" for name in parameters]
+        for name in names:
+            found |= {table.of(name, r, key) for r in table.possible(name) if rows % r == 0}
+        if len(found) != 1:
+            expected = f"one rank and alpha for {some(names)}; name the base, whose shapes tell which it is"
+            raise AdapterError(plan.weights, key, expected, sorted(found) or list(plan.entries[key].shape))
+        plan.ranks[path] = found.pop()
+
+
 def _assigned(plan: Plan, names: Names, table: RankTable, module: str, paths: list[str]) -> list[Adapted]:
     """Which wrapper around ``module`` is of which of its parameters, and how it is turned."""
     key, parameters = plan.slots[paths[0]]["lora_A"], plan.stacks[paths[0]]
@@ -151,7 +170,7 @@ def _orientations(plan: Plan, table: RankTable, path: str, stack: Stack) -> set[
     """Whether the adapter's delta may be as the stack is stored (False), or transposed (True)."""
     keys, (experts, rows, columns) = plan.slots[path], stack.shape
     A, B = (plan.entries[keys[part]].shape for part in ("lora_A", "lora_B"))
-    if not experts or A[0] % experts or not table.may_be(stack.name, A[0] // experts):
+    if not experts or A[0] % experts or A[0] // experts not in table.possible(stack.name):
         return set()
     turns = (False, True) if experts > 1 else (False,)  # of a matrix PEFT turns nothing
     return {t for t in turns if (B[0], A[1]) == ((columns, rows) if t else (rows, columns))}
