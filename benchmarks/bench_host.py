@@ -10,8 +10,9 @@ accelerated   the same layer under fused_lora.accelerate
 fused_lora    LoraLinear
 
 Microseconds of the calling thread, the least of many samples, providers taking turns: eval is a forward without
-gradients, mixed batch one whose rows name their adapters, train a forward and torch.autograd.grad of x, A and B. A
-sample is so many forwards and then as many backwards, as a model's layers call them.
+gradients, mixed batch one whose rows name their adapters, train a forward and torch.autograd.grad of x, A and B,
+autocast the same over a bf16 layer with fp32 adapters, as trainers run it. A sample is so many forwards and then as
+many backwards, as a model's layers call them.
 
 On a CPU two more rows a provider are a whole model, a random Llama of 4 layers of 256 features with adapters of rank 8
 on all linears: decode is one token after 16, train model forward and backward of 64 tokens.
@@ -57,6 +58,7 @@ class Step:
     dropout: float | None
     calls = 20  # in a sample
     mixed: bool = False  # each row under the next adapter, the last under none
+    autocast: bool = False  # to bf16, of a bf16 layer with fp32 adapters
 
     def candidates(self, device: torch.device, stub: bool) -> dict[str, tuple]:
         """(layer, x, gradient of the output, leaves) of each provider."""
@@ -79,6 +81,7 @@ class Step:
 
     def __str__(self) -> str:
         mode = "mixed batch" if self.mixed else "eval" if self.dropout is None else f"train p={self.dropout:g}"
+        mode = f"autocast p={self.dropout:g}" if self.autocast else mode
         return f"{mode}, {self.adapters} adapter{'s' if self.adapters > 1 else ''}"
 
 
@@ -93,6 +96,7 @@ class ModelStep:
     dtype: str = "float32"
     adapters: int = 1
     mixed: bool = False
+    autocast = False
     calls = 1
 
     def candidates(self, device: torch.device, stub: bool) -> dict[str, tuple]:
@@ -152,9 +156,9 @@ def layers(step: Step, device: torch.device) -> dict[str, nn.Module]:
         holder = nn.Module()
         holder.layer = base()
         config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["layer"])
-        model = get_peft_model(holder, config, autocast_adapter_dtype=False)
+        model = get_peft_model(holder, config, autocast_adapter_dtype=step.autocast)
         for name in names[1:]:
-            model.add_adapter(name, config, autocast_adapter_dtype=False)
+            model.add_adapter(name, config, autocast_adapter_dtype=step.autocast)
         model.base_model.set_adapter(list(names))
         return model
 
@@ -162,7 +166,7 @@ def layers(step: Step, device: torch.device) -> dict[str, nn.Module]:
         warnings.simplefilter("ignore")  # of a model without a config: it has none
         eager, accelerated = peft(), peft()
         fused_lora.accelerate(accelerated)
-    options = dict(r=r, lora_alpha=2 * r, lora_dropout=dropout, autocast_adapter_dtype=False)
+    options = dict(r=r, lora_alpha=2 * r, lora_dropout=dropout, autocast_adapter_dtype=step.autocast)
     ours = fused_lora.LoraLinear(base(), **options)
     for name in names[1:]:
         ours.add_adapter(name, **options)
@@ -181,17 +185,18 @@ def layers(step: Step, device: torch.device) -> dict[str, nn.Module]:
     return found
 
 
-def sample(
-    layer: Callable, x: torch.Tensor, g: torch.Tensor | None, leaves: list, backward: bool, clock, calls
-) -> list:
-    """[us of a forward, us of a backward], the mean of so many calls: all forwards, then all backwards."""
+def sample(layer: Callable, x: torch.Tensor, g: torch.Tensor | None, leaves: list, backward: bool, clock, step) -> list:
+    """[us of a forward, us of a backward], the mean of a step's calls: all forwards, then all backwards."""
+    calls = step.calls
     for _ in range(min(calls, 3)):  # the caches hold another provider's code
-        y = layer(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=step.autocast):
+            y = layer(x)
         if backward:
             torch.autograd.grad(y, leaves, g)
-    t0 = clock()
-    outputs = [layer(x) for _ in range(calls)]
-    t1 = clock()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=step.autocast):
+        t0 = clock()
+        outputs = [layer(x) for _ in range(calls)]
+        t1 = clock()
     for y in outputs if backward else ():
         torch.autograd.grad(y, leaves, g)
     return [t / calls * 1e6 for t in (t1 - t0, clock() - t1)]
@@ -203,7 +208,8 @@ def measure(step: Step | ModelStep, report: Report, table: Table, arguments) -> 
     given = step.candidates(device, stub)
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
     backward, outputs = step.dropout is not None, {}
-    with torch.set_grad_enabled(backward):
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=step.autocast)
+    with torch.set_grad_enabled(backward), autocast:
         for name, (layer, x, *_) in given.items():
             outputs[name] = layer(x).detach()
     exact = outputs["PEFT"].double()
@@ -214,7 +220,7 @@ def measure(step: Step | ModelStep, report: Report, table: Table, arguments) -> 
             for name, candidate in given.items():
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                times = sample(*candidate, backward, clock, step.calls)
+                times = sample(*candidate, backward, clock, step)
                 if rounds >= 0:
                     best[name] = [min(pair) for pair in zip(best[name], times, strict=True)]
             rounds += 1
@@ -224,7 +230,9 @@ def measure(step: Step | ModelStep, report: Report, table: Table, arguments) -> 
         # a mask is drawn anew in every call, and the stub computes nothing
         drawn = stub or (step.dropout and name != "bare")
         same = drawn or name == "bare" or (outputs[name].double() - exact).norm() <= 2**-6 * exact.norm()
-        row = vars(step) | dict(benchmark="host", step=str(step), provider=name, correct=bool(same), stub=stub)
+        row = vars(step) | dict(
+            benchmark="host", autocast=step.autocast, step=str(step), provider=name, correct=bool(same), stub=stub
+        )
         row |= dict(forward_us=round(forward, 2), both_us=round(both, 2) if backward else None)
         report.rows.append(row | dict(forward_to_peft=ratios[0], both_to_peft=ratios[1]))
         shown = [None if value is None else f"{value:.2f}" for value in ratios]
@@ -232,13 +240,18 @@ def measure(step: Step | ModelStep, report: Report, table: Table, arguments) -> 
 
 
 def add_bars(report: Report) -> None:
-    """Kernel route: forward at most 0.6, forward+backward at most 0.8 of PEFT's host time; CPU: 1.0 and 1.2."""
+    """Kernel route: forward at most 0.6, forward+backward at most 0.8 of PEFT's host time; CPU: 1.0 and 1.2.
+
+    Under autocast both at most 1.0 of it.
+    """
     kernels = report.settings["stub"] or report.device.type == "cuda"
     for row in report.rows:
         if row["provider"] not in OURS or row["adapters"] > 1 or (kernels and row["dropout"] is None):
             continue
         where = f"host time, {row['provider']}, {row['step']}"
-        if kernels:
+        if row["autocast"]:
+            report.bar(f"{where}, forward+backward: times PEFT's", row["both_to_peft"], 1.0, False)
+        elif kernels:
             report.bar(f"{where}, forward: times PEFT's", row["forward_to_peft"], 0.6, False)
             report.bar(f"{where}, forward+backward: times PEFT's", row["both_to_peft"], 0.8, False)
         elif row["dropout"] is None:
@@ -255,6 +268,8 @@ def steps(arguments) -> list[Step | ModelStep]:
     else:
         size = dict(M=4, features=64, r=8, dtype="float32")
     found = [Step(**size, adapters=n, dropout=p) for n in (1, 3) for p in (None, 0.0, 0.1)]
+    sixteen = size | dict(dtype="bfloat16")
+    found += [Step(**sixteen, adapters=1, dropout=p, autocast=True) for p in (0.0, 0.1)]
     # no kernel takes part in a mixed batch of a layer: the store's has a benchmark of its own
     if not arguments.stub:
         found.append(Step(**size, adapters=3, dropout=None, mixed=True))

@@ -218,7 +218,8 @@ class Linear4bit(Requantised):
         if not own["compute_type_is_set"] or self._why_not_now(module, x):
             return None
         dtype = compute_dtype(module, x)
-        return Weight(module, dtype) if x.is_cpu or x.dtype is dtype else None
+        fits = x.is_cpu or x.dtype is dtype or torch.is_autocast_enabled(x.device.type)
+        return Weight(module, dtype) if fits else None
 
     def why_not_merged(self, module: Any) -> str | None:
         """None for a weight of a known kind."""

@@ -139,7 +139,8 @@ class FusedLoraBehaviour(_Layer):
         operands = self._operands(x, names)
         if operands is None or rows is None:
             return None if operands is None else memory.recall(x, *operands)
-        if memory.runs(x, *operands) is None:
+        known = memory.find(x, *operands)
+        if known is None or known[0] is not None:  # unknown, or under autocast
             return None
         y = own["_modules"]["base_layer"](x)
         if not (len(rows) or torch.is_grad_enabled()):

@@ -755,9 +755,9 @@ def test_readme_table_takes_the_newest_file_and_needs_its_markers(load, tmp_path
 
 def test_bench_host(load, tmp_path):
     code, content = run(load("bench_host"), tmp_path)
-    assert code == 0 and content["benchmark"] == "host" and len(content["bars"]) == 14
+    assert code == 0 and content["benchmark"] == "host" and len(content["bars"]) == 18
     providers = ["PEFT", "accelerated", "fused_lora"]
-    assert [row["provider"] for row in content["rows"]] == ["bare", *providers] * 7 + providers * 4
+    assert [row["provider"] for row in content["rows"]] == ["bare", *providers] * 9 + providers * 4
     for row in content["rows"]:
         trained = row["dropout"] is not None
         assert row["correct"] and row["forward_us"] > 0 and trained == (row["both_us"] is not None)
@@ -783,7 +783,7 @@ def test_a_store_that_adds_nothing_is_a_wrong_result(load, tmp_path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing needs a stub")
-@pytest.mark.parametrize("name, count", [("bench_host", 24), ("bench_store_host", 9)])
+@pytest.mark.parametrize("name, count", [("bench_host", 32), ("bench_store_host", 9)])
 def test_host_times_by_the_kernels_without_a_gpu(name, count, load, tmp_path):
     """Whoever fails a launch ends it: the rows are of the kernel route."""
     pytest.importorskip("triton")

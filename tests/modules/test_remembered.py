@@ -1,6 +1,7 @@
 """What a layer remembers of its last calls: after any change the next call is that of a copy without memory."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -82,8 +83,8 @@ CHANGES = {
 @pytest.mark.parametrize("kind", ["fused_lora", "accelerated", "aLoRA"])
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_a_call_after_a_change_is_that_of_a_copy(base, kind, change, monkeypatch):
-    recalled, runs = [], Memory.runs
-    monkeypatch.setattr(Memory, "runs", lambda *given: recalled.append(runs(*given)) or recalled[-1])
+    recalled, find = [], Memory.find
+    monkeypatch.setattr(Memory, "find", lambda *given: recalled.append(find(*given)) or recalled[-1])
     changed = model(base, kind)
     layer = layers(changed)[0]
     x = torch.randn(5, K, requires_grad=True)
@@ -98,6 +99,67 @@ def test_a_call_after_a_change_is_that_of_a_copy(base, kind, change, monkeypatch
     for ours, expected in zip(outcome(layer, x), outcome(fresh, x), strict=True):
         assert (ours is None) == (expected is None)
         assert ours is None or torch.equal(ours, expected)
+
+
+def autocast(dtype: torch.dtype | None, device: str = "cpu"):
+    return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+@pytest.fixture
+def recalled(monkeypatch):
+    """Of each call of a layer with a memory, whether one like it was known."""
+    results, recall = [], Memory.recall
+    monkeypatch.setattr(Memory, "recall", lambda *given: results.append(recall(*given)) or results[-1])
+    return results
+
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("first, then", [(None, BF16), (BF16, None), (BF16, torch.float16), (BF16, BF16)])
+@pytest.mark.parametrize("kind", ["fused_lora", "accelerated", "aLoRA"])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_a_call_is_remembered_for_its_autocast_alone(base, kind, first, then, recalled):
+    changed = model(base, kind)
+    layer = layers(changed)[0]
+    x = torch.randn(5, K, requires_grad=True)
+    with autocast(first):
+        outcome(layer, x)
+    fresh = layers(copy.deepcopy(changed))[0]
+    with autocast(then):
+        expected = outcome(fresh, x)
+        for _ in range(2):
+            for ours, theirs in zip(outcome(layer, x), expected, strict=True):
+                assert ours.dtype is theirs.dtype and torch.equal(ours, theirs)
+    assert torch.is_autocast_enabled("cpu") is False
+    assert kind == "aLoRA" or recalled[-1] is not None
+
+
+def test_float64_under_autocast_is_not_remembered(recalled):
+    layer = layers(model("dense", "fused_lora").double())[0]
+    x = torch.randn(5, K, dtype=torch.float64)
+    with autocast(BF16):
+        assert torch.equal(outcome(layer, x)[0], outcome(layer, x)[0])
+    assert not recalled or recalled[-1] is None
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_on_a_gpu_remembered_adapters_take_the_autocast_dtype(base, x_dtype, device, kernels_on, recalled):
+    layer = layers(model(base, "fused_lora"))[0].to(device)
+    x = torch.randn(5, K, device=device).to(x_dtype).requires_grad_()
+    with autocast(BF16, device.type):
+        known = outcome(layer, x), outcome(layer, x)
+        assert recalled[-1] is not None
+    assert known[1][0].dtype is (BF16 if base == "dense" else x_dtype) and known[1][2].dtype is torch.float32
+    for part in ("lora_A", "lora_B"):
+        getattr(layer, part).bfloat16()
+    if base == "dense":
+        layer.base_layer.weight.data = layer.base_layer.weight.data.bfloat16()
+    with autocast(BF16 if base == "nf4" else None, device.type):
+        rounded = outcome(layer, x.detach().bfloat16().requires_grad_())
+    for first, second, plain in zip(*known, rounded, strict=True):
+        assert torch.equal(first, second) and torch.equal(first.bfloat16(), plain)
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
