@@ -275,16 +275,28 @@ def test_other_aloras_and_convolutions_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_ranks_of_experts_that_the_base_alone_tells(tmp_path):
-    """A pattern gives one of the two parameters another rank; both divide the rows of the other's factors."""
+def test_ranks_and_alphas_of_experts(tmp_path):
+    """Ranks by a pattern follow from the number of experts, which is one; alphas only from the base."""
     base = model("LoRA on experts")
     base.save_pretrained(tmp_path / "base")
-    pattern = dict(rank_pattern={r".*\.experts\.gate_up_proj": 2}, alpha_pattern={r".*\.experts\.gate_up_proj": 3})
-    trained(tmp_path / "a", "LoRA on experts", of=base, **pattern)
-    for call in (inspect_adapter, lambda folder: diff_adapters(folder, folder)):
-        with pytest.raises(AdapterError, match="name the base, whose shapes tell which it is"):
-            call(tmp_path / "a")
-    report = inspect_adapter(tmp_path / "a", tmp_path / "base")
-    found = {layer["parameter"]: (layer["r"], layer["scaling"]) for layer in report.layers if layer["parameter"]}
-    stack = "model.layers.0.mlp.experts"
-    assert report.fits and found == {f"{stack}.gate_up_proj": (2, 1.5), f"{stack}.down_proj": (4, 1.5)}
+    for name, pattern in (("a", "rank_pattern"), ("b", "alpha_pattern")):
+        trained(tmp_path / name, "LoRA on experts", **{pattern: {r".*\.experts\.gate_up_proj": 2}})
+    wanted = {
+        "a": {"gate_up_proj": (2, 3.0), "down_proj": (4, 1.5)},
+        "b": {"gate_up_proj": (4, 0.5), "down_proj": (4, 1.5)},
+    }
+    for name, ranks in wanted.items():
+        report = inspect_adapter(tmp_path / name, tmp_path / "base")
+        stacks = {layer["parameter"]: (layer["r"], layer["scaling"]) for layer in report.layers if layer["parameter"]}
+        assert report.fits and stacks == {f"model.layers.0.mlp.experts.{n}": found for n, found in ranks.items()}
+    alone = {layer["path"]: layer for layer in inspect_adapter(tmp_path / "a").layers}
+    for layer in inspect_adapter(tmp_path / "a", tmp_path / "base").layers:
+        assert layer | {"parameter": None} == alone[layer["path"]]
+    assert diff_adapters(tmp_path / "a", tmp_path / "a").same
+    for call in (inspect_adapter, lambda folder: diff_adapters(tmp_path / "a", folder)):
+        with pytest.raises(AdapterError, match="a base's shapes tell more"):
+            call(tmp_path / "b")
+    for names, message in (([f"experts.p{i}" for i in range(9)], "9 and 2"), (BOTH[:1], "1 and 2")):
+        change(tmp_path / "b" / "adapter_config.json", target_parameters=names)
+        with pytest.raises(AdapterError, match=f"at most 5 parameters .* found {message}"):
+            inspect_adapter(tmp_path / "b")
