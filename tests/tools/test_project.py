@@ -1,4 +1,4 @@
-"""Files around the code: workflows call what exists, the version has one source, tools one version; samples of tests."""
+"""Files around the code: workflows call what exists, the version has one source, tools one version; and samples."""
 
 import itertools
 import re
