@@ -90,15 +90,16 @@ def pytest_runtest_logreport(report):
         EXPERIMENTS.append({**found, "passed": report.passed, "seconds": round(report.duration, 1)})
 
 
+@pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    gc.disable()  # all that collection makes stays
-
-
-def pytest_collection_finish():
-    """gc.collect, which benchmarks and torch.compile call often, took 0.3 s to go through all modules and tests."""
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+    """What it makes stays. gc.collect, which benchmarks and torch.compile call often, took 0.3 s to go through it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_sessionfinish(session):

@@ -444,7 +444,7 @@ def test_rounding_at_random(shape, dtype, transposed, device, kernel_memory):
     if transposed:
         W = W.t().contiguous().t()
         expected = torch.where(W.t().isfinite(), dithered(W.t().float() + chain(A, B).t(), dtype, dither), W.t()).t()
-    tile = TILES[0] if transposed else None
+    tile = TILES[4] if transposed else None  # few programs over a tall weight
     record = kernel.new_record(W, W.numel(), tile, dither)
     kernel.merge(W, A, B, record, tile)
     assert record.totals()[1] == 0 and torch.equal(bits(W.contiguous()), bits(expected.contiguous()))
