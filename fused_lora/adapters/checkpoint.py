@@ -270,7 +270,9 @@ def _sort_keys(
         raise AdapterError(path, "use_dora", "a lora_magnitude_vector for each layer", "none")
     for name in embedded:
         if name in plain:  # of an embedding alone these are a bias or a magnitude
-            raise AdapterError(path, plain[name], "lora_embedding_A and lora_embedding_B alone of an embedding", "more")
+            raise AdapterError(
+                path, plain[name], "lora_embedding_A and lora_embedding_B alone of an embedding", "DoRA or a bias"
+            )
     for name, keys in slots.items():
         for field in wanted:
             if field not in keys:

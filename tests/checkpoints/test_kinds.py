@@ -262,12 +262,16 @@ def test_what_is_refused(tmp_path, call, kind, damage, message):
     assert contents(tmp_path) == before
 
 
-def test_other_aloras_and_convolutions_are_refused(tmp_path):
+def test_other_aloras_dora_of_embeddings_and_convolutions_are_refused(tmp_path):
     for name, tokens in (("a", [3]), ("b", [4]), ("c", None)):
         trained(tmp_path / name, "aLoRA", target_modules=["q_proj"], alora_invocation_tokens=tokens)
     for other in "bc":
         with pytest.raises(AdapterError, match=r"alora_invocation_tokens: expected the invocation of '.*/a', \[3\]"):
             combine_adapters([tmp_path / "a", tmp_path / other], tmp_path / "out", "cat")
+    trained(tmp_path / "e", "DoRA", target_modules=["embed_tokens"])
+    for call in (inspect_adapter, lambda folder: convert_adapter(folder, tmp_path / "out")):
+        with pytest.raises(AdapterError, match="alone of an embedding, found DoRA|alone beside DoRA"):
+            call(tmp_path / "e")
     trained(tmp_path / "d", "conv", of=nn.Sequential(nn.Conv2d(3, 8, 3)), target_modules=["0"])
     for call in (inspect_adapter, lambda folder: convert_adapter(folder, tmp_path / "out")):
         with pytest.raises(AdapterError, match=r"lora_A.weight: expected .*, found \[4, 3, 3, 3\]"):
