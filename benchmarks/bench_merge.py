@@ -6,12 +6,13 @@ Every merge is checked against float64 first (RMS error at most 1.1 times PEFT's
 `no record` is the kernel that this package's merge ends with, on factors ready in fp32: nothing checked first and
 nothing kept, so it cannot be undone to the bit. Only a device that runs our kernels has it.
 All providers take turns in one run, each on its own copies of the weight, set back to the same bits before every turn.
-On a CPU a turn merges four such layers one after another, as merging a model does, then unmerges them; the times are
-those of one layer. (The copying between the turns leaves torch's threads spinning for milliseconds.) Then come whole
-models: 120 small layers, and five layers of a decoder layer of Llama-3-8B in bf16. Of these `sync` is a merge and the
-way back, and `switch` puts another adapter in the place of the merged one, in PEFT and in `two calls` by an unmerge and
-a merge. Last come the files of one decoder layer, by `bench_checkpoint.py`, which has larger ones. The figure has the
-time over the size of the weight, where matplotlib is installed.
+On a CPU a turn merges four such layers one after another, as merging a model does, then unmerges them (one of PEFT's
+safe_merge, which takes the longest); the times are those of one layer. (The copying between the turns leaves torch's
+threads spinning for milliseconds.) Then come whole models: 120 small layers, and five layers of a decoder layer of
+Llama-3-8B in bf16. Of these `sync` is a merge and the way back, and `switch` puts another adapter in the place of the
+merged one, in PEFT and in `two calls` by an unmerge and a merge. Last come the files of one decoder layer, by
+`bench_checkpoint.py`, which has larger ones. The figure has the time over the size of the weight, where matplotlib is
+installed.
 `floor` is the time of the bytes that a merge must move (W read and written, A and B read) at the copy's bandwidth;
 `host us` the time in which the host issues a merge on a GPU, where it need not wait for the device;
 `changed` the share of weights whose bits differ after merge and unmerge; `extra` the peak memory of one merge beyond
@@ -49,7 +50,8 @@ _SMALL = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 153
 _DECODER = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096)}  # of Llama-3-8B
 _DECODER |= {"down": (14336, 4096)}  # and not all of the MLP: a CPU must be done in two minutes
 _FILES = dict(layers=1, hidden=2048, vocabulary=8000, shards=3, rounds=3)
-_ROUNDS = 4  # of the decoder layer, whose round takes PEFT seconds
+_SECONDS, _ROUNDS = 2.0, 5  # at least, of a point
+_DECODER_ROUNDS = 3  # each takes PEFT seconds
 _FIRST = """
 import json, time, torch, fused_lora
 W, A, B = torch.randn(4096, 4096), torch.randn(16, 4096), torch.randn(4096, 16) * 1e-3
@@ -128,16 +130,17 @@ def restore(merger: Merger, weights: Weights) -> None:
     merger.weight().copy_(weights.weight)
 
 
-def check(weights: Weights) -> dict[str, dict]:
+def check(weights: Weights, model: dict[str, Merger]) -> dict[str, dict]:
     """{provider: {wrong: None or what, changed: share of weights not back after merge and unmerge, record_bytes}}."""
-    exact = weights.weight.double() + SCALING * (weights.lora_B.double() @ weights.lora_A.double())
+    A, B = weights.lora_A.double(), weights.lora_B.double()
+    exact = torch.addmm(weights.weight.double(), B, A, alpha=SCALING)
     found, yardstick = {}, None
-    for name, merger in mergers(weights).items():
+    for name, merger in model.items():
         merger.merge()
         merged = merger.weight().clone()
         record_bytes = merger.record_bytes()
         merger.unmerge()
-        changed = (bits(merger.weight()) != bits(weights.weight)).double().mean().item()
+        changed = (bits(merger.weight()) != bits(weights.weight)).count_nonzero().item() / weights.weight.numel()
         if yardstick is None:
             yardstick = merged
             wrong = plausible(merged, exact, 1, "merged weight")
@@ -151,7 +154,7 @@ def check(weights: Weights) -> dict[str, dict]:
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Peak memory of one call beyond what was held before; None where the system cannot tell."""
-    gc.collect()
+    gc.collect(1)  # the older objects were collected before the timed rounds
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -180,9 +183,10 @@ def measure(point: Point, report: Report, table: Table, arguments) -> None:
     """Check, time and add the rows of one layer."""
     device = arguments.device
     weights = Weights.draw(point, device)
-    checks = check(weights)
     models = [mergers(weights) for _ in range(_LAYERS[device.type])]
+    checks = check(weights, models[0])
     layers = {name: [model[name] for model in models] for name in checks if checks[name]["wrong"] is None}
+    layers |= {name: layers[name][:1] for name in layers if name == "PEFT safe"}
     source, target = weights.weight.clone(), torch.empty_like(weights.weight)
     candidates = [Candidate("copy", [lambda: target.copy_(source)])]
     candidates += [_turn(name, model, weights) for name, model in layers.items()]
@@ -311,7 +315,8 @@ def measure_decoder(report: Report, arguments) -> None:
     }
     clock = Clock(arguments.device)
     candidates = [Candidate(name, calls) for name, calls in steps.items()]
-    times = interleaved(candidates, clock, arguments.seconds, min(arguments.rounds, _ROUNDS), arguments.deadline)
+    rounds = min(arguments.rounds, _DECODER_ROUNDS)
+    times = interleaved(candidates, clock, arguments.seconds, rounds, arguments.deadline)
     after = [layer.base_layer.weight for layer in fused_lora.lora_layers(ours).values()]
     report.bar(
         "decoder layer, merged, switched and back: all bits", float(all(map(torch.equal, before, after))), 1, True
@@ -376,11 +381,12 @@ def points(arguments) -> list[Point]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parser(__doc__)
+    options = parser(__doc__, _SECONDS)
+    options.set_defaults(rounds=_ROUNDS)
     options.add_argument("--dtypes", type=lambda text: text.split(","), help="e.g. float32,bfloat16")
     options.add_argument("--relative", type=float, default=0.01, help="norm of the delta over that of the weight")
     arguments = options.parse_args(argv)
-    report = begin("merge", arguments)
+    report = begin("merge", arguments, _SECONDS)
     table = Table(COLUMNS)
     run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
     if arguments.device.type == "cpu" and not arguments.shapes:

@@ -15,7 +15,7 @@ from torch import nn
 import fused_lora
 from fused_lora.bases import base_of
 from fused_lora.bases.base import Factors
-from fused_lora.testing.numeric import errors, ulp
+from fused_lora.testing.numeric import errors, largest_and_rms, ulp
 
 ADAPTER = "default"
 SCALING = 2.0
@@ -206,7 +206,7 @@ def no_worse(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, name
     more, and the largest error may be twice PEFT's plus one ulp; an element that is really wrong exceeds both.
     """
     (worst, rms), (their_worst, their_rms) = errors(ours, exact), errors(theirs, exact)
-    size, typical = exact.abs().max().item(), exact.square().mean().sqrt().item()
+    size, typical = largest_and_rms(exact)
     factor = 1.1 + 4 / exact.numel() ** 0.5
     if rms <= factor * their_rms + ulp(typical, ours.dtype) and worst <= max(2, factor) * their_worst + ulp(
         size, ours.dtype
@@ -218,5 +218,5 @@ def no_worse(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, name
 def plausible(result: torch.Tensor, exact: torch.Tensor, terms: int, name: str) -> str | None:
     """None, or what is wrong with PEFT's result itself: an RMS error above what ``terms`` roundings explain."""
     rms = errors(result, exact)[1]
-    limit = 4 * torch.finfo(result.dtype).eps * terms**0.5 * exact.square().mean().sqrt().item()
+    limit = 4 * torch.finfo(result.dtype).eps * terms**0.5 * largest_and_rms(exact)[1]
     return None if rms <= limit else f"{name}: RMS error {rms:.3e}, expected at most {limit:.3e}"

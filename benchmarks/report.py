@@ -321,24 +321,24 @@ def spread(found: dict[str, float] | None) -> str | None:
     return found and f"{found['median']:.4g} [{found['p20']:.4g} {found['p80']:.4g}]"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark takes."""
+def parser(description: str, seconds: float = 4.0) -> argparse.ArgumentParser:
+    """The options that every benchmark takes; ``seconds``: of a point on a CPU, as for :func:`begin`."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
     found.add_argument("--budget", type=float, metavar="MINUTES", help="start no point after this (CPU default: 2)")
-    found.add_argument("--seconds", type=float, help="timing per point (default: 4 on a CPU, 0.3 on a GPU)")
-    found.add_argument("--rounds", type=int, default=7, help="rounds per point at least (default: 7)")
+    found.add_argument("--seconds", type=float, help=f"timing per point (default: {seconds:g} on a CPU, 0.3 on a GPU)")
+    found.add_argument("--rounds", type=int, default=7, help="rounds per point at least (default: %(default)s)")
     found.add_argument("--shapes", type=_shapes, help="in x out of the layers, e.g. 4096x4096,1000x777")
     found.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     found.add_argument("--commit", help="recorded where git is not at hand")
     return found
 
 
-def begin(benchmark: str, arguments: argparse.Namespace) -> Report:
+def begin(benchmark: str, arguments: argparse.Namespace, seconds: float = 4.0) -> Report:
     """The report of a run, its heading printed; fills in the defaults of ``arguments`` and their ``deadline``."""
     on_cpu = arguments.device.type == "cpu"
     if arguments.seconds is None:
-        arguments.seconds = 4.0 if on_cpu else 0.3
+        arguments.seconds = seconds if on_cpu else 0.3
     if arguments.budget is None and on_cpu:
         arguments.budget = 2.0
     arguments.deadline = time.monotonic() + (arguments.budget * 60 if arguments.budget is not None else 1e9)

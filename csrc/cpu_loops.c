@@ -422,7 +422,7 @@ INLINE int do_unit(int type, int scaled, int random, Work *work, int64_t index, 
     Unit result = {(char *)out, pitch * size, unit.row, unit.column, h, n, pitch};
     Pairs found = {pairs, -1};
 
-    if (mode == CHECKSUM) {
+    if (!random && mode == CHECKSUM) {
         work->checksums[index] = checksum(type, &unit);
         return DONE;
     }
@@ -433,7 +433,7 @@ INLINE int do_unit(int type, int scaled, int random, Work *work, int64_t index, 
         char *to = (char *)out + first * pitch * size;
         Unit then = strip_of(&next, first, STRIP);
         compute_delta(work, &strip, &then, right, delta);
-        if (mode == UNMERGE) {
+        if (!random && mode == UNMERGE) {
             if (!unmerge_lines(type, scaled, 0, work, &strip, delta, to))
                 unmerge_lines(type, scaled, 1, work, &strip, delta, to);
             continue;
@@ -445,7 +445,7 @@ INLINE int do_unit(int type, int scaled, int random, Work *work, int64_t index, 
         }
         if (mode == MERGE) found = encode(type, &strip, first * n, xors, differs, found);
     }
-    if (mode == UNMERGE) {
+    if (!random && mode == UNMERGE) {
         int64_t start = work->starts[index], count = work->counts[index];
         if (start < 0 || count < 0 || start > work->room - count) return CHANGED;
         if (!decode(type, &unit, out, work->corrections + 2 * start, count)) return CHANGED;
@@ -464,8 +464,9 @@ INLINE int do_unit(int type, int scaled, int random, Work *work, int64_t index, 
     return DONE;
 }
 
+/* Only merges of 16 bits are rounded at random: the compiler leaves out the rest. */
 INLINE int do_unit_of(int scaled, int random, Work *work, int64_t index, int mode) {
-    if (work->weight_type == FLOAT32) return do_unit(FLOAT32, scaled, 0, work, index, mode);
+    if (!random && work->weight_type == FLOAT32) return do_unit(FLOAT32, scaled, 0, work, index, mode);
     if (work->weight_type == BFLOAT16) return do_unit(BFLOAT16, scaled, random, work, index, mode);
     return do_unit(FLOAT16, scaled, random, work, index, mode);
 }
@@ -524,24 +525,24 @@ INLINE void mask_row(const Mask *mask, int64_t row) {
     KIND(name, random, 0, 1, options)                                                                               \
     KIND(name, scaled_random, 1, 1, options)                                                                        \
     static int unit_##name(Work *work, int64_t index, int mode) {                                                   \
-        int random = work->dithered && mode != UNMERGE && mode != CHECKSUM;                                         \
+        int random = work->dithered && work->weight_type != FLOAT32 && mode != UNMERGE && mode != CHECKSUM;         \
         if (work->row_scale) return (random ? scaled_random_##name : scaled_##name)(work, index, mode);             \
         return (random ? random_##name : plain_##name)(work, index, mode);                                          \
     }                                                                                                               \
     options static void mask_##name(const Mask *mask, int64_t row) { mask_row(mask, row); }
 
-VARIANT(plain, )
 #ifdef __x86_64__
 VARIANT(avx2, __attribute__((target("avx2,fma,bmi2"))))
 VARIANT(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512"))))
-static int (*const units[])(Work *, int64_t, int) = {unit_plain, unit_avx2, unit_avx512};
-static void (*const masks[])(const Mask *, int64_t) = {mask_plain, mask_avx2, mask_avx512};
+static int (*const units[])(Work *, int64_t, int) = {0, unit_avx2, unit_avx512};
+static void (*const masks[])(const Mask *, int64_t) = {0, mask_avx2, mask_avx512};
 #else
+VARIANT(plain, )
 static int (*const units[])(Work *, int64_t, int) = {unit_plain};
 static void (*const masks[])(const Mask *, int64_t) = {mask_plain};
 #endif
 
-/* The best variant here: 0 plain, 1 AVX2, 2 AVX-512; -1 where fmaf would be a slow call. */
+/* The best variant here: 0 plain, not on x86-64; 1 AVX2, 2 AVX-512; -1 where fmaf would be a slow call. */
 int fused_lora_variant(void) {
 #ifdef __x86_64__
     __builtin_cpu_init();

@@ -45,7 +45,7 @@ SLOTS = {  # end of a key -> field of LayerTensors
     ".base_layer.bias": "base_bias",
     ".lora_magnitude_vector": "lora_magnitude",
 }
-_EMBEDDING_SLOTS = {".lora_embedding_A": "lora_A", ".lora_embedding_B": "lora_B"}
+EMBEDDING_SLOTS = {".lora_embedding_A": "lora_A", ".lora_embedding_B": "lora_B"}
 _MAX_PATTERN_CHECKS = 2_000_000
 
 
@@ -170,7 +170,7 @@ def _read_once(
         raise AdapterError(path, None, "a safetensors file", found)
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         header = read_header(path, file, size)
-        ends = SLOTS | _EMBEDDING_SLOTS if all_kinds else SLOTS
+        ends = SLOTS | EMBEDDING_SLOTS if all_kinds else SLOTS
         entries, config, convert = as_peft(path, header.entries, config, layout, KEY_PREFIX, stacks_of)
         found = _sort_keys(path, entries, config, ends, allow_partial, may_copy)
         slots, biases, beside, left_out, copies, embeddings = found
@@ -240,7 +240,7 @@ def _sort_keys(
         if prefixed and (field in wanted or (field == "base_bias" and config.bias != "none")):
             layer = name.removesuffix(end)
             slots.setdefault(layer, {})[field] = key
-            (embedded if end in _EMBEDDING_SLOTS else plain)[layer] = key
+            (embedded if end in EMBEDDING_SLOTS else plain)[layer] = key
         elif prefixed and field is None and config.bias == "all" and (name == "bias" or name.endswith(".bias")):
             biases[name] = key
         elif prefixed and field is None and _is_beside(name, config):
@@ -270,11 +270,13 @@ def _sort_keys(
         raise AdapterError(path, "use_dora", "a lora_magnitude_vector for each layer", "none")
     for name in embedded:
         if name in plain:  # of an embedding alone these are a bias or a magnitude
-            raise AdapterError(path, plain[name], "lora_embedding_A and lora_embedding_B alone of an embedding", "more")
+            raise AdapterError(
+                path, plain[name], "lora_embedding_A and lora_embedding_B alone of an embedding", "DoRA or a bias"
+            )
     for name, keys in slots.items():
         for field in wanted:
             if field not in keys:
-                table = {**_EMBEDDING_SLOTS, **SLOTS} if name in embedded else SLOTS
+                table = {**EMBEDDING_SLOTS, **SLOTS} if name in embedded else SLOTS
                 end = next(end for end, f in table.items() if f == field)
                 raise AdapterError(path, f"{KEY_PREFIX}{name}{end}", "a tensor", "no such key")
     return slots, biases, beside, tuple(unread), copies, set(embedded)
@@ -332,9 +334,9 @@ class RankTable:
         self._ranks = PatternTable(config.rank_pattern, config.r)
         self._alphas = PatternTable(config.alpha_pattern, config.lora_alpha)
 
-    def may_be(self, name: str, r: int) -> bool:
-        """Whether the config may give ``name`` the rank r."""
-        return r in self._ranks.possible(name)
+    def possible(self, name: str) -> set[int]:
+        """The ranks that the config may give ``name``."""
+        return self._ranks.possible(name)
 
     def of(self, name: str, r: int, key: str) -> tuple[int, float]:
         """(r, lora_alpha) of ``name``, whose tensor under ``key`` has rank r; AdapterError: the config has another."""
@@ -372,7 +374,10 @@ def _ranks(
         rows = shape_A[0] if len(shape_A) == 2 else 0
         if not rows or (rows > MAX_RANK * each and name not in stacks) or rows % each:
             wanted = "[r, K]" if each == 1 else f"[{each} experts * r, K]"
-            raise AdapterError(path, keys["lora_A"], f"a shape {wanted}, r at most {MAX_RANK}", list(shape_A))
+            kind = ", of a convolution" * (len(shape_A) > 2)
+            raise AdapterError(
+                path, keys["lora_A"], f"a shape {wanted}, r at most {MAX_RANK}", f"{list(shape_A)}{kind}"
+            )
         if len(shape_B) != 2 or shape_B[1] != rows:
             swapped = "; lora_A and lora_B seem to be swapped" * (shape_A[1] == shape_B[0])
             raise AdapterError(path, keys["lora_B"], f"a shape [N, {rows}]", f"{list(shape_B)}{swapped}")

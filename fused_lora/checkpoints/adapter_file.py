@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, Plan, path_text, read_checked
+from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Plan, path_text, read_checked
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import each_tensor, open_regular, read_header
 from fused_lora.checkpoints.stream import read_bytes
@@ -45,8 +45,11 @@ class AdapterFile:
         data = read_bytes(self.plan.weights, self._file.fileno(), begin, size)
         return data.view(entry.dtype).view(entry.shape)
 
-    def of_expert(self, path: str, field: str, expert: int) -> Tensor:
-        """lora_A [r, K] or lora_B [N, r] of one expert, from PEFT's packing, [experts * r, K] and [N, r * experts]."""
+    def experts(self, path: str, field: str) -> Tensor:
+        """lora_A [experts, r, K] or lora_B [experts, N, r], from PEFT's packing, [experts * r, K] and [N, r * experts].
+
+        The layer's rank must be known: ``plan.ranks`` has it from the checkpoint, or from the config alone.
+        """
         key, r = self.plan.slots[path][field], self.plan.ranks[path][0]
         if key not in self._stacks:
             while len(self._stacks) >= _STACKS:
@@ -54,7 +57,13 @@ class AdapterFile:
             whole = self.tensor(key)
             by_expert = whole.view(-1, r, whole.shape[1]) if field == "lora_A" else whole.view(len(whole), r, -1)
             self._stacks[key] = by_expert if field == "lora_A" else by_expert.permute(2, 0, 1).contiguous()
-        return self._stacks[key][expert]
+        return self._stacks[key]
+
+    def sizes(self, path: str) -> tuple[int, int, int, int]:
+        """(experts, r, K, N) of a layer's factors; one expert where it is no stack."""
+        keys, r = self.plan.slots[path], self.plan.ranks[path][0]
+        (rows, K), (N, _) = (self.plan.entries[keys[field]].shape for field in ("lora_A", "lora_B"))
+        return rows // r, r, K, N
 
     def scaling(self, path: str, weighted: bool = True) -> float:
         """What lora_B lora_A of a layer is multiplied by, with the adapter's weight or without."""
@@ -73,18 +82,15 @@ class AdapterFile:
 
 
 @contextlib.contextmanager
-def open_adapters(adapters: Weighted | Iterable[Weighted], merging: bool = False) -> Iterator[list[AdapterFile]]:
-    """Open adapters and check every byte of them: structure, digest, finite values.
-
-    merging: for a merge, which takes DoRA, embeddings, parameters (``target_parameters``), and copies of the base's
-        weights, too.
+def open_adapters(adapters: Weighted | Iterable[Weighted]) -> Iterator[list[AdapterFile]]:
+    """Open adapters of all kinds and check every byte of them: structure, digest, finite values.
 
     Raises:
         AdapterError: a file is malformed, or of a kind that is not supported.
         TypeError, ValueError: no adapter, no path, or a weight that is no finite number.
     """
     with contextlib.ExitStack() as stack:
-        yield [_open(stack, path, weight, merging) for path, weight in _pairs(adapters)]
+        yield [_open(stack, path, weight) for path, weight in _pairs(adapters)]
 
 
 def _pairs(adapters: Any) -> Sequence[tuple[Any, float]]:
@@ -103,18 +109,9 @@ def _pairs(adapters: Any) -> Sequence[tuple[Any, float]]:
     return pairs
 
 
-def _open(stack: contextlib.ExitStack, path: Any, weight: float, merging: bool) -> AdapterFile:
+def _open(stack: contextlib.ExitStack, path: Any, weight: float) -> AdapterFile:
     folder = path_text("adapters", path)
-    _, plan = read_checked(
-        folder, MAX_WEIGHT_BYTES, lambda plan: plan, tensors=False, copies=merging, all_kinds=merging
-    )
-    if plan.config.use_dora and not merging:
-        config = os.path.join(folder, CONFIG_NAME)
-        raise AdapterError(config, "use_dora", "null, false or empty: a DoRA adapter is not B A alone", True)
-    if plan.config.alora_invocation_tokens:
-        config = os.path.join(folder, CONFIG_NAME)
-        expected = "null or empty: the rows before an invocation are the base's, which no weight has"
-        raise AdapterError(config, "alora_invocation_tokens", expected, plan.config.alora_invocation_tokens)
+    _, plan = read_checked(folder, MAX_WEIGHT_BYTES, lambda plan: plan, tensors=False, copies=True, all_kinds=True)
     with open_regular(plan.weights, MAX_WEIGHT_BYTES) as (opened, size):
         file = stack.enter_context(io.FileIO(os.dup(opened.fileno())))
     header = read_header(plan.weights, file, size)

@@ -37,7 +37,7 @@ class Term(NamedTuple):
     def part(self, name: str) -> Tensor:
         """One tensor of the layer, "lora_A" for example."""
         if self.expert is not None:
-            return self.adapter.of_expert(self.path, name, self.expert)
+            return self.adapter.experts(self.path, name)[self.expert]
         return self.adapter.tensor(self.adapter.plan.slots[self.path][name])
 
     @property

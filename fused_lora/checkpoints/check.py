@@ -119,7 +119,7 @@ def _check_merge(files: _Pair, change: Change, checked: Checked) -> None:
         checked.same_bytes += files.compare(done, first)
         for row in range(first, stop, max(1, (stop - first) // _ROWS)):
             old, new = files.rows(row, row + 1)
-            W, adapters = old.double(), _adapters_of_row(change, segment, row)
+            W, adapters = old.double(), adapters_of_rows(change, segment, row, row + 1)
             made = exact.change(W, adapters)
             delta, size = made.delta(W), made.size(W)
             error = new.double() - W - delta
@@ -141,15 +141,15 @@ def _check_merge(files: _Pair, change: Change, checked: Checked) -> None:
     checked.same_bytes += files.compare(done, height)
 
 
-def _adapters_of_row(change: Change, segment: Segment, row: int) -> list[Adapter]:
-    """What one stored row gets, as adapters of a weight of this row alone."""
+def adapters_of_rows(change: Change, segment: Segment, first: int, stop: int) -> list[Adapter]:
+    """What stored rows of a segment get, as adapters of a weight of these rows alone."""
     found = []
     for term in segment.terms:
-        A, B, at = term.part("lora_A"), term.part("lora_B"), row - segment.first + term.skip
+        A, B, at = term.part("lora_A"), term.part("lora_B"), first - segment.first + term.skip
         left, right = (A.t(), B.t()) if change.transposed else (B, A)
-        magnitude = term.part("lora_magnitude")[at : at + 1].double() if term.dora else None
-        scaling = term.adapter.scaling(term.path)
-        found.append(Adapter(right.double(), left[at : at + 1].double(), scaling, magnitude=magnitude))
+        rows, scaling = slice(at, at + stop - first), term.adapter.scaling(term.path)
+        magnitude = term.part("lora_magnitude")[rows].double() if term.dora else None
+        found.append(Adapter(right.double(), left[rows].double(), scaling, magnitude=magnitude))
     return found
 
 

@@ -7,22 +7,23 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_lora.adapters.checkpoint import path_text
+from fused_lora.adapters.checkpoint import CONFIG_NAME, path_text
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.checkpoints.adapter_file import AdapterFile, Weighted, open_adapters
 from fused_lora.checkpoints.changes import CAST
 from fused_lora.checkpoints.factors import Parts, decompose, joined, largest_parts, layer_of
 from fused_lora.checkpoints.files import Shard, open_checkpoint
-from fused_lora.checkpoints.inspect import check_sizes, sizes
+from fused_lora.checkpoints.inspect import check_sizes
 from fused_lora.checkpoints.names import is_embedding
 from fused_lora.checkpoints.output import check_new
 from fused_lora.checkpoints.stream import read_bytes
-from fused_lora.checkpoints.write import write_layers
+from fused_lora.checkpoints.write import Beside, write_layers
 from fused_lora.modules.arguments import check_int
 from fused_lora.modules.config import LoraConfig, check_rank
 from fused_lora.modules.names import some
@@ -58,6 +59,9 @@ def combine_adapters(
 ) -> NewAdapter:
     """Combine adapters into one, layer by layer, by the rules of PEFT's ``add_weighted_adapter``.
 
+    Taken is what has a meaning there: LoRA on linear layers and embeddings, aLoRA with one invocation. Copies of the
+    base's weights, which PEFT saves beside the LoRA of embeddings and heads, are carried along.
+
     Args:
         adapters: pairs (folder, weight), or folders with weight 1.
         out: the new folder, which must not exist, or be empty.
@@ -69,7 +73,8 @@ def combine_adapters(
         seed: of what DARE drops. dtype: of the file, fp32, bf16 or fp16.
 
     Raises:
-        AdapterError: a file is malformed, or the adapters have a layer in other sizes, or hold more than A and B.
+        AdapterError: a file is malformed, or the adapters have a layer in other sizes, other copies of a base's weight
+            or other invocations, or hold more than A and B; or it is DoRA or of stacked parameters.
         ValueError: an unknown method, or a rank or density that does not belong to it or is out of range; different
             ranks with a kind that adds factors; or ``out`` lies in an adapter.
         FileExistsError: ``out`` holds something.
@@ -80,15 +85,15 @@ def combine_adapters(
     draw = torch.Generator().manual_seed(seed)
     with open_adapters(adapters) as opened:
         check_new("out", folder, [adapter.folder for adapter in opened])
-        _check_plain(opened)
+        copies = _check_kinds(opened)
         paths = dict.fromkeys(path for adapter in opened for path in adapter.plan.slots)
         holders = {path: [a for a in opened if path in a.plan.slots] for path in paths}
-        most = max(sizes(a, path)[0] for path, held in holders.items() for a in held) if rank is None else rank
+        most = max(a.sizes(path)[1] for path, held in holders.items() for a in held) if rank is None else rank
         shapes = {}
         for path, held in holders.items():
             for other in held[1:]:
                 check_sizes(held[0], other, path)
-            shapes[path] = (_rank_of(method, most, path, held), *sizes(held[0], path)[1:])
+            shapes[path] = (_rank_of(method, most, path, held), *held[0].sizes(path)[2:])
         report = NewAdapter(folder)
 
         def make(path: str) -> tuple[Tensor, Tensor]:
@@ -109,7 +114,8 @@ def combine_adapters(
             report.layers.append({"path": path, "r": shapes[path][0], "kept": share})
             return result
 
-        write_layers(folder, opened[0].plan.config, shapes, make, dtype)
+        embeddings = {path for adapter in opened for path in adapter.plan.embeddings}
+        write_layers(folder, opened[0].plan.config, shapes, make, dtype, embeddings=embeddings, beside=copies)
     return report
 
 
@@ -194,19 +200,37 @@ def _check_method(method: Any, rank: Any, density: Any, majority_sign: Any) -> N
         raise ValueError(f"majority_sign: expected 'total' or 'frequency', got {majority_sign!r:.100}")
 
 
-def _check_plain(adapters: Sequence[AdapterFile]) -> None:
+def _check_kinds(adapters: Sequence[AdapterFile]) -> dict[str, Beside]:
+    """The copies of the base's weights by key; AdapterError for what PEFT does not combine, or not as a whole."""
+    copies: dict[str, tuple[AdapterFile, str]] = {}
     for adapter in adapters:
-        used = {keys[part] for keys in adapter.plan.slots.values() for part in ("lora_A", "lora_B")}
-        if more := [key for key in adapter.plan.entries if key not in used]:
-            raise AdapterError(adapter.plan.weights, more[0], "lora_A and lora_B alone", f"{some(more)}")
+        plan, config = adapter.plan, os.path.join(adapter.folder, CONFIG_NAME)
+        if plan.config.use_dora:
+            expected = "null or false: PEFT combines factors alone, and the magnitudes would be lost"
+            raise AdapterError(config, "use_dora", expected, True)
+        if plan.stacks:
+            expected = "null or empty: PEFT's add_weighted_adapter takes no parameters"
+            raise AdapterError(config, "target_parameters", expected, plan.config.target_parameters)
+        tokens, first = plan.config.alora_invocation_tokens or None, adapters[0].plan.config.alora_invocation_tokens
+        if tokens != (first or None):
+            expected = f"the invocation of {adapters[0].folder!r}, {first}"
+            raise AdapterError(config, "alora_invocation_tokens", expected, tokens)
+        used = {keys[part] for keys in plan.slots.values() for part in ("lora_A", "lora_B")} | {*plan.copies.values()}
+        if more := [key for key in plan.entries if key not in used]:
+            raise AdapterError(plan.weights, more[0], "lora_A and lora_B alone", f"{some(more)}")
+        for path, key in plan.copies.items():
+            other, name = copies.setdefault(path, (adapter, key))
+            if other is not adapter and not _same(other.tensor(name), adapter.tensor(key)):
+                raise AdapterError(plan.weights, key, f"the base's weight as in {other.folder!r}", "another")
+    return {key: (adapter.plan.entries[key], partial(adapter.tensor, key)) for adapter, key in copies.values()}
 
 
 def _rank_of(method: str, most: int, path: str, held: Sequence[AdapterFile]) -> int:
-    ranks = [sizes(adapter, path)[0] for adapter in held]
+    ranks = [adapter.sizes(path)[1] for adapter in held]
     if method == "cat":
         return sum(ranks)
     if method == "svd" or method.endswith("_svd"):
-        return min(most, *sizes(held[0], path)[1:], sum(ranks) if method == "svd" else most)
+        return min(most, *held[0].sizes(path)[2:], sum(ranks) if method == "svd" else most)
     if len(set(ranks)) > 1:
         raise AdapterError(held[0].plan.weights, path, f"equal ranks for method {method!r}", ranks)
     return ranks[0]
@@ -264,6 +288,8 @@ def _read(shard: Shard, name: str) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
     if a.dtype == b.dtype:
         return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
     return a.dtype in CAST and b.dtype in CAST and torch.equal(a.float(), b.float())

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_lora.adapters.checkpoint import CONFIG_NAME, MAX_WEIGHT_BYTES, WEIGHTS_NAME, path_text
+from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_BYTES, WEIGHTS_NAME, path_text
 from fused_lora.adapters.errors import AdapterError
-from fused_lora.adapters.tensorfile import EVERY, open_regular, read_exactly, read_header
+from fused_lora.adapters.tensorfile import EVERY, TensorEntry, open_regular, read_exactly, read_header
 from fused_lora.checkpoints.changes import CAST
 from fused_lora.checkpoints.files import open_checkpoint, read_json
-from fused_lora.checkpoints.names import Rename
+from fused_lora.checkpoints.names import HEADS, Rename
 from fused_lora.checkpoints.output import check_new
-from fused_lora.checkpoints.write import write_layers, write_stacked
+from fused_lora.checkpoints.write import Beside, write_layers, write_stacked
 from fused_lora.modules.config import FieldError, LoraConfig, check_alpha, check_bool
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import bare_path
@@ -30,6 +31,10 @@ _ENDS = (
     (re.compile(r"(?:\.lora\.down|\.lora_down|_lora\.down|\.lora_linear_layer\.down)\.weight$"), "A"),
     (re.compile(r"(?:\.lora\.up|\.lora_up|_lora\.up|\.lora_linear_layer\.up)\.weight$"), "B"),
     (re.compile(r"\.alpha$"), "alpha"),
+    (re.compile(r"\.lora_embedding_A(?:\.[^.]+)?$"), "embedding A"),
+    (re.compile(r"\.lora_embedding_B(?:\.[^.]+)?$"), "embedding B"),
+    (re.compile(r"\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?$"), "magnitude"),
+    (re.compile(r"\.base_layer\.weight$"), "copy"),  # of the base's, as PEFT writes it for embeddings and heads
 )
 _KOHYA = re.compile(r"^lora_(?:unet|te\d?|transformer|prior_unet)_")
 _WRAPPERS = re.compile(r"^(?:module|model\.base_model\.model|base_model\.model|_forward_module)\.")
@@ -65,8 +70,9 @@ def convert_adapter(
 
     Known are kohya's keys (``lora_unet_..._to_q.lora_down.weight`` with ``.alpha``), diffusers'
     (``to_q.lora_A.weight``, ``to_q.lora.down.weight``) and state dicts (``lora_A.default.weight``). The names of
-    torch.compile, FSDP, DDP, DeepSpeed and PEFT before or inside them go. Every key must be lora_A, lora_B or alpha of
-    a linear layer.
+    torch.compile, FSDP, DDP, DeepSpeed and PEFT before or inside them go. Every key must be of LoRA on a linear layer:
+    lora_A, lora_B, alpha. Under PEFT's names it may be of DoRA or of LoRA on an embedding, too. Copies of the base's
+    weights, which PEFT writes for embeddings and heads, are carried along in their dtype.
 
     Args:
         source: a .safetensors file, or a folder with adapter_model.safetensors. An adapter_config.json beside a file of
@@ -80,8 +86,9 @@ def convert_adapter(
             stacked parameters that transformers 5 has (``target_parameters``), gate and up of one.
 
     Raises:
-        AdapterError: a malformed file, a key that is not known, a layer without A or B, a name that no module of
-            ``base`` has or that two have, or sizes that do not fit.
+        AdapterError: a malformed file, a key that is not known, a layer without A or B or some without a magnitude, a
+            name that no module of ``base`` has or that two have, sizes that do not fit, or a file of stacked
+            parameters (``target_parameters``) already.
         TypeError, ValueError: stack_experts is no bool, lora_alpha no finite number or 0, rename no mapping of names,
             or no path begins with one of its entries; or ``out`` lies in the source or base.
         FileExistsError: ``out`` holds something.
@@ -101,10 +108,16 @@ def convert_adapter(
         weights = {} if base is None else open_checkpoint(base).tensors
         modules = None if base is None else _by_underscores(weights)
         layers: dict[str, dict[str, str]] = {}
-        renamed, beginnings = {}, Rename(rename)
+        renamed, beginnings, embeddings = {}, Rename(rename), set()
         for key in header.entries:
             path, part = _split(file_path, key)
             path = _path(file_path, key, path, modules, beginnings)
+            if path.endswith(".base_layer") or (config is not None and config.target_parameters):
+                expected = "LoRA on linear layers and embeddings, not on stacked parameters (target_parameters)"
+                raise AdapterError(file_path, key, expected, "a file of them")
+            if part.startswith("embedding"):
+                embeddings.add(path)
+                part = part[-1]
             if part in layers.setdefault(path, {}):
                 raise AdapterError(file_path, key, f"one {part} of {path!r}", layers[path][part])
             layers[path][part], renamed[key] = key, path
@@ -128,7 +141,9 @@ def convert_adapter(
                     raise AdapterError(file_path, parts[part], "a floating dtype", kind)
             A, B = (_matrix(header.entries[parts[part]].shape) for part in "AB")
             if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
-                raise AdapterError(file_path, parts["B"], f"a linear layer's [N, {A[0] if A else 'r'}]", list(B))
+                key = parts["A" if len(A) != 2 else "B"]
+                expected = "a linear layer's [r, K]" if len(A) != 2 else f"a linear layer's [N, {A[0]}]"
+                raise AdapterError(file_path, key, expected, list(header.entries[key].shape))
             shapes[path] = (A[0], A[1], B[0])
             wide = weights.get(f"{path}.weight", (None, None))[1]
             # of floating weights alone: what is quantised has another shape; transposed as in GPT-2
@@ -136,6 +151,7 @@ def convert_adapter(
                 text = f"sizes of {path!r} as in the base, {list(wide.shape)}"
                 raise AdapterError(file_path, parts["B"], text, [B[0], A[1]])
             alphas[path] = _alpha(path, parts, tensor, config, lora_alpha, A[0])
+        _check_further(file_path, layers, embeddings, header.entries, config)
         first = header.entries[next(iter(layers.values()))["A"]].dtype
         kind = dtype or (first if first in (torch.float32, torch.bfloat16, torch.float16) else torch.float32)
 
@@ -143,12 +159,29 @@ def convert_adapter(
             (r, K, N), parts = shapes[path], layers[path]
             return tensor(parts["A"]).view(r, K), tensor(parts["B"]).view(N, r)
 
+        def magnitude(key: str) -> Tensor:
+            found = tensor(key).to(kind)
+            if not bool(found.isfinite().all()):
+                raise ValueError(f"{key}: expected finite numbers in {kind}, got others")
+            return found
+
         target = config or LoraConfig(r=1, lora_alpha=1, target_modules=set())
+        further: dict[str, Beside] = {}
+        for path, parts in layers.items():
+            if key := parts.get("magnitude"):
+                entry = TensorEntry(kind, header.entries[key].shape, 0, 0)
+                further[f"{KEY_PREFIX}{path}.lora_magnitude_vector"] = entry, partial(magnitude, key)
+                target = LoraConfig.from_dict({**target.to_dict(), "use_dora": True})
+            if key := parts.get("copy"):
+                further[f"{KEY_PREFIX}{path}.base_layer.weight"] = header.entries[key], partial(tensor, key)
         found = shapes, make, kind, alphas
-        if stack_experts:
-            stacked = write_stacked(folder, target, *found, source=file_path)
+        if not stack_experts:
+            stacked = write_layers(folder, target, *found, embeddings=embeddings, beside=further)
+        elif further or embeddings:
+            other = next(iter((*further, *embeddings)))
+            raise AdapterError(file_path, other, "LoRA on linear layers alone with stack_experts", "another kind")
         else:
-            stacked = write_layers(folder, target, *found)
+            stacked = write_stacked(folder, target, *found, source=file_path)
     assumed = lora_alpha is None and config is None and any("alpha" not in parts for parts in layers.values())
     return Converted(
         folder, {path: [shapes[path][0], alphas[path]] for path in shapes}, renamed, assumed, stacked or []
@@ -165,11 +198,32 @@ def _config(path: str) -> LoraConfig | None:
 
 
 def _split(file_path: str, key: str) -> tuple[str, str]:
-    """(path, "A", "B" or "alpha") of a key."""
+    """(path, which part of the layer) of a key."""
     for end, part in _ENDS:
         if found := end.search(key):
             return key[: found.start()].replace(".processor.to_", ".to_"), part
-    raise AdapterError(file_path, key, "lora_A, lora_B or alpha of a linear layer", "another kind of key")
+    expected = "lora_A, lora_B, alpha or a magnitude of a linear layer, or LoRA on an embedding"
+    raise AdapterError(file_path, key, expected, "another kind of key")
+
+
+def _check_further(
+    file_path: str,
+    layers: Mapping[str, Mapping[str, str]],
+    embeddings: Container[str],
+    entries: Mapping[str, TensorEntry],
+    config: LoraConfig | None,
+) -> None:
+    """What may be beside A and B: a magnitude of all linear layers or none, copies of embeddings and heads."""
+    dora = any("magnitude" in parts for parts in layers.values()) or (config is not None and config.use_dora)
+    for path, parts in layers.items():
+        copied, key = parts.get("copy"), parts.get("magnitude")
+        if copied is not None and path not in embeddings and path.rpartition(".")[2] not in HEADS:
+            raise AdapterError(file_path, copied, "a base's weight of an embedding or a head alone", "another layer's")
+        if path in embeddings and dora:
+            raise AdapterError(file_path, parts["A"], "LoRA on linear layers alone beside DoRA", "an embedding")
+        if dora and (key is None or entries[key].shape != (entries[parts["B"]].shape[0],)):
+            found = "none" if key is None else list(entries[key].shape)
+            raise AdapterError(file_path, key or path, "a magnitude [N] of each layer of DoRA", found)
 
 
 def _path(file_path: str, key: str, path: str, modules: Mapping[str, list[str]] | None, rename: Rename) -> str:

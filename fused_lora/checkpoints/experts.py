@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME, Plan, RankTable, bare_module
@@ -23,6 +24,8 @@ _OF_ONE_EXPERT = {
     "up_proj": (("up_proj",),),
     "down_proj": (("down_proj",), ("w2",), ("fc2",)),
 }
+
+_MOST = 5  # parameters of a module, which are tried in any order
 
 
 class Matrix(NamedTuple):
@@ -99,9 +102,7 @@ def adapted_stacks(plan: Plan, names: Names) -> list[Adapted]:
     Raises AdapterError where none, or more than one, fits.
     """
     table = RankTable(os.path.dirname(plan.weights), plan.weights, plan.config)
-    modules: dict[str, list[str]] = {}
-    for path in sorted(plan.stacks, key=len):  # the outermost wrapper has the shortest path
-        modules.setdefault(bare_module(path), []).append(path)
+    modules = _by_module(plan.stacks)
     if modules and plan.config.fan_in_fan_out:
         config = os.path.join(os.path.dirname(plan.weights), CONFIG_NAME)
         raise AdapterError(config, "fan_in_fan_out", "False with target_parameters, as in PEFT", True)
@@ -116,6 +117,39 @@ def adapted_stacks(plan: Plan, names: Names) -> list[Adapted]:
             plan.ranks[adapted.path] = table.of(adapted.stack.name, rank, key)
             found.append(adapted)
     return found
+
+
+def ranks_by_config(plan: Plan) -> None:
+    """What :func:`adapted_stacks` finds for ``plan.ranks``, without a checkpoint: all stacks of a module have as many
+    experts, which tells ranks apart, but not alphas.
+
+    Raises AdapterError where the config gives a wrapper several ranks or alphas.
+    """
+    table = RankTable(os.path.dirname(plan.weights), plan.weights, plan.config)
+    for module, paths in _by_module([path for path in plan.stacks if path not in plan.ranks]).items():
+        names = [f"{module}.{name}" for name in plan.stacks[paths[0]]]
+        keys = [plan.slots[path]["lora_A"] for path in paths]
+        if len(names) > _MOST or len(paths) > len(names):
+            expected = f"at most {_MOST} parameters of {module!r}, and no more wrappers"
+            raise AdapterError(plan.weights, keys[0], expected, f"{len(names)} and {len(paths)}")
+        rows, found = [plan.entries[key].shape[0] for key in keys], set()
+        for order in itertools.permutations(names, len(paths)):
+            for ranks in itertools.product(*(table.possible(name) for name in order)):
+                counts = {divmod(n, r) for n, r in zip(rows, ranks, strict=True)}
+                if len(counts) == 1 and counts.pop()[1] == 0:
+                    found.add(tuple(table.of(*each) for each in zip(order, ranks, keys, strict=True)))
+        if len(found) != 1:
+            expected = f"one rank and alpha for each of {some(names)}; a base's shapes tell more (inspect --base)"
+            raise AdapterError(plan.weights, keys[0], expected, sorted(found) or f"{rows} rows")
+        plan.ranks.update(zip(paths, found.pop(), strict=True))
+
+
+def _by_module(paths: Iterable[str]) -> dict[str, list[str]]:
+    """PEFT's wrappers by the module that they are around, the outermost, which has the shortest path, first."""
+    modules: dict[str, list[str]] = {}
+    for path in sorted(paths, key=len):
+        modules.setdefault(bare_module(path), []).append(path)
+    return modules
 
 
 def _assigned(plan: Plan, names: Names, table: RankTable, module: str, paths: list[str]) -> list[Adapted]:
@@ -151,7 +185,7 @@ def _orientations(plan: Plan, table: RankTable, path: str, stack: Stack) -> set[
     """Whether the adapter's delta may be as the stack is stored (False), or transposed (True)."""
     keys, (experts, rows, columns) = plan.slots[path], stack.shape
     A, B = (plan.entries[keys[part]].shape for part in ("lora_A", "lora_B"))
-    if not experts or A[0] % experts or not table.may_be(stack.name, A[0] // experts):
+    if not experts or A[0] % experts or A[0] // experts not in table.possible(stack.name):
         return set()
     turns = (False, True) if experts > 1 else (False,)  # of a matrix PEFT turns nothing
     return {t for t in turns if (B[0], A[1]) == ((columns, rows) if t else (rows, columns))}

@@ -1,4 +1,7 @@
-"""Small matrices about a delta D = s B A, without D: norms, singular values, the best approximation of lower rank."""
+"""Small matrices about a delta D = s B A, without D: norms, singular values, the best approximation of lower rank.
+
+A delta of stacked experts is one matrix for each of them, in a first dimension of all that follows.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _FURTHER, _PASSES = 16, 4  # columns and passes of a random projection beyond th
 
 
 class Layer(NamedTuple):
-    """A delta left [N, r] right [r, K] in fp32, the scaling in ``left``."""
+    """A delta left [N, r] right [r, K] in fp32, the scaling in ``left``. Of an embedding [V, D]: of its transpose."""
 
     left: Tensor
     right: Tensor
@@ -30,8 +33,9 @@ class Parts(NamedTuple):
 
 def layer_of(adapter: AdapterFile, path: str, weighted: bool = True) -> Layer:
     """One layer of an adapter, with the adapter's weight or without."""
-    keys = adapter.plan.slots[path]
-    A, B = (adapter.tensor(keys[part]).float() for part in ("lora_A", "lora_B"))
+    keys, stacked = adapter.plan.slots[path], path in adapter.plan.stacks
+    parts = (adapter.experts(path, p) if stacked else adapter.tensor(keys[p]) for p in ("lora_A", "lora_B"))
+    A, B = (part.float() for part in parts)
     return Layer(B * adapter.scaling(path, weighted), A)
 
 
@@ -43,15 +47,15 @@ def joined(layers: list[Layer]) -> Layer:
 def decompose(layer: Layer) -> Parts:
     """The singular value decomposition of the delta, from QR decompositions of its factors, in fp64."""
     Q, R = torch.linalg.qr(layer.left.double())
-    P, T = torch.linalg.qr(layer.right.double().t())
-    U, S, Vh = torch.linalg.svd(R @ T.t())
-    return Parts(Q @ U, S, Vh @ P.t())
+    P, T = torch.linalg.qr(layer.right.double().mT)
+    U, S, Vh = torch.linalg.svd(R @ T.mT)
+    return Parts(Q @ U, S, Vh @ P.mT)
 
 
 def product(a: Layer, b: Layer) -> float:
     """The sum of the products of the elements of two deltas."""
-    left = a.left.double().t() @ b.left.double()
-    return (left * (a.right.double() @ b.right.double().t())).sum().item()
+    left = a.left.double().mT @ b.left.double()
+    return (left * (a.right.double() @ b.right.double().mT)).sum().item()
 
 
 def norm(layer: Layer) -> float:
@@ -60,9 +64,12 @@ def norm(layer: Layer) -> float:
 
 
 def effective_rank(S: Tensor) -> float:
-    """exp of the entropy of the singular values' shares (Roy, Vetterli 2007); 0 of a delta that is 0."""
-    shares = S[S > 0] / S.sum()
-    return torch.exp(-(shares * shares.log()).sum()).item() if len(shares) else 0.0
+    """exp of the entropy of the singular values' shares (Roy, Vetterli 2007); 0 of a delta that is 0. Of stacked
+    experts their mean."""
+    total = S.sum(-1, keepdim=True)
+    shares = S / torch.where(total > 0, total, 1)
+    found = torch.where(total[..., 0] > 0, torch.special.entr(shares).sum(-1).exp(), 0)
+    return found.mean().item()
 
 
 def largest_parts(delta: Tensor, rank: int, draw: torch.Generator) -> Parts:

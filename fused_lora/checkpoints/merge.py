@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fused_lora._version import __version__
-from fused_lora.adapters.checkpoint import path_text
+from fused_lora.adapters.checkpoint import CONFIG_NAME, path_text
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import header_bytes, write_all
 from fused_lora.checkpoints.adapter_file import AdapterFile, Weighted, open_adapters
@@ -139,7 +139,7 @@ def merge_checkpoint(
     start = time.perf_counter()
     checkpoint = open_checkpoint(base)
     target = _target(checkpoint, out, in_place)
-    with single_threads() as workers, open_adapters(adapters, merging=True) as opened:
+    with single_threads() as workers, open_adapters(adapters) as opened:
         _check_effects(opened)
         changes = plan_changes(checkpoint, opened, rename)
         merge = _Merge(checkpoint, opened, changes, dtype, place, record is not None, in_place, stochastic)
@@ -182,6 +182,10 @@ def _check_options(dtype: Any, device: Any, record: str | None, in_place: bool) 
 def _check_effects(adapters: Sequence[AdapterFile]) -> None:
     folders = [os.path.realpath(adapter.folder) for adapter in adapters]
     for adapter, folder in zip(adapters, folders, strict=True):
+        if tokens := adapter.plan.config.alora_invocation_tokens:
+            config = os.path.join(adapter.folder, CONFIG_NAME)
+            expected = "null or empty: the rows before an invocation are the base's, which no weight has"
+            raise AdapterError(config, "alora_invocation_tokens", expected, tokens)
         if adapter.weight == 0:
             raise ValueError(f"adapters: expected a weight other than 0 for {adapter.folder!r}, which has no effect")
         if folders.count(folder) > 1:

@@ -25,12 +25,14 @@ from fused_lora.modules.names import some
 @dataclass
 class Changes:
     """All changes by the name of their tensor in the output, the config's new entries, and the quantised weights of
-    the base where one of them changes: all of them become dense then, else they stay as they are."""
+    the base where one of them changes: all of them become dense then, else they stay as they are. parameters: which
+    one each of PEFT's wrappers of parameters is for, by the wrapper's path."""
 
     by_name: dict[str, Change]
     config: dict[str, Any]
     packed: dict[str, Packed]
     stays_quantised: bool
+    parameters: dict[str, str]
 
 
 def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapping[str, str] | None = None) -> Changes:
@@ -50,7 +52,7 @@ def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapp
     plan.names.rename.check_used()
     plan.untie()
     dense = any(change.source in packed for change in plan.found.values())
-    return Changes(plan.found, plan.config, packed if dense else {}, bool(packed) and not dense)
+    return Changes(plan.found, plan.config, packed if dense else {}, bool(packed) and not dense, plan.parameters)
 
 
 class _Planner:
@@ -58,6 +60,7 @@ class _Planner:
         self._base, self.names, self._packed = base, names, packed
         self.found: dict[str, Change] = {}
         self.config: dict[str, Any] = {}
+        self.parameters: dict[str, str] = {}
 
     def add(self, adapter: AdapterFile) -> None:
         """Find the places of all tensors of one adapter."""
@@ -139,6 +142,7 @@ class _Planner:
     def _merge_stack(self, adapter: AdapterFile, adapted: Adapted) -> None:
         """The delta of each expert goes to its rows of a stack, or to its own tensors."""
         (path, stack, transposed), (experts, height, _) = adapted, adapted.stack.shape
+        self.parameters[path] = stack.name
         for stored, expert, skip, rows in stack.matrices:
             change = self._change_of(adapter, path, stored, transposed)
             if expert is not None:

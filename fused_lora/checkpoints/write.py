@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
+from fused_lora.adapters.checkpoint import CONFIG_NAME, EMBEDDING_SLOTS, KEY_PREFIX, WEIGHTS_NAME
 from fused_lora.adapters.expert_files import as_peft, stacks_of_layers
 from fused_lora.adapters.staging import replace_directory
 from fused_lora.adapters.tensorfile import TensorEntry, write_each
@@ -18,6 +19,7 @@ from fused_lora.modules.config import LoraConfig
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Shapes = Mapping[str, tuple[int, int, int]]  # path of a layer -> (r, K, N)
+Beside = tuple[TensorEntry, Callable[[], Tensor]]  # dtype and shape of a further tensor, and what reads it
 
 
 def write_layers(
@@ -27,6 +29,9 @@ def write_layers(
     make: Callable[[str], tuple[Tensor, Tensor]],
     dtype: torch.dtype = torch.float32,
     alphas: Mapping[str, float] | None = None,
+    *,
+    embeddings: Container[str] = (),
+    beside: Mapping[str, Beside] = MappingProxyType({}),
 ) -> None:
     """Write an adapter; ``make(path)`` gives lora_A [r, K] and lora_B [N, r], one layer at a time.
 
@@ -34,12 +39,14 @@ def write_layers(
 
     Args:
         alphas: {path: lora_alpha}; None: the ranks, so that the scaling is 1.
+        embeddings: the paths that are, with lora_A [r, num_embeddings] and lora_B [embedding_dim, r].
+        beside: further tensors by key, written as they are.
 
     Raises ValueError where a tensor has not its shape or is not finite in ``dtype``, and for another dtype than fp32,
     bf16 and fp16. The folder is then as before.
     """
     config = _config(config, shapes, alphas)
-    entries = _entries(shapes, dtype)
+    entries = _entries(shapes, dtype, embeddings) + [(key, e.dtype, e.shape) for key, (e, _) in beside.items()]
 
     def each() -> Iterator[Tensor]:
         for path, (r, K, N) in shapes.items():
@@ -48,6 +55,8 @@ def write_layers(
                 if tuple(cast.shape) != shape or not bool(cast.isfinite().all()):
                     raise ValueError(f"{path}: expected finite numbers {list(shape)} in {dtype}, got others")
                 yield cast
+        for _, read in beside.values():
+            yield read()
 
     def write(stage: str) -> tuple[str, str]:
         with open(os.path.join(stage, WEIGHTS_NAME), "xb", buffering=0) as file:
@@ -96,16 +105,16 @@ def write_stacked(
     return sorted(stack.path for stack in stacks(None).values())
 
 
-def _entries(shapes: Shapes, dtype: torch.dtype) -> list[tuple[str, torch.dtype, tuple[int, int]]]:
+def _entries(
+    shapes: Shapes, dtype: torch.dtype, embeddings: Container[str] = ()
+) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """(key, dtype, shape) of all tensors."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
     entries = []
     for path, (r, K, N) in shapes.items():
-        entries += [
-            (f"{KEY_PREFIX}{path}.lora_A.weight", dtype, (r, K)),
-            (f"{KEY_PREFIX}{path}.lora_B.weight", dtype, (N, r)),
-        ]
+        A, B = EMBEDDING_SLOTS if path in embeddings else (".lora_A.weight", ".lora_B.weight")
+        entries += [(f"{KEY_PREFIX}{path}{A}", dtype, (r, K)), (f"{KEY_PREFIX}{path}{B}", dtype, (N, r))]
     return entries
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -145,27 +146,41 @@ def _torch_dtype(name: str | None) -> Any:
 
 
 def _tell_inspected(report: Any) -> None:
-    rows: list[tuple[str, ...]] = [("layer", "r", "scaling", "N x K", "dtype", "norm", "largest", "effective rank")]
+    rows: list[tuple[str, ...]] = [("layer", "r", "scaling", "shape", "dtype", "norm", "largest", "effective rank")]
     for layer in report.layers[:_SHOWN]:
         size = "x".join(map(str, layer["shape"]))
         numbers = [f"{layer[name]:.3g}" for name in ("norm", "largest", "effective_rank")]
-        rows.append((layer["path"], str(layer["r"]), f"{layer['scaling']:.4g}", size, layer["dtype"], *numbers))
+        name = layer["parameter"] or layer["path"]
+        rows.append((name, str(layer["r"]), f"{layer['scaling']:.4g}", size, layer["dtype"], *numbers))
     print("\n".join(table(rows)))
     _more(report.layers)
     ranks = ", ".join(f"{count} of rank {r}" for r, count in report.ranks.items())
     print(f"{len(report.layers)} layers ({ranks}), {report.parameters:,} numbers")
+    kinds = Counter(layer["kind"] for layer in report.layers)
+    if set(kinds) != {"LoRA"}:
+        print(f"kinds: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
+    if dora := {layer["norm_of"] for layer in report.layers if layer["kind"] == "DoRA"}:
+        more = "" if report.fits else "; what the magnitude makes of it depends on W: --base"
+        print(f"DoRA: the norm is of {', '.join(dora)}; the largest singular value and the rank are of s B A{more}")
     for text in (*(f"beside LoRA: {key}" for key in report.beside), *report.oddities):
         print(text)
+    for key in report.copies:
+        print(f"the base's own weight: {key}")
     if report.fits is not None:
         print("fits the base" if report.fits else f"does not fit: {report.why_not}")
 
 
 def _tell_diff(report: Any) -> None:
-    rows: list[tuple[str, ...]] = [("layer", "norm a", "norm b", "apart", "cosine")]
+    dora = any(layer["magnitudes_apart"] is not None for layer in report.layers)
+    rows: list[tuple[str, ...]] = [("layer", "norm a", "norm b", "apart", "cosine", *["magnitudes apart"] * dora)]
     for layer in report.layers[:_SHOWN]:
         cosine = "-" if layer["cosine"] is None else f"{layer['cosine']:.4f}"
-        rows.append((layer["path"], *(f"{layer[name]:.3g}" for name in ("norm_a", "norm_b", "apart")), cosine))
+        row = (layer["path"], *(f"{layer[name]:.3g}" for name in ("norm_a", "norm_b", "apart")), cosine)
+        m = layer["magnitudes_apart"]
+        rows.append((*row, *["-" if m is None else f"{m:.3g}"] * dora))
     print("\n".join(table(rows, numbers=True)))
+    if dora:
+        print("DoRA: norms are of s B A, before the magnitudes scale the rows of W + s B A")
     _more(report.layers)
     for name, only in (("a", report.only_a), ("b", report.only_b)):
         if only:

@@ -21,12 +21,17 @@ def ulp(value: float, dtype: torch.dtype) -> float:
 
 def errors(tensor: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
     """(largest, root mean square) absolute error against float64; infinite where the tensor is not finite."""
-    difference = (tensor.detach().double() - exact.detach().double()).abs()
-    if not difference.numel():
+    return largest_and_rms(tensor.detach().double() - exact.detach().double())
+
+
+def largest_and_rms(tensor: torch.Tensor) -> tuple[float, float]:
+    """The largest and the root mean square absolute value; infinite where a number is not finite, 0 of no numbers."""
+    if not tensor.numel():
         return 0.0, 0.0
-    if not torch.isfinite(difference).all():
+    largest = torch.linalg.vector_norm(tensor, math.inf).item()
+    if not math.isfinite(largest):
         return math.inf, math.inf
-    return difference.max().item(), difference.square().mean().sqrt().item()
+    return largest, torch.linalg.vector_norm(tensor).item() / tensor.numel() ** 0.5
 
 
 @lru_cache

@@ -16,6 +16,7 @@ from fused_lora.integrations.peft import layer_report
 from fused_lora.testing.numeric import DRAWS, assert_close, ulp
 from helpers.over_quantised import assert_no_worse_than_peft, layers, results, same, three_models
 from helpers.quantised import linear8bit, values_of_8bit
+from helpers.thorough import pairwise
 
 bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
@@ -50,9 +51,7 @@ def contents(layer):
     return [None if t is None else t.clone() for t in held]
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("threshold", [0.0, 6.0])
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pairwise(dtype=[F32, BF16, F16], threshold=[0.0, 6.0], training=[True, False])
 def test_a_layer_is_its_own_call_and_the_terms(dtype, threshold, training):
     """Against float64 of the terms on the layer's own output, no worse than PEFT; with outliers in the input, too."""
     names, draws = ("first", "second"), []

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.thorough import sampled
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 if not BENCHMARKS.is_dir():
     pytest.skip("benchmarks/ is not beside tests/", allow_module_level=True)
@@ -131,7 +133,7 @@ def test_bench_merge_with_the_kernel(load, tmp_path, monkeypatch):
     from fused_lora.ops import guard
 
     monkeypatch.setattr(guard, "usable", lambda device: True)
-    code, content = run(load("bench_merge"), tmp_path, "--shapes", "48x40", "--dtypes", "bfloat16")
+    code, content = run(load("bench_merge"), tmp_path, "--shapes", "48x40", "--dtypes", "bfloat16", "--rounds", "1")
     assert code == 0
     rows = {row["provider"]: row for row in content["rows"]}
     assert list(rows) == ["copy", "PEFT", "PEFT safe", "addmm", "fused_lora", "no record"]
@@ -210,7 +212,9 @@ def test_bench_variants_with_kernels(load, tmp_path, device, kernels_on, monkeyp
         return lambda *args: tuple(t * 1.01 for t in run(*args)) if chosen.variant == "split" else run(*args)
 
     monkeypatch.setattr(kernel, "lora_linear", wrong_split)
-    code, content = run(load("bench_variants"), tmp_path, "--shapes", "48x40", "--rows", "8", "--device", device.type)
+    code, content = run(
+        load("bench_variants"), tmp_path, "--shapes", "48x40", "--rows", "8", "--device", device.type, "--rounds", "1"
+    )
     assert code == 1
     correct = {(row["op"], row["provider"]): row["correct"] for row in content["rows"]}
     assert not correct.pop(("forward", "split")) and all(correct.values())
@@ -319,7 +323,7 @@ def test_bench_launches(load, tmp_path, device, kernels_on, monkeypatch):
     small = bench.LaunchConfig("expand", 32, 64, 16, 16)
     monkeypatch.setattr(bench, "lora_expand", wrong)
     monkeypatch.setattr(bench, "alternatives", lambda op, c: [c, small] if op == "expand" and c != small else [c])
-    code, content = run(bench, tmp_path, "--shapes", "64x48", "--rows", "40", "--device", device.type)
+    code, content = run(bench, tmp_path, "--shapes", "64x48", "--rows", "40", "--device", device.type, "--rounds", "1")
     assert code == 1
     rows = content["rows"]
     wrong = [row for row in rows if not row["correct"]]
@@ -783,7 +787,7 @@ def test_a_store_that_adds_nothing_is_a_wrong_result(load, tmp_path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing needs a stub")
-@pytest.mark.parametrize("name, count", [("bench_host", 32), ("bench_store_host", 9)])
+@pytest.mark.parametrize("name, count", sampled([("bench_host", 32), ("bench_store_host", 9)], 2))
 def test_host_times_by_the_kernels_without_a_gpu(name, count, load, tmp_path):
     """Whoever fails a launch ends it: the rows are of the kernel route."""
     pytest.importorskip("triton")

@@ -16,6 +16,7 @@ from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import LENGTH, ROWS, Net, SideBySide, layers, pair, quiet, wrap
 from helpers.invocation import INVOCATION, prompts
 from helpers.seeds import shifted
+from helpers.thorough import pairwise
 
 ALORA = {"alora_invocation_tokens": INVOCATION}
 OFFSETS = [[2, None, LENGTH, 0], [1, 1, 1, 1], [None] * ROWS, [LENGTH, 99, LENGTH, LENGTH + 1], [-2, 3, 2, None]]
@@ -26,9 +27,7 @@ def model(adapters=None, dtype=torch.float32, training=False, **fields):
     return SideBySide(wrap(Net(dtype), adapters or {"a": ALORA}, **fields).train(training))
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("offsets", [*OFFSETS, None], ids=str)
+@pairwise(offsets=[*OFFSETS, None], dtype=[torch.float32, torch.bfloat16], training=[False, True])
 def test_outputs_and_gradients(offsets, dtype, training):
     model(dtype=dtype, training=training).assert_same_results(alora_offsets=offsets)
 

@@ -8,6 +8,7 @@ from torch import nn
 import fused_lora
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ALL, Net, SideBySide, quiet, wrap
+from helpers.thorough import pairwise
 
 DTYPES = [torch.float32, torch.bfloat16]
 TWO = {"a": {}, "b": {"r": 3, "lora_alpha": 5}}
@@ -28,11 +29,8 @@ def lora_layers(model):
 # ---- the plain layer in all its settings
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    "fields",
-    [
+@pairwise(
+    fields=[
         {},
         {"use_rslora": True},
         {"lora_bias": True, "target_modules": ["lin0", "conv1d", "head"]},
@@ -45,7 +43,8 @@ def lora_layers(model):
         {"modules_to_save": ["head"], "target_modules": ["lin0", "lin1", "conv1d"]},
         {"exclude_modules": ["lin1"]},
     ],
-    ids=lambda f: "-".join(f) or "plain",
+    training=[False, True],
+    dtype=DTYPES,
 )
 def test_one_adapter(fields, training, dtype):
     both = pair(dtype=dtype, training=training, **fields)

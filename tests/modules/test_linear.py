@@ -18,6 +18,7 @@ from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.reference import dropout_threshold
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
+from helpers.thorough import pairwise
 from helpers.twins import ExportedDropout, run_layer, share_dropout, twin_layers
 
 pytestmark = pytest.mark.numeric
@@ -311,9 +312,7 @@ def test_broken_rows_stay_rows(p, value):
 # ---- dropout
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("shape", [(33, K), (2, 5, K), (K,)])
+@pairwise(p=[0.0, 0.1, 0.5, 0.9, 1.0], shape=[(33, K), (2, 5, K), (K,)], dtype=DTYPES)
 def test_dropout_with_the_exported_mask(p, shape, dtype):
     ours, theirs = twin_layers(linear(dtype), r=4, lora_dropout=p)
     share_dropout(theirs, ["default"], p, seed=11)

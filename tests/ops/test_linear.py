@@ -14,7 +14,7 @@ from fused_lora import reference
 from fused_lora.ops.linear.op import _lora_linear, _lora_linear_backward, draw_seeds, lora_linear
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
-from helpers.thorough import sampled
+from helpers.thorough import pairwise
 from helpers.wrapped import INDUCTOR
 
 pytestmark = pytest.mark.numeric
@@ -52,7 +52,7 @@ def peft_layer(K, N, r, bias, dtype, adapter_dtype):
 DTYPES = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16",) * 2]
 
 
-@pytest.mark.parametrize("dtypes, size, r, p", sampled(itertools.product(DTYPES, SIZES, RANKS, DROPOUTS), 3))
+@pairwise(dtypes=DTYPES, size=SIZES, r=RANKS, p=DROPOUTS)
 def test_error_against_float64_is_no_larger_than_that_of_peft(dtypes, size, r, p):
     draws = [_draw_against_peft(*(getattr(torch, d) for d in dtypes), size, r, p) for _ in range(DRAWS)]
     for name, results in zip(("y", "dx", "dA", "dB"), zip(*draws, strict=True), strict=True):

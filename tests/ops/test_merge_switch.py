@@ -11,6 +11,7 @@ from fused_lora.ops.merge import blocks
 from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
 from fused_lora.reference import bits
 from helpers.seeds import shifted
+from helpers.thorough import pairwise
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -53,9 +54,7 @@ def tensors(record):
     return record.factors.tensors + record.units.tensors
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pairwise(layout=LAYOUTS, shape=SHAPES, dtype=DTYPES)
 def test_it_is_an_unmerge_and_a_merge(shape, dtype, layout):
     """Also between several adapters and one, and rows that are scaled beside them."""
     W, options = weight(*shape, dtype, layout), dict(fan_in_fan_out=layout == "fan_in_fan_out")
@@ -104,15 +103,17 @@ def test_with_a_copy_of_the_weight(dtype, sizes):
     assert same_bits(W, original)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("seed", [None, 4])
-@pytest.mark.parametrize("place", [(0, 0), (150, 100), (299, 255)], ids=str)
-@pytest.mark.parametrize("why", ["changed", "overflow", "nan", "overflow with a copy"])
+@pairwise(
+    lambda why, place, seed, dtype: seed is None or dtype.itemsize == 2,
+    why=["changed", "overflow", "nan", "overflow with a copy"],
+    place=[(0, 0), (150, 100), (299, 255)],
+    seed=[None, 4],
+    dtype=DTYPES,
+)
 def test_a_switch_that_is_refused_changes_nothing(why, place, dtype, seed, monkeypatch):
     monkeypatch.setattr(blocks, "_BAND", 4096)
     W = weight(300, 256, dtype).nan_to_num(0.0, 0.0, 0.0)
     W[place] = torch.finfo(dtype).max / 2
-    seed = seed if dtype.itemsize == 2 else None
     old, original = adapters(300, 256, size=100.0 if "copy" in why else 0.01), W.clone()
     new = adapters(300, 256, dtype=torch.promote_types(dtype, torch.float32))
     record = merge_(W, *old, seed=seed)

@@ -20,6 +20,7 @@ from fused_lora.ops.term import plan
 from fused_lora.ops.term.op import _lora_term, _lora_term_backward
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
+from helpers.thorough import pairwise
 from helpers.wrapped import INDUCTOR
 
 pytestmark = pytest.mark.numeric
@@ -89,10 +90,7 @@ def assert_as_exact_as_peft(draws):
         assert_no_worse(*results, name=name, draws=True)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.9])
-@pytest.mark.parametrize("r", [1, 3, 24, 100])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pairwise(dtypes=DTYPES, size=SIZES, r=[1, 3, 24, 100], p=[0.0, 0.1, 0.9])
 def test_error_against_float64_is_no_larger_than_that_of_peft(dtypes, size, r, p):
     assert_as_exact_as_peft([draw(dtypes, size, [r], [p]) for _ in range(DRAWS)])
 

@@ -1,5 +1,6 @@
 """kernels/ is installed as fused_lora.kernels and never as a top-level package, whichever way it is installed."""
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -31,6 +32,7 @@ def sources(tmp_path_factory):
             target = copy / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
+    (copy / "csrc/cpu_loops.c").write_text("int anything;")  # the loops themselves take half a minute
     return copy
 
 
@@ -51,6 +53,7 @@ def test_wheel_has_one_top_level_package(wheel):
     assert tops == {"fused_lora"}
     kernels = {f"fused_lora/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert kernels <= set(names) and "fused_lora/py.typed" in names
+    assert ("fused_lora/ops/_cpu_loops.so" in names) == bool(shutil.which("cc") or shutil.which("gcc"))
 
 
 def test_one_wheel_serves_every_python(wheel):
@@ -116,7 +119,13 @@ def test_installed_wheel_imports_without_a_top_level_kernels(wheel, tmp_path):
 def test_sdist_carries_what_a_build_and_the_tests_need(sources, tmp_path):
     names = tarfile.open(build(sources, "sdist", tmp_path / "sdist")).getnames()
     inside = {name.split("/", 1)[1] for name in names if "/" in name}
-    needed = {"kernels/tiles.py", "fused_lora/reference.py", "tests/conftest.py", "benchmarks/bench_merge.py"}
+    needed = {
+        "csrc/cpu_loops.c",
+        "kernels/tiles.py",
+        "fused_lora/reference.py",
+        "tests/conftest.py",
+        "benchmarks/bench_merge.py",
+    }
     assert needed | {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= inside
 
 

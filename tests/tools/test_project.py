@@ -1,5 +1,6 @@
-"""Files around the code: workflows call what exists, the version has one source, tools have one version."""
+"""Files around the code: workflows call what exists, the version has one source, tools one version; and samples."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 import fused_lora
+from helpers.thorough import pairwise
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -64,3 +66,14 @@ def test_hooks_have_the_versions_of_the_test_extra():
     assert set(re.findall(r"ruff==([\d.]+)", text)) == {pinned["ruff"]}
     assert set(re.findall(r"basedpyright ([\d.]+)", text)) == {pinned["basedpyright"]}
     assert ".venv/.typed" in text and "$(VENV)/.typed" in targets()
+
+
+def test_pairwise_keeps_all_cases_and_joins_every_two_values():
+    values = {"a": [0, 1, 2], "b": [0, 1, 2, 3], "c": ["x", "y"]}
+    cases = pairwise(lambda a, b, c: a or b, **values).args[1]
+    possible = [case for case in itertools.product(*values.values()) if case[0] or case[1]]
+    assert [case.values for case in cases] == possible
+    taken = [case.values for case in cases if not case.marks]
+    assert len(taken) < len(possible) / 1.5
+    for i, j in itertools.combinations(range(3), 2):
+        assert {(case[i], case[j]) for case in taken} == {(case[i], case[j]) for case in possible}
