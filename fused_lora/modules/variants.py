@@ -89,7 +89,7 @@ def _add(layer: Any, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Te
     if not _drops(layer, name):
         return scale_columns(lora_term(y if bias is None else y - bias, x, A, B, s), c, bias)
     seeds = draw_seeds(1, x.device)
-    y = y + _base_product(layer, dropped(_rows_to_drop(x, A[0]), seeds, p[0])) * (c - 1)
+    y = torch.addcmul(y, _base_product(layer, dropped(_rows_to_drop(x, A[0]), seeds, p[0])), c - 1)
     return lora_term(y, x, A, [B[0] * c[:, None]], s, p, seeds=seeds)
 
 

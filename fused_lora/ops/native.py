@@ -130,7 +130,7 @@ def multiply_by_mask(
     """out = rows * (lane >= cut) and in_place *= (lane >= cut), from row ``start`` of the mask; False: not done.
 
     [M, K], all fp32 or all fp64. None for rows and out, or for in_place, leaves that out. Not done where the loops do
-    not run or a tensor is not contiguous.
+    not run, a tensor is not contiguous or has another dtype.
 
     Args:
         seed: as a signed integer of 64 bits. cut: :func:`~fused_lora.reference.dropout_threshold` - 32768.
@@ -138,7 +138,7 @@ def multiply_by_mask(
     if not usable():
         return False
     for tensor in (rows, out, in_place):
-        if tensor is not None and not tensor.is_contiguous():
+        if tensor is not None and not (tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float64)):
             return False
     _multiply(seed, start, cut, rows, out, in_place)
     return True

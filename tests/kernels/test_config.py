@@ -84,7 +84,7 @@ def test_there_are_few_configurations():
             assert both[0] == both[1]
         assert len(list(compile_cases(capability, (torch.bfloat16,)))) <= 100
     # each costs some 0.7 seconds of a core
-    assert sum(len(cases(chip.capability)) for chip in CHIPS.values()) <= 1347
+    assert sum(len(cases(chip.capability)) for chip in CHIPS.values()) <= 1358
 
 
 @pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])

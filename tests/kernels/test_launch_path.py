@@ -45,6 +45,7 @@ LAUNCHES = {
     "merge_apply": 1,
     "unmerge_apply": 1,
     "dropout_mask": 1,
+    "dropped": 1,
     "dequant_4bit": 1,
     "row_norms": 1,
     "forward, 4 bits": 1,
@@ -134,6 +135,7 @@ def launches(given: list[list]) -> dict[str, int]:
     from fused_lora.kernels import merge
     from fused_lora.kernels.dequant_4bit import dequant_4bit
     from fused_lora.kernels.dropout import dropout_mask
+    from fused_lora.kernels.dropped import dropped
     from fused_lora.kernels.grouped_expand import grouped_expand
     from fused_lora.kernels.grouped_shrink import grouped_shrink
     from fused_lora.kernels.lora_backward import prepare_backward_g, prepare_backward_x
@@ -222,6 +224,7 @@ def launches(given: list[list]) -> dict[str, int]:
     for name in ("merge_apply", "unmerge_apply"):
         counted(name, getattr(merge, name), W, A, B)
     counted("dropout_mask", dropout_mask, torch.zeros(1, dtype=torch.int64), 40, 64, 0.1)
+    counted("dropped", dropped, W, torch.zeros(1, dtype=torch.int64), 0.1)
     packed, code, absmax = torch.zeros(40 * 32, dtype=torch.uint8), torch.zeros(16), torch.zeros(40)
     counted("dequant_4bit", dequant_4bit, packed, code, absmax, None, 64, (40, 64), bf16)
     counted("row_norms", row_norms, W, A, B, 2.0)

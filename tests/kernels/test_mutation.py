@@ -26,6 +26,7 @@ from fused_lora.kernels import (
     delta,
     dequant_4bit,
     dropout,
+    dropped,
     grouped_shrink,
     lora_backward,
     lora_expand,
@@ -51,7 +52,7 @@ from helpers.thorough import sampled
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="mutants run in the interpreter alone")
 MODULES = [
-    delta, dequant_4bit, dropout, grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped,
+    delta, dequant_4bit, dropout, dropped, grouped_shrink, lora_backward, lora_expand, lora_grad, lora_grouped,
     lora_linear, lora_shrink, merge, sync, tiles,
 ]  # fmt: skip
 TILE_CALLS = ("load_tile", "store_tile")  # their arguments end with num_rows, num_cols, ROWS, COLS
@@ -125,6 +126,10 @@ def cases():
 
 def run_mask():
     return [dropout.dropout_mask(torch.tensor([7]), 19, 37, 0.5, BLOCK_M=16, BLOCK_K=32)]
+
+
+def run_dropped():
+    return [dropped.dropped(torch.randn(19, 37), torch.tensor([7]), 0.5)]
 
 
 def run_dequant():
@@ -242,6 +247,7 @@ SCENARIOS = {
     merge: MERGES,
     delta: MERGES,
     dropout: [run_mask],
+    dropped: [run_dropped],
     lora_backward: [run_passes],
 }
 SCENARIOS |= {grouped_shrink: GROUPED, lora_grouped: GROUPED}

@@ -12,7 +12,9 @@ import fused_lora
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.bases import base_of
 from fused_lora.checkpoints.adapter_file import open_adapters
+from fused_lora.ops import guard
 from fused_lora.ops.dora import op
+from fused_lora.ops.linear import plan
 from fused_lora.reference import bits
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.accelerated import Net, SideBySide, layers, pair, wrap
@@ -59,6 +61,29 @@ def test_dropout_is_pefts(dtype, p):
         names, *(map(torch.stack, zip(*kept, strict=True)) for kept in found.values()), strict=True
     ):
         assert_no_worse(*tensors, name=name, draws=p < 1)
+
+
+def test_dropout_by_the_kernels(device, kernels_on):
+    """No mask is drawn by torch: that takes a hundred passes over x."""
+    layer = fused_lora.LoraLinear(nn.Linear(48, 32), r=4, use_dora=True, lora_dropout=0.25, init_lora_weights=False)
+    layer = layer.to(device)
+    x = torch.randn(5, 48, device=device, requires_grad=True)
+
+    def run():
+        torch.manual_seed(shifted(2))
+        y = layer(x)
+        return [
+            y.detach(),
+            *torch.autograd.grad(y.square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)]),
+        ]
+
+    found = run()
+    assert {key[0] for key in guard.verdicts()} >= {"row_norms", "dropped"} and all(guard.verdicts().values())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "usable", lambda _: False)
+        plan.forget()
+        for ours, eager in zip(found, run(), strict=True):
+            assert_close(ours, eager, terms=1000)
 
 
 def test_second_derivatives_and_compilation():

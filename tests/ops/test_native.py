@@ -492,6 +492,8 @@ def test_masks_are_drawn_beside_each_other_and_in_any_number_of_threads():
 @built
 def test_what_is_not_contiguous_is_left_to_numpy():
     assert not native.multiply_by_mask(1, 0, 0, torch.ones(4, 40)[:, ::2], torch.empty(4, 20), None)
+    sixteen = torch.ones(4, 20, dtype=torch.bfloat16)
+    assert not native.multiply_by_mask(1, 0, 0, sixteen, torch.empty_like(sixteen), None)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 
 from fused_lora.kernels.config import OPS, LaunchConfig, candidates
 from fused_lora.kernels.dropout import _dropout_mask_kernel
+from fused_lora.kernels.dropped import BLOCK_K, BLOCK_M, _dropped_kernel
 from fused_lora.kernels.lora_backward import _lora_backward_kernel
 from fused_lora.kernels.lora_expand import _lora_expand_kernel
 from fused_lora.kernels.lora_grad import _lora_weight_grad_kernel
@@ -207,3 +208,9 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
     types = dict(out_ptr="*u8", seed_ptr="*i64", bound="i32", M="i32", K="i32")
     values = dict(BLOCK_M=32, BLOCK_K=128)
     yield make_case("dropout_mask", "mask", None, torch.uint8, _dropout_mask_kernel, types, values, {})
+    values = dict(stride_xk=1, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K)
+    for dtype in dtypes or dtypes_on(capability):
+        short = _TRITON_NAMES[dtype]
+        types = dict(x_ptr=f"*{short}", out_ptr=f"*{short}", seed_ptr="*i64", scale="fp32")
+        types |= {name: "i32" for name in ("bound", "M", "K", "stride_xm")}
+        yield make_case(f"dropped {short}", "dropped", None, dtype, _dropped_kernel, types, values, dict(num_warps=4))

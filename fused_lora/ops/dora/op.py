@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fused_lora.ops import guard
 from fused_lora.ops.linear import eager
+from fused_lora.ops.linear.op import is_batched, is_direct
 from fused_lora.reference import keep_scale
 
 Blocks = Callable[[], Iterator[tuple[int, int, Tensor]]]  # (start, stop, rows start to stop) of a weight [N, K]
@@ -101,29 +102,68 @@ def scale_columns(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return y * scale if bias is None else torch.addcmul(bias, y, scale)
 
 
-@torch.library.custom_op("fused_lora::dropped", mutates_args=())
 def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """D(x) for x [..., K] and the mask of (seed int64 [1], p). Differentiable, any order.
-
-    x is fp32 or fp64 on a CPU, any floating dtype on a GPU.
-    """
-    if p == 1.0:
-        return torch.zeros_like(x)
-    [number] = eager._numbers(seed)
-    kept = eager._masked(number, p, 0, x.reshape(-1, x.shape[-1]), None)
-    return kept.mul_(keep_scale(p)).reshape(x.shape)
+    """D(x) for x [..., K], any floating dtype, and the mask of (seed int64 [1], p). Differentiable, any order."""
+    return _Dropped.apply(x, seed, p) if is_direct(x) and not is_batched(x) else _dropped(x, seed, p)
 
 
-@dropped.register_fake
+class _Dropped(torch.autograd.Function):
+    """The operator past the dispatcher, whose bookkeeping takes longer than the kernel."""
+
+    @staticmethod
+    def forward(ctx, x, seed, p):
+        ctx.seed, ctx.p = seed, p
+        return _draw(x, seed, p)
+
+    @staticmethod
+    def backward(ctx, g):
+        return dropped(g, ctx.seed, ctx.p), None, None
+
+
+@torch.library.custom_op("fused_lora::dropped", mutates_args=())
+def _dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    return _draw(x, seed, p)
+
+
+@_dropped.register_fake
 def _(x, seed, p):
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _keep_seed(ctx, inputs, output) -> None:
     _, ctx.seed, ctx.p = inputs
 
 
-dropped.register_autograd(lambda ctx, g: (dropped(g, ctx.seed, ctx.p), None, None), setup_context=_keep_seed)
+_dropped.register_autograd(lambda ctx, g: (dropped(g, ctx.seed, ctx.p), None, None), setup_context=_keep_seed)
+
+
+def _draw(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    if p == 1.0:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    if x.is_neg():  # a kernel would not see the sign
+        x = x.resolve_neg()
+    rows = x.reshape(-1, x.shape[-1])
+    if not guard.usable(x.device) or x.dtype not in guard.DTYPES:
+        return _eager_dropped(rows, seed, p).reshape(x.shape)
+    from fused_lora.kernels.dropped import dropped as kernel
+
+    K = 528 if x.shape[-1] % 16 == 0 else 530  # a row of more than one tile, compiled as x's
+    check = lambda: _check_dropped(kernel, K, x.dtype, x.device)  # noqa: E731
+    run = guard.guarded(("dropped", x.dtype, K), kernel, _eager_dropped, check)
+    return run(rows, seed, p).reshape(x.shape)
+
+
+def _eager_dropped(rows: Tensor, seed: Tensor, p: float) -> Tensor:
+    [number] = eager._numbers(seed)
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32)) if rows.is_cpu else rows
+    kept: Any = eager._masked(number, p, 0, wide, None)
+    return kept.mul_(keep_scale(p)).to(rows.dtype)
+
+
+def _check_dropped(kernel: Callable, K: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    x = torch.sin(torch.arange(17 * K, device=device, dtype=torch.float32) * 12.9898).reshape(17, K).to(dtype)
+    seed = torch.tensor([7], device=device)
+    return guard.compare([kernel(x, seed, 0.3)], [_eager_dropped(x.double(), seed, 0.3)], dtype)
 
 
 def product(x: Tensor, blocks: Blocks, N: int) -> Tensor:

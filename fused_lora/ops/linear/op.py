@@ -332,7 +332,7 @@ def _all_gradients(ctx, g, g_S, gradients, dtype: torch.dtype | None = None):
             A, B = all_A, [B if saved is None else saved for B, saved in zip(all_B, B, strict=True)]
     if x is not None and x.dim() != 2:
         x = x.reshape(S.shape[0], weight.shape[1])
-    if g_S is None and not (torch.is_grad_enabled() or _is_batched(g)):
+    if g_S is None and not (torch.is_grad_enabled() or is_batched(g)):
         if g.is_neg():  # a kernel would not see the sign
             g = g.resolve_neg()
         return gradients(g, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs)
@@ -425,7 +425,7 @@ class _Direct(torch.autograd.Function):
         return (None, None, None, dx, *dA, *dB) if run.frozen else (None, None, None, dx, *dA, *dB, dW, db)
 
 
-def _is_batched(g: Tensor) -> bool:
+def is_batched(g: Tensor) -> bool:
     """Whether g stands for many gradients: under torch.func.vmap, or ``is_grads_batched`` of torch.autograd.grad."""
     return _transforms() or torch._C._functorch.is_legacy_batchedtensor(g)
 

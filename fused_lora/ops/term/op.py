@@ -21,10 +21,10 @@ from fused_lora.ops.linear.op import (
     _as_autocast,
     _autocast_dtype,
     _autocasts,
-    _is_batched,
     _outside_autocast,
     _rows,
     draw_seeds,
+    is_batched,
     is_direct,
 )
 from fused_lora.ops.term import plan
@@ -209,7 +209,7 @@ def _all_gradients(ctx, g, g_S, gradients):
     if ctx.idle is not None:
         A, all_B = ctx.idle
         B = [B if saved is None else saved for B, saved in zip(all_B, B, strict=True)]
-    if g_S is None and not (torch.is_grad_enabled() or _is_batched(g)):
+    if g_S is None and not (torch.is_grad_enabled() or is_batched(g)):
         if g.is_neg():  # a kernel would not see the sign
             g = g.resolve_neg()
         return gradients(g, x, A, B, S, scaling, dropout, seeds, dtype, bias_dtype, needs)
