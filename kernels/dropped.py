@@ -1,6 +1,7 @@
-"""D(x): the input that a product meets after dropout, where it must be whole: DoRA's second base product, experts.
+"""D(x): the input that a product meets after dropout, where it must be whole: DoRA's second base product, experts, and
+the eager path on a GPU.
 
-    out[m, k] = x[m, k] keep(m, k) scale        scale = 1 / (1 - p), rounded once to x's dtype
+    out[m, k] = x[m, k] keep(m, k) scale        scale = 1 / (1 - p), or 1; rounded once to x's dtype
 
 x [M, K]  bf16 / fp16 / fp32, any strides    out [M, K] contiguous    the mask of ``dropout``, drawn in registers
 
@@ -34,19 +35,22 @@ def _dropped_kernel(
 
 
 @lru_cache(maxsize=KEPT)
-def _launch(M: int, K: int, p: float, strides: tuple[int, ...], *_) -> Launch:
+def _launch(M: int, K: int, p: float, scaled: bool, strides: tuple[int, ...], *_) -> Launch:
     """Arguments after ``strides``: what else a compiled kernel depends on."""
     grid = triton.cdiv(M, BLOCK_M), triton.cdiv(K, BLOCK_K)
     fixed = dict(BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, num_warps=4)
-    return Launch(grid, threshold(p) - 32768, keep_scale(p), M, K, *strides, **fixed)
+    return Launch(grid, threshold(p) - 32768, keep_scale(p) if scaled else 1.0, M, K, *strides, **fixed)
 
 
-def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """D(x) [M, K] of x [M, K], fp32, bf16 or fp16, and the mask of (seed int64 [1], p). One launch."""
+def dropped(x: torch.Tensor, seed: torch.Tensor, p: float, scaled: bool = True) -> torch.Tensor:
+    """D(x) [M, K] of x [M, K], fp32, bf16 or fp16, and the mask of (seed int64 [1], p). One launch.
+
+    scaled: times 1 / (1 - p).
+    """
     (M, K), out = x.shape, x.new_empty(x.shape)
     if out.numel():
         rows = addressable(x)
-        _launch(M, K, float(p), rows.stride(), x.dtype, x.device)(_dropped_kernel, rows, out, seed)
+        _launch(M, K, float(p), scaled, rows.stride(), x.dtype, x.device)(_dropped_kernel, rows, out, seed)
     return out
 
 

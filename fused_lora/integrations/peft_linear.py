@@ -28,6 +28,7 @@ from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plain_dropout
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 from fused_lora.modules.offload import refuse_sharded
+from fused_lora.ops.guard import draws_masks
 
 # PEFT's classes that have an accelerated one, by their modules in peft.tuners.lora
 _STOCK = {
@@ -353,6 +354,8 @@ def why_not_fused(layer: Any, names: list[str], adapter_names: list[str] | None 
             return "lora_A and lora_B differ in dtype"
         if not _is_number(layer.scaling[name]):
             return "the scaling is no number"
+        if dropout.training and getattr(dropout, "p", 0) and not draws_masks(A._parameters["weight"].device):
+            return "no kernel draws dropout masks on this device"
     if not variants.has_magnitude(layer, names):
         return None
     if adapter_names is not None or layer._activated(names):

@@ -31,6 +31,11 @@ def usable(device: torch.device) -> bool:
     return device.type == DEVICE and HAS_TRITON and os.environ.get("FUSED_LORA_PLAN") != "eager"
 
 
+def draws_masks(device: torch.device) -> bool:
+    """Whether dropout masks are drawn there by one pass over x; by operations of torch they take about a hundred."""
+    return device.type in ("cpu", "meta") or (device.type == DEVICE and HAS_TRITON)
+
+
 def passes(key: tuple, check: Callable[[], str | None], instead: str = _EAGER) -> bool:
     """Whether ``key`` may run: ``check`` returned None (else it says what is wrong) the first time, in this process.
 

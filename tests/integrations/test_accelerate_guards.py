@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 import fused_lora
 from fused_lora.integrations import peft as integration
+from fused_lora.integrations import peft_linear
+from fused_lora.ops import guard
 from fused_lora.ops.linear.op import lora_linear
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.accelerated import K, N, layers, pair, quiet, wrap
@@ -454,6 +456,24 @@ def test_unusual_base_layers_are_called_as_they_are(change, reason, report):
         for mine, other in zip(*outcomes, strict=True):
             assert type(mine) is type(other)
             assert_close(mine.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor), terms=2 * K + N)
+
+
+def test_where_no_kernel_draws_masks_peft_s_dropout_runs(monkeypatch):
+    """On a GPU without Triton, or another device; a layer that drops nothing runs fused there."""
+    assert guard.draws_masks(torch.device("cpu")) and not guard.draws_masks(torch.device("mps"))
+    monkeypatch.setattr(guard, "HAS_TRITON", False)
+    assert not guard.draws_masks(torch.device("cuda"))
+    monkeypatch.setattr(peft_linear, "draws_masks", lambda device: False)
+    both, x = pair(lora_dropout=0.5), torch.randn(5, K)
+    outputs = []
+    for layer in layers(both)[:2]:
+        torch.manual_seed(shifted(3))
+        outputs.append(layer.train()(x))
+    assert torch.equal(*outputs)
+    [row] = integration.layer_report(both.ours)
+    assert row.why_not == "no kernel draws dropout masks on this device"
+    layers(both)[0].eval()
+    assert integration.layer_report(both.ours)[0].fused
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch import Tensor
 from fused_lora.ops import guard
 from fused_lora.ops.linear import eager
 from fused_lora.ops.linear.op import is_batched, is_direct
+from fused_lora.ops.masks import times_mask
 from fused_lora.reference import keep_scale
 
 Blocks = Callable[[], Iterator[tuple[int, int, Tensor]]]  # (start, stop, rows start to stop) of a weight [N, K]
@@ -143,27 +144,11 @@ def _draw(x: Tensor, seed: Tensor, p: float) -> Tensor:
     if x.is_neg():  # a kernel would not see the sign
         x = x.resolve_neg()
     rows = x.reshape(-1, x.shape[-1])
-    if not guard.usable(x.device) or x.dtype not in guard.DTYPES:
-        return _eager_dropped(rows, seed, p).reshape(x.shape)
-    from fused_lora.kernels.dropped import dropped as kernel
-
-    K = 528 if x.shape[-1] % 16 == 0 else 530  # a row of more than one tile, compiled as x's
-    check = lambda: _check_dropped(kernel, K, x.dtype, x.device)  # noqa: E731
-    run = guard.guarded(("dropped", x.dtype, K), kernel, _eager_dropped, check)
-    return run(rows, seed, p).reshape(x.shape)
-
-
-def _eager_dropped(rows: Tensor, seed: Tensor, p: float) -> Tensor:
-    [number] = eager._numbers(seed)
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32)) if rows.is_cpu else rows
-    kept: Any = eager._masked(number, p, 0, wide, None)
-    return kept.mul_(keep_scale(p)).to(rows.dtype)
-
-
-def _check_dropped(kernel: Callable, K: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    x = torch.sin(torch.arange(17 * K, device=device, dtype=torch.float32) * 12.9898).reshape(17, K).to(dtype)
-    seed = torch.tensor([7], device=device)
-    return guard.compare([kernel(x, seed, 0.3)], [_eager_dropped(x.double(), seed, 0.3)], dtype)
+    if not x.is_cpu or guard.usable(x.device):
+        return times_mask(rows, seed, p).reshape(x.shape)
+    wide: Any = rows.to(torch.promote_types(x.dtype, torch.float32))
+    kept: Any = eager._masked(seed.item(), p, 0, wide, None)
+    return kept.mul_(keep_scale(p)).to(x.dtype).reshape(x.shape)
 
 
 def product(x: Tensor, blocks: Blocks, N: int) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import linear
 
 from fused_lora.ops import native
+from fused_lora.ops.masks import times_mask
 from fused_lora.reference import dropout_lanes, dropout_threshold, keep_scale
 
 _MASK_ELEMENTS = 1 << 19  # row block of the mask and of the dropped input: 2 MiB of fp32
@@ -235,12 +236,10 @@ def _row_blocks(rows: torch.Tensor) -> Sequence[tuple[int, int]]:
 def _masked(seed, p: float, start: int, rows: torch.Tensor | None, term: Any) -> torch.Tensor | None:
     """rows * mask, and term *= mask in place. Both [m, K] from row ``start`` of the mask, either may be None."""
     like, cut, out = term if rows is None else rows, dropout_threshold(p) - 32768, None
-    if not like.is_cpu:  # there this path is the fallback, and drawing the mask whole costs the fewest launches
-        M, K = like.shape
-        keep = dropout_lanes(seed, 0, M, K, like.device)[:, :K] >= cut
+    if not like.is_cpu:  # there this path is the fallback, and all rows are one block
         if term is not None:
-            term.mul_(keep)
-        return None if rows is None else rows * keep
+            term.copy_(times_mask(term, seed, p, False))
+        return None if rows is None else times_mask(rows, seed, p, False)
     if rows is not None:
         rows = rows.contiguous()
         out = torch.empty_like(rows)
