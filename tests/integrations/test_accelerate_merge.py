@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fused_lora
+from fused_lora.ops.merge import op as merging
 from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.accelerated import ALL, Net, SideBySide, quiet, wrap
 from helpers.seeds import shifted
@@ -237,6 +238,23 @@ def test_a_weight_changed_while_merged_is_unmerged_by_subtraction():
         assert_close(mine, exact, terms=16)  # both round twice, and the first error is doubled
     both.do(lambda m: m.merge_adapter())
     both.do(lambda m: m.unmerge_adapter())
+
+
+def test_an_unmerge_without_memory_subtracts_nothing(monkeypatch):
+    """The weight is as it was, and a second try gives the bits back."""
+    model = fused_lora.accelerate(wrap(Net(torch.bfloat16)))
+    bits = base_bits(model)
+    model.merge_adapter()
+
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("no memory for the launch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "unmerge_", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.unmerge_adapter()
+    model.unmerge_adapter()
+    assert_bits(model, bits)
 
 
 def test_a_model_cast_while_merged():
