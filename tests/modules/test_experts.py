@@ -547,9 +547,8 @@ def test_what_is_refused(tmp_path):
     fused_lora.save_adapter(ours, tmp_path / "a")
     with pytest.raises(AdapterError, match="target_parameters.*no parameter of the model is named"):
         fused_lora.load_adapter(nn.Sequential(nn.Linear(3, 3)), tmp_path / "a")
-    for read in (fused_lora.adapters.read_adapter, fused_lora.checkpoints.inspect_adapter):
-        with pytest.raises(AdapterError, match="target_parameters.*read with the model that they are for"):
-            read(tmp_path / "a")
+    with pytest.raises(AdapterError, match="target_parameters.*read with the model that they are for"):
+        fused_lora.adapters.read_adapter(tmp_path / "a")
     tensors = load_file(tmp_path / "a" / FILE)
     key = "base_model.model.experts.lora_A.weight"
     for broken, text in (
