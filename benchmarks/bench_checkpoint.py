@@ -4,16 +4,18 @@
     python benchmarks/bench_checkpoint.py --layers 16 --vocabulary 128256 --shards 30 --limit 3 --budget 20
 
 The second writes a checkpoint of 8 GB in 30 shards, bf16, with the shapes of Llama-3-8B, and an adapter of rank 16 on
-all linear layers. `copy` is shutil.copyfile of each shard, then fsync, as the merge does it; both write new files on
-the same disk and take turns. `warm`: the base is in the page cache; `cold`: it was dropped before (posix_fadvise).
-The memory is that of a process of its own under --limit GB of address space (RLIMIT_AS), which also verifies what it
-wrote: it is the most that was resident, torch and the interpreter included.
+all linear layers. `copy` is shutil.copyfile of each shard, then fsync, as the merge does it. `PEFT` loads model and
+adapter, calls merge_and_unload and saves the model, as mergekit does, too; then its files are synced. All write new
+files on the same disk and take turns. `warm`: the base is in the page cache; `cold`: it was dropped before
+(posix_fadvise). The memory is that of a process of its own under --limit GB of address space (RLIMIT_AS), which also
+verifies what it wrote: it is the most that was resident, torch and the interpreter included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -26,7 +28,9 @@ from pathlib import Path
 
 import torch
 from bench_memory import decoder
+from peft import PeftModel
 from report import Candidate, Clock, Report, Table, begin, interleaved, parser, summary
+from transformers import AutoModelForCausalLM
 
 import fused_lora
 from fused_lora.adapters.tensorfile import header_bytes
@@ -45,10 +49,12 @@ def write_base(folder: Path, layers: int, vocabulary: int, hidden: int, shards: 
         for i in range(layers)
         for name, (_, k, n) in decoder(hidden, int(1024 * scale), int(14336 * scale)).items()
     }
-    shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     shapes |= {f"{path}.weight": (n, k) for path, (k, n) in linear.items()}
+    norms = [f"layers.{i}.{name}" for i in range(layers) for name in ("input_layernorm", "post_attention_layernorm")]
+    shapes |= {f"model.{norm}.weight": (hidden,) for norm in (*norms, "norm")}
     block = memoryview(torch.randn(_BLOCK).mul_(0.02).bfloat16().view(torch.uint8).numpy().data)
-    rest, names = [name for name in shapes if "layers" in name], {}
+    (_, *rest), names = shapes, {}
     parts = [
         list(shapes)[:1],
         *(rest[len(rest) * i // (shards - 1) : len(rest) * (i + 1) // (shards - 1)] for i in range(shards - 1)),
@@ -58,13 +64,16 @@ def write_base(folder: Path, layers: int, vocabulary: int, hidden: int, shards: 
         names |= dict.fromkeys(part, file)
         with open(folder / file, "wb") as out:
             out.write(header_bytes([(name, torch.bfloat16, shapes[name]) for name in part], {"format": "pt"}))
-            for n, k in (shapes[name] for name in part):
-                for first in range(0, 2 * n * k, len(block)):
-                    out.write(block[: 2 * n * k - first])
+            for nbytes in (2 * math.prod(shapes[name]) for name in part):
+                for first in range(0, nbytes, len(block)):
+                    out.write(block[: nbytes - first])
             out.flush()
             os.fsync(out.fileno())
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    (folder / "config.json").write_text("{}")
+    config = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=hidden, vocab_size=vocabulary)
+    config |= dict(intermediate_size=int(14336 * scale), num_hidden_layers=layers, num_attention_heads=32)
+    config |= dict(num_key_value_heads=8, tie_word_embeddings=True, dtype="bfloat16")
+    (folder / "config.json").write_text(json.dumps(config))
     return linear
 
 
@@ -78,7 +87,7 @@ def write_adapter(folder: Path, linear: dict[str, tuple[int, int]], r: int) -> N
         tensors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(r, k) / k**0.5
         tensors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(n, r) * 0.01
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r, "target_modules": []}
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r, "target_modules": "all-linear"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
@@ -87,8 +96,21 @@ def copy(base: Path, out: Path) -> None:
     out.mkdir()
     for file in sorted(base.iterdir()):
         shutil.copyfile(file, out / file.name)
-        with open(out / file.name, "rb") as copied:
-            os.fsync(copied.fileno())
+        sync(out / file.name)
+
+
+def sync(file: Path) -> None:
+    """Onto the disk."""
+    with open(file, "rb") as held:
+        os.fsync(held.fileno())
+
+
+def merge_by_peft(base: Path, adapter: Path, out: Path) -> None:
+    """The model in memory, merged and saved."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(out)
+    for file in out.iterdir():
+        sync(file)
 
 
 def drop(base: Path) -> None:
@@ -143,6 +165,7 @@ def speed(
 
         candidates = [
             Candidate("copy", [lambda: copy(base, out)], prepare),
+            Candidate("PEFT", [lambda: merge_by_peft(base, adapter, out)], prepare),
             Candidate("fused_lora", [lambda: fused_lora.merge_checkpoint(base, adapter, out)], prepare),
         ]
         found = interleaved(candidates, Clock(torch.device("cpu")), 0, arguments.rounds, arguments.deadline)
@@ -156,6 +179,7 @@ def speed(
             report.rows.append({**row, "of_copy": round(share, 3)})
             table.row(state, name, f"{times['median'] / 1e3:.2f}", f"{rate:.0f}", f"{share:.2f}")
         share = medians["copy"]["median"] / medians["fused_lora"]["median"]
+        print(f"{state}: {medians['PEFT']['median'] / medians['fused_lora']['median']:.2f} times PEFT's speed")
         if goals:
             report.bar(f"speed of copying the same files, {state}", share, LEAST_SPEED, True)
         report.write()

@@ -121,7 +121,7 @@ def test_bench_checkpoint(load, tmp_path, monkeypatch, capsys):
     sizes = ["--layers", "2", "--hidden", "64", "--vocabulary", "96", "--shards", "3", "--folder", str(tmp_path)]
     code, content = run(bench, tmp_path / "results", *sizes)
     assert code == 0 and [(row["base"], row["provider"]) for row in content["rows"]] == [
-        (state, name) for state in ("warm", "cold") for name in ("copy", "fused_lora")
+        (state, name) for state in ("warm", "cold") for name in ("copy", "PEFT", "fused_lora")
     ]
     assert taken[0]["checked"]["rows"] > 0 and taken[0]["peak_bytes"] > 0
     assert {bar["at_least"] for bar in content["bars"]} == {True}

@@ -13,7 +13,7 @@ from helpers.seeds import shifted
 from helpers.waiting import HANG
 
 HERE = Path(__file__).parent
-RUNS = 2000
+RUNS = 1000
 TARGETS = ("config", "header", "weights")
 
 

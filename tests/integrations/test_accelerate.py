@@ -312,7 +312,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("way", ["script", "module"])
+@pytest.mark.parametrize("way", ["script", pytest.param("module", marks=pytest.mark.thorough)])
 def test_run_a_script_as_it_is(way, tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     (tmp_path / "beside.py").write_text("x = 7")
@@ -368,7 +368,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork server")
-@pytest.mark.parametrize("way", ["script", "module"])
+@pytest.mark.parametrize("way", [pytest.param("script", marks=pytest.mark.thorough), "module"])
 def test_run_a_script_with_processes_of_its_own(way, tmp_path):
     (tmp_path / "spawning.py").write_text(SPAWNING)
     command = [str(tmp_path / "spawning.py")] if way == "script" else ["-m", "spawning"]

@@ -12,6 +12,7 @@ from fused_lora.ops.linear.op import Memory
 from helpers.over_quantised import layers, with_adapters
 from helpers.quantised import linear4bit
 from helpers.seeds import shifted
+from helpers.thorough import sampled
 
 N, K = 64, 128  # whole blocks of 4 bits
 OFFSETS = [1, None, 1, 1, 0]  # of an aLoRA adapter: it changes some rows
@@ -143,8 +144,9 @@ def test_float64_under_autocast_is_not_remembered(recalled):
     assert not recalled or recalled[-1] is None
 
 
-@pytest.mark.parametrize("x_dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize(
+    "base, x_dtype", sampled([("dense", torch.float32), ("dense", BF16), ("nf4", torch.float32)], 2)
+)
 def test_on_a_gpu_remembered_adapters_take_the_autocast_dtype(base, x_dtype, device, kernels_on, recalled):
     layer = layers(model(base, "fused_lora"))[0].to(device)
     x = torch.randn(5, K, device=device).to(x_dtype).requires_grad_()

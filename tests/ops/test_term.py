@@ -20,7 +20,7 @@ from fused_lora.ops.term import plan
 from fused_lora.ops.term.op import _lora_term, _lora_term_backward
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
-from helpers.thorough import pairwise
+from helpers.thorough import pairwise, sampled
 from helpers.wrapped import INDUCTOR
 
 pytestmark = pytest.mark.numeric
@@ -430,10 +430,11 @@ def check_one(found, size, ranks):
             assert_no_worse(ours, theirs, exact, name=name)
 
 
-@pytest.mark.parametrize(
-    "size, dropout", [((1, 33, 17), (0.0,)), ((40, 65, 70), (0.1,)), ((40, 65, 70), (0.3, 0.0))], ids=str
-)
-@pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0] == d[1]], ids=str)
+SIZES = [((1, 33, 17), (0.0,)), ((40, 65, 70), (0.1,)), ((40, 65, 70), (0.3, 0.0))]
+BY_KERNELS = [(d, *SIZES[(i + j) % 3]) for i, d in enumerate(DTYPES) if d[0] == d[1] for j in range(3)]
+
+
+@pytest.mark.parametrize("dtypes, size, dropout", sampled(BY_KERNELS, 3), ids=str)
 def test_kernels_are_as_exact_as_peft(dtypes, size, dropout, device, kernels_on, kernel_memory):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
