@@ -206,7 +206,7 @@ def _check_kinds(adapters: Sequence[AdapterFile]) -> dict[str, Beside]:
     for adapter in adapters:
         plan, config = adapter.plan, os.path.join(adapter.folder, CONFIG_NAME)
         if plan.config.use_dora:
-            expected = "null or false: PEFT combines factors alone, and the magnitudes would be lost"
+            expected = "null or false: factors alone are combined or shrunk, so the magnitudes would be lost"
             raise AdapterError(config, "use_dora", expected, True)
         if plan.stacks:
             expected = "null or empty: PEFT's add_weighted_adapter takes no parameters"

@@ -162,6 +162,8 @@ def _tell_inspected(report: Any) -> None:
     if dora := {layer["norm_of"] for layer in report.layers if layer["kind"] == "DoRA"}:
         more = "" if report.fits else "; what the magnitude makes of it depends on W: --base"
         print(f"DoRA: the norm is of {', '.join(dora)}; the largest singular value and the rank are of s B A{more}")
+    if tokens := report.config.get("alora_invocation_tokens"):
+        print(f"aLoRA: it acts from the tokens {tokens} on")
     for text in (*(f"beside LoRA: {key}" for key in report.beside), *report.oddities):
         print(text)
     for key in report.copies:

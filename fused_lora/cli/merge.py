@@ -176,7 +176,8 @@ def _tell(report: Any, dry: bool) -> None:
     kinds = Counter(change["kind"] for change in report.changes)
     print(", ".join(f"{count} tensors: {kind}" for kind, count in kinds.items()))
     for adapter in report.provenance["adapters"]:
-        print(f"adapter {adapter['path']}, weight {adapter['weight']:g}, made for {adapter['base_model_name_or_path']}")
+        made_for = adapter["base_model_name_or_path"] or "a base that its config does not name"
+        print(f"adapter {adapter['path']}, weight {adapter['weight']:g}, made for {made_for}")
     if report.left_out:
         print(f"not carried along: {', '.join(report.left_out)}")
     if report.checked is not None:

@@ -120,7 +120,7 @@ def lora_paths(wrapped):
     return {path for path, module in found if isinstance(module, peft.tuners.lora.layer.LoraLayer)}
 
 
-def test_what_else_makes_adapters_differ(tmp_path):
+def test_what_else_makes_adapters_differ(tmp_path, capsys):
     """A magnitude, one that the other lacks, a copy of another base, an embedding where the other has a linear layer,
     and the tokens that activate an aLoRA."""
     held = load_file(trained_files(tmp_path / "a", "DoRA"))
@@ -154,6 +154,8 @@ def test_what_else_makes_adapters_differ(tmp_path):
     assert peft.LoraConfig.from_pretrained(tmp_path / "g").alora_invocation_tokens == [3, 4]
     model("aLoRA").save_pretrained(tmp_path / "base")
     assert inspect_adapter(tmp_path / "e", tmp_path / "base").fits
+    assert main(["inspect", str(tmp_path / "e")]) == 0
+    assert "aLoRA: it acts from the tokens [3, 4] on" in capsys.readouterr().out
 
 
 def trained_files(folder, kind):
