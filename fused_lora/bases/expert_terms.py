@@ -84,8 +84,9 @@ class Even(NamedTuple):
 
 
 def add_terms(y: Tensor, x: Tensor, terms: Sequence[ExpertTerm], rows: Routed | Even) -> Tensor:
-    """y + sum_i s_i D_i(x) A_i^T B_i^T with the A and B of each row's expert, rounded once to y's dtype.
+    """y + sum_i s_i D_i(x) A_i^T B_i^T with the A and B of each row's expert, in y's dtype.
 
+    On a CPU rounded once; elsewhere 16-bit products and sums are rounded each, as PEFT's are.
     y: [rows, N], x: [rows, K], sorted by expert as ``rows`` says.
     """
     if not terms:

@@ -27,7 +27,7 @@ from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
 from fused_lora.ops.linear.op import Memory, may_learn
-from fused_lora.ops.term.op import known_term
+from fused_lora.ops.term.op import known_term, lora_term
 from fused_lora.ops.term.rows import lora_term_on_rows
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
@@ -140,13 +140,14 @@ class FusedLoraBehaviour(_Layer):
         if operands is None or rows is None:
             return None if operands is None else memory.recall(x, *operands)
         known = memory.find(x, *operands)
-        if known is None or known[0] is not None:  # unknown, or under autocast
+        if known is None:
             return None
         y = own["_modules"]["base_layer"](x)
         if not (len(rows) or torch.is_grad_enabled()):
             return y
         _, _, _, _, A, B, scaling, dropout = operands
-        return lora_term_on_rows(y, x, rows, A, B, scaling, dropout, term=known_term)
+        term = known_term if known[0] is None else lora_term  # which casts under autocast
+        return lora_term_on_rows(y, x, rows, A, B, scaling, dropout, term=term)
 
     def _operands(self, x: Tensor, names: Sequence[str]) -> tuple | None:
         """What :meth:`Memory.recall` takes, of a layer whose parts run their class's forward, no hooks.

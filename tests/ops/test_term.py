@@ -393,7 +393,7 @@ def test_meta_tensors():
     y, x, A, B, s, p, _, b = arguments(bias=True)
     y, x, b = (t.detach().to("meta").requires_grad_() for t in (y, x, b))
     A, B = [[t.detach().to("meta").requires_grad_() for t in ts] for ts in (A, B)]
-    out = lora_term(y, x, A, B, s, [0.0, 0.0], None, b)
+    out = lora_term(y, x, A, B, s, [0.5, 0.0], None, b)
     assert out.is_meta and out.shape == y.shape
     out.sum().backward()
     assert all(t.grad.shape == t.shape for t in (y, x, b, *A, *B))

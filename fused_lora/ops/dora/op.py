@@ -145,7 +145,7 @@ def _draw(x: Tensor, seed: Tensor, p: float) -> Tensor:
         x = x.resolve_neg()
     rows = x.reshape(-1, x.shape[-1])
     if not x.is_cpu or guard.usable(x.device):
-        return times_mask(rows, seed, p).reshape(x.shape)
+        return times_mask(seed, p, True, rows)[0].reshape(x.shape)
     wide: Any = rows.to(torch.promote_types(x.dtype, torch.float32))
     kept: Any = eager._masked(seed.item(), p, 0, wide, None)
     return kept.mul_(keep_scale(p)).to(x.dtype).reshape(x.shape)

@@ -237,9 +237,10 @@ def _masked(seed, p: float, start: int, rows: torch.Tensor | None, term: Any) ->
     """rows * mask, and term *= mask in place. Both [m, K] from row ``start`` of the mask, either may be None."""
     like, cut, out = term if rows is None else rows, dropout_threshold(p) - 32768, None
     if not like.is_cpu:  # there this path is the fallback, and all rows are one block
+        found = times_mask(seed, p, False, *[t for t in (rows, term) if t is not None])
         if term is not None:
-            term.copy_(times_mask(term, seed, p, False))
-        return None if rows is None else times_mask(rows, seed, p, False)
+            term.copy_(found.pop())
+        return found[0] if found else None
     if rows is not None:
         rows = rows.contiguous()
         out = torch.empty_like(rows)
