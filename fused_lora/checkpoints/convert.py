@@ -137,7 +137,8 @@ def convert_adapter(
             for part in "AB":
                 if part not in parts:
                     raise AdapterError(file_path, path, f"a lora_{part}", f"only {some(parts.values())}")
-                if not (kind := header.entries[parts[part]].dtype).is_floating_point:
+            for part in ("A", "B", "magnitude", "copy"):
+                if part in parts and not (kind := header.entries[parts[part]].dtype).is_floating_point:
                     raise AdapterError(file_path, parts[part], "a floating dtype", kind)
             A, B = (_matrix(header.entries[parts[part]].shape) for part in "AB")
             if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
@@ -159,10 +160,10 @@ def convert_adapter(
             (r, K, N), parts = shapes[path], layers[path]
             return tensor(parts["A"]).view(r, K), tensor(parts["B"]).view(N, r)
 
-        def magnitude(key: str) -> Tensor:
-            found = tensor(key).to(kind)
+        def finite(key: str, dtype: torch.dtype) -> Tensor:
+            found = tensor(key).to(dtype)
             if not bool(found.isfinite().all()):
-                raise ValueError(f"{key}: expected finite numbers in {kind}, got others")
+                raise ValueError(f"{key}: expected finite numbers in {dtype}, got others")
             return found
 
         target = config or LoraConfig(r=1, lora_alpha=1, target_modules=set())
@@ -170,10 +171,11 @@ def convert_adapter(
         for path, parts in layers.items():
             if key := parts.get("magnitude"):
                 entry = TensorEntry(kind, header.entries[key].shape, 0, 0)
-                further[f"{KEY_PREFIX}{path}.lora_magnitude_vector"] = entry, partial(magnitude, key)
+                further[f"{KEY_PREFIX}{path}.lora_magnitude_vector"] = entry, partial(finite, key, kind)
                 target = LoraConfig.from_dict({**target.to_dict(), "use_dora": True})
             if key := parts.get("copy"):
-                further[f"{KEY_PREFIX}{path}.base_layer.weight"] = header.entries[key], partial(tensor, key)
+                entry = header.entries[key]
+                further[f"{KEY_PREFIX}{path}.base_layer.weight"] = entry, partial(finite, key, entry.dtype)
         found = shapes, make, kind, alphas
         if not stack_experts:
             stacked = write_layers(folder, target, *found, embeddings=embeddings, beside=further)
@@ -219,6 +221,10 @@ def _check_further(
         copied, key = parts.get("copy"), parts.get("magnitude")
         if copied is not None and path not in embeddings and path.rpartition(".")[2] not in HEADS:
             raise AdapterError(file_path, copied, "a base's weight of an embedding or a head alone", "another layer's")
+        sizes = entries[parts["B"]].shape[0], entries[parts["A"]].shape[1]
+        wanted = sizes[::-1] if path in embeddings else sizes
+        if copied is not None and entries[copied].shape != wanted:
+            raise AdapterError(file_path, copied, f"a base's weight {list(wanted)}", list(entries[copied].shape))
         if path in embeddings and dora:
             raise AdapterError(file_path, parts["A"], "LoRA on linear layers alone beside DoRA", "an embedding")
         if dora and (key is None or entries[key].shape != (entries[parts["B"]].shape[0],)):

@@ -232,6 +232,14 @@ def full_weight(folder):
     change(folder / "adapter_model.safetensors", **{key: torch.zeros(2, 2)})
 
 
+def other_copy(made):
+    def damage(folder):
+        held = load_file(folder / "adapter_model.safetensors")
+        change(folder / "adapter_model.safetensors", **{EMBEDDING: made(held[EMBEDDING]).contiguous()})
+
+    return damage
+
+
 CALLS = {
     "combine": lambda a, out: combine_adapters([a, (a, 0.5)], out, "cat"),
     "shrink": lambda a, out: shrink_adapter(a, out, 2),
@@ -252,6 +260,8 @@ CALLS = {
         ("convert", "DoRA", lose("magnitude_vector"), "a magnitude .* of each layer of DoRA, found none"),
         ("convert", "DoRA", full_weight, "an embedding or a head alone, found another layer's"),
         ("convert", "LoRA on an embedding", lose("embedding_B"), "a lora_B"),
+        ("convert", "LoRA on an embedding", other_copy(torch.Tensor.int), "base_layer.weight: .* a floating dtype"),
+        ("convert", "LoRA on an embedding", other_copy(torch.Tensor.t), "base_layer.weight: .* a base's weight"),
     ],
 )
 def test_what_is_refused(tmp_path, call, kind, damage, message):
@@ -261,6 +271,17 @@ def test_what_is_refused(tmp_path, call, kind, damage, message):
     before = contents(tmp_path)
     with pytest.raises(AdapterError, match=message):
         CALLS[call](tmp_path / "a", tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind, end", [("DoRA", "magnitude_vector"), ("LoRA on an embedding", "base_layer.weight")])
+def test_convert_writes_nothing_that_is_not_finite(tmp_path, kind, end):
+    held = load_file(trained_files(tmp_path / "a", kind))
+    key = next(key for key in held if key.endswith(end))
+    change(tmp_path / "a" / "adapter_model.safetensors", **{key: held[key] * float("nan")})
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"{key}: expected finite numbers"):
+        convert_adapter(tmp_path / "a", tmp_path / "out")
     assert contents(tmp_path) == before
 
 
