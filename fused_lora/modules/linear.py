@@ -20,8 +20,8 @@ from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import LINEAR, adapter_dtype, in_out_features, why_not_linear
 from fused_lora.modules.variants import Magnitude
 from fused_lora.ops import native
-from fused_lora.ops.merge import blocks
 from fused_lora.ops.merge import op as merging
+from fused_lora.ops.merge.launch import TORN_TEXT
 from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
 
 
@@ -243,7 +243,7 @@ def _run(jobs: Mapping[str, Later], mode: int) -> None:
     try:
         outcome = merging.run_together([job.sweep for job in jobs.values()], mode)
         if outcome == native.TORN:
-            raise RuntimeError(blocks.TORN_TEXT)
+            raise RuntimeError(TORN_TEXT)
         if outcome == native.DONE:
             for job in jobs.values():
                 # without a call, see FusedLoraBehaviour._write
@@ -253,7 +253,7 @@ def _run(jobs: Mapping[str, Later], mode: int) -> None:
         open_jobs = {path: job for path, job in jobs.items() if job.layer.merge_state is not job.state}
         torn = [path for path, job in open_jobs.items() if job.sweep.undo(back) != native.DONE]
         if torn:
-            raise RuntimeError(f"{torn[0]}: {blocks.TORN_TEXT}") from None
+            raise RuntimeError(f"{torn[0]}: {TORN_TEXT}") from None
         raise
 
 

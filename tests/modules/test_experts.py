@@ -336,7 +336,7 @@ def test_experts_in_one_launch(device, kernels_on, monkeypatch):
     before, alone, launches, run = parameter_bits(ours), copy.deepcopy(ours), [], kernel.launch_group
     monkeypatch.setattr(launch.guard, "passes", lambda *_: True)  # the trials are over
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "for_one_launch", lambda sweep: None)
+        patch.setattr(launch.Sweep, "joins", lambda sweep: False)
         fused_lora.merge(alone, ["b"])
     monkeypatch.setattr(kernel, "launch_group", lambda members, *a: launches.append(len(members)) or run(members, *a))
     fused_lora.merge(ours, ["a"])
