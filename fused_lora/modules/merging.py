@@ -94,7 +94,8 @@ def switch(
 
     The bits are those of an :func:`unmerge` and a :func:`merge`, so a later unmerge still restores the original. Linear
     layers and stacks of experts are read and written once. The two calls one after the other run where they must:
-    for DoRA, whose norms ask for the base weight, a lora_bias, embeddings, convolutions and quantised layers.
+    for DoRA, whose norms ask for the base weight, a lora_bias, embeddings, convolutions, quantised layers, and where
+    plain torch merges.
 
     Args:
         model: a model of ``inject``, merged or not. adapter_names, weights, safe_merge: as in :func:`merge`.

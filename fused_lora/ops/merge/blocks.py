@@ -192,8 +192,10 @@ class _InC(_Sweep):
 class _InTorch(_Sweep):
     """The same in torch, a band of rows at a time."""
 
-    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int, old: _InTorch | None = None):
-        self.W, self.units, self._room, self.old = W, units, room, old
+    old = None  # a switch takes two passes: sums take the time here, not memory
+
+    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
+        self.W, self.units, self._room = W, units, room
         self._counts, self._starts, self._checksum = units.notes.unbind()
         self._left, self._right, self._scales, self._dither = factors
         self._panels = [(first, min(first + units.width, W.shape[1])) for first in range(0, W.shape[1], units.width)]
@@ -214,29 +216,17 @@ class _InTorch(_Sweep):
 
     def undo(self, mode: int) -> int:
         """Also where an interrupt came between the note that a band is written and its write."""
-        self._look(self._begun)
-        if self.old is not None:
-            self.old._look(self.old._begun - self._begun)
-        return self._sweep(mode)
-
-    def _look(self, bands: set[tuple[int, int]]) -> None:
-        for band in bands:
+        for band in self._begun:
             now, notes = self._checksums(self.W[slice(*band)]), self._notes(band, self._checksum)
             self._merged[band] = not torch.equal(now, notes)
+        return self._sweep(mode)
 
     def _sweep(self, mode: int) -> int:
-        old = self.old
         for band, merged in self._merged.items():
-            outcome = DONE
-            if old is not None and mode == MERGE and old._merged[band]:
-                outcome = old._do(band, UNMERGE)
-            if outcome == DONE and (mode == CHECKSUM or merged == (mode == UNMERGE)):
+            if mode == CHECKSUM or merged == (mode == UNMERGE):
                 outcome = self._do(band, mode)
-            if outcome == DONE and old is not None and mode == UNMERGE and not old._merged[band]:
-                self._begun.discard(band)  # from here on the old merge says what the band holds
-                outcome = old._do(band, MERGE_AGAIN)
-            if outcome != DONE:
-                return outcome
+                if outcome != DONE:
+                    return outcome
         return DONE
 
     def _do(self, band: tuple[int, int], mode: int) -> int:
@@ -246,7 +236,7 @@ class _InTorch(_Sweep):
             return DONE
         delta = chain(self._left[slice(*band)], self._right)
         if mode == UNMERGE:
-            out = self._round(w, self._unscaled(band, w.to(delta.dtype) - delta))
+            out = self._round(w, self._scaled(band, w.to(delta.dtype) - delta, 1))
             if not self._decode(band, bits(out)) or not torch.equal(self._checksums(out), checksums):
                 return CHANGED
         else:
@@ -254,7 +244,7 @@ class _InTorch(_Sweep):
             if bool((w.isfinite() & ~out.isfinite()).any()):
                 return LOST
         if mode == MERGE:
-            back = self._round(w, self._unscaled(band, out.to(delta.dtype) - delta))
+            back = self._round(w, self._scaled(band, out.to(delta.dtype) - delta, 1))
             pairs, counts = self._encode(bits(back) ^ bits(w.contiguous()))
             used = sum(map(len, self._pieces))
             if used + len(pairs) > self._room:
@@ -273,9 +263,6 @@ class _InTorch(_Sweep):
             return values
         rows, columns = self._scales
         return values * rows[which, slice(*band), None] * columns[which]
-
-    def _unscaled(self, band: tuple[int, int], values: torch.Tensor) -> torch.Tensor:
-        return self._scaled(band, values, 1)
 
     def _round(self, w: torch.Tensor, total: torch.Tensor, band: tuple[int, int] | None = None) -> torch.Tensor:
         """``band``: of a sum that may be rounded at random."""
@@ -387,14 +374,14 @@ def prepared(W: torch.Tensor, factors: Factors, old: Held | None = None, sweeps:
 
     sweeps: the class, or the best.
     """
-    sweeps, units, before = sweeps or _best(W), Units.of(W), None
-    if old is not None:
-        theirs = old[1]
-        alike = (theirs.height, theirs.width) == (units.height, units.width)
-        if not alike or theirs.copy is not None or not theirs.fit(W):
-            return None
-        before = sweeps(W, *old, 0)
-    return sweeps(W, factors, units, W.nbytes // 2, before)
+    sweeps, units = sweeps or _best(W), Units.of(W)
+    if old is None:
+        return sweeps(W, factors, units, W.nbytes // 2)
+    theirs = old[1]
+    alike = (theirs.height, theirs.width) == (units.height, units.width)
+    if sweeps is _InTorch or not alike or theirs.copy is not None or not theirs.fit(W):
+        return None
+    return sweeps(W, factors, units, W.nbytes // 2, sweeps(W, *old, 0))
 
 
 def merge(W: torch.Tensor, factors: Factors, sweeps: Any = None) -> Units:

@@ -108,8 +108,8 @@ def switch_(
     """In place: the bits and the record of :func:`unmerge_` with ``record`` and :func:`merge_` with the rest.
 
     One read and one write of a weight in memory: each part of it is unmerged and merged while it is in a cache. Two
-    passes where the weight was or will be kept as a copy, and where ``row_scale`` lets only one of the merges run in
-    the kernel.
+    passes where the weight was or will be kept as a copy, where ``row_scale`` lets only one of the merges run in the
+    kernel, and in plain torch.
 
     Args:
         record: of the merge that ``weight`` holds. The others: as for :func:`merge_`.
