@@ -82,18 +82,22 @@ class Sweep:
         return True
 
     def undo(self, mode: int) -> int:
-        """Take back, by ``mode``, what was written, once. It finds nothing where nothing was."""
-        kernels = _kernels()
-        if mode == MERGE_AGAIN:
-            kernels.merge_again(self.W, self.right, self.left, self.corrections)
-            return DONE
-        if self.corrections is not None:
-            kernels.unmerge(self.W, self.right, self.left, self.corrections)
-            self.corrections = None  # a second time it may be the old merge that has these bits
-        if self.old is not None:
-            left, right, corrections = self.old
-            kernels.merge_again(self.W, right, left, corrections)
+        """Take back, by ``mode``, what was written; ``TORN`` where another has changed some of it meanwhile. It finds
+        nothing where nothing was, nor a second time."""
+        if mode == UNMERGE and self.corrections is not None and not self.corrections.is_back():
+            self._go_back(UNMERGE)
+            if not self.corrections.is_back():
+                return TORN
+        if mode == MERGE_AGAIN or self.old is not None:
+            self._go_back(MERGE_AGAIN)
         return DONE
+
+    def _go_back(self, mode: int) -> None:
+        """One launch: of UNMERGE over what was merged, of MERGE_AGAIN over what was unmerged."""
+        if mode == UNMERGE:
+            return _kernels().unmerge(self.W, self.right, self.left, self.corrections)
+        left, right, corrections = self.old or (self.left, self.right, self.corrections)
+        _kernels().merge_again(self.W, right, left, corrections)
 
     def joins(self) -> bool:
         """Whether others of its ``kind``, which is known from here on, can be in one launch with it."""
@@ -129,7 +133,7 @@ def run_together(sweeps: Sequence[Sweep], mode: int) -> int:
     in a further launch with others like it.
     """
     begun: list[Sweep] = []
-    finished = False
+    finished, back = False, MERGE_AGAIN if mode == UNMERGE else UNMERGE
     try:
         for part in _parts(sweeps):
             begun += part
@@ -142,15 +146,14 @@ def run_together(sweeps: Sequence[Sweep], mode: int) -> int:
         finished = True
         return DONE
     finally:
-        if not finished:
-            _take_back(begun, MERGE_AGAIN if mode == UNMERGE else UNMERGE)
+        if not finished and _take_back(begun, back) != DONE:
+            raise error(TORN)
 
 
-def _take_back(sweeps: Sequence[Sweep], mode: int) -> None:
+def _take_back(sweeps: Sequence[Sweep], mode: int) -> int:
     """Also if an interrupt comes meanwhile."""
     try:
-        for sweep in sweeps:
-            sweep.undo(mode)
+        return max([sweep.undo(mode) for sweep in sweeps], default=DONE)
     except BaseException:
         for sweep in sweeps:
             sweep.undo(mode)
@@ -200,7 +203,8 @@ def _merge(sweeps: Sequence[Sweep]) -> int:
             if found <= room:
                 sweep.corrections = sweep.corrections.trimmed(found, slack=sweep.W.numel() // 64 + 4096)
             else:
-                sweep.undo(UNMERGE)
+                if sweep.undo(UNMERGE) != DONE:
+                    return TORN
                 more.append((sweep, found))
         _share[how], todo = 1.25 * max(shares), more
     return DONE
@@ -216,7 +220,10 @@ def _compile_way_back(sweep: Sweep, mode: int) -> None:
         old = *old[:2], replace(record, seed=old[2].seed)
     kind += tuple((t.shape, t.stride()) for t in factors)
     if kind not in _way_back:
-        replace(sweep, old=old).undo(mode)
+        if mode == UNMERGE:
+            sweep._go_back(UNMERGE)
+        if mode == MERGE_AGAIN or old is not None:
+            replace(sweep, old=old)._go_back(MERGE_AGAIN)
         _way_back.add(kind)
 
 
