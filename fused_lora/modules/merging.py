@@ -449,15 +449,15 @@ def _check_not_shared(model: nn.Module, layers: dict[str, Any]) -> None:
         tied = sum(isinstance(wrapper, TrainedTokens) and wrapper.owner is layer for wrapper in wrappers)
         if len(shared) > max(tied, 1):
             raise RuntimeError(f"{path}: the weight is shared by {shared}; a merge would change all of them")
-    strided = {memory_of(p): (span_of(p), name, p) for name, p in parameters if p.data_ptr()}
+    strided = {p.data_ptr(): (name, p) for name, p in parameters if p.data_ptr()}
     before: list[Any] = []  # those that go on where the next begins
-    for (begin, end), name, parameter in sorted(strided.values(), key=lambda found: found[0]):
+    for begin, (name, parameter) in sorted(strided.items(), key=lambda item: item[0]):
         before = [found for found in before if found[0] > begin]
         for _, other, held in before:
-            path = mine.get(memory_of(parameter), mine.get(memory_of(held)))
+            path = mine.get(begin, mine.get(held.data_ptr()))
             if path is not None and overlap(parameter, held):
                 raise RuntimeError(f"{path}: {other} and {name} overlap in memory; a merge would change both")
-        before.append((end, name, parameter))
+        before.append((span_of(parameter)[1], name, parameter))
 
 
 def memory_of(tensor: Tensor) -> int:

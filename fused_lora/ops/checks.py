@@ -128,6 +128,8 @@ def refuse_transforms(name: str) -> None:
 def span_of(tensor: torch.Tensor) -> tuple[int, int]:
     """The addresses of a strided tensor's first byte and of the byte behind its last."""
     begin, size = tensor.data_ptr(), tensor.element_size()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.numel() * size
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (last + 1) * size if tensor.numel() else begin
 
