@@ -142,6 +142,19 @@ def test_shrink_then_expand_is_linear(kind, device, kernels_on):
     assert_close(y, expected, terms=1000)
 
 
+@torch.no_grad()
+def test_an_adapter_is_loaded_between_steps(device, kernels_on):
+    """vLLM's steps run in inference mode, what its API loads does not."""
+    layer, terms, slot_of_row, x = Layer(FP32, FP32), KernelTerms(16, SLOTS, device), mixed(10), torch.randn(10, K)
+    with torch.inference_mode():
+        terms.step(slot_of_row)
+        terms.linear_(torch.zeros(10, sum(N)).split(N, 1), x, layer.slots)
+    layer.load(0, [5, 5, 5])
+    with torch.inference_mode():
+        terms.linear_((y := torch.zeros(10, sum(N))).split(N, 1), x, layer.slots)
+    assert_close(y, layer.terms(x, slot_of_row), terms=1000)
+
+
 def test_what_is_in_the_slots_already_counts_with_its_full_rank():
     A, B = torch.randn(2, 1, 8, 6), torch.randn(2, 1, 5, 8)
     B[1] = 0

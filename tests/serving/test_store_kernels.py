@@ -142,6 +142,19 @@ def test_a_graph_takes_adapters_from_buffers_alone(device, through_kernels, monk
 
 
 @torch.no_grad()
+def test_a_store_that_was_made_in_inference_mode(device, through_kernels):
+    model, x = model_on(device), torch.randn(2, K, device=device)
+    with torch.inference_mode():
+        store = AdapterStore(model, max_resident=1)
+        buffers = store.row_buffers(max_rows=2, max_groups=1, max_rank=16)
+    for name, r in (("a", 4), ("b", 8)):
+        store.load(name, adapter(r, r))
+        with store.batch_rows([name, None], [1, 1], buffers):
+            assert_close(model(x)[0], wanted(model, x[0], [(adapter(r, r), 1)]).float(), terms=300)
+    assert store.stats()["evictions"] == 1 and through_kernels
+
+
+@torch.no_grad()
 def test_a_call_without_rows(device, through_kernels):
     model, x = model_on(device), torch.randn(2, 3, K, device=device)
     store = AdapterStore(model)

@@ -93,6 +93,7 @@ class RowTables:
         layout: the same. groups: the tables, with room for the largest step.
     """
 
+    @torch.inference_mode(False)  # filled in any mode later
     def __init__(self, layout: GroupLayout, device: torch.device):
         self.layout = layout
         self._buffer = torch.zeros(layout.size, dtype=torch.int32, device=device)

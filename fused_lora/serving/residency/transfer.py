@@ -152,7 +152,8 @@ class CudaTransfer(Transfer):
                 self._stream.wait_stream(caller)
             if self.tables is not None:
                 self.tables.write(slot, parts, block)
-            tables, events = self._stream.record_event(), {}
+            tables: Any = self._stream.record_event()
+            events = {}
             for i, part in enumerate(parts):
                 if staged is None:
                     packed._replace(parts=(part,), tensors=(packed.tensors[i],)).write(block.memory, self.dtype)
