@@ -26,7 +26,7 @@ EMULATED = int(os.environ.get("FUSED_LORA_EMULATE", 0))
 if EMULATED:
     from helpers.emulated.driver import emulate
 
-    emulate(EMULATED, shifted(0) if os.environ.get("FUSED_LORA_EMULATE_WARPS") else None)
+    emulate(EMULATED, int(os.environ.get("FUSED_LORA_EMULATE_ORDER") or -1))
 elif not HAS_CUDA:
     # read when a kernel is decorated, so it is set before any test module imports one
     os.environ["TRITON_INTERPRET"] = "1"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import struct
-import weakref
 
 import numpy as np
 import torch
 
+from ..seeds import shifted
 from .machine import Machine
 from .program import Program, translate
 
@@ -141,7 +141,7 @@ class EmulatedDriver:
         raise NotImplementedError("an emulated device has no clock")
 
 
-def emulate(capability: int, order: int | None = None) -> EmulatedDriver:
+def emulate(capability: int, order: int = -1) -> EmulatedDriver:
     """For the rest of the process kernels compile for ``capability`` and run here, on tensors of the CPU.
 
     It has to come before the launchers' modules are imported, because they copy names that are replaced here.
@@ -164,7 +164,7 @@ def emulate(capability: int, order: int | None = None) -> EmulatedDriver:
             return f"{super().hash()} emulated"
 
     backends["nvidia"] = type(backends["nvidia"])(Backend, backends["nvidia"].driver)
-    EmulatedDriver.active = EmulatedDriver(capability, None if order is None else np.random.default_rng(order))
+    EmulatedDriver.active = EmulatedDriver(capability, None if order < 0 else np.random.default_rng(shifted(order)))
     driver.set_active(EmulatedDriver.active)
 
     from fused_lora.kernels import config, descriptors, launch

@@ -42,8 +42,6 @@ def bits(x, width: str):
 
 
 def choose(p, a, b):
-    if b is None:
-        b = a.dtype.type(0)
     if np.ndim(p) == 0:
         return a if p else b
     return np.where(p, a, b)
@@ -158,6 +156,17 @@ def parameter(m, number: int, dtype: str, width: str):
     return value.astype(f"{dtype[0]}{width[1]}") if dtype[0] in "iu" else value
 
 
+# of a tensor map, which only these instructions read: where each field lies, how wide its elements are
+_FIELDS = {
+    "global_address": (0, 8),
+    "rank": (8, 4),
+    "box_dim": (16, 4),
+    "global_dim": (36, 4),
+    "global_stride": (56, 8),
+}
+_FIELDS |= {"element_stride": (88, 4), "elemtype": (108, 4), "interleave_layout": (112, 4), "swizzle_mode": (116, 4)}
+_FIELDS |= {"fill_mode": (120, 4)}
+_ELEMENTS = [1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4]  # bytes by elemtype, PTX ISA 8.8 table 33
 _COMBINE = {"add": np.add, "max": np.maximum, "min": np.minimum, "and": np.bitwise_and, "or": np.bitwise_or}
 _COMBINE |= {"xor": np.bitwise_xor, "exch": lambda old, new: new}
 
@@ -183,7 +192,7 @@ class Machine:
         for axis, name in enumerate("xyz"):
             self.special[f"%ctaid.{name}"] = blocks[self.block, axis].astype(np.uint32)
             self.special[f"%nctaid.{name}"] = np.uint32(grid[axis])
-        self.copies, self.committed = [], np.zeros(self.lanes, int)
+        self.copies, self.committed, self.barriers = [], np.zeros(self.lanes, int), {}
 
     def fail(self, what: str, lane: int | None = None):
         where = self.program.name
@@ -196,7 +205,8 @@ class Machine:
 
     def run(self) -> None:
         program = self.program
-        registers: list = [None] * program.registers
+        # a register that was never written may be moved, but not end in a result: it is no number
+        registers = [np.bool_(True) if w == "?" else np.dtype(w).type(np.iinfo(w).max) for w in program.registers]
         waiting: dict[int, np.ndarray] = {}
         ready = {0: self.all}
         with np.errstate(all="ignore"):
@@ -210,7 +220,7 @@ class Machine:
 
     def _units(self):
         """Sets of threads that run one after the other: all, or each warp (each four, where they multiply together)."""
-        if self.rng is None:
+        if self.rng is None or "m.barrier_wait" in self.program.source:  # a warp alone could wait for ever
             return [self.all]
         size = 128 if "multiply_group" in self.program.source else 32
         number = self.special["%tid.x"] // size
@@ -295,7 +305,10 @@ class Machine:
             memory[first + i] = value
             other = memory[first + i] != value
             if other.any():
-                self.fail(f"{space} address {int(at[other.argmax()]):#x}: two threads store two values", int(index[other.argmax()]))
+                self.fail(
+                    f"{space} address {int(at[other.argmax()]):#x}: two threads store two values",
+                    int(index[other.argmax()]),
+                )
 
     def copy(self, to, of, size: int, count, t) -> None:
         """cp.async: ``count`` bytes, and zeros up to ``size``; done at the wait."""
@@ -323,7 +336,9 @@ class Machine:
                 words[reads] = _MEMORY[4][(source[reads] + i - _FIRST) // 4]
                 self.shared.view("u4")[first] = words[done]
             if not done.all():
-                kept.append(tuple(x if isinstance(x, int) else x[~done] for x in (to, source, size, count, index, group)))
+                kept.append(
+                    tuple(x if isinstance(x, int) else x[~done] for x in (to, source, size, count, index, group))
+                )
         self.copies = kept
 
     def atomic(self, what: str, at, t, dtype: str, *values):
@@ -342,6 +357,118 @@ class Machine:
                 after = _COMBINE[what](before.view(dtype), values[0][i])
             memory[first[i]] = after.view(f"u{size}")
         return old
+
+    # ---- boxes of tensors, by the tensor memory accelerator
+
+    def replace(self, at, name: str, number: int, value, t) -> None:
+        offset, size = _FIELDS[name]
+        self.store("shared", at + at.dtype.type(offset + size * number), size, [value.astype(f"u{size}")], t)
+
+    def copy_map(self, to, of, t) -> None:
+        """128 bytes, from shared to global memory; a warp does it together."""
+        t = both(t, self.special["%laneid"] == 0)
+        for i in range(0, 128, 8):
+            found = self.load("shared", of + of.dtype.type(i), 8, 1, t)
+            self.store("global", to + to.dtype.type(i), 8, found, t)
+
+    def _map(self, address, lane: int):
+        """(address, rows and columns of a box, rows and columns of the tensor, stride, bytes an element, swizzle)."""
+        raw = np.array([_MEMORY[1][address - _FIRST + i] for i in range(128)], "u1")
+
+        def get(name, number=0):
+            offset, size = _FIELDS[name]
+            return int(raw[offset + size * number : offset + size * (number + 1)].view(f"u{size}")[0])
+
+        if get("rank") != 1 or get("interleave_layout") or get("element_stride") != 1 or get("element_stride", 1) != 1:
+            self.fail("a tensor map that is no matrix of neighbouring elements", lane)
+        size = _ELEMENTS[get("elemtype")]
+        start, stride = get("global_address"), get("global_stride")
+        if start % 16 or stride % 16:
+            self.fail(f"a tensor map at {start:#x} with rows of {stride} bytes: no multiples of 16", lane)
+        swizzle = [0, 32, 64, 128][get("swizzle_mode")]
+        return start, get("box_dim", 1), get("box_dim"), get("global_dim", 1), get("global_dim"), stride, size, swizzle
+
+    def _box(self, at: int, where: int, corner, lane: int):
+        """(places in shared memory, places in global memory, which of them are inside) of the bytes of a box."""
+        start, rows, columns, height, width, stride, size, swizzle = self._map(where, lane)
+        n, k = np.arange(rows)[:, None], np.arange(columns * size)[None]
+        inner = n * columns * size + k + at
+        if swizzle:
+            inner = inner ^ ((inner >> 7) & (swizzle // 16 - 1)) << 4
+        row, byte = n + corner[1], k + corner[0] * size
+        inside = (row >= 0) & (row < height) & (byte >= 0) & (byte < width * size)
+        index = np.full(inner.size, lane)
+        _, places = self._places("shared", index, inner.reshape(-1), 1, 1)
+        return places, (start + row * stride + byte).reshape(-1), inside.reshape(-1)
+
+    def _each(self, t, *values):
+        index = np.arange(self.lanes) if t is None else np.flatnonzero(np.broadcast_to(t, self.lanes))
+        values = [np.broadcast_to(v, self.lanes) for v in values]
+        return [(int(lane), *[int(v[lane]) for v in values]) for lane in index]
+
+    def load_box(self, to, where, corner, barrier, t) -> None:
+        for lane, at, tensor_map, bar, *first in self._each(t, to, where, barrier, *corner):
+            state = self._barrier(lane, bar)
+            state["copies"].append((lane, at, tensor_map, first))
+
+    def store_box(self, of, where, corner, t) -> None:
+        for lane, at, tensor_map, *first in self._each(t, of, where, *corner):
+            places, addresses, inside = self._box(at, tensor_map, first, lane)
+            _, outer = self._places("global", np.full(inside.sum(), lane), addresses[inside], 1, 1)
+            _MEMORY[1][outer] = self.shared[places[inside]]
+
+    def _barrier(self, lane: int, at: int) -> dict:
+        found = self.barriers.get((int(self.block[lane]), at))
+        if found is None:
+            self.fail(f"no mbarrier at {at}", lane)
+        return found
+
+    def barrier_init(self, at, count, t) -> None:
+        for lane, where, expected in self._each(t, at, count):
+            self.barriers[int(self.block[lane]), where] = dict(
+                expected=expected, left=expected, bytes=0, phase=0, copies=[]
+            )
+
+    def barrier_inval(self, at, _, t) -> None:
+        for lane, where in self._each(t, at):
+            if self._barrier(lane, where)["copies"]:
+                self.fail("an mbarrier ends before its copies", lane)
+            del self.barriers[int(self.block[lane]), where]
+
+    def barrier_arrive(self, at, count, t) -> None:
+        for lane, where, size in self._each(t, at, count):
+            state = self._barrier(lane, where)
+            state["left"] -= 1
+            state["bytes"] += size
+            self._complete(state)
+
+    @staticmethod
+    def _complete(state) -> None:
+        if state["left"] == 0 and state["bytes"] == 0 and not state["copies"]:
+            state["left"], state["phase"] = state["expected"], state["phase"] ^ 1
+
+    def barrier_wait(self, at, parity, t):
+        """Whether the phase is over. What was to be copied arrives now, if all have said that they wait for it."""
+        done = np.zeros(self.lanes, bool)
+        for lane, where, old in self._each(t, at, parity):
+            state = self._barrier(lane, where)
+            if state["phase"] == old and state["left"] == 0:
+                for copy in state["copies"]:
+                    state["bytes"] -= self._arrive(*copy)
+                state["copies"] = []
+                self._complete(state)
+            done[lane] = state["phase"] != old
+            if not done[lane]:
+                self.fail(f"a wait for an mbarrier that nobody ends: {state}", lane)
+        return done
+
+    def _arrive(self, lane: int, at: int, tensor_map: int, corner) -> int:
+        places, addresses, inside = self._box(at, tensor_map, corner, lane)
+        _, outer = self._places("global", np.full(inside.sum(), lane), addresses[inside], 1, 1)
+        found = np.zeros(len(places), "u1")
+        found[inside] = _MEMORY[1][outer]
+        self.shared[places] = found
+        return len(places)
 
     # ---- threads together
 
@@ -490,7 +617,9 @@ class Machine:
         memory, first = self._places("shared", index, at.reshape(-1), size, 1)
         out = np.zeros((groups, rows, K), "f4")
         found = memory[first].reshape(len(active), rows, K)
-        out[active] = self._numbers(found, kind)[..., 0] if size == 4 else (
-            bf16_to_float32(found) if kind == "bf16" else found.view("f2").astype("f4")
+        out[active] = (
+            self._numbers(found, kind)[..., 0]
+            if size == 4
+            else (bf16_to_float32(found) if kind == "bf16" else found.view("f2").astype("f4"))
         )
         return out

@@ -17,7 +17,7 @@ from . import machine
 
 WIDTH = {"pred": "?", "b8": "u1", "b16": "u2", "b32": "u4", "b64": "u8"}
 _NUMPY = {
-    **{f"{kind}{bits}": f"{letter}{bits // 8}" for bits in (8, 16, 32, 64) for kind, letter in zip("bus", "uui")},
+    **{f"{kind}{bits}": f"{letter}{bits // 8}" for bits in (8, 16, 32, 64) for kind, letter in ("bu", "uu", "si")},
     **{"f16": "f2", "f32": "f4", "f64": "f8", "bf16": "u2", "f16x2": "u4", "bf16x2": "u4", "f32x2": "u8", "tf32": "u4"},
 }
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -39,7 +39,7 @@ class Block:
 @dataclass
 class Program:
     blocks: list[Block]
-    registers: int
+    registers: list[str]  # numpy's type of each
     threads: int
     name: str
     source: str = field(repr=False)
@@ -185,7 +185,7 @@ class _Translator:
         return "t" if self.guard is None else f"both(t, {self.guard})"
 
     def translate(self) -> Program:
-        starts, labels, blocks = [], {}, []  # (statements, scopes are resolved on the way)
+        starts, labels, jumps, blocks = [], {}, {}, []
         current: list[str] = []
 
         def close():
@@ -194,12 +194,19 @@ class _Translator:
                 starts.append(current)
                 current = []
 
-        for text in self.statements:
+        scopes = [0]  # labels of inline assembly are its own, too
+        for number, text in enumerate(self.statements):
+            if text == "{":
+                scopes.append(number)
+            elif text == "}" and len(scopes) > 1:
+                scopes.pop()
             if text.endswith(":") and " " not in text:
                 close()
-                labels[text[:-1]] = len(starts)
+                labels[text[:-1], scopes[-1]] = len(starts)
                 continue
             current.append(text)
+            if found := re.search(r"\bbra(?:\.uni)?\s+([$\w]+)$", text):
+                jumps[len(starts)] = [(found[1], scope) for scope in reversed(scopes)]
             if re.search(r"(?:^|\s)(?:bra(?:\.uni)?|ret|exit|bar\.sync)\b", text):
                 close()
         close()
@@ -221,7 +228,7 @@ class _Translator:
                     guard, op, rest = found.groups()
                     self.guard = None if guard is None else self.read(guard, "pred")
                     if op in ("bra", "bra.uni"):
-                        target = labels[rest.strip()]
+                        target = next(labels[name] for name in jumps[number] if name in labels)
                         self.do(f"return {'m.all' if self.guard is None else self.guard}")
                         ends = self.guard is None
                     elif op == "bar.sync":
@@ -242,7 +249,8 @@ class _Translator:
         exec(compile(source, f"<{self.name} as Python>", "exec"), space)
         for number, block in enumerate(blocks):
             block.run = space[f"b{number}"]
-        return Program(blocks, len(self.registers), self.threads, self.name, source)
+        widths = [WIDTH[self.type_of(name)] for name in self.registers]
+        return Program(blocks, widths, self.threads, self.name, source)
 
     def instruction(self, op: str, args: list[str], text: str) -> None:
         parts = op.split(".")
@@ -488,6 +496,8 @@ class _Translator:
     def _cp(self, parts, args):
         if parts[0] != "async":
             return NotImplemented
+        if parts[1] == "bulk":
+            return self._cp_bulk(parts[2:], args)
         if parts[1] in ("commit_group", "wait_group"):
             self.do(f"m.copies_{parts[1]}({args[0] + ', ' if args else ''}t)")
         elif parts[1] in ("ca", "cg"):
@@ -498,11 +508,54 @@ class _Translator:
         else:
             return NotImplemented
 
+    def _cp_bulk(self, parts, args):
+        if parts[0] in ("commit_group", "wait_group"):
+            return None
+        found = re.fullmatch(r"\[\s*([%\w]+)\s*,\s*(\{.*\})\s*\]", args[1] if parts[2] == "shared::cta" else args[0])
+        if parts[0] != "tensor" or parts[1] not in ("1d", "2d") or found is None:
+            return NotImplemented
+        where = f"{self.read(found[1], 'u64')}, [{', '.join(self.read(c, 's32') for c in self.vector(found[2]))}]"
+        if parts[2:] == ["shared::cta", "global", "mbarrier::complete_tx::bytes"]:
+            to, barrier = self.address(args[0], "u32"), self.address(args[2], "u32")
+            self.do(f"m.load_box({to}, {where}, {barrier}, {self.threads_of()})")
+        elif parts[2:] == ["global", "shared::cta", "bulk_group"]:
+            self.do(f"m.store_box({self.address(args[1], 'u32')}, {where}, {self.threads_of()})")
+        else:
+            return NotImplemented
+
+    def _tensormap(self, parts, args):
+        if parts[0] == "cp_fenceproxy":
+            to, of = self.address(args[0], "u64"), self.address(args[1], "u64")
+            self.do(f"m.copy_map({to}, {of}, {self.threads_of()})")
+            return None
+        if parts[:2] != ["replace", "tile"]:
+            return NotImplemented
+        number = int(args[1], 0) if len(args) == 3 else 0
+        value = self.read(args[-1], "u" + parts[-1][1:])
+        self.do(f"m.replace({self.address(args[0], 'u64')}, {parts[2]!r}, {number}, {value}, {self.threads_of()})")
+
+    def _mbarrier(self, parts, args):
+        if parts[0] in ("init", "inval"):
+            count = self.read(args[1], "u32") if len(args) > 1 else 0
+            self.do(f"m.barrier_{parts[0]}({self.address(args[0], 'u32')}, {count}, {self.threads_of()})")
+        elif parts[:2] == ["arrive", "expect_tx"] and args[0] == "_":
+            at, count = self.address(args[1], "u32"), self.read(args[2], "u32")
+            self.do(f"m.barrier_arrive({at}, {count}, {self.threads_of()})")
+        elif parts[0] == "arrive" and args[0] == "_" and len(args) == 2:
+            self.do(f"m.barrier_arrive({self.address(args[1], 'u32')}, np.uint32(0), {self.threads_of()})")
+        elif parts[:2] == ["try_wait", "parity"]:
+            at, parity = self.address(args[1], "u32"), self.read(args[2], "u32")
+            self.write(args[0], f"m.barrier_wait({at}, {parity}, {self.threads_of()})")
+        else:
+            return NotImplemented
+
     def _atom(self, parts, args):
         *_, what, kind = parts
         d, address, *values = args
         values = ", ".join(self.read(v, kind) for v in values)
-        self.do(f"old = m.atomic({what!r}, {self.address(address, 'u64')}, {self.threads_of()}, '{_NUMPY[kind]}', {values})")
+        self.do(
+            f"old = m.atomic({what!r}, {self.address(address, 'u64')}, {self.threads_of()}, '{_NUMPY[kind]}', {values})"
+        )
         self.write(d, "old")
 
     def _red(self, parts, args):
@@ -510,6 +563,9 @@ class _Translator:
         address, value = args
         at = self.address(address, "u64")
         self.do(f"m.atomic({what!r}, {at}, {self.threads_of()}, '{_NUMPY[kind]}', {self.read(value, kind)})")
+
+    def _cvta(self, parts, args):
+        self.write(args[0], self.read(args[1], parts[-1]))  # a generic address is what it is made of
 
     # ---- threads together
 
@@ -541,8 +597,8 @@ class _Translator:
 
     def _elect(self, parts, args):
         d, p = args[0].split("|")
-        self.write(d.strip(), "m.elect()[0]")
-        self.write(p.strip(), "m.elect()[1]")
+        self.write(d.strip(), self.constant(np.uint32(0)))
+        self.write(p.strip(), "(m.special['%laneid'] == 0)")
 
     def _ldmatrix(self, parts, args):
         names = self.vector(args[0])
