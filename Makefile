@@ -32,7 +32,8 @@ test-gpu: $(VENV)/.test
 # the kernels' tests over compiled kernels, on an emulated GPU: make test-emulated CHIP=80 ORDER=3 (of the warps)
 test-emulated: CHIP ?= 90
 test-emulated: $(VENV)/.test
-	FUSED_LORA_EMULATE=$(CHIP) FUSED_LORA_EMULATE_ORDER=$(ORDER) $(BIN)/python -m pytest -n $(JOBS) \
+	FUSED_LORA_EMULATE=$(CHIP) FUSED_LORA_EMULATE_ORDER=$(ORDER) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
+	  --ignore tests/kernels/test_launch_path.py --ignore tests/kernels/test_emulated.py \
 	  tests/kernels tests/kernels/emulated_checks.py $(ARGS)
 
 # the experiments behind docs/reliability.md with their full counts, and its table: up to half an hour

@@ -23,7 +23,7 @@ CHOSEN = {
     ),
     "merges": (
         "test_merge test_merge_group",
-        "(round_trip or a_switch_is) and 70 and bfloat16 or its_launches and bfloat16 and True and switch",
+        "bfloat16 and (round_trip and 70x300 or rows and 33 or at_random and 33 or its_launches and True and switch)",
     ),
     "masks and many adapters": (
         "test_dropout test_dropped test_dequant_4bit test_linear_4bit test_row_norms test_grouped",
