@@ -170,7 +170,8 @@ class Memory:
 
 
 def _recalled(runs: dict, x, weight, bias, lora_A, lora_B, scaling, dropout) -> Tensor:
-    layout = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16
+    # what autocast has rounded wants a gradient only where gradients are recorded
+    layout = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16, torch.is_grad_enabled()
     run = runs.get(layout)
     if run is None:
         if len(runs) >= _RUNS:
