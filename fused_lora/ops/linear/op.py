@@ -58,6 +58,7 @@ def lora_linear(
     if not lora_A:
         return torch.nn.functional.linear(x, weight, bias)
     dropout = [0.0] * len(lora_A) if dropout is None else dropout
+    seeds = seeds if seeds is None else seeds.contiguous()  # kernels read one after another
     if not is_direct(x, weight, *lora_A, *lora_B):
         refuse_transforms("lora_linear")
         return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
