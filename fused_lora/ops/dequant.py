@@ -59,5 +59,6 @@ def small_case(shape: tuple[int, int], nested: bool, dtype: torch.dtype, device:
         return FourBit(packed, code, scales, None, blocksize, shape, dtype)
     absmax = (line[: len(scales)] * 11 % 256).to(torch.uint8)
     absmax8 = torch.sin(line[: -(-len(scales) // inner)] + 1.0)
-    code8, offset = torch.cos(torch.arange(256, device=device).float()), torch.tensor(0.3, dtype=torch.float32, device=device)
+    code8 = torch.cos(torch.arange(256, device=device).float())
+    offset = torch.tensor(0.3, dtype=torch.float32, device=device)
     return FourBit(packed, code, absmax, (code8, absmax8, inner, offset), blocksize, shape, dtype)

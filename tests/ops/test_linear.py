@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import reference
-from fused_lora.ops.linear import eager
+from fused_lora.ops.linear.eager import _keep_scale
 from fused_lora.ops.linear.op import _lora_linear, _lora_linear_backward, draw_seeds, lora_linear
 from fused_lora.ops.term.op import lora_term
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
@@ -287,7 +287,7 @@ def test_torchs_default_device_and_dtype_change_nothing():
     seeds, device, dtype = torch.tensor([3]), torch.get_default_device(), torch.get_default_dtype()
 
     def derivatives():
-        eager._keep_scale.cache_clear()
+        _keep_scale.cache_clear()
         x, W, A, B = leaves = [t.detach().requires_grad_() for t in tensors]
         y = lora_linear(x, W, None, [A], [B], [0.5], [0.3], seeds)
         first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
@@ -301,7 +301,7 @@ def test_torchs_default_device_and_dtype_change_nothing():
     finally:
         torch.set_default_dtype(dtype)
         torch.set_default_device(device)
-        eager._keep_scale.cache_clear()
+        _keep_scale.cache_clear()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
