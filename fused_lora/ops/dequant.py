@@ -34,7 +34,7 @@ def dequantise_4bit(weight: FourBit, otherwise: Callable[[], Tensor]) -> Tensor:
         small = small_case((21, 407), nested, dtype, device)
         return None if torch.equal(dequant_4bit(*small), by_torch(small)) else "a small weight has other bits"
 
-    return guard.guarded(("dequant_4bit", dtype, nested), dequant_4bit, lambda *_: otherwise(), check)(*weight)
+    return guard.guarded(("dequant_4bit", dtype, nested, device), dequant_4bit, lambda *_: otherwise(), check)(*weight)
 
 
 def by_torch(weight: FourBit) -> Tensor:

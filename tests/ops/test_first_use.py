@@ -14,10 +14,13 @@ from fused_lora.kernels import lora_backward, lora_expand, lora_grad, lora_linea
 from fused_lora.kernels.grouped_tables import AdapterTables
 from fused_lora.kernels.launch import Launch
 from fused_lora.ops import guard
+from fused_lora.ops.dequant import dequantise_4bit, small_case
+from fused_lora.ops.dora.op import row_norms
 from fused_lora.ops.grouped import launch as grouped_kernel
 from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
 from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear import plan
+from fused_lora.ops.masks import times_mask
 from fused_lora.testing.layers import LayerCase
 from helpers.waiting import HANG
 
@@ -178,6 +181,19 @@ def test_one_thread_tries_and_loads_at_a_time(check, monkeypatch):
     run = guard.guarded(("c",), lambda: probe("run"), lambda: "eager", lambda: probe("trial"))
     run(), run(), run()
     assert found == [("trial", False)] * (check == "1") + [("run", False), ("run", True), ("run", True)]
+
+
+def test_each_device_has_a_trial_of_its_own(monkeypatch):
+    """Another GPU may be another chip."""
+    keys = []
+    monkeypatch.setattr(guard, "guarded", lambda key, *_: keys.append(key) or (lambda *given: [given]))
+    for device in map(torch.device, ("cpu", "meta")):
+        monkeypatch.setattr(guard, "DEVICE", device.type)
+        x = torch.zeros(16, 16, device=device)
+        times_mask(torch.zeros(1, dtype=torch.int64, device=device), 0.3, True, x)
+        row_norms(x, x, x, 1.0)
+        dequantise_4bit(small_case((2, 64), False, torch.float32, device), lambda x=x: x)
+    assert len(set(keys)) == len(keys) == 6
 
 
 def test_one_thread_at_a_time_loads_what_no_trial_has_loaded():
