@@ -36,7 +36,7 @@ def test_the_bits_of_bitsandbytes(dtype, quant_type, nested, device, kernels_on,
         ).to(device)
         theirs = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert torch.equal(Weight(layer, dtype).to(dtype), theirs)
-    assert guard.verdicts()[("dequant_4bit", dtype, nested, device)]
+    assert guard.verdicts()[("dequant_4bit", dtype, nested, theirs.device)]
 
 
 def test_a_kernel_with_other_bits_is_dropped(device, kernels_on, monkeypatch):
