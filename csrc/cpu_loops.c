@@ -33,9 +33,6 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
 
 enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32, STRIP = 8 };
 /* elements and columns of a unit; ranks, rows and columns of a step of the delta */
@@ -77,9 +74,6 @@ INLINE uint32_t as_bits(float value) {
     return bits;
 }
 
-/* a if the condition is 1, b if it is 0; a branch would keep a loop from being vectorised. */
-INLINE uint32_t choose(uint32_t condition, uint32_t a, uint32_t b) { return b ^ ((a ^ b) & -condition); }
-
 INLINE uint32_t get(int type, const void *array, int64_t i) {
     return type == FLOAT32 ? ((const bits32 *)array)[i] : ((const bits16 *)array)[i];
 }
@@ -91,53 +85,44 @@ INLINE void put(int type, void *array, int64_t i, uint32_t bits) {
         ((bits16 *)array)[i] = (uint16_t)bits;
 }
 
+INLINE uint32_t infinity_of(int type) { return type == FLOAT32 ? 0x7F800000 : type == BFLOAT16 ? 0x7F80 : 0x7C00; }
+
+INLINE int is_finite(int type, uint32_t bits) {
+    return (bits & (type == FLOAT32 ? 0x7FFFFFFF : 0x7FFF)) < infinity_of(type);
+}
+
 /* The float that an element stands for; exact. */
 INLINE float value_of(int type, uint32_t bits) {
     if (type == FLOAT32) return as_float(bits);
     if (type == BFLOAT16) return as_float(bits << 16);
     /* the exponent moved by a product; infinity and NaN keep the largest exponent */
-    uint32_t magnitude = (bits & 0x7FFF) << 13, special = choose(magnitude >= 0x0F800000, 0x7F800000, 0);
+    uint32_t magnitude = (bits & 0x7FFF) << 13, special = magnitude >= 0x0F800000 ? 0x7F800000 : 0;
     return as_float(as_bits(as_float(magnitude) * 0x1p112f) | special | (bits & 0x8000) << 16);
 }
 
-/* To the nearest, ties to even; NaN becomes infinity. What is not `careful` is below limit_of. */
-INLINE uint32_t rounded(int type, int careful, float value) {
-    uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+INLINE uint32_t sign_of(int type, float value) {
+    return type == FLOAT32 ? as_bits(value) & 0x80000000 : as_bits(value) >> 16 & 0x8000;
+}
+
+/* |value| in a type, to the nearest, ties to even; infinity_of or more if it is too large, infinite or NaN. */
+INLINE uint32_t rounded(int type, float value) {
+    uint32_t bits = as_bits(value) & 0x7FFFFFFF;
     if (type == FLOAT32) return bits;
-    if (type == BFLOAT16) {
-        if (!careful) return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-        magnitude = choose(magnitude < 0x7F800000, magnitude, 0x7F800000);
-        return sign | (magnitude + 0x7FFF + (magnitude >> 16 & 1)) >> 16;
-    }
-    uint32_t normal = (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13;
-    uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3F000000; /* the sum rounds at 2^-24 */
-    uint32_t half = choose(magnitude < 0x38800000, subnormal, normal);
-    return sign | (careful ? choose(half < 0x7C00, half, 0x7C00) : half);
+    if (type == BFLOAT16) return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    uint32_t normal = (bits - 0x38000000 + 0xFFF + (bits >> 13 & 1)) >> 13;
+    uint32_t subnormal = as_bits(as_float(bits) + 0.5f) - 0x3F000000; /* the sum rounds at 2^-24 */
+    return bits < 0x38800000 ? subnormal : normal;
 }
 
-/* Towards 0 after `chance`, 16 bits, was added behind the last place; NaN becomes infinity. Of 16 bits only. */
-INLINE uint32_t dithered(int type, int careful, float value, uint32_t chance) {
-    uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
-    if (type == BFLOAT16) {
-        if (careful) magnitude = choose(magnitude < 0x7F800000, magnitude, 0x7F800000);
-        return sign | (magnitude + chance) >> 16;
-    }
-    uint32_t small = choose(magnitude < 0x38800000, magnitude, 0); /* in units of 2^-24, with 14 bits behind or more */
+/* The same of 16 bits towards 0, after `chance`, 16 bits, was added behind the last place. */
+INLINE uint32_t dithered(int type, float value, uint32_t chance) {
+    uint32_t bits = as_bits(value) & 0x7FFFFFFF;
+    if (type == BFLOAT16) return (bits + chance) >> 16;
+    uint32_t small = bits < 0x38800000 ? bits : 0; /* in units of 2^-24, with 14 bits behind or more */
     float units = as_float(small) * 0x1p24f + (float)(int32_t)chance * 0x1p-16f;
-    uint32_t normal = (magnitude - 0x38000000 + (chance >> 3)) >> 13;
-    uint32_t half = choose(magnitude < 0x38800000, (uint32_t)(int32_t)units, normal);
-    return sign | (careful ? choose(half < 0x7C00, half, 0x7C00) : half);
+    uint32_t normal = (bits - 0x38000000 + (chance >> 3)) >> 13;
+    return bits < 0x38800000 ? (uint32_t)(int32_t)units : normal;
 }
-
-/* The least magnitude of an fp32, as bits, that becomes infinity, or with `chance` may. */
-INLINE uint32_t limit_of(int type, int chance) {
-    if (type == FLOAT32) return 0x7F800000;
-    return type == BFLOAT16 ? (chance ? 0x7F7F0000 : 0x7F7F8000) : chance ? 0x477FE000 : 0x477FF000;
-}
-
-INLINE uint32_t infinity_of(int type) { return type == FLOAT32 ? 0x7F800000 : type == BFLOAT16 ? 0x7F80 : 0x7C00; }
-
-INLINE uint32_t magnitude_of(int type, uint32_t bits) { return bits & (type == FLOAT32 ? 0x7FFFFFFF : 0x7FFF); }
 
 /* A part of W: lines [h, n], `stride` bytes apart. In buffers they are `pitch` elements apart, whole tiles. */
 typedef struct {
@@ -255,10 +240,16 @@ INLINE void draw_chance(const Work *work, const Unit *strip, uint16_t *chance) {
     }
 }
 
-/* out <- Wm, xors <- bits of C ^ bits of W, sums <- the next of the checksum; whether all of it was below limit_of.
- * What was not is done again by the careful loop, which leaves NaN, infinity and sums as they are. */
-INLINE int merge_lines(int type, int scaled, int random, int careful, const Work *work, const Unit *unit,
-                       const float *delta, const uint16_t *chance, void *out, void *xors, uint8_t *restrict differs,
+/* C of a merged element; row and column are the reciprocals of its scales. */
+INLINE uint32_t candidate(int type, int scaled, uint32_t merged, float delta, float row, float column) {
+    float difference = value_of(type, merged) - delta;
+    if (scaled) difference = difference * row * column;
+    return sign_of(type, difference) | rounded(type, difference);
+}
+
+/* out <- Wm, xors <- bits of C ^ bits of W, sums <- the next of the checksum; whether finite elements stay finite. */
+INLINE int merge_lines(int type, int scaled, int random, const Work *work, const Unit *unit, const float *delta,
+                       const uint16_t *chance, void *out, void *xors, uint8_t *restrict differs,
                        uint32_t *restrict sums) {
     uint32_t largest = 0;
     const float *u = scaled ? work->column_scale + unit->column : 0, *v = scaled ? u + work->columns : 0;
@@ -267,88 +258,56 @@ INLINE int merge_lines(int type, int scaled, int random, int careful, const Work
         int64_t at = i * unit->pitch, row = unit->row + i;
         float scale = scaled ? work->row_scale[row] : 1, back = scaled ? work->row_scale[work->rows + row] : 1;
         for (int64_t j = 0; j < unit->n; j++) {
-            uint32_t w = get(type, line, j), kept = careful && magnitude_of(type, w) >= infinity_of(type);
+            uint32_t w = get(type, line, j), finite = -(uint32_t)is_finite(type, w); /* all bits or none */
             float value = value_of(type, w), sum = (scaled ? value * scale * u[j] : value) + delta[at + j];
-            uint32_t merged = random ? dithered(type, careful, sum, chance[at + j]) : rounded(type, careful, sum);
-            float difference = value_of(type, merged) - delta[at + j];
-            if (scaled) difference = difference * back * v[j];
-            uint32_t x = rounded(type, careful, difference) ^ w;
-            uint32_t a = as_bits(scaled ? difference : value) & 0x7FFFFFFF, b = as_bits(sum) & 0x7FFFFFFF;
-            largest = a > largest ? a : largest;
-            largest = b > largest ? b : largest;
-            put(type, out, at + j, careful ? choose(kept, w, merged) : merged);
-            x = careful ? choose(kept, 0, x) : x;
+            uint32_t size = random ? dithered(type, sum, chance[at + j]) : rounded(type, sum);
+            uint32_t merged = sign_of(type, sum) | size;
+            uint32_t x = candidate(type, scaled, merged, delta[at + j], back, scaled ? v[j] : 1) ^ w;
+            x &= finite, size &= finite;
+            largest = size > largest ? size : largest;
+            put(type, out, at + j, w ^ ((merged ^ w) & finite));
             put(type, xors, at + j, x);
-            differs[at + j] = (uint8_t)-(x != 0);
-            if (!careful) sums[j] = checksum_step(sums[j], w);
+            differs[at + j] = x != 0;
+            sums[j] = checksum_step(sums[j], w);
         }
     }
-    return largest < limit_of(type, random);
+    return largest < infinity_of(type);
 }
 
-INLINE int loses_an_element(int type, const Unit *unit, const void *out) {
-    for (int64_t i = 0; i < unit->h; i++)
-        for (int64_t j = 0; j < unit->n; j++) {
-            uint32_t w = get(type, unit->lines + i * unit->stride, j), merged = get(type, out, i * unit->pitch + j);
-            if (magnitude_of(type, w) < infinity_of(type) && magnitude_of(type, merged) >= infinity_of(type)) return 1;
-        }
-    return 0;
-}
-
-/* out <- C; whether all of it was below limit_of. */
-INLINE int unmerge_lines(int type, int scaled, int careful, const Work *work, const Unit *unit, const float *delta,
-                         void *out) {
-    uint32_t largest = 0;
+/* out <- C. */
+INLINE void unmerge_lines(int type, int scaled, const Work *work, const Unit *unit, const float *delta, void *out) {
     const float *v = scaled ? work->column_scale + work->columns + unit->column : 0;
     for (int64_t i = 0; i < unit->h; i++) {
         const char *line = unit->lines + i * unit->stride;
         int64_t at = i * unit->pitch;
         float back = scaled ? work->row_scale[work->rows + unit->row + i] : 1;
         for (int64_t j = 0; j < unit->n; j++) {
-            uint32_t w = get(type, line, j), kept = careful && magnitude_of(type, w) >= infinity_of(type);
-            float value = value_of(type, w), difference = value - delta[at + j];
-            if (scaled) difference = difference * back * v[j];
-            uint32_t candidate = rounded(type, careful, difference);
-            uint32_t a = as_bits(value) & 0x7FFFFFFF, b = as_bits(difference) & 0x7FFFFFFF;
-            largest = a > largest ? a : largest;
-            largest = b > largest ? b : largest;
-            put(type, out, at + j, careful ? choose(kept, w, candidate) : candidate);
+            uint32_t w = get(type, line, j), c = candidate(type, scaled, w, delta[at + j], back, scaled ? v[j] : 1);
+            put(type, out, at + j, is_finite(type, w) ? c : w);
         }
     }
-    return largest < limit_of(type, 0);
-}
-
-/* 16 bytes that are 0 or 255 to bits. */
-INLINE uint32_t bits_of(const uint8_t *bytes) {
-#ifdef __SSE2__
-    return (uint32_t)_mm_movemask_epi8(_mm_loadu_si128((const __m128i *)bytes));
-#else
-    uint64_t eight[2];
-    memcpy(eight, bytes, 16);
-    for (int i = 0; i < 2; i++) eight[i] = (eight[i] & 0x0101010101010101u) * 0x0102040810204080u >> 56;
-    return (uint32_t)(eight[1] << 8 | eight[0]);
-#endif
 }
 
 /* Where the corrections of a unit end so far, and the place of the last one. */
 typedef struct {
     uint8_t *end;
-    int64_t last;
+    int32_t last;
 } Pairs;
 
 /* The corrections of a strip, whose first element is the unit's number `start`. Behind the last column `differs` is 0.
- * Their places are taken four at a time, those that are too many written over: a branch for each would be guessed wrong.
- */
+ * Places are taken four at a time, those too many written over: a branch for each would be guessed wrong. */
 INLINE Pairs encode(int type, const Unit *strip, int64_t start, const void *xors, const uint8_t *differs, Pairs pairs) {
-    int32_t places[1 + STRIP * WIDTH + 4]; /* before them the place of the last strip's last */
-    uint32_t changes[1 + STRIP * WIDTH + 4], all = 0;
-    int64_t count = 1;
-    places[0] = (int32_t)pairs.last;
-    for (int64_t i = 0; i < strip->h; i++) {
+    int32_t places[STRIP * WIDTH + 4];
+    uint32_t changes[STRIP * WIDTH + 4];
+    int64_t count = 0;
+    for (int64_t i = 0; i < strip->h; i++)
         for (int64_t first = 0; first < strip->n; first += 64) {
-            uint64_t found = 0;
             int64_t at = i * strip->pitch + first, place = start + i * strip->n + first, stop = strip->pitch - first;
-            for (int64_t j = 0; j < 64 && j < stop; j += 16) found |= (uint64_t)bits_of(differs + at + j) << j;
+            uint64_t found = 0, eight; /* a bit for each element, from a byte for each */
+            for (int64_t j = 0; j < 64 && j < stop; j += 8) {
+                memcpy(&eight, differs + at + j, 8);
+                found |= (eight * 0x0102040810204080u >> 56) << j;
+            }
             int64_t next = count;
             count += __builtin_popcountll(found);
             do {
@@ -359,22 +318,15 @@ INLINE Pairs encode(int type, const Unit *strip, int64_t start, const void *xors
                 next += 4;
             } while (next < count);
         }
-    }
-    uint8_t *end = pairs.end;
-    for (int64_t m = 1; m < count; m++) {
-        int32_t gap = places[m] - places[m - 1];
-        end[2 * m - 2] = (uint8_t)gap, end[2 * m - 1] = (uint8_t)changes[m];
-        all |= (uint32_t)gap | changes[m];
-    }
-    if (all <= 255) return (Pairs){end + 2 * count - 2, places[count - 1]};
-    for (int64_t m = 1; m < count; m++) {
-        int32_t gap = places[m] - places[m - 1];
+    for (int64_t m = 0; m < count; m++) {
+        int32_t gap = places[m] - pairs.last;
         uint32_t x = changes[m];
-        for (; gap > 255; gap -= 255) *end++ = 255, *end++ = 0;
-        for (; x > 255; x >>= 8, gap = 0) *end++ = (uint8_t)gap, *end++ = (uint8_t)x;
-        *end++ = (uint8_t)gap, *end++ = (uint8_t)x;
+        pairs.last = places[m];
+        for (; gap > 255; gap -= 255) *pairs.end++ = 255, *pairs.end++ = 0;
+        for (; x > 255; x >>= 8, gap = 0) *pairs.end++ = (uint8_t)gap, *pairs.end++ = (uint8_t)x;
+        *pairs.end++ = (uint8_t)gap, *pairs.end++ = (uint8_t)x;
     }
-    return (Pairs){end, places[count - 1]};
+    return pairs;
 }
 
 /* Corrections applied to C; whether all of them lie in the unit. */
@@ -399,11 +351,11 @@ INLINE Unit unit_of(const Work *work, int64_t size, int64_t index) {
     return (Unit){work->weight + row * stride + column * size, stride, row, column, h, n, (n + TILE - 1) / TILE * TILE};
 }
 
-/* `rows` of a unit's lines from `first` on. */
-INLINE Unit strip_of(const Unit *unit, int64_t first, int64_t rows) {
+/* STRIP of a unit's lines from `first` on. */
+INLINE Unit strip_of(const Unit *unit, int64_t first) {
     Unit strip = *unit;
     strip.lines += first * unit->stride, strip.row += first;
-    strip.h = unit->h - first < rows ? unit->h - first : rows;
+    strip.h = unit->h - first < STRIP ? unit->h - first : STRIP;
     return strip;
 }
 
@@ -429,20 +381,16 @@ INLINE int do_unit(int type, int scaled, int random, Work *work, int64_t index, 
     if (work->ranks <= DEPTH) pack_right(work, &unit, 0, work->ranks, right);
     memset(differs, 0, sizeof differs);
     for (int64_t first = 0; first < h; first += STRIP) {
-        Unit strip = strip_of(&unit, first, STRIP);
+        Unit strip = strip_of(&unit, first);
         char *to = (char *)out + first * pitch * size;
-        Unit then = strip_of(&next, first, STRIP);
+        Unit then = strip_of(&next, first);
         compute_delta(work, &strip, &then, right, delta);
         if (!random && mode == UNMERGE) {
-            if (!unmerge_lines(type, scaled, 0, work, &strip, delta, to))
-                unmerge_lines(type, scaled, 1, work, &strip, delta, to);
+            unmerge_lines(type, scaled, work, &strip, delta, to);
             continue;
         }
         if (random) draw_chance(work, &strip, chance);
-        if (!merge_lines(type, scaled, random, 0, work, &strip, delta, chance, to, xors, differs, sums)) {
-            merge_lines(type, scaled, random, 1, work, &strip, delta, chance, to, xors, differs, sums);
-            if (loses_an_element(type, &strip, to)) return LOST;
-        }
+        if (!merge_lines(type, scaled, random, work, &strip, delta, chance, to, xors, differs, sums)) return LOST;
         if (mode == MERGE) found = encode(type, &strip, first * n, xors, differs, found);
     }
     if (!random && mode == UNMERGE) {
@@ -478,18 +426,12 @@ typedef struct {
     void *out, *in_place;
 } Mask;
 
-/* x times 1 or 0, whose bits are made without a branch. */
-INLINE void select_floats(const float *x, const int16_t *lanes, int16_t cut, int64_t n, float *out) {
-    for (int64_t j = 0; j < n; j++) out[j] = x[j] * as_float(-(uint32_t)(lanes[j] >= cut) & 0x3F800000);
-}
-
-INLINE void select_doubles(const double *x, const int16_t *lanes, int16_t cut, int64_t n, double *out) {
-    for (int64_t j = 0; j < n; j++) {
-        uint64_t bits = -(uint64_t)(lanes[j] >= cut) & 0x3FF0000000000000;
-        double keep;
-        memcpy(&keep, &bits, 8);
-        out[j] = x[j] * keep;
-    }
+/* x times 1 or 0. */
+INLINE void select(int is_double, const void *x, const int16_t *lanes, int16_t cut, int64_t n, void *out) {
+    if (is_double)
+        for (int64_t j = 0; j < n; j++) ((double *)out)[j] = ((const double *)x)[j] * (double)(lanes[j] >= cut);
+    else
+        for (int64_t j = 0; j < n; j++) ((float *)out)[j] = ((const float *)x)[j] * (float)(lanes[j] >= cut);
 }
 
 /* out = x * mask and in_place *= mask. */
@@ -505,11 +447,7 @@ INLINE void mask_row(const Mask *mask, int64_t row) {
             const char *from = part ? mask->in_place : mask->x;
             char *to = part ? mask->in_place : mask->out;
             int64_t at = (row * columns + j) * size;
-            if (!from) continue;
-            if (mask->is_double)
-                select_doubles((const double *)(from + at), lanes, cut, n, (double *)(to + at));
-            else
-                select_floats((const float *)(from + at), lanes, cut, n, (float *)(to + at));
+            if (from) select(mask->is_double, from + at, lanes, cut, n, to + at);
         }
     }
 }

@@ -55,6 +55,11 @@ class Corrections:
         """int64 [1], on W's device: units that the last unmerge left as they were, because they had been changed."""
         return self.table[-1, 5:]
 
+    def is_back(self) -> bool:
+        """Whether the last unmerge got through in all units that the merge wrote. Waits for both."""
+        table = self.table[:-1]
+        return not bool(((table[:, 0] != 0) & (table[:, 5] == 0)).any())
+
     def trimmed(self, corrections: int, slack: int) -> "Corrections":
         """The same with memory for ``corrections``, or for up to ``slack`` more where that saves a copy."""
         places, values = self.places[:corrections], self.values[:corrections]

@@ -202,7 +202,10 @@ class Experts(Base):
 
 def _all_at_once(sweeps: list[Any], mode: int) -> bool:
     """Whether it was done."""
-    return len({sweep.kind for sweep in sweeps}) == 1 and merging.run_together(sweeps, mode) == DONE
+    try:
+        return len({sweep.kind for sweep in sweeps}) == 1 and merging.run_together(sweeps, mode) == DONE
+    except torch.OutOfMemoryError:  # one by one takes less
+        return False
 
 
 def _by_expert(factors: Factors, experts: int) -> list[tuple[list[Tensor], list[Tensor], list[float]]]:

@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from fused_lora.modules import variants
 from fused_lora.modules.activated import BEFORE, activated_forward, changed_rows, is_pefts, why_no_rows
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plain_dropout
+from fused_lora.modules.merging import memory_of
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 from fused_lora.modules.offload import refuse_sharded
 from fused_lora.ops.guard import draws_masks
@@ -50,6 +52,13 @@ _WRAPPED = (
 _GLOBAL_HOOKS = tuple(getattr(_of_torch, name) for name in _of_torch._has_any_global_hook.__code__.co_names)
 # FUSED, AROUND and the reason, or the reason why PEFT's own forward ran -> calls in this process
 CALLS: Counter[str] = Counter()
+
+_MERGED: WeakValueDictionary[int, Any] = WeakValueDictionary()  # memory of a weight -> the layer last merged into it
+
+
+def _memory(layer: Any) -> int:
+    weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
+    return memory_of(weight) if isinstance(weight, Tensor) and weight.layout is torch.strided else id(layer)
 
 
 class AcceleratedLinear(FusedLoraBehaviour):
@@ -159,6 +168,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
             self.merge_state = None  # someone emptied the list of merged adapters by hand
         if isinstance(adapter_names, Iterator):
             adapter_names = list(adapter_names)
+        self._warn_of_a_shared_weight()
         if not self._merges_exactly(adapter_names):
             return self._merge_by_peft(safe_merge, adapter_names)
         names = self._present(self._names_to_merge(adapter_names))
@@ -198,6 +208,18 @@ class AcceleratedLinear(FusedLoraBehaviour):
             self._refuse_repacked("unmerged")
         self.merge_state = None
         super(FusedLoraBehaviour, self).unmerge()
+
+    def _warn_of_a_shared_weight(self) -> None:
+        """Where another layer is merged into the same weight, as under ``layer_replication``."""
+        memory = _memory(self)
+        other = _MERGED.get(memory)
+        if other not in (None, self) and other.merged and _memory(other) == memory:
+            warnings.warn(
+                "base_layer.weight has another layer's adapters merged already, for the layers share it: from now on "
+                "each computes with the adapters of both, as after PEFT's merge",
+                stacklevel=4,
+            )
+        _MERGED[memory] = self
 
     def _refuse_repacked(self, what: str) -> None:
         if is_repacked(self.get_base_layer()):

@@ -20,8 +20,9 @@ from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import LINEAR, adapter_dtype, in_out_features, why_not_linear
 from fused_lora.modules.variants import Magnitude
 from fused_lora.ops import native
-from fused_lora.ops.merge import blocks
+from fused_lora.ops.checks import span_of
 from fused_lora.ops.merge import op as merging
+from fused_lora.ops.merge.launch import TORN_TEXT
 from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
 
 
@@ -170,6 +171,7 @@ class LoraLinear(LoraLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, active={self.active_adapters}"
 
 
+_INTERRUPTS = 9  # so many do not stop a way back
 Snapshot = list[tuple[Any, Any, list[str]]]  # layers, their merge_state and merged_adapters
 
 
@@ -179,13 +181,28 @@ def snapshot(layers: Iterable[Any]) -> Snapshot:
 
 
 def go_back(before: Snapshot) -> None:
-    """Merge and unmerge the layers to the bits, names and records that they had."""
-    for layer, state, names in reversed(before):
-        if layer.merge_state is not state:
-            if layer.merged:
-                layer.unmerge()
-            if names:
-                layer.restore_merge(state, names)
+    """Merge and unmerge the layers to the bits, names and records that they had.
+
+    A further interrupt, or a layer that cannot go back, is raised when the others are back.
+    """
+    waiting, stopped = list(before), []
+    while waiting and len(stopped) < len(before) + _INTERRUPTS:
+        try:
+            while waiting:
+                layer, state, names = waiting[-1]
+                if layer.merge_state is not state:
+                    if layer.merged:
+                        layer.unmerge()
+                    if names:
+                        layer.restore_merge(state, names)
+                waiting.pop()
+        except Exception as error:
+            stopped.append(error)
+            waiting.pop()
+        except BaseException as error:  # an interrupt: the same layer again
+            stopped.append(error)
+    if stopped:
+        raise stopped[0]
 
 
 def unmerge_all(layers: Mapping[str, Any]) -> None:
@@ -220,14 +237,17 @@ def together(prepare: Mapping[str, Callable[[], Later | None]], mode: int) -> No
     """Merge or unmerge many layers in a few calls of the C loops, or launches of the kernel.
 
     Python is slow after each call, for the caches are cold, and waits after each launch. A layer that its function
-    gives None for is not touched, nor are those of a call where a weight refuses. What their own methods do then, or
-    say.
+    gives None for is not touched, nor are those of a call where a weight refuses or that a device has no memory for,
+    nor one whose weight may overlap another's. What their own methods do then, or say.
     """
     kinds: dict[tuple, dict[str, Later]] = {}
     held: dict[tuple, int] = {}
     for path, function in prepare.items():
-        with naming(path):
-            job = function()
+        try:
+            with naming(path):
+                job = function()
+        except torch.OutOfMemoryError:  # what is held for others will be free
+            job = None
         if job is not None:
             kind = job.sweep.kind
             kinds.setdefault(kind, {})[path] = job
@@ -239,22 +259,37 @@ def together(prepare: Mapping[str, Callable[[], Later | None]], mode: int) -> No
         _run(jobs, mode)
 
 
-def _run(jobs: Mapping[str, Later], mode: int) -> None:
+def _run(jobs: dict[str, Later], mode: int) -> None:
+    alone = _overlapping(jobs)
+    jobs = {path: job for path, job in jobs.items() if path not in alone}
+    if not jobs:
+        return
     try:
         outcome = merging.run_together([job.sweep for job in jobs.values()], mode)
         if outcome == native.TORN:
-            raise RuntimeError(blocks.TORN_TEXT)
+            raise RuntimeError(TORN_TEXT)
         if outcome == native.DONE:
             for job in jobs.values():
                 # without a call, see FusedLoraBehaviour._write
                 job.layer.__dict__["merge_state"], job.layer.merged_adapters[:] = job.state, job.names
-    except BaseException:
+    except BaseException as error:
         back = UNMERGE if mode == MERGE else MERGE_AGAIN
         open_jobs = {path: job for path, job in jobs.items() if job.layer.merge_state is not job.state}
         torn = [path for path, job in open_jobs.items() if job.sweep.undo(back) != native.DONE]
         if torn:
-            raise RuntimeError(f"{torn[0]}: {blocks.TORN_TEXT}") from None
-        raise
+            raise RuntimeError(f"{torn[0]}: {TORN_TEXT}") from None
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+
+
+def _overlapping(jobs: Mapping[str, Later]) -> set[str]:
+    """Paths of weights within whose memory another of them begins: threads would write both."""
+    found, last = set(), (0, "")
+    for (begin, end), path in sorted((span_of(job.sweep.W), path) for path, job in jobs.items()):
+        if begin < last[0]:
+            found |= {path, last[1]}
+        last = max(last, (end, path))
+    return found
 
 
 def draw(

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from fused_lora.modules.names import some
 from fused_lora.modules.reads import FirstForward
 from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, places, unwrapped, watchers
 from fused_lora.modules.variants import has_magnitude
+from fused_lora.ops.checks import overlap, span_of
 from fused_lora.ops.merge.op import seed_of
 from fused_lora.ops.native import MERGE
 
@@ -94,7 +95,8 @@ def switch(
 
     The bits are those of an :func:`unmerge` and a :func:`merge`, so a later unmerge still restores the original. Linear
     layers and stacks of experts are read and written once. The two calls one after the other run where they must:
-    for DoRA, whose norms ask for the base weight, a lora_bias, embeddings, convolutions and quantised layers.
+    for DoRA, whose norms ask for the base weight, a lora_bias, embeddings, convolutions, quantised layers, and where
+    plain torch merges.
 
     Args:
         model: a model of ``inject``, merged or not. adapter_names, weights, safe_merge: as in :func:`merge`.
@@ -431,18 +433,31 @@ def unload(model: nn.Module, merge_adapters: bool = False, dtype: torch.dtype | 
 
 
 def _check_not_shared(model: nn.Module, layers: dict[str, Any]) -> None:
-    """Raise RuntimeError when the weight of one of these layers is a parameter of a further module as well."""
-    owners = parameter_owners(model)
+    """Raise RuntimeError where numbers of the weight of one of these layers belong to a further parameter as well."""
+    parameters = list(_parameters(model))
+    owners, mine = _by_memory(parameters), {}
     for path, layer in layers.items():
         base: Any = layer.base_layer
         weight = base._parameters.get(getattr(layer, "parameter_name", "weight"))
-        shared = [] if weight is None else owners.get(memory_of(weight), [])
+        if weight is None:
+            continue
+        mine[memory_of(weight)] = path
+        shared = owners.get(memory_of(weight), [])
         if len(shared) <= 1:
             continue
         wrappers = auxiliary_modules(model).values()
         tied = sum(isinstance(wrapper, TrainedTokens) and wrapper.owner is layer for wrapper in wrappers)
         if len(shared) > max(tied, 1):
             raise RuntimeError(f"{path}: the weight is shared by {shared}; a merge would change all of them")
+    strided = {memory_of(p): (span_of(p), name, p) for name, p in parameters if p.data_ptr()}
+    before: list[Any] = []  # those that go on where the next begins
+    for (begin, end), name, parameter in sorted(strided.values(), key=lambda found: found[0]):
+        before = [found for found in before if found[0] > begin]
+        for _, other, held in before:
+            path = mine.get(memory_of(parameter), mine.get(memory_of(held)))
+            if path is not None and overlap(parameter, held):
+                raise RuntimeError(f"{path}: {other} and {name} overlap in memory; a merge would change both")
+        before.append((end, name, parameter))
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -456,7 +471,17 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
     Without those of our adapters, which are most modules of a model and share nothing.
     """
+    return _by_memory(_parameters(model))
+
+
+def _by_memory(parameters: Iterable[tuple[str, Tensor]]) -> dict[int, list[str]]:
     owners: dict[int, list[str]] = {}
+    for name, parameter in parameters:
+        owners.setdefault(memory_of(parameter), []).append(name)
+    return owners
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     closed = ((path, m) for path, m in named_modules(model, LoraLayer) if isinstance(m, LoraLayer))
     held = [(f"{path}.base_layer", m) for path, m in closed if not isinstance(m, LoraStack)]
     bases = [(path, None, unwrapped(layer.base_layer)) for path, layer in held]
@@ -464,8 +489,7 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     for path, _, module in (("", None, unwrapped(model)), *places(model, LoraLayer), *bases):
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.numel() and not parameter.is_meta:
-                owners.setdefault(memory_of(parameter), []).append(f"{path}.{name}")
-    return owners
+                yield f"{path}.{name}", parameter
 
 
 def _mergeable(model: nn.Module) -> dict[str, Any]:

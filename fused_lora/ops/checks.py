@@ -123,3 +123,27 @@ def refuse_transforms(name: str) -> None:
             f"{name} does not run inside torch.func transforms (vmap, grad, jacrev, ...); a LoraLinear layer does, and "
             "so does fused_lora.reference"
         )
+
+
+def span_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses of a strided tensor's first byte and of the byte behind its last."""
+    begin, size = tensor.data_ptr(), tensor.element_size()
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * size if tensor.numel() else begin
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two strided tensors have a byte of memory in common. Takes as much memory as both span."""
+    (first, end), (other, stop) = span_of(a), span_of(b)
+    if first >= stop or other >= end:
+        return False
+    first = min(first, other)
+    taken = torch.zeros(max(end, stop) - first, dtype=torch.bool, device="cpu")
+
+    def of(t: torch.Tensor) -> torch.Tensor:
+        size, strides = t.element_size(), t.stride()
+        shape = (n if stride else 1 for n, stride in zip(t.shape, strides, strict=True))  # an expanded one is written
+        return taken.as_strided((*shape, size), (*(size * n for n in strides), 1), t.data_ptr() - first)
+
+    of(a).fill_(True)
+    return bool(of(b).any())

@@ -12,14 +12,17 @@ import functools
 import os
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
 from fused_lora.reference import dropout_lanes
 
+P = ParamSpec("P")
+T = TypeVar("T")
 LIBRARY = Path(__file__).with_name("_cpu_loops.so")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MERGE, UNMERGE, MERGE_AGAIN, CHECKSUM = range(4)  # what Work is run for
@@ -101,9 +104,17 @@ def threads(elements: int) -> int:
     return 1 if _forked or elements < 2 * _SHARE else min(torch.get_num_threads(), elements // _SHARE)
 
 
-def needs_one_thread() -> bool:
-    """Whether torch has several threads in a forked child, where OpenMP would wait for those of the parent."""
-    return _forked and torch.get_num_threads() > 1
+def safe_in_a_child(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` with torch in one thread in a forked child, where OpenMP would wait for the parent's threads."""
+
+    @functools.wraps(function)
+    def safe(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _forked and torch.get_num_threads() > 1:
+            with one_thread():
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return safe
 
 
 @contextlib.contextmanager

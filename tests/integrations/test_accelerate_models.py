@@ -167,6 +167,26 @@ def test_layer_replication():
     assert len(integration.layer_report(both.ours)) == 9
 
 
+def test_merges_under_layer_replication():
+    """Several deltas in one weight, as by PEFT, and a warning; the way back is PEFT's."""
+    theirs = wrap(llama(), target_modules=LINEAR, layer_replication=[[0, 2], [1, 2]])
+    ours = fused_lora.accelerate(copy.deepcopy(theirs))
+    before = {key: value.clone() for key, value in theirs.state_dict().items()}
+    with pytest.warns(UserWarning, match="another layer's adapters merged already") as said:
+        ours.merge_adapter()
+    assert len(said) == 3  # of the replica's layers
+    theirs.merge_adapter()
+    assert_close(ours(BATCH).logits, theirs(BATCH).logits, terms=1000)
+    changed = [key for key, value in ours.state_dict().items() if not torch.equal(value, before[key])]
+    assert changed == [key for key, value in theirs.state_dict().items() if not torch.equal(value, before[key])] != []
+    with pytest.warns(UserWarning, match="PEFT's unmerge subtracts"):
+        ours.unmerge_adapter()
+    theirs.unmerge_adapter()
+    for key, value in ours.state_dict().items():
+        assert_close(value, before[key], terms=4, size=1.0)  # rounded beside a delta, four times
+        assert_close(theirs.state_dict()[key], before[key], terms=4, size=1.0)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_generate_with_a_mixed_batch(options):
     both = pair(adapters={"a": {"task_type": "CAUSAL_LM"}, "b": {"task_type": "CAUSAL_LM"}}, r=8, lora_alpha=64)

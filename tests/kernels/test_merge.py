@@ -13,6 +13,7 @@ from fused_lora.kernels.merge import MergeTile, default_tile
 from fused_lora.ops.merge import launch as merge_kernel
 from fused_lora.ops.merge import op as merging
 from fused_lora.ops.merge.blocks import Dither, dithered
+from fused_lora.ops.native import MERGE, UNMERGE
 from fused_lora.reference import bits
 from helpers.merges import corrections_of, make_factors, make_weight
 from helpers.thorough import pairwise, sampled
@@ -318,15 +319,15 @@ def test_too_little_memory_for_corrections_costs_a_second_merge(share, switching
     W, (A, B) = make_weight(96, 128, torch.float32, device), make_factors(96, 128, 2, device, size=1e6)
     original, merges, old = W.clone(), [], None
     if switching:
-        old = -B, A, merge_kernel.merge(W, -B, A)
+        old = -B, A, merged_alone(W, -B, A)
     name = "switch" if switching else "merge"
     launch = getattr(kernel, name)
     monkeypatch.setattr(merge_kernel, "_share", {(W.dtype, False): share})
     monkeypatch.setattr(kernel, name, lambda *args: merges.append(args) or launch(*args))
-    record = merge_kernel.merge(W, B, A, old=old)
+    record = merged_alone(W, B, A, old=old)
     assert len(merges) == (1 if share else 2) and len(record.values) > 4096
     assert record.nbytes <= 6 * len(record.values) + record.table.nbytes + 6 * (W.numel() // 64 + 4096)
-    merge_kernel.unmerge(W, B, A, record)
+    unmerged_alone(W, B, A, record)
     assert torch.equal(bits(W), bits(original))
 
 
@@ -344,12 +345,12 @@ def test_a_merge_at_random_by_the_operator(device, kernels_on):
 def test_an_interrupt_leaves_the_weight_as_it_was(device, kernels_on, monkeypatch):
     W, (A, B) = make_weight(70, 300, torch.bfloat16, device), make_factors(70, 300, 3, device)
     original = W.clone()
-    record = merge_kernel.merge(W, B, A)
+    record = merged_alone(W, B, A)
     merged = W.clone()
     for name, call, before in [
-        ("unmerge", lambda: merge_kernel.unmerge(W, B, A, record), merged),
-        ("merge", lambda: merge_kernel.merge(W, B, A), original),
-        ("switch", lambda: merge_kernel.merge(W, B * 2, A, old=(B, A, record)), merged),
+        ("unmerge", lambda: unmerged_alone(W, B, A, record), merged),
+        ("merge", lambda: merged_alone(W, B, A), original),
+        ("switch", lambda: merged_alone(W, B * 2, A, old=(B, A, record)), merged),
     ]:
         W.copy_(before)
         launch, reached = getattr(kernel, name), []
@@ -365,6 +366,17 @@ def test_an_interrupt_leaves_the_weight_as_it_was(device, kernels_on, monkeypatc
             with pytest.raises(KeyboardInterrupt):
                 call()
         assert not torch.equal(bits(reached[0]), bits(before)) and torch.equal(bits(W), bits(before))
+
+
+def merged_alone(W, left, right, dither=None, old=None):
+    """A merge, or a switch, in a launch of its own; returns the corrections."""
+    sweep = merge_kernel.Sweep(W, left, right, dither, old)
+    assert sweep.alone(MERGE)
+    return sweep.corrections
+
+
+def unmerged_alone(W, left, right, corrections):
+    merge_kernel.Sweep(W, left, right, corrections=corrections).alone(UNMERGE)
 
 
 @pytest.fixture
@@ -430,12 +442,12 @@ def test_the_way_back_is_compiled_first(device, trusted, monkeypatch):
         monkeypatch.setattr(kernel, name, lambda *args, name=name, run=run: calls.append(name) or run(*args))
     for dither in (None, (7, 0)):
         for _ in range(2):
-            record = merge_kernel.merge(W, B, A, dither)
-            merge_kernel.unmerge(W, B, A, record)
+            record = merged_alone(W, B, A, dither)
+            unmerged_alone(W, B, A, record)
         assert calls == ["unmerge", "merge", "merge_again", "unmerge", "merge", "unmerge"]
         calls.clear()
-    record = merge_kernel.merge(W, B, A)
-    merge_kernel.merge(W, B * 2, A, old=(B, A, record))
+    record = merged_alone(W, B, A)
+    merged_alone(W, B * 2, A, old=(B, A, record))
     assert calls == ["merge", "unmerge", "merge_again", "switch"]
 
 

@@ -11,7 +11,7 @@ from fused_lora.kernels import merge as kernel
 from fused_lora.kernels.merge import Member, MergeTile
 from fused_lora.ops.merge import launch
 from fused_lora.ops.merge import op as merging
-from fused_lora.ops.native import CHANGED, DONE, LOST, MERGE, UNMERGE
+from fused_lora.ops.native import CHANGED, DONE, LOST, MERGE, TORN, UNMERGE
 from fused_lora.reference import bits
 from fused_lora.testing.guards import guarded_allocations
 from fused_lora.testing.interpreter import checked
@@ -276,6 +276,32 @@ def test_a_switch_is_taken_back_once(meanwhile, device, launched, monkeypatch):
     for (W, _), record in zip(layers, records, strict=True):
         kernel.unmerge(W, record.factors.right, record.factors.left, record.device_corrections)
     assert same(layers, original)
+
+
+@pytest.mark.parametrize("how", ["merge", "switch"])
+def test_what_is_changed_meanwhile_does_not_come_back_unsaid(how, device, launched, monkeypatch):
+    """Between the launch and the way back, which the last weight asks for; the others do come back."""
+    layers = layers_of(torch.bfloat16, device, MASKED)
+    records, sweeps = prepared(layers)
+    if how == "switch":
+        assert merging.run_together(sweeps, MERGE) == DONE
+        layers = layers_again(layers)
+        layers[2][1][1][0][-1, 0] = float("inf")
+        _, sweeps = prepared(layers, records)
+    else:
+        layers[2][1][1][0][-1, 0] = float("inf")
+        _, sweeps = prepared(layers)
+    before, run = [W.clone() for W, _ in layers], kernel.launch_group
+
+    def changed(*args):
+        run(*args)
+        bits(layers[0][0])[3, 5] ^= 1 << 5
+
+    monkeypatch.setattr(kernel, "launch_group", changed)
+    with pytest.raises(RuntimeError, match="changed while it was merged.*partly merged"):
+        merging.run_together(sweeps, MERGE)
+    assert same(layers[1:], before[1:]) and not same(layers[:1], before[:1])
+    assert [sweep.undo(UNMERGE) for sweep in sweeps] == [TORN, DONE, DONE] and same(layers[1:], before[1:])
 
 
 def layers_again(layers):

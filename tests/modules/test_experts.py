@@ -327,6 +327,29 @@ def test_a_switch_of_stacks(loops, monkeypatch):
     assert_bits(ours, before)
 
 
+def test_experts_without_memory_for_one_launch(device, kernels_on, monkeypatch):
+    """They are merged, switched and unmerged one by one."""
+    from fused_lora.kernels import merge as kernel
+    from fused_lora.ops.merge import launch
+
+    ours, _ = twins(Block(dtype=torch.bfloat16).to(device), {"a": {}, "b": {"r": 2}})
+    before, alone, asked = parameter_bits(ours), copy.deepcopy(ours), []
+    monkeypatch.setattr(launch.guard, "passes", lambda *_: True)  # the trials are over
+    fused_lora.merge(alone, ["b"])
+
+    def no_memory(members, *_):
+        asked.append(len(members))
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(kernel, "launch_group", no_memory)
+    fused_lora.merge(ours, ["a"])
+    fused_lora.switch(ours, ["b"])
+    assert len(asked) >= 2 and min(asked) > 1
+    assert_bits(ours, parameter_bits(alone))
+    fused_lora.unmerge(ours)
+    assert_bits(ours, before)
+
+
 def test_experts_in_one_launch(device, kernels_on, monkeypatch):
     """Of the parameter whose rows are whole 16 bytes; the other's experts are launched one by one."""
     from fused_lora.kernels import merge as kernel
@@ -336,7 +359,7 @@ def test_experts_in_one_launch(device, kernels_on, monkeypatch):
     before, alone, launches, run = parameter_bits(ours), copy.deepcopy(ours), [], kernel.launch_group
     monkeypatch.setattr(launch.guard, "passes", lambda *_: True)  # the trials are over
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "for_one_launch", lambda sweep: None)
+        patch.setattr(launch.Sweep, "joins", lambda sweep: False)
         fused_lora.merge(alone, ["b"])
     monkeypatch.setattr(kernel, "launch_group", lambda members, *a: launches.append(len(members)) or run(members, *a))
     fused_lora.merge(ours, ["a"])

@@ -1,6 +1,7 @@
 """Merge and unmerge of a model, whose layers share calls of the C loops."""
 
 import copy
+import inspect
 import io
 import pickle
 import sys
@@ -289,9 +290,10 @@ def test_a_switch_of_every_kind_of_layer(loops):
     assert same_bits(net.weights(), before)
 
 
-def test_a_switch_goes_through_each_weight_once(loops, monkeypatch):
-    """No layer is unmerged by itself, also where C does not run."""
-    net, calls = layers_of([torch.bfloat16, torch.float64, torch.float32]), []
+@built
+def test_a_switch_goes_through_each_weight_once(monkeypatch):
+    """No layer is unmerged by itself."""
+    net, calls = layers_of([torch.bfloat16, torch.float16, torch.float32]), []
     fused_lora.inject(net, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), "other")
     fused_lora.merge(net, ["default"])
     for name in ("merge_", "unmerge_"):
@@ -310,6 +312,38 @@ def group_launches(kernels_on, monkeypatch):
     found, run = [], kernel.launch_group
     monkeypatch.setattr(kernel, "launch_group", lambda members, *a: found.append(len(members)) or run(members, *a))
     return found
+
+
+@pytest.mark.parametrize("where", ["launch_group", "new_records", "delta_factors"])
+def test_a_group_without_memory_goes_layer_by_layer(where, device, group_launches, monkeypatch):
+    """Where even a layer finds none it says so, and nothing is changed."""
+    from fused_lora.kernels import merge as kernel
+
+    net: Any = nn.Sequential(*[nn.Linear(32, 48, dtype=torch.bfloat16, device=device) for _ in range(3)])
+    for name in ("a", "b"):
+        fused_lora.inject(net, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), name)
+    alone, before, owner = copy.deepcopy(net), weights(net), merging if where == "delta_factors" else kernel
+    run, full, asked = getattr(owner, where), [False], []
+
+    def no_memory(first, *args, **options):
+        many = where == "delta_factors" and len(asked) == 1 or where != "delta_factors" and len(first) > 1
+        asked.append(many)
+        if many or full[0]:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(first, *args, **options)
+
+    monkeypatch.setattr(owner, where, no_memory)
+    fused_lora.merge(net, ["a"])
+    for layer in alone:
+        layer.merge(adapter_names=["a"])
+    assert any(asked) and same_bits(weights(net), weights(alone)) and all(layer.merged for layer in net)
+    fused_lora.unmerge(net)
+    assert same_bits(weights(net), before)
+    if where != "launch_group":
+        full[0] = True
+        with pytest.raises(torch.OutOfMemoryError):
+            fused_lora.merge(net, ["a"])
+        assert same_bits(weights(net), before) and not any(layer.merged for layer in net)
 
 
 def test_one_launch_for_many_layers(device, group_launches):
@@ -494,3 +528,105 @@ def test_the_record_of_a_merge_goes_with_the_model(loops, how, stochastic):
         assert same_bits(weights(net), merged)
         fused_lora.unmerge(net)
         assert same_bits(weights(net), before)
+
+
+def views(*parts):
+    """Linear layers whose weights [64, 48] are parts of one tensor."""
+    memory = torch.randn(96, 144)
+    net: Any = nn.Sequential(*[nn.Linear(48, 64, bias=False) for _ in parts])
+    for layer, (row, column) in zip(net, parts, strict=True):
+        layer.weight = nn.Parameter(memory[row : row + 64, column : column + 48])
+    fused_lora.inject(net, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    return net, memory
+
+
+def test_weights_that_overlap_are_refused(loops):
+    net, memory = views((0, 0), (32, 40))
+    before = memory.clone()
+    for act in (lambda: fused_lora.merge(net), lambda: fused_lora.switch(net, ["default"])):
+        with pytest.raises(RuntimeError, match=r"^1: 0.base_layer.weight and 1.base_layer.weight overlap in memory"):
+            act()
+        assert torch.equal(memory, before) and not any(layer.merged for layer in net)
+
+
+@pytest.mark.parametrize("parts", [[(0, 0), (32, 48)], [(0, 0), (0, 48)]], ids=str)
+def test_weights_between_each_others_numbers_are_merged(parts, loops):
+    net, memory = views(*parts)
+    before, alone = memory.clone(), copy.deepcopy(net)
+    fused_lora.merge(net)
+    for layer in alone:
+        layer.merge()
+    assert same_bits(weights(net), weights(alone))
+    fused_lora.unmerge(net)
+    assert torch.equal(memory, before)
+
+
+@built
+def test_no_call_has_two_weights_that_overlap(monkeypatch):
+    """Threads would write both. Layers that were merged one by one meet in an unmerge, which goes by their order."""
+    net, memory = views((0, 0), (32, 40), (0, 96))
+    before = memory.clone()
+    for layer in (net[1], net[0], net[2]):
+        layer.merge()
+    calls = counted(monkeypatch)
+    fused_lora.unmerge(net)
+    assert calls == [1] * 3 and torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("action", ["merge", "unmerge"])
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_an_interrupt_at_any_line_of_the_way_back(action, interrupts, loops):
+    """Of a merge or an unmerge that the last layer refuses; all layers are as they were."""
+    net: Any = layers_of([torch.float32, torch.float64, torch.float32])
+    if action == "merge":
+        net[2].lora_A["default"].weight.data[0, 0] = float("nan")
+    else:
+        fused_lora.merge(net)
+        net[2].weight.data[3, 4] += 1
+    before, lines = weights(net), {"seen": 0, "stop": 0}
+    source, first = inspect.getsourcelines(linear.go_back)
+    ends = [first + i for i, line in enumerate(source) if line.strip() in ("try:", "except Exception as error:")]
+
+    def trace(frame, event, argument):
+        if frame.f_code is not linear.go_back.__code__:
+            return None
+        if event == "line" and ends[0] < frame.f_lineno < ends[1]:
+            lines["seen"] += 1
+            if lines["stop"] <= lines["seen"] < lines["stop"] + interrupts:
+                raise KeyboardInterrupt
+        return trace
+
+    while lines["seen"] >= lines["stop"]:
+        lines["seen"], lines["stop"] = 0, lines["stop"] + 1
+        outer = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with pytest.raises((KeyboardInterrupt, ValueError, RuntimeError)):
+                (fused_lora.merge if action == "merge" else fused_lora.unmerge)(net)
+        finally:
+            sys.settrace(outer)
+        assert all(layer.merged is (action == "unmerge") for layer in net) and same_bits(weights(net), before), lines
+    assert lines["stop"] > 8
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_a_second_interrupt_does_not_stop_the_way_back(kind, loops, monkeypatch):
+    net = layers_of([torch.float64] * 4)
+    before, unmerge, calls = weights(net), type(net[0]).unmerge, []
+    net[3].lora_A["default"].weight.data[0, 0] = float("nan")
+
+    def stopped(layer):
+        calls.append(layer)
+        if len(calls) == 2:
+            raise kind
+        unmerge(layer)
+
+    monkeypatch.setattr(type(net[0]), "unmerge", stopped)
+    with pytest.raises(kind):
+        fused_lora.merge(net)
+    stays = [calls[1]] if kind is OSError else []
+    assert len(calls) == 4 - len(stays) and [layer for layer in net if layer.merged] == stays
+    monkeypatch.undo()
+    for layer in stays:
+        layer.unmerge()
+    assert same_bits(weights(net), before)

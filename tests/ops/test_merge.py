@@ -317,7 +317,7 @@ def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_state(relative, acti
     record = merging.merge_(W, [A], [B], [1.0])
     merged = W.clone()
     act, old, new = acting(action, W, before, merged, A, B, record)
-    names = "merge", "restore", "switch", "_merge", "_restore", "_switch", "_sweep_back", "run", "_sweep", "_do", "kept"
+    names = "merge", "restore", "alone", "run", "undo", "_sweep", "_do", "kept"
     lines = {"seen": 0, "stop": 0}
 
     def trace(frame, event, argument):

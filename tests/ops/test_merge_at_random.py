@@ -90,10 +90,10 @@ def test_c_torch_and_pieces_give_the_same_bits(dtype, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        blocks._merge(blocks._InC, in_c, factors)
+        blocks.merge(in_c, factors, blocks._InC)
     finally:
         torch.set_num_threads(before)
-    blocks._merge(blocks._InTorch, in_torch, factors)
+    blocks.merge(in_torch, factors, blocks._InTorch)
     for first in range(0, 300, 70):
         part = factors._replace(left=factors.left[first : first + 70], dither=blocks.Dither(-9, first))
         add_rows_(in_pieces[first : first + 70], part)

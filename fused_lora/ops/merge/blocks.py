@@ -31,11 +31,6 @@ AREA, WIDTH, HEIGHT = 4096, 128, 256  # of a unit at most, as in C
 _HUGE_PAGES = 1 << 22  # bytes from which numpy asks for pages of 2 MiB, which count whole
 _BAND = 1 << 17  # elements that torch takes at a time: the temporaries stay in a cache
 
-TORN_TEXT = (
-    "weight: it was changed while it was merged or unmerged, by another thread perhaps, and is partly merged now: load "
-    "it again"
-)
-
 
 class Scales(NamedTuple):
     """What a weight is multiplied by beside the delta: ``rows`` [2, rows] and ``columns`` [2, columns], scales and the
@@ -118,8 +113,37 @@ class Units:
         )
 
 
-class _InC:
-    """Sweeps over a weight by the C loops."""
+class _Sweep:
+    """A merge of a weight, or its unmerge, or a switch, which has an ``old`` sweep."""
+
+    def joins(self) -> bool:
+        """Whether others can be in one call with it."""
+        return isinstance(self, _InC)
+
+    def alone(self: Any, mode: int) -> bool:
+        """All of it, or an error and nothing; False, and nothing, for a switch that takes two passes."""
+        units = self.units
+        try:
+            outcome = self.run(mode)
+            if outcome == FULL and self.old is None:  # a copy is no larger
+                units.copy = self.W.clone(memory_format=torch.contiguous_format)
+                outcome = self.run(MERGE_AGAIN)
+                self.run(CHECKSUM)
+            elif outcome == DONE and mode == MERGE:
+                units.corrections = self.kept()
+            if outcome not in (DONE, FULL):
+                raise launch.error(outcome)
+            return outcome == DONE
+        except BaseException:
+            if units.copy is not None:
+                self.W.copy_(units.copy)
+            elif self.undo(UNMERGE if mode == MERGE else MERGE_AGAIN) != DONE:
+                raise launch.error(TORN) from None
+            raise
+
+
+class _InC(_Sweep):
+    """By the C loops."""
 
     kind = ()  # any two can be in one call
     at_once = 1 << 26  # bytes of weights in one call: room for their corrections is held meanwhile
@@ -135,7 +159,7 @@ class _InC:
         self.merged = (ctypes.c_uint8 * count)()
         if room == 0:
             ctypes.memset(self.merged, 1, count)
-        self._held = factors, old
+        self._factors, self.old = factors, old  # as long as C has their addresses
         left, right, scales, dither = factors
         self.work = native.Work(
             *W.shape, W.stride(0), right.shape[0], units.height, units.width,
@@ -165,11 +189,13 @@ class _InC:
         return self.run(mode)
 
 
-class _InTorch:
-    """The same sweeps in torch, a band of rows at a time."""
+class _InTorch(_Sweep):
+    """The same in torch, a band of rows at a time."""
 
-    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int, old: _InTorch | None = None):
-        self._W, self.units, self._room, self._old = W, units, room, old
+    old = None  # a switch takes two passes: sums take the time here, not memory
+
+    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
+        self.W, self.units, self._room = W, units, room
         self._counts, self._starts, self._checksum = units.notes.unbind()
         self._left, self._right, self._scales, self._dither = factors
         self._panels = [(first, min(first + units.width, W.shape[1])) for first in range(0, W.shape[1], units.width)]
@@ -190,39 +216,27 @@ class _InTorch:
 
     def undo(self, mode: int) -> int:
         """Also where an interrupt came between the note that a band is written and its write."""
-        self._look(self._begun)
-        if self._old is not None:
-            self._old._look(self._old._begun - self._begun)
+        for band in self._begun:
+            now, notes = self._checksums(self.W[slice(*band)]), self._notes(band, self._checksum)
+            self._merged[band] = not torch.equal(now, notes)
         return self._sweep(mode)
 
-    def _look(self, bands: set[tuple[int, int]]) -> None:
-        for band in bands:
-            now, notes = self._checksums(self._W[slice(*band)]), self._notes(band, self._checksum)
-            self._merged[band] = not torch.equal(now, notes)
-
     def _sweep(self, mode: int) -> int:
-        old = self._old
         for band, merged in self._merged.items():
-            outcome = DONE
-            if old is not None and mode == MERGE and old._merged[band]:
-                outcome = old._do(band, UNMERGE)
-            if outcome == DONE and (mode == CHECKSUM or merged == (mode == UNMERGE)):
+            if mode == CHECKSUM or merged == (mode == UNMERGE):
                 outcome = self._do(band, mode)
-            if outcome == DONE and old is not None and mode == UNMERGE and not old._merged[band]:
-                self._begun.discard(band)  # from here on the old merge says what the band holds
-                outcome = old._do(band, MERGE_AGAIN)
-            if outcome != DONE:
-                return outcome
+                if outcome != DONE:
+                    return outcome
         return DONE
 
     def _do(self, band: tuple[int, int], mode: int) -> int:
-        w, checksums = self._W[slice(*band)], self._notes(band, self._checksum)
+        w, checksums = self.W[slice(*band)], self._notes(band, self._checksum)
         if mode == CHECKSUM:
             checksums.copy_(self._checksums(w))
             return DONE
         delta = chain(self._left[slice(*band)], self._right)
         if mode == UNMERGE:
-            out = self._round(w, self._unscaled(band, w.to(delta.dtype) - delta))
+            out = self._round(w, self._scaled(band, w.to(delta.dtype) - delta, 1))
             if not self._decode(band, bits(out)) or not torch.equal(self._checksums(out), checksums):
                 return CHANGED
         else:
@@ -230,7 +244,7 @@ class _InTorch:
             if bool((w.isfinite() & ~out.isfinite()).any()):
                 return LOST
         if mode == MERGE:
-            back = self._round(w, self._unscaled(band, out.to(delta.dtype) - delta))
+            back = self._round(w, self._scaled(band, out.to(delta.dtype) - delta, 1))
             pairs, counts = self._encode(bits(back) ^ bits(w.contiguous()))
             used = sum(map(len, self._pieces))
             if used + len(pairs) > self._room:
@@ -249,9 +263,6 @@ class _InTorch:
             return values
         rows, columns = self._scales
         return values * rows[which, slice(*band), None] * columns[which]
-
-    def _unscaled(self, band: tuple[int, int], values: torch.Tensor) -> torch.Tensor:
-        return self._scaled(band, values, 1)
 
     def _round(self, w: torch.Tensor, total: torch.Tensor, band: tuple[int, int] | None = None) -> torch.Tensor:
         """``band``: of a sum that may be rounded at random."""
@@ -358,110 +369,55 @@ def _weights(device: torch.device) -> torch.Tensor:
 Held = tuple[Factors, Units]  # of a merge
 
 
-def merge(W: torch.Tensor, factors: Factors) -> Units:
+def prepared(W: torch.Tensor, factors: Factors, old: Held | None = None, sweeps: Any = None) -> Any:
+    """The sweep of a merge of W [rows, columns], or with an ``old`` one of a switch; None where that takes two passes.
+
+    sweeps: the class, or the best.
+    """
+    sweeps, units = sweeps or _best(W), Units.of(W)
+    if old is None:
+        return sweeps(W, factors, units, W.nbytes // 2)
+    theirs = old[1]
+    alike = (theirs.height, theirs.width) == (units.height, units.width)
+    if sweeps is _InTorch or not alike or theirs.copy is not None or not theirs.fit(W):
+        return None
+    return sweeps(W, factors, units, W.nbytes // 2, sweeps(W, *old, 0))
+
+
+def merge(W: torch.Tensor, factors: Factors, sweeps: Any = None) -> Units:
     """W [rows, columns] <- round(W + D) in place, or ValueError and W as it was: a finite weight would not stay so.
 
     A weight that is not finite stays as it is.
     """
-    return _merge(_InC if _in_c(W) else _InTorch, W, factors)
-
-
-def switch(W: torch.Tensor, factors: Factors, old: Held) -> Units | None:
-    """:func:`restore` of an ``old`` merge and :func:`merge`, unit by unit in one pass. On an error W is as it was.
-
-    None, with W as it was, where that takes two: an old copy of W, other units, or too many corrections.
-    """
-    return _switch(_InC if _in_c(W) else _InTorch, W, factors, old)
-
-
-def _switch(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors, old: Held) -> Units | None:
-    sweep = _prepared(sweeps, W, factors, old)
-    if sweep is None:
-        return None
-    try:
-        outcome = sweep.run(MERGE)
-        if outcome == FULL:
-            return None
-        if outcome != DONE:
-            raise _error(outcome)
-        sweep.units.corrections = sweep.kept()
-        return sweep.units
-    except BaseException:
-        if sweep.undo(UNMERGE) != DONE:
-            raise RuntimeError(TORN_TEXT) from None
-        raise
-
-
-def _prepared(sweeps: Any, W: torch.Tensor, factors: Factors, old: Held | None = None) -> Any:
-    """The sweep of a merge, or of a switch; None where that takes two passes."""
-    units, before = Units.of(W), None
-    if old is not None:
-        theirs = old[1]
-        alike = (theirs.height, theirs.width) == (units.height, units.width)
-        if not alike or theirs.copy is not None or not theirs.fit(W):
-            return None
-        before = sweeps(W, *old, 0)
-    return sweeps(W, factors, units, W.nbytes // 2, before)
-
-
-def _error(outcome: int) -> Exception:
-    return RuntimeError(TORN_TEXT) if outcome == TORN else launch.error(outcome)
-
-
-def _merge(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors) -> Units:
-    sweep = _prepared(sweeps, W, factors)
-    units = sweep.units
-    try:
-        outcome = sweep.run(MERGE)
-        if outcome == FULL:  # a copy is no larger
-            units.copy = W.clone(memory_format=torch.contiguous_format)
-            outcome = sweep.run(MERGE_AGAIN)
-            sweep.run(CHECKSUM)
-        elif outcome == DONE:
-            units.corrections = sweep.kept()
-        if outcome != DONE:
-            raise _error(outcome)
-        return units
-    except BaseException:
-        if units.copy is not None:
-            W.copy_(units.copy)
-        elif sweep.undo(UNMERGE) != DONE:
-            raise RuntimeError(TORN_TEXT) from None
-        raise
+    sweep = prepared(W, factors, sweeps=sweeps)
+    sweep.alone(MERGE)
+    return sweep.units
 
 
 def merge_again(W: torch.Tensor, factors: Factors) -> None:
     """:func:`merge` that notes nothing; on an error W is partly merged."""
-    sweep = (_InC if _in_c(W) else _InTorch)(W, factors, Units.of(W), 1)
-    if sweep.run(MERGE_AGAIN) != DONE:
+    if _best(W)(W, factors, Units.of(W), 1).run(MERGE_AGAIN) != DONE:
         raise launch.error(LOST)
 
 
-def restore(W: torch.Tensor, factors: Factors, units: Units) -> None:
+def to_restore(W: torch.Tensor, factors: Factors, units: Units) -> Any:
+    """The sweep of an unmerge; None where :func:`restore` must do it."""
+    return _best(W)(W, factors, units, 0) if units.copy is None and units.fit(W) else None
+
+
+def restore(W: torch.Tensor, factors: Factors, units: Units, sweeps: Any = None) -> None:
     """The bits from before :func:`merge` in place. RuntimeError, W as it was: it is not what the merge left."""
-    _restore(_InC if _in_c(W) else _InTorch, W, factors, units)
-
-
-def _restore(sweeps: type[_InC | _InTorch], W: torch.Tensor, factors: Factors, units: Units) -> None:
+    sweeps = sweeps or _best(W)
     if not units.fit(W):
         raise launch.error(CHANGED)
     if units.copy is None:
-        return _sweep_back(sweeps(W, factors, units, 0))
+        sweeps(W, factors, units, 0).alone(UNMERGE)
+        return
     now = replace(units, notes=units.notes.clone())
     sweeps(W, factors, now, 0).run(CHECKSUM)
     if not torch.equal(now.notes, units.notes):
         raise launch.error(CHANGED)
     W.copy_(units.copy)
-
-
-def for_one_call(W: torch.Tensor, factors: Factors, units: Units | None = None, old: Held | None = None) -> _InC | None:
-    """A merge of W, with its ``units`` the unmerge, or with an ``old`` merge the switch, for :func:`run_together`;
-    None where C does not do it in one pass."""
-    if not _in_c(W):
-        return None
-    if units is None:
-        return _prepared(_InC, W, factors, old)
-    return _InC(W, factors, units, 0) if units.copy is None and units.fit(W) else None
 
 
 def run_together(sweeps: Sequence[_InC], mode: int) -> int:
@@ -474,15 +430,8 @@ def run_together(sweeps: Sequence[_InC], mode: int) -> int:
     return outcome
 
 
-def _sweep_back(sweep: _InC | _InTorch) -> None:
-    try:
-        outcome = sweep.run(UNMERGE)
-        if outcome != DONE:
-            raise _error(outcome)
-    except BaseException:
-        if sweep.undo(MERGE_AGAIN) != DONE:
-            raise RuntimeError(TORN_TEXT) from None
-        raise
+def _best(W: torch.Tensor) -> type[_InC | _InTorch]:
+    return _InC if _in_c(W) else _InTorch
 
 
 def _in_c(W: torch.Tensor) -> bool:
@@ -507,11 +456,11 @@ def _agree() -> bool:
         W = normal(37, 333).to(dtype)
         merged = W.clone(), W.clone()
         try:
-            in_c, in_torch = (_merge(k, m, factors) for k, m in zip(_SWEEPS, merged, strict=True))
+            in_c, in_torch = (merge(m, factors, k) for k, m in zip(_SWEEPS, merged, strict=True))
             same = all(map(torch.equal, in_c.tensors, in_torch.tensors)) and torch.equal(*map(bits, merged))
-            switched = _switch(_InC, merged[0], factors, (factors, in_torch))
-            same = same and switched is not None and all(map(torch.equal, switched.tensors, in_torch.tensors))
-            _restore(_InC, merged[0], factors, in_torch)
+            switch = prepared(merged[0], factors, (factors, in_torch), _InC)
+            same = same and switch.alone(MERGE) and all(map(torch.equal, switch.units.tensors, in_torch.tensors))
+            restore(merged[0], factors, in_torch, _InC)
         except (RuntimeError, ValueError) as error:
             native.reject(f"a merge in {dtype}: {error}")
         else:

@@ -17,13 +17,17 @@ import torch
 
 from fused_lora.kernels.corrections import totals_of
 from fused_lora.ops import guard
-from fused_lora.ops.native import CHANGED, DONE, LOST, MERGE, MERGE_AGAIN, UNMERGE
+from fused_lora.ops.native import CHANGED, DONE, LOST, MERGE, MERGE_AGAIN, TORN, UNMERGE
 from fused_lora.reference import bits
 
 LOST_TEXT = "NaNs or infinities detected in the merged weights: the adapter seems to be broken"
 CHANGED_TEXT = (
     "weight: it is not what the merge left (changed, cast or loaded since), so the original bits cannot be restored; "
     "nothing was changed"
+)
+TORN_TEXT = (
+    "weight: it was changed while it was merged or unmerged, by another thread perhaps, and is partly merged now: load "
+    "it again"
 )
 
 # Memory for corrections, in numbers a weight: a quarter more than the last such merge of this dtype needed. A wrong
@@ -68,38 +72,58 @@ class Sweep:
     kind: tuple = ()
     at_once = 1 << 28  # bytes of weights a launch: room for their corrections is held meanwhile
 
+    def alone(self, mode: int) -> bool:
+        """All of it, or an error and nothing; False, and nothing, for a switch that takes two passes."""
+        if not self._alike():
+            return False
+        outcome = run_together([self], mode)
+        if outcome != DONE:
+            raise error(outcome)
+        return True
+
     def undo(self, mode: int) -> int:
-        """Take back, by ``mode``, what was written, once. It finds nothing where nothing was."""
-        if mode == MERGE_AGAIN:
-            merge_again(self.W, self.left, self.right, self.corrections)
-            return DONE
-        if self.corrections is not None:
-            _kernels().unmerge(self.W, self.right, self.left, self.corrections)
-            self.corrections = None  # a second time it may be the old merge that has these bits
-        if self.old is not None:
-            merge_again(self.W, *self.old)
+        """Take back, by ``mode``, what was written; ``TORN`` where another has changed some of it meanwhile. It finds
+        nothing where nothing was, nor a second time."""
+        if mode == UNMERGE and self.corrections is not None and not self.corrections.is_back():
+            self._go_back(UNMERGE)
+            if not self.corrections.is_back():
+                return TORN
+        if mode == MERGE_AGAIN or self.old is not None:
+            self._go_back(MERGE_AGAIN)
         return DONE
 
+    def _go_back(self, mode: int) -> None:
+        """One launch: of UNMERGE over what was merged, of MERGE_AGAIN over what was unmerged."""
+        if mode == UNMERGE:
+            return _kernels().unmerge(self.W, self.right, self.left, self.corrections)
+        left, right, corrections = self.old or (self.left, self.right, self.corrections)
+        _kernels().merge_again(self.W, right, left, corrections)
 
-def for_one_launch(sweep: Sweep) -> Sweep | None:
-    """``sweep`` for :func:`run_together` with others of its kind; None where it is launched by itself."""
-    kernels = _kernels()
-    pairs, random = [(sweep.right, sweep.left)], sweep.dither is not None
-    how, form = "merge", kernels.form_of(sweep.W, random)
-    if sweep.corrections is not None:
-        how, form = "unmerge", sweep.corrections.form
-    elif sweep.old is not None:
-        how, (left, right, corrections) = "switch", sweep.old
-        pairs.append((right, left))
-        if corrections.form != form:
-            return None
-    group = kernels.group_of(sweep.W, pairs, form)
-    if group is None:
-        return None
-    sweep.kind = how, random, *group
-    key = f"{how} of many weights", *sweep.kind[1:]
-    passed = guard.passes(key, lambda: _check_together(*sweep.kind), "launches one by one take over")
-    return sweep if passed else None
+    def joins(self) -> bool:
+        """Whether others of its ``kind``, which is known from here on, can be in one launch with it."""
+        if not self._alike():
+            return False
+        kernels, pairs = _kernels(), [(self.right, self.left)]
+        how, random = "merge", self.dither is not None
+        if self.corrections is not None:
+            how = "unmerge"
+        elif self.old is not None:
+            how, (left, right, _) = "switch", self.old
+            pairs.append((right, left))
+        group = kernels.group_of(self.W, pairs, self._form())
+        if group is None:
+            return False
+        self.kind = how, random, *group
+        key = f"{how} of many weights", *self.kind[1:]
+        return guard.passes(key, lambda: _check_together(*self.kind), "launches one by one take over")
+
+    def _form(self) -> Any:
+        found = self.corrections
+        return _kernels().form_of(self.W, self.dither is not None) if found is None else found.form
+
+    def _alike(self) -> bool:
+        """Whether both merges of a switch count the elements alike."""
+        return self.old is None or self.old[2].form == self._form()
 
 
 def run_together(sweeps: Sequence[Sweep], mode: int) -> int:
@@ -109,7 +133,7 @@ def run_together(sweeps: Sequence[Sweep], mode: int) -> int:
     in a further launch with others like it.
     """
     begun: list[Sweep] = []
-    finished = False
+    finished, back = False, MERGE_AGAIN if mode == UNMERGE else UNMERGE
     try:
         for part in _parts(sweeps):
             begun += part
@@ -122,15 +146,14 @@ def run_together(sweeps: Sequence[Sweep], mode: int) -> int:
         finished = True
         return DONE
     finally:
-        if not finished:
-            _take_back(begun, MERGE_AGAIN if mode == UNMERGE else UNMERGE)
+        if not finished and _take_back(begun, back) != DONE:
+            raise error(TORN)
 
 
-def _take_back(sweeps: Sequence[Sweep], mode: int) -> None:
+def _take_back(sweeps: Sequence[Sweep], mode: int) -> int:
     """Also if an interrupt comes meanwhile."""
     try:
-        for sweep in sweeps:
-            sweep.undo(mode)
+        return max([sweep.undo(mode) for sweep in sweeps], default=DONE)
     except BaseException:
         for sweep in sweeps:
             sweep.undo(mode)
@@ -180,7 +203,8 @@ def _merge(sweeps: Sequence[Sweep]) -> int:
             if found <= room:
                 sweep.corrections = sweep.corrections.trimmed(found, slack=sweep.W.numel() // 64 + 4096)
             else:
-                sweep.undo(UNMERGE)
+                if sweep.undo(UNMERGE) != DONE:
+                    return TORN
                 more.append((sweep, found))
         _share[how], todo = 1.25 * max(shares), more
     return DONE
@@ -196,7 +220,10 @@ def _compile_way_back(sweep: Sweep, mode: int) -> None:
         old = *old[:2], replace(record, seed=old[2].seed)
     kind += tuple((t.shape, t.stride()) for t in factors)
     if kind not in _way_back:
-        replace(sweep, old=old).undo(mode)
+        if mode == UNMERGE:
+            sweep._go_back(UNMERGE)
+        if mode == MERGE_AGAIN or old is not None:
+            replace(sweep, old=old)._go_back(MERGE_AGAIN)
         _way_back.add(kind)
 
 
@@ -218,66 +245,29 @@ def _launch(sweeps: Sequence[Sweep], unmerging: bool = False) -> None:
 
 
 def error(outcome: int) -> Exception:
-    """What a refused merge or unmerge raises; the weight is as it was."""
-    return ValueError(LOST_TEXT) if outcome == LOST else RuntimeError(CHANGED_TEXT)
-
-
-def merge(
-    weight: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    dither: tuple[int, int] | None = None,
-    old: Old | None = None,
-) -> Any:
-    """weight <- round(weight + left @ right) in place; returns the kernel's corrections.
-
-    dither: the seed and first row of a rounding at random, as ``blocks.Dither``; kept with what is returned.
-    old: of a merge that the same launch takes off before. Then None, with the weight as it was, says that the two have
-    other forms and need a launch each.
-
-    Raises ValueError, with the weight as it was, when a finite weight would not stay finite; with ``old`` also what
-    :func:`unmerge` raises.
-    """
-    kernels = _kernels()
-    if old is not None and old[2].form != kernels.form_of(weight, dither is not None):
-        return None
-    sweep = Sweep(weight, left, right, dither, old)
-    outcome = run_together([sweep], MERGE)
-    if outcome != DONE:
-        raise error(outcome)
-    return sweep.corrections
-
-
-def unmerge(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, record: Any) -> None:
-    """The original bits back in place. Raises RuntimeError, with the weight as it was, if it was changed since."""
-    outcome = run_together([Sweep(weight, left, right, corrections=record)], UNMERGE)
-    if outcome != DONE:
-        raise error(outcome)
-
-
-def merge_again(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, record: Any) -> None:
-    """Undo the :func:`unmerge` with this record, to the bit."""
-    kernels = _kernels()
-    kernels.merge_again(weight, right, left, record)
+    """What a refused merge or unmerge raises. The weight is as it was, but where it is ``TORN``."""
+    return ValueError(LOST_TEXT) if outcome == LOST else RuntimeError(TORN_TEXT if outcome == TORN else CHANGED_TEXT)
 
 
 def _check(device: torch.device, dtype: torch.dtype) -> str | None:
     small, old = _small((65, 300), dtype, device), None
     W, right, merged = small.W, small.right, small.W.clone()
     for left in (small.left, small.left * -0.5):  # the second in the place of the first
-        record = merge(merged, left, right, old=old)
+        sweep = Sweep(merged, left, right, old=old)
+        if not sweep.alone(MERGE):
+            return "a switch of a small weight takes two passes"
         exact = W.double() + left.double() @ right.double()
         summed = 2.0**-23 * len(right) * (left.abs() @ right.abs())  # what the fp32 sums may be off by
         if ((merged.double() - exact).abs() > torch.finfo(dtype).eps * exact.abs() + summed + 1e-7).any():
             return "a small weight was merged wrongly"
-        old = left, right, record
+        old = left, right, sweep.corrections
     changed = merged.clone()
     changed[-1, -1] += 1
     before = changed.clone()
-    refused = run_together([Sweep(changed, left, right, corrections=record)], UNMERGE) == CHANGED
+    refused = run_together([replace(sweep, W=changed, old=None)], UNMERGE) == CHANGED
     if not refused or not torch.equal(bits(changed), bits(before)):
         return "the way back of a small changed weight was wrong"
-    unmerge(merged, left, right, record)
+    replace(sweep, old=None).alone(UNMERGE)
     return None if torch.equal(bits(merged), bits(W)) else "a small weight did not come back to the bit"
 
 

@@ -27,6 +27,7 @@ from fused_lora.ops import native
 from fused_lora.ops.checks import FLOAT_DTYPES, check_lists
 from fused_lora.ops.merge import blocks, launch
 from fused_lora.ops.merge.blocks import Dither, Factors, Scales
+from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
 
 
 @dataclass
@@ -56,6 +57,7 @@ class MergeRecord:
         return len(self.units.corrections)
 
 
+@native.safe_in_a_child
 def merge_(
     weight: torch.Tensor,
     lora_A: Sequence[torch.Tensor],
@@ -86,21 +88,12 @@ def merge_(
         TypeError: weight is not fp64, fp32, bf16 or fp16, an adapter is not floating, seed no int, or no list came.
         RuntimeError: weight is on the meta device or an expanded tensor.
     """
-    _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
-    W = weight.detach()
-    if row_scale is None and launch.applies(W):
-        record = _begun_on_device(W, lora_A, lora_B, scaling, seed, fan_in_fan_out)
-        left, right, _, dither = record.factors
-        record.device_corrections = launch.merge(W, left, right, dither)
-        return record
-    if native.needs_one_thread():
-        with native.one_thread():
-            return merge_(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
-    W, record = _begun(W, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
-    record.units = blocks.merge(W, record.factors)  # no call from here on: in one an interrupt would lose the record
-    return record
+    record, sweep = _prepared(weight, (lora_A, lora_B, scaling, row_scale, seed), fan_in_fan_out)
+    sweep.alone(MERGE)
+    return record  # no call from here on: in one an interrupt would lose the record
 
 
+@native.safe_in_a_child
 def switch_(
     weight: torch.Tensor,
     record: MergeRecord,
@@ -115,43 +108,32 @@ def switch_(
     """In place: the bits and the record of :func:`unmerge_` with ``record`` and :func:`merge_` with the rest.
 
     One read and one write of a weight in memory: each part of it is unmerged and merged while it is in a cache. Two
-    passes where the weight was or will be kept as a copy, and where ``row_scale`` lets only one of the merges run in
-    the kernel.
+    passes where the weight was or will be kept as a copy, where ``row_scale`` lets only one of the merges run in the
+    kernel, and in plain torch.
 
     Args:
         record: of the merge that ``weight`` holds. The others: as for :func:`merge_`.
 
     Raises what :func:`unmerge_` and :func:`merge_` raise; the weight is unchanged then, and ``record`` holds on.
     """
-    _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
-    held, W = _merged(weight, record), weight.detach()
-    if native.needs_one_thread():
-        with native.one_thread():
-            return switch_(weight, record, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
-    on_device, old = row_scale is None and launch.applies(W), record.device_corrections
-    if on_device and old is not None:
-        new = _begun_on_device(W, lora_A, lora_B, scaling, seed, fan_in_fan_out)
-        (left, right, _, dither), before = new.factors, (*record.factors[:2], old)
-        new.device_corrections = launch.merge(W, left, right, dither, before)
-        if new.device_corrections is not None:
-            return new
-    elif not on_device and record.units is not None:
-        W, new = _begun(W, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out)
-        if new.transposed == record.transposed:
-            new.units = blocks.switch(W, new.factors, (record.factors, record.units))
-            if new.units is not None:
-                return new
+    adapters = lora_A, lora_B, scaling, row_scale, seed
+    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
+    held = _merged(weight, record)
+    new, sweep = _prepared(weight, adapters, fan_in_fan_out, record)
+    if sweep is not None and sweep.alone(MERGE):
+        return new
     unmerge_(weight, record)
     try:
-        return merge_(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
+        return merge_(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
     except BaseException:  # the same factors give the same bits, so the record holds again
-        if old is None:
+        if record.device_corrections is None:
             blocks.merge_again(held, record.factors)
         else:
-            launch.merge_again(held, record.factors.left, record.factors.right, old)
+            _to_unmerge(weight, record).undo(MERGE_AGAIN)
         raise
 
 
+@native.safe_in_a_child
 def merge_later(
     weight: torch.Tensor, adapters: Any, fan_in_fan_out: bool, old: MergeRecord | None = None
 ) -> tuple[MergeRecord, Any] | None:
@@ -161,39 +143,17 @@ def merge_later(
     None where neither the C loops nor the kernel take it in one pass with others. Raises what :func:`merge_` does
     before it writes.
     """
-    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
-    if old is not None:
-        _merged(weight, old)
-    W, (lora_A, lora_B, scaling, row_scale, seed) = weight.detach(), adapters
-    if row_scale is None and launch.applies(W):
-        record, held = _begun_on_device(W, lora_A, lora_B, scaling, seed, fan_in_fan_out), None
-        if old is not None:
-            if old.device_corrections is None:
-                return None
-            held = *old.factors[:2], old.device_corrections
-        left, right, _, dither = record.factors
-        sweep = launch.for_one_launch(launch.Sweep(W, left, right, dither, held, record=record))
-        return None if sweep is None else (record, sweep)
-    if W.device.type != "cpu" or W.dtype not in native.TYPES or native.needs_one_thread():
-        return None
-    W, record = _begun(W, *adapters, fan_in_fan_out=fan_in_fan_out)
-    held = None
-    if old is not None:
-        if old.units is None or old.transposed != record.transposed:
-            return None
-        held = old.factors, old.units
-    sweep = blocks.for_one_call(W, record.factors, old=held)
-    if sweep is None:
-        return None
-    record.units = sweep.units
-    return record, sweep
+    record, sweep = _prepared(weight, adapters, fan_in_fan_out, old)
+    return (record, sweep) if sweep is not None and sweep.joins() else None
 
 
+@native.safe_in_a_child
 def run_together(sweeps: Sequence[Any], mode: int) -> int:
     """Merge, unmerge or switch all of these, which are of one ``kind``, or none; returns how that ended."""
     return (launch if isinstance(sweeps[0], launch.Sweep) else blocks).run_together(sweeps, mode)
 
 
+@native.safe_in_a_child
 def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
     """In place: the bits that ``weight`` had before the :func:`merge_` that returned ``record``.
 
@@ -201,25 +161,27 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
         RuntimeError: the weight was changed, cast or moved since the merge, so that its original bits cannot be
             restored. Nothing is changed.
     """
-    W, factors = _merged(weight, record), record.factors
-    if record.device_corrections is not None:
-        return launch.unmerge(W, factors.left, factors.right, record.device_corrections)
-    assert record.units is not None
-    if native.needs_one_thread():
-        with native.one_thread():
-            return blocks.restore(W, factors, record.units)
-    blocks.restore(W, factors, record.units)
+    sweep = _to_unmerge(weight, record)
+    if sweep is not None:
+        sweep.alone(UNMERGE)
+    else:
+        assert record.units is not None
+        blocks.restore(_merged(weight, record), record.factors, record.units)
 
 
+@native.safe_in_a_child
 def unmerge_later(weight: torch.Tensor, record: MergeRecord) -> Any:
     """The same for :func:`run_together`, or None as for :func:`merge_later`."""
-    W = _merged(weight, record)
+    sweep = _to_unmerge(weight, record)
+    return sweep if sweep is not None and sweep.joins() else None
+
+
+def _to_unmerge(weight: torch.Tensor, record: MergeRecord) -> Any:
+    """The sweep of an unmerge; None where the record has a copy of the weight, or is damaged."""
+    W, factors = _merged(weight, record), record.factors
     if record.device_corrections is not None:
-        sweep = launch.Sweep(W, record.factors.left, record.factors.right, corrections=record.device_corrections)
-        return launch.for_one_launch(sweep)
-    if record.units is None or native.needs_one_thread():
-        return None
-    return blocks.for_one_call(W, record.factors, record.units)
+        return launch.Sweep(W, factors.left, factors.right, corrections=record.device_corrections)
+    return None if record.units is None else blocks.to_restore(W, factors, record.units)
 
 
 def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, float]:
@@ -264,23 +226,37 @@ def dither_of(seed: int | None) -> Dither | None:
     return None if seed is None else Dither((int(seed) + 2**63) % 2**64 - 2**63)  # as a signed integer
 
 
-def _begun_on_device(W, lora_A, lora_B, scaling, seed, fan_in_fan_out) -> MergeRecord:
-    """The record of a merge by the kernel, without corrections."""
-    left, right, *_ = _factors(W, lora_A, lora_B, scaling, None, fan_in_fan_out)
-    if W.stride(0) < W.stride(1):  # the kernel takes all three transposed
-        left, right = left.t().contiguous().t(), right.t().contiguous().t()
-    else:  # of a weight [K, N] they are transposed
-        left, right = left.contiguous(), right.contiguous()
-    return MergeRecord(Factors(left, right, None, dither_of(seed)), W.dtype, False)
-
-
-def _begun(W, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> tuple[torch.Tensor, MergeRecord]:
-    """The weight as it is stored, and a record without notes."""
-    factors = _factors(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out)._replace(dither=dither_of(seed))
-    transposed = W.stride(0) < W.stride(1) and W.t().is_contiguous()
-    if transposed:  # rows of the storage are what a unit should hold
+def _prepared(
+    weight: torch.Tensor, adapters: Any, fan_in_fan_out: bool, old: MergeRecord | None = None
+) -> tuple[MergeRecord, Any]:
+    """Of a merge, or in place of an ``old`` one a switch: the record that will hold, and the sweep, or None where a
+    switch takes two passes."""
+    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
+    if old is not None:
+        _merged(weight, old)
+    W, (lora_A, lora_B, scaling, row_scale, seed) = weight.detach(), adapters
+    factors = delta_factors(W.dtype, W.device, lora_A, lora_B, scaling, fan_in_fan_out, row_scale)
+    factors, turned, before = factors._replace(dither=dither_of(seed)), W.stride(0) < W.stride(1), None
+    if row_scale is None and launch.applies(W):
+        # the kernel takes all three transposed, and of a weight [K, N] the factors are
+        left, right = (t.t().contiguous().t() if turned else t.contiguous() for t in factors[:2])
+        record = MergeRecord(factors._replace(left=left, right=right), W.dtype, False)
+        if old is not None:
+            if old.device_corrections is None:
+                return record, None
+            before = *old.factors[:2], old.device_corrections
+        return record, launch.Sweep(W, left, right, factors.dither, before, record=record)
+    turned = turned and W.t().is_contiguous()
+    if turned:  # rows of the storage are what a unit should hold
         W, factors = W.t(), factors.t()
-    return W, MergeRecord(factors, W.dtype, transposed)
+    record = MergeRecord(factors, W.dtype, turned)
+    if old is not None:
+        if old.units is None or old.transposed != turned:
+            return record, None
+        before = old.factors, old.units
+    sweep = blocks.prepared(W, factors, before)
+    record.units = sweep and sweep.units
+    return record, sweep
 
 
 def _merged(weight: torch.Tensor, record: MergeRecord) -> torch.Tensor:
@@ -309,7 +285,7 @@ def add_rows_(rows: torch.Tensor, factors: Factors, keep: bool = False) -> block
     if keep:
         return blocks.merge(rows, factors)
     if launch.applies(rows) and factors.scales is None:
-        launch.merge(rows, factors.left, factors.right, factors.dither)
+        launch.Sweep(rows, factors.left, factors.right, factors.dither).alone(MERGE)
     else:
         blocks.merge_again(rows, factors)
     return None
@@ -329,7 +305,11 @@ def delta_factors(
     fan_in_fan_out: bool = False,
     row_scale: torch.Tensor | None = None,
 ) -> Factors:
-    """Copies of adapters on ``device`` with the scaling inside B; their product is what a weight of ``dtype`` gets."""
+    """Copies of adapters on ``device`` with the scaling inside B; their product is what a weight of ``dtype`` gets.
+
+    Whatever happens to the adapters while they are merged, the same delta is taken away again. No number travels to the
+    device.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     alone = len(lora_A) == 1  # else torch.cat copies them
     A = [part.detach().to(device, wide, copy=alone, memory_format=torch.contiguous_format) for part in lora_A]
@@ -339,12 +319,6 @@ def delta_factors(
     scales = None if row_scale is None else Scales.of_rows(row_scale.detach().to(device, wide), A.shape[1])
     factors = Factors(B, A, scales)
     return factors.t() if fan_in_fan_out else factors
-
-
-def _factors(W, lora_A, lora_B, scaling, row_scale, fan_in_fan_out) -> Factors:
-    """Whatever happens to the adapter while merged, the same delta is taken away again. No number travels to the
-    weight's device."""
-    return delta_factors(W.dtype, W.device, lora_A, lora_B, scaling, fan_in_fan_out, row_scale)
 
 
 def _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> None:
