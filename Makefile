@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CHECKED := fused_lora kernels benchmarks examples tests tools setup.py
 TYPED := $(shell find fused_lora -name '*.py') pyproject.toml
 
-.PHONY: quickstart test test-all reliability fuzz soak test-gpu test-triton test-vllm test-gptq lint clean
+.PHONY: quickstart test test-all reliability fuzz soak test-gpu test-emulated test-triton test-vllm test-gptq lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -28,6 +28,13 @@ test-all: $(VENV)/.test lint
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m "gpu or kernel" $(ARGS)
+
+# the kernels' tests over compiled kernels, on an emulated GPU: make test-emulated CHIP=80 ORDER=3 (of the warps)
+test-emulated: CHIP ?= 90
+test-emulated: $(VENV)/.test
+	FUSED_LORA_EMULATE=$(CHIP) FUSED_LORA_EMULATE_ORDER=$(ORDER) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
+	  --ignore tests/kernels/test_launch_path.py --ignore tests/kernels/test_emulated.py \
+	  tests/kernels tests/kernels/emulated_checks.py $(ARGS)
 
 # the experiments behind docs/reliability.md with their full counts, and its table: up to half an hour
 reliability: $(VENV)/.test

@@ -166,7 +166,8 @@ def steps(adapters: Adapters, point: StepPoint, ids: torch.Tensor, peft_up_to: i
             return
         found = {name: Step(call) if name == "loop" else _graph(call, stack) for name, call in calls.items()}
         # what the batch copies to the device is copied when it is entered, not at every replay
-        stack.enter_context(store.batch(names))
+        buffers = store.row_buffers(point.T, point.D, adapters.r)
+        stack.enter_context(store.batch_rows(names, [1] * point.T, buffers))
         found["fused_lora"] = _graph(lambda: run(served, ids), stack)
         yield Trial(found, groups, alone)
 

@@ -21,7 +21,13 @@ EXPERIMENTS: list[dict] = []  # of this process
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _ASKED_FOR_A_GPU = os.environ.get("TRITON_INTERPRET") == "0"
-if not HAS_CUDA:
+# kernels are compiled for this chip (80, 90) and their PTX is emulated, in place of the interpreter
+EMULATED = int(os.environ.get("FUSED_LORA_EMULATE", 0))
+if EMULATED:
+    from helpers.emulated.driver import emulate
+
+    emulate(EMULATED, int(os.environ.get("FUSED_LORA_EMULATE_ORDER") or -1))
+elif not HAS_CUDA:
     # read when a kernel is decorated, so it is set before any test module imports one
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -68,6 +74,8 @@ def pytest_addoption(parser):
 
 
 def pytest_report_header():
+    if EMULATED:
+        return f"kernels are compiled for sm_{EMULATED} and emulated"
     return f"kernels run on {torch.cuda.get_device_name()}" if HAS_CUDA else "kernels run in Triton's interpreter"
 
 
@@ -136,7 +144,7 @@ def repetitions(item):
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_shim():
     """bf16 right in Triton's interpreter, wherever a test reaches a kernel."""
-    if HAS_TRITON and not HAS_CUDA:
+    if HAS_TRITON and not HAS_CUDA and not EMULATED:
         from fused_lora.testing.interpreter import install_shim
 
         install_shim()
@@ -175,7 +183,7 @@ def kernels_on(device, monkeypatch):
     monkeypatch.setattr(guard, "DEVICE", device.type)
     monkeypatch.setattr(guard, "_state", {})
     if device.type == "cpu":
-        monkeypatch.setattr(config, "capability", lambda _: 90)
+        monkeypatch.setattr(config, "capability", lambda _: EMULATED or 90)
 
 
 @pytest.fixture

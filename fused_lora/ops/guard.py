@@ -31,6 +31,11 @@ def usable(device: torch.device) -> bool:
     return device.type == DEVICE and HAS_TRITON and os.environ.get("FUSED_LORA_PLAN") != "eager"
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on the device's current stream goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def draws_masks(device: torch.device) -> bool:
     """Whether dropout masks are drawn there by one pass over x; by operations of torch they take about a hundred."""
     return device.type in ("cpu", "meta") or (device.type == DEVICE and HAS_TRITON)

@@ -271,4 +271,4 @@ def _device(device: torch.device | str) -> torch.device:
         raise ValueError("device: expected one with memory, got meta")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device: {found} was asked for, CUDA is not available")
-    return found
+    return torch.empty(0, device=found).device  # with its number: another thread has another current device

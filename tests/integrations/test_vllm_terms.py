@@ -142,6 +142,19 @@ def test_shrink_then_expand_is_linear(kind, device, kernels_on):
     assert_close(y, expected, terms=1000)
 
 
+@torch.no_grad()
+def test_an_adapter_is_loaded_between_steps(device, kernels_on):
+    """vLLM's steps run in inference mode, what its API loads does not."""
+    layer, terms, slot_of_row, x = Layer(FP32, FP32), KernelTerms(16, SLOTS, device), mixed(10), torch.randn(10, K)
+    with torch.inference_mode():
+        terms.step(slot_of_row)
+        terms.linear_(torch.zeros(10, sum(N)).split(N, 1), x, layer.slots)
+    layer.load(0, [5, 5, 5])
+    with torch.inference_mode():
+        terms.linear_((y := torch.zeros(10, sum(N))).split(N, 1), x, layer.slots)
+    assert_close(y, layer.terms(x, slot_of_row), terms=1000)
+
+
 def test_what_is_in_the_slots_already_counts_with_its_full_rank():
     A, B = torch.randn(2, 1, 8, 6), torch.randn(2, 1, 5, 8)
     B[1] = 0
@@ -150,13 +163,26 @@ def test_what_is_in_the_slots_already_counts_with_its_full_rank():
     assert torch.equal(slots.A[0], A) and torch.equal(slots.B[0], B)
 
 
-def test_a_step_beyond_what_was_provided_for_is_refused(device, kernels_on):
+def test_a_step_beyond_what_was_provided_for_is_refused(device, kernels_on, monkeypatch):
     layer, terms = Layer(FP32, FP32), KernelTerms(8, SLOTS, device)
     with pytest.raises(ValueError, match="slot_of_row: 9 rows, provided for 8"):
         terms.step(mixed(9))
     terms.step(np.zeros(8, np.int32))
+    monkeypatch.setattr(guard, "capturing", lambda device: True)
     with pytest.raises(ValueError, match="x: expected the 8 rows of the step or more, got 7"):
         terms.linear_(torch.zeros(7, sum(N)).split(N, 1), torch.zeros(7, K), layer.slots)
+
+
+@pytest.mark.parametrize("kind", ["eager", "kernels"])
+def test_a_layer_may_see_the_first_rows_alone(kind, device, kernels_on):
+    """vLLM's prompt_logprobs calls the head with a prompt's rows, fewer than those that are sampled from."""
+    layer, slot_of_row = Layer(FP32, FP32), mixed(10)
+    terms = made(kind, 16, device)
+    terms.step(slot_of_row)
+    for rows in (10, 3, 1):
+        x, y = torch.randn(rows, K), torch.zeros(rows, sum(N))
+        terms.linear_(y.split(N, 1), x, layer.slots)
+        assert_close(y, layer.terms(x, slot_of_row[:rows]), terms=1000)
 
 
 def test_kernels_that_are_dropped_leave_the_step_to_the_eager_path(device, kernels_on, monkeypatch):

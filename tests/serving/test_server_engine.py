@@ -1,6 +1,7 @@
 """The engine behind the server: what a load waits for, step by step and without a clock."""
 
 import asyncio
+import functools
 import math
 from types import SimpleNamespace
 
@@ -31,6 +32,17 @@ class Store(dict):
         del self[name]
 
 
+class Manager:
+    """Of an engine that runs until it is stopped."""
+
+    def __init__(self):
+        self.running, self.batch_processor = True, None
+        self.background_thread_status = SimpleNamespace(can_accept_new_requests=lambda: None, fatal_error=None)
+
+    def is_running(self):
+        return self.running
+
+
 class Engine(engines.AsyncEngine):
     """With one job that runs under "x@1", and no model."""
 
@@ -38,6 +50,7 @@ class Engine(engines.AsyncEngine):
         self.store, self.limits, self._loading = Store(x=1), SimpleNamespace(drain_seconds=drain_seconds), []
         self.running = engines._Running("1", "x")
         self._jobs = {"1": self.running}
+        self.manager = Manager()
         self.metrics = Metrics()
         self.metrics.of("x").sequences += 1
 
@@ -91,6 +104,45 @@ def test_after_the_drain_time_it_ends_them(change):
         await changing
 
     asyncio.run(run())
+
+
+def stopped(error):
+    return error.value.status == 503 and error.value.code == "engine_stopped"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_an_engine_that_has_stopped_is_refused(change):
+    engine = Engine(drain_seconds=0.0)
+    engine.manager.running = False
+    with pytest.raises(ApiError) as error:
+        asyncio.run(CHANGES[change](engine))
+    assert stopped(error) and engine.store == {"x": 1}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_during_which_the_engine_stops(change):
+    """Its jobs have no version any more, and end by themselves; what fails, fails for that reason."""
+    engine = Engine(drain_seconds=math.inf)
+    engine._version = functools.partial(engines.AsyncEngine._version, engine)
+
+    async def run():
+        changing = asyncio.ensure_future(CHANGES[change](engine))
+        while not changing.done() and engine.store == {"x": 1}:
+            await asyncio.sleep(0)
+        engine.manager.running, engine.running.ended = False, True
+        await changing
+
+    asyncio.run(run())
+
+    def fail(name, *path):
+        engine.manager.running = False
+        raise RuntimeError("the store has been detached")
+
+    engine.manager.running, engine.store.load, engine.store.unload = True, fail, fail
+    engine.store["x"] = 5
+    with pytest.raises(ApiError) as error:
+        asyncio.run(CHANGES[change](engine))
+    assert stopped(error)
 
 
 @pytest.fixture

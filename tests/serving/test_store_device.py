@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fused_lora.serving import AdapterStore
 from fused_lora.serving.residency import packing
 from fused_lora.serving.residency.arena import Arena
 from fused_lora.serving.residency.transfer import CudaTransfer
@@ -17,7 +18,7 @@ GPU = torch.device("cuda", 1)  # not the current one
 
 class Stream:
     def __init__(self, device):
-        self.device, self.waited_for, self.events = torch.device(device), [], 0
+        self.device, self.waited_for, self.events, self.streams = torch.device(device), [], 0, []
 
     def record_event(self):
         self.events += 1
@@ -27,7 +28,7 @@ class Stream:
         self.waited_for.append(event)
 
     def wait_stream(self, other):
-        pass
+        self.streams.append(other)
 
     def synchronize(self):
         pass
@@ -67,15 +68,66 @@ def test_a_step_waits_on_the_device_of_the_adapter(current, sent):
     arrival = transfer.send(sent.packed.parts, sent.packed, transfer.stage(sent.packed), sent.block, 0)
     arrival.wait(0)
     arrival.wait_for_all()
-    assert current[1].waited_for == [1, 2] and not current[0].waited_for
+    assert current[1].waited_for == [2, 3] and not current[0].waited_for
 
 
-def test_buffers_of_the_host_are_there_whatever_the_default_device(current, sent):
+def test_a_layer_without_terms_waits_for_the_tables(current, sent):
+    """Until they are written the slot's row there is that of an adapter that was evicted."""
     transfer = CudaTransfer(GPU, torch.float32, None)
-    with torch.device("meta"):
-        staged = transfer.stage(sent.packed)
-        transfer.send(sent.packed.parts, sent.packed, staged, sent.block, 0)
-        fetched = transfer.fetch(sent.block, sent.packed.nbytes, ())
-    assert staged.device.type == fetched.device.type == "cpu" and torch.equal(staged, fetched)
-    A, B_t = sent.packed.parts[1].views(fetched, torch.float32)
-    assert torch.equal(A, sent.packed.tensors[1][0]) and torch.equal(B_t.t(), sent.packed.tensors[1][1])
+    arrival = transfer.send(sent.packed.parts, sent.packed, transfer.stage(sent.packed), sent.block, 0)
+    arrival.wait(2)
+    assert current[1].waited_for == [1]
+
+
+def test_the_caller_goes_on_after_its_tensors_are_copied(current, sent):
+    """It may train them further, or free them, as soon as the load returns."""
+    transfer = CudaTransfer(GPU, torch.float32, None)
+    transfer.send(sent.packed.parts, sent.packed, transfer.stage(sent.packed), sent.block, 0)
+    assert not current[1].waited_for
+    transfer.send(sent.packed.parts, sent.packed, None, sent.block, 0)  # tensors on a GPU are not staged
+    assert current[1].waited_for == [transfer._stream.events] == [6]
+
+
+def test_a_load_in_another_thread_is_on_the_callers_stream(current, monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: entered.append(s) or contextlib.nullcontext())
+    work = CudaTransfer(GPU, torch.float32, None).on_this_stream(lambda a, b: a + b)
+    assert not entered and work(1, b=2) == 3 and entered == [current[1]]
+
+
+def test_the_end_of_a_batch_is_after_all_streams_that_it_ran_on(monkeypatch):
+    store = AdapterStore(nn.Sequential(nn.Linear(16, 24)))
+    side, current = Stream("cuda:1"), Stream("cuda:1")
+    now = [side]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: now[0])
+    with store.batch([None]) as batch:
+        monkeypatch.setattr(store, "device", GPU)
+        store.model(torch.randn(1, 16))
+        [trace] = batch._traces.values()
+        before = trace.rows
+        store.model(torch.randn(1, 16))
+        assert trace.rows is before
+        now[0] = current
+        store.model(torch.randn(1, 16))
+        assert trace.rows is not before  # what a stream has copied another may not have yet
+    assert current.streams == [side] and not side.streams and not batch._streams
+
+
+@torch.no_grad()
+def test_a_device_has_its_number(monkeypatch):
+    """The current device of another thread, which loads, may be another one."""
+    store = AdapterStore(nn.Sequential(nn.Linear(16, 24)), device="cpu:0")
+    assert store.device == torch.device("cpu")
+    store.load("a", {"0": (torch.randn(4, 16), torch.randn(24, 4), 0.5)})
+    with store.batch(["a"]):
+        store.model(torch.randn(1, 16))
+
+
+@torch.no_grad()
+def test_a_layer_on_another_device_is_refused(monkeypatch):
+    """A kernel there would follow addresses of the store's device."""
+    store = AdapterStore(nn.Sequential(nn.Linear(16, 24)))
+    store.load("a", {"0": (torch.randn(4, 16), torch.randn(24, 4), 0.5)})
+    monkeypatch.setattr(store, "device", torch.device("meta"))
+    with store.batch(["a", None]), pytest.raises(RuntimeError, match="expected '0' to compute on meta, .* got cpu"):
+        store.model(torch.randn(2, 16))

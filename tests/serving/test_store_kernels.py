@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fused_lora.kernels import grouped_expand, grouped_shrink
+from fused_lora.ops import guard
 from fused_lora.ops.grouped.op import RowLayout, Terms, lora_grouped_
 from fused_lora.reference import bits
 from fused_lora.serving import AdapterStore
@@ -113,6 +114,76 @@ def test_a_kernel_that_fails_its_check_gives_way(device, through_kernels, monkey
         out = model(x)
     assert_close(out[0], wanted(model, x[0], [(adapter(4, 1), 1)]).float(), terms=300)
     assert torch.equal(out[1], model(x)[1])
+
+
+@torch.no_grad()
+def test_a_graph_takes_adapters_from_buffers_alone(device, through_kernels, monkeypatch):
+    """Rows, and the slots that they name, are others by the time of a replay."""
+    model, x = model_on(device), torch.randn(2, K, device=device)
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    buffers = store.row_buffers(max_rows=2, max_groups=1, max_rank=16)
+    with store.batch_rows(["a", None], [1, 1], buffers):
+        model(x)
+        monkeypatch.setattr(guard, "capturing", lambda device: True)
+        through_kernels.clear()
+        model(x)
+        assert through_kernels
+    with pytest.raises(RuntimeError, match="before the capture"), store.batch_rows(["a"], [1], buffers):
+        pass
+    monkeypatch.setattr(guard, "capturing", lambda device: False)
+    with store.batch(["a", None]):
+        model(x)  # its rows are on the device
+        monkeypatch.setattr(guard, "capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="graph would keep"):
+            model(x)
+        monkeypatch.setattr(guard, "capturing", lambda device: False)
+    assert store.stats()["in_use"] == 0
+
+
+@torch.no_grad()
+def test_a_store_that_was_made_in_inference_mode(device, through_kernels):
+    model, x = model_on(device), torch.randn(2, K, device=device)
+    with torch.inference_mode():
+        store = AdapterStore(model, max_resident=1)
+        buffers = store.row_buffers(max_rows=2, max_groups=1, max_rank=16)
+    for name, r in (("a", 4), ("b", 8)):
+        store.load(name, adapter(r, r))
+        with store.batch_rows([name, None], [1, 1], buffers):
+            assert_close(model(x)[0], wanted(model, x[0], [(adapter(r, r), 1)]).float(), terms=300)
+    assert store.stats()["evictions"] == 1 and through_kernels
+
+
+@torch.no_grad()
+def test_a_call_without_rows(device, through_kernels):
+    model, x = model_on(device), torch.randn(2, 3, K, device=device)
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    with store.batch(["a", None]):
+        model(x)
+        assert model(x[:, :0]).shape == (2, 0, N)
+
+
+@torch.no_grad()
+def test_the_default_dtype_is_none_of_the_trials(device, through_kernels, monkeypatch):
+    """A scaling in float64 does not compile where a group has several adapters."""
+    dtypes, expand = set(), grouped_expand.grouped_expand
+
+    def seen(S, outputs, tables, groups):
+        dtypes.add(tables.scaling.dtype)
+        expand(S, outputs, tables, groups)
+
+    monkeypatch.setattr(grouped_expand, "grouped_expand", seen)
+    model, x = model_on(device), torch.randn(2, 3, K, device=device)
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with store.batch(["a", None]):
+            model(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert dtypes == {torch.float32}
 
 
 @torch.no_grad()

@@ -76,6 +76,7 @@ class Slots:
         one = torch.eye(self._most(kind), dtype=like.dtype, device=like.device).expand(len(like), -1, -1)
         return one if kind == "expand" else self._A[g][:, 0], one if kind == "shrink" else like[:, 0]
 
+    @torch.inference_mode(False)  # made in a step of vLLM, which has it, and written by loads between steps
     def tables(self, kind: str) -> AdapterTables:
         """The same for the kernels, at addresses that never change."""
         found = self._tables.get(kind)

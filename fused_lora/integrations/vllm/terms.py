@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_lora.integrations.vllm.slots import Slots
 from fused_lora.kernels.grouped_tables import COLUMNS, RowGroups
+from fused_lora.ops import guard
 from fused_lora.ops.grouped.launch import prepare
 from fused_lora.ops.grouped.metadata import GroupLayout, RowTables
 from fused_lora.ops.grouped.op import RowLayout, lora_grouped_
@@ -120,6 +121,8 @@ class KernelTerms:
         """y_g [rows, N_g] += B_g A_g x: two launches for all outputs."""
         if not self._acts:
             return
+        if len(x) < self._rows and not guard.capturing(self._device):  # logits of a prompt: the tables have more rows
+            return self._eager.linear_(outputs, x, slots, kind)
         x = x.to(torch.promote_types(x.dtype, outputs[0].dtype))  # logits may be fp32 over 16-bit rows
         launches: Any = self._launches(kind, x, x.dtype, slots)
         S = launches and launches[0](x)
@@ -145,5 +148,5 @@ class KernelTerms:
             self._eager.expand_(outputs, buffers, slots)
 
     def _refuse_capture(self) -> None:
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if guard.capturing(self._device):
             raise RuntimeError("the LoRA kernels do not run, see the warning before, and nothing else can be captured")

@@ -7,7 +7,6 @@ these calls is one custom operator, so that the rows of the step are looked up w
 from __future__ import annotations
 
 import functools
-import itertools
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,8 +23,8 @@ from fused_lora.integrations.vllm.slots import Slots
 from fused_lora.integrations.vllm.terms import EagerTerms, KernelTerms
 
 log = init_logger("vllm.fused_lora")
-_numbers = itertools.count()
-_wrappers: weakref.WeakValueDictionary[int, Grouped] = weakref.WeakValueDictionary()  # by the number in a graph
+# by the addresses of their layers' A and B: a compiled graph may be of another process, or of an engine before
+_wrappers: weakref.WeakValueDictionary[int, Grouped] = weakref.WeakValueDictionary()
 
 
 class Grouped:
@@ -42,8 +41,6 @@ class Grouped:
         self._slots: dict[int, Slots] = {}  # by the address of a layer's first A and of its first B
         self.leaves_some, self._samples = False, False
         self._tokens, self._prompts = self.new_terms(), self.new_terms()
-        self._number = next(_numbers)
-        _wrappers[self._number] = self
         _hook_vllm()
         log.info_once("fused_lora %s computes the LoRA terms: %s, %s", __version__, type(self).__name__, self.kernels)
 
@@ -71,7 +68,9 @@ class Grouped:
         if slots is None:
             slots = layer.fused_lora_slots = _replace(layer, self.adapter_dtype)
         self._samples |= not isinstance(layer.lora_b_stacked, tuple) or "full_weight_stacked" in vars(layer)
-        self._slots.update({side[0].data_ptr(): slots for side in (slots.A, slots.B) if side})
+        for side in filter(None, (slots.A, slots.B)):
+            self._slots[side[0].data_ptr()] = slots
+            _wrappers[side[0].data_ptr()] = self
 
     def adapter_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What adapters of this dtype are held in."""
@@ -158,7 +157,7 @@ class Grouped:
         if scale != 1.0:
             raise ValueError(f"scale: expected 1.0, for vLLM multiplies B by an adapter's scaling, got {scale}")
         if torch.compiler.is_compiling():
-            torch.ops.fused_lora.vllm_lora_(y, x, key, self._number, kind, offset)
+            torch.ops.fused_lora.vllm_lora_(y, x, key, kind, offset)
         else:
             self.run(kind, y, x, key, offset)
 
@@ -179,12 +178,12 @@ class Grouped:
 
 
 @torch.library.custom_op("fused_lora::vllm_lora_", mutates_args=["y"])
-def _vllm_lora_(y: Tensor, x: Tensor, key: Tensor, wrapper: int, kind: str, offset: int) -> None:
-    _wrappers[wrapper].run(kind, y, x, key, offset)
+def _vllm_lora_(y: Tensor, x: Tensor, key: Tensor, kind: str, offset: int) -> None:
+    _wrappers[key.data_ptr()].run(kind, y, x, key, offset)
 
 
 @_vllm_lora_.register_fake
-def _(y: Tensor, x: Tensor, key: Tensor, wrapper: int, kind: str, offset: int) -> None:
+def _(y: Tensor, x: Tensor, key: Tensor, kind: str, offset: int) -> None:
     return None
 
 

@@ -89,7 +89,7 @@ def _check(tables: AdapterTables, rows: RowGroups, x_dtype: torch.dtype, device:
     group_of_row = np.arange(50) % (len(members) + 1) - 1
     layout = GroupLayout(max_rows=50 * (1 if rows.block_m == 16 else 4), max_groups=len(members), group_size=2)
     groups = layout.views(torch.from_numpy(build_metadata(layout, group_of_row, members)).to(device))
-    scaling = torch.tensor([[0.5, 1.5, -0.7]], device=device)
+    scaling = torch.tensor([[0.5, 1.5, -0.7]], dtype=torch.float32, device=device)
     small = AdapterTables(
         *(torch.tensor([[t.data_ptr() for t in side]], dtype=torch.int64, device=device) for side in (A, B_t)),
         torch.tensor([ranks], dtype=torch.int32, device=device),

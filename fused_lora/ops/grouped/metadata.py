@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fused_lora.kernels.grouped_tables import RowGroups, rows_per_tile
+from fused_lora.ops import guard
 
 
 def _padded(n: int) -> int:
@@ -92,6 +93,7 @@ class RowTables:
         layout: the same. groups: the tables, with room for the largest step.
     """
 
+    @torch.inference_mode(False)  # filled in any mode later
     def __init__(self, layout: GroupLayout, device: torch.device):
         self.layout = layout
         self._buffer = torch.zeros(layout.size, dtype=torch.int32, device=device)
@@ -102,7 +104,13 @@ class RowTables:
         self._turn = 0
 
     def fill(self, group_of_row: np.ndarray, groups: Sequence[Sequence[tuple[int, float]]]) -> None:
-        """Describe the next step, as :func:`build_metadata` does: one copy on the current stream, and nothing waits."""
+        """Describe the next step, as :func:`build_metadata` does: one copy on the current stream, and nothing waits.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, whose replays would undo what is filled in before them.
+        """
+        if guard.capturing(self._buffer.device):
+            raise RuntimeError("row tables: expected to be filled before the capture of a CUDA graph, not inside it")
         self._turn ^= 1
         staging, copied = self._staging[self._turn], self._copied[self._turn]
         if copied is not None:

@@ -19,6 +19,7 @@ from fused_lora.modules.activated import note_offsets, offsets_of, token_ids
 from fused_lora.modules.experts import form_of
 from fused_lora.modules.names import some
 from fused_lora.modules.outputs import main_output
+from fused_lora.ops import guard
 from fused_lora.rows import Call, Entries, Layout, RowFinder, Running
 from fused_lora.serving.batch.finite import bad_positions, unless_padding
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
@@ -76,6 +77,7 @@ class Batch:
         self._arriving = [arrival for arrival in arrivals if not arrival.done()]
         self.check_outputs = True
         self._unread: list[tuple[Tensor, np.ndarray | None]] = []
+        self._streams: set[torch.cuda.Stream] = set()  # that layers were computed on
         self._gradients = torch.no_grad()
         self._buffers = buffers
         self.acts = bool(groups) or buffers is not None  # a graph of base rows is replayed with others
@@ -132,6 +134,7 @@ class Batch:
                 self._read_checks()
         finally:
             self._traces = {}
+            self._join_streams()
 
     def called(self, path: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Before a module of the model: find out which rows are whose, if nothing around it was called.
@@ -168,8 +171,12 @@ class Batch:
         return trace.offsets.get(self.groups[group][0][0].identity)
 
     def _keep_rows(self, trace: Trace, call: Call) -> None:
-        """Keep what is known of the rows if it holds for this call, too."""
-        case = call.case, trace.tokens, trace.changed
+        """Keep what is known of the rows if it holds for this call, too, and note the stream that it runs on."""
+        stream = None
+        if self.store.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.store.device)
+            self._streams.add(stream)
+        case = call.case, trace.tokens, trace.changed, stream  # what a stream has copied another may not have yet
         if case != trace.case or len(trace.rows) >= _INPUTS:
             trace.case, trace.rows, trace.arranged = case, {}, {}
 
@@ -215,8 +222,9 @@ class Batch:
         return bad.view(-1), None
 
     def _read_checks(self) -> None:
-        if self._unread and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if not self._unread or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return  # nothing may wait for the device now; the next call or the end of the batch reads them
+        self._join_streams()
         hit: set[int] = set()
         for bad, groups in self._unread:
             if groups is not None:
@@ -231,6 +239,13 @@ class Batch:
                 "overflow, or the model does on these inputs",
                 [*identities],
             )
+
+    def _join_streams(self) -> None:
+        """Let the current stream wait for the others of this batch: what is read, or noted as its end, is after all."""
+        current = torch.cuda.current_stream(self.store.device) if self._streams else None
+        for stream in self._streams - {current}:
+            current.wait_stream(stream)
+        self._streams.clear()
 
     def add(self, site: Site, x: Tensor, y: Tensor) -> None:
         """y += the LoRA terms of x at this layer, in place. x of an embedding: its tokens [..., 1].
@@ -289,7 +304,7 @@ class Batch:
             for arrival in self._arriving:
                 for each in sites:
                     arrival.wait(each.index)
-            rows = trace.rows.get((site.index, x.shape)) or self._rows(trace, site, x)
+            rows = trace.rows.get((site.index, x.shape)) or self._rows(trace, site, x, y)
             self._prepared.experts_(rows, sites, inputs, y)
             if not y.is_cuda:
                 trace.look(y)
@@ -309,8 +324,7 @@ class Batch:
         self._compiled(sites, inputs[0], lambda: self.add_experts(sites, inputs, y))
 
     def _compiled(self, sites: tuple[Site, ...], x: Tensor, add: Callable[[], None]) -> None:
-        if x.is_cuda and self._buffers is None and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("batch: a graph would keep these adapters for ever; use row_buffers, or no graph")
+        self._refuse_capture(x)
         if not self._acts_at(sites):
             return
         trace, site = self._trace(), sites[0]
@@ -337,6 +351,11 @@ class Batch:
         finally:
             trace.running.leave(site.module, True)
 
+    def _refuse_capture(self, x: Tensor) -> None:
+        """A replay would read rows and slots of this batch, when both are others'."""
+        if self._buffers is None and guard.capturing(x.device):
+            raise RuntimeError("batch: a graph would keep these adapters for ever; use row_buffers, or no graph")
+
     @staticmethod
     def _check_gradients(y: Tensor) -> None:
         if y.requires_grad and torch.is_grad_enabled():
@@ -346,11 +365,14 @@ class Batch:
         """dtype: that x takes first, as in the base layer."""
         index = site.index
         self._check_gradients(y)
+        self._refuse_capture(x)
         if site.kind == "embedding":
             for arrival in self._arriving:
                 arrival.wait(index)
-            rows = trace.rows.get((index, x.shape)) or self._rows(trace, site, x)
+            rows = trace.rows.get((index, x.shape)) or self._rows(trace, site, x, y)
             self._prepared.embed_(rows, site, x.reshape(-1), y.view(-1, site.N))
+            return
+        if not y.numel():
             return
         y, shared = y.view(-1, site.N), trace.shared
         if shared is not None:
@@ -359,7 +381,7 @@ class Batch:
                 trace.shared = shared if shared.waiting else None
                 return
             self._siblings.forget(shared.first)
-        rows = trace.rows.get((index, x.shape)) or self._rows(trace, site, x)
+        rows = trace.rows.get((index, x.shape)) or self._rows(trace, site, x, y)
         state, flat = state_of(x), x.reshape(-1, site.K).to(dtype)
         together, alone = () if state is None else self._siblings.of(index), (index,)
         for sites in (together, alone) if len(together) > 1 else (alone,):
@@ -386,9 +408,14 @@ class Batch:
             trace = self._traces[thread] = Trace(Running(self._finder, self._entries, self._before))
         return trace
 
-    def _rows(self, trace: Trace, site: Site, x: Tensor) -> Rows:
-        call = trace.running.call
+    def _rows(self, trace: Trace, site: Site, x: Tensor, y: Tensor) -> Rows:
+        call, here = trace.running.call, self.store.device
         assert call is not None
+        if x.device != here or y.device != here:  # a kernel would follow addresses of another device
+            raise RuntimeError(
+                f"batch: expected {site.path!r} to compute on {here}, where the store's adapters are, got {x.device} "
+                f"and {y.device}"
+            )
         layout = call.layout(site.place, x)
         rows = trace.arranged.get((layout, x.shape))
         if rows is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_lora.kernels.grouped_tables import RowGroups
 from fused_lora.modules.embedding import embed_scale
 from fused_lora.modules.experts import StackedTerm, replace_rows
+from fused_lora.ops import guard
 from fused_lora.ops.grouped.launch import prepare
 from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
 from fused_lora.ops.grouped.op import Joint, RowLayout, Terms, form_terms, lora_grouped_
@@ -102,8 +103,6 @@ class Prepared:
         """Rows with these groups (-1: the base model). On a GPU they belong to the stream that they were made on."""
         stream = None
         if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():  # nothing is written before the replay
-                return Rows(group_of_row, self._groups, device)
             stream = torch.cuda.current_stream(device).cuda_stream
         key = group_of_row.tobytes(), device, stream
         with self._lock:
@@ -226,7 +225,7 @@ def _add(formed: tuple, layer: int, y: Tensor) -> bool:
 
 
 def _refuse_capture(x: Tensor) -> None:
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if guard.capturing(x.device):
         raise RuntimeError("batch: a graph would keep these adapters for ever; run a step before capture")
 
 

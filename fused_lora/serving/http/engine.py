@@ -244,7 +244,7 @@ class AsyncEngine:
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         except Exception as error:
-            raise as_api_error(error, job.adapter) from error
+            raise (as_api_error(error, job.adapter) if self.healthy() else self.stopped()) from error
 
     async def _next(self, outputs: asyncio.Queue, deadline: float) -> Any:
         try:
@@ -294,10 +294,12 @@ class AsyncEngine:
             self.metrics.forget(name)
 
     async def _change(self, work: Callable[..., Any], name: str, *more: str) -> None:
+        if not self.healthy():
+            raise self.stopped()
         try:
             await asyncio.to_thread(work, name, *more)
         except Exception as error:
-            raise _load_error(error, name) from error
+            raise (_load_error(error, name) if self.healthy() else self.stopped()) from error
         now = self.store.identity(name) if name in self.store else None
         older = [running for running in self._jobs.values() if running.adapter == name]
         deadline = time.monotonic() + self.limits.drain_seconds
@@ -314,8 +316,10 @@ class AsyncEngine:
 
     def _version(self, running: _Running) -> str:
         """The version a job started with, or an empty string."""
-        scheduler = self.manager.batch_processor.scheduler
-        known = scheduler.active_requests, scheduler.waiting_requests
+        processor = self.manager.batch_processor
+        if processor is None:  # the engine has stopped, and its jobs end with an error
+            return ""
+        known = processor.scheduler.active_requests, processor.scheduler.waiting_requests
         state = next((found for requests in known if (found := requests.get(running.request_id))), None)
         return version_of(state) if state is not None else ""
 

@@ -27,7 +27,7 @@ _STATUS = {
 }
 _READING = (400, 401, 408, 413)  # of every route with a body
 GENERATES = (*_READING, 404, 409, 422, 429, 500, 503, 504)
-CHANGES_ADAPTERS = (*_READING, 403, 404, 409, 500)
+CHANGES_ADAPTERS = (*_READING, 403, 404, 409, 500, 503)
 
 
 class _Answer(BaseModel):

@@ -144,6 +144,7 @@ class Registry:
 
     def _in_thread(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> Future:
         self._check_attached()
+        work = self._transfer.on_this_stream(work)
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(4, thread_name_prefix="fused_lora_load")

@@ -23,6 +23,7 @@ class SlotTables:
         max_rank: of all adapters so far, or the limit that has been set.
     """
 
+    @torch.inference_mode(False)  # written in any mode later
     def __init__(self, sites: int, slots: int, device: torch.device, dtype: torch.dtype):
         self.device, shape = (
             device,

@@ -8,7 +8,8 @@ the events of the adapters whose memory it overwrites.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +39,19 @@ def open_transfer(
 
 
 class Arrival:
-    """The events of a copy to ``device`` that is under way, by site. After ``last`` the copy is complete."""
+    """The events of a copy to ``device`` that is under way, by site. After ``last`` the copy is complete.
 
-    def __init__(self, events: dict[int, torch.cuda.Event], last: torch.cuda.Event, device: torch.device):
-        self.events, self.last, self._device = events, last, device
+    Until ``tables`` those of the kernels may still be about the slot's adapter before, at every layer.
+    """
+
+    def __init__(
+        self,
+        events: dict[int, torch.cuda.Event],
+        tables: torch.cuda.Event,
+        last: torch.cuda.Event,
+        device: torch.device,
+    ):
+        self.events, self.tables, self.last, self._device = events, tables, last, device
 
     def done(self) -> bool:
         """Whether the copy is complete."""
@@ -52,10 +62,8 @@ class Arrival:
         torch.cuda.current_stream(self._device).wait_event(self.last)
 
     def wait(self, site: int) -> None:
-        """Make the device's current stream wait for one layer of the adapter."""
-        event = self.events.get(site)
-        if event is not None:
-            torch.cuda.current_stream(self._device).wait_event(event)
+        """Make the device's current stream wait for one layer of the adapter, or for its having none there."""
+        torch.cuda.current_stream(self._device).wait_event(self.events.get(site, self.tables))
 
 
 class Transfer:
@@ -95,6 +103,10 @@ class Transfer:
         """Free ``slot``. Its memory may be overwritten after the events ``uses``."""
         if self.tables is not None:
             self.tables.clear(slot)
+
+    def on_this_stream(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """``work`` for another thread, which finds the current stream of this one there."""
+        return work
 
     def mark(self) -> tuple[int, torch.cuda.Event] | None:
         """The end of a batch: (its stream, event after which its adapters may be overwritten). None if not needed."""
@@ -140,6 +152,7 @@ class CudaTransfer(Transfer):
                 self._stream.wait_stream(caller)
             if self.tables is not None:
                 self.tables.write(slot, parts, block)
+            tables: Any = self._stream.record_event()
             events = {}
             for i, part in enumerate(parts):
                 if staged is None:
@@ -148,7 +161,10 @@ class CudaTransfer(Transfer):
                     end = parts[i + 1].A if i + 1 < len(parts) else len(staged)
                     block.memory[part.A : end].copy_(staged[part.A : end], non_blocking=True)
                 events[part.site.index] = self._stream.record_event()
-            return Arrival(events, events[parts[-1].site.index], self.device)
+            last = events[parts[-1].site.index]
+            if staged is None:  # what the caller writes to the tensors from now on, or to their freed memory
+                caller.wait_event(last)
+            return Arrival(events, tables, last, self.device)
 
     def fetch(self, block: Block, nbytes: int, uses: Iterable[torch.cuda.Event]) -> Tensor:
         """The first ``nbytes`` of the block in pinned memory; waits for the copy."""
@@ -164,6 +180,16 @@ class CudaTransfer(Transfer):
             for event in uses:
                 self._stream.wait_event(event)
             super().vacate(slot, uses)
+
+    def on_this_stream(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """As for a CPU: what the caller's stream computes is there before it is read."""
+        stream = torch.cuda.current_stream(self.device)
+
+        def on_stream(*args: Any, **kwargs: Any) -> Any:
+            with torch.cuda.stream(stream):
+                return work(*args, **kwargs)
+
+        return on_stream
 
     def mark(self) -> tuple[int, torch.cuda.Event]:
         """An event on the current stream."""

@@ -89,6 +89,19 @@ def test_the_cuda_wrapper_adds_what_the_cpu_wrapper_adds(bench, no_sorts, device
     assert all(guard.verdicts().values()) and guard.verdicts()
 
 
+def test_a_compiled_graph_finds_the_wrapper_of_a_layer(bench, device):
+    """It comes from a cache, and was compiled for another wrapper."""
+    wrappers = [GroupedWrapperCPU(64, 8, device, lora_config=CONFIG) for _ in "ab"]
+    layers = [adopted(bench, wrapper, seed) for seed, wrapper in enumerate(wrappers)]
+    x = torch.randn(ROWS, K)
+    for wrapper, layer in zip(wrappers, layers, strict=True):
+        wrapper.update_metadata(LoRAMapping([7] * ROWS, [7], is_prefill=True), IDS, SLOTS, VOCAB)
+        y, expected = torch.zeros(2, ROWS, sum(N))
+        wrapper.add_lora_linear(expected, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, N)
+        torch.ops.fused_lora.vllm_lora_(y, x, layer.lora_b_stacked[0], "linear", 0)
+        assert torch.equal(y, expected) and y.any()
+
+
 def test_where_the_kernels_cannot_run_vllm_keeps_its_wrapper_on_a_gpu(no_sorts, monkeypatch, device, kernels_on):
     ranks = SimpleNamespace(**vars(CONFIG) | dict(max_lora_rank=1024))
     assert type(grouped_wrapper_gpu(64, 8, device, lora_config=CONFIG)) is GroupedWrapperGPU
