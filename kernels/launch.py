@@ -10,6 +10,7 @@ and with a Triton or a backend whose calls are not known here.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import is_, itemgetter, or_
@@ -23,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from .descriptors import descriptor_memory
 
+_loading = threading.RLock()  # Triton publishes a binary before it has loaded it: another thread would launch nothing
 KEPT = 4096  # launches of one kernel, the least recently used of which is forgotten for a new one
 _data_ptr = torch.Tensor.data_ptr
 _KNOWN = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
@@ -84,7 +86,7 @@ class Launch:
 
     def _by_triton(self, kernel, tensors) -> None:
         flat = _present(tensors)
-        with torch.cuda.device_of(flat[0]), descriptor_memory():
+        with _loading, torch.cuda.device_of(flat[0]), descriptor_memory():
             binary = kernel[self._grid](*tensors, *self._arguments, **self._fixed)
             if self._ready is None and _KNOWN and type(kernel) is JITFunction and not _watched(kernel):
                 if all(t.data_ptr() % 16 == 0 for t in flat):

@@ -252,6 +252,7 @@ def prepare_linear(
         A = lora_A[0] if one_A else stacked(lora_A, False)
         B = lora_B[0] if one_B else stacked(lora_B, True)
         w = tensors_of(*weight[:4]) if four_bit else addressable(weight)
+        bias = bias if bias is None else bias.contiguous()
         launch(kernel, addressable(x), w, bias, A, B, S, y, planes, sync)
         return y, S
 

@@ -62,6 +62,7 @@ def _stream(index: int) -> int:
 
 
 def _take(count: int, device: torch.device, capturing: bool) -> torch.Tensor:
+    count = -(-count // 4) * 4  # whole 16 bytes: what follows is aligned, as the kernels were compiled for
     free = _free.get(device)
     if free is None or free.numel() < count:
         if capturing:

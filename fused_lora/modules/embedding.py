@@ -75,7 +75,9 @@ def add_rows(y: Tensor, rows: Tensor, B_t: Tensor, scaling: float, scale: Tensor
 def embed_scale(base: nn.Module) -> Tensor | None:
     """What the forward of an embedding multiplies its rows with, where its class does so; PEFT's rule."""
     scale = getattr(base, "embed_scale", None)
-    return scale if scale is None or isinstance(scale, Tensor) else torch.tensor(scale)
+    if scale is None or isinstance(scale, Tensor):
+        return scale
+    return torch.tensor(scale, dtype=torch.float64, device="cpu")  # of no dimension: for a product on any device
 
 
 class LoraEmbedding(EmbeddingBehaviour, LoraLayer):

@@ -146,6 +146,6 @@ class MixedBatch(Context):
         entry = torch.from_numpy(sequence_of_row(x.shape, sequences) * len(self.names) // sequences)
         found: dict[str, Tensor] = {}
         for name in dict.fromkeys(self.names):
-            of_name = torch.tensor([i for i, n in enumerate(self.names) if n == name])
+            of_name = torch.tensor([i for i, n in enumerate(self.names) if n == name], device="cpu")
             found[name] = torch.isin(entry, of_name).nonzero()[:, 0].to(x.device)
         return found

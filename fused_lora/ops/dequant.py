@@ -34,7 +34,7 @@ def dequantise_4bit(weight: FourBit, otherwise: Callable[[], Tensor]) -> Tensor:
         small = small_case((21, 407), nested, dtype, device)
         return None if torch.equal(dequant_4bit(*small), by_torch(small)) else "a small weight has other bits"
 
-    return guard.guarded(("dequant_4bit", dtype, nested), dequant_4bit, lambda *_: otherwise(), check)(*weight)
+    return guard.guarded(("dequant_4bit", dtype, nested, device), dequant_4bit, lambda *_: otherwise(), check)(*weight)
 
 
 def by_torch(weight: FourBit) -> Tensor:
@@ -59,5 +59,6 @@ def small_case(shape: tuple[int, int], nested: bool, dtype: torch.dtype, device:
         return FourBit(packed, code, scales, None, blocksize, shape, dtype)
     absmax = (line[: len(scales)] * 11 % 256).to(torch.uint8)
     absmax8 = torch.sin(line[: -(-len(scales) // inner)] + 1.0)
-    code8, offset = torch.cos(torch.arange(256, device=device).float()), torch.tensor(0.3, device=device)
+    code8 = torch.cos(torch.arange(256, device=device).float())
+    offset = torch.tensor(0.3, dtype=torch.float32, device=device)
     return FourBit(packed, code, absmax, (code8, absmax8, inner, offset), blocksize, shape, dtype)

@@ -20,7 +20,8 @@ def times_mask(seed: Tensor, p: float, scaled: bool, *tensors: Tensor) -> list[T
         return _by_torch(seed, p, scaled, *tensors)
     K = 528 if rows.shape[-1] % 16 == 0 else 530  # a row of more than one tile, compiled as these
     check = lambda: _check(K, rows.dtype, rows.device)  # noqa: E731
-    return guard.guarded(("dropped", rows.dtype, K), _by_kernel, _by_torch, check)(seed, p, scaled, *tensors)
+    key = "dropped", rows.dtype, K, rows.device
+    return guard.guarded(key, _by_kernel, _by_torch, check)(seed, p, scaled, *tensors)
 
 
 def _by_kernel(seed: Tensor, p: float, scaled: bool, *tensors: Tensor) -> list[Tensor]:

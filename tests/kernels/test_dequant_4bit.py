@@ -6,7 +6,7 @@ import torch
 from fused_lora.kernels import dequant_4bit as kernel
 from fused_lora.kernels.dequant_4bit import dequant_4bit, traffic
 from fused_lora.ops import guard
-from fused_lora.ops.dequant import FourBit, by_torch, dequantise_4bit
+from fused_lora.ops.dequant import FourBit, by_torch, dequantise_4bit, small_case
 from helpers.quantised import dequant_case, linear4bit
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,7 +36,7 @@ def test_the_bits_of_bitsandbytes(dtype, quant_type, nested, device, kernels_on,
         ).to(device)
         theirs = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert torch.equal(Weight(layer, dtype).to(dtype), theirs)
-    assert guard.verdicts()[("dequant_4bit", dtype, nested)]
+    assert guard.verdicts()[("dequant_4bit", dtype, nested, theirs.device)]
 
 
 def test_a_kernel_with_other_bits_is_dropped(device, kernels_on, monkeypatch):
@@ -55,3 +55,12 @@ def test_bytes_of_a_launch(device):
         held += [t for t in inner or () if isinstance(t, torch.Tensor)]
         expected = sum(t.nbytes for t in held)
         assert traffic(N, K, blocksize, torch.bfloat16, inner[2] if inner else 0)["bytes"] == expected
+
+
+def test_torchs_default_dtype_drops_no_kernel(device, kernels_on):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert small_case((21, 407), True, torch.float32, device).nested[3].dtype is torch.float32
+    finally:
+        torch.set_default_dtype(before)

@@ -38,7 +38,7 @@ def test_the_operator_launches_it_and_drops_a_wrong_one(dtype, device, kernels_o
     x, seed = torch.randn(2, 3, 48, device=device).to(dtype), torch.tensor([shifted(3)], device=device)
     flat = expected(x.reshape(6, 48), seed, 0.25).reshape(x.shape)
     assert torch.equal(op.dropped(x, seed, 0.25), flat)
-    assert guard.verdicts()[("dropped", dtype, 528)]
+    assert guard.verdicts()[("dropped", dtype, 528, x.device)]
     monkeypatch.setattr(kernel, "dropped", lambda *args: dropped(*args) * 1.02)
     with pytest.warns(UserWarning, match="dropped.*is dropped, the eager path takes over: result 0 is off"):
         found = op.dropped(x[..., :47], seed, 0.25)

@@ -34,7 +34,7 @@ def test_the_operator_launches_it_and_drops_a_wrong_one(device, kernels_on, monk
     W, A, B = case(40, 70, 4, torch.bfloat16, torch.float32, device)
     eager = op._eager_norms(W, A, B, 2.0)
     assert_close(op.row_norms(W, A, B, 2.0), eager, terms=1000)
-    assert guard.verdicts()[("row_norms", torch.bfloat16, torch.float32, torch.float32)]
+    assert guard.verdicts()[("row_norms", torch.bfloat16, torch.float32, torch.float32, W.device)]
     monkeypatch.setattr(kernel, "row_norms", lambda *args: op._eager_norms(*args) * 1.001)
     with pytest.warns(UserWarning, match="row_norms.*is dropped, the eager path takes over: result 0 is off"):
         found = op.row_norms(W.float(), A, B, 2.0)

@@ -174,6 +174,23 @@ def test_a_batch_of_several_adapters():
     assert torch.equal(bits(mixed[[1, 4]]), bits(base[[1, 4]]))
 
 
+def test_torchs_default_device_and_dtype_change_nothing():
+    """Of the rows of a batch, and of the scale of an embedding whose class has it as a number."""
+    ours, _ = twins(adapters=ADAPTERS)
+    ours.emb.base_layer.embed_scale = 1.1
+    ids, names, before = torch.randint(0, TOKENS, (5, 3)), ["a", None, "b", "a", None], torch.get_default_dtype()
+    found = []
+    for device, dtype in (("cpu", before), ("meta", torch.bfloat16)):
+        with torch.no_grad(), torch.device(device):
+            torch.set_default_dtype(dtype)
+            try:
+                with fused_lora.adapter_batch(ours, names):
+                    found.append(ours(ids))
+            finally:
+                torch.set_default_dtype(before)
+    assert torch.equal(*found)
+
+
 def test_adapters_come_and_go():
     ours, _ = twins(adapters=ADAPTERS)
     ids = torch.randint(0, TOKENS, (2, 3))

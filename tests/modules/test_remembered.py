@@ -167,6 +167,22 @@ def test_on_a_gpu_remembered_adapters_take_the_autocast_dtype(base, x_dtype, dev
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_training_under_autocast_after_calls_without_gradients_has_its_gradients(base, device, kernels_on, recalled):
+    """What is rounded without gradients wants none: a step after an evaluation must not be taken for one like it."""
+    layer = layers(model(base, "fused_lora"))[0].to(device)
+    x = torch.randn(5, K, device=device, requires_grad=True)
+    with autocast(BF16, device.type):
+        expected = outcome(layers(copy.deepcopy(layer))[0], x)
+        with torch.no_grad():
+            layer(x)
+            layer(x)
+        assert recalled[-1] is not None
+        for ours, theirs in zip(outcome(layer, x), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    assert recalled[-1] is not None
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_what_is_read_past_peft_s_properties_is_what_they_return(base):
     layer = layers(model(base, "accelerated"))[0]
     own = layer.__dict__

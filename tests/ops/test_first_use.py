@@ -1,6 +1,7 @@
 """What the plan launches: how often, how many bytes, and that the trial before first use is of exactly that."""
 
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,11 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora.kernels import lora_backward, lora_expand, lora_grad, lora_linear, lora_shrink
 from fused_lora.kernels.grouped_tables import AdapterTables
+from fused_lora.kernels.launch import Launch
 from fused_lora.ops import guard
+from fused_lora.ops.dequant import dequantise_4bit, small_case
+from fused_lora.ops.dora.op import row_norms
 from fused_lora.ops.grouped import launch as grouped_kernel
 from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
 from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear import plan
+from fused_lora.ops.masks import times_mask
 from fused_lora.testing.layers import LayerCase
 from helpers.waiting import HANG
 
@@ -176,6 +181,42 @@ def test_one_thread_tries_and_loads_at_a_time(check, monkeypatch):
     run = guard.guarded(("c",), lambda: probe("run"), lambda: "eager", lambda: probe("trial"))
     run(), run(), run()
     assert found == [("trial", False)] * (check == "1") + [("run", False), ("run", True), ("run", True)]
+
+
+def test_each_device_has_a_trial_of_its_own(monkeypatch):
+    """Another GPU may be another chip."""
+    keys = []
+    monkeypatch.setattr(guard, "guarded", lambda key, *_: keys.append(key) or (lambda *given: [given]))
+    for device in map(torch.device, ("cpu", "meta")):
+        monkeypatch.setattr(guard, "DEVICE", device.type)
+        x = torch.zeros(16, 16, device=device)
+        times_mask(torch.zeros(1, dtype=torch.int64, device=device), 0.3, True, x)
+        row_norms(x, x, x, 1.0)
+        dequantise_4bit(small_case((2, 64), False, torch.float32, device), lambda x=x: x)
+    assert len(set(keys)) == len(keys) == 6
+
+
+def test_one_thread_at_a_time_loads_what_no_trial_has_loaded():
+    """Another specialisation of a kernel that has passed, as for a pointer that is not aligned."""
+    both, inside, found = threading.Barrier(2), [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*_):
+                inside.append(1)
+                time.sleep(0.05)  # Triton compiles and loads
+                found.append(len(inside))
+                inside.pop()
+
+            return launch
+
+    def run(launch):
+        both.wait(HANG)
+        launch(Kernel(), torch.zeros(4))
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(run, [Launch((1,)), Launch((1,))]))
+    assert found == [1, 1]
 
 
 @pytest.mark.parametrize("wrong", [None, "differs"])

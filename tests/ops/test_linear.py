@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import reference
+from fused_lora.ops.linear.eager import _keep_scale
 from fused_lora.ops.linear.op import _lora_linear, _lora_linear_backward, draw_seeds, lora_linear
+from fused_lora.ops.term.op import lora_term
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
 from helpers.thorough import pairwise
@@ -262,6 +264,45 @@ def test_strided_arguments_give_the_same_as_contiguous_ones():
         view.copy_(t)
     y = lora_linear(views[0], views[1], b, views[2:4], views[4:], s, p, seeds)
     assert_close(y, lora_linear(x, W, b, A, B, s, p, seeds), terms=100)
+
+
+@pytest.mark.parametrize("M, p", [(4, 0.0), (20, 0.3)])
+@pytest.mark.parametrize("term", [False, True])
+def test_kernels_read_a_strided_bias_and_seeds_as_they_are(term, M, p, device, kernels_on):
+    x, W, _, A, B, s, _, _ = arguments(M=M, grad=False)
+    x, W, *adapters = (t.to(device) for t in (x, W, *A, *B))
+    A, B, dropout = adapters[:2], adapters[2:], [p, p / 2]
+    bias = torch.randn(11, 3, device=device)[:, 1]
+    seeds = torch.arange(4, device=device).view(2, 2)[:, 1] if p else None
+    first = (x @ W.t(), x) if term else (x, W, bias)
+    last = (seeds, bias) if term else (seeds,)
+    ours = (lora_term if term else lora_linear)(*first, A, B, s, dropout, *last)
+    exact = reference.lora_linear(x, W, bias, A, B, s, dropout, seeds)[0]
+    assert_close(ours, exact, terms=100)
+
+
+def test_torchs_default_device_and_dtype_change_nothing():
+    generator = torch.Generator().manual_seed(shifted(5))
+    tensors = [torch.randn(shape, generator=generator) for shape in ((5, 20), (11, 20), (3, 20), (11, 3))]
+    seeds, device, dtype = torch.tensor([3]), torch.get_default_device(), torch.get_default_dtype()
+
+    def derivatives():
+        _keep_scale.cache_clear()
+        x, W, A, B = leaves = [t.detach().requires_grad_() for t in tensors]
+        y = lora_linear(x, W, None, [A], [B], [0.5], [0.3], seeds)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
+
+    expected = derivatives()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = derivatives()
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        _keep_scale.cache_clear()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 BAD = {

@@ -56,7 +56,7 @@ def _find_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
 
     dtypes = weight.dtype, lora_A.dtype, lora_B.dtype
     check = lambda: _check(kernel, *dtypes, weight.device)  # noqa: E731
-    return guard.guarded(("row_norms", *dtypes), kernel, _eager_norms, check)(*tensors, scaling)
+    return guard.guarded(("row_norms", *dtypes, weight.device), kernel, _eager_norms, check)(*tensors, scaling)
 
 
 def _eager_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -54,7 +54,7 @@ def lora_linear_backward(
     for i, (A, B, s, p) in enumerate(zip(lora_A, lora_B, scaling, dropout, strict=True)):
         own, column = slice(column, column + A.shape[0]), column + A.shape[0]
         need_A, need_B = needs[1 + i], needs[1 + n + i] and g is not None
-        keep = dropout_mask(numbers[i], shape, p, S.device) * keep_scale(p) if p else 1.0
+        keep = dropout_mask(numbers[i], shape, p, S.device).to(acc) * keep_scale(p) if p else 1.0
         terms = [] if g is None else [(G @ B.to(acc)) * s]
         dS: Any = sum(terms if g_S is None else [*terms, g_S[:, own].to(acc)])
         if need_x:

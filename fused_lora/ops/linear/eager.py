@@ -99,7 +99,7 @@ def _dropped_shrink(rows: torch.Tensor, A: torch.Tensor, p: float, seed) -> torc
 @lru_cache(maxsize=256)
 def _keep_scale(p: float, dtype: torch.dtype) -> torch.Tensor:
     """keep_scale as a tensor of no dimension, which torch multiplies by in a third of the time of a number."""
-    return torch.tensor(keep_scale(p), dtype=dtype)
+    return torch.tensor(keep_scale(p), dtype=dtype, device="cpu")  # whatever device is the default at the first call
 
 
 def lora_linear_backward(

@@ -58,6 +58,7 @@ def lora_linear(
     if not lora_A:
         return torch.nn.functional.linear(x, weight, bias)
     dropout = [0.0] * len(lora_A) if dropout is None else dropout
+    seeds = seeds if seeds is None else seeds.contiguous()  # kernels read one after another
     if not is_direct(x, weight, *lora_A, *lora_B):
         refuse_transforms("lora_linear")
         return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
@@ -170,7 +171,8 @@ class Memory:
 
 
 def _recalled(runs: dict, x, weight, bias, lora_A, lora_B, scaling, dropout) -> Tensor:
-    layout = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16
+    # what autocast has rounded wants a gradient only where gradients are recorded
+    layout = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16, torch.is_grad_enabled()
     run = runs.get(layout)
     if run is None:
         if len(runs) >= _RUNS:

@@ -67,6 +67,7 @@ def lora_term(
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     check_lists(lora_A=lora_A, lora_B=lora_B, scaling=scaling, dropout=() if dropout is None else dropout)
     dropout = [0.0] * len(lora_A) if dropout is None else list(dropout)
+    seeds = seeds if seeds is None else seeds.contiguous()  # kernels read one after another
     if seeds is None and any(dropout):
         seeds = draw_seeds(len(dropout), x.device)
     check_term(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
