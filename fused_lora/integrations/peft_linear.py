@@ -58,7 +58,7 @@ _MERGED: WeakValueDictionary[int, Any] = WeakValueDictionary()  # memory of a we
 
 def _memory(layer: Any) -> int:
     weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
-    return memory_of(weight) if isinstance(weight, Tensor) and weight.layout is torch.strided else id(layer)
+    return memory_of(weight) if isinstance(weight, Tensor) else id(layer)
 
 
 class AcceleratedLinear(FusedLoraBehaviour):

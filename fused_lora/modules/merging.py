@@ -449,7 +449,7 @@ def _check_not_shared(model: nn.Module, layers: dict[str, Any]) -> None:
         tied = sum(isinstance(wrapper, TrainedTokens) and wrapper.owner is layer for wrapper in wrappers)
         if len(shared) > max(tied, 1):
             raise RuntimeError(f"{path}: the weight is shared by {shared}; a merge would change all of them")
-    strided = {p.data_ptr(): (name, p) for name, p in parameters if p.data_ptr()}
+    strided = {memory_of(p): (name, p) for name, p in parameters if memory_of(p) != id(p)}
     before: list[Any] = []  # those that go on where the next begins
     for begin, (name, parameter) in sorted(strided.items(), key=lambda item: item[0]):
         before = [found for found in before if found[0] > begin]
@@ -461,9 +461,9 @@ def _check_not_shared(model: nn.Module, layers: dict[str, Any]) -> None:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """A number that tensors in one memory share. Quantised and sharded ones have no address of their own, so it is that
-    of the object."""
-    return tensor.data_ptr() or id(tensor)
+    """A number that tensors in one memory share. Quantised, sharded and sparse ones have no address of their own, so it
+    is that of the object."""
+    return (tensor.layout is torch.strided and tensor.data_ptr()) or id(tensor)
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:

@@ -549,6 +549,16 @@ def test_weights_that_overlap_are_refused(loops):
         assert torch.equal(memory, before) and not any(layer.merged for layer in net)
 
 
+def test_a_parameter_without_an_address_shares_nothing(loops):
+    net: Any = layers_of([torch.float32, torch.float32])
+    net.register_parameter("sparse", nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False))
+    before = weights(net)
+    fused_lora.merge(net)
+    assert all(layer.merged for layer in net)
+    fused_lora.unmerge(net)
+    assert same_bits(weights(net), before)
+
+
 @pytest.mark.parametrize("parts", [[(0, 0), (32, 48)], [(0, 0), (0, 48)]], ids=str)
 def test_weights_between_each_others_numbers_are_merged(parts, loops):
     net, memory = views(*parts)
