@@ -29,7 +29,7 @@ test-all: $(VENV)/.test lint
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m "gpu or kernel" $(ARGS)
 
-# the kernels' tests over compiled kernels, on an emulated GPU: make test-emulated CHIP=80 ORDER=3 (of the warps)
+# the kernels' tests over compiled kernels, on an emulated GPU: make test-emulated CHIP=100 ORDER=3 (of the warps)
 test-emulated: CHIP ?= 90
 test-emulated: $(VENV)/.test
 	FUSED_LORA_EMULATE=$(CHIP) FUSED_LORA_EMULATE_ORDER=$(ORDER) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \

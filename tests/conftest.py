@@ -21,7 +21,7 @@ EXPERIMENTS: list[dict] = []  # of this process
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _ASKED_FOR_A_GPU = os.environ.get("TRITON_INTERPRET") == "0"
-# kernels are compiled for this chip (80, 90) and their PTX is emulated, in place of the interpreter
+# kernels are compiled for this chip (80, 90, 100) and their PTX is emulated, in place of the interpreter
 EMULATED = int(os.environ.get("FUSED_LORA_EMULATE", 0))
 if EMULATED:
     from helpers.emulated.driver import emulate

@@ -44,7 +44,7 @@ def emulated(chip: int, *arguments, warps: bool = False) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, which needs no emulation")
-@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("chip", [80, 90, 100])
 def test_what_the_emulated_gpu_finds_and_gets_right(chip):
     assert emulated(chip, HERE / "emulated_checks.py") > 30
 

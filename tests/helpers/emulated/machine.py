@@ -192,6 +192,7 @@ class Machine:
         for axis, name in enumerate("xyz"):
             self.special[f"%ctaid.{name}"] = blocks[self.block, axis].astype(np.uint32)
             self.special[f"%nctaid.{name}"] = np.uint32(grid[axis])
+        self.tensor = np.full((count, 128, 512), 0xFFFFFFFF, np.uint32)  # memory of sm_100's tensor cores
         self.copies, self.committed, self.barriers = [], np.zeros(self.lanes, int), {}
 
     def fail(self, what: str, lane: int | None = None):
@@ -537,9 +538,11 @@ class Machine:
     # ---- tensor cores
 
     @staticmethod
-    def _numbers(words, kind: str):
+    def _numbers(words, kind: str, size: int = 4):
         """[..., n] words as fp32: [..., n, 2] of 16 bits, [..., n, 1] of tf32, whose last 13 bits are not read."""
         words = np.ascontiguousarray(words)
+        if size == 2:
+            return bf16_to_float32(words) if kind == "bf16" else words.view("f2").astype("f4")
         if kind == "tf32":
             return (words & np.uint32(0xFFFFE000)).view("f4")[..., None]
         halves = words.view("u2").reshape(*words.shape, 2)
@@ -594,32 +597,79 @@ class Machine:
         if (d != d[:, :1]).any():
             self.fail("wgmma: threads with different descriptors")
         d = d[:, 0].astype(np.int64)
-        start, leading, stride = ((d >> s & 0x3FFF) << 4 for s in (0, 16, 32))
-        if ((d >> 49) & 7).any():
-            self.fail("wgmma: a descriptor with a base offset")
         swizzle = {0: 0, 1: 128, 2: 64, 3: 32}[int(d[0] >> 62 & 3)]
+        out = np.zeros((groups, rows, K), "f4")
+        out[active] = self._matrices(d, active * 128, kind, rows, K, transposed, swizzle)
+        return out
+
+    def _matrices(self, d, lanes, kind: str, rows: int, K: int, transposed: int, swizzle: int):
+        """[len(d), rows, K] of matrices in the shared memory of some threads' blocks."""
+        start, leading, stride = (((d >> s & 0x3FFF) << 4)[:, None, None] for s in (0, 16, 32))
+        if ((d >> 49) & 7).any():
+            self.fail("a descriptor of a matrix with a base offset")
         size = 4 if kind == "tf32" else 2
         n, k = np.arange(rows)[:, None], np.arange(K)[None]
-        leading, stride = leading[:, None, None], stride[:, None, None]
         if not swizzle:
             if transposed:
-                raise NotImplementedError("wgmma: a transposed matrix without swizzle")
+                raise NotImplementedError("a transposed matrix without swizzle")
             offset = n // 8 * stride + n % 8 * 16 + k * size // 16 * leading + k * size % 16
         elif transposed:
             wide = swizzle // size
             offset = n // wide * leading + k // 8 * stride + k % 8 * swizzle + n % wide * size
         else:
             offset = n // 8 * stride + n % 8 * swizzle + k * size
-        at = start[:, None, None] + offset
+        at = start + offset
         if swizzle:
             at = at ^ ((at >> 7) & (swizzle // 16 - 1)) << 4
-        index = np.broadcast_to((active * 128)[:, None, None], at.shape).reshape(-1)
+        index = np.broadcast_to(lanes[:, None, None], at.shape).reshape(-1)
         memory, first = self._places("shared", index, at.reshape(-1), size, 1)
-        out = np.zeros((groups, rows, K), "f4")
-        found = memory[first].reshape(len(active), rows, K)
-        out[active] = (
-            self._numbers(found, kind)[..., 0]
-            if size == 4
-            else (bf16_to_float32(found) if kind == "bf16" else found.view("f2").astype("f4"))
-        )
-        return out
+        return self._numbers(memory[first].astype("u4" if size == 4 else "u2"), kind, size).reshape(len(d), rows, K)
+
+    # ---- sm_100: products in a memory of their own, PTX ISA 8.8, 9.7.16
+
+    def _tensor_places(self, at, half: int, count: int, t):
+        """(block, row, columns) of each active thread; the upper half of a warp reads ``half`` columns further."""
+        self._whole_warps(t, "tcgen05")
+        index, at = self._active(at, t)
+        lane = self.special["%laneid"][index].astype(int)
+        column = (at & 0xFFFF) + (lane >= 16) * half
+        row = (at >> 16) + (lane % 16 if half else lane)
+        if (row > 127).any() or (column + count > 512).any():
+            self.fail("an address outside of the tensor memory")
+        return index, self.block[index][:, None], row[:, None], column[:, None] + np.arange(count)
+
+    def load_tensor(self, at, half: int, count: int, t):
+        index, block, row, columns = self._tensor_places(at, half, count, t)
+        found = np.zeros((count, self.lanes), "u4")
+        found[:, index] = self.tensor[block, row, columns].T
+        return list(found)
+
+    def store_tensor(self, at, half: int, values, t) -> None:
+        index, block, row, columns = self._tensor_places(at, half, len(values), t)
+        self.tensor[block, row, columns] = np.stack([np.broadcast_to(v, self.lanes)[index] for v in values], 1)
+
+    def multiply_tensor(self, to, left_, held: bool, right_, how, keep, t) -> None:
+        """tcgen05.mma by one thread of a block. Row i of 64 is in lane i + i // 16 * 16, of 128 in lane i."""
+        for lane, d, a, b, bits_, kept in self._each(t, to, left_, right_, how, keep):
+            N, M = (bits_ >> 17 & 63) << 3, (bits_ >> 24 & 31) << 4
+            kind = {0: "f16", 1: "bf16", 2: "tf32"}[bits_ >> 7 & 7]
+            if bits_ >> 13 & 3 or bits_ >> 4 & 3 != 1 or M not in (64, 128):
+                self.fail(f"tcgen05.mma: an instruction descriptor {bits_:#x}", lane)
+            K, block = 8 if kind == "tf32" else 16, self.block[lane]
+            rows = np.arange(M) + (np.arange(M) // 16 * 16 if M == 64 else 0)
+            if held:
+                words = self.tensor[
+                    block, (a >> 16) + rows[:, None], (a & 0xFFFF) + np.arange(K // (1 if K == 8 else 2))
+                ]
+                left_matrix = self._numbers(words, kind).reshape(M, K)
+            else:
+                left_matrix = self._of_descriptor(a, lane, kind, M, K, bits_ >> 15 & 1)
+            product = left_matrix @ self._of_descriptor(b, lane, kind, N, K, bits_ >> 16 & 1).T
+            place = block, (d >> 16) + rows[:, None], (d & 0xFFFF) + np.arange(N)
+            before = self.tensor[place].view("f4") if kept else np.float32(0)
+            self.tensor[place] = (before + product).view("u4")
+
+    def _of_descriptor(self, d: int, lane: int, kind: str, rows: int, K: int, transposed: int):
+        swizzle = {0: 0, 2: 128, 4: 64, 6: 32}[d >> 61 & 7]
+        d_ = np.array([d & (1 << 49) - 1], np.int64)
+        return self._matrices(d_, np.array([lane]), kind, rows, K, transposed, swizzle)[0]

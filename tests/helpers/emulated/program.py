@@ -207,7 +207,7 @@ class _Translator:
             current.append(text)
             if found := re.search(r"\bbra(?:\.uni)?\s+([$\w]+)$", text):
                 jumps[len(starts)] = [(found[1], scope) for scope in reversed(scopes)]
-            if re.search(r"(?:^|\s)(?:bra(?:\.uni)?|ret|exit|bar\.sync)\b", text):
+            if re.search(r"(?:^|\s)(?:bra(?:\.uni)?|ret|exit|bar(?:rier)?\.sync)\b", text):
                 close()
         close()
         sources = []
@@ -231,7 +231,7 @@ class _Translator:
                         target = next(labels[name] for name in jumps[number] if name in labels)
                         self.do(f"return {'m.all' if self.guard is None else self.guard}")
                         ends = self.guard is None
-                    elif op == "bar.sync":
+                    elif op in ("bar.sync", "barrier.sync"):
                         if self.guard is not None or rest.strip() != "0":
                             raise NotImplementedError(f"{self.name}: {text}")
                         waits = True
@@ -639,6 +639,34 @@ class _Translator:
         self.do(f"found = m.multiply_group({a!r}, {shape}, {held}, {left}, {right}, {keep}, {transposed}, t)")
         for i, name in enumerate(accumulator):
             self.write(name, f"found[{i}]")
+
+    def _tcgen05(self, parts, args):
+        what, t = parts[0], self.threads_of()
+        if what in ("relinquish_alloc_permit", "dealloc") or what.startswith(("fence", "wait")):
+            return None
+        if what == "alloc":
+            self.do(f"m.store('shared', {self.address(args[0], 'u32')}, 4, [{self.constant(np.uint32(0))}], {t})")
+        elif what == "commit" and parts[-1] == "b64" and "mbarrier::arrive::one" in parts:
+            self.do(f"m.barrier_arrive({self.address(args[0], 'u32')}, np.uint32(0), {t})")
+        elif what in ("ld", "st") and parts[3] in ("32x32b", "16x32bx2") and parts[-1] == "b32":
+            half = int(args.pop(-1 if what == "ld" else 1)) if parts[3] == "16x32bx2" else 0
+            names = self.vector(args[0 if what == "ld" else 1])
+            at = self.address(args[1 if what == "ld" else 0], "u32")
+            if what == "ld":
+                self.do(f"loaded = m.load_tensor({at}, {half}, {len(names)}, {t})")
+                for i, name in enumerate(names):
+                    self.write(name, f"loaded[{i}]")
+            else:
+                values = ", ".join(self.read(name, "u32") for name in names)
+                self.do(f"m.store_tensor({at}, {half}, [{values}], {t})")
+        elif what == "mma" and parts[1:] in (["cta_group::1", "kind::f16"], ["cta_group::1", "kind::tf32"]):
+            d, a, b, how, keep = args
+            held = a.startswith("[")
+            a = self.address(a, "u32") if held else self.read(a, "u64")
+            b, how, keep = self.read(b, "u64"), self.read(how, "u32"), self.read(keep, "pred")
+            self.do(f"m.multiply_tensor({self.address(d, 'u32')}, {a}, {held}, {b}, {how}, {keep}, {t})")
+        else:
+            return NotImplemented
 
 
 def translate(ptx: str) -> Program:
