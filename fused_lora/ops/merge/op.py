@@ -88,7 +88,9 @@ def merge_(
         TypeError: weight is not fp64, fp32, bf16 or fp16, an adapter is not floating, seed no int, or no list came.
         RuntimeError: weight is on the meta device or an expanded tensor.
     """
-    record, sweep = _prepared(weight, (lora_A, lora_B, scaling, row_scale, seed), fan_in_fan_out)
+    adapters = lora_A, lora_B, scaling, row_scale, seed
+    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
+    record, sweep = _prepared(weight, adapters, fan_in_fan_out)
     sweep.alone(MERGE)
     return record  # no call from here on: in one an interrupt would lose the record
 
@@ -143,6 +145,9 @@ def merge_later(
     None where neither the C loops nor the kernel take it in one pass with others. Raises what :func:`merge_` does
     before it writes.
     """
+    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
+    if old is not None:
+        _merged(weight, old)
     record, sweep = _prepared(weight, adapters, fan_in_fan_out, old)
     return (record, sweep) if sweep is not None and sweep.joins() else None
 
@@ -230,10 +235,7 @@ def _prepared(
     weight: torch.Tensor, adapters: Any, fan_in_fan_out: bool, old: MergeRecord | None = None
 ) -> tuple[MergeRecord, Any]:
     """Of a merge, or in place of an ``old`` one a switch: the record that will hold, and the sweep, or None where a
-    switch takes two passes."""
-    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
-    if old is not None:
-        _merged(weight, old)
+    switch takes two passes. All of them are checked already."""
     W, (lora_A, lora_B, scaling, row_scale, seed) = weight.detach(), adapters
     factors = delta_factors(W.dtype, W.device, lora_A, lora_B, scaling, fan_in_fan_out, row_scale)
     factors, turned, before = factors._replace(dither=dither_of(seed)), W.stride(0) < W.stride(1), None
