@@ -73,6 +73,17 @@ def check_term(
     _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, y=y, bias=bias)
 
 
+def in_order(seeds: torch.Tensor) -> torch.Tensor:
+    """The seeds one after another, as kernels read them.
+
+    Raises:
+        TypeError: seeds is no tensor.
+    """
+    if not isinstance(seeds, torch.Tensor):
+        raise TypeError(f"seeds: expected an int64 tensor, got {type(seeds).__name__}")
+    return seeds.contiguous()
+
+
 def _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, **others: torch.Tensor | None) -> None:
     """``others``: what must be on x's device, too."""
     counts = {len(lora_A), len(lora_B), len(scaling), len(dropout)}

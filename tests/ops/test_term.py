@@ -491,3 +491,12 @@ def test_the_eager_switch_reaches_the_term(device, kernels_on, monkeypatch):
     monkeypatch.setenv("FUSED_LORA_PLAN", "eager")
     draw((F32, F32, F32), (40, 33, 17), [4], [0.1], device)
     assert not guard.verdicts()
+
+
+@pytest.mark.parametrize("seeds", [[1], (1,), 3, "a"], ids=str)
+def test_seeds_that_are_no_tensor_are_refused(seeds):
+    x, W, A, B = torch.randn(4, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    with pytest.raises(TypeError, match="^seeds: expected an int64 tensor, got"):
+        lora_term(torch.zeros(4, 6), x, [A], [B], [1.0], [0.5], seeds)
+    with pytest.raises(TypeError, match="^seeds: expected an int64 tensor, got"):
+        lora_linear(x, W, None, [A], [B], [1.0], [0.5], seeds)

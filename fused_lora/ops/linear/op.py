@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from fused_lora.ops import guard
 from fused_lora.ops.alike import Alike, modes
-from fused_lora.ops.checks import check_linear, check_lists, refuse_tangents, refuse_transforms
+from fused_lora.ops.checks import check_linear, check_lists, in_order, refuse_tangents, refuse_transforms
 from fused_lora.ops.linear import double_backward, flops, plan
 from fused_lora.ops.linear import eager as cpu
 
@@ -58,7 +58,7 @@ def lora_linear(
     if not lora_A:
         return torch.nn.functional.linear(x, weight, bias)
     dropout = [0.0] * len(lora_A) if dropout is None else dropout
-    seeds = seeds if seeds is None else seeds.contiguous()  # kernels read one after another
+    seeds = None if seeds is None else in_order(seeds)
     if not is_direct(x, weight, *lora_A, *lora_B):
         refuse_transforms("lora_linear")
         return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)

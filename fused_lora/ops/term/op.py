@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_lora.ops.checks import check_lists, check_term, refuse_transforms
+from fused_lora.ops.checks import check_lists, check_term, in_order, refuse_transforms
 from fused_lora.ops.linear import double_backward, eager, flops
 from fused_lora.ops.linear.op import (
     _as_autocast,
@@ -67,7 +67,7 @@ def lora_term(
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     check_lists(lora_A=lora_A, lora_B=lora_B, scaling=scaling, dropout=() if dropout is None else dropout)
     dropout = [0.0] * len(lora_A) if dropout is None else list(dropout)
-    seeds = seeds if seeds is None else seeds.contiguous()  # kernels read one after another
+    seeds = None if seeds is None else in_order(seeds)
     if seeds is None and any(dropout):
         seeds = draw_seeds(len(dropout), x.device)
     check_term(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
