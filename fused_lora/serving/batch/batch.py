@@ -30,6 +30,8 @@ from fused_lora.serving.residency.refusal import NonFiniteOutput
 
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
 _INPUTS = 4096  # inputs of layers whose rows are kept
+# a replay would read rows and slots of this batch, when both are others'
+_CAPTURED = "batch: a graph would keep these adapters for ever; use row_buffers, or no graph"
 
 
 def running(store: Any) -> Batch | None:
@@ -197,7 +199,7 @@ class Batch:
         for bad in self._bad_sums():
             self._unread.append(self._with_groups(unless_padding(bad, kwargs, call.sequences)))
         found = main_output(output, dims=2)  # a dimension for rows
-        if found is not None and not (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if found is not None and not guard.capturing(found.device):
             self._unread.append(self._with_groups(unless_padding(bad_positions(found), kwargs, call.sequences)))
         if found is None or not found.is_cuda:
             self._read_checks()
@@ -222,7 +224,7 @@ class Batch:
         return bad.view(-1), None
 
     def _read_checks(self) -> None:
-        if not self._unread or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if not self._unread or guard.capturing(self.store.device):
             return  # nothing may wait for the device now; the next call or the end of the batch reads them
         self._join_streams()
         hit: set[int] = set()
@@ -294,7 +296,7 @@ class Batch:
             call.note(site.place, x, y)
         if not self._acts_at(sites):
             return
-        self._check_gradients(y)
+        self._check(x, y)
         for each in sites:
             if why := why_not_experts(each):
                 raise RuntimeError(f"batch: the adapters of {each.path!r} cannot be computed: {why}")
@@ -324,7 +326,8 @@ class Batch:
         self._compiled(sites, inputs[0], lambda: self.add_experts(sites, inputs, y))
 
     def _compiled(self, sites: tuple[Site, ...], x: Tensor, add: Callable[[], None]) -> None:
-        self._refuse_capture(x)
+        if self._buffers is None and guard.capturing(x.device):
+            raise RuntimeError(_CAPTURED)
         if not self._acts_at(sites):
             return
         trace, site = self._trace(), sites[0]
@@ -351,22 +354,16 @@ class Batch:
         finally:
             trace.running.leave(site.module, True)
 
-    def _refuse_capture(self, x: Tensor) -> None:
-        """A replay would read rows and slots of this batch, when both are others'."""
-        if self._buffers is None and guard.capturing(x.device):
-            raise RuntimeError("batch: a graph would keep these adapters for ever; use row_buffers, or no graph")
-
-    @staticmethod
-    def _check_gradients(y: Tensor) -> None:
+    def _check(self, x: Tensor, y: Tensor) -> None:
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
+        if self._buffers is None and guard.capturing(x.device):
+            raise RuntimeError(_CAPTURED)
 
     def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace, dtype: torch.dtype) -> None:
         """dtype: that x takes first, as in the base layer."""
         index = site.index
-        self._check_gradients(y)
-        if x.is_cuda:  # a call is a microsecond of each layer's step
-            self._refuse_capture(x)
+        self._check(x, y)
         if site.kind == "embedding":
             for arrival in self._arriving:
                 arrival.wait(index)
