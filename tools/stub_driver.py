@@ -26,21 +26,30 @@ def environment(source: Path, folder: Path) -> dict[str, str]:
     return found | {"TRITON_CACHE_DIR": str(folder / "cache")}  # what is linked to the stub is for nobody else
 
 
-def use_stub_driver() -> None:
-    """Call it before the launchers' modules are imported, because they copy names that are replaced here."""
+def take_cpu_tensors(active: object, capability: int) -> None:
+    """From here on ``active`` is Triton's driver, and tensors of the CPU pass for those of a chip of ``capability``.
+
+    Call it before the launchers' modules are imported, because they copy names that are replaced here.
+    """
     import torch
+    from triton.runtime import driver
+
+    driver.set_active(active)
+
+    from fused_lora.kernels import config, descriptors
+
+    config.capability = lambda device: capability
+    descriptors._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
+
+
+def use_stub_driver() -> None:
+    """Call it as early as :func:`take_cpu_tensors`."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
-    from triton.runtime import driver
 
     stub = CudaDriver()
     stub.get_current_device = lambda: DEVICE[0]
     stub.get_current_stream = lambda device: 0
     stub.get_device_capability = lambda *_: (9, 0)
     stub.get_current_target = lambda: GPUTarget("cuda", 90, 32)
-    driver.set_active(stub)
-
-    from fused_lora.kernels import config, descriptors
-
-    config.capability = lambda device: 90
-    descriptors._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
+    take_cpu_tensors(stub, 90)

@@ -8,6 +8,8 @@ import struct
 import numpy as np
 import torch
 
+from stub_driver import take_cpu_tensors
+
 from ..seeds import shifted
 from .machine import Machine
 from .program import Program, translate
@@ -87,11 +89,10 @@ class _Launcher:
         parameters = [_pack(kind, value) for kind, value in arguments] + [_pack("*", held[0]), bytes(8)]
         grid = np.stack(np.unravel_index(np.arange(x * y * z), (z, y, x))[::-1], 1)
         together = max(1, _LANES // program.threads)
-        driver = EmulatedDriver.active
+        rng = EmulatedDriver.active.rng
         for start in range(0, len(grid), together):
             blocks = grid[start : start + together]
-            Machine(program, parameters, blocks, (x, y, z), self.shared, spans, driver.rng).run()
-        driver.launches.append(program.name)
+            Machine(program, parameters, blocks, (x, y, z), self.shared, spans, rng).run()
 
 
 class _Utils:
@@ -116,7 +117,7 @@ class EmulatedDriver:
     def __init__(self, capability: int, rng=None):
         from triton.backends.compiler import GPUTarget
 
-        self.utils, self.launcher_cls, self.rng, self.launches = _Utils(), _Launcher, rng, []
+        self.utils, self.launcher_cls, self.rng = _Utils(), _Launcher, rng
         self.target, self.capability = GPUTarget("cuda", capability, 32), divmod(capability, 10)
 
     def get_current_target(self):
@@ -144,10 +145,9 @@ class EmulatedDriver:
 def emulate(capability: int, order: int = -1) -> EmulatedDriver:
     """For the rest of the process kernels compile for ``capability`` and run here, on tensors of the CPU.
 
-    It has to come before the launchers' modules are imported, because they copy names that are replaced here.
+    It has to come as early as ``take_cpu_tensors``.
     """
     from triton.backends import backends
-    from triton.runtime import driver
 
     class Backend(backends["nvidia"].compiler):
         """Up to PTX: what comes after it needs a chip."""
@@ -165,11 +165,9 @@ def emulate(capability: int, order: int = -1) -> EmulatedDriver:
 
     backends["nvidia"] = type(backends["nvidia"])(Backend, backends["nvidia"].driver)
     EmulatedDriver.active = EmulatedDriver(capability, None if order < 0 else np.random.default_rng(shifted(order)))
-    driver.set_active(EmulatedDriver.active)
+    take_cpu_tensors(EmulatedDriver.active, capability)
 
-    from fused_lora.kernels import config, descriptors, launch
+    from fused_lora.kernels import launch
 
-    config.capability = lambda device: capability
     launch._KNOWN = False  # a kept launch passes addresses, of which nobody knows how far they go
-    descriptors._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
     return EmulatedDriver.active

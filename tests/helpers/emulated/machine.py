@@ -87,8 +87,10 @@ def fma(x, y, z):
 
 
 def divide(a, b):
-    quotient = abs(a.astype("i8")) // abs(b.astype("i8")) if a.dtype.kind == "i" else a // b
-    return np.where((a < 0) != (b < 0), -quotient, quotient).astype(a.dtype) if a.dtype.kind == "i" else quotient
+    if a.dtype.kind != "i":
+        return a // b
+    quotient = abs(a.astype("i8")) // abs(b.astype("i8"))
+    return np.where((a < 0) != (b < 0), -quotient, quotient).astype(a.dtype)
 
 
 def remainder(a, b):
@@ -96,15 +98,9 @@ def remainder(a, b):
 
 
 def high(a, b):
-    if a.dtype.itemsize == 4:
-        wide = "i8" if a.dtype.kind == "i" else "u8"
-        return ((a.astype(wide) * b.astype(wide)) >> np.dtype(wide).type(32)).astype(a.dtype)
-    if a.dtype.kind != "u":
-        raise NotImplementedError("mul.hi.s64")
-    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    a0, a1, b0, b1 = a & low, a >> half, b & low, b >> half
-    middle = a1 * b0 + ((a0 * b0) >> half)
-    return a1 * b1 + (middle >> half) + ((a0 * b1 + (middle & low)) >> half)
+    """The upper half of a product of 32-bit numbers."""
+    wide = np.dtype({"i4": "i8", "u4": "u8"}[a.dtype.str[1:]])
+    return ((a.astype(wide) * b.astype(wide)) >> wide.type(32)).astype(a.dtype)
 
 
 def left(x, n):
@@ -139,16 +135,12 @@ def permute(a, b, select):
     return out
 
 
-def leading_zeros(x):
-    width = 8 * x.dtype.itemsize
-    return np.array([width - int(v).bit_length() for v in np.atleast_1d(x)], "u4").reshape(np.shape(x))
-
-
-def to_integer(x, how: str, dtype: str):
-    rounded = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[how](x.astype("f8"))
-    info = np.iinfo(dtype)
-    whole = np.where(np.isnan(rounded), 0, np.clip(rounded, float(info.min), float(info.max)))
-    return np.where(whole >= 2.0**63, 0, whole).astype("i8").astype(dtype)
+def to_integer(x, dtype: str):
+    """Towards 0; what is too large is the largest, and what is no number 0."""
+    info, whole = np.iinfo(dtype), np.trunc(x.astype("f8"))
+    if info.bits > 32:
+        raise NotImplementedError(f"a float as {dtype}")
+    return np.where(np.isnan(whole), 0, np.clip(whole, info.min, info.max)).astype("i8").astype(dtype)
 
 
 def parameter(m, number: int, dtype: str, width: str):
@@ -167,8 +159,7 @@ _FIELDS = {
 _FIELDS |= {"element_stride": (88, 4), "elemtype": (108, 4), "interleave_layout": (112, 4), "swizzle_mode": (116, 4)}
 _FIELDS |= {"fill_mode": (120, 4)}
 _ELEMENTS = [1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4]  # bytes by elemtype, PTX ISA 8.8 table 33
-_COMBINE = {"add": np.add, "max": np.maximum, "min": np.minimum, "and": np.bitwise_and, "or": np.bitwise_or}
-_COMBINE |= {"xor": np.bitwise_xor, "exch": lambda old, new: new}
+COMBINE = {"add": np.add, "max": np.maximum, "exch": lambda old, new: new}
 
 
 class Machine:
@@ -316,7 +307,7 @@ class Machine:
         index, source = self._active(of, t)
         count = np.broadcast_to(count, self.lanes)[index]
         to = np.broadcast_to(to, self.lanes)[index].astype(np.int64)
-        self._places("shared", index, to, size, 1) if size <= 8 else self._places("shared", index, to, 8, size // 8)
+        self._places("shared", index, to, 4, size // 4)
         reads = count > 0
         self._places("global", index[reads], source[reads], 4, size // 4)
         self.copies.append((to, source, size, count, index, self.committed[index].copy()))
@@ -342,21 +333,17 @@ class Machine:
                 )
         self.copies = kept
 
-    def atomic(self, what: str, at, t, dtype: str, *values):
+    def atomic(self, what: str, at, t, dtype: str, value):
         index, at = self._active(at, t)
         size = int(dtype[1])
         memory, first = self._places("global", index, at, size, 1)
         old = np.zeros(self.lanes, f"u{size}")
-        values = [np.broadcast_to(v, self.lanes)[index] for v in values]
+        value = np.broadcast_to(value, self.lanes)[index]
         order = range(len(index)) if self.rng is None else self.rng.permutation(len(index))
         for i in order:
             before = memory[first[i]]
             old[index[i]] = before
-            if what == "cas":
-                after = values[1][i] if before.view(dtype) == values[0][i] else before.view(dtype)
-            else:
-                after = _COMBINE[what](before.view(dtype), values[0][i])
-            memory[first[i]] = after.view(f"u{size}")
+            memory[first[i]] = COMBINE[what](before.view(dtype), value[i]).view(f"u{size}")
         return old
 
     # ---- boxes of tensors, by the tensor memory accelerator
@@ -411,12 +398,6 @@ class Machine:
         for lane, at, tensor_map, bar, *first in self._each(t, to, where, barrier, *corner):
             state = self._barrier(lane, bar)
             state["copies"].append((lane, at, tensor_map, first))
-
-    def store_box(self, of, where, corner, t) -> None:
-        for lane, at, tensor_map, *first in self._each(t, of, where, *corner):
-            places, addresses, inside = self._box(at, tensor_map, first, lane)
-            _, outer = self._places("global", np.full(inside.sum(), lane), addresses[inside], 1, 1)
-            _MEMORY[1][outer] = self.shared[places[inside]]
 
     def _barrier(self, lane: int, at: int) -> dict:
         found = self.barriers.get((int(self.block[lane]), at))
@@ -492,12 +473,7 @@ class Machine:
 
     def reduce(self, how: str, a, t):
         self._whole_warps(t, "redux")
-        return np.repeat(_COMBINE[how].reduce(self._warps(a), 1), 32).astype(a.dtype)
-
-    def ballot(self, p, t):
-        self._whole_warps(t, "vote")
-        weights = np.uint32(1) << np.arange(32, dtype=np.uint32)
-        return np.repeat((self._warps(p) * weights).sum(1, dtype=np.uint32), 32)
+        return np.repeat(COMBINE[how].reduce(self._warps(a), 1), 32).astype(a.dtype)
 
     def load_matrices(self, at, count: int, trans: bool, t):
         """ldmatrix: thread 8 i + j has the address of row j of matrix i."""

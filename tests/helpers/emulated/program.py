@@ -21,7 +21,15 @@ _NUMPY = {
     **{"f16": "f2", "f32": "f4", "f64": "f8", "bf16": "u2", "f16x2": "u4", "bf16x2": "u4", "f32x2": "u8", "tf32": "u4"},
 }
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-_SIGNLESS = {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+# of instructions that do the same to each element, with {0}, {1}, ... for the operands. Without "rn", rounding to the
+# nearest, and "lo", which numpy does anyway
+_FORMS = {
+    **{"add": "({0} + {1})", "sub": "({0} - {1})", "mul": "({0} * {1})", "fma": "fma({0}, {1}, {2})"},
+    **{"and": "({0} & {1})", "or": "({0} | {1})", "xor": "({0} ^ {1})", "not": "(~{0})", "neg": "(-{0})"},
+    **{"min": "np.fmin({0}, {1})", "max": "np.fmax({0}, {1})", "abs": "abs({0})", "popc": "np.bitwise_count({0})"},
+    **{"div": "divide({0}, {1})", "rem": "remainder({0}, {1})", "sqrt.approx.ftz": "np.sqrt({0})"},
+    **{"mul.hi": "high({0}, {1})", "mad": "({0} * {1} + {2})"},
+}
 _VECTOR = {"f16x2": ("f16", 2), "bf16x2": ("bf16", 2), "f32x2": ("f32", 2)}
 
 
@@ -108,9 +116,7 @@ class _Translator:
             return self.constant(np.bool_(int(operand))) if re.match(r"-?\d", operand) else self._raw(operand)
         if self.is_register(operand):
             raw, width = self._raw(operand), WIDTH[self.type_of(self._full(operand))]
-            if int(width[1]) > int(dtype[1]):
-                raw = f"{raw}.astype('u{dtype[1]}')"
-            elif int(width[1]) < int(dtype[1]):
+            if width[1] != dtype[1]:
                 raw = f"{raw}.astype('u{dtype[1]}')"
             return raw if dtype[0] == "u" else f"{raw}.view('{dtype}')"
         if operand in ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid"):
@@ -253,12 +259,10 @@ class _Translator:
         return Program(blocks, widths, self.threads, self.name, source)
 
     def instruction(self, op: str, args: list[str], text: str) -> None:
-        parts = op.split(".")
-        method = getattr(self, f"_{parts[0]}", None)
-        if method is None:
-            raise NotImplementedError(f"{self.name}: instruction {text!r}")
+        name, *parts = op.split(".")
+        method = getattr(self, f"_{name}", None)
         try:
-            done = method(parts[1:], args)
+            done = method(parts, args) if method else self._elementwise(parts, args, name)
         except (KeyError, ValueError, IndexError, AttributeError) as e:
             raise NotImplementedError(f"{self.name}: instruction {text!r} ({type(e).__name__}: {e})") from e
         if done is NotImplemented:
@@ -289,111 +293,46 @@ class _Translator:
     def _result(self, d: str, code: str, kind: str) -> None:
         self.write(d, f"to_bf16({code})" if kind == "bf16" else code)
 
-    def _elementwise(self, parts, args, form: str):
-        """form: Python with {0}, {1}, ... for the operands; a pair of numbers in a register is done one by one."""
-        kind = parts[-1]
+    def _elementwise(self, parts, args, name: str):
+        """By its form; of a pair of numbers in a register one by one, of fp32 and 16 bits with the latter first."""
+        *how, kind = parts
         d, *operands = args
-        if kind in _VECTOR:
+        mixed = kind in ("f16", "bf16") and how[-1:] == ["f32"]
+        key = ".".join([name, *(h for h in how[: len(how) - mixed] if h not in ("rn", "lo"))])
+        if key not in _FORMS:
+            return NotImplemented
+        if mixed:
+            first, *rest = operands
+            operands = [f"{self._float(first, kind)}.astype('f4')", *(self.read(o, "f32") for o in rest)]
+            self.write(d, _FORMS[key].format(*operands))
+        elif kind in _VECTOR:
             scalar, count = _VECTOR[kind]
-            size = 8 * int(_NUMPY[scalar][1])
+            size = int(_NUMPY[scalar][1])
             done = []
             for i in range(count):
-                items = [f"part({self.read(o, kind)}, {i * size}, 'u{size // 8}')" for o in operands]
+                items = [f"part({self.read(o, kind)}, {8 * i * size}, 'u{size}')" for o in operands]
                 items = [f"from_bf16({x})" if scalar == "bf16" else f"{x}.view('{_NUMPY[scalar]}')" for x in items]
-                code = form.format(*items)
-                done.append(f"to_bf16({code})" if scalar == "bf16" else f"bits({code}, 'u{size // 8}')")
-            self.write(d, f"join({size // 8}, {', '.join(done)})")
+                code = _FORMS[key].format(*items)
+                done.append(f"to_bf16({code})" if scalar == "bf16" else f"bits({code}, 'u{size}')")
+            self.write(d, f"join({size}, {', '.join(done)})")
         else:
-            self._result(d, form.format(*[self._float(o, kind) for o in operands]), kind)
-
-    def _plain(self, parts) -> bool:
-        """Whether the modifiers are those that an operation here knows: the type, and rounding to the nearest."""
-        return set(parts[:-1]) <= {"rn", "lo"}
-
-    def _arithmetic(self, parts, args, form):
-        if parts[-2:-1] == ["f32"] and parts[-1] in ("f16", "bf16"):  # d and c in fp32, a in 16 bits
-            d, a, c = args
-            a = self._float(a, "bf16") if parts[-1] == "bf16" else f"{self.read(a, 'f16')}.astype('f4')"
-            self.write(d, form.format(a, self.read(c, "f32")))
-            return None
-        return self._elementwise(parts, args, form) if self._plain(parts) else NotImplemented
-
-    def _add(self, parts, args):
-        return self._arithmetic(parts, args, "({0} + {1})")
-
-    def _sub(self, parts, args):
-        return self._arithmetic(parts, args, "({0} - {1})")
+            self._result(d, _FORMS[key].format(*[self._float(o, kind) for o in operands]), kind)
 
     def _mul(self, parts, args):
-        if parts[0] == "wide":
-            wide = f"{parts[-1][0]}{2 * int(parts[-1][1:])}"
-            d, a, b = args
-            self.write(d, f"({self._wide(a, parts[-1], wide)} * {self._wide(b, parts[-1], wide)})")
-        elif parts[0] == "hi":
-            self.write(args[0], f"high({self.read(args[1], parts[-1])}, {self.read(args[2], parts[-1])})")
-        else:
-            return self._arithmetic(parts, args, "({0} * {1})")
-
-    def _wide(self, operand, kind, wide):
-        return f"{self.read(operand, kind)}.astype('{_NUMPY[wide]}')"
+        return self._wide(parts, args, "{0} * {1}") if parts[0] == "wide" else self._elementwise(parts, args, "mul")
 
     def _mad(self, parts, args):
-        d, a, b, c = args
-        if parts[0] == "wide":
-            wide = f"{parts[-1][0]}{2 * int(parts[-1][1:])}"
-            product = f"{self._wide(a, parts[-1], wide)} * {self._wide(b, parts[-1], wide)}"
-            self.write(d, f"({product} + {self.read(c, wide)})")
-        elif parts[0] == "lo":
-            self.write(d, "({} * {} + {})".format(*[self.read(o, parts[-1]) for o in (a, b, c)]))
-        else:
-            return NotImplemented
+        return (
+            self._wide(parts, args, "{0} * {1} + {2}") if parts[0] == "wide" else self._elementwise(parts, args, "mad")
+        )
 
-    def _fma(self, parts, args):
-        if parts[-1] not in ("f32", "f32x2") or parts[:-1] != ["rn"]:
-            return NotImplemented
-        self._elementwise(parts, args, "fma({0}, {1}, {2})")
-
-    def _div(self, parts, args):
-        if parts[-1] in ("f32", "f64"):
-            self._elementwise(parts, args, "({0} / {1})")  # div.full is within 2 ulp of it
-        else:
-            self._elementwise(parts, args, "divide({0}, {1})")
-
-    def _rem(self, parts, args):
-        self._elementwise(parts, args, "remainder({0}, {1})")
-
-    def _min(self, parts, args):
-        self._elementwise(parts, args, "np.fmin({0}, {1})" if parts[-1][0] in "fb" else "np.minimum({0}, {1})")
-
-    def _max(self, parts, args):
-        self._elementwise(parts, args, "np.fmax({0}, {1})" if parts[-1][0] in "fb" else "np.maximum({0}, {1})")
-
-    def _abs(self, parts, args):
-        self._elementwise(parts, args, "abs({0})")
-
-    def _neg(self, parts, args):
-        self._elementwise(parts, args, "(-{0})")
-
-    def _rcp(self, parts, args):
-        self._elementwise(parts, args, "(np.float32(1) / {0})")
-
-    def _sqrt(self, parts, args):
-        self._elementwise(parts, args, "np.sqrt({0})")
-
-    def _and(self, parts, args):
-        self._elementwise_bits(parts, args, "&")
-
-    def _or(self, parts, args):
-        self._elementwise_bits(parts, args, "|")
-
-    def _xor(self, parts, args):
-        self._elementwise_bits(parts, args, "^")
-
-    def _elementwise_bits(self, parts, args, sign):
-        self.write(args[0], f"({self.read(args[1], parts[-1])} {sign} {self.read(args[2], parts[-1])})")
-
-    def _not(self, parts, args):
-        self.write(args[0], f"(~{self.read(args[1], parts[-1])})")
+    def _wide(self, parts, args, form: str) -> None:
+        """A product of twice the width, and what is added to it, which has that."""
+        kind = parts[-1]
+        wide = f"{kind[0]}{2 * int(kind[1:])}"
+        d, a, b, *c = args
+        factors = [f"{self.read(o, kind)}.astype('{_NUMPY[wide]}')" for o in (a, b)]
+        self.write(d, f"({form.format(*factors, *(self.read(o, wide) for o in c))})")
 
     def _shl(self, parts, args):
         self.write(args[0], f"left({self.read(args[1], parts[-1])}, {self.read(args[2], 'u32')})")
@@ -411,16 +350,9 @@ class _Translator:
             return NotImplemented
         self.write(args[0], "permute({}, {}, {})".format(*[self.read(o, "u32") for o in args[1:]]))
 
-    def _popc(self, parts, args):
-        self.write(args[0], f"np.bitwise_count({self.read(args[1], parts[-1])})")
-
-    def _clz(self, parts, args):
-        self.write(args[0], f"leading_zeros({self.read(args[1], parts[-1])})")
-
     def _selp(self, parts, args):
         d, a, b, p = args
-        kind = parts[-1] if parts[-1] not in ("f32", "f16") else f"b{parts[-1][1:]}"
-        self.write(d, f"choose({self.read(p, 'pred')}, {self.read(a, kind)}, {self.read(b, kind)})")
+        self.write(d, f"choose({self.read(p, 'pred')}, {self.read(a, parts[-1])}, {self.read(b, parts[-1])})")
 
     def _setp(self, parts, args):
         compare, *logic, kind = parts
@@ -428,18 +360,16 @@ class _Translator:
             return NotImplemented
         a, b = (self._float(o, kind) for o in args[1:])
         if kind[0] == "f" or kind == "bf16":
-            if compare in ("num", "nan"):
+            if compare == "num":
                 code = f"({a} == {a}) & ({b} == {b})"
-                code = code if compare == "num" else f"~({code})"
-            elif compare.endswith("u") and compare != "u":  # or unordered
+            elif compare.endswith("u"):  # or unordered
                 code = f"({a} {_COMPARE[compare[:-1]]} {b}) | ({a} != {a}) | ({b} != {b})"
             elif compare == "ne":  # false where one is no number
                 code = f"({a} < {b}) | ({a} > {b})"
             else:
                 code = f"({a} {_COMPARE[compare]} {b})"
         else:
-            sign = _COMPARE.get(compare) or _SIGNLESS[compare]
-            code = f"({a} {sign} {b})"
+            code = f"({a} {_COMPARE[compare]} {b})"
         self.write(args[0], code)
 
     def _cvt(self, parts, args):
@@ -453,8 +383,8 @@ class _Translator:
             self.write(d, f"to_tf32({self.read(operands[0], of)})")
         elif to[0] in "us" and of[0] in "us" and not how:
             self.write(d, f"{self.read(operands[0], of)}.astype('{_NUMPY[to]}')")
-        elif to[0] in "us" and of == "f32" and how in (["rzi"], ["rni"], ["rmi"], ["rpi"]):
-            self.write(d, f"to_integer({self.read(operands[0], of)}, {how[0]!r}, '{_NUMPY[to]}')")
+        elif to[0] in "us" and of == "f32" and how == ["rzi"]:
+            self.write(d, f"to_integer({self.read(operands[0], of)}, '{_NUMPY[to]}')")
         elif to in ("f32", "f64", "f16", "bf16") and how in ([], ["rn"]):
             a = self._float(operands[0], of)
             wide = "f4" if to == "bf16" else _NUMPY[to]
@@ -473,10 +403,8 @@ class _Translator:
             self.write(d, f"parameter(m, {number}, '{_NUMPY[kind]}', '{width}')")
             return None
         space, names, kind = parts[0].split("::")[0], self.vector(d), parts[-1]
-        if set(parts[1:-1]) - {"v2", "v4", "v8", "relaxed", "acquire", "gpu", "L1::evict_last", "L1::evict_first"}:
-            known = ("L1::", "L2::", "cache_hint")
-            if any(not p.startswith(known) and p not in ("v2", "v4", "v8", "gpu", "volatile") for p in parts[1:-1]):
-                return NotImplemented
+        if set(parts[1:-1]) - {"v2", "v4"}:
+            return NotImplemented
         at = self.address(address, "u32" if space == "shared" else "u64")
         size = int(_NUMPY[kind][1])
         self.do(f"loaded = m.load({space!r}, {at}, {size}, {len(names)}, {self.threads_of()})")
@@ -489,6 +417,8 @@ class _Translator:
     def _st(self, parts, args):
         address, values = args
         space, kind = parts[0].split("::")[0], parts[-1]
+        if set(parts[1:-1]) - {"v2", "v4"}:
+            return NotImplemented
         at = self.address(address, "u32" if space == "shared" else "u64")
         values = ", ".join(self.read(v, kind.replace("f", "b").replace("s", "b")) for v in self.vector(values))
         self.do(f"m.store({space!r}, {at}, {_NUMPY[kind][1]}, [{values}], {self.threads_of()})")
@@ -511,17 +441,12 @@ class _Translator:
     def _cp_bulk(self, parts, args):
         if parts[0] in ("commit_group", "wait_group"):
             return None
-        found = re.fullmatch(r"\[\s*([%\w]+)\s*,\s*(\{.*\})\s*\]", args[1] if parts[2] == "shared::cta" else args[0])
-        if parts[0] != "tensor" or parts[1] not in ("1d", "2d") or found is None:
+        found = re.fullmatch(r"\[\s*([%\w]+)\s*,\s*(\{.*\})\s*\]", args[1])
+        if parts != ["tensor", "2d", "shared::cta", "global", "mbarrier::complete_tx::bytes"] or found is None:
             return NotImplemented
         where = f"{self.read(found[1], 'u64')}, [{', '.join(self.read(c, 's32') for c in self.vector(found[2]))}]"
-        if parts[2:] == ["shared::cta", "global", "mbarrier::complete_tx::bytes"]:
-            to, barrier = self.address(args[0], "u32"), self.address(args[2], "u32")
-            self.do(f"m.load_box({to}, {where}, {barrier}, {self.threads_of()})")
-        elif parts[2:] == ["global", "shared::cta", "bulk_group"]:
-            self.do(f"m.store_box({self.address(args[1], 'u32')}, {where}, {self.threads_of()})")
-        else:
-            return NotImplemented
+        to, barrier = self.address(args[0], "u32"), self.address(args[2], "u32")
+        self.do(f"m.load_box({to}, {where}, {barrier}, {self.threads_of()})")
 
     def _tensormap(self, parts, args):
         if parts[0] == "cp_fenceproxy":
@@ -541,8 +466,6 @@ class _Translator:
         elif parts[:2] == ["arrive", "expect_tx"] and args[0] == "_":
             at, count = self.address(args[1], "u32"), self.read(args[2], "u32")
             self.do(f"m.barrier_arrive({at}, {count}, {self.threads_of()})")
-        elif parts[0] == "arrive" and args[0] == "_" and len(args) == 2:
-            self.do(f"m.barrier_arrive({self.address(args[1], 'u32')}, np.uint32(0), {self.threads_of()})")
         elif parts[:2] == ["try_wait", "parity"]:
             at, parity = self.address(args[1], "u32"), self.read(args[2], "u32")
             self.write(args[0], f"m.barrier_wait({at}, {parity}, {self.threads_of()})")
@@ -550,19 +473,16 @@ class _Translator:
             return NotImplemented
 
     def _atom(self, parts, args):
-        *_, what, kind = parts
-        d, address, *values = args
-        values = ", ".join(self.read(v, kind) for v in values)
-        self.do(
-            f"old = m.atomic({what!r}, {self.address(address, 'u64')}, {self.threads_of()}, '{_NUMPY[kind]}', {values})"
-        )
+        space, *_, what, kind = parts
+        d, address, value = args
+        if space != "global" or what not in machine.COMBINE:
+            return NotImplemented
+        at = self.address(address, "u64")
+        self.do(f"old = m.atomic({what!r}, {at}, {self.threads_of()}, '{_NUMPY[kind]}', {self.read(value, kind)})")
         self.write(d, "old")
 
     def _red(self, parts, args):
-        *_, what, kind = parts
-        address, value = args
-        at = self.address(address, "u64")
-        self.do(f"m.atomic({what!r}, {at}, {self.threads_of()}, '{_NUMPY[kind]}', {self.read(value, kind)})")
+        return self._atom(parts, ["_", *args])
 
     def _cvta(self, parts, args):
         self.write(args[0], self.read(args[1], parts[-1]))  # a generic address is what it is made of
@@ -573,9 +493,6 @@ class _Translator:
         return None if parts == ["warp", "sync"] else NotImplemented
 
     def _fence(self, parts, args):
-        pass
-
-    def _membar(self, parts, args):
         pass
 
     def _shfl(self, parts, args):
@@ -589,11 +506,6 @@ class _Translator:
     def _redux(self, parts, args):
         _, how, kind = parts
         self.write(args[0], f"m.reduce({how!r}, {self.read(args[1], kind)}, t)")
-
-    def _vote(self, parts, args):
-        if parts[1] != "ballot":
-            return NotImplemented
-        self.write(args[0], f"m.ballot({self.read(args[1], 'pred')}, t)")
 
     def _elect(self, parts, args):
         d, p = args[0].split("|")
