@@ -279,6 +279,21 @@ def test_a_base_made_in_inference_mode(report):
     assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_adapters_made_in_inference_mode_want_no_gradient_as_in_peft(watched, report):
+    both = pair()
+    for layer in layers(both):
+        with torch.inference_mode():
+            for part in (layer.lora_A, layer.lora_B):
+                part["default"].weight = nn.Parameter(part["default"].weight.clone())
+        if watched:
+            layer.base_layer.register_forward_hook(lambda *_: None)
+    found = [layer(torch.ones(9, K, dtype=layer.base_layer.weight.dtype)) for layer in layers(both)]
+    assert not any(y.requires_grad for y in found)
+    assert_no_worse(*found, name="y")
+    assert sum(report()["fallback"].values()) == 0
+
+
 @pytest.mark.parametrize("route", ["eager", pytest.param("kernels", marks=pytest.mark.kernel)])
 def test_tensors_with_the_negative_bit(route, request):
     """The imaginary part of a lazy conjugate: its memory holds the numbers with the other sign."""

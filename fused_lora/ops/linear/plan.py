@@ -142,6 +142,11 @@ def _pick(*arguments) -> LaunchConfig:
     return pick(*arguments)
 
 
+def learns(tensor: torch.Tensor) -> bool:
+    """Whether autograd wants its gradient: torch records nothing for a tensor made in inference mode."""
+    return tensor.requires_grad and not tensor.is_inference()
+
+
 def keeps_x(adapters: int, needs: Sequence[bool]) -> bool:
     """Whether a backward with these ``needs`` (:attr:`Forward.call`) reads x, for dA or dW."""
     return any(needs[1 : adapters + 1]) or needs[-2]
@@ -163,7 +168,7 @@ class Forward:
         self.rows = None if len(leading) == 1 else (leading.numel(), K)
         self.shape, self.masked, self.alike = (*leading, N), any(dropout), Alike()
         self.dtype = x.dtype if packed else None
-        needs = tuple([t is not None and t.requires_grad for t in (x, *lora_A, *lora_B, weight, bias)])
+        needs = tuple([t is not None and learns(t) for t in (x, *lora_A, *lora_B, weight, bias)])
         numbers = tuple(scaling), tuple(dropout)
         self.grad, self.frozen, self.keeps_x = any(needs), not any(needs[-2:]), keeps_x(len(lora_A), needs)
         self.call = len(lora_A), *numbers, None if bias is None else bias.dtype, needs
@@ -285,11 +290,14 @@ def forget() -> None:
 def layout(*tensors: torch.Tensor) -> tuple:
     """All that a launch depends on, but for where the data is; of that, whether descriptors can address it."""
     aligned = (tensors[0].data_ptr() | tensors[1].data_ptr()) % 16 == 0
-    return aligned, *[(t.requires_grad, t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    # learns, written out: an operator asks for it in every call
+    return aligned, *[
+        (t.requires_grad and not t.is_inference(), t.shape, t.stride(), t.dtype, t.device) for t in tensors
+    ]
 
 
 def _kind(tensor: torch.Tensor) -> tuple:
-    return tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device
+    return learns(tensor), tensor.shape, tensor.dtype, tensor.device
 
 
 def keep(key: tuple, found: Kept) -> Kept:

@@ -27,6 +27,7 @@ from fused_lora.ops.linear.op import (
     is_batched,
     is_direct,
 )
+from fused_lora.ops.linear.plan import learns
 from fused_lora.ops.term import plan
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
@@ -283,7 +284,7 @@ def _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
     y, x = (t.resolve_neg() if t.is_neg() else t for t in (y, x))  # a kernel would not see the sign
     if torch.is_grad_enabled():
         for tensor in (y, x, *lora_A, *lora_B, bias):
-            if tensor is not None and tensor.requires_grad:
+            if tensor is not None and learns(tensor):
                 return _Direct.apply(y, x, bias, len(lora_A), scaling, dropout, seeds, *lora_A, *lora_B)[0]
     return _compute(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)[0]
 
