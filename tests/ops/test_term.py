@@ -194,8 +194,8 @@ def test_opcheck(case):
     A, B = [t.detach() for t in A], [t.detach() for t in B]
     out, S = _lora_term(y, x, b, A, B, s, p, seeds)
     g, n = torch.randn_like(out), len(A)
-    for needs in ([True] * (2 * n + 1) + [False, b is not None], [False] + [True] * (2 * n) + [False, False]):
-        backward = (g, x, A, B, S, s, p, seeds, None if b is None else b.dtype, needs, x.dtype)
+    for needs in ([True] * (2 * n + 1) + [b is not None], [False] + [True] * (2 * n) + [False]):
+        backward = (g, x, A, B, S, s, p, seeds, x.dtype, None if b is None else b.dtype, needs)
         torch.library.opcheck(_lora_term_backward, backward)
 
 

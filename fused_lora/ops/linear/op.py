@@ -232,8 +232,8 @@ def _(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
     return y, x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_A)), dtype=cpu.shrink_dtype(x, lora_A))
 
 
-def gradients(alike, dtype, g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
-    """dx, dA, dB, dW, db with None for what is not needed; ``needs`` as for :func:`keep`.
+def _gradients(alike, dtype, g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
+    """dx, dA, dB, dW, db with None for what is not needed; ``needs`` as for :func:`_keep`.
 
     alike: of the :class:`plan.Forward` that this is the backward of, None for another's. weight: None for the gradients
     of a LoRA term. dtype: x's, where it is not that of g.
@@ -267,7 +267,7 @@ def _lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     arguments = g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs
-    dx, dA, dB, dW, db = gradients(None, None, *arguments)
+    dx, dA, dB, dW, db = _gradients(None, None, *arguments)
     return [t for t in (dx, *dA, *dB, dW, db) if t is not None]
 
 
@@ -284,10 +284,10 @@ def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, lora_A, lora_B, scaling, dropout, seeds = inputs
     needs = need_x, *rest[: 2 * len(lora_A)], need_weight, need_bias
     call = len(lora_A), scaling, dropout, None if bias is None else bias.dtype, needs
-    keep(ctx, call, x, weight, lora_A, lora_B, seeds, output[1])
+    _keep(ctx, call, x, weight, lora_A, lora_B, seeds, output[1])
 
 
-def keep(ctx, call, x, weight, lora_A, lora_B, seeds, S) -> None:
+def _keep(ctx, call, x, weight, lora_A, lora_B, seeds, S) -> None:
     """For the backward; ``call`` ends with one flag per tensor: x, n times lora_A, n times lora_B, weight, bias.
 
     weight: None of a LoRA term.
@@ -309,19 +309,19 @@ def _backward(ctx, g, _):
     n = ctx.call[0]
     if g is None:
         return (None, None, None, [None] * n, [None] * n, None, None, None)
-    dx, dA, dB, dW, db = all_gradients(ctx, g, None, partial(by_operator, _lora_linear_backward))
+    dx, dA, dB, dW, db = _all_gradients(ctx, g, None, partial(_by_operator, _lora_linear_backward))
     return dx, dW, db, dA, dB, None, None, None
 
 
-def by_operator(operator, *arguments):
-    """The arguments and the results of :func:`gradients`, by an operator that returns what is needed alone."""
+def _by_operator(operator, *arguments):
+    """The arguments and the results of :func:`_gradients`, by an operator that returns what is needed alone."""
     n, needs = len(arguments[3]), arguments[-1]
     found = iter(operator(*arguments))
     dx, *rest, dW, db = (next(found) if need else None for need in needs)
     return dx, rest[:n], rest[n:], dW, db
 
 
-def all_gradients(ctx, g, g_S, compute, dtype: torch.dtype | None = None):
+def _all_gradients(ctx, g, g_S, compute, dtype: torch.dtype | None = None):
     """dx, dA, dB, dW, db with None for what is not needed, by ``compute`` where nobody follows its operations.
 
     g_S: gradient of S, which second derivatives have; either of g and g_S may be None. dtype: as of
@@ -375,7 +375,7 @@ def _cast(x, weight, bias, lora_A, lora_B, *others):
     return x.to(dtype), weight.to(dtype), bias, _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype), *others
 
 
-def register_autocast(name: str, forward, backward, cast) -> None:
+def _register_autocast(name: str, forward, backward, cast) -> None:
     """``cast`` the arguments of an operator of this package under autocast, and run it and its backward without."""
 
     def outside(device_type: str, operator, cast):
@@ -391,7 +391,7 @@ def register_autocast(name: str, forward, backward, cast) -> None:
         _library.impl(f"{name}_backward", outside(device_type, backward, lambda *arguments: arguments), key)
 
 
-def outside_autocast(backward):
+def _outside_autocast(backward):
     """The backward of an operator with the results y and S: nothing where neither has a gradient, and no autocast."""
 
     def inner(ctx, g, g_S=None):
@@ -417,18 +417,18 @@ class _Direct(torch.autograd.Function):
         n = run.call[0]
         A, B, (weight, bias) = others[:n], others[n : 2 * n], frozen or others[2 * n :]
         y, S = run.compute(x, weight, bias, A, B, run.call[1], run.call[2], seeds)
-        keep(ctx, run.call, x, weight, A, B, seeds, S)
+        _keep(ctx, run.call, x, weight, A, B, seeds, S)
         ctx.run = run
         return y if run.keeps_x else (y, S)
 
     @staticmethod
-    @outside_autocast
+    @_outside_autocast
     def backward(ctx, g, g_S=None):
         run = ctx.run
         rows = run.rows
         if g is not None and rows is not None:
             g = g.reshape(rows[0], g.shape[-1])
-        dx, dA, dB, dW, db = all_gradients(ctx, g, g_S, partial(gradients, run.alike, None), run.dtype)
+        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, partial(_gradients, run.alike, None), run.dtype)
         if dx is not None and rows is not None:
             dx = dx.reshape(*run.shape[:-1], rows[1])
         return (None, None, None, dx, *dA, *dB) if run.frozen else (None, None, None, dx, *dA, *dB, dW, db)
@@ -447,4 +447,4 @@ _RUNS, _NUMBERS = 256, 8  # of a layer: numbers of rows; scalings and dropouts, 
 _is_tracing = torch._C._is_tracing
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _library = torch.library.Library("fused_lora", "FRAGMENT")
-register_autocast("lora_linear", _lora_linear, _lora_linear_backward, _cast)
+_register_autocast("lora_linear", _lora_linear, _lora_linear_backward, _cast)

@@ -304,7 +304,7 @@ def keep(key: tuple, found: Kept) -> Kept:
     return found
 
 
-def case_of(rows, N, K, bias, lora_A, lora_B, dropout, weight=None) -> Case:
+def _case_of(rows, N, K, bias, lora_A, lora_B, dropout, weight=None) -> Case:
     """All that a plan depends on; ``rows`` are x, or the gradient of y in the backward."""
     four_bit = isinstance(weight, FourBit)
     return Case(
@@ -323,7 +323,7 @@ def case_of(rows, N, K, bias, lora_A, lora_B, dropout, weight=None) -> Case:
 
 
 def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout) -> Callable:
-    call = case_of(x, *weight.shape, bias, lora_A, lora_B, dropout, weight)
+    call = _case_of(x, *weight.shape, bias, lora_A, lora_B, dropout, weight)
     op, prepare, otherwise = "linear", kernel.lora_linear, eager.lora_linear
     if call.nested is not None:
         op, prepare, otherwise = "linear_4bit", _prepare_4bit, _dequantised
@@ -342,7 +342,7 @@ def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout) -> Callable:
 
 
 def _backward(g, x, weight, lora_A, lora_B, dropout, needs) -> Callable:
-    call = case_of(g, g.shape[1], x.shape[1], None, lora_A, lora_B, dropout, weight)
+    call = _case_of(g, g.shape[1], x.shape[1], None, lora_A, lora_B, dropout, weight)
     chosen = planned("backward", call, call.inputs, call.outputs, all(needs[:-2]))
     if chosen.variant == "eager":
         return eager.lora_linear_backward

@@ -18,20 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_lora.ops.checks import check_lists, check_term, in_order, refuse_transforms
 from fused_lora.ops.linear import eager, flops
-from fused_lora.ops.linear.op import (
-    _as_autocast,
-    _autocast_dtype,
-    _autocasts,
-    _rows,
-    all_gradients,
-    by_operator,
-    draw_seeds,
-    gradients,
-    is_direct,
-    keep,
-    outside_autocast,
-    register_autocast,
-)
+from fused_lora.ops.linear import op as linear
+from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _rows, draw_seeds, is_direct
 from fused_lora.ops.term import plan
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
@@ -137,19 +125,20 @@ def _lora_term_backward(
     scaling: Sequence[float],
     dropout: Sequence[float],
     seeds: Tensor | None,
+    dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
     needs: Sequence[bool],
-    dtype: torch.dtype,
 ) -> list[Tensor]:
-    arguments = g, x, None, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs
-    dx, dA, dB, _, db = gradients(None, dtype, *arguments)
+    wanted = *needs[:-1], False, needs[-1]
+    arguments = g, x, None, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, wanted
+    dx, dA, dB, _, db = linear._gradients(None, dtype, *arguments)
     return [t for t in (dx, *dA, *dB, db) if t is not None]
 
 
 @_lora_term_backward.register_fake
-def _(g, x, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs, dtype):
+def _(g, x, lora_A, lora_B, S, scaling, dropout, seeds, dtype, bias_dtype, needs):
     bias = None if bias_dtype is None else g.new_empty((g.shape[1],), dtype=bias_dtype)
-    shapes = [g.new_empty((g.shape[0], lora_A[0].shape[1]), dtype=dtype), *lora_A, *lora_B, None, bias]
+    shapes = [g.new_empty((g.shape[0], lora_A[0].shape[1]), dtype=dtype), *lora_A, *lora_B, bias]
     return [t.new_empty(t.shape) for t, need in zip(shapes, needs, strict=True) if need]
 
 
@@ -157,13 +146,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
     _, x, bias, lora_A, lora_B, scaling, dropout, seeds = inputs
     _, need_x, need_bias, *rest = ctx.needs_input_grad
-    needs = need_x, *rest[: 2 * len(lora_A)], False, need_bias
+    needs = [need_x, *rest[: 2 * len(lora_A)], False, need_bias]
     _keep(ctx, needs, x, bias, lora_A, lora_B, scaling, dropout, seeds, output[1])
 
 
 def _keep(ctx, needs, x, bias, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
     call = len(lora_A), scaling, dropout, None if bias is None else bias.dtype, needs
-    keep(ctx, call, x, None, lora_A, lora_B, seeds, S)
+    linear._keep(ctx, call, x, None, lora_A, lora_B, seeds, S)
     ctx.dtype = x.dtype
 
 
@@ -173,9 +162,10 @@ def _backward(ctx, g, _):
         return (None, None, None, [None] * n, [None] * n, None, None, None)
 
     def operator(g, x, _, *others):
-        return _lora_term_backward(g, x, *others, dtype)
+        *others, bias_dtype, needs = others
+        return _lora_term_backward(g, x, *others, dtype, bias_dtype, [*needs[:-2], needs[-1]])
 
-    dx, dA, dB, db = _all_gradients(ctx, g, None, partial(by_operator, operator))
+    dx, dA, dB, db = _all_gradients(ctx, g, None, partial(linear._by_operator, operator))
     return g, dx, db, dA, dB, None, None, None
 
 
@@ -184,7 +174,7 @@ def _all_gradients(ctx, g, g_S, compute):
     n, *_, needs = ctx.call
     if not any(needs):
         return None, [None] * n, [None] * n, None
-    dx, dA, dB, _, db = all_gradients(ctx, g, g_S, compute, ctx.dtype)
+    dx, dA, dB, _, db = linear._all_gradients(ctx, g, g_S, compute, ctx.dtype)
     return dx, dA, dB, db
 
 
@@ -210,15 +200,15 @@ class _Direct(torch.autograd.Function):
         arguments = bias, adapters[:n], adapters[n:], scaling, dropout, seeds
         out, S = _compute(y, x, *arguments)
         _, need_x, need_bias, _, _, _, _, *need_adapters = ctx.needs_input_grad
-        _keep(ctx, (need_x, *need_adapters, False, need_bias), x, *arguments, S)
+        _keep(ctx, [need_x, *need_adapters, False, need_bias], x, *arguments, S)
         ctx.shape = x.shape
         return out, S
 
     @staticmethod
-    @outside_autocast
+    @linear._outside_autocast
     def backward(ctx, g, g_S):
         rows = None if g is None else _rows(g)
-        dx, dA, dB, db = _all_gradients(ctx, rows, g_S, partial(gradients, None, ctx.dtype))
+        dx, dA, dB, db = _all_gradients(ctx, rows, g_S, partial(linear._gradients, None, ctx.dtype))
         return g, None if dx is None else dx.reshape(ctx.shape), db, None, None, None, None, *dA, *dB
 
 
@@ -244,11 +234,11 @@ def _flops(y: Sequence[int], x: Sequence[int], bias, lora_A, *_, **__) -> int:
     return 2 * x[0] * (x[1] + y[1]) * sum(A[0] for A in lora_A)
 
 
-def _flops_backward(g, x, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs, *_, **__) -> int:
+def _flops_backward(g, x, lora_A, lora_B, S, scaling, dropout, seeds, dtype, bias_dtype, needs, **_) -> int:
     n = len(lora_A)
-    return flops.of_terms(g[0], lora_A[0][1], g[1], lora_A, needs[0], needs[1 : n + 1], needs[n + 1 : -2])
+    return flops.of_terms(g[0], lora_A[0][1], g[1], lora_A, needs[0], needs[1 : n + 1], needs[n + 1 : -1])
 
 
 register_flop_formula(torch.ops.fused_lora.lora_term)(_flops)
 register_flop_formula(torch.ops.fused_lora.lora_term_backward)(_flops_backward)
-register_autocast("lora_term", _lora_term, _lora_term_backward, _cast)
+linear._register_autocast("lora_term", _lora_term, _lora_term_backward, _cast)

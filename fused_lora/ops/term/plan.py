@@ -30,7 +30,7 @@ def forward(
     key = "term", plan.layout(y, x, *lora_A, *lora_B), None if bias is None else bias.dtype, *scaling, *dropout
     found = plan.kept.get(key)
     if found is None:
-        call = plan.case_of(x, y.shape[1], x.shape[1], bias, lora_A, lora_B, dropout)
+        call = plan._case_of(x, y.shape[1], x.shape[1], bias, lora_A, lora_B, dropout)
         found = plan.keep(key, _forward(call))
     return found
 
