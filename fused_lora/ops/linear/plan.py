@@ -323,7 +323,8 @@ def _case_of(rows, N, K, bias, lora_A, lora_B, dropout, weight=None) -> Case:
 
 
 def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout) -> Callable:
-    call = _case_of(x, *weight.shape, bias, lora_A, lora_B, dropout, weight)
+    N, K = weight.shape
+    call = _case_of(x, N, K, bias, lora_A, lora_B, dropout, weight)
     op, prepare, otherwise = "linear", kernel.lora_linear, eager.lora_linear
     if call.nested is not None:
         op, prepare, otherwise = "linear_4bit", _prepare_4bit, _dequantised
