@@ -243,8 +243,9 @@ class _Hook(_Shared):
         """What a call adds, from compiled code."""
         batch = running(self._store)
         if batch is not None and batch.acts and self._sites:
-            site, x = self._sites[0], inputs[0]
-            batch.add_compiled(site, x.unsqueeze(-1) if site.kind == "embedding" else x, y)
+            site = self._sites[0]
+            x = inputs[0].unsqueeze(-1) if site.kind == "embedding" else inputs[0]
+            batch.compiled(self._sites, x, lambda: batch.add(site, x, y))
 
 
 class _ExpertsHook(_Hook):
@@ -263,7 +264,8 @@ class _ExpertsHook(_Hook):
     def add_compiled(self, inputs: Sequence[Tensor], y: Tensor) -> None:
         batch = running(self._store)
         if batch is not None and batch.acts and self._sites:
-            batch.add_experts_compiled(self._sites, inputs, y)
+            sites = self._sites
+            batch.compiled(sites, inputs[0], lambda: batch.add_experts(sites, inputs, y))
 
 
 _numbers = itertools.count()
