@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from fused_lora.serving.engine.logprobs import TokenLogprob
 
 MOST_OF_COMPLETIONS, MOST_OF_CHATS = 5, 20  # OpenAI's limits
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-# byte-level tokenizers spell bytes as characters: printable ones as they are, the others from 256 on
-_AS_THEY_ARE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_BYTE_OF = {chr(byte): byte for byte in _AS_THEY_ARE}
-_BYTE_OF |= {chr(256 + n): byte for n, byte in enumerate(sorted({*range(256)} - {*_AS_THEY_ARE}))}
+_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level tokenizers spell them
 
 
 class Scored(NamedTuple):
