@@ -14,7 +14,6 @@ from torch import Tensor
 from fused_lora.kernels.grouped_tables import RowGroups
 from fused_lora.modules.embedding import embed_scale
 from fused_lora.modules.experts import StackedTerm, replace_rows
-from fused_lora.ops import guard
 from fused_lora.ops.grouped.launch import prepare
 from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
 from fused_lora.ops.grouped.op import Joint, RowLayout, Terms, form_terms, lora_grouped_
@@ -225,7 +224,7 @@ def _add(formed: tuple, layer: int, y: Tensor) -> bool:
 
 
 def _refuse_capture(x: Tensor) -> None:
-    if guard.capturing(x.device):
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("batch: a graph would keep these adapters for ever; run a step before capture")
 
 
