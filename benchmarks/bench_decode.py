@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from layers import SCALING, no_worse
-from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
+from report import Candidate, Clock, Report, Table, begin, interleaved, parser, replayed, run_points, spread, summary
 from torch import nn
 
 import fused_lora
-from fused_lora.testing.graphs import capture
 
 LLAMA_3_8B = [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))]  # K, each N
 RANKS = {"16": (16,), "mixed": (8, 16, 32, 64)}
@@ -120,11 +119,11 @@ def measure(point: DecodePoint, decode: Decode, report: Report, table: Table, ar
     calls = {("base", "eager"): lambda: decode.base(*inputs), ("fused_lora", "eager"): eager}
     with contextlib.ExitStack() as stack:
         if arguments.device.type == "cuda":
-            calls["base", "graph"] = _graph(lambda: decode.base(*inputs), stack)
+            calls["base", "graph"] = replayed(lambda: decode.base(*inputs), stack)
             # what the batch copies to the device is copied when it is entered, not at every replay
             buffers = store.row_buffers(point.M, point.D, max(RANKS[point.ranks]))
             stack.enter_context(store.batch_rows(names, [1] * point.M, buffers))
-            calls["fused_lora", "graph"] = _graph(lambda: served(*inputs), stack)
+            calls["fused_lora", "graph"] = replayed(lambda: served(*inputs), stack)
         wrong = {key: decode.wrong(call(), inputs, names) for key, call in calls.items() if key[0] == "fused_lora"}
         candidates = [Candidate(key, [call]) for key, call in calls.items() if wrong.get(key) is None]
         clock = Clock(arguments.device)
@@ -132,28 +131,15 @@ def measure(point: DecodePoint, decode: Decode, report: Report, table: Table, ar
     ms = {key: summary([t[0] for t in rounds]) for key, rounds in times.items()}
     floor = decode.floor(names)
     for (provider, mode), message in {**dict.fromkeys(calls), **wrong}.items():
-        row = vars(point) | dict(benchmark="decode", provider=provider, mode=mode, correct=message is None)
+        row = vars(point) | dict(benchmark="decode", provider=provider, mode=mode, correct=True)
         if message is not None:
-            report.rows.append(row | dict(wrong=message))
-            table.row(point, mode, spread(ms["base", mode]), "WRONG", None, None)
-            print(f"  {message}")
+            report.add_wrong(table, row, message, point, mode, spread(ms["base", mode]))
             continue
         base, found = ms["base", mode], ms[provider, mode]
         share = round(found["median"] / base["median"], 4)
         report.rows.append(row | dict(ms=found, share=share, floor_share=round(floor, 4)))
         if provider != "base":
             table.row(point, mode, spread(base), spread(found), f"{share:.3f}", f"{floor:.3f}")
-
-
-def _graph(call, stack: contextlib.ExitStack):
-    graph, result = capture(call)
-    stack.callback(graph.reset)
-
-    def replay() -> list[torch.Tensor]:
-        graph.replay()
-        return result
-
-    return replay
 
 
 def add_bars(report: Report) -> None:

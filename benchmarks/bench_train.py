@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
-from report import Report, Table, begin, parser, run_points, spread, summary
+from report import Report, Table, parser, run, spread, summary
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -207,10 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--batch", type=int, help="sequences in a step (default: 2)")
     options.add_argument("--tokens", type=int, help="tokens of a sequence (default: 2048, on a CPU 16)")
     arguments = options.parse_args(argv)
-    report = begin("train", arguments)
-    table = Table(COLUMNS)
-    run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
-    return report.finish()
+    return run("train", arguments, COLUMNS, points, measure)
 
 
 if __name__ == "__main__":
