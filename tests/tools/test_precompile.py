@@ -69,6 +69,24 @@ precompile.fill_tests(90)
     assert (tmp_path / "parts.jsonl").stat().st_size > 0
 
 
+def test_filling_goes_on_after_a_merge(tmp_path):
+    """Nothing is computed; still each merge is followed by its switch and unmerge, in every dtype."""
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import triton.compiler
+triton.compiler.compile = lambda *_, **__: None
+import precompile
+precompile.install(90)
+precompile.ignore_results()
+from fused_lora.testing import smoke
+smoke.PARTS = smoke.merges, smoke.switches
+precompile.fill_smoke()
+"""
+    found = run("-c", code, str(TOOL.parent), cache=tmp_path)
+    assert found.returncode == 0 and len(found.stdout.splitlines()) == 9, found.stdout + found.stderr
+
+
 def test_a_cache_of_another_release_is_refused(tmp_path):
     import io
     import json
