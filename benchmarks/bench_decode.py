@@ -61,7 +61,7 @@ class Decode:
         self.draw, self.like = torch.Generator(device).manual_seed(0), dict(device=device, dtype=dtype)
         weights = [[nn.Parameter(self._normal(N, K, std=K**-0.5), False) for N in each] for K, each in shapes]
         self.base, self.served = Linears(weights).eval(), {ranks: Linears(weights).eval() for ranks in RANKS}
-        self.stores = {ranks: fused_lora.AdapterStore(model) for ranks, model in self.served.items()}
+        self.stores = {r: fused_lora.AdapterStore(model, dtype=dtype) for r, model in self.served.items()}
         self.paths = {path: m for path, m in self.base.named_modules() if isinstance(m, nn.Linear)}
         self.adapters: dict[str, dict[str, tuple]] = {}
 

@@ -153,8 +153,14 @@ def fill_layers() -> None:
     for M, N, K, r, p, dtype, adapter_dtype in dict.fromkeys(shapes):
         for bias in (True, False):
             _layer(M, N, K, [r], [p], dtype, adapter_dtype, bias, every=bias)
-    for args in ((3000, 4096, 2048, [16, 3, 100], [0.1, 0.0, 0.5]), (40, 1024, 4096, [16], [0.0])):
+    two = (40, 1024, 4096, [16], [0.0]), (40, 256, 256, [16], [0.0])
+    for args in ((3000, 4096, 2048, [16, 3, 100], [0.1, 0.0, 0.5]), *two):
         _layer(*args, torch.bfloat16, torch.bfloat16, True, every=False)
+    # tests/gpu/test_runtime.py
+    rows = [(M, 1024) for M in (1, 40, 512, 600, 2048)] + [(M, 1040) for M in (41, 601, 2050)]
+    layers = [(M, 2048, K, [16], [p]) for (M, K), p in itertools.product(rows, (0.0, 0.5))]
+    for args in (*layers, (513, 64, 4096, [1], [0.5])):
+        _layer(*args, torch.bfloat16, torch.bfloat16, False, every=False)
 
 
 def _layer(M, N, K, ranks, dropout, dtype, adapter_dtype, bias, every) -> None:

@@ -129,11 +129,10 @@ def test_bench_checkpoint(load, tmp_path, monkeypatch, capsys):
     assert {bar["at_least"] for bar in content["bars"]} == {True}
 
 
-def test_bench_merge_with_the_kernel(load, tmp_path, monkeypatch):
-    """In the interpreter: the kernel without a record is measured, too, and promises nothing."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr(guard, "usable", lambda device: True)
-    code, content = run(load("bench_merge"), tmp_path, "--shapes", "48x40", "--dtypes", "bfloat16", "--rounds", "1")
+def test_bench_merge_with_the_kernel(load, tmp_path, device, kernels_on):
+    """The kernel without a record is measured, too, and promises nothing."""
+    options = "--shapes", "48x40", "--dtypes", "bfloat16", "--rounds", "1", "--device", device.type
+    code, content = run(load("bench_merge"), tmp_path, *options)
     assert code == 0
     rows = {row["provider"]: row for row in content["rows"]}
     assert list(rows) == ["copy", "PEFT", "PEFT safe", "addmm", "fused_lora", "no record"]

@@ -7,7 +7,7 @@ from fused_lora.ops import guard
 from fused_lora.testing import smoke
 
 
-def test_the_parts_after_a_failure_run(monkeypatch, capsys):
+def test_the_parts_after_a_failure_run(device, monkeypatch, capsys):
     def wrong(device, subset):
         yield "a case"
         raise AssertionError("y is off")
@@ -16,14 +16,14 @@ def test_the_parts_after_a_failure_run(monkeypatch, capsys):
         yield f"another on {device}, subset {subset}"
 
     monkeypatch.setattr(smoke, "PARTS", (wrong, right))
-    assert smoke.main(["cpu", "--subset"]) == 1
+    assert smoke.main([device.type, "--subset"]) == 1
     said = capsys.readouterr()
-    assert said.out.splitlines() == ["a case", "another on cpu, subset True"] and "y is off" in said.err
+    assert said.out.splitlines() == ["a case", f"another on {device}, subset True"] and "y is off" in said.err
     monkeypatch.setattr(smoke, "PARTS", (right,))
-    assert smoke.main(["cpu"]) == 0
+    assert smoke.main([device.type]) == 0
 
 
-def test_a_dropped_kernel_is_a_failure(monkeypatch, capsys):
+def test_a_dropped_kernel_is_a_failure(device, monkeypatch, capsys):
     """Its results are right: the eager path computes them."""
 
     def drops(device, subset):
@@ -32,5 +32,5 @@ def test_a_dropped_kernel_is_a_failure(monkeypatch, capsys):
 
     monkeypatch.setattr(guard, "_state", {})
     monkeypatch.setattr(smoke, "PARTS", (drops,))
-    assert smoke.main(["cpu"]) == 1
+    assert smoke.main([device.type]) == 1
     assert "is dropped" in capsys.readouterr().err
