@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from layers import SCALING, no_worse
-from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
+from report import Candidate, Clock, Report, Table, begin, interleaved, parser, replayed, run_points, spread, summary
 from torch import nn
 
 import fused_lora
-from fused_lora.testing.graphs import capture
 
 LLAMA_3_8B = [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))]  # K, each N
 RANKS = {"16": (16,), "mixed": (8, 16, 32, 64)}
@@ -40,7 +39,7 @@ class DecodePoint:
 
 
 class Linears(nn.Module):
-    """Linear layers in groups that share an input; called with one x [M, 1, K] per group, gives all outputs."""
+    """Linear layers in groups that share an input; called with one x [M, K] per group, gives all outputs."""
 
     def __init__(self, weights: list[list[nn.Parameter]]):
         super().__init__()
@@ -56,14 +55,13 @@ class Linears(nn.Module):
 
 
 class Decode:
-    """The layers twice over the same weights: plain, and with a store that holds the adapters."""
+    """The layers over the same weights: plain, and for each of ``RANKS`` with a store that holds the adapters."""
 
-    def __init__(self, shapes: list, device: torch.device):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    def __init__(self, shapes: list, device: torch.device, dtype: torch.dtype):
         self.draw, self.like = torch.Generator(device).manual_seed(0), dict(device=device, dtype=dtype)
         weights = [[nn.Parameter(self._normal(N, K, std=K**-0.5), False) for N in each] for K, each in shapes]
-        self.base, self.served = Linears(weights).eval(), Linears(weights).eval()
-        self.store = fused_lora.AdapterStore(self.served)
+        self.base, self.served = Linears(weights).eval(), {ranks: Linears(weights).eval() for ranks in RANKS}
+        self.stores = {r: fused_lora.AdapterStore(model, dtype=dtype) for r, model in self.served.items()}
         self.paths = {path: m for path, m in self.base.named_modules() if isinstance(m, nn.Linear)}
         self.adapters: dict[str, dict[str, tuple]] = {}
 
@@ -81,12 +79,12 @@ class Decode:
                            self._normal(m.out_features, r, std=r**-0.5), SCALING)
                     for path, m in self.paths.items()
                 }  # fmt: skip
-                self.store.load(name, self.adapters[name])
+                self.stores[point.ranks].load(name, self.adapters[name])
         return [f"{point.ranks}-{i % point.D}" for i in range(point.M)]
 
     def inputs(self, M: int) -> list[torch.Tensor]:
-        """x [M, 1, K] of each group."""
-        return [self._normal(M, 1, group[0].in_features, std=1.0) for group in self.base.groups]
+        """x [M, K] of each group."""
+        return [self._normal(M, group[0].in_features, std=1.0) for group in self.base.groups]
 
     def floor(self, names: list[str]) -> float:
         """Bytes of base and the adapters in use over those of the base."""
@@ -95,7 +93,7 @@ class Decode:
 
     def wrong(self, found: list[torch.Tensor], inputs: list[torch.Tensor], names: list[str]) -> str | None:
         """None, or the first output that is farther from float64 than PEFT's formula."""
-        each = [x[:, 0] for x, group in zip(inputs, self.base.groups, strict=True) for _ in group]
+        each = [x for x, group in zip(inputs, self.base.groups, strict=True) for _ in group]
         for y, x, (path, layer) in zip(found, each, self.paths.items(), strict=True):
             exact, theirs = x.double() @ layer.weight.double().T, x @ layer.weight.T
             for name in set(names):
@@ -103,7 +101,7 @@ class Decode:
                 A, B, scaling = self.adapters[name][path]
                 exact[rows] += (x[rows].double() @ A.double().T) @ B.double().T * scaling
                 theirs[rows] += (x[rows] @ A.T) @ B.T * scaling
-            if (message := no_worse(y[:, 0], theirs, exact, path)) is not None:
+            if (message := no_worse(y, theirs, exact, path)) is not None:
                 return message
         return None
 
@@ -112,18 +110,20 @@ class Decode:
 def measure(point: DecodePoint, decode: Decode, report: Report, table: Table, arguments) -> None:
     """Check, time and add the rows of one point, eagerly and inside CUDA graphs."""
     names, inputs = decode.names(point), decode.inputs(point.M)
+    served, store = decode.served[point.ranks], decode.stores[point.ranks]
 
     def eager() -> list[torch.Tensor]:
-        with decode.store.batch(names):
-            return decode.served(*inputs)
+        with store.batch(names):
+            return served(*inputs)
 
     calls = {("base", "eager"): lambda: decode.base(*inputs), ("fused_lora", "eager"): eager}
     with contextlib.ExitStack() as stack:
         if arguments.device.type == "cuda":
-            calls["base", "graph"] = _graph(lambda: decode.base(*inputs), stack)
+            calls["base", "graph"] = replayed(lambda: decode.base(*inputs), stack)
             # what the batch copies to the device is copied when it is entered, not at every replay
-            stack.enter_context(decode.store.batch(names))
-            calls["fused_lora", "graph"] = _graph(lambda: decode.served(*inputs), stack)
+            buffers = store.row_buffers(point.M, point.D, max(RANKS[point.ranks]))
+            stack.enter_context(store.batch_rows(names, [1] * point.M, buffers))
+            calls["fused_lora", "graph"] = replayed(lambda: served(*inputs), stack)
         wrong = {key: decode.wrong(call(), inputs, names) for key, call in calls.items() if key[0] == "fused_lora"}
         candidates = [Candidate(key, [call]) for key, call in calls.items() if wrong.get(key) is None]
         clock = Clock(arguments.device)
@@ -131,28 +131,15 @@ def measure(point: DecodePoint, decode: Decode, report: Report, table: Table, ar
     ms = {key: summary([t[0] for t in rounds]) for key, rounds in times.items()}
     floor = decode.floor(names)
     for (provider, mode), message in {**dict.fromkeys(calls), **wrong}.items():
-        row = vars(point) | dict(benchmark="decode", provider=provider, mode=mode, correct=message is None)
+        row = vars(point) | dict(benchmark="decode", provider=provider, mode=mode, correct=True)
         if message is not None:
-            report.rows.append(row | dict(wrong=message))
-            table.row(point, mode, spread(ms["base", mode]), "WRONG", None, None)
-            print(f"  {message}")
+            report.add_wrong(table, row, message, point, mode, spread(ms["base", mode]))
             continue
         base, found = ms["base", mode], ms[provider, mode]
         share = round(found["median"] / base["median"], 4)
         report.rows.append(row | dict(ms=found, share=share, floor_share=round(floor, 4)))
         if provider != "base":
             table.row(point, mode, spread(base), spread(found), f"{share:.3f}", f"{floor:.3f}")
-
-
-def _graph(call, stack: contextlib.ExitStack):
-    graph, result = capture(call)
-    stack.callback(graph.reset)
-
-    def replay() -> list[torch.Tensor]:
-        graph.replay()
-        return result
-
-    return replay
 
 
 def add_bars(report: Report) -> None:
@@ -178,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     report = begin("decode", arguments)
     table = Table(COLUMNS)
     shapes = [(K, (N,)) for K, N in arguments.shapes] if arguments.shapes else LLAMA_3_8B
-    decode = Decode(shapes, arguments.device)
+    decode = Decode(shapes, arguments.device, torch.bfloat16 if arguments.device.type == "cuda" else torch.float32)
     run_points(points(arguments), report, arguments.deadline, lambda p: measure(p, decode, report, table, arguments))
     add_bars(report)
     return report.finish()

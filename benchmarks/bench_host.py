@@ -36,7 +36,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from report import ROOT, Report, Table, begin, parser, run_points
+from report import ROOT, Report, Table, parser
+from report import run as run_table
 from torch import nn
 
 import fused_lora
@@ -315,11 +316,7 @@ def run(name: str, argv: list[str] | None, script: str, description: str, column
     if arguments.stub:
         arguments.device = torch.device("cpu")
         use_stub()
-    report = begin(f"{name}-stub" if arguments.stub else name, arguments)
-    table = Table(columns)
-    run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
-    add_bars(report)
-    return report.finish()
+    return run_table(f"{name}-stub" if arguments.stub else name, arguments, columns, points, measure, add_bars)
 
 
 def main(argv: list[str] | None = None) -> int:

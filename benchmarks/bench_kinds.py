@@ -34,16 +34,16 @@ MOE = dict(
 TOKENS = 256  # of a step of the mixture
 
 
-def dora(p: float) -> dict[str, Callable[[], torch.Tensor]]:
+def dora(p: float, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
     """{provider: one forward and backward}, p the dropout."""
 
     def layer(ours: bool, use_dora: bool) -> nn.Module:
         torch.manual_seed(0)
         config = peft.LoraConfig(r=16, target_modules=["0"], init_lora_weights=False, use_dora=use_dora, lora_dropout=p)
-        model = peft.get_peft_model(nn.Sequential(nn.Linear(K, K)), config)
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(K, K)), config).to(device)
         return fused_lora.accelerate(model) if ours else model
 
-    x, g = torch.randn(M, K, requires_grad=True), torch.randn(M, K)
+    x, g = torch.randn(M, K, device=device, requires_grad=True), torch.randn(M, K, device=device)
     models = {"our LoRA": layer(True, False), "fused_lora": layer(True, True), "PEFT": layer(False, True)}
 
     def step(model: nn.Module) -> torch.Tensor:
@@ -56,19 +56,19 @@ def dora(p: float) -> dict[str, Callable[[], torch.Tensor]]:
     return {name: lambda model=model: step(model) for name, model in models.items()}
 
 
-def experts() -> dict[str, Callable[[], torch.Tensor]]:
+def experts(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
     """The same of a small mixture of experts."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    frozen = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE)).requires_grad_(False)
+    frozen = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE)).requires_grad_(False).to(device)
     frozen.enable_input_require_grads()
     frozen.config._experts_implementation = "grouped_mm"
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     lora = peft.LoraConfig(r=8, target_modules=[], target_parameters=targets, init_lora_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(frozen), lora)
     models = {"frozen": frozen, "fused_lora": fused_lora.accelerate(copy.deepcopy(theirs)), "PEFT": theirs}
-    ids = torch.randint(0, MOE["vocab_size"], (1, TOKENS))
+    ids = torch.randint(0, MOE["vocab_size"], (1, TOKENS), device=device)
 
     def step(model: nn.Module) -> torch.Tensor:
         logits = model(input_ids=ids).logits
@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__).parse_args(argv)
     report, table = begin("kinds", arguments), Table(COLUMNS)
     for p in (0.0, 0.1):
-        measure(f"dora, p={p}", FLOORS["dora"], dora(p), report, table, arguments)
-    measure("experts", FLOORS["experts"], experts(), report, table, arguments)
+        measure(f"dora, p={p}", FLOORS["dora"], dora(p, arguments.device), report, table, arguments)
+    measure("experts", FLOORS["experts"], experts(arguments.device), report, table, arguments)
     return report.finish()
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 from layers import Point
-from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
+from report import Candidate, Clock, Report, Table, interleaved, parser, run, spread, summary
 
 from fused_lora.kernels import config
 from fused_lora.kernels.config import LaunchConfig, pick
@@ -187,10 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--rows", type=int, help="rows of x (M)")
     arguments = options.parse_args(argv)
-    report = begin("launches", arguments)
-    table = Table(COLUMNS)
-    run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
-    return report.finish()
+    return run("launches", arguments, COLUMNS, points, measure)
 
 
 if __name__ == "__main__":

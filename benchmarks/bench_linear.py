@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from layers import ADAPTER, QUANTISED, SCALING, Point, Weights, no_worse, plausible
-from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
+from report import Candidate, Clock, Report, Table, interleaved, parser, run, spread, summary
 from torch import nn
 
 import fused_lora
@@ -318,11 +318,9 @@ def _add_rows(point, report, table, wrong, times, more) -> None:
         return max(found[name][1]["median"], (more[name]["host_us"] or 0) / 1e3)
 
     for name, message in wrong.items():
-        row = vars(point) | dict(benchmark="linear", provider=name, correct=message is None)
+        row = vars(point) | dict(benchmark="linear", provider=name, correct=True)
         if message is not None:
-            report.rows.append(row | dict(wrong=message))
-            table.row(label, name, "WRONG", *[None] * (len(COLUMNS) - 3))
-            print(f"  {message}")
+            report.add_wrong(table, row, message, label, name)
             continue
         forward, both = found[name]
         to_bare, to_peft = over(name, "bare"), over(name, "PEFT")
@@ -430,11 +428,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--base", choices=("", *QUANTISED), default="", help="nf4: over 4-bit weights of bitsandbytes")
     options.add_argument("--compile", action="store_true", help="PEFT through torch.compile, too; compiling takes long")
     arguments = options.parse_args(argv)
-    report = begin("quantised" if arguments.base else "linear", arguments)
-    table = Table(COLUMNS)
-    run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
-    add_bars(report)
-    return report.finish()
+    return run("quantised" if arguments.base else "linear", arguments, COLUMNS, points, measure, add_bars)
 
 
 if __name__ == "__main__":

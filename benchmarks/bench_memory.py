@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import peft
 import torch
 from bench_linear import LLAMA_3_8B
-from report import Report, Table, begin, parser, run_points
+from report import Report, Table, parser, run
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -173,7 +173,7 @@ def allocated(point: Point, provider: str, device: torch.device) -> tuple[int, i
     return held, torch.cuda.max_memory_allocated(device) - before
 
 
-def measure(point: Point, report: Report, table: Table) -> None:
+def measure(point: Point, report: Report, table: Table, arguments) -> None:
     """Count and add the rows of one point: each provider, and the whole model where the layers are a model's."""
     theirs = None
     for provider in PROVIDERS:
@@ -214,10 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--rows", type=int, help="rows of x: tokens (default: 8192)")
     arguments = options.parse_args(argv)
-    report = begin("memory", arguments)
-    table = Table(COLUMNS)
-    run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table))
-    return report.finish()
+    return run("memory", arguments, COLUMNS, points, measure)
 
 
 if __name__ == "__main__":

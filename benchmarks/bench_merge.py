@@ -223,14 +223,12 @@ def _add_rows(point, weights, report, table, checks, times, host, extra) -> None
     common = vars(point) | dict(benchmark="merge", floor_ms=round(floor, 5))
     report.rows.append(common | dict(provider="copy", correct=True, merge_ms=copied))
     label = f"{point.shape} r={point.r} {point.dtype}"
-    table.row(label, "copy", spread(copied), *[None] * (len(COLUMNS) - 3))
+    table.row(label, "copy", spread(copied))
     reference = times.get("PEFT")
     for name, found in checks.items():
-        row = common | dict(provider=name, correct=found["wrong"] is None, changed=found["changed"])
+        row = common | dict(provider=name, correct=True, changed=found["changed"])
         if found["wrong"] is not None:
-            report.rows.append(row | dict(wrong=found["wrong"]))
-            table.row(label, name, "WRONG", *[None] * (len(COLUMNS) - 3))
-            print(f"  {found['wrong']}")
+            report.add_wrong(table, row, found["wrong"], label, name)
             continue
         merge, unmerge = (summary([t[i] for t in times[name]]) for i in (0, 1))
         ratios = [None, None]
@@ -396,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
         bench_checkpoint.measure(report, Namespace(**(vars(arguments) | _FILES)), goals=False)
     add_bars(report)
     code = report.finish()
-    report.figure("merge_figure")
+    report.figure("merge")
     return code
 
 

@@ -97,7 +97,7 @@ def measure_decoding(point: Point, report: Report, table: Table, arguments) -> N
         times = interleaved(candidates, Clock(device), arguments.seconds, arguments.rounds, arguments.deadline)
     ms = {key: summary([t[0] for t in rounds]) for key, rounds in times.items()}
     floor = ms.pop(("copy", "eager"))["median"] / 2  # a copy reads and writes
-    _add_wrong(point, report, table, "decode_quantised", wrong, len(COLUMNS) - 3)
+    _add_wrong(point, report, table, "decode_quantised", wrong)
     for (name, mode), found in ms.items():
         over = {other: ms.get((other, mode)) for other in ("bare", "PEFT")}
         over = {other: time and round(found["median"] / time["median"], 4) for other, time in over.items()}
@@ -108,12 +108,10 @@ def measure_decoding(point: Point, report: Report, table: Table, arguments) -> N
         table.row(str(point), name, mode, spread(found), *numbers, f"{row['of_packed']:.1f}")
 
 
-def _add_wrong(point, report, table, benchmark: str, wrong: dict[str, str | None], more: int) -> None:
+def _add_wrong(point, report, table, benchmark: str, wrong: dict[str, str | None]) -> None:
     for name, message in wrong.items():
         if message is not None:
-            report.rows.append(vars(point) | dict(benchmark=benchmark, provider=name, correct=False, wrong=message))
-            table.row(str(point), name, "WRONG", *[None] * more)
-            print(f"  {message}")
+            report.add_wrong(table, vars(point) | dict(benchmark=benchmark, provider=name), message, point, name)
 
 
 def measure_merge(point: Point, report: Report, table: Table, arguments) -> None:
@@ -140,7 +138,7 @@ def measure_merge(point: Point, report: Report, table: Table, arguments) -> None
         )
     found = {name: [summary([t[step] for t in rounds]) for step in (0, 1)] for name, rounds in times.items()}
     if changed.get("fused_lora"):
-        _add_wrong(point, report, table, "merge_quantised", {"fused_lora": "bytes that did not come back"}, 2)
+        _add_wrong(point, report, table, "merge_quantised", {"fused_lora": "bytes that did not come back"})
         del found["fused_lora"]
     for name, (merge, unmerge) in found.items():
         row = vars(point) | dict(benchmark="merge_quantised", provider=name, correct=True, changed=changed[name])

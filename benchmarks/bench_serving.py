@@ -109,10 +109,7 @@ class Steps:
             self.left[r] -= 1
             if not self.left[r]:
                 self.adapters.pop(r).close()
-        row = vars(point) | dict(benchmark="step", provider="fused_lora", correct=False, wrong=wrong)
-        self.report.rows.append(row)
-        self.table.row(point, "WRONG", *[None] * 5)
-        print(f"  {wrong}")
+        self.report.add_wrong(self.table, vars(point) | dict(benchmark="step", provider="fused_lora"), wrong, point)
 
     def _add(self, point: StepPoint, found: dict[str, Step], times: dict[str, dict]) -> None:
         adapters = self.adapters[point.r]
@@ -140,8 +137,6 @@ class Steps:
 
 def generate(report: Report, arguments: argparse.Namespace) -> None:
     """8 sequences under 8 adapters, ours and PEFT's generate in turns: tokens per second, and the tokens' equality."""
-    import peft
-
     parts = _quickstart()
     model, tokenizer = parts.load(arguments.model, arguments.device, torch.float32)
     model.requires_grad_(False)
@@ -150,9 +145,7 @@ def generate(report: Report, arguments: argparse.Namespace) -> None:
     served, theirs = parts.share(model), parts.share(model)
     served.model = adapters.store.model
     wrapped = adapters.with_peft(D)
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=adapters.paths)
     theirs.model = wrapped.base_model.model
-    theirs = _PeftGenerate(theirs, config, wrapped)
     prompts = [" ".join(serving_load.WORDS[i : i + 6]) for i in range(D)]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(arguments.device)
     more = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_token_id)
@@ -163,7 +156,9 @@ def generate(report: Report, arguments: argparse.Namespace) -> None:
             answers["fused_lora"] = served.generate(**inputs, **more)
 
     def peft_s() -> None:
-        answers["PEFT"] = theirs.generate(names, **inputs, **more)
+        # model.generate with PEFT's hooks for a mixed batch on its decoder
+        with wrapped.base_model._enable_peft_forward_hooks(adapter_names=names):
+            answers["PEFT"] = theirs.generate(**inputs, **more)
 
     candidates = [Candidate("fused_lora", [ours]), Candidate("PEFT", [peft_s])]
     times = interleaved(candidates, Clock(arguments.device), 2, 2, arguments.deadline)
@@ -178,17 +173,6 @@ def generate(report: Report, arguments: argparse.Namespace) -> None:
     if arguments.device.type == "cpu":
         report.bar("generate under 8 adapters: times PEFT's tokens/s", speed["fused_lora"] / speed["PEFT"], 1.5, True)
     adapters.close()
-
-
-class _PeftGenerate:
-    """model.generate with PEFT's hooks for a mixed batch on its decoder."""
-
-    def __init__(self, model: nn.Module, config, wrapped: nn.Module):
-        self.model, self.wrapped = model, wrapped
-
-    def generate(self, names: list[str], **inputs) -> torch.Tensor:
-        with self.wrapped.base_model._enable_peft_forward_hooks(adapter_names=names):
-            return self.model.generate(**inputs)
 
 
 def serve(report: Report, arguments: argparse.Namespace) -> None:
@@ -300,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         serve(report, arguments)
     add_bars(report)
     code = report.finish()
-    report.figure("serving_figure", report.settings.get("model"))
+    report.figure("serving", report.settings.get("model"))
     return code
 
 

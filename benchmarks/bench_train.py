@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
-from report import Report, Table, begin, parser, run_points, spread, summary
+from report import Report, Table, parser, run, spread, summary
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -195,7 +195,7 @@ def points(arguments) -> list[Point]:
     on_cpu = arguments.device.type == "cpu"
     size = arguments.model or ("tiny" if on_cpu else "8b")
     layers = arguments.layers or SIZES[size]["num_hidden_layers"]
-    batch, tokens = arguments.batch or (2 if on_cpu else 4), arguments.tokens or (16 if on_cpu else 2048)
+    batch, tokens = arguments.batch or 2, arguments.tokens or (16 if on_cpu else 2048)
     common = size, layers, batch, tokens, "float32" if on_cpu else "bfloat16"
     return [Point(*common, default) for default in ((False,) if on_cpu else (False, True))]
 
@@ -204,13 +204,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--model", choices=SIZES, help="sizes of the model (default: 8b, on a CPU tiny)")
     options.add_argument("--layers", type=int, help="fewer decoder layers than the model has")
-    options.add_argument("--batch", type=int, help="sequences in a step (default: 4, on a CPU 2)")
+    options.add_argument("--batch", type=int, help="sequences in a step (default: 2)")
     options.add_argument("--tokens", type=int, help="tokens of a sequence (default: 2048, on a CPU 16)")
     arguments = options.parse_args(argv)
-    report = begin("train", arguments)
-    table = Table(COLUMNS)
-    run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
-    return report.finish()
+    return run("train", arguments, COLUMNS, points, measure)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import bench_linear
 import torch
 from layers import SCALING, Point, Weights, no_worse
-from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
+from report import Candidate, Clock, Report, Table, interleaved, parser, run, spread, summary
 
 import fused_lora
 from fused_lora.ops import guard
@@ -124,13 +124,10 @@ def _add_rows(point, title, chosen, report, table, wrong, times) -> None:
     label = point.label
     base = summary([t[0] for t in times["bare"]])["median"]
     for name, message in wrong.items():
-        row = vars(point) | dict(benchmark="variants", op=title, provider=name, correct=message is None)
-        row["chosen"] = name == chosen
+        row = vars(point) | dict(benchmark="variants", op=title, provider=name, correct=True, chosen=name == chosen)
         mark = "*" if row["chosen"] else ""
         if message is not None:
-            report.rows.append(row | dict(wrong=message))
-            table.row(label, title, name, "WRONG", None, mark)
-            print(f"  {message}")
+            report.add_wrong(table, row, message, label, title, name)
             continue
         found = summary([t[0] for t in times[name]])
         report.rows.append(row | dict(ms=found, to_bare=round(found["median"] / base, 4)))
@@ -170,11 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--rows", type=int, help="rows of x (M)")
     arguments = options.parse_args(argv)
-    report = begin("variants", arguments)
-    table = Table(COLUMNS)
-    run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
-    add_bars(report)
-    return report.finish()
+    return run("variants", arguments, COLUMNS, points, measure, add_bars)
 
 
 if __name__ == "__main__":

@@ -78,8 +78,11 @@ STAGES = (
     _bench("merge", 0.08, "--seconds 0.5", "", OURS),
     _bench("decode", 0.12, "--seconds 0.5", " --rows 8", "|^M="),
     _bench("variants", 0.15, "--seconds 0.3", " --rows 8", r"| \*$"),
-    Stage("other_tests", 1.0, PYTEST.format("'not slow'", CORES) + REST,
-          COLLECT.format("'not slow'") + "tests/test_reference.py", OF_TESTS),
+    _bench("launches", 0.1, "--seconds 0.1", " --help", r"| \*$"),
+    _bench("memory", 0.05, "", " --rows 8"),
+    _bench("host", 0.08, "--seconds 0.2", " --help", "|^train"),
+    Stage("other_tests", 1.0, PYTEST.format("'not slow and not thorough'", CORES) + REST,
+          COLLECT.format("'not slow and not thorough'") + "tests/test_reference.py", OF_TESTS),
 )  # fmt: skip
 
 

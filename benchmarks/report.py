@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 import fused_lora
+from fused_lora.testing.graphs import capture
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -138,6 +139,18 @@ def interleaved(
     return times
 
 
+def replayed(call: Callable[[], object], stack: contextlib.ExitStack) -> Callable[[], object]:
+    """``call`` as the replay of a CUDA graph until ``stack`` ends; RuntimeError where it cannot be one."""
+    graph, result = capture(call)
+    stack.callback(graph.reset)
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def summary(values: Sequence[float]) -> dict[str, float]:
     """median, p20, p80, min and the number of values."""
     cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
@@ -244,6 +257,12 @@ class Report:
     def wrong(self) -> int:
         return sum(not row.get("correct", True) for row in self.rows)
 
+    def add_wrong(self, table: Table, row: dict, message: str, *cells: object) -> None:
+        """A result that gets no time, and what is wrong with it."""
+        self.rows.append(row | dict(correct=False, wrong=message))
+        table.row(*cells, "WRONG")
+        print(f"  {message}")
+
     def heading(self) -> None:
         m, gpu = self._machine, self._machine["gpu"]
         where = gpu["name"] if gpu else f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads"
@@ -276,10 +295,10 @@ class Report:
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, self.path)
 
-    def figure(self, module: str, *arguments: object) -> None:
-        """The figure beside the results, by the module's ``draw(rows, *arguments, path)``, if matplotlib is there."""
+    def figure(self, kind: str, *arguments: object) -> None:
+        """The figure beside the results, by ``kind(rows, *arguments, path)`` of figures.py, if matplotlib is there."""
         try:
-            draw = importlib.import_module(module).draw
+            draw = getattr(importlib.import_module("figures"), kind)
         except ImportError as error:
             print(f"no figure: {error}")
             return
@@ -308,6 +327,7 @@ class Table:
         self._print([title for title, _ in columns])
 
     def row(self, *cells: object) -> None:
+        cells += (None,) * (len(self._columns) - len(cells))
         self._print(["-" if cell is None else str(cell) for cell in cells])
 
     def _print(self, cells: Sequence[str]) -> None:
@@ -354,6 +374,15 @@ def _shapes(text: str) -> list[tuple[int, int]]:
     if any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
         raise argparse.ArgumentTypeError(f"expected INxOUT[,INxOUT...], got {text!r}")
     return shapes
+
+
+def run(name: str, arguments, columns, points: Callable, measure: Callable, add_bars: Callable | None = None) -> int:
+    """A benchmark of one table: ``measure(point, report, table, arguments)`` of each of ``points(arguments)``."""
+    report, table = begin(name, arguments), Table(columns)
+    run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
+    if add_bars is not None:
+        add_bars(report)
+    return report.finish()
 
 
 def run_points(points: Sequence, report: Report, deadline: float, measure: Callable[[object], None]) -> None:

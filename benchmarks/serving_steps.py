@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from report import replayed
 from torch import nn
 
 import fused_lora
-from fused_lora.testing.graphs import capture
 
 _SIDES = ("lora_A", "lora_B")
 _POOL, _STRIDE = 1 << 22, 7919  # random numbers that all adapters are windows of, and how far those lie apart
@@ -175,17 +175,10 @@ def steps(adapters: Adapters, point: StepPoint, ids: torch.Tensor, peft_up_to: i
 def _graph(call: Callable[[], torch.Tensor], stack: contextlib.ExitStack) -> Step:
     """``call`` as the replay of a CUDA graph, or itself where it cannot be captured."""
     try:
-        graph, result = capture(call)
+        return Step(replayed(call, stack), graphed=True)
     except RuntimeError:  # PEFT indexes with lists of this host: its step cannot be captured
         torch.cuda.synchronize()
         return Step(call)
-    stack.callback(graph.reset)
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return result
-
-    return Step(replay, graphed=True)
 
 
 def disagreement(trial: Trial) -> str | None:

@@ -294,12 +294,8 @@ typedef struct {
     int32_t last;
 } Pairs;
 
-/* The corrections of a strip, whose first element is the unit's number `start`. Behind the last column `differs` is 0.
- * Places are taken four at a time, those too many written over: a branch for each would be guessed wrong. */
+/* The corrections of a strip, whose first element is the unit's number `start`. Behind the last column `differs` is 0. */
 INLINE Pairs encode(int type, const Unit *strip, int64_t start, const void *xors, const uint8_t *differs, Pairs pairs) {
-    int32_t places[STRIP * WIDTH + 4];
-    uint32_t changes[STRIP * WIDTH + 4];
-    int64_t count = 0;
     for (int64_t i = 0; i < strip->h; i++)
         for (int64_t first = 0; first < strip->n; first += 64) {
             int64_t at = i * strip->pitch + first, place = start + i * strip->n + first, stop = strip->pitch - first;
@@ -308,24 +304,16 @@ INLINE Pairs encode(int type, const Unit *strip, int64_t start, const void *xors
                 memcpy(&eight, differs + at + j, 8);
                 found |= (eight * 0x0102040810204080u >> 56) << j;
             }
-            int64_t next = count;
-            count += __builtin_popcountll(found);
-            do {
-                for (int64_t m = 0; m < 4; m++, found &= found - 1) {
-                    int64_t j = __builtin_ctzll(found | (uint64_t)1 << 63);
-                    places[next + m] = (int32_t)(place + j), changes[next + m] = get(type, xors, at + j);
-                }
-                next += 4;
-            } while (next < count);
+            for (; found; found &= found - 1) {
+                int64_t j = __builtin_ctzll(found);
+                int32_t gap = (int32_t)(place + j) - pairs.last;
+                uint32_t x = get(type, xors, at + j);
+                pairs.last += gap;
+                for (; gap > 255; gap -= 255) *pairs.end++ = 255, *pairs.end++ = 0;
+                for (; x > 255; x >>= 8, gap = 0) *pairs.end++ = (uint8_t)gap, *pairs.end++ = (uint8_t)x;
+                *pairs.end++ = (uint8_t)gap, *pairs.end++ = (uint8_t)x;
+            }
         }
-    for (int64_t m = 0; m < count; m++) {
-        int32_t gap = places[m] - pairs.last;
-        uint32_t x = changes[m];
-        pairs.last = places[m];
-        for (; gap > 255; gap -= 255) *pairs.end++ = 255, *pairs.end++ = 0;
-        for (; x > 255; x >>= 8, gap = 0) *pairs.end++ = (uint8_t)gap, *pairs.end++ = (uint8_t)x;
-        *pairs.end++ = (uint8_t)gap, *pairs.end++ = (uint8_t)x;
-    }
     return pairs;
 }
 

@@ -1,6 +1,6 @@
 """Compile on this machine what a GPU machine would compile in its first minutes, and pack the binaries.
 
-    python tools/precompile.py fill --cache DIR [--target sm_90] [--only layers,smoke,launches,tests]
+    python tools/precompile.py fill --cache DIR [--target sm_90] [--only layers,smoke,launches,decode,tests]
     python tools/precompile.py pack --cache DIR CACHE.tar.xz
     python tools/precompile.py unpack CACHE.tar.xz          on the machine with the GPU, before the first launch
 
@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
@@ -29,13 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = "parts.jsonl"  # of each binary: its key, the parts of the key, the C source of its launcher
-# the tests of kernels that launch them by themselves
-TESTS = [
-    ROOT / "tests" / "kernels" / f"test_{name}.py"
-    for name in (
-        "lora_linear lora_backward lora_grad lora_expand merge merge_group grouped dropout sync descriptors".split()
-    )
-]
+TESTS = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
 MULTIPROCESSORS = 132
 
 
@@ -110,11 +105,16 @@ def ignore_results() -> None:
     """Nothing is computed, so no comparison can hold."""
     import torch
 
+    from fused_lora.kernels import corrections
     from fused_lora.ops import guard
-    from fused_lora.testing import interpreter, layers, numeric
+    from fused_lora.ops.merge import launch
+    from fused_lora.testing import interpreter, layers, numeric, smoke
 
     interpreter.install_shim = lambda *_, **__: None
+    corrections.totals_of = launch.totals_of = lambda records: [(0, 0, 0)] * len(records)  # each merge went well
+    corrections.Corrections.is_back = lambda _: True
     layers.LayerCase.check = guard.compare = lambda *_, **__: None
+    smoke.assert_merged = smoke.assert_no_worse = lambda *_, **__: None
     numeric.assert_no_worse = layers.assert_no_worse = torch.testing.assert_close = lambda *_, **__: None
     torch.equal = lambda *_: True
 
@@ -153,8 +153,14 @@ def fill_layers() -> None:
     for M, N, K, r, p, dtype, adapter_dtype in dict.fromkeys(shapes):
         for bias in (True, False):
             _layer(M, N, K, [r], [p], dtype, adapter_dtype, bias, every=bias)
-    for args in ((3000, 4096, 2048, [16, 3, 100], [0.1, 0.0, 0.5]), (40, 1024, 4096, [16], [0.0])):
+    two = (40, 1024, 4096, [16], [0.0]), (40, 256, 256, [16], [0.0])
+    for args in ((3000, 4096, 2048, [16, 3, 100], [0.1, 0.0, 0.5]), *two):
         _layer(*args, torch.bfloat16, torch.bfloat16, True, every=False)
+    # tests/gpu/test_runtime.py
+    rows = [(M, 1024) for M in (1, 40, 512, 600, 2048)] + [(M, 1040) for M in (41, 601, 2050)]
+    layers = [(M, 2048, K, [16], [p]) for (M, K), p in itertools.product(rows, (0.0, 0.5))]
+    for args in (*layers, (513, 64, 4096, [1], [0.5])):
+        _layer(*args, torch.bfloat16, torch.bfloat16, False, every=False)
 
 
 def _layer(M, N, K, ranks, dropout, dtype, adapter_dtype, bias, every) -> None:
@@ -184,20 +190,55 @@ def _layer(M, N, K, ranks, dropout, dtype, adapter_dtype, bias, every) -> None:
 
 
 def fill_launches() -> None:
-    """What bench_launches launches; a configuration that does not compile is a result there."""
+    """What bench_merge and bench_launches launch; a configuration that does not compile is a result in the latter."""
     import torch
+
+    from fused_lora.kernels import config, merge
+    from fused_lora.ops.merge import launch
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import bench_launches
+    import bench_merge
+
+    cpu = torch.device("cpu")
+    for name in bench_merge.DTYPES["cuda"]:
+        # as its shapes: multiples of the tiles
+        weights = bench_merge.Weights.draw(bench_merge.Point(128, 128, dtype=name), cpu)
+        for merger in bench_merge.mergers(weights).values():
+            merger.merge()
+            merger.unmerge()
+        dtype = weights.weight.dtype
+        tile = merge.default_tile(dtype, True, config.capability(cpu))
+        for how, even in itertools.product(("merge", "unmerge", "switch"), (True, False)):
+            launch._check_together(how, False, tile, dtype, cpu, even)  # a model's
 
     options = argparse.Namespace(shapes=None, rows=None)
     for point in bench_launches.points(options):
-        for name, config, call, *_ in bench_launches.launches(point, torch.device("meta")):
-            if config is not None:
+        for name, tiles, call, *_ in bench_launches.launches(point, torch.device("meta")):
+            if tiles is not None:
                 try:
                     call()
                 except Exception as error:  # whatever the compiler raises
-                    print(f"{name} {config}: {type(error).__name__}: {str(error)[:200]}")
+                    print(f"{name} {tiles}: {type(error).__name__}: {str(error)[:200]}")
+
+
+def fill_decode() -> None:
+    """What bench_decode launches."""
+    import torch
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import bench_decode
+
+    torch.nn.functional.linear = lambda x, W, bias=None: x.new_zeros(*x.shape[:-1], len(W))  # the base is not ours
+    decode = bench_decode.Decode(bench_decode.LLAMA_3_8B, torch.device("cpu"), torch.bfloat16)
+    with torch.no_grad():
+        for point in bench_decode.points(argparse.Namespace(rows=None)):
+            names, inputs, store = decode.names(point), decode.inputs(point.M), decode.stores[point.ranks]
+            with store.batch(names):
+                decode.served[point.ranks](*inputs)
+            buffers = store.row_buffers(point.M, point.D, max(bench_decode.RANKS[point.ranks]))
+            with store.batch_rows(names, [1] * point.M, buffers):
+                decode.served[point.ranks](*inputs)
 
 
 def fill_smoke() -> None:
@@ -207,7 +248,7 @@ def fill_smoke() -> None:
     from fused_lora.testing import smoke
 
     torch.set_num_threads(1)
-    for part in (smoke.layers, smoke.merges, smoke.grouped):
+    for part in smoke.PARTS:
         with contextlib.suppress(AssertionError, RuntimeError):  # of a record that was not written
             for line in part("cpu"):
                 print(line)
@@ -217,8 +258,10 @@ def fill_tests(capability: int) -> None:
     """What the kernels' own tests launch."""
     environment = os.environ | {"PRECOMPILE_CAPABILITY": str(capability), "PYTHONPATH": _path()}
     for path in TESTS:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "precompile", "-p", "no:cacheprovider", str(path)]
-        found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "precompile", "-p", "no:cacheprovider", "-m", "not slow"]
+        found = subprocess.run(
+            [*command, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
         print(path.stem, (found.stdout or found.stderr).strip().splitlines()[-1], flush=True)
 
 
@@ -236,7 +279,8 @@ def fill(arguments) -> None:
             return fill_tests(capability)
         install(capability)
         ignore_results()
-        return {"layers": fill_layers, "smoke": fill_smoke, "launches": fill_launches}[arguments.part]()
+        parts = {"layers": fill_layers, "smoke": fill_smoke, "launches": fill_launches, "decode": fill_decode}
+        return parts[arguments.part]()
     command = [sys.executable, __file__, "fill", "--cache", str(arguments.cache), "--target", arguments.target]
     running = [subprocess.Popen([*command, "--part", part]) for part in arguments.only.split(",")]
     codes = [process.wait() for process in running]
@@ -330,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     filling = commands.add_parser("fill")
     filling.add_argument("--target", default="sm_90")
-    filling.add_argument("--only", default="layers,smoke,launches,tests", help="parts, separated by commas")
+    filling.add_argument("--only", default="layers,smoke,launches,decode,tests", help="parts, separated by commas")
     filling.add_argument("--part", help=argparse.SUPPRESS)
     packing, unpacking = commands.add_parser("pack"), commands.add_parser("unpack")
     for command, run in ((filling, fill), (packing, pack), (unpacking, unpack)):

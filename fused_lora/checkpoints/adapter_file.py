@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Plan, path_text, read_checked
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import each_tensor, open_regular, read_header
-from fused_lora.checkpoints.stream import read_bytes
+from fused_lora.checkpoints.stream import read_tensor
 from fused_lora.modules.config import scaling
 
 _STACKS = 4  # lora_A and lora_B of two stacks, whose experts may take turns in a file
@@ -39,11 +39,8 @@ class AdapterFile:
 
     def tensor(self, key: str) -> Tensor:
         """The tensor under a key of the file, in its dtype, on the CPU. Safe in several threads."""
-        entry = self.plan.entries[key]
-        begin, size = self._data + entry.begin, entry.end - entry.begin
         # no seek: pieces of a merge are computed, and read from here, in several threads
-        data = read_bytes(self.plan.weights, self._file.fileno(), begin, size)
-        return data.view(entry.dtype).view(entry.shape)
+        return read_tensor(self.plan.weights, self._file.fileno(), self._data, self.plan.entries[key])
 
     def experts(self, path: str, field: str) -> Tensor:
         """lora_A [experts, r, K] or lora_B [experts, N, r], from PEFT's packing, [experts * r, K] and [N, r * experts].

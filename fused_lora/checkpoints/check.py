@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.checkpoints.changes import Change, Item, Rows, Segment, rows_of, small_change
 from fused_lora.checkpoints.files import Shard, read_shard
-from fused_lora.checkpoints.stream import read_bytes
+from fused_lora.checkpoints.stream import read_bytes, read_tensor
 from fused_lora.ops.merge import exact
 from fused_lora.ops.merge.exact import Adapter
 
@@ -62,10 +62,8 @@ def check_shard(source: Shard, path: str, items: Sequence[Item], checked: Checke
             elif change.kind == "merge":
                 _check_merge(files, change, checked)
             else:
-                was = read_bytes(
-                    source.path, old.fileno(), source.data + item.entry.begin, item.entry.end - item.entry.begin
-                )
-                files.expect(small_change(change, was.view(item.entry.dtype), item.entry.shape, item.dtype))
+                was = read_tensor(source.path, old.fileno(), source.data, item.entry)
+                files.expect(small_change(change, was, item.entry.shape, item.dtype))
 
 
 class _Pair:

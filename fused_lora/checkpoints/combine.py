@@ -18,11 +18,10 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.checkpoints.adapter_file import AdapterFile, Weighted, open_adapters
 from fused_lora.checkpoints.changes import CAST
 from fused_lora.checkpoints.factors import Parts, decompose, joined, largest_parts, layer_of
-from fused_lora.checkpoints.files import Shard, open_checkpoint
+from fused_lora.checkpoints.files import Report, open_checkpoint
 from fused_lora.checkpoints.inspect import check_sizes
 from fused_lora.checkpoints.names import is_embedding
 from fused_lora.checkpoints.output import check_new
-from fused_lora.checkpoints.stream import read_bytes
 from fused_lora.checkpoints.write import Beside, write_layers
 from fused_lora.modules.arguments import check_int
 from fused_lora.modules.config import LoraConfig, check_rank
@@ -33,17 +32,13 @@ METHODS += ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd
 
 
 @dataclass
-class NewAdapter:
+class NewAdapter(Report):
     """What was written: the folder, and of each layer its path, rank and the share of the squared norm that is kept
     (None where nothing was left out). ``left_out``: tensors that an adapter cannot hold."""
 
     out: str
     layers: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dict(vars(self))
 
 
 def combine_adapters(
@@ -161,7 +156,7 @@ def extract_adapter(
         other = new.tensors[name][1]
         if other.shape != entry.shape:
             raise AdapterError(new.tensors[name][0].path, name, f"a shape {list(entry.shape)}", list(other.shape))
-        if _same(_read(shard, name), _read(new.tensors[name][0], name)):
+        if _same(shard.read(name), new.tensors[name][0].read(name)):
             continue
         weight = name.endswith(".weight") and len(entry.shape) == 2 and not is_embedding(name)
         if weight and entry.dtype in CAST and other.dtype in CAST:
@@ -174,7 +169,7 @@ def extract_adapter(
 
     def make(path: str) -> tuple[Tensor, Tensor]:
         name = f"{path}.weight"
-        delta = _read(new.tensors[name][0], name).float() - _read(old.tensors[name][0], name).float()
+        delta = new.tensors[name][0].read(name).float() - old.tensors[name][0].read(name).float()
         parts, total = largest_parts(delta, shapes[path][0], draw), delta.double().square().sum().item()
         kept = parts.S.double().square().sum().item() / total if total else None
         report.layers.append({"path": path, "r": shapes[path][0], "kept": kept})
@@ -278,13 +273,6 @@ def _largest(tensor: Tensor, density: float, draw: torch.Generator) -> Tensor:
 
 def _dropped(tensor: Tensor, density: float, draw: torch.Generator) -> Tensor:
     return tensor * torch.bernoulli(torch.full_like(tensor, density), generator=draw) / density
-
-
-def _read(shard: Shard, name: str) -> Tensor:
-    entry = shard.header.entries[name]
-    with open(shard.path, "rb", buffering=0) as file:
-        data = read_bytes(shard.path, file.fileno(), shard.data + entry.begin, entry.end - entry.begin)
-    return data.view(entry.dtype).view(entry.shape)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

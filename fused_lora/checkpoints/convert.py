@@ -16,7 +16,7 @@ from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_B
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import EVERY, TensorEntry, open_regular, read_exactly, read_header
 from fused_lora.checkpoints.changes import CAST
-from fused_lora.checkpoints.files import open_checkpoint, read_json
+from fused_lora.checkpoints.files import Report, open_checkpoint, read_json
 from fused_lora.checkpoints.names import HEADS, Rename
 from fused_lora.checkpoints.output import check_new
 from fused_lora.checkpoints.write import Beside, write_layers, write_stacked
@@ -41,7 +41,7 @@ _WRAPPERS = re.compile(r"^(?:module|model\.base_model\.model|base_model\.model|_
 
 
 @dataclass
-class Converted:
+class Converted(Report):
     """What was written: the folder, {path of a layer: [r, alpha]}, {key of the source: path}, and whether a layer got
     its rank as alpha because nothing said another. stacked: paths of the parameters that single experts went into."""
 
@@ -50,10 +50,6 @@ class Converted:
     renamed: dict[str, str] = field(default_factory=dict)
     assumed: bool = False
     stacked: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dict(vars(self))
 
 
 def convert_adapter(

@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from fused_lora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME, path_text
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import (
@@ -23,6 +25,7 @@ from fused_lora.adapters.tensorfile import (
     read_exactly,
     read_header,
 )
+from fused_lora.checkpoints.stream import read_tensor
 from fused_lora.modules.names import some
 
 MODEL_CONFIG = "config.json"
@@ -31,6 +34,14 @@ _PART = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
 _MAX_JSON_BYTES = 64 << 20
 _MAX_SHARD_BYTES = 1 << 50
+
+
+class Report:
+    """What was done with files, or found in them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,11 @@ class Shard:
     def data(self) -> int:
         """Where the tensors' bytes begin."""
         return len(self.header.raw)
+
+    def read(self, name: str) -> Tensor:
+        """One of its tensors."""
+        with open(self.path, "rb", buffering=0) as file:
+            return read_tensor(self.path, file.fileno(), self.data, self.header.entries[name])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fused_lora.checkpoints.changes import Item, rows_of
 from fused_lora.checkpoints.check import adapters_of_rows, read_rows
 from fused_lora.checkpoints.experts import ranks_by_config
 from fused_lora.checkpoints.factors import decompose, effective_rank, layer_of, norm, product
-from fused_lora.checkpoints.files import Checkpoint, open_checkpoint
+from fused_lora.checkpoints.files import Checkpoint, Report, open_checkpoint
 from fused_lora.checkpoints.planning import Changes, plan_changes
 from fused_lora.modules.config import is_neutral
 from fused_lora.modules.names import some
@@ -29,7 +29,7 @@ _FACTORS, _DORA = "s B A", "c (W + s B A) - W"  # what a norm is of; c = magnitu
 
 
 @dataclass
-class AdapterReport:
+class AdapterReport(Report):
     """What an adapter holds.
 
     Attributes:
@@ -58,13 +58,9 @@ class AdapterReport:
     fits: bool | None = None
     why_not: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dict(vars(self))
-
 
 @dataclass
-class AdapterDiff:
+class AdapterDiff(Report):
     """How two adapters differ.
 
     Attributes:
@@ -86,10 +82,6 @@ class AdapterDiff:
     layers: list[dict[str, Any]]
     beside: list[str]
     same: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dict(vars(self))
 
 
 def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None = None) -> AdapterReport:

@@ -26,6 +26,7 @@ from fused_lora.checkpoints.check import Checked, check_shard
 from fused_lora.checkpoints.files import (
     MODEL_CONFIG,
     Checkpoint,
+    Report,
     Shard,
     json_bytes,
     open_checkpoint,
@@ -53,7 +54,7 @@ Progress = Callable[[int, int], Any]
 
 
 @dataclass
-class MergeReport:
+class MergeReport(Report):
     """What a merge or unmerge of files did, or with ``dry_run`` would do.
 
     Attributes:
@@ -72,10 +73,6 @@ class MergeReport:
     left_out: list[str] = field(default_factory=list)
     checked: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dict(vars(self))
 
 
 def merge_checkpoint(

@@ -17,7 +17,6 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import TensorEntry
 from fused_lora.bases import bitsandbytes_4bit, bitsandbytes_8bit, transformers_fp8
 from fused_lora.checkpoints.files import Checkpoint, Shard
-from fused_lora.checkpoints.stream import read_bytes
 
 _METHODS = ("bitsandbytes", "fp8")
 _STATE = ".quant_state.bitsandbytes__"
@@ -77,13 +76,6 @@ def check_dequantised(base: Checkpoint, packed: Mapping[str, Packed], dense: tup
             raise AdapterError(shard.path, name, expected, f"{entry.dtype} {list(entry.shape)}")
 
 
-def _read(tensors: Tensors, name: str) -> Tensor:
-    shard, entry = tensors[name]
-    with open(shard.path, "rb", buffering=0) as file:
-        data = read_bytes(shard.path, file.fileno(), shard.data + entry.begin, entry.end - entry.begin)
-    return data.view(entry.dtype).view(entry.shape)
-
-
 def _expect(tensors: Tensors, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
     """AdapterError unless there is such a tensor; its shape may have further ones."""
     if name not in tensors:
@@ -103,7 +95,7 @@ def _four_bits(tensors: Tensors, name: str, state: str) -> Packed:
     shard, entry = tensors[name]
     _check_bitsandbytes(shard, name)
     try:
-        about = json.loads(bytes(_read(tensors, state).view(torch.uint8).tolist()))
+        about = json.loads(bytes(tensors[state][0].read(state).view(torch.uint8).tolist()))
         (N, K), size, kind = about["shape"], about["blocksize"], about["quant_type"]
         inner = about["nested_blocksize"] if f"{name}.nested_absmax" in tensors else None
         offset = float(about["nested_offset"]) if inner else 0.0
@@ -126,7 +118,7 @@ def _four_bits(tensors: Tensors, name: str, state: str) -> Packed:
         _expect(tensors, parts[4], (256,), torch.float32)
 
     def reader() -> Reader:
-        held = {part.removeprefix(f"{name}."): _read(tensors, part).reshape(-1) for part in parts}
+        held = {part.removeprefix(f"{name}."): tensors[part][0].read(part).reshape(-1) for part in parts}
         scales = held["absmax"]
         if inner:
             of_scales = held["nested_quant_map"], held["nested_absmax"], inner, torch.tensor(offset)
@@ -150,11 +142,11 @@ def _eight_bits(tensors: Tensors, name: str, path: str) -> Packed:
     N, K = entry.shape
     _expect(tensors, f"{path}SCB", (N,), torch.float32)
     parts = [f"{path}SCB", *([f"{path}weight_format"] if f"{path}weight_format" in tensors else [])]
-    if len(parts) > 1 and int(_read(tensors, parts[1])) != 0:
-        raise AdapterError(shard.path, parts[1], "0, rows as they are", int(_read(tensors, parts[1])))
+    if len(parts) > 1 and int(tensors[parts[1]][0].read(parts[1])) != 0:
+        raise AdapterError(shard.path, parts[1], "0, rows as they are", int(tensors[parts[1]][0].read(parts[1])))
 
     def reader() -> Reader:
-        scales = _read(tensors, parts[0]).reshape(-1)
+        scales = tensors[parts[0]][0].read(parts[0]).reshape(-1)
         of_rows = bitsandbytes_8bit.values_of_rows
         return lambda data, first: of_rows(data.view(torch.int8).view(-1, K), scales[first:][: data.numel() // K])
 
@@ -175,7 +167,7 @@ def _fp8(tensors: Tensors, name: str, path: str, block: Any) -> Packed:
     others = [f"{path}{end}" for end in ("activation_scale", "input_scale") if f"{path}{end}" in tensors]
 
     def reader() -> Reader:
-        held, of_rows = _read(tensors, scales), transformers_fp8.values_of_rows
+        held, of_rows = tensors[scales][0].read(scales), transformers_fp8.values_of_rows
         return lambda data, first: of_rows(data.view(_FP8).view(-1, K), held, (rows, columns), first)
 
     return Packed((N, K), K, [scales, *others], reader)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import METADATA, TensorEntry, header_bytes, parse_json, write_all
 from fused_lora.checkpoints.files import Shard
-from fused_lora.checkpoints.stream import Piece, read_bytes, write_pieces
+from fused_lora.checkpoints.stream import Piece, read_bytes, read_tensor, write_pieces
 from fused_lora.ops.merge.blocks import Scales, Units
 from fused_lora.ops.merge.op import Factors, take_rows_
 
@@ -138,8 +138,7 @@ def _work(
         held = record.header.entries.get(key)
         if held is None:
             return None
-        data = read_bytes(record.path, file, record.data + held.begin, held.end - held.begin)
-        return data.view(held.dtype).view(held.shape)
+        return read_tensor(record.path, file, record.data, held)
 
     def work(data: Tensor) -> tuple[Tensor, None]:
         left, notes, corrections, copy = (tensor(f"{at}.{part}") for part in _PARTS)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.tensorfile import TensorEntry
 from fused_lora.ops import native
 
 PIECE_BYTES = 4 << 20  # of a piece that is computed
@@ -108,6 +109,11 @@ def read_bytes(path: str, file: int, begin: int, size: int) -> Tensor:
     data = torch.empty(size, dtype=torch.uint8)
     fill(path, file, begin, data)
     return data
+
+
+def read_tensor(path: str, file: int, data: int, entry: TensorEntry) -> Tensor:
+    """A tensor of an open safetensors file, whose tensors begin at byte ``data``."""
+    return read_bytes(path, file, data + entry.begin, entry.end - entry.begin).view(entry.dtype).view(entry.shape)
 
 
 def fill(path: str, file: int, begin: int, data: Tensor) -> None:

@@ -290,18 +290,15 @@ def _lora_module(text: str) -> tuple[str, str]:
     return name, path
 
 
-def _count(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
+def _count(text: str, least: int = 1, most: float = math.inf, expected: str = "a whole number, at least 1") -> int:
+    value = int(text) if text.isascii() and text.isdigit() else -1
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return value
 
 
 def _port(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else -1
-    if not 0 <= value < 1 << 16:
-        raise argparse.ArgumentTypeError(f"expected 0 to 65535, got {text!r}")
-    return value
+    return _count(text, 0, (1 << 16) - 1, "0 to 65535")
 
 
 def _seconds(text: str) -> float:

@@ -66,7 +66,7 @@ def examine(device: torch.device) -> Iterator[tuple[str, Any]]:
         path |= {"forward": plan.forward.variant, "backward": plan.backward.variant}
         path["CPU loops"] = native.describe()
         yield "path", path | {name: os.environ.get(name) for name in SWITCHES}
-        parts = (smoke.layers, smoke.merges, smoke.grouped) if kernels else (operators, smoke.merges)
+        parts = smoke.PARTS if kernels else (operators, smoke.merges)
         checks: dict[str, object] = {}
         for part in parts:
             name = part.__name__

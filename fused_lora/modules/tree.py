@@ -94,3 +94,11 @@ def parent_of(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, s
     if held is not modules[path]:
         raise RuntimeError(f"{path!r} is wrapped by a {type(held).__name__} of its own, which must be taken off first")
     return holder, name
+
+
+def held_parts(module: Any) -> tuple[Any, Any]:
+    """lora_A and lora_B by adapter name: of an embedding those that it has as parameters."""
+    parts = module._modules
+    if parts.get("lora_embedding_A"):
+        return parts["lora_embedding_A"], parts["lora_embedding_B"]
+    return parts.get("lora_A", {}), parts.get("lora_B", {})

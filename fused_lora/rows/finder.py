@@ -120,6 +120,8 @@ class Entries(NamedTuple):
 
     def _rows_of(self, tensor: Tensor) -> int | None:
         dim = next((d for d, size in enumerate(tensor.shape) if size != 1), tensor.dim() - 1)
+        if self.count == 1 and dim > 0 and dim == tensor.dim() - 1 and tensor.shape[dim] != 1:
+            dim -= 1  # one row of features
         return dim if dim >= 0 and tensor.shape[dim] == self.count else None
 
 

@@ -14,6 +14,7 @@ from fused_lora.modules.names import likely_rename, some
 from fused_lora.serving.store import AdapterStore
 from fused_lora.testing.numeric import assert_close
 from helpers.adapter_corpus import CASES, Case, P, good_tensors, llama, pair
+from helpers.thorough import sampled
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 SOUND = [name for name, case in CASES.items() if case.refused is None]
@@ -85,7 +86,10 @@ DOORS = {
     "store.register, then probe": by_probe,
     "fused-lora serve --adapters": by_server,
 }
-each_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+each_door = pytest.mark.parametrize(
+    "case, door",
+    sampled([pytest.param(case, door, id=f"{case}-{name}") for case in REFUSED for name, door in DOORS.items()], 2),
+)
 
 # whoever calls what reads an adapter; all of them are behind one of the doors, or give tensors to no model
 READERS = {"read_checked", "from_folder", "check_folder", "from_tensors", "live_adapter"}
@@ -128,7 +132,6 @@ def test_sound_adapters_give_what_peft_gives(tmp_path, case):
 
 
 @each_door
-@pytest.mark.parametrize("case", REFUSED)
 def test_others_are_refused_with_key_and_reason(tmp_path, case, door):
     model = CASES[case].model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -140,7 +143,6 @@ def test_others_are_refused_with_key_and_reason(tmp_path, case, door):
 
 
 @each_door
-@pytest.mark.parametrize("case", REFUSED)
 def test_a_part_of_them_only_where_it_is_asked_for(tmp_path, case, door):
     (tmp_path / "all").mkdir()
     folder = CASES[case].write(tmp_path / "all" / "a")

@@ -96,7 +96,7 @@ def test_what_is_allocated_and_not_as_computed_is_wrong(bench, tmp_path, monkeyp
         return bench.computed(point, provider)[1] + next(more), 1 << 20
 
     monkeypatch.setattr(bench, "allocated", allocated)
-    bench.measure(point, report, importlib.import_module("report").Table(bench.COLUMNS))
+    bench.measure(point, report, importlib.import_module("report").Table(bench.COLUMNS), None)
     assert [(row["provider"], row["correct"]) for row in report.rows] == [("PEFT", True), ("fused_lora", False)]
 
 

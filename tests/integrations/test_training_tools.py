@@ -214,7 +214,9 @@ def test_inductor_uses_one_mask_in_forward_and_backward(route):
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"bf16": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3},
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}, marks=pytest.mark.thorough
+        ),
     ],
     ids=["plain", "accumulation", "checkpointing", "reentrant", "bf16", "compile"],
 )

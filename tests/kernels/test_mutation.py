@@ -267,7 +267,7 @@ def same_bits(left, right):
     )
 
 
-@pytest.mark.parametrize(("module", "kernel", "what", "position"), sampled(cases(), 5))
+@pytest.mark.parametrize(("module", "kernel", "what", "position"), sampled(cases(), 8))
 def test_every_lost_mask_is_missed(module, kernel, what, position, tmp_path, monkeypatch):
     path = tmp_path / "mutant.py"
     path.write_text(mutate(inspect.getsource(module), kernel, what, position), encoding="utf-8")

@@ -147,7 +147,7 @@ def test_float64_under_autocast_is_not_remembered(recalled):
 
 
 @pytest.mark.parametrize(
-    "base, x_dtype", sampled([("dense", torch.float32), ("dense", BF16), ("nf4", torch.float32)], 2)
+    "base, x_dtype", sampled([("dense", torch.float32), ("dense", BF16), ("nf4", torch.float32)], 3)
 )
 def test_on_a_gpu_remembered_adapters_take_the_autocast_dtype(base, x_dtype, device, kernels_on, recalled):
     layer = layers(model(base, "fused_lora"))[0].to(device)

@@ -270,10 +270,10 @@ def test_an_fp32_library_plan_that_is_off_by_more_than_tf32_is_dropped(result, d
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
-def test_library_products_in_tf32_drop_no_grouped_kernel(outputs):
+def test_library_products_in_tf32_drop_no_grouped_kernel(outputs, device):
     """What they are tried against is exact, whatever the library multiplies in."""
-    tables = AdapterTables(*torch.zeros(4, outputs, 1), torch.float32, max_rank=20)
+    tables = AdapterTables(*torch.zeros(4, outputs, 1, device=device), torch.float32, max_rank=20)
     rows = GroupLayout(max_rows=16, max_groups=1, group_size=2)
-    rows = rows.views(torch.from_numpy(build_metadata(rows, np.zeros(16, int), [[(0, 1.0)]])))
+    rows = rows.views(torch.from_numpy(build_metadata(rows, np.zeros(16, int), [[(0, 1.0)]])).to(device))
     with TF32():
-        assert grouped_kernel._check(tables, rows, torch.float32, torch.device("cpu")) is None
+        assert grouped_kernel._check(tables, rows, torch.float32, device) is None

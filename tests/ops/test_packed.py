@@ -200,7 +200,7 @@ ADAPTERS = [(False, (3,), (0.0,)), (True, (3, 20), (0.0, 0.5))]
 READ = [(*few, *ADAPTERS[(i + j) % 2]) for i, few in enumerate(FEW) for j in (0, 1)]
 
 
-@pytest.mark.parametrize("kind, few, nested, ranks, dropout", sampled(READ, 2), ids=str)
+@pytest.mark.parametrize("kind, few, nested, ranks, dropout", sampled(READ, 3), ids=str)
 def test_few_rows_read_4_bits(kind, few, nested, ranks, dropout, device, kernels_on, kernel_memory):
     (M, K, blocksize, x_dtype, dtype), N = kind, 40
     x, _, bias, A, B, s, p = arguments(N, K, M, x_dtype, dtype, ranks, dropout, device=device)

@@ -18,6 +18,7 @@ from helpers.seeds import shifted
 from helpers.thorough import sampled
 
 FP32 = torch.float32
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PAIRS = [("recompute", "passes"), ("split", "passes"), ("split", "library"), ("library", "library")]
 
 
@@ -69,7 +70,7 @@ def combinations():
                     yield (forward, backward), dtypes, case
 
 
-@pytest.mark.parametrize("pair, dtypes, case", sampled(combinations(), 2))
+@pytest.mark.parametrize("pair, dtypes, case", sampled(combinations(), 4))
 def test_gradients_through_the_kernels(case, dtypes, pair, device, ran, monkeypatch):
     dtype, adapter_dtype = (getattr(torch, d) for d in dtypes)
     size, ranks, dropout = case
@@ -245,8 +246,7 @@ def test_choose_is_total_and_names_what_exists():
     assert plan.choose("linear", 8192, 4096, 16, bf16, True, False, 1, 0) == "eager"
 
 
-@pytest.mark.parametrize("fan_in_fan_out", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fan_in_fan_out, dtype", sampled(itertools.product([False, True], FLOATS), 2))
 def test_merge_and_unmerge_by_the_kernel(dtype, fan_in_fan_out, device, kernels_on):
     from fused_lora.ops.merge import op as merge
 

@@ -14,9 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fused_lora import reference
 from fused_lora.functional import lora_linear, lora_term
 from fused_lora.ops import guard
-from fused_lora.ops.linear import eager, launch
+from fused_lora.ops.linear import eager, launch, plan
 from fused_lora.ops.linear.op import draw_seeds
-from fused_lora.ops.term import plan
 from fused_lora.ops.term.op import _lora_term, _lora_term_backward
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
@@ -440,7 +439,7 @@ def test_kernels_are_as_exact_as_peft(dtypes, size, dropout, device, kernels_on,
         warnings.simplefilter("error")
         found = draw(dtypes, size, [8, 3][: len(dropout)], list(dropout), device)
     check_one(found, size, 11)
-    assert {key[0] for key in guard.verdicts()} == {"term", "term backward"} and all(guard.verdicts().values())
+    assert {key[0] for key in guard.verdicts()} == {"term", "backward"} and all(guard.verdicts().values())
 
 
 def test_kernels_add_a_bias_and_take_strides(device, kernels_on, kernel_memory):
@@ -468,7 +467,7 @@ def test_a_kernel_that_is_off_is_dropped_before_its_first_use(part, device, kern
         return lambda *a: (run(*a)[0] * 1.01, *run(*a)[1:])
 
     monkeypatch.setattr(launch, part, off)
-    with pytest.warns(UserWarning, match="term.*is dropped.*result 0 is off"):
+    with pytest.warns(UserWarning, match="(term|backward).*is dropped.*result 0 is off"):
         found = draw((F32, F32, F32), (40, 33, 17), [4], [0.1], device)
     check_one(found, (40, 33, 17), 4)
     assert sorted(guard.verdicts().values()) == [False, True]
@@ -482,7 +481,7 @@ def test_what_a_plan_launches_is_compiled_ahead(dtype, adapter_dtype, device, ke
     listed = {op: {c for c, _, u in candidates(op, dtype, 90) if u == upcast} for op in ("shrink", "expand")}
     for M, K, r, p in itertools.product((1, 20, 70, 8192), (64, 16384), (8, 40, 100), (0.0, 0.1)):
         case = plan.Case(M, 4096, K, device, dtype, ((r, adapter_dtype, adapter_dtype),), (p,), None)
-        chosen = plan._plan(case)
+        chosen = plan.planned("term", case, case.outputs, case.inputs)
         for op, config in (("expand", chosen.product), ("shrink", chosen.shrink)):
             assert replace(config, SPLIT_K=min(config.SPLIT_K, 2)) in listed[op], (M, K, r, p)
 

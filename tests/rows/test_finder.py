@@ -348,6 +348,16 @@ def test_threads_follow_their_own_calls(kind):
             assert (out[i] - want).abs().max() <= 1e-4 * want.abs().max()
 
 
+@pytest.mark.parametrize(
+    "shape, rows, dim",
+    [((1, K), 1, 0), ((1, 1, K), 1, 1), ((1, 1), 1, 1), ((5, 1, K), 5, 0), ((1, 5, K), 5, 1), ((1, K), 5, None)],
+    ids=str,
+)
+def test_the_dimension_of_packed_rows(shape, rows, dim):
+    """Of one row, too, whose features are the first dimension that is not 1."""
+    assert finder.Entries(rows, packed=True).marks(nn.Identity(), [("x", torch.zeros(shape))]) == (rows, [dim])
+
+
 def test_packed_rows_are_followed_too():
     at = Door("store", Model(lambda block, x: block.up(x)))
     x = torch.randn(1, 5, K)

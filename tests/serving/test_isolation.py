@@ -49,7 +49,7 @@ def config(**changes):
     return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+@pytest.fixture(scope="module", params=["sdpa", pytest.param("eager", marks=pytest.mark.thorough)])
 def attention(request):
     return request.param
 

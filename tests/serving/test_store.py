@@ -741,7 +741,7 @@ def test_arena_blocks_never_overlap_and_join_when_freed(grow):
     for block, _ in blocks:
         arena.free(block)
     assert arena.used == 0
-    assert arena.largest_hole == max(map(len, arena._chunks))
+    assert arena._free == [[(0, len(chunk))] for chunk in arena._chunks]
     with pytest.raises(RuntimeError, match="free already"):
         arena.free(blocks[0][0])
 

@@ -172,11 +172,11 @@ def test_the_record_is_of_this_code_in_every_dtype():
 
 @pytest.mark.slow
 def test_a_sample_is_what_the_record_says(tmp_path):
-    """Every 149th case of every chip, compiled anew: the record of unchanged code is of this code."""
+    """Every 307th case of every chip, compiled anew: the record of unchanged code is of this code."""
     code = (
         "import sys; from compile_report import report;"
         "from compile_report.compiling import CHIPS, cases, compile_batch;"
-        "results = {n: compile_batch(cases(chip.capability)[5::149], n) for n, chip in CHIPS.items()};"
+        "results = {n: compile_batch(cases(chip.capability)[5::307], n) for n, chip in CHIPS.items()};"
         "from pathlib import Path; recorded = report.read_results(Path(sys.argv[1]));"
         "same = [r == recorded[n][label] for n, known in results.items() for label, r in known.items()"
         " if r['key'] == recorded.get(n, {}).get(label, {}).get('key')];"
@@ -184,4 +184,4 @@ def test_a_sample_is_what_the_record_says(tmp_path):
     )
     done = run_python(code, str(report.RESULTS), TRITON_CACHE_DIR=str(tmp_path))
     number, other, *found = done.stdout.split(maxsplit=2)
-    assert int(number) >= 10 and other == "0" and not found, found
+    assert int(number) >= 5 and other == "0" and not found, found

@@ -69,6 +69,47 @@ precompile.fill_tests(90)
     assert (tmp_path / "parts.jsonl").stat().st_size > 0
 
 
+def test_filling_goes_on_after_a_merge(tmp_path):
+    """Nothing is computed; still each merge is followed by its switch and unmerge, in every dtype."""
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import triton.compiler
+triton.compiler.compile = lambda *_, **__: None
+import precompile
+precompile.install(90)
+precompile.ignore_results()
+from fused_lora.testing import smoke
+smoke.PARTS = smoke.merges, smoke.switches
+precompile.fill_smoke()
+"""
+    found = run("-c", code, str(TOOL.parent), cache=tmp_path)
+    assert found.returncode == 0 and len(found.stdout.splitlines()) == 9, found.stdout + found.stderr
+
+
+def test_a_decode_step_is_filled_as_a_gpu_launches_it(tmp_path):
+    """The store of a CPU would keep its adapters in fp32."""
+    pytest.importorskip("peft")
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import triton.compiler
+triton.compiler.compile = lambda src, **_: print(src.name, *src.constants.values())
+import precompile
+precompile.install(90)
+precompile.ignore_results()
+sys.path.insert(0, str(precompile.ROOT / "benchmarks"))
+import bench_decode
+bench_decode.LLAMA_3_8B = [(48, (40, 32)), (40, (48,))]
+precompile.fill_decode()
+"""
+    found = run("-c", code, str(TOOL.parent), cache=tmp_path)
+    assert found.returncode == 0, found.stderr
+    launched = [line for line in found.stdout.splitlines() if line.startswith("_grouped")]
+    assert {line.split()[0] for line in launched} == {"_grouped_shrink_kernel", "_grouped_expand_kernel"}
+    assert all("bf16" in line and "fp32" not in line for line in launched)
+
+
 def test_a_cache_of_another_release_is_refused(tmp_path):
     import io
     import json

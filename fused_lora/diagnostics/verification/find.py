@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from fused_lora.bases import base_of
 from fused_lora.diagnostics.verification.experts import ExpertsLayer, Stack, stack_of
-from fused_lora.diagnostics.verification.layers import Layer, held_parts
+from fused_lora.diagnostics.verification.layers import Layer
 from fused_lora.modules.names import some
+from fused_lora.modules.tree import held_parts
 
 
 def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:

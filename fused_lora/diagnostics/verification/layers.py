@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fused_lora.bases import base_of
 from fused_lora.bases.base import Factors
 from fused_lora.modules.embedding import embed_scale
+from fused_lora.modules.tree import held_parts
 from fused_lora.ops.merge.exact import Adapter
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -233,14 +234,6 @@ def unchanged(base: Any) -> Iterator[Callable[[], None]]:
         yield put_back
     finally:
         put_back()
-
-
-def held_parts(module: Any) -> tuple[Any, Any]:
-    """lora_A and lora_B by adapter name: of an embedding those that it has as parameters."""
-    parts = module._modules
-    if parts.get("lora_embedding_A"):
-        return parts["lora_embedding_A"], parts["lora_embedding_B"]
-    return parts.get("lora_A", {}), parts.get("lora_B", {})
 
 
 def _attributes(module: nn.Module) -> dict:

@@ -182,13 +182,10 @@ def _recalled(runs: dict, x, weight, bias, lora_A, lora_B, scaling, dropout) -> 
 
 
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
-    dtype = _autocast_dtype(x)
-    check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, dtype)
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        lora_A, lora_B = _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype)
+    check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, _autocast_dtype(x))
+    arguments = _cast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     with torch.autocast(x.device.type, enabled=False):
-        return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+        return _direct(*arguments)
 
 
 def _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
@@ -235,22 +232,23 @@ def _(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
     return y, x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_A)), dtype=cpu.shrink_dtype(x, lora_A))
 
 
-def _gradients(alike, g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
+def _gradients(alike, dtype, g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
     """dx, dA, dB, dW, db with None for what is not needed; ``needs`` as for :func:`_keep`.
 
-    alike: of the :class:`plan.Forward` that this is the backward of, None for another's.
+    alike: of the :class:`plan.Forward` that this is the backward of, None for another's. weight: None for the gradients
+    of a LoRA term. dtype: x's, where it is not that of g.
     """
     n = len(lora_A)
-    need_x, need_A, need_B = needs[0], needs[1 : n + 1], needs[n + 1 : -2]
-    if not isinstance(weight, Tensor) and g.device.type == guard.DEVICE:
+    if not isinstance(weight, Tensor) and weight is not None and g.device.type == guard.DEVICE:
         weight = weight.to(g.dtype)
-    rows = g.new_empty((g.shape[0], weight.shape[1])) if x is None else x
+    rows = g.new_empty((g.shape[0], lora_A[0].shape[1]), dtype=dtype) if x is None else x
     run = None
     if alike is not None and alike.entries and (g.data_ptr() | rows.data_ptr()) % 16 == 0:
         run = alike.find(g, rows, weight, *lora_A, *lora_B)
     if run is None:
         run = plan.backward(g, rows, weight, lora_A, lora_B, scaling, dropout, tuple(needs), alike)
-    found = run(g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, *needs[-2:])
+    wanted = needs[0], needs[1 : n + 1], needs[n + 1 : -2], *needs[-2:]
+    found = run(g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, *wanted)
     return found if found[-1] is None else (*found[:-1], found[-1].to(bias_dtype))
 
 
@@ -269,7 +267,7 @@ def _lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     arguments = g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs
-    dx, dA, dB, dW, db = _gradients(None, *arguments)
+    dx, dA, dB, dW, db = _gradients(None, None, *arguments)
     return [t for t in (dx, *dA, *dB, dW, db) if t is not None]
 
 
@@ -290,7 +288,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _keep(ctx, call, x, weight, lora_A, lora_B, seeds, S) -> None:
-    """For the backward; ``call`` ends with one flag per tensor: x, n times lora_A, n times lora_B, weight, bias."""
+    """For the backward; ``call`` ends with one flag per tensor: x, n times lora_A, n times lora_B, weight, bias.
+
+    weight: None of a LoRA term.
+    """
     n, needs = call[0], call[-1]
     ctx.call, ctx.materialize_grads = call, False
     keep_x = x if plan.keeps_x(n, needs) else None
@@ -308,19 +309,20 @@ def _backward(ctx, g, _):
     n = ctx.call[0]
     if g is None:
         return (None, None, None, [None] * n, [None] * n, None, None, None)
-    dx, dA, dB, dW, db = _all_gradients(ctx, g, None, _by_operator)
+    dx, dA, dB, dW, db = _all_gradients(ctx, g, None, partial(_by_operator, _lora_linear_backward))
     return dx, dW, db, dA, dB, None, None, None
 
 
-def _by_operator(*arguments):
+def _by_operator(operator, *arguments):
+    """The arguments and the results of :func:`_gradients`, by an operator that returns what is needed alone."""
     n, needs = len(arguments[3]), arguments[-1]
-    found = iter(_lora_linear_backward(*arguments))
+    found = iter(operator(*arguments))
     dx, *rest, dW, db = (next(found) if need else None for need in needs)
     return dx, rest[:n], rest[n:], dW, db
 
 
-def _all_gradients(ctx, g, g_S, gradients, dtype: torch.dtype | None = None):
-    """dx, dA, dB, dW, db with None for what is not needed, by ``gradients`` where nobody follows its operations.
+def _all_gradients(ctx, g, g_S, compute, dtype: torch.dtype | None = None):
+    """dx, dA, dB, dW, db with None for what is not needed, by ``compute`` where nobody follows its operations.
 
     g_S: gradient of S, which second derivatives have; either of g and g_S may be None. dtype: as of
     :class:`plan.Forward`.
@@ -333,11 +335,11 @@ def _all_gradients(ctx, g, g_S, gradients, dtype: torch.dtype | None = None):
         if all_A is not None:
             A, B = all_A, [B if saved is None else saved for B, saved in zip(all_B, B, strict=True)]
     if x is not None and x.dim() != 2:
-        x = x.reshape(S.shape[0], weight.shape[1])
+        x = x.reshape(S.shape[0], x.shape[-1])
     if g_S is None and not (torch.is_grad_enabled() or is_batched(g)):
         if g.is_neg():  # a kernel would not see the sign
             g = g.resolve_neg()
-        return gradients(g, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs)
+        return compute(g, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs)
     # create_graph, or a batch of gradients
     with torch.autocast(S.device.type, enabled=False):
         found = double_backward.lora_linear_backward(
@@ -365,23 +367,28 @@ def _as_autocast(adapters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Ten
     return [t.to(dtype) if t.device.type == guard.DEVICE else t for t in adapters]
 
 
-def _register_autocast(device_type: str, key: str) -> None:
+def _cast(x, weight, bias, lora_A, lora_B, *others):
     """Under autocast x and W take its dtype, as in F.linear, and on CUDA the adapters; their gradients keep theirs."""
+    dtype = _autocast_dtype(x)
+    if dtype is None:
+        return x, weight, bias, lora_A, lora_B, *others
+    return x.to(dtype), weight.to(dtype), bias, _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype), *others
 
-    def forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
-        dtype = _autocast_dtype(x)
-        with torch.autocast(device_type, enabled=False):
-            if dtype is not None:
-                x, weight = x.to(dtype), weight.to(dtype)
-                lora_A, lora_B = _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype)
-            return _lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
 
-    def backward(*args):
-        with torch.autocast(device_type, enabled=False):
-            return _lora_linear_backward(*args)
+def _register_autocast(name: str, forward, backward, cast) -> None:
+    """``cast`` the arguments of an operator of this package under autocast, and run it and its backward without."""
 
-    _library.impl("lora_linear", forward, key)
-    _library.impl("lora_linear_backward", backward, key)
+    def outside(device_type: str, operator, cast):
+        def call(*arguments):
+            arguments = cast(*arguments)
+            with torch.autocast(device_type, enabled=False):
+                return operator(*arguments)
+
+        return call
+
+    for device_type, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
+        _library.impl(name, outside(device_type, forward, cast), key)
+        _library.impl(f"{name}_backward", outside(device_type, backward, lambda *arguments: arguments), key)
 
 
 def _outside_autocast(backward):
@@ -421,7 +428,7 @@ class _Direct(torch.autograd.Function):
         rows = run.rows
         if g is not None and rows is not None:
             g = g.reshape(rows[0], g.shape[-1])
-        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, partial(_gradients, run.alike), run.dtype)
+        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, partial(_gradients, run.alike, None), run.dtype)
         if dx is not None and rows is not None:
             dx = dx.reshape(*run.shape[:-1], rows[1])
         return (None, None, None, dx, *dA, *dB) if run.frozen else (None, None, None, dx, *dA, *dB, dW, db)
@@ -440,5 +447,4 @@ _RUNS, _NUMBERS = 256, 8  # of a layer: numbers of rows; scalings and dropouts, 
 _is_tracing = torch._C._is_tracing
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _library = torch.library.Library("fused_lora", "FRAGMENT")
-_register_autocast("cuda", "AutocastCUDA")
-_register_autocast("cpu", "AutocastCPU")
+_register_autocast("lora_linear", _lora_linear, _lora_linear_backward, _cast)

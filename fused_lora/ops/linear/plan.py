@@ -73,7 +73,7 @@ def choose(
     capability: int,
     whole: bool = True,
 ) -> str:
-    """The variant of ``op`` ("linear", "linear_4bit" or "backward") at M rows and a contraction of K.
+    """The variant of ``op`` ("linear", "linear_4bit", "term" or "backward") at M rows and a contraction of K.
 
     capability: 10 * major + minor of an NVIDIA chip, 0 for any other. upcast: adapters wider than x. whole: all
     gradients of x and of the adapters are wanted.
@@ -82,6 +82,7 @@ def choose(
         "linear": "recompute" (one launch), "split" (shrink, then a GEMM with the expand in it), "library" (shrink,
         expand, then the library's GEMM adds to it) or "eager".
         "linear_4bit", for the few rows of :func:`reads_4_bits`: "recompute", "split" or "eager".
+        "term", onto a y that is there: "library" without the GEMM, or "eager".
         "backward": "passes" (one over g, one over x, then the library's GEMM), "library" (shrink, expand, the library's
         GEMM, weight gradients) or "eager".
     """
@@ -89,6 +90,8 @@ def choose(
 
     if capability < 80:
         return "eager"  # untried chips keep to the library
+    if op == "term":
+        return "library"
     if op == "backward":
         return "passes" if whole and adapters == 1 and r <= PASS_RANKS else "library"
     variant = variants(M, r, dtype, dropout, upcast, adapters, op == "linear_4bit")[-1]
@@ -256,7 +259,7 @@ def _prepare_4bit(chosen, x, weight, *others) -> Callable:
 def backward(
     g: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     lora_A: Sequence[torch.Tensor],
     lora_B: Sequence[torch.Tensor],
     scaling: Sequence[float],
@@ -266,16 +269,16 @@ def backward(
 ) -> Callable:
     """What computes (dx, dA, dB, dW, db), with the signature of ``eager.lora_linear_backward``.
 
-    g [M, N], x [M, K]; needs: one flag for x, each lora_A, each lora_B, weight and bias. alike: keeps what is found for
-    tensors at multiples of 16 bytes.
+    g [M, N], x [M, K]; needs: one flag for x, each lora_A, each lora_B, weight and bias. weight: None for the gradients
+    of the LoRA term alone. alike: keeps what is found for tensors at multiples of 16 bytes.
     """
-    if g.device.type != guard.DEVICE:
+    if g.device.type != guard.DEVICE or (weight is None and x.dtype != g.dtype):
         return eager.lora_linear_backward
-    tensors = g, x, weight, *lora_A, *lora_B
+    tensors = (g, x, *lora_A, *lora_B) if weight is None else (g, x, weight, *lora_A, *lora_B)
     key = layout(*tensors), needs, *scaling, *dropout
     found = kept.get(key)
     if found is None:
-        found = keep(key, _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs))
+        found = keep(key, _backward(g, x, weight, lora_A, lora_B, dropout, needs))
     if alike is not None and key[0][0]:
         alike.keep(found, tensors)
     return found
@@ -290,7 +293,7 @@ def forget() -> None:
 def layout(*tensors: torch.Tensor) -> tuple:
     """All that a launch depends on, but for where the data is; of that, whether descriptors can address it."""
     aligned = (tensors[0].data_ptr() | tensors[1].data_ptr()) % 16 == 0
-    # learns, written out: an operator asks for it in every call
+    # as learns, written out: an operator asks for it in every call
     return aligned, *[
         (t.requires_grad and not t.is_inference(), t.shape, t.stride(), t.dtype, t.device) for t in tensors
     ]
@@ -309,26 +312,27 @@ def keep(key: tuple, found: Kept) -> Kept:
     return found
 
 
-def _case_of(x, weight, bias, lora_A, lora_B, dropout) -> Case:
-    """All that a plan depends on; ``x`` is the gradient of y in the backward."""
-    four_bit, (N, K) = isinstance(weight, FourBit), weight.shape
+def _case_of(rows, N, K, bias, lora_A, lora_B, dropout, weight=None) -> Case:
+    """All that a plan depends on; ``rows`` are x, or the gradient of y in the backward."""
+    four_bit = isinstance(weight, FourBit)
     return Case(
-        x.shape[0],
+        rows.shape[0],
         N,
         K,
-        x.device,
-        x.dtype,
+        rows.device,
+        rows.dtype,
         tuple([(A.shape[0], A.dtype, B.dtype) for A, B in zip(lora_A, lora_B, strict=True)]),
         tuple(dropout),
         None if bias is None else bias.dtype,
-        x.stride(1) == 1,
-        four_bit or weight.stride(1) == 1,
+        rows.stride(1) == 1,
+        weight is None or four_bit or weight.stride(1) == 1,
         weight.nested is not None if four_bit else None,
     )
 
 
 def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout) -> Callable:
-    call = _case_of(x, weight, bias, lora_A, lora_B, dropout)
+    N, K = weight.shape
+    call = _case_of(x, N, K, bias, lora_A, lora_B, dropout, weight)
     op, prepare, otherwise = "linear", kernel.lora_linear, eager.lora_linear
     if call.nested is not None:
         op, prepare, otherwise = "linear_4bit", _prepare_4bit, _dequantised
@@ -346,8 +350,8 @@ def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout) -> Callable:
     return prepared((op, chosen, case), prepare, otherwise, check)
 
 
-def _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs) -> Callable:
-    call = _case_of(g, weight, None, lora_A, lora_B, dropout)
+def _backward(g, x, weight, lora_A, lora_B, dropout, needs) -> Callable:
+    call = _case_of(g, g.shape[1], x.shape[1], None, lora_A, lora_B, dropout, weight)
     chosen = planned("backward", call, call.inputs, call.outputs, all(needs[:-2]))
     if chosen.variant == "eager":
         return eager.lora_linear_backward
@@ -357,11 +361,12 @@ def _backward(g, x, weight, lora_A, lora_B, scaling, dropout, needs) -> Callable
         x, W, _, A, B, scaling, p, seeds = small_case(case)
         y, S = reference.lora_linear(x, W, None, A, B, scaling, p, seeds)
         g, needed = y.to(x.dtype), [True] * len(A)
+        # with W for a term, too: those of the small layer cancel, and dS rounded to 16 bits would be most of dx
         args = g, x, W, A, B, S.float(), scaling, p, seeds, True, needed, needed, False, False
         dx, dA, dB, _, _ = kernel.lora_linear_backward(chosen, *args)(*args)
         exact_dx, exact_dA, exact_dB, _, _ = reference.lora_linear_backward(g, x, W, A, B, scaling, p, seeds)
         exact = [exact_dx, *exact_dA, *exact_dB]
-        return guard.compare([dx, *dA, *dB], exact, x.dtype, chosen.variant in kernel.LIBRARY)
+        return guard.compare([dx, *dA, *dB], exact, x.dtype, library=True)
 
     return prepared(("backward", chosen, case), kernel.lora_linear_backward, eager.lora_linear_backward, check)
 

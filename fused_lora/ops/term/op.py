@@ -10,23 +10,16 @@ the mask are those of ``fused_lora.reference``; what runs and how is shared with
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fused_lora.ops.checks import check_lists, check_term, in_order, refuse_transforms
-from fused_lora.ops.linear import double_backward, eager, flops
-from fused_lora.ops.linear.op import (
-    _as_autocast,
-    _autocast_dtype,
-    _autocasts,
-    _outside_autocast,
-    _rows,
-    draw_seeds,
-    is_batched,
-    is_direct,
-)
+from fused_lora.ops.linear import eager, flops
+from fused_lora.ops.linear import op as linear
+from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _rows, draw_seeds, is_direct
 from fused_lora.ops.linear.plan import learns
 from fused_lora.ops.term import plan
 
@@ -77,9 +70,9 @@ def lora_term(
     if is_direct(y, x, *lora_A, *lora_B):
         if not _autocasts(x):
             return _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
-        x, lora_A, lora_B = _cast(x, lora_A, lora_B)
+        arguments = _cast(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
         with torch.autocast(x.device.type, enabled=False):
-            return _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
+            return _direct(*arguments)
     refuse_transforms("lora_term")
     # reshaped out here: the operator's own result is no view, so that it may be changed in place
     out, _ = _lora_term(_rows(y), _rows(x), bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)
@@ -123,18 +116,6 @@ def _(y, x, bias, lora_A, lora_B, scaling, dropout, seeds):
     return y.new_empty(y.shape), S
 
 
-def _gradients(g, x, lora_A, lora_B, S, scaling, dropout, seeds, dtype, bias_dtype, needs):
-    """dx, dA, dB, db with None for what is not needed; ``needs`` as for :func:`_keep`."""
-    n = len(lora_A)
-    need_x, need_A, need_B, need_bias = needs[0], needs[1 : n + 1], needs[n + 1 : -1], needs[-1]
-    rows = g.new_empty((g.shape[0], lora_A[0].shape[1]), dtype=dtype) if x is None else x
-    run = plan.backward(g, rows, lora_A, lora_B, scaling, dropout, tuple(needs))
-    dx, dA, dB, _, db = run(
-        g, rows, None, lora_A, lora_B, S, scaling, dropout, seeds, need_x, need_A, need_B, False, need_bias
-    )
-    return dx, dA, dB, None if db is None else db.to(bias_dtype)
-
-
 @torch.library.custom_op("fused_lora::lora_term_backward", mutates_args=())
 def _lora_term_backward(
     g: Tensor,
@@ -149,7 +130,9 @@ def _lora_term_backward(
     bias_dtype: torch.dtype | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    dx, dA, dB, db = _gradients(g, x, lora_A, lora_B, S, scaling, dropout, seeds, dtype, bias_dtype, needs)
+    wanted = *needs[:-1], False, needs[-1]
+    arguments = g, x, None, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, wanted
+    dx, dA, dB, _, db = linear._gradients(None, dtype, *arguments)
     return [t for t in (dx, *dA, *dB, db) if t is not None]
 
 
@@ -164,89 +147,47 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
     _, x, bias, lora_A, lora_B, scaling, dropout, seeds = inputs
     _, need_x, need_bias, *rest = ctx.needs_input_grad
-    needs = [need_x, *rest[: 2 * len(lora_A)], need_bias]
+    needs = [need_x, *rest[: 2 * len(lora_A)], False, need_bias]
     _keep(ctx, needs, x, bias, lora_A, lora_B, scaling, dropout, seeds, output[1])
 
 
 def _keep(ctx, needs, x, bias, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
-    """For the backward; ``needs`` has one flag per tensor: x, n times lora_A, n times lora_B, bias."""
-    n = len(lora_A)
-    ctx.set_materialize_grads(False)
-    ctx.call = n, scaling, dropout, x.dtype, None if bias is None else bias.dtype, needs
-    keep_x = x if any(needs[1 : n + 1]) else None  # only dA reads it
-    if needs[0]:
-        ctx.idle = None
-        ctx.save_for_backward(keep_x, S, seeds, *lora_A, *lora_B)
-    else:  # A and unused B have a shape to give only: what is saved must not change, and hooks may copy it
-        ctx.idle = lora_A, lora_B
-        used = [B if need else None for B, need in zip(lora_B, needs[1 : n + 1], strict=True)]
-        ctx.save_for_backward(keep_x, S, seeds, *[None] * n, *used)
+    call = len(lora_A), scaling, dropout, None if bias is None else bias.dtype, needs
+    linear._keep(ctx, call, x, None, lora_A, lora_B, seeds, S)
+    ctx.dtype = x.dtype
 
 
 def _backward(ctx, g, _):
-    n = ctx.call[0]
+    n, dtype = ctx.call[0], ctx.dtype
     if g is None:
         return (None, None, None, [None] * n, [None] * n, None, None, None)
-    dx, dA, dB, db = _all_gradients(ctx, g, None, _by_operator)
+
+    def operator(g, x, _, *others):
+        *others, bias_dtype, needs = others
+        return _lora_term_backward(g, x, *others, dtype, bias_dtype, [*needs[:-2], needs[-1]])
+
+    dx, dA, dB, db = _all_gradients(ctx, g, None, partial(linear._by_operator, operator))
     return g, dx, db, dA, dB, None, None, None
 
 
-def _by_operator(*arguments):
-    n, needs = len(arguments[2]), arguments[-1]
-    found = iter(_lora_term_backward(*arguments))
-    dx, *rest, db = (next(found) if need else None for need in needs)
-    return dx, rest[:n], rest[n:], db
-
-
-def _all_gradients(ctx, g, g_S, gradients):
-    """dx, dA, dB, db with None for what is not needed, by ``gradients`` where nobody follows its operations.
-
-    g_S: gradient of S, which second derivatives have; either of g and g_S may be None.
-    """
-    n, scaling, dropout, dtype, bias_dtype, needs = ctx.call
+def _all_gradients(ctx, g, g_S, compute):
+    """dx, dA, dB, db with None for what is not needed, as of a linear layer without a weight."""
+    n, *_, needs = ctx.call
     if not any(needs):
         return None, [None] * n, [None] * n, None
-    x, S, seeds, *adapters = ctx.saved_tensors
-    x, A, B = None if x is None else _rows(x), adapters[:n], adapters[n:]
-    if ctx.idle is not None:
-        A, all_B = ctx.idle
-        B = [B if saved is None else saved for B, saved in zip(all_B, B, strict=True)]
-    if g_S is None and not (torch.is_grad_enabled() or is_batched(g)):
-        if g.is_neg():  # a kernel would not see the sign
-            g = g.resolve_neg()
-        return gradients(g, x, A, B, S, scaling, dropout, seeds, dtype, bias_dtype, needs)
-    # create_graph, or a batch of gradients
-    needs = [*needs[:-1], False, needs[-1]]
-    with torch.autocast(S.device.type, enabled=False):
-        dx, *rest, _, db = double_backward.lora_linear_backward(
-            g, g_S, x, None, A, B, S, scaling, dropout, seeds, bias_dtype, needs, dtype
-        )
-    return dx, rest[:n], rest[n:], db
+    dx, dA, dB, _, db = linear._all_gradients(ctx, g, g_S, compute, ctx.dtype)
+    return dx, dA, dB, db
 
 
 _lora_term.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _cast(x: Tensor, lora_A, lora_B):
+def _cast(y, x, bias, lora_A, lora_B, *others):
     """Under autocast x takes its dtype, as in F.linear, and on CUDA the adapters; their gradients keep theirs."""
     dtype = _autocast_dtype(x)
     if dtype is None:
-        return x, lora_A, lora_B
-    return x.to(dtype), _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype)
-
-
-def _register_autocast(device_type: str, key: str) -> None:
-    def forward(y, x, bias, lora_A, lora_B, scaling, dropout, seeds):
-        x, lora_A, lora_B = _cast(x, lora_A, lora_B)
-        with torch.autocast(device_type, enabled=False):
-            return _lora_term(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
-
-    def backward(*args):
-        with torch.autocast(device_type, enabled=False):
-            return _lora_term_backward(*args)
-
-    _library.impl("lora_term", forward, key)
-    _library.impl("lora_term_backward", backward, key)
+        return y, x, bias, lora_A, lora_B, *others
+    return y, x.to(dtype), bias, _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype), *others
 
 
 class _Direct(torch.autograd.Function):
@@ -260,14 +201,15 @@ class _Direct(torch.autograd.Function):
         arguments = bias, adapters[:n], adapters[n:], scaling, dropout, seeds
         out, S = _compute(y, x, *arguments)
         _, need_x, need_bias, _, _, _, _, *need_adapters = ctx.needs_input_grad
-        _keep(ctx, [need_x, *need_adapters, need_bias], x, *arguments, S)
+        _keep(ctx, [need_x, *need_adapters, False, need_bias], x, *arguments, S)
         ctx.shape = x.shape
         return out, S
 
     @staticmethod
-    @_outside_autocast
+    @linear._outside_autocast
     def backward(ctx, g, g_S):
-        dx, dA, dB, db = _all_gradients(ctx, None if g is None else _rows(g), g_S, _gradients)
+        rows = None if g is None else _rows(g)
+        dx, dA, dB, db = _all_gradients(ctx, rows, g_S, partial(linear._gradients, None, ctx.dtype))
         return g, None if dx is None else dx.reshape(ctx.shape), db, None, None, None, None, *dA, *dB
 
 
@@ -295,11 +237,9 @@ def _flops(y: Sequence[int], x: Sequence[int], bias, lora_A, *_, **__) -> int:
 
 def _flops_backward(g, x, lora_A, lora_B, S, scaling, dropout, seeds, dtype, bias_dtype, needs, **_) -> int:
     n = len(lora_A)
-    return flops.of_terms(*(g[0], lora_A[0][1], g[1]), lora_A, needs[0], needs[1 : n + 1], needs[n + 1 : -1])
+    return flops.of_terms(g[0], lora_A[0][1], g[1], lora_A, needs[0], needs[1 : n + 1], needs[n + 1 : -1])
 
 
 register_flop_formula(torch.ops.fused_lora.lora_term)(_flops)
 register_flop_formula(torch.ops.fused_lora.lora_term_backward)(_flops_backward)
-_library = torch.library.Library("fused_lora", "FRAGMENT")
-_register_autocast("cuda", "AutocastCUDA")
-_register_autocast("cpu", "AutocastCPU")
+linear._register_autocast("lora_term", _lora_term, _lora_term_backward, _cast)

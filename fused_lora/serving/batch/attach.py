@@ -77,8 +77,11 @@ class Attachment:
             _drop_ended(module._forward_hooks, module._forward_hooks_with_kwargs)
         self._hooks: list[_Shared] = []
         self._handles = []
+        self._experts = {path: site for path, site in sites.items() if site.kind == "experts"}
+        self._reads = Reads(store.model, {path: s.module for path, s in sites.items() if s.kind != "experts"})
         for path, module in callers.items():
-            before, after = _CallHook(store, path), _ReturnHook(store)
+            reads = None if path else self._reads
+            before, after = _CallHook(store, path, reads), _ReturnHook(store, path, reads)
             self._hooks += before, after
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
@@ -90,23 +93,13 @@ class Attachment:
             hook = (_ExpertsHook if held[0].kind == "experts" else _Hook)(store, tuple(held), self._odd)
             self._hooks.append(hook)
             self._handles.append(held[0].module.register_forward_hook(hook, with_kwargs=True))
-        self._watch(store, sites)
-
-    def _watch(self, store: Any, sites: dict[str, Site]) -> None:
-        """Watch which layers the model does not call, or has no longer."""
-        model, modules = store.model, dict(named_modules(store.model))
-        self._experts = {path: site for path, site in sites.items() if site.kind == "experts"}
-        self._reads = Reads(model, {path: s.module for path, s in sites.items() if s.kind != "experts"})
+        modules = dict(named_modules(store.model))
         paths = sorted({part for site in sites.values() for part in (*above(site.place), site.place)})
         self._places = []  # path, the parent's modules, the name there, what was there
         for path in paths:
             parent, _, name = path.rpartition(".")
             held = modules[parent]._modules
             self._places.append((path, held, name, held[name]))
-        start, end = _StartHook(store, self._reads), _EndHook(store, self._reads)
-        self._hooks += start, end
-        self._handles.append(model.register_forward_pre_hook(start))
-        self._handles.append(model.register_forward_hook(end))
 
     def unreached(self, paths: Iterable[str]) -> str | None:
         """Why the hook of one of these layers is not reached, or cannot act: the model reads its weight instead of
@@ -172,12 +165,23 @@ class _Shared:
         return type(self), (None,)
 
 
-class _CallHook(_Shared):
-    """Before the model, or a module in it that is called by itself, as ``generate`` calls an encoder."""
+class _AroundHook(_Shared):
+    """Of the model, or of a module in it that is called by itself, as ``generate`` calls an encoder.
 
-    def __init__(self, store: Any, path: str = ""):
+    reads: of the model: which of its layers it reads without calling them.
+    """
+
+    def __init__(self, store: Any, path: str = "", reads: Reads | None = None):
         super().__init__(store)
-        self._path = path
+        self._path, self._reads = path, reads
+
+    def end(self) -> None:
+        super().end()
+        self._reads = None
+
+
+class _CallHook(_AroundHook):
+    """Before it."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling():  # what runs then is not seen operator by operator
@@ -185,10 +189,13 @@ class _CallHook(_Shared):
         batch = running(self._store)
         if batch is not None:
             batch.called(self._path, module, args, kwargs)
+        if self._reads is not None:
+            self._reads.start()
 
 
-class _ReturnHook(_Shared):
-    """After it: rows of adapters that are not finite are an error. It runs after an exception, too."""
+class _ReturnHook(_AroundHook):
+    """After it, after an exception, too: rows of adapters that are not finite are an error, and so is an adapter whose
+    layers were not all reached."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -196,36 +203,10 @@ class _ReturnHook(_Shared):
         batch = running(self._store)
         if batch is not None:
             batch.returned(module, kwargs, output)
-
-
-class _ReadsHook(_Shared):
-    def __init__(self, store: Any, reads: Reads | None = None):
-        super().__init__(store)
-        self._reads = reads
-
-    def end(self) -> None:
-        super().end()
-        self._reads = None
-
-
-class _StartHook(_ReadsHook):
-    """Before the model: from here on reads of weights count."""
-
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        if self._reads is not None and not torch.compiler.is_compiling():
-            self._reads.start()
-
-
-class _EndHook(_ReadsHook):
-    """After the model: an adapter whose layers were not all reached is an error."""
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._reads is None or torch.compiler.is_compiling():
-            return
-        self._reads.finish()
-        batch = running(self._store)
-        if batch is not None:
-            self._store.check_called(batch.groups)
+        if self._reads is not None and output is not None:  # None after an exception
+            self._reads.finish()
+            if batch is not None:
+                self._store.check_called(batch.groups)
 
 
 class _Hook(_Shared):
@@ -262,8 +243,9 @@ class _Hook(_Shared):
         """What a call adds, from compiled code."""
         batch = running(self._store)
         if batch is not None and batch.acts and self._sites:
-            site, x = self._sites[0], inputs[0]
-            batch.add_compiled(site, x.unsqueeze(-1) if site.kind == "embedding" else x, y)
+            site = self._sites[0]
+            x = inputs[0].unsqueeze(-1) if site.kind == "embedding" else inputs[0]
+            batch.compiled(self._sites, x, lambda: batch.add(site, x, y))
 
 
 class _ExpertsHook(_Hook):
@@ -282,7 +264,8 @@ class _ExpertsHook(_Hook):
     def add_compiled(self, inputs: Sequence[Tensor], y: Tensor) -> None:
         batch = running(self._store)
         if batch is not None and batch.acts and self._sites:
-            batch.add_experts_compiled(self._sites, inputs, y)
+            sites = self._sites
+            batch.compiled(sites, inputs[0], lambda: batch.add_experts(sites, inputs, y))
 
 
 _numbers = itertools.count()

@@ -313,19 +313,12 @@ class Batch:
         finally:
             call.pause(False)
 
-    def add_compiled(self, site: Site, x: Tensor, y: Tensor) -> None:
-        """:meth:`add` from compiled code, where the model's own call is not seen.
+    def compiled(self, sites: tuple[Site, ...], x: Tensor, add: Callable[[], None]) -> None:
+        """``add`` (:meth:`add` or :meth:`add_experts`) from compiled code, where the model's own call is not seen.
 
         Raises:
             ValueError: the rows of the layer are not known. RuntimeError: a graph without buffers is being captured.
         """
-        self._compiled((site,), x, lambda: self.add(site, x, y))
-
-    def add_experts_compiled(self, sites: tuple[Site, ...], inputs: Sequence[Tensor], y: Tensor) -> None:
-        """:meth:`add_experts` from compiled code; it raises what :meth:`add_compiled` does, too."""
-        self._compiled(sites, inputs[0], lambda: self.add_experts(sites, inputs, y))
-
-    def _compiled(self, sites: tuple[Site, ...], x: Tensor, add: Callable[[], None]) -> None:
         if self._buffers is None and guard.capturing(x.device):
             raise RuntimeError(_CAPTURED)
         if not self._acts_at(sites):

@@ -158,24 +158,12 @@ class AdapterManager(ContinuousBatchingManager):
         eos_token_id: int | list[int] | None = None,
         logprobs: int | None = None,
         prompt_logprobs: bool = False,
-    ) -> None:
-        """Raise what ``add_request`` would for these arguments: TypeError, ValueError or AdapterNotFound."""
-        told = logprobs, prompt_logprobs
-        self._parsed(input_ids, adapter, max_new_tokens, temperature, top_p, seed, eos_token_id, *told)
-
-    def _parsed(
-        self,
-        input_ids: Any,
-        adapter: Any,
-        max_new_tokens: Any,
-        temperature: Any,
-        top_p: Any,
-        seed: Any,
-        eos: Any,
-        logprobs: Any,
-        prompt_logprobs: Any,
     ) -> tuple[list[int], int, int | list[int] | None, dict[str, float | int], dict[str, Any]]:
-        """Token ids, number of new ones, where to end, the arguments of the draw, and of log probabilities."""
+        """Raise what ``add_request`` would for these arguments: TypeError, ValueError or AdapterNotFound.
+
+        Returns:
+            Token ids, number of new ones, where to end, the arguments of the draw, and of log probabilities.
+        """
         if adapter is not None and not isinstance(adapter, str):
             raise TypeError(f"adapter: expected a name or None, got {adapter!r:.100}")
         if adapter is not None:
@@ -189,7 +177,7 @@ class AdapterManager(ContinuousBatchingManager):
             )
         drawn = continuous_request.sampling(temperature, top_p, seed)
         told = continuous_request.logprobs(logprobs, prompt_logprobs)
-        return ids, count, continuous_request.ends(eos), drawn, told
+        return ids, count, continuous_request.ends(eos_token_id), drawn, told
 
     def add_request(
         self,
@@ -223,7 +211,7 @@ class AdapterManager(ContinuousBatchingManager):
             TypeError, ValueError: an argument does not fit, or another request has this id. The message names it.
             AdapterNotFound: unknown adapter. RuntimeError: the engine does not run.
         """
-        ids, count, ends, drawn, own = self._parsed(
+        ids, count, ends, drawn, own = self.check(
             input_ids, adapter, max_new_tokens, temperature, top_p, seed, eos_token_id, logprobs, prompt_logprobs
         )
         self._check_id(request_id)

@@ -11,10 +11,6 @@ from fused_lora.serving.engine.logprobs import TokenLogprob
 
 MOST_OF_COMPLETIONS, MOST_OF_CHATS = 5, 20  # OpenAI's limits
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-# byte-level tokenizers spell bytes as characters: printable ones as they are, the others from 256 on
-_AS_THEY_ARE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_BYTE_OF = {chr(byte): byte for byte in _AS_THEY_ARE}
-_BYTE_OF |= {chr(256 + n): byte for n, byte in enumerate(sorted({*range(256)} - {*_AS_THEY_ARE}))}
 
 
 class Scored(NamedTuple):
@@ -32,8 +28,11 @@ class Speller:
     """
 
     def __init__(self, tokenizer: Any):
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
         byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
         added = tokenizer.added_tokens_decoder
 
         @lru_cache(maxsize=1 << 16)
@@ -41,8 +40,8 @@ class Speller:
             piece = tokenizer.convert_ids_to_tokens(token) or ""  # a model may have more tokens than its tokenizer
             if token in added:
                 return piece.encode()
-            if byte_level and all(c in _BYTE_OF for c in piece):
-                return bytes(_BYTE_OF[c] for c in piece)
+            if byte_level and all(c in byte_of for c in piece):
+                return bytes(byte_of[c] for c in piece)
             byte = _BYTE.fullmatch(piece)
             return bytes.fromhex(byte[1]) if byte else piece.replace("\u2581", " ").encode()
 

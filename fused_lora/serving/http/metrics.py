@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import CONTENT_TYPE_LATEST, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 PREFIX = "fused_lora_"
@@ -21,25 +19,6 @@ OTHERS = "*"  # the label of the rest: no adapter has this name
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _WINDOW = 10.0
-
-
-class Histogram:
-    """Seconds in fixed buckets."""
-
-    def __init__(self, bounds: tuple[float, ...] = _SECONDS) -> None:
-        self.bounds, self.counts, self.total = bounds, [0] * (len(bounds) + 1), 0.0
-
-    def observe(self, seconds: float) -> None:
-        """Count one value."""
-        self.counts[bisect.bisect_left(self.bounds, seconds)] += 1
-        self.total += seconds
-
-    def family(self, name: str, help_text: str) -> Metric:
-        """As prometheus-client takes it."""
-        found = HistogramMetricFamily(name, help_text)
-        bounds = (*map(str, self.bounds), "+Inf")
-        found.add_metric([], list(zip(bounds, itertools.accumulate(self.counts), strict=True)), self.total)
-        return found
 
 
 class Rate:
@@ -73,8 +52,11 @@ class Metrics:
         self.requests: Counter[tuple[str, int]] = Counter()
         self.started, self.ended = 0, Counter(finished=0, failed=0, cancelled=0)
         self.prompt_tokens = 0
-        self.first_token, self.request_seconds = Histogram(), Histogram()
-        self.next_token = Histogram(_TOKEN_SECONDS)
+        about = "Seconds from a request's first byte to a sequence's first token."
+        self.first_token = _histogram("time_to_first_token_seconds", about)
+        about = "Seconds from a token of a sequence to the next."
+        self.next_token = _histogram("inter_token_seconds", about, _TOKEN_SECONDS)
+        self.request_seconds = _histogram("request_seconds", "Seconds from a request's first byte to a sequence's end.")
         self._of: dict[str, Counts] = {}
         self._rate = Rate()
 
@@ -146,12 +128,12 @@ class _Page(Collector):
         yield _gauge("adapters_in_use", "Adapters that running requests hold on the device.", stats["in_use"])
         yield _gauge("adapters_refused", "Adapters that are not served at present.", len(self.store.refusals()))
         yield _gauge("adapters_known", "Adapters that requests can name.", stats["adapters"])
-        name = f"{PREFIX}time_to_first_token_seconds"
-        yield own.first_token.family(name, "Seconds from a request's first byte to a sequence's first token.")
-        name = f"{PREFIX}inter_token_seconds"
-        yield own.next_token.family(name, "Seconds from a token of a sequence to the next.")
-        name = f"{PREFIX}request_seconds"
-        yield own.request_seconds.family(name, "Seconds from a request's first byte to a sequence's end.")
+        for histogram in (own.first_token, own.next_token, own.request_seconds):
+            yield from histogram.collect()
+
+
+def _histogram(name: str, help_text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+    return Histogram(PREFIX + name, help_text, buckets=buckets, registry=None)
 
 
 def _counter(name: str, help_text: str, value: float | Mapping[Any, float], *labels: str) -> Metric:

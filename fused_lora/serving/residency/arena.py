@@ -89,11 +89,6 @@ class Arena:
         """Bytes that are left of the capacity; None without a limit."""
         return None if self.capacity is None else self.capacity - self.used
 
-    @property
-    def largest_hole(self) -> int:
-        """Bytes of the largest free piece of the memory taken so far."""
-        return max((size for free in self._free for _, size in free), default=0)
-
     def _extend(self, size: int) -> bool:
         left = None if self.capacity is None else self.capacity - self.reserved
         if left is not None and size > left:

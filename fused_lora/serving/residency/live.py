@@ -11,7 +11,7 @@ from fused_lora.adapters.checkpoint import bare_module
 from fused_lora.modules.activated import is_pefts
 from fused_lora.modules.config import check_init, is_neutral
 from fused_lora.modules.names import some
-from fused_lora.modules.tree import CONFIGS, above, bare_path
+from fused_lora.modules.tree import CONFIGS, above, bare_path, held_parts
 
 Triples = dict[str, tuple[Tensor, Tensor, float]]
 _PLAIN = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # by adapter name, in a layer that is served
@@ -34,9 +34,9 @@ def live_adapter(source: nn.Module, name: str, base: nn.Module) -> tuple[Triples
     found: dict[str, Any] = {
         _target(path, module): module
         for path, module in source.named_modules()
-        if hasattr(module, "base_layer") and any(isinstance(part, nn.Module) for part in _pairs(module))
+        if hasattr(module, "base_layer") and any(isinstance(part, nn.Module) for part in held_parts(module))
     }
-    names = sorted({key for module in found.values() for key in _pairs(module)[0]})
+    names = sorted({key for module in found.values() for key in held_parts(module)[0]})
     if not names:
         raise ValueError(f"source: the {type(source).__name__} has no LoRA layers with an adapter")
     chosen = name if name in names else names[0]
@@ -45,7 +45,7 @@ def live_adapter(source: nn.Module, name: str, base: nn.Module) -> tuple[Triples
     invocation = _check_config(source, chosen)
     layers: Triples = {}
     for path, module in found.items():
-        lora_A, lora_B = _pairs(module)
+        lora_A, lora_B = held_parts(module)
         if chosen in lora_A:
             A, B = lora_A[chosen], lora_B[chosen]
             variant = getattr(module, "lora_variant", {}).get(chosen)
@@ -59,14 +59,6 @@ def live_adapter(source: nn.Module, name: str, base: nn.Module) -> tuple[Triples
             layers[path] = (A, B, float(module.scaling[chosen]))
     _check_parameters(source, base, _check_nothing_else(source, chosen, layers))
     return layers, invocation
-
-
-def _pairs(module: Any) -> tuple[Any, Any]:
-    """lora_A and lora_B of a layer by adapter name: of an embedding those that it has as parameters."""
-    parts = module._modules
-    if parts.get("lora_embedding_A"):
-        return parts["lora_embedding_A"], parts["lora_embedding_B"]
-    return parts.get("lora_A", {}), parts.get("lora_B", {})
 
 
 def _target(path: str, module: Any) -> str:
