@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence, Sized
 from typing import Any
 
@@ -134,6 +135,20 @@ def refuse_transforms(name: str) -> None:
             f"{name} does not run inside torch.func transforms (vmap, grad, jacrev, ...); a LoraLinear layer does, and "
             "so does fused_lora.reference"
         )
+
+
+@torch.compiler.assume_constant_result
+def warn_of_redraws() -> None:
+    """Warn where torch.compile may draw a forward's seeds again in its backward; no operator can forbid it."""
+    from torch._functorch import config
+
+    for name, safe in (("activation_memory_budget", 1), ("aggressive_recomputation", False)):
+        if (found := getattr(config, name)) != safe:
+            warnings.warn(
+                f"torch._functorch.config.{name} = {found} with dropout: torch.compile may draw seeds again in the "
+                f"backward, and gradients are of another mask then. Set it to {safe}, or the dropout to 0",
+                stacklevel=2,
+            )
 
 
 def span_of(tensor: torch.Tensor) -> tuple[int, int]:

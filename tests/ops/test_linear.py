@@ -231,6 +231,24 @@ def test_torch_compile_fullgraph(p):
         assert_close(eager, compiled, terms=100)
 
 
+@pytest.mark.parametrize("option, value", [("activation_memory_budget", 0.5), ("aggressive_recomputation", True)])
+def test_compiled_dropout_warns_where_seeds_may_be_drawn_again(option, value):
+    x, W, b, A, B, *_ = arguments(M=9, ranks=(3,), dropout=(0.0,))
+
+    def warned(p):
+        torch.compiler.reset()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.compile(lambda x: lora_linear(x, W, b, A, B, [2.0], [p]), fullgraph=True, backend="aot_eager")(x)
+        return [str(w.message) for w in said if "draw seeds again" in str(w.message)]
+
+    assert not warned(0.5)
+    with torch._functorch.config.patch(**{option: value}):
+        assert not warned(0.0)
+        (message,) = warned(0.5)
+    assert f"{option} = {value}" in message
+
+
 def test_autocast_casts_x_and_weight_and_keeps_the_adapters():
     x, W, b, A, B, s, _, _ = arguments(M=9, ranks=(3,), dropout=(0.0,))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -19,7 +19,14 @@ from torch.autograd import forward_ad
 
 from fused_lora.ops import guard
 from fused_lora.ops.alike import Alike, modes
-from fused_lora.ops.checks import check_linear, check_lists, in_order, refuse_tangents, refuse_transforms
+from fused_lora.ops.checks import (
+    check_linear,
+    check_lists,
+    in_order,
+    refuse_tangents,
+    refuse_transforms,
+    warn_of_redraws,
+)
 from fused_lora.ops.linear import double_backward, flops, plan
 from fused_lora.ops.linear import eager as cpu
 
@@ -208,6 +215,8 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:
     """int64 [count] from torch's default generator of the device: what makes a run and a recomputation reproducible."""
+    if torch.compiler.is_compiling():
+        warn_of_redraws()
     return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
