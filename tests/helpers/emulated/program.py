@@ -442,7 +442,10 @@ class _Translator:
         if parts[0] in ("commit_group", "wait_group"):
             return None
         found = re.fullmatch(r"\[\s*([%\w]+)\s*,\s*(\{.*\})\s*\]", args[1])
-        if parts != ["tensor", "2d", "shared::cta", "global", "mbarrier::complete_tx::bytes"] or found is None:
+        form = ["tensor", "2d", "global", "mbarrier::complete_tx::bytes"]
+        # Triton 3.6 writes shared::cluster; a cluster is one program here
+        known = parts[2:3] in (["shared::cta"], ["shared::cluster"]) and parts[:2] + parts[3:] == form
+        if not known or found is None:
             return NotImplemented
         where = f"{self.read(found[1], 'u64')}, [{', '.join(self.read(c, 's32') for c in self.vector(found[2]))}]"
         to, barrier = self.address(args[0], "u32"), self.address(args[2], "u32")
