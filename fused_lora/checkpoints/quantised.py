@@ -76,6 +76,10 @@ def check_dequantised(base: Checkpoint, packed: Mapping[str, Packed], dense: tup
             raise AdapterError(shard.path, name, expected, f"{entry.dtype} {list(entry.shape)}")
 
 
+def _read(tensors: Tensors, name: str) -> Tensor:
+    return tensors[name][0].read(name)
+
+
 def _expect(tensors: Tensors, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
     """AdapterError unless there is such a tensor; its shape may have further ones."""
     if name not in tensors:
@@ -95,7 +99,7 @@ def _four_bits(tensors: Tensors, name: str, state: str) -> Packed:
     shard, entry = tensors[name]
     _check_bitsandbytes(shard, name)
     try:
-        about = json.loads(bytes(tensors[state][0].read(state).view(torch.uint8).tolist()))
+        about = json.loads(bytes(_read(tensors, state).view(torch.uint8).tolist()))
         (N, K), size, kind = about["shape"], about["blocksize"], about["quant_type"]
         inner = about["nested_blocksize"] if f"{name}.nested_absmax" in tensors else None
         offset = float(about["nested_offset"]) if inner else 0.0
@@ -118,7 +122,7 @@ def _four_bits(tensors: Tensors, name: str, state: str) -> Packed:
         _expect(tensors, parts[4], (256,), torch.float32)
 
     def reader() -> Reader:
-        held = {part.removeprefix(f"{name}."): tensors[part][0].read(part).reshape(-1) for part in parts}
+        held = {part.removeprefix(f"{name}."): _read(tensors, part).reshape(-1) for part in parts}
         scales = held["absmax"]
         if inner:
             of_scales = held["nested_quant_map"], held["nested_absmax"], inner, torch.tensor(offset)
@@ -142,11 +146,11 @@ def _eight_bits(tensors: Tensors, name: str, path: str) -> Packed:
     N, K = entry.shape
     _expect(tensors, f"{path}SCB", (N,), torch.float32)
     parts = [f"{path}SCB", *([f"{path}weight_format"] if f"{path}weight_format" in tensors else [])]
-    if len(parts) > 1 and int(tensors[parts[1]][0].read(parts[1])) != 0:
-        raise AdapterError(shard.path, parts[1], "0, rows as they are", int(tensors[parts[1]][0].read(parts[1])))
+    if len(parts) > 1 and int(_read(tensors, parts[1])) != 0:
+        raise AdapterError(shard.path, parts[1], "0, rows as they are", int(_read(tensors, parts[1])))
 
     def reader() -> Reader:
-        scales = tensors[parts[0]][0].read(parts[0]).reshape(-1)
+        scales = _read(tensors, parts[0]).reshape(-1)
         of_rows = bitsandbytes_8bit.values_of_rows
         return lambda data, first: of_rows(data.view(torch.int8).view(-1, K), scales[first:][: data.numel() // K])
 
@@ -167,7 +171,7 @@ def _fp8(tensors: Tensors, name: str, path: str, block: Any) -> Packed:
     others = [f"{path}{end}" for end in ("activation_scale", "input_scale") if f"{path}{end}" in tensors]
 
     def reader() -> Reader:
-        held, of_rows = tensors[scales][0].read(scales), transformers_fp8.values_of_rows
+        held, of_rows = _read(tensors, scales), transformers_fp8.values_of_rows
         return lambda data, first: of_rows(data.view(_FP8).view(-1, K), held, (rows, columns), first)
 
     return Packed((N, K), K, [scales, *others], reader)

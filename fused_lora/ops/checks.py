@@ -143,7 +143,7 @@ def warn_of_redraws() -> None:
     from torch._functorch import config
 
     for name, safe in (("activation_memory_budget", 1), ("aggressive_recomputation", False)):
-        if (found := getattr(config, name)) != safe:
+        if (found := getattr(config, name, safe)) != safe:
             warnings.warn(
                 f"torch._functorch.config.{name} = {found} with dropout: torch.compile may draw seeds again in the "
                 f"backward, and gradients are of another mask then. Set it to {safe}, or the dropout to 0",

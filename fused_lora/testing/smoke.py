@@ -1,7 +1,7 @@
 """Run every kernel once on small layers of odd sizes against float64: for compute-sanitizer, or on a new machine.
 
 python -m fused_lora.testing.smoke                                  the current GPU
-python -m fused_lora.testing.smoke --subset                         one masked layer in bf16, for slow tools
+python -m fused_lora.testing.smoke --subset                         a few cases in bf16, for slow tools
 TRITON_INTERPRET=1 python -m fused_lora.testing.smoke cpu --subset  in the interpreter
 """
 
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run everything on a device and print a line for each case; 1 if a part failed, after the others have run."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("device", nargs="?", default="cuda", type=torch.device)
-    options.add_argument("--subset", action="store_true", help="one masked layer in bf16")
+    options.add_argument("--subset", action="store_true", help="a few cases in bf16")
     arguments = options.parse_args(argv)
     if arguments.device.type == "cpu":
         from .interpreter import install_shim

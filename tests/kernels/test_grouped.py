@@ -65,11 +65,11 @@ def check(case: GroupedCase, shrink=None, expand=None):
         assert same_bits([y[untouched]], [case.base[g][untouched]])
 
 
-@pytest.mark.parametrize(
-    "N, K, dtype",
-    [([33, 17], 70, BF16), ([64, 128], 128, FP32), ([1, 200], 1, BF16), ([130, 5], 520, FP32)],
-    ids=str,
-)
+SIZES = [([33, 17], 70), ([64, 128], 128), ([1, 200], 1), ([130, 5], 520)]
+MIXED = [(*size, (BF16, FP32)[(i + j) % 2]) for i, size in enumerate(SIZES) for j in (0, 1)]
+
+
+@pytest.mark.parametrize("N, K, dtype", sampled(MIXED, 2), ids=str)
 def test_a_mix_of_adapters(N, K, dtype, device):
     check(GroupedCase.make(MIX, GROUPS, RANKS, N, K, dtype, device=device))
 

@@ -162,6 +162,7 @@ def _backward(ctx, g, _):
     if g is None:
         return (None, None, None, [None] * n, [None] * n, None, None, None)
 
+    # the operator's own order: torch.compile has cached calls by it
     def operator(g, x, _, *others):
         *others, bias_dtype, needs = others
         return _lora_term_backward(g, x, *others, dtype, bias_dtype, [*needs[:-2], needs[-1]])
