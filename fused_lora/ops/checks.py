@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import forward_ad
 
@@ -17,6 +18,17 @@ def check_lists(kind: type = Sized, **lists: Any) -> None:
     for name, value in lists.items():
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected a list with an entry for each adapter, got {value!r:.100}")
+
+
+def check_numbers(**lists: Any) -> None:
+    """Raise TypeError for what is no list of numbers. A tensor is refused, too: no gradient would reach it."""
+    check_lists(**lists)
+    if torch.compiler.is_compiling():  # a graph's numbers have no type to ask; the operator's schema refuses others
+        return
+    for name, numbers in lists.items():
+        for number in numbers:
+            if isinstance(number, (torch.Tensor, np.ndarray)) or not hasattr(number, "__float__"):
+                raise TypeError(f"{name}: expected a number for each adapter, got {number!r:.100}")
 
 
 def check_linear(
@@ -35,6 +47,8 @@ def check_linear(
     weight: a tensor, or a packed weight with ``shape``, ``dtype`` and ``dim()``. seeds: None for seeds that are still
     to be drawn. autocast: the dtype that x and weight are about to be cast to, if any; they may then differ.
     """
+    if not hasattr(weight, "dim"):
+        raise TypeError(f"weight: expected a tensor or a packed weight, got {type(weight).__name__}")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")
     N, K = weight.shape
@@ -43,8 +57,7 @@ def check_linear(
     differ = weight.dtype != x.dtype and (autocast is None or weight.dtype not in FLOAT_DTYPES)
     if x.dtype not in FLOAT_DTYPES or differ:
         raise TypeError(f"x, weight: expected one floating dtype for both, got {x.dtype} and {weight.dtype}")
-    if bias is not None and (tuple(bias.shape) != (N,) or bias.dtype not in FLOAT_DTYPES):
-        raise ValueError(f"bias: expected a floating tensor [{N}], got {bias.dtype} {tuple(bias.shape)}")
+    _check_bias(bias, N)
     _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, weight=weight, bias=bias)
 
 
@@ -69,9 +82,17 @@ def check_term(
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"y: expected the rows of x {tuple(x.shape)}, got shape {tuple(y.shape)}")
     K, N = x.shape[-1], y.shape[-1]
-    if bias is not None and (tuple(bias.shape) != (N,) or bias.dtype not in FLOAT_DTYPES):
-        raise ValueError(f"bias: expected a floating tensor [{N}], got {bias.dtype} {tuple(bias.shape)}")
+    _check_bias(bias, N)
     _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, y=y, bias=bias)
+
+
+def _check_bias(bias: torch.Tensor | None, N: int) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, torch.Tensor):
+        raise TypeError(f"bias: expected a floating tensor [{N}], got {type(bias).__name__}")
+    if tuple(bias.shape) != (N,) or bias.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"bias: expected a floating tensor [{N}], got {bias.dtype} {tuple(bias.shape)}")
 
 
 def in_order(seeds: torch.Tensor) -> torch.Tensor:
@@ -95,6 +116,9 @@ def _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, **others: 
         )
     device, elsewhere = x.device, False
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        if not (isinstance(A, torch.Tensor) and isinstance(B, torch.Tensor)):
+            got = f"{type(A).__name__} and {type(B).__name__}"
+            raise TypeError(f"adapter {i}: expected tensors lora_A and lora_B, got {got}")
         a, b = A.shape, B.shape
         if len(a) != 2 or a[1] != K or len(b) != 2 or b[0] != N or a[0] != b[1]:
             raise ValueError(

@@ -354,6 +354,18 @@ def test_bad_dtypes_name_the_argument():
     for bad, name in lists:
         with pytest.raises(TypeError, match=f"^{name}: expected a list with an entry for each adapter, got"):
             lora_linear(x, W, b, *bad)
+    for bad in ("2", 2, [1.0], b.numpy()):
+        for given, name in (
+            ({"weight": bad}, "weight"),
+            ({"bias": bad}, "bias"),
+            ({"lora_A": [bad, A[1]]}, "adapter 0"),
+        ):
+            with pytest.raises(TypeError, match=f"^{name}: expected"):
+                lora_linear(**{**dict(x=x, weight=W, bias=b, lora_A=A, lora_B=B, scaling=s, dropout=p), **given})
+    for bad in ("0.5", None, [0.5], b, b.numpy(), torch.tensor(0.5, requires_grad=True)):
+        for bad_s, bad_p, name in (([bad, 1.0], p, "scaling"), (s, [bad, 0.0], "dropout")):
+            with pytest.raises(TypeError, match=f"^{name}: expected a number for each adapter, got"):
+                lora_linear(x, W, b, A, B, bad_s, bad_p)
 
 
 def test_bf16_never_runs_a_bf16_product_on_the_cpu():

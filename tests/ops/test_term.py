@@ -365,6 +365,15 @@ def test_bad_types_name_the_argument():
     for bad, name in lists:
         with pytest.raises(TypeError, match=f"^{name}: expected a list with an entry for each adapter, got"):
             lora_term(y, x, *bad)
+    state = torch.get_rng_state()
+    for bad in ("2", [1.0], torch.ones(1)):
+        with pytest.raises(TypeError, match="^scaling: expected a number for each adapter, got"):
+            lora_term(y, x, A, B, [bad, 1.0], p)
+    for bad in ("2", 2, [1.0], x.numpy()):
+        for given, name in (({"bias": bad}, "bias"), ({"lora_B": [bad, B[1]]}, "adapter 0")):
+            with pytest.raises(TypeError, match=f"^{name}: expected"):
+                lora_term(**{**dict(y=y, x=x, lora_A=A, lora_B=B, scaling=s, dropout=p), **given})
+    assert torch.equal(torch.get_rng_state(), state)  # no seed is drawn for a call that is refused
 
 
 @pytest.mark.parametrize("which", ["y", "x", "lora_A", "lora_B"])

@@ -22,6 +22,7 @@ from fused_lora.ops.alike import Alike, modes
 from fused_lora.ops.checks import (
     check_linear,
     check_lists,
+    check_numbers,
     in_order,
     refuse_tangents,
     refuse_transforms,
@@ -61,12 +62,13 @@ def lora_linear(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    check_lists(lora_A=lora_A, lora_B=lora_B, scaling=scaling, dropout=() if dropout is None else dropout)
+    check_lists(lora_A=lora_A, lora_B=lora_B)
+    check_numbers(scaling=scaling, dropout=() if dropout is None else dropout)
     if not lora_A:
         return torch.nn.functional.linear(x, weight, bias)
     dropout = [0.0] * len(lora_A) if dropout is None else dropout
     seeds = None if seeds is None else in_order(seeds)
-    if not is_direct(x, weight, *lora_A, *lora_B):
+    if not is_direct(x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,))):
         refuse_transforms("lora_linear")
         return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     if forward_ad._current_level >= 0:

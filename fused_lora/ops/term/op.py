@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_lora.ops.checks import check_lists, check_term, in_order, refuse_transforms
+from fused_lora.ops.checks import check_lists, check_numbers, check_term, in_order, refuse_transforms
 from fused_lora.ops.linear import eager, flops
 from fused_lora.ops.linear import op as linear
 from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _rows, draw_seeds, is_direct
@@ -59,12 +59,13 @@ def lora_term(
     for name, tensor in (("y", y), ("x", x)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    check_lists(lora_A=lora_A, lora_B=lora_B, scaling=scaling, dropout=() if dropout is None else dropout)
+    check_lists(lora_A=lora_A, lora_B=lora_B)
+    check_numbers(scaling=scaling, dropout=() if dropout is None else dropout)
     dropout = [0.0] * len(lora_A) if dropout is None else list(dropout)
     seeds = None if seeds is None else in_order(seeds)
+    check_term(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
     if seeds is None and any(dropout):
         seeds = draw_seeds(len(dropout), x.device)
-    check_term(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
     if not lora_A:
         return y if bias is None else y + bias.to(y.dtype)
     if is_direct(y, x, *lora_A, *lora_B):
