@@ -209,7 +209,8 @@ def _cores() -> int:
 def versions() -> dict[str, str | None]:
     """python, torch, triton, peft and fused_lora; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "fused_lora": fused_lora.__version__}
-    for name in ("torch", "triton", "peft"):
+    found["torch"] = torch.__version__  # with the build, which the metadata of PyPI's wheels leave out
+    for name in ("triton", "peft"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

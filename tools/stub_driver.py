@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+if not Path(sysconfig.get_path("include"), "Python.h").exists():  # Triton's launcher includes it
+    COMPILER = None
 DEVICE = [0]  # which the driver says is current
 
 
 def environment(source: Path, folder: Path) -> dict[str, str]:
     """Environment of a process whose libcuda is ``source``, compiled into ``folder``. Its Triton cache is there too."""
     if COMPILER is None:
-        raise RuntimeError("the stub of libcuda needs a C compiler: gcc or clang, or CC in the environment")
+        raise RuntimeError("the stub of libcuda needs Python's headers and a C compiler: gcc, clang or $CC")
     subprocess.run([COMPILER, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source], check=True)
     (folder / "libcuda.so").symlink_to("libcuda.so.1")  # triton 3.4 links this name
     found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -142,6 +142,8 @@ def times(device: torch.device) -> dict[str, float]:
 
 
 def _version(name: str) -> str | None:
+    if name == "torch":
+        return torch.__version__  # with the build, which the metadata of PyPI's wheels leave out
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -149,8 +149,9 @@ def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str], ex
 
     matched has the paths of stacked parameters, too, experts those of their experts, which may have ranks of their own.
     That is: keys of rank_pattern and alpha_pattern and entries of target_modules, exclude_modules and modules_to_save
-    that match nothing; layers without a bias under lora_bias; places of a layer beside its first, the only one where it is replaced, as in PEFT; and, for
-    "all-linear", the weights of routers and of packed experts, which are no linear layers.
+    that match nothing; layers without a bias under lora_bias; places of a layer beside its first, the only one where it
+    is replaced, as in PEFT; and, for "all-linear", the weights of routers and of packed experts, which are no linear
+    layers.
     """
     for name in ("rank_pattern", "alpha_pattern"):
         known = [*matched, *experts] if name == "rank_pattern" else matched
@@ -177,7 +178,9 @@ def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str], ex
         text = f"the model has adapted layers at further places, too, where they get no adapter: {some(further)}"
         warnings.warn(f"target_modules: {text}", stacklevel=4)
     modules = dict(candidates(model)) if config.lora_bias else {}
-    if bare := [path for path in matched if path in modules and getattr(base_layer_of(modules[path]), "bias", 0) is None]:
+    if bare := [
+        path for path in matched if path in modules and getattr(base_layer_of(modules[path]), "bias", 0) is None
+    ]:
         text = f"{some(bare)} have no bias to which a merge could add lora_B's: merge() will be refused"
         warnings.warn(f"lora_bias: {text}", stacklevel=4)
     targets = config.target_modules

@@ -27,8 +27,27 @@ _first_use = threading.RLock()
 
 
 def usable(device: torch.device) -> bool:
-    """Whether kernels may run on this device at all: CUDA with Triton, not switched off."""
-    return device.type == DEVICE and HAS_TRITON and os.environ.get("FUSED_LORA_PLAN") != "eager"
+    """Whether kernels may run on this device at all: CUDA with Triton, which can launch, and not switched off."""
+    return device.type == DEVICE and HAS_TRITON and os.environ.get("FUSED_LORA_PLAN") != "eager" and _launches()
+
+
+@functools.cache
+def _launches() -> bool:
+    """Whether Triton's driver loads, which it compiles in C when it is first used; if not, with one warning."""
+    if not torch.cuda.is_available():  # what launches nothing needs no driver
+        return True
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
+        warnings.warn(
+            f"fused_lora: no kernel runs, {_EAGER}: Triton could not load its driver, for which it needs a C compiler "
+            f"(gcc or clang) and Python's headers (python3-dev): {_text(error)}",
+            stacklevel=4,
+        )
+        return False
+    return True
 
 
 def capturing(device: torch.device) -> bool:

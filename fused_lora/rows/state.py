@@ -105,6 +105,8 @@ def reshaped(state: Owned, old: Sequence[int], new: Sequence[int]) -> State:
         if not new:
             return Unknown("a scalar of one row")
         return state._replace(dim=dim, owners=np.full(new[dim], state.single))
+    if not total:
+        return Unknown("a view of a tensor without elements")
     stride, count = int(np.prod(old[state.dim + 1 :])), len(state.owners)
     for dim, size in enumerate(new):
         step = int(np.prod(new[dim + 1 :]))

@@ -152,8 +152,9 @@ def test_old_checkpoints_are_read_as_peft_reads_them(tmp_path, kind):
             mixed = store.model(ids).logits
         fused_lora.load_adapter(model, folder)
         assert_close(model(ids).logits, theirs, terms=3000)
+        # no bits: the adapter moves its rows between the experts of the next layer, whose products have other heights
+        assert_close(mixed[1:], base(ids).logits[1:], terms=3000)
     assert_close(mixed[:1], theirs[:1], terms=3000)
-    assert torch.equal(mixed[1], base(ids).logits[1])
     fused_lora.save_adapter(model, tmp_path / "b")
     again = peft.PeftModel.from_pretrained(base, tmp_path / "b").eval()
     with torch.no_grad():

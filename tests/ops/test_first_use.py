@@ -277,3 +277,23 @@ def test_library_products_in_tf32_drop_no_grouped_kernel(outputs, device):
     rows = rows.views(torch.from_numpy(build_metadata(rows, np.zeros(16, int), [[(0, 1.0)]])).to(device))
     with TF32():
         assert grouped_kernel._check(tables, rows, torch.float32, device) is None
+
+
+def test_where_triton_cannot_load_its_driver_no_kernel_runs_and_one_warning_says_why(monkeypatch):
+    """As in a container with a GPU and without a C compiler."""
+    triton_runtime = pytest.importorskip("triton.runtime")
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(triton_runtime, "driver", Driver())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    guard._launches.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="C compiler.*python3-dev.*Failed to find C compiler") as found:
+            assert [guard.usable(torch.device("cuda", i)) for i in (0, 1)] == [False, False]
+        assert len(found) == 1 and not guard.usable(torch.device("cpu"))
+    finally:
+        guard._launches.cache_clear()

@@ -137,6 +137,11 @@ def test_a_sequences_values_are_where_the_rules_say(name):
         assert not moved.any(-1)[torch.from_numpy(state.owners != b)].any()
 
 
+def test_a_view_without_elements_tells_nothing():
+    _, state = followed(lambda x: x[:, :0].reshape(-1, C).view(B, 0, C), torch.randn(B, T, C))
+    assert isinstance(state, Unknown)
+
+
 def test_what_is_not_made_of_the_inputs_is_a_constant():
     _, state = followed(lambda x: F.linear(torch.ones(B, C), W), torch.randn(B, T, C))
     assert state is None
