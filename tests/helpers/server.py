@@ -16,6 +16,18 @@ from typing import Any
 from helpers.waiting import HANG
 
 
+def _too_long() -> tuple[str, int]:
+    path = "x" * 5000
+    try:
+        Path(path).is_file()
+    except OSError:
+        return path, 400
+    return path, 404
+
+
+TOO_LONG = _too_long()  # no path of a file, and the answer to it: to newer releases of Python it is no error
+
+
 class Server:
     """A running server; ``client`` is OpenAI's, ``http`` speaks to it without one.
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import linecache
 import os
 import pickle
 import sys
@@ -314,15 +315,41 @@ def test_a_forward_that_is_interrupted_while_it_waits_is_forgotten():
             def __exit__(self, *error):
                 return False
 
-            def locked(self):
-                return False
-
         real, change.ended = change.ended, Interrupted()
         try:
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(model, torch.randn(3, 48)).result(HANG)
         finally:
             change.ended = real
+
+
+def test_an_end_that_is_repeated_leaves_a_forward_that_waited_alone():
+    """An interrupt may have stopped the first end. Here the forward goes on between the two."""
+    model, goes_on, ended = ours(), threading.Event(), threading.Event()
+
+    def stop(frame, event, _):
+        if frame.f_code is changes.wait_for_change.__code__ and event == "line":
+            if linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() == "waited = True":
+                goes_on.set()
+                assert ended.wait(HANG)
+        return stop
+
+    def forward():
+        sys.settrace(stop)
+        try:
+            return model(torch.randn(3, 48))
+        finally:
+            sys.settrace(None)
+
+    with ThreadPoolExecutor(1) as pool, changing(model):
+        change = changes.CHANGING[id(model)]
+        found = pool.submit(forward)
+        wait_for(lambda: change.waiters)
+        change.end()
+        assert goes_on.wait(HANG)
+        change.end()
+        ended.set()
+        assert found.result(HANG).shape == (3, 48)
 
 
 def test_copies_and_pickles_of_a_model_that_is_being_changed():

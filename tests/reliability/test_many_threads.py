@@ -295,5 +295,5 @@ def test_memory_of_loads(tmp_path, count):
     for i in range(count):
         once(i)
     after = held()
-    assert after[0] == before[0] and after[2] == before[2], (before, after)
+    assert after[0] <= before[0] and after[2] <= before[2], (before, after)
     assert after[1] - before[1] < count / 2  # objects of Python: fewer than one for two loads

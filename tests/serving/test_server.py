@@ -15,7 +15,7 @@ import threading
 import pytest
 
 from helpers import serving
-from helpers.server import Server
+from helpers.server import TOO_LONG, Server
 from helpers.waiting import HANG, wait_for
 
 openai = pytest.importorskip("openai")
@@ -259,7 +259,7 @@ def test_load_and_unload(server, alone, world):
         ("ok", ".", 400),
         ("ok", "", 400),
         ("ok", "a\0b", 400),
-        ("ok", "x" * 5000, 400),
+        ("ok", *TOO_LONG),
         ("ok", "empty", 404),
         ("ok", "missing", 404),
         ("tiny", "a0", 400),
