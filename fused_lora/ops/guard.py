@@ -43,7 +43,8 @@ def _launches() -> bool:
     except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
         warnings.warn(
             f"fused_lora: no kernel runs, {_EAGER}: Triton could not load its driver, for which it needs a C compiler "
-            f"(gcc or clang) and Python's headers (python3-dev): {_text(error)}",
+            "(gcc or clang), Python's headers (python3-dev) and a folder to write to (TRITON_CACHE_DIR): "
+            f"{_text(error)}",
             stacklevel=4,
         )
         return False

@@ -45,7 +45,7 @@ def test_workflows_call_targets_of_the_makefile(path):
 
 def test_the_matrix_has_what_setup_py_promises():
     matrix = read(ROOT / ".github/workflows/cpu.yml")["jobs"]["test"]["strategy"]["matrix"]
-    assert matrix["python"] == ["3.10", "3.11", "3.12", "3.13"]
+    assert matrix["python"] == ["3.10", "3.11", "3.12", "3.13", "3.14"]
     setup, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("setup.py", "Makefile"))
     assert f'python_requires=">={matrix["python"][0]}"' in setup
     assert f'"torch>={matrix["torch"][0].removesuffix(".0")}"' in setup
