@@ -65,6 +65,8 @@ def examine(device: torch.device) -> Iterator[tuple[str, Any]]:
         path = {"runs": "kernels" if kernels else plan.notes[0].partition(";")[0]}
         path |= {"forward": plan.forward.variant, "backward": plan.backward.variant}
         path["CPU loops"] = native.describe()
+        if device.type == guard.DEVICE and (why := guard.why_not(device)) and why == guard.no_driver():
+            wrong.append(why)  # the other reasons are a choice
         yield "path", path | {name: os.environ.get(name) for name in SWITCHES}
         parts = smoke.PARTS if kernels else (operators, smoke.merges)
         checks: dict[str, object] = {}

@@ -173,8 +173,8 @@ def _place(device, dtypes: Iterable[torch.dtype]) -> tuple[str, int, tuple[str, 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError):
         raise ValueError(f"device: expected a torch device or one of {', '.join(CHIPS)}, got {device!r}") from None
-    if not guard.usable(device):
-        why = "the CPU path: plain torch, no kernels" if device.type == "cpu" else "the eager path: " + _why(device)
+    if why := guard.why_not(device):
+        why = "the CPU path: plain torch, no kernels" if device.type == "cpu" else f"the eager path: {why}"
         return str(device), 0, (f"{device} takes {why}; launches and bytes are not counted",)
     if not torch.cuda.is_available():
         raise ValueError(f"device: expected a device that is here or the name of a chip ('H100'), got {str(device)!r}")
@@ -197,12 +197,6 @@ def _of_dtypes(name: str, capability: int, dtypes: Iterable[torch.dtype]) -> tup
     if capability < 80:
         return name, 0, (f"no kernels for {name}: the eager path, which is not counted",)
     return name, capability, ()
-
-
-def _why(device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"no kernels for {device.type} devices"
-    return "Triton is not installed" if not guard.HAS_TRITON else "FUSED_LORA_PLAN=eager"
 
 
 def _plans(shape: tuple[Any, ...], capability: int) -> tuple[Plan, Plan]:

@@ -28,27 +28,35 @@ _first_use = threading.RLock()
 
 def usable(device: torch.device) -> bool:
     """Whether kernels may run on this device at all: CUDA with Triton, which can launch, and not switched off."""
-    return device.type == DEVICE and HAS_TRITON and os.environ.get("FUSED_LORA_PLAN") != "eager" and _launches()
+    return why_not(device) is None
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why no kernel may run on this device; None where they may."""
+    if device.type != DEVICE:
+        return f"there are no kernels for {device.type} devices"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    return "FUSED_LORA_PLAN=eager" if os.environ.get("FUSED_LORA_PLAN") == "eager" else no_driver()
 
 
 @functools.cache
-def _launches() -> bool:
-    """Whether Triton's driver loads, which it compiles in C when it is first used; if not, with one warning."""
+def no_driver() -> str | None:
+    """Why Triton's driver does not load, with one warning; Triton compiles it in C when it is first used."""
     if not torch.cuda.is_available():  # what launches nothing needs no driver
-        return True
+        return None
     from triton.runtime import driver
 
     try:
         driver.active.get_current_device()
     except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises
-        warnings.warn(
-            f"fused_lora: no kernel runs, {_EAGER}: Triton could not load its driver, for which it needs a C compiler "
-            "(gcc or clang), Python's headers (python3-dev) and a folder to write to (TRITON_CACHE_DIR): "
-            f"{_text(error)}",
-            stacklevel=4,
+        found = (
+            "Triton could not load its driver, for which it needs a C compiler (gcc or clang), Python's headers "
+            f"(python3-dev) and a folder to write to (TRITON_CACHE_DIR): {_text(error)}"
         )
-        return False
-    return True
+        warnings.warn(f"fused_lora: no kernel runs, {_EAGER}: {found}", stacklevel=5)
+        return found
+    return None
 
 
 def capturing(device: torch.device) -> bool:

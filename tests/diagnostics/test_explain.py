@@ -96,7 +96,9 @@ def test_without_a_gpu_it_says_so(monkeypatch):
     text = str(fused_lora.explain(**SHAPE))
     assert " on cpu\n" in text and cell(text, "forward", "variant") == "eager"
     assert text.endswith("cpu takes the CPU path: plain torch, no kernels; launches and bytes are not counted")
-    assert "meta takes the eager path: no kernels for meta devices" in str(fused_lora.explain(**SHAPE, device="meta"))
+    assert "meta takes the eager path: there are no kernels for meta devices" in str(
+        fused_lora.explain(**SHAPE, device="meta")
+    )
 
 
 def test_what_keeps_a_gpu_from_kernels_is_named(monkeypatch):

@@ -37,11 +37,10 @@ def grouped_wrapper_gpu(*args: Any, **kwargs: Any) -> PunicaWrapperGPU:
     args, kwargs: of both.
     """
     config, device = kwargs["lora_config"], torch.device(kwargs["device"] if "device" in kwargs else args[2])
-    if not guard.usable(device):
-        why = "Triton is missing, or FUSED_LORA_PLAN is eager"
-    elif config.lora_dtype not in DTYPES or config.max_lora_rank > MAX_RANK:
-        why = f"no kernels for adapters of {config.lora_dtype} and rank {config.max_lora_rank}"
-    else:
+    why = guard.why_not(device)
+    if why is None and (config.lora_dtype not in DTYPES or config.max_lora_rank > MAX_RANK):
+        why = f"there are no kernels for adapters of {config.lora_dtype} and rank {config.max_lora_rank}"
+    if why is None:
         return GroupedWrapperGPU(*args, **kwargs)
     log.warning("fused_lora leaves LoRA to vLLM's own wrapper: %s", why)
     return PunicaWrapperGPU(*args, **kwargs)
