@@ -143,6 +143,8 @@ def test_compiles_records_and_compares(tmp_path):
 @pytest.mark.slow
 def test_every_configuration_keeps_the_rules():
     """Complete on every chip; what has changed since it was recorded is compiled here and now."""
+    if not report.read_results(report.RESULTS):
+        pytest.skip("recorded with another compiler, whose registers are others: tools/compile_report --check")
     done = run_command("--check", "--processes", "2", cwd=ROOT)
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if not line.startswith("|"))
     for chip in CHIPS:
