@@ -98,6 +98,18 @@ class TimeFirstInside(nn.Module):
         return self.up(x + torch.softmax(q @ q.transpose(1, 2), -1).matmul(q).transpose(0, 1))
 
 
+class Pictures(nn.Module):
+    """Pictures go through a tower of their own, and then to the places of tokens that are 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.tower, self.language = nn.Embedding(9, K), Block(), Block()
+
+    def forward(self, tokens, pictures):
+        x = self.table(tokens)
+        return self.language(x.masked_scatter((tokens == 0)[..., None], self.tower(pictures)[:, 0]))
+
+
 def tensors(model, seed, layers=None):
     draw = torch.Generator().manual_seed(shifted(seed))
     found = {}
@@ -305,6 +317,28 @@ def test_an_order_that_python_chose_is_followed_each_time(kind, follows):
     assert len(follows) == 2
     with at.batch(["a", "b", None]), torch.no_grad(), pytest.raises(ValueError, match="in another order"):
         at.model(x.flip(0))
+
+
+@door
+@torch.no_grad()
+def test_pictures_are_of_the_sequence_that_they_are_put_into(kind, follows):
+    """As many as sequences, but perhaps two of one sequence and none of another: their places tell."""
+    pictures, names = torch.randn(3, 2, K), ["a", "b", None]
+    even, uneven = torch.tensor([[0, 5], [6, 0], [0, 7]]), torch.tensor([[0, 0], [6, 7], [0, 5]])
+
+    def check(at, tokens):
+        with at.batch(names):
+            out = at.model(tokens, pictures)
+        for i, name in enumerate(names):
+            assert_close(out[i], at.alone(name)(tokens, pictures)[i], terms=100)
+
+    at = Door(kind, Pictures())
+    for _ in range(2):
+        check(at, even)
+        with at.batch(names), pytest.raises(ValueError, match="'tower.q' and layers after it .* of other sequences"):
+            at.model(uneven, pictures)
+    assert len(follows) == 4
+    check(Door(kind, Pictures(), ["language"]), uneven)
 
 
 @door
