@@ -34,7 +34,7 @@ from fused_lora.serving.residency.refusal import NonFiniteOutput
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
 _INPUTS = 4096  # inputs of layers whose rows are kept
 # a replay would read rows and slots of this batch, when both are others'
-_CAPTURED = "batch: a graph would keep these adapters for ever; use row_buffers, or no graph"
+_CAPTURED = "batch: a trace or a graph would keep these adapters for ever; use torch.export, or row_buffers"
 
 
 def running(store: Any) -> Batch | None:
@@ -166,7 +166,9 @@ class Batch:
     def is_elsewhere(self) -> bool:
         """Whether what runs now is not inside of it: it has ended, or it was entered by a generator that is suspended
         while that of a batch around it runs."""
-        return self._ended or any(b._generator is not None and is_running(b._generator) for b in self._apart)
+        if not self._apart:  # asked at every layer
+            return self._ended
+        return any(b._generator is not None and is_running(b._generator) for b in self._apart)
 
     def called(self, path: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Before a module of the model: find out which rows are whose, if nothing around it was called.
@@ -385,7 +387,8 @@ class Batch:
     def _check(self, x: Tensor, y: Tensor) -> None:
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
-        if self._buffers is None and guard.capturing(x.device):
+        traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if traced or self._buffers is None and guard.capturing(x.device):
             raise RuntimeError(_CAPTURED)
 
     def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace, dtype: torch.dtype) -> None:
