@@ -166,11 +166,21 @@ class Call:
         self.check_places()
         trace.paused = True  # what finds a state is no part of the model
         state = trace.state(x)
+        if state is None:
+            state = self._spread(x)
+            if state is not None:
+                trace.mark(x, state)
         trace.paused = False
         known.put((path, x.dim()), layout_of(state, x.shape, self.sequences))
         self.lasts = self.lasts and not (isinstance(state, Owned) and state.assembled)
         if y is not None and not (isinstance(state, Owned) and state.dim == x.dim() - 1):
             trace.mark(y, state)
+
+    def _spread(self, x: Tensor) -> State:
+        """Of a constant [sequences, ..., K] that is the same for each sequence, as learned queries: row i is for i."""
+        n = self.sequences
+        alike = [d for d in range(x.dim() - 1) if x.shape[d] == n and torch.equal(x, x.narrow(d, 0, 1).expand_as(x))]
+        return Owned(0, np.arange(n)) if alike == [0] and x.dim() > 2 and not self._packed else None
 
     def layout(self, path: str, x: Tensor) -> Layout | None:
         """Of the input of a layer; None if any rows may come, or none came.

@@ -16,6 +16,7 @@ from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
 
 K = 8
+QUERIES = torch.randn(1, 2, K, generator=torch.Generator().manual_seed(shifted(1)))  # the same for each sequence
 
 
 class Block(nn.Module):
@@ -188,8 +189,9 @@ def follows(monkeypatch):
         lambda block, x: block.up(x.reshape(-1, K)).view(x.shape),
         lambda block, x: block.up(x.transpose(0, 1)).transpose(0, 1),
         lambda block, x: block.up(x[:, -1])[:, None],
+        lambda block, x: block.o(F.scaled_dot_product_attention(block(QUERIES.expand(len(x), -1, -1)), x, block.k(x))),
     ],
-    ids=["plain", "reversed", "windows", "chunks", "twice", "flat", "time first", "last token"],
+    ids=["plain", "reversed", "windows", "chunks", "twice", "flat", "time first", "last token", "learned queries"],
 )
 @pytest.mark.parametrize("T", [4, 2])
 def test_rows_are_followed_through_a_model(kind, around, T):
@@ -207,11 +209,12 @@ def test_rows_are_followed_through_a_model(kind, around, T):
         (lambda: Model(lambda block, x: x + block.up(x[x[..., 0] > 0]).sum()), "picked by a mask"),
         (lambda: Model(lambda block, x: block(x.flip(0))), "in another order"),
         (lambda: Model(lambda block, x: x + block.up(x[0])), "some of the batch's rows"),
-        (lambda: Model(lambda block, x: x + block.up(torch.ones(len(x), 1, K))), "not come from the model's inputs"),
+        (lambda: Model(lambda block, x: x + block.up(QUERIES.view(2, 1, K))), "not come from the model's inputs"),
+        (lambda: Model(lambda block, x: x + block.up(torch.ones(2, 2, K))), "not come from the model's inputs"),
         (lambda: Model(lambda block, x: x + block.up(x.mean(0))), "a sum over several sequences"),
         (TimeFirstInside, "as if the sequences were one"),
     ],
-    ids=["sorted", "experts", "mask", "other order", "one sequence", "constant", "mean", "attention over the batch"],
+    ids="sorted,experts,mask,other order,one sequence,a table,the same twice,mean,attention over the batch".split(","),
 )
 def test_a_layer_whose_rows_are_not_known_is_refused_by_name(kind, model, why):
     at = Door(kind, model())

@@ -120,7 +120,7 @@ OPERATIONS = {
     "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x.view(B, T, 3, 2)) * 1j).flatten(2), 0),
     "folded": (lambda x: F.fold(F.unfold(x[:, None], 2), (T, C), 2), 0),
     "sampled": (lambda x: F.grid_sample(x[:, None], x[:, :2, None, :2].tanh(), align_corners=False), 0),
-    "sampled over the batch": (lambda x: F.grid_sample(x.transpose(0, 1)[None], W[None, :2, None, :2]), None),
+    "sampled over the batch": (lambda x: F.grid_sample(x.mT[None], W[None, :2, None, :2], align_corners=False), None),
 }
 
 

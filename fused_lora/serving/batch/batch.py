@@ -126,6 +126,8 @@ class Batch:
 
     def __enter__(self) -> Batch:
         self.outer = _running.get()
+        while self.outer is not None and self.outer._ended:  # another context has ended it
+            self.outer = self.outer.outer
         self._generator = generator_around()
         outer = self.outer
         while outer is not None:
