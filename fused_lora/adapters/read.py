@@ -36,6 +36,7 @@ from fused_lora.modules.targets import (
     is_supported,
     literal_targets,
     why_not_linear,
+    why_not_supported,
 )
 from fused_lora.reference import bits
 
@@ -225,7 +226,9 @@ def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Pl
     missing = [path for path in plan.slots if path not in fitting]
     if missing and (not allow_partial or not fitting):
         path = missing[0]
-        kind = f"a {type(base_layer_of(modules[path])).__name__}" if path in modules else "no module of that name"
+        kind = "no module of that name"
+        if path in modules:
+            kind = f"a {type(base_layer_of(modules[path])).__name__}, {why_not_supported(modules[path])}"
         linear = [name for name, module in modules.items() if why_not_linear(module) is None]
         what = "an embedding" if path in plan.embeddings else "a linear layer"
         found = f"{kind}. {mismatch(missing, len(plan.slots), linear)}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -215,7 +216,7 @@ def attach(
             for parameter in adapter_parameters(model, adapter_name):
                 parameter.requires_grad_(True)
     if contexts is not None:
-        _enter(model, contexts)
+        _join(model, contexts)
     for function in AFTER_CHANGE:
         function(root)
     _load_base_biases(lora_layers(model), layers)
@@ -333,12 +334,12 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     check_module(model)
     with changing(model):
         unmerge_all(mergeable_layers(model))
-        parts = [*lora_layers(model).values(), *auxiliary_modules(model).values()]
-        before = [*_set_all(parts, "disable_adapters", True), *_set_all(parts, "context", Context("disable_adapters"))]
+        context = Context("disable_adapters")
+        _enter(_parts(model), context, {"disable_adapters": True, "context": context})
     try:
         yield
     finally:
-        _restore(model, before)
+        _leave(model, context)
 
 
 @contextmanager
@@ -367,52 +368,74 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None], *, dim:
         _check_not_merged(mergeable_layers(model).values())
         if dim != 0 and beside:
             raise ValueError(f"dim: expected 0 for a model with modules trained beside LoRA, {some(beside)}, got {dim}")
-        around = next((layer.mixed_batch for layer in layers.values()), None)
-        batch = MixedBatch(model, layers, names, dim, around)
+        batch = MixedBatch(model, layers, names, dim)
+        for other in _batches(model):
+            other.check_around()
         batch.attach()
-        before = _set_all([*layers.values(), *beside.values()], "mixed_batch", batch)
+        _enter(_parts(model), batch, {"mixed_batch": batch})
     try:
         yield
     finally:
         batch.detach()
-        _restore(model, before)
+        _leave(model, batch)
 
 
-def _set_all(parts: Iterable[nn.Module], attribute: str, value: Any) -> list[tuple[nn.Module, str, Any]]:
-    """One attribute of LoRA layers or of what trains beside them; returns what they had."""
-    before = [(part, attribute, getattr(part, attribute)) for part in parts]
-    for part, _, _ in before:
-        setattr(part, attribute, value)
-    return before
+# of each part of a model: the contexts that it is in, (context, attribute, value before), latest last
+_contexts: WeakKeyDictionary[nn.Module, list[tuple[Context, str, Any]]] = WeakKeyDictionary()
 
 
-def _restore(model: nn.Module, before: list[tuple[nn.Module, str, Any]]) -> None:
-    """Undo :func:`_set_all`, for parts that were added since, too."""
-    with changing(model):
-        _put(model, {attribute: value for _, attribute, value in before})
-        for part, attribute, value in before:
-            setattr(part, attribute, value)
+def _parts(model: nn.Module) -> list[Any]:
+    """All LoRA layers, and all modules trained beside them."""
+    return [*lora_layers(model).values(), *auxiliary_modules(model).values()]
 
 
-def _enter(model: nn.Module, layer: LoraLayer) -> None:
-    """Put what was added to a model into the contexts that ``layer`` is in."""
-    _put(model, {name: getattr(layer, name) for name in ("disable_adapters", "context", "mixed_batch")})
-
-
-def _put(model: nn.Module, values: Mapping[str, Any]) -> None:
-    """Set these attributes of all LoRA layers, and of all modules trained beside them."""
-    for part in (*lora_layers(model).values(), *auxiliary_modules(model).values()):
+def _enter(parts: Iterable[nn.Module], context: Context, values: Mapping[str, Any]) -> None:
+    """Set these attributes until :func:`_leave`."""
+    for part in parts:
+        entered = _contexts.setdefault(part, [])
         for attribute, value in values.items():
+            entered.append((context, attribute, getattr(part, attribute)))
             setattr(part, attribute, value)
+
+
+def _leave(model: nn.Module, context: Context) -> None:
+    """Undo :func:`_enter`, for parts that were added since, too. Contexts may end in any order, as in generators."""
+    with changing(model):
+        for part in _parts(model):
+            entered = _contexts.get(part, [])
+            for i in reversed(range(len(entered))):
+                owner, attribute, before = entered[i]
+                if owner is not context:
+                    continue
+                later = next((j for j in range(i + 1, len(entered)) if entered[j][1] == attribute), None)
+                if later is None:
+                    setattr(part, attribute, before)
+                else:
+                    entered[later] = entered[later][0], attribute, before
+                del entered[i]
+
+
+def _join(model: nn.Module, layer: LoraLayer) -> None:
+    """Put what was added to a model into the contexts that ``layer`` is in."""
+    for part in _parts(model):
+        if layer in _contexts and part not in _contexts:
+            _contexts[part] = list(_contexts[layer])
+        for name in ("disable_adapters", "context", "mixed_batch"):
+            setattr(part, name, getattr(layer, name))
+
+
+def _batches(model: nn.Module) -> list[MixedBatch]:
+    """The open ones, of any thread, the latest first."""
+    layer = next(iter(lora_layers(model).values()), None)
+    entered = _contexts.get(layer, []) if layer is not None else []
+    return [context for context, _, _ in reversed(entered) if isinstance(context, MixedBatch)]
 
 
 def check_no_batch(model: nn.Module, adapter_name: str | None = None) -> None:
     """Raise RuntimeError inside of an ``adapter_batch`` (with this adapter): its rows would silently be the base."""
-    batch = next((layer.mixed_batch for layer in lora_layers(model).values()), None)
-    while batch is not None:
+    for batch in _batches(model):
         if adapter_name is None or adapter_name in batch.names:
             raise RuntimeError(f"adapter_batch: a batch of {some(batch.names)} is open; leave its context first")
-        batch = batch.around
 
 
 def as_list(adapter_names: Iterable) -> list:

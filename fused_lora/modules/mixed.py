@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fused_lora.modules.frames import generator_around, is_running
+from fused_lora.modules.names import some
 from fused_lora.rows import Entries, RowFinder, Running, checked_dim
 
 # finders by model: what one has found holds for the next batch
@@ -61,7 +63,7 @@ class MixedBatch(Context):
 
     Args:
         model: whose calls are batches. layers: its LoRA layers by path. names: the adapter of each entry.
-        dim: dimension of the model's inputs that holds the sequences. around: the batch that was open before.
+        dim: dimension of the model's inputs that holds the sequences.
     """
 
     def __init__(
@@ -70,10 +72,10 @@ class MixedBatch(Context):
         layers: Mapping[str, nn.Module],
         names: Sequence[str],
         dim: int,
-        around: MixedBatch | None = None,
     ):
         super().__init__("adapter_batch")
-        self.names, self.around = list(names), around
+        self.names = list(names)
+        self._thread, self._generator = threading.get_ident(), generator_around()
         finder = _finders.get(model)
         if finder is None or dict(finder.layers) != dict(layers):
             finder = _finders[model] = RowFinder(model, layers)
@@ -83,6 +85,14 @@ class MixedBatch(Context):
         self._running: dict[int, Running] = {}  # by thread
         self._rows: dict[tuple, dict[str, Tensor]] = {}
         self._handles: list[Any] = []
+
+    def check_around(self) -> None:
+        """Raise RuntimeError unless what runs now is inside of this batch, so that another may be entered in it."""
+        text = f"adapter_batch: a batch of {some(self.names)} is open in another"
+        if self._thread != threading.get_ident():
+            raise RuntimeError(f"{text} thread, and acts on all of them; use an AdapterStore, or take turns")
+        if self._generator is not None and not is_running(self._generator):
+            raise RuntimeError(f"{text} generator, and acts outside of it, too; use an AdapterStore, or end it first")
 
     def attach(self) -> None:
         """Note the calls of the model and of what is in it."""

@@ -153,6 +153,8 @@ class Call:
         self._packed, self._known, self._sizes = entries.packed, known, sizes
         self.followed: RowTrace | None = None
         self.lasts = True
+        self._acted = ""  # the first layer whose rows were asked for while the call was followed
+        self._misplaced = False
         used = () if known is None else tuple(sizes[i] for slots in known.slots.values() for i in sorted(slots)[:1])
         self.case = sequences, known, used
 
@@ -161,13 +163,24 @@ class Call:
         trace, known = self.followed, self._known
         if trace is None or known is None or not x.numel():
             return
+        self.check_places()
         trace.paused = True  # what finds a state is no part of the model
         state = trace.state(x)
+        if state is None:
+            state = self._spread(x)
+            if state is not None:
+                trace.mark(x, state)
         trace.paused = False
         known.put((path, x.dim()), layout_of(state, x.shape, self.sequences))
         self.lasts = self.lasts and not (isinstance(state, Owned) and state.assembled)
         if y is not None and not (isinstance(state, Owned) and state.dim == x.dim() - 1):
             trace.mark(y, state)
+
+    def _spread(self, x: Tensor) -> State:
+        """Of a constant [sequences, ..., K] that is the same for each sequence, as learned queries: row i is for i."""
+        n = self.sequences
+        alike = [d for d in range(x.dim() - 1) if x.shape[d] == n and torch.equal(x, x.narrow(d, 0, 1).expand_as(x))]
+        return Owned(0, np.arange(n)) if alike == [0] and x.dim() > 2 and not self._packed else None
 
     def layout(self, path: str, x: Tensor) -> Layout | None:
         """Of the input of a layer; None if any rows may come, or none came.
@@ -184,6 +197,8 @@ class Call:
             found = found._replace(inner=inner) if all(self._sizes[i] == inner for i in known.slots[key]) else None
         count = self.sequences
         if isinstance(found, Layout) and x.shape[found.dim] == found.outer * count * found.inner:
+            if self.followed is not None:
+                self._acted = self._acted or path
             return found
         if isinstance(found, str):
             why = found
@@ -196,6 +211,24 @@ class Call:
             f"batch: {path!r} got an input of shape {tuple(x.shape)}; expected {what}, in order: {why}. "
             "In a batch of one adapter alone any rows may come"
         )
+
+    def follow(self, trace: RowTrace) -> None:
+        """Follow the operators of this call by ``trace``."""
+        self.followed, trace.misplaced = trace, self._note_misplaced
+
+    def _note_misplaced(self) -> None:
+        self.lasts = False
+        self._misplaced = self._misplaced or bool(self._acted)
+
+    def check_places(self) -> None:
+        """Raise ValueError if rows were written to places of other sequences, after layers took them for their own."""
+        if self._misplaced:
+            raise ValueError(
+                f"batch: {self._acted!r} and layers after it took the rows of their inputs for those of the "
+                f"{self.sequences} sequences in order, and the model then put rows among those of other sequences, as "
+                "with several images of one sequence and none of another. Let the adapters leave these layers out, or "
+                "put each adapter's sequences into a batch of their own"
+            )
 
     def pause(self, paused: bool) -> None:
         """Do not follow what runs between: it is not the model's."""
@@ -255,7 +288,8 @@ class RowFinder:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("batch: the rows of a graph must be known before its capture; run a step of it first")
         call = Call(module, count, entries, Known(sizes), sizes)
-        trace = call.followed = RowTrace(entries.packed)
+        trace = RowTrace(entries.packed)
+        call.follow(trace)
         for (_, tensor), dim in zip(inputs, marks, strict=True):
             trace.mark(tensor, _of_input(tensor, dim))
         trace.__enter__()
@@ -329,7 +363,9 @@ class RowFinder:
         trace.__exit__(None, None, None)
         trace.forget()
         call.followed = None
-        if not (complete and call.lasts):
+        if complete:
+            call.check_places()
+        if not (complete and call.lasts and found.layouts):  # none: the layers were disabled
             return
         for key, layout in found.layouts.items():
             old = self._found.setdefault(key, layout)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from fused_lora.rows.state import Owned, State, Unknown, along, broadcast, meet,
 RULES: dict[str, Callable[[Any], Any]] = {}
 # index movement whose result is found by moving the owners themselves
 _MOVES = (
-    "alias as_strided detach diagonal expand flip movedim narrow permute repeat roll select slice split "
+    "alias as_strided detach diagonal expand flip movedim narrow permute repeat roll rot90 select slice split "
     "split_with_sizes squeeze swapaxes t transpose unbind unfold unsafe_split unsqueeze chunk lift_fresh "
     "unsafe_chunk unsafe_split_with_sizes"
 )
@@ -35,14 +35,16 @@ _REDUCES = (
 )
 _ELEMENTWISE = (
     "_to_copy clone contiguous masked_fill fill zero where bucketize isin floor_divide tril triu dropout bernoulli "
-    "native_dropout nan_to_num prelu threshold to rrelu_with_noise"
+    "native_dropout nan_to_num prelu _prelu_kernel threshold to rrelu_with_noise hardswish log_sigmoid_forward"
 )
 _TEMPLATES = (
     "zeros_like ones_like full_like empty_like rand_like randn_like randint_like "
     "new_zeros new_ones new_full new_empty new_empty_strided"
 )
 _ATTENTION = re.compile("attention|attn|flash")
-_IMAGES = re.compile("(^|_)conv(olution|_|[0-9]|$)|pool[0-9]|upsample|(^|_)pad(_nd|[0-9]|$)|pixel_(un)?shuffle|im2col")
+_IMAGES = re.compile(
+    "(^|_)conv(olution|_|[0-9]|$)|pool[0-9]|upsample|(^|_)pad(_nd|[0-9]|$)|(pixel|channel)_(un)?shuffle|im2col|col2im"
+)
 _LIBRARIES = re.compile("norm|rotary|rope")  # of kernels outside torch: the first operand's rows stay where they are
 _SUMMED = "values of different sequences are summed, as if the sequences were one"
 
@@ -51,6 +53,7 @@ class Applied:
     """One call of an operator with the states of its operands.
 
     name: without a trailing underscore. args: all arguments in the schema's order. further: after the first, as given.
+    misplaced: to be called where a row is written to a place of another sequence.
     """
 
     args: list[Any]
@@ -64,8 +67,10 @@ class Applied:
         state: Callable[[Tensor], State],
         packed: bool,
         known_range: Callable[[Tensor], int | None] = lambda t: None,
+        misplaced: Callable[[], None] = lambda: None,
     ):
         self.func, self.out, self.state, self.packed, self.known_range = func, out, state, packed, known_range
+        self.misplaced = misplaced
         self.name = func._schema.name.partition("::")[2].removesuffix("_")
         names = [argument.name for argument in func._schema.arguments]
         self.further = args[1:], kwargs
@@ -146,8 +151,10 @@ def _pointwise(call: Applied) -> State:
 @_rule("copy")
 def _copy(call: Applied) -> State:
     target, source = call.args[:2]
-    state = broadcast(call.state(source), source.shape, target.shape)
-    return call.state(target) if state is None else state
+    state, old = broadcast(call.state(source), source.shape, target.shape), call.state(target)
+    if _has_rows(state) and _has_rows(old) and not (call.packed or state.equals(old)):
+        call.misplaced()
+    return old if state is None else state
 
 
 @_rule(_TEMPLATES)
@@ -165,9 +172,7 @@ def _move(call: Applied) -> list[State]:
     state = call.state(source)
     if not isinstance(state, Owned):
         return [state] * len(call.results)
-    shape = [1] * source.dim()
-    shape[state.dim] = -1
-    marks = torch.from_numpy(state.owners).view(shape).expand(source.shape)
+    marks = _marks(state, source.shape)
     if call.name == "as_strided":  # it goes by the places in memory
         offset = call.get("storage_offset", source.storage_offset()) - source.storage_offset()
         places = torch.empty_strided(source.shape, source.stride(), dtype=marks.dtype).copy_(marks)
@@ -182,6 +187,18 @@ def _move(call: Applied) -> list[State]:
             now = Unknown("one sequence's numbers")  # such as mask[0], which stands for all
         found.append(now)
     return found
+
+
+def _marks(state: Owned, shape: Sequence[int]) -> Tensor:
+    """The sequence of each element of a tensor of this shape, int64."""
+    sizes = [1] * len(shape)
+    sizes[state.dim] = -1
+    return torch.from_numpy(state.owners).view(sizes).expand(*shape)
+
+
+def _has_rows(state: State) -> TypeGuard[Owned]:
+    """Whether the tensor holds values of known sequences."""
+    return isinstance(state, Owned) and not state.template
 
 
 def _of_marks(marks: Tensor, state: Owned) -> State:
@@ -243,6 +260,28 @@ def _reduce(call: Applied) -> State:
     return state if kept else state._replace(dim=state.dim - sum(d < state.dim for d in dims))
 
 
+@_rule("_fft_r2c _fft_c2r _fft_c2c")
+def _fourier(call: Applied) -> State:
+    source, state = call.args[0], call.state(call.args[0])
+    if isinstance(state, Owned) and state.dim in [d % source.dim() for d in call.args[1]]:
+        return call.unknown("values of different sequences meet", state.single is None)
+    return state
+
+
+@_rule("view_as_real view_as_complex")
+def _complex(call: Applied) -> State:
+    return _like(call.state(call.args[0]), call.args[0], call.results[0])
+
+
+@_rule("grid_sampler_2d grid_sampler_3d")
+def _sampled(call: Applied) -> State:
+    """Samples of images [N, channels, ...] at grids [N, ..., 2]."""
+    states = [call.state(t) for t in call.args[:2]]
+    if any(isinstance(s, Owned) and s.single is None and s.dim > 0 for s in states):
+        return call.unknown(_SUMMED, True)
+    return call.meet([_like(s, t, call.results[0]) for s, t in zip(states, call.args, strict=False)])
+
+
 @_rule("native_layer_norm layer_norm rms_norm _fused_rms_norm")
 def _layer_norm(call: Applied) -> State:
     source, state = call.args[0], call.state(call.args[0])
@@ -277,7 +316,8 @@ def _product_of(call: Applied, left: Tensor, right: Tensor, added: list[Tensor])
         elif state.single is not None:
             sides.append(state._replace(dim=0, owners=np.full(result.shape[0], state.single)) if result.dim() else None)
         elif state.dim != summed:
-            sides.append(state._replace(dim=state.dim + result.dim() - operand.dim()))
+            shift = result.dim() - operand.dim() if operand is right else 0
+            sides.append(state._replace(dim=state.dim + shift))
         elif not call.packed:
             return Unknown(_SUMMED, True)
     return call.meet([*sides, *(broadcast(call.state(t), t.shape, result.shape) for t in added)])
@@ -432,10 +472,25 @@ def _scatter(call: Applied) -> State:
 
 @_rule("index_put _index_put_impl _unsafe_index_put masked_scatter")
 def _index_put(call: Applied) -> State:
-    state = call.state(call.args[0])
-    if isinstance(state, Owned) and not state.template:
+    """What is written at a row is meant for it, as images among the tokens of a sequence.
+
+    So it must be of the same sequence. Which rows are written depends on values: that is known for one call alone.
+    """
+    (target, places, source), state = call.args[:3], call.state(call.args[0])
+    written = call.state(source)
+    if not _has_rows(state):
+        return call.unknown("rows written to places that depend on their values")
+    if not _has_rows(written) or call.packed:
         return state
-    return call.unknown("rows written to places that depend on their values")
+    there, here = _marks(state, target.shape), _marks(written, source.shape)
+    if call.name == "masked_scatter":
+        there = there.masked_select(places.cpu())
+        here = here.reshape(-1)[: len(there)]
+    else:
+        there = there[tuple(slice(None) if index is None else index.cpu() for index in places)]
+    if not torch.equal(here.expand_as(there), there):
+        call.misplaced()
+    return state._replace(assembled=True)
 
 
 @_rule("masked_select nonzero unique _unique2 repeat_interleave")

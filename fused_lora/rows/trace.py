@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 from weakref import ReferenceType, ref
@@ -38,11 +39,13 @@ class RowTrace(TorchDispatchMode):
 
     Attributes:
         paused: operators are not followed, because they are not the model's.
+        misplaced: what is called where a row is written to a place of another sequence.
     """
 
     def __init__(self, packed: bool):
         super().__init__()
         self._packed, self.paused = packed, False
+        self.misplaced: Callable[[], None] = lambda: None
         # on the tensors, for a dict by id would take a new tensor for a freed one; other threads follow the same ones
         self._key = f"_fused_lora_rows_{next(_numbers)}"
         self._marked: list[ReferenceType[Tensor]] = []
@@ -93,10 +96,26 @@ class RowTrace(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
+        if torch.Tag.inplace_view in func.tags:
+            return self._turn(func, args, kwargs)
         before = self._written(func, args, kwargs)
         states = [self.state(t) for t in before]
         out = func(*args, **kwargs)
         self._follow(func, args, kwargs, out, before, states)
+        return out
+
+    def _turn(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """A call that changes the shape of its tensor, such as transpose_. Its rule is asked about the old shape."""
+        tensor, note = args[0], self._note(args[0])
+        old, state = torch.empty_like(tensor, device="meta"), self.state(tensor)
+        out = func(*args, **kwargs)
+        if note is not None:
+            call = Applied(
+                func, (old, *args[1:]), kwargs, out, lambda t: state if t is old else self.state(t), self._packed
+            )
+            # a view that is written to later could not be traced back to its base
+            found = call.unknown("a view that was turned in place") if note[1] is not None else rows_after(call)[0]
+            self.mark(tensor, found)
         return out
 
     @staticmethod
@@ -111,7 +130,7 @@ class RowTrace(TorchDispatchMode):
     def _follow(
         self, func: Any, args: tuple, kwargs: dict, out: Any, written: list[Tensor], before: list[State]
     ) -> None:
-        call = Applied(func, args, kwargs, out, self.state, self._packed, self.known_range)
+        call = Applied(func, args, kwargs, out, self.state, self._packed, self.known_range, self.misplaced)
         results = call.results
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if is_view and args and isinstance(args[0], Tensor):

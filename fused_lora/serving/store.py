@@ -211,8 +211,7 @@ class AdapterStore(Registry):
             self._check_attached()
             self._open_batches += 1  # of the base model alone, too: they run through the hooks
         try:
-            for key in dict.fromkeys(key for entry in entries for key, _ in entry):
-                held[key] = self._hold(key)
+            held |= self._hold_all(list(dict.fromkeys(key for entry in entries for key, _ in entry)))
             wanted = [tuple((held[key], weight) for key, weight in entry if weight) for entry in entries]
             self._check_weights(wanted)
             _check_activated(wanted, rows)

@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import io
 import pickle
+import threading
 import warnings
 import weakref
 from pathlib import Path
@@ -21,6 +22,7 @@ from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers import training
 from helpers.seeds import shifted
 from helpers.twins import randomize_adapters, twin_models
+from helpers.waiting import HANG
 
 VOCABULARY = training.VOCABULARY
 DTYPES = [torch.float32, torch.bfloat16]
@@ -514,6 +516,62 @@ def test_an_exception_ends_the_mixed_batch():
         with pytest.raises(KeyError), fused_lora.adapter_batch(ours, ["two"] * 3):
             raise KeyError
         assert_close(output(ours, ids), expected, terms=1000)
+    assert torch.equal(output(ours, ids), expected)
+
+
+def opened(context):
+    """A generator inside of a context."""
+    with context:
+        while True:
+            yield
+
+
+def test_contexts_may_end_in_any_order():
+    ours, _ = twin_models(llama(), TWO)
+    ids, alone = tokens(), {}
+    with fused_lora.disable_adapters(ours):
+        alone[None] = base = output(ours, ids)
+    for name in ("two", "one"):
+        fused_lora.set_adapter(ours, name)
+        alone[name] = output(ours, ids)
+    first, second = (opened(fused_lora.disable_adapters(ours)) for _ in range(2))
+    batch = opened(fused_lora.adapter_batch(ours, list(alone)))
+    for context in (first, second, batch):
+        next(context)
+    assert torch.equal(output(ours, ids), base)
+    first.close()
+    assert torch.equal(output(ours, ids), base)
+    second.close()
+    mixed = output(ours, ids)
+    for i, want in enumerate(alone.values()):
+        assert_close(mixed[i], want[i], terms=1000)
+    batch.close()
+    assert torch.equal(output(ours, ids), alone["one"])
+
+
+def test_a_mixed_batch_that_another_thread_or_generator_has_open():
+    ours, _ = twin_models(llama(), TWO)
+    ids = tokens()
+    expected = output(ours, ids)
+    open_one = opened(fused_lora.adapter_batch(ours, ["one"]))
+    next(open_one)
+    with pytest.raises(RuntimeError, match="'one' is open in another generator"):
+        next(opened(fused_lora.adapter_batch(ours, ["two"])))
+    open_one.close()
+    errors = []
+
+    def enter():
+        try:
+            next(opened(fused_lora.adapter_batch(ours, ["two"])))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with fused_lora.adapter_batch(ours, ["one"]):
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join(HANG)
+        assert_close(output(ours, ids), expected, terms=1000)
+    assert "'one' is open in another thread" in errors[0]
     assert torch.equal(output(ours, ids), expected)
 
 

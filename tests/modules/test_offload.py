@@ -88,6 +88,18 @@ def with_biases():
     return model
 
 
+@torch.no_grad()
+def test_a_store_is_where_an_offloaded_model_runs():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 2, 4)
+    adapter = torch.randn(2, 4), torch.randn(4, 2), 1.0
+    want = model[1](model[0](x) + x @ adapter[0].T @ adapter[1].T)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    store = fused_lora.AdapterStore(model)
+    store.load("a", {"0": adapter})
+    with store.batch(["a"]):
+        assert_close(model(x), want, terms=100)
+
+
 REFUSED = {
     "biases": (
         LoraConfig(r=2, target_modules=["0"], bias="lora_only"),

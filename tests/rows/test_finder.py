@@ -16,6 +16,7 @@ from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
 
 K = 8
+QUERIES = torch.randn(1, 2, K, generator=torch.Generator().manual_seed(shifted(1)))  # the same for each sequence
 
 
 class Block(nn.Module):
@@ -98,6 +99,18 @@ class TimeFirstInside(nn.Module):
         return self.up(x + torch.softmax(q @ q.transpose(1, 2), -1).matmul(q).transpose(0, 1))
 
 
+class Pictures(nn.Module):
+    """Pictures go through a tower of their own, and then to the places of tokens that are 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.tower, self.language = nn.Embedding(9, K), Block(), Block()
+
+    def forward(self, tokens, pictures):
+        x = self.table(tokens)
+        return self.language(x.masked_scatter((tokens == 0)[..., None], self.tower(pictures)[:, 0]))
+
+
 def tensors(model, seed, layers=None):
     draw = torch.Generator().manual_seed(shifted(seed))
     found = {}
@@ -176,8 +189,9 @@ def follows(monkeypatch):
         lambda block, x: block.up(x.reshape(-1, K)).view(x.shape),
         lambda block, x: block.up(x.transpose(0, 1)).transpose(0, 1),
         lambda block, x: block.up(x[:, -1])[:, None],
+        lambda block, x: block.o(F.scaled_dot_product_attention(block(QUERIES.expand(len(x), -1, -1)), x, block.k(x))),
     ],
-    ids=["plain", "reversed", "windows", "chunks", "twice", "flat", "time first", "last token"],
+    ids=["plain", "reversed", "windows", "chunks", "twice", "flat", "time first", "last token", "learned queries"],
 )
 @pytest.mark.parametrize("T", [4, 2])
 def test_rows_are_followed_through_a_model(kind, around, T):
@@ -195,11 +209,12 @@ def test_rows_are_followed_through_a_model(kind, around, T):
         (lambda: Model(lambda block, x: x + block.up(x[x[..., 0] > 0]).sum()), "picked by a mask"),
         (lambda: Model(lambda block, x: block(x.flip(0))), "in another order"),
         (lambda: Model(lambda block, x: x + block.up(x[0])), "some of the batch's rows"),
-        (lambda: Model(lambda block, x: x + block.up(torch.ones(len(x), 1, K))), "not come from the model's inputs"),
+        (lambda: Model(lambda block, x: x + block.up(QUERIES.view(2, 1, K))), "not come from the model's inputs"),
+        (lambda: Model(lambda block, x: x + block.up(torch.ones(2, 2, K))), "not come from the model's inputs"),
         (lambda: Model(lambda block, x: x + block.up(x.mean(0))), "a sum over several sequences"),
         (TimeFirstInside, "as if the sequences were one"),
     ],
-    ids=["sorted", "experts", "mask", "other order", "one sequence", "constant", "mean", "attention over the batch"],
+    ids="sorted,experts,mask,other order,one sequence,a table,the same twice,mean,attention over the batch".split(","),
 )
 def test_a_layer_whose_rows_are_not_known_is_refused_by_name(kind, model, why):
     at = Door(kind, model())
@@ -305,6 +320,28 @@ def test_an_order_that_python_chose_is_followed_each_time(kind, follows):
     assert len(follows) == 2
     with at.batch(["a", "b", None]), torch.no_grad(), pytest.raises(ValueError, match="in another order"):
         at.model(x.flip(0))
+
+
+@door
+@torch.no_grad()
+def test_pictures_are_of_the_sequence_that_they_are_put_into(kind, follows):
+    """As many as sequences, but perhaps two of one sequence and none of another: their places tell."""
+    pictures, names = torch.randn(3, 2, K), ["a", "b", None]
+    even, uneven = torch.tensor([[0, 5], [6, 0], [0, 7]]), torch.tensor([[0, 0], [6, 7], [0, 5]])
+
+    def check(at, tokens):
+        with at.batch(names):
+            out = at.model(tokens, pictures)
+        for i, name in enumerate(names):
+            assert_close(out[i], at.alone(name)(tokens, pictures)[i], terms=100)
+
+    at = Door(kind, Pictures())
+    for _ in range(2):
+        check(at, even)
+        with at.batch(names), pytest.raises(ValueError, match="'tower.q' and layers after it .* of other sequences"):
+            at.model(uneven, pictures)
+    assert len(follows) == 4
+    check(Door(kind, Pictures(), ["language"]), uneven)
 
 
 @door

@@ -1,5 +1,7 @@
 """What the rules say of an operator's result, compared with what happens when one sequence's input is changed."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,21 @@ OPERATIONS = {
     "times statistics": (lambda x: x * x.detach().mean().sign().abs(), 0),
     "cross": (lambda x: torch.cdist(x[:, 0], x[:, 0]), None),
     "lstm": (lambda x: torch.nn.LSTM(C, C, batch_first=True)(x)[0], 0),
+    "gru": (lambda x: torch.nn.GRU(C, C, batch_first=True)(x)[0], 0),  # turns its result in place
+    "turned in place": (lambda x: x.clone().transpose_(0, 1), 1),
+    "unsqueezed in place": (lambda x: x.clone().unsqueeze_(0), 1),
+    "a view turned in place": (lambda x: x.view(B, T, C).transpose_(0, 1), None),
+    "times a vector": (lambda x: x @ W[0], 0),
+    "hardswish": (lambda x: F.hardswish(x), 0),
+    "log sigmoid": (lambda x: F.logsigmoid(x), 0),
+    "parametric relu": (lambda x: F.prelu(x, W[0, :1]), 0),
+    "rotated": (lambda x: torch.rot90(x, 1, (1, 2)), 0),
+    "fourier": (lambda x: torch.fft.fft2(x).real + torch.fft.irfft(torch.fft.rfft(x), n=C), 0),
+    "fourier over the batch": (lambda x: torch.fft.fft(x, dim=0).real, None),
+    "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x.view(B, T, 3, 2)) * 1j).flatten(2), 0),
+    "folded": (lambda x: F.fold(F.unfold(x[:, None], 2), (T, C), 2), 0),
+    "sampled": (lambda x: F.grid_sample(x[:, None], x[:, :2, None, :2].tanh(), align_corners=False), 0),
+    "sampled over the batch": (lambda x: F.grid_sample(x.mT[None], W[None, :2, None, :2], align_corners=False), None),
 }
 
 
@@ -174,6 +191,30 @@ def test_an_unknown_operator_is_not_trusted():
 
     state = followed(shuffle, torch.randn(B, T, C))[1]
     assert isinstance(state, Unknown) and "fused_lora_tests::shuffle" in state.reason
+
+
+PLACES = torch.zeros(B, T, dtype=torch.bool)
+PLACES[0, 1], PLACES[1, 2], PLACES[2, 0] = True, True, True
+WRITES = {
+    "masked scatter": lambda x, parts: x.masked_scatter(PLACES[..., None], parts),
+    "by a mask": lambda x, parts: x.clone().index_put_((PLACES,), parts),
+    "by numbers": lambda x, parts: x.clone().index_put_(PLACES.nonzero(as_tuple=True), parts),
+    "in a loop": lambda x, parts: into(x, lambda out, x: (out.copy_(x), [out[i, 1].copy_(parts[i]) for i in range(B)])),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_rows_that_are_written_among_those_of_other_sequences_are_noticed(write):
+    x = torch.randn(B, T, C)
+    for flips in (False, True):
+        trace, misplaced = RowTrace(packed=False), []
+        trace.misplaced = functools.partial(misplaced.append, 1)
+        trace.mark(x, Owned(0, torch.arange(B).numpy()))
+        with trace:
+            out = WRITES[write](x, x[:, 0].flip(0) if flips else x[:, 0] * 2)
+        state = trace.state(out)
+        assert isinstance(state, Owned) and state.dim == 0 and state.owners.tolist() == [0, 1, 2]
+        assert bool(misplaced) == flips and (state.assembled or write == "in a loop")
 
 
 def test_nothing_of_a_followed_call_stays_alive():

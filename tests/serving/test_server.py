@@ -188,7 +188,8 @@ def test_stop_strings(server, alone):
         (dict(model="../outside/secret"), 404, "does not exist"),
         (dict(suffix="x"), 400, "suffix is not supported"),
         (dict(presence_penalty=0.5), 400, "presence_penalty"),
-        (dict(extra_body={"min_p": 0.1}), 400, "Unrecognized request argument: min_p"),
+        (dict(extra_body={"min_p": 0.1}), 400, "min_p is not supported"),
+        (dict(extra_body={"priority": 1}), 400, "Unrecognized request argument: priority"),
         (dict(temperature=2.5), 400, "temperature"),
         (dict(top_p=0), 400, "top_p"),
         (dict(max_tokens=0), 400, "max_tokens"),
@@ -212,7 +213,8 @@ def test_unsupported_parameters_are_refused_by_name(server, changes, status, nam
 
 def test_neutral_values_are_accepted(server):
     neutral = dict(logit_bias={}, presence_penalty=0, frequency_penalty=0.0, logprobs=None, best_of=1, user="me")
-    assert server.say("tiny", "x", 2, **neutral).usage.completion_tokens == 2
+    of_vllm = dict(top_k=-1, min_p=0, repetition_penalty=1.0, ignore_eos=False, min_tokens=0, stop_token_ids=[])
+    assert server.say("tiny", "x", 2, **neutral, extra_body=of_vllm).usage.completion_tokens == 2
 
 
 def test_chat_refuses_what_is_no_text(server):

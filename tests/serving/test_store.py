@@ -1,6 +1,8 @@
 """AdapterStore over a small plain model: what is computed, what may be asked, what stays where, what errors leave."""
 
 import asyncio
+import contextlib
+import contextvars
 import copy
 import gc
 import io
@@ -607,7 +609,7 @@ def test_threads_hold_different_batches_at_once(model):
 
 def test_a_batch_may_be_handed_on_to_threads(model):
     """asyncio.to_thread runs a function in the caller's context: the batch, but not its buffers, is then shared."""
-    store = AdapterStore(model.requires_grad_(False))  # a thread starts with gradients on
+    store = AdapterStore(model)  # a thread starts with gradients on
     contents = {f"a{i}": adapter(4, i) for i in range(3)}
     for name, tensors in contents.items():
         store.load(name, tensors)
@@ -621,6 +623,125 @@ def test_a_batch_may_be_handed_on_to_threads(model):
         for i, tensors in enumerate(contents.values()):
             rows = slice(i * len(x) // 3, (i + 1) * len(x) // 3)
             assert_serves(model, x[rows], out[rows], [(tensors, 1)])
+
+
+def test_a_batch_that_ends_before_the_thread_that_it_was_handed_to(model):
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    began, go, x, out = threading.Event(), threading.Event(), torch.randn(2, K), []
+    handle = model.down.register_forward_pre_hook(lambda *_: (began.set(), go.wait(HANG)) and None)
+    with pytest.raises(RuntimeError, match="another thread runs the model"), store.batch(["a"]):
+        handed = contextvars.copy_context()
+        thread = threading.Thread(target=lambda: handed.run(model, x))
+        thread.start()
+        assert began.wait(HANG)
+    go.set()
+    thread.join(HANG)
+    handle.remove()
+    thread = threading.Thread(target=lambda: out.append(handed.run(model, x)))  # the batch has ended: it is the base's
+    thread.start()
+    thread.join(HANG)
+    assert torch.equal(out[0], model(x)) and store.stats()["in_use"] == 0
+
+
+def streams(store, kind, x, count):
+    """``count`` generators of answers; each computes in a batch of its own."""
+
+    def plain(name):
+        with store.batch([name]):
+            while True:
+                yield store.model(x)
+
+    @contextlib.contextmanager
+    def under(name):
+        with store.batch([name]):
+            yield
+
+    def helped(name):
+        with under(name):
+            while True:
+                with under(name):
+                    yield store.model(x)
+
+    def stacked(name):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(store.batch([name]))
+            while True:
+                yield store.model(x)
+
+    kinds = {"with": plain, "contextmanager": helped, "ExitStack": stacked}
+    return [kinds[kind](f"a{i}") for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["with", "contextmanager", "ExitStack"])
+def test_generators_may_take_turns(model, kind):
+    """Each goes on in the batch that it entered, whichever was entered last, and they end in any order."""
+    store, x = AdapterStore(model), torch.randn(2, K)
+    contents = [adapter(4, i) for i in range(3)]
+    for i, tensors in enumerate(contents):
+        store.load(f"a{i}", tensors)
+    running = streams(store, kind, x, 3)
+    for _ in range(2):
+        for stream, tensors in zip(running, contents, strict=True):
+            assert_serves(model, x, next(stream), [(tensors, 1)])
+    for i in (1, 0, 2):
+        running[i].close()
+    out = model(x)
+    assert_serves(model, x, out, [])
+    assert out.requires_grad and store.stats()["in_use"] == 0
+
+
+def test_asynchronous_batches_may_overlap(model):
+    store, x = AdapterStore(model), torch.randn(2, K)
+    contents = [adapter(4, i) for i in range(3)]
+    for i, tensors in enumerate(contents):
+        store.load(f"a{i}", tensors)
+
+    async def stream(i, turns):
+        with store.batch([f"a{i}"]):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                yield model(x)
+
+    async def task(i):
+        async for out in stream(i, i + 1):  # the first that began ends first
+            assert_serves(model, x, out, [(contents[i], 1)])
+
+    async def main():
+        await asyncio.gather(*map(task, range(3)))
+        first, second = stream(0, 3), stream(1, 3)  # in one task
+        for _ in range(2):
+            assert_serves(model, x, await anext(first), [(contents[0], 1)])
+            assert_serves(model, x, await anext(second), [(contents[1], 1)])
+        await first.aclose()
+        await second.aclose()
+
+    asyncio.run(main())
+    assert model(x).requires_grad
+
+
+def test_an_adapter_in_the_middle_makes_room_for_one_of_its_batch(model, tmp_path):
+    """Both fit, but not beside the place that one of them has: it moves."""
+    ranks = dict(first=9, middle=8, large=16)
+    store = AdapterStore(model, capacity_bytes=sum(map(nbytes, ranks.values())) - nbytes(9))
+    contents = {name: adapter(r, r) for name, r in ranks.items()}
+    for name, r in ranks.items():
+        store.register(name, folder(tmp_path / name, r, r))
+    x = torch.randn(2, 3, K)
+    answers(store, model, x, ["first", "middle"])
+    assert store.stats()["resident"] == 2
+    out = answers(store, model, x, ["middle", "large"])
+    assert_serves(model, x[0], out[0], [(contents["middle"], 1)])
+    assert_serves(model, x[1], out[1], [(contents["large"], 1)])
+    with pytest.raises(StoreFull, match="in one piece"), store.batch(list(ranks)):
+        pass
+    assert store.stats()["in_use"] == 0
+
+
+def test_a_call_without_rows(model):
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    assert answers(store, model.up, torch.zeros(0, 3, K), ["a"]).shape == (0, 3, H)
 
 
 def test_detach_leaves_the_model_as_it_was(model):

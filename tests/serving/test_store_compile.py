@@ -136,3 +136,16 @@ def test_packed_rows_in_compiled_code():
         assert_close(compiled(x), want, terms=300)
     with store.batch_rows(["b", "a"], [1, 3]), pytest.raises(ValueError, match="5 rows or sequences for 4 entries"):
         compiled(x)
+
+
+@torch.no_grad()
+def test_an_exported_program_looks_up_its_batch_and_a_trace_cannot():
+    model, store = world()
+    x = torch.randn(4, 3, K)
+    program = torch.export.export(model, (x,)).module()
+    for names in (["a", None, "b", "a"], ["b"] * 4, [None] * 4):
+        with store.batch(names):
+            want = model(x)  # its rows are known then
+            assert_close(program(x), want, terms=100)
+    with store.batch(["a"]), pytest.raises(RuntimeError, match="a trace or a graph would keep"):
+        torch.jit.trace(model, x)

@@ -156,6 +156,34 @@ def test_experts_that_get_the_rows_of_all_tokens(tmp_path):
         assert not torch.equal(experts(hidden), base.model.layers[0].feed_forward.experts(hidden))
 
 
+class Positions(nn.Embedding):
+    """Gets a shape, as those of LED and of models of time series do."""
+
+    def forward(self, shape):
+        return super().forward(torch.arange(shape[1]))
+
+
+class WithPositions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions, self.up = Positions(9, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.up(x + self.positions(x.shape))
+
+
+@torch.no_grad()
+def test_an_embedding_that_gets_no_tensor():
+    model, x = WithPositions(), torch.randn(2, 3, 8)
+    base, store = model(x), AdapterStore(model)
+    store.load("up", {"up": (torch.randn(2, 8), torch.randn(8, 2), 1.0)})
+    with store.batch(["up", None]):
+        out = model(x)
+    assert torch.equal(out[1], base[1]) and not torch.equal(out[0], base[0])
+    with pytest.raises(ValueError, match="'positions' gets a Size, to which nothing can be added"):
+        store.load("positions", {"positions": (torch.randn(2, 9), torch.randn(8, 2), 1.0)})
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
 def test_a_linear_layer_that_returns_a_tuple():
@@ -173,7 +201,7 @@ def test_a_linear_layer_that_returns_a_tuple():
         expected = base.get_submodule(router)(x)
         with (
             store.batch(["router"]),
-            pytest.raises(RuntimeError, match=f"{router}' cannot be added: the layer returns"),
+            pytest.raises(RuntimeError, match=f"{router}' cannot be added: it gets or returns"),
         ):
             call(x)
         with store.batch(["query"]):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fused_lora.modules.experts import stacks_of
 from fused_lora.modules.names import some
+from fused_lora.modules.offload import execution_device
 from fused_lora.modules.reads import Reads
 from fused_lora.modules.targets import (
     adapter_dtype,
@@ -21,7 +22,6 @@ from fused_lora.modules.targets import (
     is_lora_layer,
     is_supported,
     matrices_left,
-    weight_device,
 )
 from fused_lora.modules.tree import above, named_modules
 from fused_lora.serving.batch.batch import running
@@ -61,11 +61,11 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
 
 def weight_of(site: Site) -> tuple[torch.device, torch.dtype]:
-    """Where the weight of a site is, and the dtype of its adapters in the model."""
+    """Where the weight of a site is while it runs, and the dtype of its adapters in the model."""
     if site.kind == "experts":
         weight: Any = site.module._parameters[site.path.rpartition(".")[2]]
         return weight.device, weight.dtype
-    return weight_device(site.module), adapter_dtype(site.module)
+    return execution_device(site.module), adapter_dtype(site.module)
 
 
 class Attachment:
@@ -88,7 +88,7 @@ class Attachment:
         at: dict[str, list[Site]] = {}
         for site in sites.values():
             at.setdefault(site.place, []).append(site)
-        self._odd: dict[str, str] = {}  # layer -> the class of what it gives, where that is no tensor
+        self._odd: dict[str, str] = {}  # layer -> what it gets or gives, where that is no tensor
         for held in at.values():
             hook = (_ExpertsHook if held[0].kind == "experts" else _Hook)(store, tuple(held), self._odd)
             self._hooks.append(hook)
@@ -114,7 +114,7 @@ class Attachment:
             return None
         for path in paths:
             if path in self._odd:
-                return f"the layer {path!r} returns a {self._odd[path]}, to which nothing can be added"
+                return f"the layer {path!r} {self._odd[path]}, to which nothing can be added"
             if path in self._reads.found:
                 return f"the layer {path!r} {self._reads.found[path]}"
             if any(f"{path}.".startswith(f"{other}.") for other in replaced):
@@ -212,7 +212,7 @@ class _ReturnHook(_AroundHook):
 class _Hook(_Shared):
     """After a linear layer or an embedding: add the LoRA terms of the running batch to its output.
 
-    odd: gets the class of what the layer gives, where that is no tensor, as of Llama-4's routers.
+    odd: is told what the layer gets or gives, where that is no tensor, as of Llama-4's routers.
     """
 
     def __init__(self, store: Any, sites: tuple[Site, ...] = (), odd: dict[str, str] | None = None):
@@ -226,11 +226,13 @@ class _Hook(_Shared):
         self._sites = ()  # they hold the layer of the first model
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        if not isinstance(output, Tensor):
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not (isinstance(x, Tensor) and isinstance(output, Tensor)):  # adapters of the layer are refused
+            does, what = ("returns", output) if isinstance(x, Tensor) else ("gets", x)
             if self._sites and self._odd is not None and not torch.compiler.is_compiling():
-                self._odd[self._sites[0].path] = type(output).__name__
-            output = x.new_empty(0)  # adapters of the layer are refused
+                self._odd[self._sites[0].path] = f"{does} a {type(what).__name__}"
+            x = next((t for t in (x, output) if isinstance(t, Tensor)), torch.empty(0))
+            output = x.new_empty(0)
         if torch.compiler.is_compiling():
             _store_terms(output, [x], self._number)
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 
 from fused_lora.modules.activated import note_offsets, offsets_of, token_ids
 from fused_lora.modules.experts import form_of
+from fused_lora.modules.frames import generator_around, is_running
 from fused_lora.modules.names import some
 from fused_lora.modules.outputs import main_output
 from fused_lora.ops import guard
 from fused_lora.rows import Call, Entries, Layout, RowFinder, Running
 from fused_lora.serving.batch.finite import bad_positions, unless_padding
+from fused_lora.serving.batch.gradients import GradientsOff
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
 from fused_lora.serving.batch.static import RowBuffers
@@ -31,13 +34,13 @@ from fused_lora.serving.residency.refusal import NonFiniteOutput
 _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None)
 _INPUTS = 4096  # inputs of layers whose rows are kept
 # a replay would read rows and slots of this batch, when both are others'
-_CAPTURED = "batch: a graph would keep these adapters for ever; use row_buffers, or no graph"
+_CAPTURED = "batch: a trace or a graph would keep these adapters for ever; use torch.export, or row_buffers"
 
 
 def running(store: Any) -> Batch | None:
     """The innermost batch of this store that this thread is in."""
     batch = _running.get()
-    while batch is not None and batch.store is not store:
+    while batch is not None and (batch.store is not store or batch.is_elsewhere()):
         batch = batch.outer
     return batch
 
@@ -80,7 +83,9 @@ class Batch:
         self.check_outputs = True
         self._unread: list[tuple[Tensor, np.ndarray | None]] = []
         self._streams: set[torch.cuda.Stream] = set()  # that layers were computed on
-        self._gradients = torch.no_grad()
+        self._ended = False
+        self._generator: FrameType | None = None  # that entered it
+        self._apart: list[Batch] = []  # of generators that were suspended when this one was entered
         self._buffers = buffers
         self.acts = bool(groups) or buffers is not None  # a graph of base rows is replayed with others
         if buffers is not None and entry_of_row is not None:
@@ -121,22 +126,51 @@ class Batch:
 
     def __enter__(self) -> Batch:
         self.outer = _running.get()
-        self._token = _running.set(self)
-        self._gradients.__enter__()
+        while self.outer is not None and self.outer._ended:  # another context has ended it
+            self.outer = self.outer.outer
+        self._generator = generator_around()
+        outer = self.outer
+        while outer is not None:
+            if outer._generator is not None and not is_running(outer._generator):
+                self._apart.append(outer)
+            outer = outer.outer
+        _running.set(self)
+        self._gradients = GradientsOff()
         return self
 
     def __exit__(self, *exception) -> None:
-        self._gradients.__exit__(*exception)
-        _running.reset(self._token)
+        self._gradients.end()
+        self._leave()
         for trace in list(self._traces.values()):
             self._siblings.close(trace)
+        me, traces = threading.get_ident(), self._traces
         try:
             if exception[0] is None and self.check_outputs:
                 self._unread += map(self._with_groups, self._bad_sums())  # of layers called without the model
                 self._read_checks()
+            if exception[0] is None and any(t.running.call for thread, t in list(traces.items()) if thread != me):
+                raise RuntimeError("batch: it has ended while another thread runs the model in it; wait for its call")
         finally:
             self._traces = {}
             self._join_streams()
+
+    def _leave(self) -> None:
+        """Take this one out of the batches of this context: those inside of it may go on after it, in generators."""
+        self._ended, self._generator, self._apart = True, None, []
+        inner = _running.get()
+        if inner is self:
+            _running.set(self.outer)
+        while inner is not None:
+            if inner.outer is self:
+                inner.outer = self.outer
+            inner = inner.outer
+
+    def is_elsewhere(self) -> bool:
+        """Whether what runs now is not inside of it: it has ended, or it was entered by a generator that is suspended
+        while that of a batch around it runs."""
+        if not self._apart:  # asked at every layer
+            return self._ended
+        return any(b._generator is not None and is_running(b._generator) for b in self._apart)
 
     def called(self, path: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Before a module of the model: find out which rows are whose, if nothing around it was called.
@@ -150,6 +184,8 @@ class Batch:
             self._siblings.close(trace)
             self._read_checks()
         call = trace.running.enter(path, module, args, kwargs)
+        if call is not None and torch.is_grad_enabled() and self._gradients.of_another_thread:
+            trace.gradients = GradientsOff()  # until the call returns
         if call is not None:
             if self._invocations:
                 self._find_invocations(trace, call, args, kwargs)
@@ -190,6 +226,9 @@ class Batch:
         """
         trace = self._trace()
         call = trace.running.leave(module, output is not None)
+        if call is not None and trace.gradients is not None:
+            trace.gradients.end()
+            trace.gradients = None
         if call is not None and trace.tokens:
             if output is not None:
                 note_offsets(kwargs, output, trace.offsets)
@@ -218,7 +257,7 @@ class Batch:
         """Bool [n], and the group of each of the n rows or sequences. None if the model returned other rows."""
         count = len(self._group_of_entry)
         if self._entry_of_row is None and len(bad) % count == 0:
-            return bad.view(len(bad), -1).any(-1), np.repeat(self._group_of_entry, len(bad) // count)
+            return bad.flatten(1).any(-1) if bad.dim() > 1 else bad, np.repeat(self._group_of_entry, len(bad) // count)
         if self._entry_of_row is not None and bad.numel() == len(self._entry_of_row):
             return bad.view(-1), self._group_of_row()
         return bad.view(-1), None
@@ -266,7 +305,7 @@ class Batch:
             return
         if y.shape[-1] != site.N:
             if index in self._prepared.sites:
-                raise RuntimeError(f"batch: the adapters of {site.path!r} cannot be added: the layer returns no tensor")
+                raise RuntimeError(f"batch: adapters of {site.path!r} cannot be added: it gets or returns no tensor")
             return
         call.pause(True)
         try:
@@ -350,7 +389,8 @@ class Batch:
     def _check(self, x: Tensor, y: Tensor) -> None:
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
-        if self._buffers is None and guard.capturing(x.device):
+        traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if traced or self._buffers is None and guard.capturing(x.device):
             raise RuntimeError(_CAPTURED)
 
     def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace, dtype: torch.dtype) -> None:

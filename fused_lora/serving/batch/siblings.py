@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.rows import Running
+from fused_lora.serving.batch.gradients import GradientsOff
 from fused_lora.serving.batch.prepared import Rows, Step
 from fused_lora.serving.residency.packing import Site
 
@@ -57,6 +58,7 @@ class Trace:
         tokens: of each sequence in this call, if there are such. changed: of each sequence, how many of them an adapter
             changes.
         sums: of the values in each row of the layers' outputs, by the number of rows: not finite if one of them is not.
+        gradients: what has switched them off for this call, in a thread that the batch was handed to.
     """
 
     def __init__(self, running: Running):
@@ -69,6 +71,7 @@ class Trace:
         self.rows: dict[tuple, Rows] = {}
         self.arranged: dict[tuple, Rows] = {}
         self.sums: dict[int, Tensor] = {}
+        self.gradients: GradientsOff | None = None
         self.offsets: dict[str, list[int | None]] = {}
         self.tokens = 0
         self.changed: tuple[int, ...] = ()

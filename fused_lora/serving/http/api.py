@@ -21,19 +21,30 @@ from fused_lora.serving.http.record import request_id
 
 # parameter -> the values with which it asks for nothing
 _NEUTRAL: dict[str, tuple] = {
+    "add_generation_prompt": (None, True),
     "best_of": (None, 1),
     "echo": (None, False),
     "frequency_penalty": (None, 0, 0.0),
     "function_call": (None, "none"),
     "functions": (None, []),
+    "ignore_eos": (None, False),
+    "include_stop_str_in_output": (None, False),
+    "length_penalty": (None, 1, 1.0),
     "logit_bias": (None, {}),
+    "min_p": (None, 0, 0.0),
+    "min_tokens": (None, 0),
     "modalities": (None, ["text"]),
     "presence_penalty": (None, 0, 0.0),
+    "repetition_penalty": (None, 1, 1.0),
     "response_format": (None, {"type": "text"}),
+    "skip_special_tokens": (None, True),
+    "stop_token_ids": (None, []),
     "suffix": (None, ""),
     "tool_choice": (None, "none"),
     "tools": (None, []),
+    "top_k": (None, -1, 0),
     "top_logprobs": (None, 0),
+    "use_beam_search": (None, False),
 }
 _WITHOUT_EFFECT = frozenset(
     "metadata parallel_tool_calls prompt_cache_key safety_identifier service_tier store user".split()

@@ -25,7 +25,7 @@ from fused_lora.serving.residency.packing import (
     signature,
 )
 from fused_lora.serving.residency.refusal import Refusal
-from fused_lora.serving.residency.residency import Residency, Version
+from fused_lora.serving.residency.residency import Residency, StoreFull, Version
 from fused_lora.serving.residency.transfer import Transfer
 
 Source = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor, float]] | nn.Module
@@ -313,6 +313,27 @@ class Registry:
             AdapterNotFound: unknown name. StoreFull: no room. AdapterError: its files are damaged.
         """
         return Lease(self._hold(name), self._residency)
+
+    def _hold_all(self, keys: Sequence[str | Lease]) -> dict[str | Lease, Version]:
+        """:meth:`_hold` of each, or none of them."""
+        try:
+            return self._hold_each(keys)
+        except StoreFull:  # perhaps one that is there divides the room of another
+            with self._lock:
+                sizes = {key: 0 if isinstance(key, Lease) else self._find(key).nbytes for key in keys}
+                if len(keys) == 1 or not self._residency.clear([self._find(str(key)) for key in keys if sizes[key]]):
+                    raise
+        return self._hold_each(sorted(keys, key=lambda key: -sizes[key]))  # the largest first
+
+    def _hold_each(self, keys: Sequence[str | Lease]) -> dict[str | Lease, Version]:
+        held: dict[str | Lease, Version] = {}
+        try:
+            for key in keys:
+                held[key] = self._hold(key)
+            return held
+        except BaseException:
+            self._residency.release(held.values())
+            raise
 
     def _hold(self, key: str | Lease) -> Version:
         """The version of a name (or of a lease), held and on the device."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -202,10 +202,25 @@ class Residency:
             block = self.arena.allocate(version.nbytes) if self._slots else None
             if block is not None:
                 return block, self._slots.pop()
-            if victim is not None and self._save(victim):
-                self._leave_device(victim)
-                self.evictions += 1
+            if victim is not None:
+                self._evict(victim)
         raise self._full(version)
+
+    def clear(self, wanted: Sequence[Version]) -> bool:
+        """Evict all that may leave the device, if these versions then have room beside the others. With the lock."""
+        leave = [v for v in self.resident if self._may_leave(v)]
+        free, stay = self.arena.free_bytes, self.resident.difference(leave)
+        room = None if free is None else free + sum(v.block.size for v in leave)
+        if room is None or sum(v.nbytes for v in wanted if v not in stay) > room:
+            return False
+        for version in leave:
+            self._evict(version)
+        return True
+
+    def _evict(self, version: Version) -> None:
+        if self._save(version):
+            self._leave_device(version)
+            self.evictions += 1
 
     def _victims(self, version: Version) -> list[Version]:
         """The versions that may be evicted for this one, least recently used first. Raises StoreFull."""
@@ -220,8 +235,8 @@ class Residency:
         stay = sorted({v.name for v in self.resident if not self._may_leave(v)})
         others = any(v.held for v in self.resident) or self._moving > version.moving
         return StoreFull(
-            f"adapter {version.name!r} needs {version.nbytes} bytes; {self.arena.used} of {self.arena.capacity} are "
-            f"taken, pinned or in use: [{some(stay)}]",
+            f"adapter {version.name!r} needs {version.nbytes} bytes in one piece; {self.arena.used} of "
+            f"{self.arena.capacity} are taken, pinned or in use: [{some(stay)}]",
             in_use=others and self.arena.fits(version.nbytes),
         )
 
