@@ -60,7 +60,7 @@ def save_adapter(
             message says how to gather it.
         OSError: from the file system. The folder is then as before.
     """
-    refuse(model, "save_adapter", "call peft_model.save_pretrained")
+    refuse(model, "save_adapter", "call peft_model.save_pretrained, of a model of diffusers save_lora_adapter")
     write_adapter(model, directory, adapter_name, base_model_name_or_path)
 
 

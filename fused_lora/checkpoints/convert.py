@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Container, Iterable, Mapping
@@ -37,6 +38,8 @@ _ENDS = (
     (re.compile(r"\.base_layer\.weight$"), "copy"),  # of the base's, as PEFT writes it for embeddings and heads
 )
 _KOHYA = re.compile(r"^lora_(?:unet|te\d?|transformer|prior_unet)_")
+# where diffusers notes the LoraConfig of a model, or those of a pipeline with "unet." and the like before each field
+_NOTED = "lora_adapter_metadata"
 _WRAPPERS = re.compile(r"^(?:module|model\.base_model\.model|base_model\.model|_forward_module)\.")
 
 
@@ -68,7 +71,8 @@ def convert_adapter(
     (``to_q.lora_A.weight``, ``to_q.lora.down.weight``) and state dicts (``lora_A.default.weight``). The names of
     torch.compile, FSDP, DDP, DeepSpeed and PEFT before or inside them go. Every key must be of LoRA on a linear layer:
     lora_A, lora_B, alpha. Under PEFT's names it may be of DoRA or of LoRA on an embedding, too. Copies of the base's
-    weights, which PEFT writes for embeddings and heads, are carried along in their dtype.
+    weights, which PEFT writes for embeddings and heads, are carried along in their dtype. The scaling of a diffusers
+    file is that of the configs in its header.
 
     Args:
         source: a .safetensors file, or a folder with adapter_model.safetensors. An adapter_config.json beside a file of
@@ -77,7 +81,8 @@ def convert_adapter(
         base: a checkpoint whose module names kohya's underscores are resolved with, and whose sizes must fit.
         rename: beginnings of paths -> what stands in their place.
         dtype: fp32, bf16 or fp16; None: as the first tensor, fp32 where that is none of them.
-        lora_alpha: where the file and its config have none, not 0; None: the rank, so that the scaling is 1.
+        lora_alpha: where neither the file nor its header nor its config has one, not 0; None: the rank, so that the
+            scaling is 1.
         stack_experts: layers of single experts (``experts.3.gate_proj``, ``experts.3.w1``) become adapters of the
             stacked parameters that transformers 5 has (``target_parameters``), gate and up of one.
 
@@ -101,6 +106,7 @@ def convert_adapter(
     config = _config(os.path.join(os.path.dirname(file_path), CONFIG_NAME)) if beside else None
     with open_regular(file_path, MAX_WEIGHT_BYTES) as (file, size):
         header = read_header(file_path, file, size, EVERY)
+        noted = {} if config is not None else _noted(file_path, header.metadata)
         weights = {} if base is None else open_checkpoint(base).tensors
         modules = None if base is None else _by_underscores(weights)
         layers: dict[str, dict[str, str]] = {}
@@ -120,7 +126,7 @@ def convert_adapter(
         beginnings.check_used()
         if not layers:
             raise AdapterError(file_path, None, "at least one layer", "no tensors")
-        shapes, alphas = {}, {}
+        shapes, alphas, unknown = {}, {}, False
 
         def tensor(key: str) -> Tensor:
             entry = header.entries[key]
@@ -147,7 +153,14 @@ def convert_adapter(
             if wide is not None and wide.dtype in CAST and _matrix(wide.shape) not in ((B[0], A[1]), (A[1], B[0])):
                 text = f"sizes of {path!r} as in the base, {list(wide.shape)}"
                 raise AdapterError(file_path, parts["B"], text, [B[0], A[1]])
-            alphas[path] = _alpha(path, parts, tensor, config, lora_alpha, A[0])
+            if "alpha" in parts:
+                alphas[path] = float(tensor(parts["alpha"]))
+            elif config is not None:
+                alphas[path] = config.layer_rank_alpha(path)[1]
+            else:
+                alpha = _noted_alpha(noted, _split(file_path, parts["A"])[0], A[0])
+                unknown = unknown or alpha is None
+                alphas[path] = float(A[0] if lora_alpha is None else lora_alpha) if alpha is None else alpha
         _check_further(file_path, layers, embeddings, header.entries, config)
         first = header.entries[next(iter(layers.values()))["A"]].dtype
         kind = dtype or (first if first in (torch.float32, torch.bfloat16, torch.float16) else torch.float32)
@@ -180,10 +193,8 @@ def convert_adapter(
             raise AdapterError(file_path, other, "LoRA on linear layers alone with stack_experts", "another kind")
         else:
             stacked = write_stacked(folder, target, *found, source=file_path)
-    assumed = lora_alpha is None and config is None and any("alpha" not in parts for parts in layers.values())
-    return Converted(
-        folder, {path: [shapes[path][0], alphas[path]] for path in shapes}, renamed, assumed, stacked or []
-    )
+    written = {path: [shapes[path][0], alphas[path]] for path in shapes}
+    return Converted(folder, written, renamed, unknown and lora_alpha is None, stacked or [])
 
 
 def _config(path: str) -> LoraConfig | None:
@@ -193,6 +204,35 @@ def _config(path: str) -> LoraConfig | None:
         return LoraConfig.from_dict(read_json(path))
     except FieldError as error:
         raise AdapterError(path, error.field, error.expected, error.found) from None
+
+
+def _noted(file_path: str, metadata: Mapping[str, str]) -> dict[str, LoraConfig]:
+    """{component of a pipeline, "" in a model's file: config} of a header of diffusers."""
+    if _NOTED not in metadata:
+        return {}
+    try:
+        fields = json.loads(metadata[_NOTED])
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise AdapterError(file_path, _NOTED, "a JSON object", f"{metadata[_NOTED]:.100}")
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        component, _, entry = name.rpartition(".")
+        found.setdefault(component, {"peft_type": "LORA"})[entry] = value
+    try:
+        return {component: LoraConfig.from_dict(entries) for component, entries in found.items()}
+    except FieldError as error:
+        raise AdapterError(file_path, f"{_NOTED}: {error.field}", error.expected, error.found) from None
+
+
+def _noted_alpha(configs: Mapping[str, LoraConfig], path: str, r: int) -> float | None:
+    """The alpha that gives a layer without rsLoRA the scaling of its config."""
+    for component, config in configs.items():
+        if not component or path.startswith(f"{component}."):
+            alpha = config.layer_rank_alpha(path.removeprefix(f"{component}."))[1]
+            return alpha * r**0.5 if config.use_rslora else alpha
+    return None
 
 
 def _split(file_path: str, key: str) -> tuple[str, str]:
@@ -255,13 +295,3 @@ def _by_underscores(tensors: Iterable[str]) -> dict[str, list[str]]:
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A 1x1 convolution is a linear layer."""
     return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
-
-
-def _alpha(
-    path: str, parts: Mapping[str, str], tensor: Any, config: LoraConfig | None, given: float | None, r: int
-) -> float:
-    if "alpha" in parts:
-        return float(tensor(parts["alpha"]))
-    if config is not None:
-        return config.layer_rank_alpha(path)[1]
-    return float(r) if given is None else given

@@ -75,8 +75,9 @@ def accelerate(model: nn.Module) -> nn.Module:
         if any(isinstance(module, LoraLayer) for module in model.modules()):
             raise ValueError("model: its LoRA layers are fused_lora's own, they need no accelerate")
         raise ValueError(
-            "model: expected PEFT LoRA layers, found none. Wrap it first (peft.get_peft_model), or use "
-            "fused_lora.inject(model, config), which needs no PEFT"
+            "model: expected PEFT LoRA layers, found none. Wrap it first (peft.get_peft_model; in diffusers "
+            "add_adapter, or load_lora_weights of the pipeline), or use fused_lora.inject(model, config), which "
+            "needs no PEFT"
         )
     watch(model)
     module: Any
@@ -304,10 +305,14 @@ def _release(module: nn.Module) -> None:
 
 def _change_class(module: Any, old: type[nn.Module], new: type[nn.Module]) -> None:
     module.__class__ = new
-    # accelerate's hooks keep the bound forward of the class that the module had when they were attached
-    hooked = vars(module).get("_old_forward")
-    if getattr(hooked, "__func__", None) is old.forward:
-        module._old_forward = types.MethodType(new.forward, module)
+    # hooks of accelerate and diffusers keep the bound forward of the class that the module had when they were attached
+    own = vars(module)
+    hooked = [(module, "_old_forward")]
+    for reference in getattr(own.get("_diffusers_hook"), "_fn_refs", ()):
+        hooked += (reference, "forward"), (reference, "original_forward")
+    for holder, name in hooked:
+        if getattr(vars(holder).get(name), "__func__", None) is old.forward:
+            setattr(holder, name, types.MethodType(new.forward, module))
 
 
 def _builds_lora_layers(module: nn.Module) -> bool:

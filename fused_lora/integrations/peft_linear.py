@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -405,7 +406,7 @@ def why_around(layer: Any) -> str | None:
 def _is_number(scale: Any) -> bool:
     if isinstance(scale, Tensor):
         return scale.numel() == 1 and scale.dim() <= 1 and not scale.is_complex()
-    return isinstance(scale, (int, float)) and scale == scale
+    return (isinstance(scale, (int, float)) or isinstance(scale, Real)) and scale == scale  # Real: numpy's
 
 
 def _parts(layer: Any, names: list[str]) -> list[tuple[str, nn.Module, nn.Module, nn.Module]]:

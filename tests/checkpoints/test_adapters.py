@@ -284,6 +284,44 @@ def test_convert_reads_the_config_beside_the_file(tmp_path):
     assert convert_adapter(adapter, tmp_path / "new").assumed
 
 
+def test_convert_reads_the_configs_in_a_header_of_diffusers(tmp_path):
+    """Of a model, and of a pipeline with two."""
+    held, source = read_all(write_adapter(tmp_path / "a", SHAPES)), tmp_path / "source.safetensors"
+    tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in held.items()}
+    first, r = next(iter(SHAPES)), 4
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 6, "alpha_pattern": {first: 3}, "target_modules": ["x"]}
+
+    def save(tensors, noted):
+        save_file(tensors, source, metadata={"lora_adapter_metadata": noted})
+
+    def alphas(name, **kwargs):
+        done = convert_adapter(source, tmp_path / name, **kwargs)
+        assert not done.assumed
+        return {path: alpha for path, (_, alpha) in done.layers.items()}
+
+    save(tensors, json.dumps(config))
+    wanted = {path: 3 if path == first else 6 for path in SHAPES}
+    assert alphas("one") == alphas("given", lora_alpha=5.0) == wanted
+    save(tensors, json.dumps({**config, "use_rslora": True}))
+    ranks = {path: tensors[f"{path}.lora_A.weight"].shape[0] for path in SHAPES}
+    assert alphas("rs") == pytest.approx({path: wanted[path] * ranks[path] ** 0.5 for path in SHAPES})
+    both = {"unet": config, "text_encoder": {**config, "alpha_pattern": {}}}
+    save(
+        {f"{part}.{key}": tensor.clone() for part in both for key, tensor in tensors.items()},
+        json.dumps({f"{part}.{key}": value for part in both for key, value in both[part].items()}),
+    )
+    assert alphas("two") == {
+        **{f"unet.{path}": alpha for path, alpha in wanted.items()},
+        **dict.fromkeys((f"text_encoder.{path}" for path in SHAPES), 6),
+    }
+    wrong = json.dumps({**config, "r": -1})
+    for noted, match in (("[1]", "expected a JSON object"), ("{", "expected a JSON object"), (wrong, ": r: ")):
+        save(tensors, noted)
+        with pytest.raises(AdapterError, match="lora_adapter_metadata.*" + match):
+            convert_adapter(source, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
 def test_what_convert_cannot_do_names_the_argument(tmp_path):
     adapter = write_adapter(tmp_path / "a", SHAPES)
     for rename, kind in ((["x"], TypeError), ({"nowhere": "x"}, ValueError)):

@@ -5,7 +5,9 @@ import pickle
 import warnings
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -94,6 +96,17 @@ def test_scalings_as_tensors(report):
     both.do(lambda m: m.unmerge_adapter())
 
 
+def test_scalings_of_numpy(report):
+    both = pair(torch.float32, {"a": {}, "b": {"r": 2}})
+    both.do(lambda m: m.base_model.set_adapter(["a", "b"]))
+    for layer in layers(both):
+        layer.scaling = {"a": np.float32(0.5), "b": np.int64(2)}
+    assert_like_peft(both, torch.randn(9, K), fused=True)
+    assert report()["fallback"] == {}
+    both.do(lambda m: m.merge_adapter())
+    assert layers(both)[0].merge_state is not None
+
+
 def test_the_result_may_be_changed_in_place(report):
     both = pair()
     x = torch.randn(2, 3, K)
@@ -131,6 +144,24 @@ def test_hooks_of_accelerate_on_the_layer_follow_the_class(report):
     hooks.add_hook_to_module(layer.lora_A["default"], hooks.ModelHook())
     layer(x)
     assert report()["fallback"] == {"a part of the layer has its forward replaced": 1}
+
+
+def test_hooks_of_diffusers_on_the_layer_follow_the_class(report):
+    """As layerwise casting puts them on every layer of PEFT's: each keeps the forward that it found."""
+    model = wrap(nn.Sequential(nn.Linear(K, N)), target_modules=["0"])
+    layer, x = model.base_model.model[0], torch.randn(3, K)
+    y = layer(x)
+    one, two = (SimpleNamespace(forward=None, original_forward=None) for _ in range(2))
+    one.forward = layer.forward
+    two.original_forward, two.forward = one.forward, lambda *args: two.original_forward(*args)
+    layer._diffusers_hook = SimpleNamespace(_fn_refs=[one, two])
+    for count, (reference, name) in enumerate(((one, "forward"), (two, "forward")), start=1):
+        layer.forward = lambda *args, reference=reference, name=name: getattr(reference, name)(*args)
+        fused_lora.accelerate(model)
+        assert_close(layer(x), y, terms=64)
+        assert report() == {"fused": count, "around": {}, "fallback": {}}
+        fused_lora.restore(model)
+        assert torch.equal(layer(x), y) and report() == {"fused": count, "around": {}, "fallback": {}}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
