@@ -40,8 +40,8 @@ _CAPTURED = "batch: a trace or a graph would keep these adapters for ever; use t
 def running(store: Any) -> Batch | None:
     """The innermost batch of this store that this thread is in."""
     batch = _running.get()
-    while batch is not None and (batch.store is not store or batch.is_elsewhere()):
-        batch = batch.outer
+    while batch is not None and (batch.store is not store or batch._ended or batch._apart and batch.is_elsewhere()):
+        batch = batch.outer  # asked at every layer
     return batch
 
 
@@ -166,10 +166,7 @@ class Batch:
             inner = inner.outer
 
     def is_elsewhere(self) -> bool:
-        """Whether what runs now is not inside of it: it has ended, or it was entered by a generator that is suspended
-        while that of a batch around it runs."""
-        if not self._apart:  # asked at every layer
-            return self._ended
+        """Whether a generator entered it that is suspended, while that of a batch around it runs."""
         return any(b._generator is not None and is_running(b._generator) for b in self._apart)
 
     def called(self, path: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -389,8 +386,7 @@ class Batch:
     def _check(self, x: Tensor, y: Tensor) -> None:
         if y.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
-        traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        if traced or self._buffers is None and guard.capturing(x.device):
+        if torch._C._is_tracing() or self._buffers is None and guard.capturing(x.device):
             raise RuntimeError(_CAPTURED)
 
     def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace, dtype: torch.dtype) -> None:
