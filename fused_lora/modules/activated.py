@@ -122,6 +122,12 @@ def token_ids(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     return ids if fits else None
 
 
+def cache_of(kwargs: Mapping[str, Any]) -> Any:
+    """The cache of a call of a model, or None; transformers 5.24 renamed it."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
 def _checked(offsets: Any) -> list[int | None]:
     try:
         return [None if n is None else operator.index(n) for n in offsets]
@@ -152,8 +158,9 @@ def offsets_of(ids: Tensor, held: Mapping[str, Sequence[int]], cache: Any) -> di
 
 def note_offsets(kwargs: Mapping[str, Any], output: Any, offsets: Mapping[str, Sequence[int | None]]) -> None:
     """After a call: note at its cache which sequences have an invocation by now."""
-    cache = kwargs.get("past_key_values")
-    cache = getattr(output, "past_key_values", None) if cache is None else cache
+    cache = cache_of(kwargs)
+    for name in ("cache", "past_key_values"):
+        cache = getattr(output, name, None) if cache is None else cache
     if cache is not None:
         found = {name: [n is not None for n in each] for name, each in offsets.items()}
         setattr(cache, _STARTED, {**getattr(cache, _STARTED, {}), **found})
@@ -207,7 +214,7 @@ class Activation:
         elif ids is None:
             call = "expected token ids [sequences, tokens] as input_ids or the first argument, or alora_offsets="
         else:
-            call = _Call(len(ids), ids.shape[1], offsets_of(ids, held, kwargs.get("past_key_values")))
+            call = _Call(len(ids), ids.shape[1], offsets_of(ids, held, cache_of(kwargs)))
         self._calls[threading.get_ident()] = self._last = call
         self._trained += torch.is_grad_enabled() and model.training
         return args, kwargs

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fused_lora.modules.activated import note_offsets, offsets_of, token_ids
+from fused_lora.modules.activated import cache_of, note_offsets, offsets_of, token_ids
 from fused_lora.modules.experts import form_of
 from fused_lora.modules.frames import generator_around, is_running
 from fused_lora.modules.names import some
@@ -193,7 +193,7 @@ class Batch:
         ids = token_ids(args, kwargs)
         if ids is None or len(ids) != call.sequences:
             return
-        trace.offsets = offsets_of(ids, self._invocations, kwargs.get("past_key_values"))
+        trace.offsets = offsets_of(ids, self._invocations, cache_of(kwargs))
         trace.tokens = ids.shape[1]
         offsets = [self._offsets_of_group(trace, g) for g in range(len(self.groups))]
         trace.changed = tuple(
