@@ -329,8 +329,9 @@ def _parameters_of(path: str, parameters: Sequence[str]) -> tuple[str, ...]:
 class RankTable:
     """The rank and alpha that an adapter's config gives its modules and parameters. A path costs bounded time."""
 
-    def __init__(self, folder: str, weights: str, config: LoraConfig):
-        self._config, self._weights, self._folder = config, weights, folder
+    def __init__(self, source: str, weights: str, config: LoraConfig, within: str = ""):
+        """source: the file that the config is read from. within: what begins the names of its fields there."""
+        self.config, self._weights, self._source, self._within = config, weights, source, within
         self._ranks = PatternTable(config.rank_pattern, config.r)
         self._alphas = PatternTable(config.alpha_pattern, config.lora_alpha)
 
@@ -343,12 +344,15 @@ class RankTable:
         possible = self._ranks.possible(name)
         if r not in possible:
             raise AdapterError(self._weights, key, f"the rank of the config, {sorted(possible)}", f"rank {r}")
+        return r, self.alpha(name)
+
+    def alpha(self, name: str) -> float:
+        """lora_alpha of ``name``; AdapterError: only an expression that is not run could tell."""
         alphas = self._alphas.possible(name)
         if len(alphas) > 1:
-            plain, found = f"keys of module names or short expressions, to know the alpha of {name}", self._config
-            path = os.path.join(self._folder, CONFIG_NAME)
-            raise AdapterError(path, "alpha_pattern", plain, list(found.alpha_pattern))
-        return r, alphas.pop()
+            plain = f"keys of module names or short expressions, to know the alpha of {name}"
+            raise AdapterError(self._source, f"{self._within}alpha_pattern", plain, list(self.config.alpha_pattern))
+        return alphas.pop()
 
 
 def _ranks(
@@ -367,7 +371,7 @@ def _ranks(
         raise AdapterError(
             config_path, "rank_pattern, alpha_pattern", "fewer keys", f"{patterns} for {len(slots)} layers"
         )
-    table, ranks = RankTable(folder, path, config), {}
+    table, ranks = RankTable(config_path, path, config), {}
     for name, keys in slots.items():
         shape_A, shape_B = entries[keys["lora_A"]].shape, entries[keys["lora_B"]].shape
         each = experts.get(name, 1)

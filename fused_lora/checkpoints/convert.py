@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_BYTES, WEIGHTS_NAME, path_text
+from fused_lora.adapters.checkpoint import (
+    CONFIG_NAME,
+    KEY_PREFIX,
+    MAX_WEIGHT_BYTES,
+    WEIGHTS_NAME,
+    RankTable,
+    path_text,
+)
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import EVERY, TensorEntry, open_regular, read_exactly, read_header
 from fused_lora.checkpoints.changes import CAST
@@ -103,7 +110,9 @@ def convert_adapter(
     check_new("out", folder, [os.fspath(held) for held in (text, base) if held is not None and os.path.isdir(held)])
     file_path = os.path.join(text, WEIGHTS_NAME) if os.path.isdir(text) else text
     beside = os.path.basename(file_path) == WEIGHTS_NAME  # PEFT's pair: without the config the scaling is lost
-    config = _config(os.path.join(os.path.dirname(file_path), CONFIG_NAME)) if beside else None
+    config_path = os.path.join(os.path.dirname(file_path), CONFIG_NAME)
+    config = _config(config_path) if beside else None
+    table = None if config is None else RankTable(config_path, file_path, config)
     with open_regular(file_path, MAX_WEIGHT_BYTES) as (file, size):
         header = read_header(file_path, file, size, EVERY)
         noted = {} if config is not None else _noted(file_path, header.metadata)
@@ -155,8 +164,8 @@ def convert_adapter(
                 raise AdapterError(file_path, parts["B"], text, [B[0], A[1]])
             if "alpha" in parts:
                 alphas[path] = float(tensor(parts["alpha"]))
-            elif config is not None:
-                alphas[path] = config.layer_rank_alpha(path)[1]
+            elif table is not None:
+                alphas[path] = table.alpha(path)
             else:
                 alpha = _noted_alpha(noted, _split(file_path, parts["A"])[0], A[0])
                 unknown = unknown or alpha is None
@@ -206,8 +215,8 @@ def _config(path: str) -> LoraConfig | None:
         raise AdapterError(path, error.field, error.expected, error.found) from None
 
 
-def _noted(file_path: str, metadata: Mapping[str, str]) -> dict[str, LoraConfig]:
-    """{component of a pipeline, "" in a model's file: config} of a header of diffusers."""
+def _noted(file_path: str, metadata: Mapping[str, str]) -> dict[str, RankTable]:
+    """{component of a pipeline, "" in a model's file: its config} of a header of diffusers."""
     if _NOTED not in metadata:
         return {}
     try:
@@ -221,17 +230,18 @@ def _noted(file_path: str, metadata: Mapping[str, str]) -> dict[str, LoraConfig]
         component, _, entry = name.rpartition(".")
         found.setdefault(component, {"peft_type": "LORA"})[entry] = value
     try:
-        return {component: LoraConfig.from_dict(entries) for component, entries in found.items()}
+        configs = {component: LoraConfig.from_dict(entries) for component, entries in found.items()}
     except FieldError as error:
         raise AdapterError(file_path, f"{_NOTED}: {error.field}", error.expected, error.found) from None
+    return {name: RankTable(file_path, file_path, config, f"{_NOTED}: ") for name, config in configs.items()}
 
 
-def _noted_alpha(configs: Mapping[str, LoraConfig], path: str, r: int) -> float | None:
+def _noted_alpha(tables: Mapping[str, RankTable], path: str, r: int) -> float | None:
     """The alpha that gives a layer without rsLoRA the scaling of its config."""
-    for component, config in configs.items():
+    for component, table in tables.items():
         if not component or path.startswith(f"{component}."):
-            alpha = config.layer_rank_alpha(path.removeprefix(f"{component}."))[1]
-            return alpha * r**0.5 if config.use_rslora else alpha
+            alpha = table.alpha(path.removeprefix(f"{component}."))
+            return alpha * r**0.5 if table.config.use_rslora else alpha
     return None
 
 

@@ -101,7 +101,7 @@ def adapted_stacks(plan: Plan, names: Names) -> list[Adapted]:
 
     Raises AdapterError where none, or more than one, fits.
     """
-    table = RankTable(os.path.dirname(plan.weights), plan.weights, plan.config)
+    table = RankTable(os.path.join(os.path.dirname(plan.weights), CONFIG_NAME), plan.weights, plan.config)
     modules = _by_module(plan.stacks)
     if modules and plan.config.fan_in_fan_out:
         config = os.path.join(os.path.dirname(plan.weights), CONFIG_NAME)
@@ -125,7 +125,7 @@ def ranks_by_config(plan: Plan) -> None:
 
     Raises AdapterError where the config gives a wrapper several ranks or alphas.
     """
-    table = RankTable(os.path.dirname(plan.weights), plan.weights, plan.config)
+    table = RankTable(os.path.join(os.path.dirname(plan.weights), CONFIG_NAME), plan.weights, plan.config)
     for module, paths in _by_module([path for path in plan.stacks if path not in plan.ranks]).items():
         names = [f"{module}.{name}" for name in plan.stacks[paths[0]]]
         keys = [plan.slots[path]["lora_A"] for path in paths]

@@ -322,6 +322,23 @@ def test_convert_reads_the_configs_in_a_header_of_diffusers(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("key", ["(", "(?:a+)+b(?!c)"])  # no expression; one on which re may spend exponential time
+@pytest.mark.parametrize("noted", [False, True])
+def test_convert_runs_no_expression_of_a_file(tmp_path, key, noted):
+    """The keys of alpha_pattern are as little trusted as when an adapter is loaded."""
+    adapter = write_adapter(tmp_path / "a", SHAPES)
+    path = adapter / "adapter_config.json"
+    config = {**json.loads(path.read_text()), "alpha_pattern": {key: 2}}
+    path.write_text(json.dumps(config))
+    if noted:
+        tensors, adapter = read_all(adapter), tmp_path / "source.safetensors"
+        save_file(tensors, adapter, metadata={"lora_adapter_metadata": json.dumps(config)})
+    place = "source.safetensors: lora_adapter_metadata" if noted else "adapter_config.json"
+    with pytest.raises(AdapterError, match=f"{place}: alpha_pattern: expected keys of module names"):
+        convert_adapter(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_convert_cannot_do_names_the_argument(tmp_path):
     adapter = write_adapter(tmp_path / "a", SHAPES)
     for rename, kind in ((["x"], TypeError), ({"nowhere": "x"}, ValueError)):
