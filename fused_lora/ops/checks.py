@@ -20,15 +20,15 @@ def check_lists(kind: type = Sized, **lists: Any) -> None:
             raise TypeError(f"{name}: expected a list with an entry for each adapter, got {value!r:.100}")
 
 
-def check_numbers(**lists: Any) -> None:
-    """Raise TypeError for what is no list of numbers. A tensor is refused, too: no gradient would reach it."""
-    check_lists(**lists)
+def as_numbers(name: str, numbers: Any) -> Sequence[float]:
+    """As floats; TypeError for what is no list of numbers. A tensor is refused, too: no gradient would reach it."""
+    check_lists(**{name: numbers})
     if torch.compiler.is_compiling():  # a graph's numbers have no type to ask; the operator's schema refuses others
-        return
-    for name, numbers in lists.items():
-        for number in numbers:
-            if isinstance(number, (torch.Tensor, np.ndarray)) or not hasattr(number, "__float__"):
-                raise TypeError(f"{name}: expected a number for each adapter, got {number!r:.100}")
+        return numbers
+    for number in numbers:
+        if isinstance(number, (torch.Tensor, np.ndarray)) or not hasattr(number, "__float__"):
+            raise TypeError(f"{name}: expected a number for each adapter, got {number!r:.100}")
+    return [float(number) for number in numbers]
 
 
 def check_linear(

@@ -2,7 +2,10 @@
 
 import itertools
 import warnings
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -366,6 +369,15 @@ def test_bad_dtypes_name_the_argument():
         for bad_s, bad_p, name in (([bad, 1.0], p, "scaling"), (s, [bad, 0.0], "dropout")):
             with pytest.raises(TypeError, match=f"^{name}: expected a number for each adapter, got"):
                 lora_linear(x, W, b, A, B, bad_s, bad_p)
+
+
+@pytest.mark.parametrize("operator", [lora_linear, lora_term])
+def test_numbers_of_any_kind_are_floats(operator):
+    """Equal numbers share what is prepared for a call, so the first of them must not decide its type."""
+    x, W, b, A, B, _, _, _ = arguments(grad=False)
+    first = (x, W, b) if operator is lora_linear else (nn.functional.linear(x, W, b), x)
+    found = [operator(*first, A, B, [half, 1.0]) for half in (Fraction(1, 2), Decimal("0.5"), np.float64(0.5), 0.5)]
+    assert all(torch.equal(y, found[-1]) for y in found)
 
 
 def test_bf16_never_runs_a_bf16_product_on_the_cpu():

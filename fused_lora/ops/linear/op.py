@@ -20,9 +20,9 @@ from torch.autograd import forward_ad
 from fused_lora.ops import guard
 from fused_lora.ops.alike import Alike, modes
 from fused_lora.ops.checks import (
+    as_numbers,
     check_linear,
     check_lists,
-    check_numbers,
     in_order,
     refuse_tangents,
     refuse_transforms,
@@ -63,10 +63,10 @@ def lora_linear(
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     check_lists(lora_A=lora_A, lora_B=lora_B)
-    check_numbers(scaling=scaling, dropout=() if dropout is None else dropout)
+    scaling = as_numbers("scaling", scaling)
+    dropout = [0.0] * len(lora_A) if dropout is None else as_numbers("dropout", dropout)
     if not lora_A:
         return torch.nn.functional.linear(x, weight, bias)
-    dropout = [0.0] * len(lora_A) if dropout is None else dropout
     seeds = None if seeds is None else in_order(seeds)
     if not is_direct(x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,))):
         refuse_transforms("lora_linear")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_lora.ops.checks import check_lists, check_numbers, check_term, in_order, refuse_transforms
+from fused_lora.ops.checks import as_numbers, check_lists, check_term, in_order, refuse_transforms
 from fused_lora.ops.linear import eager, flops
 from fused_lora.ops.linear import op as linear
 from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _rows, draw_seeds, is_direct
@@ -60,8 +60,8 @@ def lora_term(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     check_lists(lora_A=lora_A, lora_B=lora_B)
-    check_numbers(scaling=scaling, dropout=() if dropout is None else dropout)
-    dropout = [0.0] * len(lora_A) if dropout is None else list(dropout)
+    scaling = as_numbers("scaling", scaling)
+    dropout = [0.0] * len(lora_A) if dropout is None else as_numbers("dropout", dropout)
     seeds = None if seeds is None else in_order(seeds)
     check_term(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
     if seeds is None and any(dropout):
@@ -76,7 +76,7 @@ def lora_term(
             return _direct(*arguments)
     refuse_transforms("lora_term")
     # reshaped out here: the operator's own result is no view, so that it may be changed in place
-    out, _ = _lora_term(_rows(y), _rows(x), bias, list(lora_A), list(lora_B), list(scaling), dropout, seeds)
+    out, _ = _lora_term(_rows(y), _rows(x), bias, list(lora_A), list(lora_B), list(scaling), list(dropout), seeds)
     return out if y.dim() == 2 else out.reshape(y.shape)
 
 
