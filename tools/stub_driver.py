@@ -12,9 +12,8 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-if not Path(sysconfig.get_path("include"), "Python.h").exists():  # Triton's launcher includes it
-    COMPILER = None
+HAS_HEADERS = Path(sysconfig.get_path("include"), "Python.h").exists()  # of Python, which Triton's launcher includes
+COMPILER = (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) if HAS_HEADERS else None
 DEVICE = [0]  # which the driver says is current
 
 

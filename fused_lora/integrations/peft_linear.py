@@ -406,7 +406,7 @@ def why_around(layer: Any) -> str | None:
 def _is_number(scale: Any) -> bool:
     if isinstance(scale, Tensor):
         return scale.numel() == 1 and scale.dim() <= 1 and not scale.is_complex()
-    return (isinstance(scale, (int, float)) or isinstance(scale, Real)) and scale == scale  # Real: numpy's
+    return isinstance(scale, (int, float, Real)) and scale == scale  # Real: numpy's
 
 
 def _parts(layer: Any, names: list[str]) -> list[tuple[str, nn.Module, nn.Module, nn.Module]]:

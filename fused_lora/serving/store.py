@@ -102,7 +102,7 @@ class AdapterStore(Registry):
         rows may come.
 
         Of a sequence under an aLoRA adapter the rows before its invocation are the base's. The tokens are looked for in
-        the model's ``input_ids``, and what has been found is noted at ``past_key_values``.
+        the model's ``input_ids``, and what has been found is noted at the call's cache.
 
         Args:
             names: for each sequence a name, a :class:`Lease`, None (the base model), or a dict of names and weights

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import sysconfig
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from stub_driver import HAS_HEADERS
+
 # torch.compile's own backend writes C++ for a CPU, with Python's headers; where nobody compiles that, the same graphs
 # run operator by operator
 _CXX = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-HAS_HEADERS = Path(sysconfig.get_path("include"), "Python.h").exists()
 INDUCTOR = "inductor" if shutil.which(_CXX) and HAS_HEADERS else "aot_eager"
 
 
