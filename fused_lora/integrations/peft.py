@@ -8,6 +8,7 @@ layer_report             which layers run fused, and why the others do not
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import types
@@ -190,7 +191,8 @@ def register(config: Any) -> Any:
 
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected peft.LoraConfig, got {type(config).__name__}")
-    builders: Any = {nn.Linear: _build_accelerated, Conv1D: _build_accelerated}  # PEFT's type says classes
+    build = functools.partial(_build_accelerated, config)
+    builders: Any = {nn.Linear: build, Conv1D: build}  # PEFT's type says classes
     config._register_custom_module(builders)
     return config
 
@@ -329,15 +331,20 @@ def _create_accelerated(*args: Any, **kwargs: Any) -> nn.Module:
     return _adopt(getattr(LoraModel, _create)(*args, **kwargs))
 
 
-def _build_accelerated(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
-    """PEFT's default layer around a plain linear target, accelerated; None (PEFT looks further) around any other."""
+def _build_accelerated(
+    registered: Any, target: nn.Module, adapter_name: str, config: Any = None, **kwargs: Any
+) -> nn.Module | None:
+    """PEFT's default layer around a plain linear target, accelerated; None (PEFT looks further) around any other.
+
+    PEFT before 0.19 does not pass the config, which is the ``registered`` one.
+    """
     from peft.tuners.lora.layer import dispatch_default
 
     kind = base_of(target)
     plain = isinstance(kind, Dense) and kind.merge_weight(target) is not None
     if not plain or kwargs.get("parameter_name") is not None:
         return None
-    built = dispatch_default(target, adapter_name, **kwargs)
+    built = dispatch_default(target, adapter_name, registered if config is None else config, **kwargs)
     return None if built is None else _adopt(built)
 
 

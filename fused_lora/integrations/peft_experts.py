@@ -73,7 +73,7 @@ class AcceleratedExperts(AcceleratedLinear):
         return [experts.ExpertTerm(A, B, float(self.scaling[n])) for A, B, n in parts]
 
     def _transposed(self) -> bool:
-        return not self._did_swap_in_out_features
+        return not getattr(self, "_did_swap_in_out_features", False)  # PEFT before 0.19.1 never exchanges them
 
     def _merge_place(self) -> tuple[nn.Module, Base]:
         return self.get_base_layer(), experts.kind(self.parameter_name, self._transposed())

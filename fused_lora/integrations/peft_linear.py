@@ -139,6 +139,8 @@ class AcceleratedLinear(FusedLoraBehaviour):
         from peft.tuners.lora import dora
 
         held: Any = self.lora_magnitude_vector[name]
+        if not hasattr(dora, "ENABLE_DORA_CACHING"):  # PEFT before 0.19
+            return super()._row_norms(name)
         if not dora.ENABLE_DORA_CACHING or held.training:
             held._cache_clear()
             return super()._row_norms(name)

@@ -18,7 +18,7 @@ from fused_lora.integrations.peft_linear import (
     _is_number,
 )
 from fused_lora.modules.changes import CHANGING, wait_for_change
-from fused_lora.modules.embedding import EmbeddingBehaviour, Factor
+from fused_lora.modules.embedding import EmbeddingBehaviour, Factor, embed_scale
 from fused_lora.modules.fusable import why_not_here
 from fused_lora.modules.mixin import FusedLoraBehaviour
 
@@ -91,9 +91,11 @@ class AcceleratedEmbedding(EmbeddingBehaviour, _ExactMerges):
         names = self._present(self.active_adapters)
         if not names:
             return "no active adapter in this layer"
-        if self.tp_layer is not None:
+        if getattr(self, "tp_layer", None) is not None:  # PEFT 0.19 and later
             return "tensor parallel"
         base = self.get_base_layer()
+        if embed_scale(base) is not None and not hasattr(self, "_get_embed_scale"):
+            return "PEFT before 0.18 does not scale the adapter with the embedding"
         if base.max_norm is not None or why_not_own_call(base, "the base layer"):
             return why_not_own_call(base, "the base layer") or "max_norm changes rows"
         for name in names:

@@ -121,10 +121,11 @@ def active_adapters(wrapper: Any) -> list[str]:
 def set_adapter(wrapper: Any, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
     """set_adapter; of the tuner for several names, which a PeftModel does not take."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    frozen = {"inference_mode": True} if inference_mode else {}  # which PEFT before 0.19 does not take
     if len(names) == 1:
-        wrapper.set_adapter(names[0], inference_mode=inference_mode)
+        wrapper.set_adapter(names[0], **frozen)
     else:
-        getattr(wrapper, "base_model", wrapper).set_adapter(names, inference_mode=inference_mode)
+        getattr(wrapper, "base_model", wrapper).set_adapter(names, **frozen)
 
 
 def delete_adapter(wrapper: Any, adapter_name: str) -> None:

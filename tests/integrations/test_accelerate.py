@@ -24,6 +24,7 @@ from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ALL, Net, SideBySide, wrap
 from helpers.hooks import hooks
 from helpers.seeds import shifted
+from helpers.versions import since
 from helpers.waiting import HANG
 
 STOCK = peft.tuners.lora.Linear
@@ -326,7 +327,10 @@ def test_run_a_script_as_it_is(way, tmp_path):
     assert "1 LoRA calls ran fused, 1 in PEFT's own way\n           1 merged: the base layer alone" in out.stderr
 
 
-@pytest.mark.parametrize("fields, reason", [({"init_lora_weights": "mica"}, "MiCALinearVariant"), ({}, None)])
+@pytest.mark.parametrize(
+    "fields, reason",
+    [pytest.param({"init_lora_weights": "mica"}, "MiCALinearVariant", marks=since("peft", "0.20")), ({}, None)],
+)
 def test_accelerate_says_when_nothing_runs_fused(fields, reason):
     model = peft.get_peft_model(
         nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config(target_modules=["0", "1"], **fields)
@@ -490,6 +494,7 @@ def inject_another(model, path):
     return peft.inject_adapter_in_model(config(), model.base_model.model, adapter_name="two")
 
 
+@since("peft", "0.19")
 @pytest.mark.parametrize(
     "again, warns",
     [

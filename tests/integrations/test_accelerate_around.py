@@ -20,6 +20,7 @@ from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.accelerated import K, N, layers, pair, wrap
 from helpers.seeds import shifted
 from helpers.twins import share_dropout
+from helpers.versions import since
 from helpers.wrapped import INDUCTOR
 
 M = 9
@@ -370,6 +371,7 @@ def test_disabled_and_absent_adapters(report):
     assert report()["fallback"] == {"adapters are disabled": 1, "no active adapter in this layer": 1}
 
 
+@since("peft", "0.20")
 def test_variants_fall_back_whole(report):
     both = pair(adapters={"a": {"init_lora_weights": "mica"}, "b": {}}, base=Scaled(K, N))
     x = torch.randn(M, K)

@@ -17,6 +17,9 @@ from helpers.accelerated import ROWS, TOKENS, SideBySide, merge_and_back, wrap
 from helpers.experts import ARCHITECTURES, BOTH, EXPERTS, HIDDEN, Block
 from helpers.thorough import sampled
 from helpers.unchanged import assert_bits, parameter_bits
+from helpers.versions import since
+
+pytestmark = [since("transformers", "5"), since("peft", "0.19.1")]  # the first with stacked experts, in this layout
 
 
 class InOrder(SideBySide):

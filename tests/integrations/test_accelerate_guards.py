@@ -8,7 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
-import peft
+import peft.helpers
 import pytest
 import torch
 from torch import nn

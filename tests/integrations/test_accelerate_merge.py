@@ -14,6 +14,7 @@ from fused_lora.ops.merge import op as merging
 from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.accelerated import ALL, Net, SideBySide, quiet, wrap
 from helpers.seeds import shifted
+from helpers.versions import since
 
 pytestmark = pytest.mark.numeric
 
@@ -73,6 +74,7 @@ def test_many_merge_cycles_restore_the_bits_of_a_model():
     assert_bits(model, bits)
 
 
+@since("peft", "0.20")
 def test_names_to_merge():
     both = pair({**TWO, "lin": {"target_modules": ["lin0"]}})
     bits = base_bits(both.ours)
@@ -143,6 +145,7 @@ def test_an_unsafe_merge_of_a_broken_adapter_is_pefts():
     both.do(lambda m: m.unmerge_adapter())
 
 
+@since("peft", "0.21")
 def test_switching_and_deleting_while_merged():
     both = pair(TWO)
     bits = base_bits(both.ours)

@@ -14,6 +14,7 @@ from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import TOKENS, SideBySide, wrap
 from helpers.hooks import hooks
 from helpers.seeds import shifted
+from helpers.versions import since
 
 pytestmark = pytest.mark.numeric
 
@@ -102,6 +103,7 @@ def test_transformers_own_adapters(saved):
     both.assert_same_results()
 
 
+@since("peft", "0.21")
 def test_hotswap(saved):
     both = SideBySide(peft.PeftModel.from_pretrained(llama(), saved / "one"))
     both.do(lambda m: hotswap_adapter(m, saved / "two", "default"))

@@ -13,6 +13,7 @@ import fused_lora
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import TOKENS, SideBySide, merge_and_back, quiet, wrap
 from helpers.seeds import shifted
+from helpers.versions import since
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -65,6 +66,7 @@ def test_scaled_embeddings_and_tokens_beside():
     both.assert_same_results(draws=17)
 
 
+@since("peft", "0.19")
 @pytest.mark.experiment("A1", full=500, quick=5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_embeddings_and_convolutions_come_back(dtype, count):

@@ -1,6 +1,6 @@
 """PEFT's own features on an accelerated model, step by step beside the same model in PEFT's hands."""
 
-import peft
+import peft.helpers
 import pytest
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ import fused_lora
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ALL, Net, SideBySide, quiet, wrap
 from helpers.thorough import pairwise
+from helpers.versions import since
 
 DTYPES = [torch.float32, torch.bfloat16]
 TWO = {"a": {}, "b": {"r": 3, "lora_alpha": 5}}
@@ -118,6 +119,7 @@ def test_layers_that_a_second_adapter_adds_are_accelerated_too():
     assert all(row.fused for row in fused_lora.integrations.peft.layer_report(both.ours))
 
 
+@since("peft", "0.21")
 def test_adding_and_deleting_adapters():
     both = pair(TWO)
     both.do(lambda m: m.add_adapter("c", config(lora_dropout=0.1)))
@@ -258,7 +260,7 @@ class Convolutions(nn.Module):
         {"target_modules": ["emb", "lin"]},
         {"target_modules": ["conv", "lin"]},
         {"target_modules": ["attn", "lin"]},
-        {"target_modules": ["lin"], "target_parameters": ["moe.experts"]},
+        pytest.param({"target_modules": ["lin"], "target_parameters": ["moe.experts"]}, marks=since("peft", "0.19")),
         {"target_modules": ["lin"], "trainable_token_indices": {"emb": [1, 2]}},
     ],
     ids=lambda f: "-".join(str(v) for v in f.values()),
@@ -274,6 +276,7 @@ def test_other_layers_stay_with_peft(fields):
     both.do(lambda m: m.merge_and_unload())
 
 
+@since("peft", "0.20")
 @pytest.mark.parametrize(
     "fields, variant",
     [({"init_lora_weights": "mica"}, "MiCALinearVariant")],

@@ -2,10 +2,9 @@
 
 import copy
 
-import peft
+import peft.helpers
 import pytest
 import torch
-from peft.helpers import DoraCaching
 from torch import nn
 
 import fused_lora
@@ -20,6 +19,7 @@ from helpers.quantised import linear4bit
 from helpers.seeds import shifted
 from helpers.twins import share_dropout, twin_layers
 from helpers.unchanged import assert_bits, parameter_bits
+from helpers.versions import since
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SETS = [["v"], ["plain", "v"], ["v", "plain", "w"], ["w", "v"]]
@@ -147,6 +147,7 @@ def test_ours_is_pefts():
     assert_close(mine, own, terms=1000)
 
 
+@since("peft", "0.19")
 def test_autocast_and_cached_norms():
     both = pair(adapters={"v": {"use_dora": True}})
     ours, theirs, _ = (layer.eval() for layer in layers(both))
@@ -154,13 +155,14 @@ def test_autocast_and_cached_norms():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ours(x).dtype == theirs(x).dtype == torch.bfloat16
         assert_close(ours(x), theirs(x), terms=1000)
-    with DoraCaching(), torch.no_grad():
+    with peft.helpers.DoraCaching(), torch.no_grad():
         before = ours(x)
         ours.lora_magnitude_vector["v"]._cache_get("weight-norm-v", None).mul_(2)
         assert not torch.allclose(ours(x), before)  # it is the kept one that is read
     assert_close(ours(x), before, terms=1000)
 
 
+@since("peft", "0.21")
 @pytest.mark.experiment("A1", full=500, quick=5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dora_comes_back(dtype, count):

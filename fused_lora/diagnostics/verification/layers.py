@@ -180,13 +180,15 @@ class Layer:
     def _take_away(self, state: Any) -> None:
         """Take D from the copy if the layer's own unmerge refuses: the best estimate of the original weight.
 
-        A quantised one stays as it is: the finding says that it was replaced. state: of the merge.
+        A quantised one stays as it is: the finding says that it was replaced. So does one with DoRA that PEFT has
+        merged: its c depends on the weight that is not there. state: of the merge, None of PEFT's.
         """
         adapters = self.adapters()
-        if not base_of(self.base).bits:
+        dora = any(a.magnitude is not None for a in adapters)
+        if not (base_of(self.base).bits or (dora and state is None)):
             W, scale = self.weight.double(), None
             parts = [(a.lora_A, a.lora_B, a.scaling) for a in adapters]
-            if any(a.magnitude is not None for a in adapters):  # whose c depends on the weight that is not there
+            if dora:
                 A, B, s, scale, _ = base_of(self.base).factors(state.record, self.module.fan_in_fan_out)
                 parts = list(zip(A, B, s, strict=True))
             for A, B, s in parts:
