@@ -99,6 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import uvicorn
     except ImportError as error:
         raise SystemExit(f"{_NEEDS} ({error})") from None
+    from fused_lora.serving.engine.continuous import check_transformers
+
+    try:
+        check_transformers()
+    except RuntimeError as error:
+        raise SystemExit(f"fused-lora serve: {error}") from None
     app = build(options)
     config = uvicorn.Config(
         app,

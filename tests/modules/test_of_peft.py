@@ -9,6 +9,7 @@ from torch import nn
 
 import fused_lora
 from helpers.seeds import shifted
+from helpers.versions import since
 
 
 class Net(nn.Module):
@@ -127,6 +128,7 @@ def test_layers_without_a_peft_model_are_no_silent_no_op():
             call(model)
 
 
+@since("peft", "0.20")
 def test_accelerate_says_how_many_layers_run_fused_and_why_the_others_do_not(caplog):
     with caplog.at_level(logging.INFO, logger="fused_lora"):
         fused_lora.accelerate(peft.get_peft_model(Net(), peft.LoraConfig(**CONFIG)))

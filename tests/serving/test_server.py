@@ -26,6 +26,7 @@ serving.need_engine("fastapi", "uvicorn", "prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
 from fused_lora.cli.serve import _bytes, parser  # noqa: E402
+from fused_lora.serving.engine import continuous  # noqa: E402
 from fused_lora.serving.http.api import ApiError  # noqa: E402
 from fused_lora.serving.http.guard import allowed_adapter  # noqa: E402
 
@@ -613,6 +614,9 @@ def test_command_line_refuses_nonsense(tmp_path, capsys, monkeypatch):
     for device in ("toaster", "cuda:77"):
         with pytest.raises(SystemExit, match="--device: "):
             main(["serve", "--model", "m", "--device", device])
+    monkeypatch.setattr(continuous, "TESTED_TRANSFORMERS", ("5.0",))
+    with pytest.raises(SystemExit, match=r"tested on 5\.0\.x; found"):
+        main(["serve", "--model", "m"])
     assert [_bytes(t) for t in ("10", "1k", "1.5M", "2G")] == [10, 1024, 3 << 19, 2 << 30]
 
 
