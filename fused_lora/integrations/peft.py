@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from fused_lora.bases import base_of
+from fused_lora.bases.base import why_replaced
 from fused_lora.bases.dense import Dense
 from fused_lora.integrations import peft_experts, peft_others  # noqa: F401 - they add their classes
 from fused_lora.integrations.peft_linear import (
@@ -305,14 +306,13 @@ def _release(module: nn.Module) -> None:
 
 def _change_class(module: Any, old: type[nn.Module], new: type[nn.Module]) -> None:
     module.__class__ = new
-    # hooks of accelerate and diffusers keep the bound forward of the class that the module had when they were attached
-    own = vars(module)
-    hooked = [(module, "_old_forward")]
-    for reference in getattr(own.get("_diffusers_hook"), "_fn_refs", ()):
-        hooked += (reference, "forward"), (reference, "original_forward")
-    for holder, name in hooked:
-        if getattr(vars(holder).get(name), "__func__", None) is old.forward:
-            setattr(holder, name, types.MethodType(new.forward, module))
+    # hooks and patches keep bound methods of the class that the module had when they were made
+    for holder in (module, *getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ())):
+        for name, kept in list(vars(holder).items()):
+            if isinstance(kept, types.MethodType) and kept.__self__ is module:
+                method = kept.__name__
+                if getattr(old, method, None) is kept.__func__:
+                    setattr(holder, name, types.MethodType(getattr(new, method), module))
 
 
 def _builds_lora_layers(module: nn.Module) -> bool:
@@ -351,12 +351,20 @@ def _of_ours(layer: Any) -> tuple[str | None, str | None]:
     if not names:
         return "no active adapter in this layer", None
     own = hasattr(layer, "why_not_fused")
-    return layer.why_not_fused() if own else layer._why_not_plain(names), why_around(layer)
+    reason = layer.why_not_fused() if own else layer._why_not_plain(names)
+    return _why_not_called(layer) or reason, why_around(layer)
+
+
+def _why_not_called(layer: nn.Module) -> str | None:
+    """Why a call may not come to the layer's class. Hooks of accelerate and diffusers call it."""
+    hooked = vars(layer).keys() & {"_hf_hook", "_diffusers_hook"}
+    return None if hooked else why_replaced(layer, "the layer")
 
 
 def _of_peft(layer: Any) -> tuple[str | None, str | None]:
     if isinstance(layer, _our_classes()):
-        return why_not_fused(layer, layer._present(layer.active_adapters)), why_around(layer)
+        reason = why_not_fused(layer, layer._present(layer.active_adapters))
+        return _why_not_called(layer) or reason, why_around(layer)
     if type(layer) in stock_classes():
         return "not accelerated: call fused_lora.accelerate(model)", None
     return f"{type(layer).__name__} has no fused form", None
