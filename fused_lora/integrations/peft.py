@@ -225,7 +225,7 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
     """Every LoRA layer of a model, PEFT's or fused_lora's own, in ``named_modules()`` order.
 
     It describes the layers as they are now: merging, disabling or a hook changes it. Input-dependent reasons (dtype,
-    device, a batch of several adapters) show in the counts of :func:`install` only. What FSDP2 shards between calls is
+    device, a batch of several adapters) show in the counts of :func:`install` only. What FSDP shards between calls is
     described as a call finds it. Raises TypeError for a non-module.
     """
     peft_layers = _lora_layers(model)
@@ -241,27 +241,38 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
 
 @contextmanager
 def _gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, a parameter that ``fully_shard`` makes whole for each call has its whole shape, on the meta device."""
+    """Inside, a parameter that FSDP makes whole for each call has its whole shape, on the meta device."""
     before = []
-    module: Any
     try:
         for module in model.modules():
-            state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
-            groups: Any = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-            for held in (param for group in groups if group is not None for param in group.fsdp_params):
-                place = held._module_info
-                parameters = place.module._parameters
-                sharded = parameters[place.param_name]
-                # one that was a DTensor before (tensor parallel) stays one; a whole one is in use now
-                if held.is_dtensor or not isinstance(sharded, torch.distributed.tensor.DTensor):
-                    continue
-                before.append((parameters, place.param_name, sharded))
-                whole = torch.empty(sharded.shape, dtype=held.param_dtype or sharded.dtype, device="meta")
-                parameters[place.param_name] = nn.Parameter(whole, requires_grad=sharded.requires_grad)
+            for parameters, name, shape, dtype in _sharded(module):
+                held = parameters[name]
+                before.append((parameters, name, held))
+                whole = torch.empty(shape, dtype=dtype or held.dtype, device="meta")
+                parameters[name] = nn.Parameter(whole, requires_grad=held.requires_grad)
         yield
     finally:
-        for parameters, name, sharded in before:
-            parameters[name] = sharded
+        for parameters, name, held in before:
+            parameters[name] = held
+
+
+def _sharded(module: Any) -> Iterator[tuple[dict, str, torch.Size, torch.dtype | None]]:
+    """(its parameters, name, whole shape, dtype in a call) of what ``fully_shard`` or FSDP1 gathers for this module."""
+    state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+    groups: Any = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    for held in (param for group in groups if group is not None for param in group.fsdp_params):
+        place = held._module_info
+        parameters = place.module._parameters
+        sharded = parameters[place.param_name]
+        # one that was a DTensor before (tensor parallel) stays one; a whole one is in use now
+        if not held.is_dtensor and isinstance(sharded, torch.distributed.tensor.DTensor):
+            dtype = getattr(held, "param_dtype", None)  # which it has from the first call on
+            yield parameters, place.param_name, sharded.shape, dtype
+    handle = vars(module).get("_handle")  # FSDP1's; with use_orig_params the modules have parts of parameters, flat
+    flat = getattr(handle, "flat_param", None)
+    for place, shape in () if flat is None else zip(flat._param_infos, flat._shapes, strict=True):
+        if place.module._parameters.get(place.param_name) is not None:
+            yield place.module._parameters, place.param_name, shape, handle._fwd_bwd_param_dtype
 
 
 def summary(rows: list[LayerRow] | tuple[LayerRow, ...]) -> str:
