@@ -241,14 +241,14 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
 
 @contextmanager
 def _gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, a parameter that FSDP makes whole for each call has its whole shape, on the meta device."""
+    """Inside, a parameter that FSDP makes whole for each call has its whole shape, but no memory of its own."""
     before = []
     try:
         for module in model.modules():
             for parameters, name, shape, dtype in _sharded(module):
                 held = parameters[name]
                 before.append((parameters, name, held))
-                whole = torch.empty(shape, dtype=dtype or held.dtype, device="meta")
+                whole = torch.empty((), dtype=dtype or held.dtype, device=held.device).expand(shape)
                 parameters[name] = nn.Parameter(whole, requires_grad=held.requires_grad)
         yield
     finally:

@@ -152,7 +152,7 @@ def test_sharded_models_are_saved_whole(sharded, kind):
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1", "embedding"])
 def test_sharded_models_are_described_as_a_call_finds_them(sharded, kind):
     assert sharded[1][f"{kind}, reported"] == [["fused"] * 2] * 2
 

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,8 +27,8 @@ def run_case(folder: str) -> dict[str, Any]:
     found = {}
     for kind in ("fsdp2", "fsdp2 linears", "fsdp2, not a folder", "ddp", "fsdp1, not summoned"):
         found[kind] = _in_all(_save, _sharded(kind), root / kind)
-    for kind in ("fsdp2", "fsdp1"):
-        model = _sharded(kind)
+    for kind in ("fsdp2", "embedding", "fsdp1"):
+        model = _embedding() if kind == "embedding" else _sharded(kind)
         held = [parameter.shape for parameter in model.parameters()]
         found[f"{kind}, reported"] = _in_all(lambda model: [str(row) for row in layer_report(model)], model)
         assert held == [parameter.shape for parameter in model.parameters()]
@@ -55,6 +56,11 @@ def _sharded(kind: str) -> nn.Module:
             fully_shard(block.fc, mesh=mesh)
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def _embedding() -> nn.Module:
+    model = nn.Sequential(nn.Embedding(6, 6), nn.Linear(6, 6))
+    return fully_shard(fused_lora.accelerate(peft.get_peft_model(model, peft.LoraConfig(target_modules=["0", "1"]))))
 
 
 def _save(model: nn.Module, folder: Path) -> str:
