@@ -229,13 +229,17 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
     described as a call finds it. Raises TypeError for a non-module.
     """
     peft_layers = _lora_layers(model)
+    attention = tuple(f"{path}." for path, m in peft_layers.items() if type(m).__name__ == "MultiheadAttention")
     rows = []
     with _gathered(model):
         for path, module in model.named_modules():
             if isinstance(module, LoraLayer):
                 rows.append(LayerRow(path, type(module).__name__, *_of_ours(module)))
             elif path in peft_layers:
-                rows.append(LayerRow(path, f"peft {repr(module).partition('(')[0]}", *_of_peft(module)))
+                why = (
+                    ("merged for each call of the attention", None) if path.startswith(attention) else _of_peft(module)
+                )
+                rows.append(LayerRow(path, f"peft {repr(module).partition('(')[0]}", *why))
     return rows
 
 
