@@ -307,10 +307,20 @@ def why_not_own_call(module: nn.Module, what: str) -> str | None:
 
 def why_replaced(module: nn.Module, what: str) -> str | None:
     """None where a module's forward is its class's."""
-    own = module.__dict__.get("forward")
-    # accelerate leaves the class's own method there when it takes a hook away
-    replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
-    return f"{what} has its forward replaced" if replaced else None
+    own = module.__dict__
+    return f"{what} has its forward replaced" if "forward" in own and not keeps_forward(own) else None
+
+
+def keeps_forward(own: dict[str, Any]) -> bool:
+    """Whether the forward in a module's ``__dict__`` computes what its class's does."""
+    forward = own["forward"]
+    module, function = getattr(forward, "__self__", None), getattr(forward, "__func__", None)
+    if getattr(module, "__dict__", None) is not own:
+        return False
+    if getattr(function, "__name__", None) == "keep_device_forward" and function.__module__ == "swift.tuners.peft":
+        # ms-swift's, on every lora_A and lora_B: x goes to the weight's device first. Nothing fuses over two devices
+        function = getattr(own.get("forward_origin"), "__func__", None)
+    return function is type(module).forward  # accelerate leaves that there when it takes a hook away
 
 
 def why_not_plain_weight(weight: object) -> str | None:

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     report, built = install(), Counter(BUILT)
     argv, path, before = sys.argv, list(sys.path), sys.modules.get("__mp_main__")
+    world = os.environ.get("WORLD_SIZE", "1")
     sys.argv = arguments[int(as_module) :]
     sys.path.insert(0, os.getcwd() if as_module else str(Path(target[0]).resolve().parent))
     sys.modules["__mp_main__"] = _main_of_children()
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str]) -> int:
             sys.modules["__mp_main__"] = before
         uninstall()
         if ran:
-            _tell(report, BUILT - built)
+            # Lightning starts the other ranks as plain scripts, and says so in the environment
+            _tell(report, BUILT - built, alone=os.environ.get("WORLD_SIZE", "1") in ("1", world))
     return 0
 
 
@@ -73,7 +75,7 @@ def _main_of_children() -> types.ModuleType:
     return module
 
 
-def _tell(report: Callable[[], dict[str, Any]], built: Counter[str]) -> None:
+def _tell(report: Callable[[], dict[str, Any]], built: Counter[str], alone: bool) -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # one voice per launch
     calls = report()
@@ -85,4 +87,10 @@ def _tell(report: Callable[[], dict[str, Any]], built: Counter[str]) -> None:
     line += f", {around} fused around their base" * (around > 0) + f", {fallback} in PEFT's own way"
     for reason, count in (*calls["around"].items(), *calls["fallback"].items()):
         line += f"\n  {count:10} {reason}"
+    if not (alone and built):
+        line += (
+            "\nfused_lora: processes that the script starts itself are not counted, and run PEFT's own code unless "
+            "they are forked. Start them with torchrun -m fused_lora.cli run, or call fused_lora.accelerate in the "
+            "script"
+        )
     print(line, file=sys.stderr)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from fused_lora.bases import base_of
+from fused_lora.bases.base import why_replaced
 from fused_lora.bases.dense import Dense
 from fused_lora.integrations import peft_experts, peft_others  # noqa: F401 - they add their classes
 from fused_lora.integrations.peft_linear import (
@@ -226,43 +227,58 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
     """Every LoRA layer of a model, PEFT's or fused_lora's own, in ``named_modules()`` order.
 
     It describes the layers as they are now: merging, disabling or a hook changes it. Input-dependent reasons (dtype,
-    device, a batch of several adapters) show in the counts of :func:`install` only. What FSDP2 shards between calls is
+    device, a batch of several adapters) show in the counts of :func:`install` only. What FSDP shards between calls is
     described as a call finds it. Raises TypeError for a non-module.
     """
     peft_layers = _lora_layers(model)
+    attention = tuple(f"{path}." for path, m in peft_layers.items() if type(m).__name__ == "MultiheadAttention")
     rows = []
     with _gathered(model):
         for path, module in model.named_modules():
             if isinstance(module, LoraLayer):
                 rows.append(LayerRow(path, type(module).__name__, *_of_ours(module)))
             elif path in peft_layers:
-                rows.append(LayerRow(path, f"peft {repr(module).partition('(')[0]}", *_of_peft(module)))
+                why = (
+                    ("merged for each call of the attention", None) if path.startswith(attention) else _of_peft(module)
+                )
+                rows.append(LayerRow(path, f"peft {repr(module).partition('(')[0]}", *why))
     return rows
 
 
 @contextmanager
 def _gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, a parameter that ``fully_shard`` makes whole for each call has its whole shape, on the meta device."""
+    """Inside, a parameter that FSDP makes whole for each call has its whole shape, but no memory of its own."""
     before = []
-    module: Any
     try:
         for module in model.modules():
-            state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
-            groups: Any = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-            for held in (param for group in groups if group is not None for param in group.fsdp_params):
-                place = held._module_info
-                parameters = place.module._parameters
-                sharded = parameters[place.param_name]
-                # one that was a DTensor before (tensor parallel) stays one; a whole one is in use now
-                if held.is_dtensor or not isinstance(sharded, torch.distributed.tensor.DTensor):
-                    continue
-                before.append((parameters, place.param_name, sharded))
-                whole = torch.empty(sharded.shape, dtype=held.param_dtype or sharded.dtype, device="meta")
-                parameters[place.param_name] = nn.Parameter(whole, requires_grad=sharded.requires_grad)
+            for parameters, name, shape, dtype in _sharded(module):
+                held = parameters[name]
+                before.append((parameters, name, held))
+                whole = torch.empty((), dtype=dtype or held.dtype, device=held.device).expand(shape)
+                parameters[name] = nn.Parameter(whole, requires_grad=held.requires_grad)
         yield
     finally:
-        for parameters, name, sharded in before:
-            parameters[name] = sharded
+        for parameters, name, held in before:
+            parameters[name] = held
+
+
+def _sharded(module: Any) -> Iterator[tuple[dict, str, torch.Size, torch.dtype | None]]:
+    """(its parameters, name, whole shape, dtype in a call) of what ``fully_shard`` or FSDP1 gathers for this module."""
+    state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+    groups: Any = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    for held in (param for group in groups if group is not None for param in group.fsdp_params):
+        place = held._module_info
+        parameters = place.module._parameters
+        sharded = parameters[place.param_name]
+        # one that was a DTensor before (tensor parallel) stays one; a whole one is in use now
+        if not held.is_dtensor and isinstance(sharded, torch.distributed.tensor.DTensor):
+            dtype = getattr(held, "param_dtype", None)  # which it has from the first call on
+            yield parameters, place.param_name, sharded.shape, dtype
+    handle = vars(module).get("_handle")  # FSDP1's; with use_orig_params the modules have parts of parameters, flat
+    flat = getattr(handle, "flat_param", None)
+    for place, shape in () if flat is None else zip(flat._param_infos, flat._shapes, strict=True):
+        if place.module._parameters.get(place.param_name) is not None:
+            yield place.module._parameters, place.param_name, shape, handle._fwd_bwd_param_dtype
 
 
 def summary(rows: list[LayerRow] | tuple[LayerRow, ...]) -> str:
@@ -307,14 +323,13 @@ def _release(module: nn.Module) -> None:
 
 def _change_class(module: Any, old: type[nn.Module], new: type[nn.Module]) -> None:
     module.__class__ = new
-    # hooks of accelerate and diffusers keep the bound forward of the class that the module had when they were attached
-    own = vars(module)
-    hooked = [(module, "_old_forward")]
-    for reference in getattr(own.get("_diffusers_hook"), "_fn_refs", ()):
-        hooked += (reference, "forward"), (reference, "original_forward")
-    for holder, name in hooked:
-        if getattr(vars(holder).get(name), "__func__", None) is old.forward:
-            setattr(holder, name, types.MethodType(new.forward, module))
+    # hooks and patches keep bound methods of the class that the module had when they were made
+    for holder in (module, *getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ())):
+        for name, kept in list(vars(holder).items()):
+            if isinstance(kept, types.MethodType) and kept.__self__ is module:
+                method = kept.__name__
+                if getattr(old, method, None) is kept.__func__:
+                    setattr(holder, name, types.MethodType(getattr(new, method), module))
 
 
 def _builds_lora_layers(module: nn.Module) -> bool:
@@ -358,12 +373,20 @@ def _of_ours(layer: Any) -> tuple[str | None, str | None]:
     if not names:
         return "no active adapter in this layer", None
     own = hasattr(layer, "why_not_fused")
-    return layer.why_not_fused() if own else layer._why_not_plain(names), why_around(layer)
+    reason = layer.why_not_fused() if own else layer._why_not_plain(names)
+    return _why_not_called(layer) or reason, why_around(layer)
+
+
+def _why_not_called(layer: nn.Module) -> str | None:
+    """Why a call may not come to the layer's class. Hooks of accelerate and diffusers call it."""
+    hooked = vars(layer).keys() & {"_hf_hook", "_diffusers_hook"}
+    return None if hooked else why_replaced(layer, "the layer")
 
 
 def _of_peft(layer: Any) -> tuple[str | None, str | None]:
     if isinstance(layer, _our_classes()):
-        return why_not_fused(layer, layer._present(layer.active_adapters)), why_around(layer)
+        reason = why_not_fused(layer, layer._present(layer.active_adapters))
+        return _why_not_called(layer) or reason, why_around(layer)
     if type(layer) in stock_classes():
         return "not accelerated: call fused_lora.accelerate(model)", None
     return f"{type(layer).__name__} has no fused form", None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fused_lora.bases import Adapters, Base, base_of, foreign
-from fused_lora.bases.base import base_in_eager
+from fused_lora.bases.base import base_in_eager, keeps_forward
 from fused_lora.bases.dense import Dense
 from fused_lora.bases.requantised import rounded_bias
 from fused_lora.modules import activated, variants
@@ -189,7 +189,7 @@ class FusedLoraBehaviour(_Layer):
                 or own["_forward_pre_hooks"]
                 or own["_backward_hooks"]
                 or own["_backward_pre_hooks"]
-                or "forward" in own
+                or ("forward" in own and not keeps_forward(own))
             ):
                 return None
         if not lora_A:

@@ -152,6 +152,13 @@ def test_sharded_models_are_saved_whole(sharded, kind):
 
 @needs_gloo
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1", "embedding"])
+def test_sharded_models_are_described_as_a_call_finds_them(sharded, kind):
+    assert sharded[1][f"{kind}, reported"] == [["fused"] * 2] * 2
+
+
+@needs_gloo
+@pytest.mark.slow
 def test_what_cannot_be_gathered_is_refused_in_every_process(sharded):
     folder, found = sharded
     for said in found["fsdp1, not summoned"]:

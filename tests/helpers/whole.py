@@ -6,12 +6,14 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import fused_lora
+from fused_lora.integrations.peft import layer_report
 from helpers.seeds import shifted
 
 
@@ -25,7 +27,11 @@ def run_case(folder: str) -> dict[str, Any]:
     found = {}
     for kind in ("fsdp2", "fsdp2 linears", "fsdp2, not a folder", "ddp", "fsdp1, not summoned"):
         found[kind] = _in_all(_save, _sharded(kind), root / kind)
-    model = _sharded("fsdp1")
+    for kind in ("fsdp2", "embedding", "fsdp1"):
+        model = _embedding() if kind == "embedding" else _sharded(kind)
+        held = [parameter.shape for parameter in model.parameters()]
+        found[f"{kind}, reported"] = _in_all(lambda model: [str(row) for row in layer_report(model)], model)
+        assert held == [parameter.shape for parameter in model.parameters()]
     with FullyShardedDataParallel.summon_full_params(model):
         found["fsdp1"] = _in_all(_save, model, root / "fsdp1")
     return found
@@ -52,6 +58,11 @@ def _sharded(kind: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def _embedding() -> nn.Module:
+    model = nn.Sequential(nn.Embedding(6, 6), nn.Linear(6, 6))
+    return fully_shard(fused_lora.accelerate(peft.get_peft_model(model, peft.LoraConfig(target_modules=["0", "1"]))))
+
+
 def _save(model: nn.Module, folder: Path) -> str:
     try:
         fused_lora.save_adapter(model, folder)
@@ -60,8 +71,8 @@ def _save(model: nn.Module, folder: Path) -> str:
     return "saved"
 
 
-def _in_all(action: Any, *args: Any) -> list[str]:
-    said = [""] * torch.distributed.get_world_size()
+def _in_all(action: Any, *args: Any) -> list[Any]:
+    said: list[Any] = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(said, action(*args))
     torch.distributed.barrier()
     return said

@@ -414,6 +414,25 @@ def test_run_leaves_the_process_as_it_was(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "before, in_script, hint", [("", "", False), ("2", "", False), ("", "2", True), ("1", "2", True)]
+)
+def test_run_tells_of_ranks_that_the_script_starts(before, in_script, hint, tmp_path, capsys, monkeypatch):
+    """As Lightning does, as plain scripts: PEFT's own code runs there."""
+    monkeypatch.setenv("WORLD_SIZE", before or "1")
+    if not before:
+        monkeypatch.delenv("WORLD_SIZE")
+    started = f"import os; os.environ['WORLD_SIZE'] = '{in_script}'\n" * bool(in_script)
+    (tmp_path / "train.py").write_text(started + SCRIPT.replace("beside", "peft").replace("peft.x", "7"))
+    with pytest.raises(SystemExit):
+        main(["run", str(tmp_path / "train.py"), "0"])
+    said = capsys.readouterr().err
+    assert "1 of 1 LoRA layers accelerated" in said and ("processes that the script starts itself" in said) == hint
+    (tmp_path / "empty.py").write_text("")
+    assert main(["run", str(tmp_path / "empty.py")]) == 0
+    assert "processes that the script starts itself" in capsys.readouterr().err
+
+
 # ---- a second stage, the right way and the wrong ways
 
 

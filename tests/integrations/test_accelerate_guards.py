@@ -5,7 +5,7 @@ import pickle
 import warnings
 from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import peft.helpers
@@ -162,6 +162,73 @@ def test_hooks_of_diffusers_on_the_layer_follow_the_class(report):
         assert report() == {"fused": count, "around": {}, "fallback": {}}
         fused_lora.restore(model)
         assert torch.equal(layer(x), y) and report() == {"fused": count, "around": {}, "fallback": {}}
+
+
+def test_methods_that_others_keep_on_the_layer_follow_the_class(report):
+    """accelerate leaves the forward when it takes a hook away, ms-swift merge and unmerge after a sync."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = wrap(nn.Sequential(nn.Linear(K, N)), target_modules=["0"])
+    layer, x = model.base_model.model[0], torch.randn(3, K)
+    hooks.add_hook_to_module(layer, hooks.ModelHook())
+    hooks.remove_hook_from_module(layer)
+    layer.merge, layer.before = layer.merge, layer.unmerge
+    y, W = layer(x), layer.base_layer.weight.clone()
+    for count in (1, 2):
+        fused_lora.accelerate(model)
+        assert_close(layer(x), y, terms=64)
+        assert report() == {"fused": count, "around": {}, "fallback": {}}
+        layer.merge()
+        assert layer.merge_state is not None
+        layer.before()
+        assert torch.equal(layer.base_layer.weight, W)
+        fused_lora.restore(model)
+        layer.merge()
+        layer.before()
+        layer.base_layer.weight.data.copy_(W)
+        assert torch.equal(layer(x), y) and report() == {"fused": count, "around": {}, "fallback": {}}
+
+
+def keep_device_forward(self, *args, **kwargs):
+    return self.forward_origin(*args, **kwargs)
+
+
+keep_device_forward.__module__ = "swift.tuners.peft"
+
+
+def test_parts_whose_forward_ms_swift_has_wrapped(report):
+    """They run fused, the remembered call, too. A forward of another module is not one of them."""
+    model = fused_lora.accelerate(wrap(nn.Sequential(nn.Linear(K, N)), target_modules=["0"]))
+    layer, x = model.base_model.model[0], torch.randn(3, K)
+    y = layer(x)
+    for part in (layer.lora_A["default"], layer.lora_B["default"]):
+        part.forward_origin = part.forward
+        part.forward = MethodType(keep_device_forward, part)
+    assert [row.fused for row in integration.layer_report(copy.deepcopy(model))] == [True]
+    assert torch.equal(layer(x), y) and torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), y)
+    assert layer._remembered_forward(x, ["default"]) is not None
+    assert report() == {"fused": 2, "around": {}, "fallback": {}}
+    other = copy.deepcopy(layer.lora_A["default"])
+    layer.lora_A["default"].forward = other.forward
+    layer(x)
+    layer.lora_A["default"].forward = MethodType(keep_device_forward, layer.lora_A["default"])
+    layer.lora_A["default"].forward_origin = lambda x: x[..., : other.out_features]
+    layer(x)
+    assert report()["fallback"] == {"a part of the layer has its forward replaced": 2}
+
+
+@pytest.mark.parametrize("kind", ["accelerated", "injected"])
+def test_a_layer_whose_own_forward_was_replaced_is_not_reported_as_fused(kind):
+    model = nn.Sequential(nn.Linear(K, N))
+    if kind == "injected":
+        layer = fused_lora.lora_layers(fused_lora.inject(model, fused_lora.LoraConfig(target_modules=["0"])))["0"]
+    else:
+        model = fused_lora.accelerate(wrap(model, target_modules=["0"]))
+        layer = model.base_model.model[0]
+    assert [row.fused for row in integration.layer_report(model)] == [True]
+    layer.forward = lambda x: x
+    assert [row.why_not for row in integration.layer_report(model)] == ["the layer has its forward replaced"]
+    layer._hf_hook = None  # accelerate's calls the layer's own
+    assert [row.fused for row in integration.layer_report(model)] == [True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
