@@ -13,14 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.adapters.checkpoint import (
-    CONFIG_NAME,
-    KEY_PREFIX,
-    MAX_WEIGHT_BYTES,
-    WEIGHTS_NAME,
-    RankTable,
-    path_text,
-)
+from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_BYTES, WEIGHTS_NAME, RankTable, path_text
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import EVERY, TensorEntry, open_regular, read_exactly, read_header
 from fused_lora.checkpoints.changes import CAST
