@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from fused_lora.serving import AdapterStore
 from fused_lora.serving.engine.continuous import check_transformers
 from helpers.seeds import shifted
 from helpers.waiting import wait_for
@@ -69,6 +70,22 @@ def load_model(folder: Path, **options: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def store_of(model: nn.Module, adapters: Mapping[str, Path], **options: Any) -> AdapterStore:
+    """A store that knows these adapters, none of them loaded."""
+    store = AdapterStore(model, **options)
+    for name, path in adapters.items():
+        store.register(name, str(path))
+    return store
+
+
+def engine_config(**changes: Any) -> Any:
+    """Small pages and steps: prompts of a few dozen tokens share pages and are prefilled in chunks."""
+    from transformers import ContinuousBatchingConfig
+
+    sizes = dict(page_size=8, num_blocks=512, max_batch_tokens=48, max_requests_per_batch=32)
+    return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
 
 
 def write_adapter(folder: Path, model: nn.Module, r: int, seed: int, std: float = 0.1, head: bool = False) -> Path:

@@ -14,12 +14,11 @@ from fused_lora.serving.engine import continuous
 from fused_lora.serving.engine.continuous import continuous_batching, generate_batch
 from fused_lora.serving.engine.failures import failure_of
 from helpers import serving
-from helpers.serving import prompt, results
+from helpers.serving import engine_config as config
+from helpers.serving import prompt, results, store_of
 from helpers.waiting import wait_for
 
 serving.need_engine()
-
-from transformers import ContinuousBatchingConfig  # noqa: E402
 
 from fused_lora.serving.engine import manager as continuous_manager  # noqa: E402
 from fused_lora.serving.engine import request as continuous_request  # noqa: E402
@@ -59,25 +58,15 @@ def served(world):
     """(model, store) with all adapters known, none loaded."""
     folder, _, adapters = world
     model = serving.load_model(folder)
-    store = fused_lora.AdapterStore(model)
-    for name, path in adapters.items():
-        store.register(name, str(path))
-    return model, store
+    return model, store_of(model, adapters)
 
 
 @pytest.fixture(scope="module")
 def idle(world):
     """(engine, model, store) for requests that must not come through: it is never started."""
     model = serving.load_model(world[0])
-    store = fused_lora.AdapterStore(model)
-    store.register("a0", str(world[2]["a0"]))
+    store = store_of(model, {"a0": world[2]["a0"]})
     return continuous_batching(model, store, config()), model, store
-
-
-def config(**changes):
-    """Small pages and steps: prompts of a few dozen tokens share pages and are prefilled in chunks."""
-    sizes = dict(page_size=8, num_blocks=512, max_batch_tokens=48, max_requests_per_batch=32)
-    return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
 
 
 def result(engine, request_id):
@@ -240,9 +229,8 @@ def adapter_bytes(rank):
 
 def test_adapter_unloaded_before_the_request_starts(world, alone):
     folder, _, adapters = world
-    store = fused_lora.AdapterStore(serving.load_model(folder), capacity_bytes=adapter_bytes(12))
-    for name in ("a2", "a3"):
-        store.register(name, str(adapters[name]))
+    known = {name: adapters[name] for name in ("a2", "a3")}
+    store = store_of(serving.load_model(folder), known, capacity_bytes=adapter_bytes(12))
     with continuous_batching(store.model, store, config()) as engine:
         first = engine.add_request(prompt(9), adapter="a2", max_new_tokens=200)
         wait_for(lambda: engine.counters.generated_tokens > 0)  # two loads at a time would race for the room
@@ -258,9 +246,7 @@ def test_more_adapters_than_the_store_holds(world, alone):
     folder, plain, adapters = world
     model = serving.load_model(folder)
     names = ["a2", "a3", "a4", "a5", "a0", "a1"]  # ranks 8, 12, 16, 16, 4, 5
-    store = fused_lora.AdapterStore(model, capacity_bytes=int(adapter_bytes(16) * 2.2))
-    for name in names:
-        store.register(name, str(adapters[name]))
+    store = store_of(model, {name: adapters[name] for name in names}, capacity_bytes=int(adapter_bytes(16) * 2.2))
     requests = [(name, prompt(12, i)) for i, name in enumerate((names + [None]) * 4)]
     with continuous_batching(model, store, config()) as engine:
         ids = [engine.add_request(p, adapter=name, max_new_tokens=6) for name, p in requests]
@@ -562,9 +548,7 @@ def test_quickstart_model(tmp_path, monkeypatch):
     lengths = (5, 40, 12, 90, 20, 33, 8)
     prompts = [ids[:24] if i % 5 == 0 else ids[50 * i : 50 * i + lengths[i % 7]] for i in range(34)]
     requests = [([None, *adapters][i % 17], prompts[i]) for i in range(34)]
-    store = fused_lora.AdapterStore(model)
-    for name, path in adapters.items():
-        store.register(name, str(path))
+    store = store_of(model, adapters)
     outputs = generate_batch(
         model, store, [p for _, p in requests], [n for n, _ in requests], 8, config(max_batch_tokens=64, page_size=16)
     )

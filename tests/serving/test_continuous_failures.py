@@ -1,5 +1,6 @@
 """A step that raises ends its own requests, frees what they held, and leaves the others as if it had not been."""
 
+import functools
 import gc
 import itertools
 import logging
@@ -9,20 +10,18 @@ import weakref
 import pytest
 import torch
 
-import fused_lora
 from fused_lora.serving.engine.continuous import continuous_batching, generate_batch
 from fused_lora.serving.engine.failures import MAX_FAILED_STEPS, StepFailed, failure_of
 from helpers import serving
 from helpers.seeds import shifted
-from helpers.serving import prompt, results
+from helpers.serving import prompt, results, store_of
 from helpers.thorough import sampled
 from helpers.waiting import wait_for
 
 serving.need_engine()
 
-from transformers import ContinuousBatchingConfig  # noqa: E402
-
 MARK = 256  # the end of sequence: no greedy answer of the tiny model holds it
+config = functools.partial(serving.engine_config, max_requests_per_batch=8)
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +42,9 @@ def served(world):
 
     def make(times=None):
         model = serving.fail_on(serving.load_model(world[0]), MARK, times)
-        store = fused_lora.AdapterStore(model)
-        for name, path in world[1].items():
-            store.register(name, str(path))
-        return model, store
+        return model, store_of(model, world[1])
 
     return make
-
-
-def config(**changes):
-    sizes = dict(page_size=8, num_blocks=256, max_batch_tokens=48, max_requests_per_batch=8)
-    return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
 
 
 def held(engine, store):
@@ -243,9 +234,7 @@ def test_steps_that_fail_at_random_leave_every_answer_right(world, seed):
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(fail)  # the keys of the step have been written
         layer.mlp.register_forward_hook(fail)
-    store = fused_lora.AdapterStore(model)
-    for name, path in world[1].items():
-        store.register(name, str(path))
+    store = store_of(model, world[1])
     jobs = [(draw.choice(["a", "b", None]), prompt(24) + prompt(1 + i % 9, i), 4 + i % 12) for i in range(30)]
     with continuous_batching(model, store, config(num_blocks=24, safety_margin=0.0)) as engine:
 
@@ -291,9 +280,7 @@ def test_failure_is_logged_with_its_traceback(served, caplog):
 def test_idle_engine_lets_adapters_make_room(world):
     model = serving.load_model(world[0])
     size = 4 * 8 * 2 * sum(K + N for K, N in ((64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64)))
-    store = fused_lora.AdapterStore(model, capacity_bytes=int(size * 2.2))
-    for name, path in world[1].items():
-        store.register(name, str(path))
+    store = store_of(model, world[1], capacity_bytes=int(size * 2.2))
     with continuous_batching(model, store, config()) as engine:
         results(engine, engine.add_request(prompt(9), adapter="a", max_new_tokens=2))
         wait_for(lambda: store.stats()["in_use"] == 0)

@@ -8,11 +8,10 @@ from fused_lora.serving import NonFiniteOutput
 from fused_lora.serving.engine.continuous import continuous_batching, generate_batch
 from fused_lora.serving.engine.failures import failure_of
 from helpers import serving
-from helpers.serving import prompt, results
+from helpers.serving import engine_config as config
+from helpers.serving import prompt, results, store_of
 
 serving.need_engine()
-
-from transformers import ContinuousBatchingConfig  # noqa: E402
 
 # finite in fp32, and so are the sums of the first products; which layer, and whether a term is infinite or not a number
 EVIL = ("v_proj", "q_proj", "k_proj", "down_proj", "lm_head")
@@ -36,17 +35,9 @@ def served(world):
 
     def make(attention="sdpa"):
         model = serving.load_model(world[0], attn_implementation=attention)
-        store = fused_lora.AdapterStore(model)
-        for name, path in world[1].items():
-            store.register(name, str(path))
-        return model, store
+        return model, store_of(model, world[1])
 
     return make
-
-
-def config(**changes):
-    sizes = dict(page_size=8, num_blocks=256, max_batch_tokens=48, max_requests_per_batch=16)
-    return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
 
 
 @pytest.fixture(scope="module", params=["sdpa", pytest.param("eager", marks=pytest.mark.thorough)])
@@ -58,9 +49,7 @@ def attention(request):
 def alone(world, attention):
     """tokens(name, ids, count): what a request gets in an engine that has no other one."""
     model = serving.load_model(world[0], attn_implementation=attention)
-    store = fused_lora.AdapterStore(model)
-    for name, path in world[1].items():
-        store.register(name, str(path))
+    store = store_of(model, world[1])
 
     def tokens(name, ids, count):
         (output,) = generate_batch(model, store, [ids], [name], count, config(allow_block_sharing=False))

@@ -5,15 +5,13 @@ import functools
 import pytest
 import torch
 
-import fused_lora
 from fused_lora.testing.numeric import assert_close
 from helpers import serving
-from helpers.serving import prompt, results
+from helpers.serving import engine_config as config
+from helpers.serving import prompt, results, store_of
 from helpers.waiting import wait_for
 
 serving.need_engine()
-
-from transformers import ContinuousBatchingConfig  # noqa: E402
 
 from fused_lora.serving.engine import logprobs  # noqa: E402
 from fused_lora.serving.engine.continuous import continuous_batching, generate_batch  # noqa: E402
@@ -39,16 +37,7 @@ def world(tmp_path_factory):
     def exact(name, ids):
         return merged(name)(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
 
-    store = fused_lora.AdapterStore(model)
-    for name, path in adapters.items():
-        store.register(name, str(path))
-    return model, store, exact
-
-
-def config(**changes):
-    """Small steps: prompts of a few dozen tokens are prefilled in chunks."""
-    sizes = dict(page_size=8, num_blocks=512, max_batch_tokens=48, max_requests_per_batch=32)
-    return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
+    return model, store_of(model, adapters), exact
 
 
 def check(exact, name, output, count, with_prompt):
