@@ -257,61 +257,6 @@ def test_more_adapters_than_the_store_holds(world, alone):
     assert stats["bytes_used"] <= stats["capacity"] and stats["evictions"] > 0
 
 
-def test_adapter_that_can_never_fit_fails_alone(world, alone):
-    folder, _, adapters = world
-    model = serving.load_model(folder)
-    store = fused_lora.AdapterStore(model, capacity_bytes=adapter_bytes(20))
-    for name in ("a2", "a15"):
-        store.register(name, str(adapters[name]))
-    with continuous_batching(model, store, config()) as engine:
-        big = engine.add_request(prompt(9), adapter="a15", max_new_tokens=4)
-        failed = result(engine, big)
-        small = result(engine, engine.add_request(prompt(9), adapter="a2", max_new_tokens=4))
-    assert "a15" in failed.error and failed.generated_tokens == []
-    assert small.generated_tokens == alone("a2", prompt(9), 4)
-
-
-def test_damaged_file_fails_its_requests_only(world, served, alone, tmp_path):
-    model, store = served
-    bad = serving.write_adapter(tmp_path / "bad", world[1], 4, seed=99)
-    store.register("bad", str(bad))
-    weights = bad / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with continuous_batching(model, store, config()) as engine:
-        failed = result(engine, engine.add_request(prompt(9), adapter="bad", max_new_tokens=4))
-        good = result(engine, engine.add_request(prompt(9), adapter="a2", max_new_tokens=4))
-    assert "expected" in failed.error
-    assert good.generated_tokens == alone("a2", prompt(9), 4)
-
-
-def test_requests_that_lose_their_cache_start_again(world, served, alone):
-    _, plain, adapters = world
-    requests = [(name, prompt(30, i)) for i, name in enumerate(["a1", None, "a2", "a3"] * 2)]
-    # 8 requests of 70 tokens need 72 pages; there are 30
-    outputs = generate_batch(
-        *served, [ids for _, ids in requests], [n for n, _ in requests], 40, config(num_blocks=30, safety_margin=0.0)
-    )
-    assert check_all(plain, adapters, alone, requests, outputs, 40) <= 1
-
-
-def test_cancelled_request_leaves_the_engine(served):
-    with continuous_batching(*served, config()) as engine:
-        scheduler = engine.batch_processor.scheduler
-        request = engine.add_request(prompt(9), adapter="a2", max_new_tokens=900)
-        wait_for(lambda: request in scheduler.active_requests)
-        engine.cancel_request(request)
-        wait_for(lambda: not scheduler.active_requests and not engine.admission.leases)
-
-
-def test_leases_are_given_back(served):
-    model, store = served
-    with continuous_batching(model, store, config()) as engine:
-        results(engine, *(engine.add_request(prompt(9), adapter=name, max_new_tokens=5) for name in ("a2", "a3")))
-    assert not engine.admission.leases and store.stats()["in_use"] == 0
-    store.detach()
-    assert store.stats()["bytes_used"] == 0
-
-
 def test_seed_gives_the_same_tokens_alone_and_in_a_batch(served):
     sampled = dict(temperature=0.9, top_p=0.95, seed=7)
     alone = generate_batch(*served, [prompt(20)], ["a2"], 12, config(), **sampled)[0].generated_tokens
