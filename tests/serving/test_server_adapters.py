@@ -70,15 +70,12 @@ def test_adapters_that_cannot_be_served_are_not_offered(server):
     # nobody can tell evil by its header
     assert offered(server) == ["tiny", "a", "b", "big", "evil", "json", "moved", "named", "org/name.v1"]
     said = dict(dora="use_dora", biased="bias='all'", other_base="c_attn", cut="bytes")
+    assert "serving tiny with 8 adapters on cpu; 4 refused\n" in server.log.read_text()
     for name, what in said.items():
         status, body = ask(server, name)
         assert (status, body["error"]["code"]) == (422, "invalid_adapter") and what in body["error"]["message"], body
         assert "/" not in body["error"]["message"]
         assert f"adapter '{name}' is refused until its files change: " in server.log.read_text()
-
-
-def test_the_start_counts_what_is_served(server):
-    assert "serving tiny with 8 adapters on cpu; 4 refused\n" in server.log.read_text()
 
 
 def test_one_that_can_never_fit_is_refused_by_name(server):
@@ -163,11 +160,6 @@ def test_a_folder_that_becomes_a_link_to_the_outside_is_refused(server, adapters
     assert (status, body["error"]["code"]) == (422, "invalid_adapter")
     assert "inside the folder that adapters may come from" in body["error"]["message"]
     assert "moved" not in offered(server)
-
-
-def test_names_that_do_not_exist_are_a_short_404(server):
-    status, body = ask(server, "nobody")
-    assert (status, body["error"]["code"]) == (404, "model_not_found") and len(json.dumps(body)) < 300
 
 
 def test_a_store_stays_inside_the_folder_it_was_given(plain, tmp_path):

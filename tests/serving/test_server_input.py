@@ -112,7 +112,9 @@ def test_the_limit_that_is_named_is_the_one_that_was_given(server):
 
 @pytest.mark.parametrize("name", ["", SURROGATE, "x" * 10_000, "ü", "../a", "a\0"])
 def test_models_that_do_not_exist(server, name):
-    refused(post(server, "completions", {**COMPLETION, "model": name}), 404, "model", "does not exist")
+    answer = post(server, "completions", {**COMPLETION, "model": name})
+    refused(answer, 404, "model", "does not exist")
+    assert answer.json()["error"]["code"] == "model_not_found" and len(answer.text) < 400
 
 
 @pytest.mark.parametrize(
