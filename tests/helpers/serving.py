@@ -65,6 +65,18 @@ def write_tiny_llama(folder: Path, seed: int = 0, intermediate_size: int = 160) 
     return folder
 
 
+def byte_fallback_tokenizer() -> Any:
+    """A tokenizer of pieces with byte fallback, as Llama 2's: 1 to 256 are the bytes, 257 is " the" and 258 "b"."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models
+
+    pieces = [("<unk>", 0.0), *((f"<0x{i:02X}>", 0.0) for i in range(256)), ("\u2581the", -1.0), ("b", -1.0)]
+    fast = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    fast.decoder = decoders.Sequence(steps)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>")
+
+
 def load_model(folder: Path, **options: Any) -> nn.Module:
     """The model of :func:`write_tiny_llama`, or any other, in fp32 and eval mode."""
     from transformers import AutoModelForCausalLM

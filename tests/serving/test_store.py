@@ -11,6 +11,7 @@ import pickle
 import threading
 import tracemalloc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -497,27 +498,22 @@ def test_threads_hold_different_batches_at_once(model):
     for i in range(4):
         store.load(f"a{i}", adapter(4, i))
     x = torch.randn(1, 3, K)
-    barrier, wrong = threading.Barrier(4), []
+    barrier = threading.Barrier(4)
 
     def work(i):
         with store.batch([f"a{i}"]):
             barrier.wait(HANG)
-            for _ in range(5):
-                out = model(x)
-                try:
-                    assert_serves(model, x, out, [(adapter(4, i), 1)])
-                except AssertionError as error:
-                    wrong.append(error)
+            outs = [model(x) for _ in range(5)]
             barrier.wait(HANG)
+        for out in outs:
+            assert_serves(model, x, out, [(adapter(4, i), 1)])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    with torch.no_grad():
-        assert_serves(model, x, model(x), [])
-    for thread in threads:
-        thread.join(HANG)
-    assert not wrong and not any(thread.is_alive() for thread in threads)
+    with ThreadPoolExecutor(4) as threads:
+        working = [threads.submit(work, i) for i in range(4)]
+        with torch.no_grad():
+            assert_serves(model, x, model(x), [])
+        for done in working:
+            done.result(HANG)
 
 
 def test_a_batch_may_be_handed_on_to_threads(model):
@@ -541,20 +537,18 @@ def test_a_batch_may_be_handed_on_to_threads(model):
 def test_a_batch_that_ends_before_the_thread_that_it_was_handed_to(model):
     store = AdapterStore(model)
     store.load("a", adapter(4, 1))
-    began, go, x, out = threading.Event(), threading.Event(), torch.randn(2, K), []
+    began, go, x = threading.Event(), threading.Event(), torch.randn(2, K)
     handle = model.down.register_forward_pre_hook(lambda *_: (began.set(), go.wait(HANG)) and None)
-    with pytest.raises(RuntimeError, match="another thread runs the model"), store.batch(["a"]):
-        handed = contextvars.copy_context()
-        thread = threading.Thread(target=lambda: handed.run(model, x))
-        thread.start()
-        assert began.wait(HANG)
-    go.set()
-    thread.join(HANG)
-    handle.remove()
-    thread = threading.Thread(target=lambda: out.append(handed.run(model, x)))  # the batch has ended: it is the base's
-    thread.start()
-    thread.join(HANG)
-    assert torch.equal(out[0], model(x)) and store.stats()["in_use"] == 0
+    with ThreadPoolExecutor(1) as thread:
+        with pytest.raises(RuntimeError, match="another thread runs the model"), store.batch(["a"]):
+            handed = contextvars.copy_context()
+            running = thread.submit(handed.run, model, x)
+            assert began.wait(HANG)
+        go.set()
+        running.result(HANG)
+        handle.remove()
+        out = thread.submit(handed.run, model, x).result(HANG)  # the batch has ended: it is the base's
+    assert torch.equal(out, model(x)) and store.stats()["in_use"] == 0
 
 
 def streams(store, kind, x, count):

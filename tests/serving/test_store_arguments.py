@@ -241,8 +241,7 @@ def test_detach_waits_for_no_batch(store, names):
 def test_a_load_that_outlasts_the_store_leaves_nothing(store, monkeypatch):
     from fused_lora.serving.residency import registry
 
-    started, go, errors = threading.Event(), threading.Event(), []
-    original = registry.from_tensors
+    started, go, original = threading.Event(), threading.Event(), registry.from_tensors
 
     def slow(*args):
         packed = original(*args)
@@ -250,20 +249,14 @@ def test_a_load_that_outlasts_the_store_leaves_nothing(store, monkeypatch):
         go.wait(HANG)
         return packed
 
-    def load():
-        try:
-            store.load("late", {"0": (*factors(), 0.5)})
-        except RuntimeError as error:
-            errors.append(str(error))
-
     monkeypatch.setattr(registry, "from_tensors", slow)
-    thread = threading.Thread(target=load)
-    thread.start()
-    assert started.wait(HANG)
-    store.detach()
-    go.set()
-    thread.join(HANG)
-    assert errors == ["the store has been detached from its model"]
+    with ThreadPoolExecutor(1) as thread:
+        loading = thread.submit(store.load, "late", {"0": (*factors(), 0.5)})
+        assert started.wait(HANG)
+        store.detach()
+        go.set()
+    with pytest.raises(RuntimeError, match="^the store has been detached from its model$"):
+        loading.result()
     assert store.names() == [] and store.stats()["bytes_used"] == store.stats()["bytes_reserved"] == 0
 
 
