@@ -11,7 +11,7 @@ import fused_lora
 from fused_lora import LoraConfig, verify
 from fused_lora.bases.bitsandbytes_4bit import is_repacked
 from fused_lora.diagnostics.verification import report
-from helpers.over_quantised import KINDS, lora_layers, same, with_adapters
+from helpers.over_quantised import KINDS, assert_lost, assert_requantised, lora_layers, same, with_adapters
 from helpers.quantised import linear4bit, repack, values_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -63,26 +63,7 @@ def contents(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_healthy_model_differs_by_requantisation(kind, merged):
     """And the check leaves everything as it was, on CPUs that repack in a call, too."""
-    model = make(kind)
-    if merged:
-        fused_lora.merge(model)
-    before, x = contents(model), torch.randn(M, K)
-    result = verify(model, x)
-    assert same(contents(model), before)
-    if kind == "peft" and merged:
-        assert result.skipped.keys() == {path for path in lora_layers(model) if not path.endswith("head")}
-        assert all("PEFT merged it into 4 bits" in why for why in result.skipped.values()) and not result.ok
-        return
-    assert result.ok and result.verdict == "rounding" and not result.findings and not result.skipped, str(result)
-    assert result.was_merged == merged and [check.dtype for check in result.layers] == ["nf4", "nf4", F32]
-    for check in result.layers[:2]:
-        assert check.ok and check.lost > 0.05 and check.difference_rms < 4 * check.expected_rms
-    fidelity = (
-        {} if kind == "peft" else (None if merged else fused_lora.merge(model)) or fused_lora.delta_fidelity(model)
-    )
-    for path, lost in fidelity.items():
-        found = next(check.lost for check in result.layers if check.path.endswith(path))
-        assert found == pytest.approx(lost, rel=1e-3, abs=1e-6)
+    assert_requantised(make(kind), kind, merged, contents, torch.randn(M, K), 4, "nf4")
 
 
 def test_no_false_alarm_over_random_layers():
@@ -122,14 +103,7 @@ def test_a_layer_that_was_repacked_before():
 
 
 def test_an_adapter_that_four_bits_lose():
-    model = make("fused_lora")
-    for layer in lora_layers(model).values():
-        layer.lora_B["default"].weight.data.mul_(1e-3)
-    result = verify(model, torch.randn(M, K))
-    assert result.verdict == "lost" and not result.ok
-    [finding] = result.findings
-    assert finding.cause == report.LOST and finding.layers == ("up", "down")
-    assert "a merge into nf4 keeps only" in finding.message and "unload(model, merge_adapters" in finding.message
+    assert_lost(make("fused_lora"), torch.randn(M, K), "nf4")
 
 
 def test_an_adapter_trained_while_merged_is_stale():

@@ -12,7 +12,7 @@ import fused_lora
 from fused_lora import LoraConfig, verify
 from fused_lora.bases.torchao import parts
 from fused_lora.diagnostics.verification import report
-from helpers.over_quantised import KINDS, lora_layers, same, with_adapters
+from helpers.over_quantised import KINDS, assert_lost, assert_requantised, lora_layers, same, with_adapters
 from helpers.quantised import linear8bit, torchao_linear
 
 peft = pytest.importorskip("peft")
@@ -107,27 +107,8 @@ def contents(model):
 @pytest.mark.parametrize("base", LIBRARIES)
 def test_a_healthy_model_differs_by_requantisation(base, kind, merged):
     """And the check leaves everything as it was."""
-    model = make(kind, base)
-    if merged:
-        fused_lora.merge(model)
-    before, x = contents(model), torch.randn(M, K)
-    result = verify(model, x)
-    assert same(contents(model), before)
-    if kind == "peft" and merged:
-        assert result.skipped.keys() == {path for path in lora_layers(model) if not path.endswith("head")}
-        assert not result.ok
-        assert all("PEFT merged it into 8 bits, the weight of before is gone" == why for why in result.skipped.values())
-        return
-    assert result.ok and result.verdict == "rounding" and not result.findings and not result.skipped, str(result)
-    assert result.was_merged == merged and [check.dtype for check in result.layers[:2]] == [NAMES.get(base, "int8")] * 2
-    for check in result.layers[:2]:
-        assert check.ok and check.lost > 1e-3 and check.difference_rms < 4 * check.expected_rms
-    if kind != "peft":
-        if not merged:
-            fused_lora.merge(model)
-        for path, lost in fused_lora.delta_fidelity(model).items():
-            found = next(check.lost for check in result.layers if check.path.endswith(path))
-            assert found == pytest.approx(lost, rel=1e-3, abs=1e-6)
+    name = NAMES.get(base, "int8")
+    assert_requantised(make(kind, base), kind, merged, contents, torch.randn(M, K), 8, name)
 
 
 def test_no_false_alarm_over_random_layers():
@@ -149,14 +130,7 @@ def test_no_false_alarm_over_random_layers():
 
 @pytest.mark.parametrize("base", LIBRARIES)
 def test_an_adapter_that_eight_bits_lose(base):
-    model = make(base=base)
-    for layer in lora_layers(model).values():
-        layer.lora_B["default"].weight.data.mul_(1e-3)
-    result = verify(model, torch.randn(M, K))
-    assert result.verdict == "lost" and not result.ok, str(result)
-    [finding] = result.findings
-    assert finding.cause == report.LOST and finding.layers == ("up", "down")
-    assert f"a merge into {NAMES.get(base, 'int8')} keeps only" in finding.message
+    assert_lost(make(base=base), torch.randn(M, K), NAMES.get(base, "int8"))
 
 
 @pytest.mark.parametrize("base", LIBRARIES)

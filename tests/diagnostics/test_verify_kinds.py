@@ -1,13 +1,11 @@
 """verify of DoRA layers and stacked experts: rounding alone passes, every planted bug is named with its parameter."""
 
 import copy
-import random
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 import fused_lora
 from fused_lora import verify
@@ -98,35 +96,6 @@ def test_experts_differ_by_rounding(kind, dtype, merged):
     # halves, [experts, N, K]; turns, [experts, K, N]; turned, of all tokens
     name = {torch.float32: "qwen3_moe", torch.bfloat16: "gpt_oss", torch.float16: "llama4"}[dtype]
     assert_healthy(experts(kind, dtype, name, ["a", "b"]), 2, dtype, merged, STACKS)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_false_alarm_over_random_dora_layers(dtype):
-    """Any size, rank and scale of weights, inputs and adapters; small and large magnitudes."""
-    for _ in range(20):
-        K, N = random.choice([3, 17, 64, 256]), random.choice([1, 5, 64, 200])
-        base = nn.Sequential(nn.Linear(K, N, bias=random.random() < 0.5))
-        base[0].weight.data.normal_(std=random.choice([1e-3, 0.02, 1.0]))
-        names = random.choice([["one"], ["one", "two"]])
-        fields = {"target_modules": ["0"], "r": random.choice([1, 2, 16]), "lora_alpha": random.choice([1, 16])}
-        wide, second = random.random() < 0.5, random.random() < 0.5
-        config = peft.LoraConfig(**fields, use_dora=True)
-        model = peft.get_peft_model(base.to(dtype), config, "one", autocast_adapter_dtype=wide)
-        model.add_adapter("two", peft.LoraConfig(**fields, use_dora=second), autocast_adapter_dtype=wide)
-        model.base_model.set_adapter(names)
-        std = random.choice([1e-3, 0.05, 0.5])
-        for name, parameter in model.eval().named_parameters():
-            if "lora_A" in name or "lora_B" in name:
-                parameter.data.normal_(std=std)
-            elif "magnitude" in name:
-                parameter.data.mul_(1 + 0.2 * torch.randn_like(parameter))
-        if random.random() < 0.5:
-            fused_lora.accelerate(model)
-        if random.random() < 0.4 and (names == ["one"] or hasattr(model.base_model.model[0], "merge_state")):
-            model.merge_adapter()
-        x = torch.randn(random.choice([1, 5, 70]), K).to(dtype) * random.choice([1, 10])
-        result = verify(model, x)
-        assert result.verdict in ("rounding", "lost"), f"{(K, N, fields, wide, names)}: {result.layers[0]}\n{result}"
 
 
 @pytest.mark.parametrize("make", [moe, llama4])
