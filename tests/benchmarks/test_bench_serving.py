@@ -1,8 +1,6 @@
 """bench_serving.py on a tiny model: what it writes is complete and right, and a wrong step gets no time."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,20 +8,11 @@ import torch
 from helpers import serving
 from helpers.seeds import shifted
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("benchmarks/ is not beside tests/", allow_module_level=True)
 serving.need_engine("peft", "fastapi", "uvicorn", "prometheus_client", "httpx")
 
 GRID = "--layers 2 --rows 1,4 --distinct 1,3,T --ranks 4 --seconds 0 --rounds 2 --tokens 6 --device cpu".split()
 SHAPES = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64))  # of a layer of the tiny model
 LOAD = "--requests 24 --clients 4 --known 40 --held 4".split()
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")
