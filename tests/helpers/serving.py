@@ -4,6 +4,7 @@ what tests of the engine share."""
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -183,6 +184,40 @@ def is_rounding_tie(model: nn.Module, adapter: Path | None, ids: Sequence[int], 
     error = (narrow - exact).abs().max()
     best_two = set(exact.topk(2).indices.tolist())
     return best_two == {token, wanted} and bool((exact[wanted] - exact[token]).abs() <= 4 * error)
+
+
+class Tiny:
+    """A tiny Llama and random adapters of these ranks below ``root``; what it gives alone, with one of them merged."""
+
+    def __init__(self, root: Path, **ranks: int):
+        self.folder, self.root = write_tiny_llama(root / "tiny"), root / "adapters"
+        self.plain = load_model(self.folder)
+        self.adapters = {
+            name: write_adapter(self.root / name, self.plain, r, seed=i) for i, (name, r) in enumerate(ranks.items())
+        }
+        self._merged = functools.cache(lambda name, dtype: merged(self.plain, self.adapters.get(name), dtype))
+        self._tokens = functools.cache(lambda name, ids, count: greedy(self._merged(name, torch.float32), ids, count))
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def tokens(self, name: str | None, ids: Sequence[int], count: int) -> list[int]:
+        """As :func:`greedy`; of the base model for a ``name`` that is no adapter's."""
+        return self._tokens(name, tuple(ids), count)
+
+    def text(self, name: str | None, prompt: str, count: int) -> str:
+        """The same between texts."""
+        return self.tokenizer.decode(
+            self.tokens(name, self.tokenizer(prompt)["input_ids"], count), skip_special_tokens=True
+        )
+
+    @torch.no_grad()
+    def log_softmax(self, name: str | None, ids: Sequence[int]) -> torch.Tensor:
+        """[len(ids), vocabulary] in float64."""
+        return self._merged(name, torch.float64)(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -1,7 +1,6 @@
 """transformers' continuous batching with an adapter per request: the tokens are those of the adapter merged, alone."""
 
 import contextlib
-import functools
 import importlib.metadata
 import importlib.util
 import threading
@@ -30,43 +29,26 @@ RANKS = (4, 5, 8, 12, 16, 16, 20, 24, 31, 32, 33, 40, 48, 56, 63, 64)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder of a tiny Llama, its plain model, {name: adapter folder})."""
-    root = tmp_path_factory.mktemp("continuous")
-    folder = serving.write_tiny_llama(root / "model")
-    model = serving.load_model(folder)
-    adapters = {f"a{i}": serving.write_adapter(root / f"a{i}", model, r, seed=i) for i, r in enumerate(RANKS)}
-    return folder, model, adapters
+    return serving.Tiny(tmp_path_factory.mktemp("continuous"), **{f"a{i}": r for i, r in enumerate(RANKS)})
 
 
 @pytest.fixture(scope="module")
 def alone(world):
-    """tokens(adapter, ids, count): what the model with this adapter merged generates for this prompt alone."""
-    _, model, adapters = world
-
-    @functools.lru_cache
-    def merged(name):
-        return serving.merged(model, adapters.get(name))
-
-    @functools.lru_cache
-    def tokens(name, ids, count):
-        return serving.greedy(merged(name), ids, count)
-
-    return lambda name, ids, count: tokens(name, tuple(ids), count)
+    return world.tokens
 
 
 @pytest.fixture
 def served(world):
     """(model, store) with all adapters known, none loaded."""
-    folder, _, adapters = world
-    model = serving.load_model(folder)
-    return model, store_of(model, adapters)
+    model = serving.load_model(world.folder)
+    return model, store_of(model, world.adapters)
 
 
 @pytest.fixture(scope="module")
 def idle(world):
     """(engine, model, store) for requests that must not come through: it is never started."""
-    model = serving.load_model(world[0])
-    store = store_of(model, {"a0": world[2]["a0"]})
+    model = serving.load_model(world.folder)
+    store = store_of(model, {"a0": world.adapters["a0"]})
     return continuous_batching(model, store, config()), model, store
 
 
@@ -114,7 +96,7 @@ def mixed_requests(names, count, lengths):
 
 
 def test_64_requests_over_16_adapters_as_alone(world, served, alone):
-    _, plain, adapters = world
+    plain, adapters = world.plain, world.adapters
     requests = mixed_requests(list(adapters), 64, (3, 130, 17, 1, 60, 9, 25))
     names, prompts = [n for n, _ in requests], [ids for _, ids in requests]
     outputs = generate_batch(*served, prompts, names, max_new_tokens=12, config=config())
@@ -128,7 +110,7 @@ def test_attention_implementations(world, served, alone, attention):
     model.set_attn_implementation(attention)
     requests = [("a1", prompt(20)), (None, prompt(70)), ("a2", prompt(20))]
     outputs = generate_batch(model, store, [ids for _, ids in requests], ["a1", None, "a2"], 6, config())
-    assert check_all(world[1], world[2], alone, requests, outputs, 6) == 0
+    assert check_all(world.plain, world.adapters, alone, requests, outputs, 6) == 0
     assert model.config._attn_implementation == attention
 
 
@@ -157,7 +139,7 @@ def test_prefixes_are_shared_within_an_adapter_only(served, alone, monkeypatch):
 
 
 def test_reloaded_adapter_has_no_old_prefix(world, served, alone):
-    _, _, adapters = world
+    adapters = world.adapters
     model, store = served
     with continuous_batching(model, store, config()) as engine:
         first = result(engine, engine.add_request(prompt(45), adapter="a2", max_new_tokens=8))
@@ -170,7 +152,7 @@ def test_reloaded_adapter_has_no_old_prefix(world, served, alone):
 
 
 def test_running_request_keeps_its_version(world, served, alone):
-    _, _, adapters = world
+    adapters = world.adapters
     model, store = served
     with continuous_batching(model, store, config()) as engine:
         old = engine.add_request(prompt(9), adapter="a2", max_new_tokens=200, streaming=True)
@@ -186,7 +168,7 @@ def test_running_request_keeps_its_version(world, served, alone):
 
 
 def test_request_that_lost_its_cache_keeps_its_version(world, served, alone):
-    _, _, adapters = world
+    adapters = world.adapters
     model, store = served
     with continuous_batching(model, store, config(num_blocks=30, safety_margin=0.0)) as engine:
         ids = [engine.add_request(prompt(30, i), adapter="a2", max_new_tokens=60, streaming=True) for i in range(6)]
@@ -201,8 +183,8 @@ def test_request_that_lost_its_cache_keeps_its_version(world, served, alone):
 
 
 def test_adapter_of_the_output_layer(world, served, alone, tmp_path):
-    path = serving.write_adapter(tmp_path / "head", world[1], 8, seed=5, head=True)
-    wanted = [serving.greedy(serving.merged(world[1], path), prompt(60, i), 8) for i in range(3)]
+    path = serving.write_adapter(tmp_path / "head", world.plain, 8, seed=5, head=True)
+    wanted = [serving.greedy(serving.merged(world.plain, path), prompt(60, i), 8) for i in range(3)]
     model, store = served
     store.load("head", str(path))
     names = ["head", "a2", None, "head", "head"]
@@ -214,7 +196,7 @@ def test_adapter_of_the_output_layer(world, served, alone, tmp_path):
 
 def test_lease_says_which_layers_it_changes(world, served, tmp_path):
     model, store = served
-    store.load("head", str(serving.write_adapter(tmp_path / "head", world[1], 8, seed=5, head=True)))
+    store.load("head", str(serving.write_adapter(tmp_path / "head", world.plain, 8, seed=5, head=True)))
     with store.lease("head") as head, store.lease("a2") as other:
         assert head.adapts(model.lm_head) and not other.adapts(model.lm_head)
         assert other.adapts(model.model.layers[0].mlp.up_proj) and not other.adapts(model.model.norm)
@@ -229,7 +211,7 @@ def adapter_bytes(rank):
 
 
 def test_adapter_unloaded_before_the_request_starts(world, alone):
-    folder, _, adapters = world
+    folder, adapters = world.folder, world.adapters
     known = {name: adapters[name] for name in ("a2", "a3")}
     store = store_of(serving.load_model(folder), known, capacity_bytes=adapter_bytes(12))
     with continuous_batching(store.model, store, config()) as engine:
@@ -244,7 +226,7 @@ def test_adapter_unloaded_before_the_request_starts(world, alone):
 
 
 def test_more_adapters_than_the_store_holds(world, alone):
-    folder, plain, adapters = world
+    folder, plain, adapters = world.folder, world.plain, world.adapters
     model = serving.load_model(folder)
     names = ["a2", "a3", "a4", "a5", "a0", "a1"]  # ranks 8, 12, 16, 16, 4, 5
     store = store_of(model, {name: adapters[name] for name in names}, capacity_bytes=int(adapter_bytes(16) * 2.2))
@@ -278,7 +260,7 @@ def test_greedy_requests_beside_sampled_ones(world, served, alone):
             ids.append(engine.add_request(prompt(15, i), adapter="a2", max_new_tokens=10))
         outputs = results(engine, *ids)
     requests = [("a2", prompt(15, i)) for i in range(4)]
-    assert check_all(world[1], world[2], alone, requests, outputs, 10) == 0
+    assert check_all(world.plain, world.adapters, alone, requests, outputs, 10) == 0
 
 
 def test_draws_follow_the_distribution():
@@ -432,7 +414,7 @@ def test_engine_wants_the_model_of_its_store(world, served):
     for arguments, error, named in (
         ((torch.nn.Linear(2, 2), store), TypeError, "model"),
         ((model, None), TypeError, "store: expected an AdapterStore, got NoneType"),
-        ((serving.load_model(world[0]), store), ValueError, "another model"),
+        ((serving.load_model(world.folder), store), ValueError, "another model"),
         ((model, store, {"page_size": 8}), TypeError, "config"),
     ):
         with pytest.raises(error, match=named):
@@ -448,7 +430,7 @@ def test_one_adapter_per_input(served):
 
 
 def test_adapters_may_come_and_go_while_requests_run(world, served, alone):
-    _, plain, adapters = world
+    plain, adapters = world.plain, world.adapters
     model, store = served
     stop, requests = threading.Event(), mixed_requests(["a0", "a1", "a2"], 16, (9, 30))
 

@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -34,46 +33,27 @@ KEY = "right-key"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder of a tiny Llama, its plain model, folder of adapters, folder beside it that must stay out of reach)."""
-    root = tmp_path_factory.mktemp("server")
-    folder = serving.write_tiny_llama(root / "tiny")
-    model = serving.load_model(folder)
-    for i, r in enumerate((4, 8, 16, 6, 12, 64)):
-        serving.write_adapter(root / "adapters" / f"a{i}", model, r, seed=i)
-    outside = serving.write_adapter(root / "outside" / "secret", model, 4, seed=77).parent
-    (root / "adapters" / "escape").symlink_to(outside / "secret")
-    linked = root / "adapters" / "linked"
+    """Beside the folder of adapters is one that must stay out of reach."""
+    found = serving.Tiny(tmp_path_factory.mktemp("server"), a0=4, a1=8, a2=16, a3=6, a4=12, a5=64)
+    secret = serving.write_adapter(found.root.parent / "outside" / "secret", found.plain, 4, seed=77)
+    (found.root / "escape").symlink_to(secret)
+    linked = found.root / "linked"
     linked.mkdir()
-    shutil.copy(outside / "secret" / "adapter_config.json", linked)
-    (linked / "adapter_model.safetensors").symlink_to(outside / "secret" / "adapter_model.safetensors")
-    (root / "adapters" / "empty").mkdir()
-    return folder, model, root / "adapters", outside
+    shutil.copy(secret / "adapter_config.json", linked)
+    (linked / "adapter_model.safetensors").symlink_to(secret / "adapter_model.safetensors")
+    (found.root / "empty").mkdir()
+    return found
 
 
 @pytest.fixture(scope="module")
 def alone(world):
-    """text(adapter, prompt, count): what the model with this adapter merged says alone; count tokens at most."""
-    from transformers import AutoTokenizer
-
-    folder, model, adapters, _ = world
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    @functools.lru_cache
-    def merged(name):
-        return serving.merged(model, None if name == "tiny" else adapters / name)
-
-    @functools.lru_cache
-    def text(name, prompt, count):
-        tokens = serving.greedy(merged(name), tokenizer(prompt)["input_ids"], count)
-        return tokenizer.decode(tokens, skip_special_tokens=True)
-
-    return text
+    return world.text
 
 
 @pytest.fixture(scope="module")
 def server(world, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "log"
-    with Server(world[0], world[2], log, "--allow-load", "--drain-timeout", "1", key=KEY) as found:
+    with Server(world.folder, world.root, log, "--allow-load", "--drain-timeout", "1", key=KEY) as found:
         yield found
 
 
@@ -82,7 +62,7 @@ def strict(world, tmp_path_factory):
     """A server with a key, small limits and no loading."""
     limits = "--max-tokens 1000 --max-queue 3 --max-body 20K --max-requests 2".split()
     log = tmp_path_factory.mktemp("log") / "log"
-    with Server(world[0], world[2], log, "--api-key", KEY, *limits, key=KEY) as found:
+    with Server(world.folder, world.root, log, "--api-key", KEY, *limits, key=KEY) as found:
         yield found
 
 
@@ -230,7 +210,7 @@ def test_load_and_unload(server, alone, world):
     assert "guest" in [m.id for m in server.client.models.list().data]
     again = post("load", lora_name="guest", lora_path="a4")
     assert again.status_code == 400 and "already been loaded" in again.json()["error"]["message"]
-    absolute = str(world[2] / "a4")
+    absolute = str(world.root / "a4")
     assert post("load", lora_name="guest", lora_path=absolute, load_inplace=True).status_code == 200
     assert server.say("guest", "Load", 8).choices[0].text == alone("a4", "Load", 8)
     assert post("unload", lora_name="guest").status_code == 200
@@ -258,8 +238,8 @@ def test_only_adapters_of_the_folder_are_loaded(server, path, status):
 
 
 def test_damaged_adapter_is_refused_and_the_old_one_stays(server, alone, world):
-    folder = world[2] / "damaged"
-    shutil.copytree(world[2] / "a3", folder)
+    folder = world.root / "damaged"
+    shutil.copytree(world.root / "a3", folder)
     try:
         load = {"lora_name": "frail", "lora_path": "damaged"}
         assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
@@ -522,7 +502,9 @@ def test_limits(strict):
 def test_requests_that_take_too_long_end(world, tmp_path):
     # three sequences of 1,000 tokens, two at a time: more than any machine does in this time
     slow = dict(temperature=1.0, top_p=0.9, seed=1)
-    with Server(world[0], world[2], tmp_path / "log", "--request-timeout", "0.8", "--max-requests", "2") as server:
+    with Server(
+        world.folder, world.root, tmp_path / "log", "--request-timeout", "0.8", "--max-requests", "2"
+    ) as server:
         status, body = status_of(lambda: server.say("a1", ["x"] * 3, 1000, **slow))
         assert (status, body["code"]) == (504, "timeout")
         wait_for(lambda: server.metric("requests_running") == 0)
@@ -536,9 +518,9 @@ def digests(folder):
 
 def test_kill_in_the_middle_of_loads_leaves_every_file(world, tmp_path):
     adapters = tmp_path / "adapters"
-    shutil.copytree(world[2], adapters, symlinks=True)
+    shutil.copytree(world.root, adapters, symlinks=True)
     before = digests(adapters)
-    server = Server(world[0], adapters, tmp_path / "log", "--allow-load").wait()
+    server = Server(world.folder, adapters, tmp_path / "log", "--allow-load").wait()
     done = []
 
     def load():
@@ -557,7 +539,7 @@ def test_kill_in_the_middle_of_loads_leaves_every_file(world, tmp_path):
 
 
 def test_graceful_shutdown_finishes_what_runs(world, alone, tmp_path):
-    server = Server(world[0], world[2], tmp_path / "log").wait()
+    server = Server(world.folder, world.root, tmp_path / "log").wait()
     stream = server.say("a2", "Until the end", 200, stream=True)
     text = next(iter(stream)).choices[0].text
     server.process.send_signal(signal.SIGTERM)
@@ -613,7 +595,7 @@ def test_error_that_nobody_thought_of_ends_the_stream_with_an_event():
 
 
 def test_allowed_adapter(world):
-    _, _, adapters, outside = world
+    adapters, outside = world.root, world.root.parent / "outside"
     assert allowed_adapter(adapters, "a0") == (adapters / "a0").resolve()
     assert allowed_adapter(adapters, str(adapters / "a0")) == (adapters / "a0").resolve()
     with pytest.raises(ApiError) as there:

@@ -1,7 +1,5 @@
 """``logprobs`` and ``echo`` of the server, as OpenAI's client reads them and as lm-eval asks for them."""
 
-import functools
-
 import pytest
 import torch
 
@@ -22,23 +20,9 @@ TEXT = "Näive 日本 🙂"  # characters of one to four bytes, and a token is a
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """(server, tokenizer, log_softmax(adapter, ids) of the merged model in float64)."""
-    from transformers import AutoTokenizer
-
-    root = tmp_path_factory.mktemp("logprobs")
-    folder = serving.write_tiny_llama(root / "tiny")
-    model = serving.load_model(folder)
-    serving.write_adapter(root / "adapters" / "a0", model, 8, seed=0)
-
-    @functools.lru_cache
-    def merged(name):
-        return serving.merged(model, None if name == "tiny" else root / "adapters" / name, torch.float64)
-
-    @torch.no_grad()
-    def exact(name, ids):
-        return merged(name)(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
-
-    with Server(folder, root / "adapters", root / "log") as server:
-        yield server, AutoTokenizer.from_pretrained(folder), exact
+    tiny = serving.Tiny(tmp_path_factory.mktemp("logprobs"), a0=8)
+    with Server(tiny.folder, tiny.root, tmp_path_factory.mktemp("log") / "log") as server:
+        yield server, tiny.tokenizer, tiny.log_softmax
 
 
 def spelled(tokenizer, ids):
