@@ -33,42 +33,20 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SMALL = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 TEXT = dict(**SMALL, num_key_value_heads=2)
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28)
-MODELS = {
-    "llama": (BF16, lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)), dict(target_modules="all-linear")),
-    "gpt2": (
-        F32,
-        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
-        dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
-    ),
-    "phi3": (
-        F16,
-        lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**TEXT, pad_token_id=0)),
-        dict(target_modules="all-linear", use_rslora=True),
-    ),
-    "qwen2": (
-        BF16,
-        lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**TEXT, tie_word_embeddings=True)),
-        dict(target_modules=["q_proj", "v_proj"], lora_bias=True, trainable_token_indices=[3, 7]),
-    ),
-    "dora": (
-        BF16,
-        lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)),
-        dict(target_modules="all-linear", use_dora=True),
-    ),
-    "bert": (
-        F32,
-        lambda: tf.BertForSequenceClassification(tf.BertConfig(**SMALL)),
-        dict(target_modules=["query"], bias="lora_only", task_type="SEQ_CLS"),
-    ),
-    "llava": (
-        BF16,
-        lambda: tf.LlavaForConditionalGeneration(
-            tf.LlavaConfig(
-                vision_config=tf.CLIPVisionConfig(**VISION, patch_size=14), text_config=tf.LlamaConfig(**TEXT)
-            )
-        ),
-        dict(target_modules="all-linear"),
-    ),
+LLAVA = dict(text_config=dict(model_type="llama", **TEXT))
+LLAVA["vision_config"] = dict(model_type="clip_vision_model", patch_size=14, **VISION)
+GPT2 = dict(vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+FOR_TOKENS = dict(target_modules=["q_proj", "v_proj"], lora_bias=True, trainable_token_indices=[3, 7])
+FOR_CLASSES = dict(target_modules=["query"], bias="lora_only", task_type="SEQ_CLS")
+ALL = dict(target_modules="all-linear")
+MODELS = {  # class, its config, dtype, LoRA
+    "llama": (tf.LlamaForCausalLM, TEXT, BF16, ALL),
+    "gpt2": (tf.GPT2LMHeadModel, GPT2, F32, dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "phi3": (tf.Phi3ForCausalLM, dict(TEXT, pad_token_id=0), F16, dict(ALL, use_rslora=True)),
+    "qwen2": (tf.Qwen2ForCausalLM, dict(TEXT, tie_word_embeddings=True), BF16, FOR_TOKENS),
+    "dora": (tf.LlamaForCausalLM, TEXT, BF16, dict(ALL, use_dora=True)),
+    "bert": (tf.BertForSequenceClassification, SMALL, F32, FOR_CLASSES),
+    "llava": (tf.LlavaForConditionalGeneration, LLAVA, BF16, ALL),
 }
 
 
@@ -94,9 +72,8 @@ def sameness(found, wanted):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_bits_are_those_of_a_merge_in_the_model(tmp_path, name):
     torch.manual_seed(shifted(0))
-    dtype, make, config = MODELS[name]
-    model = make().to(dtype).eval()
-    kind = type(model)
+    kind, sizes, dtype, config = MODELS[name]
+    model = kind(kind.config_class(**sizes)).to(dtype).eval()
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     wrapped = trained(model, tmp_path / "adapter", **config)
     report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)

@@ -51,6 +51,13 @@ def server(plain, adapters, tmp_path_factory):
         yield found
 
 
+@pytest.fixture
+def store(plain):
+    found = fused_lora.AdapterStore(plain[1])
+    yield found
+    found.detach()
+
+
 def edit(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -121,16 +128,14 @@ def test_lora_modules_that_are_malformed_are_refused_at_once(module, message, ca
     assert message in capsys.readouterr().err
 
 
-def test_lora_modules_that_cannot_be_served_end_the_start(plain, adapters):
+def test_lora_modules_that_cannot_be_served_end_the_start(store, adapters):
     serve = importlib.import_module("fused_lora.cli.serve")
-    store = fused_lora.AdapterStore(plain[1])
     options = serve.parser().parse_args(["--model", "tiny"])
     serve.probe_named(store, [("fine", str(adapters / "a"))], "tiny", options)
     for name, path, why in [("tiny", "a", "base model"), ("fine", "a", "another"), ("x", "none", "no such folder"),
                             ("y", "dora", "use_dora")]:  # fmt: skip
         with pytest.raises(SystemExit, match=f"--lora-modules: {name}: .*{why}"):
             serve.probe_named(store, [(name, str(adapters / path))], "tiny", options)
-    store.detach()
 
 
 def test_one_that_overflows_is_refused_by_name_and_others_are_served(server, adapters):
@@ -162,13 +167,12 @@ def test_a_folder_that_becomes_a_link_to_the_outside_is_refused(server, adapters
     assert "moved" not in offered(server)
 
 
-def test_a_store_stays_inside_the_folder_it_was_given(plain, tmp_path):
+def test_a_store_stays_inside_the_folder_it_was_given(plain, store, tmp_path):
     """The link is made after the registration, to a folder or to a file; one that stays inside is fine."""
     inside, outside = tmp_path / "in", tmp_path / "out"
     for name in ("a", "b", "c"):
         serving.write_adapter(inside / name, plain[1], 4, seed=1)
     serving.write_adapter(outside, plain[1], 4, seed=2)
-    store = fused_lora.AdapterStore(plain[1])
     for name in ("a", "b", "c"):
         store.register(name, str(inside / name), inside=inside)
     shutil.rmtree(inside / "a")
@@ -186,11 +190,9 @@ def test_a_store_stays_inside_the_folder_it_was_given(plain, tmp_path):
     # nothing is asked of one that was registered without a folder
     store.register("free", str(inside / "a"))
     store.lease("free").release()
-    store.detach()
 
 
-def test_errors_name_a_few_of_many_adapters(plain, tmp_path):
-    store = fused_lora.AdapterStore(plain[1])
+def test_errors_name_a_few_of_many_adapters(store, tmp_path):
     for i in range(3000):
         store.register(f"tenant-{i:05d}-sql-assistant", str(tmp_path))
     for call in (store.lease, store.identity, store.unload):
@@ -199,10 +201,9 @@ def test_errors_name_a_few_of_many_adapters(plain, tmp_path):
         ) as caught:
             call("nope")
         assert len(str(caught.value)) < 500
-    store.detach()
 
 
-def test_a_probe_reads_no_tensor(plain, tmp_path):
+def test_a_probe_reads_no_tensor(plain, store, tmp_path):
     """A value that is not finite is found when the adapter is used; what the header says is found by the probe."""
     from safetensors.torch import load_file, save_file
 
@@ -210,7 +211,6 @@ def test_a_probe_reads_no_tensor(plain, tmp_path):
     tensors = load_file(weights)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, weights)
-    store = fused_lora.AdapterStore(plain[1])
     store.register("nan", str(tmp_path / "nan"))
     assert store.probe("nan") is None and store.refusals() == {}
     with pytest.raises(ValueError, match="expected finite values"):
@@ -218,14 +218,12 @@ def test_a_probe_reads_no_tensor(plain, tmp_path):
     assert list(store.refusals()) == ["nan"]
     edit(tmp_path / "nan", r=5)
     assert isinstance(store.probe("nan"), AdapterError) and list(store.refusals()) == ["nan"]
-    store.detach()
 
 
-def test_the_first_adapters_are_probed_at_once_and_the_others_while_serving(plain, adapters, monkeypatch):
+def test_the_first_adapters_are_probed_at_once_and_the_others_while_serving(plain, store, adapters, monkeypatch):
     """And one that is unloaded meanwhile is passed over."""
     serve = importlib.import_module("fused_lora.cli.serve")
     monkeypatch.setattr(serve, "_PROBE_PAUSE_SECONDS", 0.0)
-    store = fused_lora.AdapterStore(plain[1])
     names = serve.register_folder(store, adapters, "tiny")
     assert "biased" in names and names == sorted(names) and store.refusals() == {}
     store.unload("a")
@@ -236,7 +234,6 @@ def test_the_first_adapters_are_probed_at_once_and_the_others_while_serving(plai
     fresh = fused_lora.AdapterStore(serving.load_model(plain[0]))
     serve.probe(fresh, serve.register_folder(fresh, adapters, "tiny")[1:], stopping)
     assert len(fresh.refusals()) <= 1
-    store.detach()
 
 
 def test_help_has_the_engines_defaults():
