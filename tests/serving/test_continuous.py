@@ -96,12 +96,11 @@ def mixed_requests(names, count, lengths):
 
 
 def test_64_requests_over_16_adapters_as_alone(world, served, alone):
-    plain, adapters = world.plain, world.adapters
-    requests = mixed_requests(list(adapters), 64, (3, 130, 17, 1, 60, 9, 25))
+    requests = mixed_requests(list(world.adapters), 64, (3, 130, 17, 1, 60, 9, 25))
     names, prompts = [n for n, _ in requests], [ids for _, ids in requests]
     outputs = generate_batch(*served, prompts, names, max_new_tokens=12, config=config())
     assert sum(name is None for name in names) >= 3 and max(map(len, prompts)) > 2 * 48
-    assert check_all(plain, adapters, alone, requests, outputs, 12) <= 3
+    assert check_all(world.plain, world.adapters, alone, requests, outputs, 12) <= 3
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -139,12 +138,11 @@ def test_prefixes_are_shared_within_an_adapter_only(served, alone, monkeypatch):
 
 
 def test_reloaded_adapter_has_no_old_prefix(world, served, alone):
-    adapters = world.adapters
     model, store = served
     with continuous_batching(model, store, config()) as engine:
         first = result(engine, engine.add_request(prompt(45), adapter="a2", max_new_tokens=8))
         before = store.identity("a2")
-        store.load("a2", str(adapters["a3"]))
+        store.load("a2", str(world.adapters["a3"]))
         assert store.identity("a2") != before
         second = result(engine, engine.add_request(prompt(45), adapter="a2", max_new_tokens=8))
     assert first.generated_tokens == alone("a2", prompt(45), 8)
@@ -152,12 +150,11 @@ def test_reloaded_adapter_has_no_old_prefix(world, served, alone):
 
 
 def test_running_request_keeps_its_version(world, served, alone):
-    adapters = world.adapters
     model, store = served
     with continuous_batching(model, store, config()) as engine:
         old = engine.add_request(prompt(9), adapter="a2", max_new_tokens=200, streaming=True)
         assert len(streamed(engine, old, 5)[-1].generated_tokens) < 100
-        store.load("a2", str(adapters["a3"]))
+        store.load("a2", str(world.adapters["a3"]))
         new = engine.add_request(prompt(9), adapter="a2", max_new_tokens=8)
         store.unload("a1")
         old, new = results(engine, old, new)
@@ -168,13 +165,12 @@ def test_running_request_keeps_its_version(world, served, alone):
 
 
 def test_request_that_lost_its_cache_keeps_its_version(world, served, alone):
-    adapters = world.adapters
     model, store = served
     with continuous_batching(model, store, config(num_blocks=30, safety_margin=0.0)) as engine:
         ids = [engine.add_request(prompt(30, i), adapter="a2", max_new_tokens=60, streaming=True) for i in range(6)]
         scheduler = engine.batch_processor.scheduler
         wait_for(lambda: any(state._true_initial_tokens for state in list(scheduler.waiting_requests.values())))
-        store.load("a2", str(adapters["a3"]))
+        store.load("a2", str(world.adapters["a3"]))
         outputs = results(engine, *ids)
     tokens = [output.generated_tokens for output in outputs]
     old, new = ([alone(name, prompt(30, i), 60) for i in range(6)] for name in ("a2", "a3"))
@@ -211,9 +207,8 @@ def adapter_bytes(rank):
 
 
 def test_adapter_unloaded_before_the_request_starts(world, alone):
-    folder, adapters = world.folder, world.adapters
-    known = {name: adapters[name] for name in ("a2", "a3")}
-    store = store_of(serving.load_model(folder), known, capacity_bytes=adapter_bytes(12))
+    known = {name: world.adapters[name] for name in ("a2", "a3")}
+    store = store_of(serving.load_model(world.folder), known, capacity_bytes=adapter_bytes(12))
     with continuous_batching(store.model, store, config()) as engine:
         first = engine.add_request(prompt(9), adapter="a2", max_new_tokens=200)
         wait_for(lambda: engine.counters.generated_tokens > 0)  # two loads at a time would race for the room
@@ -226,16 +221,15 @@ def test_adapter_unloaded_before_the_request_starts(world, alone):
 
 
 def test_more_adapters_than_the_store_holds(world, alone):
-    folder, plain, adapters = world.folder, world.plain, world.adapters
-    model = serving.load_model(folder)
+    model = serving.load_model(world.folder)
     names = ["a2", "a3", "a4", "a5", "a0", "a1"]  # ranks 8, 12, 16, 16, 4, 5
-    store = store_of(model, {name: adapters[name] for name in names}, capacity_bytes=int(adapter_bytes(16) * 2.2))
+    store = store_of(model, {name: world.adapters[name] for name in names}, capacity_bytes=int(adapter_bytes(16) * 2.2))
     requests = [(name, prompt(12, i)) for i, name in enumerate((names + [None]) * 4)]
     with continuous_batching(model, store, config()) as engine:
         ids = [engine.add_request(p, adapter=name, max_new_tokens=6) for name, p in requests]
         outputs = results(engine, *ids)
         assert engine.counters.waits_for_adapters > 0
-    assert check_all(plain, adapters, alone, requests, outputs, 6) == 0
+    assert check_all(world.plain, world.adapters, alone, requests, outputs, 6) == 0
     stats = store.stats()
     assert stats["bytes_used"] <= stats["capacity"] and stats["evictions"] > 0
 
@@ -430,13 +424,12 @@ def test_one_adapter_per_input(served):
 
 
 def test_adapters_may_come_and_go_while_requests_run(world, served, alone):
-    plain, adapters = world.plain, world.adapters
     model, store = served
     stop, requests = threading.Event(), mixed_requests(["a0", "a1", "a2"], 16, (9, 30))
 
     def churn():
         while not stop.is_set():
-            store.load("guest", str(adapters["a9"]))
+            store.load("guest", str(world.adapters["a9"]))
             store.unload("guest")
 
     with ThreadPoolExecutor(1) as thread:
@@ -446,7 +439,7 @@ def test_adapters_may_come_and_go_while_requests_run(world, served, alone):
         finally:
             stop.set()
     churning.result()
-    assert check_all(plain, adapters, alone, requests, outputs, 10) <= 1
+    assert check_all(world.plain, world.adapters, alone, requests, outputs, 10) <= 1
 
 
 @pytest.mark.slow

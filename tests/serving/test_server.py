@@ -202,19 +202,14 @@ def test_unknown_routes_have_the_error_shape(server):
 
 
 def test_load_and_unload(server, alone, world):
-    def post(verb, **body):
-        return server.http.post(f"/v1/{verb}_lora_adapter", json=body)
-
-    assert post("load", lora_name="guest", lora_path="a3").status_code == 200
+    assert server.load("guest", "a3").status_code == 200
     assert server.say("guest", "Load", 8).choices[0].text == alone("a3", "Load", 8)
     assert "guest" in [m.id for m in server.client.models.list().data]
-    again = post("load", lora_name="guest", lora_path="a4")
+    again = server.load("guest", "a4")
     assert again.status_code == 400 and "already been loaded" in again.json()["error"]["message"]
-    absolute = str(world.root / "a4")
-    assert post("load", lora_name="guest", lora_path=absolute, load_inplace=True).status_code == 200
+    assert server.load("guest", world.root / "a4", load_inplace=True).status_code == 200
     assert server.say("guest", "Load", 8).choices[0].text == alone("a4", "Load", 8)
-    assert post("unload", lora_name="guest").status_code == 200
-    assert post("unload", lora_name="guest").status_code == 404
+    assert [server.unload("guest").status_code for _ in range(2)] == [200, 404]
     assert status_of(lambda: server.say("guest", "Load", 8))[0] == 404
 
 
@@ -232,7 +227,7 @@ def test_load_and_unload(server, alone, world):
 )
 def test_only_adapters_of_the_folder_are_loaded(server, path, status):
     before = server.http.get("/v1/models").json()
-    answer = server.http.post("/v1/load_lora_adapter", json={"lora_name": "ok", "lora_path": path})
+    answer = server.load("ok", path)
     assert answer.status_code == status and answer.json()["error"]["message"]
     assert server.http.get("/v1/models").json() == before
 
@@ -241,16 +236,15 @@ def test_damaged_adapter_is_refused_and_the_old_one_stays(server, alone, world):
     folder = world.root / "damaged"
     shutil.copytree(world.root / "a3", folder)
     try:
-        load = {"lora_name": "frail", "lora_path": "damaged"}
-        assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
+        assert server.load("frail", "damaged").status_code == 200
         weights = folder / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-64])
-        answer = server.http.post("/v1/load_lora_adapter", json={**load, "load_inplace": True})
+        answer = server.load("frail", "damaged", load_inplace=True)
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_adapter"
         assert str(folder) not in answer.text
         assert server.say("frail", "Still", 8).choices[0].text == alone("a3", "Still", 8)
     finally:
-        server.http.post("/v1/unload_lora_adapter", json={"lora_name": "frail"})
+        server.unload("frail")
         shutil.rmtree(folder)
 
 
@@ -260,8 +254,7 @@ def test_reload_never_serves_a_token_of_the_old_one(server, alone):
     versions = ["a0", "a1", "a2", "a3"]
     wanted = {v: alone(v, "Which one are you?", 24) for v in versions}
     assert len(set(wanted.values())) == len(versions)
-    load = {"lora_name": "swap", "load_inplace": True}
-    assert server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": versions[0]}).status_code == 200
+    assert server.load("swap", versions[0]).status_code == 200
     loaded, asked, stop = [0], [], threading.Event()
 
     def ask(index):
@@ -286,8 +279,7 @@ def test_reload_never_serves_a_token_of_the_old_one(server, alone):
         for number in range(1, 9):
             answered = len(asked)
             wait_for(lambda n=answered: len(asked) > n + len(threads))
-            path = versions[number % len(versions)]
-            answer = server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": path})
+            answer = server.load("swap", versions[number % len(versions)], load_inplace=True)
             assert answer.status_code == 200, answer.text
             loaded[0] = number
         answered = len(asked)
@@ -296,7 +288,7 @@ def test_reload_never_serves_a_token_of_the_old_one(server, alone):
         stop.set()
         for thread in threads:
             thread.join()
-    server.http.post("/v1/unload_lora_adapter", json={"lora_name": "swap"})
+    server.unload("swap")
     for first, last, text in asked:
         # a load counts from when its answer was read, so one more may have happened
         possible = {wanted[versions[i % len(versions)]] for i in range(first, last + 2)}
@@ -305,15 +297,14 @@ def test_reload_never_serves_a_token_of_the_old_one(server, alone):
 
 def test_load_ends_what_still_runs_on_the_old_version(server, alone):
     """Its drain time is a second here; that it waits is shown in test_server_engine.py, without a clock."""
-    load = {"lora_name": "busy", "load_inplace": True}
     prompts = [f"Prompt {i}" for i in range(16)]
     for old, new in itertools.cycle([("a0", "a1"), ("a1", "a0")]):
-        assert server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": old}).status_code == 200
+        assert server.load("busy", old, load_inplace=True).status_code == 200
         texts = [""] * 16
         stream = iter(server.say("busy", prompts, 1000, stream=True))
         for chunk in itertools.islice(stream, 64):
             texts[chunk.choices[0].index] += chunk.choices[0].text
-        assert server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": new}).status_code == 200
+        assert server.load("busy", new, load_inplace=True).status_code == 200
         assert server.say("busy", "New", 8).choices[0].text == alone(new, "New", 8)
         try:
             for chunk in stream:
@@ -324,7 +315,7 @@ def test_load_ends_what_still_runs_on_the_old_version(server, alone):
         # all of it was made before the load began: this machine is fast, or this thread waited for long
     for prompt, text in zip(prompts[:4], texts, strict=False):
         assert len(text) > 2 and alone(old, prompt, 200).startswith(text[:100].rstrip("\ufffd"))
-    server.http.post("/v1/unload_lora_adapter", json={"lora_name": "busy"})
+    server.unload("busy")
 
 
 def test_client_that_hangs_up_frees_its_place(server):
@@ -388,15 +379,14 @@ def by_adapter(server, what):
 
 
 def test_adapters_are_counted_while_they_are_loaded(server):
-    load = {"lora_name": "org/counted.v1", "lora_path": "a3"}
-    assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
+    name = "org/counted.v1"
+    assert server.load(name, "a3").status_code == 200
     base = by_adapter(server, "sequences").get("", 0)
-    server.say("org/counted.v1", ["one", "three"], 5, n=2)
+    server.say(name, ["one", "three"], 5, n=2)
     server.say("tiny", "x", 2)
     found = {what: by_adapter(server, what) for what in ("sequences", "prompt_tokens", "generation_tokens")}
-    name = "org/counted.v1"
     assert [found[what][name] for what in found] == [4, 16, 20] and found["sequences"][""] == base + 1
-    assert server.http.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
+    assert server.unload(name).status_code == 200
     assert name not in by_adapter(server, "sequences")
     assert status_of(lambda: server.say(name, "x", 2))[0] == 404
     assert name not in by_adapter(server, "sequences")  # who asks for it does not bring it back
@@ -484,8 +474,7 @@ def test_right_key_is_let_in(strict, alone):
 
 
 def test_loading_is_off_by_default(strict):
-    for verb, more in (("load", {"lora_path": "a0"}), ("unload", {})):
-        answer = strict.http.post(f"/v1/{verb}_lora_adapter", json={"lora_name": "a0", **more})
+    for answer in (strict.load("a0", "a0"), strict.unload("a0")):
         assert answer.status_code == 403 and "--allow-load" in answer.json()["error"]["message"]
 
 
@@ -502,9 +491,8 @@ def test_limits(strict):
 def test_requests_that_take_too_long_end(world, tmp_path):
     # three sequences of 1,000 tokens, two at a time: more than any machine does in this time
     slow = dict(temperature=1.0, top_p=0.9, seed=1)
-    with Server(
-        world.folder, world.root, tmp_path / "log", "--request-timeout", "0.8", "--max-requests", "2"
-    ) as server:
+    limits = "--request-timeout", "0.8", "--max-requests", "2"
+    with Server(world.folder, world.root, tmp_path / "log", *limits) as server:
         status, body = status_of(lambda: server.say("a1", ["x"] * 3, 1000, **slow))
         assert (status, body["code"]) == (504, "timeout")
         wait_for(lambda: server.metric("requests_running") == 0)

@@ -90,8 +90,7 @@ def test_one_that_can_never_fit_is_refused_by_name(server):
     assert (status, body["error"]["code"], body["error"]["param"]) == (422, "store_full", "model")
     assert "'big' needs" in body["error"]["message"]
     for name in ("new", "a"):
-        load = dict(lora_name=name, lora_path="big", load_inplace=True)
-        answer = server.http.post("/v1/load_lora_adapter", json=load)
+        answer = server.load(name, "big", load_inplace=True)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "store_full")
         assert "retry-after" not in answer.headers
     assert ask(server, "new")[0] == 404 and ask(server, "a")[0] == 200
@@ -148,8 +147,7 @@ def test_one_that_overflows_is_refused_by_name_and_others_are_served(server, ada
     assert "evil" not in offered(server)
     assert [ask(server, name)[1]["choices"][0]["text"] for name in ("tiny", "a")] == before
     assert server.metric("non_finite_requests_total") == 1
-    load = dict(lora_name="evil", lora_path="a", load_inplace=True)
-    assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
+    assert server.load("evil", "a", load_inplace=True).status_code == 200
     assert ask(server, "evil")[1]["choices"][0]["text"] == before[1] and "evil" in offered(server)
 
 
