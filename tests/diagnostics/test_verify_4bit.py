@@ -11,7 +11,7 @@ import fused_lora
 from fused_lora import LoraConfig, verify
 from fused_lora.bases.bitsandbytes_4bit import is_repacked
 from fused_lora.diagnostics.verification import report
-from helpers.over_quantised import KINDS, assert_lost, assert_requantised, lora_layers, same, with_adapters
+from helpers.over_quantised import KINDS, assert_lost, assert_requantised, finds, lora_layers, same, with_adapters
 from helpers.quantised import linear4bit, repack, values_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -111,8 +111,7 @@ def test_an_adapter_trained_while_merged_is_stale():
     model = make("fused_lora")
     fused_lora.merge(model)
     model.up.lora_B["default"].weight.data.mul_(1.02)
-    result = verify(model, torch.randn(M, K))
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.STALE, ("up",))], str(result)
+    finds(report.STALE, ("up",), model, torch.randn(M, K))
 
 
 @pytest.mark.parametrize("kind", ["fused_lora", "accelerated"])
@@ -122,8 +121,7 @@ def test_a_merged_weight_that_was_replaced(kind):
     path, layer = next(iter(lora_layers(model).items()))
     layer.base_layer.weight = linear4bit(H, K).weight
     before = contents(model)
-    result = verify(model, torch.randn(M, K))
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.BASE, (path,))], str(result)
+    finds(report.BASE, (path,), model, torch.randn(M, K))
     assert same(contents(model), before)
 
 
@@ -144,8 +142,7 @@ def test_a_merge_that_quantises_wrongly(monkeypatch):
 
         model = make("fused_lora", nested=False)
         monkeypatch.setattr(functional, "quantize_4bit", quantise)
-        result = verify(model, torch.randn(M, K))
-        assert [(f.cause, f.layers) for f in result.findings] == [(report.MERGE, ("up", "down"))], str(result)
+        finds(report.MERGE, ("up", "down"), model, torch.randn(M, K))
         monkeypatch.undo()
 
 
@@ -177,18 +174,15 @@ def test_a_dense_reference(merged, nested):
             delta = getattr(model, name).get_delta_weight("default")
             original[f"{name}.weight"] = original[f"{name}.weight"].float() + delta
     x = torch.randn(M, K)
-    result = verify(model.eval(), x, reference=original)
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.QUANTISED, ("up", "down"))], str(result)
+    result = finds(report.QUANTISED, ("up", "down"), model.eval(), x, reference=original)
     assert "nf4 in blocks of 64" in result.findings[0].message and result.reference_merged == merged
     exact = {f"{name}.weight": values_of(getattr(model, name).base_layer) for name in ("up", "down")}
     result = verify(model, x, reference=exact)
     assert result.ok and not result.findings, str(result)
     for name in ("up", "down"):  # a call on a CPU rounds the scales to bf16
         repack(getattr(model, name).base_layer)
-    result = verify(model, x, reference=original)
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.QUANTISED, ("up", "down"))], str(result)
-    result = verify(model, x, reference={"up.weight": torch.randn(H, K)})
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.BASE, ("up",))], str(result)
+    finds(report.QUANTISED, ("up", "down"), model, x, reference=original)
+    finds(report.BASE, ("up",), model, x, reference={"up.weight": torch.randn(H, K)})
 
 
 def test_a_quantised_reference():
@@ -202,8 +196,7 @@ def test_a_quantised_reference():
     assert same(contents(reference), before)
     for quant_type, cause in (("fp4", report.QUANTISED), ("nf4", report.BASE)):
         reference.up.base_layer.weight = linear4bit(H, K, quant_type=quant_type).weight
-        result = verify(model, x, reference=reference)
-        assert [(f.cause, f.layers) for f in result.findings] == [(cause, ("up",))], str(result)
+        finds(cause, ("up",), model, x, reference=reference)
     assert "nf4 in blocks of 64, double quantised here, fp4 in" in str(
         verify(model, x, reference=_with_weight(reference, quant_type="fp4"))
     )

@@ -12,7 +12,7 @@ import fused_lora
 from fused_lora import LoraConfig, verify
 from fused_lora.bases.torchao import parts
 from fused_lora.diagnostics.verification import report
-from helpers.over_quantised import KINDS, assert_lost, assert_requantised, lora_layers, same, with_adapters
+from helpers.over_quantised import KINDS, assert_lost, assert_requantised, finds, lora_layers, same, with_adapters
 from helpers.quantised import linear8bit, torchao_linear
 
 peft = pytest.importorskip("peft")
@@ -160,8 +160,7 @@ def test_a_merge_with_one_wrong_code_in_a_thousand(monkeypatch):
     merged = copy.deepcopy(model)
     fused_lora.merge(merged)
     monkeypatch.undo()
-    result = verify(merged, x)
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.STALE, ("up", "down"))], str(result)
+    finds(report.STALE, ("up", "down"), merged, x)
 
 
 def test_an_int8_product_that_is_wrong():
@@ -188,12 +187,10 @@ def test_a_dense_reference(base, merged):
         for name in ("up", "down"):
             original[f"{name}.weight"] += getattr(model, name).get_delta_weight("default").detach()
     x = torch.randn(M, K)
-    result = verify(model.eval(), x, reference=original)
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.QUANTISED, ("up", "down"))], str(result)
+    result = finds(report.QUANTISED, ("up", "down"), model.eval(), x, reference=original)
     assert f"{NAMES.get(base, 'int8')} in blocks of" in result.findings[0].message
     assert result.reference_merged == merged
-    result = verify(model, x, reference={"up.weight": torch.randn(H, K)})
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.BASE, ("up",))], str(result)
+    finds(report.BASE, ("up",), model, x, reference={"up.weight": torch.randn(H, K)})
 
 
 def requantised(base, dense):
@@ -218,8 +215,7 @@ def test_a_quantised_reference():
     assert result.ok and not result.findings and result.reference is not None, str(result)
     assert same(contents(reference), before)
     reference.up.base_layer.weight = linear8bit(H, K).weight
-    result = verify(model, x, reference=reference)
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.BASE, ("up",))], str(result)
+    finds(report.BASE, ("up",), model, x, reference=reference)
 
 
 @pytest.mark.parametrize("base", ["ao tensor", "ao dynamic"])

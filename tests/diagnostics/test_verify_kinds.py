@@ -98,6 +98,21 @@ def test_experts_differ_by_rounding(kind, dtype, merged):
     assert_healthy(experts(kind, dtype, name, ["a", "b"]), 2, dtype, merged, STACKS)
 
 
+def right_references(kind, model, x, folder):
+    """The model unloaded with its adapter merged, and the adapter's file, whose tensors are returned."""
+    copied = copy.deepcopy(model)
+    unloaded = fused_lora.unload(copied, merge_adapters=True) if kind == "inject" else copied.merge_and_unload()
+    merged = verify(model, x, reference=unloaded)
+    assert merged.ok and merged.reference.difference > 0, str(merged)
+    if kind == "inject":
+        fused_lora.save_adapter(model, folder, folder.name)
+    else:
+        model.save_pretrained(folder.parent, selected_adapters=[folder.name])
+    file = load_file(folder / "adapter_model.safetensors")
+    assert verify(model, x, reference=file).ok
+    return file
+
+
 @pytest.mark.parametrize("make", [moe, llama4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_whole_model_and_its_references(kind, make, tmp_path):
@@ -111,17 +126,8 @@ def test_a_whole_model_and_its_references(kind, make, tmp_path):
     assert same.ok and same.reference.difference == 0.0
     plain = verify(model, tokens, reference=original)
     assert plain.ok and "without the adapter" in plain.notes[0]
-    copied = copy.deepcopy(model)
-    unloaded = fused_lora.unload(copied, merge_adapters=True) if kind == "inject" else copied.merge_and_unload()
-    merged = verify(model, tokens, reference=unloaded)
-    assert merged.ok and merged.reference.difference > 0, str(merged)
-    if kind == "inject":
-        fused_lora.save_adapter(model, tmp_path / "a", "a")
-    else:
-        model.save_pretrained(tmp_path, selected_adapters=["a"])
-    file = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    file = right_references(kind, model, tokens, tmp_path / "a")
     assert sum(".experts." in key for key in file) == 8
-    assert verify(model, tokens, reference=file).ok
     key = next(key for key in file if f"layers.1.{place}.experts.base_layer.lora_B" in key)  # PEFT's gate_up_proj
     file[key] += 1.0
     result = verify(model, tokens, reference=file)
@@ -135,16 +141,7 @@ def test_dora_and_its_references(kind, tmp_path):
     model = make(kind, copy.deepcopy(original), DORA, ["v"], target_modules=["lin0", "conv1d"])
     assert verify(model, ids(), reference=copy.deepcopy(model)).ok
     assert verify(model, ids(), reference=original).ok
-    copied = copy.deepcopy(model)
-    unloaded = fused_lora.unload(copied, merge_adapters=True) if kind == "inject" else copied.merge_and_unload()
-    merged = verify(model, ids(), reference=unloaded)
-    assert merged.ok and merged.reference.difference > 0, str(merged)
-    if kind == "inject":
-        fused_lora.save_adapter(model, tmp_path / "v", "v")
-    else:
-        model.save_pretrained(tmp_path, selected_adapters=["v"])
-    file = load_file(tmp_path / "v" / "adapter_model.safetensors")
-    assert verify(model, ids(), reference=file).ok
+    file = right_references(kind, model, ids(), tmp_path / "v")
     file["base_model.model.conv1d.lora_magnitude_vector"] *= 1.5
     result = verify(model, ids(), reference=file)
     assert result.causes == [report.ADAPTER], str(result)

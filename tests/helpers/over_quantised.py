@@ -124,6 +124,13 @@ def assert_requantised(
             assert found == pytest.approx(lost, rel=1e-3, abs=1e-6)
 
 
+def finds(cause: str, layers: tuple[str, ...], model: nn.Module, x: Tensor, **options: Any) -> report.Verification:
+    """verify finds one cause, in these layers."""
+    result = verify(model, x, **options)
+    assert [(found.cause, found.layers) for found in result.findings] == [(cause, layers)], str(result)
+    return result
+
+
 def assert_lost(model: nn.Module, x: Tensor, name: str) -> None:
     """verify of such a model, whose quantised layers would lose a small adapter."""
     for layer in layers(model):
