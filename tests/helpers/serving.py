@@ -186,6 +186,12 @@ def is_rounding_tie(model: nn.Module, adapter: Path | None, ids: Sequence[int], 
     return best_two == {token, wanted} and bool((exact[wanted] - exact[token]).abs() <= 4 * error)
 
 
+def adapter_bytes(rank: int) -> int:
+    """At least what an adapter of this rank on all linear layers of the tiny model takes in a store."""
+    shapes = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64))
+    return 2 * sum(4 * rank * (K + N) for K, N in shapes)  # float32, two layers
+
+
 class Tiny:
     """A tiny Llama and random adapters of these ranks below ``root``; what it gives alone, with one of them merged."""
 

@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import fused_lora
 from fused_lora.adapters.errors import AdapterError
@@ -34,9 +33,7 @@ def store(model, tmp_path):
     """A store with the adapters hot (loaded) and cold (registered) of rank 4; room for both and half of another."""
     for i, name in enumerate(("hot", "cold", "other")):
         serving.write_adapter(tmp_path / name, model, 4, seed=i)
-    layers = [m for path, m in model.named_modules() if "layers" in path and isinstance(m, torch.nn.Linear)]
-    size = 4 * 4 * sum(m.in_features + m.out_features for m in layers)
-    found = fused_lora.AdapterStore(model, capacity_bytes=int(2.5 * size))
+    found = fused_lora.AdapterStore(model, capacity_bytes=int(2.5 * serving.adapter_bytes(4)))
     found.load("hot", str(tmp_path / "hot"))
     for name in ("cold", "other"):
         found.register(name, str(tmp_path / name))

@@ -14,8 +14,8 @@ from fused_lora.serving.engine import continuous
 from fused_lora.serving.engine.continuous import continuous_batching, generate_batch
 from fused_lora.serving.engine.failures import failure_of
 from helpers import serving
+from helpers.serving import adapter_bytes, prompt, results, store_of
 from helpers.serving import engine_config as config
-from helpers.serving import prompt, results, store_of
 from helpers.waiting import wait_for
 
 serving.need_engine()
@@ -198,12 +198,6 @@ def test_lease_says_which_layers_it_changes(world, served, tmp_path):
         assert other.adapts(model.model.layers[0].mlp.up_proj) and not other.adapts(model.model.norm)
     with pytest.raises(RuntimeError, match="has been released"):
         other.adapts(model.lm_head)
-
-
-def adapter_bytes(rank):
-    """At least what an adapter of this rank takes in the store."""
-    shapes = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64))
-    return 2 * sum(4 * rank * (K + N) for K, N in shapes)  # float32, two layers
 
 
 def test_adapter_unloaded_before_the_request_starts(world, alone):

@@ -274,8 +274,7 @@ def test_failure_is_logged_with_its_traceback(served, caplog):
 
 def test_idle_engine_lets_adapters_make_room(world):
     model = serving.load_model(world.folder)
-    size = 4 * 8 * 2 * sum(K + N for K, N in ((64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64)))
-    store = store_of(model, world.adapters, capacity_bytes=int(size * 2.2))
+    store = store_of(model, world.adapters, capacity_bytes=int(serving.adapter_bytes(8) * 2.2))
     with continuous_batching(model, store, config()) as engine:
         results(engine, engine.add_request(prompt(9), adapter="a", max_new_tokens=2))
         wait_for(lambda: store.stats()["in_use"] == 0)
