@@ -143,17 +143,9 @@ def child(base: str, adapter: str, out: str, limit: float) -> None:
     print(json.dumps(dict(peak_bytes=resident, address_space_bytes=space, seconds=seconds, checked=report.checked)))
 
 
-def speed(
-    base: Path,
-    adapter: Path,
-    folder: Path,
-    report: Report,
-    table: Table,
-    arguments: argparse.Namespace,
-    goals: bool,
-) -> None:
+def speed(base: Path, adapter: Path, out: Path, report: Report, arguments: argparse.Namespace, goals: bool) -> None:
     """Copy and merge in turns, over a warm and a cold base."""
-    out = folder / "out"
+    table = Table(COLUMNS)
     nbytes = sum(file.stat().st_size for file in base.iterdir())
 
     for state, before in (("warm", warm), ("cold", drop)):
@@ -169,19 +161,16 @@ def speed(
             Candidate("fused_lora", [lambda: fused_lora.merge_checkpoint(base, adapter, out)], prepare),
         ]
         found = interleaved(candidates, Clock(torch.device("cpu")), 0, arguments.rounds, arguments.deadline)
-        medians = {name: summary([ms for (ms,) in rounds]) for name, rounds in found.items()}
-        for name, times in medians.items():
-            share = medians["copy"]["median"] / times["median"]
-            rate = nbytes / times["median"] / 1e3
-            row = dict(
-                benchmark="checkpoint", base=state, provider=name, ms=times, nbytes=nbytes, mb_per_s=round(rate, 1)
-            )
-            report.rows.append({**row, "of_copy": round(share, 3)})
+        ms = {name: summary([ms for (ms,) in rounds]) for name, rounds in found.items()}
+        for name, times in ms.items():
+            share, rate = ms["copy"]["median"] / times["median"], nbytes / times["median"] / 1e3
+            row = dict(benchmark="checkpoint", base=state, provider=name, ms=times, nbytes=nbytes)
+            report.rows.append(row | dict(mb_per_s=round(rate, 1), of_copy=round(share, 3)))
             table.row(state, name, f"{times['median'] / 1e3:.2f}", f"{rate:.0f}", f"{share:.2f}")
-        share = medians["copy"]["median"] / medians["fused_lora"]["median"]
-        print(f"{state}: {medians['PEFT']['median'] / medians['fused_lora']['median']:.2f} times PEFT's speed")
+        ours, theirs, copied = (ms[name]["median"] for name in ("fused_lora", "PEFT", "copy"))
+        print(f"{state}: {theirs / ours:.2f} times PEFT's speed")
         if goals:
-            report.bar(f"speed of copying the same files, {state}", share, LEAST_SPEED, True)
+            report.bar(f"speed of copying the same files, {state}", copied / ours, LEAST_SPEED, True)
         report.write()
 
 
@@ -220,7 +209,7 @@ def measure(report: Report, arguments: argparse.Namespace, parent: str | None = 
         largest = 2 * max(arguments.vocabulary * arguments.hidden, *(k * n for k, n in linear.values()))
         if goals:
             memory(base, adapter, folder, report, largest, arguments.limit)
-        speed(base, adapter, folder, report, Table(COLUMNS), arguments, goals)
+        speed(base, adapter, folder / "out", report, arguments, goals)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from layers import SCALING, no_worse
-from report import Candidate, Clock, Report, Table, begin, interleaved, parser, replayed, run_points, spread, summary
+from report import Clock, Report, Table, begin, parser, replayed, run_points, spread, times_of
 from torch import nn
 
 import fused_lora
@@ -125,10 +125,8 @@ def measure(point: DecodePoint, decode: Decode, report: Report, table: Table, ar
             stack.enter_context(store.batch_rows(names, [1] * point.M, buffers))
             calls["fused_lora", "graph"] = replayed(lambda: served(*inputs), stack)
         wrong = {key: decode.wrong(call(), inputs, names) for key, call in calls.items() if key[0] == "fused_lora"}
-        candidates = [Candidate(key, [call]) for key, call in calls.items() if wrong.get(key) is None]
-        clock = Clock(arguments.device)
-        times = interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline)
-    ms = {key: summary([t[0] for t in rounds]) for key, rounds in times.items()}
+        right = {key: call for key, call in calls.items() if wrong.get(key) is None}
+        ms = times_of(right, Clock(arguments.device), arguments)
     floor = decode.floor(names)
     for (provider, mode), message in {**dict.fromkeys(calls), **wrong}.items():
         row = vars(point) | dict(benchmark="decode", provider=provider, mode=mode, correct=True)

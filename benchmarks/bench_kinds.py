@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import peft
 import torch
-from report import Candidate, Clock, Report, Table, begin, interleaved, parser, spread, summary
+from report import Clock, Report, Table, begin, parser, spread, times_of
 from torch import nn
 
 import fused_lora
@@ -85,9 +85,7 @@ def measure(case: str, floor: str, steps: dict[str, Callable], report: Report, t
     off = ((ours - theirs).norm() / theirs.norm()).item()
     if not (off < 1e-5 or "p=0.1" in case):  # masks are drawn by other generators
         raise RuntimeError(f"{case}: the output differs from PEFT's by {off:.1e}")
-    candidates = [Candidate(name, [run]) for name, run in steps.items()]
-    times = interleaved(candidates, Clock(arguments.device), arguments.seconds, arguments.rounds, arguments.deadline)
-    ms = {name: summary([t[0] for t in rounds]) for name, rounds in times.items()}
+    ms = times_of(steps, Clock(arguments.device), arguments)
     for name, found in ms.items():
         over = {other: round(found["median"] / ms[other]["median"], 4) for other in (floor, "PEFT")}
         report.rows.append(

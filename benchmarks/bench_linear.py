@@ -27,12 +27,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
-from layers import ADAPTER, QUANTISED, SCALING, Point, Weights, no_worse, plausible
-from report import Candidate, Clock, Report, Table, interleaved, parser, run, spread, summary
+from layers import ADAPTER, QUANTISED, SCALING, Point, Weights, kept_by, no_worse, plausible
+from report import Candidate, Clock, Report, Table, interleaved, parser, run, spread, summary, times_of
 from torch import nn
 
 import fused_lora
-from fused_lora.bases.torchao import parts
 from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.reference import keep_scale
 from fused_lora.testing.graphs import capture
@@ -220,22 +219,9 @@ def _first(found: Iterable[str | None]) -> str | None:
 
 def saved_bytes(provider: Provider, x: torch.Tensor) -> tuple[int, int]:
     """(all bytes kept for the backward, those that are not x): unique storages, parameters excepted."""
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        for part in parts(tensor).values():
-            storage = part.untyped_storage()
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = provider.call(x)
-    for part in (part for parameter in provider.parameters for part in parts(parameter.data).values()):
-        kept.pop(part.untyped_storage().data_ptr(), None)
-    sizes = {pointer: storage.nbytes() for pointer, storage in kept.items()}
-    del y
-    total = sum(sizes.values())
-    return total, total - sizes.get(x.untyped_storage().data_ptr(), 0)
+    kept = kept_by(lambda: provider.call(x), provider.parameters)
+    total = sum(kept.values())
+    return total, total - kept.get(x.untyped_storage()._cdata, 0)
 
 
 def _candidate(provider: Provider, x: torch.Tensor, g: torch.Tensor) -> Candidate:
@@ -257,8 +243,8 @@ def _candidate(provider: Provider, x: torch.Tensor, g: torch.Tensor) -> Candidat
 
 def graph_times(
     layers: dict[str, Provider], x: torch.Tensor, g: torch.Tensor, clock: Clock, arguments
-) -> tuple[dict[str, list[list[float]]], dict[str, str]]:
-    """Forward and backward as one CUDA graph: ({provider: [[ms] per round]}, {provider: why it was not captured})."""
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """Forward and backward as one CUDA graph: ({provider: summary of ms}, {provider: why it was not captured})."""
     graphs, failed = {}, {}
     for name, provider in layers.items():
 
@@ -266,11 +252,10 @@ def graph_times(
             return torch.autograd.grad(provider.call(x), [x, *provider.trained], g)
 
         try:
-            graphs[name] = capture(both)[0]
+            graphs[name] = capture(both)[0].replay
         except RuntimeError as error:
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    candidates = [Candidate(name, [graph.replay]) for name, graph in graphs.items()]
-    return interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline), failed
+    return times_of(graphs, clock, arguments), failed
 
 
 def measure(point: Point, report: Report, table: Table, arguments) -> None:
@@ -299,7 +284,7 @@ def measure(point: Point, report: Report, table: Table, arguments) -> None:
         replays, failed = graph_times(layers, x, g, clock, arguments)
         for name in layers:
             more[name] |= {"graph_error": failed[name]} if name in failed else {}
-            more[name]["graph_ms"] = None if name in failed else summary([t[0] for t in replays[name]])
+            more[name]["graph_ms"] = replays.get(name)
     _add_rows(point, report, table, wrong, times, more)
 
 

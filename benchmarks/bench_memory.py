@@ -18,12 +18,12 @@ import contextlib
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import peft
 import torch
 from bench_linear import LLAMA_3_8B
+from layers import kept_by
 from report import Report, Table, parser, run
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -133,23 +133,6 @@ class Training:
             # a GPU keeps the rounded adapters, a CPU computes with the fp32 ones
             total += sum(2 * p.numel() for p in self.trained)
         return total, total - sum(kept.get(x.untyped_storage()._cdata, 0) for x in self.inputs.values())
-
-
-def kept_by(call: Callable[[], object], parameters: Iterable[torch.Tensor]) -> dict[int, int]:
-    """{storage: bytes} of what autograd keeps of ``call``, ``parameters`` excepted; with or without memory."""
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that no later one gets its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()
-    for parameter in parameters:
-        kept.pop(parameter.untyped_storage()._cdata, None)
-    del result
-    return {address: storage.nbytes() for address, storage in kept.items()}
 
 
 def computed(point: Point, provider: str) -> tuple[int, int]:

@@ -36,7 +36,7 @@ import bench_checkpoint
 import peft
 import torch
 from layers import SCALING, Point, Weights, no_worse, plausible
-from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
+from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summaries, summary
 
 import fused_lora
 from fused_lora.ops.merge import launch as merge_kernel
@@ -250,28 +250,37 @@ def _add_rows(point, weights, report, table, checks, times, host, extra) -> None
         )  # fmt: skip
 
 
+def _twins(bare: torch.nn.Module, config: peft.LoraConfig, names: list[str]) -> tuple[peft.PeftModel, torch.nn.Module]:
+    """PEFT's model over a copy of ``bare`` and ours over ``bare``, with the same adapters."""
+    theirs, ours = peft.get_peft_model(copy.deepcopy(bare), config, names[0]), bare
+    for name in names[1:]:
+        theirs.add_adapter(name, config)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(0.02)  # a delta of about 1 % of the weight
+    for name in names:
+        ours = fused_lora.inject(ours, config, name)
+    ours.load_state_dict({name.removeprefix("base_model.model."): t for name, t in theirs.state_dict().items()})
+    return theirs, ours
+
+
+def _frozen(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [layer.base_layer.weight for layer in fused_lora.lora_layers(model).values()]
+
+
 def measure_model(report: Report, arguments) -> None:
     """120 layers as small as those of a 135M model: merge and unmerge of the whole model, PEFT's calls and ours."""
     layers = {f"layer{i}": torch.nn.Linear(*_SMALL[i % len(_SMALL)], bias=False) for i in range(120)}
     bare = torch.nn.ModuleDict(layers)
     config = peft.LoraConfig(r=16, target_modules=list(layers), init_lora_weights=False)
-    theirs = peft.get_peft_model(copy.deepcopy(bare), config)
-    for name, parameter in theirs.named_parameters():
-        if "lora_B" in name:
-            parameter.data.mul_(0.02)  # a delta of about 1 % of the weight
-    ours = fused_lora.inject(bare, config)
-    ours.load_state_dict({name.removeprefix("base_model.model."): t for name, t in theirs.state_dict().items()})
-    before = [layer.base_layer.weight.clone() for layer in fused_lora.lora_layers(ours).values()]
+    theirs, ours = _twins(bare, config, ["default"])
+    before = [weight.clone() for weight in _frozen(ours)]
     steps = {
         "PEFT": [theirs.merge_adapter, theirs.unmerge_adapter],
         "fused_lora": [lambda: fused_lora.merge(ours), lambda: fused_lora.unmerge(ours)],
     }
-    candidates = [Candidate(name, calls) for name, calls in steps.items()]
-    clock = Clock(arguments.device)
-    times = interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline)
-    after = [layer.base_layer.weight for layer in fused_lora.lora_layers(ours).values()]
-    report.bar("model of 120 layers: all bits back", float(all(map(torch.equal, before, after))), 1.0, True)
-    found = {name: [summary([t[i] for t in times[name]]) for i in (0, 1)] for name in steps}
+    found = summaries([Candidate(name, calls) for name, calls in steps.items()], Clock(arguments.device), arguments)
+    report.bar("model of 120 layers: all bits back", float(all(map(torch.equal, before, _frozen(ours)))), 1.0, True)
     for name, (merge, unmerge) in found.items():
         report.rows.append(dict(benchmark="merge_model", provider=name, layers=120, merge_ms=merge, unmerge_ms=unmerge))
         print(f"model of 120 layers, {name}: merge {spread(merge)} ms, unmerge {spread(unmerge)} ms")
@@ -286,15 +295,8 @@ def measure_decoder(report: Report, arguments) -> None:
     torch.manual_seed(0)
     bare = torch.nn.ModuleDict({n: torch.nn.Linear(*s, bias=False, dtype=torch.bfloat16) for n, s in _DECODER.items()})
     config = peft.LoraConfig(r=16, target_modules=list(_DECODER), init_lora_weights=False)
-    theirs = peft.get_peft_model(copy.deepcopy(bare), config, "a")
-    theirs.add_adapter("b", config)
-    for name, parameter in theirs.named_parameters():
-        if "lora_B" in name:
-            parameter.data.mul_(0.02)
-    ours = fused_lora.inject(bare, config, "a")
-    fused_lora.inject(ours, config, "b")
-    ours.load_state_dict({name.removeprefix("base_model.model."): t for name, t in theirs.state_dict().items()})
-    before = [layer.base_layer.weight.clone() for layer in fused_lora.lora_layers(ours).values()]
+    theirs, ours = _twins(bare, config, ["a", "b"])
+    before = [weight.clone() for weight in _frozen(ours)]
 
     def sync() -> None:
         with fused_lora.merged(ours, ["a"]):
@@ -311,15 +313,10 @@ def measure_decoder(report: Report, arguments) -> None:
         "fused_lora": [sync, merge_a, lambda: fused_lora.switch(ours, ["b"]), unmerge],
         "two calls": [sync, merge_a, lambda: (unmerge(), fused_lora.merge(ours, ["b"])), unmerge],
     }
-    clock = Clock(arguments.device)
-    candidates = [Candidate(name, calls) for name, calls in steps.items()]
-    rounds = min(arguments.rounds, _DECODER_ROUNDS)
-    times = interleaved(candidates, clock, arguments.seconds, rounds, arguments.deadline)
-    after = [layer.base_layer.weight for layer in fused_lora.lora_layers(ours).values()]
-    report.bar(
-        "decoder layer, merged, switched and back: all bits", float(all(map(torch.equal, before, after))), 1, True
-    )
-    found = {n: [summary([turn[i] for turn in times[n]]) for i in range(4)] for n in steps}
+    few = Namespace(**(vars(arguments) | dict(rounds=min(arguments.rounds, _DECODER_ROUNDS))))
+    found = summaries([Candidate(name, calls) for name, calls in steps.items()], Clock(arguments.device), few)
+    back = float(all(map(torch.equal, before, _frozen(ours))))
+    report.bar("decoder layer, merged, switched and back: all bits", back, 1, True)
     for name, (there_and_back, merge, switch, unmerge) in found.items():
         row = dict(sync_ms=there_and_back, merge_ms=merge, switch_ms=switch, unmerge_ms=unmerge)
         report.rows.append(dict(benchmark="merge_decoder", provider=name, dtype="bfloat16", **row))

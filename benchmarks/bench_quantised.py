@@ -29,13 +29,12 @@ import bench_linear
 import torch
 from bench_linear import LLAMA_3_8B
 from layers import QUANTISED, SCALING, Point, Weights, no_worse, plausible
-from report import Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
+from report import Candidate, Clock, Report, Table, begin, parser, replayed, run_points, spread, summaries, times_of
 from torch import nn
 
 from fused_lora.bases.bitsandbytes_4bit import Weight
 from fused_lora.bases.torchao import parts
 from fused_lora.functional import lora_linear
-from fused_lora.testing.graphs import capture
 
 ROWS = (1, 4, 16, 32, 64, 128)
 ROUNDS_INPUT = ("int8", "fp8 blocks")  # in eval(): their error against float64 is that of the input
@@ -87,15 +86,10 @@ def measure_decoding(point: Point, report: Report, table: Table, arguments) -> N
     packed = list(parts(weights.quantised.weight.data).values())
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
-            for name in [name for name, _ in runs]:
-                graph, _ = capture(lambda call=calls[name]: call(x))
-                stack.callback(graph.reset)
-                runs[name, "graph"] = graph.replay
+            runs |= {(name, "graph"): replayed(run, stack) for (name, _), run in runs.items()}
         targets = [torch.empty_like(part) for part in packed]
         runs["copy", "eager"] = lambda: [to.copy_(part) for to, part in zip(targets, packed, strict=True)]
-        candidates = [Candidate(key, [run]) for key, run in runs.items()]
-        times = interleaved(candidates, Clock(device), arguments.seconds, arguments.rounds, arguments.deadline)
-    ms = {key: summary([t[0] for t in rounds]) for key, rounds in times.items()}
+        ms = times_of(runs, Clock(device), arguments)
     floor = ms.pop(("copy", "eager"))["median"] / 2  # a copy reads and writes
     _add_wrong(point, report, table, "decode_quantised", wrong)
     for (name, mode), found in ms.items():
@@ -133,10 +127,7 @@ def measure_merge(point: Point, report: Report, table: Table, arguments) -> None
         candidates.append(Candidate(name, [layer.merge, layer.unmerge]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        times = interleaved(
-            candidates, Clock(arguments.device), arguments.seconds, arguments.rounds, arguments.deadline
-        )
-    found = {name: [summary([t[step] for t in rounds]) for step in (0, 1)] for name, rounds in times.items()}
+        found = summaries(candidates, Clock(arguments.device), arguments)
     if changed.get("fused_lora"):
         _add_wrong(point, report, table, "merge_quantised", {"fused_lora": "bytes that did not come back"})
         del found["fused_lora"]

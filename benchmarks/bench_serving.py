@@ -24,7 +24,7 @@ from pathlib import Path
 
 import serving_load
 import torch
-from report import ROOT, Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
+from report import ROOT, Clock, Report, Table, begin, parser, run_points, spread, times_of
 from serving_steps import Adapters, Step, StepPoint, disagreement, steps
 from torch import nn
 
@@ -100,10 +100,8 @@ class Steps:
             with steps(self.adapters[r], point, ids, arguments.peft_up_to, arguments.loop_up_to) as trial:
                 wrong = disagreement(trial)
                 if wrong is None:
-                    candidates = [Candidate(name, [step.call]) for name, step in trial.steps.items()]
-                    clock = Clock(arguments.device)
-                    times = interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline)
-                    self._add(point, trial.steps, {name: summary([t[0] for t in ts]) for name, ts in times.items()})
+                    calls = {name: step.call for name, step in trial.steps.items()}
+                    self._add(point, trial.steps, times_of(calls, Clock(arguments.device), arguments))
                     return
         finally:
             self.left[r] -= 1
@@ -160,12 +158,11 @@ def generate(report: Report, arguments: argparse.Namespace) -> None:
         with wrapped.base_model._enable_peft_forward_hooks(adapter_names=names):
             answers["PEFT"] = theirs.generate(**inputs, **more)
 
-    candidates = [Candidate("fused_lora", [ours]), Candidate("PEFT", [peft_s])]
-    times = interleaved(candidates, Clock(arguments.device), 2, 2, arguments.deadline)
+    twice = argparse.Namespace(seconds=2, rounds=2, deadline=arguments.deadline)
+    times = times_of({"fused_lora": ours, "PEFT": peft_s}, Clock(arguments.device), twice)
     same = (answers["fused_lora"] == answers["PEFT"]).float().mean().item()
     speed = {}
-    for name, found in times.items():
-        ms = summary([t[0] for t in found])
+    for name, ms in times.items():
         speed[name] = D * new / ms["median"] * 1e3
         row = dict(benchmark="generate", provider=name, T=D, D=D, r=16, correct=same > 0.9, ms=ms)
         report.rows.append(row | dict(tokens_per_second=round(speed[name], 2), same_tokens=round(same, 4)))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import bench_linear
 import torch
 from layers import SCALING, Point, Weights, no_worse
-from report import Candidate, Clock, Report, Table, interleaved, parser, run, spread, summary
+from report import Clock, Report, Table, parser, run, spread, times_of
 
 import fused_lora
 from fused_lora.ops import guard
@@ -114,22 +114,21 @@ def measure(point: Point, report: Report, table: Table, arguments) -> None:
         "backward": lambda: g @ weights.weight,
     }
     for title, (calls, wrong, chosen) in check(point, weights, x, g).items():
-        candidates = [Candidate("bare", [bare[title]])]
-        candidates += [Candidate(name, [call]) for name, call in calls.items() if wrong[name] is None]
-        times = interleaved(candidates, Clock(device), arguments.seconds, arguments.rounds, arguments.deadline)
-        _add_rows(point, title, chosen, report, table, {"bare": None, **wrong}, times)
+        right = {"bare": bare[title]} | {name: call for name, call in calls.items() if wrong[name] is None}
+        ms = times_of(right, Clock(device), arguments)
+        _add_rows(point, title, chosen, report, table, {"bare": None, **wrong}, ms)
 
 
-def _add_rows(point, title, chosen, report, table, wrong, times) -> None:
+def _add_rows(point, title, chosen, report, table, wrong, ms) -> None:
     label = point.label
-    base = summary([t[0] for t in times["bare"]])["median"]
+    base = ms["bare"]["median"]
     for name, message in wrong.items():
         row = vars(point) | dict(benchmark="variants", op=title, provider=name, correct=True, chosen=name == chosen)
         mark = "*" if row["chosen"] else ""
         if message is not None:
             report.add_wrong(table, row, message, label, title, name)
             continue
-        found = summary([t[0] for t in times[name]])
+        found = ms[name]
         report.rows.append(row | dict(ms=found, to_bare=round(found["median"] / base, 4)))
         table.row(label, title, name, spread(found), f"{found['median'] / base:.3f}", mark)
 

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-from report import ROOT, Candidate, Clock, Report, Table, begin, interleaved, parser, run_points, spread, summary
+from report import ROOT, Clock, Report, Table, begin, parser, run_points, spread, summary, times_of
 from torch import Tensor
 from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping
 
@@ -142,9 +142,8 @@ def measure_operator(point: OperatorPoint, report: Report, table: Table, argumen
     off = {name: errors(result, exact)[0] for name, result in results.items()}
     limit = 1.1 * off["vllm"] + ulp(exact.abs().max().item(), dtype)
     wrong = f"off by {off['fused_lora']:.2e}, vLLM's by {off['vllm']:.2e}" if off["fused_lora"] > limit else None
-    candidates = [Candidate(name, [call]) for name, call in calls.items() if name != "fused_lora" or wrong is None]
-    times = interleaved(candidates, Clock(device), arguments.seconds, arguments.rounds, arguments.deadline)
-    ms = {name: summary([t[0] for t in rounds]) for name, rounds in times.items()}
+    right = {name: call for name, call in calls.items() if name != "fused_lora" or wrong is None}
+    ms = times_of(right, Clock(device), arguments)
     for name in calls:
         row = vars(point) | dict(benchmark="operator", provider=name, correct=name != "fused_lora" or wrong is None)
         report.rows.append(row | (dict(ms=ms[name], error=off.get(name)) if name in ms else dict(wrong=wrong)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from torch import nn
 import fused_lora
 from fused_lora.bases import base_of
 from fused_lora.bases.base import Factors
+from fused_lora.bases.torchao import parts
 from fused_lora.testing.numeric import errors, largest_and_rms, ulp
 
 ADAPTER = "default"
@@ -220,3 +221,21 @@ def plausible(result: torch.Tensor, exact: torch.Tensor, terms: int, name: str) 
     rms = errors(result, exact)[1]
     limit = 4 * torch.finfo(result.dtype).eps * terms**0.5 * largest_and_rms(exact)[1]
     return None if rms <= limit else f"{name}: RMS error {rms:.3e}, expected at most {limit:.3e}"
+
+
+def kept_by(call: Callable[[], object], parameters: Iterable[torch.Tensor]) -> dict[int, int]:
+    """{storage: bytes} of what autograd keeps of ``call``, ``parameters`` excepted; with or without memory."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        for part in parts(tensor).values():
+            storage = part.untyped_storage()
+            kept[storage._cdata] = storage  # held, so that no later one gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    for part in (part for parameter in parameters for part in parts(parameter.data).values()):
+        kept.pop(part.untyped_storage()._cdata, None)
+    del result
+    return {address: storage.nbytes() for address, storage in kept.items()}

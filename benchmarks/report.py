@@ -20,7 +20,7 @@ import subprocess
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -137,6 +137,18 @@ def interleaved(
     finally:
         gc.enable()
     return times
+
+
+def summaries(candidates: Sequence[Candidate], clock: Clock, arguments: argparse.Namespace) -> dict[str, list[dict]]:
+    """:func:`interleaved`, as many rounds as the command line says: {name: [summary of each step's ms]}."""
+    times = interleaved(candidates, clock, arguments.seconds, arguments.rounds, arguments.deadline)
+    return {name: [summary(step) for step in zip(*turns, strict=True)] for name, turns in times.items()}
+
+
+def times_of(calls: Mapping, clock: Clock, arguments: argparse.Namespace) -> dict:
+    """The same of candidates of one step each: {name: summary}."""
+    candidates = [Candidate(name, [call]) for name, call in calls.items()]
+    return {name: found for name, [found] in summaries(candidates, clock, arguments).items()}
 
 
 def replayed(call: Callable[[], object], stack: contextlib.ExitStack) -> Callable[[], object]:

@@ -56,19 +56,8 @@ class _Known(dict):
 
 def unpack(version: str, folder: Path) -> Path:
     """PEFT's source of this version below ``folder``."""
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-binary",
-        ":all:",
-        "--no-deps",
-        "--dest",
-        str(folder),
-    ]
-    subprocess.run([*pip, f"peft=={version}"], check=True)
+    download = "-m pip download --quiet --no-binary :all: --no-deps --dest".split()
+    subprocess.run([sys.executable, *download, str(folder), f"peft=={version}"], check=True)
     with tarfile.open(next(folder.glob("peft-*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     return folder / f"peft-{version}"

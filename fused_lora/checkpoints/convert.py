@@ -13,21 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.adapters.checkpoint import (
-    CONFIG_NAME,
-    KEY_PREFIX,
-    MAX_WEIGHT_BYTES,
-    WEIGHTS_NAME,
-    RankTable,
-    path_text,
-)
+from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_BYTES, WEIGHTS_NAME, RankTable, path_text
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import EVERY, TensorEntry, open_regular, read_exactly, read_header
 from fused_lora.checkpoints.changes import CAST
 from fused_lora.checkpoints.files import Report, open_checkpoint, read_json
 from fused_lora.checkpoints.names import HEADS, Rename
 from fused_lora.checkpoints.output import check_new
-from fused_lora.checkpoints.write import Beside, write_layers, write_stacked
+from fused_lora.checkpoints.write import DTYPES, Beside, write_layers, write_stacked
 from fused_lora.modules.config import FieldError, LoraConfig, check_alpha, check_bool
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import bare_path
@@ -172,7 +165,7 @@ def convert_adapter(
                 alphas[path] = float(A[0] if lora_alpha is None else lora_alpha) if alpha is None else alpha
         _check_further(file_path, layers, embeddings, header.entries, config)
         first = header.entries[next(iter(layers.values()))["A"]].dtype
-        kind = dtype or (first if first in (torch.float32, torch.bfloat16, torch.float16) else torch.float32)
+        kind = dtype or (first if first in DTYPES else torch.float32)
 
         def make(path: str) -> tuple[Tensor, Tensor]:
             (r, K, N), parts = shapes[path], layers[path]

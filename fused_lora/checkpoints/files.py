@@ -122,12 +122,12 @@ def open_checkpoint(path: str | os.PathLike, argument: str = "base") -> Checkpoi
         raise AdapterError(folder, None, f"{index_name}, the index of its shards", f"no such file beside {some(parts)}")
     if len(found) > 1 or (not found and len(single) > 1):
         raise AdapterError(folder, None, "one checkpoint; name the .safetensors file", some(found or single))
-    index = None
-    if found:
-        index = read_json(os.path.join(folder, found[0]))
-        shard_names = _names_of(os.path.join(folder, found[0]), index)
+    index_name, index = found[0] if found else None, None
+    if index_name is not None:
+        index = read_json(os.path.join(folder, index_name))
+        shard_names = _names_of(os.path.join(folder, index_name), index)
         if single and "model.safetensors" in single and "model.safetensors" not in shard_names:
-            raise AdapterError(folder, None, "one checkpoint", f"{found[0]!r} and 'model.safetensors'")
+            raise AdapterError(folder, None, "one checkpoint", f"{index_name!r} and 'model.safetensors'")
     elif single:
         shard_names = single
     else:
@@ -136,21 +136,12 @@ def open_checkpoint(path: str | os.PathLike, argument: str = "base") -> Checkpoi
         raise AdapterError(folder, None, "a checkpoint of .safetensors files", text)
     shards = [read_shard(folder, name) for name in shard_names]
     tensors = _all_tensors(shards)
-    if index is not None:
-        _check_index(os.path.join(folder, found[0]), index["weight_map"], tensors)
-    config = os.path.join(folder, MODEL_CONFIG)
-    others, left_out = _others(folder, {*shard_names, *found, MODEL_CONFIG})
-    return Checkpoint(
-        folder,
-        True,
-        shards,
-        tensors,
-        found[0] if found else None,
-        index,
-        _read_config(config) if os.path.lexists(config) else None,
-        others,
-        left_out,
-    )
+    if index_name is not None and index is not None:
+        _check_index(os.path.join(folder, index_name), index["weight_map"], tensors)
+    path = os.path.join(folder, MODEL_CONFIG)
+    config = _read_config(path) if os.path.lexists(path) else None
+    carried = _others(folder, {*shard_names, *found, MODEL_CONFIG})
+    return Checkpoint(folder, True, shards, tensors, index_name, index, config, *carried)
 
 
 def read_shard(folder: str, name: str) -> Shard:

@@ -39,13 +39,13 @@ from fused_lora.checkpoints.planning import Changes, plan_changes
 from fused_lora.checkpoints.quantised import check_dequantised
 from fused_lora.checkpoints.record import RECORD_NAME, ShardRecord, old_header, unmerge_pieces
 from fused_lora.checkpoints.stream import Piece, single_threads, write_pieces
+from fused_lora.checkpoints.write import DTYPES
 from fused_lora.modules.config import check_bool
 from fused_lora.modules.names import some
 from fused_lora.ops.merge.op import seed_of
 
 PROVENANCE_NAME = "fused_lora_merge.json"
 _PROVENANCE = "fused_lora.merge"  # in the metadata of each shard
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _UNQUANTISED = (*CAST, torch.int64, torch.bool)  # with the counters and masks of whole models
 _MOST_LOST = 0.5  # share of the adapters that rounding may take without a warning
 _SPARE_BYTES = 16 << 20  # of the disk, for what is not counted
@@ -164,8 +164,8 @@ def merge_checkpoint(
 def _check_options(dtype: Any, device: Any, record: str | None, in_place: bool) -> torch.device:
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: expected a torch.dtype or None, got {dtype!r:.100}")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype: expected one of {_DTYPES} or None, got {dtype}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {DTYPES} or None, got {dtype}")
     try:
         place = torch.device(device)
         torch.empty(0, device=place).tolist()  # of the meta device nothing can be read
@@ -300,8 +300,8 @@ class _Merge:
         """Of weights that were quantised."""
         config = self._base.config or {}
         found = self._dtype or getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)
-        if self._packed and found not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {_DTYPES} over quantised weights: the base's config names none")
+        if self._packed and found not in DTYPES:
+            raise ValueError(f"dtype: expected one of {DTYPES} over quantised weights: the base's config names none")
         return found if self._packed else None
 
     def items(self, shard: Shard) -> list[Item]:

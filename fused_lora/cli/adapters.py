@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from fused_lora.cli.merge import DTYPES, common, renaming, run, weighted
+from fused_lora.cli.merge import DTYPES, common, renaming, run, torch_dtype, weighted
 from fused_lora.diagnostics.tables import table
 
 _SHOWN = 40  # rows of a table; --json has all
@@ -69,7 +69,7 @@ def convert(arguments: Sequence[str] | None = None) -> int:
             options.out,
             base=options.base,
             rename=dict(options.rename),
-            dtype=_torch_dtype(options.dtype),
+            dtype=torch_dtype(options.dtype),
             lora_alpha=options.alpha,
             stack_experts=options.stack_experts,
         ),
@@ -130,19 +130,13 @@ def shrink(arguments: Sequence[str] | None = None) -> int:
 
 def _make(command: str, options: argparse.Namespace, work: Callable[..., Any]) -> int:
     """Run what computes a new adapter, by default in fp32."""
-    dtype = _torch_dtype(options.dtype or "float32")
+    dtype = torch_dtype(options.dtype or "float32")
     return run(command, options, lambda _: work(dtype=dtype), _tell_new)
 
 
 def _dtype(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="of the new file")
     return parser
-
-
-def _torch_dtype(name: str | None) -> Any:
-    import torch
-
-    return None if name is None else getattr(torch, name)
 
 
 def _tell_inspected(report: Any) -> None:

@@ -42,8 +42,6 @@ def merge(arguments: Sequence[str] | None = None) -> int:
     found.add_argument("--verify", action="store_true", help="read the result again and compare it with sums in fp64")
     found.add_argument("--stochastic", type=int, metavar="SEED", help="round sums to 16 bits at random, unbiased")
     options = common(found).parse_args(arguments)
-    import torch
-
     from fused_lora.checkpoints import merge_checkpoint
 
     return run(
@@ -53,7 +51,7 @@ def merge(arguments: Sequence[str] | None = None) -> int:
             options.base,
             options.adapter,
             options.out,
-            dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            dtype=torch_dtype(options.dtype),
             device=options.device,
             record=options.record,
             rename=dict(options.rename),
@@ -164,6 +162,13 @@ def common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add what all commands on files have."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
+
+
+def torch_dtype(name: str | None) -> Any:
+    """One of DTYPES as torch's; None stays None."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
 
 
 def _tell(report: Any, dry: bool) -> None:

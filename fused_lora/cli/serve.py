@@ -52,24 +52,13 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--no-access-log", action="store_true", help="no line in the log for each request")
     engine = found.add_argument_group("engine")
-    engine.add_argument(
-        "--max-requests",
-        type=_count,
-        metavar="N",
-        help="requests in one step at most (default: 64; on a GPU by its memory)",
-    )
-    engine.add_argument(
-        "--max-step-tokens",
-        type=_count,
-        metavar="N",
-        help="tokens in one step at most (default: 256; on a GPU by its memory)",
-    )
-    engine.add_argument(
-        "--cache-tokens",
-        type=_count,
-        metavar="N",
-        help="tokens of keys and values kept (default: 16384; on a GPU by its memory)",
-    )
+    for option, what, default in (
+        ("--max-requests", "requests in one step at most", 64),
+        ("--max-step-tokens", "tokens in one step at most", 256),
+        ("--cache-tokens", "tokens of keys and values kept", 16384),
+    ):
+        text = f"{what} (default: {default}; on a GPU by its memory)"
+        engine.add_argument(option, type=_count, metavar="N", help=text)
     engine.add_argument("--no-prefix-sharing", action="store_true", help="compute equal prefixes again")
     limits = found.add_argument_group("limits")
     limits.add_argument("--max-queue", type=_count, default=256, help="sequences running and waiting (default: 256)")
@@ -281,9 +270,8 @@ def _lora_module(text: str) -> tuple[str, str]:
     from fused_lora.serving.residency.naming import check_served_name
 
     try:
-        found = (
-            json.loads(text) if text.startswith("{") else dict(zip(("name", "path"), text.split("=", 1), strict=False))
-        )
+        pair = zip(("name", "path"), text.split("=", 1), strict=False)
+        found = json.loads(text) if text.startswith("{") else dict(pair)
         if unknown := found.keys() - {"name", "path", "base_model_name"}:
             raise ValueError(f"unknown keys {sorted(unknown)}")
         name, path = check_served_name(found["name"]), found["path"]

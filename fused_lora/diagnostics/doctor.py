@@ -30,9 +30,8 @@ from fused_lora.testing.layers import LayerCase
 
 PACKAGES = ("torch", "triton", "peft", "transformers")
 SWITCHES = ("FUSED_LORA_PLAN", "FUSED_LORA_CHECK", "TRITON_INTERPRET")
-TIMED: dict[
-    str, dict[str, Any]
-] = {  # a layer of an 8B model in training, and one that a CPU does in a fraction of a second
+# a layer of an 8B model in training, and one that a CPU does in a fraction of a second
+TIMED: dict[str, dict[str, Any]] = {
     "cuda": dict(M=8192, K=4096, N=4096, r=16, dropout=0.1, dtype=torch.bfloat16),
     "cpu": dict(M=512, K=1024, N=1024, r=16, dropout=0.1, dtype=torch.float32),
 }

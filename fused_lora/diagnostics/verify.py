@@ -204,13 +204,8 @@ def _uncalled(model, inputs, layers: list[Layer], unmerged: Pass, seed: int) -> 
         return []
     distance = (output.double() - unmerged.output.double()).abs().max().item()
     text = "the model reads weights of these layers without calling them, so adapters there do nothing until a merge"
-    return [
-        Finding(
-            report.UNCALLED,
-            f"{text}, which moves the output by up to {distance:.1e}",
-            tuple(path for layer in uncalled for path in layer.paths),
-        )
-    ]
+    text = f"{text}, which moves the output by up to {distance:.1e}"
+    return [Finding(report.UNCALLED, text, tuple(path for layer in uncalled for path in layer.paths))]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

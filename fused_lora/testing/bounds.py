@@ -85,6 +85,14 @@ def _tensors_in(argument, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, argument
 
 
+def _active(pointers, mask: np.ndarray | None) -> np.ndarray:
+    """The addresses of the active lanes of an access."""
+    address = np.asarray(pointers.data).astype(np.uint64, copy=False).ravel()
+    if mask is None:
+        return address
+    return address[np.broadcast_to(mask, pointers.data.shape).ravel().astype(bool, copy=False)]
+
+
 class AccessChecker:
     """Replaces the interpreter's memory operations inside ``installed()``. See ``interpreter.checked``."""
 
@@ -124,9 +132,7 @@ class AccessChecker:
 
     def check(self, kind: str, pointers, mask: np.ndarray | None) -> int:
         """Check the active lanes of one access and return their number."""
-        address = np.asarray(pointers.data).astype(np.uint64, copy=False).ravel()
-        if mask is not None:
-            address = address[np.broadcast_to(mask, pointers.data.shape).ravel().astype(bool, copy=False)]
+        address = _active(pointers, mask)
         if address.size == 0:
             return 0
         width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -151,10 +157,7 @@ class AccessChecker:
     def synchronise(self, pointers, mask: np.ndarray | None, semantic) -> None:
         """An atomic on these addresses: what the program learns from it and tells by it."""
         if semantic == interpreter._ir.MEM_SEMANTIC.ACQUIRE_RELEASE:
-            address = np.asarray(pointers.data).ravel()
-            if mask is not None:
-                address = address[np.broadcast_to(mask, pointers.data.shape).ravel().astype(bool, copy=False)]
-            self.order.atomic(address)
+            self.order.atomic(_active(pointers, mask))
 
     def track(self, kind: str, extent: _Extent, address: np.ndarray) -> None:
         if address.size == 0:

@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +34,6 @@ _REPLACED = {
     ),
     "GridExecutor": "__call__ _init_args_hst",
 }
-_FUNCTIONS = "_patch_lang", "_patch_lang_tensor", "_get_np_dtype"
 
 
 class _State:
@@ -57,7 +58,7 @@ def _require_internals() -> None:
                 f"triton {_triton_version()} has no triton.runtime.interpreter.{owner}.{missing[0]}: "
                 "fused_lora.testing.interpreter knows triton 3.4 to 3.9 and has to be adapted"
             )
-    for name in ("TensorHandle", "_implicit_cvt", *_FUNCTIONS):
+    for name in ("TensorHandle", "_implicit_cvt", *(function.__name__ for function in _FUNCTIONS)):
         if not hasattr(interpreter, name):
             raise RuntimeError(f"triton {_triton_version()} has no triton.runtime.interpreter.{name}")
 
@@ -189,18 +190,11 @@ def _locked_call(executor, *args, **kwargs):
         return _ORIGINAL["__call__"](executor, *args, **kwargs)
 
 
-class _Nothing:
-    """What is to be restored where nothing was replaced."""
-
-    def restore(self) -> None:
-        pass
-
-
 def _patch_lang(fn):
     """Triton's own does it anew for every call of a helper, which was a fifth of the time of a test."""
     modules = frozenset(module.__name__ for module in fn.__globals__.values() if module is tl or module is tl.core)
     if modules and modules <= _State.patched:
-        return _Nothing()
+        return _NOTHING
     _State.patched |= modules
     return _ORIGINAL["_patch_lang"](fn)
 
@@ -231,8 +225,17 @@ _SHIM = {
     "create_clampf": _refuse_bf16("create_clampf"),
     "create_dot": _create_dot,
 }
+_FUNCTIONS = (_patch_lang, _patch_lang_tensor, _get_np_dtype)
+_NOTHING = SimpleNamespace(restore=lambda: None)  # what is to be restored where nothing was replaced
 _ORIGINAL: dict = {}
 _NP_DTYPES: dict[str, np.dtype] = {}
+
+
+def _replacements() -> list[tuple[Any, str, Any]]:
+    """(owner, name, what takes its place) of all that the shim replaces."""
+    found = [(interpreter.InterpreterBuilder, name, method) for name, method in _SHIM.items()]
+    found += [(interpreter.GridExecutor, "__call__", _locked_call), (interpreter.TensorHandle, "set_attr", _set_attr)]
+    return found + [(interpreter, function.__name__, function) for function in _FUNCTIONS]
 
 
 def install_shim() -> None:
@@ -248,17 +251,9 @@ def install_shim() -> None:
     if _State.installed:
         return
     _require_internals()
-    builder = interpreter.InterpreterBuilder
-    _ORIGINAL.update({name: getattr(builder, name) for name in _SHIM})
-    _ORIGINAL["__call__"] = interpreter.GridExecutor.__call__
-    for name, method in _SHIM.items():
-        setattr(builder, name, method)
-    interpreter.GridExecutor.__call__ = _locked_call
-    _ORIGINAL["set_attr"], interpreter.TensorHandle.set_attr = interpreter.TensorHandle.set_attr, _set_attr
-    for name in _FUNCTIONS:
-        _ORIGINAL[name] = getattr(interpreter, name)
-    interpreter._patch_lang, interpreter._patch_lang_tensor = _patch_lang, _patch_lang_tensor
-    interpreter._get_np_dtype = _get_np_dtype
+    for owner, name, method in _replacements():
+        _ORIGINAL[name] = getattr(owner, name)
+        setattr(owner, name, method)
     _State.installed = True
 
 
@@ -266,12 +261,8 @@ def uninstall_shim() -> None:
     """Restore the interpreter's own methods (for the shim's self-test)."""
     if not _State.installed:
         return
-    for name in _SHIM:
-        setattr(interpreter.InterpreterBuilder, name, _ORIGINAL[name])
-    interpreter.GridExecutor.__call__ = _ORIGINAL["__call__"]
-    interpreter.TensorHandle.set_attr = _ORIGINAL["set_attr"]
-    for name in _FUNCTIONS:
-        setattr(interpreter, name, _ORIGINAL[name])
+    for owner, name, _ in _replacements():
+        setattr(owner, name, _ORIGINAL[name])
     _State.installed = False
 
 

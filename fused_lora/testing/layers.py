@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class LayerCase:
 
     def rows(self, index) -> LayerCase:
         """The same layer on some of the rows; only for dropout 0, whose mask does not depend on the row number."""
-        return LayerCase(**{**self.__dict__, "x": self.x[index], "g": self.g[index]})
+        return replace(self, x=self.x[index], g=self.g[index])
 
     def exact(self) -> dict[str, torch.Tensor]:
         """y, S, dx, dS, dA, dB in float64; the lists of all adapters concatenated along the ranks."""
@@ -85,7 +85,7 @@ class LayerCase:
 
         Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1; first order, with room for the scales.
         """
-        size = LayerCase(**{**self.__dict__, "x": self.x.abs(), "weight": self.weight.abs(), "g": self.g.abs()})
+        size = replace(self, x=self.x.abs(), weight=self.weight.abs(), g=self.g.abs())
         size.bias = None if self.bias is None else self.bias.abs()
         size.lora_A, size.lora_B = [A.abs() for A in self.lora_A], [B.abs() for B in self.lora_B]
         (M, K), N = self.x.shape, self.weight.shape[0]
@@ -144,11 +144,6 @@ class LayerCase:
             y = y + (S[-1] @ B.t()) * self.scaling[i]
         y = y.to(self.x.dtype)
         y.backward(self.g)
-        grads: list[Any] = [t.grad for t in (x, *S, *lora_A, *lora_B)]
-        n = len(S)
-        dS, dA, dB = (
-            torch.cat(grads[1 : n + 1], 1),
-            torch.cat(grads[n + 1 : 2 * n + 1]),
-            torch.cat(grads[2 * n + 1 :], 1),
-        )
-        return dict(y=y, S=torch.cat(S, 1), dx=grads[0], dS=dS, dA=dA, dB=dB)
+        grads: Any = ([t.grad for t in part] for part in ([x], S, lora_A, lora_B))
+        (dx,), dS, dA, dB = grads
+        return dict(y=y, S=torch.cat(S, 1), dx=dx, dS=torch.cat(dS, 1), dA=torch.cat(dA), dB=torch.cat(dB, 1))

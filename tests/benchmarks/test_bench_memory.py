@@ -1,15 +1,10 @@
 """What a backward needs is counted without memory: as hooks count it on real tensors, and by hand."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("benchmarks/ is not beside tests/", allow_module_level=True)
 pytest.importorskip("peft")
 
 M, R, HIDDEN, KV, MLP = 10, 4, 48, 16, 80
@@ -20,9 +15,8 @@ ADAPTERS = R * (READ + 2 * HIDDEN + 2 * KV + 2 * MLP + HIDDEN)
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    found = importlib.import_module("bench_memory")
+def bench(load, monkeypatch):
+    found = load("bench_memory")
     monkeypatch.setattr(found, "STACKS", {"small": (found.decoder(HIDDEN, KV, MLP), 3)})
     return found
 
@@ -85,9 +79,9 @@ def test_shapes_from_the_command_line(bench, tmp_path):
     assert code == 0 and {row["layers"] for row in content["rows"]} == {"96x64"}
 
 
-def test_what_is_allocated_and_not_as_computed_is_wrong(bench, tmp_path, monkeypatch):
+def test_what_is_allocated_and_not_as_computed_is_wrong(bench, load, tmp_path, monkeypatch):
     """As on a GPU, whose allocator says that a provider holds a copy of x more than its hooks."""
-    report = importlib.import_module("report").Report("memory", torch.device("cpu"), tmp_path, {})
+    report = load("report").Report("memory", torch.device("cpu"), tmp_path, {})
     report.device = torch.device("cuda")
     point = bench.Point("96x64", "bfloat16", 0.1, 1000, R)
     more = iter((0, 2 * 96 * 1000))
@@ -96,14 +90,13 @@ def test_what_is_allocated_and_not_as_computed_is_wrong(bench, tmp_path, monkeyp
         return bench.computed(point, provider)[1] + next(more), 1 << 20
 
     monkeypatch.setattr(bench, "allocated", allocated)
-    bench.measure(point, report, importlib.import_module("report").Table(bench.COLUMNS), None)
+    bench.measure(point, report, load("report").Table(bench.COLUMNS), None)
     assert [(row["provider"], row["correct"]) for row in report.rows] == [("PEFT", True), ("fused_lora", False)]
 
 
 @pytest.mark.gpu
-def test_a_gpu_holds_what_was_computed(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    code, content = run(importlib.import_module("bench_memory"), tmp_path, "cuda", "--rows", "1024")
+def test_a_gpu_holds_what_was_computed(load, tmp_path):
+    code, content = run(load("bench_memory"), tmp_path, "cuda", "--rows", "1024")
     assert code == 0 and not content["skipped"], [row.get("wrong") for row in content["rows"] if not row["correct"]]
     single = [row for row in content["rows"] if row["copies"] == 1]
     assert all(row["peak_bytes"] > row["held_bytes"] > 0 for row in single)

@@ -1,29 +1,19 @@
 """bench_serving.py on a tiny model: what it writes is complete and right, and a wrong step gets no time."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from fused_lora.serving import AdapterStore
 from helpers import serving
 from helpers.seeds import shifted
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("benchmarks/ is not beside tests/", allow_module_level=True)
 serving.need_engine("peft", "fastapi", "uvicorn", "prometheus_client", "httpx")
 
 GRID = "--layers 2 --rows 1,4 --distinct 1,3,T --ranks 4 --seconds 0 --rounds 2 --tokens 6 --device cpu".split()
 SHAPES = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64))  # of a layer of the tiny model
 LOAD = "--requests 24 --clients 4 --known 40 --held 4".split()
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")
@@ -73,24 +63,15 @@ def test_whole_run(load, tiny, tmp_path, capsys):
 
 
 def test_wrong_step_gets_no_time(load, tiny, tmp_path, capsys, monkeypatch):
-    module = load("serving_steps")
-    real = module.Adapters.factors
+    load("serving_steps")
+    honest = AdapterStore.load
 
-    def other(self, i, path):
-        A, B = real(self, i, path)
-        wrong = self.name_now == "a0" and path.endswith("down_proj")
-        return (A, -B) if wrong else (A, B)
+    def wrong(store, name, layers):
+        """One sign in one layer, in the store alone."""
+        path, (A, B, scaling) = next((p, layer) for p, layer in layers.items() if p.endswith("down_proj"))
+        return honest(store, name, layers | {path: (A, -B if name == "a0" else B, scaling)})
 
-    def name(self, i):
-        self.name_now = f"a{i}"
-        found = named(self, i)
-        self.name_now = None
-        return found
-
-    named = module.Adapters.name
-    monkeypatch.setattr(module.Adapters, "name_now", None, raising=False)
-    monkeypatch.setattr(module.Adapters, "factors", other)
-    monkeypatch.setattr(module.Adapters, "name", name)
+    monkeypatch.setattr(AdapterStore, "load", wrong)
     code, content = run(load("bench_serving"), tiny, tmp_path, "--parts", "step")
     assert code == 1
     assert content["rows"] and all(not r["correct"] and "differs from PEFT" in r["wrong"] for r in content["rows"])

@@ -1,6 +1,5 @@
 """first_contact.py: one stage that crashes, hangs or fails costs that stage, and the page says so."""
 
-import importlib
 import json
 import os
 import shlex
@@ -16,14 +15,11 @@ import torch
 from helpers.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("benchmarks/ is not beside tests/", allow_module_level=True)
 
 
 @pytest.fixture
-def contact(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("first_contact")
+def contact(load):
+    return load("first_contact")
 
 
 def python(code):

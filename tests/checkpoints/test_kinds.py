@@ -163,28 +163,6 @@ def trained_files(folder, kind):
     return folder / "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("method", ["cat", "svd", "linear", "ties", "ties_svd", "magnitude_prune"])
-def test_combinations_of_embeddings_are_those_of_peft(tmp_path, monkeypatch, method):
-    pairs = [(tmp_path / "a", 0.7), (tmp_path / "b", -0.4)]
-    base = nn.Sequential(nn.Embedding(30, 20))
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"])
-    torch.manual_seed(shifted(3))
-    wrapped = peft.get_peft_model(base, config, "a")
-    wrapped.add_adapter("b", config)
-    for parameter in wrapped.parameters():
-        parameter.data.normal_()
-    wrapped.save_pretrained(tmp_path)
-    prunes = dict(density=0.5) if method not in ("cat", "svd", "linear") else {}
-    rank = dict(rank=3) if method.endswith("svd") else {}
-    theirs = {**prunes, **({"svd_rank": 3} if rank else {})}
-    wrapped.add_weighted_adapter(["a", "b"], [weight for _, weight in pairs], "mixed", method, **theirs)
-    report = combine_adapters(pairs, tmp_path / "out", method, **prunes, **rank)
-    wanted = wrapped.base_model.model[0].get_delta_weight("mixed")
-    read = peft.PeftModel.from_pretrained(nn.Sequential(nn.Embedding(30, 20)), tmp_path / "out").base_model.model[0]
-    assert_close(read.get_delta_weight("default"), wanted, terms=10_000)
-    assert report.layers[0]["r"] == wrapped.base_model.model[0].r["mixed"]
-
-
 def test_shrink_carries_the_copies_along_and_peft_reads_them(tmp_path):
     wrapped = trained(tmp_path / "a", "LoRA on an embedding")
     shrink_adapter(tmp_path / "a", tmp_path / "out", 2, dtype=torch.bfloat16)

@@ -19,6 +19,7 @@ from fused_lora.checkpoints import changes, merge_checkpoint, stream, unmerge_ch
 from fused_lora.checkpoints.adapter_file import open_adapters
 from fused_lora.cli import main
 from fused_lora.testing.numeric import assert_close, assert_no_worse
+from helpers import checkpoint_files
 from helpers.alone import alone, run_killed
 from helpers.checkpoint_files import SINGLE, K, N, change, contents, decoder, read_all, write_adapter, write_base
 from helpers.seeds import shifted
@@ -28,39 +29,24 @@ SHAPES = {path: (K, N if path.endswith("q_proj") else 16) for path in QKV}
 DOWN = {"model.layers.0.mlp.down_proj": (N, K)}
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SMALL = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 TEXT = dict(**SMALL, num_key_value_heads=2)
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28)
-MODELS = {
-    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)), dict(target_modules="all-linear")),
-    "gpt2": (
-        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
-        dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
-    ),
-    "phi3": (
-        lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**TEXT, pad_token_id=0)),
-        dict(target_modules="all-linear", use_rslora=True),
-    ),
-    "qwen2": (
-        lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**TEXT, tie_word_embeddings=True)),
-        dict(target_modules=["q_proj", "v_proj"], lora_bias=True, trainable_token_indices=[3, 7]),
-    ),
-    "dora": (
-        lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)),
-        dict(target_modules="all-linear", use_dora=True),
-    ),
-    "bert": (
-        lambda: tf.BertForSequenceClassification(tf.BertConfig(**SMALL)),
-        dict(target_modules=["query"], bias="lora_only", task_type="SEQ_CLS"),
-    ),
-    "llava": (
-        lambda: tf.LlavaForConditionalGeneration(
-            tf.LlavaConfig(
-                vision_config=tf.CLIPVisionConfig(**VISION, patch_size=14), text_config=tf.LlamaConfig(**TEXT)
-            )
-        ),
-        dict(target_modules="all-linear"),
-    ),
+LLAVA = dict(text_config=dict(model_type="llama", **TEXT))
+LLAVA["vision_config"] = dict(model_type="clip_vision_model", patch_size=14, **VISION)
+GPT2 = dict(vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+FOR_TOKENS = dict(target_modules=["q_proj", "v_proj"], lora_bias=True, trainable_token_indices=[3, 7])
+FOR_CLASSES = dict(target_modules=["query"], bias="lora_only", task_type="SEQ_CLS")
+ALL = dict(target_modules="all-linear")
+MODELS = {  # class, its config, dtype, LoRA
+    "llama": (tf.LlamaForCausalLM, TEXT, BF16, ALL),
+    "gpt2": (tf.GPT2LMHeadModel, GPT2, F32, dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "phi3": (tf.Phi3ForCausalLM, dict(TEXT, pad_token_id=0), F16, dict(ALL, use_rslora=True)),
+    "qwen2": (tf.Qwen2ForCausalLM, dict(TEXT, tie_word_embeddings=True), BF16, FOR_TOKENS),
+    "dora": (tf.LlamaForCausalLM, TEXT, BF16, dict(ALL, use_dora=True)),
+    "bert": (tf.BertForSequenceClassification, SMALL, F32, FOR_CLASSES),
+    "llava": (tf.LlavaForConditionalGeneration, LLAVA, BF16, ALL),
 }
 
 
@@ -76,11 +62,6 @@ def trained(model, folder, **config):
     return wrapped
 
 
-def pieces_of(monkeypatch, nbytes):
-    for module in (changes, stream):
-        monkeypatch.setattr(module, "PIECE_BYTES", nbytes)
-
-
 def sameness(found, wanted):
     return {
         n: torch.equal(t.contiguous().view(-1).view(torch.uint8), wanted[n].contiguous().view(-1).view(torch.uint8))
@@ -88,23 +69,11 @@ def sameness(found, wanted):
     }
 
 
-@pytest.mark.parametrize(
-    "name, dtype",
-    [
-        ("llama", torch.bfloat16),
-        ("gpt2", torch.float32),
-        ("phi3", torch.float16),
-        ("qwen2", torch.bfloat16),
-        ("dora", torch.bfloat16),
-        ("bert", torch.float32),
-        ("llava", torch.bfloat16),
-    ],
-)
-def test_the_bits_are_those_of_a_merge_in_the_model(tmp_path, name, dtype):
+@pytest.mark.parametrize("name", MODELS)
+def test_the_bits_are_those_of_a_merge_in_the_model(tmp_path, name):
     torch.manual_seed(shifted(0))
-    make, config = MODELS[name]
-    model = make().to(dtype).eval()
-    kind = type(model)
+    kind, sizes, dtype, config = MODELS[name]
+    model = kind(kind.config_class(**sizes)).to(dtype).eval()
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     wrapped = trained(model, tmp_path / "adapter", **config)
     report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
@@ -131,7 +100,7 @@ def test_the_bits_are_those_of_a_merge_in_the_model(tmp_path, name, dtype):
 
 def test_errors_are_those_of_one_rounding(tmp_path, monkeypatch):
     """Against float64, beside an eager sum that rounds once. In pieces of several sizes."""
-    pieces_of(monkeypatch, 300)
+    checkpoint_files.pieces_of(monkeypatch, 300)
     tensors = decoder()
     base = write_base(tmp_path / "base", tensors)
     adapter = write_adapter(tmp_path / "adapter", SHAPES, r=8)
@@ -153,7 +122,7 @@ def test_rounding_at_random(tmp_path, monkeypatch):
     trained(model, tmp_path / "adapter", target_modules="all-linear")
     options = dict(record=tmp_path / "record", stochastic=shifted(7), verify=True)
     with monkeypatch.context() as patch:
-        pieces_of(patch, 300)
+        checkpoint_files.pieces_of(patch, 300)
         report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", **options)
     assert report.provenance["stochastic"] == shifted(7) and report.checked["worst_ulps"] > 0.6
     ours = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
@@ -188,7 +157,7 @@ def test_rounding_at_random_that_is_refused(tmp_path, dtype, options, kind, mess
 @pytest.mark.parametrize("record", [False, True])
 def test_embeddings_and_heads_with_their_copies(tmp_path, monkeypatch, dtype, record):
     """PEFT's files of LoRA on an embedding and a head hold the base's weights, too. Against PEFT's own merge, fp64."""
-    pieces_of(monkeypatch, 300)
+    checkpoint_files.pieces_of(monkeypatch, 300)
     torch.manual_seed(shifted(4))
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)).to(dtype)
     model.save_pretrained(tmp_path / "base")
@@ -263,7 +232,7 @@ def dora_adapter(folder, shapes, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dora_beside_lora_and_back(tmp_path, monkeypatch, dtype):
     """Errors of one rounding, in pieces of a few rows; a record gives every byte back."""
-    pieces_of(monkeypatch, 300)
+    checkpoint_files.pieces_of(monkeypatch, 300)
     base = write_base(tmp_path / "base", decoder(dtype=dtype), shards=2)
     one, other = write_adapter(tmp_path / "lora", SHAPES), dora_adapter(tmp_path / "dora", SHAPES, r=3, seed=2)
     report = merge_checkpoint(base, [(one, 0.5), other], tmp_path / "out", record=tmp_path / "record", verify=True)
@@ -300,23 +269,17 @@ def test_dora_of_parts_in_a_fused_weight(tmp_path):
     assert_close(b["model.layers.0.self_attn.qkv_proj.weight"], whole, terms=32)
 
 
-LARGE = {f"model.layers.0.self_attn.{p}_proj": (1024, 24) for p in "qk"}
-
-
-def large_dora(tmp_path, dtype=torch.float32):
-    """Rows of 1,024 numbers, whose sums have errors of their own. The first of k_proj is nearly cancelled."""
-    draw, [_, path] = torch.Generator().manual_seed(shifted(3)), LARGE
-    tensors = {f"{name}.weight": torch.randn(n, k, generator=draw) for name, (k, n) in LARGE.items()}
-    adapter = dora_adapter(tmp_path / "adapter", LARGE)
-    A, B = (read_all(adapter)[f"base_model.model.{path}.lora_{x}.weight"] for x in "AB")
-    tensors[f"{path}.weight"][0] = -1.9999 * (B @ A)[0]
-    return write_base(tmp_path / "base", {name: t.to(dtype) for name, t in tensors.items()}), adapter
-
-
 @pytest.mark.parametrize("dtype, wrong", [(torch.float32, 2e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_verify_of_dora_finds_a_wrong_magnitude(tmp_path, monkeypatch, dtype, wrong):
-    """By a few units in the last place of the weights; a row whose norm is known badly is no alarm."""
-    base, adapter = large_dora(tmp_path, dtype)
+    """By a few units in the last place of the weights, of rows of 1,024 numbers, whose sums have errors of their own. A
+    row whose norm is known badly, as it is nearly cancelled, is no alarm."""
+    shapes = {f"model.layers.0.self_attn.{p}_proj": (1024, 24) for p in "qk"}
+    draw, [_, path] = torch.Generator().manual_seed(shifted(3)), shapes
+    tensors = {f"{name}.weight": torch.randn(n, k, generator=draw) for name, (k, n) in shapes.items()}
+    adapter = dora_adapter(tmp_path / "adapter", shapes)
+    A, B = (read_all(adapter)[f"base_model.model.{path}.lora_{x}.weight"] for x in "AB")
+    tensors[f"{path}.weight"][0] = -1.9999 * (B @ A)[0]
+    base = write_base(tmp_path / "base", {name: t.to(dtype) for name, t in tensors.items()})
     report = merge_checkpoint(base, adapter, tmp_path / "out", verify=True)
     assert report.checked["rows"] == 48 and report.checked["lost_share"] < 0.01
     own = changes.Segment.rows
@@ -518,7 +481,7 @@ def test_in_place(tmp_path):
 def test_killed_and_resumed(tmp_path, monkeypatch, count):
     """SIGKILL at a random moment of a merge of files, and of the call that goes on: no output is there, and the base is
     intact. The next call ends with the same bytes as one that was not killed, record included."""
-    pieces_of(monkeypatch, 512)
+    checkpoint_files.pieces_of(monkeypatch, 512)
     base, adapter = write_base(tmp_path / "base", decoder(4), shards=7), write_adapter(tmp_path / "adapter", SHAPES)
     before, done, draw, kept = contents(base), [], random.Random(shifted(3)), 0
     merge_checkpoint(
@@ -555,7 +518,7 @@ def test_killed_and_resumed(tmp_path, monkeypatch, count):
 @needs_fork
 def test_memory_holds_a_few_pieces(tmp_path, monkeypatch):
     """160 MB in two shards, the largest tensor 64 MB, with 64 MB of address space beyond what the process has."""
-    pieces_of(monkeypatch, 1 << 20)
+    checkpoint_files.pieces_of(monkeypatch, 1 << 20)
     sizes = {"model.embed_tokens": 64, "model.layers.0.mlp.down_proj": 64, "model.layers.0.self_attn.q_proj": 32}
     base = write_base(
         tmp_path / "base",
@@ -656,37 +619,16 @@ def test_verify_finds_a_wrong_sum(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def truncate(base, adapter):
-    file = sorted(base.glob("*.safetensors"))[0]
-    file.write_bytes(file.read_bytes()[:-10])
+INDEX = "model.safetensors.index.json"
 
 
-def lose_entry(base, adapter):
-    index = base / "model.safetensors.index.json"
-    names = json.loads(index.read_text())["weight_map"]
-    names.pop(f"{QKV[0]}.weight")
-    change(index, weight_map=names)
+def first(base):
+    return sorted(base.glob("*.safetensors"))[0]
 
 
-def lose_shard(base, adapter):
-    sorted(base.glob("*.safetensors"))[0].unlink()
-
-
-def lone_shard(base, adapter):
-    (base / "model.safetensors.index.json").unlink()
-    sorted(base.glob("*.safetensors"))[0].unlink()
-
-
-def lose_index(base, adapter):
-    (base / "model.safetensors.index.json").unlink()
-
-
-def climb(base, adapter):
-    change(base / "model.safetensors.index.json", weight_map={"a": "../model.safetensors"})
-
-
-def two(base, adapter):
-    (base / "model.safetensors").write_bytes(sorted(base.glob("*.safetensors"))[0].read_bytes())
+def lose_entry(base, _):
+    names = json.loads((base / INDEX).read_text())["weight_map"]
+    change(base / INDEX, weight_map={name: file for name, file in names.items() if name != f"{QKV[0]}.weight"})
 
 
 def weights(**tensors):
@@ -713,15 +655,16 @@ def read_names(file):
     return json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
 
 
+WITHOUT_INDEX = "the index of its shards, found no such file"
 A0, B0 = (f"base_model.model.{QKV[0]}.lora_{x}.weight" for x in "AB")
 BAD = {
-    "truncated shard": (truncate, "bytes of tensors"),
+    "truncated shard": (lambda base, _: first(base).write_bytes(first(base).read_bytes()[:-10]), "bytes of tensors"),
     "missing index entry": (lose_entry, "an entry of weight_map"),
-    "missing shard": (lose_shard, "a readable regular file"),
-    "lone shard": (lone_shard, "model.safetensors.index.json, the index of its shards, found no such file"),
-    "lost index": (lose_index, "model.safetensors.index.json, the index of its shards, found no such file"),
-    "shard outside": (climb, "in the same folder"),
-    "two checkpoints": (two, "one checkpoint"),
+    "missing shard": (lambda base, _: first(base).unlink(), "a readable regular file"),
+    "lone shard": (lambda base, _: ((base / INDEX).unlink(), first(base).unlink()), f"{INDEX}, {WITHOUT_INDEX}"),
+    "lost index": (lambda base, _: (base / INDEX).unlink(), f"{INDEX}, {WITHOUT_INDEX}"),
+    "shard outside": (lambda base, _: change(base / INDEX, weight_map={"a": "../model.safetensors"}), "in the same"),
+    "two checkpoints": (lambda base, _: (base / SINGLE).write_bytes(first(base).read_bytes()), "one checkpoint"),
     "NaN": (weights(**{A0: torch.full((4, K), torch.nan)}), "NaN or Inf"),
     "rank": (weights(**{B0: torch.zeros(N, 5)}), "a shape \\[N, 4\\]"),
     "shape": (weights(**{A0: torch.zeros(4, K + 1)}), "a weight \\[40, 25\\]"),

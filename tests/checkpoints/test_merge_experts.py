@@ -9,10 +9,10 @@ import transformers as tf
 
 import fused_lora
 from fused_lora.adapters import AdapterError
-from fused_lora.checkpoints import changes, merge_checkpoint, stream, unmerge_checkpoint
+from fused_lora.checkpoints import merge_checkpoint, unmerge_checkpoint
 from fused_lora.testing.numeric import assert_no_worse
 from helpers.alone import alone
-from helpers.checkpoint_files import SINGLE, change, contents, read_all, write_adapter, write_base
+from helpers.checkpoint_files import SINGLE, change, contents, pieces_of, read_all, write_adapter, write_base
 from helpers.seeds import shifted
 
 HIDDEN, INTER, EXPERTS = 32, 48, 3
@@ -67,8 +67,7 @@ def exact_sums(tensors, wrapped):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peft_merges_the_same(tmp_path, monkeypatch, name, dtype):
     """Beside a linear layer; the names on disk are those of PEFT's merged model, and a record gives all bytes back."""
-    for module in (changes, stream):
-        monkeypatch.setattr(module, "PIECE_BYTES", 700)
+    pieces_of(monkeypatch, 700)
     torch.manual_seed(shifted(1))
     model = MODELS[name]().to(dtype)
     kind, before = type(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -171,8 +170,7 @@ def test_single_experts_of_an_older_peft_are_refused(tmp_path):
 @needs_fork
 def test_memory_of_a_stack_holds_a_few_pieces(tmp_path, monkeypatch):
     """A stack of 128 MB with 64 MB of address space beyond what the process has."""
-    for module in (changes, stream):
-        monkeypatch.setattr(module, "PIECE_BYTES", 1 << 20)
+    pieces_of(monkeypatch, 1 << 20)
     base, adapter = stacks(tmp_path, {"down_proj": (4096, 1024)}, {"": (1024, 4096)}, E=8, r=1)
     fused_lora.functional.merge_(torch.zeros(8, 8), [torch.ones(1, 8)], [torch.ones(8, 1)], [1.0])
 

@@ -9,9 +9,9 @@ import transformers as tf
 
 import fused_lora
 from fused_lora.adapters import AdapterError
-from fused_lora.checkpoints import changes, merge_checkpoint, stream
+from fused_lora.checkpoints import merge_checkpoint
 from fused_lora.testing.numeric import assert_no_worse
-from helpers.checkpoint_files import SINGLE, change, contents, read_all, write_adapter, write_base
+from helpers.checkpoint_files import SINGLE, change, contents, pieces_of, read_all, write_adapter, write_base
 from helpers.quantised import linear4bit, values_of, values_of_8bit
 from helpers.seeds import shifted
 
@@ -45,8 +45,7 @@ def delta_of(adapter, path, weight=1.0):
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_bitsandbytes_becomes_dense(tmp_path, monkeypatch, kind, dtype):
     """Layers without an adapter have the bits of ``unload(dtype=...)``; those with one the error of one rounding."""
-    for module in (changes, stream):
-        monkeypatch.setattr(module, "PIECE_BYTES", 1500)  # a few rows
+    pieces_of(monkeypatch, 1500)  # a few rows
     model = quantised(tmp_path, kind)
     values = {n: (values_of_8bit if kind == "int8" else values_of)(model.get_submodule(n)) for n in QUERIES}
     adapter = write_adapter(tmp_path / "adapter", QUERIES, target_modules=["q_proj"])
@@ -89,8 +88,7 @@ def fp8_base(folder, shapes, block=(16, 24), **config):
 
 def test_fp8_and_experts_and_dora(tmp_path, monkeypatch):
     """In pieces that begin inside a block of scales."""
-    for module in (changes, stream):
-        monkeypatch.setattr(module, "PIECE_BYTES", 900)
+    pieces_of(monkeypatch, 900)
     experts = "model.layers.0.mlp.experts"
     shapes = {f"{experts}.{e}.{p}_proj": s for e in range(2) for p, s in (("gate", (40, 50)), ("up", (40, 50)))}
     base, values = fp8_base(tmp_path / "base", {**shapes, "model.q_proj": (40, 50), "model.k_proj": (40, 50)})

@@ -11,7 +11,7 @@ import fused_lora
 from fused_lora import LoraConfig, verify
 from fused_lora.bases.bitsandbytes_4bit import is_repacked
 from fused_lora.diagnostics.verification import report
-from helpers.over_quantised import KINDS, lora_layers, same, with_adapters
+from helpers.over_quantised import KINDS, assert_lost, assert_requantised, finds, lora_layers, same, with_adapters
 from helpers.quantised import linear4bit, repack, values_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -63,26 +63,7 @@ def contents(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_healthy_model_differs_by_requantisation(kind, merged):
     """And the check leaves everything as it was, on CPUs that repack in a call, too."""
-    model = make(kind)
-    if merged:
-        fused_lora.merge(model)
-    before, x = contents(model), torch.randn(M, K)
-    result = verify(model, x)
-    assert same(contents(model), before)
-    if kind == "peft" and merged:
-        assert result.skipped.keys() == {path for path in lora_layers(model) if not path.endswith("head")}
-        assert all("PEFT merged it into 4 bits" in why for why in result.skipped.values()) and not result.ok
-        return
-    assert result.ok and result.verdict == "rounding" and not result.findings and not result.skipped, str(result)
-    assert result.was_merged == merged and [check.dtype for check in result.layers] == ["nf4", "nf4", F32]
-    for check in result.layers[:2]:
-        assert check.ok and check.lost > 0.05 and check.difference_rms < 4 * check.expected_rms
-    fidelity = (
-        {} if kind == "peft" else (None if merged else fused_lora.merge(model)) or fused_lora.delta_fidelity(model)
-    )
-    for path, lost in fidelity.items():
-        found = next(check.lost for check in result.layers if check.path.endswith(path))
-        assert found == pytest.approx(lost, rel=1e-3, abs=1e-6)
+    assert_requantised(make(kind), kind, merged, contents, torch.randn(M, K), 4, "nf4")
 
 
 def test_no_false_alarm_over_random_layers():
@@ -122,14 +103,7 @@ def test_a_layer_that_was_repacked_before():
 
 
 def test_an_adapter_that_four_bits_lose():
-    model = make("fused_lora")
-    for layer in lora_layers(model).values():
-        layer.lora_B["default"].weight.data.mul_(1e-3)
-    result = verify(model, torch.randn(M, K))
-    assert result.verdict == "lost" and not result.ok
-    [finding] = result.findings
-    assert finding.cause == report.LOST and finding.layers == ("up", "down")
-    assert "a merge into nf4 keeps only" in finding.message and "unload(model, merge_adapters" in finding.message
+    assert_lost(make("fused_lora"), torch.randn(M, K), "nf4")
 
 
 def test_an_adapter_trained_while_merged_is_stale():
@@ -137,8 +111,7 @@ def test_an_adapter_trained_while_merged_is_stale():
     model = make("fused_lora")
     fused_lora.merge(model)
     model.up.lora_B["default"].weight.data.mul_(1.02)
-    result = verify(model, torch.randn(M, K))
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.STALE, ("up",))], str(result)
+    finds(report.STALE, ("up",), model, torch.randn(M, K))
 
 
 @pytest.mark.parametrize("kind", ["fused_lora", "accelerated"])
@@ -148,8 +121,7 @@ def test_a_merged_weight_that_was_replaced(kind):
     path, layer = next(iter(lora_layers(model).items()))
     layer.base_layer.weight = linear4bit(H, K).weight
     before = contents(model)
-    result = verify(model, torch.randn(M, K))
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.BASE, (path,))], str(result)
+    finds(report.BASE, (path,), model, torch.randn(M, K))
     assert same(contents(model), before)
 
 
@@ -170,8 +142,7 @@ def test_a_merge_that_quantises_wrongly(monkeypatch):
 
         model = make("fused_lora", nested=False)
         monkeypatch.setattr(functional, "quantize_4bit", quantise)
-        result = verify(model, torch.randn(M, K))
-        assert [(f.cause, f.layers) for f in result.findings] == [(report.MERGE, ("up", "down"))], str(result)
+        finds(report.MERGE, ("up", "down"), model, torch.randn(M, K))
         monkeypatch.undo()
 
 
@@ -203,18 +174,15 @@ def test_a_dense_reference(merged, nested):
             delta = getattr(model, name).get_delta_weight("default")
             original[f"{name}.weight"] = original[f"{name}.weight"].float() + delta
     x = torch.randn(M, K)
-    result = verify(model.eval(), x, reference=original)
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.QUANTISED, ("up", "down"))], str(result)
+    result = finds(report.QUANTISED, ("up", "down"), model.eval(), x, reference=original)
     assert "nf4 in blocks of 64" in result.findings[0].message and result.reference_merged == merged
     exact = {f"{name}.weight": values_of(getattr(model, name).base_layer) for name in ("up", "down")}
     result = verify(model, x, reference=exact)
     assert result.ok and not result.findings, str(result)
     for name in ("up", "down"):  # a call on a CPU rounds the scales to bf16
         repack(getattr(model, name).base_layer)
-    result = verify(model, x, reference=original)
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.QUANTISED, ("up", "down"))], str(result)
-    result = verify(model, x, reference={"up.weight": torch.randn(H, K)})
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.BASE, ("up",))], str(result)
+    finds(report.QUANTISED, ("up", "down"), model, x, reference=original)
+    finds(report.BASE, ("up",), model, x, reference={"up.weight": torch.randn(H, K)})
 
 
 def test_a_quantised_reference():
@@ -228,8 +196,7 @@ def test_a_quantised_reference():
     assert same(contents(reference), before)
     for quant_type, cause in (("fp4", report.QUANTISED), ("nf4", report.BASE)):
         reference.up.base_layer.weight = linear4bit(H, K, quant_type=quant_type).weight
-        result = verify(model, x, reference=reference)
-        assert [(f.cause, f.layers) for f in result.findings] == [(cause, ("up",))], str(result)
+        finds(cause, ("up",), model, x, reference=reference)
     assert "nf4 in blocks of 64, double quantised here, fp4 in" in str(
         verify(model, x, reference=_with_weight(reference, quant_type="fp4"))
     )

@@ -12,7 +12,7 @@ import fused_lora
 from fused_lora import LoraConfig, verify
 from fused_lora.bases.torchao import parts
 from fused_lora.diagnostics.verification import report
-from helpers.over_quantised import KINDS, lora_layers, same, with_adapters
+from helpers.over_quantised import KINDS, assert_lost, assert_requantised, finds, lora_layers, same, with_adapters
 from helpers.quantised import linear8bit, torchao_linear
 
 peft = pytest.importorskip("peft")
@@ -107,27 +107,8 @@ def contents(model):
 @pytest.mark.parametrize("base", LIBRARIES)
 def test_a_healthy_model_differs_by_requantisation(base, kind, merged):
     """And the check leaves everything as it was."""
-    model = make(kind, base)
-    if merged:
-        fused_lora.merge(model)
-    before, x = contents(model), torch.randn(M, K)
-    result = verify(model, x)
-    assert same(contents(model), before)
-    if kind == "peft" and merged:
-        assert result.skipped.keys() == {path for path in lora_layers(model) if not path.endswith("head")}
-        assert not result.ok
-        assert all("PEFT merged it into 8 bits, the weight of before is gone" == why for why in result.skipped.values())
-        return
-    assert result.ok and result.verdict == "rounding" and not result.findings and not result.skipped, str(result)
-    assert result.was_merged == merged and [check.dtype for check in result.layers[:2]] == [NAMES.get(base, "int8")] * 2
-    for check in result.layers[:2]:
-        assert check.ok and check.lost > 1e-3 and check.difference_rms < 4 * check.expected_rms
-    if kind != "peft":
-        if not merged:
-            fused_lora.merge(model)
-        for path, lost in fused_lora.delta_fidelity(model).items():
-            found = next(check.lost for check in result.layers if check.path.endswith(path))
-            assert found == pytest.approx(lost, rel=1e-3, abs=1e-6)
+    name = NAMES.get(base, "int8")
+    assert_requantised(make(kind, base), kind, merged, contents, torch.randn(M, K), 8, name)
 
 
 def test_no_false_alarm_over_random_layers():
@@ -149,14 +130,7 @@ def test_no_false_alarm_over_random_layers():
 
 @pytest.mark.parametrize("base", LIBRARIES)
 def test_an_adapter_that_eight_bits_lose(base):
-    model = make(base=base)
-    for layer in lora_layers(model).values():
-        layer.lora_B["default"].weight.data.mul_(1e-3)
-    result = verify(model, torch.randn(M, K))
-    assert result.verdict == "lost" and not result.ok, str(result)
-    [finding] = result.findings
-    assert finding.cause == report.LOST and finding.layers == ("up", "down")
-    assert f"a merge into {NAMES.get(base, 'int8')} keeps only" in finding.message
+    assert_lost(make(base=base), torch.randn(M, K), NAMES.get(base, "int8"))
 
 
 @pytest.mark.parametrize("base", LIBRARIES)
@@ -186,8 +160,7 @@ def test_a_merge_with_one_wrong_code_in_a_thousand(monkeypatch):
     merged = copy.deepcopy(model)
     fused_lora.merge(merged)
     monkeypatch.undo()
-    result = verify(merged, x)
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.STALE, ("up", "down"))], str(result)
+    finds(report.STALE, ("up", "down"), merged, x)
 
 
 def test_an_int8_product_that_is_wrong():
@@ -214,12 +187,10 @@ def test_a_dense_reference(base, merged):
         for name in ("up", "down"):
             original[f"{name}.weight"] += getattr(model, name).get_delta_weight("default").detach()
     x = torch.randn(M, K)
-    result = verify(model.eval(), x, reference=original)
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.QUANTISED, ("up", "down"))], str(result)
+    result = finds(report.QUANTISED, ("up", "down"), model.eval(), x, reference=original)
     assert f"{NAMES.get(base, 'int8')} in blocks of" in result.findings[0].message
     assert result.reference_merged == merged
-    result = verify(model, x, reference={"up.weight": torch.randn(H, K)})
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.BASE, ("up",))], str(result)
+    finds(report.BASE, ("up",), model, x, reference={"up.weight": torch.randn(H, K)})
 
 
 def requantised(base, dense):
@@ -244,8 +215,7 @@ def test_a_quantised_reference():
     assert result.ok and not result.findings and result.reference is not None, str(result)
     assert same(contents(reference), before)
     reference.up.base_layer.weight = linear8bit(H, K).weight
-    result = verify(model, x, reference=reference)
-    assert [(f.cause, f.layers) for f in result.findings] == [(report.BASE, ("up",))], str(result)
+    finds(report.BASE, ("up",), model, x, reference=reference)
 
 
 @pytest.mark.parametrize("base", ["ao tensor", "ao dynamic"])

@@ -35,13 +35,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = serving.write_tiny_llama(folder / "tiny")
-        plain = serving.load_model(model)
-        for seed, name in enumerate(("a", "b", "torn")):
-            serving.write_adapter(folder / "adapters" / name, plain, 4, seed=seed)
+        tiny = serving.Tiny(folder, a=4, b=4, torn=4)
         limits = "--max-tokens 16 --drain-timeout 1 --served-model-name base --allow-load".split()
-        with Server(model, folder / "adapters", folder / "log", *limits, "--api-key", KEY, key=KEY) as server:
-            weights = folder / "adapters" / "torn" / "adapter_model.safetensors"
+        with Server(tiny.folder, tiny.root, folder / "log", *limits, "--api-key", KEY, key=KEY) as server:
+            weights = tiny.root / "torn" / "adapter_model.safetensors"
             weights.write_bytes(weights.read_bytes()[:-64])
             before = answers(server)
             status = fuzz(server, arguments)
@@ -55,8 +52,7 @@ def main() -> None:
 def answers(server) -> list[str]:
     """Greedy texts of the base and of both sound adapters, loaded anew."""
     for name in ("a", "b"):
-        body = {"lora_name": name, "lora_path": name, "load_inplace": True}
-        assert server.http.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert server.load(name, name, load_inplace=True).status_code == 200
     return [server.say(name, f"Tell {name}").choices[0].text for name in ("base", "a", "b")]
 
 

@@ -6,13 +6,21 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fused_lora.checkpoints import changes, stream
 from helpers.seeds import shifted
 
 K, N, VOCABULARY = 24, 40, 56
+
+
+def pieces_of(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    """Files are read and written in pieces of so many bytes."""
+    for module in (changes, stream):
+        monkeypatch.setattr(module, "PIECE_BYTES", nbytes)
 
 
 def decoder(layers: int = 2, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, Tensor]:

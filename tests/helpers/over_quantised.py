@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fused_lora
+from fused_lora import verify
+from fused_lora.diagnostics.verification import report
 from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.twins import run_layer
 
@@ -93,6 +95,51 @@ def same(left: Sequence[Any], right: Sequence[Any]) -> bool:
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
         for a, b in zip(left, right, strict=True)
     )
+
+
+def assert_requantised(
+    model: nn.Module, kind: str, merged: bool, contents: Callable[[nn.Module], list], x: Tensor, bits: int, name: str
+) -> None:
+    """verify of a model with quantised layers up and down and a dense head, of which it changes nothing."""
+    if merged:
+        fused_lora.merge(model)
+    before = contents(model)
+    result = verify(model, x)
+    assert same(contents(model), before)
+    if kind == "peft" and merged:
+        assert result.skipped.keys() == {path for path in lora_layers(model) if not path.endswith("head")}
+        why = f"PEFT merged it into {bits} bits, the weight of before is gone"
+        assert set(result.skipped.values()) == {why} and not result.ok
+        return
+    assert result.ok and result.verdict == "rounding" and not result.findings and not result.skipped, str(result)
+    assert result.was_merged == merged and [check.dtype for check in result.layers] == [name, name, torch.float32]
+    for check in result.layers[:2]:
+        assert check.ok and check.lost > (0.05 if bits == 4 else 1e-3)
+        assert check.difference_rms < 4 * check.expected_rms
+    if kind != "peft":
+        if not merged:
+            fused_lora.merge(model)
+        for path, lost in fused_lora.delta_fidelity(model).items():
+            found = next(check.lost for check in result.layers if check.path.endswith(path))
+            assert found == pytest.approx(lost, rel=1e-3, abs=1e-6)
+
+
+def finds(cause: str, layers: tuple[str, ...], model: nn.Module, x: Tensor, **options: Any) -> report.Verification:
+    """verify finds one cause, in these layers."""
+    result = verify(model, x, **options)
+    assert [(found.cause, found.layers) for found in result.findings] == [(cause, layers)], str(result)
+    return result
+
+
+def assert_lost(model: nn.Module, x: Tensor, name: str) -> None:
+    """verify of such a model, whose quantised layers would lose a small adapter."""
+    for layer in layers(model):
+        layer.lora_B["default"].weight.data.mul_(1e-3)
+    result = verify(model, x)
+    assert result.verdict == "lost" and not result.ok, str(result)
+    [finding] = result.findings
+    assert finding.cause == report.LOST and finding.layers == ("up", "down")
+    assert f"a merge into {name} keeps only" in finding.message and "unload(model, merge_adapters" in finding.message
 
 
 def assert_chosen_alike(ours: nn.Module, theirs: nn.Module, x: Tensor, terms: int) -> None:

@@ -93,6 +93,14 @@ class Server:
             **{"model": model, "prompt": prompt, "max_tokens": count, "temperature": 0, **more}
         )
 
+    def load(self, name: str, path: Any, **more: Any) -> Any:
+        """The answer to a request to load an adapter; ``load_inplace=True`` where the name is known."""
+        return self.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path), **more})
+
+    def unload(self, name: str) -> Any:
+        """And to unload one."""
+        return self.http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
     def metric(self, name: str) -> float:
         """A number on the page of metrics, by its name without the prefix."""
         found = re.search(rf"^fused_lora_{re.escape(name)} (\S+)$", self.http.get("/metrics").text, re.MULTILINE)

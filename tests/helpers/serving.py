@@ -4,8 +4,9 @@ what tests of the engine share."""
 from __future__ import annotations
 
 import copy
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from fused_lora.serving import AdapterStore
 from fused_lora.serving.engine.continuous import check_transformers
 from helpers.seeds import shifted
 from helpers.waiting import wait_for
@@ -64,11 +66,39 @@ def write_tiny_llama(folder: Path, seed: int = 0, intermediate_size: int = 160) 
     return folder
 
 
+def byte_fallback_tokenizer() -> Any:
+    """A tokenizer of pieces with byte fallback, as Llama 2's: 1 to 256 are the bytes, 257 is " the" and 258 "b"."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models
+
+    pieces = [("<unk>", 0.0), *((f"<0x{i:02X}>", 0.0) for i in range(256)), ("\u2581the", -1.0), ("b", -1.0)]
+    fast = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    fast.decoder = decoders.Sequence(steps)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>")
+
+
 def load_model(folder: Path, **options: Any) -> nn.Module:
     """The model of :func:`write_tiny_llama`, or any other, in fp32 and eval mode."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def store_of(model: nn.Module, adapters: Mapping[str, Path], **options: Any) -> AdapterStore:
+    """A store that knows these adapters, none of them loaded."""
+    store = AdapterStore(model, **options)
+    for name, path in adapters.items():
+        store.register(name, str(path))
+    return store
+
+
+def engine_config(**changes: Any) -> Any:
+    """Small pages and steps: prompts of a few dozen tokens share pages and are prefilled in chunks."""
+    from transformers import ContinuousBatchingConfig
+
+    sizes = dict(page_size=8, num_blocks=512, max_batch_tokens=48, max_requests_per_batch=32)
+    return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
 
 
 def write_adapter(folder: Path, model: nn.Module, r: int, seed: int, std: float = 0.1, head: bool = False) -> Path:
@@ -154,6 +184,46 @@ def is_rounding_tie(model: nn.Module, adapter: Path | None, ids: Sequence[int], 
     error = (narrow - exact).abs().max()
     best_two = set(exact.topk(2).indices.tolist())
     return best_two == {token, wanted} and bool((exact[wanted] - exact[token]).abs() <= 4 * error)
+
+
+def adapter_bytes(rank: int) -> int:
+    """At least what an adapter of this rank on all linear layers of the tiny model takes in a store."""
+    shapes = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64))
+    return 2 * sum(4 * rank * (K + N) for K, N in shapes)  # float32, two layers
+
+
+class Tiny:
+    """A tiny Llama and random adapters of these ranks below ``root``; what it gives alone, with one of them merged."""
+
+    def __init__(self, root: Path, **ranks: int):
+        self.folder, self.root = write_tiny_llama(root / "tiny"), root / "adapters"
+        self.plain = load_model(self.folder)
+        self.adapters = {
+            name: write_adapter(self.root / name, self.plain, r, seed=i) for i, (name, r) in enumerate(ranks.items())
+        }
+        self._merged = functools.cache(lambda name, dtype: merged(self.plain, self.adapters.get(name), dtype))
+        self._tokens = functools.cache(lambda name, ids, count: greedy(self._merged(name, torch.float32), ids, count))
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def tokens(self, name: str | None, ids: Sequence[int], count: int) -> list[int]:
+        """As :func:`greedy`; of the base model for a ``name`` that is no adapter's."""
+        return self._tokens(name, tuple(ids), count)
+
+    def text(self, name: str | None, prompt: str, count: int) -> str:
+        """The same between texts."""
+        return self.tokenizer.decode(
+            self.tokens(name, self.tokenizer(prompt)["input_ids"], count), skip_special_tokens=True
+        )
+
+    @torch.no_grad()
+    def log_softmax(self, name: str | None, ids: Sequence[int]) -> torch.Tensor:
+        """[len(ids), vocabulary] in float64."""
+        return self._merged(name, torch.float64)(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import fused_lora
 from fused_lora.adapters.errors import AdapterError
@@ -16,16 +15,12 @@ from fused_lora.serving.engine.continuous import continuous_batching
 from fused_lora.serving.engine.failures import failure_of
 from fused_lora.serving.residency import refusal, registry
 from helpers import serving
-from helpers.serving import prompt, results
+from helpers.serving import engine_config, prompt, results
 from helpers.waiting import HANG, wait_for
 
 serving.need_engine()
 
-from transformers import ContinuousBatchingConfig  # noqa: E402
-
 from fused_lora.serving.engine import admission  # noqa: E402
-
-CONFIG = dict(page_size=8, num_blocks=256, max_batch_tokens=48, max_requests_per_batch=8, auto_switch_to_flash=False)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +33,7 @@ def store(model, tmp_path):
     """A store with the adapters hot (loaded) and cold (registered) of rank 4; room for both and half of another."""
     for i, name in enumerate(("hot", "cold", "other")):
         serving.write_adapter(tmp_path / name, model, 4, seed=i)
-    layers = [m for path, m in model.named_modules() if "layers" in path and isinstance(m, torch.nn.Linear)]
-    size = 4 * 4 * sum(m.in_features + m.out_features for m in layers)
-    found = fused_lora.AdapterStore(model, capacity_bytes=int(2.5 * size))
+    found = fused_lora.AdapterStore(model, capacity_bytes=int(2.5 * serving.adapter_bytes(4)))
     found.load("hot", str(tmp_path / "hot"))
     for name in ("cold", "other"):
         found.register(name, str(tmp_path / name))
@@ -67,7 +60,7 @@ def reads(monkeypatch):
 def test_steps_go_on_while_an_adapter_is_read(model, store, reads):
     read, go = reads
     go.clear()
-    with continuous_batching(model, store, ContinuousBatchingConfig(**CONFIG)) as engine:
+    with continuous_batching(model, store, engine_config()) as engine:
         cold = [engine.add_request(prompt(9), adapter="cold", max_new_tokens=4) for _ in range(3)]
         wait_for(lambda: read == ["cold"])
         for name in (None, "hot"):  # younger ones, and their adapters are there
@@ -83,7 +76,7 @@ def test_steps_go_on_while_an_adapter_is_read(model, store, reads):
 def test_what_nobody_waits_for_any_more_is_given_back(model, store, reads):
     read, go = reads
     go.clear()
-    with continuous_batching(model, store, ContinuousBatchingConfig(**CONFIG)) as engine:
+    with continuous_batching(model, store, engine_config()) as engine:
         gone = engine.add_request(prompt(9), adapter="cold", max_new_tokens=4)
         wait_for(lambda: read == ["cold"])
         engine.cancel_request(gone)
@@ -97,7 +90,7 @@ def test_an_adapter_that_has_no_room_is_read_once(model, store, reads, monkeypat
     """While two others are leased, by somebody else; when they are released there is room."""
     monkeypatch.setattr(admission, "PATIENCE_SECONDS", 1000.0)
     read, _ = reads
-    with continuous_batching(model, store, ContinuousBatchingConfig(**CONFIG)) as engine:
+    with continuous_batching(model, store, engine_config()) as engine:
         with store.lease("hot"), store.lease("cold"):
             asked = engine.add_request(prompt(9), adapter="other", max_new_tokens=4)
             wait_for(lambda: read == ["cold", "other"])
@@ -113,7 +106,7 @@ def test_a_failed_read_is_remembered_until_the_files_change(model, store, reads,
     weights = tmp_path / "cold" / "adapter_model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-64])
-    with continuous_batching(model, store, ContinuousBatchingConfig(**CONFIG)) as engine:
+    with continuous_batching(model, store, engine_config()) as engine:
         asked = [engine.add_request(prompt(9), adapter="cold", max_new_tokens=4) for _ in range(3)]
         errors = [failure_of(output) for output in results(engine, *asked)]
         with pytest.raises(AdapterError) as caught:
@@ -145,7 +138,7 @@ def test_a_store_that_is_full_inside_a_forward_ends_the_requests_of_that_step(mo
 
     handle = model.model.layers[-1].register_forward_pre_hook(hook)
     try:
-        with continuous_batching(model, store, ContinuousBatchingConfig(**CONFIG)) as engine:
+        with continuous_batching(model, store, engine_config()) as engine:
             (failed,) = results(engine, engine.add_request(prompt(9), adapter="hot", max_new_tokens=4))
             assert failure_of(failed).kind == "StoreFull"
             (output,) = results(engine, engine.add_request(prompt(9), adapter="hot", max_new_tokens=4))

@@ -1,10 +1,10 @@
 """transformers' continuous batching with an adapter per request: the tokens are those of the adapter merged, alone."""
 
 import contextlib
-import functools
 import importlib.metadata
 import importlib.util
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,12 +14,11 @@ from fused_lora.serving.engine import continuous
 from fused_lora.serving.engine.continuous import continuous_batching, generate_batch
 from fused_lora.serving.engine.failures import failure_of
 from helpers import serving
-from helpers.serving import prompt, results
+from helpers.serving import adapter_bytes, prompt, results, store_of
+from helpers.serving import engine_config as config
 from helpers.waiting import wait_for
 
 serving.need_engine()
-
-from transformers import ContinuousBatchingConfig  # noqa: E402
 
 from fused_lora.serving.engine import manager as continuous_manager  # noqa: E402
 from fused_lora.serving.engine import request as continuous_request  # noqa: E402
@@ -30,54 +29,27 @@ RANKS = (4, 5, 8, 12, 16, 16, 20, 24, 31, 32, 33, 40, 48, 56, 63, 64)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder of a tiny Llama, its plain model, {name: adapter folder})."""
-    root = tmp_path_factory.mktemp("continuous")
-    folder = serving.write_tiny_llama(root / "model")
-    model = serving.load_model(folder)
-    adapters = {f"a{i}": serving.write_adapter(root / f"a{i}", model, r, seed=i) for i, r in enumerate(RANKS)}
-    return folder, model, adapters
+    return serving.Tiny(tmp_path_factory.mktemp("continuous"), **{f"a{i}": r for i, r in enumerate(RANKS)})
 
 
 @pytest.fixture(scope="module")
 def alone(world):
-    """tokens(adapter, ids, count): what the model with this adapter merged generates for this prompt alone."""
-    _, model, adapters = world
-
-    @functools.lru_cache
-    def merged(name):
-        return serving.merged(model, adapters.get(name))
-
-    @functools.lru_cache
-    def tokens(name, ids, count):
-        return serving.greedy(merged(name), ids, count)
-
-    return lambda name, ids, count: tokens(name, tuple(ids), count)
+    return world.tokens
 
 
 @pytest.fixture
 def served(world):
     """(model, store) with all adapters known, none loaded."""
-    folder, _, adapters = world
-    model = serving.load_model(folder)
-    store = fused_lora.AdapterStore(model)
-    for name, path in adapters.items():
-        store.register(name, str(path))
-    return model, store
+    model = serving.load_model(world.folder)
+    return model, store_of(model, world.adapters)
 
 
 @pytest.fixture(scope="module")
 def idle(world):
     """(engine, model, store) for requests that must not come through: it is never started."""
-    model = serving.load_model(world[0])
-    store = fused_lora.AdapterStore(model)
-    store.register("a0", str(world[2]["a0"]))
+    model = serving.load_model(world.folder)
+    store = store_of(model, {"a0": world.adapters["a0"]})
     return continuous_batching(model, store, config()), model, store
-
-
-def config(**changes):
-    """Small pages and steps: prompts of a few dozen tokens share pages and are prefilled in chunks."""
-    sizes = dict(page_size=8, num_blocks=512, max_batch_tokens=48, max_requests_per_batch=32)
-    return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
 
 
 def result(engine, request_id):
@@ -124,12 +96,11 @@ def mixed_requests(names, count, lengths):
 
 
 def test_64_requests_over_16_adapters_as_alone(world, served, alone):
-    _, plain, adapters = world
-    requests = mixed_requests(list(adapters), 64, (3, 130, 17, 1, 60, 9, 25))
+    requests = mixed_requests(list(world.adapters), 64, (3, 130, 17, 1, 60, 9, 25))
     names, prompts = [n for n, _ in requests], [ids for _, ids in requests]
     outputs = generate_batch(*served, prompts, names, max_new_tokens=12, config=config())
     assert sum(name is None for name in names) >= 3 and max(map(len, prompts)) > 2 * 48
-    assert check_all(plain, adapters, alone, requests, outputs, 12) <= 3
+    assert check_all(world.plain, world.adapters, alone, requests, outputs, 12) <= 3
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -138,7 +109,7 @@ def test_attention_implementations(world, served, alone, attention):
     model.set_attn_implementation(attention)
     requests = [("a1", prompt(20)), (None, prompt(70)), ("a2", prompt(20))]
     outputs = generate_batch(model, store, [ids for _, ids in requests], ["a1", None, "a2"], 6, config())
-    assert check_all(world[1], world[2], alone, requests, outputs, 6) == 0
+    assert check_all(world.plain, world.adapters, alone, requests, outputs, 6) == 0
     assert model.config._attn_implementation == attention
 
 
@@ -167,12 +138,11 @@ def test_prefixes_are_shared_within_an_adapter_only(served, alone, monkeypatch):
 
 
 def test_reloaded_adapter_has_no_old_prefix(world, served, alone):
-    _, _, adapters = world
     model, store = served
     with continuous_batching(model, store, config()) as engine:
         first = result(engine, engine.add_request(prompt(45), adapter="a2", max_new_tokens=8))
         before = store.identity("a2")
-        store.load("a2", str(adapters["a3"]))
+        store.load("a2", str(world.adapters["a3"]))
         assert store.identity("a2") != before
         second = result(engine, engine.add_request(prompt(45), adapter="a2", max_new_tokens=8))
     assert first.generated_tokens == alone("a2", prompt(45), 8)
@@ -180,12 +150,11 @@ def test_reloaded_adapter_has_no_old_prefix(world, served, alone):
 
 
 def test_running_request_keeps_its_version(world, served, alone):
-    _, _, adapters = world
     model, store = served
     with continuous_batching(model, store, config()) as engine:
         old = engine.add_request(prompt(9), adapter="a2", max_new_tokens=200, streaming=True)
         assert len(streamed(engine, old, 5)[-1].generated_tokens) < 100
-        store.load("a2", str(adapters["a3"]))
+        store.load("a2", str(world.adapters["a3"]))
         new = engine.add_request(prompt(9), adapter="a2", max_new_tokens=8)
         store.unload("a1")
         old, new = results(engine, old, new)
@@ -196,13 +165,12 @@ def test_running_request_keeps_its_version(world, served, alone):
 
 
 def test_request_that_lost_its_cache_keeps_its_version(world, served, alone):
-    _, _, adapters = world
     model, store = served
     with continuous_batching(model, store, config(num_blocks=30, safety_margin=0.0)) as engine:
         ids = [engine.add_request(prompt(30, i), adapter="a2", max_new_tokens=60, streaming=True) for i in range(6)]
         scheduler = engine.batch_processor.scheduler
         wait_for(lambda: any(state._true_initial_tokens for state in list(scheduler.waiting_requests.values())))
-        store.load("a2", str(adapters["a3"]))
+        store.load("a2", str(world.adapters["a3"]))
         outputs = results(engine, *ids)
     tokens = [output.generated_tokens for output in outputs]
     old, new = ([alone(name, prompt(30, i), 60) for i in range(6)] for name in ("a2", "a3"))
@@ -211,8 +179,8 @@ def test_request_that_lost_its_cache_keeps_its_version(world, served, alone):
 
 
 def test_adapter_of_the_output_layer(world, served, alone, tmp_path):
-    path = serving.write_adapter(tmp_path / "head", world[1], 8, seed=5, head=True)
-    wanted = [serving.greedy(serving.merged(world[1], path), prompt(60, i), 8) for i in range(3)]
+    path = serving.write_adapter(tmp_path / "head", world.plain, 8, seed=5, head=True)
+    wanted = [serving.greedy(serving.merged(world.plain, path), prompt(60, i), 8) for i in range(3)]
     model, store = served
     store.load("head", str(path))
     names = ["head", "a2", None, "head", "head"]
@@ -224,7 +192,7 @@ def test_adapter_of_the_output_layer(world, served, alone, tmp_path):
 
 def test_lease_says_which_layers_it_changes(world, served, tmp_path):
     model, store = served
-    store.load("head", str(serving.write_adapter(tmp_path / "head", world[1], 8, seed=5, head=True)))
+    store.load("head", str(serving.write_adapter(tmp_path / "head", world.plain, 8, seed=5, head=True)))
     with store.lease("head") as head, store.lease("a2") as other:
         assert head.adapts(model.lm_head) and not other.adapts(model.lm_head)
         assert other.adapts(model.model.layers[0].mlp.up_proj) and not other.adapts(model.model.norm)
@@ -232,17 +200,9 @@ def test_lease_says_which_layers_it_changes(world, served, tmp_path):
         other.adapts(model.lm_head)
 
 
-def adapter_bytes(rank):
-    """At least what an adapter of this rank takes in the store."""
-    shapes = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64))
-    return 2 * sum(4 * rank * (K + N) for K, N in shapes)  # float32, two layers
-
-
 def test_adapter_unloaded_before_the_request_starts(world, alone):
-    folder, _, adapters = world
-    store = fused_lora.AdapterStore(serving.load_model(folder), capacity_bytes=adapter_bytes(12))
-    for name in ("a2", "a3"):
-        store.register(name, str(adapters[name]))
+    known = {name: world.adapters[name] for name in ("a2", "a3")}
+    store = store_of(serving.load_model(world.folder), known, capacity_bytes=adapter_bytes(12))
     with continuous_batching(store.model, store, config()) as engine:
         first = engine.add_request(prompt(9), adapter="a2", max_new_tokens=200)
         wait_for(lambda: engine.counters.generated_tokens > 0)  # two loads at a time would race for the room
@@ -255,75 +215,17 @@ def test_adapter_unloaded_before_the_request_starts(world, alone):
 
 
 def test_more_adapters_than_the_store_holds(world, alone):
-    folder, plain, adapters = world
-    model = serving.load_model(folder)
+    model = serving.load_model(world.folder)
     names = ["a2", "a3", "a4", "a5", "a0", "a1"]  # ranks 8, 12, 16, 16, 4, 5
-    store = fused_lora.AdapterStore(model, capacity_bytes=int(adapter_bytes(16) * 2.2))
-    for name in names:
-        store.register(name, str(adapters[name]))
+    store = store_of(model, {name: world.adapters[name] for name in names}, capacity_bytes=int(adapter_bytes(16) * 2.2))
     requests = [(name, prompt(12, i)) for i, name in enumerate((names + [None]) * 4)]
     with continuous_batching(model, store, config()) as engine:
         ids = [engine.add_request(p, adapter=name, max_new_tokens=6) for name, p in requests]
         outputs = results(engine, *ids)
         assert engine.counters.waits_for_adapters > 0
-    assert check_all(plain, adapters, alone, requests, outputs, 6) == 0
+    assert check_all(world.plain, world.adapters, alone, requests, outputs, 6) == 0
     stats = store.stats()
     assert stats["bytes_used"] <= stats["capacity"] and stats["evictions"] > 0
-
-
-def test_adapter_that_can_never_fit_fails_alone(world, alone):
-    folder, _, adapters = world
-    model = serving.load_model(folder)
-    store = fused_lora.AdapterStore(model, capacity_bytes=adapter_bytes(20))
-    for name in ("a2", "a15"):
-        store.register(name, str(adapters[name]))
-    with continuous_batching(model, store, config()) as engine:
-        big = engine.add_request(prompt(9), adapter="a15", max_new_tokens=4)
-        failed = result(engine, big)
-        small = result(engine, engine.add_request(prompt(9), adapter="a2", max_new_tokens=4))
-    assert "a15" in failed.error and failed.generated_tokens == []
-    assert small.generated_tokens == alone("a2", prompt(9), 4)
-
-
-def test_damaged_file_fails_its_requests_only(world, served, alone, tmp_path):
-    model, store = served
-    bad = serving.write_adapter(tmp_path / "bad", world[1], 4, seed=99)
-    store.register("bad", str(bad))
-    weights = bad / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with continuous_batching(model, store, config()) as engine:
-        failed = result(engine, engine.add_request(prompt(9), adapter="bad", max_new_tokens=4))
-        good = result(engine, engine.add_request(prompt(9), adapter="a2", max_new_tokens=4))
-    assert "expected" in failed.error
-    assert good.generated_tokens == alone("a2", prompt(9), 4)
-
-
-def test_requests_that_lose_their_cache_start_again(world, served, alone):
-    _, plain, adapters = world
-    requests = [(name, prompt(30, i)) for i, name in enumerate(["a1", None, "a2", "a3"] * 2)]
-    # 8 requests of 70 tokens need 72 pages; there are 30
-    outputs = generate_batch(
-        *served, [ids for _, ids in requests], [n for n, _ in requests], 40, config(num_blocks=30, safety_margin=0.0)
-    )
-    assert check_all(plain, adapters, alone, requests, outputs, 40) <= 1
-
-
-def test_cancelled_request_leaves_the_engine(served):
-    with continuous_batching(*served, config()) as engine:
-        scheduler = engine.batch_processor.scheduler
-        request = engine.add_request(prompt(9), adapter="a2", max_new_tokens=900)
-        wait_for(lambda: request in scheduler.active_requests)
-        engine.cancel_request(request)
-        wait_for(lambda: not scheduler.active_requests and not engine.admission.leases)
-
-
-def test_leases_are_given_back(served):
-    model, store = served
-    with continuous_batching(model, store, config()) as engine:
-        results(engine, *(engine.add_request(prompt(9), adapter=name, max_new_tokens=5) for name in ("a2", "a3")))
-    assert not engine.admission.leases and store.stats()["in_use"] == 0
-    store.detach()
-    assert store.stats()["bytes_used"] == 0
 
 
 def test_seed_gives_the_same_tokens_alone_and_in_a_batch(served):
@@ -346,7 +248,7 @@ def test_greedy_requests_beside_sampled_ones(world, served, alone):
             ids.append(engine.add_request(prompt(15, i), adapter="a2", max_new_tokens=10))
         outputs = results(engine, *ids)
     requests = [("a2", prompt(15, i)) for i in range(4)]
-    assert check_all(world[1], world[2], alone, requests, outputs, 10) == 0
+    assert check_all(world.plain, world.adapters, alone, requests, outputs, 10) == 0
 
 
 def test_draws_follow_the_distribution():
@@ -500,7 +402,7 @@ def test_engine_wants_the_model_of_its_store(world, served):
     for arguments, error, named in (
         ((torch.nn.Linear(2, 2), store), TypeError, "model"),
         ((model, None), TypeError, "store: expected an AdapterStore, got NoneType"),
-        ((serving.load_model(world[0]), store), ValueError, "another model"),
+        ((serving.load_model(world.folder), store), ValueError, "another model"),
         ((model, store, {"page_size": 8}), TypeError, "config"),
     ):
         with pytest.raises(error, match=named):
@@ -516,28 +418,22 @@ def test_one_adapter_per_input(served):
 
 
 def test_adapters_may_come_and_go_while_requests_run(world, served, alone):
-    _, plain, adapters = world
     model, store = served
-    stop, problems = threading.Event(), []
+    stop, requests = threading.Event(), mixed_requests(["a0", "a1", "a2"], 16, (9, 30))
 
     def churn():
-        try:
-            while not stop.is_set():
-                store.load("guest", str(adapters["a9"]))
-                store.unload("guest")
-        except Exception as error:
-            problems.append(error)
+        while not stop.is_set():
+            store.load("guest", str(world.adapters["a9"]))
+            store.unload("guest")
 
-    thread = threading.Thread(target=churn)
-    thread.start()
-    try:
-        requests = mixed_requests(["a0", "a1", "a2"], 16, (9, 30))
-        outputs = generate_batch(model, store, [p for _, p in requests], [n for n, _ in requests], 10, config())
-    finally:
-        stop.set()
-        thread.join()
-    assert not problems
-    assert check_all(plain, adapters, alone, requests, outputs, 10) <= 1
+    with ThreadPoolExecutor(1) as thread:
+        churning = thread.submit(churn)
+        try:
+            outputs = generate_batch(model, store, [p for _, p in requests], [n for n, _ in requests], 10, config())
+        finally:
+            stop.set()
+    churning.result()
+    assert check_all(world.plain, world.adapters, alone, requests, outputs, 10) <= 1
 
 
 @pytest.mark.slow
@@ -562,9 +458,7 @@ def test_quickstart_model(tmp_path, monkeypatch):
     lengths = (5, 40, 12, 90, 20, 33, 8)
     prompts = [ids[:24] if i % 5 == 0 else ids[50 * i : 50 * i + lengths[i % 7]] for i in range(34)]
     requests = [([None, *adapters][i % 17], prompts[i]) for i in range(34)]
-    store = fused_lora.AdapterStore(model)
-    for name, path in adapters.items():
-        store.register(name, str(path))
+    store = store_of(model, adapters)
     outputs = generate_batch(
         model, store, [p for _, p in requests], [n for n, _ in requests], 8, config(max_batch_tokens=64, page_size=16)
     )

@@ -1,5 +1,6 @@
 """A step that raises ends its own requests, frees what they held, and leaves the others as if it had not been."""
 
+import functools
 import gc
 import itertools
 import logging
@@ -9,32 +10,25 @@ import weakref
 import pytest
 import torch
 
-import fused_lora
 from fused_lora.serving.engine.continuous import continuous_batching, generate_batch
 from fused_lora.serving.engine.failures import MAX_FAILED_STEPS, StepFailed, failure_of
 from helpers import serving
 from helpers.seeds import shifted
-from helpers.serving import prompt, results
+from helpers.serving import prompt, results, store_of
 from helpers.thorough import sampled
 from helpers.waiting import wait_for
 
 serving.need_engine()
 
-from transformers import ContinuousBatchingConfig  # noqa: E402
-
 MARK = 256  # the end of sequence: no greedy answer of the tiny model holds it
+config = functools.partial(serving.engine_config, max_requests_per_batch=8)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder of a tiny Llama, {name: adapter folder}, tokens(adapter, ids, count) of the merged model alone)."""
-    root = tmp_path_factory.mktemp("failures")
-    folder = serving.write_tiny_llama(root / "model")
-    plain = serving.load_model(folder)
-    assert plain.config.eos_token_id == MARK
-    adapters = {name: serving.write_adapter(root / name, plain, r, seed=r) for name, r in (("a", 8), ("b", 16))}
-    merged = {name: serving.merged(plain, adapters.get(name)) for name in (None, *adapters)}
-    return folder, adapters, lambda name, ids, count: serving.greedy(merged[name], ids, count)
+    found = serving.Tiny(tmp_path_factory.mktemp("failures"), a=8, b=16)
+    assert found.plain.config.eos_token_id == MARK
+    return found
 
 
 @pytest.fixture
@@ -42,18 +36,10 @@ def served(world):
     """make(times): (model that fails on the mark, a store with both adapters known)."""
 
     def make(times=None):
-        model = serving.fail_on(serving.load_model(world[0]), MARK, times)
-        store = fused_lora.AdapterStore(model)
-        for name, path in world[1].items():
-            store.register(name, str(path))
-        return model, store
+        model = serving.fail_on(serving.load_model(world.folder), MARK, times)
+        return model, store_of(model, world.adapters)
 
     return make
-
-
-def config(**changes):
-    sizes = dict(page_size=8, num_blocks=256, max_batch_tokens=48, max_requests_per_batch=8)
-    return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
 
 
 def held(engine, store):
@@ -79,7 +65,7 @@ def test_marked_prompt_fails_alone(world, served, name):
         (failed,) = results(engine, bad)
         wait_for(lambda: held(engine, store) == (0, 0, 0))
         good = engine.add_request(prompt(9), adapter="a", max_new_tokens=6)
-        assert results(engine, good)[0].generated_tokens == world[2]("a", prompt(9), 6)
+        assert results(engine, good)[0].generated_tokens == world.tokens("a", prompt(9), 6)
         assert engine.is_running() and all_blocks_free(engine)
         assert (engine.counters.failed_steps, engine.counters.failed_requests) == (1, 1)
     assert failed.generated_tokens == [] and failed.is_finished()
@@ -115,9 +101,9 @@ def test_requests_of_the_step_fail_and_the_others_go_on(world, served):
     assert all(isinstance(failure_of(output), StepFailed) for output in failed)
     for i, (name, output) in enumerate(zip(names, failed, strict=False)):
         got = output.generated_tokens
-        assert 4 < len(got) < 400 and got == world[2](name, prompt(9, i), len(got))
+        assert 4 < len(got) < 400 and got == world.tokens(name, prompt(9, i), len(got))
     for i, (name, output) in enumerate(zip(names, finished, strict=True)):
-        assert failure_of(output) is None and output.generated_tokens == world[2](name, prompt(9, i), 6)
+        assert failure_of(output) is None and output.generated_tokens == world.tokens(name, prompt(9, i), 6)
     store.unload("a"), store.unload("b")
     assert store.stats()["bytes_used"] == before == 0
 
@@ -137,7 +123,7 @@ def test_request_outside_the_step_is_not_ended(world, served):
             other = engine.add_request(prompt(60), adapter="b", max_new_tokens=6)
         failed, good = results(engine, bad, other)
     assert isinstance(failure_of(failed), StepFailed)
-    assert failure_of(good) is None and good.generated_tokens == world[2]("b", prompt(60), 6)
+    assert failure_of(good) is None and good.generated_tokens == world.tokens("b", prompt(60), 6)
 
 
 def test_failed_step_leaves_nothing_in_the_prefix_cache(world, served):
@@ -150,7 +136,7 @@ def test_failed_step_leaves_nothing_in_the_prefix_cache(world, served):
         again, once_more = (results(engine, engine.add_request(ids, adapter="a", max_new_tokens=6)) for _ in range(2))
         rows = engine.counters.adapter_rows - rows
     assert isinstance(failure_of(failed), StepFailed) and rows < 2 * (71 + 5)  # the third shared with the second
-    wanted = world[2]("a", ids, 6)
+    wanted = world.tokens("a", ids, 6)
     assert again[0].generated_tokens == once_more[0].generated_tokens == wanted
 
 
@@ -162,7 +148,7 @@ def test_engine_stops_when_no_step_succeeds(world, served):
             assert engine.is_running(), i
         # one that succeeds starts the count anew
         good = engine.add_request(prompt(9), adapter="b", max_new_tokens=1)
-        assert results(engine, good)[0].generated_tokens == world[2]("b", prompt(9), 1)
+        assert results(engine, good)[0].generated_tokens == world.tokens("b", prompt(9), 1)
         for _ in range(MAX_FAILED_STEPS - 1):
             results(engine, engine.add_request([MARK], adapter="a", max_new_tokens=2))
         with engine.pause():
@@ -186,7 +172,7 @@ def test_generate_batch_returns_what_failed_and_what_did_not(world, served):
     outputs = generate_batch(*served(), prompts, names, 6, small)
     assert [type(failure_of(output)) for output in outputs] == [type(None), StepFailed, type(None), type(None)]
     for i in (0, 2, 3):
-        assert outputs[i].generated_tokens == world[2](names[i], prompts[i], 6)
+        assert outputs[i].generated_tokens == world.tokens(names[i], prompts[i], 6)
 
 
 def test_failure_while_a_batch_is_prepared(world, served, monkeypatch):
@@ -210,7 +196,7 @@ def test_failure_while_a_batch_is_prepared(world, served, monkeypatch):
         (good,) = results(engine, engine.add_request(prompt(9), adapter="a", max_new_tokens=6))
         assert all_blocks_free(engine)
     assert failure_of(failed).kind == "MemoryError" and len(failed.generated_tokens) > 3
-    assert good.generated_tokens == world[2]("a", prompt(9), 6)
+    assert good.generated_tokens == world.tokens("a", prompt(9), 6)
 
 
 def test_activations_of_the_failed_step_are_freed(served, caplog):
@@ -231,7 +217,7 @@ def test_activations_of_the_failed_step_are_freed(served, caplog):
 def test_steps_that_fail_at_random_leave_every_answer_right(world, seed):
     """Clients ask again until they are served: shared prefixes, a cache that is too small, cancelled requests."""
     draw, trouble = random.Random(shifted(seed)), random.Random(shifted(seed))  # one per thread
-    model = serving.load_model(world[0])
+    model = serving.load_model(world.folder)
     calls, kinds_of_trouble = [20], itertools.cycle((RuntimeError, MemoryError, torch.OutOfMemoryError))
 
     def fail(module, args, out):
@@ -243,9 +229,7 @@ def test_steps_that_fail_at_random_leave_every_answer_right(world, seed):
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(fail)  # the keys of the step have been written
         layer.mlp.register_forward_hook(fail)
-    store = fused_lora.AdapterStore(model)
-    for name, path in world[1].items():
-        store.register(name, str(path))
+    store = store_of(model, world.adapters)
     jobs = [(draw.choice(["a", "b", None]), prompt(24) + prompt(1 + i % 9, i), 4 + i % 12) for i in range(30)]
     with continuous_batching(model, store, config(num_blocks=24, safety_margin=0.0)) as engine:
 
@@ -278,7 +262,7 @@ def test_steps_that_fail_at_random_leave_every_answer_right(world, seed):
         wait_for(lambda: held(engine, store) == (0, 0, 0))
         assert all_blocks_free(engine) and engine.counters.failed_steps >= 3 and len(kinds) >= 2
     for i, (name, ids, count) in enumerate(jobs):
-        assert answers[i] == world[2](name, ids, count), i
+        assert answers[i] == world.tokens(name, ids, count), i
 
 
 def test_failure_is_logged_with_its_traceback(served, caplog):
@@ -289,13 +273,10 @@ def test_failure_is_logged_with_its_traceback(served, caplog):
 
 
 def test_idle_engine_lets_adapters_make_room(world):
-    model = serving.load_model(world[0])
-    size = 4 * 8 * 2 * sum(K + N for K, N in ((64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64)))
-    store = fused_lora.AdapterStore(model, capacity_bytes=int(size * 2.2))
-    for name, path in world[1].items():
-        store.register(name, str(path))
+    model = serving.load_model(world.folder)
+    store = store_of(model, world.adapters, capacity_bytes=int(serving.adapter_bytes(8) * 2.2))
     with continuous_batching(model, store, config()) as engine:
         results(engine, engine.add_request(prompt(9), adapter="a", max_new_tokens=2))
         wait_for(lambda: store.stats()["in_use"] == 0)
-        store.load("c", str(world[1]["b"]))
+        store.load("c", str(world.adapters["b"]))
         assert store.stats()["evictions"] == 1

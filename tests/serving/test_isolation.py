@@ -8,11 +8,10 @@ from fused_lora.serving import NonFiniteOutput
 from fused_lora.serving.engine.continuous import continuous_batching, generate_batch
 from fused_lora.serving.engine.failures import failure_of
 from helpers import serving
-from helpers.serving import prompt, results
+from helpers.serving import engine_config as config
+from helpers.serving import prompt, results, store_of
 
 serving.need_engine()
-
-from transformers import ContinuousBatchingConfig  # noqa: E402
 
 # finite in fp32, and so are the sums of the first products; which layer, and whether a term is infinite or not a number
 EVIL = ("v_proj", "q_proj", "k_proj", "down_proj", "lm_head")
@@ -20,14 +19,12 @@ EVIL = ("v_proj", "q_proj", "k_proj", "down_proj", "lm_head")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder of a tiny Llama, {name: adapter folder}); evil_x overflows at every x."""
-    root = tmp_path_factory.mktemp("isolation")
-    folder = serving.write_tiny_llama(root / "model")
-    plain = serving.load_model(folder)
-    adapters = {name: serving.write_adapter(root / name, plain, r, seed=r) for name, r in (("a", 8), ("b", 16))}
+    """Adapter evil_x overflows at every x."""
+    found = serving.Tiny(tmp_path_factory.mktemp("isolation"), a=8, b=16)
     for layer in EVIL:
-        adapters[f"evil_{layer}"] = serving.write_overflowing_adapter(root / f"evil_{layer}", plain, layer)
-    return folder, adapters
+        evil = found.root / f"evil_{layer}"
+        found.adapters[evil.name] = serving.write_overflowing_adapter(evil, found.plain, layer)
+    return found
 
 
 @pytest.fixture
@@ -35,18 +32,10 @@ def served(world):
     """make(attention): (model, a store with all adapters known)."""
 
     def make(attention="sdpa"):
-        model = serving.load_model(world[0], attn_implementation=attention)
-        store = fused_lora.AdapterStore(model)
-        for name, path in world[1].items():
-            store.register(name, str(path))
-        return model, store
+        model = serving.load_model(world.folder, attn_implementation=attention)
+        return model, store_of(model, world.adapters)
 
     return make
-
-
-def config(**changes):
-    sizes = dict(page_size=8, num_blocks=256, max_batch_tokens=48, max_requests_per_batch=16)
-    return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
 
 
 @pytest.fixture(scope="module", params=["sdpa", pytest.param("eager", marks=pytest.mark.thorough)])
@@ -57,10 +46,8 @@ def attention(request):
 @pytest.fixture(scope="module")
 def alone(world, attention):
     """tokens(name, ids, count): what a request gets in an engine that has no other one."""
-    model = serving.load_model(world[0], attn_implementation=attention)
-    store = fused_lora.AdapterStore(model)
-    for name, path in world[1].items():
-        store.register(name, str(path))
+    model = serving.load_model(world.folder, attn_implementation=attention)
+    store = store_of(model, world.adapters)
 
     def tokens(name, ids, count):
         (output,) = generate_batch(model, store, [ids], [name], count, config(allow_block_sharing=False))
@@ -98,7 +85,7 @@ def test_overflowing_adapters_end_their_own_requests_alone(world, served, alone,
         assert isinstance(failure_of(refused), NonFiniteOutput) and f"'{name}@1'" in refused.error
         with pytest.raises(NonFiniteOutput, match=f"'{name}@1'"):
             store.lease(name)
-        store.load(name, str(world[1]["a"]))
+        store.load(name, str(world.adapters["a"]))
         (output,) = results(engine, engine.add_request(prompts["a"], adapter=name, max_new_tokens=12))
         assert output.generated_tokens == alone("a", prompts["a"], 12)
     assert store.stats()["in_use"] == 0
@@ -146,7 +133,7 @@ def test_no_block_of_a_bad_chunk_is_shared(world, served):
 
 
 def test_a_quarantined_version_comes_back_when_its_files_change(world, tmp_path):
-    model = serving.load_model(world[0])
+    model = serving.load_model(world.folder)
     folder = serving.write_overflowing_adapter(tmp_path / "x", model, "v_proj")
     store = fused_lora.AdapterStore(model)
     store.load("x", str(folder))

@@ -1,19 +1,15 @@
 """Log probabilities of the engine are those of the adapter merged in float64, token by token."""
 
-import functools
-
 import pytest
 import torch
 
-import fused_lora
 from fused_lora.testing.numeric import assert_close
 from helpers import serving
-from helpers.serving import prompt, results
+from helpers.serving import engine_config as config
+from helpers.serving import prompt, results, store_of
 from helpers.waiting import wait_for
 
 serving.need_engine()
-
-from transformers import ContinuousBatchingConfig  # noqa: E402
 
 from fused_lora.serving.engine import logprobs  # noqa: E402
 from fused_lora.serving.engine.continuous import continuous_batching, generate_batch  # noqa: E402
@@ -24,31 +20,11 @@ TERMS = 2 * (4 * 64 + 160) + 257  # two layers of 64 features, an mlp of 160, an
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(model with a store, {name: adapter folder}, log_softmax(adapter, ids) of the merged model in float64)."""
-    root = tmp_path_factory.mktemp("logprobs")
-    model = serving.load_model(serving.write_tiny_llama(root / "model"))
-    adapters = {f"a{i}": serving.write_adapter(root / f"a{i}", model, r, seed=i) for i, r in enumerate((4, 9))}
-    adapters["head"] = serving.write_adapter(root / "head", model, 8, seed=5, head=True)
-    plain = serving.load_model(root / "model")
-
-    @functools.lru_cache
-    def merged(name):
-        return serving.merged(plain, adapters.get(name), torch.float64)
-
-    @torch.no_grad()
-    def exact(name, ids):
-        return merged(name)(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
-
-    store = fused_lora.AdapterStore(model)
-    for name, path in adapters.items():
-        store.register(name, str(path))
-    return model, store, exact
-
-
-def config(**changes):
-    """Small steps: prompts of a few dozen tokens are prefilled in chunks."""
-    sizes = dict(page_size=8, num_blocks=512, max_batch_tokens=48, max_requests_per_batch=32)
-    return ContinuousBatchingConfig(**{**sizes, "auto_switch_to_flash": False, **changes})
+    """(model, a store that knows all adapters, log_softmax(adapter, ids) of the merged model in float64)."""
+    tiny = serving.Tiny(tmp_path_factory.mktemp("logprobs"), a0=4, a1=9)
+    tiny.adapters["head"] = serving.write_adapter(tiny.root / "head", tiny.plain, 8, seed=5, head=True)
+    model = serving.load_model(tiny.folder)
+    return model, store_of(model, tiny.adapters), tiny.log_softmax
 
 
 def check(exact, name, output, count, with_prompt):

@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -15,7 +14,7 @@ import threading
 import pytest
 
 from helpers import serving
-from helpers.server import TOO_LONG, Server
+from helpers.server import Server
 from helpers.waiting import HANG, wait_for
 
 openai = pytest.importorskip("openai")
@@ -35,46 +34,27 @@ KEY = "right-key"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder of a tiny Llama, its plain model, folder of adapters, folder beside it that must stay out of reach)."""
-    root = tmp_path_factory.mktemp("server")
-    folder = serving.write_tiny_llama(root / "tiny")
-    model = serving.load_model(folder)
-    for i, r in enumerate((4, 8, 16, 6, 12, 64)):
-        serving.write_adapter(root / "adapters" / f"a{i}", model, r, seed=i)
-    outside = serving.write_adapter(root / "outside" / "secret", model, 4, seed=77).parent
-    (root / "adapters" / "escape").symlink_to(outside / "secret")
-    linked = root / "adapters" / "linked"
+    """Beside the folder of adapters is one that must stay out of reach."""
+    found = serving.Tiny(tmp_path_factory.mktemp("server"), a0=4, a1=8, a2=16, a3=6, a4=12, a5=64)
+    secret = serving.write_adapter(found.root.parent / "outside" / "secret", found.plain, 4, seed=77)
+    (found.root / "escape").symlink_to(secret)
+    linked = found.root / "linked"
     linked.mkdir()
-    shutil.copy(outside / "secret" / "adapter_config.json", linked)
-    (linked / "adapter_model.safetensors").symlink_to(outside / "secret" / "adapter_model.safetensors")
-    (root / "adapters" / "empty").mkdir()
-    return folder, model, root / "adapters", outside
+    shutil.copy(secret / "adapter_config.json", linked)
+    (linked / "adapter_model.safetensors").symlink_to(secret / "adapter_model.safetensors")
+    (found.root / "empty").mkdir()
+    return found
 
 
 @pytest.fixture(scope="module")
 def alone(world):
-    """text(adapter, prompt, count): what the model with this adapter merged says alone; count tokens at most."""
-    from transformers import AutoTokenizer
-
-    folder, model, adapters, _ = world
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    @functools.lru_cache
-    def merged(name):
-        return serving.merged(model, None if name == "tiny" else adapters / name)
-
-    @functools.lru_cache
-    def text(name, prompt, count):
-        tokens = serving.greedy(merged(name), tokenizer(prompt)["input_ids"], count)
-        return tokenizer.decode(tokens, skip_special_tokens=True)
-
-    return text
+    return world.text
 
 
 @pytest.fixture(scope="module")
 def server(world, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "log"
-    with Server(world[0], world[2], log, "--allow-load", "--drain-timeout", "1", key=KEY) as found:
+    with Server(world.folder, world.root, log, "--allow-load", "--drain-timeout", "1", key=KEY) as found:
         yield found
 
 
@@ -83,7 +63,7 @@ def strict(world, tmp_path_factory):
     """A server with a key, small limits and no loading."""
     limits = "--max-tokens 1000 --max-queue 3 --max-body 20K --max-requests 2".split()
     log = tmp_path_factory.mktemp("log") / "log"
-    with Server(world[0], world[2], log, "--api-key", KEY, *limits, key=KEY) as found:
+    with Server(world.folder, world.root, log, "--api-key", KEY, *limits, key=KEY) as found:
         yield found
 
 
@@ -191,17 +171,8 @@ def test_stop_strings(server, alone):
         (dict(presence_penalty=0.5), 400, "presence_penalty"),
         (dict(extra_body={"min_p": 0.1}), 400, "min_p is not supported"),
         (dict(extra_body={"priority": 1}), 400, "Unrecognized request argument: priority"),
-        (dict(temperature=2.5), 400, "temperature"),
-        (dict(top_p=0), 400, "top_p"),
-        (dict(max_tokens=0), 400, "max_tokens"),
         (dict(max_tokens=1024), 400, "maximum context length is 1024"),
-        (dict(prompt="x" * 1021), 400, "maximum context length"),
-        (dict(prompt=[]), 400, "expected"),
-        (dict(prompt=[5, 10**6]), 400, "token id"),
-        (dict(prompt=""), 400, "token id"),
         (dict(n=99), 400, "expected 1 to 16, got 1 x 99"),
-        (dict(stop=[""]), 400, "stop"),
-        (dict(stop=["x"] * 17), 400, "stop"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -218,13 +189,11 @@ def test_neutral_values_are_accepted(server):
     assert server.say("tiny", "x", 2, **neutral, extra_body=of_vllm).usage.completion_tokens == 2
 
 
-def test_chat_refuses_what_is_no_text(server):
-    create = functools.partial(server.client.chat.completions.create, model="a0", max_tokens=4)
-    picture = [{"type": "image_url", "image_url": {"url": "data:,x"}}]
-    assert status_of(lambda: create(messages=[{"role": "user", "content": picture}]))[0] == 400
-    assert status_of(lambda: create(messages=[]))[0] == 400
+def test_chat_refuses_tools(server):
+    request = dict(model="a0", max_tokens=4, messages=[{"role": "user", "content": "x"}])
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    assert "tools" in status_of(lambda: create(messages=[{"role": "user", "content": "x"}], tools=tools))[1]["message"]
+    _, body = status_of(lambda: server.client.chat.completions.create(**request, tools=tools))
+    assert "tools" in body["message"]
 
 
 def test_unknown_routes_have_the_error_shape(server):
@@ -234,65 +203,49 @@ def test_unknown_routes_have_the_error_shape(server):
 
 
 def test_load_and_unload(server, alone, world):
-    def post(verb, **body):
-        return server.http.post(f"/v1/{verb}_lora_adapter", json=body)
-
-    assert post("load", lora_name="guest", lora_path="a3").status_code == 200
+    assert server.load("guest", "a3").status_code == 200
     assert server.say("guest", "Load", 8).choices[0].text == alone("a3", "Load", 8)
     assert "guest" in [m.id for m in server.client.models.list().data]
-    again = post("load", lora_name="guest", lora_path="a4")
+    again = server.load("guest", "a4")
     assert again.status_code == 400 and "already been loaded" in again.json()["error"]["message"]
-    absolute = str(world[2] / "a4")
-    assert post("load", lora_name="guest", lora_path=absolute, load_inplace=True).status_code == 200
+    assert server.load("guest", world.root / "a4", load_inplace=True).status_code == 200
     assert server.say("guest", "Load", 8).choices[0].text == alone("a4", "Load", 8)
-    assert post("unload", lora_name="guest").status_code == 200
-    assert post("unload", lora_name="guest").status_code == 404
+    assert [server.unload("guest").status_code for _ in range(2)] == [200, 404]
     assert status_of(lambda: server.say("guest", "Load", 8))[0] == 404
 
 
 @pytest.mark.parametrize(
-    "name, path, status",
+    "path, status",
     [
-        ("ok", "escape", 400),
-        ("ok", "linked", 400),
-        ("ok", "../outside/secret", 400),
-        ("ok", "a0/../../outside/secret", 400),
-        ("ok", "/etc", 400),
-        ("ok", "/nowhere/at/all", 400),
-        ("ok", ".", 400),
-        ("ok", "", 400),
-        ("ok", "a\0b", 400),
-        ("ok", *TOO_LONG),
-        ("ok", "empty", 404),
-        ("ok", "missing", 404),
-        ("tiny", "a0", 400),
-        ("../x", "a0", 400),
-        ("a@2", "a0", 400),
-        ("", "a0", 400),
-        ("x" * 257, "a0", 400),
+        ("escape", 400),
+        ("linked", 400),
+        ("../outside/secret", 400),
+        ("a0/../../outside/secret", 400),
+        ("/nowhere/at/all", 400),
+        ("empty", 404),
+        ("missing", 404),
     ],
 )
-def test_only_adapters_of_the_folder_are_loaded(server, name, path, status):
+def test_only_adapters_of_the_folder_are_loaded(server, path, status):
     before = server.http.get("/v1/models").json()
-    answer = server.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+    answer = server.load("ok", path)
     assert answer.status_code == status and answer.json()["error"]["message"]
     assert server.http.get("/v1/models").json() == before
 
 
 def test_damaged_adapter_is_refused_and_the_old_one_stays(server, alone, world):
-    folder = world[2] / "damaged"
-    shutil.copytree(world[2] / "a3", folder)
+    folder = world.root / "damaged"
+    shutil.copytree(world.root / "a3", folder)
     try:
-        load = {"lora_name": "frail", "lora_path": "damaged"}
-        assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
+        assert server.load("frail", "damaged").status_code == 200
         weights = folder / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-64])
-        answer = server.http.post("/v1/load_lora_adapter", json={**load, "load_inplace": True})
+        answer = server.load("frail", "damaged", load_inplace=True)
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_adapter"
         assert str(folder) not in answer.text
         assert server.say("frail", "Still", 8).choices[0].text == alone("a3", "Still", 8)
     finally:
-        server.http.post("/v1/unload_lora_adapter", json={"lora_name": "frail"})
+        server.unload("frail")
         shutil.rmtree(folder)
 
 
@@ -302,8 +255,7 @@ def test_reload_never_serves_a_token_of_the_old_one(server, alone):
     versions = ["a0", "a1", "a2", "a3"]
     wanted = {v: alone(v, "Which one are you?", 24) for v in versions}
     assert len(set(wanted.values())) == len(versions)
-    load = {"lora_name": "swap", "load_inplace": True}
-    assert server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": versions[0]}).status_code == 200
+    assert server.load("swap", versions[0]).status_code == 200
     loaded, asked, stop = [0], [], threading.Event()
 
     def ask(index):
@@ -328,8 +280,7 @@ def test_reload_never_serves_a_token_of_the_old_one(server, alone):
         for number in range(1, 9):
             answered = len(asked)
             wait_for(lambda n=answered: len(asked) > n + len(threads))
-            path = versions[number % len(versions)]
-            answer = server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": path})
+            answer = server.load("swap", versions[number % len(versions)], load_inplace=True)
             assert answer.status_code == 200, answer.text
             loaded[0] = number
         answered = len(asked)
@@ -338,7 +289,7 @@ def test_reload_never_serves_a_token_of_the_old_one(server, alone):
         stop.set()
         for thread in threads:
             thread.join()
-    server.http.post("/v1/unload_lora_adapter", json={"lora_name": "swap"})
+    server.unload("swap")
     for first, last, text in asked:
         # a load counts from when its answer was read, so one more may have happened
         possible = {wanted[versions[i % len(versions)]] for i in range(first, last + 2)}
@@ -347,15 +298,14 @@ def test_reload_never_serves_a_token_of_the_old_one(server, alone):
 
 def test_load_ends_what_still_runs_on_the_old_version(server, alone):
     """Its drain time is a second here; that it waits is shown in test_server_engine.py, without a clock."""
-    load = {"lora_name": "busy", "load_inplace": True}
     prompts = [f"Prompt {i}" for i in range(16)]
     for old, new in itertools.cycle([("a0", "a1"), ("a1", "a0")]):
-        assert server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": old}).status_code == 200
+        assert server.load("busy", old, load_inplace=True).status_code == 200
         texts = [""] * 16
         stream = iter(server.say("busy", prompts, 1000, stream=True))
         for chunk in itertools.islice(stream, 64):
             texts[chunk.choices[0].index] += chunk.choices[0].text
-        assert server.http.post("/v1/load_lora_adapter", json={**load, "lora_path": new}).status_code == 200
+        assert server.load("busy", new, load_inplace=True).status_code == 200
         assert server.say("busy", "New", 8).choices[0].text == alone(new, "New", 8)
         try:
             for chunk in stream:
@@ -366,7 +316,7 @@ def test_load_ends_what_still_runs_on_the_old_version(server, alone):
         # all of it was made before the load began: this machine is fast, or this thread waited for long
     for prompt, text in zip(prompts[:4], texts, strict=False):
         assert len(text) > 2 and alone(old, prompt, 200).startswith(text[:100].rstrip("\ufffd"))
-    server.http.post("/v1/unload_lora_adapter", json={"lora_name": "busy"})
+    server.unload("busy")
 
 
 def test_client_that_hangs_up_frees_its_place(server):
@@ -430,15 +380,14 @@ def by_adapter(server, what):
 
 
 def test_adapters_are_counted_while_they_are_loaded(server):
-    load = {"lora_name": "org/counted.v1", "lora_path": "a3"}
-    assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
+    name = "org/counted.v1"
+    assert server.load(name, "a3").status_code == 200
     base = by_adapter(server, "sequences").get("", 0)
-    server.say("org/counted.v1", ["one", "three"], 5, n=2)
+    server.say(name, ["one", "three"], 5, n=2)
     server.say("tiny", "x", 2)
     found = {what: by_adapter(server, what) for what in ("sequences", "prompt_tokens", "generation_tokens")}
-    name = "org/counted.v1"
     assert [found[what][name] for what in found] == [4, 16, 20] and found["sequences"][""] == base + 1
-    assert server.http.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
+    assert server.unload(name).status_code == 200
     assert name not in by_adapter(server, "sequences")
     assert status_of(lambda: server.say(name, "x", 2))[0] == 404
     assert name not in by_adapter(server, "sequences")  # who asks for it does not bring it back
@@ -526,8 +475,7 @@ def test_right_key_is_let_in(strict, alone):
 
 
 def test_loading_is_off_by_default(strict):
-    for verb, more in (("load", {"lora_path": "a0"}), ("unload", {})):
-        answer = strict.http.post(f"/v1/{verb}_lora_adapter", json={"lora_name": "a0", **more})
+    for answer in (strict.load("a0", "a0"), strict.unload("a0")):
         assert answer.status_code == 403 and "--allow-load" in answer.json()["error"]["message"]
 
 
@@ -544,7 +492,8 @@ def test_limits(strict):
 def test_requests_that_take_too_long_end(world, tmp_path):
     # three sequences of 1,000 tokens, two at a time: more than any machine does in this time
     slow = dict(temperature=1.0, top_p=0.9, seed=1)
-    with Server(world[0], world[2], tmp_path / "log", "--request-timeout", "0.8", "--max-requests", "2") as server:
+    limits = "--request-timeout", "0.8", "--max-requests", "2"
+    with Server(world.folder, world.root, tmp_path / "log", *limits) as server:
         status, body = status_of(lambda: server.say("a1", ["x"] * 3, 1000, **slow))
         assert (status, body["code"]) == (504, "timeout")
         wait_for(lambda: server.metric("requests_running") == 0)
@@ -558,9 +507,9 @@ def digests(folder):
 
 def test_kill_in_the_middle_of_loads_leaves_every_file(world, tmp_path):
     adapters = tmp_path / "adapters"
-    shutil.copytree(world[2], adapters, symlinks=True)
+    shutil.copytree(world.root, adapters, symlinks=True)
     before = digests(adapters)
-    server = Server(world[0], adapters, tmp_path / "log", "--allow-load").wait()
+    server = Server(world.folder, adapters, tmp_path / "log", "--allow-load").wait()
     done = []
 
     def load():
@@ -579,7 +528,7 @@ def test_kill_in_the_middle_of_loads_leaves_every_file(world, tmp_path):
 
 
 def test_graceful_shutdown_finishes_what_runs(world, alone, tmp_path):
-    server = Server(world[0], world[2], tmp_path / "log").wait()
+    server = Server(world.folder, world.root, tmp_path / "log").wait()
     stream = server.say("a2", "Until the end", 200, stream=True)
     text = next(iter(stream)).choices[0].text
     server.process.send_signal(signal.SIGTERM)
@@ -638,7 +587,7 @@ def test_error_that_nobody_thought_of_ends_the_stream_with_an_event():
 
 
 def test_allowed_adapter(world):
-    _, _, adapters, outside = world
+    adapters, outside = world.root, world.root.parent / "outside"
     assert allowed_adapter(adapters, "a0") == (adapters / "a0").resolve()
     assert allowed_adapter(adapters, str(adapters / "a0")) == (adapters / "a0").resolve()
     with pytest.raises(ApiError) as there:

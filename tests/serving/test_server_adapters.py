@@ -51,6 +51,13 @@ def server(plain, adapters, tmp_path_factory):
         yield found
 
 
+@pytest.fixture
+def store(plain):
+    found = fused_lora.AdapterStore(plain[1])
+    yield found
+    found.detach()
+
+
 def edit(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -70,6 +77,7 @@ def test_adapters_that_cannot_be_served_are_not_offered(server):
     # nobody can tell evil by its header
     assert offered(server) == ["tiny", "a", "b", "big", "evil", "json", "moved", "named", "org/name.v1"]
     said = dict(dora="use_dora", biased="bias='all'", other_base="c_attn", cut="bytes")
+    assert "serving tiny with 8 adapters on cpu; 4 refused\n" in server.log.read_text()
     for name, what in said.items():
         status, body = ask(server, name)
         assert (status, body["error"]["code"]) == (422, "invalid_adapter") and what in body["error"]["message"], body
@@ -77,17 +85,12 @@ def test_adapters_that_cannot_be_served_are_not_offered(server):
         assert f"adapter '{name}' is refused until its files change: " in server.log.read_text()
 
 
-def test_the_start_counts_what_is_served(server):
-    assert "serving tiny with 8 adapters on cpu; 4 refused\n" in server.log.read_text()
-
-
 def test_one_that_can_never_fit_is_refused_by_name(server):
     status, body = ask(server, "big")
     assert (status, body["error"]["code"], body["error"]["param"]) == (422, "store_full", "model")
     assert "'big' needs" in body["error"]["message"]
     for name in ("new", "a"):
-        load = dict(lora_name=name, lora_path="big", load_inplace=True)
-        answer = server.http.post("/v1/load_lora_adapter", json=load)
+        answer = server.load(name, "big", load_inplace=True)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "store_full")
         assert "retry-after" not in answer.headers
     assert ask(server, "new")[0] == 404 and ask(server, "a")[0] == 200
@@ -124,16 +127,14 @@ def test_lora_modules_that_are_malformed_are_refused_at_once(module, message, ca
     assert message in capsys.readouterr().err
 
 
-def test_lora_modules_that_cannot_be_served_end_the_start(plain, adapters):
+def test_lora_modules_that_cannot_be_served_end_the_start(store, adapters):
     serve = importlib.import_module("fused_lora.cli.serve")
-    store = fused_lora.AdapterStore(plain[1])
     options = serve.parser().parse_args(["--model", "tiny"])
     serve.probe_named(store, [("fine", str(adapters / "a"))], "tiny", options)
     for name, path, why in [("tiny", "a", "base model"), ("fine", "a", "another"), ("x", "none", "no such folder"),
                             ("y", "dora", "use_dora")]:  # fmt: skip
         with pytest.raises(SystemExit, match=f"--lora-modules: {name}: .*{why}"):
             serve.probe_named(store, [(name, str(adapters / path))], "tiny", options)
-    store.detach()
 
 
 def test_one_that_overflows_is_refused_by_name_and_others_are_served(server, adapters):
@@ -146,8 +147,7 @@ def test_one_that_overflows_is_refused_by_name_and_others_are_served(server, ada
     assert "evil" not in offered(server)
     assert [ask(server, name)[1]["choices"][0]["text"] for name in ("tiny", "a")] == before
     assert server.metric("non_finite_requests_total") == 1
-    load = dict(lora_name="evil", lora_path="a", load_inplace=True)
-    assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 200
+    assert server.load("evil", "a", load_inplace=True).status_code == 200
     assert ask(server, "evil")[1]["choices"][0]["text"] == before[1] and "evil" in offered(server)
 
 
@@ -165,18 +165,12 @@ def test_a_folder_that_becomes_a_link_to_the_outside_is_refused(server, adapters
     assert "moved" not in offered(server)
 
 
-def test_names_that_do_not_exist_are_a_short_404(server):
-    status, body = ask(server, "nobody")
-    assert (status, body["error"]["code"]) == (404, "model_not_found") and len(json.dumps(body)) < 300
-
-
-def test_a_store_stays_inside_the_folder_it_was_given(plain, tmp_path):
+def test_a_store_stays_inside_the_folder_it_was_given(plain, store, tmp_path):
     """The link is made after the registration, to a folder or to a file; one that stays inside is fine."""
     inside, outside = tmp_path / "in", tmp_path / "out"
     for name in ("a", "b", "c"):
         serving.write_adapter(inside / name, plain[1], 4, seed=1)
     serving.write_adapter(outside, plain[1], 4, seed=2)
-    store = fused_lora.AdapterStore(plain[1])
     for name in ("a", "b", "c"):
         store.register(name, str(inside / name), inside=inside)
     shutil.rmtree(inside / "a")
@@ -194,11 +188,9 @@ def test_a_store_stays_inside_the_folder_it_was_given(plain, tmp_path):
     # nothing is asked of one that was registered without a folder
     store.register("free", str(inside / "a"))
     store.lease("free").release()
-    store.detach()
 
 
-def test_errors_name_a_few_of_many_adapters(plain, tmp_path):
-    store = fused_lora.AdapterStore(plain[1])
+def test_errors_name_a_few_of_many_adapters(store, tmp_path):
     for i in range(3000):
         store.register(f"tenant-{i:05d}-sql-assistant", str(tmp_path))
     for call in (store.lease, store.identity, store.unload):
@@ -207,10 +199,9 @@ def test_errors_name_a_few_of_many_adapters(plain, tmp_path):
         ) as caught:
             call("nope")
         assert len(str(caught.value)) < 500
-    store.detach()
 
 
-def test_a_probe_reads_no_tensor(plain, tmp_path):
+def test_a_probe_reads_no_tensor(plain, store, tmp_path):
     """A value that is not finite is found when the adapter is used; what the header says is found by the probe."""
     from safetensors.torch import load_file, save_file
 
@@ -218,7 +209,6 @@ def test_a_probe_reads_no_tensor(plain, tmp_path):
     tensors = load_file(weights)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, weights)
-    store = fused_lora.AdapterStore(plain[1])
     store.register("nan", str(tmp_path / "nan"))
     assert store.probe("nan") is None and store.refusals() == {}
     with pytest.raises(ValueError, match="expected finite values"):
@@ -226,14 +216,12 @@ def test_a_probe_reads_no_tensor(plain, tmp_path):
     assert list(store.refusals()) == ["nan"]
     edit(tmp_path / "nan", r=5)
     assert isinstance(store.probe("nan"), AdapterError) and list(store.refusals()) == ["nan"]
-    store.detach()
 
 
-def test_the_first_adapters_are_probed_at_once_and_the_others_while_serving(plain, adapters, monkeypatch):
+def test_the_first_adapters_are_probed_at_once_and_the_others_while_serving(plain, store, adapters, monkeypatch):
     """And one that is unloaded meanwhile is passed over."""
     serve = importlib.import_module("fused_lora.cli.serve")
     monkeypatch.setattr(serve, "_PROBE_PAUSE_SECONDS", 0.0)
-    store = fused_lora.AdapterStore(plain[1])
     names = serve.register_folder(store, adapters, "tiny")
     assert "biased" in names and names == sorted(names) and store.refusals() == {}
     store.unload("a")
@@ -244,7 +232,6 @@ def test_the_first_adapters_are_probed_at_once_and_the_others_while_serving(plai
     fresh = fused_lora.AdapterStore(serving.load_model(plain[0]))
     serve.probe(fresh, serve.register_folder(fresh, adapters, "tiny")[1:], stopping)
     assert len(fresh.refusals()) <= 1
-    store.detach()
 
 
 def test_help_has_the_engines_defaults():

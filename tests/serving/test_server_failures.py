@@ -30,31 +30,17 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder of a tiny Llama, folder of adapters a and b, text(adapter, prompt, count) of the merged model alone)."""
-    from transformers import AutoTokenizer
-
-    root = tmp_path_factory.mktemp("failures")
-    folder = serving.write_tiny_llama(root / "tiny")
-    plain, tokenizer = serving.load_model(folder), AutoTokenizer.from_pretrained(folder)
-    merged = {}
-    for name, r in (("a", 8), ("b", 16)):
-        merged[name] = serving.merged(plain, serving.write_adapter(root / "adapters" / name, plain, r, seed=r))
-
-    def text(name, prompt, count):
-        tokens = serving.greedy(merged[name], tokenizer(prompt)["input_ids"], count)
-        return tokenizer.decode(tokens, skip_special_tokens=True)
-
-    return folder, root / "adapters", text
+    return serving.Tiny(tmp_path_factory.mktemp("failures"), a=8, b=16)
 
 
 @pytest.fixture
 def server(world, tmp_path):
-    with Server(*world[:2], tmp_path / "log", program=("-c", SCRIPT)) as found:
+    with Server(world.folder, world.root, tmp_path / "log", program=("-c", SCRIPT)) as found:
         yield found
 
 
 def test_failed_step_is_a_500_and_the_server_goes_on(server, world):
-    text = world[2]
+    text = world.text
     with pytest.raises(openai.InternalServerError) as caught:
         server.say("a", f"bad {MARK}")
     assert caught.value.status_code == 500

@@ -21,12 +21,9 @@ NAN, INF, SURROGATE = float("nan"), float("inf"), "\ud800"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("input")
-    folder = serving.write_tiny_llama(root / "tiny")
-    plain = serving.load_model(folder)
-    for name in ("a", "b", "torn", "biased", "gone"):
-        serving.write_adapter(root / "adapters" / name, plain, 4, seed=1)
-    with Server(folder, root / "adapters", root / "log", "--allow-load", "--drain-timeout", "1") as found:
-        damage(root / "adapters")
+    tiny = serving.Tiny(root, a=4, b=4, torn=4, biased=4, gone=4)
+    with Server(tiny.folder, tiny.root, root / "log", "--allow-load", "--drain-timeout", "1") as found:
+        damage(tiny.root)
         yield found
 
 
@@ -112,7 +109,9 @@ def test_the_limit_that_is_named_is_the_one_that_was_given(server):
 
 @pytest.mark.parametrize("name", ["", SURROGATE, "x" * 10_000, "ü", "../a", "a\0"])
 def test_models_that_do_not_exist(server, name):
-    refused(post(server, "completions", {**COMPLETION, "model": name}), 404, "model", "does not exist")
+    answer = post(server, "completions", {**COMPLETION, "model": name})
+    refused(answer, 404, "model", "does not exist")
+    assert answer.json()["error"]["code"] == "model_not_found" and len(answer.text) < 400
 
 
 @pytest.mark.parametrize(

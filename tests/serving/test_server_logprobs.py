@@ -1,7 +1,5 @@
 """``logprobs`` and ``echo`` of the server, as OpenAI's client reads them and as lm-eval asks for them."""
 
-import functools
-
 import pytest
 import torch
 
@@ -22,23 +20,9 @@ TEXT = "Näive 日本 🙂"  # characters of one to four bytes, and a token is a
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """(server, tokenizer, log_softmax(adapter, ids) of the merged model in float64)."""
-    from transformers import AutoTokenizer
-
-    root = tmp_path_factory.mktemp("logprobs")
-    folder = serving.write_tiny_llama(root / "tiny")
-    model = serving.load_model(folder)
-    serving.write_adapter(root / "adapters" / "a0", model, 8, seed=0)
-
-    @functools.lru_cache
-    def merged(name):
-        return serving.merged(model, None if name == "tiny" else root / "adapters" / name, torch.float64)
-
-    @torch.no_grad()
-    def exact(name, ids):
-        return merged(name)(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
-
-    with Server(folder, root / "adapters", root / "log") as server:
-        yield server, AutoTokenizer.from_pretrained(folder), exact
+    tiny = serving.Tiny(tmp_path_factory.mktemp("logprobs"), a0=8)
+    with Server(tiny.folder, tiny.root, tmp_path_factory.mktemp("log") / "log") as server:
+        yield server, tiny.tokenizer, tiny.log_softmax
 
 
 def spelled(tokenizer, ids):
@@ -214,20 +198,14 @@ def test_what_a_chat_is_refused(world, changes, named):
         server.client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, **changes)
 
 
-def test_tokens_are_spelled_by_their_bytes(world, tmp_path):
+def test_tokens_are_spelled_by_their_bytes(world):
     """Of tokenizers over bytes, and of those over pieces with byte fallback; two tokens of one text are one entry."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models
-
     _, tokenizer, _ = world
     speller = Speller(tokenizer)
     assert b"".join(map(speller.bytes, tokenizer(TEXT)["input_ids"])).decode() == TEXT
     assert speller.text(tokenizer.eos_token_id) == "<end>" and speller.bytes(10**6) == b""
-    pieces = [("<unk>", 0.0), *((f"<0x{i:02X}>", 0.0) for i in range(256)), ("\u2581the", -1.0), ("A", -1.0)]
-    fallback = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    fallback.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    speller = Speller(transformers.PreTrainedTokenizerFast(tokenizer_object=fallback, unk_token="<unk>"))
+    speller = Speller(serving.byte_fallback_tokenizer())
     assert [speller.bytes(i) for i in (1 + 0xF0, 257)] == [b"\xf0", b" the"]
     assert speller.text(1 + 0xF0, "bytes:") == "bytes:\\xf0" and speller.text(257) == " the"
-    twice = TokenLogprob(258, -3.0, ((1 + ord("A"), -1.0),))
-    assert speller.of_completion([Scored(twice, 0)])["top_logprobs"] == [{"A": -1.0}]
+    twice = TokenLogprob(258, -3.0, ((1 + ord("b"), -1.0),))
+    assert speller.of_completion([Scored(twice, 0)])["top_logprobs"] == [{"b": -1.0}]

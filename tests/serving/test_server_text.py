@@ -8,6 +8,7 @@ pytest.importorskip("fastapi")
 
 from fused_lora.serving.http.text import TextStream  # noqa: E402
 from helpers.seeds import shifted  # noqa: E402
+from helpers.serving import byte_fallback_tokenizer  # noqa: E402
 
 
 class Bytes:
@@ -53,15 +54,8 @@ def test_stop_string_ends_the_text_wherever_it_is_cut(stops, size):
 
 @pytest.fixture(scope="module")
 def fallback():
-    """A tokenizer of pieces with byte fallback, as Llama 2's."""
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, decoders, models
-
-    pieces = [("<unk>", 0.0), *((f"<0x{i:02X}>", 0.0) for i in range(256)), ("\u2581the", -1.0), ("b", -1.0)]
-    fast = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    fast.decoder = decoders.Sequence(steps)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>")
+    pytest.importorskip("transformers")
+    return byte_fallback_tokenizer()
 
 
 def test_bytes_that_are_no_text_do_not_end_an_answer(fallback):

@@ -1,7 +1,7 @@
 """Layers that read one input share work: found by watching, checked at every call, and no bit is other than alone."""
 
 import asyncio
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -73,11 +73,21 @@ def loaded(model, **options):
     return found
 
 
-@pytest.fixture
-def model():
+def made(layers=2):
     with torch.random.fork_rng():
         torch.manual_seed(shifted(1))
-        return Model().eval().requires_grad_(False)
+        return Model(layers).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def model():
+    return made()
+
+
+def put_between(model, between):
+    """What each block does to q's input before k reads it."""
+    for block in model.layers:
+        block.between = between
 
 
 @pytest.fixture
@@ -175,8 +185,7 @@ def test_inputs_that_differ_after_all_are_computed_for_themselves(model, joint, 
     store, x = loaded(model), torch.randn(6, 2, K)
     with store.batch(NAMES):
         model(x), model(x)
-        for block in model.layers:
-            block.between = between
+        put_between(model, between)
         joint.clear()
         out = model(x)
         assert torch.equal(out, alone(NAMES, x))
@@ -184,14 +193,12 @@ def test_inputs_that_differ_after_all_are_computed_for_themselves(model, joint, 
         assert torch.equal(model(x), out)
         # the first time showed that q has an input of its own; k and v may still share theirs
         assert joint == [2, 2, 2, 2]
-        for block in model.layers:
-            block.between = lambda x: x
+        put_between(model, lambda x: x)
         assert torch.equal(model(x), alone(NAMES, x))
 
 
 def test_inputs_that_always_differ_are_never_shared(model, joint, alone):
-    for block in model.layers:
-        block.between = lambda x: x + 0
+    put_between(model, lambda x: x + 0)
     store, x = loaded(model), torch.randn(6, 2, K)
     with store.batch(NAMES):
         for _ in range(3):
@@ -278,8 +285,7 @@ def test_inference_tensors_are_computed_for_themselves(model, joint, alone):
         model(x), model(x)
         assert joint
         with torch.inference_mode():
-            for block in model.layers:
-                block.between = lambda x: x.mul_(1.5)
+            put_between(model, lambda x: x.mul_(1.5))
             out = model(x)
     assert torch.equal(out, alone(NAMES, x))
 
@@ -312,16 +318,8 @@ def test_threads_and_handed_on_batches(model, alone):
         with store.batch(names):
             return await asyncio.gather(*(asyncio.to_thread(model, x) for x in inputs))
 
-    results = [None, None]
-
-    def work(i, names):
-        results[i] = asyncio.run(handed(names))
-
-    threads = [threading.Thread(target=work, args=pair) for pair in enumerate((NAMES, other))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(HANG)
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(lambda names: asyncio.run(handed(names)), (NAMES, other), timeout=HANG))
     # the base layers' own products may differ in the last bit from call to call; other adapters differ by far more
     assert min((a - b).abs().max() for a, b in zip(*want, strict=True)) > 1e-2
     for ours, theirs in zip(results, want, strict=True):
@@ -330,9 +328,7 @@ def test_threads_and_handed_on_batches(model, alone):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype):
-    with torch.random.fork_rng():
-        torch.manual_seed(shifted(1))
-        model = Model().eval().requires_grad_(False).to(dtype)
+    model = made().to(dtype)
     store, x = loaded(model), torch.randn(6, 1, K, dtype=dtype)
     with store.batch(NAMES):
         first = model(x)
@@ -370,9 +366,7 @@ def test_nothing_is_kept_after_a_step(model):
 @pytest.fixture
 def block(device):
     """A model of one block: the interpreter takes its time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(shifted(1))
-        return Model(1).eval().requires_grad_(False).to(device)
+    return made(1).to(device)
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """The store's public calls under the worst arguments: an error that names the argument, and nothing has changed."""
 
+import contextvars
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -67,8 +69,9 @@ def unchanged(store):
     ],
 )
 def test_tensors(store, unchanged, change, error, message):
-    with pytest.raises(error, match=message):
-        store.load("new", {"0": change(*factors(), 0.5)})
+    for name in ("new", "good"):
+        with pytest.raises(error, match=message):
+            store.load(name, {"0": change(*factors(), 0.5)})
 
 
 @pytest.mark.parametrize(
@@ -109,13 +112,18 @@ def test_layouts_of_tensors_make_no_difference(store):
     assert all(torch.equal(answers[0], other) for other in answers)
 
 
-@pytest.mark.parametrize("name", [None, 1, b"good", ["good"], {}, 1.5, ""])
+MALFORMED = ["", "a b", "../up", "a/b/c", "a/..", "x" * 257, "a\n"]
+
+
+@pytest.mark.parametrize("name", [None, 1, b"good", ["good"], {}, 1.5, *MALFORMED])
 def test_names(store, unchanged, name):
+    text = isinstance(name, str)
     for call in (store.unload, store.pin, store.unpin, store.identity, store.lease):
-        with pytest.raises(AdapterNotFound if name == "" else TypeError, match="name: expected a str|'' not found"):
+        with pytest.raises(AdapterNotFound if text else TypeError, match="name: expected a str|' not found"):
             call(name)
-    with pytest.raises(ValueError if name == "" else TypeError, match="adapter_name"):
-        store.load(name, {"0": (*factors(), 1.0)})
+    for call, source in ((store.load, {"0": (*factors(), 1.0)}), (store.register, "somewhere")):
+        with pytest.raises(ValueError if text else TypeError, match="adapter_name"):
+            call(name, source)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +131,13 @@ def test_names(store, unchanged, name):
     [
         (iter(["good"]), TypeError, "names: expected a list"),
         (np.array(["good"]), TypeError, "names: expected a list"),
+        ("good", TypeError, "names: expected a list"),
+        ([], ValueError, "names: expected one entry"),
+        (["nope"], AdapterNotFound, "'nope' not found"),
+        ([{"good": 1, "nope": 1}], AdapterNotFound, "'nope' not found"),
         ([True], TypeError, r"names\[0\]"),
+        ([{3: 1}], TypeError, r"names\[0\].*names as keys"),
+        ([{"good": float("nan")}], ValueError, r"names\[0\].*finite weight"),
         ([None, {"good": 10**400}], ValueError, r"names\[1\].*finite weight"),
         ([{"good": np.float32(1)}], TypeError, r"names\[0\].*number"),
         ([None, {"good": 1e300}], ValueError, r"names\[1\].*times the scaling"),
@@ -136,7 +150,10 @@ def test_entries(store, unchanged, names, error, message):
 
 @pytest.mark.parametrize(
     "rows, error",
-    [(None, TypeError), (3, TypeError), ("3", TypeError), ({0: 3}, TypeError), ([10**30], ValueError)],
+    [
+        *((rows, TypeError) for rows in (None, 3, "3", {0: 3}, [1.5], torch.tensor([0.0]))),
+        *((rows, ValueError) for rows in ([10**30], [1, 2], [-1], torch.tensor([0, 1]))),
+    ],
 )
 def test_rows(store, unchanged, rows, error):
     with pytest.raises(error, match="rows: "), store.batch_rows(["good"], rows):
@@ -157,13 +174,14 @@ def test_buffers(store, unchanged):
         (dict(device="nonsense"), ValueError),
         (dict(device="meta"), ValueError),
         (dict(device=3), TypeError),
-        (dict(max_resident=10**12), ValueError),
+        *((dict(max_resident=value), ValueError) for value in (0, 10**12)),
+        *((dict(capacity_bytes=value), ValueError) for value in (0, 10**30)),
+        *((dict(host_bytes=value), ValueError) for value in (-1, 1 << 63)),
+        *((dict(grow=value), ValueError) for value in (0, 1 << 63)),
+        *((dict(capacity_bytes=value), TypeError) for value in ("1", 1.5)),
         (dict(max_resident=None), TypeError),
-        (dict(capacity_bytes="1"), TypeError),
-        (dict(capacity_bytes=10**30), ValueError),
-        (dict(host_bytes=1 << 63), ValueError),
-        (dict(grow=1 << 63), ValueError),
-        (dict(dtype="float32"), TypeError),
+        (dict(grow=True), TypeError),
+        *((dict(dtype=value), TypeError) for value in ("float32", torch.int8)),
     ],
 )
 def test_options(options, error):
@@ -223,8 +241,7 @@ def test_detach_waits_for_no_batch(store, names):
 def test_a_load_that_outlasts_the_store_leaves_nothing(store, monkeypatch):
     from fused_lora.serving.residency import registry
 
-    started, go, errors = threading.Event(), threading.Event(), []
-    original = registry.from_tensors
+    started, go, original = threading.Event(), threading.Event(), registry.from_tensors
 
     def slow(*args):
         packed = original(*args)
@@ -232,45 +249,24 @@ def test_a_load_that_outlasts_the_store_leaves_nothing(store, monkeypatch):
         go.wait(HANG)
         return packed
 
-    def load():
-        try:
-            store.load("late", {"0": (*factors(), 0.5)})
-        except RuntimeError as error:
-            errors.append(str(error))
-
     monkeypatch.setattr(registry, "from_tensors", slow)
-    thread = threading.Thread(target=load)
-    thread.start()
-    assert started.wait(HANG)
-    store.detach()
-    go.set()
-    thread.join(HANG)
-    assert errors == ["the store has been detached from its model"]
+    with ThreadPoolExecutor(1) as thread:
+        loading = thread.submit(store.load, "late", {"0": (*factors(), 0.5)})
+        assert started.wait(HANG)
+        store.detach()
+        go.set()
+    with pytest.raises(RuntimeError, match="^the store has been detached from its model$"):
+        loading.result()
     assert store.names() == [] and store.stats()["bytes_used"] == store.stats()["bytes_reserved"] == 0
 
 
+@torch.no_grad()
 def test_a_plain_thread_is_not_in_the_batch(store):
     """Documented: a batch holds for the context that entered it; copy_context hands it on."""
-    import contextvars
-
-    x, found = torch.randn(1, 2, K), {}
-    with torch.no_grad():
-        base = store.model(x)
-    with store.batch(["good"]):
-        served = store.model(x)
-        handed = contextvars.copy_context()
-
-        def run(key, call):
-            with torch.no_grad():
-                found[key] = call(store.model, x)
-
-        threads = [
-            threading.Thread(target=run, args=("plain", lambda model, x: model(x))),
-            threading.Thread(target=run, args=("handed", handed.run)),
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(HANG)
-    assert torch.equal(found["plain"], base) and torch.equal(found["handed"], served)
+    x = torch.randn(1, 2, K)
+    base = store.model(x)
+    with store.batch(["good"]), ThreadPoolExecutor(1) as thread:
+        served, handed = store.model(x), contextvars.copy_context()
+        assert torch.equal(thread.submit(store.model, x).result(HANG), base)
+        assert torch.equal(thread.submit(handed.run, store.model, x).result(HANG), served)
     assert not torch.equal(base, served)

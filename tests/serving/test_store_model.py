@@ -104,23 +104,6 @@ def test_beams_and_return_sequences_repeat_the_entries(world, options):
         model.generate(ids, attention_mask=mask, **common | dict(num_beams=1, num_return_sequences=1))
 
 
-def test_a_reload_between_two_batches_changes_the_answer_and_the_identity(world):
-    plain, model, store, adapters = world
-    ids = torch.randint(0, 256, (1, 6))
-    store.load("x", adapters["a"])
-    first = store.identity("x")
-    with store.batch(["x"]):
-        one = model(ids).logits
-    store.load("x", adapters["d"])
-    with store.batch(["x"]):
-        two = model(ids).logits
-    with store.batch(["d"]):
-        same = model(ids).logits
-    assert torch.equal(two, same) and not torch.equal(one, two)
-    assert (first, store.identity("x")) == ("x@1", "x@2")
-    store.unload("x")
-
-
 def test_an_adapter_of_the_output_layer_is_served(world, tmp_path):
     plain, model, store, _ = world
     folder = serving.write_adapter(tmp_path / "head", plain, 8, seed=3, head=True)

@@ -1,7 +1,7 @@
 """The harness that proves kernels on the CPU is itself proven: each test here fails if its part did nothing."""
 
 import contextlib
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
@@ -220,17 +220,9 @@ def test_missing_internals_are_an_error(monkeypatch):
 
 def test_launches_from_threads_do_not_disturb_each_other():
     xs = [torch.randn(4096) for _ in range(4)]
-    outs = [[] for _ in xs]
-    threads = [
-        threading.Thread(target=lambda x=x, out=out: out.extend(_cast(x, torch.bfloat16) for _ in range(5)))
-        for x, out in zip(xs, outs, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for x, out in zip(xs, outs, strict=True):
-        assert len(out) == 5 and all(torch.equal(y, x.bfloat16()) for y in out)
+    with ThreadPoolExecutor(4) as threads:
+        outs = list(threads.map(lambda x: [_cast(x, torch.bfloat16) for _ in range(5)], xs))
+    assert all(torch.equal(y, x.bfloat16()) for x, out in zip(xs, outs, strict=True) for y in out)
 
 
 def _copy(x, y, *, size=None, shift=0, load_mask=True, store_mask=True):

@@ -63,33 +63,15 @@ def test_one_wheel_serves_every_python(wheel):
 # everything that is installed, by folder; what only development needs is in tools/, tests/ and benchmarks/
 INSTALLED = {
     "": {"__init__.py", "_version.py", "functional.py", "kernels.py", "reference.py", "py.typed"},
-    "testing": {  # doctor's smoke run, and what a user needs to test kernels of their own
-        "__init__.py",
-        "bounds.py",
-        "graphs.py",
-        "grouped.py",
-        "guards.py",
-        "interpreter.py",
-        "layers.py",
-        "numeric.py",
-        "ordering.py",
-        "smoke.py",
-    },
+    # doctor's smoke run, and what a user needs to test kernels of their own
+    "testing": set(
+        "__init__.py bounds.py graphs.py grouped.py guards.py interpreter.py layers.py numeric.py ordering.py"
+        " smoke.py".split()
+    ),
 }
-FOLDERS = {
-    "adapters",
-    "bases",
-    "checkpoints",
-    "cli",
-    "diagnostics",
-    "integrations",
-    "kernels",
-    "modules",
-    "ops",
-    "rows",
-    "serving",
-    "testing",
-}
+FOLDERS = set(
+    "adapters bases checkpoints cli diagnostics integrations kernels modules ops rows serving testing".split()
+)
 
 
 def test_wheel_holds_nothing_that_only_development_needs(wheel):
@@ -119,14 +101,8 @@ def test_installed_wheel_imports_without_a_top_level_kernels(wheel, tmp_path):
 def test_sdist_carries_what_a_build_and_the_tests_need(sources, tmp_path):
     names = tarfile.open(build(sources, "sdist", tmp_path / "sdist")).getnames()
     inside = {name.split("/", 1)[1] for name in names if "/" in name}
-    needed = {
-        "csrc/cpu_loops.c",
-        "kernels/tiles.py",
-        "fused_lora/reference.py",
-        "tests/conftest.py",
-        "benchmarks/bench_merge.py",
-    }
-    assert needed | {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= inside
+    needed = {"csrc/cpu_loops.c", "kernels/tiles.py", "fused_lora/reference.py", "tests/conftest.py"}
+    assert needed | {"benchmarks/bench_merge.py", "LICENSE", "README.md", "pyproject.toml", "setup.py"} <= inside
 
 
 def test_the_import_from_elsewhere_finds_no_top_level_kernels(tmp_path):

@@ -14,10 +14,9 @@ pytest.importorskip("triton")
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "precompile.py"
 LAUNCH = """
 import sys
-sys.path.insert(0, sys.argv[1])
 import precompile
 precompile.install(90)
-if sys.argv[2] == "no compiler":
+if sys.argv[1] == "no compiler":
     from triton.compiler import ASTSource
 
     def compiled(*_):
@@ -26,7 +25,7 @@ if sys.argv[2] == "no compiler":
     ASTSource.make_ir = compiled
 import torch
 from fused_lora.kernels.dropout import dropout_mask
-dropout_mask(torch.zeros(1, dtype=torch.int64), 40, 64, float(sys.argv[3]))
+dropout_mask(torch.zeros(1, dtype=torch.int64), 40, 64, 0.1)
 """
 
 
@@ -38,7 +37,7 @@ def run(*command, cache):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: a launch would compute")
 def test_a_packed_cache_is_found_by_the_keys_of_another_folder(tmp_path):
     filled, other, packed = tmp_path / "filled", tmp_path / "other", tmp_path / "cache.tar.xz"
-    found = run("-c", LAUNCH, str(TOOL.parent), "compile", "0.1", cache=filled)
+    found = run("-c", LAUNCH, "compile", cache=filled)
     assert found.returncode == 0, found.stderr
     for command in (("pack", "--cache", str(filled), str(packed)), ("unpack", str(packed))):
         found = run(str(TOOL), *command, cache=other)
@@ -49,22 +48,20 @@ def test_a_packed_cache_is_found_by_the_keys_of_another_folder(tmp_path):
     found = run(str(TOOL), "unpack", str(cut), cache=tmp_path / "untouched")
     assert found.returncode == 1 and "cut.tar.xz: expected a whole file" in found.stderr
     assert not (tmp_path / "untouched").exists()
-    found = run("-c", LAUNCH, str(TOOL.parent), "no compiler", "0.1", cache=other)
+    found = run("-c", LAUNCH, "no compiler", cache=other)
     assert found.returncode == 0, found.stderr
-    found = run("-c", LAUNCH, str(TOOL.parent), "no compiler", "0.1", cache=tmp_path / "empty")
+    found = run("-c", LAUNCH, "no compiler", cache=tmp_path / "empty")
     assert found.returncode != 0 and "compiled again" in found.stderr
 
 
 def test_the_kernels_own_tests_fill_the_cache(tmp_path):
     code = """
-import sys
-sys.path.insert(0, sys.argv[1])
 import precompile
 assert all(path.is_file() for path in precompile.TESTS)
 precompile.TESTS = [path for path in precompile.TESTS if path.stem == "test_sync"]
 precompile.fill_tests(90)
 """
-    found = run("-c", code, str(TOOL.parent), cache=tmp_path)
+    found = run("-c", code, cache=tmp_path)
     assert found.returncode == 0 and "passed" in found.stdout, found.stdout + found.stderr
     assert (tmp_path / "parts.jsonl").stat().st_size > 0
 
@@ -72,8 +69,6 @@ precompile.fill_tests(90)
 def test_filling_goes_on_after_a_merge(tmp_path):
     """Nothing is computed; still each merge is followed by its switch and unmerge, in every dtype."""
     code = """
-import sys
-sys.path.insert(0, sys.argv[1])
 import triton.compiler
 triton.compiler.compile = lambda *_, **__: None
 import precompile
@@ -83,7 +78,7 @@ from fused_lora.testing import smoke
 smoke.PARTS = smoke.merges, smoke.switches
 precompile.fill_smoke()
 """
-    found = run("-c", code, str(TOOL.parent), cache=tmp_path)
+    found = run("-c", code, cache=tmp_path)
     assert found.returncode == 0 and len(found.stdout.splitlines()) == 9, found.stdout + found.stderr
 
 
@@ -92,7 +87,6 @@ def test_a_decode_step_is_filled_as_a_gpu_launches_it(tmp_path):
     pytest.importorskip("peft")
     code = """
 import sys
-sys.path.insert(0, sys.argv[1])
 import triton.compiler
 triton.compiler.compile = lambda src, **_: print(src.name, *src.constants.values())
 import precompile
@@ -103,7 +97,7 @@ import bench_decode
 bench_decode.LLAMA_3_8B = [(48, (40, 32)), (40, (48,))]
 precompile.fill_decode()
 """
-    found = run("-c", code, str(TOOL.parent), cache=tmp_path)
+    found = run("-c", code, cache=tmp_path)
     assert found.returncode == 0, found.stderr
     launched = [line for line in found.stdout.splitlines() if line.startswith("_grouped")]
     assert {line.split()[0] for line in launched} == {"_grouped_shrink_kernel", "_grouped_expand_kernel"}

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from compile_report.cases import _TRITON_NAMES, CompileCase, dtypes_on
+from compile_report.cases import _TRITON_NAMES, CompileCase, dtypes_on, make_case
 from fused_lora.kernels.dequant_4bit import BYTES, _dequant_4bit_kernel, launch_options
 
 
@@ -27,20 +27,6 @@ def _case(dtype: torch.dtype, nested: bool, even: bool, capability: int) -> Comp
     values: dict[str, Any] = dict(NESTED=nested, EVEN=even, BYTES=BYTES)
     for name in ("code8_ptr", "absmax8_ptr", "offset_ptr"):
         (types if nested else values)[name] = "*fp32" if nested else None
-    names = _dequant_4bit_kernel.arg_names
-    constexprs: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in values.items()}
-    return CompileCase(
-        label=f"dequant_4bit {short}{' nested' * nested}{'' if even else ' masked'}",
-        op="dequant_4bit",
-        config=None,
-        dtype=dtype,
-        kernel=_dequant_4bit_kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs=constexprs,
-        attrs={
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name in types
-            if name.endswith("_ptr") or name in ("nbytes", "numel")
-        },
-        options=launch_options(capability > 0),
-    )
+    label = f"dequant_4bit {short}{' nested' * nested}{'' if even else ' masked'}"
+    options = launch_options(capability > 0)
+    return make_case(label, "dequant_4bit", None, dtype, _dequant_4bit_kernel, types, values, options)

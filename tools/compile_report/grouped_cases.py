@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from compile_report.cases import _TRITON_NAMES, CompileCase
+from compile_report.cases import _TRITON_NAMES, CompileCase, make_case
 from fused_lora.kernels.config import LaunchConfig
 from fused_lora.kernels.grouped_expand import _grouped_expand_kernel
 from fused_lora.kernels.grouped_shrink import TL_DTYPES, _grouped_shrink_kernel
@@ -21,6 +21,7 @@ _DTYPES = (
 )
 _TABLES = dict(num_tiles_ptr="*i32", tiles_ptr="*i32", order_ptr="*i32", member_slot_ptr="*i32", rank_ptr="*i32")
 _STRIDES_OF_S = dict(stride_plane="i32", stride_output="i32", stride_sm="i32")
+_ANY_NUMBER = "num_slots", "num_ranges", "num_outputs", "num_rank_programs"  # no multiples of 16
 _MANY = 1 << 20  # more tiles than any rule asks about
 
 
@@ -76,20 +77,11 @@ def _case(kernel, form, config: LaunchConfig, dtype, adapter_dtype, capability, 
     op = f"grouped {config.variant}"
     values |= dict(DTYPE=TL_DTYPES[adapter_dtype], PRECISION=_precision(dtype, capability), COLUMNS=COLUMNS)
     values["BLOCK_M"] = config.BLOCK_M
-    names = kernel.arg_names
-    constexprs: dict[tuple[int, ...], Any] = {(names.index(n),): value for n, value in values.items()}
-    attrs = {}
-    aligned = [n for n in types if n.endswith("_ptr") or n in _STRIDES_OF_S]
-    for name in [*aligned, "K", "chunk", "span", "stride_xm", "y_ptrs", "Ns", "strides_ym", "a_table", "b_table"]:
-        if name in types:
-            parts = range(len(types[name])) if isinstance(types[name], tuple) else [None]
-            attrs |= {(names.index(name), *([] if i is None else [i])): [["tt.divisibility", 16]] for i in parts}
-    if "strides_yn" in types:
-        constexprs |= {(names.index("strides_yn"), i): 1 for i in range(len(types["strides_yn"]))}
     tiles = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} r{config.BLOCK_R} w{config.num_warps}"
     label = f"{op} {_TRITON_NAMES[dtype]} with {_TRITON_NAMES[adapter_dtype]} adapters, {form}, {tiles}"
-    return CompileCase(
-        label=label, op=op, config=replace(config, variant=op), dtype=dtype, kernel=kernel,
-        signature={n: types.get(n, "constexpr") for n in names}, constexprs=constexprs, attrs=attrs,
-        options=launch_options(config, nvidia=capability > 0),
-    )  # fmt: skip
+    options, config = launch_options(config, nvidia=capability > 0), replace(config, variant=op)
+    case = make_case(label, op, config, dtype, kernel, types, values, options, any_number=_ANY_NUMBER)
+    if "strides_yn" in types:
+        place = kernel.arg_names.index("strides_yn")
+        case.constexprs.update({(place, i): 1 for i in range(len(types["strides_yn"]))})
+    return case

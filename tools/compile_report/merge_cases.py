@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from compile_report.cases import CompileCase, dtypes_on
+from compile_report.cases import CompileCase, dtypes_on, make_case
 from fused_lora.kernels.grouped_shrink import TL_DTYPES
 from fused_lora.kernels.merge import _merge_kernel, default_tile, launch_options
 
@@ -22,6 +22,7 @@ _PASSES = (
 )
 
 
+_ANY_NUMBER = "N", "R", "stride_bn", "room", "OLD_R", "stride_old_bn", "num_weights"  # no multiples of 16
 _GROUPED = ("merge", "unmerge", "merge at random", "switch", "switch at random")  # also of many weights at once
 
 
@@ -56,21 +57,11 @@ def _case(name, dtype, UNMERGE, RECORD, AGAIN, RANDOM, SWITCH, EVEN, grouped, ti
         types |= dict(old_values_ptr="*i32", OLD_R="i32", stride_old_ar="i32", stride_old_bn="i32")
     if grouped:
         types = dict(group_ptr="*i64", num_weights="i32")
-    names = _merge_kernel.arg_names
-    values = dict.fromkeys(n for n in names if n not in types)
+    values = dict.fromkeys(n for n in _merge_kernel.arg_names if n not in types)
     values |= {"stride_wk": 1, "stride_ak": 1, "stride_br": 1}
     values |= {"stride_old_ak": 1, "stride_old_br": 1} if SWITCH else {}
     values |= dict(UNMERGE=UNMERGE, RECORD=RECORD, AGAIN=AGAIN, RANDOM=RANDOM, SWITCH=SWITCH, EVEN=EVEN)
     values |= dict(GROUP=TL_DTYPES[dtype] if grouped else None, ROWS=tile.ROWS, COLS=tile.COLS)
-    multiples_of_16 = [n for n in types if n.endswith("_ptr") or n in ("K", "stride_wn", "stride_ar", "stride_old_ar")]
-    return CompileCase(
-        label=f"{name} {short} {tile.ROWS}x{tile.COLS}{'' if EVEN else ' masked'}{' group' * grouped}",
-        op=f"{name}{', group' * grouped}",
-        config=None,
-        dtype=dtype,
-        kernel=_merge_kernel,
-        signature={n: types.get(n, "constexpr") for n in names},
-        constexprs={(names.index(n),): value for n, value in values.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in multiples_of_16},
-        options=options,
-    )
+    label = f"{name} {short} {tile.ROWS}x{tile.COLS}{'' if EVEN else ' masked'}{' group' * grouped}"
+    op = f"{name}{', group' * grouped}"
+    return make_case(label, op, None, dtype, _merge_kernel, types, values, options, any_number=_ANY_NUMBER)

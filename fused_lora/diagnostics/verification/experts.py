@@ -11,14 +11,7 @@ from torch import Tensor, nn
 
 from fused_lora.bases import experts
 from fused_lora.diagnostics.verification.layers import Layer
-from fused_lora.diagnostics.verification.weights import (
-    CONFIDENCE,
-    Units,
-    product,
-    tiny,
-    unit_of,
-    unmerged_bound,
-)
+from fused_lora.diagnostics.verification.weights import CONFIDENCE, Units, product, tiny, unit_of, unmerged_bound
 from fused_lora.modules.experts import LoraExperts, file_paths, stacks_of
 from fused_lora.modules.names import some
 from fused_lora.ops.merge.exact import Adapter, change

@@ -149,18 +149,10 @@ class Verification:
             judgement = "rounding" if check.ok else "BUG"
             return pattern(check.path) if check.ok else check.path, dtype_name(check.dtype), judgement
 
-        rows = [head] + [
-            (
-                path,
-                str(len(checks)),
-                dtype,
-                f"{max(check.difference for check in checks):.1e}",
-                f"{max(check.ratio for check in checks):.2f}",
-                f"{max(check.lost for check in checks):.2%}",
-                judgement,
-            )
-            for (path, dtype, judgement), checks in grouped(self.layers, kind).items()
-        ]
+        rows: list[tuple[str, ...]] = [head]
+        for (path, dtype, judgement), checks in grouped(self.layers, kind).items():
+            most, ratio, lost = (max(getattr(c, name) for c in checks) for name in ("difference", "ratio", "lost"))
+            rows.append((path, str(len(checks)), dtype, f"{most:.1e}", f"{ratio:.2f}", f"{lost:.2%}", judgement))
         lines = table(rows, numbers=True)
         lines.append(f"output, merged against unmerged: {self.output}")
         if self.reference is not None:

@@ -52,10 +52,8 @@ class StepCheck:
 
     def _see_hidden(self, module: nn.Module, args: tuple, output: Any) -> None:
         if threading.get_ident() == self._thread:
-            hidden = output[0]
-            self._hidden = torch.isfinite(hidden.sum(-1, dtype=torch.promote_types(hidden.dtype, torch.float32))).view(
-                -1
-            )
+            wide = torch.promote_types(output[0].dtype, torch.float32)
+            self._hidden = torch.isfinite(output[0].sum(-1, dtype=wide)).view(-1)
 
     def _see_logits(self, module: nn.Module, args: tuple, output: Any) -> None:
         # the largest is NaN if one is, and infinite if one is or all are: some may be -inf, tokens that are never taken

@@ -35,15 +35,7 @@ from transformers.generation.continuous_batching.utils import stream_context
 from fused_lora.modules.arguments import check_int
 from fused_lora.serving.engine import request as continuous_request
 from fused_lora.serving.engine import sampling as continuous_sampling
-from fused_lora.serving.engine.admission import (
-    ADAPTER,
-    SCHEDULER,
-    START,
-    VERSION,
-    Admission,
-    EngineCounters,
-    start_of,
-)
+from fused_lora.serving.engine.admission import ADAPTER, SCHEDULER, START, VERSION, Admission, EngineCounters, start_of
 from fused_lora.serving.engine.attention import by_request, is_by_request, spans_of
 from fused_lora.serving.engine.failures import MAX_FAILED_STEPS, StepFailed
 from fused_lora.serving.engine.finite import StepCheck

@@ -180,7 +180,9 @@ class AsyncEngine:
             running.ended = True
             if not running.finished:
                 self.manager.cancel_request(engine_id)
-            self._forget(engine_id)
+            router = self.manager.output_router
+            with router._lock:
+                router.result_handlers.pop(engine_id, None)
             del self._jobs[engine_id]
             self.in_flight -= 1
             self.metrics.request_seconds.observe(time.monotonic() - job.since)
@@ -258,11 +260,6 @@ class AsyncEngine:
     def _ends(self) -> set[int]:
         eos = self.manager.generation_config.eos_token_id
         return set(eos) if isinstance(eos, list) else {eos}
-
-    def _forget(self, engine_id: str) -> None:
-        router = self.manager.output_router
-        with router._lock:
-            router.result_handlers.pop(engine_id, None)
 
     async def load(self, name: str, path: Path, replace: bool, **options: Any) -> None:
         """``store.load`` with these options in a thread; with ``replace`` also of a name that is there. If all room is

@@ -16,14 +16,7 @@ from fused_lora.modules.names import some
 from fused_lora.serving.residency.lease import Lease
 from fused_lora.serving.residency.live import live_adapter
 from fused_lora.serving.residency.naming import check_served_name
-from fused_lora.serving.residency.packing import (
-    Packed,
-    Site,
-    check_folder,
-    from_folder,
-    from_tensors,
-    signature,
-)
+from fused_lora.serving.residency.packing import Packed, Site, check_folder, from_folder, from_tensors, signature
 from fused_lora.serving.residency.refusal import Refusal
 from fused_lora.serving.residency.residency import Residency, StoreFull, Version
 from fused_lora.serving.residency.transfer import Transfer
@@ -78,12 +71,7 @@ class Registry:
         self._attachment: Any = None  # says which layers an adapter would not reach
 
     def load(
-        self,
-        name: str,
-        source: Source,
-        *,
-        inside: str | os.PathLike | None = None,
-        allow_partial: bool = False,
+        self, name: str, source: Source, *, inside: str | os.PathLike | None = None, allow_partial: bool = False
     ) -> int:
         """Load an adapter onto the device under ``name``. Each load of a name increments its version.
 

@@ -25,10 +25,8 @@ class SlotTables:
 
     @torch.inference_mode(False)  # written in any mode later
     def __init__(self, sites: int, slots: int, device: torch.device, dtype: torch.dtype):
-        self.device, shape = (
-            device,
-            (sites, -(-slots // 16) * 16),
-        )  # every layer's tables start at a multiple of 16 bytes
+        shape = sites, -(-slots // 16) * 16  # every layer's tables start at a multiple of 16 bytes
+        self.device = device
         self._pointers = [torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2)]
         self._rank = torch.zeros(shape, dtype=torch.int32, device=device)
         self._scaling = torch.zeros(shape, dtype=torch.float32, device=device)

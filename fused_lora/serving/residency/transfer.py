@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,20 +39,17 @@ def open_transfer(
     return (CudaTransfer if device.type == "cuda" else Transfer)(device, dtype, tables)
 
 
+@dataclass(eq=False)
 class Arrival:
     """The events of a copy to ``device`` that is under way, by site. After ``last`` the copy is complete.
 
     Until ``tables`` those of the kernels may still be about the slot's adapter before, at every layer.
     """
 
-    def __init__(
-        self,
-        events: dict[int, torch.cuda.Event],
-        tables: torch.cuda.Event,
-        last: torch.cuda.Event,
-        device: torch.device,
-    ):
-        self.events, self.tables, self.last, self._device = events, tables, last, device
+    events: dict[int, torch.cuda.Event]
+    tables: torch.cuda.Event
+    last: torch.cuda.Event
+    device: torch.device
 
     def done(self) -> bool:
         """Whether the copy is complete."""
@@ -59,11 +57,11 @@ class Arrival:
 
     def wait_for_all(self) -> None:
         """Make the device's current stream wait for the whole adapter."""
-        torch.cuda.current_stream(self._device).wait_event(self.last)
+        torch.cuda.current_stream(self.device).wait_event(self.last)
 
     def wait(self, site: int) -> None:
         """Make the device's current stream wait for one layer of the adapter, or for its having none there."""
-        torch.cuda.current_stream(self._device).wait_event(self.events.get(site, self.tables))
+        torch.cuda.current_stream(self.device).wait_event(self.events.get(site, self.tables))
 
 
 class Transfer:
