@@ -118,6 +118,8 @@ class ExpertsLayer(Layer):
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
         """The [N, K] of each expert."""
+        if weight.dim() == 2:
+            return [weight]
         return list((weight.transpose(1, 2) if self.form.is_transposed(self.base) else weight).unbind(0))
 
     def changes(self) -> dict[str, list[list[Adapter]]]:
