@@ -28,7 +28,14 @@ from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
 from fused_lora.modules.linear import draw
 from fused_lora.modules.merged_state import MergedState
 from fused_lora.modules.mixed import MixedBatch
-from fused_lora.modules.targets import ALL_LINEAR, all_linear, base_layer_of, candidates, is_supported
+from fused_lora.modules.targets import (
+    ALL_LINEAR,
+    all_linear,
+    base_layer_of,
+    candidates,
+    excluded,
+    is_supported,
+)
 from fused_lora.modules.tree import unwrapped
 
 __all__ = [
@@ -111,7 +118,8 @@ def match_parameters(model: nn.Module, config: LoraConfig, all_names: bool = Fal
 
 def with_parameters(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """``config`` as PEFT changes "all-linear" for some models of experts: the linear layers by their last names, and in
-    target_parameters what was a linear layer in transformers 4. Of that only what can get LoRA by this config.
+    target_parameters what was a linear layer in transformers 4. Of that only what can get LoRA by this config, also by
+    ``exclude_modules`` and ``modules_to_save``, which PEFT does not ask there.
 
     Source: PEFT 0.21 ``_convert_peft_config_moe`` (peft/utils/transformers_weight_conversion.py).
     """
@@ -120,26 +128,27 @@ def with_parameters(model: nn.Module, config: LoraConfig) -> LoraConfig:
     family = {**getattr(mapping, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}.get(kind)
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR or family not in _LINEAR_ONCE:
         return config
-    every = {
-        f"{place}.{name}": base_layer_of(m) for place, m in candidates(model) for name in base_layer_of(m)._parameters
-    }
+    bases = [(place, base_layer_of(module)) for place, module in candidates(model)]
+    held = {f"{place}.{name}": base for place, base in bases for name in base._parameters}
     found = []
     for target in ("gate.weight", "gate_up_proj", "down_proj"):
-        bases = [base for path, base in every.items() if path.endswith(f".{target}")]
-        reasons = [experts.why_not_adapted(base, target.rpartition(".")[2]) for base in bases]
-        dropped = config.lora_dropout and any(form_of(base).calls_module for base in bases)
-        if bases and not any(reasons) and not dropped:
-            found.append(target)
+        meant = {path: base for path, base in held.items() if path.endswith(f".{target}")}
+        wanted = [path for path in meant if not excluded(config, path.rpartition(".")[0])]
+        reasons = [experts.why_not_adapted(base, target.rpartition(".")[2]) for base in meant.values()]
+        dropped = config.lora_dropout and any(form_of(base).calls_module for base in meant.values())
+        if not any(reasons) and not dropped:
+            found += [target] if wanted and len(wanted) == len(meant) else wanted
     plain = all(getattr(config, name) == value for name, value in WITH_PARAMETERS.items())
     if not found or not plain or config.init_lora_weights not in RANDOM:
         return config
-    twice = {r".*\.gate_up_proj": 2} if "gate_up_proj" in found else {}  # gate and up are two layers in one
+    # gate and up are two layers in one
+    twice = [r".*\.gate_up_proj"] if any(name.endswith("gate_up_proj") for name in found) else []
     return dataclasses.replace(
         config,
         target_modules={path.rpartition(".")[2] for path in all_linear(model, config)} - _LINEAR_ONCE[family],
         target_parameters=sorted({*(config.target_parameters or ()), *found}),
-        rank_pattern={**config.rank_pattern, **{key: config.r * n for key, n in twice.items()}},
-        alpha_pattern={**config.alpha_pattern, **{key: config.lora_alpha * n for key, n in twice.items()}},
+        rank_pattern={**config.rank_pattern, **dict.fromkeys(twice, 2 * config.r)},
+        alpha_pattern={**config.alpha_pattern, **dict.fromkeys(twice, 2 * config.lora_alpha)},
     )
 
 

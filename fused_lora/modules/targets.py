@@ -131,7 +131,7 @@ def match_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     targets = config.target_modules or ()
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = all_linear(model, config)
-    matched = [name for name in modules if not _excluded(config, name) and _targeted(config, targets, name)]
+    matched = [name for name in modules if not excluded(config, name) and _targeted(config, targets, name)]
     if not matched and not config.target_parameters:
         raise ValueError(_no_match(config, modules))
     for name in matched:
@@ -191,7 +191,7 @@ def warn_unused(
         text = f"{some(bare)} have no bias to which a merge could add lora_B's: merge() will be refused"
         warnings.warn(f"lora_bias: {text}", stacklevel=4)
     if isinstance(asked, str) and asked.lower() == ALL_LINEAR:
-        linear = {path: re.sub(r"\.\d+(?=\.)", ".*", path) for path in all_linear(model, config)}
+        linear = {path: re.sub(r"\.\d+(?=\.)", ".*", path) for path in sorted(all_linear(model, config))}
         every, known = {**linear, **matrices_left(model)}, set(matched)
         if left := {path: kind for path, kind in every.items() if known.isdisjoint((path, f"{path}.weight"))}:
             text = f"{len(left)} weights of the model get no adapter: {some(dict.fromkeys(left.values()))}"
@@ -260,7 +260,7 @@ def literal_targets(model: nn.Module, config: LoraConfig) -> list[str] | None:
     targets = config.target_modules or (() if config.target_parameters else None)
     if targets is None or isinstance(targets, str) or isinstance(config.exclude_modules, str) or config.layers_pattern:
         return None
-    return [name for name, _ in candidates(model) if not _excluded(config, name) and _targeted(config, targets, name)]
+    return [name for name, _ in candidates(model) if not excluded(config, name) and _targeted(config, targets, name)]
 
 
 def _listed(name: str, keys: Collection[str]) -> bool:
@@ -281,9 +281,10 @@ def _check_expressions(config: LoraConfig) -> None:
                     raise ValueError(f"{name}: {expression!r} is not a regular expression ({error})") from None
 
 
-def _excluded(config: LoraConfig, name: str) -> bool:
+def excluded(config: LoraConfig, name: str) -> bool:
+    """Whether the module at this path gets no LoRA by ``exclude_modules``, or trains as a whole."""
     if any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ()):
-        return True  # it trains as a whole
+        return True
     exclude = config.exclude_modules
     if not exclude:
         return False

@@ -177,6 +177,27 @@ def test_all_linear_leaves_out_what_cannot_be():
         fused_lora.inject(model, fused_lora.LoraConfig(target_modules="all-linear", use_dora=True))
 
 
+@pytest.mark.filterwarnings("ignore:target_modules='all-linear'")
+def test_all_linear_heeds_what_is_excluded(tmp_path):
+    """By full paths, which PEFT reads; it does not ask itself."""
+    for fields, routers, others in (
+        ({"exclude_modules": ["gate"]}, [], 12),
+        ({"exclude_modules": ["0.mlp.gate"]}, [1], 12),
+        ({"modules_to_save": ["mlp.gate"]}, [], 12),
+    ):
+        model = routed("qwen3_moe")
+        config = fused_lora.LoraConfig(target_modules="all-linear", init_lora_weights=False, **fields)
+        layers = fused_lora.lora_layers(fused_lora.inject(model, config))
+        assert [p for p in layers if "gate." in p] == [f"model.layers.{i}.mlp.gate.weight" for i in routers], fields
+        assert len(layers) == others + len(routers)
+    fields = dict(target_modules="all-linear", exclude_modules=["0.mlp.gate"])
+    fused_lora.inject(model := routed("qwen3_moe"), fused_lora.LoraConfig(**fields))
+    fused_lora.save_adapter(model, tmp_path / "a")
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(routed("qwen3_moe"), tmp_path / "a")
+    assert sum(hasattr(m, "get_base_layer") for m in theirs.modules()) == 13
+
+
 class Scores(nn.Module):
     """A module that multiplies with a matrix of its own, in a way that ``how`` says."""
 

@@ -303,7 +303,7 @@ def test_all_linear_adapts_experts_and_routers_where_peft_does(kind, count):
         assert (layer.r, layer.scaling) == (found[path].r, found[path].scaling), path
     left = {
         "mixtral": None,
-        "glm4_moe": r"6 weights .*: 'model\.layers\.\*\.mlp\.shared_experts\.gate_proj'",
+        "glm4_moe": r"6 weights .*: 'model\.layers\.\*\.mlp\.shared_experts\.down_proj'",
         "afmoe": "8 weights .*self_attn.gate_proj'",
         "gpt_oss": r"6 weights .*mlp\.router\.weight'",
     }[kind]
