@@ -309,7 +309,7 @@ class Rerun(Form):
                 t[where] = new
             return y
         changed = [t.index_put(where, new) for t, where, new in jobs]  # a backward may read what was there
-        return changed[0] if isinstance(y, Tensor) else type(y)(changed)
+        return changed[0] if isinstance(y, Tensor) else tuple(changed)
 
 
 def _with_delta(weight: Tensor, terms: Sequence[ExpertTerm]) -> Tensor:
@@ -337,7 +337,8 @@ def _call(module: Any, weight: Tensor, call: Sequence[Any], hooks: bool) -> Any:
     changed = [n for n, v in twin.__dict__.items() if n != "_parameters" and (n not in before or before[n] is not v)]
     changed += [name for name, buffer, version in buffers if buffer._version != version]
     if changed:
-        raise RuntimeError(f"{type(module).__name__} keeps state that its call changes, {changed[0]!r}: {_NO_ADAPTER}")
+        text = f"{type(module).__name__} keeps state that its call changes, {changed[0]!r}"
+        raise RuntimeError(f"{text}: it takes no adapter of its weight")
     return found
 
 
@@ -354,9 +355,6 @@ def _rows_of(t: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, ...] | None:
     if t.dim() and t.shape[0] == shape.numel():
         return (rows,)
     return torch.unravel_index(rows, shape) if t.shape[: len(shape)] == shape else None
-
-
-_NO_ADAPTER = "it takes no adapter of its weight"
 
 
 _BUILDS = ("__init__", "reset_parameters", "extra_repr")  # what a call of a module does not run

@@ -167,12 +167,9 @@ def stack_at(modules: Mapping[str, nn.Module], path: str) -> Stack | None:
 
 def stacks_of(module: Any, place: str) -> list[Stack]:
     """The parameters of a plain module that can get LoRA, but for the weight of a linear layer."""
-    plain = type(base_of(module)) is not Foreign or type(module).forward is nn.Linear.forward
-    return (
-        []
-        if plain
-        else [_stack(module, place, name) for name in module._parameters if not experts.why_not_adapted(module, name)]
-    )
+    if type(base_of(module)) is not Foreign or type(module).forward is nn.Linear.forward:
+        return []
+    return [_stack(module, place, name) for name in module._parameters if not experts.why_not_adapted(module, name)]
 
 
 def _stack(module: Any, place: str, name: str) -> Stack:

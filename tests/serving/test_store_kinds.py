@@ -135,6 +135,34 @@ def test_a_router_in_compiled_code(folders):
     assert not torch.equal(compiled(x)[0], adapted[0]) and torch.equal(compiled(x)[0], router(x)[0])
 
 
+class Odd(nn.Module):
+    """A matrix, and outputs without rows."""
+
+    def __init__(self, pair):
+        super().__init__()
+        self.pair, self.weight = pair, nn.Parameter(torch.randn(4, HIDDEN))
+
+    def forward(self, x, more=None):
+        y = x @ self.weight.t()
+        return (y, more) if self.pair else {"y": y}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pair", [True, False])
+def test_what_has_no_rows_is_an_error(pair):
+    """In eager and in compiled code; other adapters are served."""
+    model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), Odd(pair))
+    store, x = AdapterStore(model), torch.randn(2, HIDDEN)
+    store.load("linear", {"0": (torch.randn(2, HIDDEN), torch.randn(HIDDEN, 2), 1.0)})
+    store.load("odd", {"1.weight": (torch.randn(2, HIDDEN), torch.randn(4, 2), 1.0)})
+    torch.compiler.reset()
+    for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        with store.batch(["linear", None]):
+            call(x)
+        with store.batch(["odd", None]), pytest.raises(RuntimeError, match="Odd"):
+            call(x)
+
+
 @torch.no_grad()
 def test_experts_that_are_called_by_name(folders):
     base, root, _ = folders

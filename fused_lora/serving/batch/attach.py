@@ -255,9 +255,12 @@ class _ExpertsHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         call = positional(module, args, kwargs)
         if torch.compiler.is_compiling():
-            outputs = [output] if isinstance(output, Tensor) else [*output]
-            plain = all(isinstance(t, Tensor) for t in (*call, *outputs))
-            _store_rows(outputs if plain else [], call if plain else (), self._number)
+            outputs = [*output] if isinstance(output, (tuple, list)) else [output]
+            if not all(isinstance(t, Tensor) for t in (*call, *outputs)):
+                # adapters are refused, when it is known whether there are any; a graph drops what nobody reads
+                held = output.values() if isinstance(output, Mapping) else outputs
+                outputs, call = [t for t in (*held, *call) if isinstance(t, Tensor)][:1], ()
+            _store_rows(outputs, call, self._number)
             return
         batch = running(self._store)
         if batch is not None and batch.acts and self._sites:
@@ -268,7 +271,7 @@ class _ExpertsHook(_Hook):
         batch = running(self._store)
         if batch is not None and batch.acts and self._sites:
             sites, y = self._sites, outputs[0] if len(outputs) == 1 else tuple(outputs)
-            x = inputs[0] if inputs else torch.empty(0)
+            x = (*inputs, *outputs, torch.empty(0))[0]
             batch.compiled(sites, x, lambda: batch.add_experts(sites, inputs, y))
 
 

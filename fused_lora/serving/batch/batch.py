@@ -327,6 +327,8 @@ class Batch:
         """
         call, site, form = self._trace().running.call, sites[0], form_of(sites[0].module)
         x = inputs[0] if inputs and isinstance(inputs[0], Tensor) else torch.empty(0)
+        if not (x.dim() > 1 or self._acts_at(sites)):  # any module with a matrix may get anything
+            return
         if call is None:
             why_not = form.why_not_alone(site.module)
             return self._called_alone(site, x, lambda: self.add_experts(sites, inputs, y), why_not)
