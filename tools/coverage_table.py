@@ -76,6 +76,15 @@ def _llama4_experts() -> nn.Module:
     return module
 
 
+def _router() -> nn.Module:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    module = Qwen3MoeTopKRouter(Qwen3MoeConfig(hidden_size=K, num_experts=4, num_experts_per_tok=2))
+    nn.init.normal_(module.weight)
+    return module
+
+
 _X = {"target_modules": ["x"]}
 _STACK = {"target_modules": [], "target_parameters": ["x.gate_up_proj", "x.down_proj"]}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -93,6 +102,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict, tuple[str, ...]]] = {
     "Linear4bit of bitsandbytes": (_linear4bit, _X, ("LoRA", "DoRA")),
     "stacked experts": (_experts, _STACK, ("LoRA", "rsLoRA", "dropout")),
     "experts of Llama-4": (_llama4_experts, _STACK, ("LoRA", "dropout")),
+    "routers": (_router, {"target_modules": [], "target_parameters": ["x.weight"]}, ("LoRA",)),
     "nn.Embedding": (lambda: nn.Embedding(K, K), _X, ("LoRA", "DoRA")),
     "nn.Conv2d": (lambda: nn.Conv2d(2, 2, 3), _X, ("LoRA", "DoRA")),
     "nn.MultiheadAttention": (lambda: nn.MultiheadAttention(K, 2), _X, ("LoRA",)),

@@ -6,6 +6,7 @@ and lora_B [N, r * experts], whose fastest part is the expert. Others are:
     experts.3.gate_proj.lora_A     one layer for each expert and projection, gate and up apart (w1, w3, w2 in Mixtral)
     experts.gate_up_projs.3.lora_A the same with the expert last
     experts.down_proj.lora_A       one tensor [experts, r, K] and [experts, N, r] under the parameter's own name
+    gate.lora_A, without gate.weight in target_parameters   a router as the linear layer that it was
     A [experts * r, N], B [K, ...] PEFT before 0.19.1 where the parameter is [experts, N, K]: the delta is transposed
     lora_B_layout                  an entry of the config: "grouped_by_expert" where lora_B has the expert slowest
 
@@ -37,9 +38,12 @@ _KEYS = tuple(
     re.compile(rf"^(?P<place>(?:.+\.)?experts)\.{middle}{_SIDE}")
     for middle in (r"(?P<expert>\d{1,4})\.(?P<leaf>\w+)", r"(?P<leaf>\w+)s\.(?P<expert>\d{1,4})", r"(?P<leaf>\w+)")
 )
+_LAYER = re.compile(rf"^(?P<place>.+){_SIDE}")
 _HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}  # of gate_up_proj
 _WHOLE = {"gate_up_proj": "gate_up_proj", "down_proj": "down_proj", "w2": "down_proj", "up_proj": "up_proj"}
-OLD_PLACES = {".block_sparse_moe.experts": ".mlp.experts"}  # of Mixtral before transformers 5
+OLD_PLACES = {
+    f".block_sparse_moe.{name}": f".mlp.{name}" for name in ("experts", "gate")
+}  # of Mixtral before transformers 5
 _TURNED_UNTIL = (0, 19, 1)  # the first release of PEFT that reads [experts, N, K] as N outputs
 
 
@@ -155,29 +159,35 @@ def _one_by_one(
     path: str, entries: Mapping[str, TensorEntry], config: LoraConfig, prefix: str, stacks: Stacks
 ) -> tuple[dict[Stacked, list[Piece]], set[str]]:
     """The pieces of each stacked parameter that the file has under other names than PEFT's, and all of their keys."""
-    named = [(key, own_path(key)) for key in entries]
-    matched = [(k, m) for k, n in named if n.startswith(prefix) and (m := _match(n.removeprefix(prefix)))]
-    known = stacks(None) if matched else {}
+    named = {key: name.removeprefix(prefix) for key in entries if (name := own_path(key)).startswith(prefix)}
+    known = stacks(None)
     if not known:
         return {}, set()
+    in_place = stacks(config) if config.target_parameters else {}
     alphas, there = PatternTable(config.alpha_pattern, config.lora_alpha), {path.rpartition(".")[0] for path in known}
     sides: dict[tuple[Stacked, int | None, int | None], dict[str, str]] = {}
     places: dict[tuple[Stacked, int | None, int | None], str] = {}
-    for key, found in matched:
-        place, leaf = found["place"], found["leaf"]
-        place = place if place in there else _renamed(place)
-        half = _HALVES.get(leaf) if f"{place}.gate_up_proj" in known else None
-        stack = known.get(f"{place}.{'gate_up_proj' if half is not None else _WHOLE.get(leaf, '')}")
+    for key, name in named.items():
+        half = expert = None
+        if (found := _match(name)) is not None:
+            place, leaf = found["place"], found["leaf"]
+            place = place if place in there else _renamed(place)
+            half = _HALVES.get(leaf) if f"{place}.gate_up_proj" in known else None
+            stack = known.get(f"{place}.{'gate_up_proj' if half is not None else _WHOLE.get(leaf, '')}")
+            expert = None if found.groupdict().get("expert") is None else int(found["expert"])
+        elif (found := _LAYER.match(name)) is not None and found["place"] not in in_place:
+            stack = known.get(f"{_renamed(found['place'])}.weight")  # a router, which was a linear layer
+        else:
+            continue
         if stack is None:
             continue
-        expert = None if found.groupdict().get("expert") is None else int(found["expert"])
         if expert is not None and expert >= stack.experts:
             raise AdapterError(path, key, f"experts below {stack.experts} of {stack.path!r}", expert)
         where = stack, half, expert
         if found["side"] in sides.setdefault(where, {}):
             raise AdapterError(path, key, f"one lora_{found['side']} of it", sides[where][found["side"]])
         sides[where][found["side"]] = key
-        places[where] = own_path(key).removeprefix(prefix).rpartition(".lora_")[0]
+        places[where] = name.rpartition(".lora_")[0]
     pieces: dict[Stacked, list[Piece]] = {}
     for where, keys in sides.items():
         stack, half, expert = where
@@ -347,7 +357,9 @@ def _packed(
         if len(A) != len(B) or len(A) not in (2, 3) or 0 in (*A, *B):
             continue  # refused by whoever checks shapes
         sizes = A[-1], B[-2]
-        turned = not stack.transposed and sizes == (stack.N, stack.K) and (stack.N != stack.K or old)
+        turned = (
+            stack.experts > 1 and not stack.transposed and sizes == (stack.N, stack.K) and (stack.N != stack.K or old)
+        )
         if turned or layout == GROUPED or len(A) == 3:
             make = _unpack(keys, stack, turned, layout == GROUPED)
             if sizes not in ((stack.K, stack.N), (stack.N, stack.K)) or (len(A) == 2 and A[0] % stack.experts):

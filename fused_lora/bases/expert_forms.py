@@ -2,15 +2,19 @@
 
 Registered  all of transformers' registry of experts: each token through the experts that it was routed to
 Llama4      Llama4TextExperts: rows in as many parts as there are experts, one for each
+Rerun       any module with a matrix ``weight``, as routers: called with W + s B A in its place, a stack of one
 """
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_lora.bases.expert_terms import Even, ExpertTerm, Routed, add_terms, back
 
@@ -37,6 +41,8 @@ class Form:
 
     inputs: tuple[str, ...] = ()
     turned = False
+    dim = 3  # of a parameter
+    calls_module = False  # whether a call with adapters is one of the module, hooks and all
 
     def parameters(self, experts: Any) -> tuple[str, ...]:
         """The names of the stacks that a call multiplies with, in this order."""
@@ -58,7 +64,7 @@ class Form:
         """The same for what may change from call to call."""
         return None
 
-    def fault(self, experts: Any, call: Sequence[Tensor]) -> Exception | None:
+    def fault(self, experts: Any, call: Sequence[Any]) -> Exception | None:
         """None where these tensors, as many as ``inputs``, are a call's; else the ValueError or TypeError to raise."""
         raise NotImplementedError
 
@@ -66,9 +72,14 @@ class Form:
         """None where rows of a call are the rows of a batch in their order, as if the experts were a linear layer."""
         return None
 
-    def forward(self, experts: Any, call: Sequence[Tensor], terms: Terms) -> Tensor:
+    def forward(self, experts: Any, call: Sequence[Tensor], terms: Terms) -> Any:
         """What the experts give for a call, with the terms."""
         raise NotImplementedError
+
+    def replace_rows(self, experts: Any, y: Any, call: Sequence[Tensor], rows: Tensor, terms: Terms) -> Any:
+        """y, what the experts gave for a call, with the results under adapters of these rows; in place if it can be."""
+        y[rows] = self.forward(experts, [t[rows] for t in call], terms).to(y.dtype)
+        return y
 
     def activated(self, experts: Any, y: Tensor) -> Tensor:
         """What stands between the two products of an expert."""
@@ -235,7 +246,138 @@ class Llama4(Form):
             yield Route(e, own, hidden[own], 1.0)
 
 
-_REGISTERED = Registered()
+class Rerun(Form):
+    """Any module that multiplies with its ``weight`` [N, K]: it is called with W + s B A in the place of W, as by PEFT.
+
+    So is a router, whatever it makes of its products. A call is any arguments, x [..., K] first. Each delta is rounded
+    to W's dtype, as PEFT rounds it, so that the same experts are chosen.
+    """
+
+    dim = 2
+    calls_module = True
+
+    def parameters(self, experts: Any) -> tuple[str, ...]:
+        return ("weight",)
+
+    def is_transposed(self, experts: Any) -> bool:
+        return False
+
+    def count(self, experts: Any) -> int:
+        return 1
+
+    def why_not_adapted(self, experts: Any) -> str | None:
+        if isinstance(experts, nn.Embedding):
+            return f"{type(experts).__name__} is an embedding: name it in target_modules"
+        # whoever compiles has an adapter there already
+        return None if torch.compiler.is_compiling() else _why_not_class(type(experts))
+
+    def why_not_fused(self, experts: Any) -> str | None:
+        return "the module is compiled by itself" if experts._compiled_call_impl is not None else None
+
+    def fault(self, experts: Any, call: Sequence[Any]) -> Exception | None:
+        x, K = call[0] if call else None, experts._parameters["weight"].shape[1]
+        if isinstance(x, Tensor) and x.dim() > 1 and x.shape[-1] == K:
+            return None
+        got = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        return ValueError(f"{type(experts).__name__}: expected a tensor [..., {K}] as its first argument, got {got}")
+
+    def forward(self, experts: Any, call: Sequence[Any], terms: Terms) -> Any:
+        weight = _with_delta(experts._parameters["weight"], terms["weight"])
+        if torch.compiler.is_compiling():
+            return torch.func.functional_call(experts, {"weight": weight}, tuple(call))
+        return _call(experts, weight, call, hooks=True)
+
+    def replace_rows(self, experts: Any, y: Any, call: Sequence[Any], rows: Tensor, terms: Terms) -> Any:
+        """As of :class:`Form`. Without the module's hooks, which have seen y. RuntimeError: an output has no rows."""
+        x, weight = call[0], _with_delta(experts._parameters["weight"], terms["weight"])
+        alone = len(call) == 1  # nobody knows which of further arguments have rows
+        if alone:
+            call = (x.reshape(-1, x.shape[-1])[rows].reshape(*[1] * (x.dim() - 2), len(rows), -1),)
+        outputs, found = (_tensors(experts, t) for t in (y, _call(experts, weight, call, hooks=False)))
+        jobs = []
+        for t, new in zip(outputs, found, strict=True):
+            where = _rows_of(t, x, rows)
+            picked = new if alone or where is None else new[where]
+            if where is None or picked.numel() != (old := t[where]).numel():
+                raise RuntimeError(
+                    f"{type(experts).__name__}: expected a row for each of {x.shape[:-1].numel()} tokens in all that "
+                    f"it returns, got {[tuple(t.shape) for t in outputs]}; nothing was replaced"
+                )
+            jobs.append((t, where, picked.reshape(old.shape).to(t.dtype)))
+        if not any(t.requires_grad or new.requires_grad for t, _, new in jobs):
+            for t, where, new in jobs:
+                t[where] = new
+            return y
+        changed = [t.index_put(where, new) for t, where, new in jobs]  # a backward may read what was there
+        return changed[0] if isinstance(y, Tensor) else tuple(changed)
+
+
+def _with_delta(weight: Tensor, terms: Sequence[ExpertTerm]) -> Tensor:
+    """W + sum_i s_i B_i A_i."""
+    delta = None
+    with torch.autocast(weight.device.type, enabled=False):
+        for term in terms:
+            A, B = (t.reshape(-1, t.shape[-1]) for t in (term.lora_A, term.lora_B))  # of a stack of one
+            wide = torch.promote_types(A.dtype, torch.float32)
+            own = (B.to(wide) @ A.to(wide) * term.scaling).to(weight.dtype)
+            delta = own if delta is None else delta + own
+        return weight if delta is None else weight + delta
+
+
+def _call(module: Any, weight: Tensor, call: Sequence[Any], hooks: bool) -> Any:
+    """A call of ``module`` with this ``weight``, which calls in other threads do not see.
+
+    Raises RuntimeError where the call has changed an attribute or a buffer of the module: one call would be several.
+    """
+    before = module.__dict__
+    twin = object.__new__(type(module))
+    twin.__dict__.update({**before, "_parameters": {**module._parameters, "weight": weight}})
+    buffers = [(name, b, b._version) for name, b in module.named_buffers() if not b.is_inference()]
+    found = twin(*call) if hooks else twin.forward(*call)
+    changed = [n for n, v in twin.__dict__.items() if n != "_parameters" and (n not in before or before[n] is not v)]
+    changed += [name for name, buffer, version in buffers if buffer._version != version]
+    if changed:
+        text = f"{type(module).__name__} keeps state that its call changes, {changed[0]!r}"
+        raise RuntimeError(f"{text}: it takes no adapter of its weight")
+    return found
+
+
+def _tensors(module: Any, y: Any) -> list[Tensor]:
+    found = [y] if isinstance(y, Tensor) else y
+    if isinstance(found, (tuple, list)) and all(isinstance(t, Tensor) for t in found):
+        return list(found)
+    raise RuntimeError(f"{type(module).__name__} returns a {type(y).__name__}; expected tensors with a row a token")
+
+
+def _rows_of(t: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, ...] | None:
+    """What picks rows of x [..., K] in t: [rows, ...] or [..., ...]; None where t has other rows."""
+    shape = x.shape[:-1]
+    if t.dim() and t.shape[0] == shape.numel():
+        return (rows,)
+    return torch.unravel_index(rows, shape) if t.shape[: len(shape)] == shape else None
+
+
+_BUILDS = ("__init__", "reset_parameters", "extra_repr")  # what a call of a module does not run
+
+
+@functools.cache
+def _why_not_class(kind: type) -> str | None:
+    """None where a class reads ``self.weight`` in a method that a call may run, its forward sets no attribute, and its
+    arguments have an order."""
+    held = [pair for parent in kind.__mro__ if parent not in (nn.Module, object) for pair in vars(parent).items()]
+    methods = [(name, inspect.unwrap(m)) for name, m in held if callable(m) and name not in _BUILDS]
+    codes = [(name, m.__code__) for name, m in methods if hasattr(m, "__code__")]
+    if not any("weight" in code.co_names for _, code in codes):
+        return f"no method of {kind.__name__} reads its weight"
+    kinds = {p.kind for p in inspect.signature(kind.forward).parameters.values()}
+    if kinds & {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}:
+        return f"the forward of {kind.__name__} takes arguments by name alone"
+    steps = (step for name, code in codes if name == "forward" for step in dis.get_instructions(code))
+    stored = [step.argval for step in steps if step.opname == "STORE_ATTR"]
+    return f"a call of {kind.__name__} sets its attribute {stored[0]!r}" if stored else None
+
+
+_REGISTERED, _RERUN = Registered(), Rerun()
 _BY_CLASS = {("transformers.models.llama4.modeling_llama4", "Llama4TextExperts"): Llama4()}
 
 
@@ -244,7 +386,8 @@ def find_form(experts: Any) -> Form | None:
     if all(hasattr(experts, flag) for flag in (*_FLAGS, "_apply_gate", "config")):
         return _REGISTERED
     kind = type(experts)
-    return _BY_CLASS.get((kind.__module__, kind.__qualname__))
+    found = _BY_CLASS.get((kind.__module__, kind.__qualname__))
+    return found or (_RERUN if experts._parameters.get("weight") is not None else None)
 
 
 def form_of(experts: Any) -> Form:

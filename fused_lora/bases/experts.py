@@ -38,12 +38,12 @@ NAMES = ("gate_up_proj", "up_proj", "down_proj")
 def why_not_adapted(experts: Any, name: str) -> str | None:
     """None when adapters of the parameter ``name`` of ``experts`` can be computed, else the reason."""
     form = find_form(experts)
-    if form is None:
+    if form is None or (form.calls_module and name != "weight"):
         return f"{type(experts).__name__} is not in transformers' registry of experts"
-    if name not in NAMES:
-        return f"{name} is not one of {', '.join(NAMES)}"
+    if name not in (names := form.parameters(experts) if form.calls_module else NAMES):
+        return f"{name} is not one of {', '.join(names)}"
     for own in form.parameters(experts):
-        if why := why_not_stacked(experts._parameters.get(own)):
+        if why := why_not_stacked(experts._parameters.get(own), form.dim):
             return f"{own} is {why}"
     return form.why_not_adapted(experts)
 
@@ -55,6 +55,8 @@ def why_not_fused(experts: Any, name: str, own_hooks: int = 0) -> str | None:
     """
     if why := why_not_adapted(experts, name) or form_of(experts).why_not_fused(experts):
         return why
+    if form_of(experts).calls_module:
+        return why_replaced(experts, "the module")
     if not own_hooks:
         return why_not_own_call(experts, "the experts")
     before = experts._forward_pre_hooks or experts._backward_hooks or experts._backward_pre_hooks
@@ -62,44 +64,51 @@ def why_not_fused(experts: Any, name: str, own_hooks: int = 0) -> str | None:
     return "a hook on the experts" if hooked else why_replaced(experts, "the experts")
 
 
-def why_not_stacked(weight: Any) -> str | None:
-    """None for an ordinary floating parameter of three dimensions, else what it is instead."""
+def why_not_stacked(weight: Any, dim: int = 3) -> str | None:
+    """None for an ordinary floating parameter of so many dimensions, else what it is instead."""
     if type(weight) is not nn.Parameter:  # parametrized: computed anew at each use
         return "not a parameter of its own" if weight is None else f"a {type(weight).__name__}"
-    if weight.dim() != 3 or weight.dtype not in FLOAT_DTYPES or weight.layout is not torch.strided:
+    if weight.dim() != dim or weight.dtype not in FLOAT_DTYPES or weight.layout is not torch.strided:
         return f"{weight.dtype} of {weight.dim()} dimensions"
     return "on the meta device" if weight.is_meta else None
 
 
-def experts_forward(experts: Any, call: Sequence[Tensor], terms: Terms) -> Tensor:
+def experts_forward(experts: Any, call: Sequence[Any], terms: Terms) -> Any:
     """What ``experts`` give for a call, with the terms of adapters added to each of their products.
 
     Args:
         call: the tensors that the experts' form names (``inputs``), as hidden [tokens, K], top_k_index and
-            top_k_weights [tokens, top_k]. terms: of each adapted parameter, by its name.
+            top_k_weights [tokens, top_k]; or any arguments of a module that is called. terms: of each adapted
+            parameter, by its name.
 
     Raises:
         ValueError: not as many tensors, their shapes do not belong together, or an expert is not there.
         TypeError: hidden is not floating, or top_k_index no integers.
     """
+    return _form_for(experts, call).forward(experts, call, terms)
+
+
+def _form_for(experts: Any, call: Sequence[Any]) -> Form:
     form = form_of(experts)
-    if len(call) != len(form.inputs):
+    if form.inputs and len(call) != len(form.inputs):
         raise ValueError(f"{type(experts).__name__}: expected {', '.join(form.inputs)}, got {len(call)} tensors")
     if fault := form.fault(experts, call):
         raise fault
-    return form.forward(experts, call, terms)
+    return form
 
 
-def replace_rows(experts: Any, y: Tensor, call: Sequence[Tensor], groups: Sequence[tuple[Tensor, Terms]]) -> None:
-    """Put into y [rows, K], what the experts gave for a call, the results under adapters of some of its rows.
+def replace_rows(experts: Any, y: Any, call: Sequence[Any], groups: Sequence[tuple[Tensor, Terms]]) -> Any:
+    """y, what the experts gave for a call, with the results under adapters of some of its rows; in place if it can be.
 
     The other rows keep their bits. Between the two products of an expert is a gate, so nothing can be added behind.
 
     Args:
         call: as of :func:`experts_forward`. groups: numbers of rows, int64, and the terms that they have.
     """
+    form = _form_for(experts, call)
     for rows, terms in groups:
-        y[rows] = experts_forward(experts, [t[rows] for t in call], terms).to(y.dtype)
+        y = form.replace_rows(experts, y, call, rows, terms)
+    return y
 
 
 @functools.cache
@@ -109,7 +118,7 @@ def kind(name: str, transposed: bool) -> Experts:
 
 
 class Experts(Base):
-    """One stacked parameter of a module, for merges: every expert is a matrix of its own.
+    """One stacked parameter of a module for merges: every expert is a matrix of its own. A matrix is a stack of one.
 
     transposed: the stack is [experts, in, out]; what a layer says with ``fan_in_fan_out`` is not asked.
     """
@@ -119,7 +128,8 @@ class Experts(Base):
 
     def why_not_merged(self, module: Any) -> str | None:
         """None for an ordinary stack of matrices."""
-        why = why_not_stacked(module._parameters.get(self.name))
+        weight = module._parameters.get(self.name)
+        why = why_not_stacked(weight, 2 if isinstance(weight, Tensor) and weight.dim() == 2 else 3)
         return why and f"{self.name} is {why}"
 
     def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> list[merging.MergeRecord]:
@@ -197,7 +207,8 @@ class Experts(Base):
         return max(lost)
 
     def _matrices(self, module: Any) -> list[Tensor]:
-        return list(module._parameters[self.name].detach().unbind(0))
+        weight = module._parameters[self.name].detach()
+        return [weight] if weight.dim() == 2 else list(weight.unbind(0))
 
 
 def _all_at_once(sweeps: list[Any], mode: int) -> bool:

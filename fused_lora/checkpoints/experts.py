@@ -25,6 +25,15 @@ _OF_ONE_EXPERT = {
     "down_proj": (("down_proj",), ("w2",), ("fc2",)),
 }
 
+# where checkpoints have routers, beside the names that transformers gives them as it loads them
+_ROUTERS = (
+    (".mlp.gate", ".block_sparse_moe.gate"),
+    (".mlp.gate", ".mlp.router.gate"),
+    (".mlp.gate", ".moe.gate"),
+    (".mlp.router", ".block_sparse_moe.gate"),
+    (".router", ".router.layer"),
+)
+
 _MOST = 5  # parameters of a module, which are tried in any order
 
 
@@ -56,13 +65,17 @@ class Adapted(NamedTuple):
 
 def find_stack(names: Names, name: str) -> Stack | None:
     """Where the parameter ``name`` is; None for nowhere. Raises ValueError where it may be in several places."""
-    if (found := names.alias(name, "")) is not None and (stored := names.stored(found)) is not None:
+    module, _, last = name.rpartition(".")
+    others = [module.removesuffix(new) + old for new, old in _ROUTERS if last == "weight" and module.endswith(new)]
+    places = [found for path in (module, *others) if (found := names.alias(f"{path}.{last}", "")) is not None]
+    if len(places) > 1:
+        raise ValueError(f"{name!r} may be {some(places)}")
+    if places and (stored := names.stored(places[0])) is not None:
         shape = names.shape_of(stored)
         if len(shape) not in (2, 3):
             return None
         experts, rows, columns = shape if len(shape) == 3 else (1, *shape)
         return Stack(name, (experts, rows, columns), [Matrix(stored)], True)
-    module, _, last = name.rpartition(".")
     found = [
         stack
         for parent in dict.fromkeys((module, *(module.replace(a, b) for b, a in OLD_PLACES.items())))

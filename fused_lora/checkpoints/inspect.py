@@ -208,7 +208,7 @@ def _describe(adapter: AdapterFile, path: str, parameter: str | None, dora: floa
     kind, shape = "LoRA", [N, K]
     if path in plan.embeddings:
         kind, shape = "LoRA on an embedding", [K, N]
-    elif path in plan.stacks:
+    elif path in plan.stacks and experts > 1:  # not a router, a matrix
         kind, shape = "LoRA on experts", [experts, N, K]
     elif "lora_magnitude" in plan.slots[path]:
         kind = "DoRA"

@@ -94,7 +94,7 @@ def verify(
     """
     _check_arguments(model, inputs, reference, seed, max_rows)
     check_state(model)
-    layers, skipped = find_layers(model)
+    layers, skipped, folded = find_layers(model)
     if not layers:
         kinds = grouped(skipped, skipped.__getitem__)
         why = "; ".join(f"{reason} ({some(paths)})" for reason, paths in kinds.items()) or "the model has none"
@@ -104,7 +104,7 @@ def verify(
     others = [reference] if isinstance(reference, nn.Module) else []
     with restored(model, *others, besides={layer.base for layer in layers}):
         # first: calls may repack quantised weights
-        compared = None if reference is None else compare_weights(model, layers, reference)
+        compared = None if reference is None else compare_weights(model, [*layers, *folded], reference)
         findings += _stubborn(model)
         unmerged = run(model, inputs, layers, False, seed, max_rows)
         _check_output(unmerged.output)

@@ -2,7 +2,8 @@
 
 PEFT nests one wrapper for each parameter around the experts. Each call of it parametrises the stack: W + s B A of all
 experts is formed, whichever of them have rows. Here the outermost wrapper computes the experts with the terms of all
-wrappers inside; where one of them or the experts are out of the ordinary, PEFT's own forward runs.
+wrappers inside; where one of them or the experts are out of the ordinary, PEFT's own forward runs. A module with a
+matrix, as a router, is called with W + s B A here, too, but not parametrised for it.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class AcceleratedExperts(AcceleratedLinear):
         return [experts.ExpertTerm(A, B, float(self.scaling[n])) for A, B, n in parts]
 
     def _transposed(self) -> bool:
-        return not getattr(self, "_did_swap_in_out_features", False)  # PEFT before 0.19.1 never exchanges them
+        swapped = getattr(self, "_did_swap_in_out_features", False)  # PEFT before 0.19.1 never exchanges them
+        return self.get_param().dim() == 3 and not swapped
 
     def _merge_place(self) -> tuple[nn.Module, Base]:
         return self.get_base_layer(), experts.kind(self.parameter_name, self._transposed())
@@ -83,8 +85,9 @@ class AcceleratedExperts(AcceleratedLinear):
         if kind.why_not_merged(base):
             return False
         weight = base._parameters[self.parameter_name]
-        shape = weight.shape[:1] + (weight.shape[:0:-1] if self._transposed() else weight.shape[1:])
-        return all(self._stack_fits(name, tuple(shape), weight.device) for name in names)
+        E, *shape = (1, *weight.shape)[-3:]
+        shape = (E, *reversed(shape)) if self._transposed() else (E, *shape)
+        return all(self._stack_fits(name, shape, weight.device) for name in names)
 
     def _stack_fits(self, name: str, shape: tuple[int, ...], device: torch.device) -> bool:
         """Whether one adapter has matrices for a stack [experts, out, in]."""
@@ -105,7 +108,8 @@ def _wrappers(outermost: Any) -> Iterator[Any]:
 
 def _why_not_call(base: Any, call: tuple, kwargs: dict) -> str | None:
     form, x = experts.form_of(base), call[0]
-    if kwargs or len(call) != len(form.inputs) or not all(isinstance(t, Tensor) and t.dim() == 2 for t in call):
+    stacked = len(call) == len(form.inputs) and all(isinstance(t, Tensor) and t.dim() == 2 for t in call)
+    if kwargs or not (stacked or form.calls_module):
         return "further arguments"
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         return "a dispatch mode over experts"

@@ -21,6 +21,10 @@ import torch
 
 MAX_RANK = 65536
 MAX_ALPHA = 2.0**20  # far above any use; larger values only overflow 16-bit weights
+# what a config with target_parameters has in these fields
+WITH_PARAMETERS: dict[str, Any] = dict(
+    fan_in_fan_out=False, lora_bias=False, use_dora=False, bias="none", alora_invocation_tokens=None
+)
 DROPOUT = "lora_dropout_with_target_parameters"  # an entry of adapter_config.json
 BIAS_MODES = ("none", "all", "lora_only")
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -256,9 +260,7 @@ class LoraConfig:
         _check_items("target_parameters", names or (), str)
         if not all(names or ()):
             raise FieldValueError("target_parameters", "a list of names that are not empty", names)
-        plain: dict[str, Any] = dict(fan_in_fan_out=False, lora_bias=False, use_dora=False, bias="none")
-        plain["alora_invocation_tokens"] = None
-        for name, value in plain.items() if names else ():
+        for name, value in WITH_PARAMETERS.items() if names else ():
             if getattr(self, name) != value:
                 raise FieldValueError(name, f"{value!r} with target_parameters", getattr(self, name))
 

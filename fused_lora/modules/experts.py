@@ -2,27 +2,41 @@
 
 A :class:`LoraExperts` stands in place of the experts. It has a :class:`LoraStack` under the name of each adapted
 parameter, whose path is the parameter's. Files have PEFT's names: see :func:`file_paths`.
+
+The ``weight`` [out, in] of any module, as of a router, is a stack of one. Such a module is called with W + s B A.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fused_lora.bases import Base, experts
+from fused_lora.bases import Base, base_of, experts
 from fused_lora.bases.experts import StackedTerm, form_of, replace_rows, why_not_fused
+from fused_lora.bases.foreign import Foreign
 from fused_lora.modules.auxiliary import InPlaceOf
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
-from fused_lora.modules.config import LayerTensors, LoraConfig
+from fused_lora.modules.config import WITH_PARAMETERS, LayerTensors, LoraConfig
 from fused_lora.modules.fusable import why_not_here, why_not_plain_dropout
 from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
 from fused_lora.modules.linear import draw
 from fused_lora.modules.merged_state import MergedState
 from fused_lora.modules.mixed import MixedBatch
-from fused_lora.modules.targets import base_layer_of, candidates
+from fused_lora.modules.targets import (
+    ALL_LINEAR,
+    all_linear,
+    base_layer_of,
+    candidates,
+    excluded,
+    is_supported,
+)
+from fused_lora.modules.tree import unwrapped
 
 __all__ = [
     "LoraExperts",
@@ -34,11 +48,15 @@ __all__ = [
     "form_of",
     "match_parameters",
     "place_of",
+    "positional",
     "replace_rows",
     "stack_at",
     "stacks_of",
     "why_not_fused",
+    "with_parameters",
 ]
+# names that PEFT takes from "all-linear" for models of these families, as transformers calls them
+_LINEAR_ONCE = {"mixtral": {"gate", "w1", "w2", "w3"}, "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"}}
 RANDOM = (True, False, "gaussian")  # init_lora_weights that draw for experts
 
 
@@ -59,7 +77,7 @@ class Stack(NamedTuple):
 
     @property
     def parameter(self) -> Tensor:
-        """[experts, N, K], or [experts, K, N] where it is ``transposed``."""
+        """[experts, N, K], or [experts, K, N] where it is ``transposed``; a matrix [N, K]."""
         return self.module._parameters[self.name]
 
     @property
@@ -67,12 +85,18 @@ class Stack(NamedTuple):
         """Whether PEFT takes the parameter for [experts, K, N]."""
         return form_of(self.module).is_transposed(self.module)
 
+    @property
+    def folds(self) -> bool:
+        """Whether a call has W + s B A in its place, so that there is no dropout."""
+        return form_of(self.module).calls_module
 
-def match_parameters(model: nn.Module, config: LoraConfig) -> dict[str, Stack]:
+
+def match_parameters(model: nn.Module, config: LoraConfig, all_names: bool = False) -> dict[str, Stack]:
     """The parameters that ``config.target_parameters`` names, by path: whole paths or their last parts, as in PEFT.
 
     Raises:
-        ValueError: nothing matches, or a match is no stacked parameter of experts that transformers registers.
+        ValueError: nothing matches, or not every name does where ``all_names`` must; or a match is no stacked parameter
+            of experts that transformers registers and no matrix ``weight`` that a call can have another in place of.
     """
     targets = set(config.target_parameters or ())
     if not targets:
@@ -87,14 +111,51 @@ def match_parameters(model: nn.Module, config: LoraConfig) -> dict[str, Stack]:
                     raise ValueError(f"target_parameters matches {path!r}, which is not supported: {why}")
                 found[path] = _stack(base, place, name)
     lacking = [t for t in sorted(targets) if not any(path == t or path.endswith(f".{t}") for path in found)]
-    if lacking:
+    if lacking and (all_names or not found):
         raise ValueError(f"target_parameters: no parameter of the model is named {', '.join(map(repr, lacking))}")
     return found
 
 
+def with_parameters(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """``config`` as PEFT changes "all-linear" for some models of experts: the linear layers by their last names, and in
+    target_parameters what was a linear layer in transformers 4. Of that only what can get LoRA by this config, also by
+    ``exclude_modules`` and ``modules_to_save``, which PEFT does not ask there.
+
+    Source: PEFT 0.21 ``_convert_peft_config_moe`` (peft/utils/transformers_weight_conversion.py).
+    """
+    targets, mapping = config.target_modules, sys.modules.get("transformers.conversion_mapping")
+    kind = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
+    family = {**getattr(mapping, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}.get(kind)
+    if not isinstance(targets, str) or targets.lower() != ALL_LINEAR or family not in _LINEAR_ONCE:
+        return config
+    bases = [(place, base_layer_of(module)) for place, module in candidates(model)]
+    held = {f"{place}.{name}": base for place, base in bases for name in base._parameters}
+    found = []
+    for target in ("gate.weight", "gate_up_proj", "down_proj"):
+        meant = {path: base for path, base in held.items() if path.endswith(f".{target}")}
+        wanted = [path for path in meant if not excluded(config, path.rpartition(".")[0])]
+        reasons = [experts.why_not_adapted(base, target.rpartition(".")[2]) for base in meant.values()]
+        dropped = config.lora_dropout and any(form_of(base).calls_module for base in meant.values())
+        if not any(reasons) and not dropped:
+            found += [target] if wanted and len(wanted) == len(meant) else wanted
+    plain = all(getattr(config, name) == value for name, value in WITH_PARAMETERS.items())
+    if not found or not plain or config.init_lora_weights not in RANDOM:
+        return config
+    # gate and up are two layers in one
+    twice = [r".*\.gate_up_proj"] if any(name.endswith("gate_up_proj") for name in found) else []
+    return dataclasses.replace(
+        config,
+        target_modules={path.rpartition(".")[2] for path in all_linear(model, config)} - _LINEAR_ONCE[family],
+        target_parameters=sorted({*(config.target_parameters or ()), *found}),
+        rank_pattern={**config.rank_pattern, **dict.fromkeys(twice, 2 * config.r)},
+        alpha_pattern={**config.alpha_pattern, **dict.fromkeys(twice, 2 * config.lora_alpha)},
+    )
+
+
 def all_parameters(model: nn.Module) -> dict[str, Stack]:
-    """The stacked parameters of a model that can get LoRA, by path."""
-    return {s.path: s for place, module in candidates(model) for s in stacks_of(base_layer_of(module), place)}
+    """The parameters of a model that can get LoRA and are of no linear layer, by path."""
+    held = ((place, base_layer_of(module)) for place, module in candidates(model))
+    return {s.path: s for place, base in held if not is_supported(base) for s in stacks_of(base, place)}
 
 
 def stack_at(modules: Mapping[str, nn.Module], path: str) -> Stack | None:
@@ -105,12 +166,14 @@ def stack_at(modules: Mapping[str, nn.Module], path: str) -> Stack | None:
 
 
 def stacks_of(module: Any, place: str) -> list[Stack]:
-    """The stacked parameters of a plain module that can get LoRA."""
+    """The parameters of a plain module that can get LoRA, but for the weight of a linear layer."""
+    if type(base_of(module)) is not Foreign or type(module).forward is nn.Linear.forward:
+        return []
     return [_stack(module, place, name) for name in module._parameters if not experts.why_not_adapted(module, name)]
 
 
 def _stack(module: Any, place: str, name: str) -> Stack:
-    E, first, second = module._parameters[name].shape
+    E, first, second = (1, *module._parameters[name].shape)[-3:]
     K, N = (first, second) if form_of(module).is_transposed(module) else (second, first)
     return Stack(place, name, module, E, K, N)
 
@@ -134,7 +197,8 @@ class LoraStack(LoraLayer):
     """The adapters of one stacked parameter: lora_A [experts * r, K], lora_B [N, r * experts], in PEFT's packing.
 
     Its :class:`LoraExperts` computes with it. lora_bias and DoRA are refused, as by PEFT; dropout, which PEFT refuses,
-    draws a mask of a row for each token and place among its experts, or for each row that Llama-4's experts get.
+    draws a mask of a row for each token and place among its experts, or for each row that Llama-4's experts get. A
+    matrix has no dropout.
     """
 
     kinds_of_parts = ("lora_A", "lora_B")
@@ -244,7 +308,7 @@ class LoraStack(LoraLayer):
         A, B = (part[adapter].weight for part in (self.lora_A, self.lora_B))
         A, B = experts.unpacked(A.float(), B.float(), self.experts)
         delta = (B @ A * self.scaling[adapter]).to(self.lora_B[adapter].weight.dtype)
-        return delta.transpose(1, 2) if self.transposed else delta
+        return (delta.transpose(1, 2) if self.transposed else delta).reshape(self.weight.shape)
 
     def _merge_place(self) -> tuple[nn.Module, Base]:
         return self.base_layer, experts.kind(self.parameter_name, self.transposed)
@@ -271,6 +335,15 @@ def place_of(path: str, layer: nn.Module) -> str:
     return path.rpartition(".")[0] if isinstance(layer, LoraStack) else path
 
 
+def positional(module: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+    """A call's arguments in the order of the forward's, not of the call."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.args
+
+
 class LoraExperts(MergedState, InPlaceOf):
     """Experts, and a :class:`LoraStack` under the name of each adapted parameter. The experts are kept, not copied."""
 
@@ -285,12 +358,15 @@ class LoraExperts(MergedState, InPlaceOf):
         """The layers, by the name of the parameter."""
         return {name: part for name, part in self._modules.items() if isinstance(part, LoraStack)}
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
-    ) -> Tensor:
-        """hidden_states [tokens, K] through the top_k experts of each token, [tokens, K]: their output and the terms.
+    @property
+    def weight(self) -> Tensor:
+        """The module's own: not the layer of that name."""
+        return self.base_layer.weight
 
-        top_k_index, top_k_weights: [tokens, top_k]. Llama-4's experts get hidden_states [experts * tokens, K] alone.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own: of experts hidden_states [tokens, K], top_k_index and top_k_weights [tokens, top_k].
+
+        Llama-4's experts get hidden_states [experts * tokens, K] alone, a module with an adapted matrix what it wants.
 
         Raises:
             RuntimeError: with active adapters, where the experts are out of the ordinary: hooked, of an implementation
@@ -298,7 +374,7 @@ class LoraExperts(MergedState, InPlaceOf):
         """
         if CHANGING:
             wait_for_change(self)
-        call = tuple(t for t in (hidden_states, top_k_index, top_k_weights) if t is not None)
+        call = positional(self.base_layer, args, kwargs)
         stacks = self.stacks()
         for stack in stacks.values():
             if stack.disable_adapters and stack.merged:
@@ -317,7 +393,7 @@ class LoraExperts(MergedState, InPlaceOf):
     def _merged_weights(self) -> list[tuple[str, Any, list[str]]]:
         return [(f"base_layer.{name}", stack, list(stack.merged_adapters)) for name, stack in self.stacks().items()]
 
-    def _mixed_forward(self, call: tuple[Tensor, ...], stacks: Mapping[str, LoraStack], batch: MixedBatch) -> Tensor:
+    def _mixed_forward(self, call: tuple[Any, ...], stacks: Mapping[str, LoraStack], batch: MixedBatch) -> Any:
         """Tokens of one batch under different adapters; base rows keep the experts' bits."""
         if any(stack.merged for stack in stacks.values()):
             raise ValueError("adapter_batch: an adapter of the experts is merged; unmerge first")
@@ -328,7 +404,7 @@ class LoraExperts(MergedState, InPlaceOf):
         groups = [(rows, terms) for rows, terms in groups if any(terms.values()) and len(rows)]
         if groups:
             self._check_call({n: s.terms(s.adapters) for n, s in stacks.items()})
-            experts.replace_rows(self.base_layer, y, call, groups)
+            y = experts.replace_rows(self.base_layer, y, call, groups)
         return y
 
     def _check_call(self, terms: Mapping[str, Any]) -> None:

@@ -24,7 +24,14 @@ from fused_lora.modules.auxiliary import TrainedTokens, auxiliary_modules
 from fused_lora.modules.changes import alone, changing, undone_on_error, watch
 from fused_lora.modules.config import LayerTensors, LoraConfig, as_lora_config, check_bool
 from fused_lora.modules.embedding import LoraEmbedding
-from fused_lora.modules.experts import LoraExperts, LoraStack, Stack, match_parameters, stack_at
+from fused_lora.modules.experts import (
+    LoraExperts,
+    LoraStack,
+    Stack,
+    match_parameters,
+    stack_at,
+    with_parameters,
+)
 from fused_lora.modules.layer import LoraLayer, deleted_active
 from fused_lora.modules.linear import LoraLinear, unmerge_all
 from fused_lora.modules.mixed import Context, MixedBatch, check_eval
@@ -85,7 +92,8 @@ class LayerSpec:
 def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "default") -> nn.Module:
     """Add a LoRA adapter to every layer that ``config`` targets, in place. All other parameters are frozen.
 
-    Layers are linear layers and embeddings; ``target_parameters`` adds stacked parameters of transformers' experts.
+    Layers are linear layers and embeddings; ``target_parameters`` adds stacked parameters of transformers' experts, and
+    matrices ``weight`` of other modules, as of routers.
     Modules of ``modules_to_save`` and tokens of ``trainable_token_indices`` train beside it. As in PEFT, the task types
     SEQ_CLS, TOKEN_CLS and QUESTION_ANS add the head of the model to ``modules_to_save``.
 
@@ -113,10 +121,14 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     """
     config = as_lora_config(config)
     check_not_wrapped(model)
+    asked, config = config.target_modules, with_parameters(model, config)
     heads = [name for name in HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
     if heads:
         config = dataclasses.replace(config, modules_to_save=[*(config.modules_to_save or ()), *heads])
-    stacks = match_parameters(model, config)
+    stacks = match_parameters(model, config, all_names=True)
+    if config.lora_dropout and (folded := [path for path, stack in stacks.items() if stack.folds]):
+        text = f"expected 0.0 for {some(folded)}, whose modules are called with W + s B A"
+        raise ValueError(f"lora_dropout: {text}, got {config.lora_dropout}")
     layers, matched = {}, [*match_targets(model, config), *stacks]
     for path in matched:
         r, lora_alpha = config.layer_rank_alpha(path)
@@ -126,7 +138,7 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     experts = (
         [f"{path}.{e}" for path, stack in stacks.items() for e in range(stack.experts)] if config.rank_pattern else []
     )
-    warn_unused(model, config, matched, experts)  # first, for a warning may be an error
+    warn_unused(model, config, matched, experts, asked)  # first, for a warning may be an error
     with undone_on_error(model):
         attach(model, adapter_name, config, layers)
     return model
@@ -160,8 +172,13 @@ def attach(
     for path in layers:
         if path in stacks:
             place = stacks[path].place
+            if place in layers or isinstance(modules[place], LoraLayer):
+                raise ValueError(f"layers: {path!r} is of the layer {place!r}, which has LoRA itself: name one of them")
+            _check_called(path, modules[place.rpartition(".")[0]])
         elif path in modules and is_supported(modules[path]):
             place = path
+            if isinstance(modules[path], LoraExperts):
+                raise ValueError(f"layers: {path!r} has LoRA on a parameter of its own: name that")
             _check_called(path, modules[path.rpartition(".")[0]])
             _check_embedding(path, base_layer_of(modules[path]), config)
         else:
@@ -234,7 +251,7 @@ def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The LoRA layers of a model: path -> layer, in ``named_modules()`` order.
 
-    That is a LoraLinear, a LoraEmbedding, or a LoraStack, whose path is that of the stacked parameter. Paths are the
+    That is a LoraLinear, a LoraEmbedding, or a LoraStack, whose path is that of the parameter. Paths are the
     model's own, also under torch.compile, checkpoint_wrapper, DDP and FSDP.
 
     Raises RuntimeError if the layers are PEFT's.
@@ -516,6 +533,8 @@ def _build(
         if path in stacks:
             if not isinstance(module, LoraStack):
                 built[path] = module = _new_stack(modules, placed, stacks[path])
+            if stacks[path].folds:  # of a file that says another: PEFT has none here
+                options["lora_dropout"] = 0.0
             module.add_adapter(adapter_name, *numbers, **options, ranks=spec.ranks)
             if path in built:
                 module.set_adapter(adapter_name)

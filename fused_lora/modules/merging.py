@@ -317,7 +317,7 @@ def _sample(weight: Tensor, transposed: bool) -> Tensor:
 def _matrix(layer: Any) -> tuple[Tensor, bool]:
     """The weight and whether it is [K, N]; of experts that of the first."""
     if isinstance(layer, LoraStack):
-        return layer.weight[0], layer.transposed
+        return layer.weight.reshape(-1, *layer.weight.shape[-2:])[0], layer.transposed
     return layer.weight, layer.fan_in_fan_out
 
 

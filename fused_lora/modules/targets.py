@@ -131,7 +131,7 @@ def match_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     targets = config.target_modules or ()
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = all_linear(model, config)
-    matched = [name for name in modules if not _excluded(config, name) and _targeted(config, targets, name)]
+    matched = [name for name in modules if not excluded(config, name) and _targeted(config, targets, name)]
     if not matched and not config.target_parameters:
         raise ValueError(_no_match(config, modules))
     for name in matched:
@@ -144,14 +144,21 @@ def match_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     return matched
 
 
-def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str], experts: Sequence[str] = ()) -> None:
+def warn_unused(
+    model: nn.Module,
+    config: LoraConfig,
+    matched: Sequence[str],
+    experts: Sequence[str] = (),
+    asked: Collection[str] | None = None,
+) -> None:
     """Warn of what a config asks for and ``matched``, the paths that it adapts, do not get.
 
-    matched has the paths of stacked parameters, too, experts those of their experts, which may have ranks of their own.
+    matched has the paths of parameters, too, experts those of their experts, which may have ranks of their own. asked:
+    target_modules before PEFT's changes for models of experts.
     That is: keys of rank_pattern and alpha_pattern and entries of target_modules, exclude_modules and modules_to_save
     that match nothing; layers without a bias under lora_bias; places of a layer beside its first, the only one where it
-    is replaced, as in PEFT; and, for "all-linear", the weights of routers and of packed experts, which are no linear
-    layers.
+    is replaced, as in PEFT; and, for "all-linear", what gets no adapter: in some models the weights of routers and of
+    packed experts, which are no linear layers, in others linear layers that are named as those of experts were.
     """
     for name in ("rank_pattern", "alpha_pattern"):
         known = [*matched, *experts] if name == "rank_pattern" else matched
@@ -183,16 +190,13 @@ def warn_unused(model: nn.Module, config: LoraConfig, matched: Sequence[str], ex
     ]:
         text = f"{some(bare)} have no bias to which a merge could add lora_B's: merge() will be refused"
         warnings.warn(f"lora_bias: {text}", stacklevel=4)
-    targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR and (left := _left(model, matched)):
-        text = (
-            f"{len(left)} weights of the model are in neither and get no adapter: {some(dict.fromkeys(left.values()))}"
-        )
-        warnings.warn(
-            f"target_modules='all-linear' means nn.Linear and Conv1D; {text}. Name stacked experts in "
-            "target_parameters; PEFT adapts routers, too: wrap the model with PEFT and call fused_lora.accelerate",
-            stacklevel=4,
-        )
+    if isinstance(asked, str) and asked.lower() == ALL_LINEAR:
+        linear = {path: re.sub(r"\.\d+(?=\.)", ".*", path) for path in sorted(all_linear(model, config))}
+        every, known = {**linear, **matrices_left(model)}, set(matched)
+        if left := {path: kind for path, kind in every.items() if known.isdisjoint((path, f"{path}.weight"))}:
+            text = f"{len(left)} weights of the model get no adapter: {some(dict.fromkeys(left.values()))}"
+            how = "Name layers in target_modules, and stacked experts and routers in target_parameters"
+            warnings.warn(f"target_modules='all-linear' means what it means in PEFT; {text}. {how}", stacklevel=4)
 
 
 def _further_places(model: nn.Module, matched: Sequence[str]) -> list[str]:
@@ -204,10 +208,6 @@ def _further_places(model: nn.Module, matched: Sequence[str]) -> list[str]:
         for path, parent, module in places(model)
         if not is_lora_layer(parent) and first.get(id(module), path) != path
     ]
-
-
-def _left(model: nn.Module, matched: Sequence[str]) -> dict[str, str]:
-    return {path: pattern for path, pattern in matrices_left(model).items() if path not in matched}
 
 
 def matrices_left(model: nn.Module) -> dict[str, str]:
@@ -260,7 +260,7 @@ def literal_targets(model: nn.Module, config: LoraConfig) -> list[str] | None:
     targets = config.target_modules or (() if config.target_parameters else None)
     if targets is None or isinstance(targets, str) or isinstance(config.exclude_modules, str) or config.layers_pattern:
         return None
-    return [name for name, _ in candidates(model) if not _excluded(config, name) and _targeted(config, targets, name)]
+    return [name for name, _ in candidates(model) if not excluded(config, name) and _targeted(config, targets, name)]
 
 
 def _listed(name: str, keys: Collection[str]) -> bool:
@@ -281,9 +281,10 @@ def _check_expressions(config: LoraConfig) -> None:
                     raise ValueError(f"{name}: {expression!r} is not a regular expression ({error})") from None
 
 
-def _excluded(config: LoraConfig, name: str) -> bool:
+def excluded(config: LoraConfig, name: str) -> bool:
+    """Whether the module at this path gets no LoRA by ``exclude_modules``, or trains as a whole."""
     if any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ()):
-        return True  # it trains as a whole
+        return True
     exclude = config.exclude_modules
     if not exclude:
         return False

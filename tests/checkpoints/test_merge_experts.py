@@ -13,6 +13,7 @@ from fused_lora.checkpoints import merge_checkpoint, unmerge_checkpoint
 from fused_lora.testing.numeric import assert_no_worse
 from helpers.alone import alone
 from helpers.checkpoint_files import SINGLE, change, contents, pieces_of, read_all, write_adapter, write_base
+from helpers.experts import ROUTERS, routed, router_config
 from helpers.seeds import shifted
 
 HIDDEN, INTER, EXPERTS = 32, 48, 3
@@ -54,10 +55,11 @@ def exact_sums(tensors, wrapped):
         A, B, s = (module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"])
         path = path.removeprefix("base_model.model.").replace(".base_layer", "")
         if isinstance(module, peft.tuners.lora.layer.ParamWrapper):
-            parts = B.double().view(len(B), -1, EXPERTS), A.double().view(EXPERTS, -1, A.shape[1])
-            delta = torch.einsum("ore,eri->eoi", *parts)
+            E = module.num_experts
+            delta = torch.einsum("ore,eri->eoi", B.double().view(len(B), -1, E), A.double().view(E, -1, A.shape[1]))
             stack = exact[f"{path}.{module.parameter_name}"]
-            stack += s * (delta.transpose(1, 2) if module.get_base_layer().is_transposed else delta)
+            turned = getattr(module.get_base_layer(), "is_transposed", False)
+            stack += s * (delta.transpose(1, 2) if turned else delta).reshape(stack.shape)
         else:
             exact[f"{path}.weight"] += s * B.double() @ A.double()
     return exact
@@ -72,7 +74,8 @@ def test_peft_merges_the_same(tmp_path, monkeypatch, name, dtype):
     model = MODELS[name]().to(dtype)
     kind, before = type(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
-    wrapped = adapter_of(model, tmp_path / "adapter", 2, target_modules=["q_proj"], target_parameters=BOTH)
+    routers = ["mlp.router.weight" if name == "gpt_oss" else "mlp.gate.weight"]
+    wrapped = adapter_of(model, tmp_path / "adapter", 2, target_modules=["q_proj"], target_parameters=BOTH + routers)
     exact = exact_sums(before, wrapped)
     report = merge_checkpoint(
         tmp_path / "base", tmp_path / "adapter", tmp_path / "out", record=tmp_path / "record", verify=True
@@ -82,11 +85,30 @@ def test_peft_merges_the_same(tmp_path, monkeypatch, name, dtype):
     assert read_all(tmp_path / "out").keys() == read_all(tmp_path / "theirs").keys()
     ours, theirs = (kind.from_pretrained(tmp_path / folder).state_dict() for folder in ("out", "theirs"))
     moved = {n for n, tensor in ours.items() if not torch.equal(tensor, before[n])}
-    assert {n.rpartition(".")[2] for n in moved if "experts" in n} == {"gate_up_proj", "down_proj"} and len(moved) == 6
+    assert {n.rpartition(".")[2] for n in moved if "experts" in n} == {"gate_up_proj", "down_proj"} and len(moved) == 8
     for tensor in moved:
         assert_no_worse(ours[tensor], theirs[tensor], exact[tensor], name=tensor)
     unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tmp_path / "base")
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "phimoe", "minimax_m2"])
+def test_routers_that_have_other_names_on_disk(tmp_path, name):
+    torch.manual_seed(shifted(4))
+    model = routed(name)
+    kind, before = type(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "base")
+    targets = {key: value for key, value in router_config(name).items() if key.startswith("target")}
+    wrapped = adapter_of(model, tmp_path / "adapter", 5, **targets)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    exact = exact_sums(before, wrapped)
+    ours = kind.from_pretrained(tmp_path / "out").state_dict()
+    moved = {n for n, tensor in ours.items() if not torch.equal(tensor, before[n])}
+    assert moved == {f"model.layers.{i}.{ROUTERS[name][0]}.weight" for i in range(2)}
+    for tensor in moved:
+        assert_no_worse(ours[tensor], exact[tensor].float(), exact[tensor], name=tensor)
+    layers = fused_lora.checkpoints.inspect_adapter(tmp_path / "adapter", tmp_path / "base").layers
+    assert [(row["kind"], row["shape"]) for row in layers] == [("LoRA", [4, 16])] * 2
 
 
 def test_two_adapters_with_ranks_of_their_own(tmp_path):

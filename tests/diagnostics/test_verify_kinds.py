@@ -11,7 +11,8 @@ import fused_lora
 from fused_lora import verify
 from fused_lora.diagnostics.verification import report
 from helpers.accelerated import TOKENS, Net, wrap
-from helpers.experts import BOTH, Block, llama4, moe
+from helpers.experts import BOTH, Block, llama4, moe, routed
+from helpers.seeds import shifted
 from helpers.unchanged import assert_bits, parameter_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -256,3 +257,23 @@ def test_what_is_not_compared_is_listed():
     net.base_model.set_adapter(["v", "b"])
     with pytest.raises(RuntimeError, match="adapters 'v' are DoRA beside a lora_bias"):
         verify(net, ids())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_routers_are_compared_with_a_reference_alone(kind):
+    """What a router makes of its products is not known, so that it is listed. Its weight may be the reference's."""
+    torch.manual_seed(shifted(7))
+    fields = dict(target_modules=["q_proj"], target_parameters=["gate.weight"])
+    model = make(kind, routed("qwen3_moe"), {"default": {}}, ["default"], **fields)
+    merged = copy.deepcopy(model)
+    merged = merged.merge_and_unload() if kind != "inject" else fused_lora.unload(merged, merge_adapters=True)
+    before, tokens = parameter_bits(model), ids()
+    for reference in (None, merged):
+        found = verify(model, tokens, reference=reference)
+        assert not found.findings and [path.split("mlp.")[1][:4] for path in found.skipped] == ["gate"] * 2
+        assert all("makes of its products" in why for why in found.skipped.values())
+    merged.model.layers[1].mlp.gate.weight.data[0] += 1
+    (finding,) = verify(model, tokens, reference=merged).findings
+    assert finding.cause == report.BASE and "layers.1.mlp.gate" in finding.layers[0]
+    assert_bits(model, before)

@@ -74,3 +74,53 @@ def moe() -> nn.Module:
         num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     return transformers.Qwen3MoeForCausalLM(config).eval()
+
+
+_SMALL = dict(
+    vocab_size=TOKENS, hidden_size=HIDDEN, intermediate_size=INTER, moe_intermediate_size=INTER, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_LATENT = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+# model -> the path of a router in one of its layers, and further fields of its config
+ROUTERS = {
+    "qwen3_moe": ("mlp.gate", dict(num_experts=4, num_experts_per_tok=2, norm_topk_prob=True)),
+    "mixtral": ("mlp.gate", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "olmoe": ("mlp.gate", dict(num_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": ("mlp.router", dict(num_local_experts=4, num_experts_per_tok=2)),  # with a bias
+    "deepseek_v3": (  # with a bias that chooses
+        "mlp.gate",
+        dict(n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=0, n_group=2, topk_group=1, **_LATENT),
+    ),
+    "glm4_moe": (
+        "mlp.gate",
+        dict(n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=0, n_group=1, topk_group=1),
+    ),
+    "llama4_text": (  # a linear layer that returns a tuple
+        "feed_forward.router",
+        dict(num_local_experts=4, num_experts_per_tok=2, interleave_moe_layer_step=1, intermediate_size_mlp=INTER),
+    ),
+    "phimoe": ("mlp.router", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "granitemoe": ("block_sparse_moe.router", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "jamba": (
+        "feed_forward.router",
+        dict(num_experts=4, num_experts_per_tok=2, expert_layer_period=1, expert_layer_offset=0)
+        | dict(attn_layer_period=1, attn_layer_offset=0, mamba_d_state=4, mamba_d_conv=2),
+    ),
+    "minimax_m2": ("mlp.gate", dict(num_local_experts=4, num_experts_per_tok=2)),  # gets a further tensor
+    "afmoe": ("mlp.router.gate", dict(num_experts=4, num_experts_per_tok=2, num_dense_layers=0)),  # a plain linear
+}
+
+
+def routed(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A language model of two layers with experts, all of them with a router of :data:`ROUTERS`."""
+    config = transformers.AutoConfig.for_model(name, **{**_SMALL, **ROUTERS[name][1]})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # so that experts differ
+            nn.init.normal_(parameter, std=0.2)
+    return model.to(dtype)
+
+
+def router_config(name: str, **fields) -> dict:
+    """Of LoRA on the routers alone."""
+    return {**dict(r=3, lora_alpha=6, target_modules=[], target_parameters=[f"{ROUTERS[name][0]}.weight"]), **fields}

@@ -14,7 +14,7 @@ import fused_lora
 from fused_lora.bases import experts
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ROWS, TOKENS, SideBySide, merge_and_back, wrap
-from helpers.experts import ARCHITECTURES, BOTH, EXPERTS, HIDDEN, Block
+from helpers.experts import ARCHITECTURES, BOTH, EXPERTS, HIDDEN, Block, routed, router_config
 from helpers.thorough import sampled
 from helpers.unchanged import assert_bits, parameter_bits
 from helpers.versions import since
@@ -122,6 +122,26 @@ def test_merge_and_unload_and_files(tmp_path, name):
     again = fused_lora.accelerate(peft.PeftModel.from_pretrained(plain, tmp_path))
     assert torch.equal(again(ids), expected)
     assert_close(model.merge_and_unload()(ids), expected, terms=1000)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, dtype", [("qwen3_moe", torch.bfloat16), ("llama4_text", torch.float32)])
+def test_routers_have_pefts_bits_and_come_back(name, dtype):
+    """Called without a parametrisation; several adapters; merged once, and back to the bit."""
+    theirs = wrap(routed(name, dtype), {"a": {}, "b": {"r": 2}}, **router_config(name)).eval()
+    theirs.base_model.set_adapter(["a", "b"])
+    ours, ids = fused_lora.accelerate(copy.deepcopy(theirs)), torch.arange(10).reshape(2, 5)
+    assert [row.why_not for row in rows(ours)] == [None, None]
+    before, expected = parameter_bits(ours), theirs(ids).logits
+    assert torch.equal(ours(ids).logits, expected)
+    ours.merge_adapter()
+    assert_close(ours(ids).logits, expected, terms=2000)
+    ours.unmerge_adapter()
+    assert_bits(ours, before)
+    hidden = torch.randn(3, HIDDEN, dtype=dtype)
+    place = next(path for path, m in ours.named_modules() if hasattr(m, "parameter_name"))
+    with pytest.raises(TypeError, match="unexpected keyword"):  # PEFT's own forward, which says so
+        ours.get_submodule(place)(hidden, further=1)
 
 
 def test_what_runs_in_pefts_own_way():

@@ -555,7 +555,7 @@ def test_what_is_refused(tmp_path):
         ({"use_dora": True}, "use_dora must be False with target_parameters"),
         ({"bias": "all"}, "bias must be 'none' with target_parameters"),
         ({"target_parameters": ["gate_up"]}, "target_parameters: no parameter of the model is named 'gate_up'"),
-        ({"target_parameters": ["emb.weight"]}, "matches 'emb.weight', which is not supported: Embedding is not in"),
+        ({"target_parameters": ["emb.weight"]}, "matches 'emb.weight', which is not supported: Embedding is an emb"),
         ({"init_lora_weights": "orthogonal"}, "init_lora_weights: expected one of .* for experts, got 'orthogonal'"),
     ):
         net = Block()

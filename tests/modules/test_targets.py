@@ -25,6 +25,8 @@ from transformers import (
 import fused_lora
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.targets import in_out_features, is_conv1d, is_supported, match_targets
+from helpers.accelerated import quiet
+from helpers.experts import routed
 from helpers.seeds import shifted
 from helpers.waiting import HANG
 
@@ -282,18 +284,30 @@ def test_targets_that_are_all_saved_whole_are_told():
         fused_lora.inject(model, LoraConfig(target_modules=["query"], modules_to_save=["body"]))
 
 
-def test_all_linear_names_the_experts_and_routers_that_it_leaves_out():
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    config = transformers.MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **sizes)
-    theirs = peft.get_peft_model(transformers.MixtralForCausalLM(config), peft.LoraConfig(target_modules="all-linear"))
-    adapted = theirs.peft_config["default"].target_parameters
-    (text,) = told(
-        lambda: fused_lora.inject(transformers.MixtralForCausalLM(config), LoraConfig(target_modules="all-linear"))
-    )
-    assert adapted == {"gate.weight", "gate_up_proj", "down_proj"}
-    for name in ("'model.layers.*.mlp.gate.weight'", "mlp.experts.gate_up_proj'", "mlp.experts.down_proj'"):
-        assert name in str(text.message)
-    assert "6 weights" in str(text.message) and "fused_lora.accelerate" in str(text.message)
+@pytest.mark.parametrize("kind, count", [("mixtral", 14), ("glm4_moe", 14), ("afmoe", 14), ("gpt_oss", 8)])
+def test_all_linear_adapts_experts_and_routers_where_peft_does(kind, count):
+    """What it leaves out is named: shared experts, whose names were those of experts; or experts and routers."""
+    model = routed(kind)
+    theirs = copy.deepcopy(model)
+    with quiet():
+        theirs = peft.get_peft_model(theirs, peft.LoraConfig(target_modules="all-linear"))
+    texts = told(lambda: fused_lora.inject(model, LoraConfig(target_modules="all-linear")))
+    found = {}
+    for path, module in theirs.named_modules():
+        if hasattr(module, "get_base_layer"):
+            name = path.removeprefix("base_model.model.").replace(".base_layer", "")
+            found[f"{name}.{module.parameter_name}" if hasattr(module, "parameter_name") else name] = module
+    ours = fused_lora.lora_layers(model)
+    assert ours.keys() == found.keys() and len(ours) == count
+    for path, layer in ours.items():
+        assert (layer.r, layer.scaling) == (found[path].r, found[path].scaling), path
+    left = {
+        "mixtral": None,
+        "glm4_moe": r"6 weights .*: 'model\.layers\.\*\.mlp\.shared_experts\.down_proj'",
+        "afmoe": "8 weights .*self_attn.gate_proj'",
+        "gpt_oss": r"6 weights .*mlp\.router\.weight'",
+    }[kind]
+    assert not texts if left is None else re.search(left, str(texts[0].message)) and len(texts) == 1
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "T5", "Whisper", "FalconMamba"])

@@ -1,6 +1,7 @@
 """transformers' continuous batching with an adapter per request: the tokens are those of the adapter merged, alone."""
 
 import contextlib
+import copy
 import importlib.metadata
 import importlib.util
 import threading
@@ -14,6 +15,9 @@ from fused_lora.serving.engine import continuous
 from fused_lora.serving.engine.continuous import continuous_batching, generate_batch
 from fused_lora.serving.engine.failures import failure_of
 from helpers import serving
+from helpers.accelerated import TOKENS, wrap
+from helpers.experts import moe
+from helpers.seeds import shifted
 from helpers.serving import adapter_bytes, prompt, results, store_of
 from helpers.serving import engine_config as config
 from helpers.waiting import wait_for
@@ -101,6 +105,35 @@ def test_64_requests_over_16_adapters_as_alone(world, served, alone):
     outputs = generate_batch(*served, prompts, names, max_new_tokens=12, config=config())
     assert sum(name is None for name in names) >= 3 and max(map(len, prompts)) > 2 * 48
     assert check_all(world.plain, world.adapters, alone, requests, outputs, 12) <= 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_routers_choose_for_each_request(tmp_path):
+    """Tokens of one packed step go to the experts that their own adapter's router chooses."""
+    torch.manual_seed(shifted(3))
+    plain, adapters = moe(), {}
+    for name, r in (("a", 2), ("b", 3)):
+        live = wrap(copy.deepcopy(plain), target_modules=["v_proj"], target_parameters=["gate.weight"], r=r)
+        live.save_pretrained(tmp_path / name)
+        adapters[name] = tmp_path / name
+    model = copy.deepcopy(plain)
+    store = fused_lora.AdapterStore(model)
+    for name, folder in adapters.items():
+        store.register(name, str(folder))
+    requests = [
+        (name, [t % TOKENS for t in prompt(5 + i, i)]) for i, name in enumerate(["a", None, "b", "a", "b", None])
+    ]
+    names, prompts = [n for n, _ in requests], [ids for _, ids in requests]
+    outputs = generate_batch(model, store, prompts, names, max_new_tokens=6, config=config())
+
+    merged = {None: plain}
+    for name, folder in adapters.items():
+        fused_lora.load_adapter(own := copy.deepcopy(plain), folder)
+        merged[name] = fused_lora.unload(own, merge_adapters=True)
+    alone = [serving.greedy(merged[name], ids, 6) for name, ids in requests]
+    differ = [i for i, output in enumerate(outputs) if output.generated_tokens != alone[i]]
+    assert len(differ) <= 1, differ  # by rounding, at the most
+    assert len({tuple(serving.greedy(model, prompts[0], 6)) for model in merged.values()}) > 1
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -14,8 +14,9 @@ from fused_lora.serving.residency.tables import SlotTables
 from fused_lora.serving.store import AdapterStore
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import TOKENS, wrap
-from helpers.experts import HIDDEN, llama4, moe
+from helpers.experts import HIDDEN, ROUTERS, llama4, moe, routed, router_config
 from helpers.seeds import shifted
+from helpers.thorough import sampled
 
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 ADAPTERS = {
@@ -24,6 +25,8 @@ ADAPTERS = {
     "moe": {"target_modules": [], "target_parameters": PARAMETERS, "r": 2},
     "down": {"target_modules": [], "target_parameters": PARAMETERS[1:], "r": 4},
     "all": {"target_modules": ["embed_tokens", "q_proj"], "target_parameters": PARAMETERS, "r": 3},
+    "router": {"target_modules": [], "target_parameters": ["gate.weight"], "r": 2},
+    "linear": {"target_modules": "all-linear", "r": 3},  # in PEFT: attention, routers and experts
 }
 IDS = torch.arange(1, 43).reshape(7, 6) % TOKENS
 
@@ -77,6 +80,87 @@ def test_all_kinds_in_one_batch(folders):
     assert torch.equal(bits(shorter[1]), bits(base(IDS[:, :4]).logits.detach()[1]))
     assert_close(shorter[5], expected["all"][5, :4], terms=2000)  # causal
     assert torch.equal(bits(base.state_dict()["lm_head.weight"]), bits(store.model.state_dict()["lm_head.weight"]))
+
+
+def test_routers_in_a_batch(folders):
+    """Beside other kinds, and several of them at once; base rows choose the experts that they had."""
+    base, root, expected = folders
+    store, names = store_with(base, root), ["router", None, "linear", "moe", "router", "lin", "linear"]
+    with torch.no_grad():
+        plain = base(IDS).logits
+    for _ in range(3):
+        assert_rows(run(store, names), names, plain, expected)
+    found = run(store, [{"router": 0.7, "linear": -0.3}] * 7)
+    ours = copy.deepcopy(base)
+    for name in ("router", "linear"):
+        fused_lora.load_adapter(ours, root / name, name)
+    fused_lora.merge(ours, ["router", "linear"], weights=[0.7, -0.3])
+    with torch.no_grad():
+        assert_close(found, ours(IDS).logits, terms=3000)
+    used = [store_with(base, root, [name]).stats()["bytes_used"] for name in ("router", "moe", "linear")]
+    assert 0 < used[0] < used[1] < used[2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sampled(ROUTERS, 2))
+def test_every_router(tmp_path, name):
+    """Whatever it returns and gets; a plain linear layer among them. From files, and from live models."""
+    torch.manual_seed(shifted(6))
+    base = routed(name)
+    expected, store = {None: base(IDS[:1]).logits}, AdapterStore(copy.deepcopy(base))
+    for adapter, r in (("a", 2), ("b", 3)):
+        live = wrap(copy.deepcopy(base), **router_config(name, r=r)).eval()
+        live.save_pretrained(tmp_path / adapter)
+        expected[adapter] = live(IDS[:1]).logits
+        store.load(adapter, tmp_path / adapter)
+        store.load(f"live_{adapter}", live)
+    names = ["b", None, "a", "live_b", "live_a"]
+    for _ in range(2):
+        mixed = run(store, names, IDS[:1].repeat(len(names), 1))
+        for row, used in zip(mixed, names, strict=True):
+            assert_close(row[None], expected[used and used.removeprefix("live_")], terms=3000)
+
+
+@torch.no_grad()
+def test_a_router_in_compiled_code(folders):
+    base, root, _ = folders
+    store, x = store_with(base, root, ["router"]), torch.randn(6, HIDDEN)
+    router = store.model.model.layers[0].mlp.gate
+    torch.compiler.reset()
+    compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+    with store.batch(["router"]):
+        adapted = router(x)
+        for found, plain in zip(compiled(x), adapted, strict=True):
+            assert torch.equal(found, plain)
+    assert not torch.equal(compiled(x)[0], adapted[0]) and torch.equal(compiled(x)[0], router(x)[0])
+
+
+class Odd(nn.Module):
+    """A matrix, and outputs without rows."""
+
+    def __init__(self, pair):
+        super().__init__()
+        self.pair, self.weight = pair, nn.Parameter(torch.randn(4, HIDDEN))
+
+    def forward(self, x, more=None):
+        y = x @ self.weight.t()
+        return (y, more) if self.pair else {"y": y}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pair", [True, False])
+def test_what_has_no_rows_is_an_error(pair):
+    """In eager and in compiled code; other adapters are served."""
+    model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), Odd(pair))
+    store, x = AdapterStore(model), torch.randn(2, HIDDEN)
+    store.load("linear", {"0": (torch.randn(2, HIDDEN), torch.randn(HIDDEN, 2), 1.0)})
+    store.load("odd", {"1.weight": (torch.randn(2, HIDDEN), torch.randn(4, 2), 1.0)})
+    torch.compiler.reset()
+    for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        with store.batch(["linear", None]):
+            call(x)
+        with store.batch(["odd", None]), pytest.raises(RuntimeError, match="Odd"):
+            call(x)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_lora.bases import experts
 from fused_lora.diagnostics.verification.layers import Layer
 from fused_lora.diagnostics.verification.weights import CONFIDENCE, Units, product, tiny, unit_of, unmerged_bound
-from fused_lora.modules.experts import LoraExperts, file_paths, stacks_of
+from fused_lora.modules.experts import LoraExperts, LoraStack, file_paths, stacks_of
 from fused_lora.modules.names import some
 from fused_lora.ops.merge.exact import Adapter, change
 
@@ -32,9 +32,9 @@ class Stack(NamedTuple):
 
 def stack_of(path: str, module: Any, names: list[str]) -> Stack | None:
     """The stacked parameter that a LoRA layer at ``path`` is for; None for another layer."""
-    name = getattr(module, "parameter_name", "weight")
-    if name == "weight":
+    if not (isinstance(module, LoraStack) or hasattr(module, "num_experts")):  # the second of PEFT's wrappers
         return None
+    name = module.parameter_name
     if path.endswith(f".{name}"):  # a LoraStack in its LoraExperts; PEFT's wrappers are the modules that are called
         return Stack(path.rpartition(".")[0], path, module, names, path)
     place = path
@@ -70,6 +70,8 @@ class ExpertsLayer(Layer):
                 return f"adapters {some(stack.names)} are another variant: verify compares LoRA"
             if why := experts.why_not_fused(base, stack.module.parameter_name):
                 return why
+        if self.form.calls_module:
+            return f"verify does not know what a {type(base).__name__} makes of its products"
         return "a norm follows its experts" if getattr(base, "has_post_expert_norm", False) else ""
 
     @property
@@ -109,6 +111,8 @@ class ExpertsLayer(Layer):
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
         """The [N, K] of each expert."""
+        if weight.dim() == 2:
+            return [weight]
         return list((weight.transpose(1, 2) if self.form.is_transposed(self.base) else weight).unbind(0))
 
     def changes(self) -> dict[str, list[list[Adapter]]]:

@@ -7,15 +7,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_lora.bases import base_of
+from fused_lora.bases.expert_forms import find_form
 from fused_lora.diagnostics.verification.experts import ExpertsLayer, Stack, stack_of
 from fused_lora.diagnostics.verification.layers import Layer
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import held_parts
 
 
-def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
-    """LoRA layers that can be verified, and those that cannot: path -> why."""
-    layers, skipped = [], {}
+def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str], list[Layer]]:
+    """LoRA layers that can be verified; those that cannot, path -> why; and of those the ones whose weights can be
+    compared with a reference's, routers."""
+    layers, skipped, folded = [], {}, []
     stacks: dict[str, list[Stack]] = {}
     module: Any
     for path, module in model.named_modules():
@@ -35,9 +37,11 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
         layer = ExpertsLayer.of(place, model.get_submodule(place), [stack for stack in held if stack.names])
         if layer.stacks and (why := layer.why_not()):
             skipped |= {stack.path: why for stack in layer.stacks}
+            if (form := find_form(layer.base)) is not None and form.calls_module:
+                folded.append(layer)
         elif layer.stacks:
             layers.append(layer)
-    return layers, skipped
+    return layers, skipped, folded
 
 
 def check_state(model: nn.Module) -> None:

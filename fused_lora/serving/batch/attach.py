@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from fused_lora.modules.experts import stacks_of
+from fused_lora.modules.experts import positional, stacks_of
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import execution_device
 from fused_lora.modules.reads import Reads
@@ -85,9 +84,9 @@ class Attachment:
             self._hooks += before, after
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
-        at: dict[str, list[Site]] = {}
+        at: dict[tuple, list[Site]] = {}  # by kind, too: a router may be a linear layer
         for site in sites.values():
-            at.setdefault(site.place, []).append(site)
+            at.setdefault((site.place, site.kind), []).append(site)
         self._odd: dict[str, str] = {}  # layer -> what it gets or gives, where that is no tensor
         for held in at.values():
             hook = (_ExpertsHook if held[0].kind == "experts" else _Hook)(store, tuple(held), self._odd)
@@ -251,23 +250,29 @@ class _Hook(_Shared):
 
 
 class _ExpertsHook(_Hook):
-    """After experts: put the results under the adapters of the running batch into their output."""
+    """After experts, or a module with a matrix: put results under the adapters of the running batch into its output."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        if kwargs:  # in the order of the forward's arguments, not of the call
-            args = inspect.signature(module.forward).bind(*args, **kwargs).args
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        call = positional(module, args, kwargs)
         if torch.compiler.is_compiling():
-            _store_terms(output, args, self._number)
+            outputs = [*output] if isinstance(output, (tuple, list)) else [output]
+            if not all(isinstance(t, Tensor) for t in (*call, *outputs)):
+                # adapters are refused, when it is known whether there are any; a graph drops what nobody reads
+                held = output.values() if isinstance(output, Mapping) else outputs
+                outputs, call = [t for t in (*held, *call) if isinstance(t, Tensor)][:1], ()
+            _store_rows(outputs, call, self._number)
             return
         batch = running(self._store)
         if batch is not None and batch.acts and self._sites:
-            batch.add_experts(self._sites, args, output)
+            batch.add_experts(self._sites, call, output)
 
-    def add_compiled(self, inputs: Sequence[Tensor], y: Tensor) -> None:
+    def add_rows(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """What a call puts in, from compiled code."""
         batch = running(self._store)
         if batch is not None and batch.acts and self._sites:
-            sites = self._sites
-            batch.compiled(sites, inputs[0], lambda: batch.add_experts(sites, inputs, y))
+            sites, y = self._sites, outputs[0] if len(outputs) == 1 else tuple(outputs)
+            x = (*inputs, *outputs, torch.empty(0))[0]
+            batch.compiled(sites, x, lambda: batch.add_experts(sites, inputs, y))
 
 
 _numbers = itertools.count()
@@ -282,4 +287,16 @@ def _store_terms(y: Tensor, inputs: Sequence[Tensor], number: int) -> None:
 
 @_store_terms.register_fake
 def _(y: Tensor, inputs: Sequence[Tensor], number: int) -> None:
+    return None
+
+
+@torch.library.custom_op("fused_lora::store_rows_", mutates_args=("outputs",))
+def _store_rows(outputs: Sequence[Tensor], inputs: Sequence[Tensor], number: int) -> None:
+    """The same of experts: rows of what they gave."""
+    hook: Any = _hooks[number]
+    hook.add_rows(inputs, outputs)
+
+
+@_store_rows.register_fake
+def _(outputs: Sequence[Tensor], inputs: Sequence[Tensor], number: int) -> None:
     return None

@@ -316,25 +316,30 @@ class Batch:
         finally:
             call.pause(False)
 
-    def add_experts(self, sites: tuple[Site, ...], inputs: Sequence[Tensor], y: Tensor) -> None:
+    def add_experts(self, sites: tuple[Site, ...], inputs: Sequence[Any], y: Any) -> None:
         """Put the experts' results under adapters into y [rows, K], in place; base rows keep their bits.
 
-        inputs: of the experts, such as hidden [tokens, K], top_k_index and top_k_weights [tokens, top_k].
+        inputs: of the experts, such as hidden [tokens, K], top_k_index and top_k_weights [tokens, top_k]. A module with
+        an adapted matrix gets x [..., K] first, and y may be several tensors.
 
         Raises:
             RuntimeError: the experts run in a way that is not known. ValueError: other inputs, or unknown rows.
         """
-        call, (site, x) = self._trace().running.call, (sites[0], inputs[0])
+        call, site, form = self._trace().running.call, sites[0], form_of(sites[0].module)
+        x = inputs[0] if inputs and isinstance(inputs[0], Tensor) else torch.empty(0)
+        if not (x.dim() > 1 or self._acts_at(sites)):  # any module with a matrix may get anything
+            return
         if call is None:
-            why_not = form_of(site.module).why_not_alone(site.module)
+            why_not = form.why_not_alone(site.module)
             return self._called_alone(site, x, lambda: self.add_experts(sites, inputs, y), why_not)
-        if call.followed is not None:
-            call.note(site.place, x, y)
+        if call.followed is not None:  # what a module makes of its rows has been followed
+            call.note(site.place, x, None if form.calls_module else y)
         if not self._acts_at(sites):
             return
-        self._check(x, y)
+        several = y if isinstance(y, (tuple, list)) else [y]
+        self._check(x, *(t for t in several if isinstance(t, Tensor)))
         for each in sites:
-            if why := why_not_experts(each):
+            if why := why_not_experts(each) or form.fault(site.module, inputs):
                 raise RuntimeError(f"batch: the adapters of {each.path!r} cannot be computed: {why}")
         call.pause(True)
         try:
@@ -342,9 +347,9 @@ class Batch:
             for arrival in self._arriving:
                 for each in sites:
                     arrival.wait(each.index)
-            rows = trace.rows.get((site.index, x.shape)) or self._rows(trace, site, x, y)
+            rows = trace.rows.get((site.index, x.shape)) or self._rows(trace, site, x, x)
             self._prepared.experts_(rows, sites, inputs, y)
-            if not y.is_cuda:
+            if isinstance(y, Tensor) and not (x.is_cuda or form.calls_module):
                 trace.look(y)
         finally:
             call.pause(False)
@@ -383,8 +388,8 @@ class Batch:
         finally:
             trace.running.leave(site.module, True)
 
-    def _check(self, x: Tensor, y: Tensor) -> None:
-        if y.requires_grad and torch.is_grad_enabled():
+    def _check(self, x: Tensor, *outputs: Tensor) -> None:
+        if torch.is_grad_enabled() and any(y.requires_grad for y in outputs):
             raise RuntimeError("batch: a store serves, it does not train: gradients were enabled inside the batch")
         if torch._C._is_tracing() or self._buffers is None and guard.capturing(x.device):
             raise RuntimeError(_CAPTURED)

@@ -167,9 +167,9 @@ class Prepared:
             self._of_columns[site, g] = Terms({g: found})
         return self._of_columns[site, g]
 
-    def experts_(self, rows: Rows, sites: Sequence[Site], inputs: Sequence[Tensor], y: Tensor) -> None:
+    def experts_(self, rows: Rows, sites: Sequence[Site], inputs: Sequence[Any], y: Any) -> None:
         """The results of experts under adapters in place of those in y [rows, K]."""
-        _refuse_capture(y)
+        _refuse_capture(inputs[0])
         found = []
         for g, group in enumerate(self._groups):
             here = rows.layout.rows_of(g)

@@ -29,8 +29,8 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Site(NamedTuple):
     """What adapters of the model may target: its number, path, module, K and N.
 
-    kind: "linear", "embedding", whose K are its tokens, or "experts", a stacked parameter of ``experts`` matrices,
-    whose module is called at the path ``place``.
+    kind: "linear", "embedding", whose K are its tokens, or "experts", a stacked parameter of ``experts`` matrices, or
+    the one of a module such as a router, whose module is called at the path ``place``.
     """
 
     index: int
@@ -131,7 +131,7 @@ def from_folder(
         r, alpha = plan.ranks[path]
         layers[path] = (tensors.lora_A, tensors.lora_B, scaling(r, alpha, plan.config.use_rslora))
     invocation = tuple(plan.config.alora_invocation_tokens or ())
-    return _pack(sites, layers, dtype)._replace(invocation=invocation), before
+    return _pack(sites, _of_layers(sites, layers), dtype)._replace(invocation=invocation), before
 
 
 def check_folder(model: nn.Module, folder: str, inside: str | None = None, allow_partial: bool = False) -> Plan:
@@ -181,6 +181,7 @@ def from_tensors(
     """
     if not layers:
         raise ValueError("source: expected at least one layer, got an empty mapping")
+    layers = _of_layers(sites, layers)
     missing = [str(path) for path in layers if path not in sites]
     if missing and (not allow_partial or len(missing) == len(layers)):
         linear = [path for path, site in sites.items() if site.kind == "linear"]
@@ -191,6 +192,16 @@ def from_tensors(
     for path, entry in layers.items():
         _check_entry(sites[path], entry)
     return _pack(sites, layers, dtype)
+
+
+def _of_layers(sites: Mapping[str, Site], layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers with linear ones in place of their parameter ``weight``, which target_parameters may name as well."""
+
+    def place(path: Any) -> Any:
+        layer = path.removesuffix(".weight") if isinstance(path, str) else path
+        return path if path in sites or layer not in sites or layer in layers else layer
+
+    return {place(path): entry for path, entry in layers.items()}
 
 
 def _check_entry(site: Site, entry: Any) -> None:
