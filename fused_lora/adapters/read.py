@@ -311,7 +311,10 @@ def _check_layer(modules: Mapping[str, nn.Module], path: str, plan: Plan) -> Non
     if plan.config.bias != "none" and (getattr(base, "bias", None) is None) == ("base_bias" in keys):
         has, brings = ("no bias", "a bias") if "base_bias" in keys else ("a bias", "none")
         key = f"{KEY_PREFIX}{path}.base_layer.bias"
-        raise AdapterError(plan.weights, key, f"a base bias exactly if the layer has one; it has {has}", brings)
+        text = f"a base bias exactly if the layer has one; it has {has}"
+        if plan.config.bias == "lora_only" and brings == "none":
+            text += ". PEFT before 0.21 wrote none, so it is lost; with bias 'none' in the config the rest loads"
+        raise AdapterError(plan.weights, key, text, brings)
 
 
 def _check_copy(base: nn.Module, plan: Plan, key: str) -> None:

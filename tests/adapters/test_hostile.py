@@ -317,6 +317,12 @@ def test_biases(tmp_path, case):
     assert refused(write(tmp_path / "a", {"bias": mode}, tensors)).key.startswith(PREFIX)
 
 
+def test_a_file_without_the_biases_that_its_config_names(tmp_path):
+    """As PEFT before 0.21 wrote them."""
+    refused(write(tmp_path / "a", {"bias": "lora_only"}), match="PEFT before 0.21 wrote none.*bias 'none'")
+    load_adapter(Net(), write(tmp_path / "b", {"bias": "none"}))
+
+
 def test_values_beyond_a_16_bit_base(tmp_path):
     folder = write(tmp_path / "a", {"bias": "lora_only"}, {PREFIX + "fc1.base_layer.bias": torch.full((12,), 1e6)})
     refused(folder, match="values within the range of torch.float16", dtype=torch.float16)
