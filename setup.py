@@ -78,7 +78,7 @@ setup(
             "peft>=0.21,<0.22",
             # of all releases of 5 those that the continuous batching engine was tested on; they need Python 3.11, and
             # below it the newest runs all tests but the engine's
-            'transformers>=5.22,<5.24; python_version >= "3.11"',
+            'transformers>=5.22,<5.25; python_version >= "3.11"',
             'transformers>=5.20,<5.22; python_version < "3.11"',
             "accelerate",
             "trl>=1,<2",

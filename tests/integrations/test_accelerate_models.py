@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import fused_lora
 from fused_lora.integrations import peft as integration
@@ -89,6 +90,7 @@ def test_loading_while_installed(saved):
         assert len(rows) == 6 and all(row.fused for row in rows)
 
 
+@since("peft", MIN_PEFT_VERSION)
 def test_transformers_own_adapters(saved):
     net = llama()
     net.load_adapter(saved / "one", "one")
