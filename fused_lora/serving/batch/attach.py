@@ -89,9 +89,12 @@ class Attachment:
             at.setdefault((site.place, site.kind), []).append(site)
         self._odd: dict[str, str] = {}  # layer -> what it gets or gives, where that is no tensor
         for held in at.values():
-            hook = (_ExpertsHook if held[0].kind == "experts" else _Hook)(store, tuple(held), self._odd)
+            experts = held[0].kind == "experts"
+            hook = (_ExpertsHook if experts else _Hook)(store, tuple(held), self._odd)
             self._hooks.append(hook)
-            self._handles.append(held[0].module.register_forward_hook(hook, with_kwargs=True))
+            # hooks of others get the rows of adapters, too: what they change is not computed again
+            handle = held[0].module.register_forward_hook(hook, with_kwargs=True, prepend=experts)
+            self._handles.append(handle)
         modules = dict(named_modules(store.model))
         paths = sorted({part for site in sites.values() for part in (*above(site.place), site.place)})
         self._places = []  # path, the parent's modules, the name there, what was there

@@ -339,7 +339,7 @@ class Batch:
         several = y if isinstance(y, (tuple, list)) else [y]
         self._check(x, *(t for t in several if isinstance(t, Tensor)))
         for each in sites:
-            if why := why_not_experts(each) or form.fault(site.module, inputs):
+            if why := why_not_experts(each) or form.fault_of_rows(site.module, inputs):
                 raise RuntimeError(f"batch: the adapters of {each.path!r} cannot be computed: {why}")
         call.pause(True)
         try:
