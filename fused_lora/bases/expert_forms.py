@@ -362,8 +362,25 @@ def _twin(module: Any, weight: Tensor) -> Any:
         if isinstance(value, MethodType) and value.__self__ is module:
             value = MethodType(value.__func__, twin)
         twin.__dict__[name] = value
-    twin.__dict__["_parameters"] = {**module._parameters, "weight": weight}
+    twin.__dict__["_parameters"] = _Parameters(module._parameters, weight=weight)
     return twin
+
+
+class _Parameters(dict):
+    """Of a twin; whether its weight was read."""
+
+    read = False
+
+    def __getitem__(self, name: str) -> Any:
+        self.read = self.read or name == "weight"
+        return super().__getitem__(name)
+
+
+def _check_read(twin: Any) -> None:
+    """Raise RuntimeError where a call has reached the module's own weight, if any, past its twin."""
+    if not twin._parameters.read:
+        text = f"a call of {type(twin).__name__} has not read the weight of the module that was called"
+        raise RuntimeError(f"{text}, so that an adapter would do nothing: it may keep a reference to itself")
 
 
 def _set(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
@@ -375,6 +392,7 @@ def _call(module: Any, twin: Any, call: Sequence[Any]) -> Any:
     """The module's one call, by its twin: attributes that the forward or hooks set become the module's."""
     before = {**twin.__dict__}
     found = twin(*call)
+    _check_read(twin)
     module.__dict__.update(_set(before, twin.__dict__))
     return found
 
@@ -388,6 +406,7 @@ def _forward_again(module: Any, weight: Tensor, call: Sequence[Any]) -> Any:
     before = {**twin.__dict__}
     buffers = [(name, b, b._version) for name, b in module.named_buffers() if not b.is_inference()]
     found = twin.forward(*call)
+    _check_read(twin)
     changed = [*_set(before, twin.__dict__), *(name for name, b, version in buffers if b._version != version)]
     if changed:
         text = f"{type(module).__name__} keeps state that its call changes, {changed[0]!r}"
@@ -405,11 +424,11 @@ def _tensors(module: Any, y: Any) -> list[Tensor]:
 def _part(x: Tensor, rows: Tensor) -> Tensor | None:
     """These rows of x [..., K] alone. Of several dimensions whole entries of the first, along which a module may look;
     None where the rows are no such entries."""
-    if x.dim() == 2:
+    inner = x.shape[1:-1].numel()
+    if inner == 1:  # a wait for the device less
         return x[rows]
     if torch.compiler.is_compiling():
         return None
-    inner = x.shape[1:-1].numel()
     first = rows[::inner] // inner
     whole = (first[:, None] * inner + torch.arange(inner, device=rows.device)).view(-1)
     return x[first] if torch.equal(whole, rows) else None

@@ -1,6 +1,7 @@
 """LoRA on the weight of a router, or of any module that multiplies with its own, next to PEFT's ParamWrapper."""
 
 import copy
+import functools
 
 import peft
 import pytest
@@ -277,6 +278,9 @@ def test_what_a_call_shows():
             model(torch.randn(4, 8))
         with fused_lora.adapter_batch(model, ["default", None]), pytest.raises(RuntimeError, match=text):
             model(torch.randn(4, 8))
+    for model in (inject(Kept()), fused_lora.accelerate(peft_twin(Kept())[1])):
+        with pytest.raises(RuntimeError, match="a call of Kept has not read the weight"):
+            model(torch.randn(4, 8))
     model = inject(Keeps(""))
     with fused_lora.adapter_batch(model, ["default", None]), pytest.raises(RuntimeError, match="keeps state.*'last'"):
         model(torch.randn(4, 8))
@@ -298,6 +302,14 @@ class Bound(Scores):
 
     def forward(self, x):
         return self.score(x)
+
+
+class Kept(Bound):
+    """It keeps the method where a call cannot know that it is one of the module."""
+
+    def __init__(self, how=""):
+        super().__init__(how)
+        self.score = functools.partial(self._score)
 
 
 class Transposed(Scores):
