@@ -7,10 +7,10 @@ Rerun       any module with a matrix ``weight``, as routers: called with W + s B
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,10 @@ class Form:
         """None where these tensors, as many as ``inputs``, are a call's; else the ValueError or TypeError to raise."""
         raise NotImplementedError
 
+    def fault_of_rows(self, experts: Any, call: Sequence[Any]) -> Exception | None:
+        """The same of a call whose rows are under different adapters."""
+        return self.fault(experts, call)
+
     def why_not_alone(self, experts: Any) -> str | None:
         """None where rows of a call are the rows of a batch in their order, as if the experts were a linear layer."""
         return None
@@ -75,6 +79,13 @@ class Form:
     def forward(self, experts: Any, call: Sequence[Tensor], terms: Terms) -> Any:
         """What the experts give for a call, with the terms."""
         raise NotImplementedError
+
+    def forward_of_groups(self, experts: Any, call: Sequence[Any], groups: Sequence[tuple[Tensor, Terms]]) -> Any:
+        """The same where groups of rows have different terms; the other rows keep the bits that they have without."""
+        y = experts(*call)
+        for rows, terms in groups:
+            y = self.replace_rows(experts, y, call, rows, terms)
+        return y
 
     def replace_rows(self, experts: Any, y: Any, call: Sequence[Tensor], rows: Tensor, terms: Terms) -> Any:
         """y, what the experts gave for a call, with the results under adapters of these rows; in place if it can be."""
@@ -249,8 +260,8 @@ class Llama4(Form):
 class Rerun(Form):
     """Any module that multiplies with its ``weight`` [N, K]: it is called with W + s B A in the place of W, as by PEFT.
 
-    So is a router, whatever it makes of its products. A call is any arguments, x [..., K] first. Each delta is rounded
-    to W's dtype, as PEFT rounds it, so that the same experts are chosen.
+    So is a router, whatever it makes of its products. A call is any arguments; of rows under different adapters
+    x [..., K] comes first. Each delta is rounded to W's dtype, as PEFT rounds it, so that the same experts are chosen.
     """
 
     dim = 2
@@ -275,6 +286,9 @@ class Rerun(Form):
         return "the module is compiled by itself" if experts._compiled_call_impl is not None else None
 
     def fault(self, experts: Any, call: Sequence[Any]) -> Exception | None:
+        return None
+
+    def fault_of_rows(self, experts: Any, call: Sequence[Any]) -> Exception | None:
         x, K = call[0] if call else None, experts._parameters["weight"].shape[1]
         if isinstance(x, Tensor) and x.dim() > 1 and x.shape[-1] == K:
             return None
@@ -285,15 +299,32 @@ class Rerun(Form):
         weight = _with_delta(experts._parameters["weight"], terms["weight"])
         if torch.compiler.is_compiling():
             return torch.func.functional_call(experts, {"weight": weight}, tuple(call))
-        return _call(experts, weight, call, hooks=True)
+        return _call(experts, _twin(experts, weight), call)
+
+    def forward_of_groups(self, experts: Any, call: Sequence[Any], groups: Sequence[tuple[Tensor, Terms]]) -> Any:
+        """As of :class:`Form`. The module's hooks get the input and the output of all rows."""
+        if torch.compiler.is_compiling():
+            return super().forward_of_groups(experts, call, groups)
+        twin = _twin(experts, experts._parameters["weight"])
+        own = twin.forward
+
+        def forward(*inputs: Any) -> Any:
+            y = own(*inputs)
+            for rows, terms in groups:
+                y = self.replace_rows(experts, y, inputs, rows, terms)
+            return y
+
+        twin.forward = forward
+        return _call(experts, twin, call)
 
     def replace_rows(self, experts: Any, y: Any, call: Sequence[Any], rows: Tensor, terms: Terms) -> Any:
-        """As of :class:`Form`. Without the module's hooks, which have seen y. RuntimeError: an output has no rows."""
+        """As of :class:`Form`. Without the module's hooks, which see y. RuntimeError: an output has no rows."""
         x, weight = call[0], _with_delta(experts._parameters["weight"], terms["weight"])
-        alone = len(call) == 1  # nobody knows which of further arguments have rows
+        part = _part(x, rows) if len(call) == 1 else None  # nobody knows which of further arguments have rows
+        alone = part is not None
         if alone:
-            call = (x.reshape(-1, x.shape[-1])[rows].reshape(*[1] * (x.dim() - 2), len(rows), -1),)
-        outputs, found = (_tensors(experts, t) for t in (y, _call(experts, weight, call, hooks=False)))
+            call = (part,)
+        outputs, found = (_tensors(experts, t) for t in (y, _forward_again(experts, weight, call)))
         jobs = []
         for t, new in zip(outputs, found, strict=True):
             where = _rows_of(t, x, rows)
@@ -324,21 +355,62 @@ def _with_delta(weight: Tensor, terms: Sequence[ExpertTerm]) -> Tensor:
         return weight if delta is None else weight + delta
 
 
-def _call(module: Any, weight: Tensor, call: Sequence[Any], hooks: bool) -> Any:
-    """A call of ``module`` with this ``weight``, which calls in other threads do not see.
-
-    Raises RuntimeError where the call has changed an attribute or a buffer of the module: one call would be several.
-    """
-    before = module.__dict__
+def _twin(module: Any, weight: Tensor) -> Any:
+    """A module that shares all with this one but has another ``weight``, which calls in other threads do not see."""
     twin = object.__new__(type(module))
-    twin.__dict__.update({**before, "_parameters": {**module._parameters, "weight": weight}})
+    for name, value in module.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            value = MethodType(value.__func__, twin)
+        twin.__dict__[name] = value
+    twin.__dict__["_parameters"] = _Parameters(module._parameters, weight=weight)
+    return twin
+
+
+class _Parameters(dict):
+    """Of a twin; whether its weight was read."""
+
+    read = False
+
+    def __getitem__(self, name: str) -> Any:
+        self.read = self.read or name == "weight"
+        return super().__getitem__(name)
+
+
+def _check_read(twin: Any) -> None:
+    """Raise RuntimeError where a call has reached the module's own weight, if any, past its twin."""
+    if not twin._parameters.read:
+        text = f"a call of {type(twin).__name__} has not read the weight of the module that was called"
+        raise RuntimeError(f"{text}, so that an adapter would do nothing: it may keep a reference to itself")
+
+
+def _set(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes that a call has set."""
+    return {name: value for name, value in after.items() if name not in before or before[name] is not value}
+
+
+def _call(module: Any, twin: Any, call: Sequence[Any]) -> Any:
+    """The module's one call, by its twin: attributes that the forward or hooks set become the module's."""
+    before = {**twin.__dict__}
+    found = twin(*call)
+    _check_read(twin)
+    module.__dict__.update(_set(before, twin.__dict__))
+    return found
+
+
+def _forward_again(module: Any, weight: Tensor, call: Sequence[Any]) -> Any:
+    """What the forward gives with this ``weight``, beside the module's own call.
+
+    Raises RuntimeError where it has changed an attribute or a buffer of the module, as the own call has.
+    """
+    twin = _twin(module, weight)
+    before = {**twin.__dict__}
     buffers = [(name, b, b._version) for name, b in module.named_buffers() if not b.is_inference()]
-    found = twin(*call) if hooks else twin.forward(*call)
-    changed = [n for n, v in twin.__dict__.items() if n != "_parameters" and (n not in before or before[n] is not v)]
-    changed += [name for name, buffer, version in buffers if buffer._version != version]
+    found = twin.forward(*call)
+    _check_read(twin)
+    changed = [*_set(before, twin.__dict__), *(name for name, b, version in buffers if b._version != version)]
     if changed:
         text = f"{type(module).__name__} keeps state that its call changes, {changed[0]!r}"
-        raise RuntimeError(f"{text}: it takes no adapter of its weight")
+        raise RuntimeError(f"{text}: its rows cannot have different adapters")
     return found
 
 
@@ -347,6 +419,19 @@ def _tensors(module: Any, y: Any) -> list[Tensor]:
     if isinstance(found, (tuple, list)) and all(isinstance(t, Tensor) for t in found):
         return list(found)
     raise RuntimeError(f"{type(module).__name__} returns a {type(y).__name__}; expected tensors with a row a token")
+
+
+def _part(x: Tensor, rows: Tensor) -> Tensor | None:
+    """These rows of x [..., K] alone. Of several dimensions whole entries of the first, along which a module may look;
+    None where the rows are no such entries."""
+    inner = x.shape[1:-1].numel()
+    if inner == 1:  # a wait for the device less
+        return x[rows]
+    if torch.compiler.is_compiling():
+        return None
+    first = rows[::inner] // inner
+    whole = (first[:, None] * inner + torch.arange(inner, device=rows.device)).view(-1)
+    return x[first] if torch.equal(whole, rows) else None
 
 
 def _rows_of(t: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, ...] | None:
@@ -362,19 +447,15 @@ _BUILDS = ("__init__", "reset_parameters", "extra_repr")  # what a call of a mod
 
 @functools.cache
 def _why_not_class(kind: type) -> str | None:
-    """None where a class reads ``self.weight`` in a method that a call may run, its forward sets no attribute, and its
-    arguments have an order."""
+    """None where a class reads ``self.weight`` in a method that a call may run, and its arguments have an order."""
     held = [pair for parent in kind.__mro__ if parent not in (nn.Module, object) for pair in vars(parent).items()]
-    methods = [(name, inspect.unwrap(m)) for name, m in held if callable(m) and name not in _BUILDS]
-    codes = [(name, m.__code__) for name, m in methods if hasattr(m, "__code__")]
-    if not any("weight" in code.co_names for _, code in codes):
+    methods = [inspect.unwrap(m) for name, m in held if callable(m) and name not in _BUILDS]
+    if not any("weight" in m.__code__.co_names for m in methods if hasattr(m, "__code__")):
         return f"no method of {kind.__name__} reads its weight"
     kinds = {p.kind for p in inspect.signature(kind.forward).parameters.values()}
     if kinds & {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}:
         return f"the forward of {kind.__name__} takes arguments by name alone"
-    steps = (step for name, code in codes if name == "forward" for step in dis.get_instructions(code))
-    stored = [step.argval for step in steps if step.opname == "STORE_ATTR"]
-    return f"a call of {kind.__name__} sets its attribute {stored[0]!r}" if stored else None
+    return None
 
 
 _REGISTERED, _RERUN = Registered(), Rerun()

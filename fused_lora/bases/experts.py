@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "StackedTerm",
     "experts_forward",
     "form_of",
+    "forward_of_groups",
     "kind",
     "replace_rows",
     "unpacked",
@@ -85,27 +86,36 @@ def experts_forward(experts: Any, call: Sequence[Any], terms: Terms) -> Any:
         ValueError: not as many tensors, their shapes do not belong together, or an expert is not there.
         TypeError: hidden is not floating, or top_k_index no integers.
     """
-    return _form_for(experts, call).forward(experts, call, terms)
-
-
-def _form_for(experts: Any, call: Sequence[Any]) -> Form:
     form = form_of(experts)
+    _check_call(form, experts, call, form.fault)
+    return form.forward(experts, call, terms)
+
+
+def forward_of_groups(experts: Any, call: Sequence[Any], groups: Sequence[tuple[Tensor, Terms]]) -> Any:
+    """The same for a call whose rows have different terms; the others keep their bits.
+
+    Args:
+        call: as of :func:`experts_forward`. groups: numbers of rows, int64, and the terms that they have.
+    """
+    form = form_of(experts)
+    _check_call(form, experts, call, form.fault_of_rows)
+    return form.forward_of_groups(experts, call, groups)
+
+
+def _check_call(form: Form, experts: Any, call: Sequence[Any], fault_in: Callable) -> None:
     if form.inputs and len(call) != len(form.inputs):
         raise ValueError(f"{type(experts).__name__}: expected {', '.join(form.inputs)}, got {len(call)} tensors")
-    if fault := form.fault(experts, call):
+    if fault := fault_in(experts, call):
         raise fault
-    return form
 
 
 def replace_rows(experts: Any, y: Any, call: Sequence[Any], groups: Sequence[tuple[Tensor, Terms]]) -> Any:
     """y, what the experts gave for a call, with the results under adapters of some of its rows; in place if it can be.
 
-    The other rows keep their bits. Between the two products of an expert is a gate, so nothing can be added behind.
-
-    Args:
-        call: as of :func:`experts_forward`. groups: numbers of rows, int64, and the terms that they have.
+    As :func:`forward_of_groups`. Between the two products of an expert is a gate, so nothing can be added behind.
     """
-    form = _form_for(experts, call)
+    form = form_of(experts)
+    _check_call(form, experts, call, form.fault_of_rows)
     for rows, terms in groups:
         y = form.replace_rows(experts, y, call, rows, terms)
     return y

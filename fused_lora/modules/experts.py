@@ -399,13 +399,12 @@ class LoraExperts(MergedState, InPlaceOf):
             raise ValueError("adapter_batch: an adapter of the experts is merged; unmerge first")
         alone = form_of(self.base_layer).why_not_alone(self.base_layer)
         rows_of = batch.rows(next(iter(stacks.values())), call[0], alone)
-        y = self.base_layer(*call)
         groups = [(rows, {n: s.terms([name]) for n, s in stacks.items()}) for name, rows in rows_of.items()]
         groups = [(rows, terms) for rows, terms in groups if any(terms.values()) and len(rows)]
-        if groups:
-            self._check_call({n: s.terms(s.adapters) for n, s in stacks.items()})
-            y = experts.replace_rows(self.base_layer, y, call, groups)
-        return y
+        if not groups:
+            return self.base_layer(*call)
+        self._check_call({n: s.terms(s.adapters) for n, s in stacks.items()})
+        return experts.forward_of_groups(self.base_layer, call, groups)
 
     def _check_call(self, terms: Mapping[str, Any]) -> None:
         stacks = self.stacks()

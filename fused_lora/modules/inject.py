@@ -28,7 +28,9 @@ from fused_lora.modules.experts import (
     LoraExperts,
     LoraStack,
     Stack,
+    form_of,
     match_parameters,
+    place_of,
     stack_at,
     with_parameters,
 )
@@ -508,9 +510,11 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
             raise AdapterNotFound(f"adapter {name[:100]!r} not found; adapters of the model: {some(known, near=name)}")
 
 
-def _called_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Those that are modules of the model: of a parameter nobody makes a call."""
-    return {path: layer for path, layer in lora_layers(model).items() if not isinstance(layer, LoraStack)}
+def _called_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """What is called for each adapted weight; experts may take theirs apart."""
+    modules, found = dict(named_modules(model)), lora_layers(model)
+    called = {path: modules[place_of(path, layer)] for path, layer in found.items()}
+    return {path: m for path, m in called.items() if not isinstance(m, LoraExperts) or form_of(m.base_layer).dim == 2}
 
 
 def _build(

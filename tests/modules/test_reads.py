@@ -47,6 +47,17 @@ def net():
     return Net().eval()
 
 
+class Scores(nn.Module):
+    """A linear layer of another class, as a router is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(K, K))
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
 def injected(model, targets="all-linear"):
     config = fused_lora.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     return fused_lora.inject(model, config).eval()
@@ -264,3 +275,25 @@ def test_mamba():
         serve(store, ids)
     store.detach()
     assert fused_lora.verify(injected(model), ids).causes == [report.UNCALLED]
+
+
+@torch.no_grad()
+def test_matrices_of_other_modules(net):
+    """As a router that its parent reads."""
+    net.read, net.both = Scores(), Scores()
+    store, x = AdapterStore(net), torch.randn(2, K)
+    store.load("a", {"read.weight": (torch.randn(2, K), torch.randn(K, 2), 1.0)})
+    store.load("b", {"both.weight": (torch.randn(2, K), torch.randn(K, 2), 1.0)})
+    with pytest.raises(ValueError, match=r"'read\.weight' has its weight read by a forward that does not call it"):
+        with store.batch(["a", None]):
+            net(x)
+    with store.batch(["b", None]):
+        net(x)
+    store.detach()
+    assert plain(net)
+    names = ["read.weight", "both.weight"]
+    config = fused_lora.LoraConfig(target_modules=[], target_parameters=names, init_lora_weights=False)
+    model = fused_lora.inject(net, config).eval()
+    with pytest.warns(UserWarning, match=r"reads the weights of 'read\.weight' without calling"):
+        model(x)
+    assert plain(model)

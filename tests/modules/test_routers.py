@@ -1,6 +1,7 @@
 """LoRA on the weight of a router, or of any module that multiplies with its own, next to PEFT's ParamWrapper."""
 
 import copy
+import functools
 
 import peft
 import pytest
@@ -244,7 +245,6 @@ def test_what_is_refused_before_anything_changes():
     compiled = Scores("")
     compiled.compile()
     for module, fields, text in (
-        (Keeps(""), {}, "a call of Keeps sets its attribute 'last'"),
         (Named(""), {}, "the forward of Named takes arguments by name alone"),
         (Unread(), {}, "no method of Unread reads its weight"),
         (nn.Embedding(4, 8), {}, "Embedding is an embedding: name it in target_modules"),
@@ -267,7 +267,7 @@ def test_what_is_refused_before_anything_changes():
 
 @torch.no_grad()
 def test_what_a_call_shows():
-    """A call that changes state, or returns what has no row a token, is an error."""
+    """A call of rows of several adapters that changes state, or returns what has no row a token, is an error."""
     for how, text in (
         ("mean", r"expected a row for each of 4 tokens in all that it returns, got \[\(4, 4\), \(\)\]; nothing"),
         ("dict", "returns a dict; expected tensors with a row a token"),
@@ -278,11 +278,145 @@ def test_what_a_call_shows():
             model(torch.randn(4, 8))
         with fused_lora.adapter_batch(model, ["default", None]), pytest.raises(RuntimeError, match=text):
             model(torch.randn(4, 8))
-    with pytest.raises(RuntimeError, match="keeps state"):
-        inject(Scores("counts"))(torch.randn(4, 8))
-    for x in (torch.randn(8), torch.randn(2, 5)):
+    for model in (inject(Kept()), fused_lora.accelerate(peft_twin(Kept())[1])):
+        with pytest.raises(RuntimeError, match="a call of Kept has not read the weight"):
+            model(torch.randn(4, 8))
+    model = inject(Keeps(""))
+    with fused_lora.adapter_batch(model, ["default", None]), pytest.raises(RuntimeError, match="keeps state.*'last'"):
+        model(torch.randn(4, 8))
+    model = inject(Scores(""))
+    with fused_lora.adapter_batch(model, ["default", None]):
         with pytest.raises(ValueError, match=r"Scores: expected a tensor \[\.\.\., 8\] as its first argument"):
-            inject(Scores(""))(x)
+            model(torch.randn(2, 5))
+
+
+class Bound(Scores):
+    """Its forward calls a method by an attribute."""
+
+    def __init__(self, how=""):
+        super().__init__(how)
+        self.score = self._score
+
+    def _score(self, x):
+        return x @ self.weight.t()
+
+    def forward(self, x):
+        return self.score(x)
+
+
+class Kept(Bound):
+    """It keeps the method where a call cannot know that it is one of the module."""
+
+    def __init__(self, how=""):
+        super().__init__(how)
+        self.score = functools.partial(self._score)
+
+
+class Transposed(Scores):
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Gathers(Scores):
+    def forward(self, ids):
+        return self.weight[ids]
+
+
+class Along(Scores):
+    """Its rows are not independent of each other."""
+
+    def forward(self, x):
+        return super().forward(x).softmax(-2)
+
+
+def peft_twin(module):
+    """Ours and PEFT's around copies of a module, with the same adapter."""
+    ours = inject(copy.deepcopy(module))
+    config = dict(target_modules=[], target_parameters=["0.weight"], r=8, lora_alpha=8)
+    theirs = wrap(nn.Sequential(module), {"default": {}}, **config).eval()
+    layer = fused_lora.lora_layers(ours)["0.weight"]
+    for part in ("lora_A", "lora_B"):
+        found = theirs.get_parameter(f"{PREFIX}0.{part}.default.weight")
+        found.data.copy_(getattr(layer, part)["default"].weight)
+    assert theirs.get_submodule(f"{PREFIX}0").scaling == layer.scaling
+    return ours, theirs
+
+
+@torch.no_grad()
+def test_any_module_computes_as_in_peft():
+    """Whatever it gets and keeps, and however its forward comes to the weight; accelerated, too."""
+    torch.manual_seed(shifted(9))
+    replaced = Scores("")
+    replaced.forward = replaced.forward  # as accelerate leaves it when it takes a hook away
+    for module, x in (
+        (Bound(), torch.randn(3, 8)),
+        (replaced, torch.randn(3, 8)),
+        (Transposed(""), torch.randn(3, 4)),
+        (Gathers(""), torch.tensor([[0, 3, 1]])),
+        (Scores(""), torch.randn(8)),
+        (Scores("counts"), torch.randn(3, 8)),
+        (Keeps(""), torch.randn(3, 8)),
+    ):
+        module.register_forward_hook(lambda m, args, y: setattr(m, "seen", y))
+        ours, theirs = peft_twin(module)
+        expected = theirs(x)
+        assert torch.equal(ours(x), expected) and (ours[0].base_layer(x) - expected).abs().max() > 1e-3
+        assert torch.equal(fused_lora.accelerate(theirs)(x), expected)
+        for layer in (ours[0], theirs.get_submodule(f"{PREFIX}0")):
+            ours(x)
+            assert torch.equal(layer.base_layer.seen, expected)
+            assert layer.base_layer.last is None or torch.equal(layer.base_layer.last, expected)
+    assert inject(Scores("counts"))(torch.randn(3, 8)).shape == (3, 4)
+
+
+@torch.no_grad()
+def test_a_module_may_look_along_its_sequences(tmp_path):
+    torch.manual_seed(shifted(10))
+    plain = nn.Sequential(Along(""))
+    model = inject(copy.deepcopy(plain[0]))
+    x, names = torch.randn(4, 3, 8), ["default", None, "default", "default"]
+    expected = torch.where(torch.tensor([[[n is not None]] for n in names]), model(x), plain(x))
+    with fused_lora.adapter_batch(model, names):
+        assert_close(model(x), expected, terms=100)
+    fused_lora.save_adapter(model, tmp_path / "a")
+    store = fused_lora.AdapterStore(plain)
+    store.load("default", tmp_path / "a")
+    with store.batch(names):
+        assert_close(plain(x), expected, terms=100)
+
+
+def test_hooks_get_the_rows_of_a_batch(tmp_path):
+    """What they change is changed for all rows, and what they record has gradients."""
+    torch.manual_seed(shifted(11))
+    module, seen = Scores(""), []
+    module.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+    module.register_forward_hook(lambda m, args, y: seen.append(y) or y + 1)
+    plain = nn.Sequential(module)
+    model = inject(copy.deepcopy(module))
+    x = torch.randn(2, 8)
+    expected = torch.stack([model(x)[0], plain(x)[1]])
+    with fused_lora.adapter_batch(model, ["default", None]):
+        assert_close(model(x).detach(), expected.detach(), terms=100)
+    assert seen[-1].requires_grad
+    assert_close(seen[-1].detach() + 1, expected.detach(), terms=100)
+    fused_lora.save_adapter(model, tmp_path / "a")
+    store = fused_lora.AdapterStore(plain)
+    store.load("default", tmp_path / "a")
+    with torch.no_grad(), store.batch(["default", None]):
+        assert_close(plain(x), expected.detach(), terms=100)
+
+
+def test_the_auxiliary_loss_of_a_batch():
+    torch.manual_seed(shifted(12))
+    ours, _ = twins("qwen3_moe")
+    expected = ours(IDS, output_router_logits=True).aux_loss
+    with fused_lora.adapter_batch(ours, ["default", "default"]):
+        found = ours(IDS, output_router_logits=True).aux_loss
+    assert_close(found.detach(), expected.detach(), terms=1000)
+    key = "model.layers.0.mlp.gate.weight.lora_B.default.weight"
+    B = dict(ours.named_parameters())[key].requires_grad_(True)
+    grads = [torch.autograd.grad(loss, B)[0] for loss in (found, expected)]
+    assert_close(*grads, terms=1000)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from fused_lora.modules.experts import positional, stacks_of
+from fused_lora.modules.experts import form_of, positional, stacks_of
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import execution_device
 from fused_lora.modules.reads import Reads
@@ -77,7 +77,12 @@ class Attachment:
         self._hooks: list[_Shared] = []
         self._handles = []
         self._experts = {path: site for path, site in sites.items() if site.kind == "experts"}
-        self._reads = Reads(store.model, {path: s.module for path, s in sites.items() if s.kind != "experts"})
+        called = {path: s.module for path, s in sites.items() if s.kind != "experts"}
+        # of a module that is a linear layer, too, one watch is enough
+        others = {
+            path: s.module for path, s in self._experts.items() if s.place not in called and form_of(s.module).dim == 2
+        }
+        self._reads = Reads(store.model, {**called, **others})
         for path, module in callers.items():
             reads = None if path else self._reads
             before, after = _CallHook(store, path, reads), _ReturnHook(store, path, reads)
@@ -89,9 +94,12 @@ class Attachment:
             at.setdefault((site.place, site.kind), []).append(site)
         self._odd: dict[str, str] = {}  # layer -> what it gets or gives, where that is no tensor
         for held in at.values():
-            hook = (_ExpertsHook if held[0].kind == "experts" else _Hook)(store, tuple(held), self._odd)
+            experts = held[0].kind == "experts"
+            hook = (_ExpertsHook if experts else _Hook)(store, tuple(held), self._odd)
             self._hooks.append(hook)
-            self._handles.append(held[0].module.register_forward_hook(hook, with_kwargs=True))
+            # hooks of others get the rows of adapters, too: what they change is not computed again
+            handle = held[0].module.register_forward_hook(hook, with_kwargs=True, prepend=experts)
+            self._handles.append(handle)
         modules = dict(named_modules(store.model))
         paths = sorted({part for site in sites.values() for part in (*above(site.place), site.place)})
         self._places = []  # path, the parent's modules, the name there, what was there

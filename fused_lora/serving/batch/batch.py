@@ -325,21 +325,24 @@ class Batch:
         Raises:
             RuntimeError: the experts run in a way that is not known. ValueError: other inputs, or unknown rows.
         """
-        call, site, form = self._trace().running.call, sites[0], form_of(sites[0].module)
+        call, site, acts = self._trace().running.call, sites[0], self._acts_at(sites)
+        if not acts and call is not None and call.followed is None:
+            return
+        form = form_of(site.module)
         x = inputs[0] if inputs and isinstance(inputs[0], Tensor) else torch.empty(0)
-        if not (x.dim() > 1 or self._acts_at(sites)):  # any module with a matrix may get anything
+        if not (x.dim() > 1 or acts):  # any module with a matrix may get anything
             return
         if call is None:
             why_not = form.why_not_alone(site.module)
             return self._called_alone(site, x, lambda: self.add_experts(sites, inputs, y), why_not)
         if call.followed is not None:  # what a module makes of its rows has been followed
             call.note(site.place, x, None if form.calls_module else y)
-        if not self._acts_at(sites):
+        if not acts:
             return
         several = y if isinstance(y, (tuple, list)) else [y]
         self._check(x, *(t for t in several if isinstance(t, Tensor)))
         for each in sites:
-            if why := why_not_experts(each) or form.fault(site.module, inputs):
+            if why := why_not_experts(each) or form.fault_of_rows(site.module, inputs):
                 raise RuntimeError(f"batch: the adapters of {each.path!r} cannot be computed: {why}")
         call.pause(True)
         try:
