@@ -155,7 +155,7 @@ def with_parameters(model: nn.Module, config: LoraConfig) -> LoraConfig:
 def all_parameters(model: nn.Module) -> dict[str, Stack]:
     """The parameters of a model that can get LoRA and are of no linear layer, by path."""
     held = ((place, base_layer_of(module)) for place, module in candidates(model))
-    return {s.path: s for place, base in held if not is_supported(base) for s in stacks_of(base, place)}
+    return {s.path: s for place, base in held for s in stacks_of(base, place) if not is_supported(base)}
 
 
 def stack_at(modules: Mapping[str, nn.Module], path: str) -> Stack | None:
