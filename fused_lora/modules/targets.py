@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -191,10 +191,9 @@ def warn_unused(
         text = f"{some(bare)} have no bias to which a merge could add lora_B's: merge() will be refused"
         warnings.warn(f"lora_bias: {text}", stacklevel=4)
     if isinstance(asked, str) and asked.lower() == ALL_LINEAR:
-        linear = {path: re.sub(r"\.\d+(?=\.)", ".*", path) for path in sorted(all_linear(model, config))}
-        every, known = {**linear, **matrices_left(model)}, set(matched)
-        if left := {path: kind for path, kind in every.items() if known.isdisjoint((path, f"{path}.weight"))}:
-            text = f"{len(left)} weights of the model get no adapter: {some(dict.fromkeys(left.values()))}"
+        every, known = [*sorted(all_linear(model, config)), *matrices_left(model)], set(matched)
+        if left := [path for path in every if known.isdisjoint((path, f"{path}.weight"))]:
+            text = f"{len(left)} weights of the model get no adapter: {some(kinds_of(left))}"
             how = "Name layers in target_modules, and stacked experts and routers in target_parameters"
             warnings.warn(f"target_modules='all-linear' means what it means in PEFT; {text}. {how}", stacklevel=4)
 
@@ -210,10 +209,15 @@ def _further_places(model: nn.Module, matched: Sequence[str]) -> list[str]:
     ]
 
 
-def matrices_left(model: nn.Module) -> dict[str, str]:
-    """Parameters that hold matrices to multiply with and belong to no linear layer: of packed experts [n, N, K], and
-    the ``weight`` [N, K] of a module of the model's own, as routers have; path -> path with "*" for numbers."""
-    left = {}
+def kinds_of(paths: Iterable[str]) -> list[str]:
+    """Paths with "*" for the numbers above their last name, each once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", path) for path in paths))
+
+
+def matrices_left(model: nn.Module) -> list[str]:
+    """Paths of parameters that hold matrices to multiply with and belong to no linear layer: of packed experts
+    [n, N, K], and the ``weight`` [N, K] of a module of the model's own, as routers have."""
+    left = []
     for path, module in candidates(model):
         if is_lora_layer(module) or isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module):
             continue
@@ -224,7 +228,7 @@ def matrices_left(model: nn.Module) -> dict[str, str]:
                 continue
             stacked = parameter.dim() == 3 and parameter.shape[0] > 1
             if stacked or (name == "weight" and parameter.dim() == 2):
-                left[f"{path}.{name}"] = re.sub(r"\.\d+(?=\.)", ".*", f"{path}.{name}")
+                left.append(f"{path}.{name}")
     return left
 
 

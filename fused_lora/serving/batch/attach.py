@@ -20,6 +20,7 @@ from fused_lora.modules.targets import (
     in_out_features,
     is_lora_layer,
     is_supported,
+    kinds_of,
     matrices_left,
 )
 from fused_lora.modules.tree import above, named_modules
@@ -51,7 +52,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
             others.append((stack.path, module, stack.K, stack.N, "experts", stack.experts))
     sites = {fields[0]: Site(index, *fields) for index, fields in enumerate(linear + others)}
     if not sites:
-        kind, left = type(model).__name__, dict.fromkeys(matrices_left(model).values())
+        kind, left = type(model).__name__, kinds_of(matrices_left(model))
         text = f"the {kind} has no linear layer"
         if left:
             text = f"these parameters are of no layer that is served, and the {kind} has no other: {some(left)}"
