@@ -295,7 +295,8 @@ def _stacks(config_path: str, stacks_of: Stacks, config: LoraConfig | None) -> M
     try:
         return stacks_of(config)
     except ValueError as error:
-        raise AdapterError(config_path, "target_parameters", "stacked experts of the model", str(error)) from None
+        expected = "stacked experts or routers of the model"
+        raise AdapterError(config_path, "target_parameters", expected, str(error)) from None
 
 
 def _known(config_path: str, config: LoraConfig, stacks_of: Stacks | None, all_kinds: bool) -> Mapping[str, Stacked]:

@@ -41,9 +41,8 @@ _KEYS = tuple(
 _LAYER = re.compile(rf"^(?P<place>.+){_SIDE}")
 _HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}  # of gate_up_proj
 _WHOLE = {"gate_up_proj": "gate_up_proj", "down_proj": "down_proj", "w2": "down_proj", "up_proj": "up_proj"}
-OLD_PLACES = {
-    f".block_sparse_moe.{name}": f".mlp.{name}" for name in ("experts", "gate")
-}  # of Mixtral before transformers 5
+# of Mixtral before transformers 5
+OLD_PLACES = {f".block_sparse_moe.{name}": f".mlp.{name}" for name in ("experts", "gate")}
 _TURNED_UNTIL = (0, 19, 1)  # the first release of PEFT that reads [experts, N, K] as N outputs
 
 
