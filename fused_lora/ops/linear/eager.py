@@ -155,6 +155,7 @@ def lora_linear_backward(
                 dx.addmm_(columns, block)
             else:
                 dx += torch.mm(columns, block)
+            del block  # its memory is that of the next one
     dW = _as(g_rows.t() @ rows, weight.dtype) if need_weight else None
     db = g_acc.sum(0) if need_bias else None
     return (_as(dx, x.dtype) if need_x else None), dA, dB, dW, db
@@ -263,15 +264,12 @@ def _is_ready(weight, dtype: torch.dtype) -> bool:
 
 
 def _converted_blocks(weight, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """No block is held here: whoever drops one before the next has one in memory."""
     N, K = weight.shape
     step = max(1, _WEIGHT_ELEMENTS // max(K, 1))
     if not isinstance(weight, torch.Tensor):
-        for start, stop, block in weight.blocks(step):
-            yield start, stop, _as(block, dtype)
-        return
-    for start in range(0, N, step):
-        stop = min(start + step, N)
-        yield start, stop, weight[start:stop].to(dtype)
+        return map(lambda found: (*found[:2], _as(found[2], dtype)), weight.blocks(step))
+    return ((start, min(start + step, N), weight[start : start + step].to(dtype)) for start in range(0, N, step))
 
 
 def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -286,4 +284,5 @@ def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
             torch.mm(rows, block.t(), out=y[:, start:stop])
         else:
             torch.addmm(joined[start:stop], rows, block.t(), out=y[:, start:stop])
+        del block
     return y if bias is None or joined is not None else y.add_(bias)
