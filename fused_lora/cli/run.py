@@ -87,6 +87,11 @@ def _tell(report: Callable[[], dict[str, Any]], built: Counter[str], alone: bool
     line += f", {around} fused around their base" * (around > 0) + f", {fallback} in PEFT's own way"
     for reason, count in (*calls["around"].items(), *calls["fallback"].items()):
         line += f"\n  {count:10} {reason}"
+    if built[ACCELERATED] and not (calls["fused"] or around or fallback):
+        line += (
+            "\nfused_lora: no accelerated layer was called. Merged and compiled models call none, and neither do "
+            "trainers whose own kernels compute with lora_A and lora_B (axolotl's run unless lora_mlp_kernel: false)"
+        )
     if not (alone and built):
         line += (
             "\nfused_lora: processes that the script starts itself are not counted, and run PEFT's own code unless "

@@ -433,6 +433,22 @@ def test_run_tells_of_ranks_that_the_script_starts(before, in_script, hint, tmp_
     assert "processes that the script starts itself" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "calls, told", [("layer.base_layer(x) + layer.lora_B.a(layer.lora_A.a(x))", True), ("layer(x)", False)]
+)
+def test_run_tells_where_a_trainer_calls_no_layer(calls, told, tmp_path, capsys):
+    (tmp_path / "train.py").write_text(f"""
+import peft, torch
+model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+layer = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), model, "a")[0]
+x = torch.ones(2, 4)
+{calls}
+""")
+    assert main(["run", str(tmp_path / "train.py")]) == 0
+    said = capsys.readouterr().err
+    assert "1 of 1 LoRA layers accelerated" in said and ("no accelerated layer was called" in said) == told
+
+
 # ---- a second stage, the right way and the wrong ways
 
 
