@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -159,7 +159,7 @@ def _read_once(
     if not _exists(config_path, dir_fd):
         found = "a model's folder, with config.json" if _exists(os.path.join(folder, "config.json"), dir_fd) else "none"
         raise AdapterError(folder, None, f"an adapter's folder, with {CONFIG_NAME}", found)
-    config, layout = _read_config(config_path, dir_fd, inside)
+    config, layout = read_config(config_path, dir_fd, inside)
     stacks_of = stacks_of and functools.partial(_stacks, config_path, stacks_of)
     path = os.path.join(folder, WEIGHTS_NAME)
     if not _exists(path, dir_fd):
@@ -177,10 +177,7 @@ def _read_once(
         known = _known(config_path, config, stacks_of, all_kinds)
         slots = {known[name].path if name in known else name: keys for name, keys in slots.items()}
         experts = {stack.path: stack.experts for stack in known.values() if stack.path in slots}
-        names = () if stacks_of is not None else config.target_parameters or ()
-        stacks = {name: found for name in slots if (found := _parameters_of(name, names))}
-        if names and not stacks:
-            raise AdapterError(path, "target_parameters", f"tensors for {list(names)}", "none")
+        stacks = {} if stacks_of is not None else stacks_in(path, slots, config)
         ranks = _ranks(folder, path, entries, slots, config, experts, stacks)
         others = beside, left_out, header.base, copies, embeddings, experts, stacks
         plan = check(Plan(config, path, entries, slots, biases, ranks, *others))
@@ -194,7 +191,7 @@ def _read_once(
     return Adapter(config, layers, *others), plan
 
 
-def _read_config(path: str, dir_fd: int | None, inside: str | None) -> tuple[LoraConfig, str | None]:
+def read_config(path: str, dir_fd: int | None = None, inside: str | None = None) -> tuple[LoraConfig, str | None]:
     """The config, and how it says that lora_B of stacked experts is packed."""
     with open_regular(path, MAX_CONFIG_BYTES, dir_fd, inside) as (file, size):
         raw = bytearray(size)
@@ -314,6 +311,18 @@ def bare_module(path: str) -> str:
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     return path
+
+
+def stacks_in(weights: str, paths: Iterable[str], config: LoraConfig) -> dict[str, tuple[str, ...]]:
+    """Which of the ``paths`` are PEFT's wrappers of parameters, with the names that the parameter may have.
+
+    AdapterError: ``target_parameters`` names some, and the file ``weights`` has none.
+    """
+    names = config.target_parameters or ()
+    stacks = {path: found for path in paths if (found := _parameters_of(path, names))}
+    if names and not stacks:
+        raise AdapterError(weights, "target_parameters", f"tensors for {list(names)}", "none")
+    return stacks
 
 
 def _parameters_of(path: str, parameters: Sequence[str]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.tensorfile import TensorEntry
 from fused_lora.modules.config import FieldError, LoraConfig, scaling
+from fused_lora.modules.experts import NAMES, file_paths
 from fused_lora.modules.tree import own_path
 
 LAYOUT, GROUPED = "lora_B_layout", "grouped_by_expert"
@@ -211,9 +212,9 @@ def stacks_of_layers(sizes: Mapping[str, tuple[int, int]]) -> Stacks:
     """
     held: dict[str, dict[str, list[tuple[int, int, int]]]] = {}
     for path, (K, N) in sizes.items():
-        if (found := _match(f"{path}.lora_A")) and found.groupdict().get("expert") is not None:
-            place = _renamed(found["place"]) if found["leaf"] in ("w1", "w2", "w3") else found["place"]
-            held.setdefault(place, {}).setdefault(found["leaf"], []).append((int(found["expert"]), K, N))
+        if (found := single_expert(path)) is not None:
+            place, leaf, expert = found
+            held.setdefault(place, {}).setdefault(leaf, []).append((expert, K, N))
     known: dict[str, dict[str, Stacked]] = {}
     for place, leaves in held.items():
         experts = max(expert for parts in leaves.values() for expert, *_ in parts) + 1
@@ -224,15 +225,19 @@ def stacks_of_layers(sizes: Mapping[str, tuple[int, int]]) -> Stacks:
             known.setdefault(place, {})[name] = Stacked(f"{place}.{name}", experts, K, 2 * N if half else N)
 
     def stacks(config: LoraConfig | None) -> dict[str, Stacked]:
-        found = {}
-        for place, parts in known.items():
-            ordered = sorted(parts, key=lambda name: name == "down_proj", reverse=True)
-            for further, name in enumerate(ordered):
-                path = parts[name].path if config is None else place + ".base_layer" * further
-                found[path] = parts[name]
-        return found
+        found = {parts[name].path: parts[name] for parts in known.values() for name in sorted(parts, key=NAMES.index)}
+        return found if config is None else {path: found[name] for name, path in file_paths(found).items()}
 
     return stacks
+
+
+def single_expert(path: str) -> tuple[str, str, int] | None:
+    """Of a layer of one expert: the module that has all of them in transformers 5, the layer's own name, the number."""
+    found = _match(f"{path}.lora_A")
+    if found is None or found.groupdict().get("expert") is None:
+        return None
+    place, leaf = found["place"], found["leaf"]
+    return _renamed(place) if leaf in ("w1", "w2", "w3") else place, leaf, int(found["expert"])
 
 
 def _renamed(place: str) -> str:
@@ -346,8 +351,7 @@ def _packed(
 ) -> dict[str, Any]:
     """Keys under PEFT's names whose tensors are packed in another way: (stacked parameter, what gives both)."""
     found: dict[str, Any] = {}
-    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.extra.get("peft_version", "")))
-    old = version is not None and tuple(map(int, version.groups())) < _TURNED_UNTIL
+    old = of_older_peft(config)
     for name, stack in stacks(config).items():
         keys = [f"{prefix}{name}.lora_{side}.weight" for side in "AB"]
         if not all(key in entries for key in keys):
@@ -365,6 +369,12 @@ def _packed(
                 continue
             found |= dict.fromkeys(keys, (stack, make))
     return found
+
+
+def of_older_peft(config: LoraConfig) -> bool:
+    """Whether a release of PEFT has written the file that took [experts, N, K] for N inputs."""
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.extra.get("peft_version", "")))
+    return version is not None and tuple(map(int, version.groups())) < _TURNED_UNTIL
 
 
 def _unpack(keys: list[str], stack: Stacked, turned: bool, grouped: bool) -> Callable[[dict[str, Tensor]], Any]:

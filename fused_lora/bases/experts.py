@@ -33,7 +33,7 @@ __all__ = [
     "why_not_adapted",
     "why_not_fused",
 ]
-NAMES = ("gate_up_proj", "up_proj", "down_proj")
+NAMES = ("gate_up_proj", "up_proj", "down_proj")  # in the order in which transformers registers them
 
 
 def why_not_adapted(experts: Any, name: str) -> str | None:

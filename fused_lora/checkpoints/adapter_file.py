@@ -45,7 +45,8 @@ class AdapterFile:
     def experts(self, path: str, field: str) -> Tensor:
         """lora_A [experts, r, K] or lora_B [experts, N, r], from PEFT's packing, [experts * r, K] and [N, r * experts].
 
-        The layer's rank must be known: ``plan.ranks`` has it from the checkpoint, or from the config alone.
+        One expert where the layer is no stack. Its rank must be known: ``plan.ranks`` has it from the checkpoint, or
+        from the config alone.
         """
         key, r = self.plan.slots[path][field], self.plan.ranks[path][0]
         if key not in self._stacks:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME, path_text
 from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.expert_files import pack
 from fused_lora.checkpoints.adapter_file import AdapterFile, Weighted, open_adapters
 from fused_lora.checkpoints.changes import CAST
-from fused_lora.checkpoints.factors import Parts, decompose, joined, largest_parts, layer_of
+from fused_lora.checkpoints.experts import common_parameters
+from fused_lora.checkpoints.factors import Layer, Parts, decompose, joined, largest_parts
 from fused_lora.checkpoints.files import Report, open_checkpoint
 from fused_lora.checkpoints.inspect import check_sizes
 from fused_lora.checkpoints.names import is_embedding
@@ -54,8 +56,9 @@ def combine_adapters(
 ) -> NewAdapter:
     """Combine adapters into one, layer by layer, by the rules of PEFT's ``add_weighted_adapter``.
 
-    Taken is what has a meaning there: LoRA on linear layers and embeddings, aLoRA with one invocation. Copies of the
-    base's weights, which PEFT saves beside the LoRA of embeddings and heads, are carried along.
+    Taken is what has a meaning there: LoRA on linear layers and embeddings, aLoRA with one invocation. So is LoRA on
+    parameters (``target_parameters``), which that method refuses: each expert is combined as a layer of its own. Copies
+    of the base's weights, which PEFT saves beside the LoRA of embeddings and heads, are carried along.
 
     Args:
         adapters: pairs (folder, weight), or folders with weight 1.
@@ -69,7 +72,7 @@ def combine_adapters(
 
     Raises:
         AdapterError: a file is malformed, or the adapters have a layer in other sizes, other copies of a base's weight
-            or other invocations, or hold more than A and B; or it is DoRA or of stacked parameters.
+            or other invocations, or hold more than A and B; or it is DoRA; or which parameter is whose is not known.
         ValueError: an unknown method, or a rank or density that does not belong to it or is out of range; different
             ranks with a kind that adds factors; or ``out`` lies in an adapter.
         FileExistsError: ``out`` holds something.
@@ -80,7 +83,7 @@ def combine_adapters(
     draw = torch.Generator().manual_seed(seed)
     with open_adapters(adapters) as opened:
         check_new("out", folder, [adapter.folder for adapter in opened])
-        copies = _check_kinds(opened)
+        copies, experts = _check_kinds(opened), common_parameters(opened)
         paths = dict.fromkeys(path for adapter in opened for path in adapter.plan.slots)
         holders = {path: [a for a in opened if path in a.plan.slots] for path in paths}
         most = max(a.sizes(path)[1] for path, held in holders.items() for a in held) if rank is None else rank
@@ -90,27 +93,26 @@ def combine_adapters(
                 check_sizes(held[0], other, path)
             shapes[path] = (_rank_of(method, most, path, held), *held[0].sizes(path)[2:])
         report = NewAdapter(folder)
+        mix = partial(_mixed, method.removesuffix("_svd"), density=density, sign=majority_sign, draw=draw)
 
         def make(path: str) -> tuple[Tensor, Tensor]:
-            held, share = holders[path], None
-            if method == "cat":
-                # the scaling goes into A, as in PEFT
-                A = [a.tensor(a.plan.slots[path]["lora_A"]).float() * a.scaling(path) for a in held]
-                result = torch.cat(A), torch.cat([a.tensor(a.plan.slots[path]["lora_B"]).float() for a in held], 1)
-            elif method == "svd":
-                result, share = _best(decompose(joined([layer_of(a, path) for a in held])), shapes[path][0])
-            elif method.endswith("_svd"):
-                deltas = [layer.left @ layer.right for layer in (layer_of(a, path, weighted=False) for a in held)]
-                delta = _mixed(method[:-4], deltas, [a.weight for a in held], density, majority_sign, draw)
-                U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-                result, share = _best(Parts(U, S, Vh), shapes[path][0])
-            else:
-                result = _of_factors(method, held, path, density, majority_sign, draw)
-            report.layers.append({"path": path, "r": shapes[path][0], "kept": share})
-            return result
+            held, r = holders[path], shapes[path][0]
+            factors = [[adapter.experts(path, part) for part in ("lora_A", "lora_B")] for adapter in held]
+            made, values = [], []
+            for each in zip(*(zip(*pair, strict=True) for pair in factors), strict=True):
+                found = _of_expert(method, held, path, [(A.float(), B.float()) for A, B in each], mix)
+                if isinstance(found, Parts):
+                    values.append(found.S)
+                    found = _best(found, r)
+                made.append(found)
+            kept = _kept(torch.stack(values), r) if values else None
+            report.layers.append({"path": path, "r": r, "kept": kept})
+            A, B = (torch.stack(parts) for parts in zip(*made, strict=True))
+            return pack(A, B)
 
         embeddings = {path for adapter in opened for path in adapter.plan.embeddings}
-        write_layers(folder, opened[0].plan.config, shapes, make, dtype, embeddings=embeddings, beside=copies)
+        config = opened[0].plan.config
+        write_layers(folder, config, shapes, make, dtype, embeddings=embeddings, experts=experts, beside=copies)
     return report
 
 
@@ -173,7 +175,7 @@ def extract_adapter(
         parts, total = largest_parts(delta, shapes[path][0], draw), delta.double().square().sum().item()
         kept = parts.S.double().square().sum().item() / total if total else None
         report.layers.append({"path": path, "r": shapes[path][0], "kept": kept})
-        return _best(parts, shapes[path][0])[0]
+        return _best(parts, shapes[path][0])
 
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=set(), base_model_name_or_path=old.folder)
     write_layers(folder, config, shapes, make, dtype)
@@ -203,9 +205,6 @@ def _check_kinds(adapters: Sequence[AdapterFile]) -> dict[str, Beside]:
         if plan.config.use_dora:
             expected = "null or false: factors alone are combined or shrunk, so the magnitudes would be lost"
             raise AdapterError(config, "use_dora", expected, True)
-        if plan.stacks:
-            expected = "null or empty: PEFT's add_weighted_adapter takes no parameters"
-            raise AdapterError(config, "target_parameters", expected, plan.config.target_parameters)
         tokens, first = plan.config.alora_invocation_tokens or None, adapters[0].plan.config.alora_invocation_tokens
         if tokens != (first or None):
             expected = f"the invocation of {adapters[0].folder!r}, {first}"
@@ -231,25 +230,40 @@ def _rank_of(method: str, most: int, path: str, held: Sequence[AdapterFile]) -> 
     return ranks[0]
 
 
-def _best(parts: Parts, rank: int) -> tuple[tuple[Tensor, Tensor], float | None]:
-    """(lora_A, lora_B) of the nearest delta of this rank, and the share of the squared norm that it keeps."""
-    total = parts.S.square().sum().item()
-    A, B = parts.Vh[:rank], parts.U[:, :rank] * parts.S[:rank]
-    return (A.float(), B.float()), parts.S[:rank].square().sum().item() / total if total else None
+def _best(parts: Parts, rank: int) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B of the nearest delta of this rank."""
+    return parts.Vh[:rank].float(), (parts.U[:, :rank] * parts.S[:rank]).float()
 
 
-def _of_factors(
-    method: str, held: Sequence[AdapterFile], path: str, density: float | None, sign: str, draw: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """A and B mixed one by one, each with the square root of weight and scaling, and the sign on A."""
+def _kept(S: Tensor, rank: int) -> float | None:
+    """The share of the squared norm that the first ``rank`` of the singular values [experts, n] keep."""
+    total = S.square().sum().item()
+    return S[:, :rank].square().sum().item() / total if total else None
+
+
+def _of_expert(
+    method: str,
+    held: Sequence[AdapterFile],
+    path: str,
+    factors: Sequence[tuple[Tensor, Tensor]],
+    mix: Callable[[list[Tensor], list[float]], Tensor],
+) -> tuple[Tensor, Tensor] | Parts:
+    """What becomes of (lora_A [r, K], lora_B [N, r]) of several adapters, or what the nearest of a rank is part of."""
     scales = [adapter.scaling(path) for adapter in held]
+    if method == "cat":  # the scaling goes into A, as in PEFT
+        A = torch.cat([A * scale for (A, _), scale in zip(factors, scales, strict=True)])
+        return A, torch.cat([B for _, B in factors], 1)
+    if method == "svd":
+        return decompose(joined([Layer(B * s, A) for (A, B), s in zip(factors, scales, strict=True)]))
+    if method.endswith("_svd"):
+        own = [adapter.scaling(path, weighted=False) for adapter in held]
+        deltas = [B * s @ A for (A, B), s in zip(factors, own, strict=True)]
+        U, S, Vh = torch.linalg.svd(mix(deltas, [adapter.weight for adapter in held]), full_matrices=False)
+        return Parts(U, S, Vh)
+    # A and B one by one, each with the square root of weight and scaling, and the sign on A
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-    found = []
-    for part, weights in (("lora_A", signed), ("lora_B", roots)):
-        tensors = [adapter.tensor(adapter.plan.slots[path][part]).float() for adapter in held]
-        found.append(_mixed(method, tensors, weights, density, sign, draw))
-    return found[0], found[1]
+    return mix([A for A, _ in factors], signed), mix([B for _, B in factors], roots)
 
 
 def _mixed(

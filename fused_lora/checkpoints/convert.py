@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Container, Iterable, Mapping
@@ -13,11 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MAX_WEIGHT_BYTES, WEIGHTS_NAME, RankTable, path_text
+from fused_lora.adapters.checkpoint import (
+    CONFIG_NAME,
+    KEY_PREFIX,
+    MAX_WEIGHT_BYTES,
+    WEIGHTS_NAME,
+    Plan,
+    RankTable,
+    path_text,
+    read_config,
+    stacks_in,
+)
 from fused_lora.adapters.errors import AdapterError
+from fused_lora.adapters.expert_files import as_peft
 from fused_lora.adapters.tensorfile import EVERY, TensorEntry, open_regular, read_exactly, read_header
 from fused_lora.checkpoints.changes import CAST
-from fused_lora.checkpoints.files import Report, open_checkpoint, read_json
+from fused_lora.checkpoints.experts import by_parameter
+from fused_lora.checkpoints.files import Report, open_checkpoint
 from fused_lora.checkpoints.names import HEADS, Rename
 from fused_lora.checkpoints.output import check_new
 from fused_lora.checkpoints.write import DTYPES, Beside, write_layers, write_stacked
@@ -45,8 +58,9 @@ _WRAPPERS = re.compile(r"^(?:module|model\.base_model\.model|base_model\.model|_
 
 @dataclass
 class Converted(Report):
-    """What was written: the folder, {path of a layer: [r, alpha]}, {key of the source: path}, and whether a layer got
-    its rank as alpha because nothing said another. stacked: paths of the parameters that single experts went into."""
+    """What was written: the folder, {path of a layer or parameter: [r, alpha]}, {key of the source: path}, and whether
+    a layer got its rank as alpha because nothing said another. stacked: paths of the parameters that single experts
+    went into."""
 
     out: str
     layers: dict[str, list[float]]
@@ -70,9 +84,9 @@ def convert_adapter(
     Known are kohya's keys (``lora_unet_..._to_q.lora_down.weight`` with ``.alpha``), diffusers'
     (``to_q.lora_A.weight``, ``to_q.lora.down.weight``) and state dicts (``lora_A.default.weight``). The names of
     torch.compile, FSDP, DDP, DeepSpeed and PEFT before or inside them go. Every key must be of LoRA on a linear layer:
-    lora_A, lora_B, alpha. Under PEFT's names it may be of DoRA or of LoRA on an embedding, too. Copies of the base's
-    weights, which PEFT writes for embeddings and heads, are carried along in their dtype. The scaling of a diffusers
-    file is that of the configs in its header.
+    lora_A, lora_B, alpha. Under PEFT's names it may be of DoRA or of LoRA on an embedding, too, and with the config
+    beside it of parameters (``target_parameters``). Copies of the base's weights, which PEFT writes for embeddings and
+    heads, are carried along in their dtype. The scaling of a diffusers file is that of the configs in its header.
 
     Args:
         source: a .safetensors file, or a folder with adapter_model.safetensors. An adapter_config.json beside a file of
@@ -88,8 +102,8 @@ def convert_adapter(
 
     Raises:
         AdapterError: a malformed file, a key that is not known, a layer without A or B or some without a magnitude, a
-            name that no module of ``base`` has or that two have, sizes that do not fit, or a file of stacked
-            parameters (``target_parameters``) already.
+            name that no module of ``base`` has or that two have, sizes that do not fit, a wrapper of a parameter that
+            is not known, or one beside single experts that are to be stacked.
         TypeError, ValueError: stack_experts is no bool, lora_alpha no finite number or 0, rename no mapping of names,
             or no path begins with one of its entries; or ``out`` lies in the source or base.
         FileExistsError: ``out`` holds something.
@@ -104,7 +118,7 @@ def convert_adapter(
     file_path = os.path.join(text, WEIGHTS_NAME) if os.path.isdir(text) else text
     beside = os.path.basename(file_path) == WEIGHTS_NAME  # PEFT's pair: without the config the scaling is lost
     config_path = os.path.join(os.path.dirname(file_path), CONFIG_NAME)
-    config = _config(config_path) if beside else None
+    config, layout = read_config(config_path) if beside and os.path.lexists(config_path) else (None, None)
     table = None if config is None else RankTable(config_path, file_path, config)
     with open_regular(file_path, MAX_WEIGHT_BYTES) as (file, size):
         header = read_header(file_path, file, size, EVERY)
@@ -112,20 +126,16 @@ def convert_adapter(
         weights = {} if base is None else open_checkpoint(base).tensors
         modules = None if base is None else _by_underscores(weights)
         layers: dict[str, dict[str, str]] = {}
-        renamed, beginnings, embeddings = {}, Rename(rename), set()
+        embedded = set()
         for key in header.entries:
             path, part = _split(file_path, key)
-            path = _path(file_path, key, path, modules, beginnings)
-            if path.endswith(".base_layer") or (config is not None and config.target_parameters):
-                expected = "LoRA on linear layers and embeddings, not on stacked parameters (target_parameters)"
-                raise AdapterError(file_path, key, expected, "a file of them")
+            path = _path(file_path, key, path, modules)
             if part.startswith("embedding"):
-                embeddings.add(path)
+                embedded.add(path)
                 part = part[-1]
             if part in layers.setdefault(path, {}):
                 raise AdapterError(file_path, key, f"one {part} of {path!r}", layers[path][part])
-            layers[path][part], renamed[key] = key, path
-        beginnings.check_used()
+            layers[path][part] = key
         if not layers:
             raise AdapterError(file_path, None, "at least one layer", "no tensors")
         shapes, alphas, unknown = {}, {}, False
@@ -138,6 +148,9 @@ def convert_adapter(
             return data.view(entry.dtype).view(entry.shape)
 
         for path, parts in layers.items():
+            if path.endswith((".base_layer", ".experts")) and (config is None or not config.target_parameters):
+                expected = f"a {CONFIG_NAME} beside it whose target_parameters name the parameters of {path!r}"
+                raise AdapterError(file_path, next(iter(parts.values())), expected, "none")
             for part in "AB":
                 if part not in parts:
                     raise AdapterError(file_path, path, f"a lora_{part}", f"only {some(parts.values())}")
@@ -149,27 +162,50 @@ def convert_adapter(
                 key = parts["A" if len(A) != 2 else "B"]
                 expected = "a linear layer's [r, K]" if len(A) != 2 else f"a linear layer's [N, {A[0]}]"
                 raise AdapterError(file_path, key, expected, list(header.entries[key].shape))
-            shapes[path] = (A[0], A[1], B[0])
-            wide = weights.get(f"{path}.weight", (None, None))[1]
+        counts: Mapping[str, int] = {}
+        if config is not None:
+            as_peft(file_path, header.entries, config, layout, KEY_PREFIX, None)  # in no other layout
+            slots = {path: {f"lora_{part}": parts[part] for part in "AB"} for path, parts in layers.items()}
+            stacks = stacks_in(file_path, slots, config)
+            plan = by_parameter(Plan(config, file_path, header.entries, slots, {}, {}, {}, stacks=stacks))
+            layers, counts = dict(zip(plan.slots, layers.values(), strict=True)), plan.experts
+        beginnings = Rename(rename)
+        in_config = {path if (other := beginnings(path)) is None else other: path for path in layers}
+        beginnings.check_used()
+        if len(in_config) < len(layers):
+            lost = next(iter(layers.keys() - in_config.values()))
+            raise AdapterError(
+                file_path, layers[lost]["A"], "a name that no other layer gets by rename", beginnings(lost)
+            )
+        layers = dict(zip(in_config, layers.values(), strict=True))
+        experts = {path: counts[named] for path, named in in_config.items() if named in counts}
+        embeddings = {path for path, named in in_config.items() if named in embedded}
+        for path, parts in layers.items():
+            (rows, K), (N, _) = (_matrix(header.entries[parts[part]].shape) for part in "AB")
+            count = experts.get(path, 1)
+            shapes[path] = (rows // count, K, N)
+            wide = weights.get(path if path in experts else f"{path}.weight", (None, None))[1]
             # of floating weights alone: what is quantised has another shape; transposed as in GPT-2
-            if wide is not None and wide.dtype in CAST and _matrix(wide.shape) not in ((B[0], A[1]), (A[1], B[0])):
-                text = f"sizes of {path!r} as in the base, {list(wide.shape)}"
-                raise AdapterError(file_path, parts["B"], text, [B[0], A[1]])
+            if wide is not None and wide.dtype in CAST:
+                sizes = _matrix(wide.shape)
+                if (math.prod(sizes[:-2]), sorted(sizes[-2:])) != (count, sorted((N, K))):
+                    text = f"sizes of {path!r} as in the base, {list(wide.shape)}"
+                    raise AdapterError(file_path, parts["B"], text, [count, N, K] if count > 1 else [N, K])
             if "alpha" in parts:
                 alphas[path] = float(tensor(parts["alpha"]))
             elif table is not None:
-                alphas[path] = table.alpha(path)
+                alphas[path] = table.alpha(in_config[path])
             else:
-                alpha = _noted_alpha(noted, _split(file_path, parts["A"])[0], A[0])
+                alpha = _noted_alpha(noted, _split(file_path, parts["A"])[0], rows)
                 unknown = unknown or alpha is None
-                alphas[path] = float(A[0] if lora_alpha is None else lora_alpha) if alpha is None else alpha
+                alphas[path] = float(rows if lora_alpha is None else lora_alpha) if alpha is None else alpha
         _check_further(file_path, layers, embeddings, header.entries, config)
         first = header.entries[next(iter(layers.values()))["A"]].dtype
         kind = dtype or (first if first in DTYPES else torch.float32)
 
         def make(path: str) -> tuple[Tensor, Tensor]:
-            (r, K, N), parts = shapes[path], layers[path]
-            return tensor(parts["A"]).view(r, K), tensor(parts["B"]).view(N, r)
+            (_, K, N), parts = shapes[path], layers[path]
+            return tensor(parts["A"]).view(-1, K), tensor(parts["B"]).view(N, -1)
 
         def finite(key: str, dtype: torch.dtype) -> Tensor:
             found = tensor(key).to(dtype)
@@ -189,23 +225,15 @@ def convert_adapter(
                 further[f"{KEY_PREFIX}{path}.base_layer.weight"] = entry, partial(finite, key, entry.dtype)
         found = shapes, make, kind, alphas
         if not stack_experts:
-            stacked = write_layers(folder, target, *found, embeddings=embeddings, beside=further)
-        elif further or embeddings:
-            other = next(iter((*further, *embeddings)))
+            stacked = write_layers(folder, target, *found, embeddings=embeddings, experts=experts, beside=further)
+        elif further or embeddings or experts:
+            other = next(iter((*further, *embeddings, *experts)))
             raise AdapterError(file_path, other, "LoRA on linear layers alone with stack_experts", "another kind")
         else:
             stacked = write_stacked(folder, target, *found, source=file_path)
     written = {path: [shapes[path][0], alphas[path]] for path in shapes}
+    renamed = {key: path for path, parts in layers.items() for key in parts.values()}
     return Converted(folder, written, renamed, unknown and lora_alpha is None, stacked or [])
-
-
-def _config(path: str) -> LoraConfig | None:
-    if not os.path.lexists(path):
-        return None
-    try:
-        return LoraConfig.from_dict(read_json(path))
-    except FieldError as error:
-        raise AdapterError(path, error.field, error.expected, error.found) from None
 
 
 def _noted(file_path: str, metadata: Mapping[str, str]) -> dict[str, RankTable]:
@@ -271,7 +299,7 @@ def _check_further(
             raise AdapterError(file_path, key or path, "a magnitude [N] of each layer of DoRA", found)
 
 
-def _path(file_path: str, key: str, path: str, modules: Mapping[str, list[str]] | None, rename: Rename) -> str:
+def _path(file_path: str, key: str, path: str, modules: Mapping[str, list[str]] | None) -> str:
     path = bare_path(path)
     while found := _WRAPPERS.match(path):
         path = path[found.end() :]
@@ -282,8 +310,7 @@ def _path(file_path: str, key: str, path: str, modules: Mapping[str, list[str]] 
         if len(places) != 1:
             raise AdapterError(file_path, key, "the name of one module of the base", some(places))
         path = places[0]
-    renamed = rename(path)
-    return path if renamed is None else renamed
+    return path
 
 
 def _by_underscores(tensors: Iterable[str]) -> dict[str, list[str]]:

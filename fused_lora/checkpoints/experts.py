@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME, Plan, RankTable, bare_module
 from fused_lora.adapters.errors import AdapterError
-from fused_lora.adapters.expert_files import OLD_PLACES
+from fused_lora.adapters.expert_files import OLD_PLACES, of_older_peft, single_expert
+from fused_lora.checkpoints.adapter_file import AdapterFile
 from fused_lora.checkpoints.names import Names
+from fused_lora.modules.experts import NAMES
 from fused_lora.modules.names import some
 
 # a stacked parameter -> what its rows may be called where each expert has matrices of its own, from top to bottom
@@ -132,29 +134,130 @@ def adapted_stacks(plan: Plan, names: Names) -> list[Adapted]:
     return found
 
 
-def ranks_by_config(plan: Plan) -> None:
-    """What :func:`adapted_stacks` finds for ``plan.ranks``, without a checkpoint: all stacks of a module have as many
-    experts, which tells ranks apart, but not alphas.
+def parameters_by_config(plan: Plan) -> dict[str, str]:
+    """What :func:`adapted_stacks` finds, without a checkpoint: {wrapper: its parameter}, in the order in which a module
+    holds them, and ``plan.ranks``.
+
+    All stacks of a module have as many experts, which tells ranks apart. What gate_up_proj gives, down_proj takes.
+    Where ranks and alphas are the same in any order, the order is transformers' own, and of other names unknown: such
+    wrappers are left out.
 
     Raises AdapterError where the config gives a wrapper several ranks or alphas.
     """
     table = RankTable(os.path.join(os.path.dirname(plan.weights), CONFIG_NAME), plan.weights, plan.config)
+    parameters: dict[str, str] = {}
     for module, paths in _by_module([path for path in plan.stacks if path not in plan.ranks]).items():
         names = [f"{module}.{name}" for name in plan.stacks[paths[0]]]
         keys = [plan.slots[path]["lora_A"] for path in paths]
         if len(names) > _MOST or len(paths) > len(names):
             expected = f"at most {_MOST} parameters of {module!r}, and no more wrappers"
             raise AdapterError(plan.weights, keys[0], expected, f"{len(names)} and {len(paths)}")
-        rows, found = [plan.entries[key].shape[0] for key in keys], set()
-        for order in itertools.permutations(names, len(paths)):
-            for ranks in itertools.product(*(table.possible(name) for name in order)):
-                counts = {divmod(n, r) for n, r in zip(rows, ranks, strict=True)}
-                if len(counts) == 1 and counts.pop()[1] == 0:
-                    found.add(tuple(table.of(*each) for each in zip(order, ranks, keys, strict=True)))
-        if len(found) != 1:
+        rows = [plan.entries[key].shape[0] for key in keys]
+        possible, alphas = {name: table.possible(name) for name in names}, {name: table.alpha(name) for name in names}
+        ways = [
+            (order, tuple((r, alphas[name]) for name, r in zip(order, ranks, strict=True)))
+            for order in itertools.permutations(names, len(paths))
+            for ranks in itertools.product(*(possible[name] for name in order))
+            if len({divmod(n, r) for n, r in zip(rows, ranks, strict=True)}) == 1 and rows[0] and not rows[0] % ranks[0]
+        ]
+        ways = [way for way in ways if _belong(plan, paths, way[0])] or ways
+        if len(found := {held for _, held in ways}) != 1:
             expected = f"one rank and alpha for each of {some(names)}; a base's shapes tell more (inspect --base)"
             raise AdapterError(plan.weights, keys[0], expected, sorted(found) or f"{rows} rows")
         plan.ranks.update(zip(paths, found.pop(), strict=True))
+        orders = {order for order, _ in ways}
+        if len(orders) > 1:
+            orders = {order for order in orders if list(order) == _registered(order)[::-1]}
+        if len(orders) == 1:
+            parameters |= reversed([*zip(paths, orders.pop(), strict=True)])
+    return parameters
+
+
+def _belong(plan: Plan, paths: Sequence[str], order: Sequence[str]) -> bool:
+    """Whether these wrappers have the sizes of gate and up, or of up alone, and of the down_proj behind them."""
+    shapes = ([plan.entries[plan.slots[path][part]].shape for part in ("lora_A", "lora_B")] for path in paths)
+    sizes = {name.rpartition(".")[2]: (A[1], B[0]) for name, (A, B) in zip(order, shapes, strict=True)}
+    K, N = sizes.get("down_proj", (0, 0))
+    before = [(sizes[name], halves) for name, halves in (("gate_up_proj", 2), ("up_proj", 1)) if name in sizes]
+    # the second where PEFT has in and out of all experts exchanged
+    return bool(before) and all(held in ((N, halves * K), (halves * N, K)) for held, halves in before)
+
+
+def _registered(names: Iterable[str]) -> list[str]:
+    """Parameters of one module in the order in which transformers registers them; none where it has no such names."""
+    last = {name.rpartition(".")[2]: name for name in names}
+    return [last[name] for name in NAMES if name in last] if last.keys() <= {*NAMES} else []
+
+
+def by_parameter(plan: Plan, whole: bool = True) -> Plan:
+    """The plan with the path of each parameter in place of its wrapper's, and ``experts`` in the order of the modules.
+
+    Raises AdapterError where :func:`parameters_by_config` does, and if ``whole`` where it leaves out a wrapper, whose
+    path stays else.
+    """
+    named = parameters_by_config(plan)
+    for path, names in plan.stacks.items():
+        if whole and path not in named:
+            expected = f"a rank of its own for each of {some(names)}, to know which is whose"
+            raise AdapterError(plan.weights, plan.slots[path]["lora_A"], expected, f"{plan.ranks[path][0]} for several")
+    rows = {name: plan.entries[plan.slots[path]["lora_A"]].shape[0] for path, name in named.items()}
+    experts = {name: rows[name] // plan.ranks[path][0] for path, name in named.items()}
+    return _moved(plan, named)._replace(experts=experts, stacks={})
+
+
+def name_parameters(adapters: Sequence[AdapterFile], whole: bool = True) -> dict[str, int]:
+    """:func:`by_parameter` of all plans, and how many experts each parameter has.
+
+    A layer that is ``gate`` in one adapter and the parameter ``gate.weight`` in another is the second in both.
+    """
+    for adapter in adapters:
+        adapter.plan = by_parameter(adapter.plan, whole)
+    every = {name: count for adapter in adapters for name, count in adapter.plan.experts.items()}
+    for adapter in adapters:
+        slots = adapter.plan.slots
+        adapter.plan = _moved(adapter.plan, {path: name for path in slots if (name := f"{path}.weight") in every})
+    return every
+
+
+def common_parameters(adapters: Sequence[AdapterFile]) -> dict[str, int]:
+    """:func:`name_parameters` in the order in which modules hold them, for an adapter out of all of these.
+
+    Raises AdapterError where :func:`by_parameter` does, for single experts of one file that are stacked in another, and
+    where the files do not tell the order in which a module holds its parameters, or whether lora_A and lora_B are
+    exchanged: of square experts the release of PEFT does.
+    """
+    every = name_parameters(adapters)
+    held: dict[str, list[list[str]]] = {}  # the parameters of each module, by adapter
+    for adapter in adapters:
+        plan, own = adapter.plan, {}
+        for name in plan.experts:
+            own.setdefault(name.rpartition(".")[0], []).append(name)
+        for module, names in own.items():
+            held.setdefault(module, []).append(names)
+            square = all(count > 1 and K == N for count, _, K, N in map(adapter.sizes, names))
+            if square and len({of_older_peft(other.plan.config) for other in adapters}) > 1:
+                expected = "adapters from before PEFT 0.19.1 or from later alone: it exchanged in and out of experts"
+                raise AdapterError(plan.weights, plan.slots[names[0]]["lora_A"], expected, "both, and square experts")
+    for adapter in adapters:
+        for path in adapter.plan.slots:
+            if (single := single_expert(path)) is not None and single[0] in held:
+                expected = f"experts of {single[0]!r} stacked in all adapters (convert --stack-experts)"
+                raise AdapterError(adapter.plan.weights, path, expected, "a single one")
+    ordered = []
+    for module, orders in held.items():
+        names = {name for order in orders for name in order}
+        longest = max(orders, key=len)
+        ordered += (order := longest if len(longest) == len(names) else _registered(names))
+        if any([name for name in order if name in own] != own for own in orders):
+            expected = f"parameters of {module!r} in one order, transformers' or that of an adapter that has all"
+            raise AdapterError(adapters[0].plan.weights, module, expected, orders)
+    return {name: every[name] for name in ordered}
+
+
+def _moved(plan: Plan, named: Mapping[str, str]) -> Plan:
+    """The plan with other paths in place of some."""
+    slots, ranks = ({named.get(path, path): held for path, held in table.items()} for table in (plan.slots, plan.ranks))
+    return plan._replace(slots=slots, ranks=ranks, embeddings={named.get(path, path) for path in plan.embeddings})
 
 
 def _by_module(paths: Iterable[str]) -> dict[str, list[str]]:

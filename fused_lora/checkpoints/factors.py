@@ -31,12 +31,10 @@ class Parts(NamedTuple):
     Vh: Tensor
 
 
-def layer_of(adapter: AdapterFile, path: str, weighted: bool = True) -> Layer:
-    """One layer of an adapter, with the adapter's weight or without."""
-    keys, stacked = adapter.plan.slots[path], path in adapter.plan.stacks
-    parts = (adapter.experts(path, p) if stacked else adapter.tensor(keys[p]) for p in ("lora_A", "lora_B"))
-    A, B = (part.float() for part in parts)
-    return Layer(B * adapter.scaling(path, weighted), A)
+def layer_of(adapter: AdapterFile, path: str) -> Layer:
+    """One layer of an adapter by experts, one where it is no stack."""
+    A, B = (adapter.experts(path, part).float() for part in ("lora_A", "lora_B"))
+    return Layer(B * adapter.scaling(path), A)
 
 
 def joined(layers: list[Layer]) -> Layer:

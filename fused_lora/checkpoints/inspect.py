@@ -15,7 +15,7 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.checkpoints.adapter_file import AdapterFile, open_adapters
 from fused_lora.checkpoints.changes import Item, rows_of
 from fused_lora.checkpoints.check import adapters_of_rows, read_rows
-from fused_lora.checkpoints.experts import ranks_by_config
+from fused_lora.checkpoints.experts import name_parameters, parameters_by_config
 from fused_lora.checkpoints.factors import decompose, effective_rank, layer_of, norm, product
 from fused_lora.checkpoints.files import Checkpoint, Report, open_checkpoint
 from fused_lora.checkpoints.planning import Changes, plan_changes
@@ -65,6 +65,7 @@ class AdapterDiff(Report):
 
     Attributes:
         a, b: their folders. only_a, only_b: layers that one of them has. config: entries that differ, {name: [a, b]}.
+            A layer of a parameter has the parameter's path, where the file tells which it is.
         beside: keys that are not of a layer's factors or magnitude, where the tensors differ or one has none.
         layers: of each common layer: path, norms of both deltas s B A and of their difference, the cosine between
             them, and magnitudes_apart, the norm of the difference of DoRA's magnitudes (0 of a layer without one);
@@ -102,7 +103,7 @@ def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None =
                 dora = _dora_norms(checkpoint, changes)
             except AdapterError as error:
                 why_not = str(error)
-        ranks_by_config(opened.plan)
+        parameters_by_config(opened.plan)
         parameters = {} if changes is None else changes.parameters
         layers = [_describe(opened, path, parameters.get(path), dora.get(path)) for path in opened.plan.slots]
         names = [layer["parameter"] or bare_module(layer["path"]) for layer in layers]
@@ -128,8 +129,7 @@ def diff_adapters(a: str | os.PathLike, b: str | os.PathLike) -> AdapterDiff:
     Raises AdapterError where a file is malformed, or a layer has other sizes in the other adapter.
     """
     with open_adapters([a, b]) as (first, second):
-        for adapter in (first, second):
-            ranks_by_config(adapter.plan)
+        name_parameters([first, second], whole=False)
         paths = [path for path in first.plan.slots if path in second.plan.slots]
         layers, alike = [], []
         for path in paths:

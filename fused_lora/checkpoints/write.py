@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
@@ -15,10 +15,11 @@ from fused_lora.adapters.staging import replace_directory
 from fused_lora.adapters.tensorfile import TensorEntry, write_each
 from fused_lora.adapters.write import config_text, write_files
 from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.experts import file_paths
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Shapes = Mapping[str, tuple[int, int, int]]  # path of a layer -> (r, K, N)
+Shapes = Mapping[str, tuple[int, int, int]]  # path of a layer or parameter -> (r, K, N), of stacked experts of each
 Beside = tuple[TensorEntry, Callable[[], Tensor]]  # dtype and shape of a further tensor, and what reads it
 
 
@@ -31,6 +32,7 @@ def write_layers(
     alphas: Mapping[str, float] | None = None,
     *,
     embeddings: Container[str] = (),
+    experts: Mapping[str, int] = MappingProxyType({}),
     beside: Mapping[str, Beside] = MappingProxyType({}),
 ) -> None:
     """Write an adapter; ``make(path)`` gives lora_A [r, K] and lora_B [N, r], one layer at a time.
@@ -40,17 +42,20 @@ def write_layers(
     Args:
         alphas: {path: lora_alpha}; None: the ranks, so that the scaling is 1.
         embeddings: the paths that are, with lora_A [r, num_embeddings] and lora_B [embedding_dim, r].
+        experts: how many each of the paths has that is of a parameter (``target_parameters``), in the order of their
+            module; lora_A [experts * r, K] and lora_B [N, r * experts] in PEFT's packing.
         beside: further tensors by key, written as they are.
 
     Raises ValueError where a tensor has not its shape or is not finite in ``dtype``, and for another dtype than fp32,
     bf16 and fp16. The folder is then as before.
     """
-    config = _config(config, shapes, alphas)
-    entries = _entries(shapes, dtype, embeddings) + [(key, e.dtype, e.shape) for key, (e, _) in beside.items()]
+    config = _config(config, shapes, alphas, experts)
+    entries = _entries(shapes, dtype, embeddings, experts) + [(key, e.dtype, e.shape) for key, (e, _) in beside.items()]
 
     def each() -> Iterator[Tensor]:
         for path, (r, K, N) in shapes.items():
-            for tensor, shape in zip(make(path), ((r, K), (N, r)), strict=True):
+            rows = r * experts.get(path, 1)
+            for tensor, shape in zip(make(path), ((rows, K), (N, rows)), strict=True):
                 cast = tensor.to(dtype)
                 if tuple(cast.shape) != shape or not bool(cast.isfinite().all()):
                     raise ValueError(f"{path}: expected finite numbers {list(shape)} in {dtype}, got others")
@@ -106,26 +111,33 @@ def write_stacked(
 
 
 def _entries(
-    shapes: Shapes, dtype: torch.dtype, embeddings: Container[str] = ()
+    shapes: Shapes,
+    dtype: torch.dtype,
+    embeddings: Container[str] = (),
+    experts: Mapping[str, int] = MappingProxyType({}),
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """(key, dtype, shape) of all tensors."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
-    entries = []
+    entries, wrappers = [], file_paths(experts)
     for path, (r, K, N) in shapes.items():
         A, B = EMBEDDING_SLOTS if path in embeddings else (".lora_A.weight", ".lora_B.weight")
-        entries += [(f"{KEY_PREFIX}{path}{A}", dtype, (r, K)), (f"{KEY_PREFIX}{path}{B}", dtype, (N, r))]
+        place, rows = KEY_PREFIX + wrappers.get(path, path), r * experts.get(path, 1)
+        entries += [(place + A, dtype, (rows, K)), (place + B, dtype, (N, rows))]
     return entries
 
 
-def _config(config: LoraConfig, shapes: Shapes, alphas: Mapping[str, float] | None) -> LoraConfig:
+def _config(
+    config: LoraConfig, shapes: Shapes, alphas: Mapping[str, float] | None, experts: Iterable[str] = ()
+) -> LoraConfig:
     ranks = {path: r for path, (r, _, _) in shapes.items()}
     alphas = ranks if alphas is None else alphas
     config = LoraConfig.from_dict(config.to_dict())
     config.r, config.rank_pattern = _with_exceptions(ranks)
     config.lora_alpha, config.alpha_pattern = _with_exceptions(alphas)
     config.use_rslora = config.use_rslora and alphas is not ranks
-    config.target_modules, config.exclude_modules = set(shapes), None
+    config.target_modules, config.exclude_modules = set(shapes).difference(experts), None
+    config.target_parameters = sorted(experts) or None
     config.layers_to_transform = config.layers_pattern = None
     config.inference_mode = True
     config.validate()

@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import Base, base_of, experts
-from fused_lora.bases.experts import StackedTerm, form_of, replace_rows, why_not_fused
+from fused_lora.bases.experts import NAMES, StackedTerm, form_of, replace_rows, why_not_fused
 from fused_lora.bases.foreign import Foreign
 from fused_lora.modules.auxiliary import InPlaceOf
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
@@ -39,6 +39,7 @@ from fused_lora.modules.targets import (
 from fused_lora.modules.tree import unwrapped
 
 __all__ = [
+    "NAMES",
     "LoraExperts",
     "LoraStack",
     "Stack",
@@ -178,14 +179,15 @@ def _stack(module: Any, place: str, name: str) -> Stack:
     return Stack(place, name, module, E, K, N)
 
 
-def file_paths(stacks: Mapping[str, Stack]) -> dict[str, str]:
+def file_paths(parameters: Iterable[str]) -> dict[str, str]:
     """The path that PEFT's files have for each parameter: it wraps one after another around their module.
 
-    The last is ``experts``, the one before ``experts.base_layer``, and so on, in the module's own order.
+    The last is ``experts``, the one before ``experts.base_layer``, and so on, in the module's own order, which that of
+    the ``parameters`` must be.
     """
     held: dict[str, list[str]] = {}
-    for path, stack in stacks.items():
-        held.setdefault(stack.place, []).append(path)
+    for path in parameters:
+        held.setdefault(path.rpartition(".")[0], []).append(path)
     return {
         path: place + ".base_layer" * (len(paths) - 1 - i)
         for place, paths in held.items()

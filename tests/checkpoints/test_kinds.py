@@ -14,7 +14,7 @@ from fused_lora.adapters import AdapterError
 from fused_lora.checkpoints import changes
 from fused_lora.cli import main
 from fused_lora.testing.numeric import assert_close
-from helpers.checkpoint_files import change, contents
+from helpers.checkpoint_files import change, contents, save_trained
 from helpers.seeds import shifted
 
 SMALL = dict(vocab_size=90, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
@@ -39,14 +39,7 @@ def trained(folder, kind, seed=1, of=None, **config):
     """A PEFT model whose adapter does something, saved as PEFT saves it."""
     config = {"r": 4, "lora_alpha": 6, **KINDS.get(kind, {}), **config}
     wrapped = peft.get_peft_model(of or model(kind), peft.LoraConfig(**config))
-    draw = torch.Generator().manual_seed(shifted(seed))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=draw))
-            elif "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.2)
-    wrapped.save_pretrained(folder)
+    save_trained(wrapped, folder, seed)
     return wrapped
 
 
@@ -97,7 +90,7 @@ def test_inspect_tells_what_peft_merges(tmp_path, monkeypatch, capsys, kind):
 def test_diff_compares_what_peft_adds(tmp_path, capsys, kind):
     one, two = (trained(tmp_path / name, kind, seed) for name, seed in (("a", 1), ("b", 2)))
     report = diff_adapters(tmp_path / "a", tmp_path / "b")
-    modules = [dict(wrapped.base_model.model.named_modules()) for wrapped in (one, two)]
+    modules = [lora_layers(wrapped) for wrapped in (one, two)]
     for layer in report.layers:
         a, b = (held[layer["path"]].get_delta_weight("default").double() for held in modules)
         assert layer["norm_a"] == pytest.approx(a.norm().item(), rel=1e-4)
@@ -108,16 +101,20 @@ def test_diff_compares_what_peft_adds(tmp_path, capsys, kind):
             assert layer["magnitudes_apart"] == pytest.approx((m - n).norm().item(), rel=1e-4)
         else:
             assert layer["magnitudes_apart"] is None
-    assert not report.same and not report.beside and {layer["path"] for layer in report.layers} == lora_paths(one)
+    assert not report.same and not report.beside and {layer["path"] for layer in report.layers} == modules[0].keys()
     assert diff_adapters(tmp_path / "a", tmp_path / "a").same
     assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     assert ("magnitudes apart" in capsys.readouterr().out) == (kind == "DoRA")
 
 
-def lora_paths(wrapped):
-    """Of its LoRA layers."""
-    found = wrapped.base_model.model.named_modules()
-    return {path for path, module in found if isinstance(module, peft.tuners.lora.layer.LoraLayer)}
+def lora_layers(wrapped):
+    """{path: its LoRA layer}; of a parameter its own path."""
+    found, parameter = wrapped.base_model.model.named_modules(), peft.tuners.lora.layer.ParamWrapper
+    return {
+        f"{path.replace('.base_layer', '')}.{layer.parameter_name}" if isinstance(layer, parameter) else path: layer
+        for path, layer in found
+        if isinstance(layer, peft.tuners.lora.layer.LoraLayer)
+    }
 
 
 def test_what_else_makes_adapters_differ(tmp_path, capsys):
@@ -231,9 +228,6 @@ CALLS = {
     [
         ("combine", "DoRA", None, "use_dora: .* the magnitudes would be lost"),
         ("shrink", "DoRA", None, "use_dora: .* the magnitudes would be lost"),
-        ("combine", "LoRA on experts", None, "target_parameters: .* takes no parameters"),
-        ("shrink", "LoRA on experts", None, "target_parameters: .* takes no parameters"),
-        ("convert", "LoRA on experts", None, "not on stacked parameters"),
         ("stack", "LoRA on an embedding", None, "linear layers alone with stack_experts"),
         ("convert", "DoRA", lose("magnitude_vector"), "a magnitude .* of each layer of DoRA, found none"),
         ("convert", "DoRA", full_weight, "an embedding or a head alone, found another layer's"),
@@ -281,7 +275,7 @@ def test_other_aloras_dora_of_embeddings_and_convolutions_are_refused(tmp_path):
 
 
 def test_ranks_and_alphas_of_experts(tmp_path):
-    """Ranks by a pattern follow from the number of experts, which is one; alphas only from the base."""
+    """By a pattern they follow from the number of experts, which is one for all, or from what gate_up_proj gives."""
     base = model("LoRA on experts")
     base.save_pretrained(tmp_path / "base")
     for name, pattern in (("a", "rank_pattern"), ("b", "alpha_pattern")):
@@ -291,13 +285,13 @@ def test_ranks_and_alphas_of_experts(tmp_path):
         "b": {"gate_up_proj": (4, 0.5), "down_proj": (4, 1.5)},
     }
     for name, ranks in wanted.items():
-        report = inspect_adapter(tmp_path / name, tmp_path / "base")
+        report, alone = inspect_adapter(tmp_path / name, tmp_path / "base"), inspect_adapter(tmp_path / name)
         stacks = {layer["parameter"]: (layer["r"], layer["scaling"]) for layer in report.layers if layer["parameter"]}
         assert report.fits and stacks == {f"model.layers.0.mlp.experts.{n}": found for n, found in ranks.items()}
-    alone = {layer["path"]: layer for layer in inspect_adapter(tmp_path / "a").layers}
-    for layer in inspect_adapter(tmp_path / "a", tmp_path / "base").layers:
-        assert layer | {"parameter": None} == alone[layer["path"]]
-    assert diff_adapters(tmp_path / "a", tmp_path / "a").same
+        assert alone.layers == [layer | {"parameter": None} for layer in report.layers]
+        assert diff_adapters(tmp_path / name, tmp_path / name).same
+    others = dict(target_parameters=["mlp.experts.w1", "mlp.experts.w2"], alpha_pattern={r".*\.w1": 2})
+    change(tmp_path / "b" / "adapter_config.json", **others)
     for call in (inspect_adapter, lambda folder: diff_adapters(tmp_path / "a", folder)):
         with pytest.raises(AdapterError, match="a base's shapes tell more"):
             call(tmp_path / "b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,18 @@ def write_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], r: int = 
     entries = {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r, "target_modules": [], **config}
     (folder / "adapter_config.json").write_text(json.dumps(entries))
     return folder
+
+
+def save_trained(wrapped: Any, folder: Path, seed: int = 1) -> None:
+    """Save an adapter of a PEFT model as PEFT does, with drawn numbers so that it does something."""
+    draw = torch.Generator().manual_seed(shifted(seed))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=draw))
+            elif "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.2)
+    wrapped.save_pretrained(folder)
 
 
 def change(file: Path, **entries) -> None:
