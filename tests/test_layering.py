@@ -20,7 +20,7 @@ ALLOWED = {
     "reference": set(),
     "ops": {"kernels", "reference"},
     "functional": {"ops", "reference"},
-    "bases": {"ops", "reference"},
+    "bases": {"ops", "reference", "rows"},
     "rows": set(),
     "modules": {"bases", "ops", "reference", "rows"},
     "adapters": {"modules", "reference"},

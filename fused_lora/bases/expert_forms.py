@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora.bases.expert_terms import Even, ExpertTerm, Routed, add_terms, back
+from fused_lora.rows import why_rows_meet
 
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")  # of one arithmetic: which experts a row goes through
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts", "_is_expert_parallel")
@@ -318,13 +321,13 @@ class Rerun(Form):
         return _call(experts, twin, call)
 
     def replace_rows(self, experts: Any, y: Any, call: Sequence[Any], rows: Tensor, terms: Terms) -> Any:
-        """As of :class:`Form`. Without the module's hooks, which see y. RuntimeError: an output has no rows."""
+        """As of :class:`Form`. Without the module's hooks, which see y. RuntimeError: an output has no rows, or a row
+        is not apart from others."""
         x, weight = call[0], _with_delta(experts._parameters["weight"], terms["weight"])
         part = _part(x, rows) if len(call) == 1 else None  # nobody knows which of further arguments have rows
         alone = part is not None
-        if alone:
-            call = (part,)
-        outputs, found = (_tensors(experts, t) for t in (y, _forward_again(experts, weight, call)))
+        again = _forward_again(experts, weight, (part,) if alone else call)
+        outputs, found = (_tensors(experts, t) for t in (y, again))
         jobs = []
         for t, new in zip(outputs, found, strict=True):
             where = _rows_of(t, x, rows)
@@ -335,6 +338,7 @@ class Rerun(Form):
                     f"it returns, got {[tuple(t.shape) for t in outputs]}; nothing was replaced"
                 )
             jobs.append((t, where, picked.reshape(old.shape).to(t.dtype)))
+        _check_apart(experts, call, rows, alone)
         if not any(t.requires_grad or new.requires_grad for t, _, new in jobs):
             for t, where, new in jobs:
                 t[where] = new
@@ -412,6 +416,36 @@ def _forward_again(module: Any, weight: Tensor, call: Sequence[Any]) -> Any:
         text = f"{type(module).__name__} keeps state that its call changes, {changed[0]!r}"
         raise RuntimeError(f"{text}: its rows cannot have different adapters")
     return found
+
+
+_apart: WeakKeyDictionary[nn.Module, set[tuple[int, int, int]]] = WeakKeyDictionary()  # what was found to be so
+
+
+def _check_apart(module: Any, call: Sequence[Any], rows: Tensor, entries: bool) -> None:
+    """Raise RuntimeError where these rows of a call would be others if the rest had another adapter, or none.
+
+    entries: they are whole ones of the first dimension. Asked once for each kind of call.
+    """
+    x = call[0]
+    if len(rows) == x.shape[:-1].numel():
+        return
+    known = _apart.setdefault(module, set())
+    for dim in [0] if entries or x.dim() == 2 else _cut(x.shape[:-1], rows):
+        kind = len(call), x.dim(), dim
+        if kind not in known:
+            weight = module._parameters["weight"]
+            why = why_rows_meet(lambda: _tensors(module, _forward_again(module, weight, call)), x, dim)
+            if why:
+                text = f"a row that {type(module).__name__} returns may depend on other rows ({why})"
+                raise RuntimeError(f"{text}: they cannot have different adapters in one batch; call it once for each")
+            known.add(kind)
+
+
+def _cut(shape: torch.Size, rows: Tensor) -> list[int]:
+    """The dimensions of which these rows have some indices: whole along the others, if they are not scattered."""
+    counts = [len(places.unique()) for places in torch.unravel_index(rows, shape)]
+    scattered = math.prod(counts) != len(rows)
+    return [dim for dim, size in enumerate(shape) if counts[dim] < size or scattered and size > 1]
 
 
 def _tensors(module: Any, y: Any) -> list[Tensor]:

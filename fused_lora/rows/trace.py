@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 from weakref import ReferenceType, ref
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fused_lora.rows.rules import Applied, rows_after
 from fused_lora.rows.state import Owned, State, Unknown
@@ -29,6 +31,16 @@ def same_rows(result: Tensor, source: Tensor, dim: int) -> Tensor:
             trace.mark(result, state._replace(dim=dim))
         trace.paused = paused
     return result
+
+
+def why_rows_meet(call: Callable[[], Iterable[Tensor]], x: Tensor, dim: int) -> str | None:
+    """None where each index along ``dim`` of x is alone in all that ``call`` gives; else what made them meet."""
+    trace = _Alone(packed=False)
+    trace.mark(x, Owned(dim, np.arange(x.shape[dim])))
+    with torch.no_grad(), trace:
+        found = [trace.state(t) for t in call()]
+    trace.forget()
+    return trace.reason or next((state.reason for state in found if isinstance(state, Unknown)), None)
 
 
 class RowTrace(TorchDispatchMode):
@@ -182,3 +194,27 @@ class RowTrace(TorchDispatchMode):
             if isinstance(found, Owned) and found.equals(state):
                 return guess
         return Unknown("a buffer that is filled piece by piece")
+
+
+class _Alone(RowTrace):
+    """What meets a part that is not known is not known either, be it a mask or a place that other rows have made.
+
+    Attributes:
+        reason: why a number that Python was given is not known.
+    """
+
+    reason: str | None = None
+
+    def _follow(
+        self, func: Any, args: tuple, kwargs: dict, out: Any, written: list[Tensor], before: list[State]
+    ) -> None:
+        super()._follow(func, args, kwargs, out, written, before)
+        states = (self.state(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        found = next((state for state in states if isinstance(state, Unknown)), None)
+        if found is None:
+            return
+        for result in tree_leaves((out, written)):
+            if isinstance(result, Tensor):
+                self.mark(result, found)
+            elif result is not None:
+                self.reason = found.reason

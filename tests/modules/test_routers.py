@@ -1,5 +1,6 @@
 """LoRA on the weight of a router, or of any module that multiplies with its own, next to PEFT's ParamWrapper."""
 
+import contextlib
 import copy
 import functools
 
@@ -383,6 +384,42 @@ def test_a_module_may_look_along_its_sequences(tmp_path):
     store.load("default", tmp_path / "a")
     with store.batch(names):
         assert_close(plain(x), expected, terms=100)
+
+
+class Capacity(Scores):
+    """An expert takes one token, its first. ``how``: what becomes of others."""
+
+    def forward(self, x):
+        y = super().forward(x.flatten(0, -2))
+        chosen = nn.functional.one_hot(y.argmax(-1), 4)
+        late = (chosen.cumsum(0) * chosen).amax(-1) > 1
+        if self.how == "masked":
+            y = y.masked_fill(late[:, None], 0)
+        elif self.how == "written":
+            y[late.nonzero()[:, 0]] = 0
+        elif self.how == "asked" and chosen.sum(0).amax() > 1:
+            y = y / 2
+        return y.view(*x.shape[:-1], 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["masked", "written", "asked"])
+def test_rows_that_depend_on_others_have_one_adapter(tmp_path, how):
+    """As in routers that drop tokens: the rows of an adapter alone would not be dropped."""
+    torch.manual_seed(shifted(13))
+    plain = nn.Sequential(Capacity(how))
+    model, x = inject(copy.deepcopy(plain[0])), torch.randn(4, 8)
+    fused_lora.save_adapter(model, tmp_path / "a")
+    store, before = fused_lora.AdapterStore(plain), plain(x)
+    store.load("default", tmp_path / "a")
+    expected = model(x)
+    for names, one in ((["default"], True), (["default", None], False)):
+        for inputs in (x, x.view(2, 2, 8)):
+            for batch, run in ((fused_lora.adapter_batch(model, names), model), (store.batch(names), plain)):
+                refused = pytest.raises(RuntimeError, match="a row that Capacity returns may depend on other rows")
+                with batch, contextlib.nullcontext() if one else refused:
+                    assert_close(run(inputs).view(4, 4), expected, terms=20)
+    assert torch.equal(plain(x), before)
 
 
 def test_hooks_get_the_rows_of_a_batch(tmp_path):
