@@ -35,6 +35,31 @@ class Route(NamedTuple):
     weight: Tensor | float
 
 
+class Given(tuple):
+    """A call's arguments in the order of the forward's. args, kwargs: as they were given, which is what hooks get."""
+
+    args: tuple
+    kwargs: Mapping[str, Any]
+
+
+def positional(module: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+    """A call's arguments in the order of the forward's, not of the call."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if torch.compiler.is_compiling():
+        return bound.args
+    found = Given(bound.args)
+    found.args, found.kwargs = args, kwargs
+    return found
+
+
+def run(module: Any, call: Sequence[Any]) -> Any:
+    """The module's own call, hooks and all."""
+    return module(*call.args, **call.kwargs) if isinstance(call, Given) else module(*call)
+
+
 class Form:
     """How one kind of experts is called. The methods take the module; a Form has no state of its own.
 
@@ -85,7 +110,7 @@ class Form:
 
     def forward_of_groups(self, experts: Any, call: Sequence[Any], groups: Sequence[tuple[Tensor, Terms]]) -> Any:
         """The same where groups of rows have different terms; the other rows keep the bits that they have without."""
-        y = experts(*call)
+        y = run(experts, call)
         for rows, terms in groups:
             y = self.replace_rows(experts, y, call, rows, terms)
         return y
@@ -311,8 +336,8 @@ class Rerun(Form):
         twin = _twin(experts, experts._parameters["weight"])
         own = twin.forward
 
-        def forward(*inputs: Any) -> Any:
-            y = own(*inputs)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            y, inputs = own(*args, **kwargs), positional(experts, args, kwargs)
             for rows, terms in groups:
                 y = self.replace_rows(experts, y, inputs, rows, terms)
             return y
@@ -395,7 +420,7 @@ def _set(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
 def _call(module: Any, twin: Any, call: Sequence[Any]) -> Any:
     """The module's one call, by its twin: attributes that the forward or hooks set become the module's."""
     before = {**twin.__dict__}
-    found = twin(*call)
+    found = run(twin, call)
     _check_read(twin)
     module.__dict__.update(_set(before, twin.__dict__))
     return found
@@ -429,13 +454,15 @@ def _check_apart(module: Any, call: Sequence[Any], rows: Tensor, entries: bool) 
     x = call[0]
     if len(rows) == x.shape[:-1].numel():
         return
+
+    def again() -> list[Tensor]:
+        return _tensors(module, _forward_again(module, module._parameters["weight"], call))
+
     known = _apart.setdefault(module, set())
     for dim in [0] if entries or x.dim() == 2 else _cut(x.shape[:-1], rows):
         kind = len(call), x.dim(), dim
         if kind not in known:
-            weight = module._parameters["weight"]
-            why = why_rows_meet(lambda: _tensors(module, _forward_again(module, weight, call)), x, dim)
-            if why:
+            if why := why_rows_meet(again, x, dim):
                 text = f"a row that {type(module).__name__} returns may depend on other rows ({why})"
                 raise RuntimeError(f"{text}: they cannot have different adapters in one batch; call it once for each")
             known.add(kind)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases.base import Base, Factors, why_not_own_call, why_replaced
-from fused_lora.bases.expert_forms import Form, Terms, find_form, form_of
+from fused_lora.bases.expert_forms import Form, Terms, find_form, form_of, positional, run
 from fused_lora.bases.expert_terms import ExpertTerm, StackedTerm, unpacked
 from fused_lora.ops.checks import FLOAT_DTYPES
 from fused_lora.ops.merge import op as merging
@@ -28,7 +28,9 @@ __all__ = [
     "form_of",
     "forward_of_groups",
     "kind",
+    "positional",
     "replace_rows",
+    "run",
     "unpacked",
     "why_not_adapted",
     "why_not_fused",

@@ -9,7 +9,6 @@ The ``weight`` [out, in] of any module, as of a router, is a stack of one. Such 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import Base, base_of, experts
-from fused_lora.bases.experts import NAMES, StackedTerm, form_of, replace_rows, why_not_fused
+from fused_lora.bases.experts import NAMES, StackedTerm, form_of, positional, replace_rows, why_not_fused
 from fused_lora.bases.foreign import Foreign
 from fused_lora.modules.auxiliary import InPlaceOf
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
@@ -337,15 +336,6 @@ def place_of(path: str, layer: nn.Module) -> str:
     return path.rpartition(".")[0] if isinstance(layer, LoraStack) else path
 
 
-def positional(module: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
-    """A call's arguments in the order of the forward's, not of the call."""
-    if not kwargs:
-        return args
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.args
-
-
 class LoraExperts(MergedState, InPlaceOf):
     """Experts, and a :class:`LoraStack` under the name of each adapted parameter. The experts are kept, not copied."""
 
@@ -376,19 +366,19 @@ class LoraExperts(MergedState, InPlaceOf):
         """
         if CHANGING:
             wait_for_change(self)
-        call = positional(self.base_layer, args, kwargs)
         stacks = self.stacks()
         for stack in stacks.values():
             if stack.disable_adapters and stack.merged:
                 stack.unmerge()
         if any(stack.disable_adapters for stack in stacks.values()):
-            return self.base_layer(*call)
+            return self.base_layer(*args, **kwargs)
         batch = next((s.mixed_batch for s in stacks.values() if s.mixed_batch is not None), None)
+        call = positional(self.base_layer, args, kwargs)
         if batch is not None:
             return self._mixed_forward(call, stacks, batch)
         terms = {n: s.terms(s.active_adapters) for n, s in stacks.items() if not s.merged}
         if not any(terms.values()):
-            return self.base_layer(*call)
+            return self.base_layer(*args, **kwargs)
         self._check_call(terms)
         return experts.experts_forward(self.base_layer, call, terms)
 
@@ -404,7 +394,7 @@ class LoraExperts(MergedState, InPlaceOf):
         groups = [(rows, {n: s.terms([name]) for n, s in stacks.items()}) for name, rows in rows_of.items()]
         groups = [(rows, terms) for rows, terms in groups if any(terms.values()) and len(rows)]
         if not groups:
-            return self.base_layer(*call)
+            return experts.run(self.base_layer, call)
         self._check_call({n: s.terms(s.adapters) for n, s in stacks.items()})
         return experts.forward_of_groups(self.base_layer, call, groups)
 

@@ -236,6 +236,9 @@ class Unread(nn.Module):
         return x
 
 
+ON_LAYER = {"target_modules": [], "target_parameters": ["layer.weight"], "init_lora_weights": False}
+
+
 def inject(module, **fields):
     config = {"target_modules": [], "target_parameters": ["0.weight"], "init_lora_weights": False, **fields}
     return fused_lora.inject(nn.Sequential(module), fused_lora.LoraConfig(**config)).eval()
@@ -316,6 +319,22 @@ class Kept(Bound):
 class Transposed(Scores):
     def forward(self, x):
         return x @ self.weight
+
+
+class Scaled(Scores):
+    def forward(self, x, scale):
+        return super().forward(x) * scale
+
+
+class Calls(nn.Module):
+    """A model that names an argument of its layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x, scale=2.0)
 
 
 class Gathers(Scores):
@@ -454,6 +473,33 @@ def test_the_auxiliary_loss_of_a_batch():
     B = dict(ours.named_parameters())[key].requires_grad_(True)
     grads = [torch.autograd.grad(loss, B)[0] for loss in (found, expected)]
     assert_close(*grads, terms=1000)
+
+
+@torch.no_grad()
+def test_hooks_get_arguments_as_they_were_given():
+    """By name or by position, as in PEFT; and what a hook makes of them goes to the forward."""
+    seen = []
+
+    def hook(module, args, kwargs, *output):
+        seen.append((len(args), [*kwargs]))
+        return None if output else (args, {name: 2 * value for name, value in kwargs.items()})
+
+    module = Scaled("")
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+    module.register_forward_hook(hook, with_kwargs=True)
+    theirs, x = peft_twin(module)[1], torch.randn(3, 8)
+    ours = fused_lora.inject(Calls(copy.deepcopy(module)), fused_lora.LoraConfig(**ON_LAYER)).eval()
+    for key, parameter in fused_lora.lora_layers(ours)["layer.weight"].named_parameters():
+        parameter.copy_(theirs.get_parameter(f"{PREFIX}0.{key}"))
+    expected = theirs.get_submodule(f"{PREFIX}0")(x, scale=2.0)
+    assert_close(ours(x), expected, terms=20)
+    for names in (["default"], ["default", None, "default"], [None]):
+        with fused_lora.adapter_batch(ours, names):
+            found = ours(x)
+            assert names[0] is None or torch.equal(found[0], expected[0])
+    with fused_lora.disable_adapters(ours):
+        ours(x)
+    assert seen == [(1, ["scale"])] * 12
 
 
 @torch.no_grad()
