@@ -7,6 +7,8 @@ and imported by ``bases/__init__.py``. Names, not classes, so that nothing is im
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -321,6 +323,19 @@ def keeps_forward(own: dict[str, Any]) -> bool:
         # ms-swift's, on every lora_A and lora_B: x goes to the weight's device first. Nothing fuses over two devices
         function = getattr(own.get("forward_origin"), "__func__", None)
     return function is type(module).forward  # accelerate leaves that there when it takes a hook away
+
+
+def only_moves(module: nn.Module) -> bool:
+    """Whether a module's forward was replaced by accelerate, for hooks that move what it gets and returns, no more."""
+    own = module.__dict__
+    forward, hook, old = (own.get(name) for name in ("forward", "_hf_hook", "_old_forward"))
+    hooks = getattr(hook, "hooks", (hook,))
+    return (
+        isinstance(forward, partial)
+        and forward.func.__module__ == "accelerate.hooks"
+        and all(type(h).__name__ == "AlignDevicesHook" and not h.offload for h in hooks)
+        and old == MethodType(type(module).forward, module)
+    )
 
 
 def why_not_plain_weight(weight: object) -> str | None:

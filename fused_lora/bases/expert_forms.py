@@ -390,6 +390,10 @@ def _twin(module: Any, weight: Tensor) -> Any:
     for name, value in module.__dict__.items():
         if isinstance(value, MethodType) and value.__self__ is module:
             value = MethodType(value.__func__, twin)
+        elif (
+            isinstance(value, functools.partial) and len(value.args) == 1 and value.args[0] is module
+        ):  # a forward that accelerate has hooked
+            value = functools.partial(value.func, twin, **value.keywords)
         twin.__dict__[name] = value
     twin.__dict__["_parameters"] = _Parameters(module._parameters, weight=weight)
     return twin

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.bases.base import Base, Factors, why_not_own_call, why_replaced
+from fused_lora.bases.base import Base, Factors, only_moves, why_not_own_call, why_replaced
 from fused_lora.bases.expert_forms import Form, Terms, find_form, form_of, positional, run
 from fused_lora.bases.expert_terms import ExpertTerm, StackedTerm, unpacked
 from fused_lora.ops.checks import FLOAT_DTYPES
@@ -59,7 +59,7 @@ def why_not_fused(experts: Any, name: str, own_hooks: int = 0) -> str | None:
     if why := why_not_adapted(experts, name) or form_of(experts).why_not_fused(experts):
         return why
     if form_of(experts).calls_module:
-        return why_replaced(experts, "the module")
+        return None if only_moves(experts) else why_replaced(experts, "the module")
     if not own_hooks:
         return why_not_own_call(experts, "the experts")
     before = experts._forward_pre_hooks or experts._backward_hooks or experts._backward_pre_hooks
@@ -73,7 +73,7 @@ def why_not_stacked(weight: Any, dim: int = 3) -> str | None:
         return "not a parameter of its own" if weight is None else f"a {type(weight).__name__}"
     if weight.dim() != dim or weight.dtype not in FLOAT_DTYPES or weight.layout is not torch.strided:
         return f"{weight.dtype} of {weight.dim()} dimensions"
-    return "on the meta device" if weight.is_meta else None
+    return "on the meta device: not loaded, or offloaded between calls" if weight.is_meta else None
 
 
 def experts_forward(experts: Any, call: Sequence[Any], terms: Terms) -> Any:

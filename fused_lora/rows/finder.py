@@ -332,24 +332,37 @@ class RowFinder:
             raise ValueError(f"{text}: {why_not}")
         return self.begin(path, layer, (x,), {}, entries)
 
-    def in_compiled_code(self, path: str, layer: nn.Module, x: Tensor, entries: Entries) -> Call:
+    def sequences_of(self, path: str, x: Tensor) -> int | None:
+        """How many sequences the input [sequences, tokens, K] of a layer shows; None if it does not."""
+        found = self._found.get((path, x.dim()))
+        shows = isinstance(found, Layout) and (found.outer, found.inner) == (1, 1) and x.dim() > 2
+        return x.shape[found.dim] if isinstance(found, Layout) and shows else None
+
+    def in_compiled_code(
+        self, path: str, layer: nn.Module, x: Tensor, entries: Entries, sequences: int | None = None
+    ) -> Call:
         """The call of a layer whose surroundings run compiled, so that nothing about them is seen.
 
+        sequences: that this layer shows, or one before it.
+
         Raises:
-            ValueError: no call of the layer was followed before, or its layout depends on more than the shape of x.
+            ValueError: no call of the layer was followed before, or its layout depends on more than the shape of x and
+                the sequences.
         """
         if entries.uniform or not x.numel():
             return Call(layer, entries.count, entries)
         key = path, x.dim()
         found = self._found.get(key, "no call of it was followed yet")
         why = found if isinstance(found, str) else "its layout depends on the sizes of the model's inputs"
-        if isinstance(found, Layout) and (found.outer, found.inner) == (1, 1):
-            count = x.shape[found.dim]
-            if count == entries.count or not entries.packed and count % entries.count == 0:
+        if isinstance(found, Layout) and found.outer == 1 and (sequences or found.inner == 1):
+            along = x.shape[found.dim]
+            count = sequences or along
+            why = f"it has {along} rows or sequences for {entries.count} entries"
+            fits = count == entries.count or not entries.packed and count % entries.count == 0
+            if fits and along % count == 0:
                 known = Known(())
-                known.layouts[key] = found
+                known.layouts[key] = found._replace(inner=along // count)
                 return Call(layer, count, entries, known)
-            why = f"it has {count} rows or sequences for {entries.count} entries"
         raise ValueError(
             f"batch: {path!r} got an input of shape {tuple(x.shape)}; expected a layer whose rows are known from its "
             f"shape in compiled code: {why}. Call the model once in such a batch without torch.compile"
@@ -370,7 +383,8 @@ class RowFinder:
         for key, layout in found.layouts.items():
             old = self._found.setdefault(key, layout)
             if isinstance(old, Layout) and isinstance(layout, Layout) and old != layout:
-                self._found[key] = old._replace(inner=0)  # it depends on sizes
+                alike = (old.dim, old.outer) == (layout.dim, layout.outer)
+                self._found[key] = old._replace(inner=0, outer=old.outer if alike else 0)  # it depends on sizes
             elif isinstance(layout, str):
                 self._found[key] = layout
         before = self._exact.get(kind)

@@ -16,6 +16,8 @@ from fused_lora import LoraConfig  # noqa: E402
 from fused_lora.modules.offload import execution_device  # noqa: E402
 from fused_lora.testing.numeric import assert_close  # noqa: E402
 from helpers import training  # noqa: E402
+from helpers.experts import routed, router_config  # noqa: E402
+from helpers.seeds import shifted  # noqa: E402
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 WHERE = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
@@ -98,6 +100,55 @@ def test_a_store_is_where_an_offloaded_model_runs():
     store.load("a", {"0": adapter})
     with store.batch(["a"]):
         assert_close(model(x), want, terms=100)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_router_whose_inputs_are_moved(when, tmp_path):
+    """As in a model over several devices. Where the hook loads the weight, too, the router is refused."""
+    torch.manual_seed(shifted(1))
+    plain, ids = routed("qwen3_moe"), IDS // 3
+    ours, served = copy.deepcopy(plain), copy.deepcopy(plain)
+    config = LoraConfig(**router_config("qwen3_moe", init_lora_weights=False))
+    expected = fused_lora.inject(plain, config)
+    fused_lora.save_adapter(plain, tmp_path / "a")
+
+    def hook(model, **fields):
+        for module in [m for m in model.modules() if type(m).__name__ == "Qwen3MoeTopKRouter"]:
+            for _ in range(1 if fields else 2):  # accelerate makes one of two
+                each = accelerate.hooks.AlignDevicesHook(execution_device="cpu", **fields)
+                accelerate.hooks.add_hook_to_module(module, each, append=True)
+
+    for when_now in ("before", "after"):
+        if when_now == when:
+            hook(ours), hook(served)
+        if when_now == "before":
+            fused_lora.load_adapter(ours, tmp_path / "a")
+            store = fused_lora.AdapterStore(served)
+            store.load("a", tmp_path / "a")
+    assert_close(ours(ids).logits, expected(ids).logits, terms=1000)
+    with store.batch(["a", None]), fused_lora.adapter_batch(ours, ["default", None]):
+        assert_close(served(ids).logits, ours(ids).logits, terms=1000)
+    accelerate.hooks.remove_hook_from_submodules(ours)
+    hook(ours, offload=True)
+    with pytest.raises(RuntimeError, match="weight is on the meta device: not loaded, or offloaded between calls"):
+        ours(ids)
+
+
+@torch.no_grad()
+def test_hooks_on_what_stands_for_a_hooked_module():
+    """The adapter ran no longer: accelerate took the forward of the module inside for that of the one around it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    hook = accelerate.hooks.AlignDevicesHook(execution_device="cpu")
+    accelerate.hooks.add_hook_to_module(model[1], hook)
+    fused_lora.inject(model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    dict(model.named_parameters())["1.modules_to_save.default.bias"].add_(1)
+    x = torch.randn(2, 4)
+    expected = model(x)
+    accelerate.hooks.add_hook_to_module(model[1], hook)
+    assert torch.equal(model(x), expected)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(model(x), expected)
 
 
 REFUSED = {

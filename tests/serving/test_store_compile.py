@@ -114,14 +114,22 @@ def test_a_mixed_batch_whose_rows_nobody_has_followed_is_refused():
 
 
 @torch.no_grad()
-def test_a_layer_whose_rows_depend_on_more_than_its_shape_is_refused():
+def test_rows_of_all_sequences_in_one_dimension():
+    """The layers before tell how many sequences there are, whether they have adapters or not."""
     model, store = world(flat=True)
-    x = torch.randn(2, 3, K)
-    compiled = torch.compile(model, backend="eager")
-    with store.batch(["a", "b"]):
-        model(x)
-        with pytest.raises(ValueError, match="'layers.0.up' got an input .*depends on the sizes"):
-            compiled(x)
+    up = {f"layers.{i}.up": (torch.randn(2, K), torch.randn(K, 2), 1.0) for i in range(2)}
+    store.load("up", up)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    for sizes in ((2, 3), (4, 5), (2, 1)):
+        x = torch.randn(*sizes, K)
+        with store.batch(["up", "b"]):
+            want = model(x)
+            assert_close(compiled(x), want, terms=300)
+    with store.batch(["up", None]), pytest.raises(ValueError, match="'layers.0.up' .* 6 rows or sequences for 2 entri"):
+        compiled(torch.randn(3, 2, K))
+    compiled = torch.compile(model.layers[0].up, backend="eager")
+    with store.batch(["up", None]), pytest.raises(ValueError, match="depends on the sizes of the model's inputs"):
+        compiled(torch.randn(4, K))
 
 
 @torch.no_grad()

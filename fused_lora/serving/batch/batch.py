@@ -365,11 +365,13 @@ class Batch:
         """
         if self._buffers is None and guard.capturing(x.device):
             raise RuntimeError(_CAPTURED)
+        trace, site = self._trace(), sites[0]
+        shown = None if self._entries.uniform or self._entries.packed else self._finder.sequences_of(site.place, x)
+        trace.sequences = shown or trace.sequences
         if not self._acts_at(sites):
             return
-        trace, site = self._trace(), sites[0]
         before = trace.running.call
-        trace.running.call = self._finder.in_compiled_code(site.place, site.module, x, self._entries)
+        trace.running.call = self._finder.in_compiled_code(site.place, site.module, x, self._entries, trace.sequences)
         try:
             self._keep_rows(trace, trace.running.call)
             add()

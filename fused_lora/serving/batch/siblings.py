@@ -58,6 +58,7 @@ class Trace:
         tokens: of each sequence in this call, if there are such. changed: of each sequence, how many of them an adapter
             changes.
         sums: of the values in each row of the layers' outputs, by the number of rows: not finite if one of them is not.
+        sequences: that the latest layer in compiled code has shown.
         gradients: what has switched them off for this call, in a thread that the batch was handed to.
     """
 
@@ -73,6 +74,7 @@ class Trace:
         self.sums: dict[int, Tensor] = {}
         self.gradients: GradientsOff | None = None
         self.offsets: dict[str, list[int | None]] = {}
+        self.sequences: int | None = None
         self.tokens = 0
         self.changed: tuple[int, ...] = ()
 
