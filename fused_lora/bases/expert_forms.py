@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from types import MethodType
+from types import MemberDescriptorType, MethodType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -512,11 +512,14 @@ _BUILDS = ("__init__", "reset_parameters", "extra_repr")  # what a call of a mod
 
 @functools.cache
 def _why_not_class(kind: type) -> str | None:
-    """None where a class reads ``self.weight`` in a method that a call may run, and its arguments have an order."""
+    """None where a class reads ``self.weight`` in a method that a call may run, its arguments have an order, and a twin
+    has all its attributes."""
     held = [pair for parent in kind.__mro__ if parent not in (nn.Module, object) for pair in vars(parent).items()]
     methods = [inspect.unwrap(m) for name, m in held if callable(m) and name not in _BUILDS]
     if not any("weight" in m.__code__.co_names for m in methods if hasattr(m, "__code__")):
         return f"no method of {kind.__name__} reads its weight"
+    if any(isinstance(member, MemberDescriptorType) for _, member in held):
+        return f"{kind.__name__} has __slots__, whose values are not in the module's __dict__"
     kinds = {p.kind for p in inspect.signature(kind.forward).parameters.values()}
     if kinds & {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}:
         return f"the forward of {kind.__name__} takes arguments by name alone"

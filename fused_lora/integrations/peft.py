@@ -38,6 +38,8 @@ from fused_lora.integrations.peft_linear import (
 from fused_lora.modules.changes import alone, unwatch, watch
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.layer import LoraLayer
+from fused_lora.modules.names import some
+from fused_lora.modules.reads import why_never_called, why_not_called_in_eval
 
 _log = logging.getLogger("fused_lora")
 ACCELERATED = "accelerated"
@@ -90,6 +92,11 @@ def accelerate(model: nn.Module) -> nn.Module:
         if _builds_lora_layers(module):
             setattr(module, _create, _create_accelerated)
     rows = layer_report(model)
+    lost = {r.path: why for r in rows if (why := _why_not_reached(model, r.path)) and "attention" not in str(r.why_not)}
+    if lost:
+        why = next(iter(lost.values()))
+        how = "; torch.backends.mha.set_fastpath_enabled(False) ends that" * ("eval" in why)
+        warnings.warn(f"accelerate: adapters of {some(lost)} do nothing, as in PEFT: each {why}{how}", stacklevel=3)
     if all(row.why_not for row in rows):
         warnings.warn(f"accelerate: {summary(rows)}", stacklevel=3)
     else:
@@ -235,14 +242,24 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
     rows = []
     with _gathered(model):
         for path, module in model.named_modules():
-            if isinstance(module, LoraLayer):
-                rows.append(LayerRow(path, type(module).__name__, *_of_ours(module)))
-            elif path in peft_layers:
-                why = (
-                    ("merged for each call of the attention", None) if path.startswith(attention) else _of_peft(module)
-                )
-                rows.append(LayerRow(path, f"peft {repr(module).partition('(')[0]}", *why))
+            ours = isinstance(module, LoraLayer)
+            if not (ours or path in peft_layers):
+                continue
+            why = _why_not_reached(model, path, module.training)
+            if path.startswith(attention):
+                why = "merged for each call of the attention"
+            reasons = (why, None) if why else _of_ours(module) if ours else _of_peft(module)
+            kind = type(module).__name__ if ours else f"peft {repr(module).partition('(')[0]}"
+            rows.append(LayerRow(path, kind, *reasons))
     return rows
+
+
+def _why_not_reached(model: nn.Module, path: str, training: bool = False) -> str | None:
+    """Why the module at this path is not called by the one that it is in."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    why = None if training else why_not_called_in_eval(parent)
+    hooked = why and any(m._forward_hooks or m._forward_pre_hooks for m in parent.modules())
+    return why_never_called(parent) or (None if hooked else why)
 
 
 @contextmanager

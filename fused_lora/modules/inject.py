@@ -40,7 +40,7 @@ from fused_lora.modules.mixed import Context, MixedBatch, check_eval
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import check_places
-from fused_lora.modules.reads import FirstForward, why_never_called
+from fused_lora.modules.reads import FirstForward, why_never_called, why_not_called_in_eval
 from fused_lora.modules.targets import HEADS, base_layer_of, is_supported, match_targets, warn_unused
 from fused_lora.modules.tree import CONFIGS, named_modules, own_path, parent_of, unwrapped, watchers
 
@@ -568,11 +568,9 @@ def _check_called(path: str, parent: nn.Module) -> None:
     why = why_never_called(parent)
     if why is not None:
         raise ValueError(f"layers: {path!r} {why}: exclude it")
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        raise ValueError(
-            f"layers: {path!r} is not called in eval mode, nn.TransformerEncoderLayer reads its weight: exclude it, or "
-            "call torch.backends.mha.set_fastpath_enabled(False) first"
-        )
+    if why := why_not_called_in_eval(parent):
+        how = "exclude it, or call torch.backends.mha.set_fastpath_enabled(False) first"
+        raise ValueError(f"layers: {path!r} {why}: {how}")
 
 
 def _check_embedding(path: str, base: nn.Module, config: LoraConfig) -> None:

@@ -28,6 +28,14 @@ def why_never_called(parent: nn.Module) -> str | None:
     return None
 
 
+def why_not_called_in_eval(parent: Any) -> str | None:
+    """The same of calls in eval mode, as torch is set now. Hooks on a module inside make torch call them after all."""
+    if not isinstance(parent, nn.TransformerEncoderLayer) or not torch.backends.mha.get_fastpath_enabled():
+        return None
+    fast = parent.activation_relu_or_gelu and getattr(parent.self_attn, "batch_first", True)
+    return "is not called in eval mode, nn.TransformerEncoderLayer reads its weight" if fast else None
+
+
 class _Parameters(dict):
     """The parameters of a module; asking for the weight is noted. Copies are plain."""
 

@@ -575,3 +575,29 @@ def test_fused_lora_around_a_peft_model_is_refused(stage_one):
             with pytest.raises(ValueError, match="fused_lora.accelerate"):
                 fused_lora.load_adapter(net, stage_one, "x")
         assert marks(model) == before
+
+
+@torch.no_grad()
+def test_layers_that_torch_reads_without_calling_them_are_named():
+    """PEFT's adapters do nothing there, and neither do ours."""
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    targets = ["linear1", "out_proj"]
+    model = peft.get_peft_model(
+        nn.Sequential(encoder), peft.LoraConfig(target_modules=targets, init_lora_weights=False)
+    ).eval()
+    x, prefix = torch.randn(2, 3, 16), "base_model.model.0."
+    expected = model(x)
+    read, never = f"{prefix}linear1", f"{prefix}self_attn.out_proj"
+    with pytest.warns(UserWarning, match=f"{never}', '{read}' do nothing, as in PEFT: each is never called"):
+        fused_lora.accelerate(model)
+    assert torch.equal(model(x), expected)
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+    rows = {row.path: str(row) for row in fused_lora.explain(model).layers}
+    text = "no: is not called in eval mode, nn.TransformerEncoderLayer reads its weight"
+    assert rows == {read: text, never: "no: is never called, nn.MultiheadAttention reads its weight"}
+    assert {row.path: str(row) for row in fused_lora.explain(model.train()).layers}[read] == "fused"
+    hook = encoder.norm1.register_forward_hook(lambda *args: None)  # torch calls all layers then
+    assert {row.path: str(row) for row in fused_lora.explain(model.eval()).layers}[read] == "fused"
+    assert (model(x) - expected).abs().max() > 1e-3
+    hook.remove()

@@ -266,7 +266,7 @@ def test_layers_that_are_read_but_never_called_are_refused():
     """An adapter there would train to nothing, or vanish in eval mode, without a word."""
     for model, targets in (
         (nn.Sequential(nn.MultiheadAttention(8, 2)), "all-linear"),
-        (nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)), ["linear1"]),
+        (nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), ["linear1"]),
     ):
         before = snapshot(model)
         with pytest.raises(ValueError, match="reads its weight"):
@@ -275,8 +275,12 @@ def test_layers_that_are_read_but_never_called_are_refused():
         assert not fused_lora.lora_layers(model)
 
 
-def test_encoder_layers_work_without_the_fast_path(no_fast_path):
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_encoder_layers_work_without_the_fast_path(batch_first, request):
+    """Torch has none where the batch comes second."""
+    if batch_first:
+        request.getfixturevalue("no_fast_path")
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first).eval()
     ours, theirs = twin_models(model, {"default": {"target_modules": ["linear1", "linear2"]}})
     x = torch.randn(2, 3, 8)
     with torch.no_grad():

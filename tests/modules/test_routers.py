@@ -227,6 +227,10 @@ class Named(Scores):
         return x @ self.weight.t() * scale
 
 
+class Slotted(Scores):
+    __slots__ = ("own",)
+
+
 class Unread(nn.Module):
     def __init__(self):
         super().__init__()
@@ -250,6 +254,7 @@ def test_what_is_refused_before_anything_changes():
     compiled.compile()
     for module, fields, text in (
         (Named(""), {}, "the forward of Named takes arguments by name alone"),
+        (Slotted(""), {}, "Slotted has __slots__"),
         (Unread(), {}, "no method of Unread reads its weight"),
         (nn.Embedding(4, 8), {}, "Embedding is an embedding: name it in target_modules"),
         (nn.LayerNorm(8), {}, "weight is torch.float32 of 1 dimensions"),
