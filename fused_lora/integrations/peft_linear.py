@@ -264,7 +264,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
 
     def _fits_exactly(self, names: list[str]) -> bool:
         """Whether our merge covers these adapters over the base layer as it is."""
-        if any(name in self.lora_variant and not _is_dora(self, name) for name in names):
+        if any(name in self.lora_variant and _why_not_dora(self, name) for name in names):
             return False
         base = self._modules["base_layer"]
         if variants.has_magnitude(self, names) and (base_of(base).bits or variants.why_not_dora(self, names)):
@@ -367,8 +367,9 @@ def why_not_fused(layer: Any, names: list[str], adapter_names: list[str] | None 
     if not names:
         return "no active adapter in this layer"
     for name in names:
-        if name in layer.lora_variant and not (is_pefts(layer.lora_variant[name]) or _is_dora(layer, name)):
-            return f"{type(layer.lora_variant[name]).__name__}"
+        if name in layer.lora_variant and not is_pefts(layer.lora_variant[name]):
+            if reason := _why_not_dora(layer, name):
+                return reason
     for name, A, B, dropout in _parts(layer, names):
         reason = why_not_plain(A) or why_not_plain(B) or why_not_plain_dropout(dropout)
         if reason:
@@ -388,12 +389,15 @@ def why_not_fused(layer: Any, names: list[str], adapter_names: list[str] | None 
     return variants.why_not_dora(layer, names)
 
 
-def _is_dora(layer: Any, name: str) -> bool:
-    """Whether this adapter is PEFT's own DoRA, and nobody follows the calls of its magnitude."""
-    held = layer._modules["lora_magnitude_vector"]._modules
-    if type(layer.lora_variant[name]).__name__ != "DoraLinearVariant" or name not in held:
-        return False
-    return type(held[name]).__name__ == "DoraLinearLayer" and why_not_own_call(held[name], "the magnitude") is None
+def _why_not_dora(layer: Any, name: str) -> str | None:
+    """None where this adapter is PEFT's own DoRA, and nobody follows the calls of its magnitude; else what it is."""
+    held, variant = layer._modules["lora_magnitude_vector"]._modules, type(layer.lora_variant[name]).__name__
+    if variant != "DoraLinearVariant" or name not in held:
+        return variant
+    kind = type(held[name]).__name__  # FSDP1 wraps it by PEFT's policy
+    if kind != "DoraLinearLayer":
+        return f"the magnitude of DoRA is inside a {kind}, which must see its call"
+    return why_not_own_call(held[name], "the magnitude of DoRA")
 
 
 def why_around(layer: Any) -> str | None:

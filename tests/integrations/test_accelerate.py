@@ -601,3 +601,27 @@ def test_layers_that_torch_reads_without_calling_them_are_named():
     assert {row.path: str(row) for row in fused_lora.explain(model.eval()).layers}[read] == "fused"
     assert (model(x) - expected).abs().max() > 1e-3
     hook.remove()
+
+
+def test_what_wraps_the_magnitude_of_dora_is_named():
+    """FSDP1 does by PEFT's policy."""
+
+    class Wraps(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "module" else getattr(self.module, name)
+
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(target_modules=["0"], use_dora=True))
+    held = fused_lora.accelerate(model).base_model.model[0].lora_magnitude_vector
+    assert [row.why_not for row in fused_lora.explain(model).layers] == [None]
+    held["default"].register_forward_hook(lambda *args: None)
+    assert "a hook on the magnitude of DoRA" in str(fused_lora.explain(model))
+    held["default"] = Wraps(held["default"])
+    assert "no: the magnitude of DoRA is inside a Wraps, which must see its call" in str(fused_lora.explain(model))
+    assert model(torch.randn(2, 8)).shape == (2, 8)
