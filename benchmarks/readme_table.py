@@ -34,12 +34,17 @@ _MERGE_NOTE = (
 
 
 def load(folder: Path) -> dict[str, dict]:
-    """{machine name: {"linear": file, "merge": file, "serving": file}}: the newest file that has rows of each kind."""
+    """{machine name: {"linear": file, "merge": file, "serving": file}}: the newest file that has rows of each kind.
+
+    ValueError: a file has none.
+    """
     found: dict[str, dict] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if "rows" not in content or "machine" not in content:
             continue  # another kind of result
+        if not content["rows"]:
+            raise ValueError(f"{path}: expected rows of a benchmark, found none")
         entry = found.setdefault(content["machine"]["name"], {})
         for kind, benchmarks in _KINDS.items():
             if kind in _LINEAR and kind != _linear_kind(content.get("settings", {})):

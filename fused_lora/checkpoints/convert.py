@@ -86,7 +86,8 @@ def convert_adapter(
     torch.compile, FSDP, DDP, DeepSpeed and PEFT before or inside them go. Every key must be of LoRA on a linear layer:
     lora_A, lora_B, alpha. Under PEFT's names it may be of DoRA or of LoRA on an embedding, too, and with the config
     beside it of parameters (``target_parameters``). Copies of the base's weights, which PEFT writes for embeddings and
-    heads, are carried along in their dtype. The scaling of a diffusers file is that of the configs in its header.
+    heads, are carried along in their dtype. What trains beside LoRA by the config (``bias``, ``modules_to_save``) takes
+    ``dtype``, if one is given. The scaling of a diffusers file is that of the configs in its header.
 
     Args:
         source: a .safetensors file, or a folder with adapter_model.safetensors. An adapter_config.json beside a file of
@@ -101,9 +102,9 @@ def convert_adapter(
             stacked parameters that transformers 5 has (``target_parameters``), gate and up of one.
 
     Raises:
-        AdapterError: a malformed file, a key that is not known, a layer without A or B or some without a magnitude, a
-            name that no module of ``base`` has or that two have, sizes that do not fit, a wrapper of a parameter that
-            is not known, or one beside single experts that are to be stacked.
+        AdapterError: a malformed file, a key that is not known, a layer without A or B or some without a magnitude, an
+            alpha of 0 for all layers, a name that no module of ``base`` has or that two have, sizes that do not fit, a
+            wrapper of a parameter that is not known, or one beside single experts that are to be stacked.
         TypeError, ValueError: stack_experts is no bool, lora_alpha no finite number or 0, rename no mapping of names,
             or no path begins with one of its entries; or ``out`` lies in the source or base.
         FileExistsError: ``out`` holds something.
@@ -126,8 +127,12 @@ def convert_adapter(
         weights = {} if base is None else open_checkpoint(base).tensors
         modules = None if base is None else _by_underscores(weights)
         layers: dict[str, dict[str, str]] = {}
-        embedded = set()
+        beginnings, embedded, trained = Rename(rename), set(), {}
         for key in header.entries:
+            if config is not None and _trains(config, key):
+                path = _path(file_path, key, key, None)
+                trained[key] = path if (other := beginnings(path)) is None else other
+                continue
             path, part = _split(file_path, key)
             path = _path(file_path, key, path, modules)
             if part.startswith("embedding"):
@@ -169,7 +174,6 @@ def convert_adapter(
             stacks = stacks_in(file_path, slots, config)
             plan = by_parameter(Plan(config, file_path, header.entries, slots, {}, {}, {}, stacks=stacks))
             layers, counts = dict(zip(plan.slots, layers.values(), strict=True)), plan.experts
-        beginnings = Rename(rename)
         in_config = {path if (other := beginnings(path)) is None else other: path for path in layers}
         beginnings.check_used()
         if len(in_config) < len(layers):
@@ -200,6 +204,8 @@ def convert_adapter(
                 unknown = unknown or alpha is None
                 alphas[path] = float(rows if lora_alpha is None else lora_alpha) if alpha is None else alpha
         _check_further(file_path, layers, embeddings, header.entries, config)
+        if not (trained or any(alphas.values()) or any("magnitude" in parts for parts in layers.values())):
+            raise AdapterError(file_path, None, "an alpha other than 0, with which the adapter has no effect", "0")
         first = header.entries[next(iter(layers.values()))["A"]].dtype
         kind = dtype or (first if first in DTYPES else torch.float32)
 
@@ -223,6 +229,10 @@ def convert_adapter(
             if key := parts.get("copy"):
                 entry = header.entries[key]
                 further[f"{KEY_PREFIX}{path}.base_layer.weight"] = entry, partial(finite, key, entry.dtype)
+        for key, path in trained.items():
+            entry = header.entries[key]
+            held = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
+            further[f"{KEY_PREFIX}{path}"] = TensorEntry(held, entry.shape, 0, 0), partial(finite, key, held)
         found = shapes, make, kind, alphas
         if not stack_experts:
             stacked = write_layers(folder, target, *found, embeddings=embeddings, experts=experts, beside=further)
@@ -232,8 +242,16 @@ def convert_adapter(
         else:
             stacked = write_stacked(folder, target, *found, source=file_path)
     written = {path: [shapes[path][0], alphas[path]] for path in shapes}
-    renamed = {key: path for path, parts in layers.items() for key in parts.values()}
+    renamed = trained | {key: path for path, parts in layers.items() for key in parts.values()}
     return Converted(folder, written, renamed, unknown and lora_alpha is None, stacked or [])
+
+
+def _trains(config: LoraConfig, key: str) -> bool:
+    """Whether a key is of a bias or a module that trains beside LoRA, not of LoRA itself."""
+    if any(end.search(key) for end, _ in _ENDS) or ".lora_" in key:
+        return False
+    saved = any(f".{name}." in f".{key}" for name in config.modules_to_save or ())
+    return saved or (config.bias != "none" and key.endswith(".bias"))
 
 
 def _noted(file_path: str, metadata: Mapping[str, str]) -> dict[str, RankTable]:

@@ -198,6 +198,10 @@ def attach(
         raise ValueError(
             "alora_invocation_tokens: expected None for an encoder-decoder model, whose tokens are of two texts"
         )
+    beside_lora = config.use_dora or config.modules_to_save or config.trainable_token_indices or config.bias != "none"
+    if layers and not any(spec.lora_alpha for spec in layers.values()) and not beside_lora:
+        text = f"it is 0 for all layers of {adapter_name!r}, so the adapter has no effect until a scale is set"
+        warnings.warn(f"lora_alpha: {text}", stacklevel=4)
     found = auxiliary.find(model, config)
     if found.tokens and hasattr(nn.ParameterDict(), adapter_name):
         raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ParameterDict, choose another name")

@@ -749,6 +749,9 @@ def test_readme_table_takes_the_newest_file_and_needs_its_markers(load, tmp_path
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "c.json").write_text('{"other": "results"}')
     assert table.load(tmp_path)["m"]["merge"]["commit"] == "new"
+    (tmp_path / "d.json").write_text(json.dumps({**content, "rows": []}))
+    with pytest.raises(ValueError, match=r"d\.json: expected rows of a benchmark, found none"):
+        table.load(tmp_path)
     with pytest.raises(ValueError, match="README.md: expected the lines"):
         table.insert("# no markers", "table")
 

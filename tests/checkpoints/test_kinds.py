@@ -1,14 +1,17 @@
 """Commands on adapters of all kinds that PEFT saves: DoRA, embeddings, heads, stacked experts, aLoRA."""
 
+import copy
 import json
 
 import peft
 import pytest
 import torch
 import transformers as tf
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import fused_lora
 from fused_lora import combine_adapters, convert_adapter, diff_adapters, inspect_adapter, shrink_adapter
 from fused_lora.adapters import AdapterError
 from fused_lora.checkpoints import changes
@@ -299,3 +302,55 @@ def test_ranks_and_alphas_of_experts(tmp_path):
         change(tmp_path / "b" / "adapter_config.json", target_parameters=names)
         with pytest.raises(AdapterError, match=f"at most 5 parameters .* found {message}"):
             inspect_adapter(tmp_path / "b")
+
+
+class Head(nn.Module):
+    """A layer with LoRA, and what trains beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.score = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.score(self.norm(self.a(x)))
+
+
+@torch.no_grad()
+def test_convert_takes_what_trains_beside_lora_along(tmp_path):
+    """Biases and whole modules, in the dtype that is asked for; what counts stays an integer."""
+    torch.manual_seed(shifted(7))
+    base = Head()
+    fields = dict(target_modules=["a"], bias="lora_only", modules_to_save=["norm", "score"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields))
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter)).copy_(parameter.bfloat16())  # no bit is lost
+    theirs.save_pretrained(tmp_path / "a")
+    x = torch.randn(4, 8)
+    expected = theirs.eval()(x)
+    for dtype in (None, torch.bfloat16):
+        out = tmp_path / str(dtype)
+        convert_adapter(tmp_path / "a", out, dtype=dtype)
+        with safe_open(out / "adapter_model.safetensors", "pt") as file:
+            kinds = {key.partition("model.model.")[2]: file.get_tensor(key).dtype for key in file.keys()}
+        assert kinds.pop("norm.num_batches_tracked") == torch.int64
+        assert len(kinds) == 9 and set(kinds.values()) == {dtype or torch.float32}
+        model = copy.deepcopy(base)
+        fused_lora.load_adapter(model, out)
+        for found in (peft.PeftModel.from_pretrained(copy.deepcopy(base), out), model):
+            assert_close(found.eval()(x), expected, terms=100)
+
+
+def test_an_alpha_of_0_is_named(tmp_path):
+    """The adapter has no effect. One of a single layer may be meant, and a scale may be set later."""
+    config = dict(target_modules=["0", "1"], init_lora_weights=False)
+    layers = [nn.Linear(8, 8) for _ in range(2)]
+    with pytest.warns(UserWarning, match="lora_alpha: it is 0 for all layers of 'default', so the adapter has no eff"):
+        model = fused_lora.inject(nn.Sequential(*layers), fused_lora.LoraConfig(lora_alpha=0, **config))
+    fused_lora.save_adapter(model, tmp_path / "none")
+    with pytest.raises(AdapterError, match="expected an alpha other than 0, with which the adapter has no effect"):
+        convert_adapter(tmp_path / "none", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    one = fused_lora.LoraConfig(lora_alpha=0, alpha_pattern={"1": 4}, **config)
+    fused_lora.save_adapter(fused_lora.inject(nn.Sequential(*layers), one), tmp_path / "one")
+    assert convert_adapter(tmp_path / "one", tmp_path / "out").layers == {"0": [8, 0], "1": [8, 4]}

@@ -241,6 +241,20 @@ def test_one_buffer_describes_step_after_step(device, through_kernels):
 
 
 @torch.no_grad()
+def test_buffers_have_the_rows_of_one_batch(device, through_kernels):
+    """A second one, of a thread say, filled in other rows and adapters while the first ran."""
+    model, x = model_on(device), torch.randn(2, K, device=device)
+    store = AdapterStore(model)
+    store.load("a", adapter(4, 1))
+    buffers = store.row_buffers(max_rows=2, max_groups=1, max_rank=16)
+    for _ in range(2):
+        with store.batch_rows(["a", None], [1, 1], buffers):
+            with pytest.raises(RuntimeError, match="buffers: a batch that has not ended uses them"):
+                store.batch_rows([None, "a"], [1, 1], buffers).__enter__()
+            assert_close(model(x)[0], wanted(model, x[0], [(adapter(4, 1), 1)]).float(), terms=300)
+
+
+@torch.no_grad()
 def test_buffers_are_those_of_one_store(device, through_kernels):
     mine, other = AdapterStore(model_on(device)), AdapterStore(model_on(device))
     with pytest.raises(ValueError, match="another store"):

@@ -109,10 +109,16 @@ class Batch:
             raise ValueError(
                 f"names: rank {self._prepared.max_rank}, the buffers are made for {buffers.max_rank} at most"
             )
-        self._entry_of_row = np.pad(entry_of_row, (0, spare), constant_values=-1)
-        buffers.fill(self._group_of_row(), members_of(self.groups))
-        for arrival in self._arriving:
-            arrival.wait_for_all()
+        if not buffers.free.acquire(blocking=False):
+            raise RuntimeError("buffers: a batch that has not ended uses them; expected one batch at a time for each")
+        try:
+            self._entry_of_row = np.pad(entry_of_row, (0, spare), constant_values=-1)
+            buffers.fill(self._group_of_row(), members_of(self.groups))
+            for arrival in self._arriving:
+                arrival.wait_for_all()
+        except BaseException:
+            buffers.free.release()
+            raise
         self._arriving = []
 
     @property
@@ -157,6 +163,8 @@ class Batch:
     def _leave(self) -> None:
         """Take this one out of the batches of this context: those inside of it may go on after it, in generators."""
         self._ended, self._generator, self._apart = True, None, []
+        if self._buffers is not None:
+            self._buffers.free.release()
         inner = _running.get()
         if inner is self:
             _running.set(self.outer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from fused_lora.ops.grouped.metadata import GroupLayout, RowTables
 from fused_lora.serving.residency.tables import SlotTables
 
@@ -11,10 +13,12 @@ class RowBuffers(RowTables):
 
     Attributes:
         rows: how many token rows a step has. A smaller batch is padded with base rows.
+        free: a lock that a batch holds from its fill to its end: a second one would fill in other rows meanwhile.
         tables: of the store whose adapters they are. max_rank: that an adapter may have. steps: what is launched, by
             layers and dtypes.
     """
 
     def __init__(self, max_rows: int, max_groups: int, max_rank: int, group_size: int, tables: SlotTables):
         super().__init__(GroupLayout(max_rows, max_groups, group_size), tables.device)
+        self.free = threading.Lock()
         self.rows, self.tables, self.max_rank, self.steps = max_rows, tables, max_rank, {}
