@@ -266,8 +266,10 @@ class RowFinder:
         """The start of a call from outside. Returns it and what :meth:`end` takes.
 
         Raises:
-            ValueError: the number of sequences is not a multiple of the entries.
+            ValueError: the number of sequences is not a multiple of the entries, or a library has changed their order.
         """
+        if not entries.uniform and "sentence_transformers" in sys.modules:
+            _check_order()
         inputs, further = [], []
         for name, value in _flat(module, args, kwargs):
             (inputs if isinstance(value, Tensor) else further).append((name, value))
@@ -436,6 +438,20 @@ class Running:
         self.call = None
         self._finder.end(call, self._ending, complete)
         return call
+
+
+def _check_order() -> None:
+    """Raise ValueError inside of what sorts its texts before it calls the model, as encode of sentence-transformers."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("sentence_transformers."):
+            order = frame.f_locals.get("length_sorted_idx")
+            if order is not None and list(order) != list(range(len(order))):
+                raise ValueError(
+                    f"batch: {frame.f_code.co_name} of sentence-transformers has sorted its texts by length, so the "
+                    "entries are those of other texts; expected model(model.preprocess(texts)), or texts in this order"
+                )
+        frame = frame.f_back
 
 
 def _flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -1,5 +1,8 @@
 """Rows of mixed batches in models of transformers: each answers as under its adapter alone, or it is refused."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -175,3 +178,22 @@ def test_a_model_under_autocast_answers_as_each_adapter_alone():
         for i, name in enumerate(["a", None, "b"]):
             with store.batch([name] * 3):
                 assert torch.equal(model(**inputs, decoder_input_ids=decoder).logits[i], mixed[i])
+
+
+@torch.no_grad()
+def test_texts_that_were_sorted_by_length_are_refused(monkeypatch):
+    """As ``encode`` of sentence-transformers does: rows of one adapter would be those of other texts."""
+    model, inputs, store = served(bloom)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", types.ModuleType("sentence_transformers"))
+    names = {"__name__": "sentence_transformers.model"}
+    exec("def encode(model, inputs, length_sorted_idx):\n    return model(**inputs)", names)
+    encode = names["encode"]
+    for batch in (store.batch(["a", "b", None]), store.batch(["a"] * 3)):
+        with batch as entered:
+            expected = model(**inputs).logits
+            assert torch.equal(encode(model, inputs, [0, 1, 2]).logits, expected)
+            if len(entered.groups) > 1:
+                with pytest.raises(ValueError, match="encode of sentence-transformers has sorted its texts by length"):
+                    encode(model, inputs, [2, 0, 1])
+            else:
+                assert torch.equal(encode(model, inputs, [2, 0, 1]).logits, expected)
