@@ -268,7 +268,7 @@ class RowFinder:
         Raises:
             ValueError: the number of sequences is not a multiple of the entries, or a library has changed their order.
         """
-        if not entries.uniform and "sentence_transformers" in sys.modules:
+        if not entries.uniform:
             _check_order()
         inputs, further = [], []
         for name, value in _flat(module, args, kwargs):
@@ -441,15 +441,18 @@ class Running:
 
 
 def _check_order() -> None:
-    """Raise ValueError inside of what sorts its texts before it calls the model, as encode of sentence-transformers."""
-    frame = sys._getframe()
+    """Raise ValueError inside of what sorts its texts before it calls the model: encode of sentence-transformers, and
+    of FlagEmbedding, which both call the order so."""
+    frame, name = sys._getframe(), "length_sorted_idx"
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("sentence_transformers."):
-            order = frame.f_locals.get("length_sorted_idx")
-            if order is not None and list(order) != list(range(len(order))):
+        code = frame.f_code
+        if name in code.co_varnames or name in code.co_cellvars:
+            order = list(frame.f_locals.get(name, ()))
+            if order != list(range(len(order))):
                 raise ValueError(
-                    f"batch: {frame.f_code.co_name} of sentence-transformers has sorted its texts by length, so the "
-                    "entries are those of other texts; expected model(model.preprocess(texts)), or texts in this order"
+                    f"batch: {frame.f_globals.get('__name__')} has sorted its texts by length, so entries are those "
+                    "of other texts; expected a call of the model itself, as model(model.preprocess(texts)) of "
+                    "sentence-transformers, or texts in this order"
                 )
         frame = frame.f_back
 
