@@ -201,7 +201,8 @@ def warn_unused(
 def _further_places(model: nn.Module, matched: Sequence[str]) -> list[str]:
     """The paths at which the model has one of these layers, beside the one given."""
     modules = dict(named_modules(model))
-    first = {id(base_layer_of(modules[path])): path for path in matched if path in modules}
+    held = [path if path in modules else path.rpartition(".")[0] for path in matched]  # a parameter is of a module
+    first = {id(base_layer_of(modules[path])): path for path in held}
     return [
         path
         for path, parent, module in places(model)

@@ -345,9 +345,12 @@ def test_an_alpha_of_0_is_named(tmp_path):
     """The adapter has no effect. One of a single layer may be meant, and a scale may be set later."""
     config = dict(target_modules=["0", "1"], init_lora_weights=False)
     layers = [nn.Linear(8, 8) for _ in range(2)]
+    plain = copy.deepcopy(layers)
     with pytest.warns(UserWarning, match="lora_alpha: it is 0 for all layers of 'default', so the adapter has no eff"):
         model = fused_lora.inject(nn.Sequential(*layers), fused_lora.LoraConfig(lora_alpha=0, **config))
     fused_lora.save_adapter(model, tmp_path / "none")
+    with pytest.warns(UserWarning, match="source: the scaling of all layers is 0, so the adapter has no effect"):
+        fused_lora.AdapterStore(nn.Sequential(*copy.deepcopy(plain))).load("none", tmp_path / "none")
     with pytest.raises(AdapterError, match="expected an alpha other than 0, with which the adapter has no effect"):
         convert_adapter(tmp_path / "none", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -278,6 +278,21 @@ def test_further_places_of_a_layer_are_told():
         assert not told(lambda name=name: fused_lora.inject(model, LoraConfig(target_modules=["k"]), f"{name}_k"))
 
 
+def test_further_places_of_a_parameter_are_told():
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 8))
+
+        def forward(self, x):
+            return x @ self.weight.t()
+
+    model = nn.ModuleDict({"gate": Scores()})
+    model["again"] = model["gate"]
+    with pytest.warns(UserWarning, match="at further places, too, where they get no adapter: 'again'"):
+        fused_lora.inject(model, LoraConfig(target_modules=[], target_parameters=["gate.weight"]))
+
+
 def test_targets_that_are_all_saved_whole_are_told():
     model = nn.ModuleDict({"body": nn.ModuleDict({"query": nn.Linear(4, 4)})})
     with pytest.raises(ValueError, match=r"no module matches target_modules=\['query'\], modules_to_save=\['body'\]"):

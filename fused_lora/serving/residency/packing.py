@@ -246,6 +246,8 @@ def _pack(sites: Mapping[str, Site], layers: Mapping[str, Any], dtype: torch.dty
         parts.append(Part(site, r, float(scale), end, B_t))
         tensors.append((A, B))
         end = _aligned(B_t + r * site.N * dtype.itemsize)
+    if not any(part.scaling for part in parts):
+        warnings.warn("source: the scaling of all layers is 0, so the adapter has no effect", stacklevel=3)
     return Packed(tuple(parts), end, tuple(tensors))
 
 
