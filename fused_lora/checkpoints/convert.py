@@ -86,8 +86,9 @@ def convert_adapter(
     torch.compile, FSDP, DDP, DeepSpeed and PEFT before or inside them go. Every key must be of LoRA on a linear layer:
     lora_A, lora_B, alpha. Under PEFT's names it may be of DoRA or of LoRA on an embedding, too, and with the config
     beside it of parameters (``target_parameters``). Copies of the base's weights, which PEFT writes for embeddings and
-    heads, are carried along in their dtype. What trains beside LoRA by the config (``bias``, ``modules_to_save``) takes
-    ``dtype``, if one is given. The scaling of a diffusers file is that of the configs in its header.
+    heads, are carried along in their dtype. What trains beside LoRA by the config (``bias``, ``lora_bias``, tokens,
+    ``modules_to_save``) takes ``dtype``, if one is given. The scaling of a diffusers file is that of the configs in its
+    header.
 
     Args:
         source: a .safetensors file, or a folder with adapter_model.safetensors. An adapter_config.json beside a file of
@@ -247,7 +248,11 @@ def convert_adapter(
 
 
 def _trains(config: LoraConfig, key: str) -> bool:
-    """Whether a key is of a bias or a module that trains beside LoRA, not of LoRA itself."""
+    """Whether a key is of a bias, tokens or a module that train beside A and B."""
+    if config.lora_bias and key.endswith(".lora_B.bias"):
+        return True
+    if config.trainable_token_indices and key.endswith(".trainable_tokens_delta"):
+        return True
     if any(end.search(key) for end, _ in _ENDS) or ".lora_" in key:
         return False
     saved = any(f".{name}." in f".{key}" for name in config.modules_to_save or ())

@@ -320,7 +320,13 @@ def test_convert_takes_what_trains_beside_lora_along(tmp_path):
     """Biases and whole modules, in the dtype that is asked for; what counts stays an integer."""
     torch.manual_seed(shifted(7))
     base = Head()
-    fields = dict(target_modules=["a"], bias="lora_only", modules_to_save=["norm", "score"], init_lora_weights=False)
+    fields = dict(
+        target_modules=["a"],
+        bias="lora_only",
+        lora_bias=True,
+        modules_to_save=["norm", "score"],
+        init_lora_weights=False,
+    )
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields))
     for parameter in theirs.parameters():
         if parameter.requires_grad:
@@ -334,7 +340,7 @@ def test_convert_takes_what_trains_beside_lora_along(tmp_path):
         with safe_open(out / "adapter_model.safetensors", "pt") as file:
             kinds = {key.partition("model.model.")[2]: file.get_tensor(key).dtype for key in file.keys()}
         assert kinds.pop("norm.num_batches_tracked") == torch.int64
-        assert len(kinds) == 9 and set(kinds.values()) == {dtype or torch.float32}
+        assert len(kinds) == 10 and set(kinds.values()) == {dtype or torch.float32}
         model = copy.deepcopy(base)
         fused_lora.load_adapter(model, out)
         for found in (peft.PeftModel.from_pretrained(copy.deepcopy(base), out), model):
