@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.bases.base import Base, Factors, only_moves, why_not_own_call, why_replaced
+from fused_lora.bases.base import Base, Factors, only_moves, why_replaced
 from fused_lora.bases.expert_forms import Form, Terms, find_form, form_of, positional, run
 from fused_lora.bases.expert_terms import ExpertTerm, StackedTerm, unpacked
 from fused_lora.ops.checks import FLOAT_DTYPES
@@ -34,6 +34,7 @@ __all__ = [
     "unpacked",
     "why_not_adapted",
     "why_not_fused",
+    "why_not_there",
 ]
 NAMES = ("gate_up_proj", "up_proj", "down_proj")  # in the order in which transformers registers them
 
@@ -58,13 +59,21 @@ def why_not_fused(experts: Any, name: str, own_hooks: int = 0) -> str | None:
     """
     if why := why_not_adapted(experts, name) or form_of(experts).why_not_fused(experts):
         return why
-    if form_of(experts).calls_module:
-        return None if only_moves(experts) else why_replaced(experts, "the module")
-    if not own_hooks:
-        return why_not_own_call(experts, "the experts")
-    before = experts._forward_pre_hooks or experts._backward_hooks or experts._backward_pre_hooks
-    hooked = before or len(experts._forward_hooks) > own_hooks
-    return "a hook on the experts" if hooked else why_replaced(experts, "the experts")
+    if not form_of(experts).calls_module:
+        before = experts._forward_pre_hooks or experts._backward_hooks or experts._backward_pre_hooks
+        if before or len(experts._forward_hooks) > own_hooks:
+            return "a hook on the experts"
+    return None if only_moves(experts) else why_replaced(experts, "the experts")
+
+
+def why_not_there(experts: Any, call: Sequence[Any]) -> str | None:
+    """None where a call's tensors are on the experts' device: a hook of accelerate would move them, this does not."""
+    form = form_of(experts)
+    if "_hf_hook" in experts.__dict__ and not form.calls_module:
+        device = experts._parameters[form.parameters(experts)[0]].device
+        if found := {t.device for t in call if isinstance(t, Tensor)} - {device}:
+            return f"the experts are on {device}, and their inputs on {', '.join(map(str, found))}"
+    return None
 
 
 def why_not_stacked(weight: Any, dim: int = 3) -> str | None:
@@ -87,6 +96,7 @@ def experts_forward(experts: Any, call: Sequence[Any], terms: Terms) -> Any:
     Raises:
         ValueError: not as many tensors, their shapes do not belong together, or an expert is not there.
         TypeError: hidden is not floating, or top_k_index no integers.
+        RuntimeError: :func:`why_not_there` has a reason.
     """
     form = form_of(experts)
     _check_call(form, experts, call, form.fault)
@@ -109,6 +119,8 @@ def _check_call(form: Form, experts: Any, call: Sequence[Any], fault_in: Callabl
         raise ValueError(f"{type(experts).__name__}: expected {', '.join(form.inputs)}, got {len(call)} tensors")
     if fault := fault_in(experts, call):
         raise fault
+    if why := why_not_there(experts, call):
+        raise RuntimeError(f"{type(experts).__name__}: {why}; expected one device, or a device_map of whole layers")
 
 
 def replace_rows(experts: Any, y: Any, call: Sequence[Any], groups: Sequence[tuple[Tensor, Terms]]) -> Any:

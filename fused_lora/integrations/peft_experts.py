@@ -116,7 +116,7 @@ def _why_not_call(base: Any, call: tuple, kwargs: dict) -> str | None:
     if form.fault(base, call):
         return "shapes or dtypes do not belong together"
     hooked = "a hook on all modules" if _has_any_global_hook() else None
-    return why_not_plain_tensor(x) or why_transformed() or hooked
+    return why_not_plain_tensor(x) or experts.why_not_there(base, call) or why_transformed() or hooked
 
 
 BEHAVIOURS["ParamWrapper"] = AcceleratedExperts

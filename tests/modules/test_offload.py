@@ -13,6 +13,7 @@ accelerate = pytest.importorskip("accelerate")
 
 import fused_lora  # noqa: E402
 from fused_lora import LoraConfig  # noqa: E402
+from fused_lora.bases.experts import experts_forward  # noqa: E402
 from fused_lora.modules.offload import execution_device  # noqa: E402
 from fused_lora.testing.numeric import assert_close  # noqa: E402
 from helpers import training  # noqa: E402
@@ -102,19 +103,24 @@ def test_a_store_is_where_an_offloaded_model_runs():
         assert_close(model(x), want, terms=100)
 
 
+STACKS = dict(r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+MOVED = {"Qwen3MoeTopKRouter": router_config("qwen3_moe"), "Qwen3MoeExperts": STACKS}
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("kind", MOVED)
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_router_whose_inputs_are_moved(when, tmp_path):
-    """As in a model over several devices. Where the hook loads the weight, too, the router is refused."""
+def test_routers_and_experts_whose_inputs_are_moved(kind, when, tmp_path):
+    """As in a model over several devices. Where the hook loads the weight, too, they are refused."""
     torch.manual_seed(shifted(1))
     plain, ids = routed("qwen3_moe"), IDS // 3
     ours, served = copy.deepcopy(plain), copy.deepcopy(plain)
-    config = LoraConfig(**router_config("qwen3_moe", init_lora_weights=False))
+    config = LoraConfig(**MOVED[kind], init_lora_weights=False)
     expected = fused_lora.inject(plain, config)
     fused_lora.save_adapter(plain, tmp_path / "a")
 
     def hook(model, **fields):
-        for module in [m for m in model.modules() if type(m).__name__ == "Qwen3MoeTopKRouter"]:
+        for module in [m for m in model.modules() if type(m).__name__ == kind]:
             for _ in range(1 if fields else 2):  # accelerate makes one of two
                 each = accelerate.hooks.AlignDevicesHook(execution_device="cpu", **fields)
                 accelerate.hooks.add_hook_to_module(module, each, append=True)
@@ -131,8 +137,24 @@ def test_a_router_whose_inputs_are_moved(when, tmp_path):
         assert_close(served(ids).logits, ours(ids).logits, terms=1000)
     accelerate.hooks.remove_hook_from_submodules(ours)
     hook(ours, offload=True)
-    with pytest.raises(RuntimeError, match="weight is on the meta device: not loaded, or offloaded between calls"):
+    with pytest.raises(RuntimeError, match="is on the meta device: not loaded, or offloaded between calls"):
         ours(ids)
+
+
+@torch.no_grad()
+def test_accelerated_experts_whose_inputs_are_moved():
+    torch.manual_seed(shifted(1))
+    model = routed("qwen3_moe")
+    accelerate.hooks.attach_execution_device_hook(model, "cpu")
+    model = peft.get_peft_model(model, peft.LoraConfig(**STACKS, init_lora_weights=False))
+    want = model(IDS // 3).logits
+    fused_lora.accelerate(model)
+    assert_close(model(IDS // 3).logits, want, terms=1000)
+    assert str(fused_lora.explain(model)).endswith("4 of 4 layers run fused")
+    layer = next(m for m in model.modules() if hasattr(m, "parameter_name"))
+    call = torch.ones(2, 16), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+    with pytest.raises(RuntimeError, match="the experts are on cpu, and their inputs on meta; expected one device"):
+        experts_forward(layer.get_base_layer(), [t.to("meta") for t in call], {})
 
 
 @torch.no_grad()
