@@ -1,4 +1,4 @@
-/* CPU loops of fused_lora: exact merge and unmerge of a weight, and the dropout mask.
+/* CPU loops of fused_lora: exact merge and unmerge of a weight, the dropout mask, and LoRA terms.
  *
  * Plain C for gcc and clang; OpenMP where there is one. Python calls it through ctypes (fused_lora/ops/native.py), and
  * fused_lora/ops/merge/blocks.py does the same with torch where no compiler was there: to the bit, so a record made by
@@ -27,6 +27,9 @@
  *
  * A switch takes an old merge off and merges anew, unit by unit: of a weight in memory it is one read and one write.
  *
+ * The terms of rows under many adapters are no bits to keep in a record. Here a row's are the same whatever rows are
+ * beside it, in any number of threads: sums of products, each rounded on its own, in an order that K and r decide.
+ *
  * Build with -ffp-contract=off: the compiler must not fuse what is not written as fmaf.
  */
 #include <fenv.h>
@@ -34,7 +37,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32, STRIP = 8 };
+enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32, STRIP = 8, LANES = 16, SPAN = 512 };
 /* elements and columns of a unit; ranks, rows and columns of a step of the delta */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { MERGE, UNMERGE, MERGE_AGAIN, CHECKSUM };            /* MERGE_AGAIN keeps nothing */
@@ -440,6 +443,153 @@ INLINE void mask_row(const Mask *mask, int64_t row) {
     }
 }
 
+/* The LoRA terms of rows under many adapters: one of a layer's outputs, whose slots lie in one memory. */
+typedef struct {
+    const float *A, *B;                       /* [slots], each A [r, K] and B^T [r, columns], so many elements apart: */
+    int64_t A_pitch, B_pitch, columns;
+    const int64_t *ranks;                     /* [slots] */
+} Output;
+
+typedef struct {
+    const float *x;                           /* [rows, K], its rows x_stride apart */
+    int64_t x_stride, K, outputs, y_type;
+    const Output *table;                      /* [outputs] */
+    int64_t blocks;
+    const int64_t *block, *order;             /* [blocks, 3]: slot, first place in order, rows; [places]: row of x and y */
+    float *S;                                 /* [places, outputs, pitch] */
+    int64_t pitch, threads, variant;
+    struct { char *y; int64_t stride; } to[]; /* [outputs] */
+} Terms;
+
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define LOAD(from) (*(const lanes *)(from))
+
+/* The sum of `part`, and then of what did not fill the lanes, one after the other. */
+INLINE float sum_of(float *part, const float *p, const float *q, int64_t n) {
+    float sum;
+    for (int width = LANES / 2; width; width /= 2)
+        for (int l = 0; l < width; l++) part[l] += part[l + width];
+    sum = part[0];
+    for (int64_t k = 0; k < n; k++) sum += p[k] * q[k];
+    return sum;
+}
+
+/* s[i] = p[i] . q, and t[i] = p[i] . o where `both`, for GROUP vectors p: LANES sums over k, and then the sum of those. */
+INLINE void dot_products(int both, const float *const *p, const float *q, const float *o, int64_t K, float *s, float *t) {
+    lanes u[GROUP] = {{0}}, v[GROUP] = {{0}};
+    int64_t k = 0;
+    for (; k + LANES <= K; k += LANES) {
+        lanes a = LOAD(q + k), b = both ? LOAD(o + k) : a;
+        for (int i = 0; i < GROUP; i++) {
+            lanes c = LOAD(p[i] + k);
+            u[i] += c * a;
+            if (both) v[i] += c * b;
+        }
+    }
+    for (int i = 0; i < GROUP; i++) {
+        s[i] = sum_of((float *)&u[i], p[i] + k, q + k, K - k);
+        if (both) t[i] = sum_of((float *)&v[i], p[i] + k, o + k, K - k);
+    }
+}
+
+/* d[i] [n], of GROUP rows or of one, = S[i] B, one rank after the other. B's rows are `stride` apart. */
+INLINE void combine(int rows, const float *const *S, const float *B, int64_t stride, int64_t ranks, int64_t n,
+                    float (*d)[SPAN]) {
+    /* a row alone takes GROUP pieces of its columns in the place of GROUP rows */
+    const int64_t apart = rows == 1 ? LANES : 0, second = rows == 1 ? GROUP * LANES : LANES;
+    int64_t c = 0;
+    for (; c + 2 * second <= n; c += 2 * second) {
+        lanes u[GROUP] = {{0}}, v[GROUP] = {{0}};
+        for (int64_t j = 0; j < ranks; j++) {
+            const float *b = B + j * stride + c;
+            for (int i = 0; i < GROUP; i++) {
+                float factor = S[rows == 1 ? 0 : i][j];
+                u[i] += factor * LOAD(b + i * apart), v[i] += factor * LOAD(b + i * apart + second);
+            }
+        }
+        for (int i = 0; i < GROUP; i++) {
+            float *to = d[rows == 1 ? 0 : i] + c + i * apart;
+            *(lanes *)to = u[i], *(lanes *)(to + second) = v[i];
+        }
+    }
+    for (int i = 0; i < rows; i++) {
+        int64_t at = c;
+        for (; at + LANES <= n; at += LANES) {
+            lanes u = {0};
+            for (int64_t j = 0; j < ranks; j++) u += S[i][j] * LOAD(B + j * stride + at);
+            *(lanes *)(d[i] + at) = u;
+        }
+        for (; at < n; at++) {
+            d[i][at] = 0;
+            for (int64_t j = 0; j < ranks; j++) d[i][at] += S[i][j] * B[j * stride + at];
+        }
+    }
+}
+
+/* y [n] = round(y + d) */
+INLINE void add_rounded(int type, void *y, const float *d, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        float value = value_of(type, get(type, y, i)) + d[i];
+        uint32_t bits = rounded(type, value), most = infinity_of(type);
+        if (bits > most) bits = most;
+        bits |= sign_of(type, value);
+        if (value != value) bits = type == FLOAT32 ? as_bits(value) : most | most >> 1;
+        put(type, y, i, bits);
+    }
+}
+
+/* S of one block at one output, STRIP ranks of it. Rows and ranks that fill up a group are the last ones again. */
+INLINE void shrink(const Terms *terms, const int64_t *block, int64_t output, int64_t strip) {
+    const Output *of = terms->table + output;
+    int64_t first = strip * STRIP, ranks = of->ranks[block[0]] - first, K = terms->K, pitch = terms->outputs * terms->pitch;
+    const float *A = of->A + block[0] * of->A_pitch + first * K, *p[GROUP];
+    float *S = terms->S + (block[1] * terms->outputs + output) * terms->pitch + first, s[GROUP], t[GROUP];
+    const int64_t *row = terms->order + block[1], rows = block[2];
+    if (ranks > STRIP) ranks = STRIP;
+    for (int64_t m = 0; m < rows && ranks > 0; m += GROUP) {
+        if (rows - m == 1) {
+            for (int64_t j = 0; j < ranks; j += GROUP) {
+                for (int64_t i = 0; i < GROUP; i++) p[i] = A + (j + i < ranks ? j + i : ranks - 1) * K;
+                const float *x = terms->x + row[m] * terms->x_stride;
+                dot_products(0, p, x, x, K, s, t);
+                for (int64_t i = 0; i < GROUP && j + i < ranks; i++) S[m * pitch + j + i] = s[i];
+            }
+            break;
+        }
+        for (int64_t i = 0; i < GROUP; i++) p[i] = terms->x + row[m + i < rows ? m + i : rows - 1] * terms->x_stride;
+        for (int64_t j = 0; j < ranks; j += 2) {
+            int64_t next = j + 1 < ranks ? j + 1 : j;
+            dot_products(1, p, A + j * K, A + next * K, K, s, t);
+            for (int64_t i = 0; i < GROUP && m + i < rows; i++)
+                S[(m + i) * pitch + j] = s[i], S[(m + i) * pitch + next] = t[i];
+        }
+    }
+}
+
+/* y of one block at SPAN columns of one output. */
+INLINE void expand(const Terms *terms, const int64_t *block, int64_t output, int64_t span) {
+    const Output *of = terms->table + output;
+    int64_t ranks = of->ranks[block[0]], first = span * SPAN, n = of->columns - first, rows = block[2];
+    if (n > SPAN) n = SPAN;
+    const float *B = of->B + block[0] * of->B_pitch + first, *S[GROUP];
+    float d[GROUP][SPAN];
+    for (int64_t m = 0; m < rows && n > 0 && ranks; m += GROUP) {
+        for (int64_t i = 0; i < GROUP; i++) {
+            int64_t place = block[1] + (m + i < rows ? m + i : rows - 1);
+            S[i] = terms->S + (place * terms->outputs + output) * terms->pitch;
+        }
+        if (rows - m == 1) combine(1, S, B, of->columns, ranks, n, d);
+        else combine(GROUP, S, B, of->columns, ranks, n, d);
+        for (int64_t i = 0; i < GROUP && m + i < rows; i++) {
+            char *y = terms->to[output].y + terms->order[block[1] + m + i] * terms->to[output].stride;
+            if (terms->y_type == FLOAT32) add_rounded(FLOAT32, y + 4 * first, d[i], n);
+            else if (terms->y_type == BFLOAT16) add_rounded(BFLOAT16, y + 2 * first, d[i], n);
+            else add_rounded(FLOAT16, y + 2 * first, d[i], n);
+        }
+    }
+}
+
 /* The functions above for several instruction sets, which a processor is asked for; all give the same bits. */
 #define KIND(name, kind, scaled, random, options)                                                                   \
     options static int kind##_##name(Work *work, int64_t index, int mode) {                                         \
@@ -455,17 +605,27 @@ INLINE void mask_row(const Mask *mask, int64_t row) {
         if (work->row_scale) return (random ? scaled_random_##name : scaled_##name)(work, index, mode);             \
         return (random ? random_##name : plain_##name)(work, index, mode);                                          \
     }                                                                                                               \
-    options static void mask_##name(const Mask *mask, int64_t row) { mask_row(mask, row); }
+    options static void mask_##name(const Mask *mask, int64_t row) { mask_row(mask, row); }                         \
+    options static void shrink_##name(const Terms *terms, const int64_t *block, int64_t output, int64_t strip) {    \
+        shrink(terms, block, output, strip);                                                                        \
+    }                                                                                                               \
+    options static void expand_##name(const Terms *terms, const int64_t *block, int64_t output, int64_t span) {     \
+        expand(terms, block, output, span);                                                                         \
+    }
 
 #ifdef __x86_64__
 VARIANT(avx2, __attribute__((target("avx2,fma,bmi2"))))
 VARIANT(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512"))))
 static int (*const units[])(Work *, int64_t, int) = {0, unit_avx2, unit_avx512};
 static void (*const masks[])(const Mask *, int64_t) = {0, mask_avx2, mask_avx512};
+static void (*const shrinks[])(const Terms *, const int64_t *, int64_t, int64_t) = {0, shrink_avx2, shrink_avx512};
+static void (*const expands[])(const Terms *, const int64_t *, int64_t, int64_t) = {0, expand_avx2, expand_avx512};
 #else
 VARIANT(plain, )
 static int (*const units[])(Work *, int64_t, int) = {unit_plain};
 static void (*const masks[])(const Mask *, int64_t) = {mask_plain};
+static void (*const shrinks[])(const Terms *, const int64_t *, int64_t, int64_t) = {shrink_plain};
+static void (*const expands[])(const Terms *, const int64_t *, int64_t, int64_t) = {expand_plain};
 #endif
 
 /* The best variant here: 0 plain, not on x86-64; 1 AVX2, 2 AVX-512; -1 where fmaf would be a slow call. */
@@ -549,5 +709,23 @@ void fused_lora_mask(const Mask *mask) {
 #pragma omp for schedule(dynamic, 8)
         for (int64_t row = 0; row < mask->rows; row++) masks[mask->variant](mask, row);
         fesetenv(&environment);
+    }
+}
+
+/* y += B A x of all rows that `order` names, at all outputs: first S of all blocks, then y. */
+void fused_lora_terms(const Terms *terms) {
+    int64_t outputs = terms->outputs, strips = (terms->pitch + STRIP - 1) / STRIP, spans = 0;
+    for (int64_t g = 0; g < outputs; g++) {
+        int64_t own = (terms->table[g].columns + SPAN - 1) / SPAN;
+        if (own > spans) spans = own;
+    }
+#pragma omp parallel num_threads((int)terms->threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < terms->blocks * outputs * strips; i++)
+            shrinks[terms->variant](terms, terms->block + i / strips / outputs * 3, i / strips % outputs, i % strips);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < terms->blocks * outputs * spans; i++)
+            expands[terms->variant](terms, terms->block + i / spans / outputs * 3, i / spans % outputs, i % spans);
     }
 }

@@ -1,7 +1,8 @@
 """The loops of csrc/cpu_loops.c, called through ctypes. Where they are missing or do not work, plain torch runs.
 
 setup.py builds them into ``_cpu_loops.so`` beside this file if there is a C compiler. At their first use in a process
-they are compared with torch: masks here, merges in :mod:`fused_lora.ops.merge.blocks`.
+they are compared with torch: masks here, merges in :mod:`fused_lora.ops.merge.blocks`, LoRA terms of many adapters in
+:mod:`fused_lora.ops.grouped.loops`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(LIBRARY))
         variant = library.fused_lora_variant()
-        if library.fused_lora_work_bytes() != ctypes.sizeof(Work):
+        if library.fused_lora_work_bytes() != ctypes.sizeof(Work) or not hasattr(library, "fused_lora_terms"):
             return None, f"{LIBRARY.name} is of another version: build it again"
     except (OSError, AttributeError) as error:
         return None, f"{LIBRARY.name} cannot be loaded: {error}"
@@ -81,7 +82,7 @@ def usable() -> bool:
 
 
 def describe() -> str:
-    """Which code does merges and dropout masks on this CPU, and why: one line."""
+    """Which code does merges, dropout masks and the LoRA terms of vLLM on this CPU, and why: one line."""
     if usable():
         return _loaded()[1]
     return f"plain torch: {'; '.join(_rejected) or _loaded()[1]}"
@@ -161,6 +162,11 @@ def _multiply(seed, start, cut, rows, out, in_place) -> None:
     addresses = [0 if t is None else t.data_ptr() for t in (rows, out, in_place)]
     is_double, share = like.dtype is torch.float64, threads(M * K)
     _loaded()[0].fused_lora_mask(_mask(M, K, start, cut, is_double, share, variant(), seed, *addresses))
+
+
+def add_terms(packed: bytes) -> None:
+    """The LoRA terms of rows under many adapters: ``Terms`` in C, of :mod:`fused_lora.ops.grouped.loops`."""
+    _loaded()[0].fused_lora_terms(packed)
 
 
 def _after_fork() -> None:

@@ -11,7 +11,7 @@ import torch
 from fused_lora.integrations import vllm as plugin
 from fused_lora.integrations.vllm.slots import Slots
 from fused_lora.integrations.vllm.terms import EagerTerms, KernelTerms
-from fused_lora.ops import guard
+from fused_lora.ops import guard, native
 from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.seeds import shifted
 
@@ -55,14 +55,21 @@ def mixed(rows, seed=0):
     return np.random.default_rng(shifted(seed)).integers(-1, SLOTS, rows).astype(np.int32)
 
 
+@pytest.fixture(params=["loops", "products", "kernels"])
+def kind(request, monkeypatch):
+    """What computes the terms."""
+    if request.param == "products":
+        monkeypatch.setattr(native, "usable", lambda: False)
+    return request.param
+
+
 def made(kind, rows, device):
-    return EagerTerms(device) if kind == "eager" else KernelTerms(rows, SLOTS, device)
+    return KernelTerms(rows, SLOTS, device) if kind == "kernels" else EagerTerms(device)
 
 
-@pytest.mark.parametrize("kind", ["eager", "kernels"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_every_row_gets_the_term_of_its_slot_and_base_rows_keep_their_bits(kind, dtype, device, kernels_on):
-    layer = Layer(dtype, FP32 if kind == "eager" else dtype)
+    layer = Layer(dtype, dtype if kind == "kernels" else FP32)
     slot_of_row = mixed(21)
     terms = made(kind, 32, device)
     for step in range(2):  # the second after a reload in place, with other ranks
@@ -82,9 +89,8 @@ def test_every_row_gets_the_term_of_its_slot_and_base_rows_keep_their_bits(kind,
             layer.load(4, [0, 0, 0])
 
 
-@pytest.mark.parametrize("kind", ["eager", "kernels"])
 def test_a_row_has_the_same_bits_alone_in_any_step(kind, device, kernels_on):
-    layer, slot_of_row = Layer(BF16, FP32 if kind == "eager" else BF16), mixed(30)
+    layer, slot_of_row = Layer(BF16, BF16 if kind == "kernels" else FP32), mixed(30)
     x, y = torch.randn(30, K).to(BF16), torch.randn(30, sum(N)).to(BF16)
     terms = made(kind, 256, device)
 
@@ -102,7 +108,6 @@ def test_a_row_has_the_same_bits_alone_in_any_step(kind, device, kernels_on):
 
 
 @pytest.mark.parametrize("broken", [float("nan"), 3e38], ids=["nan", "overflow"])
-@pytest.mark.parametrize("kind", ["eager", "kernels"])
 def test_an_adapter_that_is_not_finite_reaches_its_own_rows_alone(kind, broken, device, kernels_on):
     layer, slot_of_row = Layer(FP32, FP32), mixed(21)
     slot_of_row[5] = 4  # whatever was drawn
@@ -119,7 +124,6 @@ def test_an_adapter_that_is_not_finite_reaches_its_own_rows_alone(kind, broken, 
     assert torch.equal(found[0][~own], found[1][~own])
 
 
-@pytest.mark.parametrize("kind", ["eager", "kernels"])
 def test_shrink_then_expand_is_linear(kind, device, kernels_on):
     """Fully sharded LoRA: half of each adapter's ranks here, the other half elsewhere, gathered in fp32."""
     whole = Layer(FP32, FP32)
@@ -173,7 +177,6 @@ def test_a_step_beyond_what_was_provided_for_is_refused(device, kernels_on, monk
         terms.linear_(torch.zeros(7, sum(N)).split(N, 1), torch.zeros(7, K), layer.slots)
 
 
-@pytest.mark.parametrize("kind", ["eager", "kernels"])
 def test_a_layer_may_see_the_first_rows_alone(kind, device, kernels_on):
     """vLLM's prompt_logprobs calls the head with a prompt's rows, fewer than those that are sampled from."""
     layer, slot_of_row = Layer(FP32, FP32), mixed(10)

@@ -17,6 +17,7 @@ import torch
 
 from fused_lora import reference
 from fused_lora.ops import native
+from fused_lora.ops.grouped import loops
 from fused_lora.ops.merge import blocks
 from fused_lora.ops.merge import op as merging
 from fused_lora.ops.merge.blocks import Factors
@@ -228,7 +229,7 @@ def test_any_options_of_the_compiler_give_the_same_bits(options, fresh, tmp_path
     monkeypatch.setattr(native, "_loaded", lambda: (library, "built here"))
     monkeypatch.setattr(native, "variant", library.fused_lora_variant)
     assert (native.variant() == 0) == (options == OTHER)
-    assert native.usable() and blocks._agree() and native.usable()
+    assert native.usable() and blocks._agree() and loops._agree()
     for dtype in DTYPES:
         before, ours = weight((70, 333), dtype), factors((70, 333), 3, 1e-3)
         in_c, in_torch = before.clone(), before.clone()
@@ -499,7 +500,7 @@ def test_what_is_not_contiguous_is_left_to_numpy():
 @pytest.fixture
 def fresh(monkeypatch):
     """Nothing loaded, compared or rejected yet."""
-    caches = native._loaded, native._masks_agree, blocks._agree
+    caches = native._loaded, native._masks_agree, blocks._agree, loops._agree
     monkeypatch.setattr(native, "_rejected", [])
     for cache in caches:
         cache.cache_clear()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.grouped_tables import AdapterTables
+from fused_lora.ops.grouped.loops import Factors
 from fused_lora.ops.grouped.op import Joint, Terms
 
 
@@ -35,6 +36,7 @@ class Slots:
         self.local_rank = A[0].shape[2] if A else self.max_rank
         self.launches: dict[tuple, Any] = {}
         self._joints: dict[tuple, Joint] = {}
+        self._in_c: Factors | None = None
         self._tables: dict[str, AdapterTables] = {}
         self._alive: list[Tensor] = []  # whose addresses are in the tables
         # what is there already is of the full rank, for all we know
@@ -46,9 +48,18 @@ class Slots:
         for of_output, rank in zip(self.ranks, ranks, strict=True):
             of_output[slot] = min(rank, self.max_rank)
         self._joints.clear()
+        self._in_c = None
         for tables in self._tables.values():
             for of_output, rank in zip(tables.rank, ranks, strict=True):  # by a kernel: nothing waits for the device
                 of_output[slot].fill_(min(rank, tables.max_rank))
+
+    def in_c(self) -> Factors | None:
+        """A and B of each slot for the loops in C; None if they are not in fp32 on a CPU."""
+        like = self._B_t[0]
+        if self._in_c is None and self._A and like.device.type == "cpu" and like.dtype == torch.float32:
+            ranks = [[min(rank, self.local_rank) for rank in of_output] for of_output in self.ranks]
+            self._in_c = Factors([a[:, 0] for a in self._A], [b[:, 0] for b in self._B_t], ranks)
+        return self._in_c
 
     def joint(self, kind: str, output: int | None = None) -> Joint:
         """The factors of each slot for the eager operator; output: of this one alone.
