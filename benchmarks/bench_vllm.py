@@ -95,7 +95,9 @@ def wrappers(device: torch.device, rows: int, slots: int, rank: int, dtype: torc
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as Theirs
 
         from fused_lora.integrations.vllm.cpu import GroupedWrapperCPU as Ours
-    config = SimpleNamespace(max_loras=slots, max_lora_rank=rank, lora_dtype=dtype, specialize_active_lora=False)
+    config = SimpleNamespace(
+        max_loras=slots, max_lora_rank=rank, lora_dtype=dtype, specialize_active_lora=False, fully_sharded_loras=False
+    )
     return {
         "vllm": Theirs(rows, rows, device, lora_config=config),
         "fused_lora": Ours(rows, rows, device, lora_config=config),

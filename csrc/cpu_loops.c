@@ -445,14 +445,14 @@ INLINE void mask_row(const Mask *mask, int64_t row) {
 
 /* The LoRA terms of rows under many adapters: one of a layer's outputs, whose slots lie in one memory. */
 typedef struct {
-    const float *A, *B;                       /* [slots], each A [r, K] and B^T [r, columns], so many elements apart: */
+    const char *A, *B;                        /* [slots], each A [r, K] and B^T [r, columns], so many elements apart: */
     int64_t A_pitch, B_pitch, columns;
     const int64_t *ranks;                     /* [slots] */
 } Output;
 
 typedef struct {
     const float *x;                           /* [rows, K], its rows x_stride apart */
-    int64_t x_stride, K, outputs, y_type;
+    int64_t x_stride, K, outputs, y_type, type; /* type: of A and B, FLOAT32 or BFLOAT16 */
     const Output *table;                      /* [outputs] */
     int64_t blocks;
     const int64_t *block, *order;             /* [blocks, 3]: slot, first place in order, rows; [places]: row of x and y */
@@ -462,38 +462,49 @@ typedef struct {
 } Terms;
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-#define LOAD(from) (*(const lanes *)(from))
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+/* Elements of an array from number i on: as many as there are lanes, and one. A macro: vectors are not returned alike by
+ * the functions of all instruction sets. */
+#define LOAD(type, array, i)                                                                                        \
+    ((type) == FLOAT32 ? *(const lanes *)((const float *)(array) + (i))                                             \
+                       : (lanes)(__builtin_convertvector(*(const halves *)((const uint16_t *)(array) + (i)), words) << 16))
+#define ELEMENT(type, array, i) value_of(type, get(type, array, i))
+
+INLINE int64_t bytes_of(int type, int64_t n) { return type == FLOAT32 ? 4 * n : 2 * n; }
 
 /* The sum of `part`, and then of what did not fill the lanes, one after the other. */
-INLINE float sum_of(float *part, const float *p, const float *q, int64_t n) {
+INLINE float sum_of(float *part, int p_type, const void *p, int q_type, const void *q, int64_t k, int64_t K) {
     float sum;
     for (int width = LANES / 2; width; width /= 2)
         for (int l = 0; l < width; l++) part[l] += part[l + width];
     sum = part[0];
-    for (int64_t k = 0; k < n; k++) sum += p[k] * q[k];
+    for (; k < K; k++) sum += ELEMENT(p_type, p, k) * ELEMENT(q_type, q, k);
     return sum;
 }
 
 /* s[i] = p[i] . q, and t[i] = p[i] . o where `both`, for GROUP vectors p: LANES sums over k, and then the sum of those. */
-INLINE void dot_products(int both, const float *const *p, const float *q, const float *o, int64_t K, float *s, float *t) {
+INLINE void dot_products(int both, int p_type, const void *const *p, int q_type, const void *q, const void *o, int64_t K,
+                         float *s, float *t) {
     lanes u[GROUP] = {{0}}, v[GROUP] = {{0}};
     int64_t k = 0;
     for (; k + LANES <= K; k += LANES) {
-        lanes a = LOAD(q + k), b = both ? LOAD(o + k) : a;
+        lanes a = LOAD(q_type, q, k), b = both ? LOAD(q_type, o, k) : a;
         for (int i = 0; i < GROUP; i++) {
-            lanes c = LOAD(p[i] + k);
+            lanes c = LOAD(p_type, p[i], k);
             u[i] += c * a;
             if (both) v[i] += c * b;
         }
     }
     for (int i = 0; i < GROUP; i++) {
-        s[i] = sum_of((float *)&u[i], p[i] + k, q + k, K - k);
-        if (both) t[i] = sum_of((float *)&v[i], p[i] + k, o + k, K - k);
+        s[i] = sum_of((float *)&u[i], p_type, p[i], q_type, q, k, K);
+        if (both) t[i] = sum_of((float *)&v[i], p_type, p[i], q_type, o, k, K);
     }
 }
 
 /* d[i] [n], of GROUP rows or of one, = S[i] B, one rank after the other. B's rows are `stride` apart. */
-INLINE void combine(int rows, const float *const *S, const float *B, int64_t stride, int64_t ranks, int64_t n,
+INLINE void combine(int rows, const float *const *S, int type, const void *B, int64_t stride, int64_t ranks, int64_t n,
                     float (*d)[SPAN]) {
     /* a row alone takes GROUP pieces of its columns in the place of GROUP rows */
     const int64_t apart = rows == 1 ? LANES : 0, second = rows == 1 ? GROUP * LANES : LANES;
@@ -501,10 +512,10 @@ INLINE void combine(int rows, const float *const *S, const float *B, int64_t str
     for (; c + 2 * second <= n; c += 2 * second) {
         lanes u[GROUP] = {{0}}, v[GROUP] = {{0}};
         for (int64_t j = 0; j < ranks; j++) {
-            const float *b = B + j * stride + c;
+            int64_t b = j * stride + c;
             for (int i = 0; i < GROUP; i++) {
                 float factor = S[rows == 1 ? 0 : i][j];
-                u[i] += factor * LOAD(b + i * apart), v[i] += factor * LOAD(b + i * apart + second);
+                u[i] += factor * LOAD(type, B, b + i * apart), v[i] += factor * LOAD(type, B, b + i * apart + second);
             }
         }
         for (int i = 0; i < GROUP; i++) {
@@ -516,12 +527,12 @@ INLINE void combine(int rows, const float *const *S, const float *B, int64_t str
         int64_t at = c;
         for (; at + LANES <= n; at += LANES) {
             lanes u = {0};
-            for (int64_t j = 0; j < ranks; j++) u += S[i][j] * LOAD(B + j * stride + at);
+            for (int64_t j = 0; j < ranks; j++) u += S[i][j] * LOAD(type, B, j * stride + at);
             *(lanes *)(d[i] + at) = u;
         }
         for (; at < n; at++) {
             d[i][at] = 0;
-            for (int64_t j = 0; j < ranks; j++) d[i][at] += S[i][j] * B[j * stride + at];
+            for (int64_t j = 0; j < ranks; j++) d[i][at] += S[i][j] * ELEMENT(type, B, j * stride + at);
         }
     }
 }
@@ -540,19 +551,20 @@ INLINE void add_rounded(int type, void *y, const float *d, int64_t n) {
 }
 
 /* S of one block at one output, STRIP ranks of it. Rows and ranks that fill up a group are the last ones again. */
-INLINE void shrink(const Terms *terms, const int64_t *block, int64_t output, int64_t strip) {
+INLINE void shrink(int type, const Terms *terms, const int64_t *block, int64_t output, int64_t strip) {
     const Output *of = terms->table + output;
     int64_t first = strip * STRIP, ranks = of->ranks[block[0]] - first, K = terms->K, pitch = terms->outputs * terms->pitch;
-    const float *A = of->A + block[0] * of->A_pitch + first * K, *p[GROUP];
+    const char *A = of->A + bytes_of(type, block[0] * of->A_pitch + first * K);
+    const void *p[GROUP];
     float *S = terms->S + (block[1] * terms->outputs + output) * terms->pitch + first, s[GROUP], t[GROUP];
     const int64_t *row = terms->order + block[1], rows = block[2];
     if (ranks > STRIP) ranks = STRIP;
     for (int64_t m = 0; m < rows && ranks > 0; m += GROUP) {
         if (rows - m == 1) {
             for (int64_t j = 0; j < ranks; j += GROUP) {
-                for (int64_t i = 0; i < GROUP; i++) p[i] = A + (j + i < ranks ? j + i : ranks - 1) * K;
+                for (int64_t i = 0; i < GROUP; i++) p[i] = A + bytes_of(type, (j + i < ranks ? j + i : ranks - 1) * K);
                 const float *x = terms->x + row[m] * terms->x_stride;
-                dot_products(0, p, x, x, K, s, t);
+                dot_products(0, type, p, FLOAT32, x, x, K, s, t);
                 for (int64_t i = 0; i < GROUP && j + i < ranks; i++) S[m * pitch + j + i] = s[i];
             }
             break;
@@ -560,7 +572,7 @@ INLINE void shrink(const Terms *terms, const int64_t *block, int64_t output, int
         for (int64_t i = 0; i < GROUP; i++) p[i] = terms->x + row[m + i < rows ? m + i : rows - 1] * terms->x_stride;
         for (int64_t j = 0; j < ranks; j += 2) {
             int64_t next = j + 1 < ranks ? j + 1 : j;
-            dot_products(1, p, A + j * K, A + next * K, K, s, t);
+            dot_products(1, FLOAT32, p, type, A + bytes_of(type, j * K), A + bytes_of(type, next * K), K, s, t);
             for (int64_t i = 0; i < GROUP && m + i < rows; i++)
                 S[(m + i) * pitch + j] = s[i], S[(m + i) * pitch + next] = t[i];
         }
@@ -568,19 +580,20 @@ INLINE void shrink(const Terms *terms, const int64_t *block, int64_t output, int
 }
 
 /* y of one block at SPAN columns of one output. */
-INLINE void expand(const Terms *terms, const int64_t *block, int64_t output, int64_t span) {
+INLINE void expand(int type, const Terms *terms, const int64_t *block, int64_t output, int64_t span) {
     const Output *of = terms->table + output;
     int64_t ranks = of->ranks[block[0]], first = span * SPAN, n = of->columns - first, rows = block[2];
     if (n > SPAN) n = SPAN;
-    const float *B = of->B + block[0] * of->B_pitch + first, *S[GROUP];
+    const char *B = of->B + bytes_of(type, block[0] * of->B_pitch + first);
+    const float *S[GROUP];
     float d[GROUP][SPAN];
     for (int64_t m = 0; m < rows && n > 0 && ranks; m += GROUP) {
         for (int64_t i = 0; i < GROUP; i++) {
             int64_t place = block[1] + (m + i < rows ? m + i : rows - 1);
             S[i] = terms->S + (place * terms->outputs + output) * terms->pitch;
         }
-        if (rows - m == 1) combine(1, S, B, of->columns, ranks, n, d);
-        else combine(GROUP, S, B, of->columns, ranks, n, d);
+        if (rows - m == 1) combine(1, S, type, B, of->columns, ranks, n, d);
+        else combine(GROUP, S, type, B, of->columns, ranks, n, d);
         for (int64_t i = 0; i < GROUP && m + i < rows; i++) {
             char *y = terms->to[output].y + terms->order[block[1] + m + i] * terms->to[output].stride;
             if (terms->y_type == FLOAT32) add_rounded(FLOAT32, y + 4 * first, d[i], n);
@@ -607,10 +620,12 @@ INLINE void expand(const Terms *terms, const int64_t *block, int64_t output, int
     }                                                                                                               \
     options static void mask_##name(const Mask *mask, int64_t row) { mask_row(mask, row); }                         \
     options static void shrink_##name(const Terms *terms, const int64_t *block, int64_t output, int64_t strip) {    \
-        shrink(terms, block, output, strip);                                                                        \
+        if (terms->type == FLOAT32) shrink(FLOAT32, terms, block, output, strip);                                   \
+        else shrink(BFLOAT16, terms, block, output, strip);                                                         \
     }                                                                                                               \
     options static void expand_##name(const Terms *terms, const int64_t *block, int64_t output, int64_t span) {     \
-        expand(terms, block, output, span);                                                                         \
+        if (terms->type == FLOAT32) expand(FLOAT32, terms, block, output, span);                                    \
+        else expand(BFLOAT16, terms, block, output, span);                                                          \
     }
 
 #ifdef __x86_64__

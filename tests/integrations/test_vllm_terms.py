@@ -69,7 +69,7 @@ def made(kind, rows, device):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_every_row_gets_the_term_of_its_slot_and_base_rows_keep_their_bits(kind, dtype, device, kernels_on):
-    layer = Layer(dtype, dtype if kind == "kernels" else FP32)
+    layer = Layer(dtype, FP32 if kind == "products" else dtype)
     slot_of_row = mixed(21)
     terms = made(kind, 32, device)
     for step in range(2):  # the second after a reload in place, with other ranks
@@ -90,7 +90,7 @@ def test_every_row_gets_the_term_of_its_slot_and_base_rows_keep_their_bits(kind,
 
 
 def test_a_row_has_the_same_bits_alone_in_any_step(kind, device, kernels_on):
-    layer, slot_of_row = Layer(BF16, BF16 if kind == "kernels" else FP32), mixed(30)
+    layer, slot_of_row = Layer(BF16, FP32 if kind == "products" else BF16), mixed(30)
     x, y = torch.randn(30, K).to(BF16), torch.randn(30, sum(N)).to(BF16)
     terms = made(kind, 256, device)
 

@@ -20,8 +20,9 @@ def seeded():
     torch.manual_seed(shifted(3))
 
 
-def layer(K):
-    A, B_t = [torch.randn(SLOTS, MOST, K) * K**-0.5 for _ in N], [torch.randn(SLOTS, MOST, n) / 4 for n in N]
+def layer(K, kept=torch.float32):
+    A = [(torch.randn(SLOTS, MOST, K) * K**-0.5).to(kept) for _ in N]
+    B_t = [(torch.randn(SLOTS, MOST, n) / 4).to(kept) for n in N]
     return A, B_t, Factors(A, B_t, RANKS)
 
 
@@ -42,9 +43,10 @@ def slots_of(counts):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("dtype", native.TYPES, ids=str)
+@pytest.mark.parametrize("kept", loops.KEPT, ids=str)
 @pytest.mark.parametrize("K", [5, 64, 77])
-def test_terms_are_those_of_float64(dtype, K):
-    A, B_t, factors = layer(K)
+def test_terms_are_those_of_float64(dtype, kept, K):
+    A, B_t, factors = layer(K, kept)
     slots = slots_of([2, 1, 6, 0, 70])
     x, wide = torch.randn(len(slots), 2 * K).to(dtype)[:, :K], torch.randn(len(slots), sum(N) + 9).to(dtype)
     y, before = wide[:, : sum(N)], wide.clone()  # rows apart, as those of a step's logits are
@@ -55,10 +57,11 @@ def test_terms_are_those_of_float64(dtype, K):
     assert not add_terms_(y.double().split(N, 1), x, Blocks(slots), factors)
 
 
+@pytest.mark.parametrize("kept", loops.KEPT, ids=str)
 @pytest.mark.parametrize("variant", sorted({native.variant(), min(native.variant(), 1)}))
-def test_a_row_has_the_same_bits_alone_in_any_batch_and_any_threads(variant, monkeypatch):
+def test_a_row_has_the_same_bits_alone_in_any_batch_and_any_threads(variant, kept, monkeypatch):
     monkeypatch.setattr(native, "variant", lambda: variant)
-    _, _, factors = layer(77)
+    _, _, factors = layer(77, kept)
     slots = slots_of([1, 2, 3, 0, 70])
     x, y = torch.randn(len(slots), 77), torch.randn(len(slots), sum(N))
 

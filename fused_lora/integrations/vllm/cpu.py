@@ -7,12 +7,14 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from fused_lora.integrations.vllm.terms import EagerTerms
 from fused_lora.integrations.vllm.wrapper import Grouped
+from fused_lora.ops import native
+from fused_lora.ops.grouped.loops import KEPT
 
 
 class GroupedWrapperCPU(Grouped, PunicaWrapperCPU):
-    """Rows by adapter, products in fp32, one rounding. Adapters are held in fp32, so that no product converts them."""
+    """Rows by adapter, products in fp32, one rounding. Adapters are held in fp32 where a product would convert them."""
 
-    kernels = "products of torch in fp32"
+    kernels = f"{native.describe()}, in fp32"
 
     def new_terms(self) -> EagerTerms:
         """The terms of one kind of rows."""
@@ -20,4 +22,6 @@ class GroupedWrapperCPU(Grouped, PunicaWrapperCPU):
 
     def adapter_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What adapters of this dtype are held in."""
+        if dtype in KEPT and native.usable() and not self.lora_config.fully_sharded_loras:
+            return dtype
         return torch.promote_types(dtype, torch.float32)

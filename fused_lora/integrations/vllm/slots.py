@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.grouped_tables import AdapterTables
-from fused_lora.ops.grouped.loops import Factors
+from fused_lora.ops.grouped.loops import KEPT, Factors
 from fused_lora.ops.grouped.op import Joint, Terms
 
 
@@ -54,9 +54,9 @@ class Slots:
                 of_output[slot].fill_(min(rank, tables.max_rank))
 
     def in_c(self) -> Factors | None:
-        """A and B of each slot for the loops in C; None if they are not in fp32 on a CPU."""
+        """A and B of each slot for the loops in C; None if they are not in fp32 or bf16 on a CPU."""
         like = self._B_t[0]
-        if self._in_c is None and self._A and like.device.type == "cpu" and like.dtype == torch.float32:
+        if self._in_c is None and self._A and like.device.type == "cpu" and like.dtype in KEPT:
             ranks = [[min(rank, self.local_rank) for rank in of_output] for of_output in self.ranks]
             self._in_c = Factors([a[:, 0] for a in self._A], [b[:, 0] for b in self._B_t], ranks)
         return self._in_c

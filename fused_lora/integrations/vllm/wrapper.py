@@ -38,6 +38,7 @@ class Grouped:
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
         wrapper: Any = super()  # vLLM's
         wrapper.__init__(max_num_batched_tokens, max_batches, device, **kwargs)
+        self.lora_config: Any = kwargs["lora_config"]
         self._slots: dict[int, Slots] = {}  # by the address of a layer's first A and of its first B
         self.leaves_some, self._samples = False, False
         self._tokens, self._prompts = self.new_terms(), self.new_terms()

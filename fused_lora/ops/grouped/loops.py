@@ -7,6 +7,7 @@ not those of the products of torch in :mod:`fused_lora.ops.grouped.op`.
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fused_lora.ops import native
 
+KEPT = torch.float32, torch.bfloat16  # what A and B may be held in
 _BLOCK = 32  # rows that a thread takes at a time: their inputs stay in its cache
 
 
@@ -36,14 +38,14 @@ class Blocks:
 
 
 class Factors:
-    """A [slots, r, K] and B^T [slots, r, N] of each output, fp32 on the CPU, matrices contiguous.
+    """A [slots, r, K] and B^T [slots, r, N] of each output, all fp32 or all bf16 on the CPU, matrices contiguous.
 
     ranks: of each output, of each slot, 0 where it adds nothing.
     """
 
     def __init__(self, A: Sequence[Tensor], B_t: Sequence[Tensor], ranks: Sequence[Sequence[int]]):
         self._alive, self._ranks = (*A, *B_t), np.array(ranks, np.int64)
-        self.outputs, self.most, self.K = len(A), A[0].shape[1], A[0].shape[2]
+        self.outputs, self.most, self.K, self.type = len(A), A[0].shape[1], A[0].shape[2], native.TYPES[A[0].dtype]
         self._table = np.array(
             [
                 (a.data_ptr(), b.data_ptr(), a.stride(0), b.stride(0), b.shape[2], own.ctypes.data)
@@ -53,7 +55,7 @@ class Factors:
         )
         self.address = self._table.ctypes.data
         self.elements = sum(self.most * (self.K + b.shape[2]) for b in B_t)  # of one adapter
-        self.pack = struct.Struct(f"{13 + 2 * self.outputs}q").pack  # ``Terms`` in C
+        self.pack = struct.Struct(f"{14 + 2 * self.outputs}q").pack  # ``Terms`` in C
 
 
 def add_terms_(outputs: Sequence[Tensor], x: Tensor, blocks: Blocks, factors: Factors) -> bool:
@@ -78,8 +80,8 @@ def _run(outputs: Sequence[Tensor], x: Tensor, blocks: Blocks, factors: Factors)
     to = [number for y in outputs for number in (y.data_ptr(), y.stride(0) * dtype.itemsize)]
     native.add_terms(
         factors.pack(
-            x.data_ptr(), x.stride(0), factors.K, factors.outputs, native.TYPES[dtype], factors.address,
-            blocks.count, *blocks.addresses, S.data_ptr(), factors.most, share, native.variant(), *to,
+            x.data_ptr(), x.stride(0), factors.K, factors.outputs, native.TYPES[dtype], factors.type,
+            factors.address, blocks.count, *blocks.addresses, S.data_ptr(), factors.most, share, native.variant(), *to,
         )
     )  # fmt: skip
 
@@ -104,9 +106,10 @@ def _agree() -> bool:
         for slot, r in enumerate(ranks[g]):
             rows = torch.from_numpy(slots == slot)
             part[rows] += x[rows] @ A[g][slot, :r].t() @ B_t[g][slot, :r]
-    for dtype in native.TYPES:
+    for dtype, kept in itertools.product(native.TYPES, KEPT):
         found = y.to(dtype, copy=True)
-        _run(found.split(widths, 1), x.to(dtype), Blocks(slots), Factors(A, B_t, ranks))
+        held = [[matrices.to(kept) for matrices in side] for side in (A, B_t)]
+        _run(found.split(widths, 1), x.to(dtype), Blocks(slots), Factors(*held, ranks))
         if not torch.equal(found, exact.to(dtype)):
             native.reject(f"a LoRA term in {dtype} differs")
             return False

@@ -9,6 +9,7 @@ import openai
 import pytest
 import requests
 
+from fused_lora.ops import native
 from helpers import tiny_vllm as tiny
 from helpers.waiting import wait_for
 
@@ -77,7 +78,7 @@ def check(client, model, name, folder):
 
 def test_the_log_names_wrapper_and_kernels_once(server):
     text = server[1].read_text()
-    assert text.count("computes the LoRA terms: GroupedWrapperCPU, products of torch in fp32") == 1
+    assert text.count(f"computes the LoRA terms: GroupedWrapperCPU, {native.describe()}, in fp32") == 1
 
 
 def test_answers_are_those_of_merged_adapters_and_of_the_base(client, server, model, adapters):
