@@ -108,8 +108,8 @@ def _agree() -> bool:
             part[rows] += x[rows] @ A[g][slot, :r].t() @ B_t[g][slot, :r]
     for dtype, kept in itertools.product(native.TYPES, KEPT):
         found = y.to(dtype, copy=True)
-        held = [[matrices.to(kept) for matrices in side] for side in (A, B_t)]
-        _run(found.split(widths, 1), x.to(dtype), Blocks(slots), Factors(*held, ranks))
+        held_A, held_B = ([matrices.to(kept) for matrices in side] for side in (A, B_t))
+        _run(found.split(widths, 1), x.to(dtype), Blocks(slots), Factors(held_A, held_B, ranks))
         if not torch.equal(found, exact.to(dtype)):
             native.reject(f"a LoRA term in {dtype} differs")
             return False
