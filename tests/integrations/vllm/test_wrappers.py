@@ -18,7 +18,13 @@ from helpers.seeds import shifted
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 ROWS, SLOTS, RANK, K, N, VOCAB = 24, 3, 16, 40, (48, 16, 16), 50
-CONFIG = SimpleNamespace(max_loras=SLOTS, max_lora_rank=RANK, lora_dtype=torch.float32, specialize_active_lora=False)
+CONFIG = SimpleNamespace(
+    max_loras=SLOTS,
+    max_lora_rank=RANK,
+    lora_dtype=torch.float32,
+    specialize_active_lora=False,
+    fully_sharded_loras=False,
+)
 IDS = [7, None, 9]  # of the adapters in the slots
 
 
