@@ -23,7 +23,7 @@ from fused_lora.ops import native
 from fused_lora.ops.masks import times_mask
 from fused_lora.reference import dropout_lanes, dropout_threshold, keep_scale
 
-_MASK_ELEMENTS = 1 << 19  # row block of the mask and of the dropped input: 2 MiB of fp32
+_MASK_ELEMENTS = 1 << 20  # row block of the mask and of the dropped input: 4 MiB of fp32
 _WEIGHT_ELEMENTS = 1 << 21  # row block of a 16-bit or packed weight in fp32: 8 MiB
 _FEW_ROWS = 8  # below it some BLAS code paths add each product to the result, at twice the rounding error of a sum
 
