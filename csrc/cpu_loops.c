@@ -37,7 +37,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32, STRIP = 8, LANES = 16, SPAN = 512 };
+enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32, STRIP = 8, LANES = 16, SPAN = 2048 };
 /* elements and columns of a unit; ranks, rows and columns of a step of the delta */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { MERGE, UNMERGE, MERGE_AGAIN, CHECKSUM };            /* MERGE_AGAIN keeps nothing */
@@ -446,7 +446,7 @@ INLINE void mask_row(const Mask *mask, int64_t row) {
 /* The LoRA terms of rows under many adapters: one of a layer's outputs, whose slots lie in one memory. */
 typedef struct {
     const char *A, *B;                        /* [slots], each A [r, K] and B^T [r, columns], so many elements apart: */
-    int64_t A_pitch, B_pitch, columns;
+    int64_t A_pitch, B_pitch, columns, first; /* first: its first column of y */
     const int64_t *ranks;                     /* [slots] */
 } Output;
 
@@ -458,7 +458,8 @@ typedef struct {
     const int64_t *block, *order;             /* [blocks, 3]: slot, first place in order, rows; [places]: row of x and y */
     float *S;                                 /* [places, outputs, pitch] */
     int64_t pitch, threads, variant;
-    struct { char *y; int64_t stride; } to[]; /* [outputs] */
+    char *y;                                  /* [rows, all outputs' columns], its rows y_stride bytes apart */
+    int64_t y_stride;
 } Terms;
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -503,38 +504,31 @@ INLINE void dot_products(int both, int p_type, const void *const *p, int q_type,
     }
 }
 
-/* d[i] [n], of GROUP rows or of one, = S[i] B, one rank after the other. B's rows are `stride` apart. */
-INLINE void combine(int rows, const float *const *S, int type, const void *B, int64_t stride, int64_t ranks, int64_t n,
+/* d [n] = S B of a row, one rank after the other. B's rows are `stride` apart, and each is read from end to end. */
+INLINE void combine_row(const float *S, int type, const void *B, int64_t stride, int64_t ranks, int64_t n,
+                        float *restrict d) {
+    memset(d, 0, n * sizeof *d);
+    for (int64_t j = 0; j < ranks; j++) {
+        int64_t c = 0;
+        for (; c + LANES <= n; c += LANES) *(lanes *)(d + c) += S[j] * LOAD(type, B, j * stride + c);
+        for (; c < n; c++) d[c] += S[j] * ELEMENT(type, B, j * stride + c);
+    }
+}
+
+/* The same of GROUP rows, B read once. */
+INLINE void combine(const float *const *S, int type, const void *B, int64_t stride, int64_t ranks, int64_t n,
                     float (*d)[SPAN]) {
-    /* a row alone takes GROUP pieces of its columns in the place of GROUP rows */
-    const int64_t apart = rows == 1 ? LANES : 0, second = rows == 1 ? GROUP * LANES : LANES;
     int64_t c = 0;
-    for (; c + 2 * second <= n; c += 2 * second) {
+    for (; c + 2 * LANES <= n; c += 2 * LANES) {
         lanes u[GROUP] = {{0}}, v[GROUP] = {{0}};
         for (int64_t j = 0; j < ranks; j++) {
-            int64_t b = j * stride + c;
-            for (int i = 0; i < GROUP; i++) {
-                float factor = S[rows == 1 ? 0 : i][j];
-                u[i] += factor * LOAD(type, B, b + i * apart), v[i] += factor * LOAD(type, B, b + i * apart + second);
-            }
+            lanes b = LOAD(type, B, j * stride + c), more = LOAD(type, B, j * stride + c + LANES);
+            for (int i = 0; i < GROUP; i++) u[i] += S[i][j] * b, v[i] += S[i][j] * more;
         }
-        for (int i = 0; i < GROUP; i++) {
-            float *to = d[rows == 1 ? 0 : i] + c + i * apart;
-            *(lanes *)to = u[i], *(lanes *)(to + second) = v[i];
-        }
+        for (int i = 0; i < GROUP; i++) *(lanes *)(d[i] + c) = u[i], *(lanes *)(d[i] + c + LANES) = v[i];
     }
-    for (int i = 0; i < rows; i++) {
-        int64_t at = c;
-        for (; at + LANES <= n; at += LANES) {
-            lanes u = {0};
-            for (int64_t j = 0; j < ranks; j++) u += S[i][j] * LOAD(type, B, j * stride + at);
-            *(lanes *)(d[i] + at) = u;
-        }
-        for (; at < n; at++) {
-            d[i][at] = 0;
-            for (int64_t j = 0; j < ranks; j++) d[i][at] += S[i][j] * ELEMENT(type, B, j * stride + at);
-        }
-    }
+    for (int i = 0; i < GROUP; i++)
+        combine_row(S[i], type, (const char *)B + bytes_of(type, c), stride, ranks, n - c, d[i] + c);
 }
 
 /* y [n] = round(y + d) */
@@ -592,13 +586,14 @@ INLINE void expand(int type, const Terms *terms, const int64_t *block, int64_t o
             int64_t place = block[1] + (m + i < rows ? m + i : rows - 1);
             S[i] = terms->S + (place * terms->outputs + output) * terms->pitch;
         }
-        if (rows - m == 1) combine(1, S, type, B, of->columns, ranks, n, d);
-        else combine(GROUP, S, type, B, of->columns, ranks, n, d);
+        if (rows - m == 1) combine_row(S[0], type, B, of->columns, ranks, n, d[0]);
+        else combine(S, type, B, of->columns, ranks, n, d);
         for (int64_t i = 0; i < GROUP && m + i < rows; i++) {
-            char *y = terms->to[output].y + terms->order[block[1] + m + i] * terms->to[output].stride;
-            if (terms->y_type == FLOAT32) add_rounded(FLOAT32, y + 4 * first, d[i], n);
-            else if (terms->y_type == BFLOAT16) add_rounded(BFLOAT16, y + 2 * first, d[i], n);
-            else add_rounded(FLOAT16, y + 2 * first, d[i], n);
+            char *y = terms->y + terms->order[block[1] + m + i] * terms->y_stride;
+            y += bytes_of(terms->y_type, of->first + first);
+            if (terms->y_type == FLOAT32) add_rounded(FLOAT32, y, d[i], n);
+            else if (terms->y_type == BFLOAT16) add_rounded(BFLOAT16, y, d[i], n);
+            else add_rounded(FLOAT16, y, d[i], n);
         }
     }
 }
@@ -736,10 +731,10 @@ void fused_lora_terms(const Terms *terms) {
     }
 #pragma omp parallel num_threads((int)terms->threads)
     {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, 2)
         for (int64_t i = 0; i < terms->blocks * outputs * strips; i++)
             shrinks[terms->variant](terms, terms->block + i / strips / outputs * 3, i / strips % outputs, i % strips);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, 2)
         for (int64_t i = 0; i < terms->blocks * outputs * spans; i++)
             expands[terms->variant](terms, terms->block + i / spans / outputs * 3, i / spans % outputs, i % spans);
     }

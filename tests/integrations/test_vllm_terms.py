@@ -76,7 +76,7 @@ def test_every_row_gets_the_term_of_its_slot_and_base_rows_keep_their_bits(kind,
         x, y = torch.randn(24, K).to(dtype), torch.randn(24, sum(N)).to(dtype)  # padded by three base rows
         terms.step(slot_of_row)
         ours = y.clone()
-        terms.linear_(ours.split(N, 1), x, layer.slots)
+        terms.linear_(ours, x, layer.slots)
         padded = np.pad(slot_of_row, (0, 3), constant_values=-1)
         exact = y.double() + layer.terms(x, padded)
         eager = y + layer.terms(x, padded, FP32).to(dtype)
@@ -97,7 +97,7 @@ def test_a_row_has_the_same_bits_alone_in_any_step(kind, device, kernels_on):
     def run(rows):
         terms.step(slot_of_row[rows])
         found = y[rows].clone()
-        terms.linear_(found.split(N, 1), x[rows], layer.slots)
+        terms.linear_(found, x[rows], layer.slots)
         return found
 
     together = run(np.arange(30))
@@ -116,7 +116,7 @@ def test_an_adapter_that_is_not_finite_reaches_its_own_rows_alone(kind, broken, 
     found = []
     for _ in range(2):
         found.append(y.clone())
-        terms.linear_(found[-1].split(N, 1), x, layer.slots)
+        terms.linear_(found[-1], x, layer.slots)
         for A, B in zip(layer.slots.A, layer.slots.B, strict=True):
             A[4] = B[4] = broken
     own = torch.from_numpy(slot_of_row == 4)
@@ -142,7 +142,7 @@ def test_shrink_then_expand_is_linear(kind, device, kernels_on):
     y = torch.zeros(10, sum(N))
     terms.expand_(y.split(N, 1), torch.cat(buffers, 2).unbind(0), halves[0].slots)
     expected = torch.zeros(10, sum(N))
-    terms.linear_(expected.split(N, 1), x, whole.slots)
+    terms.linear_(expected, x, whole.slots)
     assert_close(y, expected, terms=1000)
 
 
@@ -152,10 +152,10 @@ def test_an_adapter_is_loaded_between_steps(device, kernels_on):
     layer, terms, slot_of_row, x = Layer(FP32, FP32), KernelTerms(16, SLOTS, device), mixed(10), torch.randn(10, K)
     with torch.inference_mode():
         terms.step(slot_of_row)
-        terms.linear_(torch.zeros(10, sum(N)).split(N, 1), x, layer.slots)
+        terms.linear_(torch.zeros(10, sum(N)), x, layer.slots)
     layer.load(0, [5, 5, 5])
     with torch.inference_mode():
-        terms.linear_((y := torch.zeros(10, sum(N))).split(N, 1), x, layer.slots)
+        terms.linear_((y := torch.zeros(10, sum(N))), x, layer.slots)
     assert_close(y, layer.terms(x, slot_of_row), terms=1000)
 
 
@@ -174,7 +174,7 @@ def test_a_step_beyond_what_was_provided_for_is_refused(device, kernels_on, monk
     terms.step(np.zeros(8, np.int32))
     monkeypatch.setattr(guard, "capturing", lambda device: True)
     with pytest.raises(ValueError, match="x: expected the 8 rows of the step or more, got 7"):
-        terms.linear_(torch.zeros(7, sum(N)).split(N, 1), torch.zeros(7, K), layer.slots)
+        terms.linear_(torch.zeros(7, sum(N)), torch.zeros(7, K), layer.slots)
 
 
 def test_a_layer_may_see_the_first_rows_alone(kind, device, kernels_on):
@@ -184,7 +184,7 @@ def test_a_layer_may_see_the_first_rows_alone(kind, device, kernels_on):
     terms.step(slot_of_row)
     for rows in (10, 3, 1):
         x, y = torch.randn(rows, K), torch.zeros(rows, sum(N))
-        terms.linear_(y.split(N, 1), x, layer.slots)
+        terms.linear_(y, x, layer.slots)
         assert_close(y, layer.terms(x, slot_of_row[:rows]), terms=1000)
 
 
@@ -195,7 +195,7 @@ def test_kernels_that_are_dropped_leave_the_step_to_the_eager_path(device, kerne
     monkeypatch.setattr("fused_lora.ops.grouped.launch._check", lambda *args: "wrong on purpose")
     x, y = torch.randn(10, K), torch.zeros(10, sum(N))
     with pytest.warns(UserWarning, match="wrong on purpose"):
-        terms.linear_(y.split(N, 1), x, layer.slots)
+        terms.linear_(y, x, layer.slots)
     assert_close(y, layer.terms(x, slot_of_row), terms=1000)
 
 

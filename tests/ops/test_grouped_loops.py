@@ -50,11 +50,11 @@ def test_terms_are_those_of_float64(dtype, kept, K):
     slots = slots_of([2, 1, 6, 0, 70])
     x, wide = torch.randn(len(slots), 2 * K).to(dtype)[:, :K], torch.randn(len(slots), sum(N) + 9).to(dtype)
     y, before = wide[:, : sum(N)], wide.clone()  # rows apart, as those of a step's logits are
-    assert add_terms_(y.split(N, 1), x, Blocks(slots), factors)
+    assert add_terms_(y, x, Blocks(slots), factors)
     assert_close(y, exact(before[:, : sum(N)], x, A, B_t, slots).to(dtype), K + MOST)
     assert torch.equal(wide[:, sum(N) :], before[:, sum(N) :])
     assert torch.equal(wide[slots < 0], before[slots < 0])
-    assert not add_terms_(y.double().split(N, 1), x, Blocks(slots), factors)
+    assert not add_terms_(y.double(), x, Blocks(slots), factors)
 
 
 @pytest.mark.parametrize("kept", loops.KEPT, ids=str)
@@ -68,7 +68,7 @@ def test_a_row_has_the_same_bits_alone_in_any_batch_and_any_threads(variant, kep
     def run(rows, threads):
         monkeypatch.setattr(native, "threads", lambda elements: threads)
         found = y[rows].clone()
-        assert add_terms_(found.split(N, 1), x[rows], Blocks(slots[rows]), factors)
+        assert add_terms_(found, x[rows], Blocks(slots[rows]), factors)
         return found
 
     together = run(np.arange(len(slots)), 1)
@@ -83,7 +83,5 @@ def test_loops_that_compute_something_else_are_not_used(monkeypatch):
     loops._agree.cache_clear()
     _, _, factors = layer(8)
     with pytest.warns(UserWarning, match="C loops are not used.*a LoRA term in torch.float32 differs"):
-        assert not add_terms_(
-            torch.zeros(3, sum(N)).split(N, 1), torch.ones(3, 8), Blocks(slots_of([1, 2, 0, 0, 0])), factors
-        )
+        assert not add_terms_(torch.zeros(3, sum(N)), torch.ones(3, 8), Blocks(slots_of([1, 2, 0, 0, 0])), factors)
     loops._agree.cache_clear()

@@ -24,7 +24,7 @@ class Slots:
         dtype: to keep both in.
 
     Attributes:
-        A, B: what vLLM's layer writes from now on, of the same shapes. N: columns of each output.
+        A, B: what vLLM's layer writes from now on, of the same shapes. N: columns of each output; columns: of all.
         max_rank: of B. local_rank: of A, less where tensor parallelism shards the ranks.
         launches: of the kernels, kept by whoever makes them.
     """
@@ -33,6 +33,7 @@ class Slots:
         self._A, self._B_t = _laid_out(A, dtype), _laid_out([b.transpose(2, 3) for b in B], dtype)
         self.A, self.B = self._A, [b.transpose(2, 3) for b in self._B_t]
         self.N, self.max_rank = [b.shape[2] for b in B], B[0].shape[3]
+        self.columns = sum(self.N)
         self.local_rank = A[0].shape[2] if A else self.max_rank
         self.launches: dict[tuple, Any] = {}
         self._joints: dict[tuple, Joint] = {}
@@ -52,6 +53,10 @@ class Slots:
         for tables in self._tables.values():
             for of_output, rank in zip(tables.rank, ranks, strict=True):  # by a kernel: nothing waits for the device
                 of_output[slot].fill_(min(rank, tables.max_rank))
+
+    def split(self, y: Tensor) -> Sequence[Tensor]:
+        """The outputs in y [rows, columns or more]."""
+        return y[:, : self.columns].split(self.N, dim=1)
 
     def in_c(self) -> Factors | None:
         """A and B of each slot for the loops in C; None if they are not in fp32 or bf16 on a CPU."""

@@ -68,15 +68,19 @@ class EagerTerms:
             found = self._of_rows[rows] = _Rows(slots, self._device)
         return found
 
-    def linear_(self, outputs: Sequence[Tensor], x: Tensor, slots: Slots, kind: str = "linear") -> None:
-        """y_g [rows, N_g] += B_g A_g x."""
-        rows, factors = self._rows(x.shape[0]), slots.in_c() if kind == "linear" else None
-        if factors is None or not add_terms_(outputs, x, rows.blocks, factors):
-            lora_grouped_(outputs, x, rows.layout, slots.joint(kind))
+    def linear_(self, y: Tensor, x: Tensor, slots: Slots, kind: str = "linear") -> None:
+        """y [rows, N_g one beside the other] += B_g A_g x; y may have further columns."""
+        factors = slots.in_c() if kind == "linear" else None
+        if factors is None or not add_terms_(y, x, self._rows(x.shape[0]).blocks, factors):
+            self.add_(slots.split(y), x, slots, kind)
+
+    def add_(self, outputs: Sequence[Tensor], x: Tensor, slots: Slots, kind: str) -> None:
+        """The same of outputs apart."""
+        lora_grouped_(outputs, x, self._rows(len(x)).layout, slots.joint(kind))
 
     def shrink_(self, buffers: Sequence[Tensor], x: Tensor, slots: Slots) -> None:
         """buffer_g [rows, local_rank] += A_g x."""
-        self.linear_(buffers, x, slots, "shrink")
+        self.add_(buffers, x, slots, "shrink")
 
     def expand_(self, outputs: Sequence[Tensor], buffers: Sequence[Tensor], slots: Slots) -> None:
         """y_g [rows, N_g] += B_g buffer_g."""
@@ -139,22 +143,25 @@ class KernelTerms:
             slots.launches[key] = prepare(tables, [tables], groups, dtype, x.device)
         return slots.launches[key]
 
-    def linear_(self, outputs: Sequence[Tensor], x: Tensor, slots: Slots, kind: str = "linear") -> None:
-        """y_g [rows, N_g] += B_g A_g x: two launches for all outputs."""
-        if not self._acts:
-            return
+    def linear_(self, y: Tensor, x: Tensor, slots: Slots, kind: str = "linear") -> None:
+        """y [rows, N_g one beside the other] += B_g A_g x: two launches for all outputs. y may have further columns."""
+        if self._acts:
+            self._add(slots.split(y), x, slots, kind)
+
+    def _add(self, outputs: Sequence[Tensor], x: Tensor, slots: Slots, kind: str) -> None:
         if len(x) < self._rows and not guard.capturing(self._device):  # logits of a prompt: the tables have more rows
-            return self._eager.linear_(outputs, x, slots, kind)
+            return self._eager.add_(outputs, x, slots, kind)
         x = x.to(torch.promote_types(x.dtype, outputs[0].dtype))  # logits may be fp32 over 16-bit rows
         launches: Any = self._launches(kind, x, x.dtype, slots)
         S = launches and launches[0](x)
         if not (S and launches[1](S, 0, tuple(outputs))):
             self._refuse_capture()
-            self._eager.linear_(outputs, x, slots, kind)
+            self._eager.add_(outputs, x, slots, kind)
 
     def shrink_(self, buffers: Sequence[Tensor], x: Tensor, slots: Slots) -> None:
         """buffer_g [rows, local_rank] += A_g x, in fp32."""
-        self.linear_(buffers, x, slots, "shrink")
+        if self._acts:
+            self._add(buffers, x, slots, "shrink")
 
     def expand_(self, outputs: Sequence[Tensor], buffers: Sequence[Tensor], slots: Slots) -> None:
         """y_g [rows, N_g] += B_g buffer_g, a buffer [rows, max_rank] of any floating dtype: one launch."""

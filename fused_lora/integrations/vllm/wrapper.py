@@ -162,20 +162,20 @@ class Grouped:
         else:
             self.run(kind, y, x, key, offset)
 
-    def run(self, kind: str, y: Tensor | tuple[Tensor, ...], x: Tensor, key: Tensor, offset: int) -> None:
+    def run(self, kind: str, y: Any, x: Tensor, key: Tensor, offset: int) -> None:
         """Add the terms of the layer that has ``key`` as its first A or B."""
         slots, terms = self._slots[key.data_ptr()], self._prompts if kind == "logits" else self._tokens
+        x = x if x.dim() == 2 or kind == "expand" else x.view(-1, x.shape[-1])
         if kind == "shrink":
-            terms.shrink_(list(y), x.view(-1, x.shape[-1]), slots)
+            terms.shrink_(list(y), x, slots)
             return
-        y = y.view(-1, y.shape[-1])
-        if offset + sum(slots.N) > y.shape[1]:
-            raise ValueError(f"y: expected {offset + sum(slots.N)} columns or more, got {y.shape[1]}")
-        outputs = y[:, offset : offset + sum(slots.N)].split(slots.N, dim=1)
+        y = y if y.dim() == 2 else y.view(-1, y.shape[-1])
+        if offset + slots.columns > y.shape[1]:
+            raise ValueError(f"y: expected {offset + slots.columns} columns or more, got {y.shape[1]}")
         if kind == "expand":
-            terms.expand_(outputs, x.unbind(0), slots)
+            terms.expand_(slots.split(y[:, offset:]), x.unbind(0), slots)
         else:
-            terms.linear_(outputs, x.view(-1, x.shape[-1]), slots, "expand" if kind == "embedding" else "linear")
+            terms.linear_(y, x, slots, "expand" if kind == "embedding" else "linear")
 
 
 @torch.library.custom_op("fused_lora::vllm_lora_", mutates_args=["y"])

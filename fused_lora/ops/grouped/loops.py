@@ -18,6 +18,7 @@ from torch import Tensor
 from fused_lora.ops import native
 
 KEPT = torch.float32, torch.bfloat16  # what A and B may be held in
+_terms = struct.Struct("16q").pack  # ``Terms`` in C
 _BLOCK = 32  # rows that a thread takes at a time: their inputs stay in its cache
 
 
@@ -46,42 +47,40 @@ class Factors:
     def __init__(self, A: Sequence[Tensor], B_t: Sequence[Tensor], ranks: Sequence[Sequence[int]]):
         self._alive, self._ranks = (*A, *B_t), np.array(ranks, np.int64)
         self.outputs, self.most, self.K, self.type = len(A), A[0].shape[1], A[0].shape[2], native.TYPES[A[0].dtype]
+        columns = [b.shape[2] for b in B_t]
+        first = itertools.accumulate(columns, initial=0)
         self._table = np.array(
             [
-                (a.data_ptr(), b.data_ptr(), a.stride(0), b.stride(0), b.shape[2], own.ctypes.data)
-                for a, b, own in zip(A, B_t, self._ranks, strict=True)
+                (a.data_ptr(), b.data_ptr(), a.stride(0), b.stride(0), n, start, own.ctypes.data)
+                for a, b, n, start, own in zip(A, B_t, columns, first, self._ranks, strict=False)
             ],
             np.int64,
         )
         self.address = self._table.ctypes.data
-        self.elements = sum(self.most * (self.K + b.shape[2]) for b in B_t)  # of one adapter
-        self.pack = struct.Struct(f"{14 + 2 * self.outputs}q").pack  # ``Terms`` in C
+        self.elements = sum(self.most * (self.K + n) for n in columns)  # of one adapter
 
 
-def add_terms_(outputs: Sequence[Tensor], x: Tensor, blocks: Blocks, factors: Factors) -> bool:
-    """y_g [rows, N_g] += B_g A_g x, rounded once; False: not done, for the loops do not run or have not this dtype.
-
-    outputs: of one dtype, each with contiguous rows if the first has. x: on the CPU.
-    """
-    y = outputs[0]
+def add_terms_(y: Tensor, x: Tensor, blocks: Blocks, factors: Factors) -> bool:
+    """y [rows, N_g one beside the other] += B_g A_g x, rounded once; False: not done, for the loops do not run or have
+    not this dtype. y may have further columns. x: on the CPU."""
+    if not blocks.places:
+        return True
     fits = y.dtype in native.TYPES and x.dtype in native.TYPES and y.stride(1) == 1 == x.stride(1)
     if not (fits and native.usable() and _agree()):
         return False
-    _run(outputs, x, blocks, factors)
+    _run(y, x, blocks, factors)
     return True
 
 
-def _run(outputs: Sequence[Tensor], x: Tensor, blocks: Blocks, factors: Factors) -> None:
-    if not blocks.places:
-        return
-    x = x.float()
+def _run(y: Tensor, x: Tensor, blocks: Blocks, factors: Factors) -> None:
+    x, dtype = x.float(), y.dtype
     S = torch.empty(blocks.places * factors.outputs * factors.most, dtype=torch.float32)
-    dtype, share = outputs[0].dtype, native.threads(blocks.count * factors.elements)
-    to = [number for y in outputs for number in (y.data_ptr(), y.stride(0) * dtype.itemsize)]
     native.add_terms(
-        factors.pack(
+        _terms(
             x.data_ptr(), x.stride(0), factors.K, factors.outputs, native.TYPES[dtype], factors.type,
-            factors.address, blocks.count, *blocks.addresses, S.data_ptr(), factors.most, share, native.variant(), *to,
+            factors.address, blocks.count, *blocks.addresses, S.data_ptr(), factors.most,
+            native.threads(blocks.count * factors.elements), native.variant(),
+            y.data_ptr(), y.stride(0) * dtype.itemsize,
         )
     )  # fmt: skip
 
@@ -109,7 +108,7 @@ def _agree() -> bool:
     for dtype, kept in itertools.product(native.TYPES, KEPT):
         found = y.to(dtype, copy=True)
         held_A, held_B = ([matrices.to(kept) for matrices in side] for side in (A, B_t))
-        _run(found.split(widths, 1), x.to(dtype), Blocks(slots), Factors(held_A, held_B, ranks))
+        _run(found, x.to(dtype), Blocks(slots), Factors(held_A, held_B, ranks))
         if not torch.equal(found, exact.to(dtype)):
             native.reject(f"a LoRA term in {dtype} differs")
             return False
