@@ -447,7 +447,7 @@ def _forward_again(module: Any, weight: Tensor, call: Sequence[Any]) -> Any:
     return found
 
 
-_apart: WeakKeyDictionary[nn.Module, set[tuple[int, int, int]]] = WeakKeyDictionary()  # what was found to be so
+_apart: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()  # what was found to be so
 
 
 def _check_apart(module: Any, call: Sequence[Any], rows: Tensor, entries: bool) -> None:
@@ -464,7 +464,9 @@ def _check_apart(module: Any, call: Sequence[Any], rows: Tensor, entries: bool) 
 
     known = _apart.setdefault(module, set())
     for dim in [0] if entries or x.dim() == 2 else _cut(x.shape[:-1], rows):
-        kind = len(call), x.dim(), dim
+        # a flag may change what is done, of a call or the module
+        flags = (a if isinstance(a, bool | str) else type(a) for a in (*call, *vars(module).values()))
+        kind = x.dim(), dim, *flags
         if kind not in known:
             if why := why_rows_meet(again, x, dim):
                 text = f"a row that {type(module).__name__} returns may depend on other rows ({why})"

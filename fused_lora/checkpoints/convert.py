@@ -144,6 +144,9 @@ def convert_adapter(
             layers[path][part] = key
         if not layers:
             raise AdapterError(file_path, None, "at least one layer", "no tensors")
+        taken = {path: key for key, path in trained.items()}
+        if lost := [key for key, path in trained.items() if taken[path] != key]:
+            raise AdapterError(file_path, lost[0], "a name that no other tensor gets by rename", trained[lost[0]])
         shapes, alphas, unknown = {}, {}, False
 
         def tensor(key: str) -> Tensor:
@@ -220,7 +223,9 @@ def convert_adapter(
                 raise ValueError(f"{key}: expected finite numbers in {dtype}, got others")
             return found
 
-        target = config or LoraConfig(r=1, lora_alpha=1, target_modules=set())
+        target = LoraConfig(r=1, lora_alpha=1, target_modules=set())
+        if config is not None:
+            target = _with_names(config_path, config, trained, beginnings)
         further: dict[str, Beside] = {}
         for path, parts in layers.items():
             if key := parts.get("magnitude"):
@@ -257,6 +262,24 @@ def _trains(config: LoraConfig, key: str) -> bool:
         return False
     saved = any(f".{name}." in f".{key}" for name in config.modules_to_save or ())
     return saved or (config.bias != "none" and key.endswith(".bias"))
+
+
+def _with_names(path: str, config: LoraConfig, trained: Mapping[str, str], beginnings: Rename) -> LoraConfig:
+    """The config with the names that modules which train beside LoRA have after ``rename``."""
+
+    def renamed(field: str, name: str) -> str:
+        lost = [new for key, new in trained.items() if f".{name}." in f".{key}" and f".{name}." not in f".{new}"]
+        found = (beginnings(name) or name) if lost else name
+        if any(f".{found}." not in f".{new}" for new in lost):
+            raise AdapterError(path, field, "a module's whole path, where rename changes an end of it", name)
+        return found
+
+    fields, tokens = config.to_dict(), config.trainable_token_indices
+    if saved := config.modules_to_save:
+        fields["modules_to_save"] = [renamed("modules_to_save", name) for name in saved]
+    if isinstance(tokens, dict):
+        fields["trainable_token_indices"] = {renamed("trainable_token_indices", n): ids for n, ids in tokens.items()}
+    return LoraConfig.from_dict(fields)
 
 
 def _noted(file_path: str, metadata: Mapping[str, str]) -> dict[str, RankTable]:

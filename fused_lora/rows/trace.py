@@ -11,14 +11,17 @@ from weakref import ReferenceType, ref
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fused_lora.rows.rules import Applied, rows_after
-from fused_lora.rows.state import Owned, State, Unknown
+from fused_lora.rows.state import Owned, State, Unknown, reshaped
 
 _numbers = itertools.count()
 _current: ContextVar[RowTrace | None] = ContextVar("fused_lora_rows", default=None)
+_READS = {getattr(Tensor, name) for name in ("tolist", "numpy", "__array__", "data_ptr")} | {Tensor.data.__get__}
 
 
 def same_rows(result: Tensor, source: Tensor, dim: int) -> Tensor:
@@ -34,13 +37,24 @@ def same_rows(result: Tensor, source: Tensor, dim: int) -> Tensor:
 
 
 def why_rows_meet(call: Callable[[], Iterable[Tensor]], x: Tensor, dim: int) -> str | None:
-    """None where each index along ``dim`` of x is alone in all that ``call`` gives; else what made them meet."""
-    trace = _Alone(packed=False)
-    trace.mark(x, Owned(dim, np.arange(x.shape[dim])))
-    with torch.no_grad(), trace:
-        found = [trace.state(t) for t in call()]
+    """None where each index along ``dim`` of x is alone, and in its place, in all that ``call`` gives for the rows of x
+    [..., K]; else what made them meet."""
+    trace, shape = _Alone(packed=False), x.shape[:-1]
+    mark = Owned(dim, np.arange(x.shape[dim]))
+    trace.mark(x, mark)
+    trace.misplaced = lambda: trace.know("a row written to the place of another")
+    with torch.no_grad(), trace, _Read(trace):
+        results = [*call()]
+    found = [(t, trace.state(t)) for t in results]
     trace.forget()
-    return trace.reason or next((state.reason for state in found if isinstance(state, Unknown)), None)
+    for t, state in found:
+        flat = t.dim() and t.shape[0] == shape.numel()
+        place = reshaped(mark, shape, (shape.numel(),)) if flat else mark
+        if isinstance(state, Unknown):
+            trace.know(state.reason)
+        elif isinstance(state, Owned) and not (isinstance(place, Owned) and state.equals(place)):
+            trace.know("rows in another order")
+    return trace.reason
 
 
 class RowTrace(TorchDispatchMode):
@@ -205,16 +219,39 @@ class _Alone(RowTrace):
 
     reason: str | None = None
 
+    def know(self, reason: str) -> None:
+        """What follows depends on several rows."""
+        self.reason = self.reason or reason
+
     def _follow(
         self, func: Any, args: tuple, kwargs: dict, out: Any, written: list[Tensor], before: list[State]
     ) -> None:
         super()._follow(func, args, kwargs, out, written, before)
         states = (self.state(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         found = next((state for state in states if isinstance(state, Unknown)), None)
-        if found is None:
-            return
-        for result in tree_leaves((out, written)):
+        for result in tree_leaves((out, written)) if found is not None else ():
             if isinstance(result, Tensor):
                 self.mark(result, found)
             elif result is not None:
-                self.reason = found.reason
+                self.know(found.reason)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            for state in map(self.state, tree_leaves(out)):
+                if isinstance(state, Unknown):
+                    self.know(f"a size, of {state.reason}")
+
+
+class _Read(TorchFunctionMode):
+    """What operators do not show: values that Python, numpy or a kernel of its own gets. one_hot only checks those that
+    it reads."""
+
+    def __init__(self, trace: _Alone):
+        super().__init__()
+        self._trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in _READS and self._trace.state(args[0]) is not None:
+            self._trace.know("values that are read past torch's operators")
+        before, found = self._trace.reason, func(*args, **(kwargs or {}))
+        if func is one_hot:
+            self._trace.reason = before
+        return found

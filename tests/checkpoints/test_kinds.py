@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -345,6 +346,33 @@ def test_convert_takes_what_trains_beside_lora_along(tmp_path):
         fused_lora.load_adapter(model, out)
         for found in (peft.PeftModel.from_pretrained(copy.deepcopy(base), out), model):
             assert_close(found.eval()(x), expected, terms=100)
+
+
+def test_convert_renames_what_trains_beside_lora_in_the_config_too(tmp_path):
+    """A name there is an end of a path: it stays where it is one still."""
+    torch.manual_seed(shifted(8))
+    parts = nn.Embedding(9, 4), nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    model, renamed = (
+        nn.Sequential(OrderedDict(zip(n, parts, strict=True))) for n in (("words", "deep"), ("emb", "net"))
+    )
+    fields = dict(
+        target_modules=["deep.0"], modules_to_save=["deep.1", "deep.2"], trainable_token_indices={"words": [3]}
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**fields, init_lora_weights=False))
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    theirs.save_pretrained(tmp_path / "a")
+    convert_adapter(tmp_path / "a", tmp_path / "b", rename={"deep": "net", "words": "emb"})
+    convert_adapter(tmp_path / "b", tmp_path / "c", rename={"": "m."})
+    for folder, base in (("b", renamed), ("c", nn.Sequential(OrderedDict(m=renamed)))):
+        found = copy.deepcopy(base)
+        fused_lora.load_adapter(found, tmp_path / folder)
+        for each in (found, peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / folder)):
+            assert_close(each.eval()(torch.arange(9)), theirs.eval()(torch.arange(9)), terms=100)
+    for rename, message in (({"m.emb": "m.words"}, "a module's whole path"), ({"m.net.2": "m.net.1"}, "no other")):
+        with pytest.raises(AdapterError, match=message):
+            convert_adapter(tmp_path / "c", tmp_path / "d", rename=rename)
 
 
 def test_an_alpha_of_0_is_named(tmp_path):

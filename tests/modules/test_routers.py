@@ -415,7 +415,7 @@ class Capacity(Scores):
 
     def forward(self, x):
         y = super().forward(x.flatten(0, -2))
-        chosen = nn.functional.one_hot(y.argmax(-1), 4)
+        chosen = (y.argmax(-1)[:, None] == torch.arange(4)).long()
         late = (chosen.cumsum(0) * chosen).amax(-1) > 1
         if self.how == "masked":
             y = y.masked_fill(late[:, None], 0)
@@ -423,11 +423,20 @@ class Capacity(Scores):
             y[late.nonzero()[:, 0]] = 0
         elif self.how == "asked" and chosen.sum(0).amax() > 1:
             y = y / 2
+        elif self.how == "listed":
+            y = y / max(chosen.sum(0).tolist())
+        elif self.how == "counted":
+            y = y / (1 + len(late.nonzero()))
+        elif self.how == "turned":
+            y = y.flip(0)
+        elif self.how == "one_hot":
+            y = y * nn.functional.one_hot(y.argmax(-1), 4)
+            y = y - y.mean(0) if self.last else y
         return y.view(*x.shape[:-1], 4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["masked", "written", "asked"])
+@pytest.mark.parametrize("how", ["masked", "written", "asked", "listed", "counted", "turned"])
 def test_rows_that_depend_on_others_have_one_adapter(tmp_path, how):
     """As in routers that drop tokens: the rows of an adapter alone would not be dropped."""
     torch.manual_seed(shifted(13))
@@ -444,6 +453,19 @@ def test_rows_that_depend_on_others_have_one_adapter(tmp_path, how):
                 with batch, contextlib.nullcontext() if one else refused:
                     assert_close(run(inputs).view(4, 4), expected, terms=20)
     assert torch.equal(plain(x), before)
+
+
+@torch.no_grad()
+def test_what_was_found_of_rows_holds_until_a_flag_changes():
+    """one_hot asks for the largest number that it gets, which does not make rows depend on each other."""
+    torch.manual_seed(shifted(15))
+    model, x = inject(Capacity("one_hot")), torch.randn(4, 8)
+    expected = model(x)
+    with fused_lora.adapter_batch(model, ["default", "default", None, None]):
+        assert_close(model(x)[:2], expected[:2], terms=20)
+        model[0].base_layer.last = True
+        with pytest.raises(RuntimeError, match="a row that Capacity returns may depend on other rows"):
+            model(x)
 
 
 def test_hooks_get_the_rows_of_a_batch(tmp_path):

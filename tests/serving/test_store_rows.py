@@ -185,10 +185,16 @@ def test_texts_that_were_sorted_by_length_are_refused():
     def encode(length_sorted_idx):
         return model(**inputs).logits
 
+    def sorted_with_names(names, length_sorted_idx):
+        with store.batch([names[i] for i in length_sorted_idx]):
+            return model(**{key: t[length_sorted_idx] for key, t in inputs.items()}).logits[length_sorted_idx]
+
     for names, one in ((["a", "b", None], False), (["a"] * 3, True)):
         with store.batch(names):
             expected = model(**inputs).logits
             assert torch.equal(encode([0, 1, 2]), expected)
+        assert_close(sorted_with_names(names, [2, 1, 0]), expected, terms=1000)
+        with store.batch(names):
             if one:
                 assert torch.equal(encode([2, 0, 1]), expected)
             else:
