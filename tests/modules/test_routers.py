@@ -565,6 +565,9 @@ def test_compiled():
     torch.compiler.reset()
     for compiled, plain in zip(torch.compile(router, fullgraph=True, backend="aot_eager")(x), router(x), strict=True):
         assert_close(compiled.float(), plain.float(), terms=100)
+    with fused_lora.adapter_batch(ours, ["default", None]):
+        plain = ours(IDS).logits  # rows are found without torch.compile
+        assert_close(torch.compile(ours, backend="eager")(IDS).logits, plain, terms=3000)
 
 
 @torch.no_grad()
