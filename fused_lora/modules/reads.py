@@ -32,7 +32,9 @@ def why_not_called_in_eval(parent: Any) -> str | None:
     """The same of calls in eval mode, as torch is set now. Hooks on a module inside make torch call them after all."""
     if not isinstance(parent, nn.TransformerEncoderLayer) or not torch.backends.mha.get_fastpath_enabled():
         return None
-    fast = parent.activation_relu_or_gelu and getattr(parent.self_attn, "batch_first", True)
+    attention = parent.self_attn
+    fast = parent.activation_relu_or_gelu and getattr(attention, "batch_first", True)
+    fast = fast and not getattr(attention, "num_heads", 0) % 2 and getattr(attention, "in_proj_bias", True) is not None
     return "is not called in eval mode, nn.TransformerEncoderLayer reads its weight" if fast else None
 
 

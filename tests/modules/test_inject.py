@@ -275,12 +275,14 @@ def test_layers_that_are_read_but_never_called_are_refused():
         assert not fused_lora.lora_layers(model)
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_encoder_layers_work_without_the_fast_path(batch_first, request):
-    """Torch has none where the batch comes second."""
-    if batch_first:
+@pytest.mark.parametrize(
+    "fields", [{}, {"batch_first": False}, {"bias": False}, {"nhead": 1}, {"activation": torch.tanh}], ids=str
+)
+def test_encoder_layers_work_without_the_fast_path(fields, request):
+    """Torch has none for some layers."""
+    if not fields:
         request.getfixturevalue("no_fast_path")
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first).eval()
+    model = nn.TransformerEncoderLayer(8, **{"nhead": 2, "batch_first": True, **fields}, dim_feedforward=16).eval()
     ours, theirs = twin_models(model, {"default": {"target_modules": ["linear1", "linear2"]}})
     x = torch.randn(2, 3, 8)
     with torch.no_grad():
