@@ -450,7 +450,7 @@ def _forward_again(module: Any, weight: Tensor, call: Sequence[Any]) -> Any:
 _apart: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()  # what was found to be so
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def _check_apart(module: Any, call: Sequence[Any], rows: Tensor, entries: bool) -> None:
     """Raise RuntimeError where these rows of a call would be others if the rest had another adapter, or none.
 
