@@ -276,7 +276,9 @@ def test_layers_that_are_read_but_never_called_are_refused():
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"batch_first": False}, {"bias": False}, {"nhead": 1}, {"activation": torch.tanh}], ids=str
+    "fields",
+    [{}, {"batch_first": False}, {"bias": False}, {"nhead": 1}, {"activation": torch.tanh}],
+    ids=lambda fields: "-".join(fields) or "plain",  # the text of a function has an address in it
 )
 def test_encoder_layers_work_without_the_fast_path(fields, request):
     """Torch has none for some layers."""
