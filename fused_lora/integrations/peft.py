@@ -43,6 +43,7 @@ from fused_lora.modules.reads import why_never_called, why_not_called_in_eval
 
 _log = logging.getLogger("fused_lora")
 ACCELERATED = "accelerated"
+_EACH_CALL = "merged for each call of the attention"
 BUILT: Counter[str] = Counter()  # under install(): ACCELERATED, or why a layer that PEFT built is not -> how many
 
 _create = "_create_new_module"  # LoraModel's static method: where PEFT builds the layer around a target
@@ -92,7 +93,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         if _builds_lora_layers(module):
             setattr(module, _create, _create_accelerated)
     rows = layer_report(model)
-    lost = {r.path: why for r in rows if (why := _why_not_reached(model, r.path)) and "attention" not in str(r.why_not)}
+    lost = {r.path: why for r in rows if r.why_not != _EACH_CALL and (why := _why_not_reached(model, r.path))}
     if lost:
         why = next(iter(lost.values()))
         how = "; torch.backends.mha.set_fastpath_enabled(False) ends that" * ("eval" in why)
@@ -247,7 +248,7 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
                 continue
             why = _why_not_reached(model, path, module.training)
             if path.startswith(attention):
-                why = "merged for each call of the attention"
+                why = _EACH_CALL
             reasons = (why, None) if why else _of_ours(module) if ours else _of_peft(module)
             kind = type(module).__name__ if ours else f"peft {repr(module).partition('(')[0]}"
             rows.append(LayerRow(path, kind, *reasons))
