@@ -39,7 +39,8 @@ from fused_lora.modules.changes import alone, unwatch, watch
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.layer import LoraLayer
 from fused_lora.modules.names import some
-from fused_lora.modules.reads import why_never_called, why_not_called_in_eval
+from fused_lora.modules.reads import FirstForward, why_never_called, why_not_called_in_eval, why_read
+from fused_lora.modules.tree import named_modules, watchers
 
 _log = logging.getLogger("fused_lora")
 ACCELERATED = "accelerated"
@@ -55,8 +56,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Make the LoRA linears of a PEFT model fast, in place. :func:`restore` takes it back.
 
     Every exact ``peft.tuners.lora.Linear`` gets a subclass of itself, and so do PEFT's classes over layers of
-    bitsandbytes, torchao, GPTQ and AWQ; the model gets two hooks that note its calls. Parameters, buffers, other hooks,
-    state-dict keys, checkpoints and PEFT's own methods stay. At every call the layer decides: plain LoRA over a plain,
+    bitsandbytes, torchao, GPTQ and AWQ; the model gets two hooks that note its calls, and one until the first, which
+    warns of layers that it reads without calling them. Parameters, buffers, other hooks, state-dict keys, checkpoints
+    and PEFT's own methods stay. At every call the layer decides: plain LoRA over a plain,
     4-bit or torchao linear layer runs in one operator; over any other base layer (hooked, offloaded, sharded, of an
     unknown class) the base runs as it is, and the adapters in one operator around it; anything else (merged, disabled,
     hooks on lora_A, ...) runs PEFT's own forward. Merging rounds once, and unmerging gives back the exact bits.
@@ -84,14 +86,18 @@ def accelerate(model: nn.Module) -> nn.Module:
             "add_adapter, or load_lora_weights of the pipeline), or use fused_lora.inject(model, config), which "
             "needs no PEFT"
         )
-    watch(model)
     module: Any
+    called = [model]
     for module in model.modules():
         if _is_tuner(module):
-            watch(module.model)  # which generate calls
+            called.append(module.model)  # which generate calls
         _adopt(module)
         if _builds_lora_layers(module):
             setattr(module, _create, _create_accelerated)
+    for module in called:
+        watch(module)
+        _unwatch_first(module)
+    FirstForward(_called_layers, *called)
     rows = layer_report(model)
     lost = {r.path: why for r in rows if r.why_not != _EACH_CALL and (why := _why_not_reached(model, r.path))}
     if lost:
@@ -125,6 +131,7 @@ def restore(model: nn.Module) -> nn.Module:
         _release(module)
     for module in model.modules():
         unwatch(module)
+        _unwatch_first(module)
         if vars(module).get(_create) is _create_accelerated:
             delattr(module, _create)
     return model
@@ -257,10 +264,25 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
 
 def _why_not_reached(model: nn.Module, path: str, training: bool = False) -> str | None:
     """Why the module at this path is not called by the one that it is in."""
-    parent = model.get_submodule(path.rpartition(".")[0])
+    place, _, name = path.rpartition(".")
+    parent = model.get_submodule(place)
+    if why := why_read(parent.get_submodule(name)):
+        return why
     why = None if training else why_not_called_in_eval(parent)
     hooked = why and any(m._forward_hooks or m._forward_pre_hooks for m in parent.modules())
     return why_never_called(parent) or (None if hooked else why)
+
+
+def _called_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's layers that are to be called: of wrappers in each other the outermost; none that is known not to be."""
+    layers = _lora_layers(model).items()
+    called = {m for path, m in layers if not (path.endswith(".base_layer") or _why_not_reached(model, path))}
+    return {path: module for path, module in named_modules(model) if module in called}
+
+
+def _unwatch_first(module: nn.Module) -> None:
+    for watcher in watchers(module, FirstForward):
+        watcher.remove()
 
 
 @contextmanager

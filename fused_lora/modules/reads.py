@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -19,6 +20,13 @@ from fused_lora.modules.names import some
 from fused_lora.modules.tree import named_modules
 
 _READ = "has its weight read by a forward that does not call it, so an adapter does nothing there"
+# layers that a first forward has found so -> the mode, training or not, that they were in
+_found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def why_read(layer: nn.Module) -> str | None:
+    """Why an adapter of this layer does nothing in its mode, as the model's first forward has told."""
+    return _READ if _found.get(layer) is layer.training else None
 
 
 def why_never_called(parent: nn.Module) -> str | None:
@@ -153,23 +161,28 @@ class _Called:
 
 
 class FirstForward:
-    """Pre-hook of an injected model: its first forward tells which adapted layers are read and not called."""
+    """Pre-hook of a model with adapters: its first forward tells which of its layers are read and not called.
 
-    def __init__(self, model: nn.Module, layers: Callable[[nn.Module], Mapping[str, nn.Module]]):
+    Args:
+        models: whose forwards are looked at, until one has told. layers: of that one, path -> the module to be called.
+    """
+
+    def __init__(self, layers: Callable[[nn.Module], Mapping[str, nn.Module]], *models: nn.Module):
         self._layers = layers
-        self._handle = model.register_forward_pre_hook(self)
+        self._handles = [model.register_forward_pre_hook(self) for model in models]
         self._reads: Reads | None = None
         self._end: RemovableHandle | None = None
         self._handled: BaseException | None = None  # what the caller was handling
 
     def remove(self) -> None:
-        """Watch nothing: the model has no adapters any longer."""
-        self._handle.remove()
+        """Watch nothing: the model has no adapters any longer, or others."""
+        for handle in self._handles:
+            handle.remove()
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling() or self._reads is not None:
             return
-        self._handle.remove()
+        self.remove()
         self._reads = Reads(module, self._layers(module), _base_layer)
         self._end = module.register_forward_hook(self._ended, always_call=True)
         self._handled = sys.exc_info()[1]
@@ -184,9 +197,11 @@ class FirstForward:
         reads.stop()
         self._reads = self._end = self._handled = None
         if failed:  # perhaps between the read and the call: the next forward tells
-            self._handle = module.register_forward_pre_hook(self)
+            self._handles = [module.register_forward_pre_hook(self)]
             return
         if reads.found:
+            modules = dict(named_modules(module))
+            _found.update((modules[path], modules[path].training) for path in reads.found)
             warnings.warn(
                 f"the model reads the weights of {some(reads.found)} without calling these layers, so their adapters "
                 "are neither computed nor trained; leave them out with exclude_modules",
@@ -195,4 +210,6 @@ class FirstForward:
 
 
 def _base_layer(layer: nn.Module) -> nn.Module:
-    return layer.get_submodule("base_layer")
+    while "base_layer" in layer._modules:
+        layer = layer.get_submodule("base_layer")
+    return layer

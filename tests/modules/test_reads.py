@@ -12,6 +12,7 @@ from torch import nn
 import fused_lora
 from fused_lora.diagnostics.verification import report
 from fused_lora.serving.store import AdapterStore
+from fused_lora.testing.numeric import assert_close
 from helpers.hooks import hooks as hooks_of
 from helpers.seeds import shifted
 
@@ -151,6 +152,34 @@ def test_compiled_models_are_not_watched(net):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert warned(lambda: compiled(torch.randn(3, K))) == []
     assert plain(model)
+
+
+@pytest.mark.parametrize("mode", ["forward", "generate"])
+@torch.no_grad()
+def test_the_first_forward_of_an_accelerated_model_names_them(net, mode):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["called", "read", "both", "unused"], init_lora_weights=False)
+    model, x = peft.get_peft_model(net, config).eval(), torch.randn(3, K)
+    expected, marks = model(x), hooks(model)
+    call = {"forward": model, "generate": model.base_model.model}[mode]  # generate calls the latter
+    fused_lora.accelerate(fused_lora.accelerate(model))
+    assert all(row.fused for row in fused_lora.explain(model).layers)  # nothing has been read so far
+    (text,) = warned(lambda: call(x))
+    assert "'read'" in text.replace("base_model.model.", "") and "called'" not in text and "both" not in text
+    assert_close(model(x), expected, terms=100)
+    assert warned(lambda: call(x)) == [] and plain(model) and hooks(model) == marks
+    reasons = {row.path.rpartition(".")[2]: row.why_not for row in fused_lora.explain(model).layers}
+    assert "its weight read by a forward that does not call it" in reasons.pop("read") and not any(reasons.values())
+    with pytest.warns(UserWarning, match="adapters of 'base_model.model.read' do nothing, as in PEFT"):
+        fused_lora.accelerate(model)
+    assert hooks(fused_lora.restore(model)) == marks
+
+
+def test_explain_of_an_injected_model_names_them(net):
+    model = injected(net)
+    warned(lambda: model(torch.randn(3, K)))
+    assert [row.path for row in fused_lora.explain(model).layers if row.why_not] == ["read"]
+    assert not any(row.why_not for row in fused_lora.explain(model.train()).layers)  # of that mode nothing is known
 
 
 # ---- the store
