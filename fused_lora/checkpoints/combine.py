@@ -24,6 +24,8 @@ from fused_lora.checkpoints.files import Report, open_checkpoint
 from fused_lora.checkpoints.inspect import check_sizes
 from fused_lora.checkpoints.names import is_embedding
 from fused_lora.checkpoints.output import check_new
+from fused_lora.checkpoints.planning import names_of
+from fused_lora.checkpoints.quantised import find_quantised
 from fused_lora.checkpoints.write import Beside, write_layers
 from fused_lora.modules.arguments import check_int
 from fused_lora.modules.config import LoraConfig, check_rank
@@ -48,6 +50,7 @@ def combine_adapters(
     out: str | os.PathLike,
     method: str = "svd",
     *,
+    base: str | os.PathLike | None = None,
     rank: int | None = None,
     density: float | None = None,
     majority_sign: str = "total",
@@ -65,6 +68,7 @@ def combine_adapters(
         out: the new folder, which must not exist, or be empty.
         method: "cat" (exact, the ranks add up), "svd" (the nearest of a rank), "linear" (sums of A and of B), "ties",
             "dare_linear", "dare_ties", "magnitude_prune", or one of the last four with "_svd": on deltas, not factors.
+        base: a checkpoint, whose sizes tell which parameter is whose where the files do not.
         rank: of the result, for the svd kinds; None: the largest rank of the adapters.
         density: share of the numbers that pruning keeps, in (0, 1], for ties, dare and magnitude_prune.
         majority_sign: "total" or "frequency", for ties.
@@ -74,7 +78,7 @@ def combine_adapters(
         AdapterError: a file is malformed, or the adapters have a layer in other sizes, other copies of a base's weight
             or other invocations, or hold more than A and B; or it is DoRA; or which parameter is whose is not known.
         ValueError: an unknown method, or a rank or density that does not belong to it or is out of range; different
-            ranks with a kind that adds factors; or ``out`` lies in an adapter.
+            ranks with a kind that adds factors; or ``out`` lies in an adapter or the base.
         FileExistsError: ``out`` holds something.
     """
     folder = path_text("out", out)
@@ -82,8 +86,10 @@ def combine_adapters(
     check_int("seed", seed)
     draw = torch.Generator().manual_seed(seed)
     with open_adapters(adapters) as opened:
-        check_new("out", folder, [adapter.folder for adapter in opened])
-        copies, experts = _check_kinds(opened), common_parameters(opened)
+        model = None if base is None else open_checkpoint(base)
+        check_new("out", folder, [*(a.folder for a in opened), *([model.folder] if model and model.whole else ())])
+        names = None if model is None else names_of(model, find_quantised(model))
+        copies, experts = _check_kinds(opened), common_parameters(opened, names)
         paths = dict.fromkeys(path for adapter in opened for path in adapter.plan.slots)
         holders = {path: [a for a in opened if path in a.plan.slots] for path in paths}
         most = max(a.sizes(path)[1] for path, held in holders.items() for a in held) if rank is None else rank
@@ -117,13 +123,18 @@ def combine_adapters(
 
 
 def shrink_adapter(
-    adapter: str | os.PathLike, out: str | os.PathLike, rank: int, *, dtype: torch.dtype = torch.float32
+    adapter: str | os.PathLike,
+    out: str | os.PathLike,
+    rank: int,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> NewAdapter:
     """The nearest adapter of at most this rank, layer by layer, and the share of the squared norm that it keeps.
 
-    Raises as :func:`combine_adapters`, and ValueError for a rank below 1.
+    ``base`` is that of :func:`combine_adapters`. Raises as it does, and ValueError for a rank below 1.
     """
-    return combine_adapters([adapter], out, "svd", rank=rank, dtype=dtype)
+    return combine_adapters([adapter], out, "svd", base=base, rank=rank, dtype=dtype)
 
 
 def extract_adapter(

@@ -33,6 +33,8 @@ from fused_lora.checkpoints.experts import by_parameter
 from fused_lora.checkpoints.files import Report, open_checkpoint
 from fused_lora.checkpoints.names import HEADS, Rename
 from fused_lora.checkpoints.output import check_new
+from fused_lora.checkpoints.planning import names_of
+from fused_lora.checkpoints.quantised import find_quantised
 from fused_lora.checkpoints.write import DTYPES, Beside, write_layers, write_stacked
 from fused_lora.modules.config import FieldError, LoraConfig, check_alpha, check_bool
 from fused_lora.modules.names import some
@@ -94,7 +96,8 @@ def convert_adapter(
         source: a .safetensors file, or a folder with adapter_model.safetensors. An adapter_config.json beside a file of
             that name is read.
         out: the new folder, which must not exist, or be empty.
-        base: a checkpoint whose module names kohya's underscores are resolved with, and whose sizes must fit.
+        base: a checkpoint whose module names kohya's underscores are resolved with, and whose sizes must fit. They
+            tell which parameter is whose where the file does not.
         rename: beginnings of paths -> what stands in their place.
         dtype: fp32, bf16 or fp16; None: as the first tensor, fp32 where that is none of them.
         lora_alpha: where neither the file nor its header nor its config has one, not 0; None: the rank, so that the
@@ -125,7 +128,8 @@ def convert_adapter(
     with open_regular(file_path, MAX_WEIGHT_BYTES) as (file, size):
         header = read_header(file_path, file, size, EVERY)
         noted = {} if config is not None else _noted(file_path, header.metadata)
-        weights = {} if base is None else open_checkpoint(base).tensors
+        model = None if base is None else open_checkpoint(base)
+        weights = {} if model is None else model.tensors
         modules = None if base is None else _by_underscores(weights)
         layers: dict[str, dict[str, str]] = {}
         beginnings, embedded, trained = Rename(rename), set(), {}
@@ -176,7 +180,8 @@ def convert_adapter(
             as_peft(file_path, header.entries, config, layout, KEY_PREFIX, None)  # in no other layout
             slots = {path: {f"lora_{part}": parts[part] for part in "AB"} for path, parts in layers.items()}
             stacks = stacks_in(file_path, slots, config)
-            plan = by_parameter(Plan(config, file_path, header.entries, slots, {}, {}, {}, stacks=stacks))
+            names = names_of(model, find_quantised(model), rename) if model is not None and stacks else None
+            plan = by_parameter(Plan(config, file_path, header.entries, slots, {}, {}, {}, stacks=stacks), base=names)
             layers, counts = dict(zip(plan.slots, layers.values(), strict=True)), plan.experts
         in_config = {path if (other := beginnings(path)) is None else other: path for path in layers}
         beginnings.check_used()

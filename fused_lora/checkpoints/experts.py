@@ -162,7 +162,7 @@ def parameters_by_config(plan: Plan) -> dict[str, str]:
         ]
         ways = [way for way in ways if _belong(plan, paths, way[0])] or ways
         if len(found := {held for _, held in ways}) != 1:
-            expected = f"one rank and alpha for each of {some(names)}; a base's shapes tell more (inspect --base)"
+            expected = f"one rank and alpha for each of {some(names)}; a base's shapes tell more (--base)"
             raise AdapterError(plan.weights, keys[0], expected, sorted(found) or f"{rows} rows")
         plan.ranks.update(zip(paths, found.pop(), strict=True))
         orders = {order for order, _ in ways}
@@ -189,29 +189,36 @@ def _registered(names: Iterable[str]) -> list[str]:
     return [last[name] for name in NAMES if name in last] if last.keys() <= {*NAMES} else []
 
 
-def by_parameter(plan: Plan, whole: bool = True) -> Plan:
+def by_parameter(plan: Plan, whole: bool = True, base: Names | None = None) -> Plan:
     """The plan with the path of each parameter in place of its wrapper's, and ``experts`` in the order of the modules.
 
-    Raises AdapterError where :func:`parameters_by_config` does, and if ``whole`` where it leaves out a wrapper, whose
-    path stays else.
+    Where the files do not tell, the sizes of a ``base`` do. Without one it raises AdapterError where
+    :func:`parameters_by_config` does, and if ``whole`` where that leaves out a wrapper, whose path stays else.
     """
-    named = parameters_by_config(plan)
+    try:
+        named = parameters_by_config(plan)
+    except AdapterError:
+        if base is None:
+            raise
+        named = {}
+    if base is not None and plan.stacks.keys() - named.keys():
+        named = {found.path: found.stack.name for found in reversed(adapted_stacks(plan, base))}
     for path, names in plan.stacks.items():
         if whole and path not in named:
-            expected = f"a rank of its own for each of {some(names)}, to know which is whose"
+            expected = f"a rank of its own for each of {some(names)}, or a base (--base), to know which is whose"
             raise AdapterError(plan.weights, plan.slots[path]["lora_A"], expected, f"{plan.ranks[path][0]} for several")
     rows = {name: plan.entries[plan.slots[path]["lora_A"]].shape[0] for path, name in named.items()}
     experts = {name: rows[name] // plan.ranks[path][0] for path, name in named.items()}
     return _moved(plan, named)._replace(experts=experts, stacks={})
 
 
-def name_parameters(adapters: Sequence[AdapterFile], whole: bool = True) -> dict[str, int]:
+def name_parameters(adapters: Sequence[AdapterFile], whole: bool = True, base: Names | None = None) -> dict[str, int]:
     """:func:`by_parameter` of all plans, and how many experts each parameter has.
 
     A layer that is ``gate`` in one adapter and the parameter ``gate.weight`` in another is the second in both.
     """
     for adapter in adapters:
-        adapter.plan = by_parameter(adapter.plan, whole)
+        adapter.plan = by_parameter(adapter.plan, whole, base)
     every = {name: count for adapter in adapters for name, count in adapter.plan.experts.items()}
     for adapter in adapters:
         slots = adapter.plan.slots
@@ -219,14 +226,14 @@ def name_parameters(adapters: Sequence[AdapterFile], whole: bool = True) -> dict
     return every
 
 
-def common_parameters(adapters: Sequence[AdapterFile]) -> dict[str, int]:
+def common_parameters(adapters: Sequence[AdapterFile], base: Names | None = None) -> dict[str, int]:
     """:func:`name_parameters` in the order in which modules hold them, for an adapter out of all of these.
 
     Raises AdapterError where :func:`by_parameter` does, for single experts of one file that are stacked in another, and
     where the files do not tell the order in which a module holds its parameters, or whether lora_A and lora_B are
     exchanged: of square experts the release of PEFT does.
     """
-    every = name_parameters(adapters)
+    every = name_parameters(adapters, base=base)
     held: dict[str, list[list[str]]] = {}  # the parameters of each module, by adapter
     for adapter in adapters:
         plan, own = adapter.plan, {}

@@ -44,8 +44,7 @@ def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapp
         ValueError: an entry of ``rename`` fits no path of the adapters.
     """
     packed = find_quantised(base)
-    shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
-    plan = _Planner(base, Names(shapes | {name: p.shape for name, p in packed.items()}, rename), packed)
+    plan = _Planner(base, names_of(base, packed, rename), packed)
     for adapter in adapters:
         plan.add(adapter)
         plan.warn_of_lacking(adapter)
@@ -53,6 +52,12 @@ def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapp
     plan.untie()
     dense = any(change.source in packed for change in plan.found.values())
     return Changes(plan.found, plan.config, packed if dense else {}, bool(packed) and not dense, plan.parameters)
+
+
+def names_of(base: Checkpoint, packed: Mapping[str, Packed], rename: Mapping[str, str] | None = None) -> Names:
+    """Of a checkpoint's weights, the quantised ones (``find_quantised``) among them."""
+    shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
+    return Names(shapes | {name: p.shape for name, p in packed.items()}, rename)
 
 
 class _Planner:

@@ -54,7 +54,9 @@ def convert(arguments: Sequence[str] | None = None) -> int:
     found = argparse.ArgumentParser("fused-lora convert", description="another program's LoRA file as PEFT's")
     found.add_argument("source", metavar="DIR_OR_FILE")
     found.add_argument("--out", required=True, metavar="DIR")
-    found.add_argument("--base", metavar="DIR_OR_FILE", help="a checkpoint, to resolve kohya's names")
+    found.add_argument(
+        "--base", metavar="DIR_OR_FILE", help="a checkpoint, to resolve kohya's names and tell parameters apart"
+    )
     found.add_argument("--alpha", type=float, help="where the file has none (default: the rank)")
     found.add_argument("--stack-experts", action="store_true", help="single experts to transformers 5's stacks")
     renaming(found)
@@ -106,13 +108,15 @@ def combine(arguments: Sequence[str] | None = None) -> int:
     found.add_argument("--method", default="svd", help="cat, svd, linear, ties, dare_linear, ... (default: svd)")
     found.add_argument("--rank", type=int, help="of the result, for the svd kinds")
     found.add_argument("--density", type=float, help="share that pruning keeps, for ties, dare and magnitude_prune")
+    _base(found)
     found.add_argument("--majority-sign", default="total", help="total or frequency, for ties (default: total)")
     found.add_argument("--seed", type=int, default=0, help="of what DARE drops (default: 0)")
     options = _dtype(common(found)).parse_args(arguments)
     from fused_lora.checkpoints import combine_adapters
 
-    method = dict(rank=options.rank, density=options.density, majority_sign=options.majority_sign, seed=options.seed)
-    work = partial(combine_adapters, options.adapters, options.out, options.method, **method)
+    names = "base", "rank", "density", "majority_sign", "seed"
+    chosen = {name: getattr(options, name) for name in names}
+    work = partial(combine_adapters, options.adapters, options.out, options.method, **chosen)
     return _make("combine", options, work)
 
 
@@ -122,16 +126,22 @@ def shrink(arguments: Sequence[str] | None = None) -> int:
     found.add_argument("adapter", metavar="DIR")
     found.add_argument("--rank", required=True, type=int)
     found.add_argument("--out", required=True, metavar="DIR")
+    _base(found)
     options = _dtype(common(found)).parse_args(arguments)
     from fused_lora.checkpoints import shrink_adapter
 
-    return _make("shrink", options, partial(shrink_adapter, options.adapter, options.out, options.rank))
+    work = partial(shrink_adapter, options.adapter, options.out, options.rank, base=options.base)
+    return _make("shrink", options, work)
 
 
 def _make(command: str, options: argparse.Namespace, work: Callable[..., Any]) -> int:
     """Run what computes a new adapter, by default in fp32."""
     dtype = torch_dtype(options.dtype or "float32")
     return run(command, options, lambda _: work(dtype=dtype), _tell_new)
+
+
+def _base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", metavar="DIR_OR_FILE", help="a checkpoint, to tell parameters apart by their sizes")
 
 
 def _dtype(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

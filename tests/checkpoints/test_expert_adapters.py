@@ -224,6 +224,37 @@ def test_which_wrapper_is_whose(tmp_path):
     assert [factors(tmp_path / "twice", 3, end)[0].shape[1] for end in ("", inner)] == [8, 16]
 
 
+def test_a_base_tells_which_wrapper_is_whose(tmp_path, capsys):
+    """By sizes, of parameters that transformers does not name, and of alphas that may be of either."""
+    names, inner = ["experts.w0", "experts.w1"], ".base_layer"
+    options = dict(target_parameters=names, alpha_pattern={r".*\.w1": 3})
+    adapter = stacked(tmp_path / "a", {"": (8, 32), inner: (16, 8)}, **options)
+    A, B = factors(adapter, 3, inner)
+    tensors = {f"{PLACE}.w0": torch.ones(3, 32, 8), f"{PLACE}.w1": torch.ones(3, 8, 16)}
+    base = write_base(tmp_path / "base", tensors)
+    calls = {
+        "combine": ([f"{adapter}:0.5", "--method", "cat"], 3 / 4 / 2),  # the scaling goes into A
+        "shrink": ([str(adapter), "--rank", "4"], 3 / 4),
+        "convert": ([str(adapter)], 1.0),  # it stays in the config
+    }
+    for command, (arguments, scale) in calls.items():
+        call = [command, *arguments, "--out", str(tmp_path / command)]
+        assert main(call) == 1 and "--base" in capsys.readouterr().err
+        assert main([*call, "--base", str(base)]) == 0
+        ours = torch.stack(
+            [b.double() @ a.double() for a, b in zip(*factors(tmp_path / command, 3, inner), strict=True)]
+        )
+        agree({"w1": ours}, {"w1": scale * B.double() @ A.double()})
+    config = peft.LoraConfig.from_pretrained(tmp_path / "convert")
+    assert config.lora_alpha == 3 and list(config.alpha_pattern.values()) == [8]
+    with pytest.raises(ValueError, match="out: expected a folder outside"):
+        combine_adapters([adapter], base / "in", "cat", base=base)
+    change(base / "model.safetensors", **{f"{PLACE}.w1": torch.ones(3, 16, 8)})
+    with pytest.raises(AdapterError, match=r"\[experts \* r, in\]"):
+        shrink_adapter(adapter, tmp_path / "out", 2, base=base)
+    assert not (tmp_path / "out").exists()
+
+
 OTHERS = dict(target_parameters=["experts.w0", "experts.w1"])
 REFUSED = {
     "names": (dict(adapted={"": (8, 8), ".base_layer": (8, 8)}, **OTHERS), None, "lora_A.weight: expected a rank of"),
