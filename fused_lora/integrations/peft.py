@@ -56,12 +56,12 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Make the LoRA linears of a PEFT model fast, in place. :func:`restore` takes it back.
 
     Every exact ``peft.tuners.lora.Linear`` gets a subclass of itself, and so do PEFT's classes over layers of
-    bitsandbytes, torchao, GPTQ and AWQ; the model gets two hooks that note its calls, and one until the first, which
-    warns of layers that it reads without calling them. Parameters, buffers, other hooks, state-dict keys, checkpoints
-    and PEFT's own methods stay. At every call the layer decides: plain LoRA over a plain,
-    4-bit or torchao linear layer runs in one operator; over any other base layer (hooked, offloaded, sharded, of an
-    unknown class) the base runs as it is, and the adapters in one operator around it; anything else (merged, disabled,
-    hooks on lora_A, ...) runs PEFT's own forward. Merging rounds once, and unmerging gives back the exact bits.
+    bitsandbytes, torchao, GPTQ and AWQ; the model gets two hooks that note its calls, and one that warns in the first
+    of layers that it reads without calling them. Parameters, buffers, other hooks, state-dict keys, checkpoints and
+    PEFT's own methods stay. At every call the layer decides: plain LoRA over a plain, 4-bit or torchao linear layer
+    runs in one operator; over any other base layer (hooked, offloaded, sharded, of an unknown class) the base runs as
+    it is, and the adapters in one operator around it; anything else (merged, disabled, hooks on lora_A, ...) runs
+    PEFT's own forward. Merging rounds once, and unmerging gives back the exact bits.
 
     Layers that PEFT adds to a PeftModel later are accelerated too. After an injection into a bare model (a second
     ``inject_adapter_in_model``) call it again; calling it twice does no harm. Call it before ``fully_shard``.
@@ -97,7 +97,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     for module in called:
         watch(module)
         _unwatch_first(module)
-    FirstForward(_called_layers, *called)
+    FirstForward(_called_layers, *called, stays=True)
     rows = layer_report(model)
     lost = {r.path: why for r in rows if r.why_not != _EACH_CALL and (why := _why_not_reached(model, r.path))}
     if lost:

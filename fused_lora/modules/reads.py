@@ -165,10 +165,11 @@ class FirstForward:
 
     Args:
         models: whose forwards are looked at, until one has told. layers: of that one, path -> the module to be called.
+        stays: whether the hooks do; a graph that has been compiled with them would be compiled anew without.
     """
 
-    def __init__(self, layers: Callable[[nn.Module], Mapping[str, nn.Module]], *models: nn.Module):
-        self._layers = layers
+    def __init__(self, layers: Callable[[nn.Module], Mapping[str, nn.Module]], *models: nn.Module, stays: bool = False):
+        self._layers, self.stays, self._told = layers, stays, False
         self._handles = [model.register_forward_pre_hook(self) for model in models]
         self._reads: Reads | None = None
         self._end: RemovableHandle | None = None
@@ -180,9 +181,10 @@ class FirstForward:
             handle.remove()
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling() or self._reads is not None:
+        if torch.compiler.is_compiling() or self._reads is not None or self._told:
             return
-        self.remove()
+        if not self.stays:
+            self.remove()
         self._reads = Reads(module, self._layers(module), _base_layer)
         self._end = module.register_forward_hook(self._ended, always_call=True)
         self._handled = sys.exc_info()[1]
@@ -197,8 +199,10 @@ class FirstForward:
         reads.stop()
         self._reads = self._end = self._handled = None
         if failed:  # perhaps between the read and the call: the next forward tells
-            self._handles = [module.register_forward_pre_hook(self)]
+            if not self.stays:
+                self._handles = [module.register_forward_pre_hook(self)]
             return
+        self._told = True
         if reads.found:
             modules = dict(named_modules(module))
             _found.update((modules[path], modules[path].training) for path in reads.found)

@@ -1,4 +1,4 @@
-"""The hooks of a module, without the two by which a model's calls are noted."""
+"""The hooks of a module, without those by which a model's calls are noted."""
 
 from torch import nn
 
@@ -7,4 +7,4 @@ from fused_lora.modules import changes
 
 def hooks(module: nn.Module) -> list:
     found = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return [hook for hook in found if hook not in (changes._begin, changes._end)]
+    return [h for h in found if h not in (changes._begin, changes._end) and not getattr(h, "stays", False)]

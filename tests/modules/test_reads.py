@@ -172,7 +172,7 @@ def test_the_first_forward_of_an_accelerated_model_names_them(net, mode):
     assert "its weight read by a forward that does not call it" in reasons.pop("read") and not any(reasons.values())
     with pytest.warns(UserWarning, match="adapters of 'base_model.model.read' do nothing, as in PEFT"):
         fused_lora.accelerate(model)
-    assert hooks(fused_lora.restore(model)) == marks
+    assert hooks(fused_lora.restore(model)) == marks and not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_explain_of_an_injected_model_names_them(net):
