@@ -158,6 +158,11 @@ class RowTrace(TorchDispatchMode):
     ) -> None:
         call = Applied(func, args, kwargs, out, self.state, self._packed, self.known_range, self.misplaced)
         results = call.results
+        if any(isinstance(t, Tensor) and t.is_nested for t in tree_leaves((args, kwargs, out))):  # it has no shape
+            for result in (*results, *written):
+                if isinstance(result, Tensor):
+                    self.mark(result, call.unknown("a nested tensor"))
+            return
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if is_view and args and isinstance(args[0], Tensor):
             # their shapes alone: a tensor that holds itself would live until a collection

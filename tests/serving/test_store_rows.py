@@ -200,3 +200,35 @@ def test_texts_that_were_sorted_by_length_are_refused():
             else:
                 with pytest.raises(ValueError, match="test_store_rows has sorted its texts by length"):
                     encode([2, 0, 1])
+
+
+@torch.no_grad()
+def test_nested_tensors_are_refused_by_name():
+    """nn.TransformerEncoder makes one of a padding mask in eval mode."""
+
+    def build():
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        return nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 1), "head": nn.Linear(16, 16)}), {}
+
+    model, _, store = served(build, "linear")
+    encoder, x, padding = model["encoder"], torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    model.forward = lambda x: model["head"](encoder(x, src_key_padding_mask=padding))
+    base = model(x)
+    for names in (["a", None, "b"], ["a"] * 3):
+        with pytest.raises(ValueError, match=r"linear1' got a nested tensor; .* use_nested_tensor to False"):
+            with store.batch(names):
+                model(x)
+    with store.batch([None] * 3):
+        assert torch.equal(model(x), base)
+    store.load("head", {"head": (torch.randn(2, 16), torch.randn(16, 2), 1.0)})
+    with (
+        pytest.raises(ValueError, match="'head' got an input .*: a nested tensor"),
+        store.batch(["head", None, "head"]),
+    ):
+        model(x)
+    encoder.use_nested_tensor = False
+    with store.batch(["a", None, "b"]):
+        mixed = model(x)
+    for i, name in enumerate(["a", None, "b"]):
+        with store.batch([name] * 3):
+            assert_close(mixed[i], model(x)[i], terms=200)

@@ -36,6 +36,11 @@ _INPUTS = 4096  # inputs of layers whose rows are kept
 # a replay would read rows and slots of this batch, when both are others'
 _CAPTURED = "batch: a trace or a graph would keep these adapters for ever; use torch.export, or row_buffers"
 
+_NESTED = (
+    "a nested tensor; expected [..., features]. In eval mode nn.TransformerEncoder makes one of a padding mask: set "
+    "its use_nested_tensor to False"
+)
+
 
 def running(store: Any) -> Batch | None:
     """The innermost batch of this store that this thread is in."""
@@ -300,6 +305,10 @@ class Batch:
         """
         trace, linear, index = self._trace(), site.kind == "linear", site.index
         call = trace.running.call
+        if x.is_nested:
+            if index in self._prepared.sites:
+                raise ValueError(f"batch: {site.path!r} got {_NESTED}")
+            return
         if call is None:
             return self._called_alone(site, x, lambda: self.add(site, x, y))
         if call.followed is not None:
