@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from fused_lora.modules.frames import generator_around, is_running
 from fused_lora.modules.names import some
@@ -17,6 +18,12 @@ from fused_lora.rows import Entries, RowFinder, Running, checked_dim
 
 # finders by model: what one has found holds for the next batch
 _finders: WeakKeyDictionary[nn.Module, RowFinder] = WeakKeyDictionary()
+
+
+def _break_graph() -> None:
+    if torch.compiler.is_compiling():
+        why = "adapter_batch breaks graphs: compile without fullgraph=True, or serve the adapters by an AdapterStore"
+        torch._dynamo.graph_break(msg=why)
 
 
 def check_eval(model: nn.Module) -> None:
@@ -106,9 +113,16 @@ class MixedBatch(Context):
             handle.remove()
 
     def _before(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        _break_graph()
+        self._enter(path, module, args, kwargs)
+
+    # what follows operators is nothing that Dynamo can trace; while it does, torch runs compiled code as it is written
+    @_disable_dynamo
+    def _enter(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._acts():
             self._of_thread().enter(path, module, args, kwargs)
 
+    @_disable_dynamo
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._acts():
             self._of_thread().leave(module, output is not None)
@@ -130,6 +144,7 @@ class MixedBatch(Context):
             ValueError: the rows are not known, or are not the batch's.
             RuntimeError: the model is in training mode.
         """
+        _break_graph()
         check_eval(self._finder.callers[""])
         if layer not in self._paths:  # added since: it has none of these adapters
             return {}

@@ -79,3 +79,23 @@ def test_one_graph_and_eagers_results(kind, name, p, training, monkeypatch):
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["a whole model", "embeddings"])
+def test_adapter_batch_without_an_eager_call_before(name):
+    """The first call runs as it is written, for its rows are followed; the graph breaks in later ones."""
+    model = build("inject", name).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for names in (["default", None], [None, "default"], ["default"] * 2):
+        ids = torch.randint(0, TOKENS, (2, 6))
+        with fused_lora.adapter_batch(model, names):
+            for _ in range(2):
+                y, eager = (getattr(y, "logits", y) for y in (compiled(ids), model(ids)))
+                assert_close(y, eager, terms=1000)
+    torch._dynamo.reset()
+    with fused_lora.adapter_batch(model, ["default", None]):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="adapter_batch breaks graphs: compile without full"):
+            torch.compile(model, backend="eager", fullgraph=True)(ids)
+    torch._dynamo.reset()
