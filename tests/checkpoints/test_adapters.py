@@ -25,6 +25,7 @@ from fused_lora.cli import main
 from fused_lora.testing.numeric import assert_close
 from helpers.checkpoint_files import K, N, change, contents, decoder, read_all, write_adapter, write_base
 from helpers.seeds import shifted
+from helpers.versions import svd_weights
 
 Q, V = (f"model.layers.0.self_attn.{p}_proj" for p in "qv")
 SHAPES = {Q: (K, N), V: (K, 16)}
@@ -82,9 +83,8 @@ def test_combinations_are_those_of_peft(tmp_path, monkeypatch, method, layer):
         torch.manual_seed(shifted(7))
 
     monkeypatch.setattr(wrapped.base_model, "inject_adapter", seeded)
-    wrapped.add_weighted_adapter(
-        ["a", "b"], list(weights), "mixed", method, **{names[key]: value for key, value in options.items()}
-    )
+    named = {names[key]: value for key, value in options.items()}
+    wrapped.add_weighted_adapter(["a", "b"], svd_weights(method, weights, 1.5), "mixed", method, **named)
     mixed = wrapped.base_model.model[0]
     report = combine_adapters(list(zip(folders, weights, strict=True)), tmp_path / "out", method, seed=7, **options)
     assert report.layers[0]["r"] == mixed.r["mixed"]

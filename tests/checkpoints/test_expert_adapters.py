@@ -21,6 +21,7 @@ from helpers.checkpoint_files import K, N, change, contents, read_all, save_trai
 from helpers.experts import ROUTERS, routed
 from helpers.seeds import shifted
 from helpers.thorough import sampled
+from helpers.versions import svd_weights
 
 PLACE, PREFIX = "model.layers.0.mlp.experts", "base_model.model."
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -172,7 +173,7 @@ def test_each_expert_is_combined_as_peft_combines_a_layer(tmp_path, monkeypatch,
 
     monkeypatch.setattr(wrapped.base_model, "inject_adapter", seeded)
     named = {{"rank": "svd_rank"}.get(key, key): value for key, value in options.items()}
-    wrapped.add_weighted_adapter([*weights], [*weights.values()], "mixed", method, **named)
+    wrapped.add_weighted_adapter([*weights], svd_weights(method, weights.values(), 2), "mixed", method, **named)
     pairs = [(tmp_path / name, weight) for name, weight in weights.items()]
     combine_adapters(pairs, tmp_path / "out", method, seed=shifted(7), **options)
     ours = torch.stack([B.double() @ A.double() for A, B in zip(*factors(tmp_path / "out", E), strict=True)])
