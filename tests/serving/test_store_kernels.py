@@ -10,6 +10,7 @@ from fused_lora.ops import guard
 from fused_lora.ops.grouped.op import RowLayout, Terms, lora_grouped_
 from fused_lora.reference import bits
 from fused_lora.serving import AdapterStore
+from fused_lora.serving.batch.batch import Batch
 from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
 
@@ -241,17 +242,20 @@ def test_one_buffer_describes_step_after_step(device, through_kernels):
 
 
 @torch.no_grad()
-def test_buffers_have_the_rows_of_one_batch(device, through_kernels):
-    """A second one, of a thread say, filled in other rows and adapters while the first ran."""
+def test_buffers_have_the_rows_of_one_batch(device, through_kernels, monkeypatch):
+    """A second one, of a thread say, filled in other rows and adapters while the first ran, or its streams did."""
     model, x = model_on(device), torch.randn(2, K, device=device)
     store = AdapterStore(model)
     store.load("a", adapter(4, 1))
     buffers = store.row_buffers(max_rows=2, max_groups=1, max_rank=16)
+    join, held = Batch._join_streams, []
+    monkeypatch.setattr(Batch, "_join_streams", lambda self: (held.append(buffers.free.locked()), join(self)))
     for _ in range(2):
         with store.batch_rows(["a", None], [1, 1], buffers):
             with pytest.raises(RuntimeError, match="buffers: a batch that has not ended uses them"):
                 store.batch_rows([None, "a"], [1, 1], buffers).__enter__()
             assert_close(model(x)[0], wanted(model, x[0], [(adapter(4, 1), 1)]).float(), terms=300)
+        assert all(held) and held and not buffers.free.locked()
 
 
 @torch.no_grad()

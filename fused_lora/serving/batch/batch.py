@@ -163,13 +163,15 @@ class Batch:
                 raise RuntimeError("batch: it has ended while another thread runs the model in it; wait for its call")
         finally:
             self._traces = {}
-            self._join_streams()
+            try:
+                self._join_streams()
+            finally:
+                if self._buffers is not None:  # the next fill comes after all that read this one's
+                    self._buffers.free.release()
 
     def _leave(self) -> None:
         """Take this one out of the batches of this context: those inside of it may go on after it, in generators."""
         self._ended, self._generator, self._apart = True, None, []
-        if self._buffers is not None:
-            self._buffers.free.release()
         inner = _running.get()
         if inner is self:
             _running.set(self.outer)
