@@ -448,6 +448,7 @@ def _forward_again(module: Any, weight: Tensor, call: Sequence[Any]) -> Any:
 
 
 _apart: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()  # what was found to be so
+_KINDS = 256  # kept of a module
 
 
 @torch.compiler.disable()
@@ -465,13 +466,16 @@ def _check_apart(module: Any, call: Sequence[Any], rows: Tensor, entries: bool) 
 
     known = _apart.setdefault(module, set())
     for dim in [0] if entries or x.dim() == 2 else _cut(x.shape[:-1], rows):
-        # a flag may change what is done, of a call or the module
-        flags = (a if isinstance(a, bool | str) else type(a) for a in (*call, *vars(module).values()))
+        # a flag may change what is done, and a number of the module; one of a call is another each time
+        flags = [a if isinstance(a, bool | str) else type(a) for a in call]
+        flags += [a if isinstance(a, bool | str | int | float) else type(a) for a in vars(module).values()]
         kind = x.dim(), dim, *flags
         if kind not in known:
             if why := why_rows_meet(again, x, dim):
                 text = f"a row that {type(module).__name__} returns may depend on other rows ({why})"
                 raise RuntimeError(f"{text}: they cannot have different adapters in one batch; call it once for each")
+            if len(known) >= _KINDS:
+                known.clear()
             known.add(kind)
 
 

@@ -456,14 +456,15 @@ def test_rows_that_depend_on_others_have_one_adapter(tmp_path, how):
 
 
 @torch.no_grad()
-def test_what_was_found_of_rows_holds_until_a_flag_changes():
+@pytest.mark.parametrize("before, after", [(False, True), (0, 1), (0.0, 0.5)])
+def test_what_was_found_of_rows_holds_until_a_flag_or_number_changes(before, after):
     """one_hot asks for the largest number that it gets, which does not make rows depend on each other."""
     torch.manual_seed(shifted(15))
     model, x = inject(Capacity("one_hot")), torch.randn(4, 8)
-    expected = model(x)
+    expected, model[0].base_layer.last = model(x), before
     with fused_lora.adapter_batch(model, ["default", "default", None, None]):
         assert_close(model(x)[:2], expected[:2], terms=20)
-        model[0].base_layer.last = True
+        model[0].base_layer.last = after
         with pytest.raises(RuntimeError, match="a row that Capacity returns may depend on other rows"):
             model(x)
 
