@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from fused_lora.bases.expert_terms import Even, ExpertTerm, Routed, add_terms, back
 from fused_lora.rows import why_rows_meet
@@ -451,7 +452,7 @@ _apart: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()  # what w
 _KINDS = 256  # kept of a module
 
 
-@torch.compiler.disable()
+@_disable_dynamo
 def _check_apart(module: Any, call: Sequence[Any], rows: Tensor, entries: bool) -> None:
     """Raise RuntimeError where these rows of a call would be others if the rest had another adapter, or none.
 

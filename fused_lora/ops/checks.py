@@ -161,7 +161,6 @@ def refuse_transforms(name: str) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
 def warn_of_redraws() -> None:
     """Warn where torch.compile may draw a forward's seeds again in its backward; no operator can forbid it."""
     from torch._functorch import config
@@ -173,6 +172,10 @@ def warn_of_redraws() -> None:
                 f"backward, and gradients are of another mask then. Set it to {safe}, or the dropout to 0",
                 stacklevel=2,
             )
+
+
+# as torch.compiler.assume_constant_result, which takes a second: it imports Dynamo
+setattr(warn_of_redraws, "_dynamo_marked_constant", True)  # noqa: B010 - unknown to pyright
 
 
 def span_of(tensor: torch.Tensor) -> tuple[int, int]:
