@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fused_lora
+from fused_lora.integrations.peft import layer_report
 from fused_lora.reference import bits
 from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.accelerated import TOKENS, quiet, wrap
@@ -84,6 +85,12 @@ def test_logits_and_gradients_are_no_worse_than_pefts(name, dtype):
 
 
 @torch.no_grad()
+def test_explain_describes_a_router():
+    """Its adapters' module has the name of the weight, which the router's attribute of that name is not."""
+    ours, _ = twins(next(iter(ROUTERS)))
+    assert len(rows := layer_report(ours)) == len(fused_lora.lora_layers(ours)) and all(row.fused for row in rows)
+
+
 @pytest.mark.parametrize("name", sampled(ROUTERS, 2))
 def test_a_batch_under_adapters_and_merges(name):
     torch.manual_seed(shifted(2))
