@@ -37,7 +37,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32, STRIP = 8, LANES = 16, SPAN = 2048 };
+enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32, STRIP = 8, LANES = 8, SPAN = 2048 };
 /* elements and columns of a unit; ranks, rows and columns of a step of the delta */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { MERGE, UNMERGE, MERGE_AGAIN, CHECKSUM };            /* MERGE_AGAIN keeps nothing */
@@ -133,9 +133,10 @@ typedef struct {
     int64_t stride, row, column, h, n, pitch;
 } Unit;
 
-/* d [GROUP, TILE], whose rows are `pitch` apart, = GROUP rows of left [depth] times right [depth, TILE of WIDTH], one
- * fused step after the other; += where `more`. Eight sums stay in registers: enough to hide a step's latency. */
-INLINE void add_products(const float *const *left, const float *restrict right, int64_t depth, int more,
+/* d [GROUP, TILE], whose rows are `pitch` apart, = GROUP rows of left [depth] times right [depth, TILE of width], one
+ * fused step after the other; += where `more`. Eight sums stay in registers: enough to hide a step's latency. The width
+ * is a constant, or gcc loads no vectors. */
+INLINE void add_products(const float *const *left, const float *restrict right, int64_t width, int64_t depth, int more,
                          float *restrict d, int64_t pitch) {
 #pragma omp simd
     for (int64_t j = 0; j < TILE / 2; j++) {
@@ -145,7 +146,7 @@ INLINE void add_products(const float *const *left, const float *restrict right, 
             t[m] = more ? d[m * pitch + j + TILE / 2] : 0;
         }
         for (int64_t k = 0; k < depth; k++) {
-            float r = right[k * WIDTH + j], q = right[k * WIDTH + j + TILE / 2];
+            float r = right[k * width + j], q = right[k * width + j + TILE / 2];
             for (int m = 0; m < GROUP; m++) s[m] = fmaf(left[m][k], r, s[m]), t[m] = fmaf(left[m][k], q, t[m]);
         }
         for (int m = 0; m < GROUP; m++) d[m * pitch + j] = s[m], d[m * pitch + j + TILE / 2] = t[m];
@@ -182,9 +183,9 @@ INLINE void compute_delta(const Work *work, const Unit *strip, const Unit *next,
             for (int64_t j = 0; j < pitch; j += TILE)
                 if (first == 0) { /* two calls: gcc vectorises no sums that may or may not begin at 0 */
                     prefetch(next, i, j, size);
-                    add_products(left, right + j, depth, 0, delta + i * pitch + j, pitch);
+                    add_products(left, right + j, WIDTH, depth, 0, delta + i * pitch + j, pitch);
                 } else
-                    add_products(left, right + j, depth, 1, delta + i * pitch + j, pitch);
+                    add_products(left, right + j, WIDTH, depth, 1, delta + i * pitch + j, pitch);
         }
     }
 }
@@ -410,39 +411,6 @@ INLINE int do_unit_of(int scaled, int random, Work *work, int64_t index, int mod
     return do_unit(FLOAT16, scaled, random, work, index, mode);
 }
 
-typedef struct {
-    int64_t rows, columns, start, cut, is_double, threads, variant; /* rows [start, start + rows) of the mask */
-    uint64_t seed;
-    const void *x; /* [rows, columns] each, contiguous; x and out, or in_place, may be NULL */
-    void *out, *in_place;
-} Mask;
-
-/* x times 1 or 0. */
-INLINE void select(int is_double, const void *x, const int16_t *lanes, int16_t cut, int64_t n, void *out) {
-    if (is_double)
-        for (int64_t j = 0; j < n; j++) ((double *)out)[j] = ((const double *)x)[j] * (double)(lanes[j] >= cut);
-    else
-        for (int64_t j = 0; j < n; j++) ((float *)out)[j] = ((const float *)x)[j] * (float)(lanes[j] >= cut);
-}
-
-/* out = x * mask and in_place *= mask. */
-INLINE void mask_row(const Mask *mask, int64_t row) {
-    uint32_t words[4 * BLOCKS];
-    int16_t lanes[8 * BLOCKS], cut = (int16_t)mask->cut;
-    int64_t columns = mask->columns, size = mask->is_double ? 8 : 4;
-    for (int64_t j = 0; j < columns; j += 8 * BLOCKS) {
-        int64_t n = columns - j < 8 * BLOCKS ? columns - j : 8 * BLOCKS;
-        philox(mask->seed, (uint32_t)(mask->start + row), (uint32_t)(j / 8), (n + 7) / 8, words);
-        memcpy(lanes, words, sizeof lanes);
-        for (int part = 0; part < 2; part++) {
-            const char *from = part ? mask->in_place : mask->x;
-            char *to = part ? mask->in_place : mask->out;
-            int64_t at = (row * columns + j) * size;
-            if (from) select(mask->is_double, from + at, lanes, cut, n, to + at);
-        }
-    }
-}
-
 /* The LoRA terms of rows under many adapters: one of a layer's outputs, whose slots lie in one memory. */
 typedef struct {
     const char *A, *B;                        /* [slots], each A [r, K] and B^T [r, columns], so many elements apart: */
@@ -462,25 +430,23 @@ typedef struct {
     int64_t y_stride;
 } Terms;
 
+/* Vectors of a width that every variant has: gcc takes wider ones apart where a processor has them not. A macro loads
+ * them, for they are not returned alike by the functions of all instruction sets. */
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-
-/* Elements of an array from number i on: as many as there are lanes, and one. A macro: vectors are not returned alike by
- * the functions of all instruction sets. */
 #define LOAD(type, array, i)                                                                                        \
     ((type) == FLOAT32 ? *(const lanes *)((const float *)(array) + (i))                                             \
                        : (lanes)(__builtin_convertvector(*(const halves *)((const uint16_t *)(array) + (i)), words) << 16))
+
 #define ELEMENT(type, array, i) value_of(type, get(type, array, i))
 
 INLINE int64_t bytes_of(int type, int64_t n) { return type == FLOAT32 ? 4 * n : 2 * n; }
 
 /* The sum of `part`, and then of what did not fill the lanes, one after the other. */
-INLINE float sum_of(float *part, int p_type, const void *p, int q_type, const void *q, int64_t k, int64_t K) {
-    float sum;
-    for (int width = LANES / 2; width; width /= 2)
-        for (int l = 0; l < width; l++) part[l] += part[l + width];
-    sum = part[0];
+INLINE float sum_of(const lanes *part, int p_type, const void *p, int q_type, const void *q, int64_t k, int64_t K) {
+    float sum = 0;
+    for (int l = 0; l < LANES; l++) sum += (*part)[l];
     for (; k < K; k++) sum += ELEMENT(p_type, p, k) * ELEMENT(q_type, q, k);
     return sum;
 }
@@ -499,8 +465,8 @@ INLINE void dot_products(int both, int p_type, const void *const *p, int q_type,
         }
     }
     for (int i = 0; i < GROUP; i++) {
-        s[i] = sum_of((float *)&u[i], p_type, p[i], q_type, q, k, K);
-        if (both) t[i] = sum_of((float *)&v[i], p_type, p[i], q_type, o, k, K);
+        s[i] = sum_of(&u[i], p_type, p[i], q_type, q, k, K);
+        if (both) t[i] = sum_of(&v[i], p_type, p[i], q_type, o, k, K);
     }
 }
 
@@ -508,11 +474,8 @@ INLINE void dot_products(int both, int p_type, const void *const *p, int q_type,
 INLINE void combine_row(const float *S, int type, const void *B, int64_t stride, int64_t ranks, int64_t n,
                         float *restrict d) {
     memset(d, 0, n * sizeof *d);
-    for (int64_t j = 0; j < ranks; j++) {
-        int64_t c = 0;
-        for (; c + LANES <= n; c += LANES) *(lanes *)(d + c) += S[j] * LOAD(type, B, j * stride + c);
-        for (; c < n; c++) d[c] += S[j] * ELEMENT(type, B, j * stride + c);
-    }
+    for (int64_t j = 0; j < ranks; j++)
+        for (int64_t c = 0; c < n; c++) d[c] += S[j] * ELEMENT(type, B, j * stride + c);
 }
 
 /* The same of GROUP rows, B read once. */
@@ -598,6 +561,87 @@ INLINE void expand(int type, const Terms *terms, const int64_t *block, int64_t o
     }
 }
 
+/* Products of LoRA in one pass over x [rows, columns], with D(x) = x * mask, without the factor 1 / (1 - p). */
+typedef struct {
+    int64_t rows, columns, ranks, cut, threads, variant;
+    int64_t adds, height;     /* whether dx is added to; rows of a part */
+    uint64_t seed;
+    const float *x, *A;       /* A [ranks, columns] */
+    const float *dS, *turned; /* dS [rows, ranks] and its transpose */
+    float *S, *dx, *dA;       /* any may be NULL: [panels, rows, ranks], whose sum is D(x) A^T; mask * (dS A), without */
+} Products;                   /* dS D(x); [parts, ranks, columns], whose sum is dS^T D(x) */
+
+enum { PANEL = 8 * BLOCKS, BLOCK = 16 }; /* columns and rows of a mask at a time */
+
+/* keep [n] = 1 or 0: the lanes of Philox of a row from a column on, a multiple of 8, that are not below the cut. */
+INLINE void draw_mask(const Products *of, int64_t row, int64_t column, int64_t n, float *keep) {
+    uint32_t words[4 * BLOCKS];
+    int16_t lanes[8 * BLOCKS], cut = (int16_t)of->cut;
+    philox(of->seed, (uint32_t)row, (uint32_t)(column / 8), (n + 7) / 8, words);
+    memcpy(lanes, words, n * sizeof *lanes);
+    for (int64_t j = 0; j < n; j++) keep[j] = lanes[j] >= cut;
+}
+
+/* d [GROUP, n] = GROUP rows of left [depth] times right [depth, PANEL], += where `more`; whole tiles are written. */
+INLINE void multiply(const float *const *left, const float *right, int64_t depth, int more, int64_t n, float (*d)[PANEL]) {
+    for (int64_t j = 0; j < n; j += TILE)
+        if (more) add_products(left, right + j, PANEL, depth, 1, d[0] + j, PANEL);
+        else add_products(left, right + j, PANEL, depth, 0, d[0] + j, PANEL);
+}
+
+/* S, dx and dA of one part at PANEL columns. */
+INLINE void products(const Products *of, int64_t part, int64_t panel) {
+    float kept[BLOCK][PANEL], right[DEPTH][PANEL], d[GROUP][PANEL], s[GROUP], t[GROUP];
+    int64_t K = of->columns, first = panel * PANEL, n = K - first < PANEL ? K - first : PANEL, ranks = of->ranks;
+    int64_t top = part * of->height, end = of->rows - top < of->height ? of->rows : top + of->height, packed = 0;
+    const float *A = of->A + first, *v[GROUP];
+    const void *p[GROUP];
+    memset(kept, 0, sizeof kept), memset(right, 0, sizeof right); /* nobody reads what is behind the last column */
+    for (int64_t m = top; m < end; m += BLOCK) {
+        int64_t h = end - m < BLOCK ? end - m : BLOCK;
+        for (int64_t i = 0; i < h; i++) draw_mask(of, m + i, first, n, kept[i]);
+        for (int64_t k = 0; k < h && of->dx; k += GROUP) {
+            for (int64_t i = 0; i < GROUP && of->dS; i++) v[i] = of->dS + (m + (k + i < h ? k + i : h - 1)) * ranks;
+            for (int64_t j = 0; j < ranks && of->dS; j += DEPTH) {
+                int64_t depth = ranks - j < DEPTH ? ranks - j : DEPTH;
+                for (int64_t i = 0; i < depth && packed < ranks; i++, packed += ranks <= DEPTH)
+                    memcpy(right[i], A + (j + i) * K, n * sizeof **right);
+                multiply(v, right[0], depth, j > 0, n, d);
+                for (int64_t i = 0; i < GROUP; i++) v[i] += depth;
+            }
+            for (int64_t i = 0; i < GROUP && k + i < h; i++) {
+                float *restrict dx = of->dx + (m + k + i) * K + first;
+                const float *from = of->dS ? d[i] : of->x + (m + k + i) * K + first;
+                if (of->adds) for (int64_t c = 0; c < n; c++) dx[c] += kept[k + i][c] * from[c];
+                else for (int64_t c = 0; c < n; c++) dx[c] = kept[k + i][c] * from[c];
+            }
+        }
+        if (!of->S && !of->dA) continue;
+        for (int64_t i = 0; i < h; i++)
+            for (int64_t c = 0; c < n; c++) kept[i][c] *= of->x[(m + i) * K + first + c];
+        for (int64_t k = 0; k < h && of->S; k += GROUP) {
+            for (int64_t i = 0; i < GROUP; i++) p[i] = kept[k + i < h ? k + i : h - 1];
+            for (int64_t j = 0; j < ranks; j += 2) {
+                int64_t next = j + 1 < ranks ? j + 1 : j;
+                dot_products(1, FLOAT32, p, FLOAT32, A + j * K, A + next * K, n, s, t);
+                for (int64_t i = 0; i < GROUP && k + i < h; i++) {
+                    float *S = of->S + (panel * of->rows + m + k + i) * ranks;
+                    S[j] = s[i], S[next] = t[i];
+                }
+            }
+        }
+        for (int64_t k = 0; k < ranks && of->dA; k += GROUP) {
+            for (int64_t i = 0; i < GROUP; i++) v[i] = of->turned + (k + i < ranks ? k + i : ranks - 1) * of->rows + m;
+            multiply(v, kept[0], h, 0, n, d);
+            for (int64_t i = 0; i < GROUP && k + i < ranks; i++) {
+                float *restrict dA = of->dA + (part * ranks + k + i) * K + first;
+                if (m > top) for (int64_t c = 0; c < n; c++) dA[c] += d[i][c];
+                else memcpy(dA, d[i], n * sizeof *dA);
+            }
+        }
+    }
+}
+
 /* The functions above for several instruction sets, which a processor is asked for; all give the same bits. */
 #define KIND(name, kind, scaled, random, options)                                                                   \
     options static int kind##_##name(Work *work, int64_t index, int mode) {                                         \
@@ -613,7 +657,9 @@ INLINE void expand(int type, const Terms *terms, const int64_t *block, int64_t o
         if (work->row_scale) return (random ? scaled_random_##name : scaled_##name)(work, index, mode);             \
         return (random ? random_##name : plain_##name)(work, index, mode);                                          \
     }                                                                                                               \
-    options static void mask_##name(const Mask *mask, int64_t row) { mask_row(mask, row); }                         \
+    options static void products_##name(const Products *of, int64_t part, int64_t panel) {                          \
+        products(of, part, panel);                                                                                  \
+    }                                                                                                               \
     options static void shrink_##name(const Terms *terms, const int64_t *block, int64_t output, int64_t strip) {    \
         if (terms->type == FLOAT32) shrink(FLOAT32, terms, block, output, strip);                                   \
         else shrink(BFLOAT16, terms, block, output, strip);                                                         \
@@ -627,13 +673,13 @@ INLINE void expand(int type, const Terms *terms, const int64_t *block, int64_t o
 VARIANT(avx2, __attribute__((target("avx2,fma,bmi2"))))
 VARIANT(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512"))))
 static int (*const units[])(Work *, int64_t, int) = {0, unit_avx2, unit_avx512};
-static void (*const masks[])(const Mask *, int64_t) = {0, mask_avx2, mask_avx512};
+static void (*const passes[])(const Products *, int64_t, int64_t) = {0, products_avx2, products_avx512};
 static void (*const shrinks[])(const Terms *, const int64_t *, int64_t, int64_t) = {0, shrink_avx2, shrink_avx512};
 static void (*const expands[])(const Terms *, const int64_t *, int64_t, int64_t) = {0, expand_avx2, expand_avx512};
 #else
 VARIANT(plain, )
 static int (*const units[])(Work *, int64_t, int) = {unit_plain};
-static void (*const masks[])(const Mask *, int64_t) = {mask_plain};
+static void (*const passes[])(const Products *, int64_t, int64_t) = {products_plain};
 static void (*const shrinks[])(const Terms *, const int64_t *, int64_t, int64_t) = {shrink_plain};
 static void (*const expands[])(const Terms *, const int64_t *, int64_t, int64_t) = {expand_plain};
 #endif
@@ -710,14 +756,15 @@ int fused_lora_run(Work *const *works, int64_t n, int threads, int variant, int 
     return sweep(works, n, threads, variant, mode == MERGE ? UNMERGE : MERGE_AGAIN) == DONE ? result : TORN;
 }
 
-void fused_lora_mask(const Mask *mask) {
-#pragma omp parallel num_threads((int)mask->threads)
+void fused_lora_products(const Products *of) {
+    int64_t panels = (of->columns + PANEL - 1) / PANEL, parts = (of->rows + of->height - 1) / of->height;
+#pragma omp parallel num_threads((int)of->threads)
     {
         fenv_t environment;
         fegetenv(&environment);
         fesetenv(FE_DFL_ENV);
-#pragma omp for schedule(dynamic, 8)
-        for (int64_t row = 0; row < mask->rows; row++) masks[mask->variant](mask, row);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < parts * panels; i++) passes[of->variant](of, i / panels, i % panels);
         fesetenv(&environment);
     }
 }

@@ -266,7 +266,8 @@ def _why_not_reached(model: nn.Module, path: str, training: bool = False) -> str
     """Why the module at this path is not called by the one that it is in."""
     place, _, name = path.rpartition(".")
     parent = model.get_submodule(place)
-    if why := why_read(parent._modules[name] if name else parent):  # an attribute may hide it: experts have a weight
+    module: Any = parent._modules[name] if name else parent  # an attribute may hide it: routers have a weight
+    if why := why_read(module):
         return why
     why = None if training else why_not_called_in_eval(parent)
     hooked = why and any(m._forward_hooks or m._forward_pre_hooks for m in parent.modules())

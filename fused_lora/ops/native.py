@@ -15,7 +15,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ MERGE, UNMERGE, MERGE_AGAIN, CHECKSUM = range(4)  # what Work is run for
 DONE, LOST, FULL, CHANGED, TORN = range(5)  # and how that ends
 _VARIANTS = "plain C", "C for AVX2", "C for AVX-512"
 _SHARE = 1 << 14  # elements for which one more thread is worth its start
+_TRIAL = (137, 1099), (3, 1099), (137, 3)  # shapes of x, A and dS
+_PANEL = 1024  # columns of x that C has at a time
 
 _rejected: list[str] = []  # why the loops are not used although they are there
 _forked = False  # OpenMP would wait for the threads of the parent
@@ -45,7 +47,8 @@ class Work(ctypes.Structure):
     ]
 
 
-_mask = struct.Struct("11q").pack  # ``Mask`` in C: rows columns start cut is_double threads variant seed x out in_place
+# ``Products`` in C: rows columns ranks cut threads variant adds height seed x A dS turned S dx dA
+_products = struct.Struct("16q").pack
 
 
 @functools.cache
@@ -56,7 +59,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(LIBRARY))
         variant = library.fused_lora_variant()
-        if library.fused_lora_work_bytes() != ctypes.sizeof(Work) or not hasattr(library, "fused_lora_terms"):
+        if library.fused_lora_work_bytes() != ctypes.sizeof(Work) or not hasattr(library, "fused_lora_products"):
             return None, f"{LIBRARY.name} is of another version: build it again"
     except (OSError, AttributeError) as error:
         return None, f"{LIBRARY.name} cannot be loaded: {error}"
@@ -66,19 +69,21 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 
 
 @functools.cache
-def _masks_agree() -> bool:
+def _products_agree() -> bool:
     # rows by numpy: torch's default dtype may be another
-    rows, cut = torch.from_numpy(np.linspace(-1, 1, 40 * 999, dtype=np.float32).reshape(40, 999)), -20000
-    out, mask = torch.empty_like(rows), dropout_lanes(7, 2, 40, 999)[:, :999] >= cut
-    _multiply(7, 2, cut, rows, out, None)
-    if not np.array_equal(out.numpy(), rows.numpy() * mask.numpy()):
-        reject("a dropout mask differs")
+    x, A, dS = (torch.from_numpy(np.arange(m * n, dtype=np.float32).reshape(m, n) % 7) for m, n in _TRIAL)
+    keep = (dropout_lanes(7, 0, *_TRIAL[0])[:, : _TRIAL[0][1]] >= -20000).numpy()
+    kept, term = x.numpy() * keep, keep * (dS.numpy() @ A.numpy())  # sums of small integers are exact
+    found = _run_products(7, -20000, x, A, dS, None, (True, True, True))
+    expected = kept @ A.numpy().T, term, dS.numpy().T @ kept
+    if not all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
+        reject("products with a dropout mask differ")
     return not _rejected
 
 
 def usable() -> bool:
     """Whether the loops run; otherwise :func:`describe` says why not."""
-    return _loaded()[0] is not None and not _rejected and _masks_agree()
+    return _loaded()[0] is not None and not _rejected and _products_agree()
 
 
 def describe() -> str:
@@ -136,32 +141,46 @@ def run(works: Sequence[Work], mode: int) -> int:
     return _loaded()[0].fused_lora_run(pointers, ctypes.c_int64(len(works)), share, variant(), mode)
 
 
-def multiply_by_mask(
-    seed: int, start: int, cut: int, rows: torch.Tensor | None, out: torch.Tensor | None, in_place: torch.Tensor | None
-) -> bool:
-    """out = rows * (lane >= cut) and in_place *= (lane >= cut), from row ``start`` of the mask; False: not done.
+def products(
+    seed: Any, cut: int, x: torch.Tensor, A: Any, dS: Any, dx: Any, wanted: tuple[bool, bool, bool]
+) -> tuple[Any, Any, Any] | None:
+    """(D(x) A^T, dx + mask * (dS A), dS^T D(x)), None for what is not wanted, with D(x) = x * mask; None: not done.
 
-    [M, K], all fp32 or all fp64. None for rows and out, or for in_place, leaves that out. Not done where the loops do
-    not run, a tensor is not contiguous or has another dtype.
+    Without dS the second is D(x) itself.
+
+    Not done where the loops do not run or a tensor is not fp32. A row's results do not depend on other rows.
 
     Args:
-        seed: as a signed integer of 64 bits. cut: :func:`~fused_lora.reference.dropout_threshold` - 32768.
+        seed: of the mask (lane >= cut), a signed integer of 64 bits. cut: dropout_threshold of
+            :mod:`fused_lora.reference` - 32768. x: [M, K]. A: [r, K], or None, as dS: [M, r], where no product takes
+            it. dx: [M, K], which is written to, or None for 0.
     """
-    if not usable():
-        return False
-    for tensor in (rows, out, in_place):
-        if tensor is not None and not (tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float64)):
-            return False
-    _multiply(seed, start, cut, rows, out, in_place)
-    return True
+    for tensor in (x, A, dS, dx):
+        if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_cpu):
+            return None
+    if not usable() or not (dx is None or dx.is_contiguous()):
+        return None
+    return _run_products(seed, cut, x.contiguous(), A if A is None else A.contiguous(), dS, dx, wanted)
 
 
-def _multiply(seed, start, cut, rows, out, in_place) -> None:
-    like = rows if in_place is None else in_place
-    M, K = like.shape
-    addresses = [0 if t is None else t.data_ptr() for t in (rows, out, in_place)]
-    is_double, share = like.dtype is torch.float64, threads(M * K)
-    _loaded()[0].fused_lora_mask(_mask(M, K, start, cut, is_double, share, variant(), seed, *addresses))
+def _run_products(seed, cut, x, A, dS, dx, wanted) -> tuple[Any, Any, Any]:
+    (M, K), r = x.shape, 1 if A is None else A.shape[0]
+    need_S, need_x, need_A = wanted
+    height = max(128, 8 * r)  # all parts of dA are at most an eighth of x
+    adds, turned, panels = dx is not None, None, -(-K // _PANEL)
+    if dS is not None:
+        dS, turned = dS.contiguous(), dS.t().contiguous()
+    S = x.new_empty((panels, M, r)) if need_S else None
+    dx = None if not need_x else dx if adds else torch.empty_like(x)
+    dA = x.new_empty((-(-M // height), r, K)) if need_A else None
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (x, A, dS, turned, S, dx, dA)]
+    sizes = M, K, r, cut, threads(M * K), variant(), adds, height, seed
+    _loaded()[0].fused_lora_products(_products(*sizes, *addresses))
+    return _sum(S), dx, _sum(dA)
+
+
+def _sum(parts: torch.Tensor | None) -> torch.Tensor | None:
+    return parts if parts is None else parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def add_terms(packed: bytes) -> None:

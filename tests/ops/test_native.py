@@ -1,5 +1,6 @@
 """The C loops: the bits of torch and of the reference, and what happens where they cannot be had."""
 
+import itertools
 import os
 import pickle
 import platform
@@ -372,20 +373,20 @@ def test_threads_that_flush_subnormal_numbers_change_nothing():
         "from fused_lora.reference import bits\n"
         "torch.manual_seed(0)\n"
         "torch.set_num_threads(3)\n"
-        "ours = blocks.Factors(torch.rand(600, 1) * 1e-39, torch.ones(1, 700))\n"
+        "left, right = torch.rand(600, 1) * 1e-39, torch.ones(1, 700)\n"
+        "ours = blocks.Factors(left, right)\n"
         "W, merged, masked = torch.rand(600, 700) * 1e-38, set(), set()\n"
         "assert native.usable() and torch.set_flush_denormal(True)\n"
         "torch.rand(1000, 1000) + 1\n"
         "for mine in (False, True):\n"
         "    torch.set_flush_denormal(mine)\n"
         "    for _ in range(5):\n"
-        "        now, out = W.clone(), torch.empty_like(W)\n"
+        "        now = W.clone()\n"
         "        units = blocks.merge(now, ours)\n"
         "        merged.add(now.numpy().tobytes())\n"
         "        blocks.restore(now, ours, units)\n"
         "        assert torch.equal(bits(now), bits(W))\n"
-        "        native.multiply_by_mask(1, 0, 0, W, out, None)\n"
-        "        masked.add(out.numpy().tobytes())\n"
+        "        masked.add(native.products(1, 0, W, right, left, None, (False, True, False))[1].numpy().tobytes())\n"
         "assert len(masked) == len(merged) == 1\n"
     )
     if not native.usable():
@@ -432,7 +433,7 @@ def test_a_forked_child_merges(size):
         same = np.array_equal(masked(11).numpy(), lanes) if native.usable() else True
         os._exit(0 if changed and same and np.array_equal(W.numpy(), before) and torch.get_num_threads() == 2 else 1)
 
-    lanes = (reference.dropout_lanes(11, 3, 60, 1003)[:, :1003] >= -20000).float().numpy()
+    lanes = (reference.dropout_lanes(11, 0, 60, 1003)[:, :1003] >= -20000).float().numpy()
     torch.set_num_threads(2)
     try:
         merging.unmerge_(W, merging.merge_(W, [A], [B], [1.0]))
@@ -441,66 +442,89 @@ def test_a_forked_child_merges(size):
         torch.set_num_threads(threads)
 
 
+def small(*shape):
+    """Integers whose sums of products are exact."""
+    return np.random.default_rng(shifted(sum(shape))).integers(-3, 4, shape).astype(np.float32)
+
+
 @built
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("p", [0.1, 0.9])
 @pytest.mark.parametrize(
-    "shape, start", [((1, 1), 0), ((3, 16), 5), ((7, 33), 2**20), ((67, 1001), 9), ((2, 3000), 1), ((3, 0), 1)], ids=str
+    "M, K, r", [(1, 1, 1), (3, 16, 2), (7, 33, 5), (147, 1001, 3), (2, 3000, 40), (300, 1030, 33), (3, 0, 2), (0, 9, 2)]
 )
-def test_masks_are_those_of_the_reference(shape, start, p, dtype, variant, monkeypatch):
+def test_products_are_those_with_the_mask_of_the_reference(M, K, r, p, variant, monkeypatch):
     if variant > native.variant():
         pytest.skip("this processor has not these instructions")
     monkeypatch.setattr(native, "variant", lambda: variant)
-    cut = reference.dropout_threshold(p) - 32768
-    rows = np.random.default_rng(shifted(0)).standard_normal(shape).astype(dtype)
-    rows.reshape(-1)[:1] = -np.inf  # dropped, it is a NaN, as with F.dropout
-    seed = -(2**63) + 12345
-    kept = (reference.dropout_lanes(seed, start, *shape)[:, : shape[1]] >= cut).numpy()
+    seed, cut = -(2**63) + 12345, reference.dropout_threshold(p) - 32768
+    x, A, dS, dx = small(M, K), small(r, K), small(M, r), small(M, K)
+    x.reshape(-1)[:1] = -np.inf  # dropped, it is a NaN, as with F.dropout
+    keep = (reference.dropout_lanes(seed, 0, M, K)[:, :K] >= cut).numpy()
     with np.errstate(invalid="ignore"):
-        exact = rows * kept
-    out, other, alone = np.full_like(rows, np.nan), rows.copy(), rows.copy()
-    assert native.multiply_by_mask(seed, start, cut, *(torch.from_numpy(array) for array in (rows, out, other)))
-    assert native.multiply_by_mask(seed, start, cut, None, None, torch.from_numpy(alone))
-    for found in (out, other, alone):
-        assert np.array_equal(found, exact, equal_nan=True)
-        assert np.array_equal(np.signbit(found[~np.isnan(found)]), np.signbit(exact[~np.isnan(exact)]))
+        kept = x * keep
+        expected = kept @ A.T, keep * (dS @ A), dS.T @ kept
+    tensors = [torch.from_numpy(array) for array in (x, A, dS)]
+    for wanted in itertools.product((False, True), repeat=3):
+        for given in (None, torch.from_numpy(dx.copy())):
+            found = native.products(seed, cut, *tensors, given, wanted)
+            for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+                if not wanted[i]:
+                    assert ours is None
+                    continue
+                assert np.array_equal(ours, theirs if i != 1 or given is None else theirs + dx, equal_nan=True)
+    assert np.array_equal(
+        native.products(seed, cut, tensors[0], *[None] * 3, (False, True, False))[1], kept, equal_nan=True
+    )
 
 
 def masked(seed):
     """ones * mask of enough elements for all threads, between rows that nobody may write."""
     # numpy fills them: torch would in threads that a forked child has not
-    out, ones = (torch.from_numpy(np.full((rows, 1003), n, np.float32)) for rows, n in [(70, 7), (60, 1)])
-    assert native.multiply_by_mask(seed, 3, -20000, ones, out[5:65], None)
+    out, A, dS = (
+        torch.from_numpy(np.full(size, n, np.float32)) for size, n in [((70, 1003), 7), ((1, 1003), 1), ((60, 1), 1)]
+    )
+    out[5:65].numpy()[:] = 0
+    assert native.products(seed, -20000, out[5:65], A, dS, out[5:65], (False, True, False))
     assert (out[:5] == 7).all() and (out[65:] == 7).all()
     return out[5:65]
 
 
 @built
 def test_masks_are_drawn_beside_each_other_and_in_any_number_of_threads():
-    expected = (reference.dropout_lanes(11, 3, 60, 1003)[:, :1003] >= -20000).float()
-    before = torch.get_num_threads()
+    expected = (reference.dropout_lanes(11, 0, 60, 1003)[:, :1003] >= -20000).float()
+    x, A, dS = (torch.from_numpy(small(*shape)) / 3 for shape in [(300, 2050), (5, 2050), (300, 5)])
+    before, found = torch.get_num_threads(), set()
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
             assert torch.equal(masked(11), expected)
+            products = native.products(5, -20000, x, A, dS, None, (True, True, True))
+            found.add(tuple(t.numpy().tobytes() for t in products))
     finally:
         torch.set_num_threads(before)
+    assert len(found) == 1
+    fewer = native.products(5, -20000, x[:33], A, dS[:33], None, (True, True, False))
+    assert torch.equal(fewer[0], products[0][:33]) and torch.equal(fewer[1], products[1][:33])
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(found, expected) for found in pool.map(masked, [11] * 40))
 
 
 @built
-def test_what_is_not_contiguous_is_left_to_numpy():
-    assert not native.multiply_by_mask(1, 0, 0, torch.ones(4, 40)[:, ::2], torch.empty(4, 20), None)
-    sixteen = torch.ones(4, 20, dtype=torch.bfloat16)
-    assert not native.multiply_by_mask(1, 0, 0, sixteen, torch.empty_like(sixteen), None)
+def test_what_is_not_fp32_is_left_to_torch():
+    x, A, dS = (torch.from_numpy(small(*shape)) for shape in [(40, 20), (3, 40), (20, 3)])
+    expected = native.products(1, 0, x.t().contiguous(), A, dS, None, (True, True, True))
+    found = native.products(1, 0, x.t(), A, dS, None, (True, True, True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert native.products(1, 0, x.t(), A, dS, torch.zeros(40, 20).t(), (False, True, False)) is None
+    assert native.products(1, 0, x.t().bfloat16(), A, dS, None, (True, False, False)) is None
+    assert native.products(1, 0, x.t(), A.double(), dS, None, (True, False, False)) is None
 
 
 @pytest.fixture
 def fresh(monkeypatch):
     """Nothing loaded, compared or rejected yet."""
-    caches = native._loaded, native._masks_agree, blocks._agree, loops._agree
+    caches = native._loaded, native._products_agree, blocks._agree, loops._agree
     monkeypatch.setattr(native, "_rejected", [])
     for cache in caches:
         cache.cache_clear()
@@ -510,14 +534,14 @@ def fresh(monkeypatch):
 
 
 @built
-@pytest.mark.parametrize("name", ["_multiply", "run"])
+@pytest.mark.parametrize("name", ["_run_products", "run"])
 def test_loops_that_compute_something_else_are_not_used(name, fresh, monkeypatch):
     right = getattr(native, name)
 
     def wrong(*arguments):
         result = right(*arguments)
-        if name == "_multiply":
-            arguments[4][3, 5] += 1
+        if name == "_run_products":
+            result[1][3, 5] += 1
         else:
             native.ctypes.c_int64.from_address(arguments[0][0].checksums).value += 1
         return result
@@ -525,7 +549,7 @@ def test_loops_that_compute_something_else_are_not_used(name, fresh, monkeypatch
     W, A, B = torch.randn(40, 50), torch.randn(2, 50), torch.randn(40, 2)
     with monkeypatch.context() as patch:
         patch.setattr(native, name, wrong)
-        with pytest.warns(UserWarning, match="C loops are not used.*differs|C loops are not used.*not what"):
+        with pytest.warns(UserWarning, match="C loops are not used.*differ|C loops are not used.*not what"):
             record = merging.merge_(W.clone(), [A], [B], [0.01])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

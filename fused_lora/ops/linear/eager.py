@@ -1,7 +1,7 @@
 """The eager path of the LoRA linear and of the LoRA term: plain torch, fast on CPUs, correct on any device.
 
 One rule shapes it: nothing of size [M, K] is stored, neither the mask nor the dropped input. The mask is drawn again
-where it is needed, for a block of rows that fits the cache, in C where the package was built with a compiler.
+where it is needed: inside the products, in C, where the package was built with a compiler, else for a block of rows.
 
 16-bit tensors on a CPU are computed in fp32 and rounded once: a bf16 or fp16 GEMM without hardware support is
 hundreds of times slower than the same GEMM in fp32. The weight is converted in blocks of rows, so that the copy stays
@@ -89,11 +89,21 @@ def _add_terms(total, rows, lora_A, lora_B, scaling, dropout, seeds) -> torch.Te
 def _dropped_shrink(rows: torch.Tensor, A: torch.Tensor, p: float, seed) -> torch.Tensor:
     if p == 1.0:
         return rows.new_zeros((rows.shape[0], A.shape[0]), dtype=A.dtype)
-    parts = []
-    for start, stop in _row_blocks(rows):
-        kept: Any = _masked(seed, p, start, rows[start:stop] if stop - start < rows.shape[0] else rows, None)
-        parts.append(linear(_as(kept, A.dtype), A))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).mul_(_keep_scale(p, A.dtype))
+    found = native.products(seed, mask_cut(p), rows, A, None, None, (True, False, False))
+    if found is not None:
+        S = found[0]
+    else:
+        parts = []
+        for start, stop in _row_blocks(rows):
+            parts.append(linear(_as(masked(seed, p, start, rows[start:stop])[0], A.dtype), A))
+        S = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return S.mul_(_keep_scale(p, A.dtype))
+
+
+@lru_cache(maxsize=256)
+def mask_cut(p: float) -> int:
+    """Lanes of the mask that are no smaller are kept."""
+    return dropout_threshold(p) - 32768
 
 
 @lru_cache(maxsize=256)
@@ -171,22 +181,23 @@ def _dropped_input_side(dS, rows, A, p: float, seed, dx, need_x: bool, need_A: b
         if need_x and dx is None:
             dx = rows.new_zeros(rows.shape, dtype=acc)
         return dx, A.new_zeros(A.shape) if need_A else None
-    blocks, given, A_acc = _row_blocks(rows), dx, _as(A, acc)
-    term: Any = None
-    if need_x and given is None and len(blocks) > 1:
-        dx = rows.new_empty(rows.shape, dtype=acc)
-    for start, stop in blocks:
-        source, dS_rows = rows, dS
-        if len(blocks) > 1:
-            source, dS_rows = rows[start:stop], dS[start:stop]
-        if need_x:  # into dx, where nothing is there yet
-            term = torch.mm(dS_rows, A_acc, out=None if dx is given else dx[start:stop])
-        kept: Any = _masked(seed, p, start, _as(source, acc) if need_A else None, term)
+    rows, A_acc, parts = _as(rows, acc), _as(A, acc), []
+    found = native.products(seed, mask_cut(p), rows, A_acc, dS, dx, (False, need_x, need_A))
+    if found is not None:
+        _, dx, dA = found
+        return dx, None if dA is None else _as(dA, A.dtype)
+    for start, stop in _row_blocks(rows):
+        part = dS[start:stop]
+        given = [*([part @ A_acc] if need_x else []), *([rows[start:stop]] if need_A else [])]
+        kept = masked(seed, p, start, *given)
         if need_A:
-            dA = torch.mm(dS_rows.t(), kept) if dA is None else dA.addmm_(dS_rows.t(), kept)
-        if need_x and given is not None:
-            dx[start:stop] += term
-    return term if dx is None else dx, None if dA is None else _as(dA, A.dtype)
+            dA = torch.mm(part.t(), kept[-1]) if dA is None else dA.addmm_(part.t(), kept[-1])
+        if need_x:
+            parts.append(kept[0])
+    if need_x:
+        term = parts[0] if len(parts) == 1 else torch.cat(parts)
+        dx = term if dx is None else dx.add_(term)
+    return dx, None if dA is None else _as(dA, A.dtype)
 
 
 def accumulate_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
@@ -234,24 +245,14 @@ def _row_blocks(rows: torch.Tensor) -> Sequence[tuple[int, int]]:
     return [(start, min(start + step, M)) for start in range(0, M, step)]
 
 
-def _masked(seed, p: float, start: int, rows: torch.Tensor | None, term: Any) -> torch.Tensor | None:
-    """rows * mask, and term *= mask in place. Both [m, K] from row ``start`` of the mask, either may be None."""
-    like, cut, out = term if rows is None else rows, dropout_threshold(p) - 32768, None
-    if not like.is_cpu:  # there this path is the fallback, and all rows are one block
-        found = times_mask(seed, p, False, *[t for t in (rows, term) if t is not None])
-        if term is not None:
-            term.copy_(found.pop())
-        return found[0] if found else None
-    if rows is not None:
-        rows = rows.contiguous()
-        out = torch.empty_like(rows)
-    if not native.multiply_by_mask(seed, start, cut, rows, out, term):
-        M, K = like.shape
-        keep = dropout_lanes(seed, start, M, K)[:, :K] >= cut
-        for source, target in ((rows, out), (term, term)):
-            if source is not None:  # numpy's product with a bool is twice as fast as torch's
-                np.multiply(source.numpy(), keep.numpy(), out=target.numpy())
-    return out
+def masked(seed: Any, p: float, start: int, *rows: torch.Tensor) -> list[torch.Tensor]:
+    """Each of the tensors, all [m, K], * mask from its row ``start`` on."""
+    if not rows[0].is_cpu:  # there this path is the fallback, and all rows are one block
+        return times_mask(seed, p, False, *rows)
+    m, K = rows[0].shape
+    keep = (dropout_lanes(seed, start, m, K)[:, :K] >= mask_cut(p)).numpy()
+    # numpy's product with a bool is twice as fast as torch's
+    return [torch.from_numpy(np.multiply(tensor.numpy(), keep)) for tensor in rows]
 
 
 def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Sequence | Iterator:
