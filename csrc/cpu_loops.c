@@ -212,34 +212,27 @@ INLINE uint64_t checksum(int type, const Unit *unit) {
     return checksum_of(sums, unit->n);
 }
 
-enum { BLOCKS = 128, SIDE = 16 }; /* blocks of a mask at a time, and blocks that are drawn side by side */
-
-/* Philox4x32-10 (Salmon et al. 2011) at counters (first, row), (first + 1, row), ...: 4 words of 32 bits a block.
-   blocks is rounded up to whole groups. */
+/* Philox4x32-10 (Salmon et al. 2011) at counters (first, row), (first + 1, row), ...: 4 words of 32 bits a block. */
 INLINE void philox(uint64_t seed, uint32_t row, uint32_t first, int64_t blocks, uint32_t *words) {
-    for (int64_t at = 0; at < blocks; at += SIDE) {
-        uint32_t c0[SIDE], c1[SIDE], c2[SIDE], c3[SIDE], k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-        for (int i = 0; i < SIDE; i++) c0[i] = first + (uint32_t)(at + i), c1[i] = row, c2[i] = c3[i] = 0;
+#pragma omp simd
+    for (int64_t i = 0; i < blocks; i++) {
+        uint32_t c0 = first + (uint32_t)i, c1 = row, c2 = 0, c3 = 0, k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
         for (int round = 0; round < 10; round++) {
-            for (int i = 0; i < SIDE; i++) {
-                uint64_t a = (uint64_t)c0[i] * 0xD2511F53u, b = (uint64_t)c2[i] * 0xCD9E8D57u;
-                c0[i] = (uint32_t)(b >> 32) ^ c1[i] ^ k0, c1[i] = (uint32_t)b;
-                c2[i] = (uint32_t)(a >> 32) ^ c3[i] ^ k1, c3[i] = (uint32_t)a;
-            }
+            uint64_t a = (uint64_t)c0 * 0xD2511F53u, b = (uint64_t)c2 * 0xCD9E8D57u;
+            c0 = (uint32_t)(b >> 32) ^ c1 ^ k0, c1 = (uint32_t)b;
+            c2 = (uint32_t)(a >> 32) ^ c3 ^ k1, c3 = (uint32_t)a;
             k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
         }
-        for (int i = 0; i < SIDE; i++) {
-            uint32_t *to = words + 4 * (at + i);
-            to[0] = c0[i], to[1] = c1[i], to[2] = c2[i], to[3] = c3[i];
-        }
+        words[4 * i] = c0, words[4 * i + 1] = c1, words[4 * i + 2] = c2, words[4 * i + 3] = c3;
     }
 }
 
 /* chance [h, pitch] of a strip: the lanes of Philox, whose first is a multiple of 8 columns on. */
 INLINE void draw_chance(const Work *work, const Unit *strip, uint16_t *chance) {
-    uint32_t words[4 * SIDE]; /* 8 * SIDE lanes, no fewer than a unit has columns */
+    uint32_t words[WIDTH / 2];
     for (int64_t i = 0; i < strip->h; i++) {
-        philox(work->seed, (uint32_t)(work->first_row + strip->row + i), (uint32_t)(strip->column / 8), 1, words);
+        int64_t row = work->first_row + strip->row + i;
+        philox(work->seed, (uint32_t)row, (uint32_t)(strip->column / 8), strip->pitch / 8, words);
         memcpy(chance + i * strip->pitch, words, strip->pitch * sizeof *chance);
     }
 }
@@ -571,15 +564,15 @@ typedef struct {
     float *S, *dx, *dA;       /* any may be NULL: [panels, rows, ranks], whose sum is D(x) A^T; mask * (dS A), without */
 } Products;                   /* dS D(x); [parts, ranks, columns], whose sum is dS^T D(x) */
 
-enum { PANEL = 8 * BLOCKS, BLOCK = 16 }; /* columns and rows of a mask at a time */
+enum { PANEL = 1024, BLOCK = 16 }; /* columns and rows of a mask at a time */
 
 /* keep [n] = 1 or 0: the lanes of Philox of a row from a column on, a multiple of 8, that are not below the cut. */
 INLINE void draw_mask(const Products *of, int64_t row, int64_t column, int64_t n, float *keep) {
-    uint32_t words[4 * BLOCKS];
-    int16_t lanes[8 * BLOCKS], cut = (int16_t)of->cut;
+    uint32_t words[PANEL / 2];
+    const bits16 *lanes = (const bits16 *)words;
+    int16_t cut = (int16_t)of->cut;
     philox(of->seed, (uint32_t)row, (uint32_t)(column / 8), (n + 7) / 8, words);
-    memcpy(lanes, words, n * sizeof *lanes);
-    for (int64_t j = 0; j < n; j++) keep[j] = lanes[j] >= cut;
+    for (int64_t j = 0; j < n; j++) keep[j] = (int16_t)lanes[j] >= cut;
 }
 
 /* d [GROUP, n] = GROUP rows of left [depth] times right [depth, PANEL], += where `more`; whole tiles are written. */
