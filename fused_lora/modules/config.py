@@ -35,7 +35,8 @@ _INERT: dict[str, tuple[type, ...]] = {
     "peft_version": (str,),
     "megatron_core": (str,),  # read by PEFT only beside a megatron_config
     "qalora_group_size": (int,),  # read by PEFT only with use_qalora
-    "eva_config": (dict,),  # read by PEFT only while it draws lora_A
+    # read by PEFT only for an adapter that begins with the init_lora_weights of that name
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "loftq_config"), (dict,)),
     "runtime_config": (dict,),
 }
 
@@ -432,6 +433,7 @@ def check_init(value: Any) -> None:
             "init_lora_weights",
             "True, False, 'gaussian', 'orthogonal' or 'eva' (files only). Other initialisations of PEFT are not "
             "supported: most rewrite the base weights. PEFT's save_pretrained with "
-            "path_initial_model_for_weight_conversion writes a plain adapter",
+            "path_initial_model_for_weight_conversion writes a plain adapter. To load the rewritten base instead "
+            "(LoftQ: the quantised one), save it, too, and set the entry to true in adapter_config.json",
             value,
         )

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -145,12 +146,21 @@ def test_round_trip_with_peft(tmp_path, case):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "corda", "lora_ga"])
 def test_an_adapter_that_changed_its_base_loads_once_it_is_converted(tmp_path, init):
     torch.manual_seed(shifted(0))
     base, x = mlp()
-    config = peft.LoraConfig(r=2, target_modules=["fc1", "out"], init_lora_weights=init)
-    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    config = peft.LoraConfig(r=2, target_modules=["fc1", "1"], init_lora_weights=init)
+    rewritten = copy.deepcopy(base)
+    if init == "corda":  # preprocess_corda needs a package that PEFT does not ask for
+        for layer in (rewritten.fc1, rewritten.blocks[1]):
+            U, S, V = torch.svd_lowrank(layer.weight.detach(), q=2)
+            layer.eigens = SimpleNamespace(U_WC=U, S_WC=S, V_WC=V)
+    if init == "lora_ga":
+        loraga = pytest.importorskip("peft.tuners.lora.loraga")
+        config.lora_ga_config = peft.LoraGAConfig()
+        loraga.preprocess_loraga(rewritten, config, train_step=lambda: rewritten(x).square().sum().backward())
+    theirs = peft.get_peft_model(rewritten, config)
     theirs.save_pretrained(tmp_path / "start")
     json_file = tmp_path / "start" / FILES[0]
     json_file.write_text(json_file.read_text().replace(f'"{init}"', "true"))  # what the conversion asks for
@@ -166,7 +176,10 @@ def test_an_adapter_that_changed_its_base_loads_once_it_is_converted(tmp_path, i
     theirs.peft_config["default"].init_lora_weights = init
     theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start")
     ours = copy.deepcopy(base)
-    assert load_adapter(ours, tmp_path / "plain").r == 4
+    loaded = load_adapter(ours, tmp_path / "plain")
+    assert loaded.r == 4
+    # the adapter's own start is still in the file
+    assert init in ("pissa", "olora") or loaded.extra[f"{init}_config"]
     # PEFT's base was rewritten in fp32: its own rounding, not ours
     assert_close(output(ours.double(), x.double()).float(), output(theirs.double(), x.double()).float(), terms=300)
 

@@ -220,7 +220,7 @@ CONFIG_CASES = {
     "megatron": {"megatron_config": {"a": 1}, "megatron_core": "os"},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
-    "loftq": {"loftq_config": {"loftq_bits": 4}},
+    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
     "unknown": {"use_superlora": True},
     "other peft_type": {"peft_type": "IA3"},
     "no peft_type": {"peft_type": "REMOVED"},
