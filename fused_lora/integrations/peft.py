@@ -36,6 +36,7 @@ from fused_lora.integrations.peft_linear import (
     why_not_fused,
 )
 from fused_lora.modules.changes import alone, unwatch, watch
+from fused_lora.modules.fusable import why_not_here
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.layer import LoraLayer
 from fused_lora.modules.names import some
@@ -427,7 +428,7 @@ def _why_not_called(layer: nn.Module) -> str | None:
 def _of_peft(layer: Any) -> tuple[str | None, str | None]:
     if isinstance(layer, _our_classes()):
         reason = why_not_fused(layer, layer._present(layer.active_adapters))
-        return _why_not_called(layer) or reason, why_around(layer)
+        return _why_not_called(layer) or reason or why_not_here(), why_around(layer)
     if type(layer) in stock_classes():
         return "not accelerated: call fused_lora.accelerate(model)", None
     return f"{type(layer).__name__} has no fused form", None

@@ -302,7 +302,7 @@ class LoraStack(LoraLayer):
         """Why a call raises, as the experts are now; None where it does not."""
         dropouts = (why_not_plain_dropout(self.lora_dropout[name]) for name in self._present(self.active_adapters))
         why = experts.why_not_fused(self.base_layer, self.parameter_name)
-        return why or next((reason for reason in dropouts if reason), None)
+        return why or next((reason for reason in dropouts if reason), None) or why_not_here()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s B_e A_e of each expert, laid out as the parameter, in the adapter's dtype."""
@@ -401,6 +401,6 @@ class LoraExperts(MergedState, InPlaceOf):
     def _check_call(self, terms: Mapping[str, Any]) -> None:
         stacks = self.stacks()
         reasons = (stacks[name].why_not_fused() for name, own in terms.items() if own)
-        why = next((reason for reason in reasons if reason), None) or why_not_here()
+        why = next((reason for reason in reasons if reason), None)
         if why:
             raise RuntimeError(f"experts with LoRA: {why}; expected the experts' own call, so nothing was computed")

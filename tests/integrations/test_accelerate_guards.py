@@ -695,8 +695,10 @@ def test_a_hook_on_all_modules_sees_the_parts(report):
             model(torch.ones(2, K))
             both.seen, seen = getattr(both, "seen", []) + [list(seen)], seen
             seen.clear()
+        assert "do not: a hook on all modules" in str(fused_lora.explain(both.ours))
     finally:
         handle.remove()
+    assert all(row.fused for row in integration.layer_report(both.ours))
     assert both.seen[0] == both.seen[1] and len(both.seen[0]) >= 6
     assert report()["fallback"] == {"a hook on all modules": 1}
 
