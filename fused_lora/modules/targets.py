@@ -157,8 +157,8 @@ def warn_unused(
     target_modules before PEFT's changes for models of experts.
     That is: keys of rank_pattern and alpha_pattern and entries of target_modules, exclude_modules and modules_to_save
     that match nothing; layers without a bias under lora_bias; places of a layer beside its first, the only one where it
-    is replaced, as in PEFT; and, for "all-linear", what gets no adapter: in some models the weights of routers and of
-    packed experts, which are no linear layers, in others linear layers that are named as those of experts were.
+    is replaced, as in PEFT; and, for "all-linear", what gets no adapter unasked: in some models the weights of routers
+    and of packed experts, which are no linear layers, in others linear layers that are named as those of experts were.
     """
     for name in ("rank_pattern", "alpha_pattern"):
         known = [*matched, *experts] if name == "rank_pattern" else matched
@@ -191,8 +191,11 @@ def warn_unused(
         text = f"{some(bare)} have no bias to which a merge could add lora_B's: merge() will be refused"
         warnings.warn(f"lora_bias: {text}", stacklevel=4)
     if isinstance(asked, str) and asked.lower() == ALL_LINEAR:
-        every, known = [*sorted(all_linear(model, config)), *matrices_left(model)], set(matched)
-        if left := [path for path in every if known.isdisjoint((path, f"{path}.weight"))]:
+        every = {path: path for path in sorted(all_linear(model, config))}  # of a weight: its module
+        every |= {path: path.rpartition(".")[0] for path in matrices_left(model)}
+        known = set(matched)
+        left = [path for path, module in every.items() if not excluded(config, module)]
+        if left := [path for path in left if known.isdisjoint((path, f"{path}.weight"))]:
             text = f"{len(left)} weights of the model get no adapter: {some(kinds_of(left))}"
             how = "Name layers in target_modules, and stacked experts and routers in target_parameters"
             warnings.warn(f"target_modules='all-linear' means what it means in PEFT; {text}. {how}", stacklevel=4)

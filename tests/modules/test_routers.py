@@ -186,7 +186,7 @@ def test_all_linear_leaves_out_what_cannot_be():
         fused_lora.inject(model, fused_lora.LoraConfig(target_modules="all-linear", use_dora=True))
 
 
-@pytest.mark.filterwarnings("ignore:target_modules='all-linear'")
+@pytest.mark.filterwarnings("error:target_modules='all-linear'")
 def test_all_linear_heeds_what_is_excluded(tmp_path):
     """By full paths, which PEFT reads; it does not ask itself."""
     for fields, routers, others in (
