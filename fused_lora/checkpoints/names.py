@@ -36,6 +36,8 @@ _FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+# the codes of a quantised weight, in its place -> the library that lays them out
+_PACKED = {"qweight": "GPTQ or AWQ", "_weight_qdata": "torchao", "weight_packed": "compressed-tensors", "W_q": "HQQ"}
 HEADS = ("lm_head", "embed_out", "proj_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 
@@ -179,8 +181,9 @@ class Names:
         )
         if stacked and any(".experts." in path for path in paths):
             return f"{text}. The checkpoint has its experts stacked, in {some(stacked)}: not for LoRA of single experts"
-        if packed := [path for path in paths if f"{path}.qweight" in self._stored]:
-            return f"{text}. The checkpoint has {packed[0]}.qweight, of GPTQ or AWQ: these cannot be dequantised here"
+        for path, end in ((path, end) for end in _PACKED for path in paths):
+            if f"{path}.{end}" in self._stored:
+                return f"{text}. The checkpoint has {path}.{end}, of {_PACKED[end]}: these cannot be dequantised here"
         likely = likely_rename(paths, modules)
         hint = f"; likely rename: {likely[0]!r} -> {likely[1]!r}" if likely else ""
         return f"{text}{hint}; it has {some(modules, near=paths[0])}"

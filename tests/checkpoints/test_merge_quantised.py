@@ -162,6 +162,7 @@ def tensors(**held):
         (tensors(model__q_proj__weight_scale_inv=None), {}, "float8_e4m3fn in 'model.q_proj.weight'"),
         (tensors(model__other=torch.ones(2, 2, dtype=torch.int8)), {}, "model.other: expected a tensor that is not"),
         (tensors(model__q_proj__weight=None, model__q_proj__qweight=torch.ones(2, 2).int()), {}, "of GPTQ or AWQ"),
+        (tensors(model__q_proj__weight=None, model__q_proj___weight_qdata=torch.ones(2, 2).char()), {}, "of torchao"),
         (lambda base: change(base / "config.json", dtype=None), {}, "dtype: expected one of"),
         (lambda base: None, {"record": "record"}, "record: expected none over quantised"),
     ],
