@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not arguments or arguments[0] not in COMMANDS:
         known = "\n".join(f"  {name:16} {text}" for name, (_, text) in COMMANDS.items())
-        print(f"usage: fused-lora COMMAND ...\n\ncommands:\n{known}", file=sys.stderr)
-        if arguments in (["-h"], ["--help"]):
+        asked = arguments in (["-h"], ["--help"])
+        print(f"usage: fused-lora COMMAND ...\n\ncommands:\n{known}", file=sys.stdout if asked else sys.stderr)
+        if asked:
             return 0
         if arguments:
             print(f"\nfused-lora: unknown command {arguments[0]!r}", file=sys.stderr)

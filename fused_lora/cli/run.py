@@ -21,15 +21,16 @@ def main(arguments: Sequence[str]) -> int:
     """Run a script or module as ``python`` would, then report on stderr how many LoRA layers and calls were fused.
 
     Returns:
-        0 if the script ends, 2 for a wrong command line, or where there is no such module. What the script raises
-        passes through, SystemExit too.
+        0 if the script ends, or for --help; 2 for a wrong command line, or where there is no such module. What the
+        script raises passes through, SystemExit too.
     """
     arguments = list(arguments)
     as_module = arguments[:1] == ["-m"]
     target = arguments[int(as_module) : int(as_module) + 1]
     if not target or (target[0].startswith("-") and not as_module):
-        print(USAGE, file=sys.stderr)
-        return 2
+        asked = arguments in (["-h"], ["--help"])
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     if not as_module and not Path(target[0]).is_file():
         print(f"fused-lora run: there is no file {target[0]!r}", file=sys.stderr)
         return 2

@@ -396,6 +396,8 @@ def test_run_says_how_to_call_it(tmp_path, capsys, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match="nosuchmod"):  # the module's own error
         main(["run", "-m", "fails"])
     assert main(["nosuch"]) == 2 and "unknown command 'nosuch'" in capsys.readouterr().err
+    for arguments in (["--help"], ["run", "-h"]):
+        assert main(arguments) == 0 and capsys.readouterr().out.startswith("usage: fused-lora")
     assert main(["--version"]) == 0 and fused_lora.__version__ in capsys.readouterr().out
     assert not integration._installed
 
