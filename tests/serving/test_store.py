@@ -415,7 +415,7 @@ def test_room_that_a_load_has_taken_is_in_use(model, monkeypatch):
 def test_an_adapter_without_files_is_not_lost(model):
     store = AdapterStore(model, capacity_bytes=nbytes(4), host_bytes=0)
     store.load("a", adapter(4, 1))
-    with pytest.raises(StoreFull):
+    with pytest.raises(StoreFull, match=r"no room in host memory \(host_bytes\): \['a'\]"):
         store.load("b", adapter(4, 2))
     x = torch.randn(1, K)
     assert_serves(model, x, answers(store, model, x, ["a"]), [(adapter(4, 1), 1)])

@@ -204,7 +204,7 @@ class Residency:
                 return block, self._slots.pop()
             if victim is not None:
                 self._evict(victim)
-        raise self._full(version)
+        raise self._full(version, [v.name for v in victims if v in self.resident])
 
     def clear(self, wanted: Sequence[Version]) -> bool:
         """Evict all that may leave the device, if these versions then have room beside the others. With the lock."""
@@ -231,12 +231,14 @@ class Residency:
             raise self._full(version)
         return victims
 
-    def _full(self, version: Version) -> StoreFull:
+    def _full(self, version: Version, stuck: Sequence[str] = ()) -> StoreFull:
+        """stuck: names of versions that have no files, and found no room in host memory."""
         stay = sorted({v.name for v in self.resident if not self._may_leave(v)})
         others = any(v.held for v in self.resident) or self._moving > version.moving
         return StoreFull(
             f"adapter {version.name!r} needs {version.nbytes} bytes in one piece; {self.arena.used} of "
-            f"{self.arena.capacity} are taken, pinned or in use: [{some(stay)}]",
+            f"{self.arena.capacity} are taken, pinned or in use: [{some(stay)}]"
+            + (f"; from tensors, with no room in host memory (host_bytes): [{some(stuck)}]" if stuck else ""),
             in_use=others and self.arena.fits(version.nbytes),
         )
 
