@@ -22,6 +22,7 @@ INITS = {
     "olora": {},
     "orthogonal": {},
     "corda": dict(corda_config=CordaConfig(corda_method="kpm")),
+    "lora_ga": {},
     "loftq": dict(loftq_config=peft.LoftQConfig(loftq_bits=4)),
     "gaussian": dict(use_rslora=True),
 }
@@ -42,6 +43,10 @@ def build(init, **fields):
         from peft.tuners.lora.corda import preprocess_corda
 
         preprocess_corda(base, config, run_model=lambda: base(IDS[:1]))
+    if init == "lora_ga":
+        loraga = pytest.importorskip("peft.tuners.lora.loraga")
+        config.lora_ga_config = peft.LoraGAConfig()
+        loraga.preprocess_loraga(base, config, train_step=lambda: base(IDS).square().mean().backward())
     torch.manual_seed(shifted(1))
     with quiet():
         return peft.get_peft_model(base, config)
@@ -74,7 +79,7 @@ def test_initialisations(init, tmp_path):
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (ours, theirs)]
     assert_same_steps(ours, theirs, optimizers)
     expected = ours.eval()(IDS)
-    mutates = init.startswith("pissa") or init in ("olora", "corda")
+    mutates = init.startswith("pissa") or init in ("olora", "corda", "lora_ga")
     fields = dict(path_initial_model_for_weight_conversion=str(tmp_path / "start")) if mutates else {}
     ours.peft_config["default"].init_lora_weights = True if mutates else init  # PEFT asks for it
     ours.save_pretrained(tmp_path / "end", **fields)
