@@ -38,7 +38,7 @@ from fused_lora.checkpoints.quantised import find_quantised
 from fused_lora.checkpoints.write import DTYPES, Beside, write_layers, write_stacked
 from fused_lora.modules.config import FieldError, LoraConfig, check_alpha, check_bool
 from fused_lora.modules.names import some
-from fused_lora.modules.tree import bare_path
+from fused_lora.modules.tree import above, bare_path
 
 # end of a key -> which part of a layer it is; the adapter's name may stand before ".weight"
 _ENDS = (
@@ -265,17 +265,22 @@ def _trains(config: LoraConfig, key: str) -> bool:
         return True
     if any(end.search(key) for end, _ in _ENDS) or ".lora_" in key:
         return False
-    saved = any(f".{name}." in f".{key}" for name in config.modules_to_save or ())
-    return saved or (config.bias != "none" and key.endswith(".bias"))
+    return _under(key, config.modules_to_save or ()) or (config.bias != "none" and key.endswith(".bias"))
+
+
+def _under(key: str, names: Iterable[str]) -> bool:
+    """Whether a tensor is of a module whose path ends with one of these names, as PEFT reads ``modules_to_save``."""
+    ends = tuple(names)
+    return any(path.endswith(ends) for path in above(key))
 
 
 def _with_names(path: str, config: LoraConfig, trained: Mapping[str, str], beginnings: Rename) -> LoraConfig:
     """The config with the names that modules which train beside LoRA have after ``rename``."""
 
     def renamed(field: str, name: str) -> str:
-        lost = [new for key, new in trained.items() if f".{name}." in f".{key}" and f".{name}." not in f".{new}"]
+        lost = [new for key, new in trained.items() if _under(key, [name]) and not _under(new, [name])]
         found = (beginnings(name) or name) if lost else name
-        if any(f".{found}." not in f".{new}" for new in lost):
+        if not all(_under(new, [found]) for new in lost):
             raise AdapterError(path, field, "a module's whole path, where rename changes an end of it", name)
         return found
 

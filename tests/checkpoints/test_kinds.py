@@ -325,7 +325,7 @@ def test_convert_takes_what_trains_beside_lora_along(tmp_path):
         target_modules=["a"],
         bias="lora_only",
         lora_bias=True,
-        modules_to_save=["norm", "score"],
+        modules_to_save=["orm", "score"],  # ends of names
         init_lora_weights=False,
     )
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields))
