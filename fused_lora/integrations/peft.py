@@ -242,8 +242,8 @@ class LayerRow:
 def layer_report(model: nn.Module) -> list[LayerRow]:
     """Every LoRA layer of a model, PEFT's or fused_lora's own, in ``named_modules()`` order.
 
-    It describes the layers as they are now: merging, disabling or a hook changes it. Input-dependent reasons (dtype,
-    device, a batch of several adapters) show in the counts of :func:`install` only. What FSDP shards between calls is
+    It describes the layers as they are now: merging, disabling or a hook changes it. Reasons of a call (dtype,
+    device, gradients, several adapters) show in the counts of :func:`install` only. What FSDP shards between calls is
     described as a call finds it. Raises TypeError for a non-module.
     """
     peft_layers = _lora_layers(model)
