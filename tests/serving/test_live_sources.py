@@ -130,6 +130,20 @@ def test_a_resized_vocabulary_is_refused(base):
         AdapterStore(base).load("x", live)
 
 
+@pytest.mark.parametrize(
+    "layer, tied, what", [("embed_tokens", 0, "resized"), ("lm_head", 1, "resized"), ("lm_head", 0, "replaced")]
+)
+def test_a_vocabulary_that_is_resized_under_a_store_is_named(base, layer, tied, what):
+    base.config.tie_word_embeddings = bool(tied)
+    base.tie_weights()
+    store = AdapterStore(base)
+    store.load("x", wrapped(base, target_modules=[layer]))
+    base.resize_token_embeddings(70)
+    error = RuntimeError if what == "resized" else ValueError
+    with store.batch(["x", None]), pytest.raises(error, match=f"{layer}' .*was {what} since the store was made"):
+        base(IDS + 50)  # tokens that the adapter does not have among them
+
+
 def test_only_the_adapter_that_is_asked_for_counts(base):
     live = wrapped(base)
     live.add_adapter("other", peft.LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["lm_head"]))

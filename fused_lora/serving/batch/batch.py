@@ -319,9 +319,10 @@ class Batch:
             self._siblings.watch(trace, site, x)
         if index not in self._prepared.sites and (self._buffers is None or not linear):
             return
-        if y.shape[-1] != site.N:
+        if y.shape[-1] != site.N or not linear and getattr(site.module, "num_embeddings", site.K) != site.K:
             if index in self._prepared.sites:
-                raise RuntimeError(f"batch: adapters of {site.path!r} cannot be added: it gets or returns no tensor")
+                why = "was resized since the store was made" if y.shape[-1] else "gets or returns no tensor"
+                raise RuntimeError(f"batch: adapters of {site.path!r} cannot be added: it {why}")
             return
         call.pause(True)
         try:
