@@ -41,7 +41,7 @@ from fused_lora.modules.inject import check_module
 from fused_lora.modules.layer import LoraLayer
 from fused_lora.modules.names import some
 from fused_lora.modules.reads import FirstForward, why_never_called, why_not_called_in_eval, why_read
-from fused_lora.modules.tree import named_modules, watchers
+from fused_lora.modules.tree import named_modules
 
 _log = logging.getLogger("fused_lora")
 ACCELERATED = "accelerated"
@@ -57,7 +57,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Make the LoRA linears of a PEFT model fast, in place. :func:`restore` takes it back.
 
     Every exact ``peft.tuners.lora.Linear`` gets a subclass of itself, and so do PEFT's classes over layers of
-    bitsandbytes, torchao, GPTQ and AWQ; the model gets two hooks that note its calls, and one that warns in the first
+    bitsandbytes, torchao, GPTQ and AWQ; the model gets two hooks that note its calls, and two that warn in the first
     of layers that it reads without calling them. Parameters, buffers, other hooks, state-dict keys, checkpoints and
     PEFT's own methods stay. At every call the layer decides: plain LoRA over a plain, 4-bit or torchao linear layer
     runs in one operator; over any other base layer (hooked, offloaded, sharded, of an unknown class) the base runs as
@@ -97,8 +97,7 @@ def accelerate(model: nn.Module) -> nn.Module:
             setattr(module, _create, _create_accelerated)
     for module in called:
         watch(module)
-        _unwatch_first(module)
-    FirstForward(_called_layers, *called, stays=True)
+    FirstForward(_called_layers, *called)
     rows = layer_report(model)
     lost = {r.path: why for r in rows if r.why_not != _EACH_CALL and (why := _why_not_reached(model, r.path))}
     if lost:
@@ -132,7 +131,7 @@ def restore(model: nn.Module) -> nn.Module:
         _release(module)
     for module in model.modules():
         unwatch(module)
-        _unwatch_first(module)
+        FirstForward.leave(module)
         if vars(module).get(_create) is _create_accelerated:
             delattr(module, _create)
     return model
@@ -280,11 +279,6 @@ def _called_layers(model: nn.Module) -> dict[str, nn.Module]:
     layers = _lora_layers(model).items()
     called = {m for path, m in layers if not (path.endswith(".base_layer") or _why_not_reached(model, path))}
     return {path: module for path, module in named_modules(model) if module in called}
-
-
-def _unwatch_first(module: nn.Module) -> None:
-    for watcher in watchers(module, FirstForward):
-        watcher.remove()
 
 
 @contextmanager

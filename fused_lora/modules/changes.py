@@ -83,7 +83,7 @@ class _Change:
     def awaits_thread(self, thread: int, besides: tuple[int, int] | None = None) -> bool:
         """Whether this thread is in a forward of something that has a module of this change."""
         return self.forwards and any(
-            key[1] == thread and key != besides and _runs(frame) and self.concerns(module)
+            key[1] == thread and key != besides and runs(frame) and self.concerns(module)
             for key, (module, frame) in list(FORWARDS.items())
         )
 
@@ -229,7 +229,7 @@ def _begin(module: nn.Module, args: object) -> None:
         return
     key = id(module), threading.get_ident()
     before = FORWARDS.get(key)
-    if before is not None and _runs(before[1]):
+    if before is not None and runs(before[1]):
         return  # a module in itself
     FORWARDS[key] = module, sys._getframe(1)  # before the look: a change looks here after it has said that it comes
     while CHANGING and wait_for_change(module, key):
@@ -240,11 +240,12 @@ def _end(module: nn.Module, args: object, output: object) -> None:
     if torch.compiler.is_compiling():
         return
     key = id(module), threading.get_ident()
-    if key in FORWARDS and (FORWARDS[key][1] is sys._getframe(1) or not _runs(FORWARDS[key][1])):
+    if key in FORWARDS and (FORWARDS[key][1] is sys._getframe(1) or not runs(FORWARDS[key][1])):
         del FORWARDS[key]
 
 
-def _runs(frame: FrameType) -> bool:
+def runs(frame: FrameType) -> bool:
+    """Whether a frame runs, in any thread."""
     try:
         frame.clear()
     except RuntimeError:  # only of a frame that runs, in any thread

@@ -226,8 +226,7 @@ def attach(
                 layer.activated[adapter_name] = activation
     setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
     _freeze(model, config, list(layers), keep)
-    if not watchers(root, FirstForward):
-        FirstForward(_called_layers, root)
+    FirstForward(_called_layers, root)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
     else:

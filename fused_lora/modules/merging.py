@@ -414,8 +414,9 @@ def unload(model: nn.Module, merge_adapters: bool = False, dtype: torch.dtype | 
             for path, wrapper in wrappers.items():
                 setattr(*holders[path], wrapper.current() if isinstance(wrapper, SavedModule) else wrapper.original)
             unwatch(root)
-            for watcher in (*watchers(root, FirstForward), *watchers(root, Activation)):
-                watcher.remove()
+            FirstForward.leave(root)
+            for activation in watchers(root, Activation):
+                activation.remove()
             delattr(root, CONFIGS)
             del root.peft_config
             for function in AFTER_CHANGE:

@@ -5,21 +5,24 @@ torch's own attention does so, and Mamba's dt_proj, fused kernels over several l
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from types import FrameType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from fused_lora.modules.changes import runs
 from fused_lora.modules.names import some
-from fused_lora.modules.tree import named_modules
+from fused_lora.modules.tree import named_modules, watchers
 
 _READ = "has its weight read by a forward that does not call it, so an adapter does nothing there"
+_GETATTR = nn.Module.__getattr__.__code__
 # layers that a first forward has found so -> the mode, training or not, that they were in
 _found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -47,16 +50,27 @@ def why_not_called_in_eval(parent: Any) -> str | None:
 
 
 class _Parameters(dict):
-    """The parameters of a module; asking for the weight is noted. Copies are plain."""
+    """The parameters of a module; who asks for the weight is noted. Copies are plain."""
 
-    def __init__(self, parameters: Mapping[str, Any], note: Callable[[], None]):
-        super().__init__(parameters)
-        self._note = note
+    def __init__(self, plain: dict[str, Any], note: Callable[[FrameType], None]):
+        super().__init__(plain)
+        self._plain, self._note = plain, note
+
+    def plain(self) -> dict[str, Any]:
+        """The dict that was there before, with what is in this one."""
+        self._plain.clear()
+        self._plain.update(self)
+        return self._plain
 
     def __getitem__(self, name: str) -> Any:
-        if name == "weight":
-            self._note()
+        if name == "weight" and not torch.compiler.is_compiling():
+            self._note(sys._getframe(1))
         return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name == "weight" and not torch.compiler.is_compiling():
+            self._note(sys._getframe(1))
+        return super().get(name, default)
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
@@ -65,7 +79,8 @@ class _Parameters(dict):
 class Reads:
     """Watches layers until each has been called once. What a forward of the model reads and has never called is found.
 
-    A weight that another module shares may be read there. A model with compiled parts is not watched.
+    A call is known by its frame, in which the weight is read: a hook would miss ``layer.forward(x)``, and stay with
+    copies. A weight that another module shares may be read there. A model with compiled parts is not watched.
 
     Args:
         model: whose forward :meth:`start` and :meth:`finish` enclose. layers: path -> the module that is called.
@@ -87,7 +102,7 @@ class Reads:
         self._model, self._layers, self._weight_of = model, layers, weight_of
         self._lock, self._armed = threading.Lock(), False
         self._noted: dict[int, set[str]] = {}  # by thread: several may run the model at once
-        self._watched: dict[str, tuple[nn.Module, RemovableHandle]] = {}
+        self._watched: dict[str, nn.Module] = {}
 
     def start(self) -> None:
         """The model's forward begins, in this thread."""
@@ -100,115 +115,138 @@ class Reads:
             self._noted[threading.get_ident()] = set()
 
     def _arm(self) -> None:
-        # by name: to import dynamo takes a second
-        if any(m._compiled_call_impl or type(m).__name__ == "OptimizedModule" for m in self._model.modules()):
+        if _has_compiled(self._model):
             return
         for path, layer in self._layers.items():
             base = self._weight_of(layer)
-            if path not in self.found:
-                vars(base)["_parameters"] = _Parameters(base._parameters, _Note(self, path))
-                self._watched[path] = base, layer.register_forward_hook(_Called(self, path))
+            if path not in self.found and type(base._parameters) is dict:  # DeepSpeed has one that gathers
+                vars(base)["_parameters"] = _Parameters(base._parameters, functools.partial(self._note, path))
+                self._watched[path] = base
 
     def finish(self) -> None:
         """The forward has ended: what it read and nobody has called so far is found."""
-        for path in self._noted.pop(threading.get_ident(), ()):
-            if path in self._watched:
-                self.found[path] = _READ
-                self.release(path)
+        noted = self._noted.pop(threading.get_ident(), ())
+        for path in [path for path in list(self._watched) if path in noted]:
+            self.found[path] = _READ
+            self._release(path)
 
-    def note(self, path: str) -> None:
-        """The weight of ``path`` is read."""
+    def _note(self, path: str, frame: FrameType) -> None:
         noted = self._noted.get(threading.get_ident())
-        if noted is not None:
+        if path in self._watched and _is_called(self._layers[path], frame):
+            self._release(path)
+        elif noted is not None and _is_read(frame):
             noted.add(path)
 
-    def release(self, path: str) -> None:
-        """Watch ``path`` no longer."""
-        base, handle = self._watched.pop(path, (None, None))
-        if base is not None and handle is not None:
-            handle.remove()
-            if type(base._parameters) is _Parameters:
-                vars(base)["_parameters"] = dict(base._parameters)
+    def _release(self, path: str) -> None:
+        base = self._watched.pop(path, None)
+        if base is not None and isinstance(base._parameters, _Parameters):
+            vars(base)["_parameters"] = base._parameters.plain()
 
     def stop(self) -> None:
         """Watch nothing any longer."""
         self._armed = True
         for path in list(self._watched):
-            self.release(path)
+            self._release(path)
 
 
-class _Note:
-    """What :class:`_Parameters` calls."""
+def _is_called(module: nn.Module, frame: FrameType | None) -> bool:
+    """Whether the frame is in a call of the module or of its forward."""
+    while frame is not None:
+        if frame.f_code.co_name in ("_call_impl", "forward") and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
 
-    def __init__(self, reads: Reads, path: str):
-        self._reads, self._path = reads, path
 
-    def __call__(self) -> None:
-        self._reads.note(self._path)
+def _is_read(frame: FrameType) -> bool:
+    """Whether the frame gets an attribute for a model. Others have ``_parameters`` itself: they compute nothing."""
+    reader = frame.f_back
+    if frame.f_code is not _GETATTR or reader is None:
+        return False
+    return reader.f_globals.get("__name__", "").partition(".")[0] != "accelerate"  # it moves what may not be called
 
 
-class _Called:
-    """Hook of a watched layer. Copies of the model share it."""
-
-    def __init__(self, reads: Reads, path: str):
-        self._reads, self._path = reads, path
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._reads.release(self._path)
-
-    def __deepcopy__(self, memo: dict) -> _Called:
-        return self
+def _has_compiled(model: nn.Module) -> bool:
+    """Whether Dynamo runs a module or a method of one; by names, for to import Dynamo takes a second."""
+    modules = [*model.modules()]
+    kinds = {kind for module in modules for kind in type(module).__mro__}
+    if any(m._compiled_call_impl for m in modules) or any(kind.__name__ == "OptimizedModule" for kind in kinds):
+        return True
+    held = [value for holder in (*modules, *kinds) for value in list(vars(holder).values())]  # a thread may add to them
+    functions = [vars(value) for value in held if isinstance(value, FunctionType)]
+    return any("_torchdynamo_orig_callable" in own and "_torchdynamo_disable" not in own for own in functions)
 
 
 class FirstForward:
-    """Pre-hook of a model with adapters: its first forward tells which of its layers are read and not called.
+    """Hooks of a model with adapters: its first forward tells which of its layers are read and not called.
+
+    They stay: a graph that has been compiled with them would be compiled anew without.
 
     Args:
-        models: whose forwards are looked at, until one has told. layers: of that one, path -> the module to be called.
-        stays: whether the hooks do; a graph that has been compiled with them would be compiled anew without.
+        layers: of a model, path -> the module to be called. models: whose forwards are looked at, until one has told.
+            Whoever looks at them so far has no more to tell.
     """
 
-    def __init__(self, layers: Callable[[nn.Module], Mapping[str, nn.Module]], *models: nn.Module, stays: bool = False):
-        self._layers, self.stays, self._told = layers, stays, False
-        self._handles = [model.register_forward_pre_hook(self) for model in models]
+    def __init__(self, layers: Callable[[nn.Module], Mapping[str, nn.Module]], *models: nn.Module):
+        self._layers, self._told = layers, False
         self._reads: Reads | None = None
-        self._end: RemovableHandle | None = None
-        self._handled: BaseException | None = None  # what the caller was handling
+        self._frames: dict[str, FrameType] = {}  # the one that runs the forward that is looked at
+        for model in models:  # no handles: a copy of one model would take along the hooks of the others
+            self.leave(model)
+            model.register_forward_pre_hook(self)
+            model.register_forward_hook(self._ended, always_call=True)
 
-    def remove(self) -> None:
-        """Watch nothing: the model has no adapters any longer, or others."""
-        for handle in self._handles:
-            handle.remove()
+    @staticmethod
+    def leave(model: nn.Module) -> None:
+        """Look at a model no longer: it has no adapters any more, or others."""
+        for watcher in watchers(model, FirstForward):
+            watcher._stop()
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), FirstForward)]:
+                del hooks[key]
+                model._forward_hooks_always_called.pop(key, None)
+
+    def _stop(self) -> None:
+        if self._reads is not None:
+            self._reads.stop()
+        self._reads = None
+        self._frames.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_reads": None, "_frames": {}}
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling() or self._reads is not None or self._told:
+        if torch.compiler.is_compiling() or self._told:
             return
-        if not self.stays:
-            self.remove()
+        me = sys._getframe(1)
+        first = self._frames.setdefault("first", me)
+        if first is not me:
+            if runs(first):  # the model in itself, or in another thread
+                return
+            self._stop()  # an interrupt ended it, of which torch tells no hook
+            self._frames["first"] = me
         self._reads = Reads(module, self._layers(module), _base_layer)
-        self._end = module.register_forward_hook(self._ended, always_call=True)
-        self._handled = sys.exc_info()[1]
         self._reads.start()
 
     def _ended(self, module: nn.Module, args: tuple, output: Any) -> None:
-        reads, end, failed = self._reads, self._end, sys.exc_info()[1] is not self._handled
-        if reads is None or end is None:
+        if torch.compiler.is_compiling():
             return
-        end.remove()
+        reads, first = self._reads, self._frames.get("first")
+        if reads is None or first is None:  # no first one, or another thread was quicker
+            return
+        failed = first is not sys._getframe(1)  # torch calls hooks from another one then
+        if failed and runs(first):
+            return
+        self._told = not failed  # perhaps between the read and the call: the next forward tells
         reads.finish()
-        reads.stop()
-        self._reads = self._end = self._handled = None
-        if failed:  # perhaps between the read and the call: the next forward tells
-            if not self.stays:
-                self._handles = [module.register_forward_pre_hook(self)]
-            return
-        self._told = True
-        if reads.found:
+        self._stop()
+        if self._told and reads.found:
             modules = dict(named_modules(module))
             _found.update((modules[path], modules[path].training) for path in reads.found)
             warnings.warn(
-                f"the model reads the weights of {some(reads.found)} without calling these layers, so their adapters "
-                "are neither computed nor trained; leave them out with exclude_modules",
+                f"the model reads the weights of {some(reads.found)} without calling these layers, so in "
+                f"{'training' if module.training else 'eval'} mode their adapters are neither computed nor trained; "
+                "leave them out with exclude_modules",
                 stacklevel=3,
             )
 

@@ -1,7 +1,9 @@
 """Layers whose weight is read without calling them: named by inject's first forward, the store and verify."""
 
 import copy
+import functools
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -15,6 +17,7 @@ from fused_lora.serving.store import AdapterStore
 from fused_lora.testing.numeric import assert_close
 from helpers.hooks import hooks as hooks_of
 from helpers.seeds import shifted
+from helpers.waiting import HANG
 
 K = 8
 
@@ -128,6 +131,114 @@ def test_a_forward_that_failed_between_read_and_call_tells_nothing(net):
     assert plain(model) and not hooks(model)
 
 
+class Stopped(nn.Module):
+    """Reads ``last`` before it calls it, and does ``between`` meanwhile."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.last, self.between = nn.Linear(K, K), nn.Linear(K, K), between
+
+    def forward(self, x):
+        x = self.first(x).to(self.last.weight.dtype)
+        self.between(self)
+        return self.last(x)
+
+
+def test_a_forward_that_was_interrupted_tells_nothing():
+    """torch calls no hooks then."""
+
+    def interrupt(model):
+        raise KeyboardInterrupt
+
+    x = torch.randn(3, K)
+    for further in (lambda model: model(x), fused_lora.unload):
+        model = injected(Stopped(interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        model.forward = model.first.forward
+        assert warned(lambda: further(model)) == [] and plain(model)  # noqa: B023
+
+
+def test_hooks_of_others_do_not_hide_an_error():
+    """torch goes over the hooks of a failed call while they run: none may be removed."""
+    model = injected(Stopped(lambda model: model.register_forward_hook(lambda *_: None) and 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        model(torch.randn(3, K))
+    assert plain(model)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, pickle.dumps], ids=["copy", "pickle"])
+def test_copies_in_the_first_forward(net, again):
+    held, model = [], injected(net)
+    model.called.forward = lambda x, forward=model.called.forward: held.append(again(model.both)) or forward(x)
+    assert len(warned(lambda: model(torch.randn(3, K)))) == 1
+    other = held[0] if again is copy.deepcopy else pickle.loads(held[0])
+    assert plain(other) and not hooks(other)
+
+
+def test_a_copy_in_the_first_forward_has_one_of_its_own():
+    copies = []
+    model, x = (
+        injected(Stopped(lambda model: copies.append(copy.deepcopy(model)) if not copies else None)),
+        torch.ones(K),
+    )
+    model(x)
+    assert warned(lambda: copies[0](x)) == [] and plain(copies[0])
+
+
+def in_a_thread(call):
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join(HANG)
+
+
+@pytest.mark.parametrize("run", [lambda call: call(), in_a_thread], ids=["itself", "thread"])
+def test_a_forward_inside_of_the_first_does_not_end_it(net, run):
+    model, x, begun = injected(net), torch.randn(3, K), []
+
+    def forward(x):
+        x = x.to(model.called.weight.dtype)
+        if begun:
+            return x
+        begun.append(x)
+        run(lambda: model(x))
+        return F.linear(model.called(x), model.read.weight)
+
+    model.forward = forward
+    (text,) = warned(lambda: model(x))
+    assert "'read'" in text and "'called'" not in text and plain(model)
+
+
+def test_a_layer_is_called_by_its_forward_too(net):
+    net.forward = lambda x: net.both.forward(net.called(x)) + net.called.forward(x)
+    assert warned(lambda: injected(net)(torch.randn(3, K))) == []
+
+
+def test_the_dicts_of_parameters_stay(net):
+    class Gathering(dict):
+        """As DeepSpeed's."""
+
+    model = injected(net)
+    vars(model.read.base_layer)["_parameters"] = Gathering(model.read.base_layer._parameters)
+    before = [m._parameters for m in model.modules()]
+    warned(lambda: model(torch.randn(3, K)))
+    assert all(now is then for now, then in zip((m._parameters for m in model.modules()), before, strict=True))
+
+
+def test_what_accelerate_moves_is_not_read():
+    offload = pytest.importorskip("accelerate").cpu_offload
+    model = injected(nn.ModuleDict({"block": Net()}))
+    model.forward = lambda x: model.block.both(x)
+    offload(model, torch.device("cpu"), preload_module_classes=["ModuleDict"])
+    assert warned(lambda: model(torch.randn(3, K))) == []
+
+
+def test_the_warning_names_mode_and_layers_in_order(net):
+    net.forward = lambda x: sum(F.linear(x, layer.weight) for layer in (net.unused, net.read, net.both, net.called))
+    (told,) = warned(lambda: injected(net).train()(torch.randn(3, K)))
+    assert "'called', 'read', 'unused', 'both'" in told and "so in training mode their adapters" in told
+
+
 def test_a_further_adapter_looks_again(net):
     model, x = injected(net, ["called"]), torch.randn(3, K)
     assert warned(lambda: model(x)) == []
@@ -152,6 +263,34 @@ def test_compiled_models_are_not_watched(net):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert warned(lambda: compiled(torch.randn(3, K))) == []
     assert plain(model)
+
+
+@pytest.mark.parametrize("part", ["forward", "layer", "class", "function"])
+def test_compiled_methods_are_not_watched(net, part):
+    """A function that is compiled alone is not seen, but traced."""
+    compiled = functools.partial(torch.compile, backend="eager", fullgraph=True)
+
+    class Compiled(Net):
+        forward = compiled(Net.forward)
+
+    model, x = injected(Compiled() if part == "class" else net), torch.randn(3, K)
+    if part == "forward":
+        model.forward = compiled(model.forward)
+    elif part == "layer":
+        model.both.forward = compiled(model.both.forward)
+    elif part == "function":
+        run = compiled(lambda layer, x: layer(x))
+        model.forward = lambda x: run(model.both, x)
+    assert warned(lambda: model(x)) == [] and plain(model)
+
+
+def test_a_look_in_between_compiles_nothing_anew(net):
+    model, x = injected(net), torch.randn(3, K)
+    outer = torch.compile(nn.Sequential(model), backend="eager", fullgraph=True)
+    outer(x)
+    assert len(warned(lambda: model(x))) == 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        outer(x)
 
 
 @pytest.mark.parametrize("mode", ["forward", "generate"])
