@@ -23,6 +23,8 @@ from fused_lora.modules.tree import named_modules, watchers
 
 _READ = "has its weight read by a forward that does not call it, so an adapter does nothing there"
 _GETATTR = nn.Module.__getattr__.__code__
+# what puts parameters of layers, called or not, in their places in a forward: offload, FSDP, register_parameter
+_MOVERS = ("accelerate.", "torch.distributed.", "torch.nn.modules.module.")
 # layers that a first forward has found so -> the mode, training or not, that they were in
 _found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -119,7 +121,8 @@ class Reads:
             return
         for path, layer in self._layers.items():
             base = self._weight_of(layer)
-            if path not in self.found and type(base._parameters) is dict:  # DeepSpeed has one that gathers
+            # DeepSpeed has a dict of its own, that gathers; a quantised layer may have no weight
+            if path not in self.found and type(base._parameters) is dict and "weight" in base._parameters:
                 vars(base)["_parameters"] = _Parameters(base._parameters, functools.partial(self._note, path))
                 self._watched[path] = base
 
@@ -163,7 +166,7 @@ def _is_read(frame: FrameType) -> bool:
     reader = frame.f_back
     if frame.f_code is not _GETATTR or reader is None:
         return False
-    return reader.f_globals.get("__name__", "").partition(".")[0] != "accelerate"  # it moves what may not be called
+    return not f"{reader.f_globals.get('__name__')}.".startswith(_MOVERS)
 
 
 def _has_compiled(model: nn.Module) -> bool:

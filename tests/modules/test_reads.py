@@ -225,11 +225,16 @@ def test_the_dicts_of_parameters_stay(net):
     assert all(now is then for now, then in zip((m._parameters for m in model.modules()), before, strict=True))
 
 
-def test_what_accelerate_moves_is_not_read():
-    offload = pytest.importorskip("accelerate").cpu_offload
+@pytest.mark.parametrize("mover", ["accelerate", "torch"])
+def test_what_is_moved_is_not_read(mover):
     model = injected(nn.ModuleDict({"block": Net()}))
     model.forward = lambda x: model.block.both(x)
-    offload(model, torch.device("cpu"), preload_module_classes=["ModuleDict"])
+    if mover == "torch":
+        base = model.block.read.base_layer
+        model.register_forward_pre_hook(lambda *_: setattr(base, "weight", nn.Parameter(torch.zeros(K, K))))
+    else:
+        offload = pytest.importorskip("accelerate").cpu_offload
+        offload(model, torch.device("cpu"), preload_module_classes=["ModuleDict"])
     assert warned(lambda: model(torch.randn(3, K))) == []
 
 
