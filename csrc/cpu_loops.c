@@ -691,6 +691,16 @@ int fused_lora_variant(void) {
 #endif
 }
 
+/* Whether the maker of the processor is AMD. */
+int fused_lora_amd(void) {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") != 0;
+#else
+    return 0;
+#endif
+}
+
 /* Of the layout that Python must have, too: an older library beside newer code would read wrong addresses. */
 int fused_lora_work_bytes(void) { return (int)sizeof(Work); }
 

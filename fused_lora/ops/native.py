@@ -105,6 +105,12 @@ def variant() -> int:
     return _loaded()[0].fused_lora_variant()
 
 
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Whether torch's BLAS library is MKL on an AMD processor with AVX-512, which it does not use there."""
+    return usable() and variant() == 2 and bool(_loaded()[0].fused_lora_amd()) and torch.backends.mkl.is_available()
+
+
 def threads(elements: int) -> int:
     """How many of torch's threads share so much work. One in a forked child, which has no others."""
     return 1 if _forked or elements < 2 * _SHARE else min(torch.get_num_threads(), elements // _SHARE)

@@ -4,6 +4,7 @@ import itertools
 import warnings
 from decimal import Decimal
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import reference
+from fused_lora.ops import native
+from fused_lora.ops.linear import eager as eager_path
 from fused_lora.ops.linear.eager import _keep_scale
 from fused_lora.ops.linear.op import _lora_linear, _lora_linear_backward, draw_seeds, lora_linear
 from fused_lora.ops.term.op import lora_term
@@ -62,6 +65,44 @@ def test_error_against_float64_is_no_larger_than_that_of_peft(dtypes, size, r, p
     draws = [_draw_against_peft(*(getattr(torch, d) for d in dtypes), size, r, p) for _ in range(DRAWS)]
     for name, results in zip(("y", "dx", "dA", "dB"), zip(*draws, strict=True), strict=True):
         assert_no_worse(*(torch.stack(tensors) for tensors in zip(*results, strict=True)), name=name, draws=True)
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Used on any processor that has it, for products of any size."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch was built without oneDNN")
+    slow = native.mkl_is_slow()
+    eager_path._onednn.cache_clear()
+    monkeypatch.setattr(native, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(eager_path, "_WORTH_ONEDNN", 0)
+    yield slow
+    eager_path._onednn.cache_clear()
+
+
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (33, 1000, 65), (64, 128, 200), (8, 129, 17)])
+def test_a_product_of_onednn_is_as_exact_as_torchs(M, N, K, onednn):
+    draws, before = [], torch.get_num_threads()
+    for _ in range(DRAWS):
+        dx, g, W, found = torch.randn(M, K), torch.randn(M, 2 * N)[:, N:], torch.randn(N, K), []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(eager_path._plus_product(dx.clone(), g, W))
+        torch.set_num_threads(before)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        draws.append((found[0], dx.addmm(g, W), dx.double() + g.double() @ W.double()))
+    assert eager_path._onednn() is torch.ops.mkldnn._linear_pointwise.binary
+    ours, theirs, exact = (torch.stack(tensors) for tensors in zip(*draws, strict=True))
+    if onednn:  # where it is used
+        assert_no_worse(ours, theirs, exact, draws=True)
+    assert_close(ours, exact, terms=N + 10)
+
+
+def test_onednn_is_not_used_where_it_computes_something_else(onednn, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", SimpleNamespace(binary=lambda x, y, *more: y + 0))
+    dx, g, W = torch.randn(20, 40), torch.randn(20, 300), torch.randn(300, 40)
+    with pytest.warns(UserWarning, match="oneDNN.*not used"):
+        assert torch.equal(eager_path._plus_product(dx.clone(), g, W), dx.addmm(g, W))
 
 
 @pytest.mark.parametrize("M", [2, 3, 7, 9])

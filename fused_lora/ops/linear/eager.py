@@ -11,6 +11,7 @@ stands here for a tensor: it has ``shape``, ``dtype`` and ``blocks``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -25,6 +26,9 @@ from fused_lora.reference import dropout_lanes, dropout_threshold, keep_scale
 
 _MASK_ELEMENTS = 1 << 20  # row block of the mask and of the dropped input: 4 MiB of fp32
 _WEIGHT_ELEMENTS = 1 << 21  # row block of a 16-bit or packed weight in fp32: 8 MiB
+_WORTH_ONEDNN = 1 << 24  # products for which its calls are worth their time
+_CHAIN = 128  # products that it adds up one after the other
+_TRIAL = (9, 20), (9, 30), (30, 20)  # shapes of x, y and W in its trial
 _FEW_ROWS = 8  # below it some BLAS code paths add each product to the result, at twice the rounding error of a sum
 
 
@@ -163,7 +167,7 @@ def lora_linear_backward(
         for start, stop, block in _weight_blocks(weight, g_rows.dtype):
             columns = g_rows if start is None else g_rows[:, start:stop]
             if acc is g_rows.dtype and dx.shape[0] >= _FEW_ROWS:
-                dx.addmm_(columns, block)
+                dx = _plus_product(dx, columns, block)
             else:
                 dx += torch.mm(columns, block)
             del block  # its memory is that of the next one
@@ -230,6 +234,33 @@ def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _scaled(left: torch.Tensor, right: torch.Tensor, s: float, like: torch.Tensor) -> torch.Tensor:
     """s * (left @ right) in one call; ``like`` only has the result's shape and dtype."""
     return torch.addmm(like, left, right, beta=0, alpha=s)
+
+
+def _plus_product(dx: torch.Tensor, g: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """dx + g block, perhaps in dx's memory."""
+    worth = dx.numel() * g.shape[1] >= _WORTH_ONEDNN and dx.dtype is torch.float32 and dx.is_cpu
+    if not worth or not torch.backends.mkldnn.enabled or (plus_linear := _onednn()) is None:
+        return dx.addmm_(g, block)
+    for start in range(0, g.shape[1], _CHAIN):
+        rows = slice(start, start + _CHAIN)
+        dx = plus_linear(g[:, rows], dx, block[rows].t(), None, "add")
+    return dx
+
+
+@lru_cache(maxsize=1)
+def _onednn() -> Any:
+    """y + x W^T by oneDNN, on processors that torch's MKL is slow on; None on others.
+
+    It has one chain of sums along the inner side. Pieces of it are more exact than MKL's product.
+    """
+    plus_linear = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "binary", None)
+    if plus_linear is None or not native.mkl_is_slow():
+        return None
+    x, y, W = (torch.arange(m * n, dtype=torch.float32, device="cpu").reshape(m, n) % 7 for m, n in _TRIAL)
+    if torch.equal(plus_linear(x, y, W, None, "add"), y + x @ W.t()):
+        return plus_linear
+    warnings.warn("fused_lora: oneDNN's sum of a matrix and a product is not what is expected: not used", stacklevel=3)
+    return None
 
 
 def _numbers(seeds: torch.Tensor | None) -> Any:
