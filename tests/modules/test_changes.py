@@ -69,6 +69,7 @@ def run_all(*jobs):
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     torch.manual_seed(shifted(0))
+    changes.FORWARDS.clear()  # of forwards that other tests have interrupted: torch tells no hook of that
     yield
     assert not changes.CHANGING and not changes._waiting and not changes._admitted and not changes.FORWARDS
 
