@@ -1,7 +1,7 @@
-/* CPU loops of fused_lora: exact merge and unmerge of a weight, the dropout mask, and LoRA terms.
+/* CPU loops of fused_lora: exact merge and unmerge of a weight, products with a dropout mask, and LoRA terms.
  *
  * Plain C for gcc and clang; OpenMP where there is one. Python calls it through ctypes (fused_lora/ops/native.py), and
- * fused_lora/ops/merge/blocks.py does the same with torch where no compiler was there: to the bit, so a record made by
+ * fused_lora/ops/merge/blocks.py merges with torch where no compiler was there: to the bit, so a record made by
  * one is undone by the other. What makes the bits the same on every machine, in any number of threads:
  *
  *   D[i,j]  = fma(l[i,R-1], r[R-1,j], ... fma(l[i,0], r[0,j], 0))    fp32, one rounding a step, in this order
@@ -561,10 +561,12 @@ typedef struct {
     uint64_t seed;
     const float *x, *A;       /* A [ranks, columns] */
     const float *dS, *turned; /* dS [rows, ranks] and its transpose */
-    float *S, *dx, *dA;       /* any may be NULL: [panels, rows, ranks], whose sum is D(x) A^T; mask * (dS A), without */
-} Products;                   /* dS D(x); [parts, ranks, columns], whose sum is dS^T D(x) */
+    float *S;                 /* [panels, rows, ranks], whose sum is D(x) A^T, or NULL */
+    float *dx;                /* [rows, columns], mask * (dS A), D(x) where dS is NULL, or NULL */
+    float *dA;                /* [parts, ranks, columns], whose sum is dS^T D(x), or NULL */
+} Products;
 
-enum { PANEL = 1024, BLOCK = 16 }; /* columns and rows of a mask at a time */
+enum { PANEL = 1024, BLOCK = 16 }; /* columns and rows of a mask at a time; Python knows PANEL */
 
 /* keep [n] = 1 or 0: the lanes of Philox of a row from a column on, a multiple of 8, that are not below the cut. */
 INLINE void draw_mask(const Products *of, int64_t row, int64_t column, int64_t n, float *keep) {

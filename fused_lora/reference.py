@@ -51,6 +51,11 @@ def dropout_threshold(p: float) -> int:
     return min(max(round(p * 65536), 1), 65535)
 
 
+def mask_cut(p: float) -> int:
+    """Lanes that are no smaller are kept: :func:`dropout_threshold` as a signed 16-bit number, 32768 for p = 1."""
+    return dropout_threshold(p) - 32768
+
+
 @functools.lru_cache(maxsize=256)
 def keep_scale(p: float) -> float:
     """1 / (1 - p) with the p that the 16-bit threshold really applies, so that E[D(x)] = x; 0 for p = 1."""
@@ -117,7 +122,7 @@ def dropout_mask(
     M = int(np.prod(leading, dtype=np.int64))
     lanes = dropout_lanes(seed, 0, M, K, CPU if device is None else torch.device(device))[:, :K]
     # as 32-bit numbers: 32768, for p = 1, has no 16-bit one
-    return lanes.int().ge(dropout_threshold(p) - 32768).reshape(tuple(shape))
+    return lanes.int().ge(mask_cut(p)).reshape(tuple(shape))
 
 
 def _dropped(x: torch.Tensor, p: float, seeds: torch.Tensor | None, i: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops import guard
-from fused_lora.reference import dropout_lanes, dropout_threshold, keep_scale
+from fused_lora.reference import dropout_lanes, keep_scale, mask_cut
 
 
 def times_mask(seed: Tensor, p: float, scaled: bool, *tensors: Tensor) -> list[Tensor]:
@@ -32,7 +32,7 @@ def _by_kernel(seed: Tensor, p: float, scaled: bool, *tensors: Tensor) -> list[T
 
 def _by_torch(seed: Tensor, p: float, scaled: bool, *tensors: Tensor) -> list[Tensor]:
     M, K = tensors[0].shape
-    keep = dropout_lanes(seed, 0, M, K, tensors[0].device)[:, :K] >= dropout_threshold(p) - 32768
+    keep = dropout_lanes(seed, 0, M, K, tensors[0].device)[:, :K] >= mask_cut(p)
     kept = [rows * keep for rows in tensors]
     return [rows.mul_(keep_scale(p)) for rows in kept] if scaled else kept
 

@@ -1,8 +1,8 @@
 """The loops of csrc/cpu_loops.c, called through ctypes. Where they are missing or do not work, plain torch runs.
 
 setup.py builds them into ``_cpu_loops.so`` beside this file if there is a C compiler. At their first use in a process
-they are compared with torch: masks here, merges in :mod:`fused_lora.ops.merge.blocks`, LoRA terms of many adapters in
-:mod:`fused_lora.ops.grouped.loops`.
+they are compared with torch: products with dropout masks here, merges in :mod:`fused_lora.ops.merge.blocks`, LoRA
+terms of many adapters in :mod:`fused_lora.ops.grouped.loops`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DONE, LOST, FULL, CHANGED, TORN = range(5)  # and how that ends
 _VARIANTS = "plain C", "C for AVX2", "C for AVX-512"
 _SHARE = 1 << 14  # elements for which one more thread is worth its start
 _TRIAL = (137, 1099), (3, 1099), (137, 3)  # shapes of x, A and dS
-_PANEL = 1024  # columns of x that C has at a time
+_PANEL = 1024  # columns of x that C has at a time: PANEL there
 
 _rejected: list[str] = []  # why the loops are not used although they are there
 _forked = False  # OpenMP would wait for the threads of the parent
@@ -157,9 +157,9 @@ def products(
     Not done where the loops do not run or a tensor is not fp32. A row's results do not depend on other rows.
 
     Args:
-        seed: of the mask (lane >= cut), a signed integer of 64 bits. cut: dropout_threshold of
-            :mod:`fused_lora.reference` - 32768. x: [M, K]. A: [r, K], or None, as dS: [M, r], where no product takes
-            it. dx: [M, K], which is written to, or None for 0.
+        seed: of the mask (lane >= cut), a signed integer of 64 bits. cut: mask_cut of
+            :mod:`fused_lora.reference`. x: [M, K]. A: [r, K], or None, as dS: [M, r], where no product takes it.
+            dx: [M, K], which is written to, or None for 0.
     """
     for tensor in (x, A, dS, dx):
         if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_cpu):

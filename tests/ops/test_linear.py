@@ -98,6 +98,15 @@ def test_a_product_of_onednn_is_as_exact_as_torchs(M, N, K, onednn):
     assert_close(ours, exact, terms=N + 10)
 
 
+def test_weights_that_do_not_lie_together_are_left_to_torch(onednn, monkeypatch):
+    """As those of Conv1D: oneDNN has no fast way there, and takes seconds."""
+    dx, g = torch.randn(20, 40), torch.randn(20, 300)
+    with monkeypatch.context() as patch:
+        patch.setattr(eager_path, "_onednn", lambda: pytest.fail("asked for"))
+        for W in (torch.randn(40, 300).t(), torch.randn(300, 41)[:, 1:]):
+            assert torch.equal(eager_path._plus_product(dx.clone(), g, W), dx.addmm(g, W))
+
+
 def test_onednn_is_not_used_where_it_computes_something_else(onednn, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", SimpleNamespace(binary=lambda x, y, *more: y + 0))
     dx, g, W = torch.randn(20, 40), torch.randn(20, 300), torch.randn(300, 40)

@@ -22,11 +22,11 @@ from torch.nn.functional import linear
 
 from fused_lora.ops import native
 from fused_lora.ops.masks import times_mask
-from fused_lora.reference import dropout_lanes, dropout_threshold, keep_scale
+from fused_lora.reference import dropout_lanes, keep_scale, mask_cut
 
 _MASK_ELEMENTS = 1 << 20  # row block of the mask and of the dropped input: 4 MiB of fp32
 _WEIGHT_ELEMENTS = 1 << 21  # row block of a 16-bit or packed weight in fp32: 8 MiB
-_WORTH_ONEDNN = 1 << 24  # products for which its calls are worth their time
+_WORTH_ONEDNN = 1 << 15  # elements of a result for which its call is worth its time
 _CHAIN = 128  # products that it adds up one after the other
 _TRIAL = (9, 20), (9, 30), (30, 20)  # shapes of x, y and W in its trial
 _FEW_ROWS = 8  # below it some BLAS code paths add each product to the result, at twice the rounding error of a sum
@@ -102,12 +102,6 @@ def _dropped_shrink(rows: torch.Tensor, A: torch.Tensor, p: float, seed) -> torc
             parts.append(linear(_as(masked(seed, p, start, rows[start:stop])[0], A.dtype), A))
         S = parts[0] if len(parts) == 1 else torch.cat(parts)
     return S.mul_(_keep_scale(p, A.dtype))
-
-
-@lru_cache(maxsize=256)
-def mask_cut(p: float) -> int:
-    """Lanes of the mask that are no smaller are kept."""
-    return dropout_threshold(p) - 32768
 
 
 @lru_cache(maxsize=256)
@@ -238,7 +232,8 @@ def _scaled(left: torch.Tensor, right: torch.Tensor, s: float, like: torch.Tenso
 
 def _plus_product(dx: torch.Tensor, g: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     """dx + g block, perhaps in dx's memory."""
-    worth = dx.numel() * g.shape[1] >= _WORTH_ONEDNN and dx.dtype is torch.float32 and dx.is_cpu
+    worth = dx.numel() >= _WORTH_ONEDNN and dx.dtype is torch.float32 and dx.is_cpu
+    worth = worth and block.is_contiguous()  # of any other layout oneDNN's product takes a thousand times as long
     if not worth or not torch.backends.mkldnn.enabled or (plus_linear := _onednn()) is None:
         return dx.addmm_(g, block)
     for start in range(0, g.shape[1], _CHAIN):
