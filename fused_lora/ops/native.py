@@ -154,7 +154,7 @@ def products(
 
     Without dS the second is D(x) itself.
 
-    Not done where the loops do not run or a tensor is not fp32. A row's results do not depend on other rows.
+    Not done where the loops do not run, a tensor is not fp32, or r is 0. A row's results do not depend on other rows.
 
     Args:
         seed: of the mask (lane >= cut), a signed integer of 64 bits. cut: mask_cut of
@@ -164,7 +164,8 @@ def products(
     for tensor in (x, A, dS, dx):
         if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_cpu):
             return None
-    if not usable() or not (dx is None or dx.is_contiguous()):
+    # a matrix without elements has no address, which means there that it is not given
+    if not usable() or not (dx is None or dx.is_contiguous()) or (A is not None and not A.shape[0]):
         return None
     return _run_products(seed, cut, x.contiguous(), A if A is None else A.contiguous(), dS, dx, wanted)
 

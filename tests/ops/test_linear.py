@@ -67,6 +67,15 @@ def test_error_against_float64_is_no_larger_than_that_of_peft(dtypes, size, r, p
         assert_no_worse(*(torch.stack(tensors) for tensors in zip(*results, strict=True)), name=name, draws=True)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_an_adapter_of_rank_0_adds_nothing(p):
+    x, W, A, B = torch.randn(5, 40, requires_grad=True), torch.randn(30, 40), torch.randn(0, 40), torch.randn(30, 0)
+    y = lora_linear(x, W, None, [A], [B], [0.5], [p], torch.tensor([3]) if p else None)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert_close(y, x @ W.t(), terms=100)
+    assert_close(dx, torch.ones(5, 30) @ W, terms=100)
+
+
 @pytest.fixture
 def onednn(monkeypatch):
     """Used on any processor that has it, for products of any size."""
