@@ -186,8 +186,10 @@ class Base:
 
     def _rows(self, module: nn.Module, fan_in_fan_out: bool) -> Tensor:
         """The weight as [N, K]."""
-        weight: Any = self.merge_weight(module)
-        return weight.detach().t() if fan_in_fan_out else weight.detach()
+        # read so that DeepSpeed ZeRO-3 sees it, and gathers the weight for the time of the layer's call
+        weight: Any = module._parameters["weight"]
+        weight = weight.detach() if weight.requires_grad else weight  # itself, whose memory ZeRO-3 takes away between
+        return weight.t() if fan_in_fan_out else weight
 
     def copy_weight(self, module: nn.Module) -> None:
         """Put a copy of the numbers in place of the weight's: calls and merges may change it, and it is put back."""
@@ -232,6 +234,8 @@ class Base:
             return f"its weight is a {type(weight).__name__}"
         if weight.dim() == 2 and weight.dtype in FLOAT_DTYPES and not hasattr(weight, "quant_state"):
             return None
+        if weight.shape != getattr(weight, "ds_shape", weight.shape):
+            return "its weight is sharded by DeepSpeed ZeRO-3 (wrap the model with PEFT and call fused_lora.accelerate)"
         return f"its weight is a {type(weight).__name__} of {weight.dtype} {tuple(weight.shape)}"
 
 

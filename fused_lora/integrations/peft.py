@@ -283,7 +283,7 @@ def _called_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def _gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, a parameter that FSDP makes whole for each call has its whole shape, but no memory of its own."""
+    """Inside, a parameter that FSDP or DeepSpeed makes whole for each call has its shape, but no memory of its own."""
     before = []
     try:
         for module in model.modules():
@@ -299,7 +299,7 @@ def _gathered(model: nn.Module) -> Iterator[None]:
 
 
 def _sharded(module: Any) -> Iterator[tuple[dict, str, torch.Size, torch.dtype | None]]:
-    """(its parameters, name, whole shape, dtype in a call) of what ``fully_shard`` or FSDP1 gathers for this module."""
+    """(its parameters, name, whole shape, dtype in a call) of what ``fully_shard``, FSDP1 or ZeRO-3 gathers for it."""
     state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
     groups: Any = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
     for held in (param for group in groups if group is not None for param in group.fsdp_params):
@@ -310,6 +310,9 @@ def _sharded(module: Any) -> Iterator[tuple[dict, str, torch.Size, torch.dtype |
         if not held.is_dtensor and isinstance(sharded, torch.distributed.tensor.DTensor):
             dtype = getattr(held, "param_dtype", None)  # which it has from the first call on
             yield parameters, place.param_name, sharded.shape, dtype
+    for name, held in module._parameters.items():
+        if held is not None and held.shape != (shape := getattr(held, "ds_shape", held.shape)):  # DeepSpeed's
+            yield module._parameters, name, shape, None
     handle = vars(module).get("_handle")  # FSDP1's; with use_orig_params the modules have parts of parameters, flat
     flat = getattr(handle, "flat_param", None)
     for place, shape in () if flat is None else zip(flat._param_infos, flat._shapes, strict=True):

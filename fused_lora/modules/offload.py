@@ -27,10 +27,17 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def is_sharded(layer: nn.Module) -> bool:
-    """Whether DeepSpeed ZeRO-3 keeps only a part of a parameter of ``layer`` here, outside of its calls."""
+    """Whether DeepSpeed ZeRO-3 keeps only a part of a parameter of ``layer`` here, or would drop a change of its base.
+
+    Small parameters are whole between calls, too, but written back by a GatheredParameters alone.
+    """
     if "deepspeed" not in sys.modules:  # a merge of many small layers would notice the walk
         return False
-    return any(p.shape != getattr(p, "ds_shape", p.shape) for p in layer.parameters())
+    zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    depth = getattr(zero, "DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR", None)  # older ones do not tell
+    partitioned = [(name, p) for name, p in layer.named_parameters() if hasattr(p, "ds_shape")]
+    dropped = (depth is not None and "lora_" not in name and not getattr(p, depth, 0) for name, p in partitioned)
+    return any(p.shape != p.ds_shape for _, p in partitioned) or any(dropped)
 
 
 def refuse_sharded(layer: nn.Module, done: str) -> None:

@@ -8,8 +8,10 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 accelerate = pytest.importorskip("accelerate")
+Conv1D = pytest.importorskip("transformers").pytorch_utils.Conv1D
 
 import fused_lora  # noqa: E402
 from fused_lora import LoraConfig  # noqa: E402
@@ -227,12 +229,12 @@ def sharded(monkeypatch):
 
     def take(module):
         for parameter in module.parameters():
-            kept[parameter], parameter.ds_shape = parameter.data, parameter.shape
+            kept[parameter], parameter.ds_shape = parameter.data.clone(), parameter.shape
             parameter.data = torch.empty(0, dtype=parameter.dtype)
 
     def give(module):
         for parameter in module.parameters():
-            parameter.data = kept[parameter]
+            parameter.data = kept[parameter].clone()
 
     return take, give
 
@@ -265,3 +267,96 @@ def test_what_zero3_keeps_elsewhere_is_not_merged_and_not_unmerged(sharded, kind
         call(model)
         assert all(layer.merged is (done == "merged") for layer in (inner[0], inner[1]))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def both_ways(net, **fields):
+    """An injected model, and one that PEFT has wrapped and that is accelerated, with their LoRA layers."""
+    fields = {"r": 2, "target_modules": ["0", "1"], "init_lora_weights": False, **fields}
+    injected = fused_lora.inject(copy.deepcopy(net), LoraConfig(**fields))
+    torch.manual_seed(shifted(0))
+    wrapped = fused_lora.accelerate(peft.get_peft_model(copy.deepcopy(net), peft.LoraConfig(**fields)))
+    return (injected, list(injected)), (wrapped, list(wrapped.base_model.model))
+
+
+def test_what_zero3_keeps_whole_is_merged_where_it_is_gathered(sharded, monkeypatch):
+    """Small parameters are whole between calls, too, but a change of them is dropped at the next step."""
+    take, give = sharded
+    of_zero = types.ModuleType("deepspeed.runtime.zero.partition_parameters")
+    of_zero.DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR = "depth"
+    monkeypatch.setitem(sys.modules, of_zero.__name__, of_zero)
+    for model, layers in both_ways(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))):
+        take(model), give(model)
+        with pytest.raises(RuntimeError, match="nothing was merged.*GatheredParameters"):
+            layers[0].merge()
+        assert not layers[0].merged
+        for layer in layers:  # A and B are only read
+            for parameter in layer.base_layer.parameters():
+                parameter.depth = 1
+        fused_lora.merge(model)
+        assert all(layer.merged for layer in layers)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_no_gathered_weight_is_kept_for_the_backward(sharded, kind):
+    """Of a module that gathers all of its parameters itself (``set_z3_leaf_modules``)."""
+    take, give = sharded
+    make = nn.Linear if kind == "linear" else Conv1D
+    for model, layers in both_ways(nn.Sequential(make(6, 6), make(6, 6)), fan_in_fan_out=kind == "conv1d"):
+        x = torch.randn(3, 6, requires_grad=True)
+        model(x).sum().backward()
+        expected = [x.grad.clone(), *(p.grad for p in model.parameters() if p.requires_grad)]
+        x.grad = None
+        model.zero_grad()
+        for layer in layers:
+            take(layer)
+        assert {str(row) for row in fused_lora.explain(model).layers} == {"fused"}  # as a call finds them
+        for layer in layers:
+            give(layer)
+        memory = [StorageWeakRef(layer.base_layer.weight.untyped_storage()) for layer in layers]
+        y = model(x)
+        for layer in layers:
+            take(layer)
+        assert all(kept.expired() for kept in memory)
+        for layer in layers:
+            give(layer)
+        y.sum().backward()
+        found = [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+class Gathering(dict):
+    """DeepSpeed's dict of parameters: in a forward, ``[]`` gathers what it finds partitioned."""
+
+    def __init__(self, plain, give):
+        super().__init__(plain)
+        self.give = give
+
+    def __getitem__(self, name):
+        parameter = super().__getitem__(name)
+        if parameter is not None and not parameter.numel():
+            self.give(parameter)
+        return parameter
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dora_reads_a_base_weight_that_zero3_has_partitioned(sharded, dropout):
+    take, give = sharded
+    fields = dict(r=2, target_modules=["0"], use_dora=True, lora_dropout=dropout, init_lora_weights=False)
+    model = fused_lora.inject(nn.Sequential(nn.Linear(6, 6)), LoraConfig(**fields))
+    x, base = torch.randn(3, 6), model[0].base_layer
+    base.register_forward_hook(lambda *_: None)
+    torch.manual_seed(shifted(1))
+    expected = model(x)
+    take(base)
+    base._parameters = Gathering(base._parameters, lambda _: give(base))
+    base.register_forward_pre_hook(lambda *_: give(base))
+    base.register_forward_hook(lambda *_: take(base))
+    torch.manual_seed(shifted(1))
+    assert torch.equal(model(x), expected)
+
+
+def test_an_injection_names_zero3(sharded):
+    net = nn.Sequential(nn.Linear(6, 6))
+    sharded[0](net)
+    with pytest.raises(ValueError, match="sharded by DeepSpeed ZeRO-3 .*PEFT and call fused_lora.accelerate"):
+        fused_lora.inject(net, LoraConfig(r=2, target_modules=["0"]))

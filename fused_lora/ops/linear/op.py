@@ -306,6 +306,8 @@ def _keep(ctx, call, x, weight, lora_A, lora_B, seeds, S) -> None:
     n, needs = call[0], call[-1]
     ctx.call, ctx.materialize_grads = call, False
     keep_x = x if plan.keeps_x(n, needs) else None
+    ctx.transposed = isinstance(weight, Tensor) and _is_transposed(weight)
+    weight = weight._base if ctx.transposed else weight
     if needs[0]:
         tensor = isinstance(weight, Tensor)  # else packed
         ctx.idle = None if tensor else (weight, None, None)
@@ -314,6 +316,15 @@ def _keep(ctx, call, x, weight, lora_A, lora_B, seeds, S) -> None:
         ctx.idle = weight, lora_A, lora_B
         used = [B if need else None for B, need in zip(lora_B, needs[1 : n + 1], strict=True)]
         ctx.save_for_backward(keep_x, None, S, seeds, *[None] * n, *used)
+
+
+def _is_transposed(weight: Tensor) -> bool:
+    """Whether this is a frozen parameter's ``t()``. DeepSpeed ZeRO-3 gives a parameter other memory in the backward: a
+    view that is kept would hold that of the forward."""
+    base = weight._base
+    if type(base) is not torch.nn.Parameter or base.requires_grad or base.dim() != 2:
+        return False
+    return weight.shape == base.shape[::-1] and weight.stride() == base.stride()[::-1]
 
 
 def _backward(ctx, g, _):
@@ -345,6 +356,8 @@ def _all_gradients(ctx, g, g_S, compute, dtype: torch.dtype | None = None):
         weight, all_A, all_B = ctx.idle
         if all_A is not None:
             A, B = all_A, [B if saved is None else saved for B, saved in zip(all_B, B, strict=True)]
+    if ctx.transposed:
+        weight = weight.t()
     if x is not None and x.dim() != 2:
         x = x.reshape(S.shape[0], x.shape[-1])
     if g_S is None and not (torch.is_grad_enabled() or is_batched(g)):
