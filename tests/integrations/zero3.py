@@ -3,7 +3,8 @@
     pip install deepspeed
     DS_ACCELERATOR=cpu torchrun --nproc-per-node 2 tests/integrations/zero3.py
 
-Losses are PEFT's. What needs whole parameters is refused by name outside of GatheredParameters and right inside.
+Losses are PEFT's, also where each LoRA layer gathers its parameters together and runs fused. What needs whole
+parameters is refused by name outside of GatheredParameters and right inside.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import deepspeed
 import peft
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch import distributed, nn
 
 import fused_lora
@@ -43,10 +45,13 @@ def wrapped() -> nn.Module:
     return peft.get_peft_model(tiny_llama(), peft.LoraConfig(**FIELDS))
 
 
-def train(make: Callable[[], nn.Module]) -> tuple[nn.Module, torch.Tensor, list[float]]:
-    """The model after five steps, this process's tokens, and the losses."""
+def train(make: Callable[[], nn.Module], leaf: type | None = None) -> tuple[nn.Module, torch.Tensor, list[float]]:
+    """The model after five steps, this process's tokens, and the losses. leaf: the layers that gather as a whole."""
     torch.manual_seed(shifted(0))
     model = make()
+    model.enable_input_require_grads()
+    if leaf is not None:
+        set_z3_leaf_modules(model, [leaf])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)[0]
     tokens = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(shifted(distributed.get_rank())))
@@ -58,6 +63,7 @@ def train(make: Callable[[], nn.Module]) -> tuple[nn.Module, torch.Tensor, list[
         losses.append(loss.item())
     model.eval()
     assert not any(p.numel() for p in model.parameters())  # all of them are sharded
+    assert leaf is None or all(row.fused for row in fused_lora.explain(model).layers)
     return model, tokens, losses
 
 
@@ -88,13 +94,14 @@ def main() -> None:
     """All checks."""
     deepspeed.init_distributed("gloo" if deepspeed.get_accelerator().device_name() == "cpu" else None)
     _, _, expected = train(wrapped)
-    model, tokens, losses = train(lambda: fused_lora.accelerate(wrapped()))
-    assert_close(torch.tensor(losses), torch.tensor(expected), terms=5000)
-    check_merges(model, tokens, lambda m: m.merge_adapter(), lambda m: m.unmerge_adapter())
-
-    model, tokens, losses = train(injected)
-    assert_close(torch.tensor(losses), torch.tensor(expected), terms=5000)
-    check_merges(model, tokens, fused_lora.merge, fused_lora.unmerge)
+    for leaf in (None, peft.tuners.lora.Linear):
+        model, tokens, losses = train(lambda: fused_lora.accelerate(wrapped()), leaf)
+        assert_close(torch.tensor(losses), torch.tensor(expected), terms=5000)
+        check_merges(model, tokens, lambda m: m.merge_adapter(), lambda m: m.unmerge_adapter())
+    for leaf in (fused_lora.LoraLinear, None):
+        model, tokens, losses = train(injected, leaf)
+        assert_close(torch.tensor(losses), torch.tensor(expected), terms=5000)
+        check_merges(model, tokens, fused_lora.merge, fused_lora.unmerge)
     folder = [tempfile.mkdtemp()]
     distributed.broadcast_object_list(folder)
     saved = Path(folder[0], "adapter")
