@@ -49,7 +49,8 @@ _EACH_CALL = "merged for each call of the attention"
 BUILT: Counter[str] = Counter()  # under install(): ACCELERATED, or why a layer that PEFT built is not -> how many
 
 _create = "_create_new_module"  # LoraModel's static method: where PEFT builds the layer around a target
-_installed: dict[str, Any] = {}  # empty, or the method that install() has replaced and the one it put there
+_inject = "inject_adapter"  # of LoraModel, inherited: where PEFT adds an adapter to a model
+_installed: dict[str, tuple[Any, Any]] = {}  # methods that install() has replaced: (LoraModel's own or None, ours)
 
 
 @alone
@@ -91,19 +92,12 @@ def accelerate(model: nn.Module) -> nn.Module:
     called = [model]
     for module in model.modules():
         if _is_tuner(module):
-            called.append(module.model)  # which generate calls
+            called += [module, module.model]  # generate calls the latter
         _adopt(module)
         if _builds_lora_layers(module):
             setattr(module, _create, _create_accelerated)
-    for module in called:
-        watch(module)
-    FirstForward(_called_layers, *called)
+    _follow("accelerate", *called)
     rows = layer_report(model)
-    lost = {r.path: why for r in rows if r.why_not != _EACH_CALL and (why := _why_not_reached(model, r.path))}
-    if lost:
-        why = next(iter(lost.values()))
-        how = "; torch.backends.mha.set_fastpath_enabled(False) ends that" * ("eval" in why)
-        warnings.warn(f"accelerate: adapters of {some(lost)} do nothing, as in PEFT: each {why}{how}", stacklevel=3)
     if all(row.why_not for row in rows):
         warnings.warn(f"accelerate: {summary(rows)}", stacklevel=3)
     else:
@@ -140,6 +134,8 @@ def restore(model: nn.Module) -> nn.Module:
 def install() -> Callable[[], dict[str, Any]]:
     """From now on every LoRA Linear that PEFT builds in this process is accelerated. :func:`uninstall` ends it.
 
+    The models get the hooks that they get from :func:`accelerate`, when PEFT has added an adapter.
+
     Models that exist already are not touched, models built meanwhile stay accelerated. Installing twice is no error.
 
     Returns:
@@ -154,7 +150,7 @@ def install() -> Callable[[], dict[str, Any]]:
     from peft.tuners.lora import LoraModel
 
     if not _installed:
-        original, build = vars(LoraModel)[_create], getattr(LoraModel, _create)
+        build, inject = getattr(LoraModel, _create), getattr(LoraModel, _inject)
 
         def create(*args: Any, **kwargs: Any) -> nn.Module:
             module = build(*args, **kwargs)
@@ -164,8 +160,15 @@ def install() -> Callable[[], dict[str, Any]]:
             BUILT[ACCELERATED if reason is None else reason] += 1
             return module
 
-        _installed.update(original=original, replacement=staticmethod(create))
-        setattr(LoraModel, _create, _installed["replacement"])
+        @functools.wraps(inject)
+        def inject_and_follow(self: Any, *args: Any, **kwargs: Any) -> None:
+            inject(self, *args, **kwargs)
+            if _installed and _builds_lora_layers(self):
+                _follow("install", self, self.model)
+
+        for name, ours in ((_create, staticmethod(create)), (_inject, inject_and_follow)):
+            _installed[name] = vars(LoraModel).get(name), ours
+            setattr(LoraModel, name, ours)
     before = Counter(CALLS)
 
     def report() -> dict[str, Any]:
@@ -184,9 +187,12 @@ def uninstall() -> None:
         return
     from peft.tuners.lora import LoraModel
 
-    # a method that someone else put over ours stays, and ours, underneath, passes on what it gets
-    if vars(LoraModel)[_create] is _installed["replacement"]:
-        setattr(LoraModel, _create, _installed["original"])
+    for name, (original, ours) in _installed.items():
+        # a method that someone else put over ours stays, and ours, underneath, passes on what it gets
+        if vars(LoraModel).get(name) is ours and original is not None:
+            setattr(LoraModel, name, original)
+        elif vars(LoraModel).get(name) is ours:
+            delattr(LoraModel, name)
     _installed.clear()
 
 
@@ -246,7 +252,7 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
     described as a call finds it. Raises TypeError for a non-module.
     """
     peft_layers = _lora_layers(model)
-    attention = tuple(f"{path}." for path, m in peft_layers.items() if type(m).__name__ == "MultiheadAttention")
+    attention = _inside_attention(peft_layers)
     rows = []
     with _gathered(model):
         for path, module in model.named_modules():
@@ -260,6 +266,11 @@ def layer_report(model: nn.Module) -> list[LayerRow]:
             kind = type(module).__name__ if ours else f"peft {repr(module).partition('(')[0]}"
             rows.append(LayerRow(path, kind, *reasons))
     return rows
+
+
+def _inside_attention(layers: dict[str, nn.Module]) -> tuple[str, ...]:
+    """How the paths of modules start that PEFT's layer for nn.MultiheadAttention merges for each call."""
+    return tuple(f"{path}." for path, m in layers.items() if type(m).__name__ == "MultiheadAttention")
 
 
 def _why_not_reached(model: nn.Module, path: str, training: bool = False) -> str | None:
@@ -343,6 +354,20 @@ def _is_tuner(module: nn.Module) -> Any:
 
 def _our_classes() -> tuple[type[Any], ...]:
     return tuple(accelerated(stock) for stock in stock_classes())
+
+
+def _follow(who: str, model: nn.Module, *inner: nn.Module) -> None:
+    """Let changes wait for calls of these, name layers that are read and not called, and look for more in a call."""
+    for module in (model, *inner):
+        watch(module)
+    FirstForward(_called_layers, model, *inner)
+    layers = _lora_layers(model)
+    attention = _inside_attention(layers)
+    lost = {p: why for p in layers if not p.startswith(attention) and (why := _why_not_reached(model, p))}
+    if lost:
+        why = next(iter(lost.values()))
+        how = "; torch.backends.mha.set_fastpath_enabled(False) ends that" * ("eval" in why)
+        warnings.warn(f"{who}: adapters of {some(lost)} do nothing, as in PEFT: each {why}{how}", stacklevel=4)
 
 
 def _adopt(module: nn.Module) -> nn.Module:

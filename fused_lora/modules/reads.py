@@ -5,6 +5,7 @@ torch's own attention does so, and Mamba's dt_proj, fused kernels over several l
 
 from __future__ import annotations
 
+import dis
 import functools
 import sys
 import threading
@@ -25,6 +26,10 @@ _READ = "has its weight read by a forward that does not call it, so an adapter d
 _GETATTR = nn.Module.__getattr__.__code__
 # what puts parameters of layers, called or not, in their places in a forward: offload, FSDP, register_parameter
 _MOVERS = ("accelerate.", "torch.distributed.", "torch.nn.modules.module.")
+_GETS = ("LOAD_ATTR", "LOAD_METHOD")
+# what a model asks a weight for before it calls the layer, or a block of it: nobody computes with that
+_FACTS = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "is_cuda", "is_meta", "requires_grad", "layout"}
+_FACTS |= {"is_floating_point", "itemsize", "element_size"}
 # layers that a first forward has found so -> the mode, training or not, that they were in
 _found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -82,7 +87,8 @@ class Reads:
     """Watches layers until each has been called once. What a forward of the model reads and has never called is found.
 
     A call is known by its frame, in which the weight is read: a hook would miss ``layer.forward(x)``, and stay with
-    copies. A weight that another module shares may be read there. A model with compiled parts is not watched.
+    copies. A weight that another module shares may be read there. Who reads lora_A, too, computes the adapter itself,
+    as trainers' own kernels do. A model with compiled parts is not watched.
 
     Args:
         model: whose forward :meth:`start` and :meth:`finish` enclose. layers: path -> the module that is called.
@@ -104,7 +110,7 @@ class Reads:
         self._model, self._layers, self._weight_of = model, layers, weight_of
         self._lock, self._armed = threading.Lock(), False
         self._noted: dict[int, set[str]] = {}  # by thread: several may run the model at once
-        self._watched: dict[str, nn.Module] = {}
+        self._watched: dict[str, list[nn.Module]] = {}  # the base layer, and its lora_As
 
     def start(self) -> None:
         """The model's forward begins, in this thread."""
@@ -123,8 +129,10 @@ class Reads:
             base = self._weight_of(layer)
             # DeepSpeed has a dict of its own, that gathers; a quantised layer may have no weight
             if path not in self.found and type(base._parameters) is dict and "weight" in base._parameters:
-                vars(base)["_parameters"] = _Parameters(base._parameters, functools.partial(self._note, path))
-                self._watched[path] = base
+                self._watched[path] = [base, *layer._modules.get("lora_A", nn.Module()).children()]
+                for module in self._watched[path]:
+                    note = functools.partial(self._note, path, module is not base)
+                    vars(module)["_parameters"] = _Parameters(module._parameters, note)
 
     def finish(self) -> None:
         """The forward has ended: what it read and nobody has called so far is found."""
@@ -133,17 +141,17 @@ class Reads:
             self.found[path] = _READ
             self._release(path)
 
-    def _note(self, path: str, frame: FrameType) -> None:
+    def _note(self, path: str, of_adapter: bool, frame: FrameType) -> None:
         noted = self._noted.get(threading.get_ident())
         if path in self._watched and _is_called(self._layers[path], frame):
             self._release(path)
         elif noted is not None and _is_read(frame):
-            noted.add(path)
+            self._release(path) if of_adapter else noted.add(path)
 
     def _release(self, path: str) -> None:
-        base = self._watched.pop(path, None)
-        if base is not None and isinstance(base._parameters, _Parameters):
-            vars(base)["_parameters"] = base._parameters.plain()
+        for module in self._watched.pop(path, ()):
+            if isinstance(module._parameters, _Parameters):
+                vars(module)["_parameters"] = module._parameters.plain()
 
     def stop(self) -> None:
         """Watch nothing any longer."""
@@ -162,11 +170,20 @@ def _is_called(module: nn.Module, frame: FrameType | None) -> bool:
 
 
 def _is_read(frame: FrameType) -> bool:
-    """Whether the frame gets an attribute for a model. Others have ``_parameters`` itself: they compute nothing."""
+    """Whether the frame gets a weight for a model, and not its dtype alone. Others have ``_parameters`` itself."""
     reader = frame.f_back
+    while reader is not None and reader.f_code.co_name == "weight":  # the property of a LoRA layer
+        reader = reader.f_back
     if frame.f_code is not _GETATTR or reader is None:
         return False
-    return not f"{reader.f_globals.get('__name__')}.".startswith(_MOVERS)
+    return not f"{reader.f_globals.get('__name__')}.".startswith(_MOVERS) and _next_attribute(reader) not in _FACTS
+
+
+def _next_attribute(frame: FrameType) -> str | None:
+    """What the expression that a frame computes asks of the value that it waits for: "dtype" of layer.weight.dtype."""
+    following = (i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti)
+    instruction = next((i for i in following if i.opname != "EXTENDED_ARG"), None)
+    return instruction.argval if instruction is not None and instruction.opname in _GETS else None
 
 
 def _has_compiled(model: nn.Module) -> bool:

@@ -319,6 +319,56 @@ def test_the_first_forward_of_an_accelerated_model_names_them(net, mode):
     assert hooks(fused_lora.restore(model)) == marks and not any(m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("bare", [False, True], ids=["wrapped", "bare"])
+@torch.no_grad()
+def test_install_looks_as_accelerate_does(net, bare):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["called"], init_lora_weights=False)
+    further = peft.LoraConfig(r=2, target_modules=["read"], init_lora_weights=False)
+    fused_lora.integrations.peft.install()
+    try:
+        x = torch.randn(3, K)
+        model = peft.inject_adapter_in_model(config, net) if bare else peft.get_peft_model(net, config)
+        assert warned(lambda: model(x)) == []
+        peft.inject_adapter_in_model(further, model, "b") if bare else model.add_adapter("b", further)
+        (text,) = warned(lambda: model(x))
+        assert "'read'" in text.replace("base_model.model.", "").replace("model.", "")
+        assert warned(lambda: fused_lora.accelerate(model)(x)) == []
+    finally:
+        fused_lora.integrations.peft.uninstall()
+    assert not hooks(fused_lora.restore(model)) and plain(model)
+
+
+def test_install_names_attention_of_torch():
+    peft = pytest.importorskip("peft")
+    fused_lora.integrations.peft.install()
+    try:
+        model, config = nn.Sequential(nn.MultiheadAttention(K, 2)), peft.LoraConfig(target_modules=["out_proj"])
+        with pytest.warns(UserWarning, match="install: adapters of 'model.0.out_proj' do nothing, as in PEFT"):
+            peft.get_peft_model(model, config)
+    finally:
+        fused_lora.integrations.peft.uninstall()
+
+
+@pytest.mark.parametrize("way", ["peft", "inject"])
+def test_who_computes_the_adapters_itself_calls_no_layer(net, way):
+    """As kernels of trainers do."""
+
+    def forward(x):
+        layer = model.get_submodule(path)
+        A, B = (getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B"))
+        return F.linear(x, layer.base_layer.weight) + x @ A.T @ B.T
+
+    path, x = "base_model.model.read" if way == "peft" else "read", torch.randn(3, K)
+    net.forward = forward
+    if way == "peft":
+        peft = pytest.importorskip("peft")
+        model = fused_lora.accelerate(peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["read"])))
+    else:
+        model = injected(net)
+    assert warned(lambda: model(x)) == [] and plain(model)
+
+
 def test_explain_of_an_injected_model_names_them(net):
     model = injected(net)
     warned(lambda: model(torch.randn(3, K)))
@@ -362,6 +412,20 @@ def test_a_forward_of_the_base_tells_it_too(net):
         net(x)
     with pytest.raises(ValueError, match="the layer 'read'"):
         store.load("a", {"read": pair()})
+
+
+def test_a_weight_that_is_asked_for_its_dtype_alone_is_not_read(net):
+    def forward(x):
+        x = x.to(net.unused.weight.device).reshape(-1, net.read.weight.size(0))
+        return net.called(x.to(net.unused.weight.dtype))
+
+    net.forward, x = forward, torch.randn(3, K)
+    store = AdapterStore(net)
+    store.load("a", {"called": pair(), "unused": pair(), "read": pair()})
+    serve(store, x)
+    serve(store, x)
+    store.detach()
+    assert warned(lambda: injected(net)(x)) == []
 
 
 def test_reads_outside_of_a_forward_do_not_count(net):
