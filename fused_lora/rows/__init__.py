@@ -2,6 +2,6 @@
 
 from fused_lora.rows.finder import Call, Entries, RowFinder, Running, checked_dim
 from fused_lora.rows.layout import Layout
-from fused_lora.rows.trace import same_rows, why_rows_meet
+from fused_lora.rows.trace import NESTED, same_rows, why_rows_meet
 
-__all__ = ["Call", "Entries", "Layout", "RowFinder", "Running", "checked_dim", "same_rows", "why_rows_meet"]
+__all__ = ["NESTED", "Call", "Entries", "Layout", "RowFinder", "Running", "checked_dim", "same_rows", "why_rows_meet"]

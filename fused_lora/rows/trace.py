@@ -19,6 +19,10 @@ from torch.utils._pytree import tree_leaves
 from fused_lora.rows.rules import Applied, rows_after
 from fused_lora.rows.state import Owned, State, Unknown, reshaped
 
+NESTED = (
+    "a nested tensor, which nn.TransformerEncoder makes of a padding mask in eval mode: set its use_nested_tensor to "
+    "False"
+)
 _numbers = itertools.count()
 _current: ContextVar[RowTrace | None] = ContextVar("fused_lora_rows", default=None)
 _READS = {getattr(Tensor, name) for name in ("tolist", "numpy", "__array__", "data_ptr")} | {Tensor.data.__get__}
@@ -161,7 +165,7 @@ class RowTrace(TorchDispatchMode):
         if any(isinstance(t, Tensor) and t.is_nested for t in tree_leaves((args, kwargs, out))):  # it has no shape
             for result in (*results, *written):
                 if isinstance(result, Tensor):
-                    self.mark(result, call.unknown("a nested tensor"))
+                    self.mark(result, call.unknown(NESTED))
             return
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if is_view and args and isinstance(args[0], Tensor):

@@ -22,7 +22,7 @@ from fused_lora.modules.frames import generator_around, is_running
 from fused_lora.modules.names import some
 from fused_lora.modules.outputs import main_output
 from fused_lora.ops import guard
-from fused_lora.rows import Call, Entries, Layout, RowFinder, Running
+from fused_lora.rows import NESTED, Call, Entries, Layout, RowFinder, Running
 from fused_lora.serving.batch.finite import bad_positions, unless_padding
 from fused_lora.serving.batch.gradients import GradientsOff
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
@@ -35,11 +35,6 @@ _running: ContextVar[Batch | None] = ContextVar("fused_lora_batch", default=None
 _INPUTS = 4096  # inputs of layers whose rows are kept
 # a replay would read rows and slots of this batch, when both are others'
 _CAPTURED = "batch: a trace or a graph would keep these adapters for ever; use torch.export, or row_buffers"
-
-_NESTED = (
-    "a nested tensor; expected [..., features]. In eval mode nn.TransformerEncoder makes one of a padding mask: set "
-    "its use_nested_tensor to False"
-)
 
 
 def running(store: Any) -> Batch | None:
@@ -309,7 +304,7 @@ class Batch:
         call = trace.running.call
         if x.is_nested:
             if index in self._prepared.sites:
-                raise ValueError(f"batch: {site.path!r} got {_NESTED}")
+                raise ValueError(f"batch: {site.path!r} expected [..., features], got {NESTED}")
             return
         if call is None:
             return self._called_alone(site, x, lambda: self.add(site, x, y))
