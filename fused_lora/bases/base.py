@@ -185,7 +185,7 @@ class Base:
         return dora.product(x, lambda: dora.row_blocks(weight), len(weight))
 
     def _rows(self, module: nn.Module, fan_in_fan_out: bool) -> Tensor:
-        """The weight as [N, K]."""
+        """The weight as [N, K]: where an export or torch.func has put another tensor in its place, that one."""
         # read so that DeepSpeed ZeRO-3 sees it, and gathers the weight for the time of the layer's call
         weight: Any = module._parameters["weight"]
         weight = weight.detach() if weight.requires_grad else weight  # itself, whose memory ZeRO-3 takes away between

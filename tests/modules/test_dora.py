@@ -107,6 +107,10 @@ def test_second_derivatives_and_compilation():
         compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
         assert expected is None or torch.equal(expected, compiled)
         layer.eval()
+    assert_close(torch.export.export(layer, (x,)).module()(x), expected, terms=100)
+    stacked = {name: torch.stack([p, -p]) for name, p in layer.named_parameters() if "lora_A" in name}
+    ours = torch.func.vmap(lambda parts: torch.func.functional_call(layer, parts, (x,)))(stacked)
+    assert_close(ours[0], expected, terms=100)
     torch.library.opcheck(torch.ops.fused_lora.dropped.default, (x, torch.tensor([3]), 0.5))
     torch.library.opcheck(
         torch.ops.fused_lora.row_norms.default, (torch.randn(5, 6), torch.randn(2, 6), torch.randn(5, 2), 2.0)
