@@ -31,6 +31,7 @@ from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plai
 from fused_lora.modules.merging import memory_of
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 from fused_lora.modules.offload import refuse_sharded
+from fused_lora.ops.checks import is_scaling
 from fused_lora.ops.guard import draws_masks
 
 # PEFT's classes that have an accelerated one, by their modules in peft.tuners.lora
@@ -412,7 +413,7 @@ def why_around(layer: Any) -> str | None:
 def _is_number(scale: Any) -> bool:
     if isinstance(scale, Tensor):
         return scale.numel() == 1 and scale.dim() <= 1 and not scale.is_complex()
-    return isinstance(scale, (int, float, Real)) and scale == scale  # Real: numpy's
+    return isinstance(scale, (int, float, Real)) and is_scaling(scale)  # Real: numpy's
 
 
 def _parts(layer: Any, names: list[str]) -> list[tuple[str, nn.Module, nn.Module, nn.Module]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence, Sized
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MOST = torch.finfo(torch.float32).max
 
 
 def check_lists(kind: type = Sized, **lists: Any) -> None:
@@ -106,6 +108,11 @@ def in_order(seeds: torch.Tensor) -> torch.Tensor:
     return seeds.contiguous()
 
 
+def is_scaling(s: Any) -> bool:
+    """Whether the products take this number: it is infinite or in the range of float32."""
+    return abs(s) <= _MOST or abs(s) == math.inf
+
+
 def _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, **others: torch.Tensor | None) -> None:
     """``others``: what must be on x's device, too."""
     counts = {len(lora_A), len(lora_B), len(scaling), len(dropout)}
@@ -131,8 +138,8 @@ def _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, **others: 
         if not (0.0 <= p <= 1.0):
             raise ValueError(f"dropout: expected values in [0, 1], got {p}")
     for s in scaling:
-        if s != s:
-            raise ValueError("scaling: expected numbers, got NaN")
+        if not is_scaling(s):
+            raise ValueError(f"scaling: expected numbers that float32 can hold, got {s}")
     if any(dropout) and seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (len(dropout),)):
         got = seeds.dtype, tuple(seeds.shape)
         raise ValueError(f"seeds: expected int64 [{len(dropout)}] because dropout is not 0, got {got}")

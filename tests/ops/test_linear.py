@@ -393,6 +393,7 @@ BAD = {
     "one entry per adapter": dict(scaling=[1.0]),
     "dropout: expected": dict(dropout=[0.5, 1.5]),
     "scaling: expected": dict(scaling=[1.0, float("nan")]),
+    "scaling: expected numbers that float32 can hold, got 1e": dict(scaling=[1.0, 1e39]),
     "seeds: expected": dict(seeds=torch.zeros(3, dtype=torch.int64)),
 }
 
