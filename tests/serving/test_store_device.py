@@ -3,12 +3,15 @@
 import contextlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fused_lora.ops import guard
 from fused_lora.serving import AdapterStore
+from fused_lora.serving.batch.static import RowBuffers
 from fused_lora.serving.residency import packing
 from fused_lora.serving.residency.arena import Arena
 from fused_lora.serving.residency.transfer import CudaTransfer
@@ -111,6 +114,20 @@ def test_the_end_of_a_batch_is_after_all_streams_that_it_ran_on(monkeypatch):
         store.model(torch.randn(1, 16))
         assert trace.rows is not before  # what a stream has copied another may not have yet
     assert current.streams == [side] and not side.streams and not batch._streams
+
+
+def test_row_buffers_are_filled_after_the_streams_that_read_them(monkeypatch):
+    """Another thread may fill them on a stream of its own, while the last batch's still runs on the device."""
+    first, second = Stream("cuda:1"), Stream("cuda:1")
+    buffers = RowBuffers(2, 1, 16, 1, SimpleNamespace(device=torch.device("cpu")))
+    buffers.tables.device = GPU
+    monkeypatch.setattr(guard, "capturing", lambda device: False)
+    for stream in (first, second):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None, stream=stream: stream)
+        buffers.free.acquire()
+        buffers.fill(np.zeros(2, dtype=np.int32), [[(0, 1.0)]])
+        buffers.release()
+    assert not first.waited_for and second.waited_for == [first.events] and not buffers.free.locked()
 
 
 @torch.no_grad()

@@ -162,7 +162,7 @@ class Batch:
                 self._join_streams()
             finally:
                 if self._buffers is not None:  # the next fill comes after all that read this one's
-                    self._buffers.free.release()
+                    self._buffers.release()
 
     def _leave(self) -> None:
         """Take this one out of the batches of this context: those inside of it may go on after it, in generators."""

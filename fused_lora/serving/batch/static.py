@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
+import numpy as np
+import torch
+
+from fused_lora.ops import guard
 from fused_lora.ops.grouped.metadata import GroupLayout, RowTables
 from fused_lora.serving.residency.tables import SlotTables
 
@@ -22,3 +27,17 @@ class RowBuffers(RowTables):
         super().__init__(GroupLayout(max_rows, max_groups, group_size), tables.device)
         self.free = threading.Lock()
         self.rows, self.tables, self.max_rank, self.steps = max_rows, tables, max_rank, {}
+        self._read: torch.Event | None = None
+
+    def fill(self, group_of_row: np.ndarray, groups: Sequence[Sequence[tuple[int, float]]]) -> None:
+        """As :meth:`RowTables.fill`, after all that the stream of the last batch's end was given."""
+        if self._read is not None:
+            torch.cuda.current_stream(self.tables.device).wait_event(self._read)
+        super().fill(group_of_row, groups)
+
+    def release(self) -> None:
+        """The batch has ended, on the current stream. The next may be on another."""
+        device = self.tables.device
+        if device.type == "cuda" and not guard.capturing(device):
+            self._read = torch.cuda.current_stream(device).record_event()
+        self.free.release()
