@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -88,6 +89,7 @@ class AdapterStore(Registry):
         self._prepared: dict[Any, Prepared] = {}
         self._siblings = Siblings()
         self._open_batches = 0
+        self.calls_outside = 0  # of the model, in no batch
         self._rows = RowFinder(model, {site.place: site.module for site in sites.values()})
         self._attachment = Attachment(self._rows.callers, sites, self)
 
@@ -220,8 +222,16 @@ class AdapterStore(Registry):
             numbers = {group: i for i, group in enumerate(groups)}
             group_of_entry = np.array([numbers.get(group, -1) for group in wanted], np.int64)
             more = self._prepared_for(groups), self._siblings, self._rows, buffers, dim
+            before = self.calls_outside
             with Batch(self, groups, group_of_entry, entry_of_row, *more) as batch:
                 yield batch
+                if groups and buffers is None and not batch.has_run and self.calls_outside != before:
+                    warnings.warn(
+                        "batch: the model was called meanwhile, but not in this batch, so its outputs are the base "
+                        "model's. Threads that are started inside, as by generate_batch or nn.DataParallel, are not "
+                        "in it",
+                        stacklevel=3,
+                    )
         finally:
             self._residency.release(held.values())
             with self._lock:

@@ -2,6 +2,7 @@
 
 import contextvars
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -270,3 +271,19 @@ def test_a_plain_thread_is_not_in_the_batch(store):
         assert torch.equal(thread.submit(store.model, x).result(HANG), base)
         assert torch.equal(thread.submit(handed.run, store.model, x).result(HANG), served)
     assert not torch.equal(base, served)
+
+
+@torch.no_grad()
+def test_a_batch_that_only_other_threads_ran_in_is_warned_of(store):
+    """Its outputs are the base model's, as after generate_batch, which runs the model in a thread of its own."""
+    x = torch.randn(1, 2, K)
+    with ThreadPoolExecutor(1) as thread:
+        with pytest.warns(UserWarning, match="called meanwhile, but not in this batch"), store.batch(["good"]):
+            thread.submit(store.model, x).result(HANG)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for inside in (store.model, lambda x: None, store.model[0]):
+                with store.batch(["good"]):
+                    inside(x)
+            with store.batch([None]):
+                thread.submit(store.model, x).result(HANG)

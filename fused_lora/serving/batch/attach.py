@@ -197,6 +197,8 @@ class _CallHook(_AroundHook):
         batch = running(self._store)
         if batch is not None:
             batch.called(self._path, module, args, kwargs)
+        elif self._store is not None:
+            self._store.calls_outside += 1
         if self._reads is not None:
             self._reads.start()
 

@@ -122,6 +122,11 @@ class Batch:
         self._arriving = []
 
     @property
+    def has_run(self) -> bool:
+        """Whether anything of the model was called in it."""
+        return bool(self._traces)
+
+    @property
     def identities(self) -> list[str | None]:
         """The identity of each entry's adapter."""
         labels = [
