@@ -148,6 +148,22 @@ def test_shrink_then_expand_is_linear(kind, device, kernels_on):
     assert_close(y, expected, terms=1000)
 
 
+def test_fp32_adapters_of_an_embedding_over_a_16_bit_model(kind, device, kernels_on, monkeypatch):
+    """Its rows of A have the dtype of the adapters."""
+    slots, slot_of_row = Slots([], [torch.randn(SLOTS, 1, 48, MAX_RANK)], FP32), mixed(10)
+    x, y = torch.randn(10, MAX_RANK), torch.randn(10, 48).to(BF16)
+    terms = made(kind, 16, device)
+    terms.step(slot_of_row)
+    exact = y.double()
+    for row, slot in enumerate(slot_of_row):
+        exact[row] += x[row].double() @ slots.B[0][slot, 0].double().t() * (slot >= 0)
+    for capturing in (False, kind == "kernels"):
+        monkeypatch.setattr(guard, "capturing", lambda device, capturing=capturing: capturing)
+        ours = y.clone()
+        terms.linear_(ours, x, slots, "expand")
+        assert_no_worse(ours, exact.to(BF16), exact)
+
+
 @torch.no_grad()
 def test_an_adapter_is_loaded_between_steps(device, kernels_on):
     """vLLM's steps run in inference mode, what its API loads does not."""

@@ -145,7 +145,9 @@ class KernelTerms:
 
     def linear_(self, y: Tensor, x: Tensor, slots: Slots, kind: str = "linear") -> None:
         """y [rows, N_g one beside the other] += B_g A_g x: two launches for all outputs. y may have further columns."""
-        if self._acts:
+        if self._acts and kind == "expand" and torch.promote_types(x.dtype, y.dtype) != y.dtype:
+            self.expand_(slots.split(y), [x], slots)  # an embedding's rows of A, wider than the model
+        elif self._acts:
             self._add(slots.split(y), x, slots, kind)
 
     def _add(self, outputs: Sequence[Tensor], x: Tensor, slots: Slots, kind: str) -> None:
