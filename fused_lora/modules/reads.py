@@ -88,7 +88,7 @@ class Reads:
 
     A call is known by its frame, in which the weight is read: a hook would miss ``layer.forward(x)``, and stay with
     copies. A weight that another module shares may be read there. Who reads lora_A, too, computes the adapter itself,
-    as trainers' own kernels do. A model with compiled parts is not watched.
+    as trainers' own kernels do. Compiled parts of a model are not watched.
 
     Args:
         model: whose forward :meth:`start` and :meth:`finish` enclose. layers: path -> the module that is called.
@@ -123,10 +123,11 @@ class Reads:
             self._noted[threading.get_ident()] = set()
 
     def _arm(self) -> None:
-        if _has_compiled(self._model):
-            return
+        compiled = _compiled(self._model)
         for path, layer in self._layers.items():
             base = self._weight_of(layer)
+            if base in compiled:
+                continue
             # DeepSpeed has a dict of its own, that gathers; a quantised layer may have no weight
             if path not in self.found and type(base._parameters) is dict and "weight" in base._parameters:
                 self._watched[path] = [base, *layer._modules.get("lora_A", nn.Module()).children()]
@@ -186,13 +187,24 @@ def _next_attribute(frame: FrameType) -> str | None:
     return instruction.argval if instruction is not None and instruction.opname in _GETS else None
 
 
-def _has_compiled(model: nn.Module) -> bool:
-    """Whether Dynamo runs a module or a method of one; by names, for to import Dynamo takes a second."""
-    modules = [*model.modules()]
-    kinds = {kind for module in modules for kind in type(module).__mro__}
-    if any(m._compiled_call_impl for m in modules) or any(kind.__name__ == "OptimizedModule" for kind in kinds):
-        return True
-    held = [value for holder in (*modules, *kinds) for value in list(vars(holder).values())]  # a thread may add to them
+def _compiled(model: nn.Module) -> set[nn.Module]:
+    """Modules that Dynamo runs, or a method of, and all inside; by names, for to import Dynamo takes a second."""
+
+    @functools.cache
+    def is_compiled(kind: type) -> bool:
+        return kind.__name__ == "OptimizedModule" or _has_compiled(kind)
+
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if module not in found and (
+            module._compiled_call_impl or _has_compiled(module) or any(map(is_compiled, type(module).__mro__))
+        ):
+            found.update(module.modules())
+    return found
+
+
+def _has_compiled(holder: nn.Module | type) -> bool:
+    held = list(vars(holder).values())  # a thread may add to them
     functions = [vars(value) for value in held if isinstance(value, FunctionType)]
     return any("_torchdynamo_orig_callable" in own and "_torchdynamo_disable" not in own for own in functions)
 

@@ -272,7 +272,7 @@ def test_compiled_models_are_not_watched(net):
 
 @pytest.mark.parametrize("part", ["forward", "layer", "class", "function"])
 def test_compiled_methods_are_not_watched(net, part):
-    """A function that is compiled alone is not seen, but traced."""
+    """A function that is compiled alone is not seen, but traced. The rest of the model is watched."""
     compiled = functools.partial(torch.compile, backend="eager", fullgraph=True)
 
     class Compiled(Net):
@@ -286,7 +286,15 @@ def test_compiled_methods_are_not_watched(net, part):
     elif part == "function":
         run = compiled(lambda layer, x: layer(x))
         model.forward = lambda x: run(model.both, x)
-    assert warned(lambda: model(x)) == [] and plain(model)
+    assert len(warned(lambda: model(x))) == (part == "layer") and plain(model)
+
+
+def test_layers_beside_compiled_ones_are_watched(net):
+    net.both.compile(backend="eager", fullgraph=True)
+    store, x = AdapterStore(net), torch.randn(3, K)
+    store.load("a", {"read": pair()})
+    with pytest.raises(ValueError, match="the layer 'read' has its weight read"):
+        serve(store, x)
 
 
 def test_a_look_in_between_compiles_nothing_anew(net):
