@@ -461,8 +461,9 @@ def check_no_batch(model: nn.Module, adapter_name: str | None = None) -> None:
 
 
 def as_list(adapter_names: Iterable) -> list:
-    """``adapter_names`` as a list. TypeError if it is not iterable, or a str, whose letters would pass for names."""
-    if isinstance(adapter_names, (str, bytes)) or not isinstance(adapter_names, Iterable):
+    """``adapter_names`` as a list. TypeError if it is not iterable, or what would pass for names: the letters of a str,
+    the keys of a dict with weights."""
+    if isinstance(adapter_names, (str, bytes, Mapping)) or not isinstance(adapter_names, Iterable):
         raise TypeError(f"adapter_names: expected a list of strings, got {adapter_names!r}")
     return list(adapter_names)
 

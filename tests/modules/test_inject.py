@@ -919,7 +919,7 @@ def test_a_model_that_is_not_a_module_is_refused(call, wrong):
         CALLS[call](wrong)
 
 
-@pytest.mark.parametrize("names", [5, None, True, [5], [["default"]], [b"default"]], ids=repr)
+@pytest.mark.parametrize("names", [5, None, True, [5], [["default"]], [b"default"], {"default": 0.5}], ids=repr)
 @pytest.mark.parametrize("function", [fused_lora.set_adapter, fused_lora.merge, fused_lora.adapter_batch])
 def test_names_of_other_types_are_refused(function, names):
     model = fused_lora.inject(toy(), LoraConfig(target_modules=["0", "2"]))
