@@ -1,4 +1,4 @@
-"""Weights and adapters for merges by the kernel, and what its records say."""
+"""Weights and adapters for merges by the kernel, and what records say."""
 
 import torch
 
@@ -40,3 +40,9 @@ def corrections_of(record, N, K, dtype):
     number, value = torch.cat(found, 1)
     order = number.argsort()
     return number[order] // K, number[order] % K, value[order]
+
+
+def unit_by_unit(units):
+    """The corrections in the order of the units, or the copy: in C that order depends on the threads."""
+    parts = [units.corrections[start : start + n] for n, start, _ in units.notes.t().tolist()]
+    return torch.cat(parts) if units.copy is None else units.copy

@@ -10,6 +10,7 @@ from fused_lora.ops import native
 from fused_lora.ops.merge import blocks
 from fused_lora.ops.native import MERGE, UNMERGE
 from fused_lora.reference import bits
+from helpers.merges import unit_by_unit
 from helpers.seeds import shifted
 from helpers.thorough import pairwise
 
@@ -51,7 +52,8 @@ def in_two_steps(W, record, *new, **options):
 
 
 def tensors(record):
-    return record.factors.tensors + record.units.tensors
+    """What is held, in an order that no thread decides."""
+    return [*record.factors.tensors, record.units.notes[2], unit_by_unit(record.units)]
 
 
 @pairwise(layout=LAYOUTS, shape=SHAPES, dtype=DTYPES)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -198,35 +198,33 @@ class _InTorch(_Sweep):
         self.W, self.units, self._room = W, units, room
         self._counts, self._starts, self._checksum = units.notes.unbind()
         self._left, self._right, self._scales, self._dither = factors
-        self._panels = [(first, min(first + units.width, W.shape[1])) for first in range(0, W.shape[1], units.width)]
-        whole = W.shape[0] // units.height * units.height
-        step = max(1, _BAND // max(1, units.height * W.shape[1])) * units.height
-        self._bands = [(row, min(row + step, whole)) for row in range(0, whole, step)]
-        self._bands += [(whole, W.shape[0])] if whole < W.shape[0] else []
-        self._merged = dict.fromkeys(self._bands, room == 0)
-        self._pieces, self._begun = [units.corrections], set()  # bands whose write may have been stopped
+        rows, columns = W.shape if W.numel() else (0, 0)
+        # elements of a row of every unit from left to right, of which the last may be narrower
+        self._widths = [min(units.width, columns - first) for first in range(0, columns, units.width)]
+        whole = rows // units.height * units.height  # units that may be lower are a band of their own
+        step = max(1, _BAND // max(1, units.height * columns)) * units.height
+        self._bands = list(itertools.pairwise(sorted({*range(0, whole, step), whole, rows})))
+        self._pieces: list[torch.Tensor] = [units.corrections]
+        self._begun: set[tuple[int, int]] = set()  # bands whose write may have been stopped
 
     def kept(self) -> torch.Tensor:
         return torch.cat(self._pieces)
 
     def run(self, mode: int) -> int:
-        outcome = self._sweep(mode)
-        back = {MERGE: UNMERGE, UNMERGE: MERGE_AGAIN}.get(mode)
-        return TORN if outcome != DONE and back is not None and self.undo(back) != DONE else outcome
+        for band in self._bands:
+            outcome = self._do(band, mode)
+            if outcome != DONE:
+                back = {MERGE: UNMERGE, UNMERGE: MERGE_AGAIN}.get(mode)
+                return outcome if back is None or self.undo(back) == DONE else TORN
+        return DONE
 
     def undo(self, mode: int) -> int:
-        """Also where an interrupt came between the note that a band is written and its write."""
+        """Of a band that may have been written its checksum tells."""
         for band in self._begun:
-            now, notes = self._checksums(self.W[slice(*band)]), self._notes(band, self._checksum)
-            self._merged[band] = not torch.equal(now, notes)
-        return self._sweep(mode)
-
-    def _sweep(self, mode: int) -> int:
-        for band, merged in self._merged.items():
-            if mode == CHECKSUM or merged == (mode == UNMERGE):
-                outcome = self._do(band, mode)
-                if outcome != DONE:
-                    return outcome
+            merged = not torch.equal(self._checksums(self.W[slice(*band)]), self._notes(band, self._checksum))
+            outcome = self._do(band, mode) if merged == (mode == UNMERGE) else DONE
+            if outcome != DONE:
+                return outcome
         return DONE
 
     def _do(self, band: tuple[int, int], mode: int) -> int:
@@ -254,7 +252,6 @@ class _InTorch(_Sweep):
             self._notes(band, self._counts).copy_(counts)
             self._notes(band, self._starts).copy_(used + counts.cumsum(0) - counts)
         self._begun.add(band)
-        self._merged[band] = mode != UNMERGE
         w.copy_(out)
         return DONE
 
@@ -274,66 +271,61 @@ class _InTorch(_Sweep):
 
     def _notes(self, band: tuple[int, int], notes: torch.Tensor) -> torch.Tensor:
         """Those of the band's units."""
-        first, stop = (-(-row // self.units.height) * len(self._panels) for row in band)
+        first, stop = (-(-row // self.units.height) * len(self._widths) for row in band)
         return notes[first:stop]
 
-    def _by_unit(self, rows: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """For every panel: which of the rows' units lie in it, its columns, and their elements [units, elements]."""
-        height = min(self.units.height, len(rows))
-        for panel, columns in enumerate(self._panels):
-            part = rows[:, slice(*columns)].reshape(len(rows) // height, height * (columns[1] - columns[0]))
-            yield slice(panel, None, len(self._panels)), slice(*columns), part
+    def _blocks(self, rows: torch.Tensor) -> torch.Tensor:
+        """A band's integers by unit, [units, height, width], unsigned, with 0 behind the last column."""
+        height, width, panels = min(self.units.height, len(rows)), self.units.width, len(self._widths)
+        words = torch.nn.functional.pad(_words(rows), (0, panels * width - rows.shape[1]))
+        return words.view(len(rows) // height, height, panels, width).transpose(1, 2).flatten(0, 1)
+
+    def _widths_of(self, unit: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self._widths, device=unit.device)[unit % len(self._widths)]
 
     def _checksums(self, rows: torch.Tensor) -> torch.Tensor:
-        found = self._checksum.new_empty(-(-len(rows) // self.units.height) * len(self._panels))
-        for units, _, part in self._by_unit(bits(rows)):
-            words = _words(part).unflatten(1, (min(self.units.height, len(rows)), -1))
-            sums = torch.zeros_like(words[:, 0])
-            for row in words.unbind(1):
-                sums = sums ^ row
-                sums = ((sums << 13 | sums >> 19) & _LOW) * 0x85EBCA6B & _LOW
-            found[units] = (sums * _weights(rows.device)[: sums.shape[1]]).sum(1)
-        return found
+        blocks = self._blocks(bits(rows))
+        sums = torch.zeros_like(blocks[:, 0])
+        for row in blocks.unbind(1):
+            sums = sums ^ row
+            sums = ((sums << 13 | sums >> 19) & _LOW) * 0x85EBCA6B & _LOW
+        weights = torch.arange(1, sums.shape[1] + 1, device=rows.device) * 0x9E3779B1 & _LOW
+        return (sums * weights).sum(1)
 
     def _encode(self, difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [n, 2] and how many of them every unit has."""
-        counts = self._counts.new_empty(-(-len(difference) // self.units.height) * len(self._panels))
-        found, order = [], []
-        for units, _, part in self._by_unit(difference):
-            unit, at = part.nonzero(as_tuple=True)
-            word = _words(part[unit, at])
-            before = torch.where(unit.diff(prepend=unit.new_full((1,), -1)) == 0, at.roll(1), -1)
-            bridges = (at - before - 1) // 255
-            length = bridges + 1 + sum(((word >> shift) != 0).long() for shift in range(8, 8 * difference.itemsize, 8))
-            owner = torch.repeat_interleave(torch.arange(len(at), device=at.device), length)
-            byte = torch.arange(len(owner), device=at.device) - (length.cumsum(0) - length + bridges)[owner]
-            advance = torch.where(byte == 0, (at - before - 255 * bridges)[owner], torch.where(byte < 0, 255, 0))
-            xor = torch.where(byte < 0, 0, word[owner] >> (8 * byte.clamp(min=0)) & 255)
-            counts[units] = torch.zeros_like(counts[units]).index_add_(0, unit, length.to(counts.dtype))
-            found.append(torch.stack([advance, xor], 1).to(torch.uint8))
-            order.append(torch.arange(len(counts), device=at.device)[units][unit[owner]])
-        return torch.cat(found)[torch.cat(order).argsort(stable=True)], counts
+        blocks = self._blocks(difference)
+        unit, row, column = blocks.nonzero(as_tuple=True)
+        word, at = blocks[unit, row, column], row * self._widths_of(unit) + column
+        before = torch.where(unit.diff(prepend=unit.new_full((1,), -1)) == 0, at.roll(1), -1)
+        bridges = (at - before - 1) // 255
+        length = bridges + 1 + sum(((word >> shift) != 0).long() for shift in range(8, 8 * difference.itemsize, 8))
+        owner = torch.repeat_interleave(torch.arange(len(at), device=at.device), length)
+        byte = torch.arange(len(owner), device=at.device) - (length.cumsum(0) - length + bridges)[owner]
+        advance = torch.where(byte == 0, (at - before - 255 * bridges)[owner], torch.where(byte < 0, 255, 0))
+        xor = torch.where(byte < 0, 0, word[owner] >> (8 * byte.clamp(min=0)) & 255)
+        counts = length.new_zeros(len(blocks)).index_add_(0, unit, length)
+        return torch.stack([advance, xor], 1).to(torch.uint8), counts
 
     def _decode(self, band: tuple[int, int], rows: torch.Tensor) -> bool:
         """The corrections of the band's units applied to its bits; False where they cannot be of it."""
         counts, starts = (self._notes(band, notes) for notes in (self._counts, self._starts))
-        pairs = torch.cat(self._pieces)
+        pairs, panels = torch.cat(self._pieces), len(self._widths)
         if bool(((counts < 0) | (starts < 0) | (starts > len(pairs) - counts)).any()):
             return False
-        for units, columns, part in self._by_unit(rows):
-            count = counts[units].long()
-            unit = torch.repeat_interleave(torch.arange(len(count), device=rows.device), count)
-            first = count.cumsum(0) - count
-            entry = torch.arange(len(unit), device=rows.device)
-            advance, xor = pairs[starts[units][unit] + entry - first[unit]].long().unbind(1)
-            gone = torch.cat([advance.new_zeros(1), advance.cumsum(0)])
-            at = gone[1:] - gone[first[unit]] - 1
-            byte = entry - torch.where(advance != 0, entry, -1).cummax(0).values if len(entry) else entry
-            if bool(((at < 0) | (at >= part.shape[1]) | (byte >= rows.itemsize)).any()):
-                return False
-            change = torch.zeros(part.numel(), dtype=torch.int64, device=rows.device)
-            change.index_add_(0, unit * part.shape[1] + at, xor << (8 * byte))
-            rows[:, columns] ^= change.to(rows.dtype).view(len(rows), -1)
+        unit = torch.repeat_interleave(torch.arange(len(counts), device=rows.device), counts)
+        first = counts.cumsum(0) - counts
+        entry = torch.arange(len(unit), device=rows.device)
+        advance, xor = pairs[starts[unit] + entry - first[unit]].long().unbind(1)
+        gone = torch.cat([advance.new_zeros(1), advance.cumsum(0)])
+        at, width = gone[1:] - gone[first[unit]] - 1, self._widths_of(unit)
+        byte = entry - torch.where(advance != 0, entry, -1).cummax(0).values if len(entry) else entry
+        height = min(self.units.height, len(rows))
+        if bool(((at < 0) | (at >= height * width) | (byte >= rows.itemsize)).any()):
+            return False
+        place = unit // panels * height + at // width, unit % panels * self.units.width + at % width
+        change = torch.zeros(rows.shape, dtype=torch.int64, device=rows.device)
+        rows ^= change.index_put_(place, xor << (8 * byte), accumulate=True).to(rows.dtype)
         return True
 
 
@@ -359,11 +351,6 @@ def dithered(total: torch.Tensor, dtype: torch.dtype, dither: Dither) -> torch.T
 def _words(integers: torch.Tensor) -> torch.Tensor:
     """Unsigned, in 64 bits."""
     return integers.long() if integers.itemsize == 8 else integers.long() & ((1 << 8 * integers.itemsize) - 1)
-
-
-@functools.lru_cache(maxsize=8)
-def _weights(device: torch.device) -> torch.Tensor:
-    return torch.arange(1, WIDTH + 1, dtype=torch.int64, device=device) * 0x9E3779B1 & _LOW
 
 
 Held = tuple[Factors, Units]  # of a merge
