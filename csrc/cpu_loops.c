@@ -557,7 +557,7 @@ INLINE void expand(int type, const Terms *terms, const int64_t *block, int64_t o
 /* Products of LoRA in one pass over x [rows, columns], with D(x) = x * mask, without the factor 1 / (1 - p). */
 typedef struct {
     int64_t rows, columns, ranks, cut, threads, variant;
-    int64_t adds, height;     /* whether dx is added to; rows of a part */
+    int64_t height;           /* rows of a part */
     uint64_t seed;
     const float *x, *A;       /* A [ranks, columns] */
     const float *dS, *turned; /* dS [rows, ranks] and its transpose */
@@ -607,8 +607,7 @@ INLINE void products(const Products *of, int64_t part, int64_t panel) {
             for (int64_t i = 0; i < GROUP && k + i < h; i++) {
                 float *restrict dx = of->dx + (m + k + i) * K + first;
                 const float *from = of->dS ? d[i] : of->x + (m + k + i) * K + first;
-                if (of->adds) for (int64_t c = 0; c < n; c++) dx[c] += kept[k + i][c] * from[c];
-                else for (int64_t c = 0; c < n; c++) dx[c] = kept[k + i][c] * from[c];
+                for (int64_t c = 0; c < n; c++) dx[c] = kept[k + i][c] * from[c];
             }
         }
         if (!of->S && !of->dA) continue;
@@ -703,8 +702,8 @@ int fused_lora_amd(void) {
 #endif
 }
 
-/* Of the layout that Python must have, too: an older library beside newer code would read wrong addresses. */
-int fused_lora_work_bytes(void) { return (int)sizeof(Work); }
+/* Of the layouts that Python must have, too: an older library beside newer code would read wrong addresses. */
+int fused_lora_layout(void) { return (int)(sizeof(Work) << 16 | sizeof(Products)); }
 
 int fused_lora_openmp(void) {
 #ifdef _OPENMP

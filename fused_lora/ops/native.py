@@ -47,8 +47,8 @@ class Work(ctypes.Structure):
     ]
 
 
-# ``Products`` in C: rows columns ranks cut threads variant adds height seed x A dS turned S dx dA
-_products = struct.Struct("16q").pack
+# ``Products`` in C: rows columns ranks cut threads variant height seed x A dS turned S dx dA
+_products = struct.Struct("15q")
 
 
 @functools.cache
@@ -59,10 +59,11 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(LIBRARY))
         variant = library.fused_lora_variant()
-        if library.fused_lora_work_bytes() != ctypes.sizeof(Work) or not hasattr(library, "fused_lora_products"):
-            return None, f"{LIBRARY.name} is of another version: build it again"
+        layout = library.fused_lora_layout()
     except (OSError, AttributeError) as error:
         return None, f"{LIBRARY.name} cannot be loaded: {error}"
+    if layout != ctypes.sizeof(Work) << 16 | _products.size:
+        return None, f"{LIBRARY.name} is of another version: build it again"
     if variant < 0:
         return None, "this processor has no fused multiply-add"
     return library, _VARIANTS[variant] + (" with OpenMP" if library.fused_lora_openmp() else ", one thread")
@@ -74,7 +75,7 @@ def _products_agree() -> bool:
     x, A, dS = (torch.from_numpy(np.arange(m * n, dtype=np.float32).reshape(m, n) % 7) for m, n in _TRIAL)
     keep = (dropout_lanes(7, 0, *_TRIAL[0])[:, : _TRIAL[0][1]] >= -20000).numpy()
     kept, term = x.numpy() * keep, keep * (dS.numpy() @ A.numpy())  # sums of small integers are exact
-    found = _run_products(7, -20000, x, A, dS, None, (True, True, True))
+    found = _run_products(7, -20000, x, A, dS, (True, True, True))
     expected = kept @ A.numpy().T, term, dS.numpy().T @ kept
     if not all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
         reject("products with a dropout mask differ")
@@ -148,9 +149,9 @@ def run(works: Sequence[Work], mode: int) -> int:
 
 
 def products(
-    seed: Any, cut: int, x: torch.Tensor, A: Any, dS: Any, dx: Any, wanted: tuple[bool, bool, bool]
+    seed: Any, cut: int, x: torch.Tensor, A: Any, dS: Any, wanted: tuple[bool, bool, bool]
 ) -> tuple[Any, Any, Any] | None:
-    """(D(x) A^T, dx + mask * (dS A), dS^T D(x)), None for what is not wanted, with D(x) = x * mask; None: not done.
+    """(D(x) A^T, mask * (dS A), dS^T D(x)), None for what is not wanted, with D(x) = x * mask; None: not done.
 
     Without dS the second is D(x) itself.
 
@@ -159,30 +160,29 @@ def products(
     Args:
         seed: of the mask (lane >= cut), a signed integer of 64 bits. cut: mask_cut of
             :mod:`fused_lora.reference`. x: [M, K]. A: [r, K], or None, as dS: [M, r], where no product takes it.
-            dx: [M, K], which is written to, or None for 0.
     """
-    for tensor in (x, A, dS, dx):
+    for tensor in (x, A, dS):
         if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_cpu):
             return None
     # a matrix without elements has no address, which means there that it is not given
-    if not usable() or not (dx is None or dx.is_contiguous()) or (A is not None and not A.shape[0]):
+    if not usable() or (A is not None and not A.shape[0]):
         return None
-    return _run_products(seed, cut, x.contiguous(), A if A is None else A.contiguous(), dS, dx, wanted)
+    return _run_products(seed, cut, x.contiguous(), A if A is None else A.contiguous(), dS, wanted)
 
 
-def _run_products(seed, cut, x, A, dS, dx, wanted) -> tuple[Any, Any, Any]:
+def _run_products(seed, cut, x, A, dS, wanted) -> tuple[Any, Any, Any]:
     (M, K), r = x.shape, 1 if A is None else A.shape[0]
     need_S, need_x, need_A = wanted
     height = max(128, 8 * r)  # all parts of dA are at most an eighth of x
-    adds, turned, panels = dx is not None, None, -(-K // _PANEL)
+    turned, panels = None, -(-K // _PANEL)
     if dS is not None:
         dS, turned = dS.contiguous(), dS.t().contiguous()
     S = x.new_empty((panels, M, r)) if need_S else None
-    dx = None if not need_x else dx if adds else torch.empty_like(x)
+    dx = torch.empty_like(x) if need_x else None
     dA = x.new_empty((-(-M // height), r, K)) if need_A else None
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (x, A, dS, turned, S, dx, dA)]
-    sizes = M, K, r, cut, threads(M * K), variant(), adds, height, seed
-    _loaded()[0].fused_lora_products(_products(*sizes, *addresses))
+    sizes = M, K, r, cut, threads(M * K), variant(), height, seed
+    _loaded()[0].fused_lora_products(_products.pack(*sizes, *addresses))
     return _sum(S), dx, _sum(dA)
 
 

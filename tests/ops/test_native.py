@@ -24,6 +24,7 @@ from fused_lora.ops.merge import op as merging
 from fused_lora.ops.merge.blocks import Factors
 from fused_lora.ops.merge.delta import chain
 from fused_lora.reference import bits
+from helpers.merges import unit_by_unit
 from helpers.seeds import shifted
 from helpers.thorough import pairwise
 
@@ -124,12 +125,6 @@ def test_c_and_torch_make_the_same_record_and_bits(shape, how, dtype, variant, m
     assert torch.equal(bits(in_c.contiguous()), bits(before)) and torch.equal(bits(in_torch), bits(before))
     guarded[1:-1, 2:-1] = 7.0
     assert (guarded == 7).all()
-
-
-def unit_by_unit(units):
-    """The corrections in the order of the units: in C it depends on the threads."""
-    parts = [units.corrections[start : start + n] for n, start, _ in units.notes.t().tolist()]
-    return torch.cat(parts) if units.copy is None else units.copy
 
 
 @built
@@ -386,7 +381,7 @@ def test_threads_that_flush_subnormal_numbers_change_nothing():
         "        merged.add(now.numpy().tobytes())\n"
         "        blocks.restore(now, ours, units)\n"
         "        assert torch.equal(bits(now), bits(W))\n"
-        "        masked.add(native.products(1, 0, W, right, left, None, (False, True, False))[1].numpy().tobytes())\n"
+        "        masked.add(native.products(1, 0, W, right, left, (False, True, False))[1].numpy().tobytes())\n"
         "assert len(masked) == len(merged) == 1\n"
     )
     if not native.usable():
@@ -458,7 +453,7 @@ def test_products_are_those_with_the_mask_of_the_reference(M, K, r, p, variant, 
         pytest.skip("this processor has not these instructions")
     monkeypatch.setattr(native, "variant", lambda: variant)
     seed, cut = -(2**63) + 12345, reference.dropout_threshold(p) - 32768
-    x, A, dS, dx = small(M, K), small(r, K), small(M, r), small(M, K)
+    x, A, dS = small(M, K), small(r, K), small(M, r)
     x.reshape(-1)[:1] = -np.inf  # dropped, it is a NaN, as with F.dropout
     keep = (reference.dropout_lanes(seed, 0, M, K)[:, :K] >= cut).numpy()
     with np.errstate(invalid="ignore"):
@@ -466,28 +461,18 @@ def test_products_are_those_with_the_mask_of_the_reference(M, K, r, p, variant, 
         expected = kept @ A.T, keep * (dS @ A), dS.T @ kept
     tensors = [torch.from_numpy(array) for array in (x, A, dS)]
     for wanted in itertools.product((False, True), repeat=3):
-        for given in (None, torch.from_numpy(dx.copy())):
-            found = native.products(seed, cut, *tensors, given, wanted)
-            for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-                if not wanted[i]:
-                    assert ours is None
-                    continue
-                assert np.array_equal(ours, theirs if i != 1 or given is None else theirs + dx, equal_nan=True)
+        for ours, theirs, needed in zip(native.products(seed, cut, *tensors, wanted), expected, wanted, strict=True):
+            assert np.array_equal(ours, theirs, equal_nan=True) if needed else ours is None
     assert np.array_equal(
-        native.products(seed, cut, tensors[0], *[None] * 3, (False, True, False))[1], kept, equal_nan=True
+        native.products(seed, cut, tensors[0], None, None, (False, True, False))[1], kept, equal_nan=True
     )
 
 
 def masked(seed):
-    """ones * mask of enough elements for all threads, between rows that nobody may write."""
+    """ones * mask of enough elements for all threads."""
     # numpy fills them: torch would in threads that a forked child has not
-    out, A, dS = (
-        torch.from_numpy(np.full(size, n, np.float32)) for size, n in [((70, 1003), 7), ((1, 1003), 1), ((60, 1), 1)]
-    )
-    out[5:65].numpy()[:] = 0
-    assert native.products(seed, -20000, out[5:65], A, dS, out[5:65], (False, True, False))
-    assert (out[:5] == 7).all() and (out[65:] == 7).all()
-    return out[5:65]
+    x, A, dS = (torch.from_numpy(np.ones(size, np.float32)) for size in [(60, 1003), (1, 1003), (60, 1)])
+    return native.products(seed, -20000, x, A, dS, (False, True, False))[1]
 
 
 @built
@@ -499,12 +484,12 @@ def test_masks_are_drawn_beside_each_other_and_in_any_number_of_threads():
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
             assert torch.equal(masked(11), expected)
-            products = native.products(5, -20000, x, A, dS, None, (True, True, True))
+            products = native.products(5, -20000, x, A, dS, (True, True, True))
             found.add(tuple(t.numpy().tobytes() for t in products))
     finally:
         torch.set_num_threads(before)
     assert len(found) == 1
-    fewer = native.products(5, -20000, x[:33], A, dS[:33], None, (True, True, False))
+    fewer = native.products(5, -20000, x[:33], A, dS[:33], (True, True, False))
     assert torch.equal(fewer[0], products[0][:33]) and torch.equal(fewer[1], products[1][:33])
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(found, expected) for found in pool.map(masked, [11] * 40))
@@ -513,12 +498,11 @@ def test_masks_are_drawn_beside_each_other_and_in_any_number_of_threads():
 @built
 def test_what_is_not_fp32_is_left_to_torch():
     x, A, dS = (torch.from_numpy(small(*shape)) for shape in [(40, 20), (3, 40), (20, 3)])
-    expected = native.products(1, 0, x.t().contiguous(), A, dS, None, (True, True, True))
-    found = native.products(1, 0, x.t(), A, dS, None, (True, True, True))
+    expected = native.products(1, 0, x.t().contiguous(), A, dS, (True, True, True))
+    found = native.products(1, 0, x.t(), A, dS, (True, True, True))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
-    assert native.products(1, 0, x.t(), A, dS, torch.zeros(40, 20).t(), (False, True, False)) is None
-    assert native.products(1, 0, x.t().bfloat16(), A, dS, None, (True, False, False)) is None
-    assert native.products(1, 0, x.t(), A.double(), dS, None, (True, False, False)) is None
+    assert native.products(1, 0, x.t().bfloat16(), A, dS, (True, False, False)) is None
+    assert native.products(1, 0, x.t(), A.double(), dS, (True, False, False)) is None
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.ops import guard, native
+from fused_lora.ops import guard
 from fused_lora.ops.linear import eager
 from fused_lora.ops.linear.op import is_batched, is_direct
 from fused_lora.ops.masks import times_mask
-from fused_lora.reference import keep_scale, mask_cut
+from fused_lora.reference import keep_scale
 
 Blocks = Callable[[], Iterator[tuple[int, int, Tensor]]]  # (start, stop, rows start to stop) of a weight [N, K]
 _BLOCK_ELEMENTS = 1 << 17  # of W + s B A at a time: 512 KiB of fp32
@@ -152,8 +152,7 @@ def _draw(x: Tensor, seed: Tensor, p: float) -> Tensor:
     if not x.is_cpu or guard.usable(x.device):
         return times_mask(seed, p, True, rows)[0].reshape(x.shape)
     wide: Any = rows.to(torch.promote_types(x.dtype, torch.float32))
-    found = native.products(seed.item(), mask_cut(p), wide, None, None, None, (False, True, False))
-    kept: Any = eager.masked(seed.item(), p, 0, wide)[0] if found is None else found[1]
+    kept = eager.dropped_products(seed.item(), p, wide, None, None, (False, True, False))[1]
     return kept.mul_(keep_scale(p)).to(x.dtype).reshape(x.shape)
 
 

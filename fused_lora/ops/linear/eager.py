@@ -84,24 +84,54 @@ def _add_terms(total, rows, lora_A, lora_B, scaling, dropout, seeds) -> torch.Te
     for i, (A, B, s, p) in enumerate(zip(lora_A, lora_B, scaling, dropout, strict=True)):
         A = _as(A, acc)
         # both operands lie along the sum, which BLAS libraries add up in several accumulators: half the rounding error
-        S = linear(_as(rows, acc), A) if p == 0.0 else _dropped_shrink(rows, A, p, seeds[i])
+        if p == 0.0:
+            S = linear(_as(rows, acc), A)
+        else:
+            S = dropped_products(seeds[i], p, _as(rows, acc), A, None, (True, False, False))[0]
+            S.mul_(_keep_scale(p, acc))
         total.addmm_(S, _as(B, acc).t(), alpha=s)
         terms.append(S)
     return S if len(terms) == 1 else torch.cat(terms, 1)
 
 
-def _dropped_shrink(rows: torch.Tensor, A: torch.Tensor, p: float, seed) -> torch.Tensor:
+def dropped_products(
+    seed: Any, p: float, x: torch.Tensor, A: Any, dS: Any, wanted: tuple[bool, bool, bool]
+) -> tuple[Any, Any, Any]:
+    """(D(x) A^T, mask * (dS A), dS^T D(x)), None for what is not wanted, with D(x) = x * mask; one mask for all.
+
+    Without dS the second is D(x) itself. x, A and dS are of one dtype.
+    """
+    need_S, need_x, need_A = wanted
     if p == 1.0:
-        return rows.new_zeros((rows.shape[0], A.shape[0]), dtype=A.dtype)
-    found = native.products(seed, mask_cut(p), rows, A, None, None, (True, False, False))
+        sizes = (x.shape[0], len(A)), x.shape, A.shape
+        S, term, dA = (x.new_zeros(size) if need else None for size, need in zip(sizes, wanted, strict=True))
+        return S, term, dA
+    found = native.products(seed, mask_cut(p), x, A, dS, wanted)
     if found is not None:
-        S = found[0]
-    else:
-        parts = []
-        for start, stop in _row_blocks(rows):
-            parts.append(linear(_as(masked(seed, p, start, rows[start:stop])[0], A.dtype), A))
-        S = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return S.mul_(_keep_scale(p, A.dtype))
+        return found
+    S, term, dA = [], [], None
+    for start, stop in _row_blocks(x):
+        rows, part = x[start:stop], None if dS is None else dS[start:stop]
+        given = [rows] if need_S or need_A else []
+        if need_x:
+            given.append(rows if part is None else part @ A)
+        if x.is_cpu:
+            keep = (dropout_lanes(seed, start, len(rows), x.shape[1])[:, : x.shape[1]] >= mask_cut(p)).numpy()
+            # numpy's product with a bool is twice as fast as torch's
+            kept = [torch.from_numpy(np.multiply(tensor.numpy(), keep)) for tensor in given]
+        else:  # there this path is the fallback, and all rows are one block
+            kept = times_mask(seed, p, False, *given)
+        if need_S:
+            S.append(linear(kept[0], A))
+        if need_x:
+            term.append(kept[-1])
+        if need_A:
+            dA = torch.mm(part.t(), kept[0]) if dA is None else dA.addmm_(part.t(), kept[0])
+    return _joined(S), _joined(term), dA
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
 
 
 @lru_cache(maxsize=256)
@@ -149,17 +179,20 @@ def lora_linear_backward(
         if not (need_x or need_A[i]):
             continue
         dS = _scaled(g_acc, B_acc, s * keep_scale(p), part)  # both factors, one rounding
+        A_acc = _as(A, acc)
         if p:
-            dx, dA[i] = _dropped_input_side(dS, rows, A, p, numbers[i], dx, need_x, need_A[i])
-            continue
-        if need_x:
-            A_acc = _as(A, acc)
-            dx = torch.mm(dS, A_acc) if dx is None else dx.addmm_(dS, A_acc)
-        if need_A[i]:
-            dA[i] = _as(torch.mm(dS.t(), _as(rows, acc)), A.dtype)
+            wanted = False, need_x, need_A[i]
+            _, term, found = dropped_products(numbers[i], p, _as(rows, acc), A_acc, dS, wanted)
+            dx = dx.add_(term) if need_x and dx is not None else term
+        else:
+            if need_x:
+                dx = torch.mm(dS, A_acc) if dx is None else dx.addmm_(dS, A_acc)
+            found = torch.mm(dS.t(), _as(rows, acc)) if need_A[i] else None
+        dA[i] = found if found is None else _as(found, A.dtype)
     if need_x and weight is not None:
-        for start, stop, block in _weight_blocks(weight, g_rows.dtype):
-            columns = g_rows if start is None else g_rows[:, start:stop]
+        ready = _is_ready(weight, g_rows.dtype)
+        for start, stop, block in ((0, None, weight),) if ready else _converted_blocks(weight, g_rows.dtype):
+            columns = g_rows if ready else g_rows[:, start:stop]
             if acc is g_rows.dtype and dx.shape[0] >= _FEW_ROWS:
                 dx = _plus_product(dx, columns, block)
             else:
@@ -168,35 +201,6 @@ def lora_linear_backward(
     dW = _as(g_rows.t() @ rows, weight.dtype) if need_weight else None
     db = g_acc.sum(0) if need_bias else None
     return (_as(dx, x.dtype) if need_x else None), dA, dB, dW, db
-
-
-def _dropped_input_side(dS, rows, A, p: float, seed, dx, need_x: bool, need_A: bool):
-    """(dx + mask * (dS A), dA = dS^T (mask * x)), None for what is not needed; ``dx`` None for the first adapter.
-
-    One mask for both. ``dS`` already holds the 1 / (1 - p). The sum may be formed in ``dx``.
-    """
-    acc, dA = dS.dtype, None
-    if p == 1.0:
-        if need_x and dx is None:
-            dx = rows.new_zeros(rows.shape, dtype=acc)
-        return dx, A.new_zeros(A.shape) if need_A else None
-    rows, A_acc, parts = _as(rows, acc), _as(A, acc), []
-    found = native.products(seed, mask_cut(p), rows, A_acc, dS, dx, (False, need_x, need_A))
-    if found is not None:
-        _, dx, dA = found
-        return dx, None if dA is None else _as(dA, A.dtype)
-    for start, stop in _row_blocks(rows):
-        part = dS[start:stop]
-        given = [*([part @ A_acc] if need_x else []), *([rows[start:stop]] if need_A else [])]
-        kept = masked(seed, p, start, *given)
-        if need_A:
-            dA = torch.mm(part.t(), kept[-1]) if dA is None else dA.addmm_(part.t(), kept[-1])
-        if need_x:
-            parts.append(kept[0])
-    if need_x:
-        term = parts[0] if len(parts) == 1 else torch.cat(parts)
-        dx = term if dx is None else dx.add_(term)
-    return dx, None if dA is None else _as(dA, A.dtype)
 
 
 def accumulate_dtype(x: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> torch.dtype:
@@ -272,27 +276,12 @@ def _row_blocks(rows: torch.Tensor) -> Sequence[tuple[int, int]]:
     return [(start, min(start + step, M)) for start in range(0, M, step)]
 
 
-def masked(seed: Any, p: float, start: int, *rows: torch.Tensor) -> list[torch.Tensor]:
-    """Each of the tensors, all [m, K], * mask from its row ``start`` on."""
-    if not rows[0].is_cpu:  # there this path is the fallback, and all rows are one block
-        return times_mask(seed, p, False, *rows)
-    m, K = rows[0].shape
-    keep = (dropout_lanes(seed, start, m, K)[:, :K] >= mask_cut(p)).numpy()
-    # numpy's product with a bool is twice as fast as torch's
-    return [torch.from_numpy(np.multiply(tensor.numpy(), keep)) for tensor in rows]
-
-
-def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype) -> Sequence | Iterator:
-    """(start, stop, rows of the weight in ``dtype``); None, None, weight where it needs no conversion."""
-    return ((None, None, weight),) if _is_ready(weight, dtype) else _converted_blocks(weight, dtype)
-
-
 def _is_ready(weight, dtype: torch.dtype) -> bool:
     return weight.dtype is dtype and isinstance(weight, torch.Tensor)  # else it is packed
 
 
 def _converted_blocks(weight, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """No block is held here: whoever drops one before the next has one in memory."""
+    """(start, stop, rows of the weight in ``dtype``). Whoever drops one before the next has one in memory."""
     N, K = weight.shape
     step = max(1, _WEIGHT_ELEMENTS // max(K, 1))
     if not isinstance(weight, torch.Tensor):
@@ -302,15 +291,11 @@ def _converted_blocks(weight, dtype: torch.dtype) -> Iterator[tuple[int, int, to
 
 def _matmul_weight_t(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """rows W^T (+ bias) in the dtype of rows."""
-    if _is_ready(weight, rows.dtype):
-        return linear(rows, weight, None if bias is None else _as(bias, rows.dtype))
-    y = rows.new_empty((rows.shape[0], weight.shape[0]))
     bias = None if bias is None else _as(bias, rows.dtype)
-    joined = bias if rows.shape[0] >= _FEW_ROWS else None  # saves a pass over y
+    if _is_ready(weight, rows.dtype):
+        return linear(rows, weight, bias)
+    y = rows.new_empty((rows.shape[0], weight.shape[0]))
     for start, stop, block in _converted_blocks(weight, rows.dtype):
-        if joined is None:
-            torch.mm(rows, block.t(), out=y[:, start:stop])
-        else:
-            torch.addmm(joined[start:stop], rows, block.t(), out=y[:, start:stop])
+        torch.mm(rows, block.t(), out=y[:, start:stop])
         del block
-    return y if bias is None or joined is not None else y.add_(bias)
+    return y if bias is None else y.add_(bias)
