@@ -156,7 +156,7 @@ class Base:
     def delta_fidelity(self, module: nn.Module, record: Any) -> float:
         """Share of the merged delta that rounding lost, ||(Wm - W) - D|| / ||D||."""
         weight: Any = module._parameters["weight"]
-        return merging.delta_fidelity(weight, record)[1]
+        return merging.delta_fidelity(weight, record)
 
     def dense_weight(self, module: nn.Module, factors: Factors, dtype: torch.dtype) -> Tensor:
         """dequant(W) + D as a dense [N, K] of ``dtype``: a sum in fp32, rounded once. Nothing is changed.

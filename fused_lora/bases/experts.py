@@ -227,7 +227,7 @@ class Experts(Base):
 
     def delta_fidelity(self, module: Any, record: list[merging.MergeRecord]) -> float:
         """As :meth:`Base.delta_fidelity`, of the expert that lost most."""
-        lost = [merging.delta_fidelity(W, own)[1] for W, own in zip(self._matrices(module), record, strict=True)]
+        lost = [merging.delta_fidelity(W, own) for W, own in zip(self._matrices(module), record, strict=True)]
         return max(lost)
 
     def _matrices(self, module: Any) -> list[Tensor]:

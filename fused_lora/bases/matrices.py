@@ -56,7 +56,7 @@ class AsMatrix(Base):
 
     def delta_fidelity(self, module: Any, record: merging.MergeRecord) -> float:
         """As :meth:`Base.delta_fidelity`."""
-        return merging.delta_fidelity(self._matrix(module), record)[1]
+        return merging.delta_fidelity(self._matrix(module), record)
 
     def _matrix(self, module: Any) -> Tensor:
         return module._parameters["weight"].detach().flatten(1)  # a view: the weight is contiguous

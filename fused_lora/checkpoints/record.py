@@ -20,8 +20,8 @@ from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import METADATA, TensorEntry, header_bytes, parse_json, write_all
 from fused_lora.checkpoints.files import Shard
 from fused_lora.checkpoints.stream import Piece, read_bytes, read_tensor, write_pieces
-from fused_lora.ops.merge.blocks import Scales, Units
-from fused_lora.ops.merge.op import Factors, take_rows_
+from fused_lora.ops.merge.blocks import Factors, Scales, Units, restoring
+from fused_lora.ops.native import UNMERGE
 
 RECORD_NAME = "record.json"
 _OLD, _MERGED, _PIECES = "fused_lora.old_header", "fused_lora.merged_header_sha256", "fused_lora.pieces"
@@ -148,7 +148,8 @@ def _work(
         units, scale = Units(height, width, notes, corrections, copy), tensor(f"{at}.scale")
         scales = None if scale is None else Scales.of_rows(scale, entry.shape[-1])
         try:
-            take_rows_(data.view(entry.dtype).view(-1, entry.shape[-1]), Factors(left, other, scales), units)
+            rows = data.view(entry.dtype).view(-1, entry.shape[-1])
+            restoring(rows, Factors(left, other, scales), units).alone(UNMERGE)
         except RuntimeError as error:
             raise RuntimeError(f"{where}: {str(error).removeprefix('weight: ')}") from None
         return data, None

@@ -120,8 +120,8 @@ def test_c_and_torch_make_the_same_record_and_bits(shape, how, dtype, variant, m
     for units, other in ((found, expected), (expected, found)):
         assert torch.equal(units.notes[::2], other.notes[::2])
     assert torch.equal(unit_by_unit(found), unit_by_unit(expected))
-    blocks.restore(in_c, ours, expected, blocks._InC)
-    blocks.restore(in_torch, ours, found, blocks._InTorch)
+    blocks.restoring(in_c, ours, expected, blocks._InC).alone(native.UNMERGE)
+    blocks.restoring(in_torch, ours, found, blocks._InTorch).alone(native.UNMERGE)
     assert torch.equal(bits(in_c.contiguous()), bits(before)) and torch.equal(bits(in_torch), bits(before))
     guarded[1:-1, 2:-1] = 7.0
     assert (guarded == 7).all()
@@ -135,7 +135,7 @@ def test_any_rank(r):
     in_c, in_torch = before.clone(), before.clone()
     found, expected = blocks.merge(in_c, ours, blocks._InC), blocks.merge(in_torch, ours, blocks._InTorch)
     assert torch.equal(bits(in_c), bits(in_torch)) and torch.equal(unit_by_unit(found), unit_by_unit(expected))
-    blocks.restore(in_c, ours, found, blocks._InC)
+    blocks.restoring(in_c, ours, found, blocks._InC).alone(native.UNMERGE)
     assert torch.equal(bits(in_c), bits(before))
 
 
@@ -155,7 +155,7 @@ def test_a_weight_that_is_not_finite_stays_under_any_delta(columns, dtype):
         merged = W.clone()
         found.append(blocks.merge(merged, ours, kind))
         assert torch.equal(bits(merged), bits(W))
-        blocks.restore(merged, ours, found[-1], other)
+        blocks.restoring(merged, ours, found[-1], other).alone(native.UNMERGE)
         assert torch.equal(bits(merged), bits(W))
     assert torch.equal(found[0].notes[::2], found[1].notes[::2])
     with pytest.raises(ValueError, match="NaNs or infinities"):
@@ -195,7 +195,7 @@ def test_a_merge_is_the_same_in_any_number_of_threads(dtype):
             units = blocks.merge(W, ours)
             found.append((bits(W).clone(), units.notes[2], unit_by_unit(units)))
             torch.set_num_threads(5 - n)
-            blocks.restore(W, ours, units)
+            blocks.restoring(W, ours, units).alone(native.UNMERGE)
             assert torch.equal(bits(W), bits(before))
     finally:
         torch.set_num_threads(threads)
@@ -231,7 +231,7 @@ def test_any_options_of_the_compiler_give_the_same_bits(options, fresh, tmp_path
         in_c, in_torch = before.clone(), before.clone()
         found, _ = blocks.merge(in_c, ours, blocks._InC), blocks.merge(in_torch, ours, blocks._InTorch)
         assert torch.equal(bits(in_c), bits(in_torch))
-        blocks.restore(in_c, ours, found, blocks._InC)
+        blocks.restoring(in_c, ours, found, blocks._InC).alone(native.UNMERGE)
         assert torch.equal(bits(in_c), bits(before))
 
 
@@ -267,7 +267,7 @@ def test_a_damaged_record_is_refused(damage, with_loops, monkeypatch):
     if not with_loops:
         monkeypatch.setattr(native, "usable", lambda: False)
     with pytest.raises(RuntimeError, match="not what the merge left"):
-        blocks.restore(W, ours, units)
+        blocks.restoring(W, ours, units).alone(native.UNMERGE)
     assert torch.equal(bits(W), bits(merged))
 
 
@@ -283,10 +283,10 @@ def test_a_failure_among_many_units(dense):
             kept, changed = W.clone(), W
             changed[-1, -1] += 1
             with pytest.raises(RuntimeError, match="not what the merge left"):
-                blocks.restore(changed, ours, units)
+                blocks.restoring(changed, ours, units).alone(native.UNMERGE)
             assert torch.equal(changed[:-1], kept[:-1])
             changed[-1, -1] = kept[-1, -1]
-            blocks.restore(W, ours._replace(left=ours.left * 1e9) if dense else ours, units)
+            blocks.restoring(W, ours._replace(left=ours.left * 1e9) if dense else ours, units).alone(native.UNMERGE)
             assert torch.equal(bits(W), bits(before))
     finally:
         torch.set_num_threads(threads)
@@ -299,7 +299,7 @@ def test_a_weight_that_changes_meanwhile_is_said_to_be_torn(mode, monkeypatch):
     units = blocks.merge(W, ours) if mode == native.UNMERGE else None
     monkeypatch.setattr(native, "run", lambda works, what: run(works, what) and 0 or native.TORN)
     with pytest.raises(RuntimeError, match="weight.*partly merged"):
-        blocks.merge(W, ours) if units is None else blocks.restore(W, ours, units)
+        blocks.merge(W, ours) if units is None else blocks.restoring(W, ours, units).alone(native.UNMERGE)
 
 
 def test_a_record_survives_a_file_and_a_layout():
@@ -379,7 +379,7 @@ def test_threads_that_flush_subnormal_numbers_change_nothing():
         "        now = W.clone()\n"
         "        units = blocks.merge(now, ours)\n"
         "        merged.add(now.numpy().tobytes())\n"
-        "        blocks.restore(now, ours, units)\n"
+        "        blocks.restoring(now, ours, units).alone(native.UNMERGE)\n"
         "        assert torch.equal(bits(now), bits(W))\n"
         "        masked.add(native.products(1, 0, W, right, left, (False, True, False))[1].numpy().tobytes())\n"
         "assert len(masked) == len(merged) == 1\n"

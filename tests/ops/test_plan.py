@@ -261,8 +261,7 @@ def test_merge_and_unmerge_by_the_kernel(dtype, fan_in_fan_out, device, kernels_
     summed = reference.delta_weight([A.abs()], [B.abs()], [2.0], fan_in_fan_out=fan_in_fan_out) * 2.0**-21
     spacing = torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     assert ((weight.double() - exact).abs() <= spacing + summed).all()
-    moved, lost = merge.delta_fidelity(weight, record)
-    assert moved > 0 and lost < 0.3
+    assert merge.delta_fidelity(weight, record) < 0.3
     merged = weight.clone()
     weight[3, 5] += 1
     with pytest.raises(RuntimeError, match="weight"):

@@ -116,13 +116,17 @@ class Units:
 class _Sweep:
     """A merge of a weight, or its unmerge, or a switch, which has an ``old`` sweep."""
 
+    units: Units
+
     def joins(self) -> bool:
         """Whether others can be in one call with it."""
-        return isinstance(self, _InC)
+        return isinstance(self, _InC) and self.units.copy is None
 
-    def alone(self: Any, mode: int) -> bool:
+    def alone(self: Any, mode: int) -> bool | None:
         """All of it, or an error and nothing; False, and nothing, for a switch that takes two passes."""
         units = self.units
+        if mode == UNMERGE and units.copy is not None:
+            return self._put_back(units.copy)
         try:
             outcome = self.run(mode)
             if outcome == FULL and self.old is None:  # a copy is no larger
@@ -140,6 +144,13 @@ class _Sweep:
             elif self.undo(UNMERGE if mode == MERGE else MERGE_AGAIN) != DONE:
                 raise launch.error(TORN) from None
             raise
+
+    def _put_back(self: Any, copy: torch.Tensor) -> None:
+        now = replace(self.units, notes=self.units.notes.clone())
+        type(self)(self.W, self.factors, now, 0).run(CHECKSUM)
+        if not torch.equal(now.notes, self.units.notes):
+            raise launch.error(CHANGED)
+        self.W.copy_(copy)  # nothing from here on: an interrupt would leave a record of a weight that is back
 
 
 class _InC(_Sweep):
@@ -159,7 +170,7 @@ class _InC(_Sweep):
         self.merged = (ctypes.c_uint8 * count)()
         if room == 0:
             ctypes.memset(self.merged, 1, count)
-        self._factors, self.old = factors, old  # as long as C has their addresses
+        self.factors, self.old = factors, old  # as long as C has their addresses
         left, right, scales, dither = factors
         self.work = native.Work(
             *W.shape, W.stride(0), right.shape[0], units.height, units.width,
@@ -195,7 +206,7 @@ class _InTorch(_Sweep):
     old = None  # a switch takes two passes: sums take the time here, not memory
 
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
-        self.W, self.units, self._room = W, units, room
+        self.W, self.factors, self.units, self._room = W, factors, units, room
         self._counts, self._starts, self._checksum = units.notes.unbind()
         self._left, self._right, self._scales, self._dither = factors
         rows, columns = W.shape if W.numel() else (0, 0)
@@ -387,24 +398,12 @@ def merge_again(W: torch.Tensor, factors: Factors) -> None:
         raise launch.error(LOST)
 
 
-def to_restore(W: torch.Tensor, factors: Factors, units: Units) -> Any:
-    """The sweep of an unmerge; None where :func:`restore` must do it."""
-    return _best(W)(W, factors, units, 0) if units.copy is None and units.fit(W) else None
-
-
-def restore(W: torch.Tensor, factors: Factors, units: Units, sweeps: Any = None) -> None:
-    """The bits from before :func:`merge` in place. RuntimeError, W as it was: it is not what the merge left."""
-    sweeps = sweeps or _best(W)
+def restoring(W: torch.Tensor, factors: Factors, units: Units, sweeps: Any = None) -> Any:
+    """The sweep of an unmerge: the bits from before :func:`merge` in place, or RuntimeError and W as it was: it is not
+    what the merge left."""
     if not units.fit(W):
         raise launch.error(CHANGED)
-    if units.copy is None:
-        sweeps(W, factors, units, 0).alone(UNMERGE)
-        return
-    now = replace(units, notes=units.notes.clone())
-    sweeps(W, factors, now, 0).run(CHECKSUM)
-    if not torch.equal(now.notes, units.notes):
-        raise launch.error(CHANGED)
-    W.copy_(units.copy)
+    return (sweeps or _best(W))(W, factors, units, 0)
 
 
 def run_together(sweeps: Sequence[_InC], mode: int) -> int:
@@ -447,7 +446,7 @@ def _agree() -> bool:
             same = all(map(torch.equal, in_c.tensors, in_torch.tensors)) and torch.equal(*map(bits, merged))
             switch = prepared(merged[0], factors, (factors, in_torch), _InC)
             same = same and switch.alone(MERGE) and all(map(torch.equal, switch.units.tensors, in_torch.tensors))
-            restore(merged[0], factors, in_torch, _InC)
+            restoring(merged[0], factors, in_torch, _InC).alone(UNMERGE)
         except (RuntimeError, ValueError) as error:
             native.reject(f"a merge in {dtype}: {error}")
         else:

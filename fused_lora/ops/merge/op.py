@@ -89,7 +89,6 @@ def merge_(
         RuntimeError: weight is on the meta device or an expanded tensor.
     """
     adapters = lora_A, lora_B, scaling, row_scale, seed
-    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
     record, sweep = _prepared(weight, adapters, fan_in_fan_out)
     sweep.alone(MERGE)
     return record  # no call from here on: in one an interrupt would lose the record
@@ -119,8 +118,6 @@ def switch_(
     Raises what :func:`unmerge_` and :func:`merge_` raise; the weight is unchanged then, and ``record`` holds on.
     """
     adapters = lora_A, lora_B, scaling, row_scale, seed
-    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
-    held = _merged(weight, record)
     new, sweep = _prepared(weight, adapters, fan_in_fan_out, record)
     if sweep is not None and sweep.alone(MERGE):
         return new
@@ -129,7 +126,7 @@ def switch_(
         return merge_(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
     except BaseException:  # the same factors give the same bits, so the record holds again
         if record.device_corrections is None:
-            blocks.merge_again(held, record.factors)
+            blocks.merge_again(_merged(weight, record), record.factors)
         else:
             _to_unmerge(weight, record).undo(MERGE_AGAIN)
         raise
@@ -145,9 +142,6 @@ def merge_later(
     None where neither the C loops nor the kernel take it in one pass with others. Raises what :func:`merge_` does
     before it writes.
     """
-    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
-    if old is not None:
-        _merged(weight, old)
     record, sweep = _prepared(weight, adapters, fan_in_fan_out, old)
     return (record, sweep) if sweep is not None and sweep.joins() else None
 
@@ -166,34 +160,28 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
         RuntimeError: the weight was changed, cast or moved since the merge, so that its original bits cannot be
             restored. Nothing is changed.
     """
-    sweep = _to_unmerge(weight, record)
-    if sweep is not None:
-        sweep.alone(UNMERGE)
-    else:
-        assert record.units is not None
-        blocks.restore(_merged(weight, record), record.factors, record.units)
+    _to_unmerge(weight, record).alone(UNMERGE)
 
 
 @native.safe_in_a_child
 def unmerge_later(weight: torch.Tensor, record: MergeRecord) -> Any:
     """The same for :func:`run_together`, or None as for :func:`merge_later`."""
     sweep = _to_unmerge(weight, record)
-    return sweep if sweep is not None and sweep.joins() else None
+    return sweep if sweep.joins() else None
 
 
 def _to_unmerge(weight: torch.Tensor, record: MergeRecord) -> Any:
-    """The sweep of an unmerge; None where the record has a copy of the weight, or is damaged."""
-    W, factors = _merged(weight, record), record.factors
-    if record.device_corrections is not None:
+    W, factors, units = _merged(weight, record), record.factors, record.units
+    if units is None:
         return launch.Sweep(W, factors.left, factors.right, corrections=record.device_corrections)
-    return None if record.units is None else blocks.to_restore(W, factors, record.units)
+    return blocks.restoring(W, factors, units)
 
 
-def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, float]:
-    """How much of the delta a merged ``weight`` really holds: (||Wm - W||, ||(Wm - W) - D|| / ||D||), Frobenius norms.
+def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> float:
+    """The share of the delta that rounding lost of a merged ``weight``: ||(Wm - W) - D|| / ||D||, Frobenius norms.
 
-    The second number is the share of the delta that rounding lost: 0 is perfect, 0.8 means that the weights' precision
-    is too coarse for this adapter. Reads the merged weight and the record, changes nothing.
+    0 is perfect, 0.8 means that the weights' precision is too coarse for this adapter. Reads the merged weight and the
+    record, changes nothing.
     """
     original, held = weight.detach().clone(), record.device_corrections
     if held is not None:  # in its table an unmerge notes what a way back would merge again, and this is none of W
@@ -206,8 +194,8 @@ def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> tuple[float, fl
         W = original.double().t() if record.transposed else original.double()
         delta += W * (scales.rows[0, :, None].double() * scales.columns[0].double() - 1)
     delta = delta.t() if record.transposed else delta
-    moved, lost, wanted = (t.square().sum().item() for t in (change, change - delta, delta))
-    return math.sqrt(moved), math.sqrt(lost / wanted) if wanted else 0.0
+    lost, wanted = (t.square().sum().item() for t in (change - delta, delta))
+    return math.sqrt(lost / wanted) if wanted else 0.0
 
 
 def factors(
@@ -235,7 +223,10 @@ def _prepared(
     weight: torch.Tensor, adapters: Any, fan_in_fan_out: bool, old: MergeRecord | None = None
 ) -> tuple[MergeRecord, Any]:
     """Of a merge, or in place of an ``old`` one a switch: the record that will hold, and the sweep, or None where a
-    switch takes two passes. All of them are checked already."""
+    switch takes two passes. The arguments are checked before."""
+    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
+    if old is not None:
+        _merged(weight, old)
     W, (lora_A, lora_B, scaling, row_scale, seed) = weight.detach(), adapters
     factors = delta_factors(W.dtype, W.device, lora_A, lora_B, scaling, fan_in_fan_out, row_scale)
     factors, turned, before = factors._replace(dither=dither_of(seed)), W.stride(0) < W.stride(1), None
@@ -279,8 +270,8 @@ def add_rows_(rows: torch.Tensor, factors: Factors, keep: bool = False) -> block
     """In place: some rows of a weight as it is stored, contiguous [n, columns], get left @ right with one rounding.
 
     The bits are those of :func:`merge_` of the whole weight. ``factors``: of :func:`delta_factors`, left for these
-    rows. With ``keep`` it returns what :func:`take_rows_` needs (on a CPU only); without, it keeps nothing and is
-    twice as fast.
+    rows. With ``keep`` it returns what :func:`blocks.restoring` needs (on a CPU only); without, it keeps nothing and
+    is twice as fast.
 
     Raises ValueError if a finite weight would become infinite or NaN. The rows may be partly written then.
     """
@@ -291,11 +282,6 @@ def add_rows_(rows: torch.Tensor, factors: Factors, keep: bool = False) -> block
     else:
         blocks.merge_again(rows, factors)
     return None
-
-
-def take_rows_(rows: torch.Tensor, factors: Factors, units: blocks.Units) -> None:
-    """The bits from before :func:`add_rows_`. RuntimeError, with the rows as they were: they are not what it left."""
-    blocks.restore(rows, factors, units)
 
 
 def delta_factors(
