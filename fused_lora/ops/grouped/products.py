@@ -142,21 +142,15 @@ class Products:
     def __init__(self, joint: Joint, frame: _Frame):
         self._frame, self._dtype = frame, frame.dtype
         self._convert, self._direct = joint.dtype != frame.dtype, frame.inputs.is_contiguous()
-        self._single: list[tuple[Tensor, Tensor, Tensor, Tensor, float, int]] = []
-        self._batched: list[tuple[Tensor, Tensor, Tensor, Tensor, float, int]] = []
+        self._calls: list[tuple] = []
         for step, tiles in zip(frame.steps, frame.tiles, strict=True):
-            factors = [joint.terms[i].factors[g] for i, g in step.items]
-            if len(factors) > 1:
-                A_t, B_t, scale = stacked([f[0] for f in factors])
-                self._batched += [(a, A_t, b, B_t, scale, 0) for a, b in tiles]
-                continue
-            for j, (A_t, B_t, scale) in enumerate(factors[0]):
+            each = [joint.terms[i].factors[g] for i, g in step.items]
+            for j, (A_t, B_t, scale) in enumerate(each[0] if len(each) == 1 else [stacked([f[0] for f in each])]):
                 for a, b in tiles:
-                    if a.dim() == 2:
-                        self._single.append((a, A_t, b, B_t, scale, int(j > 0)))
-                    else:  # several tiles under one adapter
-                        wide = A_t.expand(len(a), *A_t.shape), B_t.expand(len(a), *B_t.shape)
-                        self._batched.append((a, wide[0], b, wide[1], scale, int(j > 0)))
+                    # several tiles under one adapter, or each under its own
+                    left, right = (t if t.dim() == a.dim() else t.expand(len(a), *t.shape) for t in (A_t, B_t))
+                    product, add = (torch.mm, torch.addmm) if a.dim() == 2 else (torch.bmm, torch.baddbmm)
+                    self._calls.append((product, add, a, left, b, right, scale, int(j > 0)))
         self.turn = -1
 
     def run(self, x: Tensor) -> Products:
@@ -166,14 +160,10 @@ class Products:
             torch.index_select(x, 0, frame.gather, out=frame.inputs)
         else:
             frame.inputs.copy_(x.index_select(0, frame.gather))
-        for a, A_t, b, B_t, scale, beta in self._single:
+        for product, add, a, A_t, b, B_t, scale, beta in self._calls:
             if self._convert:
                 A_t, B_t = A_t.to(self._dtype), B_t.to(self._dtype)
-            torch.addmm(b, torch.mm(a, A_t), B_t, beta=beta, alpha=scale, out=b)
-        for a, A_t, b, B_t, scale, beta in self._batched:
-            if self._convert:
-                A_t, B_t = A_t.to(self._dtype), B_t.to(self._dtype)
-            torch.baddbmm(b, torch.bmm(a, A_t), B_t, beta=beta, alpha=scale, out=b)
+            add(b, product(a, A_t), B_t, beta=beta, alpha=scale, out=b)
         _workspace.turn += 1
         self.turn = _workspace.turn
         return self
