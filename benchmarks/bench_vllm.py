@@ -5,9 +5,10 @@
 operator  what the LoRA layers of vLLM call, over T rows under D adapters of rank r: a prefill has the rows of a request
           side by side, a decode step one row of each. Beside it the base product. Inside CUDA graphs on a GPU. Each
           result is checked against float64 first.
-engine    requests to SmolLM2-135M: tokens per second and time to the first token of the base model, of vLLM's LoRA and
-          of this package's, over eight adapters in equal shares and over 32 by Zipf's law. The three engines are
-          processes that take turns.
+engine    requests to SmolLM2-135M, three for each of the sequences that run at once: tokens per second and time to the
+          first token of the base model, of vLLM's LoRA and of this package's, over eight adapters in equal shares and
+          over 32 by Zipf's law. The three engines are processes that take turns; the machine must be quiet, for
+          OpenMP's threads spin, as they do for users.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ GRID = [  # rows, adapters, rank, in, out, prefill
 PROVIDERS = ("base", "vllm", "fused_lora")
 MIXES = {"8 adapters": (8, False), "zipf over 32": (32, True)}
 COLUMNS = [("operator", 42), ("base ms", 24), ("vllm ms", 24), ("fused_lora ms", 24), ("over vllm", 10), ("of base", 8)]
-ENGINE_COLUMNS = [("engine", 16), ("provider", 11), ("tokens/s", 24), ("first token s", 24), ("of base", 8)]
+ENGINE_COLUMNS = [("engine", 22), ("provider", 11), ("tokens/s", 24), ("first token s", 24), ("of base", 8)]
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,7 @@ class Engine:
     """A process with one engine, which answers a line with a line."""
 
     def __init__(self, provider: str, settings: dict):
-        environment = os.environ | dict(
-            FUSED_LORA_VLLM=str(int(provider == "fused_lora")), VLLM_LOGGING_LEVEL="ERROR", OMP_WAIT_POLICY="PASSIVE"
-        )
+        environment = os.environ | dict(FUSED_LORA_VLLM=str(int(provider == "fused_lora")), VLLM_LOGGING_LEVEL="ERROR")
         command = [sys.executable, str(ROOT / "benchmarks" / "vllm_engine.py"), json.dumps(settings)]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -199,41 +198,41 @@ def adapters_of(mix: str, requests: int) -> list[int]:
     return torch.multinomial(weights, requests, True, generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def measure_engine(report: Report, table: Table, arguments) -> None:
-    """Rounds of all mixes over the three engines in turns."""
+def measure_engine(sequences: int, report: Report, table: Table, arguments) -> None:
+    """Rounds of all mixes over three engines that run so many sequences at once, in turns."""
     sys.path.insert(0, str(ROOT / "examples"))
     import quickstart_model
 
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or str(quickstart_model.cached_smollm2())
-        settings = dict(
-            model=model, adapters=folder, count=32, rank=16, sequences=arguments.sequences, dtype=arguments.dtype
-        )
+        settings = dict(model=model, adapters=folder, count=32, rank=16, sequences=sequences, dtype=arguments.dtype)
         engines = {name: Engine(name, settings | dict(lora=name != "base")) for name in PROVIDERS}
         try:
             answers: dict[tuple[str, str], list[dict]] = {}
             for timed in range(-1, arguments.engine_rounds):
                 for mix in MIXES:
-                    adapters = adapters_of(mix, arguments.requests)
+                    adapters = adapters_of(mix, 3 * sequences)
                     for name, engine in engines.items():
-                        found = engine.ask(adapters=adapters, prompt=arguments.prompt, tokens=arguments.tokens)
+                        tokens = arguments.tokens if timed >= 0 else 2
+                        found = engine.ask(adapters=adapters, prompt=arguments.prompt, tokens=tokens)
                         if timed >= 0:
                             answers.setdefault((mix, name), []).append(found)
-                            print(f"  round {timed}, {mix}, {name}: {found['tokens_per_s']:.3g} tokens/s", flush=True)
+                            speed = f"{found['tokens_per_s']:.3g} tokens/s"
+                            print(f"  round {timed}, {sequences} sequences, {mix}, {name}: {speed}", flush=True)
         finally:
             for engine in engines.values():
                 engine.close()
-    speed = {key: summary([a["tokens_per_s"] for a in found]) for key, found in answers.items()}
+    speeds = {key: summary([a["tokens_per_s"] for a in found]) for key, found in answers.items()}
     for (mix, name), found in answers.items():
-        share = speed[mix, name]["median"] / speed[mix, "base"]["median"]
+        share = speeds[mix, name]["median"] / speeds[mix, "base"]["median"]
         first = summary([t for a in found for t in a["first_token_s"]])
-        row = dict(benchmark="engine", mix=mix, provider=name, correct=True, share=round(share, 4))
-        report.rows.append(row | dict(tokens_per_s=speed[mix, name], first_token_s=first))
-        table.row(mix, name, spread(speed[mix, name]), spread(first), f"{share:.3f}")
-    for mix in MIXES:
-        ours = speed[mix, "fused_lora"]["median"]
-        report.bar(f"{mix}: of the base model's tokens/s", ours / speed[mix, "base"]["median"], 0.8, at_least=True)
-        report.bar(f"{mix}: over vLLM's tokens/s", ours / speed[mix, "vllm"]["median"], 1, at_least=True)
+        row = dict(benchmark="engine", sequences=sequences, mix=mix, provider=name, correct=True, share=round(share, 4))
+        report.rows.append(row | dict(tokens_per_s=speeds[mix, name], first_token_s=first))
+        table.row(f"{sequences} of {mix}", name, spread(speeds[mix, name]), spread(first), f"{share:.3f}")
+    for mix, setting in ((mix, f"{sequences} sequences of {mix}") for mix in MIXES):
+        ours = speeds[mix, "fused_lora"]["median"]
+        report.bar(f"{setting}: of the base model's tokens/s", ours / speeds[mix, "base"]["median"], 0.8, at_least=True)
+        report.bar(f"{setting}: over vLLM's tokens/s", ours / speeds[mix, "vllm"]["median"], 1, at_least=True)
     report.write()
 
 
@@ -244,8 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options.add_argument("--model", help="of the engine part; default: the quickstart's SmolLM2")
     options.add_argument("--dtype", default="float32", help="of the engine part")
-    options.add_argument("--sequences", type=int, default=8, help="that an engine runs at once")
-    options.add_argument("--requests", type=int, default=24)
+    options.add_argument("--sequences", type=int, nargs="+", default=[8, 32], help="that an engine runs at once")
     options.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     options.add_argument("--tokens", type=int, default=32, help="of an answer")
     options.add_argument("--engine-rounds", type=int, default=3)
@@ -256,7 +254,9 @@ def main(arguments: list[str] | None = None) -> int:
         points = [OperatorPoint(*row[:5], row[5], dtype) for dtype in arguments.dtypes for row in GRID]
         run_points(points, report, arguments.deadline, lambda p: measure_operator(p, report, table, arguments))
     if "engine" in arguments.parts:
-        measure_engine(report, Table(ENGINE_COLUMNS), arguments)
+        table = Table(ENGINE_COLUMNS)
+        for sequences in arguments.sequences:
+            measure_engine(sequences, report, table, arguments)
     return report.finish()
 
 

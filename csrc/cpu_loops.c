@@ -37,7 +37,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32, STRIP = 8, LANES = 8, SPAN = 2048 };
+enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32, STRIP = 8, LANES = 8, SPAN = 2048, AHEAD = 128 };
 /* elements and columns of a unit; ranks, rows and columns of a step of the delta */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { MERGE, UNMERGE, MERGE_AGAIN, CHECKSUM };            /* MERGE_AGAIN keeps nothing */
@@ -444,17 +444,29 @@ INLINE float sum_of(const lanes *part, int p_type, const void *p, int q_type, co
     return sum;
 }
 
-/* s[i] = p[i] . q, and t[i] = p[i] . o where `both`, for GROUP vectors p: LANES sums over k, and then the sum of those. */
-INLINE void dot_products(int both, int p_type, const void *const *p, int q_type, const void *q, const void *o, int64_t K,
-                         float *s, float *t) {
+/* Asks for n elements from i on. Rows of A and B are too short for a processor to see, while it reads some, that it will
+ * read the ones behind them. */
+INLINE void ask_for(int type, const void *array, int64_t i, int64_t n) {
+    const char *from = (const char *)array + bytes_of(type, i);
+    for (int64_t at = 0; at < bytes_of(type, n); at += 64) __builtin_prefetch(from + at, 0, 3);
+}
+
+/* s[i] = p[i] . q, and t[i] = p[i] . o where `both`, for GROUP vectors p: LANES sums over k, and then the sum of those.
+ * `ahead` elements behind q and o is what is read next; 0: not known. */
+INLINE void dot_products(int both, int64_t ahead, int p_type, const void *const *p, int q_type, const void *q,
+                         const void *o, int64_t K, float *s, float *t) {
     lanes u[GROUP] = {{0}}, v[GROUP] = {{0}};
     int64_t k = 0;
-    for (; k + LANES <= K; k += LANES) {
-        lanes a = LOAD(q_type, q, k), b = both ? LOAD(q_type, o, k) : a;
-        for (int i = 0; i < GROUP; i++) {
-            lanes c = LOAD(p_type, p[i], k);
-            u[i] += c * a;
-            if (both) v[i] += c * b;
+    while (k + LANES <= K) {
+        int64_t end = ahead && K - k > AHEAD ? k + AHEAD : K;
+        if (ahead) ask_for(q_type, q, k + ahead, end - k), ask_for(q_type, o, k + ahead, end - k);
+        for (; k + LANES <= end; k += LANES) {
+            lanes a = LOAD(q_type, q, k), b = both ? LOAD(q_type, o, k) : a;
+            for (int i = 0; i < GROUP; i++) {
+                lanes c = LOAD(p_type, p[i], k);
+                u[i] += c * a;
+                if (both) v[i] += c * b;
+            }
         }
     }
     for (int i = 0; i < GROUP; i++) {
@@ -463,28 +475,32 @@ INLINE void dot_products(int both, int p_type, const void *const *p, int q_type,
     }
 }
 
-/* d [n] = S B of a row, one rank after the other. B's rows are `stride` apart, and each is read from end to end. */
-INLINE void combine_row(const float *S, int type, const void *B, int64_t stride, int64_t ranks, int64_t n,
-                        float *restrict d) {
-    memset(d, 0, n * sizeof *d);
-    for (int64_t j = 0; j < ranks; j++)
-        for (int64_t c = 0; c < n; c++) d[c] += S[j] * ELEMENT(type, B, j * stride + c);
+/* d [rows, n] += S B at `depth` ranks from rank j on, one after the other. B's rows are `stride` apart. */
+INLINE void add_ranks(int64_t rows, int64_t depth, int64_t j, const float *const *S, int type, const void *B,
+                      int64_t stride, int64_t n, float (*restrict d)[SPAN]) {
+    for (int64_t first = 0, end; first < n; first = end) {
+        end = rows > 1 && n - first > AHEAD ? first + AHEAD : n;
+        for (int64_t m = 0; m < depth && rows > 1; m++) ask_for(type, B, (j + depth + m) * stride + first, end - first);
+#pragma omp simd
+        for (int64_t c = first; c < end; c++) {
+            float s[GROUP];
+            for (int64_t i = 0; i < rows; i++) s[i] = d[i][c];
+            for (int64_t m = 0; m < depth; m++) {
+                float b = ELEMENT(type, B, (j + m) * stride + c);
+                for (int64_t i = 0; i < rows; i++) s[i] += S[i][j + m] * b;
+            }
+            for (int64_t i = 0; i < rows; i++) d[i][c] = s[i];
+        }
+    }
 }
 
-/* The same of GROUP rows, B read once. */
-INLINE void combine(const float *const *S, int type, const void *B, int64_t stride, int64_t ranks, int64_t n,
-                    float (*d)[SPAN]) {
-    int64_t c = 0;
-    for (; c + 2 * LANES <= n; c += 2 * LANES) {
-        lanes u[GROUP] = {{0}}, v[GROUP] = {{0}};
-        for (int64_t j = 0; j < ranks; j++) {
-            lanes b = LOAD(type, B, j * stride + c), more = LOAD(type, B, j * stride + c + LANES);
-            for (int i = 0; i < GROUP; i++) u[i] += S[i][j] * b, v[i] += S[i][j] * more;
-        }
-        for (int i = 0; i < GROUP; i++) *(lanes *)(d[i] + c) = u[i], *(lanes *)(d[i] + c + LANES) = v[i];
-    }
-    for (int i = 0; i < GROUP; i++)
-        combine_row(S[i], type, (const char *)B + bytes_of(type, c), stride, ranks, n - c, d[i] + c);
+/* d [rows, n] = S B; rows: 1 or GROUP. */
+INLINE void combine(int64_t rows, const float *const *S, int type, const void *B, int64_t stride, int64_t ranks,
+                    int64_t n, float (*d)[SPAN]) {
+    int64_t j = 0;
+    for (int64_t i = 0; i < rows; i++) memset(d[i], 0, n * sizeof **d);
+    for (; j + GROUP <= ranks; j += GROUP) add_ranks(rows, GROUP, j, S, type, B, stride, n, d);
+    for (; j < ranks; j++) add_ranks(rows, 1, j, S, type, B, stride, n, d);
 }
 
 /* y [n] = round(y + d) */
@@ -514,7 +530,7 @@ INLINE void shrink(int type, const Terms *terms, const int64_t *block, int64_t o
             for (int64_t j = 0; j < ranks; j += GROUP) {
                 for (int64_t i = 0; i < GROUP; i++) p[i] = A + bytes_of(type, (j + i < ranks ? j + i : ranks - 1) * K);
                 const float *x = terms->x + row[m] * terms->x_stride;
-                dot_products(0, type, p, FLOAT32, x, x, K, s, t);
+                dot_products(0, 0, type, p, FLOAT32, x, x, K, s, t);
                 for (int64_t i = 0; i < GROUP && j + i < ranks; i++) S[m * pitch + j + i] = s[i];
             }
             break;
@@ -522,7 +538,7 @@ INLINE void shrink(int type, const Terms *terms, const int64_t *block, int64_t o
         for (int64_t i = 0; i < GROUP; i++) p[i] = terms->x + row[m + i < rows ? m + i : rows - 1] * terms->x_stride;
         for (int64_t j = 0; j < ranks; j += 2) {
             int64_t next = j + 1 < ranks ? j + 1 : j;
-            dot_products(1, FLOAT32, p, type, A + bytes_of(type, j * K), A + bytes_of(type, next * K), K, s, t);
+            dot_products(1, 2 * K, FLOAT32, p, type, A + bytes_of(type, j * K), A + bytes_of(type, next * K), K, s, t);
             for (int64_t i = 0; i < GROUP && m + i < rows; i++)
                 S[(m + i) * pitch + j] = s[i], S[(m + i) * pitch + next] = t[i];
         }
@@ -542,8 +558,8 @@ INLINE void expand(int type, const Terms *terms, const int64_t *block, int64_t o
             int64_t place = block[1] + (m + i < rows ? m + i : rows - 1);
             S[i] = terms->S + (place * terms->outputs + output) * terms->pitch;
         }
-        if (rows - m == 1) combine_row(S[0], type, B, of->columns, ranks, n, d[0]);
-        else combine(S, type, B, of->columns, ranks, n, d);
+        if (rows - m == 1) combine(1, S, type, B, of->columns, ranks, n, d);
+        else combine(GROUP, S, type, B, of->columns, ranks, n, d);
         for (int64_t i = 0; i < GROUP && m + i < rows; i++) {
             char *y = terms->y + terms->order[block[1] + m + i] * terms->y_stride;
             y += bytes_of(terms->y_type, of->first + first);
@@ -617,7 +633,7 @@ INLINE void products(const Products *of, int64_t part, int64_t panel) {
             for (int64_t i = 0; i < GROUP; i++) p[i] = kept[k + i < h ? k + i : h - 1];
             for (int64_t j = 0; j < ranks; j += 2) {
                 int64_t next = j + 1 < ranks ? j + 1 : j;
-                dot_products(1, FLOAT32, p, FLOAT32, A + j * K, A + next * K, n, s, t);
+                dot_products(1, 0, FLOAT32, p, FLOAT32, A + j * K, A + next * K, n, s, t);
                 for (int64_t i = 0; i < GROUP && k + i < h; i++) {
                     float *S = of->S + (panel * of->rows + m + k + i) * ranks;
                     S[j] = s[i], S[next] = t[i];
