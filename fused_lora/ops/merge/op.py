@@ -117,7 +117,7 @@ def switch_(
 
     Raises what :func:`unmerge_` and :func:`merge_` raise; the weight is unchanged then, and ``record`` holds on.
     """
-    adapters = lora_A, lora_B, scaling, row_scale, seed
+    adapters, held = (lora_A, lora_B, scaling, row_scale, seed), _merged(weight, record)
     new, sweep = _prepared(weight, adapters, fan_in_fan_out, record)
     if sweep is not None and sweep.alone(MERGE):
         return new
@@ -126,7 +126,7 @@ def switch_(
         return merge_(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
     except BaseException:  # the same factors give the same bits, so the record holds again
         if record.device_corrections is None:
-            blocks.merge_again(_merged(weight, record), record.factors)
+            blocks.merge_again(held, record.factors)
         else:
             _to_unmerge(weight, record).undo(MERGE_AGAIN)
         raise
