@@ -49,8 +49,8 @@ _EACH_CALL = "merged for each call of the attention"
 BUILT: Counter[str] = Counter()  # under install(): ACCELERATED, or why a layer that PEFT built is not -> how many
 
 _create = "_create_new_module"  # LoraModel's static method: where PEFT builds the layer around a target
-_inject = "inject_adapter"  # of LoraModel, inherited: where PEFT adds an adapter to a model
-_installed: dict[str, tuple[Any, Any]] = {}  # methods that install() has replaced: (LoraModel's own or None, ours)
+_inject = "inject_adapter"  # of all tuners (PeftMixedModel's is no LoraModel): where PEFT adds an adapter to a model
+_installed: dict[str, tuple[type, Any, Any]] = {}  # methods that install() has replaced: (their class, its own, ours)
 
 
 @alone
@@ -148,9 +148,10 @@ def install() -> Callable[[], dict[str, Any]]:
         ImportError: PEFT is not installed.
     """
     from peft.tuners.lora import LoraModel
+    from peft.tuners.tuners_utils import BaseTuner
 
     if not _installed:
-        build, inject = getattr(LoraModel, _create), getattr(LoraModel, _inject)
+        build, inject = getattr(LoraModel, _create), getattr(BaseTuner, _inject)
 
         def create(*args: Any, **kwargs: Any) -> nn.Module:
             module = build(*args, **kwargs)
@@ -163,12 +164,16 @@ def install() -> Callable[[], dict[str, Any]]:
         @functools.wraps(inject)
         def inject_and_follow(self: Any, *args: Any, **kwargs: Any) -> None:
             inject(self, *args, **kwargs)
-            if _installed and _builds_lora_layers(self):
+            kinds = _our_classes()
+            if _installed and any(isinstance(module, kinds) for module in self.modules()):
                 _follow("install", self, self.model)
 
-        for name, ours in ((_create, staticmethod(create)), (_inject, inject_and_follow)):
-            _installed[name] = vars(LoraModel).get(name), ours
-            setattr(LoraModel, name, ours)
+        for owner, name, ours in (
+            (LoraModel, _create, staticmethod(create)),
+            (BaseTuner, _inject, inject_and_follow),
+        ):
+            _installed[name] = owner, vars(owner)[name], ours
+            setattr(owner, name, ours)
     before = Counter(CALLS)
 
     def report() -> dict[str, Any]:
@@ -183,16 +188,10 @@ def install() -> Callable[[], dict[str, Any]]:
 
 def uninstall() -> None:
     """End :func:`install`; accelerated models stay as they are. Does nothing when it is not in force."""
-    if not _installed:
-        return
-    from peft.tuners.lora import LoraModel
-
-    for name, (original, ours) in _installed.items():
+    for name, (owner, original, ours) in _installed.items():
         # a method that someone else put over ours stays, and ours, underneath, passes on what it gets
-        if vars(LoraModel).get(name) is ours and original is not None:
-            setattr(LoraModel, name, original)
-        elif vars(LoraModel).get(name) is ours:
-            delattr(LoraModel, name)
+        if vars(owner)[name] is ours:
+            setattr(owner, name, original)
     _installed.clear()
 
 

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 import fused_lora
@@ -245,7 +246,7 @@ def test_an_optimizer_made_before_keeps_working():
 
 def test_install_makes_every_new_layer_ours_and_counts_calls():
     old = wrap(Net().eval())
-    before = dict(vars(LoraModel))
+    before = [dict(vars(kind)) for kind in (LoraModel, BaseTuner)]
     report = integration.install()
     model = peft.get_peft_model(Net().eval(), config(target_modules=["lin0", "head", "emb"]))
     assert accelerated(model) == [True, True] and not any(accelerated(old))
@@ -262,7 +263,7 @@ def test_install_makes_every_new_layer_ours_and_counts_calls():
     } and second() == {"fused": 0, "around": {}, "fallback": {}}  # fmt: skip
     integration.uninstall()
     integration.uninstall()
-    assert dict(vars(LoraModel)) == before
+    assert [dict(vars(kind)) for kind in (LoraModel, BaseTuner)] == before
     assert not any(accelerated(wrap(Net()))) and all(accelerated(model))
 
 

@@ -347,6 +347,19 @@ def test_install_looks_as_accelerate_does(net, bare):
     assert not hooks(fused_lora.restore(model)) and plain(model)
 
 
+@torch.no_grad()
+def test_install_looks_at_mixed_models(net):
+    """Their tuner is no LoraModel, though the layers are."""
+    peft = pytest.importorskip("peft")
+    fused_lora.integrations.peft.install()
+    try:
+        model = peft.PeftMixedModel(net, peft.LoraConfig(r=2, target_modules=["called", "read"]), "default")
+        (text,) = warned(lambda: model(torch.randn(3, K)))
+    finally:
+        fused_lora.integrations.peft.uninstall()
+    assert "'model.read'" in text and not hooks(fused_lora.restore(model))
+
+
 def test_install_names_attention_of_torch():
     peft = pytest.importorskip("peft")
     fused_lora.integrations.peft.install()
