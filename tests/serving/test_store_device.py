@@ -2,6 +2,7 @@
 
 import contextlib
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -128,6 +129,21 @@ def test_row_buffers_are_filled_after_the_streams_that_read_them(monkeypatch):
         buffers.fill(np.zeros(2, dtype=np.int32), [[(0, 1.0)]])
         buffers.release()
     assert not first.waited_for and second.waited_for == [first.events] and not buffers.free.locked()
+    monkeypatch.setattr(guard, "capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="before the capture"):  # an event of before would break it off
+        buffers.fill(np.zeros(2, dtype=np.int32), [[(0, 1.0)]])
+    assert len(second.waited_for) == 1
+
+
+def test_row_buffers_are_free_again_when_the_device_is_not(monkeypatch):
+    buffers = RowBuffers(2, 1, 16, 1, SimpleNamespace(device=torch.device("cpu")))
+    buffers.tables.device = GPU
+    monkeypatch.setattr(guard, "capturing", lambda device: False)
+    buffers.free.acquire()
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="launch failed"):
+        broken.setattr(torch.cuda, "current_stream", mock.Mock(side_effect=RuntimeError("launch failed")))
+        buffers.release()
+    assert not buffers.free.locked()
 
 
 @torch.no_grad()

@@ -31,13 +31,15 @@ class RowBuffers(RowTables):
 
     def fill(self, group_of_row: np.ndarray, groups: Sequence[Sequence[tuple[int, float]]]) -> None:
         """As :meth:`RowTables.fill`, after all that the stream of the last batch's end was given."""
-        if self._read is not None:
+        if self._read is not None and not guard.capturing(self.tables.device):  # that is refused
             torch.cuda.current_stream(self.tables.device).wait_event(self._read)
         super().fill(group_of_row, groups)
 
     def release(self) -> None:
         """The batch has ended, on the current stream. The next may be on another."""
         device = self.tables.device
-        if device.type == "cuda" and not guard.capturing(device):
-            self._read = torch.cuda.current_stream(device).record_event()
-        self.free.release()
+        try:
+            if device.type == "cuda" and not guard.capturing(device):
+                self._read = torch.cuda.current_stream(device).record_event()
+        finally:
+            self.free.release()
