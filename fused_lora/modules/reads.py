@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from types import FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -177,12 +177,15 @@ def _is_read(frame: FrameType) -> bool:
         reader = reader.f_back
     if frame.f_code is not _GETATTR or reader is None:
         return False
-    return not f"{reader.f_globals.get('__name__')}.".startswith(_MOVERS) and _next_attribute(reader) not in _FACTS
+    if f"{reader.f_globals.get('__name__')}.".startswith(_MOVERS):
+        return False
+    return _next_attribute(reader.f_code, reader.f_lasti) not in _FACTS
 
 
-def _next_attribute(frame: FrameType) -> str | None:
-    """What the expression that a frame computes asks of the value that it waits for: "dtype" of layer.weight.dtype."""
-    following = (i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti)
+@functools.lru_cache  # a store watches a layer that is never called in each of its steps
+def _next_attribute(code: CodeType, last: int) -> str | None:
+    """What an expression asks of the value that its instruction at ``last`` gets: "dtype" of layer.weight.dtype."""
+    following = (i for i in dis.get_instructions(code) if i.offset > last)
     instruction = next((i for i in following if i.opname != "EXTENDED_ARG"), None)
     return instruction.argval if instruction is not None and instruction.opname in _GETS else None
 
