@@ -413,7 +413,9 @@ def why_around(layer: Any) -> str | None:
 def _is_number(scale: Any) -> bool:
     if isinstance(scale, Tensor):
         return scale.numel() == 1 and scale.dim() <= 1 and not scale.is_complex()
-    return isinstance(scale, (int, float, Real)) and is_scaling(scale)  # Real: numpy's
+    if isinstance(scale, (int, float)):
+        return is_scaling(scale)
+    return isinstance(scale, Real) and is_scaling(float(scale))  # numpy's: float32's range is none that float16 has
 
 
 def _parts(layer: Any, names: list[str]) -> list[tuple[str, nn.Module, nn.Module, nn.Module]]:

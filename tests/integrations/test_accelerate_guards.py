@@ -96,11 +96,12 @@ def test_scalings_as_tensors(report):
     both.do(lambda m: m.unmerge_adapter())
 
 
+@pytest.mark.filterwarnings("error:overflow")
 def test_scalings_of_numpy(report):
     both = pair(torch.float32, {"a": {}, "b": {"r": 2}})
     both.do(lambda m: m.base_model.set_adapter(["a", "b"]))
     for layer in layers(both):
-        layer.scaling = {"a": np.float32(0.5), "b": np.int64(2)}
+        layer.scaling = {"a": np.float16(0.5), "b": np.int64(2)}
     assert_like_peft(both, torch.randn(9, K), fused=True)
     assert report()["fallback"] == {}
     both.do(lambda m: m.merge_adapter())
