@@ -348,6 +348,32 @@ def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_state(relative, acti
     assert lines["stop"] > (8 if loops == "C" else 20) and whole == 1
 
 
+@pytest.mark.parametrize("action", ["unmerge", "switch"])
+def test_an_interrupt_while_a_copy_is_put_back(action, loops):
+    """Python raises it behind the call that it came in."""
+    W, A, B = case(24, 64, 4, torch.bfloat16, 100.0)
+    before = W.clone()
+    record = merging.merge_(W, [A], [B], [1.0])
+    merged = W.clone()
+    assert record.units.copy is not None
+
+    def behind(frame, event, function):
+        if event == "c_return" and frame.f_code.co_name == "_put_back" and function.__name__ == "copy_":
+            raise KeyboardInterrupt
+
+    act, *_ = acting(action, W, before, merged, A, B, record)
+    outer = sys.getprofile()
+    sys.setprofile(behind)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            act()
+    finally:
+        sys.setprofile(outer)
+    assert same_bits(W, merged)
+    merging.unmerge_(W, record)
+    assert same_bits(W, before)
+
+
 def test_arguments_are_checked():
     W, A, B = case(8, 9, 2, torch.float32)
     with pytest.raises(ValueError, match="adapter 0"):

@@ -150,7 +150,12 @@ class _Sweep:
         type(self)(self.W, self.factors, now, 0).run(CHECKSUM)
         if not torch.equal(now.notes, self.units.notes):
             raise launch.error(CHANGED)
-        self.W.copy_(copy)  # nothing from here on: an interrupt would leave a record of a weight that is back
+        try:
+            self.W.copy_(copy)
+        except BaseException:  # an interrupt meanwhile is raised behind it; the same factors give the same bits again
+            self.W.copy_(copy)
+            merge_again(self.W, self.factors)
+            raise
 
 
 class _InC(_Sweep):
