@@ -76,6 +76,17 @@ def test_an_adapter_of_rank_0_adds_nothing(p):
     assert_close(dx, torch.ones(5, 30) @ W, terms=100)
 
 
+@pytest.mark.parametrize("view", ["beside it", "negative"])
+def test_a_view_like_the_transpose_of_a_frozen_parameter(view):
+    memory = torch.randn(48)
+    parameter = nn.Parameter(memory[:24].view(4, 6), requires_grad=False)
+    W = parameter.as_strided((6, 4), (1, 6), 24) if view == "beside it" else torch._neg_view(parameter).t()
+    x, A, B = torch.randn(5, 4, requires_grad=True), torch.randn(2, 4), torch.randn(6, 2)
+    y = lora_linear(x, W, None, [A], [B], [0.5], [0.0])
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert_close(dx, torch.ones(5, 6) @ (W + 0.5 * B @ A), terms=100)
+
+
 @pytest.fixture
 def onednn(monkeypatch):
     """Used on any processor that has it, for products of any size."""

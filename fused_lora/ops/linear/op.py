@@ -322,9 +322,10 @@ def _is_transposed(weight: Tensor) -> bool:
     """Whether this is a frozen parameter's ``t()``. DeepSpeed ZeRO-3 gives a parameter other memory in the backward: a
     view that is kept would hold that of the forward."""
     base = weight._base
-    if type(base) is not torch.nn.Parameter or base.requires_grad or base.dim() != 2:
+    if type(base) is not torch.nn.Parameter or base.requires_grad or base.dim() != 2 or weight.is_neg():
         return False
-    return weight.shape == base.shape[::-1] and weight.stride() == base.stride()[::-1]
+    place, turned = weight.storage_offset(), weight.stride()[::-1]
+    return (weight.shape, turned, place) == (base.shape[::-1], base.stride(), base.storage_offset())
 
 
 def _backward(ctx, g, _):
