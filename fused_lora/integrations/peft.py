@@ -80,7 +80,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: model is not a module. ValueError: it has no PEFT LoRA layer.
     """
-    if not _lora_layers(model):
+    layers = _lora_layers(model)
+    if not layers:
         if any(isinstance(module, LoraLayer) for module in model.modules()):
             raise ValueError("model: its LoRA layers are fused_lora's own, they need no accelerate")
         raise ValueError(
@@ -90,13 +91,14 @@ def accelerate(model: nn.Module) -> nn.Module:
         )
     module: Any
     called = [model]
+    for module in layers.values():
+        _adopt(module)
     for module in model.modules():
         if _is_tuner(module):
             called += [module, module.model]  # generate calls the latter
-        _adopt(module)
         if _builds_lora_layers(module):
             setattr(module, _create, _create_accelerated)
-    _follow("accelerate", *called)
+    _follow("accelerate", layers, *called)
     rows = layer_report(model)
     if all(row.why_not for row in rows):
         warnings.warn(f"accelerate: {summary(rows)}", stacklevel=3)
@@ -166,7 +168,7 @@ def install() -> Callable[[], dict[str, Any]]:
             inject(self, *args, **kwargs)
             kinds = _our_classes()
             if _installed and any(isinstance(module, kinds) for module in self.modules()):
-                _follow("install", self, self.model)
+                _follow("install", _lora_layers(self), self, self.model)
 
         for owner, name, ours in (
             (LoraModel, _create, staticmethod(create)),
@@ -355,12 +357,11 @@ def _our_classes() -> tuple[type[Any], ...]:
     return tuple(accelerated(stock) for stock in stock_classes())
 
 
-def _follow(who: str, model: nn.Module, *inner: nn.Module) -> None:
+def _follow(who: str, layers: dict[str, nn.Module], model: nn.Module, *inner: nn.Module) -> None:
     """Let changes wait for calls of these, name layers that are read and not called, and look for more in a call."""
     for module in (model, *inner):
         watch(module)
     FirstForward(_called_layers, model, *inner)
-    layers = _lora_layers(model)
     attention = _inside_attention(layers)
     lost = {p: why for p in layers if not p.startswith(attention) and (why := _why_not_reached(model, p))}
     if lost:
