@@ -32,7 +32,7 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     Args:
         weight: [N, K], fp64, fp32, bf16 or fp16, any strides. lora_A: [r, K]; lora_B: [N, r], any floating dtype.
     """
-    if torch._C._are_functorch_transforms_active():  # A or B alone may be a batch
+    if torch._C._are_functorch_transforms_active():  # A or B alone may be a batch; Dynamo cannot trace is_batched
         dtype = _wide(weight, lora_A, lora_B)
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             adapted = torch.addmm(weight.to(dtype), lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)

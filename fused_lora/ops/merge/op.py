@@ -142,6 +142,8 @@ def merge_later(
     None where neither the C loops nor the kernel take it in one pass with others. Raises what :func:`merge_` does
     before it writes.
     """
+    if old is not None:
+        _merged(weight, old)
     record, sweep = _prepared(weight, adapters, fan_in_fan_out, old)
     return (record, sweep) if sweep is not None and sweep.joins() else None
 
@@ -223,10 +225,8 @@ def _prepared(
     weight: torch.Tensor, adapters: Any, fan_in_fan_out: bool, old: MergeRecord | None = None
 ) -> tuple[MergeRecord, Any]:
     """Of a merge, or in place of an ``old`` one a switch: the record that will hold, and the sweep, or None where a
-    switch takes two passes. The arguments are checked before."""
+    switch takes two passes. The arguments are checked before, all but ``old``."""
     _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
-    if old is not None:
-        _merged(weight, old)
     W, (lora_A, lora_B, scaling, row_scale, seed) = weight.detach(), adapters
     factors = delta_factors(W.dtype, W.device, lora_A, lora_B, scaling, fan_in_fan_out, row_scale)
     factors, turned, before = factors._replace(dither=dither_of(seed)), W.stride(0) < W.stride(1), None
