@@ -404,33 +404,51 @@ INLINE int do_unit_of(int scaled, int random, Work *work, int64_t index, int mod
     return do_unit(FLOAT16, scaled, random, work, index, mode);
 }
 
-/* The LoRA terms of rows under many adapters: one of a layer's outputs, whose slots lie in one memory. */
+/* The LoRA terms of rows under many adapters. A group of rows has a list of members at each output of a layer. */
 typedef struct {
-    const char *A, *B;                        /* [slots], each A [r, K] and B^T [r, columns], so many elements apart: */
-    int64_t A_pitch, B_pitch, columns, first; /* first: its first column of y */
-    const int64_t *ranks;                     /* [slots] */
+    const char *A, *B;                        /* A [ranks, K] and B^T [ranks, columns], rows contiguous and so many */
+    int64_t A_pitch, B_pitch, ranks;          /* elements apart */
+    double scale;
+} Member;
+
+typedef struct {
+    int64_t columns, first;                   /* how many, and the first of them in y */
+    const int64_t *starts;                    /* [groups + 1]: where the members of each begin */
 } Output;
 
 typedef struct {
     const float *x;                           /* [rows, K], its rows x_stride apart */
-    int64_t x_stride, K, outputs, y_type, type; /* type: of A and B, FLOAT32 or BFLOAT16 */
+    int64_t x_stride, K, outputs, y_type, type; /* type: of A and B */
     const Output *table;                      /* [outputs] */
+    const Member *members;
     int64_t blocks;
-    const int64_t *block, *order;             /* [blocks, 3]: slot, first place in order, rows; [places]: row of x and y */
-    float *S;                                 /* [places, outputs, pitch] */
+    const int64_t *block, *order;             /* [blocks, 3]: group, first place in order, rows; [places]: row of x and y */
+    float *S;                                 /* [places, outputs, pitch]: of a group's members one beside the other */
     int64_t pitch, threads, variant;
     char *y;                                  /* [rows, all outputs' columns], its rows y_stride bytes apart */
     int64_t y_stride;
 } Terms;
 
-/* Vectors of a width that every variant has: gcc takes wider ones apart where a processor has them not. A macro loads
- * them, for they are not returned alike by the functions of all instruction sets. */
+/* Vectors of a width that every variant has: gcc takes wider ones apart where a processor has them not. They go by
+ * pointer, for they are not passed alike by the functions of all instruction sets. */
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-#define LOAD(type, array, i)                                                                                        \
-    ((type) == FLOAT32 ? *(const lanes *)((const float *)(array) + (i))                                             \
-                       : (lanes)(__builtin_convertvector(*(const halves *)((const uint16_t *)(array) + (i)), words) << 16))
+
+/* LANES elements from i on: value_of for vectors. */
+INLINE void load(int type, const void *array, int64_t i, lanes *value) {
+    if (type == FLOAT32) {
+        *value = *(const lanes *)((const float *)array + i);
+        return;
+    }
+    words bits = __builtin_convertvector(*(const halves *)((const uint16_t *)array + i), words);
+    if (type == BFLOAT16) {
+        *value = (lanes)(bits << 16);
+        return;
+    }
+    words magnitude = (bits & 0x7FFF) << 13, special = (words)(magnitude >= 0x0F800000) & 0x7F800000;
+    *value = (lanes)((words)((lanes)magnitude * 0x1p112f) | special | (bits & 0x8000) << 16);
+}
 
 #define ELEMENT(type, array, i) value_of(type, get(type, array, i))
 
@@ -461,9 +479,11 @@ INLINE void dot_products(int both, int64_t ahead, int p_type, const void *const 
         int64_t end = ahead && K - k > AHEAD ? k + AHEAD : K;
         if (ahead) ask_for(q_type, q, k + ahead, end - k), ask_for(q_type, o, k + ahead, end - k);
         for (; k + LANES <= end; k += LANES) {
-            lanes a = LOAD(q_type, q, k), b = both ? LOAD(q_type, o, k) : a;
+            lanes a, b, c;
+            load(q_type, q, k, &a);
+            if (both) load(q_type, o, k, &b);
             for (int i = 0; i < GROUP; i++) {
-                lanes c = LOAD(p_type, p[i], k);
+                load(p_type, p[i], k, &c);
                 u[i] += c * a;
                 if (both) v[i] += c * b;
             }
@@ -494,11 +514,10 @@ INLINE void add_ranks(int64_t rows, int64_t depth, int64_t j, const float *const
     }
 }
 
-/* d [rows, n] = S B; rows: 1 or GROUP. */
+/* d [rows, n] += S B; rows: 1 or GROUP. */
 INLINE void combine(int64_t rows, const float *const *S, int type, const void *B, int64_t stride, int64_t ranks,
                     int64_t n, float (*d)[SPAN]) {
     int64_t j = 0;
-    for (int64_t i = 0; i < rows; i++) memset(d[i], 0, n * sizeof **d);
     for (; j + GROUP <= ranks; j += GROUP) add_ranks(rows, GROUP, j, S, type, B, stride, n, d);
     for (; j < ranks; j++) add_ranks(rows, 1, j, S, type, B, stride, n, d);
 }
@@ -516,53 +535,67 @@ INLINE void add_rounded(int type, void *y, const float *d, int64_t n) {
     }
 }
 
-/* S of one block at one output, STRIP ranks of it. Rows and ranks that fill up a group are the last ones again. */
+/* S of one block at one output, STRIP ranks of a member. Rows and ranks that fill up a group are the last ones again. */
 INLINE void shrink(int type, const Terms *terms, const int64_t *block, int64_t output, int64_t strip) {
-    const Output *of = terms->table + output;
-    int64_t first = strip * STRIP, ranks = of->ranks[block[0]] - first, K = terms->K, pitch = terms->outputs * terms->pitch;
-    const char *A = of->A + bytes_of(type, block[0] * of->A_pitch + first * K);
+    const int64_t *starts = terms->table[output].starts + block[0], *row = terms->order + block[1], rows = block[2];
+    const Member *of = terms->members + starts[0], *end = terms->members + starts[1];
+    int64_t K = terms->K, pitch = terms->outputs * terms->pitch;
+    float *S = terms->S + (block[1] * terms->outputs + output) * terms->pitch, s[GROUP], t[GROUP];
+    for (; of < end && strip >= (of->ranks + STRIP - 1) / STRIP; of++) {
+        strip -= (of->ranks + STRIP - 1) / STRIP;
+        S += of->ranks;
+    }
+    if (of == end) return;
+    int64_t first = strip * STRIP, ranks = of->ranks - first < STRIP ? of->ranks - first : STRIP, apart = of->A_pitch;
+    const char *A = of->A + bytes_of(type, first * apart);
     const void *p[GROUP];
-    float *S = terms->S + (block[1] * terms->outputs + output) * terms->pitch + first, s[GROUP], t[GROUP];
-    const int64_t *row = terms->order + block[1], rows = block[2];
-    if (ranks > STRIP) ranks = STRIP;
-    for (int64_t m = 0; m < rows && ranks > 0; m += GROUP) {
+    float scale = (float)of->scale;
+    S += first;
+    for (int64_t m = 0; m < rows; m += GROUP) {
         if (rows - m == 1) {
             for (int64_t j = 0; j < ranks; j += GROUP) {
-                for (int64_t i = 0; i < GROUP; i++) p[i] = A + bytes_of(type, (j + i < ranks ? j + i : ranks - 1) * K);
+                for (int64_t i = 0; i < GROUP; i++) p[i] = A + bytes_of(type, (j + i < ranks ? j + i : ranks - 1) * apart);
                 const float *x = terms->x + row[m] * terms->x_stride;
                 dot_products(0, 0, type, p, FLOAT32, x, x, K, s, t);
-                for (int64_t i = 0; i < GROUP && j + i < ranks; i++) S[m * pitch + j + i] = s[i];
+                for (int64_t i = 0; i < GROUP && j + i < ranks; i++) S[m * pitch + j + i] = s[i] * scale;
             }
             break;
         }
         for (int64_t i = 0; i < GROUP; i++) p[i] = terms->x + row[m + i < rows ? m + i : rows - 1] * terms->x_stride;
         for (int64_t j = 0; j < ranks; j += 2) {
             int64_t next = j + 1 < ranks ? j + 1 : j;
-            dot_products(1, 2 * K, FLOAT32, p, type, A + bytes_of(type, j * K), A + bytes_of(type, next * K), K, s, t);
+            const char *a = A + bytes_of(type, j * apart), *b = A + bytes_of(type, next * apart);
+            dot_products(1, 2 * apart, FLOAT32, p, type, a, b, K, s, t);
             for (int64_t i = 0; i < GROUP && m + i < rows; i++)
-                S[(m + i) * pitch + j] = s[i], S[(m + i) * pitch + next] = t[i];
+                S[(m + i) * pitch + j] = s[i] * scale, S[(m + i) * pitch + next] = t[i] * scale;
         }
     }
 }
 
 /* y of one block at SPAN columns of one output. */
 INLINE void expand(int type, const Terms *terms, const int64_t *block, int64_t output, int64_t span) {
-    const Output *of = terms->table + output;
-    int64_t ranks = of->ranks[block[0]], first = span * SPAN, n = of->columns - first, rows = block[2];
+    const Output *table = terms->table + output;
+    const Member *start = terms->members + table->starts[block[0]], *end = terms->members + table->starts[block[0] + 1];
+    int64_t first = span * SPAN, n = table->columns - first, rows = block[2];
     if (n > SPAN) n = SPAN;
-    const char *B = of->B + bytes_of(type, block[0] * of->B_pitch + first);
     const float *S[GROUP];
     float d[GROUP][SPAN];
-    for (int64_t m = 0; m < rows && n > 0 && ranks; m += GROUP) {
-        for (int64_t i = 0; i < GROUP; i++) {
+    for (int64_t m = 0; m < rows && n > 0 && start < end; m += GROUP) {
+        int64_t height = rows - m == 1 ? 1 : GROUP;
+        for (int64_t i = 0; i < height; i++) {
             int64_t place = block[1] + (m + i < rows ? m + i : rows - 1);
             S[i] = terms->S + (place * terms->outputs + output) * terms->pitch;
+            memset(d[i], 0, n * sizeof **d);
         }
-        if (rows - m == 1) combine(1, S, type, B, of->columns, ranks, n, d);
-        else combine(GROUP, S, type, B, of->columns, ranks, n, d);
-        for (int64_t i = 0; i < GROUP && m + i < rows; i++) {
+        for (const Member *of = start; of < end; of++) {
+            const char *B = of->B + bytes_of(type, first);
+            if (height == 1) combine(1, S, type, B, of->B_pitch, of->ranks, n, d);
+            else combine(GROUP, S, type, B, of->B_pitch, of->ranks, n, d);
+            for (int64_t i = 0; i < height; i++) S[i] += of->ranks;
+        }
+        for (int64_t i = 0; i < height && m + i < rows; i++) {
             char *y = terms->y + terms->order[block[1] + m + i] * terms->y_stride;
-            y += bytes_of(terms->y_type, of->first + first);
+            y += bytes_of(terms->y_type, table->first + first);
             if (terms->y_type == FLOAT32) add_rounded(FLOAT32, y, d[i], n);
             else if (terms->y_type == BFLOAT16) add_rounded(BFLOAT16, y, d[i], n);
             else add_rounded(FLOAT16, y, d[i], n);
@@ -672,11 +705,13 @@ INLINE void products(const Products *of, int64_t part, int64_t panel) {
     }                                                                                                               \
     options static void shrink_##name(const Terms *terms, const int64_t *block, int64_t output, int64_t strip) {    \
         if (terms->type == FLOAT32) shrink(FLOAT32, terms, block, output, strip);                                   \
-        else shrink(BFLOAT16, terms, block, output, strip);                                                         \
+        else if (terms->type == BFLOAT16) shrink(BFLOAT16, terms, block, output, strip);                            \
+        else shrink(FLOAT16, terms, block, output, strip);                                                          \
     }                                                                                                               \
     options static void expand_##name(const Terms *terms, const int64_t *block, int64_t output, int64_t span) {     \
         if (terms->type == FLOAT32) expand(FLOAT32, terms, block, output, span);                                    \
-        else expand(BFLOAT16, terms, block, output, span);                                                          \
+        else if (terms->type == BFLOAT16) expand(BFLOAT16, terms, block, output, span);                             \
+        else expand(FLOAT16, terms, block, output, span);                                                           \
     }
 
 #ifdef __x86_64__
@@ -719,7 +754,7 @@ int fused_lora_amd(void) {
 }
 
 /* Of the layouts that Python must have, too: an older library beside newer code would read wrong addresses. */
-int fused_lora_layout(void) { return (int)(sizeof(Work) << 16 | sizeof(Products)); }
+int fused_lora_layout(void) { return (int)(sizeof(Work) << 20 | sizeof(Products) << 10 | sizeof(Terms)); }
 
 int fused_lora_openmp(void) {
 #ifdef _OPENMP
@@ -789,20 +824,28 @@ void fused_lora_products(const Products *of) {
     }
 }
 
-/* y += B A x of all rows that `order` names, at all outputs: first S of all blocks, then y. */
+/* y += scale * B A x of all rows that `order` names, at all outputs: first S of all blocks, then y. */
 void fused_lora_terms(const Terms *terms) {
-    int64_t outputs = terms->outputs, strips = (terms->pitch + STRIP - 1) / STRIP, spans = 0;
-    for (int64_t g = 0; g < outputs; g++) {
-        int64_t own = (terms->table[g].columns + SPAN - 1) / SPAN;
-        if (own > spans) spans = own;
+    int64_t outputs = terms->outputs, strips = 0, spans = 0;
+    for (int64_t i = 0; i < terms->blocks * outputs; i++) {
+        const Output *of = terms->table + i % outputs;
+        int64_t group = terms->block[i / outputs * 3], own = 0, wide = (of->columns + SPAN - 1) / SPAN;
+        for (int64_t m = of->starts[group]; m < of->starts[group + 1]; m++)
+            own += (terms->members[m].ranks + STRIP - 1) / STRIP;
+        if (own > strips) strips = own;
+        if (wide > spans) spans = wide;
     }
 #pragma omp parallel num_threads((int)terms->threads)
     {
+        fenv_t environment;
+        fegetenv(&environment);
+        fesetenv(FE_DFL_ENV);
 #pragma omp for schedule(dynamic, 2)
         for (int64_t i = 0; i < terms->blocks * outputs * strips; i++)
             shrinks[terms->variant](terms, terms->block + i / strips / outputs * 3, i / strips % outputs, i % strips);
 #pragma omp for schedule(dynamic, 2)
         for (int64_t i = 0; i < terms->blocks * outputs * spans; i++)
             expands[terms->variant](terms, terms->block + i / spans / outputs * 3, i / spans % outputs, i % spans);
+        fesetenv(&environment);
     }
 }

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_lora.ops.grouped.op import Joint, RowLayout, Terms, lora_grouped_
+from fused_lora.ops.grouped.op import RowLayout, Terms, lora_grouped_
 
 
 def sgemm_lora_a_fwd(
@@ -90,21 +90,12 @@ def sgemm_lora_b_fwd(
     if not layout.groups:
         return y
     one = torch.eye(inputs.shape[1], dtype=weights.dtype, device=weights.device)
-    terms = []
     for g, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
         # the rows of S are packed by rank: slice g of an adapter of rank r begins at column g * r
-        terms.append(
-            Terms({s: [(one[:, g * r :][:, :r], weights[s, start:end, :r].t(), 1.0)] for s, r in _used(layout, ranks)})
-        )
-    outputs = [y[:, start:end] for start, end in zip(ends, ends[1:], strict=False)]
-    for output, own in zip(outputs, terms, strict=True):
-        lora_grouped_(output, inputs, layout, Joint([own]))
+        used = [(slot, ranks[slot]) for slot in layout.groups]
+        terms = Terms({s: [(one[g * r :][:r].t(), weights[s, start:end, :r].t(), 1.0)] for s, r in used})
+        lora_grouped_(y[:, start:end], inputs, layout, terms)
     return y
-
-
-def _used(layout: RowLayout, ranks: list[int]) -> list[tuple[int, int]]:
-    """(slot, rank) of the slots that have rows."""
-    return [(slot, ranks[slot]) for slot in layout.groups]
 
 
 def _check_floating(inputs: Tensor, weights: Tensor) -> None:

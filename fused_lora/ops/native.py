@@ -49,6 +49,8 @@ class Work(ctypes.Structure):
 
 # ``Products`` in C: rows columns ranks cut threads variant height seed x A dS turned S dx dA
 _products = struct.Struct("15q")
+# ``Terms`` in C: x x_stride K outputs y_type type table members blocks block order S pitch threads variant y y_stride
+_terms = struct.Struct("17q")
 
 
 @functools.cache
@@ -62,7 +64,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         layout = library.fused_lora_layout()
     except (OSError, AttributeError) as error:
         return None, f"{LIBRARY.name} cannot be loaded: {error}"
-    if layout != ctypes.sizeof(Work) << 16 | _products.size:
+    if layout != ctypes.sizeof(Work) << 20 | _products.size << 10 | _terms.size:
         return None, f"{LIBRARY.name} is of another version: build it again"
     if variant < 0:
         return None, "this processor has no fused multiply-add"
@@ -88,7 +90,7 @@ def usable() -> bool:
 
 
 def describe() -> str:
-    """Which code does merges, dropout masks and the LoRA terms of vLLM on this CPU, and why: one line."""
+    """Which code does merges, dropout masks and the LoRA terms of mixed batches on this CPU, and why: one line."""
     if usable():
         return _loaded()[1]
     return f"plain torch: {'; '.join(_rejected) or _loaded()[1]}"
@@ -190,9 +192,9 @@ def _sum(parts: torch.Tensor | None) -> torch.Tensor | None:
     return parts if parts is None else parts[0] if len(parts) == 1 else parts.sum(0)
 
 
-def add_terms(packed: bytes) -> None:
-    """The LoRA terms of rows under many adapters: ``Terms`` in C, of :mod:`fused_lora.ops.grouped.loops`."""
-    _loaded()[0].fused_lora_terms(packed)
+def add_terms(*fields: int) -> None:
+    """The LoRA terms of rows under many adapters, of :mod:`fused_lora.ops.grouped.loops`."""
+    _loaded()[0].fused_lora_terms(_terms.pack(*fields))
 
 
 def _after_fork() -> None:

@@ -217,8 +217,8 @@ class AdapterStore(Registry):
             wanted = [tuple((held[key], weight) for key, weight in entry if weight) for entry in entries]
             self._check_weights(wanted)
             _check_activated(wanted, rows)
-            # adapters of one shape that lie side by side in the arena are computed together
-            groups = sorted({group for group in wanted if group}, key=lambda group: (len(group), group[0][0].place))
+            # in one order, so that what was prepared for a mix is found again
+            groups = sorted({group for group in wanted if group}, key=lambda group: [(v.slot, w) for v, w in group])
             numbers = {group: i for i, group in enumerate(groups)}
             group_of_entry = np.array([numbers.get(group, -1) for group in wanted], np.int64)
             more = self._prepared_for(groups), self._siblings, self._rows, buffers, dim

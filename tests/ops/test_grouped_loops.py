@@ -1,4 +1,4 @@
-"""LoRA terms of rows under many adapters by the C loops: against float64, and the same bits for a row in any batch."""
+"""LoRA terms of rows under many adapters by the C loops: several outputs, instruction sets, threads, and the check."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ import torch
 
 from fused_lora.ops import native
 from fused_lora.ops.grouped import loops
-from fused_lora.ops.grouped.loops import Blocks, Factors, add_terms_
+from fused_lora.ops.grouped.loops import add_terms_
+from fused_lora.ops.grouped.op import RowLayout, Terms
 from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
 
@@ -23,7 +24,15 @@ def seeded():
 def layer(K, kept=torch.float32):
     A = [(torch.randn(SLOTS, MOST, K) * K**-0.5).to(kept) for _ in N]
     B_t = [(torch.randn(SLOTS, MOST, n) / 4).to(kept) for n in N]
-    return A, B_t, Factors(A, B_t, RANKS)
+    held = [
+        {slot: [(a[slot, :r].t(), b[slot, :r], 1.0)] for slot, r in enumerate(ranks)}
+        for a, b, ranks in zip(A, B_t, RANKS, strict=True)
+    ]
+    return A, B_t, Terms(*held, columns=N)
+
+
+def rows_of(slots):
+    return RowLayout(slots, torch.device("cpu"))
 
 
 def exact(y, x, A, B_t, slots):
@@ -43,21 +52,21 @@ def slots_of(counts):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("dtype", native.TYPES, ids=str)
-@pytest.mark.parametrize("kept", loops.KEPT, ids=str)
+@pytest.mark.parametrize("kept", native.TYPES, ids=str)
 @pytest.mark.parametrize("K", [5, 64, 77])
 def test_terms_are_those_of_float64(dtype, kept, K):
     A, B_t, factors = layer(K, kept)
     slots = slots_of([2, 1, 6, 0, 70])
     x, wide = torch.randn(len(slots), 2 * K).to(dtype)[:, :K], torch.randn(len(slots), sum(N) + 9).to(dtype)
     y, before = wide[:, : sum(N)], wide.clone()  # rows apart, as those of a step's logits are
-    assert add_terms_(y, x, Blocks(slots), factors)
+    assert add_terms_(y, x, rows_of(slots), factors)
     assert_close(y, exact(before[:, : sum(N)], x, A, B_t, slots).to(dtype), K + MOST)
     assert torch.equal(wide[:, sum(N) :], before[:, sum(N) :])
     assert torch.equal(wide[slots < 0], before[slots < 0])
-    assert not add_terms_(y.double(), x, Blocks(slots), factors)
+    assert not add_terms_(y.double(), x, rows_of(slots), factors)
 
 
-@pytest.mark.parametrize("kept", loops.KEPT, ids=str)
+@pytest.mark.parametrize("kept", native.TYPES, ids=str)
 @pytest.mark.parametrize("variant", sorted({native.variant(), min(native.variant(), 1)}))
 def test_a_row_has_the_same_bits_alone_in_any_batch_and_any_threads(variant, kept, monkeypatch):
     monkeypatch.setattr(native, "variant", lambda: variant)
@@ -68,20 +77,20 @@ def test_a_row_has_the_same_bits_alone_in_any_batch_and_any_threads(variant, kep
     def run(rows, threads):
         monkeypatch.setattr(native, "threads", lambda elements: threads)
         found = y[rows].clone()
-        assert add_terms_(found, x[rows], Blocks(slots[rows]), factors)
+        assert add_terms_(found, x[rows], rows_of(slots[rows]), factors)
         return found
 
     together = run(np.arange(len(slots)), 1)
     assert torch.equal(run(np.arange(len(slots)), 3), together)
-    for i in range(len(slots)):
+    for i in np.flatnonzero(slots >= 0):
         assert torch.equal(run(np.array([i]), 1)[0], together[i])
 
 
 def test_loops_that_compute_something_else_are_not_used(monkeypatch):
     monkeypatch.setattr(native, "_rejected", [])
-    monkeypatch.setattr(native, "add_terms", lambda packed: None)
+    monkeypatch.setattr(native, "add_terms", lambda *fields: None)
     loops._agree.cache_clear()
     _, _, factors = layer(8)
     with pytest.warns(UserWarning, match="C loops are not used.*a LoRA term in torch.float32 differs"):
-        assert not add_terms_(torch.zeros(3, sum(N)), torch.ones(3, 8), Blocks(slots_of([1, 2, 0, 0, 0])), factors)
+        assert not add_terms_(torch.zeros(3, sum(N)), torch.ones(3, 8), rows_of(slots_of([1, 2, 0, 0, 0])), factors)
     loops._agree.cache_clear()

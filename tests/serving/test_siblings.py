@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from fused_lora.kernels import grouped_shrink
+from fused_lora.ops.grouped.op import lora_grouped_
 from fused_lora.reference import bits
 from fused_lora.serving import AdapterStore
-from fused_lora.serving.batch import prepared
+from fused_lora.serving.batch.prepared import Prepared, Step
 from fused_lora.serving.batch.siblings import Siblings
 from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
@@ -110,15 +111,25 @@ def alone(model, monkeypatch):
 
 @pytest.fixture
 def joint(monkeypatch):
-    """How many layers each computation served that served several, in the order of the calls."""
-    counts, form = [], prepared.form_terms
+    """Steps as the kernels have them, by the eager operator on a copy of the input: how many layers each served that
+    served several, in the order of the calls."""
+    counts = []
 
-    def counted(x, layout, terms):
-        if len(terms.terms) > 1:
-            counts.append(len(terms.terms))
-        return form(x, layout, terms)
+    def step(self, rows, buffers, sites, x, y):
+        acting = [site for site in sites if site in self.sites]
 
-    monkeypatch.setattr(prepared, "form_terms", counted)
+        def form(x):
+            if len(acting) > 1:
+                counts.append(len(acting))
+            return x.clone()
+
+        def add(formed, number, y):
+            lora_grouped_(y, formed, rows.layout, self._terms_of(acting[number]))
+            return True
+
+        return Step({site: i for i, site in enumerate(acting)}, form, add)
+
+    monkeypatch.setattr(Prepared, "step", step)
     return counts
 
 
@@ -207,7 +218,7 @@ def test_inputs_that_always_differ_are_never_shared(model, joint, alone):
     assert set(joint) == {2}  # k and v; gate and up
 
 
-def test_a_layer_that_is_left_out(model, alone):
+def test_a_layer_that_is_left_out(model, joint, alone):
     store, x = loaded(model), torch.randn(6, 2, K)
     with store.batch(NAMES):
         model(x), model(x)
@@ -221,8 +232,7 @@ def test_a_layer_that_is_left_out(model, alone):
         assert torch.equal(model(x), alone(NAMES, x))
 
 
-def test_a_layer_that_is_called_in_between(model, alone):
-    """Its terms take the buffers of those that wait."""
+def test_a_layer_that_is_called_in_between(model, joint, alone):
     store, x = loaded(model), torch.randn(6, 1, K)
     with store.batch(NAMES):
         model(x), model(x)
@@ -232,7 +242,7 @@ def test_a_layer_that_is_called_in_between(model, alone):
             assert torch.equal(model(x), alone(NAMES, x))
 
 
-def test_a_batch_within_a_batch_between_two_layers(model, alone):
+def test_a_batch_within_a_batch_between_two_layers(model, joint, alone):
     store, x = loaded(model), torch.randn(6, 1, K)
     want = alone(NAMES, x)
     inner, seen = torch.randn(6, 1, K), []
@@ -307,7 +317,7 @@ def test_a_step_that_raised_half_way(model, joint, alone):
         assert joint == [3, 2, 3, 2]
 
 
-def test_threads_and_handed_on_batches(model, alone):
+def test_threads_and_handed_on_batches(model, joint, alone):
     store, inputs = loaded(model), [torch.randn(6, 1 + i % 3, K) for i in range(24)]
     other = NAMES[::-1]
     want = [alone(NAMES, x) for x in inputs], [alone(other, x) for x in inputs]
@@ -343,15 +353,7 @@ def test_adapters_in_another_dtype_than_the_sum(model, alone):
         assert torch.equal(model(x), first) and not torch.equal(first, alone(NAMES, x))
 
 
-def test_many_rows_are_not_held_for_the_siblings(model, joint, alone):
-    store, x = loaded(model), torch.randn(6, 120, K)
-    with store.batch(NAMES):
-        model(x[:, :1]), model(x[:, :1])
-        out = model(x)
-    assert torch.equal(out, alone(NAMES, x))
-
-
-def test_nothing_is_kept_after_a_step(model):
+def test_nothing_is_kept_after_a_step(model, joint):
     """The input of a step is free once the last layer has read it."""
     import weakref
 

@@ -8,7 +8,6 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from fused_lora.integrations.vllm.terms import EagerTerms
 from fused_lora.integrations.vllm.wrapper import Grouped
 from fused_lora.ops import native
-from fused_lora.ops.grouped.loops import KEPT
 
 
 class GroupedWrapperCPU(Grouped, PunicaWrapperCPU):
@@ -22,6 +21,4 @@ class GroupedWrapperCPU(Grouped, PunicaWrapperCPU):
 
     def adapter_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What adapters of this dtype are held in."""
-        if dtype in KEPT and native.usable() and not self.lora_config.fully_sharded_loras:
-            return dtype
-        return torch.promote_types(dtype, torch.float32)
+        return dtype if dtype in native.TYPES and native.usable() else torch.promote_types(dtype, torch.float32)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.grouped_tables import AdapterTables
-from fused_lora.ops.grouped.loops import KEPT, Factors
-from fused_lora.ops.grouped.op import Joint, Terms
+from fused_lora.ops.grouped.op import Terms
 
 
 class Slots:
@@ -30,14 +29,13 @@ class Slots:
     """
 
     def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype):
-        self._A, self._B_t = _laid_out(A, dtype), _laid_out([b.transpose(2, 3) for b in B], dtype)
+        self._A, self._B_t = [_laid_out(a, dtype) for a in A], [_laid_out(b.transpose(2, 3), dtype) for b in B]
         self.A, self.B = self._A, [b.transpose(2, 3) for b in self._B_t]
         self.N, self.max_rank = [b.shape[2] for b in B], B[0].shape[3]
         self.columns = sum(self.N)
         self.local_rank = A[0].shape[2] if A else self.max_rank
         self.launches: dict[tuple, Any] = {}
-        self._joints: dict[tuple, Joint] = {}
-        self._in_c: Factors | None = None
+        self._terms: dict[tuple, Terms] = {}
         self._tables: dict[str, AdapterTables] = {}
         self._alive: list[Tensor] = []  # whose addresses are in the tables
         # what is there already is of the full rank, for all we know
@@ -48,8 +46,7 @@ class Slots:
         """Say that the adapter in ``slot`` has this rank at each output; 0 where it has no term."""
         for of_output, rank in zip(self.ranks, ranks, strict=True):
             of_output[slot] = min(rank, self.max_rank)
-        self._joints.clear()
-        self._in_c = None
+        self._terms.clear()
         for tables in self._tables.values():
             for of_output, rank in zip(tables.rank, ranks, strict=True):  # by a kernel: nothing waits for the device
                 of_output[slot].fill_(min(rank, tables.max_rank))
@@ -58,30 +55,22 @@ class Slots:
         """The outputs in y [rows, columns or more]."""
         return y[:, : self.columns].split(self.N, dim=1)
 
-    def in_c(self) -> Factors | None:
-        """A and B of each slot for the loops in C; None if they are not in fp32 or bf16 on a CPU."""
-        like = self._B_t[0]
-        if self._in_c is None and self._A and like.device.type == "cpu" and like.dtype in KEPT:
-            ranks = [[min(rank, self.local_rank) for rank in of_output] for of_output in self.ranks]
-            self._in_c = Factors([a[:, 0] for a in self._A], [b[:, 0] for b in self._B_t], ranks)
-        return self._in_c
-
-    def joint(self, kind: str, output: int | None = None) -> Joint:
+    def terms(self, kind: str, output: int | None = None) -> Terms:
         """The factors of each slot for the eager operator; output: of this one alone.
 
         kind: "linear": A and B. "shrink": A alone. "expand": B alone. An identity is in the place of the other, and
         the product with it is exact.
         """
-        found = self._joints.get((kind, output))
+        found = self._terms.get((kind, output))
         if found is None:
-            outputs = range(len(self.N)) if output is None else (output,)
-            found = self._joints[kind, output] = Joint([self._terms(kind, g) for g in outputs])
+            outputs, most, each, columns = range(len(self.N)) if output is None else (output,), self._most(kind), [], []
+            for g in outputs:
+                A, B_t = self._factors(kind, g)
+                ranks = [min(rank, most) for rank in self.ranks[g]]
+                each.append({slot: [(A[slot, :r].t(), B_t[slot, :r], 1.0)] for slot, r in enumerate(ranks) if r})
+                columns.append(B_t.shape[2])
+            found = self._terms[kind, output] = Terms(*each, columns=columns)
         return found
-
-    def _terms(self, kind: str, g: int) -> Terms:
-        (A, B_t), most = self._factors(kind, g), self._most(kind)
-        ranks = [min(rank, most) for rank in self.ranks[g]]
-        return Terms({slot: [(A[slot, :r].t(), B_t[slot, :r], 1.0)] for slot, r in enumerate(ranks) if r})
 
     def _most(self, kind: str) -> int:
         return self.max_rank if kind == "expand" else self.local_rank
@@ -111,15 +100,8 @@ class Slots:
         return found
 
 
-def _laid_out(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Copies [slots, 1, rows, columns] in one memory, so that the products of equal outputs may be one. Each slot's
-    matrix starts at a multiple of 16 elements."""
-    shapes = [matrix.shape for matrix in matrices]
-    sizes = [shape[2] * shape[3] for shape in shapes]
-    pitches = [-(-size // 16) * 16 for size in sizes]
-    parts = [shape[0] * pitch for shape, pitch in zip(shapes, pitches, strict=True)]
-    memory = torch.empty(sum(parts), dtype=dtype, device=matrices[0].device).split(parts) if parts else ()
-    return [
-        part.view(-1, pitch)[:, :size].unflatten(1, shape[1:]).copy_(matrix)
-        for part, pitch, size, shape, matrix in zip(memory, pitches, sizes, shapes, matrices, strict=True)
-    ]
+def _laid_out(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of [slots, 1, rows, columns], of which each slot's matrix starts at a multiple of 16 elements."""
+    slots, size = len(matrices), matrices[0].numel()
+    memory = torch.empty((slots, -(-size // 16) * 16), dtype=dtype, device=matrices.device)
+    return memory[:, :size].unflatten(1, matrices.shape[1:]).copy_(matrices)

@@ -1,4 +1,4 @@
-"""The LoRA terms of one step: by C loops or the grouped operators of torch, or by the Triton kernels.
+"""The LoRA terms of one step: by the eager operator, or by the Triton kernels.
 
 Both know the rows of the step by slot, and a layer by its :class:`Slots`. Nothing here needs vLLM.
 """
@@ -6,7 +6,6 @@ Both know the rows of the step by slot, and a layer by its :class:`Slots`. Nothi
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from fused_lora.integrations.vllm.slots import Slots
 from fused_lora.kernels.grouped_tables import COLUMNS, RowGroups
 from fused_lora.ops import guard
 from fused_lora.ops.grouped.launch import prepare
-from fused_lora.ops.grouped.loops import Blocks, add_terms_
 from fused_lora.ops.grouped.metadata import GroupLayout, RowTables
 from fused_lora.ops.grouped.op import RowLayout, lora_grouped_
 
@@ -26,30 +24,12 @@ _MIXES = 16  # steps of other rows whose layouts are kept: requests that decode 
 _FINE = 512  # up to so many rows a launch provides for exactly them, above for the next multiple
 
 
-class _Rows:
-    """Rows by slot, as each way to their terms wants them."""
-
-    def __init__(self, slot_of_row: np.ndarray, device: torch.device):
-        self._slots, self._device = slot_of_row, device
-
-    @functools.cached_property
-    def layout(self) -> RowLayout:
-        """For products of torch."""
-        return RowLayout(self._slots, self._device)
-
-    @functools.cached_property
-    def blocks(self) -> Blocks:
-        """For the loops in C."""
-        return Blocks(self._slots)
-
-
 class EagerTerms:
-    """By the C loops on a CPU, else by products of torch. What is worked out for the rows of a step is kept for steps
-    like it."""
+    """By the eager operator. What is worked out for the rows of a step is kept for steps like it."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._layouts: dict[bytes, dict[int, _Rows]] = {}
+        self._layouts: dict[bytes, dict[int, RowLayout]] = {}
         self.step(np.zeros(0, np.int32))
 
     def step(self, slot_of_row: np.ndarray) -> None:
@@ -60,23 +40,22 @@ class EagerTerms:
         if len(self._layouts) > _MIXES:
             del self._layouts[next(iter(self._layouts))]
 
-    def _rows(self, rows: int) -> _Rows:
+    def _layout(self, rows: int) -> RowLayout:
         """vLLM may pad a step: rows beyond are of the base model. A layer may see the first of them only."""
         found = self._of_rows.get(rows)
         if found is None:
             slots = np.pad(self._slots[:rows], (0, max(0, rows - len(self._slots))), constant_values=-1)
-            found = self._of_rows[rows] = _Rows(slots, self._device)
+            found = self._of_rows[rows] = RowLayout(slots, self._device)
         return found
 
     def linear_(self, y: Tensor, x: Tensor, slots: Slots, kind: str = "linear") -> None:
         """y [rows, N_g one beside the other] += B_g A_g x; y may have further columns."""
-        factors = slots.in_c() if kind == "linear" else None
-        if factors is None or not add_terms_(y, x, self._rows(x.shape[0]).blocks, factors):
-            self.add_(slots.split(y), x, slots, kind)
+        lora_grouped_(y, x, self._layout(len(x)), slots.terms(kind))
 
     def add_(self, outputs: Sequence[Tensor], x: Tensor, slots: Slots, kind: str) -> None:
         """The same of outputs apart."""
-        lora_grouped_(outputs, x, self._rows(len(x)).layout, slots.joint(kind))
+        for g, y in enumerate(outputs):
+            lora_grouped_(y, x, self._layout(len(x)), slots.terms(kind, g))
 
     def shrink_(self, buffers: Sequence[Tensor], x: Tensor, slots: Slots) -> None:
         """buffer_g [rows, local_rank] += A_g x."""
@@ -85,7 +64,7 @@ class EagerTerms:
     def expand_(self, outputs: Sequence[Tensor], buffers: Sequence[Tensor], slots: Slots) -> None:
         """y_g [rows, N_g] += B_g buffer_g."""
         for g, (y, buffer) in enumerate(zip(outputs, buffers, strict=True)):
-            lora_grouped_(y, buffer, self._rows(len(buffer)).layout, slots.joint("expand", g))
+            lora_grouped_(y, buffer, self._layout(len(buffer)), slots.terms("expand", g))
 
 
 class KernelTerms:

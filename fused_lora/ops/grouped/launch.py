@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -109,5 +108,5 @@ def _check(tables: AdapterTables, rows: RowGroups, x_dtype: torch.dtype, device:
         for g, group in enumerate(members)
     }
     # float64, which no setting of torch computes in less
-    exact: Any = lora_grouped_(before.double(), inputs.double(), RowLayout(group_of_row, device), Terms(factors))
+    exact = lora_grouped_(before.double(), inputs.double(), RowLayout(group_of_row, device), Terms(factors))
     return guard.compare(results, [exact] * outputs, x_dtype)

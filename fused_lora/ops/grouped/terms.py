@@ -1,96 +1,151 @@
-"""What groups of adapters add at a layer, and which of their products may be one: those of one shape whose factors lie
-at equal distances in one memory, so that a strided view over them is no copy."""
+"""What is added to which rows: rows by group, and the adapters of each group at a layer.
+
+A *group* is a list of adapters, and the rows that have it; a base row is in no group. Both also hold the tables of the
+loops in C: ``Terms``, ``Output`` and ``Member`` there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from fused_lora.ops import native
+
+_BLOCK = 32  # rows that a thread of C takes at a time: their inputs stay in its cache
+_PIECE = 128  # rows whose term torch holds in memory at a time: a multiple of every tile
+LEAST = 4  # rows of torch's smallest tile: fewer take other code in a BLAS, more are waste in a decode step
+_MEMBER = np.dtype("i8, i8, i8, i8, i8, f8")
 Factors = tuple[Tensor, Tensor, float]  # A^T [K, r], B^T [r, N], scale
+
+
+class RowLayout:
+    """Rows sorted by group: made once for a batch, used by all of its layers.
+
+    Args:
+        group_of_row: integers [rows]: number of the row's group, or -1 for a base row.
+        device: where the rows are.
+
+    Attributes:
+        rows: how many there are. groups: numbers of the groups that have rows, ascending.
+
+    Raises:
+        ValueError: group_of_row is not one-dimensional.
+    """
+
+    def __init__(self, group_of_row: np.ndarray, device: torch.device):
+        if group_of_row.ndim != 1:
+            raise ValueError(f"group_of_row: expected one dimension, got shape {group_of_row.shape}")
+        self.rows, self._device = len(group_of_row), device
+        order = np.argsort(group_of_row, kind="stable")
+        self.order = order[np.searchsorted(group_of_row[order], 0) :]
+        present, counts = np.unique(group_of_row[self.order], return_counts=True)
+        self.groups, ends = tuple(present.tolist()), np.cumsum(counts).tolist()
+        self._parts = {
+            g: self.order[end - n : end] for g, n, end in zip(self.groups, counts.tolist(), ends, strict=True)
+        }
+        self._numbers: dict[int, Tensor] = {}
+
+    def rows_of(self, group: int) -> Tensor | None:
+        """The numbers of a group's rows, int64; None where it has none."""
+        if group not in self._numbers and group in self._parts:
+            self._numbers[group] = self._there(self._parts[group])
+        return self._numbers.get(group)
+
+    def _there(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows).to(self._device)
+
+    @functools.cached_property
+    def pieces(self) -> dict[int, list[tuple[Any, Tensor]]]:
+        """Of each group its rows in pieces: a slice where they are neighbours, else their numbers; and the numbers
+        again, filled up to whole tiles by the last of them."""
+        found: dict[int, list[tuple[Any, Tensor]]] = {g: [] for g in self.groups}
+        for g, rows in self._parts.items():
+            for part in np.split(rows, range(_PIECE, len(rows), _PIECE)):
+                first, last = int(part[0]), int(part[-1])
+                there = slice(first, last + 1) if last - first + 1 == len(part) else self._there(part)
+                found[g].append((there, self._there(np.pad(part, (0, -len(part) % LEAST), mode="edge"))))
+        return found
+
+    @functools.cached_property
+    def blocks(self) -> np.ndarray:
+        """int64 [blocks, 3]: group, first place in ``order``, rows."""
+        found, place = [], 0
+        for g, rows in self._parts.items():
+            found += [(g, place + i, min(_BLOCK, len(rows) - i)) for i in range(0, len(rows), _BLOCK)]
+            place += len(rows)
+        return np.array(found, np.int64).reshape(-1, 3)
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, int]:
+        """Of ``blocks`` and of ``order``."""
+        return self.blocks.ctypes.data, self.order.ctypes.data
 
 
 class Terms:
     """What each group adds at one layer.
 
     Args:
-        factors: A^T [K, r], B^T [r, N] and the scale of each adapter, by group; all of one floating dtype, starting at
-            multiples of 64 bytes. They are added up in this order. Groups that add nothing are left out, or have an
-            empty list.
+        outputs: A^T [K, r], B^T [r, N] and the scale of each adapter, by group, of each output of the layer: most
+            layers have one. All are of one floating dtype, starting at multiples of 64 bytes. The adapters of a group
+            are added up in this order. Groups that add nothing are left out, or have an empty list.
+        columns: N of each output; needed if there are several.
 
     Attributes:
-        groups: their numbers, ascending. runs: the groups again, neighbours together that may share a product.
-        places: of each group, where its factors lie.
+        dtype, K: of the factors; None and 0 if there are none. N: columns of all outputs.
     """
 
-    def __init__(self, factors: Mapping[int, Sequence[Factors]]):
-        self.factors = {g: factors[g] for g in sorted(factors) if factors[g]}
-        self.groups = tuple(self.factors)
-        self.ranks = {g: tuple(A_t.shape[1] for A_t, _, _ in self.factors[g]) for g in self.groups}
-        self.places = {g: _place(self.factors[g]) for g in self.groups}
-        self.runs = _runs(self.groups, self.places.values())
+    def __init__(self, *outputs: Mapping[int, Sequence[Factors]], columns: Sequence[int] = ()):
+        self.outputs = tuple({g: factors[g] for g in sorted(factors) if factors[g]} for factors in outputs)
+        first = next((factors[0] for output in self.outputs for factors in output.values()), None)
+        self.dtype: Any = None if first is None else first[0].dtype
+        self.K = 0 if first is None else first[0].shape[0]
+        self.columns = tuple(columns) or (0 if first is None else first[1].shape[1],)
+        self.N = sum(self.columns)
+
+    @functools.cached_property
+    def table(self) -> Table | None:
+        """For the loops in C; None where they cannot read the factors."""
+        factors = [f for output in self.outputs for members in output.values() for f in members]
+        rows = [matrix for A_t, B_t, _ in factors for matrix in (A_t.t(), B_t)]
+        if self.dtype not in native.TYPES or not all(_in_rows(m) and m.dtype == self.dtype for m in rows):
+            return None
+        return Table(self)
 
 
-class Joint:
-    """Layers that read the same input, so that their terms are formed together.
+def _in_rows(matrix: Tensor) -> bool:
+    return matrix.is_cpu and (matrix.stride(1) == 1 or matrix.shape[1] < 2)
 
-    Args:
-        terms: of each layer, all with the same K.
+
+class Table:
+    """The members of each group at each output, as C reads them.
 
     Attributes:
-        groups: of all layers, ascending. across: of each group, the numbers of its layers, neighbours together that
-            may share a product. signature: what decides how the products are cut, sizes apart.
+        addresses: of the outputs and of the members. pitch: ranks of a group at one output, at most. elements: of A and
+            B^T of a group at all outputs, at most.
     """
 
-    def __init__(self, terms: Sequence[Terms]):
-        self.terms = tuple(terms)
-        self.groups = tuple(sorted({g for t in terms for g in t.groups}))
-        self.across: dict[int, tuple[tuple[int, ...], ...]] = {}
-        if len(terms) > 1:
-            for g in self.groups:
-                layers = [i for i, t in enumerate(terms) if g in t.factors]
-                self.across[g] = _runs(layers, [terms[i].places[g] for i in layers])
-        factors = [f for t in terms for g in t.groups[:1] for f in t.factors[g][:1]]
-        self.dtype: Any = factors[0][0].dtype if factors else None
-        self.K = factors[0][0].shape[0] if factors else 0
-        self.N = tuple(next((f[0][1].shape[1] for f in t.factors.values()), 0) for t in terms)
-        self.signature = self.N, tuple((t.runs, *t.ranks.items()) for t in terms), tuple(self.across.items())
-
-
-def stacked(factors: Sequence[Factors]) -> Factors:
-    """A^T [n, K, r], B^T [n, r, N] and the scale of a run: views of the same memory."""
-    (A_t, B_t, scale), (next_A, next_B, _) = factors[:2]
-    A, B = (
-        t.as_strided((len(factors), *t.shape), (u.storage_offset() - t.storage_offset(), *t.stride()))
-        for t, u in ((A_t, next_A), (B_t, next_B))
-    )
-    return A, B, scale
-
-
-def _place(factors: Sequence[Factors]) -> tuple | None:
-    """What neighbours in a product must have in common, and where A^T and B^T lie; None for several adapters."""
-    if len(factors) > 1:
-        return None
-    A_t, B_t, scale = factors[0]
-    memory = A_t.untyped_storage().data_ptr(), B_t.untyped_storage().data_ptr()
-    alike = scale, A_t.shape, B_t.shape, A_t.stride(), B_t.stride(), memory
-    return alike, A_t.storage_offset(), B_t.storage_offset()
-
-
-def _runs(keys: Iterable[int], places: Iterable[tuple | None]) -> tuple[tuple[int, ...], ...]:
-    """The keys in their order, neighbours together as long as they are alike and at equal distances."""
-    runs: list[list[int]] = []
-    before, distance = None, None
-    for key, place in zip(keys, places, strict=True):
-        apart = None
-        if before is not None and place is not None and place[0] == before[0]:
-            apart = place[1] - before[1], place[2] - before[2]
-        if apart is not None and min(apart) > 0 and distance in (None, apart):
-            runs[-1].append(key)
-            distance = apart
-        else:
-            runs.append([key])
-            distance = None
-        before = place
-    return tuple(tuple(run) for run in runs)
+    def __init__(self, terms: Terms):
+        groups = 1 + max((g for output in terms.outputs for g in output), default=-1)
+        self._members, self._starts, ranks = [], [], np.zeros((len(terms.outputs), groups), np.int64)
+        for of_output, output in zip(ranks, terms.outputs, strict=True):
+            starts = [len(self._members)]
+            for g in range(groups):
+                for A_t, B_t, scale in output.get(g, ()):
+                    r = A_t.shape[1]
+                    self._members.append((A_t.data_ptr(), B_t.data_ptr(), A_t.stride(1), B_t.stride(0), r, scale))
+                    of_output[g] += r
+                starts.append(len(self._members))
+            self._starts.append(np.array(starts, np.int64))
+        self._members = np.array(self._members, _MEMBER)
+        firsts = itertools.accumulate(terms.columns, initial=0)
+        rows = zip(terms.columns, firsts, self._starts, strict=False)
+        self._outputs = np.array([(n, first, starts.ctypes.data) for n, first, starts in rows], np.int64)
+        self.addresses = self._outputs.ctypes.data, self._members.ctypes.data
+        self.groups, self.pitch = groups, int(ranks.max(initial=0))
+        self.elements = int((ranks * (terms.K + np.array(terms.columns)[:, None])).sum(0).max(initial=0))

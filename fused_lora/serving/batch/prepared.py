@@ -16,7 +16,7 @@ from fused_lora.modules.embedding import embed_scale
 from fused_lora.modules.experts import StackedTerm, replace_rows
 from fused_lora.ops.grouped.launch import prepare
 from fused_lora.ops.grouped.metadata import GroupLayout, build_metadata
-from fused_lora.ops.grouped.op import Joint, RowLayout, Terms, form_terms, lora_grouped_
+from fused_lora.ops.grouped.op import RowLayout, Terms, lora_grouped_
 from fused_lora.serving.batch.static import RowBuffers
 from fused_lora.serving.residency.packing import Site
 from fused_lora.serving.residency.residency import Version
@@ -28,10 +28,10 @@ Group = Sequence[tuple[Version, float]]
 
 
 class Step(NamedTuple):
-    """What is computed at layers that share an input, or at one.
+    """What the kernels compute at layers that share an input, or at one.
 
     places: of each layer with terms, its number in what was formed. form: of x [rows, K], all of them; None where that
-    cannot be. add: ``(formed, number, y)`` adds to y [rows, N]; False where it cannot any more.
+    cannot be. add: ``(formed, number, y)`` adds to y [rows, N]; False where it cannot.
     """
 
     places: dict[int, int]
@@ -88,7 +88,6 @@ class Prepared:
         self._versions = {version for group in groups for version, _ in group}
         self.sites = frozenset().union(*(version.factors for version in self._versions))
         self._terms: dict[int, Terms] = {}
-        self._joints: dict[tuple[int, ...], Joint] = {}
         self._of_columns: dict[tuple[int, int], Terms] = {}
         self._rows: dict[tuple, Rows] = {}
         self._lock = threading.Lock()
@@ -118,6 +117,8 @@ class Prepared:
 
     def step(self, rows: Rows, buffers: RowBuffers | None, sites: tuple[int, ...], x: Tensor, y: Tensor) -> Step | None:
         """For layers that share the input x; y: the output of the first. None: not together, or not by the kernels."""
+        if self._tables is None:
+            return None
         # what is launched for buffers reads the same addresses in every batch
         steps, key = rows.steps if buffers is None else buffers.steps, (sites, x.dtype, y.dtype)
         if key not in steps:
@@ -129,9 +130,6 @@ class Prepared:
     ) -> Step | None:
         # a graph of base rows is replayed with others
         acting = sites if buffers is not None else tuple(site for site in sites if site in self.sites)
-        if self._tables is None:
-            form = functools.partial(_form, rows.layout, self._joint(acting))
-            return Step({site: i for i, site in enumerate(acting)}, form, _add)
         span = range(min(acting), max(acting) + 1)
         if x.dtype != y.dtype or not set(span) <= set(sites):
             return None  # not by the kernels, or layers of other inputs lie between them in the tables
@@ -143,13 +141,13 @@ class Prepared:
     def eager_(self, rows: Rows, site: int, x: Tensor, y: Tensor) -> None:
         """y += the terms of x at the layer, for any number of rows and any dtypes."""
         _refuse_capture(x)
-        lora_grouped_(y, x, rows.layout, self._joint((site,)))
+        lora_grouped_(y, x, rows.layout, self._terms_of(site))
 
     def embed_(self, rows: Rows, site: Site, tokens: Tensor, y: Tensor) -> None:
         """y [n, dim] += the terms of an embedding's tokens [n]: their columns of each A, then one product with B."""
         _refuse_capture(y)
         terms, scale = self._terms_of(site.index), embed_scale(site.module)
-        for g, members in terms.factors.items():
+        for g, members in terms.outputs[0].items():
             here = rows.layout.rows_of(g)
             if here is None:
                 continue
@@ -162,8 +160,8 @@ class Prepared:
         """The factors of a group at an embedding whose columns of A stand in x beside each other."""
         if (site, g) not in self._of_columns:
             ranks = [B_t.shape[0] for _, B_t, _ in members]
-            parts = torch.eye(sum(ranks), dtype=members[0][1].dtype, device=members[0][1].device).split(ranks, 1)
-            found = [(part.contiguous(), B_t, s) for part, (_, B_t, s) in zip(parts, members, strict=True)]
+            parts = torch.eye(sum(ranks), dtype=members[0][1].dtype, device=members[0][1].device).split(ranks)
+            found = [(part.t(), B_t, s) for part, (_, B_t, s) in zip(parts, members, strict=True)]
             self._of_columns[site, g] = Terms({g: found})
         return self._of_columns[site, g]
 
@@ -179,12 +177,6 @@ class Prepared:
             if any(terms.values()):
                 found.append((here, terms))
         replace_rows(sites[0].module, y, inputs, found)
-
-    def _joint(self, sites: tuple[int, ...]) -> Joint:
-        found = self._joints.get(sites)
-        if found is None:
-            found = self._joints[sites] = Joint([self._terms_of(site) for site in sites])
-        return found
 
     def _terms_of(self, site: int) -> Terms:
         found = self._terms.get(site)
@@ -207,20 +199,6 @@ def _stacked_terms(site: Site, group: Group) -> list[StackedTerm]:
             A, B = A_t.t().unflatten(0, (site.experts, -1)), B_t.unflatten(0, (site.experts, -1)).transpose(1, 2)
             found.append(StackedTerm(A, B, scale * weight))
     return found
-
-
-def _form(layout: RowLayout, joint: Joint, x: Tensor) -> tuple | None:
-    _refuse_capture(x)
-    terms = form_terms(x, layout, joint)
-    return terms and (terms, terms.turn)
-
-
-def _add(formed: tuple, layer: int, y: Tensor) -> bool:
-    terms, turn = formed
-    held = terms.hold(turn)
-    if held:
-        terms.add(layer, y)
-    return held
 
 
 def _refuse_capture(x: Tensor) -> None:

@@ -29,7 +29,7 @@ class Arena:
         device: where the memory lies.
         capacity: bytes that blocks may take in all, or None for no limit.
         grow: least bytes to allocate at a time. None: the whole capacity at the first allocation. Without a capacity
-            64 MiB at a time, on a CPU 512 MiB, because untouched memory costs nothing there.
+            64 MiB at a time.
 
     Attributes:
         used: bytes in blocks. reserved: bytes taken from the device.
@@ -94,8 +94,7 @@ class Arena:
         if left is not None and size > left:
             return False
         if left is None:
-            least = (512 << 20) if self.device.type == "cpu" else (64 << 20)
-            size = max(size, least if self.grow is None else self.grow)
+            size = max(size, (64 << 20) if self.grow is None else self.grow)
         else:
             size = left if self.grow is None else min(max(size, self.grow), left)
         # the offset of a chunk is aligned as torch aligns it: 64 bytes on a CPU, 512 on a GPU

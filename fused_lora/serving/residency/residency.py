@@ -77,11 +77,6 @@ class Version:
         """Whether it is refused until its files change."""
         return self.refusal is not None and self.refusal.for_good
 
-    @property
-    def place(self) -> tuple[int, int, int]:
-        """Its size and its place in the arena."""
-        return self.nbytes, self.block.chunk, self.block.offset
-
 
 class Residency:
     """Moves versions onto the device and evicts them.
