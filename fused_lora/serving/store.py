@@ -27,7 +27,7 @@ from fused_lora.serving.residency.transfer import open_transfer
 
 _MOST_RESIDENT = 1 << 20
 _MOST_BYTES = (1 << 63) - 1  # that a tensor's size can say
-_PREPARED = 8  # batches of other adapters for which things are kept in order
+_PREPARED = 16  # batches of other adapters for which things are kept in order
 _WITH_BUFFERS = 2  # of these, how many keep buffers for their rows
 
 

@@ -161,6 +161,10 @@ def test_what_does_not_fit_is_refused():
     for N, K in ((3, 8), (4, 7)):
         with pytest.raises(ValueError, match=f"expected 8 and 4 columns.*got {K} and {N}"):
             lora_grouped_(torch.randn(2, N), torch.randn(2, K), layout, Terms(factors))
+    (A_t, B_t, scale), other = factors[0][0], term(*adapter(8, 4, 2))
+    for bad in ((A_t[:7], B_t), (A_t, B_t[:, :3]), (A_t, B_t[:1]), (A_t.double(), B_t.double())):
+        with pytest.raises(ValueError, match=r"outputs: expected A\^T \(8, r\) and B\^T \(r, 4\) in torch.float32"):
+            Terms({0: [other], 1: [(*bad, scale)]})
     with pytest.raises(RuntimeError, match="no gradient"):
         lora_grouped_(torch.randn(2, 4), torch.randn(2, 8, requires_grad=True), layout, Terms(factors))
     with pytest.raises(ValueError, match="one dimension"):

@@ -5,28 +5,29 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fused_lora.ops import native
-from fused_lora.ops.grouped.terms import RowLayout, Table, Terms
+from fused_lora.ops.grouped.terms import RowLayout, Terms
 
 
 def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> bool:
     """y [rows, N of all outputs or more] += the terms of x [rows, K], rounded once; False: not done, for the loops do
     not run, or cannot read something."""
-    table = terms.table
-    if table is None or not (y.dtype in native.TYPES and x.dtype in native.TYPES and x.is_cpu and y.is_cpu):
+    if terms.table is None or not (y.dtype in native.TYPES and x.dtype in native.TYPES and x.is_cpu and y.is_cpu):
         return False
     if not ((y.stride(1) == 1 or y.shape[1] < 2) and native.usable() and _agree()):
         return False
-    _run(y, x, layout, terms, table)
+    _run(y, x, layout, terms)
     return True
 
 
-def _run(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms, table: Table) -> None:
+def _run(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> None:
+    table: Any = terms.table
     outputs, blocks = len(terms.outputs), len(layout.blocks)
     if layout.groups[-1] >= table.groups:
         blocks = int(np.searchsorted(layout.blocks[:, 0], table.groups))
@@ -65,8 +66,7 @@ def _agree() -> bool:
     for dtype, kept in itertools.product(native.TYPES, repeat=2):
         found = y.to(dtype, copy=True)
         held = [{g: [(A.to(kept).t(), B.to(kept), s) for A, B, s in m] for g, m in o.items()} for o in drawn]
-        terms = Terms(*held, columns=widths)
-        _run(found, x.to(dtype), layout, terms, Table(terms))
+        _run(found, x.to(dtype), layout, Terms(*held, columns=widths))
         if not torch.equal(found, exact.to(dtype)):
             native.reject(f"a LoRA term in {dtype} differs")
             return False

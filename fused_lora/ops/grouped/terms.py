@@ -98,6 +98,9 @@ class Terms:
 
     Attributes:
         dtype, K: of the factors; None and 0 if there are none. N: columns of all outputs.
+
+    Raises:
+        ValueError: the shapes or dtypes of the factors do not fit each other.
     """
 
     def __init__(self, *outputs: Mapping[int, Sequence[Factors]], columns: Sequence[int] = ()):
@@ -107,19 +110,30 @@ class Terms:
         self.K = 0 if first is None else first[0].shape[0]
         self.columns = tuple(columns) or (0 if first is None else first[1].shape[1],)
         self.N = sum(self.columns)
+        for output, N in zip(self.outputs, self.columns, strict=True):
+            for A_t, B_t, _ in itertools.chain(*output.values()):
+                (K, r), dtype = A_t.shape, A_t.dtype
+                if K != self.K or B_t.shape != (r, N) or not dtype == B_t.dtype == self.dtype:
+                    found = f"{(K, r)} in {dtype} and {tuple(B_t.shape)} in {B_t.dtype}"
+                    shape = f"A^T ({self.K}, r) and B^T (r, {N}) in {self.dtype}"
+                    raise ValueError(f"outputs: expected {shape} of each adapter, got {found}")
 
     @functools.cached_property
     def table(self) -> Table | None:
         """For the loops in C; None where they cannot read the factors."""
-        factors = [f for output in self.outputs for members in output.values() for f in members]
-        rows = [matrix for A_t, B_t, _ in factors for matrix in (A_t.t(), B_t)]
-        if self.dtype not in native.TYPES or not all(_in_rows(m) and m.dtype == self.dtype for m in rows):
+        if self.dtype not in native.TYPES:
             return None
-        return Table(self)
+        found = [{g: [_member(*f) for f in members] for g, members in output.items()} for output in self.outputs]
+        readable = all(member for output in found for members in output.values() for member in members)
+        return Table(self, found) if readable else None
 
 
-def _in_rows(matrix: Tensor) -> bool:
-    return matrix.is_cpu and (matrix.stride(1) == 1 or matrix.shape[1] < 2)
+def _member(A_t: Tensor, B_t: Tensor, scale: float) -> tuple | None:
+    """What C knows of an adapter; None where the rows of A or B^T are not contiguous."""
+    (K, r), (a_column, a_row), (b_row, b_column) = A_t.shape, A_t.stride(), B_t.stride()
+    if not (A_t.is_cpu and B_t.is_cpu and (a_column == 1 or K < 2) and (b_column == 1 or B_t.shape[1] < 2)):
+        return None
+    return A_t.data_ptr(), B_t.data_ptr(), a_row, b_row, r, scale
 
 
 class Table:
@@ -130,22 +144,25 @@ class Table:
             B^T of a group at all outputs, at most.
     """
 
-    def __init__(self, terms: Terms):
-        groups = 1 + max((g for output in terms.outputs for g in output), default=-1)
-        self._members, self._starts, ranks = [], [], np.zeros((len(terms.outputs), groups), np.int64)
-        for of_output, output in zip(ranks, terms.outputs, strict=True):
-            starts = [len(self._members)]
-            for g in range(groups):
-                for A_t, B_t, scale in output.get(g, ()):
-                    r = A_t.shape[1]
-                    self._members.append((A_t.data_ptr(), B_t.data_ptr(), A_t.stride(1), B_t.stride(0), r, scale))
-                    of_output[g] += r
-                starts.append(len(self._members))
-            self._starts.append(np.array(starts, np.int64))
-        self._members = np.array(self._members, _MEMBER)
+    def __init__(self, terms: Terms, found: Sequence[Mapping[int, Sequence[Any]]]):
+        self.groups = 1 + max((g for output in found for g in output), default=-1)
+        members, starts, self.pitch, elements = [], [], 0, dict.fromkeys(range(self.groups), 0)
+        for output, N in zip(found, terms.columns, strict=True):
+            for g in range(self.groups):
+                starts.append(len(members))
+                own = output.get(g, ())
+                members += own
+                ranks = sum(member[4] for member in own)
+                self.pitch = max(self.pitch, ranks)
+                elements[g] += ranks * (terms.K + N)
+            starts.append(len(members))
+        self.elements = max(elements.values(), default=0)
+        self._members, self._starts = np.array(members, _MEMBER), np.array(starts, np.int64)
+        start = self._starts.ctypes.data
+        step = self._starts.itemsize * (self.groups + 1)
         firsts = itertools.accumulate(terms.columns, initial=0)
-        rows = zip(terms.columns, firsts, self._starts, strict=False)
-        self._outputs = np.array([(n, first, starts.ctypes.data) for n, first, starts in rows], np.int64)
+        outputs = [
+            (N, first, start + i * step) for i, (N, first) in enumerate(zip(terms.columns, firsts, strict=False))
+        ]
+        self._outputs = np.array(outputs, np.int64)
         self.addresses = self._outputs.ctypes.data, self._members.ctypes.data
-        self.groups, self.pitch = groups, int(ranks.max(initial=0))
-        self.elements = int((ranks * (terms.K + np.array(terms.columns)[:, None])).sum(0).max(initial=0))
