@@ -477,7 +477,8 @@ INLINE void dot_products(int both, int64_t ahead, int p_type, const void *const 
     int64_t k = 0;
     while (k + LANES <= K) {
         int64_t end = ahead && K - k > AHEAD ? k + AHEAD : K;
-        if (ahead) ask_for(q_type, q, k + ahead, end - k), ask_for(q_type, o, k + ahead, end - k);
+        if (ahead && both) ask_for(q_type, q, k + ahead, end - k), ask_for(q_type, o, k + ahead, end - k);
+        for (int i = 0; i < GROUP && ahead && !both; i++) ask_for(p_type, p[i], k + ahead, end - k);
         for (; k + LANES <= end; k += LANES) {
             lanes a, b, c;
             load(q_type, q, k, &a);
@@ -499,8 +500,8 @@ INLINE void dot_products(int both, int64_t ahead, int p_type, const void *const 
 INLINE void add_ranks(int64_t rows, int64_t depth, int64_t j, const float *const *S, int type, const void *B,
                       int64_t stride, int64_t n, float (*restrict d)[SPAN]) {
     for (int64_t first = 0, end; first < n; first = end) {
-        end = rows > 1 && n - first > AHEAD ? first + AHEAD : n;
-        for (int64_t m = 0; m < depth && rows > 1; m++) ask_for(type, B, (j + depth + m) * stride + first, end - first);
+        end = n - first > AHEAD ? first + AHEAD : n;
+        for (int64_t m = 0; m < depth; m++) ask_for(type, B, (j + depth + m) * stride + first, end - first);
 #pragma omp simd
         for (int64_t c = first; c < end; c++) {
             float s[GROUP];
@@ -556,7 +557,7 @@ INLINE void shrink(int type, const Terms *terms, const int64_t *block, int64_t o
             for (int64_t j = 0; j < ranks; j += GROUP) {
                 for (int64_t i = 0; i < GROUP; i++) p[i] = A + bytes_of(type, (j + i < ranks ? j + i : ranks - 1) * apart);
                 const float *x = terms->x + row[m] * terms->x_stride;
-                dot_products(0, 0, type, p, FLOAT32, x, x, K, s, t);
+                dot_products(0, GROUP * apart, type, p, FLOAT32, x, x, K, s, t);
                 for (int64_t i = 0; i < GROUP && j + i < ranks; i++) S[m * pitch + j + i] = s[i] * scale;
             }
             break;
