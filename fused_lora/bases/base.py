@@ -126,11 +126,13 @@ class Base:
         Raises:
             ValueError: the merged weight would not be finite. Nothing is changed.
         """
-        return merging.merge_(_writable(module), *factors, fan_in_fan_out=fan_in_fan_out)
+        A, B, scaling, row_scale, seed = factors  # one by one: see native.safe_in_a_child
+        return merging.merge_(_writable(module), A, B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
 
     def switch_(self, module: nn.Module, record: Any, factors: Factors, fan_in_fan_out: bool) -> Any:
         """:meth:`unmerge_` and :meth:`merge_`; what either raises, with the weight and ``record`` as they were."""
-        return merging.switch_(_writable(module), record, *factors, fan_in_fan_out=fan_in_fan_out)
+        weight, (A, B, scaling, row_scale, seed) = _writable(module), factors
+        return merging.switch_(weight, record, A, B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
 
     def merge_later(
         self, module: nn.Module, factors: Factors, fan_in_fan_out: bool, old: Any = None

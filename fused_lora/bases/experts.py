@@ -164,8 +164,8 @@ class Experts(Base):
             return records
         records = []
         try:
-            for W, own in zip(matrices, each, strict=True):
-                records.append(merging.merge_(W, *own, fan_in_fan_out=self.transposed))
+            for W, (A, B, scaling, row_scale, seed) in zip(matrices, each, strict=True):  # see native.safe_in_a_child
+                records.append(merging.merge_(W, A, B, scaling, row_scale, seed, fan_in_fan_out=self.transposed))
         except BaseException:
             for W, own in zip(matrices, records, strict=False):
                 merging.unmerge_(W, own)

@@ -44,7 +44,8 @@ class AsMatrix(Base):
 
     def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> merging.MergeRecord:
         """As :meth:`Base.merge_`, whatever the layer's fan_in_fan_out is."""
-        return merging.merge_(self._matrix(module), *factors, fan_in_fan_out=self.transposed)
+        A, B, scaling, row_scale, seed = factors  # one by one: see native.safe_in_a_child
+        return merging.merge_(self._matrix(module), A, B, scaling, row_scale, seed, fan_in_fan_out=self.transposed)
 
     def unmerge_(self, module: Any, record: merging.MergeRecord) -> None:
         """As :meth:`Base.unmerge_`."""

@@ -15,14 +15,13 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from fused_lora.reference import dropout_lanes
 
-P = ParamSpec("P")
 T = TypeVar("T")
 LIBRARY = Path(__file__).with_name("_cpu_loops.so")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -119,15 +118,18 @@ def threads(elements: int) -> int:
     return 1 if _forked or elements < 2 * _SHARE else min(torch.get_num_threads(), elements // _SHARE)
 
 
-def safe_in_a_child(function: Callable[P, T]) -> Callable[P, T]:
-    """``function`` with torch in one thread in a forked child, where OpenMP would wait for the parent's threads."""
+def safe_in_a_child(function: Callable[..., T]) -> Callable[..., T]:
+    """``function`` with torch in one thread in a forked child, where OpenMP would wait for the parent's threads.
+
+    What merges has two arguments: Python handles signals behind a call with stars, and an interrupt loses its result.
+    """
 
     @functools.wraps(function)
-    def safe(*args: P.args, **kwargs: P.kwargs) -> T:
+    def safe(first: Any, second: Any, *others: Any) -> T:
         if _forked and torch.get_num_threads() > 1:
             with one_thread():
-                return function(*args, **kwargs)
-        return function(*args, **kwargs)
+                return function(first, second, *others)
+        return function(first, second, *others) if others else function(first, second)
 
     return safe
 

@@ -19,6 +19,7 @@ from fused_lora.reference import bits, dropout_mask, keep_scale
 from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.accelerated import ROWS, TOKENS, quiet, wrap
 from helpers.experts import ARCHITECTURES, BOTH, EXPERTS, HIDDEN, TOP_K, Block, llama4, moe
+from helpers.interrupts import everywhere
 from helpers.seeds import shifted
 from helpers.thorough import sampled
 from helpers.unchanged import assert_bits, parameter_bits
@@ -391,6 +392,18 @@ def test_no_call_follows_a_merge_of_experts():
     finally:
         sys.settrace(outer)
     assert called[-1] == "_all_at_once"
+
+
+def test_an_interrupt_of_a_merge_of_experts():
+    """Wherever Python handles signals: behind the C loops, too."""
+    ours, _ = twins(Block(dtype=torch.bfloat16))
+    layer = next(iter(fused_lora.lora_layers(ours).values()))
+    states = {False: parameter_bits(ours)}
+    layer.merge()
+    states[True] = parameter_bits(ours)
+    for act, back, merged in ((layer.merge, layer.unmerge, True), (layer.unmerge, layer.merge, False)):
+        for _ in everywhere(lambda back=back, merged=merged: back() if layer.merged is merged else None, act):
+            assert_bits(ours, states[layer.merged])
 
 
 def test_a_broken_adapter_merges_nowhere():

@@ -21,6 +21,7 @@ from fused_lora.ops import native
 from fused_lora.ops.merge import blocks
 from fused_lora.ops.merge import op as merging
 from fused_lora.reference import bits
+from helpers.interrupts import everywhere
 from helpers.seeds import shifted
 
 built = pytest.mark.skipif(not native.usable(), reason=native.describe())
@@ -144,6 +145,35 @@ def test_an_interrupt_at_any_line(action, monkeypatch, loops):
         assert all(layer.merged is merged for layer in net) and same_bits(weights(net), states[merged]), lines
         (fused_lora.merge if action == "merge" else fused_lora.unmerge)(net) if merged is (action != "merge") else None
     assert lines["stop"] > 30
+
+
+@pytest.mark.parametrize("action", ["merge", "unmerge", "switch"])
+@pytest.mark.parametrize("base", [nn.Linear(24, 16, dtype=torch.bfloat16), nn.Embedding(24, 16)], ids=str)
+def test_an_interrupt_wherever_python_handles_signals(base, action, loops):
+    """Of a layer's own merge, where no other code takes it back."""
+    if action == "switch" and loops == "torch":
+        pytest.skip("it is an unmerge and a merge")
+    net = nn.Sequential(copy.deepcopy(base))
+    for name in "ab":
+        fused_lora.inject(net, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), name)
+    layer: Any = net[0]
+    states = {"": weights(net)}
+    for name in "ab":
+        fused_lora.switch(net, [name])
+        states[name] = weights(net)
+
+    def begin():
+        if action == "merge":
+            layer.unmerge() if layer.merged else None
+        else:
+            fused_lora.switch(net, ["a"])
+
+    acts = {"merge": lambda: layer.merge(adapter_names=["a"]), "unmerge": layer.unmerge}
+    places = 0
+    for place in everywhere(begin, acts.get(action, lambda: fused_lora.switch(net, ["b"]))):
+        assert same_bits(weights(net), states["".join(layer.merged_adapters)]), place
+        places += 1
+    assert places > 20
 
 
 @built

@@ -122,6 +122,7 @@ class _Sweep:
         """Whether others can be in one call with it."""
         return isinstance(self, _InC) and self.units.copy is None
 
+    @native.safe_in_a_child
     def alone(self: Any, mode: int) -> bool | None:
         """All of it, or an error and nothing; False, and nothing, for a switch that takes two passes."""
         units = self.units
@@ -397,6 +398,7 @@ def merge(W: torch.Tensor, factors: Factors, sweeps: Any = None) -> Units:
     return sweep.units
 
 
+@native.safe_in_a_child
 def merge_again(W: torch.Tensor, factors: Factors) -> None:
     """:func:`merge` that notes nothing; on an error W is partly merged."""
     if _best(W)(W, factors, Units.of(W), 1).run(MERGE_AGAIN) != DONE:
@@ -411,14 +413,20 @@ def restoring(W: torch.Tensor, factors: Factors, units: Units, sweeps: Any = Non
     return (sweeps or _best(W))(W, factors, units, 0)
 
 
+@native.safe_in_a_child
 def run_together(sweeps: Sequence[_InC], mode: int) -> int:
     """Merge, unmerge or switch all of them or none, in one call; returns how that ended. A merge's units are then
     complete."""
-    outcome = native.run([sweep.work for sweep in sweeps], mode)
-    if outcome == DONE and mode == MERGE:
-        for sweep in sweeps:
-            sweep.units.corrections = sweep.kept()
-    return outcome
+    try:
+        outcome = native.run([sweep.work for sweep in sweeps], mode)
+        if outcome == DONE and mode == MERGE:
+            for sweep in sweeps:
+                sweep.units.corrections = sweep.kept()
+        return outcome
+    except BaseException:
+        if any([sweep.undo(MERGE_AGAIN if mode == UNMERGE else UNMERGE) != DONE for sweep in sweeps]):
+            raise launch.error(TORN) from None
+        raise
 
 
 def _best(W: torch.Tensor) -> type[_InC | _InTorch]:

@@ -57,7 +57,6 @@ class MergeRecord:
         return len(self.units.corrections)
 
 
-@native.safe_in_a_child
 def merge_(
     weight: torch.Tensor,
     lora_A: Sequence[torch.Tensor],
@@ -94,7 +93,6 @@ def merge_(
     return record  # no call from here on: in one an interrupt would lose the record
 
 
-@native.safe_in_a_child
 def switch_(
     weight: torch.Tensor,
     record: MergeRecord,
@@ -123,7 +121,7 @@ def switch_(
         return new
     unmerge_(weight, record)
     try:
-        return merge_(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
+        return merge_(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
     except BaseException:  # the same factors give the same bits, so the record holds again
         if record.device_corrections is None:
             blocks.merge_again(held, record.factors)
@@ -132,7 +130,6 @@ def switch_(
         raise
 
 
-@native.safe_in_a_child
 def merge_later(
     weight: torch.Tensor, adapters: Any, fan_in_fan_out: bool, old: MergeRecord | None = None
 ) -> tuple[MergeRecord, Any] | None:
@@ -148,13 +145,11 @@ def merge_later(
     return (record, sweep) if sweep is not None and sweep.joins() else None
 
 
-@native.safe_in_a_child
 def run_together(sweeps: Sequence[Any], mode: int) -> int:
     """Merge, unmerge or switch all of these, which are of one ``kind``, or none; returns how that ended."""
     return (launch if isinstance(sweeps[0], launch.Sweep) else blocks).run_together(sweeps, mode)
 
 
-@native.safe_in_a_child
 def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
     """In place: the bits that ``weight`` had before the :func:`merge_` that returned ``record``.
 
@@ -165,7 +160,6 @@ def unmerge_(weight: torch.Tensor, record: MergeRecord) -> None:
     _to_unmerge(weight, record).alone(UNMERGE)
 
 
-@native.safe_in_a_child
 def unmerge_later(weight: torch.Tensor, record: MergeRecord) -> Any:
     """The same for :func:`run_together`, or None as for :func:`merge_later`."""
     sweep = _to_unmerge(weight, record)
@@ -221,6 +215,7 @@ def dither_of(seed: int | None) -> Dither | None:
     return None if seed is None else Dither((int(seed) + 2**63) % 2**64 - 2**63)  # as a signed integer
 
 
+@native.safe_in_a_child
 def _prepared(
     weight: torch.Tensor, adapters: Any, fan_in_fan_out: bool, old: MergeRecord | None = None
 ) -> tuple[MergeRecord, Any]:
