@@ -24,6 +24,7 @@ from fused_lora.modules.mixed import MixedBatch, rows_by_name
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import adapter_dtype, in_out_features, why_not_supported
+from fused_lora.ops.checks import as_scaling
 
 
 class Factor(NamedTuple):
@@ -60,7 +61,8 @@ class EmbeddingBehaviour(FusedLoraBehaviour):
             rows = F.embedding(
                 x, A.t(), padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse
             )
-            total = add_rows(total, rows.reshape(-1, len(A)), B.t(), float(self.scaling[name]), embed_scale(base))
+            scaling = as_scaling(self.scaling[name])
+            total = add_rows(total, rows.reshape(-1, len(A)), B.t(), scaling, embed_scale(base))
         return total.to(y.dtype).reshape(y.shape)
 
 

@@ -36,6 +36,7 @@ from fused_lora.modules.targets import (
     is_supported,
 )
 from fused_lora.modules.tree import unwrapped
+from fused_lora.ops.checks import as_scaling
 
 __all__ = [
     "NAMES",
@@ -278,7 +279,7 @@ class LoraStack(LoraLayer):
     def terms(self, names: list[str]) -> list[experts.ExpertTerm]:
         """What these adapters add."""
         pairs = ((self.lora_A[n].weight, self.lora_B[n].weight, n) for n in self._present(names))
-        return [experts.ExpertTerm(A, B, float(self.scaling[n]), self._dropout(n)) for A, B, n in pairs]
+        return [experts.ExpertTerm(A, B, as_scaling(self.scaling[n]), self._dropout(n)) for A, B, n in pairs]
 
     def _dropout(self, name: str) -> float:
         drop: Any = self.lora_dropout[name]

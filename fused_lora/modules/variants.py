@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fused_lora.bases import base_of
 from fused_lora.bases.base import Factors
 from fused_lora.bases.foreign import why_not_added
+from fused_lora.ops.checks import as_float
 from fused_lora.ops.dora.op import dropped, scale_columns
 from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.ops.term.op import lora_term
@@ -173,7 +174,7 @@ def factors(layer: Any, names: list[str], onto: Factors | None = None) -> Factor
     parts, held = layer._parts(names), layer._modules["lora_magnitude_vector"]._modules
     for name, A, B in zip(names, parts[::3], parts[1::3], strict=True):
         lora_A, lora_B = [*lora_A, A.weight], [*lora_B, B.weight]
-        scaling.append(float(layer.scaling[name]))
+        scaling.append(as_float("scaling", layer.scaling[name]))
         if name in held:
             with torch.no_grad():
                 norms = layer._row_norms(name)

@@ -30,7 +30,7 @@ def as_numbers(name: str, numbers: Any) -> Sequence[float]:
     for number in numbers:
         if isinstance(number, (torch.Tensor, np.ndarray)) or not hasattr(number, "__float__"):
             raise TypeError(f"{name}: expected a number for each adapter, got {number!r:.100}")
-    return [float(number) for number in numbers]
+    return [as_float(name, number) for number in numbers]
 
 
 def check_linear(
@@ -111,6 +111,22 @@ def in_order(seeds: torch.Tensor) -> torch.Tensor:
 def is_scaling(s: Any) -> bool:
     """Whether the products take this number: it is infinite or in the range of float32."""
     return abs(s) <= _MOST or abs(s) == math.inf
+
+
+def as_scaling(s: Any) -> float:
+    """Read on the host; ValueError where the products do not take it."""
+    value = as_float("scaling", s)
+    if not is_scaling(value):
+        raise ValueError(f"scaling: expected numbers that float32 can hold, got {s}")
+    return value
+
+
+def as_float(name: str, number: Any) -> float:
+    """ValueError where Python raises OverflowError: an int may be larger than any float."""
+    try:
+        return float(number)
+    except OverflowError:
+        raise ValueError(f"{name}: expected numbers that float32 can hold, got one that float64 cannot") from None
 
 
 def _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, **others: torch.Tensor | None) -> None:

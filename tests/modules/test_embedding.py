@@ -1,6 +1,7 @@
 """LoRA on embeddings by inject, next to PEFT: draws, outputs, gradients, several adapters, merges, files, refusals."""
 
 import copy
+import math
 
 import peft
 import pytest
@@ -202,6 +203,15 @@ def test_adapters_come_and_go():
     assert [(row.kind, row.fused) for row in rows] == [("LoraEmbedding", True), ("LoraLinear", True)]
     plain = fused_lora.unload(ours)
     assert type(plain.emb) is nn.Embedding and not any("lora" in name for name in plain.state_dict())
+
+
+@pytest.mark.parametrize("scaling", [math.nan, 1e39, 10**400, torch.tensor(math.nan)])
+def test_a_scaling_that_float32_cannot_hold_is_named(scaling):
+    ours, _ = twins()
+    layer = next(iter(fused_lora.lora_layers(ours).values()))
+    layer.scaling["default"] = scaling
+    with pytest.raises(ValueError, match="^scaling: expected numbers that float32 can hold"):
+        layer(torch.zeros(1, dtype=torch.long))
 
 
 def test_what_is_refused():

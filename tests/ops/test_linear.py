@@ -405,6 +405,7 @@ BAD = {
     "dropout: expected": dict(dropout=[0.5, 1.5]),
     "scaling: expected": dict(scaling=[1.0, float("nan")]),
     "scaling: expected numbers that float32 can hold, got 1e": dict(scaling=[1.0, 1e39]),
+    "scaling: expected numbers that float32 can hold, got one": dict(scaling=[1.0, -(10**400)]),
     "seeds: expected": dict(seeds=torch.zeros(3, dtype=torch.int64)),
 }
 

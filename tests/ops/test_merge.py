@@ -380,6 +380,8 @@ def test_arguments_are_checked():
         merging.merge_(W, [A.t()], [B], [1.0])
     with pytest.raises(ValueError, match="lora_A, lora_B, scaling"):
         merging.merge_(W, [A], [B], [])
+    with pytest.raises(ValueError, match="^scaling: expected numbers"):
+        merging.merge_(W, [A], [B], [10**400])
     with pytest.raises(ValueError, match="two dimensions"):
         merging.merge_(W[0], [A], [B], [1.0])
     with pytest.raises(TypeError, match="weight"):

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fused_lora.ops import native
-from fused_lora.ops.checks import FLOAT_DTYPES, check_lists
+from fused_lora.ops.checks import FLOAT_DTYPES, as_float, check_lists
 from fused_lora.ops.merge import blocks, launch
 from fused_lora.ops.merge.blocks import Dither, Factors, Scales
 from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
@@ -297,7 +297,8 @@ def delta_factors(
     alone = len(lora_A) == 1  # else torch.cat copies them
     A = [part.detach().to(device, wide, copy=alone, memory_format=torch.contiguous_format) for part in lora_A]
     # a product keeps the strides of a transposed B, as tied embeddings have it
-    B = [(part.detach().to(device, wide) * float(s)).contiguous() for part, s in zip(lora_B, scaling, strict=True)]
+    numbers = [as_float("scaling", s) for s in scaling]
+    B = [(part.detach().to(device, wide) * s).contiguous() for part, s in zip(lora_B, numbers, strict=True)]
     A, B = A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1)
     scales = None if row_scale is None else Scales.of_rows(row_scale.detach().to(device, wide), A.shape[1])
     factors = Factors(B, A, scales)
