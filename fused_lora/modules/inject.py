@@ -99,8 +99,9 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     Modules of ``modules_to_save`` and tokens of ``trainable_token_indices`` train beside it. As in PEFT, the task types
     SEQ_CLS, TOKEN_CLS and QUESTION_ANS add the head of the model to ``modules_to_save``.
 
-    The first adapter of a model becomes active and trainable. Each further adapter is added inactive, as PEFT's
-    ``add_adapter`` does. :func:`set_adapter` chooses which are active.
+    The first adapter of a model becomes active and trainable, and its ``bias`` mode says which biases train. Each
+    further adapter is added inactive, as PEFT's ``add_adapter`` does, and changes nothing about biases, whichever
+    adapter :func:`set_adapter` makes active.
 
     Warns of names and keys of ``config`` that match nothing, and of weights that "all-linear" does not cover.
 
@@ -225,10 +226,11 @@ def attach(
             if adapter_name in layer.adapters:
                 layer.activated[adapter_name] = activation
     setattr(root, "peft_config", NotForPeft())  # noqa: B010 - torch types every attribute as a tensor or a module
-    _freeze(model, config, list(layers), keep)
+    _freeze(model, keep)
     FirstForward(_called_layers, root)
     if first:
         set_adapter(model, adapter_name, inference_mode=config.inference_mode)
+        _train_biases(model, config, list(layers))
     else:
         for layer in built.values():
             layer.set_adapter(active)
@@ -593,15 +595,20 @@ def _load_base_biases(layers: Mapping[str, LoraLayer], specs: dict[str, LayerSpe
             layer.base_layer.bias.data.copy_(spec.tensors.base_bias)
 
 
-def _freeze(model: nn.Module, config: LoraConfig, paths: list[str], keep: set[int]) -> None:
-    """Freeze all but adapters, the biases that this adapter trains, and the parameters with an id in ``keep``."""
+def _freeze(model: nn.Module, keep: set[int]) -> None:
+    """Freeze all but adapters and the parameters with an id in ``keep``."""
     ours = {id(parameter) for parameter in adapter_parameters(model)}
     keep = keep - {id(p) for wrapper in auxiliary_modules(model).values() for p in wrapper.original.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in ours:
             parameter.requires_grad_(id(parameter) in keep)
+
+
+def _train_biases(model: nn.Module, config: LoraConfig, paths: list[str]) -> None:
+    """Those of a model's first adapter."""
     if config.bias == "none" or config.inference_mode:
         return
+    ours = {id(parameter) for parameter in adapter_parameters(model)}
     for name, parameter in unwrapped(model).named_parameters():
         lora_only = any(own_path(name) == f"{path}.base_layer.bias" for path in paths)
         if name.endswith("bias") and id(parameter) not in ours and (config.bias == "all" or lora_only):
