@@ -40,7 +40,7 @@ from fused_lora.modules.fusable import why_not_here
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.layer import LoraLayer
 from fused_lora.modules.names import some
-from fused_lora.modules.reads import FirstForward, why_never_called, why_not_called_in_eval, why_read
+from fused_lora.modules.reads import FirstForward, look_again, why_never_called, why_not_called_in_eval, why_read
 from fused_lora.modules.tree import named_modules
 
 _log = logging.getLogger("fused_lora")
@@ -407,6 +407,7 @@ def _create_accelerated(*args: Any, **kwargs: Any) -> nn.Module:
     """LoraModel._create_new_module of an accelerated model."""
     from peft.tuners.lora import LoraModel
 
+    look_again()
     return _adopt(getattr(LoraModel, _create)(*args, **kwargs))
 
 

@@ -32,11 +32,18 @@ _FACTS = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "is_cuda",
 _FACTS |= {"is_floating_point", "itemsize", "element_size"}
 # layers that a first forward has found so -> the mode, training or not, that they were in
 _found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_looks = 1  # how often models are to be looked at
 
 
 def why_read(layer: nn.Module) -> str | None:
     """Why an adapter of this layer does nothing in its mode, as the model's first forward has told."""
     return _READ if _found.get(layer) is layer.training else None
+
+
+def look_again() -> None:
+    """A layer comes to a model that may have told already: the next forward of each model tells once more."""
+    global _looks
+    _looks += 1
 
 
 def why_never_called(parent: nn.Module) -> str | None:
@@ -223,7 +230,7 @@ class FirstForward:
     """
 
     def __init__(self, layers: Callable[[nn.Module], Mapping[str, nn.Module]], *models: nn.Module):
-        self._layers, self._told = layers, False
+        self._layers, self._look, self._told = layers, 0, 0  # the present look, and the last that has told
         self._reads: Reads | None = None
         self._frames: dict[str, FrameType] = {}  # the one that runs the forward that is looked at
         for model in models:  # no handles: a copy of one model would take along the hooks of the others
@@ -251,7 +258,7 @@ class FirstForward:
         return {**vars(self), "_reads": None, "_frames": {}}
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling() or self._told:
+        if torch.compiler.is_compiling() or self._told == _looks:
             return
         me = sys._getframe(1)
         first = self._frames.setdefault("first", me)
@@ -260,7 +267,7 @@ class FirstForward:
                 return
             self._stop()  # an interrupt ended it, of which torch tells no hook
             self._frames["first"] = me
-        self._reads = Reads(module, self._layers(module), _base_layer)
+        self._look, self._reads = _looks, Reads(module, self._layers(module), _base_layer)
         self._reads.start()
 
     def _ended(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -272,10 +279,11 @@ class FirstForward:
         failed = first is not sys._getframe(1)  # torch calls hooks from another one then
         if failed and runs(first):
             return
-        self._told = not failed  # perhaps between the read and the call: the next forward tells
+        if not failed:  # perhaps between the read and the call: the next forward tells
+            self._told = self._look
         reads.finish()
         self._stop()
-        if self._told and reads.found:
+        if not failed and reads.found:
             modules = dict(named_modules(module))
             _found.update((modules[path], modules[path].training) for path in reads.found)
             warnings.warn(

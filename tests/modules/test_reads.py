@@ -349,6 +349,18 @@ def test_install_looks_as_accelerate_does(net, bare):
 
 
 @torch.no_grad()
+def test_layers_that_come_to_an_accelerated_model_are_looked_at(net):
+    peft = pytest.importorskip("peft")
+    model, x = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["called"])), torch.randn(3, K)
+    fused_lora.accelerate(model)
+    assert warned(lambda: model(x)) == []
+    model.add_adapter("b", peft.LoraConfig(r=2, target_modules=["read", "called"]))
+    (text,) = warned(lambda: model(x))
+    assert "of 'base_model.model.read' without" in text
+    assert warned(lambda: model(x)) == [] and plain(model)
+
+
+@torch.no_grad()
 def test_install_looks_at_mixed_models(net):
     """Their tuner is no LoraModel, though the layers are."""
     peft = pytest.importorskip("peft")
