@@ -1,7 +1,4 @@
-"""Train, save, merge and unmerge under DeepSpeed's own ZeRO-3, which the tests imitate. It needs no GPU:
-
-    pip install deepspeed
-    DS_ACCELERATOR=cpu torchrun --nproc-per-node 2 tests/integrations/zero3.py
+"""Train, save, merge and unmerge under DeepSpeed's own ZeRO-3, which the tests imitate: make test-deepspeed.
 
 Losses are PEFT's, also where each LoRA layer gathers its parameters together and runs fused. What needs whole
 parameters is refused by name outside of GatheredParameters and right inside.
