@@ -1,6 +1,7 @@
 """Layers that read one input share work: found by watching, checked at every call, and no bit is other than alone."""
 
 import asyncio
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -113,7 +114,11 @@ def alone(model, monkeypatch):
 def joint(monkeypatch):
     """Steps as the kernels have them, by the eager operator on a copy of the input: how many layers each served that
     served several, in the order of the calls."""
-    counts = []
+    counts, init = [], Prepared.__init__
+
+    def made(self, groups, tables):
+        init(self, groups, tables)
+        self.by_kernels = True
 
     def step(self, rows, buffers, sites, x, y):
         acting = [site for site in sites if site in self.sites]
@@ -129,6 +134,7 @@ def joint(monkeypatch):
 
         return Step({site: i for i, site in enumerate(acting)}, form, add)
 
+    monkeypatch.setattr(Prepared, "__init__", made)
     monkeypatch.setattr(Prepared, "step", step)
     return counts
 
@@ -500,8 +506,8 @@ def test_another_stream_computes_for_itself(model):
 
 def test_buffers_are_kept_for_the_last_two_mixes_alone(model):
     """However many mixes there were, and the answers are those of the first time."""
-    store, x = loaded(model), torch.randn(2, 1, K)
-    mixes = [[a, b] for a in ADAPTERS for b in ADAPTERS][:12]
+    store, x = loaded(model), torch.randn(3, 1, K)
+    mixes = list(itertools.combinations([*ADAPTERS, None], 3))
 
     def answers():
         found = []
@@ -513,7 +519,7 @@ def test_buffers_are_kept_for_the_last_two_mixes_alone(model):
     first = answers()
     assert all(torch.equal(a, b) for a, b in zip(first, answers(), strict=True))
     kept = [len(found._rows) for found in store._prepared.values()]
-    assert kept == [0] * (len(kept) - 2) + [1, 1] and len(kept) == 8
+    assert kept == [0] * (len(kept) - 2) + [1, 1] and len(kept) == 16
 
 
 @pytest.mark.gpu

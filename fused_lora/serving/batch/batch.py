@@ -439,7 +439,16 @@ class Batch:
                 return
             self._siblings.forget(shared.first)
         rows = trace.rows.get((index, x.shape)) or self._rows(trace, site, x, y)
-        state, flat = state_of(x), x.reshape(-1, site.K).to(dtype)
+        flat = x.reshape(-1, site.K).to(dtype)
+        if self._prepared.by_kernels and self._launch(rows, index, x, flat, y, trace):
+            return
+        for arrival in self._arriving:
+            arrival.wait(index)
+        self._prepared.eager_(rows, index, flat, y)
+
+    def _launch(self, rows: Rows, index: int, x: Tensor, flat: Tensor, y: Tensor, trace: Trace) -> bool:
+        """``_add`` by the kernels, together with layers that read x if there are such; False: not done."""
+        state = state_of(x)
         together, alone = () if state is None else self._siblings.of(index), (index,)
         for sites in (together, alone) if len(together) > 1 else (alone,):
             step = self._prepared.step(rows, self._buffers, sites, flat, y)
@@ -452,10 +461,8 @@ class Batch:
             if formed is not None and step.add(formed, step.places[index], y):
                 if len(step.places) > 1:
                     trace.shared = Shared(x, state, index, step.places.keys() - {index}, step, formed)
-                return
-        for arrival in self._arriving:
-            arrival.wait(index)
-        self._prepared.eager_(rows, index, flat, y)
+                return True
+        return False
 
     def _trace(self) -> Trace:
         """The calls of this thread."""

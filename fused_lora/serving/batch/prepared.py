@@ -80,11 +80,11 @@ class Prepared:
         groups: the (version, weight) pairs of each. tables: for the kernels, where they can run.
 
     Attributes:
-        sites: the layers that the groups change.
+        sites: the layers that the groups change. by_kernels: whether there are tables.
     """
 
     def __init__(self, groups: Sequence[Group], tables: SlotTables | None):
-        self._groups, self._tables = groups, tables
+        self._groups, self._tables, self.by_kernels = groups, tables, tables is not None
         self._versions = {version for group in groups for version, _ in group}
         self.sites = frozenset().union(*(version.factors for version in self._versions))
         self._terms: dict[int, Terms] = {}
@@ -117,8 +117,6 @@ class Prepared:
 
     def step(self, rows: Rows, buffers: RowBuffers | None, sites: tuple[int, ...], x: Tensor, y: Tensor) -> Step | None:
         """For layers that share the input x; y: the output of the first. None: not together, or not by the kernels."""
-        if self._tables is None:
-            return None
         # what is launched for buffers reads the same addresses in every batch
         steps, key = rows.steps if buffers is None else buffers.steps, (sites, x.dtype, y.dtype)
         if key not in steps:
@@ -134,14 +132,15 @@ class Prepared:
         if x.dtype != y.dtype or not set(span) <= set(sites):
             return None  # not by the kernels, or layers of other inputs lie between them in the tables
         groups = rows.groups if buffers is None else buffers.groups
-        joint, each = self._tables.sites(span[0], span[-1]), [self._tables.sites(i, i) for i in span]
+        tables: Any = self._tables
+        joint, each = tables.sites(span[0], span[-1]), [tables.sites(i, i) for i in span]
         launches = prepare(joint, each, groups, x.dtype, x.device)
         return launches and Step({site: site - span[0] for site in acting}, *launches)
 
     def eager_(self, rows: Rows, site: int, x: Tensor, y: Tensor) -> None:
         """y += the terms of x at the layer, for any number of rows and any dtypes."""
         _refuse_capture(x)
-        lora_grouped_(y, x, rows.layout, self._terms_of(site))
+        lora_grouped_(y, x, rows.layout, self._terms.get(site) or self._terms_of(site))
 
     def embed_(self, rows: Rows, site: Site, tokens: Tensor, y: Tensor) -> None:
         """y [n, dim] += the terms of an embedding's tokens [n]: their columns of each A, then one product with B."""
