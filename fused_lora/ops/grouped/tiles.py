@@ -38,23 +38,23 @@ def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> None:
                     part[rows].add_(sums[: rows.stop - rows.start])
                 else:
                     old = part[rows]
-                    part[rows] = (old + sums[: len(old)]).to(y.dtype)
+                    part[rows] = (old + sums[: old.shape[0]]).to(y.dtype)
 
 
 def _heights(members: Sequence[Factors]) -> Sequence[int]:
     """Of tiles that suit all adapters."""
     threads = torch.get_num_threads()
     each = [row_tiles(*A_t.shape, B_t.shape[1], A_t.dtype, A_t.device, threads) for A_t, B_t, _ in members]
-    return [h for h in each[0] if all(h in other for other in each)] or (1,)
+    return each[0] if len(each) == 1 else [h for h in each[0] if all(h in other for other in each)] or (1,)
 
 
 def _sums(x: Tensor, members: Sequence[Factors], heights: Sequence[int]) -> Tensor:
-    first = 0
-    if x.shape[1] % _WORDS:
-        x = _aligned(len(x), x.shape[1], x).copy_(x)
-    out = _aligned(len(x), members[0][1].shape[1], x)
+    first, (rows, K) = 0, x.shape
+    if K % _WORDS:
+        x = _aligned(rows, K, x).copy_(x)
+    out = _aligned(rows, members[0][1].shape[1], x)
     for h in heights:
-        while len(x) - first >= h:
+        while rows - first >= h:
             tile, result = x[first : first + h], out[first : first + h]
             for i, (A_t, B_t, scale) in enumerate(members):
                 torch.addmm(result, torch.mm(tile, A_t), B_t, beta=int(i > 0), alpha=scale, out=result)
