@@ -138,7 +138,7 @@ def prepare_expand(
     kernel = _lora_expand_kernel
 
     def run(S, Q, seeds, bias, base=None):
-        y, Q = S.new_empty(*size, dtype=dtype), Q[0] if single else stacked(Q, by_columns)
+        y, Q = torch.empty(*size, dtype=dtype, device=device), Q[0] if single else stacked(Q, by_columns)
         bias = bias if bias is None else bias.contiguous()
         launch(kernel, S, Q, y, None if base is None else addressable(base), bias, seeds if drop else None)
         return y

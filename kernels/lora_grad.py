@@ -148,11 +148,11 @@ def prepare_weight_grad(
     kernel = _lora_weight_grad_kernel
 
     def run(g, x, S, dS, seeds):
-        dA, dB = x.new_empty((R, K), dtype=dtype), x.new_empty((N, R), dtype=dtype)
+        dA, dB = x.new_empty(R, K, dtype=dtype), x.new_empty(N, R, dtype=dtype)
         if launch:
             planes = sync = None
             if planes_size:
-                planes, sync = S.new_empty(planes_size), counters(tiles, device)
+                planes, sync = S.new_empty(*planes_size), counters(tiles, device)
             launch(kernel, dA, dB, addressable(x), addressable(g), S, dS, planes, seeds if drop else None, sync)
         if len(ranks) == 1:
             return [dA], [dB]

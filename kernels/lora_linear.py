@@ -242,13 +242,13 @@ def prepare_linear(
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
         GROUP_M=config.GROUP_M, **launch_options(config, nested),
     ).__call__  # fmt: skip
-    kernel, size, f32 = _lora_linear_kernel, (M, N), torch.float32
+    kernel, f32 = _lora_linear_kernel, torch.float32
 
     def run(x, weight, bias, lora_A, lora_B, seeds):
-        y, planes, sync = x.new_empty(size), None, None
-        S = shrink(x, lora_A, seeds) if shrink else x.new_empty((M, R), dtype=f32)
+        y, planes, sync = x.new_empty(M, N), None, None
+        S = shrink(x, lora_A, seeds) if shrink else x.new_empty(M, R, dtype=f32)
         if planes_size:
-            planes, sync = S.new_empty(planes_size), counters(tiles, device)
+            planes, sync = S.new_empty(*planes_size), counters(tiles, device)
         A = lora_A[0] if one_A else stacked(lora_A, False)
         B = lora_B[0] if one_B else stacked(lora_B, True)
         w = tensors_of(*weight[:4]) if four_bit else addressable(weight)

@@ -159,9 +159,9 @@ def prepare_shrink(
     kernel = _lora_shrink_kernel
 
     def run(x, P, seeds):
-        S, planes, sync = x.new_empty(*size, dtype=f32), None, None
+        S, planes, sync = torch.empty(*size, dtype=f32, device=device), None, None
         if splits > 1:
-            planes, sync = S.new_empty((splits, *size)), counters(programs, device)
+            planes, sync = S.new_empty(splits, *size), counters(programs, device)
         P = P[0] if single else stacked(P, by_columns)
         launch(kernel, x if fits else addressable(x), P, S, seeds if drop else None, planes, sync)
         return S

@@ -173,5 +173,5 @@ def lora_term(
 
 
 def _own(gradient: Tensor, parameter: Tensor, adapters: int) -> Tensor:
-    gradient = gradient.to(parameter.dtype)
+    gradient = gradient if gradient.dtype is parameter.dtype else gradient.to(parameter.dtype)
     return gradient if adapters == 1 else gradient.clone()

@@ -168,7 +168,7 @@ class Forward:
 
     def __init__(self, x, weight, bias, lora_A, lora_B, scaling: Sequence[float], dropout: Sequence[float]):
         leading, (N, K), packed = x.shape[:-1], weight.shape, not isinstance(weight, torch.Tensor)
-        self.rows = None if len(leading) == 1 else (leading.numel(), K)
+        self.rows: Any = None if len(leading) == 1 else (leading.numel(), K)
         self.shape, self.masked, self.alike = (*leading, N), any(dropout), Alike()
         self.dtype = x.dtype if packed else None
         needs = tuple([t is not None and learns(t) for t in (x, *lora_A, *lora_B, weight, bias)])
@@ -184,8 +184,8 @@ class Forward:
         return self.compute(x, weight, bias, lora_A, lora_B, self.call[1], self.call[2], seeds)
 
     def _reshaped(self, x, *others):
-        y, S = self._run(x.reshape(self.rows), *others)
-        return y.resize_(self.shape), S
+        y, S = self._run(x.reshape(*self.rows), *others)
+        return y.resize_(*self.shape), S
 
 
 def forward(
