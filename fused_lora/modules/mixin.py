@@ -26,7 +26,7 @@ from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
-from fused_lora.ops.linear.op import Memory, may_learn
+from fused_lora.ops.linear.op import Memory, may_learn, recalled
 from fused_lora.ops.term.op import known_term, lora_term
 from fused_lora.ops.term.rows import lora_term_on_rows
 
@@ -123,7 +123,7 @@ class FusedLoraBehaviour(_Layer):
             if operands:
                 if memory is None:
                     memory = self.__dict__["_memory"] = Memory()
-                memory.learn(x, *operands)
+                memory.learn(x, operands)
 
     def _remembered_forward(self, x: Tensor, names: Sequence[str], rows: Tensor | None = None) -> Tensor | None:
         """What :meth:`_fused_forward` has found for a call like this one before; None where a question is open.
@@ -137,11 +137,13 @@ class FusedLoraBehaviour(_Layer):
         if memory is None or own["merged_adapters"] or forward_ad._current_level >= 0:
             return None
         operands = self._operands(x, names)
-        if operands is None or rows is None:
-            return None if operands is None else memory.recall(x, *operands)
-        known = memory.find(x, *operands)
+        if operands is None:
+            return None
+        known = memory.find(x, operands)
         if known is None:
             return None
+        if rows is None:
+            return recalled(known, x, operands)
         y = own["_modules"]["base_layer"](x)
         if not (len(rows) or torch.is_grad_enabled()):
             return y
@@ -150,7 +152,7 @@ class FusedLoraBehaviour(_Layer):
         return lora_term_on_rows(y, x, rows, A, B, scaling, dropout, term=term)
 
     def _operands(self, x: Tensor, names: Sequence[str]) -> tuple | None:
-        """What :meth:`Memory.recall` takes, of a layer whose parts run their class's forward, no hooks.
+        """What :meth:`Memory.find` takes, of a layer whose parts run their class's forward, no hooks.
 
         None where they do not, and where the answer is not as simple as that. Nothing is asked of the tensors.
         """

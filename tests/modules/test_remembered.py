@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fused_lora
+from fused_lora.modules import mixin
 from fused_lora.ops.linear.op import Memory
 from helpers.over_quantised import layers, with_adapters
 from helpers.quantised import linear4bit
@@ -109,8 +110,9 @@ def autocast(dtype: torch.dtype | None, device: str = "cpu"):
 @pytest.fixture
 def recalled(monkeypatch):
     """Of each call of a layer with a memory, whether one like it was known."""
-    results, recall = [], Memory.recall
-    monkeypatch.setattr(Memory, "recall", lambda *given: results.append(recall(*given)) or results[-1])
+    results, find, recall = [], Memory.find, mixin.recalled
+    monkeypatch.setattr(Memory, "find", lambda *given: results.append(find(*given)) or results[-1])
+    monkeypatch.setattr(mixin, "recalled", lambda *given: results.append(recall(*given)) or results[-1])
     return results
 
 

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from fused_lora.ops import guard
 from fused_lora.ops.alike import Alike, modes
 from fused_lora.ops.checks import (
+    FLOAT_DTYPES,
     as_numbers,
     check_linear,
     check_lists,
@@ -100,8 +101,8 @@ def _run(run, x, weight, bias, lora_A, lora_B, seeds) -> Tensor:
     if run.masked and seeds is None:
         seeds = draw_seeds(len(lora_A), x.device)
     if run.grad and torch.is_grad_enabled():
-        frozen, free = ((weight, bias), ()) if run.frozen else (None, (weight, bias))
-        found = _apply(run, seeds, frozen, x, *lora_A, *lora_B, *free)
+        free = () if run.frozen else (weight, bias)
+        found = _apply((run, x, weight, bias, lora_A, lora_B, seeds), x, *lora_A, *lora_B, *free)
         return found if run.keeps_x else found[0]
     return run(x, weight, bias, lora_A, lora_B, seeds)[0]
 
@@ -125,36 +126,13 @@ class Memory:
     def __reduce__(self):  # copies and files of a layer hold None instead
         return type(None), ()
 
-    def recall(self, x, key, seen, weight, bias, lora_A, lora_B, scaling, dropout) -> Tensor | None:
-        """The result, differentiable; None when no such call was learnt.
-
-        key: all that the call depends on besides tensors. seen: a tensor that stands for a packed weight.
-        """
-        found = self.find(x, key, seen, weight, bias, lora_A, lora_B)
-        if found is None:
-            return None
-        dtype, runs = found
-        if dtype is None:
-            return _recalled(runs, x, weight, bias, lora_A, lora_B, scaling, dropout)
-        kind = x.device.type
-        if torch.get_autocast_dtype(kind) is not dtype:
-            return None
-        dense = seen is weight
-        inside = x.to(dtype) if dense or kind == guard.DEVICE else x
-        weight = weight.to(dtype) if dense else weight
-        lora_A, lora_B = _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype)
-        torch.set_autocast_enabled(kind, False)  # in an eighth of the time that its context manager takes
-        try:
-            y = _recalled(runs, inside, weight, bias, lora_A, lora_B, scaling, dropout)
-            return y if dense else y.to(x.dtype)
-        finally:
-            torch.set_autocast_enabled(kind, True)
-
-    def find(self, x, key, seen, weight, bias, lora_A, lora_B, *_) -> tuple[torch.dtype | None, dict] | None:
+    def find(self, x: Tensor, operands: tuple) -> tuple[torch.dtype | None, dict] | None:
         """The autocast dtype, and what such calls run by layouts of x, as yet perhaps nothing.
 
-        None when no such call was learnt.
+        operands: all that the call depends on besides tensors; a tensor that stands for a packed weight; weight, bias,
+        lora_A, lora_B, scaling and dropout. None when no such call was learnt.
         """
+        key, seen, _, bias, lora_A, lora_B, _, _ = operands
         alike = self._by_numbers.get(key)
         if alike is None or self._kept is not plan.kept:  # all plans are made anew
             return None
@@ -164,8 +142,9 @@ class Memory:
                 return answer
         return None
 
-    def learn(self, x, key, seen, weight, bias, lora_A, lora_B, *_) -> None:
+    def learn(self, x: Tensor, operands: tuple) -> None:
         """Of a call that has passed and :func:`may_learn`, where nobody but autograd looks on."""
+        key, seen, weight, bias, lora_A, lora_B, _, _ = operands
         dtype = _autocast_dtype(x)
         if dtype is None and _autocasts(x):
             return  # float64 stays as it is
@@ -179,7 +158,27 @@ class Memory:
         alike.keep((dtype, {}), tensors, any_rows=True)
 
 
-def _recalled(runs: dict, x, weight, bias, lora_A, lora_B, scaling, dropout) -> Tensor:
+def recalled(known: tuple, x: Tensor, operands: tuple) -> Tensor | None:
+    """The result, differentiable, of a call for which :meth:`Memory.find` has found ``known``.
+
+    None when autocast is to another dtype now.
+    """
+    (dtype, runs), (key, seen, weight, bias, lora_A, lora_B, scaling, dropout) = known, operands
+    if dtype is not None:
+        kind = x.device.type
+        if torch.get_autocast_dtype(kind) is not dtype:
+            return None
+        dense, kernels = seen is weight, kind == guard.DEVICE
+        inside = _to(x, dtype) if dense or kernels else x
+        weight = _to(weight, dtype) if dense else weight
+        if kernels:
+            lora_A, lora_B = [_to(A, dtype) for A in lora_A], [_to(B, dtype) for B in lora_B]
+        torch.set_autocast_enabled(kind, False)  # in an eighth of the time that its context manager takes
+        try:
+            y = recalled((None, runs), inside, (key, seen, weight, bias, lora_A, lora_B, scaling, dropout))
+            return y if dense else y.to(x.dtype)
+        finally:
+            torch.set_autocast_enabled(kind, True)
     # what autocast has rounded wants a gradient only where gradients are recorded
     layout = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16, torch.is_grad_enabled()
     run = runs.get(layout)
@@ -219,7 +218,7 @@ def draw_seeds(count: int, device: torch.device) -> Tensor:
     """int64 [count] from torch's default generator of the device: what makes a run and a recomputation reproducible."""
     if torch.compiler.is_compiling():
         warn_of_redraws()
-    return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
+    return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
 @torch.library.custom_op("fused_lora::lora_linear", mutates_args=())
@@ -295,27 +294,28 @@ def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, lora_A, lora_B, scaling, dropout, seeds = inputs
     needs = need_x, *rest[: 2 * len(lora_A)], need_weight, need_bias
     call = len(lora_A), scaling, dropout, None if bias is None else bias.dtype, needs
-    _keep(ctx, call, x, weight, lora_A, lora_B, seeds, output[1])
+    kept = x if plan.keeps_x(len(lora_A), needs) else None
+    _keep(ctx, call, kept, weight, lora_A, lora_B, seeds, output[1])
 
 
 def _keep(ctx, call, x, weight, lora_A, lora_B, seeds, S) -> None:
     """For the backward; ``call`` ends with one flag per tensor: x, n times lora_A, n times lora_B, weight, bias.
 
-    weight: None of a LoRA term.
+    x: None where :func:`plan.keeps_x` says so. weight: None of a LoRA term.
     """
     n, needs = call[0], call[-1]
     ctx.call, ctx.materialize_grads = call, False
-    keep_x = x if plan.keeps_x(n, needs) else None
-    ctx.transposed = isinstance(weight, Tensor) and _is_transposed(weight)
-    weight = weight._base if ctx.transposed else weight
+    dense = isinstance(weight, Tensor)  # else packed
+    transposed = ctx.transposed = dense and _is_transposed(weight)
+    if transposed:
+        weight = weight._base
     if needs[0]:
-        tensor = isinstance(weight, Tensor)  # else packed
-        ctx.idle = None if tensor else (weight, None, None)
-        ctx.save_for_backward(keep_x, weight if tensor else None, S, seeds, *lora_A, *lora_B)
+        ctx.idle = None if dense else (weight, None, None)
+        ctx.save_for_backward(x, weight if dense else None, S, seeds, *lora_A, *lora_B)
     else:  # W, A and unused B have a shape to give only: what is saved must not change, and hooks may copy it
-        ctx.idle = weight, lora_A, lora_B
+        ctx.idle = weight, tuple(lora_A), tuple(lora_B)
         used = [B if need else None for B, need in zip(lora_B, needs[1 : n + 1], strict=True)]
-        ctx.save_for_backward(keep_x, None, S, seeds, *[None] * n, *used)
+        ctx.save_for_backward(x, None, S, seeds, *[None] * n, *used)
 
 
 def _is_transposed(weight: Tensor) -> bool:
@@ -392,6 +392,11 @@ def _as_autocast(adapters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Ten
     return [t.to(dtype) if t.device.type == guard.DEVICE else t for t in adapters]
 
 
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # as tensor.to(dtype), which takes 0.7 us where nothing is to be done, and else a third more than these
+    return tensor if tensor.dtype is dtype else _CASTS[dtype](tensor)
+
+
 def _cast(x, weight, bias, lora_A, lora_B, *others):
     """Under autocast x and W take its dtype, as in F.linear, and on CUDA the adapters; their gradients keep theirs."""
     dtype = _autocast_dtype(x)
@@ -438,11 +443,10 @@ class _Direct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, run, seeds, frozen, x, *others):
-        n = run.call[0]
-        A, B, (weight, bias) = others[:n], others[n : 2 * n], frozen or others[2 * n :]
+    def forward(ctx, call, *_):
+        run, x, weight, bias, A, B, seeds = call
         y, S = run.compute(x, weight, bias, A, B, run.call[1], run.call[2], seeds)
-        _keep(ctx, run.call, x, weight, A, B, seeds, S)
+        _keep(ctx, run.call, x if run.keeps_x else None, weight, A, B, seeds, S)
         ctx.run = run
         return y if run.keeps_x else (y, S)
 
@@ -456,7 +460,7 @@ class _Direct(torch.autograd.Function):
         dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, partial(_gradients, run.alike, None), run.dtype)
         if dx is not None and rows is not None:
             dx = dx.reshape(*run.shape[:-1], rows[1])
-        return (None, None, None, dx, *dA, *dB) if run.frozen else (None, None, None, dx, *dA, *dB, dW, db)
+        return (None, dx, *dA, *dB) if run.frozen else (None, dx, *dA, *dB, dW, db)
 
 
 def is_batched(g: Tensor) -> bool:
@@ -468,6 +472,7 @@ def is_batched(g: Tensor) -> bool:
 _apply = super(torch.autograd.Function, _Direct).apply
 _stack, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses bring their own arithmetic
+_CASTS = dict(zip(FLOAT_DTYPES, (Tensor.double, Tensor.float, Tensor.bfloat16, Tensor.half), strict=True))
 _RUNS, _NUMBERS = 256, 8  # of a layer: numbers of rows; scalings and dropouts, for sets of active adapters
 _is_tracing = torch._C._is_tracing
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor

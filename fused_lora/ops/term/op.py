@@ -20,7 +20,7 @@ from fused_lora.ops.checks import as_numbers, check_lists, check_term, in_order,
 from fused_lora.ops.linear import eager, flops
 from fused_lora.ops.linear import op as linear
 from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _rows, draw_seeds, is_direct
-from fused_lora.ops.linear.plan import learns
+from fused_lora.ops.linear.plan import keeps_x, learns
 from fused_lora.ops.term import plan
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # of memory that nobody else sees
@@ -154,7 +154,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _keep(ctx, needs, x, bias, lora_A, lora_B, scaling, dropout, seeds, S) -> None:
     call = len(lora_A), scaling, dropout, None if bias is None else bias.dtype, needs
-    linear._keep(ctx, call, x, None, lora_A, lora_B, seeds, S)
+    kept = x if keeps_x(len(lora_A), needs) else None
+    linear._keep(ctx, call, kept, None, lora_A, lora_B, seeds, S)
     ctx.dtype = x.dtype
 
 
