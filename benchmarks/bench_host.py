@@ -11,8 +11,8 @@ fused_lora    LoraLinear
 
 Microseconds of the calling thread, the least of many samples, providers taking turns: eval is a forward without
 gradients, mixed batch one whose rows name their adapters, train a forward and torch.autograd.grad of x, A and B,
-autocast the same over a bf16 layer with fp32 adapters, as trainers run it. A sample is so many forwards and then as
-many backwards, as a model's layers call them.
+autocast the same over a bf16 layer with fp32 adapters, as trainers run it. x is [1, rows, features], of a mixed batch
+[rows, 1, features]. A sample is so many forwards and then as many backwards, as a model's layers call them.
 
 On a CPU two more rows a provider are a whole model, a random Llama of 4 layers of 256 features with adapters of rank 8
 on all linears: decode is one token after 16, train model forward and backward of 64 tokens.
@@ -71,10 +71,11 @@ class Step:
                 layer = layers(step, device)[name]
             torch.manual_seed(2)
             dtype = getattr(torch, step.dtype)
-            x, g = (torch.randn(step.M, step.features, device=device, dtype=dtype) for _ in range(2))
+            x, g = (torch.randn(1, step.M, step.features, device=device, dtype=dtype) for _ in range(2))
             x.requires_grad_(step.dropout is not None)
             leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
             if step.mixed and name != "bare":
+                x, g = x.transpose(0, 1), g.transpose(0, 1)
                 rows = [(*NAMES, "__base__")[i % 4] for i in range(step.M)]
                 layer = functools.partial(layer, adapter_names=rows)
             given[name] = layer, x, g, leaves
@@ -195,8 +196,11 @@ def sample(layer: Callable, x: torch.Tensor, g: torch.Tensor | None, leaves: lis
         if backward:
             torch.autograd.grad(y, leaves, g)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=step.autocast):
-        t0 = clock()
-        outputs = [layer(x) for _ in range(calls)]
+        t0, outputs = clock(), []
+        for _ in range(calls):
+            outputs.append(layer(x))
+            if step.autocast:
+                torch.clear_autocast_cache()  # each layer of a model casts adapters of its own
         t1 = clock()
     for y in outputs if backward else ():
         torch.autograd.grad(y, leaves, g)
