@@ -26,6 +26,7 @@ from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
+from fused_lora.ops.checks import as_float
 from fused_lora.ops.linear.op import Memory, may_learn, recalled
 from fused_lora.ops.term.op import known_term, lora_term
 from fused_lora.ops.term.rows import lora_term_on_rows
@@ -228,7 +229,7 @@ class FusedLoraBehaviour(_Layer):
                 B, s = B.to(_wide(B.dtype)) * s, 1.0
             lora_A.append(A._parameters["weight"])
             lora_B.append(B)
-            scaling.append(float(s))
+            scaling.append(as_float("scaling", s))
             dropout.append(drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0)
         return Adapters(lora_A, lora_B, scaling, dropout, bias)
 

@@ -990,3 +990,10 @@ def test_transforms_of_torch_func_give_what_peft_gives(train):
         )
     for mine, other in zip(*results, strict=True):
         assert_close(mine, other, terms=500)
+
+
+def test_a_scaling_that_no_float_can_hold_is_named():
+    layer = LoraLinear(linear(), r=2)
+    layer.scaling["default"] = 10**400
+    with pytest.raises(ValueError, match="scaling: expected numbers that float32 can hold"):
+        layer(torch.randn(2, K))
