@@ -25,6 +25,10 @@ def way(request, monkeypatch):
     return request.param
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
 def adapter(K, N, r, scale=0.7, dtype=torch.float32):
     A, B = torch.randn(r, K) / K**0.5, torch.randn(N, r)
     return A.to(dtype), B.to(dtype), scale
@@ -114,6 +118,16 @@ def need_tiles(K, r, N):
 
 
 @pytest.mark.parametrize("way", ["torch"], indirect=True)
+def test_a_trial_has_matrices_that_lie_as_those_of_an_adapter(way, monkeypatch):
+    """A BLAS may look at how far the rows of an operand are apart."""
+    strides, mm = set(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: strides.add((a.stride(), b.stride())) or mm(a, b))
+    tiles.row_tiles.cache_clear()
+    run(torch.randn(4, 33), torch.randn(4, 17), [0] * 4, {0: [term(*adapter(33, 17, 5))]})
+    assert strides == {((48, 1), (1, 33))}
+
+
+@pytest.mark.parametrize("way", ["torch"], indirect=True)
 def test_tiles_that_disagree_are_not_used(way, monkeypatch):
     """Where a higher tile rounds otherwise, rows still come out alike."""
     K, N = 64, 48
@@ -151,6 +165,14 @@ def test_nothing_happens_without_adapters(way):
     assert torch.equal(run(x, y, [-1, -1, -1], {}), y)
     assert torch.equal(run(x, y, [-1, 0, 0], {0: []}), y)
     assert torch.equal(run(x[:0], y[:0], [], {0: [term(*adapter(8, 4, 2))]}), y[:0])
+
+
+def test_a_backward_that_has_kept_y_is_refused(way):
+    y, weight = torch.randn(2, 4), torch.ones(4, requires_grad=True)
+    product = (weight * y).sum()
+    lora_grouped_(y, torch.randn(2, 8), RowLayout(np.array([0, 0]), CPU), Terms({0: [term(*adapter(8, 4, 2))]}))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 def test_what_does_not_fit_is_refused():
@@ -202,3 +224,18 @@ def test_matrices_may_lie_in_any_way(way):
         close(lora_grouped_(wide.copy_(y), x, layout, Terms(factors)))
     same = run(x[:1].expand(9, K), y, rows, factors)
     assert_close(same, exact(x[:1].expand(9, K), y, rows, groups).float(), K + 5)
+
+
+def test_c_reads_and_writes_no_memory_that_is_not_there(monkeypatch):
+    """As that of another default device, of what Dynamo traces, and of subclasses."""
+    A_t, B_t, scale = term(*adapter(8, 4, 2))
+    x, y, rows = torch.randn(2, 8), torch.randn(2, 4), [0, -1]
+    expected = run(x, y, rows, {0: [(A_t, B_t, scale)]})
+    with torch.device("meta"):
+        assert torch.equal(run(x, y, rows, {0: [(A_t, B_t, scale)]}), expected)
+    compiled = torch.compile(run, backend="eager")
+    assert torch.equal(compiled(x, y, rows, {0: [(A_t, B_t, scale)]}), expected)
+    monkeypatch.setattr(native, "add_terms", lambda *fields: pytest.fail("read by C"))
+    for i in range(4):
+        x_, y_, A_, B_ = (t.as_subclass(Subclass) if i == n else t for n, t in enumerate((x, y, A_t, B_t)))
+        assert_close(run(x_, y_, rows, {0: [(A_, B_, scale)]}).as_subclass(torch.Tensor), expected, 10)

@@ -13,16 +13,19 @@ from torch import Tensor
 
 from fused_lora.ops import native
 from fused_lora.ops.grouped.terms import RowLayout, Terms
+from fused_lora.ops.linear.op import PLAIN
 
 
 def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> bool:
     """y [rows, N of all outputs or more] += the terms of x [rows, K], rounded once; False: not done, for the loops do
     not run, or cannot read something."""
-    if terms.table is None or not (y.dtype in native.TYPES and x.dtype in native.TYPES and x.is_cpu and y.is_cpu):
-        return False
-    if not ((y.stride(1) == 1 or y.shape[1] < 2) and native.usable() and _agree()):
+    for t in (y, x):
+        if type(t) not in PLAIN or t.dtype not in native.TYPES or not t.is_cpu:
+            return False
+    if terms.table is None or not ((y.stride(1) == 1 or y.shape[1] < 2) and native.usable() and _agree()):
         return False
     _run(y, x, layout, terms)
+    torch.autograd.graph.increment_version(y)  # a backward that has kept y raises
     return True
 
 
@@ -34,7 +37,7 @@ def _run(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> None:
     x = x.float()
     if x.stride(1) != 1:
         x = x.contiguous()
-    S = torch.empty(len(layout.order) * outputs * table.pitch, dtype=torch.float32)
+    S = x.new_empty(len(layout.order) * outputs * table.pitch)
     native.add_terms(
         x.data_ptr(), x.stride(0), terms.K, outputs, native.TYPES[y.dtype], native.TYPES[terms.dtype],
         *table.addresses, blocks, *layout.addresses, S.data_ptr(), table.pitch,

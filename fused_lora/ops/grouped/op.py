@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from fused_lora.ops.grouped import loops, tiles
 from fused_lora.ops.grouped.terms import RowLayout, Terms
@@ -32,6 +33,8 @@ def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> Tens
         ValueError: x, y and the layout differ in their rows, or x or y and the factors in their columns.
         RuntimeError: x or y would take a gradient.
     """
+    if torch.compiler.is_compiling():
+        return _untraced(y, x, layout, terms)
     (rows, K), (y_rows, N) = x.shape, y.shape
     if not rows == y_rows == layout.rows:
         raise ValueError(f"x, y: expected {layout.rows} rows as in the layout, got {rows} and {y_rows}")
@@ -44,3 +47,9 @@ def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> Tens
     if not loops.add_terms_(y, x, layout, terms):
         tiles.add_terms_(y, x, layout, terms)
     return y
+
+
+@_disable_dynamo
+def _untraced(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> Tensor:
+    """Between two graphs: a layout and addresses are no part of one."""
+    return lora_grouped_(y, x, layout, terms)

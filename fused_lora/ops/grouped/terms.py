@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops import native
+from fused_lora.ops.linear.op import PLAIN
 
 _BLOCK = 32  # rows that a thread of C takes at a time: their inputs stay in its cache
 _PIECE = 128  # rows whose term torch holds in memory at a time: a multiple of every tile
@@ -129,9 +130,10 @@ class Terms:
 
 
 def _member(A_t: Tensor, B_t: Tensor, scale: float) -> tuple | None:
-    """What C knows of an adapter; None where the rows of A or B^T are not contiguous."""
+    """What C knows of an adapter; None where the rows of A or B^T are not contiguous, or no memory."""
     (K, r), (a_column, a_row), (b_row, b_column) = A_t.shape, A_t.stride(), B_t.stride()
-    if not (A_t.is_cpu and B_t.is_cpu and (a_column == 1 or K < 2) and (b_column == 1 or B_t.shape[1] < 2)):
+    plain = type(A_t) in PLAIN and type(B_t) in PLAIN and A_t.is_cpu and B_t.is_cpu
+    if not (plain and (a_column == 1 or K < 2) and (b_column == 1 or B_t.shape[1] < 2)):
         return None
     return A_t.data_ptr(), B_t.data_ptr(), a_row, b_row, r, scale
 

@@ -75,13 +75,9 @@ def row_tiles(K: int, r: int, N: int, dtype: torch.dtype, device: torch.device, 
     (1,) if a row's place in its tile makes a difference; a product of one row has no places.
     """
     generator = torch.Generator().manual_seed(0)
-    x, A, B_t = (
-        _aligned(*shape, torch.empty(0, dtype=dtype, device=device)).copy_(
-            torch.randn(shape, generator=generator, dtype=dtype)
-        )
-        for shape in ((SIZES[0], K), (r, K), (r, N))
-    )
-    order = torch.randperm(len(x), generator=generator).to(device)
+    shapes = (SIZES[0], K), (r, K), (r, N)
+    x, A, B_t = (torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(device) for shape in shapes)
+    order = torch.randperm(len(x), generator=generator, device="cpu").to(device)
     with torch.no_grad():
         members = [(A.t(), B_t, 0.7)]  # not a power of two, whose place in the product would leave no trace
         least = _sums(x, members, (LEAST,))

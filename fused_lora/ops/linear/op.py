@@ -84,7 +84,7 @@ def is_direct(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or _stack() or _transforms() or _is_tracing():
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or _is_wrapped(tensor):
+        if type(tensor) not in PLAIN or _is_wrapped(tensor):
             return False
     return True
 
@@ -471,7 +471,7 @@ def is_batched(g: Tensor) -> bool:
 # past a wrapper that looks through the arguments for leftovers of torch.func, as is_direct has done
 _apply = super(torch.autograd.Function, _Direct).apply
 _stack, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
-_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses bring their own arithmetic
+PLAIN = (Tensor, torch.nn.Parameter)  # subclasses bring their own arithmetic
 _CASTS = dict(zip(FLOAT_DTYPES, (Tensor.double, Tensor.float, Tensor.bfloat16, Tensor.half), strict=True))
 _RUNS, _NUMBERS = 256, 8  # of a layer: numbers of rows; scalings and dropouts, for sets of active adapters
 _is_tracing = torch._C._is_tracing
