@@ -175,6 +175,13 @@ def test_a_backward_that_has_kept_y_is_refused(way):
         product.backward()
 
 
+def test_groups_may_have_any_numbers(way):
+    groups = {0: [adapter(8, 4, 2)], 10**12: [adapter(8, 4, 3)]}
+    x, y, rows = torch.randn(4, 8), torch.randn(4, 4), [0, 10**12, -1, 10**15]
+    found = run(x, y, rows, {g: [term(*a) for a in members] for g, members in groups.items()})
+    assert_close(found, exact(x, y, rows, groups).float(), 11)
+
+
 def test_what_does_not_fit_is_refused():
     factors = {0: [term(*adapter(8, 4, 2))]}
     layout = RowLayout(np.array([0, 0]), CPU)

@@ -19,6 +19,7 @@ from fused_lora.ops import native
 from fused_lora.ops.linear.op import PLAIN
 
 _BLOCK = 32  # rows that a thread of C takes at a time: their inputs stay in its cache
+_GROUPS = 1 << 16  # numbers of groups that C has a table of
 _PIECE = 128  # rows whose term torch holds in memory at a time: a multiple of every tile
 LEAST = 4  # rows of torch's smallest tile: fewer take other code in a BLAS, more are waste in a decode step
 _MEMBER = np.dtype("i8, i8, i8, i8, i8, f8")
@@ -122,7 +123,7 @@ class Terms:
     @functools.cached_property
     def table(self) -> Table | None:
         """For the loops in C; None where they cannot read the factors."""
-        if self.dtype not in native.TYPES:
+        if self.dtype not in native.TYPES or any(max(output, default=0) >= _GROUPS for output in self.outputs):
             return None
         found = [{g: [_member(*f) for f in members] for g, members in output.items()} for output in self.outputs]
         readable = all(member for output in found for members in output.values() for member in members)

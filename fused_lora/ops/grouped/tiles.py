@@ -23,8 +23,6 @@ _WORDS = 16  # numbers in 64 bytes of fp32
 
 def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> None:
     """y [rows, N of all outputs or more] += the terms of x [rows, K], rounded once; on any device."""
-    if terms.dtype is None:
-        return
     dtype = torch.promote_types(torch.promote_types(x.dtype, terms.dtype), torch.float32)
     for part, output in zip(y[:, : terms.N].split(terms.columns, 1), terms.outputs, strict=True):
         for g, members in output.items():
