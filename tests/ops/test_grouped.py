@@ -233,6 +233,7 @@ def test_matrices_may_lie_in_any_way(way):
     assert_close(same, exact(x[:1].expand(9, K), y, rows, groups).float(), K + 5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace`:DeprecationWarning")
 def test_c_reads_and_writes_no_memory_that_is_not_there(monkeypatch):
     """As that of another default device, of what Dynamo traces, and of subclasses."""
     A_t, B_t, scale = term(*adapter(8, 4, 2))
@@ -243,6 +244,8 @@ def test_c_reads_and_writes_no_memory_that_is_not_there(monkeypatch):
     compiled = torch.compile(run, backend="eager")
     assert torch.equal(compiled(x, y, rows, {0: [(A_t, B_t, scale)]}), expected)
     monkeypatch.setattr(native, "add_terms", lambda *fields: pytest.fail("read by C"))
+    traced = torch.jit.trace(lambda x, y: run(x, y, rows, {0: [(A_t, B_t, scale)]}), (x, y), check_trace=False)
+    assert_close(traced(x, y), expected, 10)
     for i in range(4):
         x_, y_, A_, B_ = (t.as_subclass(Subclass) if i == n else t for n, t in enumerate((x, y, A_t, B_t)))
         assert_close(run(x_, y_, rows, {0: [(A_, B_, scale)]}).as_subclass(torch.Tensor), expected, 10)

@@ -19,6 +19,8 @@ from fused_lora.ops.linear.op import PLAIN
 def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> bool:
     """y [rows, N of all outputs or more] += the terms of x [rows, K], rounded once; False: not done, for the loops do
     not run, or cannot read something."""
+    if torch._C._is_tracing():  # as torch.jit.trace, which sees no loop
+        return False
     for t in (y, x):
         if type(t) not in PLAIN or t.dtype not in native.TYPES or not t.is_cpu:
             return False

@@ -33,7 +33,7 @@ def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> Tens
         ValueError: x, y and the layout differ in their rows, or x or y and the factors in their columns.
         RuntimeError: x or y would take a gradient.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _untraced(y, x, layout, terms)
     (rows, K), (y_rows, N) = x.shape, y.shape
     if not rows == y_rows == layout.rows:
