@@ -160,6 +160,13 @@ def test_the_check_finds_a_product_whose_rows_depend_on_the_height(monkeypatch):
     tiles.row_tiles.cache_clear()
 
 
+def test_autocast_is_none_of_its_business(way):
+    x, y, factors = torch.randn(5, 8), torch.randn(5, 4), {0: [term(*adapter(8, 4, 2))]}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(x, y, [0] * 5, factors)
+    assert torch.equal(found, run(x, y, [0] * 5, factors))
+
+
 def test_nothing_happens_without_adapters(way):
     x, y = torch.randn(3, 8), torch.randn(3, 4)
     assert torch.equal(run(x, y, [-1, -1, -1], {}), y)

@@ -45,7 +45,8 @@ def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> Tens
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         raise RuntimeError("x, y: lora_grouped_ has no gradient: call it under torch.no_grad()")
     if not loops.add_terms_(y, x, layout, terms):
-        tiles.add_terms_(y, x, layout, terms)
+        with torch.autocast(x.device.type, enabled=False):  # the sum is taken in fp32 all the same
+            tiles.add_terms_(y, x, layout, terms)
     return y
 
 
