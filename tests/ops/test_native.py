@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import fused_lora
 from fused_lora import reference
 from fused_lora.ops import native
 from fused_lora.ops.grouped import loops
@@ -436,6 +437,29 @@ def test_a_forked_child_merges(size):
     torch.set_num_threads(2)
     try:
         merging.unmerge_(W, merging.merge_(W, [A], [B], [1.0]))
+        assert exit_code_of(child) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_merges_a_model():
+    """Rows that are sampled, and a fidelity, are large enough for threads of torch."""
+    net, threads = torch.nn.Sequential(torch.nn.Linear(8192, 16, dtype=torch.bfloat16)), torch.get_num_threads()
+    fused_lora.inject(net, fused_lora.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+
+    def merges():
+        fused_lora.merge(net)
+        fused_lora.delta_fidelity(net)
+        fused_lora.unmerge(net)
+
+    def child():
+        merges()
+        os._exit(0)
+
+    torch.set_num_threads(2)
+    try:
+        merges()
         assert exit_code_of(child) == 0
     finally:
         torch.set_num_threads(threads)

@@ -173,6 +173,7 @@ def _to_unmerge(weight: torch.Tensor, record: MergeRecord) -> Any:
     return blocks.restoring(W, factors, units)
 
 
+@native.safe_in_a_child
 def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> float:
     """The share of the delta that rounding lost of a merged ``weight``: ||(Wm - W) - D|| / ||D||, Frobenius norms.
 
