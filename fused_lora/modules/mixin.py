@@ -222,6 +222,7 @@ class FusedLoraBehaviour(_Layer):
         parts = self._parts(names)
         for name, A, B_layer, drop in zip(names, parts[::3], parts[1::3], parts[2::3], strict=True):
             B, s, lora_bias = B_layer._parameters["weight"], self.scaling[name], B_layer._parameters["bias"]
+            s = s if isinstance(s, Tensor) else as_float("scaling", s)
             if lora_bias is not None:  # s_i times each lora_bias, in fp32 or wider
                 term = lora_bias.to(_wide(lora_bias.dtype)) * s
                 bias = term if bias is None else bias + term
@@ -229,7 +230,7 @@ class FusedLoraBehaviour(_Layer):
                 B, s = B.to(_wide(B.dtype)) * s, 1.0
             lora_A.append(A._parameters["weight"])
             lora_B.append(B)
-            scaling.append(as_float("scaling", s))
+            scaling.append(s)
             dropout.append(drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0)
         return Adapters(lora_A, lora_B, scaling, dropout, bias)
 
@@ -519,7 +520,7 @@ class FusedLoraBehaviour(_Layer):
         total = bias.data.to(_wide(bias.dtype))
         for name in with_bias:
             term = self.lora_B[name].bias.data
-            total = total + term.to(_wide(term.dtype)) * float(self.scaling[name])
+            total = total + term.to(_wide(term.dtype)) * as_float("scaling", self.scaling[name])
         merged = total.to(dtype or bias.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"NaNs or infinities detected in the merged bias; the adapters {names} seem to be broken")

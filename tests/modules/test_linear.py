@@ -992,8 +992,10 @@ def test_transforms_of_torch_func_give_what_peft_gives(train):
         assert_close(mine, other, terms=500)
 
 
-def test_a_scaling_that_no_float_can_hold_is_named():
-    layer = LoraLinear(linear(), r=2)
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_a_scaling_that_no_float_can_hold_is_named(lora_bias):
+    layer = LoraLinear(linear(), r=2, lora_bias=lora_bias)
     layer.scaling["default"] = 10**400
-    with pytest.raises(ValueError, match="scaling: expected numbers that float32 can hold"):
-        layer(torch.randn(2, K))
+    for call in (lambda: layer(torch.randn(2, K)), layer.merge):
+        with pytest.raises(ValueError, match="scaling: expected numbers that float32 can hold"):
+            call()
