@@ -329,6 +329,8 @@ class FusedLoraBehaviour(_Layer):
         if kind.bits and variants.has_magnitude(self, names):
             raise RuntimeError(f"base_layer: DoRA of {names} cannot be merged into {kind.bits} bits; dequantise first")
         bias, old = self._check_bias_merge(names), self.merge_state
+        if old is not None and _bias_changed(getattr(self.base_layer, "bias", None), old):
+            raise RuntimeError("base_layer.bias was changed while merged; nothing more was merged")
         state = _Merge(None) if old is None else replace(old, record=None)
         if bias is not None:
             state.bias_before = self.base_layer.bias.data.clone() if state.bias_before is None else state.bias_before
@@ -444,9 +446,7 @@ class FusedLoraBehaviour(_Layer):
         state, bias = self.merge_state, getattr(self.base_layer, "bias", None)
         if state is None:
             raise RuntimeError("merged_adapters names adapters that this layer has not merged itself")
-        if state.bias_after is not None and (
-            bias is None or not torch.equal(bias.data, state.bias_after.to(bias.device))
-        ):
+        if _bias_changed(bias, state):
             raise RuntimeError("base_layer.bias was changed while merged; nothing was unmerged")
         attributes, merged, (base, kind) = self.__dict__, self.merged_adapters, self._merge_place()
         try:
@@ -538,6 +538,12 @@ class FusedLoraBehaviour(_Layer):
         for name in names:
             found += A[name], B[name], dropout[name]
         return found
+
+
+def _bias_changed(bias: Tensor | None, state: _Merge) -> bool:
+    """Since a merge that wrote it."""
+    after = state.bias_after
+    return after is not None and (bias is None or not torch.equal(bias.data, after.to(bias.device)))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

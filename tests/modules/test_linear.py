@@ -587,6 +587,16 @@ def test_merge_with_lora_bias(dtype):
     assert torch.equal(ours.base_layer.weight, weight) and torch.equal(ours.base_layer.bias, bias)
 
 
+def test_a_bias_that_changes_while_merged_is_named():
+    ours, _ = twin_layers(linear(), {"a": {}, "b": {}}, lora_bias=True)
+    ours.merge(adapter_names=["a"])
+    changed = ours.base_layer.bias.data.add_(1).clone()
+    for call in (ours.unmerge, lambda: ours.merge(adapter_names=["b"])):
+        with pytest.raises(RuntimeError, match="bias was changed while merged"):
+            call()
+        assert ours.merged_adapters == ["a"] and torch.equal(ours.base_layer.bias, changed)
+
+
 def test_lora_bias_needs_a_base_bias_to_merge():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
