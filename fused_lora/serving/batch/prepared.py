@@ -139,7 +139,8 @@ class Prepared:
 
     def eager_(self, rows: Rows, site: int, x: Tensor, y: Tensor) -> None:
         """y += the terms of x at the layer, for any number of rows and any dtypes."""
-        _refuse_capture(x)
+        if x.is_cuda:
+            _refuse_capture(x)
         lora_grouped_(y, x, rows.layout, self._terms.get(site) or self._terms_of(site))
 
     def embed_(self, rows: Rows, site: Site, tokens: Tensor, y: Tensor) -> None:
