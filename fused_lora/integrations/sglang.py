@@ -90,9 +90,9 @@ def sgemm_lora_b_fwd(
     if not layout.groups:
         return y
     one = torch.eye(inputs.shape[1], dtype=weights.dtype, device=weights.device)
+    used = [(slot, ranks[slot]) for slot in layout.groups]
     for g, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
         # the rows of S are packed by rank: slice g of an adapter of rank r begins at column g * r
-        used = [(slot, ranks[slot]) for slot in layout.groups]
         terms = Terms({s: [(one[g * r :][:r].t(), weights[s, start:end, :r].t(), 1.0)] for s, r in used})
         lora_grouped_(y[:, start:end], inputs, layout, terms)
     return y

@@ -201,6 +201,14 @@ def test_what_does_not_fit_is_refused():
     for bad in ((A_t[:7], B_t), (A_t, B_t[:, :3]), (A_t, B_t[:1]), (A_t.double(), B_t.double())):
         with pytest.raises(ValueError, match=r"outputs: expected A\^T \(8, r\) and B\^T \(r, 4\) in torch.float32"):
             Terms({0: [other], 1: [(*bad, scale)]})
+    for x, y in ((torch.randn(8), torch.randn(2, 4)), (torch.randn(2, 8), torch.ones(2, 4, dtype=torch.long))):
+        with pytest.raises(ValueError, match="x, y: expected two dimensions of floating numbers"):
+            lora_grouped_(y, x, layout, Terms(factors))
+    for bad in ((A_t[0], B_t), (A_t[0, 0], B_t), (A_t, B_t[0]), (A_t, B_t[None]), (A_t.long(), B_t.long())):
+        with pytest.raises(ValueError, match=r"outputs: expected A\^T \(\d, r\) and B\^T \(r, \d\) in .*, got"):
+            Terms({0: [(*bad, scale)]})
+    with pytest.raises(ValueError, match="columns: expected one for each of 2 outputs"):
+        Terms(factors, factors)
     with pytest.raises(RuntimeError, match="no gradient"):
         lora_grouped_(torch.randn(2, 4), torch.randn(2, 8, requires_grad=True), layout, Terms(factors))
     with pytest.raises(ValueError, match="one dimension"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from fused_lora.ops.checks import FLOAT_DTYPES
 from fused_lora.ops.grouped import loops, tiles
 from fused_lora.ops.grouped.terms import RowLayout, Terms
 
@@ -30,11 +31,15 @@ def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> Tens
         where they can: x and y are in 16 or 32 bits on a CPU, and the rows of A and B^T contiguous. Else torch does.
 
     Raises:
-        ValueError: x, y and the layout differ in their rows, or x or y and the factors in their columns.
+        ValueError: x or y is no matrix of floating numbers; x, y and the layout differ in their rows, or x or y and the
+            factors in their columns.
         RuntimeError: x or y would take a gradient.
     """
     if torch.compiler.is_dynamo_compiling():
         return _untraced(y, x, layout, terms)
+    if x.dim() != 2 or y.dim() != 2 or x.dtype not in FLOAT_DTYPES or y.dtype not in FLOAT_DTYPES:
+        found = f"{tuple(x.shape)} in {x.dtype} and {tuple(y.shape)} in {y.dtype}"
+        raise ValueError(f"x, y: expected two dimensions of floating numbers, got {found}")
     (rows, K), (y_rows, N) = x.shape, y.shape
     if not rows == y_rows == layout.rows:
         raise ValueError(f"x, y: expected {layout.rows} rows as in the layout, got {rows} and {y_rows}")

@@ -102,22 +102,26 @@ class Terms:
         dtype, K: of the factors; None and 0 if there are none. N: columns of all outputs.
 
     Raises:
-        ValueError: the shapes or dtypes of the factors do not fit each other.
+        ValueError: the factors are no matrices of one floating dtype that fit each other; not one of ``columns`` for
+            each output.
     """
 
     def __init__(self, *outputs: Mapping[int, Sequence[Factors]], columns: Sequence[int] = ()):
+        if len(columns or outputs[:1]) != len(outputs):
+            raise ValueError(f"columns: expected one for each of {len(outputs)} outputs, got {columns!r:.100}")
         self.outputs = tuple({g: factors[g] for g in sorted(factors) if factors[g]} for factors in outputs)
         first = next((factors[0] for output in self.outputs for factors in output.values()), None)
+        K, N = ((), ()) if first is None else (first[0].shape[:1], first[1].shape[1:2])
         self.dtype: Any = None if first is None else first[0].dtype
-        self.K = 0 if first is None else first[0].shape[0]
-        self.columns = tuple(columns) or (0 if first is None else first[1].shape[1],)
+        self.K, self.columns = sum(K), tuple(columns) or (sum(N),)
         self.N = sum(self.columns)
         for output, N in zip(self.outputs, self.columns, strict=True):
             for A_t, B_t, _ in itertools.chain(*output.values()):
-                (K, r), dtype = A_t.shape, A_t.dtype
-                if K != self.K or B_t.shape != (r, N) or not dtype == B_t.dtype == self.dtype:
-                    found = f"{(K, r)} in {dtype} and {tuple(B_t.shape)} in {B_t.dtype}"
-                    shape = f"A^T ({self.K}, r) and B^T (r, {N}) in {self.dtype}"
+                r, dtype, floating = A_t.shape[-1:], A_t.dtype, A_t.is_floating_point()
+                fits = A_t.shape == (self.K, *r) and B_t.shape == (*r, N) and floating
+                if not fits or not dtype == B_t.dtype == self.dtype:
+                    found = f"{tuple(A_t.shape)} in {dtype} and {tuple(B_t.shape)} in {B_t.dtype}"
+                    shape = f"A^T ({self.K}, r) and B^T (r, {N}) in {self.dtype if floating else 'a floating dtype'}"
                     raise ValueError(f"outputs: expected {shape} of each adapter, got {found}")
 
     @functools.cached_property
