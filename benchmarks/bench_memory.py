@@ -129,9 +129,6 @@ class Training:
         """(all bytes that a forward keeps for the backward, those that are no input)."""
         kept = kept_by(self.forward, self.parameters)
         total = sum(kept.values())
-        if self._ours and self._autocast and self._device.type == "cpu":
-            # a GPU keeps the rounded adapters, a CPU computes with the fp32 ones
-            total += sum(2 * p.numel() for p in self.trained)
         return total, total - sum(kept.get(x.untyped_storage()._cdata, 0) for x in self.inputs.values())
 
 

@@ -7,8 +7,8 @@ training on sm_90 from measurements (benchmarks/bench_launches.py).
 
 Rules that correctness rests on, not speed:
     BLOCK_K of an operand with a mask is a multiple of 8, the elements of one mask draw;
-    operands converted in registers (``upcast``, and S and dS in the weight gradients) keep BLOCK_R below 64, so that no
-    pipelined wgmma reads them (tiles.py says why).
+    operands converted in registers (``upcast``, ``rounds``, S and dS in the weight gradients) keep BLOCK_R below 64, so
+    that no pipelined wgmma reads them (tiles.py says why).
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,18 @@ OPS = ("linear", "shrink", "expand", "weight_grad", "backward_g", "backward_x", 
 _WITHOUT_MASK = ("linear", "backward_g", "linear_4bit")  # launches that never draw one
 PASS_RANKS = 32  # ranks up to which one pass over g, or x, forms both of its results
 DECODE_ROWS, SHORT_ROWS = 16, 64  # rows up to which a GEMM is decode, and up to which one launch is best
+ROUND_ROWS = 2048  # up to which lora_A in fp32, read anew for each block of rows, costs less than a copy of 16 bits
 SCALE_GROUP = 64  # values of a row with one scale in a 4-bit weight of any blocksize from here on, if K is a multiple
 _WARPGROUP_MMA = (90, 100, 103)  # accumulators by warp groups and 228 KiB of shared memory: room for wide tiles
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Variant and tile sizes of one launch; ``tma`` asks for tensor descriptors where strides and alignment allow."""
+    """Variant and tile sizes of one launch; ``tma`` asks for tensor descriptors where strides and alignment allow.
+
+    rounds: fp32 adapters stand for ones in the 16 bits of x, as under autocast. They are rounded as they are "loaded",
+    or "copied" before; their gradients stay fp32. Without, products with them are in fp32.
+    """
 
     variant: str
     BLOCK_M: int
@@ -39,6 +44,15 @@ class LaunchConfig:
     num_warps: int = 4
     num_stages: int = 3
     tma: bool = False
+    rounds: str = ""
+
+    def upcasts(self, adapters: torch.dtype, x: torch.dtype) -> bool:
+        """Whether products with adapters of this dtype are in fp32."""
+        return adapters != x and not self.rounds
+
+    def copied(self, x: torch.dtype) -> torch.dtype | None:
+        """The dtype of the copies of adapters that a kernel reads in their place, if it does."""
+        return x if self.rounds == "copied" else None
 
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -169,6 +183,14 @@ def without_tma(config: LaunchConfig) -> LaunchConfig:
     return replace(config, tma=False, BLOCK_M=64, BLOCK_N=128, num_stages=3)
 
 
+def rounding(op: str, M: int, config: LaunchConfig) -> LaunchConfig:
+    """The same for fp32 adapters that are to be rounded."""
+    copied = op == "linear_4bit" or config.variant == "split"
+    if op in ("linear", "shrink", "expand"):  # the others load, or store, each part once
+        copied |= M > ROUND_ROWS or config.BLOCK_R >= 64
+    return replace(config, rounds="copied" if copied else "loaded")
+
+
 def variants(
     M: int, r: int, dtype: torch.dtype, dropout: bool, upcast: bool = False, adapters: int = 1, four_bit: bool = False
 ) -> tuple[str, ...]:  # fmt: skip
@@ -241,6 +263,8 @@ def candidates(op: str, dtype: torch.dtype, capability: int) -> Iterator[tuple[L
             config = pick(op, M, 16, K, r, dtype, dropout, capability, upcast, 1, variant)
             config = replace(config, SPLIT_K=min(config.SPLIT_K, 2))
             seen |= {(config, dropout, upcast)} | ({(without_tma(config), dropout, upcast)} if config.tma else set())
+            if dtype.itemsize == 2 and not upcast and (found := rounding(op, M, config)).rounds == "loaded":
+                seen.add((found, dropout, upcast))
     yield from sorted(seen, key=repr)
 
 

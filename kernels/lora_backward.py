@@ -94,7 +94,7 @@ def _launch(
         (columns, chunks),
         threshold(dropout) - 32768, float(out_scale), float(grad_scale),
         M, C, R, *addressable(z).stride(), *q_strides, *grad_strides,
-        EXPAND=expand, DROP=dropout > 0, UPCAST=q.dtype != z.dtype, PRECISION=precision(z.dtype),
+        EXPAND=expand, DROP=dropout > 0, UPCAST=config.upcasts(q.dtype, z.dtype), PRECISION=precision(z.dtype),
         BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_N, BLOCK_R=config.BLOCK_R, **config.options(),
     ).__call__  # fmt: skip
     return launch, chunks * R * C, columns

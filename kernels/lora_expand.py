@@ -21,7 +21,7 @@ import triton.language as tl
 from .config import LaunchConfig, capability, pick, precision
 from .dropout import keep_mask
 from .launch import Launch
-from .lora_shrink import adapter_table, is_single, stack, stacked
+from .lora_shrink import adapter_table, is_single, stacked
 from .tiles import addressable, grouped_order, load_tile, store_tile
 
 
@@ -30,11 +30,13 @@ def lora_term(
     acc, s_tile, s_ptr, q_ptr, seeds_ptr, rank_ends, bounds, scales, m0, n0, M, N, R,
     stride_qr, stride_qn,
     NUM_ADAPTERS: tl.constexpr, DROP: tl.constexpr, S_IN_REGISTERS: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum_i scale_i * mask_i * (S_i Q_i), S from memory or, for one adapter of one rank block, from registers."""
-    OPERAND: tl.constexpr = tl.float32 if UPCAST else q_ptr.dtype.element_ty
+    """acc + sum_i scale_i * mask_i * (S_i Q_i), S from memory or, for one adapter of one rank block, from registers.
+
+    OPERAND: the dtype that S and Q take in the product.
+    """
     begin = 0
     for i in tl.static_range(NUM_ADAPTERS):
         term = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -72,10 +74,11 @@ def _lora_expand_kernel(
 ):  # fmt: skip
     pid_m, pid_n = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
+    OPERAND: tl.constexpr = tl.float32 if UPCAST else y_ptr.dtype.element_ty
     acc = lora_term(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32), 0.0, s_ptr, q_ptr, seeds_ptr, rank_ends, bounds, scales, m0, n0,
         M, N, R, stride_qr, stride_qn,
-        NUM_ADAPTERS, DROP, False, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+        NUM_ADAPTERS, DROP, False, OPERAND, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     if HAS_BASE:
         acc += load_tile(base_ptr, m0, n0, stride_bm, stride_bn, M, N, BLOCK_M, BLOCK_N).to(tl.float32)
@@ -123,22 +126,24 @@ def prepare_expand(
     ranks, size, device = [q.shape[0] for q in Q], (M, Q[0].shape[1]), Q[0].device
     if 0 in size:
         return lambda S, Q, seeds, bias, base=None: S.new_empty(size, dtype=dtype)
-    single, q = is_single(Q), addressable(stack(Q))
-    upcast, base_strides = q.dtype != dtype, (0, 0) if base is None else addressable(base).stride()
-    config = config or pick("expand", *size, 0, max(ranks), dtype, drop, capability(device), upcast)
+    wide = any(q.dtype != dtype for q in Q)
+    config = config or pick("expand", *size, 0, max(ranks), dtype, drop, capability(device), wide)
+    copied = config.copied(dtype)
+    single, q = is_single(Q) and not copied, stacked(Q, False, copied)
+    base_strides = (0, 0) if base is None else addressable(base).stride()
     ends, bounds = adapter_table(ranks, dropout)
     launch = Launch(
         (-(-M // config.BLOCK_M) * -(-size[1] // config.BLOCK_N),),
         ends, bounds, tuple(map(float, scales)), *size, sum(ranks), *q.stride(), *base_strides,
         NUM_ADAPTERS=len(ranks), DROP=drop, HAS_BASE=base is not None, HAS_BIAS=has_bias,
-        UPCAST=upcast, PRECISION=precision(dtype),
+        UPCAST=config.upcasts(q.dtype, dtype), PRECISION=precision(dtype),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
         **config.options(),
     ).__call__  # fmt: skip
     kernel = _lora_expand_kernel
 
     def run(S, Q, seeds, bias, base=None):
-        y, Q = torch.empty(*size, dtype=dtype, device=device), Q[0] if single else stacked(Q, by_columns)
+        y, Q = torch.empty(*size, dtype=dtype, device=device), Q[0] if single else stacked(Q, by_columns, copied)
         bias = bias if bias is None else bias.contiguous()
         launch(kernel, S, Q, y, None if base is None else addressable(base), bias, seeds if drop else None)
         return y

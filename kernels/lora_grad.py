@@ -113,7 +113,7 @@ def lora_linear_weight_grad(
 
     g [M, N], x [M, K] of one dtype and any strides; S, dS fp32 [M, sum(ranks)] as :mod:`.lora_linear` returns them.
     dtype: the adapters' dtype, which the fp32 sums are rounded to once; it also decides the precision of the products
-    (16-bit S and dS for adapters of x's dtype, fp32 otherwise). One launch.
+    (16-bit S and dS for adapters of x's dtype and for ``config.rounds``, fp32 otherwise). One launch.
     """
     drop = seeds is not None and any(dropout)
     return prepare_weight_grad(g, x, scaling, dropout, drop, ranks, dtype, config)(g, x, S, dS, seeds)
@@ -131,8 +131,8 @@ def prepare_weight_grad(
 ) -> Callable[..., tuple[list[torch.Tensor], list[torch.Tensor]]]:
     """``lora_linear_weight_grad`` as a function of (g, x, S, dS, seeds), for these shapes, strides and dtypes."""
     (M, K), N, R, ranks, device = x.shape, g.shape[1], sum(ranks), list(ranks), x.device
-    launch, planes_size, upcast = None, None, dtype != x.dtype
-    config = config or pick("weight_grad", M, N, K, max(ranks), x.dtype, drop, capability(device), upcast)
+    launch, planes_size = None, None
+    config = config or pick("weight_grad", M, N, K, max(ranks), x.dtype, drop, capability(device), dtype != x.dtype)
     blocks = sum(-(-r // config.BLOCK_R) for r in ranks)
     tiles = blocks * (-(-K // config.BLOCK_M) + -(-N // config.BLOCK_M))
     if tiles:
@@ -142,7 +142,8 @@ def prepare_weight_grad(
             (tiles, config.SPLIT_K),
             *adapter_table(ranks, dropout), tuple(keep_scale(p) for p in dropout), tuple(map(float, scaling)),
             M, N, K, R, blocks, *addressable(x).stride(), *addressable(g).stride(), stride,
-            NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(x.dtype), SPLIT=split,
+            NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=config.upcasts(dtype, x.dtype), PRECISION=precision(x.dtype),
+            SPLIT=split,
             BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
         ).__call__  # fmt: skip
     kernel = _lora_weight_grad_kernel

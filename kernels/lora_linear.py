@@ -33,7 +33,7 @@ from .descriptors import describable
 from .dropout import keep_scale
 from .launch import Launch
 from .lora_expand import add_bias, lora_term
-from .lora_shrink import adapter_table, is_single, prepare_shrink, stack, stacked
+from .lora_shrink import adapter_table, is_single, prepare_shrink, stacked
 from .sync import counters, last_to_arrive
 from .tiles import addressable, contract, grouped_order, store_tile, sum_planes
 
@@ -43,14 +43,14 @@ def _finish(
     acc, s, y_ptr, bias_ptr, s_ptr, b_ptr, rank_ends, scales, m0, n0, M, N, R,
     stride_br, stride_bn,
     NUM_ADAPTERS: tl.constexpr, VARIANT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The epilogue: what is missing of LoRA term and bias, one rounding, the store."""
     if VARIANT == "recompute":
         acc = lora_term(
             acc, s, s_ptr, b_ptr, None, rank_ends, None, scales, m0, n0, M, N, R, stride_br, stride_bn,
-            NUM_ADAPTERS, False, True, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+            NUM_ADAPTERS, False, True, OPERAND, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
     acc = add_bias(acc, bias_ptr, n0, N, HAS_BIAS, BLOCK_N)
     store_tile(y_ptr, acc, m0, n0, N, 1, M, N, BLOCK_M, BLOCK_N)
@@ -91,6 +91,7 @@ def _lora_linear_kernel(
     FOUR_BIT: tl.constexpr, NESTED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    OPERAND: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     k_begin, k_end = 0, K
     if SPLIT:
@@ -117,7 +118,7 @@ def _lora_linear_kernel(
             s_rows = tl.where(tl.program_id(1) == 0, M, 0) if SPLIT else M  # one plane has the term
             acc = lora_term(
                 acc, s_t, s_ptr, b_ptr, None, rank_ends, None, scales, m0, n0, s_rows, N, R,
-                stride_br, stride_bn, NUM_ADAPTERS, False, False, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+                stride_br, stride_bn, NUM_ADAPTERS, False, False, OPERAND, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
             )  # fmt: skip
         acc, s_t = contract(
             acc, s_t, x_src, w_src, a_ptr, m0, n0, 0, k_begin, k_end, M, N, K, R,
@@ -137,12 +138,12 @@ def _lora_linear_kernel(
         half0, half1 = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         _finish(
             half0, s, y_to, bias_ptr, s_ptr, b_ptr, rank_ends, scales, m0, n0, M, N, R,
-            stride_br, stride_bn, NUM_ADAPTERS, VARIANT, HAS_BIAS and not SPLIT, UPCAST, PRECISION,
+            stride_br, stride_bn, NUM_ADAPTERS, VARIANT, HAS_BIAS and not SPLIT, OPERAND, PRECISION,
             BLOCK_M, BLOCK_N // 2, BLOCK_R,
         )  # fmt: skip
         _finish(
             half1, s, y_to, bias_ptr, s_ptr, b_ptr, rank_ends, scales, m0, n0 + BLOCK_N // 2, M, N, R,
-            stride_br, stride_bn, NUM_ADAPTERS, VARIANT, HAS_BIAS and not SPLIT, UPCAST, PRECISION,
+            stride_br, stride_bn, NUM_ADAPTERS, VARIANT, HAS_BIAS and not SPLIT, OPERAND, PRECISION,
             BLOCK_M, BLOCK_N // 2, BLOCK_R,
         )  # fmt: skip
     # after the loop, for the sake of registers: with a split it has run once
@@ -202,7 +203,7 @@ def prepare_linear(
     For tensors of these shapes, strides and dtypes, and like these in whether they begin at a multiple of 16 bytes.
     """
     (M, K), N, ranks, device, dtype = x.shape, weight.shape[0], [A.shape[0] for A in lora_A], x.device, x.dtype
-    R, upcast = sum(ranks), any(t.dtype != dtype for t in (*lora_A, *lora_B))
+    R, wide = sum(ranks), next((t.dtype for t in (*lora_A, *lora_B) if t.dtype != dtype), dtype)
     four_bit = not isinstance(weight, torch.Tensor)
     if four_bit and (K % SCALE_GROUP or weight.blocksize < SCALE_GROUP):
         raise ValueError(
@@ -210,7 +211,7 @@ def prepare_linear(
         )
     if config is None:
         op = "linear_4bit" if four_bit else "linear"
-        config = pick(op, M, N, K, max(ranks), dtype, drop, capability(device), upcast, len(ranks), variant)
+        config = pick(op, M, N, K, max(ranks), dtype, drop, capability(device), wide != dtype, len(ranks), variant)
     if config.variant == "recompute" and drop:
         raise ValueError("dropout: expected none with the variant 'recompute', which draws no mask")
     recompute, shrink = config.variant == "recompute" and M * N > 0, None
@@ -219,8 +220,9 @@ def prepare_linear(
         if M * N == 0:
             return lambda x, weight, bias, lora_A, lora_B, seeds: (x.new_empty((M, N)), shrink(x, lora_A, seeds))
     B_t = [B.t() for B in lora_B]
-    one_A, one_B = is_single(lora_A), is_single(B_t)
-    rows, A, B = addressable(x), addressable(stack(lora_A)), addressable(stack(B_t))
+    copied = config.copied(dtype)
+    one_A, one_B = is_single(lora_A) and not copied, is_single(B_t) and not copied
+    rows, A, B = addressable(x), stacked(lora_A, False, copied), stacked(B_t, False, copied)
     if four_bit:
         nested, stride_w = weight.nested is not None, (1, K)
         log2s = shifts(weight.blocksize, weight.nested[2] if nested else 0)
@@ -237,7 +239,7 @@ def prepare_linear(
         M, N, K, R, *rows.stride(), *stride_w, *A.stride(), *B.stride(), M * (N + R) if splits > 1 else 0,
         *log2s,
         NUM_ADAPTERS=len(ranks), VARIANT=config.variant,
-        HAS_BIAS=bias is not None, UPCAST=upcast, PRECISION=precision(dtype),
+        HAS_BIAS=bias is not None, UPCAST=config.upcasts(wide, dtype), PRECISION=precision(dtype),
         TMA=config.tma, W_IS_NK=stride_w[0] == 1, SPLIT=splits > 1, FOUR_BIT=four_bit, NESTED=nested,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
         GROUP_M=config.GROUP_M, **launch_options(config, nested),
@@ -249,8 +251,8 @@ def prepare_linear(
         S = shrink(x, lora_A, seeds) if shrink else x.new_empty(M, R, dtype=f32)
         if planes_size:
             planes, sync = S.new_empty(*planes_size), counters(tiles, device)
-        A = lora_A[0] if one_A else stacked(lora_A, False)
-        B = lora_B[0] if one_B else stacked(lora_B, True)
+        A = lora_A[0] if one_A else stacked(lora_A, False, copied)
+        B = lora_B[0] if one_B else stacked(lora_B, True, copied)
         w = tensors_of(*weight[:4]) if four_bit else addressable(weight)
         bias = bias if bias is None else bias.contiguous()
         launch(kernel, addressable(x), w, bias, A, B, S, y, planes, sync)

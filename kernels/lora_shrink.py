@@ -91,14 +91,11 @@ def _lora_shrink_kernel(
         store_tile(s_ptr, s, m0, r0, R, 1, M, r_end, BLOCK_M, BLOCK_R)
 
 
-def stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All rows under one pointer; several adapters cost a small copy."""
-    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
-
-
-def stacked(matrices: Sequence[torch.Tensor], by_columns: bool) -> torch.Tensor:
-    """:func:`stack` of the matrices, or of their transposes, as the kernels read it."""
-    return addressable(stack([m.t() for m in matrices] if by_columns else matrices))
+def stacked(matrices: Sequence[torch.Tensor], by_columns: bool, dtype: torch.dtype | None) -> torch.Tensor:
+    """The rows of the matrices, or of their transposes, under one pointer, as a kernel can read them; in ``dtype``."""
+    matrices = [m.t() for m in matrices] if by_columns else list(matrices)
+    rows = addressable(matrices[0] if len(matrices) == 1 else torch.cat(matrices))
+    return rows if dtype is None else rows.to(dtype)
 
 
 def is_single(matrices: Sequence[torch.Tensor]) -> bool:
@@ -144,16 +141,18 @@ def prepare_shrink(
     size, f32 = (M, sum(ranks)), torch.float32
     if 0 in size:
         return lambda x, P, seeds: x.new_empty(size, dtype=f32)
-    single, fits, p = is_single(P), is_single([x]), addressable(stack(P))
-    upcast = p.dtype != x.dtype
-    config = config or pick("shrink", M, 0, K, max(ranks), x.dtype, drop, capability(device), upcast)
+    wide = any(p.dtype != x.dtype for p in P)
+    config = config or pick("shrink", M, 0, K, max(ranks), x.dtype, drop, capability(device), wide)
+    copied = config.copied(x.dtype)
+    single, fits, p = is_single(P) and not copied, is_single([x]), stacked(P, False, copied)
     ends, bounds = adapter_table(ranks, dropout)
     blocks = sum(-(-r // config.BLOCK_R) for r in ranks)
     programs, splits = blocks * -(-M // config.BLOCK_M), config.SPLIT_K
     launch = Launch(
         (programs, splits),
         ends, bounds, tuple(map(float, scales)), M, K, sum(ranks), blocks, *addressable(x).stride(), *p.stride(),
-        NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=upcast, PRECISION=precision(x.dtype), SPLIT=splits > 1,
+        NUM_ADAPTERS=len(ranks), DROP=drop, UPCAST=config.upcasts(p.dtype, x.dtype), PRECISION=precision(x.dtype),
+        SPLIT=splits > 1,
         BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, **config.options(),
     ).__call__  # fmt: skip
     kernel = _lora_shrink_kernel
@@ -162,7 +161,7 @@ def prepare_shrink(
         S, planes, sync = torch.empty(*size, dtype=f32, device=device), None, None
         if splits > 1:
             planes, sync = S.new_empty(splits, *size), counters(programs, device)
-        P = P[0] if single else stacked(P, by_columns)
+        P = P[0] if single else stacked(P, by_columns, copied)
         launch(kernel, x if fits else addressable(x), P, S, seeds if drop else None, planes, sync)
         return S
 

@@ -153,6 +153,8 @@ def fill_layers() -> None:
     for M, N, K, r, p, dtype, adapter_dtype in dict.fromkeys(shapes):
         for bias in (True, False):
             _layer(M, N, K, [r], [p], dtype, adapter_dtype, bias, every=bias)
+            if dtype.itemsize == 2:  # under autocast
+                _layer(M, N, K, [r], [p], dtype, torch.float32, bias, every=False, rounded=dtype)
     two = (40, 1024, 4096, [16], [0.0]), (40, 256, 256, [16], [0.0])
     for args in ((3000, 4096, 2048, [16, 3, 100], [0.1, 0.0, 0.5]), *two):
         _layer(*args, torch.bfloat16, torch.bfloat16, True, every=False)
@@ -163,7 +165,7 @@ def fill_layers() -> None:
         _layer(*args, torch.bfloat16, torch.bfloat16, False, every=False)
 
 
-def _layer(M, N, K, ranks, dropout, dtype, adapter_dtype, bias, every) -> None:
+def _layer(M, N, K, ranks, dropout, dtype, adapter_dtype, bias, every, rounded=None) -> None:
     import torch
 
     from fused_lora.kernels import config
@@ -179,7 +181,7 @@ def _layer(M, N, K, ranks, dropout, dtype, adapter_dtype, bias, every) -> None:
         scaling=[2.0] * len(ranks), dropout=dropout,
         seeds=empty(len(ranks), dtype=torch.int64) if any(dropout) else None, g=empty(M, N),
     )  # fmt: skip
-    case.planned()
+    case.planned(rounded)
     if every:
         upcast = adapter_dtype != dtype
         for variant in (*config.variants(M, max(ranks), dtype, any(dropout), upcast, len(ranks)), "library"):

@@ -73,6 +73,11 @@ class LayerCase:
         """The same layer on some of the rows; only for dropout 0, whose mask does not depend on the row number."""
         return replace(self, x=self.x[index], g=self.g[index])
 
+    def rounded(self) -> LayerCase:
+        """The same layer with adapters rounded to the dtype of x."""
+        dtype = self.x.dtype
+        return replace(self, lora_A=[A.to(dtype) for A in self.lora_A], lora_B=[B.to(dtype) for B in self.lora_B])
+
     def exact(self) -> dict[str, torch.Tensor]:
         """y, S, dx, dS, dA, dB in float64; the lists of all adapters concatenated along the ranks."""
         y, S = reference.lora_linear(self.x, self.weight, self.bias, *self.adapters)
@@ -102,13 +107,13 @@ class LayerCase:
                 off = ((tensor - exact[name]).abs() - bounds[name]).max() if tensor.numel() else tensor.sum()
                 assert off <= 0, f"{name}: off by {off:.3e} more than fp32 sums can be"
 
-    def planned(self) -> dict[str, torch.Tensor]:
-        """y, S, dx, dA, dB by what the plan chooses, as the operators run it."""
+    def planned(self, rounded: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """y, S, dx, dA, dB by what the plan chooses, as the operators run it; rounded: as of ``plan.forward``."""
         x, W, bias, A, B, p = self.x, self.weight, self.bias, self.lora_A, self.lora_B, self.dropout
-        y, S = plan.forward(x, W, bias, A, B, self.scaling, p)(x, W, bias, A, B, self.seeds)
+        y, S = plan.forward(x, W, bias, A, B, self.scaling, p, None, rounded)(x, W, bias, A, B, self.seeds)
         arguments = self.of_backward(S)
         needs = (True,) * (2 * len(A) + 1) + (False, False)
-        dx, dA, dB, _, _ = plan.backward(self.g, x, W, A, B, self.scaling, p, needs)(*arguments)
+        dx, dA, dB, _, _ = plan.backward(self.g, x, W, A, B, self.scaling, p, needs, None, rounded)(*arguments)
         return dict(y=y, S=S, dx=dx, dA=torch.cat(dA), dB=torch.cat(dB, 1))
 
     def of_backward(self, S: torch.Tensor) -> tuple:

@@ -52,6 +52,15 @@ def test_a_layer_as_planned(shape, dtypes, device):
     case.check(case.planned())
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_layer_with_fp32_adapters_under_autocast(shape, device):
+    M, N, K, r, p = shape
+    case = LayerCase.make(M, N, K, [r], [p], BF16, FP32, device=device)
+    found = case.planned(BF16)
+    assert found["dA"].dtype is found["dB"].dtype is FP32
+    case.rounded().check(found | {name: found[name].to(BF16) for name in ("dA", "dB")})
+
+
 @pytest.mark.parametrize("shape", [(2049, 1001, 3003, 24, 0.5), (8192, 4096, 4096, 16, 0.1)], ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_every_variant(shape, dtypes, device):
@@ -102,17 +111,21 @@ def test_repeats_are_bit_equal(shape, device):
 LAUNCHES = {"recompute": (1, 0), "split": (2, 0), "library": (2, 1)}  # our kernels, GEMMs of the library
 
 
+@pytest.mark.parametrize("rounded", [None, BF16], ids=str)
 @pytest.mark.parametrize("M", [1, 48, 512, 8192])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_launches_that_the_profiler_sees(M, p, device):
-    """Forward as its variant says; backward one pass over g, whose dS torch adds up, one over x, the library's GEMM."""
-    case = LayerCase.make(M, 4096, 4096, [16], [p], BF16, device=device)
-    case.planned()  # compiled and tried
+def test_launches_that_the_profiler_sees(M, p, rounded, device):
+    """Forward as its variant says; backward one pass over g, whose dS torch adds up, one over x, the library's GEMM.
+
+    fp32 adapters that are rounded are copied for a forward of many rows alone.
+    """
+    case = LayerCase.make(M, 4096, 4096, [16], [p], BF16, FP32 if rounded else BF16, device=device)
+    case.planned(rounded)  # compiled and tried
     W, A, B = case.weight, case.lora_A, case.lora_B
-    forward = plan.forward(case.x, W, case.bias, A, B, case.scaling, case.dropout)
+    forward = plan.forward(case.x, W, case.bias, A, B, case.scaling, case.dropout, None, rounded)
     y, S = forward(case.x, W, case.bias, A, B, case.seeds)
     needs = True, True, True, False, False
-    backward = plan.backward(case.g, case.x, W, A, B, case.scaling, case.dropout, needs)
+    backward = plan.backward(case.g, case.x, W, A, B, case.scaling, case.dropout, needs, None, rounded)
 
     def launches(call):
         torch.cuda.synchronize()
@@ -127,7 +140,8 @@ def test_launches_that_the_profiler_sees(M, p, device):
 
     variant = plan.choose("linear", M, 4096, 16, BF16, p > 0, False, 1, config.capability(device))
     found, names = launches(lambda: forward(case.x, W, case.bias, A, B, case.seeds))
-    assert found == LAUNCHES[variant], names
+    ours, others = LAUNCHES[variant]
+    assert found == (ours, others + 2 * (rounded is not None and M > config.ROUND_ROWS)), names
     found, names = launches(lambda: backward(*case.of_backward(S)))
     assert found == (2, 2) and sum("::reduce_kernel" in name for name in names) == 1, names
 

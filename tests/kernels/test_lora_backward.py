@@ -1,5 +1,7 @@
 """The two passes of the backward: against float64, every shape, mask, dtype and split, the same bits again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from fused_lora.kernels.lora_expand import lora_expand
 from fused_lora.kernels.lora_shrink import lora_shrink
 from fused_lora.testing.interpreter import fixed_order_dot
 from fused_lora.testing.layers import LayerCase
-from fused_lora.testing.numeric import assert_close
+from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.kernels import each_pair
 
 TILES = {
@@ -49,6 +51,20 @@ def test_shapes_ranks_and_dropout(M, N, K, r, p, config, device, kernel_memory):
 @each_pair
 def test_dtypes(dtype, adapter_dtype, p, device, kernel_memory):
     check(LayerCase.make(65, 33, 100, [24], [p], dtype, adapter_dtype, device=device), TILES["split"])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp32_adapters_that_are_rounded_get_gradients_that_are_not(dtype, p, device, kernel_memory):
+    case = LayerCase.make(65, 33, 100, [24], [p], dtype, torch.float32, device=device)
+    found, narrow = run(case, replace(TILES["split"], rounds="loaded")), case.rounded()
+    dx = found.pop("dx")
+    for name in ("dA", "dB"):
+        assert found[name].dtype is torch.float32 and not torch.equal(found[name], found[name].to(dtype).float())
+        assert_no_worse(found.pop(name).to(dtype), narrow.eager()[name], narrow.exact()[name], name=name)
+    narrow.check(found)
+    narrow.weight = torch.zeros_like(case.weight)
+    narrow.check(dict(dx=dx))
 
 
 def test_strided_matrices(device, kernel_memory):

@@ -1,5 +1,7 @@
 """Weight gradients: against float64, no worse than eager, deterministic, with the forward's mask drawn again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from fused_lora.kernels.config import LaunchConfig
 from fused_lora.kernels.lora_grad import lora_linear_weight_grad
 from fused_lora.testing.interpreter import fixed_order_dot
 from fused_lora.testing.layers import LayerCase
-from fused_lora.testing.numeric import assert_close
+from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.kernels import each_pair, several_adapters
 
 WHOLE = LaunchConfig("weight_grad", 64, 16, 64, 16)
@@ -51,6 +53,15 @@ def test_shapes_ranks_and_dropout(config, M, N, K, r, p, device, kernel_memory):
 def test_dtypes(dtype, adapter_dtype, p, device, kernel_memory):
     """fp32 adapters over a 16-bit base get fp32 gradients: their products may not be rounded to 16 bits on the way."""
     check(LayerCase.make(65, 33, 100, [24], [p], dtype, adapter_dtype, device=device), SPLIT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_fp32_adapters_that_are_rounded_are_not(dtype, device, kernel_memory):
+    case = LayerCase.make(65, 33, 100, [24], [0.5], dtype, torch.float32, device=device)
+    narrow = case.rounded()
+    for name, ours in run(case, replace(SPLIT, rounds="loaded")).items():
+        assert ours.dtype is torch.float32 and not torch.equal(ours, ours.to(dtype).float())
+        assert_no_worse(ours.to(dtype), narrow.eager()[name], narrow.exact()[name], name=name)
 
 
 @several_adapters

@@ -54,6 +54,18 @@ def test_dtypes(variant, dtype, adapter_dtype, p, device, kernel_memory):
     check(LayerCase.make(33, 65, 100, [24], [p], dtype, adapter_dtype, device=device), VARIANTS[variant])
 
 
+@pytest.mark.parametrize("variant, p", [("split", 0.5), ("recompute", 0.0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rounds", ["loaded", "copied"])
+def test_fp32_adapters_that_are_rounded(rounds, dtype, variant, p, device, kernel_memory):
+    case = LayerCase.make(33, 65, 100, [24], [p], dtype, torch.float32, device=device)
+    configs = (replace(c, rounds=rounds) for c in (VARIANTS[variant], LaunchConfig("shrink", 16, 16, 64, 32)))
+    y, S = lora_linear_forward(
+        case.x, case.weight, case.bias, *case.adapters, config=next(configs), shrink_config=next(configs)
+    )
+    case.rounded().check(dict(y=y, S=S))
+
+
 @several_adapters
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_adapters_with_masks_of_their_own(ranks, dropout, dtype, device, kernel_memory):

@@ -92,6 +92,77 @@ def test_gradients_through_the_kernels(case, dtypes, pair, device, ran, monkeypa
         assert (result.double() - true).abs().max() <= max(4 * eps, 4e-5) * true.abs().max()
 
 
+def under_autocast(device, dtype, size, ranks, dropout):
+    """(leaves, call, exact results, y of copies) of fp32 tensors under autocast, which rounds the adapters, too."""
+    x, W, b, A, B, s, p, seeds = arguments(device, *size, ranks, FP32, FP32, dropout)
+    n, leaves = len(A), (x, *A, *B)
+
+    def call():
+        with torch.autocast(device.type, dtype):
+            return lora_linear(x, W, b.detach(), A, B, s, p, seeds)
+
+    def exact(g):
+        narrow = [t.detach().to(dtype) for t in (*leaves, W)]
+        args = narrow[0], narrow[-1], narrow[1 : n + 1], narrow[n + 1 : -1], s, p, seeds
+        y, _ = reference.lora_linear(*args[:2], b.detach(), *args[2:])
+        dx, dA, dB, _, _ = reference.lora_linear_backward(g, *args)
+        return y, dx, *dA, *dB
+
+    def of_copies():
+        x, *adapters, W16 = (t.detach().to(dtype) for t in (*leaves, W))
+        return lora_linear(x, W16, b.detach(), adapters[:n], adapters[n:], s, p, seeds)
+
+    return leaves, call, exact, of_copies
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "pair, ranks, dropout",
+    [
+        (("recompute", "passes"), (16,), (0.0,)),
+        (("split", "passes"), (4,), (0.1,)),
+        (("library", "passes"), (16,), (0.1,)),
+        (("library", "library"), (4, 40), (0.5, 0.0)),
+        (("eager", "eager"), (4,), (0.1,)),
+    ],
+    ids=str,
+)
+def test_fp32_adapters_under_autocast(pair, ranks, dropout, dtype, device, ran, monkeypatch):
+    """They are rounded without copies of theirs in the graph, and their gradients are not rounded."""
+    monkeypatch.setattr(plan, "choose", lambda op, *_: pair[op == "backward"])
+    leaves, call, exact, of_copies = under_autocast(device, dtype, (33, 64, 48), ranks, dropout)
+    kept = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a dropped configuration would warn
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = call()
+        g = torch.randn_like(y)
+        found = [y, *torch.autograd.grad(y, leaves, g)]
+    if device.type == "cpu":
+        assert torch.equal(y, of_copies())  # products in 16 bits, as of copies
+    assert pair[0] == "eager" or {name for name, _ in ran} == {"lora_linear", "lora_linear_backward"}
+    own = {t.data_ptr() for t in leaves[1:]}
+    assert all(t.data_ptr() in own for t in kept if t.shape in {a.shape for a in leaves[1:]})
+    assert y.dtype is dtype and all(t.dtype is FP32 for t in found[1:])
+    for ours, true in zip(found, exact(g), strict=True):
+        assert (ours.double() - true).abs().max() <= 4 * torch.finfo(dtype).eps * true.abs().max()
+    if pair[1] != "eager":
+        assert not any(torch.equal(t, t.to(dtype).float()) for t in found[2:])
+
+
+def test_second_derivatives_under_autocast_are_those_of_rounded_adapters(device, ran):
+    leaves, call, exact, _ = under_autocast(device, torch.bfloat16, (33, 64, 48), (4,), (0.1,))
+    y = call()
+    g = torch.randn_like(y).requires_grad_()
+    first = torch.autograd.grad(y, leaves, g, create_graph=True)
+    again = torch.autograd.grad(call(), leaves, g.detach())
+    for ours, true, other in zip(first, exact(g.detach())[1:], again, strict=True):
+        assert (ours.double() - true).abs().max() <= 2**-6 * true.abs().max()
+        assert ours.dtype is other.dtype is FP32
+    dg, dA = torch.autograd.grad(first[0].sum(), (g, leaves[1]))
+    assert dg.dtype is torch.bfloat16 and dA.dtype is FP32 and dA.abs().max() > 0
+
+
 @pytest.mark.parametrize("ranks", [(4,), (4, 40)], ids=str)
 @pytest.mark.parametrize("wanted", sampled(["xAB", "x", "A", "AB", "B", "xA"], 3))
 def test_any_of_the_gradients(wanted, ranks, device, ran):

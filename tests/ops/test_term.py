@@ -308,6 +308,32 @@ def test_autocast_is_as_exact_as_that_of_peft(dtype, y_dtype):
     assert_as_exact_as_peft(draws)
 
 
+@pytest.mark.parametrize("y_dtype", [BF16, F32])
+@pytest.mark.parametrize("ranks, dropout", [([16], [0.1]), ([4, 40], [0.0, 0.5])], ids=str)
+def test_fp32_adapters_under_autocast_through_the_kernels(ranks, dropout, y_dtype, device, kernels_on):
+    """They are rounded without copies of theirs in the graph, and their gradients are not rounded."""
+    M, K, N = 33, 64, 48
+    x, y = (torch.randn(size, device=device) for size in ((M, K), (M, N)))
+    y = y.to(y_dtype)
+    A = [torch.randn(r, K, device=device) * K**-0.5 for r in ranks]
+    B = [torch.randn(N, r, device=device) for r in ranks]
+    seeds = draw_seeds(len(ranks), device)
+    leaves = [t.requires_grad_() for t in (y, x, *A, *B)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.autocast(device.type, BF16):
+            out = lora_term(y, x, A, B, [2.0, 0.5][: len(ranks)], dropout, seeds)
+        g = torch.randn_like(out)
+        found = [out, *torch.autograd.grad(out, leaves, g)]
+    x, *adapters = (t.detach().bfloat16() for t in leaves[1:])
+    rest = adapters[: len(A)], adapters[len(A) :], [2.0, 0.5][: len(ranks)], dropout, seeds
+    exact, _ = reference.lora_term(y.detach(), x, *rest)
+    dx, dA, dB = reference.lora_term_backward(g, x, *rest)
+    assert out.dtype is y_dtype and all(t.dtype is F32 for t in found[2:])
+    for ours, true in zip(found, (exact, g.double(), dx, *dA, *dB), strict=True):
+        assert (ours.double() - true).abs().max() <= 2**-6 * true.abs().max()
+
+
 @pytest.mark.parametrize("shape", [(20,), (0, 20), (3, 4, 20), (2, 0, 5, 20), (2, 3, 4, 20)], ids=str)
 def test_any_number_of_leading_dimensions_and_none_of_rows(shape):
     _, _, A, B, s, _, _, _ = arguments(grad=False, dropout=(0.0, 0.0))

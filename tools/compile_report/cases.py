@@ -26,6 +26,11 @@ _ANY_NUMBER = "bounds", "bound", "shift", "shift8"  # no multiples of 16
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+def _adapter(config: LaunchConfig, dtype: torch.dtype, upcast: bool) -> str:
+    """The pointer type of the adapters and of their gradients."""
+    return "*fp32" if upcast or config.rounds else f"*{_TRITON_NAMES[dtype]}"
+
+
 @dataclass(frozen=True)
 class CompileCase:
     """One compilation: what ``triton.compiler.ASTSource`` and ``triton.compile`` take, and where it comes from."""
@@ -61,7 +66,7 @@ def make_case(
 
 def _linear_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str, four_bit=()):
     """four_bit: the types of a 4-bit weight's pointers, six if it is double quantised."""
-    x, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
+    x, adapter = f"*{_TRITON_NAMES[dtype]}", _adapter(config, dtype, upcast)
     split = config.SPLIT_K > 1
     types = {
         **dict(x_ptr=x, w_ptr=four_bit or x, bias_ptr=x, a_ptr=adapter, b_ptr=adapter, s_ptr="*fp32", y_ptr=x),
@@ -80,7 +85,7 @@ def _linear_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast
 
 
 def _backward_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
-    z, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
+    z, adapter = f"*{_TRITON_NAMES[dtype]}", _adapter(config, dtype, upcast)
     expand = config.variant == "backward_x"
     types = dict(
         z_ptr=z, t_ptr="*fp32", q_ptr=adapter, out_ptr=z if expand else "*fp32", grad_ptr=adapter,
@@ -99,7 +104,7 @@ def _backward_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upca
 
 
 def _shrink_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
-    x, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
+    x, adapter = f"*{_TRITON_NAMES[dtype]}", _adapter(config, dtype, upcast)
     types = dict(
         x_ptr=x, p_ptr=adapter, s_ptr="*fp32", rank_ends=("i32",), bounds=("i32",), scales=("fp32",),
         M="i32", K="i32", R="i32", stride_xm="i32", stride_pr="i32",
@@ -120,7 +125,7 @@ def _expand_case(
     config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str, base: bool = False
 ):
     """With a mask as the input gradient launches it, without as the forward does; with ``base`` as lora_term does."""
-    y, adapter = f"*{_TRITON_NAMES[dtype]}", "*fp32" if upcast or dtype == torch.float32 else f"*{_TRITON_NAMES[dtype]}"
+    y, adapter = f"*{_TRITON_NAMES[dtype]}", _adapter(config, dtype, upcast)
     types = dict(
         s_ptr="*fp32", q_ptr=adapter, y_ptr=y, rank_ends=("i32",), bounds=("i32",), scales=("fp32",),
         M="i32", N="i32", R="i32",
@@ -139,8 +144,7 @@ def _expand_case(
 
 
 def _weight_grad_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str):
-    x, split = f"*{_TRITON_NAMES[dtype]}", config.SPLIT_K > 1
-    out = "*fp32" if upcast or dtype == torch.float32 else x
+    x, split, out = f"*{_TRITON_NAMES[dtype]}", config.SPLIT_K > 1, _adapter(config, dtype, upcast)
     types = dict(
         dA_ptr=out, dB_ptr=out, x_ptr=x, g_ptr=x, s_ptr="*fp32", ds_ptr="*fp32",
         rank_ends=("i32",), bounds=("i32",), scales_A=("fp32",), scales_B=("fp32",),
@@ -195,7 +199,7 @@ def compile_cases(capability: int, dtypes: tuple[torch.dtype, ...] = ()) -> Iter
                     built.append(("onto-y", _expand_case(config, dtype, dropout, upcast, precision, base=True)))
                 for kind, (fn, types, values) in built:
                     tags = [op, config.variant * (config.variant != op), kind, _TRITON_NAMES[dtype]]
-                    tags += ["mask" * dropout, "fp32-adapter" * upcast]
+                    tags += ["mask" * dropout, "fp32-adapter" * upcast, "rounded" * bool(config.rounds)]
                     tiles = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} r{config.BLOCK_R}"
                     tiles += f" w{config.num_warps} s{config.num_stages}"
                     tags += [tiles, "tma" * config.tma, "split-k" * (config.SPLIT_K > 1)]

@@ -89,11 +89,14 @@ def is_direct(*tensors: Tensor) -> bool:
     return True
 
 
-def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
-    """The operator past the dispatcher, whose bookkeeping takes longer than a small layer."""
+def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, rounded=None) -> Tensor:
+    """The operator past the dispatcher, whose bookkeeping takes longer than a small layer.
+
+    rounded: as of :func:`plan.forward`.
+    """
     if x.is_neg():  # a kernel would not see the sign
         x = x.resolve_neg()
-    run = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    run = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, rounded)
     return _run(run, x, weight, bias, lora_A, lora_B, seeds)
 
 
@@ -126,8 +129,8 @@ class Memory:
     def __reduce__(self):  # copies and files of a layer hold None instead
         return type(None), ()
 
-    def find(self, x: Tensor, operands: tuple) -> tuple[torch.dtype | None, dict] | None:
-        """The autocast dtype, and what such calls run by layouts of x, as yet perhaps nothing.
+    def find(self, x: Tensor, operands: tuple) -> tuple[torch.dtype | None, dict, torch.dtype | None] | None:
+        """The autocast dtype; what such calls run by layouts of x, as yet perhaps nothing; and what adapters round to.
 
         operands: all that the call depends on besides tensors; a tensor that stands for a packed weight; weight, bias,
         lora_A, lora_B, scaling and dropout. None when no such call was learnt.
@@ -155,7 +158,8 @@ class Memory:
         if self._kept is not plan.kept or len(self._by_numbers) > _NUMBERS:
             self._by_numbers, self._kept = {}, plan.kept
         alike = self._by_numbers.setdefault(key, Alike())
-        alike.keep((dtype, {}), tensors, any_rows=True)
+        rounded = None if dtype is None else _of_autocast(lora_A, lora_B, dtype)[2]
+        alike.keep((dtype, {}, rounded), tensors, any_rows=True)
 
 
 def recalled(known: tuple, x: Tensor, operands: tuple) -> Tensor | None:
@@ -163,7 +167,7 @@ def recalled(known: tuple, x: Tensor, operands: tuple) -> Tensor | None:
 
     None when autocast is to another dtype now.
     """
-    (dtype, runs), (key, seen, weight, bias, lora_A, lora_B, scaling, dropout) = known, operands
+    (dtype, runs, rounded), (key, seen, weight, bias, lora_A, lora_B, scaling, dropout) = known, operands
     if dtype is not None:
         kind = x.device.type
         if torch.get_autocast_dtype(kind) is not dtype:
@@ -171,11 +175,11 @@ def recalled(known: tuple, x: Tensor, operands: tuple) -> Tensor | None:
         dense, kernels = seen is weight, kind == guard.DEVICE
         inside = _to(x, dtype) if dense or kernels else x
         weight = _to(weight, dtype) if dense else weight
-        if kernels:
+        if kernels and rounded is None:
             lora_A, lora_B = [_to(A, dtype) for A in lora_A], [_to(B, dtype) for B in lora_B]
         torch.set_autocast_enabled(kind, False)  # in an eighth of the time that its context manager takes
         try:
-            y = recalled((None, runs), inside, (key, seen, weight, bias, lora_A, lora_B, scaling, dropout))
+            y = recalled((None, runs, rounded), inside, (key, seen, weight, bias, lora_A, lora_B, scaling, dropout))
             return y if dense else y.to(x.dtype)
         finally:
             torch.set_autocast_enabled(kind, True)
@@ -185,15 +189,18 @@ def recalled(known: tuple, x: Tensor, operands: tuple) -> Tensor | None:
     if run is None:
         if len(runs) >= _RUNS:
             runs.clear()
-        run = runs[layout] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout)
+        run = runs[layout] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, None, rounded)
     return _run(run, x, weight, bias, lora_A, lora_B, None)
 
 
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
-    check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, _autocast_dtype(x))
-    arguments = _cast(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
+    dtype, rounded = _autocast_dtype(x), None
+    check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, dtype)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        lora_A, lora_B, rounded = _of_autocast(lora_A, lora_B, dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return _direct(*arguments)
+        return _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, rounded)
 
 
 def _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
@@ -242,11 +249,11 @@ def _(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
     return y, x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_A)), dtype=cpu.shrink_dtype(x, lora_A))
 
 
-def _gradients(alike, dtype, g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
+def _gradients(alike, dtype, rounded, g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs):
     """dx, dA, dB, dW, db with None for what is not needed; ``needs`` as for :func:`_keep`.
 
     alike: of the :class:`plan.Forward` that this is the backward of, None for another's. weight: None for the gradients
-    of a LoRA term. dtype: x's, where it is not that of g.
+    of a LoRA term. dtype: x's, where it is not that of g. rounded: as of :func:`plan.forward`.
     """
     n = len(lora_A)
     if not isinstance(weight, Tensor) and weight is not None and g.device.type == guard.DEVICE:
@@ -256,7 +263,7 @@ def _gradients(alike, dtype, g, x, weight, lora_A, lora_B, S, scaling, dropout, 
     if alike is not None and alike.entries and (g.data_ptr() | rows.data_ptr()) % 16 == 0:
         run = alike.find(g, rows, weight, *lora_A, *lora_B)
     if run is None:
-        run = plan.backward(g, rows, weight, lora_A, lora_B, scaling, dropout, tuple(needs), alike)
+        run = plan.backward(g, rows, weight, lora_A, lora_B, scaling, dropout, tuple(needs), alike, rounded)
     wanted = needs[0], needs[1 : n + 1], needs[n + 1 : -2], *needs[-2:]
     found = run(g, rows, weight, lora_A, lora_B, S, scaling, dropout, seeds, *wanted)
     return found if found[-1] is None else (*found[:-1], found[-1].to(bias_dtype))
@@ -277,7 +284,7 @@ def _lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     arguments = g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, needs
-    dx, dA, dB, dW, db = _gradients(None, None, *arguments)
+    dx, dA, dB, dW, db = _gradients(None, None, None, *arguments)
     return [t for t in (dx, *dA, *dB, dW, db) if t is not None]
 
 
@@ -344,10 +351,10 @@ def _by_operator(operator, *arguments):
     return dx, rest[:n], rest[n:], dW, db
 
 
-def _all_gradients(ctx, g, g_S, compute, dtype: torch.dtype | None = None):
+def _all_gradients(ctx, g, g_S, compute, dtype: torch.dtype | None = None, rounded: torch.dtype | None = None):
     """dx, dA, dB, dW, db with None for what is not needed, by ``compute`` where nobody follows its operations.
 
-    g_S: gradient of S, which second derivatives have; either of g and g_S may be None. dtype: as of
+    g_S: gradient of S, which second derivatives have; either of g and g_S may be None. dtype, rounded: as of
     :class:`plan.Forward`.
     """
     n, scaling, dropout, bias_dtype, needs = ctx.call
@@ -366,6 +373,8 @@ def _all_gradients(ctx, g, g_S, compute, dtype: torch.dtype | None = None):
             g = g.resolve_neg()
         return compute(g, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs)
     # create_graph, or a batch of gradients
+    if rounded is not None:
+        A, B = plan.as_rounded(A, rounded), plan.as_rounded(B, rounded)
     with torch.autocast(S.device.type, enabled=False):
         found = double_backward.lora_linear_backward(
             g, g_S, x, weight, A, B, S, scaling, dropout, seeds, bias_dtype, needs, dtype
@@ -390,6 +399,14 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 def _as_autocast(adapters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """Rounded as eager rounds them, for 16-bit products on tensor cores; a CPU computes in fp32 and keeps them."""
     return [t.to(dtype) if t.device.type == guard.DEVICE else t for t in adapters]
+
+
+def _of_autocast(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], dtype: torch.dtype) -> tuple:
+    """The same without copies of fp32 ones, which the launches round themselves; what they round to comes third."""
+    adapters = *lora_A, *lora_B
+    if dtype.itemsize == 2 and all(t.device.type == guard.DEVICE and t.dtype is torch.float32 for t in adapters):
+        return lora_A, lora_B, dtype
+    return _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype), None
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -457,7 +474,8 @@ class _Direct(torch.autograd.Function):
         rows = run.rows
         if g is not None and rows is not None:
             g = g.reshape(rows[0], g.shape[-1])
-        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, partial(_gradients, run.alike, None), run.dtype)
+        compute = partial(_gradients, run.alike, None, run.rounded)
+        dx, dA, dB, dW, db = _all_gradients(ctx, g, g_S, compute, run.dtype, run.rounded)
         if dx is not None and rows is not None:
             dx = dx.reshape(*run.shape[:-1], rows[1])
         return (None, dx, *dA, *dB) if run.frozen else (None, dx, *dA, *dB, dW, db)

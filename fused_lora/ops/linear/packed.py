@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_lora.ops import guard
 from fused_lora.ops.checks import check_linear
 from fused_lora.ops.dequant import FourBit
-from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _direct
+from fused_lora.ops.linear.op import _autocast_dtype, _autocasts, _direct, _of_autocast
 
 
 class Packed:
@@ -72,15 +72,16 @@ def lora_linear(
         ValueError, TypeError: the arguments do not fit.
     """
     check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, None, weight.dtype)
-    inside = x
+    inside, rounded = x, None
     if x.device.type == guard.DEVICE:
         autocast = _autocast_dtype(x)
         inside = x.to(autocast or weight.dtype)
-        lora_A, lora_B = (_as_autocast(part, autocast) if autocast else part for part in (lora_A, lora_B))
+        if autocast:
+            lora_A, lora_B, rounded = _of_autocast(lora_A, lora_B, autocast)
     # entering it takes as long as a small product
     outside = torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
     with outside:
-        return _direct(inside, weight, bias, lora_A, lora_B, scaling, dropout, None).to(x.dtype)
+        return _direct(inside, weight, bias, lora_A, lora_B, scaling, dropout, None, rounded).to(x.dtype)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -59,6 +59,7 @@ class Case(NamedTuple):
     x_by_rows: bool = True
     weight_by_rows: bool = True
     nested: bool | None = None  # of a 4-bit weight: whether its scales are quantised, too; None for a dense one
+    rounded: torch.dtype | None = None  # to which the launches round the adapters, all of them fp32
 
 
 def choose(
@@ -113,10 +114,11 @@ def plan(
     adapters: int,
     capability: int,
     whole: bool = True,
+    rounds: bool = False,
 ) -> Plan:
     """Variant and configurations of ``op`` at M rows, N results a row and a contraction of K.
 
-    "backward" stands for all gradients; its N are a layer's in_features.
+    "backward" stands for all gradients; its N are a layer's in_features. rounds: fp32 adapters are rounded to dtype.
     """
     variant = choose(op, M, K, r, dtype, dropout, upcast, adapters, capability, whole)
     if variant == "eager":
@@ -125,24 +127,28 @@ def plan(
     if variant == "passes":
         return Plan(
             variant,
-            _pick("backward_x", M, N, 0, r, dtype, dropout, *rest),
-            _pick("backward_g", M, K, 0, r, dtype, False, *rest),
+            _pick(rounds, "backward_x", M, N, 0, r, dtype, dropout, *rest),
+            _pick(rounds, "backward_g", M, K, 0, r, dtype, False, *rest),
         )
     backward = op == "backward"
     if variant == "library":
-        product = _pick("expand", M, N, 0, r, dtype, dropout and backward, *rest)
+        product = _pick(rounds, "expand", M, N, 0, r, dtype, dropout and backward, *rest)
     else:
-        product = _pick(op, M, N, K, r, dtype, dropout, *rest, adapters, variant)
-    shrink = None if variant == "recompute" else _pick("shrink", M, 0, K, r, dtype, dropout and not backward, *rest)
-    weight_grad = _pick("weight_grad", M, K, N, r, dtype, dropout, *rest) if backward else None
+        product = _pick(rounds, op, M, N, K, r, dtype, dropout, *rest, adapters, variant)
+    shrink = weight_grad = None
+    if variant != "recompute":
+        shrink = _pick(rounds, "shrink", M, 0, K, r, dtype, dropout and not backward, *rest)
+    if backward:
+        weight_grad = _pick(rounds, "weight_grad", M, K, N, r, dtype, dropout, *rest)
     return Plan(variant, product, shrink, weight_grad)
 
 
 @lru_cache(maxsize=4096)
-def _pick(*arguments) -> LaunchConfig:
-    from fused_lora.kernels.config import pick
+def _pick(rounds: bool, op: str, M: int, *others) -> LaunchConfig:
+    from fused_lora.kernels.config import pick, rounding
 
-    return pick(*arguments)
+    config = pick(op, M, *others)
+    return rounding(op, M, config) if rounds else config
 
 
 def learns(tensor: torch.Tensor) -> bool:
@@ -161,22 +167,24 @@ class Forward:
     compute: the same of all arguments and seeds, as the eager path takes them.
     grad: one of the tensors wants a gradient; frozen: neither weight nor bias does. call: what the backward knows of a
     call besides its tensors; it ends with which of x, each lora_A, each lora_B, weight and bias want a gradient. dtype:
-    x's, where that of a packed weight does not tell it.
+    x's, where that of a packed weight does not tell it. rounded: as of :func:`forward`.
     """
 
-    __slots__ = ("alike", "call", "compute", "dtype", "frozen", "grad", "keeps_x", "masked", "rows", "shape", "_run")
+    __slots__ = (
+        "alike", "call", "compute", "dtype", "frozen", "grad", "keeps_x", "masked", "rounded", "rows", "shape", "_run",
+    )  # fmt: skip
 
-    def __init__(self, x, weight, bias, lora_A, lora_B, scaling: Sequence[float], dropout: Sequence[float]):
+    def __init__(self, x, weight, bias, lora_A, lora_B, scaling: Sequence[float], dropout: Sequence[float], rounded):
         leading, (N, K), packed = x.shape[:-1], weight.shape, not isinstance(weight, torch.Tensor)
         self.rows: Any = None if len(leading) == 1 else (leading.numel(), K)
-        self.shape, self.masked, self.alike = (*leading, N), any(dropout), Alike()
+        self.shape, self.masked, self.alike, self.rounded = (*leading, N), any(dropout), Alike(), rounded
         self.dtype = x.dtype if packed else None
         needs = tuple([t is not None and learns(t) for t in (x, *lora_A, *lora_B, weight, bias)])
         numbers = tuple(scaling), tuple(dropout)
         self.grad, self.frozen, self.keeps_x = any(needs), not any(needs[-2:]), keeps_x(len(lora_A), needs)
         self.call = len(lora_A), *numbers, None if bias is None else bias.dtype, needs
         rows = x if self.rows is None else x.reshape(self.rows)
-        self._run = (_forward_packed if packed else _forward)(rows, weight, bias, lora_A, lora_B, *numbers)
+        self._run = (_forward_packed if packed else _forward)(rows, weight, bias, lora_A, lora_B, *numbers, rounded)
         self.compute = self._run if self.rows is None else self._reshaped
 
     def __call__(self, x, weight, bias, lora_A, lora_B, seeds) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,21 +205,24 @@ def forward(
     scaling: Sequence[float],
     dropout: Sequence[float],
     seeds: torch.Tensor | None = None,
+    rounded: torch.dtype | None = None,
 ) -> Forward:
     """What these arguments run. Seeds that are None are still to be drawn. Over a packed weight they have been checked.
+
+    rounded: a 16-bit dtype, x's, to which fp32 adapters are rounded, and their gradients are not; None for none.
 
     Raises:
         ValueError, TypeError: the arguments do not fit.
     """
     if not isinstance(weight, torch.Tensor):
-        return Forward(x, weight, bias, lora_A, lora_B, scaling, dropout)
-    key = layout(x, weight, *lora_A, *lora_B), len(lora_A), bias is None or _kind(bias), *scaling, *dropout
+        return Forward(x, weight, bias, lora_A, lora_B, scaling, dropout, rounded)
+    key = layout(x, weight, *lora_A, *lora_B), len(lora_A), bias is None or _kind(bias), rounded, *scaling, *dropout
     if seeds is not None:
         key += _kind(seeds)
     found = kept.get(key)
     if found is None:
         check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
-        found = keep(key, Forward(x, weight, bias, lora_A, lora_B, scaling, dropout))
+        found = keep(key, Forward(x, weight, bias, lora_A, lora_B, scaling, dropout, rounded))
     return found
 
 
@@ -230,24 +241,24 @@ def reads_4_bits(rows: int, K: int, blocksize: int, dtype: torch.dtype, device: 
     return few and K % SCALE_GROUP == 0 and blocksize >= SCALE_GROUP and capability(device) >= 80
 
 
-def _forward_packed(x, weight: Packed, bias, lora_A, lora_B, scaling, dropout) -> Callable:
+def _forward_packed(x, weight: Packed, bias, lora_A, lora_B, scaling, dropout, rounded) -> Callable:
     if x.device.type != guard.DEVICE:
         return eager.lora_linear
-    own = weight.four_bit
+    own, dequantised = weight.four_bit, partial(_dequantised, rounded=rounded)
     if own is None or own.dtype is not x.dtype:
-        return _dequantised
-    key = layout(x, own.packed, *lora_A, *lora_B), weight.kind, bias is None or _kind(bias), *scaling, *dropout
+        return dequantised
+    key = layout(x, own.packed, *lora_A, *lora_B), weight.kind, bias is None or _kind(bias), rounded, *scaling, *dropout
     found = kept.get(key)
     if found is None:
         few = reads_4_bits(len(x), own.shape[1], own.blocksize, x.dtype, x.device)
-        found = _forward(x, own, bias, lora_A, lora_B, scaling, dropout) if few else _dequantised
+        found = _forward(x, own, bias, lora_A, lora_B, scaling, dropout, rounded) if few else dequantised
         keep(key, found)
     return found
 
 
-def _dequantised(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
+def _dequantised(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, rounded=None):
     dense = weight.to(x.dtype)
-    run = forward(x, dense, bias, lora_A, lora_B, scaling, dropout, seeds)
+    run = forward(x, dense, bias, lora_A, lora_B, scaling, dropout, seeds, rounded)
     return run(x, dense, bias, lora_A, lora_B, seeds)
 
 
@@ -266,19 +277,21 @@ def backward(
     dropout: Sequence[float],
     needs: tuple[bool, ...],
     alike: Alike | None = None,
+    rounded: torch.dtype | None = None,
 ) -> Callable:
     """What computes (dx, dA, dB, dW, db), with the signature of ``eager.lora_linear_backward``.
 
     g [M, N], x [M, K]; needs: one flag for x, each lora_A, each lora_B, weight and bias. weight: None for the gradients
-    of the LoRA term alone. alike: keeps what is found for tensors at multiples of 16 bytes.
+    of the LoRA term alone. alike: keeps what is found for tensors at multiples of 16 bytes. rounded: as of
+    :func:`forward`.
     """
     if g.device.type != guard.DEVICE or (weight is None and x.dtype != g.dtype):
-        return eager.lora_linear_backward
+        return on_rounded(eager.lora_linear_backward, rounded)
     tensors = (g, x, *lora_A, *lora_B) if weight is None else (g, x, weight, *lora_A, *lora_B)
-    key = layout(*tensors), needs, *scaling, *dropout
+    key = layout(*tensors), needs, rounded, *scaling, *dropout
     found = kept.get(key)
     if found is None:
-        found = keep(key, _backward(g, x, weight, lora_A, lora_B, dropout, needs))
+        found = keep(key, _backward(g, x, weight, lora_A, lora_B, dropout, needs, rounded))
     if alike is not None and key[0][0]:
         alike.keep(found, tensors)
     return found
@@ -312,7 +325,19 @@ def keep(key: tuple, found: Kept) -> Kept:
     return found
 
 
-def _case_of(rows, N, K, bias, lora_A, lora_B, dropout, weight=None) -> Case:
+def on_rounded(run: Callable, dtype: torch.dtype | None) -> Callable:
+    """``run``, an eager forward or backward of a linear layer or a term, of adapters rounded to ``dtype``."""
+    if dtype is None:
+        return run
+    return lambda *args: run(*args[:3], as_rounded(args[3], dtype), as_rounded(args[4], dtype), *args[5:])
+
+
+def as_rounded(adapters: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """lora_A or lora_B of each adapter in ``dtype``."""
+    return [t.to(dtype) for t in adapters]
+
+
+def _case_of(rows, N, K, bias, lora_A, lora_B, dropout, weight=None, rounded=None) -> Case:
     """All that a plan depends on; ``rows`` are x, or the gradient of y in the backward."""
     four_bit = isinstance(weight, FourBit)
     return Case(
@@ -327,15 +352,17 @@ def _case_of(rows, N, K, bias, lora_A, lora_B, dropout, weight=None) -> Case:
         rows.stride(1) == 1,
         weight is None or four_bit or weight.stride(1) == 1,
         weight.nested is not None if four_bit else None,
+        rounded,
     )
 
 
-def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout) -> Callable:
+def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, rounded) -> Callable:
     N, K = weight.shape
-    call = _case_of(x, N, K, bias, lora_A, lora_B, dropout, weight)
-    op, prepare, otherwise = "linear", kernel.lora_linear, eager.lora_linear
+    call = _case_of(x, N, K, bias, lora_A, lora_B, dropout, weight, rounded)
+    op, prepare = "linear", kernel.lora_linear
+    otherwise: Callable = on_rounded(eager.lora_linear, rounded)
     if call.nested is not None:
-        op, prepare, otherwise = "linear_4bit", _prepare_4bit, _dequantised
+        op, prepare, otherwise = "linear_4bit", _prepare_4bit, partial(_dequantised, rounded=rounded)
     chosen = planned(op, call, call.outputs, call.inputs)
     if chosen.variant == "eager":
         return otherwise
@@ -343,32 +370,36 @@ def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout) -> Callable:
 
     def check() -> str | None:
         x, W, *others = args = small_case(case)
-        exact = reference.lora_linear(x, by_torch(W) if isinstance(W, FourBit) else W, *others)
         ours = kernel.lora_linear(chosen, *args)(*args)
+        exact = on_rounded(reference.lora_linear, rounded)(x, by_torch(W) if isinstance(W, FourBit) else W, *others)
         return guard.compare(ours, exact, case.dtype, chosen.variant in kernel.LIBRARY)
 
     return prepared((op, chosen, case), prepare, otherwise, check)
 
 
-def _backward(g, x, weight, lora_A, lora_B, dropout, needs) -> Callable:
-    call = _case_of(g, g.shape[1], x.shape[1], None, lora_A, lora_B, dropout, weight)
+def _backward(g, x, weight, lora_A, lora_B, dropout, needs, rounded) -> Callable:
+    call = _case_of(g, g.shape[1], x.shape[1], None, lora_A, lora_B, dropout, weight, rounded)
     chosen = planned("backward", call, call.inputs, call.outputs, all(needs[:-2]))
+    otherwise: Callable = on_rounded(eager.lora_linear_backward, rounded)
     if chosen.variant == "eager":
-        return eager.lora_linear_backward
+        return otherwise
     case = small_case_of(chosen, call)
 
     def check() -> str | None:
         x, W, _, A, B, scaling, p, seeds = small_case(case)
+        wide = A, B
+        if rounded:
+            A, B = as_rounded(A, rounded), as_rounded(B, rounded)
         y, S = reference.lora_linear(x, W, None, A, B, scaling, p, seeds)
         g, needed = y.to(x.dtype), [True] * len(A)
         # with W for a term, too: those of the small layer cancel, and dS rounded to 16 bits would be most of dx
-        args = g, x, W, A, B, S.float(), scaling, p, seeds, True, needed, needed, False, False
+        args = g, x, W, *wide, S.float(), scaling, p, seeds, True, needed, needed, False, False
         dx, dA, dB, _, _ = kernel.lora_linear_backward(chosen, *args)(*args)
         exact_dx, exact_dA, exact_dB, _, _ = reference.lora_linear_backward(g, x, W, A, B, scaling, p, seeds)
         exact = [exact_dx, *exact_dA, *exact_dB]
         return guard.compare([dx, *dA, *dB], exact, x.dtype, library=True)
 
-    return prepared(("backward", chosen, case), kernel.lora_linear_backward, eager.lora_linear_backward, check)
+    return prepared(("backward", chosen, case), kernel.lora_linear_backward, otherwise, check)
 
 
 def prepared(key: tuple, prepare: Callable, eager_run: Callable, check: Callable[[], str | None]) -> Callable:
@@ -390,7 +421,9 @@ def planned(op: str, call: Case, N: int, K: int, whole: bool = True) -> Plan:
     from fused_lora.kernels.config import capability
 
     r, upcast, chip = max(r for r, *_ in call.adapters), dtypes != {call.dtype}, capability(call.device)
-    return plan(op, call.rows, N, K, r, call.dtype, any(call.dropout), upcast, len(call.adapters), chip, whole)
+    rounds = call.rounded is not None
+    shape = call.rows, N, K, r, call.dtype, any(call.dropout), upcast and not rounds, len(call.adapters), chip
+    return plan(op, *shape, whole, rounds)
 
 
 def small_case(case: Case) -> tuple:

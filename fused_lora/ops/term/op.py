@@ -19,7 +19,15 @@ from torch.utils.flop_counter import register_flop_formula
 from fused_lora.ops.checks import as_numbers, check_lists, check_term, in_order, refuse_transforms
 from fused_lora.ops.linear import eager, flops
 from fused_lora.ops.linear import op as linear
-from fused_lora.ops.linear.op import _as_autocast, _autocast_dtype, _autocasts, _rows, draw_seeds, is_direct
+from fused_lora.ops.linear.op import (
+    _as_autocast,
+    _autocast_dtype,
+    _autocasts,
+    _of_autocast,
+    _rows,
+    draw_seeds,
+    is_direct,
+)
 from fused_lora.ops.linear.plan import keeps_x, learns
 from fused_lora.ops.term import plan
 
@@ -71,9 +79,12 @@ def lora_term(
     if is_direct(y, x, *lora_A, *lora_B):
         if not _autocasts(x):
             return _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
-        arguments = _cast(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
+        dtype, rounded = _autocast_dtype(x), None
+        if dtype is not None:
+            x = x.to(dtype)
+            lora_A, lora_B, rounded = _of_autocast(lora_A, lora_B, dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return _direct(*arguments)
+            return _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds, rounded)
     refuse_transforms("lora_term")
     # reshaped out here: the operator's own result is no view, so that it may be changed in place
     out, _ = _lora_term(_rows(y), _rows(x), bias, list(lora_A), list(lora_B), list(scaling), list(dropout), seeds)
@@ -133,7 +144,7 @@ def _lora_term_backward(
 ) -> list[Tensor]:
     wanted = *needs[:-1], False, needs[-1]
     arguments = g, x, None, lora_A, lora_B, S, scaling, dropout, seeds, bias_dtype, wanted
-    dx, dA, dB, _, db = linear._gradients(None, dtype, *arguments)
+    dx, dA, dB, _, db = linear._gradients(None, dtype, None, *arguments)
     return [t for t in (dx, *dA, *dB, db) if t is not None]
 
 
@@ -173,12 +184,12 @@ def _backward(ctx, g, _):
     return g, dx, db, dA, dB, None, None, None
 
 
-def _all_gradients(ctx, g, g_S, compute):
+def _all_gradients(ctx, g, g_S, compute, rounded=None):
     """dx, dA, dB, db with None for what is not needed, as of a linear layer without a weight."""
     n, *_, needs = ctx.call
     if not any(needs):
         return None, [None] * n, [None] * n, None
-    dx, dA, dB, _, db = linear._all_gradients(ctx, g, g_S, compute, ctx.dtype)
+    dx, dA, dB, _, db = linear._all_gradients(ctx, g, g_S, compute, ctx.dtype, rounded)
     return dx, dA, dB, db
 
 
@@ -200,38 +211,39 @@ class _Direct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, x, bias, n, scaling, dropout, seeds, *adapters):
+    def forward(ctx, y, x, bias, n, scaling, dropout, seeds, rounded, *adapters):
         arguments = bias, adapters[:n], adapters[n:], scaling, dropout, seeds
-        out, S = _compute(y, x, *arguments)
-        _, need_x, need_bias, _, _, _, _, *need_adapters = ctx.needs_input_grad
+        out, S = _compute(y, x, *arguments, rounded)
+        _, need_x, need_bias, _, _, _, _, _, *need_adapters = ctx.needs_input_grad
         _keep(ctx, [need_x, *need_adapters, False, need_bias], x, *arguments, S)
-        ctx.shape = x.shape
+        ctx.shape, ctx.rounded = x.shape, rounded
         return out, S
 
     @staticmethod
     @linear._outside_autocast
     def backward(ctx, g, g_S):
         rows = None if g is None else _rows(g)
-        dx, dA, dB, db = _all_gradients(ctx, rows, g_S, partial(linear._gradients, None, ctx.dtype))
-        return g, None if dx is None else dx.reshape(ctx.shape), db, None, None, None, None, *dA, *dB
+        compute = partial(linear._gradients, None, ctx.dtype, ctx.rounded)
+        dx, dA, dB, db = _all_gradients(ctx, rows, g_S, compute, ctx.rounded)
+        return g, None if dx is None else dx.reshape(ctx.shape), db, None, None, None, None, None, *dA, *dB
 
 
-def _compute(y, x, bias, lora_A, lora_B, scaling, dropout, seeds) -> tuple[Tensor, Tensor]:
+def _compute(y, x, bias, lora_A, lora_B, scaling, dropout, seeds, rounded) -> tuple[Tensor, Tensor]:
     """y [..., N] and S [M, sum r_i]; y is no view, so that it may be changed in place."""
     shape, y, x = y.shape, _rows(y), _rows(x)
-    run = plan.forward(y, x, bias, lora_A, lora_B, scaling, dropout)
+    run = plan.forward(y, x, bias, lora_A, lora_B, scaling, dropout, rounded)
     out, S = run(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
     return (out if len(shape) == 2 else _unsafe_view(out, shape)), S
 
 
-def _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds) -> Tensor:
-    """The result; differentiable."""
+def _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds, rounded=None) -> Tensor:
+    """The result; differentiable. rounded: as of :func:`linear.plan.forward`."""
     y, x = (t.resolve_neg() if t.is_neg() else t for t in (y, x))  # a kernel would not see the sign
     if torch.is_grad_enabled():
         for tensor in (y, x, *lora_A, *lora_B, bias):
             if tensor is not None and learns(tensor):
-                return _Direct.apply(y, x, bias, len(lora_A), scaling, dropout, seeds, *lora_A, *lora_B)[0]
-    return _compute(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)[0]
+                return _Direct.apply(y, x, bias, len(lora_A), scaling, dropout, seeds, rounded, *lora_A, *lora_B)[0]
+    return _compute(y, x, bias, lora_A, lora_B, scaling, dropout, seeds, rounded)[0]
 
 
 def _flops(y: Sequence[int], x: Sequence[int], bias, lora_A, *_, **__) -> int:

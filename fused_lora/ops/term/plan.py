@@ -23,29 +23,36 @@ def forward(
     lora_B: Sequence[torch.Tensor],
     scaling: Sequence[float],
     dropout: Sequence[float],
+    rounded: torch.dtype | None = None,
 ) -> Callable:
-    """The function that computes (y + bias + terms, S) for these arguments; all candidates share one signature."""
+    """The function that computes (y + bias + terms, S) for these arguments; all candidates share one signature.
+
+    rounded: as of :func:`plan.forward`.
+    """
     if x.device.type != guard.DEVICE or x.dtype != y.dtype:
-        return eager.lora_term
-    key = "term", plan.layout(y, x, *lora_A, *lora_B), None if bias is None else bias.dtype, *scaling, *dropout
+        return plan.on_rounded(eager.lora_term, rounded)
+    key = "term", plan.layout(y, x, *lora_A, *lora_B), None if bias is None else bias.dtype, rounded, *scaling, *dropout
     found = plan.kept.get(key)
     if found is None:
-        call = plan._case_of(x, y.shape[1], x.shape[1], bias, lora_A, lora_B, dropout)
+        call = plan._case_of(x, y.shape[1], x.shape[1], bias, lora_A, lora_B, dropout, rounded=rounded)
         found = plan.keep(key, _forward(call))
     return found
 
 
 def _forward(call: plan.Case) -> Callable:
     chosen = plan.planned("term", call, call.outputs, call.inputs)
+    otherwise = plan.on_rounded(eager.lora_term, call.rounded)
     if chosen.variant == "eager":
-        return eager.lora_term
+        return otherwise
     case = plan.small_case_of(chosen, call)
 
     def check() -> str | None:
         x, W, bias, A, B, scaling, p, seeds = plan.small_case(case)
         y = reference.lora_linear(x, W, None, [], [], [], [])[0].to(x.dtype)
-        exact = reference.lora_term(y, x, A, B, scaling, p, seeds, bias)
         args = y, x, bias, A, B, scaling, p, seeds
-        return guard.compare(kernel.lora_term(chosen, *args)(*args), exact, case.dtype)
+        ours = kernel.lora_term(chosen, *args)(*args)
+        if case.rounded:
+            A, B = plan.as_rounded(A, case.rounded), plan.as_rounded(B, case.rounded)
+        return guard.compare(ours, reference.lora_term(y, x, A, B, scaling, p, seeds, bias), case.dtype)
 
-    return plan.prepared(("term", chosen, case), kernel.lora_term, eager.lora_term, check)
+    return plan.prepared(("term", chosen, case), kernel.lora_term, otherwise, check)
