@@ -163,6 +163,19 @@ def test_second_derivatives_under_autocast_are_those_of_rounded_adapters(device,
     assert dg.dtype is torch.bfloat16 and dA.dtype is FP32 and dA.abs().max() > 0
 
 
+@pytest.mark.parametrize("ranks", [(0,), (3, 0)], ids=str)
+def test_an_adapter_without_ranks_drops_nothing(ranks, device, ran):
+    x, W, b, A, B, s, p, _ = arguments(device, 5, 64, 48, ranks, FP32, FP32, (0.0, 0.0)[: len(ranks)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = lora_linear(x, W, b, A, B, s, p)
+        dx, *others = torch.autograd.grad(y.sum(), (x, *A, *B))
+    rest = [t.detach() for t in A[:-1]], [t.detach() for t in B[:-1]], s[:-1], p[:-1]
+    exact, _ = reference.lora_linear(x.detach(), W, b.detach(), *rest)
+    assert_close(y, exact, terms=64 + 3)
+    assert [t.shape for t in (dx, *others)] == [t.shape for t in (x, *A, *B)] and not ran
+
+
 @pytest.mark.parametrize("ranks", [(4,), (4, 40)], ids=str)
 @pytest.mark.parametrize("wanted", sampled(["xAB", "x", "A", "AB", "B", "xA"], 3))
 def test_any_of_the_gradients(wanted, ranks, device, ran):

@@ -414,9 +414,10 @@ def prepared(key: tuple, prepare: Callable, eager_run: Callable, check: Callable
 
 
 def planned(op: str, call: Case, N: int, K: int, whole: bool = True) -> Plan:
-    """The :func:`plan` of a call; "eager" where no kernel runs: its device, its dtypes, no rows."""
+    """The :func:`plan` of a call; "eager" where no kernel runs: its device, its dtypes, no rows, no ranks."""
     dtypes = {dtype for _, *both in call.adapters for dtype in both}
-    if not call.rows or not guard.usable(call.device) or not {call.dtype, *dtypes} <= guard.DTYPES:
+    empty = not call.rows or not all([r for r, *_ in call.adapters])
+    if empty or not guard.usable(call.device) or not {call.dtype, *dtypes} <= guard.DTYPES:
         return Plan("eager")
     from fused_lora.kernels.config import capability
 
