@@ -31,7 +31,7 @@ from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plai
 from fused_lora.modules.merging import memory_of
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 from fused_lora.modules.offload import refuse_sharded
-from fused_lora.ops.checks import is_scaling
+from fused_lora.ops.checks import is_known, is_scaling
 from fused_lora.ops.guard import draws_masks
 
 # PEFT's classes that have an accelerated one, by their modules in peft.tuners.lora
@@ -91,7 +91,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
         names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
         reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, kwargs)
         plain = not (args or self.lora_variant) and kwargs.keys() == {"adapter_names"}
-        if reason == SEVERAL and plain and not why_not_here():
+        if reason == SEVERAL and plain and not why_not_here() and all(_is_number(self.scaling[n]) for n in names):
             self._check_forward_args(x, **kwargs)
             _count(AROUND + SEVERAL)
             return self._mixed_forward(x, adapter_names, None)
@@ -412,7 +412,8 @@ def why_around(layer: Any) -> str | None:
 
 def _is_number(scale: Any) -> bool:
     if isinstance(scale, Tensor):
-        return scale.numel() == 1 and scale.dim() <= 1 and not scale.is_complex()
+        one = scale.numel() == 1 and scale.dim() <= 1 and not scale.is_complex()
+        return one and (not is_known(scale) or is_scaling(float(scale.detach())))
     if isinstance(scale, (int, float)):
         return is_scaling(scale)
     return isinstance(scale, Real) and is_scaling(float(scale))  # numpy's: float32's range is none that float16 has

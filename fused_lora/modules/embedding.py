@@ -206,7 +206,7 @@ class LoraEmbedding(EmbeddingBehaviour, LoraLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s (B A)^T of one adapter [tokens, dim], in the adapter's dtype."""
         A, B = self._pair(adapter)
-        return ((B.float() @ A.float()).t() * self.scaling[adapter]).to(B.dtype)
+        return ((B.float() @ A.float()).t() * self._scaling(adapter)).to(B.dtype)
 
     def _merge_later(self, names: list[str], old: object = None) -> None:
         return None

@@ -309,7 +309,7 @@ class LoraStack(LoraLayer):
         """s B_e A_e of each expert, laid out as the parameter, in the adapter's dtype."""
         A, B = (part[adapter].weight for part in (self.lora_A, self.lora_B))
         A, B = experts.unpacked(A.float(), B.float(), self.experts)
-        delta = (B @ A * self.scaling[adapter]).to(self.lora_B[adapter].weight.dtype)
+        delta = (B @ A * self._scaling(adapter)).to(self.lora_B[adapter].weight.dtype)
         return (delta.transpose(1, 2) if self.transposed else delta).reshape(self.weight.shape)
 
     def _merge_place(self) -> tuple[nn.Module, Base]:

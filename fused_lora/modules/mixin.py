@@ -26,7 +26,7 @@ from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
-from fused_lora.ops.checks import as_float
+from fused_lora.ops.checks import as_float, as_scaling, is_known
 from fused_lora.ops.linear.op import Memory, may_learn, recalled
 from fused_lora.ops.term.op import known_term, lora_term
 from fused_lora.ops.term.rows import lora_term_on_rows
@@ -221,8 +221,7 @@ class FusedLoraBehaviour(_Layer):
         lora_A, lora_B, scaling, dropout, bias = [], [], [], [], None
         parts = self._parts(names)
         for name, A, B_layer, drop in zip(names, parts[::3], parts[1::3], parts[2::3], strict=True):
-            B, s, lora_bias = B_layer._parameters["weight"], self.scaling[name], B_layer._parameters["bias"]
-            s = s if isinstance(s, Tensor) else as_float("scaling", s)
+            B, s, lora_bias = B_layer._parameters["weight"], self._scaling(name), B_layer._parameters["bias"]
             if lora_bias is not None:  # s_i times each lora_bias, in fp32 or wider
                 term = lora_bias.to(_wide(lora_bias.dtype)) * s
                 bias = term if bias is None else bias + term
@@ -233,6 +232,15 @@ class FusedLoraBehaviour(_Layer):
             scaling.append(s)
             dropout.append(drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0)
         return Adapters(lora_A, lora_B, scaling, dropout, bias)
+
+    def _scaling(self, name: str) -> Any:
+        """A number as a float, a 0-d tensor as it is; ValueError where the products are known not to take it."""
+        s = self.scaling[name]
+        if isinstance(s, Tensor):
+            if is_known(s):
+                as_scaling(s.detach())
+            return s
+        return as_float("scaling", s) if torch.compiler.is_compiling() else as_scaling(s)
 
     def _row_norms(self, name: str) -> Tensor:
         """What the magnitude of a DoRA adapter is divided by."""
@@ -258,6 +266,7 @@ class FusedLoraBehaviour(_Layer):
         names = self._present(list(rows_of))
         if variants.has_magnitude(self, names):
             raise ValueError("Cannot pass `adapter_names` when DoRA is enabled.")
+        scaling = [self._scaling(name) for name in names]
         changed = self._changed_rows(x, names)
         result = self.base_layer(x)
         flat_x, flat = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
@@ -266,17 +275,17 @@ class FusedLoraBehaviour(_Layer):
             rows = rows_of[name]
             rows = rows[torch.isin(rows, changed[name])] if name in changed else rows
             if plain:
-                A, B, s = (each[i] for each in plain)
+                A, B = (each[i] for each in plain)
                 S = torch.mm(flat_x.index_select(0, rows), A.t())
-                flat.index_add_(0, rows, torch.mm(S, B.t()), alpha=s)
+                flat.index_add_(0, rows, torch.mm(S, B.t()), alpha=scaling[i])
                 continue
             A, B = self.lora_A[name], self.lora_B[name]
-            term = B(A(self.lora_dropout[name](flat_x[rows].to(A.weight.dtype)))) * self.scaling[name]
+            term = B(A(self.lora_dropout[name](flat_x[rows].to(A.weight.dtype)))) * scaling[i]
             flat[rows] = (flat[rows] + term).to(result.dtype)  # summed in the wider dtype, rounded once
         return flat.view(result.shape)
 
     def _plain_factors(self, flat: Tensor, x: Tensor, names: list[str]) -> tuple | None:
-        """A, B and scaling of each adapter, where two products and a sum in place are all; it takes half the time.
+        """A and B of each adapter, where two products and a sum in place are all; it takes half the time.
 
         None where something learns, listens or drops, and where dtypes differ.
         """
@@ -285,10 +294,10 @@ class FusedLoraBehaviour(_Layer):
         operands = self._operands(x, names)
         if operands is None or any(operands[-1]):
             return None
-        lora_A, lora_B, scaling, _ = operands[4:]
+        lora_A, lora_B = operands[4:6]
         parts = flat, x, *lora_A, *lora_B
         plain = all(type(t) in (Tensor, nn.Parameter) and t.dtype is flat.dtype for t in parts)
-        return (lora_A, lora_B, scaling) if plain else None
+        return (lora_A, lora_B) if plain else None
 
     @alone
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -466,7 +475,7 @@ class FusedLoraBehaviour(_Layer):
         dtype = B.dtype
         if B.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
             A, B = A.float(), B.float()  # a 16-bit product without hardware support takes forever
-        delta = (B @ A) * self.scaling[adapter]
+        delta = (B @ A) * self._scaling(adapter)
         return (delta.T if self.fan_in_fan_out else delta).to(dtype)
 
     def delta_fidelity(self) -> float:

@@ -134,7 +134,7 @@ def composed_forward(
     dtype, held = result.dtype, layer._modules["lora_magnitude_vector"]._modules
     bias = getattr(layer._modules["base_layer"], "bias", None)
     for name in names:
-        A, B, drop, s = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
+        A, B, drop, s = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer._scaling(name)
         if getattr(layer, "cast_input_dtype_enabled", True):  # PEFT's switch
             x = x.to(A.weight.dtype)
         if name in rows:

@@ -121,12 +121,20 @@ def as_scaling(s: Any) -> float:
     return value
 
 
+def is_known(s: torch.Tensor) -> bool:
+    """Whether a number in a tensor can be read without a wait for a device, and without a trace that loses it."""
+    plain = type(s) in (torch.Tensor, torch.nn.Parameter) and s.is_cpu
+    return plain and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
 def as_float(name: str, number: Any) -> float:
-    """ValueError where Python raises OverflowError: an int may be larger than any float."""
+    """ValueError where Python raises OverflowError: an int may be larger than any float. TypeError: no number."""
     try:
         return float(number)
     except OverflowError:
         raise ValueError(f"{name}: expected numbers that float32 can hold, got one that float64 cannot") from None
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's, of a tensor of several
+        raise TypeError(f"{name}: expected a number, got {number!r:.100}") from error
 
 
 def _check_adapters(x, K, N, lora_A, lora_B, scaling, dropout, seeds, **others: torch.Tensor | None) -> None:

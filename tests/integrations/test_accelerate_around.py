@@ -360,6 +360,17 @@ def test_mixed_batches(grad, kind, names, report):
     assert report() == {"fused": int(why is None), "around": {why: 1} if why else {}, "fallback": {}}
 
 
+@pytest.mark.parametrize("scaling", [float("nan"), 1e39, torch.tensor(float("nan"))], ids=str)
+def test_a_mixed_batch_with_a_scaling_that_is_no_number_is_pefts(scaling, report):
+    both, x = pair(adapters=TWO), torch.randn(3, K)
+    for layer in layers(both)[:2]:
+        layer.eval().scaling["a"] = scaling
+    with torch.no_grad():
+        ours, theirs = (layer(x, adapter_names=["a", "b", "a"]) for layer in layers(both)[:2])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert report()["fallback"] == {"a batch of several adapters": 1}
+
+
 def test_disabled_and_absent_adapters(report):
     both = pair(adapters=TWO, base=Scaled(K, N))
     x = torch.randn(M, K)

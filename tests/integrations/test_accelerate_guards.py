@@ -504,6 +504,7 @@ CHANGES = {
         scaled_by(torch.arange(4)),  # PEFT's error: not one number for each rank
         scaled_by(float("nan")),
         scaled_by(1e39),  # of which float32 makes inf
+        scaled_by(torch.tensor(float("nan"))),
         scaled_by(None),
     ],
     "a hook on a part of the layer": [

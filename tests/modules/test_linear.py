@@ -1,6 +1,7 @@
 """One LoRA layer beside PEFT's: draws, outputs, gradients, dropout, state, merging, hooks, compile, autocast."""
 
 import copy
+import math
 import warnings
 
 import peft
@@ -1002,10 +1003,22 @@ def test_transforms_of_torch_func_give_what_peft_gives(train):
         assert_close(mine, other, terms=500)
 
 
-@pytest.mark.parametrize("lora_bias", [False, True])
-def test_a_scaling_that_no_float_can_hold_is_named(lora_bias):
-    layer = LoraLinear(linear(), r=2, lora_bias=lora_bias)
-    layer.scaling["default"] = 10**400
-    for call in (lambda: layer(torch.randn(2, K)), layer.merge):
-        with pytest.raises(ValueError, match="scaling: expected numbers that float32 can hold"):
+NO_SCALINGS = [10**400, 1e39, math.nan, "x", torch.tensor(math.nan), torch.tensor(1e39, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("kind", [{}, {"lora_bias": True}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("scaling", NO_SCALINGS, ids=lambda s: f"{s!r:.15}")
+def test_a_scaling_that_float32_cannot_hold_is_named(scaling, kind):
+    layer, x = LoraLinear(linear(), r=2, **kind), torch.randn(2, K)
+    layer.scaling["default"] = scaling
+    calls = [lambda: layer(x)]
+    if "use_dora" in kind:
+        calls.append(layer.merge)
+    else:
+        calls += [lambda: layer(x, adapter_names=["default", None])]
+        calls += [torch.no_grad()(calls[-1])]
+        calls += [layer.merge, lambda: layer.get_delta_weight("default")] if isinstance(scaling, (int, str)) else []
+    for call in calls:
+        with pytest.raises((ValueError, TypeError), match="scaling: expected (numbers|a number)"):
             call()
+    assert not layer.merged
