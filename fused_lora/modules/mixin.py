@@ -48,7 +48,10 @@ else:
 
 @dataclass
 class _Merge:
-    """A merge in force: the weight's record, and the bias before and after where a lora_bias went into it."""
+    """A merge in force: the weight's record, and where a lora_bias went into the bias, that before and the sum after.
+
+    The sum is not rounded yet: a further merge adds to it, and rounds once.
+    """
 
     record: Any  # of the base's kind
     bias_before: Tensor | None = None
@@ -496,8 +499,7 @@ class FusedLoraBehaviour(_Layer):
         """
         names, base = self._present(self.active_adapters), self.base_layer
         bias = self._check_bias_merge(names, dtype)
-        if bias is None:
-            bias = rounded_bias(base.bias, dtype)
+        bias = rounded_bias(base.bias if bias is None else bias, dtype)
         with torch.no_grad():
             return base_of(base).dense_weight(base, variants.factors(self, names), dtype), bias
 
@@ -519,21 +521,21 @@ class FusedLoraBehaviour(_Layer):
         return names
 
     def _check_bias_merge(self, names: list[str], dtype: torch.dtype | None = None) -> Tensor | None:
-        """The bias after the merge, in its own dtype or in ``dtype``; None where no lora_bias is involved."""
+        """The bias after the merge, in fp32 or wider, finite in its own dtype or ``dtype``; None without lora_bias."""
         with_bias = self._with_bias(names)
         if not with_bias:
             return None
         bias = getattr(self.base_layer, "bias", None)
         if bias is None:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
-        total = bias.data.to(_wide(bias.dtype))
+        held = None if self.merge_state is None else self.merge_state.bias_after
+        total = bias.data.to(_wide(bias.dtype)) if held is None else held.to(bias.device)
         for name in with_bias:
             term = self.lora_B[name].bias.data
             total = total + term.to(_wide(term.dtype)) * as_float("scaling", self.scaling[name])
-        merged = total.to(dtype or bias.dtype)
-        if not torch.isfinite(merged).all():
+        if not torch.isfinite(total.to(dtype or bias.dtype)).all():
             raise ValueError(f"NaNs or infinities detected in the merged bias; the adapters {names} seem to be broken")
-        return merged
+        return total
 
     def _with_bias(self, names: list[str]) -> list[str]:
         held = self._modules["lora_B"]._modules
@@ -552,7 +554,7 @@ class FusedLoraBehaviour(_Layer):
 def _bias_changed(bias: Tensor | None, state: _Merge) -> bool:
     """Since a merge that wrote it."""
     after = state.bias_after
-    return after is not None and (bias is None or not torch.equal(bias.data, after.to(bias.device)))
+    return after is not None and (bias is None or not torch.equal(bias.data, after.to(bias)))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -588,6 +588,26 @@ def test_merge_with_lora_bias(dtype):
     assert torch.equal(ours.base_layer.weight, weight) and torch.equal(ours.base_layer.bias, bias)
 
 
+@pytest.mark.filterwarnings("ignore:Already following")
+def test_lora_biases_merged_one_after_another_are_rounded_once():
+    layers = [LoraLinear(linear(torch.bfloat16, N=500), r=2, adapter_name="a", lora_bias=True) for _ in range(2)]
+    for layer in layers:
+        layer.add_adapter("b", r=2, lora_bias=True)
+    layers[0].lora_B["a"].bias.data.normal_(), layers[0].lora_B["b"].bias.data.normal_()
+    layers[1].load_state_dict(layers[0].state_dict())
+    before = layers[0].base_layer.bias.clone()
+    layers[0].merge(adapter_names=["a"]), layers[0].merge(adapter_names=["b"])
+    layers[1].merge(adapter_names=["a", "b"])
+    assert torch.equal(layers[0].base_layer.bias, layers[1].base_layer.bias)
+    with pytest.raises(ValueError, match="merged bias"):
+        layers[0].add_adapter("c", r=2, lora_bias=True)
+        layers[0].lora_B["c"].bias.data.fill_(math.inf)
+        layers[0].merge(adapter_names=["c"])
+    assert torch.equal(layers[0].base_layer.bias, layers[1].base_layer.bias)
+    layers[0].unmerge()
+    assert torch.equal(layers[0].base_layer.bias, before)
+
+
 def test_a_bias_that_changes_while_merged_is_named():
     ours, _ = twin_layers(linear(), {"a": {}, "b": {}}, lora_bias=True)
     ours.merge(adapter_names=["a"])
