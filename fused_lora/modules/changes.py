@@ -26,6 +26,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from fused_lora.ops import native
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -174,7 +176,7 @@ def alone(function: Callable[P, R]) -> Callable[P, R]:
         module = args[0] if args else kwargs.get("model")
         if not isinstance(module, nn.Module):
             return function(*args, **kwargs)  # which says so
-        with changing(module):
+        with changing(module), native.in_a_child():  # what ends that follows the last note of a merge
             return function(*args, **kwargs)
 
     return inner

@@ -39,7 +39,7 @@ from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, places, u
 from fused_lora.modules.variants import has_magnitude
 from fused_lora.ops.checks import overlap, span_of
 from fused_lora.ops.merge.op import seed_of
-from fused_lora.ops.native import MERGE, safe_in_a_child
+from fused_lora.ops.native import MERGE
 
 LEAST_SURVIVING = 0.5  # share of an adapter that a merge should keep
 _SAMPLED_LAYERS, _SAMPLED_ROWS = 32, 8
@@ -308,7 +308,6 @@ def _warn_of_rounding(
             )
 
 
-@safe_in_a_child
 def _sample(weight: Tensor, transposed: bool) -> Tensor:
     """Some rows of a weight [N, K], as a copy."""
     rows = weight.detach().t() if transposed else weight.detach()
@@ -322,7 +321,6 @@ def _matrix(layer: Any) -> tuple[Tensor, bool]:
     return layer.weight, layer.fan_in_fan_out
 
 
-@safe_in_a_child
 def _norms(layer: Any, names: list[str], before: Tensor) -> Tensor:
     """[||D||, ||(Wm - W) - D||] of the sampled rows, on the weight's device."""
     change = _sample(*_matrix(layer)).double() - before.double()

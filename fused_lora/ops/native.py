@@ -134,12 +134,17 @@ def safe_in_a_child(function: Callable[..., T]) -> Callable[..., T]:
     return safe
 
 
+def in_a_child() -> contextlib.AbstractContextManager[None]:
+    """torch in one thread inside in a forked child, where it is not already."""
+    return one_thread() if _forked and torch.get_num_threads() > 1 else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """torch in one thread inside."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(before)

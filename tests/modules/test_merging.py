@@ -147,12 +147,17 @@ def test_an_interrupt_at_any_line(action, monkeypatch, loops):
     assert lines["stop"] > 30
 
 
+@pytest.mark.parametrize("forked", [False, True])
 @pytest.mark.parametrize("action", ["merge", "unmerge", "switch"])
 @pytest.mark.parametrize("base", [nn.Linear(24, 16, dtype=torch.bfloat16), nn.Embedding(24, 16)], ids=str)
-def test_an_interrupt_wherever_python_handles_signals(base, action, loops):
-    """Of a layer's own merge, where no other code takes it back."""
+def test_an_interrupt_wherever_python_handles_signals(base, action, forked, loops, monkeypatch, request):
+    """Of a layer's own merge, where no other code takes it back; torch is set to one thread around it in a child."""
     if action == "switch" and loops == "torch":
         pytest.skip("it is an unmerge and a merge")
+    monkeypatch.setattr(native, "_forked", forked)
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(2)
     net = nn.Sequential(copy.deepcopy(base))
     for name in "ab":
         fused_lora.inject(net, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), name)
@@ -172,6 +177,7 @@ def test_an_interrupt_wherever_python_handles_signals(base, action, loops):
     places = 0
     for place in everywhere(begin, acts.get(action, lambda: fused_lora.switch(net, ["b"]))):
         assert same_bits(weights(net), states["".join(layer.merged_adapters)]), place
+        assert torch.get_num_threads() == 2, place
         places += 1
     assert places > 20
 
