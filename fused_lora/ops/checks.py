@@ -18,7 +18,7 @@ _MOST = torch.finfo(torch.float32).max
 def check_lists(kind: type = Sized, **lists: Any) -> None:
     """Raise TypeError for what is not of this ``kind`` of list."""
     for name, value in lists.items():
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or isinstance(value, torch.Tensor):
             raise TypeError(f"{name}: expected a list with an entry for each adapter, got {value!r:.100}")
 
 
@@ -207,6 +207,13 @@ def warn_of_redraws() -> None:
 
 # as torch.compiler.assume_constant_result, which takes a second: it imports Dynamo
 setattr(warn_of_redraws, "_dynamo_marked_constant", True)  # noqa: B010 - unknown to pyright
+
+
+def is_dense(tensor: Any) -> bool:
+    """Whether this is a tensor whose memory, read by its strides, holds its numbers."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+        return False
+    return not (tensor.is_nested or tensor.is_meta or tensor.is_neg())
 
 
 def span_of(tensor: torch.Tensor) -> tuple[int, int]:

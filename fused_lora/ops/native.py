@@ -176,7 +176,7 @@ def products(
     # a matrix without elements has no address, which means there that it is not given
     if not usable() or (A is not None and not A.shape[0]):
         return None
-    return _run_products(seed, cut, x.contiguous(), A if A is None else A.contiguous(), dS, wanted)
+    return _run_products(seed, cut, x.contiguous(), A if A is None else A.resolve_neg().contiguous(), dS, wanted)
 
 
 def _run_products(seed, cut, x, A, dS, wanted) -> tuple[Any, Any, Any]:

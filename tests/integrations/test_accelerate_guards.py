@@ -393,9 +393,15 @@ def test_adapters_made_in_inference_mode_want_no_gradient_as_in_peft(watched, re
     assert sum(report()["fallback"].values()) == 0
 
 
-@pytest.mark.parametrize("route", ["eager", pytest.param("kernels", marks=pytest.mark.kernel)])
-def test_tensors_with_the_negative_bit(route, request):
-    """The imaginary part of a lazy conjugate: its memory holds the numbers with the other sign."""
+@pytest.mark.parametrize(
+    "route, turned",
+    [
+        *(("eager", turned) for turned in ("x and g", "A", "B", "W")),
+        pytest.param("kernels", "x and g", marks=pytest.mark.kernel),
+    ],
+)
+def test_tensors_with_the_negative_bit(route, turned, request):
+    """Their memory holds the numbers with the other sign, as that of the imaginary part of a lazy conjugate does."""
     device = torch.device("cpu")
     if route == "kernels":
         request.getfixturevalue("kernels_on")
@@ -403,10 +409,12 @@ def test_tensors_with_the_negative_bit(route, request):
     x, g = torch.randn(40, K, device=device), torch.randn(40, N, device=device)
     W, A, B = (torch.randn(s, device=device) for s in ((N, K), (4, K), (N, 4)))
     seeds, found = torch.tensor([3], device=device), []
-    for turn in (lambda t: t, lambda t: torch.complex(torch.zeros_like(t), -t).conj().imag):
-        data, A_, B_ = (t.detach().requires_grad_() for t in (turn(x), A, B))
-        y = lora_linear(data, W, None, [A_], [B_], [1.5], [0.4], seeds)
-        found.append([y.detach(), *torch.autograd.grad(y, [data, A_, B_], turn(g))])
+    for turn in (lambda t: t, lambda t: torch._neg_view(-t)):
+        given = {"x": x, "g": g, "A": A, "B": B, "W": W}
+        given |= {name: turn(given[name]) for name in turned.split(" and ")}
+        data, A_, B_ = (given[name].detach().requires_grad_() for name in "xAB")
+        y = lora_linear(data, given["W"], None, [A_], [B_], [1.5], [0.4], seeds)
+        found.append([y.detach(), *torch.autograd.grad(y, [data, A_, B_], given["g"])])
     assert turn(x).is_neg() and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

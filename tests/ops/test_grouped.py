@@ -248,6 +248,59 @@ def test_matrices_may_lie_in_any_way(way):
     assert_close(same, exact(x[:1].expand(9, K), y, rows, groups).float(), K + 5)
 
 
+@pytest.mark.parametrize("turned", ["x", "y", "A", "B"])
+def test_a_negative_view_is_read_and_written_as_its_numbers(turned, way):
+    """Its memory holds them with the other sign."""
+    A_t, B_t, scale = term(*adapter(33, 17, 3))
+    given, rows = {"x": torch.randn(4, 33), "y": torch.randn(4, 17), "A": A_t, "B": B_t}, [0, -1, 0, 0]
+
+    def found(x, y, A, B):
+        return lora_grouped_(y, x, RowLayout(np.array(rows), CPU), Terms({0: [(A, B, scale)]}))
+
+    expected = found(**{**given, "y": given["y"].clone()})
+    given[turned] = torch._neg_view(-given[turned])
+    assert_close(found(**given), expected, 36)  # another way may take it
+
+
+def test_what_torch_would_take_is_refused_too():
+    """Without numbers, of overlapping memory, or with a gradient that would be lost."""
+    A_t, B_t, scale = term(*adapter(8, 4, 2))
+    x, y, layout, terms = (
+        torch.randn(2, 8),
+        torch.randn(2, 4),
+        RowLayout(np.array([0, 0]), CPU),
+        Terms({0: [(A_t, B_t, scale)]}),
+    )
+    before = y.clone()
+    for name, call in {
+        "y, x, layout, terms: expected": (None, x, layout, terms),
+        "y, x, layout, terms: .*, got Tensor, Tensor, list, Terms": (y, x, [0, 0], terms),
+        "x, y: expected one device": (y, x.to("meta"), layout, terms),
+        "x, y: expected two dimensions.*": (y, x.to_sparse(), layout, terms),
+        "y: expected memory of its own": (y[:1].expand(2, 4), x, layout, terms),
+        "terms, layout: expected them on cpu": (
+            y.double(),
+            x,
+            RowLayout(np.array([0, 0]), torch.device("meta")),
+            terms,
+        ),
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=f"^{name}"):
+            lora_grouped_(*call)
+    with pytest.raises(RuntimeError, match="terms: .*no gradient"):
+        lora_grouped_(y, x, layout, Terms({0: [(A_t.clone().requires_grad_(), B_t, scale)]}))
+    assert torch.equal(y, before)
+    for wrong in (None, [0, 0]):
+        with pytest.raises(TypeError, match="group_of_row: expected"):
+            RowLayout(wrong, CPU)
+    for bad in ((A_t, B_t.to("meta")), (A_t.to_sparse(), B_t), (A_t, None), (A_t.tolist(), B_t)):
+        with pytest.raises((ValueError, TypeError), match="outputs: expected"):
+            Terms({0: [(*bad, scale)]})
+    for wrong in (None, "x", 10**400, 1e39, float("nan")):
+        with pytest.raises((ValueError, TypeError), match="scaling: expected"):
+            Terms({0: [(A_t, B_t, wrong)]})
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace`:DeprecationWarning")
 def test_c_reads_and_writes_no_memory_that_is_not_there(monkeypatch):
     """As that of another default device, of what Dynamo traces, and of subclasses."""

@@ -425,7 +425,8 @@ def test_bad_dtypes_name_the_argument():
             lora_linear(*bad, b, A, B, s, p, seeds)
     with pytest.raises(TypeError, match="adapter 0"):
         lora_linear(x, W, b, [A[0].int(), A[1]], B, s, p, seeds)
-    lists = ((A, B, 2.0), "scaling"), ((A, None, s), "lora_B"), ((None, B, s), "lora_A"), ((A, B, s, 0.1), "dropout")
+    lists = [((A, B, 2.0), "scaling"), ((A, None, s), "lora_B"), ((None, B, s), "lora_A"), ((A, B, s, 0.1), "dropout")]
+    lists += [((A[0], B[:1], s[:1]), "lora_A"), ((A[:1], B[0][None], s[:1]), "lora_B")]  # a matrix has a length, too
     for bad, name in lists:
         with pytest.raises(TypeError, match=f"^{name}: expected a list with an entry for each adapter, got"):
             lora_linear(x, W, b, *bad)

@@ -398,14 +398,22 @@ def test_arguments_are_checked():
         "lora_A": (W, None, [B], [1.0]),
         "lora_B": (W, [A], [[1.0]], [1.0]),
         "scaling": (W, [A], [B], ["1"]),
+        "row_scale": (W, [A], [B], [1.0], 1.0),
+        "lora_A\\[0\\]": (W, [A.to_sparse()], [B], [1.0]),
+        "lora_B\\[0\\]": (W, [A], [B.to("meta")], [1.0]),
     }.items():
         with pytest.raises(TypeError, match=f"{name}: expected"):
             merging.merge_(*arguments)
     assert torch.equal(W, before)
     record = merging.merge_(W, [A], [B], [1.0])
-    for wrong in (W[:4], W.to(torch.bfloat16)):
-        with pytest.raises(RuntimeError, match="weight"):
+    for wrong in (W[:4], W.to(torch.bfloat16), W.to_sparse_csr(), torch._neg_view(W)):
+        with pytest.raises(RuntimeError, match="weight: expected"):
             merging.unmerge_(wrong, record)
+    for wrong in (W.to_sparse_csr(), torch._neg_view(W)):
+        with pytest.raises(RuntimeError, match="weight: expected"):
+            merging.merge_(wrong, [A], [B], [1.0])
+    with pytest.raises(TypeError, match="weight: expected a tensor"):
+        merging.unmerge_(None, record)
 
 
 def layer_with(dtype=torch.float32, bias=True, lora_bias=False):

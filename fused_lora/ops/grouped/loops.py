@@ -22,9 +22,10 @@ def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> bool:
     if torch._C._is_tracing():  # as torch.jit.trace, which sees no loop
         return False
     for t in (y, x):
-        if type(t) not in PLAIN or t.dtype not in native.TYPES or not t.is_cpu:
+        if type(t) not in PLAIN or t.dtype not in native.TYPES or not t.is_cpu or t.is_neg():
             return False
-    if terms.table is None or not ((y.stride(1) == 1 or y.shape[1] < 2) and native.usable() and _agree()):
+    rows_lie = (y.stride(1) == 1 or y.shape[1] < 2) and y.stride(0) > 0
+    if terms.table is None or not (rows_lie and native.usable() and _agree()):
         return False
     _run(y, x, layout, terms)
     torch.autograd.graph.increment_version(y)  # a backward that has kept y raises

@@ -32,12 +32,17 @@ def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> Tens
 
     Raises:
         ValueError: x or y is no matrix of floating numbers; x, y and the layout differ in their rows, or x or y and the
-            factors in their columns.
-        RuntimeError: x or y would take a gradient.
+            factors in their columns, or all of them in their device; y is an expanded tensor.
+        TypeError: not two tensors, a RowLayout and Terms. RuntimeError: x, y or a factor would take a gradient.
     """
     if torch.compiler.is_dynamo_compiling():
         return _untraced(y, x, layout, terms)
-    if x.dim() != 2 or y.dim() != 2 or x.dtype not in FLOAT_DTYPES or y.dtype not in FLOAT_DTYPES:
+    kinds = (y, Tensor), (x, Tensor), (layout, RowLayout), (terms, Terms)
+    if not all(isinstance(found, kind) for found, kind in kinds):
+        got = ", ".join(type(found).__name__ for found, _ in kinds)
+        raise TypeError(f"y, x, layout, terms: expected two tensors, a RowLayout and Terms, got {got}")
+    floats = x.dtype in FLOAT_DTYPES and y.dtype in FLOAT_DTYPES and x.layout is y.layout is torch.strided
+    if x.dim() != 2 or y.dim() != 2 or not floats:
         found = f"{tuple(x.shape)} in {x.dtype} and {tuple(y.shape)} in {y.dtype}"
         raise ValueError(f"x, y: expected two dimensions of floating numbers, got {found}")
     (rows, K), (y_rows, N) = x.shape, y.shape
@@ -47,12 +52,23 @@ def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> Tens
         return y
     if K != terms.K or N < terms.N:
         raise ValueError(f"x, y: expected {terms.K} and {terms.N} columns as the factors have, got {K} and {N}")
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        raise RuntimeError("x, y: lora_grouped_ has no gradient: call it under torch.no_grad()")
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or terms.requires_grad):
+        raise RuntimeError("x, y, terms: lora_grouped_ has no gradient: call it under torch.no_grad()")
     if not loops.add_terms_(y, x, layout, terms):
+        _check_for_torch(y, x, layout, terms)
         with torch.autocast(x.device.type, enabled=False):  # the sum is taken in fp32 all the same
             tiles.add_terms_(y, x, layout, terms)
     return y
+
+
+def _check_for_torch(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> None:
+    """What C reads has passed this."""
+    if x.device != y.device:
+        raise ValueError(f"x, y: expected one device, got {x.device} and {y.device}")
+    if terms.device != x.device or layout.device.type != x.device.type:  # a layout's may have no number
+        raise ValueError(f"terms, layout: expected them on {x.device}, got {terms.device} and {layout.device}")
+    if any(stride == 0 and size > 1 for stride, size in zip(y.stride(), y.shape, strict=True)):
+        raise ValueError("y: expected memory of its own for every number, got an expanded tensor")
 
 
 @_disable_dynamo

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops import native
+from fused_lora.ops.checks import as_scaling
 from fused_lora.ops.linear.op import PLAIN
 
 _BLOCK = 32  # rows that a thread of C takes at a time: their inputs stay in its cache
@@ -34,16 +35,18 @@ class RowLayout:
         device: where the rows are.
 
     Attributes:
-        rows: how many there are. groups: numbers of the groups that have rows, ascending.
+        device: as given. rows: how many there are. groups: numbers of the groups that have rows, ascending.
 
     Raises:
-        ValueError: group_of_row is not one-dimensional.
+        ValueError: group_of_row is not one-dimensional. TypeError: it is no array.
     """
 
     def __init__(self, group_of_row: np.ndarray, device: torch.device):
+        if not isinstance(group_of_row, np.ndarray):
+            raise TypeError(f"group_of_row: expected an array of integers, got {group_of_row!r:.100}")
         if group_of_row.ndim != 1:
             raise ValueError(f"group_of_row: expected one dimension, got shape {group_of_row.shape}")
-        self.rows, self._device = len(group_of_row), device
+        self.rows, self.device = len(group_of_row), torch.device(device)
         order = np.argsort(group_of_row, kind="stable")
         self.order = order[np.searchsorted(group_of_row[order], 0) :]
         present, counts = np.unique(group_of_row[self.order], return_counts=True)
@@ -60,7 +63,7 @@ class RowLayout:
         return self._numbers.get(group)
 
     def _there(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(rows).to(self._device)
+        return torch.from_numpy(rows).to(self.device)
 
     @functools.cached_property
     def pieces(self) -> dict[int, list[tuple[Any, Tensor]]]:
@@ -99,18 +102,27 @@ class Terms:
         columns: N of each output; needed if there are several.
 
     Attributes:
-        dtype, K: of the factors; None and 0 if there are none. N: columns of all outputs.
+        dtype, device, K: of the factors; None and 0 if there are none. N: columns of all outputs. requires_grad:
+            whether a factor does.
 
     Raises:
-        ValueError: the factors are no matrices of one floating dtype that fit each other; not one of ``columns`` for
-            each output.
+        ValueError: the factors are no matrices of one floating dtype on one device that fit each other; float32 cannot
+            hold a scale; not one of ``columns`` for each output. TypeError: no tensors, a scale is no number.
     """
 
     def __init__(self, *outputs: Mapping[int, Sequence[Factors]], columns: Sequence[int] = ()):
         if len(columns or outputs[:1]) != len(outputs):
             raise ValueError(f"columns: expected one for each of {len(outputs)} outputs, got {columns!r:.100}")
         self.outputs = tuple({g: factors[g] for g in sorted(factors) if factors[g]} for factors in outputs)
-        first = next((factors[0] for output in self.outputs for factors in output.values()), None)
+        every = [member for output in self.outputs for members in output.values() for member in members]
+        for A_t, B_t, scale in every:
+            if not (isinstance(A_t, Tensor) and isinstance(B_t, Tensor)):
+                got = f"{type(A_t).__name__} and {type(B_t).__name__}"
+                raise TypeError(f"outputs: expected tensors A^T and B^T of each adapter, got {got}")
+            as_scaling(scale)
+        first = every[0] if every else None
+        self.device: Any = None if first is None else first[0].device
+        self.requires_grad = any(A_t.requires_grad or B_t.requires_grad for A_t, B_t, _ in every)
         K, N = ((), ()) if first is None else (first[0].shape[:1], first[1].shape[1:2])
         self.dtype: Any = None if first is None else first[0].dtype
         self.K, self.columns = sum(K), tuple(columns) or (sum(N),)
@@ -119,8 +131,11 @@ class Terms:
             for A_t, B_t, _ in itertools.chain(*output.values()):
                 r, dtype, floating = A_t.shape[-1:], A_t.dtype, A_t.is_floating_point()
                 fits = A_t.shape == (self.K, *r) and B_t.shape == (*r, N) and floating
-                if not fits or not dtype == B_t.dtype == self.dtype:
+                here = A_t.device == B_t.device == self.device and A_t.layout is B_t.layout is torch.strided
+                if not (fits and here) or not dtype == B_t.dtype == self.dtype:
                     found = f"{tuple(A_t.shape)} in {dtype} and {tuple(B_t.shape)} in {B_t.dtype}"
+                    if not here:
+                        found = f"{A_t.layout} on {A_t.device} and {B_t.layout} on {B_t.device}"
                     shape = f"A^T ({self.K}, r) and B^T (r, {N}) in {self.dtype if floating else 'a floating dtype'}"
                     raise ValueError(f"outputs: expected {shape} of each adapter, got {found}")
 
@@ -137,7 +152,7 @@ class Terms:
 def _member(A_t: Tensor, B_t: Tensor, scale: float) -> tuple | None:
     """What C knows of an adapter; None where the rows of A or B^T are not contiguous, or no memory."""
     (K, r), (a_column, a_row), (b_row, b_column) = A_t.shape, A_t.stride(), B_t.stride()
-    plain = type(A_t) in PLAIN and type(B_t) in PLAIN and A_t.is_cpu and B_t.is_cpu
+    plain = type(A_t) in PLAIN and type(B_t) in PLAIN and A_t.is_cpu and not (A_t.is_neg() or B_t.is_neg())
     if not (plain and (a_column == 1 or K < 2) and (b_column == 1 or B_t.shape[1] < 2)):
         return None
     return A_t.data_ptr(), B_t.data_ptr(), a_row, b_row, r, scale

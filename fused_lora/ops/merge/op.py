@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fused_lora.ops import native
-from fused_lora.ops.checks import FLOAT_DTYPES, as_float, check_lists
+from fused_lora.ops.checks import FLOAT_DTYPES, as_float, check_lists, is_dense
 from fused_lora.ops.merge import blocks, launch
 from fused_lora.ops.merge.blocks import Dither, Factors, Scales
 from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
@@ -252,6 +252,7 @@ def _merged(weight: torch.Tensor, record: MergeRecord) -> torch.Tensor:
     """The weight as it is stored; RuntimeError where it cannot be the one of the record, TypeError without one."""
     if not isinstance(record, MergeRecord):
         raise TypeError(f"record: expected the MergeRecord that merge_ returned, got {record!r:.100}")
+    _check_tensor(weight)
     W, factors = weight.detach(), record.factors
     W = W.t() if record.transposed else W
     place = ((len(factors.left), factors.right.shape[1]), record.dtype, factors.left.device)
@@ -306,9 +307,15 @@ def delta_factors(
     return factors.t() if fan_in_fan_out else factors
 
 
-def _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> None:
+def _check_tensor(weight: Any) -> None:
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight: expected a tensor, got {weight!r:.100}")
+    if not (weight.is_meta or is_dense(weight)):
+        raise RuntimeError("weight: expected numbers in memory, got a sparse or nested tensor, or a lazily negated one")
+
+
+def _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> None:
+    _check_tensor(weight)
     kinds = (torch.Tensor,), (torch.Tensor,), (numbers.Real, torch.Tensor)
     for name, parts, kind in zip(("lora_A", "lora_B", "scaling"), (lora_A, lora_B, scaling), kinds, strict=True):
         check_lists(Sequence, **{name: parts})
@@ -334,11 +341,19 @@ def _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> 
             f"lora_A, lora_B, scaling: expected as many of each and at least one, "
             f"got {len(lora_A)}, {len(lora_B)} and {len(scaling)}"
         )
+    floats = isinstance(row_scale, torch.Tensor) and is_dense(row_scale) and row_scale.dtype in FLOAT_DTYPES
+    if row_scale is not None and not floats:
+        raise TypeError(f"row_scale: expected a dense floating tensor or None, got {row_scale!r:.100}")
     if row_scale is not None and (row_scale.shape != (rows,) or not torch.isfinite(row_scale).all()):
         raise ValueError(
             f"row_scale: expected {rows} finite numbers, got {tuple(row_scale.shape)}, some perhaps not finite"
         )
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        for name, part in (("lora_A", A), ("lora_B", B)):
+            if part.layout is not torch.strided or part.is_nested or part.is_meta:
+                raise TypeError(
+                    f"{name}[{i}]: expected a dense tensor, got a sparse or nested one, or one without numbers"
+                )
         if not (A.is_floating_point() and B.is_floating_point()):
             raise TypeError(f"adapter {i}: expected floating lora_A and lora_B, got {A.dtype} and {B.dtype}")
         if A.dim() != 2 or A.shape[1] != columns or B.dim() != 2 or tuple(B.shape) != (rows, A.shape[0]):
