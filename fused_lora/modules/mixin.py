@@ -95,7 +95,7 @@ class FusedLoraBehaviour(_Layer):
         rows = self._changed_rows(x, names)
         if rows:
             return activated.activated_forward(self, x, names, rows)[0]
-        if self._why_not_plain(names) or why_transformed():
+        if self._why_not_plain(names) or why_transformed() or _is_odd(x):
             return variants.composed_forward(self, base(x), x, names)
         kind = base_of(base)
         fused = kind.why_not_fused(base) is None
@@ -549,6 +549,13 @@ class FusedLoraBehaviour(_Layer):
         for name in names:
             found += A[name], B[name], dropout[name]
         return found
+
+
+def _is_odd(x: Any) -> bool:
+    """Whether only PEFT's calls may take an input: a sparse one, or one that no backward can keep."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return False
+    return x.layout is not torch.strided or (torch.is_grad_enabled() and x.is_inference())
 
 
 def _bias_changed(bias: Tensor | None, state: _Merge) -> bool:

@@ -981,6 +981,31 @@ def test_an_input_that_is_no_tensor_is_named(x):
         LoraLinear(linear())(x)
 
 
+@pytest.mark.parametrize("kind", [{}, {"lora_dropout": 0.3}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("odd", ["sparse", "inference"])
+def test_inputs_that_only_peft_s_own_calls_take(odd, dtype, kind):
+    ours, theirs = twin_layers(linear(dtype).eval(), r=4, **kind)
+    with torch.inference_mode(odd == "inference"):
+        x = torch.randn(5, K).to(dtype)
+    x = x.to_sparse() if odd == "sparse" else x
+    outcomes = []
+    for layer in (ours, theirs):
+        try:
+            y = layer(x)
+            outcomes.append(
+                [y, *torch.autograd.grad(y.square().sum(), [p for p in layer.parameters() if p.requires_grad])]
+            )
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    assert type(outcomes[0]) is type(outcomes[1])
+    if isinstance(outcomes[0], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        for mine, other in zip(*outcomes, strict=True):
+            assert_close(mine, other, terms=100)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_shapes_without_numbers(training):
     """A meta model says what comes out and what gets gradients; there is nothing to merge into."""
