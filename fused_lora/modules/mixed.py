@@ -37,12 +37,12 @@ def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> d
 
     Raises ValueError unless the length of x is a multiple of the number of names.
     """
-    if not adapter_names or len(x) % len(adapter_names):
+    if len(x) % len(adapter_names) if adapter_names else len(x):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
             f"got {len(adapter_names)} and {len(x)} respectively."
         )
-    each = rows // len(adapter_names)
+    each = rows // max(1, len(adapter_names))
     found: dict[Any, list[int]] = {}
     for i, name in enumerate(adapter_names):
         found.setdefault(name, []).extend(range(i * each, (i + 1) * each))

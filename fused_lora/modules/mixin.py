@@ -27,7 +27,7 @@ from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
 from fused_lora.ops.checks import as_float, as_scaling, is_known
-from fused_lora.ops.linear.op import Memory, may_learn, recalled
+from fused_lora.ops.linear.op import Memory, _rows, may_learn, recalled
 from fused_lora.ops.term.op import known_term, lora_term
 from fused_lora.ops.term.rows import lora_term_on_rows
 
@@ -272,7 +272,7 @@ class FusedLoraBehaviour(_Layer):
         scaling = [self._scaling(name) for name in names]
         changed = self._changed_rows(x, names)
         result = self.base_layer(x)
-        flat_x, flat = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
+        flat_x, flat = _rows(x), _rows(result)
         plain = self._plain_factors(flat, flat_x, names)
         for i, name in enumerate(names):
             rows = rows_of[name]

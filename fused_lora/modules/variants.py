@@ -22,7 +22,7 @@ from fused_lora.bases.base import Factors
 from fused_lora.bases.foreign import why_not_added
 from fused_lora.ops.checks import as_float
 from fused_lora.ops.dora.op import dropped, scale_columns
-from fused_lora.ops.linear.op import draw_seeds
+from fused_lora.ops.linear.op import _rows, draw_seeds
 from fused_lora.ops.term.op import lora_term
 
 _NONE: Mapping[str, Tensor] = MappingProxyType({})
@@ -138,8 +138,8 @@ def composed_forward(
         if getattr(layer, "cast_input_dtype_enabled", True):  # PEFT's switch
             x = x.to(A.weight.dtype)
         if name in rows:
-            here, flat = rows[name], result.reshape(-1, result.shape[-1])
-            term = B(A(drop(x.reshape(-1, x.shape[-1])[here]))) * s
+            here, flat = rows[name], _rows(result)
+            term = B(A(drop(_rows(x)[here]))) * s
             result = flat.index_copy(0, here, (flat[here] + term).to(flat.dtype)).reshape(result.shape)
             continue
         kept = drop(x)

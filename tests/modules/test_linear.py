@@ -981,6 +981,25 @@ def test_an_input_that_is_no_tensor_is_named(x):
         LoraLinear(linear())(x)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("rows", [4, 0])
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (K, N)], ids=str)
+def test_mixed_batches_without_numbers(shape, rows):
+    ours, theirs = twin_layers(nn.Linear(*shape).eval(), r=4)
+    x, names = torch.randn(rows, 3, shape[0]), ["default", "__base__"] * (rows // 2)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert_close(ours(x, adapter_names=names), theirs(x, adapter_names=names), terms=64)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)], ids=str)
+def test_dora_in_training_without_numbers(shape):
+    ours, theirs = twin_layers(nn.Linear(*shape).train(), r=4, use_dora=True, lora_dropout=0.5)
+    found = [layer(torch.randn(4, shape[0])) for layer in (ours, theirs)]
+    assert found[0].shape == found[1].shape and torch.equal(*[y.isnan() for y in found])
+
+
 @pytest.mark.parametrize("kind", [{}, {"lora_dropout": 0.3}, {"use_dora": True}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("odd", ["sparse", "inference"])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_lora.ops import guard
 from fused_lora.ops.linear import eager
-from fused_lora.ops.linear.op import is_batched, is_direct
+from fused_lora.ops.linear.op import _rows, is_batched, is_direct
 from fused_lora.ops.masks import times_mask
 from fused_lora.reference import keep_scale
 
@@ -148,7 +148,7 @@ def _draw(x: Tensor, seed: Tensor, p: float) -> Tensor:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     if x.is_neg():  # a kernel would not see the sign
         x = x.resolve_neg()
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     if not x.is_cpu or guard.usable(x.device):
         return times_mask(seed, p, True, rows)[0].reshape(x.shape)
     wide: Any = rows.to(torch.promote_types(x.dtype, torch.float32))
@@ -167,7 +167,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, blocks, N, transposed):
         ctx.weight = blocks, N, transposed
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         out = None
         with torch.autocast(x.device.type, enabled=False):
             for start, stop, block in blocks():
