@@ -189,7 +189,7 @@ class Base:
     def _rows(self, module: nn.Module, fan_in_fan_out: bool) -> Tensor:
         """The weight as [N, K]: where an export or torch.func has put another tensor in its place, that one."""
         # read so that DeepSpeed ZeRO-3 sees it, and gathers the weight for the time of the layer's call
-        weight: Any = module._parameters["weight"]
+        weight: Any = module._parameters["weight"] if "weight" in module._parameters else module.weight
         weight = weight.detach() if weight.requires_grad else weight  # itself, whose memory ZeRO-3 takes away between
         return weight.t() if fan_in_fan_out else weight
 

@@ -106,18 +106,32 @@ def _base_product(layer: Any, x: Tensor) -> Tensor:
     return base_of(base).product(base, x, layer.fan_in_fan_out)
 
 
-def column_scale(layer: Any, name: str) -> Tensor:
-    """m / ||W + s B A|| of a DoRA adapter: [N], fp32 or wider, differentiable in m."""
+def column_scale(layer: Any, name: str, called: bool = False) -> Tensor:
+    """m / ||W + s B A|| of a DoRA adapter: [N], fp32 or wider, differentiable in m. called: as for the norms."""
     magnitude = layer._modules["lora_magnitude_vector"]._modules[name]._parameters["weight"]
-    norms = layer._row_norms(name)
+    norms = row_norms(layer, name, called) if called else layer._row_norms(name)
     return magnitude.to(norms.dtype) / norms
 
 
-def row_norms(layer: Any, name: str) -> Tensor:
-    """||W + s B A|| of the base weight as it is now, which must hold no merge."""
-    base = layer._modules["base_layer"]
-    A, B, s, *_ = layer._adapters([name])
-    return base_of(base).row_norms(base, A[0], B[0], s[0], layer.fan_in_fan_out)
+def row_norms(layer: Any, name: str, called: bool = False) -> Tensor:
+    """||W + s B A|| of the base weight as it is now, which must hold no merge.
+
+    called: B A is what calls of lora_B and lora_A make of an identity, for others may change what they return.
+    """
+    base, A_layer, B_layer, s = (
+        layer._modules["base_layer"],
+        layer.lora_A[name],
+        layer.lora_B[name],
+        layer._scaling(name),
+    )
+    A, B = A_layer.weight, B_layer.weight
+    if called:
+        with torch.no_grad():
+            A = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+            B = B_layer(A_layer(A)).t()
+    if isinstance(s, Tensor):
+        B, s = B.to(torch.promote_types(B.dtype, torch.float32)) * s, 1.0
+    return base_of(base).row_norms(base, A, B, s, layer.fan_in_fan_out)
 
 
 def composed_forward(
@@ -145,7 +159,7 @@ def composed_forward(
         kept = drop(x)
         term = B(A(kept)) * s
         if name in held:
-            c = column_scale(layer, name)
+            c = column_scale(layer, name, called=layer._why_not_plain([name]) is not None)
             own = _base_product(layer, kept) if _drops(layer, name) else result if bias is None else result - bias
             term = (c - 1) * own + c * term
         result = result + term

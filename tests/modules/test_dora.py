@@ -6,6 +6,7 @@ import peft.helpers
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import fused_lora
 from fused_lora.bases import base_of
@@ -82,6 +83,41 @@ def test_dropout_by_the_kernels(device, kernels_on):
         plan.forget()
         for ours, eager in zip(found, run(), strict=True):
             assert_close(ours, eager, terms=1000)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+CHANGES = {
+    "parametrized": lambda part: parametrize.register_parametrization(part, "weight", Doubled()),
+    "weight norm": nn.utils.weight_norm,
+    "pruned": lambda part: prune.l1_unstructured(part, "weight", 0.4),
+    "hook": lambda part: part.register_forward_hook(lambda module, args, y: 3 * y),
+    "forward": lambda part: setattr(part, "forward", lambda x: 2 * nn.functional.linear(x, part.weight)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "base_layer"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_others_have_changed(change, part, training):
+    """The norm is of what a call of lora_A and lora_B makes, and of a weight that is computed."""
+    ours, theirs = twin_layers(nn.Linear(12, 9).train(training), r=3, use_dora=True)
+    x, found = torch.randn(5, 12), []
+    for layer in (ours, theirs):
+        CHANGES[change](getattr(layer, part) if part == "base_layer" else getattr(layer, part)["default"])
+        own = x.clone().requires_grad_()
+        y = layer(own)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [own, layer.lora_magnitude_vector["default"].weight])])
+        if part != "base_layer":
+            layer.merge()
+            found[-1].append(layer.base_layer.weight.clone())
+            layer.unmerge()
+    for mine, other in zip(*found, strict=True):
+        assert_close(mine, other, terms=100)
 
 
 def test_second_derivatives_and_compilation():
