@@ -85,6 +85,15 @@ def test_dropout_by_the_kernels(device, kernels_on):
             assert_close(ours, eager, terms=1000)
 
 
+@pytest.mark.parametrize("turned", range(3))
+def test_norms_of_lazily_negated_tensors(turned, device, kernels_on):
+    """A kernel would not see the sign."""
+    tensors = [torch.randn(size, device=device) for size in ((9, 12), (3, 12), (9, 3))]
+    expected = op.row_norms(*tensors, 0.5)
+    tensors[turned] = torch._neg_view(-tensors[turned])
+    assert torch.equal(op.row_norms(*tensors, 0.5), expected)
+
+
 class Doubled(nn.Module):
     def forward(self, weight):
         return 2 * weight

@@ -54,7 +54,7 @@ def _(weight, lora_A, lora_B, scaling):
 
 @torch.no_grad()
 def _find_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    tensors = weight, lora_A, lora_B
+    tensors = weight.resolve_neg(), lora_A.resolve_neg(), lora_B.resolve_neg()  # a kernel would not see the sign
     if not guard.usable(weight.device) or not guard.DTYPES.issuperset(t.dtype for t in tensors):
         return _eager_norms(*tensors, scaling)
     from fused_lora.kernels.row_norms import row_norms as kernel
