@@ -40,13 +40,18 @@
 enum { AREA = 4096, WIDTH = 128, DEPTH = 32, GROUP = 4, TILE = 32, STRIP = 8, LANES = 8, SPAN = 2048, AHEAD = 128 };
 /* elements and columns of a unit; ranks, rows and columns of a step of the delta */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
-enum { MERGE, UNMERGE, MERGE_AGAIN, CHECKSUM };            /* MERGE_AGAIN keeps nothing */
+enum { MERGE, UNMERGE, MERGE_AGAIN };                      /* MERGE_AGAIN keeps nothing */
 enum { DONE, LOST, FULL, CHANGED, TORN };                  /* results: what stopped a call */
 
 typedef uint32_t bits32 __attribute__((aligned(1), may_alias)); /* a weight may begin anywhere in memory */
 typedef uint16_t bits16 __attribute__((aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
+/* A function of which the compiler makes one for each type. */
+#define BY_TYPE(function, type, ...)                                                                                \
+    (type == FLOAT32    ? function(FLOAT32, __VA_ARGS__)                                                            \
+     : type == BFLOAT16 ? function(BFLOAT16, __VA_ARGS__)                                                           \
+                        : function(FLOAT16, __VA_ARGS__))
 
 typedef struct Work {
     int64_t rows, columns, row_stride, ranks; /* of W; its columns are contiguous */
@@ -359,10 +364,6 @@ INLINE int do_unit(int type, int scaled, int random, Work *work, int64_t index, 
     Unit result = {(char *)out, pitch * size, unit.row, unit.column, h, n, pitch};
     Pairs found = {pairs, -1};
 
-    if (!random && mode == CHECKSUM) {
-        work->checksums[index] = checksum(type, &unit);
-        return DONE;
-    }
     if (work->ranks <= DEPTH) pack_right(work, &unit, 0, work->ranks, right);
     memset(differs, 0, sizeof differs);
     for (int64_t first = 0; first < h; first += STRIP) {
@@ -413,14 +414,16 @@ typedef struct {
 
 typedef struct {
     int64_t columns, first;                   /* how many, and the first of them in y */
-    const int64_t *starts;                    /* [groups + 1]: where the members of each begin */
 } Output;
 
 typedef struct {
     const float *x;                           /* [rows, K], its rows x_stride apart */
-    int64_t x_stride, K, outputs, y_type, type; /* type: of A and B */
+    int64_t x_stride, K, y_type, type;        /* type: of A and B */
+    int64_t outputs, groups;
     const Output *table;                      /* [outputs] */
+    const int64_t *starts;                    /* [outputs * groups + 1]: where the members of each begin */
     const Member *members;
+    int64_t strips, spans;                    /* of STRIP ranks of a group's members and of SPAN columns, at most */
     int64_t blocks;
     const int64_t *block, *order;             /* [blocks, 3]: group, first place in order, rows; [places]: row of x and y */
     float *S;                                 /* [places, outputs, pitch]: of a group's members one beside the other */
@@ -537,8 +540,11 @@ INLINE void add_rounded(int type, void *y, const float *d, int64_t n) {
 }
 
 /* S of one block at one output, STRIP ranks of a member. Rows and ranks that fill up a group are the last ones again. */
-INLINE void shrink(int type, const Terms *terms, const int64_t *block, int64_t output, int64_t strip) {
-    const int64_t *starts = terms->table[output].starts + block[0], *row = terms->order + block[1], rows = block[2];
+INLINE void shrink(int type, const Terms *terms, int64_t index) {
+    int64_t strip = index % terms->strips, output = index / terms->strips % terms->outputs;
+    const int64_t *block = terms->block + index / terms->strips / terms->outputs * 3;
+    const int64_t *starts = terms->starts + output * terms->groups + block[0];
+    const int64_t *row = terms->order + block[1], rows = block[2];
     const Member *of = terms->members + starts[0], *end = terms->members + starts[1];
     int64_t K = terms->K, pitch = terms->outputs * terms->pitch;
     float *S = terms->S + (block[1] * terms->outputs + output) * terms->pitch, s[GROUP], t[GROUP];
@@ -574,9 +580,12 @@ INLINE void shrink(int type, const Terms *terms, const int64_t *block, int64_t o
 }
 
 /* y of one block at SPAN columns of one output. */
-INLINE void expand(int type, const Terms *terms, const int64_t *block, int64_t output, int64_t span) {
+INLINE void expand(int type, const Terms *terms, int64_t index) {
+    int64_t span = index % terms->spans, output = index / terms->spans % terms->outputs;
+    const int64_t *block = terms->block + index / terms->spans / terms->outputs * 3;
+    const int64_t *starts = terms->starts + output * terms->groups + block[0];
     const Output *table = terms->table + output;
-    const Member *start = terms->members + table->starts[block[0]], *end = terms->members + table->starts[block[0] + 1];
+    const Member *start = terms->members + starts[0], *end = terms->members + starts[1];
     int64_t first = span * SPAN, n = table->columns - first, rows = block[2];
     if (n > SPAN) n = SPAN;
     const float *S[GROUP];
@@ -597,9 +606,7 @@ INLINE void expand(int type, const Terms *terms, const int64_t *block, int64_t o
         for (int64_t i = 0; i < height && m + i < rows; i++) {
             char *y = terms->y + terms->order[block[1] + m + i] * terms->y_stride;
             y += bytes_of(terms->y_type, table->first + first);
-            if (terms->y_type == FLOAT32) add_rounded(FLOAT32, y, d[i], n);
-            else if (terms->y_type == BFLOAT16) add_rounded(BFLOAT16, y, d[i], n);
-            else add_rounded(FLOAT16, y, d[i], n);
+            BY_TYPE(add_rounded, terms->y_type, y, d[i], n);
         }
     }
 }
@@ -607,7 +614,7 @@ INLINE void expand(int type, const Terms *terms, const int64_t *block, int64_t o
 /* Products of LoRA in one pass over x [rows, columns], with D(x) = x * mask, without the factor 1 / (1 - p). */
 typedef struct {
     int64_t rows, columns, ranks, cut, threads, variant;
-    int64_t height;           /* rows of a part */
+    int64_t height, panels;   /* rows of a part; how many PANELs of columns there are */
     uint64_t seed;
     const float *x, *A;       /* A [ranks, columns] */
     const float *dS, *turned; /* dS [rows, ranks] and its transpose */
@@ -635,7 +642,8 @@ INLINE void multiply(const float *const *left, const float *right, int64_t depth
 }
 
 /* S, dx and dA of one part at PANEL columns. */
-INLINE void products(const Products *of, int64_t part, int64_t panel) {
+INLINE void products(const Products *of, int64_t index) {
+    int64_t part = index / of->panels, panel = index % of->panels;
     float kept[BLOCK][PANEL], right[DEPTH][PANEL], d[GROUP][PANEL], s[GROUP], t[GROUP];
     int64_t K = of->columns, first = panel * PANEL, n = K - first < PANEL ? K - first : PANEL, ranks = of->ranks;
     int64_t top = part * of->height, end = of->rows - top < of->height ? of->rows : top + of->height, packed = 0;
@@ -697,83 +705,70 @@ INLINE void products(const Products *of, int64_t part, int64_t panel) {
     KIND(name, random, 0, 1, options)                                                                               \
     KIND(name, scaled_random, 1, 1, options)                                                                        \
     static int unit_##name(Work *work, int64_t index, int mode) {                                                   \
-        int random = work->dithered && work->weight_type != FLOAT32 && mode != UNMERGE && mode != CHECKSUM;         \
+        int random = work->dithered && work->weight_type != FLOAT32 && mode != UNMERGE;         \
         if (work->row_scale) return (random ? scaled_random_##name : scaled_##name)(work, index, mode);             \
         return (random ? random_##name : plain_##name)(work, index, mode);                                          \
     }                                                                                                               \
-    options static void products_##name(const Products *of, int64_t part, int64_t panel) {                          \
-        products(of, part, panel);                                                                                  \
+    options static void products_##name(const void *of, int64_t index) { products(of, index); }                     \
+    options static void shrink_##name(const void *of, int64_t index) {                                              \
+        BY_TYPE(shrink, ((const Terms *)of)->type, of, index);                                                      \
     }                                                                                                               \
-    options static void shrink_##name(const Terms *terms, const int64_t *block, int64_t output, int64_t strip) {    \
-        if (terms->type == FLOAT32) shrink(FLOAT32, terms, block, output, strip);                                   \
-        else if (terms->type == BFLOAT16) shrink(BFLOAT16, terms, block, output, strip);                            \
-        else shrink(FLOAT16, terms, block, output, strip);                                                          \
+    options static void expand_##name(const void *of, int64_t index) {                                              \
+        BY_TYPE(expand, ((const Terms *)of)->type, of, index);                                                      \
     }                                                                                                               \
-    options static void expand_##name(const Terms *terms, const int64_t *block, int64_t output, int64_t span) {     \
-        if (terms->type == FLOAT32) expand(FLOAT32, terms, block, output, span);                                    \
-        else if (terms->type == BFLOAT16) expand(BFLOAT16, terms, block, output, span);                             \
-        else expand(FLOAT16, terms, block, output, span);                                                           \
-    }
+    static const Variant name = {unit_##name, products_##name, shrink_##name, expand_##name};
 
+typedef void Task(const void *of, int64_t index);
+typedef struct {
+    int (*unit)(Work *, int64_t, int);
+    Task *products, *shrink, *expand;
+} Variant;
+
+/* fused_lora_variant: the best variant here, or -1 where fmaf would be a slow call. fused_lora_amd: whether the maker of
+ * the processor is AMD. */
 #ifdef __x86_64__
 VARIANT(avx2, __attribute__((target("avx2,fma,bmi2"))))
 VARIANT(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512"))))
-static int (*const units[])(Work *, int64_t, int) = {0, unit_avx2, unit_avx512};
-static void (*const passes[])(const Products *, int64_t, int64_t) = {0, products_avx2, products_avx512};
-static void (*const shrinks[])(const Terms *, const int64_t *, int64_t, int64_t) = {0, shrink_avx2, shrink_avx512};
-static void (*const expands[])(const Terms *, const int64_t *, int64_t, int64_t) = {0, expand_avx2, expand_avx512};
-#else
-VARIANT(plain, )
-static int (*const units[])(Work *, int64_t, int) = {unit_plain};
-static void (*const passes[])(const Products *, int64_t, int64_t) = {products_plain};
-static void (*const shrinks[])(const Terms *, const int64_t *, int64_t, int64_t) = {shrink_plain};
-static void (*const expands[])(const Terms *, const int64_t *, int64_t, int64_t) = {expand_plain};
-#endif
+static const Variant *const variants[] = {0, &avx2, &avx512};
 
-/* The best variant here: 0 plain, not on x86-64; 1 AVX2, 2 AVX-512; -1 where fmaf would be a slow call. */
 int fused_lora_variant(void) {
-#ifdef __x86_64__
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return -1;
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 2 : 1;
-#elif defined(__FP_FAST_FMAF)
+}
+
+int fused_lora_amd(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") != 0;
+}
+#else
+VARIANT(plain, )
+static const Variant *const variants[] = {&plain};
+
+int fused_lora_variant(void) {
+#ifdef __FP_FAST_FMAF
     return 0;
 #else
     return -1;
 #endif
 }
 
-/* Whether the maker of the processor is AMD. */
-int fused_lora_amd(void) {
-#ifdef __x86_64__
-    __builtin_cpu_init();
-    return __builtin_cpu_is("amd") != 0;
-#else
-    return 0;
+int fused_lora_amd(void) { return 0; }
 #endif
-}
 
 /* Of the layouts that Python must have, too: an older library beside newer code would read wrong addresses. */
 int fused_lora_layout(void) { return (int)(sizeof(Work) << 20 | sizeof(Products) << 10 | sizeof(Terms)); }
-
-int fused_lora_openmp(void) {
-#ifdef _OPENMP
-    return 1;
-#else
-    return 0;
-#endif
-}
 
 /* One unit. In a switch it has an old merge before it is merged, and again once that is taken back. */
 static int step(Work *work, int64_t index, int variant, int mode) {
     Work *old = work->old;
     int found = DONE;
-    if (old && mode == MERGE && old->merged[index]) found = units[variant](old, index, UNMERGE);
-    if (found == DONE && (mode == CHECKSUM || work->merged[index] == (mode == UNMERGE)))
-        found = units[variant](work, index, mode);
+    if (old && mode == MERGE && old->merged[index]) found = variants[variant]->unit(old, index, UNMERGE);
+    if (found == DONE && work->merged[index] == (mode == UNMERGE))
+        found = variants[variant]->unit(work, index, mode);
     if (found == DONE && old && mode == UNMERGE && !old->merged[index])
-        found = units[variant](old, index, MERGE_AGAIN);
+        found = variants[variant]->unit(old, index, MERGE_AGAIN);
     return found;
 }
 
@@ -790,14 +785,12 @@ static int sweep(Work *const *works, int64_t n, int threads, int variant, int mo
             int64_t count = (work->rows + work->height - 1) / work->height * panels;
 #pragma omp for schedule(dynamic, 8) nowait
             for (int64_t index = 0; index < count; index++) {
-                int before, found = DONE;
+                int found;
 #pragma omp atomic read
-                before = result;
-                if (before == DONE) found = step(work, index, variant, mode);
-                if (found != DONE) {
+                found = result;
+                if (found != DONE || (found = step(work, index, variant, mode)) == DONE) continue;
 #pragma omp atomic write
-                    result = found;
-                }
+                result = found;
             }
         }
         fesetenv(&environment);
@@ -808,45 +801,29 @@ static int sweep(Work *const *works, int64_t n, int threads, int variant, int mo
 /* All of n weights or nothing; see the enumerations at the top. TORN: one was changed meanwhile and is partly merged. */
 int fused_lora_run(Work *const *works, int64_t n, int threads, int variant, int mode) {
     int result = sweep(works, n, threads, variant, mode);
-    if (result == DONE || mode == MERGE_AGAIN || mode == CHECKSUM) return result;
+    if (result == DONE || mode == MERGE_AGAIN) return result;
     return sweep(works, n, threads, variant, mode == MERGE ? UNMERGE : MERGE_AGAIN) == DONE ? result : TORN;
 }
 
-void fused_lora_products(const Products *of) {
-    int64_t panels = (of->columns + PANEL - 1) / PANEL, parts = (of->rows + of->height - 1) / of->height;
-#pragma omp parallel num_threads((int)of->threads)
+static void run_tasks(Task *task, const void *of, int64_t n, int64_t threads) {
+#pragma omp parallel num_threads((int)threads)
     {
         fenv_t environment;
         fegetenv(&environment);
         fesetenv(FE_DFL_ENV);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < parts * panels; i++) passes[of->variant](of, i / panels, i % panels);
+        for (int64_t i = 0; i < n; i++) task(of, i);
         fesetenv(&environment);
     }
 }
 
+void fused_lora_products(const Products *of) {
+    int64_t parts = (of->rows + of->height - 1) / of->height;
+    run_tasks(variants[of->variant]->products, of, parts * of->panels, of->threads);
+}
+
 /* y += scale * B A x of all rows that `order` names, at all outputs: first S of all blocks, then y. */
-void fused_lora_terms(const Terms *terms) {
-    int64_t outputs = terms->outputs, strips = 0, spans = 0;
-    for (int64_t i = 0; i < terms->blocks * outputs; i++) {
-        const Output *of = terms->table + i % outputs;
-        int64_t group = terms->block[i / outputs * 3], own = 0, wide = (of->columns + SPAN - 1) / SPAN;
-        for (int64_t m = of->starts[group]; m < of->starts[group + 1]; m++)
-            own += (terms->members[m].ranks + STRIP - 1) / STRIP;
-        if (own > strips) strips = own;
-        if (wide > spans) spans = wide;
-    }
-#pragma omp parallel num_threads((int)terms->threads)
-    {
-        fenv_t environment;
-        fegetenv(&environment);
-        fesetenv(FE_DFL_ENV);
-#pragma omp for schedule(dynamic, 2)
-        for (int64_t i = 0; i < terms->blocks * outputs * strips; i++)
-            shrinks[terms->variant](terms, terms->block + i / strips / outputs * 3, i / strips % outputs, i % strips);
-#pragma omp for schedule(dynamic, 2)
-        for (int64_t i = 0; i < terms->blocks * outputs * spans; i++)
-            expands[terms->variant](terms, terms->block + i / spans / outputs * 3, i / spans % outputs, i % spans);
-        fesetenv(&environment);
-    }
+void fused_lora_terms(const Terms *of) {
+    run_tasks(variants[of->variant]->shrink, of, of->blocks * of->outputs * of->strips, of->threads);
+    run_tasks(variants[of->variant]->expand, of, of->blocks * of->outputs * of->spans, of->threads);
 }

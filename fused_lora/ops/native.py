@@ -25,7 +25,7 @@ from fused_lora.reference import dropout_lanes
 T = TypeVar("T")
 LIBRARY = Path(__file__).with_name("_cpu_loops.so")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-MERGE, UNMERGE, MERGE_AGAIN, CHECKSUM = range(4)  # what Work is run for
+MERGE, UNMERGE, MERGE_AGAIN = range(3)  # what Work is run for
 DONE, LOST, FULL, CHANGED, TORN = range(5)  # and how that ends
 _VARIANTS = "plain C", "C for AVX2", "C for AVX-512"
 _SHARE = 1 << 14  # elements for which one more thread is worth its start
@@ -46,10 +46,11 @@ class Work(ctypes.Structure):
     ]
 
 
-# ``Products`` in C: rows columns ranks cut threads variant height seed x A dS turned S dx dA
-_products = struct.Struct("15q")
-# ``Terms`` in C: x x_stride K outputs y_type type table members blocks block order S pitch threads variant y y_stride
-_terms = struct.Struct("17q")
+# ``Products`` in C: rows columns ranks cut threads variant height panels seed x A dS turned S dx dA
+_products = struct.Struct("16q")
+# ``Terms`` in C: x x_stride K y_type type outputs groups table starts members strips spans blocks block order S pitch
+# threads variant y y_stride
+_terms = struct.Struct("21q")
 
 
 @functools.cache
@@ -67,7 +68,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{LIBRARY.name} is of another version: build it again"
     if variant < 0:
         return None, "this processor has no fused multiply-add"
-    return library, _VARIANTS[variant] + (" with OpenMP" if library.fused_lora_openmp() else ", one thread")
+    openmp = hasattr(library, "omp_get_max_threads")  # of what it is linked with
+    return library, _VARIANTS[variant] + (" with OpenMP" if openmp else ", one thread")
 
 
 @functools.cache
@@ -190,7 +192,7 @@ def _run_products(seed, cut, x, A, dS, wanted) -> tuple[Any, Any, Any]:
     dx = torch.empty_like(x) if need_x else None
     dA = x.new_empty((-(-M // height), r, K)) if need_A else None
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (x, A, dS, turned, S, dx, dA)]
-    sizes = M, K, r, cut, threads(M * K), variant(), height, seed
+    sizes = M, K, r, cut, threads(M * K), variant(), height, panels, seed
     _loaded()[0].fused_lora_products(_products.pack(*sizes, *addresses))
     return _sum(S), dx, _sum(dA)
 

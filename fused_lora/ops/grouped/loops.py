@@ -34,16 +34,16 @@ def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> bool:
 
 def _run(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> None:
     table: Any = terms.table
-    outputs, blocks = len(terms.outputs), len(layout.blocks)
+    blocks = len(layout.blocks)
     if layout.groups[-1] >= table.groups:
         blocks = int(np.searchsorted(layout.blocks[:, 0], table.groups))
     x = x.float()
     if x.stride(1) != 1:
         x = x.contiguous()
-    S = x.new_empty(len(layout.order) * outputs * table.pitch)
+    S = x.new_empty(len(layout.order) * len(terms.outputs) * table.pitch)
     native.add_terms(
-        x.data_ptr(), x.stride(0), terms.K, outputs, native.TYPES[y.dtype], native.TYPES[terms.dtype],
-        *table.addresses, blocks, *layout.addresses, S.data_ptr(), table.pitch,
+        x.data_ptr(), x.stride(0), terms.K, native.TYPES[y.dtype], native.TYPES[terms.dtype],
+        *table.fields, blocks, *layout.addresses, S.data_ptr(), table.pitch,
         native.threads(blocks * table.elements), native.variant(), y.data_ptr(), y.stride(0) * y.element_size(),
     )  # fmt: skip
 

@@ -23,7 +23,8 @@ _BLOCK = 32  # rows that a thread of C takes at a time: their inputs stay in its
 _GROUPS = 1 << 16  # numbers of groups that C has a table of
 _PIECE = 128  # rows whose term torch holds in memory at a time: a multiple of every tile
 LEAST = 4  # rows of torch's smallest tile: fewer take other code in a BLAS, more are waste in a decode step
-_MEMBER = np.dtype("i8, i8, i8, i8, i8, f8")
+_STRIP, _SPAN = 8, 2048  # ranks and columns of a step of C, as there
+_MEMBER = np.dtype([(name, "f8" if name == "scale" else "i8") for name in "A B A_pitch B_pitch ranks scale".split()])
 Factors = tuple[Tensor, Tensor, float]  # A^T [K, r], B^T [r, N], scale
 
 
@@ -144,7 +145,7 @@ class Terms:
         """For the loops in C; None where they cannot read the factors."""
         if self.dtype not in native.TYPES or any(max(output, default=0) >= _GROUPS for output in self.outputs):
             return None
-        found = [{g: [_member(*f) for f in members] for g, members in output.items()} for output in self.outputs]
+        found = [{g: [_member(*f) for f in own] for g, own in output.items() if g >= 0} for output in self.outputs]
         readable = all(member for output in found for members in output.values() for member in members)
         return Table(self, found) if readable else None
 
@@ -162,29 +163,23 @@ class Table:
     """The members of each group at each output, as C reads them.
 
     Attributes:
-        addresses: of the outputs and of the members. pitch: ranks of a group at one output, at most. elements: of A and
-            B^T of a group at all outputs, at most.
+        groups: numbers below which all groups are. fields: those of ``Terms`` from ``outputs`` to ``spans``. pitch:
+            ranks of a group at one output, at most. elements: of A and B^T of a group at all outputs, at most.
     """
 
     def __init__(self, terms: Terms, found: Sequence[Mapping[int, Sequence[Any]]]):
         self.groups = 1 + max((g for output in found for g in output), default=-1)
-        members, starts, self.pitch, elements = [], [], 0, dict.fromkeys(range(self.groups), 0)
-        for output, N in zip(found, terms.columns, strict=True):
-            for g in range(self.groups):
-                starts.append(len(members))
-                own = output.get(g, ())
-                members += own
-                ranks = sum(member[4] for member in own)
-                self.pitch = max(self.pitch, ranks)
-                elements[g] += ranks * (terms.K + N)
-            starts.append(len(members))
-        self.elements = max(elements.values(), default=0)
-        self._members, self._starts = np.array(members, _MEMBER), np.array(starts, np.int64)
-        start = self._starts.ctypes.data
-        step = self._starts.itemsize * (self.groups + 1)
-        firsts = itertools.accumulate(terms.columns, initial=0)
-        outputs = [
-            (N, first, start + i * step) for i, (N, first) in enumerate(zip(terms.columns, firsts, strict=False))
-        ]
-        self._outputs = np.array(outputs, np.int64)
-        self.addresses = self._outputs.ctypes.data, self._members.ctypes.data
+        each = [(i * self.groups + g, m) for i, output in enumerate(found) for g, own in output.items() for m in own]
+        cells, size = np.array([cell for cell, _ in each], np.int64), len(found) * self.groups
+        self._members = np.array([member for _, member in each], _MEMBER)
+        self._starts = np.searchsorted(cells, np.arange(size + 1))
+        firsts = itertools.accumulate(terms.columns[:-1], initial=0)
+        self._outputs = np.array(list(zip(terms.columns, firsts, strict=True)), np.int64)
+        ranks = self._members["ranks"]
+        of_cell, strips = (np.bincount(cells, n, size) for n in (ranks, -(-ranks // _STRIP)))
+        self.pitch = int(of_cell.max(initial=0))
+        wide = of_cell.reshape(len(found), -1) * (terms.K + self._outputs[:, :1])
+        self.elements = int(wide.sum(0).max(initial=0))
+        arrays = self._outputs, self._starts, self._members
+        spans = -(-max(terms.columns) // _SPAN)
+        self.fields = len(found), self.groups, *(a.ctypes.data for a in arrays), int(strips.max(initial=0)), spans

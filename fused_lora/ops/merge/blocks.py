@@ -3,9 +3,8 @@
 csrc/cpu_loops.c says what a unit, its checksum and its corrections are. C takes fp32, bf16 and fp16 weights on a CPU
 whose rows are contiguous; torch takes fp64, other strides, other devices, and everything where C is missing.
 
-A unit is written after everything that can fail. If one fails, or an interrupt comes, the units before it are taken
-back: a weight is either merged whole or not touched. Memory: corrections of about 2 bytes for 1 to 3 % of the elements,
-25 bytes a unit of 4096 elements, and on the torch path temporary copies of a band of rows.
+If something fails, or an interrupt comes, a weight is as it was: C takes back the units that it has written, torch has
+a copy meanwhile. Memory: corrections of about 2 bytes for 1 to 3 % of the elements, and 25 bytes a unit of 4096.
 """
 
 from __future__ import annotations
@@ -14,21 +13,19 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from fused_lora.ops import native
 from fused_lora.ops.merge import launch
 from fused_lora.ops.merge.delta import chain
-from fused_lora.ops.native import CHANGED, CHECKSUM, DONE, FULL, LOST, MERGE, MERGE_AGAIN, TORN, UNMERGE
+from fused_lora.ops.native import CHANGED, DONE, FULL, LOST, MERGE, MERGE_AGAIN, TORN, UNMERGE
 from fused_lora.reference import bits, dropout_lanes
 
 _LOW = 0xFFFFFFFF
 AREA, WIDTH, HEIGHT = 4096, 128, 256  # of a unit at most, as in C
-_HUGE_PAGES = 1 << 22  # bytes from which numpy asks for pages of 2 MiB, which count whole
 _BAND = 1 << 17  # elements that torch takes at a time: the temporaries stay in a cache
 
 
@@ -83,7 +80,7 @@ class Units:
     width: int
     notes: torch.Tensor  # int64 [3, units]: corrections of each, where they begin, checksum of the original bits
     corrections: torch.Tensor  # uint8 [n, 2], (advance, xor)
-    copy: torch.Tensor | None = None  # with it, checksums are of the merged bits
+    copy: torch.Tensor | None = None  # with it, the others are not used
 
     @classmethod
     def of(cls, W: torch.Tensor) -> Units:
@@ -133,7 +130,6 @@ class _Sweep:
             if outcome == FULL and self.old is None:  # a copy is no larger
                 units.copy = self.W.clone(memory_format=torch.contiguous_format)
                 outcome = self.run(MERGE_AGAIN)
-                self.run(CHECKSUM)
             elif outcome == DONE and mode == MERGE:
                 units.corrections = self.kept()
             if outcome not in (DONE, FULL):
@@ -147,15 +143,13 @@ class _Sweep:
             raise
 
     def _put_back(self: Any, copy: torch.Tensor) -> None:
-        now = replace(self.units, notes=self.units.notes.clone())
-        type(self)(self.W, self.factors, now, 0).run(CHECKSUM)
-        if not torch.equal(now.notes, self.units.notes):
+        again = copy.clone()
+        if _run_again(again, self.factors) != DONE or not torch.equal(bits(again), bits(self.W)):
             raise launch.error(CHANGED)
         try:
             self.W.copy_(copy)
-        except BaseException:  # an interrupt meanwhile is raised behind it; the same factors give the same bits again
-            self.W.copy_(copy)
-            merge_again(self.W, self.factors)
+        except BaseException:  # an interrupt meanwhile is raised behind it
+            self.W.copy_(again)
             raise
 
 
@@ -167,15 +161,11 @@ class _InC(_Sweep):
 
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int, old: _InC | None = None):
         self.W, self.units = W, units
-        self._room = np.empty((room, 2), np.uint8) if 0 < 2 * room < _HUGE_PAGES else None
-        if self._room is not None:
-            self.corrections = torch.from_numpy(self._room)
-        else:
-            self.corrections = units.corrections if room == 0 else torch.empty((room, 2), dtype=torch.uint8)
+        self._room = torch.empty((room, 2), dtype=torch.uint8, device=W.device) if room else units.corrections
         count, counts = units.notes.shape[1], units.notes.data_ptr()
-        self.merged = (ctypes.c_uint8 * count)()
+        self._merged = (ctypes.c_uint8 * count)()
         if room == 0:
-            ctypes.memset(self.merged, 1, count)
+            ctypes.memset(self._merged, 1, count)
         self.factors, self.old = factors, old  # as long as C has their addresses
         left, right, scales, dither = factors
         self.work = native.Work(
@@ -183,7 +173,7 @@ class _InC(_Sweep):
             native.TYPES[W.dtype], W.data_ptr(), left.data_ptr(), right.data_ptr(),
             *((0, 0) if scales is None else (scales.rows.data_ptr(), scales.columns.data_ptr())),
             counts, counts + 8 * count, counts + 16 * count,
-            ctypes.addressof(self.merged), self.corrections.data_ptr(), self.corrections.shape[0], 0,
+            ctypes.addressof(self._merged), self._room.data_ptr(), self._room.shape[0], 0,
             *((0, 0, 0) if dither is None else (1, dither.row, dither.seed)),
             0 if old is None else ctypes.addressof(old.work),
         )  # fmt: skip
@@ -191,19 +181,10 @@ class _InC(_Sweep):
     def run(self, mode: int) -> int:
         return native.run([self.work], mode)
 
-    def kept(self) -> torch.Tensor:
-        if self._room is None:
-            return self.corrections[: self.work.used].clone()
-        # in place: beside small weights a copy is a hundredth of what a merge may hold
-        del self.corrections
-        self._room.resize((self.work.used, 2), refcheck=False)
-        return torch.from_numpy(self._room)
+    undo = run  # what was not written is known: an interrupt waits for the end of a sweep
 
-    def undo(self, mode: int) -> int:
-        """What was not written is known: an interrupt waits for the end of a sweep."""
-        if self._room is not None:
-            self.work.corrections = self._room.ctypes.data  # :meth:`kept` may have moved them
-        return self.run(mode)
+    def kept(self) -> torch.Tensor:
+        return self._room[: self.work.used].clone()
 
 
 class _InTorch(_Sweep):
@@ -222,33 +203,27 @@ class _InTorch(_Sweep):
         step = max(1, _BAND // max(1, units.height * columns)) * units.height
         self._bands = list(itertools.pairwise(sorted({*range(0, whole, step), whole, rows})))
         self._pieces: list[torch.Tensor] = [units.corrections]
-        self._begun: set[tuple[int, int]] = set()  # bands whose write may have been stopped
+        self._before: torch.Tensor | None = None
 
     def kept(self) -> torch.Tensor:
         return torch.cat(self._pieces)
 
     def run(self, mode: int) -> int:
+        self._before = self.W.clone()
         for band in self._bands:
             outcome = self._do(band, mode)
             if outcome != DONE:
-                back = {MERGE: UNMERGE, UNMERGE: MERGE_AGAIN}.get(mode)
-                return outcome if back is None or self.undo(back) == DONE else TORN
+                self.undo(mode)
+                return outcome
         return DONE
 
     def undo(self, mode: int) -> int:
-        """Of a band that may have been written its checksum tells."""
-        for band in self._begun:
-            merged = not torch.equal(self._checksums(self.W[slice(*band)]), self._notes(band, self._checksum))
-            outcome = self._do(band, mode) if merged == (mode == UNMERGE) else DONE
-            if outcome != DONE:
-                return outcome
+        if self._before is not None:
+            self.W.copy_(self._before)
         return DONE
 
     def _do(self, band: tuple[int, int], mode: int) -> int:
         w, checksums = self.W[slice(*band)], self._notes(band, self._checksum)
-        if mode == CHECKSUM:
-            checksums.copy_(self._checksums(w))
-            return DONE
         delta = chain(self._left[slice(*band)], self._right)
         if mode == UNMERGE:
             out = self._round(w, self._scaled(band, w.to(delta.dtype) - delta, 1))
@@ -268,7 +243,6 @@ class _InTorch(_Sweep):
             checksums.copy_(self._checksums(w))
             self._notes(band, self._counts).copy_(counts)
             self._notes(band, self._starts).copy_(used + counts.cumsum(0) - counts)
-        self._begun.add(band)
         w.copy_(out)
         return DONE
 
@@ -401,8 +375,12 @@ def merge(W: torch.Tensor, factors: Factors, sweeps: Any = None) -> Units:
 @native.safe_in_a_child
 def merge_again(W: torch.Tensor, factors: Factors) -> None:
     """:func:`merge` that notes nothing; on an error W is partly merged."""
-    if _best(W)(W, factors, Units.of(W), 1).run(MERGE_AGAIN) != DONE:
+    if _run_again(W, factors) != DONE:
         raise launch.error(LOST)
+
+
+def _run_again(W: torch.Tensor, factors: Factors) -> int:
+    return _best(W)(W, factors, Units.of(W), 1).run(MERGE_AGAIN)
 
 
 def restoring(W: torch.Tensor, factors: Factors, units: Units, sweeps: Any = None) -> Any:
