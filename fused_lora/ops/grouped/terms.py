@@ -20,9 +20,9 @@ from fused_lora.ops.checks import as_scaling
 from fused_lora.ops.linear.op import PLAIN
 
 _BLOCK = 32  # rows that a thread of C takes at a time: their inputs stay in its cache
-_GROUPS = 1 << 16  # numbers of groups that C has a table of
-_PIECE = 128  # rows whose term torch holds in memory at a time: a multiple of every tile
+PIECE = 128  # rows whose term torch holds in memory at a time: a multiple of every tile
 LEAST = 4  # rows of torch's smallest tile: fewer take other code in a BLAS, more are waste in a decode step
+_GROUPS = 1 << 16  # numbers of groups that C has a table of
 _STRIP, _SPAN = 8, 2048  # ranks and columns of a step of C, as there
 _MEMBER = np.dtype([(name, "f8" if name == "scale" else "i8") for name in "A B A_pitch B_pitch ranks scale".split()])
 Factors = tuple[Tensor, Tensor, float]  # A^T [K, r], B^T [r, N], scale
@@ -60,23 +60,14 @@ class RowLayout:
     def rows_of(self, group: int) -> Tensor | None:
         """The numbers of a group's rows, int64; None where it has none."""
         if group not in self._numbers and group in self._parts:
-            self._numbers[group] = self._there(self._parts[group])
+            self._numbers[group] = torch.from_numpy(self._parts[group]).to(self.device)
         return self._numbers.get(group)
 
-    def _there(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(rows).to(self.device)
-
     @functools.cached_property
-    def pieces(self) -> dict[int, list[tuple[Any, Tensor]]]:
-        """Of each group its rows in pieces: a slice where they are neighbours, else their numbers; and the numbers
-        again, filled up to whole tiles by the last of them."""
-        found: dict[int, list[tuple[Any, Tensor]]] = {g: [] for g in self.groups}
-        for g, rows in self._parts.items():
-            for part in np.split(rows, range(_PIECE, len(rows), _PIECE)):
-                first, last = int(part[0]), int(part[-1])
-                there = slice(first, last + 1) if last - first + 1 == len(part) else self._there(part)
-                found[g].append((there, self._there(np.pad(part, (0, -len(part) % LEAST), mode="edge"))))
-        return found
+    def pieces(self) -> dict[int, list[tuple[Tensor, Tensor]]]:
+        """Numbers of each group's rows in pieces; and again, filled up to whole tiles by the last of them."""
+        each = {g: self.rows_of(g).split(PIECE) for g in self.groups}
+        return {g: [(p, torch.cat([p, p[-1:].expand(-len(p) % LEAST)])) for p in pieces] for g, pieces in each.items()}
 
     @functools.cached_property
     def blocks(self) -> np.ndarray:

@@ -15,35 +15,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_lora.ops.grouped.terms import LEAST, Factors, RowLayout, Terms
+from fused_lora.ops.grouped.terms import LEAST, PIECE, Factors, RowLayout, Terms
 
-SIZES = (128, 16, LEAST)  # heights of tiles, each a multiple of the next
+SIZES = (PIECE, 16, LEAST)  # heights of tiles, each a multiple of the next
 _WORDS = 16  # numbers in 64 bytes of fp32
 
 
 def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> None:
     """y [rows, N of all outputs or more] += the terms of x [rows, K], rounded once; on any device."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, terms.dtype), torch.float32)
+    dtype, threads = (
+        torch.promote_types(torch.promote_types(x.dtype, terms.dtype), torch.float32),
+        torch.get_num_threads(),
+    )
     for part, output in zip(y[:, : terms.N].split(terms.columns, 1), terms.outputs, strict=True):
         for g, members in output.items():
             if g not in layout.groups:
                 continue
             wide = [(A_t.to(dtype), B_t.to(dtype), scale) for A_t, B_t, scale in members]
-            heights = _heights(wide)
+            suit = [row_tiles(*A_t.shape, B_t.shape[1], dtype, A_t.device, threads) for A_t, B_t, _ in wide]
+            heights = [h for h in suit[0] if all(h in other for other in suit)] or (1,)
             for rows, filled in layout.pieces[g]:
-                sums = _sums(x.index_select(0, filled).to(dtype), wide, heights)
-                if y.dtype == dtype and isinstance(rows, slice):
-                    part[rows].add_(sums[: rows.stop - rows.start])
-                else:
-                    old = part[rows]
-                    part[rows] = (old + sums[: old.shape[0]]).to(y.dtype)
-
-
-def _heights(members: Sequence[Factors]) -> Sequence[int]:
-    """Of tiles that suit all adapters."""
-    threads = torch.get_num_threads()
-    each = [row_tiles(*A_t.shape, B_t.shape[1], A_t.dtype, A_t.device, threads) for A_t, B_t, _ in members]
-    return each[0] if len(each) == 1 else [h for h in each[0] if all(h in other for other in each)] or (1,)
+                sums = _sums(x.index_select(0, filled).to(dtype), wide, heights)[: len(rows)]
+                part.index_copy_(0, rows, sums.add_(part.index_select(0, rows)).to(y.dtype))
 
 
 def _sums(x: Tensor, members: Sequence[Factors], heights: Sequence[int]) -> Tensor:
@@ -62,8 +55,7 @@ def _sums(x: Tensor, members: Sequence[Factors], heights: Sequence[int]) -> Tens
 
 def _aligned(rows: int, columns: int, like: Tensor) -> Tensor:
     """An empty matrix whose rows start at multiples of 64 bytes."""
-    missing = -columns % _WORDS
-    return like.new_empty((rows, columns + missing))[:, :columns] if missing else like.new_empty((rows, columns))
+    return like.new_empty((rows, columns + -columns % _WORDS))[:, :columns]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -73,7 +65,7 @@ def row_tiles(K: int, r: int, N: int, dtype: torch.dtype, device: torch.device, 
     (1,) if a row's place in its tile makes a difference; a product of one row has no places.
     """
     generator = torch.Generator().manual_seed(0)
-    shapes = (SIZES[0], K), (r, K), (r, N)
+    shapes = (PIECE, K), (r, K), (r, N)
     x, A, B_t = (torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(device) for shape in shapes)
     order = torch.randperm(len(x), generator=generator, device="cpu").to(device)
     with torch.no_grad():
