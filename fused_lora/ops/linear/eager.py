@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import linear
 
@@ -50,12 +49,7 @@ def lora_linear(
     """y [M, N] in x's dtype, S [M, sum r] in the accumulation dtype. Arguments as ``reference.lora_linear``, x 2-D."""
     rows = _wide(x)
     acc = _widest(rows.dtype, lora_A)
-    if acc is rows.dtype:
-        total = _matmul_weight_t(rows, weight, bias)
-    else:
-        total = _matmul_weight_t(rows, weight, None).to(acc)
-        if bias is not None:
-            total += bias
+    total = _as(_matmul_weight_t(rows, weight, bias), acc)  # PEFT's base rounds its bias in, too
     S = _add_terms(total, rows, lora_A, lora_B, scaling, dropout, seeds)
     return _as(total, x.dtype), S if acc.itemsize > 2 else S.float()
 
@@ -88,7 +82,7 @@ def _add_terms(total, rows, lora_A, lora_B, scaling, dropout, seeds) -> torch.Te
             S = linear(_as(rows, acc), A)
         else:
             S = dropped_products(seeds[i], p, _as(rows, acc), A, None, (True, False, False))[0]
-            S.mul_(_keep_scale(p, acc))
+            S.mul_(keep_scale(p))
         total.addmm_(S, _as(B, acc).t(), alpha=s)
         terms.append(S)
     return S if len(terms) == 1 else torch.cat(terms, 1)
@@ -110,16 +104,17 @@ def dropped_products(
     if found is not None:
         return found
     S, term, dA = [], [], None
-    for start, stop in _row_blocks(x):
-        rows, part = x[start:stop], None if dS is None else dS[start:stop]
+    # a block's mask stays in a CPU's cache; elsewhere this path is the fallback, and each block would round dA
+    step = max(1, _MASK_ELEMENTS // max(x.shape[1], 1) if x.is_cpu else x.shape[0])
+    for start in range(0, max(x.shape[0], 1), step):
+        rows, part = x[start : start + step], None if dS is None else dS[start : start + step]
         given = [rows] if need_S or need_A else []
         if need_x:
             given.append(rows if part is None else part @ A)
         if x.is_cpu:
-            keep = (dropout_lanes(seed, start, len(rows), x.shape[1])[:, : x.shape[1]] >= mask_cut(p)).numpy()
-            # numpy's product with a bool is twice as fast as torch's
-            kept = [torch.from_numpy(np.multiply(tensor.numpy(), keep)) for tensor in given]
-        else:  # there this path is the fallback, and all rows are one block
+            keep = dropout_lanes(seed, start, len(rows), x.shape[1])[:, : x.shape[1]] >= mask_cut(p)
+            kept = [tensor * keep for tensor in given]
+        else:
             kept = times_mask(seed, p, False, *given)
         if need_S:
             S.append(linear(kept[0], A))
@@ -132,12 +127,6 @@ def dropped_products(
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
     return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
-
-
-@lru_cache(maxsize=256)
-def _keep_scale(p: float, dtype: torch.dtype) -> torch.Tensor:
-    """keep_scale as a tensor of no dimension, which torch multiplies by in a third of the time of a number."""
-    return torch.tensor(keep_scale(p), dtype=dtype, device="cpu")  # whatever device is the default at the first call
 
 
 def lora_linear_backward(
@@ -265,15 +254,6 @@ def _onednn() -> Any:
 def _numbers(seeds: torch.Tensor | None) -> Any:
     """The seeds as a list of numbers where nothing has to wait for them, else as they are."""
     return seeds.tolist() if seeds is not None and seeds.is_cpu else seeds
-
-
-def _row_blocks(rows: torch.Tensor) -> Sequence[tuple[int, int]]:
-    """Blocks whose mask stays in a CPU's cache. Elsewhere one: the mask is whole, and each block would round dA."""
-    M, K = rows.shape
-    if M * K <= _MASK_ELEMENTS or not rows.is_cpu:
-        return ((0, M),)
-    step = max(1, _MASK_ELEMENTS // K)
-    return [(start, min(start + step, M)) for start in range(0, M, step)]
 
 
 def _is_ready(weight, dtype: torch.dtype) -> bool:
