@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops import native
+from fused_lora.ops.grouped import tiles
 from fused_lora.ops.grouped.terms import RowLayout, Terms
 from fused_lora.ops.linear.op import PLAIN
 
@@ -60,18 +61,15 @@ def _agree() -> bool:
     ranks = {0: (5,), 1: (8, 3), 2: (1,)}, {0: (3,), 2: (8, 1)}
     layout = RowLayout(np.repeat(np.array([0, -1, 1, 2, 3], np.int32), (1, 2, 37, 6, 1)), torch.device("cpu"))
     drawn = [
-        {g: [(whole(r, 37), whole(r, n), 2.0 - i) for i, r in enumerate(own)] for g, own in of_groups.items()}
+        {g: [(whole(r, 37).t(), whole(r, n), 2.0 - i) for i, r in enumerate(own)] for g, own in of_groups.items()}
         for of_groups, n in zip(ranks, widths, strict=True)
     ]
     x, y = whole(layout.rows, 37), whole(layout.rows, sum(widths)) / 8
     exact = y.clone()
-    for part, output in zip(exact.split(widths, 1), drawn, strict=True):
-        for g, members in output.items():
-            for A, B_t, scale in members:
-                part[layout.rows_of(g)] += scale * (x[layout.rows_of(g)] @ A.t() @ B_t)
+    tiles.add_terms_(exact, x, layout, Terms(*drawn, columns=widths))
     for dtype, kept in itertools.product(native.TYPES, repeat=2):
         found = y.to(dtype, copy=True)
-        held = [{g: [(A.to(kept).t(), B.to(kept), s) for A, B, s in m] for g, m in o.items()} for o in drawn]
+        held = [{g: [(A.to(kept), B.to(kept), s) for A, B, s in m] for g, m in o.items()} for o in drawn]
         _run(found, x.to(dtype), layout, Terms(*held, columns=widths))
         if not torch.equal(found, exact.to(dtype)):
             native.reject(f"a LoRA term in {dtype} differs")

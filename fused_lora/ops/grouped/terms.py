@@ -55,18 +55,16 @@ class RowLayout:
         self._parts = {
             g: self.order[end - n : end] for g, n, end in zip(self.groups, counts.tolist(), ends, strict=True)
         }
-        self._numbers: dict[int, Tensor] = {}
 
-    def rows_of(self, group: int) -> Tensor | None:
-        """The numbers of a group's rows, int64; None where it has none."""
-        if group not in self._numbers and group in self._parts:
-            self._numbers[group] = torch.from_numpy(self._parts[group]).to(self.device)
-        return self._numbers.get(group)
+    @functools.cached_property
+    def numbers(self) -> dict[int, Tensor]:
+        """The numbers of each group's rows, int64."""
+        return {g: torch.from_numpy(rows).to(self.device) for g, rows in self._parts.items()}
 
     @functools.cached_property
     def pieces(self) -> dict[int, list[tuple[Tensor, Tensor]]]:
         """Numbers of each group's rows in pieces; and again, filled up to whole tiles by the last of them."""
-        each = {g: self.rows_of(g).split(PIECE) for g in self.groups}
+        each = {g: rows.split(PIECE) for g, rows in self.numbers.items()}
         return {g: [(p, torch.cat([p, p[-1:].expand(-len(p) % LEAST)])) for p in pieces] for g, pieces in each.items()}
 
     @functools.cached_property

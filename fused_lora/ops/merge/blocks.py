@@ -197,8 +197,7 @@ class _InTorch(_Sweep):
         self._counts, self._starts, self._checksum = units.notes.unbind()
         self._left, self._right, self._scales, self._dither = factors
         rows, columns = W.shape if W.numel() else (0, 0)
-        # elements of a row of every unit from left to right, of which the last may be narrower
-        self._widths = [min(units.width, columns - first) for first in range(0, columns, units.width)]
+        self._panels = -(-columns // units.width)
         whole = rows // units.height * units.height  # units that may be lower are a band of their own
         step = max(1, _BAND // max(1, units.height * columns)) * units.height
         self._bands = list(itertools.pairwise(sorted({*range(0, whole, step), whole, rows})))
@@ -262,17 +261,17 @@ class _InTorch(_Sweep):
 
     def _notes(self, band: tuple[int, int], notes: torch.Tensor) -> torch.Tensor:
         """Those of the band's units."""
-        first, stop = (-(-row // self.units.height) * len(self._widths) for row in band)
+        first, stop = (-(-row // self.units.height) * self._panels for row in band)
         return notes[first:stop]
 
     def _blocks(self, rows: torch.Tensor) -> torch.Tensor:
         """A band's integers by unit, [units, height, width], unsigned, with 0 behind the last column."""
-        height, width, panels = min(self.units.height, len(rows)), self.units.width, len(self._widths)
+        height, width, panels = min(self.units.height, len(rows)), self.units.width, self._panels
         words = torch.nn.functional.pad(_words(rows), (0, panels * width - rows.shape[1]))
         return words.view(len(rows) // height, height, panels, width).transpose(1, 2).flatten(0, 1)
 
     def _widths_of(self, unit: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(self._widths, device=unit.device)[unit % len(self._widths)]
+        return (self.W.shape[1] - unit % self._panels * self.units.width).clamp(max=self.units.width)
 
     def _checksums(self, rows: torch.Tensor) -> torch.Tensor:
         blocks = self._blocks(bits(rows))
@@ -301,7 +300,7 @@ class _InTorch(_Sweep):
     def _decode(self, band: tuple[int, int], rows: torch.Tensor) -> bool:
         """The corrections of the band's units applied to its bits; False where they cannot be of it."""
         counts, starts = (self._notes(band, notes) for notes in (self._counts, self._starts))
-        pairs, panels = torch.cat(self._pieces), len(self._widths)
+        pairs, panels = torch.cat(self._pieces), self._panels
         if bool(((counts < 0) | (starts < 0) | (starts > len(pairs) - counts)).any()):
             return False
         unit = torch.repeat_interleave(torch.arange(len(counts), device=rows.device), counts)
@@ -424,11 +423,10 @@ def _agree() -> bool:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=draw, device="cpu", dtype=torch.float32)
 
-    plain = Factors(normal(37, 3) * 0.01, normal(3, 333))
-    scaled = plain._replace(scales=Scales.of_rows(1 + normal(37) * 0.1, 333))
-    dithers = [factors._replace(dither=Dither(7, 2)) for factors in (plain, scaled)]
-    for dtype, factors in itertools.product(native.TYPES, (plain, scaled, *dithers)):
-        if factors.dither is not None and dtype is torch.float32:
+    left, right, scales = normal(37, 3) * 0.01, normal(3, 333), Scales.of_rows(1 + normal(37) * 0.1, 333)
+    for dtype, scaled, dither in itertools.product(native.TYPES, (None, scales), (None, Dither(7, 2))):
+        factors = Factors(left, right, scaled, dither)
+        if dither is not None and dtype is torch.float32:
             continue
         W = normal(37, 333).to(dtype)
         merged = W.clone(), W.clone()

@@ -17,20 +17,18 @@ _SMALL = 2.0**-125  # below, a sum may be subnormal in fp32, which has fewer bit
 def chain(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left [rows, R] times right [R, columns], both fp32 or both fp64; the result has their dtype."""
     total = torch.zeros((left.shape[0], right.shape[1]), dtype=torch.float64, device=right.device)
-    if right.dtype == torch.float64:
-        for k in range(right.shape[0]):
-            total += left[:, k : k + 1] * right[k]
-        return total
-    left, right = left.double(), right.double()
-    exact, rounded = torch.empty_like(total), torch.empty_like(total, dtype=torch.float32)
     for k in range(right.shape[0]):
-        torch.addcmul(total, left[:, k : k + 1], right[k], out=exact)
+        column, row = left[:, k : k + 1].double(), right[k].double()
+        if right.dtype == torch.float64:
+            total += column * row
+            continue
+        exact = torch.addcmul(total, column, row)
         doubtful = (exact.view(torch.int64) & _LOW == _MIDDLE) | (exact.abs() < _SMALL) & (exact != 0)
         if doubtful.any():
-            row, column = doubtful.nonzero(as_tuple=True)
-            exact[row, column] = _sum_to_odd(left[row, k] * right[k, column], total[row, column])
-        total.copy_(rounded.copy_(exact))
-    return rounded.copy_(total)
+            i, j = doubtful.nonzero(as_tuple=True)
+            exact[i, j] = _sum_to_odd(column[i, 0] * row[j], total[i, j])
+        total = exact.float().double()
+    return total.to(right.dtype)
 
 
 def _sum_to_odd(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -148,7 +148,7 @@ class Prepared:
         _refuse_capture(y)
         terms, scale = self._terms_of(site.index), embed_scale(site.module)
         for g, members in terms.outputs[0].items():
-            here = rows.layout.rows_of(g)
+            here = rows.layout.numbers.get(g)
             if here is None:
                 continue
             columns = [A_t[tokens[here]] for A_t, _, _ in members]
@@ -170,7 +170,7 @@ class Prepared:
         _refuse_capture(inputs[0])
         found = []
         for g, group in enumerate(self._groups):
-            here = rows.layout.rows_of(g)
+            here = rows.layout.numbers.get(g)
             if here is None:
                 continue
             terms = {site.path.rpartition(".")[2]: _stacked_terms(site, group) for site in sites}
