@@ -25,8 +25,6 @@
  * An unmerge computes C, applies the corrections, and writes the unit only if the checksum agrees. If a unit fails, the
  * units before it are taken back, so a call changes all of its weights or nothing. Python's signals wait for its return.
  *
- * A switch takes an old merge off and merges anew, unit by unit: of a weight in memory it is one read and one write.
- *
  * The terms of rows under many adapters are no bits to keep in a record. Here a row's are the same whatever rows are
  * beside it, in any number of threads: sums of products, each rounded on its own, in an order that K and r decide.
  *
@@ -53,7 +51,7 @@ typedef uint16_t bits16 __attribute__((aligned(1), may_alias));
      : type == BFLOAT16 ? function(BFLOAT16, __VA_ARGS__)                                                           \
                         : function(FLOAT16, __VA_ARGS__))
 
-typedef struct Work {
+typedef struct {
     int64_t rows, columns, row_stride, ranks; /* of W; its columns are contiguous */
     int64_t height, width;                    /* of a unit, at most AREA elements and WIDTH columns */
     int64_t weight_type;
@@ -67,7 +65,6 @@ typedef struct Work {
     int64_t room, used;
     int64_t dithered, first_row;              /* whether sums are rounded at random; the number of the first row there */
     uint64_t seed;
-    struct Work *old;                         /* what a switch takes off, of the same weight and units, or NULL */
 } Work;
 
 INLINE float as_float(uint32_t bits) {
@@ -760,18 +757,6 @@ int fused_lora_amd(void) { return 0; }
 /* Of the layouts that Python must have, too: an older library beside newer code would read wrong addresses. */
 int fused_lora_layout(void) { return (int)(sizeof(Work) << 20 | sizeof(Products) << 10 | sizeof(Terms)); }
 
-/* One unit. In a switch it has an old merge before it is merged, and again once that is taken back. */
-static int step(Work *work, int64_t index, int variant, int mode) {
-    Work *old = work->old;
-    int found = DONE;
-    if (old && mode == MERGE && old->merged[index]) found = variants[variant]->unit(old, index, UNMERGE);
-    if (found == DONE && work->merged[index] == (mode == UNMERGE))
-        found = variants[variant]->unit(work, index, mode);
-    if (found == DONE && old && mode == UNMERGE && !old->merged[index])
-        found = variants[variant]->unit(old, index, MERGE_AGAIN);
-    return found;
-}
-
 static int sweep(Work *const *works, int64_t n, int threads, int variant, int mode) {
     int result = DONE;
 #pragma omp parallel num_threads(threads)
@@ -788,7 +773,9 @@ static int sweep(Work *const *works, int64_t n, int threads, int variant, int mo
                 int found;
 #pragma omp atomic read
                 found = result;
-                if (found != DONE || (found = step(work, index, variant, mode)) == DONE) continue;
+                if (found != DONE || work->merged[index] != (mode == UNMERGE)) continue;
+                found = variants[variant]->unit(work, index, mode);
+                if (found == DONE) continue;
 #pragma omp atomic write
                 result = found;
             }

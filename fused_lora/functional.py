@@ -4,7 +4,7 @@
     lora_term              the same sum onto a y that any other layer computed
     dropout_mask           the keep mask that a seed stands for
     merge_ / unmerge_      W <- round(W + sum_i s_i B_i A_i) in place, and the exact bits back
-    switch_                both in one pass over W: other adapters in the place of those that are merged
+    switch_                other adapters in the place of those that are merged
     lora_grouped_          rows of one batch under adapters of their own, added in place
 
 The first two are differentiable; ``merge_``, ``unmerge_`` and ``switch_`` change the weight itself. Shapes, dtypes and

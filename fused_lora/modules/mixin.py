@@ -376,7 +376,7 @@ class FusedLoraBehaviour(_Layer):
         return not self._with_bias(names) and not variants.has_magnitude(self, names)  # norms of the base weight
 
     def _switch(self, names: list[str]) -> None:
-        """These in the place of what is merged, in one pass over the weight, or nothing."""
+        """These in the place of what is merged, or nothing."""
         assert self.merge_state is not None
         attributes, merged, state = self.__dict__, self.merged_adapters, _Merge(None)
         state.record = self._merge_factors(variants.factors(self, names), names, self.merge_state.record)

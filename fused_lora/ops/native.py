@@ -42,7 +42,7 @@ class Work(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in "rows columns row_stride ranks height width weight_type weight left right row_scale column_scale "
-        "counts starts checksums merged corrections room used dithered first_row seed old".split()
+        "counts starts checksums merged corrections room used dithered first_row seed".split()
     ]
 
 

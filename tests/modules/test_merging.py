@@ -64,9 +64,6 @@ def test_one_call_for_many_layers(monkeypatch):
     monkeypatch.setattr(blocks._InC, "at_once", 3 * net[0].weight.nbytes)
     fused_lora.merge(net)
     assert calls[2:] == [3] * 6 + [2]
-    calls.clear()
-    fused_lora.switch(net, ["default"])
-    assert calls == [3] * 6 + [2]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e9], ids=["corrections", "copy"])
@@ -324,18 +321,6 @@ def test_a_switch_of_every_kind_of_layer(loops):
         assert all(ours.merged_adapters == theirs.merged_adapters for ours, theirs in pairs)
     fused_lora.unmerge(net)
     assert same_bits(net.weights(), before)
-
-
-@built
-def test_a_switch_goes_through_each_weight_once(monkeypatch):
-    """No layer is unmerged by itself."""
-    net, calls = layers_of([torch.bfloat16, torch.float16, torch.float32]), []
-    fused_lora.inject(net, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), "other")
-    fused_lora.merge(net, ["default"])
-    for name in ("merge_", "unmerge_"):
-        monkeypatch.setattr(merging, name, lambda *args, name=name, **more: calls.append(name))
-    fused_lora.switch(net, ["other"])
-    assert not calls and all(layer.merged_adapters == ["other"] for layer in net)
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from fused_lora.functional import merge_, switch_, unmerge_
-from fused_lora.ops import native
 from fused_lora.ops.merge import blocks
-from fused_lora.ops.native import MERGE, UNMERGE
 from fused_lora.reference import bits
 from helpers.merges import unit_by_unit
 from helpers.seeds import shifted
@@ -174,17 +172,6 @@ def test_units_of_another_size(monkeypatch):
     theirs = merge_(expected, *new)
     record = switch_(W, record, *new)
     assert same_bits(W, expected) and all(map(same_bits, tensors(record), tensors(theirs)))
-
-
-def test_a_weight_is_gone_through_once(loops, monkeypatch):
-    """By C, whose sums are quick. The sums of torch take longer than the memory, and two passes."""
-    W, seen, run, do = weight(300, 256, torch.bfloat16), [], native.run, blocks._InTorch._do
-    record = merge_(W, *adapters(300, 256))
-    monkeypatch.setattr(native, "run", lambda works, mode: seen.append((len(works), mode)) or run(works, mode))
-    monkeypatch.setattr(blocks._InTorch, "_do", lambda s, band, mode: seen.append((1, mode)) or do(s, band, mode))
-    switch_(W, record, *adapters(300, 256))
-    steps = [MERGE] if loops == "C" else [UNMERGE] * 2 + [MERGE] * 2
-    assert seen == [(1, mode) for mode in steps]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

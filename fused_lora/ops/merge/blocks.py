@@ -111,34 +111,32 @@ class Units:
 
 
 class _Sweep:
-    """A merge of a weight, or its unmerge, or a switch, which has an ``old`` sweep."""
+    """A merge of a weight, or its unmerge."""
 
     units: Units
+    _before: torch.Tensor | None = None  # W, where this tells what to go back to
 
     def joins(self) -> bool:
         """Whether others can be in one call with it."""
         return isinstance(self, _InC) and self.units.copy is None
 
     @native.safe_in_a_child
-    def alone(self: Any, mode: int) -> bool | None:
-        """All of it, or an error and nothing; False, and nothing, for a switch that takes two passes."""
+    def alone(self: Any, mode: int) -> None:
+        """All of it, or an error and nothing."""
         units = self.units
         if mode == UNMERGE and units.copy is not None:
             return self._put_back(units.copy)
         try:
             outcome = self.run(mode)
-            if outcome == FULL and self.old is None:  # a copy is no larger
-                units.copy = self.W.clone(memory_format=torch.contiguous_format)
+            if outcome == FULL:  # a copy is no larger
+                self._before = units.copy = self.W.clone(memory_format=torch.contiguous_format)
                 outcome = self.run(MERGE_AGAIN)
             elif outcome == DONE and mode == MERGE:
                 units.corrections = self.kept()
-            if outcome not in (DONE, FULL):
+            if outcome != DONE:
                 raise launch.error(outcome)
-            return outcome == DONE
         except BaseException:
-            if units.copy is not None:
-                self.W.copy_(units.copy)
-            elif self.undo(UNMERGE if mode == MERGE else MERGE_AGAIN) != DONE:
+            if self.undo(UNMERGE if mode == MERGE else MERGE_AGAIN) != DONE:
                 raise launch.error(TORN) from None
             raise
 
@@ -146,11 +144,18 @@ class _Sweep:
         again = copy.clone()
         if _run_again(again, self.factors) != DONE or not torch.equal(bits(again), bits(self.W)):
             raise launch.error(CHANGED)
+        self._before = again
         try:
             self.W.copy_(copy)
         except BaseException:  # an interrupt meanwhile is raised behind it
-            self.W.copy_(again)
+            self.undo(MERGE_AGAIN)
             raise
+
+    def undo(self: Any, mode: int) -> int:
+        """Take back, by ``mode``, what was written. It finds nothing where nothing was, nor a second time."""
+        if self._before is not None:
+            self.W.copy_(self._before)
+        return DONE
 
 
 class _InC(_Sweep):
@@ -159,14 +164,14 @@ class _InC(_Sweep):
     kind = ()  # any two can be in one call
     at_once = 1 << 26  # bytes of weights in one call: room for their corrections is held meanwhile
 
-    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int, old: _InC | None = None):
+    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
         self.W, self.units = W, units
         self._room = torch.empty((room, 2), dtype=torch.uint8, device=W.device) if room else units.corrections
         count, counts = units.notes.shape[1], units.notes.data_ptr()
         self._merged = (ctypes.c_uint8 * count)()
         if room == 0:
             ctypes.memset(self._merged, 1, count)
-        self.factors, self.old = factors, old  # as long as C has their addresses
+        self.factors = factors  # as long as C has their addresses
         left, right, scales, dither = factors
         self.work = native.Work(
             *W.shape, W.stride(0), right.shape[0], units.height, units.width,
@@ -175,13 +180,14 @@ class _InC(_Sweep):
             counts, counts + 8 * count, counts + 16 * count,
             ctypes.addressof(self._merged), self._room.data_ptr(), self._room.shape[0], 0,
             *((0, 0, 0) if dither is None else (1, dither.row, dither.seed)),
-            0 if old is None else ctypes.addressof(old.work),
         )  # fmt: skip
 
     def run(self, mode: int) -> int:
         return native.run([self.work], mode)
 
-    undo = run  # what was not written is known: an interrupt waits for the end of a sweep
+    def undo(self, mode: int) -> int:
+        # what was not written is known: an interrupt waits for the end of a sweep
+        return self.run(mode) if self._before is None else super().undo(mode)
 
     def kept(self) -> torch.Tensor:
         return self._room[: self.work.used].clone()
@@ -189,8 +195,6 @@ class _InC(_Sweep):
 
 class _InTorch(_Sweep):
     """The same in torch, a band of rows at a time."""
-
-    old = None  # a switch takes two passes: sums take the time here, not memory
 
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
         self.W, self.factors, self.units, self._room = W, factors, units, room
@@ -202,7 +206,6 @@ class _InTorch(_Sweep):
         step = max(1, _BAND // max(1, units.height * columns)) * units.height
         self._bands = list(itertools.pairwise(sorted({*range(0, whole, step), whole, rows})))
         self._pieces: list[torch.Tensor] = [units.corrections]
-        self._before: torch.Tensor | None = None
 
     def kept(self) -> torch.Tensor:
         return torch.cat(self._pieces)
@@ -214,11 +217,6 @@ class _InTorch(_Sweep):
             if outcome != DONE:
                 self.undo(mode)
                 return outcome
-        return DONE
-
-    def undo(self, mode: int) -> int:
-        if self._before is not None:
-            self.W.copy_(self._before)
         return DONE
 
     def _do(self, band: tuple[int, int], mode: int) -> int:
@@ -343,22 +341,9 @@ def _words(integers: torch.Tensor) -> torch.Tensor:
     return integers.long() if integers.itemsize == 8 else integers.long() & ((1 << 8 * integers.itemsize) - 1)
 
 
-Held = tuple[Factors, Units]  # of a merge
-
-
-def prepared(W: torch.Tensor, factors: Factors, old: Held | None = None, sweeps: Any = None) -> Any:
-    """The sweep of a merge of W [rows, columns], or with an ``old`` one of a switch; None where that takes two passes.
-
-    sweeps: the class, or the best.
-    """
-    sweeps, units = sweeps or _best(W), Units.of(W)
-    if old is None:
-        return sweeps(W, factors, units, W.nbytes // 2)
-    theirs = old[1]
-    alike = (theirs.height, theirs.width) == (units.height, units.width)
-    if sweeps is _InTorch or not alike or theirs.copy is not None or not theirs.fit(W):
-        return None
-    return sweeps(W, factors, units, W.nbytes // 2, sweeps(W, *old, 0))
+def prepared(W: torch.Tensor, factors: Factors, sweeps: Any = None) -> Any:
+    """The sweep of a merge of W [rows, columns]. sweeps: the class, or the best."""
+    return (sweeps or _best(W))(W, factors, Units.of(W), W.nbytes // 2)
 
 
 def merge(W: torch.Tensor, factors: Factors, sweeps: Any = None) -> Units:
@@ -366,7 +351,7 @@ def merge(W: torch.Tensor, factors: Factors, sweeps: Any = None) -> Units:
 
     A weight that is not finite stays as it is.
     """
-    sweep = prepared(W, factors, sweeps=sweeps)
+    sweep = prepared(W, factors, sweeps)
     sweep.alone(MERGE)
     return sweep.units
 
@@ -392,7 +377,7 @@ def restoring(W: torch.Tensor, factors: Factors, units: Units, sweeps: Any = Non
 
 @native.safe_in_a_child
 def run_together(sweeps: Sequence[_InC], mode: int) -> int:
-    """Merge, unmerge or switch all of them or none, in one call; returns how that ended. A merge's units are then
+    """Merge or unmerge all of them or none, in one call; returns how that ended. A merge's units are then
     complete."""
     try:
         outcome = native.run([sweep.work for sweep in sweeps], mode)
@@ -433,8 +418,6 @@ def _agree() -> bool:
         try:
             in_c, in_torch = (merge(m, factors, k) for k, m in zip(_SWEEPS, merged, strict=True))
             same = all(map(torch.equal, in_c.tensors, in_torch.tensors)) and torch.equal(*map(bits, merged))
-            switch = prepared(merged[0], factors, (factors, in_torch), _InC)
-            same = same and switch.alone(MERGE) and all(map(torch.equal, switch.units.tensors, in_torch.tensors))
             restoring(merged[0], factors, in_torch, _InC).alone(UNMERGE)
         except (RuntimeError, ValueError) as error:
             native.reject(f"a merge in {dtype}: {error}")

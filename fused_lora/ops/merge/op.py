@@ -106,27 +106,27 @@ def switch_(
 ) -> MergeRecord:
     """In place: the bits and the record of :func:`unmerge_` with ``record`` and :func:`merge_` with the rest.
 
-    One read and one write of a weight in memory: each part of it is unmerged and merged while it is in a cache. Two
-    passes where the weight was or will be kept as a copy, where ``row_scale`` lets only one of the merges run in the
-    kernel, and in plain torch.
+    In the kernel it is one read and one write of the weight, where neither merge has a ``row_scale``. On a CPU sums
+    take most of the time, and it is the two calls.
 
     Args:
         record: of the merge that ``weight`` holds. The others: as for :func:`merge_`.
 
     Raises what :func:`unmerge_` and :func:`merge_` raise; the weight is unchanged then, and ``record`` holds on.
     """
-    adapters, held = (lora_A, lora_B, scaling, row_scale, seed), _merged(weight, record)
-    new, sweep = _prepared(weight, adapters, fan_in_fan_out, record)
-    if sweep is not None and sweep.alone(MERGE):
-        return new
-    unmerge_(weight, record)
+    adapters = lora_A, lora_B, scaling, row_scale, seed
+    _merged(weight, record)
+    if record.units is None:
+        new, sweep = _prepared(weight, adapters, fan_in_fan_out, record)
+        if sweep is not None and sweep.alone(MERGE):
+            return new
+    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
+    back = _to_unmerge(weight, record)
     try:
+        back.alone(UNMERGE)
         return merge_(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
     except BaseException:  # the same factors give the same bits, so the record holds again
-        if record.device_corrections is None:
-            blocks.merge_again(held, record.factors)
-        else:
-            _to_unmerge(weight, record).undo(MERGE_AGAIN)
+        back.undo(MERGE_AGAIN)
         raise
 
 
@@ -141,6 +141,8 @@ def merge_later(
     """
     if old is not None:
         _merged(weight, old)
+        if old.units is not None:
+            return None
     record, sweep = _prepared(weight, adapters, fan_in_fan_out, old)
     return (record, sweep) if sweep is not None and sweep.joins() else None
 
@@ -240,11 +242,9 @@ def _prepared(
         W, factors = W.t(), factors.t()
     record = MergeRecord(factors, W.dtype, turned)
     if old is not None:
-        if old.units is None or old.transposed != turned:
-            return record, None
-        before = old.factors, old.units
-    sweep = blocks.prepared(W, factors, before)
-    record.units = sweep and sweep.units
+        return record, None
+    sweep = blocks.prepared(W, factors)
+    record.units = sweep.units
     return record, sweep
 
 
