@@ -51,10 +51,8 @@ class RowLayout:
         order = np.argsort(group_of_row, kind="stable")
         self.order = order[np.searchsorted(group_of_row[order], 0) :]
         present, counts = np.unique(group_of_row[self.order], return_counts=True)
-        self.groups, ends = tuple(present.tolist()), np.cumsum(counts).tolist()
-        self._parts = {
-            g: self.order[end - n : end] for g, n, end in zip(self.groups, counts.tolist(), ends, strict=True)
-        }
+        self.groups = tuple(present.tolist())
+        self._parts = dict(zip(self.groups, np.split(self.order, np.cumsum(counts[:-1])), strict=False))
 
     @functools.cached_property
     def numbers(self) -> dict[int, Tensor]:

@@ -1,15 +1,9 @@
 """Merge and exact unmerge: W <- round(W + D) in place and back to the same bits, D = sum_i s_i B_i A_i in fp32.
 
 Subtracting D again gives W back for 88 to 99.6 % of the elements only, because the merge rounds. So the merge keeps,
-for every element where round(Wm - D) is not W to the bit, its position and its difference: about two bytes on a CPU,
-for 0.2 to 3 % of the elements, and never more than a plain copy of W.
-
-That is right only if D has the same bits at merge and at unmerge. Both compute it from frozen copies of A, B and s,
-every element's sum in a fixed order: on a CPU in C or torch (``blocks``), on a GPU in a Triton kernel (``launch``). So
-neither the thread count nor a later edit of the adapter matters. A checksum of W's bits is compared before anything is
-written back.
-
-Traffic per weight element: one read and one write of W.
+for every element where round(Wm - D) is not W to the bit, its position and its difference, and never more than a copy
+of W. Both ways compute D from frozen copies of A, B and s, every element's sum in a fixed order: on a CPU in C or torch
+(``blocks``), on a GPU in a Triton kernel (``launch``). An unmerge compares a checksum before it writes.
 """
 
 from __future__ import annotations
@@ -48,13 +42,6 @@ class MergeRecord:
         tensors = [*self.factors.tensors, *(self.units.tensors if self.units else [])]
         on_device = 0 if self.device_corrections is None else self.device_corrections.nbytes
         return on_device + sum(t.numel() * t.element_size() for t in tensors)
-
-    @property
-    def corrections(self) -> int:
-        """How many corrections are kept. On a CPU an element may need several, one for each byte that differs."""
-        if self.device_corrections is not None:
-            return self.device_corrections.values.numel()
-        return len(self.units.corrections)
 
 
 def merge_(
@@ -316,11 +303,11 @@ def _check_tensor(weight: Any) -> None:
 
 def _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> None:
     _check_tensor(weight)
-    kinds = (torch.Tensor,), (torch.Tensor,), (numbers.Real, torch.Tensor)
-    for name, parts, kind in zip(("lora_A", "lora_B", "scaling"), (lora_A, lora_B, scaling), kinds, strict=True):
+    for name, parts in (("lora_A", lora_A), ("lora_B", lora_B), ("scaling", scaling)):
         check_lists(Sequence, **{name: parts})
+        kind, what = ((numbers.Real, torch.Tensor), "numbers") if name == "scaling" else (torch.Tensor, "tensors")
         if wrong := [part for part in parts if not isinstance(part, kind)]:
-            raise TypeError(f"{name}: expected {'numbers' if name == 'scaling' else 'tensors'}, got {wrong[0]!r:.100}")
+            raise TypeError(f"{name}: expected {what}, got {wrong[0]!r:.100}")
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight: expected float64, float32, bfloat16 or float16, got {weight.dtype}")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -331,9 +318,7 @@ def _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> 
         raise RuntimeError("weight: expected numbers to add to, got a tensor on the meta device")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
-    if 0 in weight.stride() and any(
-        stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)
-    ):
+    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
         raise RuntimeError("weight: expected memory of its own for every number, got an expanded tensor")
     rows, columns = (weight.shape[1], weight.shape[0]) if fan_in_fan_out else weight.shape
     if not (len(lora_A) == len(lora_B) == len(scaling)) or not lora_A:
