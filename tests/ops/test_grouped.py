@@ -103,7 +103,7 @@ def test_a_row_has_the_same_bits_in_every_batch(K, N, threads, way):
         for size in (2, 3, 4, 5, 7, 16, 17, 33, 64, 130, 299, 300):
             pick = np.random.permutation(300)[:size]
             assert torch.equal(run(x[pick], y[pick], rows[pick], factors), alone[pick])
-        for g in range(8):  # one adapter alone: tiles of every size
+        for g in range(8):  # one adapter alone
             for size in (1, 4, 5, 20, 127, 128, 129, 600):
                 pick = np.resize(np.flatnonzero(rows == g), size)
                 assert torch.equal(run(x[pick], y[pick], rows[pick], factors), alone[pick])
@@ -111,53 +111,34 @@ def test_a_row_has_the_same_bits_in_every_batch(K, N, threads, way):
         torch.set_num_threads(before)
 
 
-def need_tiles(K, r, N):
-    """Skip where the bits of a row depend on its place in a tile, as in MKL's SSE code: tiles have one row there."""
-    if tiles.row_tiles(K, r, N, torch.float32, CPU, torch.get_num_threads()) == (1,):
-        pytest.skip("this BLAS rounds a row by its place in a product")
-
-
 @pytest.mark.parametrize("way", ["torch"], indirect=True)
 def test_a_trial_has_matrices_that_lie_as_those_of_an_adapter(way, monkeypatch):
     """A BLAS may look at how far the rows of an operand are apart."""
     strides, mm = set(), torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b: strides.add((a.stride(), b.stride())) or mm(a, b))
-    tiles.row_tiles.cache_clear()
+    tiles.height_of.cache_clear()
     run(torch.randn(4, 33), torch.randn(4, 17), [0] * 4, {0: [term(*adapter(33, 17, 5))]})
     assert strides == {((48, 1), (1, 33))}
 
 
 @pytest.mark.parametrize("way", ["torch"], indirect=True)
-def test_tiles_that_disagree_are_not_used(way, monkeypatch):
-    """Where a higher tile rounds otherwise, rows still come out alike."""
-    K, N = 64, 48
-    need_tiles(K, 8, N)
-    factors = {g: [term(*adapter(K, N, 8))] for g in range(3)}
-    x, y = torch.randn(200, K), torch.randn(200, N)
+def test_rows_one_by_one(way, monkeypatch):
+    """Where a row's place in a tile makes a difference, rows still come out alike."""
+    factors = {g: [term(*adapter(64, 48, 8))] for g in range(3)}
+    x, y = torch.randn(200, 64), torch.randn(200, 48)
     rows = np.arange(200) % 3
-    expected = run(x, y, rows, factors)
-    monkeypatch.setattr(tiles, "row_tiles", lambda *args: (tiles.LEAST,))
-    assert torch.equal(run(x, y, rows, factors), expected)
-    monkeypatch.setattr(tiles, "row_tiles", lambda *args: (1,))
+    monkeypatch.setattr(tiles, "height_of", lambda *args: 1)
     one = run(x, y, rows, factors)
     alone = torch.cat([run(x[i : i + 1], y[i : i + 1], rows[i : i + 1], factors) for i in range(200)])
     assert torch.equal(one, alone)
 
 
-def test_the_check_finds_a_product_whose_rows_depend_on_the_height(monkeypatch):
-    need_tiles(96, 8, 40)
+def test_the_check_finds_a_product_whose_rows_depend_on_their_place(monkeypatch):
     mm = torch.mm
-
-    def other_order(a, b):
-        return mm(a, b) if len(a) != 16 else mm(a.double(), b.double()).to(a.dtype)
-
-    tiles.row_tiles.cache_clear()
-    monkeypatch.setattr(torch, "mm", other_order)
-    found = tiles.row_tiles(96, 8, 40, torch.float32, CPU, 1)  # 128 too, where this BLAS has one code for both
-    assert 16 not in found and found[-1] == 4
+    tiles.height_of.cache_clear()
     monkeypatch.setattr(torch, "mm", lambda a, b: mm(a, b) * torch.linspace(1, 1.01, len(a))[:, None])
-    assert tiles.row_tiles(97, 8, 40, torch.float32, CPU, 1) == (1,)
-    tiles.row_tiles.cache_clear()
+    assert tiles.height_of(97, 8, 40, torch.float32, CPU, 1) == 1
+    tiles.height_of.cache_clear()
 
 
 def test_autocast_is_none_of_its_business(way):

@@ -20,8 +20,8 @@ from fused_lora.ops.checks import as_scaling
 from fused_lora.ops.linear.op import PLAIN
 
 _BLOCK = 32  # rows that a thread of C takes at a time: their inputs stay in its cache
-PIECE = 128  # rows whose term torch holds in memory at a time: a multiple of every tile
-LEAST = 4  # rows of torch's smallest tile: fewer take other code in a BLAS, more are waste in a decode step
+_PIECE = 128  # rows whose term torch holds in memory at a time
+LEAST = 4  # rows of torch's tiles: fewer take other code in a BLAS, more are waste in a decode step
 _GROUPS = 1 << 16  # numbers of groups that C has a table of
 _STRIP, _SPAN = 8, 2048  # ranks and columns of a step of C, as there
 _MEMBER = np.dtype([(name, "f8" if name == "scale" else "i8") for name in "A B A_pitch B_pitch ranks scale".split()])
@@ -62,7 +62,7 @@ class RowLayout:
     @functools.cached_property
     def pieces(self) -> dict[int, list[tuple[Tensor, Tensor]]]:
         """Numbers of each group's rows in pieces; and again, filled up to whole tiles by the last of them."""
-        each = {g: rows.split(PIECE) for g, rows in self.numbers.items()}
+        each = {g: rows.split(_PIECE) for g, rows in self.numbers.items()}
         return {g: [(p, torch.cat([p, p[-1:].expand(-len(p) % LEAST)])) for p in pieces] for g, pieces in each.items()}
 
     @functools.cached_property
