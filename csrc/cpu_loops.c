@@ -410,14 +410,10 @@ typedef struct {
 } Member;
 
 typedef struct {
-    int64_t columns, first;                   /* how many, and the first of them in y */
-} Output;
-
-typedef struct {
     const float *x;                           /* [rows, K], its rows x_stride apart */
     int64_t x_stride, K, y_type, type;        /* type: of A and B */
     int64_t outputs, groups;
-    const Output *table;                      /* [outputs] */
+    const int64_t *columns;                   /* [outputs + 1]: where those of each begin in y */
     const int64_t *starts;                    /* [outputs * groups + 1]: where the members of each begin */
     const Member *members;
     int64_t strips, spans;                    /* of STRIP ranks of a group's members and of SPAN columns, at most */
@@ -581,9 +577,8 @@ INLINE void expand(int type, const Terms *terms, int64_t index) {
     int64_t span = index % terms->spans, output = index / terms->spans % terms->outputs;
     const int64_t *block = terms->block + index / terms->spans / terms->outputs * 3;
     const int64_t *starts = terms->starts + output * terms->groups + block[0];
-    const Output *table = terms->table + output;
     const Member *start = terms->members + starts[0], *end = terms->members + starts[1];
-    int64_t first = span * SPAN, n = table->columns - first, rows = block[2];
+    int64_t first = span * SPAN, n = terms->columns[output + 1] - terms->columns[output] - first, rows = block[2];
     if (n > SPAN) n = SPAN;
     const float *S[GROUP];
     float d[GROUP][SPAN];
@@ -602,7 +597,7 @@ INLINE void expand(int type, const Terms *terms, int64_t index) {
         }
         for (int64_t i = 0; i < height && m + i < rows; i++) {
             char *y = terms->y + terms->order[block[1] + m + i] * terms->y_stride;
-            y += bytes_of(terms->y_type, table->first + first);
+            y += bytes_of(terms->y_type, terms->columns[output] + first);
             BY_TYPE(add_rounded, terms->y_type, y, d[i], n);
         }
     }

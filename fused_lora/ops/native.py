@@ -48,7 +48,7 @@ class Work(ctypes.Structure):
 
 # ``Products`` in C: rows columns ranks cut threads variant height panels seed x A dS turned S dx dA
 _products = struct.Struct("16q")
-# ``Terms`` in C: x x_stride K y_type type outputs groups table starts members strips spans blocks block order S pitch
+# ``Terms`` in C: x x_stride K y_type type outputs groups columns starts members strips spans blocks block order S pitch
 # threads variant y y_stride
 _terms = struct.Struct("21q")
 

@@ -1,7 +1,7 @@
 """What is added to which rows: rows by group, and the adapters of each group at a layer.
 
 A *group* is a list of adapters, and the rows that have it; a base row is in no group. Both also hold the tables of the
-loops in C: ``Terms``, ``Output`` and ``Member`` there.
+loops in C: ``Terms`` and ``Member`` there.
 """
 
 from __future__ import annotations
@@ -160,13 +160,12 @@ class Table:
         cells, size = np.array([cell for cell, _ in each], np.int64), len(found) * self.groups
         self._members = np.array([member for _, member in each], _MEMBER)
         self._starts = np.searchsorted(cells, np.arange(size + 1))
-        firsts = itertools.accumulate(terms.columns[:-1], initial=0)
-        self._outputs = np.array(list(zip(terms.columns, firsts, strict=True)), np.int64)
+        self._columns = np.array([0, *itertools.accumulate(terms.columns)], np.int64)
         ranks = self._members["ranks"]
         of_cell, strips = (np.bincount(cells, n, size) for n in (ranks, -(-ranks // _STRIP)))
         self.pitch = int(of_cell.max(initial=0))
-        wide = of_cell.reshape(len(found), -1) * (terms.K + self._outputs[:, :1])
+        wide = of_cell.reshape(len(found), -1) * (terms.K + np.diff(self._columns)[:, None])
         self.elements = int(wide.sum(0).max(initial=0))
-        arrays = self._outputs, self._starts, self._members
+        arrays = self._columns, self._starts, self._members
         spans = -(-max(terms.columns) // _SPAN)
         self.fields = len(found), self.groups, *(a.ctypes.data for a in arrays), int(strips.max(initial=0)), spans

@@ -265,7 +265,8 @@ class _InTorch(_Sweep):
     def _blocks(self, rows: torch.Tensor) -> torch.Tensor:
         """A band's integers by unit, [units, height, width], unsigned, with 0 behind the last column."""
         height, width, panels = min(self.units.height, len(rows)), self.units.width, self._panels
-        words = torch.nn.functional.pad(_words(rows), (0, panels * width - rows.shape[1]))
+        words = rows.long() if rows.itemsize == 8 else rows.long() & ((1 << 8 * rows.itemsize) - 1)
+        words = torch.nn.functional.pad(words, (0, panels * width - rows.shape[1]))
         return words.view(len(rows) // height, height, panels, width).transpose(1, 2).flatten(0, 1)
 
     def _widths_of(self, unit: torch.Tensor) -> torch.Tensor:
@@ -336,11 +337,6 @@ def dithered(total: torch.Tensor, dtype: torch.dtype, dither: Dither) -> torch.T
     return (sign | half).to(torch.int16).view(dtype)
 
 
-def _words(integers: torch.Tensor) -> torch.Tensor:
-    """Unsigned, in 64 bits."""
-    return integers.long() if integers.itemsize == 8 else integers.long() & ((1 << 8 * integers.itemsize) - 1)
-
-
 def prepared(W: torch.Tensor, factors: Factors, sweeps: Any = None) -> Any:
     """The sweep of a merge of W [rows, columns]. sweeps: the class, or the best."""
     return (sweeps or _best(W))(W, factors, Units.of(W), W.nbytes // 2)
@@ -392,12 +388,8 @@ def run_together(sweeps: Sequence[_InC], mode: int) -> int:
 
 
 def _best(W: torch.Tensor) -> type[_InC | _InTorch]:
-    return _InC if _in_c(W) else _InTorch
-
-
-def _in_c(W: torch.Tensor) -> bool:
     plain = W.device.type == "cpu" and W.dtype in native.TYPES and W.stride(1) == 1 and W.numel() > 0
-    return plain and native.usable() and _agree() and native.usable()
+    return _InC if plain and native.usable() and _agree() and native.usable() else _InTorch
 
 
 @functools.cache
@@ -416,7 +408,7 @@ def _agree() -> bool:
         W = normal(37, 333).to(dtype)
         merged = W.clone(), W.clone()
         try:
-            in_c, in_torch = (merge(m, factors, k) for k, m in zip(_SWEEPS, merged, strict=True))
+            in_c, in_torch = (merge(m, factors, k) for k, m in zip((_InC, _InTorch), merged, strict=True))
             same = all(map(torch.equal, in_c.tensors, in_torch.tensors)) and torch.equal(*map(bits, merged))
             restoring(merged[0], factors, in_torch, _InC).alone(UNMERGE)
         except (RuntimeError, ValueError) as error:
@@ -425,6 +417,3 @@ def _agree() -> bool:
             if not same or not torch.equal(bits(merged[0]), bits(W)):
                 native.reject(f"a merge in {dtype} differs")
     return True
-
-
-_SWEEPS = _InC, _InTorch

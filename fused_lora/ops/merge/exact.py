@@ -31,11 +31,6 @@ class Adapter(NamedTuple):
         """Of W^T; one of LoRA alone."""
         return Adapter(self.lora_B.t(), self.lora_A.t(), self.scaling)
 
-    @property
-    def numbers(self) -> list[Tensor]:
-        """All of its tensors."""
-        return [t for t in (self.lora_A, self.lora_B, self.bias, self.magnitude) if t is not None]
-
 
 class Column(NamedTuple):
     """What a DoRA adapter multiplies outputs by: c = m / ||W + s B A|| [N], by rows, and how much worse it is known.
