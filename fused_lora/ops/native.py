@@ -33,7 +33,7 @@ _TRIAL = (137, 1099), (3, 1099), (137, 3)  # shapes of x, A and dS
 _PANEL = 1024  # columns of x that C has at a time: PANEL there
 
 _rejected: list[str] = []  # why the loops are not used although they are there
-_forked = False  # OpenMP would wait for the threads of the parent
+_PROCESS = os.getpid()  # in a forked child OpenMP would wait for the threads of the parent
 
 
 class Work(ctypes.Structure):
@@ -117,7 +117,7 @@ def mkl_is_slow() -> bool:
 
 def threads(elements: int) -> int:
     """How many of torch's threads share so much work. One in a forked child, which has no others."""
-    return 1 if _forked or elements < 2 * _SHARE else min(torch.get_num_threads(), elements // _SHARE)
+    return 1 if os.getpid() != _PROCESS or elements < 2 * _SHARE else min(torch.get_num_threads(), elements // _SHARE)
 
 
 def safe_in_a_child(function: Callable[..., T]) -> Callable[..., T]:
@@ -128,7 +128,7 @@ def safe_in_a_child(function: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(function)
     def safe(first: Any, second: Any, *others: Any) -> T:
-        if _forked and torch.get_num_threads() > 1:
+        if os.getpid() != _PROCESS and torch.get_num_threads() > 1:
             with one_thread():
                 return function(first, second, *others)
         return function(first, second, *others) if others else function(first, second)
@@ -204,12 +204,3 @@ def _sum(parts: torch.Tensor | None) -> torch.Tensor | None:
 def add_terms(*fields: int) -> None:
     """The LoRA terms of rows under many adapters, of :mod:`fused_lora.ops.grouped.loops`."""
     _loaded()[0].fused_lora_terms(_terms.pack(*fields))
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
