@@ -138,7 +138,7 @@ def safe_in_a_child(function: Callable[..., T]) -> Callable[..., T]:
 
 def in_a_child() -> contextlib.AbstractContextManager[None]:
     """torch in one thread inside in a forked child, where it is not already."""
-    return one_thread() if _forked and torch.get_num_threads() > 1 else contextlib.nullcontext()
+    return one_thread() if os.getpid() != _PROCESS and torch.get_num_threads() > 1 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

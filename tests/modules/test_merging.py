@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import os
 import pickle
 import sys
 import warnings
@@ -151,7 +152,7 @@ def test_an_interrupt_wherever_python_handles_signals(base, action, forked, loop
     """Of a layer's own merge, where no other code takes it back; torch is set to one thread around it in a child."""
     if action == "switch" and loops == "torch":
         pytest.skip("it is an unmerge and a merge")
-    monkeypatch.setattr(native, "_forked", forked)
+    monkeypatch.setattr(native, "_PROCESS", None if forked else os.getpid())
     threads = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads))
     torch.set_num_threads(2)

@@ -339,7 +339,7 @@ def test_no_rank_at_all():
     [(torch.float32, (512, 520), 16), (torch.bfloat16, (1000, 777), 16), (torch.bfloat16, (725, 725), 8)],
     ids=str,
 )
-def test_a_merge_takes_an_eighth_of_the_weight(dtype, shape, rank):
+def test_a_merge_takes_a_tenth_of_the_weight(dtype, shape, rank):
     """From 1 MiB on: what the process holds at most during a merge and its record, beyond before."""
     code = (
         "import ctypes, torch\n"
@@ -359,7 +359,7 @@ def test_a_merge_takes_an_eighth_of_the_weight(dtype, shape, rank):
         "    return found\n"
         # the least: on a busy machine a thread may get its first unit, and touch its stack, in any of them
         "extra = min(extra() for _ in range(8))\n"
-        "assert extra <= W.nbytes / 8, extra / W.nbytes\n"
+        "assert extra <= 0.1 * W.nbytes, extra / W.nbytes\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fused_lora.ops import native
@@ -26,6 +27,7 @@ from fused_lora.reference import bits, dropout_lanes
 
 _LOW = 0xFFFFFFFF
 AREA, WIDTH, HEIGHT = 4096, 128, 256  # of a unit at most, as in C
+_HUGE_PAGES = 1 << 22  # bytes from which numpy asks for pages of 2 MiB, which count whole
 _BAND = 1 << 17  # elements that torch takes at a time: the temporaries stay in a cache
 
 
@@ -166,7 +168,12 @@ class _InC(_Sweep):
 
     def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
         self.W, self.units = W, units
-        self._room = torch.empty((room, 2), dtype=torch.uint8, device=W.device) if room else units.corrections
+        # numpy's memory shrinks in place: beside small weights a copy is a hundredth of what a merge may hold
+        self._shrinks = np.empty((room, 2), np.uint8) if 0 < 2 * room < _HUGE_PAGES else None
+        self._room = units.corrections
+        if room:
+            large = self._shrinks is None
+            self._room = torch.empty((room, 2), dtype=torch.uint8) if large else torch.from_numpy(self._shrinks)
         count, counts = units.notes.shape[1], units.notes.data_ptr()
         self._merged = (ctypes.c_uint8 * count)()
         if room == 0:
@@ -186,11 +193,18 @@ class _InC(_Sweep):
         return native.run([self.work], mode)
 
     def undo(self, mode: int) -> int:
-        # what was not written is known: an interrupt waits for the end of a sweep
-        return self.run(mode) if self._before is None else super().undo(mode)
+        if self._before is not None:
+            return super().undo(mode)
+        if self._shrinks is not None:
+            self.work.corrections = self._shrinks.ctypes.data  # :meth:`kept` may have moved them
+        return self.run(mode)  # what was not written is known: an interrupt waits for the end of a sweep
 
     def kept(self) -> torch.Tensor:
-        return self._room[: self.work.used].clone()
+        if self._shrinks is None:
+            return self._room[: self.work.used].clone()
+        del self._room
+        self._shrinks.resize((self.work.used, 2), refcheck=False)
+        return torch.from_numpy(self._shrinks)
 
 
 class _InTorch(_Sweep):
