@@ -27,7 +27,7 @@ from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
 from fused_lora.ops.checks import as_float, as_scaling, is_known
-from fused_lora.ops.linear.op import Memory, _rows, may_learn, recalled
+from fused_lora.ops.linear.op import Memory, _rows, recalled
 from fused_lora.ops.term.op import known_term, lora_term
 from fused_lora.ops.term.rows import lora_term_on_rows
 
@@ -122,7 +122,7 @@ class FusedLoraBehaviour(_Layer):
 
     def _learn(self, x: Tensor, names: list[str]) -> None:
         """Of a call that one operator may compute: the next one like it is asked nothing."""
-        if may_learn(x):
+        if not torch.compiler.is_compiling():
             operands, memory = self._operands(x, names), self.__dict__.get("_memory")
             if operands:
                 if memory is None:

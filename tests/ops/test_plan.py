@@ -9,10 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_lora import reference
 from fused_lora.ops import guard
+from fused_lora.ops.dora import op as dora
 from fused_lora.ops.linear import eager as cpu
 from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear import plan
 from fused_lora.ops.linear.op import draw_seeds, lora_linear
+from fused_lora.ops.term.op import lora_term
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
 from helpers.thorough import sampled
@@ -161,6 +163,27 @@ def test_second_derivatives_under_autocast_are_those_of_rounded_adapters(device,
         assert ours.dtype is other.dtype is FP32
     dg, dA = torch.autograd.grad(first[0].sum(), (g, leaves[1]))
     assert dg.dtype is torch.bfloat16 and dA.dtype is FP32 and dA.abs().max() > 0
+
+
+@pytest.mark.parametrize("turned", ["x", "W", "A", "B", "bias", "y", "g"])
+@pytest.mark.parametrize("function", [lora_linear, lora_term, dora.dropped], ids=["linear", "term", "dropped"])
+def test_lazily_negated_views_have_their_sign(function, turned, device, kernels_on):
+    """A kernel reads memory, which does not tell."""
+    sizes = dict(x=(40, 24), W=(16, 24), A=(4, 24), B=(16, 4), bias=(16,), y=(40, 16), g=(40, 16))
+    drawn = {name: torch.randn(size, device=device) for name, size in sizes.items()}
+    seeds, found = torch.tensor([3], device=device), []
+    for turn in (torch.clone, lambda t: torch._neg_view(-t)):
+        given = drawn | {turned: turn(drawn[turned])}
+        x, A, B = leaves = [given[name].detach().requires_grad_() for name in "xAB"]
+        rest = [A], [B], [1.5], [0.4], seeds
+        if function is lora_linear:
+            out = lora_linear(x, given["W"], given["bias"], *rest)
+        elif function is lora_term:
+            out = lora_term(given["y"], x, *rest, given["bias"])
+        else:
+            out = dora.dropped(x, seeds, 0.4) @ A.t() @ B.t()
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, given["g"])])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("ranks", [(0,), (3, 0)], ids=str)

@@ -146,8 +146,6 @@ _dropped.register_autograd(lambda ctx, g: (dropped(g, ctx.seed, ctx.p), None, No
 def _draw(x: Tensor, seed: Tensor, p: float) -> Tensor:
     if p == 1.0:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    if x.is_neg():  # a kernel would not see the sign
-        x = x.resolve_neg()
     rows = _rows(x)
     if not x.is_cpu or guard.usable(x.device):
         return times_mask(seed, p, True, rows)[0].reshape(x.shape)

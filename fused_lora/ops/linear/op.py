@@ -80,11 +80,11 @@ def lora_linear(
 
 
 def is_direct(*tensors: Tensor) -> bool:
-    """Whether these are torch's own tensors, and nothing but autograd looks on."""
+    """Whether these are torch's own tensors, whose memory is their values, and nothing but autograd looks on."""
     if torch.compiler.is_compiling() or _stack() or _transforms() or _is_tracing():
         return False
     for tensor in tensors:
-        if type(tensor) not in PLAIN or _is_wrapped(tensor):
+        if type(tensor) not in PLAIN or _is_wrapped(tensor) or tensor.is_neg():
             return False
     return True
 
@@ -94,8 +94,6 @@ def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, rounded=No
 
     rounded: as of :func:`plan.forward`.
     """
-    if x.is_neg():  # a kernel would not see the sign
-        x = x.resolve_neg()
     run = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, rounded)
     return _run(run, x, weight, bias, lora_A, lora_B, seeds)
 
@@ -108,11 +106,6 @@ def _run(run, x, weight, bias, lora_A, lora_B, seeds) -> Tensor:
         found = _apply((run, x, weight, bias, lora_A, lora_B, seeds), x, *lora_A, *lora_B, *free)
         return found if run.keeps_x else found[0]
     return run(x, weight, bias, lora_A, lora_B, seeds)[0]
-
-
-def may_learn(x: Tensor) -> bool:
-    """Whether a call with this x can be learnt at all."""
-    return not (torch.compiler.is_compiling() or x.is_neg())
 
 
 class Memory:
@@ -146,7 +139,7 @@ class Memory:
         return None
 
     def learn(self, x: Tensor, operands: tuple) -> None:
-        """Of a call that has passed and :func:`may_learn`, where nobody but autograd looks on."""
+        """Of a call that has passed, where nobody but autograd looks on."""
         key, seen, weight, bias, lora_A, lora_B, _, _ = operands
         dtype = _autocast_dtype(x)
         if dtype is None and _autocasts(x):

@@ -75,7 +75,9 @@ def lora_linear(
     inside, rounded = x, None
     if x.device.type == guard.DEVICE:
         autocast = _autocast_dtype(x)
-        inside = x.to(autocast or weight.dtype)
+        # kernels read memory, which does not tell the sign of a lazily negated view
+        lora_A, lora_B = ([t.resolve_neg() for t in part] for part in (lora_A, lora_B))
+        inside = x.resolve_neg().to(autocast or weight.dtype)
         if autocast:
             lora_A, lora_B, rounded = _of_autocast(lora_A, lora_B, autocast)
     # entering it takes as long as a small product

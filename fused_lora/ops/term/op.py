@@ -76,7 +76,7 @@ def lora_term(
         seeds = draw_seeds(len(dropout), x.device)
     if not lora_A:
         return y if bias is None else y + bias.to(y.dtype)
-    if is_direct(y, x, *lora_A, *lora_B):
+    if is_direct(y, x, *lora_A, *lora_B, *(() if bias is None else (bias,))):
         if not _autocasts(x):
             return _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
         dtype, rounded = _autocast_dtype(x), None
@@ -238,7 +238,6 @@ def _compute(y, x, bias, lora_A, lora_B, scaling, dropout, seeds, rounded) -> tu
 
 def _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds, rounded=None) -> Tensor:
     """The result; differentiable. rounded: as of :func:`linear.plan.forward`."""
-    y, x = (t.resolve_neg() if t.is_neg() else t for t in (y, x))  # a kernel would not see the sign
     if torch.is_grad_enabled():
         for tensor in (y, x, *lora_A, *lora_B, bias):
             if tensor is not None and learns(tensor):
