@@ -97,14 +97,24 @@ def _check_bias(bias: torch.Tensor | None, N: int) -> None:
         raise ValueError(f"bias: expected a floating tensor [{N}], got {bias.dtype} {tuple(bias.shape)}")
 
 
+def refuse_sparse(**tensors: Any) -> None:
+    """Raise TypeError for a tensor, or one in a list, that has no strides."""
+    for name, given in tensors.items():
+        for tensor in given if isinstance(given, Sequence) else (given,):
+            if isinstance(tensor, torch.Tensor) and (tensor.layout is not torch.strided or tensor.is_nested):
+                kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+                raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+
+
 def in_order(seeds: torch.Tensor) -> torch.Tensor:
     """The seeds one after another, as kernels read them.
 
     Raises:
-        TypeError: seeds is no tensor.
+        TypeError: seeds is no dense tensor.
     """
     if not isinstance(seeds, torch.Tensor):
         raise TypeError(f"seeds: expected an int64 tensor, got {type(seeds).__name__}")
+    refuse_sparse(seeds=seeds)
     return seeds.contiguous()
 
 

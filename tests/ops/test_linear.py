@@ -441,6 +441,19 @@ def test_bad_dtypes_name_the_argument():
                 lora_linear(x, W, b, A, B, bad_s, bad_p)
 
 
+@pytest.mark.parametrize("name", ["x", "weight", "y", "bias", "lora_A", "lora_B", "seeds"])
+def test_what_is_not_dense_is_named(name):
+    x, W, b, A, B, s, p, seeds = arguments(grad=False)
+    given = dict(x=x, bias=b, lora_A=A, lora_B=B, scaling=s, dropout=p, seeds=seeds)
+    for kind in (torch.Tensor.to_sparse, lambda t: torch.nested.nested_tensor([t])):
+        for operator, base in ((lora_linear, dict(weight=W)), (lora_term, dict(y=nn.functional.linear(x, W)))):
+            args = given | base
+            if name in args:
+                bad = [kind(args[name][0]), args[name][1]] if name.startswith("lora") else kind(args[name])
+                with pytest.raises(TypeError, match=f"^{name}: expected a dense tensor, got"):
+                    operator(**args | {name: bad})
+
+
 @pytest.mark.parametrize("operator", [lora_linear, lora_term])
 def test_numbers_of_any_kind_are_floats(operator):
     """Equal numbers share what is prepared for a call, so the first of them must not decide its type."""

@@ -25,6 +25,7 @@ from fused_lora.ops.checks import (
     check_linear,
     check_lists,
     in_order,
+    refuse_sparse,
     refuse_tangents,
     refuse_transforms,
     warn_of_redraws,
@@ -59,7 +60,8 @@ def lora_linear(
         y [..., N] in x's dtype (under autocast: in the autocast dtype).
 
     Raises:
-        ValueError: shapes, devices, dropout or scaling do not fit. TypeError: x is no tensor, dtypes do not fit.
+        ValueError: shapes, devices, dropout or scaling do not fit. TypeError: x is no tensor, one is not dense, or
+            dtypes do not fit.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
@@ -70,6 +72,7 @@ def lora_linear(
         return torch.nn.functional.linear(x, weight, bias)
     seeds = None if seeds is None else in_order(seeds)
     if not is_direct(x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,))):
+        refuse_sparse(x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
         refuse_transforms("lora_linear")
         return _by_dispatcher(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds)
     if forward_ad._current_level >= 0:
@@ -85,6 +88,8 @@ def is_direct(*tensors: Tensor) -> bool:
         return False
     for tensor in tensors:
         if type(tensor) not in PLAIN or _is_wrapped(tensor) or tensor.is_neg():
+            return False
+        if tensor.layout is not torch.strided or tensor.is_nested:
             return False
     return True
 

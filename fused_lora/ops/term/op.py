@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_lora.ops.checks import as_numbers, check_lists, check_term, in_order, refuse_transforms
+from fused_lora.ops.checks import as_numbers, check_lists, check_term, in_order, refuse_sparse, refuse_transforms
 from fused_lora.ops.linear import eager, flops
 from fused_lora.ops.linear import op as linear
 from fused_lora.ops.linear.op import (
@@ -62,12 +62,16 @@ def lora_term(
         [..., N] in y's dtype, under autocast too: there x takes the autocast dtype.
 
     Raises:
-        ValueError: shapes, devices, dropout or scaling do not fit. TypeError: x or y is no tensor, or not floating.
+        ValueError: shapes, devices, dropout or scaling do not fit. TypeError: x or y is no tensor or not floating; a
+            tensor is not dense.
     """
     for name, tensor in (("y", y), ("x", x)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     check_lists(lora_A=lora_A, lora_B=lora_B)
+    direct = is_direct(y, x, *lora_A, *lora_B, *(() if bias is None else (bias,)))
+    if not direct:
+        refuse_sparse(y=y, x=x, bias=bias, lora_A=lora_A, lora_B=lora_B)
     scaling = as_numbers("scaling", scaling)
     dropout = [0.0] * len(lora_A) if dropout is None else as_numbers("dropout", dropout)
     seeds = None if seeds is None else in_order(seeds)
@@ -76,7 +80,7 @@ def lora_term(
         seeds = draw_seeds(len(dropout), x.device)
     if not lora_A:
         return y if bias is None else y + bias.to(y.dtype)
-    if is_direct(y, x, *lora_A, *lora_B, *(() if bias is None else (bias,))):
+    if direct:
         if not _autocasts(x):
             return _direct(y, x, bias, lora_A, lora_B, scaling, dropout, seeds)
         dtype, rounded = _autocast_dtype(x), None
