@@ -87,6 +87,12 @@ def test_a_16_bit_result_is_rounded_once(way):
     assert torch.equal(ours, wide.bfloat16())
 
 
+def test_a_wider_y_is_not_rounded_to_fp32_meanwhile(way):
+    A, B, _ = adapter(64, 32, 4)
+    x, y = torch.randn(9, 64), torch.randn(9, 32, dtype=torch.float64)
+    assert torch.equal(run(x, y, [0] * 9, {0: [term(A, B, 0.0)]}), y)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("K, N", [(64, 48), (100, 36), (576, 192), (33, 31)])
 def test_a_row_has_the_same_bits_in_every_batch(K, N, threads, way):

@@ -443,6 +443,49 @@ def test_a_forked_child_merges(size):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_forked_child_goes_back_from_a_refused_switch(dtype):
+    """Torch writes a weight back that C did not take, or that a merge kept as a copy."""
+    A, B = torch.randn(2, 300), torch.randn(1000, 2) * 100
+    W, threads = torch.randn(1000, 300).to(dtype), torch.get_num_threads()
+    record = merging.merge_(W, [A], [B], [1.0])
+    merged, broken, rows = W.view(torch.uint8).numpy().copy(), B.clone(), np.ones(1000, np.float32)
+    broken[-1] = float("inf")
+
+    def child():
+        try:
+            merging.switch_(W, record, [A], [broken], [1.0], torch.from_numpy(rows))
+        except ValueError:
+            os._exit(not np.array_equal(W.view(torch.uint8).numpy(), merged))
+        os._exit(1)
+
+    torch.set_num_threads(2)
+    try:
+        W.clone()  # starts torch's threads
+        assert exit_code_of(child) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_switches_rows_that_take_threads_to_look_at():
+    W, A, B = torch.randn(100_000, 2), torch.randn(1, 2), torch.randn(100_000, 1)
+    rows, threads = torch.rand(100_000) + 0.5, torch.get_num_threads()
+    record = merging.merge_(W, [A], [B], [1.0])
+
+    def child():
+        merging.switch_(W, record, [A], [B], [1.0], rows)
+        os._exit(0)
+
+    torch.set_num_threads(2)
+    try:
+        W.clone()
+        assert exit_code_of(child) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_merges_a_model():
     """Rows that are sampled, and a fidelity, are large enough for threads of torch."""
     net, threads = torch.nn.Sequential(torch.nn.Linear(8192, 16, dtype=torch.bfloat16)), torch.get_num_threads()

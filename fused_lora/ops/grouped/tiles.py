@@ -30,7 +30,7 @@ def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> None:
             height = min(height_of(*A_t.shape, B_t.shape[1], dtype, A_t.device, threads) for A_t, B_t, _ in wide)
             for rows, filled in layout.pieces[g]:
                 sums = _sums(x.index_select(0, filled).to(dtype), wide, height)[: len(rows)]
-                part.index_copy_(0, rows, sums.add_(part.index_select(0, rows)).to(y.dtype))
+                part.index_copy_(0, rows, (part.index_select(0, rows) + sums).to(y.dtype))
 
 
 def _sums(x: Tensor, members: Sequence[Factors], height: int) -> Tensor:

@@ -153,6 +153,7 @@ class _Sweep:
             self.undo(MERGE_AGAIN)
             raise
 
+    @native.safe_in_a_child
     def undo(self: Any, mode: int) -> int:
         """Take back, by ``mode``, what was written. It finds nothing where nothing was, nor a second time."""
         if self._before is not None:

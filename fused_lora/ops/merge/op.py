@@ -103,11 +103,9 @@ def switch_(
     """
     adapters = lora_A, lora_B, scaling, row_scale, seed
     _merged(weight, record)
-    if record.units is None:
-        new, sweep = _prepared(weight, adapters, fan_in_fan_out, record)
-        if sweep is not None and sweep.alone(MERGE):
-            return new
-    _check(weight, *adapters, fan_in_fan_out=fan_in_fan_out)
+    new, sweep = _prepared(weight, adapters, fan_in_fan_out, record)
+    if sweep is not None and sweep.alone(MERGE):
+        return new
     back = _to_unmerge(weight, record)
     try:
         back.alone(UNMERGE)
