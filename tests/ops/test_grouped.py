@@ -117,6 +117,16 @@ def test_a_row_has_the_same_bits_in_every_batch(K, N, threads, way):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("K, N", [(64, 5), (64, 48)])
+def test_and_over_matrices_that_lie_in_any_way(K, N, way):
+    """C does not read these, and a BLAS has other code for them."""
+    factors = {g: [(A.t().contiguous(), B.t(), s)] for g, (A, B, s) in enumerate(adapter(K, N, r) for r in (9, 100))}
+    x, y = torch.randn(60, K), torch.randn(60, N)
+    rows = np.arange(60) % 2
+    alone = torch.cat([run(x[m : m + 1], y[m : m + 1], rows[m : m + 1], factors) for m in range(60)])
+    assert torch.equal(run(x, y, rows, factors), alone)
+
+
 @pytest.mark.parametrize("way", ["torch"], indirect=True)
 def test_a_trial_has_matrices_that_lie_as_those_of_an_adapter(way, monkeypatch):
     """A BLAS may look at how far the rows of an operand are apart."""

@@ -26,7 +26,8 @@ def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> None:
         for g, members in output.items():
             if g not in layout.groups:
                 continue
-            wide = [(A_t.to(dtype), B_t.to(dtype), scale) for A_t, B_t, scale in members]
+            # as in the trial: a BLAS has other code for operands that lie otherwise
+            wide = [(A_t.t().contiguous().to(dtype).t(), B_t.contiguous().to(dtype), s) for A_t, B_t, s in members]
             height = min(height_of(*A_t.shape, B_t.shape[1], dtype, A_t.device, threads) for A_t, B_t, _ in wide)
             for rows, filled in layout.pieces[g]:
                 sums = _sums(x.index_select(0, filled).to(dtype), wide, height)[: len(rows)]
