@@ -1,5 +1,7 @@
 """LoRA terms of rows under many adapters by the C loops: several outputs, instruction sets, threads, and the check."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -94,3 +96,19 @@ def test_loops_that_compute_something_else_are_not_used(monkeypatch):
     with pytest.warns(UserWarning, match="C loops are not used.*a LoRA term in torch.float32 differs"):
         assert not add_terms_(torch.zeros(3, sum(N)), torch.ones(3, 8), rows_of(slots_of([1, 2, 0, 0, 0])), factors)
     loops._agree.cache_clear()
+
+
+def test_what_c_reads_stays_where_another_thread_works_it_out_again(monkeypatch):
+    """A layout is used by all threads, and the last one's blocks stay in it."""
+    *_, terms = layer(37)
+    layout, add_terms = rows_of(np.array([0, 1, 1])), native.add_terms
+    assert loops._agree()  # which calls C, too
+    before = weakref.ref(layout.blocks[0])
+
+    def meanwhile(*fields):
+        del layout.blocks
+        assert before() is not None
+        add_terms(*fields)
+
+    monkeypatch.setattr(native, "add_terms", meanwhile)
+    assert add_terms_(torch.zeros(3, sum(N)), torch.randn(3, 37), layout, terms)

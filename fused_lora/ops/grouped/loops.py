@@ -35,16 +35,17 @@ def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> bool:
 
 def _run(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> None:
     table: Any = terms.table
-    blocks = len(layout.blocks)
+    held, *addresses = layout.blocks
+    blocks = len(held)
     if layout.groups[-1] >= table.groups:
-        blocks = int(np.searchsorted(layout.blocks[:, 0], table.groups))
+        blocks = int(np.searchsorted(held[:, 0], table.groups))
     x = x.float()
     if x.stride(1) != 1:
         x = x.contiguous()
     S = x.new_empty(len(layout.order) * len(terms.outputs) * table.pitch)
     native.add_terms(
         x.data_ptr(), x.stride(0), terms.K, native.TYPES[y.dtype], native.TYPES[terms.dtype],
-        *table.fields, blocks, *layout.addresses, S.data_ptr(), table.pitch,
+        *table.fields, blocks, *addresses, S.data_ptr(), table.pitch,
         native.threads(blocks * table.elements), native.variant(), y.data_ptr(), y.stride(0) * y.element_size(),
     )  # fmt: skip
 

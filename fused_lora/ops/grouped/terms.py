@@ -66,18 +66,17 @@ class RowLayout:
         return {g: [(p, torch.cat([p, p[-1:].expand(-len(p) % LEAST)])) for p in pieces] for g, pieces in each.items()}
 
     @functools.cached_property
-    def blocks(self) -> np.ndarray:
-        """int64 [blocks, 3]: group, first place in ``order``, rows."""
+    def blocks(self) -> tuple[np.ndarray, int, int]:
+        """int64 [blocks, 3], group, first place in ``order`` and rows; its address and that of ``order``.
+
+        Together: another thread that works it out, too, may be the last to store it.
+        """
         found, place = [], 0
         for g, rows in self._parts.items():
             found += [(g, place + i, min(_BLOCK, len(rows) - i)) for i in range(0, len(rows), _BLOCK)]
             place += len(rows)
-        return np.array(found, np.int64).reshape(-1, 3)
-
-    @functools.cached_property
-    def addresses(self) -> tuple[int, int]:
-        """Of ``blocks`` and of ``order``."""
-        return self.blocks.ctypes.data, self.order.ctypes.data
+        blocks = np.array(found, np.int64).reshape(-1, 3)
+        return blocks, blocks.ctypes.data, self.order.ctypes.data
 
 
 class Terms:
