@@ -19,7 +19,8 @@ import torch
 import fused_lora
 from fused_lora import reference
 from fused_lora.ops import native
-from fused_lora.ops.grouped import loops
+from fused_lora.ops.grouped import loops, tiles
+from fused_lora.ops.grouped.op import RowLayout, Terms, lora_grouped_
 from fused_lora.ops.merge import blocks
 from fused_lora.ops.merge import op as merging
 from fused_lora.ops.merge.blocks import Factors
@@ -480,6 +481,27 @@ def test_a_forked_child_switches_rows_that_take_threads_to_look_at():
     torch.set_num_threads(2)
     try:
         W.clone()
+        assert exit_code_of(child) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_forked_child_is_the_first_to_add_terms(dtype):
+    """By C, which is tried with torch before, and by torch."""
+    x, y, threads = torch.ones(600, 256, dtype=dtype), torch.zeros(600, 512, dtype=dtype), torch.get_num_threads()
+    terms = Terms({0: [(torch.ones(8, 256).t(), torch.ones(8, 512), 1.0)]})
+
+    def child():
+        lora_grouped_(y, x, RowLayout(np.zeros(600, np.int64), torch.device("cpu")), terms)
+        os._exit(not (y.numpy() == 8 * 256).all())
+
+    torch.set_num_threads(2)
+    loops._agree.cache_clear()
+    tiles.height_of.cache_clear()
+    try:
+        torch.mm(y.t(), x)  # starts torch's threads
         assert exit_code_of(child) == 0
     finally:
         torch.set_num_threads(threads)

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_lora.ops import native
 from fused_lora.ops.grouped.terms import LEAST, Factors, RowLayout, Terms
 
 _WORDS = 16  # numbers in 64 bytes of fp32
 
 
+@native.safe_in_a_child
 def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> None:
     """y [rows, N of all outputs or more] += the terms of x [rows, K], rounded once; on any device."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, terms.dtype), torch.float32)
