@@ -697,7 +697,7 @@ INLINE void products(const Products *of, int64_t index) {
     KIND(name, random, 0, 1, options)                                                                               \
     KIND(name, scaled_random, 1, 1, options)                                                                        \
     static int unit_##name(Work *work, int64_t index, int mode) {                                                   \
-        int random = work->dithered && work->weight_type != FLOAT32 && mode != UNMERGE;         \
+        int random = work->dithered && work->weight_type != FLOAT32 && mode != UNMERGE;                             \
         if (work->row_scale) return (random ? scaled_random_##name : scaled_##name)(work, index, mode);             \
         return (random ? random_##name : plain_##name)(work, index, mode);                                          \
     }                                                                                                               \
