@@ -37,9 +37,9 @@ def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> Tens
     """
     if torch.compiler.is_dynamo_compiling():
         return _untraced(y, x, layout, terms)
-    kinds = (y, Tensor), (x, Tensor), (layout, RowLayout), (terms, Terms)
-    if not all(isinstance(found, kind) for found, kind in kinds):
-        got = ", ".join(type(found).__name__ for found, _ in kinds)
+    tensors = isinstance(y, Tensor) and isinstance(x, Tensor)
+    if not (tensors and isinstance(layout, RowLayout) and isinstance(terms, Terms)):
+        got = ", ".join(type(found).__name__ for found in (y, x, layout, terms))
         raise TypeError(f"y, x, layout, terms: expected two tensors, a RowLayout and Terms, got {got}")
     floats = x.dtype in FLOAT_DTYPES and y.dtype in FLOAT_DTYPES and x.layout is y.layout is torch.strided
     if x.dim() != 2 or y.dim() != 2 or not floats:
