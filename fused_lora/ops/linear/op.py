@@ -403,7 +403,8 @@ def _of_autocast(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], dtype: torc
     """The same without copies of fp32 ones, which the launches round themselves; what they round to comes third."""
     adapters = *lora_A, *lora_B
     if dtype.itemsize == 2 and all(t.device.type == guard.DEVICE and t.dtype is torch.float32 for t in adapters):
-        return lora_A, lora_B, dtype
+        if not any(t.is_inference() for t in adapters):  # torch saves none for a backward, but saves copies
+            return lora_A, lora_B, dtype
     return _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype), None
 
 
