@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import DEFAULTS
+
 LANES = tl.constexpr(8)  # 16-bit lanes in one block of Philox4x32
 _M0 = tl.constexpr(0xD2511F53)
 _M1 = tl.constexpr(0xCD9E8D57)
@@ -129,6 +131,6 @@ def dropout_mask(
     if out.numel():
         grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(K, BLOCK_K))
         _dropout_mask_kernel[grid](
-            out, seed, threshold(p) - 32768, M, K, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, num_warps=num_warps
+            out, seed, threshold(p) - 32768, M, K, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, num_warps=num_warps, **DEFAULTS
         )
     return out.view(torch.bool)

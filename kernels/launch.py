@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 from .descriptors import descriptor_memory
 
 _loading = threading.RLock()  # Triton publishes a binary before it has loaded it: another thread would launch nothing
+DEFAULTS = {"enable_fp_fusion": True}  # Triton's own changes with 3.10, of which 3.9 warns: an error where warnings are
 KEPT = 4096  # launches of one kernel, the least recently used of which is forgotten for a new one
 _data_ptr = torch.Tensor.data_ptr
 _KNOWN = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
@@ -58,7 +59,7 @@ class Launch:
     __slots__ = ("_arguments", "_fixed", "_grid", "_ready")
 
     def __init__(self, grid: Sequence[int], *arguments, **fixed):
-        self._grid, self._arguments, self._fixed = (*grid, 1, 1)[:3], arguments, fixed
+        self._grid, self._arguments, self._fixed = (*grid, 1, 1)[:3], arguments, DEFAULTS | fixed
         self._ready = None
 
     def __call__(self, kernel: JITFunction, *tensors: torch.Tensor | None | tuple[torch.Tensor, ...]) -> None:

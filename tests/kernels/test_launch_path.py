@@ -77,6 +77,7 @@ def test_every_launcher_launches(tmp_path):
     environment = stub_driver.environment(HERE.with_name("stub_cuda.c"), tmp_path)
     done = subprocess.run([sys.executable, HERE], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    assert "UserWarning" not in done.stderr, done.stderr  # Triton's, of a default that changes between its releases
     found = json.loads(done.stdout)
     assert found["launches"] == LAUNCHES
     assert found["ways"] == WAYS

@@ -158,11 +158,13 @@ def _compile(case: CompileCase, chip: str) -> CompiledKernel | str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from fused_lora.kernels.launch import DEFAULTS
+
     nvidia = CHIPS[chip].capability > 0
     target = GPUTarget("cuda", CHIPS[chip].capability, 32) if nvidia else GPUTarget("hip", chip, 64)
     source = ASTSource(case.kernel, case.signature, case.constexprs, case.attrs)
     try:
-        return triton.compile(source, target=target, options=case.options)
+        return triton.compile(source, target=target, options=DEFAULTS | case.options)
     except Exception as e:  # whatever the compiler raises is the result of this case
         return f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
 
