@@ -202,7 +202,7 @@ def test_one_thread_at_a_time_loads_what_no_trial_has_loaded():
 
     class Kernel:
         def __getitem__(self, grid):
-            def launch(*_):
+            def launch(*_, **options):
                 inside.append(1)
                 time.sleep(0.05)  # Triton compiles and loads
                 found.append(len(inside))
