@@ -21,7 +21,7 @@ OPS = ("linear", "shrink", "expand", "weight_grad", "backward_g", "backward_x", 
 _WITHOUT_MASK = ("linear", "backward_g", "linear_4bit")  # launches that never draw one
 PASS_RANKS = 32  # ranks up to which one pass over g, or x, forms both of its results
 DECODE_ROWS, SHORT_ROWS = 16, 64  # rows up to which a GEMM is decode, and up to which one launch is best
-ROUND_ROWS = 2048  # up to which lora_A in fp32, read anew for each block of rows, costs less than a copy of 16 bits
+ROUND_ROWS = 2048  # an estimate: above, lora_A in fp32, read for each block of rows, costs more than a 16-bit copy
 SCALE_GROUP = 64  # values of a row with one scale in a 4-bit weight of any blocksize from here on, if K is a multiple
 _WARPGROUP_MMA = (90, 100, 103)  # accumulators by warp groups and 228 KiB of shared memory: room for wide tiles
 

@@ -118,12 +118,8 @@ def row_norms(layer: Any, name: str, called: bool = False) -> Tensor:
 
     called: B A is what calls of lora_B and lora_A make of an identity, for others may change what they return.
     """
-    base, A_layer, B_layer, s = (
-        layer._modules["base_layer"],
-        layer.lora_A[name],
-        layer.lora_B[name],
-        layer._scaling(name),
-    )
+    base, s = layer._modules["base_layer"], layer._scaling(name)
+    A_layer, B_layer = layer.lora_A[name], layer.lora_B[name]
     A, B = A_layer.weight, B_layer.weight
     if called:
         with torch.no_grad():

@@ -97,11 +97,16 @@ def _check_bias(bias: torch.Tensor | None, N: int) -> None:
         raise ValueError(f"bias: expected a floating tensor [{N}], got {bias.dtype} {tuple(bias.shape)}")
 
 
+def has_strides(tensor: torch.Tensor) -> bool:
+    """Whether this is neither a sparse nor a nested tensor."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def refuse_sparse(**tensors: Any) -> None:
     """Raise TypeError for a tensor, or one in a list, that has no strides."""
     for name, given in tensors.items():
         for tensor in given if isinstance(given, Sequence) else (given,):
-            if isinstance(tensor, torch.Tensor) and (tensor.layout is not torch.strided or tensor.is_nested):
+            if isinstance(tensor, torch.Tensor) and not has_strides(tensor):
                 kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
                 raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
@@ -221,9 +226,8 @@ setattr(warn_of_redraws, "_dynamo_marked_constant", True)  # noqa: B010 - unknow
 
 def is_dense(tensor: Any) -> bool:
     """Whether this is a tensor whose memory, read by its strides, holds its numbers."""
-    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
-        return False
-    return not (tensor.is_nested or tensor.is_meta or tensor.is_neg())
+    dense = isinstance(tensor, torch.Tensor) and has_strides(tensor)
+    return dense and not (tensor.is_meta or tensor.is_neg())
 
 
 def span_of(tensor: torch.Tensor) -> tuple[int, int]:

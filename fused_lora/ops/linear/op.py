@@ -24,6 +24,7 @@ from fused_lora.ops.checks import (
     as_numbers,
     check_linear,
     check_lists,
+    has_strides,
     in_order,
     refuse_sparse,
     refuse_tangents,
@@ -87,9 +88,7 @@ def is_direct(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or _stack() or _transforms() or _is_tracing():
         return False
     for tensor in tensors:
-        if type(tensor) not in PLAIN or _is_wrapped(tensor) or tensor.is_neg():
-            return False
-        if tensor.layout is not torch.strided or tensor.is_nested:
+        if type(tensor) not in PLAIN or _is_wrapped(tensor) or tensor.is_neg() or not has_strides(tensor):
             return False
     return True
 

@@ -226,7 +226,8 @@ class _InTorch(_Sweep):
         return torch.cat(self._pieces)
 
     def run(self, mode: int) -> int:
-        self._before = self.W.clone()
+        if self._before is None:
+            self._before = self.W.clone()
         for band in self._bands:
             outcome = self._do(band, mode)
             if outcome != DONE:
