@@ -16,7 +16,7 @@ from torch import nn
 
 from fused_lora.bases import Base, base_of
 from fused_lora.bases.dense import is_conv1d
-from fused_lora.bases.foreign import has_packed_weight, stored_weight
+from fused_lora.bases.foreign import has_packed_weight
 from fused_lora.bases.matrices import EMBEDDING
 from fused_lora.modules.auxiliary import Auxiliary
 from fused_lora.modules.config import LoraConfig, matches_end
@@ -77,11 +77,6 @@ def in_out_features(module: nn.Module) -> tuple[int, int]:
     """(K, N) of a supported module."""
     base: Any = base_layer_of(module)
     return kind_of(base).features(base)
-
-
-def weight_device(base: nn.Module) -> torch.device:
-    """Where the weight of the layer ``base`` is."""
-    return stored_weight(base).device
 
 
 def drawn_dtype(base: nn.Module) -> torch.dtype:

@@ -287,9 +287,12 @@ def test_what_torch_would_take_is_refused_too():
     with pytest.raises(RuntimeError, match="terms: .*no gradient"):
         lora_grouped_(y, x, layout, Terms({0: [(A_t.clone().requires_grad_(), B_t, scale)]}))
     assert torch.equal(y, before)
-    for wrong in (None, [0, 0]):
+    for wrong in (None, [0, 0], np.array([0.0, 0.0])):
         with pytest.raises(TypeError, match="group_of_row: expected"):
             RowLayout(wrong, CPU)
+    for wrong in (None, [(A_t, B_t, scale)]):
+        with pytest.raises(TypeError, match="outputs: expected a mapping"):
+            Terms(wrong)
     for bad in ((A_t, B_t.to("meta")), (A_t.to_sparse(), B_t), (A_t, None), (A_t.tolist(), B_t)):
         with pytest.raises((ValueError, TypeError), match="outputs: expected"):
             Terms({0: [(*bad, scale)]})

@@ -39,11 +39,11 @@ class RowLayout:
         device: as given. rows: how many there are. groups: numbers of the groups that have rows, ascending.
 
     Raises:
-        ValueError: group_of_row is not one-dimensional. TypeError: it is no array.
+        ValueError: group_of_row is not one-dimensional. TypeError: it is no array of integers.
     """
 
     def __init__(self, group_of_row: np.ndarray, device: torch.device):
-        if not isinstance(group_of_row, np.ndarray):
+        if not isinstance(group_of_row, np.ndarray) or group_of_row.size and group_of_row.dtype.kind not in "iu":
             raise TypeError(f"group_of_row: expected an array of integers, got {group_of_row!r:.100}")
         if group_of_row.ndim != 1:
             raise ValueError(f"group_of_row: expected one dimension, got shape {group_of_row.shape}")
@@ -94,12 +94,15 @@ class Terms:
 
     Raises:
         ValueError: the factors are no matrices of one floating dtype on one device that fit each other; float32 cannot
-            hold a scale; not one of ``columns`` for each output. TypeError: no tensors, a scale is no number.
+            hold a scale; not one of ``columns`` for each output. TypeError: an output is no mapping, no tensors, a
+            scale is no number.
     """
 
     def __init__(self, *outputs: Mapping[int, Sequence[Factors]], columns: Sequence[int] = ()):
         if len(columns or outputs[:1]) != len(outputs):
             raise ValueError(f"columns: expected one for each of {len(outputs)} outputs, got {columns!r:.100}")
+        if not all(isinstance(factors, Mapping) for factors in outputs):
+            raise TypeError(f"outputs: expected a mapping of factors by group for each, got {outputs!r:.100}")
         self.outputs = tuple({g: factors[g] for g in sorted(factors) if factors[g]} for factors in outputs)
         every = [member for output in self.outputs for members in output.values() for member in members]
         for A_t, B_t, scale in every:
