@@ -359,6 +359,52 @@ def test_sft_trainer(route, wrapped_by_trl, tmp_path):
     assert calls.keys() == (set() if route == "inject" else {"fused"})
 
 
+def preferences(texts):
+    """Prompts with the text as it goes on and one that does not count."""
+    text = [[" ".join(map(str, part.tolist())) for part in (t[:6], t[6:], t[6:].flip(0))] for t in texts]
+    return dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*text, strict=True)), strict=True))
+
+
+def trl_trainer(kind, trl, folder):
+    """One that TRL wraps by PEFT, whose reference model, if it has one, is the base without adapters."""
+    datasets = pytest.importorskip("datasets")
+    rows, length = preferences(counting_texts(32)), dict(max_length=32)
+    model, config, more = wide_llama(), dict(training.ADAPTER), {}
+    if kind == "Reward":
+        model.config.num_labels, model.config.pad_token_id = 1, 0
+        model = transformers.LlamaForSequenceClassification(model.config).double()
+        config |= dict(task_type="SEQ_CLS", modules_to_save=["score"])
+    if kind == "GRPO":
+        rows, length = {"prompt": rows["prompt"]}, dict(max_completion_length=8, num_generations=4, beta=0.1)
+        more["reward_funcs"] = lambda completions, **_: [float(len(text.split()) % 3) for text in completions]
+    arguments = options(folder, getattr(trl, f"{kind}Config"), max_steps=4, bf16=False, **length)
+    more |= dict(processing_class=tokenizer(), peft_config=peft.LoraConfig(**config))
+    data = datasets.Dataset.from_dict(rows)
+    return getattr(trl, f"{kind}Trainer")(model, args=arguments, train_dataset=data, **more)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "GRPO", "Reward"])
+def test_trainers_of_trl(kind, tmp_path):
+    trl = pytest.importorskip("trl")
+
+    def run(installed, folder):
+        transformers.set_seed(shifted(7))
+        with training.installed() if installed else contextlib.nullcontext():
+            trainer = trl_trainer(kind, trl, folder)
+            trainer.train()
+        gradients = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        trained = {n: t.detach().clone() for n, t in training.trainable(trainer.model).items()}
+        return torch.tensor([*losses(trainer), *gradients]), trained
+
+    expected, theirs = run(False, tmp_path / "peft")
+    with counted_calls() as calls:
+        found, ours = run(True, tmp_path / "ours")
+    reference = set() if kind == "Reward" else {"adapters are disabled"}
+    assert len(expected) == 8 and calls.keys() == {"fused"} | reference
+    assert ((found - expected).abs() <= EQUAL * expected.abs().clamp(min=1e-3)).all(), (found, expected)
+    assert largest_relative(ours, theirs) < EQUAL
+
+
 # accelerate
 
 
