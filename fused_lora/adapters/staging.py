@@ -45,6 +45,8 @@ def replace_directory(directory: str, write: Callable[[str], Sequence[str]]) -> 
         raise ValueError(f"directory must be a directory, got the file {directory!r}")
     if not name or os.path.commonpath([target, os.path.realpath(os.getcwd())]) == target:
         raise ValueError(f"directory must not be the root, the current directory or above it, got {directory!r}")
+    if os.path.isdir(target):
+        check_writable(target)
     os.makedirs(parent, exist_ok=True)
     with _locked(parent) as alone:
         if alone:
@@ -52,12 +54,11 @@ def replace_directory(directory: str, write: Callable[[str], Sequence[str]]) -> 
         stage = os.path.join(parent, f".{_tag(name)}.{secrets.token_hex(8)}.fused_lora_tmp")
         try:
             os.mkdir(stage)
-            written = set(write(stage))
-            for file in written:
+            for file in write(stage):
                 sync(os.path.join(stage, file))
             exists = os.path.isdir(target)
             if exists:
-                link_tree(target, stage, skip=written)
+                link_tree(target, stage)
                 shutil.copymode(target, stage)
             sync(stage)
             put_in_place(stage, target, exists)
@@ -70,8 +71,14 @@ def replace_directory(directory: str, write: Callable[[str], Sequence[str]]) -> 
         sync(parent)
         if exists:
             # what appeared in the old directory since it was linked
-            _move_missing(stage, target)
+            move_missing(stage, target)
             shutil.rmtree(stage)
+
+
+def check_writable(folder: str, where: str = "") -> None:
+    """PermissionError, which begins with ``where``, unless entries of a folder may be made and removed."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{where}no permission to write in {folder!r}")
 
 
 def _tag(name: str) -> str:
@@ -149,17 +156,18 @@ def _locked(parent: str) -> Iterator[bool]:
         os.close(fd)
 
 
-def link_tree(source: str, destination: str, skip: set[str]) -> None:
-    """Give the entries of ``source`` that are not in ``skip`` a place in ``destination``: hard links, else copies."""
+def link_tree(source: str, destination: str) -> None:
+    """Give the entries of ``source`` that ``destination`` has not, in its folders too, a place there: hard links, else
+    copies."""
     for entry in os.scandir(source):
-        if entry.name in skip:
-            continue
         new = os.path.join(destination, entry.name)
-        if entry.is_dir(follow_symlinks=False):
-            os.mkdir(new)
-            link_tree(entry.path, new, skip=set())
+        if entry.is_dir(follow_symlinks=False) and (os.path.isdir(new) or not os.path.lexists(new)):
+            os.makedirs(new, exist_ok=True)
+            link_tree(entry.path, new)
             shutil.copystat(entry.path, new)
             sync(new)
+            continue
+        if os.path.lexists(new):
             continue
         try:
             os.link(entry.path, new, follow_symlinks=False)
@@ -169,13 +177,14 @@ def link_tree(source: str, destination: str, skip: set[str]) -> None:
             shutil.copy2(entry.path, new, follow_symlinks=False)
 
 
-def _move_missing(source: str, destination: str) -> None:
+def move_missing(source: str, destination: str) -> None:
+    """Move the entries of ``source`` that ``destination`` has not there, in its folders too."""
     for entry in os.scandir(source):
         new = os.path.join(destination, entry.name)
         if not os.path.lexists(new):
             os.rename(entry.path, new)
         elif entry.is_dir(follow_symlinks=False) and os.path.isdir(new):
-            _move_missing(entry.path, new)
+            move_missing(entry.path, new)
 
 
 def sync(path: str) -> None:

@@ -141,7 +141,7 @@ def merge_checkpoint(
         changes = plan_changes(checkpoint, opened, rename)
         merge = _Merge(checkpoint, opened, changes, dtype, place, record is not None, in_place, stochastic)
         report = merge.report(target)
-        output = Output("out", target, merge.identity, in_place)
+        output = Output("in_place" if in_place else "out", target, merge.identity, in_place)
         notes = None if record is None else Output("record", path_text("record", record), merge.identity)
         if _is_done(target, merge.identity) and not in_place:
             if notes is not None and not _is_done(notes.target, merge.identity, RECORD_NAME):

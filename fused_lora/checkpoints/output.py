@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 
-from fused_lora.adapters.staging import link_tree, put_in_place, sync
+from fused_lora.adapters.staging import check_writable, link_tree, move_missing, put_in_place, sync
 from fused_lora.checkpoints.files import read_text
 
 _MARK = ".fused_lora_partial"  # holds the identity of what is being written
@@ -46,9 +46,8 @@ class Output:
                 f"{self._argument}: {self.stage!r} is what another call left unfinished; delete it or finish that one"
             )
             raise FileExistsError(errno.EEXIST, text)
-        parent = _existing(os.path.dirname(self.target))
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, f"{self._argument}: no permission to write in {parent!r}")
+        for folder in (_existing(os.path.dirname(self.target)), *([self.target] if self._instead else [])):
+            check_writable(folder, f"{self._argument}: ")
 
     def check_space(self, nbytes: int) -> None:
         """OSError unless the disk has room for so many bytes, those of an unfinished call included."""
@@ -71,7 +70,7 @@ class Output:
                 names = _list(self.stage)
                 for name in filter(_unfinished, names):
                     os.unlink(os.path.join(self.stage, name))
-                if all(name == _MARK or _unfinished(name) for name in names):
+                if names and all(name == _MARK or _unfinished(name) for name in names):
                     shutil.rmtree(self.stage)
                 raise
 
@@ -98,14 +97,16 @@ class Output:
         self.finish_file(name)
 
     def finish(self, files: Mapping[str, bytes], source: str, copied: Iterable[str]) -> None:
-        """Write the small ``files``, copy those of ``source``, and give the folder its name."""
+        """Write the small ``files``, copy those of ``source`` that are none of them, and give the folder its name."""
         for name, content in files.items():
             self.put(name, content)
         for name in copied:
+            if name in files:
+                continue
             shutil.copyfile(os.path.join(source, name), self.writing(name))
             self.finish_file(name)
         if self._instead:
-            link_tree(self.target, self.stage, skip=set(os.listdir(self.stage)))
+            link_tree(self.target, self.stage)
             shutil.copymode(self.target, self.stage)
         elif os.path.isdir(self.target):
             os.rmdir(self.target)
@@ -114,7 +115,8 @@ class Output:
         os.unlink(os.path.join(self.target, _MARK))
         sync(os.path.dirname(self.target))
         if self._instead:
-            shutil.rmtree(self.stage)  # the old folder by now
+            move_missing(self.stage, self.target)  # the old folder by now, and what has come into it meanwhile
+            shutil.rmtree(self.stage)
 
     def _found(self) -> str | None:
         mark = os.path.join(self.stage, _MARK)

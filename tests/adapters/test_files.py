@@ -443,6 +443,16 @@ def test_other_entries_stay(tmp_path, way):
     assert leftovers(tmp_path) == []
 
 
+def test_a_folder_that_cannot_be_emptied_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    """Its old entries could not be removed when the new folder is in its place."""
+    target = tmp_path / "t"
+    staging.replace_directory(target, write_pair(0))
+    monkeypatch.setattr(os, "access", lambda path, _: path != str(target))
+    with pytest.raises(PermissionError, match="no permission to write in '.*/t'"):
+        staging.replace_directory(target, write_pair(1))
+    assert pair(target) == ("0", "0") and leftovers(tmp_path) == []
+
+
 def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
     def no_link(*args, **kwargs):
         raise OSError(errno.EPERM, "no links here")

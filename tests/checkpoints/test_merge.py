@@ -476,6 +476,32 @@ def test_in_place(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
 
+def test_in_place_keeps_what_lies_in_folders(tmp_path):
+    """Weights of other kinds, hidden files, an adapter and links beside what is carried along, as hubs have them."""
+    base, adapter = write_base(tmp_path / "base", decoder()), write_adapter(tmp_path / "adapter", SHAPES)
+    for folder in ("original/deep", "adapters"):
+        (base / folder).mkdir(parents=True)
+    for name in ("params.json", "consolidated.00.pth", ".hidden", "deep/tokenizer.model", "deep/more.bin"):
+        (base / "original" / name).write_text(name)
+    shutil.copytree(adapter, base / "adapters" / "poet")
+    (base / "adapters" / "poet" / "README.md").write_text("hi")
+    (base / "original" / "link").symlink_to(adapter)
+    kept = {name: raw for name, raw in contents(base).items() if name != SINGLE}
+    report = merge_checkpoint(base, adapter, in_place=True)
+    assert "original/consolidated.00.pth" in report.left_out
+    assert kept.items() <= contents(base).items() and (base / "original" / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_in_place_needs_a_folder_that_it_can_empty(tmp_path, monkeypatch):
+    base, adapter = write_base(tmp_path / "base", decoder()), write_adapter(tmp_path / "adapter", SHAPES)
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, _: path != str(base))
+    with pytest.raises(PermissionError, match="in_place: no permission to write in '.*base'"):
+        merge_checkpoint(base, adapter, in_place=True)
+    assert contents(tmp_path) == before
+
+
 @needs_fork
 @pytest.mark.experiment("C6", full=20, quick=4)
 def test_killed_and_resumed(tmp_path, monkeypatch, count):
@@ -569,6 +595,8 @@ def test_warnings_of_a_second_merge_and_of_what_rounding_takes(tmp_path):
         merge_checkpoint(base, adapter, tmp_path / "out", verify=True)
     with pytest.warns(UserWarning, match="'.*adapter' are merged into it already"):
         merge_checkpoint(tmp_path / "out", adapter, tmp_path / "twice")
+    with pytest.warns(UserWarning, match="'.*adapter' are merged into it already"):
+        assert merge_checkpoint(tmp_path / "out", adapter, tmp_path / "twice").kept  # the same call, once more
     before = contents(tmp_path / "out")
     with pytest.raises(ValueError, match="in_place: '.*adapter' are merged into .* already, so nothing was done"):
         merge_checkpoint(tmp_path / "out", adapter, in_place=True)
