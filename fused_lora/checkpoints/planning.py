@@ -21,6 +21,11 @@ from fused_lora.checkpoints.quantised import Packed, find_quantised
 from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.names import some
 
+# parts of the names of models that have a head over the vocabulary, which transformers ties unless a config says no
+_WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "PreTraining", "Vision2Seq", "ImageTextToText")
+_WITH_LM_HEAD = ("ForCausalLM", "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel")  # one matrix of that name
+_OTHER_HEADS = ("lm_head.dense.", "cls.predictions.", "generator_predictions.", "embed_in.")  # tensors beside others
+
 
 @dataclass
 class Changes:
@@ -286,16 +291,18 @@ class _Planner:
         """Where an embedding changes alone and a head is tied to it, the head keeps the old weight, as a tensor of its
         own: the adapted model computes with it. Refused where the head's name is not known."""
         config = self._base.config or {}
-        causal = any("ForCausalLM" in str(name) for name in config.get("architectures") or ())
+        models = " ".join(map(str, config.get("architectures") or ()))
         stored = any(self.names.alias(head) for head in HEADS)
-        tied = config.get("tie_word_embeddings", causal) and not stored
+        tied = config.get("tie_word_embeddings", any(part in models for part in _WITH_HEAD)) and not stored
+        other = any(part in name for part in _OTHER_HEADS for name in self._base.tensors)
+        known = not other and any(part in models for part in _WITH_LM_HEAD)
         heads = {change.source for change in self.found.values() if change.added}
         for change in list(self.found.values()):
             held = change.held if change.kind != "merge" else change.embedded()
             alone = change.kind != "rows" and tied and not heads and is_embedding(change.name)
             if held is None or not (alone or (change.kind == "rows" and change.source in heads)):
                 continue
-            if not (alone and causal):
+            if not (alone and known):
                 adapter, key = held
                 found = f"{change.source!r}, to which the head is tied"
                 raise AdapterError(adapter.plan.weights, key, "an embedding of its own", found)

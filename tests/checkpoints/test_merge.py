@@ -205,6 +205,34 @@ def test_copies_of_another_base_and_unknown_tied_heads_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("entry", [True, None])
+def test_a_head_is_tied_where_no_config_says_so(tmp_path, entry):
+    """Before transformers 5 an entry of True was not written. GPT-2's head is known, others are refused."""
+    torch.manual_seed(shifted(0))
+    sizes = dict(n_layer=1, n_embd=16, n_head=2, vocab_size=56, n_positions=40, bos_token_id=0, eos_token_id=0)
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(**sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    change(tmp_path / "base" / "config.json", tie_word_embeddings=entry)
+    wrapped = trained(model, tmp_path / "adapter", target_modules=["wte"])
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
+    assert [c["tensor"] for c in report.changes if c["added"]] == ["lm_head.weight"]
+    tokens = torch.arange(1, 30)[None]
+    merged = tf.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert_close(merged(tokens).logits, wrapped(tokens).logits, terms=1000)
+    for name in ("Gemma3ForConditionalGeneration", "BertForMaskedLM", "XLNetLMHeadModel"):
+        change(tmp_path / "base" / "config.json", architectures=[name])
+        with pytest.raises(AdapterError, match="wte.weight', to which the head is tied"):
+            merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out2")
+    change(tmp_path / "base" / "config.json", architectures=["RobertaForCausalLM"])
+    change(tmp_path / "base" / SINGLE, **{"lm_head.dense.weight": torch.ones(16, 16)})
+    with pytest.raises(AdapterError, match="wte.weight', to which the head is tied"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out2")
+    change(tmp_path / "base" / "config.json", architectures=["GPT2Model"], tie_word_embeddings=None)
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out3")  # it has no head
+    assert not any(c["added"] for c in report.changes)
+
+
 def test_a_linear_layer_with_an_embeddings_name_is_merged_beside_tied_ones(tmp_path):
     path, draw = "model.layers.0.mlp.shared", torch.Generator().manual_seed(shifted(6))
     tensors = {"model.embed_tokens.weight": torch.randn(56, K, generator=draw)}
