@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Plan, path_text, re
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import each_tensor, open_regular, read_header
 from fused_lora.checkpoints.stream import read_tensor
-from fused_lora.modules.config import scaling
+from fused_lora.modules.config import MAX_ALPHA, scaling
 
 _STACKS = 4  # lora_A and lora_B of two stacks, whose experts may take turns in a file
 
@@ -68,6 +67,18 @@ class AdapterFile:
         r, alpha = self.plan.ranks[path]
         return scaling(r, alpha, self.plan.config.use_rslora) * (self.weight if weighted else 1.0)
 
+    def acts(self) -> bool:
+        """Whether it changes anything. Ranks of stacks must be known."""
+        plan = self.plan
+        if plan.biases or plan.beside:
+            return True
+        for path, keys in plan.slots.items():
+            if keys.keys() - {"lora_A", "lora_B"}:  # a magnitude, or a bias
+                return True
+            if self.scaling(path) and all(bool(self.tensor(key).any()) for key in keys.values()):
+                return True
+        return False
+
     def describe(self) -> dict[str, Any]:
         """Which adapter it is, for a report and for the merged files."""
         base = self.plan.config.base_model_name_or_path
@@ -102,8 +113,9 @@ def _pairs(adapters: Any) -> Sequence[tuple[Any, float]]:
     for pair in pairs:
         if len(pair) != 2 or isinstance(pair[1], bool) or not isinstance(pair[1], (int, float)):
             raise TypeError(f"adapters: expected paths or pairs (path, weight), got {pair!r:.200}")
-        if not math.isfinite(pair[1]):
-            raise ValueError(f"adapters: expected a finite weight for {pair[0]!r:.200}, got {pair[1]}")
+        if not -MAX_ALPHA <= pair[1] <= MAX_ALPHA:  # as of lora_alpha
+            expected = f"a finite weight of at most {MAX_ALPHA:.0f} in size for {pair[0]!r:.200}"
+            raise ValueError(f"adapters: expected {expected}, got {pair[1]!r:.100}")
     return pairs
 
 

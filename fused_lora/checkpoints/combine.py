@@ -28,9 +28,10 @@ from fused_lora.checkpoints.planning import names_of
 from fused_lora.checkpoints.quantised import find_quantised
 from fused_lora.checkpoints.write import Beside, write_layers
 from fused_lora.modules.arguments import check_int
-from fused_lora.modules.config import LoraConfig, check_rank
+from fused_lora.modules.config import LoraConfig, check_number, check_rank
 from fused_lora.modules.names import some
 
+_MOST_SEED = (1 << 63) - 1  # of torch's generators
 METHODS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS += ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 
@@ -83,13 +84,17 @@ def combine_adapters(
     """
     folder = path_text("out", out)
     _check_method(method, rank, density, majority_sign)
-    check_int("seed", seed)
+    check_int("seed", seed, -_MOST_SEED - 1, _MOST_SEED)
     draw = torch.Generator().manual_seed(seed)
     with open_adapters(adapters) as opened:
         model = None if base is None else open_checkpoint(base)
         check_new("out", folder, [*(a.folder for a in opened), *([model.folder] if model and model.whole else ())])
         names = None if model is None else names_of(model, find_quantised(model))
         copies, experts = _check_kinds(opened), common_parameters(opened, names)
+        if not any(adapter.acts() for adapter in opened):
+            raise ValueError(
+                "adapters: expected one that has an effect, got scalings, weights or lora_A and lora_B of 0"
+            )
         paths = dict.fromkeys(path for adapter in opened for path in adapter.plan.slots)
         holders = {path: [a for a in opened if path in a.plan.slots] for path in paths}
         most = max(a.sizes(path)[1] for path, held in holders.items() for a in held) if rank is None else rank
@@ -158,7 +163,7 @@ def extract_adapter(
     """
     folder = path_text("out", out)
     check_rank("rank", rank)
-    check_int("seed", seed)
+    check_int("seed", seed, -_MOST_SEED - 1, _MOST_SEED)
     draw = torch.Generator().manual_seed(seed)
     old, new = open_checkpoint(base), open_checkpoint(tuned, "tuned")
     check_new("out", folder, [model.folder for model in (old, new) if model.whole])
@@ -183,6 +188,8 @@ def extract_adapter(
     def make(path: str) -> tuple[Tensor, Tensor]:
         name = f"{path}.weight"
         delta = new.tensors[name][0].read(name).float() - old.tensors[name][0].read(name).float()
+        if not bool(delta.isfinite().all()):
+            raise AdapterError(new.tensors[name][0].path, name, "weights with a finite difference", "NaN or Inf")
         parts, total = largest_parts(delta, shapes[path][0], draw), delta.double().square().sum().item()
         kept = parts.S.double().square().sum().item() / total if total else None
         report.layers.append({"path": path, "r": shapes[path][0], "kept": kept})
@@ -201,7 +208,9 @@ def _check_method(method: Any, rank: Any, density: Any, majority_sign: Any) -> N
         if not method.endswith("svd"):
             raise ValueError(f"rank: expected none with method {method!r}, got {rank}")
     prunes = method not in ("linear", "cat", "svd")
-    if prunes != (density is not None) or (prunes and not 0 < density <= 1):
+    if density is not None:
+        check_number("density", density)
+    if prunes != (density is not None) or (density is not None and not 0 < density <= 1):
         wanted = "a share above 0, at most 1" if prunes else "none"
         raise ValueError(f"density: expected {wanted} with method {method!r}, got {density!r}")
     if majority_sign not in ("total", "frequency"):

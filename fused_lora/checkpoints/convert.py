@@ -36,7 +36,7 @@ from fused_lora.checkpoints.output import check_new
 from fused_lora.checkpoints.planning import names_of
 from fused_lora.checkpoints.quantised import find_quantised
 from fused_lora.checkpoints.write import DTYPES, Beside, write_layers, write_stacked
-from fused_lora.modules.config import FieldError, LoraConfig, check_alpha, check_bool
+from fused_lora.modules.config import MAX_ALPHA, FieldError, LoraConfig, check_alpha, check_bool
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import above, bare_path
 
@@ -170,7 +170,14 @@ def convert_adapter(
             for part in ("A", "B", "magnitude", "copy"):
                 if part in parts and not (kind := header.entries[parts[part]].dtype).is_floating_point:
                     raise AdapterError(file_path, parts[part], "a floating dtype", kind)
+            if alpha := parts.get("alpha"):
+                kind, shape, *_ = vars(header.entries[alpha]).values()
+                if kind.is_complex or math.prod(shape) != 1:
+                    raise AdapterError(file_path, alpha, "one real number", f"{kind} {list(shape)}")
             A, B = (_matrix(header.entries[parts[part]].shape) for part in "AB")
+            if 0 in (*A, *B):
+                key = parts["A" if 0 in A else "B"]
+                raise AdapterError(file_path, key, "a matrix with numbers", list(header.entries[key].shape))
             if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
                 key = parts["A" if len(A) != 2 else "B"]
                 expected = "a linear layer's [r, K]" if len(A) != 2 else f"a linear layer's [N, {A[0]}]"
@@ -206,6 +213,9 @@ def convert_adapter(
                     raise AdapterError(file_path, parts["B"], text, [count, N, K] if count > 1 else [N, K])
             if "alpha" in parts:
                 alphas[path] = float(tensor(parts["alpha"]))
+                if not abs(alphas[path]) <= MAX_ALPHA:
+                    expected = f"a finite alpha of at most {MAX_ALPHA:.0f} in size"
+                    raise AdapterError(file_path, parts["alpha"], expected, alphas[path])
             elif table is not None:
                 alphas[path] = table.alpha(in_config[path])
             else:

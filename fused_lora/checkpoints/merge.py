@@ -139,6 +139,10 @@ def merge_checkpoint(
     with single_threads() as workers, open_adapters(adapters) as opened:
         _check_effects(opened)
         changes = plan_changes(checkpoint, opened, rename)
+        for adapter in opened:
+            if not adapter.acts():
+                expected = "lora_A and lora_B or a scaling other than 0, without which the adapter has no effect"
+                raise AdapterError(adapter.plan.weights, None, expected, "0 in all layers")
         merge = _Merge(checkpoint, opened, changes, dtype, place, record is not None, in_place, stochastic)
         report = merge.report(target)
         output = Output("in_place" if in_place else "out", target, merge.identity, in_place)
@@ -233,7 +237,7 @@ class _Merge:
             self._by_source.setdefault(change.source, []).append(change)
         about = [a.describe() for a in adapters]
         configs = [[a.plan.config.to_dict(), dict(a.plan.stacks)] for a in adapters]
-        known = [[s.name, s.size, s.modified] for s in base.shards], configs
+        known = [[s.name, s.size, s.modified] for s in base.shards], base.config, configs
         places = sorted([name, [key for _, key in change.used()]] for name, change in changes.by_name.items())
         kind = [base.digest(), str(dtype), recorded, places, stochastic]
         text = json.dumps([__version__, about, known, kind], sort_keys=True, default=str)
@@ -247,7 +251,7 @@ class _Merge:
             **({} if stochastic is None else {"stochastic": stochastic}),
         }
         if (earlier := base.shards[0].header.metadata.get(_PROVENANCE)) is not None:
-            self.provenance["before"] = earlier  # of a merge that gave the base
+            self.provenance["before"] = _parsed(earlier)  # of a merge that gave the base
             if again := [adapter["path"] for adapter in about if adapter["sha256"] in earlier]:
                 if in_place:  # most likely the same command, run once more
                     raise ValueError(
@@ -423,6 +427,14 @@ class _Merge:
         return {**files, PROVENANCE_NAME: json_bytes(self.provenance)}
 
 
+def _parsed(text: str) -> Any:
+    """What is noted of an earlier merge. As text inside text each merge over the last would double its length."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
 def _without(config: dict[str, Any], key: str) -> dict[str, Any]:
     """The config of a model, and those of its parts, without an entry."""
     kept = {name: value for name, value in config.items() if name != key}
@@ -493,8 +505,11 @@ def unmerge_checkpoint(
     checkpoint = open_checkpoint(merged, "merged")
     entries = read_json(os.path.join(notes, RECORD_NAME))
     names, files = entries.get("shards"), entries.get("files")
-    if names != [shard.name for shard in checkpoint.shards] or not isinstance(files, dict):
+    if names != [shard.name for shard in checkpoint.shards]:
         raise AdapterError(os.path.join(notes, RECORD_NAME), "shards", f"the record of {checkpoint.folder!r}", names)
+    texts = files.items() if isinstance(files, dict) else [("", None)]
+    if not all(isinstance(t, str) and os.path.basename(n) == n and n.endswith(".json") for n, t in texts):
+        raise AdapterError(os.path.join(notes, RECORD_NAME), "files", "texts of .json files in the folder", files)
     records = {shard.name: read_shard(notes, shard.name) for shard in checkpoint.shards}
     output = Output("out", path_text("out", out), f"unmerge {entries.get('id')} {checkpoint.digest()}")
     output.check([checkpoint.folder, notes])

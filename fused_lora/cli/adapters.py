@@ -70,7 +70,7 @@ def convert(arguments: Sequence[str] | None = None) -> int:
             options.source,
             options.out,
             base=options.base,
-            rename=dict(options.rename),
+            rename=options.rename,
             dtype=torch_dtype(options.dtype),
             lora_alpha=options.alpha,
             stack_experts=options.stack_experts,

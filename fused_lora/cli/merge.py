@@ -54,7 +54,7 @@ def merge(arguments: Sequence[str] | None = None) -> int:
             dtype=torch_dtype(options.dtype),
             device=options.device,
             record=options.record,
-            rename=dict(options.rename),
+            rename=options.rename,
             in_place=options.in_place,
             dry_run=options.dry_run,
             verify=options.verify,
@@ -151,10 +151,20 @@ def _rename(text: str) -> tuple[str, str]:
     return old, new
 
 
+class _Renames(argparse.Action):
+    """OLD=NEW of each option in a dict; an OLD once."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        (old, new), known = values, getattr(namespace, self.dest)
+        if known.get(old, new) != new:
+            parser.error(f"--rename: expected one name for {old!r}, got {known[old]!r} and {new!r}")
+        setattr(namespace, self.dest, {**known, old: new})
+
+
 def renaming(parser: argparse.ArgumentParser) -> None:
     """Add --rename."""
     parser.add_argument(
-        "--rename", action="append", default=[], type=_rename, metavar="OLD=NEW", help="beginnings of module names"
+        "--rename", action=_Renames, default={}, type=_rename, metavar="OLD=NEW", help="beginnings of module names"
     )
 
 

@@ -351,6 +351,26 @@ def test_what_convert_cannot_do_names_the_argument(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"alpha": torch.ones(3)}, "x.q.alpha: expected one real number, found torch.float32 \\[3\\]"),
+        ({"alpha": torch.ones(0)}, "x.q.alpha: expected one real number"),
+        ({"alpha": torch.tensor(1 + 2j)}, "x.q.alpha: expected one real number, found torch.complex64"),
+        ({"alpha": torch.tensor(torch.nan)}, "x.q.alpha: expected a finite alpha of at most 1048576"),
+        ({"alpha": torch.tensor(1e30)}, "x.q.alpha: expected a finite alpha"),
+        ({"lora_down.weight": torch.zeros(0, K)}, "x.q.lora_down.weight: expected a matrix with numbers"),
+        ({"lora_up.weight": torch.zeros(N, 0)}, "x.q.lora_up.weight: expected a matrix with numbers"),
+    ],
+)
+def test_convert_names_what_no_layer_can_have(tmp_path, changed, message):
+    held = {"lora_down.weight": torch.ones(4, K), "lora_up.weight": torch.ones(N, 4), "alpha": torch.tensor(4)}
+    save_file({f"x.q.{end}": t for end, t in {**held, **changed}.items()}, tmp_path / "file.safetensors")
+    with pytest.raises(AdapterError, match=message):
+        convert_adapter(tmp_path / "file.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("quantised", [False, True])
 def test_convert_compares_sizes_with_the_base(tmp_path, quantised):
     """Codes have another shape than the weight, and say nothing."""
@@ -396,6 +416,8 @@ def test_what_is_no_adapter_is_refused_in_plain_words(tmp_path, capsys):
         ("svd", dict(rank=0), "rank"),
         ("linear", {}, "equal ranks"),
         ("svd", dict(dtype=torch.int8), "dtype"),
+        ("dare_linear", dict(density=0.5, seed=1 << 63), "seed: expected at most"),
+        ("dare_linear", dict(density=torch.nan), "density"),
     ],
 )
 def test_combinations_that_are_refused(tmp_path, method, options, message):
@@ -406,3 +428,26 @@ def test_combinations_that_are_refused(tmp_path, method, options, message):
     with pytest.raises(AdapterError, match="K, N of"):
         combine_adapters([a, tmp_path / "c"], tmp_path / "out", "cat")
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_leave_nothing_or_no_numbers_are_named(tmp_path, capsys):
+    a, out = write_adapter(tmp_path / "a", SHAPES), tmp_path / "out"
+    for weights in ((0, 0), (0.0,)):
+        with pytest.raises(ValueError, match="adapters: expected one that has an effect"):
+            combine_adapters([(a, weight) for weight in weights], out, "cat")
+    for weight in (1e300, -1e7, 10**400):
+        with pytest.raises(ValueError, match="adapters: expected a finite weight of at most 1048576 in size"):
+            combine_adapters([(a, weight)], out)
+    with pytest.raises(TypeError, match="density must be a number, got '0.5'"):
+        combine_adapters([a], out, "ties", density="0.5")
+    tensors = decoder()
+    base = write_base(tmp_path / "base", tensors)
+    tuned = write_base(tmp_path / "tuned", {**tensors, f"{Q}.weight": tensors[f"{Q}.weight"] * torch.nan})
+    with pytest.raises(AdapterError, match=f"{Q}.weight: expected weights with a finite difference"):
+        extract_adapter(base, tuned, out, 2)
+    call = ["convert", str(a), "--out", str(out), "--rename", "model.=x.", "--rename", "model.=y."]
+    with pytest.raises(SystemExit):
+        main(call)
+    assert "--rename: expected one name for 'model.', got 'x.' and 'y.'" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(call[:-1] + ["model.=x."]) == 0 and all(key.startswith("base_model.model.x.") for key in read_all(out))

@@ -213,7 +213,7 @@ def test_a_head_is_tied_where_no_config_says_so(tmp_path, entry):
     model = tf.GPT2LMHeadModel(tf.GPT2Config(**sizes)).eval()
     model.save_pretrained(tmp_path / "base")
     change(tmp_path / "base" / "config.json", tie_word_embeddings=entry)
-    wrapped = trained(model, tmp_path / "adapter", target_modules=["wte"])
+    wrapped = trained(model, tmp_path / "adapter", target_modules=["wte"], init_lora_weights=False)
     report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
     assert [c["tensor"] for c in report.changes if c["added"]] == ["lm_head.weight"]
     tokens = torch.arange(1, 30)[None]
@@ -404,6 +404,43 @@ def test_unmerge_refuses_a_changed_weight(tmp_path):
     with pytest.raises(RuntimeError, match=f"/out/{SINGLE}: {QKV[0]}.weight: it is not what the merge left"):
         unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
     assert not (tmp_path / "back").exists() and not (tmp_path / "back.partial").exists()
+
+
+@pytest.mark.parametrize("files", [{"../evil.json": "{}"}, {"/tmp/evil.json": "{}"}, {"config.json": 3}, ["a"], None])
+def test_unmerge_writes_no_other_files_of_a_record(tmp_path, files):
+    base, adapter = write_base(tmp_path / "base", decoder()), write_adapter(tmp_path / "adapter", SHAPES)
+    merge_checkpoint(base, adapter, tmp_path / "out", record=tmp_path / "record")
+    change(tmp_path / "record" / "record.json", files=files)
+    before = contents(tmp_path)
+    with pytest.raises(AdapterError, match="record.json: files: expected texts of .json files in the folder"):
+        unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
+    assert contents(tmp_path) == before
+
+
+def test_a_chain_of_merges_notes_all_of_them_in_linear_room(tmp_path):
+    base, sizes = write_base(tmp_path / "base", decoder()), []
+    for i in range(12):
+        merge_checkpoint(base, write_adapter(tmp_path / f"a{i}", SHAPES, seed=i + 10), in_place=True)
+        sizes.append(len(json.dumps(read_names(base / SINGLE)["__metadata__"])))
+    about, found = json.loads((base / "fused_lora_merge.json").read_text()), []
+    while about:
+        found.append(os.path.basename(about["adapters"][0]["path"]))
+        about = about.get("before")
+    assert found == [f"a{i}" for i in reversed(range(12))]
+    assert sizes[-1] - sizes[-2] < 2 * (sizes[2] - sizes[1])
+    with pytest.raises(ValueError, match="'.*a3' are merged into"):
+        merge_checkpoint(base, tmp_path / "a3", in_place=True)
+
+
+def test_a_config_that_changed_meanwhile_is_another_merge(tmp_path, monkeypatch):
+    """It says what quantised weights become, and whether a head is tied."""
+    base, adapter = write_base(tmp_path / "base", decoder(), shards=3), write_adapter(tmp_path / "adapter", SHAPES)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        full_disk(patch)
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    change(base / "config.json", dtype="float16")
+    with pytest.raises(FileExistsError, match="what another call left unfinished"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
 
 
 def test_a_tied_head_gets_a_weight_of_its_own(tmp_path):
@@ -744,6 +781,14 @@ BAD = {
     ),
     "transposed": (config(fan_in_fan_out=True), "as fan_in_fan_out=True stores it"),
     "quantised": (in_base(**{f"{QKV[0]}.weight": torch.zeros(N, K, dtype=torch.int8)}), "quantised"),
+    "alpha 0": (config(lora_alpha=0), "without which the adapter has no effect, found 0 in all layers"),
+    "untrained": (
+        lambda base, adapter: change(
+            adapter / "adapter_model.safetensors",
+            **{n: torch.zeros_like(t) for n, t in read_all(adapter).items() if "lora_B" in n},
+        ),
+        "without which the adapter has no effect",
+    ),
     "overflow": (weights(**{A0: torch.full((4, K), 3e38), B0: torch.ones(N, 4)}), "NaNs or infinities"),
 }
 
