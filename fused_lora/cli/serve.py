@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not key.strip():
         raise SystemExit(f"--api-key, {KEY_VARIABLE}: the key is empty, so everybody would have it")
-    options.api_key = key
+    options.api_key = key and key.strip()  # a file's last line ends with a newline, which no header can hold
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -147,7 +147,7 @@ def build(options: argparse.Namespace) -> Any:
         model.to(device).eval()
     except (OSError, ValueError) as error:  # no such model, or none for text
         raise SystemExit(f"--model: {error}") from None
-    name = options.served_model_name or Path(options.model).name
+    name = options.served_model_name or os.path.basename(os.path.abspath(options.model))
     store = AdapterStore(model, capacity_bytes=options.capacity, host_bytes=options.host_capacity)
     with torch.no_grad():  # one token: which layers the model never calls is known before an adapter has them
         model(torch.zeros(1, 1, dtype=torch.long, device=device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -169,7 +169,7 @@ def _checked_weights(names: Sequence[str], weights: Any) -> list[float] | None:
     numbers = isinstance(found, list) and all(isinstance(w, (int, float)) and not isinstance(w, bool) for w in found)
     if not numbers:
         raise TypeError(f"weights: expected a list of numbers or None, got {weights!r:.200}")
-    if len(found) != len(names) or not all(map(math.isfinite, found)):
+    if len(found) != len(names) or not all(abs(w) <= sys.float_info.max for w in found):  # an int may be larger
         raise ValueError(f"weights: expected one finite number for each of {some(names)}, got {found!r:.200}")
     if len(set(names)) != len(names):
         raise ValueError(f"weights: expected different adapters, got {some(names)}")

@@ -246,6 +246,7 @@ def test_weights_of_a_merge(loops):
     for bad, kind in (
         ([1.0], ValueError),
         ([1.0, float("inf")], ValueError),
+        ([1.0, 10**400], ValueError),
         ("12", TypeError),
         ([1, True], TypeError),
     ):

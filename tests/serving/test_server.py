@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 import threading
 
 import pytest
@@ -562,6 +563,10 @@ def test_command_line_refuses_nonsense(tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("FUSED_LORA_API_KEY", key)
         with pytest.raises(SystemExit, match="FUSED_LORA_API_KEY: the key is empty"):
             main(["serve", "--model", "m"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^secret$"):
+        patch.setenv("FUSED_LORA_API_KEY", "secret\n")  # as of a file
+        patch.setattr("fused_lora.cli.serve.build", lambda options: sys.exit(options.api_key))
+        main(["serve", "--model", "m"])
     monkeypatch.delenv("FUSED_LORA_API_KEY")
     with pytest.raises(SystemExit, match="--model: .*nowhere"):
         main(["serve", "--model", str(tmp_path / "nowhere"), "--device", "cpu"])

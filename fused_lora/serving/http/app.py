@@ -117,7 +117,7 @@ class Service:
             message = f"prompts x n: expected 1 to {limits.max_choices}, got {len(prompts)} x {n}"
             raise ApiError(400, message, "n" if n > 1 else name)
         if wanted is not None and wanted > limits.max_tokens:
-            raise ApiError(400, f"{limit}: at most {limits.max_tokens} on this server, got {wanted:.6g}", limit)
+            raise ApiError(400, f"{limit}: at most {limits.max_tokens} on this server, got {str(wanted)[:40]}", limit)
         temperature = 1.0 if request.temperature is None else request.temperature
         top_p = 1.0 if request.top_p is None else request.top_p
         jobs = []
