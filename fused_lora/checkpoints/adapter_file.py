@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Plan, path_text, read_checked
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import each_tensor, open_regular, read_header
-from fused_lora.checkpoints.stream import read_tensor
+from fused_lora.checkpoints.stream import check_unchanged, read_tensor, state_of
 from fused_lora.modules.config import MAX_ALPHA, scaling
 
 _STACKS = 4  # lora_A and lora_B of two stacks, whose experts may take turns in a file
@@ -31,15 +31,19 @@ class AdapterFile:
         sha256: of the file of weights.
     """
 
-    def __init__(self, folder: str, weight: float, plan: Plan, file: Any, raw: bytes, sha256: str):
+    def __init__(
+        self, folder: str, weight: float, plan: Plan, file: Any, state: tuple[int, int], raw: bytes, sha256: str
+    ):
         self.folder, self.weight, self.plan, self.sha256 = folder, weight, plan, sha256
-        self._file, self._data = file, len(raw)
+        self._file, self._state, self._data = file, state, len(raw)
         self._stacks: dict[str, Tensor] = {}  # the last few that were asked for
 
     def tensor(self, key: str) -> Tensor:
         """The tensor under a key of the file, in its dtype, on the CPU. Safe in several threads."""
         # no seek: pieces of a merge are computed, and read from here, in several threads
-        return read_tensor(self.plan.weights, self._file.fileno(), self._data, self.plan.entries[key])
+        found = read_tensor(self.plan.weights, self._file.fileno(), self._data, self.plan.entries[key])
+        check_unchanged(self.plan.weights, self._file.fileno(), self._state)
+        return found
 
     def experts(self, path: str, field: str) -> Tensor:
         """lora_A [experts, r, K] or lora_B [experts, N, r], from PEFT's packing, [experts * r, K] and [N, r * experts].
@@ -123,11 +127,11 @@ def _open(stack: contextlib.ExitStack, path: Any, weight: float) -> AdapterFile:
     folder = path_text("adapters", path)
     _, plan = read_checked(folder, MAX_WEIGHT_BYTES, lambda plan: plan, tensors=False, copies=True, all_kinds=True)
     with open_regular(plan.weights, MAX_WEIGHT_BYTES) as (opened, size):
-        file = stack.enter_context(io.FileIO(os.dup(opened.fileno())))
+        file, state = stack.enter_context(io.FileIO(os.dup(opened.fileno()))), state_of(opened.fileno())
     header = read_header(plan.weights, file, size)
     if header.entries != plan.entries:
         raise AdapterError(plan.weights, None, "a file that stays as it is", "another file by now")
     whole = hashlib.sha256(header.raw)
     for _, tensor in each_tensor(plan.weights, file, header):
         whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return AdapterFile(folder, float(weight), plan, file, header.raw, whole.hexdigest())
+    return AdapterFile(folder, float(weight), plan, file, state, header.raw, whole.hexdigest())

@@ -25,7 +25,7 @@ from fused_lora.adapters.tensorfile import (
     read_exactly,
     read_header,
 )
-from fused_lora.checkpoints.stream import read_tensor
+from fused_lora.checkpoints.stream import check_unchanged, read_tensor, state_of
 from fused_lora.modules.names import some
 
 MODEL_CONFIG = "config.json"
@@ -50,8 +50,7 @@ class Shard:
 
     name: str
     path: str
-    size: int
-    modified: int  # in nanoseconds
+    state: tuple[int, int]  # as of stream.state_of
     header: Header
 
     @property
@@ -59,10 +58,17 @@ class Shard:
         """Where the tensors' bytes begin."""
         return len(self.header.raw)
 
+    @property
+    def size(self) -> int:
+        """Of the file."""
+        return self.state[0]
+
     def read(self, name: str) -> Tensor:
         """One of its tensors."""
         with open(self.path, "rb", buffering=0) as file:
-            return read_tensor(self.path, file.fileno(), self.data, self.header.entries[name])
+            found = read_tensor(self.path, file.fileno(), self.data, self.header.entries[name])
+            check_unchanged(self.path, file.fileno(), self.state)
+            return found
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,8 @@ def read_shard(folder: str, name: str) -> Shard:
     """Read the header of one file."""
     path = os.path.join(folder, name)
     with open_regular(path, _MAX_SHARD_BYTES) as (file, size):
-        header = read_header(path, file, size, EVERY)
-        return Shard(name, path, size, os.fstat(file.fileno()).st_mtime_ns, header)
+        state = state_of(file.fileno())
+        return Shard(name, path, state, read_header(path, file, size, EVERY))
 
 
 def read_text(path: str, max_bytes: int = _MAX_JSON_BYTES) -> bytes:

@@ -38,7 +38,7 @@ from fused_lora.checkpoints.output import Output
 from fused_lora.checkpoints.planning import Changes, plan_changes
 from fused_lora.checkpoints.quantised import check_dequantised
 from fused_lora.checkpoints.record import RECORD_NAME, ShardRecord, old_header, unmerge_pieces
-from fused_lora.checkpoints.stream import Piece, single_threads, write_pieces
+from fused_lora.checkpoints.stream import Piece, check_unchanged, single_threads, write_pieces
 from fused_lora.checkpoints.write import DTYPES
 from fused_lora.modules.config import check_bool
 from fused_lora.modules.names import some
@@ -237,7 +237,7 @@ class _Merge:
             self._by_source.setdefault(change.source, []).append(change)
         about = [a.describe() for a in adapters]
         configs = [[a.plan.config.to_dict(), dict(a.plan.stacks)] for a in adapters]
-        known = [[s.name, s.size, s.modified] for s in base.shards], base.config, configs
+        known = [[s.name, *s.state] for s in base.shards], base.config, configs
         places = sorted([name, [key for _, key in change.used()]] for name, change in changes.by_name.items())
         kind = [base.digest(), str(dtype), recorded, places, stochastic]
         text = json.dumps([__version__, about, known, kind], sort_keys=True, default=str)
@@ -470,10 +470,10 @@ class _Meter:
 def write_shard(source: Shard, path: str, header: bytes, pieces: Iterable[Piece], meter: _Meter) -> None:
     """Write a file of this header and what the pieces of ``source`` give. It is not synced."""
     with open(source.path, "rb", buffering=0) as old, open(path, "wb", buffering=0) as new:
-        if os.fstat(old.fileno()).st_size != source.size or os.fstat(old.fileno()).st_mtime_ns != source.modified:
-            raise AdapterError(source.path, None, "a file that stays as it is", "another one by now")
+        check_unchanged(source.path, old.fileno(), source.state)
         write_all(new, header)
         write_pieces(source.path, old.fileno(), new.fileno(), len(header), pieces, meter.add, meter.workers)
+        check_unchanged(source.path, old.fileno(), source.state)
 
 
 def _finish(name: str, output: Output, notes: Output | None) -> None:

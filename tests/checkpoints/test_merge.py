@@ -641,6 +641,29 @@ def full_disk(monkeypatch):
     monkeypatch.setattr(stream.os, "pwrite", write)
 
 
+@pytest.mark.parametrize("which", ["adapter", "base"])
+def test_files_that_are_written_over_meanwhile(tmp_path, monkeypatch, which):
+    """In place, as ``save_file`` does it: the open file has other numbers from then on. No shard of such is kept."""
+    checkpoint_files.pieces_of(monkeypatch, 512)
+    base, adapter = write_base(tmp_path / "base", decoder(), shards=3), write_adapter(tmp_path / "adapter", SHAPES)
+    done = []
+
+    def write_over(*_):
+        done.append(1)
+        if len(done) == 3:
+            file = adapter / "adapter_model.safetensors" if which == "adapter" else first(base)
+            file.write_bytes(file.read_bytes()[:-64] + b"\1" * 64)
+
+    with pytest.raises(AdapterError, match=f"/{which}/.*: expected a file that stays as it is, found another one"):
+        merge_checkpoint(base, adapter, tmp_path / "out", progress=write_over)
+    assert not (tmp_path / "out").exists()
+    if (tmp_path / "out.partial").exists():  # shards of before
+        with pytest.raises(FileExistsError, match="what another call left unfinished"):
+            merge_checkpoint(base, adapter, tmp_path / "out")
+        shutil.rmtree(tmp_path / "out.partial")
+    merge_checkpoint(base, adapter, tmp_path / "out", verify=True)
+
+
 @pytest.mark.parametrize("stochastic", [None, 7])
 def test_a_full_disk(tmp_path, monkeypatch, stochastic):
     base, adapter = write_base(tmp_path / "base", decoder(), shards=3), write_adapter(tmp_path / "adapter", SHAPES)
