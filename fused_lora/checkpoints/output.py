@@ -41,6 +41,9 @@ class Output:
             check_new(self._argument, self.target, inputs)
         if os.path.ismount(self.target):
             raise ValueError(f"{self._argument}: {self.target!r} is a mount point; name a folder inside")
+        if os.path.join(os.path.realpath(os.getcwd()), "").startswith(os.path.join(self.target, "")):
+            expected = "a folder that is not the current directory or above it, for another will have its name"
+            raise ValueError(f"{self._argument}: expected {expected}, got {self.target!r}")
         if [n for n in _list(self.stage) if not _unfinished(n)] and self._found() != self._identity:
             text = (
                 f"{self._argument}: {self.stage!r} is what another call left unfinished; delete it or finish that one"

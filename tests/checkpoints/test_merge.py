@@ -567,6 +567,20 @@ def test_in_place_needs_a_folder_that_it_can_empty(tmp_path, monkeypatch):
     assert contents(tmp_path) == before
 
 
+def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch):
+    """Whoever calls from there would be left in a deleted one."""
+    base, adapter = write_base(tmp_path / "base", decoder()), write_adapter(tmp_path / "adapter", SHAPES)
+    (tmp_path / "out").mkdir()
+    before = contents(tmp_path)
+    monkeypatch.chdir(base)
+    with pytest.raises(ValueError, match="in_place: expected a folder that is not the current directory or above it"):
+        merge_checkpoint(".", adapter, in_place=True)
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(ValueError, match="out: expected a folder that is not the current directory or above it"):
+        merge_checkpoint(base, adapter, ".")
+    assert contents(tmp_path) == before
+
+
 @needs_fork
 @pytest.mark.experiment("C6", full=20, quick=4)
 def test_killed_and_resumed(tmp_path, monkeypatch, count):
