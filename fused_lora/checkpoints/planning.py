@@ -269,6 +269,8 @@ class _Planner:
         if head and self._base.config is not None and self.names.alias(path) is None:
             embedding = self.names.embedding(plan.entries[key].shape)
             if embedding is not None:
+                if name in self.found:
+                    raise AdapterError(plan.weights, key, f"one change of {name!r}", "another one beside it")
                 self._add_head(path, embedding)
                 self.found[name].kind, self.found[name].held = "replace", (adapter, key)
                 return

@@ -21,7 +21,18 @@ from fused_lora.cli import main
 from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers import checkpoint_files
 from helpers.alone import alone, run_killed
-from helpers.checkpoint_files import SINGLE, K, N, change, contents, decoder, read_all, write_adapter, write_base
+from helpers.checkpoint_files import (
+    SINGLE,
+    VOCABULARY,
+    K,
+    N,
+    change,
+    contents,
+    decoder,
+    read_all,
+    write_adapter,
+    write_base,
+)
 from helpers.seeds import shifted
 
 QKV = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkv"]
@@ -460,6 +471,21 @@ def test_a_tied_head_gets_a_weight_of_its_own(tmp_path):
     assert torch.equal(base, wanted)  # of the model in place
     unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tmp_path / "base")
+
+
+@pytest.mark.parametrize("order", [["lora", "saved"], ["saved", "lora"], ["saved", "saved2"]])
+def test_a_tied_head_is_changed_by_one_of_two_kinds(tmp_path, order):
+    """The second would take the place of what the first adds."""
+    base = write_base(tmp_path / "base", decoder(), config={"architectures": ["LlamaForCausalLM"]})
+    write_adapter(tmp_path / "lora", {"lm_head": (K, VOCABULARY)})
+    for name in ("saved", "saved2"):
+        write_adapter(tmp_path / name, {QKV[0]: SHAPES[QKV[0]]}, modules_to_save=["lm_head"])
+        saved = {"base_model.model.lm_head.weight": torch.ones(VOCABULARY, K)}
+        change(tmp_path / name / "adapter_model.safetensors", **saved)
+    with pytest.raises(AdapterError, match="/(saved2?|lora)/.*: expected (one change of 'lm_head.weight'|no other te)"):
+        merge_checkpoint(base, [tmp_path / name for name in order], tmp_path / "out")
+    for name in ("lora", "saved"):
+        merge_checkpoint(base, tmp_path / name, tmp_path / f"with {name}", verify=True)
 
 
 @pytest.mark.parametrize("config", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
