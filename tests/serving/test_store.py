@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import json
+import os
 import pickle
 import threading
 import tracemalloc
@@ -347,6 +348,42 @@ def test_a_lease_keeps_its_version_across_batches(model):
     lease.release()
     with pytest.raises(RuntimeError, match="has been released"):
         answers(store, model, x, [lease, None])
+
+
+def test_a_hold_ends_once_and_a_batch_is_entered_once(model):
+    """A copy of a lease would give the hold of another one back. A batch inside itself never came to its end."""
+    store = holding(model, a=adapter(4, 1))
+    with store.lease("a") as lease:
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="the lease of 'a@1' cannot be copied"):
+                copied(lease)
+        assert store.stats()["in_use"] == 1
+    with store.batch(["a"]) as batch, pytest.raises(RuntimeError, match="batch: it was entered already"), batch:
+        raise AssertionError
+    with pytest.raises(RuntimeError, match="batch: it was entered already"), batch:
+        raise AssertionError
+    assert store.stats()["in_use"] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_loads_in_a_forked_child(model):
+    """It has none of the threads in which the parent has loaded."""
+    store, tensors, x = AdapterStore(model), adapter(4, 1), torch.randn(2, 3, K)
+    for _ in range(20):
+        store.load_async("a", tensors).result(HANG)
+    child = os.fork()
+    if not child:
+        try:
+            torch.set_num_threads(1)
+            store.load_async("b", tensors).result(60)
+            with store.lease_async("b").result(60) as lease:
+                assert_serves(model, x, answers(store, model, x, [lease, "b"]), [(tensors, 1)])
+            store.detach()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert store.load_async("b", tensors).result(HANG) == 1
 
 
 def test_the_least_recently_used_makes_room(model, tmp_path):

@@ -84,6 +84,7 @@ class Batch:
         self._unread: list[tuple[Tensor, np.ndarray | None]] = []
         self._streams: set[torch.cuda.Stream] = set()  # that layers were computed on
         self._ended = False
+        self._gradients: GradientsOff | None = None  # from the entry on
         self._generator: FrameType | None = None  # that entered it
         self._apart: list[Batch] = []  # of generators that were suspended when this one was entered
         self._buffers = buffers
@@ -136,6 +137,8 @@ class Batch:
         return [None if g < 0 else labels[g] for g in self._group_of_entry]
 
     def __enter__(self) -> Batch:
+        if self._gradients is not None:
+            raise RuntimeError("batch: it was entered already; call store.batch again")
         self.outer = _running.get()
         while self.outer is not None and self.outer._ended:  # another context has ended it
             self.outer = self.outer.outer

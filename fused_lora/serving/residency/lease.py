@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from fused_lora.serving.residency.residency import Residency, Version
@@ -44,6 +46,9 @@ class Lease:
 
     def __exit__(self, *exception) -> None:
         self.release()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"the lease of {self.identity!r} cannot be copied: the hold would end twice; take another one")
 
     def __str__(self) -> str:
         return self.identity

@@ -64,6 +64,7 @@ class Registry:
         self._forgotten = 0  # no version of a name that is in neither is above it
         self._pinned: set[str] = set()
         self._pool: ThreadPoolExecutor | None = None
+        self._process = 0  # that has made it
         self._hits = self._misses = 0
         self._detached = False
         self._residency = Residency(transfer, capacity, grow, host_capacity, slots, self._pinned.__contains__)
@@ -134,8 +135,8 @@ class Registry:
         self._check_attached()
         work = self._transfer.on_this_stream(work)
         with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(4, thread_name_prefix="fused_lora_load")
+            if self._pool is None or self._process != os.getpid():  # a forked child has none of its threads
+                self._pool, self._process = ThreadPoolExecutor(4, thread_name_prefix="fused_lora_load"), os.getpid()
             return self._pool.submit(work, *arguments, **options)
 
     def register(
