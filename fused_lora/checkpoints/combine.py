@@ -22,7 +22,7 @@ from fused_lora.checkpoints.experts import common_parameters
 from fused_lora.checkpoints.factors import Layer, Parts, decompose, joined, largest_parts
 from fused_lora.checkpoints.files import Report, open_checkpoint
 from fused_lora.checkpoints.inspect import check_sizes
-from fused_lora.checkpoints.names import is_embedding
+from fused_lora.checkpoints.names import is_embedding, is_transposed
 from fused_lora.checkpoints.output import check_new
 from fused_lora.checkpoints.planning import names_of
 from fused_lora.checkpoints.quantised import find_quantised
@@ -178,8 +178,9 @@ def extract_adapter(
             continue
         weight = name.endswith(".weight") and len(entry.shape) == 2 and not is_embedding(name)
         if weight and entry.dtype in CAST and other.dtype in CAST:
-            N, K = entry.shape
-            shapes[name.removesuffix(".weight")] = (min(rank, N, K), K, N)
+            path = name.removesuffix(".weight")
+            N, K = entry.shape[::-1] if is_transposed(path, old.config, False) else entry.shape
+            shapes[path] = (min(rank, N, K), K, N)
         else:
             report.left_out.append(name)
     if not shapes:
@@ -190,12 +191,15 @@ def extract_adapter(
         delta = new.tensors[name][0].read(name).float() - old.tensors[name][0].read(name).float()
         if not bool(delta.isfinite().all()):
             raise AdapterError(new.tensors[name][0].path, name, "weights with a finite difference", "NaN or Inf")
+        delta = delta.t() if is_transposed(path, old.config, False) else delta
         parts, total = largest_parts(delta, shapes[path][0], draw), delta.double().square().sum().item()
         kept = parts.S.double().square().sum().item() / total if total else None
         report.layers.append({"path": path, "r": shapes[path][0], "kept": kept})
         return _best(parts, shapes[path][0])
 
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=set(), base_model_name_or_path=old.folder)
+    settings: dict[str, Any] = {"fan_in_fan_out": any(is_transposed(path, old.config, False) for path in shapes)}
+    settings |= {"target_modules": set(), "base_model_name_or_path": old.folder}
+    config = LoraConfig(r=rank, lora_alpha=rank, **settings)
     write_layers(folder, config, shapes, make, dtype)
     return report
 

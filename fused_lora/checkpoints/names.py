@@ -8,7 +8,7 @@ resolves to exactly one tensor is refused by name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fused_lora.modules.names import likely_rename, some
 from fused_lora.modules.tree import own_path
@@ -38,6 +38,9 @@ _FUSED = {
 }
 # the codes of a quantised weight, in its place -> the library that lays them out
 _PACKED = {"qweight": "GPTQ or AWQ", "_weight_qdata": "torchao", "weight_packed": "compressed-tensors", "W_q": "HQQ"}
+# models whose blocks have transformers' Conv1D, with weights [K, N], and what these layers are called
+_WITH_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
+_CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 HEADS = ("lm_head", "embed_out", "proj_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 
@@ -192,6 +195,14 @@ class Names:
 def is_embedding(name: str) -> bool:
     """Whether this tensor is an input embedding, by its name."""
     return name.endswith(tuple(f"{last}.weight" for last in _EMBEDDINGS))
+
+
+def is_transposed(path: str, model: Mapping[str, Any] | None, otherwise: bool) -> bool:
+    """Whether a linear layer's weight is stored as [K, N], by the model's config where that tells. An adapter's
+    ``fan_in_fan_out`` need not: it is one for all layers, and loading an adapter asks the module's class instead."""
+    configs = [] if model is None else [model, *(part for part in model.values() if isinstance(part, dict))]
+    known = any(config.get("model_type") in _WITH_CONV1D for config in configs)
+    return path.rpartition(".")[2] in _CONV1D if known else otherwise
 
 
 def _join(parent: str, last: str) -> str:

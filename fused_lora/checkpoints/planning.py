@@ -16,7 +16,7 @@ from fused_lora.checkpoints.changes import CAST, Change, Item, Segment, Term, ro
 from fused_lora.checkpoints.check import read_rows
 from fused_lora.checkpoints.experts import Adapted, adapted_stacks
 from fused_lora.checkpoints.files import Checkpoint
-from fused_lora.checkpoints.names import HEADS, Names, Place, is_embedding
+from fused_lora.checkpoints.names import HEADS, Names, Place, is_embedding, is_transposed
 from fused_lora.checkpoints.quantised import Packed, find_quantised
 from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.names import some
@@ -132,7 +132,8 @@ class _Planner:
         name = f"{place.path}.weight"
         stored = self.names.stored(name) or self.found[name].source
         shape = self.names.shape_of(stored)
-        transposed = plan.config.fan_in_fan_out or path in plan.embeddings
+        turned = is_transposed(place.path, self._base.config, plan.config.fan_in_fan_out)
+        transposed = turned or path in plan.embeddings
         K = plan.entries[keys["lora_A"]].shape[1]
         expected = (K, place.height) if transposed else (place.height, K)
         if shape != expected or (transposed and not _is_whole([place], adapter, path)):
@@ -141,7 +142,7 @@ class _Planner:
             raise AdapterError(plan.weights, keys["lora_A"], text, f"{list(shape)} in {stored!r}")
         change = self._change_of(adapter, path, stored, transposed, name)
         if "lora_magnitude" in keys:
-            self._check_dora(adapter, keys["lora_magnitude"])
+            self._check_dora(adapter, keys["lora_magnitude"], transposed)
         rows = (0, shape[0]) if transposed else (place.first, place.stop)
         self._add_term(change, *rows, Term(adapter, path, place.skip))
         if path.rpartition(".")[2] in HEADS and self._base.config is not None:
@@ -209,11 +210,11 @@ class _Planner:
                 own = read_rows(shard.path, file.fileno(), shard.data + entry.begin, rows, first, stop)
                 check_same(plan, path, own, held[first:stop])
 
-    def _check_dora(self, adapter: AdapterFile, key: str) -> None:
+    def _check_dora(self, adapter: AdapterFile, key: str, transposed: bool) -> None:
         if adapter.weight != 1:
             expected = f"a weight of 1 for {adapter.folder!r}: the magnitude of DoRA does not grow with it"
             raise AdapterError(adapter.plan.weights, key, expected, adapter.weight)
-        if adapter.plan.config.fan_in_fan_out:
+        if transposed:
             expected = "fan_in_fan_out=False: the rows that DoRA scales must be rows of the file"
             raise AdapterError(adapter.plan.weights, key, expected, True)
 

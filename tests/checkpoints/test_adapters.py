@@ -1,5 +1,6 @@
 """Adapters as files: what they hold, how they differ, and new ones out of them, beside what PEFT makes."""
 
+import copy
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import os
 import peft
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -183,6 +185,28 @@ def test_extract_finds_the_adapter_again(tmp_path, monkeypatch, exact):
         agree(deltas(tmp_path / "out")[path], delta)
     with pytest.raises(AdapterError, match="weights that differ"):
         extract_adapter(base, base, tmp_path / "no", 3)
+
+
+def test_extract_of_transposed_weights_gives_what_peft_reads(tmp_path):
+    """GPT-2's Conv1D is [in, out]; the first of the two is square."""
+    torch.manual_seed(shifted(2))
+    sizes = dict(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0)
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(**sizes)).eval()
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in (tuned.transformer.h[0].attn.c_proj, tuned.transformer.h[0].mlp.c_fc):
+            K, N = layer.weight.shape
+            layer.weight.add_(torch.randn(K, 2) @ torch.randn(2, N))
+    model.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", 2)
+    theirs, tokens = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval(), torch.arange(20)[None]
+    with torch.no_grad():
+        assert_close(theirs(tokens).logits, tuned(tokens).logits, terms=5000)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
+    with torch.no_grad():
+        merged = tf.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+        assert_close(merged(tokens).logits, tuned(tokens).logits, terms=5000)
 
 
 def test_inspect_and_diff(tmp_path, capsys):

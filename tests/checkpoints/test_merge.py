@@ -1,5 +1,6 @@
 """Merging files: the bits of a merge in the model, memory of a few pieces, an interrupt at any moment, bad input."""
 
+import copy
 import errno
 import json
 import os
@@ -214,6 +215,23 @@ def test_copies_of_another_base_and_unknown_tied_heads_are_refused(tmp_path):
     with pytest.raises(AdapterError, match="a resized vocabulary"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_models_kind_says_which_weights_are_transposed(tmp_path):
+    """An adapter's fan_in_fan_out need not: save_adapter leaves it as it was given, and PEFT has one for all layers."""
+    torch.manual_seed(shifted(0))
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(**GPT2, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False))
+    model.eval().save_pretrained(tmp_path / "base")
+    targets = ["attn.c_proj", "c_attn", "lm_head"]  # the first is square: its shape tells nothing
+    for fan_in_fan_out in (False, True):
+        config = dict(target_modules=targets, init_lora_weights=False, fan_in_fan_out=fan_in_fan_out)
+        adapted = fused_lora.inject(copy.deepcopy(model), fused_lora.LoraConfig(r=4, **config)).eval()
+        name = f"adapter {fan_in_fan_out}"
+        fused_lora.save_adapter(adapted, tmp_path / name)
+        merge_checkpoint(tmp_path / "base", tmp_path / name, tmp_path / f"out {name}", verify=True)
+        merged, tokens = tf.GPT2LMHeadModel.from_pretrained(tmp_path / f"out {name}").eval(), torch.arange(1, 30)[None]
+        with torch.no_grad():
+            assert_close(merged(tokens).logits, adapted(tokens).logits, terms=2000)
 
 
 @pytest.mark.parametrize("entry", [True, None])
