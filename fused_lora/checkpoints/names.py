@@ -42,7 +42,10 @@ _PACKED = {"qweight": "GPTQ or AWQ", "_weight_qdata": "torchao", "weight_packed"
 _WITH_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
 _CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 HEADS = ("lm_head", "embed_out", "proj_out")
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
+_OF_TOKENS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "embeddings"}
+_OF_TOKENS |= {"tokens_embed", "word_embedding"}
+_EMBEDDINGS = _OF_TOKENS | {"wpe", "positions_embed", "embed_positions", "position_embeddings", "token_type_embeddings"}
+_EMBEDDINGS |= {"relative_attention_bias", "position_embedding", "word_token_embedding", "word_position_embedding"}
 
 
 class Place(NamedTuple):
@@ -169,7 +172,7 @@ class Names:
         found = [
             name.removesuffix(".weight")
             for name, stored in self._stored.items()
-            if is_embedding(name) and self._shapes[stored] == shape
+            if is_embedding(name, of_tokens=True) and self._shapes[stored] == shape
         ]
         return found[0] if len(found) == 1 else None
 
@@ -192,9 +195,10 @@ class Names:
         return f"{text}{hint}; it has {some(modules, near=paths[0])}"
 
 
-def is_embedding(name: str) -> bool:
-    """Whether this tensor is an input embedding, by its name."""
-    return name.endswith(tuple(f"{last}.weight" for last in _EMBEDDINGS))
+def is_embedding(name: str, of_tokens: bool = False) -> bool:
+    """Whether this tensor is an embedding, or that of the input's tokens, by its name."""
+    path = name.removesuffix(".weight")
+    return path != name and path.rpartition(".")[2] in (_OF_TOKENS if of_tokens else _EMBEDDINGS)
 
 
 def is_transposed(path: str, model: Mapping[str, Any] | None, otherwise: bool) -> bool:

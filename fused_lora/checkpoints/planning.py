@@ -23,6 +23,7 @@ from fused_lora.modules.names import some
 
 # parts of the names of models that have a head over the vocabulary, which transformers ties unless a config says no
 _WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "PreTraining", "Vision2Seq", "ImageTextToText")
+_WITHOUT_HEAD = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _WITH_LM_HEAD = ("ForCausalLM", "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel")  # one matrix of that name
 _OTHER_HEADS = ("lm_head.dense.", "cls.predictions.", "generator_predictions.", "embed_in.")  # tensors beside others
 
@@ -71,6 +72,9 @@ class _Planner:
         self.found: dict[str, Change] = {}
         self.config: dict[str, Any] = {}
         self.parameters: dict[str, str] = {}
+        found: Any = (base.config or {}).get("architectures") or ()
+        self._models = [str(name) for name in found]
+        self._causal = any(part in name for part in _WITH_LM_HEAD for name in self._models)
 
     def add(self, adapter: AdapterFile) -> None:
         """Find the places of all tensors of one adapter."""
@@ -109,6 +113,7 @@ class _Planner:
         embedding = self.names.embedding(shape)
         if embedding is None:
             return []
+        self._check_untied(adapter, keys["lora_A"])
         self._add_head(path, embedding)
         return [Place(path, 0, shape[0], 0, shape[0])]
 
@@ -119,6 +124,12 @@ class _Planner:
             assert source is not None
             self.found[name] = Change(name, source, "merge", added=True)
             self._untie()
+
+    def _check_untied(self, adapter: AdapterFile, key: str) -> None:
+        """AdapterError where a model with a head of its own would lose other ties, as T5's and BART's encoders do."""
+        if self._models and not self._causal:
+            expected = "a head of a causal language model, which can be untied from the embedding"
+            raise AdapterError(adapter.plan.weights, key, expected, f"that of {some(self._models)}")
 
     def _untie(self) -> None:
         config = self._base.config or {}
@@ -147,6 +158,8 @@ class _Planner:
         self._add_term(change, *rows, Term(adapter, path, place.skip))
         if path.rpartition(".")[2] in HEADS and self._base.config is not None:
             tied = self._base.config.get("tie_word_embeddings")
+            if tied:
+                self._check_untied(adapter, keys["lora_A"])
             if tied is not False:
                 self._untie()
 
@@ -272,11 +285,14 @@ class _Planner:
             if embedding is not None:
                 if name in self.found:
                     raise AdapterError(plan.weights, key, f"one change of {name!r}", "another one beside it")
+                self._check_untied(adapter, key)
                 self._add_head(path, embedding)
                 self.found[name].kind, self.found[name].held = "replace", (adapter, key)
                 return
         self._replace(adapter, name, key)
-        if head and (self._base.config or {}).get("tie_word_embeddings") is not False:
+        if head and (tied := (self._base.config or {}).get("tie_word_embeddings")) is not False:
+            if tied:
+                self._check_untied(adapter, key)
             self._untie()
 
     def _check_shape(self, adapter: AdapterFile, key: str, stored: str, rows: list[int] | None = None) -> None:
@@ -294,24 +310,31 @@ class _Planner:
         """Where an embedding changes alone and a head is tied to it, the head keeps the old weight, as a tensor of its
         own: the adapted model computes with it. Refused where the head's name is not known."""
         config = self._base.config or {}
-        models = " ".join(map(str, config.get("architectures") or ()))
         stored = any(self.names.alias(head) for head in HEADS)
-        tied = config.get("tie_word_embeddings", any(part in models for part in _WITH_HEAD)) and not stored
+        with_head = any(part in name for part in _WITH_HEAD for name in self._models)
+        headless = bool(self._models) and all(name.endswith(_WITHOUT_HEAD) for name in self._models)
+        tied = config.get("tie_word_embeddings", with_head) and not (stored or headless)
         other = any(part in name for part in _OTHER_HEADS for name in self._base.tensors)
-        known = not other and any(part in models for part in _WITH_LM_HEAD)
         heads = {change.source for change in self.found.values() if change.added}
         for change in list(self.found.values()):
             held = change.held if change.kind != "merge" else change.embedded()
-            alone = change.kind != "rows" and tied and not heads and is_embedding(change.name)
+            alone = change.kind != "rows" and tied and not heads and self._is_of_tokens(change)
             if held is None or not (alone or (change.kind == "rows" and change.source in heads)):
                 continue
-            if not (alone and known):
+            if not (alone and self._causal and not other):
                 adapter, key = held
                 found = f"{change.source!r}, to which the head is tied"
                 raise AdapterError(adapter.plan.weights, key, "an embedding of its own", found)
             name = f"{HEADS[0]}.weight"
             self.found[name] = Change(name, change.source, "copy", added=True)
             self._untie()
+
+    def _is_of_tokens(self, change: Change) -> bool:
+        """Whether it is the embedding of the input's tokens, by its name, or as one that has a row for each."""
+        config = self._base.config or {}
+        sizes = {part.get("vocab_size") for part in (config, *config.values()) if isinstance(part, dict)}
+        rows = self.names.shape_of(change.source)[0]
+        return is_embedding(change.name, of_tokens=True) or (change.embedded() is not None and rows in sizes)
 
     def warn_of_lacking(self, adapter: AdapterFile) -> None:
         """Warn where the config names more layers of the checkpoint than the adapter has tensors for."""

@@ -194,12 +194,16 @@ def test_extract_of_transposed_weights_gives_what_peft_reads(tmp_path):
     model = tf.GPT2LMHeadModel(tf.GPT2Config(**sizes)).eval()
     tuned = copy.deepcopy(model)
     with torch.no_grad():
+        tuned.transformer.wpe.weight.add_(1)  # no linear layer either
         for layer in (tuned.transformer.h[0].attn.c_proj, tuned.transformer.h[0].mlp.c_fc):
             K, N = layer.weight.shape
             layer.weight.add_(torch.randn(K, 2) @ torch.randn(2, N))
     model.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
-    extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", 2)
+    report = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", 2)
+    assert report.left_out == ["transformer.wpe.weight"]
+    with torch.no_grad():
+        tuned.transformer.wpe.weight.copy_(model.transformer.wpe.weight)
     theirs, tokens = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval(), torch.arange(20)[None]
     with torch.no_grad():
         assert_close(theirs(tokens).logits, tuned(tokens).logits, terms=5000)

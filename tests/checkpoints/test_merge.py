@@ -217,6 +217,38 @@ def test_copies_of_another_base_and_unknown_tied_heads_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+BART = dict(vocab_size=56, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
+BART |= dict(decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=40)
+IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+MAMBA = dict(vocab_size=56, hidden_size=16, num_hidden_layers=1, state_size=4, **IDS)
+WITH_TIES = {  # class, its config, LoRA, what the head gets in the files; None: it is refused
+    "mamba": (tf.MambaForCausalLM, MAMBA, ["embeddings"], ["lm_head.weight"]),
+    "mamba's head": (tf.MambaForCausalLM, MAMBA, ["lm_head"], ["lm_head.weight"]),
+    "bart's head": (tf.BartForConditionalGeneration, BART, ["lm_head"], None),
+    "a classifier": (tf.BertForSequenceClassification, SMALL, ["word_embeddings"], []),
+}
+
+
+@pytest.mark.parametrize("name", WITH_TIES)
+def test_ties_of_other_models(tmp_path, name):
+    """Where the files would load with other ties, as those of an encoder, nothing is written."""
+    kind, sizes, targets, added = WITH_TIES[name]
+    torch.manual_seed(shifted(0))
+    model = kind(kind.config_class(**sizes, tie_word_embeddings=True)).eval()
+    model.save_pretrained(tmp_path / "base")
+    wrapped = fused_lora.inject(model, fused_lora.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    fused_lora.save_adapter(wrapped.eval(), tmp_path / "adapter")
+    if added is None:
+        with pytest.raises(AdapterError, match="expected a head of a causal language model, which can be untied"):
+            merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        return
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
+    assert [c["tensor"] for c in report.changes if c["added"]] == added
+    merged, tokens = kind.from_pretrained(tmp_path / "out").eval(), torch.arange(1, 30)[None]
+    with torch.no_grad():
+        assert_close(merged(tokens).logits, wrapped(tokens).logits, terms=2000)
+
+
 def test_the_models_kind_says_which_weights_are_transposed(tmp_path):
     """An adapter's fan_in_fan_out need not: save_adapter leaves it as it was given, and PEFT has one for all layers."""
     torch.manual_seed(shifted(0))
