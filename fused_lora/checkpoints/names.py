@@ -43,7 +43,7 @@ _WITH_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"
 _CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 HEADS = ("lm_head", "embed_out", "proj_out")
 _OF_TOKENS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "embeddings"}
-_OF_TOKENS |= {"tokens_embed", "word_embedding"}
+_OF_TOKENS |= {"tokens_embed", "word_embedding", "w"}  # the last is CTRL's
 _EMBEDDINGS = _OF_TOKENS | {"wpe", "positions_embed", "embed_positions", "position_embeddings", "token_type_embeddings"}
 _EMBEDDINGS |= {"relative_attention_bias", "position_embedding", "word_token_embedding", "word_position_embedding"}
 

@@ -25,6 +25,8 @@ from fused_lora.modules.names import some
 _WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "PreTraining", "Vision2Seq", "ImageTextToText")
 _WITHOUT_HEAD = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _WITH_LM_HEAD = ("ForCausalLM", "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel")  # one matrix of that name
+# causal models whose head has another name, or that tie more than it
+_OTHERWISE = ("BioGpt", "Blt", "Git", "ModernBert", "ProphetNet", "Rwkv", "TrOCR", "Whisper")
 _OTHER_HEADS = ("lm_head.dense.", "cls.predictions.", "generator_predictions.", "embed_in.")  # tensors beside others
 
 
@@ -74,7 +76,9 @@ class _Planner:
         self.parameters: dict[str, str] = {}
         found: Any = (base.config or {}).get("architectures") or ()
         self._models = [str(name) for name in found]
-        self._causal = any(part in name for part in _WITH_LM_HEAD for name in self._models)
+        self._causal = any(
+            part in name and not name.startswith(_OTHERWISE) for part in _WITH_LM_HEAD for name in self._models
+        )
 
     def add(self, adapter: AdapterFile) -> None:
         """Find the places of all tensors of one adapter."""
