@@ -243,7 +243,7 @@ def test_ties_of_other_models(tmp_path, name):
     fused_lora.save_adapter(wrapped.eval(), tmp_path / "adapter")
     if added is None:
         with pytest.raises(
-            AdapterError, match="expected a head of a causal language model, which can|to which the head is"
+            AdapterError, match="a head of a causal language model|to which the head is"
         ):
             merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
         return
