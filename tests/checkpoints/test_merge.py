@@ -242,9 +242,7 @@ def test_ties_of_other_models(tmp_path, name):
     wrapped = fused_lora.inject(model, fused_lora.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     fused_lora.save_adapter(wrapped.eval(), tmp_path / "adapter")
     if added is None:
-        with pytest.raises(
-            AdapterError, match="a head of a causal language model|to which the head is"
-        ):
+        with pytest.raises(AdapterError, match="a head of a causal language model|to which the head is"):
             merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
         return
     report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
