@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Plan, path_text, read_checked
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import each_tensor, open_regular, read_header
+from fused_lora.checkpoints.files import told
 from fused_lora.checkpoints.stream import check_unchanged, read_tensor, state_of
 from fused_lora.modules.config import MAX_ALPHA, scaling
 
@@ -87,7 +88,7 @@ class AdapterFile:
         """Which adapter it is, for a report and for the merged files."""
         base = self.plan.config.base_model_name_or_path
         return {
-            "path": os.path.abspath(self.folder),
+            "path": told(self.folder),
             "weight": self.weight,
             "sha256": self.sha256,
             "base_model_name_or_path": base,

@@ -182,6 +182,11 @@ def _read_config(path: str) -> dict[str, Any]:
     return config
 
 
+def told(path: str) -> str:
+    """An absolute path as text that UTF-8 can hold: no reader takes a file that has half a surrogate pair in it."""
+    return os.fsencode(os.path.abspath(path)).decode(errors="backslashreplace")
+
+
 def json_bytes(entries: dict[str, Any]) -> bytes:
     """As transformers writes it."""
     return (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode()

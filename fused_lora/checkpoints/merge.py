@@ -33,6 +33,7 @@ from fused_lora.checkpoints.files import (
     read_json,
     read_shard,
     read_text,
+    told,
 )
 from fused_lora.checkpoints.output import Output
 from fused_lora.checkpoints.planning import Changes, plan_changes
@@ -245,7 +246,7 @@ class _Merge:
         self.provenance = {
             "id": self.identity,
             "fused_lora": __version__,
-            "base": {"path": base.folder, "headers_sha256": base.digest()},
+            "base": {"path": told(base.folder), "headers_sha256": base.digest()},
             "adapters": about,
             "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
             **({} if stochastic is None else {"stochastic": stochastic}),

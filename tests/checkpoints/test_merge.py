@@ -6,8 +6,10 @@ import json
 import os
 import random
 import shutil
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import peft
 import pytest
@@ -993,6 +995,19 @@ def test_where_the_output_may_be(tmp_path, capsys):
         merge_checkpoint(base, None, tmp_path / "other")
     with pytest.raises(ValueError, match="out: expected a folder, got an empty path"):
         merge_checkpoint(base, adapter, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_names_of_folders_that_are_no_text(tmp_path):
+    """They are noted in the files, which nobody could read with half a surrogate pair in them."""
+    names = [os.fsdecode(os.fsencode(tmp_path) + name) for name in (b"/b\xe9se", b"/adapter\xff", b"/out\xff")]
+    write_adapter(Path(names[1]), SHAPES)
+    merge_checkpoint(write_base(Path(names[0]), decoder()), names[1], names[2], verify=True)
+    assert merge_checkpoint(names[0], names[1], names[2]).kept
+    os.rename(names[2], tmp_path / "out")  # safetensors reads no other
+    assert read_all(tmp_path / "out").keys() == decoder().keys()
+    about = json.loads((tmp_path / "out" / "fused_lora_merge.json").read_text())
+    assert about["adapters"][0]["path"].endswith("/adapter\\xff") and about["base"]["path"].endswith("/b\\xe9se")
 
 
 def test_an_adapter_is_read_by_several_threads(tmp_path):
