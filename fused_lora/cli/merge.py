@@ -101,7 +101,8 @@ def run(
         bar.end()
     except KeyboardInterrupt:
         bar.end()
-        print(f"fused-lora {command}: stopped; the same command goes on where it ended", file=sys.stderr)
+        goes_on = "; the same command goes on where it ended" * (command in ("merge", "unmerge"))
+        print(f"fused-lora {command}: stopped{goes_on}", file=sys.stderr)
         return 130
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         bar.end()

@@ -1,7 +1,9 @@
 """Adapters that the running server cannot serve: not offered, refused by name with the reason; others are served."""
 
+import errno
 import importlib
 import json
+import os
 import shutil
 import threading
 
@@ -11,6 +13,7 @@ import torch
 import fused_lora
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules.inject import AdapterNotFound
+from fused_lora.serving.residency import refusal
 from helpers import serving
 from helpers.server import Server
 
@@ -216,6 +219,27 @@ def test_a_probe_reads_no_tensor(plain, store, tmp_path):
     assert list(store.refusals()) == ["nan"]
     edit(tmp_path / "nan", r=5)
     assert isinstance(store.probe("nan"), AdapterError) and list(store.refusals()) == ["nan"]
+
+
+def test_an_error_of_the_file_system_passes(plain, store, tmp_path, monkeypatch):
+    """Nothing is wrong with the files, and they will not change."""
+    serving.write_adapter(tmp_path / "a", plain[1], 4, seed=1)
+    store.register("a", tmp_path / "a")
+    real = os.open
+
+    def too_many(path, *args, **kwargs):
+        if os.path.basename(path) == "adapter_model.safetensors":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", too_many)
+        assert "Too many open files" in str(store.probe("a"))
+    with pytest.raises(AdapterError, match="Too many open files"):
+        store.lease("a")
+    monkeypatch.setattr(refusal, "FAILED_LOAD_SECONDS", 0.0)
+    store.lease("a").release()
+    assert store.refusals() == {} and store.identity("a") == "a@1"
 
 
 def test_the_first_adapters_are_probed_at_once_and_the_others_while_serving(plain, store, adapters, monkeypatch):

@@ -168,7 +168,8 @@ class Registry:
         """Check the config and the header of an adapter's files, and no tensor.
 
         Returns:
-            What is wrong with them, or None. Batches that use the adapter raise it until the files change.
+            What is wrong with them, or None. Batches that use the adapter raise it until the files change, for 30
+            seconds where the file system had an error, as too many open files.
 
         Raises:
             AdapterNotFound: unknown name.
@@ -183,7 +184,10 @@ class Registry:
             version.trained_on = plan.config.base_model_name_or_path
             self._check_reached(plan.slots)
         except (OSError, ValueError) as error:
-            version.refusal = Refusal(error.with_traceback(None), version.folder, before, for_good=True)
+            lasting = (
+                version.quarantined or not isinstance(error, OSError) and not isinstance(error.__context__, OSError)
+            )
+            version.refusal = Refusal(error.with_traceback(None), version.folder, before, lasting)
             return error
         return None
 
