@@ -23,11 +23,13 @@ from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.tensorfile import (
     DTYPES,
     TensorEntry,
+    check_unchanged,
     open_regular,
     parse_json,
     read_exactly,
     read_header,
     read_tensors,
+    state_of,
 )
 from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.config import MAX_RANK, FieldError, LayerTensors, LoraConfig
@@ -169,7 +171,7 @@ def _read_once(
         )
         raise AdapterError(path, None, "a safetensors file", found)
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
-        header = read_header(path, file, size)
+        state, header = state_of(file.fileno()), read_header(path, file, size)
         ends = SLOTS | EMBEDDING_SLOTS if all_kinds else SLOTS
         entries, config, convert = as_peft(path, header.entries, config, layout, KEY_PREFIX, stacks_of)
         found = _sort_keys(path, entries, config, ends, allow_partial, may_copy)
@@ -183,7 +185,9 @@ def _read_once(
         plan = check(Plan(config, path, entries, slots, biases, ranks, *others))
         if not with_tensors:
             return Adapter(config, {}, {}, {}), plan
-        tensors = convert(read_tensors(path, file, header))
+        held = read_tensors(path, file, header)
+        check_unchanged(path, file.fileno(), state)
+        tensors = convert(held)
     layers = {
         name: LayerTensors(**{field: tensors[k] for field, k in keys.items()}) for name, keys in plan.slots.items()
     }

@@ -111,6 +111,18 @@ def open_regular(
         os.close(fd)
 
 
+def state_of(file: int) -> tuple[int, int]:
+    """(size, time of the last change in nanoseconds) of an open file."""
+    found = os.fstat(file)
+    return found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(path: str, file: int, state: tuple[int, int]) -> None:
+    """AdapterError unless an open file is as it was. Many programs write over a file instead of replacing it."""
+    if state_of(file) != state:
+        raise AdapterError(path, None, "a file that stays as it is", "another one by now")
+
+
 def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fused_lora.adapters.checkpoint import MAX_WEIGHT_BYTES, Plan, path_text, read_checked
 from fused_lora.adapters.errors import AdapterError
-from fused_lora.adapters.tensorfile import each_tensor, open_regular, read_header
+from fused_lora.adapters.tensorfile import check_unchanged, each_tensor, open_regular, read_header, state_of
 from fused_lora.checkpoints.files import told
-from fused_lora.checkpoints.stream import check_unchanged, read_tensor, state_of
+from fused_lora.checkpoints.stream import read_tensor
 from fused_lora.modules.config import MAX_ALPHA, scaling
 
 _STACKS = 4  # lora_A and lora_B of two stacks, whose experts may take turns in a file

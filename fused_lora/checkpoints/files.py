@@ -20,12 +20,14 @@ from fused_lora.adapters.tensorfile import (
     EVERY,
     Header,
     TensorEntry,
+    check_unchanged,
     open_regular,
     parse_json,
     read_exactly,
     read_header,
+    state_of,
 )
-from fused_lora.checkpoints.stream import check_unchanged, read_tensor, state_of
+from fused_lora.checkpoints.stream import read_tensor
 from fused_lora.modules.names import some
 
 MODEL_CONFIG = "config.json"
@@ -50,7 +52,7 @@ class Shard:
 
     name: str
     path: str
-    state: tuple[int, int]  # as of stream.state_of
+    state: tuple[int, int]  # as of tensorfile.state_of
     header: Header
 
     @property

@@ -19,7 +19,7 @@ import torch
 from fused_lora._version import __version__
 from fused_lora.adapters.checkpoint import CONFIG_NAME, path_text
 from fused_lora.adapters.errors import AdapterError
-from fused_lora.adapters.tensorfile import header_bytes, write_all
+from fused_lora.adapters.tensorfile import check_unchanged, header_bytes, write_all
 from fused_lora.checkpoints.adapter_file import AdapterFile, Weighted, open_adapters
 from fused_lora.checkpoints.changes import CAST, Change, Item, change_pieces
 from fused_lora.checkpoints.check import Checked, check_shard
@@ -39,7 +39,7 @@ from fused_lora.checkpoints.output import Output
 from fused_lora.checkpoints.planning import Changes, plan_changes
 from fused_lora.checkpoints.quantised import check_dequantised
 from fused_lora.checkpoints.record import RECORD_NAME, ShardRecord, old_header, unmerge_pieces
-from fused_lora.checkpoints.stream import Piece, check_unchanged, single_threads, write_pieces
+from fused_lora.checkpoints.stream import Piece, single_threads, write_pieces
 from fused_lora.checkpoints.write import DTYPES
 from fused_lora.modules.config import check_bool
 from fused_lora.modules.names import some

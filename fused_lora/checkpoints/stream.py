@@ -126,18 +126,6 @@ def fill(path: str, file: int, begin: int, data: Tensor) -> None:
         view, begin = view[count:], begin + count
 
 
-def state_of(file: int) -> tuple[int, int]:
-    """(size, time of the last change in nanoseconds) of an open file."""
-    found = os.fstat(file)
-    return found.st_size, found.st_mtime_ns
-
-
-def check_unchanged(path: str, file: int, state: tuple[int, int]) -> None:
-    """AdapterError unless an open file is as it was. Many programs write over a file instead of replacing it."""
-    if state_of(file) != state:
-        raise AdapterError(path, None, "a file that stays as it is", "another one by now")
-
-
 def _short(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Neighbours that are copied as one, in pieces short enough for a progress bar."""
     begin = end = 0

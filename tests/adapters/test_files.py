@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fused_lora.adapters import AdapterError, load_adapter, read_adapter, save_adapter, staging, write
+from fused_lora.adapters import AdapterError, checkpoint, load_adapter, read_adapter, save_adapter, staging, write
 from fused_lora.modules.changes import CHANGING
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import AdapterNotFound, adapter_configs, inject, lora_layers, set_adapter
 from fused_lora.modules.merging import merge, unmerge
 from fused_lora.testing.numeric import assert_close
 from helpers.alone import run_killed
+from helpers.checkpoint_files import write_adapter
 from helpers.seeds import shifted
 from helpers.waiting import HANG, wait_for
 
@@ -441,6 +442,22 @@ def test_other_entries_stay(tmp_path, way):
     assert os.readlink(target / "link") == "README.md" and (target / "README.md").stat().st_ino == inode
     assert target.stat().st_mode & 0o777 == 0o750 and (target / "sub" / "deep").stat().st_mode & 0o777 == 0o711
     assert leftovers(tmp_path) == []
+
+
+def test_a_file_that_is_written_over_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    """A file of PEFT's has no digest that would tell."""
+    weights = write_adapter(tmp_path / "a", {"0": (8, 8)}) / "adapter_model.safetensors"
+    real = checkpoint.read_tensors
+
+    def read(path, file, header):
+        weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+        return real(path, file, header)
+
+    wanted = read_adapter(tmp_path / "a").layers["0"].lora_B
+    with monkeypatch.context() as patch, pytest.raises(AdapterError, match="expected a file that stays as it is"):
+        patch.setattr(checkpoint, "read_tensors", read)
+        read_adapter(tmp_path / "a")
+    assert not torch.equal(read_adapter(tmp_path / "a").layers["0"].lora_B, wanted)
 
 
 def test_a_folder_that_cannot_be_emptied_is_refused_before_anything_is_written(tmp_path, monkeypatch):
