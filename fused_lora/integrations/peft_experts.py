@@ -19,7 +19,7 @@ from fused_lora.bases import Base, experts
 from fused_lora.bases.base import why_not_own_call, why_not_plain_tensor, why_not_plain_weight
 from fused_lora.integrations.peft_linear import BEHAVIOURS, FUSED, AcceleratedLinear, _count, _is_number
 from fused_lora.modules.changes import CHANGING, wait_for_change
-from fused_lora.modules.fusable import why_transformed
+from fused_lora.modules.fusable import why_inference, why_transformed
 from fused_lora.modules.mixin import FusedLoraBehaviour
 
 
@@ -30,7 +30,7 @@ class AcceleratedExperts(AcceleratedLinear):
         """As the experts' own, such as (hidden [tokens, K], top_k_index, top_k_weights [tokens, top_k])."""
         if CHANGING:
             wait_for_change(self)
-        reason = self.why_not_fused() or _why_not_call(self.get_base_layer(), (x, *args), kwargs)
+        reason = self.why_not_fused() or self._why_not_call((x, *args), kwargs)
         if reason:
             _count(reason)
             return super(FusedLoraBehaviour, self).forward(x, *args, **kwargs)
@@ -54,6 +54,21 @@ class AcceleratedExperts(AcceleratedLinear):
                 return why
             active = active or bool(wrapper._present(wrapper.active_adapters))
         return None if active else "no active adapter in this layer"
+
+    def _why_not_call(self, call: tuple, kwargs: dict) -> str | None:
+        base = self.get_base_layer()
+        form, x = experts.form_of(base), call[0]
+        stacked = len(call) == len(form.inputs) and all(isinstance(t, Tensor) and t.dim() == 2 for t in call)
+        if kwargs or not (stacked or form.calls_module):
+            return "further arguments"
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+            return "a dispatch mode over experts"
+        if form.fault(base, call):
+            return "shapes or dtypes do not belong together"
+        hooked = "a hook on all modules" if _has_any_global_hook() else None
+        reason = why_not_plain_tensor(x) or experts.why_not_there(base, call) or why_transformed() or hooked
+        parts = [part for w in _wrappers(self) for part in w._parts(w._present(w.active_adapters))]
+        return reason or why_inference(x, parts)
 
     def _why_not_terms(self) -> str | None:
         base = self.get_base_layer()
@@ -104,19 +119,6 @@ def _wrappers(outermost: Any) -> Iterator[Any]:
     while hasattr(module, "parameter_name"):
         yield module
         module = module._modules["base_layer"]
-
-
-def _why_not_call(base: Any, call: tuple, kwargs: dict) -> str | None:
-    form, x = experts.form_of(base), call[0]
-    stacked = len(call) == len(form.inputs) and all(isinstance(t, Tensor) and t.dim() == 2 for t in call)
-    if kwargs or not (stacked or form.calls_module):
-        return "further arguments"
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode over experts"
-    if form.fault(base, call):
-        return "shapes or dtypes do not belong together"
-    hooked = "a hook on all modules" if _has_any_global_hook() else None
-    return why_not_plain_tensor(x) or experts.why_not_there(base, call) or why_transformed() or hooked
 
 
 BEHAVIOURS["ParamWrapper"] = AcceleratedExperts

@@ -27,7 +27,7 @@ from fused_lora.bases.bitsandbytes_4bit import is_repacked
 from fused_lora.modules import variants
 from fused_lora.modules.activated import BEFORE, activated_forward, changed_rows, is_pefts, why_no_rows
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
-from fused_lora.modules.fusable import why_not_here, why_not_plain, why_not_plain_dropout
+from fused_lora.modules.fusable import why_inference, why_not_here, why_not_plain, why_not_plain_dropout
 from fused_lora.modules.merging import memory_of
 from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
 from fused_lora.modules.offload import refuse_sharded
@@ -448,6 +448,4 @@ def _why_not_call(layer: Any, names: list[str], x: Tensor, kwargs: dict) -> str 
         return "float64 under autocast"
     if dtypes != {x.dtype} and not getattr(layer, "cast_input_dtype_enabled", True):
         return "casting of the input is switched off"
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference():
-        return "the input is an inference tensor"  # ours is kept for the backward, PEFT's cast or dropped copy
-    return None
+    return why_inference(x, layer._parts(names))

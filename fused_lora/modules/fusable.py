@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_lora.bases.base import why_not_own_call, why_not_plain_bias, why_not_plain_weight
+from fused_lora.ops.linear.op import keeps_inference
 
 
 def why_not_plain(module: nn.Module) -> str | None:
@@ -46,6 +49,17 @@ def why_not_here() -> str | None:
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return "torch.jit.trace"
     return why_transformed() or ("a hook on all modules" if _has_any_global_hook() else None)
+
+
+def why_inference(x: Tensor, parts: Iterable[nn.Module]) -> str | None:
+    """None unless x or a parameter of these parts was made in inference mode, and gradients are recorded.
+
+    The operators keep them for a backward, which torch refuses; PEFT keeps their casts, dropped copies or products.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    held = [t for part in parts for t in part._parameters.values() if t is not None]
+    return "inference tensors with gradients" if keeps_inference(x, *held) else None
 
 
 def why_transformed() -> str | None:

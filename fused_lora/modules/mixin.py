@@ -23,11 +23,11 @@ from fused_lora.bases.dense import Dense
 from fused_lora.bases.requantised import rounded_bias
 from fused_lora.modules import activated, variants
 from fused_lora.modules.changes import alone
-from fused_lora.modules.fusable import why_not_plain, why_not_plain_dropout, why_transformed
+from fused_lora.modules.fusable import why_inference, why_not_plain, why_not_plain_dropout, why_transformed
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
 from fused_lora.ops.checks import as_float, as_scaling, is_known
-from fused_lora.ops.linear.op import Memory, _rows, recalled
+from fused_lora.ops.linear.op import Memory, _rows, keeps_inference, recalled
 from fused_lora.ops.term.op import known_term, lora_term
 from fused_lora.ops.term.rows import lora_term_on_rows
 
@@ -95,7 +95,7 @@ class FusedLoraBehaviour(_Layer):
         rows = self._changed_rows(x, names)
         if rows:
             return activated.activated_forward(self, x, names, rows)[0]
-        if self._why_not_plain(names) or why_transformed() or _is_odd(x):
+        if self._why_not_plain(names) or why_transformed() or _is_odd(x, self._parts(names)):
             return variants.composed_forward(self, base(x), x, names)
         kind = base_of(base)
         fused = kind.why_not_fused(base) is None
@@ -148,10 +148,12 @@ class FusedLoraBehaviour(_Layer):
             return None
         if rows is None:
             return recalled(known, x, operands)
+        _, _, _, _, A, B, scaling, dropout = operands
+        if keeps_inference(x, *A, *B):
+            return None
         y = own["_modules"]["base_layer"](x)
         if not (len(rows) or torch.is_grad_enabled()):
             return y
-        _, _, _, _, A, B, scaling, dropout = operands
         term = known_term if known[0] is None else lora_term  # which casts under autocast
         return lora_term_on_rows(y, x, rows, A, B, scaling, dropout, term=term)
 
@@ -551,11 +553,11 @@ class FusedLoraBehaviour(_Layer):
         return found
 
 
-def _is_odd(x: Any) -> bool:
-    """Whether only PEFT's calls may take an input: a sparse one, or one that no backward can keep."""
+def _is_odd(x: Any, parts: list[nn.Module]) -> bool:
+    """Whether only PEFT's calls may take an input and adapters: a sparse one, or some that no backward can keep."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False
-    return x.layout is not torch.strided or (torch.is_grad_enabled() and x.is_inference())
+    return x.layout is not torch.strided or why_inference(x, parts) is not None
 
 
 def _bias_changed(bias: Tensor | None, state: _Merge) -> bool:

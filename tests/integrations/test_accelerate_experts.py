@@ -76,6 +76,24 @@ def test_several_adapters_scales_and_one_parameter():
     one.assert_same_results(draws=17)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adapters_made_in_inference_mode(autocast):
+    """Torch keeps none for a backward, but keeps what PEFT makes of them."""
+    theirs, found = wrap(Block(), **BOTH), []
+    theirs.base_model.model.emb.weight.requires_grad_()  # before the experts
+    for model in (theirs, fused_lora.accelerate(copy.deepcopy(theirs))):
+        for name, parameter in list(model.named_parameters()):
+            if "lora_" in name:
+                with torch.inference_mode():
+                    model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(parameter.clone())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(torch.arange(ROWS))
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        found.append([y, *torch.autograd.grad(y.sum(), leaves, allow_unused=True)])
+    for other, mine in zip(*found, strict=True):
+        assert mine is other or torch.equal(mine, other)
+
+
 @pytest.mark.experiment("A1", full=500, quick=5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])

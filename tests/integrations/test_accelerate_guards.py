@@ -1,6 +1,7 @@
 """When a layer of an accelerated model runs fused, and when it leaves the call to PEFT, with the same result."""
 
 import copy
+import itertools
 import pickle
 import warnings
 from contextlib import nullcontext
@@ -378,19 +379,41 @@ def test_a_base_made_in_inference_mode(report):
     assert report() == {"fused": DRAWS, "around": {}, "fallback": {}}
 
 
-@pytest.mark.parametrize("watched", [False, True])
-def test_adapters_made_in_inference_mode_want_no_gradient_as_in_peft(watched, report):
-    both = pair()
-    for layer in layers(both):
-        with torch.inference_mode():
-            for part in (layer.lora_A, layer.lora_B):
-                part["default"].weight = nn.Parameter(part["default"].weight.clone())
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("made", [("lora_A", "lora_B"), ("lora_A",), ("lora_B",)], ids="-".join)
+@pytest.mark.parametrize("fields", [{}, {"lora_bias": True}, {"use_dora": True}], ids=str)
+def test_adapters_made_in_inference_mode(fields, made, autocast, report):
+    """Torch keeps none for a backward and gives them no gradient; what autocast makes of them has one."""
+    both, outcomes = pair(**fields), {}
+    for layer, watched in itertools.product(layers(both)[:2], (False, True)):
+        for part in made:
+            for name, parameter in layer._modules[part]["default"].named_parameters():
+                with torch.inference_mode():
+                    setattr(layer._modules[part]["default"], name, nn.Parameter(parameter.clone()))
         if watched:
             layer.base_layer.register_forward_hook(lambda *_: None)
-    found = [layer(torch.ones(9, K, dtype=layer.base_layer.weight.dtype)) for layer in layers(both)]
-    assert not any(y.requires_grad for y in found)
-    assert_no_worse(*found, name="y")
-    assert sum(report()["fallback"].values()) == 0
+        for wanted in (False, True):
+            x, found = torch.ones(9, K, requires_grad=wanted), [None]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                with torch.no_grad():
+                    layer(x), layer(x)  # which is remembered
+                try:
+                    y = layer(x)
+                    leaves = [x, *layer.parameters()] if y.requires_grad else []
+                    leaves = [t for t in leaves if t.requires_grad]
+                    found = [y, *torch.autograd.grad(y.sum(), leaves, allow_unused=True)] if leaves else [y]
+                except RuntimeError as error:
+                    outcomes.setdefault((watched, wanted), []).append(str(error))
+                    continue
+            outcomes.setdefault((watched, wanted), []).append(found)
+    for ours, theirs in outcomes.values():
+        assert type(ours) is type(theirs)
+        if isinstance(ours, str):
+            assert ours == theirs and not autocast
+            continue
+        assert [t is None for t in ours] == [t is None for t in theirs]
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None)
+    assert report()["fallback"] == {"inference tensors with gradients": 4}
 
 
 @pytest.mark.parametrize(
@@ -647,7 +670,7 @@ def test_an_input_made_in_inference_mode(fields, frozen, report):
             parameter.requires_grad_("lora_" in name and not any(part in name for part in frozen))
         layer.train()(x).sum().backward()
         assert layer.lora_B["default"].weight.grad.isfinite().all()
-    assert report() == {"fused": 0, "around": {}, "fallback": {"the input is an inference tensor": 1}}
+    assert report() == {"fused": 0, "around": {}, "fallback": {"inference tensors with gradients": 1}}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])

@@ -165,21 +165,6 @@ def test_second_derivatives_under_autocast_are_those_of_rounded_adapters(device,
     assert dg.dtype is torch.bfloat16 and dA.dtype is FP32 and dA.abs().max() > 0
 
 
-@pytest.mark.parametrize("function", [lora_linear, lora_term], ids=["linear", "term"])
-def test_adapters_made_in_inference_mode_are_cast_under_autocast(function, device, kernels_on):
-    """Torch saves no such tensor for a backward, but saves what autocast makes of it."""
-    x, W, _, A, B, s, p, seeds = arguments(device, 33, 64, 48, (4,), FP32, FP32, (0.1,))
-    base, found = (x, W, None) if function is lora_linear else (torch.zeros(33, 48, device=device), x), []
-    with torch.inference_mode():
-        made = [t.detach().clone() for t in (*A, *B)]
-    for lora_A, lora_B in (([A[0].detach()], [B[0].detach()]), (made[:1], made[1:])):
-        with torch.autocast(device.type, torch.bfloat16):
-            y = function(*base, lora_A, lora_B, s, p, seeds)
-        found.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
-    for own, of_made in zip(*found, strict=True):
-        assert torch.equal(own, of_made)
-
-
 @pytest.mark.parametrize("turned", ["x", "W", "A", "B", "bias", "y", "g"])
 @pytest.mark.parametrize("function", [lora_linear, lora_term, dora.dropped], ids=["linear", "term", "dropped"])
 def test_lazily_negated_views_have_their_sign(function, turned, device, kernels_on):

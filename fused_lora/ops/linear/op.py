@@ -93,6 +93,11 @@ def is_direct(*tensors: Tensor) -> bool:
     return True
 
 
+def keeps_inference(*tensors: Tensor) -> bool:
+    """Whether a backward may have to keep one of these, which was made in inference mode; torch refuses that."""
+    return torch.is_grad_enabled() and any(t.is_inference() for t in tensors)
+
+
 def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, rounded=None) -> Tensor:
     """The operator past the dispatcher, whose bookkeeping takes longer than a small layer.
 
@@ -162,7 +167,7 @@ class Memory:
 def recalled(known: tuple, x: Tensor, operands: tuple) -> Tensor | None:
     """The result, differentiable, of a call for which :meth:`Memory.find` has found ``known``.
 
-    None when autocast is to another dtype now.
+    None when autocast is to another dtype now, and for inference tensors that a backward would have to keep.
     """
     (dtype, runs, rounded), (key, seen, weight, bias, lora_A, lora_B, scaling, dropout) = known, operands
     if dtype is not None:
@@ -177,13 +182,15 @@ def recalled(known: tuple, x: Tensor, operands: tuple) -> Tensor | None:
         torch.set_autocast_enabled(kind, False)  # in an eighth of the time that its context manager takes
         try:
             y = recalled((None, runs, rounded), inside, (key, seen, weight, bias, lora_A, lora_B, scaling, dropout))
-            return y if dense else y.to(x.dtype)
+            return y if dense or y is None else y.to(x.dtype)
         finally:
             torch.set_autocast_enabled(kind, True)
     # what autocast has rounded wants a gradient only where gradients are recorded
     layout = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16, torch.is_grad_enabled()
     run = runs.get(layout)
     if run is None:
+        if keeps_inference(x, *lora_A, *lora_B):
+            return None
         if len(runs) >= _RUNS:
             runs.clear()
         run = runs[layout] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, None, rounded)
@@ -402,8 +409,7 @@ def _of_autocast(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], dtype: torc
     """The same without copies of fp32 ones, which the launches round themselves; what they round to comes third."""
     adapters = *lora_A, *lora_B
     if dtype.itemsize == 2 and all(t.device.type == guard.DEVICE and t.dtype is torch.float32 for t in adapters):
-        if not any(t.is_inference() for t in adapters):  # torch saves none for a backward, but saves copies
-            return lora_A, lora_B, dtype
+        return lora_A, lora_B, dtype
     return _as_autocast(lora_A, dtype), _as_autocast(lora_B, dtype), None
 
 
