@@ -90,7 +90,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
         adapter_names = kwargs.get("adapter_names")
         names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
         reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, kwargs)
-        plain = not (args or self.lora_variant) and kwargs.keys() == {"adapter_names"}
+        plain = x.dim() > 1 and not (args or self.lora_variant) and kwargs.keys() == {"adapter_names"}
         if reason == SEVERAL and plain and not why_not_here() and all(_is_number(self.scaling[n]) for n in names):
             self._check_forward_args(x, **kwargs)
             _count(AROUND + SEVERAL)
@@ -444,6 +444,8 @@ def _why_not_call(layer: Any, names: list[str], x: Tensor, kwargs: dict) -> str 
         return "devices differ"
     if not fits or len(outputs) != 1:
         return "shapes differ"
+    if x.dim() == 1 and variants.has_magnitude(layer, names):
+        return "DoRA of a single row"  # of which PEFT makes [1, out_features]
     if torch.float64 in (x.dtype, *dtypes) and torch.is_autocast_enabled(device.type):
         return "float64 under autocast"
     if dtypes != {x.dtype} and not getattr(layer, "cast_input_dtype_enabled", True):

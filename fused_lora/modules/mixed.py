@@ -37,16 +37,17 @@ def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> d
 
     Raises ValueError unless the length of x is a multiple of the number of names.
     """
-    if len(x) % len(adapter_names) if adapter_names else len(x):
+    count = len(adapter_names)
+    if (len(x) % count or rows % count) if count else len(x):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
-            f"got {len(adapter_names)} and {len(x)} respectively."
+            f"got {count} and {len(x)} respectively."
         )
-    each = rows // max(1, len(adapter_names))
+    each = rows // max(1, count)
     found: dict[Any, list[int]] = {}
     for i, name in enumerate(adapter_names):
         found.setdefault(name, []).extend(range(i * each, (i + 1) * each))
-    return {name: torch.tensor(numbers, device=x.device) for name, numbers in found.items()}
+    return {name: torch.tensor(numbers, dtype=torch.int64, device=x.device) for name, numbers in found.items()}
 
 
 class Context:

@@ -347,11 +347,12 @@ def test_merge_into_a_class_that_nobody_knows_is_pefts():
 @pytest.mark.parametrize("names", [["a", "b", "__base__"], ["a"] * 3, ["__base__"] * 3], ids="-".join)
 @pytest.mark.parametrize("kind", [Scaled, nn.Linear])
 @pytest.mark.parametrize("grad", [True, False])
-def test_mixed_batches(grad, kind, names, report):
+@pytest.mark.parametrize("shape", [(3, K), (3, 0, K)], ids=str)
+def test_mixed_batches(shape, grad, kind, names, report):
     both = pair(adapters=TWO, base=kind(K, N))
     if not grad:
         both.do(lambda m: m.eval())
-    x = torch.randn(3, K)
+    x = torch.randn(shape)
     with torch.set_grad_enabled(grad):
         ours, theirs = (layer(x, adapter_names=names) for layer in layers(both)[:2])
     assert_close(ours, theirs, terms=TERMS)
@@ -369,6 +370,14 @@ def test_a_mixed_batch_with_a_scaling_that_is_no_number_is_pefts(scaling, report
         ours, theirs = (layer(x, adapter_names=["a", "b", "a"]) for layer in layers(both)[:2])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
     assert report()["fallback"] == {"a batch of several adapters": 1}
+
+
+def test_names_for_the_numbers_of_a_single_row_are_an_error_as_in_peft():
+    both = pair(adapters=TWO)
+    both.do(
+        lambda m: m.eval()(torch.ones(K, dtype=next(m.parameters()).dtype), adapter_names=["a", "b"] * (K // 2)),
+        RuntimeError,
+    )
 
 
 def test_disabled_and_absent_adapters(report):

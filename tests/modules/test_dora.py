@@ -1,6 +1,7 @@
 """DoRA next to PEFT's: outputs, gradients, dropout, merges to the bit, files, what refuses it, memory."""
 
 import copy
+import functools
 
 import peft.helpers
 import pytest
@@ -35,6 +36,25 @@ def test_outputs_and_gradients_are_no_worse_than_pefts(dtype):
     for names in SETS:
         both.do(lambda m, names=names: m.base_model.set_adapter(names))
         both.assert_same_results(draws=17)
+
+
+@pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
+def test_batches_of_gradients_under_dropout(way):
+    """Over a 16-bit base, whose weight is widened block by block."""
+    for layer in layers(pair(torch.bfloat16, use_dora=True, lora_dropout=0.25))[:2]:
+        x, g = torch.randn(9, 24).bfloat16().requires_grad_(), torch.randn(3, 9, 17).bfloat16()
+        y = layer.train()(x)
+        of = functools.partial(torch.autograd.grad, y, [x, *(p for p in layer.parameters() if p.requires_grad)])
+        single = zip(*(of(one, retain_graph=True) for one in g), strict=True)
+        found = torch.func.vmap(of)(g) if way == "vmap" else of(g, is_grads_batched=True)
+        for batch, each in zip(found, single, strict=True):
+            assert_close(batch.bfloat16(), torch.stack(each).bfloat16(), terms=100)
+
+
+def test_a_single_row_becomes_a_matrix_as_in_peft():
+    both, x = pair(use_dora=True), torch.randn(24)
+    ours, theirs = (layer(x) for layer in layers(both)[:2])
+    assert ours.shape == (1, 17) and torch.equal(ours, theirs)
 
 
 @pytest.mark.numeric

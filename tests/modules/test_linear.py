@@ -975,6 +975,11 @@ def test_the_masked_twin_really_drops():
     assert 0.4 < (dropped == 0).double().mean() < 0.6 and dropped.max() == 2
 
 
+def test_names_for_the_numbers_of_a_single_row_are_an_error():
+    with pytest.raises(ValueError, match="adapter_names"):
+        LoraLinear(linear()).eval()(torch.ones(K), adapter_names=["default"] * K)
+
+
 @pytest.mark.parametrize("x", [None, 5, [[1.0] * K]], ids=lambda x: type(x).__name__)
 def test_an_input_that_is_no_tensor_is_named(x):
     with pytest.raises(TypeError, match="x: expected a tensor, got"):
@@ -982,11 +987,11 @@ def test_an_input_that_is_no_tensor_is_named(x):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize("rows", [4, 0])
+@pytest.mark.parametrize("rows, tokens", [(4, 3), (0, 3), (4, 0)])
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (K, N)], ids=str)
-def test_mixed_batches_without_numbers(shape, rows):
+def test_mixed_batches_without_numbers(shape, rows, tokens):
     ours, theirs = twin_layers(nn.Linear(*shape).eval(), r=4)
-    x, names = torch.randn(rows, 3, shape[0]), ["default", "__base__"] * (rows // 2)
+    x, names = torch.randn(rows, tokens, shape[0]), ["default", "__base__"] * (rows // 2)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert_close(ours(x, adapter_names=names), theirs(x, adapter_names=names), terms=64)

@@ -156,7 +156,15 @@ def _draw(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 def product(x: Tensor, blocks: Blocks, N: int) -> Tensor:
     """x W^T in x's dtype, differentiable in x, for a frozen weight that comes in blocks of rows: it is never whole."""
-    return _Product.apply(x, blocks, N, True)
+    return _product(x, blocks, N, True)
+
+
+def _product(x: Tensor, blocks: Blocks, N: int, transposed: bool) -> Tensor:
+    if not is_batched(x):
+        return _Product.apply(x, blocks, N, transposed)
+    with torch.autocast(x.device.type, enabled=False):  # a batch cannot be written into a tensor block by block
+        weight = torch.cat([block for _, _, block in blocks()]).to(x.dtype)
+        return x @ (weight.t() if transposed else weight)
 
 
 class _Product(torch.autograd.Function):
@@ -182,7 +190,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         blocks, N, transposed = ctx.weight
-        return _Product.apply(g, blocks, N, not transposed), None, None, None
+        return _product(g, blocks, N, not transposed), None, None, None
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
