@@ -82,6 +82,8 @@ class AcceleratedExperts(AcceleratedLinear):
                 return type(self.lora_variant[name]).__name__
             if not _is_number(self.scaling[name]):
                 return "the scaling is no number"
+            if getattr(self.scaling[name], "requires_grad", False):
+                return "the scaling wants a gradient"
         return None
 
     def _terms(self) -> list[experts.ExpertTerm]:

@@ -90,8 +90,15 @@ class AcceleratedLinear(FusedLoraBehaviour):
         adapter_names = kwargs.get("adapter_names")
         names = self._present(self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names)))
         reason = why_not_fused(self, names, adapter_names) or _why_not_call(self, names, x, kwargs)
-        plain = x.dim() > 1 and not (args or self.lora_variant) and kwargs.keys() == {"adapter_names"}
-        if reason == SEVERAL and plain and not why_not_here() and all(_is_number(self.scaling[n]) for n in names):
+        plain = not (args or self.lora_variant) and kwargs.keys() == {"adapter_names"}
+        if (
+            reason == SEVERAL
+            and plain
+            and isinstance(x, Tensor)
+            and x.dim() > 1
+            and not why_not_here()
+            and all(_is_number(self.scaling[n]) for n in names)
+        ):
             self._check_forward_args(x, **kwargs)
             _count(AROUND + SEVERAL)
             return self._mixed_forward(x, adapter_names, None)
@@ -286,6 +293,8 @@ class AcceleratedLinear(FusedLoraBehaviour):
         if shape != weight or A.shape[0] != B.shape[1] or not _is_number(self.scaling[name]):
             return False
         bias, base = getattr(self.lora_B[name], "bias", None), getattr(self.base_layer, "bias", None)
+        if (bias is not None) != bool(self.lora_bias[name]):  # PEFT goes by what the config said
+            return False
         own = base is self.base_layer._parameters.get("bias")
         return bias is None or base is None or (own and base.shape == bias.shape == (B.shape[0],))
 

@@ -106,6 +106,8 @@ class AcceleratedEmbedding(EmbeddingBehaviour, _ExactMerges):
                     return why
             if not _is_number(self.scaling[name]):
                 return "the scaling is no number"
+            if getattr(self.scaling[name], "requires_grad", False):
+                return "the scaling wants a gradient"
         return None
 
 

@@ -26,6 +26,8 @@ from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import adapter_dtype, in_out_features, why_not_supported
 from fused_lora.ops.checks import as_scaling
 
+_unsafe_view = torch.ops.aten._unsafe_view.default  # no view, so that it may be changed in place
+
 
 class Factor(NamedTuple):
     """lora_A or lora_B as a matrix under the name that a linear layer has for it."""
@@ -63,7 +65,7 @@ class EmbeddingBehaviour(FusedLoraBehaviour):
             )
             scaling = as_scaling(self.scaling[name])
             total = add_rows(total, rows.reshape(-1, len(A)), B.t(), scaling, embed_scale(base))
-        return total.to(y.dtype).reshape(y.shape)
+        return _unsafe_view(total.to(y.dtype), y.shape) if names else y
 
 
 def add_rows(y: Tensor, rows: Tensor, B_t: Tensor, scaling: float, scale: Tensor | None) -> Tensor:

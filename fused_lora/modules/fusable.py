@@ -39,6 +39,8 @@ def why_not_plain_dropout(module: nn.Module) -> str | None:
         return None
     if kind is not nn.Dropout:
         return f"a part of the layer is a {kind.__name__}"
+    if not (isinstance(module.p, (int, float)) and 0 <= module.p <= 1):
+        return "dropout's p is no probability"
     return "dropout works in place" if module.inplace else None
 
 

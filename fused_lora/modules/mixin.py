@@ -224,7 +224,7 @@ class FusedLoraBehaviour(_Layer):
         """What the operators take of them. A scaling may be a 0-d tensor, which is read on its device only."""
         # past nn.Module's __getattr__, which takes longer than the reads: this runs in every call
         lora_A, lora_B, scaling, dropout, bias = [], [], [], [], None
-        parts = self._parts(names)
+        parts, magnitudes = self._parts(names), self._modules["lora_magnitude_vector"]._modules
         for name, A, B_layer, drop in zip(names, parts[::3], parts[1::3], parts[2::3], strict=True):
             B, s, lora_bias = B_layer._parameters["weight"], self._scaling(name), B_layer._parameters["bias"]
             if lora_bias is not None:  # s_i times each lora_bias, in fp32 or wider
@@ -235,7 +235,10 @@ class FusedLoraBehaviour(_Layer):
             lora_A.append(A._parameters["weight"])
             lora_B.append(B)
             scaling.append(s)
-            dropout.append(drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0)
+            drops = drop.training and isinstance(drop, nn.Dropout)
+            if name in magnitudes and not self.training:  # PEFT's DoRA asks the layer
+                drops = False
+            dropout.append(drop.p if drops else 0.0)
         return Adapters(lora_A, lora_B, scaling, dropout, bias)
 
     def _scaling(self, name: str) -> Any:

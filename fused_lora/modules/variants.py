@@ -54,6 +54,8 @@ def why_not_dora(layer: Any, names: list[str]) -> str | None:
         magnitude = held[name]._parameters.get("weight") if name in held else None
         if name in held and (type(magnitude) is not nn.Parameter or magnitude.shape != (N,)):
             return "the magnitude is no vector of out_features"
+        if name in held and layer.lora_B[name]._parameters["bias"] is not None:
+            return "DoRA whose lora_B has a bias"  # which PEFT counts in its norms
     return None
 
 
@@ -152,7 +154,7 @@ def composed_forward(
             term = B(A(drop(_rows(x)[here]))) * s
             result = flat.index_copy(0, here, (flat[here] + term).to(flat.dtype)).reshape(result.shape)
             continue
-        kept = drop(x)
+        kept = drop(x) if name not in held or _drops(layer, name) else x
         term = B(A(kept)) * s
         if name in held:
             c = column_scale(layer, name, called=layer._why_not_plain([name]) is not None)

@@ -660,6 +660,51 @@ def test_shapes_that_broadcast_are_left_to_peft(report):
     assert report() == {"fused": 0, "around": {}, "fallback": {"shapes differ": DRAWS}}
 
 
+def bias_of_B(layer):
+    layer.lora_B["default"].bias = nn.Parameter(torch.ones(N, dtype=layer.lora_B["default"].weight.dtype))
+
+
+PEFTS_WAYS = {
+    "p is a tensor": ({}, lambda layer: set_p(layer.train(), torch.tensor(1.0))),
+    "p is no probability": ({}, lambda layer: set_p(layer.train(), 1.5)),
+    "dropout that trains in DoRA that does not": ({"use_dora": True}, lambda layer: set_p(layer.eval(), 0.9).train()),
+    "the same under a hook": (
+        {"use_dora": True},
+        lambda layer: (set_p(layer.eval(), 0.9).train(), layer.lora_A.default.register_forward_hook(lambda *_: None)),
+    ),
+    "a bias that lora_B got later, under DoRA": ({"use_dora": True}, bias_of_B),
+}
+
+
+def set_p(layer, p):
+    layer.lora_dropout["default"] = nn.Dropout()
+    layer.lora_dropout["default"].p = p
+    return layer.lora_dropout["default"].train(layer.training)
+
+
+@pytest.mark.parametrize("fields, change", PEFTS_WAYS.values(), ids=PEFTS_WAYS)
+def test_parts_that_were_changed_count_as_in_peft(fields, change):
+    outcomes, x = [], torch.randn(5, K)
+    for layer in layers(pair(**fields))[:2]:
+        layer(x)
+        change(layer)
+        try:
+            y = layer(x)
+            outcomes.append([y, *torch.autograd.grad(y.sum(), [p for p in layer.parameters() if p.requires_grad])])
+        except ValueError as error:
+            outcomes.append(str(error))
+    if isinstance(outcomes[1], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        for ours, theirs in zip(*outcomes, strict=True):
+            assert_close(ours, theirs, terms=64)
+
+
+@pytest.mark.parametrize("x", [None, [1.0], np.ones((2, K))], ids=lambda x: type(x).__name__)
+def test_an_input_that_is_no_tensor_raises_as_in_peft(x):
+    pair().do(lambda m: m(x), raises=TypeError)
+
+
 @pytest.mark.parametrize("fields, frozen", [({}, ["lora_A"]), ({"lora_dropout": 0.5}, [])])
 def test_an_input_made_in_inference_mode(fields, frozen, report):
     """It cannot be kept for a backward; PEFT keeps S, or what dropout made of it."""

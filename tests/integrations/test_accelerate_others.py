@@ -100,6 +100,16 @@ def test_a_tied_head_and_files(tmp_path):
     assert torch.equal(fused_lora.accelerate(again)(ids).logits, both.ours(ids).logits)
 
 
+def test_embeddings_may_be_detached_in_place_and_scalings_train():
+    found = []
+    both = SideBySide(fill(wrap(nn.Sequential(nn.Embedding(TOKENS, 8)), target_modules=["0"], r=2)))
+    for model in both.models[:2]:
+        assert not model(torch.arange(6)[None]).detach_().requires_grad
+        scaling = model.base_model.model[0].scaling["default"] = nn.Parameter(torch.tensor(1.5))
+        found.append(torch.autograd.grad(model(torch.arange(6)).sum(), scaling)[0])
+    assert_close(*found, terms=64)
+
+
 def test_what_stays_pefts():
     net = Net(embedding=nn.Embedding(TOKENS, 8, max_norm=1.0))
     model = fused_lora.accelerate(wrap(net, target_modules=["emb", "head"]))
