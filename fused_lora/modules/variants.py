@@ -22,7 +22,7 @@ from fused_lora.bases.base import Factors
 from fused_lora.bases.foreign import why_not_added
 from fused_lora.ops.checks import as_float
 from fused_lora.ops.dora.op import dropped, scale_columns
-from fused_lora.ops.linear.op import _rows, draw_seeds
+from fused_lora.ops.linear.op import _autocasts, _rows, draw_seeds
 from fused_lora.ops.term.op import lora_term
 
 _NONE: Mapping[str, Tensor] = MappingProxyType({})
@@ -67,7 +67,7 @@ def dora_forward(layer: Any, x: Tensor, names: list[str], fused: bool, *args: An
     base, held = layer._modules["base_layer"], layer._modules["lora_magnitude_vector"]._modules
     first = next(i for i, name in enumerate(names) if name in held)
     rest, bias = names, getattr(base, "bias", None)
-    if fused and not _drops(layer, names[first]):
+    if fused and not _drops(layer, names[first]) and not _rounds_gradients(layer, x, names):
         adapters = layer._adapters(names[: first + 1])._replace(base_bias=False)
         y = base_of(base).forward(base, x, adapters)
         dtype, rest = y.dtype, names[first + 1 :]
@@ -81,6 +81,13 @@ def dora_forward(layer: Any, x: Tensor, names: list[str], fused: bool, *args: An
     for name in rest:
         y = _add(layer, y, x, name, bias)
     return y.to(dtype)
+
+
+def _rounds_gradients(layer: Any, x: Tensor, names: list[str]) -> bool:
+    """Whether wider adapters would get the gradient of a y in x's dtype: PEFT's get that of the sum, in theirs."""
+    if not torch.is_grad_enabled() or _autocasts(x):
+        return False
+    return any(layer.lora_A[name].weight.dtype.itemsize > x.dtype.itemsize for name in names)
 
 
 def _add(layer: Any, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
