@@ -47,12 +47,12 @@ class Routed(NamedTuple):
 
     offsets: Tensor
     order: Tensor
-    turned = False
+    turned: bool = False
 
     @property
     def experts(self) -> int:
         """How many there are."""
-        return len(self.offsets)
+        return self.offsets.shape[0]
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x W_e^T for the expert of each row; weight [experts, N, K]."""

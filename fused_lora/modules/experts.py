@@ -301,9 +301,12 @@ class LoraStack(LoraLayer):
 
     def why_not_fused(self) -> str | None:
         """Why a call raises, as the experts are now; None where it does not."""
-        dropouts = (why_not_plain_dropout(self.lora_dropout[name]) for name in self._present(self.active_adapters))
-        why = experts.why_not_fused(self.base_layer, self.parameter_name)
-        return why or next((reason for reason in dropouts if reason), None) or why_not_here()
+        if why := experts.why_not_fused(self.base_layer, self.parameter_name):
+            return why
+        for name in self._present(self.active_adapters):
+            if why := why_not_plain_dropout(self.lora_dropout[name]):
+                return why
+        return why_not_here()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s B_e A_e of each expert, laid out as the parameter, in the adapter's dtype."""
@@ -373,10 +376,10 @@ class LoraExperts(MergedState, InPlaceOf):
                 stack.unmerge()
         if any(stack.disable_adapters for stack in stacks.values()):
             return self.base_layer(*args, **kwargs)
-        batch = next((s.mixed_batch for s in stacks.values() if s.mixed_batch is not None), None)
+        mixed = [s.mixed_batch for s in stacks.values() if s.mixed_batch is not None]
         call = positional(self.base_layer, args, kwargs)
-        if batch is not None:
-            return self._mixed_forward(call, stacks, batch)
+        if mixed:
+            return self._mixed_forward(call, stacks, mixed[0])
         terms = {n: s.terms(s.active_adapters) for n, s in stacks.items() if not s.merged}
         if not any(terms.values()):
             return self.base_layer(*args, **kwargs)
@@ -401,7 +404,7 @@ class LoraExperts(MergedState, InPlaceOf):
 
     def _check_call(self, terms: Mapping[str, Any]) -> None:
         stacks = self.stacks()
-        reasons = (stacks[name].why_not_fused() for name, own in terms.items() if own)
-        why = next((reason for reason in reasons if reason), None)
-        if why:
-            raise RuntimeError(f"experts with LoRA: {why}; expected the experts' own call, so nothing was computed")
+        reasons = [why for name, own in terms.items() if own and (why := stacks[name].why_not_fused())]
+        if reasons:
+            why = f"{reasons[0]}; expected the experts' own call, so nothing was computed"
+            raise RuntimeError(f"experts with LoRA: {why}")

@@ -46,7 +46,7 @@ def why_not_plain_dropout(module: nn.Module) -> str | None:
 
 def why_not_here() -> str | None:
     """None unless something follows the calls of every module, or traces, exports or transforms what they compute."""
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # is_exporting() is true in all that Dynamo of torch 2.8 to 2.11 traces
         return "torch.export"
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return "torch.jit.trace"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import base_of
-from fused_lora.bases.base import Factors
+from fused_lora.bases.base import Adapters, Factors
 from fused_lora.bases.foreign import why_not_added
 from fused_lora.ops.checks import as_float
 from fused_lora.ops.dora.op import dropped, scale_columns
@@ -39,7 +39,7 @@ class Magnitude(nn.Module):
 def has_magnitude(layer: Any, names: list[str]) -> bool:
     """Whether one of these adapters is a DoRA adapter."""
     held = layer._modules["lora_magnitude_vector"]._modules
-    return bool(held) and any(name in held for name in names)
+    return len(held) > 0 and any(name in held for name in names)  # torch 2.11 compiles no bool of a dict
 
 
 def why_not_dora(layer: Any, names: list[str]) -> str | None:
@@ -68,8 +68,8 @@ def dora_forward(layer: Any, x: Tensor, names: list[str], fused: bool, *args: An
     first = next(i for i, name in enumerate(names) if name in held)
     rest, bias = names, getattr(base, "bias", None)
     if fused and not _drops(layer, names[first]) and not _rounds_gradients(layer, x, names):
-        adapters = layer._adapters(names[: first + 1])._replace(base_bias=False)
-        y = base_of(base).forward(base, x, adapters)
+        A, B, s, p, lora_bias, _ = layer._adapters(names[: first + 1])
+        y = base_of(base).forward(base, x, Adapters(A, B, s, p, lora_bias, base_bias=False))
         dtype, rest = y.dtype, names[first + 1 :]
         y = scale_columns(y, column_scale(layer, names[first]), bias)
     else:

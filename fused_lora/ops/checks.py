@@ -49,7 +49,7 @@ def check_linear(
     weight: a tensor, or a packed weight with ``shape``, ``dtype`` and ``dim()``. seeds: None for seeds that are still
     to be drawn. autocast: the dtype that x and weight are about to be cast to, if any; they may then differ.
     """
-    if not hasattr(weight, "dim"):
+    if not (isinstance(weight, torch.Tensor) or hasattr(weight, "dim")):  # Dynamo of torch 2.8 finds none in a tensor
         raise TypeError(f"weight: expected a tensor or a packed weight, got {type(weight).__name__}")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected [out_features, in_features], got shape {tuple(weight.shape)}")

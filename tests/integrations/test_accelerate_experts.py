@@ -223,7 +223,8 @@ def test_a_subclass_of_llama_4s_experts_runs_in_pefts_own_way():
     assert type(net.experts) is Own
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "llama4"])
+# torch 2.8 has no grouped product for a CPU, and that of transformers makes a gradient of all experts
+@pytest.mark.parametrize("name", [pytest.param("qwen3_moe", marks=since("torch", "2.9")), "llama4"])
 def test_no_tensor_of_the_size_of_all_experts(name):
     if name == "llama4":
         module = Llama4TextExperts(transformers.Llama4TextConfig(hidden_size=64, intermediate_size=64))

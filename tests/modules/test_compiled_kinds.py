@@ -11,6 +11,7 @@ from helpers.accelerated import TOKENS, Net, wrap
 from helpers.experts import BOTH, Block, moe
 from helpers.seeds import shifted
 from helpers.thorough import sampled
+from helpers.versions import before
 
 KINDS = {
     "experts": (Block, {**BOTH}),
@@ -65,7 +66,11 @@ CASES = [  # each second one in make test
 @pytest.mark.parametrize("kind, name, p, training", sampled(CASES, 2))
 def test_one_graph_and_eagers_results(kind, name, p, training, monkeypatch):
     """No graph break, no recompilation, and PEFT's folded forward never runs."""
+    if name in ("experts", "a whole model") and before("transformers", "5.23") and before("torch", "2.13"):
+        pytest.skip("the backward of transformers' grouped product on a CPU does not compile")
     monkeypatch.setattr(peft.tuners.lora.layer.ParamWrapper, "_activate_lora", nn.Module.forward)  # raises
+    if name == "a whole model" and before("torch", "2.9"):
+        pytest.skip("Dynamo of torch 2.8 does not trace transformers' cache")
     model = build(kind, name, lora_dropout=p).train(training)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
