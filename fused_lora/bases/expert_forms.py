@@ -23,7 +23,7 @@ from fused_lora.bases.expert_terms import Even, ExpertTerm, Routed, add_terms, b
 from fused_lora.rows import why_rows_meet
 
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")  # of one arithmetic: which experts a row goes through
-_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts", "_is_expert_parallel")
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts")
 Terms = Mapping[str, Sequence[ExpertTerm]]  # of each adapted parameter, by its name
 
 
@@ -162,7 +162,8 @@ class Registered(Form):
         return experts.num_experts
 
     def why_not_adapted(self, experts: Any) -> str | None:
-        if experts._is_expert_parallel:
+        # transformers 5.17 marks all layers of a model that it spreads
+        if getattr(experts, "_is_expert_parallel", getattr(experts, "_is_hooked", False)):
             return "experts are spread over processes"
         dtypes = [getattr(experts._parameters.get(name), "dtype", None) for name in self.parameters(experts)]
         return "float64 experts have no grouped product" if torch.float64 in dtypes else None
@@ -204,7 +205,7 @@ class Registered(Form):
 
         up, down = self.parameters(experts)
         y = project(self.activated(experts, project(hidden[order // top_k], up)), down)
-        if experts.has_post_expert_norm:
+        if getattr(experts, "has_post_expert_norm", False):  # since transformers 5.20
             y = experts.post_expert_norm(y)
         y = y * weights.reshape(-1)[order, None]
         return y[back(order)].view(tokens, top_k, y.shape[-1]).sum(1).to(hidden.dtype)

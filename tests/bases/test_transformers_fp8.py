@@ -53,11 +53,14 @@ def fp8_linear(N, K, block_size=(32, 16), scale_fmt="float", bias=True):
 
 def values_of(layer):
     """[N, K] in fp64 by the definition: code times the scale of its block."""
-    rows, columns = layer.block_size or (layer.out_features, layer.in_features)
-    scales = layer.weight_scale_inv.double().view(-1, -(-layer.in_features // columns))
-    i = torch.arange(layer.out_features) // rows
-    j = torch.arange(layer.in_features) // columns
-    return layer.weight.double() * scales[i[:, None], j[None]]
+    return values_of_codes(layer.weight, layer.weight_scale_inv, layer.block_size)
+
+
+def values_of_codes(weight, scales, block_size):
+    rows, columns = block_size or weight.shape
+    scales = scales.double().view(-1, -(-weight.shape[1] // columns))
+    i, j = (torch.arange(size) // step for size, step in zip(weight.shape, (rows, columns), strict=True))
+    return weight.double() * scales[i[:, None], j[None]]
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +68,7 @@ def product(monkeypatch):
     def on_a_cpu(x, weight, scales, block_size=None, bias=None, activation_scale=None, allow_deepgemm=True):
         scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-10) / torch.finfo(FP8).max
         rounded = (x.float() / scale).to(FP8).float() * scale
-        W = fp8._dequantize_fp8_weight(weight, scales, block_size, F32)
+        W = values_of_codes(weight, scales, block_size).float()
         return nn.functional.linear(rounded, W, None if bias is None else bias.float()).to(x.dtype)
 
     monkeypatch.setattr(fp8, "fp8_linear", on_a_cpu)

@@ -11,14 +11,13 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.engine.admission import version_of
 from fused_lora.serving.engine.failures import StepFailed, failure_of
 from fused_lora.serving.engine.logprobs import TokenLogprob
-from fused_lora.serving.engine.manager import AdapterManager
 from fused_lora.serving.http.api import ApiError, queue_full, too_slow, unexpected, unknown_model
 from fused_lora.serving.http.logprobs import Scored
 from fused_lora.serving.http.metrics import Counts, Metrics
@@ -26,6 +25,9 @@ from fused_lora.serving.http.record import request_id
 from fused_lora.serving.http.text import TextStream
 from fused_lora.serving.residency.refusal import NonFiniteOutput
 from fused_lora.serving.residency.residency import StoreFull
+
+if TYPE_CHECKING:  # it imports transformers' engine, which differs by release
+    from fused_lora.serving.engine.manager import AdapterManager
 
 _POLL_SECONDS = 0.02
 _FOLDERS = re.compile(r"""(?<![\w.])/(?:[^/\s"']+/)+""")
