@@ -94,7 +94,7 @@ setup(
             "matplotlib",
             "ruff==0.17.5",
             "basedpyright==1.40.2",  # pyright with a node from PyPI: it downloads nothing when it runs
-            "setuptools",
+            "setuptools>=70.1",  # as pyproject.toml: tests build wheels
             "pyyaml",
             # wheels only: its sdist needs clang with libFuzzer
             'atheris>=3; sys_platform == "linux" and platform_machine == "x86_64" and python_version >= "3.11" '

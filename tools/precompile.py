@@ -16,6 +16,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -386,6 +387,9 @@ def main(argv: list[str] | None = None) -> None:
         if command is not filling:
             command.add_argument("file", type=Path)
     arguments = parser.parse_args(argv)
+    found = importlib.metadata.version("triton")
+    if tuple(map(int, found.split(".")[:2])) < (3, 5):  # no function makes the key of a launch
+        sys.exit(f"expected triton 3.5 or newer, found {found}: nothing done")
     arguments.run(arguments)
 
 

@@ -121,7 +121,8 @@ def alike(a, b) -> bool:
     """Equal, or addresses."""
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(alike, a, b))
-    return a == b or (type(a) is type(b) is int and min(a, b) > 2**32)
+    # lower ones no process has, not even that of a Python at a fixed place
+    return a == b or (type(a) is type(b) is int and min(a, b) > 1 << 22)
 
 
 def assert_alike(first, again):

@@ -11,10 +11,12 @@ import pytest
 
 from compile_report import compiling, report
 from compile_report.compiling import CHIPS, resident_blocks
+from helpers.versions import since
 from helpers.waiting import HANG
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
+LINKER = since("triton", "3.5")  # before, a gfx942 takes ROCm's
 RECORD = dict(
     op="linear", variant="split", dtype="bfloat16", key="k", needs=["HGMMA", "copy16"], registers=100, spills=0,
     shared=65536, warps=8, blocks=2, HGMMA=16, copy16=4,
@@ -117,6 +119,7 @@ def test_an_interpreting_process_is_refused(tmp_path):
     assert done.returncode != 0 and "TRITON_INTERPRET is set" in done.stderr
 
 
+@LINKER
 def test_compiles_records_and_compares(tmp_path):
     """One kernel in two forms on two chips: compiled once, not again, and a worse result than recorded is found."""
     path, page = tmp_path / "results" / "report.json", tmp_path / "docs" / "page.md"
@@ -173,6 +176,7 @@ def test_the_record_is_of_this_code_in_every_dtype():
 
 
 @pytest.mark.slow
+@LINKER
 def test_a_sample_is_what_the_record_says(tmp_path):
     """Every 307th case of every chip, compiled anew: the record of unchanged code is of this code."""
     code = (

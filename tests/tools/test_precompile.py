@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import stub_driver
+from helpers.versions import since
 from helpers.waiting import HANG
 
 pytest.importorskip("triton")
+pytestmark = since("triton", "3.5")  # as the tool
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "precompile.py"
+STUB = Path(__file__).resolve().parents[1] / "kernels" / "stub_cuda.c"
 LAUNCH = """
 import sys
 import precompile
@@ -29,18 +33,21 @@ dropout_mask(torch.zeros(1, dtype=torch.int64), 40, 64, 0.1)
 """
 
 
-def run(*command, cache):
+def run(*command, cache, **others):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    environment |= others
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=HANG)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: a launch would compute")
+@pytest.mark.skipif(stub_driver.COMPILER is None, reason="no C compiler, with which Triton builds its launchers")
 def test_a_packed_cache_is_found_by_the_keys_of_another_folder(tmp_path):
     filled, other, packed = tmp_path / "filled", tmp_path / "other", tmp_path / "cache.tar.xz"
     found = run("-c", LAUNCH, "compile", cache=filled)
     assert found.returncode == 0, found.stderr
+    stub = stub_driver.environment(STUB, tmp_path)["TRITON_LIBCUDA_PATH"]  # triton 3.6 links launchers to it
     for command in (("pack", "--cache", str(filled), str(packed)), ("unpack", str(packed))):
-        found = run(str(TOOL), *command, cache=other)
+        found = run(str(TOOL), *command, cache=other, TRITON_LIBCUDA_PATH=stub)
         assert found.returncode == 0 and found.stdout.startswith("1 binaries"), found.stdout + found.stderr
     assert packed.stat().st_size < 48 << 20
     cut = tmp_path / "cut.tar.xz"
