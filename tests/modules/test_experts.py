@@ -559,6 +559,16 @@ def test_llama_4s_experts_alone_in_a_batch_are_refused():
         assert torch.equal(found, experts(hidden))
 
 
+@pytest.mark.parametrize("mark", ["_is_expert_parallel", "_is_hooked"])
+def test_experts_that_are_spread_over_processes_are_refused(mark):
+    """By the marks of transformers 5.18 and newer, and of 5.17."""
+    net = Block()
+    vars(net.experts).pop("_is_expert_parallel", None)
+    setattr(net.experts, mark, True)
+    with pytest.raises(ValueError, match="experts are spread over processes"):
+        fused_lora.inject(net, fused_lora.LoraConfig(**BOTH))
+
+
 def test_what_is_refused(tmp_path):
     for fields, text in (
         (
