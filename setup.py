@@ -123,7 +123,6 @@ setup(
         "vllm.general_plugins": ["fused_lora = fused_lora.integrations.vllm:register"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
     ],
 )
