@@ -225,27 +225,34 @@ class TrainedTokens(MergedState, Auxiliary):
                     f"NaNs or infinities detected in the token rows; the adapter {name} seems to be broken"
                 )
             state[name] = (weight[indices], rows)
-        self.restore_merge(state, names)
+        self._write(state, [*self.merged_adapters, *names], {name: state[name][1] for name in names})
 
     def unmerge(self) -> None:
         """Give the base weight its own rows back. RuntimeError if a row was changed or cast while merged."""
-        weight, state = self._weight(), self.merge_state or {}
+        weight, state = self._weight(), self.merge_state
+        if state is None:
+            return
         for name, (_, after) in state.items():
             here = weight.dtype == after.dtype and max(self.token_indices[name]) < len(weight)
             if not here or not torch.equal(weight[self._indices(name)], after.to(weight.device)):
                 raise RuntimeError("base_layer.weight was changed or cast while merged; nothing was unmerged")
-        for name, (before, _) in state.items():
-            weight.index_copy_(0, self._indices(name), before.to(weight.device))
-        self.merge_state = None
-        self.merged_adapters.clear()
+        self._write(None, [], {name: before for name, (before, _) in state.items()})
 
     def restore_merge(self, state: dict[str, tuple[Tensor, Tensor]], names: list[str]) -> None:
-        """Write the merged rows of ``names`` that ``state`` has."""
-        weight = self._weight()
-        for name in names:
-            weight.index_copy_(0, self._indices(name), state[name][1].to(weight.device))
-        self.merge_state = state
-        self.merged_adapters.extend(names)
+        """Go back to a merge that :meth:`unmerge` just ended."""
+        self._write(state, names, {name: state[name][1] for name in names})
+
+    def _write(self, state: dict[str, tuple[Tensor, Tensor]] | None, names: list[str], rows: dict[str, Tensor]) -> None:
+        """Write the rows of these adapters and note what is merged now, or nothing, also where an interrupt comes."""
+        attributes, merged, weight = self.__dict__, self.merged_adapters, self._weight()
+        indices = torch.cat([self._indices(name) for name in rows])
+        new, before = torch.cat([part.to(weight.device) for part in rows.values()]), weight[indices]
+        try:
+            weight.index_copy_(0, indices, new)
+            attributes["merge_state"], merged[:] = state, names  # no call in between
+        except BaseException:
+            weight.index_copy_(0, indices, before)
+            raise
 
     def _weight(self) -> Tensor:
         return self.get_submodule("base_layer").get_parameter("weight").data

@@ -120,7 +120,8 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
             attention or encoder module would read the weight of a match without calling the layer; a module of
             ``modules_to_save`` or ``trainable_token_indices`` cannot train beside LoRA; or a ``peft.LoraConfig`` sets
             a field that is not supported. The message names it.
-        RuntimeError: a match is compiled, or wrapped for checkpointing, by itself.
+        RuntimeError: a match is compiled, or wrapped for checkpointing, by itself; or new token rows or magnitudes of
+            DoRA would begin as a merge has left the weight.
     """
     config = as_lora_config(config)
     check_not_wrapped(model)
@@ -163,7 +164,8 @@ def attach(
 
     Raises:
         ValueError: the name is malformed or taken, a path is no layer that takes LoRA, or the tensors do not fit.
-        RuntimeError: one of torch's wrappers holds the layer itself.
+        RuntimeError: one of torch's wrappers holds the layer itself; or tokens of the same embedding are merged, and
+            new rows would begin as the merged ones.
     """
     check_not_wrapped(model)
     configs = check_new_name(model, check_adapter_name(adapter_name))
@@ -204,6 +206,8 @@ def attach(
         text = f"it is 0 for all layers of {adapter_name!r}, so the adapter has no effect until a scale is set"
         warnings.warn(f"lora_alpha: {text}", stacklevel=4)
     found = auxiliary.find(model, config)
+    if not values:  # rows begin as the model's own
+        _check_not_merged([m for path in found.tokens if isinstance(m := modules[path], TrainedTokens)])
     if found.tokens and hasattr(nn.ParameterDict(), adapter_name):
         raise ValueError(f"adapter_name: {adapter_name!r} is an attribute of nn.ParameterDict, choose another name")
     beside = {path: parent_of(modules, path) for path in (*found.saved, *found.tokens, *found.tied)}

@@ -224,7 +224,7 @@ def _checked_names(
     first = next(iter(layers.values()))  # a LoRA layer
     names = list(first.active_adapters) if adapter_names is None else as_list(adapter_names)
     check_names(model, names)
-    _check_not_shared(model, {path: layer for path, layer in layers.items() if layer._present(names)})
+    _check_not_shared(model, {path: layer for path, layer in layers.items() if layer._present(names)}, names)
     if not names:
         warnings.warn("merge: no adapters are active or named, nothing to do", stacklevel=5)
     elif not switching and all(name in m.merged_adapters for m in layers.values() for name in m._present(names)):
@@ -433,13 +433,17 @@ def unload(model: nn.Module, merge_adapters: bool = False, dtype: torch.dtype | 
     return model
 
 
-def _check_not_shared(model: nn.Module, layers: dict[str, Any]) -> None:
-    """Raise RuntimeError where numbers of the weight of one of these layers belong to a further parameter as well."""
+def _check_not_shared(model: nn.Module, layers: dict[str, Any], names: list[str]) -> None:
+    """Raise RuntimeError where numbers that a merge of these adapters changes belong to a further parameter as well."""
     parameters = list(_parameters(model))
     owners, mine = _by_memory(parameters), {}
     for path, layer in layers.items():
         base: Any = layer.base_layer
-        weight = base._parameters.get(getattr(layer, "parameter_name", "weight"))
+        weight, bias = base._parameters.get(getattr(layer, "parameter_name", "weight")), base._parameters.get("bias")
+        if bias is not None and isinstance(layer, LoraLayer) and layer._with_bias(layer._present(names)):
+            mine[memory_of(bias)] = path
+            if len(shared := owners.get(memory_of(bias), [])) > 1:
+                raise RuntimeError(f"{path}: the bias is shared by {shared}; a merge would change all of them")
         if weight is None:
             continue
         mine[memory_of(weight)] = path

@@ -16,6 +16,7 @@ from fused_lora import AdapterError, AdapterStore, LoraConfig
 from fused_lora.modules.auxiliary import SavedModule, TrainedTokens, auxiliary_modules
 from fused_lora.testing.numeric import assert_close
 from helpers import training
+from helpers.interrupts import everywhere
 from helpers.seeds import shifted
 
 VOCABULARY = training.VOCABULARY
@@ -414,6 +415,51 @@ def test_merges_that_cannot_be_taken_back_are_refused():
     with pytest.raises(RuntimeError, match="was changed or cast while merged"):
         fused_lora.unmerge(ours)
     assert all(layer.merged for layer in fused_lora.lora_layers(ours).values())
+
+
+def test_new_rows_do_not_begin_as_merged_ones(tmp_path):
+    ours, _ = twins("llama", "tokens", ("a", "b"))
+    fused_lora.save_adapter(ours, tmp_path, "b")
+    fused_lora.delete_adapter(ours, "b")
+    fused_lora.merge(ours, ["a"])
+    keys, config = ours.state_dict().keys(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS)
+    with pytest.raises(RuntimeError, match=r"adapters \['a'\] are merged"):
+        fused_lora.inject(ours, config, "c")
+    assert ours.state_dict().keys() == keys
+    fused_lora.load_adapter(ours, tmp_path, "b")  # which brings its own
+    fused_lora.unmerge(ours)
+    fused_lora.inject(ours, config, "c")
+    embedding = auxiliary_modules(ours)["model.embed_tokens"]
+    assert torch.equal(embedding.held["c"], embedding.base_layer.weight[TOKENS])
+
+
+@pytest.mark.parametrize("action", ["merge", "unmerge", "switch"])
+def test_an_interrupt_of_a_merge_of_tokens(action):
+    """Wherever Python handles signals the embedding has all rows of what is merged, and its own behind an unmerge."""
+    net, rows = Net(), {"a": TOKENS, "b": [1], "c": [2, 4]}
+    for name, tokens in rows.items():
+        fused_lora.inject(net, LoraConfig(r=2, target_modules=["body"], trainable_token_indices=tokens), name)
+    embedding, states = net.embed_tokens, {"": net.state_dict()["embed_tokens.base_layer.weight"].clone()}
+    for name in rows:
+        embedding.trainable_tokens_delta[name].data.normal_()
+    acts = {
+        "merge": ([], lambda: fused_lora.merge(net, ["a", "b"])),
+        "unmerge": (["a", "b"], lambda: fused_lora.unmerge(net)),
+        "switch": (["a"], lambda: fused_lora.switch(net, ["b", "c"])),
+    }
+    for names in (["a"], ["a", "b"], ["b", "c"]):
+        fused_lora.switch(net, names)
+        states["".join(names)] = embedding.base_layer.weight.detach().clone()
+    before, act = acts[action]
+    places = 0
+    for place in everywhere(lambda: fused_lora.switch(net, before), act):
+        merged = "".join(embedding.merged_adapters)
+        assert torch.equal(embedding.base_layer.weight, states[merged]), place
+        assert net.body.merged_adapters == embedding.merged_adapters, place
+        places += 1
+    assert places > 50
+    fused_lora.switch(net, [])
+    assert torch.equal(embedding.base_layer.weight, states[""])
 
 
 def test_files_that_do_not_fit(tmp_path):

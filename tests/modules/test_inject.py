@@ -716,6 +716,20 @@ def test_a_layer_with_two_places_is_not_merged_for_one_of_them():
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("views", [False, True])
+def test_a_bias_that_two_layers_share_takes_no_lora_bias(views):
+    """Each would add its own to both, and the bias of the other would have changed while merged."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = nn.Parameter(model[0].bias.data[:]) if views else model[0].bias
+    fused_lora.inject(model, LoraConfig(target_modules=["0", "1"], lora_bias=True, init_lora_weights=False))
+    fused_lora.inject(model, LoraConfig(target_modules=["0", "1"], init_lora_weights=False), "without")
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="0: the bias is shared by .'0.base_layer.bias', '1.base_layer.bias'."):
+        fused_lora.merge(model)
+    assert_unchanged(model, before)
+    fused_lora.merge(model, ["without"])
+
+
 def test_a_lora_layer_with_two_places_is_merged_once():
     model = fused_lora.inject(
         nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], init_lora_weights=False)
