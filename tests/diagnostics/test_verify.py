@@ -454,6 +454,50 @@ def test_a_head_that_was_not_saved(merged, ids):
     assert result.causes == [report.PARAMETERS] and result.findings[0].layers == ("score.weight",)
 
 
+@pytest.mark.parametrize("as_mapping", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_of_lora_layers_are_compared(dtype, as_mapping, ids):
+    """The base's, with a merged lora_bias or without, and lora_B's."""
+    base = LlamaForCausalLM(config(attention_bias=True)).to(dtype).eval()
+    model = fused_lora.inject(base, fused_lora.LoraConfig(target_modules=["q_proj"], lora_bias=True)).eval()
+    for layer in layers(model).values():
+        layer.lora_B["default"].bias.data.normal_()
+        layer.lora_B["default"].weight.data.normal_(std=0.1)
+    merged = copy.deepcopy(model)
+    fused_lora.merge(merged)
+
+    def causes(one, other):
+        return verify(one, ids, reference=dict(other.state_dict()) if as_mapping else other).causes
+
+    for one in (model, merged):
+        for other in (model, merged):
+            assert causes(one, other) == []
+    own, path = copy.deepcopy(merged), "model.layers.1.self_attn.q_proj"
+    layers(own)[path].base_layer.bias.data[3] += 0.1
+    found = verify(model, ids, reference=dict(own.state_dict()) if as_mapping else own).findings
+    assert found[0].cause == report.PARAMETERS and found[0].layers == (f"{path}.bias",)
+    own = copy.deepcopy(model)
+    layers(own)[path].lora_B["default"].bias.data[3] += 0.1
+    assert causes(model, own)[0] == report.ADAPTER
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("changed", ["adapter", "embedding"])
+def test_merged_token_rows_that_are_not_the_adapters_are_stale(kind, changed, ids):
+    settings = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5], init_lora_weights=False)
+    model = (fused_lora.inject if kind == "fused_lora" else peft.get_peft_model)(llama(), settings).eval()
+    if kind == "accelerated":
+        fused_lora.accelerate(model)
+    merge(model)
+    assert verify(model, ids).ok
+    for module in model.modules():
+        if hasattr(module, "trainable_tokens_delta"):
+            rows = module.trainable_tokens_delta["default"] if changed == "adapter" else module.base_layer.weight
+            rows.data[-1 if changed == "adapter" else 5] += 0.5
+    result = verify(model, ids)
+    assert result.causes == [report.STALE] and "embed_tokens" in result.findings[0].layers[0]
+
+
 def test_an_output_that_is_not_the_lora_formula(ids):
     model = make("fused_lora")
     name = "model.layers.0.self_attn.v_proj"

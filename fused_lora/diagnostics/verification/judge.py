@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ def add_findings(model: nn.Module, layers: list[Layer], result: Verification) ->
             worst = max(c.ratio for c in found)
             text = f"{text} within rounding, up to {worst:.1e} times the bound"
             result.findings.append(Finding(cause, text, tuple(c.path for c in found)))
+    result.findings += _stale_tokens(model)
     lost = [check for check in result.layers if 1 - check.lost < LEAST_SURVIVING]
     if lost and not result.findings:
         kept = min(max(0.0, 1 - check.lost) for check in lost)
@@ -48,6 +50,22 @@ def add_findings(model: nn.Module, layers: list[Layer], result: Verification) ->
     result.findings += _shared(model, layers)
     if not any(adapter.lora_B.any() for layer in layers for adapter in layer.adapters()):
         result.notes.append("every lora_B is zero: the adapter changes nothing (new, or not loaded)")
+
+
+def _stale_tokens(model: nn.Module) -> list[Finding]:
+    """A finding for embeddings whose merged token rows are not those of the adapters, ours or PEFT's."""
+    found: list[str] = []
+    module: Any
+    for path, module in model.named_modules():
+        held = module._modules.get("trainable_tokens_delta")
+        if held is None:
+            continue
+        for name in module.merged_adapters:
+            weight, tokens = module.base_layer.weight, module.token_indices[name]
+            if max(tokens) >= len(weight) or not torch.equal(weight[tokens], held[name].to(weight)):
+                found.append(path)
+    text = "the merged token rows are not those of this adapter"
+    return [Finding(report.STALE, text, tuple(dict.fromkeys(found)))] if found else []
 
 
 def _why_broken(broken: list[Layer], checks: dict[str, LayerCheck]) -> Finding:

@@ -125,6 +125,8 @@ class Layer:
             for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
                 if name in (parts := getattr(self.module, kind)):
                     found[f"{kind}.{name}.weight"] = parts[name].weight.data
+                    if (bias := getattr(parts[name], "bias", None)) is not None:
+                        found[f"{kind}.{name}.bias"] = bias.data
         return found
 
     @contextmanager

@@ -42,11 +42,12 @@ def compare_weights(
     theirs, ours = _by_plain_name(reference, names), _by_plain_name(model, names)
     if not _without_adapters(theirs) & _without_adapters(ours):
         raise ValueError(f"reference: expected parameters named as in the model, got {sorted(theirs)[:3]}")
-    relations, seen = {}, set()
+    relations, seen, biases = {}, set(), []
     grids = _grids(reference)
     for layer in layers:
         with layer.shown(False):
             weights, grid = layer.weights(), base_of(layer.base).grid(layer.base)
+            biases += _other_bias(layer, theirs)
         changes = layer.changes()
         for path, weight in weights.items():
             stem = plain_name(f"{path}.")[:-1]
@@ -64,9 +65,9 @@ def compare_weights(
         text = "the base weight is the reference's with the adapter taken away, as by an unmerge of what was not merged"
         findings.append(Finding(report.BASE, text, tuple(taken)))
     findings += _judge_adapters(layers, theirs)
-    differ = tuple(n for n in sorted(ours.keys() & theirs.keys() - seen) if not _equal(ours[n], theirs[n]))
+    differ = *biases, *(n for n in sorted(ours.keys() & theirs.keys() - seen) if not _equal(ours[n], theirs[n]))
     if differ:
-        text = "parameters outside the LoRA layers are not the reference's (trained, but not saved with the adapter?)"
+        text = "parameters that are no LoRA layer's weight are not the reference's (trained, but not saved with the adapter?)"
         findings.append(Finding(report.PARAMETERS, text, differ))
     return findings, notes, relations
 
@@ -90,6 +91,21 @@ def _relate(
         max(relation.distance for relation in found),
         sum(relation.changed for relation in found),
     )
+
+
+def _other_bias(layer: Layer, theirs: Mapping[str, Tensor]) -> list[str]:
+    """The name of an unmerged layer's bias, where the reference has another: with a merged lora_bias or without."""
+    key = plain_name(f"{layer.path}.bias")
+    bias, other = None if isinstance(layer, ExpertsLayer) else layer.bias, theirs.get(key)
+    if bias is None or other is None:
+        return []
+    ours, reference = bias.double(), other.to(bias.device).double()
+    merged = sum((a.scaling * a.bias for a in layer.adapters() if a.bias is not None), ours)
+    step = max(torch.finfo(t.dtype).eps for t in (bias, other))
+    fits = ours.shape == reference.shape and any(
+        ((each - reference).abs() <= step * each.abs()).all() for each in (ours, merged)
+    )
+    return [] if fits else [key]
 
 
 def _unmerged_paths(reference: nn.Module | Mapping[str, Tensor]) -> set[str]:
