@@ -50,6 +50,14 @@ THIRD_PARTY = {
 # these stand above the layers: the public names, the version, and where the kernels are found
 ABOVE = {"__init__.py", "_version.py", "kernels.py"}
 
+# calls that make a tensor on torch's default device, and who draws there as PEFT does
+FACTORIES = {
+    f"torch.{name}"
+    for name in "arange as_tensor asarray empty empty_strided eye full linspace logspace ones rand randint randn "
+    "randperm scalar_tensor tensor zeros".split()
+}
+DRAWN_BY_DEFAULT = ("fused_lora.modules.linear", "fused_lora.modules.embedding")
+
 # files of the extras, imported only where an engine or a server is asked for, or by vLLM itself
 EXTRAS = {
     "fused_lora/integrations/vllm/": {"vllm"},
@@ -204,6 +212,17 @@ def test_nothing_acts_on_data(layer, path):
             assert owner != "pickle" and not by_name, f"{path.name}:{node.lineno} uses {owner}"
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
             raise AssertionError(f"{path.name}:{node.value.lineno} passes trust_remote_code")
+
+
+@each_file
+def test_new_tensors_name_their_device(layer, path):
+    """torch.set_default_device would put them elsewhere, and C, numpy and files take what lies on a CPU."""
+    if name_of(path) in DRAWN_BY_DEFAULT or layer == "testing":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in FACTORIES:
+            given = {keyword.arg for keyword in node.keywords}
+            assert given & {"device", None}, f"{path.name}:{node.lineno}: expected device="
 
 
 @each_file

@@ -275,8 +275,8 @@ def _stacked(tensors: Mapping[str, Tensor], stack: Stacked, pieces: list[Piece],
     """lora_A and lora_B of the parameter in PEFT's packing: experts and halves without a piece are zero."""
     stack, turned = stack.as_called(), stack.turned
     dtype, middle, scale = tensors[pieces[0].A].dtype, stack.N // 2, _scaling(pieces)
-    A = torch.zeros(stack.experts, rank, stack.K, dtype=dtype)
-    B = torch.zeros(stack.experts, stack.N, rank, dtype=dtype)
+    A = torch.zeros(stack.experts, rank, stack.K, dtype=dtype, device="cpu")
+    B = torch.zeros(stack.experts, stack.N, rank, dtype=dtype, device="cpu")
     starts: dict[int | None, int] = {}
     for half in dict.fromkeys(piece.half for piece in sorted(pieces, key=lambda p: p.half or 0)):
         starts[half] = sum(_widest(tensors, stack, pieces, other) for other in starts)

@@ -221,7 +221,7 @@ def each_tensor(path: str, file: io.FileIO, header: Header) -> Iterator[tuple[st
     digest = hashlib.sha256(blank)
     broken = None
     for name, entry in header.entries.items():
-        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
         read_exactly(path, file, data.numpy())
         if header.digest:
             digest.update(data.numpy().data)

@@ -244,7 +244,8 @@ def small_change(change: Change, old: Tensor, shape: tuple[int, ...], out: torch
         adapter, key = change.held  # type: ignore[misc]
         new = adapter.tensor(key)
         if change.kind == "rows":
-            new = old.view(shape).index_copy(0, torch.tensor(change.rows), _finite(change.name, new, old.dtype))
+            rows = torch.tensor(change.rows, device="cpu")
+            new = old.view(shape).index_copy(0, rows, _finite(change.name, new, old.dtype))
         old = new
     return _finite(change.name, new, out, old)
 

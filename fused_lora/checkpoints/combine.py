@@ -296,7 +296,7 @@ def _mixed(
     """A weighted sum of tensors, pruned before it (TIES: arXiv:2306.01708, DARE: arXiv:2311.03099)."""
     prune: Callable[[Tensor, Any, torch.Generator], Tensor] = _dropped if method.startswith("dare") else _largest
     stacked = torch.stack(tensors if density is None or density == 1 else [prune(t, density, draw) for t in tensors])
-    weighted = stacked * torch.tensor(weights).view(-1, *[1] * tensors[0].dim())
+    weighted = stacked * torch.tensor(weights, dtype=stacked.dtype, device="cpu").view(-1, *[1] * tensors[0].dim())
     if not method.endswith("ties"):
         return weighted.sum(0)
     votes = stacked.sum(0) if sign == "total" else stacked.sign().sum(0)

@@ -155,7 +155,7 @@ def convert_adapter(
 
         def tensor(key: str) -> Tensor:
             entry = header.entries[key]
-            data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+            data = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
             file.seek(len(header.raw) + entry.begin)
             read_exactly(file_path, file, data.numpy())
             return data.view(entry.dtype).view(entry.shape)

@@ -78,7 +78,8 @@ def largest_parts(delta: Tensor, rank: int, draw: torch.Generator) -> Parts:
     if min(delta.shape) <= max(_EXACT, rank + _FURTHER):
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
     else:
-        Q = torch.linalg.qr(delta @ torch.randn(delta.shape[1], rank + _FURTHER, generator=draw))[0]
+        start = torch.randn(delta.shape[1], rank + _FURTHER, generator=draw, dtype=delta.dtype, device="cpu")
+        Q = torch.linalg.qr(delta @ start)[0]
         for _ in range(_PASSES):
             Q = torch.linalg.qr(delta @ torch.linalg.qr(delta.t() @ Q)[0])[0]
         U, S, Vh = torch.linalg.svd(Q.t() @ delta, full_matrices=False)

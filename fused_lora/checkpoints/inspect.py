@@ -141,7 +141,7 @@ def diff_adapters(a: str | os.PathLike, b: str | os.PathLike) -> AdapterDiff:
             layer = {"path": path, "norm_a": norms[0], "norm_b": norms[1], "apart": apart, "cosine": cosine}
             magnitudes = [_magnitude(adapter, path) for adapter in (first, second)]
             dora = any(m is not None for m in magnitudes)
-            one, two = (torch.zeros(1) if m is None else m for m in magnitudes)
+            one, two = (torch.zeros(1, device="cpu") if m is None else m for m in magnitudes)
             layers.append({**layer, "magnitudes_apart": (one - two).norm().item() if dora else None})
             alike.append(apart <= _SAME * norms[0] and (not dora or (one - two).norm() <= _SAME * one.norm()))
         entries = [plan.config.to_dict() for plan in (first.plan, second.plan)]

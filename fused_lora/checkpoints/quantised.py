@@ -125,7 +125,8 @@ def _four_bits(tensors: Tensors, name: str, state: str) -> Packed:
         held = {part.removeprefix(f"{name}."): _read(tensors, part).reshape(-1) for part in parts}
         scales = held["absmax"]
         if inner:
-            of_scales = held["nested_quant_map"], held["nested_absmax"], inner, torch.tensor(offset)
+            mean = torch.tensor(offset, dtype=torch.float32, device="cpu")
+            of_scales = held["nested_quant_map"], held["nested_absmax"], inner, mean
             scales = bitsandbytes_4bit.nested_scales(scales, *of_scales)
 
         def values(data: Tensor, first: int) -> Tensor:

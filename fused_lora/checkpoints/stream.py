@@ -64,10 +64,10 @@ def write_pieces(
         if piece.work is None:
             return _copy(source_path, source, target, piece.begin, piece.size, at)
         if piece.size > PIECE_BYTES:
-            data = torch.empty(piece.size, dtype=torch.uint8)
+            data = torch.empty(piece.size, dtype=torch.uint8, device="cpu")
         else:
             if not hasattr(own, "buffer"):
-                own.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+                own.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, device="cpu")
             data = own.buffer[: piece.size]
         fill(source_path, source, piece.begin, data)
         result, noted = piece.work(data)
@@ -106,7 +106,7 @@ def single_threads() -> Iterator[int]:
 
 def read_bytes(path: str, file: int, begin: int, size: int) -> Tensor:
     """uint8 [size], bytes of an open file from ``begin`` on."""
-    data = torch.empty(size, dtype=torch.uint8)
+    data = torch.empty(size, dtype=torch.uint8, device="cpu")
     fill(path, file, begin, data)
     return data
 

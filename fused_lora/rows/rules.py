@@ -175,7 +175,7 @@ def _move(call: Applied) -> list[State]:
     marks = _marks(state, source.shape)
     if call.name == "as_strided":  # it goes by the places in memory
         offset = call.get("storage_offset", source.storage_offset()) - source.storage_offset()
-        places = torch.empty_strided(source.shape, source.stride(), dtype=marks.dtype).copy_(marks)
+        places = marks.new_empty_strided(source.shape, source.stride()).copy_(marks)
         return [_of_marks(places.as_strided(call.args[1], call.args[2], offset), state)]
     moved = call.func(marks, *call.further[0], **call.further[1])
     whole = state.owners

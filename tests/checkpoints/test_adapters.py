@@ -94,6 +94,29 @@ def test_combinations_are_those_of_peft(tmp_path, monkeypatch, method, layer):
     agree(read.get_delta_weight("default"), mixed.get_delta_weight("mixed"))
 
 
+def test_torchs_default_device_and_dtype_change_nothing(tmp_path):
+    write_base(tmp_path / "base", {f"{path}.weight": torch.randn(n, k) for path, (k, n) in SHAPES.items()})
+    for name in "ab":
+        write_adapter(tmp_path / name, SHAPES, seed=ord(name))
+    before, found = torch.get_default_dtype(), []
+    for device, dtype in (("cpu", before), ("meta", torch.bfloat16)):
+        out = tmp_path / device
+        out.mkdir()
+        with torch.device(device):
+            torch.set_default_dtype(dtype)
+            try:
+                for method in ("ties", "dare_linear", "svd"):
+                    options = METHODS[method]
+                    combine_adapters([(tmp_path / "a", 0.3), (tmp_path / "b", 0.7)], out / method, method, **options)
+                convert_adapter(tmp_path / "a", out / "converted")
+                merge_checkpoint(tmp_path / "base", tmp_path / "a", out / "merged")
+                assert diff_adapters(tmp_path / "a", out / "converted")
+            finally:
+                torch.set_default_dtype(before)
+        found.append({p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*.safetensors"))})
+    assert len(found[0]) == 5 and found[0] == found[1]
+
+
 def test_several_layers_ranks_and_an_interrupted_write(tmp_path, monkeypatch):
     """A layer that one adapter lacks keeps the other's delta; ranks differ by layer, and PEFT reads them."""
     a = write_adapter(tmp_path / "a", SHAPES, r=4)

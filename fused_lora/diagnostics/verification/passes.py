@@ -39,7 +39,7 @@ def run(
     ``merged`` puts every layer into that state during its own call. None leaves it as it is. ``rows`` evenly spaced
     rows of each layer's input and output are kept.
     """
-    found, me = Pass(torch.empty(0)), threading.get_ident()
+    found, me = Pass(torch.empty(0, device="cpu")), threading.get_ident()
     open_states: dict[str, list[ExitStack]] = {layer.path: [] for layer in layers}
 
     def enter(layer: Layer):

@@ -67,7 +67,8 @@ def compare_weights(
     findings += _judge_adapters(layers, theirs)
     differ = *biases, *(n for n in sorted(ours.keys() & theirs.keys() - seen) if not _equal(ours[n], theirs[n]))
     if differ:
-        text = "parameters that are no LoRA layer's weight are not the reference's (trained, but not saved with the adapter?)"
+        text = "parameters that are no LoRA layer's weight are not the reference's"
+        text = f"{text} (trained, but not saved with the adapter?)"
         findings.append(Finding(report.PARAMETERS, text, differ))
     return findings, notes, relations
 

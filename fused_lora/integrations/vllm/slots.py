@@ -88,11 +88,12 @@ class Slots:
         if found is None:
             outputs, slots, most = len(self.N), len(self._B_t[0]), self._most(kind)
             # each output's tables start at a multiple of 16 bytes
-            numbers = torch.zeros(3, outputs, -(-slots // 16) * 16, dtype=torch.int64)
+            numbers = torch.zeros(3, outputs, -(-slots // 16) * 16, dtype=torch.int64, device="cpu")
             for g in range(outputs):
                 self._alive += (factors := self._factors(kind, g))
                 sides = [[matrix.data_ptr() for matrix in side] for side in factors]
-                numbers[:, g, :slots] = torch.tensor([*sides, [min(rank, most) for rank in self.ranks[g]]])
+                sides.append([min(rank, most) for rank in self.ranks[g]])
+                numbers[:, g, :slots] = torch.tensor(sides, device="cpu")
             A_ptr, B_ptr, rank = numbers.to(self._B_t[0].device)
             scaling = torch.ones_like(rank, dtype=torch.float32)
             found = AdapterTables(A_ptr, B_ptr, rank.int(), scaling, self._B_t[0].dtype, most)

@@ -80,7 +80,7 @@ def _check(tables: AdapterTables, rows: RowGroups, x_dtype: torch.dtype, device:
     K, N, ranks = 144, 80, (min(tables.max_rank, 64), 3, tables.max_rank)
 
     def numbers(*shape: int, kind: torch.dtype) -> Tensor:
-        line = torch.arange(int(np.prod(shape)), dtype=torch.float32)
+        line = torch.arange(int(np.prod(shape)), dtype=torch.float32, device="cpu")
         return torch.sin(line * 12.9898 + len(shape)).mul_(0.2).reshape(shape).to(device, kind)
 
     A, B_t = [numbers(r, K, kind=dtype) for r in ranks], [numbers(r, N, kind=dtype) for r in ranks]

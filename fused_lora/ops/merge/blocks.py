@@ -174,7 +174,7 @@ class _InC(_Sweep):
         self._room = units.corrections
         if room:
             large = self._shrinks is None
-            self._room = torch.empty((room, 2), dtype=torch.uint8) if large else torch.from_numpy(self._shrinks)
+            self._room = W.new_empty((room, 2), dtype=torch.uint8) if large else torch.from_numpy(self._shrinks)
         count, counts = units.notes.shape[1], units.notes.data_ptr()
         self._merged = (ctypes.c_uint8 * count)()
         if room == 0:

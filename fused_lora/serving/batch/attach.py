@@ -241,7 +241,7 @@ class _Hook(_Shared):
             does, what = ("returns", output) if isinstance(x, Tensor) else ("gets", x)
             if self._sites and self._odd is not None and not torch.compiler.is_compiling():
                 self._odd[self._sites[0].path] = f"{does} a {type(what).__name__}"
-            x = next((t for t in (x, output) if isinstance(t, Tensor)), torch.empty(0))
+            x = next((t for t in (x, output) if isinstance(t, Tensor)), torch.empty(0, device="cpu"))
             output = x.new_empty(0)
         if torch.compiler.is_compiling():
             _store_terms(output, [x], self._number)
@@ -282,7 +282,7 @@ class _ExpertsHook(_Hook):
         batch = running(self._store)
         if batch is not None and batch.acts and self._sites:
             sites, y = self._sites, outputs[0] if len(outputs) == 1 else tuple(outputs)
-            x = (*inputs, *outputs, torch.empty(0))[0]
+            x = (*inputs, *outputs, torch.empty(0, device="cpu"))[0]
             batch.compiled(sites, x, lambda: batch.add_experts(sites, inputs, y))
 
 

@@ -352,7 +352,7 @@ class Batch:
         if not acts and call is not None and call.followed is None:
             return
         form = form_of(site.module)
-        x = inputs[0] if inputs and isinstance(inputs[0], Tensor) else torch.empty(0)
+        x = inputs[0] if inputs and isinstance(inputs[0], Tensor) else torch.empty(0, device="cpu")
         if not (x.dim() > 1 or acts):  # any module with a matrix may get anything
             return
         if call is None:

@@ -150,7 +150,7 @@ class Admission:
         state.logit_processor_kwargs[VERSION] = version
         invocation = self.leases[version].invocation
         if invocation:  # looked for in the prompt alone, also after the request has lost its cache
-            [start] = starts_of(torch.tensor([state.initial_tokens]), invocation)
+            [start] = starts_of(torch.tensor([state.initial_tokens], device="cpu"), invocation)
             state.logit_processor_kwargs[START] = _NEVER if start is None else start
         return True
 

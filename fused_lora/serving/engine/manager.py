@@ -322,8 +322,9 @@ class AdapterManager(ContinuousBatchingManager):
         bad = sorted({int(np.searchsorted(ends, row, "right")) for row in bad_rows})
         kept = [i for i in range(len(futures)) if i not in bad]
         token_of = np.cumsum([future.has_new_token for future in futures]) - 1
-        tokens = torch.tensor([int(token_of[i]) for i in kept if futures[i].has_new_token], dtype=torch.int64)
-        inputs.output_ids[:, : len(tokens)] = inputs.output_ids[:, tokens.to(inputs.output_ids.device)]
+        places = [int(token_of[i]) for i in kept if futures[i].has_new_token]
+        tokens = torch.tensor(places, dtype=torch.int64, device=inputs.output_ids.device)
+        inputs.output_ids[:, : len(tokens)] = inputs.output_ids[:, tokens]
         inputs.requests_in_batch = [futures[i] for i in kept]
         self._in_step = [futures[i].state for i in kept]
         scheduler = self.batch_processor.scheduler

@@ -45,12 +45,12 @@ class PerRequest(ContinuousBatchingLogitsProcessor):
         raise NotImplementedError
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
-        int32_tensor.copy_(torch.tensor([self.default], dtype=self.dtype).view(torch.int32))
+        int32_tensor.copy_(torch.tensor([self.default], dtype=self.dtype, device="cpu").view(torch.int32))
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
         values = [self.value(request.state) for request in requests_with_new_token]
         self.used = any(value != self.default for value in values)
-        return torch.tensor(values, dtype=self.dtype).view(torch.int32)
+        return torch.tensor(values, dtype=self.dtype, device="cpu").view(torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         return self.apply(scores, tensor_arg[: len(scores)].view(self.dtype)) if self.used else scores
