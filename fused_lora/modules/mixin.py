@@ -111,6 +111,8 @@ class FusedLoraBehaviour(_Layer):
         reason, parts = None, self._parts(names)
         for A, B, drop in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
             reason = reason or why_not_plain(A) or why_not_plain(B) or why_not_plain_dropout(drop)
+            if A._parameters.get("bias") is not None:
+                reason = reason or "lora_A has a bias"
         return reason
 
     def _fused_forward(self, x: Tensor, names: list[str]) -> Tensor:

@@ -766,6 +766,14 @@ def test_forwards_of_subclasses_are_called(part):
     assert_like_peft(ours, theirs, torch.randn(5, K))
 
 
+def test_a_bias_of_lora_A_is_added():
+    ours, theirs = twin_layers(linear(), r=4)
+    for layer in (ours, theirs):
+        layer.lora_A["default"].bias = nn.Parameter(torch.arange(4.0))
+    x = torch.randn(5, K)
+    assert_close(ours(x), theirs(x), terms=K)
+
+
 class Doubled(nn.Module):
     def forward(self, weight):
         return 2 * weight
