@@ -239,6 +239,16 @@ def span_of(tensor: torch.Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * size if tensor.numel() else begin
 
 
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether numbers of a strided tensor may share memory, as those of an expanded one, or of windows that slide."""
+    last = 0  # place of the last number of the dimensions so far
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= last:
+            return tensor.numel() > 0
+        last += stride * max(size - 1, 0)
+    return False
+
+
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two strided tensors have a byte of memory in common. Takes as much memory as both span."""
     (first, end), (other, stop) = span_of(a), span_of(b)

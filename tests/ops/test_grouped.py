@@ -275,6 +275,7 @@ def test_what_torch_would_take_is_refused_too():
         "x, y: expected one device": (y, x.to("meta"), layout, terms),
         "x, y: expected two dimensions.*": (y, x.to_sparse(), layout, terms),
         "y: expected memory of its own": (y[:1].expand(2, 4), x, layout, terms),
+        "y: expected memory of its own for": (torch.zeros(6).as_strided((2, 4), (2, 1)), x, layout, terms),
         "terms, layout: expected them on cpu": (
             y.double(),
             x,

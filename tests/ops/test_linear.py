@@ -415,6 +415,20 @@ def test_bad_shapes_and_values_name_the_argument(message):
         lora_linear(**{**args, **BAD[message]})
 
 
+def test_without_adapters_it_is_the_base_product():
+    x, W, b = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
+    assert torch.equal(lora_linear(x, W, b, [], [], []), torch.nn.functional.linear(x, W, b))
+    wide = lora_linear(x.bfloat16(), W.bfloat16(), b, [], [], [])
+    assert wide.dtype is torch.bfloat16
+    for message, call in {
+        "x: expected": (x[:, :4], W, b, [], [], []),
+        "x, weight: expected one floating dtype": (x.double(), W, b, [], [], []),
+        "lora_A, lora_B, scaling, dropout: expected one entry": (x, W, b, [], [torch.randn(4, 2)], []),
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            lora_linear(*call)
+
+
 def test_bad_dtypes_name_the_argument():
     x, W, b, A, B, s, p, seeds = arguments(grad=False)
     for bad in ((x.long(), W), (x.half(), W), (x, W.double())):

@@ -389,6 +389,11 @@ def test_arguments_are_checked():
         merging.merge_(W.to(torch.int32), [A], [B], [1.0])
     with pytest.raises(RuntimeError, match="weight: .*expanded"):
         merging.merge_(torch.zeros(1, 9).expand(8, 9), [A], [B], [1.0])
+    windows = torch.randn(17)
+    with pytest.raises(RuntimeError, match="weight: .*memory of its own"):
+        merging.merge_(windows.unfold(0, 9, 1)[:8], [A], [B], [1.0])
+    for apart in (torch.zeros(17, 9)[::2][:8], torch.zeros(9, 16)[:, ::2].t()):
+        merging.merge_(apart, [A], [B], [1.0])
     before = W.clone()
     for dtype in (torch.complex64, torch.int32, torch.bool):
         for factors in (([A.to(dtype)], [B]), ([A], [B.to(dtype)])):

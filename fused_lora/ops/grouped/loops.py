@@ -25,7 +25,7 @@ def add_terms_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> bool:
     for t in (y, x):
         if type(t) not in PLAIN or t.dtype not in native.TYPES or not t.is_cpu or t.is_neg():
             return False
-    rows_lie = (y.stride(1) == 1 or y.shape[1] < 2) and y.stride(0) > 0
+    rows_lie = (y.stride(1) == 1 or y.shape[1] < 2) and y.stride(0) >= y.shape[1]
     if terms.table is None or not (rows_lie and native.usable() and _agree()):
         return False
     _run(y, x, layout, terms)

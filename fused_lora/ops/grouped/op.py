@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from fused_lora.ops.checks import FLOAT_DTYPES
+from fused_lora.ops.checks import FLOAT_DTYPES, overlaps_itself
 from fused_lora.ops.grouped import loops, tiles
 from fused_lora.ops.grouped.terms import RowLayout, Terms
 
@@ -32,7 +32,7 @@ def lora_grouped_(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> Tens
 
     Raises:
         ValueError: x or y is no matrix of floating numbers; x, y and the layout differ in their rows, or x or y and the
-            factors in their columns, or all of them in their device; y is an expanded tensor.
+            factors in their columns, or all of them in their device; y overlaps itself, as an expanded tensor.
         TypeError: not two tensors, a RowLayout and Terms. RuntimeError: x, y or a factor would take a gradient.
     """
     if torch.compiler.is_dynamo_compiling():
@@ -67,8 +67,8 @@ def _check_for_torch(y: Tensor, x: Tensor, layout: RowLayout, terms: Terms) -> N
         raise ValueError(f"x, y: expected one device, got {x.device} and {y.device}")
     if terms.device != x.device or layout.device.type != x.device.type:  # a layout's may have no number
         raise ValueError(f"terms, layout: expected them on {x.device}, got {terms.device} and {layout.device}")
-    if any(stride == 0 and size > 1 for stride, size in zip(y.stride(), y.shape, strict=True)):
-        raise ValueError("y: expected memory of its own for every number, got an expanded tensor")
+    if overlaps_itself(y):
+        raise ValueError("y: expected memory of its own for every number, got an expanded tensor or the like")
 
 
 @_disable_dynamo

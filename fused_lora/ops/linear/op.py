@@ -69,9 +69,11 @@ def lora_linear(
     check_lists(lora_A=lora_A, lora_B=lora_B)
     scaling = as_numbers("scaling", scaling)
     dropout = [0.0] * len(lora_A) if dropout is None else as_numbers("dropout", dropout)
-    if not lora_A:
-        return torch.nn.functional.linear(x, weight, bias)
     seeds = None if seeds is None else in_order(seeds)
+    if not lora_A:
+        refuse_sparse(x=x, weight=weight, bias=bias)
+        check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, _autocast_dtype(x))
+        return torch.nn.functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
     if not is_direct(x, weight, *lora_A, *lora_B, *(() if bias is None else (bias,))):
         refuse_sparse(x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
         refuse_transforms("lora_linear")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fused_lora.ops import native
-from fused_lora.ops.checks import FLOAT_DTYPES, as_float, check_lists, is_dense
+from fused_lora.ops.checks import FLOAT_DTYPES, as_float, check_lists, is_dense, overlaps_itself
 from fused_lora.ops.merge import blocks, launch
 from fused_lora.ops.merge.blocks import Dither, Factors, Scales
 from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
@@ -72,7 +72,7 @@ def merge_(
         ValueError: shapes do not fit, a finite weight would become infinite or NaN, or a seed is for a weight of more
             than 16 bits. The weight is unchanged.
         TypeError: weight is not fp64, fp32, bf16 or fp16, an adapter is not floating, seed no int, or no list came.
-        RuntimeError: weight is on the meta device or an expanded tensor.
+        RuntimeError: weight is on the meta device, or overlaps itself as an expanded tensor.
     """
     adapters = lora_A, lora_B, scaling, row_scale, seed
     record, sweep = _prepared(weight, adapters, fan_in_fan_out)
@@ -316,8 +316,8 @@ def _check(weight, lora_A, lora_B, scaling, row_scale, seed, fan_in_fan_out) -> 
         raise RuntimeError("weight: expected numbers to add to, got a tensor on the meta device")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected two dimensions, got shape {tuple(weight.shape)}")
-    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
-        raise RuntimeError("weight: expected memory of its own for every number, got an expanded tensor")
+    if overlaps_itself(weight):
+        raise RuntimeError("weight: expected memory of its own for every number, got an expanded tensor or the like")
     rows, columns = (weight.shape[1], weight.shape[0]) if fan_in_fan_out else weight.shape
     if not (len(lora_A) == len(lora_B) == len(scaling)) or not lora_A:
         raise ValueError(
