@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.merged_state import MergedState
-from fused_lora.modules.mixed import Context, MixedBatch, rows_by_name
+from fused_lora.modules.mixed import Context, MixedBatch
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import is_offloaded
 from fused_lora.modules.tree import named_modules, places, unwrapped
@@ -80,19 +80,38 @@ class Auxiliary(InPlaceOf):
         return None if self.disable_adapters else self.active_adapter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the part of the adapter in effect. In a mixed batch each row has its own; args[0] is [rows, ...]."""
+        """Call the part of the adapter in effect. In a mixed batch each row of args[0] [rows, ...] has its own.
+
+        Raises:
+            ValueError: in a mixed batch: which rows are whose is not known, they lie along another dimension, or the
+                call is not one of a tensor that gives a tensor.
+        """
         if CHANGING:
             wait_for_change(self)
         if self.mixed_batch is None or self.disable_adapters:
             return self.run(self.in_effect(), *args, **kwargs)
-        x: Any = args[0]
+        held = {name if name in self.held else None for name in self.mixed_batch.names}
+        if len(held) == 1:
+            return self.run(held.pop(), *args, **kwargs)
+        x: Any = args[0] if args else None
+        if not isinstance(x, Tensor) or any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values())):
+            self._refuse_batch("a call with one tensor, its first argument")
+        rows_of: dict[str | None, list[Tensor]] = {}
+        for name, rows in self.mixed_batch.rows(self, x.flatten(1) if x.dim() > 1 else x.unsqueeze(-1)).items():
+            rows_of.setdefault(name if name in self.held else None, []).append(rows)
         result: Any = None
-        names = [name if name in self.held else None for name in self.mixed_batch.names]
-        for chosen, rows in rows_by_name(names, x, len(x)).items():
+        for chosen, parts in rows_of.items():
+            rows = torch.cat(parts)
             y = self.run(chosen, x[rows], *args[1:], **kwargs)
+            if not isinstance(y, Tensor) or y.shape[:1] != rows.shape:
+                self._refuse_batch("a tensor with the rows of its input")
             result = y.new_empty((len(x), *y.shape[1:])) if result is None else result
             result[rows] = y
         return same_rows(result, x, 0)
+
+    def _refuse_batch(self, expected: str) -> NoReturn:
+        what = f"a {type(self.original).__name__} trained beside LoRA"
+        raise ValueError(f"adapter_batch: expected {expected}, of {what}; make a batch of each adapter's sequences")
 
     def set_adapter(self, names: Sequence[str], inference_mode: bool = False) -> None:
         """Make the one of these adapters that has something here active and trainable, freeze all others."""

@@ -396,7 +396,7 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None], *, dim:
         _check_not_merged(mergeable_layers(model).values())
         if dim != 0 and beside:
             raise ValueError(f"dim: expected 0 for a model with modules trained beside LoRA, {some(beside)}, got {dim}")
-        batch = MixedBatch(model, layers, names, dim)
+        batch = MixedBatch(model, {**layers, **beside}, names, dim)
         for other in _batches(model):
             other.check_around()
         batch.attach()

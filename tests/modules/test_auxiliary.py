@@ -297,6 +297,51 @@ def test_mixed_batches(model, config):
         assert_close(output(ours), torch.cat(expected), terms=2000)
 
 
+class Turned(nn.Module):
+    """A head that gets its rows in another order than the model's inputs have them."""
+
+    def __init__(self, way, head):
+        super().__init__()
+        self.body, self.head, self.way = nn.Linear(8, 8), head, way
+
+    def forward(self, x):
+        y = self.body(x)
+        if self.way == "kwargs":
+            return self.head(y, x)
+        if self.way == "sorted":
+            return self.head(y[y[:, 0, 0].argsort()])
+        y = y.transpose(0, 1)
+        if self.way == "flat":
+            return self.head(y.reshape(-1, 8)).view(y.shape).transpose(0, 1)
+        return self.head(y.contiguous()).transpose(0, 1)
+
+
+@pytest.mark.parametrize("way", ["flat", "time first", "sorted", "tuple", "kwargs"])
+def test_rows_of_a_mixed_batch_are_followed_to_modules_beside(way):
+    """Computed where they are known, and refused otherwise, never under another adapter."""
+    head = nn.LSTM(8, 8) if way == "tuple" else nn.Bilinear(8, 8, 8) if way == "kwargs" else nn.Linear(8, 8)
+    model = Turned(way, head).eval()
+    for name in "ab":
+        fused_lora.inject(model, LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"]), name)
+    for parameter in model.head.modules_to_save.parameters():
+        parameter.data.normal_()
+    x, names = torch.randn(3, 6, 8), ["a", "b", "a"]
+    with fused_lora.adapter_batch(model, ["b", "b", "b"]):  # of one adapter any rows may come
+        model(x) if way != "tuple" else model.head(x)
+    if way != "flat":
+        message = "adapter_batch: expected" if way in ("tuple", "kwargs") else "'head' got an input"
+        with fused_lora.adapter_batch(model, names), pytest.raises(ValueError, match=message):
+            model.head(x) if way == "tuple" else model(x)
+        return
+    expected = []
+    for name in "ab":
+        fused_lora.set_adapter(model, name)
+        expected.append(model(x))
+    with fused_lora.adapter_batch(model, names):
+        for _ in range(2):
+            assert_close(model(x), torch.stack([expected["ab".index(n)][i] for i, n in enumerate(names)]), terms=100)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtypes_are_pefts(dtype, tmp_path):
     fields = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": TOKENS}
