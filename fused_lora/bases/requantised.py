@@ -65,8 +65,9 @@ def _every_number(dtype: torch.dtype) -> Tensor:
 
 
 def summed_delta(factors: Factors) -> Tensor:
-    """sum_i (B_i A_i) s_i in fp32, each product as PEFT forms it."""
-    return reduce(torch.add, [(B.float() @ A.float()) * s for A, B, s in zip(*factors[:3], strict=True)])
+    """sum_i (B_i A_i) s_i in fp32, under autocast too, each product as PEFT forms it."""
+    with torch.autocast(factors.lora_A[0].device.type, enabled=False):
+        return reduce(torch.add, [(B.float() @ A.float()) * s for A, B, s in zip(*factors[:3], strict=True)])
 
 
 class Requantised(Base):

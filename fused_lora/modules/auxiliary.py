@@ -207,6 +207,8 @@ class TrainedTokens(MergedState, Auxiliary):
         self.trainable_tokens_delta[name] = nn.Parameter(rows, requires_grad=False)
 
     def delete_adapter(self, name: str) -> None:
+        if name in self.owner.merged_adapters:
+            raise ValueError(f"Cannot delete adapter(s) {[name]} while they are merged. Please unmerge them first.")
         super().delete_adapter(name)
         self.owner.token_indices.pop(name, None)
 

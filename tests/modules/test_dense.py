@@ -123,6 +123,21 @@ def test_blocks_of_rows_have_the_bits_of_the_whole(monkeypatch):
         assert_close(parts[name], tensor, terms=8, name=name)
 
 
+@pytest.mark.filterwarnings(OTHERS)
+@pytest.mark.filterwarnings("ignore:merge. 4-bit weights keep only")
+def test_autocast_changes_nothing():
+    """Of a merge into 4 bits, and into a dense model."""
+    found = []
+    model = injected()
+    for enabled in (False, True):
+        merged, dense = copy.deepcopy(model), copy.deepcopy(model)
+        with torch.autocast("cpu", BF16, enabled=enabled):
+            fused_lora.merge(merged)
+            fused_lora.unload(dense, merge_adapters=True, dtype=F32)
+        found.append([values_of(merged.up.base_layer), dense.up.weight, dense.down.weight])
+    assert all(map(torch.equal, *found))
+
+
 def test_no_worse_than_pefts_dequantised_merge():
     """PEFT over the dequantised weight as a dense fp32 layer, which is what its users are told to merge."""
     from peft.tuners.lora.layer import Linear
