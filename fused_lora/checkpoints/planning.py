@@ -25,8 +25,9 @@ from fused_lora.modules.names import some
 _WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "PreTraining", "Vision2Seq", "ImageTextToText")
 _WITHOUT_HEAD = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _WITH_LM_HEAD = ("ForCausalLM", "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel")  # one matrix of that name
+_TIED_FURTHER = ("Blt", "NeoMME", "ProphetNet")  # beside the head
 # causal models whose head has another name, or that tie more than it
-_OTHERWISE = ("BioGpt", "Blt", "Git", "ModernBert", "ProphetNet", "Rwkv", "TrOCR", "Whisper")
+_OTHERWISE = ("BioGpt", "Git", "ModernBert", "Rwkv", "TrOCR", "Whisper", *_TIED_FURTHER)
 _OTHER_HEADS = ("lm_head.dense.", "cls.predictions.", "generator_predictions.", "embed_in.")  # tensors beside others
 
 
@@ -74,8 +75,9 @@ class _Planner:
         self.found: dict[str, Change] = {}
         self.config: dict[str, Any] = {}
         self.parameters: dict[str, str] = {}
-        found: Any = (base.config or {}).get("architectures") or ()
-        self._models = [str(name) for name in found]
+        config: Any = base.config or {}
+        self._configs = [config, *(part for part in config.values() if isinstance(part, dict))]
+        self._models = [str(name) for name in config.get("architectures") or ()]
         self._causal = any(
             part in name and not name.startswith(_OTHERWISE) for part in _WITH_LM_HEAD for name in self._models
         )
@@ -130,10 +132,13 @@ class _Planner:
             self._untie()
 
     def _check_untied(self, adapter: AdapterFile, key: str) -> None:
-        """AdapterError where a model with a head of its own would lose other ties, as T5's and BART's encoders do."""
-        if self._models and not self._causal:
-            expected = "a head of a causal language model, which can be untied from the embedding"
-            raise AdapterError(adapter.plan.weights, key, expected, f"that of {some(self._models)}")
+        """AdapterError where other ties would go with the head's, as those of T5's and BART's encoders do."""
+        two = any(part.get("is_encoder_decoder") for part in self._configs) and not self._causal
+        whisper = any(name.startswith("Whisper") for name in self._models)  # its encoder has no embedding
+        if (two and not whisper) or any(name.startswith(_TIED_FURTHER) for name in self._models):
+            expected = "a head that is all that is tied to the embedding"
+            found = f"that of {some(self._models)}" if self._models else "that of an encoder and decoder"
+            raise AdapterError(adapter.plan.weights, key, expected, found)
 
     def _untie(self) -> None:
         config = self._base.config or {}
@@ -335,10 +340,10 @@ class _Planner:
 
     def _is_of_tokens(self, change: Change) -> bool:
         """Whether it is the embedding of the input's tokens, by its name, or as one that has a row for each."""
-        config = self._base.config or {}
-        sizes = {part.get("vocab_size") for part in (config, *config.values()) if isinstance(part, dict)}
-        rows = self.names.shape_of(change.source)[0]
-        return is_embedding(change.name, of_tokens=True) or (change.embedded() is not None and rows in sizes)
+        if is_embedding(change.name, of_tokens=True):
+            return True
+        sizes = {part.get("vocab_size") for part in self._configs}
+        return change.embedded() is not None and self.names.shape_of(change.source)[0] in sizes
 
     def warn_of_lacking(self, adapter: AdapterFile) -> None:
         """Warn where the config names more layers of the checkpoint than the adapter has tensors for."""

@@ -223,12 +223,16 @@ BART = dict(vocab_size=56, d_model=16, encoder_layers=1, decoder_layers=1, encod
 BART |= dict(decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=40)
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 MAMBA = dict(vocab_size=56, hidden_size=16, num_hidden_layers=1, state_size=4, **IDS)
+PALIGEMMA = dict(text_config=dict(TEXT, model_type="gemma"), vision_config=dict(VISION, patch_size=14))
+WHISPER = dict(BART, num_mel_bins=4, max_source_positions=8, max_target_positions=40, decoder_start_token_id=1, **IDS)
 CTRL = dict(vocab_size=56, n_embd=16, dff=24, n_layer=1, n_head=2, n_positions=40)
 WITH_TIES = {  # class, its config, LoRA, what the head gets in the files; None: it is refused
     "mamba": (tf.MambaForCausalLM, MAMBA, ["embeddings"], ["lm_head.weight"]),
     "mamba's head": (tf.MambaForCausalLM, MAMBA, ["lm_head"], ["lm_head.weight"]),
     "ctrl": (tf.CTRLLMHeadModel, CTRL, ["w"], ["lm_head.weight"]),
     "biogpt": (tf.BioGptForCausalLM, dict(SMALL, max_position_embeddings=40, **IDS), ["embed_tokens"], None),
+    "paligemma's head": (tf.PaliGemmaForConditionalGeneration, PALIGEMMA, ["lm_head"], ["lm_head.weight"]),
+    "whisper's head": (tf.WhisperForConditionalGeneration, WHISPER, ["proj_out"], ["proj_out.weight"]),
     "bart's head": (tf.BartForConditionalGeneration, BART, ["lm_head"], None),
     "a classifier": (tf.BertForSequenceClassification, SMALL, ["word_embeddings"], []),
 }
@@ -244,14 +248,17 @@ def test_ties_of_other_models(tmp_path, name):
     wrapped = fused_lora.inject(model, fused_lora.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     fused_lora.save_adapter(wrapped.eval(), tmp_path / "adapter")
     if added is None:
-        with pytest.raises(AdapterError, match="a head of a causal language model|to which the head is"):
+        with pytest.raises(AdapterError, match="a head that is all that is tied|to which the head is"):
             merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
         return
     report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
     assert [c["tensor"] for c in report.changes if c["added"]] == added
-    merged, tokens = kind.from_pretrained(tmp_path / "out").eval(), torch.arange(1, 30)[None]
+    tokens = torch.arange(1, 30)[None]
+    inputs = dict(input_features=torch.ones(1, 4, 16), decoder_input_ids=tokens)
+    inputs = inputs if sizes is WHISPER else dict(input_ids=tokens)
+    merged = kind.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
-        assert_close(merged(tokens).logits, wrapped(tokens).logits, terms=2000)
+        assert_close(merged(**inputs).logits, wrapped(**inputs).logits, terms=2000)
 
 
 def test_the_models_kind_says_which_weights_are_transposed(tmp_path):
