@@ -202,11 +202,14 @@ def is_embedding(name: str, of_tokens: bool = False) -> bool:
 
 
 def is_transposed(path: str, model: Mapping[str, Any] | None, otherwise: bool) -> bool:
-    """Whether a linear layer's weight is stored as [K, N], by the model's config where that tells. An adapter's
-    ``fan_in_fan_out`` need not: it is one for all layers, and loading an adapter asks the module's class instead."""
+    """Whether a linear layer's weight is stored as [K, N], by the model's config where that tells; ``otherwise`` of a
+    model without a kind or with code of its own. An adapter's ``fan_in_fan_out`` need not be true: it is one for all
+    layers, and loading an adapter asks the module's class instead."""
     configs = [] if model is None else [model, *(part for part in model.values() if isinstance(part, dict))]
     known = any(config.get("model_type") in _WITH_CONV1D for config in configs)
-    return path.rpartition(".")[2] in _CONV1D if known else otherwise
+    if known:
+        return path.rpartition(".")[2] in _CONV1D
+    return otherwise and (model is None or "model_type" not in model or "auto_map" in model)
 
 
 def _join(parent: str, last: str) -> str:

@@ -278,6 +278,28 @@ def test_the_models_kind_says_which_weights_are_transposed(tmp_path):
             assert_close(merged(tokens).logits, adapted(tokens).logits, terms=2000)
 
 
+@pytest.mark.parametrize("code", [False, True])
+def test_fan_in_fan_out_counts_where_the_model_has_code_of_its_own(tmp_path, code):
+    """Llama's square weights are no Conv1D's, whatever the adapter says; another author's may be."""
+    tensors = {"q.weight": torch.randn(K, K, generator=torch.Generator().manual_seed(shifted(0)))}
+    base = write_base(tmp_path / "base", tensors, config={"auto_map": {}} if code else {})
+    adapter = write_adapter(tmp_path / "adapter", {"q": (K, K)}, fan_in_fan_out=True)
+    merge_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    held, config = read_all(adapter), json.loads((adapter / "adapter_config.json").read_text())
+    A, B = (held[f"base_model.model.q.lora_{part}.weight"] for part in "AB")
+    delta = config["lora_alpha"] / config["r"] * B @ A
+    assert_close(read_all(tmp_path / "out")["q.weight"], tensors["q.weight"] + (delta.t() if code else delta), terms=8)
+
+
+def test_a_saved_module_may_hold_a_scalar_beside_a_tied_head(tmp_path):
+    config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    base = write_base(tmp_path / "base", {**decoder(), "scale.logit": torch.tensor(1.0)}, config=config)
+    adapter = write_adapter(tmp_path / "adapter", SHAPES, modules_to_save=["scale"])
+    change(adapter / "adapter_model.safetensors", **{"base_model.model.scale.logit": torch.tensor(2.0)})
+    merge_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    assert read_all(tmp_path / "out")["scale.logit"] == 2
+
+
 @pytest.mark.parametrize("entry", [True, None])
 def test_a_head_is_tied_where_no_config_says_so(tmp_path, entry):
     """Before transformers 5 an entry of True was not written. GPT-2's head is known, others are refused."""
@@ -419,7 +441,7 @@ def test_verify_of_dora_finds_a_changed_byte(tmp_path, capsys):
 
 @pytest.mark.parametrize("config, weight, message", [({}, 0.5, "a weight of 1"), ({"fan_in_fan_out": True}, 1, "rows")])
 def test_dora_that_is_refused(tmp_path, config, weight, message):
-    base = write_base(tmp_path / "base", {f"{QKV[0]}.weight": torch.ones(K, K)})
+    base = write_base(tmp_path / "base", {f"{QKV[0]}.weight": torch.ones(K, K)}, config={"auto_map": {}})
     adapter = dora_adapter(tmp_path / "adapter", {QKV[0]: (K, K)}, **config)
     with pytest.raises(AdapterError, match=message):
         merge_checkpoint(base, (adapter, weight), tmp_path / "out")
@@ -904,7 +926,10 @@ BAD = {
         weights(**{"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 56)}),
         "embed_tokens.lora_embedding_B: expected a tensor",
     ),
-    "transposed": (config(fan_in_fan_out=True), "as fan_in_fan_out=True stores it"),
+    "transposed": (
+        lambda base, adapter: (change(base / "config.json", auto_map={}), config(fan_in_fan_out=True)(base, adapter)),
+        "as fan_in_fan_out=True stores it",
+    ),
     "quantised": (in_base(**{f"{QKV[0]}.weight": torch.zeros(N, K, dtype=torch.int8)}), "quantised"),
     "alpha 0": (config(lora_alpha=0), "without which the adapter has no effect, found 0 in all layers"),
     "untrained": (
