@@ -43,7 +43,7 @@ def replace_directory(directory: str, write: Callable[[str], Sequence[str]]) -> 
     parent, name = os.path.split(target)
     if os.path.lexists(target) and not os.path.isdir(target):
         raise ValueError(f"directory must be a directory, got the file {directory!r}")
-    if not name or os.path.commonpath([target, os.path.realpath(os.getcwd())]) == target:
+    if not name or holds_current(target):
         raise ValueError(f"directory must not be the root, the current directory or above it, got {directory!r}")
     if os.path.isdir(target):
         check_writable(target)
@@ -73,6 +73,15 @@ def replace_directory(directory: str, write: Callable[[str], Sequence[str]]) -> 
             # what appeared in the old directory since it was linked
             move_missing(stage, target)
             shutil.rmtree(stage)
+
+
+def holds_current(folder: str) -> bool:
+    """Whether the current directory is ``folder``, a real path, or lies in it."""
+    try:
+        current = os.path.realpath(os.getcwd())
+    except FileNotFoundError:  # it was deleted
+        return False
+    return os.path.commonpath([folder, current]) == folder
 
 
 def check_writable(folder: str, where: str = "") -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 
-from fused_lora.adapters.staging import check_writable, link_tree, move_missing, put_in_place, sync
+from fused_lora.adapters.staging import check_writable, holds_current, link_tree, move_missing, put_in_place, sync
 from fused_lora.checkpoints.files import read_text
 
 _MARK = ".fused_lora_partial"  # holds the identity of what is being written
@@ -41,7 +41,7 @@ class Output:
             check_new(self._argument, self.target, inputs)
         if os.path.ismount(self.target):
             raise ValueError(f"{self._argument}: {self.target!r} is a mount point; name a folder inside")
-        if os.path.join(os.path.realpath(os.getcwd()), "").startswith(os.path.join(self.target, "")):
+        if holds_current(self.target):
             expected = "a folder that is not the current directory or above it, for another will have its name"
             raise ValueError(f"{self._argument}: expected {expected}, got {self.target!r}")
         if [n for n in _list(self.stage) if not _unfinished(n)] and self._found() != self._identity:
