@@ -31,7 +31,7 @@ from fused_lora.modules.arguments import check_int
 from fused_lora.modules.config import LoraConfig, check_number, check_rank
 from fused_lora.modules.names import some
 
-_MOST_SEED = (1 << 63) - 1  # of torch's generators
+_SEEDS = -(1 << 63), (1 << 64) - 1  # that torch's generators take
 METHODS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS += ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 
@@ -84,7 +84,7 @@ def combine_adapters(
     """
     folder = path_text("out", out)
     _check_method(method, rank, density, majority_sign)
-    check_int("seed", seed, -_MOST_SEED - 1, _MOST_SEED)
+    check_int("seed", seed, *_SEEDS)
     draw = torch.Generator().manual_seed(seed)
     with open_adapters(adapters) as opened:
         model = None if base is None else open_checkpoint(base)
@@ -163,7 +163,7 @@ def extract_adapter(
     """
     folder = path_text("out", out)
     check_rank("rank", rank)
-    check_int("seed", seed, -_MOST_SEED - 1, _MOST_SEED)
+    check_int("seed", seed, *_SEEDS)
     draw = torch.Generator().manual_seed(seed)
     old, new = open_checkpoint(base), open_checkpoint(tuned, "tuned")
     check_new("out", folder, [model.folder for model in (old, new) if model.whole])

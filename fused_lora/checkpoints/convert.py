@@ -171,9 +171,9 @@ def convert_adapter(
                 if part in parts and not (kind := header.entries[parts[part]].dtype).is_floating_point:
                     raise AdapterError(file_path, parts[part], "a floating dtype", kind)
             if alpha := parts.get("alpha"):
-                kind, shape, *_ = vars(header.entries[alpha]).values()
-                if kind.is_complex or math.prod(shape) != 1:
-                    raise AdapterError(file_path, alpha, "one real number", f"{kind} {list(shape)}")
+                entry = header.entries[alpha]
+                if entry.dtype.is_complex or math.prod(entry.shape) != 1:
+                    raise AdapterError(file_path, alpha, "one real number", f"{entry.dtype} {list(entry.shape)}")
             A, B = (_matrix(header.entries[parts[part]].shape) for part in "AB")
             if 0 in (*A, *B):
                 key = parts["A" if 0 in A else "B"]

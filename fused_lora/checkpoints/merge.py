@@ -142,8 +142,8 @@ def merge_checkpoint(
         changes = plan_changes(checkpoint, opened, rename)
         for adapter in opened:
             if not adapter.acts():
-                expected = "lora_A and lora_B or a scaling other than 0, without which the adapter has no effect"
-                raise AdapterError(adapter.plan.weights, None, expected, "0 in all layers")
+                expected = "a layer whose scaling, lora_A and lora_B are not 0, without which the adapter has no effect"
+                raise AdapterError(adapter.plan.weights, None, expected, "none")
         merge = _Merge(checkpoint, opened, changes, dtype, place, record is not None, in_place, stochastic)
         report = merge.report(target)
         output = Output("in_place" if in_place else "out", target, merge.identity, in_place)

@@ -467,7 +467,7 @@ def test_what_is_no_adapter_is_refused_in_plain_words(tmp_path, capsys):
         ("svd", dict(rank=0), "rank"),
         ("linear", {}, "equal ranks"),
         ("svd", dict(dtype=torch.int8), "dtype"),
-        ("dare_linear", dict(density=0.5, seed=1 << 63), "seed: expected at most"),
+        ("dare_linear", dict(density=0.5, seed=1 << 64), "seed: expected at most"),
         ("dare_linear", dict(density=torch.nan), "density"),
     ],
 )

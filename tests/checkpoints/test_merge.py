@@ -935,7 +935,7 @@ BAD = {
         "as fan_in_fan_out=True stores it",
     ),
     "quantised": (in_base(**{f"{QKV[0]}.weight": torch.zeros(N, K, dtype=torch.int8)}), "quantised"),
-    "alpha 0": (config(lora_alpha=0), "without which the adapter has no effect, found 0 in all layers"),
+    "alpha 0": (config(lora_alpha=0), "without which the adapter has no effect, found none"),
     "untrained": (
         lambda base, adapter: change(
             adapter / "adapter_model.safetensors",
