@@ -120,7 +120,7 @@ def state_of(file: int) -> tuple[int, int]:
 def check_unchanged(path: str, file: int, state: tuple[int, int]) -> None:
     """AdapterError unless an open file is as it was. Many programs write over a file instead of replacing it."""
     if state_of(file) != state:
-        raise AdapterError(path, None, "a file that stays as it is", "another one by now")
+        raise AdapterError(path, None, "a file that stays as it is", "another size or time of change")
 
 
 def _reason(error: Exception) -> str:

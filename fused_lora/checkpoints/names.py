@@ -39,7 +39,7 @@ _FUSED = {
 # the codes of a quantised weight, in its place -> the library that lays them out
 _PACKED = {"qweight": "GPTQ or AWQ", "_weight_qdata": "torchao", "weight_packed": "compressed-tensors", "W_q": "HQQ"}
 # models whose blocks have transformers' Conv1D, with weights [K, N], and what these layers are called
-_WITH_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
+_WITH_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 _CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 HEADS = ("lm_head", "embed_out", "proj_out")
 _OF_TOKENS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "embeddings"}

@@ -342,7 +342,7 @@ class _Planner:
         """Whether it is the embedding of the input's tokens, by its name, or as one that has a row for each."""
         if is_embedding(change.name, of_tokens=True):
             return True
-        sizes = {part.get("vocab_size") for part in self._configs}
+        sizes = [part.get("vocab_size") for part in self._configs]
         return change.embedded() is not None and self.names.shape_of(change.source)[0] in sizes
 
     def warn_of_lacking(self, adapter: AdapterFile) -> None:

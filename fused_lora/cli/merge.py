@@ -101,7 +101,7 @@ def run(
         bar.end()
     except KeyboardInterrupt:
         bar.end()
-        goes_on = "; the same command goes on where it ended" * (command in ("merge", "unmerge"))
+        goes_on = "; the same command goes on where it ended" if command in ("merge", "unmerge") else ""
         print(f"fused-lora {command}: stopped{goes_on}", file=sys.stderr)
         return 130
     except (OSError, ValueError, TypeError, RuntimeError) as error:

@@ -184,9 +184,8 @@ class Registry:
             version.trained_on = plan.config.base_model_name_or_path
             self._check_reached(plan.slots)
         except (OSError, ValueError) as error:
-            lasting = (
-                version.quarantined or not isinstance(error, OSError) and not isinstance(error.__context__, OSError)
-            )
+            of_files = isinstance(error, OSError) or isinstance(error.__context__, OSError)
+            lasting = version.quarantined or not of_files
             version.refusal = Refusal(error.with_traceback(None), version.folder, before, lasting)
             return error
         return None
