@@ -104,3 +104,15 @@ def test_adapter_batch_without_an_eager_call_before(name):
         with pytest.raises(torch._dynamo.exc.Unsupported, match="adapter_batch breaks graphs: compile without full"):
             torch.compile(model, backend="eager", fullgraph=True)(ids)
     torch._dynamo.reset()
+
+
+def test_dora_of_16_bits_with_dropout_is_one_graph():
+    """Its base product is another function than in fp32, and asks whether gradients come in batches."""
+    config = fused_lora.LoraConfig(r=4, target_modules=["0"], use_dora=True, lora_dropout=0.5, init_lora_weights=False)
+    model = fused_lora.inject(nn.Sequential(nn.Linear(8, 6)).bfloat16(), config)
+    torch._dynamo.reset()
+    x = torch.randn(5, 8).bfloat16()
+    ours, eager = (run(model, call, x) for call in (torch.compile(model, backend="aot_eager", fullgraph=True), model))
+    assert ours.keys() == eager.keys() and len(ours) == 4
+    for name in ours:
+        assert_close(ours[name], eager[name], terms=64, name=name)

@@ -160,7 +160,7 @@ def product(x: Tensor, blocks: Blocks, N: int) -> Tensor:
 
 
 def _product(x: Tensor, blocks: Blocks, N: int, transposed: bool) -> Tensor:
-    if not is_batched(x):
+    if torch.compiler.is_compiling() or not is_batched(x):  # Dynamo cannot ask
         return _Product.apply(x, blocks, N, transposed)
     with torch.autocast(x.device.type, enabled=False):  # a batch cannot be written into a tensor block by block
         weight = torch.cat([block for _, _, block in blocks()]).to(x.dtype)
